@@ -1,0 +1,98 @@
+"""What executes a component of a pipeline: the protocol that `onnx`, `triton` and `simulated` share.
+
+A runtime has instances (sessions on cores, GPUs). One instance runs one call
+at a time; the engine never starts a second one on it. Calls are batched: the
+first axis of every array is the row.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+Array = npt.NDArray[np.float32] | npt.NDArray[np.int64]
+
+
+class Component(enum.StrEnum):
+    """The networks of a pipeline and what they map.
+
+    text_encoder:     input_ids (B, T) int64 -> last_hidden_state (B, T, D), pooled_output (B, P)
+    denoiser:         sample (B, C, h, w), timestep (B,), encoder_hidden_states (B, T, D) -> prediction (B, C, h, w)
+    decoder:          latent (B, C, h, w), divided by the scaling factor -> image (B, 3, H, W) in [-1, 1], unclamped
+    preview_decoder:  as the decoder, smaller and cheaper; its image may be smaller too
+    """
+
+    TEXT_ENCODER = "text_encoder"
+    DENOISER = "denoiser"
+    DECODER = "decoder"
+    PREVIEW_DECODER = "preview_decoder"
+
+
+class RuntimeFailure(Exception):
+    """A call failed. `retryable`: the same rows may succeed on another try or instance."""
+
+    def __init__(self, message: str, *, retryable: bool) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+@dataclass(frozen=True, slots=True)
+class CostCurve:
+    """Median seconds of one call on one instance, measured at start-up, by rows.
+
+    Attributes:
+        rows: the batch sizes measured, ascending, beginning with 1.
+        seconds: the median for each.
+    """
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def at(self, rows: int) -> float:
+        """Seconds for `rows` rows, interpolated; beyond the last point by the last slope."""
+        if len(self.rows) == 1 or rows <= self.rows[-1]:
+            return float(np.interp(rows, self.rows, self.seconds)) * max(1.0, rows / self.rows[-1])
+        (r0, r1), (s0, s1) = self.rows[-2:], self.seconds[-2:]
+        return s1 + (rows - r1) * max(0.0, s1 - s0) / (r1 - r0)
+
+
+class Runtime(Protocol):
+    """Executes components.
+
+    Attributes:
+        name: "onnx", "triton" or "simulated"; shown to clients.
+        num_instances: calls that may run at once, instances 0 … num_instances - 1.
+    """
+
+    name: str
+    num_instances: int
+
+    async def start(self) -> None:
+        """Loads every component, verifies that batches are bit-equal to single rows, measures the cost curves."""
+
+    async def run(
+        self, instance: int, model: str, component: Component, inputs: Mapping[str, Array]
+    ) -> Mapping[str, FloatArray]:
+        """One batched call of a component of pipeline `model` on `instance`.
+
+        Raises:
+            RuntimeFailure: the call failed.
+        """
+
+    def max_rows(self, model: str, component: Component) -> int:
+        """Largest batch that was verified."""
+
+    def cost(self, model: str, component: Component) -> CostCurve:
+        """The measured curve."""
+
+    def numerics_id(self, model: str) -> str:
+        """Names all that decides the bits of a result beside the spec."""
+
+    async def close(self) -> None:
+        """Releases what `start` took; running calls end first."""
