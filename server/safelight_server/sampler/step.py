@@ -1,0 +1,45 @@
+"""One denoising step for a whole batch, and the noise it may need."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+
+INITIAL, STEP = 0, 1
+"""Streams of noise of an output."""
+
+
+def advance(
+    x: Floats, prediction: Floats, denoised_previous: Floats, noise: Floats | None, coefficients: Floats
+) -> tuple[Floats, Floats]:
+    """The sampler's step: each row by its own coefficients, with the same bits in any batch at any place.
+
+    Args:
+        x: latents, (B, C, h, w) float32.
+        prediction: of the denoiser, guided, (B, C, h, w).
+        denoised_previous: of the step before, finite, (B, C, h, w).
+        noise: unit noise, (B, C, h, w); None when no row has d != 0.
+        coefficients: (B, 6), columns a, b, c, d, e, f.
+
+    Returns:
+        x_next and denoised, (B, C, h, w) float32 each.
+    """
+    a, b, c, d, e, f = (column[:, None, None, None] for column in coefficients.T)
+    denoised = e * x + f * prediction
+    x_next = a * x + b * prediction + c * denoised_previous
+    if noise is not None:
+        x_next += d * noise
+    return x_next, denoised
+
+
+def guide(cond: Floats, uncond: Floats, scale: Floats) -> Floats:
+    """Classifier-free guidance (Ho & Salimans 2022, equation 6): (B, C, h, w) twice and (B,) -> (B, C, h, w)."""
+    return uncond + scale[:, None, None, None] * (cond - uncond)
+
+
+def gaussian(seed: int, stream: int, step: int, shape: tuple[int, ...]) -> Floats:
+    """Unit noise that its arguments fix, whoever asks, whenever: Philox (Salmon et al. 2011) as a counter."""
+    philox = np.random.Philox(key=seed, counter=[0, 0, stream, step])
+    return np.random.Generator(philox).standard_normal(shape, dtype=np.float32)
