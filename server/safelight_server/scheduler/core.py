@@ -129,7 +129,7 @@ class Scheduler:
             self._waiting.push(self._waiting.remove(output_id), priority)
 
     def want_preview(self, output_id: int, key: str) -> None:
-        """Asks for one preview row of a running output; one that is waiting or in flight already counts."""
+        """Asks for one preview row of an output; one that is waiting already counts."""
         entry = self._outputs.get(output_id)
         if entry is not None and key not in entry.previews:
             entry.previews.add(key)
@@ -167,9 +167,7 @@ class Scheduler:
                 self._encoded(row.conditioning_id, batch_id)
             elif (entry := self._outputs.get(row.output_id)) is None:
                 continue
-            elif batch.kind is Kind.PREVIEW:
-                entry.previews.discard(batch.key)
-            else:
+            elif batch.kind is not Kind.PREVIEW:
                 entry.in_flight.discard(row.part)
                 if batch.kind is Kind.DECODE:
                     events += [*self._end(row.output_id), Decoded(row.output_id)]
@@ -186,9 +184,7 @@ class Scheduler:
                 events += self._encoding_failed(row.conditioning_id, batch, retryable)
             elif (entry := self._outputs.get(row.output_id)) is None:
                 continue
-            elif batch.kind is Kind.PREVIEW:
-                entry.previews.discard(batch.key)
-            else:
+            elif batch.kind is not Kind.PREVIEW:
                 entry.in_flight.discard(row.part)
                 if not retryable:
                     events += [*self._end(row.output_id), Failed(row.output_id)]
@@ -428,6 +424,8 @@ class Scheduler:
             if kind is Kind.DECODE:
                 entry.todo.clear()
                 entry.in_flight.add(0)
+            else:
+                entry.previews.discard(key)
             rows.append(Row(int(item), entry.step))
         return tuple(rows)
 

@@ -1,0 +1,169 @@
+"""The composition root: builds every stage, starts the server, drains it.
+
+The one place that knows all stages and hands each its settings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from safelight_server import catalog as catalogs
+from safelight_server.catalog import Catalog
+from safelight_server.engine import Engine
+from safelight_server.generations import Generations
+from safelight_server.identity import Identity
+from safelight_server.resolve import RequestLimits
+from safelight_server.runtime.base import Runtime
+from safelight_server.runtime.onnx import OnnxRuntime
+from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
+from safelight_server.scheduler import Priority
+from safelight_server.service import GENERATION_SERVICE, MODEL_SERVICE, Service
+from safelight_server.settings import Settings
+from safelight_server.telemetry import Metrics, Tracing
+
+log = structlog.get_logger(__name__)
+
+GRPC_OPTIONS = [
+    ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # a frozen peer is not seen by keepalive_timeout_ms alone
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.max_receive_message_length", 1 << 20),
+]
+
+
+class StartError(Exception):
+    """The server cannot start; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that serves. `drain` ends it."""
+
+    address: str
+    catalog: Catalog
+    runtime: Runtime
+    generations: Generations
+    drain: Callable[[float], asyncio.Task[None]]
+
+
+def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
+    """The pipelines and what executes them."""
+    if settings.runtime == "simulated":
+        runtime = SimulatedRuntime(
+            max(1, settings.num_instances), settings.simulated_base_ms / 1e3, settings.simulated_row_ms / 1e3
+        )
+        return Catalog([simulated_pipeline()]), runtime
+    catalog = catalogs.load(settings.models_dir, settings.default_model)
+    return catalog, OnnxRuntime(catalog, settings.num_instances)
+
+
+@contextlib.asynccontextmanager
+async def serving(settings: Settings) -> AsyncIterator[Running]:
+    """Serves while the block runs; on leaving, whatever is left ends."""
+    clock = time.monotonic
+    metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio)
+    identity = Identity(settings.api_key_file)
+    catalog, runtime = build_runtime(settings)
+    await runtime.start()
+    pool = ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))), thread_name_prefix="pixels")
+    engine = Engine(
+        runtime,
+        clock,
+        metrics,
+        max_running=settings.max_running_outputs,
+        preview_share=settings.preview_share,
+    )
+    generations = Generations(settings, catalog, runtime, engine, pool, clock, metrics, tracer)
+    limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
+    service = Service(identity, catalog, runtime, generations, limits, metrics, tracer)
+    _watch_queue(metrics, engine)
+
+    server = grpc.aio.server(options=GRPC_OPTIONS)
+    server.add_generic_rpc_handlers(tuple(service.handlers()))
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    services = [GENERATION_SERVICE, MODEL_SERVICE, health.SERVICE_NAME]
+    reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], server)
+    address = _bind(server, settings)
+    if settings.metrics_port:
+        metrics.serve(settings.host if settings.insecure else "127.0.0.1", settings.metrics_port)
+    await server.start()
+    for name in ("", *services):
+        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    ticker = asyncio.create_task(generations.tick())
+
+    async def drain(grace_s: float) -> None:
+        log.info("draining", grace_s=grace_s)
+        await health_servicer.enter_graceful_shutdown()
+        await generations.drain(grace_s)
+        await server.stop(1.0)
+
+    draining: list[asyncio.Task[None]] = []
+
+    def start_drain(grace_s: float) -> asyncio.Task[None]:
+        if not draining:
+            draining.append(asyncio.create_task(drain(grace_s)))
+        return draining[0]
+
+    try:
+        yield Running(address, catalog, runtime, generations, start_drain)
+    finally:
+        await start_drain(0.0)
+        ticker.cancel()
+        await engine.close()
+        await runtime.close()
+        pool.shutdown()
+        tracer.close()
+
+
+def _watch_queue(metrics: Metrics, engine: Engine) -> None:
+    scheduler = engine.scheduler
+    classes = {priority.name.lower(): priority for priority in Priority}
+    metrics.watch_queue(lambda name: scheduler.num_waiting(classes[name]), lambda: scheduler.num_running)
+
+
+def _bind(server: grpc.aio.Server, settings: Settings) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host and not settings.host.startswith("unix:") else settings.host
+    where = settings.host if settings.host.startswith("unix:") else f"{host}:{settings.port}"
+    try:
+        if settings.tls_cert_file and settings.tls_key_file:
+            pair = settings.tls_key_file.read_bytes(), settings.tls_cert_file.read_bytes()
+            port = server.add_secure_port(where, grpc.ssl_server_credentials([pair]))
+        else:
+            port = server.add_insecure_port(where)
+    except OSError as error:
+        raise StartError(f"{error.filename}: {error.strerror}") from None
+    except RuntimeError:
+        raise StartError(f"cannot bind {where}: is another server there?") from None
+    return where if where.startswith("unix:") else f"{host}:{port}"
+
+
+async def serve(settings: Settings, started: Callable[[Running], None]) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the drain."""
+    loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    async with serving(settings) as running:
+        started(running)
+        await signals.get()
+        drained = running.drain(settings.drain_grace_s)
+        again = asyncio.create_task(signals.get())
+        await asyncio.wait([drained, again], return_when=asyncio.FIRST_COMPLETED)
+        if not drained.done():
+            await running.generations.drain(0.0)
+        again.cancel()

@@ -1,0 +1,217 @@
+"""What goes into a batch and what comes of its results: the tensors of all outputs in flight.
+
+`engine.py` runs the batches, the scheduler says which rows are in them.
+Invariant: an output that has ended leaves nothing behind here, except a slot
+that a batch in flight still reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from safelight_server.catalog import Pipeline
+from safelight_server.latents import Latents, Slots, Snapshot
+from safelight_server.pipeline import decoder_latent
+from safelight_server.runtime.base import Array, Component, FloatArray
+from safelight_server.sampler import SamplerTable
+from safelight_server.scheduler import Batch, Kind, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What a scheduler key stands for: rows with equal keys can share a call."""
+
+    pipeline: Pipeline
+    component: Component
+    latent_shape: tuple[int, int, int]
+
+    def __str__(self) -> str:
+        return f"{self.pipeline.name}/{self.component.value}/{'x'.join(map(str, self.latent_shape))}"
+
+
+@dataclass(slots=True)
+class Flight:
+    """The tensors of one output.
+
+    Attributes:
+        conditioning: ids of its embeddings: the prompt's and, with guidance, the negative prompt's.
+        slot: in the latents of its key, once it takes steps.
+        previews: by key, what is to be decoded and who waits for it.
+        image: the decoded picture, (3, H, W).
+    """
+
+    pipeline: Pipeline
+    latent_shape: tuple[int, int, int]
+    table: SamplerTable
+    seed: int
+    guidance_scale: float
+    conditioning: tuple[str, ...]
+    start: Snapshot | None
+    step: int
+    slot: int | None = None
+    previews: dict[str, Preview] = field(default_factory=dict)
+    image: FloatArray | None = None
+
+
+@dataclass(slots=True)
+class Preview:
+    """A denoised latent (C, h, w) that waits for its decoder."""
+
+    latent: FloatArray
+    image: asyncio.Future[FloatArray | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A batch made ready for a runtime; `slots` and `parts` are set for denoiser calls, one entry a row."""
+
+    key: Key
+    inputs: Mapping[str, Array]
+    num_outputs: int
+    slots: Slots | None = None
+    parts: Slots | None = None
+    previews: Sequence[Preview | None] = ()
+
+
+class Batches:
+    """Gathers batches from, and puts their results back into, the outputs in flight.
+
+    Args:
+        capacity: outputs that may hold latents of one key at once.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self.flights: dict[int, Flight] = {}
+        self.keys: dict[str, Key] = {}
+        self.token_ids: dict[str, tuple[int, ...]] = {}
+        self._embeddings: dict[str, FloatArray] = {}
+        self._latents: dict[str, Latents] = {}
+
+    def gather(self, batch: Batch) -> Call:
+        """The inputs of a batch."""
+        key = self.keys[batch.key]
+        if batch.kind is Kind.ENCODE:
+            ids = [self.token_ids[row.conditioning_id] for row in batch.rows]
+            return Call(key, {"input_ids": np.array(ids, np.int64)}, 0)
+        if batch.kind is Kind.DENOISE:
+            return self._gather_steps(batch, key)
+        if batch.kind is Kind.DECODE:
+            slots = self._slots(batch.rows)
+            latent = self._latents_of(batch.rows[0].output_id).latent(slots)
+            return Call(key, {"latent": decoder_latent(key.pipeline, latent)}, len(batch.rows))
+        previews = [self.flights[row.output_id].previews.pop(batch.key) for row in batch.rows]
+        latent = np.stack([preview.latent for preview in previews])
+        return Call(key, {"latent": decoder_latent(key.pipeline, latent)}, len(batch.rows), previews=previews)
+
+    def returned(self, batch: Batch, call: Call) -> None:
+        """The runtime is done with the inputs, with results or without."""
+        if call.slots is not None:
+            self._latents[batch.key].arrive(call.slots)
+
+    def keep(self, batch: Batch, call: Call, results: Mapping[str, FloatArray]) -> None:
+        """Puts results where the next stage finds them; those of outputs that have ended are dropped."""
+        if batch.kind is Kind.ENCODE:
+            for row, embedding in zip(batch.rows, results["last_hidden_state"], strict=True):
+                if row.conditioning_id in self.token_ids:
+                    self._embeddings[row.conditioning_id] = embedding
+        elif batch.kind is Kind.DENOISE:
+            assert call.slots is not None and call.parts is not None
+            self._latents[batch.key].put(call.slots, call.parts, results["prediction"])
+        elif batch.kind is Kind.DECODE:
+            for row, image in zip(batch.rows, results["image"], strict=True):
+                if (flight := self.flights.get(row.output_id)) is not None:
+                    flight.image = image
+        else:
+            for preview, image in zip(call.previews, results["image"], strict=True):
+                if preview is not None and not preview.image.done():
+                    preview.image.set_result(image)
+
+    def lost(self, call: Call) -> None:
+        """A batch failed: previews in it are not tried again."""
+        for preview in call.previews:
+            if preview is not None and not preview.image.done():
+                preview.image.set_result(None)
+
+    def advance(self, output_ids: Sequence[int]) -> list[int]:
+        """One sampler step for outputs of one key.
+
+        Returns:
+            Those whose latents are not finite any more.
+        """
+        flights = [self.flights[output_id] for output_id in output_ids]
+        slots = np.array([flight.slot for flight in flights], np.intp)
+        steps = np.array([flight.step for flight in flights], np.intp)
+        finite = self._latents_of(output_ids[0]).advance(slots, steps)
+        for flight in flights:
+            flight.step += 1
+        return [output_id for output_id, good in zip(output_ids, finite.tolist(), strict=True) if not good]
+
+    def denoised(self, output_id: int) -> FloatArray:
+        """The newest estimate of an output's clean latent, (C, h, w), copied."""
+        slot = self.flights[output_id].slot
+        assert slot is not None
+        return self._latents_of(output_id).denoised(slot)
+
+    def snapshot(self, output_id: int) -> Snapshot | None:
+        """What an output needs to go on later; None if it has made no step."""
+        flight = self.flights[output_id]
+        if flight.slot is None:
+            return flight.start
+        return self._latents_of(output_id).snapshot(flight.slot, flight.step)
+
+    def release(self, conditioning_id: str) -> None:
+        """Nobody needs this embedding any more."""
+        self.token_ids.pop(conditioning_id, None)
+        self._embeddings.pop(conditioning_id, None)
+
+    def forget(self, output_id: int) -> None:
+        """The output has ended."""
+        flight = self.flights.pop(output_id)
+        if flight.slot is not None:
+            self._latents[self._denoiser_key(flight)].release(flight.slot)
+        for preview in flight.previews.values():
+            preview.image.set_result(None)
+
+    def key(self, pipeline: Pipeline, component: Component, latent_shape: tuple[int, int, int]) -> str:
+        """The scheduler's key; equal for all that can share a call."""
+        key = Key(pipeline, component, latent_shape)
+        return next((name for name in (str(key),) if name in self.keys), None) or self._add(key)
+
+    def _add(self, key: Key) -> str:
+        self.keys[str(key)] = key
+        return str(key)
+
+    def _denoiser_key(self, flight: Flight) -> str:
+        return self.key(flight.pipeline, Component.DENOISER, flight.latent_shape)
+
+    def _latents_of(self, output_id: int) -> Latents:
+        return self._latents[self._denoiser_key(self.flights[output_id])]
+
+    def _slots(self, rows: Sequence[Row]) -> Slots:
+        return np.array([self.flights[row.output_id].slot for row in rows], np.intp)
+
+    def _gather_steps(self, batch: Batch, key: Key) -> Call:
+        for row in batch.rows:
+            if self.flights[row.output_id].slot is None:
+                self._claim(batch.key, self.flights[row.output_id])
+        slots = self._slots(batch.rows)
+        parts = np.array([row.part for row in batch.rows], np.intp)
+        steps = np.array([row.step for row in batch.rows], np.intp)
+        latents = self._latents[batch.key]
+        latents.depart(slots)
+        return Call(key, latents.rows(slots, parts, steps), len({row.output_id for row in batch.rows}), slots, parts)
+
+    def _claim(self, key: str, flight: Flight) -> None:
+        context = [self._embeddings[conditioning_id] for conditioning_id in flight.conditioning]
+        if key not in self._latents:
+            tokens, width = context[0].shape
+            steps = flight.pipeline.manifest.limits.max_num_inference_steps
+            self._latents[key] = Latents(self._capacity, flight.latent_shape, (tokens, width), steps)
+        flight.slot = self._latents[key].claim(
+            flight.table, flight.seed, flight.guidance_scale, context, flight.start
+        )

@@ -1,0 +1,276 @@
+"""All generations that the server knows: started once per request id, found by their owner, kept for a while.
+
+Also what happens when streams come and go: a lost generation stops and waits
+for its grace, or runs on detached. Invariants: what one tenant owns is NOT_FOUND
+for another; finished pictures are bounded in time and bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+
+import structlog
+from opentelemetry.trace import Span
+
+from safelight.v1 import generation_pb2 as pb
+from safelight_server import convert
+from safelight_server.admission import AdmissionLimits, admit
+from safelight_server.catalog import Catalog, Pipeline
+from safelight_server.engine import Engine
+from safelight_server.errors import GenerationCancelledError, NotFoundError, UnavailableError
+from safelight_server.generation import Generation, State
+from safelight_server.idempotency import Idempotency
+from safelight_server.identity import Caller
+from safelight_server.preview import Renderer
+from safelight_server.request import PreviewPolicy, Request
+from safelight_server.runtime.base import Runtime
+from safelight_server.scheduler import Priority
+from safelight_server.settings import Settings
+from safelight_server.stream import EventLog, Watcher
+from safelight_server.telemetry import Metrics, Tracing
+
+log = structlog.get_logger(__name__)
+
+TICK_S = 0.25
+
+
+class Generations:
+    """See the module."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        catalog: Catalog,
+        runtime: Runtime,
+        engine: Engine,
+        pool: Executor,
+        clock: Callable[[], float],
+        metrics: Metrics,
+        tracing: Tracing,
+    ) -> None:
+        self._settings = settings
+        self._catalog = catalog
+        self._runtime = runtime
+        self._engine = engine
+        self._pool = pool
+        self._clock = clock
+        self._metrics = metrics
+        self._tracing = tracing
+        self._limits = AdmissionLimits(
+            {
+                Priority.INTERACTIVE: settings.max_waiting_interactive,
+                Priority.STANDARD: settings.max_waiting_standard,
+                Priority.BATCH: settings.max_waiting_batch,
+            },
+            settings.max_waiting_per_caller,
+        )
+        self._live: dict[str, Generation] = {}
+        self._finished: OrderedDict[str, Generation] = OrderedDict()
+        self._finished_bytes = 0
+        self._requests = Idempotency(settings.idempotency_ttl_s, clock)
+        self._draining = False
+        self._stalled: dict[Watcher, Callable[[], None]] = {}
+
+    # --- starting ---
+
+    def start(self, caller: Caller, request: Request, span: Span, time_left_s: float | None) -> Generation:
+        """The generation of a request: a new one, or the one that its request id stands for.
+
+        Raises:
+            UnavailableError, AlreadyExistsError, QueueFullError, DeadlineUnreachableError: it is refused.
+        """
+        if request.request_id:
+            known = self._requests.find(caller, request.request_id, request.body_digest)
+            if known is not None and (generation := self._live.get(known) or self._finished.get(known)):
+                return generation
+        if self._draining:
+            raise UnavailableError("the server is draining; ask another", reason="DRAINING", retry_after_s=1.0)
+        generation = self._make(caller, request, span, time_left_s)
+        jobs = generation.jobs()
+        estimate = admit(
+            self._engine.scheduler, self._limits, self._engine.output(jobs[0][1]), len(jobs), time_left_s
+        )
+        if request.request_id:
+            self._requests.remember(caller, request.request_id, request.body_digest, generation.identifier)
+        self._live[generation.identifier] = generation
+        generation.accept(self._runtime.numerics_id(request.spec.model), estimate, jobs)
+        return generation
+
+    def _make(self, caller: Caller, request: Request, span: Span, time_left_s: float | None) -> Generation:
+        identifier = secrets.token_hex(16)
+        pipeline = self._catalog.get(request.spec.model)
+        settings = self._settings
+        events = EventLog(
+            f"generations/{identifier}",
+            Renderer(pipeline, self._engine.preview, self._engine.load, self._pool),
+            self._clock,
+            chunk_bytes=settings.chunk_bytes,
+            max_watchers=settings.max_watchers,
+        )
+        return Generation(
+            identifier,
+            caller,
+            request,
+            pipeline,
+            self._engine,
+            events,
+            self._pool,
+            self._clock,
+            self._tracing,
+            span,
+            deadline=None if time_left_s is None else self._clock() + time_left_s,
+            on_end=self._ended,
+        )
+
+    # --- finding ---
+
+    def get(self, caller: Caller, identifier: str) -> Generation:
+        """A generation of the caller's tenant.
+
+        Raises:
+            NotFoundError: there is none, or it is someone else's.
+        """
+        generation = self._live.get(identifier) or self._finished.get(identifier)
+        if generation is None or generation.caller.tenant != caller.tenant:
+            raise NotFoundError(f"there is no generations/{identifier}", reason="GENERATION_NOT_FOUND")
+        return generation
+
+    def pipeline_of(self, generation: Generation) -> Pipeline:
+        """The pipeline that develops it."""
+        return self._catalog.get(generation.request.spec.model)
+
+    # --- watching ---
+
+    def attach(
+        self,
+        generation: Generation,
+        policy: PreviewPolicy,
+        end_stalled: Callable[[], None],
+        after_sequence: int = 0,
+        offsets: Mapping[int, int] | None = None,
+    ) -> Watcher:
+        """Opens a stream; one that was lost goes on."""
+        watcher = generation.log.watch(policy, after_sequence, offsets)
+        self._stalled[watcher] = end_stalled
+        if generation.state is State.SUSPENDED:
+            generation.resume()
+        return watcher
+
+    def detach(self, generation: Generation, watcher: Watcher) -> None:
+        """A stream has ended, in whatever way."""
+        self._stalled.pop(watcher, None)
+        watcher.close()
+        disconnect = generation.request.disconnect
+        if generation.ended or generation.log.watchers or disconnect.detach or generation.state is State.SUSPENDED:
+            return
+        left = float("inf") if generation.deadline is None else generation.deadline - self._clock()
+        if left <= 0:
+            return  # the engine ends it as expired
+        generation.suspend()
+        loop = asyncio.get_running_loop()
+        generation.grace = loop.call_later(min(left, disconnect.resume_grace_s), self._abandon, generation)
+
+    def _abandon(self, generation: Generation) -> None:
+        if generation.state is State.SUSPENDED:
+            generation.stop(GenerationCancelledError("its last stream was lost and not resumed in time"))
+
+    # --- ending ---
+
+    def _ended(self, generation: Generation) -> None:
+        self._live.pop(generation.identifier, None)
+        if generation.grace is not None:
+            generation.grace.cancel()
+        self._finished[generation.identifier] = generation
+        self._finished_bytes += generation.log.artifact_bytes
+        if generation.request.request_id:
+            self._requests.ended(generation.caller, generation.request.request_id)
+        self._trim()
+        assert generation.times.ended is not None and generation.status is not None
+        log_of, times = generation.log, generation.times
+        code = "OK" if generation.error is None else generation.error.status.name
+        self._metrics.ended(code, generation.times.ended - times.accepted)
+        self._metrics.previews_sent.inc(log_of.num_previews)
+        self._metrics.preview_bytes.inc(log_of.preview_bytes)
+        self._metrics.previews_dropped.inc(log_of.num_dropped)
+        if log_of.first_preview_at is not None:
+            self._metrics.first_preview.observe(log_of.first_preview_at - times.accepted)
+
+    def _trim(self) -> None:
+        now = self._clock()
+        while self._finished:
+            generation = next(iter(self._finished.values()))
+            assert generation.times.ended is not None
+            too_old = now - generation.times.ended > self._settings.result_ttl_s
+            if not too_old and self._finished_bytes <= self._settings.max_results_bytes:
+                break
+            if generation.log.watchers and not too_old:
+                break
+            self._finished.popitem(last=False)
+            self._finished_bytes -= generation.log.artifact_bytes
+
+    # --- in the background ---
+
+    async def tick(self) -> None:
+        """Tells those who wait their place, ends stalled streams, forgets what is old; until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            await asyncio.sleep(TICK_S)
+            self._metrics.loop_lag.set(max(0.0, loop.time() - began - TICK_S))
+            self._tell_places()
+            self._end_stalled()
+            self._trim()
+
+    def _tell_places(self) -> None:
+        scheduler = self._engine.scheduler
+        if not scheduler.num_waiting():
+            return
+        places = {
+            output_id: place
+            for priority in Priority
+            for place, output_id in enumerate(scheduler.waiting_order(priority))
+        }
+        pace = scheduler.backlog_s() / max(1, scheduler.num_outputs)
+        now = self._clock()
+        for generation in self._live.values():
+            mine = [places[o.output_id] for o in generation.outputs if o.output_id in places]
+            if generation.state is State.QUEUED and mine:
+                start = convert.timestamp(generation.create_time)
+                start.FromNanoseconds(
+                    start.ToNanoseconds() + int(1e9 * (now - generation.times.accepted + min(mine) * pace))
+                )
+                queued = pb.Queued(position=min(mine), estimated_start_time=start)
+                generation.log.newest("queued", pb.GenerationEvent(queued=queued))
+
+    def _end_stalled(self) -> None:
+        now = self._clock()
+        for watcher, end in list(self._stalled.items()):
+            if watcher.stalled_for(now) > self._settings.watcher_stall_s:
+                del self._stalled[watcher]
+                end()
+
+    async def drain(self, grace_s: float) -> None:
+        """Admits nothing more, lets what runs finish within the grace, ends the rest."""
+        self._draining = True
+        for generation in [g for g in self._live.values() if g.state is State.SUSPENDED]:
+            self._end_drained(generation)
+        until = self._clock() + grace_s
+        while self._live and self._clock() < until:
+            await asyncio.sleep(0.05)
+        for generation in list(self._live.values()):
+            self._end_drained(generation)
+
+    def _end_drained(self, generation: Generation) -> None:
+        metadata = {"generation": generation.name, "request_id": generation.request.request_id}
+        metadata["seeds"] = ",".join(map(str, generation.request.spec.seeds))
+        error = UnavailableError(
+            "the server stops; send the same spec with these seeds to another",
+            reason="DRAINING",
+            metadata=metadata,
+            retry_after_s=1.0,
+        )
+        generation.stop(error, pb.OutputFinished.FINISH_REASON_FAILED)

@@ -1,0 +1,295 @@
+"""The gRPC services: each call from its metadata to its status. Reads as the way of a request.
+
+Streams hand serialized events through as they are. Errors become statuses in
+one place, before the first event and in mid-stream alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import TypeVar
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError, Message
+from google.rpc import status_pb2
+from opentelemetry.trace import Span
+
+from safelight.v1 import generation_pb2 as pb
+from safelight.v1 import models_pb2
+from safelight_server import convert
+from safelight_server.catalog import Catalog
+from safelight_server.errors import (
+    FailedPreconditionError,
+    FieldViolation,
+    GenerationCancelledError,
+    InternalError,
+    InvalidRequestError,
+    SafelightError,
+    UnavailableError,
+)
+from safelight_server.generation import Generation
+from safelight_server.generations import Generations
+from safelight_server.identity import Caller, Identity
+from safelight_server.request import PreviewPolicy
+from safelight_server.resolve import (
+    RequestLimits,
+    find_model,
+    resolve_name,
+    resolve_preview,
+    resolve_priority,
+    resolve_request,
+)
+from safelight_server.runtime.base import Runtime
+from safelight_server.stream import Watcher
+from safelight_server.telemetry import Metrics, Tracing, tracing
+
+log = structlog.get_logger(__name__)
+
+GENERATION_SERVICE = "safelight.v1.GenerationService"
+MODEL_SERVICE = "safelight.v1.ModelService"
+DEFAULT_PAGE, MAX_PAGE = 50, 100
+
+Context = grpc.aio.ServicerContext
+In = TypeVar("In", bound=Message)
+Out = TypeVar("Out", bound=Message)
+
+
+class Service:
+    """Both services.
+
+    Args:
+        limits: of requests, beside the model's.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        catalog: Catalog,
+        runtime: Runtime,
+        generations: Generations,
+        limits: RequestLimits,
+        metrics: Metrics,
+        tracer: Tracing,
+    ) -> None:
+        self._identity = identity
+        self._catalog = catalog
+        self._runtime = runtime
+        self._generations = generations
+        self._limits = limits
+        self._metrics = metrics
+        self._tracer = tracer
+
+    def handlers(self) -> list[grpc.GenericRpcHandler]:
+        """What a server is given."""
+        streams = {
+            "Generate": (self.generate, pb.GenerateRequest),
+            "WatchGeneration": (self.watch_generation, pb.WatchGenerationRequest),
+        }
+        calls = {
+            "UpdateGeneration": (self.update_generation, pb.UpdateGenerationRequest),
+            "CancelGeneration": (self.cancel_generation, pb.CancelGenerationRequest),
+            "GetGeneration": (self.get_generation, pb.GetGenerationRequest),
+        }
+        models = {
+            "ListModels": (self.list_models, models_pb2.ListModelsRequest),
+            "GetModel": (self.get_model, models_pb2.GetModelRequest),
+        }
+        generation_methods = {name: self._stream(name, *at) for name, at in streams.items()}
+        generation_methods |= {name: self._call(name, *at) for name, at in calls.items()}
+        return [
+            grpc.method_handlers_generic_handler(GENERATION_SERVICE, generation_methods),
+            grpc.method_handlers_generic_handler(
+                MODEL_SERVICE, {name: self._call(name, *at) for name, at in models.items()}
+            ),
+        ]
+
+    # --- the way of a request ---
+
+    async def generate(self, request: pb.GenerateRequest, caller: Caller, stream: _Stream) -> AsyncGenerator[bytes, None]:
+        """Starts a generation and watches it."""
+        resolved = resolve_request(request, self._catalog, self._limits)
+        generation = self._generations.start(caller, resolved, stream.span, stream.time_left_s)
+        async with aclosing(self._watch(generation, resolved.preview, stream)) as events:
+            async for event in events:
+                yield event
+
+    async def watch_generation(
+        self, request: pb.WatchGenerationRequest, caller: Caller, stream: _Stream
+    ) -> AsyncGenerator[bytes, None]:
+        """Watches a generation that exists."""
+        generation = self._generations.get(caller, resolve_name(request.name, "generations"))
+        policy = resolve_preview(request.preview, self._generations.pipeline_of(generation))
+        offsets = {offset.output_index: offset.offset for offset in request.artifact_offsets}
+        async with aclosing(self._watch(generation, policy, stream, request.after_sequence, offsets)) as events:
+            async for event in events:
+                yield event
+
+    async def _watch(
+        self,
+        generation: Generation,
+        policy: PreviewPolicy,
+        stream: _Stream,
+        after_sequence: int = 0,
+        offsets: dict[int, int] | None = None,
+    ) -> AsyncGenerator[bytes, None]:
+        structlog.contextvars.bind_contextvars(generation=generation.name)
+        watcher = self._generations.attach(generation, policy, stream.end_stalled, after_sequence, offsets)
+        stream.watcher = watcher
+        try:
+            async for event in watcher.events():
+                yield event
+        finally:
+            self._generations.detach(generation, watcher)
+        if generation.error is not None:
+            raise generation.error
+
+    async def update_generation(
+        self, request: pb.UpdateGenerationRequest, caller: Caller
+    ) -> pb.UpdateGenerationResponse:
+        """Changes previews or priority."""
+        generation = self._generations.get(caller, resolve_name(request.name, "generations"))
+        if generation.ended:
+            raise FailedPreconditionError(f"{generation.name} has ended")
+        if request.HasField("preview"):
+            pipeline = self._generations.pipeline_of(generation)
+            generation.log.update_policy(resolve_preview(request.preview, pipeline))
+        if request.HasField("scheduling"):
+            generation.set_priority(resolve_priority(request.scheduling))
+        return pb.UpdateGenerationResponse(generation=generation.message())
+
+    async def cancel_generation(
+        self, request: pb.CancelGenerationRequest, caller: Caller
+    ) -> pb.CancelGenerationResponse:
+        """Stops a generation."""
+        generation = self._generations.get(caller, resolve_name(request.name, "generations"))
+        generation.stop(GenerationCancelledError("it was cancelled"))
+        return pb.CancelGenerationResponse(generation=generation.message())
+
+    async def get_generation(self, request: pb.GetGenerationRequest, caller: Caller) -> pb.GetGenerationResponse:
+        """Returns a generation."""
+        generation = self._generations.get(caller, resolve_name(request.name, "generations"))
+        return pb.GetGenerationResponse(generation=generation.message())
+
+    async def list_models(
+        self, request: models_pb2.ListModelsRequest, _caller: Caller
+    ) -> models_pb2.ListModelsResponse:
+        """A page of models; the token is the name after which it goes on."""
+        if not 0 <= request.page_size <= MAX_PAGE:
+            raise InvalidRequestError([FieldViolation("page_size", f"must be from 0 to {MAX_PAGE}")])
+        names = list(self._catalog.pipelines)
+        if request.page_token and request.page_token not in names:
+            raise InvalidRequestError([FieldViolation("page_token", "is not from an answer of this server")])
+        rest = [name for name in names if name > request.page_token]
+        page = rest[: request.page_size or DEFAULT_PAGE]
+        more = len(page) < len(rest)
+        return models_pb2.ListModelsResponse(
+            models=[self._model(name) for name in page], next_page_token=page[-1] if more else ""
+        )
+
+    async def get_model(self, request: models_pb2.GetModelRequest, _caller: Caller) -> models_pb2.GetModelResponse:
+        """Returns a model."""
+        if not request.name:
+            raise InvalidRequestError([FieldViolation("name", "must be models/ID")])
+        return models_pb2.GetModelResponse(model=self._model(find_model(request.name, self._catalog, "name").name))
+
+    def _model(self, name: str) -> models_pb2.Model:
+        return convert.model_message(self._catalog.get(name), self._runtime, name == self._catalog.default)
+
+    # --- calls and their statuses ---
+
+    def _stream(
+        self,
+        name: str,
+        method: Callable[[In, Caller, _Stream], AsyncGenerator[bytes, None]],
+        request_type: type[In],
+    ) -> grpc.RpcMethodHandler:
+        async def handler(data: bytes, context: Context) -> AsyncGenerator[bytes, None]:
+            span = self._tracer.server_span(f"{GENERATION_SERVICE}/{name}", context.invocation_metadata() or ())
+            stream = _Stream(context, span)
+            failure: SafelightError | None = None
+            try:
+                caller = self._identity.recognize(context.invocation_metadata() or (), context.peer())
+                async with aclosing(method(_parse(request_type, data), caller, stream)) as events:
+                    async for event in events:
+                        yield event
+            except SafelightError as error:
+                failure = error
+            except asyncio.CancelledError:
+                tracing.end(span, "CANCELLED")
+                raise
+            except GeneratorExit:
+                tracing.end(span, "CANCELLED")
+                raise
+            except Exception:  # the one mapping of bugs to a status
+                log.exception("bug", rpc=name)
+                failure = InternalError()
+            tracing.end(span, failure.reason if failure else "")
+            if failure is not None:
+                await self._abort(context, failure, started=stream.watcher is not None)
+
+        return grpc.unary_stream_rpc_method_handler(handler)
+
+    def _call(
+        self, name: str, method: Callable[[In, Caller], Awaitable[Out]], request_type: type[In]
+    ) -> grpc.RpcMethodHandler:
+        async def handler(data: bytes, context: Context) -> bytes:
+            span = self._tracer.server_span(name, context.invocation_metadata() or ())
+            try:
+                caller = self._identity.recognize(context.invocation_metadata() or (), context.peer())
+                result = await method(_parse(request_type, data), caller)
+            except SafelightError as error:
+                tracing.end(span, error.reason)
+                await self._abort(context, error)
+                raise AssertionError from error
+            except Exception:  # the one mapping of bugs to a status
+                log.exception("bug", rpc=name)
+                tracing.end(span, "INTERNAL")
+                await self._abort(context, InternalError())
+                raise
+            tracing.end(span)
+            return result.SerializeToString()
+
+        return grpc.unary_unary_rpc_method_handler(handler)
+
+    async def _abort(self, context: Context, error: SafelightError, started: bool = False) -> None:
+        status = convert.status_of(error)
+        if not started:
+            self._metrics.refused(error.reason)
+            log.info("refused", reason=error.reason, message=error.message)
+        await context.abort(error.status, error.message, _details(status))
+
+
+class _Stream:
+    """What a streaming call knows of its connection."""
+
+    def __init__(self, context: Context, span: Span) -> None:
+        self._context = context
+        self._task = asyncio.current_task()
+        self.span = span
+        self.watcher: Watcher | None = None
+        self.time_left_s: float | None = context.time_remaining()
+
+    def end_stalled(self) -> None:
+        """Ends the call of a client that does not read."""
+        error = UnavailableError("the stream was not read; WatchGeneration resumes it", reason="WATCHER_STALLED")
+        status = convert.status_of(error)
+        self._context.set_code(error.status)
+        self._context.set_details(error.message)
+        self._context.set_trailing_metadata(_details(status))
+        if self._task is not None:
+            self._task.cancel()
+
+
+def _details(status: status_pb2.Status) -> tuple[tuple[str, bytes], ...]:
+    return tuple(convert.trailing_metadata(status).items())
+
+
+def _parse(request_type: type[In], data: bytes) -> In:
+    try:
+        return request_type.FromString(data)
+    except DecodeError:
+        what = f"is no {request_type.DESCRIPTOR.full_name}: strings must be UTF-8"
+        raise InvalidRequestError([FieldViolation("request", what)]) from None

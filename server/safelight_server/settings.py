@@ -1,0 +1,108 @@
+"""Every setting, declared once: type, default, unit in the name, bounds and meaning.
+
+Environment variables are `SAFELIGHT_<NAME>`; command-line options and
+`docs/operations/settings.md` derive from here. Nothing else reads the
+environment. All bad values are reported at once.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Seconds = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(gt=0)]
+
+
+class SettingsError(Exception):
+    """Settings that cannot be; the message lists all faults."""
+
+
+class Settings(BaseSettings):
+    """What an operator can choose."""
+
+    model_config = SettingsConfigDict(env_prefix="SAFELIGHT_", extra="forbid", frozen=True)
+
+    host: str = Field("127.0.0.1", description="Address to bind. Beyond loopback TLS and keys are needed, or insecure.")
+    port: int = Field(8421, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
+    insecure: bool = Field(False, description="Allow a bind beyond loopback without TLS or without keys.")
+    tls_cert_file: Path | None = Field(None, description="PEM chain of the server; with tls_key_file.")
+    tls_key_file: Path | None = Field(None, description="PEM key of the server.")
+    api_key_file: Path | None = Field(None, description="Keys of the callers (docs/operations/keys.md). None: no keys.")
+
+    models_dir: Path = Field(Path("models"), description="Folder with repository/ and pipelines/.")
+    default_model: str = Field("", description="Model of requests that name none. Empty: the first by name.")
+    runtime: Literal["onnx", "simulated"] = Field("onnx", description="What executes the models.")
+    num_instances: int = Field(0, ge=0, le=256, description="Calls that run at once. 0: one for each core.")
+    simulated_base_ms: Annotated[float, Field(ge=0)] = Field(20.0, description="Simulated: cost of a denoiser call.")
+    simulated_row_ms: Annotated[float, Field(ge=0)] = Field(1.0, description="Simulated: added cost of each row.")
+
+    max_running_outputs: Count = Field(64, description="Outputs that take steps at once; each holds its latents.")
+    max_waiting_interactive: Count = Field(256, description="Outputs that may wait in class INTERACTIVE.")
+    max_waiting_standard: Count = Field(256, description="Outputs that may wait in class STANDARD.")
+    max_waiting_batch: Count = Field(1024, description="Outputs that may wait in class BATCH.")
+    max_waiting_per_caller: Count = Field(128, description="Outputs of one caller that may wait.")
+    max_prompt_chars: Count = Field(2000, description="Longest prompt, in characters.")
+    preview_share: float = Field(0.1, ge=0, le=0.5, description="Share of compute that previews may take from steps.")
+
+    watcher_stall_s: Seconds = Field(30.0, description="A stream that takes nothing for this long is ended.")
+    max_watchers: Count = Field(64, description="Streams that may watch one generation.")
+    chunk_bytes: int = Field(256 * 1024, ge=1024, le=1 << 20, description="Size of the pieces of a picture.")
+    resume_grace_s: Seconds = Field(30.0, description="How long a lost generation can be resumed, by default.")
+    max_resume_grace_s: Seconds = Field(600.0, description="Longest grace that a request may ask for.")
+    idempotency_ttl_s: Seconds = Field(600.0, description="How long a request_id is remembered after the end.")
+    result_ttl_s: Seconds = Field(300.0, description="How long a finished generation can be watched again.")
+    max_results_bytes: Count = Field(256 << 20, description="Finished pictures kept in memory, all together.")
+    drain_grace_s: Seconds = Field(30.0, description="How long running generations may finish after SIGTERM.")
+
+    log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal, else JSON.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    metrics_port: int = Field(0, ge=0, le=65535, description="Port of Prometheus metrics on the same host. 0: off.")
+    otlp_endpoint: str = Field("", description="OTLP gRPC endpoint for traces, such as http://127.0.0.1:4317. Empty: off.")
+    trace_ratio: float = Field(1.0, ge=0, le=1, description="Share of traces kept that no client decided about.")
+
+    @model_validator(mode="after")
+    def _safe(self) -> Self:
+        faults = []
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            faults.append("tls_cert_file and tls_key_file go together")
+        if not is_loopback(self.host) and not self.insecure:
+            if self.tls_cert_file is None:
+                faults.append(f"{self.host} is not loopback: give tls_cert_file and tls_key_file, or insecure")
+            if self.api_key_file is None:
+                faults.append(f"{self.host} is not loopback: give api_key_file, or insecure")
+        if self.resume_grace_s > self.max_resume_grace_s:
+            faults.append("resume_grace_s is above max_resume_grace_s")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+
+def load(**given: object) -> Settings:
+    """Settings from the environment, overridden by what is `given`.
+
+    Raises:
+        SettingsError: listing all that is wrong.
+    """
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        faults = [
+            f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
+        ]
+        raise SettingsError("\n".join(faults)) from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine only."""
+    if host == "localhost" or host.startswith("unix:"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,42 @@
+"""Prompts to token ids, as transformers' CLIPTokenizer makes them; library: `tokenizers`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A prompt for the text encoder.
+
+    Attributes:
+        ids: (T,), begin, text, end, padding.
+        num_tokens: of the whole text with begin and end, before it was cut.
+        truncated: whether something was cut.
+    """
+
+    ids: tuple[int, ...]
+    num_tokens: int
+    truncated: bool
+
+
+class Tokenizer:
+    """A tokenizer file with the context it is used for."""
+
+    def __init__(self, file: Path, max_tokens: int, pad_id: int, bos_id: int, eos_id: int) -> None:
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.max_tokens = max_tokens
+        self._pad_id, self._bos_id, self._eos_id = pad_id, bos_id, eos_id
+
+    def encode(self, text: str) -> Tokens:
+        """Token ids of `text`, cut to the context between begin and end."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        room = self.max_tokens - 2
+        kept = [self._bos_id, *ids[:room], self._eos_id]
+        padding = [self._pad_id] * (self.max_tokens - len(kept))
+        return Tokens((*kept, *padding), len(ids) + 2, len(ids) > room)
