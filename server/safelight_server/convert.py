@@ -1,9 +1,16 @@
-"""The domain to the wire: statuses, specs, usage, models. Nothing is decided here."""
+"""Messages to drafts, and the domain to messages: the wire's words in place of ours. Nothing is decided here.
+
+Drafts take everything that protobuf parses; `resolve` judges them. Statuses
+fit into a call's trailing metadata.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Mapping
 from datetime import datetime
+from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -12,17 +19,140 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import models_pb2
 from safelight_server.catalog import Pipeline
+from safelight_server.draft import (
+    DisconnectDraft,
+    Draft,
+    EncodingDraft,
+    PreviewDraft,
+    PromptDraft,
+    Role,
+    SamplerDraft,
+    SpecDraft,
+    Unknown,
+)
 from safelight_server.errors import InvalidRequestError, QueueFullError, SafelightError
-from safelight_server.request import MediaType, PixelEncoding, Spec
-from safelight_server.resolve import PRIORITIES, SIGMA_SCHEDULES, SPACINGS
+from safelight_server.request import MediaType, PixelEncoding, PreviewMethod, Spec
 from safelight_server.runtime.base import Component, Runtime
 from safelight_server.scheduler import Priority
 
 DOMAIN = "safelight"
+OK = status_pb2.Status(code=code_pb2.OK)
+
+T = TypeVar("T")
+PRIORITIES = {
+    pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE,
+    pb.PRIORITY_STANDARD: Priority.STANDARD,
+    pb.PRIORITY_BATCH: Priority.BATCH,
+}
+PREVIEW_METHODS = {
+    pb.PREVIEW_METHOD_AUTO: PreviewMethod.AUTO,
+    pb.PREVIEW_METHOD_LINEAR: PreviewMethod.LINEAR,
+    pb.PREVIEW_METHOD_TINY_DECODER: PreviewMethod.TINY_DECODER,
+    pb.PREVIEW_METHOD_FULL_DECODER: PreviewMethod.FULL_DECODER,
+    pb.PREVIEW_METHOD_NONE: PreviewMethod.NONE,
+}
+SPACINGS = {
+    pb.TIMESTEP_SPACING_LEADING: "leading",
+    pb.TIMESTEP_SPACING_TRAILING: "trailing",
+    pb.TIMESTEP_SPACING_LINSPACE: "linspace",
+}
+SIGMA_SCHEDULES = {pb.SIGMA_SCHEDULE_DEFAULT: "default", pb.SIGMA_SCHEDULE_KARRAS: "karras"}
+ROLES = {pb.Prompt.ROLE_POSITIVE: Role.POSITIVE, pb.Prompt.ROLE_NEGATIVE: Role.NEGATIVE}
+BOTTOM_UP = {pb.PixelEncoding.ROW_ORDER_TOP_DOWN: False, pb.PixelEncoding.ROW_ORDER_BOTTOM_UP: True}
+DETACH = {pb.DisconnectPolicy.ACTION_CANCEL: False, pb.DisconnectPolicy.ACTION_DETACH: True}
+
 _SPACINGS = {name: value for value, name in SPACINGS.items()}
 _SIGMAS = {name: value for value, name in SIGMA_SCHEDULES.items()}
-_PRIORITIES = {priority: value for value, priority in PRIORITIES.items() if value}
-OK = status_pb2.Status(code=code_pb2.OK)
+_PRIORITIES = {priority: value for value, priority in PRIORITIES.items()}
+_ROW_ORDERS = {bottom_up: value for value, bottom_up in BOTTOM_UP.items()}
+
+
+# --- messages to drafts ---
+
+
+def draft_request(message: pb.GenerateRequest) -> Draft:
+    """What was sent, as it was sent."""
+    return Draft(
+        spec=_draft_spec(message.spec),
+        preview=draft_preview(message.preview),
+        encoding=_draft_encoding(message.encoding) if message.HasField("encoding") else None,
+        priority=draft_priority(message.scheduling),
+        disconnect=DisconnectDraft(
+            _enum(DETACH, message.disconnect.action),
+            _seconds(message.disconnect.resume_grace) if message.disconnect.HasField("resume_grace") else None,
+        ),
+        request_id=message.request_id,
+        labels=dict(message.labels),
+        body_digest=_body_digest(message),
+    )
+
+
+def draft_preview(message: pb.PreviewPolicy) -> PreviewDraft:
+    """A preview policy as it was sent."""
+    return PreviewDraft(
+        accept=tuple(_draft_encoding(encoding) for encoding in message.accept),
+        max_edge_px=message.max_edge_px if message.HasField("max_edge_px") else None,
+        every_n_steps=message.every_n_steps if message.HasField("every_n_steps") else None,
+        min_interval_s=_seconds(message.min_interval) if message.HasField("min_interval") else None,
+        method=_enum(PREVIEW_METHODS, message.method),
+        max_bytes_per_second=message.max_bytes_per_second if message.HasField("max_bytes_per_second") else None,
+    )
+
+
+def draft_priority(message: pb.Scheduling) -> Priority | Unknown | None:
+    """A priority as it was sent."""
+    return _enum(PRIORITIES, message.priority)
+
+
+def _draft_spec(message: pb.GenerationSpec) -> SpecDraft:
+    sampler = message.sampler
+    return SpecDraft(
+        model=message.model,
+        prompt=message.prompt,
+        prompts=tuple(PromptDraft(_enum(ROLES, entry.role), entry.text) for entry in message.prompts),
+        width_px=message.width_px if message.HasField("width_px") else None,
+        height_px=message.height_px if message.HasField("height_px") else None,
+        num_inference_steps=message.num_inference_steps if message.HasField("num_inference_steps") else None,
+        guidance_scale=message.guidance_scale if message.HasField("guidance_scale") else None,
+        sampler=SamplerDraft(
+            name=sampler.name,
+            sigma_schedule=_enum(SIGMA_SCHEDULES, sampler.sigma_schedule),
+            spacing=_enum(SPACINGS, sampler.spacing),
+            eta=sampler.eta if sampler.HasField("eta") else None,
+        ),
+        seeds=tuple(output.seed if output.HasField("seed") else None for output in message.outputs),
+    )
+
+
+def _draft_encoding(message: pb.PixelEncoding) -> EncodingDraft:
+    return EncodingDraft(
+        media_type=message.media_type,
+        quality=message.quality if message.HasField("quality") else None,
+        row_alignment_bytes=message.row_alignment_bytes if message.HasField("row_alignment_bytes") else None,
+        bottom_up=_enum(BOTTOM_UP, message.row_order),
+    )
+
+
+def _enum(names: Mapping[int, T], number: int) -> T | Unknown | None:
+    """0 is absent; proto3 enums are open, so that any other number may come."""
+    return names.get(number, Unknown(number)) if number else None
+
+
+def _seconds(duration: Duration) -> float:
+    """Seconds; NaN where the message breaks the rules of google.protobuf.Duration."""
+    seconds, nanos = duration.seconds, duration.nanos
+    valid = abs(seconds) <= 315_576_000_000 and abs(nanos) < 1_000_000_000 and seconds * nanos >= 0
+    return seconds + nanos / 1e9 if valid else math.nan
+
+
+def _body_digest(message: pb.GenerateRequest) -> bytes:
+    body = pb.GenerateRequest()
+    body.CopyFrom(message)
+    body.ClearField("request_id")
+    return hashlib.sha256(body.SerializeToString(deterministic=True)).digest()
+
+
+# --- errors to statuses ---
 
 
 def status_of(error: SafelightError) -> status_pb2.Status:
@@ -89,8 +219,7 @@ def encoding_message(encoding: PixelEncoding) -> pb.PixelEncoding:
         message.quality = encoding.quality
     elif encoding.media_type is MediaType.RAW_RGBA8:
         message.row_alignment_bytes = encoding.row_alignment_bytes
-        orders = pb.PixelEncoding
-        message.row_order = orders.ROW_ORDER_BOTTOM_UP if encoding.bottom_up else orders.ROW_ORDER_TOP_DOWN
+        message.row_order = _ROW_ORDERS[encoding.bottom_up]
     return message
 
 

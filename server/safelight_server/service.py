@@ -110,7 +110,7 @@ class Service:
 
     async def generate(self, request: pb.GenerateRequest, caller: Caller, stream: _Stream) -> AsyncGenerator[bytes, None]:
         """Starts a generation and watches it."""
-        resolved = resolve_request(request, self._catalog, self._limits)
+        resolved = resolve_request(convert.draft_request(request), self._catalog, self._limits)
         generation = self._generations.start(caller, resolved, stream.span, stream.time_left_s)
         async with aclosing(self._watch(generation, resolved.preview, stream)) as events:
             async for event in events:
@@ -121,7 +121,8 @@ class Service:
     ) -> AsyncGenerator[bytes, None]:
         """Watches a generation that exists."""
         generation = self._generations.get(caller, resolve_name(request.name, "generations"))
-        policy = resolve_preview(request.preview, self._generations.pipeline_of(generation))
+        pipeline = self._generations.pipeline_of(generation)
+        policy = resolve_preview(convert.draft_preview(request.preview), pipeline)
         offsets = {offset.output_index: offset.offset for offset in request.artifact_offsets}
         async with aclosing(self._watch(generation, policy, stream, request.after_sequence, offsets)) as events:
             async for event in events:
@@ -155,9 +156,9 @@ class Service:
             raise FailedPreconditionError(f"{generation.name} has ended")
         if request.HasField("preview"):
             pipeline = self._generations.pipeline_of(generation)
-            generation.log.update_policy(resolve_preview(request.preview, pipeline))
+            generation.log.update_policy(resolve_preview(convert.draft_preview(request.preview), pipeline))
         if request.HasField("scheduling"):
-            generation.set_priority(resolve_priority(request.scheduling))
+            generation.set_priority(resolve_priority(convert.draft_priority(request.scheduling)))
         return pb.UpdateGenerationResponse(generation=generation.message())
 
     async def cancel_generation(

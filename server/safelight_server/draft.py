@@ -1,0 +1,109 @@
+"""What a client sent, in the domain's words and not judged yet: None is absent, every number is possible.
+
+`convert.py` makes drafts of proto messages, `resolve` makes requests of drafts.
+Invariant: any message that protobuf can parse has a draft.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from safelight_server.request import PreviewMethod
+from safelight_server.scheduler import Priority
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """A number of an enum that this version of the contract has no name for."""
+
+    number: int
+
+
+class Role(enum.Enum):
+    """What a prompt is for."""
+
+    POSITIVE = "positive"
+    NEGATIVE = "negative"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptDraft:
+    """One entry of `spec.prompts`."""
+
+    role: Role | Unknown | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerDraft:
+    """`spec.sampler`; an empty name is absent."""
+
+    name: str = ""
+    sigma_schedule: str | Unknown | None = None
+    spacing: str | Unknown | None = None
+    eta: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SpecDraft:
+    """`spec`. `seeds` has one entry per output; empty model and prompt are absent."""
+
+    model: str = ""
+    prompt: str = ""
+    prompts: tuple[PromptDraft, ...] = ()
+    width_px: int | None = None
+    height_px: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: SamplerDraft = SamplerDraft()
+    seeds: tuple[int | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EncodingDraft:
+    """A `PixelEncoding` message."""
+
+    media_type: str = ""
+    quality: int | None = None
+    row_alignment_bytes: int | None = None
+    bottom_up: bool | Unknown | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewDraft:
+    """A `PreviewPolicy` message. At most one of the two cadences is there; NaN seconds: no valid Duration."""
+
+    accept: tuple[EncodingDraft, ...] = ()
+    max_edge_px: int | None = None
+    every_n_steps: int | None = None
+    min_interval_s: float | None = None
+    method: PreviewMethod | Unknown | None = None
+    max_bytes_per_second: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DisconnectDraft:
+    """A `DisconnectPolicy` message. NaN seconds: no valid Duration."""
+
+    detach: bool | Unknown | None = None
+    resume_grace_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A `GenerateRequest` message.
+
+    Attributes:
+        body_digest: SHA-256 of all that was sent but the request id.
+    """
+
+    spec: SpecDraft = SpecDraft()
+    preview: PreviewDraft = PreviewDraft()
+    encoding: EncodingDraft | None = None
+    priority: Priority | Unknown | None = None
+    disconnect: DisconnectDraft = DisconnectDraft()
+    request_id: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    body_digest: bytes = b""

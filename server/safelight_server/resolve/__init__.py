@@ -1,0 +1,25 @@
+"""Drafts to requests: everything is checked, every fault is named, every default filled in.
+
+The one way into `request.Request`. What passes here reaches the engine; what
+does not is an InvalidRequestError with a violation per field, or a
+NotFoundError. `faults.py` collects, `spec.py` decides what is developed,
+`delivery.py` how it travels, `whole.py` puts both together.
+"""
+
+from safelight_server.resolve.whole import (
+    RequestLimits,
+    find_model,
+    resolve_name,
+    resolve_preview,
+    resolve_priority,
+    resolve_request,
+)
+
+__all__ = [
+    "RequestLimits",
+    "find_model",
+    "resolve_name",
+    "resolve_preview",
+    "resolve_priority",
+    "resolve_request",
+]

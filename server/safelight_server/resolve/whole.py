@@ -1,0 +1,138 @@
+"""Whole requests, and the parts of them that later calls bring."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from safelight_server.catalog import Catalog, Pipeline
+from safelight_server.draft import Draft, PreviewDraft, Unknown
+from safelight_server.errors import FieldViolation, InvalidRequestError, NotFoundError
+from safelight_server.request import Notice, PixelEncoding, PreviewPolicy, Request
+from safelight_server.resolve.delivery import disconnect_of, encoding_of, preview_of
+from safelight_server.resolve.faults import Faults, listed, shown
+from safelight_server.resolve.spec import spec_of
+from safelight_server.scheduler import Priority
+
+MAX_LABELS, MAX_LABEL_KEY, MAX_LABEL_VALUE = 16, 63, 255
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+NIL_UUID = "00000000-0000-0000-0000-000000000000"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What the server bounds beside the model."""
+
+    max_prompt_chars: int
+    resume_grace_s: float
+    max_resume_grace_s: float
+
+
+def resolve_request(draft: Draft, catalog: Catalog, limits: RequestLimits) -> Request:
+    """A valid request.
+
+    Raises:
+        InvalidRequestError: with all faults.
+        NotFoundError: no such model.
+    """
+    faults, notices = Faults(), list[Notice]()
+    pipeline = find_model(draft.spec.model, catalog, "spec.model")
+    spec = spec_of(draft.spec, pipeline, limits.max_prompt_chars, faults, notices)
+    preview = preview_of(draft.preview, pipeline, faults)
+    encoding = PixelEncoding() if draft.encoding is None else encoding_of(draft.encoding, "encoding", faults)
+    priority = _priority(draft.priority, faults)
+    disconnect = disconnect_of(draft.disconnect, limits.resume_grace_s, limits.max_resume_grace_s, faults)
+    request_id = _request_id(draft.request_id, faults)
+    _check_labels(draft.labels, faults)
+    faults.done()
+    if spec is None:
+        raise ValueError("a spec that is not there must have left a fault")
+    return Request(
+        spec=spec,
+        preview=preview,
+        encoding=encoding,
+        priority=priority,
+        disconnect=disconnect,
+        request_id=request_id,
+        body_digest=draft.body_digest,
+        labels=dict(draft.labels),
+        warnings=tuple(notices),
+    )
+
+
+def resolve_preview(draft: PreviewDraft, pipeline: Pipeline) -> PreviewPolicy:
+    """A valid preview policy; an empty draft is the default one.
+
+    Raises:
+        InvalidRequestError: with all faults.
+    """
+    faults = Faults()
+    policy = preview_of(draft, pipeline, faults)
+    faults.done()
+    return policy
+
+
+def resolve_priority(priority: Priority | Unknown | None) -> Priority:
+    """A valid priority; absent is STANDARD.
+
+    Raises:
+        InvalidRequestError: this server does not know it.
+    """
+    faults = Faults()
+    resolved = _priority(priority, faults)
+    faults.done()
+    return resolved
+
+
+def resolve_name(name: str, collection: str) -> str:
+    """The id in "collection/id".
+
+    Raises:
+        InvalidRequestError: it is no such name.
+    """
+    prefix, _, identifier = name.partition("/")
+    if prefix != collection or not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", identifier):
+        raise InvalidRequestError([FieldViolation("name", f"must be {collection}/ID, as the server gave it")])
+    return identifier
+
+
+def find_model(name: str, catalog: Catalog, field: str) -> Pipeline:
+    """The pipeline that "models/ID" at `field` names; empty means the default.
+
+    Raises:
+        NotFoundError: there is none; it names those that there are.
+    """
+    if not name:
+        return catalog.get("")
+    identifier = name.removeprefix("models/")
+    if identifier == name or identifier not in catalog.pipelines:
+        known = listed(f"models/{known}" for known in catalog.pipelines)
+        raise NotFoundError(
+            f"there is no model {shown(name)}; there is {known}",
+            reason="MODEL_NOT_FOUND",
+            metadata={"field": field, "models": known},
+        )
+    return catalog.get(identifier)
+
+
+def _priority(priority: Priority | Unknown | None, faults: Faults) -> Priority:
+    if isinstance(priority, Unknown):
+        names = listed(f"PRIORITY_{known.name}" for known in Priority)
+        faults.add("scheduling.priority", f"must be one of {names}")
+        return Priority.STANDARD
+    return Priority.STANDARD if priority is None else priority
+
+
+def _request_id(request_id: str, faults: Faults) -> str:
+    good = not request_id or (bool(UUID.fullmatch(request_id)) and request_id != NIL_UUID)
+    faults.check(good, "request_id", "must be a UUID such as 6f1c0a52-9b3e-4d0f-8a55-2f0c7d1e9b64, and not all zeros")
+    return request_id.lower()
+
+
+def _check_labels(labels: Mapping[str, str], faults: Faults) -> None:
+    faults.check(len(labels) <= MAX_LABELS, "labels", f"there are {len(labels)}; at most {MAX_LABELS} are kept")
+    for key, value in labels.items():
+        field = f"labels[{shown(key)}]"
+        faults.check(0 < len(key) <= MAX_LABEL_KEY, field, f"a key has 1 to {MAX_LABEL_KEY} characters")
+        faults.check(len(value) <= MAX_LABEL_VALUE, field, f"a value has at most {MAX_LABEL_VALUE} characters")
