@@ -40,31 +40,26 @@ OK = status_pb2.Status(code=code_pb2.OK)
 
 T = TypeVar("T")
 PRIORITIES = {
-    pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE,
-    pb.PRIORITY_STANDARD: Priority.STANDARD,
-    pb.PRIORITY_BATCH: Priority.BATCH,
+    Priority.INTERACTIVE: pb.PRIORITY_INTERACTIVE,
+    Priority.STANDARD: pb.PRIORITY_STANDARD,
+    Priority.BATCH: pb.PRIORITY_BATCH,
 }
 PREVIEW_METHODS = {
-    pb.PREVIEW_METHOD_AUTO: PreviewMethod.AUTO,
-    pb.PREVIEW_METHOD_LINEAR: PreviewMethod.LINEAR,
-    pb.PREVIEW_METHOD_TINY_DECODER: PreviewMethod.TINY_DECODER,
-    pb.PREVIEW_METHOD_FULL_DECODER: PreviewMethod.FULL_DECODER,
-    pb.PREVIEW_METHOD_NONE: PreviewMethod.NONE,
+    PreviewMethod.AUTO: pb.PREVIEW_METHOD_AUTO,
+    PreviewMethod.LINEAR: pb.PREVIEW_METHOD_LINEAR,
+    PreviewMethod.TINY_DECODER: pb.PREVIEW_METHOD_TINY_DECODER,
+    PreviewMethod.FULL_DECODER: pb.PREVIEW_METHOD_FULL_DECODER,
+    PreviewMethod.NONE: pb.PREVIEW_METHOD_NONE,
 }
 SPACINGS = {
-    pb.TIMESTEP_SPACING_LEADING: "leading",
-    pb.TIMESTEP_SPACING_TRAILING: "trailing",
-    pb.TIMESTEP_SPACING_LINSPACE: "linspace",
+    "leading": pb.TIMESTEP_SPACING_LEADING,
+    "trailing": pb.TIMESTEP_SPACING_TRAILING,
+    "linspace": pb.TIMESTEP_SPACING_LINSPACE,
 }
-SIGMA_SCHEDULES = {pb.SIGMA_SCHEDULE_DEFAULT: "default", pb.SIGMA_SCHEDULE_KARRAS: "karras"}
-ROLES = {pb.Prompt.ROLE_POSITIVE: Role.POSITIVE, pb.Prompt.ROLE_NEGATIVE: Role.NEGATIVE}
-BOTTOM_UP = {pb.PixelEncoding.ROW_ORDER_TOP_DOWN: False, pb.PixelEncoding.ROW_ORDER_BOTTOM_UP: True}
-DETACH = {pb.DisconnectPolicy.ACTION_CANCEL: False, pb.DisconnectPolicy.ACTION_DETACH: True}
-
-_SPACINGS = {name: value for value, name in SPACINGS.items()}
-_SIGMAS = {name: value for value, name in SIGMA_SCHEDULES.items()}
-_PRIORITIES = {priority: value for value, priority in PRIORITIES.items()}
-_ROW_ORDERS = {bottom_up: value for value, bottom_up in BOTTOM_UP.items()}
+SIGMA_SCHEDULES = {"default": pb.SIGMA_SCHEDULE_DEFAULT, "karras": pb.SIGMA_SCHEDULE_KARRAS}
+ROLES = {Role.POSITIVE: pb.Prompt.ROLE_POSITIVE, Role.NEGATIVE: pb.Prompt.ROLE_NEGATIVE}
+BOTTOM_UP = {False: pb.PixelEncoding.ROW_ORDER_TOP_DOWN, True: pb.PixelEncoding.ROW_ORDER_BOTTOM_UP}
+DETACH = {False: pb.DisconnectPolicy.ACTION_CANCEL, True: pb.DisconnectPolicy.ACTION_DETACH}
 
 
 # --- messages to drafts ---
@@ -133,9 +128,11 @@ def _draft_encoding(message: pb.PixelEncoding) -> EncodingDraft:
     )
 
 
-def _enum(names: Mapping[int, T], number: int) -> T | Unknown | None:
+def _enum(numbers: Mapping[T, int], number: int) -> T | Unknown | None:
     """0 is absent; proto3 enums are open, so that any other number may come."""
-    return names.get(number, Unknown(number)) if number else None
+    if not number:
+        return None
+    return next((ours for ours, theirs in numbers.items() if theirs == number), Unknown(number))
 
 
 def _seconds(duration: Duration) -> float:
@@ -209,7 +206,7 @@ def spec_message(spec: Spec) -> pb.GenerationSpec:
 
 def sampler_message(name: str, spacing: str, sigma_schedule: str) -> pb.SamplerSpec:
     """A sampler."""
-    return pb.SamplerSpec(name=name, spacing=_SPACINGS[spacing], sigma_schedule=_SIGMAS[sigma_schedule])
+    return pb.SamplerSpec(name=name, spacing=SPACINGS[spacing], sigma_schedule=SIGMA_SCHEDULES[sigma_schedule])
 
 
 def encoding_message(encoding: PixelEncoding) -> pb.PixelEncoding:
@@ -219,13 +216,13 @@ def encoding_message(encoding: PixelEncoding) -> pb.PixelEncoding:
         message.quality = encoding.quality
     elif encoding.media_type is MediaType.RAW_RGBA8:
         message.row_alignment_bytes = encoding.row_alignment_bytes
-        message.row_order = _ROW_ORDERS[encoding.bottom_up]
+        message.row_order = BOTTOM_UP[encoding.bottom_up]
     return message
 
 
 def priority_message(priority: Priority) -> pb.Priority:
     """A class."""
-    return _PRIORITIES[priority]
+    return PRIORITIES[priority]
 
 
 def model_message(pipeline: Pipeline, runtime: Runtime, is_default: bool) -> models_pb2.Model:
@@ -249,8 +246,8 @@ def model_message(pipeline: Pipeline, runtime: Runtime, is_default: bool) -> mod
         samplers=[
             models_pb2.SamplerOffer(
                 name=cells.name,
-                spacings=[_SPACINGS[spacing] for spacing in cells.spacings],
-                sigma_schedules=[_SIGMAS[sigmas] for sigmas in cells.sigma_schedules],
+                spacings=[SPACINGS[spacing] for spacing in cells.spacings],
+                sigma_schedules=[SIGMA_SCHEDULES[sigmas] for sigmas in cells.sigma_schedules],
             )
             for cells in ordered
         ],

@@ -1,0 +1,107 @@
+# Everything a developer or CI does. `make help` lists the targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PY := .venv/bin/python
+TRAIN_PY := .venv-training/bin/python
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+.venv/.uv:
+	python3 -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check uv
+	@touch $@
+
+.venv/.installed: .venv/.uv requirements-dev.lock
+	.venv/bin/uv pip sync --quiet --python $(PY) --require-hashes requirements-dev.lock
+	.venv/bin/uv pip install --quiet --python $(PY) --no-deps --no-build-isolation -e clients/python -e .
+	@touch $@
+
+.venv-training/.installed: .venv/.uv requirements-training.lock
+	python3 -m venv .venv-training
+	.venv/bin/uv pip sync --quiet --python $(TRAIN_PY) --require-hashes requirements-training.lock
+	@touch $@
+
+.PHONY: setup
+setup: .venv/.installed ## Make the virtual environment from the lock file
+
+.PHONY: demo
+demo: setup ## Develop several pictures at once and write them to out/demo
+	.venv/bin/safelight demo
+
+.PHONY: serve
+serve: setup ## Run the server in the foreground
+	.venv/bin/safelight serve
+
+.PHONY: test
+test: setup ## Run the tests that need nothing but the virtual environment
+	$(PY) -m pytest -q tests/unit tests/integration
+
+.PHONY: test-training
+test-training: .venv-training/.installed ## Run the tests against torch and diffusers
+	$(TRAIN_PY) -m pytest -q -p no:cacheprovider tests/training
+
+.PHONY: test-all
+test-all: test test-training mutate ## Run all tests
+
+.PHONY: check
+check: setup ## Format, lint, types, import rules, generated code, proto lint
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	tools/check-generated
+	$(MAKE) --no-print-directory buf
+	.venv/bin/hadolint Dockerfile
+
+.PHONY: format
+format: setup ## Format the sources
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+.PHONY: generate
+generate: setup ## Generate the stubs from proto/ and the settings page
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m grpc_tools.protoc -Iproto -Iproto/third_party \
+	  --python_out=clients/python --grpc_python_out=clients/python \
+	  --mypy_out=quiet:clients/python --mypy_grpc_out=quiet:clients/python proto/safelight/v1/*.proto
+	$(PY) tools/settings_page.py > docs/operations/settings.md
+
+node_modules/.installed: package.json package-lock.json
+	npm ci --silent --no-fund --no-audit
+	@touch $@
+
+.PHONY: buf
+buf: node_modules/.installed ## Lint the proto; refuse breaking changes against main
+	npx --no-install buf lint
+	tools/check-breaking
+
+.PHONY: lock
+lock: .venv/.uv ## Pin all dependencies anew
+	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --no-emit-package safelight \
+	  pyproject.toml clients/python/pyproject.toml -o requirements.lock
+	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --no-emit-package safelight \
+	  pyproject.toml clients/python/pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
+	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --no-emit-package safelight \
+	  pyproject.toml clients/python/pyproject.toml --extra training -c requirements.lock -o requirements-training.lock
+
+.PHONY: mutate
+mutate: setup ## Break each rule once and see its test fail
+	$(PY) tools/mutate.py
+
+.PHONY: bench
+bench: setup ## Measure throughput, latency and the scheduler; prints tables, writes out/bench
+	$(PY) -m load_tests.bench
+
+.PHONY: train
+train: .venv-training/.installed ## Train the embedded model from a seed (says how long it takes; resumes)
+	$(TRAIN_PY) -m training.train
+
+.PHONY: evaluate
+evaluate: .venv-training/.installed ## Score the shipped weights; fails below the bars
+	$(TRAIN_PY) -m training.evaluate
+
+.PHONY: clean
+clean: ## Remove what was built and measured
+	rm -rf .venv .venv-training node_modules out

@@ -1,0 +1,278 @@
+"""The asyncio client: one generation as a stream of small events, resumed when the connection is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+from safelight.v1 import generation_pb2 as pb
+from safelight.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc
+
+CHANNEL_OPTIONS = [
+    ("grpc.http2.bdp_probe", 0),  # with lookahead: previews wait at the server, where the newest wins, not here
+    ("grpc.http2.lookahead_bytes", 65536),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+]
+RESUMES = 5
+"""Lost connections that one generation survives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """An output has made a step."""
+
+    output_index: int
+    step: int
+    num_steps: int
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """How an output looks at a step, encoded as `media_type`."""
+
+    output_index: int
+    step: int
+    media_type: str
+    width_px: int
+    height_px: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A finished picture, encoded as `media_type`; checked against its SHA-256."""
+
+    output_index: int
+    media_type: str
+    width_px: int
+    height_px: int
+    seed: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The generation has ended well."""
+
+    generation: str
+    usage: pb.Usage
+    timings: pb.Timings
+
+
+Event = Progress | Preview | Picture | Finished
+
+
+class GenerationError(Exception):
+    """A generation was refused or has failed.
+
+    Attributes:
+        code: the gRPC status.
+        reason: stable, such as "QUEUE_FULL".
+        violations: of an invalid request, what to change by field.
+        retry_after_s: when a retry makes sense, if the server says.
+    """
+
+    def __init__(self, error: grpc.aio.AioRpcError) -> None:
+        super().__init__(f"{error.code().name}: {error.details()}")
+        self.code = error.code()
+        self.reason = ""
+        self.violations: dict[str, str] = {}
+        self.retry_after_s: float | None = None
+        for key, value in error.trailing_metadata() or ():
+            if key == "grpc-status-details-bin" and isinstance(value, bytes):
+                self._read(status_pb2.Status.FromString(value))
+
+    def _read(self, status: status_pb2.Status) -> None:
+        info, bad, retry = (
+            error_details_pb2.ErrorInfo(),
+            error_details_pb2.BadRequest(),
+            error_details_pb2.RetryInfo(),
+        )
+        for detail in status.details:
+            if detail.Unpack(info):
+                self.reason = info.reason
+            elif detail.Unpack(bad):
+                self.violations = {v.field: v.description for v in bad.field_violations}
+            elif detail.Unpack(retry):
+                self.retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What was received of a generation, to resume after it."""
+
+    name: str = ""
+    sequence: int = 0
+    seeds: list[int] = field(default_factory=list)
+    parts: dict[int, bytearray] = field(default_factory=dict)
+
+
+class Client:
+    """A connection to a server.
+
+    Args:
+        target: as gRPC takes it, "host:port".
+        api_key: sent as a bearer token.
+        credentials: for TLS; None: plain text.
+    """
+
+    def __init__(
+        self, target: str, *, api_key: str | None = None, credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(target, credentials, CHANNEL_OPTIONS)
+        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        self.generations = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._models = models_pb2_grpc.ModelServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection."""
+        await self._channel.close()
+
+    async def generate(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        model: str = "",
+        seed: int | None = None,
+        seeds: list[int] | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: str = "",
+        media_type: str = "image/png",
+        preview: pb.PreviewPolicy | None = None,
+        priority: pb.Priority = pb.PRIORITY_UNSPECIFIED,
+        labels: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[Event]:
+        """Develops pictures; yields what happens, the finished pictures, then `Finished`.
+
+        Raises:
+            GenerationError: it was refused, has failed, or could not be resumed.
+        """
+        spec = pb.GenerationSpec(prompt=prompt, model=f"models/{model}" if model else "")
+        if negative_prompt:
+            spec.prompts.add(role=pb.Prompt.ROLE_NEGATIVE, text=negative_prompt)
+        if steps is not None:
+            spec.num_inference_steps = steps
+        if guidance_scale is not None:
+            spec.guidance_scale = guidance_scale
+        if sampler:
+            spec.sampler.name = sampler
+        for value in seeds if seeds is not None else [] if seed is None else [seed]:
+            spec.outputs.add(seed=value)
+        request = pb.GenerateRequest(
+            request_id=str(uuid.uuid4()),
+            spec=spec,
+            preview=preview,
+            encoding=pb.PixelEncoding(media_type=media_type),
+            scheduling=pb.Scheduling(priority=priority),
+            labels=labels or {},
+        )
+        async for event in self.develop(request, timeout_s=timeout_s):
+            yield event
+
+    async def develop(self, request: pb.GenerateRequest, *, timeout_s: float | None = None) -> AsyncIterator[Event]:
+        """As `generate`, for a request in full. With a request_id a lost connection is resumed."""
+        received = _Progress()
+        for attempt in range(RESUMES + 1):
+            try:
+                async for response in self._call(request, received, timeout_s):
+                    for event in _events(response.event, received):
+                        yield event
+                return
+            except grpc.aio.AioRpcError as error:
+                failure = GenerationError(error)
+                resumable = error.code() is grpc.StatusCode.UNAVAILABLE and failure.reason in ("", "WATCHER_STALLED")
+                if not resumable or attempt == RESUMES:
+                    raise failure from None
+                await asyncio.sleep(min(2.0, 0.1 * 2**attempt))
+
+    def _call(
+        self, request: pb.GenerateRequest, received: _Progress, timeout_s: float | None
+    ) -> AsyncIterator[pb.GenerateResponse | pb.WatchGenerationResponse]:
+        if not received.name:
+            return self.generations.Generate(request, timeout=timeout_s, metadata=self._metadata)
+        watch = pb.WatchGenerationRequest(
+            name=received.name,
+            after_sequence=received.sequence,
+            preview=request.preview if request.HasField("preview") else None,
+            artifact_offsets=[
+                pb.ArtifactOffset(output_index=index, offset=len(part)) for index, part in received.parts.items()
+            ],
+        )
+        return self.generations.WatchGeneration(watch, timeout=timeout_s, metadata=self._metadata)
+
+    async def models(self) -> list[models_pb2.Model]:
+        """All models of the server."""
+        models: list[models_pb2.Model] = []
+        token = ""
+        while True:
+            request = models_pb2.ListModelsRequest(page_token=token)
+            try:
+                page = await self._models.ListModels(request, metadata=self._metadata)
+            except grpc.aio.AioRpcError as error:
+                raise GenerationError(error) from None
+            models += page.models
+            token = page.next_page_token
+            if not token:
+                return models
+
+
+def _events(event: pb.GenerationEvent, received: _Progress) -> list[Event]:
+    received.name = event.generation
+    received.sequence = max(received.sequence, event.sequence)
+    match event.WhichOneof("event"):
+        case "accepted":
+            received.seeds = [output.seed for output in event.accepted.spec.outputs]
+        case "progress":
+            at = event.progress
+            return [Progress(at.output_index, at.step, at.num_steps, at.batch_size)]
+        case "preview":
+            seen = event.preview
+            return [
+                Preview(seen.output_index, seen.step, seen.media_type, seen.width_px, seen.height_px, seen.data)
+            ]
+        case "artifact_chunk":
+            return _artifact(event.artifact_chunk, received)
+        case "finished" if not event.finished.status.code:
+            return [Finished(event.generation, event.finished.usage, event.finished.timings)]
+    return []
+
+
+def _artifact(chunk: pb.ArtifactChunk, received: _Progress) -> list[Event]:
+    part = received.parts.setdefault(chunk.output_index, bytearray())
+    if chunk.offset != len(part):
+        return []
+    part += chunk.data
+    if len(part) < chunk.total_bytes or not chunk.sha256:
+        return []
+    if hashlib.sha256(part).digest() != chunk.sha256:
+        raise ValueError(f"output {chunk.output_index} arrived damaged")
+    seed = received.seeds[chunk.output_index]
+    return [
+        Picture(chunk.output_index, chunk.media_type, chunk.width_px, chunk.height_px, seed, bytes(part))
+    ]

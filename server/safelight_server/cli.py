@@ -1,0 +1,204 @@
+"""The command line: serve, generate, demo, models, health, keys, settings. Errors are one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import grpc
+import pydantic
+import typer
+import uvloop
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.console import Console
+from rich.table import Table
+
+from safelight import Client, GenerationError
+from safelight.v1 import generation_pb2 as pb
+from safelight_server import demo as demos
+from safelight_server import settings as settings_module
+from safelight_server.app import Running, StartError, serve
+from safelight_server.catalog import ManifestError
+from safelight_server.identity import KeyFileError, new_key
+from safelight_server.settings import Settings, SettingsError
+from safelight_server.telemetry import configure_logging
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Watch pictures develop.", rich_markup_mode=None)
+keys = typer.Typer(no_args_is_help=True, help="API keys.")
+app.add_typer(keys, name="keys")
+console = Console()
+T = TypeVar("T")
+
+DEFAULT_TARGET = "127.0.0.1:8421"
+Target = Annotated[str, typer.Option("--target", envvar="SAFELIGHT_TARGET", help="Address of the server.")]
+ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="SAFELIGHT_API_KEY", help="Key of the caller.")]
+
+
+class Fault(Exception):
+    """What the user is told in one line."""
+
+
+@app.command("serve")
+def serve_command(
+    host: Annotated[str | None, typer.Option(help=Settings.model_fields["host"].description)] = None,
+    port: Annotated[int | None, typer.Option(help=Settings.model_fields["port"].description)] = None,
+    insecure: Annotated[bool, typer.Option(help=Settings.model_fields["insecure"].description)] = False,
+    models_dir: Annotated[Path | None, typer.Option(help=Settings.model_fields["models_dir"].description)] = None,
+    runtime: Annotated[str | None, typer.Option(help=Settings.model_fields["runtime"].description)] = None,
+    num_instances: Annotated[int | None, typer.Option(help=Settings.model_fields["num_instances"].description)] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help=Settings.model_fields["api_key_file"].description)] = None,
+    metrics_port: Annotated[int | None, typer.Option(help=Settings.model_fields["metrics_port"].description)] = None,
+    log_format: Annotated[str | None, typer.Option(help=Settings.model_fields["log_format"].description)] = None,
+) -> None:
+    """Run the server in the foreground. All settings are environment variables: `safelight settings`."""
+    settings = settings_module.load(
+        host=host,
+        port=port,
+        insecure=insecure or None,
+        models_dir=models_dir,
+        runtime=runtime,
+        num_instances=num_instances,
+        api_key_file=api_key_file,
+        metrics_port=metrics_port,
+        log_format=log_format,
+    )
+    configure_logging(settings.log_format, settings.log_level)
+    uvloop.run(serve(settings, lambda running: _summary(running, settings)))
+
+
+def _summary(running: Running, settings: Settings) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("Safelight", f"listens on {running.address}")
+    table.add_row("runtime", f"{running.runtime.name}, {running.runtime.num_instances} instances")
+    for pipeline in running.catalog.pipelines.values():
+        manifest = pipeline.manifest
+        sizes = ", ".join(f"{size.width_px}x{size.height_px}" for size in manifest.sizes)
+        table.add_row("model", f"models/{pipeline.name} {manifest.revision} ({sizes}): {manifest.description}")
+    limits = f"{settings.max_running_outputs} outputs run, {settings.max_waiting_standard} may wait in class STANDARD"
+    table.add_row("limits", limits)
+    table.add_row("keys", "none: callers on this machine are trusted" if settings.api_key_file is None else "asked for")
+    console.print(table)
+
+
+
+
+MEDIA_TYPES = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    out: Annotated[Path, typer.Option(help="File to write: .png, .jpg or .webp.")] = Path("picture.png"),
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Random where absent.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option("--guidance", help="1 is without guidance.")] = None,
+    sampler: Annotated[str, typer.Option(help="Such as ddim or euler.")] = "",
+    negative_prompt: Annotated[str, typer.Option("--negative", help="What guidance leads away from.")] = "",
+    model: Annotated[str, typer.Option(help="Id of the model.")] = "",
+    timeout_s: Annotated[float | None, typer.Option("--timeout", min=0.001, help="Deadline in seconds.")] = None,
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+) -> None:
+    """Ask a running server for one picture and watch it develop."""
+    media_type = MEDIA_TYPES.get(out.suffix.lstrip(".").lower())
+    if media_type is None:
+        raise Fault(f"--out {out}: the ending must be .png, .jpg or .webp")
+    order = demos.Order(prompt, seed, steps, guidance_scale, sampler, negative_prompt, model, media_type, timeout_s)
+    picture, figures = _run(demos.generate_one(target, api_key, order, console))
+    try:
+        out.write_bytes(picture.data)
+    except OSError as error:
+        raise Fault(f"{out}: {error.strerror}") from None
+    console.print(f"{out}  {picture.width_px}x{picture.height_px}  seed {picture.seed}  {figures}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out/demo"),
+    models_dir: Annotated[Path | None, typer.Option(help="Folder of the models.")] = None,
+) -> None:
+    """Start a server, develop several pictures at once, show them, write them, stop the server."""
+    settings = settings_module.load(port=0, models_dir=models_dir, log_level="warning")
+    configure_logging("console", "warning")
+    _run(demos.demo(settings, out, console))
+
+
+@app.command()
+def models(target: Target = DEFAULT_TARGET, api_key: ApiKey = None) -> None:
+    """List what a server offers."""
+
+    async def ask() -> None:
+        async with Client(target, api_key=api_key) as client:
+            for model in await client.models():
+                sizes = ", ".join(f"{size.width_px}x{size.height_px}" for size in model.sizes)
+                samplers = ", ".join(sampler.name for sampler in model.samplers)
+                mark = "  (default)" if model.is_default else ""
+                console.print(f"{model.name}  {model.revision}  on {model.runtime}{mark}", highlight=False)
+                console.print(f"    {model.description}; {sizes}; samplers {samplers}", highlight=False)
+
+    _run(ask())
+
+
+@app.command()
+def health(target: Target = DEFAULT_TARGET) -> None:
+    """Exit with 0 where a server is serving; for container health checks."""
+
+    async def ask() -> int:
+        async with grpc.aio.insecure_channel(target) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            try:
+                answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=3)
+            except grpc.aio.AioRpcError as error:
+                raise Fault(f"{target}: {error.details()}") from None
+            return int(answer.status)
+
+    if _run(ask()) != health_pb2.HealthCheckResponse.SERVING:
+        raise Fault(f"{target}: not serving")
+    console.print("serving")
+
+
+@app.command("settings")
+def settings_command() -> None:
+    """List every setting with its environment variable, default and meaning."""
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default is None else field.default
+        typer.echo(f"SAFELIGHT_{name.upper()}={default}\n    {field.description}")
+
+
+@keys.command("new")
+def keys_new(caller: str, tenant: Annotated[str, typer.Argument()] = "default") -> None:
+    """Make a key: prints it once, and its entry for the key file."""
+    try:
+        key, entry = new_key(caller, tenant)
+    except pydantic.ValidationError as error:
+        raise Fault(f"caller and tenant: {error.errors()[0]['msg']}") from None
+    typer.echo(f"key, shown only now: {key}\nentry for the key file: {entry}")
+
+
+def _run(work: Coroutine[object, object, T]) -> T:
+    return uvloop.run(work)
+
+
+def main() -> None:
+    """Runs the command line; every expected error is one line on stderr."""
+    try:
+        app()
+    except GenerationError as error:
+        faults = "; ".join(f"{field}: {what}" for field, what in error.violations.items())
+        _die(faults or str(error), 2 if error.code is grpc.StatusCode.INVALID_ARGUMENT else 1)
+    except (Fault, SettingsError, ManifestError, StartError, KeyFileError, demos.DemoError) as error:
+        _die(str(error), 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _die(message: str, code: int) -> None:
+    lines = message.replace("\n", "; ")
+    print(f"safelight: {lines}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
