@@ -31,7 +31,7 @@ def main() -> int:
 
 
 def run(patch: Path, test: str) -> str:
-    """"red" where the break is seen."""
+    """ "red" where the break is seen."""
     shutil.rmtree(SCRATCH, ignore_errors=True)
     SCRATCH.mkdir(parents=True)
     for name in COPIED:

@@ -61,7 +61,9 @@ def train(recipe: Recipe, folder: Path, tokens: CLIPTokenizer, rank: int, world:
     torch.set_num_threads(1)
     if world > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # nothing listens but on loopback
-        dist.init_process_group("gloo", init_method=f"file://{(folder / 'rendezvous').resolve()}", rank=rank, world_size=world)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{(folder / 'rendezvous').resolve()}", rank=rank, world_size=world
+        )
     model = build(recipe, tokens)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=recipe.weight_decay, fused=True)
@@ -89,7 +91,10 @@ def train(recipe: Recipe, folder: Path, tokens: CLIPTokenizer, rank: int, world:
         if step % LOG_EVERY == 0:
             _log(folder, samples, float(np.mean(losses)), cpu_s)
             losses.clear()
-        if time.monotonic() - saved > CHECKPOINT_EVERY_S or samples + recipe.batch_size * world >= recipe.diffusion_samples:
+        if (
+            time.monotonic() - saved > CHECKPOINT_EVERY_S
+            or samples + recipe.batch_size * world >= recipe.diffusion_samples
+        ):
             checkpoint.save(
                 path,
                 {

@@ -43,9 +43,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def export(
-    folder: Path, models: Path, name: str, revision: str, version: int, description: str, license: str
-) -> None:
+def export(folder: Path, models: Path, name: str, revision: str, version: int, description: str, license: str) -> None:
     """Writes the components, then the manifest that binds them."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
     components = _components(pipeline, folder)
@@ -120,9 +118,7 @@ def _round_weights(module: nn.Module) -> None:
             tensor.data = tensor.data.half().float()
 
 
-def _manifest(
-    pipeline: StableDiffusionPipeline, folder: Path, decoder: nn.Module, place: Path
-) -> dict[str, object]:
+def _manifest(pipeline: StableDiffusionPipeline, folder: Path, decoder: nn.Module, place: Path) -> dict[str, object]:
     channels, height, width = _latent_shape(pipeline)
     schedule, vae, tokenizer = pipeline.scheduler.config, pipeline.vae.config, pipeline.tokenizer
     scale = pipeline.vae_scale_factor
@@ -208,7 +204,9 @@ def _readable(manifest: Mapping[str, object]) -> str:
         number = bare.rstrip(",").lstrip("-").replace(".", "").replace("e-", "").isdigit()
         closes = bare.startswith("]") and lines and lines[-1].endswith("\x00")
         if number or closes:
-            lines[-1] = lines[-1].rstrip("\x00") + (bare if closes or lines[-1].rstrip("\x00").endswith("[") else " " + bare)
+            lines[-1] = lines[-1].rstrip("\x00") + (
+                bare if closes or lines[-1].rstrip("\x00").endswith("[") else " " + bare
+            )
             lines[-1] += "" if closes else "\x00"
         else:
             lines.append(line)

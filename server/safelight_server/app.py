@@ -18,7 +18,6 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-
 from safelight_server import catalog as catalogs
 from safelight_server.catalog import Catalog
 from safelight_server.engine import Engine

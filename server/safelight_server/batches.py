@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-
 from safelight_server.catalog import Pipeline
 from safelight_server.latents import Latents, Slots, Snapshot
 from safelight_server.pipeline import decoder_latent
@@ -212,6 +211,4 @@ class Batches:
             tokens, width = context[0].shape
             steps = flight.pipeline.manifest.limits.max_num_inference_steps
             self._latents[key] = Latents(self._capacity, flight.latent_shape, (tokens, width), steps)
-        flight.slot = self._latents[key].claim(
-            flight.table, flight.seed, flight.guidance_scale, context, flight.start
-        )
+        flight.slot = self._latents[key].claim(flight.table, flight.seed, flight.guidance_scale, context, flight.start)

@@ -18,7 +18,6 @@ from typing import Annotated, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from safelight_server.errors import NotFoundError
 from safelight_server.runtime.base import Component
 from safelight_server.sampler import VERSION as SAMPLER_VERSION
@@ -203,7 +202,9 @@ class Catalog:
         self.pipelines = {pipeline.name: pipeline for pipeline in sorted(pipelines, key=lambda p: p.name)}
         self.default = default or next(iter(self.pipelines), "")
         if self.default not in self.pipelines:
-            raise ManifestError(f"the default model {self.default!r} is not there; there is {', '.join(self.pipelines)}")
+            raise ManifestError(
+                f"the default model {self.default!r} is not there; there is {', '.join(self.pipelines)}"
+            )
 
     def get(self, name: str) -> Pipeline:
         """The pipeline of that name; empty means the default.
@@ -254,9 +255,7 @@ def load_pipeline(path: Path, repository: Path) -> Pipeline:
     return assemble(manifest, files, tokenizer)
 
 
-def assemble(
-    manifest: Manifest, files: Mapping[Component, Path], tokenizer: PromptTokenizer | None = None
-) -> Pipeline:
+def assemble(manifest: Manifest, files: Mapping[Component, Path], tokenizer: PromptTokenizer | None = None) -> Pipeline:
     """A pipeline of a manifest whose files are known to be right."""
     return Pipeline(
         manifest=manifest,

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import grpc
-import pydantic
 import typer
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
-
 from safelight import Client, GenerationError
-from safelight.v1 import generation_pb2 as pb
 from safelight_server import demo as demos
 from safelight_server import settings as settings_module
 from safelight_server.app import Running, StartError, serve
@@ -80,8 +77,6 @@ def _summary(running: Running, settings: Settings) -> None:
     table.add_row("limits", limits)
     table.add_row("keys", "none: callers on this machine are trusted" if settings.api_key_file is None else "asked for")
     console.print(table)
-
-
 
 
 MEDIA_TYPES = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -172,8 +167,8 @@ def keys_new(caller: str, tenant: Annotated[str, typer.Argument()] = "default") 
     """Make a key: prints it once, and its entry for the key file."""
     try:
         key, entry = new_key(caller, tenant)
-    except pydantic.ValidationError as error:
-        raise Fault(f"caller and tenant: {error.errors()[0]['msg']}") from None
+    except KeyFileError as error:
+        raise Fault(str(error)) from None
     typer.echo(f"key, shown only now: {key}\nentry for the key file: {entry}")
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import code_pb2, error_details_pb2, status_pb2
-
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import models_pb2
 from safelight_server.catalog import Pipeline
@@ -30,7 +29,7 @@ from safelight_server.draft import (
     SpecDraft,
     Unknown,
 )
-from safelight_server.errors import InvalidRequestError, QueueFullError, SafelightError
+from safelight_server.errors import QueueFullError, SafelightError
 from safelight_server.request import MediaType, PixelEncoding, PreviewMethod, Spec
 from safelight_server.runtime.base import Component, Runtime
 from safelight_server.scheduler import Priority
@@ -73,7 +72,7 @@ def draft_request(message: pb.GenerateRequest) -> Draft:
         encoding=_draft_encoding(message.encoding) if message.HasField("encoding") else None,
         priority=draft_priority(message.scheduling),
         disconnect=DisconnectDraft(
-            _enum(DETACH, message.disconnect.action),
+            _enum(DETACH.items(), message.disconnect.action),
             _seconds(message.disconnect.resume_grace) if message.disconnect.HasField("resume_grace") else None,
         ),
         request_id=message.request_id,
@@ -89,14 +88,14 @@ def draft_preview(message: pb.PreviewPolicy) -> PreviewDraft:
         max_edge_px=message.max_edge_px if message.HasField("max_edge_px") else None,
         every_n_steps=message.every_n_steps if message.HasField("every_n_steps") else None,
         min_interval_s=_seconds(message.min_interval) if message.HasField("min_interval") else None,
-        method=_enum(PREVIEW_METHODS, message.method),
+        method=_enum(PREVIEW_METHODS.items(), message.method),
         max_bytes_per_second=message.max_bytes_per_second if message.HasField("max_bytes_per_second") else None,
     )
 
 
 def draft_priority(message: pb.Scheduling) -> Priority | Unknown | None:
     """A priority as it was sent."""
-    return _enum(PRIORITIES, message.priority)
+    return _enum(PRIORITIES.items(), message.priority)
 
 
 def _draft_spec(message: pb.GenerationSpec) -> SpecDraft:
@@ -104,15 +103,15 @@ def _draft_spec(message: pb.GenerationSpec) -> SpecDraft:
     return SpecDraft(
         model=message.model,
         prompt=message.prompt,
-        prompts=tuple(PromptDraft(_enum(ROLES, entry.role), entry.text) for entry in message.prompts),
+        prompts=tuple(PromptDraft(_enum(ROLES.items(), entry.role), entry.text) for entry in message.prompts),
         width_px=message.width_px if message.HasField("width_px") else None,
         height_px=message.height_px if message.HasField("height_px") else None,
         num_inference_steps=message.num_inference_steps if message.HasField("num_inference_steps") else None,
         guidance_scale=message.guidance_scale if message.HasField("guidance_scale") else None,
         sampler=SamplerDraft(
             name=sampler.name,
-            sigma_schedule=_enum(SIGMA_SCHEDULES, sampler.sigma_schedule),
-            spacing=_enum(SPACINGS, sampler.spacing),
+            sigma_schedule=_enum(SIGMA_SCHEDULES.items(), sampler.sigma_schedule),
+            spacing=_enum(SPACINGS.items(), sampler.spacing),
             eta=sampler.eta if sampler.HasField("eta") else None,
         ),
         seeds=tuple(output.seed if output.HasField("seed") else None for output in message.outputs),
@@ -124,15 +123,15 @@ def _draft_encoding(message: pb.PixelEncoding) -> EncodingDraft:
         media_type=message.media_type,
         quality=message.quality if message.HasField("quality") else None,
         row_alignment_bytes=message.row_alignment_bytes if message.HasField("row_alignment_bytes") else None,
-        bottom_up=_enum(BOTTOM_UP, message.row_order),
+        bottom_up=_enum(BOTTOM_UP.items(), message.row_order),
     )
 
 
-def _enum(numbers: Mapping[T, int], number: int) -> T | Unknown | None:
+def _enum(names: Iterable[tuple[T, int]], number: int) -> T | Unknown | None:
     """0 is absent; proto3 enums are open, so that any other number may come."""
     if not number:
         return None
-    return next((ours for ours, theirs in numbers.items() if theirs == number), Unknown(number))
+    return next((ours for ours, theirs in names if theirs == number), Unknown(number))
 
 
 def _seconds(duration: Duration) -> float:
@@ -157,7 +156,7 @@ def status_of(error: SafelightError) -> status_pb2.Status:
     status = status_pb2.Status(code=error.status.value[0], message=error.message)
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     status.details.add().Pack(info)
-    if isinstance(error, InvalidRequestError):
+    if error.violations:
         bad = error_details_pb2.BadRequest()
         for violation in error.violations:
             bad.field_violations.add(field=violation.field, description=violation.description)
@@ -220,7 +219,7 @@ def encoding_message(encoding: PixelEncoding) -> pb.PixelEncoding:
     return message
 
 
-def priority_message(priority: Priority) -> pb.Priority:
+def priority_message(priority: Priority) -> pb.Priority.ValueType:
     """A class."""
     return PRIORITIES[priority]
 

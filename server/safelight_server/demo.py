@@ -16,8 +16,7 @@ from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
-
-from safelight import Client, Finished, Picture, Preview, Progress
+from safelight import Client, Finished, GenerationError, Picture, Preview, Progress
 from safelight.v1 import generation_pb2 as pb
 from safelight_server.settings import Settings
 
@@ -118,7 +117,6 @@ async def generate_one(target: str, api_key: str | None, order: Order, console: 
 
 async def demo(settings: Settings, out: Path, console: Console) -> None:
     """Starts a server, develops several pictures at once, writes them, stops the server."""
-    out.mkdir(parents=True, exist_ok=True)
     orders = [Order(prompt, seed=SEED + place) for place, prompt in enumerate(PROMPTS)]
     async with _server(settings) as target, Client(target) as client:
         console.print(f"a server of the demo's own listens on {target}", highlight=False)
@@ -166,7 +164,7 @@ async def _develop_shown(client: Client, developing: Sequence[Developing], conso
         async with asyncio.TaskGroup() as group:
             for item in developing:
                 group.create_task(develop(item))
-    except* Exception as failures:
+    except* (GenerationError, OSError, ValueError) as failures:
         raise failures.exceptions[0] from None
     finally:
         if live is not None:

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
-
 from safelight_server.batches import Batches, Call, Flight, Preview
 from safelight_server.catalog import Pipeline
 from safelight_server.errors import InternalError, SafelightError, UnavailableError
@@ -271,9 +270,7 @@ class Engine:
         """One batch, from its inputs to the dispatch of those that it made possible."""
         began = self._clock()
         try:
-            results = await self._runtime.run(
-                batch.instance, call.key.pipeline.name, call.key.component, call.inputs
-            )
+            results = await self._runtime.run(batch.instance, call.key.pipeline.name, call.key.component, call.inputs)
         except RuntimeFailure as failure:
             self._free.add(batch.instance)
             self._batches.returned(batch, call)

@@ -19,11 +19,14 @@ turns these into google.rpc.Status; `service.py` ends calls with them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import grpc
+
+MAX_TOLD = 3
+"""Violations in the message of an InvalidRequestError; the details have the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class SafelightError(Exception):
         message: for people; safe to show to the caller.
         metadata: further facts for `google.rpc.ErrorInfo`.
         retry_after_s: when a retry makes sense, if ever.
+        violations: the fields of the request that are to blame.
     """
 
     status: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
@@ -53,23 +57,26 @@ class SafelightError(Exception):
         reason: str | None = None,
         metadata: Mapping[str, str] | None = None,
         retry_after_s: float | None = None,
+        violations: Sequence[FieldViolation] = (),
     ) -> None:
         super().__init__(message)
         self.message = message
         self.reason = reason or type(self).reason
         self.metadata = dict(metadata or {})
         self.retry_after_s = retry_after_s
+        self.violations = tuple(violations)
 
 
 class InvalidRequestError(SafelightError):
-    """The request cannot be served as it is; all its faults are listed."""
+    """The request cannot be served as it is. The violations list all its faults, the message the first."""
 
     status = grpc.StatusCode.INVALID_ARGUMENT
     reason = "INVALID_REQUEST"
 
-    def __init__(self, violations: list[FieldViolation]) -> None:
-        self.violations = violations
-        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
+    def __init__(self, violations: Sequence[FieldViolation]) -> None:
+        first = "; ".join(f"{v.field}: {v.description}" for v in violations[:MAX_TOLD])
+        more = len(violations) - MAX_TOLD
+        super().__init__(first + (f"; and {more} more" if more > 0 else ""), violations=violations)
 
 
 class UnauthenticatedError(SafelightError):

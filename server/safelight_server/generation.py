@@ -14,11 +14,11 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING, TypeAlias
 
 import structlog
 from google.rpc import status_pb2
 from opentelemetry.trace import Span
-
 from safelight.v1 import generation_pb2 as pb
 from safelight_server import convert
 from safelight_server.catalog import Pipeline
@@ -44,6 +44,8 @@ log = structlog.get_logger(__name__)
 
 _OUTPUT_IDS = itertools.count(1)
 Reason = pb.OutputFinished.FinishReason
+if TYPE_CHECKING:
+    ReasonValue: TypeAlias = pb.OutputFinished.FinishReason.ValueType
 
 
 class State(enum.Enum):
@@ -85,7 +87,7 @@ class _Spans:
     open: dict[str, Span] = field(default_factory=dict)
 
     def begin(self, stage: str, **attributes: str | int | float) -> None:
-        self.open[stage] = self.tracing.span(stage, self.parent, **attributes)
+        self.open[stage] = self.tracing.span(stage, self.parent, (), **attributes)
 
     def end(self, stage: str, error: str = "") -> None:
         if (span := self.open.pop(stage, None)) is not None:
@@ -101,7 +103,7 @@ class _Output:
         self.seed = seed
         self.output_id = 0
         self.step = 0
-        self.reason = Reason.FINISH_REASON_UNSPECIFIED
+        self.reason: ReasonValue = Reason.FINISH_REASON_UNSPECIFIED
         self.snapshot: Snapshot | None = None
         self.picture: Encoded | None = None
 
@@ -200,7 +202,7 @@ class Generation:
         """The outputs that have not ended, as the engine takes them."""
         spec = self.request.spec
         tokens = (spec.token_ids,) if spec.negative_token_ids is None else (spec.token_ids, spec.negative_token_ids)
-        jobs = []
+        jobs: list[tuple[_Output, Job]] = []
         for output in self.outputs:
             if output.reason:
                 continue
@@ -254,7 +256,7 @@ class Generation:
         self._logger.info("resumed", steps=[output.step for output in self.outputs])
         self._submit(self.jobs())
 
-    def stop(self, error: SafelightError, reason: Reason = Reason.FINISH_REASON_CANCELLED) -> None:
+    def stop(self, error: SafelightError, reason: ReasonValue = Reason.FINISH_REASON_CANCELLED) -> None:
         """Ends every output that has not ended."""
         for output in self.outputs:
             if not output.reason:
@@ -315,7 +317,7 @@ class Generation:
             self.log.artifact(output.index, picture)
             self.on_output_ended(output, Reason.FINISH_REASON_COMPLETED, None)
 
-    def on_output_ended(self, output: _Output, reason: Reason, error: SafelightError | None) -> None:
+    def on_output_ended(self, output: _Output, reason: ReasonValue, error: SafelightError | None) -> None:
         """An output has ended; with the last one the generation ends."""
         output.reason = reason
         output.snapshot = None

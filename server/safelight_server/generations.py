@@ -8,6 +8,7 @@ for another; finished pictures are bounded in time and bytes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -15,7 +16,6 @@ from concurrent.futures import Executor
 
 import structlog
 from opentelemetry.trace import Span
-
 from safelight.v1 import generation_pb2 as pb
 from safelight_server import convert
 from safelight_server.admission import AdmissionLimits, admit
@@ -73,6 +73,7 @@ class Generations:
         self._finished_bytes = 0
         self._requests = Idempotency(settings.idempotency_ttl_s, clock)
         self._draining = False
+        self._one_ended = asyncio.Event()
         self._stalled: dict[Watcher, Callable[[], None]] = {}
 
     # --- starting ---
@@ -91,9 +92,7 @@ class Generations:
             raise UnavailableError("the server is draining; ask another", reason="DRAINING", retry_after_s=1.0)
         generation = self._make(caller, request, span, time_left_s)
         jobs = generation.jobs()
-        estimate = admit(
-            self._engine.scheduler, self._limits, self._engine.output(jobs[0][1]), len(jobs), time_left_s
-        )
+        estimate = admit(self._engine.scheduler, self._limits, self._engine.output(jobs[0][1]), len(jobs), time_left_s)
         if request.request_id:
             self._requests.remember(caller, request.request_id, request.body_digest, generation.identifier)
         self._live[generation.identifier] = generation
@@ -182,6 +181,7 @@ class Generations:
 
     def _ended(self, generation: Generation) -> None:
         self._live.pop(generation.identifier, None)
+        self._one_ended.set()
         if generation.grace is not None:
             generation.grace.cancel()
         self._finished[generation.identifier] = generation
@@ -258,9 +258,11 @@ class Generations:
         self._draining = True
         for generation in [g for g in self._live.values() if g.state is State.SUSPENDED]:
             self._end_drained(generation)
-        until = self._clock() + grace_s
-        while self._live and self._clock() < until:
-            await asyncio.sleep(0.05)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while self._live:
+                    self._one_ended.clear()
+                    await self._one_ended.wait()
         for generation in list(self._live.values()):
             self._end_drained(generation)
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
 from safelight_server.runtime.base import Array, FloatArray
 from safelight_server.sampler import SamplerTable, advance, gaussian, guide
 
@@ -147,7 +146,8 @@ class Latents:
         )
         self._x[slots] = x
         self._denoised[slots] = denoised
-        return np.isfinite(x).all(axis=(1, 2, 3))
+        finite: npt.NDArray[np.bool_] = np.isfinite(x).reshape(len(x), -1).all(axis=1)
+        return finite
 
     def _noise(self, slots: Slots, steps: Slots) -> FloatArray | None:
         seeds = [self._noise_seed[slot] for slot in slots.tolist()]
@@ -161,7 +161,8 @@ class Latents:
 
     def latent(self, slots: Slots) -> FloatArray:
         """The latents of these slots, (B, C, h, w), copied."""
-        return self._x[slots]
+        latents: FloatArray = self._x[slots]
+        return latents
 
     def denoised(self, slot: int) -> FloatArray:
         """The newest estimate of a slot's clean latent, (C, h, w), copied."""

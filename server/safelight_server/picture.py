@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 from PIL import Image
-
 from safelight_server.request import MediaType, PixelEncoding
 
 Pixels = npt.NDArray[np.uint8]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-
 from safelight_server.catalog import Pipeline
 from safelight_server.request import Spec
 from safelight_server.runtime.base import FloatArray

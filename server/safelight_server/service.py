@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 from opentelemetry.trace import Span
-
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import models_pb2
 from safelight_server import convert
@@ -52,7 +51,8 @@ GENERATION_SERVICE = "safelight.v1.GenerationService"
 MODEL_SERVICE = "safelight.v1.ModelService"
 DEFAULT_PAGE, MAX_PAGE = 50, 100
 
-Context = grpc.aio.ServicerContext
+Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
+Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 In = TypeVar("In", bound=Message)
 Out = TypeVar("Out", bound=Message)
 
@@ -84,31 +84,32 @@ class Service:
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         """What a server is given."""
-        streams = {
-            "Generate": (self.generate, pb.GenerateRequest),
-            "WatchGeneration": (self.watch_generation, pb.WatchGenerationRequest),
-        }
-        calls = {
-            "UpdateGeneration": (self.update_generation, pb.UpdateGenerationRequest),
-            "CancelGeneration": (self.cancel_generation, pb.CancelGenerationRequest),
-            "GetGeneration": (self.get_generation, pb.GetGenerationRequest),
-        }
-        models = {
-            "ListModels": (self.list_models, models_pb2.ListModelsRequest),
-            "GetModel": (self.get_model, models_pb2.GetModelRequest),
-        }
-        generation_methods = {name: self._stream(name, *at) for name, at in streams.items()}
-        generation_methods |= {name: self._call(name, *at) for name, at in calls.items()}
+        stream, call = self._stream, self._call
         return [
-            grpc.method_handlers_generic_handler(GENERATION_SERVICE, generation_methods),
             grpc.method_handlers_generic_handler(
-                MODEL_SERVICE, {name: self._call(name, *at) for name, at in models.items()}
+                GENERATION_SERVICE,
+                {
+                    "Generate": stream("Generate", self.generate, pb.GenerateRequest),
+                    "WatchGeneration": stream("WatchGeneration", self.watch_generation, pb.WatchGenerationRequest),
+                    "UpdateGeneration": call("UpdateGeneration", self.update_generation, pb.UpdateGenerationRequest),
+                    "CancelGeneration": call("CancelGeneration", self.cancel_generation, pb.CancelGenerationRequest),
+                    "GetGeneration": call("GetGeneration", self.get_generation, pb.GetGenerationRequest),
+                },
+            ),
+            grpc.method_handlers_generic_handler(
+                MODEL_SERVICE,
+                {
+                    "ListModels": call("ListModels", self.list_models, models_pb2.ListModelsRequest),
+                    "GetModel": call("GetModel", self.get_model, models_pb2.GetModelRequest),
+                },
             ),
         ]
 
     # --- the way of a request ---
 
-    async def generate(self, request: pb.GenerateRequest, caller: Caller, stream: _Stream) -> AsyncGenerator[bytes, None]:
+    async def generate(
+        self, request: pb.GenerateRequest, caller: Caller, stream: _Stream
+    ) -> AsyncGenerator[bytes, None]:
         """Starts a generation and watches it."""
         resolved = resolve_request(convert.draft_request(request), self._catalog, self._limits)
         generation = self._generations.start(caller, resolved, stream.span, stream.time_left_s)
@@ -206,7 +207,7 @@ class Service:
         name: str,
         method: Callable[[In, Caller, _Stream], AsyncGenerator[bytes, None]],
         request_type: type[In],
-    ) -> grpc.RpcMethodHandler:
+    ) -> Handler:
         async def handler(data: bytes, context: Context) -> AsyncGenerator[bytes, None]:
             span = self._tracer.server_span(f"{GENERATION_SERVICE}/{name}", context.invocation_metadata() or ())
             stream = _Stream(context, span)
@@ -233,9 +234,7 @@ class Service:
 
         return grpc.unary_stream_rpc_method_handler(handler)
 
-    def _call(
-        self, name: str, method: Callable[[In, Caller], Awaitable[Out]], request_type: type[In]
-    ) -> grpc.RpcMethodHandler:
+    def _call(self, name: str, method: Callable[[In, Caller], Awaitable[Out]], request_type: type[In]) -> Handler:
         async def handler(data: bytes, context: Context) -> bytes:
             span = self._tracer.server_span(name, context.invocation_metadata() or ())
             try:

@@ -59,10 +59,14 @@ class Settings(BaseSettings):
     max_results_bytes: Count = Field(256 << 20, description="Finished pictures kept in memory, all together.")
     drain_grace_s: Seconds = Field(30.0, description="How long running generations may finish after SIGTERM.")
 
-    log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal, else JSON.")
+    log_format: Literal["auto", "console", "json"] = Field(
+        "auto", description="auto: console on a terminal, else JSON."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     metrics_port: int = Field(0, ge=0, le=65535, description="Port of Prometheus metrics on the same host. 0: off.")
-    otlp_endpoint: str = Field("", description="OTLP gRPC endpoint for traces, such as http://127.0.0.1:4317. Empty: off.")
+    otlp_endpoint: str = Field(
+        "", description="OTLP gRPC endpoint for traces, such as http://127.0.0.1:4317. Empty: off."
+    )
     trace_ratio: float = Field(1.0, ge=0, le=1, description="Share of traces kept that no client decided about.")
 
     @model_validator(mode="after")

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
-
 from safelight.v1 import generation_pb2 as pb
 from safelight_server.errors import FieldViolation, InvalidRequestError, QueueFullError
 from safelight_server.picture import Encoded

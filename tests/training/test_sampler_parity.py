@@ -13,7 +13,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
 )
-
 from safelight_server.sampler import SAMPLERS, NoiseSchedule, SamplerSpec, advance, compile_table, refusal
 
 STEPS = [*range(1, 26), 28, 30, 33, 35, 40, 45, 47, 49, 50]
@@ -75,7 +74,9 @@ def test_each_step_agrees(name, prediction, spacing, sigmas, zero_snr, eta, monk
     refused = {n for n in STEPS if refusal(spec, schedule, prediction, n)}
     for num_steps in STEPS:
         if num_steps in refused:
-            assert fails(spec, prediction, zero_snr, num_steps), f"{num_steps} steps are refused, but diffusers has them"
+            assert fails(spec, prediction, zero_snr, num_steps), (
+                f"{num_steps} steps are refused, but diffusers has them"
+            )
         else:
             compare(spec, schedule, prediction, zero_snr, num_steps, monkeypatch)
 
@@ -95,7 +96,9 @@ def compare(spec, schedule, prediction, zero_snr, num_steps, monkeypatch):
     previous = np.zeros(SHAPE, np.float32)
     for step, timestep in enumerate(scheduler.timesteps):
         x = sample.numpy().copy()
-        scaled = sample if not hasattr(scheduler, "scale_model_input") else scheduler.scale_model_input(sample, timestep)
+        scaled = (
+            sample if not hasattr(scheduler, "scale_model_input") else scheduler.scale_model_input(sample, timestep)
+        )
         assert deviation(table.in_scale[step] * x, scaled) <= 2e-6
         output = torch.randn(SHAPE, generator=generator)
         noise = torch.randn(SHAPE, generator=generator)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-
 from safelight_server.scheduler import Batch, Failed, Kind, Limits, Output, Priority, Scheduler, Stepped
 
 MAX_ROWS = 6

@@ -183,7 +183,5 @@ class Brush:
     def _gloss(self, box: skia.Rect, alpha: float) -> None:
         x, y, half_width, half_height = box.centerX(), box.centerY(), box.width() / 2, box.height() / 2
         blur = skia.MaskFilter.MakeBlur(skia.kNormal_BlurStyle, 0.07 * min(1.0, max(half_width, half_height) / 0.5))
-        spot = skia.Rect(
-            x - 0.72 * half_width, y - 0.8 * half_height, x - 0.05 * half_width, y - 0.25 * half_height
-        )
+        spot = skia.Rect(x - 0.72 * half_width, y - 0.8 * half_height, x - 0.05 * half_width, y - 0.25 * half_height)
         self.canvas.drawOval(spot, skia.Paint(AntiAlias=True, MaskFilter=blur, Color=ink(WHITE, alpha)))

@@ -41,7 +41,11 @@ def _background(canvas: skia.Canvas, spec: Spec, rng: random.Random) -> None:
 
 def _object(canvas: skia.Canvas, spec: Spec, rng: random.Random) -> None:
     shift = rng.uniform(-0.08, 0.08)
-    colour = mix(COLOURS[spec.colour], WHITE if shift > 0 else INK, abs(shift)) if abs(shift) > 0.02 else COLOURS[spec.colour]
+    colour = (
+        mix(COLOURS[spec.colour], WHITE if shift > 0 else INK, abs(shift))
+        if abs(shift) > 0.02
+        else COLOURS[spec.colour]
+    )
     texture = spec.colour if spec.colour in MATERIALS else "crystal" if spec.crystal else "plain"
     turn = 38 if spec.object in SLANTED else 26
     angle = {"left": -turn, "right": turn, None: 0}[spec.tilt] + rng.uniform(-4, 4)

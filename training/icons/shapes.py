@@ -191,7 +191,9 @@ def apple(brush: Brush, surface: Surface) -> None:
         gloss=True,
     )
     foliage = Surface((160, 205, 70)) if surface.colour == COLOURS["green"] else LEAF
-    brush.solid(curve((0.06, -0.6), (0.2, -0.95, 0.5, -0.94, 0.64, -0.8), (0.5, -0.55, 0.25, -0.5, 0.06, -0.6)), foliage)
+    brush.solid(
+        curve((0.06, -0.6), (0.2, -0.95, 0.5, -0.94, 0.64, -0.8), (0.5, -0.55, 0.25, -0.5, 0.06, -0.6)), foliage
+    )
 
 
 def axe(brush: Brush, surface: Surface) -> None:
@@ -254,14 +256,15 @@ def candle(brush: Brush, surface: Surface) -> None:
     brush.stroke([(0, -0.3), (0, -0.48)], 0.06, INK)
     for colour, k in zip(FLAMES, (1.0, 0.55), strict=True):
         tip = -0.42 - 0.56 * k
-        brush.flat(curve((0, tip), (0.34 * k, -0.66, 0.2 * k, -0.4, 0, -0.4), (-0.2 * k, -0.4, -0.34 * k, -0.66, 0, tip)), colour)
+        brush.flat(
+            curve((0, tip), (0.34 * k, -0.66, 0.2 * k, -0.4, 0, -0.4), (-0.2 * k, -0.4, -0.34 * k, -0.66, 0, tip)),
+            colour,
+        )
 
 
 def leaf(brush: Brush, surface: Surface) -> None:
     brush.stroke([(0, 0.4), (0, 0.96)], 0.09, surface.dark)
-    brush.solid(
-        curve((0, -0.96), (0.5, -0.62, 0.86, -0.02, 0, 0.7), (-0.86, -0.02, -0.5, -0.62, 0, -0.96)), surface
-    )
+    brush.solid(curve((0, -0.96), (0.5, -0.62, 0.86, -0.02, 0, 0.7), (-0.86, -0.02, -0.5, -0.62, 0, -0.96)), surface)
     brush.stroke([(0, -0.8), (0, 0.66)], 0.05, surface.dark, 0.8)
     for y in (-0.42, -0.1, 0.22):
         for side in (-1, 1):
@@ -274,7 +277,9 @@ def flower(brush: Brush, surface: Surface) -> None:
     for i in range(6):
         angle = i * math.pi / 3
         brush.solid(circle(0.42 * math.cos(angle), -0.28 + 0.42 * math.sin(angle), 0.29), surface)
-    centre = Surface((132, 84, 40)) if surface.colour in (COLOURS["yellow"], COLOURS["gold"]) else Surface((252, 206, 60))
+    centre = (
+        Surface((132, 84, 40)) if surface.colour in (COLOURS["yellow"], COLOURS["gold"]) else Surface((252, 206, 60))
+    )
     brush.solid(circle(0, -0.28, 0.24), centre)
 
 
@@ -292,7 +297,9 @@ def skull(brush: Brush, surface: Surface) -> None:
 def goblet(brush: Brush, surface: Surface) -> None:
     brush.solid(slab(-0.1, 0.1, 0.1, 0.74, 0.04), surface)
     brush.solid(oval(-0.46, 0.62, 0.46, 0.92), surface)
-    brush.solid(curve((-0.62, -0.72), (-0.62, 0.02, -0.34, 0.24, 0, 0.24), (0.34, 0.24, 0.62, 0.02, 0.62, -0.72)), surface)
+    brush.solid(
+        curve((-0.62, -0.72), (-0.62, 0.02, -0.34, 0.24, 0, 0.24), (0.34, 0.24, 0.62, 0.02, 0.62, -0.72)), surface
+    )
     brush.solid(oval(-0.62, -0.9, 0.62, -0.56), Surface(surface.dark))
     brush.stroke([(-0.42, -0.42), (-0.36, -0.14)], 0.08, WHITE, 0.6)
 

@@ -1,8 +1,8 @@
 """Ask a Safelight server for pictures and watch them develop.
 
-    async with safelight.Client("127.0.0.1:8421") as client:
-        async for event in client.generate("a glowing red potion", seed=7):
-            ...
+async with safelight.Client("127.0.0.1:8421") as client:
+    async for event in client.generate("a glowing red potion", seed=7):
+        ...
 """
 
 from safelight.client import Client, Finished, GenerationError, Picture, Preview, Progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -164,7 +164,7 @@ class Client:
         sampler: str = "",
         media_type: str = "image/png",
         preview: pb.PreviewPolicy | None = None,
-        priority: pb.Priority = pb.PRIORITY_UNSPECIFIED,
+        priority: pb.Priority.ValueType = pb.PRIORITY_UNSPECIFIED,
         labels: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> AsyncIterator[Event]:
@@ -213,7 +213,7 @@ class Client:
 
     def _call(
         self, request: pb.GenerateRequest, received: _Progress, timeout_s: float | None
-    ) -> AsyncIterator[pb.GenerateResponse | pb.WatchGenerationResponse]:
+    ) -> AsyncIterable[pb.GenerateResponse | pb.WatchGenerationResponse]:
         if not received.name:
             return self.generations.Generate(request, timeout=timeout_s, metadata=self._metadata)
         watch = pb.WatchGenerationRequest(
@@ -253,9 +253,7 @@ def _events(event: pb.GenerationEvent, received: _Progress) -> list[Event]:
             return [Progress(at.output_index, at.step, at.num_steps, at.batch_size)]
         case "preview":
             seen = event.preview
-            return [
-                Preview(seen.output_index, seen.step, seen.media_type, seen.width_px, seen.height_px, seen.data)
-            ]
+            return [Preview(seen.output_index, seen.step, seen.media_type, seen.width_px, seen.height_px, seen.data)]
         case "artifact_chunk":
             return _artifact(event.artifact_chunk, received)
         case "finished" if not event.finished.status.code:
@@ -273,6 +271,4 @@ def _artifact(chunk: pb.ArtifactChunk, received: _Progress) -> list[Event]:
     if hashlib.sha256(part).digest() != chunk.sha256:
         raise ValueError(f"output {chunk.output_index} arrived damaged")
     seed = received.seeds[chunk.output_index]
-    return [
-        Picture(chunk.output_index, chunk.media_type, chunk.width_px, chunk.height_px, seed, bytes(part))
-    ]
+    return [Picture(chunk.output_index, chunk.media_type, chunk.width_px, chunk.height_px, seed, bytes(part))]

@@ -44,8 +44,12 @@ def preview_of(draft: PreviewDraft, pipeline: Pipeline, faults: Faults) -> Previ
     """The policy that a draft means; an empty one is the default."""
     method = PreviewMethod.AUTO if draft.method is None else draft.method
     if method is PreviewMethod.NONE:
-        others = [name for name in PreviewDraft.__slots__ if name != "method" and getattr(draft, name) not in (None, ())]
-        faults.check(not others, "preview.method", f"PREVIEW_METHOD_NONE contradicts {listed(map(_proto_name, others))}")
+        others = [
+            name for name in PreviewDraft.__slots__ if name != "method" and getattr(draft, name) not in (None, ())
+        ]
+        faults.check(
+            not others, "preview.method", f"PREVIEW_METHOD_NONE contradicts {listed(map(_proto_name, others))}"
+        )
         return PreviewPolicy(method=method)
     if isinstance(method, Unknown):
         faults.add("preview.method", f"{method.number} is no method of this server; see Model.preview_methods")

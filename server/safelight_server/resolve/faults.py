@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from safelight_server.errors import FieldViolation, InvalidRequestError
 
 MAX_FAULTS = 16
-MAX_SHOWN = 64
+MAX_SHOWN_BYTES = 72
 
 
 class Faults:
@@ -52,10 +52,13 @@ class Faults:
 
 def shown(text: str) -> str:
     """What a client sent, quoted and short enough for a message."""
-    return repr(text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…")
+    quoted = repr(text[:MAX_SHOWN_BYTES]).encode()
+    if len(text) <= MAX_SHOWN_BYTES and len(quoted) <= MAX_SHOWN_BYTES:
+        return quoted.decode()
+    return quoted[:MAX_SHOWN_BYTES].decode(errors="ignore") + "…"
 
 
-def listed(names: Iterable[str], most: int = 20) -> str:
+def listed(names: Iterable[str], most: int = 12) -> str:
     """Names for a message, with an ellipsis beyond `most`."""
     every = list(names)
     return ", ".join(every[:most]) + (", …" if len(every) > most else "")

@@ -164,7 +164,9 @@ def _eta(given: float | None, sampler: str, default: float, faults: Faults) -> f
 
 def _seeds(draft: SpecDraft, max_outputs: int, faults: Faults) -> tuple[int, ...]:
     asked = len(draft.seeds)
-    if not faults.check(asked <= max_outputs, "spec.outputs", f"asks for {asked} pictures; at most {max_outputs} a request"):
+    if not faults.check(
+        asked <= max_outputs, "spec.outputs", f"asks for {asked} pictures; at most {max_outputs} a request"
+    ):
         return ()
     for index, seed in enumerate(draft.seeds):
         in_range = seed is None or 0 <= seed <= MAX_SEED

@@ -108,11 +108,8 @@ def find_model(name: str, catalog: Catalog, field: str) -> Pipeline:
     identifier = name.removeprefix("models/")
     if identifier == name or identifier not in catalog.pipelines:
         known = listed(f"models/{known}" for known in catalog.pipelines)
-        raise NotFoundError(
-            f"there is no model {shown(name)}; there is {known}",
-            reason="MODEL_NOT_FOUND",
-            metadata={"field": field, "models": known},
-        )
+        what = f"there is no model {shown(name)}; there is {known}"
+        raise NotFoundError(what, reason="MODEL_NOT_FOUND", violations=[FieldViolation(field, what)])
     return catalog.get(identifier)
 
 

@@ -8,6 +8,7 @@ it then offers.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import platform
 import time
@@ -18,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import structlog
-
 from safelight_server.catalog import Catalog, Pipeline
 from safelight_server.runtime.base import Array, Component, CostCurve, FloatArray, RuntimeFailure
 from safelight_server.sampler import VERSION as SAMPLER_VERSION
@@ -137,7 +137,7 @@ def _warm_up(session: onnxruntime.InferenceSession, pipeline: Pipeline, componen
             log.warning("batch_not_bit_equal", model=pipeline.name, component=component.value, rows=rows)
             break
         rows_done.append(rows)
-        seconds.append(_median_s(lambda feed=feed: session.run(None, feed), REPETITIONS if rows < 16 else 2))
+        seconds.append(_median_s(functools.partial(session.run, None, feed), REPETITIONS if rows < 16 else 2))
     return CostCurve(tuple(rows_done), tuple(seconds))
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import structlog
-
 from safelight_server.catalog import Manifest, Pipeline, assemble
 from safelight_server.runtime.base import Array, Component, CostCurve, FloatArray
 from safelight_server.tokenizer import Tokens

@@ -54,7 +54,8 @@ def sigmas_of(alphas: Doubles, floor: bool = False) -> Doubles:
     values = alphas.astype(np.float32)
     if floor:
         values[-1] = ZERO_SNR_ALPHA
-    return np.sqrt((np.float32(1) - values) / values).astype(np.float64)
+    sigmas: Doubles = np.sqrt((np.float32(1) - values) / values).astype(np.float64)
+    return sigmas
 
 
 def timesteps_of(schedule: NoiseSchedule, spacing: str, num_steps: int, endpoint: bool) -> Doubles:
@@ -74,7 +75,8 @@ def timesteps_of(schedule: NoiseSchedule, spacing: str, num_steps: int, endpoint
 def karras(sigma_max: float, sigma_min: float, num_steps: int) -> Doubles:
     """Karras et al. 2022, equation 5, without the final zero, (num_steps,)."""
     high, low = sigma_max ** (1 / KARRAS_RHO), sigma_min ** (1 / KARRAS_RHO)
-    return (high + np.linspace(0, 1, num_steps) * (low - high)) ** KARRAS_RHO
+    sigmas: Doubles = (high + np.linspace(0, 1, num_steps) * (low - high)) ** KARRAS_RHO
+    return sigmas
 
 
 def timestep_of_sigma(sigmas: Doubles, levels: Doubles) -> Doubles:
@@ -82,7 +84,8 @@ def timestep_of_sigma(sigmas: Doubles, levels: Doubles) -> Doubles:
     logs, wanted = np.log(levels), np.log(np.maximum(sigmas, 1e-10))
     low = (np.searchsorted(logs, wanted, side="right") - 1).clip(0, len(logs) - 2)
     weight = ((logs[low] - wanted) / (logs[low] - logs[low + 1])).clip(0, 1)
-    return low + weight
+    timesteps: Doubles = low + weight
+    return timesteps
 
 
 def _betas(schedule: NoiseSchedule) -> npt.NDArray[np.float32]:
@@ -90,7 +93,8 @@ def _betas(schedule: NoiseSchedule) -> npt.NDArray[np.float32]:
     if schedule.beta_schedule == "linear":
         return _linspace(schedule.beta_start, schedule.beta_end, count)
     if schedule.beta_schedule == "scaled_linear":
-        return _linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, count) ** 2
+        roots = _linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, count)
+        return roots * roots
     if schedule.beta_schedule == "squaredcos_cap_v2":
         bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
         return np.minimum(1 - bar[1:] / bar[:-1], 0.999).astype(np.float32)

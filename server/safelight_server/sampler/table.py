@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
 from safelight_server.sampler.schedule import (
     Doubles,
     NoiseSchedule,
@@ -134,9 +133,7 @@ def _euler(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num
     sigma, following = sigmas[:-1], sigmas[1:]
     e, f = _variance_exploding(prediction_type, sigma)
     pull = 1 - following / sigma  # x_next = x + (following - sigma) (x - denoised) / sigma
-    return _table(
-        timesteps, 1 / np.sqrt(sigma**2 + 1), init_scale, a=1 - pull + pull * e, b=pull * f, e=e, f=f
-    )
+    return _table(timesteps, 1 / np.sqrt(sigma**2 + 1), init_scale, a=1 - pull + pull * e, b=pull * f, e=e, f=f)
 
 
 def _euler_ancestral(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int) -> _Rows:
@@ -147,9 +144,7 @@ def _euler_ancestral(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type
     down = np.sqrt(np.maximum(following**2 - up**2, 0.0))
     e, f = _variance_exploding(prediction_type, sigma)
     pull = 1 - down / sigma
-    return _table(
-        timesteps, 1 / np.sqrt(sigma**2 + 1), init_scale, a=1 - pull + pull * e, b=pull * f, d=up, e=e, f=f
-    )
+    return _table(timesteps, 1 / np.sqrt(sigma**2 + 1), init_scale, a=1 - pull + pull * e, b=pull * f, d=up, e=e, f=f)
 
 
 def _ddim(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int) -> _Rows:
@@ -158,9 +153,7 @@ def _ddim(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_
     timesteps = np.round(timesteps_of(schedule, spec.spacing, num_steps, endpoint=True)).astype(np.int64)
     previous = timesteps - schedule.num_train_timesteps // num_steps
     bar = alphas[timesteps]
-    bar_previous = np.where(
-        previous >= 0, alphas[previous.clip(0)], 1.0 if schedule.set_alpha_to_one else alphas[0]
-    )
+    bar_previous = np.where(previous >= 0, alphas[previous.clip(0)], 1.0 if schedule.set_alpha_to_one else alphas[0])
     alpha, sigma = np.sqrt(bar), np.sqrt(1 - bar)
     e, f = _variance_preserving(prediction_type, alpha, sigma)
     if prediction_type == "epsilon":
@@ -286,9 +279,7 @@ SAMPLERS: dict[str, _Cells] = {
 
 
 @functools.lru_cache(maxsize=1024)
-def compile_table(
-    spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int
-) -> SamplerTable:
+def compile_table(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int) -> SamplerTable:
     """Compiles a sampler for a number of steps.
 
     Raises:

@@ -111,9 +111,7 @@ class Scheduler:
     def expire(self, now: float) -> list[Event]:
         """Ends the outputs whose deadline has passed."""
         events: list[Event] = []
-        while self._deadlines and (
-            self._deadlines[0][0] <= now or self._deadlines[0][1] not in self._outputs
-        ):
+        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][1] not in self._outputs):
             _, output_id = heapq.heappop(self._deadlines)
             if output_id in self._outputs:
                 events += [*self._end(output_id), Expired(output_id)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -20,10 +21,14 @@ class Metrics:
         self.registry = CollectorRegistry()
         registry = self.registry
         rows = Histogram("safelight_batch_rows", "Rows of a runtime call", ["kind"], buckets=ROWS, registry=registry)
-        calls = Histogram("safelight_call_seconds", "Time of a runtime call", ["kind"], buckets=CALL_S, registry=registry)
+        calls = Histogram(
+            "safelight_call_seconds", "Time of a runtime call", ["kind"], buckets=CALL_S, registry=registry
+        )
         self._rows = {kind: rows.labels(kind) for kind in KINDS}
         self._calls = {kind: calls.labels(kind) for kind in KINDS}
-        self._waiting = Gauge("safelight_waiting_outputs", "Outputs that have not started", ["class"], registry=registry)
+        self._waiting = Gauge(
+            "safelight_waiting_outputs", "Outputs that have not started", ["class"], registry=registry
+        )
         self._running = Gauge("safelight_running_outputs", "Outputs that take steps", registry=registry)
         self._outcomes = Counter("safelight_generations", "Generations that ended", ["status"], registry=registry)
         self._refused = Counter("safelight_refused", "Requests that were refused", ["reason"], registry=registry)
@@ -41,7 +46,9 @@ class Metrics:
             "safelight_critical_path_seconds", "Time between a call's return and the next dispatch", registry=registry
         )
         self.sampler_seconds = Counter("safelight_sampler_seconds", "Time of sampler steps", registry=registry)
-        self.loop_lag = Gauge("safelight_loop_lag_seconds", "How late the event loop ran its last tick", registry=registry)
+        self.loop_lag = Gauge(
+            "safelight_loop_lag_seconds", "How late the event loop ran its last tick", registry=registry
+        )
 
     def batch(self, kind: str, rows: int, seconds: float) -> None:
         """A runtime call came back."""
@@ -52,7 +59,7 @@ class Metrics:
     def watch_queue(self, waiting: Callable[[str], float], running: Callable[[], float]) -> None:
         """Reads the queue's depth when it is asked for."""
         for name in CLASSES:
-            self._waiting.labels(name).set_function(lambda name=name: waiting(name))
+            self._waiting.labels(name).set_function(functools.partial(waiting, name))
         self._running.set_function(running)
 
     def ended(self, status: str, seconds: float) -> None:
