@@ -165,10 +165,7 @@ def settings_command() -> None:
 @keys.command("new")
 def keys_new(caller: str, tenant: Annotated[str, typer.Argument()] = "default") -> None:
     """Make a key: prints it once, and its entry for the key file."""
-    try:
-        key, entry = new_key(caller, tenant)
-    except KeyFileError as error:
-        raise Fault(str(error)) from None
+    key, entry = new_key(caller, tenant)
     typer.echo(f"key, shown only now: {key}\nentry for the key file: {entry}")
 
 

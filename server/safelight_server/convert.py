@@ -161,9 +161,9 @@ def status_of(error: SafelightError) -> status_pb2.Status:
         for violation in error.violations:
             bad.field_violations.add(field=violation.field, description=violation.description)
         status.details.add().Pack(bad)
-    if isinstance(error, QueueFullError) and "bound" in error.metadata:
+    if isinstance(error, QueueFullError) and "subject" in error.metadata:
         quota = error_details_pb2.QuotaFailure()
-        quota.violations.add(subject=error.metadata["bound"], description=error.message)
+        quota.violations.add(subject=error.metadata["subject"], description=error.message)
         status.details.add().Pack(quota)
     if error.retry_after_s is not None:
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=duration(error.retry_after_s)))

@@ -21,7 +21,12 @@ from safelight_server import convert
 from safelight_server.admission import AdmissionLimits, admit
 from safelight_server.catalog import Catalog, Pipeline
 from safelight_server.engine import Engine
-from safelight_server.errors import GenerationCancelledError, NotFoundError, UnavailableError
+from safelight_server.errors import (
+    FailedPreconditionError,
+    GenerationCancelledError,
+    NotFoundError,
+    UnavailableError,
+)
 from safelight_server.generation import Generation, State
 from safelight_server.idempotency import Idempotency
 from safelight_server.identity import Caller
@@ -82,12 +87,13 @@ class Generations:
         """The generation of a request: a new one, or the one that its request id stands for.
 
         Raises:
-            UnavailableError, AlreadyExistsError, QueueFullError, DeadlineUnreachableError: it is refused.
+            UnavailableError, AlreadyExistsError, FailedPreconditionError, QueueFullError, DeadlineUnreachableError:
+                it is refused.
         """
         if request.request_id:
             known = self._requests.find(caller, request.request_id, request.body_digest)
-            if known is not None and (generation := self._live.get(known) or self._finished.get(known)):
-                return generation
+            if known is not None:
+                return self._known(known, request.request_id)
         if self._draining:
             raise UnavailableError("the server is draining; ask another", reason="DRAINING", retry_after_s=1.0)
         generation = self._make(caller, request, span, time_left_s)
@@ -97,6 +103,16 @@ class Generations:
             self._requests.remember(caller, request.request_id, request.body_digest, generation.identifier)
         self._live[generation.identifier] = generation
         generation.accept(self._runtime.numerics_id(request.spec.model), estimate, jobs)
+        return generation
+
+    def _known(self, identifier: str, request_id: str) -> Generation:
+        generation = self._live.get(identifier) or self._finished.get(identifier)
+        if generation is None:  # not run again: a request id never runs or bills twice
+            raise FailedPreconditionError(
+                f"request_id {request_id} has ended and its pictures are no longer kept; use a new one to run it again",
+                reason="OUTCOME_EXPIRED",
+                metadata={"request_id": request_id, "generation": f"generations/{identifier}"},
+            )
         return generation
 
     def _make(self, caller: Caller, request: Request, span: Span, time_left_s: float | None) -> Generation:
@@ -187,7 +203,9 @@ class Generations:
         self._finished[generation.identifier] = generation
         self._finished_bytes += generation.log.artifact_bytes
         if generation.request.request_id:
-            self._requests.ended(generation.caller, generation.request.request_id)
+            lost = isinstance(generation.error, UnavailableError)  # what gRPC retries must be able to run again
+            settle = self._requests.release if lost else self._requests.ended
+            settle(generation.caller, generation.request.request_id)
         self._trim()
         assert generation.times.ended is not None and generation.status is not None
         log_of, times = generation.log, generation.times

@@ -1,8 +1,13 @@
-"""Which generation a request id stands for: bounded in time and number. Pure, but for the clock it is given."""
+"""Which generation a request id stands for: bounded in time and number. Pure, but for the clock it is given.
+
+An id counts from `remember` to `ttl_s` after `ended`, or to `release`. When the map is full the
+id that ended first makes room, before its time; ids of generations that have
+not ended never do. Between `find` and `remember` the caller must not await:
+that is what makes two equal requests one.
+"""
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,22 +15,27 @@ from dataclasses import dataclass
 from safelight_server.errors import AlreadyExistsError, QueueFullError
 from safelight_server.identity import Caller
 
+_Key = tuple[str, str]
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True, slots=True)
 class _Entry:
     body_digest: bytes
     generation_id: str
-    until: float
 
 
 class Idempotency:
-    """Remembers request ids of a tenant: while their generation runs, and `ttl_s` after its end."""
+    """Remembers the request ids of every tenant."""
 
     def __init__(self, ttl_s: float, clock: Callable[[], float], max_entries: int = 100_000) -> None:
         self._ttl_s = ttl_s
         self._clock = clock
         self._max_entries = max_entries
-        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
+        self._live: dict[_Key, _Entry] = {}
+        self._ended: OrderedDict[_Key, tuple[_Entry, float]] = OrderedDict()  # until when; the first to go first
+
+    def __len__(self) -> int:
+        return len(self._live) + len(self._ended)
 
     def find(self, caller: Caller, request_id: str, body_digest: bytes) -> str | None:
         """The generation that a request id stands for, or None.
@@ -33,31 +43,47 @@ class Idempotency:
         Raises:
             AlreadyExistsError: it stands for another request.
         """
-        entry = self._entries.get((caller.tenant, request_id))
-        if entry is None or entry.until <= self._clock():
+        self._forget_old()
+        key = (caller.tenant, request_id)
+        entry = self._live.get(key) or self._ended.get(key, (None,))[0]
+        if entry is None:
             return None
         if entry.body_digest != body_digest:
-            raise AlreadyExistsError(f"request_id {request_id} was used with another request; choose a new one")
+            raise AlreadyExistsError(
+                f"request_id {request_id} was used with another request; choose a new one",
+                metadata={"request_id": request_id, "generation": f"generations/{entry.generation_id}"},
+            )
         return entry.generation_id
 
     def remember(self, caller: Caller, request_id: str, body_digest: bytes, generation_id: str) -> None:
-        """Binds a request id; entries that have ended make room, the oldest first.
+        """Binds a request id that `find` did not know.
 
         Raises:
-            QueueFullError: every entry's generation still runs.
+            QueueFullError: there is no room, since no generation with an id has ended.
         """
-        if len(self._entries) >= self._max_entries:
-            ended = next((key for key, entry in self._entries.items() if entry.until < math.inf), None)
-            if ended is None:
-                raise QueueFullError("too many request ids are in use", reason="TOO_MANY_REQUEST_IDS", retry_after_s=1)
-            del self._entries[ended]
-        self._entries[caller.tenant, request_id] = _Entry(body_digest, generation_id, math.inf)
+        self._forget_old()
+        if len(self) >= self._max_entries:
+            if not self._ended:
+                raise QueueFullError(
+                    f"{len(self)} generations with a request_id have not ended",
+                    reason="TOO_MANY_REQUEST_IDS",
+                    metadata={"bound": "request_ids", "subject": "the server", "limit": str(self._max_entries)},
+                    retry_after_s=1.0,
+                )
+            self._ended.popitem(last=False)
+        self._live[caller.tenant, request_id] = _Entry(body_digest, generation_id)
 
     def ended(self, caller: Caller, request_id: str) -> None:
-        """The generation has ended: from now on the time runs."""
+        """The generation has ended: from now on the time runs. Unknown ids are ignored."""
+        key = (caller.tenant, request_id)
+        if (entry := self._live.pop(key, None)) is not None:
+            self._ended[key] = entry, self._clock() + self._ttl_s
+
+    def release(self, caller: Caller, request_id: str) -> None:
+        """The generation has left no outcome: a retry with this id is a new generation. Unknown ids are ignored."""
+        self._live.pop((caller.tenant, request_id), None)
+
+    def _forget_old(self) -> None:
         now = self._clock()
-        if (entry := self._entries.get((caller.tenant, request_id))) is not None:
-            entry.until = now + self._ttl_s
-            self._entries.move_to_end((caller.tenant, request_id))
-        while self._entries and next(iter(self._entries.values())).until <= now:
-            self._entries.popitem(last=False)
+        while self._ended and next(iter(self._ended.values()))[1] <= now:
+            self._ended.popitem(last=False)

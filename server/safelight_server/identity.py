@@ -27,7 +27,7 @@ from safelight_server.errors import FieldViolation, InvalidRequestError, Unauthe
 
 log = structlog.get_logger(__name__)
 
-NAME = r"^[A-Za-z0-9._-]{1,64}\Z"
+NAME = r"^[A-Za-z0-9._-]{1,64}$"
 NAME_IN_WORDS = "1 to 64 letters, digits, dots, dashes and underscores"
 DEFAULT_TENANT = "default"
 LOOK_EVERY_S = 1.0
@@ -48,7 +48,7 @@ class KeyFileError(Exception):
 
 class _Key(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}\Z")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     caller: Annotated[str, Field(pattern=NAME)]
     tenant: Annotated[str, Field(pattern=NAME)]
 
@@ -92,7 +92,7 @@ class Identity:
         name = values.get("safelight-caller")
         if name is None:
             return Caller(_address(peer), DEFAULT_TENANT)
-        if not re.match(NAME, name):
+        if not re.fullmatch(NAME, name):
             raise InvalidRequestError([FieldViolation("metadata safelight-caller", f"must be {NAME_IN_WORDS}")])
         return Caller(name, DEFAULT_TENANT)
 

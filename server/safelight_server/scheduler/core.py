@@ -203,6 +203,11 @@ class Scheduler:
         """Outputs that have not ended."""
         return len(self._outputs)
 
+    @property
+    def num_free(self) -> int:
+        """Slots that no output has and none waits for."""
+        return max(0, self._limits.max_running - len(self._outputs))
+
     def num_waiting(self, priority: Priority | None = None) -> int:
         """Outputs that have not started, of a class or of all."""
         return len(self._waiting) if priority is None else self._waiting.count(priority)
@@ -228,18 +233,20 @@ class Scheduler:
             seconds += self._work_s(entry.output, entry.output.num_steps - entry.step)
         return seconds / self._limits.num_instances
 
-    def estimate_s(self, output: Output) -> float:
-        """When an output that came now would be finished, under the present load."""
-        key = output.keys[Kind.DENOISE]
-        outputs, rows = self._denoising.get(key, [0, 0])
-        spread = min(self._limits.num_instances, outputs + 1 if outputs else output.rows_per_step)
-        batch = max(1, math.ceil((rows + output.rows_per_step) / spread))
-        turns = math.ceil(batch / self._limits.max_rows(Kind.DENOISE, key))
-        step_s = turns * self._cost.seconds(Kind.DENOISE, key, math.ceil(batch / turns))
+    def estimate_s(self, output: Output, num_outputs: int = 1) -> float:
+        """When `num_outputs` outputs like this one that came now would be finished, under the present load."""
+        keys, instances = output.keys, self._limits.num_instances
+        together = min(num_outputs, self._limits.max_running)
+        outputs, rows = self._denoising.get(keys[Kind.DENOISE], [0, 0])
+        spread = min(instances, outputs + together if outputs + together > 1 else output.rows_per_step)
+        batch = max(1, math.ceil((rows + together * output.rows_per_step) / spread))
+        turns = math.ceil(batch / self._limits.max_rows(Kind.DENOISE, keys[Kind.DENOISE]))
+        step_s = turns * self._cost.seconds(Kind.DENOISE, keys[Kind.DENOISE], math.ceil(batch / turns))
         own = (output.num_steps - output.first_step) * step_s
-        own += self._cost.seconds(Kind.DECODE, output.keys[Kind.DECODE], 1)
-        own += self._cost.seconds(Kind.ENCODE, output.keys[Kind.ENCODE], len(output.conditioning))
-        return own + (self.backlog_s() if self._num_running >= self._limits.max_running else 0.0)
+        own += self._cost.seconds(Kind.DECODE, keys[Kind.DECODE], math.ceil(together / instances))
+        own += self._cost.seconds(Kind.ENCODE, keys[Kind.ENCODE], len(output.conditioning))
+        own *= math.ceil(num_outputs / self._limits.max_running)
+        return own + (0.0 if together <= self.num_free else self.backlog_s())
 
     def check_invariants(self) -> None:
         """Raises InvariantError where the scheduler contradicts itself."""
