@@ -100,7 +100,7 @@ train: .venv-training/.installed ## Train the embedded model from a seed (says h
 
 .PHONY: evaluate
 evaluate: .venv-training/.installed ## Score the shipped weights; fails below the bars
-	$(TRAIN_PY) -m training.evaluate
+	PYTHONPATH=server $(TRAIN_PY) -m training.evaluate
 
 .PHONY: clean
 clean: ## Remove what was built and measured

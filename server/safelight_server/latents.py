@@ -146,8 +146,7 @@ class Latents:
         )
         self._x[slots] = x
         self._denoised[slots] = denoised
-        finite: npt.NDArray[np.bool_] = np.isfinite(x).reshape(len(x), -1).all(axis=1)
-        return finite
+        return np.array([bool(np.isfinite(row).all()) for row in x])
 
     def _noise(self, slots: Slots, steps: Slots) -> FloatArray | None:
         seeds = [self._noise_seed[slot] for slot in slots.tolist()]
@@ -161,12 +160,11 @@ class Latents:
 
     def latent(self, slots: Slots) -> FloatArray:
         """The latents of these slots, (B, C, h, w), copied."""
-        latents: FloatArray = self._x[slots]
-        return latents
+        return np.array(self._x[slots])
 
     def denoised(self, slot: int) -> FloatArray:
         """The newest estimate of a slot's clean latent, (C, h, w), copied."""
-        return self._denoised[slot].copy()
+        return np.array(self._denoised[slot])
 
     def snapshot(self, slot: int, step: int) -> Snapshot:
         """A copy of what the output in `slot` needs to go on from `step`."""

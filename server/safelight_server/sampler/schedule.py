@@ -94,7 +94,7 @@ def _betas(schedule: NoiseSchedule) -> npt.NDArray[np.float32]:
         return _linspace(schedule.beta_start, schedule.beta_end, count)
     if schedule.beta_schedule == "scaled_linear":
         roots = _linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, count)
-        return roots * roots
+        return np.multiply(roots, roots)
     if schedule.beta_schedule == "squaredcos_cap_v2":
         bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
         return np.minimum(1 - bar[1:] / bar[:-1], 0.999).astype(np.float32)

@@ -1,0 +1,307 @@
+"""The whole path with the real model: a real server, a real client, real pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import uuid
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from PIL import Image
+
+from safelight import Client, Finished, Picture, Preview, Progress
+from safelight.v1 import generation_pb2 as pb
+from safelight.v1 import generation_pb2_grpc as stubs
+from tests.conftest import eventually
+
+PROMPT = "a red potion on a dark background"
+
+
+def request(seed: int = 7, steps: int = 6, **changes: object) -> pb.GenerateRequest:
+    """A short generation."""
+    outputs = [pb.OutputSpec(seed=seed)]
+    spec = pb.GenerationSpec(prompt=PROMPT, outputs=outputs, num_inference_steps=steps)
+    message = pb.GenerateRequest(spec=spec, encoding=pb.PixelEncoding(media_type="image/png"))
+    for name, value in changes.items():
+        getattr(message, name).CopyFrom(value) if hasattr(value, "CopyFrom") else setattr(message, name, value)
+    return message
+
+
+async def collect(call) -> list[pb.GenerationEvent]:
+    return [response.event async for response in call]
+
+
+def kinds(events: list[pb.GenerationEvent]) -> list[str]:
+    return [event.WhichOneof("event") for event in events]
+
+
+def pixels(events: list[pb.GenerationEvent]) -> np.ndarray:
+    data = b"".join(e.artifact_chunk.data for e in events if e.WhichOneof("event") == "artifact_chunk")
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def reason_of(error: grpc.aio.AioRpcError) -> str:
+    details = dict(error.trailing_metadata())["grpc-status-details-bin"]
+    info = error_details_pb2.ErrorInfo()
+    assert any(detail.Unpack(info) for detail in status_pb2.Status.FromString(details).details)
+    return info.reason
+
+
+@pytest.fixture
+async def server(start):
+    async with start() as running, grpc.aio.insecure_channel(running.address) as channel:
+        yield running, stubs.GenerationServiceStub(channel)
+
+
+async def test_a_prompt_alone_is_enough(server):
+    _, stub = server
+    events = await collect(stub.Generate(pb.GenerateRequest(spec=pb.GenerationSpec(prompt=PROMPT))))
+    assert kinds(events)[0] == "accepted"
+    assert kinds(events)[-2:] == ["output_finished", "finished"]
+    accepted = events[0].accepted
+    assert accepted.spec.num_inference_steps == 20
+    assert accepted.spec.outputs[0].HasField("seed")
+    assert accepted.numerics_id.startswith("onnxruntime-")
+    steps = [event.preview.step for event in events if event.WhichOneof("event") == "preview"]
+    assert steps[0] == 1
+    assert steps == sorted(set(steps))
+    width = accepted.spec.width_px
+    assert pixels(events).shape == (width, width, 3)
+    usage = events[-1].finished.usage
+    assert (usage.num_steps, usage.num_rows) == (20, 40)
+    assert usage.num_previews == len(steps)
+
+
+async def test_the_same_spec_gives_the_same_pixels_alone_and_in_any_batch(server):
+    _, stub = server
+    alone = await collect(stub.Generate(request(seed=7, steps=8)))
+    others = [request(seed=100 + n, steps=3 + n) for n in range(6)]
+    others[2].spec.guidance_scale = 1.0
+    others[3].spec.sampler.name = "euler_ancestral"
+    others[4].spec.sampler.name = "dpmpp_2m"
+    crowd = await asyncio.gather(*(collect(stub.Generate(r)) for r in [*others, request(seed=7, steps=8)]))
+    again = crowd[-1]
+    assert max(e.progress.batch_size for e in again if e.WhichOneof("event") == "progress") > 1
+    assert np.array_equal(pixels(alone), pixels(again))
+    replay = pb.GenerateRequest(spec=alone[0].accepted.spec)
+    assert np.array_equal(pixels(alone), pixels(await collect(stub.Generate(replay))))
+    for first, message in zip(crowd, others, strict=False):
+        assert np.array_equal(pixels(first), pixels(await collect(stub.Generate(message))))
+
+
+async def test_several_outputs_come_whole(server):
+    _, stub = server
+    message = request()
+    message.spec.outputs.extend([pb.OutputSpec(seed=8), pb.OutputSpec(seed=9)])
+    message.encoding.media_type = "application/x-raw-rgba8"
+    message.encoding.row_alignment_bytes = 512
+    message.encoding.row_order = pb.PixelEncoding.ROW_ORDER_BOTTOM_UP
+    events = await collect(stub.Generate(message))
+    for index in range(3):
+        chunks = [e.artifact_chunk for e in events if e.WhichOneof("event") == "artifact_chunk"]
+        mine = [chunk for chunk in chunks if chunk.output_index == index]
+        data = b"".join(chunk.data for chunk in mine)
+        assert mine[0].stride_bytes % 512 == 0
+        assert len(data) == mine[0].total_bytes == mine[0].stride_bytes * mine[0].height_px
+        assert mine[-1].sha256 == hashlib.sha256(data).digest()
+    alone = await collect(stub.Generate(request(seed=9)))
+    rows = np.frombuffer(data, np.uint8).reshape(mine[0].height_px, -1)[::-1, : 4 * mine[0].width_px]
+    assert np.array_equal(rows.reshape(mine[0].height_px, -1, 4)[..., :3], pixels(alone))
+
+
+async def test_cancel_stops_at_a_step_and_ends_the_stream_as_cancelled(server):
+    running, stub = server
+    call = stub.Generate(request(steps=50))
+    events = []
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for response in call:
+            events.append(response.event)
+            if response.event.progress.step == 3:
+                answer = await stub.CancelGeneration(pb.CancelGenerationRequest(name=response.event.generation))
+                assert answer.generation.state == pb.Generation.STATE_CANCELLED
+    assert caught.value.code() is grpc.StatusCode.CANCELLED
+    assert events[-1].finished.status.code == grpc.StatusCode.CANCELLED.value[0]
+    assert events[-1].finished.usage.num_steps < 20
+    assert not running.generations._live
+
+
+async def test_a_lost_stream_is_resumed_from_its_step_with_the_same_pixels(server):
+    running, stub = server
+    undisturbed = pixels(await collect(stub.Generate(request(steps=30))))
+    call = stub.Generate(request(steps=30))
+    name, sequence = "", 0
+    async for response in call:
+        name, sequence = response.event.generation, max(sequence, response.event.sequence)
+        if response.event.progress.step >= 5:
+            break
+    call.cancel()
+    [generation] = running.generations._live.values()
+    await eventually(lambda: generation.state.name == "SUSPENDED")
+    steps = generation.outputs[0].step
+    await asyncio.sleep(0.1)
+    assert generation.outputs[0].step == steps < 30
+    events = await collect(stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=sequence)))
+    assert "accepted" not in kinds(events)
+    assert np.array_equal(pixels(events), undisturbed)
+    assert events[-1].finished.usage.num_steps == 30
+
+
+async def test_without_a_resume_the_grace_ends_it(server):
+    running, stub = server
+    message = request(steps=50)
+    message.disconnect.resume_grace.FromMilliseconds(50)
+    call = stub.Generate(message)
+    async for response in call:
+        if response.event.progress.step >= 2:
+            break
+    call.cancel()
+    [generation] = running.generations._live.values()
+    await eventually(lambda: generation.ended)
+    assert generation.state.name == "CANCELLED"
+    got = await stub.GetGeneration(pb.GetGenerationRequest(name=generation.name))
+    assert 2 <= got.generation.outputs[0].step < 50
+
+
+async def test_detached_it_runs_to_the_end_and_can_be_watched_again(server):
+    running, stub = server
+    message = request(steps=12)
+    message.disconnect.action = pb.DisconnectPolicy.ACTION_DETACH
+    call = stub.Generate(message)
+    async for response in call:
+        name = response.event.generation
+        break
+    call.cancel()
+    await eventually(lambda: not running.generations._live)
+    events = await collect(stub.WatchGeneration(pb.WatchGenerationRequest(name=name)))
+    assert kinds(events) == ["accepted", "artifact_chunk", "output_finished", "finished"]
+
+
+async def test_a_request_id_never_runs_twice(server):
+    _, stub = server
+    message = request(request_id=str(uuid.uuid4()))
+    first, second = await asyncio.gather(collect(stub.Generate(message)), collect(stub.Generate(message)))
+    replayed = await collect(stub.Generate(message))
+    assert {events[0].generation for events in (first, second, replayed)} == {first[0].generation}
+    assert replayed[-1].finished.usage.num_steps == 6
+    message.spec.num_inference_steps = 7
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(stub.Generate(message))
+    assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
+
+
+async def test_what_another_tenant_owns_does_not_exist(start, tmp_path):
+    from safelight_server.identity import new_key
+
+    (ann, ann_entry), (bob, bob_entry) = new_key("ann", "a"), new_key("bob", "b")
+    keys = tmp_path / "keys.json"
+    keys.write_text(f'{{"keys": [{ann_entry}, {bob_entry}]}}')
+    async with start(api_key_file=keys) as running, grpc.aio.insecure_channel(running.address) as channel:
+        stub = stubs.GenerationServiceStub(channel)
+
+        def key(value: str) -> tuple[tuple[str, str], ...]:
+            return (("authorization", f"Bearer {value}"),)
+
+        events = await collect(stub.Generate(request(), metadata=key(ann)))
+        name = events[0].generation
+        for call in (
+            lambda: stub.GetGeneration(pb.GetGenerationRequest(name=name), metadata=key(bob)),
+            lambda: stub.CancelGeneration(pb.CancelGenerationRequest(name=name), metadata=key(bob)),
+            lambda: stub.UpdateGeneration(pb.UpdateGenerationRequest(name=name), metadata=key(bob)),
+            lambda: collect(stub.WatchGeneration(pb.WatchGenerationRequest(name=name), metadata=key(bob))),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call()
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        for metadata in ((), key("wrong"), (("authorization", ann),)):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await collect(stub.Generate(request(), metadata=metadata))
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_deadline_that_cannot_be_met_is_refused_before_anything_is_computed(server):
+    running, stub = server
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(stub.Generate(request(steps=50), timeout=0.02))
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert not running.generations._live
+
+
+async def test_a_full_queue_says_when_to_come_back(start):
+    limits = {"max_running_outputs": 1, "max_waiting_per_caller": 2}
+    async with start(**limits) as running, grpc.aio.insecure_channel(running.address) as channel:
+        stub = stubs.GenerationServiceStub(channel)
+        calls = [asyncio.create_task(collect(stub.Generate(request(steps=50)))) for _ in range(2)]
+        await eventually(lambda: len(running.generations._live) == 2)
+        message = request()
+        message.spec.outputs.extend([pb.OutputSpec(seed=8)])
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(stub.Generate(message))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert reason_of(caught.value) == "QUEUE_FULL"
+        for call in calls:
+            call.cancel()
+
+
+async def test_draining_admits_nothing_and_lets_what_runs_finish(start):
+    async with start() as running, grpc.aio.insecure_channel(running.address) as channel:
+        stub = stubs.GenerationServiceStub(channel)
+        call = asyncio.create_task(collect(stub.Generate(request(steps=25))))
+        await eventually(lambda: bool(running.generations._live))
+        drained = running.drain(20.0)
+        await asyncio.sleep(0)
+        await eventually(lambda: running.generations._draining)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(stub.Generate(request()))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert kinds(await call)[-1] == "finished"
+        await drained
+
+
+async def test_a_drain_without_grace_says_what_to_send_again(start):
+    async with start() as running, grpc.aio.insecure_channel(running.address) as channel:
+        stub = stubs.GenerationServiceStub(channel)
+        call = stub.Generate(request(steps=50))
+        async for response in call:
+            if response.event.progress.step:
+                break
+        running.drain(0.0)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(call)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert reason_of(caught.value) == "DRAINING"
+
+
+async def test_the_client_library_yields_previews_picture_and_end(server):
+    running, _ = server
+    async with Client(running.address) as client:
+        events = [event async for event in client.generate(PROMPT, seed=7, steps=6)]
+        assert [type(event) for event in events[-2:]] == [Picture, Finished]
+        assert {Progress, Preview} <= {type(event) for event in events}
+        picture = events[-2]
+        assert picture.seed == 7
+        assert Image.open(io.BytesIO(picture.data)).size == (picture.width_px, picture.height_px)
+        [model] = await client.models()
+        assert model.name == "models/icons"
+        assert model.is_default
+
+
+async def test_updates_reach_a_running_generation(server):
+    _, stub = server
+    call = stub.Generate(request(steps=40))
+    events = []
+    async for response in call:
+        events.append(response.event)
+        if response.event.progress.step == 2:
+            none = pb.PreviewPolicy(method=pb.PREVIEW_METHOD_NONE)
+            batch = pb.Scheduling(priority=pb.PRIORITY_BATCH)
+            name = response.event.generation
+            answer = await stub.UpdateGeneration(
+                pb.UpdateGenerationRequest(name=name, preview=none, scheduling=batch)
+            )
+            assert answer.generation.priority == pb.PRIORITY_BATCH
+    steps = [event.preview.step for event in events if event.WhichOneof("event") == "preview"]
+    assert max(steps) < 20

@@ -1,0 +1,68 @@
+"""A small pipeline for tests that need a manifest and a real tokenizer, but no networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from safelight_server.catalog import Catalog, Manifest, Pipeline, assemble
+from safelight_server.tokenizer import Tokenizer
+
+PAD, BOS, EOS = 0, 1, 2
+MAX_TOKENS = 8
+WORDS = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS, "<unk>": 3, "red": 4, "blue": 5, "potion": 6, "sword": 7}
+
+MANIFEST: dict[str, Any] = {
+    "format": 1,
+    "name": "small",
+    "revision": "r1",
+    "description": "For tests",
+    "license": "Apache-2.0",
+    "family": "stable-diffusion",
+    "components": {
+        role: {"model": f"small_{role}", "version": 1, "sha256": "0" * 64}
+        for role in ("text_encoder", "denoiser", "decoder")
+    },
+    "tokenizer": {
+        "file": "tokenizer.json",
+        "sha256": "0" * 64,
+        "max_tokens": MAX_TOKENS,
+        "pad_id": PAD,
+        "bos_id": BOS,
+        "eos_id": EOS,
+    },
+    "latent": {"channels": 4, "height": 8, "width": 8, "scaling_factor": 1.0},
+    "sizes": [{"width_px": 64, "height_px": 64}, {"width_px": 64, "height_px": 96}],
+    "prediction_type": "v_prediction",
+    "noise_schedule": {"rescale_zero_terminal_snr": True},
+    "samplers": [
+        {"name": "ddim", "spacings": ["trailing", "leading"], "sigma_schedules": ["default"]},
+        {"name": "euler", "spacings": ["trailing"], "sigma_schedules": ["default", "karras"]},
+        {"name": "dpmpp_2m", "spacings": ["trailing"], "sigma_schedules": ["default", "karras"]},
+    ],
+    "defaults": {
+        "num_inference_steps": 20,
+        "guidance_scale": 3.0,
+        "sampler": {"name": "ddim", "spacing": "trailing", "sigma_schedule": "default", "eta": 0.0},
+    },
+    "limits": {"max_num_inference_steps": 50, "max_guidance_scale": 20.0, "max_outputs": 4},
+    "linear_preview": {"block": 1, "weights": [[1.0, 0.0, 0.0]] * 4, "bias": [0.0, 0.0, 0.0]},
+}
+
+
+def small_pipeline(folder: Path, **changes: Any) -> Pipeline:
+    """The pipeline; `changes` replace top-level entries of its manifest. Its tokenizer is written to `folder`."""
+    file = folder / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(file))
+    manifest = Manifest.model_validate(MANIFEST | changes)
+    return assemble(manifest, {}, Tokenizer(file, MAX_TOKENS, PAD, BOS, EOS))
+
+
+def small_catalog(folder: Path, **changes: Any) -> Catalog:
+    """A catalog of that pipeline alone."""
+    return Catalog([small_pipeline(folder, **changes)])
