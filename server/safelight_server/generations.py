@@ -79,7 +79,7 @@ class Generations:
         self._requests = Idempotency(settings.idempotency_ttl_s, clock)
         self._draining = False
         self._one_ended = asyncio.Event()
-        self._stalled: dict[Watcher, Callable[[], None]] = {}
+        self._open: dict[Watcher, tuple[Generation, Callable[[], None]]] = {}
 
     # --- starting ---
 
@@ -170,14 +170,15 @@ class Generations:
     ) -> Watcher:
         """Opens a stream; one that was lost goes on."""
         watcher = generation.log.watch(policy, after_sequence, offsets)
-        self._stalled[watcher] = end_stalled
+        self._open[watcher] = (generation, end_stalled)
         if generation.state is State.SUSPENDED:
             generation.resume()
         return watcher
 
     def detach(self, generation: Generation, watcher: Watcher) -> None:
         """A stream has ended, in whatever way."""
-        self._stalled.pop(watcher, None)
+        if self._open.pop(watcher, None) is None:
+            return
         watcher.close()
         disconnect = generation.request.disconnect
         if generation.ended or generation.log.watchers or disconnect.detach or generation.state is State.SUSPENDED:
@@ -266,9 +267,9 @@ class Generations:
 
     def _end_stalled(self) -> None:
         now = self._clock()
-        for watcher, end in list(self._stalled.items()):
+        for watcher, (generation, end) in list(self._open.items()):
             if watcher.stalled_for(now) > self._settings.watcher_stall_s:
-                del self._stalled[watcher]
+                self.detach(generation, watcher)
                 end()
 
     async def drain(self, grace_s: float) -> None:

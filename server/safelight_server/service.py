@@ -7,6 +7,7 @@ one place, before the first event and in mid-stream alike.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TypeAlias, TypeVar
@@ -267,20 +268,19 @@ class _Stream:
 
     def __init__(self, context: Context, span: Span) -> None:
         self._context = context
-        self._task = asyncio.current_task()
+        self._ending: asyncio.Task[None] | None = None
         self.span = span
         self.watcher: Watcher | None = None
         self.time_left_s: float | None = context.time_remaining()
 
     def end_stalled(self) -> None:
-        """Ends the call of a client that does not read."""
+        """Ends the call of a client that does not read: the status waits behind what it was sent last."""
+        self._ending = asyncio.create_task(self._abort())
+
+    async def _abort(self) -> None:
         error = UnavailableError("the stream was not read; WatchGeneration resumes it", reason="WATCHER_STALLED")
-        status = convert.status_of(error)
-        self._context.set_code(error.status)
-        self._context.set_details(error.message)
-        self._context.set_trailing_metadata(_details(status))
-        if self._task is not None:
-            self._task.cancel()
+        with contextlib.suppress(grpc.aio.AbortError, asyncio.CancelledError):
+            await self._context.abort(error.status, error.message, _details(convert.status_of(error)))
 
 
 def _details(status: status_pb2.Status) -> tuple[tuple[str, bytes], ...]:

@@ -203,6 +203,7 @@ class Watcher:
         self._finished_outputs: set[int] = set()
         self._wakeup = asyncio.Event()
         self._idle = False
+        self._closed = False
         self._yielding_since: float | None = None
         self.set_policy(policy)
 
@@ -218,7 +219,7 @@ class Watcher:
 
     async def events(self) -> AsyncIterator[bytes]:
         """The stream, as serialized responses; ends after Finished."""
-        while True:
+        while not self._closed:
             data = self._next()
             if data is not None:
                 self._yielding_since = self._log.clock()
@@ -235,6 +236,7 @@ class Watcher:
 
     def close(self) -> None:
         """Leaves the generation; nothing is made for it any more."""
+        self._closed = True
         self._log.watchers.discard(self)
         for task in self._rendering.values():
             task.cancel()

@@ -97,7 +97,8 @@ def _betas(schedule: NoiseSchedule) -> npt.NDArray[np.float32]:
         return np.multiply(roots, roots)
     if schedule.beta_schedule == "squaredcos_cap_v2":
         bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
-        return np.minimum(1 - bar[1:] / bar[:-1], 0.999).astype(np.float32)
+        betas: npt.NDArray[np.float32] = np.minimum(1 - bar[1:] / bar[:-1], 0.999).astype(np.float32)
+        return betas
     raise ValueError(f"unknown beta_schedule {schedule.beta_schedule!r}")
 
 
