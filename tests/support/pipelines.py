@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import models, pre_tokenizers
-
 from safelight_server.catalog import Catalog, Manifest, Pipeline, assemble
 from safelight_server.tokenizer import Tokenizer
+from tokenizers import models, pre_tokenizers
 
 PAD, BOS, EOS = 0, 1, 2
 MAX_TOKENS = 8

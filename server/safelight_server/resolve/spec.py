@@ -139,7 +139,7 @@ def _sampler(draft: SamplerDraft, pipeline: Pipeline, steps: int | None, faults:
     sampler = SamplerSpec(name, spacing, sigmas, eta)
     if steps is not None:
         why = refusal(sampler, pipeline.schedule, manifest.prediction_type, steps)
-        faults.check(why is None, "spec.sampler", why or "")
+        faults.check(why is None, "spec.sampler", f"{why}; use another sampler or number of steps")
     return sampler
 
 

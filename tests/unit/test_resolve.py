@@ -1,0 +1,604 @@
+"""Bad input: each fault has its field and says what to change; what is absent gets the model's default."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safelight.v1 import generation_pb2 as pb
+from safelight_server.catalog import Catalog
+from safelight_server.convert import draft_preview, draft_priority, draft_request
+from safelight_server.draft import (
+    DisconnectDraft,
+    Draft,
+    EncodingDraft,
+    PreviewDraft,
+    PromptDraft,
+    Role,
+    SamplerDraft,
+    SpecDraft,
+    Unknown,
+)
+from safelight_server.errors import InvalidRequestError, NotFoundError
+from safelight_server.request import DisconnectPolicy, MediaType, PixelEncoding, PreviewMethod, PreviewPolicy, Request
+from safelight_server.resolve import (
+    RequestLimits,
+    find_model,
+    resolve_name,
+    resolve_preview,
+    resolve_priority,
+    resolve_request,
+)
+from safelight_server.resolve.faults import MAX_FAULTS
+from safelight_server.sampler import SamplerSpec, refusal
+from safelight_server.scheduler import Priority
+
+from tests.support.pipelines import BOS, EOS, MANIFEST, MAX_TOKENS, PAD, small_catalog, small_pipeline
+
+LIMITS = RequestLimits(max_prompt_chars=100, resume_grace_s=30.0, max_resume_grace_s=600.0)
+RAW = "application/x-raw-rgba8"
+ALL_MEDIA = "image/jpeg, image/webp, image/png, application/x-raw-rgba8"
+UUID = "6F1C0A52-9b3e-4d0f-8a55-2f0c7d1e9b64"
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+    return small_catalog(tmp_path_factory.mktemp("small"))
+
+
+def request(**spec: object) -> pb.GenerateRequest:
+    return pb.GenerateRequest(spec=pb.GenerationSpec(**{"prompt": "red potion", **spec}))
+
+
+def prompts(*entries: tuple[int, str], prompt: str = "") -> pb.GenerateRequest:
+    return request(prompt=prompt, prompts=[pb.Prompt(role=role, text=text) for role, text in entries])
+
+
+def encoding(**given: object) -> pb.GenerateRequest:
+    message = request()
+    message.encoding.CopyFrom(pb.PixelEncoding(**given))
+    return message
+
+
+def preview(**given: object) -> pb.GenerateRequest:
+    message = request()
+    message.preview.CopyFrom(pb.PreviewPolicy(**given))
+    return message
+
+
+def disconnect(**given: object) -> pb.GenerateRequest:
+    message = request()
+    message.disconnect.CopyFrom(pb.DisconnectPolicy(**given))
+    return message
+
+
+def labelled(**labels: str) -> pb.GenerateRequest:
+    message = request()
+    message.labels.update(labels)
+    return message
+
+
+def sampler(**given: object) -> pb.GenerateRequest:
+    return request(sampler=pb.SamplerSpec(**given))
+
+
+POSITIVE, NEGATIVE = pb.Prompt.ROLE_POSITIVE, pb.Prompt.ROLE_NEGATIVE
+STEPS = "must be from 1 to 50"
+GUIDANCE = "must be a number from 1 (without guidance) to 20"
+SIZES = "models/small makes 64x64, 64x96"
+ONLY_RAW = f"only {RAW} has it; leave it out"
+NOT_UUID = "must be a UUID such as 6f1c0a52-9b3e-4d0f-8a55-2f0c7d1e9b64, and not all zeros"
+GRACE = "must be a Duration from 0 to 600 s"
+INTERVAL = "must be a Duration of more than 0"
+
+FAULTS: list[tuple[str, pb.GenerateRequest, str, str]] = [
+    ("no prompt", request(prompt=""), "spec.prompt", "must say what the picture shows"),
+    ("blank prompt", request(prompt=" \t\n "), "spec.prompt", "must not be blank"),
+    ("invisible prompt", request(prompt="\u200b\ufeff"), "spec.prompt", "must not be blank"),
+    ("long prompt", request(prompt="x" * 101), "spec.prompt", "has 101 characters; at most 100 are taken"),
+    ("NUL", request(prompt="red\0potion"), "spec.prompt", "has the control character U+0000; take it out"),
+    ("escape", request(prompt="\x1b[31mred"), "spec.prompt", "has the control character U+001B; take it out"),
+    ("C1", request(prompt="red\x9b"), "spec.prompt", "has the control character U+009B; take it out"),
+    ("only negative", prompts((NEGATIVE, "blue")), "spec.prompt", "must say what the picture shows"),
+    (
+        "prompt twice",
+        prompts((POSITIVE, "red"), prompt="red"),
+        "spec.prompt",
+        "there is a ROLE_POSITIVE entry in spec.prompts as well; keep one of them",
+    ),
+    (
+        "positive twice",
+        prompts((POSITIVE, "red"), (POSITIVE, "blue")),
+        "spec.prompts[1].role",
+        "there is a ROLE_POSITIVE entry before it; keep one of them",
+    ),
+    (
+        "negative twice",
+        prompts((NEGATIVE, "red"), (NEGATIVE, "red"), prompt="red"),
+        "spec.prompts[1].role",
+        "there is a ROLE_NEGATIVE entry before it; keep one of them",
+    ),
+    ("no role", prompts((0, "blue"), prompt="red"), "spec.prompts[0].role", "must be ROLE_POSITIVE or ROLE_NEGATIVE"),
+    ("role 9", prompts((9, "blue"), prompt="red"), "spec.prompts[0].role", "must be ROLE_POSITIVE or ROLE_NEGATIVE"),
+    ("blank positive", prompts((POSITIVE, " ")), "spec.prompts[0].text", "must not be blank"),
+    (
+        "control character in a negative prompt",
+        prompts((NEGATIVE, "\x7f"), prompt="red"),
+        "spec.prompts[0].text",
+        "has the control character U+007F; take it out",
+    ),
+    ("width", request(width_px=63), "spec.width_px", SIZES),
+    ("width 0", request(width_px=0), "spec.width_px", SIZES),
+    ("height", request(height_px=-64), "spec.height_px", SIZES),
+    ("size", request(width_px=64, height_px=2**31 - 1), "spec.height_px", SIZES),
+    ("steps 0", request(num_inference_steps=0), "spec.num_inference_steps", STEPS),
+    ("steps -1", request(num_inference_steps=-1), "spec.num_inference_steps", STEPS),
+    ("steps 51", request(num_inference_steps=51), "spec.num_inference_steps", STEPS),
+    ("guidance NaN", request(guidance_scale=math.nan), "spec.guidance_scale", GUIDANCE),
+    ("guidance infinite", request(guidance_scale=math.inf), "spec.guidance_scale", GUIDANCE),
+    ("guidance 0", request(guidance_scale=0.0), "spec.guidance_scale", GUIDANCE),
+    ("guidance 0.99", request(guidance_scale=0.99), "spec.guidance_scale", GUIDANCE),
+    ("guidance -3", request(guidance_scale=-3.0), "spec.guidance_scale", GUIDANCE),
+    ("guidance 20.5", request(guidance_scale=20.5), "spec.guidance_scale", GUIDANCE),
+    ("outputs", request(outputs=[pb.OutputSpec()] * 5), "spec.outputs", "asks for 5 pictures; at most 4 a request"),
+    (
+        "sampler unknown",
+        sampler(name="heun"),
+        "spec.sampler.name",
+        "models/small has no 'heun'; it has ddim, euler, dpmpp_2m",
+    ),
+    (
+        "sampler not offered",
+        sampler(name="euler_ancestral"),
+        "spec.sampler.name",
+        "models/small has no 'euler_ancestral'; it has ddim, euler, dpmpp_2m",
+    ),
+    (
+        "spacing",
+        sampler(name="euler", spacing=pb.TIMESTEP_SPACING_LEADING),
+        "spec.sampler.spacing",
+        "euler is offered with trailing only",
+    ),
+    ("spacing 9", sampler(spacing=9), "spec.sampler.spacing", "ddim is offered with trailing, leading only"),
+    (
+        "sigma schedule",
+        sampler(sigma_schedule=pb.SIGMA_SCHEDULE_KARRAS),
+        "spec.sampler.sigma_schedule",
+        "ddim is offered with default only",
+    ),
+    (
+        "sigma schedule 9",
+        sampler(name="euler", sigma_schedule=9),
+        "spec.sampler.sigma_schedule",
+        "euler is offered with default, karras only",
+    ),
+    ("eta", sampler(name="euler", eta=0.0), "spec.sampler.eta", "only ddim has it, euler has not; leave it out"),
+    ("eta 1.5", sampler(eta=1.5), "spec.sampler.eta", "must be from 0 to 1"),
+    ("eta -0.1", sampler(eta=-0.1), "spec.sampler.eta", "must be from 0 to 1"),
+    ("eta NaN", sampler(eta=math.nan), "spec.sampler.eta", "must be from 0 to 1"),
+    (
+        "refused cell",
+        request(
+            num_inference_steps=30, sampler=pb.SamplerSpec(name="dpmpp_2m", sigma_schedule=pb.SIGMA_SCHEDULE_KARRAS)
+        ),
+        "spec.sampler",
+        "the first two of 30 steps fall on one timestep; use another sampler or number of steps",
+    ),
+    (
+        "encoding",
+        encoding(media_type="image/gif"),
+        "encoding.media_type",
+        f"'image/gif' is not offered; there is {ALL_MEDIA}",
+    ),
+    ("encoding empty", encoding(), "encoding.media_type", f"'' is not offered; there is {ALL_MEDIA}"),
+    (
+        "quality of PNG",
+        encoding(media_type="image/png", quality=80),
+        "encoding.quality",
+        "image/png has none; leave it out or use image/jpeg, image/webp",
+    ),
+    ("quality 0", encoding(media_type="image/jpeg", quality=0), "encoding.quality", "must be from 1 to 100"),
+    ("quality 101", encoding(media_type="image/webp", quality=101), "encoding.quality", "must be from 1 to 100"),
+    (
+        "alignment of JPEG",
+        encoding(media_type="image/jpeg", row_alignment_bytes=4),
+        "encoding.row_alignment_bytes",
+        ONLY_RAW,
+    ),
+    *(
+        (
+            f"alignment {alignment}",
+            encoding(media_type=RAW, row_alignment_bytes=alignment),
+            "encoding.row_alignment_bytes",
+            "must be a power of two from 4 to 4096",
+        )
+        for alignment in (0, -4, 2, 12, 8192)
+    ),
+    (
+        "row order of PNG",
+        encoding(media_type="image/png", row_order=pb.PixelEncoding.ROW_ORDER_TOP_DOWN),
+        "encoding.row_order",
+        ONLY_RAW,
+    ),
+    (
+        "row order 9",
+        encoding(media_type=RAW, row_order=9),
+        "encoding.row_order",
+        "must be ROW_ORDER_TOP_DOWN or ROW_ORDER_BOTTOM_UP",
+    ),
+    (
+        "nothing accepted",
+        preview(accept=[pb.PixelEncoding(media_type="image/avif"), pb.PixelEncoding()]),
+        "preview.accept",
+        f"none of these is offered; there is {ALL_MEDIA}",
+    ),
+    (
+        "faulty second choice",
+        preview(accept=[pb.PixelEncoding(media_type=RAW), pb.PixelEncoding(media_type="image/jpeg", quality=0)]),
+        "preview.accept[1].quality",
+        "must be from 1 to 100",
+    ),
+    ("edge", preview(max_edge_px=7), "preview.max_edge_px", "must be at least 8"),
+    ("every 0 steps", preview(every_n_steps=0), "preview.every_n_steps", "must be at least 1"),
+    ("every -1 steps", preview(every_n_steps=-1), "preview.every_n_steps", "must be at least 1"),
+    ("interval 0", preview(min_interval={"seconds": 0}), "preview.min_interval", INTERVAL),
+    ("interval -1", preview(min_interval={"seconds": -1}), "preview.min_interval", INTERVAL),
+    ("interval of mixed signs", preview(min_interval={"seconds": 2, "nanos": -1}), "preview.min_interval", INTERVAL),
+    ("budget", preview(max_bytes_per_second=1023), "preview.max_bytes_per_second", "must be at least 1024"),
+    (
+        "method 9",
+        preview(method=9),
+        "preview.method",
+        "9 is no method of this server; see Model.preview_methods",
+    ),
+    (
+        "tiny decoder",
+        preview(method=pb.PREVIEW_METHOD_TINY_DECODER),
+        "preview.method",
+        "models/small has no PREVIEW_METHOD_TINY_DECODER; use another or AUTO",
+    ),
+    (
+        "none with others",
+        preview(method=pb.PREVIEW_METHOD_NONE, min_interval={"seconds": 1}, accept=[pb.PixelEncoding(media_type=RAW)]),
+        "preview.method",
+        "PREVIEW_METHOD_NONE contradicts accept, min_interval",
+    ),
+    (
+        "priority 9",
+        pb.GenerateRequest(spec=pb.GenerationSpec(prompt="red"), scheduling=pb.Scheduling(priority=9)),
+        "scheduling.priority",
+        "must be one of PRIORITY_INTERACTIVE, PRIORITY_STANDARD, PRIORITY_BATCH",
+    ),
+    ("action 9", disconnect(action=9), "disconnect.action", "must be ACTION_CANCEL or ACTION_DETACH"),
+    ("grace -1", disconnect(resume_grace={"seconds": -1}), "disconnect.resume_grace", GRACE),
+    ("grace 601", disconnect(resume_grace={"seconds": 601}), "disconnect.resume_grace", GRACE),
+    ("grace invalid", disconnect(resume_grace={"nanos": 10**9}), "disconnect.resume_grace", GRACE),
+    (
+        "grace when detached",
+        disconnect(action=pb.DisconnectPolicy.ACTION_DETACH, resume_grace={"seconds": 1}),
+        "disconnect.resume_grace",
+        "has no meaning with ACTION_DETACH; leave one of them out",
+    ),
+    ("request id", pb.GenerateRequest(spec=request().spec, request_id="1"), "request_id", NOT_UUID),
+    (
+        "request id in braces",
+        pb.GenerateRequest(spec=request().spec, request_id="{" + UUID + "}"),
+        "request_id",
+        NOT_UUID,
+    ),
+    (
+        "nil request id",
+        pb.GenerateRequest(spec=request().spec, request_id="00000000-0000-0000-0000-000000000000"),
+        "request_id",
+        NOT_UUID,
+    ),
+    ("labels", labelled(**{f"k{n}": "" for n in range(17)}), "labels", "there are 17; at most 16 are kept"),
+    ("label key empty", labelled(**{"": "v"}), "labels['']", "a key has 1 to 63 characters"),
+    ("label key", labelled(**{"k" * 64: ""}), f"labels['{'k' * 64}']", "a key has 1 to 63 characters"),
+    ("label value", labelled(k="v" * 256), "labels['k']", "a value has at most 255 characters"),
+]
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "description"), [case[1:] for case in FAULTS], ids=[case[0] for case in FAULTS]
+)
+def test_a_fault_names_its_field_and_what_to_change(
+    catalog: Catalog, message: pb.GenerateRequest, field: str, description: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        resolve_request(draft_request(message), catalog, LIMITS)
+    assert [(fault.field, fault.description) for fault in refused.value.violations] == [(field, description)]
+    assert refused.value.message == f"{field}: {description}"
+
+
+def test_all_faults_are_named_at_once(catalog: Catalog) -> None:
+    message = request(prompt="", num_inference_steps=0, guidance_scale=math.nan, width_px=1)
+    message.encoding.media_type = "image/gif"
+    message.preview.every_n_steps = 0
+    message.request_id = "x"
+    with pytest.raises(InvalidRequestError) as refused:
+        resolve_request(draft_request(message), catalog, LIMITS)
+    assert {fault.field for fault in refused.value.violations} == {
+        "spec.prompt",
+        "spec.num_inference_steps",
+        "spec.guidance_scale",
+        "spec.width_px",
+        "encoding.media_type",
+        "preview.every_n_steps",
+        "request_id",
+    }
+    assert refused.value.message.endswith("; and 4 more")
+
+
+def test_faults_are_bounded_however_many_there_are(catalog: Catalog) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        resolve_request(draft_request(prompts(*[(0, "")] * 1000, prompt="red")), catalog, LIMITS)
+    assert len(refused.value.violations) == MAX_FAULTS
+    assert refused.value.violations[-1].description.endswith(f"(and {1000 - MAX_FAULTS} faults more)")
+
+
+@pytest.mark.parametrize("name", ["models/icons", "small", "models/", "models/small/x", "x" * 10_000, "models/\0"])
+def test_an_unknown_model_is_not_found_and_the_others_are_named(catalog: Catalog, name: str) -> None:
+    with pytest.raises(NotFoundError) as refused:
+        resolve_request(draft_request(request(model=name, num_inference_steps=0)), catalog, LIMITS)
+    (fault,) = refused.value.violations
+    assert fault.field == "spec.model"
+    assert fault.description.endswith("; there is models/small")
+    assert len(fault.description) < 200
+    assert refused.value.reason == "MODEL_NOT_FOUND"
+
+
+def test_what_is_absent_gets_the_models_default(catalog: Catalog) -> None:
+    resolved = resolve_request(draft_request(request()), catalog, LIMITS)
+    spec = resolved.spec
+    assert (spec.model, spec.revision, spec.prompt, spec.negative_prompt) == ("small", "r1", "red potion", "")
+    assert (spec.width_px, spec.height_px, spec.num_inference_steps, spec.guidance_scale) == (64, 64, 20, 3.0)
+    assert spec.token_ids == (BOS, 4, 6, EOS, *[PAD] * 4)
+    assert spec.negative_token_ids == (BOS, EOS, *[PAD] * 6)
+    assert spec.sampler == SamplerSpec("ddim", "trailing", "default", 0.0)
+    assert resolved.preview == PreviewPolicy()
+    assert resolved.preview.encoding == PixelEncoding(MediaType.JPEG, quality=85)
+    assert resolved.encoding == PixelEncoding(MediaType.PNG)
+    assert resolved.priority is Priority.STANDARD
+    assert resolved.disconnect == DisconnectPolicy(detach=False, resume_grace_s=30.0)
+    assert (resolved.request_id, resolved.labels, resolved.warnings) == ("", {}, ())
+
+
+def test_what_is_given_is_taken(catalog: Catalog) -> None:
+    message = prompts((POSITIVE, "blue\nsword"), (NEGATIVE, "red"))
+    message.spec.MergeFrom(
+        pb.GenerationSpec(
+            model="models/small",
+            height_px=96,
+            num_inference_steps=5,
+            guidance_scale=2.5,
+            sampler=pb.SamplerSpec(name="dpmpp_2m", sigma_schedule=pb.SIGMA_SCHEDULE_KARRAS),
+            outputs=[pb.OutputSpec(seed=0), pb.OutputSpec(seed=2**64 - 1), pb.OutputSpec()],
+        )
+    )
+    message.encoding.CopyFrom(
+        pb.PixelEncoding(media_type=RAW, row_alignment_bytes=256, row_order=pb.PixelEncoding.ROW_ORDER_BOTTOM_UP)
+    )
+    message.scheduling.priority = pb.PRIORITY_BATCH
+    message.disconnect.action = pb.DisconnectPolicy.ACTION_DETACH
+    message.request_id = UUID
+    message.labels["who"] = "me"
+    resolved = resolve_request(draft_request(message), catalog, LIMITS)
+    spec = resolved.spec
+    assert (spec.prompt, spec.negative_prompt) == ("blue\nsword", "red")
+    assert spec.negative_token_ids == (BOS, 4, EOS, *[PAD] * 5)
+    assert (spec.width_px, spec.height_px, spec.num_inference_steps, spec.guidance_scale) == (64, 96, 5, 2.5)
+    assert spec.sampler == SamplerSpec("dpmpp_2m", "trailing", "karras", 0.0)
+    assert spec.seeds[:2] == (0, 2**64 - 1)
+    assert len(spec.seeds) == 3
+    assert resolved.encoding == PixelEncoding(MediaType.RAW_RGBA8, row_alignment_bytes=256, bottom_up=True)
+    assert resolved.priority is Priority.BATCH
+    assert resolved.disconnect.detach
+    assert resolved.request_id == UUID.lower()
+    assert resolved.labels == {"who": "me"}
+
+
+def test_the_first_preview_encoding_that_is_offered_is_taken(catalog: Catalog) -> None:
+    accept = [pb.PixelEncoding(media_type="image/avif", quality=1000), pb.PixelEncoding(media_type=RAW)]
+    policy = resolve_preview(draft_preview(pb.PreviewPolicy(accept=accept)), catalog.get(""))
+    assert policy.encoding == PixelEncoding(MediaType.RAW_RGBA8)
+
+
+def test_a_preview_policy_is_resolved_field_by_field(catalog: Catalog) -> None:
+    message = pb.PreviewPolicy(
+        max_edge_px=8,
+        min_interval={"nanos": 250_000_000},
+        method=pb.PREVIEW_METHOD_LINEAR,
+        max_bytes_per_second=1024,
+    )
+    policy = resolve_preview(draft_preview(message), catalog.get(""))
+    expected = PreviewPolicy(method=PreviewMethod.LINEAR, max_edge_px=8, min_interval_s=0.25, max_bytes_per_second=1024)
+    assert policy == expected
+    only_none = resolve_preview(draft_preview(pb.PreviewPolicy(method=pb.PREVIEW_METHOD_NONE)), catalog.get(""))
+    assert only_none.method is PreviewMethod.NONE
+    with pytest.raises(InvalidRequestError, match=r"preview\.every_n_steps"):
+        resolve_preview(draft_preview(pb.PreviewPolicy(every_n_steps=0)), catalog.get(""))
+
+
+def test_the_tiny_decoder_is_taken_where_there_is_one(tmp_path: Path) -> None:
+    decoder = {"model": "small_preview_decoder", "version": 1, "sha256": "0" * 64}
+    pipeline = small_pipeline(tmp_path, components={**MANIFEST["components"], "preview_decoder": decoder})
+    policy = resolve_preview(PreviewDraft(method=PreviewMethod.TINY_DECODER), pipeline)
+    assert policy.method is PreviewMethod.TINY_DECODER
+
+
+def test_a_priority_is_resolved_alone() -> None:
+    assert resolve_priority(draft_priority(pb.Scheduling())) is Priority.STANDARD
+    assert resolve_priority(draft_priority(pb.Scheduling(priority=pb.PRIORITY_INTERACTIVE))) is Priority.INTERACTIVE
+    with pytest.raises(InvalidRequestError, match=r"scheduling\.priority"):
+        resolve_priority(Unknown(77))
+
+
+def test_without_guidance_there_is_one_row_and_a_negative_prompt_is_told_to_be_unused(catalog: Catalog) -> None:
+    message = prompts((NEGATIVE, "blue"), prompt="red")
+    message.spec.guidance_scale = 1.0
+    resolved = resolve_request(draft_request(message), catalog, LIMITS)
+    assert (resolved.spec.negative_token_ids, resolved.spec.negative_prompt) == (None, "")
+    assert [notice.reason for notice in resolved.warnings] == ["NEGATIVE_PROMPT_UNUSED"]
+
+
+def test_an_empty_negative_prompt_is_none(catalog: Catalog) -> None:
+    message = prompts((NEGATIVE, ""), prompt="red")
+    message.spec.guidance_scale = 1.0
+    assert resolve_request(draft_request(message), catalog, LIMITS).warnings == ()
+
+
+def test_a_prompt_longer_than_the_context_is_cut_with_a_warning(catalog: Catalog) -> None:
+    fits, long = " ".join(["red"] * (MAX_TOKENS - 2)), " ".join(["red"] * (MAX_TOKENS - 1))
+    assert resolve_request(draft_request(request(prompt=fits)), catalog, LIMITS).warnings == ()
+    resolved = resolve_request(draft_request(prompts((NEGATIVE, long), prompt=long)), catalog, LIMITS)
+    assert resolved.spec.token_ids == (BOS, *[4] * (MAX_TOKENS - 2), EOS)
+    assert [notice.reason for notice in resolved.warnings] == ["PROMPT_TRUNCATED"] * 2
+    assert resolved.warnings[0].message == "the prompt has 9 tokens; the model reads 8, the rest has no effect"
+
+
+def test_seeds_that_are_absent_are_chosen_afresh(catalog: Catalog) -> None:
+    chosen = {resolve_request(draft_request(request()), catalog, LIMITS).spec.seeds for _ in range(8)}
+    assert len(chosen) == 8
+    assert all(len(seeds) == 1 and 0 <= seeds[0] < 2**64 for seeds in chosen)
+
+
+@pytest.mark.parametrize("name", ["", "generations/", "generations/a/b", "models/a", "a", "generations/" + "a" * 65])
+def test_a_resource_name_has_its_form(name: str) -> None:
+    with pytest.raises(InvalidRequestError, match="name: must be generations/ID"):
+        resolve_name(name, "generations")
+
+
+def test_a_resource_name_gives_its_id() -> None:
+    assert resolve_name("generations/abc-1", "generations") == "abc-1"
+
+
+def test_an_empty_model_name_is_the_default(catalog: Catalog) -> None:
+    assert find_model("", catalog, "spec.model").name == "small"
+
+
+TEXT = st.text(max_size=120) | st.sampled_from(["red", "", " ", "x" * 101])
+INTS = st.integers(-(2**31), 2**31 - 1) | st.integers(-2, 130)
+FLOATS = st.floats(width=32) | st.floats(0, 30, width=32)
+UNKNOWN = st.builds(Unknown, INTS)
+
+
+def maybe(values: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
+    return st.none() | values
+
+
+ENCODINGS = st.builds(
+    EncodingDraft,
+    media_type=st.sampled_from([*MediaType, "image/gif", ""]),
+    quality=maybe(INTS),
+    row_alignment_bytes=maybe(INTS | st.sampled_from([4, 256, 4096])),
+    bottom_up=maybe(st.booleans() | UNKNOWN),
+)
+SPECS = st.builds(
+    SpecDraft,
+    model=st.sampled_from(["", "models/small", "models/x", "small"]),
+    prompt=TEXT,
+    prompts=st.lists(st.builds(PromptDraft, role=maybe(st.sampled_from(Role) | UNKNOWN), text=TEXT), max_size=3).map(
+        tuple
+    ),
+    width_px=maybe(INTS | st.just(64)),
+    height_px=maybe(INTS | st.just(96)),
+    num_inference_steps=maybe(INTS),
+    guidance_scale=maybe(FLOATS),
+    sampler=st.builds(
+        SamplerDraft,
+        name=st.sampled_from(["", "ddim", "euler", "dpmpp_2m", "lcm", "x" * 1000]),
+        sigma_schedule=maybe(st.sampled_from(["default", "karras"]) | UNKNOWN),
+        spacing=maybe(st.sampled_from(["leading", "trailing", "linspace"]) | UNKNOWN),
+        eta=maybe(FLOATS),
+    ),
+    seeds=st.lists(maybe(st.integers(0, 2**64 - 1)), max_size=6).map(tuple),
+)
+DRAFTS = st.builds(
+    Draft,
+    spec=SPECS,
+    preview=st.builds(
+        PreviewDraft,
+        accept=st.lists(ENCODINGS, max_size=3).map(tuple),
+        max_edge_px=maybe(INTS),
+        every_n_steps=maybe(INTS),
+        min_interval_s=maybe(st.floats()),
+        method=maybe(st.sampled_from(PreviewMethod) | UNKNOWN),
+        max_bytes_per_second=maybe(st.integers(-(2**63), 2**63 - 1)),
+    ),
+    encoding=maybe(ENCODINGS),
+    priority=maybe(st.sampled_from(Priority) | UNKNOWN),
+    disconnect=st.builds(DisconnectDraft, detach=maybe(st.booleans() | UNKNOWN), resume_grace_s=maybe(st.floats())),
+    request_id=st.sampled_from(["", UUID, "x", UUID + "\n"]),
+    labels=st.dictionaries(st.text(max_size=70), st.text(max_size=260), max_size=18),
+)
+
+
+@given(draft=DRAFTS)
+@example(draft=Draft(spec=SpecDraft(prompt="red")))
+@settings(deadline=None)
+def test_any_draft_is_a_request_within_limits_or_is_refused(catalog: Catalog, draft: Draft) -> None:
+    try:
+        resolved = resolve_request(draft, catalog, LIMITS)
+    except NotFoundError as error:
+        assert draft.spec.model not in ("", "models/small")
+        assert len(error.message) < 300
+    except InvalidRequestError as error:
+        assert 0 < len(error.violations) <= MAX_FAULTS
+        assert sum(len(f.field.encode()) + len(f.description.encode()) for f in error.violations) < 5000
+        assert all(fault.field and fault.description for fault in error.violations)
+    else:
+        check_within_limits(resolved, catalog)
+
+
+def check_within_limits(resolved: Request, catalog: Catalog) -> None:
+    pipeline, spec = catalog.get(resolved.spec.model), resolved.spec
+    limits = pipeline.manifest.limits
+    assert spec.prompt.strip()
+    assert len(spec.prompt) <= LIMITS.max_prompt_chars
+    assert 1 <= spec.num_inference_steps <= limits.max_num_inference_steps
+    assert 1 <= spec.guidance_scale <= limits.max_guidance_scale
+    assert (spec.negative_token_ids is None) == (spec.guidance_scale == 1)
+    assert 1 <= len(spec.seeds) <= limits.max_outputs
+    assert (spec.width_px, spec.height_px) in ((64, 64), (64, 96))
+    assert len(spec.token_ids) == MAX_TOKENS
+    assert refusal(spec.sampler, pipeline.schedule, "v_prediction", spec.num_inference_steps) is None
+    for encoded in (resolved.encoding, resolved.preview.encoding):
+        assert 1 <= encoded.quality <= 100
+        assert encoded.row_alignment_bytes in {2**n for n in range(2, 13)}
+    preview_policy = resolved.preview
+    assert preview_policy.every_n_steps >= 1
+    assert preview_policy.min_interval_s >= 0
+    assert preview_policy.method is not PreviewMethod.TINY_DECODER
+    assert preview_policy.max_edge_px is None or preview_policy.max_edge_px >= 8
+    assert 0 <= resolved.disconnect.resume_grace_s <= LIMITS.max_resume_grace_s
+    assert len(resolved.labels) <= 16
+
+
+@given(data=st.binary(max_size=200))
+def test_whatever_protobuf_parses_has_a_draft_and_an_answer(catalog: Catalog, data: bytes) -> None:
+    try:
+        message = pb.GenerateRequest.FromString(data)
+    except DecodeError:
+        return
+    with contextlib.suppress(InvalidRequestError, NotFoundError):
+        resolve_request(draft_request(message), catalog, LIMITS)
+
+
+def test_every_field_of_the_contract_has_a_place_in_a_draft() -> None:
+    for draft, message, renamed in (
+        (Draft, pb.GenerateRequest, {"scheduling": "priority"}),
+        (SpecDraft, pb.GenerationSpec, {"outputs": "seeds"}),
+        (SamplerDraft, pb.SamplerSpec, {}),
+        (PreviewDraft, pb.PreviewPolicy, {"min_interval": "min_interval_s"}),
+        (EncodingDraft, pb.PixelEncoding, {"row_order": "bottom_up"}),
+        (DisconnectDraft, pb.DisconnectPolicy, {"action": "detach", "resume_grace": "resume_grace_s"}),
+    ):
+        sent = {renamed.get(field.name, field.name) for field in message.DESCRIPTOR.fields}
+        assert {field.name for field in fields(draft)} - {"body_digest"} == sent
