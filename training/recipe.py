@@ -47,8 +47,8 @@ class Recipe:
     decoder_blocks: tuple[int, ...] = (3, 3, 2, 1, 0)
     preview_channels: int = 32
     preview_blocks: tuple[int, ...] = (2, 1, 1, 0)
-    decoder_icons: int = 10_000
-    decoder_samples: int = 48_000
+    decoder_icons: int = 6_000
+    decoder_samples: int = 28_000
     decoder_batch_size: int = 16
     decoder_learning_rate: float = 2e-3
     latent_noise: float = 0.05
