@@ -1,0 +1,195 @@
+"""Who asks: by key where keys are asked for, else by name or address; the key file can change under way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import structlog
+from hypothesis import given
+from hypothesis import strategies as st
+from safelight_server.errors import InvalidRequestError, UnauthenticatedError
+from safelight_server.identity import Caller, Identity, KeyFileError, new_key
+
+PEER = "ipv4:127.0.0.1:40000"
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def entry(key: str, caller: str = "game", tenant: str = "studio") -> dict[str, str]:
+    return {"sha256": hashlib.sha256(key.encode()).hexdigest(), "caller": caller, "tenant": tenant}
+
+
+def write(file: Path, *entries: dict[str, str]) -> Path:
+    """Replaces the file as an editor or a secret mount does: a new inode under the old name."""
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps({"keys": entries}))
+    return new.replace(file)
+
+
+def bearer(key: str) -> list[tuple[str, str | bytes]]:
+    return [("authorization", f"Bearer {key}")]
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    return write(tmp_path / "keys.json", entry("one"), entry("two", "tool", "lab"))
+
+
+@pytest.mark.parametrize(
+    ("peer", "name"),
+    [
+        ("ipv4:127.0.0.1:40000", "127.0.0.1"),
+        ("ipv6:%5B::1%5D:40000", "::1"),
+        ("ipv6:[fe80::1%25eth0]:40000", "fe80::1%eth0"),
+        ("unix:/run/safelight.sock", "unix:/run/safelight.sock"),
+        ("unix:", "unix:"),
+        ("", ""),
+    ],
+)
+def test_without_keys_a_caller_is_its_address(peer: str, name: str) -> None:
+    assert Identity(None).recognize([], peer) == Caller(name, "default")
+
+
+@pytest.mark.parametrize("name", ["a", "A-b_c.9", "x" * 64])
+def test_without_keys_a_caller_may_name_itself(name: str) -> None:
+    assert Identity(None).recognize([("safelight-caller", name)], PEER) == Caller(name, "default")
+
+
+@pytest.mark.parametrize("name", ["", " ", "a b", "a/b", "x" * 65, "a\n", "é"])
+def test_a_bad_name_is_refused(name: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        Identity(None).recognize([("safelight-caller", name)], PEER)
+    (fault,) = refused.value.violations
+    assert fault.field == "metadata safelight-caller"
+    assert fault.description == "must be 1 to 64 letters, digits, dots, dashes and underscores"
+
+
+def test_a_key_names_caller_and_tenant(key_file: Path) -> None:
+    identity = Identity(key_file)
+    assert identity.recognize(bearer("one"), PEER) == Caller("game", "studio")
+    assert identity.recognize([("authorization", "bearer  two ")], PEER) == Caller("tool", "lab")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        [],
+        [("authorization", "")],
+        [("authorization", "Bearer")],
+        [("authorization", "Bearer ")],
+        [("authorization", "Bearer three")],
+        [("authorization", "Basic one")],
+        [("authorization", "one")],
+        [("authorization-bin", b"Bearer one")],
+        [("safelight-caller", "game")],
+    ],
+)
+def test_without_a_known_key_nobody_is_recognized(key_file: Path, metadata: list[tuple[str, str | bytes]]) -> None:
+    with pytest.raises(UnauthenticatedError) as refused:
+        Identity(key_file).recognize(metadata, PEER)
+    assert refused.value.message == "send metadata 'authorization: Bearer KEY' with a key of this server"
+
+
+def test_with_keys_nobody_names_itself(key_file: Path) -> None:
+    metadata = [*bearer("one"), ("safelight-caller", "someone-else")]
+    assert Identity(key_file).recognize(metadata, PEER) == Caller("game", "studio")
+
+
+def test_a_changed_file_counts_after_a_second(key_file: Path) -> None:
+    clock = Clock()
+    identity = Identity(key_file, clock)
+    write(key_file, entry("three", "new", "lab"))
+    clock.now += 0.9
+    assert identity.recognize(bearer("one"), PEER).name == "game"
+    clock.now += 0.2
+    assert identity.recognize(bearer("three"), PEER).name == "new"
+    with pytest.raises(UnauthenticatedError):
+        identity.recognize(bearer("one"), PEER)
+
+
+@pytest.mark.parametrize("broken", ["", "{", '{"keys": [{"caller": "x"}]}', None])
+def test_a_broken_file_is_logged_once_and_the_old_keys_stay(key_file: Path, broken: str | None) -> None:
+    clock = Clock()
+    identity = Identity(key_file, clock)
+    if broken is None:
+        key_file.unlink()
+    else:
+        key_file.write_text(broken)
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):
+            clock.now += 2
+            assert identity.recognize(bearer("one"), PEER).name == "game"
+    assert [line["event"] for line in logs] == ["keys_not_reloaded"]
+    write(key_file, entry("three"))
+    clock.now += 2
+    assert identity.recognize(bearer("three"), PEER).name == "game"
+
+
+def test_a_file_that_cannot_be_used_stops_the_start_with_all_its_faults(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    with pytest.raises(KeyFileError, match="No such file"):
+        Identity(file)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(KeyFileError, match=r"keys\.json: file: "):
+        Identity(file)
+    bad = {"sha256": "12", "caller": "a b", "tenant": "t", "admin": "yes"}
+    with pytest.raises(KeyFileError) as refused:
+        Identity(write(file, entry("one"), bad))
+    for fault in ("keys.1.sha256", "keys.1.caller", "keys.1.admin"):
+        assert fault in str(refused.value)
+    assert "keys.0" not in str(refused.value)
+
+
+def test_a_key_twice_or_an_empty_one_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "keys.json", entry("one"), entry("one", "tool", "lab"), entry(""))
+    with pytest.raises(KeyFileError) as refused:
+        Identity(file)
+    assert "is there 2 times" in str(refused.value)
+    assert "keys.2.sha256: is the hash of no key" in str(refused.value)
+
+
+def test_a_new_key_fits_into_the_file(tmp_path: Path) -> None:
+    key, line = new_key("game", "studio")
+    assert len(key) >= 43
+    assert key not in line
+    assert new_key("game", "studio")[0] != key
+    file = tmp_path / "keys.json"
+    file.write_text(f'{{"keys": [{line}]}}')
+    assert Identity(file).recognize(bearer(key), PEER) == Caller("game", "studio")
+
+
+def test_a_new_key_is_for_a_name() -> None:
+    with pytest.raises(KeyFileError, match=r"^caller and tenant: must be 1 to 64"):
+        new_key("a b", "")
+
+
+@given(value=st.text(max_size=80))
+def test_no_metadata_breaks_recognition(value: str) -> None:
+    try:
+        caller = Identity(None).recognize([("safelight-caller", value)], PEER)
+    except InvalidRequestError:
+        return
+    assert caller.name == value
+    assert 1 <= len(value) <= 64
+
+
+@pytest.fixture(scope="module")
+def guessed_at(tmp_path_factory: pytest.TempPathFactory) -> Identity:
+    return Identity(write(tmp_path_factory.mktemp("keys") / "keys.json", entry("never guessed")))
+
+
+@given(value=st.text(st.characters(codec="utf-8"), max_size=80))
+def test_no_authorization_breaks_recognition(guessed_at: Identity, value: str) -> None:
+    with pytest.raises(UnauthenticatedError):
+        guessed_at.recognize([("authorization", f"Bearer {value}")], PEER)
