@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from safelight_server.sampler import SamplerSpec, gaussian
+
 from tests.training.test_sampler_parity import reference
 
 SHAPE = (2, 3, 3)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
-
 from safelight_server.sampler import NoiseSchedule, SamplerSpec, advance, compile_table, gaussian, guide
 from safelight_server.tokenizer import Tokenizer
 

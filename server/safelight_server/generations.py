@@ -76,6 +76,7 @@ class Generations:
         self._live: dict[str, Generation] = {}
         self._finished: OrderedDict[str, Generation] = OrderedDict()
         self._finished_bytes = 0
+        self._lost: OrderedDict[str, Generation] = OrderedDict()
         self._requests = Idempotency(settings.idempotency_ttl_s, clock)
         self._draining = False
         self._one_ended = asyncio.Event()
@@ -172,6 +173,7 @@ class Generations:
         watcher = generation.log.watch(policy, after_sequence, offsets)
         self._open[watcher] = (generation, end_stalled)
         if generation.state is State.SUSPENDED:
+            self._lost.pop(generation.identifier, None)
             generation.resume()
         return watcher
 
@@ -189,6 +191,9 @@ class Generations:
         generation.suspend()
         loop = asyncio.get_running_loop()
         generation.grace = loop.call_later(min(left, disconnect.resume_grace_s), self._abandon, generation)
+        self._lost[generation.identifier] = generation
+        if len(self._lost) > self._settings.max_lost:
+            self._abandon(next(iter(self._lost.values())))
 
     def _abandon(self, generation: Generation) -> None:
         if generation.state is State.SUSPENDED:
@@ -219,17 +224,20 @@ class Generations:
             self._metrics.first_preview.observe(log_of.first_preview_at - times.accepted)
 
     def _trim(self) -> None:
-        now = self._clock()
-        while self._finished:
-            generation = next(iter(self._finished.values()))
+        """Forgets what is too old, and the oldest that nobody watches while there is too much."""
+        now, settings = self._clock(), self._settings
+        gone: list[Generation] = []
+        for generation in self._finished.values():
             assert generation.times.ended is not None
-            too_old = now - generation.times.ended > self._settings.result_ttl_s
-            if not too_old and self._finished_bytes <= self._settings.max_results_bytes:
+            too_old = now - generation.times.ended > settings.result_ttl_s
+            too_many = len(self._finished) - len(gone) > settings.max_results
+            if not (too_old or too_many or self._finished_bytes > settings.max_results_bytes):
                 break
-            if generation.log.watchers and not too_old:
-                break
-            self._finished.popitem(last=False)
-            self._finished_bytes -= generation.log.artifact_bytes
+            if too_old or not generation.log.watchers:
+                gone.append(generation)
+                self._finished_bytes -= generation.log.artifact_bytes
+        for generation in gone:
+            del self._finished[generation.identifier]
 
     # --- in the background ---
 

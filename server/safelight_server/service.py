@@ -33,6 +33,7 @@ from safelight_server.errors import (
 from safelight_server.generation import Generation
 from safelight_server.generations import Generations
 from safelight_server.identity import Caller, Identity
+from safelight_server.paging import page
 from safelight_server.request import PreviewPolicy
 from safelight_server.resolve import (
     RequestLimits,
@@ -50,7 +51,6 @@ log = structlog.get_logger(__name__)
 
 GENERATION_SERVICE = "safelight.v1.GenerationService"
 MODEL_SERVICE = "safelight.v1.ModelService"
-DEFAULT_PAGE, MAX_PAGE = 50, 100
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
@@ -156,11 +156,15 @@ class Service:
         generation = self._generations.get(caller, resolve_name(request.name, "generations"))
         if generation.ended:
             raise FailedPreconditionError(f"{generation.name} has ended")
+        policy = priority = None
         if request.HasField("preview"):
-            pipeline = self._generations.pipeline_of(generation)
-            generation.log.update_policy(resolve_preview(convert.draft_preview(request.preview), pipeline))
+            policy = resolve_preview(convert.draft_preview(request.preview), self._generations.pipeline_of(generation))
         if request.HasField("scheduling"):
-            generation.set_priority(resolve_priority(convert.draft_priority(request.scheduling)))
+            priority = resolve_priority(convert.draft_priority(request.scheduling))
+        if policy is not None:  # nothing is changed before all is known to be good
+            generation.log.update_policy(policy)
+        if priority is not None:
+            generation.set_priority(priority)
         return pb.UpdateGenerationResponse(generation=generation.message())
 
     async def cancel_generation(
@@ -179,18 +183,9 @@ class Service:
     async def list_models(
         self, request: models_pb2.ListModelsRequest, _caller: Caller
     ) -> models_pb2.ListModelsResponse:
-        """A page of models; the token is the name after which it goes on."""
-        if not 0 <= request.page_size <= MAX_PAGE:
-            raise InvalidRequestError([FieldViolation("page_size", f"must be from 0 to {MAX_PAGE}")])
-        names = list(self._catalog.pipelines)
-        if request.page_token and request.page_token not in names:
-            raise InvalidRequestError([FieldViolation("page_token", "is not from an answer of this server")])
-        rest = [name for name in names if name > request.page_token]
-        page = rest[: request.page_size or DEFAULT_PAGE]
-        more = len(page) < len(rest)
-        return models_pb2.ListModelsResponse(
-            models=[self._model(name) for name in page], next_page_token=page[-1] if more else ""
-        )
+        """A page of models."""
+        names, following = page(list(self._catalog.pipelines), request.page_size, request.page_token)
+        return models_pb2.ListModelsResponse(models=[self._model(name) for name in names], next_page_token=following)
 
     async def get_model(self, request: models_pb2.GetModelRequest, _caller: Caller) -> models_pb2.GetModelResponse:
         """Returns a model."""

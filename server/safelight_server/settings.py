@@ -56,6 +56,10 @@ class Settings(BaseSettings):
     max_resume_grace_s: Seconds = Field(600.0, description="Longest grace that a request may ask for.")
     idempotency_ttl_s: Seconds = Field(600.0, description="How long a request_id is remembered after the end.")
     result_ttl_s: Seconds = Field(300.0, description="How long a finished generation can be watched again.")
+    max_lost: Count = Field(
+        1024, description="Lost generations kept to be resumed; beyond, the first one is cancelled."
+    )
+    max_results: Count = Field(10_000, description="Finished generations kept, all together.")
     max_results_bytes: Count = Field(256 << 20, description="Finished pictures kept in memory, all together.")
     drain_grace_s: Seconds = Field(30.0, description="How long running generations may finish after SIGTERM.")
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from PIL import Image
-
 from safelight import Client, Finished, Picture, Preview, Progress
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
+
 from tests.conftest import eventually
 
 PROMPT = "a red potion on a dark background"
@@ -299,9 +299,7 @@ async def test_updates_reach_a_running_generation(server):
             none = pb.PreviewPolicy(method=pb.PREVIEW_METHOD_NONE)
             batch = pb.Scheduling(priority=pb.PRIORITY_BATCH)
             name = response.event.generation
-            answer = await stub.UpdateGeneration(
-                pb.UpdateGenerationRequest(name=name, preview=none, scheduling=batch)
-            )
+            answer = await stub.UpdateGeneration(pb.UpdateGenerationRequest(name=name, preview=none, scheduling=batch))
             assert answer.generation.priority == pb.PRIORITY_BATCH
     steps = [event.preview.step for event in events if event.WhichOneof("event") == "preview"]
     assert max(steps) < 20

@@ -6,9 +6,9 @@ import asyncio
 
 import grpc
 import pytest
-
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
+
 from tests.conftest import eventually
 from tests.integration.test_generate import collect, kinds, reason_of
 

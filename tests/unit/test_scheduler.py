@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-
 from safelight_server.scheduler import Kind, Limits, Output, Priority, Scheduler, Stepped
 
 
@@ -183,7 +182,7 @@ def test_previews_take_idle_time_or_a_bounded_share():
     assert 10 <= served[Kind.PREVIEW] <= 25
     idle = scheduler()
     idle.add(output(1), 0)
-    [step] = encode(idle)
+    encode(idle)
     idle.want_preview(1, "p")
     [preview] = idle.schedule(0, [0])
     assert preview.kind is Kind.PREVIEW

@@ -105,7 +105,7 @@ def _call(session: onnxruntime.InferenceSession, inputs: Mapping[str, Array]) ->
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
     except onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException as error:
         raise RuntimeFailure(str(error), retryable=True) from error
-    except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
+    except (ValueError, onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument) as error:
         raise RuntimeFailure(str(error), retryable=False) from error
 
 

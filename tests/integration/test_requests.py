@@ -1,0 +1,250 @@
+"""What is refused on the wire: whole reasons, nothing computed, nothing kept that is not bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from safelight.v1 import generation_pb2 as pb
+from safelight.v1 import generation_pb2_grpc as stubs
+from safelight.v1 import models_pb2, models_pb2_grpc
+from safelight_server.runtime.base import RuntimeFailure
+
+from tests.conftest import eventually
+
+GENERATE = "/safelight.v1.GenerationService/Generate"
+SIMULATED = {"runtime": "simulated", "num_instances": 1, "simulated_base_ms": 5.0, "simulated_row_ms": 0.0}
+
+
+def request(**spec: object) -> pb.GenerateRequest:
+    return pb.GenerateRequest(spec=pb.GenerationSpec(**{"prompt": "a red potion", "num_inference_steps": 4, **spec}))
+
+
+@pytest.fixture
+async def server(start):
+    async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
+        yield running, channel
+
+
+async def refusal(call) -> tuple[grpc.StatusCode, dict[str, Message]]:
+    """The status of a call that fails, and its details by name."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:
+            pass
+    return caught.value.code(), details(caught.value)
+
+
+def details(error: grpc.aio.AioRpcError) -> dict[str, Message]:
+    status = status_pb2.Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
+    assert (status.code, status.message) == (error.code().value[0], error.details())
+    found = {}
+    for detail in status.details:
+        name = detail.type_url.rpartition(".")[2]
+        found[name] = getattr(error_details_pb2, name)()
+        assert detail.Unpack(found[name])
+    return found
+
+
+def fields(found: dict[str, Message]) -> list[str]:
+    return [violation.field for violation in found["BadRequest"].field_violations]
+
+
+def nothing_ran(running) -> bool:
+    at = running.generations
+    return not at._live and not at._finished and at._engine.scheduler.num_outputs == 0
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"\x12\x04\x12\x02\xff\xfe", id="a prompt that is not UTF-8"),
+        pytest.param(b"\x0a\x02\xc3\x28", id="a request id that is not UTF-8"),
+        pytest.param(b"\x12\x7fab", id="cut short"),
+        pytest.param(b"\xff" * 64, id="no protobuf at all"),
+    ],
+)
+async def test_what_protobuf_cannot_parse_is_an_invalid_argument(server, data):
+    running, channel = server
+    code, found = await refusal(channel.unary_stream(GENERATE)(data))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert fields(found) == ["request"]
+    assert found["ErrorInfo"].reason == "INVALID_REQUEST"
+    assert nothing_ran(running)
+
+
+async def test_no_bytes_at_all_lack_a_prompt(server):
+    _, channel = server
+    code, found = await refusal(channel.unary_stream(GENERATE)(b""))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert fields(found) == ["spec.prompt"]
+
+
+async def test_bad_fields_are_named_on_the_wire_and_reach_no_engine(server):
+    running, channel = server
+    message = request(prompt="a\0b", num_inference_steps=0, guidance_scale=float("nan"), width_px=3)
+    message.preview.method = 77
+    message.encoding.media_type = "image/gif"
+    code, found = await refusal(stubs.GenerationServiceStub(channel).Generate(message))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert fields(found) == [
+        "spec.prompt",
+        "spec.num_inference_steps",
+        "spec.guidance_scale",
+        "spec.width_px",
+        "preview.method",
+        "encoding.media_type",
+    ]
+    assert nothing_ran(running)
+
+
+async def test_the_worst_request_still_gets_its_whole_answer(server):
+    _, channel = server
+    message = request(num_inference_steps=-1)
+    message.request_id = "\U0001f600" * 1000
+    message.labels.update({"\U0001f600" * 64 + str(index): "v" * 256 for index in range(500)})
+    code, found = await refusal(stubs.GenerationServiceStub(channel).Generate(message))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(fields(found)) == 16
+
+
+async def test_an_unknown_model_is_not_found_by_name(server):
+    _, channel = server
+    code, found = await refusal(stubs.GenerationServiceStub(channel).Generate(request(model="models/nope")))
+    assert code is grpc.StatusCode.NOT_FOUND
+    assert fields(found) == ["spec.model"]
+    assert "models/simulated" in found["BadRequest"].field_violations[0].description
+    assert found["ErrorInfo"].reason == "MODEL_NOT_FOUND"
+
+
+async def test_a_bad_caller_name_is_refused(server):
+    _, channel = server
+    call = stubs.GenerationServiceStub(channel).Generate(request(), metadata=(("safelight-caller", "a b"),))
+    code, found = await refusal(call)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert fields(found) == ["metadata safelight-caller"]
+
+
+async def test_a_deadline_that_cannot_be_met_computes_nothing(server):
+    """1000 steps of 5 ms in one second: the server says so at once, long before the client gives up."""
+    running, channel = server
+    call = stubs.GenerationServiceStub(channel).Generate(request(num_inference_steps=1000), timeout=1.0)
+    code, found = await refusal(call)
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    info = found["ErrorInfo"]
+    assert info.reason == "DEADLINE_UNREACHABLE"
+    assert float(info.metadata["needed_s"]) > 4.9
+    assert 0 < float(info.metadata["available_s"]) <= 1.0
+    assert nothing_ran(running)
+
+
+async def test_a_full_queue_names_its_bound_and_the_time_to_come_back(start):
+    limits = {"max_running_outputs": 1, "max_waiting_per_caller": 2}
+    async with start(**SIMULATED, **limits) as running, grpc.aio.insecure_channel(running.address) as channel:
+        stub = stubs.GenerationServiceStub(channel)
+        calls = [stub.Generate(request(num_inference_steps=500)) for _ in range(3)]
+        await eventually(lambda: len(running.generations._live) == 3)
+        code, found = await refusal(stub.Generate(request()))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert found["ErrorInfo"].reason == "QUEUE_FULL"
+        assert found["ErrorInfo"].metadata["bound"] == "caller"
+        assert found["QuotaFailure"].violations[0].subject.startswith("caller default/")
+        # one of three generations of 2.5 s must end first
+        assert 1 < found["RetryInfo"].retry_delay.ToSeconds() < 5
+        other = stub.Generate(request(), metadata=(("safelight-caller", "someone-else"),))
+        await eventually(lambda: len(running.generations._live) == 4)
+        for call in (*calls, other):
+            call.cancel()
+
+
+async def test_an_outcome_that_was_lost_frees_its_request_id(server):
+    """What gRPC retries, UNAVAILABLE, must be able to run again under the same id."""
+    running, channel = server
+    stub, run = stubs.GenerationServiceStub(channel), running.runtime.run
+
+    async def fail(*_given):
+        raise RuntimeFailure("unplugged", retryable=True)
+
+    message = request()
+    message.request_id = str(uuid.uuid4())
+    running.runtime.run = fail
+    code, found = await refusal(stub.Generate(message))
+    assert code is grpc.StatusCode.UNAVAILABLE
+    assert found["ErrorInfo"].reason == "RUNTIME_FAILED"
+    running.runtime.run = run
+    events = [response.event async for response in stub.Generate(message)]
+    assert events[-1].finished.status.code == 0
+
+
+async def test_an_outcome_that_is_no_longer_kept_is_not_computed_again(start):
+    async with start(**SIMULATED, max_results=1) as running, grpc.aio.insecure_channel(running.address) as channel:
+        stub = stubs.GenerationServiceStub(channel)
+        message = request()
+        message.request_id = str(uuid.uuid4())
+        for sent in (message, request()):
+            assert [response.event async for response in stub.Generate(sent)]
+        await eventually(lambda: len(running.generations._finished) == 1)
+        code, found = await refusal(stub.Generate(message))
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert found["ErrorInfo"].reason == "OUTCOME_EXPIRED"
+
+
+async def test_lost_generations_are_bounded(start):
+    async with start(**SIMULATED, max_lost=2) as running, grpc.aio.insecure_channel(running.address) as channel:
+        stub, names = stubs.GenerationServiceStub(channel), []
+        for number in range(3):
+            call = stub.Generate(request(num_inference_steps=900))
+            async for response in call:
+                names.append(response.event.generation)
+                break
+            call.cancel()
+            lost = min(number + 1, 2)
+            await eventually(
+                lambda lost=lost, name=names[-1].partition("/")[2]: (
+                    len(running.generations._lost) == lost and name in running.generations._lost
+                )
+            )
+        states = [(await stub.GetGeneration(pb.GetGenerationRequest(name=name))).generation.state for name in names]
+        suspended = pb.Generation.STATE_SUSPENDED
+        assert states == [pb.Generation.STATE_CANCELLED, suspended, suspended]
+        resumed = stub.WatchGeneration(pb.WatchGenerationRequest(name=names[1]))
+        await eventually(lambda: len(running.generations._lost) == 1)
+        resumed.cancel()
+        await asyncio.sleep(0)
+
+
+async def test_an_update_with_one_fault_changes_nothing(server):
+    running, channel = server
+    stub = stubs.GenerationServiceStub(channel)
+    call = stub.Generate(request(num_inference_steps=500))
+    async for response in call:
+        name = response.event.generation
+        break
+    [watcher] = running.generations._live[name.partition("/")[2]].log.watchers
+    before = watcher._policy
+    update = pb.UpdateGenerationRequest(name=name, preview=pb.PreviewPolicy(every_n_steps=7))
+    update.scheduling.priority = 77
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.UpdateGeneration(update)
+    assert fields(details(caught.value)) == ["scheduling.priority"]
+    assert watcher._policy is before
+    call.cancel()
+
+
+async def test_models_are_listed_by_page(server):
+    _, channel = server
+    stub = models_pb2_grpc.ModelServiceStub(channel)
+    listed = await stub.ListModels(models_pb2.ListModelsRequest(page_size=1))
+    assert [model.name for model in listed.models] == ["models/simulated"]
+    assert listed.next_page_token == ""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.ListModels(models_pb2.ListModelsRequest(page_size=-1, page_token="models/simulated"))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert fields(details(caught.value)) == ["page_size", "page_token"]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.GetModel(models_pb2.GetModelRequest(name="models/x"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert fields(details(caught.value)) == ["name"]

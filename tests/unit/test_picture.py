@@ -1,0 +1,62 @@
+"""Encodings: what goes in comes out, in every layout a texture may want."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safelight_server.picture import encode, shrink
+from safelight_server.request import MediaType, PixelEncoding
+
+
+def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@given(
+    height=st.integers(1, 40), width=st.integers(1, 40), align=st.sampled_from([4, 16, 256]), bottom_up=st.booleans()
+)
+@settings(max_examples=60, deadline=None)
+def test_raw_rows_are_aligned_and_in_order(height, width, align, bottom_up):
+    image = pixels(height, width, height * 41 + width)
+    encoded = encode(image, PixelEncoding(MediaType.RAW_RGBA8, row_alignment_bytes=align, bottom_up=bottom_up))
+    assert encoded.stride_bytes % align == 0
+    assert encoded.stride_bytes - 4 * width < align
+    rows = np.frombuffer(encoded.data, np.uint8).reshape(height, encoded.stride_bytes)
+    texels = rows[:, : 4 * width].reshape(height, width, 4)
+    assert (texels[..., 3] == 255).all()
+    assert np.array_equal(texels[::-1, :, :3] if bottom_up else texels[..., :3], image)
+
+
+@pytest.mark.parametrize("media_type", [MediaType.JPEG, MediaType.WEBP, MediaType.PNG])
+def test_files_open_as_what_they_say(media_type):
+    smooth = np.full((32, 48, 3), (200, 40, 60), np.uint8)
+    encoded = encode(smooth, PixelEncoding(media_type))
+    image = Image.open(io.BytesIO(encoded.data))
+    assert Image.MIME[image.format] == media_type
+    assert image.size == (encoded.width_px, encoded.height_px) == (48, 32)
+    assert np.abs(np.asarray(image.convert("RGB")).astype(int) - smooth).max() <= 6
+    assert encoded.stride_bytes == 0
+
+
+def test_png_is_lossless_and_quality_counts():
+    image = pixels(16, 16)
+    decoded = Image.open(io.BytesIO(encode(image, PixelEncoding(MediaType.PNG)).data))
+    assert np.array_equal(np.asarray(decoded), image)
+    low, high = (len(encode(image, PixelEncoding(MediaType.JPEG, quality=q)).data) for q in (10, 95))
+    assert low < high
+
+
+@given(height=st.integers(1, 99), width=st.integers(1, 99), edge=st.integers(8, 64))
+@settings(max_examples=60, deadline=None)
+def test_shrinking_keeps_the_aspect_and_never_enlarges(height, width, edge):
+    small = shrink(pixels(height, width), edge)
+    assert max(small.shape[:2]) == min(edge, max(height, width))
+    if max(height, width) <= edge:
+        assert small.shape == (height, width, 3)
+    else:
+        assert min(small.shape[:2]) == max(1, round(edge * min(height, width) / max(height, width)))

@@ -1,0 +1,114 @@
+"""Catalog, tokenizer and runtimes on the shipped models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safelight_server import catalog
+from safelight_server.runtime.base import Component, CostCurve, RuntimeFailure
+from safelight_server.runtime.onnx import OnnxRuntime
+from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
+
+MODELS = Path(__file__).parent.parent.parent / "models"
+
+
+@pytest.fixture(scope="module")
+def icons():
+    return catalog.load(MODELS)
+
+
+def test_the_shipped_models_load_and_weigh_at_most_25_mib(icons):
+    pipeline = icons.get("")
+    assert pipeline.name == "icons"
+    assert sum(file.stat().st_size for file in pipeline.files.values()) <= 25 * 2**20
+    size = pipeline.manifest.sizes[0]
+    assert pipeline.latent_shape(size.width_px, size.height_px)[0] == pipeline.manifest.latent.channels
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda m: m.update(surprise=1), "surprise"),
+        (lambda m: m["defaults"].update(num_inference_steps=0), "defaults.num_inference_steps"),
+        (lambda m: m["components"].pop("decoder"), "decoder is missing"),
+        (lambda m: m["components"]["decoder"].update(sha256="0" * 64), "sha256"),
+        (
+            lambda m: m["samplers"].append({"name": "lcm", "spacings": ["leading"], "sigma_schedules": ["default"]}),
+            "lcm",
+        ),
+        (lambda m: m["linear_preview"].update(bias=[0.0]), "linear_preview"),
+        (lambda m: m["tokenizer"].update(file="gone.json"), "gone.json is missing"),
+    ],
+)
+def test_a_manifest_that_is_not_right_says_what(tmp_path, change, named):
+    shutil.copytree(MODELS, tmp_path / "models")
+    [path] = (tmp_path / "models").glob("pipelines/icons/*/pipeline.json")
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(catalog.ManifestError, match=named):
+        catalog.load(tmp_path / "models")
+
+
+def test_no_models_is_one_clear_error(tmp_path):
+    with pytest.raises(catalog.ManifestError, match="no pipelines"):
+        catalog.load(tmp_path)
+
+
+def test_prompts_are_cut_to_the_context_and_say_so(icons):
+    tokenizer = icons.get("icons").tokenizer
+    short, long = tokenizer.encode("A Red potion"), tokenizer.encode("red potion " * 60)
+    assert len(short.ids) == len(long.ids) == tokenizer.max_tokens
+    assert not short.truncated
+    assert long.truncated
+    assert long.num_tokens > tokenizer.max_tokens
+    assert short.ids == tokenizer.encode("a red potion").ids
+    assert long.ids[0] == short.ids[0]
+
+
+async def test_rows_have_the_same_bits_in_every_verified_batch(icons):
+    runtime = OnnxRuntime(icons, num_instances=2)
+    await runtime.start()
+    try:
+        rows = runtime.max_rows("icons", Component.DENOISER)
+        assert rows >= 8
+        pipeline = icons.get("icons")
+        rng = np.random.default_rng(3)
+        size = pipeline.manifest.sizes[0]
+        shape = pipeline.latent_shape(size.width_px, size.height_px)
+        ids = np.tile(np.array(pipeline.tokenizer.encode("a blue sword").ids), (rows, 1))
+        context = (await runtime.run(0, "icons", Component.TEXT_ENCODER, {"input_ids": ids}))["last_hidden_state"]
+        inputs = {
+            "sample": rng.standard_normal((rows, *shape), dtype=np.float32),
+            "timestep": rng.uniform(0, 999, rows).astype(np.float32),
+            "encoder_hidden_states": context,
+        }
+        batch = (await runtime.run(0, "icons", Component.DENOISER, inputs))["prediction"]
+        for row in (0, rows // 2, rows - 1):
+            single = {name: array[row : row + 1] for name, array in inputs.items()}
+            alone = (await runtime.run(1, "icons", Component.DENOISER, single))["prediction"]
+            assert np.array_equal(batch[row], alone[0])
+        with pytest.raises(RuntimeFailure) as caught:
+            await runtime.run(0, "icons", Component.DENOISER, {"sample": inputs["sample"]})
+        assert not caught.value.retryable
+    finally:
+        await runtime.close()
+
+
+async def test_the_simulated_runtime_says_so_and_keeps_its_curve():
+    runtime, pipeline = SimulatedRuntime(1, 0.002, 0.001), simulated_pipeline()
+    assert "simulated" in runtime.name
+    assert "SIMULATED" in pipeline.manifest.description
+    assert runtime.cost("simulated", Component.DENOISER).at(10) == pytest.approx(0.012)
+    results = await runtime.run(0, "simulated", Component.DECODER, {"latent": np.zeros((3, 4, 16, 16), np.float32)})
+    assert results["image"].shape == (3, 3, 128, 128)
+
+
+def test_costs_between_and_beyond_the_measured_ones():
+    curve = CostCurve((1, 2, 4), (1.0, 1.5, 2.5))
+    assert [curve.at(rows) for rows in (1, 2, 3, 4, 6)] == [1.0, 1.5, 2.0, 2.5, 3.5]
+    assert CostCurve((1,), (2.0,)).at(3) == 6.0
