@@ -216,3 +216,28 @@ def test_a_resumed_output_goes_on_from_its_step():
     [batch] = encode(s)
     assert batch.rows[0].step == 3
     assert run(s, [batch]) == [Stepped(1, 4, False)]
+
+
+def test_a_cancelled_output_that_is_ready_runs_no_more():
+    s = scheduler()
+    for identifier in (1, 2):
+        s.add(output(identifier), 0)
+    [batch] = encode(s)
+    run(s, [batch])
+    s.cancel(1)
+    s.check_invariants()
+    [again] = s.schedule(0, [0])
+    assert {row.output_id for row in again.rows} == {2}
+
+
+def test_callers_take_turns_when_they_start():
+    s = scheduler(running=1)
+    for identifier in range(4):
+        s.add(output(identifier, caller="many", steps=1), 0)
+        s.add(output(10 + identifier, caller="few", steps=1), 0)
+    ended = []
+    while len(ended) < 8:
+        [batch] = s.schedule(0, [0])
+        run(s, [batch])
+        ended += [row.output_id for row in batch.rows if batch.kind is Kind.DECODE]
+    assert ended == [0, 10, 1, 11, 2, 12, 3, 13]

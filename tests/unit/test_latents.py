@@ -1,0 +1,88 @@
+"""Slots of tensors: what one output does never shows in another."""
+
+from __future__ import annotations
+
+import numpy as np
+from safelight_server.latents import Latents
+from safelight_server.sampler import NoiseSchedule, SamplerSpec, compile_table
+
+SHAPE, CONTEXT = (2, 4, 4), (3, 5)
+SCHEDULE = NoiseSchedule(rescale_zero_terminal_snr=True)
+
+
+def table(name="dpmpp_2m", steps=6):
+    return compile_table(SamplerSpec(name), SCHEDULE, "v_prediction", steps)
+
+
+def context(value):
+    return np.full(CONTEXT, value, np.float32)
+
+
+def predict(sample, timestep):
+    """A stand-in denoiser: any function of a row alone."""
+    return (np.tanh(sample) * (timestep[:, None, None, None] / 999)).astype(np.float32)
+
+
+def step(latents, slots, at, parts=(0,)):
+    slots, at = np.array(slots), np.array(at)
+    for part in parts:
+        rows = latents.rows(slots, np.full(len(slots), part), at)
+        latents.put(slots, np.full(len(slots), part), predict(rows["sample"], rows["timestep"]) * (1 + part))
+    return latents.advance(slots, at)
+
+
+def test_outputs_in_a_batch_are_as_alone():
+    together, alone = Latents(4, SHAPE, CONTEXT, 50), Latents(4, SHAPE, CONTEXT, 50)
+    kinds = [("ddim", 6), ("euler_ancestral", 8), ("dpmpp_2m", 7)]
+    slots = [together.claim(table(*kind), seed, 1.0, [context(seed)]) for seed, kind in enumerate(kinds)]
+    for at in range(6):
+        step(together, slots, [at] * 3)
+    for seed, kind in enumerate(kinds):
+        slot = alone.claim(table(*kind), seed, 1.0, [context(seed)])
+        for at in range(6):
+            step(alone, [slot], [at])
+        assert np.array_equal(alone.latent(np.array([slot]))[0], together.latent(np.array([slots[seed]]))[0])
+
+
+def test_guidance_combines_both_rows():
+    latents = Latents(2, SHAPE, CONTEXT, 50)
+    guided = latents.claim(table(), 1, 3.0, [context(1), context(0)])
+    plain = latents.claim(table(), 1, 1.0, [context(1)])
+    step(latents, [guided], [0], parts=(0, 1))
+    step(latents, [plain], [0])
+    assert not np.array_equal(latents.denoised(guided), latents.denoised(plain))
+
+
+def test_a_snapshot_goes_on_with_the_same_bits():
+    latents = Latents(3, SHAPE, CONTEXT, 50)
+    whole = latents.claim(table(), 9, 1.0, [context(1)])
+    for at in range(6):
+        step(latents, [whole], [at])
+    first = latents.claim(table(), 9, 1.0, [context(1)])
+    for at in range(3):
+        step(latents, [first], [at])
+    snapshot = latents.snapshot(first, 3)
+    latents.release(first)
+    second = latents.claim(table(), 9, 1.0, [context(1)], snapshot)
+    for at in range(3, 6):
+        step(latents, [second], [at])
+    assert np.array_equal(latents.latent(np.array([whole])), latents.latent(np.array([second])))
+
+
+def test_a_slot_in_flight_is_not_handed_out_again():
+    latents = Latents(2, SHAPE, CONTEXT, 50)
+    slot = latents.claim(table(), 1, 1.0, [context(1)])
+    latents.depart(np.array([slot]))
+    latents.release(slot)
+    assert latents.claim(table(), 2, 1.0, [context(1)]) != slot
+    latents.arrive(np.array([slot]))
+    assert latents.claim(table(), 3, 1.0, [context(1)]) == slot
+
+
+def test_a_latent_that_is_not_finite_is_seen():
+    latents = Latents(2, SHAPE, CONTEXT, 50)
+    slots = np.array([latents.claim(table(), seed, 1.0, [context(1)]) for seed in (1, 2)])
+    bad = np.zeros((2, *SHAPE), np.float32)
+    bad[1, 0, 0, 0] = np.nan
+    latents.put(slots, np.zeros(2, np.intp), bad)
+    assert latents.advance(slots, np.zeros(2, np.intp)).tolist() == [True, False]
