@@ -234,7 +234,7 @@ class Generation:
             trace_id=self._trace_id,
             warnings=[pb.Warning(reason=n.reason, message=n.message) for n in self.request.warnings],
         )
-        self.log.state(pb.GenerationEvent(accepted=accepted))
+        self.log.publish(pb.GenerationEvent(accepted=accepted))
         self._logger.info("accepted", model=self.request.spec.model, outputs=len(self.outputs), caller=self.caller.name)
         self._spans.begin("queue")
         self._submit(jobs)
@@ -298,7 +298,7 @@ class Generation:
             batch_size=batch_size,
             estimated_remaining=convert.duration(pace * (steps - output.step)),
         )
-        self.log.newest(("progress", output.index), pb.GenerationEvent(progress=progress))
+        self.log.publish(pb.GenerationEvent(progress=progress))
 
     def on_decoded(self, output: _Output, image: FloatArray) -> None:
         """An output's picture is decoded; it is encoded beside the loop."""
@@ -323,7 +323,7 @@ class Generation:
         output.snapshot = None
         self.error = self.error or error
         finished = pb.OutputFinished(output_index=output.index, finish_reason=reason, step=output.step)
-        self.log.state(pb.GenerationEvent(output_finished=finished))
+        self.log.publish(pb.GenerationEvent(output_finished=finished))
         if all(output.reason for output in self.outputs):
             self._finish()
 
@@ -340,7 +340,7 @@ class Generation:
         for stage in list(self._spans.open):
             self._spans.end(stage, self.error.reason if self.error else "")
         finished = pb.Finished(status=self.status, usage=self.usage_message(), timings=self._timings())
-        self.log.state(pb.GenerationEvent(finished=finished), last=True)
+        self.log.publish(pb.GenerationEvent(finished=finished))
         level = self._logger.error if isinstance(self.error, InternalError) else self._logger.info
         level("finished", state=self.state.name, seconds=round(self.times.ended - self.times.accepted, 3))
         self._on_end(self)

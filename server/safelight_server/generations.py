@@ -271,7 +271,7 @@ class Generations:
                     start.ToNanoseconds() + int(1e9 * (now - generation.times.accepted + min(mine) * pace))
                 )
                 queued = pb.Queued(position=min(mine), estimated_start_time=start)
-                generation.log.newest("queued", pb.GenerationEvent(queued=queued))
+                generation.log.publish(pb.GenerationEvent(queued=queued))
 
     def _end_stalled(self) -> None:
         now = self._clock()

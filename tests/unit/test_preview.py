@@ -1,83 +1,202 @@
-"""When a preview is due, and that it is made once."""
+"""When a preview is due, what it may cost, and that it is made once."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safelight_server.preview import Budget, Cadence, Frame, Renderer, choose_method
 from safelight_server.request import MediaType, PixelEncoding, PreviewMethod, PreviewPolicy
+from safelight_server.runtime.base import Component
 from safelight_server.runtime.simulated import LATENT, SIZE_PX, simulated_pipeline
 
+JPEG, RAW, WEBP = (PixelEncoding(kind) for kind in (MediaType.JPEG, MediaType.RAW_RGBA8, MediaType.WEBP))
+TINY, FULL, AUTO, LINEAR = (
+    PreviewMethod.TINY_DECODER,
+    PreviewMethod.FULL_DECODER,
+    PreviewMethod.AUTO,
+    PreviewMethod.LINEAR,
+)
 
-@given(every=st.integers(1, 20), steps=st.integers(1, 60))
-def test_cadence_by_steps_takes_the_first_and_every_nth(every, steps):
+
+@given(every=st.integers(1, 20), steps=st.integers(1, 60), busy=st.booleans())
+def test_cadence_by_steps_takes_the_first_and_every_nth(every, steps, busy):
     cadence = Cadence(PreviewPolicy(every_n_steps=every))
-    due = [step for step in range(1, steps + 1) if cadence.due(step, 0.0)]
+    due = [step for step in range(1, steps + 1) if cadence.due(step, 0.0, busy=busy)]
     assert due == sorted({1} | set(range(every, steps + 1, every)))
 
 
-@given(gaps=st.lists(st.floats(0, 1), min_size=1, max_size=40), interval=st.floats(0.01, 2))
-def test_cadence_by_interval_keeps_it(gaps, interval):
-    cadence, now, last = Cadence(PreviewPolicy(min_interval_s=interval)), 0.0, None
+@given(gaps=st.lists(st.floats(0, 1), min_size=1, max_size=40), interval=st.floats(0.01, 2), delay=st.floats(0, 3))
+def test_cadence_by_interval_counts_from_one_sent_to_the_next_made(gaps, interval, delay):
+    cadence, now, sent, taken_at = Cadence(PreviewPolicy(min_interval_s=interval)), 0.0, -math.inf, None
     for step, gap in enumerate(gaps, 1):
         now += gap
-        if cadence.due(step, now):
-            assert last is None or now - last >= interval
-            cadence.taken(now)
-            last = now
+        if taken_at is not None and now >= taken_at + delay:
+            sent, taken_at = now, None
+            cadence.sent(now)
+        due = cadence.due(step, now, busy=taken_at is not None)
+        assert due == (taken_at is None and now - sent >= interval)
+        if due:
+            taken_at = now
 
 
-@given(sizes=st.lists(st.integers(1, 50_000), min_size=1, max_size=60), rate=st.integers(1024, 100_000))
-def test_a_budget_is_kept_over_any_time(sizes, rate):
-    budget, now, spent = Budget(rate, 0.0), 0.0, 0
+@given(
+    sizes=st.lists(st.integers(1, 50_000), min_size=1, max_size=60),
+    rate=st.integers(1024, 100_000),
+    at_once=st.integers(1, 8),
+    data=st.data(),
+)
+def test_a_budget_is_kept_over_any_time(sizes, rate, at_once, data):
+    """Whatever is sent from any moment on: a second's worth, what time brings, and what was under way."""
+    budget, now, sent, held = Budget(rate, 0.0), 0.0, [], 0
     for size in sizes:
-        now += 0.05
-        if budget.allows(now):
-            budget.spend(size)
+        now += data.draw(st.floats(0, 0.2))
+        while held < at_once and budget.hold(now):
+            held += 1
+        if held:
+            held -= 1
+            budget.settle(size)
+            sent.append((now, size))
+    for first, (begin, _) in enumerate(sent):
+        for last in range(first, len(sent)):
+            spent = sum(size for _, size in sent[first : last + 1])
+            assert spent <= rate * (sent[last][0] - begin + 1) + at_once * max(sizes)
+
+
+@given(size=st.integers(1, 50_000), rate=st.integers(1024, 20_000))
+def test_previews_of_one_size_overrun_a_budget_by_at_most_one(size, rate):
+    budget, spent = Budget(rate, 0.0), 0
+    assert budget.hold(0.0)
+    assert not budget.hold(0.0), "the first is held for the whole bucket: its size is not known"
+    budget.settle(size)
+    spent += size
+    for tenth in range(1, 60):
+        held = 0
+        while budget.hold(tenth / 10):
+            held += 1
+            assert held <= rate
+        for _ in range(held):
+            budget.settle(size)
             spent += size
-            assert spent <= rate * (now + 1) + max(sizes)
+        assert spent <= rate * (tenth / 10 + 1) + size + 1e-6
 
 
-def test_auto_takes_the_best_that_the_load_leaves_room_for():
-    auto = PreviewMethod.AUTO
-    assert choose_method(auto, 0.2, has_preview_decoder=True) is PreviewMethod.TINY_DECODER
-    assert choose_method(auto, 0.2, has_preview_decoder=False) is PreviewMethod.FULL_DECODER
-    assert choose_method(auto, 2.0, has_preview_decoder=True) is PreviewMethod.LINEAR
-    assert choose_method(PreviewMethod.FULL_DECODER, 9.0, has_preview_decoder=True) is PreviewMethod.FULL_DECODER
+def test_no_budget_is_no_limit():
+    budget = Budget(None, 0.0)
+    assert all(budget.hold(0.0) for _ in range(1000))
 
 
-async def test_a_frame_is_rendered_once_however_many_ask():
-    decoded = []
+def test_what_came_to_nothing_costs_nothing():
+    budget = Budget(1024, 0.0)
+    for _ in range(100):
+        assert budget.hold(0.0)
+        budget.settle(0)
 
-    async def decode(output_id, latent, component):
-        decoded.append(component)
-        await asyncio.sleep(0)
-        return np.zeros((3, SIZE_PX, SIZE_PX), np.float32)
 
+@pytest.mark.parametrize(
+    ("wanted", "load", "has_preview_decoder", "method"),
+    [
+        (AUTO, 0.2, True, TINY),
+        (AUTO, 0.7, True, TINY),
+        (AUTO, 0.71, True, LINEAR),
+        (AUTO, 2.0, True, LINEAR),
+        (AUTO, 0.2, False, FULL),
+        (AUTO, 0.5, False, FULL),
+        (AUTO, 0.51, False, LINEAR),
+        (FULL, 9.0, True, FULL),
+        (TINY, 9.0, True, TINY),
+        (LINEAR, 0.0, True, LINEAR),
+    ],
+)
+def test_auto_takes_the_best_that_the_load_leaves_room_for(wanted, load, has_preview_decoder, method):
+    assert choose_method(wanted, load, has_preview_decoder) is method
+
+
+class Decoder:
+    """Counts what it is asked; the image is as large as the simulated runtime's."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, Component]] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.failure: Exception | None = None
+        self.superseded = False
+
+    async def __call__(self, output_id, latent, component):
+        self.asked.append((output_id, component))
+        await self.gate.wait()
+        if self.failure:
+            raise self.failure
+        return None if self.superseded else np.zeros((3, SIZE_PX, SIZE_PX), np.float32)
+
+
+def frame(step: int = 3) -> Frame:
+    return Frame(1, 0, step, np.zeros(LATENT, np.float32))
+
+
+@pytest.fixture
+def made():
+    """A renderer, its decoder, and the load it sees."""
+    decoder, load = Decoder(), [0.0]
     with ThreadPoolExecutor(2) as pool:
-        renderer = Renderer(simulated_pipeline(), decode, lambda: 0.0, pool)
-        frame = Frame(1, 0, 3, np.zeros(LATENT, np.float32))
-        jpeg, raw = PixelEncoding(MediaType.JPEG), PixelEncoding(MediaType.RAW_RGBA8)
-        asked = [(PreviewMethod.TINY_DECODER, jpeg, None)] * 5 + [(PreviewMethod.TINY_DECODER, raw, 16)] * 3
-        rendered = await asyncio.gather(*(renderer.render(frame, *what) for what in asked))
-        assert renderer.num_rendered == 2
-        assert rendered[0] is rendered[4]
-        assert rendered[5].picture.width_px == 16
-        linear = await renderer.render(frame, PreviewMethod.LINEAR, raw, None)
-        assert linear.picture.width_px == LATENT[2]
-        assert len(decoded) == 2
+        yield Renderer(simulated_pipeline(), decoder, lambda: load[0], pool), decoder, load
 
 
-async def test_a_superseded_frame_gives_nothing():
-    async def decode(output_id, latent, component):
-        return None
+async def test_a_frame_is_decoded_once_per_method_and_encoded_once_per_encoding_and_size(made):
+    renderer, decoder, _ = made
+    seen = frame()
+    asked = [(TINY, JPEG, None)] * 5 + [(TINY, RAW, 16)] * 3 + [(TINY, RAW, None), (LINEAR, RAW, None)]
+    rendered = await asyncio.gather(*(renderer.render(seen, *what) for what in asked))
+    assert decoder.asked == [(1, Component.PREVIEW_DECODER)], "an encoding of its own is no reason to decode again"
+    assert renderer.num_rendered == 4
+    assert len({id(one) for one in rendered}) == 4
+    assert [one.picture.width_px for one in rendered] == [SIZE_PX] * 5 + [16] * 3 + [SIZE_PX, LATENT[2]]
+    assert {one.method for one in rendered} == {TINY, LINEAR}
+    assert await renderer.render(seen, TINY, JPEG, None) is rendered[0], "also for those who come later"
+    assert await renderer.render(frame(4), TINY, JPEG, None) is not rendered[0]
 
-    with ThreadPoolExecutor(1) as pool:
-        renderer = Renderer(simulated_pipeline(), decode, lambda: 0.0, pool)
-        frame = Frame(1, 0, 3, np.zeros(LATENT, np.float32))
-        assert await renderer.render(frame, PreviewMethod.FULL_DECODER, PixelEncoding(), None) is None
-        assert renderer.num_rendered == 0
+
+async def test_auto_means_the_same_for_all_streams_of_a_frame(made):
+    renderer, _, load = made
+    seen = frame()
+    first = await renderer.render(seen, AUTO, JPEG, None)
+    load[0] = 5.0
+    assert await renderer.render(seen, AUTO, JPEG, None) is first
+    later = await renderer.render(frame(4), AUTO, JPEG, None)
+    assert (first.method, later.method) == (TINY, LINEAR)
+
+
+async def test_a_superseded_frame_gives_nothing(made):
+    renderer, decoder, _ = made
+    decoder.superseded = True
+    assert await renderer.render(frame(), FULL, JPEG, None) is None
+    assert renderer.num_rendered == 0
+
+
+async def test_a_failure_reaches_all_who_asked_and_is_logged_once(made, capsys):
+    renderer, decoder, _ = made
+    decoder.failure = RuntimeError("no memory for pixels")
+    seen = frame()
+    tasks = {renderer.render(seen, TINY, JPEG, None) for _ in range(3)}
+    assert len(tasks) == 1
+    with pytest.raises(RuntimeError, match="no memory"):
+        await tasks.pop()
+    await asyncio.sleep(0)
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("preview_failed") == 1
+
+
+async def test_pixels_are_not_made_on_the_event_loop(made):
+    renderer, _, _ = made
+    running = renderer.render(frame(), LINEAR, WEBP, None)
+    turns = 0
+    while not running.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 1
+    assert running.result().picture.media_type is MediaType.WEBP

@@ -45,16 +45,16 @@ def log():
 
 def publish(log: EventLog, step: int, output: int = 0) -> None:
     progress = pb.Progress(output_index=output, step=step)
-    log.newest(("progress", output), pb.GenerationEvent(progress=progress))
+    log.publish(pb.GenerationEvent(progress=progress))
     if log.wants_frame(output, step):
         log.frame(Frame(1, output, step, np.zeros(LATENT, np.float32)))
 
 
 def finish(log: EventLog, output: int = 0, last: bool = True) -> None:
     log.artifact(output, PICTURE)
-    log.state(pb.GenerationEvent(output_finished=pb.OutputFinished(output_index=output)))
+    log.publish(pb.GenerationEvent(output_finished=pb.OutputFinished(output_index=output)))
     if last:
-        log.state(pb.GenerationEvent(finished=pb.Finished()), last=True)
+        log.publish(pb.GenerationEvent(finished=pb.Finished()))
 
 
 async def read(watcher, into: list) -> None:
@@ -68,7 +68,7 @@ def test_whatever_the_interleaving_a_watcher_gets_everything_that_counts(plan, o
     async def scenario() -> None:
         with ThreadPoolExecutor(1) as pool:
             log = make_log(pool)
-            log.state(pb.GenerationEvent(accepted=pb.Accepted()))
+            log.publish(pb.GenerationEvent(accepted=pb.Accepted()))
             watcher = log.watch(LINEAR)
             events, stream, step = [], watcher.events(), 0
             pending = None
@@ -86,7 +86,7 @@ def test_whatever_the_interleaving_a_watcher_gets_everything_that_counts(plan, o
                 else:
                     await asyncio.sleep(0)
                 assert len(watcher._slots) <= 2 * outputs + 1
-                assert len(watcher._pending) <= outputs
+                assert len(watcher._previews._waiting) <= outputs
             for output in range(outputs):
                 finish(log, output, last=output == outputs - 1)
             if pending is not None:
@@ -116,7 +116,7 @@ def check(events, outputs) -> None:
 
 
 async def test_nothing_is_rendered_while_nobody_takes(log):
-    log.state(pb.GenerationEvent(accepted=pb.Accepted()))
+    log.publish(pb.GenerationEvent(accepted=pb.Accepted()))
     watcher = log.watch(LINEAR)
     stream = watcher.events()
     await anext(stream)  # now the stream hangs in its yield, as under flow control
@@ -133,7 +133,7 @@ async def test_nothing_is_rendered_while_nobody_takes(log):
 
 
 async def test_a_late_watcher_gets_the_whole_story(log):
-    log.state(pb.GenerationEvent(accepted=pb.Accepted()))
+    log.publish(pb.GenerationEvent(accepted=pb.Accepted()))
     publish(log, 4)
     finish(log)
     events: list = []
@@ -149,7 +149,7 @@ async def test_a_late_watcher_gets_the_whole_story(log):
 
 
 async def test_what_cannot_be_resumed_names_the_field(log):
-    log.state(pb.GenerationEvent(accepted=pb.Accepted()))
+    log.publish(pb.GenerationEvent(accepted=pb.Accepted()))
     for after, offsets, field in ((9, {}, "after_sequence"), (0, {0: 5}, "artifact_offsets")):
         with pytest.raises(InvalidRequestError) as caught:
             log.watch(LINEAR, after, offsets)
@@ -168,11 +168,11 @@ async def test_watchers_are_bounded():
 
 
 async def test_one_that_is_not_read_is_seen_to_stall(log):
-    log.state(pb.GenerationEvent(accepted=pb.Accepted()))
+    log.publish(pb.GenerationEvent(accepted=pb.Accepted()))
     watcher = log.watch(LINEAR)
     stream = watcher.events()
     await anext(stream)
-    log.clock.now = 12.0
-    assert watcher.stalled_for(log.clock.now) == 12.0
+    log._clock.now = 12.0
+    assert watcher.stalled_for(log._clock.now) == 12.0
     watcher.close()
     assert [data async for data in stream] == []

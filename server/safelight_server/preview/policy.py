@@ -1,4 +1,8 @@
-"""When a preview is due and how it is made. Pure: no clock, no tensors."""
+"""When a preview is due, what it may cost and how it is made. Pure: no clock, no tensors.
+
+Neighbours: `stream/previews.py` asks `Cadence` and `Budget` for each stream,
+`render.py` asks `choose_method`.
+"""
 
 from __future__ import annotations
 
@@ -6,54 +10,72 @@ import math
 
 from safelight_server.request import PreviewMethod, PreviewPolicy
 
-BUSY = 0.75
-"""Load above which AUTO takes the linear preview."""
+BUSY = 0.7
+"""Share of instance time asked for above which AUTO takes the linear preview."""
+IDLE = 0.5
+"""Share up to which AUTO may use the full decoder, where a pipeline has no other."""
 
 
 class Cadence:
-    """Which steps of one output a stream wants: the first, then every n-th, or no sooner than an interval."""
+    """Which steps of one output a stream wants: the first and every n-th, or the next one after an interval."""
 
     def __init__(self, policy: PreviewPolicy) -> None:
         self._every = policy.every_n_steps
         self._interval_s = policy.min_interval_s
         self._last_s = -math.inf
 
-    def due(self, step: int, now: float) -> bool:
-        """Whether a preview of `step` (from 1) is wanted now."""
+    def due(self, step: int, now: float, *, busy: bool) -> bool:
+        """Whether a preview of `step` (from 1) is wanted.
+
+        Args:
+            busy: one is being made or waits to be sent: the interval begins when it is sent.
+        """
         if self._interval_s > 0:
-            return now - self._last_s >= self._interval_s
+            return not busy and now - self._last_s >= self._interval_s
         return step == 1 or step % self._every == 0
 
-    def taken(self, now: float) -> None:
-        """A preview was started."""
+    def sent(self, now: float) -> None:
+        """A preview was handed over."""
         self._last_s = now
 
 
 class Budget:
-    """Preview bytes per second: a bucket of one second that may go below zero by the last preview's size."""
+    """Preview bytes per second: a token bucket of one second, in debt by at most about one preview.
+
+    A size is known only when a preview has been made. Until then it is held
+    for as much as the one before took, or for the whole bucket.
+    """
 
     def __init__(self, bytes_per_second: int | None, now: float) -> None:
         self._rate = bytes_per_second
         self._tokens = float(bytes_per_second or 0)
         self._at = now
+        self._num_held = 0
+        self._typical = self._tokens
 
-    def allows(self, now: float) -> bool:
-        """Whether a preview may be made now."""
-        if self._rate is None:
-            return True
-        self._tokens = min(float(self._rate), self._tokens + (now - self._at) * self._rate)
-        self._at = now
-        return self._tokens > 0
+    def hold(self, now: float) -> bool:
+        """Begins a preview, if it may be made now; `settle` ends it."""
+        if self._rate is not None:
+            self._tokens = min(float(self._rate), self._tokens + (now - self._at) * self._rate)
+            self._at = now
+            if self._tokens <= self._num_held * self._typical:
+                return False
+        self._num_held += 1
+        return True
 
-    def spend(self, num_bytes: int) -> None:
-        """A preview of that size was made."""
+    def settle(self, num_bytes: int) -> None:
+        """A preview that was begun is sent and had this size, or came to nothing: 0."""
+        self._num_held -= 1
         self._tokens -= num_bytes
+        self._typical = float(num_bytes) or self._typical
 
 
 def choose_method(wanted: PreviewMethod, load: float, has_preview_decoder: bool) -> PreviewMethod:
-    """What AUTO means at a load of the instances: 0 idle, 1 all busy."""
+    """What AUTO means at a load of the instances: 0 idle, 1 all asked for, more when work waits."""
     if wanted is not PreviewMethod.AUTO:
         return wanted
-    if load > BUSY:
-        return PreviewMethod.LINEAR
-    return PreviewMethod.TINY_DECODER if has_preview_decoder else PreviewMethod.FULL_DECODER
+    if has_preview_decoder and load <= BUSY:
+        return PreviewMethod.TINY_DECODER
+    if not has_preview_decoder and load <= IDLE:
+        return PreviewMethod.FULL_DECODER
+    return PreviewMethod.LINEAR

@@ -1,52 +1,32 @@
-"""Makes previews of denoised latents, each at most once per method, encoding and size however many watch."""
+"""Makes previews of denoised latents, each at most once per method, encoding and size however many watch.
+
+Between the streams, which ask (`stream/previews.py`), and the engine, which
+decodes between the steps. Pixels are scaled and encoded in a bounded pool of
+threads, never on the event loop.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
 
+import structlog
 from safelight_server.catalog import Pipeline
 from safelight_server.picture import Encoded, encode, shrink
 from safelight_server.pipeline import linear_image, to_pixels
+from safelight_server.preview.frames import Frame, Rendered
 from safelight_server.preview.policy import choose_method
 from safelight_server.request import PixelEncoding, PreviewMethod
 from safelight_server.runtime.base import Component, FloatArray
 
-Decode = Callable[[int, FloatArray, Component], Awaitable[FloatArray | None]]
+log = structlog.get_logger(__name__)
+
+Decode = Callable[[int, FloatArray, Component], Coroutine[None, None, FloatArray | None]]
 COMPONENTS = {
     PreviewMethod.TINY_DECODER: Component.PREVIEW_DECODER,
     PreviewMethod.FULL_DECODER: Component.DECODER,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A preview that is ready to be sent."""
-
-    output_index: int
-    step: int
-    method: PreviewMethod
-    picture: Encoded
-
-
-@dataclass(eq=False, slots=True)
-class Frame:
-    """How an output looks at a step.
-
-    Attributes:
-        output_id: the engine's.
-        denoised: (C, h, w), a copy.
-    """
-
-    output_id: int
-    output_index: int
-    step: int
-    denoised: FloatArray
-    renders: dict[tuple[PreviewMethod, PixelEncoding, int | None], asyncio.Task[Rendered | None]] = field(
-        default_factory=dict
-    )
 
 
 class Renderer:
@@ -54,8 +34,11 @@ class Renderer:
 
     Args:
         decode: runs a decoder between the steps; None where a newer frame took its place.
-        load: of the instances: 0 idle, 1 all busy.
+        load: share of instance time asked for: 0 idle, 1 all of it, more when work waits.
         pool: threads for the pixels' work.
+
+    Attributes:
+        num_rendered: previews made so far.
     """
 
     def __init__(self, pipeline: Pipeline, decode: Decode, load: Callable[[], float], pool: Executor) -> None:
@@ -65,23 +48,26 @@ class Renderer:
         self._pool = pool
         self.num_rendered = 0
 
-    async def render(
+    def render(
         self, frame: Frame, wanted: PreviewMethod, encoding: PixelEncoding, max_edge_px: int | None
-    ) -> Rendered | None:
-        """The preview, or None where a newer frame took its place. Shared by all who ask for the same."""
-        method = choose_method(wanted, self._load(), self._pipeline.has_preview_decoder)
+    ) -> asyncio.Task[Rendered | None]:
+        """The preview, or None where a newer frame took its place. Shared: do not cancel it."""
+        if wanted is PreviewMethod.AUTO:
+            frame.auto = frame.auto or choose_method(wanted, self._load(), self._pipeline.has_preview_decoder)
+            wanted = frame.auto
+        method = wanted
         key = (method, encoding, max_edge_px)
-        task = frame.renders.get(key)
-        if task is None:
-            task = frame.renders[key] = asyncio.create_task(self._make(frame, method, encoding, max_edge_px))
-        return await asyncio.shield(task)
+        return frame.render(key, lambda: _task(self._make(frame, method, encoding, max_edge_px)))
 
     async def _make(
         self, frame: Frame, method: PreviewMethod, encoding: PixelEncoding, max_edge_px: int | None
     ) -> Rendered | None:
         image: FloatArray | None = None
         if method is not PreviewMethod.LINEAR:
-            image = await self._decode(frame.output_id, frame.denoised, COMPONENTS[method])
+            component = COMPONENTS[method]
+            image = await frame.image(
+                method, lambda: asyncio.create_task(self._decode(frame.output_id, frame.denoised, component))
+            )
             if image is None:
                 return None
         self.num_rendered += 1
@@ -95,3 +81,15 @@ class Renderer:
         if image is None:
             image = linear_image(self._pipeline, frame.denoised)
         return encode(shrink(to_pixels(image), max_edge_px), encoding)
+
+
+def _task(making: Coroutine[None, None, Rendered | None]) -> asyncio.Task[Rendered | None]:
+    task = asyncio.create_task(making)
+    task.add_done_callback(_report)
+    return task
+
+
+def _report(task: asyncio.Task[Rendered | None]) -> None:
+    """A preview that cannot be made costs its streams that preview and nothing else; someone must hear of it."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("preview_failed", exc_info=error)

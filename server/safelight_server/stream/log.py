@@ -1,0 +1,186 @@
+"""The events of one generation, from `generation.py`, which publishes, to the streams, which read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from safelight.v1 import generation_pb2 as pb
+from safelight_server.errors import FieldViolation, InvalidRequestError, QueueFullError
+from safelight_server.picture import Encoded
+from safelight_server.preview import Frame, Renderer
+from safelight_server.request import PreviewPolicy
+from safelight_server.stream.watcher import Slot, Story, Watcher
+from safelight_server.stream.wire import Artifact, State, artifact, serialize
+
+QUEUED = ("queued", 0)
+
+
+class EventLog:
+    """The events of one generation. Publishing never waits for a stream.
+
+    Args:
+        generation: its resource name.
+        clock: monotonic seconds.
+        chunk_bytes: size of the pieces of a picture.
+        max_watchers: streams at once.
+
+    Attributes:
+        watchers: the streams that are open.
+        last_sequence: of the newest state event.
+    """
+
+    def __init__(
+        self, generation: str, renderer: Renderer, clock: Callable[[], float], *, chunk_bytes: int, max_watchers: int
+    ) -> None:
+        self.generation = generation
+        self.renderer = renderer
+        self.watchers: set[Watcher] = set()
+        self.last_sequence = 0
+        self._clock = clock
+        self._story = Story(generation, renderer, clock)
+        self._counts = self._story.counts
+        self._chunk_bytes = chunk_bytes
+        self._max_watchers = max_watchers
+        self._frames: dict[int, Frame] = {}
+        self._sizes: dict[int, int] = {}
+
+    # --- what happens ---
+
+    def publish(self, event: pb.GenerationEvent) -> None:
+        """Takes an event on the lane of its kind.
+
+        Accepted, OutputFinished and Finished are numbered and reliable; Queued and Progress are newest-wins. Finished
+        closes the log. Pictures and previews have `artifact` and `frame`.
+        """
+        match event.WhichOneof("event"):
+            case "accepted" | "output_finished" | "finished":
+                self._append_state(event)
+            case "queued":
+                self._offer(QUEUED, event)
+            case "progress":
+                self._story.newest.pop(QUEUED, None)
+                self._offer(("progress", event.progress.output_index), event)
+            case kind:
+                raise ValueError(f"{kind} is not published as an event")
+
+    def artifact(self, output_index: int, picture: Encoded) -> None:
+        """Appends a finished picture."""
+        self._end_output(output_index)
+        item = artifact(self.generation, output_index, picture, self._chunk_bytes)
+        self._sizes[output_index] = item.total_bytes
+        self._append(item)
+
+    def wants_frame(self, output_index: int, step: int) -> bool:
+        """Whether a frame of this step would be of use to any stream."""
+        now = self._clock()
+        return any(watcher.wants(output_index, step, now) for watcher in self.watchers)
+
+    def frame(self, frame: Frame) -> None:
+        """Takes a frame that was wanted."""
+        self._frames[frame.output_index] = frame
+        for watcher in self.watchers:
+            watcher.frame(frame)
+
+    # --- who watches ---
+
+    def watch(
+        self, policy: PreviewPolicy, after_sequence: int = 0, artifact_offsets: Mapping[int, int] | None = None
+    ) -> Watcher:
+        """Opens a stream: what happened before, in order, then what happens.
+
+        Args:
+            after_sequence: the last state event that the client has.
+            artifact_offsets: bytes of pictures that the client has, by output.
+
+        Raises:
+            InvalidRequestError: an offset lies beyond its picture, or a sequence in the future.
+            QueueFullError: too many streams.
+        """
+        if len(self.watchers) >= self._max_watchers:
+            raise QueueFullError("too many streams watch this generation", reason="TOO_MANY_WATCHERS")
+        offsets = artifact_offsets or {}
+        faults = [
+            FieldViolation(
+                "artifact_offsets",
+                f"offset {offset} of output {index} is not within the {self._sizes.get(index, 0)} bytes there are",
+            )
+            for index, offset in offsets.items()
+            if not 0 <= offset <= self._sizes.get(index, 0)
+        ]
+        if after_sequence > self.last_sequence:
+            faults.append(FieldViolation("after_sequence", f"the newest sequence is {self.last_sequence}"))
+        if faults:
+            raise InvalidRequestError(faults)
+        watcher = Watcher(self._story, policy, after_sequence, offsets, self._leave)
+        self.watchers.add(watcher)
+        for frame in self._frames.values():
+            watcher.join(frame)
+        return watcher
+
+    def update_policy(self, policy: PreviewPolicy) -> None:
+        """Changes the previews of all streams."""
+        for watcher in self.watchers:
+            watcher.set_policy(policy)
+
+    # --- how it stands ---
+
+    @property
+    def closed(self) -> bool:
+        """Whether Finished was published."""
+        return self._story.closed
+
+    @property
+    def artifact_bytes(self) -> int:
+        """Bytes of the finished pictures, which stay as long as the log."""
+        return sum(self._sizes.values())
+
+    @property
+    def num_previews(self) -> int:
+        """Previews handed over to streams."""
+        return self._counts.num_sent
+
+    @property
+    def preview_bytes(self) -> int:
+        """Bytes of these previews."""
+        return self._counts.num_bytes
+
+    @property
+    def num_dropped(self) -> int:
+        """Previews that were due on a stream and passed over."""
+        return self._counts.num_dropped
+
+    @property
+    def first_preview_at(self) -> float | None:
+        """When the first preview was handed over, on the clock."""
+        return self._counts.first_at
+
+    def _append_state(self, event: pb.GenerationEvent) -> None:
+        self.last_sequence += 1
+        event.sequence = self.last_sequence
+        is_last = event.HasField("finished")
+        ends = event.output_finished.output_index if event.HasField("output_finished") else None
+        if ends is not None:
+            self._end_output(ends)
+        if is_last:
+            self._story.closed = True
+            self._story.newest.clear()
+        self._append(State(self.last_sequence, serialize(self.generation, event), ends, is_last))
+
+    def _append(self, item: State | Artifact) -> None:
+        self._story.items.append(item)
+        for watcher in self.watchers:
+            watcher.wake()
+
+    def _offer(self, slot: Slot, event: pb.GenerationEvent) -> None:
+        self._story.newest[slot] = serialize(self.generation, event)
+        for watcher in self.watchers:
+            watcher.offer(slot)
+
+    def _end_output(self, output_index: int) -> None:
+        self._story.newest.pop(("progress", output_index), None)
+        self._frames.pop(output_index, None)
+
+    def _leave(self, watcher: Watcher) -> None:
+        self.watchers.discard(watcher)
+        if not self.watchers:
+            self._frames.clear()
