@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import multiprocessing
 import os
@@ -21,7 +22,6 @@ import grpc
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server import catalog as catalogs
@@ -29,7 +29,7 @@ from safelight_server.app import serving
 from safelight_server.pipeline import decoder_latent, to_pixels
 from safelight_server.runtime.base import Component
 from safelight_server.runtime.onnx import _session as onnx_session
-from safelight_server.sampler import advance, compile_table, gaussian, guide
+from safelight_server.sampler import SamplerSpec, advance, compile_table, gaussian, guide
 from safelight_server.settings import load
 
 PROMPT = "a red potion on a dark background"
@@ -70,8 +70,8 @@ def ask_process(address: str, clients: int, images: int, previews: str) -> None:
     asyncio.run(ask(address, clients, images, previews))
 
 
-def bare_loop(models: Path, batch: int, images: int) -> None:
-    """The same pictures by the bare sessions: no gRPC, no scheduler, no previews; one thread a core."""
+def load_bare(models: Path) -> None:
+    """The same sessions without a server: no gRPC, no scheduler, no previews; one thread a core."""
     pipeline = catalogs.load(models).get("")
     workers = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
@@ -99,8 +99,6 @@ def run_bare(batch: int, images: int) -> None:
 def _develop(pipeline, sessions, seeds) -> None:  # type: ignore[no-untyped-def]
     manifest, rows = pipeline.manifest, len(seeds)
     at = manifest.defaults.sampler
-    from safelight_server.sampler import SamplerSpec
-
     spec = SamplerSpec(at.name, at.spacing, at.sigma_schedule, at.eta)
     table = compile_table(spec, pipeline.schedule, manifest.prediction_type, STEPS)
     size = manifest.sizes[0]
@@ -134,7 +132,7 @@ def timed(work) -> tuple[float, float]:  # type: ignore[no-untyped-def]
 async def throughput(models: Path, console: Console) -> list[dict[str, float | str]]:
     """(a) images per second, and per CPU second of the server, against the bare loop."""
     rows: list[dict[str, float | str]] = []
-    bare_loop(models, 1, 1)
+    load_bare(models)
     spawn = multiprocessing.get_context("spawn")
     async with serving(load(port=0, models_dir=models, log_level="error", max_running_outputs=64)) as running:
         for clients in CLIENTS:
@@ -142,7 +140,7 @@ async def throughput(models: Path, console: Console) -> list[dict[str, float | s
             samples: dict[str, list[tuple[float, float]]] = {"bare": [], "linear": [], "auto": []}
             for _ in range(ROUNDS):
                 group = max(1, clients // len(os.sched_getaffinity(0)))
-                samples["bare"].append(await asyncio.to_thread(timed, lambda: run_bare(group, images)))
+                samples["bare"].append(await asyncio.to_thread(timed, functools.partial(run_bare, group, images)))
                 for previews in ("linear", "auto"):
                     process = spawn.Process(target=ask_process, args=(running.address, clients, images, previews))
                     wall, cpu = time.perf_counter(), time.process_time()
