@@ -11,9 +11,12 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from diffusers import UNet2DConditionModel
@@ -26,6 +29,7 @@ from training.recipe import Recipe
 
 CHECKPOINT_EVERY_S = 240.0
 LOG_EVERY = 50
+CHECKPOINT = "diffusion.pt"
 
 
 class Model(nn.Module):
@@ -56,6 +60,96 @@ def learning_rate(recipe: Recipe, samples: int) -> float:
     return recipe.learning_rate * warm * max(0.01, min(1.0, left))
 
 
+@dataclass
+class Run:
+    """One process of a training run: what it learns, what from, and how far it is."""
+
+    recipe: Recipe
+    rank: int
+    world: int
+    tokens: CLIPTokenizer
+    model: Model
+    optimizer: torch.optim.Optimizer
+    average: dict[str, Tensor]
+    batches: Batches
+    latents: Tensor
+    alphas: Tensor
+    step: int = 0
+    cpu_s: float = 0.0
+
+    @property
+    def samples(self) -> int:
+        """Seen by all processes together."""
+        return self.step * self.recipe.batch_size * self.world
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint, also one of another number of processes."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average, self.cpu_s = state["average"], state["cpu_s"]
+        self.step = state["samples"] // (self.recipe.batch_size * self.world)
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "samples": self.samples,
+            "cpu_s": self.cpu_s,
+        }
+
+    def advance(self) -> float:
+        """One step; its loss in this process."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, self.samples)
+        loss = self._loss(*self.batches.at(self.step))
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.world > 1:
+            _share_gradients(self.model, self.world)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        _average(self.average, self.model, min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step)))
+        return float(loss.detach())
+
+    def _loss(self, picks: npt.NDArray[np.int64], captions: list[str]) -> Tensor:
+        ids = self.tokens(
+            captions, padding="max_length", truncation=True, max_length=self.recipe.max_tokens, return_tensors="pt"
+        ).input_ids
+        generator = torch.Generator().manual_seed(hash((self.recipe.seed, self.step, self.rank)) & 0x7FFFFFFF)
+        clean = self.latents[picks].float()
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.randint(0, len(self.alphas), (len(picks),), generator=generator)
+        signal = self.alphas[timesteps].sqrt()[:, None, None, None]
+        sigma = (1 - self.alphas[timesteps]).sqrt()[:, None, None, None]
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = self.model(signal * clean + sigma * noise, timesteps, ids)
+        return nn.functional.mse_loss(predicted.float(), signal * noise - sigma * clean)
+
+
+def begin(recipe: Recipe, folder: Path, tokens: CLIPTokenizer, rank: int, world: int) -> Run:
+    """A run from its seed, or from the checkpoint in `folder`."""
+    model = build(recipe, tokens)
+    run = Run(
+        recipe=recipe,
+        rank=rank,
+        world=world,
+        tokens=tokens,
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=recipe.weight_decay, fused=True),
+        average={name: value.detach().clone() for name, value in model.state_dict().items()},
+        batches=Batches(recipe, rank, world),
+        latents=torch.from_numpy(np.load(folder / "latents.npy", mmap_mode="c")),
+        alphas=networks.noise_schedule().alphas_cumprod,
+    )
+    if (state := checkpoint.load(folder / CHECKPOINT)) is not None:
+        run.restore(state)
+        print(f"rank {rank}: resuming at {run.samples} samples", flush=True)
+    return run
+
+
 def train(recipe: Recipe, folder: Path, tokens: CLIPTokenizer, rank: int, world: int) -> None:
     """Trains up to `recipe.diffusion_samples`; rank 0 writes checkpoints and the log."""
     torch.set_num_threads(1)
@@ -64,81 +158,21 @@ def train(recipe: Recipe, folder: Path, tokens: CLIPTokenizer, rank: int, world:
         dist.init_process_group(
             "gloo", init_method=f"file://{(folder / 'rendezvous').resolve()}", rank=rank, world_size=world
         )
-    model = build(recipe, tokens)
-    average = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=recipe.weight_decay, fused=True)
-    path = folder / "diffusion.pt"
-    step, spent = 0, 0.0
-    if (state := checkpoint.load(path)) is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average, step, spent = state["average"], state["step"], state["cpu_s"]
-        samples = step * recipe.batch_size * world
-        print(f"rank {rank}: resuming at {samples} samples", flush=True)
-    latents = torch.from_numpy(np.load(folder / "latents.npy", mmap_mode="c"))
-    alphas = networks.noise_schedule().alphas_cumprod
-    batches = Batches(recipe, rank, world)
-    started, saved, losses = time.process_time(), time.monotonic(), []
-    while (samples := step * recipe.batch_size * world) < recipe.diffusion_samples:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, samples)
-        losses.append(_step(model, optimizer, latents, alphas, batches, tokens, recipe, step, rank, world))
-        step += 1
-        _average(average, model, min(recipe.ema_decay, (1 + step) / (10 + step)))
+    run = begin(recipe, folder, tokens, rank, world)
+    losses: list[float] = []
+    counted, saved = time.process_time(), time.monotonic()
+    while run.samples < recipe.diffusion_samples:
+        losses.append(run.advance())
+        now = time.process_time()
+        run.cpu_s, counted = run.cpu_s + world * (now - counted), now
         if rank:
             continue
-        cpu_s = spent + world * (time.process_time() - started)
-        if step % LOG_EVERY == 0:
-            _log(folder, samples, float(np.mean(losses)), cpu_s)
+        if run.step % LOG_EVERY == 0:
+            _log(folder, run.samples, float(np.mean(losses)), run.cpu_s)
             losses.clear()
-        if (
-            time.monotonic() - saved > CHECKPOINT_EVERY_S
-            or samples + recipe.batch_size * world >= recipe.diffusion_samples
-        ):
-            checkpoint.save(
-                path,
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "average": average,
-                    "step": step,
-                    "cpu_s": cpu_s,
-                    "samples": step * recipe.batch_size * world,
-                },
-            )
+        if time.monotonic() - saved > CHECKPOINT_EVERY_S or run.samples >= recipe.diffusion_samples:
+            checkpoint.save(folder / CHECKPOINT, run.state())
             saved = time.monotonic()
-
-
-def _step(
-    model: Model,
-    optimizer: torch.optim.Optimizer,
-    latents: Tensor,
-    alphas: Tensor,
-    batches: Batches,
-    tokens: CLIPTokenizer,
-    recipe: Recipe,
-    step: int,
-    rank: int,
-    world: int,
-) -> float:
-    picks, captions = batches.at(step)
-    ids = tokens(captions, padding="max_length", truncation=True, max_length=recipe.max_tokens, return_tensors="pt")
-    generator = torch.Generator().manual_seed(hash((recipe.seed, step, rank)) & 0x7FFFFFFF)
-    clean = latents[picks].float()
-    noise = torch.randn(clean.shape, generator=generator)
-    timesteps = torch.randint(0, len(alphas), (len(picks),), generator=generator)
-    signal = alphas[timesteps].sqrt()[:, None, None, None]
-    sigma = (1 - alphas[timesteps]).sqrt()[:, None, None, None]
-    with torch.autocast("cpu", torch.bfloat16):
-        predicted = model(signal * clean + sigma * noise, timesteps, ids.input_ids)
-    loss = nn.functional.mse_loss(predicted.float(), signal * noise - sigma * clean)
-    optimizer.zero_grad()
-    loss.backward()
-    if world > 1:
-        _share_gradients(model, world)
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    return float(loss.detach())
 
 
 def _share_gradients(model: Model, world: int) -> None:
