@@ -136,6 +136,7 @@ class Engine:
         self._metrics = metrics
         self._batches = Batches(max_running * 2 + runtime.num_instances * 128)
         self._entries: dict[int, _Entry] = {}
+        self._encoding_failures: defaultdict[str, int] = defaultdict(int)
         self._free = set(range(runtime.num_instances))
         self._tasks: set[asyncio.Task[None]] = set()
         self._expiry: asyncio.TimerHandle | None = None
@@ -302,15 +303,28 @@ class Engine:
 
     def _fail(self, batch: Batch, failure: RuntimeFailure) -> None:
         log.warning("batch_failed", kind=batch.kind.value, key=batch.key, rows=len(batch.rows), error=str(failure))
-        retryable = failure.retryable
-        if batch.kind is not Kind.PREVIEW:
-            for entry in (self._entries[i] for i in {row.output_id for row in batch.rows} if i in self._entries):
-                entry.num_failures += 1
-                retryable = retryable and entry.num_failures < MAX_ATTEMPTS
+        retryable = failure.retryable and self._may_try_again(batch)
         error = UnavailableError("the runtime failed; try again", reason="RUNTIME_FAILED", retry_after_s=1.0)
         self._apply(
             self.scheduler.fail(batch.batch_id, retryable), error=error if failure.retryable else InternalError()
         )
+
+    def _may_try_again(self, batch: Batch) -> bool:
+        """Counts the failure against what the batch was for: prompts, outputs, or nothing for previews."""
+        numbers = []
+        for row in batch.rows:
+            if batch.kind is Kind.ENCODE:
+                self._encoding_failures[row.conditioning_id] += 1
+                numbers.append(self._encoding_failures[row.conditioning_id])
+        for entry in (self._entries[i] for i in {row.output_id for row in batch.rows} if i in self._entries):
+            if batch.kind is not Kind.PREVIEW:
+                entry.num_failures += 1
+                numbers.append(entry.num_failures)
+        if max(numbers, default=0) < MAX_ATTEMPTS:
+            return True
+        for row in batch.rows:
+            self._encoding_failures.pop(row.conditioning_id, None)
+        return False
 
     def _apply(self, events: Sequence[Event], batch_size: int = 0, error: SafelightError | None = None) -> None:
         """Carries out what became true."""
@@ -321,6 +335,7 @@ class Engine:
             match event:
                 case Released():
                     self._batches.release(event.conditioning_id)
+                    self._encoding_failures.pop(event.conditioning_id, None)
                 case Decoded():
                     image = self._batches.flights[event.output_id].image
                     assert image is not None

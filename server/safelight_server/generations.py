@@ -203,6 +203,7 @@ class Generations:
 
     def _ended(self, generation: Generation) -> None:
         self._live.pop(generation.identifier, None)
+        self._lost.pop(generation.identifier, None)
         self._one_ended.set()
         if generation.grace is not None:
             generation.grace.cancel()

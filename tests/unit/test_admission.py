@@ -174,3 +174,11 @@ def test_an_estimate_grows_with_load_and_with_outputs() -> None:
     at.schedule(0.0, [0])
     assert at.estimate_s(output()) >= one
     assert at.estimate_s(output(), 2) > two  # only one slot is free
+
+
+def test_the_backlog_is_what_the_slots_can_make_of_it() -> None:
+    """One slot, three outputs of 20 steps of two rows: 60 calls of 22, however many rows a batch could take."""
+    at = scheduler(max_running=1)
+    for number in range(3):
+        at.add(Output(number, "lab/me", Priority.STANDARD, 20, 2, KEYS, ("p", "n")), 0.0)
+    assert at.backlog_s() == pytest.approx(60 * 22)

@@ -227,10 +227,11 @@ class Scheduler:
         return self._deadlines[0][0] if self._deadlines else None
 
     def backlog_s(self) -> float:
-        """Time that all instances need for the steps of all outputs, at full batches."""
+        """Time that all instances need for the steps of all outputs, in batches as large as the slots make them."""
+        together = min(self._limits.max_running, len(self._outputs))
         seconds = 0.0
         for entry in self._outputs.values():
-            seconds += self._work_s(entry.output, entry.output.num_steps - entry.step)
+            seconds += self._work_s(entry.output, entry.output.num_steps - entry.step, together)
         return seconds / self._limits.num_instances
 
     def estimate_s(self, output: Output, num_outputs: int = 1) -> float:
@@ -471,9 +472,11 @@ class Scheduler:
             return min(limit, split), False
         return min(limit, rows), limit >= 2
 
-    def _work_s(self, output: Output, steps: int) -> float:
+    def _work_s(self, output: Output, steps: int, together: int) -> float:
+        """One instance's time for the steps of an output that shares its calls with `together` such outputs in all."""
         key = output.keys[Kind.DENOISE]
-        rows = self._limits.max_rows(Kind.DENOISE, key)
+        share = math.ceil(together * output.rows_per_step / self._limits.num_instances)
+        rows = max(1, min(self._limits.max_rows(Kind.DENOISE, key), share))
         return steps * output.rows_per_step * self._cost.seconds(Kind.DENOISE, key, rows) / rows
 
 
