@@ -161,9 +161,7 @@ class EventLog:
         ends = event.output_finished.output_index if event.HasField("output_finished") else None
         if ends is not None:
             self._end_output(ends)
-        if is_last:
-            self._story.closed = True
-            self._story.newest.clear()
+        self._story.closed = is_last
         self._append(State(self.last_sequence, serialize(self.generation, event), ends, is_last))
 
     def _append(self, item: State | Artifact) -> None:

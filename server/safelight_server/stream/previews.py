@@ -33,6 +33,7 @@ class _Making:
     """A preview from its beginning until it is taken; `rendered` once it is ready."""
 
     budget: Budget
+    num_dropped: int
     rendered: Rendered | None = None
 
 
@@ -93,8 +94,9 @@ class Previews:
             self._take_up(frame)
 
     def _take_up(self, frame: Frame) -> None:
-        self._drop_waiting(frame.output_index)
-        self._waiting[frame.output_index] = frame
+        if frame.output_index in self._waiting:
+            self._drop(frame.output_index)
+        self._waiting[frame.output_index] = frame  # in the place in the line that the older one had
         if self._open:
             self._start()
 
@@ -115,7 +117,7 @@ class Previews:
             if not self._budget.hold(self._clock()):
                 return
             frame, policy = self._waiting.pop(output_index), self._policy
-            making = self._making[output_index] = _Making(self._budget)
+            making = self._making[output_index] = _Making(self._budget, self._dropped.pop(output_index, 0))
             task = self._renderer.render(frame, policy.method, policy.encoding, policy.max_edge_px)
             task.add_done_callback(functools.partial(self._made, output_index, making))
 
@@ -126,7 +128,7 @@ class Previews:
         if task.cancelled() or task.exception() is not None or task.result() is None:
             making.budget.settle(0)
             del self._making[output_index]
-            self._drop(output_index)
+            self._drop(output_index, again=making.num_dropped)
             if self._open:
                 self._start()
             return
@@ -136,7 +138,7 @@ class Previews:
     # --- what goes ---
 
     def take(self, output_index: int) -> tuple[Rendered, int] | None:
-        """The preview that is ready, and how many were passed over since the one before."""
+        """The preview that is ready, and how many were passed over between the one before and it."""
         making = self._making.get(output_index)
         if making is None or making.rendered is None:
             return None
@@ -148,7 +150,7 @@ class Previews:
         self._counts.num_bytes += num_bytes
         if self._counts.first_at is None:
             self._counts.first_at = now
-        return making.rendered, self._dropped.pop(output_index, 0)
+        return making.rendered, making.num_dropped
 
     def end(self, output_index: int) -> None:
         """The output's picture begins, or the output has ended: no more previews of it."""
@@ -176,6 +178,6 @@ class Previews:
             del self._waiting[output_index]
             self._drop(output_index)
 
-    def _drop(self, output_index: int) -> None:
-        self._dropped[output_index] = self._dropped.get(output_index, 0) + 1
+    def _drop(self, output_index: int, again: int = 0) -> None:
+        self._dropped[output_index] = self._dropped.get(output_index, 0) + 1 + again
         self._counts.num_dropped += 1

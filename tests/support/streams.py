@@ -1,0 +1,199 @@
+"""A log with a real renderer whose decoder the test opens and shuts, and streams that the test reads by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+
+import numpy as np
+from safelight.v1 import generation_pb2 as pb
+from safelight_server.picture import Encoded
+from safelight_server.preview import Frame, Renderer
+from safelight_server.request import MediaType, PixelEncoding, PreviewMethod, PreviewPolicy
+from safelight_server.runtime.base import Component, FloatArray
+from safelight_server.runtime.simulated import LATENT, simulated_pipeline
+from safelight_server.stream import EventLog, Watcher
+
+RAW = PixelEncoding(MediaType.RAW_RGBA8)
+LINEAR = PreviewPolicy(encoding=RAW, method=PreviewMethod.LINEAR)
+TINY = PreviewPolicy(encoding=RAW, method=PreviewMethod.TINY_DECODER)
+NONE = PreviewPolicy(method=PreviewMethod.NONE)
+PICTURE = Encoded(MediaType.RAW_RGBA8, 16, 16, 64, bytes(range(256)) * 16)
+PIECE_BYTES = 1000
+TURNS = 12
+"""Turns of the event loop after which everything that can happen has happened: nothing here takes time."""
+
+
+class Clock:
+    """Time stands still until it is set."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Here(Executor):
+    """Runs what it is given at once, so that tests are deterministic."""
+
+    def submit(self, fn, /, *args, **kwargs):  # type: ignore[no-untyped-def]  # as Executor declares it
+        """Runs `fn`."""
+        future: Future[object] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:  # noqa: BLE001  # an executor hands over whatever was raised
+            future.set_exception(error)
+        return future
+
+
+class Decoder:
+    """Answers when the test says so; `shut` until then."""
+
+    def __init__(self) -> None:
+        self.shut = False
+        self.calls: list[tuple[int, Component]] = []
+        self.waiting: list[asyncio.Future[FloatArray | None]] = []
+        self.on_call: Callable[[], None] = lambda: None
+
+    async def __call__(self, output_id: int, latent: FloatArray, component: Component) -> FloatArray | None:
+        """As `Engine.preview`."""
+        self.on_call()
+        self.calls.append((output_id, component))
+        if not self.shut:
+            return self.image()
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.append(future)
+        return await future
+
+    def answer(self, *, superseded: bool = False) -> None:
+        """Ends the oldest call that waits."""
+        self.waiting.pop(0).set_result(None if superseded else self.image())
+
+    @staticmethod
+    def image() -> FloatArray:
+        """8x8, grey."""
+        return np.zeros((3, 8, 8), np.float32)
+
+
+class Stage:
+    """A log and what is around it."""
+
+    def __init__(self, max_watchers: int = 8) -> None:
+        self.clock = Clock()
+        self.decoder = Decoder()
+        self.renderer = Renderer(simulated_pipeline(), self.decoder, lambda: 0.0, Here())
+        self.log = EventLog(
+            "generations/x", self.renderer, self.clock, chunk_bytes=PIECE_BYTES, max_watchers=max_watchers
+        )
+        self.num_frames = 0
+
+    def accept(self) -> None:
+        """The first event."""
+        self.log.publish(pb.GenerationEvent(accepted=pb.Accepted()))
+
+    def queue(self, position: int = 0) -> None:
+        """It waits."""
+        self.log.publish(pb.GenerationEvent(queued=pb.Queued(position=position)))
+
+    def step(self, step: int, output: int = 0) -> None:
+        """What the engine's report of a step leads to."""
+        self.log.publish(pb.GenerationEvent(progress=pb.Progress(output_index=output, step=step)))
+        if self.log.wants_frame(output, step):
+            self.num_frames += 1
+            self.log.frame(Frame(1, output, step, np.zeros(LATENT, np.float32)))
+
+    def end(self, output: int = 0, reason: pb.OutputFinished.FinishReason.ValueType = 1) -> None:
+        """An output ends; with a picture only if the test says so before."""
+        message = pb.OutputFinished(output_index=output, finish_reason=reason)
+        self.log.publish(pb.GenerationEvent(output_finished=message))
+
+    def finish(self) -> None:
+        """The last event."""
+        self.log.publish(pb.GenerationEvent(finished=pb.Finished()))
+
+    def complete(self, output: int = 0, *, last: bool = True) -> None:
+        """A picture and its end."""
+        self.log.artifact(output, PICTURE)
+        self.end(output)
+        if last:
+            self.finish()
+
+
+class Reader:
+    """A client: it takes one event at a time when told to. Between, its stream hangs in `yield`, held up."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self.watcher = watcher
+        self.events: list[pb.GenerationEvent] = []
+        self.ended = False
+        self._stream = watcher.events()
+        self._taking: asyncio.Task[bytes] | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether its stream has nothing to send and would take something."""
+        return self._taking is not None and not self._taking.done()
+
+    async def take(self) -> pb.GenerationEvent | None:
+        """Takes the next event if there is one; else goes on waiting for it."""
+        if self.ended:
+            return None
+        if self._taking is None:
+            self._taking = asyncio.ensure_future(self._next())
+        await settle()
+        return self.collect()
+
+    def collect(self) -> pb.GenerationEvent | None:
+        """What came since `take` waited."""
+        if self._taking is None or not self._taking.done():
+            return None
+        try:
+            event = pb.GenerateResponse.FromString(self._taking.result()).event
+        except StopAsyncIteration:
+            self.ended = True
+            return None
+        finally:
+            self._taking = None
+        self.events.append(event)
+        return event
+
+    async def drain(self) -> list[pb.GenerationEvent]:
+        """Takes all that there is, and goes on waiting."""
+        before = len(self.events)
+        while await self.take() is not None:
+            pass
+        return self.events[before:]
+
+    async def leave(self) -> None:
+        """As a client that goes away."""
+        self.watcher.close()
+        await settle()
+        self.collect()
+        await self._stream.aclose()
+
+    async def _next(self) -> bytes:
+        return await anext(self._stream)
+
+
+async def settle() -> None:
+    """Lets everything happen that can."""
+    for _ in range(TURNS):
+        await asyncio.sleep(0)
+
+
+def kinds(events: list[pb.GenerationEvent]) -> list[str | None]:
+    """Their kinds."""
+    return [event.WhichOneof("event") for event in events]
+
+
+def previews(events: list[pb.GenerationEvent], output: int = 0) -> list[pb.Preview]:
+    """The previews of an output."""
+    return [event.preview for event in events if event.HasField("preview") and event.preview.output_index == output]
+
+
+def picture(events: list[pb.GenerationEvent], output: int = 0) -> bytes:
+    """What there is of a picture."""
+    chunks = [event.artifact_chunk for event in events if event.HasField("artifact_chunk")]
+    return b"".join(chunk.data for chunk in chunks if chunk.output_index == output)
