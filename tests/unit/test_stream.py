@@ -71,6 +71,15 @@ async def test_a_replay_has_only_what_still_means_something(stage):
     assert reader.ended
 
 
+async def test_a_replay_of_one_cancelled_in_the_queue_ends_with_finished(stage):
+    stage.accept()
+    stage.queue(5)
+    stage.end(0, pb.OutputFinished.FINISH_REASON_CANCELLED)
+    stage.finish()
+    reader = Reader(stage.log.watch(LINEAR))
+    assert kinds(await reader.drain()) == ["accepted", "output_finished", "finished"]
+
+
 async def test_nothing_follows_finished(stage):
     """A cancelled generation: its progress, a place in the queue and a preview under way are all too late."""
     stage.accept()
