@@ -36,16 +36,21 @@ class Denoiser(nn.Module):
 
 
 class Decoder(nn.Module):
-    """latent (B, C, h, w), divided by the scaling factor -> image (B, 3, H, W) in [-1, 1], unclamped."""
+    """latent (B, C, h, w), divided by the scaling factor -> image (B, 3, H, W) in [-1, 1], unclamped.
+
+    A preview decoder may count on a scaling factor of its own: `scale` is the pipeline's by its.
+    """
 
     outputs = ("image",)
 
-    def __init__(self, vae: AutoencoderTiny | AutoencoderKL) -> None:
+    def __init__(self, vae: AutoencoderTiny | AutoencoderKL, scale: float = 1.0) -> None:
         super().__init__()
         self.vae = vae
+        self.scale = scale
 
     def forward(self, latent: Tensor) -> Tensor:
-        image: Tensor = self.vae.decode(latent, return_dict=False)[0]
+        scaled = latent if self.scale == 1.0 else latent * self.scale
+        image: Tensor = self.vae.decode(scaled, return_dict=False)[0]
         return image
 
 

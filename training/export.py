@@ -1,30 +1,36 @@
 """`python -m training.export FOLDER`: a diffusers folder becomes a Triton model repository and a pipeline manifest.
 
 For any `StableDiffusionPipeline` of CLIPTextModel, UNet2DConditionModel and
-AutoencoderTiny or AutoencoderKL. Weights are stored as float16 and cast at
-load; the arithmetic is float32. The same folder gives the same bytes.
+AutoencoderTiny or AutoencoderKL; a folder `preview_decoder/` (AutoencoderTiny)
+and a file `linear_preview.npz` beside them are used where they are there.
+Weights are stored as float16 and cast at load; the arithmetic is float32. The
+same folder gives the same bytes. Nothing in `--models` changes before every
+component was written and found equal to its torch module.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shutil
+import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
+from training import manifest
 from training.components import Decoder, Denoiser, TextEncoder, decoder_of
 from training.onnx_file import check_parity, sha256, write_onnx
 from training.repository import write_config
 
 MAX_ROWS = {"text_encoder": 16, "denoiser": 64, "decoder": 16, "preview_decoder": 16}
-PREVIEW_BLOCK = 4
-PREVIEW_LATENTS = 512
+KNOWN = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
 
 
 def main() -> None:
@@ -35,45 +41,84 @@ def main() -> None:
     parser.add_argument("--name", default="icons", help="of the pipeline; components are NAME_denoiser, …")
     parser.add_argument("--revision", required=True, help="of the weights")
     parser.add_argument("--version", type=int, default=1, help="Triton's version folder")
+    parser.add_argument("--replace", action="store_true", help="remove all other revisions of NAME")
     parser.add_argument("--description", default="Game item icons from plain words")
     parser.add_argument("--license", default="Apache-2.0", help="SPDX identifier of the weights")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    export(**vars(options))
+    parser.add_argument("--steps", type=int, default=20, help="default num_inference_steps")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="default guidance_scale")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch|copyreg")
+    export(**vars(parser.parse_args()))
 
 
 @torch.no_grad()
-def export(folder: Path, models: Path, name: str, revision: str, version: int, description: str, license: str) -> None:
-    """Writes the components, then the manifest that binds them."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
+def export(
+    folder: Path,
+    models: Path,
+    name: str,
+    revision: str,
+    version: int = 1,
+    replace: bool = False,
+    description: str = "",
+    license: str = "Apache-2.0",
+    steps: int = 20,
+    guidance_scale: float = 3.0,
+) -> None:
+    """Writes the components, then the manifest that binds them.
+
+    Raises:
+        SystemExit: the folder cannot be exported, ONNX Runtime does not agree with torch, or another revision uses
+            the files that would be overwritten.
+    """
+    pipeline = load(folder)
     components = _components(pipeline, folder)
-    inputs = _example_inputs(pipeline)
-    manifest_components = {}
-    for role, module in components.items():
-        _round_weights(module)
-        model = f"{name}_{role}"
-        target = models / "repository" / model / str(version) / "model.onnx"
-        write_onnx(module.eval(), inputs[role], module.outputs, target)
-        worst = check_parity(module, inputs[role], module.outputs, target)
-        write_config(target.parent.parent / "config.pbtxt", model, MAX_ROWS[role], inputs[role], module)
-        manifest_components[role] = {"model": model, "version": version, "sha256": sha256(target)}
-        print(f"{model}: {target.stat().st_size / 2**20:.2f} MiB, off by at most {worst:.1e}")
-    place = models / "pipelines" / name / revision
-    place.mkdir(parents=True, exist_ok=True)
-    pipeline.tokenizer._tokenizer.save(str(place / "tokenizer.json"))
-    manifest = _manifest(pipeline, folder, components["decoder"], place)
-    manifest |= {"name": name, "revision": revision, "description": description, "license": license}
-    manifest["components"] = manifest_components
-    ordered = {key: manifest[key] for key in MANIFEST_KEYS}
-    (place / "pipeline.json").write_text(_readable(ordered))
-    if (folder / "training.json").exists():
-        shutil.copy(folder / "training.json", place / "training.json")
+    if not replace:
+        _refuse_to_break(models, name, revision, {f"{name}_{role}" for role in components}, version)
+    models.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=models, prefix=".export-") as scratch:
+        staged = Path(scratch)
+        bound = {
+            role: _export_component(role, module, pipeline, staged / "repository" / f"{name}_{role}", version)
+            for role, module in components.items()
+        }
+        place = staged / "pipeline"
+        place.mkdir()
+        pipeline.tokenizer._tokenizer.save(str(place / "tokenizer.json"))
+        preview = manifest.linear_preview(pipeline, folder / "linear_preview.npz", components["decoder"])
+        whole = {
+            "format": 1,
+            "name": name,
+            "revision": revision,
+            "description": description,
+            "license": license,
+            "family": "stable-diffusion",
+            "components": bound,
+            **manifest.describe(pipeline, place / "tokenizer.json", preview, steps, guidance_scale),
+        }
+        (place / "pipeline.json").write_text(manifest.readable(whole))
+        if (folder / "training.json").exists():
+            shutil.copy(folder / "training.json", place / "training.json")
+        _install(staged, models, name, revision, replace)
 
 
-MANIFEST_KEYS = (
-    "format", "name", "revision", "description", "license", "family", "components", "tokenizer", "latent", "sizes",
-    "prediction_type", "noise_schedule", "samplers", "defaults", "limits", "linear_preview",
-)  # fmt: skip
+def load(folder: Path) -> StableDiffusionPipeline:
+    """The pipeline, on the CPU in float32."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise SystemExit(f"{folder} is no diffusers folder: it has no model_index.json")
+    found = json.loads(index.read_text()).get("_class_name")
+    if found != "StableDiffusionPipeline":
+        raise SystemExit(f"{folder} is a {found}; a StableDiffusionPipeline is what can be exported")
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            folder, safety_checker=None, local_files_only=True, torch_dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{folder} cannot be read: {str(error).splitlines()[0]}") from None
+    for role, wanted in KNOWN.items():
+        if not isinstance(getattr(pipeline, role), wanted):
+            raise SystemExit(f"{folder}: {role} is a {type(getattr(pipeline, role)).__name__}, not a {wanted.__name__}")
+    return pipeline
 
 
 def _components(pipeline: StableDiffusionPipeline, folder: Path) -> dict[str, nn.Module]:
@@ -83,134 +128,72 @@ def _components(pipeline: StableDiffusionPipeline, folder: Path) -> dict[str, nn
         "decoder": decoder_of(pipeline.vae),
     }
     if (folder / "preview_decoder").exists():
-        components["preview_decoder"] = Decoder(AutoencoderTiny.from_pretrained(folder / "preview_decoder"))
+        preview = AutoencoderTiny.from_pretrained(folder / "preview_decoder", local_files_only=True)
+        scale = pipeline.vae.config.scaling_factor / preview.config.scaling_factor
+        components["preview_decoder"] = Decoder(preview, scale)
     return components
 
 
-def _latent_shape(pipeline: StableDiffusionPipeline) -> tuple[int, int, int]:
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return pipeline.unet.config.in_channels, height, width
+def _export_component(
+    role: str, module: nn.Module, pipeline: StableDiffusionPipeline, place: Path, version: int
+) -> dict[str, object]:
+    """Writes one component below `place`; returns what the manifest says of it."""
+    round_weights(module.eval())
+    inputs, target = _example_inputs(role, pipeline), place / str(version) / "model.onnx"
+    write_onnx(module, inputs, module.outputs, target)
+    worst = check_parity(module, inputs, module.outputs, target)
+    write_config(place / "config.pbtxt", place.name, MAX_ROWS[role], inputs, module)
+    print(f"{place.name}: {target.stat().st_size / 2**20:.2f} MiB, off by at most {worst:.1e}", flush=True)
+    return {"model": place.name, "version": version, "sha256": sha256(target)}
 
 
-def _example_inputs(pipeline: StableDiffusionPipeline) -> dict[str, Mapping[str, Tensor]]:
-    channels, height, width = _latent_shape(pipeline)
-    tokens, text_width = pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.hidden_size
-    rows = 2
-    latent = {"latent": torch.randn(rows, channels, height, width) / pipeline.vae.config.scaling_factor}
-    vocabulary = pipeline.text_encoder.config.vocab_size
-    return {
-        "text_encoder": {"input_ids": torch.randint(0, vocabulary, (rows, tokens), dtype=torch.int64)},
-        "denoiser": {
-            "sample": torch.randn(rows, channels, height, width),
-            "timestep": torch.tensor([999.0, 12.0]),
-            "encoder_hidden_states": torch.randn(rows, tokens, text_width),
-        },
-        "decoder": latent,
-        "preview_decoder": latent,
-    }
+def _example_inputs(role: str, pipeline: StableDiffusionPipeline) -> Mapping[str, Tensor]:
+    """Two rows of what a component is given."""
+    channels, height, width = manifest.latent_shape(pipeline)
+    tokens, text = pipeline.tokenizer.model_max_length, pipeline.text_encoder.config
+    generator, rows = torch.Generator().manual_seed(0), 2
+    latent = torch.randn(rows, channels, height, width, generator=generator)
+    if role == "text_encoder":
+        return {"input_ids": torch.randint(0, text.vocab_size, (rows, tokens), generator=generator)}
+    if role == "denoiser":
+        context = torch.randn(rows, tokens, text.hidden_size, generator=generator)
+        return {"sample": latent, "timestep": torch.tensor([999.0, 12.0]), "encoder_hidden_states": context}
+    return {"latent": latent / pipeline.vae.config.scaling_factor}
 
 
-def _round_weights(module: nn.Module) -> None:
+def round_weights(module: nn.Module) -> None:
     """To what float16 can hold: exported and reference weights are then the same numbers."""
-    for tensor in (*module.parameters(), *module.buffers()):
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_floating_point():
-            tensor.data = tensor.data.half().float()
+            half = tensor.data.half()
+            if not half.isfinite().all():
+                raise SystemExit(f"{name} has values that float16 cannot hold")
+            tensor.data = half.float()
 
 
-def _manifest(pipeline: StableDiffusionPipeline, folder: Path, decoder: nn.Module, place: Path) -> dict[str, object]:
-    channels, height, width = _latent_shape(pipeline)
-    schedule, vae, tokenizer = pipeline.scheduler.config, pipeline.vae.config, pipeline.tokenizer
-    scale = pipeline.vae_scale_factor
-    zero_snr, prediction = schedule.rescale_betas_zero_snr, schedule.prediction_type
-    trailing = {"spacings": ["trailing"], "sigma_schedules": ["default"]}
-    samplers = ["ddim", "euler", "euler_ancestral", "dpmpp_2m"]
-    return {
-        "format": 1,
-        "family": "stable-diffusion",
-        "tokenizer": {
-            "file": "tokenizer.json",
-            "sha256": sha256(place / "tokenizer.json"),
-            "max_tokens": tokenizer.model_max_length,
-            "pad_id": tokenizer.pad_token_id,
-            "bos_id": tokenizer.bos_token_id,
-            "eos_id": tokenizer.eos_token_id,
-        },
-        "latent": {
-            "channels": channels,
-            "height": height,
-            "width": width,
-            "scaling_factor": vae.scaling_factor,
-            "shift_factor": getattr(vae, "shift_factor", None) or 0.0,
-        },
-        "sizes": [{"width_px": width * scale, "height_px": height * scale}],
-        "prediction_type": prediction,
-        "noise_schedule": {
-            "beta_schedule": schedule.beta_schedule,
-            "beta_start": schedule.beta_start,
-            "beta_end": schedule.beta_end,
-            "num_train_timesteps": schedule.num_train_timesteps,
-            "rescale_zero_terminal_snr": zero_snr,
-            "steps_offset": schedule.steps_offset,
-            "set_alpha_to_one": schedule.set_alpha_to_one,
-        },
-        "samplers": [{"name": sampler, **trailing} for sampler in samplers],
-        "defaults": {
-            "num_inference_steps": 20,
-            "guidance_scale": 3.0,
-            "sampler": {
-                "name": "ddim",
-                "spacing": schedule.timestep_spacing,
-                "sigma_schedule": "default",
-                "eta": 0.0,
-            },
-        },
-        "limits": {"max_num_inference_steps": 50, "max_guidance_scale": 20.0, "max_outputs": 8},
-        "linear_preview": _linear_preview(pipeline, folder, decoder),
-    }
+def _refuse_to_break(models: Path, name: str, revision: str, overwritten: set[str], version: int) -> None:
+    """Other revisions must keep the files that they name."""
+    for path in sorted(models.glob(f"pipelines/{name}/*/pipeline.json")):
+        used = json.loads(path.read_text())["components"].values()
+        if path.parent.name != revision and any(c["model"] in overwritten and c["version"] == version for c in used):
+            raise SystemExit(f"{path} uses the files that would be overwritten: --replace removes that revision")
 
 
-def _linear_preview(pipeline: StableDiffusionPipeline, folder: Path, decoder: nn.Module) -> dict[str, object]:
-    """From `linear_preview.npz`, else fitted to what the decoder makes of random latents."""
-    given = folder / "linear_preview.npz"
-    if given.exists():
-        with np.load(given) as arrays:
-            weights, bias = arrays["weights"], arrays["bias"]
-    else:
-        weights, bias = _fit_linear(pipeline, decoder)
-    block = round((weights.shape[1] / 3) ** 0.5)
-    rounded = np.round(weights.astype(float), 5), np.round(bias.astype(float), 5)
-    return {"block": block, "weights": rounded[0].tolist(), "bias": rounded[1].tolist()}
-
-
-def _fit_linear(pipeline: StableDiffusionPipeline, decoder: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-    channels, height, width = _latent_shape(pipeline)
-    latents = torch.randn(PREVIEW_LATENTS, channels, 1, 1) + 0.3 * torch.randn(PREVIEW_LATENTS, channels, height, width)
-    shift = getattr(pipeline.vae.config, "shift_factor", None) or 0.0
-    images = torch.cat([decoder(part / pipeline.vae.config.scaling_factor + shift) for part in latents.split(16)])
-    small = nn.functional.interpolate(images.clamp(-1, 1), size=(height, width), mode="area")
-    rows = latents.permute(0, 2, 3, 1).reshape(-1, channels)
-    rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
-    solution = torch.linalg.lstsq(rows, small.permute(0, 2, 3, 1).reshape(-1, 3)).solution.numpy()
-    return solution[:-1], solution[-1]
-
-
-def _readable(manifest: Mapping[str, object]) -> str:
-    """JSON with one line per row of numbers."""
-    text = json.dumps(manifest, indent=1, ensure_ascii=False)
-    lines: list[str] = []
-    for line in text.splitlines():
-        bare = line.strip()
-        number = bare.rstrip(",").lstrip("-").replace(".", "").replace("e-", "").isdigit()
-        closes = bare.startswith("]") and lines and lines[-1].endswith("\x00")
-        if number or closes:
-            lines[-1] = lines[-1].rstrip("\x00") + (
-                bare if closes or lines[-1].rstrip("\x00").endswith("[") else " " + bare
-            )
-            lines[-1] += "" if closes else "\x00"
-        else:
-            lines.append(line)
-    return "\n".join(lines).replace("\x00", "") + "\n"
+def _install(staged: Path, models: Path, name: str, revision: str, replace: bool) -> None:
+    """Moves everything to its place, the manifest last; no manifest ever names files that are not its own."""
+    repository, pipelines = models / "repository", models / "pipelines" / name
+    shutil.rmtree(pipelines if replace else pipelines / revision, ignore_errors=True)
+    for role in MAX_ROWS if replace else ():
+        shutil.rmtree(repository / f"{name}_{role}", ignore_errors=True)
+    for component in sorted((staged / "repository").iterdir()):
+        for item in component.iterdir():
+            target = repository / component.name / item.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            item.replace(target)
+    pipelines.mkdir(parents=True, exist_ok=True)
+    (staged / "pipeline").replace(pipelines / revision)
 
 
 if __name__ == "__main__":

@@ -35,21 +35,31 @@ class Sampler:
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
         """(H, W, 3) uint8 each, in order."""
         for start in range(0, len(prompts), BATCH):
-            yield from self._batch(prompts[start : start + BATCH], seeds[start : start + BATCH])
+            images = self.images(prompts[start : start + BATCH], seeds[start : start + BATCH])
+            yield from np.ascontiguousarray(np.round(images * 255).astype(np.uint8).transpose(0, 2, 3, 1))
 
-    def _batch(self, prompts: Sequence[str], seeds: Sequence[int]) -> npt.NDArray[np.uint8]:
+    def images(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        guidance_scale: float | None = None,
+        spec: SamplerSpec | None = None,
+        num_steps: int | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """One batch as (B, 3, H, W) in [0, 1], not rounded; what is not given is the pipeline's default."""
         manifest, defaults = self.manifest, self.manifest["defaults"]
         schedule = NoiseSchedule(**manifest["noise_schedule"])
-        spec = SamplerSpec(**defaults["sampler"])
-        table = compile_table(spec, schedule, manifest["prediction_type"], defaults["num_inference_steps"])
+        spec = spec or SamplerSpec(**defaults["sampler"])
+        steps = num_steps or defaults["num_inference_steps"]
+        table = compile_table(spec, schedule, manifest["prediction_type"], steps)
         latent = manifest["latent"]
         shape = (latent["channels"], latent["height"], latent["width"])
         rows = len(prompts)
+        scale = np.full(rows, guidance_scale or defaults["guidance_scale"], np.float32)
         ids = np.array([self._tokenizer.encode(text).ids for text in [*prompts, *[""] * rows]], np.int64)
         context = self._run("text_encoder", input_ids=ids)
         x = np.stack([np.float32(table.init_scale) * gaussian(seed, 0, 0, shape) for seed in seeds])
         denoised = np.zeros_like(x)
-        scale = np.full(rows, defaults["guidance_scale"], np.float32)
         for step in range(table.num_steps):
             prediction = self._run(
                 "denoiser",
@@ -60,9 +70,10 @@ class Sampler:
             guided = guide(prediction[:rows], prediction[rows:], scale)
             noise = np.stack([gaussian(seed, 1, step, shape) for seed in seeds]) if table.uses_noise else None
             x, denoised = advance(x, guided, denoised, noise, np.repeat(table.coefficients[step : step + 1], rows, 0))
-        image = self._run("decoder", latent=x / np.float32(latent["scaling_factor"]))
-        pixels = np.round(np.clip(image / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
-        return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+        image = self._run(
+            "decoder", latent=x / np.float32(latent["scaling_factor"]) + np.float32(latent["shift_factor"])
+        )
+        return np.clip(image / 2 + np.float32(0.5), 0, 1)
 
     def _run(self, role: str, **inputs: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
         result: npt.NDArray[np.float32] = self._sessions[role].run(None, inputs)[0]
