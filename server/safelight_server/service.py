@@ -142,8 +142,9 @@ class Service:
         watcher = self._generations.attach(generation, policy, stream.end_stalled, after_sequence, offsets)
         stream.watcher = watcher
         try:
-            async for event in watcher.events():
-                yield event
+            async with aclosing(watcher.events()) as events:
+                async for event in events:
+                    yield event
         finally:
             self._generations.detach(generation, watcher)
         if generation.error is not None:
@@ -274,7 +275,7 @@ class _Stream:
 
     async def _abort(self) -> None:
         error = UnavailableError("the stream was not read; WatchGeneration resumes it", reason="WATCHER_STALLED")
-        with contextlib.suppress(grpc.aio.AbortError, asyncio.CancelledError):
+        with contextlib.suppress(grpc.aio.BaseError, asyncio.CancelledError):  # also when the connection dies meanwhile
             await self._context.abort(error.status, error.message, _details(convert.status_of(error)))
 
 
