@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import unicodedata
 
@@ -95,8 +94,7 @@ def _guidance(draft: SpecDraft, pipeline: Pipeline, faults: Faults) -> float:
     scale, most = draft.guidance_scale, pipeline.manifest.limits.max_guidance_scale
     if scale is None:
         return pipeline.manifest.defaults.guidance_scale
-    good = math.isfinite(scale) and 1 <= scale <= most
-    faults.check(good, "spec.guidance_scale", f"must be a number from 1 (without guidance) to {most:g}")
+    faults.check(1 <= scale <= most, "spec.guidance_scale", f"must be a number from 1 (without guidance) to {most:g}")
     return scale
 
 
