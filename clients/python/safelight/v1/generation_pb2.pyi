@@ -182,8 +182,10 @@ class GenerateRequest(_message.Message):
     request_id: _builtins.str
     """A UUID chosen by the client. While the server remembers it, the same id
     with the same request attaches to the running generation or replays its
-    outcome: it never runs or bills twice. The same id with another request is
-    ALREADY_EXISTS. Absent: no idempotency.
+    outcome: it never runs or bills twice. When the outcome is no longer kept it
+    is FAILED_PRECONDITION; an outcome of UNAVAILABLE frees the id, so that a
+    retry can run. The same id with another request is ALREADY_EXISTS. Not all
+    zeros. Absent: no idempotency.
     """
     @_builtins.property
     def spec(self) -> Global___GenerationSpec:
@@ -373,7 +375,10 @@ class Prompt(_message.Message):
     role: Global___Prompt.Role.ValueType
     """What the text is for."""
     text: _builtins.str
-    """The text, UTF-8 without control characters."""
+    """The text, UTF-8 without control characters other than tabs and line breaks,
+    at most the server's limit of characters (2000 by default). A blank NEGATIVE
+    is none.
+    """
     def __init__(
         self,
         *,
@@ -548,7 +553,7 @@ class PreviewPolicy(_message.Message):
     @_builtins.property
     def accept(self) -> _containers.RepeatedCompositeFieldContainer[Global___PixelEncoding]:
         """Encodings the client takes, best first; the first that the server has is
-        used. Absent: image/jpeg.
+        used, media types that it does not know are passed over. Absent: image/jpeg.
         """
 
     @_builtins.property

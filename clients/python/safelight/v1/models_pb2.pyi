@@ -29,7 +29,7 @@ class ListModelsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """At most this many, up to 100. 0: 50."""
+    """At most this many; more than 100 counts as 100. 0: 50."""
     page_token: _builtins.str
     """From the answer before. Empty: the first page."""
     def __init__(
