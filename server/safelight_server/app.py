@@ -34,6 +34,8 @@ from safelight_server.telemetry import Metrics, Tracing
 
 log = structlog.get_logger(__name__)
 
+REQUEST_BYTES = 64 << 10
+"""Room for all of a request but its prompts."""
 GRPC_OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
     ("grpc.keepalive_time_ms", 20_000),
@@ -41,7 +43,6 @@ GRPC_OPTIONS = [
     ("grpc.http2.ping_timeout_ms", 10_000),  # a frozen peer is not seen by keepalive_timeout_ms alone
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.max_receive_message_length", 1 << 20),
 ]
 
 
@@ -92,7 +93,8 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     service = Service(identity, catalog, runtime, generations, limits, metrics, tracer)
     _watch_queue(metrics, engine)
 
-    server = grpc.aio.server(options=GRPC_OPTIONS)
+    largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four bytes a character
+    server = grpc.aio.server(options=[*GRPC_OPTIONS, ("grpc.max_receive_message_length", largest)])
     server.add_generic_rpc_handlers(tuple(service.handlers()))
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)

@@ -125,7 +125,7 @@ class ModelLimits(_Strict):
 
     max_num_inference_steps: Positive
     max_guidance_scale: Annotated[float, Field(ge=1)]
-    max_outputs: Positive
+    max_outputs: Annotated[int, Field(gt=0, le=256)]
 
 
 class LinearPreview(_Strict):

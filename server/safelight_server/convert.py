@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from itertools import islice
 from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
@@ -19,6 +20,7 @@ from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import models_pb2
 from safelight_server.catalog import Pipeline
 from safelight_server.draft import (
+    MAX_ENTRIES,
     DisconnectDraft,
     Draft,
     EncodingDraft,
@@ -76,15 +78,15 @@ def draft_request(message: pb.GenerateRequest) -> Draft:
             _seconds(message.disconnect.resume_grace) if message.disconnect.HasField("resume_grace") else None,
         ),
         request_id=message.request_id,
-        labels=dict(message.labels),
-        body_digest=_body_digest(message),
+        labels=dict(islice(message.labels.items(), MAX_ENTRIES)),
+        body_digest=_body_digest(message) if message.request_id else b"",
     )
 
 
 def draft_preview(message: pb.PreviewPolicy) -> PreviewDraft:
     """A preview policy as it was sent."""
     return PreviewDraft(
-        accept=tuple(_draft_encoding(encoding) for encoding in message.accept),
+        accept=tuple(_draft_encoding(encoding) for encoding in message.accept[:MAX_ENTRIES]),
         max_edge_px=message.max_edge_px if message.HasField("max_edge_px") else None,
         every_n_steps=message.every_n_steps if message.HasField("every_n_steps") else None,
         min_interval_s=_seconds(message.min_interval) if message.HasField("min_interval") else None,
@@ -103,7 +105,9 @@ def _draft_spec(message: pb.GenerationSpec) -> SpecDraft:
     return SpecDraft(
         model=message.model,
         prompt=message.prompt,
-        prompts=tuple(PromptDraft(_enum(ROLES.items(), entry.role), entry.text) for entry in message.prompts),
+        prompts=tuple(
+            PromptDraft(_enum(ROLES.items(), entry.role), entry.text) for entry in message.prompts[:MAX_ENTRIES]
+        ),
         width_px=message.width_px if message.HasField("width_px") else None,
         height_px=message.height_px if message.HasField("height_px") else None,
         num_inference_steps=message.num_inference_steps if message.HasField("num_inference_steps") else None,
@@ -114,7 +118,7 @@ def _draft_spec(message: pb.GenerationSpec) -> SpecDraft:
             spacing=_enum(SPACINGS.items(), sampler.spacing),
             eta=sampler.eta if sampler.HasField("eta") else None,
         ),
-        seeds=tuple(output.seed if output.HasField("seed") else None for output in message.outputs),
+        seeds=tuple(output.seed if output.HasField("seed") else None for output in message.outputs[:MAX_ENTRIES]),
     )
 
 

@@ -1,7 +1,8 @@
 """What a client sent, in the domain's words and not judged yet: None is absent, every number is possible.
 
 `convert.py` makes drafts of proto messages, `resolve` makes requests of drafts.
-Invariant: any message that protobuf can parse has a draft.
+Invariants: any message that protobuf can parse has a draft; of a repeated field
+a draft has at most `MAX_ENTRIES`, so that judging it never holds up the server.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from dataclasses import dataclass, field
 
 from safelight_server.request import PreviewMethod
 from safelight_server.scheduler import Priority
+
+MAX_ENTRIES = 257
+"""More than any limit on a repeated field, so that too many are still seen to be too many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,7 @@ class Draft:
     """A `GenerateRequest` message.
 
     Attributes:
-        body_digest: SHA-256 of all that was sent but the request id.
+        body_digest: SHA-256 of all that was sent but the request id; empty without one.
     """
 
     spec: SpecDraft = SpecDraft()

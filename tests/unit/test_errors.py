@@ -7,7 +7,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-
 from safelight_server import errors
 from safelight_server.errors import FieldViolation, InternalError, InvalidRequestError, NotFoundError, SafelightError
 

@@ -15,6 +15,7 @@ from safelight.v1 import generation_pb2 as pb
 from safelight_server.catalog import Catalog
 from safelight_server.convert import draft_preview, draft_priority, draft_request
 from safelight_server.draft import (
+    MAX_ENTRIES,
     DisconnectDraft,
     Draft,
     EncodingDraft,
@@ -146,7 +147,7 @@ FAULTS: list[tuple[str, pb.GenerateRequest, str, str]] = [
     ("guidance 0.99", request(guidance_scale=0.99), "spec.guidance_scale", GUIDANCE),
     ("guidance -3", request(guidance_scale=-3.0), "spec.guidance_scale", GUIDANCE),
     ("guidance 20.5", request(guidance_scale=20.5), "spec.guidance_scale", GUIDANCE),
-    ("outputs", request(outputs=[pb.OutputSpec()] * 5), "spec.outputs", "asks for 5 pictures; at most 4 a request"),
+    ("outputs", request(outputs=[pb.OutputSpec()] * 5), "spec.outputs", "at most 4 pictures a request"),
     (
         "sampler unknown",
         sampler(name="heun"),
@@ -298,7 +299,7 @@ FAULTS: list[tuple[str, pb.GenerateRequest, str, str]] = [
         "request_id",
         NOT_UUID,
     ),
-    ("labels", labelled(**{f"k{n}": "" for n in range(17)}), "labels", "there are 17; at most 16 are kept"),
+    ("labels", labelled(**{f"k{n}": "" for n in range(17)}), "labels", "at most 16 are kept"),
     ("label key empty", labelled(**{"": "v"}), "labels['']", "a key has 1 to 63 characters"),
     ("label key", labelled(**{"k" * 64: ""}), f"labels['{'k' * 64}']", "a key has 1 to 63 characters"),
     ("label value", labelled(k="v" * 256), "labels['k']", "a value has at most 255 characters"),
@@ -337,10 +338,29 @@ def test_all_faults_are_named_at_once(catalog: Catalog) -> None:
 
 
 def test_faults_are_bounded_however_many_there_are(catalog: Catalog) -> None:
+    message = pb.GenerateRequest(request_id="x", spec=pb.GenerationSpec(num_inference_steps=0, guidance_scale=0))
+    message.encoding.media_type = "image/gif"
+    message.labels.update({"k" * 64 + str(index): "v" * 256 for index in range(16)})
     with pytest.raises(InvalidRequestError) as refused:
-        resolve_request(draft_request(prompts(*[(0, "")] * 1000, prompt="red")), catalog, LIMITS)
+        resolve_request(draft_request(message), catalog, LIMITS)
     assert len(refused.value.violations) == MAX_FAULTS
-    assert refused.value.violations[-1].description.endswith(f"(and {1000 - MAX_FAULTS} faults more)")
+    assert refused.value.violations[-1].description.endswith("(and 21 faults more)")
+
+
+def test_a_flood_of_entries_is_one_fault_each(catalog: Catalog) -> None:
+    many = 10 * MAX_ENTRIES
+    message = prompts(*[(0, "")] * many, prompt="red")
+    message.spec.outputs.extend([pb.OutputSpec()] * many)
+    message.preview.accept.extend([pb.PixelEncoding()] * many)
+    message.labels.update({str(index): "" for index in range(many)})
+    draft = draft_request(message)
+    assert {len(draft.spec.prompts), len(draft.spec.seeds), len(draft.preview.accept), len(draft.labels)} == {
+        MAX_ENTRIES
+    }
+    with pytest.raises(InvalidRequestError) as refused:
+        resolve_request(draft, catalog, LIMITS)
+    fields = [fault.field for fault in refused.value.violations if not fault.field.startswith("spec.prompts[")]
+    assert fields == ["spec.prompts", "spec.outputs", "preview.accept", "labels"]
 
 
 @pytest.mark.parametrize("name", ["models/icons", "small", "models/", "models/small/x", "x" * 10_000, "models/\0"])

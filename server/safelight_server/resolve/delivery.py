@@ -10,6 +10,7 @@ from safelight_server.resolve.faults import Faults, listed, shown
 MIN_EDGE_PX = 8
 MIN_BYTES_PER_SECOND = 1024
 MAX_ROW_ALIGNMENT = 4096
+MAX_ACCEPTED = 16
 LOSSY = (MediaType.JPEG, MediaType.WEBP)
 
 
@@ -93,6 +94,9 @@ def disconnect_of(draft: DisconnectDraft, default_s: float, most_s: float, fault
 def _accepted(drafts: tuple[EncodingDraft, ...], faults: Faults) -> PixelEncoding:
     """The first that the server has; ones it has not may stand before it, faulty ones may not."""
     if not drafts:
+        return PreviewPolicy().encoding
+    if len(drafts) > MAX_ACCEPTED:
+        faults.add("preview.accept", f"has more than {MAX_ACCEPTED} entries; leave some out")
         return PreviewPolicy().encoding
     known = [at for at, draft in enumerate(drafts) if _media_type(draft.media_type) is not None]
     faults.check(bool(known), "preview.accept", f"none of these is offered; there is {listed(MediaType)}")

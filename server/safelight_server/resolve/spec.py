@@ -12,6 +12,7 @@ from safelight_server.resolve.faults import Faults, listed, shown
 from safelight_server.sampler import SamplerSpec, refusal
 
 MAX_SEED = 2**64 - 1
+MAX_PROMPTS = 4
 LINE_BREAKS = "\t\n\r"
 
 
@@ -52,7 +53,9 @@ def spec_of(
 
 def _prompts(draft: SpecDraft, max_chars: int, faults: Faults) -> tuple[str, str]:
     texts: dict[Role, str] = {}
-    for index, entry in enumerate(draft.prompts):
+    if len(draft.prompts) > MAX_PROMPTS:
+        faults.add("spec.prompts", f"has more than {MAX_PROMPTS} entries; at most one of each role is taken")
+    for index, entry in enumerate(draft.prompts[:MAX_PROMPTS]):
         _add_prompt(texts, entry, f"spec.prompts[{index}]", max_chars, faults)
     if draft.prompt and Role.POSITIVE in texts:
         faults.add("spec.prompt", "there is a ROLE_POSITIVE entry in spec.prompts as well; keep one of them")
@@ -161,10 +164,7 @@ def _eta(given: float | None, sampler: str, default: float, faults: Faults) -> f
 
 
 def _seeds(draft: SpecDraft, max_outputs: int, faults: Faults) -> tuple[int, ...]:
-    asked = len(draft.seeds)
-    if not faults.check(
-        asked <= max_outputs, "spec.outputs", f"asks for {asked} pictures; at most {max_outputs} a request"
-    ):
+    if not faults.check(len(draft.seeds) <= max_outputs, "spec.outputs", f"at most {max_outputs} pictures a request"):
         return ()
     for index, seed in enumerate(draft.seeds):
         in_range = seed is None or 0 <= seed <= MAX_SEED

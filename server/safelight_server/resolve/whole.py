@@ -128,7 +128,8 @@ def _request_id(request_id: str, faults: Faults) -> str:
 
 
 def _check_labels(labels: Mapping[str, str], faults: Faults) -> None:
-    faults.check(len(labels) <= MAX_LABELS, "labels", f"there are {len(labels)}; at most {MAX_LABELS} are kept")
+    if not faults.check(len(labels) <= MAX_LABELS, "labels", f"at most {MAX_LABELS} are kept"):
+        return
     for key, value in labels.items():
         field = f"labels[{shown(key)}]"
         faults.check(0 < len(key) <= MAX_LABEL_KEY, field, f"a key has 1 to {MAX_LABEL_KEY} characters")
