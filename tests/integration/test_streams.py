@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import grpc
 import pytest
@@ -11,9 +12,11 @@ from safelight.v1 import generation_pb2_grpc as stubs
 
 from tests.conftest import eventually
 from tests.integration.test_generate import collect, kinds, reason_of
+from tests.support.relay import Relay
 
 RAW = pb.PixelEncoding(media_type="application/x-raw-rgba8")
 SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65536)]
+PICTURE_BYTES = 128 * 128 * 4
 
 
 def long_request(steps: int) -> pb.GenerateRequest:
@@ -38,20 +41,42 @@ def channel(running):
     return grpc.aio.insecure_channel(running.address, options)
 
 
+def streams_of_server() -> int:
+    """Streaming calls that the server, which is in this process, has not got rid of."""
+    names = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()]
+    return sum(name in ("_schedule_rpc_coro", "_Stream._abort") for name in names)
+
+
+def whole(events) -> bytes:
+    return b"".join(e.artifact_chunk.data for e in events if e.WhichOneof("event") == "artifact_chunk")
+
+
 def previews(events) -> list[pb.Preview]:
     return [event.preview for event in events if event.WhichOneof("event") == "preview"]
 
 
 async def test_one_that_stops_reading_is_ended_and_resumes(simulated):
-    async with channel(simulated) as connection:
-        stub = stubs.GenerationServiceStub(connection)
+    """The one beside it gets everything meanwhile, and the steps go on."""
+    async with channel(simulated) as connection, channel(simulated) as healthy_connection:
+        stub, healthy_stub = map(stubs.GenerationServiceStub, (connection, healthy_connection))
         message = long_request(1000)
         message.disconnect.action = pb.DisconnectPolicy.ACTION_DETACH
         call = stub.Generate(message)
         first = (await anext(aiter(call))).event
         [generation] = simulated.generations._live.values()
-        await eventually(lambda: not generation.log.watchers)
+        [stalled] = generation.log.watchers
+        policy = pb.PreviewPolicy(accept=[RAW], method=pb.PREVIEW_METHOD_LINEAR)
+        healthy = asyncio.create_task(
+            collect(healthy_stub.WatchGeneration(pb.WatchGenerationRequest(name=first.generation, preview=policy)))
+        )
+        await eventually(lambda: stalled not in generation.log.watchers)
+        step = generation.outputs[0].step
+        await eventually(lambda: generation.outputs[0].step > step + 10)
         assert not generation.ended
+        events = await healthy
+        assert kinds(events)[-1] == "finished"
+        assert len(whole(events)) == PICTURE_BYTES
+        assert len(previews(events)) > 500
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await collect(call)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -60,7 +85,23 @@ async def test_one_that_stops_reading_is_ended_and_resumes(simulated):
         again = pb.WatchGenerationRequest(name=first.generation, after_sequence=first.sequence, preview=none)
         events = await collect(stub.WatchGeneration(again))
         assert kinds(events)[-1] == "finished"
+        assert len(whole(events)) == PICTURE_BYTES
         assert events[-1].finished.usage.num_steps == 1000
+
+
+async def test_a_stalled_one_whose_connection_dies_is_forgotten(simulated, capfd):
+    """Its status could not be sent any more: nobody is told, and nothing of it is left."""
+    relay = await Relay.start(simulated.address)
+    async with grpc.aio.insecure_channel(relay.address, SMALL_WINDOW) as connection:
+        call = stubs.GenerationServiceStub(connection).Generate(long_request(1000))
+        await anext(aiter(call))
+        [generation] = simulated.generations._live.values()
+        await eventually(lambda: not generation.log.watchers)
+        assert streams_of_server()
+        relay.cut()
+        await eventually(lambda: not streams_of_server())
+    gc.collect()
+    assert "never retrieved" not in "".join(capfd.readouterr())
 
 
 async def test_one_that_reads_slowly_gets_newer_previews_and_slows_nobody(simulated):
@@ -84,43 +125,49 @@ async def test_one_that_reads_slowly_gets_newer_previews_and_slows_nobody(simula
         for events in (quick, slow_events):
             steps = [preview.step for preview in previews(events)]
             assert steps == sorted(set(steps))
-            picture = b"".join(e.artifact_chunk.data for e in events if e.WhichOneof("event") == "artifact_chunk")
-            assert len(picture) == 128 * 128 * 4
+            assert len(whole(events)) == PICTURE_BYTES
         assert sum(preview.num_dropped for preview in previews(slow_events)) > 10
         assert len(previews(quick)) > len(previews(slow_events))
 
 
 async def test_one_that_vanishes_leaves_the_others_alone(simulated):
-    async with channel(simulated) as connection:
+    relay = await Relay.start(simulated.address)
+    async with channel(simulated) as connection, grpc.aio.insecure_channel(relay.address, SMALL_WINDOW) as gone:
         stub = stubs.GenerationServiceStub(connection)
-        gone = channel(simulated)
         call = stubs.GenerationServiceStub(gone).Generate(long_request(200))
         name = (await anext(aiter(call))).event.generation
         watching = asyncio.create_task(collect(stub.WatchGeneration(pb.WatchGenerationRequest(name=name))))
         [generation] = simulated.generations._live.values()
         await eventually(lambda: len(generation.log.watchers) == 2)
-        await gone.close()
+        relay.cut()
         await eventually(lambda: len(generation.log.watchers) < 2)
-        assert kinds(await watching)[-1] == "finished"
+        events = await watching
+        assert kinds(events)[-1] == "finished"
+        assert len(whole(events)) == PICTURE_BYTES
 
 
 async def test_three_on_one_generation_share_what_is_rendered(simulated):
+    """Two with the same encoding and one with another: a step is decoded once and encoded twice."""
+    steps = 60
     async with channel(simulated) as connection:
         stub = stubs.GenerationServiceStub(connection)
-        call = stub.Generate(long_request(60))
+        call = stub.Generate(long_request(steps))
         name = (await anext(aiter(call))).event.generation
         [generation] = simulated.generations._live.values()
         same = pb.PreviewPolicy(accept=[RAW], method=pb.PREVIEW_METHOD_TINY_DECODER)
-        other = pb.PreviewPolicy(accept=[pb.PixelEncoding(media_type="image/webp")], method=pb.PREVIEW_METHOD_LINEAR)
-        watches = [pb.WatchGenerationRequest(name=name, preview=policy) for policy in (same, other)]
-        first, second, third = await asyncio.gather(
-            collect(call), *(collect(stub.WatchGeneration(watch)) for watch in watches)
+        other = pb.PreviewPolicy(
+            accept=[pb.PixelEncoding(media_type="image/webp")], method=pb.PREVIEW_METHOD_TINY_DECODER
         )
-        for events in (first, second, third):
-            assert kinds(events)[-1] == "finished"
-        assert {preview.media_type for preview in previews(third)} == {"image/webp"}
-        sent = generation.log.num_previews
-        assert sent > generation.log.renderer.num_rendered
+        watches = [pb.WatchGenerationRequest(name=name, preview=policy) for policy in (same, other)]
+        streams = await asyncio.gather(collect(call), *(collect(stub.WatchGeneration(watch)) for watch in watches))
+    for events in streams:
+        assert kinds(events)[-1] == "finished"
+    assert {preview.media_type for preview in previews(streams[2])} == {"image/webp"}
+    sent = [(preview.step, preview.media_type) for events in streams for preview in previews(events)]
+    assert all(len(previews(events)) > 2 for events in streams), "neither encoding takes the other's place"
+    overtaken = generation.log.renderer.num_rendered - len(set(sent))
+    assert 0 <= overtaken <= 2, "only what the picture overtook was rendered and not sent"
+    assert generation.log.num_previews == len(sent) > len(set(sent))
 
 
 async def test_without_previews_nothing_is_rendered_or_copied(simulated):

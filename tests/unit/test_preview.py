@@ -15,6 +15,8 @@ from safelight_server.request import MediaType, PixelEncoding, PreviewMethod, Pr
 from safelight_server.runtime.base import Component
 from safelight_server.runtime.simulated import LATENT, SIZE_PX, simulated_pipeline
 
+from tests.support.streams import settle
+
 JPEG, RAW, WEBP = (PixelEncoding(kind) for kind in (MediaType.JPEG, MediaType.RAW_RGBA8, MediaType.WEBP))
 TINY, FULL, AUTO, LINEAR = (
     PreviewMethod.TINY_DECODER,
@@ -176,6 +178,22 @@ async def test_a_superseded_frame_gives_nothing(made):
     decoder.superseded = True
     assert await renderer.render(frame(), FULL, JPEG, None) is None
     assert renderer.num_rendered == 0
+
+
+async def test_a_stream_that_lags_does_not_take_the_place_of_a_newer_frame(made):
+    """The engine decodes the last frame that it was asked for: it is never asked for an older one."""
+    renderer, decoder, _ = made
+    older, newer = frame(3), frame(5)
+    decoder.gate.clear()
+    healthy = renderer.render(newer, TINY, JPEG, None)
+    await settle()
+    assert decoder.asked
+    assert await renderer.render(older, TINY, JPEG, None) is None
+    decoder.gate.set()
+    assert (await healthy).step == 5
+    assert len(decoder.asked) == 1
+    assert (await renderer.render(newer, TINY, RAW, None)).step == 5
+    assert (await renderer.render(older, LINEAR, RAW, None)).step == 3, "what needs no decoder takes nobody's place"
 
 
 async def test_a_failure_reaches_all_who_asked_and_is_logged_once(made, capsys):

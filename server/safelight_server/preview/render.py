@@ -30,7 +30,7 @@ COMPONENTS = {
 
 
 class Renderer:
-    """Turns frames of one pipeline into previews.
+    """Turns the frames of one generation into previews.
 
     Args:
         decode: runs a decoder between the steps; None where a newer frame took its place.
@@ -46,6 +46,7 @@ class Renderer:
         self._decode = decode
         self._load = load
         self._pool = pool
+        self._decoded_step: dict[tuple[int, PreviewMethod], int] = {}
         self.num_rendered = 0
 
     def render(
@@ -64,16 +65,21 @@ class Renderer:
     ) -> Rendered | None:
         image: FloatArray | None = None
         if method is not PreviewMethod.LINEAR:
-            component = COMPONENTS[method]
-            image = await frame.image(
-                method, lambda: asyncio.create_task(self._decode(frame.output_id, frame.denoised, component))
-            )
+            image = await frame.image(method, lambda: asyncio.create_task(self._decode_newest(frame, method)))
             if image is None:
                 return None
         self.num_rendered += 1
         loop = asyncio.get_running_loop()
         picture = await loop.run_in_executor(self._pool, self._encode, frame, image, encoding, max_edge_px)
         return Rendered(frame.output_index, frame.step, method, picture)
+
+    async def _decode_newest(self, frame: Frame, method: PreviewMethod) -> FloatArray | None:
+        """Decodes a frame unless a newer one is on its way: a stream that lags must not take another's place."""
+        key = frame.output_index, method
+        if frame.step < self._decoded_step.get(key, 0):
+            return None
+        self._decoded_step[key] = frame.step
+        return await self._decode(frame.output_id, frame.denoised, COMPONENTS[method])
 
     def _encode(
         self, frame: Frame, image: FloatArray | None, encoding: PixelEncoding, max_edge_px: int | None

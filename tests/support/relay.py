@@ -1,0 +1,52 @@
+"""A TCP relay in front of a server, whose connections a test can kill as a lost network would."""
+
+from __future__ import annotations
+
+import asyncio
+
+CHUNK_BYTES = 1 << 16
+
+
+class Relay:
+    """Passes bytes both ways until `cut`. A side that is not read is not read from on the other side either."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    @classmethod
+    async def start(cls, target: str) -> Relay:
+        """A relay to `target` on a free port of its own."""
+        relay = cls()
+        host, port = target.rsplit(":", 1)
+
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            there, back = await asyncio.open_connection(host, int(port), limit=CHUNK_BYTES)
+            relay._writers |= {writer, back}
+            for source, sink in ((reader, back), (there, writer)):
+                task = asyncio.create_task(_pass_on(source, sink))
+                relay._tasks.add(task)
+                task.add_done_callback(relay._tasks.discard)
+
+        relay._server = await asyncio.start_server(connected, "127.0.0.1", 0, limit=CHUNK_BYTES)
+        relay.address = f"127.0.0.1:{relay._server.sockets[0].getsockname()[1]}"
+        return relay
+
+    def cut(self) -> None:
+        """Resets all connections and takes no more."""
+        assert self._server is not None
+        self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
+
+
+async def _pass_on(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    try:
+        while data := await source.read(CHUNK_BYTES):
+            sink.write(data)
+            await sink.drain()
+        sink.write_eof()
+    except OSError:
+        sink.transport.abort()
