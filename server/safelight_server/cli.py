@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
 from safelight import Client, GenerationError
+from safelight_server import bench as benches
 from safelight_server import demo as demos
 from safelight_server import settings as settings_module
 from safelight_server.app import Running, StartError, serve
@@ -131,9 +132,21 @@ def models(target: Target = DEFAULT_TARGET, api_key: ApiKey = None) -> None:
                 samplers = ", ".join(sampler.name for sampler in model.samplers)
                 mark = "  (default)" if model.is_default else ""
                 console.print(f"{model.name}  {model.revision}  on {model.runtime}{mark}", highlight=False)
-                console.print(f"    {model.description}; {sizes}; samplers {samplers}", highlight=False)
+                console.print(f"    {model.description}; {sizes}; samplers {samplers}", highlight=False, soft_wrap=True)
 
     _run(ask())
+
+
+@app.command()
+def bench(
+    clients: Annotated[int, typer.Option(min=1, max=1024, help="Clients that ask at once.")] = 4,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures to ask for, over all clients.")] = 20,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+) -> None:
+    """Put load on a running server and print what its clients see."""
+    _run(benches.bench(target, api_key, clients=clients, pictures=pictures, steps=steps, console=console))
 
 
 @app.command()
