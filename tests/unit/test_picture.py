@@ -60,3 +60,20 @@ def test_shrinking_keeps_the_aspect_and_never_enlarges(height, width, edge):
         assert small.shape == (height, width, 3)
     else:
         assert min(small.shape[:2]) == max(1, round(edge * min(height, width) / max(height, width)))
+
+
+@pytest.mark.parametrize("media_type", list(MediaType))
+@pytest.mark.parametrize(("height", "width"), [(100, 60), (1, 300), (301, 7)])
+def test_what_was_shrunk_can_be_encoded(media_type, height, width):
+    small = shrink(pixels(height, width), 64)
+    encoded = encode(small, PixelEncoding(media_type))
+    assert (encoded.height_px, encoded.width_px) == small.shape[:2]
+    if media_type is not MediaType.RAW_RGBA8:
+        assert Image.open(io.BytesIO(encoded.data)).size == (encoded.width_px, encoded.height_px)
+
+
+def test_shrinking_averages():
+    """Every pixel counts: a fine pattern becomes its mean, not one of its lines."""
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[::2] = 200
+    assert np.abs(shrink(stripes, 32).astype(int) - 100).max() <= 1
