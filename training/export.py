@@ -111,7 +111,7 @@ def load(folder: Path) -> StableDiffusionPipeline:
         raise SystemExit(f"{folder} is a {found}; a StableDiffusionPipeline is what can be exported")
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
-            folder, safety_checker=None, local_files_only=True, torch_dtype=torch.float32
+            folder, safety_checker=None, local_files_only=True, dtype=torch.float32
         )
     except (OSError, ValueError) as error:
         raise SystemExit(f"{folder} cannot be read: {str(error).splitlines()[0]}") from None
