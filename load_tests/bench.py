@@ -32,6 +32,8 @@ from safelight_server.runtime.onnx import _session as onnx_session
 from safelight_server.sampler import SamplerSpec, advance, compile_table, gaussian, guide
 from safelight_server.settings import load
 
+from load_tests import watchers
+
 PROMPT = "a red potion on a dark background"
 STEPS = 20
 ROUNDS = 3
@@ -215,7 +217,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=Path, default=Path("models"))
-    parser.add_argument("--only", choices=("throughput", "scheduling"))
+    parser.add_argument("--only", choices=("throughput", "scheduling", "watchers"))
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     options = parser.parse_args()
     console = Console()
@@ -227,6 +229,14 @@ def main() -> None:
         result["scheduling"] = asyncio.run(scheduling(console))
     if options.only in (None, "throughput"):
         result["throughput"] = asyncio.run(throughput(options.models, console))
+    if options.only in (None, "watchers"):
+        figures = watchers.measure()
+        _print(
+            console,
+            "2,000 streams on one server, most of them slow",
+            [{"what": n, "figure": f} for n, f in figures.items()],
+        )
+        result["watchers"] = figures
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "result.json").write_text(json.dumps(result, indent=1))
 
