@@ -26,8 +26,10 @@ from safelight_server.sampler import VERSION as SAMPLER_VERSION
 log = structlog.get_logger(__name__)
 
 WARM_UP_ROWS = (1, 2, 4, 8, 16, 32, 64)
+ALWAYS_ROWS = 16
+"""Batches up to this are verified however long it takes, so that what is offered does not hang on a busy start."""
 WARM_UP_BUDGET_S = 1.0
-"""Time for one component: what does not fit is not offered."""
+"""Time for one component: larger batches that do not fit are not offered."""
 REPETITIONS = 5
 SMALL_VOCABULARY = 256
 
@@ -131,7 +133,7 @@ def _warm_up(session: onnxruntime.InferenceSession, pipeline: Pipeline, componen
     began = time.perf_counter()
     for rows in WARM_UP_ROWS:
         feed = _example(session, rows)
-        if rows_done and time.perf_counter() - began + 2 * rows * seconds[-1] / rows_done[-1] > WARM_UP_BUDGET_S:
+        if rows > ALWAYS_ROWS and time.perf_counter() - began + 2 * rows * seconds[-1] / rows_done[-1] > WARM_UP_BUDGET_S:
             break
         if not _bit_equal(session, feed, rows):
             log.warning("batch_not_bit_equal", model=pipeline.name, component=component.value, rows=rows)
