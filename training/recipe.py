@@ -48,7 +48,7 @@ class Recipe:
     preview_channels: int = 32
     preview_blocks: tuple[int, ...] = (2, 1, 1, 0)
     decoder_icons: int = 6_000
-    decoder_samples: int = 28_000
+    decoder_samples: int = 60_000
     decoder_batch_size: int = 16
     decoder_learning_rate: float = 2e-3
     latent_noise: float = 0.05

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import functools
 import itertools
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -306,7 +307,13 @@ class Generation:
         self._spans.begin(f"encode {output.index}")
         task = asyncio.create_task(self._encode(output, image))
         self._encoding.add(task)
-        task.add_done_callback(self._encoding.discard)
+        task.add_done_callback(functools.partial(self._encoded, output))
+
+    def _encoded(self, output: _Output, task: asyncio.Task[None]) -> None:
+        self._encoding.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None and not output.reason:
+            self._logger.error("bug", output=output.index, exc_info=fault)
+            self.on_output_ended(output, Reason.FINISH_REASON_FAILED, InternalError())
 
     async def _encode(self, output: _Output, image: FloatArray) -> None:
         loop, encoding = asyncio.get_running_loop(), self.request.encoding

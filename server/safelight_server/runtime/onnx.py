@@ -133,7 +133,10 @@ def _warm_up(session: onnxruntime.InferenceSession, pipeline: Pipeline, componen
     began = time.perf_counter()
     for rows in WARM_UP_ROWS:
         feed = _example(session, rows)
-        if rows > ALWAYS_ROWS and time.perf_counter() - began + 2 * rows * seconds[-1] / rows_done[-1] > WARM_UP_BUDGET_S:
+        if (
+            rows > ALWAYS_ROWS
+            and time.perf_counter() - began + 2 * rows * seconds[-1] / rows_done[-1] > WARM_UP_BUDGET_S
+        ):
             break
         if not _bit_equal(session, feed, rows):
             log.warning("batch_not_bit_equal", model=pipeline.name, component=component.value, rows=rows)
