@@ -2,7 +2,8 @@
 
 A classifier trained on fresh drawings, itself checked on real ones first,
 looks at pictures generated for captions whose object, colour and background
-were never trained on together. Exits 1 below the bars.
+were never trained on together; `copies.py` says whether they are copies.
+Exits 1 below the bars.
 """
 
 from __future__ import annotations
@@ -13,28 +14,27 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.table import Table
 
-from training import classifier
-from training.icons import Spec, caption, held_out, render, sample_spec
+from training import classifier, copies
+from training.icons import Spec, caption, held_out, sample_spec
 from training.sample import Sampler
 
 BARS = {"object": 0.95, "colour": 0.95, "background": 0.97}
 JUDGE_BAR = 0.99
-JUDGED_HEADS = ("object", "colour", "background")
 NUM_CAPTIONS = 500
 NUM_REAL = 2000
-NUM_TRAINING = 20_000
-COPIES_BAR = 0.05
-"""Share of pictures that may lie nearer to a training drawing than 99 % of held-out drawings do."""
-FEATURE_PX = 16
+COPIES_BAR = 0.02
+"""Largest share of pictures nearer to a training drawing than 99 % of held-out drawings: theirs is 0.01."""
 
 
 def held_out_specs(count: int, seed: str) -> list[Spec]:
@@ -54,37 +54,10 @@ def shares(wanted: npt.NDArray[np.int64], found: npt.NDArray[np.int64]) -> dict[
     return {name: round(float(share), 4) for name, share in zip(classifier.HEADS, right, strict=True)}
 
 
-def below_bars(scores: dict[str, float], copies: float) -> list[str]:
+def below_bars(scores: Mapping[str, float], copied: float) -> list[str]:
     """What is not good enough."""
-    faults = [f"{name} {scores[name]:.3f} < {bar}" for name, bar in BARS.items() if scores[name] < bar]
-    return faults + ([f"copies {copies:.3f} > {COPIES_BAR}"] if copies > COPIES_BAR else [])
-
-
-def features(images: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
-    """Small colour pictures as vectors: (N, 16 * 16 * 3)."""
-    small = [Image.fromarray(image).resize((FEATURE_PX, FEATURE_PX), Image.Resampling.BOX) for image in images]
-    return np.stack([np.asarray(image, np.float32).ravel() / 255 for image in small])
-
-
-def nearest(queries: npt.NDArray[np.float32], known: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Euclidean distance of each query to the nearest of `known`."""
-    squares = (known**2).sum(axis=1)
-    distances = [np.sqrt(np.maximum((squares - 2 * known @ q + q @ q).min(), 0)) for q in queries]
-    return np.array(distances, np.float32)
-
-
-def copies(pictures: Sequence[npt.NDArray[np.uint8]]) -> float:
-    """Share of pictures nearer to one of 20,000 training drawings than the 1st percentile of held-out drawings."""
-    rng = random.Random("nearest")
-    training = []
-    while len(training) < NUM_TRAINING:
-        spec = sample_spec(rng)
-        if not held_out(spec.object, spec.colour, spec.background):
-            training.append(render(spec, 2 * FEATURE_PX))
-    known = features(training)
-    reference = [render(spec, 2 * FEATURE_PX) for spec in held_out_specs(1000, "reference")]
-    limit = np.percentile(nearest(features(reference), known), 1)
-    return float((nearest(features(pictures), known) < limit).mean())
+    faults = [f"{name} {scores[name]:.3f} < {bar}" for name, bar in BARS.items() if not scores[name] >= bar]
+    return faults if copied <= COPIES_BAR else [*faults, f"copies {copied:.3f} > {COPIES_BAR}"]
 
 
 def digest() -> str:
@@ -94,51 +67,59 @@ def digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=Path("models"), help="where pipelines/ is")
-    parser.add_argument("--name", default="icons", help="of the pipeline; its newest revision is scored")
-    parser.add_argument("--captions", type=int, default=NUM_CAPTIONS, help="held-out captions")
-    parser.add_argument("--out", type=Path, default=Path("out/evaluate"), help="where results go")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    began = time.monotonic()
-    options.out.mkdir(parents=True, exist_ok=True)
+def find_manifest(models: Path, name: str, revision: str | None) -> Path:
+    """The manifest of a revision; without one the last by name, as the server takes it."""
+    found = sorted(models.glob(f"pipelines/{name}/{revision or '*'}/pipeline.json"))
+    if not found:
+        sys.exit(f"no {name} of revision {revision or 'any'} in {models / 'pipelines'}")
+    return found[-1]
 
-    judge = classifier.train(options.out / f"classifier-{digest()}.pt")
+
+def trained_judge(folder: Path) -> tuple[classifier.Classifier, dict[str, float]]:
+    """The classifier, from the folder where it was trained before, and its shares on real drawings."""
+    judge = classifier.train(folder / f"classifier-{digest()}.pt")
     real, truth = classifier.draw(NUM_REAL, "real")
     on_real = shares(truth.numpy(), classifier.predict(judge, classifier.shrink(real)))
-    print(f"the judge on {NUM_REAL} real drawings: {on_real}", flush=True)
-    if min(on_real[name] for name in JUDGED_HEADS) < JUDGE_BAR:
-        sys.exit(f"the judge is below {JUDGE_BAR}: its verdict would mean nothing")
+    low = {name: on_real[name] for name in BARS if on_real[name] < JUDGE_BAR}
+    if low:
+        sys.exit(f"the judge is below {JUDGE_BAR} on real drawings, {low}: its verdict would mean nothing")
+    return judge, on_real
 
-    manifest = sorted(options.models.glob(f"pipelines/{options.name}/*/pipeline.json"))[-1]
+
+def measure(manifest: Path, captions: int, out: Path) -> dict[str, object]:
+    """Generates, judges and compares; writes result.json and pictures.png in `out`."""
+    began = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    judge, on_real = trained_judge(out)
+    print(f"the judge on {NUM_REAL} real drawings: {on_real}", flush=True)
+
     sampler = Sampler(manifest)
-    specs = held_out_specs(options.captions, "evaluation")
+    specs = held_out_specs(captions, "evaluation")
     rng = random.Random("captions")
     prompts = [caption(spec, rng, full=True) for spec in specs]
     pictures = list(sampler.pictures(prompts, range(len(prompts))))
-    wanted = np.array([classifier.labels(replace(spec)) for spec in specs])
+    print(f"{len(pictures)} pictures after {time.monotonic() - began:.0f} s", flush=True)
+    wanted = np.array([classifier.labels(spec) for spec in specs])
     found = classifier.predict(judge, classifier.shrink(np.stack(pictures)))
     scores = shares(wanted, found)
-    copied = round(copies(pictures), 4)
-    faults = below_bars(scores, copied)
+    near = copies.nearness(pictures, held_out_specs(1000, "reference")).rounded()
     result = {
-        "pipeline": f"{options.name}/{sampler.manifest['revision']}",
+        "pipeline": f"{sampler.manifest['name']}/{sampler.manifest['revision']}",
+        "sha256": {role: file["sha256"] for role, file in sampler.manifest["components"].items()},
+        "settings": sampler.manifest["defaults"],
         "captions": len(prompts),
         "judge_on_real_drawings": on_real,
         "scores": scores,
-        "copies": copied,
+        "copies": near,
         "bars": BARS | {"copies": COPIES_BAR},
+        "faults": below_bars(scores, near["share_below"]),
+        "confused": confused(wanted, found),
         "wrong": wrong(prompts, wanted, found),
         "seconds": round(time.monotonic() - began),
     }
-    (options.out / "result.json").write_text(json.dumps(result, indent=1))
-    _sheet(pictures[:64], options.out / "pictures.png")
-    print(f"{result['pipeline']} on {len(prompts)} held-out captions: {scores}, copies {copied}", flush=True)
-    print("\n".join(faults) or "above all bars")
-    sys.exit(1 if faults else 0)
+    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    sheet(pictures[:64]).save(out / "pictures.png")
+    return result
 
 
 def wrong(prompts: Sequence[str], wanted: npt.NDArray[np.int64], found: npt.NDArray[np.int64]) -> dict[str, list[str]]:
@@ -150,9 +131,51 @@ def wrong(prompts: Sequence[str], wanted: npt.NDArray[np.int64], found: npt.NDAr
     return lists
 
 
-def _sheet(pictures: Sequence[npt.NDArray[np.uint8]], path: Path, columns: int = 16) -> None:
-    rows = [np.concatenate(pictures[at : at + columns], axis=1) for at in range(0, len(pictures), columns)]
-    Image.fromarray(np.concatenate([row for row in rows if row.shape == rows[0].shape])).save(path)
+def confused(wanted: npt.NDArray[np.int64], found: npt.NDArray[np.int64], most: int = 6) -> list[str]:
+    """The most frequent mistakes of the heads that have a bar, such as "gold as yellow 13"."""
+    pairs: Counter[str] = Counter()
+    for at, (name, values) in enumerate(classifier.HEADS.items()):
+        if name in BARS:
+            off = np.flatnonzero(wanted[:, at] != found[:, at])
+            pairs.update(f"{values[wanted[i, at]]} as {values[found[i, at]]}" for i in off)
+    return [f"{pair} {count}" for pair, count in pairs.most_common(most)]
+
+
+def sheet(pictures: Sequence[npt.NDArray[np.uint8]], columns: int = 16) -> Image.Image:
+    """Pictures of one size in rows; an incomplete last row is filled with black."""
+    blank = [np.zeros_like(pictures[0])] * (-len(pictures) % columns)
+    grid = np.stack([*pictures, *blank]).reshape(-1, columns, *pictures[0].shape)
+    return Image.fromarray(np.concatenate(np.concatenate(grid, axis=1), axis=1))
+
+
+def table(result: Mapping[str, object]) -> Table:
+    """The figures beside their bars."""
+    shown = Table(title=f"{result['pipeline']}, {result['captions']} held-out captions")
+    for heading in ("", "generated", "real drawings", "bar"):
+        shown.add_column(heading, justify="left" if not heading else "right")
+    for name, share in result["scores"].items():
+        bar = f"{BARS[name]:.2f}" if name in BARS else "reported"
+        shown.add_row(f"right {name}", f"{share:.3f}", f"{result['judge_on_real_drawings'][name]:.3f}", bar)
+    shown.add_row("nearer to training than 99 % of unseen", f"{result['copies']['share_below']:.3f}", "0.010", "0.020")
+    return shown
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, default=Path("models"), help="where pipelines/ is")
+    parser.add_argument("--name", default="icons", help="of the pipeline")
+    parser.add_argument("--revision", help="to score; without it the last by name")
+    parser.add_argument("--captions", type=int, default=NUM_CAPTIONS, help="held-out captions")
+    parser.add_argument("--out", type=Path, default=Path("out/evaluate"), help="where results go")
+    options = parser.parse_args()
+    if options.captions < 1:
+        parser.error("--captions must be at least 1")
+    torch.set_num_threads(1)
+    result = measure(find_manifest(options.models, options.name, options.revision), options.captions, options.out)
+    Console(width=100).print(table(result))
+    print("\n".join(result["faults"]) or "above all bars", f"({result['seconds']} s; {options.out}/result.json)")
+    sys.exit(1 if result["faults"] else 0)
 
 
 if __name__ == "__main__":
