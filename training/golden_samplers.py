@@ -1,6 +1,6 @@
 """`python -m training.golden_samplers`: whole trajectories of diffusers' schedulers, for tests without torch.
 
-Each starts from our noise and is fed fixed predictions; what is kept is the latent after every step.
+Each starts from our noise and is fed fixed predictions; what is kept is the timesteps and the latent after every step.
 """
 
 from __future__ import annotations
@@ -10,42 +10,52 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safelight_server.sampler import SamplerSpec, gaussian
+from safelight_server.sampler import gaussian, supported_cells
+from safelight_server.sampler.table import Cell
 
-from tests.training.test_sampler_parity import reference
+from tests.training.test_sampler_parity import reference, schedule_of, trajectory
 
 SHAPE = (2, 3, 3)
 CASES = [
-    ("euler", "v_prediction", "trailing", "default", True, 8),
-    ("euler", "epsilon", "linspace", "karras", False, 8),
-    ("ddim", "v_prediction", "trailing", "default", True, 8),
-    ("ddim", "epsilon", "leading", "default", False, 20),
-    ("dpmpp_2m", "v_prediction", "trailing", "default", True, 8),
-    ("dpmpp_2m", "epsilon", "linspace", "karras", False, 20),
-    ("flow_match_euler", "flow", "trailing", "default", False, 8),
+    (Cell("euler", "v_prediction", "trailing", "default", True), 8, 0.0),
+    (Cell("euler", "sample", "leading", "default", False), 8, 0.0),
+    (Cell("euler", "epsilon", "linspace", "karras", False), 8, 0.0),
+    (Cell("euler_ancestral", "epsilon", "linspace", "default", False), 20, 0.0),
+    (Cell("euler_ancestral", "v_prediction", "trailing", "default", True), 8, 0.0),
+    (Cell("ddim", "v_prediction", "trailing", "default", True), 8, 0.0),
+    (Cell("ddim", "v_prediction", "trailing", "default", True), 8, 0.7),
+    (Cell("ddim", "epsilon", "leading", "default", False), 20, 0.0),
+    (Cell("ddim", "sample", "linspace", "default", False), 8, 1.0),
+    (Cell("dpmpp_2m", "v_prediction", "trailing", "default", True), 8, 0.0),
+    (Cell("dpmpp_2m", "sample", "leading", "default", False), 8, 0.0),
+    (Cell("dpmpp_2m", "epsilon", "linspace", "karras", False), 20, 0.0),
+    (Cell("lcm", "epsilon", "trailing", "default", False), 4, 0.0),
+    (Cell("lcm", "v_prediction", "trailing", "default", True), 8, 0.0),
+    (Cell("flow_match_euler", "flow", "trailing", "default", False), 8, 0.0),
 ]
 
 
+def draws(seed: int):
+    """The noise of one seed, step by step."""
+    return (torch.from_numpy(gaussian(seed, 1, step, SHAPE))[None] for step in range(1000))
+
+
 def main() -> None:
-    """Writes tests/golden/samplers.npz and noise.json."""
+    """Writes tests/golden/samplers.npz, sampler_cells.txt and noise.json."""
     folder = Path("tests/golden")
     arrays = {}
-    for name, prediction, spacing, sigmas, zero_snr, steps in CASES:
-        scheduler = reference(name, prediction, spacing, sigmas, zero_snr)
+    for cell, steps, eta in CASES:
+        scheduler = reference(cell, schedule_of(cell))
         scheduler.set_timesteps(steps)
-        if hasattr(scheduler, "sigmas"):
-            scheduler.sigmas = scheduler.sigmas.double()
-        sample = float(getattr(scheduler, "init_noise_sigma", 1.0)) * torch.from_numpy(gaussian(5, 0, 0, SHAPE))[None]
-        path = []
-        for step, timestep in enumerate(scheduler.timesteps):
-            if hasattr(scheduler, "scale_model_input"):
-                scheduler.scale_model_input(sample, timestep)
-            output = torch.from_numpy(gaussian(6, 1, step, SHAPE))[None]
-            sample = scheduler.step(output, timestep, sample).prev_sample
-            path.append(sample.numpy()[0])
-        spec = SamplerSpec(name, spacing, sigmas)
-        arrays[f"{spec.name}/{prediction}/{spacing}/{sigmas}/{zero_snr}/{steps}"] = np.stack(path)
+        init = float(getattr(scheduler, "init_noise_sigma", 1.0))
+        x = init * torch.from_numpy(gaussian(5, 0, 0, SHAPE))[None]
+        path = [x_next.numpy()[0] for *_, x_next, _ in trajectory(scheduler, cell, draws(5), draws(6), x, eta)]
+        case = "/".join(map(str, (*cell, steps, eta)))
+        arrays[f"{case}/latents"] = np.stack(path)
+        arrays[f"{case}/timesteps"] = scheduler.timesteps.numpy().astype(np.float32)
     np.savez_compressed(folder / "samplers.npz", **arrays)
+    lines = [f"{' '.join(map(str, cell)):62} {why or 'offered'}" for cell, why in supported_cells().items()]
+    (folder / "sampler_cells.txt").write_text("\n".join(lines) + "\n")
     vectors = [
         {"seed": seed, "stream": stream, "step": step, "values": gaussian(seed, stream, step, (4,)).tolist()}
         for seed, stream, step in ((0, 0, 0), (7, 0, 0), (7, 1, 0), (7, 1, 19), (2**64 - 1, 1, 3))

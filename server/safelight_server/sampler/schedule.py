@@ -1,7 +1,8 @@
 """Noise schedules and where the steps are placed on them, as diffusers 0.42.1 computes them.
 
 Alphas are rounded to float32 at the same places as there, since a sampler near
-zero terminal SNR shows every last bit; all that follows is float64.
+zero terminal SNR shows every last bit; all that follows is float64. torch's own
+last bits depend on the machine's vector width, so they are met to 5e-5, not exactly.
 """
 
 from __future__ import annotations
@@ -39,6 +40,23 @@ class NoiseSchedule:
     steps_offset: int = 0
     set_alpha_to_one: bool = True
     shift: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerSpec:
+    """A sampler and how its steps are placed.
+
+    Attributes:
+        name: one of `cells.SAMPLERS`.
+        spacing: "leading", "trailing" or "linspace".
+        sigma_schedule: "default" or "karras".
+        eta: DDIM's share of fresh noise, 0 to 1 (Song et al. 2020, equation 16).
+    """
+
+    name: str
+    spacing: str = "trailing"
+    sigma_schedule: str = "default"
+    eta: float = 0.0
 
 
 def alphas_cumprod(schedule: NoiseSchedule) -> Doubles:
@@ -81,8 +99,9 @@ def karras(sigma_max: float, sigma_min: float, num_steps: int) -> Doubles:
 
 def timestep_of_sigma(sigmas: Doubles, levels: Doubles) -> Doubles:
     """Where `sigmas` lie between the training timesteps' `levels`, by the logarithm; float64 timesteps."""
-    logs, wanted = np.log(levels), np.log(np.maximum(sigmas, 1e-10))
-    low = (np.searchsorted(logs, wanted, side="right") - 1).clip(0, len(logs) - 2)
+    logs = np.log(levels.astype(np.float32))  # as in diffusers: where timesteps are cut to integers, last bits show
+    wanted = np.log(np.maximum(sigmas, 1e-10))
+    low = (np.searchsorted(logs.astype(np.float64), wanted, side="right") - 1).clip(0, len(logs) - 2)
     weight = ((logs[low] - wanted) / (logs[low] - logs[low + 1])).clip(0, 1)
     timesteps: Doubles = low + weight
     return timesteps

@@ -31,6 +31,7 @@ def advance(
     x_next = a * x + b * prediction + c * denoised_previous
     if noise is not None:
         x_next += d * noise
+    x_next += 0.0  # no -0.0, whose sign would tell whether another row had noise
     return x_next, denoised
 
 
