@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safelight_server import model_config
 from safelight_server.errors import NotFoundError
 from safelight_server.runtime.base import Component
 from safelight_server.sampler import VERSION as SAMPLER_VERSION
@@ -43,13 +44,13 @@ class ManifestError(Exception):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ComponentFile(_Strict):
     """A version of a model in the repository."""
 
-    model: str
+    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     version: Positive
     sha256: str
 
@@ -135,6 +136,12 @@ class LinearPreview(_Strict):
     weights: tuple[tuple[float, ...], ...]
     bias: tuple[float, ...]
 
+    @model_validator(mode="after")
+    def _rectangular(self) -> Self:
+        if len({len(row) for row in self.weights}) != 1:
+            raise ValueError("the rows of weights differ in length")
+        return self
+
 
 class Manifest(_Strict):
     """pipeline.json."""
@@ -165,6 +172,7 @@ class Pipeline:
         digest: of everything that decides pixels beside the request and the runtime.
         linear_weights: (C, 3 * k * k) from a latent pixel to k x k pixels, in the order channel, row, column.
         files: the component files.
+        max_rows: the batch bound of each component, from its config.pbtxt.
     """
 
     manifest: Manifest
@@ -174,6 +182,7 @@ class Pipeline:
     linear_bias: npt.NDArray[np.float32]
     files: Mapping[Component, Path] = field(default_factory=dict)
     tokenizer: PromptTokenizer | None = None
+    max_rows: Mapping[Component, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -234,8 +243,8 @@ def load(models: Path, default: str = "") -> Catalog:
 def load_pipeline(path: Path, repository: Path) -> Pipeline:
     """Reads and checks one manifest."""
     try:
-        manifest = Manifest.model_validate(json.loads(path.read_text()))
-    except (ValidationError, json.JSONDecodeError) as error:
+        manifest = Manifest.model_validate(json.loads(path.read_bytes()))
+    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path}: {_faults(error)}") from None
     files = {
         role: repository / component.model / str(component.version) / "model.onnx"
@@ -248,11 +257,15 @@ def load_pipeline(path: Path, repository: Path) -> Pipeline:
     faults += _check_file(text, manifest.tokenizer.sha256)
     pipeline = assemble(manifest, files)
     faults += _check(pipeline)
+    configs, unread = _read_configs(manifest, repository)
+    faults += unread + _check_configs(pipeline, configs)
+    if (manifest.name, manifest.revision) != (path.parent.parent.name, path.parent.name):
+        faults.append(f"name, revision: {manifest.name}/{manifest.revision} is not the folder's")
     if faults:
         raise ManifestError(f"{path}: " + "; ".join(faults))
     at = manifest.tokenizer
     tokenizer = Tokenizer(text, at.max_tokens, at.pad_id, at.bos_id, at.eos_id)
-    return assemble(manifest, files, tokenizer)
+    return replace(pipeline, tokenizer=tokenizer, max_rows={role: at.max_rows for role, at in configs.items()})
 
 
 def assemble(manifest: Manifest, files: Mapping[Component, Path], tokenizer: PromptTokenizer | None = None) -> Pipeline:
@@ -277,8 +290,8 @@ def _digest(manifest: Manifest) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _faults(error: ValidationError | json.JSONDecodeError) -> str:
-    if isinstance(error, json.JSONDecodeError):
+def _faults(error: ValidationError | json.JSONDecodeError | UnicodeDecodeError) -> str:
+    if not isinstance(error, ValidationError):
         return f"not JSON: {error}"
     return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
@@ -303,6 +316,8 @@ def _check(pipeline: Pipeline) -> list[str]:
         faults.append(f"linear_preview: weights must be {latent.channels} x {columns} and bias {columns}")
     if manifest.defaults.num_inference_steps > manifest.limits.max_num_inference_steps:
         faults.append("defaults.num_inference_steps: above the limit")
+    if manifest.defaults.guidance_scale > manifest.limits.max_guidance_scale:
+        faults.append("defaults.guidance_scale: above the limit")
     at = manifest.defaults.sampler
     specs = [SamplerSpec(at.name, at.spacing, at.sigma_schedule, at.eta)]
     specs += [
@@ -318,3 +333,41 @@ def _check(pipeline: Pipeline) -> list[str]:
     if at.name not in {cells.name for cells in manifest.samplers}:
         faults.append(f"defaults.sampler: {at.name} is not among the samplers")
     return faults
+
+
+def _read_configs(manifest: Manifest, repository: Path) -> tuple[dict[Component, model_config.ModelConfig], list[str]]:
+    configs, faults = {}, []
+    for role, component in manifest.components.items():
+        try:
+            configs[role] = model_config.read(repository / component.model / "config.pbtxt")
+        except model_config.ConfigError as error:
+            faults.append(str(error))
+    return configs, faults
+
+
+def _check_configs(pipeline: Pipeline, configs: Mapping[Component, model_config.ModelConfig]) -> list[str]:
+    """Batch bounds and shapes of the components against the manifest, at every size offered."""
+    manifest = pipeline.manifest
+    faults = [
+        f"components.{role}: max_batch_size must be at least 1" for role, at in configs.items() if at.max_rows < 1
+    ]
+    tokens = manifest.tokenizer.max_tokens
+    for size in manifest.sizes:
+        latent = pipeline.latent_shape(size.width_px, size.height_px)
+        inputs: dict[Component, dict[str, tuple[int, ...]]] = {
+            Component.TEXT_ENCODER: {"input_ids": (tokens,)},
+            Component.DENOISER: {"sample": latent, "timestep": (1,), "encoder_hidden_states": (tokens, -1)},
+            Component.DECODER: {"latent": latent},
+            Component.PREVIEW_DECODER: {"latent": latent},
+        }
+        outputs: dict[Component, dict[str, tuple[int, ...]]] = {
+            Component.TEXT_ENCODER: {"last_hidden_state": (tokens, -1)},
+            Component.DENOISER: {"prediction": latent},
+            Component.DECODER: {"image": (3, size.height_px, size.width_px)},
+            Component.PREVIEW_DECODER: {"image": (3, -1, -1)},
+        }
+        for role, at in configs.items():
+            wrong = model_config.mismatches(at.inputs, inputs[role])
+            wrong += model_config.mismatches(at.outputs, outputs[role])
+            faults += [f"components.{role}: config.pbtxt: {fault}" for fault in wrong]
+    return list(dict.fromkeys(faults))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safelight_server import catalog
+from safelight_server.runtime import onnx
 from safelight_server.runtime.base import Component, CostCurve, RuntimeFailure
 from safelight_server.runtime.onnx import OnnxRuntime
 from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
@@ -42,6 +43,13 @@ def test_the_shipped_models_load_and_weigh_at_most_25_mib(icons):
         ),
         (lambda m: m["linear_preview"].update(bias=[0.0]), "linear_preview"),
         (lambda m: m["tokenizer"].update(file="gone.json"), "gone.json is missing"),
+        (lambda m: m["tokenizer"].update(max_tokens=33), "text_encoder: config.pbtxt: input_ids is"),
+        (lambda m: m["latent"].update(height=16), "denoiser: config.pbtxt: sample is"),
+        (lambda m: m["linear_preview"]["weights"][0].pop(), "differ in length"),
+        (lambda m: m["latent"].update(scaling_factor=float("nan")), "latent.scaling_factor"),
+        (lambda m: m["limits"].update(max_guidance_scale=1.0), "defaults.guidance_scale: above"),
+        (lambda m: m.update(revision="2.0"), "icons/2.0 is not the folder's"),
+        (lambda m: m["components"]["decoder"].update(model="../elsewhere"), "components.decoder.model"),
     ],
 )
 def test_a_manifest_that_is_not_right_says_what(tmp_path, change, named):
@@ -52,6 +60,31 @@ def test_a_manifest_that_is_not_right_says_what(tmp_path, change, named):
     path.write_text(json.dumps(manifest))
     with pytest.raises(catalog.ManifestError, match=named):
         catalog.load(tmp_path / "models")
+
+
+def test_a_model_that_takes_no_batches_is_refused(tmp_path):
+    shutil.copytree(MODELS, tmp_path / "models")
+    config = tmp_path / "models" / "repository" / "icons_decoder" / "config.pbtxt"
+    config.write_text(config.read_text().replace("max_batch_size: 16", "max_batch_size: 0"))
+    with pytest.raises(catalog.ManifestError, match=r"components.decoder: max_batch_size"):
+        catalog.load(tmp_path / "models")
+
+
+@pytest.mark.parametrize(("text", "cores"), [("max 100000\n", None), ("50000 100000\n", 1), ("100000 100000\n", 1)])
+def test_instances_respect_the_quota_of_the_container(tmp_path, text, cores):
+    (tmp_path / "cpu.max").write_text(text)
+    assert onnx._num_cores(tmp_path / "cpu.max") == (cores or onnx._num_cores(tmp_path / "none"))
+
+
+def test_batches_are_verified_up_to_the_bound_of_the_model():
+    assert [onnx._sizes(bound) for bound in (1, 6, 16)] == [[1], [1, 2, 4, 6], [1, 2, 4, 8, 16]]
+    assert onnx._sizes(1000)[-1] == onnx.WARM_UP_ROWS[-1]
+
+
+def test_a_broken_model_file_is_named(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"not onnx")
+    with pytest.raises(catalog.ManifestError, match=r"model\.onnx"):
+        onnx._session(tmp_path / "model.onnx")
 
 
 def test_no_models_is_one_clear_error(tmp_path):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
+import math
 import os
 import platform
 import time
@@ -19,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import structlog
-from safelight_server.catalog import Catalog, Pipeline
+from onnxruntime.capi import onnxruntime_pybind11_state as ort
+from safelight_server.catalog import Catalog, ManifestError, Pipeline
 from safelight_server.runtime.base import Array, Component, CostCurve, FloatArray, RuntimeFailure
 from safelight_server.sampler import VERSION as SAMPLER_VERSION
 
@@ -30,8 +33,10 @@ ALWAYS_ROWS = 16
 """Batches up to this are verified however long it takes, so that what is offered does not hang on a busy start."""
 WARM_UP_BUDGET_S = 1.0
 """Time for one component: larger batches that do not fit are not offered."""
-REPETITIONS = 5
+REPETITIONS = 3
 SMALL_VOCABULARY = 256
+_TRANSIENT = (ort.RuntimeException, ort.Fail, ort.EngineError, ort.EPFail)
+_PERMANENT = (ort.InvalidArgument, ort.InvalidGraph, ort.InvalidProtobuf, ort.NoSuchFile, ort.NotImplemented)
 
 
 class OnnxRuntime:
@@ -44,7 +49,7 @@ class OnnxRuntime:
     name = "onnx"
 
     def __init__(self, catalog: Catalog, num_instances: int = 0) -> None:
-        self.num_instances = num_instances or len(os.sched_getaffinity(0))
+        self.num_instances = num_instances or _num_cores()
         self._catalog = catalog
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"onnx-{i}") for i in range(self.num_instances)]
         self._sessions: dict[tuple[str, Component], list[onnxruntime.InferenceSession]] = {}
@@ -82,8 +87,9 @@ class OnnxRuntime:
         return self._costs[model, component]
 
     def numerics_id(self, model: str) -> str:
-        """Runtime build, precision, instruction set and sampler version."""
-        return f"onnxruntime-{onnxruntime.__version__}-f32-{_instruction_set()}-s{SAMPLER_VERSION}"
+        """Runtime version and build, precision, optimisation level, instruction set and sampler version."""
+        build = hashlib.sha256(onnxruntime.get_build_info().encode()).hexdigest()[:8]
+        return f"onnxruntime-{onnxruntime.__version__}-{build}-f32-all-{_instruction_set()}-s{SAMPLER_VERSION}"
 
     async def close(self) -> None:
         """Waits for running calls and lets the sessions go."""
@@ -98,16 +104,20 @@ def _session(file: Path) -> onnxruntime.InferenceSession:
     options.inter_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except (*_TRANSIENT, *_PERMANENT) as error:
+        raise ManifestError(f"{file}: {error}") from error
 
 
 def _call(session: onnxruntime.InferenceSession, inputs: Mapping[str, Array]) -> dict[str, FloatArray]:
     names = [output.name for output in session.get_outputs()]
     try:
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
-    except onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException as error:
+    except _TRANSIENT as error:
         raise RuntimeFailure(str(error), retryable=True) from error
-    except (ValueError, onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument) as error:
+    except (ValueError, *_PERMANENT) as error:
         raise RuntimeFailure(str(error), retryable=False) from error
 
 
@@ -131,7 +141,7 @@ def _warm_up(session: onnxruntime.InferenceSession, pipeline: Pipeline, componen
     rows_done: list[int] = []
     seconds: list[float] = []
     began = time.perf_counter()
-    for rows in WARM_UP_ROWS:
+    for rows in _sizes(pipeline.max_rows.get(component, WARM_UP_ROWS[-1])):
         feed = _example(session, rows)
         if (
             rows > ALWAYS_ROWS
@@ -142,13 +152,20 @@ def _warm_up(session: onnxruntime.InferenceSession, pipeline: Pipeline, componen
             log.warning("batch_not_bit_equal", model=pipeline.name, component=component.value, rows=rows)
             break
         rows_done.append(rows)
-        seconds.append(_median_s(functools.partial(session.run, None, feed), REPETITIONS if rows < 16 else 2))
+        seconds.append(_median_s(functools.partial(session.run, None, feed), REPETITIONS if rows < 8 else 1))
+    if not rows_done:
+        raise ManifestError(f"{pipeline.files[component]}: the same row gives other bits when it is run again")
     return CostCurve(tuple(rows_done), tuple(seconds))
+
+
+def _sizes(bound: int) -> list[int]:
+    """Batch sizes to verify: powers of two below the model's own bound, and the bound."""
+    return sorted({rows for rows in WARM_UP_ROWS if rows < bound} | {min(bound, WARM_UP_ROWS[-1])})
 
 
 def _bit_equal(session: onnxruntime.InferenceSession, feed: Mapping[str, Array], rows: int) -> bool:
     batch = session.run(None, dict(feed))
-    for row in {0, rows // 2, rows - 1}:
+    for row in range(rows):
         single = session.run(None, {name: array[row : row + 1] for name, array in feed.items()})
         if any(not np.array_equal(a[row : row + 1], b) for a, b in zip(batch, single, strict=True)):
             return False
@@ -162,6 +179,16 @@ def _median_s(call: Callable[[], object], repetitions: int) -> float:
         call()
         times.append(time.perf_counter() - began)
     return float(np.median(times))
+
+
+def _num_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores this process may keep busy: its affinity, or its cgroup's quota where that is less."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = cpu_max.read_text().split()
+    except OSError:
+        return cores
+    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
 
 
 def _instruction_set() -> str:
