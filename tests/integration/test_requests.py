@@ -139,7 +139,7 @@ async def test_a_deadline_that_cannot_be_met_computes_nothing(start):
         info = found["ErrorInfo"]
         assert info.reason == "DEADLINE_UNREACHABLE"
         assert float(info.metadata["needed_s"]) > 49
-        assert 0 < float(info.metadata["available_s"]) <= 20
+        assert 0 < float(info.metadata["available_s"]) < 21  # gRPC rounds a deadline up on its way
         assert nothing_ran(running)
 
 
