@@ -198,6 +198,10 @@ class Engine:
             self._forget(output_id)
             self._pump()
 
+    def reschedule(self, output_id: int, priority: Priority, deadline: float | None) -> None:
+        """Changes the class and the deadline of an output. Unknown ids are ignored."""
+        self.scheduler.set_priority(output_id, priority)
+
     def suspend(self, output_id: int) -> Snapshot | None:
         """Ends an output like `cancel` and returns what it needs to go on; None if it has made no step."""
         if output_id not in self._entries:
