@@ -64,10 +64,14 @@ class Batching:
         return oldest
 
     def _fills_a_batch(self, queue: Queue) -> bool:
+        """Whether a batch of steps would not be larger if it waited for those that are in flight."""
         if queue[0] is not Kind.DENOISE:
             return False
-        num_ready, num_outputs = self._ready.count(queue), self._lives.denoising(queue[1]).num_outputs
-        return 2 * num_ready > num_outputs and num_ready >= math.ceil(num_outputs / self.num_instances)
+        tally, num_ready = self._lives.denoising(queue[1]), self._ready.count(queue)
+        if num_ready * tally.num_rows >= self._limits.max_rows(*queue) * tally.num_outputs:
+            return True
+        share = math.ceil(tally.num_outputs / self.num_instances)
+        return num_ready >= share and 2 * num_ready > tally.num_outputs
 
     def _preview_s(self, queue: Queue) -> float:
         rows = min(self._ready.count(queue), self._limits.max_rows(*queue))
