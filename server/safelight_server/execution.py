@@ -123,16 +123,16 @@ class Execution:
 
     def leave(self, member: Member, *, back: bool = False) -> None:
         """Lets a member go; `back`: it may come back, what was done is kept for it."""
+        if self._running and self._members == [member]:
+            snapshot = self._engine.suspend(self.job.output_id)  # it may tell first what has just become true
+            if self._running:
+                self._snapshot, self._running = snapshot, False
         if member in self._members:
             self._members.remove(member)
         self._num_away += back
         if self._members:
             self._reschedule()
-            return
-        if self._running:
-            self._snapshot = self._engine.suspend(self.job.output_id)
-            self._running = False
-        if not self._num_away and self._finishing is None:
+        elif not self._num_away and self._finishing is None:
             self._end()
 
     def give_up(self) -> None:

@@ -297,6 +297,7 @@ class Generation:
         for output in self.outputs:
             if output.reason is None:
                 output.leave()
+            if output.reason is None:  # leaving may have told that it ended by itself
                 self.on_output_ended(output, reason, error)
 
     def expire(self) -> None:
