@@ -38,7 +38,7 @@ class Mover:
         self._waiting[key] = value
         self._bytes += len(value) - before
         self._offered.set()
-        if self._task is None:
+        if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run(), name="cache mover")
         return True
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from aiocache import RedisCache
 from aiocache.serializers import NullSerializer
@@ -36,7 +37,7 @@ class RedisConnection:
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        options = dict(parse_url(url))
+        options: dict[str, Any] = dict(parse_url(url))
         self.cache = RedisCache(
             serializer=NullSerializer(encoding=None),
             timeout=None,
@@ -73,7 +74,7 @@ def translated() -> Iterator[None]:
 
 
 class RedisStore:
-    """The tier in Redis. Closing it closes the connection."""
+    """The tier in Redis."""
 
     name = "redis"
 
@@ -90,8 +91,8 @@ class RedisStore:
     async def head(self, key: str) -> bytes | None:
         """The beginning of the value."""
         with translated():
-            value: bytes = await self._connection.client.getrange(PREFIX + key, 0, HEADER_BYTES - 1)
-        return value or None
+            value = await self._connection.client.getrange(PREFIX + key, 0, HEADER_BYTES - 1)
+        return bytes(value) or None  # type: ignore[arg-type]  # the client does not decode
 
     async def put(self, key: str, value: bytes, ttl_s: float) -> None:
         """Keeps the value for `ttl_s`."""
@@ -117,5 +118,4 @@ class RedisStore:
         return Usage(entries, memory["used_memory"])
 
     async def close(self) -> None:
-        """Closes the connection."""
-        await self._connection.close()
+        """The connection is its owner's to close."""
