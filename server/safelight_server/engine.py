@@ -33,6 +33,7 @@ from safelight_server.sampler import SamplerTable
 from safelight_server.scheduler import (
     Batch,
     Decoded,
+    Encoded,
     Event,
     Expired,
     Failed,
@@ -73,6 +74,15 @@ class OutputListener(Protocol):
     def frame(self, step: int, denoised: FloatArray) -> None:
         """The denoised estimate (C, h, w) after `step` steps; the listener's own copy."""
 
+    def wants_checkpoint(self, step: int) -> bool:
+        """Whether the state after this step is to be kept: only then is `checkpoint` called."""
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """The state after `snapshot.step` steps; the listener's own copy."""
+
+    def encoded(self, row: int, embedding: FloatArray) -> None:
+        """The embedding (T, D) of one of its prompts, `token_ids[row]`, was computed."""
+
     def decoded(self, image: FloatArray) -> None:
         """The finished picture (3, H, W) in [-1, 1], unclamped. The output has ended."""
 
@@ -90,7 +100,8 @@ class Job:
     Attributes:
         token_ids: of the prompt and, with guidance, of the negative prompt; each (T,).
         deadline: on the engine's clock.
-        start: where it stopped, when it goes on after `suspend`.
+        start: where it stopped, when it goes on after `suspend`; or where it begins in place of noise.
+        embeddings: of `token_ids`, (T, D), where they are known already; may be shorter.
     """
 
     output_id: int
@@ -104,6 +115,7 @@ class Job:
     token_ids: tuple[tuple[int, ...], ...]
     deadline: float | None = None
     start: Snapshot | None = None
+    embeddings: tuple[FloatArray | None, ...] = ()
 
 
 @dataclass(slots=True)
@@ -142,6 +154,7 @@ class Engine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._expiry: asyncio.TimerHandle | None = None
         self._untold: deque[Callable[[], None]] = deque()
+        self._asked: dict[str, asyncio.Future[FloatArray]] = {}
         limits = Limits(max_running, self._max_rows, runtime.num_instances, preview_share)
         self.scheduler = Scheduler(limits, self)
 
@@ -161,14 +174,18 @@ class Engine:
     def submit(self, job: Job, listener: OutputListener) -> None:
         """Takes a job; it runs when the scheduler says so."""
         output = self.output(job)
-        self._batches.token_ids.update(zip(output.conditioning, job.token_ids, strict=True))
+        conditioning = [_conditioning_id(job.pipeline, ids) for ids in job.token_ids]
+        known = dict(zip(conditioning, job.embeddings, strict=False))
+        ids = dict(zip(conditioning, job.token_ids, strict=True))
+        self._batches.token_ids.update((needed, ids[needed]) for needed in output.conditioning)
         self._batches.flights[job.output_id] = Flight(
             job.pipeline,
             job.latent_shape,
             job.table,
             job.seed,
             job.guidance_scale,
-            output.conditioning,
+            tuple(conditioning),
+            {name: embedding for name, embedding in known.items() if embedding is not None},
             job.start,
             output.first_step,
         )
@@ -180,7 +197,8 @@ class Engine:
         """A job as the scheduler sees it."""
         key = self._batches.key
         keys = {kind: key(job.pipeline, part, job.latent_shape) for kind, part in COMPONENTS.items()}
-        encoder = job.pipeline.manifest.components[Component.TEXT_ENCODER].sha256
+        known = (*job.embeddings, *[None] * (len(job.token_ids) - len(job.embeddings)))
+        needed = [ids for ids, embedding in zip(job.token_ids, known, strict=True) if embedding is None]
         return Output(
             output_id=job.output_id,
             caller=job.caller,
@@ -188,7 +206,7 @@ class Engine:
             num_steps=job.table.num_steps,
             rows_per_step=len(job.token_ids),
             keys=keys,
-            conditioning=tuple(f"{encoder}:{','.join(map(str, ids))}" for ids in job.token_ids),
+            conditioning=tuple(_conditioning_id(job.pipeline, ids) for ids in needed),
             deadline=job.deadline,
             first_step=job.start.step if job.start else 0,
         )
@@ -233,6 +251,22 @@ class Engine:
         self.scheduler.want_preview(output_id, key)
         self._pump()
         return await pending.image
+
+    async def encode(self, pipeline: Pipeline, token_ids: Sequence[int]) -> FloatArray:
+        """The embedding (T, D) of a prompt, encoded between the steps; those who ask for the same share it.
+
+        Raises:
+            UnavailableError: the runtime cannot.
+        """
+        size = pipeline.manifest.sizes[0]
+        key = self._batches.key(pipeline, Component.TEXT_ENCODER, pipeline.latent_shape(size.width_px, size.height_px))
+        name = _conditioning_id(pipeline, token_ids)
+        if (future := self._asked.get(name)) is None:
+            future = self._asked[name] = asyncio.get_running_loop().create_future()
+            self._batches.token_ids[name] = tuple(token_ids)
+            self._apply(self.scheduler.want_embedding(name, key))
+            self._pump()
+        return await asyncio.shield(future)
 
     def set_instances(self, live: Collection[int]) -> None:
         """Which instances of the runtime are live now; batches in flight on others come back or fail by themselves."""
@@ -319,6 +353,8 @@ class Engine:
             await asyncio.sleep(0)  # it starts before the work of this one
         self._batches.returned(batch, call)
         self._batches.keep(batch, call, results)
+        if batch.kind is Kind.ENCODE:
+            self._report_embeddings(batch)
         self._account(batch, returned - began)
         self._attempts.succeeded(batch)
         self._apply(self.scheduler.complete(batch.batch_id), call.num_outputs)
@@ -351,6 +387,8 @@ class Engine:
             self._advance(stepped, batch_size)
         for event in events:
             match event:
+                case Encoded():
+                    self._answer(event)
                 case Released():
                     self._batches.release(event.conditioning_id)
                     self._attempts.forget(event.conditioning_id)
@@ -362,6 +400,17 @@ class Engine:
                     self._later(functools.partial(self._forget(event.output_id).failed, error or InternalError()))
                 case Expired():
                     self._later(self._forget(event.output_id).expired)
+
+    def _answer(self, event: Encoded) -> None:
+        """Those who asked for an embedding itself."""
+        future = self._asked.pop(event.conditioning_id)
+        if future.done():
+            return
+        if event.failed:
+            future.set_exception(UnavailableError("the prompt could not be encoded; try again", retry_after_s=1.0))
+            future.exception()  # whoever asked may have gone
+        else:
+            future.set_result(self._batches.embedding(event.conditioning_id))
 
     def _advance(self, stepped: Sequence[Stepped], batch_size: int) -> None:
         began = self._clock()
@@ -395,3 +444,22 @@ class Engine:
                 entry.listener.stepped(event.step, batch_size)
                 if not event.last and entry.listener.wants_frame(event.step):
                     entry.listener.frame(event.step, self._batches.denoised(event.output_id))
+                if not event.last and entry.listener.wants_checkpoint(event.step):
+                    snapshot = self._batches.snapshot(event.output_id)
+                    assert snapshot is not None
+                    entry.listener.checkpoint(snapshot)
+
+    def _report_embeddings(self, batch: Batch) -> None:
+        encoded = {row.conditioning_id for row in batch.rows}
+        for output_id, entry in self._entries.items():
+            flight = self._batches.flights[output_id]
+            for row, name in enumerate(flight.conditioning):
+                if name in encoded and name in self._batches.token_ids:
+                    told = functools.partial(entry.listener.encoded, row, self._batches.embedding(name))
+                    self._later(told)
+
+
+def _conditioning_id(pipeline: Pipeline, token_ids: Sequence[int]) -> str:
+    """Equal for prompts with equal embeddings."""
+    encoder = pipeline.manifest.components[Component.TEXT_ENCODER].sha256
+    return f"{encoder}:{','.join(map(str, token_ids))}"

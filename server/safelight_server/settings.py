@@ -8,6 +8,7 @@ environment. All bad values are reported at once.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -87,6 +88,12 @@ class Settings(BaseSettings):
         None, description="One line, ACCESS_KEY_ID SECRET. None: the role of the machine or the AWS variables."
     )
     cache_s3_timeout_ms: int = Field(2000, ge=1, le=60_000, description="A call of S3 that takes longer has failed.")
+    cache_pools: Mapping[str, tuple[str, ...]] = Field(
+        {}, description='Tenants that share what is cached, by pool, as JSON: {"studio": ["ann", "bob"]}.'
+    )
+    cache_similar_items: Count = Field(100_000, description="Finished pictures that can be found as similar.")
+    cache_latent_items: Count = Field(10_000, description="Outputs of a tenant whose latents others may start from.")
+    cache_latent_bytes: Count = Field(256 << 20, description="Bytes of these latents, all together.")
     checkpoint_every_n_steps: Count = Field(5, description="A crash costs at most so many steps of an output.")
 
     log_format: Literal["auto", "console", "json"] = Field(

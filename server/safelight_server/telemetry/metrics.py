@@ -48,6 +48,7 @@ class Metrics:
         )
         self.sampler_seconds = Counter("safelight_sampler_seconds", "Time of sampler steps", registry=registry)
         self.tiers = TierMetrics(registry)
+        self.cache = CacheMetrics(registry)
         self.loop_lag = Gauge(
             "safelight_loop_lag_seconds", "How late the event loop ran its last tick", registry=registry
         )
@@ -125,3 +126,48 @@ class TierMetrics:
     def breaker(self, service: str, state: int) -> None:
         """The new state of a breaker."""
         self._breakers.labels(service).set(state)
+
+
+class CacheMetrics:
+    """What the caches save; `kind` is exact, similar, latent, coalesced."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._hits = Counter("safelight_cache_hits", "Outputs served by earlier work", ["kind"], registry=registry)
+        self._steps = Counter("safelight_cache_steps_saved", "Denoising steps not made", ["kind"], registry=registry)
+        self._compute = Counter(
+            "safelight_cache_compute_seconds_saved",
+            "Compute that the work served had cost",
+            ["kind"],
+            registry=registry,
+        )
+        self._lookups = Histogram(
+            "safelight_cache_lookup_seconds",
+            "Time of lookups for an output",
+            ["kind"],
+            buckets=TIER_S,
+            registry=registry,
+        )
+        self._rejected = Counter(
+            "safelight_cache_guard_rejections", "Similar pictures whose text says something else", registry=registry
+        )
+        self._not_kept = Counter(
+            "safelight_cache_not_kept", "Results not kept because too many were being written", registry=registry
+        )
+
+    def looked(self, kind: str, seconds: float) -> None:
+        """A lookup came back: exact or approximate."""
+        self._lookups.labels(kind).observe(seconds)
+
+    def saved(self, kind: str, num_steps: int, compute_s: float) -> None:
+        """An output is served by earlier work."""
+        self._hits.labels(kind).inc()
+        self._steps.labels(kind).inc(num_steps)
+        self._compute.labels(kind).inc(compute_s)
+
+    def rejected(self) -> None:
+        """The text guard turned a candidate away."""
+        self._rejected.inc()
+
+    def not_kept(self) -> None:
+        """A result was not kept."""
+        self._not_kept.inc()
