@@ -201,6 +201,12 @@ class Engine:
             self._forget(output_id)
             self._pump()
 
+    def reschedule(self, output_id: int, priority: Priority, deadline: float | None) -> None:
+        """Changes the class and the deadline of an output. Unknown ids are ignored."""
+        self.scheduler.set_priority(output_id, priority)
+        self.scheduler.set_deadline(output_id, deadline)
+        self._pump()
+
     def suspend(self, output_id: int) -> Snapshot | None:
         """Ends an output like `cancel` and returns what it needs to go on; None if it has made no step."""
         self._tell()
@@ -227,11 +233,6 @@ class Engine:
         self.scheduler.want_preview(output_id, key)
         self._pump()
         return await pending.image
-
-    def set_deadline(self, output_id: int, deadline: float | None) -> None:
-        """Changes when an output expires. Unknown ids and those of ended outputs are ignored."""
-        self.scheduler.set_deadline(output_id, deadline)
-        self._pump()
 
     def set_instances(self, live: Collection[int]) -> None:
         """Which instances of the runtime are live now; batches in flight on others come back or fail by themselves."""
