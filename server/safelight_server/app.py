@@ -68,6 +68,7 @@ class Running:
     address: str
     catalog: Catalog
     runtime: Runtime
+    cache: Cache
     generations: Generations
     drain: Callable[[float], asyncio.Task[None]]
 
@@ -135,7 +136,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         return draining[0]
 
     try:
-        yield Running(address, catalog, runtime, generations, start_drain)
+        yield Running(address, catalog, runtime, cache, generations, start_drain)
     finally:
         await start_drain(0.0)
         ticker.cancel()

@@ -314,7 +314,7 @@ class Engine:
     def _dispatch(self, now: float, *, full_only: bool = False) -> None:
         """Hands every free instance to the scheduler and starts the batches that it returns."""
         free = sorted(self._live - self._busy)
-        if not free:
+        if not free and full_only:
             return
         for batch in self.scheduler.schedule(now, free, full_only=full_only):
             self._busy.add(batch.instance)

@@ -30,7 +30,6 @@ from safelight_server.pipeline import sampler_table
 from safelight_server.request import CacheMode, Spec
 from safelight_server.runtime.base import FloatArray, Runtime
 
-
 MISS = Origin()
 
 

@@ -49,7 +49,8 @@ def prompt_vector(hidden: npt.NDArray[np.floating], token_ids: Sequence[int], eo
     """
     end = next((index for index, token in enumerate(token_ids) if index and token == eos_id), len(token_ids))
     part = hidden[1:end] if end > 1 else hidden[end : end + 1]
-    return np.mean(part, axis=0, dtype=np.float32)
+    mean: Floats = np.mean(part, axis=0, dtype=np.float32)
+    return mean
 
 
 def centred(vector: Floats, mean: Floats) -> Floats:
