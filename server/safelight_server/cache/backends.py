@@ -26,6 +26,9 @@ from safelight_server.telemetry.metrics import TierMetrics
 
 log = structlog.get_logger(__name__)
 
+MEMORY_S = 86_400.0
+"""How long executions and purges are remembered at least; never shorter than the entries they are about."""
+
 
 class CredentialsError(Exception):
     """A credentials file that cannot be used."""
@@ -86,7 +89,7 @@ async def open_backends(settings: Settings, metrics: TierMetrics) -> Backends:
     if settings.redis_url is not None:
         connection = RedisConnection(settings.redis_url.get_secret_value(), settings.redis_timeout_ms / 1000)
         around = breaker("redis", settings.redis_timeout_ms)
-        coordinator = RedisCoordinator(connection, around)
+        coordinator = RedisCoordinator(connection, around, memory_s=max(MEMORY_S, settings.cache_ttl_s))
         if settings.cache_redis:
             tiers.append(Tier(RedisStore(connection), around, shared=True))
     if settings.cache_s3_url:

@@ -180,9 +180,11 @@ class Tiers:
         for mover in self._movers.values():
             await mover.flush()
 
-    async def measure(self) -> None:
-        """Brings the metrics of what the tiers hold up to date."""
+    async def measure(self, lazy: bool = True) -> None:
+        """Brings the metrics of what the tiers hold up to date; without `lazy` of those that are cheap to ask."""
         for tier in self.tiers:
+            if not tier.eager and not lazy:
+                continue
             usage = await self.call(tier, tier.store.usage)
             if usage is not None:
                 self._metrics.holds(tier.name, usage.entries, usage.num_bytes)
