@@ -1,7 +1,11 @@
 """Coordination through a real Redis, between replicas and through its faults."""
 
 import asyncio
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 from safelight_server.cache.coordination.base import BEGINNING, LeaderLostError, Outcome
@@ -219,3 +223,80 @@ async def test_everything_about_a_name_is_forgotten_in_the_end(redis_server: Red
         return sorted(await coordinator._redis.keys()) == [b"safelight:run:bills", b"safelight:run:fence"]
 
     await until(forgotten)
+
+
+class Process:
+    """`tests.support.leader` in a process of its own."""
+
+    def __init__(self, server: RedisServer) -> None:
+        command = [sys.executable, "-m", "tests.support.leader", server.url, "x", "0.5"]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    async def says(self) -> str:
+        assert self._process.stdout is not None
+        return (await asyncio.to_thread(self._process.stdout.readline)).strip()
+
+    def commit(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def process(redis_server: RedisServer) -> Iterator[Process]:
+    process = Process(redis_server)
+    yield process
+    process.end()
+
+
+async def take_over(coordinator: RedisCoordinator) -> tuple[Leadership, list[bytes]]:
+    """Follows until the leader is lost, then leads; what was seen before."""
+    seen = []
+    with pytest.raises(LeaderLostError):
+        async for event in coordinator.follow("x"):
+            seen.append(event.data)
+    leader = await Leadership.take(coordinator, "x", TTL_S)
+    assert leader is not None
+    return leader, seen
+
+
+async def test_a_leader_killed_with_9_is_replaced(
+    redis_server: RedisServer, replicas: Replicas, process: Process
+) -> None:
+    coordinator = replicas(redis_server.url)
+    assert await process.says() == "leading"
+    process.signal(signal.SIGKILL)
+    leader, seen = await take_over(coordinator)
+    assert set(seen) <= {b"theirs"}
+    assert await leader.commit("ours", b"ours", 10) is Outcome.COMMITTED
+    assert [bill.data for bill in await coordinator.bills()] == [b"ours"]
+    await leader.close()
+
+
+async def test_a_leader_that_was_frozen_past_its_lease_writes_nothing_any_more(
+    redis_server: RedisServer, replicas: Replicas, process: Process
+) -> None:
+    coordinator = replicas(redis_server.url)
+    assert await process.says() == "leading"
+    process.signal(signal.SIGSTOP)
+    leader, seen = await take_over(coordinator)
+    process.commit()
+    process.signal(signal.SIGCONT)
+    assert await process.says() == "fenced"
+    assert await leader.publish(b"ours")
+    assert await leader.commit("ours", b"ours", 10) is Outcome.COMMITTED
+    result = await coordinator.result("x")
+    assert result is not None and result.pointer == "ours"
+    assert [bill.data for bill in await coordinator.bills()] == [b"ours"]
+    assert await collect(coordinator, "x") == [*seen, b"ours"], "nothing of the old leader after the new one's lease"
+    await leader.close()

@@ -97,6 +97,17 @@ async def test_another_replica_goes_on_from_the_newest() -> None:
     assert newest is not None and newest.step == 10
 
 
+async def test_one_who_looked_before_still_finds_the_newest() -> None:
+    bench, checkpoints = made()
+    other = Bench()
+    other.objects.values = bench.objects.values
+    follower = Checkpoints(other.tiers, KEYRING, Policy())
+    for step in (5, 15):
+        assert await checkpoints.keep("acme", "e", snapshot(step), 20, replicate=True)
+        newest = await follower.newest("acme", "e")
+        assert newest is not None and newest.step == step
+
+
 async def test_one_that_is_not_replicated_costs_no_older_one() -> None:
     bench, checkpoints = made()
     assert await checkpoints.keep("acme", "e", snapshot(5), 20, replicate=True)

@@ -127,3 +127,12 @@ async def test_a_commit_whose_answer_was_lost_is_billed_once() -> None:
     assert await leader.commit("pointer", b"bill", 30.0) is Outcome.COMMITTED
     await leader.close()
     assert len(await coordinator.bills()) == 1
+
+
+async def test_after_its_commit_a_leader_has_lost_nothing() -> None:
+    coordinator = Outages()
+    leader = await lead(coordinator)
+    assert await leader.commit("pointer", b"bill", 1.0) is Outcome.COMMITTED
+    await asyncio.sleep(0.1)  # several beats
+    assert not leader.lost.is_set()
+    await leader.close()

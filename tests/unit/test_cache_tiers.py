@@ -219,6 +219,22 @@ async def test_replicated_means_that_a_shared_tier_has_it() -> None:
     assert await bench.data(2) == (b"x", "memory")
 
 
+async def test_fresh_means_what_others_wrote_before_what_is_here() -> None:
+    bench, other = Bench(), Bench()
+    for number, data in ((1, b"old"), (2, b"mine")):
+        await bench.tiers.put(key(number), Entry(data), TTL_S)
+    await other.tiers.put(key(1), Entry(b"new"), TTL_S, replicate=True)
+    bench.objects.values = other.objects.values
+    found = await bench.tiers.get(key(1), fresh=True)
+    assert found is not None and (found.entry.data, found.tier) == (b"new", "objects")
+    assert await bench.data(1) == (b"old", "memory"), "nothing moved up"
+    mine = await bench.tiers.get(key(2), fresh=True)
+    assert mine is not None and mine.tier == "memory"
+    bench.objects.fault = "unavailable"
+    local = await bench.tiers.get(key(1), fresh=True)
+    assert local is not None and local.entry.data == b"old"
+
+
 async def test_writes_that_wait_are_bounded() -> None:
     bench = Bench(waiting_bytes=500)
     bench.disk.fault = "hangs"

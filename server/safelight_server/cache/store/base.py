@@ -7,7 +7,8 @@ dashes, the first a letter or digit; names of tenants and contents never stand i
 rest.
 
 A key's value never changes its meaning: whoever computes it again puts the same
-bytes or ones that serve as well. So a tier may hold an older value than another.
+bytes or ones that serve as well. So a tier may hold an older value than another
+(the few keys for which that matters are read `fresh`, see `tiers.py`).
 """
 
 from __future__ import annotations
