@@ -73,7 +73,7 @@ class Settings(BaseSettings):
     breaker_failures: Count = Field(3, description="Failures in a row after which Redis, disk or S3 is left alone.")
     breaker_open_s: float = Field(2.0, ge=0.1, le=600, description="For how long; then one call tries again.")
     cache_key_file: Path | None = Field(
-        None, description="Keys that seal what is cached (docs/operations/caching.md). None: memory only."
+        None, description="Keys that seal what is cached (docs/operations/cache-storage.md). None: memory only."
     )
     cache_ttl_s: float = Field(86_400.0, gt=0, description="How long a cached entry may be served.")
     cache_memory_bytes: Count = Field(256 << 20, description="Cached entries in memory.")

@@ -6,6 +6,7 @@ cache folder that cannot be used is an error at start.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,10 @@ from safelight_server.settings import Settings
 from safelight_server.telemetry.metrics import TierMetrics
 
 log = structlog.get_logger(__name__)
+
+FLUSH_S = 10.0
+MEMORY_S = 86_400.0
+"""How long executions and purges are remembered at least; never shorter than the entries they are about."""
 
 
 class CredentialsError(Exception):
@@ -47,9 +52,13 @@ class Backends:
     redis: RedisConnection | None
 
     async def close(self) -> None:
-        """Writes what waits to be written and closes everything."""
+        """Writes what waits to be written, for `FLUSH_S` at most, and closes everything."""
         await self.coordinator.close()
-        await self.tiers.flush()
+        try:
+            async with asyncio.timeout(FLUSH_S):
+                await self.tiers.flush()
+        except TimeoutError:
+            log.warning("entries of the cache were not written before the end")
         await self.tiers.close()
         if self.redis is not None:
             await self.redis.close()
@@ -86,7 +95,7 @@ async def open_backends(settings: Settings, metrics: TierMetrics) -> Backends:
     if settings.redis_url is not None:
         connection = RedisConnection(settings.redis_url.get_secret_value(), settings.redis_timeout_ms / 1000)
         around = breaker("redis", settings.redis_timeout_ms)
-        coordinator = RedisCoordinator(connection, around)
+        coordinator = RedisCoordinator(connection, around, memory_s=max(MEMORY_S, settings.cache_ttl_s))
         if settings.cache_redis:
             tiers.append(Tier(RedisStore(connection), around, shared=True))
     if settings.cache_s3_url:

@@ -147,7 +147,7 @@ class Checkpoints:
         gone = self.policy.useless(steps, num_steps, ended=True)
         if gone:
             key = self._key(tenant, execution, "steps")
-            found = await self._tiers.get(key)
+            found = await self._tiers.get(key, fresh=True)
             tags = (bytes(8), bytes(8)) if found is None else (found.entry.revision, found.entry.generation)
             steps -= gone
             await self._list(tenant, execution, steps, tags, replicate=False)
@@ -181,7 +181,7 @@ class Checkpoints:
 
     async def _steps(self, tenant: str, execution: str) -> set[int]:
         key = self._key(tenant, execution, "steps")
-        found = await self._tiers.get(key)
+        found = await self._tiers.get(key, fresh=True)
         own = self._lists.get(key, set())
         if found is None:
             return set(own)

@@ -31,6 +31,8 @@ class Leadership:
         self.lost = asyncio.Event()
         self._coordinator = coordinator
         self._ttl_s = ttl_s
+        self._asking = asyncio.Lock()
+        self._over = False
         self._beating = asyncio.create_task(self._beat(), name=f"lease of {lease.name}")
 
     @classmethod
@@ -48,7 +50,8 @@ class Leadership:
         try:
             await self._coordinator.publish(self.lease, data)
         except FencedError:
-            await self._retake()
+            async with self._asking:
+                await self._retake()
             return False
         except StoreError:
             return False
@@ -63,9 +66,11 @@ class Leadership:
             async with asyncio.timeout(give_up_s):
                 while True:
                     try:
-                        outcome = await self._coordinator.commit(self.lease, pointer, bill)
-                        if outcome is not Outcome.FENCED or not await self._retake():
-                            return outcome
+                        async with self._asking:
+                            outcome = await self._coordinator.commit(self.lease, pointer, bill)
+                            self._over = outcome is not Outcome.FENCED
+                            if self._over or not await self._retake():
+                                return outcome
                     except StoreError:
                         await asyncio.sleep(min(self._ttl_s / BEATS, 0.5))
         return None
@@ -82,8 +87,9 @@ class Leadership:
         while not self.lost.is_set():
             await asyncio.sleep(self._ttl_s / BEATS)
             with contextlib.suppress(StoreError):
-                if not await self._coordinator.renew(self.lease, self._ttl_s):
-                    await self._retake()
+                async with self._asking:
+                    if not self._over and not await self._coordinator.renew(self.lease, self._ttl_s):
+                        await self._retake()
 
     async def _retake(self) -> bool:
         """Leads again where the lease ran out and nobody took it; else it is lost."""

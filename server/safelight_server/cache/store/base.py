@@ -1,13 +1,14 @@
 """What a tier is: bytes by key, bounded, with a time to live.
 
 Keys are `TENANT/KIND/DIGEST`, each part lower-case letters, digits, dots and
-dashes; names of tenants and contents never stand in them, only HMACs
+dashes, the first a letter or digit; names of tenants and contents never stand in them, only HMACs
 (`keyring.py`). Values are opaque here; `sealed.py` makes them and puts
 `HEADER_BYTES` in the clear at their beginning, which `head` reads without the
 rest.
 
 A key's value never changes its meaning: whoever computes it again puts the same
-bytes or ones that serve as well. So a tier may hold an older value than another.
+bytes or ones that serve as well. So a tier may hold an older value than another
+(the few keys for which that matters are read `fresh`, see `tiers.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 HEADER_BYTES = 48
-KEY = re.compile(r"^[a-z0-9.-]+(/[a-z0-9.-]+){2}$")
+KEY = re.compile(r"[a-z0-9][a-z0-9.-]*(/[a-z0-9][a-z0-9.-]*){2}")
 
 
 class StoreError(Exception):
@@ -93,6 +94,6 @@ def check_key(key: str) -> str:
     Raises:
         ValueError: it is not made as keys are.
     """
-    if not KEY.match(key):
+    if not KEY.fullmatch(key):
         raise ValueError(f"not a key of the cache: {key!r}")
     return key

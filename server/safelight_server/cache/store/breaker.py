@@ -7,7 +7,7 @@
 
 However many calls come, a service that hangs is waited for by at most one of
 them every `open_s`. The log has a line when it opens and one when it closes.
-No kept library does this: see docs/decisions/0007-cache-stores.md.
+No kept library does this: see docs/decisions/0011-cache-stores.md.
 """
 
 from __future__ import annotations

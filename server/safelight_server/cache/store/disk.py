@@ -43,11 +43,9 @@ class DiskStoreError(Exception):
 
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
-    """Turns what obstore raises into errors of stores; a missing file stays FileNotFoundError."""
+    """Turns what obstore raises into errors of stores; what a missing file means its caller says before."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except (BaseError, OSError) as error:
         first = str(error).splitlines()[0]
         if any(sign in str(error) for sign in NO_ROOM):
@@ -82,7 +80,7 @@ class DiskStore:
             DiskStoreError: the folder cannot be written or belongs to another process.
         """
         store = cls(folder, max_bytes, await asyncio.to_thread(_claim, folder), on_evict)
-        found = [item for batch in obstore.list(store._files) for item in batch if KEY.match(item["path"])]
+        found = [item for batch in obstore.list(store._files) for item in batch if KEY.fullmatch(item["path"])]
         for item in sorted(found, key=lambda item: item["last_modified"]):
             store._count(item["path"], item["size"])
         await store._make_room()
@@ -99,20 +97,20 @@ class DiskStore:
         """The beginning of the value."""
         if key not in self._sizes:
             return None
-        try:
-            with translated():
+        with translated():
+            try:
                 return bytes(await obstore.get_range_async(self._files, key, start=0, length=HEADER_BYTES))
-        except FileNotFoundError:
-            return None
+            except FileNotFoundError:
+                return None
 
     async def _read(self, key: str) -> bytes | None:
-        try:
-            with translated():
+        with translated():
+            try:
                 result = await obstore.get_async(self._files, key)
                 return bytes(await result.bytes_async())
-        except FileNotFoundError:
-            self._forget(key)
-            return None
+            except FileNotFoundError:
+                self._forget(key)
+                return None
 
     async def put(self, key: str, value: bytes, ttl_s: float) -> None:
         """Pushes out what no longer fits beside the value and writes it."""
@@ -135,11 +133,8 @@ class DiskStore:
             await self._remove(key)
 
     async def _remove(self, key: str) -> None:
-        try:
-            with translated():
-                await obstore.delete_async(self._files, key)
-        except FileNotFoundError:
-            pass
+        with translated(), contextlib.suppress(FileNotFoundError):
+            await obstore.delete_async(self._files, key)
         self._forget(key)
 
     async def keys(self, prefix: str = "") -> AsyncIterator[str]:

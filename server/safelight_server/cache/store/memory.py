@@ -48,6 +48,7 @@ class MemoryStore:
 
     async def put(self, key: str, value: bytes, ttl_s: float) -> None:
         """Keeps the value and pushes out what no longer fits beside it."""
+        check_key(key)
         size = len(value) + ENTRY_BYTES
         if size > self._max_bytes:
             raise TooLargeError(f"{len(value)} bytes are more than memory holds")
@@ -63,7 +64,7 @@ class MemoryStore:
 
     async def delete(self, key: str) -> None:
         """Forgets a key."""
-        await self._values.delete(check_key(key))
+        await self._values.delete(key)
         self._bytes -= self._sizes.pop(key, 0)
 
     async def keys(self, prefix: str = "") -> AsyncIterator[str]:

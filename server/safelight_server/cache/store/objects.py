@@ -7,8 +7,8 @@ bounded by its owner: give it a lifecycle rule that deletes objects older than
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from urllib.parse import urlsplit
 
@@ -18,13 +18,11 @@ from obstore.store import S3Store
 from safelight_server.cache.store.base import HEADER_BYTES, StoreUnavailableError, Usage, check_key
 
 
-@contextmanager
+@contextlib.contextmanager
 def translated() -> Iterator[None]:
-    """Turns what obstore raises into errors of stores; a missing object stays FileNotFoundError."""
+    """Turns what obstore raises into errors of stores; what a missing object means its caller says before."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except (BaseError, OSError) as error:
         raise StoreUnavailableError(f"objects: {str(error).splitlines()[0]}") from error
 
@@ -39,20 +37,20 @@ class ObjectStore:
 
     async def get(self, key: str) -> bytes | None:
         """The value."""
-        try:
-            with translated():
+        with translated():
+            try:
                 result = await obstore.get_async(self._store, key)
                 return bytes(await result.bytes_async())
-        except FileNotFoundError:
-            return None
+            except FileNotFoundError:
+                return None
 
     async def head(self, key: str) -> bytes | None:
         """The beginning of the value."""
-        try:
-            with translated():
+        with translated():
+            try:
                 return bytes(await obstore.get_range_async(self._store, key, start=0, length=HEADER_BYTES))
-        except FileNotFoundError:
-            return None
+            except FileNotFoundError:
+                return None
 
     async def put(self, key: str, value: bytes, ttl_s: float) -> None:
         """Keeps the value; the bucket's lifecycle rule forgets it."""
@@ -61,11 +59,8 @@ class ObjectStore:
 
     async def delete(self, key: str) -> None:
         """Forgets a key."""
-        try:
-            with translated():
-                await obstore.delete_async(self._store, key)
-        except FileNotFoundError:
-            pass
+        with translated(), contextlib.suppress(FileNotFoundError):
+            await obstore.delete_async(self._store, key)
 
     async def keys(self, prefix: str = "") -> AsyncIterator[str]:
         """All keys with this beginning, a thousand a call."""

@@ -2,8 +2,10 @@
 
 Redis bounds itself (`maxmemory`): where it is full and evicts nothing, puts are
 refused and everything goes on. Calls are not retried here: a breaker around the
-store decides whether there is a next one. A cancelled call gives up its
-connection, so that no answer is ever taken for another call's.
+store decides whether there is a next one, and how long each may take: redis-py's
+own `socket_timeout` is off, because its `asyncio.wait_for` loses cancellations in
+Python 3.11. A cancelled call gives up its connection, so that no answer is ever
+taken for another call's.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class RedisConnection:
             create_connection_timeout=timeout_s,
             pool_max_size=MAX_CONNECTIONS,
             connection_pool_class=BlockingConnectionPool,
-            connection_pool_kwargs=options | {"timeout": timeout_s, "retry": Retry(NoBackoff(), 0)},
+            connection_pool_kwargs=options
+            | {"timeout": timeout_s, "retry": Retry(NoBackoff(), 0), "socket_timeout": None},
         )
 
     @property
@@ -59,7 +62,7 @@ class RedisConnection:
 
     async def close(self) -> None:
         """Closes all connections."""
-        await self.cache.close()
+        await self.client.aclose()
 
 
 @contextmanager

@@ -103,10 +103,17 @@ class Tiers:
                 colder = next((other for other in self.tiers[place + 1 :] if not other.eager), None)
                 tier.store.on_evict = None if colder is None else self._demote(colder)
 
-    async def get(self, key: str) -> Found | None:
-        """The entry of a key from the fastest tier that has it; None where no tier can give it."""
+    async def get(self, key: str, fresh: bool = False) -> Found | None:
+        """The entry of a key from the fastest tier that has it; None where no tier can give it.
+
+        Args:
+            fresh: ask the shared tiers first and move nothing up, for the few keys whose entries other replicas change.
+        """
         deletions = self._deletions
-        for place, tier in enumerate(self.tiers):
+        places = list(enumerate(self.tiers))
+        if fresh:
+            places.sort(key=lambda place: not place[1].shared)
+        for place, tier in places:
             started = time.perf_counter()
             value = self._movers[tier.name].get(key)
             if value is None:
@@ -114,7 +121,7 @@ class Tiers:
             found, outcome = (None, "miss") if value is None else await self._open(tier, key, value)
             self._metrics.got(tier.name, outcome, time.perf_counter() - started)
             if found is not None and value is not None:
-                if deletions == self._deletions and not self._deleting:
+                if deletions == self._deletions and not self._deleting and not fresh:
                     self._promote(place, key, value)
                 return found
         return None
@@ -180,9 +187,11 @@ class Tiers:
         for mover in self._movers.values():
             await mover.flush()
 
-    async def measure(self) -> None:
-        """Brings the metrics of what the tiers hold up to date."""
+    async def measure(self, lazy: bool = True) -> None:
+        """Brings the metrics of what the tiers hold up to date; without `lazy` of those that are cheap to ask."""
         for tier in self.tiers:
+            if not tier.eager and not lazy:
+                continue
             usage = await self.call(tier, tier.store.usage)
             if usage is not None:
                 self._metrics.holds(tier.name, usage.entries, usage.num_bytes)
