@@ -17,6 +17,9 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 
+_BLOCK = 256
+"""Rows a product: larger ones wake the BLAS library's other threads, which spin and cost more than they save."""
+
 EXAMPLE_PROMPTS = tuple(
     f"{subject}{manner}"
     for subject in (
@@ -49,7 +52,8 @@ def prompt_vector(hidden: npt.NDArray[np.floating], token_ids: Sequence[int], eo
     """
     end = next((index for index, token in enumerate(token_ids) if index and token == eos_id), len(token_ids))
     part = hidden[1:end] if end > 1 else hidden[end : end + 1]
-    return np.mean(part, axis=0, dtype=np.float32)
+    mean: Floats = np.mean(part, axis=0, dtype=np.float32)
+    return mean
 
 
 def centred(vector: Floats, mean: Floats) -> Floats:
@@ -57,3 +61,10 @@ def centred(vector: Floats, mean: Floats) -> Floats:
     moved = vector - mean
     length = np.linalg.norm(moved, axis=-1, keepdims=True)
     return np.asarray(np.divide(moved, length, out=np.zeros_like(moved), where=length > 0), np.float32)
+
+
+def cosines(stored: npt.NDArray[np.float16], vector: Floats) -> Floats:
+    """Of unit vectors (N, D), kept as float16, and a unit vector (D,): (N,) float32, at most 1."""
+    wide = np.asarray(vector, np.float32)
+    parts = [stored[start : start + _BLOCK].astype(np.float32) @ wide for start in range(0, len(stored), _BLOCK)]
+    return np.minimum(np.concatenate(parts), 1) if parts else np.empty(0, np.float32)
