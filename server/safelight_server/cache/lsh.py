@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of the tables. The defaults are measured: see docs/decisions/0007.
+    """Of the tables. The defaults are measured: see docs/decisions/0009.
 
     Attributes:
         num_tables: more find more and cost memory.
