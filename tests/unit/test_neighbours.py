@@ -61,6 +61,15 @@ def test_the_oldest_goes_and_is_named_and_what_was_found_stays():
     assert len(made) == 5
 
 
+def test_a_row_that_is_used_again_has_the_code_of_its_new_item():
+    made, vectors = filled(200, num_ranked=4)
+    for number in range(100):
+        made.remove(str(number))
+        made.add("scope", f"new {number}", -vectors[number])
+    for number in range(100):
+        assert made.search("scope", -vectors[number], 0.99)[0].item == f"new {number}"
+
+
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_whatever_comes_and_goes_a_search_finds_what_is_there(data):

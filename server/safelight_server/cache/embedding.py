@@ -2,7 +2,7 @@
 
 The text encoder's `pooled_output` is not used: where the pipeline was trained
 without a contrastive loss nothing shaped it, and on `icons` its cosine hardly
-tells objects apart (decision record 0007). The mean over the prompt's own
+tells objects apart (decision record 0009). The mean over the prompt's own
 positions does. Centring takes away what all prompts have in common, so that
 unrelated prompts are near cosine 0; the mean is that of the manifest's example
 prompts, fixed per pipeline digest. Pure. Neighbours: `lsh`, `neighbours`.
@@ -16,6 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
+
+_BLOCK = 256
+"""Rows a product: larger ones wake the BLAS library's other threads, which spin and cost more than they save."""
 
 EXAMPLE_PROMPTS = tuple(
     f"{subject}{manner}"
@@ -58,3 +61,10 @@ def centred(vector: Floats, mean: Floats) -> Floats:
     moved = vector - mean
     length = np.linalg.norm(moved, axis=-1, keepdims=True)
     return np.asarray(np.divide(moved, length, out=np.zeros_like(moved), where=length > 0), np.float32)
+
+
+def cosines(stored: npt.NDArray[np.float16], vector: Floats) -> Floats:
+    """Of unit vectors (N, D), kept as float16, and a unit vector (D,): (N,) float32, at most 1."""
+    wide = np.asarray(vector, np.float32)
+    parts = [stored[start : start + _BLOCK].astype(np.float32) @ wide for start in range(0, len(stored), _BLOCK)]
+    return np.minimum(np.concatenate(parts), 1) if parts else np.empty(0, np.float32)

@@ -22,13 +22,14 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from safelight_server.cache.embedding import cosines
 
 Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of the tables. The defaults are measured: see docs/decisions/0007.
+    """Of the tables. The defaults are measured: see docs/decisions/0009.
 
     Attributes:
         num_tables: more find more and cost memory.
@@ -58,8 +59,9 @@ class BucketStore(Protocol):
     async def remove(self, item: str) -> None:
         """Takes an item out of everything; nothing happens where it is not there."""
 
-    async def members(self, buckets: Sequence[str]) -> Sequence[str]:
-        """The union of the buckets (Redis: one SUNION), each item once."""
+    async def members(self, buckets: Sequence[str], limit: int) -> Sequence[str]:
+        """The union of the buckets (Redis: one SUNION), each item once, at most `limit`, of the first buckets first
+        where the store can tell."""
 
     async def vectors(self, items: Sequence[str]) -> Sequence[bytes | None]:
         """The items' vectors, None where one has gone meanwhile (Redis: one MGET)."""
@@ -118,10 +120,10 @@ class SimilarIndex:
     """Searches one store by one tenant's planes.
 
     Args:
-        max_candidates: vectors compared at most in a search; the likeliest first where the store keeps that order.
+        max_candidates: vectors compared at most in a search.
     """
 
-    def __init__(self, signatures: Signatures, store: BucketStore, *, max_candidates: int = 4096) -> None:
+    def __init__(self, signatures: Signatures, store: BucketStore, *, max_candidates: int = 512) -> None:
         self._signatures = signatures
         self._store = store
         self._max_candidates = max_candidates
@@ -137,8 +139,7 @@ class SimilarIndex:
 
     async def search(self, scope: str, vector: Floats, min_cosine: float, limit: int = 8) -> list[Match]:
         """The nearest that were found with at least `min_cosine`, nearest first."""
-        found = await self._store.members(self._signatures.probes(scope, vector))
-        found = found[: self._max_candidates]
+        found = await self._store.members(self._signatures.probes(scope, vector), self._max_candidates)
         packed = await self._store.vectors(found) if found else ()
         there = [(item, data) for item, data in zip(found, packed, strict=True) if data is not None]
         return matches([item for item, _ in there], (data for _, data in there), vector, min_cosine, limit)
@@ -151,10 +152,10 @@ def matches(
     if not items:
         return []
     stored = np.frombuffer(b"".join(packed), np.float16).reshape(len(items), -1)
-    cosines = np.minimum(stored.astype(np.float32) @ np.asarray(vector, np.float32), 1)
-    good = np.flatnonzero(cosines >= min_cosine)
-    best = good[np.argsort(-cosines[good], kind="stable")][:limit]
-    return [Match(items[index], float(cosines[index])) for index in best.tolist()]
+    exact = cosines(stored, vector)
+    good = np.flatnonzero(exact >= min_cosine)
+    best = good[np.argsort(-exact[good], kind="stable")][:limit]
+    return [Match(items[index], float(exact[index])) for index in best.tolist()]
 
 
 class MemoryBuckets:
@@ -196,13 +197,15 @@ class MemoryBuckets:
         """See `BucketStore`."""
         self._drop(item)
 
-    async def members(self, buckets: Sequence[str]) -> Sequence[str]:
+    async def members(self, buckets: Sequence[str], limit: int) -> Sequence[str]:
         """See `BucketStore`; in the order of the buckets."""
         found: dict[str, None] = {}
         for bucket in buckets:
             if (members := self._buckets.get(bucket)) is not None:
                 found.update(members)
-        return list(found)
+                if len(found) >= limit:
+                    break
+        return list(itertools.islice(found, limit))
 
     async def vectors(self, items: Sequence[str]) -> Sequence[bytes | None]:
         """See `BucketStore`."""

@@ -18,6 +18,7 @@ from collections import OrderedDict
 import faiss
 import numpy as np
 import numpy.typing as npt
+from safelight_server.cache.embedding import cosines
 from safelight_server.cache.lsh import Match
 
 Floats = npt.NDArray[np.float32]
@@ -86,7 +87,7 @@ class Neighbours:
         shelf = self._shelves.get(scope)
         if shelf is None:
             return []
-        found = shelf.nearest(self._code(vector), np.asarray(vector, np.float32), self._num_ranked, min_cosine, limit)
+        found = shelf.nearest(self._code(vector), vector, self._num_ranked, min_cosine, limit)
         for match in found:
             self._scopes.move_to_end(match.item)
         return found
@@ -133,10 +134,10 @@ class _Shelf:
             rows = np.arange(num_rows)
         else:
             rows = self._codes.search(code, min(num_rows, count + len(self._free)))[1][0]
-        cosines = np.minimum(self._vectors[rows].astype(np.float32) @ vector, 1)
-        good = np.flatnonzero(cosines >= min_cosine)
-        order = good[np.argsort(-cosines[good], kind="stable")]
-        named = ((self._names[row], float(cosine)) for row, cosine in zip(rows[order], cosines[order], strict=True))
+        exact = cosines(self._vectors[rows], vector)
+        good = np.flatnonzero(exact >= min_cosine)
+        order = good[np.argsort(-exact[good], kind="stable")]
+        named = ((self._names[row], float(cosine)) for row, cosine in zip(rows[order], exact[order], strict=True))
         there = (Match(name, cosine) for name, cosine in named if name is not None)
         return list(itertools.islice(there, limit))
 
