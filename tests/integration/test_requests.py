@@ -162,6 +162,18 @@ async def test_a_full_queue_names_its_bound_and_the_time_to_come_back(start):
             call.cancel()
 
 
+async def test_the_worst_watch_still_gets_its_whole_answer(server):
+    _, channel = server
+    stub = stubs.GenerationServiceStub(channel)
+    [*_, last] = [response.event async for response in stub.Generate(request())]
+    offsets = [pb.ArtifactOffset(output_index=index, offset=-1) for index in range(2000)]
+    code, found = await refusal(
+        stub.WatchGeneration(pb.WatchGenerationRequest(name=last.generation, artifact_offsets=offsets))
+    )
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert fields(found) == ["artifact_offsets"] * 16
+
+
 async def test_streams_of_a_caller_are_bounded_whatever_they_watch(start):
     async with (
         start(**SIMULATED, max_streams_per_caller=2) as running,
