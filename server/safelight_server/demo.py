@@ -16,7 +16,18 @@ from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
-from safelight import Client, Finished, GenerationError, Picture, PixelEncoding, Preview, PreviewPolicy, Progress
+from safelight import (
+    Branch,
+    CacheMode,
+    Client,
+    Finished,
+    GenerationError,
+    Picture,
+    PixelEncoding,
+    Preview,
+    PreviewPolicy,
+    Progress,
+)
 from safelight_server.settings import Settings
 
 PROMPTS = (
@@ -50,6 +61,8 @@ class Order:
     model: str = ""
     media_type: str = "image/png"
     timeout_s: float | None = None
+    cache: CacheMode = "default"
+    branch: Branch | None = None
 
 
 @dataclass(slots=True)
@@ -62,6 +75,7 @@ class Developing:
     previews: list[Preview] = field(default_factory=list)
     picture: Picture | None = None
     first_preview_s: float | None = None
+    finished: Finished | None = None
     total_s: float | None = None
 
     def take(self, event: Progress | Preview | Picture | Finished) -> None:
@@ -76,6 +90,7 @@ class Developing:
             case Picture():
                 self.picture = event
             case Finished():
+                self.finished = event
                 self.total_s = now
 
     def line(self) -> str:
@@ -90,10 +105,25 @@ class Developing:
 
     def figures(self) -> str:
         """What is printed at the end."""
-        steps = self.progress.num_steps if self.progress else 0
         total = self.total_s or 0.0
-        first = f"{1e3 * (self.first_preview_s or 0):.0f} ms"
-        return f"first preview {first}, {steps / total if total else 0:.1f} steps/s, total {total:.2f} s"
+        figures = [] if self.first_preview_s is None else [f"first preview {1e3 * self.first_preview_s:.0f} ms"]
+        if self.progress and total and self.finished:
+            figures.append(f"{self.finished.usage.num_steps / total:.1f} steps/s")
+        return ", ".join([*figures, f"total {total:.2f} s"])
+
+    def origin(self) -> str:
+        """The generation's name, and where its picture came from if that was not its own development."""
+        if self.finished is None:
+            return ""
+        [origin] = self.finished.origins
+        facts = {
+            "similarity": f"{origin.similarity:.2f}" if origin.similarity else "",
+            "from": origin.source,
+            "steps skipped": origin.num_steps_skipped or "",
+        }
+        told = ", ".join(f"{name} {fact}" for name, fact in facts.items() if fact)
+        how = "" if origin.disposition == "miss" else f"  {origin.disposition}" + (f" ({told})" if told else "")
+        return f"{self.finished.generation}{how}"
 
     def render(self, console: Console, pictures: bool) -> RenderableType:
         """How it looks in the terminal."""
@@ -104,14 +134,14 @@ class Developing:
         return Group(title, half_blocks(newest), Text(self.line()))
 
 
-async def generate_one(target: str, api_key: str | None, order: Order, console: Console) -> tuple[Picture, str]:
+async def generate_one(target: str, api_key: str | None, order: Order, console: Console) -> tuple[Picture, Developing]:
     """Develops one picture, shown where the terminal has colour."""
     developing = Developing(order)
     async with Client(target, api_key=api_key) as client:
         await _develop_shown(client, [developing], console)
     if developing.picture is None:
         raise DemoError("the server sent no picture")
-    return developing.picture, developing.figures()
+    return developing.picture, developing
 
 
 async def demo(settings: Settings, out: Path, console: Console) -> None:
@@ -149,6 +179,8 @@ async def _develop_shown(client: Client, developing: Sequence[Developing], conso
             sampler=order.sampler,
             media_type=order.media_type,
             timeout_s=order.timeout_s,
+            cache=order.cache,
+            branch=order.branch,
             preview=PreviewPolicy(accept=[PixelEncoding(media_type="image/png")]),
         )
         async for event in events:
