@@ -34,8 +34,8 @@ async def test_the_client_says_where_a_picture_came_from(server):
     [origin] = made.origins
     assert (origin.disposition, origin.source, origin.num_steps_skipped) == ("miss", "", 0)
     await kept(running)
-    second, kept = await develop(client)
-    [origin] = kept.origins
+    second, again = await develop(client)
+    [origin] = again.origins
     assert (origin.disposition, origin.source) == ("exact", made.generation)
     assert second.data == first.data
     _, anew = await develop(client, cache="bypass")
