@@ -5,7 +5,8 @@ generations: it reports to an `OutputListener` per output. `batches.py` has the
 tensors.
 
 Invariants: an instance runs one batch at a time; an output that was cancelled,
-suspended or has expired is in no later batch; every output that was submitted
+suspended or has expired is in no later batch; a batch whose instance was lost
+is run again elsewhere, from the same step and held against nobody; every output that was submitted
 ends in exactly one of `decoded`, `failed`, `expired`, or by `cancel` or
 `suspend`. Runs on one event loop and takes no locks; the work between a
 batch's return and the next dispatch is the critical path and is counted.
@@ -24,6 +25,7 @@ from safelight_server.batches import Batches, Call, Flight, Preview
 from safelight_server.catalog import Pipeline
 from safelight_server.errors import InternalError, SafelightError, UnavailableError
 from safelight_server.latents import Snapshot
+from safelight_server.outage import Outage, no_runtime
 from safelight_server.runtime.base import Component, FloatArray, Runtime, RuntimeFailure
 from safelight_server.sampler import SamplerTable
 from safelight_server.scheduler import (
@@ -46,6 +48,8 @@ log = structlog.get_logger(__name__)
 
 MAX_ATTEMPTS = 3
 """Failures of batches that an output survives."""
+MAX_INSTANCES_LOST = 16
+"""Instances in a row that may be lost under an output: what comes after is likely to be its own doing."""
 
 COMPONENTS = {
     Kind.ENCODE: Component.TEXT_ENCODER,
@@ -109,6 +113,7 @@ class Job:
 class _Entry:
     listener: OutputListener
     num_failures: int = 0
+    num_lost: int = 0
     started: bool = False
 
 
@@ -120,6 +125,8 @@ class Engine:
         clock: monotonic seconds.
         max_running: outputs that take steps at once.
         preview_share: of instance time that previews may take from other work.
+        runtime_wait_s: how long an output without a deadline waits while no instance is live.
+        runtime_grace_s: how long new work is taken while no instance is live.
     """
 
     def __init__(
@@ -130,6 +137,8 @@ class Engine:
         *,
         max_running: int,
         preview_share: float = 0.1,
+        runtime_wait_s: float = 60.0,
+        runtime_grace_s: float = 5.0,
     ) -> None:
         self._runtime = runtime
         self._clock = clock
@@ -142,6 +151,8 @@ class Engine:
         self._expiry: asyncio.TimerHandle | None = None
         limits = Limits(max_running, self._max_rows, runtime.num_instances, preview_share)
         self.scheduler = Scheduler(limits, self)
+        self.outage = Outage(clock, runtime_wait_s, runtime_grace_s, self._strand)
+        runtime.watch(self._instances_changed)
 
     # --- what the scheduler asks ---
 
@@ -171,6 +182,8 @@ class Engine:
             output.first_step,
         )
         self._entries[job.output_id] = _Entry(listener)
+        if job.deadline is None:
+            self.outage.wait_for(job.output_id)
         self.scheduler.add(output, self._clock())
         self._pump()
 
@@ -225,11 +238,12 @@ class Engine:
         return await pending.image
 
     def load(self) -> float:
-        """Running outputs for each instance: 0 idle, 1 all busy, more share calls."""
-        return self.scheduler.num_running / self._runtime.num_instances
+        """Running outputs for each live instance: 0 idle, 1 all busy, more share calls."""
+        return self.scheduler.num_running / max(1, self._runtime.num_live)
 
     async def close(self) -> None:
         """Waits for the batches in flight."""
+        self.outage.close()
         if self._expiry is not None:
             self._expiry.cancel()
         while self._tasks:
@@ -249,9 +263,10 @@ class Engine:
 
     def _dispatch(self, now: float, *, full_only: bool = False) -> None:
         """Hands every free instance to the scheduler and starts the batches that it returns."""
-        if not self._free:
+        free = self._runtime.usable(self._free)
+        if not free:
             return
-        for batch in self.scheduler.schedule(now, sorted(self._free), full_only=full_only):
+        for batch in self.scheduler.schedule(now, free, full_only=full_only):
             self._free.remove(batch.instance)
             call = self._batches.gather(batch)
             if batch.kind is Kind.DENOISE:
@@ -259,6 +274,15 @@ class Engine:
             task = asyncio.create_task(self._run(batch, call))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def _instances_changed(self) -> None:
+        self.outage.changed(self._runtime.num_live)
+        self._pump()
+
+    def _strand(self, output_id: int) -> None:
+        """Ends an output for which no instance came back."""
+        self._apply(self.scheduler.cancel(output_id))
+        self._forget(output_id).failed(no_runtime())
 
     def _announce(self, batch: Batch) -> None:
         for row in batch.rows:
@@ -298,16 +322,26 @@ class Engine:
             shares[row.output_id] += 1
         for output_id, rows in shares.items():
             if (entry := self._entries.get(output_id)) is not None:
+                entry.num_lost = 0
                 steps = rows if batch.kind is Kind.DENOISE else 0
                 entry.listener.computed(seconds * rows / len(batch.rows), steps)
 
     def _fail(self, batch: Batch, failure: RuntimeFailure) -> None:
         log.warning("batch_failed", kind=batch.kind.value, key=batch.key, rows=len(batch.rows), error=str(failure))
-        retryable = failure.retryable and self._may_try_again(batch)
+        retryable = failure.retryable and (
+            self._may_go_elsewhere(batch) if failure.instance_failed else self._may_try_again(batch)
+        )
         error = UnavailableError("the runtime failed; try again", reason="RUNTIME_FAILED", retry_after_s=1.0)
         self._apply(
             self.scheduler.fail(batch.batch_id, retryable), error=error if failure.retryable else InternalError()
         )
+
+    def _may_go_elsewhere(self, batch: Batch) -> bool:
+        """An instance was lost, which is not the fault of the rows; unless that happens wherever they go."""
+        entries = [self._entries[i] for i in {row.output_id for row in batch.rows} if i in self._entries]
+        for entry in entries:
+            entry.num_lost += 1
+        return all(entry.num_lost < MAX_INSTANCES_LOST for entry in entries)
 
     def _may_try_again(self, batch: Batch) -> bool:
         """Counts the failure against what the batch was for: prompts, outputs, or nothing for previews."""
@@ -343,7 +377,11 @@ class Engine:
                 case Failed():
                     self._forget(event.output_id).failed(error or InternalError())
                 case Expired():
-                    self._forget(event.output_id).expired()
+                    listener = self._forget(event.output_id)
+                    if self.outage.is_on:
+                        listener.failed(no_runtime())
+                    else:
+                        listener.expired()
 
     def _advance(self, stepped: Sequence[Stepped], batch_size: int) -> None:
         began = self._clock()
@@ -362,4 +400,5 @@ class Engine:
 
     def _forget(self, output_id: int) -> OutputListener:
         self._batches.forget(output_id)
+        self.outage.forget(output_id)
         return self._entries.pop(output_id).listener

@@ -97,6 +97,7 @@ class Generations:
                 return self._known(known, request.request_id)
         if self._draining:
             raise UnavailableError("the server is draining; ask another", reason="DRAINING", retry_after_s=1.0)
+        self._engine.outage.check()
         generation = self._make(caller, request, span, time_left_s)
         jobs = generation.jobs()
         estimate = admit(self._engine.scheduler, self._limits, self._engine.output(jobs[0][1]), len(jobs), time_left_s)

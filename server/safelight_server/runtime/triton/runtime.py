@@ -15,7 +15,8 @@ import functools
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 import structlog
 from safelight_server.catalog import Catalog, ManifestError
@@ -50,15 +51,16 @@ class TritonOptions:
     timeout_factor: a call is given up after so many times the measured duration …
     timeout_floor_s: … and not before this.
     start_s: how long `start` waits for the first server.
+    probe_max_s: longest wait between two probes of a server that is down.
     """
 
     urls: tuple[str, ...]
-    shared_memory: SharedMemoryUse = SharedMemoryUse.AUTO
+    shared_memory: Literal["auto", "on", "off"] = "auto"
     calls_each: int = 1
     timeout_factor: float = 10.0
     timeout_floor_s: float = 2.0
     start_s: float = 60.0
-    backoff: Backoff = field(default_factory=Backoff)
+    probe_max_s: float = 0.5
 
 
 class TritonRuntime:
@@ -78,13 +80,15 @@ class TritonRuntime:
             Server(
                 url,
                 models,
-                options.shared_memory,
+                SharedMemoryUse(options.shared_memory),
                 calls_at_once=options.calls_each,
                 limit_s=options.timeout_floor_s,
             )
             for url in options.urls
         ]
-        self.endpoints = Endpoints(len(options.urls), options.calls_each, options.backoff, random.random)
+        self.endpoints = Endpoints(
+            len(options.urls), options.calls_each, Backoff(max_s=options.probe_max_s), random.random
+        )
         self.num_instances = self.endpoints.num_instances
         self._costs: dict[ModelKey, CostCurve] = {}
         self._fingerprint = ""
