@@ -29,6 +29,10 @@ SPARE_REGIONS = 8
 """Regions that may be in quarantine beside one for each call that the server is given at once."""
 
 
+CANNOT_SHARE = frozenset({Trouble.REGION_UNKNOWN, Trouble.FAILED, Trouble.BAD_REQUEST})
+"""What a server of another host, or one that does not see our /dev/shm, answers."""
+
+
 class SharedMemoryUse(enum.StrEnum):
     """Whether tensors go through shared memory: AUTO, if the server is on this host and takes the regions."""
 
@@ -143,7 +147,7 @@ class Server:
                 return
             failure = CallFailed(Trouble.REGION_UNKNOWN, "what it reads there is not what was written")
         except CallFailed as error:
-            if not error.answered or self._must_share:
+            if error.trouble not in CANNOT_SHARE or self._must_share:
                 raise
             failure = error
         if self._must_share:
