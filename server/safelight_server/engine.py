@@ -26,7 +26,7 @@ from safelight_server.catalog import Pipeline
 from safelight_server.errors import InternalError, SafelightError, UnavailableError
 from safelight_server.latents import Snapshot
 from safelight_server.outage import Outage, no_runtime
-from safelight_server.runtime.base import Component, FloatArray, Runtime, RuntimeFailure
+from safelight_server.runtime.base import Component, Fault, FloatArray, Runtime, RuntimeFailure
 from safelight_server.sampler import SamplerTable
 from safelight_server.scheduler import (
     Batch,
@@ -328,16 +328,19 @@ class Engine:
 
     def _fail(self, batch: Batch, failure: RuntimeFailure) -> None:
         log.warning("batch_failed", kind=batch.kind.value, key=batch.key, rows=len(batch.rows), error=str(failure))
-        retryable = failure.retryable and (
-            self._may_go_elsewhere(batch) if failure.instance_failed else self._may_try_again(batch)
-        )
+        retryable = failure.retryable and self._may_run_again(batch, failure.fault)
         error = UnavailableError("the runtime failed; try again", reason="RUNTIME_FAILED", retry_after_s=1.0)
         self._apply(
             self.scheduler.fail(batch.batch_id, retryable), error=error if failure.retryable else InternalError()
         )
 
+    def _may_run_again(self, batch: Batch, fault: Fault) -> bool:
+        if fault is Fault.NOBODY:
+            return True
+        return self._may_try_again(batch) if fault is Fault.ROWS else self._may_go_elsewhere(batch)
+
     def _may_go_elsewhere(self, batch: Batch) -> bool:
-        """An instance was lost, which is not the fault of the rows; unless that happens wherever they go."""
+        """Counts lost instances; a batch that comes back begins the count anew."""
         entries = [self._entries[i] for i in {row.output_id for row in batch.rows} if i in self._entries]
         for entry in entries:
             entry.num_lost += 1

@@ -110,16 +110,16 @@ async def test_a_full_queue_is_no_dead_server(start, tmp_path, triton):
     repository = tmp_path / "repository"
     shutil.copytree(REPOSITORY, repository)
     config = repository / "icons_denoiser" / "config.pbtxt"
-    queue = "default_queue_policy { max_queue_size: 1 default_timeout_microseconds: 30000 }"
+    queue = "default_queue_policy { max_queue_size: 1 }"
     config.write_text(config.read_text().replace("dynamic_batching {", f"dynamic_batching {{ {queue}"))
     requests = mixed(6, steps=(12,))
     async with start(runtime="triton", triton_url=triton.grpc_url) as running:
         expected = await develop_all(running.address, requests)
     with triton_server("--repository", repository) as full:
         async with start(runtime="triton", triton_url=full.grpc_url, triton_instances=6) as running:
-            pauses, epoch = [], running.runtime.endpoints._endpoints[0].epoch
-            pause = running.runtime.endpoints.pause
-            running.runtime.endpoints.pause = lambda *given: pauses.append(given) or pause(*given)
+            endpoints, refusals = running.runtime.endpoints, []
+            refused = endpoints.refused
+            endpoints.refused = lambda *given: refusals.append(given) or refused(*given)
             assert_exact(requests, await develop_all(running.address, requests), expected)
-            assert pauses
-            assert running.runtime.endpoints._endpoints[0].epoch == epoch  # never ejected
+            assert refusals
+            assert endpoints._endpoints[0].epoch == 0  # never ejected

@@ -64,18 +64,27 @@ class RuntimeStartError(Exception):
     """A runtime cannot start; the message says why."""
 
 
+class Fault(enum.Enum):
+    """Whom a failed call is held against."""
+
+    ROWS = "rows"
+    INSTANCE = "instance"
+    """It was lost, which says nothing of the rows; unless that happens wherever they go."""
+    NOBODY = "nobody"
+    """The instance had no room: the rows were not looked at."""
+
+
 class RuntimeFailure(Exception):
     """A call failed.
 
     Attributes:
         retryable: the same rows may succeed on another try or instance.
-        instance_failed: the instance was lost or took no work, which says nothing of the rows.
     """
 
-    def __init__(self, message: str, *, retryable: bool, instance_failed: bool = False) -> None:
+    def __init__(self, message: str, *, retryable: bool, fault: Fault = Fault.ROWS) -> None:
         super().__init__(message)
         self.retryable = retryable
-        self.instance_failed = instance_failed
+        self.fault = fault
 
 
 @dataclass(frozen=True, slots=True)

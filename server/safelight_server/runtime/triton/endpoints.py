@@ -4,9 +4,14 @@ An endpoint is UP (takes calls), DOWN (waits for its next probe) or PROBING.
 All begin DOWN with a probe due. An instance is a place for one call on one
 endpoint: instance i belongs to endpoint i // calls_each.
 
-Invariants: only endpoints that are UP and not paused are offered; a failure of
-a call that began before its endpoint was last ejected changes nothing; the
-wait for the next probe doubles until a real call has succeeded.
+A server whose queue is full works: it is offered fewer calls at once
+(`window`), and again more as they succeed. Only when it refuses a call that it
+is given alone is it DOWN.
+
+Invariants: only endpoints that are UP are offered, and no more calls than
+their window; a failure of a call that began before its endpoint was last
+ejected changes nothing; the wait for the next probe doubles until a real call
+has succeeded.
 """
 
 from __future__ import annotations
@@ -14,6 +19,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+
+WINDOW_GROWTH = 0.05
+"""Of the calls given at once, with every success."""
 
 
 class State(enum.Enum):
@@ -43,13 +51,14 @@ class Ticket:
     endpoint: int
     epoch: int
     work_s: float
+    num_others: int
 
 
 @dataclass(slots=True)
 class _Endpoint:
     state: State = State.DOWN
     due: float = 0.0
-    paused_until: float = 0.0
+    window: float = 1.0
     failures: int = 0
     epoch: int = 0
     num_calls: int = 0
@@ -65,7 +74,7 @@ class Endpoints:
     """
 
     def __init__(self, num_endpoints: int, calls_each: int, backoff: Backoff, chance: Callable[[], float]) -> None:
-        self._endpoints = [_Endpoint() for _ in range(num_endpoints)]
+        self._endpoints = [_Endpoint(window=calls_each) for _ in range(num_endpoints)]
         self._calls_each = calls_each
         self._backoff = backoff
         self._chance = chance
@@ -94,21 +103,25 @@ class Endpoints:
         """The endpoint of an instance."""
         return instance // self._calls_each
 
-    def usable(self, free: Collection[int], now: float) -> list[int]:
+    def usable(self, free: Collection[int]) -> list[int]:
         """Those of the free instances that take calls, in the order that gives each to the least loaded endpoint."""
         places: dict[int, list[int]] = {}
         for instance in sorted(free, reverse=True):
-            endpoint = self._endpoints[self.endpoint_of(instance)]
-            if endpoint.state is State.UP and endpoint.paused_until <= now:
-                places.setdefault(self.endpoint_of(instance), []).append(instance)
+            at = self.endpoint_of(instance)
+            if self._endpoints[at].state is State.UP:
+                places.setdefault(at, []).append(instance)
         calls = sum(endpoint.num_calls for endpoint in self._endpoints)
         typical_s = sum(endpoint.work_s for endpoint in self._endpoints) / calls if calls else 1.0
         work = {at: (self._endpoints[at].work_s, self._endpoints[at].num_calls) for at in places}
         order: list[int] = []
         while places:
             least = min(places, key=lambda at: (*work[at], at))
-            order.append(places[least].pop())
-            work[least] = (work[least][0] + typical_s, work[least][1] + 1)
+            seconds, calls = work[least]
+            if calls < int(self._endpoints[least].window):
+                order.append(places[least].pop())
+            else:
+                places[least].clear()
+            work[least] = (seconds + typical_s, calls + 1)
             if not places[least]:
                 del places[least]
         return order
@@ -119,9 +132,10 @@ class Endpoints:
         """A call that will take about `work_s` goes to the instance's endpoint."""
         at = self.endpoint_of(instance)
         endpoint = self._endpoints[at]
+        ticket = Ticket(at, endpoint.epoch, work_s, endpoint.num_calls)
         endpoint.num_calls += 1
         endpoint.work_s += work_s
-        return Ticket(at, endpoint.epoch, work_s)
+        return ticket
 
     def end(self, ticket: Ticket) -> None:
         """The call is over, or given up."""
@@ -134,6 +148,7 @@ class Endpoints:
         endpoint = self._endpoints[ticket.endpoint]
         if ticket.epoch == endpoint.epoch:
             endpoint.failures = 0
+            endpoint.window = min(float(self._calls_each), endpoint.window + WINDOW_GROWTH)
 
     def eject(self, ticket: Ticket, now: float) -> bool:
         """The call showed that its endpoint cannot work.
@@ -148,15 +163,19 @@ class Endpoints:
         self._down(endpoint, now)
         return True
 
-    def pause(self, ticket: Ticket, now: float) -> float:
-        """The endpoint works, but takes no more now; calls that it has go on.
+    def refused(self, ticket: Ticket, now: float) -> bool:
+        """The endpoint had no room for the call, beside those that it had been given before.
 
         Returns:
-            When it is offered again.
+            Whether it had none of those, and was UP until now: it is ejected.
         """
         endpoint = self._endpoints[ticket.endpoint]
-        endpoint.paused_until = max(endpoint.paused_until, now + self._backoff.wait_s(0, self._chance()))
-        return endpoint.paused_until
+        if ticket.epoch != endpoint.epoch:
+            return False
+        if not ticket.num_others:
+            return self.eject(ticket, now)
+        endpoint.window = float(min(int(endpoint.window), ticket.num_others))
+        return False
 
     # --- probes ---
 
@@ -180,7 +199,7 @@ class Endpoints:
             raise ValueError(f"endpoint {at} is {endpoint.state.value}, not being probed")
         if works:
             endpoint.state = State.UP
-            endpoint.paused_until = now
+            endpoint.window = float(self._calls_each)
         else:
             self._down(endpoint, now)
 

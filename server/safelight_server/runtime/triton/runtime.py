@@ -25,13 +25,14 @@ from safelight_server.runtime import onnx, verification
 from safelight_server.runtime.base import (
     Component,
     CostCurve,
+    Fault,
     FloatArray,
     Inputs,
     RuntimeFailure,
     RuntimeStartError,
 )
 from safelight_server.runtime.triton.client import BUSY, ENDPOINT_DOWN, CallFailed, Trouble
-from safelight_server.runtime.triton.endpoints import Backoff, Endpoints
+from safelight_server.runtime.triton.endpoints import Backoff, Endpoints, State, Ticket
 from safelight_server.runtime.triton.models import ModelKey, ModelMismatch, models_of
 from safelight_server.runtime.triton.server import Server, SharedMemoryUse
 from safelight_server.sampler import VERSION as SAMPLER_VERSION
@@ -107,7 +108,7 @@ class TritonRuntime:
         while not self._costs:
             await asyncio.gather(*(self._probe(at) for at in self.endpoints.probe(self._clock())))
             for at, server in enumerate(self.servers):
-                if not self._costs and self.endpoints.usable([at * self._options.calls_each], self._clock()):
+                if not self._costs and self.endpoints.state(at) is State.UP:
                     await self._measure(at, server)
             if not self._costs:
                 if self._clock() > until:
@@ -174,7 +175,7 @@ class TritonRuntime:
 
     def usable(self, free: Collection[int]) -> Sequence[int]:
         """Free instances on servers that take calls, the least loaded server first."""
-        return self.endpoints.usable(free, self._clock())
+        return self.endpoints.usable(free)
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Whenever a server comes, goes or has room again."""
@@ -204,25 +205,28 @@ class TritonRuntime:
         except CallFailed as failure:
             self.endpoints.end(ticket)
             url = self.servers[ticket.endpoint].url
+            fault = Fault.ROWS
             if failure.trouble in ENDPOINT_DOWN:
-                if self.endpoints.eject(ticket, self._clock()):
-                    log.warning("server_ejected", url=url, why=str(failure))
-                    self._why_down[ticket.endpoint] = str(failure)
-                    self._wake.set()
-                    self._changed()
+                fault = Fault.INSTANCE
+                self._ejected(ticket, failure, self.endpoints.eject(ticket, self._clock()))
             elif failure.trouble in BUSY:
-                again = self.endpoints.pause(ticket, self._clock())
-                log.info("server_busy", url=url, why=str(failure))
-                asyncio.get_running_loop().call_later(again - self._clock() + 1e-3, lambda: self._changed())
-            of_instance = failure.trouble in ENDPOINT_DOWN | BUSY
+                self._ejected(ticket, failure, self.endpoints.refused(ticket, self._clock()))
+                fault = Fault.NOBODY
             retryable = failure.trouble is not Trouble.BAD_REQUEST
-            raise RuntimeFailure(f"{url}: {failure}", retryable=retryable, instance_failed=of_instance) from failure
+            raise RuntimeFailure(f"{url}: {failure}", retryable=retryable, fault=fault) from failure
         except BaseException:
             self.endpoints.end(ticket)
             raise
         self.endpoints.end(ticket)
         self.endpoints.succeeded(ticket)
         return results
+
+    def _ejected(self, ticket: Ticket, failure: CallFailed, is_new: bool) -> None:
+        if is_new:
+            log.warning("server_ejected", url=self.servers[ticket.endpoint].url, why=str(failure))
+            self._why_down[ticket.endpoint] = str(failure)
+            self._wake.set()
+            self._changed()
 
     async def close(self) -> None:
         """Ends the probes, gives up what hangs, releases the shared memory."""
