@@ -67,8 +67,8 @@ class Outage:
         self._set_timer()
 
     def wait_for(self, output_id: int) -> None:
-        """An output without a deadline came."""
-        self._patient[output_id] = self._clock()
+        """An output without a deadline came, or has none any more."""
+        self._patient.setdefault(output_id, self._clock())
         if self._since is not None:
             self._set_timer()
 
