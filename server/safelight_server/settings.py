@@ -61,7 +61,7 @@ class Settings(BaseSettings):
         2.0, ge=0.05, description="... but not before this; also the limit of every readiness question."
     )
     triton_probe_max_s: float = Field(
-        0.5, ge=0.05, description="Triton: longest wait between two looks at a server that is down."
+        0.25, ge=0.05, description="Triton: longest wait between two looks at a server that is down."
     )
     triton_start_s: Seconds = Field(60.0, description="Triton: how long the start waits for the first server.")
     runtime_wait_s: Seconds = Field(
