@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import tritonclient.grpc.aio as triton_grpc
-from tests.triton.test_backend import example, inputs
 from tritonclient.utils import InferenceServerException
+
+from tests.triton.test_backend import example, inputs
 
 MODEL = "icons_denoiser"
 QUEUE = 64
