@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from safelight_server import catalog as catalogs
+from safelight_server import reflection
 from safelight_server.cache.backends import Backends, open_backends
 from safelight_server.cache.bands import Bands
 from safelight_server.cache.cache import Cache
@@ -113,7 +113,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     services = [GENERATION_SERVICE, MODEL_SERVICE, health.SERVICE_NAME]
-    reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], server)
+    reflection.enable(services, server)
     address = _bind(server, settings)
     if settings.metrics_port:
         metrics.serve(settings.host if settings.insecure else "127.0.0.1", settings.metrics_port)
