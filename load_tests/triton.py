@@ -27,6 +27,7 @@ from safelight_server.catalog import Catalog
 from safelight_server.engine import Engine
 from safelight_server.errors import SafelightError
 from safelight_server.jobs import Job
+from safelight_server.latents import Snapshot
 from safelight_server.runtime.base import FloatArray, Runtime
 from safelight_server.runtime.onnx import OnnxRuntime
 from safelight_server.runtime.triton import TritonOptions, TritonRuntime
@@ -70,6 +71,16 @@ class Watch:
 
     def frame(self, step: int, denoised: FloatArray) -> None:
         """No previews."""
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """No checkpoints."""
+        return False
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """No checkpoints."""
+
+    def encoded(self, row: int, embedding: FloatArray) -> None:
+        """Nothing to note."""
 
     def decoded(self, image: FloatArray) -> None:
         """The end."""

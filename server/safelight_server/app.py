@@ -19,6 +19,17 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from safelight_server import catalog as catalogs
 from safelight_server import reflection
+from safelight_server.cache.backends import Backends, open_backends
+from safelight_server.cache.bands import Bands
+from safelight_server.cache.cache import Cache
+from safelight_server.cache.checkpoints import Checkpoints, Policy
+from safelight_server.cache.eviction import LeastBenefit
+from safelight_server.cache.lsh import MemoryBuckets
+from safelight_server.cache.pictures import Pictures
+from safelight_server.cache.prompts import Prompts
+from safelight_server.cache.similar import SimilarPictures
+from safelight_server.cache.spaces import Spaces
+from safelight_server.cache.starts import Starts
 from safelight_server.catalog import Catalog
 from safelight_server.engine import Engine
 from safelight_server.generations import Generations
@@ -59,6 +70,7 @@ class Running:
     address: str
     catalog: Catalog
     runtime: Runtime
+    cache: Cache
     generations: Generations
     drain: Callable[[float], asyncio.Task[None]]
 
@@ -106,7 +118,9 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         runtime_wait_s=settings.runtime_wait_s,
         runtime_grace_s=settings.runtime_grace_s,
     )
-    generations = Generations(settings, catalog, runtime, engine, pool, clock, metrics, tracer)
+    backends = await open_backends(settings, metrics.tiers)
+    cache = _build_cache(settings, backends, engine, pool, metrics)
+    generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics, tracer)
     limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
     service = Service(identity, catalog, runtime, generations, limits, metrics, tracer)
     _watch_queue(metrics, engine)
@@ -142,11 +156,13 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         return draining[0]
 
     try:
-        yield Running(address, catalog, runtime, generations, start_drain)
+        yield Running(address, catalog, runtime, cache, generations, start_drain)
     finally:
         await start_drain(0.0)
         ticker.cancel()
         await engine.close()
+        await cache.close()
+        await backends.close()
         await runtime.close()
         pool.shutdown()
         tracer.close()
@@ -163,6 +179,20 @@ async def _follow_health(servicer: health.aio.HealthServicer, names: Sequence[st
                 await servicer.set(name, now)
             said = now
         await asyncio.sleep(HEALTH_PERIOD_S)
+
+
+def _build_cache(
+    settings: Settings, backends: Backends, engine: Engine, pool: ThreadPoolExecutor, metrics: Metrics
+) -> Cache:
+    tiers, keyring, ttl_s = backends.tiers, backends.keyring, settings.cache_ttl_s
+    bands = Bands()
+    policy = Policy(settings.checkpoint_every_n_steps, bands.fractions, ttl_s=ttl_s)
+    checkpoints = Checkpoints(tiers, keyring, policy)
+    pictures = Pictures(tiers, keyring, pool, ttl_s)
+    similar = SimilarPictures(pictures, MemoryBuckets(settings.cache_similar_items), metrics.cache.rejected)
+    starts = Starts(checkpoints, bands, LeastBenefit(settings.cache_latent_bytes), settings.cache_latent_items)
+    spaces = Spaces(keyring, settings.cache_pools)
+    return Cache(spaces, pictures, Prompts(tiers, engine.encode, ttl_s), checkpoints, similar, starts, metrics.cache)
 
 
 def _watch_queue(metrics: Metrics, engine: Engine) -> None:

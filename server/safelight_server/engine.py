@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import structlog
 from safelight_server.attempts import Attempts
 from safelight_server.batches import Batches, Call, Flight, Preview
+from safelight_server.catalog import Pipeline
 from safelight_server.errors import InternalError, SafelightError, UnavailableError
 from safelight_server.jobs import Job, OutputListener
 from safelight_server.latents import Snapshot
@@ -33,6 +34,7 @@ from safelight_server.runtime.base import Component, Fault, FloatArray, Runtime,
 from safelight_server.scheduler import (
     Batch,
     Decoded,
+    Encoded,
     Event,
     Expired,
     Failed,
@@ -95,6 +97,7 @@ class Engine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._expiry: asyncio.TimerHandle | None = None
         self._untold: deque[Callable[[], None]] = deque()
+        self._asked: dict[str, asyncio.Future[FloatArray]] = {}
         limits = Limits(max_running, self._max_rows, runtime.num_instances, preview_share)
         self.scheduler = Scheduler(limits, self)
         self.outage = Outage(clock, runtime_wait_s, runtime_grace_s, self._strand)
@@ -117,14 +120,18 @@ class Engine:
     def submit(self, job: Job, listener: OutputListener) -> None:
         """Takes a job; it runs when the scheduler says so."""
         output = self.output(job)
-        self._batches.token_ids.update(zip(output.conditioning, job.token_ids, strict=True))
+        conditioning = [_conditioning_id(job.pipeline, ids) for ids in job.token_ids]
+        known = dict(zip(conditioning, job.embeddings, strict=False))
+        ids = dict(zip(conditioning, job.token_ids, strict=True))
+        self._batches.token_ids.update((needed, ids[needed]) for needed in output.conditioning)
         self._batches.flights[job.output_id] = Flight(
             job.pipeline,
             job.latent_shape,
             job.table,
             job.seed,
             job.guidance_scale,
-            output.conditioning,
+            tuple(conditioning),
+            {name: embedding for name, embedding in known.items() if embedding is not None},
             job.start,
             output.first_step,
         )
@@ -138,7 +145,8 @@ class Engine:
         """A job as the scheduler sees it."""
         key = self._batches.key
         keys = {kind: key(job.pipeline, part, job.latent_shape) for kind, part in COMPONENTS.items()}
-        encoder = job.pipeline.manifest.components[Component.TEXT_ENCODER].sha256
+        known = (*job.embeddings, *[None] * (len(job.token_ids) - len(job.embeddings)))
+        needed = [ids for ids, embedding in zip(job.token_ids, known, strict=True) if embedding is None]
         return Output(
             output_id=job.output_id,
             caller=job.caller,
@@ -146,7 +154,7 @@ class Engine:
             num_steps=job.table.num_steps,
             rows_per_step=len(job.token_ids),
             keys=keys,
-            conditioning=tuple(f"{encoder}:{','.join(map(str, ids))}" for ids in job.token_ids),
+            conditioning=tuple(_conditioning_id(job.pipeline, ids) for ids in needed),
             deadline=job.deadline,
             first_step=job.start.step if job.start else 0,
         )
@@ -196,6 +204,23 @@ class Engine:
         self._pump()
         return await pending.image
 
+    async def encode(self, pipeline: Pipeline, token_ids: Sequence[int]) -> FloatArray:
+        """The embedding (T, D) of a prompt, encoded between the steps; those who ask for the same share it.
+
+        Raises:
+            UnavailableError: the runtime cannot.
+        """
+        size = pipeline.manifest.sizes[0]
+        key = self._batches.key(pipeline, Component.TEXT_ENCODER, pipeline.latent_shape(size.width_px, size.height_px))
+        name = _conditioning_id(pipeline, token_ids)
+        if (future := self._asked.get(name)) is None:
+            future = self._asked[name] = asyncio.get_running_loop().create_future()
+            self._batches.token_ids[name] = tuple(token_ids)
+            self.outage.wait_for(name)
+            self._apply(self.scheduler.want_embedding(name, key))
+            self._pump()
+        return await asyncio.shield(future)
+
     def load(self) -> float:
         """Running outputs for each live instance: 0 idle, 1 all busy, more share calls."""
         return self.scheduler.num_running / max(1, self._runtime.num_live)
@@ -237,7 +262,7 @@ class Engine:
     def _dispatch(self, now: float, *, full_only: bool = False) -> None:
         """Hands every free instance to the scheduler and starts the batches that it returns."""
         free = self._runtime.usable(self._instances - self._busy)
-        if not free:
+        if not free and full_only:
             return
         for batch in self.scheduler.schedule(now, free, full_only=full_only):
             self._busy.add(batch.instance)
@@ -254,10 +279,13 @@ class Engine:
         self.outage.changed(self._runtime.num_live)
         self._pump()
 
-    def _strand(self, output_id: int) -> None:
-        """Ends an output for which no instance came back."""
-        self._apply(self.scheduler.cancel(output_id))
-        self._later(functools.partial(self._forget(output_id).failed, no_runtime()))
+    def _strand(self, who: int | str) -> None:
+        """Ends an output, or the wait for an embedding, for which no instance came back."""
+        if isinstance(who, str):
+            self._refuse(self._asked[who], no_runtime())
+            return
+        self._apply(self.scheduler.cancel(who))
+        self._later(functools.partial(self._forget(who).failed, no_runtime()))
         self._pump()
 
     def _announce(self, batch: Batch) -> None:
@@ -288,6 +316,8 @@ class Engine:
             await asyncio.sleep(0)  # it starts before the work of this one
         self._batches.returned(batch, call)
         self._batches.keep(batch, call, results)
+        if batch.kind is Kind.ENCODE:
+            self._report_embeddings(batch)
         self._account(batch, returned - began)
         self._attempts.succeeded(batch)
         self._apply(self.scheduler.complete(batch.batch_id), call.num_outputs)
@@ -319,6 +349,8 @@ class Engine:
             self._advance(stepped, batch_size)
         for event in events:
             match event:
+                case Encoded():
+                    self._answer(event)
                 case Released():
                     self._batches.release(event.conditioning_id)
                     self._attempts.forget(event.conditioning_id)
@@ -332,6 +364,22 @@ class Engine:
                     listener = self._forget(event.output_id)
                     in_outage = functools.partial(listener.failed, no_runtime())
                     self._later(in_outage if self.outage.is_on else listener.expired)
+
+    def _answer(self, event: Encoded) -> None:
+        """Those who asked for an embedding itself."""
+        self.outage.forget(event.conditioning_id)
+        future = self._asked.pop(event.conditioning_id)
+        if future.done():
+            return
+        if event.failed:
+            self._refuse(future, UnavailableError("the prompt could not be encoded; try again", retry_after_s=1.0))
+        else:
+            future.set_result(self._batches.embedding(event.conditioning_id))
+
+    @staticmethod
+    def _refuse(future: asyncio.Future[FloatArray], error: SafelightError) -> None:
+        future.set_exception(error)
+        future.exception()  # whoever asked may have gone
 
     def _advance(self, stepped: Sequence[Stepped], batch_size: int) -> None:
         began = self._clock()
@@ -366,3 +414,22 @@ class Engine:
                 entry.listener.stepped(event.step, batch_size)
                 if not event.last and entry.listener.wants_frame(event.step):
                     entry.listener.frame(event.step, self._batches.denoised(event.output_id))
+                if not event.last and entry.listener.wants_checkpoint(event.step):
+                    snapshot = self._batches.snapshot(event.output_id)
+                    assert snapshot is not None
+                    entry.listener.checkpoint(snapshot)
+
+    def _report_embeddings(self, batch: Batch) -> None:
+        encoded = {row.conditioning_id for row in batch.rows}
+        for output_id, entry in self._entries.items():
+            flight = self._batches.flights[output_id]
+            for row, name in enumerate(flight.conditioning):
+                if name in encoded and name in self._batches.token_ids:
+                    told = functools.partial(entry.listener.encoded, row, self._batches.embedding(name))
+                    self._later(told)
+
+
+def _conditioning_id(pipeline: Pipeline, token_ids: Sequence[int]) -> str:
+    """Equal for prompts with equal embeddings."""
+    encoder = pipeline.manifest.components[Component.TEXT_ENCODER].sha256
+    return f"{encoder}:{','.join(map(str, token_ids))}"

@@ -113,6 +113,10 @@ class Scheduler:
             life.previews.add(key)
             self._ready.push((Kind.PREVIEW, key), output_id)
 
+    def want_embedding(self, conditioning_id: str, key: str) -> list[Event]:
+        """Asks for the embedding of a prompt itself: one `Encoded` answers all who asked until then."""
+        return self._lives.ask(conditioning_id, key)
+
     # --- what goes out ---
 
     def schedule(self, now: float, free: Sequence[int], *, full_only: bool = False) -> list[Batch]:
@@ -144,7 +148,7 @@ class Scheduler:
         events: list[Event] = []
         for row in batch.rows:
             if batch.kind is Kind.ENCODE:
-                self._lives.encoded(row.conditioning_id, batch_id)
+                events += self._lives.encoded(row.conditioning_id, batch_id)
             elif row.output_id not in self._lives.of:
                 continue
             elif batch.kind is Kind.DENOISE:
