@@ -78,8 +78,11 @@ test-triton: setup .venv-triton/.installed .tools/.installed ## Run the tests ag
 test-tools: setup .tools/.installed ## Run the tests with grpcurl, ghz and Jaeger
 	$(PY) -m pytest -q tests/tools
 
+.PHONY: test-rest
+test-rest: test-tools test-redis test-triton test-training mutate ## Run the groups that need more than `make test` does
+
 .PHONY: test-all
-test-all: test test-tools test-redis test-triton test-training mutate ## Run all tests
+test-all: test test-rest ## Run all tests
 
 .PHONY: check
 check: setup ## Format, lint, types, import rules, generated code, proto lint

@@ -73,14 +73,14 @@ class Watch:
         """No previews."""
 
     def wants_checkpoint(self, step: int) -> bool:
-        """No checkpoints."""
+        """Nothing is kept."""
         return False
 
     def checkpoint(self, snapshot: Snapshot) -> None:
-        """No checkpoints."""
+        """Nothing is kept."""
 
     def encoded(self, row: int, embedding: FloatArray) -> None:
-        """Nothing to note."""
+        """Nothing is kept."""
 
     def decoded(self, image: FloatArray) -> None:
         """The end."""

@@ -168,19 +168,6 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         tracer.close()
 
 
-async def _follow_health(servicer: health.aio.HealthServicer, names: Sequence[str], engine: Engine) -> None:
-    """Says NOT_SERVING while nothing has been there to execute models for longer than the grace; forever."""
-    said = health_pb2.HealthCheckResponse.SERVING
-    while True:
-        status = health_pb2.HealthCheckResponse
-        now = status.NOT_SERVING if engine.outage.beyond_grace else status.SERVING
-        if now is not said:
-            for name in names:
-                await servicer.set(name, now)
-            said = now
-        await asyncio.sleep(HEALTH_PERIOD_S)
-
-
 def _build_cache(
     settings: Settings, backends: Backends, engine: Engine, pool: ThreadPoolExecutor, metrics: Metrics
 ) -> Cache:
@@ -193,6 +180,19 @@ def _build_cache(
     starts = Starts(checkpoints, bands, LeastBenefit(settings.cache_latent_bytes), settings.cache_latent_items)
     spaces = Spaces(keyring, settings.cache_pools)
     return Cache(spaces, pictures, Prompts(tiers, engine.encode, ttl_s), checkpoints, similar, starts, metrics.cache)
+
+
+async def _follow_health(servicer: health.aio.HealthServicer, names: Sequence[str], engine: Engine) -> None:
+    """Says NOT_SERVING while nothing has been there to execute models for longer than the grace; forever."""
+    said = health_pb2.HealthCheckResponse.SERVING
+    while True:
+        status = health_pb2.HealthCheckResponse
+        now = status.NOT_SERVING if engine.outage.beyond_grace else status.SERVING
+        if now is not said:
+            for name in names:
+                await servicer.set(name, now)
+            said = now
+        await asyncio.sleep(HEALTH_PERIOD_S)
 
 
 def _watch_queue(metrics: Metrics, engine: Engine) -> None:
