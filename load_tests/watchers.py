@@ -20,6 +20,7 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import uvloop
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.app import serving
@@ -94,7 +95,7 @@ def _start(main: Callable[..., Coroutine[None, None, None]], *args: object) -> t
 
 
 def _run(main: Callable[..., Coroutine[None, None, None]], *args: object) -> None:
-    asyncio.run(main(*args))
+    uvloop.run(main(*args))
 
 
 def _ask(pipe: Connection):  # type: ignore[no-untyped-def]  # whatever the other side answers
