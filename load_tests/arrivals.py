@@ -43,10 +43,8 @@ async def capacity(ask: Ask, num_clients: int, seconds: float) -> float:
     await asyncio.gather(*(ask(next(seeds)) for _ in range(num_clients)))
     began = time.perf_counter()
     await asyncio.gather(*(client(began + seconds) for _ in range(num_clients)))
-    within = [at for at in finished if at <= began + seconds]
-    if len(within) >= num_clients:  # the tail, when clients run out, is not at capacity
-        return len(within) / seconds
-    return len(finished) / (max(finished) - began)
+    counted = [at for at in finished if at <= began + seconds] or finished  # not the tail, when clients run out
+    return len(counted) / (max(counted) - began)
 
 
 def schedule(rate: float, seconds: float, seed: int) -> list[float]:

@@ -67,7 +67,7 @@ async def closed_loop(address: str, num_clients: int, num_pictures: int, num_ste
     return Asked(wall_s, num_pictures, sum(task.result() for task in tasks))
 
 
-async def _client(stub: stubs.GenerationServiceStub, seeds: Iterator[int], num_steps: int, previews: str) -> int:
+async def _client(stub: stubs.GenerationServiceAsyncStub, seeds: Iterator[int], num_steps: int, previews: str) -> int:
     num_previews = 0
     for seed in seeds:
         async for response in stub.Generate(request(seed, num_steps, previews)):
@@ -75,7 +75,7 @@ async def _client(stub: stubs.GenerationServiceStub, seeds: Iterator[int], num_s
     return num_previews
 
 
-async def watch(stub: stubs.GenerationServiceStub, seed: int, num_steps: int) -> Seen:
+async def watch(stub: stubs.GenerationServiceAsyncStub, seed: int, num_steps: int) -> Seen:
     """One picture with AUTO previews.
 
     Raises:

@@ -19,6 +19,7 @@ from safelight_server.runtime.simulated import MAX_ROWS
 
 from load_tests import processes
 from load_tests.clients import CHANNEL_OPTIONS, PROMPT
+from load_tests.processes import Child, Usage
 from load_tests.runner import Report, Row, Target, median_by
 
 BASE_MS, ROW_MS = 20.0, 1.0
@@ -37,14 +38,32 @@ class Plan:
 SMOKE = Plan(num_generations=(2, 4), num_steps=(5, 5), rounds=1)
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One run. `cpu_s` is the server's, from the first request to the last event."""
+
+    num_generations: int
+    num_steps: int
+    seconds: float
+    cpu_s: float
+
+
 def measure(plan: Plan) -> Report:
     """Both tables."""
-    with processes.child(processes.obey) as clients:
+    with (
+        processes.child(processes.obey) as clients,
+        processes.child(processes.serve, _settings(plan, BASE_MS, ROW_MS)) as on_curve,
+        processes.child(processes.serve, _settings(plan, 0.0, 0.0)) as at_zero,
+    ):
         clients.first()
-        on_curve = [_one(clients, *load, BASE_MS, ROW_MS) for load in _loads(plan)]
-        at_zero = [_one(clients, *load, 0.0, 0.0) for load in _loads(plan)]
-    ratios = median_by([_against_ideal(*result) for result in on_curve], ("generations",))
-    costs = median_by([_cost(*result) for result in at_zero], ("generations",))
+        addresses = {server: server.first() for server in (on_curve, at_zero)}
+        results: dict[Child, list[Result]] = {server: [] for server in addresses}
+        for _ in range(plan.rounds):
+            for load in zip(plan.num_generations, plan.num_steps, strict=True):
+                for server, address in addresses.items():
+                    results[server].append(_one(clients, server, address, *load))
+    ratios = median_by([_against_ideal(result) for result in results[on_curve]], ("generations",))
+    costs = median_by([_cost(result) for result in results[at_zero]], ("generations",))
     targets = [
         Target(f"steps per second against the ideal at {row['generations']} generations", float(row["of_ideal"]), BAR)
         for row in ratios
@@ -56,25 +75,19 @@ def measure(plan: Plan) -> Report:
     return Report("scheduler", tables, targets)
 
 
-def _loads(plan: Plan) -> list[tuple[int, int]]:
-    return list(zip(plan.num_generations, plan.num_steps, strict=True)) * plan.rounds
-
-
-def _one(
-    clients: processes.Child, num_generations: int, num_steps: int, base_ms: float, row_ms: float
-) -> tuple[int, int, float, float]:
-    """Generations, steps, seconds and CPU seconds of the server."""
-    settings = {
+def _settings(plan: Plan, base_ms: float, row_ms: float) -> dict[str, object]:
+    return {
         "runtime": "simulated", "num_instances": 1, "simulated_base_ms": base_ms, "simulated_row_ms": row_ms,
-        "max_running_outputs": num_generations, "max_waiting_per_caller": 1024, "max_waiting_standard": 1024,
+        "max_running_outputs": max(plan.num_generations), "max_waiting_per_caller": 1024, "max_waiting_standard": 1024,
     }  # fmt: skip
-    with processes.child(processes.serve, settings) as server:
-        address = server.first()
-        clients.ask(develop, address, 1, 1)
-        before: processes.Usage = server.ask()
-        seconds: float = clients.ask(develop, address, num_generations, num_steps)
-        after: processes.Usage = server.ask()
-    return num_generations, num_steps, seconds, after.cpu_s - before.cpu_s
+
+
+def _one(clients: Child, server: Child, address: str, num_generations: int, num_steps: int) -> Result:
+    clients.ask(develop, address, 1, 1)
+    before: Usage = server.ask()
+    seconds: float = clients.ask(develop, address, num_generations, num_steps)
+    after: Usage = server.ask()
+    return Result(num_generations, num_steps, seconds, after.cpu_s - before.cpu_s)
 
 
 async def develop(address: str, num_generations: int, num_steps: int) -> float:
@@ -89,29 +102,30 @@ async def develop(address: str, num_generations: int, num_steps: int) -> float:
     return max(end for _, end in spans) - min(start for start, _ in spans)
 
 
-async def _span(stub: stubs.GenerationServiceStub, message: pb.GenerateRequest) -> tuple[float, float]:
+async def _span(stub: stubs.GenerationServiceAsyncStub, message: pb.GenerateRequest) -> tuple[float, float]:
     events = [response.event async for response in stub.Generate(message)]
     timings = events[-1].finished.timings
     first_batch = (events[0].event_time.ToNanoseconds() + timings.queue.ToNanoseconds()) / 1e9
     return first_batch, first_batch + timings.denoise.ToNanoseconds() / 1e9
 
 
-def _against_ideal(num_generations: int, num_steps: int, seconds: float, cpu_s: float) -> Row:
-    batch = min(num_generations, MAX_ROWS)
-    ideal_s = num_generations * num_steps / batch * (BASE_MS + ROW_MS * batch) / 1e3
+def _against_ideal(result: Result) -> Row:
+    batch = min(result.num_generations, MAX_ROWS)
+    rows = result.num_generations * result.num_steps
+    ideal_s = rows / batch * (BASE_MS + ROW_MS * batch) / 1e3
     return {
-        "generations": num_generations,
-        "steps_per_s": num_generations * num_steps / seconds,
-        "ideal_steps_per_s": num_generations * num_steps / ideal_s,
-        "of_ideal": ideal_s / seconds,
-        "cpu_share": cpu_s / seconds,
+        "generations": result.num_generations,
+        "steps_per_s": rows / result.seconds,
+        "ideal_steps_per_s": rows / ideal_s,
+        "of_ideal": ideal_s / result.seconds,
+        "cpu_share": result.cpu_s / result.seconds,
     }
 
 
-def _cost(num_generations: int, num_steps: int, seconds: float, cpu_s: float) -> Row:
-    rows = num_generations * num_steps
+def _cost(result: Result) -> Row:
+    rows = result.num_generations * result.num_steps
     return {
-        "generations": num_generations,
-        "cpu_us_per_row_step": 1e6 * cpu_s / rows,
-        "row_steps_per_s": rows / seconds,
+        "generations": result.num_generations,
+        "cpu_us_per_row_step": 1e6 * result.cpu_s / rows,
+        "row_steps_per_s": rows / result.seconds,
     }

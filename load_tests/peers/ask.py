@@ -50,7 +50,7 @@ async def _litserve(address: str, num_steps: int) -> AsyncIterator[Ask]:
 @contextlib.asynccontextmanager
 async def _diffusers(address: str, num_steps: int) -> AsyncIterator[Ask]:
     async with grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) as channel:
-        call = channel.unary_unary(DIFFUSERS_METHOD)
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(DIFFUSERS_METHOD)
 
         async def ask(seed: int) -> Seen:
             try:

@@ -71,7 +71,7 @@ async def serve() -> None:
 
     server = grpc.aio.server()
     service, method = DIFFUSERS_METHOD.strip("/").split("/")
-    handlers = {method: grpc.unary_unary_rpc_method_handler(generate)}
+    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {method: grpc.unary_unary_rpc_method_handler(generate)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

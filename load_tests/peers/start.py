@@ -95,22 +95,22 @@ def _paused(process: subprocess.Popen[bytes], address: str) -> Peer:
 def _address(process: subprocess.Popen[bytes]) -> str:
     """From the line that says so; libraries may write lines of their own before."""
     if process.stdout is None:
-        raise PeerError(f"{process.args} has no pipe")
+        raise PeerError(f"{process.args!r} has no pipe")
     until = time.monotonic() + STARTS_S
     while select.select([process.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
         line = process.stdout.readline().decode()
         if line.startswith(SERVING):
             return line.removeprefix(SERVING).strip()
         if not line:
-            raise PeerError(f"{process.args} ended before it was serving")
-    raise PeerError(f"{process.args} was not serving after {STARTS_S:.0f} s")
+            raise PeerError(f"{process.args!r} ended before it was serving")
+    raise PeerError(f"{process.args!r} was not serving after {STARTS_S:.0f} s")
 
 
 def _until_healthy(process: subprocess.Popen[bytes], url: str) -> None:
     until = time.monotonic() + STARTS_S
     while time.monotonic() < until:
         if process.poll() is not None:
-            raise PeerError(f"{process.args} ended with {process.returncode}")
+            raise PeerError(f"{process.args!r} ended with {process.returncode}")
         with (
             contextlib.suppress(urllib.error.URLError, ConnectionError),
             urllib.request.urlopen(url, timeout=5) as answer,
@@ -118,7 +118,7 @@ def _until_healthy(process: subprocess.Popen[bytes], url: str) -> None:
             if answer.status == HEALTH_OK:
                 return
         time.sleep(0.2)
-    raise PeerError(f"{process.args} was not healthy after {STARTS_S:.0f} s")
+    raise PeerError(f"{process.args!r} was not healthy after {STARTS_S:.0f} s")
 
 
 def _free_port() -> int:
