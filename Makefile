@@ -99,8 +99,8 @@ lock: .venv/.uv ## Pin all dependencies anew
 	  pyproject.toml clients/python/pyproject.toml --extra bench -c requirements-training.lock -o requirements-bench.lock
 
 .PHONY: mutate
-mutate: setup ## Break each rule once and see its test fail
-	$(PY) tools/mutate.py
+mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name)
+	$(PY) tools/mutate.py $(ONLY)
 
 # Only latency has peers, with an environment of their own.
 BENCH_ENV := $(if $(filter throughput scheduler watchers,$(ONLY)),.venv,.venv-bench)
