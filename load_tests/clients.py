@@ -13,6 +13,7 @@ from safelight.v1 import generation_pb2_grpc as stubs
 
 PROMPT = "a red potion on a dark background"
 RAW = pb.PixelEncoding(media_type="application/x-raw-rgba8")
+COMPUTE = pb.CachePolicy(mode=pb.CachePolicy.MODE_BYPASS)
 METHODS = {
     "none": pb.PREVIEW_METHOD_NONE,
     "linear": pb.PREVIEW_METHOD_LINEAR,
@@ -48,10 +49,10 @@ class Asked:
 
 
 def request(seed: int, num_steps: int, previews: str) -> pb.GenerateRequest:
-    """One guided picture as raw RGBA8, with previews of every step as raw RGBA8, or none."""
+    """One guided picture as raw RGBA8, with previews of every step as raw RGBA8, or none. It is always computed."""
     policy = pb.PreviewPolicy(method=METHODS[previews], accept=[] if previews == "none" else [RAW])
     spec = pb.GenerationSpec(prompt=PROMPT, num_inference_steps=num_steps, outputs=[pb.OutputSpec(seed=seed)])
-    return pb.GenerateRequest(spec=spec, preview=policy, encoding=RAW)
+    return pb.GenerateRequest(spec=spec, preview=policy, encoding=RAW, cache=COMPUTE)
 
 
 async def closed_loop(address: str, num_clients: int, num_pictures: int, num_steps: int, previews: str) -> Asked:

@@ -24,7 +24,7 @@ class Plan:
 
     models: Path = Path("models")
     num_clients: tuple[int, ...] = (1, 4, 16, 64)
-    num_pictures: tuple[int, ...] = (6, 12, 32, 128)
+    num_pictures: tuple[int, ...] = (6, 12, 32, 64)
     num_steps: int = 20
     rounds: int = 3
 
