@@ -57,24 +57,27 @@ def measure(plan: Plan) -> Report:
         before: Usage = server.ask()
         with processes.child(_watching, address, names, num_slow, SLOW_S) as slow:
             slow.first()
+            slow_opened_at = time.monotonic()
             opened: Usage = server.ask()
             with processes.child(_watching, address, names, plan.num_healthy, 0.0) as healthy:
                 healthy.first()
+                healthy_opened_at = time.monotonic()
                 time.sleep(plan.warm_up_s)
                 begun: Usage = server.ask()
                 time.sleep(plan.seconds)
                 ended: Usage = server.ask()
                 late_ms = np.array(healthy.ask()) * 1e3
+                healthy_s = time.monotonic() - healthy_opened_at
                 num_slow_events = len(slow.ask())
-    watched_s = plan.seconds + plan.warm_up_s
+                slow_s = time.monotonic() - slow_opened_at
     row: Row = {
         "streams": plan.num_streams,
         "healthy": plan.num_healthy,
         "kib_per_stream_at_first": (opened.resident_bytes - before.resident_bytes) / num_slow / 1024,
         "kib_per_stream": (ended.resident_bytes - before.resident_bytes) / plan.num_streams / 1024,
         "server_cpu_share": (ended.cpu_s - begun.cpu_s) / plan.seconds,
-        "healthy_events_per_s": len(late_ms) / watched_s,
-        "slow_events_per_s": num_slow_events / watched_s,
+        "healthy_events_per_s": len(late_ms) / healthy_s,
+        "slow_events_per_s": num_slow_events / slow_s,
         "late_ms_p50": float(np.percentile(late_ms, 50)),
         "late_ms_p99": float(np.percentile(late_ms, 99)),
     }
