@@ -15,7 +15,7 @@ import numpy as np
 from safelight_server.catalog import Pipeline
 from safelight_server.latents import Latents, Slots, Snapshot
 from safelight_server.pipeline import decoder_latent
-from safelight_server.runtime.base import Array, Component, FloatArray
+from safelight_server.runtime.base import Component, FloatArray, Inputs
 from safelight_server.sampler import SamplerTable
 from safelight_server.scheduler import Batch, Kind, Row
 
@@ -38,6 +38,7 @@ class Flight:
 
     Attributes:
         conditioning: ids of its embeddings: the prompt's and, with guidance, the negative prompt's.
+        embeddings: those of them that are known already, (T, D), by id.
         slot: in the latents of its key, once it takes steps.
         previews: by key, what is to be decoded and who waits for it.
         image: the decoded picture, (3, H, W).
@@ -49,6 +50,7 @@ class Flight:
     seed: int
     guidance_scale: float
     conditioning: tuple[str, ...]
+    embeddings: Mapping[str, FloatArray]
     start: Snapshot | None
     step: int
     slot: int | None = None
@@ -69,7 +71,7 @@ class Call:
     """A batch made ready for a runtime; `slots` and `parts` are set for denoiser calls, one entry a row."""
 
     key: Key
-    inputs: Mapping[str, Array]
+    inputs: Inputs
     num_outputs: int
     slots: Slots | None = None
     parts: Slots | None = None
@@ -163,6 +165,10 @@ class Batches:
             return flight.start
         return self._latents_of(output_id).snapshot(flight.slot, flight.step)
 
+    def embedding(self, conditioning_id: str) -> FloatArray:
+        """A prompt's embedding (T, D) that some output needs or someone asked for."""
+        return self._embeddings[conditioning_id]
+
     def release(self, conditioning_id: str) -> None:
         """Nobody needs this embedding any more."""
         self.token_ids.pop(conditioning_id, None)
@@ -206,7 +212,8 @@ class Batches:
         return Call(key, latents.rows(slots, parts, steps), len({row.output_id for row in batch.rows}), slots, parts)
 
     def _claim(self, key: str, flight: Flight) -> None:
-        context = [self._embeddings[conditioning_id] for conditioning_id in flight.conditioning]
+        known = flight.embeddings
+        context = [known[i] if i in known else self._embeddings[i] for i in flight.conditioning]
         if key not in self._latents:
             tokens, width = context[0].shape
             steps = flight.pipeline.manifest.limits.max_num_inference_steps

@@ -113,7 +113,7 @@ class Service:
     ) -> AsyncGenerator[bytes, None]:
         """Starts a generation and watches it."""
         resolved = resolve_request(convert.draft_request(request), self._catalog, self._limits)
-        generation = self._generations.start(caller, resolved, stream.span, stream.time_left_s)
+        generation = await self._generations.start(caller, resolved, stream.span, stream.time_left_s)
         async with aclosing(self._watch(generation, resolved.preview, stream)) as events:
             async for event in events:
                 yield event
