@@ -88,8 +88,8 @@ lock: .venv/.uv ## Pin all dependencies anew
 	  pyproject.toml clients/python/pyproject.toml --extra training -c requirements.lock -o requirements-training.lock
 
 .PHONY: mutate
-mutate: setup ## Break each rule once and see its test fail
-	$(PY) tools/mutate.py
+mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name)
+	$(PY) tools/mutate.py $(ONLY)
 
 .PHONY: bench
 bench: setup ## Measure throughput, latency and the scheduler; prints tables, writes out/bench

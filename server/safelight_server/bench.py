@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
-from safelight import Client, Finished, GenerationError, Preview
-from safelight.v1 import generation_pb2 as pb
+from safelight import Client, Finished, GenerationError, PixelEncoding, Preview, PreviewPolicy
 
 PROMPT = "a red potion on a dark background"
 
@@ -49,10 +48,10 @@ async def bench(
 
 
 async def _one(client: Client, seed: int, steps: int | None, seen: Seen) -> None:
-    raw = pb.PixelEncoding(media_type="application/x-raw-rgba8")
+    raw = PixelEncoding(media_type="application/x-raw-rgba8")
     began, first = time.monotonic(), None
     try:
-        async for event in client.generate(PROMPT, seed=seed, steps=steps, preview=pb.PreviewPolicy(accept=[raw])):
+        async for event in client.generate(PROMPT, seed=seed, steps=steps, preview=PreviewPolicy(accept=[raw])):
             if isinstance(event, Preview):
                 first = first or time.monotonic() - began
                 seen.num_previews += 1

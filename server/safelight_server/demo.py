@@ -16,8 +16,7 @@ from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
-from safelight import Client, Finished, GenerationError, Picture, Preview, Progress
-from safelight.v1 import generation_pb2 as pb
+from safelight import Client, Finished, GenerationError, Picture, PixelEncoding, Preview, PreviewPolicy, Progress
 from safelight_server.settings import Settings
 
 PROMPTS = (
@@ -150,7 +149,7 @@ async def _develop_shown(client: Client, developing: Sequence[Developing], conso
             sampler=order.sampler,
             media_type=order.media_type,
             timeout_s=order.timeout_s,
-            preview=pb.PreviewPolicy(accept=[pb.PixelEncoding(media_type="image/png")]),
+            preview=PreviewPolicy(accept=[PixelEncoding(media_type="image/png")]),
         )
         async for event in events:
             item.take(event)

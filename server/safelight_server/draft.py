@@ -1,6 +1,6 @@
 """What a client sent, in the domain's words and not judged yet: None is absent, every number is possible.
 
-`convert.py` makes drafts of proto messages, `resolve` makes requests of drafts.
+`convert` makes drafts of proto messages, `resolve` makes requests of drafts.
 Invariants: any message that protobuf can parse has a draft; of a repeated field
 a draft has at most `MAX_ENTRIES`, so that judging it never holds up the server.
 """
@@ -11,7 +11,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from safelight_server.request import PreviewMethod
+from safelight_server.request import CacheMode, PreviewMethod
 from safelight_server.scheduler import Priority
 
 MAX_ENTRIES = 257
@@ -96,6 +96,13 @@ class DisconnectDraft:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheDraft:
+    """A `CachePolicy` message."""
+
+    mode: CacheMode | Unknown | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Draft:
     """A `GenerateRequest` message.
 
@@ -108,6 +115,7 @@ class Draft:
     encoding: EncodingDraft | None = None
     priority: Priority | Unknown | None = None
     disconnect: DisconnectDraft = DisconnectDraft()
+    cache: CacheDraft = CacheDraft()
     request_id: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     body_digest: bytes = b""

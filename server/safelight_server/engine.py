@@ -8,18 +8,22 @@ Invariants: an instance runs one batch at a time; an output that was cancelled,
 suspended or has expired is in no later batch; every output that was submitted
 ends in exactly one of `decoded`, `failed`, `expired`, or by `cancel` or
 `suspend`. Runs on one event loop and takes no locks; the work between a
-batch's return and the next dispatch is the critical path and is counted.
+batch's return and the next dispatch is the critical path and is counted. So
+listeners are told after the dispatch, while the next batch runs: in order, and
+before the next step of any output is made.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+import functools
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
+from safelight_server.attempts import Attempts
 from safelight_server.batches import Batches, Call, Flight, Preview
 from safelight_server.catalog import Pipeline
 from safelight_server.errors import InternalError, SafelightError, UnavailableError
@@ -43,9 +47,6 @@ from safelight_server.scheduler import (
 from safelight_server.telemetry import Metrics
 
 log = structlog.get_logger(__name__)
-
-MAX_ATTEMPTS = 3
-"""Failures of batches that an output survives."""
 
 COMPONENTS = {
     Kind.ENCODE: Component.TEXT_ENCODER,
@@ -108,7 +109,6 @@ class Job:
 @dataclass(slots=True)
 class _Entry:
     listener: OutputListener
-    num_failures: int = 0
     started: bool = False
 
 
@@ -136,10 +136,12 @@ class Engine:
         self._metrics = metrics
         self._batches = Batches(max_running * 2 + runtime.num_instances * 128)
         self._entries: dict[int, _Entry] = {}
-        self._encoding_failures: defaultdict[str, int] = defaultdict(int)
-        self._free = set(range(runtime.num_instances))
+        self._attempts = Attempts()
+        self._live = frozenset(range(runtime.num_instances))
+        self._busy: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._expiry: asyncio.TimerHandle | None = None
+        self._untold: deque[Callable[[], None]] = deque()
         limits = Limits(max_running, self._max_rows, runtime.num_instances, preview_share)
         self.scheduler = Scheduler(limits, self)
 
@@ -193,13 +195,21 @@ class Engine:
 
     def cancel(self, output_id: int) -> None:
         """Ends an output: it is in no later batch. Unknown ids and those of ended outputs are ignored."""
+        self._tell()
         if output_id in self._entries:
             self._apply(self.scheduler.cancel(output_id))
             self._forget(output_id)
             self._pump()
 
+    def reschedule(self, output_id: int, priority: Priority, deadline: float | None) -> None:
+        """Changes the class and the deadline of an output. Unknown ids are ignored."""
+        self.scheduler.set_priority(output_id, priority)
+        self.scheduler.set_deadline(output_id, deadline)
+        self._pump()
+
     def suspend(self, output_id: int) -> Snapshot | None:
         """Ends an output like `cancel` and returns what it needs to go on; None if it has made no step."""
+        self._tell()
         if output_id not in self._entries:
             return None
         snapshot = self._batches.snapshot(output_id)
@@ -224,9 +234,15 @@ class Engine:
         self._pump()
         return await pending.image
 
+    def set_instances(self, live: Collection[int]) -> None:
+        """Which instances of the runtime are live now; batches in flight on others come back or fail by themselves."""
+        self._live = frozenset(live)
+        self.scheduler.set_instances(len(self._live))
+        self._pump()
+
     def load(self) -> float:
-        """Running outputs for each instance: 0 idle, 1 all busy, more share calls."""
-        return self.scheduler.num_running / self._runtime.num_instances
+        """Running outputs for each live instance: 0 idle, 1 all busy, more share calls."""
+        return self.scheduler.num_running / max(1, len(self._live))
 
     async def close(self) -> None:
         """Waits for the batches in flight."""
@@ -241,31 +257,46 @@ class Engine:
         now = self._clock()
         self._apply(self.scheduler.expire(now))
         self._dispatch(now)
+        self._watch_deadline(now)
+        if self._untold:  # after the batches that were just dispatched have started
+            asyncio.get_running_loop().call_soon(self._tell)
+
+    def _watch_deadline(self, now: float) -> None:
+        """Comes back when the next deadline has passed; a timer that rings too early sets itself again."""
+        deadline, loop = self.scheduler.next_deadline(), asyncio.get_running_loop()
+        if deadline is None:
+            return
+        at = loop.time() + max(0.0, deadline - now) + 1e-4
         if self._expiry is not None:
+            if self._expiry.when() <= at:
+                return
             self._expiry.cancel()
-        deadline = self.scheduler.next_deadline()
-        later = asyncio.get_running_loop().call_later
-        self._expiry = None if deadline is None else later(max(0.0, deadline - now) + 1e-4, self._pump)
+        self._expiry = loop.call_at(at, self._expire)
+
+    def _expire(self) -> None:
+        self._expiry = None
+        self._pump()
 
     def _dispatch(self, now: float, *, full_only: bool = False) -> None:
         """Hands every free instance to the scheduler and starts the batches that it returns."""
-        if not self._free:
+        free = sorted(self._live - self._busy)
+        if not free:
             return
-        for batch in self.scheduler.schedule(now, sorted(self._free), full_only=full_only):
-            self._free.remove(batch.instance)
+        for batch in self.scheduler.schedule(now, free, full_only=full_only):
+            self._busy.add(batch.instance)
             call = self._batches.gather(batch)
-            if batch.kind is Kind.DENOISE:
-                self._announce(batch)
             task = asyncio.create_task(self._run(batch, call))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+            if batch.kind is Kind.DENOISE:
+                self._announce(batch)
 
     def _announce(self, batch: Batch) -> None:
         for row in batch.rows:
             entry = self._entries[row.output_id]
             if not entry.started:
                 entry.started = True
-                entry.listener.started()
+                self._later(entry.listener.started)
 
     async def _run(self, batch: Batch, call: Call) -> None:
         """One batch, from its inputs to the dispatch of those that it made possible."""
@@ -273,23 +304,27 @@ class Engine:
         try:
             results = await self._runtime.run(batch.instance, call.key.pipeline.name, call.key.component, call.inputs)
         except RuntimeFailure as failure:
-            self._free.add(batch.instance)
+            self._tell()
+            self._busy.discard(batch.instance)
             self._batches.returned(batch, call)
             self._batches.lost(call)
             self._fail(batch, failure)
             self._pump()
             return
         returned = self._clock()
-        self._free.add(batch.instance)
+        self._tell()
+        self._busy.discard(batch.instance)
         self._dispatch(returned, full_only=True)  # what fills a batch without these outputs need not wait for them
-        overlapped = batch.instance not in self._free
+        if overlapped := batch.instance in self._busy:
+            await asyncio.sleep(0)  # it starts before the work of this one
         self._batches.returned(batch, call)
         self._batches.keep(batch, call, results)
         self._account(batch, returned - began)
+        self._attempts.succeeded(batch)
         self._apply(self.scheduler.complete(batch.batch_id), call.num_outputs)
+        self._pump()
         if not overlapped:
             self._metrics.critical_seconds.inc(self._clock() - returned)
-        self._pump()
 
     def _account(self, batch: Batch, seconds: float) -> None:
         self._metrics.batch(batch.kind.value, len(batch.rows), seconds)
@@ -303,28 +338,11 @@ class Engine:
 
     def _fail(self, batch: Batch, failure: RuntimeFailure) -> None:
         log.warning("batch_failed", kind=batch.kind.value, key=batch.key, rows=len(batch.rows), error=str(failure))
-        retryable = failure.retryable and self._may_try_again(batch)
+        given_up = self._attempts.failed(batch, retryable=failure.retryable)
         error = UnavailableError("the runtime failed; try again", reason="RUNTIME_FAILED", retry_after_s=1.0)
         self._apply(
-            self.scheduler.fail(batch.batch_id, retryable), error=error if failure.retryable else InternalError()
+            self.scheduler.fail(batch.batch_id, given_up), error=error if failure.retryable else InternalError()
         )
-
-    def _may_try_again(self, batch: Batch) -> bool:
-        """Counts the failure against what the batch was for: prompts, outputs, or nothing for previews."""
-        numbers = []
-        for row in batch.rows:
-            if batch.kind is Kind.ENCODE:
-                self._encoding_failures[row.conditioning_id] += 1
-                numbers.append(self._encoding_failures[row.conditioning_id])
-        for entry in (self._entries[i] for i in {row.output_id for row in batch.rows} if i in self._entries):
-            if batch.kind is not Kind.PREVIEW:
-                entry.num_failures += 1
-                numbers.append(entry.num_failures)
-        if max(numbers, default=0) < MAX_ATTEMPTS:
-            return True
-        for row in batch.rows:
-            self._encoding_failures.pop(row.conditioning_id, None)
-        return False
 
     def _apply(self, events: Sequence[Event], batch_size: int = 0, error: SafelightError | None = None) -> None:
         """Carries out what became true."""
@@ -335,31 +353,45 @@ class Engine:
             match event:
                 case Released():
                     self._batches.release(event.conditioning_id)
-                    self._encoding_failures.pop(event.conditioning_id, None)
+                    self._attempts.forget(event.conditioning_id)
                 case Decoded():
                     image = self._batches.flights[event.output_id].image
                     assert image is not None
-                    self._forget(event.output_id).decoded(image)
+                    self._later(functools.partial(self._forget(event.output_id).decoded, image))
                 case Failed():
-                    self._forget(event.output_id).failed(error or InternalError())
+                    self._later(functools.partial(self._forget(event.output_id).failed, error or InternalError()))
                 case Expired():
-                    self._forget(event.output_id).expired()
+                    self._later(self._forget(event.output_id).expired)
 
     def _advance(self, stepped: Sequence[Stepped], batch_size: int) -> None:
         began = self._clock()
         broken = self._batches.advance([event.output_id for event in stepped])
         self._metrics.sampler_seconds.inc(self._clock() - began)
         for event in stepped:
-            listener = self._entries[event.output_id].listener
             if event.output_id in broken:
                 log.error("latent_not_finite", output_id=event.output_id, step=event.step)
                 self._apply(self.scheduler.cancel(event.output_id))
-                self._forget(event.output_id).failed(InternalError())
-                continue
-            listener.stepped(event.step, batch_size)
-            if not event.last and listener.wants_frame(event.step):
-                listener.frame(event.step, self._batches.denoised(event.output_id))
+                self._later(functools.partial(self._forget(event.output_id).failed, InternalError()))
+        self._later(functools.partial(self._report_steps, stepped, batch_size))
 
     def _forget(self, output_id: int) -> OutputListener:
         self._batches.forget(output_id)
+        self._attempts.forget(output_id)
         return self._entries.pop(output_id).listener
+
+    # --- what listeners hear ---
+
+    def _later(self, report: Callable[[], None]) -> None:
+        """Tells a listener after the next dispatch; `_pump` follows."""
+        self._untold.append(report)
+
+    def _tell(self) -> None:
+        while self._untold:
+            self._untold.popleft()()
+
+    def _report_steps(self, stepped: Sequence[Stepped], batch_size: int) -> None:
+        for event in stepped:
+            if (entry := self._entries.get(event.output_id)) is not None:  # else it has ended since
+                entry.listener.stepped(event.step, batch_size)
+                if not event.last and entry.listener.wants_frame(event.step):
+                    entry.listener.frame(event.step, self._batches.denoised(event.output_id))

@@ -11,27 +11,28 @@ import asyncio
 import contextlib
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor
+from datetime import UTC, datetime, timedelta
 
 import structlog
 from opentelemetry.trace import Span
-from safelight.v1 import generation_pb2 as pb
-from safelight_server import convert
 from safelight_server.admission import AdmissionLimits, admit
 from safelight_server.catalog import Catalog, Pipeline
-from safelight_server.engine import Engine
+from safelight_server.engine import Engine, Job
 from safelight_server.errors import (
     FailedPreconditionError,
     GenerationCancelledError,
     NotFoundError,
     UnavailableError,
 )
-from safelight_server.generation import Generation, State
+from safelight_server.events import Disposition, FinishReason, Queued, State
+from safelight_server.execution import Execution, Executions
+from safelight_server.generation import Generation
 from safelight_server.idempotency import Idempotency
 from safelight_server.identity import Caller
-from safelight_server.preview import Renderer
-from safelight_server.request import PreviewPolicy, Request
+from safelight_server.pipeline import sampler_table
+from safelight_server.request import CacheMode, PreviewPolicy, Request
 from safelight_server.runtime.base import Runtime
 from safelight_server.scheduler import Priority
 from safelight_server.settings import Settings
@@ -61,7 +62,7 @@ class Generations:
         self._catalog = catalog
         self._runtime = runtime
         self._engine = engine
-        self._pool = pool
+        self._executions = Executions(engine, pool)
         self._clock = clock
         self._metrics = metrics
         self._tracing = tracing
@@ -98,13 +99,58 @@ class Generations:
         if self._draining:
             raise UnavailableError("the server is draining; ask another", reason="DRAINING", retry_after_s=1.0)
         generation = self._make(caller, request, span, time_left_s)
-        jobs = generation.jobs()
-        estimate = admit(self._engine.scheduler, self._limits, self._engine.output(jobs[0][1]), len(jobs), time_left_s)
+        executions, new = self._find_executions(generation)
+        estimate = self._admit(new, time_left_s) if new else self._engine.scheduler.backlog_s()
         if request.request_id:
             self._requests.remember(caller, request.request_id, request.body_digest, generation.identifier)
+        for execution in new:
+            self._executions.publish(execution)
         self._live[generation.identifier] = generation
-        generation.accept(self._runtime.numerics_id(request.spec.model), estimate, jobs)
+        generation.accept(self._runtime.numerics_id(request.spec.model), estimate, executions)
         return generation
+
+    def _admit(self, new: Sequence[Execution], time_left_s: float | None) -> float:
+        """Only what must be computed needs room and time."""
+        output = self._engine.output(new[0].job)
+        return admit(self._engine.scheduler, self._limits, output, len(new), time_left_s)
+
+    def _find_executions(self, generation: Generation) -> tuple[list[Execution], list[Execution]]:
+        """For each output the execution that is on its way already or a new one; and the new ones."""
+        request = generation.request
+        spec, pipeline = request.spec, self.pipeline_of(generation)
+        executions: list[Execution] = []
+        new: dict[Hashable, Execution] = {}
+        for output in generation.outputs:
+            key = self._key(generation, output.seed)
+            execution = self._executions.find(key) or new.get(key)
+            if execution is not None:
+                output.disposition = Disposition.COALESCED
+            else:
+                job = Job(
+                    output_id=0,
+                    caller=f"{generation.caller.tenant}/{generation.caller.name}",
+                    priority=request.priority,
+                    pipeline=pipeline,
+                    latent_shape=pipeline.latent_shape(spec.width_px, spec.height_px),
+                    table=sampler_table(pipeline, spec),
+                    seed=output.seed,
+                    guidance_scale=spec.guidance_scale,
+                    token_ids=spec.token_ids_by_row,
+                    deadline=generation.deadline,
+                )
+                execution = self._executions.create(job, key)
+                new[key or object()] = execution
+            executions.append(execution)
+        return executions, list(new.values())
+
+    def _key(self, generation: Generation, seed: int) -> Hashable:
+        """What identical outputs of a tenant have in common; None: it is not to be shared."""
+        spec = generation.request.spec
+        if generation.request.cache.mode is CacheMode.BYPASS:
+            return None
+        numbers = (spec.width_px, spec.height_px, spec.num_inference_steps, spec.guidance_scale, spec.sampler)
+        digest = self.pipeline_of(generation).digest
+        return (generation.caller.tenant, digest, spec.token_ids_by_row, numbers, seed)
 
     def _known(self, identifier: str, request_id: str) -> Generation:
         generation = self._live.get(identifier) or self._finished.get(identifier)
@@ -118,11 +164,9 @@ class Generations:
 
     def _make(self, caller: Caller, request: Request, span: Span, time_left_s: float | None) -> Generation:
         identifier = secrets.token_hex(16)
-        pipeline = self._catalog.get(request.spec.model)
         settings = self._settings
         events = EventLog(
             f"generations/{identifier}",
-            Renderer(pipeline, self._engine.preview, self._engine.load, self._pool),
             self._clock,
             chunk_bytes=settings.chunk_bytes,
             max_watchers=settings.max_watchers,
@@ -131,10 +175,7 @@ class Generations:
             identifier,
             caller,
             request,
-            pipeline,
-            self._engine,
             events,
-            self._pool,
             self._clock,
             self._tracing,
             span,
@@ -187,7 +228,7 @@ class Generations:
             return
         left = float("inf") if generation.deadline is None else generation.deadline - self._clock()
         if left <= 0:
-            return  # the engine ends it as expired
+            return  # it expires
         generation.suspend()
         loop = asyncio.get_running_loop()
         generation.grace = loop.call_later(min(left, disconnect.resume_grace_s), self._abandon, generation)
@@ -214,7 +255,7 @@ class Generations:
             settle = self._requests.release if lost else self._requests.ended
             settle(generation.caller, generation.request.request_id)
         self._trim()
-        assert generation.times.ended is not None and generation.status is not None
+        assert generation.times.ended is not None
         log_of, times = generation.log, generation.times
         code = "OK" if generation.error is None else generation.error.status.name
         self._metrics.ended(code, generation.times.ended - times.accepted)
@@ -258,21 +299,14 @@ class Generations:
         if not scheduler.num_waiting():
             return
         places = {
-            output_id: place
-            for priority in Priority
-            for place, output_id in enumerate(scheduler.waiting_order(priority))
+            place_id: place for priority in Priority for place, place_id in enumerate(scheduler.waiting_order(priority))
         }
         pace = scheduler.backlog_s() / max(1, scheduler.num_outputs)
-        now = self._clock()
+        now = datetime.now(UTC)
         for generation in self._live.values():
-            mine = [places[o.output_id] for o in generation.outputs if o.output_id in places]
+            mine = [places[output_id] for output_id in generation.output_ids if output_id in places]
             if generation.state is State.QUEUED and mine:
-                start = convert.timestamp(generation.create_time)
-                start.FromNanoseconds(
-                    start.ToNanoseconds() + int(1e9 * (now - generation.times.accepted + min(mine) * pace))
-                )
-                queued = pb.Queued(position=min(mine), estimated_start_time=start)
-                generation.log.publish(pb.GenerationEvent(queued=queued))
+                generation.log.publish(Queued(min(mine), now + timedelta(seconds=min(mine) * pace)))
 
     def _end_stalled(self) -> None:
         now = self._clock()
@@ -303,4 +337,4 @@ class Generations:
             metadata=metadata,
             retry_after_s=1.0,
         )
-        generation.stop(error, pb.OutputFinished.FINISH_REASON_FAILED)
+        generation.stop(error, FinishReason.FAILED)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +25,24 @@ class Encoded:
     height_px: int
     stride_bytes: int
     data: bytes
+
+
+class Developed:
+    """A finished picture, (H, W, 3) uint8 sRGB, and its encodings: each is made once, in `pool`."""
+
+    def __init__(self, pixels: Pixels, pool: Executor) -> None:
+        self.pixels = pixels
+        self._pool = pool
+        self._encodings: dict[PixelEncoding, asyncio.Task[Encoded]] = {}
+
+    async def encoded(self, encoding: PixelEncoding) -> Encoded:
+        """The picture in an encoding."""
+        if (task := self._encodings.get(encoding)) is None:
+            task = self._encodings[encoding] = asyncio.create_task(self._encode(encoding))
+        return await asyncio.shield(task)
+
+    async def _encode(self, encoding: PixelEncoding) -> Encoded:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, encode, self.pixels, encoding)
 
 
 def encode(pixels: Pixels, encoding: PixelEncoding) -> Encoded:

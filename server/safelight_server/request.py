@@ -57,6 +57,24 @@ class PreviewPolicy:
     max_bytes_per_second: int | None = None
 
 
+class CacheMode(enum.Enum):
+    """What may serve a request beside its own development.
+
+    DEFAULT: an identical output, finished or on its way.
+    BYPASS:  nothing; and nobody joins it.
+    """
+
+    DEFAULT = "default"
+    BYPASS = "bypass"
+
+
+@dataclass(frozen=True, slots=True)
+class CachePolicy:
+    """What may serve a request."""
+
+    mode: CacheMode = CacheMode.DEFAULT
+
+
 @dataclass(frozen=True, slots=True)
 class DisconnectPolicy:
     """What happens when the last stream is lost: run on, or stop and keep the state for the grace."""
@@ -89,6 +107,11 @@ class Spec:
     sampler: SamplerSpec
     seeds: tuple[int, ...]
 
+    @property
+    def token_ids_by_row(self) -> tuple[tuple[int, ...], ...]:
+        """Token ids of the prompts of a step's rows: the prompt and, with guidance, the negative prompt."""
+        return (self.token_ids,) if self.negative_token_ids is None else (self.token_ids, self.negative_token_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class Notice:
@@ -107,6 +130,7 @@ class Request:
     encoding: PixelEncoding
     priority: Priority
     disconnect: DisconnectPolicy
+    cache: CachePolicy = CachePolicy()
     request_id: str = ""
     body_digest: bytes = b""
     labels: Mapping[str, str] = field(default_factory=dict)

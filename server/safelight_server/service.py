@@ -166,7 +166,7 @@ class Service:
             generation.log.update_policy(policy)
         if priority is not None:
             generation.set_priority(priority)
-        return pb.UpdateGenerationResponse(generation=generation.message())
+        return pb.UpdateGenerationResponse(generation=convert.generation_message(generation.view()))
 
     async def cancel_generation(
         self, request: pb.CancelGenerationRequest, caller: Caller
@@ -174,12 +174,12 @@ class Service:
         """Stops a generation."""
         generation = self._generations.get(caller, resolve_name(request.name, "generations"))
         generation.stop(GenerationCancelledError("it was cancelled"))
-        return pb.CancelGenerationResponse(generation=generation.message())
+        return pb.CancelGenerationResponse(generation=convert.generation_message(generation.view()))
 
     async def get_generation(self, request: pb.GetGenerationRequest, caller: Caller) -> pb.GetGenerationResponse:
         """Returns a generation."""
         generation = self._generations.get(caller, resolve_name(request.name, "generations"))
-        return pb.GetGenerationResponse(generation=generation.message())
+        return pb.GetGenerationResponse(generation=convert.generation_message(generation.view()))
 
     async def list_models(
         self, request: models_pb2.ListModelsRequest, _caller: Caller

@@ -222,6 +222,25 @@ async def test_what_another_tenant_owns_does_not_exist(start, tmp_path):
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
+async def test_tenants_do_not_share(start, tmp_path):
+    from safelight_server.identity import new_key
+
+    (ann, ann_entry), (bob, bob_entry) = new_key("ann", "a"), new_key("bob", "b")
+    keys = tmp_path / "keys.json"
+    keys.write_text(f'{{"keys": [{ann_entry}, {bob_entry}]}}')
+    async with (
+        start(api_key_file=keys, runtime="simulated") as running,
+        grpc.aio.insecure_channel(running.address) as channel,
+    ):
+        stub = stubs.GenerationServiceStub(channel)
+        metadata = [(("authorization", f"Bearer {value}"),) for value in (ann, bob)]
+        calls = [asyncio.create_task(collect(stub.Generate(request(steps=50), metadata=who))) for who in metadata]
+        await eventually(lambda: len(running.generations._live) == 2)
+        assert running.generations._engine.scheduler.num_outputs == 2
+        for events in await asyncio.gather(*calls):
+            assert events[-1].finished.cache_results[0].disposition == pb.CacheResult.DISPOSITION_MISS
+
+
 async def test_a_deadline_that_cannot_be_met_is_refused_before_anything_is_computed(server):
     running, stub = server
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -234,7 +253,7 @@ async def test_a_full_queue_says_when_to_come_back(start):
     limits = {"max_running_outputs": 1, "max_waiting_per_caller": 2}
     async with start(**limits) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
-        calls = [asyncio.create_task(collect(stub.Generate(request(steps=50)))) for _ in range(2)]
+        calls = [asyncio.create_task(collect(stub.Generate(request(seed, steps=50)))) for seed in (1, 2)]
         await eventually(lambda: len(running.generations._live) == 2)
         message = request()
         message.spec.outputs.extend([pb.OutputSpec(seed=8)])
@@ -303,3 +322,56 @@ async def test_updates_reach_a_running_generation(server):
             assert answer.generation.priority == pb.PRIORITY_BATCH
     steps = [event.preview.step for event in events if event.WhichOneof("event") == "preview"]
     assert max(steps) < 20
+
+
+async def test_identical_requests_are_developed_once_and_each_keeps_what_is_its_own(server):
+    running, stub = server
+    first, second = request(steps=30), request(steps=30)
+    second.encoding.media_type = "image/webp"
+    calls, streams = [], []
+    for message in (first, second, request(steps=30)):
+        calls.append(stub.Generate(message))
+        streams.append(asyncio.create_task(collect(calls[-1])))
+        await eventually(lambda: len(running.generations._live) == len(calls))
+    assert running.generations._engine.scheduler.num_outputs == 1
+    await eventually(lambda: any(g.outputs[0].step > 2 for g in running.generations._live.values()))
+    calls[0].cancel()  # the one that began it
+    *_, done, again = await asyncio.gather(*streams, return_exceptions=True)
+    for events, media_type in ((done, "image/webp"), (again, "image/png")):
+        assert kinds(events)[-1] == "finished"
+        [result] = events[-1].finished.cache_results
+        assert result.disposition == pb.CacheResult.DISPOSITION_COALESCED
+        chunks = [e.artifact_chunk for e in events if e.WhichOneof("event") == "artifact_chunk"]
+        assert {chunk.media_type for chunk in chunks} == {media_type}
+    alone = request(steps=30)
+    alone.cache.mode = pb.CachePolicy.MODE_BYPASS
+    undisturbed = await collect(stub.Generate(alone))
+    assert np.array_equal(pixels(again), pixels(undisturbed))
+    assert undisturbed[-1].finished.cache_results[0].disposition == pb.CacheResult.DISPOSITION_MISS
+    counted = done[-1].finished.usage.num_steps + again[-1].finished.usage.num_steps
+    assert 0 < counted < 30, "the steps before the cancel count for the one that left; none counts twice"
+
+
+async def test_bypass_neither_joins_nor_is_joined(server):
+    running, stub = server
+    alone = request(steps=20)
+    alone.cache.mode = pb.CachePolicy.MODE_BYPASS
+    calls = [asyncio.create_task(collect(stub.Generate(r))) for r in (alone, request(steps=20), alone)]
+    await eventually(lambda: len(running.generations._live) == 3)
+    assert running.generations._engine.scheduler.num_outputs == 3
+    results = await asyncio.gather(*calls)
+    assert all(np.array_equal(pixels(results[0]), pixels(other)) for other in results[1:])
+
+
+async def test_a_shared_generation_that_is_lost_comes_back_to_what_others_have_made(server):
+    running, stub = server
+    call, other = stub.Generate(request(steps=40)), asyncio.create_task(collect(stub.Generate(request(steps=40))))
+    name = (await anext(aiter(call))).event.generation
+    await eventually(lambda: len(running.generations._live) == 2)
+    call.cancel()
+    lost = running.generations._live[name.partition("/")[2]]
+    await eventually(lambda: lost.state.name == "SUSPENDED")
+    step = lost.outputs[0].step
+    await eventually(lambda: max(g.outputs[0].step for g in running.generations._live.values()) > step + 3)
+    events = await collect(stub.WatchGeneration(pb.WatchGenerationRequest(name=name)))
+    assert np.array_equal(pixels(events), pixels(await other))

@@ -5,20 +5,46 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from datetime import UTC, datetime
 
 import numpy as np
 from safelight.v1 import generation_pb2 as pb
+from safelight_server.events import (
+    Accepted,
+    Finished,
+    FinishReason,
+    OutputFinished,
+    Progress,
+    Queued,
+    Timings,
+    Usage,
+)
 from safelight_server.picture import Encoded
 from safelight_server.preview import Frame, Renderer
-from safelight_server.request import MediaType, PixelEncoding, PreviewMethod, PreviewPolicy
+from safelight_server.request import MediaType, PixelEncoding, PreviewMethod, PreviewPolicy, Spec
 from safelight_server.runtime.base import Component, FloatArray
 from safelight_server.runtime.simulated import LATENT, simulated_pipeline
+from safelight_server.sampler import SamplerSpec
 from safelight_server.stream import EventLog, Watcher
 
 RAW = PixelEncoding(MediaType.RAW_RGBA8)
 LINEAR = PreviewPolicy(encoding=RAW, method=PreviewMethod.LINEAR)
 TINY = PreviewPolicy(encoding=RAW, method=PreviewMethod.TINY_DECODER)
 NONE = PreviewPolicy(method=PreviewMethod.NONE)
+SPEC = Spec(
+    model="simulated",
+    revision="1",
+    prompt="x",
+    negative_prompt="",
+    token_ids=(1,),
+    negative_token_ids=None,
+    width_px=16,
+    height_px=16,
+    num_inference_steps=50,
+    guidance_scale=1.0,
+    sampler=SamplerSpec("ddim", "trailing"),
+    seeds=(1,),
+)
 PICTURE = Encoded(MediaType.RAW_RGBA8, 16, 16, 64, bytes(range(256)) * 16)
 PIECE_BYTES = 1000
 TURNS = 12
@@ -53,14 +79,14 @@ class Decoder:
 
     def __init__(self) -> None:
         self.shut = False
-        self.calls: list[tuple[int, Component]] = []
+        self.calls: list[Component] = []
         self.waiting: list[asyncio.Future[FloatArray | None]] = []
         self.on_call: Callable[[], None] = lambda: None
 
-    async def __call__(self, output_id: int, latent: FloatArray, component: Component) -> FloatArray | None:
+    async def __call__(self, latent: FloatArray, component: Component) -> FloatArray | None:
         """As `Engine.preview`."""
         self.on_call()
-        self.calls.append((output_id, component))
+        self.calls.append(component)
         if not self.shut:
             return self.image()
         future = asyncio.get_running_loop().create_future()
@@ -83,35 +109,39 @@ class Stage:
     def __init__(self, max_watchers: int = 8) -> None:
         self.clock = Clock()
         self.decoder = Decoder()
-        self.renderer = Renderer(simulated_pipeline(), self.decoder, lambda: 0.0, Here())
-        self.log = EventLog(
-            "generations/x", self.renderer, self.clock, chunk_bytes=PIECE_BYTES, max_watchers=max_watchers
-        )
+        self.renderers: dict[int, Renderer] = {}
+        self.log = EventLog("generations/x", self.clock, chunk_bytes=PIECE_BYTES, max_watchers=max_watchers)
         self.num_frames = 0
+
+    @property
+    def num_rendered(self) -> int:
+        """Previews made."""
+        return sum(renderer.num_rendered for renderer in self.renderers.values())
 
     def accept(self) -> None:
         """The first event."""
-        self.log.publish(pb.GenerationEvent(accepted=pb.Accepted()))
+        self.log.publish(Accepted(SPEC, "numerics", RAW, 1.0))
 
     def queue(self, position: int = 0) -> None:
         """It waits."""
-        self.log.publish(pb.GenerationEvent(queued=pb.Queued(position=position)))
+        self.log.publish(Queued(position, datetime(2026, 1, 1, tzinfo=UTC)))
 
     def step(self, step: int, output: int = 0) -> None:
         """What the engine's report of a step leads to."""
-        self.log.publish(pb.GenerationEvent(progress=pb.Progress(output_index=output, step=step)))
+        self.log.publish(Progress(output, step, 50, 1, 1.0))
         if self.log.wants_frame(output, step):
             self.num_frames += 1
-            self.log.frame(Frame(1, output, step, np.zeros(LATENT, np.float32)))
+            if output not in self.renderers:
+                self.renderers[output] = Renderer(simulated_pipeline(), self.decoder, lambda: 0.0, Here())
+            self.log.frame(output, Frame(self.renderers[output], step, np.zeros(LATENT, np.float32)))
 
-    def end(self, output: int = 0, reason: pb.OutputFinished.FinishReason.ValueType = 1) -> None:
+    def end(self, output: int = 0, reason: FinishReason = FinishReason.COMPLETED) -> None:
         """An output ends; with a picture only if the test says so before."""
-        message = pb.OutputFinished(output_index=output, finish_reason=reason)
-        self.log.publish(pb.GenerationEvent(output_finished=message))
+        self.log.publish(OutputFinished(output, reason, 0))
 
     def finish(self) -> None:
         """The last event."""
-        self.log.publish(pb.GenerationEvent(finished=pb.Finished()))
+        self.log.publish(Finished(None, Usage(), Timings()))
 
     def complete(self, output: int = 0, *, last: bool = True) -> None:
         """A picture and its end."""

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safelight.v1 import generation_pb2 as pb
 from safelight_server import convert
+from safelight_server.convert import statuses, times, words
 from safelight_server.errors import (
     AlreadyExistsError,
     FieldViolation,
@@ -151,19 +152,23 @@ def test_an_encoding_tells_what_counts_for_it(encoding: PixelEncoding) -> None:
 
 def test_every_enum_of_the_contract_has_our_word() -> None:
     for ours, enum in (
-        (convert.PRIORITIES, pb.Priority.DESCRIPTOR),
-        (convert.PREVIEW_METHODS, pb.PreviewMethod.DESCRIPTOR),
-        (convert.SPACINGS, pb.TimestepSpacing.DESCRIPTOR),
-        (convert.SIGMA_SCHEDULES, pb.SigmaSchedule.DESCRIPTOR),
-        (convert.ROLES, pb.Prompt.Role.DESCRIPTOR),
-        (convert.BOTTOM_UP, pb.PixelEncoding.RowOrder.DESCRIPTOR),
-        (convert.DETACH, pb.DisconnectPolicy.Action.DESCRIPTOR),
+        (words.PRIORITIES, pb.Priority.DESCRIPTOR),
+        (words.PREVIEW_METHODS, pb.PreviewMethod.DESCRIPTOR),
+        (words.SPACINGS, pb.TimestepSpacing.DESCRIPTOR),
+        (words.SIGMA_SCHEDULES, pb.SigmaSchedule.DESCRIPTOR),
+        (words.ROLES, pb.Prompt.Role.DESCRIPTOR),
+        (words.BOTTOM_UP, pb.PixelEncoding.RowOrder.DESCRIPTOR),
+        (words.DETACH, pb.DisconnectPolicy.Action.DESCRIPTOR),
+        (words.CACHE_MODES, pb.CachePolicy.Mode.DESCRIPTOR),
+        (words.STATES, pb.Generation.State.DESCRIPTOR),
+        (words.REASONS, pb.OutputFinished.FinishReason.DESCRIPTOR),
+        (words.DISPOSITIONS, pb.CacheResult.Disposition.DESCRIPTOR),
     ):
         assert sorted(ours.values()) == [value.number for value in enum.values if value.number]
     for priority in Priority:
-        assert pb.Priority.Name(convert.priority_message(priority)) == f"PRIORITY_{priority.name}"
+        assert pb.Priority.Name(words.PRIORITIES[priority]) == f"PRIORITY_{priority.name}"
     for method in PreviewMethod:
-        assert pb.PreviewMethod.Name(convert.PREVIEW_METHODS[method]) == f"PREVIEW_METHOD_{method.name}"
+        assert pb.PreviewMethod.Name(words.PREVIEW_METHODS[method]) == f"PREVIEW_METHOD_{method.name}"
 
 
 def test_the_digest_covers_all_but_the_request_id() -> None:
@@ -185,14 +190,15 @@ def test_the_digest_covers_all_but_the_request_id() -> None:
         digest(scheduling=pb.Scheduling(priority=pb.PRIORITY_BATCH)),
         digest(disconnect=pb.DisconnectPolicy(action=pb.DisconnectPolicy.ACTION_DETACH)),
         digest(labels={"a": "1"}),
+        digest(cache=pb.CachePolicy(mode=pb.CachePolicy.MODE_BYPASS)),
     }
-    assert len(others - {plain}) == 7
+    assert len(others - {plain}) == 8
 
 
 def test_times_keep_their_value() -> None:
-    assert convert.duration(1.25).ToMilliseconds() == 1250
+    assert times.duration(1.25).ToMilliseconds() == 1250
     at = datetime(2026, 1, 2, 3, 4, 5, 678_000, tzinfo=UTC)
-    assert convert.timestamp(at).ToDatetime(tzinfo=UTC) == at
+    assert times.timestamp(at).ToDatetime(tzinfo=UTC) == at
 
 
 async def test_a_model_says_what_it_offers(tmp_path: Path) -> None:
@@ -212,4 +218,4 @@ async def test_a_model_says_what_it_offers(tmp_path: Path) -> None:
 
 
 def test_statuses_are_those_of_grpc() -> None:
-    assert convert.OK.code == grpc.StatusCode.OK.value[0]
+    assert statuses.OK.code == grpc.StatusCode.OK.value[0]

@@ -123,14 +123,14 @@ class Decoder:
     """Counts what it is asked; the image is as large as the simulated runtime's."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[int, Component]] = []
+        self.asked: list[Component] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.failure: Exception | None = None
         self.superseded = False
 
-    async def __call__(self, output_id, latent, component):
-        self.asked.append((output_id, component))
+    async def __call__(self, latent, component):
+        self.asked.append(component)
         await self.gate.wait()
         if self.failure:
             raise self.failure
@@ -138,7 +138,7 @@ class Decoder:
 
 
 def frame(step: int = 3) -> Frame:
-    return Frame(1, 0, step, np.zeros(LATENT, np.float32))
+    return Frame(None, step, np.zeros(LATENT, np.float32))
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ async def test_a_frame_is_decoded_once_per_method_and_encoded_once_per_encoding_
     seen = frame()
     asked = [(TINY, JPEG, None)] * 5 + [(TINY, RAW, 16)] * 3 + [(TINY, RAW, None), (LINEAR, RAW, None)]
     rendered = await asyncio.gather(*(renderer.render(seen, *what) for what in asked))
-    assert decoder.asked == [(1, Component.PREVIEW_DECODER)], "an encoding of its own is no reason to decode again"
+    assert decoder.asked == [Component.PREVIEW_DECODER], "an encoding of its own is no reason to decode again"
     assert renderer.num_rendered == 4
     assert len({id(one) for one in rendered}) == 4
     assert [one.picture.width_px for one in rendered] == [SIZE_PX] * 5 + [16] * 3 + [SIZE_PX, LATENT[2]]

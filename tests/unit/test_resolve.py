@@ -16,6 +16,7 @@ from safelight_server.catalog import Catalog
 from safelight_server.convert import draft_preview, draft_priority, draft_request
 from safelight_server.draft import (
     MAX_ENTRIES,
+    CacheDraft,
     DisconnectDraft,
     Draft,
     EncodingDraft,
@@ -27,7 +28,15 @@ from safelight_server.draft import (
     Unknown,
 )
 from safelight_server.errors import InvalidRequestError, NotFoundError
-from safelight_server.request import DisconnectPolicy, MediaType, PixelEncoding, PreviewMethod, PreviewPolicy, Request
+from safelight_server.request import (
+    CacheMode,
+    DisconnectPolicy,
+    MediaType,
+    PixelEncoding,
+    PreviewMethod,
+    PreviewPolicy,
+    Request,
+)
 from safelight_server.resolve import (
     RequestLimits,
     find_model,
@@ -275,6 +284,12 @@ FAULTS: list[tuple[str, pb.GenerateRequest, str, str]] = [
         pb.GenerateRequest(spec=pb.GenerationSpec(prompt="red"), scheduling=pb.Scheduling(priority=9)),
         "scheduling.priority",
         "must be one of PRIORITY_INTERACTIVE, PRIORITY_STANDARD, PRIORITY_BATCH",
+    ),
+    (
+        "cache mode 9",
+        pb.GenerateRequest(spec=pb.GenerationSpec(prompt="red"), cache=pb.CachePolicy(mode=9)),
+        "cache.mode",
+        "must be one of MODE_DEFAULT, MODE_BYPASS",
     ),
     ("action 9", disconnect(action=9), "disconnect.action", "must be ACTION_CANCEL or ACTION_DETACH"),
     ("grace -1", disconnect(resume_grace={"seconds": -1}), "disconnect.resume_grace", GRACE),
@@ -555,6 +570,7 @@ DRAFTS = st.builds(
     encoding=maybe(ENCODINGS),
     priority=maybe(st.sampled_from(Priority) | UNKNOWN),
     disconnect=st.builds(DisconnectDraft, detach=maybe(st.booleans() | UNKNOWN), resume_grace_s=maybe(st.floats())),
+    cache=st.builds(CacheDraft, mode=maybe(st.sampled_from(CacheMode) | UNKNOWN)),
     request_id=st.sampled_from(["", UUID, "x", UUID + "\n"]),
     labels=st.dictionaries(st.text(max_size=70), st.text(max_size=260), max_size=18),
 )
@@ -618,6 +634,7 @@ def test_every_field_of_the_contract_has_a_place_in_a_draft() -> None:
         (SamplerDraft, pb.SamplerSpec, {}),
         (PreviewDraft, pb.PreviewPolicy, {"min_interval": "min_interval_s"}),
         (EncodingDraft, pb.PixelEncoding, {"row_order": "bottom_up"}),
+        (CacheDraft, pb.CachePolicy, {}),
         (DisconnectDraft, pb.DisconnectPolicy, {"action": "detach", "resume_grace": "resume_grace_s"}),
     ):
         sent = {renamed.get(field.name, field.name) for field in message.DESCRIPTOR.fields}

@@ -146,10 +146,10 @@ def test_a_failed_batch_runs_again_from_the_same_step_or_ends_its_outputs():
     s = scheduler()
     s.add(output(1), 0)
     [batch] = encode(s)
-    assert s.fail(batch.batch_id, retryable=True) == []
+    assert s.fail(batch.batch_id) == []
     [again] = s.schedule(0, [0])
     assert [(row.output_id, row.step) for row in again.rows] == [(1, 0)]
-    names = [type(event).__name__ for event in s.fail(again.batch_id, retryable=False)]
+    names = [type(event).__name__ for event in s.fail(again.batch_id, {1})]
     assert names == ["Released", "Failed"]
     assert s.num_outputs == 0
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safelight.v1 import generation_pb2 as pb
 from safelight_server.errors import InvalidRequestError, QueueFullError
+from safelight_server.events import FinishReason
 from safelight_server.request import PreviewPolicy
 
 from tests.support.streams import LINEAR, NONE, PICTURE, TINY, Reader, Stage, kinds, picture, previews, settle
@@ -57,7 +58,7 @@ async def test_a_replay_has_only_what_still_means_something(stage):
     stage.accept()
     stage.queue()
     stage.step(4)
-    stage.end(1, pb.OutputFinished.FINISH_REASON_FAILED)
+    stage.end(1, FinishReason.FAILED)
     stage.complete()
     reader = Reader(stage.log.watch(LINEAR))
     await reader.drain()
@@ -74,7 +75,7 @@ async def test_a_replay_has_only_what_still_means_something(stage):
 async def test_a_replay_of_one_cancelled_in_the_queue_ends_with_finished(stage):
     stage.accept()
     stage.queue(5)
-    stage.end(0, pb.OutputFinished.FINISH_REASON_CANCELLED)
+    stage.end(0, FinishReason.CANCELLED)
     stage.finish()
     reader = Reader(stage.log.watch(LINEAR))
     assert kinds(await reader.drain()) == ["accepted", "output_finished", "finished"]
@@ -94,7 +95,7 @@ async def test_nothing_follows_finished(stage):
     reader.collect()  # held up from here on, with a preview under way
     stage.step(3)
     stage.queue()
-    stage.end(0, pb.OutputFinished.FINISH_REASON_CANCELLED)
+    stage.end(0, FinishReason.CANCELLED)
     stage.finish()
     stage.decoder.answer()
     await settle()
@@ -171,12 +172,6 @@ def test_both_calls_have_the_same_wire_form():
     both = [message.DESCRIPTOR for message in (pb.GenerateResponse, pb.WatchGenerationResponse)]
     fields = [[(field.number, field.name, field.message_type.full_name) for field in one.fields] for one in both]
     assert fields[0] == fields[1]
-
-
-@pytest.mark.parametrize("event", [pb.GenerationEvent(), pb.GenerationEvent(preview=pb.Preview())])
-def test_what_has_no_lane_is_not_published(stage, event):
-    with pytest.raises(ValueError, match="not published"):
-        stage.log.publish(event)
 
 
 # --- the newest of the rest ---

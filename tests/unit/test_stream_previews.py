@@ -51,7 +51,7 @@ async def test_nothing_is_rendered_while_nobody_takes(stage, reader):
     assert kinds(await reader.drain()) == ["progress", "preview"]
     [preview] = previews(reader.events)
     assert (preview.step, preview.num_dropped) == (29, 28)
-    assert stage.renderer.num_rendered == 1
+    assert stage.num_rendered == 1
     assert (stage.log.num_previews, stage.log.num_dropped) == (1, 28)
     assert stage.log.preview_bytes == len(preview.data)
 
@@ -158,11 +158,11 @@ async def test_a_later_stream_sees_the_newest_frame_at_once(stage, reader):
     for step in range(1, 4):
         stage.step(step)
         await reader.drain()
-    num_rendered = stage.renderer.num_rendered
+    num_rendered = stage.num_rendered
     later = Reader(stage.log.watch(dataclasses.replace(TINY, every_n_steps=50)))
     await later.drain()
     assert steps(later.events) == [3]
-    assert stage.renderer.num_rendered == num_rendered, "it was made already"
+    assert stage.num_rendered == num_rendered, "it was made already"
     stage.log.artifact(0, PICTURE)
     last = Reader(stage.log.watch(TINY))
     await last.drain()
@@ -187,7 +187,7 @@ async def test_streams_with_two_encodings_share_the_decoded_image(stage, reader)
         for each in (reader, *others):
             await each.drain()
     assert len(stage.decoder.calls) == 5
-    assert stage.renderer.num_rendered == 10
+    assert stage.num_rendered == 10
     assert stage.log.num_previews == 15
     assert {preview.media_type for preview in previews(others[1].events)} == {"image/jpeg"}
 

@@ -6,5 +6,16 @@ async with safelight.Client("127.0.0.1:8421") as client:
 """
 
 from safelight.client import Client, Finished, GenerationError, Picture, Preview, Progress
+from safelight.v1.generation_pb2 import CachePolicy, PixelEncoding, PreviewPolicy
 
-__all__ = ["Client", "Finished", "GenerationError", "Picture", "Preview", "Progress"]
+__all__ = [
+    "CachePolicy",
+    "Client",
+    "Finished",
+    "GenerationError",
+    "Picture",
+    "PixelEncoding",
+    "Preview",
+    "PreviewPolicy",
+    "Progress",
+]

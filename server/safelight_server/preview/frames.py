@@ -1,7 +1,8 @@
 """A frame: how one output looks at one step, and all that was made of it.
 
-Invariant: whatever is made of a frame is made at most once, however many ask,
-and is kept only as long as the frame is.
+Generations that share an execution share its frames. Invariant: whatever is
+made of a frame is made at most once, however many ask, and is kept only as
+long as the frame is.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from safelight_server.picture import Encoded
 from safelight_server.request import PixelEncoding, PreviewMethod
@@ -17,19 +19,28 @@ from safelight_server.runtime.base import FloatArray
 Key = tuple[PreviewMethod, PixelEncoding, int | None]
 
 
+class Renderer(Protocol):
+    """Makes previews of the frames of one output; see `render.Renderer`."""
+
+    def render(
+        self, frame: Frame, wanted: PreviewMethod, encoding: PixelEncoding, max_edge_px: int | None
+    ) -> asyncio.Task[Rendered | None]:
+        """The preview of a frame."""
+
+
 @dataclass(eq=False, slots=True)
 class Rendered:
     """A preview that is ready to be sent.
 
     Attributes:
-        message: its event in serialized form, once a stream has needed it; kept for the other streams.
+        messages: its event in serialized form, by generation and output, once a stream has needed it; kept for the
+            other streams.
     """
 
-    output_index: int
     step: int
     method: PreviewMethod
     picture: Encoded
-    message: bytes | None = None
+    messages: dict[tuple[str, int], bytes] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)
@@ -37,18 +48,23 @@ class Frame:
     """How an output looks at a step.
 
     Attributes:
-        output_id: the engine's.
+        step: steps made.
         denoised: (C, h, w), a copy.
         auto: what AUTO means for this frame, once it was asked for: the same for all streams.
     """
 
-    output_id: int
-    output_index: int
+    renderer: Renderer
     step: int
     denoised: FloatArray
     auto: PreviewMethod | None = None
     _images: dict[PreviewMethod, asyncio.Task[FloatArray | None]] = field(default_factory=dict)
     _renders: dict[Key, asyncio.Task[Rendered | None]] = field(default_factory=dict)
+
+    def preview(
+        self, wanted: PreviewMethod, encoding: PixelEncoding, max_edge_px: int | None
+    ) -> asyncio.Task[Rendered | None]:
+        """The preview, or None where a newer frame took its place. Shared: do not cancel it."""
+        return self.renderer.render(self, wanted, encoding, max_edge_px)
 
     def image(
         self, method: PreviewMethod, start: Callable[[], asyncio.Task[FloatArray | None]]

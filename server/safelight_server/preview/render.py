@@ -22,7 +22,7 @@ from safelight_server.runtime.base import Component, FloatArray
 
 log = structlog.get_logger(__name__)
 
-Decode = Callable[[int, FloatArray, Component], Coroutine[None, None, FloatArray | None]]
+Decode = Callable[[FloatArray, Component], Coroutine[None, None, FloatArray | None]]
 COMPONENTS = {
     PreviewMethod.TINY_DECODER: Component.PREVIEW_DECODER,
     PreviewMethod.FULL_DECODER: Component.DECODER,
@@ -30,7 +30,7 @@ COMPONENTS = {
 
 
 class Renderer:
-    """Turns the frames of one generation into previews.
+    """Turns the frames of one output into previews.
 
     Args:
         decode: runs a decoder between the steps; None where a newer frame took its place.
@@ -46,7 +46,7 @@ class Renderer:
         self._decode = decode
         self._load = load
         self._pool = pool
-        self._decoded_step: dict[tuple[int, PreviewMethod], int] = {}
+        self._decoded_step: dict[PreviewMethod, int] = {}
         self.num_rendered = 0
 
     def render(
@@ -71,15 +71,14 @@ class Renderer:
         self.num_rendered += 1
         loop = asyncio.get_running_loop()
         picture = await loop.run_in_executor(self._pool, self._encode, frame, image, encoding, max_edge_px)
-        return Rendered(frame.output_index, frame.step, method, picture)
+        return Rendered(frame.step, method, picture)
 
     async def _decode_newest(self, frame: Frame, method: PreviewMethod) -> FloatArray | None:
         """Decodes a frame unless a newer one is on its way: a stream that lags must not take another's place."""
-        key = frame.output_index, method
-        if frame.step < self._decoded_step.get(key, 0):
+        if frame.step < self._decoded_step.get(method, 0):
             return None
-        self._decoded_step[key] = frame.step
-        return await self._decode(frame.output_id, frame.denoised, COMPONENTS[method])
+        self._decoded_step[method] = frame.step
+        return await self._decode(frame.denoised, COMPONENTS[method])
 
     def _encode(
         self, frame: Frame, image: FloatArray | None, encoding: PixelEncoding, max_edge_px: int | None

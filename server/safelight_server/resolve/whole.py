@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from safelight_server.catalog import Catalog, Pipeline
-from safelight_server.draft import Draft, PreviewDraft, Unknown
+from safelight_server.draft import CacheDraft, Draft, PreviewDraft, Unknown
 from safelight_server.errors import FieldViolation, InvalidRequestError, NotFoundError
-from safelight_server.request import Notice, PixelEncoding, PreviewPolicy, Request
+from safelight_server.request import CacheMode, CachePolicy, Notice, PixelEncoding, PreviewPolicy, Request
 from safelight_server.resolve.delivery import disconnect_of, encoding_of, preview_of
 from safelight_server.resolve.faults import Faults, listed, shown
 from safelight_server.resolve.spec import spec_of
@@ -43,6 +43,7 @@ def resolve_request(draft: Draft, catalog: Catalog, limits: RequestLimits) -> Re
     encoding = PixelEncoding() if draft.encoding is None else encoding_of(draft.encoding, "encoding", faults)
     priority = _priority(draft.priority, faults)
     disconnect = disconnect_of(draft.disconnect, limits.resume_grace_s, limits.max_resume_grace_s, faults)
+    cache = _cache(draft.cache, faults)
     request_id = _request_id(draft.request_id, faults)
     _check_labels(draft.labels, faults)
     faults.done()
@@ -54,6 +55,7 @@ def resolve_request(draft: Draft, catalog: Catalog, limits: RequestLimits) -> Re
         encoding=encoding,
         priority=priority,
         disconnect=disconnect,
+        cache=cache,
         request_id=request_id,
         body_digest=draft.body_digest,
         labels=dict(draft.labels),
@@ -119,6 +121,13 @@ def _priority(priority: Priority | Unknown | None, faults: Faults) -> Priority:
         faults.add("scheduling.priority", f"must be one of {names}")
         return Priority.STANDARD
     return Priority.STANDARD if priority is None else priority
+
+
+def _cache(draft: CacheDraft, faults: Faults) -> CachePolicy:
+    if isinstance(draft.mode, Unknown):
+        faults.add("cache.mode", f"must be one of {listed(f'MODE_{known.name}' for known in CacheMode)}")
+        return CachePolicy()
+    return CachePolicy(draft.mode or CacheMode.DEFAULT)
 
 
 def _request_id(request_id: str, faults: Faults) -> str:

@@ -1,10 +1,14 @@
 """Who is in the next batch: the pure scheduler of steps, previews, encodings and decodings.
 
-`types.py` has the vocabulary, `waiting.py` decides who starts, `core.py` who is
-in a batch.
+In the order of the data path: `types.py` the vocabulary; `core.py` the
+operations; `waiting.py` who starts; `deadlines.py` who expires; `lives.py` what
+becomes of each output; `ready.py` what stands in line for a batch, and what has
+failed is set apart; `batching.py` who is in it; `estimates.py` how long that
+will take; `invariants.py` what must always be true.
 """
 
 from safelight_server.scheduler.core import Scheduler
+from safelight_server.scheduler.estimates import NO_INSTANCE_S
 from safelight_server.scheduler.types import (
     WEIGHTS,
     Batch,
@@ -16,6 +20,7 @@ from safelight_server.scheduler.types import (
     InvariantError,
     Kind,
     Limits,
+    Member,
     Output,
     Priority,
     Released,
@@ -25,6 +30,7 @@ from safelight_server.scheduler.types import (
 )
 
 __all__ = [
+    "NO_INSTANCE_S",
     "WEIGHTS",
     "Batch",
     "CostModel",
@@ -35,6 +41,7 @@ __all__ = [
     "InvariantError",
     "Kind",
     "Limits",
+    "Member",
     "Output",
     "Priority",
     "Released",

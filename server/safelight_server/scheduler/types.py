@@ -55,7 +55,7 @@ class Output:
         rows_per_step: 1, or 2 with guidance.
         keys: by kind, who can share a batch: component version and shapes.
         conditioning: ids of the prompt embeddings it needs; an id wanted by many is encoded once.
-        deadline: on the caller's clock; past it the output expires.
+        deadline: on the caller's clock; past it the output expires. `Scheduler.set_deadline` changes it.
         first_step: more than 0 where it goes on after a pause.
     """
 
@@ -86,6 +86,10 @@ class Row:
     conditioning_id: str = ""
 
 
+Member = int | str
+"""What is in line for a batch and shares its fate: an output's id, or of an ENCODE batch a conditioning id."""
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Rows that one instance runs in one call."""
@@ -95,6 +99,13 @@ class Batch:
     key: str
     instance: int
     rows: tuple[Row, ...]
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """What the batch is for, each once, in the order of its rows."""
+        if self.kind is Kind.ENCODE:
+            return tuple(row.conditioning_id for row in self.rows)
+        return tuple(dict.fromkeys(row.output_id for row in self.rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +162,7 @@ class Limits:
     Attributes:
         max_running: outputs that have started and not ended; each holds latents.
         max_rows: largest batch, by kind and key.
+        num_instances: to begin with; `Scheduler.set_instances` changes it.
         preview_share: of instance time that previews may take from other work.
     """
 

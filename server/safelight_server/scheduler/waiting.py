@@ -1,34 +1,49 @@
 """Who starts next: classes by weight, callers in turn, the earliest deadline first.
 
 Classes are served by stride scheduling (Waldspurger & Weihl 1995): each grant
-moves a class on by 1 / weight, and the one least far goes next; a class that
-was empty starts where the others are, so that it saves nothing up. Bound: with
-every class full, of any 13 grants in a row 8 are INTERACTIVE, 4 STANDARD and 1
-BATCH; a caller's turn comes after one grant to each other caller of its class.
+moves a class on by 1 / weight, the one least far goes next, and a class that
+was empty joins where the last grant was made, so that it saves nothing up.
+
+Bounds, for an output while it waits in a class (arrivals, leavings and moves of
+others included), with `n` the grants that its class gets, its own the last:
+- another class of weight v gets at most floor(n * v / weight) + 1 grants;
+- another caller of its class gets at most one grant more than those of its own
+  caller that go before it;
+- of its own caller and class only those go before it whose (deadline, arrival)
+  is earlier; none counts as the latest deadline.
 """
 
 from __future__ import annotations
 
-import heapq
+import bisect
 import itertools
 import math
 from collections import OrderedDict
+from dataclasses import dataclass
 
 from safelight_server.scheduler.types import WEIGHTS, Output, Priority
 
-_Entry = tuple[float, int, int]
+Place = tuple[float, int, int]
+"""Deadline, arrival, output: the order of a caller's outputs."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    output: Output
+    priority: Priority
+    place: Place
 
 
 class WaitingQueue:
     """Outputs that have not started."""
 
     def __init__(self) -> None:
-        self._callers: dict[Priority, OrderedDict[str, list[_Entry]]] = {p: OrderedDict() for p in Priority}
-        self._outputs: dict[int, Output] = {}
-        self._class_of: dict[int, Priority] = {}
-        self._passes = dict.fromkeys(Priority, 0.0)
+        self._outputs: dict[int, _Waiting] = {}
+        self._callers: dict[Priority, OrderedDict[str, list[Place]]] = {p: OrderedDict() for p in Priority}
         self._counts = dict.fromkeys(Priority, 0)
         self._by_caller: dict[str, int] = {}
+        self._passes = dict.fromkeys(Priority, 0.0)
+        self._last_pass = 0.0
         self._arrivals = itertools.count()
 
     def __len__(self) -> int:
@@ -45,27 +60,27 @@ class WaitingQueue:
         """Outputs of a caller, over all classes."""
         return self._by_caller.get(caller, 0)
 
-    def push(self, output: Output, priority: Priority) -> None:
-        """Adds an output to a class."""
-        if not self._counts[priority]:
-            floor = min((self._passes[p] for p in Priority if self._counts[p]), default=self._passes[priority])
-            self._passes[priority] = max(self._passes[priority], floor)
-        deadline = math.inf if output.deadline is None else output.deadline
-        heap = self._callers[priority].setdefault(output.caller, [])
-        heapq.heappush(heap, (deadline, next(self._arrivals), output.output_id))
-        self._outputs[output.output_id] = output
-        self._class_of[output.output_id] = priority
-        self._counts[priority] += 1
-        self._by_caller[output.caller] = self._by_caller.get(output.caller, 0) + 1
+    def push(self, output: Output) -> None:
+        """Adds an output to its class."""
+        self._insert(output, output.priority, (_latest(output.deadline), next(self._arrivals), output.output_id))
 
-    def remove(self, output_id: int) -> Output:
-        """Takes an output out; its place in a heap is skipped when it comes up."""
-        output = self._outputs.pop(output_id)
-        self._counts[self._class_of.pop(output_id)] -= 1
-        self._by_caller[output.caller] -= 1
-        if not self._by_caller[output.caller]:
-            del self._by_caller[output.caller]
-        return output
+    def set_priority(self, output_id: int, priority: Priority) -> None:
+        """Moves an output to another class, where it has come when it came."""
+        if self._outputs[output_id].priority is not priority:
+            waiting = self._take(output_id)
+            self._insert(waiting.output, priority, waiting.place)
+
+    def set_deadline(self, output_id: int, deadline: float | None) -> None:
+        """Moves an output in its caller's order."""
+        waiting = self._outputs[output_id]
+        places = self._callers[waiting.priority][waiting.output.caller]
+        del places[bisect.bisect_left(places, waiting.place)]
+        waiting.place = (_latest(deadline), *waiting.place[1:])
+        bisect.insort(places, waiting.place)
+
+    def remove(self, output_id: int) -> None:
+        """Takes an output out."""
+        self._take(output_id)
 
     def pop(self) -> Output | None:
         """The output that starts next."""
@@ -73,34 +88,39 @@ class WaitingQueue:
         if not filled:
             return None
         priority = min(filled, key=lambda p: (self._passes[p], p))
+        self._last_pass = self._passes[priority]
         self._passes[priority] += 1 / WEIGHTS[priority]
         callers = self._callers[priority]
-        while True:
-            caller, heap = next(iter(callers.items()))
-            entry = self._live(heap, priority)
-            if not heap:
-                del callers[caller]
-            else:
-                callers.move_to_end(caller)
-            if entry is not None:
-                return self.remove(entry)
+        caller, places = next(iter(callers.items()))
+        callers.move_to_end(caller)
+        return self._take(places[0][2]).output
 
     def order(self, priority: Priority) -> list[int]:
         """The outputs of a class in the order in which they will start, if none comes or goes."""
-        queues = [
-            [entry[2] for entry in sorted(heap) if self._class_of.get(entry[2]) is priority]
-            for heap in self._callers[priority].values()
-        ]
-        turns = itertools.zip_longest(*queues)
-        return [output_id for turn in turns for output_id in turn if output_id is not None]
+        turns = itertools.zip_longest(*self._callers[priority].values())
+        return [place[2] for turn in turns for place in turn if place is not None]
 
-    def ids(self) -> list[int]:
-        """All outputs."""
-        return list(self._outputs)
+    def _insert(self, output: Output, priority: Priority, place: Place) -> None:
+        if not self._counts[priority]:
+            self._passes[priority] = max(self._passes[priority], self._last_pass)
+        bisect.insort(self._callers[priority].setdefault(output.caller, []), place)
+        self._outputs[output.output_id] = _Waiting(output, priority, place)
+        self._counts[priority] += 1
+        self._by_caller[output.caller] = self._by_caller.get(output.caller, 0) + 1
 
-    def _live(self, heap: list[_Entry], priority: Priority) -> int | None:
-        while heap:
-            output_id = heapq.heappop(heap)[2]
-            if self._class_of.get(output_id) is priority:
-                return output_id
-        return None
+    def _take(self, output_id: int) -> _Waiting:
+        waiting = self._outputs.pop(output_id)
+        caller, callers = waiting.output.caller, self._callers[waiting.priority]
+        places = callers[caller]
+        del places[bisect.bisect_left(places, waiting.place)]
+        if not places:
+            del callers[caller]
+        self._counts[waiting.priority] -= 1
+        self._by_caller[caller] -= 1
+        if not self._by_caller[caller]:
+            del self._by_caller[caller]
+        return waiting
+
+
+def _latest(deadline: float | None) -> float:
+    return math.inf if deadline is None else deadline

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from safelight.v1 import generation_pb2 as pb
 from safelight_server.errors import FieldViolation, InvalidRequestError, QueueFullError
+from safelight_server.events import Accepted, Event, Finished, OutputFinished, Progress, Queued, StateEvent
 from safelight_server.picture import Encoded
-from safelight_server.preview import Frame, Renderer
+from safelight_server.preview import Frame
 from safelight_server.request import PreviewPolicy
 from safelight_server.stream.watcher import Slot, Story, Watcher
 from safelight_server.stream.wire import Artifact, State, artifact, serialize
@@ -29,15 +29,12 @@ class EventLog:
         last_sequence: of the newest state event.
     """
 
-    def __init__(
-        self, generation: str, renderer: Renderer, clock: Callable[[], float], *, chunk_bytes: int, max_watchers: int
-    ) -> None:
+    def __init__(self, generation: str, clock: Callable[[], float], *, chunk_bytes: int, max_watchers: int) -> None:
         self.generation = generation
-        self.renderer = renderer
         self.watchers: set[Watcher] = set()
         self.last_sequence = 0
         self._clock = clock
-        self._story = Story(generation, renderer, clock)
+        self._story = Story(generation, clock)
         self._counts = self._story.counts
         self._chunk_bytes = chunk_bytes
         self._max_watchers = max_watchers
@@ -46,22 +43,20 @@ class EventLog:
 
     # --- what happens ---
 
-    def publish(self, event: pb.GenerationEvent) -> None:
+    def publish(self, event: Event) -> None:
         """Takes an event on the lane of its kind.
 
         Accepted, OutputFinished and Finished are numbered and reliable; Queued and Progress are newest-wins. Finished
         closes the log. Pictures and previews have `artifact` and `frame`.
         """
-        match event.WhichOneof("event"):
-            case "accepted" | "output_finished" | "finished":
+        match event:
+            case Accepted() | OutputFinished() | Finished():
                 self._append_state(event)
-            case "queued":
+            case Queued():
                 self._offer(QUEUED, event)
-            case "progress":
+            case Progress():
                 self._story.newest.pop(QUEUED, None)
-                self._offer(("progress", event.progress.output_index), event)
-            case kind:
-                raise ValueError(f"{kind} is not published as an event")
+                self._offer(("progress", event.output_index), event)
 
     def artifact(self, output_index: int, picture: Encoded) -> None:
         """Appends a finished picture."""
@@ -75,11 +70,17 @@ class EventLog:
         now = self._clock()
         return any(watcher.wants(output_index, step, now) for watcher in self.watchers)
 
-    def frame(self, frame: Frame) -> None:
+    def frame(self, output_index: int, frame: Frame) -> None:
         """Takes a frame that was wanted."""
-        self._frames[frame.output_index] = frame
+        self._frames[output_index] = frame
         for watcher in self.watchers:
-            watcher.frame(frame)
+            watcher.frame(output_index, frame)
+
+    def join(self, output_index: int, frame: Frame) -> None:
+        """Takes the newest frame of an output that was on its way before this generation came."""
+        self._frames[output_index] = frame
+        for watcher in self.watchers:
+            watcher.join(output_index, frame)
 
     # --- who watches ---
 
@@ -113,8 +114,8 @@ class EventLog:
             raise InvalidRequestError(faults)
         watcher = Watcher(self._story, policy, after_sequence, offsets, self._leave)
         self.watchers.add(watcher)
-        for frame in self._frames.values():
-            watcher.join(frame)
+        for output_index, frame in self._frames.items():
+            watcher.join(output_index, frame)
         return watcher
 
     def update_policy(self, policy: PreviewPolicy) -> None:
@@ -154,22 +155,22 @@ class EventLog:
         """When the first preview was handed over, on the clock."""
         return self._counts.first_at
 
-    def _append_state(self, event: pb.GenerationEvent) -> None:
+    def _append_state(self, event: StateEvent) -> None:
         self.last_sequence += 1
-        event.sequence = self.last_sequence
-        is_last = event.HasField("finished")
-        ends = event.output_finished.output_index if event.HasField("output_finished") else None
+        is_last = isinstance(event, Finished)
+        ends = event.output_index if isinstance(event, OutputFinished) else None
         if ends is not None:
             self._end_output(ends)
         self._story.closed = is_last
-        self._append(State(self.last_sequence, serialize(self.generation, event), ends, is_last))
+        data = serialize(self.generation, event, self.last_sequence)
+        self._append(State(self.last_sequence, data, ends, is_last))
 
     def _append(self, item: State | Artifact) -> None:
         self._story.items.append(item)
         for watcher in self.watchers:
             watcher.wake()
 
-    def _offer(self, slot: Slot, event: pb.GenerationEvent) -> None:
+    def _offer(self, slot: Slot, event: Event) -> None:
         self._story.newest[slot] = serialize(self.generation, event)
         for watcher in self.watchers:
             watcher.offer(slot)

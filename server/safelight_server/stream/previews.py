@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from safelight_server.preview import Budget, Cadence, Frame, Rendered, Renderer
+from safelight_server.preview import Budget, Cadence, Frame, Rendered
 from safelight_server.request import PreviewMethod, PreviewPolicy
 
 
@@ -48,13 +48,11 @@ class Previews:
 
     def __init__(
         self,
-        renderer: Renderer,
         policy: PreviewPolicy,
         clock: Callable[[], float],
         counts: Counts,
         ready: Callable[[int], None],
     ) -> None:
-        self._renderer = renderer
         self._clock = clock
         self._counts = counts
         self._ready = ready
@@ -83,20 +81,20 @@ class Previews:
             return False
         return self._cadence(output_index).due(step, now, busy=output_index in self._making)
 
-    def frame(self, frame: Frame) -> None:
+    def frame(self, output_index: int, frame: Frame) -> None:
         """Takes a frame if it is due, in place of an older one that nothing was made of."""
-        if self.wants(frame.output_index, frame.step, self._clock()):
-            self._take_up(frame)
+        if self.wants(output_index, frame.step, self._clock()):
+            self._take_up(output_index, frame)
 
-    def join(self, frame: Frame) -> None:
+    def join(self, output_index: int, frame: Frame) -> None:
         """Takes the newest frame there is, due or not: a stream that comes later sees something at once."""
         if self._policy.method is not PreviewMethod.NONE:
-            self._take_up(frame)
+            self._take_up(output_index, frame)
 
-    def _take_up(self, frame: Frame) -> None:
-        if frame.output_index in self._waiting:
-            self._drop(frame.output_index)
-        self._waiting[frame.output_index] = frame  # in the place in the line that the older one had
+    def _take_up(self, output_index: int, frame: Frame) -> None:
+        if output_index in self._waiting:
+            self._drop(output_index)
+        self._waiting[output_index] = frame  # in the place in the line that the older one had
         if self._open:
             self._start()
 
@@ -118,7 +116,7 @@ class Previews:
                 return
             frame, policy = self._waiting.pop(output_index), self._policy
             making = self._making[output_index] = _Making(self._budget, self._dropped.pop(output_index, 0))
-            task = self._renderer.render(frame, policy.method, policy.encoding, policy.max_edge_px)
+            task = frame.preview(policy.method, policy.encoding, policy.max_edge_px)
             task.add_done_callback(functools.partial(self._made, output_index, making))
 
     def _made(self, output_index: int, making: _Making, task: asyncio.Task[Rendered | None]) -> None:

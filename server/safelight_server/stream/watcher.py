@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 
-from safelight_server.preview import Frame, Renderer
+from safelight_server.preview import Frame
 from safelight_server.request import PreviewPolicy
 from safelight_server.stream.previews import Counts, Previews
 from safelight_server.stream.wire import Artifact, State, preview
@@ -27,7 +27,6 @@ class Story:
     """
 
     generation: str
-    renderer: Renderer
     clock: Callable[[], float]
     items: list[State | Artifact] = field(default_factory=list)
     newest: dict[Slot, bytes] = field(default_factory=dict)
@@ -59,7 +58,7 @@ class Watcher:
         self._cursor = 0
         self._piece: int | None = None
         self._slots: dict[Slot, None] = dict.fromkeys(story.newest)
-        self._previews = Previews(story.renderer, policy, story.clock, story.counts, self._preview_ready)
+        self._previews = Previews(policy, story.clock, story.counts, self._preview_ready)
         self._wakeup = asyncio.Event()
         self._closed = False
         self._yielding_since: float | None = None
@@ -106,13 +105,13 @@ class Watcher:
         """Whether a frame of this step is due here."""
         return self._previews.wants(output_index, step, now)
 
-    def frame(self, frame: Frame) -> None:
+    def frame(self, output_index: int, frame: Frame) -> None:
         """Takes a frame, if it is due."""
-        self._previews.frame(frame)
+        self._previews.frame(output_index, frame)
 
-    def join(self, frame: Frame) -> None:
+    def join(self, output_index: int, frame: Frame) -> None:
         """Takes the newest frame from before this stream."""
-        self._previews.join(frame)
+        self._previews.join(output_index, frame)
 
     def set_policy(self, policy: PreviewPolicy) -> None:
         """Takes a new preview policy."""
@@ -159,7 +158,7 @@ class Watcher:
 
     def _preview(self, output_index: int) -> bytes | None:
         taken = self._previews.take(output_index)
-        return None if taken is None else preview(self._story.generation, *taken)
+        return None if taken is None else preview(self._story.generation, output_index, *taken)
 
     def _preview_ready(self, output_index: int) -> None:
         self.offer((PREVIEW, output_index))

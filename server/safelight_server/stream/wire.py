@@ -11,15 +11,11 @@ import time
 from dataclasses import dataclass
 
 from safelight.v1 import generation_pb2 as pb
+from safelight_server.convert import event_message
+from safelight_server.convert.words import PREVIEW_METHODS
+from safelight_server.events import Event
 from safelight_server.picture import Encoded
 from safelight_server.preview import Rendered
-from safelight_server.request import PreviewMethod
-
-METHODS = {
-    PreviewMethod.LINEAR: pb.PREVIEW_METHOD_LINEAR,
-    PreviewMethod.TINY_DECODER: pb.PREVIEW_METHOD_TINY_DECODER,
-    PreviewMethod.FULL_DECODER: pb.PREVIEW_METHOD_FULL_DECODER,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +53,15 @@ class Artifact:
         return response.SerializeToString()
 
 
-def serialize(generation: str, event: pb.GenerationEvent) -> bytes:
-    """An event as a response of either stream, stamped with the time and the generation's name."""
+def serialize(generation: str, event: Event, sequence: int = 0) -> bytes:
+    """An event as a response of either stream."""
+    message = event_message(event)
+    message.sequence = sequence
+    return _stamped(generation, message)
+
+
+def _stamped(generation: str, event: pb.GenerationEvent) -> bytes:
+    """Stamped with the time and the generation's name."""
     event.generation = generation
     event.event_time.seconds, event.event_time.nanos = divmod(time.time_ns(), 1_000_000_000)
     return pb.GenerateResponse(event=event).SerializeToString()
@@ -79,24 +82,25 @@ def artifact(generation: str, output_index: int, picture: Encoded, piece_bytes: 
         chunk.data = picture.data[start : start + piece_bytes]
         if start + piece_bytes >= total:
             chunk.sha256 = hashlib.sha256(picture.data).digest()
-        pieces.append(serialize(generation, event))
+        pieces.append(_stamped(generation, event))
     return Artifact(output_index, total, piece_bytes, tuple(pieces))
 
 
-def preview(generation: str, rendered: Rendered, num_dropped: int) -> bytes:
-    """A preview; all streams that passed over as many share the bytes where that is none."""
-    if num_dropped == 0 and rendered.message is not None:
-        return rendered.message
+def preview(generation: str, output_index: int, rendered: Rendered, num_dropped: int) -> bytes:
+    """A preview; all streams of a generation that passed over none share the bytes."""
+    place = (generation, output_index)
+    if num_dropped == 0 and place in rendered.messages:
+        return rendered.messages[place]
     event, picture = pb.GenerationEvent(), rendered.picture
     message = event.preview
-    message.output_index, message.step = rendered.output_index, rendered.step
+    message.output_index, message.step = output_index, rendered.step
     message.media_type = picture.media_type.value
     message.width_px, message.height_px = picture.width_px, picture.height_px
     message.stride_bytes = picture.stride_bytes
-    message.method = METHODS[rendered.method]
+    message.method = PREVIEW_METHODS[rendered.method]
     message.num_dropped = num_dropped
     message.data = picture.data
-    data = serialize(generation, event)
+    data = _stamped(generation, event)
     if num_dropped == 0:
-        rendered.message = data
+        rendered.messages[place] = data
     return data

@@ -179,6 +179,7 @@ class GenerateRequest(_message.Message):
     SCHEDULING_FIELD_NUMBER: _builtins.int
     DISCONNECT_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """A UUID chosen by the client. While the server remembers it, the same id
     with the same request attaches to the running generation or replays its
@@ -215,6 +216,10 @@ class GenerateRequest(_message.Message):
         at most 63 and values of at most 255 characters.
         """
 
+    @_builtins.property
+    def cache(self) -> Global___CachePolicy:
+        """Whether work that was done before may serve this request."""
+
     def __init__(
         self,
         *,
@@ -225,10 +230,11 @@ class GenerateRequest(_message.Message):
         scheduling: Global___Scheduling | None = ...,
         disconnect: Global___DisconnectPolicy | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        cache: Global___CachePolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["disconnect", b"disconnect", "encoding", b"encoding", "preview", b"preview", "scheduling", b"scheduling", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "disconnect", b"disconnect", "encoding", b"encoding", "preview", b"preview", "scheduling", b"scheduling", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["disconnect", b"disconnect", "encoding", b"encoding", "labels", b"labels", "preview", b"preview", "request_id", b"request_id", "scheduling", b"scheduling", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "disconnect", b"disconnect", "encoding", b"encoding", "labels", b"labels", "preview", b"preview", "request_id", b"request_id", "scheduling", b"scheduling", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -610,6 +616,53 @@ class Scheduling(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Scheduling: _TypeAlias = Scheduling  # noqa: Y015
+
+@_typing.final
+class CachePolicy(_message.Message):
+    """Whether work that was done before, or is being done for an identical output
+    of the same tenant, may serve a request. Pixels are the same either way.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Mode:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[CachePolicy._Mode.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        MODE_UNSPECIFIED: CachePolicy._Mode.ValueType  # 0
+        """DEFAULT."""
+        MODE_DEFAULT: CachePolicy._Mode.ValueType  # 1
+        """An identical output: same model, tokens, spec and seed."""
+        MODE_BYPASS: CachePolicy._Mode.ValueType  # 2
+        """Nothing: it is developed anew, and nobody joins it."""
+
+    class Mode(_Mode, metaclass=_ModeEnumTypeWrapper):
+        """What may serve a request."""
+
+    MODE_UNSPECIFIED: CachePolicy.Mode.ValueType  # 0
+    """DEFAULT."""
+    MODE_DEFAULT: CachePolicy.Mode.ValueType  # 1
+    """An identical output: same model, tokens, spec and seed."""
+    MODE_BYPASS: CachePolicy.Mode.ValueType  # 2
+    """Nothing: it is developed anew, and nobody joins it."""
+
+    MODE_FIELD_NUMBER: _builtins.int
+    mode: Global___CachePolicy.Mode.ValueType
+    """What may serve a request."""
+    def __init__(
+        self,
+        *,
+        mode: Global___CachePolicy.Mode.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CachePolicy: _TypeAlias = CachePolicy  # noqa: Y015
 
 @_typing.final
 class DisconnectPolicy(_message.Message):
@@ -1080,6 +1133,7 @@ class Finished(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    CACHE_RESULTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def status(self) -> _status_pb2.Status:
         """OK, or why not, with its details."""
@@ -1092,24 +1146,76 @@ class Finished(_message.Message):
     def timings(self) -> Global___Timings:
         """Where the time went."""
 
+    @_builtins.property
+    def cache_results(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheResult]:
+        """Where each picture came from, by its place in the spec."""
+
     def __init__(
         self,
         *,
         status: _status_pb2.Status | None = ...,
         usage: Global___Usage | None = ...,
         timings: Global___Timings | None = ...,
+        cache_results: _abc.Iterable[Global___CacheResult] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["status", b"status", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_results", b"cache_results", "status", b"status", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Finished: _TypeAlias = Finished  # noqa: Y015
 
 @_typing.final
+class CacheResult(_message.Message):
+    """Where a picture came from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Disposition:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _DispositionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[CacheResult._Disposition.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        DISPOSITION_UNSPECIFIED: CacheResult._Disposition.ValueType  # 0
+        """There is no picture."""
+        DISPOSITION_MISS: CacheResult._Disposition.ValueType  # 1
+        """It was developed for this output."""
+        DISPOSITION_COALESCED: CacheResult._Disposition.ValueType  # 2
+        """It was developed for an identical output that was on its way already."""
+
+    class Disposition(_Disposition, metaclass=_DispositionEnumTypeWrapper):
+        """Where a picture came from."""
+
+    DISPOSITION_UNSPECIFIED: CacheResult.Disposition.ValueType  # 0
+    """There is no picture."""
+    DISPOSITION_MISS: CacheResult.Disposition.ValueType  # 1
+    """It was developed for this output."""
+    DISPOSITION_COALESCED: CacheResult.Disposition.ValueType  # 2
+    """It was developed for an identical output that was on its way already."""
+
+    DISPOSITION_FIELD_NUMBER: _builtins.int
+    disposition: Global___CacheResult.Disposition.ValueType
+    """Where the picture came from."""
+    def __init__(
+        self,
+        *,
+        disposition: Global___CacheResult.Disposition.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disposition", b"disposition"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheResult: _TypeAlias = CacheResult  # noqa: Y015
+
+@_typing.final
 class Usage(_message.Message):
-    """What a generation has used so far."""
+    """What a generation has used so far. Work that several generations share counts
+    for the one that came first and is still there.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

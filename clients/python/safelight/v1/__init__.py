@@ -1,0 +1,1 @@
+"""Generated from `proto/safelight/v1/` by `make generate`."""

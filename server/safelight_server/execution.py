@@ -1,0 +1,273 @@
+"""An execution: one output being developed for everyone who wants exactly it (single flight).
+
+Between the engine, which reports on outputs, and its members, the outputs of
+generations. It runs while it has members, with their highest priority and
+latest deadline; the last one that leaves stops it at its step, from where it
+goes on when one comes back. What is made of it (frames, pixels, encodings) is
+made once. Invariants: a member hears nothing after it left; work counts for
+the member that came first and is still there, so that nothing counts twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Hashable
+from concurrent.futures import Executor
+from dataclasses import replace
+from typing import Protocol
+
+import structlog
+from safelight_server.engine import Engine, Job
+from safelight_server.errors import InternalError, SafelightError
+from safelight_server.latents import Snapshot
+from safelight_server.picture import Developed
+from safelight_server.pipeline import to_pixels
+from safelight_server.preview import Frame, Renderer
+from safelight_server.runtime.base import Component, FloatArray
+from safelight_server.scheduler import Priority
+
+log = structlog.get_logger(__name__)
+
+_OUTPUT_IDS = itertools.count(1)
+
+
+class Member(Protocol):
+    """An output of a generation that wants what the execution develops. Must not block or raise."""
+
+    @property
+    def priority(self) -> Priority:
+        """The class of its generation."""
+
+    @property
+    def deadline(self) -> float | None:
+        """Of its generation, on the engine's clock."""
+
+    def started(self) -> None:
+        """The first batch is, or was, on its way."""
+
+    def joined(self, step: int, frame: Frame | None) -> None:
+        """It came when `step` steps were made; `frame`: the newest that there is."""
+
+    def used(self, seconds: float, rows: int, steps: int) -> None:
+        """What counts for this member."""
+
+    def stepped(self, step: int, batch_size: int) -> None:
+        """`step` steps are made; the last call was shared by `batch_size` outputs."""
+
+    def wants_frame(self, step: int) -> bool:
+        """Whether it would take a frame of this step."""
+
+    def frame(self, frame: Frame) -> None:
+        """A frame that some member wanted."""
+
+    def developed(self, picture: Developed) -> None:
+        """The finished picture. The execution has ended."""
+
+    def failed(self, error: SafelightError) -> None:
+        """The execution has ended without a picture."""
+
+    def expired(self) -> None:
+        """The deadline of all members has passed."""
+
+
+class Execution:
+    """See the module.
+
+    Args:
+        job: the work; its id, class and deadline are the execution's to choose.
+        key: what makes outputs identical; None: nobody else may join.
+        on_end: called once, when it will never run again.
+    """
+
+    def __init__(
+        self, job: Job, engine: Engine, pool: Executor, key: Hashable, on_end: Callable[[Execution], None]
+    ) -> None:
+        self.key = key
+        self.step = job.start.step if job.start else 0
+        self.renderer = Renderer(job.pipeline, self._decode, engine.load, pool)
+        self.job = job
+        self._engine = engine
+        self._pool = pool
+        self._on_end = on_end
+        self._members: list[Member] = []
+        self._num_away = 0
+        self._running = False
+        self._started = False
+        self._ended = False
+        self._snapshot: Snapshot | None = job.start
+        self._newest: Frame | None = None
+        self._outcome: Developed | SafelightError | None = None
+        self._finishing: asyncio.Task[None] | None = None
+
+    # --- who wants it ---
+
+    def join(self, member: Member, *, again: bool = False) -> None:
+        """Takes a member; `again`: it left with `back` and comes back. What happened before, it hears at once."""
+        self._num_away -= again
+        if isinstance(self._outcome, SafelightError):
+            member.failed(self._outcome)
+            return
+        if self._started:
+            member.started()
+        if self.step or self._newest:
+            member.joined(self.step, self._newest)
+        if self._outcome is not None:
+            member.developed(self._outcome)
+            return
+        self._members.append(member)
+        if self._running:
+            self._reschedule()
+        elif self._finishing is None:
+            self._submit()
+
+    def leave(self, member: Member, *, back: bool = False) -> None:
+        """Lets a member go; `back`: it may come back, what was done is kept for it."""
+        if self._running and self._members == [member]:
+            snapshot = self._engine.suspend(self.job.output_id)  # it may tell first what has just become true
+            if self._running:
+                self._snapshot, self._running = snapshot, False
+        if member in self._members:
+            self._members.remove(member)
+        self._num_away += back
+        if self._members:
+            self._reschedule()
+        elif not self._num_away and self._finishing is None:
+            self._end()
+
+    def give_up(self) -> None:
+        """A member that left with `back` will not come back."""
+        self._num_away -= 1
+        if not self._members and not self._num_away and self._finishing is None:
+            self._end()
+
+    def reschedule(self) -> None:
+        """The class of a member has changed."""
+        if self._running:
+            self._reschedule()
+
+    def _submit(self) -> None:
+        self.job = replace(
+            self.job,
+            output_id=next(_OUTPUT_IDS),
+            priority=self._priority(),
+            deadline=self._deadline(),
+            start=self._snapshot,
+        )
+        self._running = True
+        self._engine.submit(self.job, self)
+
+    def _reschedule(self) -> None:
+        if self._running:
+            self._engine.reschedule(self.job.output_id, self._priority(), self._deadline())
+
+    def _priority(self) -> Priority:
+        return min(member.priority for member in self._members)
+
+    def _deadline(self) -> float | None:
+        deadlines = [member.deadline for member in self._members]
+        known = [deadline for deadline in deadlines if deadline is not None]
+        return max(known) if len(known) == len(deadlines) else None
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._newest = None
+            self._on_end(self)
+
+    async def _decode(self, denoised: FloatArray, component: Component) -> FloatArray | None:
+        return await self._engine.preview(self.job.output_id, denoised, component)
+
+    # --- what the engine reports ---
+
+    def started(self) -> None:
+        """To all members."""
+        self._started = True
+        for member in list(self._members):
+            member.started()
+
+    def computed(self, seconds: float, rows: int) -> None:
+        """Counts for the member that came first."""
+        self._members[0].used(seconds, rows, 0)
+
+    def stepped(self, step: int, batch_size: int) -> None:
+        """To all members; the step counts once."""
+        self.step = step
+        self._members[0].used(0.0, 0, 1)
+        for member in list(self._members):
+            member.stepped(step, batch_size)
+
+    def wants_frame(self, step: int) -> bool:
+        """Whether any member would take it."""
+        return any(member.wants_frame(step) for member in self._members)
+
+    def frame(self, step: int, denoised: FloatArray) -> None:
+        """The same frame to all members: what is made of it is shared."""
+        self._newest = Frame(self.renderer, step, denoised)
+        for member in list(self._members):
+            member.frame(self._newest)
+
+    def decoded(self, image: FloatArray) -> None:
+        """Pixels are made of it beside the loop, then all members have their picture."""
+        self._running = False
+        self._finishing = asyncio.create_task(self._finish(image))
+        self._finishing.add_done_callback(self._finished)
+
+    async def _finish(self, image: FloatArray) -> None:
+        pixels = await asyncio.get_running_loop().run_in_executor(self._pool, to_pixels, image)
+        self._outcome = picture = Developed(pixels, self._pool)
+        self._end()
+        members, self._members = self._members, []
+        for member in members:
+            member.developed(picture)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            log.error("bug", exc_info=fault)
+            self.failed(InternalError())
+
+    def failed(self, error: SafelightError) -> None:
+        """To all members."""
+        self._running = False
+        self._outcome = error
+        self._end()
+        members, self._members = self._members, []
+        for member in members:
+            member.failed(error)
+
+    def expired(self) -> None:
+        """To all members."""
+        self._running = False
+        self._end()
+        members, self._members = self._members, []
+        for member in members:
+            member.expired()
+
+
+class Executions:
+    """The executions that can be joined, by what makes outputs identical."""
+
+    def __init__(self, engine: Engine, pool: Executor) -> None:
+        self._engine = engine
+        self._pool = pool
+        self._by_key: dict[Hashable, Execution] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def find(self, key: Hashable) -> Execution | None:
+        """The one that identical outputs share, if it is on its way; None as key finds nothing."""
+        return None if key is None else self._by_key.get(key)
+
+    def create(self, job: Job, key: Hashable) -> Execution:
+        """A new one. `key`: what others find it by once it is published; None: nobody does."""
+        return Execution(job, self._engine, self._pool, key, self._forget)
+
+    def publish(self, execution: Execution) -> None:
+        """From now on until it has ended, identical outputs find it."""
+        if execution.key is not None:
+            self._by_key[execution.key] = execution
+
+    def _forget(self, execution: Execution) -> None:
+        if execution.key is not None and self._by_key.get(execution.key) is execution:
+            del self._by_key[execution.key]

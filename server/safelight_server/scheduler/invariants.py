@@ -1,0 +1,95 @@
+"""What must be true of the scheduler after every operation; the tests check it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from safelight_server.scheduler.lives import Lives
+from safelight_server.scheduler.ready import ReadyQueues
+from safelight_server.scheduler.types import Batch, InvariantError, Kind, Limits, State
+from safelight_server.scheduler.waiting import WaitingQueue
+
+
+def check(limits: Limits, waiting: WaitingQueue, lives: Lives, ready: ReadyQueues, in_flight: Iterable[Batch]) -> None:
+    """Checks all of it.
+
+    Raises:
+        InvariantError: the scheduler contradicts itself.
+    """
+    batches = list(in_flight)
+    _check_batches(limits, lives, batches)
+    _check_queues(lives, ready)
+    _check_outputs(limits, waiting, lives, ready, batches)
+
+
+def _check_batches(limits: Limits, lives: Lives, batches: list[Batch]) -> None:
+    seen: set[tuple[Kind, int | str, int]] = set()
+    for batch in batches:
+        _require(0 < len(batch.rows) <= limits.max_rows(batch.kind, batch.key), "batch size")
+        for row in batch.rows:
+            place: tuple[Kind, int | str, int] = (batch.kind, row.output_id, row.part)
+            if batch.kind is Kind.PREVIEW or (batch.kind is not Kind.ENCODE and row.output_id not in lives.of):
+                continue
+            if batch.kind is Kind.ENCODE:
+                prompt = lives.prompts.get(row.conditioning_id)
+                if prompt is None or prompt.batch_id != batch.batch_id:
+                    continue
+                place = (batch.kind, row.conditioning_id, 0)
+            else:
+                life = lives.of[row.output_id]
+                _require(row.step == life.step, f"output {row.output_id} runs two steps at once")
+                _require(row.part in life.in_flight and row.part not in life.todo, "row neither here nor there")
+            _require(place not in seen, f"row {place} is in two batches")
+            seen.add(place)
+
+
+def _check_queues(lives: Lives, ready: ReadyQueues) -> None:
+    for queue in ready:
+        kind, key = queue
+        _require(ready.count(queue) > 0, "an empty queue is kept")
+        for member in ready.members(queue):
+            if isinstance(member, str):
+                _require(member in lives.prompts, "a prompt that nobody wants is in line")
+                continue
+            _require(member in lives.of, f"output {member} has ended, but is in line")
+            life = lives.of[member]
+            if kind is Kind.PREVIEW:
+                _require(key in life.previews, "a preview that nobody wants is in line")
+            else:
+                _require(bool(life.todo), f"output {member} is in line with nothing to do")
+
+
+def _check_outputs(
+    limits: Limits, waiting: WaitingQueue, lives: Lives, ready: ReadyQueues, batches: list[Batch]
+) -> None:
+    running = [life for life in lives.of.values() if life.state is not State.WAITING]
+    _require(len(running) == lives.num_running <= limits.max_running, "running outputs")
+    _require(len(waiting) + lives.num_running == len(lives.of), "outputs")
+    encoding = {(batch.batch_id, row.conditioning_id) for batch in batches for row in batch.rows}
+    for life in running:
+        output = life.output
+        if life.state is State.ENCODING:
+            lacks = [lives.prompts[i] for i in set(output.conditioning) if not lives.prompts[i].encoded]
+            _require(len(lacks) == life.unencoded > 0, f"output {output.output_id} waits for nothing")
+        else:
+            kind = Kind.DENOISE if life.state is State.DENOISING else Kind.DECODE
+            _require(bool(life.todo or life.in_flight), f"output {output.output_id} is forgotten")
+            in_line = ready.contains((kind, output.keys[kind]), output.output_id)
+            _require(in_line == bool(life.todo), f"output {output.output_id} is not in line")
+    for conditioning_id, prompt in lives.prompts.items():
+        wanted = any(lives.of[output_id].state is State.ENCODING for output_id in prompt.wanted_by)
+        flying = (prompt.batch_id, conditioning_id) in encoding
+        if wanted and not prompt.encoded:
+            in_line = ready.contains((Kind.ENCODE, prompt.key), conditioning_id)
+            _require(in_line != flying, f"prompt {conditioning_id} is forgotten, or encoded twice")
+    for key in {output.keys[Kind.DENOISE] for output in (life.output for life in running)}:
+        members = [life.output for life in running if life.output.keys[Kind.DENOISE] == key]
+        members = [output for output in members if lives.of[output.output_id].state is State.DENOISING]
+        tally = lives.denoising(key)
+        rows = sum(output.rows_per_step for output in members)
+        _require((tally.num_outputs, tally.num_rows) == (len(members), rows), "rows that take steps")
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise InvariantError(what)

@@ -1,0 +1,244 @@
+"""Single flight: identical outputs share one execution, and each keeps what is its own."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from safelight_server.engine import Engine, Job
+from safelight_server.errors import SafelightError, UnavailableError
+from safelight_server.execution import Execution, Executions
+from safelight_server.picture import Developed
+from safelight_server.preview import Frame
+from safelight_server.runtime.base import Component, RuntimeFailure
+from safelight_server.runtime.simulated import LATENT, SimulatedRuntime, simulated_pipeline
+from safelight_server.sampler import SamplerSpec, compile_table
+from safelight_server.scheduler import Priority
+from safelight_server.telemetry import Metrics
+
+from tests.conftest import eventually
+from tests.support.streams import Here
+
+STEPS = 5
+
+
+@dataclass(eq=False)
+class Member:
+    """Writes down what it hears."""
+
+    priority: Priority = Priority.STANDARD
+    deadline: float | None = None
+    wants: bool = False
+    heard: list[str] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
+    picture: Developed | None = None
+    error: SafelightError | None = None
+    rows: int = 0
+    counted: int = 0
+
+    def started(self) -> None:
+        self.heard.append("started")
+
+    def joined(self, step: int, frame: Frame | None) -> None:
+        self.heard.append(f"joined {step}")
+        if frame is not None:
+            self.frames.append(frame)
+
+    def used(self, seconds: float, rows: int, steps: int) -> None:
+        self.rows += rows
+        self.counted += steps
+
+    def stepped(self, step: int, batch_size: int) -> None:
+        self.steps.append(step)
+
+    def wants_frame(self, step: int) -> bool:
+        return self.wants
+
+    def frame(self, frame: Frame) -> None:
+        self.frames.append(frame)
+
+    def developed(self, picture: Developed) -> None:
+        self.picture = picture
+
+    def failed(self, error: SafelightError) -> None:
+        self.error = error
+
+    def expired(self) -> None:
+        self.heard.append("expired")
+
+
+class GatedRuntime(SimulatedRuntime):
+    """Denoiser calls wait until the test lets them through, one by one."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 0.0, 0.0)
+        self.gate = asyncio.Semaphore(0)
+        self.fail: RuntimeFailure | None = None
+
+    async def run(self, instance, model, component, inputs):  # type: ignore[no-untyped-def]  # as the protocol
+        if component is Component.DENOISER:
+            await self.gate.acquire()
+            if self.fail is not None:
+                raise self.fail
+        return await super().run(instance, model, component, inputs)
+
+
+class Stage:
+    def __init__(self) -> None:
+        self.runtime = GatedRuntime()
+        self.engine = Engine(self.runtime, asyncio.get_running_loop().time, Metrics(), max_running=4)
+        self.executions = Executions(self.engine, Here())
+
+    def execution(self, key: str | None = "same", seed: int = 7) -> Execution:
+        pipeline = simulated_pipeline()
+        table = compile_table(SamplerSpec("ddim", "trailing"), pipeline.schedule, "v_prediction", STEPS)
+        job = Job(0, "me", Priority.STANDARD, pipeline, LATENT, table, seed, 1.0, ((1, 2),))
+        execution = self.executions.create(job, key)
+        self.executions.publish(execution)
+        return execution
+
+    async def step(self, execution: Execution, step: int) -> None:
+        for _ in range(step - execution.step):
+            self.runtime.gate.release()
+        await eventually(lambda: execution.step == step)
+
+
+@pytest.fixture
+async def stage():
+    made = Stage()
+    yield made
+    for _ in range(100):
+        made.runtime.gate.release()
+    await made.engine.close()
+
+
+async def test_a_second_member_shares_the_work_and_joins_where_it_is(stage: Stage) -> None:
+    first, second = Member(wants=True), Member()
+    execution = stage.execution()
+    execution.join(first)
+    await stage.step(execution, 2)
+    assert stage.executions.find("same") is execution
+    execution.join(second)
+    assert second.heard == ["started", "joined 2"]
+    assert second.frames == [first.frames[-1]], "it sees the newest preview at once"
+    await stage.step(execution, STEPS)
+    await eventually(lambda: second.picture is not None)
+    assert first.picture is second.picture
+    assert (first.steps, second.steps) == ([1, 2, 3, 4, 5], [3, 4, 5])
+    assert stage.executions.find("same") is None
+
+
+async def test_work_counts_once_for_the_member_that_came_first_and_is_still_there(stage: Stage) -> None:
+    first, second = Member(), Member()
+    execution = stage.execution()
+    execution.join(first)
+    execution.join(second)
+    await stage.step(execution, 2)
+    execution.leave(first)
+    await stage.step(execution, STEPS)
+    await eventually(lambda: second.picture is not None)
+    assert (first.counted, second.counted) == (2, 3)
+    assert first.rows + second.rows == STEPS
+    assert first.picture is None
+    assert first.steps == [1, 2]
+
+
+async def test_it_stops_only_when_the_last_member_leaves(stage: Stage) -> None:
+    first, second = Member(), Member()
+    execution = stage.execution()
+    execution.join(first)
+    execution.join(second)
+    await stage.step(execution, 1)
+    execution.leave(second)
+    assert stage.engine.scheduler.num_outputs == 1
+    execution.leave(first)
+    assert stage.engine.scheduler.num_outputs == 0
+    assert stage.executions.find("same") is None
+
+
+async def test_who_comes_back_goes_on_from_where_it_stopped(stage: Stage) -> None:
+    member = Member()
+    execution = stage.execution()
+    execution.join(member)
+    await stage.step(execution, 3)
+    execution.leave(member, back=True)
+    assert stage.engine.scheduler.num_outputs == 0
+    assert stage.executions.find("same") is execution, "others may join what is kept"
+    stage.runtime.gate.release()  # the call that was on its way comes to nothing
+    execution.join(member, again=True)
+    for _ in range(STEPS):
+        stage.runtime.gate.release()
+    await eventually(lambda: member.picture is not None)
+    assert member.steps == [1, 2, 3, 4, 5]
+    assert member.counted == STEPS
+
+
+async def test_who_comes_back_after_the_end_has_its_picture(stage: Stage) -> None:
+    away, other = Member(), Member()
+    execution = stage.execution()
+    execution.join(away)
+    execution.join(other)
+    await stage.step(execution, 1)
+    execution.leave(away, back=True)
+    await stage.step(execution, STEPS)
+    await eventually(lambda: other.picture is not None)
+    execution.join(away, again=True)
+    assert away.picture is other.picture
+    assert away.heard[-1] == f"joined {STEPS}"
+
+
+async def test_what_is_kept_for_nobody_is_given_up(stage: Stage) -> None:
+    member = Member()
+    execution = stage.execution()
+    execution.join(member)
+    await stage.step(execution, 1)
+    execution.leave(member, back=True)
+    execution.give_up()
+    assert stage.executions.find("same") is None
+
+
+async def test_class_and_deadline_are_the_best_of_all_members(stage: Stage) -> None:
+    now = asyncio.get_running_loop().time()
+    blocker = stage.execution("other", seed=1)
+    for n in range(4):
+        (blocker if not n else stage.execution(None, seed=n)).join(Member())
+    low, high = Member(Priority.BATCH, now + 100), Member(Priority.INTERACTIVE, now + 50)
+    execution = stage.execution()
+    execution.join(low)
+    scheduler = stage.engine.scheduler
+    assert scheduler.num_waiting(Priority.BATCH) == 1
+    execution.join(high)
+    assert scheduler.num_waiting(Priority.INTERACTIVE) == 1
+    assert scheduler.next_deadline() == now + 100, "the latest"
+    execution.leave(high)
+    assert scheduler.num_waiting(Priority.BATCH) == 1
+    execution.join(Member(Priority.BATCH, None))
+    assert scheduler.next_deadline() is None, "a member has none"
+
+
+async def test_a_failure_reaches_all_members_and_those_who_come_back(stage: Stage) -> None:
+    first, second, away = Member(), Member(), Member()
+    execution = stage.execution()
+    for member in (first, second, away):
+        execution.join(member)
+    execution.leave(away, back=True)
+    stage.runtime.fail = RuntimeFailure("dead", retryable=True)
+    for _ in range(10):
+        stage.runtime.gate.release()
+    await eventually(lambda: first.error is not None)
+    assert isinstance(first.error, UnavailableError)
+    assert second.error is first.error
+    execution.join(away, again=True)
+    assert away.error is first.error
+
+
+async def test_encodings_are_made_once(stage: Stage) -> None:
+    from safelight_server.request import PixelEncoding
+
+    pool = Here()
+    picture = Developed(np.zeros((8, 8, 3), np.uint8), pool)
+    one, two = await asyncio.gather(picture.encoded(PixelEncoding()), picture.encoded(PixelEncoding()))
+    assert one is two
