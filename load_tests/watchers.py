@@ -89,7 +89,7 @@ async def _serving(pipe: Connection, num_generations: int, step_ms: float) -> No
     settings = load(
         port=0, runtime="simulated", simulated_base_ms=step_ms, simulated_row_ms=0.0, num_instances=1,
         max_running_outputs=num_generations, max_waiting_per_caller=num_generations, log_level="error",
-        max_watchers=STREAMS_PER_GENERATION * 2,
+        max_watchers=STREAMS_PER_GENERATION * 2, max_streams_per_caller=1 << 20,
     )  # fmt: skip
     async with serving(settings) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
