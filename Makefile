@@ -3,6 +3,7 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 TRAIN_PY := .venv-training/bin/python
+TRITON_PY := .venv-triton/bin/python
 export PYTHONDONTWRITEBYTECODE := 1
 
 .PHONY: help
@@ -24,6 +25,11 @@ help: ## List the targets
 	.venv/bin/uv pip sync --quiet --python $(TRAIN_PY) --require-hashes requirements-training.lock
 	@touch $@
 
+.venv-triton/.installed: .venv/.uv requirements-triton.lock
+	python3 -m venv .venv-triton
+	.venv/bin/uv pip sync --quiet --python $(TRITON_PY) --require-hashes requirements-triton.lock
+	@touch $@
+
 .PHONY: setup
 setup: .venv/.installed ## Make the virtual environment from the lock file
 
@@ -35,6 +41,10 @@ demo: setup ## Develop several pictures at once and write them to out/demo
 serve: setup ## Run the server in the foreground
 	.venv/bin/safelight serve
 
+.PHONY: triton
+triton: .venv-triton/.installed ## Serve models/repository with a real tritonserver (SERVE_ARGS="--grpc-port 8001 ...")
+	$(TRITON_PY) deploy/triton/serve $(SERVE_ARGS)
+
 .PHONY: test
 test: setup ## Run the tests that need nothing but the virtual environment
 	$(PY) -m pytest -q tests/unit tests/integration
@@ -44,8 +54,12 @@ test-training: .venv-training/.installed ## Run the tests against torch and diff
 	$(TRAIN_PY) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -W ignore::FutureWarning \
 	  -W ignore::UserWarning --timeout 600 tests/training  # warnings of torch and diffusers are not ours to mend
 
+.PHONY: test-triton
+test-triton: setup .venv-triton/.installed ## Run the tests against the real tritonserver
+	$(PY) -m pytest -q tests/triton
+
 .PHONY: test-all
-test-all: test test-training mutate ## Run all tests
+test-all: test test-training test-triton mutate ## Run all tests
 
 .PHONY: check
 check: setup ## Format, lint, types, import rules, generated code, proto lint
@@ -86,6 +100,8 @@ lock: .venv/.uv ## Pin all dependencies anew
 	  pyproject.toml clients/python/pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --no-emit-package safelight \
 	  pyproject.toml clients/python/pyproject.toml --extra training -c requirements.lock -o requirements-training.lock
+	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
+	  deploy/triton/requirements.in -o requirements-triton.lock
 
 .PHONY: mutate
 mutate: setup ## Break each rule once and see its test fail
@@ -107,4 +123,4 @@ evaluate: .venv-training/.installed ## Score the shipped weights; fails below th
 
 .PHONY: clean
 clean: ## Remove what was built and measured
-	rm -rf .venv .venv-training node_modules out
+	rm -rf .venv .venv-training .venv-triton .tools node_modules out

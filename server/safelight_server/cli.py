@@ -1,4 +1,4 @@
-"""The command line: serve, generate, demo, models, health, keys, settings. Errors are one line and an exit code."""
+"""The command line; `safelight --help` lists it. Errors are one line and an exit code."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from rich.table import Table
 from safelight import Client, GenerationError
 from safelight_server import bench as benches
 from safelight_server import demo as demos
+from safelight_server import repository as repositories
 from safelight_server import settings as settings_module
 from safelight_server.app import Running, StartError, serve
 from safelight_server.catalog import ManifestError
 from safelight_server.identity import KeyFileError, new_key
+from safelight_server.repository import Accelerator, RepositoryError
+from safelight_server.repository import Target as RepositoryTarget
 from safelight_server.settings import Settings, SettingsError
 from safelight_server.telemetry import configure_logging
 
@@ -167,6 +170,20 @@ def health(target: Target = DEFAULT_TARGET) -> None:
     console.print("serving")
 
 
+@app.command()
+def repository(
+    out: Annotated[Path, typer.Option(help="New folder to write.")],
+    target: Annotated[RepositoryTarget, typer.Option(help="What it is for.")] = RepositoryTarget.GPU,
+    gpus: Annotated[int, typer.Option(min=1, max=64, help="GPUs; each gets an instance of every component.")] = 1,
+    accelerator: Annotated[Accelerator, typer.Option(help="What runs on a GPU.")] = Accelerator.TENSORRT,
+    models_dir: Annotated[Path | None, typer.Option(help=Settings.model_fields["models_dir"].description)] = None,
+) -> None:
+    """Write the model repository for Triton on GPUs (docs/operations/triton.md)."""
+    source = settings_module.load(models_dir=models_dir).models_dir / "repository"
+    repositories.write(source, out, target, gpus, accelerator)
+    console.print(f"wrote {out}", highlight=False)
+
+
 @app.command("settings")
 def settings_command() -> None:
     """List every setting with its environment variable, default and meaning."""
@@ -193,7 +210,7 @@ def main() -> None:
     except GenerationError as error:
         faults = "; ".join(f"{field}: {what}" for field, what in error.violations.items())
         _die(faults or str(error), 2 if error.code is grpc.StatusCode.INVALID_ARGUMENT else 1)
-    except (Fault, SettingsError, ManifestError, StartError, KeyFileError, demos.DemoError) as error:
+    except (Fault, SettingsError, ManifestError, StartError, KeyFileError, RepositoryError, demos.DemoError) as error:
         _die(str(error), 2)
     except KeyboardInterrupt:
         sys.exit(130)
