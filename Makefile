@@ -30,6 +30,10 @@ help: ## List the targets
 	.venv/bin/uv pip sync --quiet --python $(TRITON_PY) --require-hashes requirements-triton.lock
 	@touch $@
 
+.tools/.installed: tools/go.mod tools/go.sum
+	cd tools && go build -o ../.tools/ tool
+	@touch $@
+
 .PHONY: setup
 setup: .venv/.installed ## Make the virtual environment from the lock file
 
@@ -45,6 +49,13 @@ serve: setup ## Run the server in the foreground
 triton: .venv-triton/.installed ## Serve models/repository with a real tritonserver (SERVE_ARGS="--grpc-port 8001 ...")
 	$(TRITON_PY) deploy/triton/serve $(SERVE_ARGS)
 
+.PHONY: tools
+tools: .tools/.installed ## Build ghz, grpcurl and Jaeger with Go (a few minutes, once)
+
+.PHONY: jaeger
+jaeger: .tools/.installed ## Run Jaeger in the foreground: OTLP on 4317 and 4318, its page and queries on 16686
+	tools/jaeger
+
 .PHONY: test
 test: setup ## Run the tests that need nothing but the virtual environment
 	$(PY) -m pytest -q tests/unit tests/integration
@@ -55,11 +66,15 @@ test-training: .venv-training/.installed ## Run the tests against torch and diff
 	  -W ignore::UserWarning --timeout 600 tests/training  # warnings of torch and diffusers are not ours to mend
 
 .PHONY: test-triton
-test-triton: setup .venv-triton/.installed ## Run the tests against the real tritonserver
+test-triton: setup .venv-triton/.installed .tools/.installed ## Run the tests against the real tritonserver
 	$(PY) -m pytest -q tests/triton
 
+.PHONY: test-tools
+test-tools: setup .tools/.installed ## Run the tests with grpcurl, ghz and Jaeger
+	$(PY) -m pytest -q tests/tools
+
 .PHONY: test-all
-test-all: test test-training test-triton mutate ## Run all tests
+test-all: test test-training test-triton test-tools mutate ## Run all tests
 
 .PHONY: check
 check: setup ## Format, lint, types, import rules, generated code, proto lint

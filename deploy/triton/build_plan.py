@@ -20,6 +20,7 @@ from pathlib import Path
 
 from safelight_server import repository
 from safelight_server.repository import RepositoryError
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
         sys.exit(f"build_plan: {error}")
 
 
-def plans(root: Path, version: str) -> list[tuple[repository.ModelConfig, Path]]:
+def plans(root: Path, version: str) -> list[tuple[ModelConfig, Path]]:
     """Configuration and version folder of each model that needs a plan.
 
     Raises:
@@ -55,7 +56,7 @@ def plans(root: Path, version: str) -> list[tuple[repository.ModelConfig, Path]]
     return found
 
 
-def build(config: repository.ModelConfig, source: Path, plan: Path, timings: Path) -> None:
+def build(config: ModelConfig, source: Path, plan: Path, timings: Path) -> None:
     """Builds one engine.
 
     Raises:

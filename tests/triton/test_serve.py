@@ -59,6 +59,13 @@ async def test_a_frozen_server_answers_again_when_it_goes_on() -> None:
         await eventually(triton.ready)
 
 
+def test_a_server_with_a_dead_stub_is_ended() -> None:
+    with triton_server() as triton:
+        os.kill(triton.stubs()[0], signal.SIGKILL)
+        assert triton.supervisor.wait(20) == 128 + signal.SIGKILL
+        assert "a stub died" in triton.log()
+
+
 async def test_restart_starts_a_dead_server_again() -> None:
     with triton_server("--restart") as triton:
         first = triton.pid
