@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,9 +24,10 @@ from safelight_server.engine import Engine
 from safelight_server.generations import Generations
 from safelight_server.identity import Identity
 from safelight_server.resolve import RequestLimits
-from safelight_server.runtime.base import Runtime
+from safelight_server.runtime.base import Runtime, RuntimeStartError
 from safelight_server.runtime.onnx import OnnxRuntime
 from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
+from safelight_server.runtime.triton import TritonOptions, TritonRuntime
 from safelight_server.scheduler import Priority
 from safelight_server.service import GENERATION_SERVICE, MODEL_SERVICE, Service
 from safelight_server.settings import Settings
@@ -36,6 +37,7 @@ log = structlog.get_logger(__name__)
 
 REQUEST_BYTES = 64 << 10
 """Room for all of a request but its prompts."""
+HEALTH_PERIOD_S = 0.25
 GRPC_OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
     ("grpc.keepalive_time_ms", 20_000),
@@ -69,6 +71,17 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
         )
         return Catalog([simulated_pipeline()]), runtime
     catalog = catalogs.load(settings.models_dir, settings.default_model)
+    if settings.runtime == "triton":
+        options = TritonOptions(
+            urls=settings.triton_urls,
+            shared_memory=settings.triton_shared_memory,
+            calls_each=settings.triton_instances,
+            timeout_factor=settings.triton_timeout_factor,
+            timeout_floor_s=settings.triton_timeout_floor_s,
+            probe_max_s=settings.triton_probe_max_s,
+            start_s=settings.triton_start_s,
+        )
+        return catalog, TritonRuntime(catalog, options)
     return catalog, OnnxRuntime(catalog, settings.num_instances)
 
 
@@ -79,7 +92,10 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio)
     identity = Identity(settings.api_key_file)
     catalog, runtime = build_runtime(settings)
-    await runtime.start()
+    try:
+        await runtime.start()
+    except RuntimeStartError as error:
+        raise StartError(str(error)) from None
     pool = ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))), thread_name_prefix="pixels")
     engine = Engine(
         runtime,
@@ -87,6 +103,8 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         metrics,
         max_running=settings.max_running_outputs,
         preview_share=settings.preview_share,
+        runtime_wait_s=settings.runtime_wait_s,
+        runtime_grace_s=settings.runtime_grace_s,
     )
     generations = Generations(settings, catalog, runtime, engine, pool, clock, metrics, tracer)
     limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
@@ -107,9 +125,11 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     for name in ("", *services):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     ticker = asyncio.create_task(generations.tick())
+    following = asyncio.create_task(_follow_health(health_servicer, ("", *services), engine))
 
     async def drain(grace_s: float) -> None:
         log.info("draining", grace_s=grace_s)
+        following.cancel()
         await health_servicer.enter_graceful_shutdown()
         await generations.drain(grace_s)
         await server.stop(1.0)
@@ -130,6 +150,19 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         await runtime.close()
         pool.shutdown()
         tracer.close()
+
+
+async def _follow_health(servicer: health.aio.HealthServicer, names: Sequence[str], engine: Engine) -> None:
+    """Says NOT_SERVING while nothing has been there to execute models for longer than the grace; forever."""
+    said = health_pb2.HealthCheckResponse.SERVING
+    while True:
+        status = health_pb2.HealthCheckResponse
+        now = status.NOT_SERVING if engine.outage.beyond_grace else status.SERVING
+        if now is not said:
+            for name in names:
+                await servicer.set(name, now)
+            said = now
+        await asyncio.sleep(HEALTH_PERIOD_S)
 
 
 def _watch_queue(metrics: Metrics, engine: Engine) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from safelight_server.catalog import Pipeline
 from safelight_server.latents import Latents, Slots, Snapshot
 from safelight_server.pipeline import decoder_latent
-from safelight_server.runtime.base import Array, Component, FloatArray
+from safelight_server.runtime.base import Component, FloatArray, Inputs
 from safelight_server.sampler import SamplerTable
 from safelight_server.scheduler import Batch, Kind, Row
 
@@ -69,7 +69,7 @@ class Call:
     """A batch made ready for a runtime; `slots` and `parts` are set for denoiser calls, one entry a row."""
 
     key: Key
-    inputs: Mapping[str, Array]
+    inputs: Inputs
     num_outputs: int
     slots: Slots | None = None
     parts: Slots | None = None

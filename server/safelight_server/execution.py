@@ -18,8 +18,9 @@ from dataclasses import replace
 from typing import Protocol
 
 import structlog
-from safelight_server.engine import Engine, Job
+from safelight_server.engine import Engine
 from safelight_server.errors import InternalError, SafelightError
+from safelight_server.jobs import Job
 from safelight_server.latents import Snapshot
 from safelight_server.picture import Developed
 from safelight_server.pipeline import to_pixels

@@ -19,7 +19,7 @@ import structlog
 from opentelemetry.trace import Span
 from safelight_server.admission import AdmissionLimits, admit
 from safelight_server.catalog import Catalog, Pipeline
-from safelight_server.engine import Engine, Job
+from safelight_server.engine import Engine
 from safelight_server.errors import (
     FailedPreconditionError,
     GenerationCancelledError,
@@ -31,6 +31,7 @@ from safelight_server.execution import Execution, Executions
 from safelight_server.generation import Generation
 from safelight_server.idempotency import Idempotency
 from safelight_server.identity import Caller
+from safelight_server.jobs import Job
 from safelight_server.pipeline import sampler_table
 from safelight_server.request import CacheMode, PreviewPolicy, Request
 from safelight_server.runtime.base import Runtime
@@ -98,6 +99,7 @@ class Generations:
                 return self._known(known, request.request_id)
         if self._draining:
             raise UnavailableError("the server is draining; ask another", reason="DRAINING", retry_after_s=1.0)
+        self._engine.outage.check()
         generation = self._make(caller, request, span, time_left_s)
         executions, new = self._find_executions(generation)
         estimate = self._admit(new, time_left_s) if new else self._engine.scheduler.backlog_s()

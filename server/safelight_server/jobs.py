@@ -1,0 +1,64 @@
+"""What the engine is given to develop, and who hears what becomes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from safelight_server.catalog import Pipeline
+from safelight_server.errors import SafelightError
+from safelight_server.latents import Snapshot
+from safelight_server.runtime.base import FloatArray
+from safelight_server.sampler import SamplerTable
+from safelight_server.scheduler import Priority
+
+
+class OutputListener(Protocol):
+    """Hears what becomes of one output. Called on the event loop; must not block or raise."""
+
+    def started(self) -> None:
+        """Its first denoiser batch is on its way."""
+
+    def computed(self, seconds: float, rows: int) -> None:
+        """It was in a batch: its share of the time, and denoiser rows."""
+
+    def stepped(self, step: int, batch_size: int) -> None:
+        """`step` steps are made; the last call was shared by `batch_size` outputs."""
+
+    def wants_frame(self, step: int) -> bool:
+        """Whether someone would take a preview of this step: only then is `frame` called."""
+
+    def frame(self, step: int, denoised: FloatArray) -> None:
+        """The denoised estimate (C, h, w) after `step` steps; the listener's own copy."""
+
+    def decoded(self, image: FloatArray) -> None:
+        """The finished picture (3, H, W) in [-1, 1], unclamped. The output has ended."""
+
+    def failed(self, error: SafelightError) -> None:
+        """The output has ended without a picture."""
+
+    def expired(self) -> None:
+        """Its deadline has passed. The output has ended without a picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One output to develop.
+
+    Attributes:
+        token_ids: of the prompt and, with guidance, of the negative prompt; each (T,).
+        deadline: on the engine's clock.
+        start: where it stopped, when it goes on after `suspend`.
+    """
+
+    output_id: int
+    caller: str
+    priority: Priority
+    pipeline: Pipeline
+    latent_shape: tuple[int, int, int]
+    table: SamplerTable
+    seed: int
+    guidance_scale: float
+    token_ids: tuple[tuple[int, ...], ...]
+    deadline: float | None = None
+    start: Snapshot | None = None
