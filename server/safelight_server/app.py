@@ -89,7 +89,7 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
 async def serving(settings: Settings) -> AsyncIterator[Running]:
     """Serves while the block runs; on leaving, whatever is left ends."""
     clock = time.monotonic
-    metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio)
+    metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio, settings.otlp_header_pairs)
     identity = Identity(settings.api_key_file)
     catalog, runtime = build_runtime(settings)
     try:
@@ -105,8 +105,9 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         preview_share=settings.preview_share,
         runtime_wait_s=settings.runtime_wait_s,
         runtime_grace_s=settings.runtime_grace_s,
+        tracer=tracer,
     )
-    generations = Generations(settings, catalog, runtime, engine, pool, clock, metrics, tracer)
+    generations = Generations(settings, catalog, runtime, engine, pool, clock, metrics)
     limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
     service = Service(identity, catalog, runtime, generations, limits, metrics, tracer)
     _watch_queue(metrics, engine)
@@ -149,7 +150,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         await engine.close()
         await runtime.close()
         pool.shutdown()
-        tracer.close()
+        await asyncio.to_thread(tracer.close)
 
 
 async def _follow_health(servicer: health.aio.HealthServicer, names: Sequence[str], engine: Engine) -> None:

@@ -20,11 +20,13 @@ import asyncio
 import functools
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from contextvars import Context
 from dataclasses import dataclass
 
 import structlog
 from safelight_server.attempts import Attempts
-from safelight_server.batches import Batches, Call, Flight, Preview
+from safelight_server.batches import PART_NAMES, Batches, Call, Flight, Preview
 from safelight_server.errors import InternalError, SafelightError, UnavailableError
 from safelight_server.jobs import Job, OutputListener
 from safelight_server.latents import Snapshot
@@ -44,7 +46,8 @@ from safelight_server.scheduler import (
     Scheduler,
     Stepped,
 )
-from safelight_server.telemetry import Metrics
+from safelight_server.telemetry import UNTRACED, Metrics, Tracing, tracing
+from safelight_server.telemetry.trail import NO_CALL, CallSpans
 
 log = structlog.get_logger(__name__)
 
@@ -83,10 +86,12 @@ class Engine:
         preview_share: float = 0.1,
         runtime_wait_s: float = 60.0,
         runtime_grace_s: float = 5.0,
+        tracer: Tracing = UNTRACED.tracing,
     ) -> None:
         self._runtime = runtime
         self._clock = clock
         self._metrics = metrics
+        self._tracing = tracer
         self._batches = Batches(max_running * 2 + runtime.num_instances * 128)
         self._entries: dict[int, _Entry] = {}
         self._attempts = Attempts()
@@ -191,7 +196,9 @@ class Engine:
         key = self._batches.key(flight.pipeline, component, flight.latent_shape)
         if (older := flight.previews.get(key)) is not None:
             older.image.set_result(None)
-        pending = flight.previews[key] = Preview(denoised, asyncio.get_running_loop().create_future())
+        pending = flight.previews[key] = Preview(
+            denoised, asyncio.get_running_loop().create_future(), tracing.current()
+        )
         self.scheduler.want_preview(output_id, key)
         self._pump()
         return await pending.image
@@ -242,7 +249,8 @@ class Engine:
         for batch in self.scheduler.schedule(now, free, full_only=full_only):
             self._busy.add(batch.instance)
             call = self._batches.gather(batch)
-            task = asyncio.create_task(self._run(batch, call))
+            spans = self._spans(batch, call) if self._tracing.num_trails else NO_CALL
+            task = asyncio.create_task(self._run(batch, call, spans), context=Context())  # it works for many
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             if batch.kind is Kind.DENOISE:
@@ -267,11 +275,25 @@ class Engine:
                 entry.started = True
                 self._later(entry.listener.started)
 
-    async def _run(self, batch: Batch, call: Call) -> None:
+    def _spans(self, batch: Batch, call: Call) -> AbstractContextManager[object]:
+        """Records the call in the traces of those whom it serves."""
+        served = self._batches.served(batch, call, lambda output_id: self._entries[output_id].listener.trails())
+        attributes = {
+            "safelight.model": call.key.pipeline.name,
+            "safelight.component": call.key.component.value,
+            "safelight.runtime": self._runtime.name,
+            "safelight.instance": batch.instance,
+            "safelight.batch.rows": len(batch.rows),
+            "safelight.batch.outputs": len(batch.members),
+        }
+        return CallSpans(PART_NAMES[batch.kind], served, attributes) if served else NO_CALL
+
+    async def _run(self, batch: Batch, call: Call, spans: AbstractContextManager[object]) -> None:
         """One batch, from its inputs to the dispatch of those that it made possible."""
-        began = self._clock()
+        began, at = self._clock(), call.key
         try:
-            results = await self._runtime.run(batch.instance, call.key.pipeline.name, call.key.component, call.inputs)
+            with spans:
+                results = await self._runtime.run(batch.instance, at.pipeline.name, at.component, call.inputs)
         except RuntimeFailure as failure:
             self._tell()
             self._busy.discard(batch.instance)

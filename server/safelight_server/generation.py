@@ -11,11 +11,10 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import structlog
-from opentelemetry.trace import Span
 from safelight_server.errors import (
     DeadlineExceededError,
     GenerationCancelledError,
@@ -42,7 +41,7 @@ from safelight_server.preview import Frame
 from safelight_server.request import Request
 from safelight_server.scheduler import Priority
 from safelight_server.stream import EventLog
-from safelight_server.telemetry import tracing
+from safelight_server.telemetry import Stage, Trail, tracing
 
 log = structlog.get_logger(__name__)
 
@@ -66,22 +65,6 @@ class Times:
     ended: float | None = None
 
 
-@dataclass(slots=True)
-class _Spans:
-    """The stages' spans; a stage that has not begun has none."""
-
-    tracing: tracing.Tracing
-    parent: Span
-    open: dict[str, Span] = field(default_factory=dict)
-
-    def begin(self, stage: str, **attributes: str | int | float) -> None:
-        self.open[stage] = self.tracing.span(stage, self.parent, (), **attributes)
-
-    def end(self, stage: str, error: str = "") -> None:
-        if (span := self.open.pop(stage, None)) is not None:
-            tracing.end(span, error)
-
-
 class Output:
     """One picture of a generation; a member of the execution that develops it.
 
@@ -90,6 +73,7 @@ class Output:
         step: steps made.
         reason: why it ended; None before.
         disposition: where its picture comes from.
+        trail: where it is in the generation's trace, once accepted, if that is recorded.
     """
 
     def __init__(self, generation: Generation, index: int, seed: int) -> None:
@@ -102,6 +86,7 @@ class Output:
         self.reason: FinishReason | None = None
         self.disposition = Disposition.MISS
         self.picture: Encoded | None = None
+        self.trail: Trail | None = None
 
     @property
     def priority(self) -> Priority:
@@ -120,8 +105,11 @@ class Output:
 
     # --- with its execution ---
 
-    def enter(self, execution: Execution) -> None:
-        """Becomes a member."""
+    def enter(self, execution: Execution, stage: Stage) -> None:
+        """Becomes a member; `stage`: the generation's."""
+        if stage.recorded:
+            disposition = {"safelight.disposition": self.disposition.value}
+            self.trail = Trail(stage, {"safelight.output": self.index, "safelight.seed": str(self.seed), **disposition})
         self._execution = execution
         execution.join(self)
 
@@ -129,12 +117,16 @@ class Output:
         """Stops wanting it, for a while."""
         if self._execution is not None and not self._away:
             self._away = True
+            if self.trail is not None:
+                self.trail.suspend()
             self._execution.leave(self, back=True)
 
     def resume(self) -> None:
         """Wants it again."""
         if self._execution is not None and self._away:
             self._away = False
+            if self.trail is not None:
+                self.trail.resume()
             self._execution.join(self, again=True)
 
     def leave(self) -> None:
@@ -186,6 +178,8 @@ class Output:
     def developed(self, picture: Developed) -> None:
         """To the generation."""
         self._execution = None
+        if self.trail is not None:
+            self.trail.developed()
         self._generation.on_developed(self, picture)
 
     def failed(self, error: SafelightError) -> None:
@@ -203,6 +197,7 @@ class Generation:
     """See the module.
 
     Args:
+        stage: of the call that began it; outlived where that ends first.
         deadline: on the engine's clock.
         on_end: called once, after Finished.
     """
@@ -214,8 +209,7 @@ class Generation:
         request: Request,
         events: EventLog,
         clock: Callable[[], float],
-        tracer: tracing.Tracing,
-        span: Span,
+        stage: Stage,
         *,
         deadline: float | None,
         on_end: Callable[[Generation], None],
@@ -235,8 +229,7 @@ class Generation:
         self.outputs = [Output(self, index, seed) for index, seed in enumerate(request.spec.seeds)]
         self.grace: asyncio.TimerHandle | None = None
         self._clock = clock
-        self._spans = _Spans(tracer, span)
-        self._trace_id = tracing.trace_id(span)
+        self.stage = stage
         self._on_end = on_end
         self._expiry: asyncio.TimerHandle | None = None
         self._encoding: set[asyncio.Task[None]] = set()
@@ -263,15 +256,14 @@ class Generation:
         """Says Accepted and enters the executions, one for each output."""
         spec = self.request.spec
         self.log.publish(
-            Accepted(spec, numerics_id, self.request.encoding, estimate_s, self._trace_id, self.request.warnings)
+            Accepted(spec, numerics_id, self.request.encoding, estimate_s, self.stage.trace_id, self.request.warnings)
         )
         self._logger.info("accepted", model=spec.model, outputs=len(self.outputs), caller=self.caller.name)
-        self._spans.begin("queue")
         if self.deadline is not None:
             left = max(0.0, self.deadline - self._clock())
             self._expiry = asyncio.get_running_loop().call_later(left, self.expire)
         for output, execution in zip(self.outputs, executions, strict=True):
-            output.enter(execution)
+            output.enter(execution, self.stage)
 
     def suspend(self) -> None:
         """Stops wanting its pictures at once; what was done is kept."""
@@ -318,8 +310,6 @@ class Generation:
             self.state = State.RUNNING
         if self.times.first_batch is None:
             self.times.first_batch = self._clock()
-            self._spans.end("queue")
-            self._spans.begin("denoise", steps=self.request.spec.num_inference_steps)
 
     def on_stepped(self, output: Output, batch_size: int) -> None:
         """An output has made a step."""
@@ -330,8 +320,6 @@ class Generation:
 
     def on_developed(self, output: Output, picture: Developed) -> None:
         """An output's picture is there; it is encoded beside the loop."""
-        self._spans.end("denoise")
-        self._spans.begin(f"encode {output.index}")
         task = asyncio.create_task(self._encode(output, picture))
         self._encoding.add(task)
         task.add_done_callback(functools.partial(self._encoded, output))
@@ -344,7 +332,6 @@ class Generation:
 
     async def _encode(self, output: Output, picture: Developed) -> None:
         encoded = await picture.encoded(self.request.encoding)
-        self._spans.end(f"encode {output.index}")
         if output.reason is None:
             output.picture = encoded
             self.log.artifact(output.index, encoded)
@@ -353,6 +340,9 @@ class Generation:
     def on_output_ended(self, output: Output, reason: FinishReason, error: SafelightError | None) -> None:
         """An output has ended; with the last one the generation ends."""
         output.reason = reason
+        if output.trail is not None:
+            outcome = {"safelight.finish_reason": reason.value, "safelight.steps": output.step}
+            output.trail.end(outcome, tracing.fault(error.status.name, error.reason) if error is not None else "")
         self.error = self.error or error
         self.log.publish(OutputFinished(output.index, reason, output.step))
         if all(output.reason is not None for output in self.outputs):
@@ -369,8 +359,6 @@ class Generation:
             self.state = State.CANCELLED
         else:
             self.state = State.FAILED
-        for stage in list(self._spans.open):
-            self._spans.end(stage, self.error.reason if self.error else "")
         complete = [output.reason is FinishReason.COMPLETED for output in self.outputs]
         dispositions = [o.disposition if good else None for o, good in zip(self.outputs, complete, strict=True)]
         self.log.publish(Finished(self.error, self._usage(), self._timings(), tuple(dispositions)))

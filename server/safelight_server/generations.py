@@ -16,7 +16,6 @@ from concurrent.futures import Executor
 from datetime import UTC, datetime, timedelta
 
 import structlog
-from opentelemetry.trace import Span
 from safelight_server.admission import AdmissionLimits, admit
 from safelight_server.catalog import Catalog, Pipeline
 from safelight_server.engine import Engine
@@ -38,7 +37,7 @@ from safelight_server.runtime.base import Runtime
 from safelight_server.scheduler import Priority
 from safelight_server.settings import Settings
 from safelight_server.stream import EventLog, Watcher
-from safelight_server.telemetry import Metrics, Tracing
+from safelight_server.telemetry import Metrics, Stage
 
 log = structlog.get_logger(__name__)
 
@@ -57,7 +56,6 @@ class Generations:
         pool: Executor,
         clock: Callable[[], float],
         metrics: Metrics,
-        tracing: Tracing,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
@@ -66,7 +64,6 @@ class Generations:
         self._executions = Executions(engine, pool)
         self._clock = clock
         self._metrics = metrics
-        self._tracing = tracing
         self._limits = AdmissionLimits(
             {
                 Priority.INTERACTIVE: settings.max_waiting_interactive,
@@ -86,7 +83,7 @@ class Generations:
 
     # --- starting ---
 
-    def start(self, caller: Caller, request: Request, span: Span, time_left_s: float | None) -> Generation:
+    def start(self, caller: Caller, request: Request, stage: Stage, time_left_s: float | None) -> Generation:
         """The generation of a request: a new one, or the one that its request id stands for.
 
         Raises:
@@ -100,9 +97,11 @@ class Generations:
         if self._draining:
             raise UnavailableError("the server is draining; ask another", reason="DRAINING", retry_after_s=1.0)
         self._engine.outage.check()
-        generation = self._make(caller, request, span, time_left_s)
-        executions, new = self._find_executions(generation)
-        estimate = self._admit(new, time_left_s) if new else self._engine.scheduler.backlog_s()
+        generation = self._make(caller, request, stage, time_left_s)
+        with stage.within("lookup"):
+            executions, new = self._find_executions(generation)
+        with stage.within("admission"):
+            estimate = self._admit(new, time_left_s) if new else self._engine.scheduler.backlog_s()
         if request.request_id:
             self._requests.remember(caller, request.request_id, request.body_digest, generation.identifier)
         for execution in new:
@@ -164,7 +163,7 @@ class Generations:
             )
         return generation
 
-    def _make(self, caller: Caller, request: Request, span: Span, time_left_s: float | None) -> Generation:
+    def _make(self, caller: Caller, request: Request, stage: Stage, time_left_s: float | None) -> Generation:
         identifier = secrets.token_hex(16)
         settings = self._settings
         events = EventLog(
@@ -179,8 +178,7 @@ class Generations:
             request,
             events,
             self._clock,
-            self._tracing,
-            span,
+            stage,
             deadline=None if time_left_s is None else self._clock() + time_left_s,
             on_end=self._ended,
         )

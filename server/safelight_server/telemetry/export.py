@@ -35,9 +35,7 @@ def otlp_processor(endpoint: str, headers: Mapping[str, str]) -> SpanProcessor:
         headers=tuple(headers.items()),
         timeout=EXPORT_TIMEOUT_S,
     )
-    return BatchSpanProcessor(
-        Reporting(exporter, endpoint), max_queue_size=QUEUE_SPANS, schedule_delay_millis=DELAY_MS
-    )
+    return BatchSpanProcessor(Reporting(exporter, endpoint), max_queue_size=QUEUE_SPANS, schedule_delay_millis=DELAY_MS)
 
 
 class Reporting(SpanExporter):

@@ -27,9 +27,8 @@ from safelight_server.telemetry.export import close_within, otlp_processor
 
 CLOSE_S = 3.0
 """How long the end of the server waits for a collector to take the last spans."""
-FAULTS_OF_SERVER = frozenset(
-    {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
-)  # OpenTelemetry's conventions for gRPC: of a server span only these are errors
+FAULTS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
+"""Statuses that are errors of a server; the others its callers' doing (OpenTelemetry's conventions for gRPC)."""
 _PROPAGATOR = TraceContextTextMapPropagator()
 _NOTHING: Mapping[str, str | int | float] = {}
 
@@ -148,18 +147,16 @@ class Stage:
         self.note({"rpc.grpc.status_code": number, "rpc.response.status_code": code})
         if reason:
             self.note({"safelight.reason": reason})
-        self.end(reason or code if code in FAULTS_OF_SERVER else "")
+        self.end(fault(code, reason))
 
     @contextlib.contextmanager
     def within(self, name: str) -> Iterator[None]:
-        """A stage that lasts as long as the block; one that is left by an error has failed."""
-        stage, error = self.begin(name), "left by an error"
+        """A stage that lasts as long as the block."""
+        stage = self.begin(name)
         try:
             yield
-            error = ""
         finally:
-            if stage is not self:
-                stage.end(error)
+            stage.end()
 
     @contextlib.contextmanager
     def as_current(self) -> Iterator[None]:
@@ -180,6 +177,11 @@ class Stage:
 
 UNTRACED = Stage(Tracing(), trace.INVALID_SPAN)
 _CURRENT: ContextVar[Stage] = ContextVar("safelight_stage", default=UNTRACED)
+
+
+def fault(code: str, reason: str) -> str:
+    """The error of a span whose work ended with a status; empty where that is no fault of the server."""
+    return (reason or code) if code in FAULTS else ""
 
 
 def current() -> Stage:
