@@ -51,6 +51,8 @@ from safelight_server.telemetry.trail import NO_CALL, CallSpans
 
 log = structlog.get_logger(__name__)
 
+TURNS = 3
+"""Of the event loop until a call that was dispatched has left: its own task's, the runtime's and gRPC's."""
 COMPONENTS = {
     Kind.ENCODE: Component.TEXT_ENCODER,
     Kind.DENOISE: Component.DENOISER,
@@ -222,8 +224,8 @@ class Engine:
         self._apply(self.scheduler.expire(now))
         self._dispatch(now)
         self._watch_deadline(now)
-        if self._untold:  # after the batches that were just dispatched have started
-            asyncio.get_running_loop().call_soon(self._tell)
+        if self._untold:  # after the calls that were just dispatched have left
+            self._tell_after(TURNS)
 
     def _watch_deadline(self, now: float) -> None:
         """Comes back when the next deadline has passed; a timer that rings too early sets itself again."""
@@ -377,6 +379,12 @@ class Engine:
     def _later(self, report: Callable[[], None]) -> None:
         """Tells a listener after the next dispatch; `_pump` follows."""
         self._untold.append(report)
+
+    def _tell_after(self, turns: int) -> None:
+        if turns:
+            asyncio.get_running_loop().call_soon(self._tell_after, turns - 1)
+        else:
+            self._tell()
 
     def _tell(self) -> None:
         while self._untold:
