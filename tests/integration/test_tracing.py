@@ -84,7 +84,7 @@ async def test_one_trace_holds_all_stages_under_their_parents(start, recorder) -
     trace_id = secrets.token_hex(16)
     message = request()
     message.preview.CopyFrom(pb.PreviewPolicy(method=pb.PREVIEW_METHOD_TINY_DECODER))
-    async with start() as running, grpc.aio.insecure_channel(running.address) as channel:
+    async with start(num_instances=1) as running, grpc.aio.insecure_channel(running.address) as channel:
         [events] = await follow(stubs.GenerationServiceStub(channel), [message], [trace_id])
         spans = await recorder.settle()
     assert events[0].accepted.trace_id == trace_id
@@ -165,6 +165,24 @@ async def test_a_traced_generation_beside_others_that_are_not(start, recorder) -
     assert not any(span.links for span in spans.all)
 
 
+async def test_a_batch_of_others_is_no_part_of_a_trace(start, recorder, monkeypatch) -> None:
+    seen, run = [], SimulatedRuntime.run
+
+    async def watching(self, *call):
+        seen.append(otel.get_current_span().get_span_context())
+        return await run(self, *call)
+
+    async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
+        monkeypatch.setattr(SimulatedRuntime, "run", watching)
+        stub = stubs.GenerationServiceStub(channel)
+        await follow(stub, [request()], [secrets.token_hex(16)], UNSAMPLED)
+        assert not any(context.is_valid for context in seen)
+        seen.clear()
+        await follow(stub, [request(8)], [secrets.token_hex(16)])
+        spans = await recorder.settle()
+    assert [otel.format_span_id(context.span_id) for context in seen] == [b.span_id for b in spans.named("batch")]
+
+
 async def test_a_cancelled_generation_is_no_error(start, recorder) -> None:
     async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
@@ -177,7 +195,7 @@ async def test_a_cancelled_generation_is_no_error(start, recorder) -> None:
     assert (root.attributes["rpc.grpc.status_code"], root.error) == (1, "")
     assert root.attributes["rpc.response.status_code"] == "CANCELLED"
     assert (output.attributes["safelight.finish_reason"], output.error) == ("cancelled", "")
-    assert spans.one("safelight.v1.GenerationService/CancelGeneration").attributes["rpc.grpc.status_code"] == 0
+    assert spans.named("safelight.v1.GenerationService/CancelGeneration")[0].attributes["rpc.grpc.status_code"] == 0
 
 
 async def test_a_lost_stream_and_its_resumption(start, recorder) -> None:
