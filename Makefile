@@ -65,6 +65,11 @@ test-training: .venv-training/.installed ## Run the tests against torch and diff
 	$(TRAIN_PY) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -W ignore::FutureWarning \
 	  -W ignore::UserWarning --timeout 600 tests/training  # warnings of torch and diffusers are not ours to mend
 
+.PHONY: test-redis
+test-redis: setup ## Run the tests against a real Redis and an S3 server, which they start themselves
+	tools/install-system-packages
+	$(PY) -m pytest -q --timeout 120 tests/redis
+
 .PHONY: test-triton
 test-triton: setup .venv-triton/.installed .tools/.installed ## Run the tests against the real tritonserver
 	$(PY) -m pytest -q tests/triton
@@ -73,8 +78,11 @@ test-triton: setup .venv-triton/.installed .tools/.installed ## Run the tests ag
 test-tools: setup .tools/.installed ## Run the tests with grpcurl, ghz and Jaeger
 	$(PY) -m pytest -q tests/tools
 
+.PHONY: test-rest
+test-rest: test-tools test-redis test-triton test-training mutate ## Run the groups that need more than `make test` does
+
 .PHONY: test-all
-test-all: test test-training test-triton test-tools mutate ## Run all tests
+test-all: test test-rest ## Run all tests
 
 .PHONY: check
 check: setup ## Format, lint, types, import rules, generated code, proto lint
@@ -119,8 +127,8 @@ lock: .venv/.uv ## Pin all dependencies anew
 	  deploy/triton/requirements.in -o requirements-triton.lock
 
 .PHONY: mutate
-mutate: setup ## Break each rule once and see its test fail
-	$(PY) tools/mutate.py
+mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name)
+	$(PY) tools/mutate.py $(ONLY)
 
 .PHONY: bench
 bench: setup ## Measure throughput, latency and the scheduler; prints tables, writes out/bench

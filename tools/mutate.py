@@ -1,7 +1,8 @@
 """`make mutate`: each deliberate break in tests/mutations/ must turn its test red.
 
 A patch's first line names the test: `# test: tests/unit/test_x.py::test_name`.
-Patches are applied one at a time in a scratch copy of the working tree.
+Patches are applied one at a time in a scratch copy of the working tree. An
+argument (`make mutate ONLY=scheduler-`) runs those whose names contain it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ COPIED = ("server", "clients", "tests", "models", "training", "pyproject.toml")
 
 def main() -> int:
     """Runs every patch; the exit code is the number that did not turn their test red."""
-    patches = sorted((ROOT / "tests" / "mutations").glob("*.patch"))
+    only = sys.argv[1] if len(sys.argv) > 1 else ""
+    patches = sorted((ROOT / "tests" / "mutations").glob(f"*{only}*.patch"))
     failed = 0
     for patch in patches:
         test = patch.read_text().splitlines()[0].removeprefix("# test: ").strip()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from training import checkpoint
-from training.icons import BACKGROUNDS, COLOURS, OBJECTS, Spec, render, sample_spec
+from training.icons import BACKGROUNDS, COLOURS, OBJECTS, Spec, sample_spec
+from training.icons.render import render
 
 EDGE_PX = 64
 NUM_DRAWINGS = 24_000

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from training.data import training_spec
-from training.icons import Spec, render
+from training.icons import Spec
+from training.icons.render import render
 from training.recipe import RECIPE
 
 FEATURE_PX = 32

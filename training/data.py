@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from training.icons import Spec, caption, held_out, render, sample_spec
+from training.icons import Spec, caption, held_out, sample_spec
+from training.icons.render import render
 from training.latents import Projection
 from training.recipe import Recipe
 

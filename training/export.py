@@ -2,7 +2,7 @@
 
 For any `StableDiffusionPipeline` of CLIPTextModel, UNet2DConditionModel and
 AutoencoderTiny or AutoencoderKL; a folder `preview_decoder/` (AutoencoderTiny)
-and a file `linear_preview.npz` beside them are used where they are there.
+and the files `linear_preview.npz` and `prompts.json` beside them are used where they are there.
 Weights are stored as float16 and cast at load; the arithmetic is float32. The
 same folder gives the same bytes. Nothing in `--models` changes before every
 component was written and found equal to its torch module.
@@ -94,6 +94,7 @@ def export(
             "family": "stable-diffusion",
             "components": bound,
             **manifest.describe(pipeline, place / "tokenizer.json", preview, steps, guidance_scale),
+            **manifest.prompts(folder / "prompts.json"),
         }
         (place / "pipeline.json").write_text(manifest.readable(whole))
         if (folder / "training.json").exists():

@@ -166,6 +166,12 @@ def _fit_linear(pipeline: StableDiffusionPipeline, decoder: nn.Module) -> tuple[
     return solution[:-1], solution[-1]
 
 
+def prompts(given: Path) -> dict[str, object]:
+    """What a folder knows of its prompts, for the approximate caches: `guard` and `example_prompts`, or nothing."""
+    found: dict[str, object] = json.loads(given.read_text()) if given.exists() else {}
+    return {key: found[key] for key in ("guard", "example_prompts") if key in found}
+
+
 def readable(manifest: Mapping[str, object]) -> str:
     """JSON with one line per row of numbers."""
     text = json.dumps(manifest, indent=1, ensure_ascii=False)

@@ -9,20 +9,6 @@ import torch
 from torch import Tensor, nn
 
 TYPES = {torch.float32: "TYPE_FP32", torch.int64: "TYPE_INT64"}
-QUEUE = """\
-dynamic_batching {
-  max_queue_delay_microseconds: 0
-  priority_levels: 3
-  default_priority_level: 2
-  default_queue_policy {
-    timeout_action: REJECT
-    default_timeout_microseconds: 10000000
-    allow_timeout_override: true
-    max_queue_size: 64
-  }
-}"""
-"""Requests are never held back to fill a batch: the gateway does that. Priorities 1 (first) to 3 are its classes
-INTERACTIVE, STANDARD and BATCH. A request waits for at most 10 s, or its own timeout; more than 64 are refused."""
 
 
 def write_config(path: Path, model: str, max_rows: int, inputs: Mapping[str, Tensor], module: nn.Module) -> None:
@@ -35,7 +21,7 @@ def write_config(path: Path, model: str, max_rows: int, inputs: Mapping[str, Ten
     for side, name, tensor in tensors:
         lines += [f"{side} {{", f'  name: "{name}"', f"  data_type: {TYPES[tensor.dtype]}", *_dims(tensor), "}"]
     lines += [
-        QUEUE,
+        "dynamic_batching { max_queue_delay_microseconds: 0 }",
         "instance_group { kind: KIND_CPU count: 1 }",
         'parameters { key: "intra_op_thread_count" value { string_value: "1" } }',
     ]

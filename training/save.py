@@ -11,6 +11,7 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from training import checkpoint, diffusion, networks
+from training.icons import prompts
 from training.latents import Projection
 from training.recipe import Recipe
 
@@ -38,6 +39,7 @@ def save_pipeline(
     _decoder(folder, "preview_decoder", preview).save_pretrained(partial / "preview_decoder")
     weights, bias = encoder.linear_preview(recipe.linear_block)
     np.savez(partial / "linear_preview.npz", weights=weights, bias=bias)
+    (partial / "prompts.json").write_text(json.dumps(prompts.about(), indent=1))
     facts = {
         "samples": state["samples"],
         "diffusion_cpu_s": round(state["cpu_s"]),

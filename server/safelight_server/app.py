@@ -17,8 +17,19 @@ from dataclasses import dataclass
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from safelight_server import catalog as catalogs
+from safelight_server import reflection
+from safelight_server.cache.backends import Backends, open_backends
+from safelight_server.cache.bands import Bands
+from safelight_server.cache.cache import Cache
+from safelight_server.cache.checkpoints import Checkpoints, Policy
+from safelight_server.cache.eviction import LeastBenefit
+from safelight_server.cache.lsh import MemoryBuckets
+from safelight_server.cache.pictures import Pictures
+from safelight_server.cache.prompts import Prompts
+from safelight_server.cache.similar import SimilarPictures
+from safelight_server.cache.spaces import Spaces
+from safelight_server.cache.starts import Starts
 from safelight_server.catalog import Catalog
 from safelight_server.engine import Engine
 from safelight_server.generations import Generations
@@ -59,6 +70,7 @@ class Running:
     address: str
     catalog: Catalog
     runtime: Runtime
+    cache: Cache
     generations: Generations
     drain: Callable[[float], asyncio.Task[None]]
 
@@ -107,7 +119,9 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         runtime_grace_s=settings.runtime_grace_s,
         tracer=tracer,
     )
-    generations = Generations(settings, catalog, runtime, engine, pool, clock, metrics)
+    backends = await open_backends(settings, metrics.tiers)
+    cache = _build_cache(settings, backends, engine, pool, metrics)
+    generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics)
     limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
     service = Service(identity, catalog, runtime, generations, limits, metrics, tracer)
     _watch_queue(metrics, engine)
@@ -118,7 +132,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     services = [GENERATION_SERVICE, MODEL_SERVICE, health.SERVICE_NAME]
-    reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], server)
+    reflection.enable(services, server)
     address = _bind(server, settings)
     if settings.metrics_port:
         metrics.serve(settings.host if settings.insecure else "127.0.0.1", settings.metrics_port)
@@ -143,14 +157,30 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         return draining[0]
 
     try:
-        yield Running(address, catalog, runtime, generations, start_drain)
+        yield Running(address, catalog, runtime, cache, generations, start_drain)
     finally:
         await start_drain(0.0)
         ticker.cancel()
         await engine.close()
+        await cache.close()
+        await backends.close()
         await runtime.close()
         pool.shutdown()
         await asyncio.to_thread(tracer.close)
+
+
+def _build_cache(
+    settings: Settings, backends: Backends, engine: Engine, pool: ThreadPoolExecutor, metrics: Metrics
+) -> Cache:
+    tiers, keyring, ttl_s = backends.tiers, backends.keyring, settings.cache_ttl_s
+    bands = Bands()
+    policy = Policy(settings.checkpoint_every_n_steps, bands.fractions, ttl_s=ttl_s)
+    checkpoints = Checkpoints(tiers, keyring, policy)
+    pictures = Pictures(tiers, keyring, pool, ttl_s)
+    similar = SimilarPictures(pictures, MemoryBuckets(settings.cache_similar_items), metrics.cache.rejected)
+    starts = Starts(checkpoints, bands, LeastBenefit(settings.cache_latent_bytes), settings.cache_latent_items)
+    spaces = Spaces(keyring, settings.cache_pools)
+    return Cache(spaces, pictures, Prompts(tiers, engine.encode, ttl_s), checkpoints, similar, starts, metrics.cache)
 
 
 async def _follow_health(servicer: health.aio.HealthServicer, names: Sequence[str], engine: Engine) -> None:

@@ -143,8 +143,32 @@ class LinearPreview(_Strict):
         return self
 
 
+class GuardWords(_Strict):
+    """Words of prompts that must agree before one prompt's picture answers another; see `cache.guard`.
+
+    Attributes:
+        groups: name -> values, each of phrases that mean it. The longest phrase that begins at a word counts.
+        ignored: words that say nothing about the picture.
+        closed: whether all words outside the groups must agree too, but for the ignored ones.
+    """
+
+    groups: Mapping[str, tuple[tuple[str, ...], ...]]
+    ignored: tuple[str, ...] = ()
+    closed: bool = False
+
+    @model_validator(mode="after")
+    def _unambiguous(self) -> Self:
+        phrases = [phrase for values in self.groups.values() for value in values for phrase in value]
+        plain = [" ".join(phrase.casefold().split()) for phrase in phrases]
+        if twice := {phrase for phrase in plain if plain.count(phrase) > 1}:
+            raise ValueError(f"stand for two values: {', '.join(sorted(twice))}")
+        if not all(any(c.isalnum() for c in phrase) for phrase in plain):
+            raise ValueError("a phrase has no word")
+        return self
+
+
 class Manifest(_Strict):
-    """pipeline.json."""
+    """pipeline.json. The last two serve the approximate caches; without them these know less of the model's prompts."""
 
     format: Literal[1]
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
@@ -162,6 +186,8 @@ class Manifest(_Strict):
     defaults: Defaults
     limits: ModelLimits
     linear_preview: LinearPreview
+    guard: GuardWords | None = None
+    example_prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

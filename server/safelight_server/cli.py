@@ -178,11 +178,12 @@ def repository(
     target: Annotated[RepositoryTarget, typer.Option(help="What it is for.")] = RepositoryTarget.GPU,
     gpus: Annotated[int, typer.Option(min=1, max=64, help="GPUs; each gets an instance of every component.")] = 1,
     accelerator: Annotated[Accelerator, typer.Option(help="What runs on a GPU.")] = Accelerator.TENSORRT,
+    bounded_queue: Annotated[bool, typer.Option(help="Priorities and bounds in Triton's queue (see there).")] = False,
     models_dir: Annotated[Path | None, typer.Option(help=Settings.model_fields["models_dir"].description)] = None,
 ) -> None:
     """Write the model repository for Triton on GPUs (docs/operations/triton.md)."""
     source = settings_module.load(models_dir=models_dir).models_dir / "repository"
-    repositories.write(source, out, target, gpus, accelerator)
+    repositories.write(source, out, target, gpus, accelerator, bounded_queue=bounded_queue)
     console.print(f"wrote {out}", highlight=False)
 
 

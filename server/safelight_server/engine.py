@@ -26,7 +26,8 @@ from dataclasses import dataclass
 
 import structlog
 from safelight_server.attempts import Attempts
-from safelight_server.batches import PART_NAMES, Batches, Call, Flight, Preview
+from safelight_server.batches import Batches, Call, Flight, Preview
+from safelight_server.catalog import Pipeline
 from safelight_server.errors import InternalError, SafelightError, UnavailableError
 from safelight_server.jobs import Job, OutputListener
 from safelight_server.latents import Snapshot
@@ -35,6 +36,7 @@ from safelight_server.runtime.base import Component, Fault, FloatArray, Runtime,
 from safelight_server.scheduler import (
     Batch,
     Decoded,
+    Encoded,
     Event,
     Expired,
     Failed,
@@ -46,8 +48,8 @@ from safelight_server.scheduler import (
     Scheduler,
     Stepped,
 )
-from safelight_server.telemetry import UNTRACED, Metrics, Tracing, tracing
-from safelight_server.telemetry.trail import NO_CALL, CallSpans
+from safelight_server.telemetry import UNTRACED, Metrics, Tracing, Trail, tracing
+from safelight_server.telemetry.trail import NO_CALL
 
 log = structlog.get_logger(__name__)
 
@@ -102,6 +104,7 @@ class Engine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._expiry: asyncio.TimerHandle | None = None
         self._untold: deque[Callable[[], None]] = deque()
+        self._asked: dict[str, asyncio.Future[FloatArray]] = {}
         limits = Limits(max_running, self._max_rows, runtime.num_instances, preview_share)
         self.scheduler = Scheduler(limits, self)
         self.outage = Outage(clock, runtime_wait_s, runtime_grace_s, self._strand)
@@ -124,14 +127,18 @@ class Engine:
     def submit(self, job: Job, listener: OutputListener) -> None:
         """Takes a job; it runs when the scheduler says so."""
         output = self.output(job)
-        self._batches.token_ids.update(zip(output.conditioning, job.token_ids, strict=True))
+        conditioning = [_conditioning_id(job.pipeline, ids) for ids in job.token_ids]
+        known = dict(zip(conditioning, job.embeddings, strict=False))
+        ids = dict(zip(conditioning, job.token_ids, strict=True))
+        self._batches.token_ids.update((needed, ids[needed]) for needed in output.conditioning)
         self._batches.flights[job.output_id] = Flight(
             job.pipeline,
             job.latent_shape,
             job.table,
             job.seed,
             job.guidance_scale,
-            output.conditioning,
+            tuple(conditioning),
+            {name: embedding for name, embedding in known.items() if embedding is not None},
             job.start,
             output.first_step,
         )
@@ -145,7 +152,8 @@ class Engine:
         """A job as the scheduler sees it."""
         key = self._batches.key
         keys = {kind: key(job.pipeline, part, job.latent_shape) for kind, part in COMPONENTS.items()}
-        encoder = job.pipeline.manifest.components[Component.TEXT_ENCODER].sha256
+        known = (*job.embeddings, *[None] * (len(job.token_ids) - len(job.embeddings)))
+        needed = [ids for ids, embedding in zip(job.token_ids, known, strict=True) if embedding is None]
         return Output(
             output_id=job.output_id,
             caller=job.caller,
@@ -153,7 +161,7 @@ class Engine:
             num_steps=job.table.num_steps,
             rows_per_step=len(job.token_ids),
             keys=keys,
-            conditioning=tuple(f"{encoder}:{','.join(map(str, ids))}" for ids in job.token_ids),
+            conditioning=tuple(_conditioning_id(job.pipeline, ids) for ids in needed),
             deadline=job.deadline,
             first_step=job.start.step if job.start else 0,
         )
@@ -205,6 +213,22 @@ class Engine:
         self._pump()
         return await pending.image
 
+    async def encode(self, pipeline: Pipeline, token_ids: Sequence[int]) -> FloatArray:
+        """The embedding (T, D) of a prompt, encoded between the steps; those who ask for the same share it.
+
+        Raises:
+            UnavailableError: the runtime cannot.
+        """
+        size = pipeline.manifest.sizes[0]
+        key = self._batches.key(pipeline, Component.TEXT_ENCODER, pipeline.latent_shape(size.width_px, size.height_px))
+        name = _conditioning_id(pipeline, token_ids)
+        if (future := self._asked.get(name)) is None:
+            future = self._asked[name] = asyncio.get_running_loop().create_future()
+            self._batches.token_ids[name] = tuple(token_ids)
+            self._apply(self.scheduler.want_embedding(name, key))
+            self._pump()
+        return await asyncio.shield(future)
+
     def load(self) -> float:
         """Running outputs for each live instance: 0 idle, 1 all busy, more share calls."""
         return self.scheduler.num_running / max(1, self._runtime.num_live)
@@ -246,17 +270,24 @@ class Engine:
     def _dispatch(self, now: float, *, full_only: bool = False) -> None:
         """Hands every free instance to the scheduler and starts the batches that it returns."""
         free = self._runtime.usable(self._instances - self._busy)
-        if not free:
+        if not free and full_only:
             return
         for batch in self.scheduler.schedule(now, free, full_only=full_only):
             self._busy.add(batch.instance)
             call = self._batches.gather(batch)
-            spans = self._spans(batch, call) if self._tracing.num_trails else NO_CALL
+            spans = (
+                self._batches.spans(batch, call, self._runtime.name, self._trails)
+                if self._tracing.num_trails
+                else NO_CALL
+            )
             task = asyncio.create_task(self._run(batch, call, spans), context=Context())  # it works for many
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             if batch.kind is Kind.DENOISE:
                 self._announce(batch)
+
+    def _trails(self, output_id: int) -> Sequence[Trail]:
+        return self._entries[output_id].listener.trails()
 
     def _instances_changed(self) -> None:
         """Instances came or went; batches in flight on those that went fail by themselves."""
@@ -276,19 +307,6 @@ class Engine:
             if not entry.started:
                 entry.started = True
                 self._later(entry.listener.started)
-
-    def _spans(self, batch: Batch, call: Call) -> AbstractContextManager[object]:
-        """Records the call in the traces of those whom it serves."""
-        served = self._batches.served(batch, call, lambda output_id: self._entries[output_id].listener.trails())
-        attributes = {
-            "safelight.model": call.key.pipeline.name,
-            "safelight.component": call.key.component.value,
-            "safelight.runtime": self._runtime.name,
-            "safelight.instance": batch.instance,
-            "safelight.batch.rows": len(batch.rows),
-            "safelight.batch.outputs": len(batch.members),
-        }
-        return CallSpans(PART_NAMES[batch.kind], served, attributes) if served else NO_CALL
 
     async def _run(self, batch: Batch, call: Call, spans: AbstractContextManager[object]) -> None:
         """One batch, from its inputs to the dispatch of those that it made possible."""
@@ -312,6 +330,8 @@ class Engine:
             await asyncio.sleep(0)  # it starts before the work of this one
         self._batches.returned(batch, call)
         self._batches.keep(batch, call, results)
+        if batch.kind is Kind.ENCODE:
+            self._report_embeddings(batch)
         self._account(batch, returned - began)
         self._attempts.succeeded(batch)
         self._apply(self.scheduler.complete(batch.batch_id), call.num_outputs)
@@ -343,6 +363,8 @@ class Engine:
             self._advance(stepped, batch_size)
         for event in events:
             match event:
+                case Encoded():
+                    self._answer(event)
                 case Released():
                     self._batches.release(event.conditioning_id)
                     self._attempts.forget(event.conditioning_id)
@@ -356,6 +378,17 @@ class Engine:
                     listener = self._forget(event.output_id)
                     in_outage = functools.partial(listener.failed, no_runtime())
                     self._later(in_outage if self.outage.is_on else listener.expired)
+
+    def _answer(self, event: Encoded) -> None:
+        """Those who asked for an embedding itself."""
+        future = self._asked.pop(event.conditioning_id)
+        if future.done():
+            return
+        if event.failed:
+            future.set_exception(UnavailableError("the prompt could not be encoded; try again", retry_after_s=1.0))
+            future.exception()  # whoever asked may have gone
+        else:
+            future.set_result(self._batches.embedding(event.conditioning_id))
 
     def _advance(self, stepped: Sequence[Stepped], batch_size: int) -> None:
         began = self._clock()
@@ -396,3 +429,22 @@ class Engine:
                 entry.listener.stepped(event.step, batch_size)
                 if not event.last and entry.listener.wants_frame(event.step):
                     entry.listener.frame(event.step, self._batches.denoised(event.output_id))
+                if not event.last and entry.listener.wants_checkpoint(event.step):
+                    snapshot = self._batches.snapshot(event.output_id)
+                    assert snapshot is not None
+                    entry.listener.checkpoint(snapshot)
+
+    def _report_embeddings(self, batch: Batch) -> None:
+        encoded = {row.conditioning_id for row in batch.rows}
+        for output_id, entry in self._entries.items():
+            flight = self._batches.flights[output_id]
+            for row, name in enumerate(flight.conditioning):
+                if name in encoded and name in self._batches.token_ids:
+                    told = functools.partial(entry.listener.encoded, row, self._batches.embedding(name))
+                    self._later(told)
+
+
+def _conditioning_id(pipeline: Pipeline, token_ids: Sequence[int]) -> str:
+    """Equal for prompts with equal embeddings."""
+    encoder = pipeline.manifest.components[Component.TEXT_ENCODER].sha256
+    return f"{encoder}:{','.join(map(str, token_ids))}"

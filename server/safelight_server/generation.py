@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import structlog
@@ -27,6 +27,7 @@ from safelight_server.events import (
     Finished,
     FinishReason,
     GenerationView,
+    Origin,
     OutputFinished,
     OutputView,
     Progress,
@@ -72,7 +73,7 @@ class Output:
         index: its place in the spec.
         step: steps made.
         reason: why it ended; None before.
-        disposition: where its picture comes from.
+        origin: where its picture comes from.
         trail: where it is in the generation's trace, once accepted, if that is recorded.
     """
 
@@ -84,7 +85,8 @@ class Output:
         self.seed = seed
         self.step = 0
         self.reason: FinishReason | None = None
-        self.disposition = Disposition.MISS
+        self.origin = Origin()
+        self._counted = 0
         self.picture: Encoded | None = None
         self.trail: Trail | None = None
 
@@ -103,15 +105,30 @@ class Output:
         """What the scheduler knows its execution by; 0: it has none."""
         return self._execution.job.output_id if self._execution is not None else 0
 
+    def final_origin(self) -> Origin | None:
+        """Where its picture came from; None where there is none."""
+        if self.reason is not FinishReason.COMPLETED:
+            return None
+        if self.origin.disposition is Disposition.COALESCED:
+            return replace(self.origin, num_steps_skipped=self.step - self._counted)
+        return self.origin
+
     # --- with its execution ---
 
-    def enter(self, execution: Execution, stage: Stage) -> None:
-        """Becomes a member; `stage`: the generation's."""
+    def follow(self, stage: Stage) -> None:
+        """Is on its way from here on, in the trace of its generation's `stage` if that is recorded."""
         if stage.recorded:
-            disposition = {"safelight.disposition": self.disposition.value}
+            disposition = {"safelight.disposition": self.origin.disposition.value}
             self.trail = Trail(stage, {"safelight.output": self.index, "safelight.seed": str(self.seed), **disposition})
+
+    def enter(self, execution: Execution) -> None:
+        """Becomes a member."""
         self._execution = execution
         execution.join(self)
+
+    def recall(self, picture: Encoded) -> None:
+        """Its picture was there already."""
+        self._generation.on_encoded(self, picture)
 
     def pause(self) -> None:
         """Stops wanting it, for a while."""
@@ -161,6 +178,7 @@ class Output:
         work.compute_s += seconds
         work.num_rows += rows
         work.num_steps += steps
+        self._counted += steps
 
     def stepped(self, step: int, batch_size: int) -> None:
         """To the generation."""
@@ -252,8 +270,8 @@ class Generation:
 
     # --- what is asked of it ---
 
-    def accept(self, numerics_id: str, estimate_s: float, executions: Sequence[Execution]) -> None:
-        """Says Accepted and enters the executions, one for each output."""
+    def accept(self, numerics_id: str, estimate_s: float, sources: Sequence[Encoded | Execution]) -> None:
+        """Says Accepted and gives each output its picture or lets it enter its execution."""
         spec = self.request.spec
         self.log.publish(
             Accepted(spec, numerics_id, self.request.encoding, estimate_s, self.stage.trace_id, self.request.warnings)
@@ -262,8 +280,12 @@ class Generation:
         if self.deadline is not None:
             left = max(0.0, self.deadline - self._clock())
             self._expiry = asyncio.get_running_loop().call_later(left, self.expire)
-        for output, execution in zip(self.outputs, executions, strict=True):
-            output.enter(execution, self.stage)
+        for output, source in zip(self.outputs, sources, strict=True):
+            output.follow(self.stage)
+            if isinstance(source, Encoded):
+                output.recall(source)
+            else:
+                output.enter(source)
 
     def suspend(self) -> None:
         """Stops wanting its pictures at once; what was done is kept."""
@@ -333,9 +355,13 @@ class Generation:
     async def _encode(self, output: Output, picture: Developed) -> None:
         encoded = await picture.encoded(self.request.encoding)
         if output.reason is None:
-            output.picture = encoded
-            self.log.artifact(output.index, encoded)
-            self.on_output_ended(output, FinishReason.COMPLETED, None)
+            self.on_encoded(output, encoded)
+
+    def on_encoded(self, output: Output, picture: Encoded) -> None:
+        """An output is complete."""
+        output.picture = picture
+        self.log.artifact(output.index, picture)
+        self.on_output_ended(output, FinishReason.COMPLETED, None)
 
     def on_output_ended(self, output: Output, reason: FinishReason, error: SafelightError | None) -> None:
         """An output has ended; with the last one the generation ends."""
@@ -359,9 +385,8 @@ class Generation:
             self.state = State.CANCELLED
         else:
             self.state = State.FAILED
-        complete = [output.reason is FinishReason.COMPLETED for output in self.outputs]
-        dispositions = [o.disposition if good else None for o, good in zip(self.outputs, complete, strict=True)]
-        self.log.publish(Finished(self.error, self._usage(), self._timings(), tuple(dispositions)))
+        origins = tuple(output.final_origin() for output in self.outputs)
+        self.log.publish(Finished(self.error, self._usage(), self._timings(), origins))
         level = self._logger.error if isinstance(self.error, InternalError) else self._logger.info
         level("finished", state=self.state.name, seconds=round(self.times.ended - self.times.accepted, 3))
         self._on_end(self)

@@ -36,6 +36,15 @@ class OutputListener(Protocol):
     def frame(self, step: int, denoised: FloatArray) -> None:
         """The denoised estimate (C, h, w) after `step` steps; the listener's own copy."""
 
+    def wants_checkpoint(self, step: int) -> bool:
+        """Whether the state after this step is to be kept: only then is `checkpoint` called."""
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """The state after `snapshot.step` steps; the listener's own copy."""
+
+    def encoded(self, row: int, embedding: FloatArray) -> None:
+        """The embedding (T, D) of one of its prompts, `token_ids[row]`, was computed."""
+
     def decoded(self, image: FloatArray) -> None:
         """The finished picture (3, H, W) in [-1, 1], unclamped. The output has ended."""
 
@@ -53,7 +62,8 @@ class Job:
     Attributes:
         token_ids: of the prompt and, with guidance, of the negative prompt; each (T,).
         deadline: on the engine's clock.
-        start: where it stopped, when it goes on after `suspend`.
+        start: where it stopped, when it goes on after `suspend`; or where it begins in place of noise.
+        embeddings: of `token_ids`, (T, D), where they are known already; may be shorter.
     """
 
     output_id: int
@@ -67,3 +77,4 @@ class Job:
     token_ids: tuple[tuple[int, ...], ...]
     deadline: float | None = None
     start: Snapshot | None = None
+    embeddings: tuple[FloatArray | None, ...] = ()

@@ -20,6 +20,7 @@ from tritonclient.grpc.model_config_pb2 import (
     ModelConfig,
     ModelInstanceGroup,
     ModelOptimizationPolicy,
+    ModelQueuePolicy,
     ModelWarmup,
 )
 
@@ -28,6 +29,10 @@ ENGINES = "/var/cache/safelight/engines"
 WORKSPACE_BYTES = 2 << 30
 OPTIMAL_ROWS = 16
 """The batch that TensorRT chooses its kernels for; a model with a smaller bound: that."""
+PRIORITIES = 3
+"""Of a bounded queue: 1 is served first; the gateway's classes INTERACTIVE, STANDARD and BATCH."""
+QUEUE_SIZE = 64
+QUEUE_TIMEOUT_S = 10
 CPU_PARAMETERS = ("intra_op_thread_count", "inter_op_thread_count", "execution_mode")
 
 
@@ -56,13 +61,20 @@ class RepositoryError(Exception):
 
 
 def write(
-    source: Path, out: Path, target: Target, gpus: int = 1, accelerator: Accelerator = Accelerator.TENSORRT
+    source: Path,
+    out: Path,
+    target: Target,
+    gpus: int = 1,
+    accelerator: Accelerator = Accelerator.TENSORRT,
+    *,
+    bounded_queue: bool = False,
 ) -> None:
     """Writes the repository `source` for `target` to the new folder `out`.
 
     Args:
         gpus: devices 0 … gpus - 1 get an instance of every component each (target GPU).
         accelerator: what executes them there (target GPU).
+        bounded_queue: see `bound_queue`.
 
     Raises:
         RepositoryError: `source` is no repository, `out` exists, or a file cannot be read or written.
@@ -79,6 +91,8 @@ def write(
             for file in configs:
                 config = read(file)
                 changed = for_cpu(config) if target is Target.CPU else for_gpu(config, gpus, accelerator)
+                if bounded_queue:
+                    bound_queue(changed)
                 shutil.copytree(file.parent, made / file.parent.name)
                 (made / file.parent.name / "config.pbtxt").write_text(text_format.MessageToString(changed))
             made.rename(out)
@@ -121,6 +135,20 @@ def for_gpu(config: ModelConfig, gpus: int, accelerator: Accelerator) -> ModelCo
         made.backend = "tensorrt"
         made.default_model_filename = "model.plan"
     return made
+
+
+def bound_queue(config: ModelConfig) -> None:
+    """Gives Triton's queue priorities, a bound and a timeout, for a Triton that several gateways share.
+
+    It has a price: with any of them Triton at times wakes up half a second late (decision record 0010).
+    """
+    batching = config.dynamic_batching
+    batching.priority_levels = PRIORITIES
+    batching.default_priority_level = 2
+    batching.default_queue_policy.timeout_action = ModelQueuePolicy.REJECT
+    batching.default_queue_policy.default_timeout_microseconds = QUEUE_TIMEOUT_S * 1_000_000
+    batching.default_queue_policy.allow_timeout_override = True
+    batching.default_queue_policy.max_queue_size = QUEUE_SIZE
 
 
 def warm_up(config: ModelConfig, rows: Iterable[int]) -> list[ModelWarmup]:

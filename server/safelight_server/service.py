@@ -114,7 +114,7 @@ class Service:
         """Starts a generation and watches it."""
         with stream.stage.within("resolve"):
             resolved = resolve_request(convert.draft_request(request), self._catalog, self._limits)
-        generation = self._generations.start(caller, resolved, stream.stage, stream.time_left_s)
+        generation = await self._generations.start(caller, resolved, stream.stage, stream.time_left_s)
         async with aclosing(self._watch(generation, resolved.preview, stream)) as events:
             async for event in events:
                 yield event

@@ -8,10 +8,11 @@ environment. All bad values are reported at once.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Seconds = Annotated[float, Field(ge=0)]
@@ -61,7 +62,7 @@ class Settings(BaseSettings):
         2.0, ge=0.05, description="... but not before this; also the limit of every readiness question."
     )
     triton_probe_max_s: float = Field(
-        0.5, ge=0.05, description="Triton: longest wait between two looks at a server that is down."
+        0.25, ge=0.05, description="Triton: longest wait between two looks at a server that is down."
     )
     triton_start_s: Seconds = Field(60.0, description="Triton: how long the start waits for the first server.")
     runtime_wait_s: Seconds = Field(
@@ -92,6 +93,38 @@ class Settings(BaseSettings):
     max_results: Count = Field(10_000, description="Finished generations kept, all together.")
     max_results_bytes: Count = Field(256 << 20, description="Finished pictures kept in memory, all together.")
     drain_grace_s: Seconds = Field(30.0, description="How long running generations may finish after SIGTERM.")
+
+    redis_url: SecretStr | None = Field(
+        None,
+        description="Redis that the replicas share, such as redis://127.0.0.1:6379/0. None: this replica is alone.",
+    )
+    redis_timeout_ms: int = Field(250, ge=1, le=10_000, description="A call of Redis that takes longer has failed.")
+    lease_ttl_s: float = Field(5.0, ge=0.3, le=300, description="A replica that is silent for so long is replaced.")
+    breaker_failures: Count = Field(3, description="Failures in a row after which Redis, disk or S3 is left alone.")
+    breaker_open_s: float = Field(2.0, ge=0.1, le=600, description="For how long; then one call tries again.")
+    cache_key_file: Path | None = Field(
+        None, description="Keys that seal what is cached (docs/operations/cache-storage.md). None: memory only."
+    )
+    cache_ttl_s: float = Field(86_400.0, gt=0, description="How long a cached entry may be served.")
+    cache_memory_bytes: Count = Field(256 << 20, description="Cached entries in memory.")
+    cache_redis: bool = Field(True, description="Keep cached entries in Redis too, where there is one.")
+    cache_disk_dir: Path | None = Field(None, description="Folder of cached entries, for this process only. None: off.")
+    cache_disk_bytes: Count = Field(8 << 30, description="Bytes of that folder.")
+    cache_disk_timeout_ms: int = Field(1000, ge=1, le=60_000, description="A disk that takes longer has failed.")
+    cache_s3_url: str = Field("", description="Bucket for entries that memory and disk push out: s3://BUCKET/PREFIX.")
+    cache_s3_endpoint: str = Field("", description="Server of the bucket, where it is not AWS.")
+    cache_s3_region: str = Field("us-east-1", description="Region of the bucket.")
+    cache_s3_credentials_file: Path | None = Field(
+        None, description="One line, ACCESS_KEY_ID SECRET. None: the role of the machine or the AWS variables."
+    )
+    cache_s3_timeout_ms: int = Field(2000, ge=1, le=60_000, description="A call of S3 that takes longer has failed.")
+    cache_pools: Mapping[str, tuple[str, ...]] = Field(
+        {}, description='Tenants that share what is cached, by pool, as JSON: {"studio": ["ann", "bob"]}.'
+    )
+    cache_similar_items: Count = Field(100_000, description="Finished pictures that can be found as similar.")
+    cache_latent_items: Count = Field(10_000, description="Outputs of a tenant whose latents others may start from.")
+    cache_latent_bytes: Count = Field(256 << 20, description="Bytes of these latents, all together.")
+    checkpoint_every_n_steps: Count = Field(5, description="A crash costs at most so many steps of an output.")
 
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="auto: console on a terminal, else JSON."
@@ -124,6 +157,15 @@ class Settings(BaseSettings):
             faults.append("otlp_headers must be NAME=VALUE, separated by commas")
         if self.resume_grace_s > self.max_resume_grace_s:
             faults.append("resume_grace_s is above max_resume_grace_s")
+        if self.cache_key_file is None:
+            lasting = {
+                "redis_url": self.redis_url,
+                "cache_disk_dir": self.cache_disk_dir,
+                "cache_s3_url": self.cache_s3_url,
+            }
+            faults += [
+                f"{name} needs cache_key_file: what is kept is sealed" for name, given in lasting.items() if given
+            ]
         if faults:
             raise ValueError("; ".join(faults))
         return self

@@ -77,7 +77,7 @@ def jaeger() -> Iterator[Jaeger]:
             _wait_ready(made, process, log)
             yield made
         finally:
-            process.kill()  # it keeps nothing; asked to end, it takes its time
+            process.kill()  # it has nothing to keep, and takes long to end by itself
             process.wait(10)
 
 

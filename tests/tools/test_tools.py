@@ -47,7 +47,7 @@ async def test_grpcurl_gets_a_picture_for_a_prompt(start: Start) -> None:
     events = [message["event"] for message in messages(text)]
     assert "accepted" in events[0]
     assert any("preview" in event for event in events)
-    assert any("artifactChunk" in event for event in events)
+    assert any("artifact_chunk" in event for event in events)
     assert "finished" in events[-1]
     assert events[-1]["finished"]["status"].get("code", 0) == 0
 
@@ -59,7 +59,7 @@ async def test_ghz_needs_no_special_fields(start: Start) -> None:
             "--call",
             CALL,
             "-d",
-            json.dumps({"spec": {"prompt": PROMPT, "numInferenceSteps": 4}}),
+            json.dumps({"spec": {"prompt": PROMPT, "num_inference_steps": 4}}),
         ]
         report = json.loads(await output("ghz", *arguments, "-n", "6", "-c", "2", "-O", "json", running.address))
     assert report["statusCodeDistribution"] == {"OK": 6}
@@ -69,8 +69,8 @@ async def test_ghz_needs_no_special_fields(start: Start) -> None:
 async def test_jaeger_has_the_servers_spans(start: Start) -> None:
     with jaeger() as traces:
         async with start(otlp_endpoint=f"http://{traces.otlp_grpc}") as running:
-            body = json.dumps({"spec": {"prompt": PROMPT, "numInferenceSteps": 4}})
+            body = json.dumps({"spec": {"prompt": PROMPT, "num_inference_steps": 4}})
             text = await output("grpcurl", "-plaintext", "-d", body, running.address, CALL)
-            trace_id = messages(text)[0]["event"]["accepted"]["traceId"]
+            trace_id = messages(text)[0]["event"]["accepted"]["trace_id"]
         await eventually(lambda: len(traces.spans(trace_id)) > 1)
         assert "safelight" in " ".join(traces.services())

@@ -11,7 +11,8 @@ from PIL import Image
 
 from training import classifier, copies, evaluate
 from training.data import training_spec
-from training.icons import held_out, render
+from training.icons import held_out
+from training.icons.render import render
 from training.recipe import RECIPE
 
 GOOD = {"object": 0.95, "colour": 0.95, "background": 0.97, "sparkles": 0.0, "tilt": 0.0}

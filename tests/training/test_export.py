@@ -34,6 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 TOKENS = 8
+GUARD = {"groups": {"object": [["potion", "elixir"], ["sword"]]}, "ignored": ["a"], "closed": True}
 
 
 def save(folder: Path, vae: AutoencoderKL | AutoencoderTiny, scheduler: DDIMScheduler | PNDMScheduler) -> None:
@@ -111,6 +112,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights, bias = np.arange(48, dtype=np.float32).reshape(4, 12) / 100, np.linspace(-1, 1, 12, dtype=np.float32)
     np.savez(place / "folder" / "linear_preview.npz", weights=weights, bias=bias)
     (place / "folder" / "training.json").write_text("{}")
+    (place / "folder" / "prompts.json").write_text(json.dumps({"guard": GUARD, "example_prompts": ["a sword"]}))
     export(place / "folder", place / "models", "small", "r1")
     return place
 
@@ -186,6 +188,12 @@ def test_the_manifest_names_what_is_there_and_offers_what_the_server_can_run(
         for steps in (1, 2, 20, found["limits"]["max_num_inference_steps"]):
             assert refusal(spec, schedule, prediction, steps) is None, (spec, steps)
     assert found["defaults"]["sampler"]["name"] in {cell["name"] for cell in found["samplers"]}
+
+
+def test_the_words_that_must_agree_are_the_folders_own(classic: Path, small: Path) -> None:
+    assert read(small / "models", "small")["guard"] == GUARD
+    assert read(small / "models", "small")["example_prompts"] == ["a sword"]
+    assert "guard" not in read(classic / "models", "classic")
 
 
 def test_a_classic_folder_keeps_its_schedule(classic: Path) -> None:

@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from training.icons import BACKGROUNDS, COLOURS, OBJECTS, Spec, caption, held_out, render, sample_spec
+from training.icons import BACKGROUNDS, COLOURS, OBJECTS, Spec, caption, held_out, sample_spec
 from training.icons.captions import BACKGROUND_WORDS, COLOUR_WORDS
+from training.icons.render import render
 from training.icons.shapes import DRAWINGS, SLANTED
 
 PLAIN = Spec("sword", "gold", "blue", seed=7)

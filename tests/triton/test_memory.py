@@ -110,8 +110,8 @@ async def test_a_full_queue_is_no_dead_server(start, tmp_path, triton):
     repository = tmp_path / "repository"
     shutil.copytree(REPOSITORY, repository)
     config = repository / "icons_denoiser" / "config.pbtxt"
-    queue = "default_queue_policy { max_queue_size: 1 }"
-    config.write_text(config.read_text().replace("dynamic_batching {", f"dynamic_batching {{ {queue}"))
+    assert "max_queue_size: 64" in config.read_text()
+    config.write_text(config.read_text().replace("max_queue_size: 64", "max_queue_size: 1"))
     requests = mixed(6, steps=(12,))
     async with start(runtime="triton", triton_url=triton.grpc_url) as running:
         expected = await develop_all(running.address, requests)

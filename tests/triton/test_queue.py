@@ -1,4 +1,4 @@
-"""Triton's queue as the configurations set it: bounded, timed, ordered.
+"""Triton's queue as `safelight repository --bounded-queue` sets it: bounded, timed, ordered.
 
 The refusals are those that docs/operations/triton.md quotes: a gateway tells
 them from a dead server by their text.
@@ -7,19 +7,35 @@ them from a dead server by their text.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 import tritonclient.grpc.aio as triton_grpc
+from safelight_server.repository import QUEUE_SIZE, Target, write
 from tritonclient.utils import InferenceServerException
 
+from tests.triton.support import REPOSITORY, TritonServer, triton_server
 from tests.triton.test_backend import example, inputs
 
 MODEL = "icons_denoiser"
-QUEUE = 64
-"""max_queue_size of the configurations."""
 LARGE, SMALL = (inputs(example(MODEL, rows)) for rows in (64, 1))
 """LARGE fills a batch alone and computes for a good part of a second."""
+
+
+@pytest.fixture(scope="module")
+def bounded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """A server of a repository with bounded queues."""
+    folder = tmp_path_factory.mktemp("bounded") / "repository"
+    write(REPOSITORY, folder, Target.CPU, bounded_queue=True)
+    with triton_server("--repository", folder) as server:
+        yield server
+
+
+@pytest.fixture
+async def client(bounded: TritonServer) -> AsyncIterator[triton_grpc.InferenceServerClient]:
+    async with triton_grpc.InferenceServerClient(bounded.grpc_url) as opened:
+        yield opened
 
 
 def ask(client: triton_grpc.InferenceServerClient, tensors: list[Any], **how: int) -> asyncio.Task[object]:
@@ -35,14 +51,14 @@ async def busy(client: triton_grpc.InferenceServerClient, calls: int) -> list[as
 
 async def test_what_the_queue_does_not_take_is_refused(client: triton_grpc.InferenceServerClient) -> None:
     calls = await busy(client, 8)
-    calls += [ask(client, SMALL) for _ in range(QUEUE + 8)]
+    calls += [ask(client, SMALL) for _ in range(QUEUE_SIZE + 8)]
     ended = await asyncio.gather(*calls, return_exceptions=True)
     refused = [end for end in ended if isinstance(end, InferenceServerException)]
     assert refused
     assert {(end.status(), end.message().partition("] ")[2]) for end in refused} == {
         ("StatusCode.UNAVAILABLE", "Exceeds maximum queue size")
     }
-    assert len(calls) - len(refused) >= QUEUE
+    assert len(calls) - len(refused) >= QUEUE_SIZE
 
 
 async def test_what_waits_too_long_is_refused(client: triton_grpc.InferenceServerClient) -> None:

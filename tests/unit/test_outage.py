@@ -77,6 +77,12 @@ class Listener:
     def wants_frame(self, step):
         return False
 
+    def wants_checkpoint(self, step):
+        return False
+
+    def encoded(self, row, embedding):
+        pass
+
     def decoded(self, image):
         self.end = "decoded"
 

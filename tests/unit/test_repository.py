@@ -102,6 +102,24 @@ def test_tensors_bounds_and_queue_stay_as_they_are(tmp_path, target):
             assert getattr(before[name], field) == getattr(after[name], field)
 
 
+def test_a_bounded_queue_is_added_on_demand(tmp_path):
+    repository.write(SOURCE, tmp_path / "made", Target.GPU, bounded_queue=True)
+    for config in written(tmp_path / "made").values():
+        batching = config.dynamic_batching
+        assert (batching.priority_levels, batching.default_priority_level) == (3, 2)
+        assert batching.max_queue_delay_microseconds == 0
+        policy = batching.default_queue_policy
+        assert (policy.max_queue_size, policy.default_timeout_microseconds) == (64, 10_000_000)
+        assert policy.allow_timeout_override
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_shipped_queue_has_nothing_that_makes_triton_wake_up_late(name):
+    batching = written(SOURCE)[name].dynamic_batching
+    assert not batching.priority_levels
+    assert not batching.HasField("default_queue_policy")
+
+
 def test_the_shipped_repository_is_what_the_cpu_target_writes_but_for_the_warm_up(tmp_path):
     repository.write(SOURCE, tmp_path / "cpu", Target.CPU)
     before, after = written(SOURCE), written(tmp_path / "cpu")

@@ -1,11 +1,29 @@
-"""Whatever arrives, is cancelled, fails or expires in whatever order, the scheduler keeps its invariants."""
+"""Whatever arrives, is cancelled, fails or expires in whatever order, the scheduler keeps invariants and bounds."""
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, settings
+import math
+from dataclasses import replace
+
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from safelight_server.scheduler import Batch, Failed, Kind, Limits, Output, Priority, Scheduler, Stepped
+from safelight_server.scheduler import (
+    NO_INSTANCE_S,
+    WEIGHTS,
+    Batch,
+    Decoded,
+    Failed,
+    Kind,
+    Limits,
+    Member,
+    Output,
+    Priority,
+    Scheduler,
+    State,
+    Stepped,
+)
+from safelight_server.scheduler.ready import Queue
 
 MAX_ROWS = 6
 
@@ -23,13 +41,13 @@ class Machine(RuleBasedStateMachine):
     @initialize(instances=st.integers(1, 4), running=st.integers(1, 6))
     def start(self, instances: int, running: int) -> None:
         self.scheduler = Scheduler(Limits(running, lambda kind, key: MAX_ROWS, instances), Curve())
-        self.instances = instances
+        self.instances, self.max_running = instances, running
         self.now = 0.0
         self.next_id = 0
         self.alive: dict[int, Output] = {}
         self.steps: dict[int, int] = {}
         self.flying: dict[int, Batch] = {}
-        self.ended: set[int] = set()
+        self.turns_left: dict[tuple[Queue, Member], int] = {}
 
     @rule(
         caller=st.sampled_from("abc"),
@@ -73,12 +91,32 @@ class Machine(RuleBasedStateMachine):
     def preview(self, data) -> None:
         self.scheduler.want_preview(data.draw(st.sampled_from(sorted(self.alive))), "p")
 
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data(), wait=st.one_of(st.none(), st.floats(0, 60)))
+    def set_deadline(self, data, wait) -> None:
+        output_id = data.draw(st.sampled_from(sorted(self.alive)))
+        deadline = None if wait is None else self.now + wait
+        self.scheduler.set_deadline(output_id, deadline)
+        self.alive[output_id] = replace(self.alive[output_id], deadline=deadline)
+
+    @rule(instances=st.integers(0, 4))
+    def set_instances(self, instances) -> None:
+        self.instances = instances
+        self.scheduler.set_instances(instances)
+        if not instances and self.alive:
+            assert self.scheduler.backlog_s() == NO_INSTANCE_S
+            assert self.scheduler.estimate_s(next(iter(self.alive.values()))) == NO_INSTANCE_S
+
     @rule(full_only=st.booleans())
     def schedule(self, full_only) -> None:
         busy = {batch.instance for batch in self.flying.values()}
         free = [instance for instance in range(self.instances) if instance not in busy]
         batches = self.scheduler.schedule(self.now, free, full_only=full_only)
         assert len({batch.instance for batch in batches}) == len(batches)
+        if self.instances:
+            assert self.scheduler.num_running == min(self.max_running, len(self.alive)), "a slot is free, but some wait"
+        else:
+            assert not batches
         for batch in batches:
             assert batch.instance in free
             assert 0 < len(batch.rows) <= MAX_ROWS
@@ -89,6 +127,32 @@ class Machine(RuleBasedStateMachine):
                     assert row.step == self.steps[row.output_id], "a step is run twice or skipped"
                     assert self.alive[row.output_id].keys[Kind.DENOISE] == batch.key
             self.flying[batch.batch_id] = batch
+            self.judge(batch)
+
+    def judge(self, batch: Batch) -> None:
+        """What is in line has let one more batch go before it."""
+        if batch.kind is Kind.PREVIEW:
+            return
+        for queue, member in list(self.turns_left):
+            if queue == (batch.kind, batch.key) and member in batch.members:
+                del self.turns_left[queue, member]
+            else:
+                self.turns_left[queue, member] -= 1
+                assert self.turns_left[queue, member] >= 0, f"{member} waits in {queue} for those that came after it"
+
+    def in_line(self) -> list[tuple[Queue, Member, int]]:
+        """Members that are ready for other than previews, first to last over all lines, and their rows."""
+        ready, lives = self.scheduler._ready, self.scheduler._lives
+        lines = [
+            (place.turn, number, queue, member)
+            for queue in ready
+            if queue[0] is not Kind.PREVIEW
+            for number, (member, place) in enumerate(ready._lines[queue].items())
+        ]
+        return [
+            (queue, member, len(lives.of[member].todo) if isinstance(member, int) else 1)
+            for _, _, queue, member in sorted(lines, key=lambda at: at[:2])
+        ]
 
     @precondition(lambda self: self.flying)
     @rule(data=st.data())
@@ -96,14 +160,19 @@ class Machine(RuleBasedStateMachine):
         self.back(data.draw(st.sampled_from(sorted(self.flying))))
 
     @precondition(lambda self: self.flying)
-    @rule(data=st.data(), retryable=st.booleans())
-    def fail(self, data, retryable) -> None:
-        batch_id = data.draw(st.sampled_from(sorted(self.flying)))
-        del self.flying[batch_id]
-        for event in self.scheduler.fail(batch_id, retryable):
+    @rule(data=st.data())
+    def fail(self, data) -> None:
+        batch = self.flying.pop(data.draw(st.sampled_from(sorted(self.flying))))
+        given_up = data.draw(st.sets(st.sampled_from(batch.members)))
+        blamed = {i for i, output in self.alive.items() if given_up & {i, *output.conditioning}}
+        for event in self.scheduler.fail(batch.batch_id, given_up):
             if isinstance(event, Failed):
-                assert not retryable
+                assert event.output_id in blamed, "it had attempts left"
                 self.end(event.output_id)
+        if batch.kind in (Kind.DENOISE, Kind.DECODE):
+            assert not given_up & set(self.alive), "it had no attempt left"
+        for at in self.turns_left:
+            self.turns_left[at] += len(batch.rows)  # they are first in line again
 
     @rule(seconds=st.floats(0, 30))
     def wait(self, seconds) -> None:
@@ -127,28 +196,90 @@ class Machine(RuleBasedStateMachine):
     def end(self, output_id: int, cancel: bool = False) -> None:
         if cancel:
             self.scheduler.cancel(output_id)
-        self.ended.add(output_id)
         del self.alive[output_id]
 
     @invariant()
     def consistent(self) -> None:
-        if hasattr(self, "scheduler"):
-            self.scheduler.check_invariants()
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.check_invariants()
+        before = 0
+        line = self.in_line()
+        for queue, member, num_rows in line:
+            self.turns_left.setdefault((queue, member), before)
+            before += num_rows
+        self.turns_left = {(queue, member): self.turns_left[queue, member] for queue, member, _ in line}
+
+    def grants_until_start(self) -> dict[int, int]:
+        """For each output that waits, with which grant it starts at the latest if nobody else comes."""
+        bounds = {}
+        for priority in Priority:
+            others = [p for p in Priority if p is not priority]
+            for place, output_id in enumerate(self.scheduler.waiting_order(priority), 1):
+                ahead = [math.floor(place * WEIGHTS[p] / WEIGHTS[priority]) + 1 for p in others]
+                waiting = [self.scheduler.num_waiting(p) for p in others]
+                bounds[output_id] = place + sum(map(min, ahead, waiting))
+        return bounds
 
     def teardown(self) -> None:
         """When nothing more arrives, everything ends."""
         if not hasattr(self, "scheduler"):
             return
+        self.set_instances(max(1, self.instances))
+        bounds, grants = self.grants_until_start(), 0
         for _ in range(2000):
             if not self.alive:
                 break
+            waiting = set(self.waiting())
             self.schedule(False)
+            started = waiting - set(self.waiting())
+            for output_id in started:
+                assert grants < bounds[output_id], "it has waited longer than it may"
+            grants += len(started)
+            self.consistent()
             assert self.flying, "nothing runs, but outputs are left"
             self.back(min(self.flying))
+            self.consistent()
         assert not self.alive
+
+    def waiting(self) -> list[int]:
+        return [i for i in self.alive if self.scheduler._lives.of[i].state is State.WAITING]
 
 
 TestScheduler = Machine.TestCase
 TestScheduler.settings = settings(
     max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    num_outputs=st.integers(1, 40),
+    poison=st.sets(st.integers(0, 39), max_size=4),
+    max_rows=st.integers(1, 16),
+    kind=st.sampled_from([Kind.DENOISE, Kind.DECODE, Kind.ENCODE]),
+)
+def test_whoever_breaks_a_batch_goes_down_alone(num_outputs, poison, max_rows, kind):
+    scheduler = Scheduler(Limits(64, lambda kind, key: max_rows, 1), Curve())
+    keys = {Kind.ENCODE: "e", Kind.DENOISE: "u", Kind.DECODE: "d"}
+    culprits: set[Member] = {f"p{i}" if kind is Kind.ENCODE else i for i in poison}
+    for i in range(num_outputs):
+        scheduler.add(Output(i, "me", Priority.STANDARD, 2, 1, keys, (f"p{i}",)), 0.0)
+    decoded, failed = set(), set()
+    sizes: dict[Member, int] = {}  # of the last batch of a member, where that failed
+    while scheduler.num_outputs:
+        [batch] = scheduler.schedule(0.0, [0])
+        broken = batch.kind is kind and culprits & set(batch.members)
+        for member in batch.members:
+            if member in sizes:
+                assert len(batch.members) <= math.ceil(sizes[member] / 2), "not set apart"
+            sizes[member] = len(batch.members)
+            if not broken:
+                del sizes[member]
+        given_up = batch.members if len(batch.members) == 1 else ()
+        events = scheduler.fail(batch.batch_id, given_up) if broken else scheduler.complete(batch.batch_id)
+        decoded |= {event.output_id for event in events if isinstance(event, Decoded)}
+        failed |= {event.output_id for event in events if isinstance(event, Failed)}
+        scheduler.check_invariants()
+    assert failed == {i for i in poison if i < num_outputs}
+    assert decoded == set(range(num_outputs)) - failed

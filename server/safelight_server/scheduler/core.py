@@ -6,13 +6,15 @@ stands in line (`ready.py`), and `batching.py` forms a batch for each instance
 that is free.
 
 Bounds:
-- A waiting output starts when the grants before it have been made, which
-  `waiting.py` bounds; `schedule` grants every free slot, so each output that
-  ends lets the next one start.
-- A member (output or prompt) that is ready is in one of the next batches, no
-  more of which come before it than members of all keys became ready before it
-  (failed ones come back first in line), beside the previews' share of instance
-  time. So no key waits for more than what was there before it.
+- A waiting output starts when the grants before it have been made: in place `m`
+  of its class (weight w) with grant m + sum over other classes (weight v) of
+  floor(m * v / w) + 1 at the latest, if nobody else comes; `waiting.py` bounds it
+  with arrivals. `schedule` grants every free slot, so each output that ends lets
+  the next one start.
+- Of a member (output or prompt) that gets in line, the first row is in a batch
+  after at most as many batches, of all keys, as rows were in all lines before
+  it; each batch that fails meanwhile adds its rows, and previews take their
+  share of instance time. So no key waits for what came after it.
 - A batch has at most `max_rows` rows. After a failure each member is in
   batches of at most half of the members, until it succeeds.
 
@@ -111,6 +113,10 @@ class Scheduler:
             life.previews.add(key)
             self._ready.push((Kind.PREVIEW, key), output_id)
 
+    def want_embedding(self, conditioning_id: str, key: str) -> list[Event]:
+        """Asks for the embedding of a prompt itself: one `Encoded` answers all who asked until then."""
+        return self._lives.ask(conditioning_id, key)
+
     # --- what goes out ---
 
     def schedule(self, now: float, free: Sequence[int], *, full_only: bool = False) -> list[Batch]:
@@ -142,7 +148,7 @@ class Scheduler:
         events: list[Event] = []
         for row in batch.rows:
             if batch.kind is Kind.ENCODE:
-                self._lives.encoded(row.conditioning_id, batch_id)
+                events += self._lives.encoded(row.conditioning_id, batch_id)
             elif row.output_id not in self._lives.of:
                 continue
             elif batch.kind is Kind.DENOISE:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 CHANNEL_ARGS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 200),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),
@@ -30,7 +30,7 @@ CHANNEL_ARGS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
 ]
-"""A server that returns is seen within half a second; a hang is for the timeout of each call to see."""
+"""A server that returns is seen soon; a hang is for the timeout of each call to see."""
 
 
 class Trouble(enum.Enum):

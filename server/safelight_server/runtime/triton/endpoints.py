@@ -37,7 +37,7 @@ class Backoff:
     """Waits before probes: `first_s`, doubled with each failure in a row up to `max_s`; by chance 50-100 % of that."""
 
     first_s: float = 0.1
-    max_s: float = 0.5
+    max_s: float = 0.25
 
     def wait_s(self, failures: int, chance: float) -> float:
         """The wait after that many failures; `chance` in [0, 1)."""

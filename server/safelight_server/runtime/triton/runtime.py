@@ -61,7 +61,7 @@ class TritonOptions:
     timeout_factor: float = 10.0
     timeout_floor_s: float = 2.0
     start_s: float = 60.0
-    probe_max_s: float = 0.5
+    probe_max_s: float = 0.25
 
 
 class TritonRuntime:

@@ -1,0 +1,56 @@
+"""Nearer neighbours never save less, and a start is a step that was kept."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safelight_server.cache.bands import Bands
+
+COSINES = st.floats(-1, 1)
+STEPS = st.integers(1, 200)
+
+
+@pytest.mark.parametrize(
+    ("cosine", "step"),
+    [(0.6499, 0), (0.65, 2), (0.7499, 2), (0.75, 4), (0.85, 6), (0.9, 8), (0.9499, 8), (0.95, 10), (1.0, 10)],
+)
+def test_bands_of_twenty_steps(cosine, step):
+    assert Bands().start_step(cosine, 20, range(21)) == step
+
+
+@given(low=COSINES, high=COSINES, steps=STEPS, kept=st.sets(st.integers(0, 200)))
+def test_a_higher_cosine_never_starts_earlier(low, high, steps, kept):
+    low, high = sorted((low, high))
+    bands = Bands()
+    assert bands.start_step(low, steps, kept) <= bands.start_step(high, steps, kept)
+
+
+@given(cosine=COSINES, steps=STEPS, kept=st.sets(st.integers(0, 200)))
+def test_a_start_was_kept_is_within_the_band_and_leaves_a_step(cosine, steps, kept):
+    bands = Bands()
+    start = bands.start_step(cosine, steps, kept)
+    assert start == 0 or start in kept
+    assert start <= bands.fraction(cosine) * steps + 1e-6
+    assert start < steps
+
+
+@given(steps=STEPS, cosine=COSINES)
+def test_steps_worth_keeping_are_all_that_is_needed(steps, cosine):
+    bands = Bands()
+    assert bands.start_step(cosine, steps, bands.steps(steps)) == bands.start_step(cosine, steps, range(steps))
+    assert len(bands.steps(steps)) <= len(bands.fractions)
+
+
+def test_fractions_of_steps_do_not_lose_a_step_to_rounding():
+    assert Bands((0.5,), (0.29,)).start_step(1, 100, range(100)) == 29
+    assert Bands((0.5,), (0.99,)).start_step(1, 1, range(2)) == 0
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "fractions"),
+    [((0.5,), (0.1, 0.2)), ((0.6, 0.5), (0.1, 0.2)), ((0.5, 0.6), (0.2, 0.1)), ((0.5,), (1.0,)), ((1.5,), (0.5,))],
+)
+def test_bands_that_are_none_are_refused(thresholds, fractions):
+    with pytest.raises(ValueError):
+        Bands(thresholds, fractions)

@@ -1,0 +1,41 @@
+"""One vector per prompt, of the prompt's own positions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from safelight_server.cache.embedding import centred, prompt_vector
+
+BOS, EOS = 0, 1
+
+
+def hidden(*rows: float) -> np.ndarray:
+    return np.array(rows, np.float32)[:, None] * np.ones((1, 3), np.float32)
+
+
+def test_the_mean_is_of_the_text_alone():
+    vector = prompt_vector(hidden(100, 2, 4, 50, 70, 70), (BOS, 8, 9, EOS, EOS, EOS), EOS)
+    assert vector.tolist() == [3, 3, 3]
+    assert vector.dtype == np.float32
+
+
+def test_a_prompt_that_fills_the_context_has_no_padding():
+    assert prompt_vector(hidden(100, 2, 6, 50), (BOS, 8, 9, EOS), EOS).tolist() == [4, 4, 4]
+    assert prompt_vector(hidden(100, 2, 6), (BOS, 8, 9), EOS).tolist() == [4, 4, 4]
+
+
+def test_an_empty_prompt_is_its_end():
+    assert prompt_vector(hidden(100, 5, 70), (BOS, EOS, EOS), EOS).tolist() == [5, 5, 5]
+
+
+def test_a_begin_that_is_also_the_end_does_not_count_as_end():
+    assert prompt_vector(hidden(100, 2, 50), (EOS, 8, EOS), EOS).tolist() == [2, 2, 2]
+
+
+def test_centred_vectors_have_length_one_but_for_the_mean_itself():
+    mean = np.array([1, 2, 3], np.float32)
+    rows = centred(np.stack([mean + np.array([3, 0, 4]), mean, mean - 1]).astype(np.float32), mean)
+    assert rows[0] == pytest.approx([0.6, 0, 0.8])
+    assert rows[1].tolist() == [0, 0, 0]
+    assert np.linalg.norm(rows[2]) == pytest.approx(1)
+    assert rows.dtype == np.float32

@@ -1,0 +1,178 @@
+"""One picture, one fingerprint; whatever decides a bit is in it, and keys differ by tenant."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safelight.v1 import generation_pb2 as pb
+from safelight_server.cache.fingerprint import (
+    Kind,
+    Scope,
+    compatible,
+    derived_seed,
+    embedding,
+    exact,
+    index_key,
+    tenant_key,
+)
+from safelight_server.catalog import Catalog
+from safelight_server.convert import draft_request
+from safelight_server.request import Spec
+from safelight_server.resolve import RequestLimits, resolve_request
+from safelight_server.sampler import SamplerSpec
+
+from tests.support.pipelines import small_catalog
+
+LIMITS = RequestLimits(max_prompt_chars=100, resume_grace_s=30.0, max_resume_grace_s=600.0)
+OPERATOR = b"an operator's key of 32 bytes ..."
+SPEC = Spec(
+    model="small",
+    revision="r1",
+    prompt="red potion",
+    negative_prompt="blue",
+    token_ids=(1, 4, 6, 2),
+    negative_token_ids=(1, 5, 2, 0),
+    width_px=64,
+    height_px=96,
+    num_inference_steps=20,
+    guidance_scale=3.0,
+    sampler=SamplerSpec("ddim", "trailing", "default", 0.25),
+    seeds=(7,),
+)
+OTHERS = {
+    "token_ids": (1, 5, 6, 2),
+    "negative_token_ids": None,
+    "width_px": 96,
+    "height_px": 64,
+    "num_inference_steps": 21,
+    "guidance_scale": 3.0000000000000004,
+    "sampler": SamplerSpec("euler", "trailing", "default", 0.25),
+}
+"""Another value for each field that decides pixels."""
+SILENT = {"model", "revision", "prompt", "negative_prompt"}
+"""What the pipeline digest and the token ids stand for."""
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+    return small_catalog(tmp_path_factory.mktemp("small"))
+
+
+def spec_of(catalog: Catalog, message: pb.GenerationSpec) -> Spec:
+    return resolve_request(draft_request(pb.GenerateRequest(spec=message)), catalog, LIMITS).spec
+
+
+def test_every_field_of_a_spec_is_in_the_fingerprint_or_known_to_be_silent():
+    assert {field.name for field in fields(Spec)} == set(OTHERS) | SILENT | {"seeds"}
+    whole = exact("digest", "numerics", SPEC, 7)
+    for name, value in OTHERS.items():
+        assert exact("digest", "numerics", replace(SPEC, **{name: value}), 7) != whole, name
+    for name in SILENT:
+        assert exact("digest", "numerics", replace(SPEC, **{name: "else"}), 7) == whole, name
+    for name in ("name", "spacing", "sigma_schedule", "eta"):
+        sampler = replace(SPEC.sampler, **{name: 0.5 if name == "eta" else "else"})
+        assert exact("digest", "numerics", replace(SPEC, sampler=sampler), 7) != whole, name
+    assert exact("other", "numerics", SPEC, 7) != whole
+    assert exact("digest", "other", SPEC, 7) != whole
+    assert exact("digest", "numerics", SPEC, 8) != whole
+
+
+def test_outputs_of_one_request_differ_by_their_seed_alone():
+    two = replace(SPEC, seeds=(7, 8))
+    assert exact("digest", "numerics", two, 7) == exact("digest", "numerics", SPEC, 7)
+    assert exact("digest", "numerics", two, 8) != exact("digest", "numerics", two, 7)
+
+
+def test_prompts_are_compared_only_where_all_else_is_equal():
+    whole = compatible("digest", "numerics", SPEC)
+    for name, value in OTHERS.items():
+        same = compatible("digest", "numerics", replace(SPEC, **{name: value})) == whole
+        assert same == (name == "token_ids"), name
+    assert compatible("other", "numerics", SPEC) != whole
+    assert compatible("digest", "other", SPEC) != whole
+    assert compatible("digest", "numerics", replace(SPEC, seeds=(9, 9))) == whole
+
+
+DEFAULTS = {
+    "model": "models/small",
+    "width_px": 64,
+    "height_px": 64,
+    "num_inference_steps": 20,
+    "guidance_scale": 3.0,
+    "sampler": pb.SamplerSpec(
+        name="ddim",
+        spacing=pb.TIMESTEP_SPACING_TRAILING,
+        sigma_schedule=pb.SIGMA_SCHEDULE_DEFAULT,
+        eta=0.0,
+    ),
+}
+
+
+@given(spelled=st.permutations(sorted(DEFAULTS)), count=st.integers(0, len(DEFAULTS)), long=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_defaults_may_be_spelled_out_in_any_order_or_not(catalog, spelled, count, long):
+    bare = spec_of(catalog, pb.GenerationSpec(prompt="red potion", outputs=[pb.OutputSpec(seed=3)]))
+    text = (
+        {"prompts": [pb.Prompt(role=pb.Prompt.ROLE_POSITIVE, text="red potion")]} if long else {"prompt": "red potion"}
+    )
+    given_ = {name: DEFAULTS[name] for name in spelled[:count]} | text | {"outputs": [pb.OutputSpec(seed=3)]}
+    assert exact("d", "n", spec_of(catalog, pb.GenerationSpec(**given_)), 3) == exact("d", "n", bare, 3)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_field_order_on_the_wire_does_not_matter(catalog, data):
+    parts = [
+        pb.GenerationSpec(prompt="red potion"),
+        pb.GenerationSpec(num_inference_steps=data.draw(st.integers(1, 50))),
+        pb.GenerationSpec(guidance_scale=data.draw(st.floats(1, 20))),
+        pb.GenerationSpec(outputs=[pb.OutputSpec(seed=data.draw(st.integers(0, 2**64 - 1)))]),
+    ]
+    orders = data.draw(st.permutations(parts)), data.draw(st.permutations(parts))
+    first, second = (
+        spec_of(catalog, pb.GenerationSpec.FromString(b"".join(part.SerializeToString() for part in order)))
+        for order in orders
+    )
+    assert exact("d", "n", first, first.seeds[0]) == exact("d", "n", second, second.seeds[0])
+
+
+def test_numbers_have_one_form():
+    half = replace(SPEC.sampler, eta=0.0)
+    assert exact("d", "n", replace(SPEC, sampler=half), 1) == exact(
+        "d", "n", replace(SPEC, sampler=replace(half, eta=-0.0)), 1
+    )
+    assert exact("d", "n", replace(SPEC, guidance_scale=3), 1) == exact("d", "n", SPEC, 1)
+    with pytest.raises(ValueError):
+        exact("d", "n", replace(SPEC, guidance_scale=float("nan")), 1)
+
+
+def test_the_encoding_is_canonical_json_and_does_not_change_unseen():
+    assert exact("d", "n", SPEC, 2**64 - 1) == (
+        b'{"guidance_scale":3.0,"negative_tokens":[1,5,2,0],"numerics":"n","pipeline":"d",'
+        b'"sampler":["ddim","trailing","default",0.25],"seed":18446744073709551615,"size_px":[64,96],"steps":20,'
+        b'"tokens":[1,4,6,2],"version":1}'
+    )
+    assert json.loads(embedding("e", (1, 2))) == {"encoder": "e", "tokens": [1, 2], "version": 1}
+
+
+@given(a=st.text(), b=st.text(), content=st.binary(max_size=50))
+def test_keys_differ_by_tenant_pool_kind_and_content(a, b, content):
+    one, other = tenant_key(OPERATOR, Scope(a)), tenant_key(OPERATOR, Scope(b))
+    assert (index_key(one, Kind.EXACT, content) == index_key(other, Kind.EXACT, content)) == (a == b)
+    assert one != tenant_key(OPERATOR, Scope(a, pooled=True))
+    assert len({index_key(one, kind, content) for kind in Kind}) == len(Kind)
+    assert index_key(one, Kind.EXACT, content) != index_key(one, Kind.EXACT, content + b"x")
+    assert derived_seed(one, "planes") != derived_seed(one, "planes of another")
+    assert tenant_key(OPERATOR + b"2", Scope(a)) != one
+
+
+def test_keys_tell_nothing_and_fit_anywhere():
+    key = index_key(tenant_key(OPERATOR, Scope("acme")), Kind.EXACT, exact("d", "n", SPEC, 1))
+    assert len(key) == 64
+    assert set(key) <= set("0123456789abcdef")
+    with pytest.raises(ValueError, match="16 bytes"):
+        tenant_key(b"short", Scope("acme"))
