@@ -225,6 +225,7 @@ class Engine:
         if (future := self._asked.get(name)) is None:
             future = self._asked[name] = asyncio.get_running_loop().create_future()
             self._batches.token_ids[name] = tuple(token_ids)
+            self.outage.wait_for(name)
             self._apply(self.scheduler.want_embedding(name, key))
             self._pump()
         return await asyncio.shield(future)
@@ -295,10 +296,13 @@ class Engine:
         self.outage.changed(self._runtime.num_live)
         self._pump()
 
-    def _strand(self, output_id: int) -> None:
-        """Ends an output for which no instance came back."""
-        self._apply(self.scheduler.cancel(output_id))
-        self._later(functools.partial(self._forget(output_id).failed, no_runtime()))
+    def _strand(self, who: int | str) -> None:
+        """Ends an output, or the wait for an embedding, for which no instance came back."""
+        if isinstance(who, str):
+            self._refuse(self._asked[who], no_runtime())
+            return
+        self._apply(self.scheduler.cancel(who))
+        self._later(functools.partial(self._forget(who).failed, no_runtime()))
         self._pump()
 
     def _announce(self, batch: Batch) -> None:
@@ -381,14 +385,19 @@ class Engine:
 
     def _answer(self, event: Encoded) -> None:
         """Those who asked for an embedding itself."""
+        self.outage.forget(event.conditioning_id)
         future = self._asked.pop(event.conditioning_id)
         if future.done():
             return
         if event.failed:
-            future.set_exception(UnavailableError("the prompt could not be encoded; try again", retry_after_s=1.0))
-            future.exception()  # whoever asked may have gone
+            self._refuse(future, UnavailableError("the prompt could not be encoded; try again", retry_after_s=1.0))
         else:
             future.set_result(self._batches.embedding(event.conditioning_id))
+
+    @staticmethod
+    def _refuse(future: asyncio.Future[FloatArray], error: SafelightError) -> None:
+        future.set_exception(error)
+        future.exception()  # whoever asked may have gone
 
     def _advance(self, stepped: Sequence[Stepped], batch_size: int) -> None:
         began = self._clock()

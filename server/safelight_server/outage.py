@@ -31,16 +31,18 @@ class Outage:
 
     Args:
         clock: monotonic seconds.
-        end: ends an output that has waited long enough.
+        end: ends an output, or the wait for an embedding, that has lasted long enough.
     """
 
-    def __init__(self, clock: Callable[[], float], wait_s: float, grace_s: float, end: Callable[[int], None]) -> None:
+    def __init__(
+        self, clock: Callable[[], float], wait_s: float, grace_s: float, end: Callable[[int | str], None]
+    ) -> None:
         self._clock = clock
         self._wait_s = wait_s
         self._grace_s = grace_s
         self._end = end
         self._since: float | None = None
-        self._patient: dict[int, float] = {}
+        self._patient: dict[int | str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -66,15 +68,15 @@ class Outage:
             self._since = self._clock()
         self._set_timer()
 
-    def wait_for(self, output_id: int) -> None:
-        """An output without a deadline came, or has none any more."""
-        self._patient.setdefault(output_id, self._clock())
+    def wait_for(self, who: int | str) -> None:
+        """An output without a deadline came, or has none any more; or someone asks for an embedding, by its name."""
+        self._patient.setdefault(who, self._clock())
         if self._since is not None:
             self._set_timer()
 
-    def forget(self, output_id: int) -> None:
-        """An output has ended, or has a deadline now; unknown ids are ignored."""
-        self._patient.pop(output_id, None)
+    def forget(self, who: int | str) -> None:
+        """An output has ended, or has a deadline now; an embedding is there. What is unknown is ignored."""
+        self._patient.pop(who, None)
 
     def close(self) -> None:
         """Nobody waits any more."""
@@ -93,7 +95,7 @@ class Outage:
     def _ring(self) -> None:
         now, since = self._clock(), self._since
         if since is not None:
-            for output_id in [i for i, came in self._patient.items() if max(since, came) + self._wait_s <= now]:
-                self._end(output_id)
-                self._patient.pop(output_id, None)
+            for who in [who for who, came in self._patient.items() if max(since, came) + self._wait_s <= now]:
+                self._end(who)
+                self._patient.pop(who, None)
         self._set_timer()

@@ -32,7 +32,8 @@ class Seen:
 
 
 def mixed(count: int, steps: Sequence[int] = (9, 12, 16)) -> list[pb.GenerateRequest]:
-    """Requests of several samplers and lengths, with and without guidance."""
+    """Requests of several samplers and lengths, with and without guidance, whose pictures are computed each time."""
+    cache = pb.CachePolicy(mode=pb.CachePolicy.MODE_BYPASS)
     requests = []
     for number in range(count):
         name, guidance = KINDS[number % len(KINDS)]
@@ -43,7 +44,9 @@ def mixed(count: int, steps: Sequence[int] = (9, 12, 16)) -> list[pb.GenerateReq
             guidance_scale=guidance,
             sampler=pb.SamplerSpec(name=name),
         )
-        requests.append(pb.GenerateRequest(spec=spec, encoding=pb.PixelEncoding(media_type="application/x-raw-rgba8")))
+        requests.append(
+            pb.GenerateRequest(spec=spec, cache=cache, encoding=pb.PixelEncoding(media_type="application/x-raw-rgba8"))
+        )
     return requests
 
 

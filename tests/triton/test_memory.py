@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc.aio as triton_grpc
+from google.protobuf import text_format
 from safelight_server import catalog
 from safelight_server.runtime import verification
 from safelight_server.runtime.base import Component
 from safelight_server.runtime.triton.client import CallFailed, Trouble
 from safelight_server.runtime.triton.models import models_of
 from safelight_server.runtime.triton.server import Server, SharedMemoryUse
+from tritonclient.grpc import model_config_pb2
 
 from tests.conftest import MODELS, eventually
 from tests.triton.developing import assert_exact, develop_all, mixed
@@ -110,8 +112,9 @@ async def test_a_full_queue_is_no_dead_server(start, tmp_path, triton):
     repository = tmp_path / "repository"
     shutil.copytree(REPOSITORY, repository)
     config = repository / "icons_denoiser" / "config.pbtxt"
-    assert "max_queue_size: 64" in config.read_text()
-    config.write_text(config.read_text().replace("max_queue_size: 64", "max_queue_size: 1"))
+    parsed = text_format.Parse(config.read_text(), model_config_pb2.ModelConfig())
+    parsed.dynamic_batching.default_queue_policy.max_queue_size = 1
+    config.write_text(text_format.MessageToString(parsed))
     requests = mixed(6, steps=(12,))
     async with start(runtime="triton", triton_url=triton.grpc_url) as running:
         expected = await develop_all(running.address, requests)

@@ -165,6 +165,21 @@ async def test_one_without_a_deadline_waits_so_long_and_one_with_it_until_then(s
     assert bounded.end.reason == "RUNTIME_UNAVAILABLE"
 
 
+async def test_whoever_asks_for_an_embedding_waits_no_longer_either(stage, clock):
+    engine, runtime = stage
+    runtime.set_live()
+    asked = asyncio.create_task(engine.encode(simulated_pipeline(), (1,) * 16))
+    await asyncio.sleep(0)
+    clock.now = 10.0
+    engine.outage._ring()
+    with pytest.raises(UnavailableError) as caught:
+        await asked
+    assert caught.value.reason == "RUNTIME_UNAVAILABLE"
+    runtime.set_live(0)
+    await eventually(lambda: not engine._asked)
+    assert (await engine.encode(simulated_pipeline(), (1,) * 16)).ndim == 2
+
+
 async def test_a_deadline_that_passes_while_instances_are_there_is_a_deadline(stage, clock):
     engine, _ = stage
     listener = submit(engine, deadline=0.0)
