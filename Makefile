@@ -72,7 +72,7 @@ test-training: .venv-training/.installed ## Run the tests against torch and diff
 
 .PHONY: test-peers
 test-peers: .venv-bench/.installed ## Run the tests of the latency benchmark, with its peers
-	.venv-bench/bin/python -m pytest -q -p no:cacheprovider --timeout 400 tests/peers
+	PYTHONPATH=server:clients/python:. .venv-bench/bin/python -m pytest -q -p no:cacheprovider --timeout 400 tests/peers
 
 .PHONY: test-redis
 test-redis: setup ## Run the tests against a real Redis and an S3 server, which they start themselves
