@@ -103,7 +103,7 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
 async def serving(settings: Settings) -> AsyncIterator[Running]:
     """Serves while the block runs; on leaving, whatever is left ends."""
     clock = time.monotonic
-    metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio)
+    metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio, settings.otlp_header_pairs)
     identity = Identity(settings.api_key_file)
     catalog, runtime = build_runtime(settings)
     try:
@@ -119,10 +119,11 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         preview_share=settings.preview_share,
         runtime_wait_s=settings.runtime_wait_s,
         runtime_grace_s=settings.runtime_grace_s,
+        tracer=tracer,
     )
     backends = await open_backends(settings, metrics.tiers)
     cache = _build_cache(settings, backends, engine, pool, metrics)
-    generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics, tracer)
+    generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics)
     limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
     quota = StreamQuota(settings.max_streams_per_caller)
     service = Service(identity, catalog, runtime, generations, limits, quota, metrics, tracer)
@@ -168,7 +169,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         await backends.close()
         await runtime.close()
         pool.shutdown()
-        tracer.close()
+        await asyncio.to_thread(tracer.close)
 
 
 def _build_cache(

@@ -20,6 +20,8 @@ import asyncio
 import functools
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from contextvars import Context
 from dataclasses import dataclass
 
 import structlog
@@ -46,10 +48,13 @@ from safelight_server.scheduler import (
     Scheduler,
     Stepped,
 )
-from safelight_server.telemetry import Metrics
+from safelight_server.telemetry import UNTRACED, Metrics, Tracing, Trail, tracing
+from safelight_server.telemetry.trail import NO_CALL
 
 log = structlog.get_logger(__name__)
 
+TURNS = 3
+"""Of the event loop until a call that was dispatched has left: its own task's, the runtime's and gRPC's."""
 COMPONENTS = {
     Kind.ENCODE: Component.TEXT_ENCODER,
     Kind.DENOISE: Component.DENOISER,
@@ -85,10 +90,12 @@ class Engine:
         preview_share: float = 0.1,
         runtime_wait_s: float = 60.0,
         runtime_grace_s: float = 5.0,
+        tracer: Tracing = UNTRACED.tracing,
     ) -> None:
         self._runtime = runtime
         self._clock = clock
         self._metrics = metrics
+        self._tracing = tracer
         self._batches = Batches(max_running * 2 + runtime.num_instances * 128)
         self._entries: dict[int, _Entry] = {}
         self._attempts = Attempts()
@@ -199,7 +206,9 @@ class Engine:
         key = self._batches.key(flight.pipeline, component, flight.latent_shape)
         if (older := flight.previews.get(key)) is not None:
             older.image.set_result(None)
-        pending = flight.previews[key] = Preview(denoised, asyncio.get_running_loop().create_future())
+        pending = flight.previews[key] = Preview(
+            denoised, asyncio.get_running_loop().create_future(), tracing.current()
+        )
         self.scheduler.want_preview(output_id, key)
         self._pump()
         return await pending.image
@@ -240,8 +249,8 @@ class Engine:
         self._apply(self.scheduler.expire(now))
         self._dispatch(now)
         self._watch_deadline(now)
-        if self._untold:  # after the batches that were just dispatched have started
-            asyncio.get_running_loop().call_soon(self._tell)
+        if self._untold:  # after the calls that were just dispatched have left
+            self._tell_after(TURNS)
 
     def _watch_deadline(self, now: float) -> None:
         """Comes back when the next deadline has passed; a timer that rings too early sets itself again."""
@@ -267,11 +276,19 @@ class Engine:
         for batch in self.scheduler.schedule(now, free, full_only=full_only):
             self._busy.add(batch.instance)
             call = self._batches.gather(batch)
-            task = asyncio.create_task(self._run(batch, call))
+            spans = (
+                self._batches.spans(batch, call, self._runtime.name, self._trails)
+                if self._tracing.num_trails
+                else NO_CALL
+            )
+            task = asyncio.create_task(self._run(batch, call, spans), context=Context())  # it works for many
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             if batch.kind is Kind.DENOISE:
                 self._announce(batch)
+
+    def _trails(self, output_id: int) -> Sequence[Trail]:
+        return self._entries[output_id].listener.trails()
 
     def _instances_changed(self) -> None:
         """Instances came or went; batches in flight on those that went fail by themselves."""
@@ -295,11 +312,12 @@ class Engine:
                 entry.started = True
                 self._later(entry.listener.started)
 
-    async def _run(self, batch: Batch, call: Call) -> None:
+    async def _run(self, batch: Batch, call: Call, spans: AbstractContextManager[object]) -> None:
         """One batch, from its inputs to the dispatch of those that it made possible."""
-        began = self._clock()
+        began, at = self._clock(), call.key
         try:
-            results = await self._runtime.run(batch.instance, call.key.pipeline.name, call.key.component, call.inputs)
+            with spans:
+                results = await self._runtime.run(batch.instance, at.pipeline.name, at.component, call.inputs)
         except RuntimeFailure as failure:
             self._tell()
             self._busy.discard(batch.instance)
@@ -403,6 +421,12 @@ class Engine:
     def _later(self, report: Callable[[], None]) -> None:
         """Tells a listener after the next dispatch; `_pump` follows."""
         self._untold.append(report)
+
+    def _tell_after(self, turns: int) -> None:
+        if turns:
+            asyncio.get_running_loop().call_soon(self._tell_after, turns - 1)
+        else:
+            self._tell()
 
     def _tell(self) -> None:
         while self._untold:

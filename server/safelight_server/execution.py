@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Protocol
@@ -27,6 +27,7 @@ from safelight_server.pipeline import to_pixels
 from safelight_server.preview import Frame, Renderer
 from safelight_server.runtime.base import Component, FloatArray
 from safelight_server.scheduler import Priority
+from safelight_server.telemetry import Trail
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +44,10 @@ class Member(Protocol):
     @property
     def deadline(self) -> float | None:
         """Of its generation, on the engine's clock."""
+
+    @property
+    def trail(self) -> Trail | None:
+        """Where it is in the trace of its generation; None: that is not traced."""
 
     def started(self) -> None:
         """The first batch is, or was, on its way."""
@@ -204,7 +209,11 @@ class Execution:
     async def _decode(self, denoised: FloatArray, component: Component) -> FloatArray | None:
         return await self._engine.preview(self.job.output_id, denoised, component)
 
-    # --- what the engine reports ---
+    # --- what the engine asks and reports ---
+
+    def trails(self) -> Sequence[Trail]:
+        """Of all members that are traced."""
+        return [member.trail for member in self._members if member.trail is not None]
 
     def started(self) -> None:
         """To all members."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,10 +12,14 @@ from safelight_server.latents import Snapshot
 from safelight_server.runtime.base import FloatArray
 from safelight_server.sampler import SamplerTable
 from safelight_server.scheduler import Priority
+from safelight_server.telemetry import Trail
 
 
 class OutputListener(Protocol):
     """Hears what becomes of one output. Called on the event loop; must not block or raise."""
+
+    def trails(self) -> Sequence[Trail]:
+        """Of all who want it and are traced."""
 
     def started(self) -> None:
         """Its first denoiser batch is on its way."""

@@ -135,6 +135,9 @@ class Settings(BaseSettings):
     otlp_endpoint: str = Field(
         "", description="OTLP gRPC endpoint for traces, such as http://127.0.0.1:4317. Empty: off."
     )
+    otlp_headers: str = Field(
+        "", description="Headers sent with traces, such as a collector's key: NAME=VALUE, separated by commas."
+    )
     trace_ratio: float = Field(1.0, ge=0, le=1, description="Share of traces kept that no client decided about.")
 
     @model_validator(mode="after")
@@ -151,6 +154,8 @@ class Settings(BaseSettings):
             faults.append("triton_url names no server")
         if len(set(self.triton_urls)) < len(self.triton_urls):
             faults.append("triton_url names a server twice")
+        if any(not name or not there for name, there, _ in self._otlp_headers()):
+            faults.append("otlp_headers must be NAME=VALUE, separated by commas")
         if self.resume_grace_s > self.max_resume_grace_s:
             faults.append("resume_grace_s is above max_resume_grace_s")
         if self.cache_key_file is None:
@@ -170,6 +175,15 @@ class Settings(BaseSettings):
     def triton_urls(self) -> tuple[str, ...]:
         """The servers of `triton_url`."""
         return tuple(url.strip() for url in self.triton_url.split(",") if url.strip())
+
+    @property
+    def otlp_header_pairs(self) -> dict[str, str]:
+        """The headers of `otlp_headers`, names in lower case as gRPC wants them."""
+        return {name: value for name, _, value in self._otlp_headers()}
+
+    def _otlp_headers(self) -> list[tuple[str, str, str]]:
+        parts = [part.partition("=") for part in self.otlp_headers.split(",") if part.strip()]
+        return [(name.strip().lower(), sign, value.strip()) for name, sign, value in parts]
 
 
 def load(**given: object) -> Settings:

@@ -13,6 +13,7 @@ from typing import Literal, Self
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from safelight import tracing
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc
 
@@ -104,6 +105,7 @@ class Finished:
 
 
 Event = Progress | Preview | Picture | Finished
+Metadata = list[tuple[str, str]]
 
 
 class GenerationError(Exception):
@@ -241,10 +243,18 @@ class Client:
 
     async def develop(self, request: pb.GenerateRequest, *, timeout_s: float | None = None) -> AsyncIterator[Event]:
         """As `generate`, for a request in full. With a request_id a lost connection is resumed."""
+        metadata = list(self._metadata)
+        with tracing.client_span(request, metadata):
+            async for event in self._develop(request, timeout_s, metadata):
+                yield event
+
+    async def _develop(
+        self, request: pb.GenerateRequest, timeout_s: float | None, metadata: Metadata
+    ) -> AsyncIterator[Event]:
         received = _Progress()
         for attempt in range(RESUMES + 1):
             try:
-                async for response in self._call(request, received, timeout_s):
+                async for response in self._call(request, received, timeout_s, metadata):
                     for event in _events(response.event, received):
                         yield event
                 return
@@ -256,10 +266,10 @@ class Client:
                 await asyncio.sleep(min(2.0, 0.1 * 2**attempt))
 
     def _call(
-        self, request: pb.GenerateRequest, received: _Progress, timeout_s: float | None
+        self, request: pb.GenerateRequest, received: _Progress, timeout_s: float | None, metadata: Metadata
     ) -> AsyncIterable[pb.GenerateResponse | pb.WatchGenerationResponse]:
         if not received.name:
-            return self.generations.Generate(request, timeout=timeout_s, metadata=self._metadata)
+            return self.generations.Generate(request, timeout=timeout_s, metadata=metadata)
         watch = pb.WatchGenerationRequest(
             name=received.name,
             after_sequence=received.sequence,
@@ -268,7 +278,7 @@ class Client:
                 pb.ArtifactOffset(output_index=index, offset=len(part)) for index, part in received.parts.items()
             ],
         )
-        return self.generations.WatchGeneration(watch, timeout=timeout_s, metadata=self._metadata)
+        return self.generations.WatchGeneration(watch, timeout=timeout_s, metadata=metadata)
 
     async def models(self) -> list[models_pb2.Model]:
         """All models of the server."""

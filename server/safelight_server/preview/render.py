@@ -19,6 +19,7 @@ from safelight_server.preview.frames import Frame, Rendered
 from safelight_server.preview.policy import choose_method
 from safelight_server.request import PixelEncoding, PreviewMethod
 from safelight_server.runtime.base import Component, FloatArray
+from safelight_server.telemetry import tracing
 
 log = structlog.get_logger(__name__)
 
@@ -72,7 +73,8 @@ class Renderer:
                 return None
         self.num_rendered += 1
         loop = asyncio.get_running_loop()
-        picture = await loop.run_in_executor(self._pool, self._encode, frame, image, encoding, max_edge_px)
+        with tracing.current().within("encode"):
+            picture = await loop.run_in_executor(self._pool, self._encode, frame, image, encoding, max_edge_px)
         return Rendered(frame.step, method, picture)
 
     async def _decode_newest(self, frame: Frame, method: PreviewMethod) -> FloatArray | None:

@@ -22,6 +22,7 @@ from safelight_server.runtime.base import Array, FloatArray, Inputs, StableRows
 from safelight_server.runtime.triton.client import CallFailed, Client, Trouble
 from safelight_server.runtime.triton.models import Model, ModelKey, Served, served
 from safelight_server.runtime.triton.shared_memory import Region, RegionPool, layout
+from safelight_server.telemetry import tracing
 
 log = structlog.get_logger(__name__)
 
@@ -114,6 +115,7 @@ class Server:
         Raises:
             CallFailed: it failed, or was given up after `limit_s`.
         """
+        tracing.current().note({"server.address": self.url})
         for last in (False, True):
             region = await self._region(key)
             if region is None:
@@ -167,28 +169,31 @@ class Server:
     async def _run_in(self, region: Region, key: ModelKey, inputs: Inputs, limit_s: float) -> dict[str, FloatArray]:
         assert self._pool is not None
         model, at = self._models[key], self._served[key]
-        places = region.write(inputs)
-        rows = len(places)
-        asked = []
-        for name in inputs:
-            tensor = at.inputs[name]
-            asked.append(triton.InferInput(name, [rows, *tensor.dims], tensor.datatype))
-            asked[-1].set_shared_memory(region.name, rows * tensor.row_bytes, region.places[name].offset)
-        wanted = [triton.InferRequestedOutput(name) for name in at.outputs]
-        for output, tensor in zip(wanted, at.outputs.values(), strict=True):
-            output.set_shared_memory(region.name, rows * tensor.row_bytes, region.places[tensor.name].offset)
-        call = asyncio.create_task(
-            self._client.infer(model.name, model.version, asked, wanted, headers=_trace_headers())
-        )
+        with tracing.current().within("prepare"):
+            places = region.write(inputs)
+            rows = len(places)
+            asked = []
+            for name in inputs:
+                tensor = at.inputs[name]
+                asked.append(triton.InferInput(name, [rows, *tensor.dims], tensor.datatype))
+                asked[-1].set_shared_memory(region.name, rows * tensor.row_bytes, region.places[name].offset)
+            wanted = [triton.InferRequestedOutput(name) for name in at.outputs]
+            for output, tensor in zip(wanted, at.outputs.values(), strict=True):
+                output.set_shared_memory(region.name, rows * tensor.row_bytes, region.places[tensor.name].offset)
+            call = asyncio.create_task(
+                self._client.infer(model.name, model.version, asked, wanted, headers=_trace_headers())
+            )
         try:
-            await asyncio.wait({call}, timeout=limit_s)
+            with tracing.current().within("await"):
+                await asyncio.wait({call}, timeout=limit_s)
         finally:
             self._settle(region, call)
         if not call.done():
             raise CallFailed(Trouble.HUNG, f"{model.name}, {rows} rows, given up after {limit_s:.2f} s")
         call.result()  # raises what went wrong
         try:
-            return {name: region.read(name, places) for name in at.outputs}
+            with tracing.current().within("collect"):
+                return {name: region.read(name, places) for name in at.outputs}
         finally:
             self._pool.give_back(region)
 
@@ -218,16 +223,19 @@ class Server:
 
     async def _run_over_grpc(self, key: ModelKey, inputs: Inputs, *, limit_s: float) -> dict[str, FloatArray]:
         model, at = self._models[key], self._served[key]
-        asked = []
-        for name, given in inputs.items():
-            rows: Array = given.array() if isinstance(given, StableRows) else given
-            tensor = at.inputs[name]
-            dims = tensor.dims if tensor.is_static else rows.shape[1:]
-            asked.append(triton.InferInput(name, [len(rows), *dims], tensor.datatype))
-            asked[-1].set_data_from_numpy(rows.reshape(len(rows), *dims))
-        wanted = [triton.InferRequestedOutput(name) for name in at.outputs]
-        result = await self._client.infer(model.name, model.version, asked, wanted, limit_s, _trace_headers())
-        return {name: _rows(result, name, model) for name in at.outputs}
+        with tracing.current().within("prepare"):
+            asked = []
+            for name, given in inputs.items():
+                rows: Array = given.array() if isinstance(given, StableRows) else given
+                tensor = at.inputs[name]
+                dims = tensor.dims if tensor.is_static else rows.shape[1:]
+                asked.append(triton.InferInput(name, [len(rows), *dims], tensor.datatype))
+                asked[-1].set_data_from_numpy(rows.reshape(len(rows), *dims))
+            wanted = [triton.InferRequestedOutput(name) for name in at.outputs]
+        with tracing.current().within("await"):
+            result = await self._client.infer(model.name, model.version, asked, wanted, limit_s, _trace_headers())
+        with tracing.current().within("collect"):
+            return {name: _rows(result, name, model) for name in at.outputs}
 
 
 def _rows(result: triton.InferResult, name: str, model: Model) -> FloatArray:
