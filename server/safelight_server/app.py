@@ -34,6 +34,7 @@ from safelight_server.catalog import Catalog
 from safelight_server.engine import Engine
 from safelight_server.generations import Generations
 from safelight_server.identity import Identity
+from safelight_server.quota import StreamQuota
 from safelight_server.resolve import RequestLimits
 from safelight_server.runtime.base import Runtime, RuntimeStartError
 from safelight_server.runtime.onnx import OnnxRuntime
@@ -72,6 +73,7 @@ class Running:
     runtime: Runtime
     cache: Cache
     generations: Generations
+    streams: StreamQuota
     drain: Callable[[float], asyncio.Task[None]]
 
 
@@ -123,7 +125,8 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     cache = _build_cache(settings, backends, engine, pool, metrics)
     generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics)
     limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
-    service = Service(identity, catalog, runtime, generations, limits, metrics, tracer)
+    quota = StreamQuota(settings.max_streams_per_caller)
+    service = Service(identity, catalog, runtime, generations, limits, quota, metrics, tracer)
     _watch_queue(metrics, engine)
 
     largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four bytes a character
@@ -157,7 +160,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         return draining[0]
 
     try:
-        yield Running(address, catalog, runtime, cache, generations, start_drain)
+        yield Running(address, catalog, runtime, cache, generations, quota, start_drain)
     finally:
         await start_drain(0.0)
         ticker.cancel()

@@ -34,6 +34,7 @@ from safelight_server.generation import Generation
 from safelight_server.generations import Generations
 from safelight_server.identity import Caller, Identity
 from safelight_server.paging import page
+from safelight_server.quota import StreamQuota
 from safelight_server.request import PreviewPolicy
 from safelight_server.resolve import (
     RequestLimits,
@@ -63,6 +64,7 @@ class Service:
 
     Args:
         limits: of requests, beside the model's.
+        quota: of streams.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Service:
         runtime: Runtime,
         generations: Generations,
         limits: RequestLimits,
+        quota: StreamQuota,
         metrics: Metrics,
         tracer: Tracing,
     ) -> None:
@@ -80,6 +83,7 @@ class Service:
         self._runtime = runtime
         self._generations = generations
         self._limits = limits
+        self._quota = quota
         self._metrics = metrics
         self._tracer = tracer
 
@@ -215,10 +219,11 @@ class Service:
             failure: SafelightError | None = None
             try:
                 caller = self._identity.recognize(metadata, context.peer())
-                async with aclosing(method(_parse(request_type, data), caller, stream)) as events:
-                    async for event in events:
-                        with stage.within("write"):
-                            yield event
+                with self._quota.stream(caller):
+                    async with aclosing(method(_parse(request_type, data), caller, stream)) as events:
+                        async for event in events:
+                            with stage.within("write"):
+                                yield event
             except SafelightError as error:
                 failure = error
             except (asyncio.CancelledError, GeneratorExit):

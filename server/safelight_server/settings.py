@@ -81,6 +81,7 @@ class Settings(BaseSettings):
     preview_share: float = Field(0.1, ge=0, le=0.5, description="Share of compute that previews may take from steps.")
 
     watcher_stall_s: Seconds = Field(30.0, description="A stream that takes nothing for this long is ended.")
+    max_streams_per_caller: Count = Field(1024, description="Streams that one caller may have open.")
     max_watchers: Count = Field(64, description="Streams that may watch one generation.")
     chunk_bytes: int = Field(256 * 1024, ge=1024, le=1 << 20, description="Size of the pieces of a picture.")
     resume_grace_s: Seconds = Field(30.0, description="How long a lost generation can be resumed, by default.")

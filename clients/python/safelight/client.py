@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
@@ -25,6 +25,14 @@ CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
+CacheMode = Literal["default", "bypass", "latent", "similar"]
+CACHE_MODES: Mapping[CacheMode, pb.CachePolicy.Mode.ValueType] = {
+    "default": pb.CachePolicy.MODE_DEFAULT,
+    "bypass": pb.CachePolicy.MODE_BYPASS,
+    "latent": pb.CachePolicy.MODE_ALLOW_LATENT,
+    "similar": pb.CachePolicy.MODE_ALLOW_SIMILAR,
+}
+"""What may serve a request beside its own development; see `CachePolicy` in the proto."""
 RESUMES = 5
 """Lost connections that one generation survives."""
 
@@ -64,12 +72,36 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a picture came from.
+
+    Attributes:
+        disposition: "miss" (it was developed), "coalesced" (with an identical one on its way), "exact" (an identical
+            one from before), "similar" (another picture that fits), "latent" (developed from another's latent) or
+            "branched" (developed from the step that was named).
+        similarity: of the prompts, for "similar" and "latent".
+        source: the generation that developed it, for "exact" and "similar".
+        num_steps_skipped: steps that were not made for this picture.
+    """
+
+    disposition: str
+    similarity: float = 0.0
+    source: str = ""
+    num_steps_skipped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
-    """The generation has ended well."""
+    """The generation has ended well.
+
+    Attributes:
+        origins: where each picture came from, by its output.
+    """
 
     generation: str
     usage: pb.Usage
     timings: pb.Timings
+    origins: tuple[Origin, ...] = ()
 
 
 Event = Progress | Preview | Picture | Finished
@@ -168,9 +200,19 @@ class Client:
         preview: pb.PreviewPolicy | None = None,
         priority: pb.Priority.ValueType = pb.PRIORITY_UNSPECIFIED,
         labels: Mapping[str, str] | None = None,
+        cache: CacheMode = "default",
+        min_similarity: float | None = None,
+        branch: pb.Branch | None = None,
         timeout_s: float | None = None,
     ) -> AsyncIterator[Event]:
         """Develops pictures; yields what happens, the finished pictures, then `Finished`.
+
+        Args:
+            cache: "default" takes what was made for an identical request, "bypass" nothing; "latent" may start from
+                the latent of a prompt nearby, "similar" may also take a finished picture that says the same.
+            min_similarity: least that "similar" takes, above 0 and at most 1.
+            branch: develop from this step of an older generation; for one output, with the same model, size, steps
+                and sampler.
 
         Raises:
             GenerationError: it was refused, has failed, or could not be resumed.
@@ -193,6 +235,8 @@ class Client:
             encoding=pb.PixelEncoding(media_type=media_type),
             scheduling=pb.Scheduling(priority=priority),
             labels=labels or {},
+            cache=pb.CachePolicy(mode=CACHE_MODES[cache], min_similarity=min_similarity),
+            branch=branch,
         )
         async for event in self.develop(request, timeout_s=timeout_s):
             yield event
@@ -267,8 +311,14 @@ def _events(event: pb.GenerationEvent, received: _Progress) -> list[Event]:
         case "artifact_chunk":
             return _artifact(event.artifact_chunk, received)
         case "finished" if not event.finished.status.code:
-            return [Finished(event.generation, event.finished.usage, event.finished.timings)]
+            origins = tuple(_origin(result) for result in event.finished.cache_results)
+            return [Finished(event.generation, event.finished.usage, event.finished.timings, origins)]
     return []
+
+
+def _origin(result: pb.CacheResult) -> Origin:
+    name = pb.CacheResult.Disposition.Name(result.disposition).removeprefix("DISPOSITION_").lower()
+    return Origin(name, result.similarity, result.source, result.num_steps_skipped)
 
 
 def _artifact(chunk: pb.ArtifactChunk, received: _Progress) -> list[Event]:
