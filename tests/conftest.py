@@ -24,13 +24,15 @@ Start = Callable[..., "AbstractAsyncContextManager[Running]"]
 def start() -> Start:
     """Starts a real server of this process on a free port; settings as keywords."""
 
-    @asynccontextmanager
-    async def start_server(**settings: object) -> AsyncIterator[Running]:
-        given = {"port": 0, "models_dir": MODELS, "log_level": "error"} | settings
-        async with serving(load(**given)) as running:
-            yield running
+    return serving_here
 
-    return start_server
+
+@asynccontextmanager
+async def serving_here(**settings: object) -> AsyncIterator[Running]:
+    """A real server of this process on a free port."""
+    given = {"port": 0, "models_dir": MODELS, "log_level": "error"} | settings
+    async with serving(load(**given)) as running:
+        yield running
 
 
 async def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:

@@ -8,16 +8,23 @@ that a batch in flight still reads.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
 from safelight_server.catalog import Pipeline
 from safelight_server.latents import Latents, Slots, Snapshot
 from safelight_server.pipeline import decoder_latent
-from safelight_server.runtime.base import Array, Component, FloatArray
+from safelight_server.runtime.base import Component, FloatArray, Inputs
 from safelight_server.sampler import SamplerTable
 from safelight_server.scheduler import Batch, Kind, Row
+from safelight_server.telemetry import UNTRACED, Stage, Trail
+from safelight_server.telemetry.trail import NO_CALL, Attributes, CallSpans, Making, Served
+
+PART_NAMES = {Kind.ENCODE: "text_encode", Kind.DENOISE: "step", Kind.DECODE: "decode", Kind.PREVIEW: "decode"}
+"""Of the span that each trace has of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,7 @@ class Flight:
 
     Attributes:
         conditioning: ids of its embeddings: the prompt's and, with guidance, the negative prompt's.
+        embeddings: those of them that are known already, (T, D), by id.
         slot: in the latents of its key, once it takes steps.
         previews: by key, what is to be decoded and who waits for it.
         image: the decoded picture, (3, H, W).
@@ -49,6 +57,7 @@ class Flight:
     seed: int
     guidance_scale: float
     conditioning: tuple[str, ...]
+    embeddings: Mapping[str, FloatArray]
     start: Snapshot | None
     step: int
     slot: int | None = None
@@ -62,6 +71,7 @@ class Preview:
 
     latent: FloatArray
     image: asyncio.Future[FloatArray | None]
+    stage: Stage = UNTRACED
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +79,7 @@ class Call:
     """A batch made ready for a runtime; `slots` and `parts` are set for denoiser calls, one entry a row."""
 
     key: Key
-    inputs: Mapping[str, Array]
+    inputs: Inputs
     num_outputs: int
     slots: Slots | None = None
     parts: Slots | None = None
@@ -106,6 +116,41 @@ class Batches:
         previews = [self.flights[row.output_id].previews.pop(batch.key) for row in batch.rows]
         latent = np.stack([preview.latent for preview in previews])
         return Call(key, {"latent": decoder_latent(key.pipeline, latent)}, len(batch.rows), previews=previews)
+
+    def spans(
+        self, batch: Batch, call: Call, runtime: str, trails: Callable[[int], Sequence[Trail]]
+    ) -> AbstractContextManager[object]:
+        """Records the call, as long as a block lasts, in the traces of those whom it serves."""
+        served = self._served(batch, call, trails)
+        attributes = {
+            "safelight.model": call.key.pipeline.name,
+            "safelight.component": call.key.component.value,
+            "safelight.runtime": runtime,
+            "safelight.instance": batch.instance,
+            "safelight.batch.rows": len(batch.rows),
+            "safelight.batch.outputs": len(batch.members),
+        }
+        return CallSpans(PART_NAMES[batch.kind], served, attributes) if served else NO_CALL
+
+    def _served(
+        self, batch: Batch, call: Call, trails: Callable[[int], Sequence[Trail]]
+    ) -> list[tuple[Served, Attributes]]:
+        """Those in whose traces the batch is to be seen, with what it does for them."""
+        if batch.kind is Kind.PREVIEW:
+            recorded = [preview.stage for preview in call.previews if preview is not None and preview.stage.recorded]
+            return [(Making(stage), {"safelight.rows": 1}) for stage in recorded]
+        if batch.kind is Kind.ENCODE:
+            encoded = set(batch.members)
+            rows = {at: len(encoded.intersection(flight.conditioning)) for at, flight in self.flights.items()}
+        else:
+            rows = dict(Counter(row.output_id for row in batch.rows))
+        steps = {row.output_id: row.step + 1 for row in batch.rows} if batch.kind is Kind.DENOISE else {}
+        served: list[tuple[Served, Attributes]] = []
+        for output_id, count in rows.items():
+            step = {"safelight.step": steps[output_id]} if output_id in steps else {}
+            attributes = {"safelight.rows": count, **step}
+            served += [(trail, attributes) for trail in (trails(output_id) if count else ())]
+        return served
 
     def returned(self, batch: Batch, call: Call) -> None:
         """The runtime is done with the inputs, with results or without."""
@@ -163,6 +208,10 @@ class Batches:
             return flight.start
         return self._latents_of(output_id).snapshot(flight.slot, flight.step)
 
+    def embedding(self, conditioning_id: str) -> FloatArray:
+        """A prompt's embedding (T, D) that some output needs or someone asked for."""
+        return self._embeddings[conditioning_id]
+
     def release(self, conditioning_id: str) -> None:
         """Nobody needs this embedding any more."""
         self.token_ids.pop(conditioning_id, None)
@@ -206,7 +255,8 @@ class Batches:
         return Call(key, latents.rows(slots, parts, steps), len({row.output_id for row in batch.rows}), slots, parts)
 
     def _claim(self, key: str, flight: Flight) -> None:
-        context = [self._embeddings[conditioning_id] for conditioning_id in flight.conditioning]
+        known = flight.embeddings
+        context = [known[i] if i in known else self._embeddings[i] for i in flight.conditioning]
         if key not in self._latents:
             tokens, width = context[0].shape
             steps = flight.pipeline.manifest.limits.max_num_inference_steps

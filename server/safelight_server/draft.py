@@ -100,6 +100,16 @@ class CacheDraft:
     """A `CachePolicy` message."""
 
     mode: CacheMode | Unknown | None = None
+    min_similarity: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BranchDraft:
+    """A `Branch` message."""
+
+    generation: str = ""
+    output_index: int = 0
+    step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +126,7 @@ class Draft:
     priority: Priority | Unknown | None = None
     disconnect: DisconnectDraft = DisconnectDraft()
     cache: CacheDraft = CacheDraft()
+    branch: BranchDraft | None = None
     request_id: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     body_digest: bytes = b""

@@ -41,10 +41,34 @@ class Disposition(enum.Enum):
 
     MISS:      it was developed for this output.
     COALESCED: it was developed for an identical output that was on its way already.
+    EXACT:     it was developed for an identical output before.
+    SIMILAR:   it was developed for another prompt that says the same, or another seed.
+    LATENT:    it was developed from the latent of an output with a prompt nearby.
+    BRANCHED:  it was developed from the step that the request named.
     """
 
     MISS = "miss"
     COALESCED = "coalesced"
+    EXACT = "exact"
+    SIMILAR = "similar"
+    LATENT = "latent"
+    BRANCHED = "branched"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a picture came from, in full.
+
+    Attributes:
+        similarity: cosine, for SIMILAR and LATENT.
+        source: resource name of the generation that developed it, for EXACT and SIMILAR.
+        num_steps_skipped: steps that were not made for this output.
+    """
+
+    disposition: Disposition = Disposition.MISS
+    similarity: float = 0.0
+    source: str = ""
+    num_steps_skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +139,13 @@ class Finished:
 
     Attributes:
         error: None: well.
-        dispositions: of each output that is complete, None for the others.
+        origins: of each output that is complete, None for the others.
     """
 
     error: SafelightError | None
     usage: Usage
     timings: Timings
-    dispositions: tuple[Disposition | None, ...] = ()
+    origins: tuple[Origin | None, ...] = ()
 
 
 StateEvent = Accepted | OutputFinished | Finished

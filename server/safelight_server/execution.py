@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Protocol
 
 import structlog
-from safelight_server.engine import Engine, Job
+from safelight_server.engine import Engine
 from safelight_server.errors import InternalError, SafelightError
+from safelight_server.jobs import Job
 from safelight_server.latents import Snapshot
 from safelight_server.picture import Developed
 from safelight_server.pipeline import to_pixels
 from safelight_server.preview import Frame, Renderer
 from safelight_server.runtime.base import Component, FloatArray
 from safelight_server.scheduler import Priority
+from safelight_server.telemetry import Trail
 
 log = structlog.get_logger(__name__)
 
@@ -42,6 +44,10 @@ class Member(Protocol):
     @property
     def deadline(self) -> float | None:
         """Of its generation, on the engine's clock."""
+
+    @property
+    def trail(self) -> Trail | None:
+        """Where it is in the trace of its generation; None: that is not traced."""
 
     def started(self) -> None:
         """The first batch is, or was, on its way."""
@@ -71,17 +77,40 @@ class Member(Protocol):
         """The deadline of all members has passed."""
 
 
+class Recorder(Protocol):
+    """Keeps what an execution makes, for later ones. Must not block or raise."""
+
+    def encoded(self, row: int, embedding: FloatArray) -> None:
+        """The embedding of one of its prompts was computed."""
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Whether the state after this step is worth keeping."""
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """The state after a step."""
+
+    async def developed(self, picture: Developed, compute_s: float) -> None:
+        """The finished picture, and the compute it took. The execution can be found until this is done."""
+
+
 class Execution:
     """See the module.
 
     Args:
         job: the work; its id, class and deadline are the execution's to choose.
         key: what makes outputs identical; None: nobody else may join.
+        recorder: None: nothing is kept.
         on_end: called once, when it will never run again.
     """
 
     def __init__(
-        self, job: Job, engine: Engine, pool: Executor, key: Hashable, on_end: Callable[[Execution], None]
+        self,
+        job: Job,
+        engine: Engine,
+        pool: Executor,
+        key: Hashable,
+        recorder: Recorder | None,
+        on_end: Callable[[Execution], None],
     ) -> None:
         self.key = key
         self.step = job.start.step if job.start else 0
@@ -89,7 +118,9 @@ class Execution:
         self.job = job
         self._engine = engine
         self._pool = pool
+        self._recorder = recorder
         self._on_end = on_end
+        self._compute_s = 0.0
         self._members: list[Member] = []
         self._num_away = 0
         self._running = False
@@ -178,7 +209,11 @@ class Execution:
     async def _decode(self, denoised: FloatArray, component: Component) -> FloatArray | None:
         return await self._engine.preview(self.job.output_id, denoised, component)
 
-    # --- what the engine reports ---
+    # --- what the engine asks and reports ---
+
+    def trails(self) -> Sequence[Trail]:
+        """Of all members that are traced."""
+        return [member.trail for member in self._members if member.trail is not None]
 
     def started(self) -> None:
         """To all members."""
@@ -188,6 +223,7 @@ class Execution:
 
     def computed(self, seconds: float, rows: int) -> None:
         """Counts for the member that came first."""
+        self._compute_s += seconds
         self._members[0].used(seconds, rows, 0)
 
     def stepped(self, step: int, batch_size: int) -> None:
@@ -207,6 +243,20 @@ class Execution:
         for member in list(self._members):
             member.frame(self._newest)
 
+    def wants_checkpoint(self, step: int) -> bool:
+        """Whether it is worth keeping."""
+        return self._recorder is not None and self._recorder.wants_checkpoint(step)
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """To be kept."""
+        if self._recorder is not None:
+            self._recorder.checkpoint(snapshot)
+
+    def encoded(self, row: int, embedding: FloatArray) -> None:
+        """To be kept."""
+        if self._recorder is not None:
+            self._recorder.encoded(row, embedding)
+
     def decoded(self, image: FloatArray) -> None:
         """Pixels are made of it beside the loop, then all members have their picture."""
         self._running = False
@@ -216,15 +266,19 @@ class Execution:
     async def _finish(self, image: FloatArray) -> None:
         pixels = await asyncio.get_running_loop().run_in_executor(self._pool, to_pixels, image)
         self._outcome = picture = Developed(pixels, self._pool)
-        self._end()
         members, self._members = self._members, []
         for member in members:
             member.developed(picture)
+        if self._recorder is not None:
+            await self._recorder.developed(picture, self._compute_s)
+        self._end()
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (fault := task.exception()) is not None:
             log.error("bug", exc_info=fault)
-            self.failed(InternalError())
+            if self._outcome is None:
+                self.failed(InternalError())
+            self._end()
 
     def failed(self, error: SafelightError) -> None:
         """To all members."""
@@ -259,9 +313,9 @@ class Executions:
         """The one that identical outputs share, if it is on its way; None as key finds nothing."""
         return None if key is None else self._by_key.get(key)
 
-    def create(self, job: Job, key: Hashable) -> Execution:
+    def create(self, job: Job, key: Hashable, recorder: Recorder | None = None) -> Execution:
         """A new one. `key`: what others find it by once it is published; None: nobody does."""
-        return Execution(job, self._engine, self._pool, key, self._forget)
+        return Execution(job, self._engine, self._pool, key, recorder, self._forget)
 
     def publish(self, execution: Execution) -> None:
         """From now on until it has ended, identical outputs find it."""

@@ -11,11 +11,10 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import structlog
-from opentelemetry.trace import Span
 from safelight_server.errors import (
     DeadlineExceededError,
     GenerationCancelledError,
@@ -28,6 +27,7 @@ from safelight_server.events import (
     Finished,
     FinishReason,
     GenerationView,
+    Origin,
     OutputFinished,
     OutputView,
     Progress,
@@ -42,7 +42,7 @@ from safelight_server.preview import Frame
 from safelight_server.request import Request
 from safelight_server.scheduler import Priority
 from safelight_server.stream import EventLog
-from safelight_server.telemetry import tracing
+from safelight_server.telemetry import Stage, Trail, tracing
 
 log = structlog.get_logger(__name__)
 
@@ -66,22 +66,6 @@ class Times:
     ended: float | None = None
 
 
-@dataclass(slots=True)
-class _Spans:
-    """The stages' spans; a stage that has not begun has none."""
-
-    tracing: tracing.Tracing
-    parent: Span
-    open: dict[str, Span] = field(default_factory=dict)
-
-    def begin(self, stage: str, **attributes: str | int | float) -> None:
-        self.open[stage] = self.tracing.span(stage, self.parent, (), **attributes)
-
-    def end(self, stage: str, error: str = "") -> None:
-        if (span := self.open.pop(stage, None)) is not None:
-            tracing.end(span, error)
-
-
 class Output:
     """One picture of a generation; a member of the execution that develops it.
 
@@ -89,7 +73,8 @@ class Output:
         index: its place in the spec.
         step: steps made.
         reason: why it ended; None before.
-        disposition: where its picture comes from.
+        origin: where its picture comes from.
+        trail: where it is in the generation's trace, once accepted, if that is recorded.
     """
 
     def __init__(self, generation: Generation, index: int, seed: int) -> None:
@@ -100,8 +85,10 @@ class Output:
         self.seed = seed
         self.step = 0
         self.reason: FinishReason | None = None
-        self.disposition = Disposition.MISS
+        self.origin = Origin()
+        self._counted = 0
         self.picture: Encoded | None = None
+        self.trail: Trail | None = None
 
     @property
     def priority(self) -> Priority:
@@ -118,23 +105,45 @@ class Output:
         """What the scheduler knows its execution by; 0: it has none."""
         return self._execution.job.output_id if self._execution is not None else 0
 
+    def final_origin(self) -> Origin | None:
+        """Where its picture came from; None where there is none."""
+        if self.reason is not FinishReason.COMPLETED:
+            return None
+        if self.origin.disposition is Disposition.COALESCED:
+            return replace(self.origin, num_steps_skipped=self.step - self._counted)
+        return self.origin
+
     # --- with its execution ---
+
+    def follow(self, stage: Stage) -> None:
+        """Is on its way from here on, in the trace of its generation's `stage` if that is recorded."""
+        if stage.recorded:
+            disposition = {"safelight.disposition": self.origin.disposition.value}
+            self.trail = Trail(stage, {"safelight.output": self.index, "safelight.seed": str(self.seed), **disposition})
 
     def enter(self, execution: Execution) -> None:
         """Becomes a member."""
         self._execution = execution
         execution.join(self)
 
+    def recall(self, picture: Encoded) -> None:
+        """Its picture was there already."""
+        self._generation.on_encoded(self, picture)
+
     def pause(self) -> None:
         """Stops wanting it, for a while."""
         if self._execution is not None and not self._away:
             self._away = True
+            if self.trail is not None:
+                self.trail.suspend()
             self._execution.leave(self, back=True)
 
     def resume(self) -> None:
         """Wants it again."""
         if self._execution is not None and self._away:
             self._away = False
+            if self.trail is not None:
+                self.trail.resume()
             self._execution.join(self, again=True)
 
     def leave(self) -> None:
@@ -169,6 +178,7 @@ class Output:
         work.compute_s += seconds
         work.num_rows += rows
         work.num_steps += steps
+        self._counted += steps
 
     def stepped(self, step: int, batch_size: int) -> None:
         """To the generation."""
@@ -186,6 +196,8 @@ class Output:
     def developed(self, picture: Developed) -> None:
         """To the generation."""
         self._execution = None
+        if self.trail is not None:
+            self.trail.developed()
         self._generation.on_developed(self, picture)
 
     def failed(self, error: SafelightError) -> None:
@@ -203,6 +215,7 @@ class Generation:
     """See the module.
 
     Args:
+        stage: of the call that began it; outlived where that ends first.
         deadline: on the engine's clock.
         on_end: called once, after Finished.
     """
@@ -214,8 +227,7 @@ class Generation:
         request: Request,
         events: EventLog,
         clock: Callable[[], float],
-        tracer: tracing.Tracing,
-        span: Span,
+        stage: Stage,
         *,
         deadline: float | None,
         on_end: Callable[[Generation], None],
@@ -235,8 +247,7 @@ class Generation:
         self.outputs = [Output(self, index, seed) for index, seed in enumerate(request.spec.seeds)]
         self.grace: asyncio.TimerHandle | None = None
         self._clock = clock
-        self._spans = _Spans(tracer, span)
-        self._trace_id = tracing.trace_id(span)
+        self.stage = stage
         self._on_end = on_end
         self._expiry: asyncio.TimerHandle | None = None
         self._encoding: set[asyncio.Task[None]] = set()
@@ -259,19 +270,22 @@ class Generation:
 
     # --- what is asked of it ---
 
-    def accept(self, numerics_id: str, estimate_s: float, executions: Sequence[Execution]) -> None:
-        """Says Accepted and enters the executions, one for each output."""
+    def accept(self, numerics_id: str, estimate_s: float, sources: Sequence[Encoded | Execution]) -> None:
+        """Says Accepted and gives each output its picture or lets it enter its execution."""
         spec = self.request.spec
         self.log.publish(
-            Accepted(spec, numerics_id, self.request.encoding, estimate_s, self._trace_id, self.request.warnings)
+            Accepted(spec, numerics_id, self.request.encoding, estimate_s, self.stage.trace_id, self.request.warnings)
         )
         self._logger.info("accepted", model=spec.model, outputs=len(self.outputs), caller=self.caller.name)
-        self._spans.begin("queue")
         if self.deadline is not None:
             left = max(0.0, self.deadline - self._clock())
             self._expiry = asyncio.get_running_loop().call_later(left, self.expire)
-        for output, execution in zip(self.outputs, executions, strict=True):
-            output.enter(execution)
+        for output, source in zip(self.outputs, sources, strict=True):
+            output.follow(self.stage)
+            if isinstance(source, Encoded):
+                output.recall(source)
+            else:
+                output.enter(source)
 
     def suspend(self) -> None:
         """Stops wanting its pictures at once; what was done is kept."""
@@ -318,8 +332,6 @@ class Generation:
             self.state = State.RUNNING
         if self.times.first_batch is None:
             self.times.first_batch = self._clock()
-            self._spans.end("queue")
-            self._spans.begin("denoise", steps=self.request.spec.num_inference_steps)
 
     def on_stepped(self, output: Output, batch_size: int) -> None:
         """An output has made a step."""
@@ -330,8 +342,6 @@ class Generation:
 
     def on_developed(self, output: Output, picture: Developed) -> None:
         """An output's picture is there; it is encoded beside the loop."""
-        self._spans.end("denoise")
-        self._spans.begin(f"encode {output.index}")
         task = asyncio.create_task(self._encode(output, picture))
         self._encoding.add(task)
         task.add_done_callback(functools.partial(self._encoded, output))
@@ -344,15 +354,21 @@ class Generation:
 
     async def _encode(self, output: Output, picture: Developed) -> None:
         encoded = await picture.encoded(self.request.encoding)
-        self._spans.end(f"encode {output.index}")
         if output.reason is None:
-            output.picture = encoded
-            self.log.artifact(output.index, encoded)
-            self.on_output_ended(output, FinishReason.COMPLETED, None)
+            self.on_encoded(output, encoded)
+
+    def on_encoded(self, output: Output, picture: Encoded) -> None:
+        """An output is complete."""
+        output.picture = picture
+        self.log.artifact(output.index, picture)
+        self.on_output_ended(output, FinishReason.COMPLETED, None)
 
     def on_output_ended(self, output: Output, reason: FinishReason, error: SafelightError | None) -> None:
         """An output has ended; with the last one the generation ends."""
         output.reason = reason
+        if output.trail is not None:
+            outcome = {"safelight.finish_reason": reason.value, "safelight.steps": output.step}
+            output.trail.end(outcome, tracing.fault(error.status.name, error.reason) if error is not None else "")
         self.error = self.error or error
         self.log.publish(OutputFinished(output.index, reason, output.step))
         if all(output.reason is not None for output in self.outputs):
@@ -369,11 +385,8 @@ class Generation:
             self.state = State.CANCELLED
         else:
             self.state = State.FAILED
-        for stage in list(self._spans.open):
-            self._spans.end(stage, self.error.reason if self.error else "")
-        complete = [output.reason is FinishReason.COMPLETED for output in self.outputs]
-        dispositions = [o.disposition if good else None for o, good in zip(self.outputs, complete, strict=True)]
-        self.log.publish(Finished(self.error, self._usage(), self._timings(), tuple(dispositions)))
+        origins = tuple(output.final_origin() for output in self.outputs)
+        self.log.publish(Finished(self.error, self._usage(), self._timings(), origins))
         level = self._logger.error if isinstance(self.error, InternalError) else self._logger.info
         level("finished", state=self.state.name, seconds=round(self.times.ended - self.times.accepted, 3))
         self._on_end(self)

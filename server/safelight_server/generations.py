@@ -11,33 +11,34 @@ import asyncio
 import contextlib
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from datetime import UTC, datetime, timedelta
 
 import structlog
-from opentelemetry.trace import Span
-from safelight_server.admission import AdmissionLimits, admit
+from safelight_server.admission import AdmissionLimits
+from safelight_server.cache.cache import Cache
 from safelight_server.catalog import Catalog, Pipeline
-from safelight_server.engine import Engine, Job
+from safelight_server.engine import Engine
 from safelight_server.errors import (
     FailedPreconditionError,
     GenerationCancelledError,
     NotFoundError,
+    SafelightError,
     UnavailableError,
 )
-from safelight_server.events import Disposition, FinishReason, Queued, State
-from safelight_server.execution import Execution, Executions
+from safelight_server.events import FinishReason, Queued, State
+from safelight_server.execution import Executions
 from safelight_server.generation import Generation
 from safelight_server.idempotency import Idempotency
 from safelight_server.identity import Caller
-from safelight_server.pipeline import sampler_table
-from safelight_server.request import CacheMode, PreviewPolicy, Request
+from safelight_server.intake import Intake
+from safelight_server.request import PreviewPolicy, Request
 from safelight_server.runtime.base import Runtime
 from safelight_server.scheduler import Priority
 from safelight_server.settings import Settings
 from safelight_server.stream import EventLog, Watcher
-from safelight_server.telemetry import Metrics, Tracing
+from safelight_server.telemetry import Metrics, Stage
 
 log = structlog.get_logger(__name__)
 
@@ -53,20 +54,17 @@ class Generations:
         catalog: Catalog,
         runtime: Runtime,
         engine: Engine,
+        cache: Cache,
         pool: Executor,
         clock: Callable[[], float],
         metrics: Metrics,
-        tracing: Tracing,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
-        self._runtime = runtime
         self._engine = engine
-        self._executions = Executions(engine, pool)
         self._clock = clock
         self._metrics = metrics
-        self._tracing = tracing
-        self._limits = AdmissionLimits(
+        limits = AdmissionLimits(
             {
                 Priority.INTERACTIVE: settings.max_waiting_interactive,
                 Priority.STANDARD: settings.max_waiting_standard,
@@ -74,6 +72,8 @@ class Generations:
             },
             settings.max_waiting_per_caller,
         )
+        self._intake = Intake(catalog, runtime, engine, Executions(engine, pool), cache, limits)
+        self._starting: dict[str, asyncio.Event] = {}
         self._live: dict[str, Generation] = {}
         self._finished: OrderedDict[str, Generation] = OrderedDict()
         self._finished_bytes = 0
@@ -85,72 +85,45 @@ class Generations:
 
     # --- starting ---
 
-    def start(self, caller: Caller, request: Request, span: Span, time_left_s: float | None) -> Generation:
+    async def start(self, caller: Caller, request: Request, stage: Stage, time_left_s: float | None) -> Generation:
         """The generation of a request: a new one, or the one that its request id stands for.
 
         Raises:
-            UnavailableError, AlreadyExistsError, FailedPreconditionError, QueueFullError, DeadlineUnreachableError:
-                it is refused.
+            UnavailableError, AlreadyExistsError, FailedPreconditionError, QueueFullError, DeadlineUnreachableError,
+            InvalidRequestError, NotFoundError: it is refused.
         """
-        if request.request_id:
+        while request.request_id:
             known = self._requests.find(caller, request.request_id, request.body_digest)
-            if known is not None:
+            if known is None:
+                break
+            if (started := self._starting.get(known)) is None:
                 return self._known(known, request.request_id)
-        if self._draining:
-            raise UnavailableError("the server is draining; ask another", reason="DRAINING", retry_after_s=1.0)
-        generation = self._make(caller, request, span, time_left_s)
-        executions, new = self._find_executions(generation)
-        estimate = self._admit(new, time_left_s) if new else self._engine.scheduler.backlog_s()
+            await started.wait()  # and look again: it may have been refused
+        self._refuse_while_draining()
+        branched_from = None if request.branch is None else self.get(caller, request.branch.generation_id)
+        generation = self._make(caller, request, stage, time_left_s)
         if request.request_id:
             self._requests.remember(caller, request.request_id, request.body_digest, generation.identifier)
-        for execution in new:
-            self._executions.publish(execution)
-        self._live[generation.identifier] = generation
-        generation.accept(self._runtime.numerics_id(request.spec.model), estimate, executions)
+        started = self._starting[generation.identifier] = asyncio.Event()
+        try:
+            with stage.within("lookup"):
+                plans = await self._intake.plan(generation, branched_from)
+            self._refuse_while_draining()
+            self._live[generation.identifier] = generation
+            with stage.within("admission"):
+                self._intake.launch(generation, plans, time_left_s)
+        except (SafelightError, asyncio.CancelledError):
+            self._live.pop(generation.identifier, None)
+            self._requests.release(caller, request.request_id)
+            raise
+        finally:
+            del self._starting[generation.identifier]
+            started.set()
         return generation
 
-    def _admit(self, new: Sequence[Execution], time_left_s: float | None) -> float:
-        """Only what must be computed needs room and time."""
-        output = self._engine.output(new[0].job)
-        return admit(self._engine.scheduler, self._limits, output, len(new), time_left_s)
-
-    def _find_executions(self, generation: Generation) -> tuple[list[Execution], list[Execution]]:
-        """For each output the execution that is on its way already or a new one; and the new ones."""
-        request = generation.request
-        spec, pipeline = request.spec, self.pipeline_of(generation)
-        executions: list[Execution] = []
-        new: dict[Hashable, Execution] = {}
-        for output in generation.outputs:
-            key = self._key(generation, output.seed)
-            execution = self._executions.find(key) or new.get(key)
-            if execution is not None:
-                output.disposition = Disposition.COALESCED
-            else:
-                job = Job(
-                    output_id=0,
-                    caller=f"{generation.caller.tenant}/{generation.caller.name}",
-                    priority=request.priority,
-                    pipeline=pipeline,
-                    latent_shape=pipeline.latent_shape(spec.width_px, spec.height_px),
-                    table=sampler_table(pipeline, spec),
-                    seed=output.seed,
-                    guidance_scale=spec.guidance_scale,
-                    token_ids=spec.token_ids_by_row,
-                    deadline=generation.deadline,
-                )
-                execution = self._executions.create(job, key)
-                new[key or object()] = execution
-            executions.append(execution)
-        return executions, list(new.values())
-
-    def _key(self, generation: Generation, seed: int) -> Hashable:
-        """What identical outputs of a tenant have in common; None: it is not to be shared."""
-        spec = generation.request.spec
-        if generation.request.cache.mode is CacheMode.BYPASS:
-            return None
-        numbers = (spec.width_px, spec.height_px, spec.num_inference_steps, spec.guidance_scale, spec.sampler)
-        digest = self.pipeline_of(generation).digest
-        return (generation.caller.tenant, digest, spec.token_ids_by_row, numbers, seed)
+    def _refuse_while_draining(self) -> None:
+        if self._draining:
+            raise UnavailableError("the server is draining; ask another", reason="DRAINING", retry_after_s=1.0)
 
     def _known(self, identifier: str, request_id: str) -> Generation:
         generation = self._live.get(identifier) or self._finished.get(identifier)
@@ -162,7 +135,7 @@ class Generations:
             )
         return generation
 
-    def _make(self, caller: Caller, request: Request, span: Span, time_left_s: float | None) -> Generation:
+    def _make(self, caller: Caller, request: Request, stage: Stage, time_left_s: float | None) -> Generation:
         identifier = secrets.token_hex(16)
         settings = self._settings
         events = EventLog(
@@ -177,8 +150,7 @@ class Generations:
             request,
             events,
             self._clock,
-            self._tracing,
-            span,
+            stage,
             deadline=None if time_left_s is None else self._clock() + time_left_s,
             on_end=self._ended,
         )

@@ -58,21 +58,35 @@ class PreviewPolicy:
 
 
 class CacheMode(enum.Enum):
-    """What may serve a request beside its own development.
+    """What may serve a request beside its own development; each of the last two allows what the one before does.
 
-    DEFAULT: an identical output, finished or on its way.
-    BYPASS:  nothing; and nobody joins it.
+    DEFAULT:       an identical output, finished or on its way.
+    BYPASS:        nothing; and nobody joins it, and it is not kept.
+    ALLOW_LATENT:  also the latent of an output with a prompt nearby.
+    ALLOW_SIMILAR: also a finished picture whose prompt says the same.
     """
 
     DEFAULT = "default"
     BYPASS = "bypass"
+    ALLOW_LATENT = "allow_latent"
+    ALLOW_SIMILAR = "allow_similar"
 
 
 @dataclass(frozen=True, slots=True)
 class CachePolicy:
-    """What may serve a request."""
+    """What may serve a request; `min_similarity` is for pictures that are served as they are."""
 
     mode: CacheMode = CacheMode.DEFAULT
+    min_similarity: float = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Start after `step` steps of an output of the generation with this id."""
+
+    generation_id: str
+    output_index: int
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +145,7 @@ class Request:
     priority: Priority
     disconnect: DisconnectPolicy
     cache: CachePolicy = CachePolicy()
+    branch: Branch | None = None
     request_id: str = ""
     body_digest: bytes = b""
     labels: Mapping[str, str] = field(default_factory=dict)

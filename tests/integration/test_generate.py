@@ -21,6 +21,9 @@ from tests.conftest import eventually
 PROMPT = "a red potion on a dark background"
 
 
+BYPASS = pb.CachePolicy(mode=pb.CachePolicy.MODE_BYPASS)
+
+
 def request(seed: int = 7, steps: int = 6, **changes: object) -> pb.GenerateRequest:
     """A short generation."""
     outputs = [pb.OutputSpec(seed=seed)]
@@ -78,16 +81,18 @@ async def test_a_prompt_alone_is_enough(server):
 
 async def test_the_same_spec_gives_the_same_pixels_alone_and_in_any_batch(server):
     _, stub = server
-    alone = await collect(stub.Generate(request(seed=7, steps=8)))
-    others = [request(seed=100 + n, steps=3 + n) for n in range(6)]
+    alone = await collect(stub.Generate(request(seed=7, steps=8, cache=BYPASS)))
+    others = [request(seed=100 + n, steps=3 + n, cache=BYPASS) for n in range(6)]
     others[2].spec.guidance_scale = 1.0
     others[3].spec.sampler.name = "euler_ancestral"
     others[4].spec.sampler.name = "dpmpp_2m"
-    crowd = await asyncio.gather(*(collect(stub.Generate(r)) for r in [*others, request(seed=7, steps=8)]))
+    crowd = await asyncio.gather(
+        *(collect(stub.Generate(r)) for r in [*others, request(seed=7, steps=8, cache=BYPASS)])
+    )
     again = crowd[-1]
     assert max(e.progress.batch_size for e in again if e.WhichOneof("event") == "progress") > 1
     assert np.array_equal(pixels(alone), pixels(again))
-    replay = pb.GenerateRequest(spec=alone[0].accepted.spec)
+    replay = pb.GenerateRequest(spec=alone[0].accepted.spec, cache=BYPASS)
     assert np.array_equal(pixels(alone), pixels(await collect(stub.Generate(replay))))
     for first, message in zip(crowd, others, strict=False):
         assert np.array_equal(pixels(first), pixels(await collect(stub.Generate(message))))
@@ -131,7 +136,7 @@ async def test_cancel_stops_at_a_step_and_ends_the_stream_as_cancelled(server):
 
 async def test_a_lost_stream_is_resumed_from_its_step_with_the_same_pixels(server):
     running, stub = server
-    undisturbed = pixels(await collect(stub.Generate(request(steps=30))))
+    undisturbed = pixels(await collect(stub.Generate(request(steps=30, cache=BYPASS))))
     call = stub.Generate(request(steps=30))
     name, sequence = "", 0
     async for response in call:
@@ -343,9 +348,7 @@ async def test_identical_requests_are_developed_once_and_each_keeps_what_is_its_
         assert result.disposition == pb.CacheResult.DISPOSITION_COALESCED
         chunks = [e.artifact_chunk for e in events if e.WhichOneof("event") == "artifact_chunk"]
         assert {chunk.media_type for chunk in chunks} == {media_type}
-    alone = request(steps=30)
-    alone.cache.mode = pb.CachePolicy.MODE_BYPASS
-    undisturbed = await collect(stub.Generate(alone))
+    undisturbed = await collect(stub.Generate(request(steps=30, cache=BYPASS)))
     assert np.array_equal(pixels(again), pixels(undisturbed))
     assert undisturbed[-1].finished.cache_results[0].disposition == pb.CacheResult.DISPOSITION_MISS
     counted = done[-1].finished.usage.num_steps + again[-1].finished.usage.num_steps
@@ -354,8 +357,7 @@ async def test_identical_requests_are_developed_once_and_each_keeps_what_is_its_
 
 async def test_bypass_neither_joins_nor_is_joined(server):
     running, stub = server
-    alone = request(steps=20)
-    alone.cache.mode = pb.CachePolicy.MODE_BYPASS
+    alone = request(steps=20, cache=BYPASS)
     calls = [asyncio.create_task(collect(stub.Generate(r))) for r in (alone, request(steps=20), alone)]
     await eventually(lambda: len(running.generations._live) == 3)
     assert running.generations._engine.scheduler.num_outputs == 3

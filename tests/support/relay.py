@@ -1,4 +1,4 @@
-"""A TCP relay in front of a server, whose connections a test can kill as a lost network would."""
+"""A TCP relay in front of a server, whose connections a test can kill as a lost network would, or make slow."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ CHUNK_BYTES = 1 << 16
 
 
 class Relay:
-    """Passes bytes both ways until `cut`. A side that is not read is not read from on the other side either."""
+    """Passes bytes both ways until `cut`. A side that is not read is not read from on the other side either.
+
+    Attributes:
+        delay_s: how long each piece is held back, from now on.
+    """
 
     def __init__(self) -> None:
         self.address = ""
+        self.delay_s = 0.0
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -26,7 +31,7 @@ class Relay:
             there, back = await asyncio.open_connection(host, int(port), limit=CHUNK_BYTES)
             relay._writers |= {writer, back}
             for source, sink in ((reader, back), (there, writer)):
-                task = asyncio.create_task(_pass_on(source, sink))
+                task = asyncio.create_task(relay._pass_on(source, sink))
                 relay._tasks.add(task)
                 task.add_done_callback(relay._tasks.discard)
 
@@ -41,12 +46,13 @@ class Relay:
         for writer in self._writers:
             writer.transport.abort()
 
-
-async def _pass_on(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-    try:
-        while data := await source.read(CHUNK_BYTES):
-            sink.write(data)
-            await sink.drain()
-        sink.write_eof()
-    except OSError:
-        sink.transport.abort()
+    async def _pass_on(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(CHUNK_BYTES):
+                if self.delay_s:
+                    await asyncio.sleep(self.delay_s)
+                sink.write(data)
+                await sink.drain()
+            sink.write_eof()
+        except OSError:
+            sink.transport.abort()

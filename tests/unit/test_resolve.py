@@ -16,6 +16,7 @@ from safelight_server.catalog import Catalog
 from safelight_server.convert import draft_preview, draft_priority, draft_request
 from safelight_server.draft import (
     MAX_ENTRIES,
+    BranchDraft,
     CacheDraft,
     DisconnectDraft,
     Draft,
@@ -80,6 +81,16 @@ def preview(**given: object) -> pb.GenerateRequest:
     message = request()
     message.preview.CopyFrom(pb.PreviewPolicy(**given))
     return message
+
+
+def cache(mode: int, min_similarity: float, branch: pb.Branch | None = None) -> pb.GenerateRequest:
+    policy = pb.CachePolicy(mode=mode, min_similarity=min_similarity)
+    return pb.GenerateRequest(spec=pb.GenerationSpec(prompt="red"), cache=policy, branch=branch)
+
+
+def branch(**changes: object) -> pb.GenerateRequest:
+    message = pb.Branch(**({"generation": "generations/1", "step": 4} | changes))
+    return pb.GenerateRequest(spec=pb.GenerationSpec(prompt="red"), branch=message)
 
 
 def disconnect(**given: object) -> pb.GenerateRequest:
@@ -289,8 +300,17 @@ FAULTS: list[tuple[str, pb.GenerateRequest, str, str]] = [
         "cache mode 9",
         pb.GenerateRequest(spec=pb.GenerationSpec(prompt="red"), cache=pb.CachePolicy(mode=9)),
         "cache.mode",
-        "must be one of MODE_DEFAULT, MODE_BYPASS",
+        "must be one of MODE_DEFAULT, MODE_BYPASS, MODE_ALLOW_LATENT, MODE_ALLOW_SIMILAR",
     ),
+    ("similarity 0", cache(4, 0.0), "cache.min_similarity", "must be above 0 and at most 1"),
+    ("similarity 1.1", cache(4, 1.1), "cache.min_similarity", "must be above 0 and at most 1"),
+    ("similarity nan", cache(4, math.nan), "cache.min_similarity", "must be above 0 and at most 1"),
+    ("similarity of exact", cache(1, 0.9), "cache.min_similarity", "goes with MODE_ALLOW_SIMILAR only"),
+    ("branch of nothing", branch(generation=""), "branch.generation", "must be generations/ID, as the server gave it"),
+    ("branch at 0", branch(step=0), "branch.step", "must be from 1 to 19, one less than the steps"),
+    ("branch at the end", branch(step=20), "branch.step", "must be from 1 to 19, one less than the steps"),
+    ("branch of output -1", branch(output_index=-1), "branch.output_index", "must be at least 0"),
+    ("branch of similar", cache(4, 0.9, branch().branch), "branch", "contradicts a cache mode that starts elsewhere"),
     ("action 9", disconnect(action=9), "disconnect.action", "must be ACTION_CANCEL or ACTION_DETACH"),
     ("grace -1", disconnect(resume_grace={"seconds": -1}), "disconnect.resume_grace", GRACE),
     ("grace 601", disconnect(resume_grace={"seconds": 601}), "disconnect.resume_grace", GRACE),
@@ -570,7 +590,12 @@ DRAFTS = st.builds(
     encoding=maybe(ENCODINGS),
     priority=maybe(st.sampled_from(Priority) | UNKNOWN),
     disconnect=st.builds(DisconnectDraft, detach=maybe(st.booleans() | UNKNOWN), resume_grace_s=maybe(st.floats())),
-    cache=st.builds(CacheDraft, mode=maybe(st.sampled_from(CacheMode) | UNKNOWN)),
+    cache=st.builds(
+        CacheDraft, mode=maybe(st.sampled_from(CacheMode) | UNKNOWN), min_similarity=maybe(st.floats(width=32))
+    ),
+    branch=maybe(
+        st.builds(BranchDraft, generation=st.sampled_from(["", "generations/1"]), output_index=INTS, step=INTS)
+    ),
     request_id=st.sampled_from(["", UUID, "x", UUID + "\n"]),
     labels=st.dictionaries(st.text(max_size=70), st.text(max_size=260), max_size=18),
 )
@@ -635,6 +660,7 @@ def test_every_field_of_the_contract_has_a_place_in_a_draft() -> None:
         (PreviewDraft, pb.PreviewPolicy, {"min_interval": "min_interval_s"}),
         (EncodingDraft, pb.PixelEncoding, {"row_order": "bottom_up"}),
         (CacheDraft, pb.CachePolicy, {}),
+        (BranchDraft, pb.Branch, {}),
         (DisconnectDraft, pb.DisconnectPolicy, {"action": "detach", "resume_grace": "resume_grace_s"}),
     ):
         sent = {renamed.get(field.name, field.name) for field in message.DESCRIPTOR.fields}

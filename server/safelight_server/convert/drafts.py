@@ -22,6 +22,7 @@ from safelight_server.convert.words import (
 )
 from safelight_server.draft import (
     MAX_ENTRIES,
+    BranchDraft,
     CacheDraft,
     DisconnectDraft,
     Draft,
@@ -48,11 +49,19 @@ def draft_request(message: pb.GenerateRequest) -> Draft:
             _enum(DETACH.items(), message.disconnect.action),
             _seconds(message.disconnect.resume_grace) if message.disconnect.HasField("resume_grace") else None,
         ),
-        cache=CacheDraft(_enum(CACHE_MODES.items(), message.cache.mode)),
+        cache=CacheDraft(
+            _enum(CACHE_MODES.items(), message.cache.mode),
+            message.cache.min_similarity if message.cache.HasField("min_similarity") else None,
+        ),
+        branch=_draft_branch(message.branch) if message.HasField("branch") else None,
         request_id=message.request_id,
         labels=dict(islice(message.labels.items(), MAX_ENTRIES)),
         body_digest=_body_digest(message) if message.request_id else b"",
     )
+
+
+def _draft_branch(message: pb.Branch) -> BranchDraft:
+    return BranchDraft(message.generation, message.output_index, message.step)
 
 
 def draft_preview(message: pb.PreviewPolicy) -> PreviewDraft:

@@ -9,10 +9,10 @@ from safelight_server.convert.times import duration, timestamp
 from safelight_server.convert.words import DISPOSITIONS, PRIORITIES, REASONS, STATES
 from safelight_server.events import (
     Accepted,
-    Disposition,
     Event,
     Finished,
     GenerationView,
+    Origin,
     OutputFinished,
     Progress,
     Queued,
@@ -104,12 +104,19 @@ def _finished(event: Finished) -> pb.Finished:
         status=OK if event.error is None else status_of(event.error),
         usage=usage_message(event.usage),
         timings=_timings(event.timings),
-        cache_results=[_cache_result(disposition) for disposition in event.dispositions],
+        cache_results=[_cache_result(origin) for origin in event.origins],
     )
 
 
-def _cache_result(disposition: Disposition | None) -> pb.CacheResult:
-    return pb.CacheResult() if disposition is None else pb.CacheResult(disposition=DISPOSITIONS[disposition])
+def _cache_result(origin: Origin | None) -> pb.CacheResult:
+    if origin is None:
+        return pb.CacheResult()
+    return pb.CacheResult(
+        disposition=DISPOSITIONS[origin.disposition],
+        similarity=origin.similarity,
+        source=origin.source,
+        num_steps_skipped=origin.num_steps_skipped,
+    )
 
 
 def _timings(timings: Timings) -> pb.Timings:

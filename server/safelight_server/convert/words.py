@@ -29,7 +29,12 @@ SIGMA_SCHEDULES = {"default": pb.SIGMA_SCHEDULE_DEFAULT, "karras": pb.SIGMA_SCHE
 ROLES = {Role.POSITIVE: pb.Prompt.ROLE_POSITIVE, Role.NEGATIVE: pb.Prompt.ROLE_NEGATIVE}
 BOTTOM_UP = {False: pb.PixelEncoding.ROW_ORDER_TOP_DOWN, True: pb.PixelEncoding.ROW_ORDER_BOTTOM_UP}
 DETACH = {False: pb.DisconnectPolicy.ACTION_CANCEL, True: pb.DisconnectPolicy.ACTION_DETACH}
-CACHE_MODES = {CacheMode.DEFAULT: pb.CachePolicy.MODE_DEFAULT, CacheMode.BYPASS: pb.CachePolicy.MODE_BYPASS}
+CACHE_MODES = {
+    CacheMode.DEFAULT: pb.CachePolicy.MODE_DEFAULT,
+    CacheMode.BYPASS: pb.CachePolicy.MODE_BYPASS,
+    CacheMode.ALLOW_LATENT: pb.CachePolicy.MODE_ALLOW_LATENT,
+    CacheMode.ALLOW_SIMILAR: pb.CachePolicy.MODE_ALLOW_SIMILAR,
+}
 STATES = {
     State.QUEUED: pb.Generation.STATE_QUEUED,
     State.RUNNING: pb.Generation.STATE_RUNNING,
@@ -47,4 +52,8 @@ REASONS = {
 DISPOSITIONS = {
     Disposition.MISS: pb.CacheResult.DISPOSITION_MISS,
     Disposition.COALESCED: pb.CacheResult.DISPOSITION_COALESCED,
+    Disposition.EXACT: pb.CacheResult.DISPOSITION_EXACT,
+    Disposition.SIMILAR: pb.CacheResult.DISPOSITION_SIMILAR,
+    Disposition.LATENT: pb.CacheResult.DISPOSITION_LATENT,
+    Disposition.BRANCHED: pb.CacheResult.DISPOSITION_BRANCHED,
 }

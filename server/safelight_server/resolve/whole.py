@@ -7,9 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from safelight_server.catalog import Catalog, Pipeline
-from safelight_server.draft import CacheDraft, Draft, PreviewDraft, Unknown
+from safelight_server.draft import BranchDraft, CacheDraft, Draft, PreviewDraft, Unknown
 from safelight_server.errors import FieldViolation, InvalidRequestError, NotFoundError
-from safelight_server.request import CacheMode, CachePolicy, Notice, PixelEncoding, PreviewPolicy, Request
+from safelight_server.request import (
+    Branch,
+    CacheMode,
+    CachePolicy,
+    Notice,
+    PixelEncoding,
+    PreviewPolicy,
+    Request,
+    Spec,
+)
 from safelight_server.resolve.delivery import disconnect_of, encoding_of, preview_of
 from safelight_server.resolve.faults import Faults, listed, shown
 from safelight_server.resolve.spec import spec_of
@@ -44,6 +53,7 @@ def resolve_request(draft: Draft, catalog: Catalog, limits: RequestLimits) -> Re
     priority = _priority(draft.priority, faults)
     disconnect = disconnect_of(draft.disconnect, limits.resume_grace_s, limits.max_resume_grace_s, faults)
     cache = _cache(draft.cache, faults)
+    branch = _branch(draft.branch, spec, cache.mode, faults)
     request_id = _request_id(draft.request_id, faults)
     _check_labels(draft.labels, faults)
     faults.done()
@@ -56,6 +66,7 @@ def resolve_request(draft: Draft, catalog: Catalog, limits: RequestLimits) -> Re
         priority=priority,
         disconnect=disconnect,
         cache=cache,
+        branch=branch,
         request_id=request_id,
         body_digest=draft.body_digest,
         labels=dict(draft.labels),
@@ -93,10 +104,16 @@ def resolve_name(name: str, collection: str) -> str:
     Raises:
         InvalidRequestError: it is no such name.
     """
-    prefix, _, identifier = name.partition("/")
-    if prefix != collection or not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", identifier):
+    identifier = _identifier(name, collection)
+    if not identifier:
         raise InvalidRequestError([FieldViolation("name", f"must be {collection}/ID, as the server gave it")])
     return identifier
+
+
+def _identifier(name: str, collection: str) -> str:
+    """The id in "collection/id"; empty where it is no such name."""
+    prefix, _, identifier = name.partition("/")
+    return identifier if prefix == collection and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", identifier) else ""
 
 
 def find_model(name: str, catalog: Catalog, field: str) -> Pipeline:
@@ -124,10 +141,30 @@ def _priority(priority: Priority | Unknown | None, faults: Faults) -> Priority:
 
 
 def _cache(draft: CacheDraft, faults: Faults) -> CachePolicy:
-    if isinstance(draft.mode, Unknown):
+    mode = draft.mode or CacheMode.DEFAULT
+    if isinstance(mode, Unknown):
         faults.add("cache.mode", f"must be one of {listed(f'MODE_{known.name}' for known in CacheMode)}")
         return CachePolicy()
-    return CachePolicy(draft.mode or CacheMode.DEFAULT)
+    if draft.min_similarity is None:
+        return CachePolicy(mode)
+    if mode is not CacheMode.ALLOW_SIMILAR:
+        faults.add("cache.min_similarity", "goes with MODE_ALLOW_SIMILAR only")
+    faults.check(0 < draft.min_similarity <= 1, "cache.min_similarity", "must be above 0 and at most 1")
+    return CachePolicy(mode, draft.min_similarity)
+
+
+def _branch(draft: BranchDraft | None, spec: Spec | None, mode: CacheMode, faults: Faults) -> Branch | None:
+    if draft is None or spec is None:
+        return None
+    identifier = _identifier(draft.generation, "generations")
+    faults.check(bool(identifier), "branch.generation", "must be generations/ID, as the server gave it")
+    faults.check(draft.output_index >= 0, "branch.output_index", "must be at least 0")
+    last = spec.num_inference_steps - 1
+    faults.check(0 < draft.step <= last, "branch.step", f"must be from 1 to {last}, one less than the steps")
+    faults.check(len(spec.seeds) == 1, "branch", "is for one output")
+    exact_only = mode in (CacheMode.DEFAULT, CacheMode.BYPASS)
+    faults.check(exact_only, "branch", "contradicts a cache mode that starts elsewhere")
+    return Branch(identifier, draft.output_index, draft.step)
 
 
 def _request_id(request_id: str, faults: Faults) -> str:

@@ -7,12 +7,12 @@ the denoiser cost base + rows x row; the other components a tenth of that.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import structlog
 from safelight_server.catalog import Manifest, Pipeline, assemble
-from safelight_server.runtime.base import Array, Component, CostCurve, FloatArray
+from safelight_server.runtime.base import Component, CostCurve, FloatArray, Inputs
 from safelight_server.tokenizer import Tokens
 
 log = structlog.get_logger(__name__)
@@ -85,20 +85,31 @@ class SimulatedRuntime:
         self._other = CostCurve((1, MAX_ROWS), tuple(OTHERS * s for s in self._denoiser.seconds))
         ramp = np.linspace(-1, 1, SIZE_PX, dtype=np.float32)
         image = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], np.float32(0)))
+        half = image[:, ::2, ::2]
         self._results = {
             Component.TEXT_ENCODER: ("last_hidden_state", np.zeros((MAX_ROWS, TOKENS, WIDTH), np.float32)),
             Component.DENOISER: ("prediction", np.zeros((MAX_ROWS, *LATENT), np.float32)),
             Component.DECODER: ("image", np.broadcast_to(image, (MAX_ROWS, *image.shape))),
-            Component.PREVIEW_DECODER: ("image", np.broadcast_to(image[:, ::2, ::2], (MAX_ROWS, 3, 64, 64))),
+            Component.PREVIEW_DECODER: ("image", np.broadcast_to(half, (MAX_ROWS, *half.shape))),
         }
 
     async def start(self) -> None:
         """Says what it is."""
         log.warning("simulated_runtime", meaning="sleeps instead of computing; pictures are synthetic")
 
-    async def run(
-        self, instance: int, model: str, component: Component, inputs: Mapping[str, Array]
-    ) -> Mapping[str, FloatArray]:
+    @property
+    def num_live(self) -> int:
+        """All of them."""
+        return self.num_instances
+
+    def usable(self, free: Collection[int]) -> Sequence[int]:
+        """All of them."""
+        return sorted(free)
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """They neither come nor go."""
+
+    async def run(self, instance: int, model: str, component: Component, inputs: Inputs) -> Mapping[str, FloatArray]:
         """Sleeps for what the call costs."""
         rows = len(next(iter(inputs.values())))
         await asyncio.sleep(self.cost(model, component).at(rows))

@@ -77,7 +77,8 @@ def _check_outputs(
             in_line = ready.contains((kind, output.keys[kind]), output.output_id)
             _require(in_line == bool(life.todo), f"output {output.output_id} is not in line")
     for conditioning_id, prompt in lives.prompts.items():
-        wanted = any(lives.of[output_id].state is State.ENCODING for output_id in prompt.wanted_by)
+        _require(bool(prompt.wanted_by) or prompt.asked, f"prompt {conditioning_id} is kept for nobody")
+        wanted = prompt.asked or any(lives.of[output_id].state is State.ENCODING for output_id in prompt.wanted_by)
         flying = (prompt.batch_id, conditioning_id) in encoding
         if wanted and not prompt.encoded:
             in_line = ready.contains((Kind.ENCODE, prompt.key), conditioning_id)

@@ -16,6 +16,7 @@ from safelight_server.scheduler.ready import ReadyQueues
 from safelight_server.scheduler.types import (
     TRANSITIONS,
     Batch,
+    Encoded,
     Event,
     Failed,
     InvariantError,
@@ -52,10 +53,11 @@ class Life:
 
 @dataclass(slots=True)
 class Prompt:
-    """A conditioning id: who wants it, and the batch that encodes it."""
+    """A conditioning id: who wants it, and the batch that encodes it. `asked`: someone wants the embedding itself."""
 
     key: str
     wanted_by: set[int] = field(default_factory=set)
+    asked: bool = False
     encoded: bool = False
     batch_id: int | None = None
 
@@ -107,16 +109,27 @@ class Lives:
         else:
             self._ready_to_step(life)
 
-    def encoded(self, conditioning_id: str, batch_id: int) -> None:
+    def ask(self, conditioning_id: str, key: str) -> list[Event]:
+        """Someone wants a prompt's embedding itself: `Encoded` follows, at once where it is there."""
+        prompt = self.prompts.setdefault(conditioning_id, Prompt(key))
+        if prompt.encoded:
+            return [Encoded(conditioning_id)]
+        prompt.asked = True
+        if prompt.batch_id is None:
+            self._ready.push((Kind.ENCODE, key), conditioning_id)
+        return []
+
+    def encoded(self, conditioning_id: str, batch_id: int) -> list[Event]:
         """A prompt's embedding is there; outputs that lacked only this one take their first step."""
         prompt = self.prompts.get(conditioning_id)
         if prompt is None or prompt.batch_id != batch_id:
-            return  # nobody wants it any more
+            return []  # nobody wants it any more
         prompt.encoded, prompt.batch_id = True, None
         for life in self._encoding(prompt):
             life.unencoded -= 1
             if not life.unencoded:
                 self._ready_to_step(life)
+        return self._answer(conditioning_id, failed=False)
 
     def stepped(self, output_id: int, part: int) -> list[Event]:
         """A row is back; with the last row of a step the next one is ready, or the decoding."""
@@ -146,7 +159,7 @@ class Lives:
             if prompt is None or prompt.batch_id != batch.batch_id:
                 return False
             prompt.batch_id = None
-            return bool(self._encoding(prompt))
+            return prompt.asked or bool(self._encoding(prompt))
         if (life := self.of.get(member)) is None:
             return False
         parts = {row.part for row in batch.rows if row.output_id == member}
@@ -161,9 +174,10 @@ class Lives:
             if prompt is None or prompt.batch_id != batch_id:
                 return []
             ids = [life.output.output_id for life in self._encoding(prompt)]
+            answer = self._answer(member, failed=True)
         else:
-            ids = [member] if member in self.of else []
-        return [event for output_id in ids for event in (*self.end(output_id), Failed(output_id))]
+            ids, answer = [member] if member in self.of else [], []
+        return answer + [event for output_id in ids for event in (*self.end(output_id), Failed(output_id))]
 
     def end(self, output_id: int) -> list[Event]:
         """Ends an output: it leaves every queue, and prompts that only it wanted are released."""
@@ -207,8 +221,21 @@ class Lives:
         for conditioning_id in dict.fromkeys(output.conditioning):
             prompt = self.prompts[conditioning_id]
             prompt.wanted_by.discard(output.output_id)
-            if not prompt.wanted_by:
-                del self.prompts[conditioning_id]
-                self._ready.discard((Kind.ENCODE, prompt.key), conditioning_id)
-                events.append(Released(conditioning_id))
+            events += self._release_prompt(conditioning_id)
         return events
+
+    def _answer(self, conditioning_id: str, *, failed: bool) -> list[Event]:
+        """Those who asked for the embedding itself."""
+        prompt = self.prompts[conditioning_id]
+        if not prompt.asked:
+            return []
+        prompt.asked = False
+        return [Encoded(conditioning_id, failed), *self._release_prompt(conditioning_id)]
+
+    def _release_prompt(self, conditioning_id: str) -> list[Event]:
+        prompt = self.prompts[conditioning_id]
+        if prompt.wanted_by or prompt.asked:
+            return []
+        del self.prompts[conditioning_id]
+        self._ready.discard((Kind.ENCODE, prompt.key), conditioning_id)
+        return [Released(conditioning_id)]

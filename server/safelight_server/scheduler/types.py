@@ -145,7 +145,15 @@ class Released:
     conditioning_id: str
 
 
-Event = Stepped | Decoded | Failed | Expired | Released
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An embedding that was asked for by itself is there; `failed`: there is none."""
+
+    conditioning_id: str
+    failed: bool = False
+
+
+Event = Stepped | Decoded | Failed | Expired | Released | Encoded
 
 
 class CostModel(Protocol):

@@ -12,6 +12,7 @@ CALL_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 WAIT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 KINDS = ("encode", "denoise", "preview", "decode")
 CLASSES = ("interactive", "standard", "batch")
+TIER_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
 
 
 class Metrics:
@@ -46,6 +47,8 @@ class Metrics:
             "safelight_critical_path_seconds", "Time between a call's return and the next dispatch", registry=registry
         )
         self.sampler_seconds = Counter("safelight_sampler_seconds", "Time of sampler steps", registry=registry)
+        self.tiers = TierMetrics(registry)
+        self.cache = CacheMetrics(registry)
         self.loop_lag = Gauge(
             "safelight_loop_lag_seconds", "How late the event loop ran its last tick", registry=registry
         )
@@ -74,3 +77,97 @@ class Metrics:
     def serve(self, host: str, port: int) -> None:
         """Serves /metrics from a thread of its own."""
         start_http_server(port, host, registry=self.registry)
+
+
+class TierMetrics:
+    """What the tiers of the caches do; `tier` is memory, disk, redis or objects."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._gets = Counter("safelight_cache_gets", "Lookups in a tier", ["tier", "outcome"], registry=registry)
+        self._seconds = Histogram(
+            "safelight_cache_get_seconds", "Time of lookups in a tier", ["tier"], buckets=TIER_S, registry=registry
+        )
+        self._errors = Counter(
+            "safelight_cache_errors",
+            "Calls of a tier that were skipped or failed",
+            ["tier", "reason"],
+            registry=registry,
+        )
+        self._dropped = Counter(
+            "safelight_cache_moves_dropped",
+            "Values that were not written, for want of room or time",
+            ["tier"],
+            registry=registry,
+        )
+        self._bytes = Gauge("safelight_cache_bytes", "Bytes in a tier", ["tier"], registry=registry)
+        self._entries = Gauge("safelight_cache_entries", "Entries of a tier", ["tier"], registry=registry)
+        self._breakers = Gauge(
+            "safelight_breaker_state", "0 closed, 1 half-open, 2 open: left alone", ["service"], registry=registry
+        )
+
+    def got(self, tier: str, outcome: str, seconds: float) -> None:
+        """A lookup came back: hit, miss, expired, corrupt or unreadable."""
+        self._gets.labels(tier, outcome).inc()
+        self._seconds.labels(tier).observe(seconds)
+
+    def error(self, tier: str, reason: str) -> None:
+        """A tier was skipped: unavailable, left_alone, full or too_large."""
+        self._errors.labels(tier, reason).inc()
+
+    def dropped(self, tier: str) -> None:
+        """A value was not written in the background."""
+        self._dropped.labels(tier).inc()
+
+    def holds(self, tier: str, entries: int, num_bytes: int) -> None:
+        """What a tier holds now."""
+        self._entries.labels(tier).set(entries)
+        self._bytes.labels(tier).set(num_bytes)
+
+    def breaker(self, service: str, state: int) -> None:
+        """The new state of a breaker."""
+        self._breakers.labels(service).set(state)
+
+
+class CacheMetrics:
+    """What the caches save; `kind` is exact, similar, latent, coalesced."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._hits = Counter("safelight_cache_hits", "Outputs served by earlier work", ["kind"], registry=registry)
+        self._steps = Counter("safelight_cache_steps_saved", "Denoising steps not made", ["kind"], registry=registry)
+        self._compute = Counter(
+            "safelight_cache_compute_seconds_saved",
+            "Compute that the work served had cost",
+            ["kind"],
+            registry=registry,
+        )
+        self._lookups = Histogram(
+            "safelight_cache_lookup_seconds",
+            "Time of lookups for an output",
+            ["kind"],
+            buckets=TIER_S,
+            registry=registry,
+        )
+        self._rejected = Counter(
+            "safelight_cache_guard_rejections", "Similar pictures whose text says something else", registry=registry
+        )
+        self._not_kept = Counter(
+            "safelight_cache_not_kept", "Results not kept because too many were being written", registry=registry
+        )
+
+    def looked(self, kind: str, seconds: float) -> None:
+        """A lookup came back: exact or approximate."""
+        self._lookups.labels(kind).observe(seconds)
+
+    def saved(self, kind: str, num_steps: int, compute_s: float) -> None:
+        """An output is served by earlier work."""
+        self._hits.labels(kind).inc()
+        self._steps.labels(kind).inc(num_steps)
+        self._compute.labels(kind).inc(compute_s)
+
+    def rejected(self) -> None:
+        """The text guard turned a candidate away."""
+        self._rejected.inc()
+
+    def not_kept(self) -> None:
+        """A result was not kept."""
+        self._not_kept.inc()

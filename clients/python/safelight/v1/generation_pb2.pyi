@@ -180,6 +180,7 @@ class GenerateRequest(_message.Message):
     DISCONNECT_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    BRANCH_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """A UUID chosen by the client. While the server remembers it, the same id
     with the same request attaches to the running generation or replays its
@@ -220,6 +221,13 @@ class GenerateRequest(_message.Message):
     def cache(self) -> Global___CachePolicy:
         """Whether work that was done before may serve this request."""
 
+    @_builtins.property
+    def branch(self) -> Global___Branch:
+        """Start from a step of an older generation, with another prompt or guidance,
+        in place of noise. For one output. FAILED_PRECONDITION when no such step is
+        kept any more.
+        """
+
     def __init__(
         self,
         *,
@@ -231,10 +239,11 @@ class GenerateRequest(_message.Message):
         disconnect: Global___DisconnectPolicy | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         cache: Global___CachePolicy | None = ...,
+        branch: Global___Branch | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "disconnect", b"disconnect", "encoding", b"encoding", "preview", b"preview", "scheduling", b"scheduling", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "cache", b"cache", "disconnect", b"disconnect", "encoding", b"encoding", "preview", b"preview", "scheduling", b"scheduling", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "disconnect", b"disconnect", "encoding", b"encoding", "labels", b"labels", "preview", b"preview", "request_id", b"request_id", "scheduling", b"scheduling", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "cache", b"cache", "disconnect", b"disconnect", "encoding", b"encoding", "labels", b"labels", "preview", b"preview", "request_id", b"request_id", "scheduling", b"scheduling", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -534,6 +543,9 @@ Global___PixelEncoding: _TypeAlias = PixelEncoding  # noqa: Y015
 class PreviewPolicy(_message.Message):
     """Which previews a stream wants. A preview is made only when its stream is
     ready to take it: a slow reader gets fewer and newer ones, never a backlog.
+    A preview is at most 3,500,000 bytes, so that its message stays below the
+    4 MiB that gRPC clients take by default: larger ones are scaled down, keeping
+    the aspect.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -619,8 +631,9 @@ Global___Scheduling: _TypeAlias = Scheduling  # noqa: Y015
 
 @_typing.final
 class CachePolicy(_message.Message):
-    """Whether work that was done before, or is being done for an identical output
-    of the same tenant, may serve a request. Pixels are the same either way.
+    """Whether work that was done before, or is being done, may serve a request.
+    Only work of the same tenant, or of a pool of tenants that the operator has
+    marked as shared, is looked at.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -634,9 +647,19 @@ class CachePolicy(_message.Message):
         MODE_UNSPECIFIED: CachePolicy._Mode.ValueType  # 0
         """DEFAULT."""
         MODE_DEFAULT: CachePolicy._Mode.ValueType  # 1
-        """An identical output: same model, tokens, spec and seed."""
+        """An identical output: same model, tokens, spec and seed. The pixels are
+        those that development would give.
+        """
         MODE_BYPASS: CachePolicy._Mode.ValueType  # 2
-        """Nothing: it is developed anew, and nobody joins it."""
+        """Nothing: it is developed anew, nobody joins it, and it is not kept."""
+        MODE_ALLOW_LATENT: CachePolicy._Mode.ValueType  # 3
+        """As DEFAULT, and development may start from the latent of another output
+        whose prompt is near. The picture is then an approximation.
+        """
+        MODE_ALLOW_SIMILAR: CachePolicy._Mode.ValueType  # 4
+        """As ALLOW_LATENT, and a finished picture of another seed or wording may be
+        served as it is, if its text says the same things.
+        """
 
     class Mode(_Mode, metaclass=_ModeEnumTypeWrapper):
         """What may serve a request."""
@@ -644,25 +667,75 @@ class CachePolicy(_message.Message):
     MODE_UNSPECIFIED: CachePolicy.Mode.ValueType  # 0
     """DEFAULT."""
     MODE_DEFAULT: CachePolicy.Mode.ValueType  # 1
-    """An identical output: same model, tokens, spec and seed."""
+    """An identical output: same model, tokens, spec and seed. The pixels are
+    those that development would give.
+    """
     MODE_BYPASS: CachePolicy.Mode.ValueType  # 2
-    """Nothing: it is developed anew, and nobody joins it."""
+    """Nothing: it is developed anew, nobody joins it, and it is not kept."""
+    MODE_ALLOW_LATENT: CachePolicy.Mode.ValueType  # 3
+    """As DEFAULT, and development may start from the latent of another output
+    whose prompt is near. The picture is then an approximation.
+    """
+    MODE_ALLOW_SIMILAR: CachePolicy.Mode.ValueType  # 4
+    """As ALLOW_LATENT, and a finished picture of another seed or wording may be
+    served as it is, if its text says the same things.
+    """
 
     MODE_FIELD_NUMBER: _builtins.int
+    MIN_SIMILARITY_FIELD_NUMBER: _builtins.int
     mode: Global___CachePolicy.Mode.ValueType
     """What may serve a request."""
+    min_similarity: _builtins.float
+    """Least similarity (cosine of the prompts' embeddings) of a picture that is
+    served as it is, above 0 and at most 1. Only with ALLOW_SIMILAR. Absent: 0.95.
+    """
     def __init__(
         self,
         *,
         mode: Global___CachePolicy.Mode.ValueType = ...,
+        min_similarity: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "min_similarity", b"min_similarity"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "min_similarity", b"min_similarity", "mode", b"mode"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__min_similarity: _TypeAlias = _typing.Literal["min_similarity"]  # noqa: Y015
+    _WhichOneofArgType__min_similarity: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_similarity) -> _WhichOneofReturnType__min_similarity | None: ...
+
+Global___CachePolicy: _TypeAlias = CachePolicy  # noqa: Y015
+
+@_typing.final
+class Branch(_message.Message):
+    """A point in the development of another output."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    OUTPUT_INDEX_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    generation: _builtins.str
+    """The generation, "generations/{generation}". Its model, size, steps and
+    sampler must be those of the new one.
+    """
+    output_index: _builtins.int
+    """Which of its outputs, by its place in the spec."""
+    step: _builtins.int
+    """Start after this step, or the last one before it that was kept."""
+    def __init__(
+        self,
+        *,
+        generation: _builtins.str = ...,
+        output_index: _builtins.int = ...,
+        step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "output_index", b"output_index", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CachePolicy: _TypeAlias = CachePolicy  # noqa: Y015
+Global___Branch: _TypeAlias = Branch  # noqa: Y015
 
 @_typing.final
 class DisconnectPolicy(_message.Message):
@@ -1184,6 +1257,14 @@ class CacheResult(_message.Message):
         """It was developed for this output."""
         DISPOSITION_COALESCED: CacheResult._Disposition.ValueType  # 2
         """It was developed for an identical output that was on its way already."""
+        DISPOSITION_EXACT: CacheResult._Disposition.ValueType  # 3
+        """It was developed for an identical output before."""
+        DISPOSITION_SIMILAR: CacheResult._Disposition.ValueType  # 4
+        """It was developed for another prompt that says the same, or another seed."""
+        DISPOSITION_LATENT: CacheResult._Disposition.ValueType  # 5
+        """It was developed from the latent of an output with a prompt nearby."""
+        DISPOSITION_BRANCHED: CacheResult._Disposition.ValueType  # 6
+        """It was developed from the step that the request named."""
 
     class Disposition(_Disposition, metaclass=_DispositionEnumTypeWrapper):
         """Where a picture came from."""
@@ -1194,18 +1275,38 @@ class CacheResult(_message.Message):
     """It was developed for this output."""
     DISPOSITION_COALESCED: CacheResult.Disposition.ValueType  # 2
     """It was developed for an identical output that was on its way already."""
+    DISPOSITION_EXACT: CacheResult.Disposition.ValueType  # 3
+    """It was developed for an identical output before."""
+    DISPOSITION_SIMILAR: CacheResult.Disposition.ValueType  # 4
+    """It was developed for another prompt that says the same, or another seed."""
+    DISPOSITION_LATENT: CacheResult.Disposition.ValueType  # 5
+    """It was developed from the latent of an output with a prompt nearby."""
+    DISPOSITION_BRANCHED: CacheResult.Disposition.ValueType  # 6
+    """It was developed from the step that the request named."""
 
     DISPOSITION_FIELD_NUMBER: _builtins.int
+    SIMILARITY_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    NUM_STEPS_SKIPPED_FIELD_NUMBER: _builtins.int
     disposition: Global___CacheResult.Disposition.ValueType
     """Where the picture came from."""
+    similarity: _builtins.float
+    """Cosine of the prompts' embeddings, for SIMILAR and LATENT; else 0."""
+    source: _builtins.str
+    """The generation that developed it, for EXACT and SIMILAR; else empty."""
+    num_steps_skipped: _builtins.int
+    """Denoising steps that were not made for this output."""
     def __init__(
         self,
         *,
         disposition: Global___CacheResult.Disposition.ValueType = ...,
+        similarity: _builtins.float = ...,
+        source: _builtins.str = ...,
+        num_steps_skipped: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["disposition", b"disposition"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disposition", b"disposition", "num_steps_skipped", b"num_steps_skipped", "similarity", b"similarity", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,213 @@
+"""What was done before that can serve an output, and what is kept of what is done now.
+
+    find      exact picture → similar picture → latent to start from; by what the request allows
+    embed     embeddings of its prompts that are known already
+    record    a `Record` for one execution: embeddings, checkpoints, the picture
+
+Invariants: what is approximate is neither found as exact nor started from;
+nothing here fails a request: a tier that cannot answer is a miss. Neighbours:
+`generations.py` asks, `execution.py` reports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+
+import structlog
+from safelight_server.cache.checkpoints import Checkpoints
+from safelight_server.cache.pictures import Facts, Kept, Pictures
+from safelight_server.cache.prompts import Prompts
+from safelight_server.cache.similar import Similar, SimilarPictures
+from safelight_server.cache.spaces import OutputName, Spaces
+from safelight_server.cache.starts import Start, Starts
+from safelight_server.catalog import Pipeline
+from safelight_server.errors import UnavailableError
+from safelight_server.latents import Snapshot
+from safelight_server.picture import Developed
+from safelight_server.request import CacheMode, CachePolicy, PixelEncoding, Spec
+from safelight_server.runtime.base import FloatArray
+from safelight_server.telemetry.metrics import CacheMetrics
+
+log = structlog.get_logger(__name__)
+
+MAX_WRITES = 1024
+"""Writes under way at once; beyond, what would be kept is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One output, as far as the cache must know it."""
+
+    name: OutputName
+    pipeline: Pipeline
+    spec: Spec
+    encoding: PixelEncoding
+    policy: CachePolicy
+    generation: str
+
+
+class Cache:
+    """See the module.
+
+    Args:
+        starts: None: no output ever starts from another's latent.
+    """
+
+    def __init__(
+        self,
+        spaces: Spaces,
+        pictures: Pictures,
+        prompts: Prompts,
+        checkpoints: Checkpoints,
+        similar: SimilarPictures,
+        starts: Starts,
+        metrics: CacheMetrics,
+    ) -> None:
+        self.spaces = spaces
+        self.checkpoints = checkpoints
+        self._pictures = pictures
+        self._prompts = prompts
+        self._similar = similar
+        self._starts = starts
+        self._metrics = metrics
+        self._writes: set[asyncio.Task[None]] = set()
+
+    # --- what was done ---
+
+    async def exact(self, wanted: Wanted) -> Kept | None:
+        """The very picture."""
+        began = time.perf_counter()
+        kept = await self._pictures.get(wanted.name, wanted.encoding)
+        self._metrics.looked("exact", time.perf_counter() - began)
+        if kept is not None:
+            self._metrics.saved("exact", kept.facts.num_steps, kept.facts.compute_s)
+        return kept
+
+    async def approximate(self, wanted: Wanted) -> Similar | Start | None:
+        """A similar picture or a latent to start from, as far as the request allows them."""
+        mode = wanted.policy.mode
+        if mode not in (CacheMode.ALLOW_SIMILAR, CacheMode.ALLOW_LATENT):
+            return None
+        began = time.perf_counter()
+        found = await self._approximate(wanted, pictures=mode is CacheMode.ALLOW_SIMILAR)
+        self._metrics.looked("approximate", time.perf_counter() - began)
+        match found:
+            case Similar():
+                self._metrics.saved("similar", found.kept.facts.num_steps, found.kept.facts.compute_s)
+            case Start():
+                self._metrics.saved("latent", found.snapshot.step, 0.0)
+        return found
+
+    async def _approximate(self, wanted: Wanted, *, pictures: bool) -> Similar | Start | None:
+        name, pipeline, spec = wanted.name, wanted.pipeline, wanted.spec
+        try:
+            embedding = await self._prompts.get(name.space, pipeline, spec.token_ids)
+            vector = await self._prompts.vector(pipeline, spec.token_ids, embedding)
+        except UnavailableError:
+            return None  # whatever ails the encoder, development will say it
+        if pictures:
+            similar = await self._similar.find(
+                name, pipeline, spec.prompt, vector, wanted.policy.min_similarity, wanted.encoding
+            )
+            if similar is not None:
+                return similar
+        return await self._starts.find(name, pipeline, vector, spec.num_inference_steps)
+
+    async def embeddings(self, wanted: Wanted) -> tuple[FloatArray | None, ...]:
+        """Those of its prompts, row by row, that are known already."""
+        space, pipeline = wanted.name.space, wanted.pipeline
+        return tuple([await self._prompts.known(space, pipeline, ids) for ids in wanted.spec.token_ids_by_row])
+
+    # --- what is done ---
+
+    def record(self, wanted: Wanted, *, approximate: bool) -> Record:
+        """Keeps what an execution makes of an output. `approximate`: only what serves others all the same."""
+        return Record(self, wanted, approximate)
+
+    async def keep_embedding(self, wanted: Wanted, token_ids: Sequence[int], embedding: FloatArray) -> None:
+        """Keeps the embedding of one of its prompts."""
+        await self._prompts.keep(wanted.name.space, wanted.pipeline, token_ids, embedding)
+
+    async def keep_picture(self, wanted: Wanted, picture: Developed, compute_s: float, num_bytes: int) -> None:
+        """Keeps a finished picture and makes it findable.
+
+        Args:
+            num_bytes: of its checkpoints.
+        """
+        name, pipeline, spec = wanted.name, wanted.pipeline, wanted.spec
+        steps = spec.num_inference_steps
+        facts = Facts(spec.prompt, wanted.generation, f"{spec.model}/{spec.revision}", steps, compute_s)
+        await self._pictures.keep(name, picture.pixels, facts)
+        await self.checkpoints.ended(name.space.name, name.exact, steps)
+        embedding = await self._prompts.known(name.space, pipeline, spec.token_ids)
+        if embedding is None:
+            return
+        vector = await self._prompts.vector(pipeline, spec.token_ids, embedding)
+        await self._similar.add(name, pipeline, vector)
+        await self._starts.add(name, pipeline, vector, steps, num_bytes)
+
+    def write(self, work: Coroutine[None, None, None]) -> None:
+        """Does it off the request path, unless too much is under way."""
+        if len(self._writes) >= MAX_WRITES:
+            self._metrics.not_kept()
+            work.close()
+            return
+        task = asyncio.create_task(work)
+        self._writes.add(task)
+        task.add_done_callback(self._written)
+
+    def _written(self, task: asyncio.Task[None]) -> None:
+        self._writes.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            log.error("bug", exc_info=fault)
+
+    async def close(self) -> None:
+        """Waits for what is being written."""
+        while self._writes:
+            await asyncio.wait(self._writes)
+
+
+class Record:
+    """What is kept of one execution. The picture last: whoever finds it finds all."""
+
+    def __init__(self, cache: Cache, wanted: Wanted, approximate: bool) -> None:
+        self._cache = cache
+        self._wanted = wanted
+        self._approximate = approximate
+        self._bytes: dict[int, int] = {}
+
+    def encoded(self, row: int, embedding: FloatArray) -> None:
+        """The embedding of one of its prompts was computed."""
+        ids = self._wanted.spec.token_ids_by_row[row]
+        self._cache.write(self._cache.keep_embedding(self._wanted, ids, embedding))
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Whether the state after this step is worth keeping."""
+        policy = self._cache.checkpoints.policy
+        return not self._approximate and policy.is_due(step, self._wanted.spec.num_inference_steps)
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """The state after a step."""
+        self._bytes[snapshot.step] = snapshot.x.nbytes + snapshot.denoised.nbytes
+        self._cache.write(self._keep(snapshot))
+
+    async def _keep(self, snapshot: Snapshot) -> None:
+        name, spec = self._wanted.name, self._wanted.spec
+        await self._cache.checkpoints.keep(
+            name.space.name,
+            name.exact,
+            snapshot,
+            spec.num_inference_steps,
+            revision=f"{spec.model}/{spec.revision}",
+            generation=self._wanted.generation,
+        )
+
+    async def developed(self, picture: Developed, compute_s: float) -> None:
+        """The finished picture."""
+        if not self._approximate:
+            anchors = self._cache.checkpoints.policy.anchors(self._wanted.spec.num_inference_steps)
+            num_bytes = sum(size for step, size in self._bytes.items() if step in anchors)
+            await self._cache.keep_picture(self._wanted, picture, compute_s, num_bytes)

@@ -1,0 +1,206 @@
+"""Checkpoints: latents of executions at some of their steps, for the latent cache, resuming and branching.
+
+Owns which steps are kept and how a snapshot is written. An execution's
+checkpoints are entries of their own beside a list of their steps. One writer at
+a time is assumed, the execution's leader: where two overlap, a step may be
+missing from the list, which costs computation and nothing else.
+
+While it runs, an execution keeps its newest checkpoint, to resume from, and
+those nearest to the fractions of its steps from which others may start; when it
+has ended, only the latter.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import OrderedDict
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+from safelight_server.cache.store.keyring import Keyring
+from safelight_server.cache.store.sealed import Entry
+from safelight_server.cache.store.tiers import Tiers
+from safelight_server.latents import Snapshot
+
+MAGIC = b"SLP1"
+_HEADER = struct.Struct("<4sIIII")
+_MAX_EDGE = 1 << 16
+_FLOAT = np.dtype("<f4")
+
+
+class CheckpointError(Exception):
+    """Bytes that are no snapshot."""
+
+
+def dump(snapshot: Snapshot) -> bytes:
+    """A snapshot as bytes: magic, step, C, h, w as uint32, then x and denoised as float32, all little-endian."""
+    header = _HEADER.pack(MAGIC, snapshot.step, *snapshot.x.shape)
+    return b"".join((header, snapshot.x.astype(_FLOAT).tobytes(), snapshot.denoised.astype(_FLOAT).tobytes()))
+
+
+def parse(data: bytes) -> Snapshot:
+    """The snapshot that `dump` wrote, bit for bit.
+
+    Raises:
+        CheckpointError: it did not.
+    """
+    if len(data) < _HEADER.size:
+        raise CheckpointError("it is too short")
+    magic, step, *shape = _HEADER.unpack_from(data)
+    if magic != MAGIC or not all(0 < edge <= _MAX_EDGE for edge in shape):
+        raise CheckpointError("no header")
+    count = math.prod(shape)
+    if len(data) != _HEADER.size + 2 * count * _FLOAT.itemsize:
+        raise CheckpointError("its length is not that of its shape")
+    arrays = np.frombuffer(data, _FLOAT, 2 * count, _HEADER.size).astype(np.float32).reshape(2, *shape)
+    return Snapshot(step, arrays[0], arrays[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Which steps are kept.
+
+    Attributes:
+        every_n_steps: how often a running execution's state is kept, so that a crash costs at most so many steps.
+        fractions: of all steps, from which others may start; the nearest step below or at each is kept.
+        max_bytes: snapshots above are not kept at all.
+        ttl_s: how long.
+    """
+
+    every_n_steps: int = 5
+    fractions: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
+    max_bytes: int = 8 << 20
+    ttl_s: float = 86_400.0
+
+    def anchors(self, num_steps: int) -> frozenset[int]:
+        """The steps from which others may start."""
+        steps = (math.floor(fraction * num_steps + 1e-9) for fraction in self.fractions)
+        return frozenset(step for step in steps if 0 < step < num_steps)
+
+    def is_due(self, step: int, num_steps: int) -> bool:
+        """Whether the state after `step` steps is to be kept; the last one never is: the picture follows."""
+        return 0 < step < num_steps and (step % self.every_n_steps == 0 or step in self.anchors(num_steps))
+
+    def useless(self, kept: Collection[int], num_steps: int, ended: bool) -> set[int]:
+        """Of the kept steps, those that serve nothing any more."""
+        newest = set() if ended or not kept else {max(kept)}
+        return set(kept) - self.anchors(num_steps) - newest
+
+
+class Checkpoints:
+    """Of all executions.
+
+    Args:
+        tenant, execution in the methods: plain names; what is stored has only their HMACs.
+    """
+
+    MAX_LISTS = 4096
+
+    def __init__(self, tiers: Tiers, keyring: Keyring, policy: Policy) -> None:
+        self.policy = policy
+        self._tiers = tiers
+        self._keyring = keyring
+        self._lists: OrderedDict[str, set[int]] = OrderedDict()
+
+    async def keep(
+        self,
+        tenant: str,
+        execution: str,
+        snapshot: Snapshot,
+        num_steps: int,
+        *,
+        revision: str = "",
+        generation: str = "",
+        replicate: bool = False,
+    ) -> bool:
+        """Keeps a snapshot, if it is one to keep, and deletes those that it makes useless.
+
+        Args:
+            num_steps: of the execution.
+            revision, generation: what to purge it by.
+            replicate: wait until a tier that other replicas see has it.
+
+        Returns:
+            Whether it is kept, with `replicate` whether others see it. A latent that is not finite never is.
+        """
+        data = dump(snapshot)
+        if len(data) > self.policy.max_bytes or not _is_finite(snapshot):
+            return False
+        tags = (self._keyring.tag("revision", revision), self._keyring.tag("generation", generation))
+        key = self._key(tenant, execution, snapshot.step)
+        replicated = await self._tiers.put(key, Entry(data, {}, *tags), self.policy.ttl_s, replicate)
+        steps = await self._steps(tenant, execution)
+        steps.add(snapshot.step)
+        safe = replicated or not replicate
+        gone = self.policy.useless(steps, num_steps, ended=False) if safe else set()
+        steps -= gone
+        listed = await self._list(tenant, execution, steps, tags, replicate)
+        for step in gone:
+            await self._tiers.delete(self._key(tenant, execution, step))
+        return replicated and listed if replicate else True
+
+    async def ended(self, tenant: str, execution: str, num_steps: int) -> None:
+        """The execution has its picture: keeps only what others may start from."""
+        steps = await self._steps(tenant, execution)
+        gone = self.policy.useless(steps, num_steps, ended=True)
+        if gone:
+            key = self._key(tenant, execution, "steps")
+            found = await self._tiers.get(key, fresh=True)
+            tags = (bytes(8), bytes(8)) if found is None else (found.entry.revision, found.entry.generation)
+            steps -= gone
+            await self._list(tenant, execution, steps, tags, replicate=False)
+            for step in gone:
+                await self._tiers.delete(self._key(tenant, execution, step))
+        self._lists.pop(self._key(tenant, execution, "steps"), None)
+
+    async def newest(self, tenant: str, execution: str) -> Snapshot | None:
+        """The checkpoint with the most steps that can be read."""
+        return await self.at_or_before(tenant, execution, 1 << 31)
+
+    async def at_or_before(self, tenant: str, execution: str, step: int) -> Snapshot | None:
+        """The checkpoint with the most steps up to `step` that can be read."""
+        for kept in sorted(await self._steps(tenant, execution), reverse=True):
+            if kept <= step:
+                found = await self._tiers.get(self._key(tenant, execution, kept))
+                if found is not None:
+                    return parse(found.entry.data)
+        return None
+
+    async def steps(self, tenant: str, execution: str) -> list[int]:
+        """The steps of which there should be a checkpoint."""
+        return sorted(await self._steps(tenant, execution))
+
+    async def delete(self, tenant: str, execution: str) -> bool:
+        """Deletes an execution's checkpoints; False where a tier could not be cleared."""
+        keys = [self._key(tenant, execution, step) for step in await self._steps(tenant, execution)]
+        keys.append(self._key(tenant, execution, "steps"))
+        self._lists.pop(keys[-1], None)
+        return all([await self._tiers.delete(key) for key in keys])
+
+    async def _steps(self, tenant: str, execution: str) -> set[int]:
+        key = self._key(tenant, execution, "steps")
+        found = await self._tiers.get(key, fresh=True)
+        own = self._lists.get(key, set())
+        if found is None:
+            return set(own)
+        return own | {step for (step,) in struct.iter_unpack("<I", found.entry.data)}
+
+    async def _list(
+        self, tenant: str, execution: str, steps: set[int], tags: tuple[bytes, bytes], replicate: bool
+    ) -> bool:
+        key = self._key(tenant, execution, "steps")
+        self._lists[key] = set(steps)
+        self._lists.move_to_end(key)
+        if len(self._lists) > self.MAX_LISTS:
+            self._lists.popitem(last=False)
+        data = struct.pack(f"<{len(steps)}I", *sorted(steps))
+        return await self._tiers.put(key, Entry(data, {}, *tags), self.policy.ttl_s, replicate)
+
+    def _key(self, tenant: str, execution: str, step: int | str) -> str:
+        return f"{self._keyring.tenant(tenant)}/checkpoint/{self._keyring.digest('execution', execution)}.{step}"
+
+
+def _is_finite(snapshot: Snapshot) -> bool:
+    return bool(np.isfinite(snapshot.x).all() and np.isfinite(snapshot.denoised).all())

@@ -1,0 +1,178 @@
+"""Coordination within one process: the same rules, without Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from safelight_server.cache.coordination.base import (
+    BEGINNING,
+    Event,
+    FencedError,
+    LeaderLostError,
+    Lease,
+    Outcome,
+    Result,
+)
+
+LOOK_EVERY_S = 0.5
+"""How often someone who follows looks whether there still is a leader."""
+
+
+@dataclass(slots=True)
+class _Execution:
+    lease: Lease | None = None
+    ends: float = 0.0
+    newest: Lease | None = None
+    result: Result | None = None
+    events: list[Event] = field(default_factory=list)
+
+
+class LocalCoordinator:
+    """See `Coordinator`.
+
+    Args:
+        max_events: of one stream; beyond, the oldest are forgotten.
+        max_names: executions remembered; beyond, the one longest untouched that nobody leads is forgotten.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, max_events: int = 1024, max_names: int = 10_000, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._max_events = max_events
+        self._max_names = max_names
+        self._clock = clock
+        self._executions: OrderedDict[str, _Execution] = OrderedDict()
+        self._bills: list[Event] = []
+        self._tokens = 0
+        self._places = 0
+        self._changed = asyncio.Event()
+
+    async def acquire(self, name: str, owner: str, ttl_s: float) -> Lease | None:
+        """See `Coordinator`."""
+        execution = self._execution(name)
+        held = self._held(execution)
+        if execution.result is not None or (held is not None and held.owner != owner):
+            return None
+        if held is None:
+            self._tokens += 1
+            execution.lease = execution.newest = Lease(name, owner, self._tokens)
+        execution.ends = self._clock() + ttl_s
+        return execution.lease
+
+    async def renew(self, lease: Lease, ttl_s: float) -> bool:
+        """See `Coordinator`."""
+        execution = self._execution(lease.name)
+        if self._held(execution) != lease:
+            return False
+        execution.ends = self._clock() + ttl_s
+        return True
+
+    async def release(self, lease: Lease) -> bool:
+        """See `Coordinator`."""
+        execution = self._execution(lease.name)
+        if self._held(execution) != lease:
+            return False
+        execution.lease = None
+        self._notify()
+        return True
+
+    async def holder(self, name: str) -> Lease | None:
+        """See `Coordinator`."""
+        return self._held(self._execution(name))
+
+    async def publish(self, lease: Lease, data: bytes) -> str:
+        """See `Coordinator`."""
+        if self._execution(lease.name).newest != lease:
+            raise FencedError(lease.name)
+        return await self.append(lease.name, data)
+
+    async def append(self, name: str, data: bytes) -> str:
+        """See `Coordinator`."""
+        event = self._event(data)
+        events = self._execution(name).events
+        events.append(event)
+        del events[: -self._max_events]
+        self._notify()
+        return event.place
+
+    async def follow(self, name: str, after: str = BEGINNING, leader: bool = True) -> AsyncIterator[Event]:
+        """See `Coordinator`."""
+        while True:
+            changed = self._changed
+            execution = self._execution(name)
+            ended = leader and execution.result is not None
+            lost = leader and not ended and self._held(execution) is None
+            for event in [event for event in execution.events if _number(event.place) > _number(after)]:
+                after = event.place
+                yield event
+            if ended:
+                return
+            if lost:
+                raise LeaderLostError(name)
+            try:
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await changed.wait()
+            except TimeoutError:
+                continue
+
+    async def commit(self, lease: Lease, pointer: str, bill: bytes) -> Outcome:
+        """See `Coordinator`."""
+        execution = self._execution(lease.name)
+        if execution.result is not None:
+            mine = (execution.result.owner, execution.result.token) == (lease.owner, lease.token)
+            return Outcome.COMMITTED if mine else Outcome.TAKEN
+        if execution.newest != lease:
+            return Outcome.FENCED
+        execution.result = Result(pointer, lease.owner, lease.token)
+        execution.lease = None
+        self._bills.append(self._event(bill))
+        del self._bills[: -self._max_names]
+        self._notify()
+        return Outcome.COMMITTED
+
+    async def result(self, name: str) -> Result | None:
+        """See `Coordinator`."""
+        return self._execution(name).result
+
+    async def forget(self, name: str, result: Result) -> bool:
+        """See `Coordinator`."""
+        if self._execution(name).result != result:
+            return False
+        del self._executions[name]
+        return True
+
+    async def bills(self, after: str = BEGINNING, limit: int = 1000) -> list[Event]:
+        """See `Coordinator`."""
+        return [bill for bill in self._bills if _number(bill.place) > _number(after)][:limit]
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+    def _execution(self, name: str) -> _Execution:
+        execution = self._executions.setdefault(name, _Execution())
+        self._executions.move_to_end(name)
+        if len(self._executions) > self._max_names:
+            idle = (known for known, other in self._executions.items() if self._held(other) is None and known != name)
+            if (oldest := next(idle, None)) is not None:
+                del self._executions[oldest]
+        return execution
+
+    def _held(self, execution: _Execution) -> Lease | None:
+        return execution.lease if self._clock() < execution.ends else None
+
+    def _event(self, data: bytes) -> Event:
+        self._places += 1
+        return Event(f"{self._places}-0", data)
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _number(place: str) -> int:
+    return int(place.partition("-")[0])

@@ -1,0 +1,23 @@
+-- KEYS: token, result, lease, events, bills. ARGV: owner, token, pointer, bill, memory ttl ms, most bills.
+-- Returns 'committed', 'taken' or 'fenced'. Result and bill become visible together or not at all: Redis checks
+-- its memory before the first write of a script, and no client sees the state between two of its commands.
+local result = redis.call('HMGET', KEYS[2], 'owner', 'token')
+if result[1] then
+  if result[1] == ARGV[1] and result[2] == ARGV[2] then
+    return 'committed'
+  end
+  return 'taken'
+end
+local holder = ARGV[1] .. '|' .. ARGV[2]
+if redis.call('GET', KEYS[1]) ~= holder then
+  return 'fenced'
+end
+redis.call('HSET', KEYS[2], 'pointer', ARGV[3], 'owner', ARGV[1], 'token', ARGV[2])
+redis.call('PEXPIRE', KEYS[2], ARGV[5])
+redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[6], '*', 'd', ARGV[4])
+redis.call('XADD', KEYS[4], '*', 'end', '1')
+redis.call('PEXPIRE', KEYS[4], ARGV[5])
+if redis.call('GET', KEYS[3]) == holder then
+  redis.call('DEL', KEYS[3])
+end
+return 'committed'

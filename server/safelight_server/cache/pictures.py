@@ -1,0 +1,134 @@
+"""Finished pictures by name: pixels, and the encodings that were asked for, kept as variants of them.
+
+Only what was developed from noise to the end under its own name comes in:
+approximate pictures never do. Neighbours: `spaces` names them, `store.tiers`
+keeps them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import numpy as np
+from safelight_server.cache.spaces import OutputName
+from safelight_server.cache.store.keyring import Keyring
+from safelight_server.cache.store.sealed import Entry
+from safelight_server.cache.store.tiers import Tiers
+from safelight_server.picture import Encoded, Pixels, encode
+from safelight_server.request import MediaType, PixelEncoding
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a kept picture beside its pixels.
+
+    Attributes:
+        prompt: it was developed for.
+        generation: resource name of the one that developed it.
+        num_steps: it took.
+        compute_s: likewise.
+    """
+
+    prompt: str
+    generation: str
+    revision: str
+    num_steps: int
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A kept picture in the encoding that was asked for."""
+
+    picture: Encoded
+    facts: Facts
+
+
+class Pictures:
+    """Pictures in all tiers.
+
+    Args:
+        pool: threads for encoding.
+        ttl_s: how long they are served.
+    """
+
+    def __init__(self, tiers: Tiers, keyring: Keyring, pool: Executor, ttl_s: float) -> None:
+        self._tiers = tiers
+        self._keyring = keyring
+        self._pool = pool
+        self._ttl_s = ttl_s
+
+    async def get(self, name: OutputName, encoding: PixelEncoding) -> Kept | None:
+        """The picture of that name; an encoding that nobody asked for before is made of its pixels and kept."""
+        found = await self._tiers.get(_key(name, _variant(encoding)))
+        if found is not None:
+            return Kept(_encoded(found.entry, encoding), _facts(found.entry))
+        found = await self._tiers.get(_key(name))
+        if found is None:
+            return None
+        pixels = _pixels(found.entry)
+        picture = await asyncio.get_running_loop().run_in_executor(self._pool, encode, pixels, encoding)
+        facts = _facts(found.entry)
+        await self._keep_variant(name, picture, encoding, facts)
+        return Kept(picture, facts)
+
+    async def facts(self, name: OutputName) -> Facts | None:
+        """What is known of a picture."""
+        found = await self._tiers.get(_key(name))
+        return None if found is None else _facts(found.entry)
+
+    async def keep(self, name: OutputName, pixels: Pixels, facts: Facts) -> None:
+        """Keeps a finished picture."""
+        height, width, _ = pixels.shape
+        metadata = _metadata(facts) | {"width": str(width), "height": str(height)}
+        await self._tiers.put(_key(name), self._entry(pixels.tobytes(), metadata, facts), self._ttl_s)
+
+    async def _keep_variant(self, name: OutputName, picture: Encoded, encoding: PixelEncoding, facts: Facts) -> None:
+        size = {"width": str(picture.width_px), "height": str(picture.height_px), "stride": str(picture.stride_bytes)}
+        entry = self._entry(picture.data, _metadata(facts) | size, facts)
+        await self._tiers.put(_key(name, _variant(encoding)), entry, self._ttl_s)
+
+    def _entry(self, data: bytes, metadata: dict[str, str], facts: Facts) -> Entry:
+        revision = self._keyring.tag("revision", facts.revision)
+        return Entry(data, metadata, revision, self._keyring.tag("generation", facts.generation))
+
+
+def _key(name: OutputName, variant: str = "pixels") -> str:
+    return f"{name.space.prefix}/picture/{name.exact}.{variant}"
+
+
+def _variant(encoding: PixelEncoding) -> str:
+    match encoding.media_type:
+        case MediaType.RAW_RGBA8:
+            return f"raw.{encoding.row_alignment_bytes}.{'up' if encoding.bottom_up else 'down'}"
+        case MediaType.PNG:
+            return "png"
+        case media_type:
+            return f"{media_type.value.rpartition('/')[2]}.{encoding.quality}"
+
+
+def _metadata(facts: Facts) -> dict[str, str]:
+    return {
+        "prompt": facts.prompt,
+        "generation": facts.generation,
+        "revision": facts.revision,
+        "steps": str(facts.num_steps),
+        "compute_s": repr(facts.compute_s),
+    }
+
+
+def _facts(entry: Entry) -> Facts:
+    at = entry.metadata
+    return Facts(at["prompt"], at["generation"], at["revision"], int(at["steps"]), float(at["compute_s"]))
+
+
+def _pixels(entry: Entry) -> Pixels:
+    shape = int(entry.metadata["height"]), int(entry.metadata["width"]), 3
+    return np.frombuffer(entry.data, np.uint8).reshape(shape)
+
+
+def _encoded(entry: Entry, encoding: PixelEncoding) -> Encoded:
+    at = entry.metadata
+    return Encoded(encoding.media_type, int(at["width"]), int(at["height"]), int(at["stride"]), entry.data)

@@ -1,0 +1,81 @@
+"""Prompts that were encoded before: their embeddings for the denoiser, and their vectors for comparing.
+
+Neighbours: the engine encodes what is not here; `embedding` has the arithmetic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+import numpy as np
+from safelight_server.cache import fingerprint
+from safelight_server.cache.embedding import EXAMPLE_PROMPTS, Floats, centred, prompt_vector
+from safelight_server.cache.fingerprint import Kind
+from safelight_server.cache.spaces import Space
+from safelight_server.cache.store.sealed import Entry
+from safelight_server.cache.store.tiers import Tiers
+from safelight_server.catalog import Pipeline
+from safelight_server.runtime.base import Component, FloatArray
+
+Encode = Callable[[Pipeline, Sequence[int]], Awaitable[FloatArray]]
+
+
+class Prompts:
+    """Embeddings in all tiers.
+
+    Args:
+        encode: a prompt's tokens to its embedding (T, D).
+    """
+
+    def __init__(self, tiers: Tiers, encode: Encode, ttl_s: float) -> None:
+        self._tiers = tiers
+        self._encode = encode
+        self._ttl_s = ttl_s
+        self._means: dict[str, asyncio.Task[Floats]] = {}
+
+    async def known(self, space: Space, pipeline: Pipeline, token_ids: Sequence[int]) -> FloatArray | None:
+        """The embedding (T, D), if it is kept."""
+        found = await self._tiers.get(_key(space, pipeline, token_ids))
+        if found is None:
+            return None
+        return np.frombuffer(found.entry.data, np.float32).reshape(len(token_ids), -1)
+
+    async def keep(self, space: Space, pipeline: Pipeline, token_ids: Sequence[int], embedding: FloatArray) -> None:
+        """Keeps an embedding, unless it is not finite."""
+        if np.isfinite(embedding).all():
+            entry = Entry(np.ascontiguousarray(embedding, np.float32).tobytes())
+            await self._tiers.put(_key(space, pipeline, token_ids), entry, self._ttl_s)
+
+    async def get(self, space: Space, pipeline: Pipeline, token_ids: Sequence[int]) -> FloatArray:
+        """The embedding (T, D), encoded where it is not kept."""
+        embedding = await self.known(space, pipeline, token_ids)
+        if embedding is None:
+            embedding = await self._encode(pipeline, token_ids)
+            await self.keep(space, pipeline, token_ids, embedding)
+        return embedding
+
+    async def vector(self, pipeline: Pipeline, token_ids: Sequence[int], embedding: FloatArray) -> Floats:
+        """What prompts are compared by: (D,) float32, centred, of length 1."""
+        if (task := self._means.get(pipeline.digest)) is None or (task.done() and task.exception() is not None):
+            task = self._means[pipeline.digest] = asyncio.create_task(self._mean(pipeline))
+        mean = await asyncio.shield(task)
+        return centred(prompt_vector(embedding, token_ids, pipeline.manifest.tokenizer.eos_id), mean)
+
+    async def _mean(self, pipeline: Pipeline) -> Floats:
+        """Of the pipeline's example prompts: what all prompts have in common."""
+        tokenizer = pipeline.tokenizer
+        if tokenizer is None:
+            raise ValueError(f"{pipeline.name} has no tokenizer")
+        prompts = pipeline.manifest.example_prompts or EXAMPLE_PROMPTS
+        tokens = [tokenizer.encode(prompt).ids for prompt in prompts]
+        embeddings = await asyncio.gather(*(self._encode(pipeline, ids) for ids in tokens))
+        eos_id = pipeline.manifest.tokenizer.eos_id
+        vectors = [prompt_vector(e, ids, eos_id) for e, ids in zip(embeddings, tokens, strict=True)]
+        return np.asarray(np.mean(vectors, axis=0), np.float32)
+
+
+def _key(space: Space, pipeline: Pipeline, token_ids: Sequence[int]) -> str:
+    encoder = pipeline.manifest.components[Component.TEXT_ENCODER].sha256
+    name = fingerprint.index_key(space.key, Kind.EMBEDDING, fingerprint.embedding(encoder, token_ids))
+    return f"{space.prefix}/prompt/{name}"

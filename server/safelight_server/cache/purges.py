@@ -1,0 +1,86 @@
+"""Purges on all replicas, and the upkeep of the tiers.
+
+A purge clears this replica's tiers and the shared ones at once, and is appended
+to a stream that every replica follows from its beginning, so that one which was
+away clears its own disk when it comes back. It may then clear newer entries too,
+which costs computation only. Scopes have HMACs in them and nothing that tells names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+
+import structlog
+from safelight_server.cache.coordination.base import Coordinator
+from safelight_server.cache.store.base import StoreError
+from safelight_server.cache.store.purge import Purged, Scope, purge
+from safelight_server.cache.store.tiers import Tiers
+
+log = structlog.get_logger(__name__)
+
+STREAM = "purges"
+MEASURE_EVERY_S = 15.0
+SWEEP_EVERY_S = 600.0
+
+
+class Purges:
+    """Of one replica; run `listen` and `keep_up` as tasks."""
+
+    def __init__(self, tiers: Tiers, coordinator: Coordinator) -> None:
+        self._tiers = tiers
+        self._coordinator = coordinator
+        self._origin = secrets.token_hex(8)
+
+    async def purge(self, scope: Scope) -> Purged:
+        """Deletes what the scope covers here and in shared tiers, and tells the other replicas.
+
+        Returns:
+            What was deleted here. `failed` names the tiers that could not be cleared, and "replicas" where the
+            others could not be told.
+        """
+        report = await purge(self._tiers, scope)
+        try:
+            await self._coordinator.append(STREAM, dump(self._origin, scope))
+        except StoreError:
+            report.failed.append("replicas")
+        return report
+
+    async def listen(self) -> None:
+        """Clears this replica's own tiers whenever another one purges; never ends."""
+        async for event in self._coordinator.follow(STREAM, leader=False):
+            origin, scope = parse(event.data)
+            if origin == self._origin:
+                continue
+            for tier in self._tiers.tiers:
+                if not tier.shared:
+                    report = await purge(self._tiers, scope, only=tier.name)
+                    log.info("purged for another replica", deleted=report.deleted, failed=report.failed)
+
+    async def keep_up(self) -> None:
+        """Measures the tiers and deletes what has expired on disk; never ends."""
+        swept = time.monotonic()
+        while True:
+            await self._tiers.measure(lazy=False)
+            if time.monotonic() - swept >= SWEEP_EVERY_S:
+                swept = time.monotonic()
+                await purge(self._tiers, Scope(expired_at=time.time()), only="disk")
+                await self._tiers.measure(lazy=True)
+            await asyncio.sleep(MEASURE_EVERY_S)
+
+
+def dump(origin: str, scope: Scope) -> bytes:
+    """A purge as the stream has it."""
+    tags = {name: tag.hex() for name, tag in (("revision", scope.revision), ("generation", scope.generation)) if tag}
+    return json.dumps({"origin": origin, "prefix": scope.prefix} | tags).encode()
+
+
+def parse(data: bytes) -> tuple[str, Scope]:
+    """Its origin and scope."""
+    fields = json.loads(data)
+    revision, generation = (
+        bytes.fromhex(fields[name]) if name in fields else None for name in ("revision", "generation")
+    )
+    return fields["origin"], Scope(fields["prefix"], revision, generation)

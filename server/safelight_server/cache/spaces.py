@@ -1,0 +1,98 @@
+"""Who shares what is cached: one space for each tenant, or for the tenants of a pool that the operator marked.
+
+Invariant: nothing found in one space was put by a tenant of another. Names in
+stores are HMACs, so that the same picture of two tenants has two names and a
+name does not confirm a guess. Neighbours: `fingerprint`, `store.keyring`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from safelight_server.cache import fingerprint
+from safelight_server.cache.fingerprint import Kind, Scope
+from safelight_server.cache.store.keyring import Keyring
+from safelight_server.catalog import Pipeline
+from safelight_server.request import Spec
+
+MAX_SPACES = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Where a tenant's entries are.
+
+    Attributes:
+        name: unique; goes into no store.
+        prefix: first part of its keys in stores.
+        key: the secret of its names.
+    """
+
+    name: str
+    prefix: str
+    key: bytes
+
+    def seed(self, what: str) -> int:
+        """A seed for what must differ by space."""
+        return fingerprint.derived_seed(self.key, what)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputName:
+    """What an output is called in its space.
+
+    Attributes:
+        exact: equal for outputs with equal pixels.
+        comparable: equal for outputs that differ in prompt and seed at most.
+    """
+
+    space: Space
+    exact: str
+    comparable: str
+
+
+class Spaces:
+    """The spaces of all tenants.
+
+    Args:
+        pools: names of pools to the tenants that share each.
+
+    Raises:
+        ValueError: a tenant is in two pools.
+    """
+
+    def __init__(self, keyring: Keyring, pools: Mapping[str, Sequence[str]]) -> None:
+        self._keyring = keyring
+        self._secret = keyring.derive("fingerprints")
+        self._pool_of: dict[str, str] = {}
+        for pool, tenants in pools.items():
+            for tenant in tenants:
+                if tenant in self._pool_of:
+                    raise ValueError(f"tenant {tenant} is in two pools: {self._pool_of[tenant]} and {pool}")
+                self._pool_of[tenant] = pool
+        self._spaces: dict[str, Space] = {}
+
+    def of(self, tenant: str) -> Space:
+        """The space of a tenant."""
+        pool = self._pool_of.get(tenant)
+        name = f"tenant {tenant}" if pool is None else f"pool {pool}"
+        space = self._spaces.get(name)
+        if space is None:
+            if len(self._spaces) >= MAX_SPACES:
+                self._spaces.clear()
+            scope = Scope(tenant if pool is None else pool, pooled=pool is not None)
+            key = fingerprint.tenant_key(self._secret, scope)
+            space = self._spaces[name] = Space(name, self._keyring.tenant(name), key)
+        return space
+
+    def output(self, tenant: str, pipeline: Pipeline, numerics_id: str, spec: Spec, seed: int) -> OutputName:
+        """The names of an output."""
+        space = self.of(tenant)
+        exact = fingerprint.exact(pipeline.digest, numerics_id, spec, seed)
+        comparable = fingerprint.compatible(pipeline.digest, numerics_id, spec)
+        return OutputName(
+            space,
+            fingerprint.index_key(space.key, Kind.EXACT, exact),
+            fingerprint.index_key(space.key, Kind.COMPATIBLE, comparable),
+        )

@@ -1,0 +1,98 @@
+"""Latents to start from: checkpoints of outputs with nearby prompts, so that the first steps need not be made.
+
+NIRVANA (Agarwal et al. 2024, arXiv 2312.04429): the nearer the prompt, the later
+the step. Which outputs' checkpoints stay is decided by the least benefit of
+theirs that is left out. In memory, one of each replica. Invariant: a start is a
+checkpoint of an output with the same comparable name. Neighbours: `neighbours`,
+`bands`, `checkpoints`, `eviction`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from safelight_server.cache.bands import Bands
+from safelight_server.cache.checkpoints import Checkpoints
+from safelight_server.cache.embedding import Floats
+from safelight_server.cache.eviction import Eviction
+from safelight_server.cache.neighbours import Neighbours
+from safelight_server.cache.spaces import OutputName, Space
+from safelight_server.catalog import Pipeline
+from safelight_server.latents import Snapshot
+
+MAX_INDEXES = 64
+NUM_CANDIDATES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where an output may begin in place of noise."""
+
+    snapshot: Snapshot
+    similarity: float
+
+
+class Starts:
+    """See the module.
+
+    Args:
+        books: decide what goes when the checkpoints of all outputs are too many bytes.
+        max_items: outputs in one index.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, bands: Bands, books: Eviction, max_items: int) -> None:
+        self._checkpoints = checkpoints
+        self._bands = bands
+        self._books = books
+        self._max_items = max_items
+        self._indexes: OrderedDict[tuple[str, str], Neighbours] = OrderedDict()
+        self._place: dict[str, tuple[Space, tuple[str, str]]] = {}
+
+    async def add(self, name: OutputName, pipeline: Pipeline, vector: Floats, num_steps: int, num_bytes: int) -> None:
+        """An output with checkpoints has ended well.
+
+        Args:
+            num_bytes: of its checkpoints.
+        """
+        at, index = self._index(name.space, pipeline, len(vector))
+        gone = index.add(name.comparable, name.exact, vector)
+        self._place[name.exact] = (name.space, at)
+        most = self._bands.steps(num_steps)
+        gone += self._books.add(name.exact, num_bytes, float(most[-1]) if most else 0.0)
+        for item in gone:
+            await self._drop(item)
+
+    async def find(self, name: OutputName, pipeline: Pipeline, vector: Floats, num_steps: int) -> Start | None:
+        """The latest start that a nearby prompt allows, if there is one."""
+        _, index = self._index(name.space, pipeline, len(vector))
+        for match in index.search(name.comparable, vector, self._bands.thresholds[0], NUM_CANDIDATES):
+            steps = await self._checkpoints.steps(name.space.name, match.item)
+            step = self._bands.start_step(match.cosine, num_steps, steps)
+            snapshot = await self._checkpoints.at_or_before(name.space.name, match.item, step) if step else None
+            if snapshot is not None:
+                self._books.hit(match.item)
+                return Start(snapshot, match.cosine)
+            if not steps:
+                await self._drop(match.item)
+        return None
+
+    async def _drop(self, item: str) -> None:
+        self._books.remove(item)
+        place = self._place.pop(item, None)
+        if place is not None:
+            space, at = place
+            if (index := self._indexes.get(at)) is not None:
+                index.remove(item)
+            await self._checkpoints.delete(space.name, item)
+
+    def _index(self, space: Space, pipeline: Pipeline, dimension: int) -> tuple[tuple[str, str], Neighbours]:
+        at = (space.name, pipeline.digest)
+        index = self._indexes.get(at)
+        if index is None:
+            seed = space.seed(f"codes {pipeline.digest}")
+            index = self._indexes[at] = Neighbours(dimension, seed, max_items=self._max_items)
+        self._indexes.move_to_end(at)
+        if len(self._indexes) > MAX_INDEXES:
+            self._indexes.popitem(last=False)
+        return at, index

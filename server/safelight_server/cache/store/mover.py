@@ -1,0 +1,93 @@
+"""Writes to one tier off the request path, in order, bounded by bytes.
+
+What waits here is found by `get`, so that a value on its way from tier to tier
+is never nowhere. A newer value of a key takes the older one's place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+
+
+class Mover:
+    """One task that writes, started by the first value.
+
+    Args:
+        write: writes a value; what it raises is a bug.
+        max_bytes: values that may wait; beyond, offers are refused.
+    """
+
+    def __init__(self, write: Callable[[str, bytes], Awaitable[object]], max_bytes: int) -> None:
+        self._write = write
+        self._max_bytes = max_bytes
+        self._waiting: dict[str, bytes] = {}
+        self._bytes = 0
+        self._writing: tuple[str, bytes] | None = None
+        self._offered = asyncio.Event()
+        self._written = asyncio.Condition()
+        self._task: asyncio.Task[None] | None = None
+
+    def offer(self, key: str, value: bytes) -> bool:
+        """Takes a value to be written; False: there is no room."""
+        before = len(self._waiting.get(key, b""))
+        if self._bytes + len(value) - before > self._max_bytes:
+            self.discard(key)
+            return False
+        self._waiting[key] = value
+        self._bytes += len(value) - before
+        self._offered.set()
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run(), name="cache mover")
+        return True
+
+    def get(self, key: str) -> bytes | None:
+        """The value of a key that waits or is being written."""
+        value = self._waiting.get(key)
+        if value is None and self._writing is not None and self._writing[0] == key:
+            value = self._writing[1]
+        return value
+
+    def items(self) -> Iterator[tuple[str, bytes]]:
+        """All that waits or is being written, now."""
+        if self._writing is not None:
+            yield self._writing
+        yield from list(self._waiting.items())
+
+    def discard(self, key: str) -> None:
+        """Forgets a value that waits; one that is being written is not stopped: `settle`."""
+        self._bytes -= len(self._waiting.pop(key, b""))
+
+    async def settle(self, key: str) -> None:
+        """Waits until no write of this key is under way."""
+        async with self._written:
+            await self._written.wait_for(lambda: self._writing is None or self._writing[0] != key)
+
+    async def flush(self) -> None:
+        """Waits until everything offered so far is written."""
+        async with self._written:
+            await self._written.wait_for(lambda: self._writing is None and not self._waiting)
+
+    async def close(self) -> None:
+        """Stops; what waits is lost: `flush` first."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    async def _run(self) -> None:
+        while True:
+            while self._waiting:
+                key = next(iter(self._waiting))
+                self._writing = (key, self._waiting[key])
+                self.discard(key)
+                try:
+                    await self._write(*self._writing)
+                finally:
+                    self._writing = None
+                    async with self._written:
+                        self._written.notify_all()
+            self._offered.clear()
+            await self._offered.wait()

@@ -1,0 +1,121 @@
+"""Deletes what belongs to a tenant, was computed with a model revision or by a generation; and what has expired.
+
+Keys begin with the tenant's tag and headers have the tags of revision and
+generation, so that no index has to be kept: a purge by tenant deletes by name,
+the others read the headers (48 bytes) of what they look through. Hot tiers come
+first, so that nothing moves down past the purge; nothing moves up meanwhile.
+
+It clears this replica's own tiers and the shared ones; other replicas must be
+told to clear their own (`Coordinator.append`). Values that are put meanwhile
+may stay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from safelight_server.cache.store.base import Store, StoreUnavailableError
+from safelight_server.cache.store.sealed import parse_header
+from safelight_server.cache.store.tiers import Tier, Tiers
+
+BATCH = 16
+STALL_S = 5.0
+"""A listing that gives nothing for this long has failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What to purge: everything that agrees with all that is given.
+
+    Attributes:
+        prefix: of keys; `Keyring.tenant(...) + "/"` for a tenant.
+        revision: `Keyring.tag("revision", ...)`.
+        generation: `Keyring.tag("generation", ...)`.
+        expired_at: only what expires until then (Unix seconds).
+    """
+
+    prefix: str = ""
+    revision: bytes | None = None
+    generation: bytes | None = None
+    expired_at: float | None = None
+
+    def covers(self, key: str, head: bytes) -> bool:
+        """Whether a value is to go. One without a header is nothing that could ever be served: it goes."""
+        if not key.startswith(self.prefix):
+            return False
+        header = parse_header(head)
+        return header is None or (
+            self.revision in (None, header.revision)
+            and self.generation in (None, header.generation)
+            and (self.expired_at is None or header.expires_at <= self.expired_at)
+        )
+
+    @property
+    def by_name(self) -> bool:
+        """Whether the key alone decides."""
+        return self.revision is None and self.generation is None and self.expired_at is None
+
+
+@dataclass(slots=True)
+class Purged:
+    """Entries deleted by tier, and the tiers that could not be cleared: purge again when they work."""
+
+    deleted: dict[str, int] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+
+
+async def purge(tiers: Tiers, scope: Scope, only: str | None = None) -> Purged:
+    """Deletes what `scope` covers, from all tiers or from `only` one."""
+    report = Purged()
+    with tiers.nothing_moves_up():
+        for tier in tiers.tiers:
+            if only not in (None, tier.name):
+                continue
+            try:
+                report.deleted[tier.name] = await _purge_tier(tiers, tier, scope)
+            except StoreUnavailableError:
+                report.failed.append(tier.name)
+    return report
+
+
+async def _purge_tier(tiers: Tiers, tier: Tier, scope: Scope) -> int:
+    deleted = 0
+    for key, value in tiers.waiting(tier):
+        if scope.covers(key, value):
+            deleted += await _erase(tiers, tier, key)
+    batch: list[str] = []
+    async for key in _keys(tier.store, scope.prefix):
+        batch.append(key)
+        if len(batch) == BATCH:
+            deleted += sum(await asyncio.gather(*(_look(tiers, tier, scope, key) for key in batch)))
+            batch = []
+    return deleted + sum(await asyncio.gather(*(_look(tiers, tier, scope, key) for key in batch)))
+
+
+async def _look(tiers: Tiers, tier: Tier, scope: Scope, key: str) -> bool:
+    if not scope.by_name:
+        head = await tiers.ask(tier, lambda: tier.store.head(key))
+        if head is None or not scope.covers(key, head):
+            return False
+    return await _erase(tiers, tier, key)
+
+
+async def _erase(tiers: Tiers, tier: Tier, key: str) -> bool:
+    if not await tiers.erase(tier, key):
+        raise StoreUnavailableError(tier.name)
+    return True
+
+
+async def _keys(store: Store, prefix: str) -> AsyncIterator[str]:
+    keys = aiter(store.keys(prefix))
+    while True:
+        try:
+            async with asyncio.timeout(STALL_S):
+                key = await anext(keys)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise StoreUnavailableError(f"{store.name}: it lists nothing for {STALL_S} s") from None
+        yield key

@@ -1,0 +1,206 @@
+"""From a generation that was asked for to executions: what was done before, what is on its way, what must be computed.
+
+Looks first (`plan`), which may wait for stores; then decides and starts
+(`launch`) without waiting, so that two identical outputs cannot both become
+new. Only what must be computed needs room and time: a full queue never refuses
+what is there or on its way. Neighbours: `cache`, `execution`, `admission`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from safelight_server.admission import AdmissionLimits, admit
+from safelight_server.cache.cache import Cache, Wanted
+from safelight_server.cache.pictures import Kept
+from safelight_server.cache.similar import Similar
+from safelight_server.cache.spaces import OutputName
+from safelight_server.cache.starts import Start
+from safelight_server.catalog import Catalog
+from safelight_server.engine import Engine
+from safelight_server.errors import FailedPreconditionError, FieldViolation, InvalidRequestError
+from safelight_server.events import Disposition, Origin
+from safelight_server.execution import Execution, Executions
+from safelight_server.generation import Generation, Output
+from safelight_server.jobs import Job
+from safelight_server.latents import Snapshot
+from safelight_server.picture import Encoded
+from safelight_server.pipeline import sampler_table
+from safelight_server.request import CacheMode, Spec
+from safelight_server.runtime.base import FloatArray, Runtime
+
+MISS = Origin()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an output needs.
+
+    Attributes:
+        picture: it is there.
+        start: in place of noise.
+        embeddings: of its prompts that are known.
+    """
+
+    wanted: Wanted
+    origin: Origin = MISS
+    picture: Encoded | None = None
+    start: Snapshot | None = None
+    embeddings: tuple[FloatArray | None, ...] = ()
+
+
+class Intake:
+    """See the module."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        runtime: Runtime,
+        engine: Engine,
+        executions: Executions,
+        cache: Cache,
+        limits: AdmissionLimits,
+    ) -> None:
+        self._catalog = catalog
+        self._runtime = runtime
+        self._engine = engine
+        self._executions = executions
+        self._cache = cache
+        self._limits = limits
+
+    # --- looking ---
+
+    async def plan(self, generation: Generation, branched_from: Generation | None) -> list[Plan]:
+        """What each output needs.
+
+        Args:
+            branched_from: the generation that its request's branch names.
+
+        Raises:
+            InvalidRequestError, FailedPreconditionError: there can be no such branch.
+        """
+        if branched_from is not None:
+            return [await self._branch(generation, branched_from)]
+        return list(await asyncio.gather(*(self._find(generation, output) for output in generation.outputs)))
+
+    async def _find(self, generation: Generation, output: Output) -> Plan:
+        wanted = self._wanted(generation, output.seed)
+        if wanted.policy.mode is CacheMode.BYPASS:
+            return Plan(wanted)
+        kept = await self._cache.exact(wanted)
+        if kept is not None:
+            return Plan(wanted, _origin(Disposition.EXACT, kept), kept.picture)
+        if self._executions.find(wanted.name) is None:
+            match await self._cache.approximate(wanted):
+                case Similar() as similar:
+                    origin = _origin(Disposition.SIMILAR, similar.kept, similar.similarity)
+                    return Plan(wanted, origin, similar.kept.picture)
+                case Start() as start:
+                    step = start.snapshot.step
+                    origin = Origin(Disposition.LATENT, start.similarity, num_steps_skipped=step)
+                    return Plan(wanted, origin, None, start.snapshot, await self._cache.embeddings(wanted))
+        return Plan(wanted, embeddings=await self._cache.embeddings(wanted))
+
+    async def _branch(self, generation: Generation, source: Generation) -> Plan:
+        branch, spec = generation.request.branch, generation.request.spec
+        assert branch is not None
+        if branch.output_index >= len(source.outputs):
+            what = f"{source.name} has {len(source.outputs)} outputs"
+            raise InvalidRequestError([FieldViolation("branch.output_index", what)])
+        if unlike := _unlike(spec, source.request.spec):
+            what = f"must have the {', '.join(unlike)} of {source.name}"
+            raise InvalidRequestError([FieldViolation("branch.generation", what)])
+        wanted = self._wanted(generation, spec.seeds[0])
+        name = self._wanted(source, source.outputs[branch.output_index].seed).name
+        snapshot = await self._cache.checkpoints.at_or_before(name.space.name, name.exact, branch.step)
+        if snapshot is None:
+            what = f"no step of {source.name} up to {branch.step} is kept"
+            raise FailedPreconditionError(what, reason="CHECKPOINT_GONE")
+        embeddings = await self._cache.embeddings(wanted)
+        origin = Origin(Disposition.BRANCHED, num_steps_skipped=snapshot.step)
+        return Plan(wanted, origin, None, snapshot, embeddings)
+
+    def _wanted(self, generation: Generation, seed: int) -> Wanted:
+        request = generation.request
+        pipeline = self._catalog.get(request.spec.model)
+        numerics = self._runtime.numerics_id(request.spec.model)
+        name = self._cache.spaces.output(generation.caller.tenant, pipeline, numerics, request.spec, seed)
+        return Wanted(name, pipeline, request.spec, request.encoding, request.cache, generation.name)
+
+    # --- starting ---
+
+    def launch(self, generation: Generation, plans: Sequence[Plan], time_left_s: float | None) -> None:
+        """Accepts a generation and starts what must be computed.
+
+        Raises:
+            QueueFullError, DeadlineUnreachableError, UnavailableError: it is refused; nothing was started.
+        """
+        new: dict[Hashable, Execution] = {}
+        sources: list[Encoded | Execution] = []
+        for output, plan in zip(generation.outputs, plans, strict=True):
+            output.origin = plan.origin
+            key = self._key(plan)
+            if plan.picture is not None:
+                sources.append(plan.picture)
+            elif (execution := self._executions.find(key) or new.get(key)) is not None:
+                output.origin = Origin(Disposition.COALESCED)
+                sources.append(execution)
+            else:
+                execution = new[key or output] = self._create(generation, output, plan, key)
+                sources.append(execution)
+        estimate_s = self._admit(list(new.values()), time_left_s) if new else 0.0
+        for execution in new.values():
+            self._executions.publish(execution)
+        generation.accept(self._runtime.numerics_id(generation.request.spec.model), estimate_s, sources)
+
+    def _admit(self, new: Sequence[Execution], time_left_s: float | None) -> float:
+        self._engine.outage.check()
+        output = self._engine.output(new[0].job)
+        return admit(self._engine.scheduler, self._limits, output, len(new), time_left_s)
+
+    def _create(self, generation: Generation, output: Output, plan: Plan, key: OutputName | None) -> Execution:
+        bypass = plan.wanted.policy.mode is CacheMode.BYPASS
+        recorder = None if bypass else self._cache.record(plan.wanted, approximate=plan.start is not None)
+        return self._executions.create(_job(generation, output, plan), key, recorder)
+
+    @staticmethod
+    def _key(plan: Plan) -> OutputName | None:
+        """What identical outputs share; None for what is approximate or on its own."""
+        if plan.start is not None or plan.wanted.policy.mode is CacheMode.BYPASS:
+            return None
+        return plan.wanted.name
+
+
+def _job(generation: Generation, output: Output, plan: Plan) -> Job:
+    spec, pipeline, caller = generation.request.spec, plan.wanted.pipeline, generation.caller
+    return Job(
+        output_id=0,
+        caller=f"{caller.tenant}/{caller.name}",
+        priority=generation.request.priority,
+        pipeline=pipeline,
+        latent_shape=pipeline.latent_shape(spec.width_px, spec.height_px),
+        table=sampler_table(pipeline, spec),
+        seed=output.seed,
+        guidance_scale=spec.guidance_scale,
+        token_ids=spec.token_ids_by_row,
+        deadline=generation.deadline,
+        start=plan.start,
+        embeddings=plan.embeddings,
+    )
+
+
+def _origin(disposition: Disposition, kept: Kept, similarity: float = 0.0) -> Origin:
+    return Origin(disposition, similarity, kept.facts.generation, kept.facts.num_steps)
+
+
+def _unlike(one: Spec, other: Spec) -> list[str]:
+    """What a branch cannot change."""
+    facts = {
+        "model": ((one.model, one.revision), (other.model, other.revision)),
+        "size": ((one.width_px, one.height_px), (other.width_px, other.height_px)),
+        "steps": (one.num_inference_steps, other.num_inference_steps),
+        "sampler": (one.sampler, other.sampler),
+    }
+    return [name for name, (mine, theirs) in facts.items() if mine != theirs]

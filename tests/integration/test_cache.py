@@ -1,0 +1,253 @@
+"""What was done once is not done again: through a real server, with the real model."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+import grpc
+import numpy as np
+import pytest
+import pytest_asyncio
+from safelight.v1 import generation_pb2 as pb
+from safelight.v1 import generation_pb2_grpc as stubs
+
+from tests.conftest import eventually, serving_here
+from tests.integration.test_generate import BYPASS, collect, kinds, pixels, reason_of, request
+
+R = pb.CacheResult
+SIMILAR = pb.CachePolicy(mode=pb.CachePolicy.MODE_ALLOW_SIMILAR, min_similarity=0.8)
+LATENT = pb.CachePolicy(mode=pb.CachePolicy.MODE_ALLOW_LATENT)
+
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server():
+    """One for all tests that need no settings of their own; each test has seeds of its own."""
+    async with serving_here() as running, grpc.aio.insecure_channel(running.address) as channel:
+        yield running, stubs.GenerationServiceStub(channel)
+
+
+@pytest.fixture
+def seed(_seeds=itertools.count(100, 10)):
+    """The first of ten that no other test has."""
+    return next(_seeds)
+
+
+def ask(prompt: str, seed: int, policy: pb.CachePolicy | None = None, **changes: object) -> pb.GenerateRequest:
+    message = request(seed, steps=10, **changes)
+    message.spec.prompt = prompt
+    if policy is not None:
+        message.cache.CopyFrom(policy)
+    return message
+
+
+def result(events: list[pb.GenerationEvent]) -> pb.CacheResult:
+    [only] = events[-1].finished.cache_results
+    return only
+
+
+async def kept(running) -> None:
+    """Everything that is to be kept is."""
+    await eventually(lambda: not running.generations._live and not running.cache._writes)
+
+
+async def test_an_identical_request_gets_the_very_picture_without_a_denoiser_row(server, seed):
+    running, stub = server
+    first = await collect(stub.Generate(request(seed)))
+    await kept(running)
+    again = await collect(stub.Generate(request(seed)))
+    assert kinds(again) == ["accepted", "artifact_chunk", "output_finished", "finished"]
+    assert np.array_equal(pixels(first), pixels(again))
+    assert again[-1].finished.usage.num_rows == 0
+    found = result(again)
+    assert (found.disposition, found.num_steps_skipped) == (R.DISPOSITION_EXACT, 6)
+    assert found.source == first[0].generation
+    assert result(first).disposition == R.DISPOSITION_MISS
+
+
+async def test_defaults_spelled_out_and_other_encodings_find_the_same_picture(server, seed):
+    running, stub = server
+    first = await collect(stub.Generate(request(seed)))
+    await kept(running)
+    spelled_out = pb.GenerateRequest(spec=first[0].accepted.spec, encoding=pb.PixelEncoding(media_type="image/webp"))
+    again = await collect(stub.Generate(spelled_out))
+    assert result(again).disposition == R.DISPOSITION_EXACT
+    chunks = [e.artifact_chunk for e in again if e.WhichOneof("event") == "artifact_chunk"]
+    assert {chunk.media_type for chunk in chunks} == {"image/webp"}
+    raw = pb.GenerateRequest(spec=first[0].accepted.spec)
+    raw.encoding.media_type = "application/x-raw-rgba8"
+    raw.encoding.row_order = pb.PixelEncoding.ROW_ORDER_BOTTOM_UP
+    events = await collect(stub.Generate(raw))
+    data = b"".join(e.artifact_chunk.data for e in events if e.WhichOneof("event") == "artifact_chunk")
+    rows = np.frombuffer(data, np.uint8).reshape(pixels(first).shape[0], -1, 4)
+    assert np.array_equal(rows[::-1, :, :3], pixels(first))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"steps": 7}, {"guidance_scale": 2.0}, {"prompt": "a blue potion"}, {"sampler": "euler"}],
+)
+async def test_anything_that_decides_pixels_makes_it_another_picture(server, seed, change):
+    running, stub = server
+    await collect(stub.Generate(request(seed, steps=3)))
+    await kept(running)
+    other = request(seed=seed + change.get("seed", 0), steps=change.get("steps", 3))
+    if "guidance_scale" in change:
+        other.spec.guidance_scale = change["guidance_scale"]
+    other.spec.prompt = change.get("prompt", other.spec.prompt)
+    other.spec.sampler.name = change.get("sampler", "")
+    assert result(await collect(stub.Generate(other))).disposition == R.DISPOSITION_MISS
+
+
+async def test_bypass_neither_reads_nor_keeps(server, seed):
+    running, stub = server
+    for policy, disposition in ((BYPASS, R.DISPOSITION_MISS), (None, R.DISPOSITION_MISS), (BYPASS, R.DISPOSITION_MISS)):
+        events = await collect(stub.Generate(ask("a red potion", seed, policy)))
+        assert result(events).disposition == disposition
+        await kept(running)
+    assert result(await collect(stub.Generate(ask("a red potion", seed)))).disposition == R.DISPOSITION_EXACT
+
+
+async def test_a_full_queue_never_refuses_what_is_there(start):
+    async with (
+        start(max_running_outputs=1, max_waiting_per_caller=1) as running,
+        grpc.aio.insecure_channel(running.address) as channel,
+    ):
+        stub = stubs.GenerationServiceStub(channel)
+        await collect(stub.Generate(request()))
+        await kept(running)
+        calls = [asyncio.create_task(collect(stub.Generate(request(seed, steps=50)))) for seed in (1, 2)]
+        await eventually(lambda: len(running.generations._live) == 2)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(stub.Generate(request(3)))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert result(await collect(stub.Generate(request()))).disposition == R.DISPOSITION_EXACT
+        for call in calls:
+            call.cancel()
+
+
+async def test_a_similar_picture_is_served_only_where_allowed_and_where_the_text_says_the_same(server, seed):
+    running, stub = server
+    source = await collect(stub.Generate(ask("a red potion on a dark background", seed)))
+    await kept(running)
+    similar = await collect(stub.Generate(ask("red potion, dark background", seed + 1, SIMILAR)))
+    found = result(similar)
+    assert found.disposition == R.DISPOSITION_SIMILAR
+    assert (found.source, found.num_steps_skipped) == (source[0].generation, 10)
+    assert 0.8 <= found.similarity <= 1
+    assert np.array_equal(pixels(similar), pixels(source))
+    for prompt, policy in (
+        ("red potion, dark background", None),
+        ("a blue potion on a dark background", SIMILAR),
+        ("a red sword on a dark background", SIMILAR),
+        ("a red potion on a white background", SIMILAR),
+    ):
+        answer = result(await collect(stub.Generate(ask(prompt, seed + 2, policy))))
+        assert answer.disposition not in (R.DISPOSITION_SIMILAR, R.DISPOSITION_EXACT), prompt
+
+
+async def test_a_nearby_latent_saves_steps_and_never_enters_exact(server, seed):
+    running, stub = server
+    await collect(stub.Generate(ask("a red potion on a dark background", seed)))
+    await kept(running)
+    wanted = ask("red potion, dark background", seed + 1, LATENT)
+    near = await collect(stub.Generate(wanted))
+    found = result(near)
+    assert found.disposition == R.DISPOSITION_LATENT
+    assert 0 < found.num_steps_skipped <= 5
+    assert near[-1].finished.usage.num_steps == 10 - found.num_steps_skipped
+    await kept(running)
+    exact = await collect(stub.Generate(ask("red potion, dark background", seed + 1)))
+    assert result(exact).disposition == R.DISPOSITION_MISS, "what is approximate is not exact"
+    assert not np.array_equal(pixels(exact), pixels(near))
+
+
+async def test_a_branch_starts_from_a_step_of_another(server, seed):
+    running, stub = server
+    source = await collect(stub.Generate(ask("a red potion on a dark background", seed)))
+    await kept(running)
+    message = ask("a blue potion on a dark background", seed)
+    message.branch.CopyFrom(pb.Branch(generation=source[0].generation, step=4))
+    first = await collect(stub.Generate(message))
+    found = result(first)
+    assert (found.disposition, found.num_steps_skipped) == (R.DISPOSITION_BRANCHED, 4)
+    assert first[-1].finished.usage.num_steps == 6
+    assert np.array_equal(pixels(first), pixels(await collect(stub.Generate(message))))
+    same = ask("a red potion on a dark background", seed)
+    same.branch.CopyFrom(message.branch)
+    assert np.array_equal(pixels(await collect(stub.Generate(same))), pixels(source)), "the same way leads to the same"
+
+
+@pytest.mark.parametrize(
+    ("branch", "field", "code"),
+    [
+        ({"step": 4, "generation": "x"}, "branch.generation", "INVALID_ARGUMENT"),
+        ({"step": 0}, "branch.step", "INVALID_ARGUMENT"),
+        ({"step": 10}, "branch.step", "INVALID_ARGUMENT"),
+        ({"step": 4, "output_index": 1}, "branch.output_index", "INVALID_ARGUMENT"),
+        ({"step": 4, "output_index": -1}, "branch.output_index", "INVALID_ARGUMENT"),
+        ({"step": 4, "generation": "generations/0"}, "", "NOT_FOUND"),
+    ],
+)
+async def test_what_cannot_be_a_branch_is_refused(server, seed, branch, field, code):
+    _, stub = server
+    source = await collect(stub.Generate(ask("a red potion", seed)))
+    message = ask("a blue potion", seed)
+    message.branch.CopyFrom(pb.Branch(**({"generation": source[0].generation} | branch)))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(stub.Generate(message))
+    assert caught.value.code().name == code
+    assert field in caught.value.details()
+
+
+async def test_a_branch_of_what_is_not_kept_is_refused(server, seed):
+    _, stub = server
+    source = await collect(stub.Generate(ask("a red potion", seed, BYPASS)))
+    message = ask("a blue potion", seed)
+    message.branch.CopyFrom(pb.Branch(generation=source[0].generation, step=4))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(stub.Generate(message))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert reason_of(caught.value) == "CHECKPOINT_GONE"
+    message = ask("a blue potion", seed)
+    message.spec.num_inference_steps = 12
+    message.branch.CopyFrom(pb.Branch(generation=source[0].generation, step=4))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(stub.Generate(message))
+    assert "must have the steps of" in caught.value.details()
+
+
+@pytest.fixture
+def two_tenants(tmp_path):
+    from safelight_server.identity import new_key
+
+    (ann, ann_entry), (bob, bob_entry) = new_key("ann", "a"), new_key("bob", "b")
+    keys = tmp_path / "keys.json"
+    keys.write_text(f'{{"keys": [{ann_entry}, {bob_entry}]}}')
+    return keys, *((("authorization", f"Bearer {key}"),) for key in (ann, bob))
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+async def test_nothing_crosses_tenants_unless_pooled(start, two_tenants, pooled):
+    keys, ann, bob = two_tenants
+    pools = {"studio": ("a", "b")} if pooled else {}
+    async with (
+        start(api_key_file=keys, cache_pools=pools) as running,
+        grpc.aio.insecure_channel(running.address) as channel,
+    ):
+        stub = stubs.GenerationServiceStub(channel)
+        first = await collect(stub.Generate(ask("a red potion on a dark background", 7), metadata=ann))
+        await kept(running)
+        exact = result(await collect(stub.Generate(ask("a red potion on a dark background", 7), metadata=bob)))
+        assert (exact.disposition == R.DISPOSITION_EXACT) is pooled
+        if not pooled:
+            near = await collect(stub.Generate(ask("red potion, dark background", 8, SIMILAR), metadata=bob))
+            assert result(near).source != first[0].generation
+        message = ask("a blue potion", 7)
+        message.branch.CopyFrom(pb.Branch(generation=first[0].generation, step=4))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(stub.Generate(message, metadata=bob))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND, "a generation is its owner's, pooled or not"

@@ -1,0 +1,81 @@
+"""A real redis-server and a real S3 server for each test that asks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+from safelight_server.cache.coordination.redis import RedisCoordinator
+from safelight_server.cache.store.breaker import Breaker
+from safelight_server.cache.store.redis import RedisConnection
+
+from tests.support.redis_server import RedisServer
+
+BUCKET = "pictures"
+CREDENTIALS = ("id", "secret")
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A running redis-server without persistence."""
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Callable[..., RedisConnection]]:
+    """Opens connections that are closed after the test."""
+    connections = []
+
+    def open_connection(url: str, timeout_s: float = 5.0) -> RedisConnection:
+        connections.append(RedisConnection(url, timeout_s))
+        return connections[-1]
+
+    yield open_connection
+    for connection in connections:
+        await connection.close()
+
+
+@pytest.fixture
+async def replicas(connect: Callable[..., RedisConnection]) -> AsyncIterator[Callable[..., RedisCoordinator]]:
+    """Makes coordinators of replicas, each with a connection and a breaker of its own."""
+    coordinators = []
+
+    def replica(url: str, timeout_s: float = 5.0, open_s: float = 0.1, **options: float) -> RedisCoordinator:
+        breaker = Breaker("redis", timeout_s, max_failures=3, open_s=open_s)
+        coordinators.append(RedisCoordinator(connect(url, timeout_s), breaker, **options))  # type: ignore[arg-type]
+        return coordinators[-1]
+
+    yield replica
+    for coordinator in coordinators:
+        await coordinator.close()
+
+
+@pytest.fixture
+def s3_server() -> Iterator[str]:
+    """moto's server with an empty bucket; its address."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    make_bucket(endpoint)
+    yield endpoint
+    server.stop()
+
+
+def make_bucket(endpoint: str) -> None:
+    """An empty bucket on an S3 server."""
+    client = boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id=CREDENTIALS[0],
+        aws_secret_access_key=CREDENTIALS[1],
+    )
+    client.create_bucket(Bucket=BUCKET)
+    client.close()

@@ -1,0 +1,70 @@
+"""What the settings open."""
+
+from pathlib import Path
+
+import pytest
+from safelight_server.cache.backends import CredentialsError, open_backends
+from safelight_server.cache.coordination.local import LocalCoordinator
+from safelight_server.cache.coordination.redis import RedisCoordinator
+from safelight_server.cache.store.disk import DiskStoreError
+from safelight_server.cache.store.keyring import KeyringError, new_key_file
+from safelight_server.cache.store.sealed import Entry
+from safelight_server.settings import SettingsError, load
+
+from tests.support.stores import TTL_S, Numbers, key
+
+
+async def test_without_keys_there_is_memory_only() -> None:
+    backends = await open_backends(load(), Numbers().metrics)
+    assert [tier.name for tier in backends.tiers.tiers] == ["memory"]
+    assert isinstance(backends.coordinator, LocalCoordinator)
+    await backends.close()
+
+
+@pytest.mark.parametrize(
+    "given", [{"redis_url": "redis://127.0.0.1"}, {"cache_disk_dir": "x"}, {"cache_s3_url": "s3://b"}]
+)
+def test_what_lasts_needs_keys(given: dict[str, object]) -> None:
+    with pytest.raises(SettingsError, match="needs cache_key_file"):
+        load(**given)
+
+
+async def test_all_of_it_though_nothing_answers(tmp_path: Path) -> None:
+    keys, credentials = tmp_path / "keys", tmp_path / "credentials"
+    keys.write_text(new_key_file())
+    credentials.write_text("id secret\n")
+    settings = load(
+        cache_key_file=keys,
+        redis_url="redis://:hush@127.0.0.1:1/0",
+        redis_timeout_ms=50,
+        cache_disk_dir=tmp_path / "cache",
+        cache_s3_url="s3://bucket/prefix",
+        cache_s3_endpoint="http://127.0.0.1:1",
+        cache_s3_credentials_file=credentials,
+    )
+    assert "hush" not in repr(settings)
+    backends = await open_backends(settings, Numbers().metrics)
+    assert [tier.name for tier in backends.tiers.tiers] == ["memory", "disk", "redis", "objects"]
+    assert isinstance(backends.coordinator, RedisCoordinator)
+    await backends.tiers.put(key(1), Entry(b"x"), TTL_S)
+    assert await backends.tiers.get(key(2)) is None
+    await backends.close()
+    again = await open_backends(settings, Numbers().metrics)
+    found = await again.tiers.get(key(1))
+    assert found is not None and (found.entry.data, found.tier) == (b"x", "disk")
+    await again.close()
+
+
+async def test_files_that_cannot_be_used_are_errors_at_start(tmp_path: Path) -> None:
+    keys, other = tmp_path / "keys", tmp_path / "other"
+    keys.write_text(new_key_file())
+    other.write_text("one two three")
+    with pytest.raises(KeyringError):
+        await open_backends(load(cache_key_file=other), Numbers().metrics)
+    with pytest.raises(DiskStoreError):
+        await open_backends(load(cache_key_file=keys, cache_disk_dir=other), Numbers().metrics)
+    with pytest.raises(CredentialsError):
+        s3 = {"cache_s3_url": "s3://bucket", "cache_s3_credentials_file": other}
+        await open_backends(load(cache_key_file=keys, **s3), Numbers().metrics)
+    with pytest.raises(ValueError, match="s3://"):
+        await open_backends(load(cache_key_file=keys, cache_s3_url="bucket"), Numbers().metrics)

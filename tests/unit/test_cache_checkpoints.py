@@ -1,0 +1,151 @@
+"""Checkpoints: which are kept, and that they come back bit for bit."""
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safelight_server.cache.checkpoints import CheckpointError, Checkpoints, Policy, dump, parse
+from safelight_server.latents import Snapshot
+
+from tests.unit.test_cache_tiers import KEYRING, Bench
+
+SHAPE = (4, 2, 2)
+
+
+def snapshot(step: int) -> Snapshot:
+    random = np.random.default_rng(step)
+    x, denoised = random.standard_normal((2, *SHAPE), dtype=np.float32)
+    return Snapshot(step, x, denoised)
+
+
+def made(policy: Policy | None = None) -> tuple[Bench, Checkpoints]:
+    bench = Bench()
+    return bench, Checkpoints(bench.tiers, KEYRING, policy or Policy())
+
+
+async def run(checkpoints: Checkpoints, num_steps: int, up_to: int | None = None) -> None:
+    for step in range(1, (up_to or num_steps) + 1):
+        if checkpoints.policy.is_due(step, num_steps):
+            assert await checkpoints.keep("acme", "e", snapshot(step), num_steps)
+
+
+@given(st.integers(0, 2**32 - 1), hnp.array_shapes(min_dims=3, max_dims=3, max_side=8), st.data())
+def test_bit_for_bit(step: int, shape: tuple[int, ...], data: st.DataObject) -> None:
+    array = hnp.arrays(np.float32, shape, elements=st.floats(width=32))
+    before = Snapshot(step, data.draw(array), data.draw(array))
+    after = parse(dump(before))
+    assert after.step == step
+    assert after.x.tobytes() == before.x.tobytes()
+    assert after.denoised.tobytes() == before.denoised.tobytes()
+    assert after.x.shape == before.x.shape and after.x.flags.writeable
+
+
+@given(st.binary(max_size=200))
+def test_other_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(CheckpointError):
+        parse(data)
+    with pytest.raises(CheckpointError):
+        parse(dump(snapshot(1)) + data[:1] + b"x")
+    with pytest.raises(CheckpointError):
+        parse(dump(snapshot(1))[: len(data)])
+
+
+@given(st.integers(1, 60), st.integers(1, 10), st.data())
+def test_while_it_runs_a_crash_costs_few_steps(num_steps: int, every: int, data: st.DataObject) -> None:
+    policy = Policy(every_n_steps=every)
+    kept: set[int] = set()
+    reached = data.draw(st.integers(0, num_steps))
+    for step in range(1, reached + 1):
+        if policy.is_due(step, num_steps):
+            kept.add(step)
+            kept -= policy.useless(kept, num_steps, ended=False)
+    assert reached - max(kept, default=0) <= every
+    assert len(kept) <= len(policy.fractions) + 1
+    assert policy.anchors(num_steps) & set(range(reached + 1)) <= kept
+    assert kept - policy.useless(kept, num_steps, ended=True) == policy.anchors(num_steps) & kept
+
+
+async def test_the_newest_and_the_one_at_or_before() -> None:
+    _, checkpoints = made()
+    await run(checkpoints, 20, up_to=16)
+    assert await checkpoints.steps("acme", "e") == [2, 4, 6, 8, 10, 15]
+    newest = await checkpoints.newest("acme", "e")
+    assert newest is not None and newest.step == 15
+    assert newest.x.tobytes() == snapshot(15).x.tobytes()
+    for step, expected in ((1, None), (2, 2), (7, 6), (14, 10), (99, 15)):
+        found = await checkpoints.at_or_before("acme", "e", step)
+        assert (found.step if found else None) == expected
+
+
+async def test_what_has_ended_keeps_only_where_others_may_start() -> None:
+    bench, checkpoints = made()
+    await run(checkpoints, 20)
+    await checkpoints.ended("acme", "e", 20)
+    assert await checkpoints.steps("acme", "e") == [2, 4, 6, 8, 10]
+    await bench.tiers.flush()
+    assert len(bench.disk.values) == 6
+
+
+async def test_another_replica_goes_on_from_the_newest() -> None:
+    bench, checkpoints = made()
+    for step in (5, 10):
+        assert await checkpoints.keep("acme", "e", snapshot(step), 20, replicate=True)
+    other = Bench()
+    other.objects.values = bench.objects.values
+    newest = await Checkpoints(other.tiers, KEYRING, Policy()).newest("acme", "e")
+    assert newest is not None and newest.step == 10
+
+
+async def test_one_who_looked_before_still_finds_the_newest() -> None:
+    bench, checkpoints = made()
+    other = Bench()
+    other.objects.values = bench.objects.values
+    follower = Checkpoints(other.tiers, KEYRING, Policy())
+    for step in (5, 15):
+        assert await checkpoints.keep("acme", "e", snapshot(step), 20, replicate=True)
+        newest = await follower.newest("acme", "e")
+        assert newest is not None and newest.step == step
+
+
+async def test_one_that_is_not_replicated_costs_no_older_one() -> None:
+    bench, checkpoints = made()
+    assert await checkpoints.keep("acme", "e", snapshot(5), 20, replicate=True)
+    bench.objects.fault = "unavailable"
+    assert not await checkpoints.keep("acme", "e", snapshot(15), 20, replicate=True)
+    bench.objects.fault = ""
+    assert await checkpoints.steps("acme", "e") == [5, 15]
+
+
+async def test_one_that_is_lost_is_passed_over() -> None:
+    bench, checkpoints = made()
+    await run(checkpoints, 20, up_to=15)
+    await bench.tiers.delete(checkpoints._key("acme", "e", 15))
+    newest = await checkpoints.newest("acme", "e")
+    assert newest is not None and newest.step == 10
+
+
+async def test_of_another_tenant_or_execution_there_is_none() -> None:
+    _, checkpoints = made()
+    await run(checkpoints, 20)
+    assert await checkpoints.newest("initech", "e") is None
+    assert await checkpoints.newest("acme", "f") is None
+
+
+async def test_a_poisoned_or_huge_latent_is_not_kept() -> None:
+    _, checkpoints = made(Policy(max_bytes=100))
+    assert not await checkpoints.keep("acme", "e", snapshot(5), 20)
+    _, checkpoints = made()
+    poisoned = snapshot(5)
+    poisoned.denoised[0, 0, 0] = np.nan
+    assert not await checkpoints.keep("acme", "e", poisoned, 20)
+    assert await checkpoints.newest("acme", "e") is None
+
+
+async def test_deleting() -> None:
+    bench, checkpoints = made()
+    await run(checkpoints, 20)
+    assert await checkpoints.delete("acme", "e")
+    await bench.tiers.flush()
+    assert not bench.disk.values
+    assert await checkpoints.newest("acme", "e") is None

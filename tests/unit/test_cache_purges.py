@@ -1,0 +1,86 @@
+"""Purges on all replicas."""
+
+import asyncio
+
+from safelight_server.cache import purges as module
+from safelight_server.cache.coordination.local import LocalCoordinator
+from safelight_server.cache.purges import Purges
+from safelight_server.cache.store.base import StoreUnavailableError
+from safelight_server.cache.store.purge import Scope
+from safelight_server.cache.store.sealed import Entry
+
+from tests.support.coordination import until
+from tests.support.stores import TTL_S, key
+from tests.unit.test_cache_purge import TENANTS, left
+from tests.unit.test_cache_tiers import KEYRING, Bench
+
+GENERATION = KEYRING.tag("generation", "generations/1")
+
+
+async def filled() -> Bench:
+    bench = Bench()
+    for number in (1, 2):
+        tag = KEYRING.tag("generation", f"generations/{number}")
+        await bench.tiers.put(key(number, TENANTS["acme"]), Entry(b"x", {}, generation=tag), TTL_S)
+    await bench.tiers.flush()
+    return bench
+
+
+async def test_every_replica_clears_its_own_tiers_also_one_that_was_away() -> None:
+    coordinator = LocalCoordinator()
+    here, there, away = [await filled() for _ in range(3)]
+    listening = [asyncio.create_task(Purges(there.tiers, coordinator).listen())]
+    report = await Purges(here.tiers, coordinator).purge(Scope(generation=GENERATION))
+    assert report.failed == []
+    listening.append(asyncio.create_task(Purges(away.tiers, coordinator).listen()))
+    for bench in (here, there, away):
+
+        async def cleared() -> bool:
+            return await left(bench.tiers) == [2]
+
+        await until(cleared)
+        assert len(bench.disk.values) == 1
+    for task in listening:
+        task.cancel()
+
+
+async def test_its_own_purge_is_not_done_twice() -> None:
+    coordinator = LocalCoordinator()
+    bench = await filled()
+    purges = Purges(bench.tiers, coordinator)
+    listening = asyncio.create_task(purges.listen())
+    await purges.purge(Scope(TENANTS["acme"] + "/"))
+    await bench.tiers.put(key(3, TENANTS["acme"]), Entry(b"x"), TTL_S)
+    await coordinator.append(module.STREAM, module.dump("other", Scope("none/")))
+    await asyncio.sleep(0.05)
+    assert await left(bench.tiers) == [3]
+    listening.cancel()
+
+
+async def test_others_that_could_not_be_told_are_named() -> None:
+    class Out(LocalCoordinator):
+        async def append(self, name: str, data: bytes) -> str:
+            raise StoreUnavailableError("out")
+
+    bench = await filled()
+    report = await Purges(bench.tiers, Out()).purge(Scope(TENANTS["acme"] + "/"))
+    assert report.failed == ["replicas"]
+    assert report.deleted["disk"] == 2
+
+
+def test_scopes_travel() -> None:
+    for scope in (Scope("ab01/"), Scope("ab01/", b"12345678"), Scope(generation=b"\0" * 8), Scope(revision=b"x" * 8)):
+        assert module.parse(module.dump("me", scope)) == ("me", scope)
+
+
+async def test_upkeep_measures_and_sweeps(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(module, "SWEEP_EVERY_S", 0.0)
+    monkeypatch.setattr(module, "MEASURE_EVERY_S", 0.001)
+    bench = await filled()
+    running = asyncio.create_task(Purges(bench.tiers, LocalCoordinator()).keep_up())
+    await until(lambda: asyncio.sleep(0, not bench.disk.values))  # the bench's clock is long before the real one
+    entries = {"tier": "disk"}
+    await until(
+        lambda: asyncio.sleep(0, bench.numbers.registry.get_sample_value("safelight_cache_entries", entries) == 0)
+    )
+    running.cancel()
