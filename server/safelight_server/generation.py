@@ -103,6 +103,7 @@ class Output:
         self.reason: FinishReason | None = None
         self.origin = Origin()
         self._counted = 0
+        self._compute_s = 0.0
         self.picture: Encoded | None = None
 
     @property
@@ -124,8 +125,14 @@ class Output:
         """Where its picture came from; None where there is none."""
         if self.reason is not FinishReason.COMPLETED:
             return None
-        if self.origin.disposition is Disposition.COALESCED:
-            return replace(self.origin, num_steps_skipped=self.step - self._counted)
+        match self.origin.disposition:
+            case Disposition.COALESCED:
+                skipped = self.step - self._counted
+                shared_s = 0.0 if self._execution is None else self._execution.compute_s - self._compute_s
+                return replace(self.origin, num_steps_skipped=skipped, compute_s_saved=max(0.0, shared_s))
+            case Disposition.LATENT | Disposition.BRANCHED:
+                pace_s = self._compute_s / max(1, self._counted)
+                return replace(self.origin, compute_s_saved=pace_s * self.origin.num_steps_skipped)
         return self.origin
 
     # --- with its execution ---
@@ -184,6 +191,7 @@ class Output:
         work.num_rows += rows
         work.num_steps += steps
         self._counted += steps
+        self._compute_s += seconds
 
     def stepped(self, step: int, batch_size: int) -> None:
         """To the generation."""
@@ -247,6 +255,7 @@ class Generation:
         self.times = Times(clock())
         self.create_time = datetime.now(UTC)
         self.finish_time: datetime | None = None
+        self.origins: tuple[Origin | None, ...] = ()
         self.outputs = [Output(self, index, seed) for index, seed in enumerate(request.spec.seeds)]
         self.grace: asyncio.TimerHandle | None = None
         self._clock = clock
@@ -393,8 +402,8 @@ class Generation:
             self.state = State.FAILED
         for stage in list(self._spans.open):
             self._spans.end(stage, self.error.reason if self.error else "")
-        origins = tuple(output.final_origin() for output in self.outputs)
-        self.log.publish(Finished(self.error, self._usage(), self._timings(), origins))
+        self.origins = tuple(output.final_origin() for output in self.outputs)
+        self.log.publish(Finished(self.error, self._usage(), self._timings(), self.origins))
         level = self._logger.error if isinstance(self.error, InternalError) else self._logger.info
         level("finished", state=self.state.name, seconds=round(self.times.ended - self.times.accepted, 3))
         self._on_end(self)

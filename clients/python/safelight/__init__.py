@@ -6,6 +6,7 @@ async with safelight.Client("127.0.0.1:8421") as client:
 """
 
 from safelight.client import Client, Finished, GenerationError, Picture, Preview, Progress
+from safelight.v1.cache_pb2 import GetCacheStatsResponse, PurgeCacheResponse
 from safelight.v1.generation_pb2 import CachePolicy, PixelEncoding, PreviewPolicy
 
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
     "Client",
     "Finished",
     "GenerationError",
+    "GetCacheStatsResponse",
     "Picture",
     "PixelEncoding",
     "Preview",
     "PreviewPolicy",
     "Progress",
+    "PurgeCacheResponse",
 ]

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from safelight_server.cache.store.keyring import Keyring
+from safelight_server.cache.store.purge import Scope
 from safelight_server.cache.store.sealed import Entry
 from safelight_server.cache.store.tiers import Tiers
 from safelight_server.latents import Snapshot
@@ -178,6 +179,12 @@ class Checkpoints:
         keys.append(self._key(tenant, execution, "steps"))
         self._lists.pop(keys[-1], None)
         return all([await self._tiers.delete(key) for key in keys])
+
+    async def forget(self, scope: Scope) -> None:
+        """Lists nothing any more of a tenant that was purged; other lists lead to entries that are not there."""
+        if scope.by_name:
+            for key in [key for key in self._lists if key.startswith(scope.prefix)]:
+                del self._lists[key]
 
     async def _steps(self, tenant: str, execution: str) -> set[int]:
         key = self._key(tenant, execution, "steps")

@@ -17,6 +17,7 @@ from safelight_server.cache.guard import Guard
 from safelight_server.cache.lsh import BucketStore, Signatures, SimilarIndex
 from safelight_server.cache.pictures import Kept, Pictures
 from safelight_server.cache.spaces import OutputName, Space
+from safelight_server.cache.store.purge import Owner, Scope
 from safelight_server.catalog import Pipeline
 from safelight_server.request import PixelEncoding
 
@@ -48,9 +49,13 @@ class SimilarPictures:
         self._indexes: OrderedDict[tuple[str, str], SimilarIndex] = OrderedDict()
         self._guards: dict[str, Guard] = {}
 
-    async def add(self, name: OutputName, pipeline: Pipeline, vector: Floats) -> None:
+    async def add(self, name: OutputName, pipeline: Pipeline, vector: Floats, owner: Owner) -> None:
         """A finished picture is there for prompts like its own."""
-        await self._index(name.space, pipeline, len(vector)).add(name.comparable, name.exact, vector)
+        await self._index(name.space, pipeline, len(vector)).add(name.comparable, _item(name, owner), vector)
+
+    async def forget(self, scope: Scope) -> None:
+        """Finds nothing any more of what was purged."""
+        await self._store.discard(lambda item: scope.includes(_owner(item)))
 
     async def find(
         self,
@@ -64,7 +69,7 @@ class SimilarPictures:
         """The most similar picture that may answer `prompt`, if there is one."""
         index, guard = self._index(name.space, pipeline, len(vector)), self._guard(pipeline)
         for match in await index.search(name.comparable, vector, min_similarity, NUM_CANDIDATES):
-            source = replace(name, exact=match.item)
+            source = replace(name, exact=_exact(match.item))
             facts = await self._pictures.facts(source)
             if facts is None:
                 await index.remove(match.item)  # no tier has it any more
@@ -91,3 +96,17 @@ class SimilarPictures:
         if pipeline.digest not in self._guards:
             self._guards[pipeline.digest] = Guard(pipeline.manifest.guard)
         return self._guards[pipeline.digest]
+
+
+def _item(name: OutputName, owner: Owner) -> str:
+    """An item tells its picture and whose it is, so that any store of buckets can purge."""
+    return f"{name.exact} {owner.prefix} {owner.revision.hex()} {owner.generation.hex()}"
+
+
+def _exact(item: str) -> str:
+    return item.partition(" ")[0]
+
+
+def _owner(item: str) -> Owner:
+    _, prefix, revision, generation = item.split(" ")
+    return Owner(prefix, bytes.fromhex(revision), bytes.fromhex(generation))
