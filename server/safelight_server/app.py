@@ -157,10 +157,15 @@ def _build_cache(
 ) -> tuple[Cache, Purges]:
     tiers, keyring, ttl_s = backends.tiers, backends.keyring, settings.cache_ttl_s
     bands = Bands()
-    policy = Policy(settings.checkpoint_every_n_steps, bands.fractions, ttl_s=ttl_s)
+    often = (
+        0 if settings.redis_url is None else settings.checkpoint_every_n_steps
+    )  # alone, nobody could go on from them
+    policy = Policy(often, bands.fractions, ttl_s=ttl_s)
     checkpoints = Checkpoints(tiers, keyring, policy)
     pictures = Pictures(tiers, keyring, pool, ttl_s)
-    similar = SimilarPictures(pictures, MemoryBuckets(settings.cache_similar_items), metrics.cache.rejected)
+    similar = SimilarPictures(
+        pictures, MemoryBuckets(settings.cache_similar_items), settings.cache_latent_items, metrics.cache.rejected
+    )
     starts = Starts(checkpoints, bands, LeastBenefit(settings.cache_latent_bytes), settings.cache_latent_items)
     spaces = Spaces(keyring, settings.cache_pools)
     prompts = Prompts(tiers, engine.encode, ttl_s)

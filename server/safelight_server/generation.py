@@ -104,6 +104,7 @@ class Output:
         self.origin = Origin()
         self._counted = 0
         self._compute_s = 0.0
+        self._others_s = 0.0
         self.picture: Encoded | None = None
 
     @property
@@ -128,8 +129,7 @@ class Output:
         match self.origin.disposition:
             case Disposition.COALESCED:
                 skipped = self.step - self._counted
-                shared_s = 0.0 if self._execution is None else self._execution.compute_s - self._compute_s
-                return replace(self.origin, num_steps_skipped=skipped, compute_s_saved=max(0.0, shared_s))
+                return replace(self.origin, num_steps_skipped=skipped, compute_s_saved=self._others_s)
             case Disposition.LATENT | Disposition.BRANCHED:
                 pace_s = self._compute_s / max(1, self._counted)
                 return replace(self.origin, compute_s_saved=pace_s * self.origin.num_steps_skipped)
@@ -208,7 +208,8 @@ class Output:
 
     def developed(self, picture: Developed) -> None:
         """To the generation."""
-        self._execution = None
+        execution, self._execution = self._execution, None
+        self._others_s = 0.0 if execution is None else max(0.0, execution.compute_s - self._compute_s)
         self._generation.on_developed(self, picture)
 
     def failed(self, error: SafelightError) -> None:

@@ -153,10 +153,10 @@ class Cache:
         """
         name, pipeline, steps = wanted.name, wanted.pipeline, wanted.spec.num_inference_steps
         await self._pictures.keep(name, picture.pixels, self._facts(wanted, compute_s))
-        await self.checkpoints.ended(name.space.name, name.exact, steps)
+        await self.checkpoints.ended(name.space.name, name.exact, steps, self._owner(wanted))
         vector = await self._vector(wanted)
         if vector is not None:
-            await self._similar.add(name, pipeline, vector, self._owner(wanted))
+            await self._similar.add(name, pipeline, wanted.spec.prompt, vector, self._owner(wanted))
             await self._starts.add(name, pipeline, vector, self._owner(wanted), steps, num_bytes)
 
     async def keep_as_similar(self, wanted: Wanted, picture: Developed, compute_s: float) -> None:
@@ -165,7 +165,7 @@ class Cache:
         vector = await self._vector(wanted)
         if vector is not None:
             await self._pictures.keep(name, picture.pixels, self._facts(wanted, compute_s))
-            await self._similar.add(name, wanted.pipeline, vector, self._owner(wanted))
+            await self._similar.add(name, wanted.pipeline, wanted.spec.prompt, vector, self._owner(wanted))
 
     def _facts(self, wanted: Wanted, compute_s: float) -> Facts:
         spec = wanted.spec

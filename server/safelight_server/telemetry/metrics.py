@@ -114,6 +114,7 @@ class TierMetrics:
     """What the tiers of the caches do; `tier` is memory, disk, redis or objects."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self._got: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
         self._gets = Counter("safelight_cache_gets", "Lookups in a tier", ["tier", "outcome"], registry=registry)
         self._seconds = Histogram(
             "safelight_cache_get_seconds", "Time of lookups in a tier", ["tier"], buckets=TIER_S, registry=registry
@@ -138,8 +139,11 @@ class TierMetrics:
 
     def got(self, tier: str, outcome: str, seconds: float) -> None:
         """A lookup came back: hit, miss, expired, corrupt or unreadable."""
-        self._gets.labels(tier, outcome).inc()
-        self._seconds.labels(tier).observe(seconds)
+        at = (tier, outcome)
+        if (resolved := self._got.get(at)) is None:
+            resolved = self._got[at] = (self._gets.labels(*at), self._seconds.labels(tier))
+        resolved[0].inc()
+        resolved[1].observe(seconds)
 
     def error(self, tier: str, reason: str) -> None:
         """A tier was skipped: unavailable, left_alone, full or too_large."""
