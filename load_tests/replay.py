@@ -6,7 +6,7 @@
 
 Requests are sent in the order of the trace, several at a time, each when the one
 before it in its session is done; think times are left out. Writes what was
-served to out/replay, for `load_tests.judge`, and prints shares and rates.
+served to out/replay, for `training.judge`, and prints shares and rates.
 """
 
 from __future__ import annotations

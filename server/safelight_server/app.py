@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -36,10 +36,12 @@ from safelight_server.catalog import Catalog
 from safelight_server.engine import Engine
 from safelight_server.generations import Generations
 from safelight_server.identity import Identity
+from safelight_server.quota import StreamQuota
 from safelight_server.resolve import RequestLimits
-from safelight_server.runtime.base import Runtime
+from safelight_server.runtime.base import Runtime, RuntimeStartError
 from safelight_server.runtime.onnx import OnnxRuntime
 from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
+from safelight_server.runtime.triton import TritonOptions, TritonRuntime
 from safelight_server.scheduler import Priority
 from safelight_server.service import CACHE_SERVICE, GENERATION_SERVICE, MODEL_SERVICE, Service
 from safelight_server.settings import Settings, is_loopback
@@ -49,6 +51,7 @@ log = structlog.get_logger(__name__)
 
 REQUEST_BYTES = 64 << 10
 """Room for all of a request but its prompts."""
+HEALTH_PERIOD_S = 0.25
 GRPC_OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
     ("grpc.keepalive_time_ms", 20_000),
@@ -72,6 +75,7 @@ class Running:
     runtime: Runtime
     cache: Cache
     generations: Generations
+    streams: StreamQuota
     drain: Callable[[float], asyncio.Task[None]]
 
 
@@ -83,6 +87,17 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
         )
         return Catalog([simulated_pipeline()]), runtime
     catalog = catalogs.load(settings.models_dir, settings.default_model)
+    if settings.runtime == "triton":
+        options = TritonOptions(
+            urls=settings.triton_urls,
+            shared_memory=settings.triton_shared_memory,
+            calls_each=settings.triton_instances,
+            timeout_factor=settings.triton_timeout_factor,
+            timeout_floor_s=settings.triton_timeout_floor_s,
+            probe_max_s=settings.triton_probe_max_s,
+            start_s=settings.triton_start_s,
+        )
+        return catalog, TritonRuntime(catalog, options)
     return catalog, OnnxRuntime(catalog, settings.num_instances)
 
 
@@ -90,10 +105,13 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
 async def serving(settings: Settings) -> AsyncIterator[Running]:
     """Serves while the block runs; on leaving, whatever is left ends."""
     clock = time.monotonic
-    metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio)
+    metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio, settings.otlp_header_pairs)
     identity = Identity(settings.api_key_file, all_admins=is_loopback(settings.host))
     catalog, runtime = build_runtime(settings)
-    await runtime.start()
+    try:
+        await runtime.start()
+    except RuntimeStartError as error:
+        raise StartError(str(error)) from None
     pool = ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))), thread_name_prefix="pixels")
     engine = Engine(
         runtime,
@@ -101,13 +119,17 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         metrics,
         max_running=settings.max_running_outputs,
         preview_share=settings.preview_share,
+        runtime_wait_s=settings.runtime_wait_s,
+        runtime_grace_s=settings.runtime_grace_s,
+        tracer=tracer,
     )
     backends = await open_backends(settings, metrics.tiers)
     cache, purges = _build_cache(settings, backends, engine, pool, metrics)
     caches = CacheAdmin(cache.spaces, backends.keyring, backends.tiers, purges, metrics)
-    generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics, tracer)
+    generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics)
     limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
-    service = Service(identity, catalog, runtime, generations, caches, limits, metrics, tracer)
+    quota = StreamQuota(settings.max_streams_per_caller)
+    service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
     _watch_queue(metrics, engine)
 
     largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four bytes a character
@@ -124,9 +146,11 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     for name in ("", *services):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     background = [asyncio.create_task(work) for work in (generations.tick(), purges.keep_up(), purges.listen())]
+    following = asyncio.create_task(_follow_health(health_servicer, ("", *services), engine))
 
     async def drain(grace_s: float) -> None:
         log.info("draining", grace_s=grace_s)
+        following.cancel()
         await health_servicer.enter_graceful_shutdown()
         await generations.drain(grace_s)
         await server.stop(1.0)
@@ -139,7 +163,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         return draining[0]
 
     try:
-        yield Running(address, catalog, runtime, cache, generations, start_drain)
+        yield Running(address, catalog, runtime, cache, generations, quota, start_drain)
     finally:
         await start_drain(0.0)
         for task in background:
@@ -149,7 +173,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         await backends.close()
         await runtime.close()
         pool.shutdown()
-        tracer.close()
+        await asyncio.to_thread(tracer.close)
 
 
 def _build_cache(
@@ -157,9 +181,8 @@ def _build_cache(
 ) -> tuple[Cache, Purges]:
     tiers, keyring, ttl_s = backends.tiers, backends.keyring, settings.cache_ttl_s
     bands = Bands()
-    often = (
-        0 if settings.redis_url is None else settings.checkpoint_every_n_steps
-    )  # alone, nobody could go on from them
+    alone = settings.redis_url is None  # then nobody could go on from where it stopped
+    often = 0 if alone else settings.checkpoint_every_n_steps
     policy = Policy(often, bands.fractions, ttl_s=ttl_s)
     checkpoints = Checkpoints(tiers, keyring, policy)
     pictures = Pictures(tiers, keyring, pool, ttl_s)
@@ -171,6 +194,19 @@ def _build_cache(
     prompts = Prompts(tiers, engine.encode, ttl_s)
     cache = Cache(spaces, pictures, prompts, checkpoints, similar, starts, metrics.cache)
     return cache, Purges(tiers, backends.coordinator, (similar, starts, checkpoints))
+
+
+async def _follow_health(servicer: health.aio.HealthServicer, names: Sequence[str], engine: Engine) -> None:
+    """Says NOT_SERVING while nothing has been there to execute models for longer than the grace; forever."""
+    said = health_pb2.HealthCheckResponse.SERVING
+    while True:
+        status = health_pb2.HealthCheckResponse
+        now = status.NOT_SERVING if engine.outage.beyond_grace else status.SERVING
+        if now is not said:
+            for name in names:
+                await servicer.set(name, now)
+            said = now
+        await asyncio.sleep(HEALTH_PERIOD_S)
 
 
 def _watch_queue(metrics: Metrics, engine: Engine) -> None:

@@ -13,7 +13,7 @@ import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
-from safelight import Client, GenerationError, GetCacheStatsResponse, PurgeCacheResponse
+from safelight import Branch, CacheMode, Client, GenerationError, GetCacheStatsResponse, PurgeCacheResponse
 from safelight_server import bench as benches
 from safelight_server import demo as demos
 from safelight_server import repository as repositories
@@ -50,6 +50,7 @@ def serve_command(
     insecure: Annotated[bool, typer.Option(help=Settings.model_fields["insecure"].description)] = False,
     models_dir: Annotated[Path | None, typer.Option(help=Settings.model_fields["models_dir"].description)] = None,
     runtime: Annotated[str | None, typer.Option(help=Settings.model_fields["runtime"].description)] = None,
+    triton_url: Annotated[str | None, typer.Option(help=Settings.model_fields["triton_url"].description)] = None,
     num_instances: Annotated[int | None, typer.Option(help=Settings.model_fields["num_instances"].description)] = None,
     api_key_file: Annotated[Path | None, typer.Option(help=Settings.model_fields["api_key_file"].description)] = None,
     metrics_port: Annotated[int | None, typer.Option(help=Settings.model_fields["metrics_port"].description)] = None,
@@ -62,6 +63,7 @@ def serve_command(
         insecure=insecure or None,
         models_dir=models_dir,
         runtime=runtime,
+        triton_url=triton_url,
         num_instances=num_instances,
         api_key_file=api_key_file,
         metrics_port=metrics_port,
@@ -85,6 +87,8 @@ def _summary(running: Running, settings: Settings) -> None:
     console.print(table)
 
 
+MAX_STEP = 2**31 - 1
+"""What the field of a step holds; the server has the real limit."""
 MEDIA_TYPES = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
@@ -99,6 +103,8 @@ def generate(
     negative_prompt: Annotated[str, typer.Option("--negative", help="What guidance leads away from.")] = "",
     model: Annotated[str, typer.Option(help="Id of the model.")] = "",
     timeout_s: Annotated[float | None, typer.Option("--timeout", min=0.001, help="Deadline in seconds.")] = None,
+    cache: Annotated[CacheMode, typer.Option(help="What may serve it beside its own development.")] = "default",
+    branch: Annotated[str, typer.Option(metavar="generations/ID@STEP", help="Where to start from.")] = "",
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
 ) -> None:
@@ -106,13 +112,34 @@ def generate(
     media_type = MEDIA_TYPES.get(out.suffix.lstrip(".").lower())
     if media_type is None:
         raise Fault(f"--out {out}: the ending must be .png, .jpg or .webp")
-    order = demos.Order(prompt, seed, steps, guidance_scale, sampler, negative_prompt, model, media_type, timeout_s)
-    picture, figures = _run(demos.generate_one(target, api_key, order, console))
+    order = demos.Order(
+        prompt,
+        seed,
+        steps,
+        guidance_scale,
+        sampler,
+        negative_prompt,
+        model,
+        media_type,
+        timeout_s,
+        cache,
+        _branch(branch) if branch else None,
+    )
+    picture, developed = _run(demos.generate_one(target, api_key, order, console))
     try:
         out.write_bytes(picture.data)
     except OSError as error:
         raise Fault(f"{out}: {error.strerror}") from None
-    console.print(f"{out}  {picture.width_px}x{picture.height_px}  seed {picture.seed}  {figures}")
+    size = f"{picture.width_px}x{picture.height_px}"
+    console.print(f"{out}  {size}  seed {picture.seed}  {developed.figures()}", highlight=False, soft_wrap=True)
+    console.print(developed.origin(), highlight=False, soft_wrap=True)
+
+
+def _branch(text: str) -> Branch:
+    generation, _, step = text.partition("@")
+    if not step.isdecimal():
+        raise Fault(f"--branch {text}: must be generations/ID@STEP")
+    return Branch(generation=generation, step=min(int(step), MAX_STEP))
 
 
 @app.command()

@@ -5,7 +5,8 @@ generations: it reports to an `OutputListener` per output. `batches.py` has the
 tensors.
 
 Invariants: an instance runs one batch at a time; an output that was cancelled,
-suspended or has expired is in no later batch; every output that was submitted
+suspended or has expired is in no later batch; a batch whose instance was lost
+is run again elsewhere, from the same step; every output that was submitted
 ends in exactly one of `decoded`, `failed`, `expired`, or by `cancel` or
 `suspend`. Runs on one event loop and takes no locks; the work between a
 batch's return and the next dispatch is the critical path and is counted. So
@@ -18,18 +19,20 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from contextvars import Context
 from dataclasses import dataclass
-from typing import Protocol
 
 import structlog
 from safelight_server.attempts import Attempts
 from safelight_server.batches import Batches, Call, Flight, Preview
 from safelight_server.catalog import Pipeline
 from safelight_server.errors import InternalError, SafelightError, UnavailableError
+from safelight_server.jobs import Job, OutputListener
 from safelight_server.latents import Snapshot
-from safelight_server.runtime.base import Component, FloatArray, Runtime, RuntimeFailure
-from safelight_server.sampler import SamplerTable
+from safelight_server.outage import Outage, no_runtime
+from safelight_server.runtime.base import Component, Fault, FloatArray, Runtime, RuntimeFailure
 from safelight_server.scheduler import (
     Batch,
     Decoded,
@@ -45,77 +48,18 @@ from safelight_server.scheduler import (
     Scheduler,
     Stepped,
 )
-from safelight_server.telemetry import Metrics
+from safelight_server.telemetry import UNTRACED, Metrics, Tracing, Trail, tracing
+from safelight_server.telemetry.trail import NO_CALL
 
 log = structlog.get_logger(__name__)
 
+TURNS = 3
+"""Of the event loop until a call that was dispatched has left: its own task's, the runtime's and gRPC's."""
 COMPONENTS = {
     Kind.ENCODE: Component.TEXT_ENCODER,
     Kind.DENOISE: Component.DENOISER,
     Kind.DECODE: Component.DECODER,
 }
-
-
-class OutputListener(Protocol):
-    """Hears what becomes of one output. Called on the event loop; must not block or raise."""
-
-    def started(self) -> None:
-        """Its first denoiser batch is on its way."""
-
-    def computed(self, seconds: float, rows: int) -> None:
-        """It was in a batch: its share of the time, and denoiser rows."""
-
-    def stepped(self, step: int, batch_size: int) -> None:
-        """`step` steps are made; the last call was shared by `batch_size` outputs."""
-
-    def wants_frame(self, step: int) -> bool:
-        """Whether someone would take a preview of this step: only then is `frame` called."""
-
-    def frame(self, step: int, denoised: FloatArray) -> None:
-        """The denoised estimate (C, h, w) after `step` steps; the listener's own copy."""
-
-    def wants_checkpoint(self, step: int) -> bool:
-        """Whether the state after this step is to be kept: only then is `checkpoint` called."""
-
-    def checkpoint(self, snapshot: Snapshot) -> None:
-        """The state after `snapshot.step` steps; the listener's own copy."""
-
-    def encoded(self, row: int, embedding: FloatArray) -> None:
-        """The embedding (T, D) of one of its prompts, `token_ids[row]`, was computed."""
-
-    def decoded(self, image: FloatArray) -> None:
-        """The finished picture (3, H, W) in [-1, 1], unclamped. The output has ended."""
-
-    def failed(self, error: SafelightError) -> None:
-        """The output has ended without a picture."""
-
-    def expired(self) -> None:
-        """Its deadline has passed. The output has ended without a picture."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One output to develop.
-
-    Attributes:
-        token_ids: of the prompt and, with guidance, of the negative prompt; each (T,).
-        deadline: on the engine's clock.
-        start: where it stopped, when it goes on after `suspend`; or where it begins in place of noise.
-        embeddings: of `token_ids`, (T, D), where they are known already; may be shorter.
-    """
-
-    output_id: int
-    caller: str
-    priority: Priority
-    pipeline: Pipeline
-    latent_shape: tuple[int, int, int]
-    table: SamplerTable
-    seed: int
-    guidance_scale: float
-    token_ids: tuple[tuple[int, ...], ...]
-    deadline: float | None = None
-    start: Snapshot | None = None
-    embeddings: tuple[FloatArray | None, ...] = ()
 
 
 @dataclass(slots=True)
@@ -132,6 +76,8 @@ class Engine:
         clock: monotonic seconds.
         max_running: outputs that take steps at once.
         preview_share: of instance time that previews may take from other work.
+        runtime_wait_s: how long an output without a deadline waits while no instance is live.
+        runtime_grace_s: how long new work is taken while no instance is live.
     """
 
     def __init__(
@@ -142,14 +88,18 @@ class Engine:
         *,
         max_running: int,
         preview_share: float = 0.1,
+        runtime_wait_s: float = 60.0,
+        runtime_grace_s: float = 5.0,
+        tracer: Tracing = UNTRACED.tracing,
     ) -> None:
         self._runtime = runtime
         self._clock = clock
         self._metrics = metrics
+        self._tracing = tracer
         self._batches = Batches(max_running * 2 + runtime.num_instances * 128)
         self._entries: dict[int, _Entry] = {}
         self._attempts = Attempts()
-        self._live = frozenset(range(runtime.num_instances))
+        self._instances = frozenset(range(runtime.num_instances))
         self._busy: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._expiry: asyncio.TimerHandle | None = None
@@ -157,6 +107,9 @@ class Engine:
         self._asked: dict[str, asyncio.Future[FloatArray]] = {}
         limits = Limits(max_running, self._max_rows, runtime.num_instances, preview_share)
         self.scheduler = Scheduler(limits, self)
+        self.outage = Outage(clock, runtime_wait_s, runtime_grace_s, self._strand)
+        runtime.watch(self._instances_changed)
+        self._instances_changed()
 
     # --- what the scheduler asks ---
 
@@ -190,6 +143,8 @@ class Engine:
             output.first_step,
         )
         self._entries[job.output_id] = _Entry(listener)
+        if job.deadline is None:
+            self.outage.wait_for(job.output_id)
         self.scheduler.add(output, self._clock())
         self._pump()
 
@@ -223,6 +178,10 @@ class Engine:
         """Changes the class and the deadline of an output. Unknown ids are ignored."""
         self.scheduler.set_priority(output_id, priority)
         self.scheduler.set_deadline(output_id, deadline)
+        if deadline is None and output_id in self._entries:
+            self.outage.wait_for(output_id)
+        else:
+            self.outage.forget(output_id)
         self._pump()
 
     def suspend(self, output_id: int) -> Snapshot | None:
@@ -247,7 +206,9 @@ class Engine:
         key = self._batches.key(flight.pipeline, component, flight.latent_shape)
         if (older := flight.previews.get(key)) is not None:
             older.image.set_result(None)
-        pending = flight.previews[key] = Preview(denoised, asyncio.get_running_loop().create_future())
+        pending = flight.previews[key] = Preview(
+            denoised, asyncio.get_running_loop().create_future(), tracing.current()
+        )
         self.scheduler.want_preview(output_id, key)
         self._pump()
         return await pending.image
@@ -264,22 +225,18 @@ class Engine:
         if (future := self._asked.get(name)) is None:
             future = self._asked[name] = asyncio.get_running_loop().create_future()
             self._batches.token_ids[name] = tuple(token_ids)
+            self.outage.wait_for(name)
             self._apply(self.scheduler.want_embedding(name, key))
             self._pump()
         return await asyncio.shield(future)
 
-    def set_instances(self, live: Collection[int]) -> None:
-        """Which instances of the runtime are live now; batches in flight on others come back or fail by themselves."""
-        self._live = frozenset(live)
-        self.scheduler.set_instances(len(self._live))
-        self._pump()
-
     def load(self) -> float:
         """Running outputs for each live instance: 0 idle, 1 all busy, more share calls."""
-        return self.scheduler.num_running / max(1, len(self._live))
+        return self.scheduler.num_running / max(1, self._runtime.num_live)
 
     async def close(self) -> None:
         """Waits for the batches in flight."""
+        self.outage.close()
         if self._expiry is not None:
             self._expiry.cancel()
         while self._tasks:
@@ -292,8 +249,8 @@ class Engine:
         self._apply(self.scheduler.expire(now))
         self._dispatch(now)
         self._watch_deadline(now)
-        if self._untold:  # after the batches that were just dispatched have started
-            asyncio.get_running_loop().call_soon(self._tell)
+        if self._untold:  # after the calls that were just dispatched have left
+            self._tell_after(TURNS)
 
     def _watch_deadline(self, now: float) -> None:
         """Comes back when the next deadline has passed; a timer that rings too early sets itself again."""
@@ -313,17 +270,40 @@ class Engine:
 
     def _dispatch(self, now: float, *, full_only: bool = False) -> None:
         """Hands every free instance to the scheduler and starts the batches that it returns."""
-        free = sorted(self._live - self._busy)
+        free = self._runtime.usable(self._instances - self._busy)
         if not free and full_only:
             return
         for batch in self.scheduler.schedule(now, free, full_only=full_only):
             self._busy.add(batch.instance)
             call = self._batches.gather(batch)
-            task = asyncio.create_task(self._run(batch, call))
+            spans = (
+                self._batches.spans(batch, call, self._runtime.name, self._trails)
+                if self._tracing.num_trails
+                else NO_CALL
+            )
+            task = asyncio.create_task(self._run(batch, call, spans), context=Context())  # it works for many
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             if batch.kind is Kind.DENOISE:
                 self._announce(batch)
+
+    def _trails(self, output_id: int) -> Sequence[Trail]:
+        return self._entries[output_id].listener.trails()
+
+    def _instances_changed(self) -> None:
+        """Instances came or went; batches in flight on those that went fail by themselves."""
+        self.scheduler.set_instances(self._runtime.num_live)
+        self.outage.changed(self._runtime.num_live)
+        self._pump()
+
+    def _strand(self, who: int | str) -> None:
+        """Ends an output, or the wait for an embedding, for which no instance came back."""
+        if isinstance(who, str):
+            self._refuse(self._asked[who], no_runtime())
+            return
+        self._apply(self.scheduler.cancel(who))
+        self._later(functools.partial(self._forget(who).failed, no_runtime()))
+        self._pump()
 
     def _announce(self, batch: Batch) -> None:
         for row in batch.rows:
@@ -332,11 +312,12 @@ class Engine:
                 entry.started = True
                 self._later(entry.listener.started)
 
-    async def _run(self, batch: Batch, call: Call) -> None:
+    async def _run(self, batch: Batch, call: Call, spans: AbstractContextManager[object]) -> None:
         """One batch, from its inputs to the dispatch of those that it made possible."""
-        began = self._clock()
+        began, at = self._clock(), call.key
         try:
-            results = await self._runtime.run(batch.instance, call.key.pipeline.name, call.key.component, call.inputs)
+            with spans:
+                results = await self._runtime.run(batch.instance, at.pipeline.name, at.component, call.inputs)
         except RuntimeFailure as failure:
             self._tell()
             self._busy.discard(batch.instance)
@@ -374,11 +355,10 @@ class Engine:
 
     def _fail(self, batch: Batch, failure: RuntimeFailure) -> None:
         log.warning("batch_failed", kind=batch.kind.value, key=batch.key, rows=len(batch.rows), error=str(failure))
-        given_up = self._attempts.failed(batch, retryable=failure.retryable)
+        given_up = self._attempts.failed(batch, failure.fault, retryable=failure.retryable)
         error = UnavailableError("the runtime failed; try again", reason="RUNTIME_FAILED", retry_after_s=1.0)
-        self._apply(
-            self.scheduler.fail(batch.batch_id, given_up), error=error if failure.retryable else InternalError()
-        )
+        events = self.scheduler.fail(batch.batch_id, given_up, suspect=failure.fault is not Fault.NOBODY)
+        self._apply(events, error=error if failure.retryable else InternalError())
 
     def _apply(self, events: Sequence[Event], batch_size: int = 0, error: SafelightError | None = None) -> None:
         """Carries out what became true."""
@@ -399,18 +379,25 @@ class Engine:
                 case Failed():
                     self._later(functools.partial(self._forget(event.output_id).failed, error or InternalError()))
                 case Expired():
-                    self._later(self._forget(event.output_id).expired)
+                    listener = self._forget(event.output_id)
+                    in_outage = functools.partial(listener.failed, no_runtime())
+                    self._later(in_outage if self.outage.is_on else listener.expired)
 
     def _answer(self, event: Encoded) -> None:
         """Those who asked for an embedding itself."""
+        self.outage.forget(event.conditioning_id)
         future = self._asked.pop(event.conditioning_id)
         if future.done():
             return
         if event.failed:
-            future.set_exception(UnavailableError("the prompt could not be encoded; try again", retry_after_s=1.0))
-            future.exception()  # whoever asked may have gone
+            self._refuse(future, UnavailableError("the prompt could not be encoded; try again", retry_after_s=1.0))
         else:
             future.set_result(self._batches.embedding(event.conditioning_id))
+
+    @staticmethod
+    def _refuse(future: asyncio.Future[FloatArray], error: SafelightError) -> None:
+        future.set_exception(error)
+        future.exception()  # whoever asked may have gone
 
     def _advance(self, stepped: Sequence[Stepped], batch_size: int) -> None:
         began = self._clock()
@@ -426,6 +413,7 @@ class Engine:
     def _forget(self, output_id: int) -> OutputListener:
         self._batches.forget(output_id)
         self._attempts.forget(output_id)
+        self.outage.forget(output_id)
         return self._entries.pop(output_id).listener
 
     # --- what listeners hear ---
@@ -433,6 +421,12 @@ class Engine:
     def _later(self, report: Callable[[], None]) -> None:
         """Tells a listener after the next dispatch; `_pump` follows."""
         self._untold.append(report)
+
+    def _tell_after(self, turns: int) -> None:
+        if turns:
+            asyncio.get_running_loop().call_soon(self._tell_after, turns - 1)
+        else:
+            self._tell()
 
     def _tell(self) -> None:
         while self._untold:

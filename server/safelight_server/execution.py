@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Protocol
 
 import structlog
-from safelight_server.engine import Engine, Job
+from safelight_server.engine import Engine
 from safelight_server.errors import InternalError, SafelightError
+from safelight_server.jobs import Job
 from safelight_server.latents import Snapshot
 from safelight_server.picture import Developed
 from safelight_server.pipeline import to_pixels
 from safelight_server.preview import Frame, Renderer
 from safelight_server.runtime.base import Component, FloatArray
 from safelight_server.scheduler import Priority
+from safelight_server.telemetry import Trail
 
 log = structlog.get_logger(__name__)
 
@@ -42,6 +44,10 @@ class Member(Protocol):
     @property
     def deadline(self) -> float | None:
         """Of its generation, on the engine's clock."""
+
+    @property
+    def trail(self) -> Trail | None:
+        """Where it is in the trace of its generation; None: that is not traced."""
 
     def started(self) -> None:
         """The first batch is, or was, on its way."""
@@ -203,7 +209,11 @@ class Execution:
     async def _decode(self, denoised: FloatArray, component: Component) -> FloatArray | None:
         return await self._engine.preview(self.job.output_id, denoised, component)
 
-    # --- what the engine reports ---
+    # --- what the engine asks and reports ---
+
+    def trails(self) -> Sequence[Trail]:
+        """Of all members that are traced."""
+        return [member.trail for member in self._members if member.trail is not None]
 
     def started(self) -> None:
         """To all members."""

@@ -11,11 +11,10 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import structlog
-from opentelemetry.trace import Span
 from safelight_server.errors import (
     DeadlineExceededError,
     GenerationCancelledError,
@@ -43,7 +42,7 @@ from safelight_server.preview import Frame
 from safelight_server.request import Request
 from safelight_server.scheduler import Priority
 from safelight_server.stream import EventLog
-from safelight_server.telemetry import tracing
+from safelight_server.telemetry import Stage, Trail, tracing
 
 log = structlog.get_logger(__name__)
 
@@ -67,22 +66,6 @@ class Times:
     ended: float | None = None
 
 
-@dataclass(slots=True)
-class _Spans:
-    """The stages' spans; a stage that has not begun has none."""
-
-    tracing: tracing.Tracing
-    parent: Span
-    open: dict[str, Span] = field(default_factory=dict)
-
-    def begin(self, stage: str, **attributes: str | int | float) -> None:
-        self.open[stage] = self.tracing.span(stage, self.parent, (), **attributes)
-
-    def end(self, stage: str, error: str = "") -> None:
-        if (span := self.open.pop(stage, None)) is not None:
-            tracing.end(span, error)
-
-
 class Output:
     """One picture of a generation; a member of the execution that develops it.
 
@@ -91,6 +74,7 @@ class Output:
         step: steps made.
         reason: why it ended; None before.
         origin: where its picture comes from.
+        trail: where it is in the generation's trace, once accepted, if that is recorded.
     """
 
     def __init__(self, generation: Generation, index: int, seed: int) -> None:
@@ -106,6 +90,7 @@ class Output:
         self._compute_s = 0.0
         self._others_s = 0.0
         self.picture: Encoded | None = None
+        self.trail: Trail | None = None
 
     @property
     def priority(self) -> Priority:
@@ -137,6 +122,12 @@ class Output:
 
     # --- with its execution ---
 
+    def follow(self, stage: Stage) -> None:
+        """Is on its way from here on, in the trace of its generation's `stage` if that is recorded."""
+        if stage.recorded:
+            disposition = {"safelight.disposition": self.origin.disposition.value}
+            self.trail = Trail(stage, {"safelight.output": self.index, "safelight.seed": str(self.seed), **disposition})
+
     def enter(self, execution: Execution) -> None:
         """Becomes a member."""
         self._execution = execution
@@ -150,12 +141,16 @@ class Output:
         """Stops wanting it, for a while."""
         if self._execution is not None and not self._away:
             self._away = True
+            if self.trail is not None:
+                self.trail.suspend()
             self._execution.leave(self, back=True)
 
     def resume(self) -> None:
         """Wants it again."""
         if self._execution is not None and self._away:
             self._away = False
+            if self.trail is not None:
+                self.trail.resume()
             self._execution.join(self, again=True)
 
     def leave(self) -> None:
@@ -210,6 +205,8 @@ class Output:
         """To the generation."""
         execution, self._execution = self._execution, None
         self._others_s = 0.0 if execution is None else max(0.0, execution.compute_s - self._compute_s)
+        if self.trail is not None:
+            self.trail.developed()
         self._generation.on_developed(self, picture)
 
     def failed(self, error: SafelightError) -> None:
@@ -227,6 +224,7 @@ class Generation:
     """See the module.
 
     Args:
+        stage: of the call that began it; outlived where that ends first.
         deadline: on the engine's clock.
         on_end: called once, after Finished.
     """
@@ -238,8 +236,7 @@ class Generation:
         request: Request,
         events: EventLog,
         clock: Callable[[], float],
-        tracer: tracing.Tracing,
-        span: Span,
+        stage: Stage,
         *,
         deadline: float | None,
         on_end: Callable[[Generation], None],
@@ -260,8 +257,7 @@ class Generation:
         self.outputs = [Output(self, index, seed) for index, seed in enumerate(request.spec.seeds)]
         self.grace: asyncio.TimerHandle | None = None
         self._clock = clock
-        self._spans = _Spans(tracer, span)
-        self._trace_id = tracing.trace_id(span)
+        self.stage = stage
         self._on_end = on_end
         self._expiry: asyncio.TimerHandle | None = None
         self._encoding: set[asyncio.Task[None]] = set()
@@ -288,14 +284,14 @@ class Generation:
         """Says Accepted and gives each output its picture or lets it enter its execution."""
         spec = self.request.spec
         self.log.publish(
-            Accepted(spec, numerics_id, self.request.encoding, estimate_s, self._trace_id, self.request.warnings)
+            Accepted(spec, numerics_id, self.request.encoding, estimate_s, self.stage.trace_id, self.request.warnings)
         )
         self._logger.info("accepted", model=spec.model, outputs=len(self.outputs), caller=self.caller.name)
-        self._spans.begin("queue")
         if self.deadline is not None:
             left = max(0.0, self.deadline - self._clock())
             self._expiry = asyncio.get_running_loop().call_later(left, self.expire)
         for output, source in zip(self.outputs, sources, strict=True):
+            output.follow(self.stage)
             if isinstance(source, Encoded):
                 output.recall(source)
             else:
@@ -346,8 +342,6 @@ class Generation:
             self.state = State.RUNNING
         if self.times.first_batch is None:
             self.times.first_batch = self._clock()
-            self._spans.end("queue")
-            self._spans.begin("denoise", steps=self.request.spec.num_inference_steps)
 
     def on_stepped(self, output: Output, batch_size: int) -> None:
         """An output has made a step."""
@@ -358,8 +352,6 @@ class Generation:
 
     def on_developed(self, output: Output, picture: Developed) -> None:
         """An output's picture is there; it is encoded beside the loop."""
-        self._spans.end("denoise")
-        self._spans.begin(f"encode {output.index}")
         task = asyncio.create_task(self._encode(output, picture))
         self._encoding.add(task)
         task.add_done_callback(functools.partial(self._encoded, output))
@@ -372,7 +364,6 @@ class Generation:
 
     async def _encode(self, output: Output, picture: Developed) -> None:
         encoded = await picture.encoded(self.request.encoding)
-        self._spans.end(f"encode {output.index}")
         if output.reason is None:
             self.on_encoded(output, encoded)
 
@@ -385,6 +376,9 @@ class Generation:
     def on_output_ended(self, output: Output, reason: FinishReason, error: SafelightError | None) -> None:
         """An output has ended; with the last one the generation ends."""
         output.reason = reason
+        if output.trail is not None:
+            outcome = {"safelight.finish_reason": reason.value, "safelight.steps": output.step}
+            output.trail.end(outcome, tracing.fault(error.status.name, error.reason) if error is not None else "")
         self.error = self.error or error
         self.log.publish(OutputFinished(output.index, reason, output.step))
         if all(output.reason is not None for output in self.outputs):
@@ -401,8 +395,6 @@ class Generation:
             self.state = State.CANCELLED
         else:
             self.state = State.FAILED
-        for stage in list(self._spans.open):
-            self._spans.end(stage, self.error.reason if self.error else "")
         self.origins = tuple(output.final_origin() for output in self.outputs)
         self.log.publish(Finished(self.error, self._usage(), self._timings(), self.origins))
         level = self._logger.error if isinstance(self.error, InternalError) else self._logger.info

@@ -16,7 +16,6 @@ from concurrent.futures import Executor
 from datetime import UTC, datetime, timedelta
 
 import structlog
-from opentelemetry.trace import Span
 from safelight_server.admission import AdmissionLimits
 from safelight_server.cache.cache import Cache
 from safelight_server.catalog import Catalog, Pipeline
@@ -39,7 +38,7 @@ from safelight_server.runtime.base import Runtime
 from safelight_server.scheduler import Priority
 from safelight_server.settings import Settings
 from safelight_server.stream import EventLog, Watcher
-from safelight_server.telemetry import Metrics, Tracing
+from safelight_server.telemetry import Metrics, Stage
 
 log = structlog.get_logger(__name__)
 
@@ -59,14 +58,12 @@ class Generations:
         pool: Executor,
         clock: Callable[[], float],
         metrics: Metrics,
-        tracing: Tracing,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
         self._engine = engine
         self._clock = clock
         self._metrics = metrics
-        self._tracing = tracing
         limits = AdmissionLimits(
             {
                 Priority.INTERACTIVE: settings.max_waiting_interactive,
@@ -88,7 +85,7 @@ class Generations:
 
     # --- starting ---
 
-    async def start(self, caller: Caller, request: Request, span: Span, time_left_s: float | None) -> Generation:
+    async def start(self, caller: Caller, request: Request, stage: Stage, time_left_s: float | None) -> Generation:
         """The generation of a request: a new one, or the one that its request id stands for.
 
         Raises:
@@ -104,15 +101,17 @@ class Generations:
             await started.wait()  # and look again: it may have been refused
         self._refuse_while_draining()
         branched_from = None if request.branch is None else self.get(caller, request.branch.generation_id)
-        generation = self._make(caller, request, span, time_left_s)
+        generation = self._make(caller, request, stage, time_left_s)
         if request.request_id:
             self._requests.remember(caller, request.request_id, request.body_digest, generation.identifier)
         started = self._starting[generation.identifier] = asyncio.Event()
         try:
-            plans = await self._intake.plan(generation, branched_from)
+            with stage.within("lookup"):
+                plans = await self._intake.plan(generation, branched_from)
             self._refuse_while_draining()
             self._live[generation.identifier] = generation
-            self._intake.launch(generation, plans, time_left_s)
+            with stage.within("admission"):
+                self._intake.launch(generation, plans, time_left_s)
         except (SafelightError, asyncio.CancelledError):
             self._live.pop(generation.identifier, None)
             self._requests.release(caller, request.request_id)
@@ -136,7 +135,7 @@ class Generations:
             )
         return generation
 
-    def _make(self, caller: Caller, request: Request, span: Span, time_left_s: float | None) -> Generation:
+    def _make(self, caller: Caller, request: Request, stage: Stage, time_left_s: float | None) -> Generation:
         identifier = secrets.token_hex(16)
         settings = self._settings
         events = EventLog(
@@ -151,8 +150,7 @@ class Generations:
             request,
             events,
             self._clock,
-            self._tracing,
-            span,
+            stage,
             deadline=None if time_left_s is None else self._clock() + time_left_s,
             on_end=self._ended,
         )

@@ -19,11 +19,12 @@ from safelight_server.cache.similar import Similar
 from safelight_server.cache.spaces import OutputName
 from safelight_server.cache.starts import Start
 from safelight_server.catalog import Catalog
-from safelight_server.engine import Engine, Job
+from safelight_server.engine import Engine
 from safelight_server.errors import FailedPreconditionError, FieldViolation, InvalidRequestError
 from safelight_server.events import Disposition, Origin
 from safelight_server.execution import Execution, Executions
 from safelight_server.generation import Generation, Output
+from safelight_server.jobs import Job
 from safelight_server.latents import Snapshot
 from safelight_server.picture import Encoded
 from safelight_server.pipeline import sampler_table
@@ -135,7 +136,7 @@ class Intake:
         """Accepts a generation and starts what must be computed.
 
         Raises:
-            QueueFullError, DeadlineUnreachableError: it is refused; nothing was started.
+            QueueFullError, DeadlineUnreachableError, UnavailableError: it is refused; nothing was started.
         """
         new: dict[Hashable, Execution] = {}
         sources: list[Encoded | Execution] = []
@@ -156,6 +157,7 @@ class Intake:
         generation.accept(self._runtime.numerics_id(generation.request.spec.model), estimate_s, sources)
 
     def _admit(self, new: Sequence[Execution], time_left_s: float | None) -> float:
+        self._engine.outage.check()
         output = self._engine.output(new[0].job)
         return admit(self._engine.scheduler, self._limits, output, len(new), time_left_s)
 

@@ -9,17 +9,20 @@ never changes the bits of another.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from safelight_server.runtime.base import Array, FloatArray
+from safelight_server.runtime.base import Array, FloatArray, StableRows
 from safelight_server.sampler import SamplerTable, advance, gaussian, guide
 
 Slots = npt.NDArray[np.intp]
 COND, UNCOND = 0, 1
 NUM_COEFFICIENTS = 6
+_VERSIONS = itertools.count(1)
+"""Of the contents of a row of context; 0 is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,8 @@ class Latents:
         self._x = np.zeros((capacity, *shape), np.float32)
         self._denoised = np.zeros_like(self._x)
         self._prediction = np.zeros((capacity, 2, *shape), np.float32)
-        self._context = np.zeros((capacity, 2, *context_shape), np.float32)
+        self._context = np.zeros((capacity * 2, *context_shape), np.float32)
+        self._context_versions = np.zeros(capacity * 2, np.int64)
         self._coefficients = np.zeros((capacity, max_steps, NUM_COEFFICIENTS), np.float32)
         self._in_scale = np.zeros((capacity, max_steps), np.float32)
         self._timesteps = np.zeros((capacity, max_steps), np.float32)
@@ -84,7 +88,9 @@ class Latents:
         self._timesteps[slot, :steps] = table.timesteps
         self._guidance[slot] = guidance_scale
         self._noise_seed[slot] = seed if table.uses_noise else None
-        self._context[slot, : len(context)] = context
+        first = slot * 2
+        self._context[first : first + len(context)] = context
+        self._context_versions[first : first + 2] = next(_VERSIONS), next(_VERSIONS)
         if start is None:
             self._x[slot] = np.float32(table.init_scale) * gaussian(seed, 0, 0, self.shape)
             self._denoised[slot] = 0.0
@@ -113,13 +119,14 @@ class Latents:
                 self._abandoned.remove(slot)
                 self._free.append(slot)
 
-    def rows(self, slots: Slots, parts: Slots, steps: Slots) -> dict[str, Array]:
+    def rows(self, slots: Slots, parts: Slots, steps: Slots) -> dict[str, Array | StableRows]:
         """Denoiser inputs for one row per entry: the output's slot, cond or uncond, and its step."""
+        context = slots * 2 + parts
         scale = self._in_scale[slots, steps][:, None, None, None]
         return {
             "sample": self._x[slots] * scale,
             "timestep": self._timesteps[slots, steps],
-            "encoder_hidden_states": self._context[slots, parts],
+            "encoder_hidden_states": StableRows(self._context, context, self._context_versions[context]),
         }
 
     def put(self, slots: Slots, parts: Slots, prediction: FloatArray) -> None:

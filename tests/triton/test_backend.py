@@ -9,7 +9,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import tritonclient.grpc.aio as triton_grpc
-from safelight_server.runtime.onnx import _example, _session
+from safelight_server.runtime import verification
+from safelight_server.runtime.onnx import _inputs, _session
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
@@ -25,7 +26,7 @@ def session(model: str) -> onnxruntime.InferenceSession:
 
 
 def example(model: str, rows: int) -> Feed:
-    return _example(session(model), rows)
+    return verification.example(_inputs(session(model)), rows)
 
 
 def inputs(feed: Feed) -> list[triton_grpc.InferInput]:

@@ -7,12 +7,12 @@ the denoiser cost base + rows x row; the other components a tenth of that.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import structlog
 from safelight_server.catalog import Manifest, Pipeline, assemble
-from safelight_server.runtime.base import Array, Component, CostCurve, FloatArray
+from safelight_server.runtime.base import Component, CostCurve, FloatArray, Inputs
 from safelight_server.tokenizer import Tokens
 
 log = structlog.get_logger(__name__)
@@ -96,9 +96,19 @@ class SimulatedRuntime:
         """Says what it is."""
         log.warning("simulated_runtime", meaning="sleeps instead of computing; pictures are synthetic")
 
-    async def run(
-        self, instance: int, model: str, component: Component, inputs: Mapping[str, Array]
-    ) -> Mapping[str, FloatArray]:
+    @property
+    def num_live(self) -> int:
+        """All of them."""
+        return self.num_instances
+
+    def usable(self, free: Collection[int]) -> Sequence[int]:
+        """All of them."""
+        return sorted(free)
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """They neither come nor go."""
+
+    async def run(self, instance: int, model: str, component: Component, inputs: Inputs) -> Mapping[str, FloatArray]:
         """Sleeps for what the call costs."""
         rows = len(next(iter(inputs.values())))
         await asyncio.sleep(self.cost(model, component).at(rows))
