@@ -19,6 +19,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from safelight_server import catalog as catalogs
 from safelight_server import reflection
+from safelight_server.cache.admin import CacheAdmin
 from safelight_server.cache.backends import Backends, open_backends
 from safelight_server.cache.bands import Bands
 from safelight_server.cache.cache import Cache
@@ -27,6 +28,7 @@ from safelight_server.cache.eviction import LeastBenefit
 from safelight_server.cache.lsh import MemoryBuckets
 from safelight_server.cache.pictures import Pictures
 from safelight_server.cache.prompts import Prompts
+from safelight_server.cache.purges import Purges
 from safelight_server.cache.similar import SimilarPictures
 from safelight_server.cache.spaces import Spaces
 from safelight_server.cache.starts import Starts
@@ -41,8 +43,8 @@ from safelight_server.runtime.onnx import OnnxRuntime
 from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
 from safelight_server.runtime.triton import TritonOptions, TritonRuntime
 from safelight_server.scheduler import Priority
-from safelight_server.service import GENERATION_SERVICE, MODEL_SERVICE, Service
-from safelight_server.settings import Settings
+from safelight_server.service import CACHE_SERVICE, GENERATION_SERVICE, MODEL_SERVICE, Service
+from safelight_server.settings import Settings, is_loopback
 from safelight_server.telemetry import Metrics, Tracing
 
 log = structlog.get_logger(__name__)
@@ -104,7 +106,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     """Serves while the block runs; on leaving, whatever is left ends."""
     clock = time.monotonic
     metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio, settings.otlp_header_pairs)
-    identity = Identity(settings.api_key_file)
+    identity = Identity(settings.api_key_file, all_admins=is_loopback(settings.host))
     catalog, runtime = build_runtime(settings)
     try:
         await runtime.start()
@@ -122,11 +124,12 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         tracer=tracer,
     )
     backends = await open_backends(settings, metrics.tiers)
-    cache = _build_cache(settings, backends, engine, pool, metrics)
+    cache, purges = _build_cache(settings, backends, engine, pool, metrics)
+    caches = CacheAdmin(cache.spaces, backends.keyring, backends.tiers, purges, metrics)
     generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics)
     limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
     quota = StreamQuota(settings.max_streams_per_caller)
-    service = Service(identity, catalog, runtime, generations, limits, quota, metrics, tracer)
+    service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
     _watch_queue(metrics, engine)
 
     largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four bytes a character
@@ -134,7 +137,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     server.add_generic_rpc_handlers(tuple(service.handlers()))
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    services = [GENERATION_SERVICE, MODEL_SERVICE, health.SERVICE_NAME]
+    services = [GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, health.SERVICE_NAME]
     reflection.enable(services, server)
     address = _bind(server, settings)
     if settings.metrics_port:
@@ -142,7 +145,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     await server.start()
     for name in ("", *services):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    ticker = asyncio.create_task(generations.tick())
+    background = [asyncio.create_task(work) for work in (generations.tick(), purges.keep_up(), purges.listen())]
     following = asyncio.create_task(_follow_health(health_servicer, ("", *services), engine))
 
     async def drain(grace_s: float) -> None:
@@ -163,7 +166,8 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         yield Running(address, catalog, runtime, cache, generations, quota, start_drain)
     finally:
         await start_drain(0.0)
-        ticker.cancel()
+        for task in background:
+            task.cancel()
         await engine.close()
         await cache.close()
         await backends.close()
@@ -174,16 +178,22 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
 
 def _build_cache(
     settings: Settings, backends: Backends, engine: Engine, pool: ThreadPoolExecutor, metrics: Metrics
-) -> Cache:
+) -> tuple[Cache, Purges]:
     tiers, keyring, ttl_s = backends.tiers, backends.keyring, settings.cache_ttl_s
     bands = Bands()
-    policy = Policy(settings.checkpoint_every_n_steps, bands.fractions, ttl_s=ttl_s)
+    alone = settings.redis_url is None  # then nobody could go on from where it stopped
+    often = 0 if alone else settings.checkpoint_every_n_steps
+    policy = Policy(often, bands.fractions, ttl_s=ttl_s)
     checkpoints = Checkpoints(tiers, keyring, policy)
     pictures = Pictures(tiers, keyring, pool, ttl_s)
-    similar = SimilarPictures(pictures, MemoryBuckets(settings.cache_similar_items), metrics.cache.rejected)
+    similar = SimilarPictures(
+        pictures, MemoryBuckets(settings.cache_similar_items), settings.cache_latent_items, metrics.cache.rejected
+    )
     starts = Starts(checkpoints, bands, LeastBenefit(settings.cache_latent_bytes), settings.cache_latent_items)
     spaces = Spaces(keyring, settings.cache_pools)
-    return Cache(spaces, pictures, Prompts(tiers, engine.encode, ttl_s), checkpoints, similar, starts, metrics.cache)
+    prompts = Prompts(tiers, engine.encode, ttl_s)
+    cache = Cache(spaces, pictures, prompts, checkpoints, similar, starts, metrics.cache)
+    return cache, Purges(tiers, backends.coordinator, (similar, starts, checkpoints))
 
 
 async def _follow_health(servicer: health.aio.HealthServicer, names: Sequence[str], engine: Engine) -> None:

@@ -13,7 +13,7 @@ import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
-from safelight import Branch, CacheMode, Client, GenerationError
+from safelight import Branch, CacheMode, Client, GenerationError, GetCacheStatsResponse, PurgeCacheResponse
 from safelight_server import bench as benches
 from safelight_server import demo as demos
 from safelight_server import repository as repositories
@@ -29,6 +29,8 @@ from safelight_server.telemetry import configure_logging
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Watch pictures develop.", rich_markup_mode=None)
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
 app.add_typer(keys, name="keys")
+caches = typer.Typer(no_args_is_help=True, help="The caches of a running server; needs an administrator's key.")
+app.add_typer(caches, name="cache")
 console = Console()
 T = TypeVar("T")
 
@@ -221,10 +223,60 @@ def settings_command() -> None:
 
 
 @keys.command("new")
-def keys_new(caller: str, tenant: Annotated[str, typer.Argument()] = "default") -> None:
+def keys_new(
+    caller: str,
+    tenant: Annotated[str, typer.Argument()] = "default",
+    admin: Annotated[bool, typer.Option("--admin", help="May look into the caches and purge them.")] = False,
+) -> None:
     """Make a key: prints it once, and its entry for the key file."""
-    key, entry = new_key(caller, tenant)
+    key, entry = new_key(caller, tenant, admin=admin)
     typer.echo(f"key, shown only now: {key}\nentry for the key file: {entry}")
+
+
+@caches.command("stats")
+def cache_stats(target: Target = DEFAULT_TARGET, api_key: ApiKey = None) -> None:
+    """What the caches of a replica hold and save."""
+
+    async def ask() -> GetCacheStatsResponse:
+        async with Client(target, api_key=api_key) as client:
+            return await client.cache_stats()
+
+    stats = _run(ask())
+    shown = [Table("served", "outputs", "steps saved", "compute saved")]
+    for hits in stats.hits:
+        seconds = hits.compute_saved.ToNanoseconds() / 1e9
+        shown[-1].add_row(hits.kind, f"{hits.num_outputs}", f"{hits.num_steps_saved}", f"{seconds:.1f} s")
+    shown.append(Table("tier", "entries", "MB"))
+    for tier in stats.tiers:
+        shown[-1].add_row(tier.name, f"{tier.num_entries}", f"{tier.num_bytes / 1e6:.1f}")
+    shown.append(Table("looked for", "times", "p50", "p99"))
+    for lookups in stats.lookups:
+        p50, p99 = (f"{at.ToNanoseconds() / 1e6:.2f} ms" for at in (lookups.p50, lookups.p99))
+        shown[-1].add_row(lookups.kind, f"{lookups.num_lookups}", p50, p99)
+    for table in shown:
+        console.print(table)
+    console.print(f"turned away by the text guard: {stats.num_guard_rejections}; not kept: {stats.num_not_kept}")
+
+
+@caches.command("purge")
+def cache_purge(
+    tenant: Annotated[str, typer.Option(help="Name of a tenant; of one in a pool, all that the pool shares.")] = "",
+    model_revision: Annotated[str, typer.Option(help="MODEL/REVISION, such as icons/3.")] = "",
+    generation: Annotated[str, typer.Option(help="generations/ID.")] = "",
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+) -> None:
+    """Delete what agrees with everything that is given, from all tiers and on all replicas."""
+
+    async def ask() -> PurgeCacheResponse:
+        async with Client(target, api_key=api_key) as client:
+            return await client.purge_cache(tenant=tenant, model_revision=model_revision, generation=generation)
+
+    purged = _run(ask())
+    counts = ", ".join(f"{tier.num_entries} from {tier.name}" for tier in purged.tiers) or "nothing"
+    console.print(f"deleted {counts}", highlight=False)
+    if purged.failed_tiers:
+        raise Fault(f"could not be cleared, purge again when they work: {', '.join(purged.failed_tiers)}")
 
 
 def _run(work: Coroutine[object, object, T]) -> T:

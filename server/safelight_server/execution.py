@@ -120,7 +120,7 @@ class Execution:
         self._pool = pool
         self._recorder = recorder
         self._on_end = on_end
-        self._compute_s = 0.0
+        self.compute_s = 0.0
         self._members: list[Member] = []
         self._num_away = 0
         self._running = False
@@ -223,7 +223,7 @@ class Execution:
 
     def computed(self, seconds: float, rows: int) -> None:
         """Counts for the member that came first."""
-        self._compute_s += seconds
+        self.compute_s += seconds
         self._members[0].used(seconds, rows, 0)
 
     def stepped(self, step: int, batch_size: int) -> None:
@@ -270,7 +270,7 @@ class Execution:
         for member in members:
             member.developed(picture)
         if self._recorder is not None:
-            await self._recorder.developed(picture, self._compute_s)
+            await self._recorder.developed(picture, self.compute_s)
         self._end()
 
     def _finished(self, task: asyncio.Task[None]) -> None:

@@ -87,6 +87,8 @@ class Output:
         self.reason: FinishReason | None = None
         self.origin = Origin()
         self._counted = 0
+        self._compute_s = 0.0
+        self._others_s = 0.0
         self.picture: Encoded | None = None
         self.trail: Trail | None = None
 
@@ -109,8 +111,13 @@ class Output:
         """Where its picture came from; None where there is none."""
         if self.reason is not FinishReason.COMPLETED:
             return None
-        if self.origin.disposition is Disposition.COALESCED:
-            return replace(self.origin, num_steps_skipped=self.step - self._counted)
+        match self.origin.disposition:
+            case Disposition.COALESCED:
+                skipped = self.step - self._counted
+                return replace(self.origin, num_steps_skipped=skipped, compute_s_saved=self._others_s)
+            case Disposition.LATENT | Disposition.BRANCHED:
+                pace_s = self._compute_s / max(1, self._counted)
+                return replace(self.origin, compute_s_saved=pace_s * self.origin.num_steps_skipped)
         return self.origin
 
     # --- with its execution ---
@@ -179,6 +186,7 @@ class Output:
         work.num_rows += rows
         work.num_steps += steps
         self._counted += steps
+        self._compute_s += seconds
 
     def stepped(self, step: int, batch_size: int) -> None:
         """To the generation."""
@@ -195,7 +203,8 @@ class Output:
 
     def developed(self, picture: Developed) -> None:
         """To the generation."""
-        self._execution = None
+        execution, self._execution = self._execution, None
+        self._others_s = 0.0 if execution is None else max(0.0, execution.compute_s - self._compute_s)
         if self.trail is not None:
             self.trail.developed()
         self._generation.on_developed(self, picture)
@@ -244,6 +253,7 @@ class Generation:
         self.times = Times(clock())
         self.create_time = datetime.now(UTC)
         self.finish_time: datetime | None = None
+        self.origins: tuple[Origin | None, ...] = ()
         self.outputs = [Output(self, index, seed) for index, seed in enumerate(request.spec.seeds)]
         self.grace: asyncio.TimerHandle | None = None
         self._clock = clock
@@ -385,8 +395,8 @@ class Generation:
             self.state = State.CANCELLED
         else:
             self.state = State.FAILED
-        origins = tuple(output.final_origin() for output in self.outputs)
-        self.log.publish(Finished(self.error, self._usage(), self._timings(), origins))
+        self.origins = tuple(output.final_origin() for output in self.outputs)
+        self.log.publish(Finished(self.error, self._usage(), self._timings(), self.origins))
         level = self._logger.error if isinstance(self.error, InternalError) else self._logger.info
         level("finished", state=self.state.name, seconds=round(self.times.ended - self.times.accepted, 3))
         self._on_end(self)

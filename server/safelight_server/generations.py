@@ -27,7 +27,7 @@ from safelight_server.errors import (
     SafelightError,
     UnavailableError,
 )
-from safelight_server.events import FinishReason, Queued, State
+from safelight_server.events import Disposition, FinishReason, Queued, State
 from safelight_server.execution import Executions
 from safelight_server.generation import Generation
 from safelight_server.idempotency import Idempotency
@@ -231,6 +231,9 @@ class Generations:
         log_of, times = generation.log, generation.times
         code = "OK" if generation.error is None else generation.error.status.name
         self._metrics.ended(code, generation.times.ended - times.accepted)
+        for origin in generation.origins:
+            if origin is not None and origin.disposition is not Disposition.MISS:
+                self._metrics.cache.served(origin.disposition.value, origin.num_steps_skipped, origin.compute_s_saved)
         self._metrics.previews_sent.inc(log_of.num_previews)
         self._metrics.preview_bytes.inc(log_of.preview_bytes)
         self._metrics.previews_dropped.inc(log_of.num_dropped)

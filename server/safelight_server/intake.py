@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from safelight_server.admission import AdmissionLimits, admit
-from safelight_server.cache.cache import Cache, Wanted
+from safelight_server.cache.cache import Cache, Keep, Wanted
 from safelight_server.cache.pictures import Kept
 from safelight_server.cache.similar import Similar
 from safelight_server.cache.spaces import OutputName
@@ -32,6 +32,7 @@ from safelight_server.request import CacheMode, Spec
 from safelight_server.runtime.base import FloatArray, Runtime
 
 MISS = Origin()
+KEPT = {Disposition.LATENT: Keep.AS_SIMILAR, Disposition.BRANCHED: Keep.EMBEDDINGS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +163,8 @@ class Intake:
 
     def _create(self, generation: Generation, output: Output, plan: Plan, key: OutputName | None) -> Execution:
         bypass = plan.wanted.policy.mode is CacheMode.BYPASS
-        recorder = None if bypass else self._cache.record(plan.wanted, approximate=plan.start is not None)
+        keep = KEPT.get(plan.origin.disposition, Keep.EVERYTHING)
+        recorder = None if bypass else self._cache.record(plan.wanted, keep)
         return self._executions.create(_job(generation, output, plan), key, recorder)
 
     @staticmethod
@@ -192,7 +194,8 @@ def _job(generation: Generation, output: Output, plan: Plan) -> Job:
 
 
 def _origin(disposition: Disposition, kept: Kept, similarity: float = 0.0) -> Origin:
-    return Origin(disposition, similarity, kept.facts.generation, kept.facts.num_steps)
+    facts = kept.facts
+    return Origin(disposition, similarity, facts.generation, facts.num_steps, facts.compute_s)
 
 
 def _unlike(one: Spec, other: Spec) -> list[str]:

@@ -16,9 +16,10 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
+from safelight.v1 import cache_pb2, models_pb2
 from safelight.v1 import generation_pb2 as pb
-from safelight.v1 import models_pb2
 from safelight_server import convert
+from safelight_server.cache.admin import CacheAdmin
 from safelight_server.catalog import Catalog
 from safelight_server.errors import (
     DeadlineExceededError,
@@ -42,6 +43,7 @@ from safelight_server.resolve import (
     resolve_name,
     resolve_preview,
     resolve_priority,
+    resolve_purge,
     resolve_request,
 )
 from safelight_server.runtime.base import Runtime
@@ -52,6 +54,7 @@ log = structlog.get_logger(__name__)
 
 GENERATION_SERVICE = "safelight.v1.GenerationService"
 MODEL_SERVICE = "safelight.v1.ModelService"
+CACHE_SERVICE = "safelight.v1.CacheService"
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
@@ -60,7 +63,7 @@ Out = TypeVar("Out", bound=Message)
 
 
 class Service:
-    """Both services.
+    """All services.
 
     Args:
         limits: of requests, beside the model's.
@@ -73,6 +76,7 @@ class Service:
         catalog: Catalog,
         runtime: Runtime,
         generations: Generations,
+        caches: CacheAdmin,
         limits: RequestLimits,
         quota: StreamQuota,
         metrics: Metrics,
@@ -82,6 +86,7 @@ class Service:
         self._catalog = catalog
         self._runtime = runtime
         self._generations = generations
+        self._caches = caches
         self._limits = limits
         self._quota = quota
         self._metrics = metrics
@@ -106,6 +111,13 @@ class Service:
                 {
                     "ListModels": call("ListModels", self.list_models, models_pb2.ListModelsRequest),
                     "GetModel": call("GetModel", self.get_model, models_pb2.GetModelRequest),
+                },
+            ),
+            grpc.method_handlers_generic_handler(
+                CACHE_SERVICE,
+                {
+                    "GetCacheStats": call("GetCacheStats", self.get_cache_stats, cache_pb2.GetCacheStatsRequest),
+                    "PurgeCache": call("PurgeCache", self.purge_cache, cache_pb2.PurgeCacheRequest),
                 },
             ),
         ]
@@ -202,6 +214,18 @@ class Service:
 
     def _model(self, name: str) -> models_pb2.Model:
         return convert.model_message(self._catalog.get(name), self._runtime, name == self._catalog.default)
+
+    async def get_cache_stats(
+        self, _request: cache_pb2.GetCacheStatsRequest, caller: Caller
+    ) -> cache_pb2.GetCacheStatsResponse:
+        """What the caches hold and save."""
+        caller.check_admin()
+        return convert.stats_message(await self._caches.stats())
+
+    async def purge_cache(self, request: cache_pb2.PurgeCacheRequest, caller: Caller) -> cache_pb2.PurgeCacheResponse:
+        """Deletes from the caches."""
+        caller.check_admin()
+        return convert.purged_message(await self._caches.purge(resolve_purge(convert.draft_purge(request))))
 
     # --- calls and their statuses ---
 

@@ -123,9 +123,14 @@ class Settings(BaseSettings):
         {}, description='Tenants that share what is cached, by pool, as JSON: {"studio": ["ann", "bob"]}.'
     )
     cache_similar_items: Count = Field(100_000, description="Finished pictures that can be found as similar.")
-    cache_latent_items: Count = Field(10_000, description="Outputs of a tenant whose latents others may start from.")
+    cache_latent_items: Count = Field(
+        10_000,
+        description="Outputs of a tenant whose latents others may start from; its newest pictures that are scanned.",
+    )
     cache_latent_bytes: Count = Field(256 << 20, description="Bytes of these latents, all together.")
-    checkpoint_every_n_steps: Count = Field(5, description="A crash costs at most so many steps of an output.")
+    checkpoint_every_n_steps: Count = Field(
+        5, description="With redis_url: a crash costs at most so many steps of an output."
+    )
 
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="auto: console on a terminal, else JSON."

@@ -14,8 +14,8 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from safelight import tracing
+from safelight.v1 import cache_pb2, cache_pb2_grpc, generation_pb2_grpc, models_pb2, models_pb2_grpc
 from safelight.v1 import generation_pb2 as pb
-from safelight.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc
 
 CHANNEL_OPTIONS = [
     ("grpc.http2.bdp_probe", 0),  # with lookahead: previews wait at the server, where the newest wins, not here
@@ -171,6 +171,7 @@ class Client:
             self._channel = grpc.aio.secure_channel(target, credentials, CHANNEL_OPTIONS)
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self.generations = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._caches = cache_pb2_grpc.CacheServiceStub(self._channel)
         self._models = models_pb2_grpc.ModelServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -294,6 +295,31 @@ class Client:
             token = page.next_page_token
             if not token:
                 return models
+
+    async def cache_stats(self) -> cache_pb2.GetCacheStatsResponse:
+        """What the server's caches hold and save; for administrators.
+
+        Raises:
+            GenerationError: it was refused.
+        """
+        try:
+            return await self._caches.GetCacheStats(cache_pb2.GetCacheStatsRequest(), metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise GenerationError(error) from None
+
+    async def purge_cache(
+        self, *, tenant: str = "", model_revision: str = "", generation: str = ""
+    ) -> cache_pb2.PurgeCacheResponse:
+        """Deletes from the server's caches what agrees with all that is given; for administrators.
+
+        Raises:
+            GenerationError: it was refused.
+        """
+        request = cache_pb2.PurgeCacheRequest(tenant=tenant, model_revision=model_revision, generation=generation)
+        try:
+            return await self._caches.PurgeCache(request, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise GenerationError(error) from None
 
 
 def _events(event: pb.GenerationEvent, received: _Progress) -> list[Event]:
