@@ -192,6 +192,7 @@ def _changed(icon: Spec, rng: random.Random) -> Spec:
     values = kinds[kind]
     while True:
         value = rng.choice([other for other in values if other != getattr(icon, kind)])
-        changed = replace(icon, crystal=icon.crystal and kind != "colour", **{kind: value})  # type: ignore[arg-type]
+        crystal = icon.crystal and kind != "colour"
+        changed = replace(icon, **{kind: value}, crystal=crystal)  # type: ignore[arg-type]  # these three are strings
         if (changed.object, changed.colour) not in FORBIDDEN:
             return changed

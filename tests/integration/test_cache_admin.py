@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import sys
+from asyncio.subprocess import PIPE
 
 import grpc
 import pytest
@@ -206,15 +209,42 @@ async def test_figures_count_each_kind_once_and_on_loopback_all_may_see_them(sta
         ({"generation": "x"}, "generation"),
     ],
 )
-async def test_a_purge_that_says_nothing_or_nonsense_is_refused(start, what, field):
-    async with start() as running, Client(running.address) as client:
+async def test_a_purge_that_says_nothing_or_nonsense_is_refused(simulated, what, field):
+    async with Client(simulated.address) as client:
         with pytest.raises(GenerationError) as caught:
             await client.purge_cache(**what)
         assert list(caught.value.violations) == [field]
 
 
-async def test_the_service_is_listed(start):
-    async with start() as running, grpc.aio.insecure_channel(running.address) as channel:
+async def test_the_service_is_listed(simulated):
+    async with grpc.aio.insecure_channel(simulated.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         answer = await health.Check(health_pb2.HealthCheckRequest(service="safelight.v1.CacheService"))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("stats",), 0, "approximate"),
+        (("purge", "--tenant", "default"), 0, "deleted 0 from memory"),
+        (("purge",), 2, "safelight: tenant: give a tenant, a model_revision or a generation"),
+        (("purge", "--model-revision", "icons"), 2, "safelight: model_revision: must be MODEL/REVISION"),
+        (("stats", "--target", "127.0.0.1:1"), 1, "safelight: UNAVAILABLE"),
+    ],
+)
+async def test_the_command_line_says_it_in_one_line(simulated, arguments, code, said):
+    command = (sys.executable, "-m", "safelight_server.cli", "cache", *arguments)
+    environment = {**os.environ, "SAFELIGHT_TARGET": simulated.address}
+    ran = await asyncio.create_subprocess_exec(*command, env=environment, stdout=PIPE, stderr=PIPE)
+    out, errors = (part.decode() for part in await ran.communicate())
+    assert ran.returncode == code, errors
+    assert said in (errors if code else out)
+    assert errors.count("\n") == (1 if code else 0)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def simulated():
+    """A server that needs no model, for tests of calls."""
+    async with serving_here(runtime="simulated") as running:
+        yield running
