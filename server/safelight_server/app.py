@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -32,8 +32,11 @@ from safelight_server.cache.spaces import Spaces
 from safelight_server.cache.starts import Starts
 from safelight_server.catalog import Catalog
 from safelight_server.engine import Engine
+from safelight_server.fleet import Fleet
 from safelight_server.generations import Generations
 from safelight_server.identity import Identity
+from safelight_server.replicas.flights import Flights
+from safelight_server.replicas.news import News
 from safelight_server.resolve import RequestLimits
 from safelight_server.runtime.base import Runtime
 from safelight_server.runtime.onnx import OnnxRuntime
@@ -102,7 +105,9 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     )
     backends = await open_backends(settings, metrics.tiers)
     cache = _build_cache(settings, backends, engine, pool, metrics)
-    generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics, tracer)
+    shared = _build_replicas(settings, backends, cache, engine, pool) if backends.redis is not None else None
+    flights, fleet = (None, None) if shared is None else (shared.flights, shared.fleet)
+    generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics, tracer, flights, fleet)
     limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
     service = Service(identity, catalog, runtime, generations, limits, metrics, tracer)
     _watch_queue(metrics, engine)
@@ -120,7 +125,8 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     await server.start()
     for name in ("", *services):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    ticker = asyncio.create_task(generations.tick())
+    background = [generations.tick()] if shared is None else [generations.tick(), *shared.background()]
+    tasks = [asyncio.create_task(work) for work in background]
 
     async def drain(grace_s: float) -> None:
         log.info("draining", grace_s=grace_s)
@@ -139,13 +145,54 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         yield Running(address, catalog, runtime, cache, generations, start_drain)
     finally:
         await start_drain(0.0)
-        ticker.cancel()
+        for task in tasks:
+            task.cancel()
+        if shared is not None:
+            await shared.close()
         await engine.close()
         await cache.close()
         await backends.close()
         await runtime.close()
         pool.shutdown()
         tracer.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """What makes this replica one of several."""
+
+    news: News
+    flights: Flights
+    fleet: Fleet
+
+    def background(self) -> list[Coroutine[None, None, None]]:
+        """What runs as long as the server."""
+        return [self.news.listen(), self.news.talk(), self.flights.watch_service(), self.fleet.sweep()]
+
+    async def close(self) -> None:
+        """Gives everything back."""
+        await self.fleet.close()
+        await self.flights.close()
+
+
+def _build_replicas(
+    settings: Settings, backends: Backends, cache: Cache, engine: Engine, pool: ThreadPoolExecutor
+) -> Replicas:
+    coordinator, sealer = backends.coordinator, backends.sealer
+    news = News(coordinator, sealer)
+    flights = Flights(engine, coordinator, sealer, cache.checkpoints, cache.pictures, news, pool, settings.lease_ttl_s)
+    fleet = Fleet(
+        coordinator,
+        sealer,
+        backends.keyring,
+        backends.tiers,
+        cache.spaces,
+        news,
+        ttl_s=settings.lease_ttl_s,
+        result_ttl_s=settings.result_ttl_s,
+        idempotency_ttl_s=settings.idempotency_ttl_s,
+    )
+    return Replicas(news, flights, fleet)
 
 
 def _build_cache(
@@ -159,7 +206,9 @@ def _build_cache(
     similar = SimilarPictures(pictures, MemoryBuckets(settings.cache_similar_items), metrics.cache.rejected)
     starts = Starts(checkpoints, bands, LeastBenefit(settings.cache_latent_bytes), settings.cache_latent_items)
     spaces = Spaces(keyring, settings.cache_pools)
-    return Cache(spaces, pictures, Prompts(tiers, engine.encode, ttl_s), checkpoints, similar, starts, metrics.cache)
+    prompts = Prompts(tiers, engine.encode, ttl_s)
+    shared = backends.redis is not None
+    return Cache(spaces, pictures, prompts, checkpoints, similar, starts, metrics.cache, shared=shared)
 
 
 def _watch_queue(metrics: Metrics, engine: Engine) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import structlog
@@ -25,6 +25,7 @@ from safelight_server.errors import (
 from safelight_server.events import (
     Accepted,
     Disposition,
+    Durability,
     Finished,
     FinishReason,
     GenerationView,
@@ -40,9 +41,11 @@ from safelight_server.execution import Execution
 from safelight_server.identity import Caller
 from safelight_server.picture import Developed, Encoded
 from safelight_server.preview import Frame
+from safelight_server.replicas.journal import Journal
+from safelight_server.replicas.records import Told
 from safelight_server.request import Request
 from safelight_server.scheduler import Priority
-from safelight_server.stream import EventLog
+from safelight_server.stream import EventLog, wire
 from safelight_server.telemetry import tracing
 
 log = structlog.get_logger(__name__)
@@ -91,6 +94,8 @@ class Output:
         step: steps made.
         reason: why it ended; None before.
         origin: where its picture comes from.
+        starts: whether it begins from a latent in place of noise.
+        held: what it came to while another replica owns the generation.
     """
 
     def __init__(self, generation: Generation, index: int, seed: int) -> None:
@@ -104,6 +109,9 @@ class Output:
         self.origin = Origin()
         self._counted = 0
         self.picture: Encoded | None = None
+        self.held: Developed | SafelightError | None = None
+        self.encoding = False
+        self.starts = False
 
     @property
     def priority(self) -> Priority:
@@ -116,6 +124,11 @@ class Output:
         return self._generation.deadline
 
     @property
+    def idle(self) -> bool:
+        """Whether it has not ended and nothing develops it."""
+        return self.reason is None and self._execution is None and self.held is None and not self.encoding
+
+    @property
     def output_id(self) -> int:
         """What the scheduler knows its execution by; 0: it has none."""
         return self._execution.job.output_id if self._execution is not None else 0
@@ -124,8 +137,9 @@ class Output:
         """Where its picture came from; None where there is none."""
         if self.reason is not FinishReason.COMPLETED:
             return None
-        if self.origin.disposition is Disposition.COALESCED:
-            return replace(self.origin, num_steps_skipped=self.step - self._counted)
+        elsewhere = self.origin.disposition is Disposition.MISS and not self._counted
+        if elsewhere or self.origin.disposition is Disposition.COALESCED:
+            return Origin(Disposition.COALESCED, num_steps_skipped=self.step - self._counted)
         return self.origin
 
     # --- with its execution ---
@@ -201,17 +215,24 @@ class Output:
     def developed(self, picture: Developed) -> None:
         """To the generation."""
         self._execution = None
-        self._generation.on_developed(self, picture)
+        if self._generation.owned:
+            self._generation.on_developed(self, picture)
+        else:
+            self.held = picture
 
     def failed(self, error: SafelightError) -> None:
         """To the generation."""
         self._execution = None
-        self._generation.on_output_ended(self, FinishReason.FAILED, error)
+        if self._generation.owned:
+            self._generation.on_output_ended(self, FinishReason.FAILED, error)
+        else:
+            self.held = error
 
     def expired(self) -> None:
         """To the generation."""
         self._execution = None
-        self._generation.expire()
+        if self._generation.owned:
+            self._generation.expire()
 
 
 class Generation:
@@ -220,6 +241,11 @@ class Generation:
     Args:
         deadline: on the engine's clock.
         on_end: called once, after Finished.
+
+    Attributes:
+        owned: decides here what becomes of it; else it shows what its owner, another replica, has decided.
+        durability: what is promised.
+        journal: where it is written down; None: nowhere.
     """
 
     def __init__(
@@ -241,6 +267,9 @@ class Generation:
         self.log = events
         self.deadline = deadline
         self.priority = request.priority
+        self.owned = True
+        self.durability = Durability.LOCAL
+        self.journal: Journal | None = None
         self.state = State.QUEUED
         self.error: SafelightError | None = None
         self.work = Work()
@@ -253,6 +282,7 @@ class Generation:
         self._spans = _Spans(tracer, span)
         self._trace_id = tracing.trace_id(span)
         self._on_end = on_end
+        self._theirs = Usage()
         self._expiry: asyncio.TimerHandle | None = None
         self._encoding: set[asyncio.Task[None]] = set()
         self._logger = log.bind(generation=self.name)
@@ -268,6 +298,11 @@ class Generation:
         return [output.output_id for output in self.outputs if output.output_id]
 
     @property
+    def left_s(self) -> float | None:
+        """Seconds to its deadline; None: it has none."""
+        return None if self.deadline is None else self.deadline - self._clock()
+
+    @property
     def ended(self) -> bool:
         """Whether Finished was sent."""
         return self.finish_time is not None
@@ -276,16 +311,33 @@ class Generation:
 
     def accept(self, numerics_id: str, estimate_s: float, sources: Sequence[Encoded | Execution]) -> None:
         """Says Accepted and gives each output its picture or lets it enter its execution."""
-        spec = self.request.spec
         self.log.publish(
-            Accepted(spec, numerics_id, self.request.encoding, estimate_s, self._trace_id, self.request.warnings)
+            Accepted(
+                self.request.spec,
+                numerics_id,
+                self.request.encoding,
+                estimate_s,
+                self._trace_id,
+                self.request.warnings,
+                self.durability,
+            )
         )
-        self._logger.info("accepted", model=spec.model, outputs=len(self.outputs), caller=self.caller.name)
+        self._logger.info("accepted", model=self.request.spec.model, outputs=len(self.outputs), caller=self.caller.name)
+        self._begin()
+        if sources:
+            self.enter(self.outputs, sources)
+
+    def _begin(self) -> None:
         self._spans.begin("queue")
         if self.deadline is not None:
             left = max(0.0, self.deadline - self._clock())
             self._expiry = asyncio.get_running_loop().call_later(left, self.expire)
-        for output, source in zip(self.outputs, sources, strict=True):
+
+    def enter(self, outputs: Sequence[Output], sources: Sequence[Encoded | Execution]) -> None:
+        """Gives outputs their pictures or lets them enter their executions."""
+        for output, source in zip(outputs, sources, strict=True):
+            if not output.idle:
+                continue
             if isinstance(source, Encoded):
                 output.recall(source)
             else:
@@ -293,18 +345,23 @@ class Generation:
 
     def suspend(self) -> None:
         """Stops wanting its pictures at once; what was done is kept."""
-        self.state = State.SUSPENDED
+        self._stand(State.SUSPENDED)
         for output in self.outputs:
             if output.reason is None:
                 output.pause()
         self._logger.info("suspended", steps=[output.step for output in self.outputs])
+
+    def _stand(self, state: State) -> None:
+        self.state = state
+        if self.owned and self.journal is not None:
+            self.journal.write(Told("state", b"", state=state))
 
     def resume(self) -> None:
         """Goes on from where `suspend` stopped, or from where others have come meanwhile."""
         if self.grace is not None:
             self.grace.cancel()
             self.grace = None
-        self.state = State.RUNNING if self.times.first_batch is not None else State.QUEUED
+        self._stand(State.RUNNING if self.times.first_batch is not None else State.QUEUED)
         self._logger.info("resumed", steps=[output.step for output in self.outputs])
         for output in self.outputs:
             if output.reason is None:
@@ -322,18 +379,67 @@ class Generation:
         """The deadline has passed."""
         self.stop(DeadlineExceededError("the deadline passed"), FinishReason.DEADLINE_EXCEEDED)
 
+    def leave(self) -> None:
+        """Wants nothing any more and says nothing: another replica goes on with it, or nobody looks at it here."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+        for output in self.outputs:
+            output.leave()
+
     def set_priority(self, priority: Priority) -> None:
         """Changes the class of what waits."""
         self.priority = priority
         for output in self.outputs:
             output.reschedule()
 
+    # --- while another replica owns it ---
+
+    def hear(self, told: Told, picture: Encoded | None) -> None:
+        """Shows what its owner has decided; `picture`: of the output that has ended."""
+        if told.kind == "state" and told.state is not None and not self.ended:
+            self.state = told.state
+        if told.sequence <= self.log.last_sequence:
+            return
+        ends = told.output_index if told.kind == "output" else None
+        if ends is not None:
+            output = self.outputs[ends]
+            output.leave()
+            output.reason, output.step, output.picture = told.reason, told.step, picture
+            self.error = told.error
+            if picture is not None:
+                self.log.artifact(ends, picture)
+        if told.kind == "finished":
+            assert told.state is not None
+            self.state, self.error, self.finish_time = told.state, told.error, told.finish_time
+            self._theirs, self.times.ended = told.usage, self._clock()
+        self.log.replay(wire.State(told.sequence, told.data, ends, told.kind == "finished"))
+        if told.kind == "finished":
+            self._on_end(self)
+
+    def adopt(self, journal: Journal, numerics_id: str) -> None:
+        """Owns it from here on; what came of its outputs meanwhile is decided."""
+        self.owned, self.journal, self.log.journal = True, journal, journal
+        self.durability = Durability.REPLICATED
+        self._logger.info("adopted", steps=[output.step for output in self.outputs])
+        if not self.log.last_sequence:
+            self.accept(numerics_id, 0.0, ())
+        else:
+            self._begin()
+        for output in self.outputs:
+            held, output.held = output.held, None
+            if output.reason is None and isinstance(held, Developed):
+                self.on_developed(output, held)
+            elif output.reason is None and isinstance(held, SafelightError):
+                self.on_output_ended(output, FinishReason.FAILED, held)
+        if self.outputs and not self.ended and all(output.reason is not None for output in self.outputs):
+            self._finish()  # the owner died between the last output's end and Finished
+
     # --- what its outputs report ---
 
     def on_started(self) -> None:
         """An output is in its first batch."""
         if self.state is State.QUEUED:
-            self.state = State.RUNNING
+            self._stand(State.RUNNING)
         if self.times.first_batch is None:
             self.times.first_batch = self._clock()
             self._spans.end("queue")
@@ -350,6 +456,7 @@ class Generation:
         """An output's picture is there; it is encoded beside the loop."""
         self._spans.end("denoise")
         self._spans.begin(f"encode {output.index}")
+        output.encoding = True
         task = asyncio.create_task(self._encode(output, picture))
         self._encoding.add(task)
         task.add_done_callback(functools.partial(self._encoded, output))
@@ -423,6 +530,8 @@ class Generation:
 
     def _usage(self) -> Usage:
         work, log_of = self.work, self.log
+        if not self.owned and self.ended:
+            return self._theirs
         return Usage(work.compute_s, work.num_rows, work.num_steps, log_of.num_previews, log_of.preview_bytes)
 
     def _timings(self) -> Timings:

@@ -24,11 +24,9 @@ from safelight_server.catalog import Catalog
 from safelight_server.errors import (
     FailedPreconditionError,
     FieldViolation,
-    GenerationCancelledError,
     InternalError,
     InvalidRequestError,
     SafelightError,
-    UnavailableError,
 )
 from safelight_server.generation import Generation
 from safelight_server.generations import Generations
@@ -122,7 +120,7 @@ class Service:
         self, request: pb.WatchGenerationRequest, caller: Caller, stream: _Stream
     ) -> AsyncGenerator[bytes, None]:
         """Watches a generation that exists."""
-        generation = self._generations.get(caller, resolve_name(request.name, "generations"))
+        generation = await self._generations.find(caller, resolve_name(request.name, "generations"))
         pipeline = self._generations.pipeline_of(generation)
         policy = resolve_preview(convert.draft_preview(request.preview), pipeline)
         offsets = {offset.output_index: offset.offset for offset in request.artifact_offsets}
@@ -139,7 +137,7 @@ class Service:
         offsets: dict[int, int] | None = None,
     ) -> AsyncGenerator[bytes, None]:
         structlog.contextvars.bind_contextvars(generation=generation.name)
-        watcher = self._generations.attach(generation, policy, stream.end_stalled, after_sequence, offsets)
+        watcher = self._generations.attach(generation, policy, stream.end, after_sequence, offsets)
         stream.watcher = watcher
         try:
             async with aclosing(watcher.events()) as events:
@@ -154,7 +152,7 @@ class Service:
         self, request: pb.UpdateGenerationRequest, caller: Caller
     ) -> pb.UpdateGenerationResponse:
         """Changes previews or priority."""
-        generation = self._generations.get(caller, resolve_name(request.name, "generations"))
+        generation = await self._generations.find(caller, resolve_name(request.name, "generations"))
         if generation.ended:
             raise FailedPreconditionError(f"{generation.name} has ended")
         policy = priority = None
@@ -165,20 +163,20 @@ class Service:
         if policy is not None:  # nothing is changed before all is known to be good
             generation.log.update_policy(policy)
         if priority is not None:
-            generation.set_priority(priority)
+            self._generations.set_priority(generation, priority)
         return pb.UpdateGenerationResponse(generation=convert.generation_message(generation.view()))
 
     async def cancel_generation(
         self, request: pb.CancelGenerationRequest, caller: Caller
     ) -> pb.CancelGenerationResponse:
         """Stops a generation."""
-        generation = self._generations.get(caller, resolve_name(request.name, "generations"))
-        generation.stop(GenerationCancelledError("it was cancelled"))
+        generation = await self._generations.find(caller, resolve_name(request.name, "generations"))
+        await self._generations.cancel(generation)
         return pb.CancelGenerationResponse(generation=convert.generation_message(generation.view()))
 
     async def get_generation(self, request: pb.GetGenerationRequest, caller: Caller) -> pb.GetGenerationResponse:
         """Returns a generation."""
-        generation = self._generations.get(caller, resolve_name(request.name, "generations"))
+        generation = await self._generations.find(caller, resolve_name(request.name, "generations"), tend=False)
         return pb.GetGenerationResponse(generation=convert.generation_message(generation.view()))
 
     async def list_models(
@@ -269,12 +267,11 @@ class _Stream:
         self.watcher: Watcher | None = None
         self.time_left_s: float | None = context.time_remaining()
 
-    def end_stalled(self) -> None:
-        """Ends the call of a client that does not read: the status waits behind what it was sent last."""
-        self._ending = asyncio.create_task(self._abort())
+    def end(self, error: SafelightError) -> None:
+        """Ends the call from outside; where the client does not read, the status waits behind what was sent last."""
+        self._ending = asyncio.create_task(self._abort(error))
 
-    async def _abort(self) -> None:
-        error = UnavailableError("the stream was not read; WatchGeneration resumes it", reason="WATCHER_STALLED")
+    async def _abort(self, error: SafelightError) -> None:
         with contextlib.suppress(grpc.aio.BaseError, asyncio.CancelledError):  # also when the connection dies meanwhile
             await self._context.abort(error.status, error.message, _details(convert.status_of(error)))
 

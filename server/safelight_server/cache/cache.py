@@ -26,7 +26,7 @@ from safelight_server.cache.starts import Start, Starts
 from safelight_server.catalog import Pipeline
 from safelight_server.errors import UnavailableError
 from safelight_server.latents import Snapshot
-from safelight_server.picture import Developed
+from safelight_server.picture import Developed, Pixels
 from safelight_server.request import CacheMode, CachePolicy, PixelEncoding, Spec
 from safelight_server.runtime.base import FloatArray
 from safelight_server.telemetry.metrics import CacheMetrics
@@ -53,7 +53,7 @@ class Cache:
     """See the module.
 
     Args:
-        starts: None: no output ever starts from another's latent.
+        shared: other replicas go on from checkpoints, so that they are written through to a shared tier.
     """
 
     def __init__(
@@ -65,10 +65,13 @@ class Cache:
         similar: SimilarPictures,
         starts: Starts,
         metrics: CacheMetrics,
+        *,
+        shared: bool = False,
     ) -> None:
+        self.shared = shared
+        self.pictures = pictures
         self.spaces = spaces
         self.checkpoints = checkpoints
-        self._pictures = pictures
         self._prompts = prompts
         self._similar = similar
         self._starts = starts
@@ -80,7 +83,7 @@ class Cache:
     async def exact(self, wanted: Wanted) -> Kept | None:
         """The very picture."""
         began = time.perf_counter()
-        kept = await self._pictures.get(wanted.name, wanted.encoding)
+        kept = await self.pictures.get(wanted.name, wanted.encoding)
         self._metrics.looked("exact", time.perf_counter() - began)
         if kept is not None:
             self._metrics.saved("exact", kept.facts.num_steps, kept.facts.compute_s)
@@ -131,16 +134,19 @@ class Cache:
         """Keeps the embedding of one of its prompts."""
         await self._prompts.keep(wanted.name.space, wanted.pipeline, token_ids, embedding)
 
-    async def keep_picture(self, wanted: Wanted, picture: Developed, compute_s: float, num_bytes: int) -> None:
+    async def keep_picture(
+        self, wanted: Wanted, picture: Developed, compute_s: float, num_bytes: int, *, there: bool
+    ) -> None:
         """Keeps a finished picture and makes it findable.
 
         Args:
             num_bytes: of its checkpoints.
+            there: its pixels are kept already.
         """
         name, pipeline, spec = wanted.name, wanted.pipeline, wanted.spec
         steps = spec.num_inference_steps
-        facts = Facts(spec.prompt, wanted.generation, f"{spec.model}/{spec.revision}", steps, compute_s)
-        await self._pictures.keep(name, picture.pixels, facts)
+        if not there:
+            await self.pictures.keep(name, picture.pixels, facts_of(wanted, compute_s))
         await self.checkpoints.ended(name.space.name, name.exact, steps)
         embedding = await self._prompts.known(name.space, pipeline, spec.token_ids)
         if embedding is None:
@@ -148,6 +154,10 @@ class Cache:
         vector = await self._prompts.vector(pipeline, spec.token_ids, embedding)
         await self._similar.add(name, pipeline, vector)
         await self._starts.add(name, pipeline, vector, steps, num_bytes)
+
+    async def replicate(self, wanted: Wanted, pointer: str, pixels: Pixels, compute_s: float) -> bool:
+        """Keeps the pixels of a finished picture under a key; whether other replicas see them."""
+        return await self.pictures.put(pointer, pixels, facts_of(wanted, compute_s), replicate=True)
 
     def write(self, work: Coroutine[None, None, None]) -> None:
         """Does it off the request path, unless too much is under way."""
@@ -170,14 +180,25 @@ class Cache:
             await asyncio.wait(self._writes)
 
 
+def facts_of(wanted: Wanted, compute_s: float) -> Facts:
+    """What is kept beside the pixels of an output."""
+    spec = wanted.spec
+    return Facts(spec.prompt, wanted.generation, f"{spec.model}/{spec.revision}", spec.num_inference_steps, compute_s)
+
+
 class Record:
-    """What is kept of one execution. The picture last: whoever finds it finds all."""
+    """What is kept of one execution. The picture last: whoever finds it finds all.
+
+    Attributes:
+        there: whoever developed the picture has kept its pixels.
+    """
 
     def __init__(self, cache: Cache, wanted: Wanted, approximate: bool) -> None:
         self._cache = cache
         self._wanted = wanted
         self._approximate = approximate
         self._bytes: dict[int, int] = {}
+        self.there = False
 
     def encoded(self, row: int, embedding: FloatArray) -> None:
         """The embedding of one of its prompts was computed."""
@@ -203,6 +224,7 @@ class Record:
             spec.num_inference_steps,
             revision=f"{spec.model}/{spec.revision}",
             generation=self._wanted.generation,
+            replicate=self._cache.shared,
         )
 
     async def developed(self, picture: Developed, compute_s: float) -> None:
@@ -210,4 +232,4 @@ class Record:
         if not self._approximate:
             anchors = self._cache.checkpoints.policy.anchors(self._wanted.spec.num_inference_steps)
             num_bytes = sum(size for step, size in self._bytes.items() if step in anchors)
-            await self._cache.keep_picture(self._wanted, picture, compute_s, num_bytes)
+            await self._cache.keep_picture(self._wanted, picture, compute_s, num_bytes, there=self.there)
