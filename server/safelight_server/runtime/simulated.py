@@ -1,7 +1,9 @@
 """A runtime without arithmetic: sleeps along a cost curve and yields synthetic pictures.
 
 For load tests and scheduler benchmarks only, and says so in its name. Calls of
-the denoiser cost base + rows x row; the other components a tenth of that.
+the denoiser cost base + rows x row; the other components a tenth of that. What a
+row gives depends on that row alone, so that pictures differ by seed and a step
+that is lost or made twice shows.
 """
 
 from __future__ import annotations
@@ -83,14 +85,7 @@ class SimulatedRuntime:
         self.num_instances = num_instances
         self._denoiser = CostCurve((1, MAX_ROWS), (base_s + row_s, base_s + MAX_ROWS * row_s))
         self._other = CostCurve((1, MAX_ROWS), tuple(OTHERS * s for s in self._denoiser.seconds))
-        ramp = np.linspace(-1, 1, SIZE_PX, dtype=np.float32)
-        image = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], np.float32(0)))
-        self._results = {
-            Component.TEXT_ENCODER: ("last_hidden_state", np.zeros((MAX_ROWS, TOKENS, WIDTH), np.float32)),
-            Component.DENOISER: ("prediction", np.zeros((MAX_ROWS, *LATENT), np.float32)),
-            Component.DECODER: ("image", np.broadcast_to(image, (MAX_ROWS, *image.shape))),
-            Component.PREVIEW_DECODER: ("image", np.broadcast_to(image[:, ::2, ::2], (MAX_ROWS, 3, 64, 64))),
-        }
+        self._embeddings = np.zeros((MAX_ROWS, TOKENS, WIDTH), np.float32)
 
     async def start(self) -> None:
         """Says what it is."""
@@ -102,8 +97,15 @@ class SimulatedRuntime:
         """Sleeps for what the call costs."""
         rows = len(next(iter(inputs.values())))
         await asyncio.sleep(self.cost(model, component).at(rows))
-        name, results = self._results[component]
-        return {name: results[:rows]}
+        match component:
+            case Component.TEXT_ENCODER:
+                return {"last_hidden_state": self._embeddings[:rows]}
+            case Component.DENOISER:
+                return {"prediction": inputs["sample"] * np.float32(-0.1)}
+            case Component.DECODER:
+                return {"image": _enlarged(inputs["latent"], SIZE_PX // LATENT[1])}
+            case Component.PREVIEW_DECODER:
+                return {"image": _enlarged(inputs["latent"], SIZE_PX // 2 // LATENT[1])}
 
     def max_rows(self, model: str, component: Component) -> int:
         """The same for all."""
@@ -119,3 +121,9 @@ class SimulatedRuntime:
 
     async def close(self) -> None:
         """Nothing to release."""
+
+
+def _enlarged(latent: Array, factor: int) -> FloatArray:
+    """Three channels of a latent (B, C, h, w) as an image (B, 3, H, W)."""
+    image = np.asarray(latent[:, :3], np.float32)
+    return image.repeat(factor, axis=2).repeat(factor, axis=3)
