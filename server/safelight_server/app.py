@@ -21,15 +21,17 @@ from grpc_reflection.v1alpha import reflection
 from safelight_server import catalog as catalogs
 from safelight_server.cache.backends import Backends, open_backends
 from safelight_server.cache.bands import Bands
+from safelight_server.cache.buckets import RedisBuckets
 from safelight_server.cache.cache import Cache
 from safelight_server.cache.checkpoints import Checkpoints, Policy
 from safelight_server.cache.eviction import LeastBenefit
-from safelight_server.cache.lsh import MemoryBuckets
+from safelight_server.cache.lsh import BucketStore, MemoryBuckets
 from safelight_server.cache.pictures import Pictures
 from safelight_server.cache.prompts import Prompts
 from safelight_server.cache.similar import SimilarPictures
 from safelight_server.cache.spaces import Spaces
 from safelight_server.cache.starts import Starts
+from safelight_server.cache.vectors import Vectors
 from safelight_server.catalog import Catalog
 from safelight_server.engine import Engine
 from safelight_server.fleet import Fleet
@@ -203,8 +205,14 @@ def _build_cache(
     policy = Policy(settings.checkpoint_every_n_steps, bands.fractions, ttl_s=ttl_s)
     checkpoints = Checkpoints(tiers, keyring, policy)
     pictures = Pictures(tiers, keyring, pool, ttl_s)
-    similar = SimilarPictures(pictures, MemoryBuckets(settings.cache_similar_items), metrics.cache.rejected)
-    starts = Starts(checkpoints, bands, LeastBenefit(settings.cache_latent_bytes), settings.cache_latent_items)
+    buckets: BucketStore = MemoryBuckets(settings.cache_similar_items)
+    if backends.redis is not None:
+        most = settings.cache_similar_items
+        buckets = RedisBuckets(*backends.redis, backends.sealer, ttl_s=ttl_s, max_items=most)
+    similar = SimilarPictures(pictures, buckets, metrics.cache.rejected)
+    vectors = Vectors(tiers, keyring, ttl_s)
+    books = LeastBenefit(settings.cache_latent_bytes)
+    starts = Starts(checkpoints, vectors, bands, books, settings.cache_latent_items)
     spaces = Spaces(keyring, settings.cache_pools)
     prompts = Prompts(tiers, engine.encode, ttl_s)
     shared = backends.redis is not None

@@ -15,10 +15,10 @@ from pathlib import Path
 import grpc
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
+from safelight_server.cache.coordination.redis import RedisCoordinator
 from safelight_server.cache.store.breaker import Breaker
 from safelight_server.cache.store.keyring import Keyring, new_key_file
 from safelight_server.cache.store.redis import RedisConnection
-from safelight_server.cache.coordination.redis import RedisCoordinator
 from safelight_server.cache.store.sealed import Sealer
 from safelight_server.replicas.flights import BILL
 
@@ -64,7 +64,7 @@ class Replica:
         """Starts it and waits until it serves."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SAFELIGHT_")}
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: ASYNC220  # it begins at once, and its end is waited for
                 [sys.executable, "-m", "safelight_server.cli", "serve"],
                 env=environment | self._environment | {"PYTHONPATH": f"{ROOT / 'server'}:{ROOT / 'clients/python'}"},
                 stdout=log,

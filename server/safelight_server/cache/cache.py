@@ -153,7 +153,10 @@ class Cache:
             return
         vector = await self._prompts.vector(pipeline, spec.token_ids, embedding)
         await self._similar.add(name, pipeline, vector)
-        await self._starts.add(name, pipeline, vector, steps, num_bytes)
+        facts = facts_of(wanted, compute_s)
+        await self._starts.add(
+            name, pipeline, vector, steps, num_bytes, revision=facts.revision, generation=facts.generation
+        )
 
     async def replicate(self, wanted: Wanted, pointer: str, pixels: Pixels, compute_s: float) -> bool:
         """Keeps the pixels of a finished picture under a key; whether other replicas see them."""
