@@ -149,6 +149,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         await start_drain(0.0)
         for task in tasks:
             task.cancel()
+        await asyncio.wait(tasks)
         if shared is not None:
             await shared.close()
         await engine.close()

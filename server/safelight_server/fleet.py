@@ -83,13 +83,18 @@ class _Own:
 
 @dataclass(slots=True)
 class _Mirror:
-    """A generation that another replica owns."""
+    """A generation that another replica owns, or nobody any more.
+
+    Attributes:
+        num_asking: calls that wait for what becomes of it.
+    """
 
     name: str
     generation: Generation
     record: Record
     place: str
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    num_asking: int = 0
     tending: asyncio.Task[None] | None = None
 
 
@@ -330,10 +335,14 @@ class Fleet:
             raise UnavailableError(what, retry_after_s=1.0) from None
         if made is None or made.generation.ended or not tend:
             return None if made is None else made.generation
-        mirror = self._mirrors.setdefault(identifier, made)
+        return self._keep(made).generation
+
+    def _keep(self, made: _Mirror) -> _Mirror:
+        """The one mirror of its generation here, which is tended."""
+        mirror = self._mirrors.setdefault(made.record.identifier, made)
         if mirror is made:
             mirror.tending = self._start(self._tend(mirror))
-        return mirror.generation
+        return mirror
 
     def attend(self, generation: Generation) -> None:
         """Goes on showing it, with previews; its owner lets it come here if no stream is left there."""
@@ -360,11 +369,16 @@ class Fleet:
         mirror = self._mirrors.get(generation.identifier)
         if mirror is None:
             return
-        with contextlib.suppress(TimeoutError):
+        mirror.num_asking += 1
+        try:
             async with asyncio.timeout(self._ttl_s + PATIENCE_S):
                 while not generation.ended and not generation.owned:
                     mirror.changed.clear()
                     await mirror.changed.wait()
+        except TimeoutError:
+            log.warning("no answer of the owner of a generation", generation=generation.name)
+        finally:
+            mirror.num_asking -= 1
 
     async def _mirror(self, name: str) -> _Mirror | None:
         events = await self._coordinator.read(name)
@@ -406,7 +420,7 @@ class Fleet:
         try:
             await self._follow(mirror)
         finally:
-            if self._mirrors.get(mirror.record.identifier) is mirror and mirror.generation.ended:
+            if self._mirrors.get(mirror.record.identifier) is mirror:
                 del self._mirrors[mirror.record.identifier]
 
     async def _follow(self, mirror: _Mirror) -> None:
@@ -421,6 +435,8 @@ class Fleet:
             except LeaderLostError:
                 try:
                     if await self._adopt(mirror):
+                        return
+                    if not mirror.generation.log.watchers and not mirror.num_asking:
                         return
                 except StoreError:
                     await asyncio.sleep(RETRY_S)
@@ -477,8 +493,8 @@ class Fleet:
         mirror = await self._mirror(name)
         if mirror is None or mirror.generation.ended:
             await self._coordinator.strike(name)
-        elif mirror.record.identifier not in self._mirrors:
-            await self._adopt(mirror)
+        else:
+            self._keep(mirror)  # who tends it finds that nobody owns it
 
     # --- around it ---
 
@@ -505,6 +521,8 @@ class Fleet:
         """Gives back what is owned, as far as that is quick, and ends all that is under way."""
         if self._ending:
             await asyncio.wait(self._ending, timeout=CLOSE_S)
+        for own in self._own.values():
+            await own.leader.close()
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
