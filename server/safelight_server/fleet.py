@@ -79,6 +79,7 @@ class _Own:
     name: str
     leader: Leadership
     claim: tuple[str, bytes] | None = None
+    journal: Journal | None = None
 
 
 @dataclass(slots=True)
@@ -135,6 +136,7 @@ class Fleet:
         self._wishes: OrderedDict[str, None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: set[asyncio.Task[None]] = set()
+        self._journals: set[Journal] = set()
         self._host: Host
         self._intake: Intake
 
@@ -236,11 +238,9 @@ class Fleet:
         own = self._own.pop(generation.identifier, None)
         if own is None:
             return
-        if generation.journal is not None:
-            generation.journal.abandon()
-            generation.journal = generation.log.journal = None
+        generation.journal = generation.log.journal = None
         await self._settle(own, 0.001, 0.0)
-        await own.leader.close()
+        await self._give_back(own)
 
     def settle(self, generation: Generation, *, retryable: bool) -> None:
         """It has ended here: its events stay as long as it can be watched.
@@ -279,7 +279,19 @@ class Fleet:
 
     def _end(self, journal: Journal, settle: Callable[[], Awaitable[None]]) -> None:
         journal.end(settle)
-        self._ending.add(self._start(journal.closed()))
+        self._journals.add(journal)
+        self._ending.add(self._start(self._ended(journal)))
+
+    async def _ended(self, journal: Journal) -> None:
+        await journal.closed()
+        self._journals.discard(journal)
+
+    @staticmethod
+    async def _give_back(own: _Own) -> None:
+        if own.journal is not None:
+            await own.journal.abandon()
+        else:
+            await own.leader.close()
 
     @staticmethod
     async def _close(own: _Own, settle: Callable[[], Awaitable[None]]) -> None:
@@ -293,13 +305,14 @@ class Fleet:
             key = self._artifact_key(generation, index)
             return await self._tiers.put(key, Entry(picture.data, facts), self._result_ttl_s, replicate=True)
 
-        return Journal(
+        own.journal = Journal(
             own.leader,
             self._sealer,
             put,
             lambda: (generation.state, generation.error),
             lambda: self._lose(generation),
         )
+        return own.journal
 
     def _lose(self, generation: Generation) -> None:
         """Another replica has taken it over, since this one was silent for too long."""
@@ -521,8 +534,10 @@ class Fleet:
         """Gives back what is owned, as far as that is quick, and ends all that is under way."""
         if self._ending:
             await asyncio.wait(self._ending, timeout=CLOSE_S)
+        for journal in list(self._journals):
+            await journal.abandon()
         for own in self._own.values():
-            await own.leader.close()
+            await self._give_back(own)
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:

@@ -65,8 +65,7 @@ async def desk(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Desk]:
     assert leader is not None
     made = Desk(coordinator, leader)
     yield made
-    made.journal.abandon()
-    await leader.close()
+    await made.journal.abandon()
 
 
 async def test_nothing_is_shown_before_it_is_written_and_all_in_order(desk: Desk) -> None:

@@ -84,16 +84,18 @@ class Journal:
         self._go_on()
 
     async def closed(self) -> None:
-        """Waits for the end of what was written so far; for one that `end` was called on for all of it."""
+        """Waits until nothing is left to be written, after `end` also until the ownership is given back."""
         if self._task is not None:
             await asyncio.wait({self._task})
 
-    def abandon(self) -> None:
-        """As kill -9 would: writes nothing more."""
+    async def abandon(self) -> None:
+        """Writes nothing more and gives the ownership back."""
         self._over = True
-        self._watching.cancel()
-        if self._task is not None:
-            self._task.cancel()
+        tasks = {task for task in (self._watching, self._task) if task is not None}
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        await self._leader.close()
 
     def _take(self, write: Callable[[], Awaitable[bool]], show: Callable[[], None] | None) -> None:
         if self._over:
