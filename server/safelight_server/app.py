@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ from safelight_server.cache.starts import Starts
 from safelight_server.cache.vectors import Vectors
 from safelight_server.catalog import Catalog
 from safelight_server.engine import Engine
-from safelight_server.fleet import Fleet
+from safelight_server.fleet import Ground
 from safelight_server.generations import Generations
 from safelight_server.identity import Identity
 from safelight_server.replicas.flights import Flights
@@ -107,9 +107,8 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     )
     backends = await open_backends(settings, metrics.tiers)
     cache = _build_cache(settings, backends, engine, pool, metrics)
-    shared = _build_replicas(settings, backends, cache, engine, pool) if backends.redis is not None else None
-    flights, fleet = (None, None) if shared is None else (shared.flights, shared.fleet)
-    generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics, tracer, flights, fleet)
+    flights, ground = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
+    generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics, tracer, flights, ground)
     limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
     service = Service(identity, catalog, runtime, generations, limits, metrics, tracer)
     _watch_queue(metrics, engine)
@@ -127,7 +126,9 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     await server.start()
     for name in ("", *services):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    background = [generations.tick()] if shared is None else [generations.tick(), *shared.background()]
+    background = [generations.tick()]
+    if (fleet := generations.fleet) is not None and flights is not None:
+        background += [fleet.news.listen(), fleet.news.talk(), flights.watch_service(), fleet.mirrors.sweep()]
     tasks = [asyncio.create_task(work) for work in background]
 
     async def drain(grace_s: float) -> None:
@@ -150,8 +151,9 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        if shared is not None:
-            await shared.close()
+        if fleet is not None and flights is not None:
+            await fleet.close()
+            await flights.close()
         await engine.close()
         await cache.close()
         await backends.close()
@@ -160,42 +162,27 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         tracer.close()
 
 
-@dataclass(frozen=True, slots=True)
-class Replicas:
-    """What makes this replica one of several."""
-
-    news: News
-    flights: Flights
-    fleet: Fleet
-
-    def background(self) -> list[Coroutine[None, None, None]]:
-        """What runs as long as the server."""
-        return [self.news.listen(), self.news.talk(), self.flights.watch_service(), self.fleet.sweep()]
-
-    async def close(self) -> None:
-        """Gives everything back."""
-        await self.fleet.close()
-        await self.flights.close()
-
-
 def _build_replicas(
     settings: Settings, backends: Backends, cache: Cache, engine: Engine, pool: ThreadPoolExecutor
-) -> Replicas:
-    coordinator, sealer = backends.coordinator, backends.sealer
+) -> tuple[Flights, Ground] | None:
+    """What makes this replica one of several; None: it is alone."""
+    if backends.redis is None:
+        return None
+    coordinator, sealer, ttl_s = backends.coordinator, backends.sealer, settings.lease_ttl_s
     news = News(coordinator, sealer)
-    flights = Flights(engine, coordinator, sealer, cache.checkpoints, cache.pictures, news, pool, settings.lease_ttl_s)
-    fleet = Fleet(
+    flights = Flights(engine, coordinator, sealer, cache.checkpoints, cache.pictures, news, pool, ttl_s)
+    ground = Ground(
         coordinator,
         sealer,
         backends.keyring,
         backends.tiers,
         cache.spaces,
         news,
-        ttl_s=settings.lease_ttl_s,
-        result_ttl_s=settings.result_ttl_s,
-        idempotency_ttl_s=settings.idempotency_ttl_s,
+        ttl_s,
+        settings.result_ttl_s,
+        settings.idempotency_ttl_s,
     )
-    return Replicas(news, flights, fleet)
+    return flights, ground
 
 
 def _build_cache(

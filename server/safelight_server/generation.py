@@ -24,12 +24,10 @@ from safelight_server.errors import (
 )
 from safelight_server.events import (
     Accepted,
-    Disposition,
     Durability,
     Finished,
     FinishReason,
     GenerationView,
-    Origin,
     OutputFinished,
     OutputView,
     Progress,
@@ -39,8 +37,8 @@ from safelight_server.events import (
 )
 from safelight_server.execution import Execution
 from safelight_server.identity import Caller
+from safelight_server.output import Output, Work
 from safelight_server.picture import Developed, Encoded
-from safelight_server.preview import Frame
 from safelight_server.replicas.journal import Journal
 from safelight_server.replicas.records import Told
 from safelight_server.request import Request
@@ -49,15 +47,6 @@ from safelight_server.stream import EventLog, wire
 from safelight_server.telemetry import tracing
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True)
-class Work:
-    """What was computed for a generation."""
-
-    compute_s: float = 0.0
-    num_rows: int = 0
-    num_steps: int = 0
 
 
 @dataclass(slots=True)
@@ -84,155 +73,6 @@ class _Spans:
     def end(self, stage: str, error: str = "") -> None:
         if (span := self.open.pop(stage, None)) is not None:
             tracing.end(span, error)
-
-
-class Output:
-    """One picture of a generation; a member of the execution that develops it.
-
-    Attributes:
-        index: its place in the spec.
-        step: steps made.
-        reason: why it ended; None before.
-        origin: where its picture comes from.
-        starts: whether it begins from a latent in place of noise.
-        held: what it came to while another replica owns the generation.
-    """
-
-    def __init__(self, generation: Generation, index: int, seed: int) -> None:
-        self._generation = generation
-        self._execution: Execution | None = None
-        self._away = False
-        self.index = index
-        self.seed = seed
-        self.step = 0
-        self.reason: FinishReason | None = None
-        self.origin = Origin()
-        self._counted = 0
-        self.picture: Encoded | None = None
-        self.held: Developed | SafelightError | None = None
-        self.encoding = False
-        self.starts = False
-
-    @property
-    def priority(self) -> Priority:
-        """Its generation's."""
-        return self._generation.priority
-
-    @property
-    def deadline(self) -> float | None:
-        """Its generation's."""
-        return self._generation.deadline
-
-    @property
-    def idle(self) -> bool:
-        """Whether it has not ended and nothing develops it."""
-        return self.reason is None and self._execution is None and self.held is None and not self.encoding
-
-    @property
-    def output_id(self) -> int:
-        """What the scheduler knows its execution by; 0: it has none."""
-        return self._execution.job.output_id if self._execution is not None else 0
-
-    def final_origin(self) -> Origin | None:
-        """Where its picture came from; None where there is none."""
-        if self.reason is not FinishReason.COMPLETED:
-            return None
-        elsewhere = self.origin.disposition is Disposition.MISS and not self._counted
-        if elsewhere or self.origin.disposition is Disposition.COALESCED:
-            return Origin(Disposition.COALESCED, num_steps_skipped=self.step - self._counted)
-        return self.origin
-
-    # --- with its execution ---
-
-    def enter(self, execution: Execution) -> None:
-        """Becomes a member."""
-        self._execution = execution
-        execution.join(self)
-
-    def recall(self, picture: Encoded) -> None:
-        """Its picture was there already."""
-        self._generation.on_encoded(self, picture)
-
-    def pause(self) -> None:
-        """Stops wanting it, for a while."""
-        if self._execution is not None and not self._away:
-            self._away = True
-            self._execution.leave(self, back=True)
-
-    def resume(self) -> None:
-        """Wants it again."""
-        if self._execution is not None and self._away:
-            self._away = False
-            self._execution.join(self, again=True)
-
-    def leave(self) -> None:
-        """Stops wanting it, for good."""
-        execution, self._execution = self._execution, None
-        if execution is not None:
-            if self._away:
-                execution.give_up()
-            else:
-                execution.leave(self)
-
-    def reschedule(self) -> None:
-        """Its generation's class has changed."""
-        if self._execution is not None and not self._away:
-            self._execution.reschedule()
-
-    # --- as a member ---
-
-    def started(self) -> None:
-        """To the generation."""
-        self._generation.on_started()
-
-    def joined(self, step: int, frame: Frame | None) -> None:
-        """Shows what there is."""
-        self.step = step
-        if frame is not None:
-            self._generation.log.join(self.index, frame)
-
-    def used(self, seconds: float, rows: int, steps: int) -> None:
-        """Adds up."""
-        work = self._generation.work
-        work.compute_s += seconds
-        work.num_rows += rows
-        work.num_steps += steps
-        self._counted += steps
-
-    def stepped(self, step: int, batch_size: int) -> None:
-        """To the generation."""
-        self.step = step
-        self._generation.on_stepped(self, batch_size)
-
-    def wants_frame(self, step: int) -> bool:
-        """Whether a stream would take it."""
-        return self._generation.log.wants_frame(self.index, step)
-
-    def frame(self, frame: Frame) -> None:
-        """To the streams."""
-        self._generation.log.frame(self.index, frame)
-
-    def developed(self, picture: Developed) -> None:
-        """To the generation."""
-        self._execution = None
-        if self._generation.owned:
-            self._generation.on_developed(self, picture)
-        else:
-            self.held = picture
-
-    def failed(self, error: SafelightError) -> None:
-        """To the generation."""
-        self._execution = None
-        if self._generation.owned:
-            self._generation.on_output_ended(self, FinishReason.FAILED, error)
-        else:
-            self.held = error
-
-    def expired(self) -> None:
-        """To the generation."""
-        self._execution = None
-        if self._generation.owned:
-            self._generation.expire()
 
 
 class Generation:

@@ -32,7 +32,7 @@ from safelight_server.errors import (
 )
 from safelight_server.events import FinishReason, Queued, State
 from safelight_server.execution import Executions
-from safelight_server.fleet import CANCEL, PRIORITY, Fleet
+from safelight_server.fleet import CANCEL, PRIORITY, Fleet, Ground
 from safelight_server.generation import Generation
 from safelight_server.idempotency import Idempotency
 from safelight_server.identity import Caller
@@ -68,7 +68,7 @@ class Generations:
         metrics: Metrics,
         tracing: Tracing,
         flights: Flights | None = None,
-        fleet: Fleet | None = None,
+        ground: Ground | None = None,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
@@ -85,11 +85,10 @@ class Generations:
             settings.max_waiting_per_caller,
         )
         self._intake = Intake(catalog, runtime, engine, Executions(engine, pool), cache, limits, flights)
-        self._fleet = fleet
-        if fleet is not None:
-            fleet.join(self, self._intake)
-            fleet.on(CANCEL, self._asked_to_cancel)
-            fleet.on(PRIORITY, self._asked_for_priority)
+        self._fleet = None if ground is None else Fleet(ground, self, self._intake)
+        if self._fleet is not None:
+            self._fleet.news.on(CANCEL, self._asked_to_cancel)
+            self._fleet.news.on(PRIORITY, self._asked_for_priority)
         self._starting: dict[str, asyncio.Event] = {}
         self._live: dict[str, Generation] = {}
         self._finished: OrderedDict[str, Generation] = OrderedDict()
@@ -129,7 +128,7 @@ class Generations:
             self._live.pop(generation.identifier, None)
             self._requests.release(caller, request.request_id)
             if self._fleet is not None:
-                await self._fleet.dismiss(generation)
+                await self._fleet.owners.dismiss(generation)
             raise
         finally:
             del self._starting[generation.identifier]
@@ -139,7 +138,7 @@ class Generations:
     async def _start(self, generation: Generation, time_left_s: float | None) -> str | None:
         """Starts it; where another replica has a generation of its request id, returns that one's id."""
         request = generation.request
-        if self._fleet is not None and (other := await self._fleet.enroll(generation)) is not None:
+        if self._fleet is not None and (other := await self._fleet.owners.enroll(generation)) is not None:
             return other
         branched_from = None
         if request.branch is not None:
@@ -147,7 +146,7 @@ class Generations:
         plans = await self._intake.plan(generation, branched_from)
         self._refuse_while_draining()
         if self._fleet is not None:
-            await self._fleet.record(generation, plans)
+            await self._fleet.owners.record(generation, plans)
             self._refuse_while_draining()
         self._live[generation.identifier] = generation
         self._intake.launch(generation, plans, time_left_s)
@@ -204,7 +203,7 @@ class Generations:
         """
         generation = self._live.get(identifier) or self._finished.get(identifier)
         if generation is None and self._fleet is not None:
-            generation = await self._fleet.find(identifier, tend=tend)
+            generation = await self._fleet.mirrors.find(identifier, tend=tend)
             generation = self._live.get(identifier, generation)  # it may have come here meanwhile
             if generation is not None and self._is_old(generation):
                 generation = None
@@ -221,7 +220,7 @@ class Generations:
     async def cancel(self, generation: Generation) -> None:
         """Stops it, wherever it runs."""
         if not generation.owned and not generation.ended and self._fleet is not None:
-            await self._fleet.ask(generation, CANCEL)
+            await self._fleet.mirrors.ask(generation, CANCEL)
             self._drop_unwatched(generation)
         if generation.owned:
             generation.stop(GenerationCancelledError("it was cancelled"))
@@ -230,7 +229,7 @@ class Generations:
         """Changes its class, wherever it runs."""
         generation.set_priority(priority)
         if not generation.owned and self._fleet is not None:
-            self._fleet.tell(generation, PRIORITY, priority=str(int(priority)))
+            self._fleet.mirrors.tell(generation, PRIORITY, priority=str(int(priority)))
 
     def pipeline_of(self, generation: Generation) -> Pipeline:
         """The pipeline that develops it."""
@@ -255,12 +254,12 @@ class Generations:
         self._open[watcher] = (generation, end)
         if not generation.owned:
             if self._fleet is not None and not generation.ended:
-                self._fleet.attend(generation)
+                self._fleet.mirrors.attend(generation)
         elif generation.state is State.SUSPENDED:
             self._lost.pop(generation.identifier, None)
             generation.resume()
             if self._fleet is not None:
-                self._fleet.resume(generation)
+                self._fleet.mirrors.resume(generation)
         return watcher
 
     def detach(self, generation: Generation, watcher: Watcher) -> None:
@@ -278,14 +277,14 @@ class Generations:
 
     def _drop_unwatched(self, generation: Generation) -> None:
         if self._fleet is not None and not generation.owned and not generation.log.watchers:
-            self._fleet.drop(generation)
+            self._fleet.mirrors.drop(generation)
 
     def _suspend(self, generation: Generation) -> None:
         """Nobody watches: it waits for a stream, here or where there is one."""
         left = generation.left_s
         if left is not None and left <= 0:
             return  # it expires
-        if self._fleet is not None and self._fleet.wants(generation):
+        if self._fleet is not None and self._fleet.owners.wants(generation):
             self._move(generation)
             return
         generation.suspend()
@@ -312,7 +311,7 @@ class Generations:
             return
         lost = isinstance(generation.error, UnavailableError)  # what gRPC retries must be able to run again
         if self._fleet is not None:
-            self._fleet.settle(generation, retryable=lost)
+            self._fleet.owners.settle(generation, retryable=lost)
         if generation.request.request_id:
             settle = self._requests.release if lost else self._requests.ended
             settle(generation.caller, generation.request.request_id)
@@ -369,7 +368,7 @@ class Generations:
     def _move(self, generation: Generation) -> None:
         """Lets another replica go on with it."""
         assert self._fleet is not None
-        self._fleet.let_go(generation)
+        self._fleet.owners.let_go(generation)
         self.moved(generation)
 
     def moved(self, generation: Generation) -> None:
@@ -413,6 +412,11 @@ class Generations:
             del self._finished[generation.identifier]
 
     # --- in the background ---
+
+    @property
+    def fleet(self) -> Fleet | None:
+        """The generations of all replicas; None: this one is alone."""
+        return self._fleet
 
     async def tick(self) -> None:
         """Tells those who wait their place, ends stalled streams, forgets what is old; until cancelled."""

@@ -23,11 +23,13 @@ from safelight_server.engine import Engine, Job
 from safelight_server.errors import FailedPreconditionError, FieldViolation, InvalidRequestError
 from safelight_server.events import Disposition, Origin
 from safelight_server.execution import Execution, Executions
-from safelight_server.generation import Generation, Output
+from safelight_server.generation import Generation
 from safelight_server.latents import Snapshot
+from safelight_server.output import Output
 from safelight_server.picture import Encoded, Pixels
 from safelight_server.pipeline import sampler_table
-from safelight_server.replicas.flights import Flights, Ticket
+from safelight_server.replicas.flight import Flight
+from safelight_server.replicas.flights import Flights, LoadWithAsking, Ticket
 from safelight_server.request import CacheMode, Spec
 from safelight_server.runtime.base import FloatArray, Runtime
 
@@ -203,7 +205,8 @@ class Intake:
 
     def _admit(self, new: Sequence[Execution], time_left_s: float | None) -> float:
         output = self._engine.output(new[0].job)
-        return admit(self._engine.scheduler, self._limits, output, len(new), time_left_s)
+        load = self._engine.scheduler if self._flights is None else LoadWithAsking(self._flights)
+        return admit(load, self._limits, output, len(new), time_left_s)
 
     def _create(
         self, generation: Generation, output: Output, plan: Plan, key: OutputName | None, *, again: bool = False
@@ -221,7 +224,7 @@ class Intake:
                 recorder.there = there
             return there
 
-        return self._executions.create(job, key, recorder, self._flights.open(ticket, keep))
+        return self._executions.create(job, key, recorder, Flight(self._flights, ticket, keep))
 
     def _ticket(
         self, generation: Generation, output: Output, plan: Plan, key: OutputName | None, again: bool

@@ -35,7 +35,7 @@ class Server:
 
     @property
     def coordinator(self):  # type: ignore[no-untyped-def]
-        return self.running.generations._fleet._coordinator
+        return self.running.generations.fleet.owners._ground.coordinator
 
 
 @contextlib.asynccontextmanager
@@ -82,7 +82,7 @@ async def test_a_generation_belongs_to_its_tenant_on_every_replica(redis_server:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await ask()
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-        assert not other.running.generations._fleet._mirrors, "what is refused is not followed"
+        assert not len(other.running.generations.fleet.mirrors), "what is refused is not followed"
         theirs = await collect(other.stub.Generate(message, metadata=bob))
         assert theirs[0].generation != name, "request ids are each tenant's own"
         assert (await collect(call))[-1].finished.status.code == 0

@@ -20,7 +20,7 @@ from safelight_server.cache.store.breaker import Breaker
 from safelight_server.cache.store.keyring import Keyring, new_key_file
 from safelight_server.cache.store.redis import RedisConnection
 from safelight_server.cache.store.sealed import Sealer
-from safelight_server.replicas.flights import BILL
+from safelight_server.replicas.landing import BILL
 
 from tests.conftest import MODELS
 

@@ -19,8 +19,10 @@ from safelight_server.engine import Job
 from safelight_server.execution import Execution
 from safelight_server.latents import Snapshot
 from safelight_server.picture import Pixels
-from safelight_server.replicas import flights as flying
-from safelight_server.replicas.flights import BILL, Flight, Flights, Ticket
+from safelight_server.replicas import landing
+from safelight_server.replicas.flight import Flight
+from safelight_server.replicas.flights import Flights, Ticket
+from safelight_server.replicas.landing import BILL
 from safelight_server.replicas.news import News
 from safelight_server.runtime.base import FloatArray, RuntimeFailure
 from safelight_server.runtime.simulated import LATENT, simulated_pipeline
@@ -81,7 +83,7 @@ class Replica:
         async def keep(pixels: Pixels, compute_s: float) -> bool:
             return await self.pictures.put(POINTER, pixels, FACTS, replicate=True)
 
-        self.flight = self.flights.open(ticket, keep)
+        self.flight = Flight(self.flights, ticket, keep)
         return self.stage.executions.create(job, "same", Recorder(self.checkpoints), self.flight)
 
     async def step(self, execution: Execution, step: int) -> None:
@@ -117,7 +119,7 @@ class Pair:
 
 @pytest.fixture
 async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
-    monkeypatch.setattr(flying, "RETRY_S", 0.01)
+    monkeypatch.setattr(landing, "RETRY_S", 0.01)
     made = Pair()
     yield made
     made.coordinator.out = False
