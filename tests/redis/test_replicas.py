@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from safelight import Client, Finished, Picture, Progress
 from safelight.v1 import generation_pb2 as pb
 
 from tests.redis.conftest import RedisServer
@@ -200,3 +201,21 @@ async def test_one_that_nobody_watches_is_finished_by_whoever_is_left(pair, tmp_
     await one.start()
     assert picture(events) == await undisturbed(one, 11)
     assert len(billed(await bills(server.url, folder), names)) == 2
+
+
+async def test_the_client_goes_to_the_next_replica(pair) -> None:
+    (one, other), server, folder = pair
+    seen: list[object] = []
+    async with Client([one.address, other.address]) as client:
+        async for event in client.generate("a red potion on a dark background", seed=12, steps=STEPS):
+            seen.append(event)
+            if isinstance(event, Progress) and event.step == 6:
+                await one.kill()
+    await one.start()
+    pictures = [event for event in seen if isinstance(event, Picture)]
+    assert [found.data for found in pictures] == [await undisturbed(one, 12)]
+    assert isinstance(seen[-1], Finished)
+    assert len(billed(await bills(server.url, folder), [seen[-1].generation])) == 1
+    async with Client(f"127.0.0.1:1, {other.address}") as client:
+        events = [event async for event in client.generate("x", seed=13, steps=2)]
+        assert isinstance(events[-1], Finished), "one that was never there"
