@@ -109,6 +109,9 @@ async def _commit(
             flights.num_late += not late
             late = True
             _decide(decided, None)
+            if leader is not None:  # who follows need not wait for this
+                await leader.close()
+                leader = None
             await asyncio.sleep(RETRY_S)
         log.warning("a result was not committed in time and is discarded", generation=ticket.generation)
     finally:
