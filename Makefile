@@ -3,6 +3,7 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 TRAIN_PY := .venv-training/bin/python
+TRITON_PY := .venv-triton/bin/python
 export PYTHONDONTWRITEBYTECODE := 1
 
 .PHONY: help
@@ -24,6 +25,20 @@ help: ## List the targets
 	.venv/bin/uv pip sync --quiet --python $(TRAIN_PY) --require-hashes requirements-training.lock
 	@touch $@
 
+.venv-bench/.installed: .venv/.uv requirements-bench.lock
+	python3 -m venv .venv-bench
+	.venv/bin/uv pip sync --quiet --python .venv-bench/bin/python --require-hashes requirements-bench.lock
+	@touch $@
+
+.venv-triton/.installed: .venv/.uv requirements-triton.lock
+	python3 -m venv .venv-triton
+	.venv/bin/uv pip sync --quiet --python $(TRITON_PY) --require-hashes requirements-triton.lock
+	@touch $@
+
+.tools/.installed: tools/go.mod tools/go.sum
+	cd tools && go build -o ../.tools/ tool
+	@touch $@
+
 .PHONY: setup
 setup: .venv/.installed ## Make the virtual environment from the lock file
 
@@ -35,6 +50,17 @@ demo: setup ## Develop several pictures at once and write them to out/demo
 serve: setup ## Run the server in the foreground
 	.venv/bin/safelight serve
 
+.PHONY: triton
+triton: .venv-triton/.installed ## Serve models/repository with a real tritonserver (SERVE_ARGS="--grpc-port 8001 ...")
+	$(TRITON_PY) deploy/triton/serve $(SERVE_ARGS)
+
+.PHONY: tools
+tools: .tools/.installed ## Build ghz, grpcurl and Jaeger with Go (a few minutes, once)
+
+.PHONY: jaeger
+jaeger: .tools/.installed ## Run Jaeger in the foreground: OTLP on 4317 and 4318, its page and queries on 16686
+	tools/jaeger
+
 .PHONY: test
 test: setup ## Run the tests that need nothing but the virtual environment
 	$(PY) -m pytest -q tests/unit tests/integration
@@ -44,13 +70,28 @@ test-training: .venv-training/.installed ## Run the tests against torch and diff
 	$(TRAIN_PY) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -W ignore::FutureWarning \
 	  -W ignore::UserWarning --timeout 600 tests/training  # warnings of torch and diffusers are not ours to mend
 
+.PHONY: test-peers
+test-peers: .venv-bench/.installed ## Run the tests of the latency benchmark, with its peers
+	PYTHONPATH=server:clients/python:. .venv-bench/bin/python -m pytest -q -p no:cacheprovider --timeout 400 tests/peers
+
 .PHONY: test-redis
 test-redis: setup ## Run the tests against a real Redis and an S3 server, which they start themselves
 	tools/install-system-packages
 	$(PY) -m pytest -q --timeout 120 tests/redis
 
+.PHONY: test-triton
+test-triton: setup .venv-triton/.installed .tools/.installed ## Run the tests against the real tritonserver
+	$(PY) -m pytest -q tests/triton
+
+.PHONY: test-tools
+test-tools: setup .tools/.installed ## Run the tests with grpcurl, ghz and Jaeger
+	$(PY) -m pytest -q tests/tools
+
+.PHONY: test-rest
+test-rest: test-tools test-redis test-triton test-training test-peers mutate ## Run the groups that need more than `make test` does
+
 .PHONY: test-all
-test-all: test test-redis test-training mutate ## Run all tests
+test-all: test test-rest ## Run all tests
 
 .PHONY: check
 check: setup ## Format, lint, types, import rules, generated code, proto lint
@@ -91,14 +132,24 @@ lock: .venv/.uv ## Pin all dependencies anew
 	  pyproject.toml clients/python/pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --no-emit-package safelight \
 	  pyproject.toml clients/python/pyproject.toml --extra training -c requirements.lock -o requirements-training.lock
+	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --no-emit-package safelight \
+	  pyproject.toml clients/python/pyproject.toml --extra bench -c requirements-training.lock -o requirements-bench.lock
+	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
+	  deploy/triton/requirements.in -o requirements-triton.lock
 
 .PHONY: mutate
 mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name)
 	$(PY) tools/mutate.py $(ONLY)
 
+# Only latency has peers, with an environment of their own.
+BENCH_ENV := $(if $(filter throughput scheduler watchers loop,$(ONLY)),.venv,.venv-bench)
 .PHONY: bench
-bench: setup ## Measure throughput, latency and the scheduler; prints tables, writes out/bench
-	$(PY) -m load_tests.bench
+bench: setup $(BENCH_ENV)/.installed ## Measure: tables, and JSON in out/bench. ONLY=throughput|latency|scheduler|watchers|loop
+	PYTHONPATH=server:clients/python $(BENCH_ENV)/bin/python -m load_tests --only "$(ONLY)"
+
+.PHONY: bench-smoke
+bench-smoke: setup .venv-bench/.installed ## Run all benchmarks for seconds, to see that they work
+	PYTHONPATH=server:clients/python .venv-bench/bin/python -m load_tests --smoke --out out/bench/smoke
 
 .PHONY: train
 train: .venv-training/.installed ## Train the embedded model from a seed (says how long it takes; resumes)
@@ -112,4 +163,4 @@ evaluate: .venv-training/.installed ## Score the shipped weights; fails below th
 
 .PHONY: clean
 clean: ## Remove what was built and measured
-	rm -rf .venv .venv-training node_modules out
+	rm -rf .venv .venv-training .venv-bench .venv-triton .tools node_modules out

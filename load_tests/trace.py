@@ -17,7 +17,7 @@ import bisect
 import enum
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from training.icons import BACKGROUNDS, COLOURS, OBJECTS, Spec, caption, sample_spec
@@ -188,9 +188,11 @@ def _bare(icon: Spec) -> Spec:
 def _changed(icon: Spec, rng: random.Random) -> Spec:
     """Another colour, background or object, in this order of frequency."""
     kind = rng.choices(("colour", "background", "object"), (0.5, 0.3, 0.2))[0]
-    values = {"colour": COLOURS, "background": BACKGROUNDS, "object": OBJECTS}[kind]
+    kinds: dict[str, Iterable[str]] = {"colour": COLOURS, "background": BACKGROUNDS, "object": OBJECTS}
+    values = kinds[kind]
     while True:
         value = rng.choice([other for other in values if other != getattr(icon, kind)])
-        changed = replace(icon, **{kind: value}, crystal=icon.crystal and kind != "colour")
+        crystal = icon.crystal and kind != "colour"
+        changed = replace(icon, **{kind: value}, crystal=crystal)  # type: ignore[arg-type]  # these three are strings
         if (changed.object, changed.colour) not in FORBIDDEN:
             return changed

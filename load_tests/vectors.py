@@ -25,6 +25,7 @@ Floats = npt.NDArray[np.float32]
 MODELS = Path(__file__).parent.parent / "models"
 OUT = Path("out/index")
 BATCH = 64
+MAX_QUERIES = 2000
 CLUSTER = 64
 """Vectors around one centre, on average."""
 
@@ -77,23 +78,23 @@ class Encoder:
 
 
 def real(count: int, num_queries: int) -> Vectors:
-    """Captions through the encoder of `icons`; the queries are captions too."""
+    """Distinct captions through the encoder of `icons`; the queries, at most 2000, are captions too."""
     encoder = Encoder()
     manifest = encoder.pipeline.manifest
     key = hashlib.sha256(f"{encoder.pipeline.digest} {manifest.example_prompts} {manifest.guard}".encode()).hexdigest()
-    file = OUT / f"real-{count}-{num_queries}-{key[:12]}.npz"
+    file = OUT / f"real-{count}-{MAX_QUERIES}-{key[:12]}.npz"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        texts, guard = captions(count + num_queries, seed=1), Guard(manifest.guard)
+        texts, guard = captions(count + MAX_QUERIES, seed=1), Guard(manifest.guard)
         random.Random(0).shuffle(texts)
         facts = np.array([_hash(repr(guard.facts(text))) for text in texts])
         vectors = np.concatenate([encoder(texts[i : i + 4096]).astype(np.float16) for i in range(0, len(texts), 4096)])
         np.savez(file, vectors=vectors, facts=facts)
     with np.load(file) as arrays:
         vectors, facts = arrays["vectors"], arrays["facts"]
-    queries = vectors[count:].astype(np.float32)
+    queries = vectors[count : count + num_queries].astype(np.float32)
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    return Vectors("captions of icons", vectors[:count], queries, facts[:count], facts[count:])
+    return Vectors("captions of icons", vectors[:count], queries, facts[:count], facts[count : count + num_queries])
 
 
 def clustered(count: int, num_queries: int, dimension: int = 768) -> Vectors:

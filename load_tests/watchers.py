@@ -9,14 +9,9 @@ clock.
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
-import os
 import time
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
-from pathlib import Path
 
 import grpc
 import numpy as np
@@ -24,89 +19,77 @@ from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.app import serving
 from safelight_server.settings import load
+from safelight_server.telemetry import configure_logging
+
+from load_tests import processes
+from load_tests.clients import CHANNEL_OPTIONS, RAW
+from load_tests.processes import Usage
+from load_tests.runner import Report, Row
 
 STREAMS_PER_GENERATION = 64
 STREAMS_PER_CONNECTION = 50
 OPENING_AT_ONCE = 50
-STEP_MS = 200.0
 STEPS = 1000
 SLOW_S = 1.0
-WARM_UP_S = 3.0
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-CLIENT_OPTIONS = [
-    ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", 65536),
-    ("grpc.use_local_subchannel_pool", 1),
-]
-RAW = pb.PixelEncoding(media_type="application/x-raw-rgba8")
 PREVIEW = pb.PreviewPolicy(accept=[RAW], method=pb.PREVIEW_METHOD_TINY_DECODER)
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """What the server's process has used."""
+class Plan:
+    """How much to measure."""
 
-    resident_bytes: int
-    cpu_s: float
+    num_streams: int = 2000
+    num_healthy: int = 64
+    step_ms: float = 200.0
+    warm_up_s: float = 3.0
+    seconds: float = 15.0
 
 
-def measure(num_streams: int = 2000, num_healthy: int = 64, seconds: float = 15.0) -> dict[str, float]:
-    """Runs it and returns the figures."""
-    num_generations = -(-num_streams // STREAMS_PER_GENERATION)
-    server, server_pipe = _start(_serving, num_generations)
-    address, names = server_pipe.recv()
-    before = _ask(server_pipe)
-    slow, slow_pipe = _start(_watching, address, names, num_streams - num_healthy, SLOW_S)
-    slow_pipe.recv()
-    opened = _ask(server_pipe)
-    healthy, healthy_pipe = _start(_watching, address, names, num_healthy, 0.0)
-    healthy_pipe.recv()
-    time.sleep(WARM_UP_S)
-    begun = _ask(server_pipe)
-    time.sleep(seconds)
-    ended = _ask(server_pipe)
-    late = np.array(_ask(healthy_pipe)) * 1e3
-    num_slow_events = len(_ask(slow_pipe))
-    for process in (slow, healthy, server):
-        process.kill()
-        process.join()
-    return {
-        "streams": num_streams,
-        "healthy": num_healthy,
-        "kib_per_stream_at_first": (opened.resident_bytes - before.resident_bytes) / (num_streams - num_healthy) / 1024,
-        "kib_per_stream": (ended.resident_bytes - before.resident_bytes) / num_streams / 1024,
-        "server_cpu_share": (ended.cpu_s - begun.cpu_s) / seconds,
-        "healthy_events_per_s": len(late) / (seconds + WARM_UP_S),
-        "slow_events_per_s": num_slow_events / (seconds + WARM_UP_S),
-        "late_ms_p50": float(np.percentile(late, 50)),
-        "late_ms_p99": float(np.percentile(late, 99)),
+SMOKE = Plan(num_streams=6, num_healthy=2, step_ms=20.0, warm_up_s=0.2, seconds=0.5)
+
+
+def measure(plan: Plan) -> Report:
+    """Opens the slow streams, then the healthy ones, and watches for a while."""
+    num_slow = plan.num_streams - plan.num_healthy
+    num_generations = -(-plan.num_streams // STREAMS_PER_GENERATION)
+    with processes.child(_serving, num_generations, plan.step_ms) as server:
+        address, names = server.first()
+        before: Usage = server.ask()
+        with processes.child(_watching, address, names, num_slow, SLOW_S) as slow:
+            slow.first()
+            slow_opened_at = time.monotonic()
+            opened: Usage = server.ask()
+            with processes.child(_watching, address, names, plan.num_healthy, 0.0) as healthy:
+                healthy.first()
+                healthy_opened_at = time.monotonic()
+                time.sleep(plan.warm_up_s)
+                begun: Usage = server.ask()
+                time.sleep(plan.seconds)
+                ended: Usage = server.ask()
+                late_ms = np.array(healthy.ask()) * 1e3
+                healthy_s = time.monotonic() - healthy_opened_at
+                num_slow_events = len(slow.ask())
+                slow_s = time.monotonic() - slow_opened_at
+    row: Row = {
+        "streams": plan.num_streams,
+        "healthy": plan.num_healthy,
+        "kib_per_stream_at_first": (opened.resident_bytes - before.resident_bytes) / num_slow / 1024,
+        "kib_per_stream": (ended.resident_bytes - before.resident_bytes) / plan.num_streams / 1024,
+        "server_cpu_share": (ended.cpu_s - begun.cpu_s) / plan.seconds,
+        "healthy_events_per_s": len(late_ms) / healthy_s,
+        "slow_events_per_s": num_slow_events / slow_s,
+        "late_ms_p50": float(np.percentile(late_ms, 50)),
+        "late_ms_p99": float(np.percentile(late_ms, 99)),
     }
+    return Report("watchers", {"Streams on one server, most of them slow": [row]})
 
 
-def _start(main: Callable[..., Coroutine[None, None, None]], *args: object) -> tuple[SpawnProcess, Connection]:
-    """A process of its own, and the pipe to it; reading from the pipe fails when the process ends."""
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=_run, args=(main, theirs, *args), daemon=True)
-    process.start()
-    theirs.close()
-    return process, ours
-
-
-def _run(main: Callable[..., Coroutine[None, None, None]], *args: object) -> None:
-    asyncio.run(main(*args))
-
-
-def _ask(pipe: Connection):  # type: ignore[no-untyped-def]  # whatever the other side answers
-    pipe.send(None)
-    return pipe.recv()
-
-
-async def _serving(pipe: Connection, num_generations: int) -> None:
+async def _serving(pipe: Connection, num_generations: int, step_ms: float) -> None:
+    configure_logging("json", "error")
     settings = load(
-        port=0, runtime="simulated", simulated_base_ms=STEP_MS, simulated_row_ms=0.0, num_instances=1,
+        port=0, runtime="simulated", simulated_base_ms=step_ms, simulated_row_ms=0.0, num_instances=1,
         max_running_outputs=num_generations, max_waiting_per_caller=num_generations, log_level="error",
-        max_watchers=STREAMS_PER_GENERATION * 2, models_dir=Path("models"),
+        max_watchers=STREAMS_PER_GENERATION * 2, max_streams_per_caller=1 << 20,
     )  # fmt: skip
     async with serving(settings) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
@@ -121,21 +104,14 @@ async def _serving(pipe: Connection, num_generations: int) -> None:
             names.append((await anext(aiter(call))).event.generation)
             call.cancel()
         pipe.send((running.address, names))
-        while True:
-            await asyncio.to_thread(pipe.recv)
-            pipe.send(_usage())
-
-
-def _usage() -> Usage:
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
-    return Usage(resident, time.process_time())
+        await processes.answer(pipe, processes.usage)
 
 
 async def _watching(pipe: Connection, address: str, names: list[str], num_streams: int, pause_s: float) -> None:
     """Opens streams, evenly over the generations, and reads them, with a pause after each event."""
     late: list[float] = []
     channels = [
-        grpc.aio.insecure_channel(address, CLIENT_OPTIONS) for _ in range(-(-num_streams // STREAMS_PER_CONNECTION))
+        grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) for _ in range(-(-num_streams // STREAMS_PER_CONNECTION))
     ]
     opening = asyncio.Semaphore(OPENING_AT_ONCE)
     opened = asyncio.Semaphore(0)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRATCH = ROOT / "out" / "mutate"
-COPIED = ("server", "clients", "tests", "models", "training", "pyproject.toml")
+COPIED = ("server", "clients", "tests", "models", "training", "load_tests", "pyproject.toml")
 
 
 def main() -> int:

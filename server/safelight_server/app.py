@@ -10,15 +10,16 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from safelight_server import catalog as catalogs
+from safelight_server import reflection
+from safelight_server.cache.admin import CacheAdmin
 from safelight_server.cache.backends import Backends, open_backends
 from safelight_server.cache.bands import Bands
 from safelight_server.cache.buckets import RedisBuckets
@@ -28,6 +29,7 @@ from safelight_server.cache.eviction import LeastBenefit
 from safelight_server.cache.lsh import BucketStore, MemoryBuckets
 from safelight_server.cache.pictures import Pictures
 from safelight_server.cache.prompts import Prompts
+from safelight_server.cache.purges import Purges
 from safelight_server.cache.similar import SimilarPictures
 from safelight_server.cache.spaces import Spaces
 from safelight_server.cache.starts import Starts
@@ -37,21 +39,24 @@ from safelight_server.engine import Engine
 from safelight_server.fleet import Ground
 from safelight_server.generations import Generations
 from safelight_server.identity import Identity
+from safelight_server.quota import StreamQuota
 from safelight_server.replicas.flights import Flights
 from safelight_server.replicas.news import News
 from safelight_server.resolve import RequestLimits
-from safelight_server.runtime.base import Runtime
+from safelight_server.runtime.base import Runtime, RuntimeStartError
 from safelight_server.runtime.onnx import OnnxRuntime
 from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
+from safelight_server.runtime.triton import TritonOptions, TritonRuntime
 from safelight_server.scheduler import Priority
-from safelight_server.service import GENERATION_SERVICE, MODEL_SERVICE, Service
-from safelight_server.settings import Settings
+from safelight_server.service import CACHE_SERVICE, GENERATION_SERVICE, MODEL_SERVICE, Service
+from safelight_server.settings import Settings, is_loopback
 from safelight_server.telemetry import Metrics, Tracing
 
 log = structlog.get_logger(__name__)
 
 REQUEST_BYTES = 64 << 10
 """Room for all of a request but its prompts."""
+HEALTH_PERIOD_S = 0.25
 GRPC_OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
     ("grpc.keepalive_time_ms", 20_000),
@@ -75,6 +80,7 @@ class Running:
     runtime: Runtime
     cache: Cache
     generations: Generations
+    streams: StreamQuota
     drain: Callable[[float], asyncio.Task[None]]
 
 
@@ -86,6 +92,17 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
         )
         return Catalog([simulated_pipeline()]), runtime
     catalog = catalogs.load(settings.models_dir, settings.default_model)
+    if settings.runtime == "triton":
+        options = TritonOptions(
+            urls=settings.triton_urls,
+            shared_memory=settings.triton_shared_memory,
+            calls_each=settings.triton_instances,
+            timeout_factor=settings.triton_timeout_factor,
+            timeout_floor_s=settings.triton_timeout_floor_s,
+            probe_max_s=settings.triton_probe_max_s,
+            start_s=settings.triton_start_s,
+        )
+        return catalog, TritonRuntime(catalog, options)
     return catalog, OnnxRuntime(catalog, settings.num_instances)
 
 
@@ -93,10 +110,13 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
 async def serving(settings: Settings) -> AsyncIterator[Running]:
     """Serves while the block runs; on leaving, whatever is left ends."""
     clock = time.monotonic
-    metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio)
-    identity = Identity(settings.api_key_file)
+    metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio, settings.otlp_header_pairs)
+    identity = Identity(settings.api_key_file, all_admins=is_loopback(settings.host))
     catalog, runtime = build_runtime(settings)
-    await runtime.start()
+    try:
+        await runtime.start()
+    except RuntimeStartError as error:
+        raise StartError(str(error)) from None
     pool = ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))), thread_name_prefix="pixels")
     engine = Engine(
         runtime,
@@ -104,13 +124,18 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         metrics,
         max_running=settings.max_running_outputs,
         preview_share=settings.preview_share,
+        runtime_wait_s=settings.runtime_wait_s,
+        runtime_grace_s=settings.runtime_grace_s,
+        tracer=tracer,
     )
     backends = await open_backends(settings, metrics.tiers)
-    cache = _build_cache(settings, backends, engine, pool, metrics)
+    cache, purges = _build_cache(settings, backends, engine, pool, metrics)
+    caches = CacheAdmin(cache.spaces, backends.keyring, backends.tiers, purges, metrics)
     flights, ground = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
-    generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics, tracer, flights, ground)
+    generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics, flights, ground)
     limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
-    service = Service(identity, catalog, runtime, generations, limits, metrics, tracer)
+    quota = StreamQuota(settings.max_streams_per_caller)
+    service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
     _watch_queue(metrics, engine)
 
     largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four bytes a character
@@ -118,21 +143,23 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     server.add_generic_rpc_handlers(tuple(service.handlers()))
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    services = [GENERATION_SERVICE, MODEL_SERVICE, health.SERVICE_NAME]
-    reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], server)
+    services = [GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, health.SERVICE_NAME]
+    reflection.enable(services, server)
     address = _bind(server, settings)
     if settings.metrics_port:
         metrics.serve(settings.host if settings.insecure else "127.0.0.1", settings.metrics_port)
     await server.start()
     for name in ("", *services):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    background = [generations.tick()]
+    works = [generations.tick(), purges.keep_up(), purges.listen()]
     if (fleet := generations.fleet) is not None and flights is not None:
-        background += [fleet.news.listen(), fleet.news.talk(), flights.watch_service(), fleet.mirrors.sweep()]
-    tasks = [asyncio.create_task(work) for work in background]
+        works += [fleet.news.listen(), fleet.news.talk(), flights.watch_service(), fleet.mirrors.sweep()]
+    background = [asyncio.create_task(work) for work in works]
+    following = asyncio.create_task(_follow_health(health_servicer, ("", *services), engine))
 
     async def drain(grace_s: float) -> None:
         log.info("draining", grace_s=grace_s)
+        following.cancel()
         await health_servicer.enter_graceful_shutdown()
         await generations.drain(grace_s)
         await server.stop(1.0)
@@ -145,12 +172,12 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         return draining[0]
 
     try:
-        yield Running(address, catalog, runtime, cache, generations, start_drain)
+        yield Running(address, catalog, runtime, cache, generations, quota, start_drain)
     finally:
         await start_drain(0.0)
-        for task in tasks:
+        for task in background:
             task.cancel()
-        await asyncio.wait(tasks)
+        await asyncio.wait(background)
         if fleet is not None and flights is not None:
             await fleet.close()
             await flights.close()
@@ -159,7 +186,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         await backends.close()
         await runtime.close()
         pool.shutdown()
-        tracer.close()
+        await asyncio.to_thread(tracer.close)
 
 
 def _build_replicas(
@@ -187,24 +214,39 @@ def _build_replicas(
 
 def _build_cache(
     settings: Settings, backends: Backends, engine: Engine, pool: ThreadPoolExecutor, metrics: Metrics
-) -> Cache:
+) -> tuple[Cache, Purges]:
     tiers, keyring, ttl_s = backends.tiers, backends.keyring, settings.cache_ttl_s
     bands = Bands()
-    policy = Policy(settings.checkpoint_every_n_steps, bands.fractions, ttl_s=ttl_s)
+    alone = settings.redis_url is None  # then nobody could go on from where it stopped
+    often = 0 if alone else settings.checkpoint_every_n_steps
+    policy = Policy(often, bands.fractions, ttl_s=ttl_s)
     checkpoints = Checkpoints(tiers, keyring, policy)
     pictures = Pictures(tiers, keyring, pool, ttl_s)
     buckets: BucketStore = MemoryBuckets(settings.cache_similar_items)
     if backends.redis is not None:
         most = settings.cache_similar_items
         buckets = RedisBuckets(*backends.redis, backends.sealer, ttl_s=ttl_s, max_items=most)
-    similar = SimilarPictures(pictures, buckets, metrics.cache.rejected)
-    vectors = Vectors(tiers, keyring, ttl_s)
+    similar = SimilarPictures(pictures, buckets, settings.cache_latent_items, metrics.cache.rejected)
     books = LeastBenefit(settings.cache_latent_bytes)
-    starts = Starts(checkpoints, vectors, bands, books, settings.cache_latent_items)
+    starts = Starts(checkpoints, Vectors(tiers, ttl_s), bands, books, settings.cache_latent_items)
     spaces = Spaces(keyring, settings.cache_pools)
     prompts = Prompts(tiers, engine.encode, ttl_s)
     shared = backends.redis is not None
-    return Cache(spaces, pictures, prompts, checkpoints, similar, starts, metrics.cache, shared=shared)
+    cache = Cache(spaces, pictures, prompts, checkpoints, similar, starts, metrics.cache, shared=shared)
+    return cache, Purges(tiers, backends.coordinator, (similar, starts, checkpoints))
+
+
+async def _follow_health(servicer: health.aio.HealthServicer, names: Sequence[str], engine: Engine) -> None:
+    """Says NOT_SERVING while nothing has been there to execute models for longer than the grace; forever."""
+    said = health_pb2.HealthCheckResponse.SERVING
+    while True:
+        status = health_pb2.HealthCheckResponse
+        now = status.NOT_SERVING if engine.outage.beyond_grace else status.SERVING
+        if now is not said:
+            for name in names:
+                await servicer.set(name, now)
+            said = now
+        await asyncio.sleep(HEALTH_PERIOD_S)
 
 
 def _watch_queue(metrics: Metrics, engine: Engine) -> None:

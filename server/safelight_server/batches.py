@@ -8,16 +8,23 @@ that a batch in flight still reads.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
 from safelight_server.catalog import Pipeline
 from safelight_server.latents import Latents, Slots, Snapshot
 from safelight_server.pipeline import decoder_latent
-from safelight_server.runtime.base import Array, Component, FloatArray
+from safelight_server.runtime.base import Component, FloatArray, Inputs
 from safelight_server.sampler import SamplerTable
 from safelight_server.scheduler import Batch, Kind, Row
+from safelight_server.telemetry import UNTRACED, Stage, Trail
+from safelight_server.telemetry.trail import NO_CALL, Attributes, CallSpans, Making, Served
+
+PART_NAMES = {Kind.ENCODE: "text_encode", Kind.DENOISE: "step", Kind.DECODE: "decode", Kind.PREVIEW: "decode"}
+"""Of the span that each trace has of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,7 @@ class Preview:
 
     latent: FloatArray
     image: asyncio.Future[FloatArray | None]
+    stage: Stage = UNTRACED
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +79,7 @@ class Call:
     """A batch made ready for a runtime; `slots` and `parts` are set for denoiser calls, one entry a row."""
 
     key: Key
-    inputs: Mapping[str, Array]
+    inputs: Inputs
     num_outputs: int
     slots: Slots | None = None
     parts: Slots | None = None
@@ -108,6 +116,41 @@ class Batches:
         previews = [self.flights[row.output_id].previews.pop(batch.key) for row in batch.rows]
         latent = np.stack([preview.latent for preview in previews])
         return Call(key, {"latent": decoder_latent(key.pipeline, latent)}, len(batch.rows), previews=previews)
+
+    def spans(
+        self, batch: Batch, call: Call, runtime: str, trails: Callable[[int], Sequence[Trail]]
+    ) -> AbstractContextManager[object]:
+        """Records the call, as long as a block lasts, in the traces of those whom it serves."""
+        served = self._served(batch, call, trails)
+        attributes = {
+            "safelight.model": call.key.pipeline.name,
+            "safelight.component": call.key.component.value,
+            "safelight.runtime": runtime,
+            "safelight.instance": batch.instance,
+            "safelight.batch.rows": len(batch.rows),
+            "safelight.batch.outputs": len(batch.members),
+        }
+        return CallSpans(PART_NAMES[batch.kind], served, attributes) if served else NO_CALL
+
+    def _served(
+        self, batch: Batch, call: Call, trails: Callable[[int], Sequence[Trail]]
+    ) -> list[tuple[Served, Attributes]]:
+        """Those in whose traces the batch is to be seen, with what it does for them."""
+        if batch.kind is Kind.PREVIEW:
+            recorded = [preview.stage for preview in call.previews if preview is not None and preview.stage.recorded]
+            return [(Making(stage), {"safelight.rows": 1}) for stage in recorded]
+        if batch.kind is Kind.ENCODE:
+            encoded = set(batch.members)
+            rows = {at: len(encoded.intersection(flight.conditioning)) for at, flight in self.flights.items()}
+        else:
+            rows = dict(Counter(row.output_id for row in batch.rows))
+        steps = {row.output_id: row.step + 1 for row in batch.rows} if batch.kind is Kind.DENOISE else {}
+        served: list[tuple[Served, Attributes]] = []
+        for output_id, count in rows.items():
+            step = {"safelight.step": steps[output_id]} if output_id in steps else {}
+            attributes = {"safelight.rows": count, **step}
+            served += [(trail, attributes) for trail in (trails(output_id) if count else ())]
+        return served
 
     def returned(self, batch: Batch, call: Call) -> None:
         """The runtime is done with the inputs, with results or without."""

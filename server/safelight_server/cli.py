@@ -1,4 +1,4 @@
-"""The command line: serve, generate, demo, models, health, keys, settings. Errors are one line and an exit code."""
+"""The command line; `safelight --help` lists it. Errors are one line and an exit code."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
-from safelight import Client, GenerationError
+from safelight import Branch, CacheMode, Client, GenerationError, GetCacheStatsResponse, PurgeCacheResponse
 from safelight_server import bench as benches
 from safelight_server import demo as demos
+from safelight_server import repository as repositories
 from safelight_server import settings as settings_module
 from safelight_server.app import Running, StartError, serve
 from safelight_server.catalog import ManifestError
 from safelight_server.identity import KeyFileError, new_key
+from safelight_server.repository import Accelerator, RepositoryError
+from safelight_server.repository import Target as RepositoryTarget
 from safelight_server.settings import Settings, SettingsError
 from safelight_server.telemetry import configure_logging
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Watch pictures develop.", rich_markup_mode=None)
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
 app.add_typer(keys, name="keys")
+caches = typer.Typer(no_args_is_help=True, help="The caches of a running server; needs an administrator's key.")
+app.add_typer(caches, name="cache")
 console = Console()
 T = TypeVar("T")
 
@@ -45,6 +50,7 @@ def serve_command(
     insecure: Annotated[bool, typer.Option(help=Settings.model_fields["insecure"].description)] = False,
     models_dir: Annotated[Path | None, typer.Option(help=Settings.model_fields["models_dir"].description)] = None,
     runtime: Annotated[str | None, typer.Option(help=Settings.model_fields["runtime"].description)] = None,
+    triton_url: Annotated[str | None, typer.Option(help=Settings.model_fields["triton_url"].description)] = None,
     num_instances: Annotated[int | None, typer.Option(help=Settings.model_fields["num_instances"].description)] = None,
     api_key_file: Annotated[Path | None, typer.Option(help=Settings.model_fields["api_key_file"].description)] = None,
     metrics_port: Annotated[int | None, typer.Option(help=Settings.model_fields["metrics_port"].description)] = None,
@@ -57,6 +63,7 @@ def serve_command(
         insecure=insecure or None,
         models_dir=models_dir,
         runtime=runtime,
+        triton_url=triton_url,
         num_instances=num_instances,
         api_key_file=api_key_file,
         metrics_port=metrics_port,
@@ -80,6 +87,8 @@ def _summary(running: Running, settings: Settings) -> None:
     console.print(table)
 
 
+MAX_STEP = 2**31 - 1
+"""What the field of a step holds; the server has the real limit."""
 MEDIA_TYPES = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
@@ -94,6 +103,8 @@ def generate(
     negative_prompt: Annotated[str, typer.Option("--negative", help="What guidance leads away from.")] = "",
     model: Annotated[str, typer.Option(help="Id of the model.")] = "",
     timeout_s: Annotated[float | None, typer.Option("--timeout", min=0.001, help="Deadline in seconds.")] = None,
+    cache: Annotated[CacheMode, typer.Option(help="What may serve it beside its own development.")] = "default",
+    branch: Annotated[str, typer.Option(metavar="generations/ID@STEP", help="Where to start from.")] = "",
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
 ) -> None:
@@ -101,13 +112,34 @@ def generate(
     media_type = MEDIA_TYPES.get(out.suffix.lstrip(".").lower())
     if media_type is None:
         raise Fault(f"--out {out}: the ending must be .png, .jpg or .webp")
-    order = demos.Order(prompt, seed, steps, guidance_scale, sampler, negative_prompt, model, media_type, timeout_s)
-    picture, figures = _run(demos.generate_one(target, api_key, order, console))
+    order = demos.Order(
+        prompt,
+        seed,
+        steps,
+        guidance_scale,
+        sampler,
+        negative_prompt,
+        model,
+        media_type,
+        timeout_s,
+        cache,
+        _branch(branch) if branch else None,
+    )
+    picture, developed = _run(demos.generate_one(target, api_key, order, console))
     try:
         out.write_bytes(picture.data)
     except OSError as error:
         raise Fault(f"{out}: {error.strerror}") from None
-    console.print(f"{out}  {picture.width_px}x{picture.height_px}  seed {picture.seed}  {figures}")
+    size = f"{picture.width_px}x{picture.height_px}"
+    console.print(f"{out}  {size}  seed {picture.seed}  {developed.figures()}", highlight=False, soft_wrap=True)
+    console.print(developed.origin(), highlight=False, soft_wrap=True)
+
+
+def _branch(text: str) -> Branch:
+    generation, _, step = text.partition("@")
+    if not step.isdecimal():
+        raise Fault(f"--branch {text}: must be generations/ID@STEP")
+    return Branch(generation=generation, step=min(int(step), MAX_STEP))
 
 
 @app.command()
@@ -167,6 +199,21 @@ def health(target: Target = DEFAULT_TARGET) -> None:
     console.print("serving")
 
 
+@app.command()
+def repository(
+    out: Annotated[Path, typer.Option(help="New folder to write.")],
+    target: Annotated[RepositoryTarget, typer.Option(help="What it is for.")] = RepositoryTarget.GPU,
+    gpus: Annotated[int, typer.Option(min=1, max=64, help="GPUs; each gets an instance of every component.")] = 1,
+    accelerator: Annotated[Accelerator, typer.Option(help="What runs on a GPU.")] = Accelerator.TENSORRT,
+    bounded_queue: Annotated[bool, typer.Option(help="Priorities and bounds in Triton's queue (see there).")] = False,
+    models_dir: Annotated[Path | None, typer.Option(help=Settings.model_fields["models_dir"].description)] = None,
+) -> None:
+    """Write the model repository for Triton on GPUs (docs/operations/triton.md)."""
+    source = settings_module.load(models_dir=models_dir).models_dir / "repository"
+    repositories.write(source, out, target, gpus, accelerator, bounded_queue=bounded_queue)
+    console.print(f"wrote {out}", highlight=False)
+
+
 @app.command("settings")
 def settings_command() -> None:
     """List every setting with its environment variable, default and meaning."""
@@ -176,10 +223,60 @@ def settings_command() -> None:
 
 
 @keys.command("new")
-def keys_new(caller: str, tenant: Annotated[str, typer.Argument()] = "default") -> None:
+def keys_new(
+    caller: str,
+    tenant: Annotated[str, typer.Argument()] = "default",
+    admin: Annotated[bool, typer.Option("--admin", help="May look into the caches and purge them.")] = False,
+) -> None:
     """Make a key: prints it once, and its entry for the key file."""
-    key, entry = new_key(caller, tenant)
+    key, entry = new_key(caller, tenant, admin=admin)
     typer.echo(f"key, shown only now: {key}\nentry for the key file: {entry}")
+
+
+@caches.command("stats")
+def cache_stats(target: Target = DEFAULT_TARGET, api_key: ApiKey = None) -> None:
+    """What the caches of a replica hold and save."""
+
+    async def ask() -> GetCacheStatsResponse:
+        async with Client(target, api_key=api_key) as client:
+            return await client.cache_stats()
+
+    stats = _run(ask())
+    shown = [Table("served", "outputs", "steps saved", "compute saved")]
+    for hits in stats.hits:
+        seconds = hits.compute_saved.ToNanoseconds() / 1e9
+        shown[-1].add_row(hits.kind, f"{hits.num_outputs}", f"{hits.num_steps_saved}", f"{seconds:.1f} s")
+    shown.append(Table("tier", "entries", "MB"))
+    for tier in stats.tiers:
+        shown[-1].add_row(tier.name, f"{tier.num_entries}", f"{tier.num_bytes / 1e6:.1f}")
+    shown.append(Table("looked for", "times", "p50", "p99"))
+    for lookups in stats.lookups:
+        p50, p99 = (f"{at.ToNanoseconds() / 1e6:.2f} ms" for at in (lookups.p50, lookups.p99))
+        shown[-1].add_row(lookups.kind, f"{lookups.num_lookups}", p50, p99)
+    for table in shown:
+        console.print(table)
+    console.print(f"turned away by the text guard: {stats.num_guard_rejections}; not kept: {stats.num_not_kept}")
+
+
+@caches.command("purge")
+def cache_purge(
+    tenant: Annotated[str, typer.Option(help="Name of a tenant; of one in a pool, all that the pool shares.")] = "",
+    model_revision: Annotated[str, typer.Option(help="MODEL/REVISION, such as icons/3.")] = "",
+    generation: Annotated[str, typer.Option(help="generations/ID.")] = "",
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+) -> None:
+    """Delete what agrees with everything that is given, from all tiers and on all replicas."""
+
+    async def ask() -> PurgeCacheResponse:
+        async with Client(target, api_key=api_key) as client:
+            return await client.purge_cache(tenant=tenant, model_revision=model_revision, generation=generation)
+
+    purged = _run(ask())
+    counts = ", ".join(f"{tier.num_entries} from {tier.name}" for tier in purged.tiers) or "nothing"
+    console.print(f"deleted {counts}", highlight=False)
+    if purged.failed_tiers:
+        raise Fault(f"could not be cleared, purge again when they work: {', '.join(purged.failed_tiers)}")
 
 
 def _run(work: Coroutine[object, object, T]) -> T:
@@ -193,7 +290,7 @@ def main() -> None:
     except GenerationError as error:
         faults = "; ".join(f"{field}: {what}" for field, what in error.violations.items())
         _die(faults or str(error), 2 if error.code is grpc.StatusCode.INVALID_ARGUMENT else 1)
-    except (Fault, SettingsError, ManifestError, StartError, KeyFileError, demos.DemoError) as error:
+    except (Fault, SettingsError, ManifestError, StartError, KeyFileError, RepositoryError, demos.DemoError) as error:
         _die(str(error), 2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -12,12 +12,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
-from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.text import Text
-from safelight import Client, Finished, GenerationError, Picture, PixelEncoding, Preview, PreviewPolicy, Progress
+from safelight import (
+    Branch,
+    CacheMode,
+    Client,
+    Finished,
+    GenerationError,
+    Picture,
+    PixelEncoding,
+    Preview,
+    PreviewPolicy,
+    Progress,
+)
 from safelight_server.settings import Settings
+from safelight_server.terminal import Shown, bar, lines, show
 
 PROMPTS = (
     "a glowing red potion on a dark background",
@@ -29,8 +39,6 @@ PROMPTS = (
 )
 SEED = 7
 START_TIMEOUT_S = 60.0
-CELL_PX = 20
-"""Edge of a preview in the terminal: half as many lines."""
 
 
 class DemoError(Exception):
@@ -50,6 +58,8 @@ class Order:
     model: str = ""
     media_type: str = "image/png"
     timeout_s: float | None = None
+    cache: CacheMode = "default"
+    branch: Branch | None = None
 
 
 @dataclass(slots=True)
@@ -62,6 +72,7 @@ class Developing:
     previews: list[Preview] = field(default_factory=list)
     picture: Picture | None = None
     first_preview_s: float | None = None
+    finished: Finished | None = None
     total_s: float | None = None
 
     def take(self, event: Progress | Preview | Picture | Finished) -> None:
@@ -76,42 +87,53 @@ class Developing:
             case Picture():
                 self.picture = event
             case Finished():
+                self.finished = event
                 self.total_s = now
 
-    def line(self) -> str:
-        """A bar and the figures."""
-        if self.progress is None:
+    def shown(self) -> Shown:
+        """How it is now, in few words."""
+        newest = self.picture.data if self.picture else self.previews[-1].data if self.previews else None
+        return Shown(self.order.prompt, self._words(), newest)
+
+    def _words(self) -> str:
+        first = "" if self.first_preview_s is None else f"{1e3 * self.first_preview_s:.0f} ms"
+        if self.total_s is not None:
+            return f"{self.total_s:.2f} s, first {first}" if first else f"{self.total_s:.2f} s"
+        if (at := self.progress) is None:
             return "waiting"
-        at = self.progress
-        filled = round(20 * at.step / at.num_steps)
-        first = "" if self.first_preview_s is None else f"  first preview {1e3 * self.first_preview_s:.0f} ms"
-        total = "" if self.total_s is None else f"  done {self.total_s:.2f} s"
-        return f"{'█' * filled}{'░' * (20 - filled)} {at.step}/{at.num_steps}  batch {at.batch_size}{first}{total}"
+        return f"{bar(at.step, at.num_steps)} {at.step}/{at.num_steps} ×{at.batch_size} {first}"
 
     def figures(self) -> str:
         """What is printed at the end."""
-        steps = self.progress.num_steps if self.progress else 0
         total = self.total_s or 0.0
-        first = f"{1e3 * (self.first_preview_s or 0):.0f} ms"
-        return f"first preview {first}, {steps / total if total else 0:.1f} steps/s, total {total:.2f} s"
+        figures = [] if self.first_preview_s is None else [f"first preview {1e3 * self.first_preview_s:.0f} ms"]
+        if self.progress and total and self.finished:
+            figures.append(f"{self.finished.usage.num_steps / total:.1f} steps/s")
+        return ", ".join([*figures, f"total {total:.2f} s"])
 
-    def render(self, console: Console, pictures: bool) -> RenderableType:
-        """How it looks in the terminal."""
-        title = Text(self.order.prompt, style="bold")
-        newest = self.picture.data if self.picture else self.previews[-1].data if self.previews else None
-        if not pictures:
-            return Group(title, Text(self.line()))
-        return Group(title, half_blocks(newest), Text(self.line()))
+    def origin(self) -> str:
+        """The generation's name, and where its picture came from if that was not its own development."""
+        if self.finished is None:
+            return ""
+        [origin] = self.finished.origins
+        facts = {
+            "similarity": f"{origin.similarity:.2f}" if origin.similarity else "",
+            "from": origin.source,
+            "steps skipped": origin.num_steps_skipped or "",
+        }
+        told = ", ".join(f"{name} {fact}" for name, fact in facts.items() if fact)
+        how = "" if origin.disposition == "miss" else f"  {origin.disposition}" + (f" ({told})" if told else "")
+        return f"{self.finished.generation}{how}"
 
 
-async def generate_one(target: str, api_key: str | None, order: Order, console: Console) -> tuple[Picture, str]:
+async def generate_one(target: str, api_key: str | None, order: Order, console: Console) -> tuple[Picture, Developing]:
     """Develops one picture, shown where the terminal has colour."""
     developing = Developing(order)
     async with Client(target, api_key=api_key) as client:
         await _develop_shown(client, [developing], console)
     if developing.picture is None:
         raise DemoError("the server sent no picture")
-    return developing.picture, developing.figures()
+    return developing.picture, developing
 
 
 async def demo(settings: Settings, out: Path, console: Console) -> None:
@@ -119,6 +141,8 @@ async def demo(settings: Settings, out: Path, console: Console) -> None:
     orders = [Order(prompt, seed=SEED + place) for place, prompt in enumerate(PROMPTS)]
     async with _server(settings) as target, Client(target) as client:
         console.print(f"a server of the demo's own listens on {target}", highlight=False)
+        if console.is_terminal:
+            console.print("steps, ×pictures that share a call, time to the first preview:", highlight=False)
         developing = [Developing(order) for order in orders]
         began = time.monotonic()
         await _develop_shown(client, developing, console)
@@ -134,7 +158,8 @@ async def _develop_shown(client: Client, developing: Sequence[Developing], conso
     pictures = console.is_terminal and console.color_system in ("truecolor", "256")
 
     def view() -> RenderableType:
-        return Columns([item.render(console, pictures) for item in developing], padding=(1, 3))
+        shown = [item.shown() for item in developing]
+        return show(shown, console.width, console.height) if pictures else lines(shown)
 
     async def develop(item: Developing) -> None:
         order = item.order
@@ -149,14 +174,14 @@ async def _develop_shown(client: Client, developing: Sequence[Developing], conso
             sampler=order.sampler,
             media_type=order.media_type,
             timeout_s=order.timeout_s,
+            cache=order.cache,
+            branch=order.branch,
             preview=PreviewPolicy(accept=[PixelEncoding(media_type="image/png")]),
         )
         async for event in events:
             item.take(event)
-            if live is not None:
-                live.update(view())
 
-    live = Live(view(), console=console, refresh_per_second=12) if console.is_terminal else None
+    live = Live(console=console, get_renderable=view, refresh_per_second=10) if console.is_terminal else None
     if live is not None:
         live.start()
     try:
@@ -217,26 +242,6 @@ def contact_sheet(cells: Sequence[Image.Image], size_px: int, columns: int = 7, 
         scaled = cell.resize((size_px, size_px), Image.Resampling.BICUBIC) if cell.width != size_px else cell
         sheet.paste(scaled, ((place % columns) * step, (place // columns) * step))
     return sheet
-
-
-def half_blocks(data: bytes | None) -> Text:
-    """A picture as half blocks: two pixels a character."""
-    text = Text()
-    if data is None:
-        return Text("\n" * (CELL_PX // 2 - 1))
-    pixels = _image(data).resize((CELL_PX * 2, CELL_PX), Image.Resampling.BOX).load()
-    assert pixels is not None
-    for y in range(0, CELL_PX, 2):
-        for x in range(CELL_PX * 2):
-            upper, lower = pixels[x, y], pixels[x, y + 1]
-            text.append("▀", style=f"rgb({_csv(upper)}) on rgb({_csv(lower)})")
-        text.append("\n")
-    text.right_crop(1)
-    return text
-
-
-def _csv(pixel: object) -> str:
-    return ",".join(map(str, pixel)) if isinstance(pixel, tuple) else "0,0,0"
 
 
 def _image(data: bytes) -> Image.Image:

@@ -33,6 +33,15 @@ class Role(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class PurgeDraft:
+    """What is to be purged from the caches; empty is not given."""
+
+    tenant: str = ""
+    model_revision: str = ""
+    generation: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class PromptDraft:
     """One entry of `spec.prompts`."""
 

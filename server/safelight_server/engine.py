@@ -5,7 +5,8 @@ generations: it reports to an `OutputListener` per output. `batches.py` has the
 tensors.
 
 Invariants: an instance runs one batch at a time; an output that was cancelled,
-suspended or has expired is in no later batch; every output that was submitted
+suspended or has expired is in no later batch; a batch whose instance was lost
+is run again elsewhere, from the same step; every output that was submitted
 ends in exactly one of `decoded`, `failed`, `expired`, or by `cancel` or
 `suspend`. Runs on one event loop and takes no locks; the work between a
 batch's return and the next dispatch is the critical path and is counted. So
@@ -17,19 +18,24 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from contextvars import Context
 from dataclasses import dataclass
-from typing import Protocol
 
 import structlog
+from safelight_server.alarm import Alarm
+from safelight_server.asked import Asked
 from safelight_server.attempts import Attempts
 from safelight_server.batches import Batches, Call, Flight, Preview
 from safelight_server.catalog import Pipeline
 from safelight_server.errors import InternalError, SafelightError, UnavailableError
+from safelight_server.jobs import Job, OutputListener, prompt_name
 from safelight_server.latents import Snapshot
-from safelight_server.runtime.base import Component, FloatArray, Runtime, RuntimeFailure
-from safelight_server.sampler import SamplerTable
+from safelight_server.outage import Outage, no_runtime
+from safelight_server.reports import Reports
+from safelight_server.runtime.base import Component, Fault, FloatArray, Runtime, RuntimeFailure
 from safelight_server.scheduler import (
     Batch,
     Decoded,
@@ -45,77 +51,10 @@ from safelight_server.scheduler import (
     Scheduler,
     Stepped,
 )
-from safelight_server.telemetry import Metrics
+from safelight_server.telemetry import UNTRACED, Metrics, Tracing, Trail, tracing
+from safelight_server.telemetry.trail import NO_CALL
 
 log = structlog.get_logger(__name__)
-
-COMPONENTS = {
-    Kind.ENCODE: Component.TEXT_ENCODER,
-    Kind.DENOISE: Component.DENOISER,
-    Kind.DECODE: Component.DECODER,
-}
-
-
-class OutputListener(Protocol):
-    """Hears what becomes of one output. Called on the event loop; must not block or raise."""
-
-    def started(self) -> None:
-        """Its first denoiser batch is on its way."""
-
-    def computed(self, seconds: float, rows: int) -> None:
-        """It was in a batch: its share of the time, and denoiser rows."""
-
-    def stepped(self, step: int, batch_size: int) -> None:
-        """`step` steps are made; the last call was shared by `batch_size` outputs."""
-
-    def wants_frame(self, step: int) -> bool:
-        """Whether someone would take a preview of this step: only then is `frame` called."""
-
-    def frame(self, step: int, denoised: FloatArray) -> None:
-        """The denoised estimate (C, h, w) after `step` steps; the listener's own copy."""
-
-    def wants_checkpoint(self, step: int) -> bool:
-        """Whether the state after this step is to be kept: only then is `checkpoint` called."""
-
-    def checkpoint(self, snapshot: Snapshot) -> None:
-        """The state after `snapshot.step` steps; the listener's own copy."""
-
-    def encoded(self, row: int, embedding: FloatArray) -> None:
-        """The embedding (T, D) of one of its prompts, `token_ids[row]`, was computed."""
-
-    def decoded(self, image: FloatArray) -> None:
-        """The finished picture (3, H, W) in [-1, 1], unclamped. The output has ended."""
-
-    def failed(self, error: SafelightError) -> None:
-        """The output has ended without a picture."""
-
-    def expired(self) -> None:
-        """Its deadline has passed. The output has ended without a picture."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One output to develop.
-
-    Attributes:
-        token_ids: of the prompt and, with guidance, of the negative prompt; each (T,).
-        deadline: on the engine's clock.
-        start: where it stopped, when it goes on after `suspend`; or where it begins in place of noise.
-        embeddings: of `token_ids`, (T, D), where they are known already; may be shorter.
-    """
-
-    output_id: int
-    caller: str
-    priority: Priority
-    pipeline: Pipeline
-    latent_shape: tuple[int, int, int]
-    table: SamplerTable
-    seed: int
-    guidance_scale: float
-    token_ids: tuple[tuple[int, ...], ...]
-    deadline: float | None = None
-    start: Snapshot | None = None
-    embeddings: tuple[FloatArray | None, ...] = ()
 
 
 @dataclass(slots=True)
@@ -132,6 +71,8 @@ class Engine:
         clock: monotonic seconds.
         max_running: outputs that take steps at once.
         preview_share: of instance time that previews may take from other work.
+        runtime_wait_s: how long an output without a deadline waits while no instance is live.
+        runtime_grace_s: how long new work is taken while no instance is live.
     """
 
     def __init__(
@@ -142,21 +83,28 @@ class Engine:
         *,
         max_running: int,
         preview_share: float = 0.1,
+        runtime_wait_s: float = 60.0,
+        runtime_grace_s: float = 5.0,
+        tracer: Tracing = UNTRACED.tracing,
     ) -> None:
         self._runtime = runtime
         self._clock = clock
         self._metrics = metrics
+        self._tracing = tracer
         self._batches = Batches(max_running * 2 + runtime.num_instances * 128)
         self._entries: dict[int, _Entry] = {}
         self._attempts = Attempts()
-        self._live = frozenset(range(runtime.num_instances))
+        self._instances = frozenset(range(runtime.num_instances))
         self._busy: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._expiry: asyncio.TimerHandle | None = None
-        self._untold: deque[Callable[[], None]] = deque()
-        self._asked: dict[str, asyncio.Future[FloatArray]] = {}
+        self._expiry = Alarm(self._pump)
+        self._reports = Reports()
+        self._asked = Asked()
         limits = Limits(max_running, self._max_rows, runtime.num_instances, preview_share)
         self.scheduler = Scheduler(limits, self)
+        self.outage = Outage(clock, runtime_wait_s, runtime_grace_s, self._strand)
+        runtime.watch(self._instances_changed)
+        self._instances_changed()
 
     # --- what the scheduler asks ---
 
@@ -174,9 +122,7 @@ class Engine:
     def submit(self, job: Job, listener: OutputListener) -> None:
         """Takes a job; it runs when the scheduler says so."""
         output = self.output(job)
-        conditioning = [_conditioning_id(job.pipeline, ids) for ids in job.token_ids]
-        known = dict(zip(conditioning, job.embeddings, strict=False))
-        ids = dict(zip(conditioning, job.token_ids, strict=True))
+        ids = dict(zip(job.conditioning, job.token_ids, strict=True))
         self._batches.token_ids.update((needed, ids[needed]) for needed in output.conditioning)
         self._batches.flights[job.output_id] = Flight(
             job.pipeline,
@@ -184,36 +130,24 @@ class Engine:
             job.table,
             job.seed,
             job.guidance_scale,
-            tuple(conditioning),
-            {name: embedding for name, embedding in known.items() if embedding is not None},
+            job.conditioning,
+            job.known,
             job.start,
             output.first_step,
         )
         self._entries[job.output_id] = _Entry(listener)
+        if job.deadline is None:
+            self.outage.wait_for(job.output_id)
         self.scheduler.add(output, self._clock())
         self._pump()
 
     def output(self, job: Job) -> Output:
         """A job as the scheduler sees it."""
-        key = self._batches.key
-        keys = {kind: key(job.pipeline, part, job.latent_shape) for kind, part in COMPONENTS.items()}
-        known = (*job.embeddings, *[None] * (len(job.token_ids) - len(job.embeddings)))
-        needed = [ids for ids, embedding in zip(job.token_ids, known, strict=True) if embedding is None]
-        return Output(
-            output_id=job.output_id,
-            caller=job.caller,
-            priority=job.priority,
-            num_steps=job.table.num_steps,
-            rows_per_step=len(job.token_ids),
-            keys=keys,
-            conditioning=tuple(_conditioning_id(job.pipeline, ids) for ids in needed),
-            deadline=job.deadline,
-            first_step=job.start.step if job.start else 0,
-        )
+        return job.as_output(self._batches.key)
 
     def cancel(self, output_id: int) -> None:
         """Ends an output: it is in no later batch. Unknown ids and those of ended outputs are ignored."""
-        self._tell()
+        self._reports.tell()
         if output_id in self._entries:
             self._apply(self.scheduler.cancel(output_id))
             self._forget(output_id)
@@ -223,11 +157,15 @@ class Engine:
         """Changes the class and the deadline of an output. Unknown ids are ignored."""
         self.scheduler.set_priority(output_id, priority)
         self.scheduler.set_deadline(output_id, deadline)
+        if deadline is None and output_id in self._entries:
+            self.outage.wait_for(output_id)
+        else:
+            self.outage.forget(output_id)
         self._pump()
 
     def suspend(self, output_id: int) -> Snapshot | None:
         """Ends an output like `cancel` and returns what it needs to go on; None if it has made no step."""
-        self._tell()
+        self._reports.tell()
         if output_id not in self._entries:
             return None
         snapshot = self._batches.snapshot(output_id)
@@ -247,7 +185,9 @@ class Engine:
         key = self._batches.key(flight.pipeline, component, flight.latent_shape)
         if (older := flight.previews.get(key)) is not None:
             older.image.set_result(None)
-        pending = flight.previews[key] = Preview(denoised, asyncio.get_running_loop().create_future())
+        pending = flight.previews[key] = Preview(
+            denoised, asyncio.get_running_loop().create_future(), tracing.current()
+        )
         self.scheduler.want_preview(output_id, key)
         self._pump()
         return await pending.image
@@ -260,28 +200,26 @@ class Engine:
         """
         size = pipeline.manifest.sizes[0]
         key = self._batches.key(pipeline, Component.TEXT_ENCODER, pipeline.latent_shape(size.width_px, size.height_px))
-        name = _conditioning_id(pipeline, token_ids)
-        if (future := self._asked.get(name)) is None:
-            future = self._asked[name] = asyncio.get_running_loop().create_future()
+        name = prompt_name(pipeline, token_ids)
+        if name not in self._asked:
+            self._asked.add(name)
             self._batches.token_ids[name] = tuple(token_ids)
-            self._apply(self.scheduler.want_embedding(name, key))
-            self._pump()
-        return await asyncio.shield(future)
+            self.outage.wait_for(name)
+            asyncio.get_running_loop().call_soon(self._want_embedding, name, key)  # it may answer at once
+        return await self._asked.get(name)
 
-    def set_instances(self, live: Collection[int]) -> None:
-        """Which instances of the runtime are live now; batches in flight on others come back or fail by themselves."""
-        self._live = frozenset(live)
-        self.scheduler.set_instances(len(self._live))
+    def _want_embedding(self, name: str, key: str) -> None:
+        self._apply(self.scheduler.want_embedding(name, key))
         self._pump()
 
     def load(self) -> float:
         """Running outputs for each live instance: 0 idle, 1 all busy, more share calls."""
-        return self.scheduler.num_running / max(1, len(self._live))
+        return self.scheduler.num_running / max(1, self._runtime.num_live)
 
     async def close(self) -> None:
         """Waits for the batches in flight."""
-        if self._expiry is not None:
-            self._expiry.cancel()
+        self.outage.close()
+        self._expiry.stop()
         while self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -291,54 +229,62 @@ class Engine:
         now = self._clock()
         self._apply(self.scheduler.expire(now))
         self._dispatch(now)
-        self._watch_deadline(now)
-        if self._untold:  # after the batches that were just dispatched have started
-            asyncio.get_running_loop().call_soon(self._tell)
-
-    def _watch_deadline(self, now: float) -> None:
-        """Comes back when the next deadline has passed; a timer that rings too early sets itself again."""
-        deadline, loop = self.scheduler.next_deadline(), asyncio.get_running_loop()
-        if deadline is None:
-            return
-        at = loop.time() + max(0.0, deadline - now) + 1e-4
-        if self._expiry is not None:
-            if self._expiry.when() <= at:
-                return
-            self._expiry.cancel()
-        self._expiry = loop.call_at(at, self._expire)
-
-    def _expire(self) -> None:
-        self._expiry = None
-        self._pump()
+        deadline = self.scheduler.next_deadline()
+        self._expiry.set(None if deadline is None else deadline - now)
+        self._reports.tell_soon()
 
     def _dispatch(self, now: float, *, full_only: bool = False) -> None:
         """Hands every free instance to the scheduler and starts the batches that it returns."""
-        free = sorted(self._live - self._busy)
+        free = self._runtime.usable(self._instances - self._busy)
         if not free and full_only:
             return
         for batch in self.scheduler.schedule(now, free, full_only=full_only):
             self._busy.add(batch.instance)
             call = self._batches.gather(batch)
-            task = asyncio.create_task(self._run(batch, call))
+            spans = (
+                self._batches.spans(batch, call, self._runtime.name, self._trails)
+                if self._tracing.num_trails
+                else NO_CALL
+            )
+            task = asyncio.create_task(self._run(batch, call, spans), context=Context())  # it works for many
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             if batch.kind is Kind.DENOISE:
                 self._announce(batch)
+
+    def _trails(self, output_id: int) -> Sequence[Trail]:
+        return self._entries[output_id].listener.trails()
+
+    def _instances_changed(self) -> None:
+        """Instances came or went; batches in flight on those that went fail by themselves."""
+        self.scheduler.set_instances(self._runtime.num_live)
+        self.outage.changed(self._runtime.num_live)
+        self._pump()
+
+    def _strand(self, who: int | str) -> None:
+        """Ends an output, or the wait for an embedding, for which no instance came back."""
+        if isinstance(who, str):
+            self._asked.refuse(who, no_runtime())
+            return
+        self._apply(self.scheduler.cancel(who))
+        self._reports.later(functools.partial(self._forget(who).failed, no_runtime()))
+        self._pump()
 
     def _announce(self, batch: Batch) -> None:
         for row in batch.rows:
             entry = self._entries[row.output_id]
             if not entry.started:
                 entry.started = True
-                self._later(entry.listener.started)
+                self._reports.later(entry.listener.started)
 
-    async def _run(self, batch: Batch, call: Call) -> None:
+    async def _run(self, batch: Batch, call: Call, spans: AbstractContextManager[object]) -> None:
         """One batch, from its inputs to the dispatch of those that it made possible."""
-        began = self._clock()
+        began, at = self._clock(), call.key
         try:
-            results = await self._runtime.run(batch.instance, call.key.pipeline.name, call.key.component, call.inputs)
+            with spans:
+                results = await self._runtime.run(batch.instance, at.pipeline.name, at.component, call.inputs)
         except RuntimeFailure as failure:
-            self._tell()
+            self._reports.tell()
             self._busy.discard(batch.instance)
             self._batches.returned(batch, call)
             self._batches.lost(call)
@@ -346,7 +292,7 @@ class Engine:
             self._pump()
             return
         returned = self._clock()
-        self._tell()
+        self._reports.tell()
         self._busy.discard(batch.instance)
         self._dispatch(returned, full_only=True)  # what fills a batch without these outputs need not wait for them
         if overlapped := batch.instance in self._busy:
@@ -364,21 +310,17 @@ class Engine:
 
     def _account(self, batch: Batch, seconds: float) -> None:
         self._metrics.batch(batch.kind.value, len(batch.rows), seconds)
-        shares: dict[int, int] = defaultdict(int)
-        for row in batch.rows:
-            shares[row.output_id] += 1
-        for output_id, rows in shares.items():
+        for output_id, rows in Counter(row.output_id for row in batch.rows).items():
             if (entry := self._entries.get(output_id)) is not None:
                 steps = rows if batch.kind is Kind.DENOISE else 0
                 entry.listener.computed(seconds * rows / len(batch.rows), steps)
 
     def _fail(self, batch: Batch, failure: RuntimeFailure) -> None:
         log.warning("batch_failed", kind=batch.kind.value, key=batch.key, rows=len(batch.rows), error=str(failure))
-        given_up = self._attempts.failed(batch, retryable=failure.retryable)
+        given_up = self._attempts.failed(batch, failure.fault, retryable=failure.retryable)
         error = UnavailableError("the runtime failed; try again", reason="RUNTIME_FAILED", retry_after_s=1.0)
-        self._apply(
-            self.scheduler.fail(batch.batch_id, given_up), error=error if failure.retryable else InternalError()
-        )
+        events = self.scheduler.fail(batch.batch_id, given_up, suspect=failure.fault is not Fault.NOBODY)
+        self._apply(events, error=error if failure.retryable else InternalError())
 
     def _apply(self, events: Sequence[Event], batch_size: int = 0, error: SafelightError | None = None) -> None:
         """Carries out what became true."""
@@ -395,22 +337,27 @@ class Engine:
                 case Decoded():
                     image = self._batches.flights[event.output_id].image
                     assert image is not None
-                    self._later(functools.partial(self._forget(event.output_id).decoded, image))
+                    self._reports.later(functools.partial(self._forget(event.output_id).decoded, image))
                 case Failed():
-                    self._later(functools.partial(self._forget(event.output_id).failed, error or InternalError()))
+                    self._reports.later(
+                        functools.partial(self._forget(event.output_id).failed, error or InternalError())
+                    )
                 case Expired():
-                    self._later(self._forget(event.output_id).expired)
+                    listener = self._forget(event.output_id)
+                    in_outage = functools.partial(listener.failed, no_runtime())
+                    self._reports.later(in_outage if self.outage.is_on else listener.expired)
 
     def _answer(self, event: Encoded) -> None:
         """Those who asked for an embedding itself."""
-        future = self._asked.pop(event.conditioning_id)
-        if future.done():
-            return
+        name = event.conditioning_id
+        self.outage.forget(name)
+        if name not in self._asked:
+            return  # no instance came in time
         if event.failed:
-            future.set_exception(UnavailableError("the prompt could not be encoded; try again", retry_after_s=1.0))
-            future.exception()  # whoever asked may have gone
+            error = UnavailableError("the prompt could not be encoded; try again", retry_after_s=1.0)
+            self._asked.refuse(name, error)
         else:
-            future.set_result(self._batches.embedding(event.conditioning_id))
+            self._asked.answer(name, self._batches.embedding(name))
 
     def _advance(self, stepped: Sequence[Stepped], batch_size: int) -> None:
         began = self._clock()
@@ -420,23 +367,16 @@ class Engine:
             if event.output_id in broken:
                 log.error("latent_not_finite", output_id=event.output_id, step=event.step)
                 self._apply(self.scheduler.cancel(event.output_id))
-                self._later(functools.partial(self._forget(event.output_id).failed, InternalError()))
-        self._later(functools.partial(self._report_steps, stepped, batch_size))
+                self._reports.later(functools.partial(self._forget(event.output_id).failed, InternalError()))
+        self._reports.later(functools.partial(self._report_steps, stepped, batch_size))
 
     def _forget(self, output_id: int) -> OutputListener:
         self._batches.forget(output_id)
         self._attempts.forget(output_id)
+        self.outage.forget(output_id)
         return self._entries.pop(output_id).listener
 
     # --- what listeners hear ---
-
-    def _later(self, report: Callable[[], None]) -> None:
-        """Tells a listener after the next dispatch; `_pump` follows."""
-        self._untold.append(report)
-
-    def _tell(self) -> None:
-        while self._untold:
-            self._untold.popleft()()
 
     def _report_steps(self, stepped: Sequence[Stepped], batch_size: int) -> None:
         for event in stepped:
@@ -456,10 +396,4 @@ class Engine:
             for row, name in enumerate(flight.conditioning):
                 if name in encoded and name in self._batches.token_ids:
                     told = functools.partial(entry.listener.encoded, row, self._batches.embedding(name))
-                    self._later(told)
-
-
-def _conditioning_id(pipeline: Pipeline, token_ids: Sequence[int]) -> str:
-    """Equal for prompts with equal embeddings."""
-    encoder = pipeline.manifest.components[Component.TEXT_ENCODER].sha256
-    return f"{encoder}:{','.join(map(str, token_ids))}"
+                    self._reports.later(told)

@@ -3,6 +3,7 @@
     SafelightError
     ├── InvalidRequestError        INVALID_ARGUMENT     with field violations
     ├── UnauthenticatedError       UNAUTHENTICATED
+    ├── AdminOnlyError             PERMISSION_DENIED    a call for administrators
     ├── NotFoundError              NOT_FOUND            unknown model or generation, or someone else's
     ├── AlreadyExistsError         ALREADY_EXISTS       a request id used again with another body
     ├── FailedPreconditionError    FAILED_PRECONDITION  the generation has ended
@@ -84,6 +85,13 @@ class UnauthenticatedError(SafelightError):
 
     status = grpc.StatusCode.UNAUTHENTICATED
     reason = "UNAUTHENTICATED"
+
+
+class AdminOnlyError(SafelightError):
+    """A call for administrators, by someone who is none."""
+
+    status = grpc.StatusCode.PERMISSION_DENIED
+    reason = "ADMIN_ONLY"
 
 
 class NotFoundError(SafelightError):

@@ -74,12 +74,14 @@ class Origin:
         similarity: cosine, for SIMILAR and LATENT.
         source: resource name of the generation that developed it, for EXACT and SIMILAR.
         num_steps_skipped: steps that were not made for this output.
+        compute_s_saved: what they have cost where they were made, or would have cost at the pace of the others.
     """
 
     disposition: Disposition = Disposition.MISS
     similarity: float = 0.0
     source: str = ""
     num_steps_skipped: int = 0
+    compute_s_saved: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Protocol
 
 import structlog
-from safelight_server.engine import Engine, Job
+from safelight_server.engine import Engine
 from safelight_server.errors import InternalError, SafelightError
+from safelight_server.jobs import Job
 from safelight_server.latents import Snapshot
 from safelight_server.picture import Developed, Pixels
 from safelight_server.pipeline import to_pixels
 from safelight_server.preview import Frame, Renderer
 from safelight_server.runtime.base import Component, FloatArray
 from safelight_server.scheduler import Priority
+from safelight_server.telemetry import Trail
 
 log = structlog.get_logger(__name__)
 
@@ -42,6 +44,10 @@ class Member(Protocol):
     @property
     def deadline(self) -> float | None:
         """Of its generation, on the engine's clock."""
+
+    @property
+    def trail(self) -> Trail | None:
+        """Where it is in the trace of its generation; None: that is not traced."""
 
     def started(self) -> None:
         """The first batch is, or was, on its way."""
@@ -134,7 +140,7 @@ class Execution:
         self._pool = pool
         self._recorder = recorder
         self._on_end = on_end
-        self._compute_s = 0.0
+        self.compute_s = 0.0
         self._members: list[Member] = []
         self._num_away = 0
         self._running = False
@@ -223,7 +229,11 @@ class Execution:
     async def _decode(self, denoised: FloatArray, component: Component) -> FloatArray | None:
         return await self._runner.preview(self.job.output_id, denoised, component)
 
-    # --- what the engine reports ---
+    # --- what the engine asks and reports ---
+
+    def trails(self) -> Sequence[Trail]:
+        """Of all members that are traced."""
+        return [member.trail for member in self._members if member.trail is not None]
 
     def started(self) -> None:
         """To all members."""
@@ -233,7 +243,7 @@ class Execution:
 
     def computed(self, seconds: float, rows: int) -> None:
         """Counts for the member that came first."""
-        self._compute_s += seconds
+        self.compute_s += seconds
         self._members[0].used(seconds, rows, 0)
 
     def stepped(self, step: int, batch_size: int) -> None:
@@ -300,7 +310,7 @@ class Execution:
         for member in members:
             member.developed(picture)
         if self._recorder is not None:
-            await self._recorder.developed(picture, self._compute_s)
+            await self._recorder.developed(picture, self.compute_s)
         self._end()
 
     def _finished(self, task: asyncio.Task[None]) -> None:

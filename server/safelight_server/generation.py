@@ -11,11 +11,10 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import structlog
-from opentelemetry.trace import Span
 from safelight_server.errors import (
     DeadlineExceededError,
     GenerationCancelledError,
@@ -28,6 +27,7 @@ from safelight_server.events import (
     Finished,
     FinishReason,
     GenerationView,
+    Origin,
     OutputFinished,
     OutputView,
     Progress,
@@ -44,7 +44,7 @@ from safelight_server.replicas.records import Told
 from safelight_server.request import Request
 from safelight_server.scheduler import Priority
 from safelight_server.stream import EventLog, wire
-from safelight_server.telemetry import tracing
+from safelight_server.telemetry import Stage, tracing
 
 log = structlog.get_logger(__name__)
 
@@ -59,26 +59,11 @@ class Times:
     ended: float | None = None
 
 
-@dataclass(slots=True)
-class _Spans:
-    """The stages' spans; a stage that has not begun has none."""
-
-    tracing: tracing.Tracing
-    parent: Span
-    open: dict[str, Span] = field(default_factory=dict)
-
-    def begin(self, stage: str, **attributes: str | int | float) -> None:
-        self.open[stage] = self.tracing.span(stage, self.parent, (), **attributes)
-
-    def end(self, stage: str, error: str = "") -> None:
-        if (span := self.open.pop(stage, None)) is not None:
-            tracing.end(span, error)
-
-
 class Generation:
     """See the module.
 
     Args:
+        stage: of the call that began it; outlived where that ends first.
         deadline: on the engine's clock.
         on_end: called once, after Finished.
 
@@ -95,8 +80,7 @@ class Generation:
         request: Request,
         events: EventLog,
         clock: Callable[[], float],
-        tracer: tracing.Tracing,
-        span: Span,
+        stage: Stage,
         *,
         deadline: float | None,
         on_end: Callable[[Generation], None],
@@ -116,11 +100,11 @@ class Generation:
         self.times = Times(clock())
         self.create_time = datetime.now(UTC)
         self.finish_time: datetime | None = None
+        self.origins: tuple[Origin | None, ...] = ()
         self.outputs = [Output(self, index, seed) for index, seed in enumerate(request.spec.seeds)]
         self.grace: asyncio.TimerHandle | None = None
         self._clock = clock
-        self._spans = _Spans(tracer, span)
-        self._trace_id = tracing.trace_id(span)
+        self.stage = stage
         self._on_end = on_end
         self._theirs = Usage()
         self._expiry: asyncio.TimerHandle | None = None
@@ -151,24 +135,24 @@ class Generation:
 
     def accept(self, numerics_id: str, estimate_s: float, sources: Sequence[Encoded | Execution]) -> None:
         """Says Accepted and gives each output its picture or lets it enter its execution."""
+        spec = self.request.spec
         self.log.publish(
             Accepted(
-                self.request.spec,
+                spec,
                 numerics_id,
                 self.request.encoding,
                 estimate_s,
-                self._trace_id,
+                self.stage.trace_id,
                 self.request.warnings,
                 self.durability,
             )
         )
-        self._logger.info("accepted", model=self.request.spec.model, outputs=len(self.outputs), caller=self.caller.name)
-        self._begin()
+        self._logger.info("accepted", model=spec.model, outputs=len(self.outputs), caller=self.caller.name)
+        self._watch_deadline()
         if sources:
             self.enter(self.outputs, sources)
 
-    def _begin(self) -> None:
-        self._spans.begin("queue")
+    def _watch_deadline(self) -> None:
         if self.deadline is not None:
             left = max(0.0, self.deadline - self._clock())
             self._expiry = asyncio.get_running_loop().call_later(left, self.expire)
@@ -178,6 +162,7 @@ class Generation:
         for output, source in zip(outputs, sources, strict=True):
             if not output.idle:
                 continue
+            output.follow(self.stage)
             if isinstance(source, Encoded):
                 output.recall(source)
             else:
@@ -225,6 +210,7 @@ class Generation:
             self._expiry.cancel()
         for output in self.outputs:
             output.leave()
+            output.end_trail("moved")
 
     def set_priority(self, priority: Priority) -> None:
         """Changes the class of what waits."""
@@ -264,7 +250,7 @@ class Generation:
         if not self.log.last_sequence:
             self.accept(numerics_id, 0.0, ())
         else:
-            self._begin()
+            self._watch_deadline()
         for output in self.outputs:
             held, output.held = output.held, None
             if output.reason is None and isinstance(held, Developed):
@@ -282,8 +268,6 @@ class Generation:
             self._stand(State.RUNNING)
         if self.times.first_batch is None:
             self.times.first_batch = self._clock()
-            self._spans.end("queue")
-            self._spans.begin("denoise", steps=self.request.spec.num_inference_steps)
 
     def on_stepped(self, output: Output, batch_size: int) -> None:
         """An output has made a step."""
@@ -294,8 +278,6 @@ class Generation:
 
     def on_developed(self, output: Output, picture: Developed) -> None:
         """An output's picture is there; it is encoded beside the loop."""
-        self._spans.end("denoise")
-        self._spans.begin(f"encode {output.index}")
         output.encoding = True
         task = asyncio.create_task(self._encode(output, picture))
         self._encoding.add(task)
@@ -309,7 +291,6 @@ class Generation:
 
     async def _encode(self, output: Output, picture: Developed) -> None:
         encoded = await picture.encoded(self.request.encoding)
-        self._spans.end(f"encode {output.index}")
         if output.reason is None:
             self.on_encoded(output, encoded)
 
@@ -322,6 +303,7 @@ class Generation:
     def on_output_ended(self, output: Output, reason: FinishReason, error: SafelightError | None) -> None:
         """An output has ended; with the last one the generation ends."""
         output.reason = reason
+        output.end_trail(reason.value, tracing.fault(error.status.name, error.reason) if error is not None else "")
         self.error = self.error or error
         self.log.publish(OutputFinished(output.index, reason, output.step))
         if all(output.reason is not None for output in self.outputs):
@@ -338,10 +320,8 @@ class Generation:
             self.state = State.CANCELLED
         else:
             self.state = State.FAILED
-        for stage in list(self._spans.open):
-            self._spans.end(stage, self.error.reason if self.error else "")
-        origins = tuple(output.final_origin() for output in self.outputs)
-        self.log.publish(Finished(self.error, self._usage(), self._timings(), origins))
+        self.origins = tuple(output.final_origin() for output in self.outputs)
+        self.log.publish(Finished(self.error, self._usage(), self._timings(), self.origins))
         level = self._logger.error if isinstance(self.error, InternalError) else self._logger.info
         level("finished", state=self.state.name, seconds=round(self.times.ended - self.times.accepted, 3))
         self._on_end(self)

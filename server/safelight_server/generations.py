@@ -17,7 +17,6 @@ from concurrent.futures import Executor
 from datetime import UTC, datetime, timedelta
 
 import structlog
-from opentelemetry.trace import INVALID_SPAN, Span
 from safelight_server.admission import AdmissionLimits
 from safelight_server.cache.cache import Cache
 from safelight_server.catalog import Catalog, Pipeline
@@ -30,7 +29,7 @@ from safelight_server.errors import (
     SafelightError,
     UnavailableError,
 )
-from safelight_server.events import FinishReason, Queued, State
+from safelight_server.events import Disposition, FinishReason, Queued, State
 from safelight_server.execution import Executions
 from safelight_server.fleet import CANCEL, PRIORITY, Fleet, Ground
 from safelight_server.generation import Generation
@@ -44,7 +43,8 @@ from safelight_server.runtime.base import Runtime
 from safelight_server.scheduler import Priority
 from safelight_server.settings import Settings
 from safelight_server.stream import EventLog, Watcher
-from safelight_server.telemetry import Metrics, Tracing
+from safelight_server.telemetry import Metrics, Stage
+from safelight_server.telemetry.tracing import UNTRACED
 
 log = structlog.get_logger(__name__)
 
@@ -66,7 +66,6 @@ class Generations:
         pool: Executor,
         clock: Callable[[], float],
         metrics: Metrics,
-        tracing: Tracing,
         flights: Flights | None = None,
         ground: Ground | None = None,
     ) -> None:
@@ -75,7 +74,6 @@ class Generations:
         self._engine = engine
         self._clock = clock
         self._metrics = metrics
-        self._tracing = tracing
         limits = AdmissionLimits(
             {
                 Priority.INTERACTIVE: settings.max_waiting_interactive,
@@ -101,7 +99,7 @@ class Generations:
 
     # --- starting ---
 
-    async def start(self, caller: Caller, request: Request, span: Span, time_left_s: float | None) -> Generation:
+    async def start(self, caller: Caller, request: Request, stage: Stage, time_left_s: float | None) -> Generation:
         """The generation of a request: a new one, or the one that its request id stands for.
 
         Raises:
@@ -116,7 +114,7 @@ class Generations:
                 return await self._known(caller, known, request)
             await started.wait()  # and look again: it may have been refused
         self._refuse_while_draining()
-        generation = self._make(secrets.token_hex(16), caller, request, span, time_left_s)
+        generation = self._make(secrets.token_hex(16), caller, request, stage, time_left_s)
         if request.request_id:
             self._requests.remember(caller, request.request_id, request.body_digest, generation.identifier)
         started = self._starting[generation.identifier] = asyncio.Event()
@@ -143,13 +141,15 @@ class Generations:
         branched_from = None
         if request.branch is not None:
             branched_from = await self.find(generation.caller, request.branch.generation_id, tend=False)
-        plans = await self._intake.plan(generation, branched_from)
+        with generation.stage.within("lookup"):
+            plans = await self._intake.plan(generation, branched_from)
         self._refuse_while_draining()
         if self._fleet is not None:
             await self._fleet.owners.record(generation, plans)
             self._refuse_while_draining()
         self._live[generation.identifier] = generation
-        self._intake.launch(generation, plans, time_left_s)
+        with generation.stage.within("admission"):
+            self._intake.launch(generation, plans, time_left_s)
         return None
 
     def _refuse_while_draining(self) -> None:
@@ -168,7 +168,7 @@ class Generations:
             ) from None
 
     def _make(
-        self, identifier: str, caller: Caller, request: Request, span: Span, time_left_s: float | None
+        self, identifier: str, caller: Caller, request: Request, stage: Stage, time_left_s: float | None
     ) -> Generation:
         settings = self._settings
         events = EventLog(
@@ -183,8 +183,7 @@ class Generations:
             request,
             events,
             self._clock,
-            self._tracing,
-            span,
+            stage,
             deadline=None if time_left_s is None else self._clock() + time_left_s,
             on_end=self._ended,
         )
@@ -320,6 +319,9 @@ class Generations:
         log_of, times = generation.log, generation.times
         code = "OK" if generation.error is None else generation.error.status.name
         self._metrics.ended(code, generation.times.ended - times.accepted)
+        for origin in generation.origins:
+            if origin is not None and origin.disposition is not Disposition.MISS:
+                self._metrics.cache.served(origin.disposition.value, origin.num_steps_skipped, origin.compute_s_saved)
         self._metrics.previews_sent.inc(log_of.num_previews)
         self._metrics.preview_bytes.inc(log_of.preview_bytes)
         self._metrics.previews_dropped.inc(log_of.num_dropped)
@@ -338,7 +340,7 @@ class Generations:
     def revive(self, record: Record) -> Generation:
         """See `fleet.Host`."""
         left = None if record.deadline_at is None else record.deadline_at - time.time()
-        generation = self._make(record.identifier, record.caller, record.request, INVALID_SPAN, left)
+        generation = self._make(record.identifier, record.caller, record.request, UNTRACED, left)
         generation.owned = False
         generation.create_time = record.create_time
         for output, origin, starts in zip(generation.outputs, record.origins, record.starts, strict=True):

@@ -1,7 +1,7 @@
 """Who asks: a caller of a tenant, by API key, or where no keys are asked for by what it says of itself.
 
 The key file is one JSON object, {"keys": [{"sha256": "…", "caller": "…",
-"tenant": "…"}]}; `safelight keys new` makes entries. It holds hashes only:
+"tenant": "…", "admin": false}]}; `safelight keys new` makes entries. It holds hashes only:
 keys are 256 random bits, so that a plain SHA-256 cannot be searched. The file
 is looked at again at most once a second, when a call comes; a new file that
 cannot be used is logged once and the keys before it stay.
@@ -22,8 +22,8 @@ from typing import Annotated
 from urllib.parse import unquote
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safelight_server.errors import FieldViolation, InvalidRequestError, UnauthenticatedError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from safelight_server.errors import AdminOnlyError, FieldViolation, InvalidRequestError, UnauthenticatedError
 
 log = structlog.get_logger(__name__)
 
@@ -40,6 +40,16 @@ class Caller:
 
     name: str
     tenant: str
+    is_admin: bool = False
+
+    def check_admin(self) -> None:
+        """Lets administrators pass.
+
+        Raises:
+            AdminOnlyError: this is none.
+        """
+        if not self.is_admin:
+            raise AdminOnlyError("this call needs an administrator's key")
 
 
 class KeyFileError(Exception):
@@ -51,6 +61,7 @@ class _Key(BaseModel):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     caller: Annotated[str, Field(pattern=NAME)]
     tenant: Annotated[str, Field(pattern=NAME)]
+    admin: StrictBool = False
 
 
 class _KeyFile(BaseModel):
@@ -66,13 +77,17 @@ class Identity:
 
     Args:
         key_file: None: no keys are asked for.
+        all_admins: whether callers without keys are administrators; those of this machine are.
         clock: monotonic seconds.
 
     Raises:
         KeyFileError: the file cannot be used.
     """
 
-    def __init__(self, key_file: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, key_file: Path | None, clock: Callable[[], float] = time.monotonic, *, all_admins: bool = False
+    ) -> None:
+        self._all_admins = all_admins
         self._keys = None if key_file is None else _WatchedKeys(key_file, clock)
 
     def recognize(self, metadata: Iterable[tuple[str, str | bytes]], peer: str) -> Caller:
@@ -91,10 +106,10 @@ class Identity:
             return self._keys.recognize(values.get("authorization", ""))
         name = values.get("safelight-caller")
         if name is None:
-            return Caller(_address(peer), DEFAULT_TENANT)
+            return Caller(_address(peer), DEFAULT_TENANT, self._all_admins)
         if not re.fullmatch(NAME, name):
             raise InvalidRequestError([FieldViolation("metadata safelight-caller", f"must be {NAME_IN_WORDS}")])
-        return Caller(name, DEFAULT_TENANT)
+        return Caller(name, DEFAULT_TENANT, self._all_admins)
 
 
 class _WatchedKeys:
@@ -135,7 +150,7 @@ class _WatchedKeys:
             log.info("keys_reloaded", num_keys=len(self._keys))
 
 
-def new_key(caller: str, tenant: str) -> tuple[str, str]:
+def new_key(caller: str, tenant: str, *, admin: bool = False) -> tuple[str, str]:
     """A fresh key, and its entry for the key file.
 
     Raises:
@@ -143,11 +158,11 @@ def new_key(caller: str, tenant: str) -> tuple[str, str]:
     """
     key = secrets.token_urlsafe(32)
     try:
-        entry = _Key(sha256=hashlib.sha256(key.encode()).hexdigest(), caller=caller, tenant=tenant)
+        entry = _Key(sha256=hashlib.sha256(key.encode()).hexdigest(), caller=caller, tenant=tenant, admin=admin)
     except ValidationError as error:
         fields = " and ".join(str(fault["loc"][0]) for fault in error.errors())
         raise KeyFileError(f"{fields}: must be {NAME_IN_WORDS}") from None
-    return key, entry.model_dump_json()
+    return key, entry.model_dump_json(exclude_defaults=True)
 
 
 def _stamp(file: Path) -> _Stamp | None:
@@ -172,7 +187,7 @@ def _read(file: Path) -> list[tuple[bytes, Caller]]:
     faults += [f"keys: {digest[:12]}… is there {count} times" for digest, count in seen.items() if count > 1]
     if faults:
         raise KeyFileError(f"{file}: {'; '.join(faults)}")
-    return [(bytes.fromhex(key.sha256), Caller(key.caller, key.tenant)) for key in parsed.keys]
+    return [(bytes.fromhex(key.sha256), Caller(key.caller, key.tenant, key.admin)) for key in parsed.keys]
 
 
 def _address(peer: str) -> str:

@@ -13,17 +13,18 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from safelight_server.admission import AdmissionLimits, admit
-from safelight_server.cache.cache import Cache, Wanted
+from safelight_server.cache.cache import Cache, Keep, Wanted
 from safelight_server.cache.pictures import Kept, pointer
 from safelight_server.cache.similar import Similar
 from safelight_server.cache.spaces import OutputName
 from safelight_server.cache.starts import Start
 from safelight_server.catalog import Catalog
-from safelight_server.engine import Engine, Job
+from safelight_server.engine import Engine
 from safelight_server.errors import FailedPreconditionError, FieldViolation, InvalidRequestError
 from safelight_server.events import Disposition, Origin
 from safelight_server.execution import Execution, Executions
 from safelight_server.generation import Generation
+from safelight_server.jobs import Job
 from safelight_server.latents import Snapshot
 from safelight_server.output import Output
 from safelight_server.picture import Encoded, Pixels
@@ -34,6 +35,7 @@ from safelight_server.request import CacheMode, Spec
 from safelight_server.runtime.base import FloatArray, Runtime
 
 MISS = Origin()
+KEPT = {Disposition.LATENT: Keep.AS_SIMILAR, Disposition.BRANCHED: Keep.EMBEDDINGS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,7 @@ class Intake:
         """Accepts a generation and starts what must be computed.
 
         Raises:
-            QueueFullError, DeadlineUnreachableError: it is refused; nothing was started.
+            QueueFullError, DeadlineUnreachableError, UnavailableError: it is refused; nothing was started.
         """
         new: dict[Hashable, Execution] = {}
         sources: list[Encoded | Execution] = []
@@ -204,6 +206,7 @@ class Intake:
         return f"{wanted.name.space.prefix}/start/{self._cache.spaces.private(generation.name, output.index)}"
 
     def _admit(self, new: Sequence[Execution], time_left_s: float | None) -> float:
+        self._engine.outage.check()
         output = self._engine.output(new[0].job)
         load = self._engine.scheduler if self._flights is None else LoadWithAsking(self._flights)
         return admit(load, self._limits, output, len(new), time_left_s)
@@ -212,19 +215,20 @@ class Intake:
         self, generation: Generation, output: Output, plan: Plan, key: OutputName | None, *, again: bool = False
     ) -> Execution:
         bypass = plan.wanted.policy.mode is CacheMode.BYPASS
-        recorder = None if bypass else self._cache.record(plan.wanted, approximate=plan.start is not None)
+        keep = KEPT.get(plan.origin.disposition, Keep.EVERYTHING)
+        recorder = None if bypass else self._cache.record(plan.wanted, keep)
         job = _job(generation, output, plan)
         if self._flights is None:
             return self._executions.create(job, key, recorder)
         ticket = self._ticket(generation, output, plan, key, again)
 
-        async def keep(pixels: Pixels, compute_s: float) -> bool:
+        async def put(pixels: Pixels, compute_s: float) -> bool:
             there = await self._cache.replicate(plan.wanted, ticket.pointer, pixels, compute_s)
             if recorder is not None and key is not None:
                 recorder.there = there
             return there
 
-        return self._executions.create(job, key, recorder, Flight(self._flights, ticket, keep))
+        return self._executions.create(job, key, recorder, Flight(self._flights, ticket, put))
 
     def _ticket(
         self, generation: Generation, output: Output, plan: Plan, key: OutputName | None, again: bool
@@ -264,7 +268,8 @@ def _job(generation: Generation, output: Output, plan: Plan) -> Job:
 
 
 def _origin(disposition: Disposition, kept: Kept, similarity: float = 0.0) -> Origin:
-    return Origin(disposition, similarity, kept.facts.generation, kept.facts.num_steps)
+    facts = kept.facts
+    return Origin(disposition, similarity, facts.generation, facts.num_steps, facts.compute_s)
 
 
 def _unlike(one: Spec, other: Spec) -> list[str]:

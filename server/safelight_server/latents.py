@@ -9,17 +9,22 @@ never changes the bits of another.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from safelight_server.runtime.base import Array, FloatArray
+from safelight_server.runtime.base import Array, FloatArray, StableRows
 from safelight_server.sampler import SamplerTable, advance, gaussian, guide
 
 Slots = npt.NDArray[np.intp]
 COND, UNCOND = 0, 1
 NUM_COEFFICIENTS = 6
+BLOCK_BYTES = 256 << 10
+"""Of latents that are stepped together; what is made on the way stays in the cache."""
+_VERSIONS = itertools.count(1)
+"""Of the contents of a row of context; 0 is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,8 @@ class Latents:
         self._x = np.zeros((capacity, *shape), np.float32)
         self._denoised = np.zeros_like(self._x)
         self._prediction = np.zeros((capacity, 2, *shape), np.float32)
-        self._context = np.zeros((capacity, 2, *context_shape), np.float32)
+        self._context = np.zeros((capacity * 2, *context_shape), np.float32)
+        self._context_versions = np.zeros(capacity * 2, np.int64)
         self._coefficients = np.zeros((capacity, max_steps, NUM_COEFFICIENTS), np.float32)
         self._in_scale = np.zeros((capacity, max_steps), np.float32)
         self._timesteps = np.zeros((capacity, max_steps), np.float32)
@@ -84,7 +90,9 @@ class Latents:
         self._timesteps[slot, :steps] = table.timesteps
         self._guidance[slot] = guidance_scale
         self._noise_seed[slot] = seed if table.uses_noise else None
-        self._context[slot, : len(context)] = context
+        first = slot * 2
+        self._context[first : first + len(context)] = context
+        self._context_versions[first : first + 2] = next(_VERSIONS), next(_VERSIONS)
         if start is None:
             self._x[slot] = np.float32(table.init_scale) * gaussian(seed, 0, 0, self.shape)
             self._denoised[slot] = 0.0
@@ -113,13 +121,14 @@ class Latents:
                 self._abandoned.remove(slot)
                 self._free.append(slot)
 
-    def rows(self, slots: Slots, parts: Slots, steps: Slots) -> dict[str, Array]:
+    def rows(self, slots: Slots, parts: Slots, steps: Slots) -> dict[str, Array | StableRows]:
         """Denoiser inputs for one row per entry: the output's slot, cond or uncond, and its step."""
+        context = slots * 2 + parts
         scale = self._in_scale[slots, steps][:, None, None, None]
         return {
             "sample": self._x[slots] * scale,
             "timestep": self._timesteps[slots, steps],
-            "encoder_hidden_states": self._context[slots, parts],
+            "encoder_hidden_states": StableRows(self._context, context, self._context_versions[context]),
         }
 
     def put(self, slots: Slots, parts: Slots, prediction: FloatArray) -> None:
@@ -127,11 +136,16 @@ class Latents:
         self._prediction[slots, parts] = prediction
 
     def advance(self, slots: Slots, steps: Slots) -> npt.NDArray[np.bool_]:
-        """One sampler step for each slot, all in one expression.
+        """One sampler step for each slot: one expression for as many of them as a processor's cache holds.
 
         Returns:
             For each slot whether its new latent is finite.
         """
+        at_once = max(1, BLOCK_BYTES // self._x[0].nbytes)
+        blocks = [slice(first, first + at_once) for first in range(0, len(slots), at_once)]
+        return np.concatenate([self._advance(slots[block], steps[block]) for block in blocks])
+
+    def _advance(self, slots: Slots, steps: Slots) -> npt.NDArray[np.bool_]:
         prediction = self._prediction[slots, COND]
         guided = np.flatnonzero(self._guidance[slots] != 1.0)
         if guided.size:

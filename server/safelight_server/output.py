@@ -7,7 +7,7 @@ execution. Neighbours: `generation`, `execution`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from safelight_server.errors import SafelightError
@@ -17,6 +17,7 @@ from safelight_server.picture import Developed, Encoded
 from safelight_server.preview import Frame
 from safelight_server.scheduler import Priority
 from safelight_server.stream import EventLog
+from safelight_server.telemetry import Stage, Trail
 
 
 class Whole(Protocol):
@@ -80,6 +81,7 @@ class Output:
         origin: where its picture comes from.
         starts: whether it begins from a latent in place of noise.
         held: what it came to while another replica owns the generation.
+        trail: where it is in the generation's trace, once accepted, if that is recorded.
     """
 
     def __init__(self, generation: Whole, index: int, seed: int) -> None:
@@ -92,10 +94,13 @@ class Output:
         self.reason: FinishReason | None = None
         self.origin = Origin()
         self._counted = 0
+        self._compute_s = 0.0
+        self._others_s = 0.0
         self.picture: Encoded | None = None
         self.held: Developed | SafelightError | None = None
         self.encoding = False
         self.starts = False
+        self.trail: Trail | None = None
 
     @property
     def priority(self) -> Priority:
@@ -121,12 +126,24 @@ class Output:
         """Where its picture came from; None where there is none."""
         if self.reason is not FinishReason.COMPLETED:
             return None
-        elsewhere = self.origin.disposition is Disposition.MISS and not self._counted
-        if elsewhere or self.origin.disposition is Disposition.COALESCED:
-            return Origin(Disposition.COALESCED, num_steps_skipped=self.step - self._counted)
+        match self.origin.disposition:
+            case Disposition.MISS if not self._counted:  # another replica has developed it
+                return Origin(Disposition.COALESCED, num_steps_skipped=self.step)
+            case Disposition.COALESCED:
+                skipped = self.step - self._counted
+                return replace(self.origin, num_steps_skipped=skipped, compute_s_saved=self._others_s)
+            case Disposition.LATENT | Disposition.BRANCHED:
+                pace_s = self._compute_s / max(1, self._counted)
+                return replace(self.origin, compute_s_saved=pace_s * self.origin.num_steps_skipped)
         return self.origin
 
     # --- with its execution ---
+
+    def follow(self, stage: Stage) -> None:
+        """Is on its way from here on, in the trace of its generation's `stage` if that is recorded."""
+        if stage.recorded:
+            disposition = {"safelight.disposition": self.origin.disposition.value}
+            self.trail = Trail(stage, {"safelight.output": self.index, "safelight.seed": str(self.seed), **disposition})
 
     def enter(self, execution: Execution) -> None:
         """Becomes a member."""
@@ -141,12 +158,16 @@ class Output:
         """Stops wanting it, for a while."""
         if self._execution is not None and not self._away:
             self._away = True
+            if self.trail is not None:
+                self.trail.suspend()
             self._execution.leave(self, back=True)
 
     def resume(self) -> None:
         """Wants it again."""
         if self._execution is not None and self._away:
             self._away = False
+            if self.trail is not None:
+                self.trail.resume()
             self._execution.join(self, again=True)
 
     def leave(self) -> None:
@@ -157,6 +178,12 @@ class Output:
                 execution.give_up()
             else:
                 execution.leave(self)
+
+    def end_trail(self, outcome: str, error: str = "") -> None:
+        """It has ended, or goes on elsewhere."""
+        if self.trail is not None:
+            self.trail.end({"safelight.finish_reason": outcome, "safelight.steps": self.step}, error)
+            self.trail = None
 
     def reschedule(self) -> None:
         """Its generation's class has changed."""
@@ -182,6 +209,7 @@ class Output:
         work.num_rows += rows
         work.num_steps += steps
         self._counted += steps
+        self._compute_s += seconds
 
     def stepped(self, step: int, batch_size: int) -> None:
         """To the generation."""
@@ -198,7 +226,10 @@ class Output:
 
     def developed(self, picture: Developed) -> None:
         """To the generation."""
-        self._execution = None
+        execution, self._execution = self._execution, None
+        self._others_s = 0.0 if execution is None else max(0.0, execution.compute_s - self._compute_s)
+        if self.trail is not None:
+            self.trail.developed()
         if self._generation.owned:
             self._generation.on_developed(self, picture)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -59,6 +60,15 @@ def encode(pixels: Pixels, encoding: PixelEncoding) -> Encoded:
         case MediaType.RAW_RGBA8:
             data, stride = _raw(pixels, encoding)
     return Encoded(encoding.media_type, width, height, stride, data)
+
+
+def encode_within(pixels: Pixels, encoding: PixelEncoding, max_bytes: int) -> Encoded:
+    """Encodes (H, W, 3) uint8 sRGB in at most `max_bytes`, scaled down as far as that needs, keeping the aspect."""
+    encoded = encode(pixels, encoding)
+    while len(encoded.data) > max_bytes and (edge := max(encoded.width_px, encoded.height_px)) > 1:
+        fits = edge * math.sqrt(max_bytes / len(encoded.data))  # bytes grow about with the area
+        encoded = encode(shrink(pixels, max(1, min(edge - 1, int(0.98 * fits)))), encoding)
+    return encoded
 
 
 def shrink(pixels: Pixels, max_edge_px: int | None) -> Pixels:

@@ -150,3 +150,17 @@ class Request:
     body_digest: bytes = b""
     labels: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[Notice, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PurgeRequest:
+    """What is to be purged from the caches: what agrees with all that is given; empty is not given, one is.
+
+    Attributes:
+        model_revision: "MODEL/REVISION".
+        generation: its resource name.
+    """
+
+    tenant: str = ""
+    model_revision: str = ""
+    generation: str = ""

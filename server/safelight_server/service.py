@@ -16,14 +16,16 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
-from opentelemetry.trace import Span
+from safelight.v1 import cache_pb2, models_pb2
 from safelight.v1 import generation_pb2 as pb
-from safelight.v1 import models_pb2
 from safelight_server import convert
+from safelight_server.cache.admin import CacheAdmin
 from safelight_server.catalog import Catalog
 from safelight_server.errors import (
+    DeadlineExceededError,
     FailedPreconditionError,
     FieldViolation,
+    GenerationCancelledError,
     InternalError,
     InvalidRequestError,
     SafelightError,
@@ -32,6 +34,7 @@ from safelight_server.generation import Generation
 from safelight_server.generations import Generations
 from safelight_server.identity import Caller, Identity
 from safelight_server.paging import page
+from safelight_server.quota import StreamQuota
 from safelight_server.request import PreviewPolicy
 from safelight_server.resolve import (
     RequestLimits,
@@ -39,16 +42,18 @@ from safelight_server.resolve import (
     resolve_name,
     resolve_preview,
     resolve_priority,
+    resolve_purge,
     resolve_request,
 )
 from safelight_server.runtime.base import Runtime
 from safelight_server.stream import Watcher
-from safelight_server.telemetry import Metrics, Tracing, tracing
+from safelight_server.telemetry import Metrics, Stage, Tracing
 
 log = structlog.get_logger(__name__)
 
 GENERATION_SERVICE = "safelight.v1.GenerationService"
 MODEL_SERVICE = "safelight.v1.ModelService"
+CACHE_SERVICE = "safelight.v1.CacheService"
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
@@ -57,10 +62,11 @@ Out = TypeVar("Out", bound=Message)
 
 
 class Service:
-    """Both services.
+    """All services.
 
     Args:
         limits: of requests, beside the model's.
+        quota: of streams.
     """
 
     def __init__(
@@ -69,7 +75,9 @@ class Service:
         catalog: Catalog,
         runtime: Runtime,
         generations: Generations,
+        caches: CacheAdmin,
         limits: RequestLimits,
+        quota: StreamQuota,
         metrics: Metrics,
         tracer: Tracing,
     ) -> None:
@@ -77,7 +85,9 @@ class Service:
         self._catalog = catalog
         self._runtime = runtime
         self._generations = generations
+        self._caches = caches
         self._limits = limits
+        self._quota = quota
         self._metrics = metrics
         self._tracer = tracer
 
@@ -102,6 +112,13 @@ class Service:
                     "GetModel": call("GetModel", self.get_model, models_pb2.GetModelRequest),
                 },
             ),
+            grpc.method_handlers_generic_handler(
+                CACHE_SERVICE,
+                {
+                    "GetCacheStats": call("GetCacheStats", self.get_cache_stats, cache_pb2.GetCacheStatsRequest),
+                    "PurgeCache": call("PurgeCache", self.purge_cache, cache_pb2.PurgeCacheRequest),
+                },
+            ),
         ]
 
     # --- the way of a request ---
@@ -110,8 +127,9 @@ class Service:
         self, request: pb.GenerateRequest, caller: Caller, stream: _Stream
     ) -> AsyncGenerator[bytes, None]:
         """Starts a generation and watches it."""
-        resolved = resolve_request(convert.draft_request(request), self._catalog, self._limits)
-        generation = await self._generations.start(caller, resolved, stream.span, stream.time_left_s)
+        with stream.stage.within("resolve"):
+            resolved = resolve_request(convert.draft_request(request), self._catalog, self._limits)
+        generation = await self._generations.start(caller, resolved, stream.stage, stream.time_left_s)
         async with aclosing(self._watch(generation, resolved.preview, stream)) as events:
             async for event in events:
                 yield event
@@ -137,6 +155,7 @@ class Service:
         offsets: dict[int, int] | None = None,
     ) -> AsyncGenerator[bytes, None]:
         structlog.contextvars.bind_contextvars(generation=generation.name)
+        stream.watches(generation)
         watcher = self._generations.attach(generation, policy, stream.end, after_sequence, offsets)
         stream.watcher = watcher
         try:
@@ -195,6 +214,18 @@ class Service:
     def _model(self, name: str) -> models_pb2.Model:
         return convert.model_message(self._catalog.get(name), self._runtime, name == self._catalog.default)
 
+    async def get_cache_stats(
+        self, _request: cache_pb2.GetCacheStatsRequest, caller: Caller
+    ) -> cache_pb2.GetCacheStatsResponse:
+        """What the caches hold and save."""
+        caller.check_admin()
+        return convert.stats_message(await self._caches.stats())
+
+    async def purge_cache(self, request: cache_pb2.PurgeCacheRequest, caller: Caller) -> cache_pb2.PurgeCacheResponse:
+        """Deletes from the caches."""
+        caller.check_admin()
+        return convert.purged_message(await self._caches.purge(resolve_purge(convert.draft_purge(request))))
+
     # --- calls and their statuses ---
 
     def _stream(
@@ -204,26 +235,27 @@ class Service:
         request_type: type[In],
     ) -> Handler:
         async def handler(data: bytes, context: Context) -> AsyncGenerator[bytes, None]:
-            span = self._tracer.server_span(f"{GENERATION_SERVICE}/{name}", context.invocation_metadata() or ())
-            stream = _Stream(context, span)
+            metadata = context.invocation_metadata() or ()
+            stage = self._tracer.server_call(_service_of(request_type), name, metadata)
+            stage.enter()
+            stream = _Stream(context, stage)
             failure: SafelightError | None = None
             try:
-                caller = self._identity.recognize(context.invocation_metadata() or (), context.peer())
-                async with aclosing(method(_parse(request_type, data), caller, stream)) as events:
-                    async for event in events:
-                        yield event
+                caller = self._identity.recognize(metadata, context.peer())
+                with self._quota.stream(caller):
+                    async with aclosing(method(_parse(request_type, data), caller, stream)) as events:
+                        async for event in events:
+                            with stage.within("write"):
+                                yield event
             except SafelightError as error:
                 failure = error
-            except asyncio.CancelledError:
-                tracing.end(span, "CANCELLED")
-                raise
-            except GeneratorExit:
-                tracing.end(span, "CANCELLED")
+            except (asyncio.CancelledError, GeneratorExit):
+                stream.end_span_given_up()
                 raise
             except Exception:  # the one mapping of bugs to a status
                 log.exception("bug", rpc=name)
                 failure = InternalError()
-            tracing.end(span, failure.reason if failure else "")
+            _end_span(stage, failure or stream.failure)
             if failure is not None:
                 await self._abort(context, failure, started=stream.watcher is not None)
 
@@ -231,20 +263,25 @@ class Service:
 
     def _call(self, name: str, method: Callable[[In, Caller], Awaitable[Out]], request_type: type[In]) -> Handler:
         async def handler(data: bytes, context: Context) -> bytes:
-            span = self._tracer.server_span(name, context.invocation_metadata() or ())
+            metadata = context.invocation_metadata() or ()
+            stage = self._tracer.server_call(_service_of(request_type), name, metadata)
+            stage.enter()
             try:
-                caller = self._identity.recognize(context.invocation_metadata() or (), context.peer())
+                caller = self._identity.recognize(metadata, context.peer())
                 result = await method(_parse(request_type, data), caller)
             except SafelightError as error:
-                tracing.end(span, error.reason)
+                _end_span(stage, error)
                 await self._abort(context, error)
                 raise AssertionError from error
+            except asyncio.CancelledError:
+                _end_span(stage, GenerationCancelledError("the call was given up"))
+                raise
             except Exception:  # the one mapping of bugs to a status
                 log.exception("bug", rpc=name)
-                tracing.end(span, "INTERNAL")
+                _end_span(stage, InternalError())
                 await self._abort(context, InternalError())
                 raise
-            tracing.end(span)
+            _end_span(stage, None)
             return result.SerializeToString()
 
         return grpc.unary_unary_rpc_method_handler(handler)
@@ -260,20 +297,54 @@ class Service:
 class _Stream:
     """What a streaming call knows of its connection."""
 
-    def __init__(self, context: Context, span: Span) -> None:
+    def __init__(self, context: Context, stage: Stage) -> None:
         self._context = context
         self._ending: asyncio.Task[None] | None = None
-        self.span = span
+        self.stage = stage
+        self.failure: SafelightError | None = None
         self.watcher: Watcher | None = None
         self.time_left_s: float | None = context.time_remaining()
 
+    def watches(self, generation: Generation) -> None:
+        """Says in its span what it is about; and links the call that began that, if it was another one."""
+        spec = generation.request.spec
+        self.stage.note(
+            {
+                "safelight.generation": generation.name,
+                "safelight.model": spec.model,
+                "safelight.steps": spec.num_inference_steps,
+                "safelight.outputs": len(generation.outputs),
+                "safelight.priority": generation.priority.name.lower(),
+            }
+        )
+        if generation.stage is not self.stage:
+            self.stage.link(generation.stage)
+
     def end(self, error: SafelightError) -> None:
         """Ends the call from outside; where the client does not read, the status waits behind what was sent last."""
+        self.failure = error
         self._ending = asyncio.create_task(self._abort(error))
+
+    def end_span_given_up(self) -> None:
+        """The client has gone, or its deadline has passed."""
+        left_s = self._context.time_remaining()
+        late = left_s is not None and left_s <= 0
+        gone = DeadlineExceededError("the deadline passed") if late else GenerationCancelledError("the client has gone")
+        _end_span(self.stage, self.failure or gone)
 
     async def _abort(self, error: SafelightError) -> None:
         with contextlib.suppress(grpc.aio.BaseError, asyncio.CancelledError):  # also when the connection dies meanwhile
             await self._context.abort(error.status, error.message, _details(convert.status_of(error)))
+
+
+def _end_span(stage: Stage, error: SafelightError | None) -> None:
+    status = grpc.StatusCode.OK if error is None else error.status
+    stage.end_call(status.name, int(status.value[0]), "" if error is None else error.reason)
+
+
+def _service_of(request_type: type[Message]) -> str:
+    [service] = request_type.DESCRIPTOR.file.services_by_name.values()
+    return str(service.full_name)
 
 
 def _details(status: status_pb2.Status) -> tuple[tuple[str, bytes], ...]:

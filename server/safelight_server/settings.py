@@ -37,10 +37,40 @@ class Settings(BaseSettings):
 
     models_dir: Path = Field(Path("models"), description="Folder with repository/ and pipelines/.")
     default_model: str = Field("", description="Model of requests that name none. Empty: the first by name.")
-    runtime: Literal["onnx", "simulated"] = Field("onnx", description="What executes the models.")
+    runtime: Literal["onnx", "triton", "simulated"] = Field("onnx", description="What executes the models.")
     num_instances: int = Field(0, ge=0, le=256, description="Calls that run at once. 0: one for each core.")
     simulated_base_ms: Annotated[float, Field(ge=0)] = Field(20.0, description="Simulated: cost of a denoiser call.")
     simulated_row_ms: Annotated[float, Field(ge=0)] = Field(1.0, description="Simulated: added cost of each row.")
+
+    triton_url: str = Field(
+        "127.0.0.1:8001",
+        description="Triton: HOST:PORT of its gRPC; several servers, separated by commas, share the work.",
+    )
+    triton_shared_memory: Literal["auto", "on", "off"] = Field(
+        "auto", description="Triton: tensors through shared memory; auto: with servers on this host that take it."
+    )
+    triton_instances: int = Field(
+        1,
+        gt=0,
+        le=64,
+        description="Triton: calls that a server is given at once; as many as its denoiser has instances.",
+    )
+    triton_timeout_factor: float = Field(
+        10.0, ge=2, description="Triton: a call is given up after so many times its measured duration ..."
+    )
+    triton_timeout_floor_s: float = Field(
+        2.0, ge=0.05, description="... but not before this; also the limit of every readiness question."
+    )
+    triton_probe_max_s: float = Field(
+        0.25, ge=0.05, description="Triton: longest wait between two looks at a server that is down."
+    )
+    triton_start_s: Seconds = Field(60.0, description="Triton: how long the start waits for the first server.")
+    runtime_wait_s: Seconds = Field(
+        60.0, description="With no live instance: how long a generation without a deadline waits for one."
+    )
+    runtime_grace_s: Seconds = Field(
+        5.0, description="With no live instance: how long new requests are taken and health says SERVING."
+    )
 
     max_running_outputs: Count = Field(64, description="Outputs that take steps at once; each holds its latents.")
     max_waiting_interactive: Count = Field(256, description="Outputs that may wait in class INTERACTIVE.")
@@ -51,6 +81,7 @@ class Settings(BaseSettings):
     preview_share: float = Field(0.1, ge=0, le=0.5, description="Share of compute that previews may take from steps.")
 
     watcher_stall_s: Seconds = Field(30.0, description="A stream that takes nothing for this long is ended.")
+    max_streams_per_caller: Count = Field(1024, description="Streams that one caller may have open.")
     max_watchers: Count = Field(64, description="Streams that may watch one generation.")
     chunk_bytes: int = Field(256 * 1024, ge=1024, le=1 << 20, description="Size of the pieces of a picture.")
     resume_grace_s: Seconds = Field(30.0, description="How long a lost generation can be resumed, by default.")
@@ -92,9 +123,14 @@ class Settings(BaseSettings):
         {}, description='Tenants that share what is cached, by pool, as JSON: {"studio": ["ann", "bob"]}.'
     )
     cache_similar_items: Count = Field(100_000, description="Finished pictures that can be found as similar.")
-    cache_latent_items: Count = Field(10_000, description="Outputs of a tenant whose latents others may start from.")
+    cache_latent_items: Count = Field(
+        10_000,
+        description="Outputs of a tenant whose latents others may start from; its newest pictures that are scanned.",
+    )
     cache_latent_bytes: Count = Field(256 << 20, description="Bytes of these latents, all together.")
-    checkpoint_every_n_steps: Count = Field(5, description="A crash costs at most so many steps of an output.")
+    checkpoint_every_n_steps: Count = Field(
+        5, description="With redis_url: a crash costs at most so many steps of an output."
+    )
 
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="auto: console on a terminal, else JSON."
@@ -103,6 +139,9 @@ class Settings(BaseSettings):
     metrics_port: int = Field(0, ge=0, le=65535, description="Port of Prometheus metrics on the same host. 0: off.")
     otlp_endpoint: str = Field(
         "", description="OTLP gRPC endpoint for traces, such as http://127.0.0.1:4317. Empty: off."
+    )
+    otlp_headers: str = Field(
+        "", description="Headers sent with traces, such as a collector's key: NAME=VALUE, separated by commas."
     )
     trace_ratio: float = Field(1.0, ge=0, le=1, description="Share of traces kept that no client decided about.")
 
@@ -116,6 +155,12 @@ class Settings(BaseSettings):
                 faults.append(f"{self.host} is not loopback: give tls_cert_file and tls_key_file, or insecure")
             if self.api_key_file is None:
                 faults.append(f"{self.host} is not loopback: give api_key_file, or insecure")
+        if self.runtime == "triton" and not self.triton_urls:
+            faults.append("triton_url names no server")
+        if len(set(self.triton_urls)) < len(self.triton_urls):
+            faults.append("triton_url names a server twice")
+        if any(not name or not there for name, there, _ in self._otlp_headers()):
+            faults.append("otlp_headers must be NAME=VALUE, separated by commas")
         if self.resume_grace_s > self.max_resume_grace_s:
             faults.append("resume_grace_s is above max_resume_grace_s")
         if self.cache_key_file is None:
@@ -130,6 +175,20 @@ class Settings(BaseSettings):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    @property
+    def triton_urls(self) -> tuple[str, ...]:
+        """The servers of `triton_url`."""
+        return tuple(url.strip() for url in self.triton_url.split(",") if url.strip())
+
+    @property
+    def otlp_header_pairs(self) -> dict[str, str]:
+        """The headers of `otlp_headers`, names in lower case as gRPC wants them."""
+        return {name: value for name, _, value in self._otlp_headers()}
+
+    def _otlp_headers(self) -> list[tuple[str, str, str]]:
+        parts = [part.partition("=") for part in self.otlp_headers.split(",") if part.strip()]
+        return [(name.strip().lower(), sign, value.strip()) for name, sign, value in parts]
 
 
 def load(**given: object) -> Settings:

@@ -162,6 +162,47 @@ async def test_a_full_queue_names_its_bound_and_the_time_to_come_back(start):
             call.cancel()
 
 
+async def test_the_worst_watch_still_gets_its_whole_answer(server):
+    _, channel = server
+    stub = stubs.GenerationServiceStub(channel)
+    [*_, last] = [response.event async for response in stub.Generate(request())]
+    offsets = [pb.ArtifactOffset(output_index=index, offset=-1) for index in range(2000)]
+    code, found = await refusal(
+        stub.WatchGeneration(pb.WatchGenerationRequest(name=last.generation, artifact_offsets=offsets))
+    )
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert fields(found) == ["artifact_offsets"] * 16
+
+
+async def test_streams_of_a_caller_are_bounded_whatever_they_watch(start):
+    async with (
+        start(**SIMULATED, max_streams_per_caller=2) as running,
+        grpc.aio.insecure_channel(running.address) as channel,
+    ):
+        stub = stubs.GenerationServiceStub(channel)
+        first = stub.Generate(request(num_inference_steps=900))
+        name = (await anext(aiter(first))).event.generation
+        watch = pb.WatchGenerationRequest(name=name)
+        second = stub.WatchGeneration(watch)
+        await anext(aiter(second))
+        for call in (stub.Generate(request()), stub.WatchGeneration(watch)):
+            code, found = await refusal(call)
+            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert found["ErrorInfo"].reason == "TOO_MANY_STREAMS"
+            assert found["QuotaFailure"].violations[0].subject == "caller default/127.0.0.1"
+            assert found["RetryInfo"].retry_delay.ToSeconds() == 1
+        assert (await stub.GetGeneration(pb.GetGenerationRequest(name=name))).generation.name == name
+        other = stub.WatchGeneration(watch, metadata=(("safelight-caller", "someone-else"),))
+        await anext(aiter(other))
+        second.cancel()
+        await eventually(lambda: len(running.streams) == 2)
+        third = stub.WatchGeneration(watch)
+        await anext(aiter(third))
+        for call in (first, third, other):
+            call.cancel()
+        await eventually(lambda: len(running.streams) == 0)
+
+
 async def test_an_outcome_that_was_lost_frees_its_request_id(server):
     """What gRPC retries, UNAVAILABLE, must be able to run again under the same id."""
     running, channel = server

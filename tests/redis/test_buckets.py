@@ -88,10 +88,19 @@ async def test_an_item_that_is_added_again_leaves_its_old_buckets(make: Make) ->
     assert await store.vectors(["a"]) == [b"22"]
 
 
+async def test_a_purge_takes_out_what_it_covers(make: Make) -> None:
+    store = make()
+    for item in ("a 1", "a 2", "b 1"):
+        await store.add(item, ["x"], b"11")
+    await make().discard(lambda item: item.startswith("a"))
+    assert await store.members(["x"], 10) == ["b 1"]
+
+
 async def test_without_redis_nothing_is_found_and_nothing_fails(make: Make, redis_server: RedisServer) -> None:
     store = make()
     redis_server.kill()
     await store.add("a", ["x"], b"11")
     await store.remove("a")
+    await store.discard(lambda _item: True)
     assert list(await store.members(["x"], 10)) == []
     assert list(await store.vectors(["a"])) == [None]

@@ -6,11 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safelight_server.cache.checkpoints import CheckpointError, Checkpoints, Policy, dump, parse
+from safelight_server.cache.store.purge import Owner, Scope
 from safelight_server.latents import Snapshot
 
 from tests.unit.test_cache_tiers import KEYRING, Bench
 
 SHAPE = (4, 2, 2)
+OWNER = Owner("acme/", KEYRING.tag("revision", "icons/1"), KEYRING.tag("generation", "generations/1"))
 
 
 def snapshot(step: int) -> Snapshot:
@@ -81,7 +83,7 @@ async def test_the_newest_and_the_one_at_or_before() -> None:
 async def test_what_has_ended_keeps_only_where_others_may_start() -> None:
     bench, checkpoints = made()
     await run(checkpoints, 20)
-    await checkpoints.ended("acme", "e", 20)
+    await checkpoints.ended("acme", "e", 20, OWNER)
     assert await checkpoints.steps("acme", "e") == [2, 4, 6, 8, 10]
     await bench.tiers.flush()
     assert len(bench.disk.values) == 6
@@ -149,3 +151,25 @@ async def test_deleting() -> None:
     await bench.tiers.flush()
     assert not bench.disk.values
     assert await checkpoints.newest("acme", "e") is None
+
+
+async def test_where_nobody_could_go_on_only_starts_are_kept_and_listed_at_the_end() -> None:
+    bench, checkpoints = made(Policy(every_n_steps=0))
+    await run(checkpoints, 20, up_to=16)
+    assert await checkpoints.steps("acme", "e") == [2, 4, 6, 8, 10], "also of one that was cancelled there"
+    found = await checkpoints.at_or_before("acme", "e", 7)
+    assert found is not None and found.step == 6
+    await bench.tiers.flush()
+    assert len(bench.disk.values) == 5
+    await checkpoints.ended("acme", "e", 20, OWNER)
+    fresh = Checkpoints(bench.tiers, KEYRING, Policy())
+    assert await fresh.steps("acme", "e") == [2, 4, 6, 8, 10]
+
+
+async def test_a_purge_of_the_tenant_forgets_what_is_listed_in_this_process() -> None:
+    _, checkpoints = made(Policy(every_n_steps=0))
+    await run(checkpoints, 20, up_to=5)
+    await checkpoints.forget(Scope("other/"))
+    assert await checkpoints.steps("acme", "e") == [2, 4]
+    await checkpoints.forget(Scope(f"{KEYRING.tenant('acme')}/"))
+    assert await checkpoints.steps("acme", "e") == []

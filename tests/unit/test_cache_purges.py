@@ -84,3 +84,22 @@ async def test_upkeep_measures_and_sweeps(monkeypatch) -> None:  # type: ignore[
         lambda: asyncio.sleep(0, bench.numbers.registry.get_sample_value("safelight_cache_entries", entries) == 0)
     )
     running.cancel()
+
+
+class Index:
+    """Notes what it was to forget."""
+
+    def __init__(self) -> None:
+        self.forgotten: list[Scope] = []
+
+    async def forget(self, scope: Scope) -> None:
+        self.forgotten.append(scope)
+
+
+async def test_indexes_forget_on_every_replica_what_was_purged_on_one() -> None:
+    coordinator, here, there = LocalCoordinator(), Index(), Index()
+    listening = asyncio.create_task(Purges((await filled()).tiers, coordinator, [there]).listen())
+    await Purges((await filled()).tiers, coordinator, [here]).purge(Scope(generation=GENERATION))
+    await until(lambda: asyncio.sleep(0, bool(there.forgotten)))
+    assert here.forgotten == there.forgotten == [Scope(generation=GENERATION)]
+    listening.cancel()

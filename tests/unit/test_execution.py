@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from safelight_server.engine import Engine, Job
+from safelight_server.engine import Engine
 from safelight_server.errors import SafelightError, UnavailableError
 from safelight_server.execution import Execution, Executions
+from safelight_server.jobs import Job
 from safelight_server.picture import Developed
 from safelight_server.preview import Frame
 from safelight_server.runtime.base import Component, RuntimeFailure

@@ -10,7 +10,7 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
-from safelight_server.errors import InvalidRequestError, UnauthenticatedError
+from safelight_server.errors import AdminOnlyError, InvalidRequestError, UnauthenticatedError
 from safelight_server.identity import Caller, Identity, KeyFileError, new_key
 
 PEER = "ipv4:127.0.0.1:40000"
@@ -193,3 +193,24 @@ def guessed_at(tmp_path_factory: pytest.TempPathFactory) -> Identity:
 def test_no_authorization_breaks_recognition(guessed_at: Identity, value: str) -> None:
     with pytest.raises(UnauthenticatedError):
         guessed_at.recognize([("authorization", f"Bearer {value}")], PEER)
+
+
+def test_administrators_are_those_whose_key_says_so(tmp_path: Path) -> None:
+    key, made = new_key("root", "ops", admin=True)
+    other, plain = new_key("game", "studio")
+    assert "admin" not in json.loads(plain)
+    known = Identity(write(tmp_path / "keys.json", json.loads(made), json.loads(plain)), all_admins=True)
+    known.recognize(bearer(key), PEER).check_admin()
+    with pytest.raises(AdminOnlyError):
+        known.recognize(bearer(other), PEER).check_admin()
+
+
+@pytest.mark.parametrize("all_admins", [True, False])
+@pytest.mark.parametrize("metadata", [[], [("safelight-caller", "me")]])
+def test_without_keys_all_are_administrators_or_none(all_admins: bool, metadata: list[tuple[str, str | bytes]]) -> None:
+    assert Identity(None, all_admins=all_admins).recognize(metadata, PEER).is_admin is all_admins
+
+
+def test_admin_is_true_or_false(tmp_path: Path) -> None:
+    with pytest.raises(KeyFileError, match="admin"):
+        Identity(write(tmp_path / "keys.json", entry("one") | {"admin": "yes"}))

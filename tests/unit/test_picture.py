@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safelight_server.picture import encode, shrink
+from safelight_server.picture import encode, encode_within, shrink
 from safelight_server.request import MediaType, PixelEncoding
 
 
@@ -77,3 +77,26 @@ def test_shrinking_averages():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[::2] = 200
     assert np.abs(shrink(stripes, 32).astype(int) - 100).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "encoding",
+    [
+        PixelEncoding(MediaType.RAW_RGBA8, row_alignment_bytes=4),
+        PixelEncoding(MediaType.RAW_RGBA8, row_alignment_bytes=4096),
+        PixelEncoding(MediaType.PNG),
+        PixelEncoding(MediaType.JPEG, quality=100),
+    ],
+    ids=lambda encoding: f"{encoding.media_type.value}-{encoding.row_alignment_bytes}",
+)
+def test_what_is_too_large_is_scaled_down_until_it_fits(encoding):
+    noise, bound = pixels(2048, 1536), 3_500_000
+    encoded = encode_within(noise, encoding, bound)
+    assert len(encode(noise, encoding).data) > bound >= len(encoded.data) > 0.6 * bound
+    assert encoded.width_px / encoded.height_px == pytest.approx(0.75, rel=0.01)
+
+
+def test_what_fits_stays_as_it_is_and_one_pixel_is_the_least():
+    noise, encoding = pixels(16, 16), PixelEncoding(MediaType.RAW_RGBA8)
+    assert encode_within(noise, encoding, 1024) == encode(noise, encoding)
+    assert encode_within(noise, encoding, 1).width_px == 1

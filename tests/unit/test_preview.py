@@ -11,12 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safelight_server.preview import Budget, Cadence, Frame, Renderer, choose_method
+from safelight_server.preview.render import MAX_PREVIEW_BYTES
 from safelight_server.request import MediaType, PixelEncoding, PreviewMethod, PreviewPolicy
 from safelight_server.runtime.base import Component
 from safelight_server.runtime.simulated import LATENT, SIZE_PX, simulated_pipeline
+from safelight_server.stream import wire
 
 from tests.support.streams import settle
 
+CLIENTS_TAKE = 4 << 20
 JPEG, RAW, WEBP = (PixelEncoding(kind) for kind in (MediaType.JPEG, MediaType.RAW_RGBA8, MediaType.WEBP))
 TINY, FULL, AUTO, LINEAR = (
     PreviewMethod.TINY_DECODER,
@@ -128,13 +131,14 @@ class Decoder:
         self.gate.set()
         self.failure: Exception | None = None
         self.superseded = False
+        self.image = np.zeros((3, SIZE_PX, SIZE_PX), np.float32)
 
     async def __call__(self, latent, component):
         self.asked.append(component)
         await self.gate.wait()
         if self.failure:
             raise self.failure
-        return None if self.superseded else np.zeros((3, SIZE_PX, SIZE_PX), np.float32)
+        return None if self.superseded else self.image
 
 
 def frame(step: int = 3) -> Frame:
@@ -194,6 +198,19 @@ async def test_a_stream_that_lags_does_not_take_the_place_of_a_newer_frame(made)
     assert len(decoder.asked) == 1
     assert (await renderer.render(newer, TINY, RAW, None)).step == 5
     assert (await renderer.render(older, LINEAR, RAW, None)).step == 3, "what needs no decoder takes nobody's place"
+
+
+@pytest.mark.parametrize("alignment", [4, 256, 4096])
+async def test_a_huge_raw_preview_fits_into_a_message_that_clients_take(made, alignment):
+    renderer, decoder, _ = made
+    decoder.image = np.random.default_rng(0).uniform(-1, 1, (3, 1024, 2048)).astype(np.float32)
+    encoding = PixelEncoding(MediaType.RAW_RGBA8, row_alignment_bytes=alignment)
+    rendered = await renderer.render(frame(), TINY, encoding, None)
+    picture = rendered.picture
+    assert picture.width_px == pytest.approx(2 * picture.height_px, abs=1)
+    assert picture.stride_bytes % alignment == 0
+    assert len(picture.data) == picture.stride_bytes * picture.height_px > 0.5 * MAX_PREVIEW_BYTES
+    assert len(wire.preview("generations/" + "a" * 32, 0, rendered, 1 << 30)) < CLIENTS_TAKE
 
 
 async def test_a_failure_reaches_all_who_asked_and_is_logged_once(made, capsys):

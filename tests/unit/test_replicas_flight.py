@@ -15,8 +15,8 @@ from safelight_server.cache.store.keyring import Keyring
 from safelight_server.cache.store.memory import MemoryStore
 from safelight_server.cache.store.sealed import Sealer
 from safelight_server.cache.store.tiers import Tier, Tiers
-from safelight_server.engine import Job
 from safelight_server.execution import Execution
+from safelight_server.jobs import Job
 from safelight_server.latents import Snapshot
 from safelight_server.picture import Pixels
 from safelight_server.replicas import landing

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safelight_server import catalog
-from safelight_server.runtime import onnx
+from safelight_server.runtime import onnx, verification
 from safelight_server.runtime.base import Component, CostCurve, RuntimeFailure
 from safelight_server.runtime.onnx import OnnxRuntime
 from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
@@ -77,8 +77,8 @@ def test_instances_respect_the_quota_of_the_container(tmp_path, text, cores):
 
 
 def test_batches_are_verified_up_to_the_bound_of_the_model():
-    assert [onnx._sizes(bound) for bound in (1, 6, 16)] == [[1], [1, 2, 4, 6], [1, 2, 4, 8, 16]]
-    assert onnx._sizes(1000)[-1] == onnx.WARM_UP_ROWS[-1]
+    assert [verification.sizes(bound) for bound in (1, 6, 16)] == [[1], [1, 2, 4, 6], [1, 2, 4, 8, 16]]
+    assert verification.sizes(1000)[-1] == verification.WARM_UP_ROWS[-1]
 
 
 def test_a_broken_model_file_is_named(tmp_path):

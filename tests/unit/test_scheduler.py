@@ -154,6 +154,17 @@ def test_a_failed_batch_runs_again_from_the_same_step_or_ends_its_outputs():
     assert s.num_outputs == 0
 
 
+def test_members_that_nobody_suspects_stay_together():
+    s = scheduler(running=4, rows=4)
+    for identifier in range(4):
+        s.add(output(identifier), 0)
+    [batch] = encode(s)
+    assert len(batch.members) == 4
+    s.fail(batch.batch_id, suspect=False)
+    [again] = s.schedule(0, [0])
+    assert again.members == batch.members
+
+
 def test_keys_take_turns():
     s = scheduler(running=100, rows=4)
     for identifier in range(40):

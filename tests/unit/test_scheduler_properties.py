@@ -171,8 +171,11 @@ class Machine(RuleBasedStateMachine):
                 self.end(event.output_id)
         if batch.kind in (Kind.DENOISE, Kind.DECODE):
             assert not given_up & set(self.alive), "it had no attempt left"
+        again = sum(
+            rows for queue, member, rows in self.in_line() if queue[0] is batch.kind and member in batch.members
+        )
         for at in self.turns_left:
-            self.turns_left[at] += len(batch.rows)  # they are first in line again
+            self.turns_left[at] += again  # they are first in line again, with parts of theirs that never left
 
     @rule(seconds=st.floats(0, 30))
     def wait(self, seconds) -> None:

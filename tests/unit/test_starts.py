@@ -36,9 +36,7 @@ class Replica:
         tiers = Tiers([Tier(store, shared=True)], Sealer(keyring), TierMetrics(CollectorRegistry()))
         self.spaces = Spaces(keyring, {})
         self.checkpoints = Checkpoints(tiers, keyring, Policy(5))
-        self.starts = Starts(
-            self.checkpoints, Vectors(tiers, keyring, 60.0), Bands(), LeastBenefit(max_bytes), max_items=100
-        )
+        self.starts = Starts(self.checkpoints, Vectors(tiers, 60.0), Bands(), LeastBenefit(max_bytes), max_items=100)
 
     def name(self, tenant: str, exact: str) -> OutputName:
         return OutputName(self.spaces.of(tenant), exact, "c0")
@@ -49,7 +47,8 @@ class Replica:
         for step in (2, 4, 6, 8, 10):
             snapshot = Snapshot(step, np.full(LATENT, seed, np.float32), np.zeros(LATENT, np.float32))
             await self.checkpoints.keep(name.space.name, exact, snapshot, STEPS)
-        await self.starts.add(name, PIPELINE, vector(seed), STEPS, 1000)
+        owner = self.spaces.owner(name.space, "r", f"g{seed}")
+        await self.starts.add(name, PIPELINE, vector(seed), owner, STEPS, 1000)
 
     async def found(self, tenant: str, seed: int) -> float | None:
         start = await self.starts.find(self.name(tenant, "new"), PIPELINE, vector(seed), STEPS)

@@ -5,17 +5,23 @@ async with safelight.Client("127.0.0.1:8421") as client:
         ...
 """
 
-from safelight.client import Client, Finished, GenerationError, Picture, Preview, Progress
-from safelight.v1.generation_pb2 import CachePolicy, PixelEncoding, PreviewPolicy
+from safelight.client import CacheMode, Client, Finished, GenerationError, Origin, Picture, Preview, Progress
+from safelight.v1.cache_pb2 import GetCacheStatsResponse, PurgeCacheResponse
+from safelight.v1.generation_pb2 import Branch, CachePolicy, PixelEncoding, PreviewPolicy
 
 __all__ = [
+    "Branch",
+    "CacheMode",
     "CachePolicy",
     "Client",
     "Finished",
     "GenerationError",
+    "GetCacheStatsResponse",
+    "Origin",
     "Picture",
     "PixelEncoding",
     "Preview",
     "PreviewPolicy",
     "Progress",
+    "PurgeCacheResponse",
 ]

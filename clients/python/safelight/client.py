@@ -8,13 +8,14 @@ import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from safelight import tracing
+from safelight.v1 import cache_pb2, cache_pb2_grpc, generation_pb2_grpc, models_pb2, models_pb2_grpc
 from safelight.v1 import generation_pb2 as pb
-from safelight.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc
 
 CHANNEL_OPTIONS = [
     ("grpc.http2.bdp_probe", 0),  # with lookahead: previews wait at the server, where the newest wins, not here
@@ -24,6 +25,14 @@ CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
+CacheMode = Literal["default", "bypass", "latent", "similar"]
+CACHE_MODES: Mapping[CacheMode, pb.CachePolicy.Mode.ValueType] = {
+    "default": pb.CachePolicy.MODE_DEFAULT,
+    "bypass": pb.CachePolicy.MODE_BYPASS,
+    "latent": pb.CachePolicy.MODE_ALLOW_LATENT,
+    "similar": pb.CachePolicy.MODE_ALLOW_SIMILAR,
+}
+"""What may serve a request beside its own development; see `CachePolicy` in the proto."""
 RESUMES = 5
 """Lost connections that one generation survives."""
 RESUMABLE = ("", "WATCHER_STALLED", "MOVED")
@@ -67,15 +76,40 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a picture came from.
+
+    Attributes:
+        disposition: "miss" (it was developed), "coalesced" (with an identical one on its way), "exact" (an identical
+            one from before), "similar" (another picture that fits), "latent" (developed from another's latent) or
+            "branched" (developed from the step that was named).
+        similarity: of the prompts, for "similar" and "latent".
+        source: the generation that developed it, for "exact" and "similar".
+        num_steps_skipped: steps that were not made for this picture.
+    """
+
+    disposition: str
+    similarity: float = 0.0
+    source: str = ""
+    num_steps_skipped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
-    """The generation has ended well."""
+    """The generation has ended well.
+
+    Attributes:
+        origins: where each picture came from, by its output.
+    """
 
     generation: str
     usage: pb.Usage
     timings: pb.Timings
+    origins: tuple[Origin, ...] = ()
 
 
 Event = Progress | Preview | Picture | Finished
+Metadata = list[tuple[str, str]]
 
 
 class GenerationError(Exception):
@@ -153,6 +187,10 @@ class Client:
         """The calls as they are, at the server that is asked now."""
         return generation_pb2_grpc.GenerationServiceStub(self._channels[self._at])
 
+    @property
+    def _caches(self) -> cache_pb2_grpc.CacheServiceAsyncStub:
+        return cache_pb2_grpc.CacheServiceStub(self._channels[self._at])
+
     def _next(self) -> None:
         self._at = (self._at + 1) % len(self._channels)
 
@@ -184,9 +222,19 @@ class Client:
         preview: pb.PreviewPolicy | None = None,
         priority: pb.Priority.ValueType = pb.PRIORITY_UNSPECIFIED,
         labels: Mapping[str, str] | None = None,
+        cache: CacheMode = "default",
+        min_similarity: float | None = None,
+        branch: pb.Branch | None = None,
         timeout_s: float | None = None,
     ) -> AsyncIterator[Event]:
         """Develops pictures; yields what happens, the finished pictures, then `Finished`.
+
+        Args:
+            cache: "default" takes what was made for an identical request, "bypass" nothing; "latent" may start from
+                the latent of a prompt nearby, "similar" may also take a finished picture that says the same.
+            min_similarity: least that "similar" takes, above 0 and at most 1.
+            branch: develop from this step of an older generation; for one output, with the same model, size, steps
+                and sampler.
 
         Raises:
             GenerationError: it was refused, has failed, or could not be resumed.
@@ -209,16 +257,26 @@ class Client:
             encoding=pb.PixelEncoding(media_type=media_type),
             scheduling=pb.Scheduling(priority=priority),
             labels=labels or {},
+            cache=pb.CachePolicy(mode=CACHE_MODES[cache], min_similarity=min_similarity),
+            branch=branch,
         )
         async for event in self.develop(request, timeout_s=timeout_s):
             yield event
 
     async def develop(self, request: pb.GenerateRequest, *, timeout_s: float | None = None) -> AsyncIterator[Event]:
         """As `generate`, for a request in full. With a request_id a lost connection is resumed."""
+        metadata = list(self._metadata)
+        with tracing.client_span(request, metadata):
+            async for event in self._develop(request, timeout_s, metadata):
+                yield event
+
+    async def _develop(
+        self, request: pb.GenerateRequest, timeout_s: float | None, metadata: Metadata
+    ) -> AsyncIterator[Event]:
         received = _Progress()
         for attempt in range(RESUMES + 1):
             try:
-                async for response in self._call(request, received, timeout_s):
+                async for response in self._call(request, received, timeout_s, metadata):
                     for event in _events(response.event, received):
                         yield event
                 return
@@ -233,10 +291,10 @@ class Client:
                 await asyncio.sleep(min(2.0, 0.1 * 2**attempt))
 
     def _call(
-        self, request: pb.GenerateRequest, received: _Progress, timeout_s: float | None
+        self, request: pb.GenerateRequest, received: _Progress, timeout_s: float | None, metadata: Metadata
     ) -> AsyncIterable[pb.GenerateResponse | pb.WatchGenerationResponse]:
         if not received.name:
-            return self.generations.Generate(request, timeout=timeout_s, metadata=self._metadata)
+            return self.generations.Generate(request, timeout=timeout_s, metadata=metadata)
         watch = pb.WatchGenerationRequest(
             name=received.name,
             after_sequence=received.sequence,
@@ -245,7 +303,7 @@ class Client:
                 pb.ArtifactOffset(output_index=index, offset=len(part)) for index, part in received.parts.items()
             ],
         )
-        return self.generations.WatchGeneration(watch, timeout=timeout_s, metadata=self._metadata)
+        return self.generations.WatchGeneration(watch, timeout=timeout_s, metadata=metadata)
 
     async def models(self) -> list[models_pb2.Model]:
         """All models of the server."""
@@ -262,6 +320,31 @@ class Client:
             token = page.next_page_token
             if not token:
                 return models
+
+    async def cache_stats(self) -> cache_pb2.GetCacheStatsResponse:
+        """What the server's caches hold and save; for administrators.
+
+        Raises:
+            GenerationError: it was refused.
+        """
+        try:
+            return await self._caches.GetCacheStats(cache_pb2.GetCacheStatsRequest(), metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise GenerationError(error) from None
+
+    async def purge_cache(
+        self, *, tenant: str = "", model_revision: str = "", generation: str = ""
+    ) -> cache_pb2.PurgeCacheResponse:
+        """Deletes from the server's caches what agrees with all that is given; for administrators.
+
+        Raises:
+            GenerationError: it was refused.
+        """
+        request = cache_pb2.PurgeCacheRequest(tenant=tenant, model_revision=model_revision, generation=generation)
+        try:
+            return await self._caches.PurgeCache(request, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise GenerationError(error) from None
 
 
 def _channel(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
@@ -286,8 +369,14 @@ def _events(event: pb.GenerationEvent, received: _Progress) -> list[Event]:
         case "artifact_chunk":
             return _artifact(event.artifact_chunk, received)
         case "finished" if not event.finished.status.code:
-            return [Finished(event.generation, event.finished.usage, event.finished.timings)]
+            origins = tuple(_origin(result) for result in event.finished.cache_results)
+            return [Finished(event.generation, event.finished.usage, event.finished.timings, origins)]
     return []
+
+
+def _origin(result: pb.CacheResult) -> Origin:
+    name = pb.CacheResult.Disposition.Name(result.disposition).removeprefix("DISPOSITION_").lower()
+    return Origin(name, result.similarity, result.source, result.num_steps_skipped)
 
 
 def _artifact(chunk: pb.ArtifactChunk, received: _Progress) -> list[Event]:

@@ -80,6 +80,13 @@ class RedisBuckets:
 
         await self._call(removed, None)
 
+    async def discard(self, goes: Callable[[str], bool]) -> None:
+        """See `BucketStore`."""
+        items: list[bytes] = await self._call(lambda: self._redis.zrange(ITEMS, 0, -1), [])
+        for item in items:
+            if goes(item.decode()):
+                await self.remove(item.decode())
+
     async def members(self, buckets: Sequence[str], limit: int) -> Sequence[str]:
         """See `BucketStore`; in no order."""
         keys = [f"{PREFIX}in:{bucket}" for bucket in buckets]

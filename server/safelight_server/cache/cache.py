@@ -4,7 +4,7 @@
     embed     embeddings of its prompts that are known already
     record    a `Record` for one execution: embeddings, checkpoints, the picture
 
-Invariants: what is approximate is neither found as exact nor started from;
+Invariants: what is approximate is neither found as exact nor started from, at most served as similar;
 nothing here fails a request: a tier that cannot answer is a miss. Neighbours:
 `generations.py` asks, `execution.py` reports.
 """
@@ -12,17 +12,20 @@ nothing here fails a request: a tier that cannot answer is a miss. Neighbours:
 from __future__ import annotations
 
 import asyncio
+import enum
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 from safelight_server.cache.checkpoints import Checkpoints
+from safelight_server.cache.embedding import Floats
 from safelight_server.cache.pictures import Facts, Kept, Pictures
 from safelight_server.cache.prompts import Prompts
 from safelight_server.cache.similar import Similar, SimilarPictures
 from safelight_server.cache.spaces import OutputName, Spaces
 from safelight_server.cache.starts import Start, Starts
+from safelight_server.cache.store.purge import Owner
 from safelight_server.catalog import Pipeline
 from safelight_server.errors import UnavailableError
 from safelight_server.latents import Snapshot
@@ -37,6 +40,19 @@ MAX_WRITES = 1024
 """Writes under way at once; beyond, what would be kept is not."""
 
 
+class Keep(enum.Enum):
+    """What is kept of an execution.
+
+    EVERYTHING: it began from noise.
+    AS_SIMILAR: it began from a similar prompt's latent: its picture may be served as similar, and as nothing else.
+    EMBEDDINGS: it began elsewhere.
+    """
+
+    EVERYTHING = "everything"
+    AS_SIMILAR = "as similar"
+    EMBEDDINGS = "embeddings"
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """One output, as far as the cache must know it."""
@@ -47,6 +63,11 @@ class Wanted:
     encoding: PixelEncoding
     policy: CachePolicy
     generation: str
+
+    @property
+    def revision(self) -> str:
+        """Of the model, as purges name it."""
+        return f"{self.spec.model}/{self.spec.revision}"
 
 
 class Cache:
@@ -85,8 +106,6 @@ class Cache:
         began = time.perf_counter()
         kept = await self.pictures.get(wanted.name, wanted.encoding)
         self._metrics.looked("exact", time.perf_counter() - began)
-        if kept is not None:
-            self._metrics.saved("exact", kept.facts.num_steps, kept.facts.compute_s)
         return kept
 
     async def approximate(self, wanted: Wanted) -> Similar | Start | None:
@@ -97,17 +116,12 @@ class Cache:
         began = time.perf_counter()
         found = await self._approximate(wanted, pictures=mode is CacheMode.ALLOW_SIMILAR)
         self._metrics.looked("approximate", time.perf_counter() - began)
-        match found:
-            case Similar():
-                self._metrics.saved("similar", found.kept.facts.num_steps, found.kept.facts.compute_s)
-            case Start():
-                self._metrics.saved("latent", found.snapshot.step, 0.0)
         return found
 
     async def _approximate(self, wanted: Wanted, *, pictures: bool) -> Similar | Start | None:
         name, pipeline, spec = wanted.name, wanted.pipeline, wanted.spec
         try:
-            embedding = await self._prompts.get(name.space, pipeline, spec.token_ids)
+            embedding = await self._prompts.get(name.space, pipeline, spec.token_ids, self._owner(wanted))
             vector = await self._prompts.vector(pipeline, spec.token_ids, embedding)
         except UnavailableError:
             return None  # whatever ails the encoder, development will say it
@@ -126,13 +140,13 @@ class Cache:
 
     # --- what is done ---
 
-    def record(self, wanted: Wanted, *, approximate: bool) -> Record:
-        """Keeps what an execution makes of an output. `approximate`: only what serves others all the same."""
-        return Record(self, wanted, approximate)
+    def record(self, wanted: Wanted, keep: Keep) -> Record:
+        """Keeps what an execution makes of an output."""
+        return Record(self, wanted, keep)
 
     async def keep_embedding(self, wanted: Wanted, token_ids: Sequence[int], embedding: FloatArray) -> None:
         """Keeps the embedding of one of its prompts."""
-        await self._prompts.keep(wanted.name.space, wanted.pipeline, token_ids, embedding)
+        await self._prompts.keep(wanted.name.space, wanted.pipeline, token_ids, embedding, self._owner(wanted))
 
     async def keep_picture(
         self, wanted: Wanted, picture: Developed, compute_s: float, num_bytes: int, *, there: bool
@@ -143,24 +157,34 @@ class Cache:
             num_bytes: of its checkpoints.
             there: its pixels are kept already.
         """
-        name, pipeline, spec = wanted.name, wanted.pipeline, wanted.spec
-        steps = spec.num_inference_steps
+        name, pipeline, steps = wanted.name, wanted.pipeline, wanted.spec.num_inference_steps
         if not there:
             await self.pictures.keep(name, picture.pixels, facts_of(wanted, compute_s))
-        await self.checkpoints.ended(name.space.name, name.exact, steps)
-        embedding = await self._prompts.known(name.space, pipeline, spec.token_ids)
-        if embedding is None:
-            return
-        vector = await self._prompts.vector(pipeline, spec.token_ids, embedding)
-        await self._similar.add(name, pipeline, vector)
-        facts = facts_of(wanted, compute_s)
-        await self._starts.add(
-            name, pipeline, vector, steps, num_bytes, revision=facts.revision, generation=facts.generation
-        )
+        await self.checkpoints.ended(name.space.name, name.exact, steps, self._owner(wanted))
+        vector = await self._vector(wanted)
+        if vector is not None:
+            await self._similar.add(name, pipeline, wanted.spec.prompt, vector, self._owner(wanted))
+            await self._starts.add(name, pipeline, vector, self._owner(wanted), steps, num_bytes)
+
+    async def keep_as_similar(self, wanted: Wanted, picture: Developed, compute_s: float) -> None:
+        """Keeps a picture that began from another's latent under a name by which EXACT never finds it."""
+        name = replace(wanted.name, exact=f"{wanted.name.exact}.near")
+        vector = await self._vector(wanted)
+        if vector is not None:
+            await self.pictures.keep(name, picture.pixels, facts_of(wanted, compute_s))
+            await self._similar.add(name, wanted.pipeline, wanted.spec.prompt, vector, self._owner(wanted))
 
     async def replicate(self, wanted: Wanted, pointer: str, pixels: Pixels, compute_s: float) -> bool:
         """Keeps the pixels of a finished picture under a key; whether other replicas see them."""
         return await self.pictures.put(pointer, pixels, facts_of(wanted, compute_s), replicate=True)
+
+    async def _vector(self, wanted: Wanted) -> Floats | None:
+        ids = wanted.spec.token_ids
+        embedding = await self._prompts.known(wanted.name.space, wanted.pipeline, ids)
+        return None if embedding is None else await self._prompts.vector(wanted.pipeline, ids, embedding)
+
+    def _owner(self, wanted: Wanted) -> Owner:
+        return self.spaces.owner(wanted.name.space, wanted.revision, wanted.generation)
 
     def write(self, work: Coroutine[None, None, None]) -> None:
         """Does it off the request path, unless too much is under way."""
@@ -185,8 +209,7 @@ class Cache:
 
 def facts_of(wanted: Wanted, compute_s: float) -> Facts:
     """What is kept beside the pixels of an output."""
-    spec = wanted.spec
-    return Facts(spec.prompt, wanted.generation, f"{spec.model}/{spec.revision}", spec.num_inference_steps, compute_s)
+    return Facts(wanted.spec.prompt, wanted.generation, wanted.revision, wanted.spec.num_inference_steps, compute_s)
 
 
 class Record:
@@ -196,10 +219,10 @@ class Record:
         there: whoever developed the picture has kept its pixels.
     """
 
-    def __init__(self, cache: Cache, wanted: Wanted, approximate: bool) -> None:
+    def __init__(self, cache: Cache, wanted: Wanted, keep: Keep) -> None:
         self._cache = cache
         self._wanted = wanted
-        self._approximate = approximate
+        self._what = keep
         self._bytes: dict[int, int] = {}
         self.there = False
 
@@ -211,7 +234,7 @@ class Record:
     def wants_checkpoint(self, step: int) -> bool:
         """Whether the state after this step is worth keeping."""
         policy = self._cache.checkpoints.policy
-        return not self._approximate and policy.is_due(step, self._wanted.spec.num_inference_steps)
+        return self._what is Keep.EVERYTHING and policy.is_due(step, self._wanted.spec.num_inference_steps)
 
     def checkpoint(self, snapshot: Snapshot) -> None:
         """The state after a step."""
@@ -225,14 +248,17 @@ class Record:
             name.exact,
             snapshot,
             spec.num_inference_steps,
-            revision=f"{spec.model}/{spec.revision}",
+            revision=self._wanted.revision,
             generation=self._wanted.generation,
             replicate=self._cache.shared,
         )
 
     async def developed(self, picture: Developed, compute_s: float) -> None:
         """The finished picture."""
-        if not self._approximate:
-            anchors = self._cache.checkpoints.policy.anchors(self._wanted.spec.num_inference_steps)
-            num_bytes = sum(size for step, size in self._bytes.items() if step in anchors)
-            await self._cache.keep_picture(self._wanted, picture, compute_s, num_bytes, there=self.there)
+        match self._what:
+            case Keep.EVERYTHING:
+                anchors = self._cache.checkpoints.policy.anchors(self._wanted.spec.num_inference_steps)
+                num_bytes = sum(size for step, size in self._bytes.items() if step in anchors)
+                await self._cache.keep_picture(self._wanted, picture, compute_s, num_bytes, there=self.there)
+            case Keep.AS_SIMILAR:
+                await self._cache.keep_as_similar(self._wanted, picture, compute_s)

@@ -12,6 +12,7 @@ has ended, only the latter.
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from collections import OrderedDict
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from safelight_server.cache.store.keyring import Keyring
+from safelight_server.cache.store.purge import Owner, Scope
 from safelight_server.cache.store.sealed import Entry
 from safelight_server.cache.store.tiers import Tiers
 from safelight_server.latents import Snapshot
@@ -63,7 +65,8 @@ class Policy:
     """Which steps are kept.
 
     Attributes:
-        every_n_steps: how often a running execution's state is kept, so that a crash costs at most so many steps.
+        every_n_steps: how often a running execution's state is kept, so that a crash costs at most so many steps;
+            0: never, where nobody could go on from it.
         fractions: of all steps, from which others may start; the nearest step below or at each is kept.
         max_bytes: snapshots above are not kept at all.
         ttl_s: how long.
@@ -76,16 +79,16 @@ class Policy:
 
     def anchors(self, num_steps: int) -> frozenset[int]:
         """The steps from which others may start."""
-        steps = (math.floor(fraction * num_steps + 1e-9) for fraction in self.fractions)
-        return frozenset(step for step in steps if 0 < step < num_steps)
+        return _anchors(self.fractions, num_steps)
 
     def is_due(self, step: int, num_steps: int) -> bool:
         """Whether the state after `step` steps is to be kept; the last one never is: the picture follows."""
-        return 0 < step < num_steps and (step % self.every_n_steps == 0 or step in self.anchors(num_steps))
+        often = self.every_n_steps > 0 and step % self.every_n_steps == 0
+        return 0 < step < num_steps and (often or step in self.anchors(num_steps))
 
     def useless(self, kept: Collection[int], num_steps: int, ended: bool) -> set[int]:
         """Of the kept steps, those that serve nothing any more."""
-        newest = set() if ended or not kept else {max(kept)}
+        newest = set() if ended or not kept or not self.every_n_steps else {max(kept)}
         return set(kept) - self.anchors(num_steps) - newest
 
 
@@ -131,6 +134,9 @@ class Checkpoints:
         tags = (self._keyring.tag("revision", revision), self._keyring.tag("generation", generation))
         key = self._key(tenant, execution, snapshot.step)
         replicated = await self._tiers.put(key, Entry(data, {}, *tags), self.policy.ttl_s, replicate)
+        if not replicate and not self.policy.every_n_steps:
+            self._note(tenant, execution, snapshot.step)
+            return True
         steps = await self._steps(tenant, execution)
         steps.add(snapshot.step)
         safe = replicated or not replicate
@@ -141,19 +147,20 @@ class Checkpoints:
             await self._tiers.delete(self._key(tenant, execution, step))
         return replicated and listed if replicate else True
 
-    async def ended(self, tenant: str, execution: str, num_steps: int) -> None:
+    async def ended(self, tenant: str, execution: str, num_steps: int, owner: Owner) -> None:
         """The execution has its picture: keeps only what others may start from."""
-        steps = await self._steps(tenant, execution)
-        gone = self.policy.useless(steps, num_steps, ended=True)
-        if gone:
-            key = self._key(tenant, execution, "steps")
-            found = await self._tiers.get(key, fresh=True)
-            tags = (bytes(8), bytes(8)) if found is None else (found.entry.revision, found.entry.generation)
-            steps -= gone
+        key = self._key(tenant, execution, "steps")
+        own = self._lists.get(key, set())
+        found = await self._tiers.get(key, fresh=True)
+        listed = set() if found is None else _unpacked(found.entry.data)
+        gone = self.policy.useless(own | listed, num_steps, ended=True)
+        steps = (own | listed) - gone
+        if steps != listed:
+            tags = (owner.revision, owner.generation)
             await self._list(tenant, execution, steps, tags, replicate=False)
-            for step in gone:
-                await self._tiers.delete(self._key(tenant, execution, step))
-        self._lists.pop(self._key(tenant, execution, "steps"), None)
+        for step in gone:
+            await self._tiers.delete(self._key(tenant, execution, step))
+        self._lists.pop(key, None)
 
     async def newest(self, tenant: str, execution: str) -> Snapshot | None:
         """The checkpoint with the most steps that can be read."""
@@ -188,22 +195,37 @@ class Checkpoints:
         self._lists.pop(keys[-1], None)
         return all([await self._tiers.delete(key) for key in keys])
 
+    async def forget(self, scope: Scope) -> None:
+        """Lists nothing any more of a tenant that was purged; other lists lead to entries that are not there."""
+        if scope.by_name:
+            for key in [key for key in self._lists if key.startswith(scope.prefix)]:
+                del self._lists[key]
+
     async def _steps(self, tenant: str, execution: str) -> set[int]:
         key = self._key(tenant, execution, "steps")
         found = await self._tiers.get(key, fresh=True)
         own = self._lists.get(key, set())
         if found is None:
             return set(own)
-        return own | {step for (step,) in struct.iter_unpack("<I", found.entry.data)}
+        return own | _unpacked(found.entry.data)
+
+    def _note(self, tenant: str, execution: str, step: int) -> None:
+        """Lists a step in this process only: cheap, and all that is needed until the execution has ended."""
+        key = self._key(tenant, execution, "steps")
+        self._lists.setdefault(key, set()).add(step)
+        self._trim(key)
+
+    def _trim(self, key: str) -> None:
+        self._lists.move_to_end(key)
+        if len(self._lists) > self.MAX_LISTS:
+            self._lists.popitem(last=False)
 
     async def _list(
         self, tenant: str, execution: str, steps: set[int], tags: tuple[bytes, bytes], replicate: bool
     ) -> bool:
         key = self._key(tenant, execution, "steps")
         self._lists[key] = set(steps)
-        self._lists.move_to_end(key)
-        if len(self._lists) > self.MAX_LISTS:
-            self._lists.popitem(last=False)
+        self._trim(key)
         data = struct.pack(f"<{len(steps)}I", *sorted(steps))
         return await self._tiers.put(key, Entry(data, {}, *tags), self.policy.ttl_s, replicate)
 
@@ -213,3 +235,13 @@ class Checkpoints:
 
 def _is_finite(snapshot: Snapshot) -> bool:
     return bool(np.isfinite(snapshot.x).all() and np.isfinite(snapshot.denoised).all())
+
+
+def _unpacked(data: bytes) -> set[int]:
+    return {step for (step,) in struct.iter_unpack("<I", data)}
+
+
+@functools.lru_cache(1024)
+def _anchors(fractions: tuple[float, ...], num_steps: int) -> frozenset[int]:
+    steps = (math.floor(fraction * num_steps + 1e-9) for fraction in fractions)
+    return frozenset(step for step in steps if 0 < step < num_steps)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,9 +37,9 @@ class Shape:
         num_probes: buckets looked into beside a table's own.
     """
 
-    num_tables: int = 8
-    num_bits: int = 16
-    num_probes: int = 4
+    num_tables: int = 12
+    num_bits: int = 20
+    num_probes: int = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,9 @@ class BucketStore(Protocol):
 
     async def remove(self, item: str) -> None:
         """Takes an item out of everything; nothing happens where it is not there."""
+
+    async def discard(self, goes: Callable[[str], bool]) -> None:
+        """Takes out all items for which `goes`."""
 
     async def members(self, buckets: Sequence[str], limit: int) -> Sequence[str]:
         """The union of the buckets (Redis: one SUNION), each item once, at most `limit`, of the first buckets first
@@ -196,6 +199,11 @@ class MemoryBuckets:
     async def remove(self, item: str) -> None:
         """See `BucketStore`."""
         self._drop(item)
+
+    async def discard(self, goes: Callable[[str], bool]) -> None:
+        """See `BucketStore`."""
+        for item in [item for item in self._items if goes(item)]:
+            self._drop(item)
 
     async def members(self, buckets: Sequence[str], limit: int) -> Sequence[str]:
         """See `BucketStore`; in the order of the buckets."""

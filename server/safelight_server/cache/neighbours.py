@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Callable
 
 import faiss
 import numpy as np
@@ -81,6 +82,11 @@ class Neighbours:
             shelf.take(item)
             if not shelf.rows:
                 del self._shelves[scope]
+
+    def discard(self, goes: Callable[[str], bool]) -> None:
+        """Forgets all items for which `goes`."""
+        for item in [item for item in self._scopes if goes(item)]:
+            self.remove(item)
 
     def search(self, scope: str, vector: Floats, min_cosine: float, limit: int = 8) -> list[Match]:
         """The nearest that were found with at least `min_cosine`, nearest first."""

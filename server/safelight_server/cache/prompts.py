@@ -13,6 +13,7 @@ from safelight_server.cache import fingerprint
 from safelight_server.cache.embedding import EXAMPLE_PROMPTS, Floats, centred, prompt_vector
 from safelight_server.cache.fingerprint import Kind
 from safelight_server.cache.spaces import Space
+from safelight_server.cache.store.purge import Owner
 from safelight_server.cache.store.sealed import Entry
 from safelight_server.cache.store.tiers import Tiers
 from safelight_server.catalog import Pipeline
@@ -41,18 +42,21 @@ class Prompts:
             return None
         return np.frombuffer(found.entry.data, np.float32).reshape(len(token_ids), -1)
 
-    async def keep(self, space: Space, pipeline: Pipeline, token_ids: Sequence[int], embedding: FloatArray) -> None:
-        """Keeps an embedding, unless it is not finite."""
+    async def keep(
+        self, space: Space, pipeline: Pipeline, token_ids: Sequence[int], embedding: FloatArray, owner: Owner
+    ) -> None:
+        """Keeps an embedding, unless it is not finite. `owner`: whoever computed it."""
         if np.isfinite(embedding).all():
-            entry = Entry(np.ascontiguousarray(embedding, np.float32).tobytes())
+            data = np.ascontiguousarray(embedding, np.float32).tobytes()
+            entry = Entry(data, {}, owner.revision, owner.generation)
             await self._tiers.put(_key(space, pipeline, token_ids), entry, self._ttl_s)
 
-    async def get(self, space: Space, pipeline: Pipeline, token_ids: Sequence[int]) -> FloatArray:
+    async def get(self, space: Space, pipeline: Pipeline, token_ids: Sequence[int], owner: Owner) -> FloatArray:
         """The embedding (T, D), encoded where it is not kept."""
         embedding = await self.known(space, pipeline, token_ids)
         if embedding is None:
             embedding = await self._encode(pipeline, token_ids)
-            await self.keep(space, pipeline, token_ids, embedding)
+            await self.keep(space, pipeline, token_ids, embedding, owner)
         return embedding
 
     async def vector(self, pipeline: Pipeline, token_ids: Sequence[int], embedding: FloatArray) -> Floats:

@@ -12,6 +12,8 @@ import asyncio
 import json
 import secrets
 import time
+from collections.abc import Sequence
+from typing import Protocol
 
 import structlog
 from safelight_server.cache.coordination.base import Coordinator
@@ -26,12 +28,24 @@ MEASURE_EVERY_S = 15.0
 SWEEP_EVERY_S = 600.0
 
 
-class Purges:
-    """Of one replica; run `listen` and `keep_up` as tasks."""
+class Index(Protocol):
+    """What finds entries in another way than by their keys."""
 
-    def __init__(self, tiers: Tiers, coordinator: Coordinator) -> None:
+    async def forget(self, scope: Scope) -> None:
+        """Finds nothing any more that the scope covers."""
+
+
+class Purges:
+    """Of one replica; run `listen` and `keep_up` as tasks.
+
+    Args:
+        indexes: of this replica, which a purge clears after the tiers.
+    """
+
+    def __init__(self, tiers: Tiers, coordinator: Coordinator, indexes: Sequence[Index] = ()) -> None:
         self._tiers = tiers
         self._coordinator = coordinator
+        self._indexes = indexes
         self._origin = secrets.token_hex(8)
 
     async def purge(self, scope: Scope) -> Purged:
@@ -42,6 +56,7 @@ class Purges:
             others could not be told.
         """
         report = await purge(self._tiers, scope)
+        await self._forget(scope)
         try:
             await self._coordinator.append(STREAM, dump(self._origin, scope))
         except StoreError:
@@ -58,6 +73,11 @@ class Purges:
                 if not tier.shared:
                     report = await purge(self._tiers, scope, only=tier.name)
                     log.info("purged for another replica", deleted=report.deleted, failed=report.failed)
+            await self._forget(scope)
+
+    async def _forget(self, scope: Scope) -> None:
+        for index in self._indexes:
+            await index.forget(scope)
 
     async def keep_up(self) -> None:
         """Measures the tiers and deletes what has expired on disk; never ends."""

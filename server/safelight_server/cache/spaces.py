@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from safelight_server.cache import fingerprint
 from safelight_server.cache.fingerprint import Kind, Scope
 from safelight_server.cache.store.keyring import Keyring
+from safelight_server.cache.store.purge import Owner
 from safelight_server.catalog import Pipeline
 from safelight_server.request import Spec
 
@@ -76,7 +77,7 @@ class Spaces:
     def of(self, tenant: str) -> Space:
         """The space of a tenant."""
         pool = self._pool_of.get(tenant)
-        name = f"tenant {tenant}" if pool is None else f"pool {pool}"
+        name = _own(tenant) if pool is None else f"pool {pool}"
         space = self._spaces.get(name)
         if space is None:
             if len(self._spaces) >= MAX_SPACES:
@@ -85,6 +86,20 @@ class Spaces:
             key = fingerprint.tenant_key(self._secret, scope)
             space = self._spaces[name] = Space(name, self._keyring.tenant(name), key)
         return space
+
+    def prefixes(self, tenant: str) -> list[str]:
+        """The beginnings of all keys in stores under which there may be something of a tenant.
+
+        What it shares with a pool cannot be told from the others'; what it had before it was in one is its own.
+        """
+        return list(
+            dict.fromkeys(f"{prefix}/" for prefix in (self._keyring.tenant(_own(tenant)), self.of(tenant).prefix))
+        )
+
+    def owner(self, space: Space, revision: str, generation: str) -> Owner:
+        """Whose an entry is, by the names of its model revision and generation."""
+        keyring = self._keyring
+        return Owner(f"{space.prefix}/", keyring.tag("revision", revision), keyring.tag("generation", generation))
 
     def output(self, tenant: str, pipeline: Pipeline, numerics_id: str, spec: Spec, seed: int) -> OutputName:
         """The names of an output."""
@@ -100,3 +115,7 @@ class Spaces:
     def private(self, generation: str, output_index: int) -> str:
         """The name of one output that shares nothing: 64 hexadecimal digits."""
         return self._keyring.digest("output", generation, str(output_index))
+
+
+def _own(tenant: str) -> str:
+    return f"tenant {tenant}"

@@ -21,6 +21,7 @@ from safelight_server.cache.embedding import Floats
 from safelight_server.cache.eviction import Eviction
 from safelight_server.cache.neighbours import Neighbours
 from safelight_server.cache.spaces import OutputName, Space
+from safelight_server.cache.store.purge import Owner, Scope
 from safelight_server.cache.vectors import Kept, Vectors
 from safelight_server.catalog import Pipeline
 from safelight_server.latents import Snapshot
@@ -36,6 +37,15 @@ class Start:
 
     snapshot: Snapshot
     similarity: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an output is: its index, by space and pipeline; and whose it is."""
+
+    space: Space
+    index: tuple[str, str]
+    owner: Owner
 
 
 class Starts:
@@ -56,34 +66,25 @@ class Starts:
         self._books = books
         self._max_items = max_items
         self._indexes: OrderedDict[tuple[str, str], Neighbours] = OrderedDict()
-        self._place: dict[str, tuple[Space, tuple[str, str]]] = {}
+        self._place: dict[str, _Place] = {}
 
     async def add(
-        self,
-        name: OutputName,
-        pipeline: Pipeline,
-        vector: Floats,
-        num_steps: int,
-        num_bytes: int,
-        *,
-        revision: str = "",
-        generation: str = "",
+        self, name: OutputName, pipeline: Pipeline, vector: Floats, owner: Owner, num_steps: int, num_bytes: int
     ) -> None:
         """An output with checkpoints has ended well.
 
         Args:
             num_bytes: of its checkpoints.
-            revision, generation: what to purge it by.
         """
-        kept = Kept(name, pipeline.digest, vector, num_steps, num_bytes)
-        await self._vectors.keep(kept, revision, generation)
+        kept = Kept(name, pipeline.digest, vector, num_steps, num_bytes, owner)
+        await self._vectors.keep(kept)
         await self._add(kept)
 
     async def _add(self, kept: Kept) -> None:
         name = kept.name
         at, index = self._index(name.space, kept.pipeline, len(kept.vector))
         gone = index.add(name.comparable, name.exact, kept.vector)
-        self._place[name.exact] = (name.space, at)
+        self._place[name.exact] = _Place(name.space, at, kept.owner)
         most = self._bands.steps(kept.num_steps)
         gone += self._books.add(name.exact, kept.num_bytes, float(most[-1]) if most else 0.0)
         for item in gone:
@@ -114,15 +115,23 @@ class Starts:
                 await self._drop(match.item)
         return None
 
+    async def forget(self, scope: Scope) -> None:
+        """Starts no output any more from what was purged."""
+        for item in [item for item, place in self._place.items() if scope.includes(place.owner)]:
+            self._forget(item)
+
     async def _drop(self, item: str) -> None:
+        place = self._forget(item)
+        if place is not None:
+            await self._checkpoints.delete(place.space.name, item)
+            await self._vectors.forget(place.space, item)
+
+    def _forget(self, item: str) -> _Place | None:
         self._books.remove(item)
         place = self._place.pop(item, None)
-        if place is not None:
-            space, at = place
-            if (index := self._indexes.get(at)) is not None:
-                index.remove(item)
-            await self._checkpoints.delete(space.name, item)
-            await self._vectors.forget(space, item)
+        if place is not None and (index := self._indexes.get(place.index)) is not None:
+            index.remove(item)
+        return place
 
     def _index(self, space: Space, pipeline: str, dimension: int) -> tuple[tuple[str, str], Neighbours]:
         at = (space.name, pipeline)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from safelight_server.cache.embedding import Floats
 from safelight_server.cache.spaces import OutputName, Space
-from safelight_server.cache.store.keyring import Keyring
+from safelight_server.cache.store.purge import Owner
 from safelight_server.cache.store.sealed import Entry
 from safelight_server.cache.store.tiers import Tiers
 
@@ -27,6 +27,7 @@ class Kept:
     Attributes:
         pipeline: digest of the pipeline whose encoder made the vector.
         num_bytes: of its checkpoints.
+        owner: what to purge it by.
     """
 
     name: OutputName
@@ -34,22 +35,22 @@ class Kept:
     vector: Floats
     num_steps: int
     num_bytes: int
+    owner: Owner
 
 
 class Vectors:
     """In all tiers."""
 
-    def __init__(self, tiers: Tiers, keyring: Keyring, ttl_s: float) -> None:
+    def __init__(self, tiers: Tiers, ttl_s: float) -> None:
         self._tiers = tiers
-        self._keyring = keyring
         self._ttl_s = ttl_s
 
-    async def keep(self, kept: Kept, revision: str, generation: str) -> None:
-        """Keeps the vector of an output; `revision` and `generation` are what to purge it by."""
+    async def keep(self, kept: Kept) -> None:
+        """Keeps the vector of an output."""
         facts = {"comparable": kept.name.comparable, "pipeline": kept.pipeline}
         facts |= {"steps": str(kept.num_steps), "bytes": str(kept.num_bytes)}
-        tags = (self._keyring.tag("revision", revision), self._keyring.tag("generation", generation))
-        entry = Entry(np.asarray(kept.vector, np.float16).tobytes(), facts, *tags)
+        data = np.asarray(kept.vector, np.float16).tobytes()
+        entry = Entry(data, facts, kept.owner.revision, kept.owner.generation)
         await self._tiers.put(_key(kept.name.space, kept.name.exact), entry, self._ttl_s)
 
     async def forget(self, space: Space, exact: str) -> None:
@@ -65,7 +66,8 @@ class Vectors:
                 at = found.entry.metadata
                 name = OutputName(space, key.removeprefix(prefix), at["comparable"])
                 vector = np.frombuffer(found.entry.data, np.float16).astype(np.float32)
-                yield Kept(name, at["pipeline"], vector, int(at["steps"]), int(at["bytes"]))
+                owner = Owner(f"{space.prefix}/", found.entry.revision, found.entry.generation)
+                yield Kept(name, at["pipeline"], vector, int(at["steps"]), int(at["bytes"]), owner)
 
 
 def _key(space: Space, exact: str) -> str:

@@ -14,15 +14,18 @@ from concurrent.futures import Executor
 
 import structlog
 from safelight_server.catalog import Pipeline
-from safelight_server.picture import Encoded, encode, shrink
+from safelight_server.picture import Encoded, encode_within, shrink
 from safelight_server.pipeline import linear_image, to_pixels
 from safelight_server.preview.frames import Frame, Rendered
 from safelight_server.preview.policy import choose_method
 from safelight_server.request import PixelEncoding, PreviewMethod
 from safelight_server.runtime.base import Component, FloatArray
+from safelight_server.telemetry import tracing
 
 log = structlog.get_logger(__name__)
 
+MAX_PREVIEW_BYTES = 3_500_000
+"""gRPC clients refuse messages over 4 MiB unless told otherwise. Said in the proto at `PreviewPolicy`."""
 Decode = Callable[[FloatArray, Component], Coroutine[None, None, FloatArray | None]]
 COMPONENTS = {
     PreviewMethod.TINY_DECODER: Component.PREVIEW_DECODER,
@@ -72,7 +75,8 @@ class Renderer:
                 return None
         self.num_rendered += 1
         loop = asyncio.get_running_loop()
-        picture = await loop.run_in_executor(self._pool, self._encode, frame, image, encoding, max_edge_px)
+        with tracing.current().within("encode"):
+            picture = await loop.run_in_executor(self._pool, self._encode, frame, image, encoding, max_edge_px)
         return Rendered(frame.step, method, picture)
 
     async def _decode_newest(self, frame: Frame, method: PreviewMethod) -> FloatArray | None:
@@ -87,7 +91,7 @@ class Renderer:
     ) -> Encoded:
         if image is None:
             image = linear_image(self._pipeline, frame.denoised)
-        return encode(shrink(to_pixels(image), max_edge_px), encoding)
+        return encode_within(shrink(to_pixels(image), max_edge_px), encoding, MAX_PREVIEW_BYTES)
 
 
 def _task(making: Coroutine[None, None, Rendered | None]) -> asyncio.Task[Rendered | None]:

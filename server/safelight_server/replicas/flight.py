@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -26,14 +27,15 @@ from safelight_server.cache.coordination.base import BEGINNING, LeaderLostError
 from safelight_server.cache.coordination.leadership import Leadership
 from safelight_server.cache.store.base import StoreError
 from safelight_server.cache.store.sealed import CorruptError, Entry, UnreadableError
-from safelight_server.engine import Job, OutputListener
 from safelight_server.errors import SafelightError
+from safelight_server.jobs import Job, OutputListener
 from safelight_server.latents import Snapshot
 from safelight_server.picture import Pixels
 from safelight_server.pipeline import to_pixels
 from safelight_server.replicas.flights import FOLLOW, Flights, Ticket
 from safelight_server.replicas.landing import Keep, Work, committed, land
 from safelight_server.runtime.base import Component, FloatArray
+from safelight_server.telemetry import Trail
 
 EVENT_S = 3600.0
 
@@ -239,7 +241,11 @@ class Flight:
             )
         await leader.close()
 
-    # --- what the engine reports while it runs here ---
+    # --- what the engine asks and reports while it runs here ---
+
+    def trails(self) -> Sequence[Trail]:
+        """Of the execution."""
+        return self._told().trails()
 
     def started(self) -> None:
         """To the execution."""

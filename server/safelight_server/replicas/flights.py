@@ -19,7 +19,8 @@ from safelight_server.cache.coordination.base import Coordinator
 from safelight_server.cache.pictures import Pictures
 from safelight_server.cache.store.base import StoreError
 from safelight_server.cache.store.sealed import Sealer
-from safelight_server.engine import Engine, Job
+from safelight_server.engine import Engine
+from safelight_server.jobs import Job
 from safelight_server.replicas.news import News
 from safelight_server.scheduler import Output, Priority
 

@@ -3,9 +3,11 @@
 The one way into `request.Request`. What passes here reaches the engine; what
 does not is an InvalidRequestError with a violation per field, or a
 NotFoundError. `faults.py` collects, `spec.py` decides what is developed,
-`delivery.py` how it travels, `whole.py` puts both together.
+`delivery.py` how it travels, `whole.py` puts both together;
+`purge.py` is of the caches' administration.
 """
 
+from safelight_server.resolve.purge import resolve_purge
 from safelight_server.resolve.whole import (
     RequestLimits,
     find_model,
@@ -21,5 +23,6 @@ __all__ = [
     "resolve_name",
     "resolve_preview",
     "resolve_priority",
+    "resolve_purge",
     "resolve_request",
 ]

@@ -1,14 +1,15 @@
 """What executes a component of a pipeline: the protocol that `onnx`, `triton` and `simulated` share.
 
-A runtime has instances (sessions on cores, GPUs). One instance runs one call
-at a time; the engine never starts a second one on it. Calls are batched: the
-first axis of every array is the row.
+A runtime has instances (sessions on cores, GPUs, servers). One instance runs
+one call at a time; the engine never starts a second one on it. Instances may
+come and go: `usable` says which take calls, `watch` when that changes. Calls
+are batched: the first axis of every array is the row.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,31 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
 Array = npt.NDArray[np.float32] | npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StableRows:
+    """An input whose rows stay the same from call to call: who holds a row already need not copy it again.
+
+    Attributes:
+        source: (N, ...) float32; the rows at `index` do not change while the call runs.
+        index: (B,) the rows of `source` that the call takes.
+        versions: (B,) int64; equal numbers stand for equal bits, in all calls of a process.
+    """
+
+    source: FloatArray
+    index: npt.NDArray[np.intp]
+    versions: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def array(self) -> FloatArray:
+        """The rows, (B, ...), copied."""
+        return self.source[self.index]
+
+
+Inputs = Mapping[str, Array | StableRows]
 
 
 class Component(enum.StrEnum):
@@ -34,12 +60,31 @@ class Component(enum.StrEnum):
     PREVIEW_DECODER = "preview_decoder"
 
 
-class RuntimeFailure(Exception):
-    """A call failed. `retryable`: the same rows may succeed on another try or instance."""
+class RuntimeStartError(Exception):
+    """A runtime cannot start; the message says why."""
 
-    def __init__(self, message: str, *, retryable: bool) -> None:
+
+class Fault(enum.Enum):
+    """Whom a failed call is held against."""
+
+    ROWS = "rows"
+    INSTANCE = "instance"
+    """It was lost, which says nothing of the rows; unless that happens wherever they go."""
+    NOBODY = "nobody"
+    """The instance had no room: the rows were not looked at."""
+
+
+class RuntimeFailure(Exception):
+    """A call failed.
+
+    Attributes:
+        retryable: the same rows may succeed on another try or instance.
+    """
+
+    def __init__(self, message: str, *, retryable: bool, fault: Fault = Fault.ROWS) -> None:
         super().__init__(message)
         self.retryable = retryable
+        self.fault = fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +112,30 @@ class Runtime(Protocol):
 
     Attributes:
         name: "onnx", "triton" or "simulated"; shown to clients.
-        num_instances: calls that may run at once, instances 0 … num_instances - 1.
+        num_instances: calls that may run at once, instances 0 … num_instances - 1, when all are live.
     """
 
     name: str
     num_instances: int
 
-    async def start(self) -> None:
-        """Loads every component, verifies that batches are bit-equal to single rows, measures the cost curves."""
+    @property
+    def num_live(self) -> int:
+        """Instances that are there now, busy or not."""
 
-    async def run(
-        self, instance: int, model: str, component: Component, inputs: Mapping[str, Array]
-    ) -> Mapping[str, FloatArray]:
+    def usable(self, free: Collection[int]) -> Sequence[int]:
+        """Those of the free instances that can take a call now, the one to be given work first in front."""
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Has `changed` called on the event loop whenever an instance comes, goes or can take calls again."""
+
+    async def start(self) -> None:
+        """Loads every component, verifies that batches are bit-equal to single rows, measures the cost curves.
+
+        Raises:
+            RuntimeStartError: it cannot.
+        """
+
+    async def run(self, instance: int, model: str, component: Component, inputs: Inputs) -> Mapping[str, FloatArray]:
         """One batched call of a component of pipeline `model` on `instance`.
 
         Raises:

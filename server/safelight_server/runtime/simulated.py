@@ -9,12 +9,12 @@ that is lost or made twice shows.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import structlog
 from safelight_server.catalog import Manifest, Pipeline, assemble
-from safelight_server.runtime.base import Array, Component, CostCurve, FloatArray
+from safelight_server.runtime.base import Array, Component, CostCurve, FloatArray, Inputs, StableRows
 from safelight_server.tokenizer import Tokens
 
 log = structlog.get_logger(__name__)
@@ -91,9 +91,19 @@ class SimulatedRuntime:
         """Says what it is."""
         log.warning("simulated_runtime", meaning="sleeps instead of computing; pictures are synthetic")
 
-    async def run(
-        self, instance: int, model: str, component: Component, inputs: Mapping[str, Array]
-    ) -> Mapping[str, FloatArray]:
+    @property
+    def num_live(self) -> int:
+        """All of them."""
+        return self.num_instances
+
+    def usable(self, free: Collection[int]) -> Sequence[int]:
+        """All of them."""
+        return sorted(free)
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """They neither come nor go."""
+
+    async def run(self, instance: int, model: str, component: Component, inputs: Inputs) -> Mapping[str, FloatArray]:
         """Sleeps for what the call costs."""
         rows = len(next(iter(inputs.values())))
         await asyncio.sleep(self.cost(model, component).at(rows))
@@ -101,11 +111,11 @@ class SimulatedRuntime:
             case Component.TEXT_ENCODER:
                 return {"last_hidden_state": self._embeddings[:rows]}
             case Component.DENOISER:
-                return {"prediction": inputs["sample"] * np.float32(-0.1)}
+                return {"prediction": _array(inputs["sample"]) * np.float32(-0.1)}
             case Component.DECODER:
-                return {"image": _enlarged(inputs["latent"], SIZE_PX // LATENT[1])}
+                return {"image": _enlarged(_array(inputs["latent"]), SIZE_PX // LATENT[1])}
             case Component.PREVIEW_DECODER:
-                return {"image": _enlarged(inputs["latent"], SIZE_PX // 2 // LATENT[1])}
+                return {"image": _enlarged(_array(inputs["latent"]), SIZE_PX // 2 // LATENT[1])}
 
     def max_rows(self, model: str, component: Component) -> int:
         """The same for all."""
@@ -123,7 +133,11 @@ class SimulatedRuntime:
         """Nothing to release."""
 
 
-def _enlarged(latent: Array, factor: int) -> FloatArray:
+def _array(given: Array | StableRows) -> FloatArray:
+    return given.array() if isinstance(given, StableRows) else np.asarray(given, np.float32)
+
+
+def _enlarged(latent: FloatArray, factor: int) -> FloatArray:
     """Three channels of a latent (B, C, h, w) as an image (B, 3, H, W)."""
-    image = np.asarray(latent[:, :3], np.float32)
+    image = latent[:, :3]
     return image.repeat(factor, axis=2).repeat(factor, axis=3)

@@ -157,10 +157,11 @@ class Scheduler:
                 events += [*self._lives.end(row.output_id), Decoded(row.output_id)]
         return events
 
-    def fail(self, batch_id: int, given_up: Container[Member] = ()) -> list[Event]:
+    def fail(self, batch_id: int, given_up: Container[Member] = (), *, suspect: bool = True) -> list[Event]:
         """A batch failed. Its members are ready again, first in line and in two halves; previews are only lost.
 
         Args:
+            suspect: false where none of them can be to blame: they stay together.
             given_up: members of the batch that are not tried again: the outputs, or those that need the prompt, end.
         """
         batch = self._in_flight.pop(batch_id)
@@ -171,7 +172,7 @@ class Scheduler:
             if member in given_up:
                 events += self._lives.give_up(member, batch_id)
         again = [member for member in batch.members if self._lives.take_back(member, batch)]
-        self._ready.push_apart((batch.kind, batch.key), again)
+        self._ready.push_first((batch.kind, batch.key), again, apart=suspect)
         return events
 
     # --- what can be asked ---

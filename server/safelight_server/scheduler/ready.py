@@ -63,15 +63,15 @@ class ReadyQueues:
         """Adds a member at the end of a line; one that is in it already keeps its place."""
         self._lines.setdefault(queue, OrderedDict()).setdefault(member, _Place(next(self._turns), TOGETHER))
 
-    def push_apart(self, queue: Queue, members: Sequence[Member]) -> None:
-        """Puts the members of a failed batch first in line, as two halves."""
+    def push_first(self, queue: Queue, members: Sequence[Member], *, apart: bool) -> None:
+        """Puts the members of a failed batch first in line; `apart`: as two halves."""
         if not members:
             return
         line = self._lines.setdefault(queue, OrderedDict())
         turn = (self.turn(queue) if line else next(self._turns)) - 1
-        middle = (len(members) + 1) // 2
+        middle = (len(members) + 1) // 2 if apart else len(members)
         for half in (members[middle:], members[:middle]):
-            place = _Place(turn, next(self._groups))
+            place = _Place(turn, next(self._groups) if apart else TOGETHER)
             for member in reversed(half):
                 line[member] = place
                 line.move_to_end(member, last=False)

@@ -6,11 +6,12 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from safelight_server.errors import FieldViolation, InvalidRequestError, QueueFullError
+from safelight_server.errors import QueueFullError
 from safelight_server.events import Accepted, Event, Finished, OutputFinished, Progress, Queued, StateEvent
 from safelight_server.picture import Encoded
 from safelight_server.preview import Frame
 from safelight_server.request import PreviewPolicy
+from safelight_server.resolve.faults import Faults
 from safelight_server.stream.watcher import Slot, Story, Watcher
 from safelight_server.stream.wire import Artifact, State, artifact, serialize
 
@@ -124,18 +125,14 @@ class EventLog:
         if len(self.watchers) >= self._max_watchers:
             raise QueueFullError("too many streams watch this generation", reason="TOO_MANY_WATCHERS")
         offsets = artifact_offsets or {}
-        faults = [
-            FieldViolation(
-                "artifact_offsets",
-                f"offset {offset} of output {index} is not within the {self._sizes.get(index, 0)} bytes there are",
-            )
-            for index, offset in offsets.items()
-            if not 0 <= offset <= self._sizes.get(index, 0)
-        ]
-        if after_sequence > self.last_sequence:
-            faults.append(FieldViolation("after_sequence", f"the newest sequence is {self.last_sequence}"))
-        if faults:
-            raise InvalidRequestError(faults)
+        faults = Faults()
+        newest = f"the newest sequence is {self.last_sequence}"
+        faults.check(after_sequence <= self.last_sequence, "after_sequence", newest)
+        for index, offset in offsets.items():
+            size = self._sizes.get(index, 0)
+            what = f"offset {offset} of output {index} is not within the {size} bytes there are"
+            faults.check(0 <= offset <= size, "artifact_offsets", what)
+        faults.done()
         watcher = Watcher(self._story, policy, after_sequence, offsets, self._leave)
         self.watchers.add(watcher)
         for output_index, frame in self._frames.items():

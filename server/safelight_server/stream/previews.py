@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from safelight_server.preview import Budget, Cadence, Frame, Rendered
 from safelight_server.request import PreviewMethod, PreviewPolicy
+from safelight_server.telemetry import Stage, tracing
 
 
 @dataclass(slots=True)
@@ -56,6 +57,7 @@ class Previews:
         self._clock = clock
         self._counts = counts
         self._ready = ready
+        self._stage = tracing.current()
         self._open = False
         self._closed = False
         self._waiting: dict[int, Frame] = {}
@@ -116,10 +118,13 @@ class Previews:
                 return
             frame, policy = self._waiting.pop(output_index), self._policy
             making = self._making[output_index] = _Making(self._budget, self._dropped.pop(output_index, 0))
-            task = frame.preview(policy.method, policy.encoding, policy.max_edge_px)
-            task.add_done_callback(functools.partial(self._made, output_index, making))
+            stage = self._stage.begin("preview", {"safelight.output": output_index, "safelight.step": frame.step})
+            with stage.as_current():
+                task = frame.preview(policy.method, policy.encoding, policy.max_edge_px)
+            task.add_done_callback(functools.partial(self._made, output_index, making, stage))
 
-    def _made(self, output_index: int, making: _Making, task: asyncio.Task[Rendered | None]) -> None:
+    def _made(self, output_index: int, making: _Making, stage: Stage, task: asyncio.Task[Rendered | None]) -> None:
+        stage.end()
         if self._making.get(output_index) is not making:
             making.budget.settle(0)  # the output ended meanwhile
             return

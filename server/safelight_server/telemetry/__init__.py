@@ -2,6 +2,7 @@
 
 from safelight_server.telemetry.log import configure_logging
 from safelight_server.telemetry.metrics import Metrics
-from safelight_server.telemetry.tracing import Tracing
+from safelight_server.telemetry.tracing import UNTRACED, Stage, Tracing
+from safelight_server.telemetry.trail import Trail
 
-__all__ = ["Metrics", "Tracing", "configure_logging"]
+__all__ = ["UNTRACED", "Metrics", "Stage", "Tracing", "Trail", "configure_logging"]

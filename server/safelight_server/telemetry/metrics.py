@@ -3,16 +3,47 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from safelight_server.telemetry.figures import Distribution, by_label, distributions, value
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 CALL_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 WAIT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 KINDS = ("encode", "denoise", "preview", "decode")
+HITS = ("exact", "similar", "latent", "coalesced", "branched")
+LOOKUPS = ("exact", "approximate")
 CLASSES = ("interactive", "standard", "batch")
 TIER_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """Outputs that were served by earlier work in one way."""
+
+    kind: str
+    num_outputs: int
+    num_steps: int
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lookups:
+    """Times of lookups, in seconds."""
+
+    kind: str
+    seen: Distribution
+
+
+@dataclass(frozen=True, slots=True)
+class TierUsage:
+    """What a tier held when it was measured last."""
+
+    name: str
+    num_entries: int
+    num_bytes: int
 
 
 class Metrics:
@@ -83,6 +114,7 @@ class TierMetrics:
     """What the tiers of the caches do; `tier` is memory, disk, redis or objects."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self._got: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
         self._gets = Counter("safelight_cache_gets", "Lookups in a tier", ["tier", "outcome"], registry=registry)
         self._seconds = Histogram(
             "safelight_cache_get_seconds", "Time of lookups in a tier", ["tier"], buckets=TIER_S, registry=registry
@@ -107,8 +139,11 @@ class TierMetrics:
 
     def got(self, tier: str, outcome: str, seconds: float) -> None:
         """A lookup came back: hit, miss, expired, corrupt or unreadable."""
-        self._gets.labels(tier, outcome).inc()
-        self._seconds.labels(tier).observe(seconds)
+        at = (tier, outcome)
+        if (resolved := self._got.get(at)) is None:
+            resolved = self._got[at] = (self._gets.labels(*at), self._seconds.labels(tier))
+        resolved[0].inc()
+        resolved[1].observe(seconds)
 
     def error(self, tier: str, reason: str) -> None:
         """A tier was skipped: unavailable, left_alone, full or too_large."""
@@ -123,13 +158,18 @@ class TierMetrics:
         self._entries.labels(tier).set(entries)
         self._bytes.labels(tier).set(num_bytes)
 
+    def usage(self, tiers: Sequence[str]) -> list[TierUsage]:
+        """What was measured last, by tier; zeros where nothing was."""
+        entries, held = by_label(self._entries, "tier"), by_label(self._bytes, "tier")
+        return [TierUsage(tier, int(entries.get(tier, 0)), int(held.get(tier, 0))) for tier in tiers]
+
     def breaker(self, service: str, state: int) -> None:
         """The new state of a breaker."""
         self._breakers.labels(service).set(state)
 
 
 class CacheMetrics:
-    """What the caches save; `kind` is exact, similar, latent, coalesced."""
+    """What the caches save; `kind` of a hit is one of `HITS`, of a lookup one of `LOOKUPS`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._hits = Counter("safelight_cache_hits", "Outputs served by earlier work", ["kind"], registry=registry)
@@ -153,14 +193,17 @@ class CacheMetrics:
         self._not_kept = Counter(
             "safelight_cache_not_kept", "Results not kept because too many were being written", registry=registry
         )
+        for kind in HITS:
+            self.served(kind, 0, 0.0, num_outputs=0)
+        self._looked = {kind: self._lookups.labels(kind) for kind in LOOKUPS}
 
     def looked(self, kind: str, seconds: float) -> None:
-        """A lookup came back: exact or approximate."""
-        self._lookups.labels(kind).observe(seconds)
+        """A lookup came back."""
+        self._looked[kind].observe(seconds)
 
-    def saved(self, kind: str, num_steps: int, compute_s: float) -> None:
-        """An output is served by earlier work."""
-        self._hits.labels(kind).inc()
+    def served(self, kind: str, num_steps: int, compute_s: float, num_outputs: int = 1) -> None:
+        """An output was served by earlier work."""
+        self._hits.labels(kind).inc(num_outputs)
         self._steps.labels(kind).inc(num_steps)
         self._compute.labels(kind).inc(compute_s)
 
@@ -171,3 +214,22 @@ class CacheMetrics:
     def not_kept(self) -> None:
         """A result was not kept."""
         self._not_kept.inc()
+
+    def hits(self) -> list[Hits]:
+        """What was served, by kind."""
+        outputs, steps, compute = (by_label(metric, "kind") for metric in (self._hits, self._steps, self._compute))
+        return [Hits(kind, int(count), int(steps[kind]), compute[kind]) for kind, count in outputs.items()]
+
+    def lookups(self) -> list[Lookups]:
+        """How long looking took, by kind."""
+        return [Lookups(kind, seen) for kind, seen in distributions(self._lookups, "kind").items()]
+
+    @property
+    def num_rejected(self) -> int:
+        """Candidates that the text guard turned away."""
+        return int(value(self._rejected))
+
+    @property
+    def num_not_kept(self) -> int:
+        """Results that were not kept."""
+        return int(value(self._not_kept))

@@ -543,6 +543,9 @@ Global___PixelEncoding: _TypeAlias = PixelEncoding  # noqa: Y015
 class PreviewPolicy(_message.Message):
     """Which previews a stream wants. A preview is made only when its stream is
     ready to take it: a slow reader gets fewer and newer ones, never a backlog.
+    A preview is at most 3,500,000 bytes, so that its message stays below the
+    4 MiB that gRPC clients take by default: larger ones are scaled down, keeping
+    the aspect.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

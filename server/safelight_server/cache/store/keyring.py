@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 import hmac
 import re
@@ -21,6 +22,8 @@ KEY_BYTES = 32
 KEY_ID = re.compile(r"^[a-z0-9]{1,8}$")
 NAMES = "names"
 TAG_BYTES = 8
+MAX_NAMES = 4096
+"""Names that are remembered: an entry's parts are asked for several times."""
 
 
 class KeyringError(Exception):
@@ -41,6 +44,7 @@ class Keyring:
         self.newest = next(iter(keys))
         self._names = names
         self._keys = keys
+        self._mac = functools.lru_cache(MAX_NAMES)(self._computed)
 
     @classmethod
     def random(cls) -> Keyring:
@@ -98,7 +102,7 @@ class Keyring:
         """The tag of a model revision or a generation in a value's header, 8 bytes; zeros for an empty name."""
         return self._mac("tag", kind, name)[:TAG_BYTES] if name else bytes(TAG_BYTES)
 
-    def _mac(self, *parts: str) -> bytes:
+    def _computed(self, *parts: str) -> bytes:
         message = b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in parts)
         return hmac.digest(self._names, message, hashlib.sha256)
 

@@ -41,8 +41,10 @@ class MemoryStore:
         return None if value is None else value[:HEADER_BYTES]
 
     async def _peek(self, key: str) -> bytes | None:
+        if key not in self._sizes:
+            return None
         value: bytes | None = await self._values.get(key)
-        if value is None and key in self._sizes:
+        if value is None:
             self._bytes -= self._sizes.pop(key)
         return value
 

@@ -26,6 +26,21 @@ STALL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose something is, as a purge asks.
+
+    Attributes:
+        prefix: of its keys.
+        revision: tag of the model revision that computed it.
+        generation: tag of the generation that computed it.
+    """
+
+    prefix: str
+    revision: bytes
+    generation: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Scope:
     """What to purge: everything that agrees with all that is given.
 
@@ -43,13 +58,18 @@ class Scope:
 
     def covers(self, key: str, head: bytes) -> bool:
         """Whether a value is to go. One without a header is nothing that could ever be served: it goes."""
-        if not key.startswith(self.prefix):
-            return False
         header = parse_header(head)
-        return header is None or (
-            self.revision in (None, header.revision)
-            and self.generation in (None, header.generation)
-            and (self.expired_at is None or header.expires_at <= self.expired_at)
+        if header is None:
+            return key.startswith(self.prefix)
+        expired = self.expired_at is None or header.expires_at <= self.expired_at
+        return expired and self.includes(Owner(key, header.revision, header.generation))
+
+    def includes(self, owner: Owner) -> bool:
+        """Whether what is this owner's is to go, whenever it expires."""
+        return (
+            owner.prefix.startswith(self.prefix)
+            and self.revision in (None, owner.revision)
+            and self.generation in (None, owner.generation)
         )
 
     @property

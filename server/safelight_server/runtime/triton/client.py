@@ -1,0 +1,171 @@
+"""One gRPC channel to one Triton: readiness, configs, shared-memory registrations, inference; failures told apart.
+
+Invariant: every failure leaves as a `CallFailed` that says what it means for
+the server, and whether the server has answered: only then is it known that it
+is done with the memory of the call. Neighbour: `server.py`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import TypeVar
+
+import tritonclient.grpc.aio as triton
+from tritonclient.grpc import model_config_pb2, service_pb2
+from tritonclient.utils import InferenceServerException
+
+T = TypeVar("T")
+
+CHANNEL_ARGS = [
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 200),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+]
+"""A server that returns is seen soon; a hang is for the timeout of each call to see."""
+
+
+class Trouble(enum.Enum):
+    """What a failed call says."""
+
+    DEAD = "the server cannot be reached or has gone"
+    HUNG = "the server has not answered in time"
+    MODEL_GONE = "the model is not loaded"
+    BACKEND_DOWN = "the process that runs the model has gone"
+    QUEUE_FULL = "the model's queue is full"
+    QUEUE_TIMEOUT = "the request has waited too long in the model's queue"
+    REGION_UNKNOWN = "the server does not know the shared memory"
+    BAD_REQUEST = "the request is wrong"
+    FAILED = "the model failed"
+
+
+UNANSWERED = frozenset({Trouble.DEAD, Trouble.HUNG})
+ENDPOINT_DOWN = frozenset({Trouble.DEAD, Trouble.HUNG, Trouble.MODEL_GONE, Trouble.BACKEND_DOWN})
+BUSY = frozenset({Trouble.QUEUE_FULL, Trouble.QUEUE_TIMEOUT})
+
+_BY_MESSAGE = (
+    ("exceeds maximum queue size", Trouble.QUEUE_FULL),
+    ("request timeout expired", Trouble.QUEUE_TIMEOUT),
+    ("unable to find system shared memory region", Trouble.REGION_UNKNOWN),
+    ("unable to find shared memory region", Trouble.REGION_UNKNOWN),
+    ("request for unknown model", Trouble.MODEL_GONE),
+    ("is not at ready state", Trouble.MODEL_GONE),
+    ("has no available versions", Trouble.MODEL_GONE),
+    ("stub process", Trouble.BACKEND_DOWN),
+    ("rst_stream", Trouble.DEAD),
+)
+"""Triton says with UNAVAILABLE that a queue is full, that a model is not loaded and that it stops: by its words."""
+
+_BY_STATUS = {
+    "StatusCode.DEADLINE_EXCEEDED": Trouble.HUNG,
+    "StatusCode.INVALID_ARGUMENT": Trouble.BAD_REQUEST,
+    "StatusCode.NOT_FOUND": Trouble.BAD_REQUEST,
+    "StatusCode.UNIMPLEMENTED": Trouble.BAD_REQUEST,
+    "StatusCode.UNAVAILABLE": Trouble.DEAD,
+    "StatusCode.UNKNOWN": Trouble.DEAD,
+    "StatusCode.CANCELLED": Trouble.DEAD,
+}
+
+
+class CallFailed(Exception):
+    """A call to a server failed; `trouble` says what that means."""
+
+    def __init__(self, trouble: Trouble, message: str) -> None:
+        super().__init__(f"{trouble.value}: {message}")
+        self.trouble = trouble
+
+    @property
+    def answered(self) -> bool:
+        """Whether the server itself said so: it is done with the call's memory."""
+        return self.trouble not in UNANSWERED
+
+
+def classify(status: str, message: str) -> Trouble:
+    """What a failure means; `status` as in "StatusCode.UNAVAILABLE"."""
+    lower = message.lower()
+    if status == "StatusCode.DEADLINE_EXCEEDED":  # our own deadline, whatever the words
+        return Trouble.HUNG
+    for words, trouble in _BY_MESSAGE:
+        if words in lower:
+            return trouble
+    return _BY_STATUS.get(status, Trouble.FAILED)
+
+
+class Client:
+    """Calls of one server. Every method raises `CallFailed`, and may be given up only by cancelling it."""
+
+    def __init__(self, url: str) -> None:
+        self._client = triton.InferenceServerClient(url, channel_args=CHANNEL_ARGS)
+
+    async def ready(self, models: Sequence[tuple[str, str]], timeout_s: float) -> list[str]:
+        """Checks the server and (model, version) pairs.
+
+        Returns:
+            The models that are not ready.
+        """
+        if not await _told(self._client.is_server_ready(client_timeout=timeout_s)):
+            raise CallFailed(Trouble.DEAD, "not ready")
+        return [
+            f"{model} version {version}"
+            for model, version in models
+            if not await _told(self._client.is_model_ready(model, version, client_timeout=timeout_s))
+        ]
+
+    async def version(self, timeout_s: float) -> str:
+        """Of the server."""
+        metadata = await _told(self._client.get_server_metadata(client_timeout=timeout_s))
+        return str(metadata.version)
+
+    async def config(self, model: str, version: str, timeout_s: float) -> model_config_pb2.ModelConfig:
+        """A model's config as the server has it."""
+        return (await _told(self._client.get_model_config(model, version, client_timeout=timeout_s))).config
+
+    async def infer(
+        self,
+        model: str,
+        version: str,
+        inputs: Sequence[triton.InferInput],
+        outputs: Sequence[triton.InferRequestedOutput],
+        timeout_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> triton.InferResult:
+        """One batched call. With `timeout_s` the server hears when it is given up."""
+        call = self._client.infer(
+            model, inputs, version, outputs, client_timeout=timeout_s, headers=dict(headers) if headers else None
+        )
+        return await _told(call)
+
+    async def regions(self, timeout_s: float) -> set[str]:
+        """Names of the shared-memory regions that the server knows."""
+        status: service_pb2.SystemSharedMemoryStatusResponse = await _told(
+            self._client.get_system_shared_memory_status(client_timeout=timeout_s)
+        )
+        return set(status.regions)
+
+    async def register(self, name: str, key: str, num_bytes: int, timeout_s: float) -> None:
+        """Makes a region known to the server."""
+        await _told(self._client.register_system_shared_memory(name, key, num_bytes, client_timeout=timeout_s))
+
+    async def unregister(self, name: str, timeout_s: float) -> None:
+        """Makes the server forget a region."""
+        await _told(self._client.unregister_system_shared_memory(name, client_timeout=timeout_s))
+
+    async def close(self) -> None:
+        """Ends the channel and with it all calls."""
+        await self._client.close()
+
+
+async def _told(call: Awaitable[T]) -> T:
+    try:
+        return await call
+    except InferenceServerException as error:
+        message = error.message() or ""
+        raise CallFailed(classify(error.status() or "", message), message) from None

@@ -1,0 +1,133 @@
+"""Which Triton model is which component of a pipeline, and whether the server's is the one that we mean.
+
+Facts come from the repository that the catalog has read; the server's own
+config must agree. Neighbours: `server.py` probes and calls with these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from safelight_server import model_config
+from safelight_server.catalog import Catalog
+from safelight_server.model_config import ModelConfig
+from safelight_server.runtime.base import Component
+from safelight_server.runtime.verification import InputSpec
+from tritonclient.grpc import model_config_pb2 as pb
+
+ModelKey = tuple[str, Component]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Attributes:
+    dims: of one row, as the server takes it; -1 is any size.
+    row_shape: of one row, as the network takes it (a scalar is () here and (1,) in `dims`).
+    """
+
+    name: str
+    dims: tuple[int, ...]
+    row_shape: tuple[int, ...]
+    datatype: str
+    dtype: npt.DTypeLike
+
+    @property
+    def is_static(self) -> bool:
+        """Whether its size is known."""
+        return -1 not in self.dims
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row, where `is_static`."""
+        return math.prod(self.dims) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A component as the repository has it.
+
+    Attributes:
+        name: Triton's name of the model.
+        expected: from our config.pbtxt.
+    """
+
+    key: ModelKey
+    name: str
+    version: str
+    expected: ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model as a server has it."""
+
+    max_rows: int
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+
+    def specs(self) -> list[InputSpec]:
+        """The inputs, for `verification`."""
+        return [InputSpec(at.name, at.row_shape, at.datatype == "INT64") for at in self.inputs.values()]
+
+
+class ModelMismatch(Exception):
+    """A server's model is not ours; the message says in what."""
+
+
+_TYPES: dict[int, tuple[str, npt.DTypeLike]] = {
+    pb.TYPE_FP32: ("FP32", np.float32),
+    pb.TYPE_INT64: ("INT64", np.int64),
+}
+
+
+def models_of(catalog: Catalog) -> list[Model]:
+    """Every component of every pipeline.
+
+    Raises:
+        model_config.ConfigError: a config.pbtxt cannot be read.
+    """
+    found = []
+    for pipeline in catalog.pipelines.values():
+        for component, file in pipeline.files.items():
+            at = pipeline.manifest.components[component]
+            expected = model_config.read(file.parent.parent / "config.pbtxt")
+            found.append(Model((pipeline.name, component), at.model, str(at.version), expected))
+    return found
+
+
+def served(model: Model, config: pb.ModelConfig) -> Served:
+    """The server's side of a model.
+
+    Raises:
+        ModelMismatch: it has other tensors.
+    """
+    inputs, outputs = _tensors(model, config.input), _tensors(model, config.output)
+    faults = _differences(model.expected.inputs, inputs) + _differences(model.expected.outputs, outputs)
+    if config.max_batch_size < 1:
+        faults.append("max_batch_size is 0")
+    if faults:
+        raise ModelMismatch(f"{model.name}: " + "; ".join(faults))
+    return Served(min(model.expected.max_rows, config.max_batch_size), inputs, outputs)
+
+
+def _tensors(model: Model, tensors: list[pb.ModelInput] | list[pb.ModelOutput]) -> dict[str, Tensor]:
+    found = {}
+    for at in tensors:
+        if at.data_type not in _TYPES:
+            raise ModelMismatch(f"{model.name}: {at.name} has type {pb.DataType.Name(at.data_type)}")
+        row_shape = tuple(at.reshape.shape) if at.HasField("reshape") else tuple(at.dims)
+        found[at.name] = Tensor(at.name, tuple(at.dims), row_shape, *_TYPES[at.data_type])
+    return found
+
+
+def _differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> list[str]:
+    faults = []
+    for name in sorted({*expected, *found}):
+        ours, theirs = expected.get(name), found[name].dims if name in found else None
+        if ours != theirs:
+            faults.append(f"{name} is {theirs or 'absent'}, in our repository {ours or 'absent'}")
+    return faults

@@ -1,0 +1,279 @@
+"""The `triton` runtime: several Triton servers as one set of instances; see `runtime.base.Runtime`.
+
+One server that is fit when it starts is the reference: batches are verified
+and measured on it, and every other server, and each that returns, must give
+the same bits before it takes calls. So a generation can go on anywhere.
+
+A failure that is a server's fault ejects it and is reported as
+`instance_failed`; a task probes ejected servers until they are fit again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import random
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import structlog
+from safelight_server.catalog import Catalog, ManifestError
+from safelight_server.model_config import ConfigError
+from safelight_server.runtime import onnx, verification
+from safelight_server.runtime.base import (
+    Component,
+    CostCurve,
+    Fault,
+    FloatArray,
+    Inputs,
+    RuntimeFailure,
+    RuntimeStartError,
+)
+from safelight_server.runtime.triton.client import BUSY, ENDPOINT_DOWN, CallFailed, Trouble
+from safelight_server.runtime.triton.endpoints import Backoff, Endpoints, State, Ticket
+from safelight_server.runtime.triton.models import ModelKey, ModelMismatch, models_of
+from safelight_server.runtime.triton.server import Server, SharedMemoryUse
+from safelight_server.sampler import VERSION as SAMPLER_VERSION
+
+log = structlog.get_logger(__name__)
+
+EMBEDDED_BYTES = 256 << 20
+"""Weights beyond this are not loaded into the gateway to compare them: their numerics get a name of their own."""
+START_PAUSE_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class TritonOptions:
+    """Attributes:
+    urls: HOST:PORT of each server's gRPC.
+    calls_each: calls that a server is given at once.
+    timeout_factor: a call is given up after so many times the measured duration …
+    timeout_floor_s: … and not before this.
+    start_s: how long `start` waits for the first server.
+    probe_max_s: longest wait between two probes of a server that is down.
+    """
+
+    urls: tuple[str, ...]
+    shared_memory: Literal["auto", "on", "off"] = "auto"
+    calls_each: int = 1
+    timeout_factor: float = 10.0
+    timeout_floor_s: float = 2.0
+    start_s: float = 60.0
+    probe_max_s: float = 0.25
+
+
+class TritonRuntime:
+    """See the module."""
+
+    name = "triton"
+
+    def __init__(self, catalog: Catalog, options: TritonOptions, clock: Callable[[], float] = time.monotonic) -> None:
+        self._catalog = catalog
+        self._options = options
+        self._clock = clock
+        try:
+            models = models_of(catalog)
+        except ConfigError as error:
+            raise ManifestError(str(error)) from None
+        self.servers = [
+            Server(
+                url,
+                models,
+                SharedMemoryUse(options.shared_memory),
+                calls_at_once=options.calls_each,
+                limit_s=options.timeout_floor_s,
+            )
+            for url in options.urls
+        ]
+        self.endpoints = Endpoints(
+            len(options.urls), options.calls_each, Backoff(max_s=options.probe_max_s), random.random
+        )
+        self.num_instances = self.endpoints.num_instances
+        self._costs: dict[ModelKey, CostCurve] = {}
+        self._fingerprint = ""
+        self._numerics_id = ""
+        self._why_down = ["not probed yet"] * len(options.urls)
+        self._changed: Callable[[], None] = lambda: None
+        self._wake = asyncio.Event()
+        self._probes: set[asyncio.Task[None]] = set()
+        self._tending: asyncio.Task[None] | None = None
+
+    # --- start ---
+
+    async def start(self) -> None:
+        """Waits for a server that is fit, verifies and measures on it, compares its bits with those computed here."""
+        until = self._clock() + self._options.start_s
+        while not self._costs:
+            await asyncio.gather(*(self._probe(at) for at in self.endpoints.probe(self._clock())))
+            for at, server in enumerate(self.servers):
+                if not self._costs and self.endpoints.state(at) is State.UP:
+                    await self._measure(at, server)
+            if not self._costs:
+                if self._clock() > until:
+                    await self.close()
+                    raise RuntimeStartError("no Triton server can be used: " + "; ".join(self._why()))
+                await asyncio.sleep(START_PAUSE_S)
+        self._numerics_id = await self._name_numerics()
+        log.info("triton", live=self.num_live, of=self.num_instances, numerics=self._numerics_id)
+        self._tending = asyncio.create_task(self._tend())
+
+    async def _measure(self, at: int, server: Server) -> None:
+        """Verifies and measures every component on one server; if that fails the server is ejected."""
+        costs: dict[ModelKey, CostCurve] = {}
+        limit_s = self._canary_limit_s()
+        ticket = self.endpoints.begin(at * self._options.calls_each, 0.0)
+        try:
+            for pipeline in self._catalog.pipelines.values():
+                for component in pipeline.files:
+                    key = (pipeline.name, component)
+                    call = functools.partial(server.run, key, limit_s=limit_s)
+                    model = server.served(key)
+                    cost = await verification.warm_up(call, model.specs(), model.max_rows)
+                    if cost is None:
+                        raise ModelMismatch(f"{key[0]}/{component}: the same row gives other bits when it is run again")
+                    costs[key] = cost
+        except (CallFailed, ModelMismatch) as failure:
+            self._why_down[at] = str(failure)
+            self.endpoints.eject(ticket, self._clock())
+            if not self.num_live:
+                self._fingerprint = ""
+        else:
+            self._costs = costs
+        finally:
+            self.endpoints.end(ticket)
+
+    async def _name_numerics(self) -> str:
+        """The embedded runtime's name if its bits are those of the servers, measured; else one of their own."""
+        prints = []
+        for pipeline in self._catalog.pipelines.values():
+            if sum(file.stat().st_size for file in pipeline.files.values()) > EMBEDDED_BYTES:
+                break
+            for component in sorted(pipeline.files):
+                prints.append((pipeline.name, component, pipeline.files[component]))
+        else:
+            try:
+                embedded = [await asyncio.to_thread(onnx.fingerprint, file) for _, _, file in sorted(prints)]
+            except (ManifestError, RuntimeFailure) as error:
+                log.info("embedded_runtime_cannot_compare", why=str(error))
+            else:
+                if "-".join(embedded) == self._fingerprint:
+                    return onnx.numerics_id()
+        version = next(server.version for server in self.servers if server.version)
+        return f"triton-{version}-{self._fingerprint.replace('-', '')[:16]}-s{SAMPLER_VERSION}"
+
+    def _why(self) -> list[str]:
+        return [f"{server.url}: {why}" for server, why in zip(self.servers, self._why_down, strict=True)]
+
+    # --- what the engine asks ---
+
+    @property
+    def num_live(self) -> int:
+        """Instances on servers that are up."""
+        return self.endpoints.num_live
+
+    def usable(self, free: Collection[int]) -> Sequence[int]:
+        """Free instances on servers that take calls, the least loaded server first."""
+        return self.endpoints.usable(free)
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Whenever a server comes, goes or has room again."""
+        self._changed = changed
+
+    def max_rows(self, model: str, component: Component) -> int:
+        """Largest batch that was verified."""
+        return self._costs[model, component].rows[-1]
+
+    def cost(self, model: str, component: Component) -> CostCurve:
+        """Measured on the first server, with the way there and back."""
+        return self._costs[model, component]
+
+    def numerics_id(self, model: str) -> str:
+        """The embedded runtime's where the servers give the same bits; else the server's version and a digest."""
+        return self._numerics_id
+
+    async def run(self, instance: int, model: str, component: Component, inputs: Inputs) -> Mapping[str, FloatArray]:
+        """One call on the instance's server."""
+        key = (model, component)
+        seconds = self._costs[key].at(len(next(iter(inputs.values()))))
+        ticket = self.endpoints.begin(instance, seconds)
+        ahead = self.endpoints.num_calls(ticket.endpoint)
+        limit_s = max(self._options.timeout_floor_s, self._options.timeout_factor * seconds * ahead)
+        try:
+            results = await self.servers[ticket.endpoint].run(key, inputs, limit_s)
+        except CallFailed as failure:
+            self.endpoints.end(ticket)
+            url = self.servers[ticket.endpoint].url
+            fault = Fault.ROWS
+            if failure.trouble in ENDPOINT_DOWN:
+                fault = Fault.INSTANCE
+                self._ejected(ticket, failure, self.endpoints.eject(ticket, self._clock()))
+            elif failure.trouble in BUSY:
+                self._ejected(ticket, failure, self.endpoints.refused(ticket, self._clock()))
+                fault = Fault.NOBODY
+            retryable = failure.trouble is not Trouble.BAD_REQUEST
+            raise RuntimeFailure(f"{url}: {failure}", retryable=retryable, fault=fault) from failure
+        except BaseException:
+            self.endpoints.end(ticket)
+            raise
+        self.endpoints.end(ticket)
+        self.endpoints.succeeded(ticket)
+        return results
+
+    def _ejected(self, ticket: Ticket, failure: CallFailed, is_new: bool) -> None:
+        if is_new:
+            log.warning("server_ejected", url=self.servers[ticket.endpoint].url, why=str(failure))
+            self._why_down[ticket.endpoint] = str(failure)
+            self._wake.set()
+            self._changed()
+
+    async def close(self) -> None:
+        """Ends the probes, gives up what hangs, releases the shared memory."""
+        self._changed = lambda: None
+        tasks = [*self._probes, *([self._tending] if self._tending else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for server in self.servers:
+            await server.close()
+
+    # --- probes ---
+
+    async def _tend(self) -> None:
+        """Probes what is due, until cancelled."""
+        while True:
+            for at in self.endpoints.probe(self._clock()):
+                task = asyncio.create_task(self._probe(at))
+                self._probes.add(task)
+                task.add_done_callback(self._probes.discard)
+            due = self.endpoints.next_probe()
+            try:
+                await asyncio.wait_for(self._wake.wait(), None if due is None else max(0.0, due - self._clock()) + 1e-3)
+            except TimeoutError:
+                continue
+            self._wake.clear()
+
+    def _canary_limit_s(self) -> float:
+        options, rows = self._options, verification.CANARY_ROWS
+        slowest_s = max((cost.at(rows) for cost in self._costs.values()), default=options.start_s)
+        return max(options.timeout_floor_s, options.timeout_factor * slowest_s)
+
+    async def _probe(self, at: int) -> None:
+        server, why = self.servers[at], ""
+        try:
+            fingerprint = await server.probe(self._canary_limit_s())
+        except (CallFailed, ModelMismatch) as failure:
+            why = str(failure)
+        else:
+            self._fingerprint = self._fingerprint or fingerprint
+            if fingerprint != self._fingerprint:
+                why = "it computes other bits than the servers in use"
+        if why and why != self._why_down[at]:
+            log.warning("server_not_usable", url=server.url, why=why)
+        self._why_down[at] = why
+        self.endpoints.probed(at, not why, self._clock())
+        self._wake.set()
+        if not why:
+            log.info("server_usable", url=server.url, shared_memory=server.shares_memory)
+            self._changed()

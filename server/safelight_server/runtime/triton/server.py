@@ -1,0 +1,258 @@
+"""One Triton server: found fit by a probe, then called over shared memory or gRPC.
+
+Invariants: a call is waited for no longer than its limit; over shared memory
+it is never cancelled, so that its answer, however late, frees its region; a
+server that has forgotten our regions is given them anew. Neighbours: `client`
+speaks to it, `shared_memory` owns the regions, `runtime` decides when to call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import functools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import structlog
+import tritonclient.grpc.aio as triton
+from opentelemetry import trace
+from safelight_server.runtime import verification
+from safelight_server.runtime.base import Array, FloatArray, Inputs, StableRows
+from safelight_server.runtime.triton.client import CallFailed, Client, Trouble
+from safelight_server.runtime.triton.models import Model, ModelKey, Served, served
+from safelight_server.runtime.triton.shared_memory import Region, RegionPool, layout
+from safelight_server.telemetry import tracing
+
+log = structlog.get_logger(__name__)
+
+SPARE_REGIONS = 8
+"""Regions that may be in quarantine beside one for each call that the server is given at once."""
+
+
+CANNOT_SHARE = frozenset({Trouble.REGION_UNKNOWN, Trouble.FAILED, Trouble.BAD_REQUEST})
+"""What a server of another host, or one that does not see our /dev/shm, answers."""
+
+
+class SharedMemoryUse(enum.StrEnum):
+    """Whether tensors go through shared memory: AUTO, if the server is on this host and takes the regions."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+class Server:
+    """See the module.
+
+    Args:
+        models: what it has to serve.
+        calls_at_once: most calls that `run` is given at a time.
+        limit_s: for every small question; inference has limits of its own.
+    """
+
+    def __init__(
+        self, url: str, models: Sequence[Model], use: SharedMemoryUse, *, calls_at_once: int, limit_s: float
+    ) -> None:
+        self.url = url
+        self.version = ""
+        self._models = {model.key: model for model in models}
+        self._served: dict[ModelKey, Served] = {}
+        self._client = Client(url)
+        self._limit_s = limit_s
+        self._must_share = use is SharedMemoryUse.ON
+        self._given_up: set[asyncio.Task[triton.InferResult]] = set()
+        self._pool: RegionPool | None = None
+        if use is SharedMemoryUse.ON or (use is SharedMemoryUse.AUTO and _is_this_host(url)):
+            self._pool = RegionPool(self._client, max_quarantined=calls_at_once + SPARE_REGIONS, timeout_s=limit_s)
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether tensors go through shared memory."""
+        return self._pool is not None
+
+    @property
+    def regions(self) -> RegionPool | None:
+        """Its regions, where it shares memory."""
+        return self._pool
+
+    def served(self, key: ModelKey) -> Served:
+        """A model as this server has it; after the first good probe."""
+        return self._served[key]
+
+    async def probe(self, work_limit_s: float) -> str:
+        """Looks whether the server can do the work, all of it.
+
+        Args:
+            work_limit_s: for each call of a model.
+
+        Returns:
+            A fingerprint of what it computes: equal for servers with equal bits.
+
+        Raises:
+            CallFailed: it cannot work now.
+            ModelMismatch: it serves other models than ours.
+        """
+        names = [(model.name, model.version) for model in self._models.values()]
+        if missing := await self._client.ready(names, self._limit_s):
+            raise CallFailed(Trouble.MODEL_GONE, ", ".join(missing))
+        self.version = await self._client.version(self._limit_s)
+        for key, model in self._models.items():
+            self._served[key] = served(model, await self._client.config(model.name, model.version, self._limit_s))
+        if self._pool is not None:
+            self._pool.known(await self._client.regions(self._limit_s))
+        prints = []
+        for key in sorted(self._models):
+            call = functools.partial(self._run_over_grpc, key, limit_s=work_limit_s)
+            prints.append(await verification.fingerprint(call, self._served[key].specs()))
+        if self._pool is not None:
+            await self._prove_shared_memory(min(self._models), prints[0], work_limit_s)
+        return "-".join(prints)
+
+    async def run(self, key: ModelKey, inputs: Inputs, limit_s: float) -> dict[str, FloatArray]:
+        """One batched call.
+
+        Raises:
+            CallFailed: it failed, or was given up after `limit_s`.
+        """
+        tracing.current().note({"server.address": self.url})
+        for last in (False, True):
+            region = await self._region(key)
+            if region is None:
+                return await self._run_over_grpc(key, inputs, limit_s=limit_s)
+            try:
+                return await self._run_in(region, key, inputs, limit_s)
+            except CallFailed as failure:
+                if failure.trouble is not Trouble.REGION_UNKNOWN or last:
+                    raise
+                assert self._pool is not None
+                self._pool.known(await self._client.regions(self._limit_s))  # it was restarted without our noticing
+        raise AssertionError("unreachable")
+
+    async def close(self) -> None:
+        """Gives up all calls and lets the memory go."""
+        for call in self._given_up:
+            call.cancel()
+        if self._given_up:
+            await asyncio.wait(self._given_up)
+        if self._pool is not None:
+            await self._pool.close()
+        await self._client.close()
+
+    # --- shared memory ---
+
+    async def _prove_shared_memory(self, key: ModelKey, expected: str, limit_s: float) -> None:
+        """Runs a model through a region: the answer must be the one over gRPC."""
+        try:
+            call = functools.partial(self.run, key, limit_s=limit_s)
+            if await verification.fingerprint(call, self._served[key].specs()) == expected:
+                return
+            failure = CallFailed(Trouble.REGION_UNKNOWN, "what it reads there is not what was written")
+        except CallFailed as error:
+            if error.trouble not in CANNOT_SHARE or self._must_share:
+                raise
+            failure = error
+        if self._must_share:
+            raise failure
+        assert self._pool is not None
+        log.info("no_shared_memory_with", url=self.url, why=str(failure))
+        await self._pool.close()
+        self._pool = None
+
+    async def _region(self, key: ModelKey) -> Region | None:
+        at = self._served[key]
+        tensors = layout(at.inputs, at.outputs)
+        if self._pool is None or tensors is None:
+            return None
+        return await self._pool.take(key, tensors, at.max_rows)
+
+    async def _run_in(self, region: Region, key: ModelKey, inputs: Inputs, limit_s: float) -> dict[str, FloatArray]:
+        assert self._pool is not None
+        model, at = self._models[key], self._served[key]
+        with tracing.current().within("prepare"):
+            places = region.write(inputs)
+            rows = len(places)
+            asked = []
+            for name in inputs:
+                tensor = at.inputs[name]
+                asked.append(triton.InferInput(name, [rows, *tensor.dims], tensor.datatype))
+                asked[-1].set_shared_memory(region.name, rows * tensor.row_bytes, region.places[name].offset)
+            wanted = [triton.InferRequestedOutput(name) for name in at.outputs]
+            for output, tensor in zip(wanted, at.outputs.values(), strict=True):
+                output.set_shared_memory(region.name, rows * tensor.row_bytes, region.places[tensor.name].offset)
+            call = asyncio.create_task(
+                self._client.infer(model.name, model.version, asked, wanted, headers=_trace_headers())
+            )
+        try:
+            with tracing.current().within("await"):
+                await asyncio.wait({call}, timeout=limit_s)
+        finally:
+            self._settle(region, call)
+        if not call.done():
+            raise CallFailed(Trouble.HUNG, f"{model.name}, {rows} rows, given up after {limit_s:.2f} s")
+        call.result()  # raises what went wrong
+        try:
+            with tracing.current().within("collect"):
+                return {name: region.read(name, places) for name in at.outputs}
+        finally:
+            self._pool.give_back(region)
+
+    def _settle(self, region: Region, call: asyncio.Task[triton.InferResult]) -> None:
+        """What becomes of a region after a call that brought no results."""
+        pool = self._pool
+        assert pool is not None
+        if not call.done():
+            pool.quarantine(region)
+            self._given_up.add(call)
+            call.add_done_callback(functools.partial(self._answered_late, region))
+        elif isinstance(failure := call.exception(), CallFailed) and failure.answered:
+            pool.give_back(region)
+        elif failure is not None:
+            pool.quarantine(region)
+
+    def _answered_late(self, region: Region, call: asyncio.Task[triton.InferResult]) -> None:
+        self._given_up.discard(call)
+        if call.cancelled() or self._pool is None:
+            return
+        failure = call.exception()
+        if failure is None or (isinstance(failure, CallFailed) and failure.answered):
+            log.info("answered_late", url=self.url)
+            self._pool.give_back(region)
+
+    # --- gRPC ---
+
+    async def _run_over_grpc(self, key: ModelKey, inputs: Inputs, *, limit_s: float) -> dict[str, FloatArray]:
+        model, at = self._models[key], self._served[key]
+        with tracing.current().within("prepare"):
+            asked = []
+            for name, given in inputs.items():
+                rows: Array = given.array() if isinstance(given, StableRows) else given
+                tensor = at.inputs[name]
+                dims = tensor.dims if tensor.is_static else rows.shape[1:]
+                asked.append(triton.InferInput(name, [len(rows), *dims], tensor.datatype))
+                asked[-1].set_data_from_numpy(rows.reshape(len(rows), *dims))
+            wanted = [triton.InferRequestedOutput(name) for name in at.outputs]
+        with tracing.current().within("await"):
+            result = await self._client.infer(model.name, model.version, asked, wanted, limit_s, _trace_headers())
+        with tracing.current().within("collect"):
+            return {name: _rows(result, name, model) for name in at.outputs}
+
+
+def _rows(result: triton.InferResult, name: str, model: Model) -> FloatArray:
+    rows = result.as_numpy(name)
+    if rows is None:
+        raise CallFailed(Trouble.FAILED, f"{model.name} left out {name}")
+    return np.asarray(rows, np.float32)
+
+
+def _is_this_host(url: str) -> bool:
+    host = url.rsplit(":", 1)[0].strip("[]")
+    return url.startswith("unix:") or host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def _trace_headers() -> Mapping[str, str] | None:
+    """W3C context of the span that is current; none if it is not sampled: Triton heeds no flag."""
+    at = trace.get_current_span().get_span_context()
+    if not at.is_valid or not at.trace_flags.sampled:
+        return None
+    return {"traceparent": f"00-{trace.format_trace_id(at.trace_id)}-{trace.format_span_id(at.span_id)}-01"}

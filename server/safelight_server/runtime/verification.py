@@ -1,0 +1,115 @@
+"""What a runtime does at start with each component: verify that batches are bit-equal, measure what they cost.
+
+Invariant: only batch sizes at which every row has the bits that it has alone
+are offered. The inputs are made up from the shapes alone, the same for every
+runtime, so that the answers of two runtimes can be compared (`fingerprint`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+from safelight_server.runtime.base import Array, CostCurve, FloatArray
+
+log = structlog.get_logger(__name__)
+
+WARM_UP_ROWS = (1, 2, 4, 8, 16, 32, 64)
+ALWAYS_ROWS = 16
+"""Batches up to this are verified however long it takes, so that what is offered does not hang on a busy start."""
+WARM_UP_BUDGET_S = 1.0
+"""Time for one component: larger batches that do not fit are not offered."""
+REPETITIONS = 3
+SMALL_VOCABULARY = 256
+CANARY_ROWS = 3
+
+Call = Callable[[Mapping[str, Array]], Awaitable[Mapping[str, FloatArray]]]
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """An input of a component.
+
+    Attributes:
+        shape: of one row.
+        is_ids: int64 token ids; else float32.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    is_ids: bool = False
+
+
+def sizes(bound: int) -> list[int]:
+    """Batch sizes to verify: powers of two below the model's own bound, and the bound."""
+    return sorted({rows for rows in WARM_UP_ROWS if rows < bound} | {min(bound, WARM_UP_ROWS[-1])})
+
+
+def example(inputs: Sequence[InputSpec], rows: int) -> dict[str, Array]:
+    """Inputs of plausible size, different in each row; the same for the same shapes."""
+    rng = np.random.default_rng(rows)
+    made: dict[str, Array] = {}
+    for spec in sorted(inputs, key=lambda spec: spec.name):
+        shape = (rows, *spec.shape)
+        if spec.is_ids:
+            made[spec.name] = rng.integers(0, SMALL_VOCABULARY, shape)
+        elif not spec.shape:
+            made[spec.name] = rng.uniform(0, 999, shape).astype(np.float32)
+        else:
+            made[spec.name] = rng.standard_normal(shape, dtype=np.float32)
+    return made
+
+
+async def warm_up(call: Call, inputs: Sequence[InputSpec], bound: int) -> CostCurve | None:
+    """Measures batches of growing size as long as they are bit-equal to single rows and the time lasts.
+
+    Returns:
+        None where the same row gives other bits when it is run again.
+    """
+    rows_done: list[int] = []
+    seconds: list[float] = []
+    began = time.perf_counter()
+    for rows in sizes(bound):
+        feed = example(inputs, rows)
+        if (
+            rows > ALWAYS_ROWS
+            and time.perf_counter() - began + 2 * rows * seconds[-1] / rows_done[-1] > WARM_UP_BUDGET_S
+        ):
+            break
+        if not await _bit_equal(call, feed, rows):
+            log.warning("batch_not_bit_equal", rows=rows)
+            break
+        rows_done.append(rows)
+        seconds.append(await _median_s(call, feed, REPETITIONS if rows < 8 else 1))
+    return CostCurve(tuple(rows_done), tuple(seconds)) if rows_done else None
+
+
+async def fingerprint(call: Call, inputs: Sequence[InputSpec]) -> str:
+    """A digest of the answers to a made-up batch: equal for runtimes that compute the same bits."""
+    results = await call(example(inputs, CANARY_ROWS))
+    digest = hashlib.sha256()
+    for name in sorted(results):
+        digest.update(name.encode() + np.ascontiguousarray(results[name]).tobytes())
+    return digest.hexdigest()
+
+
+async def _bit_equal(call: Call, feed: Mapping[str, Array], rows: int) -> bool:
+    batch = await call(feed)
+    for row in range(rows):
+        single = await call({name: array[row : row + 1] for name, array in feed.items()})
+        if any(not np.array_equal(batch[name][row : row + 1], single[name]) for name in batch):
+            return False
+    return True
+
+
+async def _median_s(call: Call, feed: Mapping[str, Array], repetitions: int) -> float:
+    times = []
+    for _ in range(repetitions):
+        began = time.perf_counter()
+        await call(feed)
+        times.append(time.perf_counter() - began)
+    return float(np.median(times))

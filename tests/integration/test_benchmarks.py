@@ -1,0 +1,94 @@
+"""Every benchmark runs on a tiny plan and its figures make sense; how fast is no matter here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import grpc
+import numpy as np
+import pytest
+from safelight.v1 import generation_pb2_grpc as stubs
+from safelight_server import catalog
+
+from load_tests import latency, loop, scheduler, throughput, watchers
+from load_tests.bare import BareLoop
+from load_tests.clients import PROMPT, request
+from tests.conftest import MODELS
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def only_table(report):
+    assert len(report.tables) == 1
+    return next(iter(report.tables.values()))
+
+
+async def test_the_bare_loop_computes_what_the_server_computes(start):
+    async with start() as running, grpc.aio.insecure_channel(running.address) as channel:
+        stub = stubs.GenerationServiceStub(channel)
+        served = []
+        for seed in (3, 4):
+            data = b""
+            async for response in stub.Generate(request(seed, 4, "none")):
+                if response.event.HasField("artifact_chunk"):
+                    data += response.event.artifact_chunk.data
+            served.append(np.frombuffer(data, np.uint8).reshape(128, 128, 4)[..., :3])
+    bare = BareLoop(catalog.load(MODELS).get("")).develop([PROMPT] * 2, [3, 4], 4)
+    for ours, theirs in zip(bare, served, strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def test_throughput():
+    plan = dataclasses.replace(throughput.SMOKE, models=MODELS)
+    rows = only_table(throughput.measure(plan))
+    assert [(row["clients"], row["previews"]) for row in rows] == [
+        (clients, previews) for clients in plan.num_clients for previews in ("bare", *throughput.PREVIEWS)
+    ]
+    for row in rows:
+        assert row["pictures_per_s"] > 0
+        assert row["pictures_per_cpu_s"] > 0
+        expected = 0 if row["previews"] == "bare" else plan.num_steps
+        assert row["previews_per_picture"] <= expected
+        if row["previews"] == "bare":
+            assert row["of_bare_per_s"] == row["of_bare_per_cpu_s"] == 1
+        else:
+            assert row["previews_per_picture"] > 0
+
+
+def test_scheduler():
+    report = scheduler.measure(scheduler.SMOKE)
+    ratios, costs = report.tables.values()
+    assert [row["generations"] for row in ratios] == list(scheduler.SMOKE.num_generations)
+    for row in ratios:
+        assert 0 < row["of_ideal"] <= 1.01, "faster than the curve of its own runtime"
+    for row in costs:
+        assert row["cpu_us_per_row_step"] > 0
+    assert len(report.targets) == len(ratios)
+
+
+def test_loop():
+    streams, outputs = only_table(loop.measure(loop.SMOKE))
+    for row in (streams, outputs):
+        assert row["calls"] > 0
+        assert 0 <= row["critical_share"] < 1 and 0 < row["idle_share"] < 1
+        assert 0 < row["gap_cpu_ms_p50"] <= row["gap_cpu_ms_p99"]
+
+
+def test_watchers():
+    (row,) = only_table(watchers.measure(watchers.SMOKE))
+    assert row["streams"] == watchers.SMOKE.num_streams
+    assert row["healthy_events_per_s"] > row["slow_events_per_s"] > 0
+    assert 0 <= row["late_ms_p50"] <= row["late_ms_p99"]
+
+
+def test_latency_without_peers():
+    plan = dataclasses.replace(latency.SMOKE, models=MODELS, peers=())
+    report = latency.measure(plan)
+    capacities, rows = report.tables.values()
+    assert [row["server"] for row in capacities] == ["safelight"]
+    assert [row["load"] for row in rows] == ["70 % of its own", "70 % of the slowest"]
+    for row in rows:
+        assert row["failed"] == 0
+        assert row["pictures"] >= 1
+        assert 0 < row["first_pixel_ms_p50"] <= row["picture_ms_p50"]
+    assert report.targets == []

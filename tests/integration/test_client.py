@@ -1,0 +1,89 @@
+"""The client library and the command line against a real server: caches, branches, and what they say of them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+
+import pytest
+from safelight import Branch, Client, Finished, GenerationError, Picture
+from safelight_server.cli import main
+
+from tests.integration.test_cache import kept
+
+PROMPT = "a red potion on a dark background"
+
+
+@pytest.fixture
+async def server(start):
+    async with start() as running, Client(running.address) as client:
+        yield running, client
+
+
+async def develop(client: Client, prompt: str = PROMPT, **how: object) -> tuple[Picture, Finished]:
+    """The picture and the end of a short generation."""
+    events = [event async for event in client.generate(prompt, **{"seed": 7, "steps": 6} | how)]
+    assert isinstance(events[-2], Picture) and isinstance(events[-1], Finished)
+    return events[-2], events[-1]
+
+
+async def test_the_client_says_where_a_picture_came_from(server):
+    running, client = server
+    first, made = await develop(client)
+    [origin] = made.origins
+    assert (origin.disposition, origin.source, origin.num_steps_skipped) == ("miss", "", 0)
+    await kept(running)
+    second, again = await develop(client)
+    [origin] = again.origins
+    assert (origin.disposition, origin.source) == ("exact", made.generation)
+    assert second.data == first.data
+    _, anew = await develop(client, cache="bypass")
+    assert [origin.disposition for origin in anew.origins] == ["miss"]
+    _, near = await develop(client, "red potion, dark background", seed=8, cache="similar", min_similarity=0.5)
+    [origin] = near.origins
+    assert (origin.disposition, origin.source) == ("similar", made.generation)
+    assert origin.similarity > 0.5
+    _, branched = await develop(
+        client, "a blue potion on a dark background", branch=Branch(generation=made.generation, step=3)
+    )
+    [origin] = branched.origins
+    assert origin.disposition == "branched"
+    assert branched.usage.num_steps == 6 - origin.num_steps_skipped < 6
+    with pytest.raises(GenerationError) as caught:
+        await develop(client, cache="similar", min_similarity=0.0)
+    assert list(caught.value.violations) == ["cache.min_similarity"], "an explicit 0 is sent, and refused"
+
+
+@pytest.mark.timeout(180)
+async def test_the_command_line_asks_and_tells_the_same(server, tmp_path):
+    running, client = server
+    _, made = await develop(client)
+    branch = ("--branch", f"{made.generation}@3", "--seed", "7", "--steps", "6")
+    out = str(tmp_path / "picture.png")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "safelight_server.cli", "generate", "a blue potion on a dark background", *branch),
+        *("--out", out, "--target", running.address),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    said, fault = await process.communicate()
+    assert (process.returncode, fault) == (0, b"")
+    assert re.search(r"generations/\w+  branched \(steps skipped \d\)", said.decode())
+    assert (tmp_path / "picture.png").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--branch", "generations/x"), "must be generations/ID@STEP"),
+        (("--branch", "generations/x@-1"), "must be generations/ID@STEP"),
+        (("--cache", "everything"), "everything"),
+    ],
+)
+def test_what_makes_no_sense_is_told_before_anyone_is_asked(arguments, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["safelight", "generate", "x", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert told in capsys.readouterr().err

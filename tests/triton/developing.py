@@ -1,0 +1,120 @@
+"""What the tests of the triton runtime develop, and what they see of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import grpc
+import numpy as np
+from safelight.v1 import generation_pb2 as pb
+from safelight.v1 import generation_pb2_grpc as stubs
+
+PROMPTS = ("a red potion on a dark background", "a golden sword", "a blue shield with a star", "a wooden bow")
+KINDS = (("ddim", 3.0), ("euler", 1.0), ("dpmpp_2m", 2.0), ("ddim", 1.0), ("euler_ancestral", 3.0))
+
+
+@dataclass(slots=True)
+class Seen:
+    """What a client saw of one generation."""
+
+    steps: list[int] = field(default_factory=list)
+    previews: list[int] = field(default_factory=list)
+    data: bytes = b""
+    usage: pb.Usage = field(default_factory=pb.Usage)
+    numerics_id: str = ""
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """Raw RGBA8."""
+        return np.frombuffer(self.data, np.uint8)
+
+
+def mixed(count: int, steps: Sequence[int] = (9, 12, 16)) -> list[pb.GenerateRequest]:
+    """Requests of several samplers and lengths, with and without guidance, whose pictures are computed each time."""
+    cache = pb.CachePolicy(mode=pb.CachePolicy.MODE_BYPASS)
+    requests = []
+    for number in range(count):
+        name, guidance = KINDS[number % len(KINDS)]
+        spec = pb.GenerationSpec(
+            prompt=PROMPTS[number % len(PROMPTS)],
+            outputs=[pb.OutputSpec(seed=100 + number)],
+            num_inference_steps=steps[number % len(steps)],
+            guidance_scale=guidance,
+            sampler=pb.SamplerSpec(name=name),
+        )
+        requests.append(
+            pb.GenerateRequest(spec=spec, cache=cache, encoding=pb.PixelEncoding(media_type="application/x-raw-rgba8"))
+        )
+    return requests
+
+
+async def develop(
+    stub: stubs.GenerationServiceStub,
+    request: pb.GenerateRequest,
+    seen: Seen | None = None,
+    timeout: float | None = None,
+) -> Seen:
+    """One generation to its end."""
+    seen = seen or Seen()
+    async for response in stub.Generate(request, timeout=timeout):
+        event = response.event
+        match event.WhichOneof("event"):
+            case "accepted":
+                seen.numerics_id = event.accepted.numerics_id
+            case "progress":
+                seen.steps.append(event.progress.step)
+            case "preview":
+                seen.previews.append(event.preview.step)
+            case "artifact_chunk":
+                seen.data += event.artifact_chunk.data
+            case "finished":
+                seen.usage = event.finished.usage
+    return seen
+
+
+async def develop_all(address: str, requests: Sequence[pb.GenerateRequest]) -> list[Seen]:
+    """All at once."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = stubs.GenerationServiceStub(channel)
+        return list(await asyncio.gather(*(develop(stub, request) for request in requests)))
+
+
+class Load:
+    """Generations under way, whose watchers a test can look at."""
+
+    def __init__(self, channel: grpc.aio.Channel, requests: Sequence[pb.GenerateRequest]) -> None:
+        stub = stubs.GenerationServiceStub(channel)
+        self.requests = requests
+        self.seen = [Seen() for _ in requests]
+        self._calls = [
+            asyncio.create_task(develop(stub, request, seen)) for request, seen in zip(requests, self.seen, strict=True)
+        ]
+
+    def reached(self, step: int) -> Callable[[], bool]:
+        """Whether every generation has made that many steps, or has ended."""
+        return lambda: all(
+            call.done() or (seen.steps or [0])[-1] >= step for seen, call in zip(self.seen, self._calls, strict=True)
+        )
+
+    @property
+    def num_running(self) -> int:
+        """Those that have not ended."""
+        return sum(not call.done() for call in self._calls)
+
+    async def finish(self) -> list[Seen]:
+        """Waits for all; raises what any of them ended with."""
+        return list(await asyncio.gather(*self._calls))
+
+
+def assert_exact(requests: Sequence[pb.GenerateRequest], seen: Sequence[Seen], undisturbed: Sequence[Seen]) -> None:
+    """Every step was made, told and counted once, and the pixels are those of a run without disturbance."""
+    for request, one, other in zip(requests, seen, undisturbed, strict=True):
+        steps = request.spec.num_inference_steps
+        rows = steps * (2 if request.spec.guidance_scale != 1.0 else 1)
+        assert (one.usage.num_steps, one.usage.num_rows) == (steps, rows)
+        assert one.steps == sorted(set(one.steps))
+        assert one.steps[-1] == steps
+        assert one.data
+        assert np.array_equal(one.pixels, other.pixels)

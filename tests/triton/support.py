@@ -1,0 +1,170 @@
+"""Real Triton servers for tests: started by the project's own supervisor, killed, frozen and started again.
+
+with triton_server() as triton:            # ready when the block begins
+    client = InferenceServerClient(triton.grpc_url)
+    triton.kill()                          # as kill -9 does
+    triton.restart()                       # the same ports; ready some seconds later
+    await eventually(triton.ready)
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+PYTHON = ROOT / ".venv-triton" / "bin" / "python"
+SERVE = ROOT / "deploy" / "triton" / "serve"
+REPOSITORY = ROOT / "models" / "repository"
+READY_S = 50.0
+
+
+class TritonServer:
+    """One server on ports that stay the same over restarts.
+
+    Attributes:
+        grpc_url: host:port, as tritonclient takes it.
+        http_url: with its scheme.
+        arguments: of `deploy/triton/serve`, beside the ports.
+    """
+
+    def __init__(self, folder: Path, *arguments: str | Path) -> None:
+        self.grpc_port, self.http_port = free_ports(2)
+        self.grpc_url = f"127.0.0.1:{self.grpc_port}"
+        self.http_url = f"http://127.0.0.1:{self.http_port}"
+        self.arguments = [str(argument) for argument in arguments]
+        self._pid_file = folder / "pid"
+        self._log = folder / "log"
+        self._supervisor: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts the supervisor and returns at once; see `ready`."""
+        if not PYTHON.exists():
+            raise RuntimeError("Triton is not installed: run the tests with `make test-triton`")
+        command = [PYTHON, SERVE, "--grpc-port", str(self.grpc_port), "--http-port", str(self.http_port)]
+        with self._log.open("ab") as log:
+            self._supervisor = subprocess.Popen(
+                [*command, "--pid-file", self._pid_file, *self.arguments], stdout=log, stderr=log
+            )
+
+    def ready(self) -> bool:
+        """Whether the server answers that it and all its models are ready."""
+        try:
+            with urllib.request.urlopen(f"{self.http_url}/v2/health/ready", timeout=1):
+                return True
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+    def wait_ready(self) -> None:
+        """Blocks until `ready`; raises with the server's log when it ends instead."""
+        until = time.monotonic() + READY_S
+        while not self.ready():
+            ended = self._supervisor is None or self._supervisor.poll() is not None
+            if ended or time.monotonic() > until:
+                raise RuntimeError(f"Triton is not ready:\n{self.log()[-4000:]}")
+            time.sleep(0.02)
+
+    @property
+    def pid(self) -> int:
+        """Of tritonserver itself."""
+        return int(self._pid_file.read_text())
+
+    @property
+    def supervisor(self) -> subprocess.Popen[bytes]:
+        """The process of `deploy/triton/serve`."""
+        assert self._supervisor is not None
+        return self._supervisor
+
+    def stubs(self) -> list[int]:
+        """Processes of the Python backend."""
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+    def shared_memory(self) -> list[Path]:
+        """What the server keeps in shared memory, beside regions of its clients."""
+        return list(Path("/dev/shm").glob(f"safelight_triton_{self.grpc_port}_*"))
+
+    def log(self) -> str:
+        """What the server has written."""
+        return self._log.read_text(errors="replace")
+
+    def kill(self) -> None:
+        """kill -9, and waits until the supervisor has cleaned up and gone (or, with --restart, has seen it)."""
+        os.kill(self.pid, signal.SIGKILL)
+        if "--restart" not in self.arguments:
+            self.supervisor.wait(10)
+
+    def stop(self) -> None:
+        """Freezes the server and its stubs, as SIGSTOP does."""
+        for pid in (self.pid, *self.stubs()):
+            os.kill(pid, signal.SIGSTOP)
+
+    def cont(self) -> None:
+        """Lets a frozen server go on."""
+        for pid in (*self.stubs(), self.pid):
+            os.kill(pid, signal.SIGCONT)
+
+    def restart(self) -> None:
+        """Starts a server that was killed or closed, on the same ports; returns at once."""
+        self.close()
+        self.start()
+
+    def close(self) -> None:
+        """Ends the server, frozen or not."""
+        if self._supervisor is None:
+            return
+        if self._supervisor.poll() is None:
+            if self._pid_file.exists():
+                self.cont()
+            self._supervisor.terminate()
+            try:
+                self._supervisor.wait(20)
+            except subprocess.TimeoutExpired:
+                os.kill(self.pid, signal.SIGKILL)
+                self._supervisor.wait(10)
+        self._supervisor = None
+
+
+@contextmanager
+def triton_server(*arguments: str | Path, wait: bool = True) -> Iterator[TritonServer]:
+    """A server for the block; `arguments` go to `deploy/triton/serve`.
+
+    Args:
+        wait: begin the block when the server is ready; else at once.
+    """
+    with tempfile.TemporaryDirectory(prefix="safelight-test-triton-") as folder:
+        server = TritonServer(Path(folder), *arguments)
+        server.start()
+        try:
+            if wait:
+                server.wait_ready()
+            yield server
+        finally:
+            server.close()
+
+
+@contextmanager
+def triton_servers(count: int, *arguments: str | Path) -> Iterator[list[TritonServer]]:
+    """Several servers, started side by side, all ready."""
+    with ExitStack() as stack:
+        servers = [stack.enter_context(triton_server(*arguments, wait=False)) for _ in range(count)]
+        for server in servers:
+            server.wait_ready()
+        yield servers
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nothing listens on."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]

@@ -1,0 +1,123 @@
+"""`deploy/triton/serve`: nothing outlives the server; ports, instances, loading and unloading, restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc.aio as triton_grpc
+from tritonclient.utils import InferenceServerException
+
+from tests.conftest import eventually
+from tests.triton.support import REPOSITORY, triton_server, triton_servers
+from tests.triton.test_backend import ask, example, same
+
+
+def gone(pids: list[int]) -> bool:
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+async def test_kill_9_in_the_middle_of_a_call_leaves_no_stub_and_no_shared_memory() -> None:
+    with triton_server() as triton:
+        stubs = triton.stubs()
+        assert len(stubs) == 4
+        assert triton.shared_memory()
+        async with triton_grpc.InferenceServerClient(triton.grpc_url) as client:
+            feed = example("icons_denoiser", 64)
+            call = asyncio.ensure_future(ask(client, "icons_denoiser", feed))
+            await asyncio.sleep(0)
+            os.kill(triton.pid, signal.SIGKILL)
+            assert triton.supervisor.wait(10) == 128 + signal.SIGKILL
+            with pytest.raises(InferenceServerException) as failure:
+                await call
+            assert failure.value.status() == "StatusCode.UNAVAILABLE"
+        assert gone(stubs)
+        assert not triton.shared_memory()
+        triton.restart()
+        await eventually(triton.ready, 50)
+
+
+async def test_sigterm_ends_it_in_order() -> None:
+    with triton_server() as triton:
+        stubs = triton.stubs()
+        triton.supervisor.send_signal(signal.SIGTERM)
+        assert triton.supervisor.wait(20) == 0
+        assert gone(stubs)
+        assert not triton.shared_memory()
+
+
+async def test_a_frozen_server_answers_again_when_it_goes_on() -> None:
+    with triton_server() as triton:
+        triton.stop()
+        assert not triton.ready()
+        triton.cont()
+        await eventually(triton.ready)
+
+
+def test_a_server_with_a_dead_stub_is_ended() -> None:
+    with triton_server() as triton:
+        os.kill(triton.stubs()[0], signal.SIGKILL)
+        assert triton.supervisor.wait(20) == 128 + signal.SIGKILL
+        assert "a stub died" in triton.log()
+
+
+async def test_restart_starts_a_dead_server_again() -> None:
+    with triton_server("--restart") as triton:
+        first = triton.pid
+        triton.kill()
+        await eventually(lambda: triton.ready() and triton.pid != first, 50)
+
+
+async def test_the_supervisor_killed_takes_the_server_with_it() -> None:
+    with triton_server() as triton:
+        pids = [triton.pid, *triton.stubs()]
+        triton.supervisor.kill()
+        triton.supervisor.wait(10)
+        await eventually(lambda: gone(pids))
+
+
+async def test_servers_side_by_side_keep_their_hands_off_each_other() -> None:
+    with triton_servers(2) as (one, other):
+        one.kill()
+        assert not one.shared_memory()
+        assert other.shared_memory()
+        async with triton_grpc.InferenceServerClient(other.grpc_url) as client:
+            feed = example("icons_decoder", 2)
+            assert same(await ask(client, "icons_decoder", feed), "icons_decoder", feed)
+
+
+async def test_explicit_control_unloads_and_loads_a_model() -> None:
+    with triton_server("--explicit") as triton:
+        async with triton_grpc.InferenceServerClient(triton.grpc_url) as client:
+            await client.unload_model("icons_denoiser")
+            assert not await client.is_model_ready("icons_denoiser")
+            assert not triton.ready(), "strict readiness is not on"
+            await client.load_model("icons_denoiser")
+            assert await client.is_model_ready("icons_denoiser")
+            feed = example("icons_denoiser", 1)
+            assert np.isfinite((await ask(client, "icons_denoiser", feed))["prediction"]).all()
+
+
+async def test_more_instances_without_another_repository() -> None:
+    with triton_server("--instances", "2") as triton:
+        assert len(triton.stubs()) == 8
+        async with triton_grpc.InferenceServerClient(triton.grpc_url) as client:
+            config = await client.get_model_config("icons_denoiser")
+            assert config.config.instance_group[0].count == 2
+            assert config.config.max_batch_size == 64
+    assert "count: 1" in (REPOSITORY / "icons_denoiser" / "config.pbtxt").read_text()
+
+
+def test_a_port_in_use_is_refused_in_one_line() -> None:
+    with triton_server() as triton:
+        argv = [*triton.supervisor.args]  # type: ignore[misc]
+        second = subprocess.run(argv[: argv.index("--pid-file")], capture_output=True, text=True, timeout=30)
+        assert second.returncode == 1
+        assert second.stderr == f"serve: 127.0.0.1:{triton.grpc_port}: Address already in use\n"
+        assert triton.ready()
+        assert triton.shared_memory()

@@ -1,0 +1,157 @@
+"""Regions and their pool, with a registrar that only takes notes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safelight_server.runtime.base import Component, StableRows
+from safelight_server.runtime.triton.client import CallFailed, Trouble
+from safelight_server.runtime.triton.models import Tensor
+from safelight_server.runtime.triton.shared_memory import RegionPool, layout, place
+
+KEY = ("m", Component.DENOISER)
+ROWS = 4
+TENSORS = [
+    Tensor("sample", (2, 2), (2, 2), "FP32", np.float32),
+    Tensor("timestep", (1,), (), "FP32", np.float32),
+    Tensor("context", (3,), (3,), "FP32", np.float32),
+    Tensor("prediction", (2, 2), (2, 2), "FP32", np.float32),
+]
+
+
+class Registrar:
+    """Notes what it is told; refuses when it is told to."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, tuple[str, int]] = {}
+        self.refuses = False
+
+    async def register(self, name: str, key: str, num_bytes: int, timeout_s: float) -> None:
+        if self.refuses:
+            raise CallFailed(Trouble.DEAD, "gone")
+        self.known[name] = (key, num_bytes)
+
+    async def unregister(self, name: str, timeout_s: float) -> None:
+        del self.known[name]
+
+
+@pytest.fixture
+async def pool():
+    made = RegionPool(Registrar(), max_quarantined=2, timeout_s=1.0)
+    yield made
+    await made.close()
+
+
+def files(pool: RegionPool) -> set[str]:
+    return {file.name for file in Path("/dev/shm").glob(f"{pool._prefix}-*")}
+
+
+def inputs(versions, fill=1.0):
+    rows = len(versions)
+    return {
+        "sample": np.full((rows, 2, 2), fill, np.float32),
+        "timestep": np.arange(rows, dtype=np.float32),
+        "context": StableRows(
+            np.array(versions, np.float32)[:, None] * np.ones((1, 3), np.float32), np.arange(rows), np.array(versions)
+        ),
+    }
+
+
+async def test_a_region_is_made_and_registered_once(pool):
+    first = await pool.take(KEY, TENSORS, ROWS)
+    pool.give_back(first)
+    assert await pool.take(KEY, TENSORS, ROWS) is first
+    second = await pool.take(KEY, TENSORS, ROWS)
+    assert second is not first
+    assert set(pool._registrar.known) == files(pool) == {first.name, second.name}
+    assert pool._registrar.known[first.name] == (f"/{first.name}", first.num_bytes)
+
+
+async def test_a_region_in_quarantine_is_not_used_until_its_call_is_answered(pool):
+    region = await pool.take(KEY, TENSORS, ROWS)
+    pool.quarantine(region)
+    other = await pool.take(KEY, TENSORS, ROWS)
+    assert other is not region
+    pool.give_back(region)
+    assert await pool.take(KEY, TENSORS, ROWS) is region
+
+
+async def test_with_too_many_in_quarantine_no_more_memory_is_given(pool):
+    for _ in range(2):
+        pool.quarantine(await pool.take(KEY, TENSORS, ROWS))
+    assert await pool.take(KEY, TENSORS, ROWS) is None
+
+
+async def test_what_a_restarted_server_has_forgotten_goes_for_good(pool):
+    idle, busy, lost = [await pool.take(KEY, TENSORS, ROWS) for _ in range(3)]
+    pool.give_back(idle)
+    pool.quarantine(lost)
+    pool.known(set())
+    assert files(pool) == {busy.name}
+    pool.give_back(busy)
+    assert not files(pool)
+    assert (await pool.take(KEY, TENSORS, ROWS)).name not in {idle.name, busy.name, lost.name}
+
+
+async def test_what_the_same_server_still_knows_stays_in_quarantine(pool):
+    lost = await pool.take(KEY, TENSORS, ROWS)
+    pool.quarantine(lost)
+    pool.known({lost.name})
+    assert pool.num_quarantined == 1
+    assert await pool.take(KEY, TENSORS, ROWS) is not lost
+
+
+async def test_nothing_is_left_of_a_region_that_could_not_be_registered(pool):
+    pool._registrar.refuses = True
+    with pytest.raises(CallFailed):
+        await pool.take(KEY, TENSORS, ROWS)
+    assert not files(pool)
+    assert pool.num_regions == 0
+
+
+async def test_close_unlinks_all_and_unregisters_only_what_no_call_can_write():
+    pool = RegionPool(Registrar(), max_quarantined=2, timeout_s=1.0)
+    idle, lost = [await pool.take(KEY, TENSORS, ROWS) for _ in range(2)]
+    pool.give_back(idle)
+    pool.quarantine(lost)
+    await pool.close()
+    assert not files(pool)
+    assert set(pool._registrar.known) == {lost.name}
+
+
+async def test_rows_keep_their_places_and_only_new_context_is_copied(pool):
+    region = await pool.take(KEY, TENSORS, ROWS)
+    assert region.write(inputs([11, 12, 13])).tolist() == [0, 1, 2]
+    region._views["context"][:] += 0.5  # a mark on what is there: a copy would wipe it out
+    places = region.write(inputs([13, 21, 11], fill=2.0))
+    assert places.tolist() == [2, 1, 0]
+    assert region._views["context"][:3, 0].tolist() == [11.5, 21.0, 13.5]
+    assert region._views["timestep"][places, 0].tolist() == [0.0, 1.0, 2.0]
+    region._views["prediction"][:3] = region._views["context"][:3, :1, None]
+    assert region.read("prediction", places)[:, 0, 0].tolist() == [13.5, 21.0, 11.5]
+
+
+async def test_results_are_copies(pool):
+    region = await pool.take(KEY, TENSORS, ROWS)
+    places = region.write(inputs([1]))
+    results = region.read("prediction", places)
+    region._views["prediction"][:] = 7.0
+    assert not results.any()
+
+
+@given(st.lists(st.integers(0, 9), min_size=8, max_size=8), st.lists(st.integers(1, 9), min_size=1, max_size=8))
+def test_places_are_distinct_and_kept_wherever_that_is_possible(held, wanted):
+    places = place(np.array(held), np.array(wanted))
+    assert sorted(places.tolist()) == list(range(len(wanted)))
+    kept = sum(held[at] == version for at, version in zip(places.tolist(), wanted, strict=True))
+    assert kept >= len(set(held[: len(wanted)]) & set(wanted))
+
+
+def test_a_size_that_is_not_known_beforehand_has_no_layout():
+    free = Tensor("x", (-1,), (-1,), "FP32", np.float32)
+    assert layout({"x": free}, {}) is None
+    assert layout({"a": TENSORS[0]}, {"b": TENSORS[1]}) == TENSORS[:2]

@@ -1,0 +1,104 @@
+"""`python -m training.judge`: whether what `load_tests.replay` was served shows what was asked for.
+
+Runs in the training environment: the judge is the classifier of
+`training/evaluate.py`, trained on first use, which takes minutes, and kept in
+the folder. Compares by kind of answer, and the same requests with caches off.
+A picture served as SIMILAR is wrong by its words if it was developed for an icon
+with another object, colour or background; by its looks if the judge says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from load_tests.trace import DEFAULT, SEEDS, Asked, trace
+from training import classifier
+from training.evaluate import trained_judge
+
+OUT = Path("out/replay")
+NAMED = ("object", "colour", "background")
+Row = dict[str, Any]
+Right = dict[int, dict[str, bool]]
+
+
+def judged(
+    pictures: Mapping[str, npt.NDArray[np.uint8]], asked: Sequence[Asked], judge: classifier.Classifier
+) -> Right:
+    """What is right of each picture, by the number of its request."""
+    numbers = [int(number) for number in pictures]
+    images = torch.cat([classifier.shrink(pictures[str(number)][None]) for number in numbers])
+    found = classifier.predict(judge, images)
+    wanted = np.array([classifier.labels(asked[number].icon) for number in numbers])
+    heads = [list(classifier.HEADS).index(name) for name in NAMED]
+    return {
+        number: dict(zip(NAMED, (found[row, heads] == wanted[row, heads]).tolist(), strict=True))
+        for row, number in enumerate(numbers)
+    }
+
+
+def accuracy(right: Sequence[Mapping[str, bool]]) -> dict[str, float]:
+    """Shares of right answers, and how many were judged."""
+    shares = {name: float(np.mean([one[name] for one in right])) for name in NAMED} if right else {}
+    return shares | {"count": len(right)}
+
+
+def wrong_words(served: Sequence[Row], asked: Sequence[Asked]) -> int:
+    """Pictures served as SIMILAR that were developed for another object, colour or background."""
+    pairs = [(asked[one["number"]].icon, asked[one["source"]].icon) for one in served if one["kind"] == "similar"]
+    return sum(any(getattr(wanted, name) != getattr(source, name) for name in NAMED) for wanted, source in pairs)
+
+
+def report(folder: Path, seed: int, judge: classifier.Classifier) -> dict[str, Any]:
+    """All figures of a trace."""
+    asked = trace(seed, DEFAULT)
+    answers = json.loads((folder / f"similar-{seed}.json").read_text())
+    steps, served = answers["num_steps"], answers["served"]
+    with np.load(folder / f"similar-{seed}.npz") as pictures, np.load(folder / f"off-{seed}.npz") as without:
+        right, right_off = judged(pictures, asked, judge), judged(without, asked, judge)
+    by_kind: dict[str, list[dict[str, bool]]] = defaultdict(list)
+    for one in served:
+        kind = one["kind"]
+        if kind == "similar":
+            source = served[one["source"]]["kind"]
+            kind = f"similar, of a {source}"
+        by_kind[f"latent, {one['num_steps_skipped'] / steps:.0%}" if kind == "latent" else kind].append(
+            right[one["number"]]
+        )
+    similar = [one for one in served if one["kind"] == "similar"]
+    common = sorted(right_off)
+    return {
+        "seed": seed,
+        "num_steps": steps,
+        "caches off": accuracy([right_off[number] for number in common]),
+        "all allowed, the same requests": accuracy([right[number] for number in common]),
+        "all allowed, all requests": accuracy(list(right.values())),
+        "by kind": {kind: accuracy(rows) for kind, rows in sorted(by_kind.items())},
+        "similar": len(similar),
+        "similar, another icon by its words": wrong_words(served, asked),
+    }
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    judge, on_real = trained_judge(options.out)
+    result = {"on real drawings": on_real, "seeds": [report(options.out, seed, judge) for seed in options.seeds]}
+    (options.out / "judged.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
