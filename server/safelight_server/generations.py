@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import structlog
 from safelight_server.admission import AdmissionLimits
@@ -29,28 +29,29 @@ from safelight_server.errors import (
     SafelightError,
     UnavailableError,
 )
-from safelight_server.events import Disposition, FinishReason, Queued, State
+from safelight_server.events import Disposition, FinishReason, State
 from safelight_server.execution import Executions
 from safelight_server.fleet import CANCEL, PRIORITY, Fleet, Ground
 from safelight_server.generation import Generation
 from safelight_server.idempotency import Idempotency
 from safelight_server.identity import Caller
 from safelight_server.intake import Intake
+from safelight_server.places import tell_places
 from safelight_server.replicas.flights import Flights
 from safelight_server.replicas.records import Record
 from safelight_server.request import PreviewPolicy, Request
+from safelight_server.results import Results
 from safelight_server.runtime.base import Runtime
 from safelight_server.scheduler import Priority
 from safelight_server.settings import Settings
 from safelight_server.stream import EventLog, Watcher
+from safelight_server.streams import End, OpenStreams
 from safelight_server.telemetry import Metrics, Stage
 from safelight_server.telemetry.tracing import UNTRACED
 
 log = structlog.get_logger(__name__)
 
 TICK_S = 0.25
-End = Callable[[SafelightError], None]
-"""Ends a stream with an error."""
 
 
 class Generations:
@@ -89,13 +90,12 @@ class Generations:
             self._fleet.news.on(PRIORITY, self._asked_for_priority)
         self._starting: dict[str, asyncio.Event] = {}
         self._live: dict[str, Generation] = {}
-        self._finished: OrderedDict[str, Generation] = OrderedDict()
-        self._finished_bytes = 0
+        self._finished = Results(settings.result_ttl_s, settings.max_results, settings.max_results_bytes, clock)
         self._lost: OrderedDict[str, Generation] = OrderedDict()
         self._requests = Idempotency(settings.idempotency_ttl_s, clock)
         self._draining = False
         self._one_ended = asyncio.Event()
-        self._open: dict[Watcher, tuple[Generation, End]] = {}
+        self._streams = OpenStreams()
 
     # --- starting ---
 
@@ -250,7 +250,7 @@ class Generations:
         except SafelightError:
             self._drop_unwatched(generation)
             raise
-        self._open[watcher] = (generation, end)
+        self._streams.add(watcher, generation, end)
         if not generation.owned:
             if self._fleet is not None and not generation.ended:
                 self._fleet.mirrors.attend(generation)
@@ -263,9 +263,8 @@ class Generations:
 
     def detach(self, generation: Generation, watcher: Watcher) -> None:
         """A stream has ended, in whatever way."""
-        if self._open.pop(watcher, None) is None:
+        if not self._streams.close(watcher):
             return
-        watcher.close()
         if not generation.owned:
             self._drop_unwatched(generation)
             return
@@ -302,11 +301,8 @@ class Generations:
 
     def _ended(self, generation: Generation) -> None:
         self._forget(generation)
-        if generation.identifier not in self._finished:
-            self._finished[generation.identifier] = generation
-            self._finished_bytes += generation.log.artifact_bytes
+        self._finished.add(generation)
         if not generation.owned:
-            self._trim()
             return
         lost = isinstance(generation.error, UnavailableError)  # what gRPC retries must be able to run again
         if self._fleet is not None:
@@ -314,19 +310,18 @@ class Generations:
         if generation.request.request_id:
             settle = self._requests.release if lost else self._requests.ended
             settle(generation.caller, generation.request.request_id)
-        self._trim()
-        assert generation.times.ended is not None
-        log_of, times = generation.log, generation.times
+        self._count(generation)
+
+    def _count(self, generation: Generation) -> None:
+        log_of, times, metrics = generation.log, generation.times, self._metrics
+        assert times.ended is not None
         code = "OK" if generation.error is None else generation.error.status.name
-        self._metrics.ended(code, generation.times.ended - times.accepted)
+        metrics.ended(code, times.ended - times.accepted)
         for origin in generation.origins:
             if origin is not None and origin.disposition is not Disposition.MISS:
-                self._metrics.cache.served(origin.disposition.value, origin.num_steps_skipped, origin.compute_s_saved)
-        self._metrics.previews_sent.inc(log_of.num_previews)
-        self._metrics.preview_bytes.inc(log_of.preview_bytes)
-        self._metrics.previews_dropped.inc(log_of.num_dropped)
-        if log_of.first_preview_at is not None:
-            self._metrics.first_preview.observe(log_of.first_preview_at - times.accepted)
+                metrics.cache.served(origin.disposition.value, origin.num_steps_skipped, origin.compute_s_saved)
+        waited = None if log_of.first_preview_at is None else log_of.first_preview_at - times.accepted
+        metrics.previews(log_of.num_previews, log_of.preview_bytes, log_of.num_dropped, waited)
 
     def _forget(self, generation: Generation) -> None:
         self._live.pop(generation.identifier, None)
@@ -377,17 +372,7 @@ class Generations:
         """See `fleet.Host`."""
         self._forget(generation)
         self._requests.release(generation.caller, generation.request.request_id)
-        self._end_streams(generation)
-
-    def _end_streams(self, generation: Generation) -> None:
-        error = UnavailableError(
-            "another replica goes on with it; WatchGeneration finds it", reason="MOVED", retry_after_s=0.1
-        )
-        for watcher, (watched, end) in list(self._open.items()):
-            if watched is generation:
-                del self._open[watcher]
-                watcher.close()
-                end(error)
+        self._streams.move(generation)
 
     def _asked_to_cancel(self, identifier: str, _facts: Mapping[str, str]) -> None:
         if (generation := self._live.get(identifier)) is not None:
@@ -396,22 +381,6 @@ class Generations:
     def _asked_for_priority(self, identifier: str, facts: Mapping[str, str]) -> None:
         if (generation := self._live.get(identifier)) is not None:
             generation.set_priority(Priority(int(facts["priority"])))
-
-    def _trim(self) -> None:
-        """Forgets what is too old, and the oldest that nobody watches while there is too much."""
-        now, settings = self._clock(), self._settings
-        gone: list[Generation] = []
-        for generation in self._finished.values():
-            assert generation.times.ended is not None
-            too_old = now - generation.times.ended > settings.result_ttl_s
-            too_many = len(self._finished) - len(gone) > settings.max_results
-            if not (too_old or too_many or self._finished_bytes > settings.max_results_bytes):
-                break
-            if too_old or not generation.log.watchers:
-                gone.append(generation)
-                self._finished_bytes -= generation.log.artifact_bytes
-        for generation in gone:
-            del self._finished[generation.identifier]
 
     # --- in the background ---
 
@@ -427,30 +396,14 @@ class Generations:
             began = loop.time()
             await asyncio.sleep(TICK_S)
             self._metrics.loop_lag.set(max(0.0, loop.time() - began - TICK_S))
-            self._tell_places()
+            tell_places(self._engine.scheduler, self._live.values())
             self._end_stalled()
-            self._trim()
-
-    def _tell_places(self) -> None:
-        scheduler = self._engine.scheduler
-        if not scheduler.num_waiting():
-            return
-        places = {
-            place_id: place for priority in Priority for place, place_id in enumerate(scheduler.waiting_order(priority))
-        }
-        pace = scheduler.backlog_s() / max(1, scheduler.num_outputs)
-        now = datetime.now(UTC)
-        for generation in self._live.values():
-            mine = [places[output_id] for output_id in generation.output_ids if output_id in places]
-            if generation.state is State.QUEUED and mine:
-                generation.log.publish(Queued(min(mine), now + timedelta(seconds=min(mine) * pace)))
+            self._finished.trim()
 
     def _end_stalled(self) -> None:
-        now = self._clock()
-        for watcher, (generation, end) in list(self._open.items()):
-            if watcher.stalled_for(now) > self._settings.watcher_stall_s:
-                self.detach(generation, watcher)
-                end(UnavailableError("the stream was not read; WatchGeneration resumes it", reason="WATCHER_STALLED"))
+        for watcher, generation, end in self._streams.stalled(self._clock(), self._settings.watcher_stall_s):
+            self.detach(generation, watcher)
+            end(UnavailableError("the stream was not read; WatchGeneration resumes it", reason="WATCHER_STALLED"))
 
     async def drain(self, grace_s: float) -> None:
         """Admits nothing more, lets what runs finish within the grace, ends the rest."""
@@ -464,9 +417,8 @@ class Generations:
                     await self._one_ended.wait()
         for generation in list(self._live.values()):
             self._end_drained(generation)
-        for generation, _ in list(self._open.values()):
-            if not generation.owned:
-                self._end_streams(generation)
+        for generation in self._streams.not_owned():
+            self._streams.move(generation)
 
     def _end_drained(self, generation: Generation) -> None:
         if generation.journal is not None:

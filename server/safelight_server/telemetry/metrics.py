@@ -101,6 +101,14 @@ class Metrics:
         self._outcomes.labels(status).inc()
         self.duration.observe(seconds)
 
+    def previews(self, num_sent: int, num_bytes: int, num_dropped: int, first_s: float | None) -> None:
+        """What became of a generation's previews; the first was handed over `first_s` after acceptance."""
+        self.previews_sent.inc(num_sent)
+        self.preview_bytes.inc(num_bytes)
+        self.previews_dropped.inc(num_dropped)
+        if first_s is not None:
+            self.first_preview.observe(first_s)
+
     def refused(self, reason: str) -> None:
         """A request was refused before it became a generation."""
         self._refused.labels(reason).inc()
