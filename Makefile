@@ -142,9 +142,9 @@ mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name
 	$(PY) tools/mutate.py $(ONLY)
 
 # Only latency has peers, with an environment of their own.
-BENCH_ENV := $(if $(filter throughput scheduler watchers,$(ONLY)),.venv,.venv-bench)
+BENCH_ENV := $(if $(filter throughput scheduler watchers loop,$(ONLY)),.venv,.venv-bench)
 .PHONY: bench
-bench: setup $(BENCH_ENV)/.installed ## Measure: tables, and JSON in out/bench. ONLY=throughput|latency|scheduler|watchers
+bench: setup $(BENCH_ENV)/.installed ## Measure: tables, and JSON in out/bench. ONLY=throughput|latency|scheduler|watchers|loop
 	PYTHONPATH=server:clients/python $(BENCH_ENV)/bin/python -m load_tests --only "$(ONLY)"
 
 .PHONY: bench-smoke

@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--queries", type=int, default=2000)
     parser.add_argument("--data", nargs="+", choices=("real", "clustered"), default=["real", "clustered"])
-    parser.add_argument("--shapes", nargs="+", default=["8x16x4x64x512"])
+    parser.add_argument("--shapes", nargs="+", default=["8x16x4x64x512", "12x20x8x64x512"])
     parser.add_argument("--bits", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--ranked", type=int, default=256)
     parser.add_argument("--out", type=Path, default=OUT / "result.json")

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 try:
@@ -15,6 +16,9 @@ try:
     from safelight_server.settings import load
 except ImportError:  # the training environment has no server dependencies; its tests use none of these
     pass
+
+hypothesis.settings.register_profile("safelight", deadline=None)  # machines are shared: no test asserts a time
+hypothesis.settings.load_profile("safelight")
 
 MODELS = Path(__file__).parent.parent / "models"
 Start = Callable[..., "AbstractAsyncContextManager[Running]"]

@@ -141,7 +141,8 @@ async def demo(settings: Settings, out: Path, console: Console) -> None:
     orders = [Order(prompt, seed=SEED + place) for place, prompt in enumerate(PROMPTS)]
     async with _server(settings) as target, Client(target) as client:
         console.print(f"a server of the demo's own listens on {target}", highlight=False)
-        console.print("steps, ×pictures that share a call, time to the first preview:", highlight=False)
+        if console.is_terminal:
+            console.print("steps, ×pictures that share a call, time to the first preview:", highlight=False)
         developing = [Developing(order) for order in orders]
         began = time.monotonic()
         await _develop_shown(client, developing, console)

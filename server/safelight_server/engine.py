@@ -18,20 +18,23 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections import defaultdict, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import Context
 from dataclasses import dataclass
 
 import structlog
+from safelight_server.alarm import Alarm
+from safelight_server.asked import Asked
 from safelight_server.attempts import Attempts
 from safelight_server.batches import Batches, Call, Flight, Preview
 from safelight_server.catalog import Pipeline
 from safelight_server.errors import InternalError, SafelightError, UnavailableError
-from safelight_server.jobs import Job, OutputListener
+from safelight_server.jobs import Job, OutputListener, prompt_name
 from safelight_server.latents import Snapshot
 from safelight_server.outage import Outage, no_runtime
+from safelight_server.reports import Reports
 from safelight_server.runtime.base import Component, Fault, FloatArray, Runtime, RuntimeFailure
 from safelight_server.scheduler import (
     Batch,
@@ -52,14 +55,6 @@ from safelight_server.telemetry import UNTRACED, Metrics, Tracing, Trail, tracin
 from safelight_server.telemetry.trail import NO_CALL
 
 log = structlog.get_logger(__name__)
-
-TURNS = 3
-"""Of the event loop until a call that was dispatched has left: its own task's, the runtime's and gRPC's."""
-COMPONENTS = {
-    Kind.ENCODE: Component.TEXT_ENCODER,
-    Kind.DENOISE: Component.DENOISER,
-    Kind.DECODE: Component.DECODER,
-}
 
 
 @dataclass(slots=True)
@@ -102,9 +97,9 @@ class Engine:
         self._instances = frozenset(range(runtime.num_instances))
         self._busy: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._expiry: asyncio.TimerHandle | None = None
-        self._untold: deque[Callable[[], None]] = deque()
-        self._asked: dict[str, asyncio.Future[FloatArray]] = {}
+        self._expiry = Alarm(self._pump)
+        self._reports = Reports()
+        self._asked = Asked()
         limits = Limits(max_running, self._max_rows, runtime.num_instances, preview_share)
         self.scheduler = Scheduler(limits, self)
         self.outage = Outage(clock, runtime_wait_s, runtime_grace_s, self._strand)
@@ -127,9 +122,7 @@ class Engine:
     def submit(self, job: Job, listener: OutputListener) -> None:
         """Takes a job; it runs when the scheduler says so."""
         output = self.output(job)
-        conditioning = [_conditioning_id(job.pipeline, ids) for ids in job.token_ids]
-        known = dict(zip(conditioning, job.embeddings, strict=False))
-        ids = dict(zip(conditioning, job.token_ids, strict=True))
+        ids = dict(zip(job.conditioning, job.token_ids, strict=True))
         self._batches.token_ids.update((needed, ids[needed]) for needed in output.conditioning)
         self._batches.flights[job.output_id] = Flight(
             job.pipeline,
@@ -137,8 +130,8 @@ class Engine:
             job.table,
             job.seed,
             job.guidance_scale,
-            tuple(conditioning),
-            {name: embedding for name, embedding in known.items() if embedding is not None},
+            job.conditioning,
+            job.known,
             job.start,
             output.first_step,
         )
@@ -150,25 +143,11 @@ class Engine:
 
     def output(self, job: Job) -> Output:
         """A job as the scheduler sees it."""
-        key = self._batches.key
-        keys = {kind: key(job.pipeline, part, job.latent_shape) for kind, part in COMPONENTS.items()}
-        known = (*job.embeddings, *[None] * (len(job.token_ids) - len(job.embeddings)))
-        needed = [ids for ids, embedding in zip(job.token_ids, known, strict=True) if embedding is None]
-        return Output(
-            output_id=job.output_id,
-            caller=job.caller,
-            priority=job.priority,
-            num_steps=job.table.num_steps,
-            rows_per_step=len(job.token_ids),
-            keys=keys,
-            conditioning=tuple(_conditioning_id(job.pipeline, ids) for ids in needed),
-            deadline=job.deadline,
-            first_step=job.start.step if job.start else 0,
-        )
+        return job.as_output(self._batches.key)
 
     def cancel(self, output_id: int) -> None:
         """Ends an output: it is in no later batch. Unknown ids and those of ended outputs are ignored."""
-        self._tell()
+        self._reports.tell()
         if output_id in self._entries:
             self._apply(self.scheduler.cancel(output_id))
             self._forget(output_id)
@@ -186,7 +165,7 @@ class Engine:
 
     def suspend(self, output_id: int) -> Snapshot | None:
         """Ends an output like `cancel` and returns what it needs to go on; None if it has made no step."""
-        self._tell()
+        self._reports.tell()
         if output_id not in self._entries:
             return None
         snapshot = self._batches.snapshot(output_id)
@@ -221,14 +200,17 @@ class Engine:
         """
         size = pipeline.manifest.sizes[0]
         key = self._batches.key(pipeline, Component.TEXT_ENCODER, pipeline.latent_shape(size.width_px, size.height_px))
-        name = _conditioning_id(pipeline, token_ids)
-        if (future := self._asked.get(name)) is None:
-            future = self._asked[name] = asyncio.get_running_loop().create_future()
+        name = prompt_name(pipeline, token_ids)
+        if name not in self._asked:
+            self._asked.add(name)
             self._batches.token_ids[name] = tuple(token_ids)
             self.outage.wait_for(name)
-            self._apply(self.scheduler.want_embedding(name, key))
-            self._pump()
-        return await asyncio.shield(future)
+            asyncio.get_running_loop().call_soon(self._want_embedding, name, key)  # it may answer at once
+        return await self._asked.get(name)
+
+    def _want_embedding(self, name: str, key: str) -> None:
+        self._apply(self.scheduler.want_embedding(name, key))
+        self._pump()
 
     def load(self) -> float:
         """Running outputs for each live instance: 0 idle, 1 all busy, more share calls."""
@@ -237,8 +219,7 @@ class Engine:
     async def close(self) -> None:
         """Waits for the batches in flight."""
         self.outage.close()
-        if self._expiry is not None:
-            self._expiry.cancel()
+        self._expiry.stop()
         while self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -248,25 +229,9 @@ class Engine:
         now = self._clock()
         self._apply(self.scheduler.expire(now))
         self._dispatch(now)
-        self._watch_deadline(now)
-        if self._untold:  # after the calls that were just dispatched have left
-            self._tell_after(TURNS)
-
-    def _watch_deadline(self, now: float) -> None:
-        """Comes back when the next deadline has passed; a timer that rings too early sets itself again."""
-        deadline, loop = self.scheduler.next_deadline(), asyncio.get_running_loop()
-        if deadline is None:
-            return
-        at = loop.time() + max(0.0, deadline - now) + 1e-4
-        if self._expiry is not None:
-            if self._expiry.when() <= at:
-                return
-            self._expiry.cancel()
-        self._expiry = loop.call_at(at, self._expire)
-
-    def _expire(self) -> None:
-        self._expiry = None
-        self._pump()
+        deadline = self.scheduler.next_deadline()
+        self._expiry.set(None if deadline is None else deadline - now)
+        self._reports.tell_soon()
 
     def _dispatch(self, now: float, *, full_only: bool = False) -> None:
         """Hands every free instance to the scheduler and starts the batches that it returns."""
@@ -299,10 +264,10 @@ class Engine:
     def _strand(self, who: int | str) -> None:
         """Ends an output, or the wait for an embedding, for which no instance came back."""
         if isinstance(who, str):
-            self._refuse(self._asked[who], no_runtime())
+            self._asked.refuse(who, no_runtime())
             return
         self._apply(self.scheduler.cancel(who))
-        self._later(functools.partial(self._forget(who).failed, no_runtime()))
+        self._reports.later(functools.partial(self._forget(who).failed, no_runtime()))
         self._pump()
 
     def _announce(self, batch: Batch) -> None:
@@ -310,7 +275,7 @@ class Engine:
             entry = self._entries[row.output_id]
             if not entry.started:
                 entry.started = True
-                self._later(entry.listener.started)
+                self._reports.later(entry.listener.started)
 
     async def _run(self, batch: Batch, call: Call, spans: AbstractContextManager[object]) -> None:
         """One batch, from its inputs to the dispatch of those that it made possible."""
@@ -319,7 +284,7 @@ class Engine:
             with spans:
                 results = await self._runtime.run(batch.instance, at.pipeline.name, at.component, call.inputs)
         except RuntimeFailure as failure:
-            self._tell()
+            self._reports.tell()
             self._busy.discard(batch.instance)
             self._batches.returned(batch, call)
             self._batches.lost(call)
@@ -327,7 +292,7 @@ class Engine:
             self._pump()
             return
         returned = self._clock()
-        self._tell()
+        self._reports.tell()
         self._busy.discard(batch.instance)
         self._dispatch(returned, full_only=True)  # what fills a batch without these outputs need not wait for them
         if overlapped := batch.instance in self._busy:
@@ -345,10 +310,7 @@ class Engine:
 
     def _account(self, batch: Batch, seconds: float) -> None:
         self._metrics.batch(batch.kind.value, len(batch.rows), seconds)
-        shares: dict[int, int] = defaultdict(int)
-        for row in batch.rows:
-            shares[row.output_id] += 1
-        for output_id, rows in shares.items():
+        for output_id, rows in Counter(row.output_id for row in batch.rows).items():
             if (entry := self._entries.get(output_id)) is not None:
                 steps = rows if batch.kind is Kind.DENOISE else 0
                 entry.listener.computed(seconds * rows / len(batch.rows), steps)
@@ -375,29 +337,27 @@ class Engine:
                 case Decoded():
                     image = self._batches.flights[event.output_id].image
                     assert image is not None
-                    self._later(functools.partial(self._forget(event.output_id).decoded, image))
+                    self._reports.later(functools.partial(self._forget(event.output_id).decoded, image))
                 case Failed():
-                    self._later(functools.partial(self._forget(event.output_id).failed, error or InternalError()))
+                    self._reports.later(
+                        functools.partial(self._forget(event.output_id).failed, error or InternalError())
+                    )
                 case Expired():
                     listener = self._forget(event.output_id)
                     in_outage = functools.partial(listener.failed, no_runtime())
-                    self._later(in_outage if self.outage.is_on else listener.expired)
+                    self._reports.later(in_outage if self.outage.is_on else listener.expired)
 
     def _answer(self, event: Encoded) -> None:
         """Those who asked for an embedding itself."""
-        self.outage.forget(event.conditioning_id)
-        future = self._asked.pop(event.conditioning_id)
-        if future.done():
-            return
+        name = event.conditioning_id
+        self.outage.forget(name)
+        if name not in self._asked:
+            return  # no instance came in time
         if event.failed:
-            self._refuse(future, UnavailableError("the prompt could not be encoded; try again", retry_after_s=1.0))
+            error = UnavailableError("the prompt could not be encoded; try again", retry_after_s=1.0)
+            self._asked.refuse(name, error)
         else:
-            future.set_result(self._batches.embedding(event.conditioning_id))
-
-    @staticmethod
-    def _refuse(future: asyncio.Future[FloatArray], error: SafelightError) -> None:
-        future.set_exception(error)
-        future.exception()  # whoever asked may have gone
+            self._asked.answer(name, self._batches.embedding(name))
 
     def _advance(self, stepped: Sequence[Stepped], batch_size: int) -> None:
         began = self._clock()
@@ -407,8 +367,8 @@ class Engine:
             if event.output_id in broken:
                 log.error("latent_not_finite", output_id=event.output_id, step=event.step)
                 self._apply(self.scheduler.cancel(event.output_id))
-                self._later(functools.partial(self._forget(event.output_id).failed, InternalError()))
-        self._later(functools.partial(self._report_steps, stepped, batch_size))
+                self._reports.later(functools.partial(self._forget(event.output_id).failed, InternalError()))
+        self._reports.later(functools.partial(self._report_steps, stepped, batch_size))
 
     def _forget(self, output_id: int) -> OutputListener:
         self._batches.forget(output_id)
@@ -417,20 +377,6 @@ class Engine:
         return self._entries.pop(output_id).listener
 
     # --- what listeners hear ---
-
-    def _later(self, report: Callable[[], None]) -> None:
-        """Tells a listener after the next dispatch; `_pump` follows."""
-        self._untold.append(report)
-
-    def _tell_after(self, turns: int) -> None:
-        if turns:
-            asyncio.get_running_loop().call_soon(self._tell_after, turns - 1)
-        else:
-            self._tell()
-
-    def _tell(self) -> None:
-        while self._untold:
-            self._untold.popleft()()
 
     def _report_steps(self, stepped: Sequence[Stepped], batch_size: int) -> None:
         for event in stepped:
@@ -450,10 +396,4 @@ class Engine:
             for row, name in enumerate(flight.conditioning):
                 if name in encoded and name in self._batches.token_ids:
                     told = functools.partial(entry.listener.encoded, row, self._batches.embedding(name))
-                    self._later(told)
-
-
-def _conditioning_id(pipeline: Pipeline, token_ids: Sequence[int]) -> str:
-    """Equal for prompts with equal embeddings."""
-    encoder = pipeline.manifest.components[Component.TEXT_ENCODER].sha256
-    return f"{encoder}:{','.join(map(str, token_ids))}"
+                    self._reports.later(told)

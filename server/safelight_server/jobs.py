@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from safelight_server.catalog import Pipeline
 from safelight_server.errors import SafelightError
 from safelight_server.latents import Snapshot
-from safelight_server.runtime.base import FloatArray
+from safelight_server.runtime.base import Component, FloatArray
 from safelight_server.sampler import SamplerTable
-from safelight_server.scheduler import Priority
+from safelight_server.scheduler import Kind, Output, Priority
 from safelight_server.telemetry import Trail
+
+COMPONENTS = {
+    Kind.ENCODE: Component.TEXT_ENCODER,
+    Kind.DENOISE: Component.DENOISER,
+    Kind.DECODE: Component.DECODER,
+}
 
 
 class OutputListener(Protocol):
@@ -78,3 +84,36 @@ class Job:
     deadline: float | None = None
     start: Snapshot | None = None
     embeddings: tuple[FloatArray | None, ...] = ()
+
+    @property
+    def conditioning(self) -> tuple[str, ...]:
+        """Names of its prompts, row by row; see `prompt_name`."""
+        return tuple(prompt_name(self.pipeline, ids) for ids in self.token_ids)
+
+    @property
+    def known(self) -> dict[str, FloatArray]:
+        """Embeddings (T, D) that are known already, by name."""
+        pairs = zip(self.conditioning, self.embeddings, strict=False)
+        return {name: embedding for name, embedding in pairs if embedding is not None}
+
+    def as_output(self, key: Callable[[Pipeline, Component, tuple[int, int, int]], str]) -> Output:
+        """As the scheduler sees it. `key`: who can share a batch."""
+        known = self.known
+        keys = {kind: key(self.pipeline, component, self.latent_shape) for kind, component in COMPONENTS.items()}
+        return Output(
+            output_id=self.output_id,
+            caller=self.caller,
+            priority=self.priority,
+            num_steps=self.table.num_steps,
+            rows_per_step=len(self.token_ids),
+            keys=keys,
+            conditioning=tuple(name for name in self.conditioning if name not in known),
+            deadline=self.deadline,
+            first_step=self.start.step if self.start else 0,
+        )
+
+
+def prompt_name(pipeline: Pipeline, token_ids: Sequence[int]) -> str:
+    """Equal for prompts with equal embeddings."""
+    encoder = pipeline.manifest.components[Component.TEXT_ENCODER].sha256
+    return f"{encoder}:{','.join(map(str, token_ids))}"

@@ -21,6 +21,8 @@ from safelight_server.sampler import SamplerTable, advance, gaussian, guide
 Slots = npt.NDArray[np.intp]
 COND, UNCOND = 0, 1
 NUM_COEFFICIENTS = 6
+BLOCK_BYTES = 256 << 10
+"""Of latents that are stepped together; what is made on the way stays in the cache."""
 _VERSIONS = itertools.count(1)
 """Of the contents of a row of context; 0 is none."""
 
@@ -134,11 +136,16 @@ class Latents:
         self._prediction[slots, parts] = prediction
 
     def advance(self, slots: Slots, steps: Slots) -> npt.NDArray[np.bool_]:
-        """One sampler step for each slot, all in one expression.
+        """One sampler step for each slot: one expression for as many of them as a processor's cache holds.
 
         Returns:
             For each slot whether its new latent is finite.
         """
+        at_once = max(1, BLOCK_BYTES // self._x[0].nbytes)
+        blocks = [slice(first, first + at_once) for first in range(0, len(slots), at_once)]
+        return np.concatenate([self._advance(slots[block], steps[block]) for block in blocks])
+
+    def _advance(self, slots: Slots, steps: Slots) -> npt.NDArray[np.bool_]:
         prediction = self._prediction[slots, COND]
         guided = np.flatnonzero(self._guidance[slots] != 1.0)
         if guided.size:

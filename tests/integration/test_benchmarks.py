@@ -10,7 +10,7 @@ import pytest
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server import catalog
 
-from load_tests import latency, scheduler, throughput, watchers
+from load_tests import latency, loop, scheduler, throughput, watchers
 from load_tests.bare import BareLoop
 from load_tests.clients import PROMPT, request
 from tests.conftest import MODELS
@@ -64,6 +64,14 @@ def test_scheduler():
     for row in costs:
         assert row["cpu_us_per_row_step"] > 0
     assert len(report.targets) == len(ratios)
+
+
+def test_loop():
+    streams, outputs = only_table(loop.measure(loop.SMOKE))
+    for row in (streams, outputs):
+        assert row["calls"] > 0
+        assert 0 <= row["critical_share"] < 1 and 0 < row["idle_share"] < 1
+        assert 0 < row["gap_cpu_ms_p50"] <= row["gap_cpu_ms_p99"]
 
 
 def test_watchers():

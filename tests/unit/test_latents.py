@@ -44,6 +44,22 @@ def test_outputs_in_a_batch_are_as_alone():
         assert np.array_equal(alone.latent(np.array([slot]))[0], together.latent(np.array([slots[seed]]))[0])
 
 
+def test_how_many_are_stepped_together_changes_no_bits(monkeypatch):
+    kinds = [("ddim", 1.0), ("euler_ancestral", 3.0), ("dpmpp_2m", 1.0), ("euler", 2.0), ("euler_ancestral", 1.0)]
+
+    def develop():
+        latents = Latents(5, SHAPE, CONTEXT, 50)
+        slots = [latents.claim(table(name), 7, scale, [context(1), context(0)]) for name, scale in kinds]
+        finite = [step(latents, slots, [at] * 5, parts=(0, 1)) for at in range(6)]
+        return latents.latent(np.array(slots)), np.array(finite)
+
+    whole = develop()
+    monkeypatch.setattr("safelight_server.latents.BLOCK_BYTES", 2 * whole[0][0].nbytes)
+    blocks = develop()
+    assert np.array_equal(whole[0], blocks[0])
+    assert whole[1].shape == blocks[1].shape == (6, 5)
+
+
 def test_guidance_combines_both_rows():
     latents = Latents(2, SHAPE, CONTEXT, 50)
     guided = latents.claim(table(), 1, 3.0, [context(1), context(0)])

@@ -37,9 +37,9 @@ class Shape:
         num_probes: buckets looked into beside a table's own.
     """
 
-    num_tables: int = 8
-    num_bits: int = 16
-    num_probes: int = 4
+    num_tables: int = 12
+    num_bits: int = 20
+    num_probes: int = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,11 +85,12 @@ class SimulatedRuntime:
         self._other = CostCurve((1, MAX_ROWS), tuple(OTHERS * s for s in self._denoiser.seconds))
         ramp = np.linspace(-1, 1, SIZE_PX, dtype=np.float32)
         image = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], np.float32(0)))
+        half = image[:, ::2, ::2]
         self._results = {
             Component.TEXT_ENCODER: ("last_hidden_state", np.zeros((MAX_ROWS, TOKENS, WIDTH), np.float32)),
             Component.DENOISER: ("prediction", np.zeros((MAX_ROWS, *LATENT), np.float32)),
             Component.DECODER: ("image", np.broadcast_to(image, (MAX_ROWS, *image.shape))),
-            Component.PREVIEW_DECODER: ("image", np.broadcast_to(image[:, ::2, ::2], (MAX_ROWS, 3, 64, 64))),
+            Component.PREVIEW_DECODER: ("image", np.broadcast_to(half, (MAX_ROWS, *half.shape))),
         }
 
     async def start(self) -> None:

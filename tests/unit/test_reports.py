@@ -1,0 +1,71 @@
+"""Reports, alarms and questions of the engine."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from safelight_server.alarm import Alarm
+from safelight_server.asked import Asked
+from safelight_server.errors import UnavailableError
+from safelight_server.reports import TURNS, Reports
+
+from tests.conftest import eventually
+
+
+async def test_reports_are_told_in_order_once_and_not_before_calls_have_left():
+    reports, told = Reports(), []
+    for n in range(3):
+        reports.later(lambda n=n: told.append(n))
+    reports.tell_soon()
+    for _ in range(TURNS):
+        assert told == []
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert told == [0, 1, 2]
+    reports.tell()
+    assert told == [0, 1, 2]
+    assert len(reports) == 0
+
+
+async def test_what_a_report_adds_is_told_too():
+    reports, told = Reports(), []
+    reports.later(lambda: reports.later(lambda: told.append("second")))
+    reports.tell()
+    assert told == ["second"]
+
+
+async def test_an_alarm_rings_at_the_earliest_time_it_was_set_to():
+    rings = []
+    alarm = Alarm(lambda: rings.append(asyncio.get_running_loop().time()))
+    began = asyncio.get_running_loop().time()
+    alarm.set(None)
+    alarm.set(60.0)
+    alarm.set(0.01)
+    alarm.set(30.0)
+    await eventually(lambda: bool(rings))
+    assert began + 0.01 <= rings[0] < began + 30
+    alarm.set(0.01)
+    await eventually(lambda: len(rings) == 2)
+    alarm.set(0.0)
+    alarm.stop()
+    await asyncio.sleep(0.01)
+    assert len(rings) == 2
+
+
+async def test_all_who_ask_share_one_answer_and_one_refusal():
+    asked = Asked()
+    asked.add("a")
+    both = [asyncio.ensure_future(asked.get("a")) for _ in range(2)]
+    await asyncio.sleep(0)
+    both[0].cancel()
+    asked.answer("a", "embedding")  # type: ignore[arg-type]  # any value
+    assert await both[1] == "embedding"
+    asked.add("b")
+    waiting = asyncio.ensure_future(asked.get("b"))
+    await asyncio.sleep(0)
+    asked.refuse("b", UnavailableError("no"))
+    with pytest.raises(UnavailableError):
+        await waiting
+    assert "b" not in asked
+    assert len(asked) == 0
