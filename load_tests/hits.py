@@ -20,6 +20,7 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import uvloop
 from rich.console import Console
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
@@ -39,7 +40,7 @@ def request(number: int, media_type: str) -> pb.GenerateRequest:
 
 def ask_process(address: str, options: argparse.Namespace, answers: Connection) -> None:
     """The clients; sends back when it begins, then seconds by request, and how many were no exact hits."""
-    answers.send(asyncio.run(ask(address, options, answers)))
+    answers.send(uvloop.run(ask(address, options, answers)))
 
 
 async def ask(address: str, options: argparse.Namespace, answers: Connection) -> tuple[list[float], int]:
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     configure_logging("console", "error")
-    figures = asyncio.run(measure(options))
+    figures = uvloop.run(measure(options))
     Console().print({name: round(figure, 3) for name, figure in figures.items()})
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(figures, indent=1) + "\n")

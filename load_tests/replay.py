@@ -27,6 +27,7 @@ from typing import Any
 import grpc
 import numpy as np
 import numpy.typing as npt
+import uvloop
 from rich.console import Console
 from rich.table import Table
 from safelight.v1 import generation_pb2 as pb
@@ -228,7 +229,7 @@ def main() -> None:
     console, results = Console(width=180), []
     for seed in options.seeds:
         for mode in options.modes:
-            result = asyncio.run(replay(mode, seed, options))
+            result = uvloop.run(replay(mode, seed, options))
             (options.out / f"{mode}-{seed}.json").write_text(json.dumps(asdict(result)) + "\n")
             results.append(result)
             console.print(show([result]))
