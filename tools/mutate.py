@@ -1,8 +1,9 @@
 """`make mutate`: each deliberate break in tests/mutations/ must turn its test red.
 
 A patch's first line names the test: `# test: tests/unit/test_x.py::test_name`.
-Patches are applied one at a time in a scratch copy of the working tree. An
-argument (`make mutate ONLY=scheduler-`) runs those whose names contain it.
+Each patch is applied in a scratch copy of the working tree, as many at once as
+there are cores. An argument (`make mutate ONLY=scheduler-`) runs those whose
+names contain it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRATCH = ROOT / "out" / "mutate"
-COPIED = ("server", "clients", "tests", "models", "training", "load_tests", "pyproject.toml")
+COPIED = ("server", "clients", "tests", "training", "load_tests", "deploy", "pyproject.toml")
+LINKED = ("models",)
 
 
 def main() -> int:
@@ -23,40 +26,48 @@ def main() -> int:
     only = sys.argv[1] if len(sys.argv) > 1 else ""
     patches = sorted((ROOT / "tests" / "mutations").glob(f"*{only}*.patch"))
     failed = 0
-    for patch in patches:
-        test = patch.read_text().splitlines()[0].removeprefix("# test: ").strip()
-        outcome = run(patch, test)
-        failed += outcome != "red"
-        print(f"{outcome:14} {patch.stem:44} {test}", flush=True)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for patch, outcome in zip(patches, pool.map(run, patches), strict=True):
+            failed += outcome != "red"
+            print(f"{outcome:14} {patch.stem:44} {_test_of(patch)}", flush=True)
     print(f"{len(patches) - failed} passed, {failed} failed")
     return min(failed, 1)
 
 
-def run(patch: Path, test: str) -> str:
+def run(patch: Path) -> str:
     """ "red" where the break is seen."""
-    shutil.rmtree(SCRATCH, ignore_errors=True)
-    SCRATCH.mkdir(parents=True)
+    scratch = SCRATCH / patch.stem
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        _copy(scratch)
+        applied = _call(["patch", "-p1", "--silent", "-i", str(patch)], scratch)
+        if applied:
+            return "does not apply"
+        tested = _call([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", _test_of(patch)], scratch)
+        return {0: "GREEN", 1: "red"}.get(tested, f"error {tested}")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _test_of(patch: Path) -> str:
+    return patch.read_text().splitlines()[0].removeprefix("# test: ").strip()
+
+
+def _copy(scratch: Path) -> None:
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, SCRATCH / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, scratch / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(source, SCRATCH / name)
-    applied = subprocess.run(
-        ["patch", "-p1", "--silent", "-i", str(patch)], cwd=SCRATCH, capture_output=True, text=True, check=False
-    )
-    if applied.returncode:
-        return "does not apply"
+            shutil.copy(source, scratch / name)
+    for name in LINKED:
+        (scratch / name).symlink_to(ROOT / name)
+
+
+def _call(command: list[str], folder: Path) -> int:
     environment = os.environ | {"PYTHONPATH": "server:clients/python:."}
-    tested = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test],
-        cwd=SCRATCH,
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    return "red" if tested.returncode == 1 else "GREEN" if tested.returncode == 0 else f"error {tested.returncode}"
+    return subprocess.run(command, cwd=folder, capture_output=True, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":
