@@ -24,7 +24,7 @@ import uvloop
 from rich.console import Console
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
-from safelight_server.app import serving
+from safelight_server.app import serving, settle
 from safelight_server.settings import load
 from safelight_server.telemetry import configure_logging
 
@@ -75,6 +75,7 @@ async def measure(options: argparse.Namespace) -> dict[str, float]:
         process = multiprocessing.get_context("spawn").Process(
             target=ask_process, args=(running.address, options, theirs)
         )
+        settle()
         process.start()
         await asyncio.to_thread(ours.recv)
         began, cpu = time.perf_counter(), time.process_time()
