@@ -81,11 +81,11 @@ test-redis: setup ## Run the tests against a real Redis and an S3 server, which 
 
 .PHONY: test-triton
 test-triton: setup .venv-triton/.installed .tools/.installed ## Run the tests against the real tritonserver
-	$(PY) -m pytest -q tests/triton
+	$(PY) -m pytest -q --timeout 180 tests/triton
 
 .PHONY: test-tools
 test-tools: setup .tools/.installed ## Run the tests with grpcurl, ghz and Jaeger
-	$(PY) -m pytest -q tests/tools
+	$(PY) -m pytest -q --timeout 180 tests/tools
 
 .PHONY: test-rest
 test-rest: test-tools test-redis test-triton test-training test-peers mutate ## Run the groups that need more than `make test` does

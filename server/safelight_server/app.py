@@ -23,21 +23,26 @@ from safelight_server import reflection
 from safelight_server.cache.admin import CacheAdmin
 from safelight_server.cache.backends import Backends, open_backends
 from safelight_server.cache.bands import Bands
+from safelight_server.cache.buckets import RedisBuckets
 from safelight_server.cache.cache import Cache
 from safelight_server.cache.checkpoints import Checkpoints, Policy
 from safelight_server.cache.eviction import LeastBenefit
-from safelight_server.cache.lsh import MemoryBuckets
+from safelight_server.cache.lsh import BucketStore, MemoryBuckets
 from safelight_server.cache.pictures import Pictures
 from safelight_server.cache.prompts import Prompts
 from safelight_server.cache.purges import Purges
 from safelight_server.cache.similar import SimilarPictures
 from safelight_server.cache.spaces import Spaces
 from safelight_server.cache.starts import Starts
+from safelight_server.cache.vectors import Vectors
 from safelight_server.catalog import Catalog
 from safelight_server.engine import Engine
+from safelight_server.fleet import Ground
 from safelight_server.generations import Generations
 from safelight_server.identity import Identity
 from safelight_server.quota import StreamQuota
+from safelight_server.replicas.flights import Flights
+from safelight_server.replicas.news import News
 from safelight_server.resolve import RequestLimits
 from safelight_server.runtime.base import Runtime, RuntimeStartError
 from safelight_server.runtime.onnx import OnnxRuntime
@@ -127,7 +132,8 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     backends = await open_backends(settings, metrics.tiers)
     cache, purges = _build_cache(settings, backends, engine, pool, metrics)
     caches = CacheAdmin(cache.spaces, backends.keyring, backends.tiers, purges, metrics)
-    generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics)
+    flights, ground = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
+    generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics, flights, ground)
     limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
     quota = StreamQuota(settings.max_streams_per_caller)
     service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
@@ -146,7 +152,10 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     await server.start()
     for name in ("", *services):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    background = [asyncio.create_task(work) for work in (generations.tick(), purges.keep_up(), purges.listen())]
+    works = [generations.tick(), purges.keep_up(), purges.listen()]
+    if (fleet := generations.fleet) is not None and flights is not None:
+        works += [fleet.news.listen(), fleet.news.talk(), flights.watch_service(), fleet.mirrors.sweep()]
+    background = [asyncio.create_task(work) for work in works]
     following = asyncio.create_task(_follow_health(health_servicer, ("", *services), engine))
 
     async def drain(grace_s: float) -> None:
@@ -169,12 +178,39 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         await start_drain(0.0)
         for task in background:
             task.cancel()
+        await asyncio.wait(background)
+        if fleet is not None and flights is not None:
+            await fleet.close()
+            await flights.close()
         await engine.close()
         await cache.close()
         await backends.close()
         await runtime.close()
         pool.shutdown()
         await asyncio.to_thread(tracer.close)
+
+
+def _build_replicas(
+    settings: Settings, backends: Backends, cache: Cache, engine: Engine, pool: ThreadPoolExecutor
+) -> tuple[Flights, Ground] | None:
+    """What makes this replica one of several; None: it is alone."""
+    if backends.redis is None:
+        return None
+    coordinator, sealer, ttl_s = backends.coordinator, backends.sealer, settings.lease_ttl_s
+    news = News(coordinator, sealer)
+    flights = Flights(engine, coordinator, sealer, cache.checkpoints, cache.pictures, news, pool, ttl_s)
+    ground = Ground(
+        coordinator,
+        sealer,
+        backends.keyring,
+        backends.tiers,
+        cache.spaces,
+        news,
+        ttl_s,
+        settings.result_ttl_s,
+        settings.idempotency_ttl_s,
+    )
+    return flights, ground
 
 
 def _build_cache(
@@ -187,13 +223,17 @@ def _build_cache(
     policy = Policy(often, bands.fractions, ttl_s=ttl_s)
     checkpoints = Checkpoints(tiers, keyring, policy)
     pictures = Pictures(tiers, keyring, pool, ttl_s)
-    similar = SimilarPictures(
-        pictures, MemoryBuckets(settings.cache_similar_items), settings.cache_latent_items, metrics.cache.rejected
-    )
-    starts = Starts(checkpoints, bands, LeastBenefit(settings.cache_latent_bytes), settings.cache_latent_items)
+    buckets: BucketStore = MemoryBuckets(settings.cache_similar_items)
+    if backends.redis is not None:
+        most = settings.cache_similar_items
+        buckets = RedisBuckets(*backends.redis, backends.sealer, ttl_s=ttl_s, max_items=most)
+    similar = SimilarPictures(pictures, buckets, settings.cache_latent_items, metrics.cache.rejected)
+    books = LeastBenefit(settings.cache_latent_bytes)
+    starts = Starts(checkpoints, Vectors(tiers, ttl_s), bands, books, settings.cache_latent_items)
     spaces = Spaces(keyring, settings.cache_pools)
     prompts = Prompts(tiers, engine.encode, ttl_s)
-    cache = Cache(spaces, pictures, prompts, checkpoints, similar, starts, metrics.cache)
+    shared = backends.redis is not None
+    cache = Cache(spaces, pictures, prompts, checkpoints, similar, starts, metrics.cache, shared=shared)
     return cache, Purges(tiers, backends.coordinator, (similar, starts, checkpoints))
 
 

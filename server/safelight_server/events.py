@@ -36,6 +36,17 @@ class FinishReason(enum.Enum):
     FAILED = "failed"
 
 
+class Durability(enum.Enum):
+    """What is promised of a generation that was accepted.
+
+    LOCAL:      it is lost with the server that accepted it.
+    REPLICATED: another replica goes on with it.
+    """
+
+    LOCAL = "local"
+    REPLICATED = "replicated"
+
+
 class Disposition(enum.Enum):
     """Where a picture came from.
 
@@ -105,6 +116,7 @@ class Accepted:
     estimate_s: float
     trace_id: str = ""
     warnings: tuple[Notice, ...] = ()
+    durability: Durability = Durability.LOCAL
 
 
 @dataclass(frozen=True, slots=True)

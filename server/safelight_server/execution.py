@@ -22,7 +22,7 @@ from safelight_server.engine import Engine
 from safelight_server.errors import InternalError, SafelightError
 from safelight_server.jobs import Job
 from safelight_server.latents import Snapshot
-from safelight_server.picture import Developed
+from safelight_server.picture import Developed, Pixels
 from safelight_server.pipeline import to_pixels
 from safelight_server.preview import Frame, Renderer
 from safelight_server.runtime.base import Component, FloatArray
@@ -93,10 +93,30 @@ class Recorder(Protocol):
         """The finished picture, and the compute it took. The execution can be found until this is done."""
 
 
+class Runner(Protocol):
+    """What runs a job: the engine, or a flight that may run on another replica."""
+
+    def submit(self, job: Job, listener: Execution) -> None:
+        """Takes a job."""
+
+    def suspend(self, output_id: int) -> Snapshot | None:
+        """Stops it; what it needs to go on, None if nothing was done."""
+
+    def reschedule(self, output_id: int, priority: Priority, deadline: float | None) -> None:
+        """Changes its class and deadline."""
+
+    async def preview(self, output_id: int, denoised: FloatArray, component: Component) -> FloatArray | None:
+        """Decodes between the steps; None where there is no such preview."""
+
+    def load(self) -> float:
+        """Of the instances: 0 idle, 1 all busy; infinite where no decoder is in reach."""
+
+
 class Execution:
     """See the module.
 
     Args:
+        runner: runs the job.
         job: the work; its id, class and deadline are the execution's to choose.
         key: what makes outputs identical; None: nobody else may join.
         recorder: None: nothing is kept.
@@ -106,7 +126,7 @@ class Execution:
     def __init__(
         self,
         job: Job,
-        engine: Engine,
+        runner: Runner,
         pool: Executor,
         key: Hashable,
         recorder: Recorder | None,
@@ -114,9 +134,9 @@ class Execution:
     ) -> None:
         self.key = key
         self.step = job.start.step if job.start else 0
-        self.renderer = Renderer(job.pipeline, self._decode, engine.load, pool)
+        self.renderer = Renderer(job.pipeline, self._decode, runner.load, pool)
         self.job = job
-        self._engine = engine
+        self._runner = runner
         self._pool = pool
         self._recorder = recorder
         self._on_end = on_end
@@ -155,7 +175,7 @@ class Execution:
     def leave(self, member: Member, *, back: bool = False) -> None:
         """Lets a member go; `back`: it may come back, what was done is kept for it."""
         if self._running and self._members == [member]:
-            snapshot = self._engine.suspend(self.job.output_id)  # it may tell first what has just become true
+            snapshot = self._runner.suspend(self.job.output_id)  # it may tell first what has just become true
             if self._running:
                 self._snapshot, self._running = snapshot, False
         if member in self._members:
@@ -186,11 +206,11 @@ class Execution:
             start=self._snapshot,
         )
         self._running = True
-        self._engine.submit(self.job, self)
+        self._runner.submit(self.job, self)
 
     def _reschedule(self) -> None:
         if self._running:
-            self._engine.reschedule(self.job.output_id, self._priority(), self._deadline())
+            self._runner.reschedule(self.job.output_id, self._priority(), self._deadline())
 
     def _priority(self) -> Priority:
         return min(member.priority for member in self._members)
@@ -207,7 +227,7 @@ class Execution:
             self._on_end(self)
 
     async def _decode(self, denoised: FloatArray, component: Component) -> FloatArray | None:
-        return await self._engine.preview(self.job.output_id, denoised, component)
+        return await self._runner.preview(self.job.output_id, denoised, component)
 
     # --- what the engine asks and reports ---
 
@@ -257,6 +277,23 @@ class Execution:
         if self._recorder is not None:
             self._recorder.encoded(row, embedding)
 
+    def heard(self, step: int, batch_size: int, denoised: FloatArray | None) -> None:
+        """To all members; made elsewhere, it counts for none of them."""
+        if not self._started:
+            self.started()
+        self.step = step
+        for member in list(self._members):
+            member.stepped(step, batch_size)
+        if denoised is not None and self.wants_frame(step):
+            self.frame(step, denoised)
+
+    def found(self, pixels: Pixels) -> None:
+        """All members have their picture, wherever it was developed."""
+        if self._outcome is None and not self._ended:
+            self._running = False
+            self._finishing = asyncio.create_task(self._publish(pixels))
+            self._finishing.add_done_callback(self._finished)
+
     def decoded(self, image: FloatArray) -> None:
         """Pixels are made of it beside the loop, then all members have their picture."""
         self._running = False
@@ -265,6 +302,9 @@ class Execution:
 
     async def _finish(self, image: FloatArray) -> None:
         pixels = await asyncio.get_running_loop().run_in_executor(self._pool, to_pixels, image)
+        await self._publish(pixels)
+
+    async def _publish(self, pixels: Pixels) -> None:
         self._outcome = picture = Developed(pixels, self._pool)
         members, self._members = self._members, []
         for member in members:
@@ -313,9 +353,16 @@ class Executions:
         """The one that identical outputs share, if it is on its way; None as key finds nothing."""
         return None if key is None else self._by_key.get(key)
 
-    def create(self, job: Job, key: Hashable, recorder: Recorder | None = None) -> Execution:
-        """A new one. `key`: what others find it by once it is published; None: nobody does."""
-        return Execution(job, self._engine, self._pool, key, recorder, self._forget)
+    def create(
+        self, job: Job, key: Hashable, recorder: Recorder | None = None, runner: Runner | None = None
+    ) -> Execution:
+        """A new one.
+
+        Args:
+            key: what others find it by once it is published; None: nobody does.
+            runner: None: the engine.
+        """
+        return Execution(job, runner or self._engine, self._pool, key, recorder, self._forget)
 
     def publish(self, execution: Execution) -> None:
         """From now on until it has ended, identical outputs find it."""

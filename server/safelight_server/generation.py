@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import structlog
@@ -23,7 +23,7 @@ from safelight_server.errors import (
 )
 from safelight_server.events import (
     Accepted,
-    Disposition,
+    Durability,
     Finished,
     FinishReason,
     GenerationView,
@@ -37,23 +37,16 @@ from safelight_server.events import (
 )
 from safelight_server.execution import Execution
 from safelight_server.identity import Caller
+from safelight_server.output import Output, Work
 from safelight_server.picture import Developed, Encoded
-from safelight_server.preview import Frame
+from safelight_server.replicas.journal import Journal
+from safelight_server.replicas.records import Told
 from safelight_server.request import Request
 from safelight_server.scheduler import Priority
-from safelight_server.stream import EventLog
-from safelight_server.telemetry import Stage, Trail, tracing
+from safelight_server.stream import EventLog, wire
+from safelight_server.telemetry import Stage, tracing
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True)
-class Work:
-    """What was computed for a generation."""
-
-    compute_s: float = 0.0
-    num_rows: int = 0
-    num_steps: int = 0
 
 
 @dataclass(slots=True)
@@ -66,160 +59,6 @@ class Times:
     ended: float | None = None
 
 
-class Output:
-    """One picture of a generation; a member of the execution that develops it.
-
-    Attributes:
-        index: its place in the spec.
-        step: steps made.
-        reason: why it ended; None before.
-        origin: where its picture comes from.
-        trail: where it is in the generation's trace, once accepted, if that is recorded.
-    """
-
-    def __init__(self, generation: Generation, index: int, seed: int) -> None:
-        self._generation = generation
-        self._execution: Execution | None = None
-        self._away = False
-        self.index = index
-        self.seed = seed
-        self.step = 0
-        self.reason: FinishReason | None = None
-        self.origin = Origin()
-        self._counted = 0
-        self._compute_s = 0.0
-        self._others_s = 0.0
-        self.picture: Encoded | None = None
-        self.trail: Trail | None = None
-
-    @property
-    def priority(self) -> Priority:
-        """Its generation's."""
-        return self._generation.priority
-
-    @property
-    def deadline(self) -> float | None:
-        """Its generation's."""
-        return self._generation.deadline
-
-    @property
-    def output_id(self) -> int:
-        """What the scheduler knows its execution by; 0: it has none."""
-        return self._execution.job.output_id if self._execution is not None else 0
-
-    def final_origin(self) -> Origin | None:
-        """Where its picture came from; None where there is none."""
-        if self.reason is not FinishReason.COMPLETED:
-            return None
-        match self.origin.disposition:
-            case Disposition.COALESCED:
-                skipped = self.step - self._counted
-                return replace(self.origin, num_steps_skipped=skipped, compute_s_saved=self._others_s)
-            case Disposition.LATENT | Disposition.BRANCHED:
-                pace_s = self._compute_s / max(1, self._counted)
-                return replace(self.origin, compute_s_saved=pace_s * self.origin.num_steps_skipped)
-        return self.origin
-
-    # --- with its execution ---
-
-    def follow(self, stage: Stage) -> None:
-        """Is on its way from here on, in the trace of its generation's `stage` if that is recorded."""
-        if stage.recorded:
-            disposition = {"safelight.disposition": self.origin.disposition.value}
-            self.trail = Trail(stage, {"safelight.output": self.index, "safelight.seed": str(self.seed), **disposition})
-
-    def enter(self, execution: Execution) -> None:
-        """Becomes a member."""
-        self._execution = execution
-        execution.join(self)
-
-    def recall(self, picture: Encoded) -> None:
-        """Its picture was there already."""
-        self._generation.on_encoded(self, picture)
-
-    def pause(self) -> None:
-        """Stops wanting it, for a while."""
-        if self._execution is not None and not self._away:
-            self._away = True
-            if self.trail is not None:
-                self.trail.suspend()
-            self._execution.leave(self, back=True)
-
-    def resume(self) -> None:
-        """Wants it again."""
-        if self._execution is not None and self._away:
-            self._away = False
-            if self.trail is not None:
-                self.trail.resume()
-            self._execution.join(self, again=True)
-
-    def leave(self) -> None:
-        """Stops wanting it, for good."""
-        execution, self._execution = self._execution, None
-        if execution is not None:
-            if self._away:
-                execution.give_up()
-            else:
-                execution.leave(self)
-
-    def reschedule(self) -> None:
-        """Its generation's class has changed."""
-        if self._execution is not None and not self._away:
-            self._execution.reschedule()
-
-    # --- as a member ---
-
-    def started(self) -> None:
-        """To the generation."""
-        self._generation.on_started()
-
-    def joined(self, step: int, frame: Frame | None) -> None:
-        """Shows what there is."""
-        self.step = step
-        if frame is not None:
-            self._generation.log.join(self.index, frame)
-
-    def used(self, seconds: float, rows: int, steps: int) -> None:
-        """Adds up."""
-        work = self._generation.work
-        work.compute_s += seconds
-        work.num_rows += rows
-        work.num_steps += steps
-        self._counted += steps
-        self._compute_s += seconds
-
-    def stepped(self, step: int, batch_size: int) -> None:
-        """To the generation."""
-        self.step = step
-        self._generation.on_stepped(self, batch_size)
-
-    def wants_frame(self, step: int) -> bool:
-        """Whether a stream would take it."""
-        return self._generation.log.wants_frame(self.index, step)
-
-    def frame(self, frame: Frame) -> None:
-        """To the streams."""
-        self._generation.log.frame(self.index, frame)
-
-    def developed(self, picture: Developed) -> None:
-        """To the generation."""
-        execution, self._execution = self._execution, None
-        self._others_s = 0.0 if execution is None else max(0.0, execution.compute_s - self._compute_s)
-        if self.trail is not None:
-            self.trail.developed()
-        self._generation.on_developed(self, picture)
-
-    def failed(self, error: SafelightError) -> None:
-        """To the generation."""
-        self._execution = None
-        self._generation.on_output_ended(self, FinishReason.FAILED, error)
-
-    def expired(self) -> None:
-        """To the generation."""
-        self._execution = None
-        self._generation.expire()
-
-
 class Generation:
     """See the module.
 
@@ -227,6 +66,11 @@ class Generation:
         stage: of the call that began it; outlived where that ends first.
         deadline: on the engine's clock.
         on_end: called once, after Finished.
+
+    Attributes:
+        owned: decides here what becomes of it; else it shows what its owner, another replica, has decided.
+        durability: what is promised.
+        journal: where it is written down; None: nowhere.
     """
 
     def __init__(
@@ -247,6 +91,9 @@ class Generation:
         self.log = events
         self.deadline = deadline
         self.priority = request.priority
+        self.owned = True
+        self.durability = Durability.LOCAL
+        self.journal: Journal | None = None
         self.state = State.QUEUED
         self.error: SafelightError | None = None
         self.work = Work()
@@ -259,6 +106,7 @@ class Generation:
         self._clock = clock
         self.stage = stage
         self._on_end = on_end
+        self._theirs = Usage()
         self._expiry: asyncio.TimerHandle | None = None
         self._encoding: set[asyncio.Task[None]] = set()
         self._logger = log.bind(generation=self.name)
@@ -274,6 +122,11 @@ class Generation:
         return [output.output_id for output in self.outputs if output.output_id]
 
     @property
+    def left_s(self) -> float | None:
+        """Seconds to its deadline; None: it has none."""
+        return None if self.deadline is None else self.deadline - self._clock()
+
+    @property
     def ended(self) -> bool:
         """Whether Finished was sent."""
         return self.finish_time is not None
@@ -284,13 +137,31 @@ class Generation:
         """Says Accepted and gives each output its picture or lets it enter its execution."""
         spec = self.request.spec
         self.log.publish(
-            Accepted(spec, numerics_id, self.request.encoding, estimate_s, self.stage.trace_id, self.request.warnings)
+            Accepted(
+                spec,
+                numerics_id,
+                self.request.encoding,
+                estimate_s,
+                self.stage.trace_id,
+                self.request.warnings,
+                self.durability,
+            )
         )
         self._logger.info("accepted", model=spec.model, outputs=len(self.outputs), caller=self.caller.name)
+        self._watch_deadline()
+        if sources:
+            self.enter(self.outputs, sources)
+
+    def _watch_deadline(self) -> None:
         if self.deadline is not None:
             left = max(0.0, self.deadline - self._clock())
             self._expiry = asyncio.get_running_loop().call_later(left, self.expire)
-        for output, source in zip(self.outputs, sources, strict=True):
+
+    def enter(self, outputs: Sequence[Output], sources: Sequence[Encoded | Execution]) -> None:
+        """Gives outputs their pictures or lets them enter their executions."""
+        for output, source in zip(outputs, sources, strict=True):
+            if not output.idle:
+                continue
             output.follow(self.stage)
             if isinstance(source, Encoded):
                 output.recall(source)
@@ -299,18 +170,23 @@ class Generation:
 
     def suspend(self) -> None:
         """Stops wanting its pictures at once; what was done is kept."""
-        self.state = State.SUSPENDED
+        self._stand(State.SUSPENDED)
         for output in self.outputs:
             if output.reason is None:
                 output.pause()
         self._logger.info("suspended", steps=[output.step for output in self.outputs])
+
+    def _stand(self, state: State) -> None:
+        self.state = state
+        if self.owned and self.journal is not None:
+            self.journal.write(Told("state", b"", state=state))
 
     def resume(self) -> None:
         """Goes on from where `suspend` stopped, or from where others have come meanwhile."""
         if self.grace is not None:
             self.grace.cancel()
             self.grace = None
-        self.state = State.RUNNING if self.times.first_batch is not None else State.QUEUED
+        self._stand(State.RUNNING if self.times.first_batch is not None else State.QUEUED)
         self._logger.info("resumed", steps=[output.step for output in self.outputs])
         for output in self.outputs:
             if output.reason is None:
@@ -328,18 +204,68 @@ class Generation:
         """The deadline has passed."""
         self.stop(DeadlineExceededError("the deadline passed"), FinishReason.DEADLINE_EXCEEDED)
 
+    def leave(self) -> None:
+        """Wants nothing any more and says nothing: another replica goes on with it, or nobody looks at it here."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+        for output in self.outputs:
+            output.leave()
+            output.end_trail("moved")
+
     def set_priority(self, priority: Priority) -> None:
         """Changes the class of what waits."""
         self.priority = priority
         for output in self.outputs:
             output.reschedule()
 
+    # --- while another replica owns it ---
+
+    def hear(self, told: Told, picture: Encoded | None) -> None:
+        """Shows what its owner has decided; `picture`: of the output that has ended."""
+        if told.kind == "state" and told.state is not None and not self.ended:
+            self.state = told.state
+        if told.sequence <= self.log.last_sequence:
+            return
+        ends = told.output_index if told.kind == "output" else None
+        if ends is not None:
+            output = self.outputs[ends]
+            output.leave()
+            output.reason, output.step, output.picture = told.reason, told.step, picture
+            self.error = told.error
+            if picture is not None:
+                self.log.artifact(ends, picture)
+        if told.kind == "finished":
+            assert told.state is not None
+            self.state, self.error, self.finish_time = told.state, told.error, told.finish_time
+            self._theirs, self.times.ended = told.usage, self._clock()
+        self.log.replay(wire.State(told.sequence, told.data, ends, told.kind == "finished"))
+        if told.kind == "finished":
+            self._on_end(self)
+
+    def adopt(self, journal: Journal, numerics_id: str) -> None:
+        """Owns it from here on; what came of its outputs meanwhile is decided."""
+        self.owned, self.journal, self.log.journal = True, journal, journal
+        self.durability = Durability.REPLICATED
+        self._logger.info("adopted", steps=[output.step for output in self.outputs])
+        if not self.log.last_sequence:
+            self.accept(numerics_id, 0.0, ())
+        else:
+            self._watch_deadline()
+        for output in self.outputs:
+            held, output.held = output.held, None
+            if output.reason is None and isinstance(held, Developed):
+                self.on_developed(output, held)
+            elif output.reason is None and isinstance(held, SafelightError):
+                self.on_output_ended(output, FinishReason.FAILED, held)
+        if self.outputs and not self.ended and all(output.reason is not None for output in self.outputs):
+            self._finish()  # the owner died between the last output's end and Finished
+
     # --- what its outputs report ---
 
     def on_started(self) -> None:
         """An output is in its first batch."""
         if self.state is State.QUEUED:
-            self.state = State.RUNNING
+            self._stand(State.RUNNING)
         if self.times.first_batch is None:
             self.times.first_batch = self._clock()
 
@@ -352,6 +278,7 @@ class Generation:
 
     def on_developed(self, output: Output, picture: Developed) -> None:
         """An output's picture is there; it is encoded beside the loop."""
+        output.encoding = True
         task = asyncio.create_task(self._encode(output, picture))
         self._encoding.add(task)
         task.add_done_callback(functools.partial(self._encoded, output))
@@ -376,9 +303,7 @@ class Generation:
     def on_output_ended(self, output: Output, reason: FinishReason, error: SafelightError | None) -> None:
         """An output has ended; with the last one the generation ends."""
         output.reason = reason
-        if output.trail is not None:
-            outcome = {"safelight.finish_reason": reason.value, "safelight.steps": output.step}
-            output.trail.end(outcome, tracing.fault(error.status.name, error.reason) if error is not None else "")
+        output.end_trail(reason.value, tracing.fault(error.status.name, error.reason) if error is not None else "")
         self.error = self.error or error
         self.log.publish(OutputFinished(output.index, reason, output.step))
         if all(output.reason is not None for output in self.outputs):
@@ -425,6 +350,8 @@ class Generation:
 
     def _usage(self) -> Usage:
         work, log_of = self.work, self.log
+        if not self.owned and self.ended:
+            return self._theirs
         return Usage(work.compute_s, work.num_rows, work.num_steps, log_of.num_previews, log_of.preview_bytes)
 
     def _timings(self) -> Timings:

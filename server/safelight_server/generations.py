@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
@@ -24,25 +25,32 @@ from safelight_server.errors import (
     FailedPreconditionError,
     GenerationCancelledError,
     NotFoundError,
+    QueueFullError,
     SafelightError,
     UnavailableError,
 )
 from safelight_server.events import Disposition, FinishReason, Queued, State
 from safelight_server.execution import Executions
+from safelight_server.fleet import CANCEL, PRIORITY, Fleet, Ground
 from safelight_server.generation import Generation
 from safelight_server.idempotency import Idempotency
 from safelight_server.identity import Caller
 from safelight_server.intake import Intake
+from safelight_server.replicas.flights import Flights
+from safelight_server.replicas.records import Record
 from safelight_server.request import PreviewPolicy, Request
 from safelight_server.runtime.base import Runtime
 from safelight_server.scheduler import Priority
 from safelight_server.settings import Settings
 from safelight_server.stream import EventLog, Watcher
 from safelight_server.telemetry import Metrics, Stage
+from safelight_server.telemetry.tracing import UNTRACED
 
 log = structlog.get_logger(__name__)
 
 TICK_S = 0.25
+End = Callable[[SafelightError], None]
+"""Ends a stream with an error."""
 
 
 class Generations:
@@ -58,6 +66,8 @@ class Generations:
         pool: Executor,
         clock: Callable[[], float],
         metrics: Metrics,
+        flights: Flights | None = None,
+        ground: Ground | None = None,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
@@ -72,7 +82,11 @@ class Generations:
             },
             settings.max_waiting_per_caller,
         )
-        self._intake = Intake(catalog, runtime, engine, Executions(engine, pool), cache, limits)
+        self._intake = Intake(catalog, runtime, engine, Executions(engine, pool), cache, limits, flights)
+        self._fleet = None if ground is None else Fleet(ground, self, self._intake)
+        if self._fleet is not None:
+            self._fleet.news.on(CANCEL, self._asked_to_cancel)
+            self._fleet.news.on(PRIORITY, self._asked_for_priority)
         self._starting: dict[str, asyncio.Event] = {}
         self._live: dict[str, Generation] = {}
         self._finished: OrderedDict[str, Generation] = OrderedDict()
@@ -81,7 +95,7 @@ class Generations:
         self._requests = Idempotency(settings.idempotency_ttl_s, clock)
         self._draining = False
         self._one_ended = asyncio.Event()
-        self._open: dict[Watcher, tuple[Generation, Callable[[], None]]] = {}
+        self._open: dict[Watcher, tuple[Generation, End]] = {}
 
     # --- starting ---
 
@@ -97,46 +111,65 @@ class Generations:
             if known is None:
                 break
             if (started := self._starting.get(known)) is None:
-                return self._known(known, request.request_id)
+                return await self._known(caller, known, request)
             await started.wait()  # and look again: it may have been refused
         self._refuse_while_draining()
-        branched_from = None if request.branch is None else self.get(caller, request.branch.generation_id)
-        generation = self._make(caller, request, stage, time_left_s)
+        generation = self._make(secrets.token_hex(16), caller, request, stage, time_left_s)
         if request.request_id:
             self._requests.remember(caller, request.request_id, request.body_digest, generation.identifier)
         started = self._starting[generation.identifier] = asyncio.Event()
         try:
-            with stage.within("lookup"):
-                plans = await self._intake.plan(generation, branched_from)
-            self._refuse_while_draining()
-            self._live[generation.identifier] = generation
-            with stage.within("admission"):
-                self._intake.launch(generation, plans, time_left_s)
+            other = await self._start(generation, time_left_s)
+            if other is not None:
+                self._requests.release(caller, request.request_id)
         except (SafelightError, asyncio.CancelledError):
             self._live.pop(generation.identifier, None)
             self._requests.release(caller, request.request_id)
+            if self._fleet is not None:
+                await self._fleet.owners.dismiss(generation)
             raise
         finally:
             del self._starting[generation.identifier]
             started.set()
-        return generation
+        return generation if other is None else await self._known(caller, other, request)
+
+    async def _start(self, generation: Generation, time_left_s: float | None) -> str | None:
+        """Starts it; where another replica has a generation of its request id, returns that one's id."""
+        request = generation.request
+        if self._fleet is not None and (other := await self._fleet.owners.enroll(generation)) is not None:
+            return other
+        branched_from = None
+        if request.branch is not None:
+            branched_from = await self.find(generation.caller, request.branch.generation_id, tend=False)
+        with generation.stage.within("lookup"):
+            plans = await self._intake.plan(generation, branched_from)
+        self._refuse_while_draining()
+        if self._fleet is not None:
+            await self._fleet.owners.record(generation, plans)
+            self._refuse_while_draining()
+        self._live[generation.identifier] = generation
+        with generation.stage.within("admission"):
+            self._intake.launch(generation, plans, time_left_s)
+        return None
 
     def _refuse_while_draining(self) -> None:
         if self._draining:
             raise UnavailableError("the server is draining; ask another", reason="DRAINING", retry_after_s=1.0)
 
-    def _known(self, identifier: str, request_id: str) -> Generation:
-        generation = self._live.get(identifier) or self._finished.get(identifier)
-        if generation is None:  # not run again: a request id never runs or bills twice
+    async def _known(self, caller: Caller, identifier: str, request: Request) -> Generation:
+        try:
+            return await self.find(caller, identifier)
+        except NotFoundError:  # not run again: a request id never runs or bills twice
             raise FailedPreconditionError(
-                f"request_id {request_id} has ended and its pictures are no longer kept; use a new one to run it again",
+                f"request_id {request.request_id} has ended and its pictures are no longer kept; use a new one to "
+                "run it again",
                 reason="OUTCOME_EXPIRED",
-                metadata={"request_id": request_id, "generation": f"generations/{identifier}"},
-            )
-        return generation
+                metadata={"request_id": request.request_id, "generation": f"generations/{identifier}"},
+            ) from None
 
-    def _make(self, caller: Caller, request: Request, stage: Stage, time_left_s: float | None) -> Generation:
-        identifier = secrets.token_hex(16)
+    def _make(
+        self, identifier: str, caller: Caller, request: Request, stage: Stage, time_left_s: float | None
+    ) -> Generation:
         settings = self._settings
         events = EventLog(
             f"generations/{identifier}",
@@ -157,16 +190,45 @@ class Generations:
 
     # --- finding ---
 
-    def get(self, caller: Caller, identifier: str) -> Generation:
-        """A generation of the caller's tenant.
+    async def find(self, caller: Caller, identifier: str, *, tend: bool = True) -> Generation:
+        """A generation of the caller's tenant, on whatever replica.
+
+        Args:
+            tend: it is going to be watched; else it is enough to know how it is now.
 
         Raises:
             NotFoundError: there is none, or it is someone else's.
+            UnavailableError: other replicas' cannot be looked up now.
         """
         generation = self._live.get(identifier) or self._finished.get(identifier)
+        if generation is None and self._fleet is not None:
+            generation = await self._fleet.mirrors.find(identifier, tend=tend)
+            generation = self._live.get(identifier, generation)  # it may have come here meanwhile
+            if generation is not None and self._is_old(generation):
+                generation = None
         if generation is None or generation.caller.tenant != caller.tenant:
+            if generation is not None:
+                self._drop_unwatched(generation)
             raise NotFoundError(f"there is no generations/{identifier}", reason="GENERATION_NOT_FOUND")
         return generation
+
+    def _is_old(self, generation: Generation) -> bool:
+        ended = generation.finish_time
+        return ended is not None and (datetime.now(UTC) - ended).total_seconds() > self._settings.result_ttl_s
+
+    async def cancel(self, generation: Generation) -> None:
+        """Stops it, wherever it runs."""
+        if not generation.owned and not generation.ended and self._fleet is not None:
+            await self._fleet.mirrors.ask(generation, CANCEL)
+            self._drop_unwatched(generation)
+        if generation.owned:
+            generation.stop(GenerationCancelledError("it was cancelled"))
+
+    def set_priority(self, generation: Generation, priority: Priority) -> None:
+        """Changes its class, wherever it runs."""
+        generation.set_priority(priority)
+        if not generation.owned and self._fleet is not None:
+            self._fleet.mirrors.tell(generation, PRIORITY, priority=str(int(priority)))
 
     def pipeline_of(self, generation: Generation) -> Pipeline:
         """The pipeline that develops it."""
@@ -178,16 +240,25 @@ class Generations:
         self,
         generation: Generation,
         policy: PreviewPolicy,
-        end_stalled: Callable[[], None],
+        end: End,
         after_sequence: int = 0,
         offsets: Mapping[int, int] | None = None,
     ) -> Watcher:
         """Opens a stream; one that was lost goes on."""
-        watcher = generation.log.watch(policy, after_sequence, offsets)
-        self._open[watcher] = (generation, end_stalled)
-        if generation.state is State.SUSPENDED:
+        try:
+            watcher = generation.log.watch(policy, after_sequence, offsets)
+        except SafelightError:
+            self._drop_unwatched(generation)
+            raise
+        self._open[watcher] = (generation, end)
+        if not generation.owned:
+            if self._fleet is not None and not generation.ended:
+                self._fleet.mirrors.attend(generation)
+        elif generation.state is State.SUSPENDED:
             self._lost.pop(generation.identifier, None)
             generation.resume()
+            if self._fleet is not None:
+                self._fleet.mirrors.resume(generation)
         return watcher
 
     def detach(self, generation: Generation, watcher: Watcher) -> None:
@@ -195,15 +266,30 @@ class Generations:
         if self._open.pop(watcher, None) is None:
             return
         watcher.close()
+        if not generation.owned:
+            self._drop_unwatched(generation)
+            return
         disconnect = generation.request.disconnect
         if generation.ended or generation.log.watchers or disconnect.detach or generation.state is State.SUSPENDED:
             return
-        left = float("inf") if generation.deadline is None else generation.deadline - self._clock()
-        if left <= 0:
+        self._suspend(generation)
+
+    def _drop_unwatched(self, generation: Generation) -> None:
+        if self._fleet is not None and not generation.owned and not generation.log.watchers:
+            self._fleet.mirrors.drop(generation)
+
+    def _suspend(self, generation: Generation) -> None:
+        """Nobody watches: it waits for a stream, here or where there is one."""
+        left = generation.left_s
+        if left is not None and left <= 0:
             return  # it expires
+        if self._fleet is not None and self._fleet.owners.wants(generation):
+            self._move(generation)
+            return
         generation.suspend()
+        grace_s = generation.request.disconnect.resume_grace_s
         loop = asyncio.get_running_loop()
-        generation.grace = loop.call_later(min(left, disconnect.resume_grace_s), self._abandon, generation)
+        generation.grace = loop.call_later(grace_s if left is None else min(left, grace_s), self._abandon, generation)
         self._lost[generation.identifier] = generation
         if len(self._lost) > self._settings.max_lost:
             self._abandon(next(iter(self._lost.values())))
@@ -215,15 +301,17 @@ class Generations:
     # --- ending ---
 
     def _ended(self, generation: Generation) -> None:
-        self._live.pop(generation.identifier, None)
-        self._lost.pop(generation.identifier, None)
-        self._one_ended.set()
-        if generation.grace is not None:
-            generation.grace.cancel()
-        self._finished[generation.identifier] = generation
-        self._finished_bytes += generation.log.artifact_bytes
+        self._forget(generation)
+        if generation.identifier not in self._finished:
+            self._finished[generation.identifier] = generation
+            self._finished_bytes += generation.log.artifact_bytes
+        if not generation.owned:
+            self._trim()
+            return
+        lost = isinstance(generation.error, UnavailableError)  # what gRPC retries must be able to run again
+        if self._fleet is not None:
+            self._fleet.owners.settle(generation, retryable=lost)
         if generation.request.request_id:
-            lost = isinstance(generation.error, UnavailableError)  # what gRPC retries must be able to run again
             settle = self._requests.release if lost else self._requests.ended
             settle(generation.caller, generation.request.request_id)
         self._trim()
@@ -239,6 +327,75 @@ class Generations:
         self._metrics.previews_dropped.inc(log_of.num_dropped)
         if log_of.first_preview_at is not None:
             self._metrics.first_preview.observe(log_of.first_preview_at - times.accepted)
+
+    def _forget(self, generation: Generation) -> None:
+        self._live.pop(generation.identifier, None)
+        self._lost.pop(generation.identifier, None)
+        self._one_ended.set()
+        if generation.grace is not None:
+            generation.grace.cancel()
+
+    # --- between replicas: what the fleet asks ---
+
+    def revive(self, record: Record) -> Generation:
+        """See `fleet.Host`."""
+        left = None if record.deadline_at is None else record.deadline_at - time.time()
+        generation = self._make(record.identifier, record.caller, record.request, UNTRACED, left)
+        generation.owned = False
+        generation.create_time = record.create_time
+        for output, origin, starts in zip(generation.outputs, record.origins, record.starts, strict=True):
+            output.origin, output.starts = origin, starts
+        return generation
+
+    def owned(self, generation: Generation) -> bool:
+        """See `fleet.Host`."""
+        self._live[generation.identifier] = generation
+        request = generation.request
+        if request.request_id:
+            with contextlib.suppress(QueueFullError):  # then only the fleet remembers it
+                self._requests.remember(
+                    generation.caller, request.request_id, request.body_digest, generation.identifier
+                )
+        if generation.log.watchers or request.disconnect.detach:
+            return True
+        self._suspend(generation)
+        return False
+
+    def wanted(self, identifier: str) -> None:
+        """See `fleet.Host`."""
+        generation = self._live.get(identifier)
+        if generation is not None and generation.state is State.SUSPENDED:
+            self._move(generation)
+
+    def _move(self, generation: Generation) -> None:
+        """Lets another replica go on with it."""
+        assert self._fleet is not None
+        self._fleet.owners.let_go(generation)
+        self.moved(generation)
+
+    def moved(self, generation: Generation) -> None:
+        """See `fleet.Host`."""
+        self._forget(generation)
+        self._requests.release(generation.caller, generation.request.request_id)
+        self._end_streams(generation)
+
+    def _end_streams(self, generation: Generation) -> None:
+        error = UnavailableError(
+            "another replica goes on with it; WatchGeneration finds it", reason="MOVED", retry_after_s=0.1
+        )
+        for watcher, (watched, end) in list(self._open.items()):
+            if watched is generation:
+                del self._open[watcher]
+                watcher.close()
+                end(error)
+
+    def _asked_to_cancel(self, identifier: str, _facts: Mapping[str, str]) -> None:
+        if (generation := self._live.get(identifier)) is not None:
+            generation.stop(GenerationCancelledError("it was cancelled"))
+
+    def _asked_for_priority(self, identifier: str, facts: Mapping[str, str]) -> None:
+        if (generation := self._live.get(identifier)) is not None:
+            generation.set_priority(Priority(int(facts["priority"])))
 
     def _trim(self) -> None:
         """Forgets what is too old, and the oldest that nobody watches while there is too much."""
@@ -257,6 +414,11 @@ class Generations:
             del self._finished[generation.identifier]
 
     # --- in the background ---
+
+    @property
+    def fleet(self) -> Fleet | None:
+        """The generations of all replicas; None: this one is alone."""
+        return self._fleet
 
     async def tick(self) -> None:
         """Tells those who wait their place, ends stalled streams, forgets what is old; until cancelled."""
@@ -288,7 +450,7 @@ class Generations:
         for watcher, (generation, end) in list(self._open.items()):
             if watcher.stalled_for(now) > self._settings.watcher_stall_s:
                 self.detach(generation, watcher)
-                end()
+                end(UnavailableError("the stream was not read; WatchGeneration resumes it", reason="WATCHER_STALLED"))
 
     async def drain(self, grace_s: float) -> None:
         """Admits nothing more, lets what runs finish within the grace, ends the rest."""
@@ -302,8 +464,14 @@ class Generations:
                     await self._one_ended.wait()
         for generation in list(self._live.values()):
             self._end_drained(generation)
+        for generation, _ in list(self._open.values()):
+            if not generation.owned:
+                self._end_streams(generation)
 
     def _end_drained(self, generation: Generation) -> None:
+        if generation.journal is not None:
+            self._move(generation)
+            return
         metadata = {"generation": generation.name, "request_id": generation.request.request_id}
         metadata["seeds"] = ",".join(map(str, generation.request.spec.seeds))
         error = UnavailableError(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from safelight_server.admission import AdmissionLimits, admit
 from safelight_server.cache.cache import Cache, Keep, Wanted
-from safelight_server.cache.pictures import Kept
+from safelight_server.cache.pictures import Kept, pointer
 from safelight_server.cache.similar import Similar
 from safelight_server.cache.spaces import OutputName
 from safelight_server.cache.starts import Start
@@ -23,11 +23,14 @@ from safelight_server.engine import Engine
 from safelight_server.errors import FailedPreconditionError, FieldViolation, InvalidRequestError
 from safelight_server.events import Disposition, Origin
 from safelight_server.execution import Execution, Executions
-from safelight_server.generation import Generation, Output
+from safelight_server.generation import Generation
 from safelight_server.jobs import Job
 from safelight_server.latents import Snapshot
-from safelight_server.picture import Encoded
+from safelight_server.output import Output
+from safelight_server.picture import Encoded, Pixels
 from safelight_server.pipeline import sampler_table
+from safelight_server.replicas.flight import Flight
+from safelight_server.replicas.flights import Flights, LoadWithAsking, Ticket
 from safelight_server.request import CacheMode, Spec
 from safelight_server.runtime.base import FloatArray, Runtime
 
@@ -53,7 +56,11 @@ class Plan:
 
 
 class Intake:
-    """See the module."""
+    """See the module.
+
+    Args:
+        flights: None: this replica is alone.
+    """
 
     def __init__(
         self,
@@ -63,6 +70,7 @@ class Intake:
         executions: Executions,
         cache: Cache,
         limits: AdmissionLimits,
+        flights: Flights | None = None,
     ) -> None:
         self._catalog = catalog
         self._runtime = runtime
@@ -70,6 +78,11 @@ class Intake:
         self._executions = executions
         self._cache = cache
         self._limits = limits
+        self._flights = flights
+
+    def numerics_id(self, generation: Generation) -> str:
+        """What decides the bits of its pictures beside the spec."""
+        return self._runtime.numerics_id(generation.request.spec.model)
 
     # --- looking ---
 
@@ -154,18 +167,79 @@ class Intake:
         estimate_s = self._admit(list(new.values()), time_left_s) if new else 0.0
         for execution in new.values():
             self._executions.publish(execution)
-        generation.accept(self._runtime.numerics_id(generation.request.spec.model), estimate_s, sources)
+        generation.accept(self.numerics_id(generation), estimate_s, sources)
+
+    # --- going on with what another replica has accepted ---
+
+    async def keep_starts(self, generation: Generation, plans: Sequence[Plan]) -> bool:
+        """Keeps the latents that its outputs begin from where other replicas find them; whether all are there."""
+        for output, plan in zip(generation.outputs, plans, strict=True):
+            key = self._start_key(generation, output, plan.wanted)
+            if plan.start is not None and not await self._cache.checkpoints.put(key, plan.start):
+                return False
+        return True
+
+    async def plan_again(self, generation: Generation, starts: Sequence[bool]) -> list[Plan]:
+        """What each output needs, of a generation that was accepted elsewhere."""
+        plans = []
+        for output, started in zip(generation.outputs, starts, strict=True):
+            wanted = self._wanted(generation, output.seed)
+            start = None
+            if started:
+                start = await self._cache.checkpoints.get(self._start_key(generation, output, wanted))
+            plans.append(Plan(wanted, output.origin, None, start, await self._cache.embeddings(wanted)))
+        return plans
+
+    def enter(self, generation: Generation, plans: Sequence[Plan]) -> None:
+        """Lets its outputs enter their executions; those that have ended or are on their way are left alone."""
+        for output, plan in zip(generation.outputs, plans, strict=True):
+            if not output.idle:
+                continue
+            key = self._key(plan)
+            execution = self._executions.find(key)
+            if execution is None:
+                execution = self._create(generation, output, plan, key, again=True)
+                self._executions.publish(execution)
+            generation.enter([output], [execution])
+
+    def _start_key(self, generation: Generation, output: Output, wanted: Wanted) -> str:
+        return f"{wanted.name.space.prefix}/start/{self._cache.spaces.private(generation.name, output.index)}"
 
     def _admit(self, new: Sequence[Execution], time_left_s: float | None) -> float:
         self._engine.outage.check()
         output = self._engine.output(new[0].job)
-        return admit(self._engine.scheduler, self._limits, output, len(new), time_left_s)
+        load = self._engine.scheduler if self._flights is None else LoadWithAsking(self._flights)
+        return admit(load, self._limits, output, len(new), time_left_s)
 
-    def _create(self, generation: Generation, output: Output, plan: Plan, key: OutputName | None) -> Execution:
+    def _create(
+        self, generation: Generation, output: Output, plan: Plan, key: OutputName | None, *, again: bool = False
+    ) -> Execution:
         bypass = plan.wanted.policy.mode is CacheMode.BYPASS
         keep = KEPT.get(plan.origin.disposition, Keep.EVERYTHING)
         recorder = None if bypass else self._cache.record(plan.wanted, keep)
-        return self._executions.create(_job(generation, output, plan), key, recorder)
+        job = _job(generation, output, plan)
+        if self._flights is None:
+            return self._executions.create(job, key, recorder)
+        ticket = self._ticket(generation, output, plan, key, again)
+
+        async def put(pixels: Pixels, compute_s: float) -> bool:
+            there = await self._cache.replicate(plan.wanted, ticket.pointer, pixels, compute_s)
+            if recorder is not None and key is not None:
+                recorder.there = there
+            return there
+
+        return self._executions.create(job, key, recorder, Flight(self._flights, ticket, put))
+
+    def _ticket(
+        self, generation: Generation, output: Output, plan: Plan, key: OutputName | None, again: bool
+    ) -> Ticket:
+        """Identical outputs share one name; any other has a name of its own, for whoever goes on with it."""
+        space, tenant = plan.wanted.name.space, generation.caller.tenant
+        if key is not None:
+            at = (space.name, key.exact)
+            return Ticket(f"{space.prefix}.{key.exact}", pointer(key), at, tenant, generation.name, again)
+        own = self._cache.spaces.private(generation.name, output.index)
+        return Ticket(own, f"{space.prefix}/result/{own}", None, tenant, generation.name, again)
 
     @staticmethod
     def _key(plan: Plan) -> OutputName | None:

@@ -29,7 +29,6 @@ from safelight_server.errors import (
     InternalError,
     InvalidRequestError,
     SafelightError,
-    UnavailableError,
 )
 from safelight_server.generation import Generation
 from safelight_server.generations import Generations
@@ -139,7 +138,7 @@ class Service:
         self, request: pb.WatchGenerationRequest, caller: Caller, stream: _Stream
     ) -> AsyncGenerator[bytes, None]:
         """Watches a generation that exists."""
-        generation = self._generations.get(caller, resolve_name(request.name, "generations"))
+        generation = await self._generations.find(caller, resolve_name(request.name, "generations"))
         pipeline = self._generations.pipeline_of(generation)
         policy = resolve_preview(convert.draft_preview(request.preview), pipeline)
         offsets = {offset.output_index: offset.offset for offset in request.artifact_offsets}
@@ -157,7 +156,7 @@ class Service:
     ) -> AsyncGenerator[bytes, None]:
         structlog.contextvars.bind_contextvars(generation=generation.name)
         stream.watches(generation)
-        watcher = self._generations.attach(generation, policy, stream.end_stalled, after_sequence, offsets)
+        watcher = self._generations.attach(generation, policy, stream.end, after_sequence, offsets)
         stream.watcher = watcher
         try:
             async with aclosing(watcher.events()) as events:
@@ -172,7 +171,7 @@ class Service:
         self, request: pb.UpdateGenerationRequest, caller: Caller
     ) -> pb.UpdateGenerationResponse:
         """Changes previews or priority."""
-        generation = self._generations.get(caller, resolve_name(request.name, "generations"))
+        generation = await self._generations.find(caller, resolve_name(request.name, "generations"))
         if generation.ended:
             raise FailedPreconditionError(f"{generation.name} has ended")
         policy = priority = None
@@ -183,20 +182,20 @@ class Service:
         if policy is not None:  # nothing is changed before all is known to be good
             generation.log.update_policy(policy)
         if priority is not None:
-            generation.set_priority(priority)
+            self._generations.set_priority(generation, priority)
         return pb.UpdateGenerationResponse(generation=convert.generation_message(generation.view()))
 
     async def cancel_generation(
         self, request: pb.CancelGenerationRequest, caller: Caller
     ) -> pb.CancelGenerationResponse:
         """Stops a generation."""
-        generation = self._generations.get(caller, resolve_name(request.name, "generations"))
-        generation.stop(GenerationCancelledError("it was cancelled"))
+        generation = await self._generations.find(caller, resolve_name(request.name, "generations"))
+        await self._generations.cancel(generation)
         return pb.CancelGenerationResponse(generation=convert.generation_message(generation.view()))
 
     async def get_generation(self, request: pb.GetGenerationRequest, caller: Caller) -> pb.GetGenerationResponse:
         """Returns a generation."""
-        generation = self._generations.get(caller, resolve_name(request.name, "generations"))
+        generation = await self._generations.find(caller, resolve_name(request.name, "generations"), tend=False)
         return pb.GetGenerationResponse(generation=convert.generation_message(generation.view()))
 
     async def list_models(
@@ -321,9 +320,8 @@ class _Stream:
         if generation.stage is not self.stage:
             self.stage.link(generation.stage)
 
-    def end_stalled(self) -> None:
-        """Ends the call of a client that does not read: the status waits behind what it was sent last."""
-        error = UnavailableError("the stream was not read; WatchGeneration resumes it", reason="WATCHER_STALLED")
+    def end(self, error: SafelightError) -> None:
+        """Ends the call from outside; where the client does not read, the status waits behind what was sent last."""
         self.failure = error
         self._ending = asyncio.create_task(self._abort(error))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
-from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
@@ -35,6 +35,10 @@ CACHE_MODES: Mapping[CacheMode, pb.CachePolicy.Mode.ValueType] = {
 """What may serve a request beside its own development; see `CachePolicy` in the proto."""
 RESUMES = 5
 """Lost connections that one generation survives."""
+RESUMABLE = ("", "WATCHER_STALLED", "MOVED")
+"""Reasons after which the same generation goes on; empty: the connection was lost."""
+ELSEWHERE = ("DRAINING", "UNAVAILABLE")
+"""Reasons after which another replica can help as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,31 +152,47 @@ class _Progress:
     """What was received of a generation, to resume after it."""
 
     name: str = ""
+    durable: bool = False
     sequence: int = 0
     seeds: list[int] = field(default_factory=list)
     parts: dict[int, bytearray] = field(default_factory=dict)
 
 
 class Client:
-    """A connection to a server.
+    """A connection to a server, or to several replicas of one.
 
     Args:
-        target: as gRPC takes it, "host:port".
+        target: as gRPC takes it, "host:port"; several, as a list or with commas between: when one is gone, the next
+            one is asked, and goes on with what the first one had accepted as REPLICATED.
         api_key: sent as a bearer token.
         credentials: for TLS; None: plain text.
     """
 
     def __init__(
-        self, target: str, *, api_key: str | None = None, credentials: grpc.ChannelCredentials | None = None
+        self,
+        target: str | Sequence[str],
+        *,
+        api_key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
-        else:
-            self._channel = grpc.aio.secure_channel(target, credentials, CHANNEL_OPTIONS)
+        targets = target.split(",") if isinstance(target, str) else target
+        if not targets:
+            raise ValueError("a client needs a target")
+        self._channels = [_channel(one.strip(), credentials) for one in targets]
+        self._at = 0
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
-        self.generations = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        self._caches = cache_pb2_grpc.CacheServiceStub(self._channel)
-        self._models = models_pb2_grpc.ModelServiceStub(self._channel)
+
+    @property
+    def generations(self) -> generation_pb2_grpc.GenerationServiceAsyncStub:
+        """The calls as they are, at the server that is asked now."""
+        return generation_pb2_grpc.GenerationServiceStub(self._channels[self._at])
+
+    @property
+    def _caches(self) -> cache_pb2_grpc.CacheServiceAsyncStub:
+        return cache_pb2_grpc.CacheServiceStub(self._channels[self._at])
+
+    def _next(self) -> None:
+        self._at = (self._at + 1) % len(self._channels)
 
     async def __aenter__(self) -> Self:
         return self
@@ -183,8 +203,9 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection."""
-        await self._channel.close()
+        """Closes all connections."""
+        for channel in self._channels:
+            await channel.close()
 
     async def generate(
         self,
@@ -261,9 +282,12 @@ class Client:
                 return
             except grpc.aio.AioRpcError as error:
                 failure = GenerationError(error)
-                resumable = error.code() is grpc.StatusCode.UNAVAILABLE and failure.reason in ("", "WATCHER_STALLED")
-                if not resumable or attempt == RESUMES:
+                movable = len(self._channels) > 1 and (received.durable or not received.name)
+                resumable = failure.reason in RESUMABLE or (movable and failure.reason in ELSEWHERE)
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or not resumable or attempt == RESUMES:
                     raise failure from None
+                if movable and failure.reason != "WATCHER_STALLED":
+                    self._next()
                 await asyncio.sleep(min(2.0, 0.1 * 2**attempt))
 
     def _call(
@@ -288,7 +312,8 @@ class Client:
         while True:
             request = models_pb2.ListModelsRequest(page_token=token)
             try:
-                page = await self._models.ListModels(request, metadata=self._metadata)
+                stub = models_pb2_grpc.ModelServiceStub(self._channels[self._at])
+                page = await stub.ListModels(request, metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
                 raise GenerationError(error) from None
             models += page.models
@@ -322,12 +347,19 @@ class Client:
             raise GenerationError(error) from None
 
 
+def _channel(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(target, credentials, CHANNEL_OPTIONS)
+
+
 def _events(event: pb.GenerationEvent, received: _Progress) -> list[Event]:
     received.name = event.generation
     received.sequence = max(received.sequence, event.sequence)
     match event.WhichOneof("event"):
         case "accepted":
             received.seeds = [output.seed for output in event.accepted.spec.outputs]
+            received.durable = event.accepted.durability == pb.Accepted.DURABILITY_REPLICATED
         case "progress":
             at = event.progress
             return [Progress(at.output_index, at.step, at.num_steps, at.batch_size)]

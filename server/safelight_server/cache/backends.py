@@ -42,14 +42,14 @@ class Backends:
 
     Attributes:
         sealer: for events in Redis, which must be sealed too.
-        redis: the connection, where replicas share one.
+        redis: the connection, where replicas share one, and the breaker around it.
     """
 
     keyring: Keyring
     sealer: Sealer
     tiers: Tiers
     coordinator: Coordinator
-    redis: RedisConnection | None
+    redis: tuple[RedisConnection, Breaker] | None
 
     async def close(self) -> None:
         """Writes what waits to be written, for `FLUSH_S` at most, and closes everything."""
@@ -61,7 +61,7 @@ class Backends:
             log.warning("entries of the cache were not written before the end")
         await self.tiers.close()
         if self.redis is not None:
-            await self.redis.close()
+            await self.redis[0].close()
 
 
 async def open_backends(settings: Settings, metrics: TierMetrics) -> Backends:
@@ -87,7 +87,7 @@ async def open_backends(settings: Settings, metrics: TierMetrics) -> Backends:
         )
 
     tiers = [Tier(MemoryStore(settings.cache_memory_bytes))]
-    connection: RedisConnection | None = None
+    redis: tuple[RedisConnection, Breaker] | None = None
     coordinator: Coordinator = LocalCoordinator()
     if settings.cache_disk_dir is not None:
         disk = await DiskStore.open(settings.cache_disk_dir, settings.cache_disk_bytes)
@@ -95,6 +95,7 @@ async def open_backends(settings: Settings, metrics: TierMetrics) -> Backends:
     if settings.redis_url is not None:
         connection = RedisConnection(settings.redis_url.get_secret_value(), settings.redis_timeout_ms / 1000)
         around = breaker("redis", settings.redis_timeout_ms)
+        redis = connection, around
         coordinator = RedisCoordinator(connection, around, memory_s=max(MEMORY_S, settings.cache_ttl_s))
         if settings.cache_redis:
             tiers.append(Tier(RedisStore(connection), around, shared=True))
@@ -109,7 +110,7 @@ async def open_backends(settings: Settings, metrics: TierMetrics) -> Backends:
         around = breaker("objects", settings.cache_s3_timeout_ms)
         tiers.append(Tier(ObjectStore(bucket), around, eager=False, shared=True))
     sealer = Sealer(keyring)
-    return Backends(keyring, sealer, Tiers(tiers, sealer, metrics), coordinator, connection)
+    return Backends(keyring, sealer, Tiers(tiers, sealer, metrics), coordinator, redis)
 
 
 def _credentials(path: Path | None) -> tuple[str, str] | None:

@@ -29,7 +29,7 @@ from safelight_server.cache.store.purge import Owner
 from safelight_server.catalog import Pipeline
 from safelight_server.errors import UnavailableError
 from safelight_server.latents import Snapshot
-from safelight_server.picture import Developed
+from safelight_server.picture import Developed, Pixels
 from safelight_server.request import CacheMode, CachePolicy, PixelEncoding, Spec
 from safelight_server.runtime.base import FloatArray
 from safelight_server.telemetry.metrics import CacheMetrics
@@ -74,7 +74,7 @@ class Cache:
     """See the module.
 
     Args:
-        starts: None: no output ever starts from another's latent.
+        shared: other replicas go on from checkpoints, so that they are written through to a shared tier.
     """
 
     def __init__(
@@ -86,10 +86,13 @@ class Cache:
         similar: SimilarPictures,
         starts: Starts,
         metrics: CacheMetrics,
+        *,
+        shared: bool = False,
     ) -> None:
+        self.shared = shared
+        self.pictures = pictures
         self.spaces = spaces
         self.checkpoints = checkpoints
-        self._pictures = pictures
         self._prompts = prompts
         self._similar = similar
         self._starts = starts
@@ -101,7 +104,7 @@ class Cache:
     async def exact(self, wanted: Wanted) -> Kept | None:
         """The very picture."""
         began = time.perf_counter()
-        kept = await self._pictures.get(wanted.name, wanted.encoding)
+        kept = await self.pictures.get(wanted.name, wanted.encoding)
         self._metrics.looked("exact", time.perf_counter() - began)
         return kept
 
@@ -145,14 +148,18 @@ class Cache:
         """Keeps the embedding of one of its prompts."""
         await self._prompts.keep(wanted.name.space, wanted.pipeline, token_ids, embedding, self._owner(wanted))
 
-    async def keep_picture(self, wanted: Wanted, picture: Developed, compute_s: float, num_bytes: int) -> None:
+    async def keep_picture(
+        self, wanted: Wanted, picture: Developed, compute_s: float, num_bytes: int, *, there: bool
+    ) -> None:
         """Keeps a finished picture and makes it findable.
 
         Args:
             num_bytes: of its checkpoints.
+            there: its pixels are kept already.
         """
         name, pipeline, steps = wanted.name, wanted.pipeline, wanted.spec.num_inference_steps
-        await self._pictures.keep(name, picture.pixels, self._facts(wanted, compute_s))
+        if not there:
+            await self.pictures.keep(name, picture.pixels, facts_of(wanted, compute_s))
         await self.checkpoints.ended(name.space.name, name.exact, steps, self._owner(wanted))
         vector = await self._vector(wanted)
         if vector is not None:
@@ -164,12 +171,12 @@ class Cache:
         name = replace(wanted.name, exact=f"{wanted.name.exact}.near")
         vector = await self._vector(wanted)
         if vector is not None:
-            await self._pictures.keep(name, picture.pixels, self._facts(wanted, compute_s))
+            await self.pictures.keep(name, picture.pixels, facts_of(wanted, compute_s))
             await self._similar.add(name, wanted.pipeline, wanted.spec.prompt, vector, self._owner(wanted))
 
-    def _facts(self, wanted: Wanted, compute_s: float) -> Facts:
-        spec = wanted.spec
-        return Facts(spec.prompt, wanted.generation, wanted.revision, spec.num_inference_steps, compute_s)
+    async def replicate(self, wanted: Wanted, pointer: str, pixels: Pixels, compute_s: float) -> bool:
+        """Keeps the pixels of a finished picture under a key; whether other replicas see them."""
+        return await self.pictures.put(pointer, pixels, facts_of(wanted, compute_s), replicate=True)
 
     async def _vector(self, wanted: Wanted) -> Floats | None:
         ids = wanted.spec.token_ids
@@ -200,14 +207,24 @@ class Cache:
             await asyncio.wait(self._writes)
 
 
+def facts_of(wanted: Wanted, compute_s: float) -> Facts:
+    """What is kept beside the pixels of an output."""
+    return Facts(wanted.spec.prompt, wanted.generation, wanted.revision, wanted.spec.num_inference_steps, compute_s)
+
+
 class Record:
-    """What is kept of one execution. The picture last: whoever finds it finds all."""
+    """What is kept of one execution. The picture last: whoever finds it finds all.
+
+    Attributes:
+        there: whoever developed the picture has kept its pixels.
+    """
 
     def __init__(self, cache: Cache, wanted: Wanted, keep: Keep) -> None:
         self._cache = cache
         self._wanted = wanted
         self._what = keep
         self._bytes: dict[int, int] = {}
+        self.there = False
 
     def encoded(self, row: int, embedding: FloatArray) -> None:
         """The embedding of one of its prompts was computed."""
@@ -233,6 +250,7 @@ class Record:
             spec.num_inference_steps,
             revision=self._wanted.revision,
             generation=self._wanted.generation,
+            replicate=self._cache.shared,
         )
 
     async def developed(self, picture: Developed, compute_s: float) -> None:
@@ -241,6 +259,6 @@ class Record:
             case Keep.EVERYTHING:
                 anchors = self._cache.checkpoints.policy.anchors(self._wanted.spec.num_inference_steps)
                 num_bytes = sum(size for step, size in self._bytes.items() if step in anchors)
-                await self._cache.keep_picture(self._wanted, picture, compute_s, num_bytes)
+                await self._cache.keep_picture(self._wanted, picture, compute_s, num_bytes, there=self.there)
             case Keep.AS_SIMILAR:
                 await self._cache.keep_as_similar(self._wanted, picture, compute_s)

@@ -179,6 +179,15 @@ class Checkpoints:
         """The steps of which there should be a checkpoint."""
         return sorted(await self._steps(tenant, execution))
 
+    async def put(self, key: str, snapshot: Snapshot) -> bool:
+        """Keeps a snapshot under a key of its own; whether other replicas see it."""
+        return await self._tiers.put(key, Entry(dump(snapshot)), self.policy.ttl_s, replicate=True)
+
+    async def get(self, key: str) -> Snapshot | None:
+        """The snapshot under a key."""
+        found = await self._tiers.get(key)
+        return None if found is None else parse(found.entry.data)
+
     async def delete(self, tenant: str, execution: str) -> bool:
         """Deletes an execution's checkpoints; False where a tier could not be cleared."""
         keys = [self._key(tenant, execution, step) for step in await self._steps(tenant, execution)]

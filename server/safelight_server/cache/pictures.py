@@ -79,11 +79,20 @@ class Pictures:
         found = await self._tiers.get(_key(name))
         return None if found is None else _facts(found.entry)
 
+    async def at(self, pointer: str) -> tuple[Pixels, Facts] | None:
+        """The picture under a key of `pointer` or one like it."""
+        found = await self._tiers.get(pointer)
+        return None if found is None else (_pixels(found.entry), _facts(found.entry))
+
     async def keep(self, name: OutputName, pixels: Pixels, facts: Facts) -> None:
         """Keeps a finished picture."""
+        await self.put(pointer(name), pixels, facts)
+
+    async def put(self, pointer: str, pixels: Pixels, facts: Facts, *, replicate: bool = False) -> bool:
+        """Keeps a picture under a key; with `replicate` waits for a shared tier and says whether one has it."""
         height, width, _ = pixels.shape
         metadata = _metadata(facts) | {"width": str(width), "height": str(height)}
-        await self._tiers.put(_key(name), self._entry(pixels.tobytes(), metadata, facts), self._ttl_s)
+        return await self._tiers.put(pointer, self._entry(pixels.tobytes(), metadata, facts), self._ttl_s, replicate)
 
     async def _keep_variant(self, name: OutputName, picture: Encoded, encoding: PixelEncoding, facts: Facts) -> None:
         size = {"width": str(picture.width_px), "height": str(picture.height_px), "stride": str(picture.stride_bytes)}
@@ -93,6 +102,11 @@ class Pictures:
     def _entry(self, data: bytes, metadata: dict[str, str], facts: Facts) -> Entry:
         revision = self._keyring.tag("revision", facts.revision)
         return Entry(data, metadata, revision, self._keyring.tag("generation", facts.generation))
+
+
+def pointer(name: OutputName) -> str:
+    """The key of the pixels of that name."""
+    return _key(name)
 
 
 def _key(name: OutputName, variant: str = "pixels") -> str:

@@ -112,6 +112,10 @@ class Spaces:
             fingerprint.index_key(space.key, Kind.COMPATIBLE, comparable),
         )
 
+    def private(self, generation: str, output_index: int) -> str:
+        """The name of one output that shares nothing: 64 hexadecimal digits."""
+        return self._keyring.digest("output", generation, str(output_index))
+
 
 def _own(tenant: str) -> str:
     return f"tenant {tenant}"

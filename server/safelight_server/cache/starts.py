@@ -2,13 +2,16 @@
 
 NIRVANA (Agarwal et al. 2024, arXiv 2312.04429): the nearer the prompt, the later
 the step. Which outputs' checkpoints stay is decided by the least benefit of
-theirs that is left out. In memory, one of each replica. Invariant: a start is a
-checkpoint of an output with the same comparable name. Neighbours: `neighbours`,
+theirs that is left out. In memory, one of each replica; what other replicas or
+an earlier life of this one kept is looked up, off the request path, when a space
+is first used. Invariant: a start is a checkpoint of an output with the same
+comparable name. Neighbours: `neighbours`,
 `bands`, `checkpoints`, `eviction`.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -19,10 +22,12 @@ from safelight_server.cache.eviction import Eviction
 from safelight_server.cache.neighbours import Neighbours
 from safelight_server.cache.spaces import OutputName, Space
 from safelight_server.cache.store.purge import Owner, Scope
+from safelight_server.cache.vectors import Kept, Vectors
 from safelight_server.catalog import Pipeline
 from safelight_server.latents import Snapshot
 
 MAX_INDEXES = 64
+MAX_SPACES = 4096
 NUM_CANDIDATES = 4
 
 
@@ -51,8 +56,12 @@ class Starts:
         max_items: outputs in one index.
     """
 
-    def __init__(self, checkpoints: Checkpoints, bands: Bands, books: Eviction, max_items: int) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints, vectors: Vectors, bands: Bands, books: Eviction, max_items: int
+    ) -> None:
         self._checkpoints = checkpoints
+        self._vectors = vectors
+        self._rebuilding: dict[str, asyncio.Task[None]] = {}
         self._bands = bands
         self._books = books
         self._max_items = max_items
@@ -67,17 +76,34 @@ class Starts:
         Args:
             num_bytes: of its checkpoints.
         """
-        at, index = self._index(name.space, pipeline, len(vector))
-        gone = index.add(name.comparable, name.exact, vector)
-        self._place[name.exact] = _Place(name.space, at, owner)
-        most = self._bands.steps(num_steps)
-        gone += self._books.add(name.exact, num_bytes, float(most[-1]) if most else 0.0)
+        kept = Kept(name, pipeline.digest, vector, num_steps, num_bytes, owner)
+        await self._vectors.keep(kept)
+        await self._add(kept)
+
+    async def _add(self, kept: Kept) -> None:
+        name = kept.name
+        at, index = self._index(name.space, kept.pipeline, len(kept.vector))
+        gone = index.add(name.comparable, name.exact, kept.vector)
+        self._place[name.exact] = _Place(name.space, at, kept.owner)
+        most = self._bands.steps(kept.num_steps)
+        gone += self._books.add(name.exact, kept.num_bytes, float(most[-1]) if most else 0.0)
         for item in gone:
             await self._drop(item)
 
+    async def _rebuild(self, space: Space) -> None:
+        """Adds what the tiers have of a space."""
+        async for kept in self._vectors.all(space):
+            if kept.name.exact not in self._place:
+                await self._add(kept)
+
+    async def rebuilt(self) -> None:
+        """Waits until what was begun to be looked up is there."""
+        while running := [task for task in self._rebuilding.values() if not task.done()]:
+            await asyncio.wait(running)
+
     async def find(self, name: OutputName, pipeline: Pipeline, vector: Floats, num_steps: int) -> Start | None:
         """The latest start that a nearby prompt allows, if there is one."""
-        _, index = self._index(name.space, pipeline, len(vector))
+        _, index = self._index(name.space, pipeline.digest, len(vector))
         for match in index.search(name.comparable, vector, self._bands.thresholds[0], NUM_CANDIDATES):
             steps = await self._checkpoints.steps(name.space.name, match.item)
             step = self._bands.start_step(match.cosine, num_steps, steps)
@@ -98,6 +124,7 @@ class Starts:
         place = self._forget(item)
         if place is not None:
             await self._checkpoints.delete(place.space.name, item)
+            await self._vectors.forget(place.space, item)
 
     def _forget(self, item: str) -> _Place | None:
         self._books.remove(item)
@@ -106,12 +133,16 @@ class Starts:
             index.remove(item)
         return place
 
-    def _index(self, space: Space, pipeline: Pipeline, dimension: int) -> tuple[tuple[str, str], Neighbours]:
-        at = (space.name, pipeline.digest)
+    def _index(self, space: Space, pipeline: str, dimension: int) -> tuple[tuple[str, str], Neighbours]:
+        at = (space.name, pipeline)
         index = self._indexes.get(at)
         if index is None:
-            seed = space.seed(f"codes {pipeline.digest}")
+            seed = space.seed(f"codes {pipeline}")
             index = self._indexes[at] = Neighbours(dimension, seed, max_items=self._max_items)
+            if space.name not in self._rebuilding:
+                if len(self._rebuilding) >= MAX_SPACES:
+                    self._rebuilding.pop(next(iter(self._rebuilding)))
+                self._rebuilding[space.name] = asyncio.create_task(self._rebuild(space))
         self._indexes.move_to_end(at)
         if len(self._indexes) > MAX_INDEXES:
             self._indexes.popitem(last=False)

@@ -6,7 +6,7 @@ from safelight.v1 import generation_pb2 as pb
 from safelight_server.convert.specs import encoding_message, spec_message
 from safelight_server.convert.statuses import OK, status_of
 from safelight_server.convert.times import duration, timestamp
-from safelight_server.convert.words import DISPOSITIONS, PRIORITIES, REASONS, STATES
+from safelight_server.convert.words import DISPOSITIONS, DURABILITIES, PRIORITIES, REASONS, STATES
 from safelight_server.events import (
     Accepted,
     Event,
@@ -86,6 +86,7 @@ def _accepted(event: Accepted) -> pb.Accepted:
         estimated_duration=duration(event.estimate_s),
         trace_id=event.trace_id,
         warnings=[pb.Warning(reason=notice.reason, message=notice.message) for notice in event.warnings],
+        durability=DURABILITIES[event.durability],
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from safelight.v1 import generation_pb2 as pb
 from safelight_server.draft import Role
-from safelight_server.events import Disposition, FinishReason, State
+from safelight_server.events import Disposition, Durability, FinishReason, State
 from safelight_server.request import CacheMode, PreviewMethod
 from safelight_server.scheduler import Priority
 
@@ -56,4 +56,8 @@ DISPOSITIONS = {
     Disposition.SIMILAR: pb.CacheResult.DISPOSITION_SIMILAR,
     Disposition.LATENT: pb.CacheResult.DISPOSITION_LATENT,
     Disposition.BRANCHED: pb.CacheResult.DISPOSITION_BRANCHED,
+}
+DURABILITIES = {
+    Durability.LOCAL: pb.Accepted.DURABILITY_LOCAL,
+    Durability.REPLICATED: pb.Accepted.DURABILITY_REPLICATED,
 }

@@ -8,6 +8,7 @@ threads, never on the event loop.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 
@@ -37,7 +38,8 @@ class Renderer:
 
     Args:
         decode: runs a decoder between the steps; None where a newer frame took its place.
-        load: share of instance time asked for: 0 idle, 1 all of it, more when work waits.
+        load: share of instance time asked for: 0 idle, 1 all of it, more when work waits; infinite where no decoder
+            is in reach, so that previews are LINEAR.
         pool: threads for the pixels' work.
 
     Attributes:
@@ -59,7 +61,7 @@ class Renderer:
         if wanted is PreviewMethod.AUTO:
             frame.auto = frame.auto or choose_method(wanted, self._load(), self._pipeline.has_preview_decoder)
             wanted = frame.auto
-        method = wanted
+        method = PreviewMethod.LINEAR if math.isinf(self._load()) else wanted
         key = (method, encoding, max_edge_px)
         return frame.render(key, lambda: _task(self._make(frame, method, encoding, max_edge_px)))
 

@@ -1,7 +1,9 @@
 """A runtime without arithmetic: sleeps along a cost curve and yields synthetic pictures.
 
 For load tests and scheduler benchmarks only, and says so in its name. Calls of
-the denoiser cost base + rows x row; the other components a tenth of that.
+the denoiser cost base + rows x row; the other components a tenth of that. What a
+row gives depends on that row alone, so that pictures differ by seed and a step
+that is lost or made twice shows.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 import structlog
 from safelight_server.catalog import Manifest, Pipeline, assemble
-from safelight_server.runtime.base import Component, CostCurve, FloatArray, Inputs
+from safelight_server.runtime.base import Array, Component, CostCurve, FloatArray, Inputs, StableRows
 from safelight_server.tokenizer import Tokens
 
 log = structlog.get_logger(__name__)
@@ -83,15 +85,7 @@ class SimulatedRuntime:
         self.num_instances = num_instances
         self._denoiser = CostCurve((1, MAX_ROWS), (base_s + row_s, base_s + MAX_ROWS * row_s))
         self._other = CostCurve((1, MAX_ROWS), tuple(OTHERS * s for s in self._denoiser.seconds))
-        ramp = np.linspace(-1, 1, SIZE_PX, dtype=np.float32)
-        image = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :], np.float32(0)))
-        half = image[:, ::2, ::2]
-        self._results = {
-            Component.TEXT_ENCODER: ("last_hidden_state", np.zeros((MAX_ROWS, TOKENS, WIDTH), np.float32)),
-            Component.DENOISER: ("prediction", np.zeros((MAX_ROWS, *LATENT), np.float32)),
-            Component.DECODER: ("image", np.broadcast_to(image, (MAX_ROWS, *image.shape))),
-            Component.PREVIEW_DECODER: ("image", np.broadcast_to(half, (MAX_ROWS, *half.shape))),
-        }
+        self._embeddings = np.zeros((MAX_ROWS, TOKENS, WIDTH), np.float32)
 
     async def start(self) -> None:
         """Says what it is."""
@@ -113,8 +107,15 @@ class SimulatedRuntime:
         """Sleeps for what the call costs."""
         rows = len(next(iter(inputs.values())))
         await asyncio.sleep(self.cost(model, component).at(rows))
-        name, results = self._results[component]
-        return {name: results[:rows]}
+        match component:
+            case Component.TEXT_ENCODER:
+                return {"last_hidden_state": self._embeddings[:rows]}
+            case Component.DENOISER:
+                return {"prediction": _array(inputs["sample"]) * np.float32(-0.1)}
+            case Component.DECODER:
+                return {"image": _enlarged(_array(inputs["latent"]), SIZE_PX // LATENT[1])}
+            case Component.PREVIEW_DECODER:
+                return {"image": _enlarged(_array(inputs["latent"]), SIZE_PX // 2 // LATENT[1])}
 
     def max_rows(self, model: str, component: Component) -> int:
         """The same for all."""
@@ -130,3 +131,13 @@ class SimulatedRuntime:
 
     async def close(self) -> None:
         """Nothing to release."""
+
+
+def _array(given: Array | StableRows) -> FloatArray:
+    return given.array() if isinstance(given, StableRows) else np.asarray(given, np.float32)
+
+
+def _enlarged(latent: FloatArray, factor: int) -> FloatArray:
+    """Three channels of a latent (B, C, h, w) as an image (B, 3, H, W)."""
+    image = latent[:, :3]
+    return image.repeat(factor, axis=2).repeat(factor, axis=3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from safelight_server.errors import QueueFullError
 from safelight_server.events import Accepted, Event, Finished, OutputFinished, Progress, Queued, StateEvent
@@ -16,6 +18,16 @@ from safelight_server.stream.wire import Artifact, State, artifact, serialize
 QUEUED = ("queued", 0)
 
 
+class Journal(Protocol):
+    """Writes down what streams may rely on, in order, and then has it shown."""
+
+    def event(self, event: StateEvent, sequence: int, data: bytes, show: Callable[[], None]) -> None:
+        """Takes a state event."""
+
+    def picture(self, output_index: int, picture: Encoded, show: Callable[[], None]) -> None:
+        """Takes a finished picture."""
+
+
 class EventLog:
     """The events of one generation. Publishing never waits for a stream.
 
@@ -26,12 +38,14 @@ class EventLog:
         max_watchers: streams at once.
 
     Attributes:
+        journal: writes state events and pictures before any stream sees them; None: they are shown at once.
         watchers: the streams that are open.
         last_sequence: of the newest state event.
     """
 
     def __init__(self, generation: str, clock: Callable[[], float], *, chunk_bytes: int, max_watchers: int) -> None:
         self.generation = generation
+        self.journal: Journal | None = None
         self.watchers: set[Watcher] = set()
         self.last_sequence = 0
         self._clock = clock
@@ -64,7 +78,17 @@ class EventLog:
         self._end_output(output_index)
         item = artifact(self.generation, output_index, picture, self._chunk_bytes)
         self._sizes[output_index] = item.total_bytes
-        self._append(item)
+        if self.journal is None:
+            self._show(item)
+        else:
+            self.journal.picture(output_index, picture, functools.partial(self._show, item))
+
+    def replay(self, item: State) -> None:
+        """Takes a state event as it was published elsewhere."""
+        self.last_sequence = item.sequence
+        if item.ends_output is not None:
+            self._end_output(item.ends_output)
+        self._show(item)
 
     def wants_frame(self, output_index: int, step: int) -> bool:
         """Whether a frame of this step would be of use to any stream."""
@@ -158,12 +182,16 @@ class EventLog:
         ends = event.output_index if isinstance(event, OutputFinished) else None
         if ends is not None:
             self._end_output(ends)
-        self._story.closed = is_last
         data = serialize(self.generation, event, self.last_sequence)
-        self._append(State(self.last_sequence, data, ends, is_last))
+        item = State(self.last_sequence, data, ends, is_last)
+        if self.journal is None:
+            self._show(item)
+        else:
+            self.journal.event(event, self.last_sequence, data, functools.partial(self._show, item))
 
-    def _append(self, item: State | Artifact) -> None:
+    def _show(self, item: State | Artifact) -> None:
         self._story.items.append(item)
+        self._story.closed = isinstance(item, State) and item.is_last
         for watcher in self.watchers:
             watcher.wake()
 

@@ -880,6 +880,35 @@ class Accepted(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _Durability:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _DurabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Accepted._Durability.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        DURABILITY_UNSPECIFIED: Accepted._Durability.ValueType  # 0
+        """Not said."""
+        DURABILITY_LOCAL: Accepted._Durability.ValueType  # 1
+        """It is lost with the server that accepted it."""
+        DURABILITY_REPLICATED: Accepted._Durability.ValueType  # 2
+        """It was written down where other replicas find it, before this was sent:
+        if the server dies, another goes on with it, and WatchGeneration there
+        finds it.
+        """
+
+    class Durability(_Durability, metaclass=_DurabilityEnumTypeWrapper):
+        """What is promised of a generation that was accepted."""
+
+    DURABILITY_UNSPECIFIED: Accepted.Durability.ValueType  # 0
+    """Not said."""
+    DURABILITY_LOCAL: Accepted.Durability.ValueType  # 1
+    """It is lost with the server that accepted it."""
+    DURABILITY_REPLICATED: Accepted.Durability.ValueType  # 2
+    """It was written down where other replicas find it, before this was sent:
+    if the server dies, another goes on with it, and WatchGeneration there
+    finds it.
+    """
+
     SPEC_FIELD_NUMBER: _builtins.int
     MODEL_REVISION_FIELD_NUMBER: _builtins.int
     NUMERICS_ID_FIELD_NUMBER: _builtins.int
@@ -887,6 +916,7 @@ class Accepted(_message.Message):
     ESTIMATED_DURATION_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    DURABILITY_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     """Revision of the model."""
     numerics_id: _builtins.str
@@ -895,6 +925,8 @@ class Accepted(_message.Message):
     """
     trace_id: _builtins.str
     """The trace of this generation, 32 hexadecimal digits; empty when not traced."""
+    durability: Global___Accepted.Durability.ValueType
+    """What is promised."""
     @_builtins.property
     def spec(self) -> Global___GenerationSpec:
         """The spec with all defaults filled in and all seeds chosen: sent again it
@@ -923,10 +955,11 @@ class Accepted(_message.Message):
         estimated_duration: _duration_pb2.Duration | None = ...,
         trace_id: _builtins.str = ...,
         warnings: _abc.Iterable[Global___Warning] | None = ...,
+        durability: Global___Accepted.Durability.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding", "estimated_duration", b"estimated_duration", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding", "estimated_duration", b"estimated_duration", "model_revision", b"model_revision", "numerics_id", b"numerics_id", "spec", b"spec", "trace_id", b"trace_id", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "encoding", b"encoding", "estimated_duration", b"estimated_duration", "model_revision", b"model_revision", "numerics_id", b"numerics_id", "spec", b"spec", "trace_id", b"trace_id", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -114,5 +114,31 @@ class Coordinator(Protocol):
     async def bills(self, after: str = BEGINNING, limit: int = 1000) -> list[Event]:
         """Bills after a place, oldest first."""
 
+    async def read(self, name: str) -> list[Event]:
+        """The events of a stream that are there now."""
+
+    async def expire(self, name: str, ttl_s: float) -> None:
+        """Forgets a stream after a time."""
+
+    async def claim(self, name: str, value: bytes, ttl_s: float, instead_of: bytes | None = None) -> bytes:
+        """Binds a name to a value unless it has one; returns the value that counts.
+
+        Args:
+            ttl_s: for how long, where this call binds it.
+            instead_of: take the place of this value.
+        """
+
+    async def unclaim(self, name: str, value: bytes, ttl_s: float = 0.0) -> None:
+        """Lets go of a name that has this value, after `ttl_s`."""
+
+    async def enlist(self, name: str) -> None:
+        """Puts a name on the roll: someone should hold its lease until it is struck off."""
+
+    async def strike(self, name: str) -> None:
+        """Takes a name off the roll."""
+
+    async def orphans(self) -> list[str]:
+        """Names on the roll whose lease nobody holds."""
+
     async def close(self) -> None:
         """Ends all that follows."""

@@ -51,6 +51,8 @@ class LocalCoordinator:
         self._tokens = 0
         self._places = 0
         self._changed = asyncio.Event()
+        self._claims: dict[str, tuple[bytes, float]] = {}
+        self._roll: set[str] = set()
 
     async def acquire(self, name: str, owner: str, ttl_s: float) -> Lease | None:
         """See `Coordinator`."""
@@ -149,6 +151,40 @@ class LocalCoordinator:
     async def bills(self, after: str = BEGINNING, limit: int = 1000) -> list[Event]:
         """See `Coordinator`."""
         return [bill for bill in self._bills if _number(bill.place) > _number(after)][:limit]
+
+    async def read(self, name: str) -> list[Event]:
+        """See `Coordinator`."""
+        return list(self._execution(name).events)
+
+    async def expire(self, name: str, ttl_s: float) -> None:
+        """Nothing to do: streams are bounded by `max_names`."""
+
+    async def claim(self, name: str, value: bytes, ttl_s: float, instead_of: bytes | None = None) -> bytes:
+        """See `Coordinator`."""
+        now = self._clock()
+        self._claims = {known: claim for known, claim in self._claims.items() if claim[1] > now}
+        there = self._claims.get(name, (None, 0.0))[0]
+        if there is None or there == instead_of:
+            self._claims[name] = (value, now + ttl_s)
+            return value
+        return there
+
+    async def unclaim(self, name: str, value: bytes, ttl_s: float = 0.0) -> None:
+        """See `Coordinator`."""
+        if self._claims.get(name, (None, 0.0))[0] == value:
+            self._claims[name] = (value, self._clock() + ttl_s)
+
+    async def enlist(self, name: str) -> None:
+        """See `Coordinator`."""
+        self._roll.add(name)
+
+    async def strike(self, name: str) -> None:
+        """See `Coordinator`."""
+        self._roll.discard(name)
+
+    async def orphans(self) -> list[str]:
+        """See `Coordinator`."""
+        return [name for name in self._roll if self._held(self._execution(name)) is None]
 
     async def close(self) -> None:
         """Nothing to let go of."""

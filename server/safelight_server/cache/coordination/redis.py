@@ -35,13 +35,16 @@ T = TypeVar("T")
 PREFIX = "safelight:run:"
 FENCE = f"{PREFIX}fence"
 BILLS = f"{PREFIX}bills"
-SCRIPTS = ("acquire", "renew", "release", "publish", "commit", "forget")
+ROLL = f"{PREFIX}roll"
+SCRIPTS = ("acquire", "renew", "release", "publish", "commit", "forget", "claim", "unclaim")
 BLOCK_S = 0.1
 """How long one read waits for events; someone who begins to follow waits as long at most."""
 LOOK_EVERY_S = 0.5
 """How often someone who follows looks whether there still is a leader, when no events come."""
 RETRY_S = 0.25
 READ_COUNT = 256
+ENDED_S = 60.0
+"""How long the events of a committed execution are kept for those who follow late."""
 
 
 class RedisCoordinator:
@@ -168,7 +171,7 @@ class RedisCoordinator:
     async def commit(self, lease: Lease, pointer: str, bill: bytes) -> Outcome:
         """See `Coordinator`."""
         keys = [*(_key(kind, lease.name) for kind in ("token", "result", "lease", "events")), BILLS]
-        arguments = (lease.owner, str(lease.token), pointer, bill, self._memory_ms, self._max_bills)
+        arguments = (lease.owner, str(lease.token), pointer, bill, self._memory_ms, self._max_bills, _ms(ENDED_S))
         return Outcome((await self._run("commit", keys, *arguments)).decode())
 
     async def result(self, name: str) -> Result | None:
@@ -187,6 +190,39 @@ class RedisCoordinator:
         """See `Coordinator`."""
         found = await self._call(lambda: self._redis.xrange(BILLS, min=f"({after}", count=limit))
         return [Event(place.decode(), fields[b"d"]) for place, fields in found]
+
+    async def read(self, name: str) -> list[Event]:
+        """See `Coordinator`."""
+        found = await self._call(lambda: self._redis.xrange(_key("events", name)))
+        return [Event(place.decode(), fields[b"d"]) for place, fields in found if b"d" in fields]
+
+    async def expire(self, name: str, ttl_s: float) -> None:
+        """See `Coordinator`."""
+        await self._call(lambda: self._redis.pexpire(_key("events", name), _ms(ttl_s)))
+
+    async def claim(self, name: str, value: bytes, ttl_s: float, instead_of: bytes | None = None) -> bytes:
+        """See `Coordinator`."""
+        return bytes(await self._run("claim", [_key("claim", name)], value, _ms(ttl_s), instead_of or b""))
+
+    async def unclaim(self, name: str, value: bytes, ttl_s: float = 0.0) -> None:
+        """See `Coordinator`."""
+        await self._run("unclaim", [_key("claim", name)], value, _ms(ttl_s))
+
+    async def enlist(self, name: str) -> None:
+        """See `Coordinator`."""
+        await self._call(lambda: self._redis.sadd(ROLL, name))
+
+    async def strike(self, name: str) -> None:
+        """See `Coordinator`."""
+        await self._call(lambda: self._redis.srem(ROLL, name))
+
+    async def orphans(self) -> list[str]:
+        """See `Coordinator`."""
+        names = [name.decode() for name in await self._call(lambda: self._redis.smembers(ROLL))]
+        if not names:
+            return []
+        leases = await self._call(lambda: self._redis.mget([_key("lease", name) for name in names]))
+        return [name for name, lease in zip(names, leases, strict=True) if lease is None]
 
     async def close(self) -> None:
         """Ends the reader; the connection is its owner's to close."""

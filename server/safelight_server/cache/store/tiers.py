@@ -182,6 +182,20 @@ class Tiers:
 
         return await self.call(tier, deleted) is not None
 
+    async def keys(self, prefix: str, limit: int) -> list[str]:
+        """Keys with this beginning in all tiers that can tell, at most `limit`."""
+        found: dict[str, None] = {}
+        for tier in self.tiers:
+
+            async def listed(tier: Tier = tier) -> None:
+                async for key in tier.store.keys(prefix):
+                    found[key] = None
+                    if len(found) >= limit:
+                        return
+
+            await self.call(tier, listed)
+        return list(found)
+
     async def flush(self) -> None:
         """Waits until all writes under way are done or given up."""
         for mover in self._movers.values():

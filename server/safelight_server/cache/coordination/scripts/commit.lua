@@ -1,4 +1,4 @@
--- KEYS: token, result, lease, events, bills. ARGV: owner, token, pointer, bill, memory ttl ms, most bills.
+-- KEYS: token, result, lease, events, bills. ARGV: owner, token, pointer, bill, memory ttl ms, most bills, events ttl ms.
 -- Returns 'committed', 'taken' or 'fenced'. Result and bill become visible together or not at all: Redis checks
 -- its memory before the first write of a script, and no client sees the state between two of its commands.
 local result = redis.call('HMGET', KEYS[2], 'owner', 'token')
@@ -16,7 +16,7 @@ redis.call('HSET', KEYS[2], 'pointer', ARGV[3], 'owner', ARGV[1], 'token', ARGV[
 redis.call('PEXPIRE', KEYS[2], ARGV[5])
 redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[6], '*', 'd', ARGV[4])
 redis.call('XADD', KEYS[4], '*', 'end', '1')
-redis.call('PEXPIRE', KEYS[4], ARGV[5])
+redis.call('PEXPIRE', KEYS[4], ARGV[7])
 if redis.call('GET', KEYS[3]) == holder then
   redis.call('DEL', KEYS[3])
 end

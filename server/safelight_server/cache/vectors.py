@@ -1,0 +1,74 @@
+"""The prompt vectors of finished outputs as they are kept, so that an index in memory can be made anew.
+
+One small sealed entry for each output whose checkpoints others may start from.
+Neighbours: `starts` writes and reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import numpy as np
+from safelight_server.cache.embedding import Floats
+from safelight_server.cache.spaces import OutputName, Space
+from safelight_server.cache.store.purge import Owner
+from safelight_server.cache.store.sealed import Entry
+from safelight_server.cache.store.tiers import Tiers
+
+MAX_KEPT = 100_000
+"""Entries looked at when an index is made anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One output.
+
+    Attributes:
+        pipeline: digest of the pipeline whose encoder made the vector.
+        num_bytes: of its checkpoints.
+        owner: what to purge it by.
+    """
+
+    name: OutputName
+    pipeline: str
+    vector: Floats
+    num_steps: int
+    num_bytes: int
+    owner: Owner
+
+
+class Vectors:
+    """In all tiers."""
+
+    def __init__(self, tiers: Tiers, ttl_s: float) -> None:
+        self._tiers = tiers
+        self._ttl_s = ttl_s
+
+    async def keep(self, kept: Kept) -> None:
+        """Keeps the vector of an output."""
+        facts = {"comparable": kept.name.comparable, "pipeline": kept.pipeline}
+        facts |= {"steps": str(kept.num_steps), "bytes": str(kept.num_bytes)}
+        data = np.asarray(kept.vector, np.float16).tobytes()
+        entry = Entry(data, facts, kept.owner.revision, kept.owner.generation)
+        await self._tiers.put(_key(kept.name.space, kept.name.exact), entry, self._ttl_s)
+
+    async def forget(self, space: Space, exact: str) -> None:
+        """Its checkpoints are gone."""
+        await self._tiers.delete(_key(space, exact))
+
+    async def all(self, space: Space) -> AsyncIterator[Kept]:
+        """Those of a space, as far as the tiers tell."""
+        prefix = _key(space, "")
+        for key in await self._tiers.keys(prefix, MAX_KEPT):
+            found = await self._tiers.get(key)
+            if found is not None:
+                at = found.entry.metadata
+                name = OutputName(space, key.removeprefix(prefix), at["comparable"])
+                vector = np.frombuffer(found.entry.data, np.float16).astype(np.float32)
+                owner = Owner(f"{space.prefix}/", found.entry.revision, found.entry.generation)
+                yield Kept(name, at["pipeline"], vector, int(at["steps"]), int(at["bytes"]), owner)
+
+
+def _key(space: Space, exact: str) -> str:
+    return f"{space.prefix}/vector/{exact}"

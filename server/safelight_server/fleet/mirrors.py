@@ -1,0 +1,243 @@
+"""Generations that other replicas own, shown here, and taken over when nobody owns them any more."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import structlog
+from safelight_server.cache.coordination.base import Event, LeaderLostError
+from safelight_server.cache.coordination.leadership import Leadership
+from safelight_server.cache.store.base import StoreError
+from safelight_server.cache.store.sealed import CorruptError, UnreadableError
+from safelight_server.errors import UnavailableError
+from safelight_server.fleet.base import WANT, Ground, Host
+from safelight_server.fleet.owners import Own, Owners
+from safelight_server.generation import Generation
+from safelight_server.intake import Intake
+from safelight_server.picture import Encoded
+from safelight_server.replicas.records import Record, Told, parse
+from safelight_server.request import MediaType
+
+log = structlog.get_logger(__name__)
+
+ANSWER_S = 5.0
+"""How long an owner may take to answer, beyond the time after which it is taken for dead."""
+RETRY_S = 0.5
+
+
+@dataclass(slots=True)
+class Mirror:
+    """A generation that another replica owns, or nobody any more.
+
+    Attributes:
+        num_asking: calls that wait for what becomes of it.
+    """
+
+    name: str
+    generation: Generation
+    record: Record
+    place: str
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    num_asking: int = 0
+    tending: asyncio.Task[None] | None = None
+
+
+class Mirrors:
+    """See the module; run `sweep` as a task."""
+
+    def __init__(self, ground: Ground, host: Host, intake: Intake, owners: Owners, me: str) -> None:
+        self._ground = ground
+        self._host = host
+        self._intake = intake
+        self._owners = owners
+        self._me = me
+        self._mirrors: dict[str, Mirror] = {}
+
+    def __len__(self) -> int:
+        return len(self._mirrors)
+
+    async def find(self, identifier: str, *, tend: bool) -> Generation | None:
+        """A generation that another replica owns or has finished, as it is now; None: there is none.
+
+        Args:
+            tend: go on showing it until `drop`.
+
+        Raises:
+            UnavailableError: it cannot be looked up now.
+        """
+        if (mirror := self._mirrors.get(identifier)) is not None:
+            return mirror.generation
+        try:
+            made = await self._mirror(self._ground.name(identifier))
+        except StoreError:
+            what = "generations of other replicas cannot be looked up now"
+            raise UnavailableError(what, retry_after_s=1.0) from None
+        if made is None or made.generation.ended or not tend:
+            return None if made is None else made.generation
+        return self._keep(made).generation
+
+    def _keep(self, made: Mirror) -> Mirror:
+        """The one mirror of its generation here, which is tended."""
+        mirror = self._mirrors.setdefault(made.record.identifier, made)
+        if mirror is made:
+            mirror.tending = self._ground.start(self._tend(mirror))
+        return mirror
+
+    def attend(self, generation: Generation) -> None:
+        """Goes on showing it, with previews; its owner lets it come here if no stream is left there."""
+        mirror = self._mirrors.get(generation.identifier)
+        if mirror is not None:
+            self._ground.news.say(WANT, generation.identifier, by=self._me)
+            self._ground.start(self._enter(mirror.generation, mirror.record.starts))
+
+    def drop(self, generation: Generation) -> None:
+        """No stream is left here."""
+        mirror = self._mirrors.pop(generation.identifier, None)
+        if mirror is not None:
+            if mirror.tending is not None:
+                mirror.tending.cancel()
+            generation.leave()
+
+    def tell(self, generation: Generation, kind: str, **facts: str) -> None:
+        """Asks the owner for something."""
+        self._ground.news.say(kind, generation.identifier, **facts)
+
+    async def ask(self, generation: Generation, kind: str, **facts: str) -> None:
+        """Asks the owner for something and waits for a while until it has ended or is owned here."""
+        self.tell(generation, kind, **facts)
+        mirror = self._mirrors.get(generation.identifier)
+        if mirror is None:
+            return
+        mirror.num_asking += 1
+        try:
+            async with asyncio.timeout(self._ground.ttl_s + ANSWER_S):
+                while not generation.ended and not generation.owned:
+                    mirror.changed.clear()
+                    await mirror.changed.wait()
+        except TimeoutError:
+            log.warning("no answer of the owner of a generation", generation=generation.name)
+        finally:
+            mirror.num_asking -= 1
+
+    async def _mirror(self, name: str) -> Mirror | None:
+        events = await self._ground.coordinator.read(name)
+        for number, event in enumerate(events):
+            record = self._parse(name, event)
+            if isinstance(record, Record):
+                mirror = Mirror(name, self._host.revive(record), record, event.place)
+                for later in events[number + 1 :]:
+                    await self._apply(mirror, later)
+                return mirror
+        return None
+
+    async def _apply(self, mirror: Mirror, event: Event) -> None:
+        mirror.place = event.place
+        told = self._parse(mirror.name, event)
+        if isinstance(told, Told):
+            picture = None
+            if told.kind == "output" and told.sequence > mirror.generation.log.last_sequence:
+                picture = await self._artifact(mirror.generation, told.output_index)
+            mirror.generation.hear(told, picture)
+            mirror.changed.set()
+
+    def _parse(self, name: str, event: Event) -> Record | Told | None:
+        try:
+            return parse(self._ground.sealer, name, event.data)
+        except (CorruptError, UnreadableError):
+            log.warning("an event of a generation cannot be read", place=event.place)
+            return None
+
+    async def _artifact(self, generation: Generation, index: int) -> Encoded | None:
+        found = await self._ground.tiers.get(self._ground.artifact_key(generation, index))
+        if found is None:
+            return None
+        at = found.entry.metadata
+        size = int(at["width"]), int(at["height"]), int(at["stride"])
+        return Encoded(MediaType(at["media_type"]), *size, found.entry.data)
+
+    async def _tend(self, mirror: Mirror) -> None:
+        try:
+            await self._follow(mirror)
+        finally:
+            if self._mirrors.get(mirror.record.identifier) is mirror:
+                del self._mirrors[mirror.record.identifier]
+
+    async def _follow(self, mirror: Mirror) -> None:
+        while not mirror.generation.ended:
+            try:
+                following = self._ground.coordinator.follow(mirror.name, mirror.place)
+                async with contextlib.aclosing(following) as events:  # type: ignore[type-var]  # is a generator
+                    async for event in events:
+                        await self._apply(mirror, event)
+                        if mirror.generation.ended:
+                            return
+            except LeaderLostError:
+                try:
+                    if await self._adopt(mirror):
+                        return
+                    if not mirror.generation.log.watchers and not mirror.num_asking:
+                        return
+                except StoreError:
+                    await asyncio.sleep(RETRY_S)
+
+    async def _adopt(self, mirror: Mirror) -> bool:
+        """Owns it from here on, unless another replica was quicker."""
+        leader = await Leadership.take(self._ground.coordinator, mirror.name, self._ground.ttl_s)
+        if leader is None:
+            return False
+        generation = mirror.generation
+        try:
+            for event in await self._ground.coordinator.read(mirror.name):
+                if _later(event.place, mirror.place):
+                    await self._apply(mirror, event)
+        except BaseException:
+            await leader.close()
+            raise
+        self._mirrors.pop(generation.identifier, None)
+        await self._owners.adopt(generation, Own(mirror.name, leader))
+        mirror.changed.set()
+        if not generation.ended and self._host.owned(generation):
+            await self._enter(generation, mirror.record.starts)
+        return True
+
+    def resume(self, generation: Generation) -> None:
+        """One that was adopted without a stream has one now."""
+        if any(output.idle for output in generation.outputs):
+            self._ground.start(self._enter(generation, [output.starts for output in generation.outputs]))
+
+    async def _enter(self, generation: Generation, starts: Sequence[bool]) -> None:
+        plans = await self._intake.plan_again(generation, starts)
+        if not generation.ended:
+            self._intake.enter(generation, plans)
+
+    async def sweep(self) -> None:
+        """Takes over what nobody owns, until cancelled."""
+        while True:
+            await asyncio.sleep(self._ground.ttl_s * random.uniform(0.5, 1.0))
+            try:
+                names = await self._ground.coordinator.orphans()
+                random.shuffle(names)
+                for name in names:
+                    await self._rescue(name)
+            except StoreError:
+                continue
+
+    async def _rescue(self, name: str) -> None:
+        mirror = await self._mirror(name)
+        if mirror is None or mirror.generation.ended:
+            await self._ground.coordinator.strike(name)
+        else:
+            self._keep(mirror)  # who tends it finds that nobody owns it
+
+
+def _later(place: str, than: str) -> bool:
+    return _order(place) > _order(than)
+
+
+def _order(place: str) -> tuple[int, int]:
+    milliseconds, _, number = place.partition("-")
+    return int(milliseconds), int(number or 0)

@@ -1,0 +1,189 @@
+"""What the executions of this replica share when there are others: the service, who is led here, who is followed.
+
+Neighbours: `flight` is one execution, `landing` its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Coroutine
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+from safelight_server.cache.checkpoints import Checkpoints
+from safelight_server.cache.coordination.base import Coordinator
+from safelight_server.cache.pictures import Pictures
+from safelight_server.cache.store.base import StoreError
+from safelight_server.cache.store.sealed import Sealer
+from safelight_server.engine import Engine
+from safelight_server.jobs import Job
+from safelight_server.replicas.news import News
+from safelight_server.scheduler import Output, Priority
+
+log = structlog.get_logger(__name__)
+
+FOLLOW = "follow"
+MAX_WISHES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What a flight is known by.
+
+    Attributes:
+        name: to all replicas; an HMAC.
+        pointer: the key of its pixels in the tiers.
+        checkpoints: tenant and execution of its checkpoints; None: it has none.
+        tenant, generation: who is billed.
+        again: it may have come far already, on a replica that is gone.
+    """
+
+    name: str
+    pointer: str
+    checkpoints: tuple[str, str] | None
+    tenant: str
+    generation: str
+    again: bool = False
+
+
+class Led(Protocol):
+    """A flight that is led here; `followed`: someone elsewhere wants to see its steps."""
+
+    ticket: Ticket
+    followed: bool
+
+
+class Flights:
+    """All flights of this replica; run `watch_service` as a task.
+
+    Attributes:
+        away: the service was away for longer than a lease.
+        num_late: results kept for a service that is away.
+        asking: jobs that have not learned yet whether they run here.
+
+    Args:
+        ttl_s: of a lease.
+        pool: threads for pixels.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        coordinator: Coordinator,
+        sealer: Sealer,
+        checkpoints: Checkpoints,
+        pictures: Pictures,
+        news: News,
+        pool: Executor,
+        ttl_s: float,
+    ) -> None:
+        self.engine = engine
+        self.coordinator = coordinator
+        self.sealer = sealer
+        self.checkpoints = checkpoints
+        self.pictures = pictures
+        self.news = news
+        self.pool = pool
+        self.ttl_s = ttl_s
+        self.away = asyncio.Event()
+        self.num_late = 0
+        self.asking: dict[object, Job] = {}
+        self._wishes: OrderedDict[str, None] = OrderedDict()
+        self._leading: dict[str, Led] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        news.on(FOLLOW, lambda name, _facts: self._wish(name))
+
+    def start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Runs something of a flight; `close` waits for it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            log.error("bug", exc_info=fault)
+
+    def leads(self, flight: Led) -> None:
+        """It is led here from now on."""
+        self._leading[flight.ticket.name] = flight
+        if self._wishes.pop(flight.ticket.name, 0) is None:
+            flight.followed = True
+
+    def ends(self, flight: Led) -> None:
+        """It is not led here any more."""
+        if self._leading.get(flight.ticket.name) is flight:
+            del self._leading[flight.ticket.name]
+
+    def _wish(self, name: str) -> None:
+        if (flight := self._leading.get(name)) is not None:
+            flight.followed = True
+            return
+        self._wishes[name] = None
+        if len(self._wishes) > MAX_WISHES:
+            self._wishes.popitem(last=False)
+
+    async def watch_service(self) -> None:
+        """Says in `away` when the service was away for longer than a lease: leaders elsewhere are out of reach."""
+        since: float | None = None
+        while True:
+            try:
+                await self.coordinator.holder("service")
+                since = None
+                self.away.clear()
+            except StoreError:
+                since = since or time.monotonic()
+                if time.monotonic() - since >= self.ttl_s:
+                    self.away.set()
+            await asyncio.sleep(self.ttl_s / 3)
+
+    async def close(self, grace_s: float = 2.0) -> None:
+        """Waits for commits under way and gives leases back, as far as that is quick."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=grace_s)
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+class LoadWithAsking:
+    """The scheduler's load (see `admission.Load`) and the outputs that are about to come to it."""
+
+    def __init__(self, flights: Flights) -> None:
+        self._scheduler = flights.engine.scheduler
+        self._asking = flights.asking
+
+    @property
+    def num_outputs(self) -> int:
+        """See `Load`."""
+        return self._scheduler.num_outputs + len(self._asking)
+
+    @property
+    def num_free(self) -> int:
+        """See `Load`."""
+        return max(0, self._scheduler.num_free - len(self._asking))
+
+    def num_waiting(self, priority: Priority | None = None) -> int:
+        """See `Load`; whoever asks while slots are free does not wait."""
+        waiting = Counter(job.priority for job in self._asking.values())
+        ours = len(self._asking) if priority is None else waiting[priority]
+        return self._scheduler.num_waiting(priority) + max(0, ours - self._scheduler.num_free)
+
+    def num_waiting_of(self, caller: str) -> int:
+        """See `Load`."""
+        ours = sum(job.caller == caller for job in self._asking.values())
+        return self._scheduler.num_waiting_of(caller) + max(0, ours - self._scheduler.num_free)
+
+    def backlog_s(self) -> float:
+        """See `Load`."""
+        return self._scheduler.backlog_s()
+
+    def estimate_s(self, output: Output, num_outputs: int = 1) -> float:
+        """See `Load`."""
+        return self._scheduler.estimate_s(output, num_outputs + len(self._asking))

@@ -1,0 +1,131 @@
+"""The end of an execution that was led here: the picture first, then the commit with the bill, then the watchers.
+
+Invariants: a picture lies in a shared tier before it is committed; a result is
+billed once; where the service is away the own watchers get the picture all the
+same, and it is committed later or discarded. Neighbours: `flight`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+
+import structlog
+from safelight_server.cache.coordination.base import Outcome
+from safelight_server.cache.coordination.leadership import Leadership
+from safelight_server.cache.store.base import StoreError
+from safelight_server.cache.store.sealed import Entry
+from safelight_server.picture import Pixels
+from safelight_server.replicas.flights import Flights, Ticket
+
+log = structlog.get_logger(__name__)
+
+LAND_S = 1.0
+"""How long a finished picture waits for its commit before its own watchers get it all the same."""
+GIVE_UP_S = 120.0
+"""How long a result is kept for a Redis that is away; then it is discarded, unbilled."""
+MAX_LATE = 256
+"""Results kept for that."""
+RETRY_S = 0.5
+BILL = "bill"
+BILL_S = 400 * 86_400.0
+"""How long bills can be opened."""
+
+Keep = Callable[[Pixels, float], Awaitable[bool]]
+"""Puts pixels where the ticket points, with the compute they took; whether a shared tier has them."""
+
+
+@dataclass(slots=True)
+class Work:
+    """What is billed."""
+
+    rows: int = 0
+    steps: int = 0
+    compute_s: float = 0.0
+
+
+async def committed(flights: Flights, name: str) -> Pixels | None:
+    """The picture of a committed result; a result whose picture is gone is forgotten, to be computed anew.
+
+    Raises:
+        StoreError: the service cannot be asked.
+    """
+    result = await flights.coordinator.result(name)
+    if result is None:
+        return None
+    kept = await flights.pictures.at(result.pointer)
+    if kept is None:
+        await flights.coordinator.forget(name, result)
+        return None
+    return kept[0]
+
+
+async def land(
+    flights: Flights, ticket: Ticket, keep: Keep, pixels: Pixels, work: Work, leader: Leadership | None
+) -> Pixels:
+    """Commits a picture, now or later; the one that counts, as far as that is known soon."""
+    decided: asyncio.Future[Pixels | None] = asyncio.get_running_loop().create_future()
+    flights.start(_commit(flights, ticket, keep, pixels, work, leader, decided))
+    try:
+        async with asyncio.timeout(LAND_S):
+            theirs = await asyncio.shield(decided)
+    except TimeoutError:
+        return pixels
+    return pixels if theirs is None else theirs
+
+
+async def _commit(
+    flights: Flights,
+    ticket: Ticket,
+    keep: Keep,
+    pixels: Pixels,
+    work: Work,
+    leader: Leadership | None,
+    decided: asyncio.Future[Pixels | None],
+) -> None:
+    """Commits; `decided` with the picture that counts in place of ours, or None as soon as this takes long."""
+    until, late = time.monotonic() + GIVE_UP_S, False
+    try:
+        while time.monotonic() < until:
+            with contextlib.suppress(StoreError):
+                if await keep(pixels, work.compute_s):
+                    leader = leader or await Leadership.take(flights.coordinator, ticket.name, flights.ttl_s)
+                    outcome = (
+                        None
+                        if leader is None
+                        else await leader.commit(ticket.pointer, _bill(flights, ticket, work), LAND_S)
+                    )
+                    if leader is None or outcome is Outcome.TAKEN:  # another's counts
+                        _decide(decided, await committed(flights, ticket.name))
+                        return
+                    if outcome is not None:
+                        return
+            if not late and flights.num_late >= MAX_LATE:
+                break
+            flights.num_late += not late
+            late = True
+            _decide(decided, None)
+            if leader is not None:  # who follows need not wait for this
+                await leader.close()
+                leader = None
+            await asyncio.sleep(RETRY_S)
+        log.warning("a result was not committed in time and is discarded", generation=ticket.generation)
+    finally:
+        flights.num_late -= late
+        _decide(decided, None)
+        if leader is not None:
+            await leader.close()
+
+
+def _bill(flights: Flights, ticket: Ticket, work: Work) -> bytes:
+    facts = {"tenant": ticket.tenant, "generation": ticket.generation} | asdict(work)
+    return flights.sealer.seal(BILL, Entry(json.dumps(facts).encode()), time.time() + BILL_S)
+
+
+def _decide(decided: asyncio.Future[Pixels | None], pixels: Pixels | None) -> None:
+    if not decided.done():
+        decided.set_result(pixels)

@@ -1,0 +1,168 @@
+"""Replicas as real processes on one Redis: started, killed, asked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+from safelight.v1 import generation_pb2 as pb
+from safelight.v1 import generation_pb2_grpc as stubs
+from safelight_server.cache.coordination.redis import RedisCoordinator
+from safelight_server.cache.store.breaker import Breaker
+from safelight_server.cache.store.keyring import Keyring, new_key_file
+from safelight_server.cache.store.redis import RedisConnection
+from safelight_server.cache.store.sealed import Sealer
+from safelight_server.replicas.landing import BILL
+
+from tests.conftest import MODELS
+
+ROOT = Path(__file__).parent.parent.parent
+TTL_S = 1.5
+"""Of leases: short, so that a dead replica is soon replaced, and long enough for two busy cores."""
+
+
+class Replica:
+    """`safelight serve` in a process of its own."""
+
+    def __init__(self, redis_url: str, keys: Path, folder: Path, **settings: object) -> None:
+        self.port = _free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        given = {
+            "port": self.port,
+            "models_dir": MODELS,
+            "runtime": "simulated",
+            "simulated_base_ms": 30,
+            "num_instances": 1,
+            "redis_url": redis_url,
+            "redis_timeout_ms": 2000,
+            "lease_ttl_s": TTL_S,
+            "cache_key_file": keys,
+            "checkpoint_every_n_steps": 2,
+            "log_format": "json",
+        } | settings
+        self._environment = {f"SAFELIGHT_{name.upper()}": str(value) for name, value in given.items()}
+        self._log = folder / f"replica-{self.port}.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.channel: grpc.aio.Channel | None = None
+
+    @property
+    def stub(self) -> stubs.GenerationServiceStub:
+        """Of a channel of its own."""
+        if self.channel is None:
+            self.channel = grpc.aio.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1)])
+        return stubs.GenerationServiceStub(self.channel)
+
+    async def start(self) -> None:
+        """Starts it and waits until it serves."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SAFELIGHT_")}
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(  # noqa: ASYNC220  # it begins at once, and its end is waited for
+                [sys.executable, "-m", "safelight_server.cli", "serve"],
+                env=environment | self._environment | {"PYTHONPATH": f"{ROOT / 'server'}:{ROOT / 'clients/python'}"},
+                stdout=log,
+                stderr=log,
+            )
+        _ = self.stub
+        assert self.channel is not None
+        try:
+            await asyncio.wait_for(self.channel.channel_ready(), 60)
+        except TimeoutError:
+            raise AssertionError(self._log.read_text()) from None
+
+    def signal(self, number: int) -> None:
+        """Sends a signal."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    async def kill(self) -> None:
+        """As kill -9."""
+        if self.channel is not None:
+            await self.channel.close()
+            self.channel = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def lines(self, event: str) -> list[dict[str, object]]:
+        """What it logged of an event."""
+        found = []
+        for line in self._log.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                if isinstance(entry, dict) and entry.get("event") == event:
+                    found.append(entry)
+        return found
+
+
+@contextlib.asynccontextmanager
+async def replicas(redis_url: str, folder: Path, count: int = 2, **settings: object) -> AsyncIterator[list[Replica]]:
+    """That many, with one key file."""
+    keys = key_file(folder)
+    made = [Replica(redis_url, keys, folder, **settings) for _ in range(count)]
+    try:
+        await asyncio.gather(*(replica.start() for replica in made))
+        yield made
+    finally:
+        for replica in made:
+            await replica.kill()
+
+
+def key_file(folder: Path) -> Path:
+    """One for all replicas of a test."""
+    keys = folder / "cache.keys"
+    if not keys.exists():
+        keys.write_text(new_key_file())
+    return keys
+
+
+async def bills(redis_url: str, folder: Path) -> list[dict[str, object]]:
+    """All bills, opened."""
+    sealer = Sealer(Keyring.load(key_file(folder)))
+    connection = RedisConnection(redis_url, 10.0)
+    coordinator = RedisCoordinator(connection, Breaker("redis", 10.0))
+    try:
+        return [json.loads(sealer.open(BILL, bill.data)[0].data) for bill in await coordinator.bills(limit=100_000)]
+    finally:
+        await coordinator.close()
+        await connection.close()
+
+
+async def collect(call: grpc.aio.UnaryStreamCall) -> list[pb.GenerationEvent]:
+    """All events of a stream."""
+    return [response.event async for response in call]
+
+
+async def until_step(call: grpc.aio.UnaryStreamCall, step: int) -> list[pb.GenerationEvent]:
+    """Events until a step is made."""
+    events = []
+    async for response in call:
+        events.append(response.event)
+        if response.event.WhichOneof("event") == "progress" and response.event.progress.step >= step:
+            return events
+    raise AssertionError("it ended before")
+
+
+def picture(events: list[pb.GenerationEvent], output: int = 0) -> bytes:
+    """The bytes of a picture."""
+    chunks = [e.artifact_chunk for e in events if e.WhichOneof("event") == "artifact_chunk"]
+    return b"".join(chunk.data for chunk in chunks if chunk.output_index == output)
+
+
+def sequences(events: list[pb.GenerationEvent]) -> list[int]:
+    """Numbers of the state events."""
+    return [event.sequence for event in events if event.sequence]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,252 @@
+"""One execution wherever it runs: two replicas in this process, with a coordinator and a tier that both see."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+from safelight_server.cache.checkpoints import Checkpoints, Policy
+from safelight_server.cache.pictures import Facts, Pictures
+from safelight_server.cache.store.keyring import Keyring
+from safelight_server.cache.store.memory import MemoryStore
+from safelight_server.cache.store.sealed import Sealer
+from safelight_server.cache.store.tiers import Tier, Tiers
+from safelight_server.execution import Execution
+from safelight_server.jobs import Job
+from safelight_server.latents import Snapshot
+from safelight_server.picture import Pixels
+from safelight_server.replicas import landing
+from safelight_server.replicas.flight import Flight
+from safelight_server.replicas.flights import Flights, Ticket
+from safelight_server.replicas.landing import BILL
+from safelight_server.replicas.news import News
+from safelight_server.runtime.base import FloatArray, RuntimeFailure
+from safelight_server.runtime.simulated import LATENT, simulated_pipeline
+from safelight_server.sampler import SamplerSpec, compile_table
+from safelight_server.scheduler import Priority
+from safelight_server.telemetry.metrics import TierMetrics
+
+from tests.conftest import eventually
+from tests.support.coordination import until
+from tests.support.streams import Here
+from tests.unit.test_cache_leadership import Outages
+from tests.unit.test_execution import STEPS, Member, Stage
+
+TTL_S = 0.3
+FACTS = Facts("x", "generations/a", "simulated/1", STEPS, 0.0)
+NAME, POINTER = "ab01.exact", "ab01/picture/exact.pixels"
+
+
+class Recorder:
+    """Keeps checkpoints as the cache does."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+
+    def encoded(self, row: int, embedding: FloatArray) -> None:
+        pass
+
+    def wants_checkpoint(self, step: int) -> bool:
+        return step % 2 == 0
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        self.task = asyncio.create_task(self._checkpoints.keep("t", "exact", snapshot, STEPS, replicate=True))
+
+    async def developed(self, picture: object, compute_s: float) -> None:
+        pass
+
+
+class Replica:
+    """An engine whose steps the test lets through, and its flights."""
+
+    def __init__(self, coordinator: Outages, tiers: Tiers, sealer: Sealer, keyring: Keyring) -> None:
+        self.stage = Stage()
+        self.checkpoints = Checkpoints(tiers, keyring, Policy(2))
+        self.pictures = Pictures(tiers, keyring, Here(), 60.0)
+        news = News(coordinator, sealer)
+        self.flights = Flights(
+            self.stage.engine, coordinator, sealer, self.checkpoints, self.pictures, news, Here(), TTL_S
+        )
+        self.tasks = [asyncio.create_task(work) for work in (news.listen(), news.talk())]
+        self.flight: Flight | None = None
+
+    def execution(self, *, again: bool = False, generation: str = "generations/a") -> Execution:
+        pipeline = simulated_pipeline()
+        table = compile_table(SamplerSpec("ddim", "trailing"), pipeline.schedule, "v_prediction", STEPS)
+        job = Job(0, "me", Priority.STANDARD, pipeline, LATENT, table, 7, 1.0, ((1, 2),))
+        ticket = Ticket(NAME, POINTER, ("t", "exact"), "tenant", generation, again)
+
+        async def keep(pixels: Pixels, compute_s: float) -> bool:
+            return await self.pictures.put(POINTER, pixels, FACTS, replicate=True)
+
+        self.flight = Flight(self.flights, ticket, keep)
+        return self.stage.executions.create(job, "same", Recorder(self.checkpoints), self.flight)
+
+    async def step(self, execution: Execution, step: int) -> None:
+        await self.stage.step(execution, step)
+
+    def run(self) -> None:
+        for _ in range(100):
+            self.stage.runtime.gate.release()
+
+    async def close(self) -> None:
+        self.run()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.wait(self.tasks)
+        await self.flights.close(0.0)
+        await self.stage.engine.close()
+
+
+class Pair:
+    def __init__(self) -> None:
+        self.coordinator = Outages()
+        self.keyring = Keyring.random()
+        self.sealer = Sealer(self.keyring)
+        self.store = MemoryStore(1 << 24)
+        self.store.name = "redis"  # type: ignore[misc]  # it plays the shared tier
+        metrics = TierMetrics(CollectorRegistry())
+        tiers = [Tiers([Tier(self.store, shared=True)], self.sealer, metrics) for _ in range(2)]
+        self.one, self.other = (Replica(self.coordinator, each, self.sealer, self.keyring) for each in tiers)
+
+    async def bills(self) -> list[dict[str, object]]:
+        return [json.loads(self.sealer.open(BILL, bill.data)[0].data) for bill in await self.coordinator.bills()]
+
+
+@pytest.fixture
+async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
+    monkeypatch.setattr(landing, "RETRY_S", 0.01)
+    made = Pair()
+    yield made
+    made.coordinator.out = False
+    await made.one.close()
+    await made.other.close()
+
+
+async def alone() -> Pixels:
+    """The picture of one that nothing disturbs."""
+    stage = Stage()
+    member, execution = Member(), stage.execution()
+    execution.join(member)
+    await stage.step(execution, STEPS)
+    await eventually(lambda: member.picture is not None)
+    await stage.engine.close()
+    assert member.picture is not None
+    return member.picture.pixels
+
+
+async def test_the_second_replica_follows_and_one_bill_is_written(pair: Pair) -> None:
+    leader, follower = Member(), Member(wants=True)
+    first, second = pair.one.execution(), pair.other.execution(generation="generations/b")
+    first.join(leader)
+    await pair.one.step(first, 1)
+    second.join(follower)
+    await eventually(lambda: pair.one.flight is not None and pair.one.flight.followed)
+    await pair.one.step(first, 2)
+    await eventually(lambda: follower.steps == [2])
+    await pair.one.step(first, STEPS)
+    await eventually(lambda: follower.picture is not None and leader.picture is not None)
+    assert follower.picture is not None and leader.picture is not None
+    assert np.array_equal(follower.picture.pixels, leader.picture.pixels)
+    assert np.array_equal(leader.picture.pixels, await alone())
+    assert [frame.step for frame in follower.frames][:1] == [2]
+    assert (leader.counted, follower.counted, follower.rows) == (STEPS, 0, 0)
+    [bill] = await pair.bills()
+    assert (bill["generation"], bill["steps"], bill["rows"]) == ("generations/a", STEPS, STEPS)
+
+
+async def test_what_nobody_follows_is_not_published(pair: Pair) -> None:
+    member, execution = Member(wants=True), pair.one.execution()
+    execution.join(member)
+    await pair.one.step(execution, STEPS)
+    await eventually(lambda: member.picture is not None)
+    assert await pair.coordinator.read(NAME) == []
+    assert member.frames
+
+
+async def test_what_one_leaves_the_other_goes_on_with(pair: Pair) -> None:
+    leader, follower = Member(), Member()
+    first, second = pair.one.execution(), pair.other.execution()
+    first.join(leader)
+    await pair.one.step(first, 3)
+    second.join(follower)
+    first.leave(leader)
+    pair.other.run()
+    await eventually(lambda: follower.picture is not None)
+    assert follower.picture is not None
+    assert np.array_equal(follower.picture.pixels, await alone())
+    assert follower.counted == STEPS - 3, "from where it was left"
+
+
+async def test_a_dead_leader_is_replaced_from_the_newest_checkpoint(pair: Pair) -> None:
+    leader, follower = Member(), Member()
+    first, second = pair.one.execution(), pair.other.execution()
+    first.join(leader)
+    await pair.one.step(first, 3)
+    second.join(follower)
+    assert pair.one.flight is not None and pair.one.flight._leader is not None
+    pair.one.flight._leader._beating.cancel()  # it renews no more, as a dead process
+    pair.other.run()
+    await eventually(lambda: follower.picture is not None)
+    assert follower.picture is not None
+    assert np.array_equal(follower.picture.pixels, await alone())
+    assert follower.counted == STEPS - 2
+    pair.one.run()  # it was only frozen: its members have their picture, nobody pays twice
+    await eventually(lambda: leader.picture is not None)
+    await until(lambda: asyncio.sleep(0, not pair.one.flights._tasks))
+    assert len(await pair.bills()) == 1
+
+
+async def test_a_leader_that_died_between_picture_and_commit_is_billed_for(pair: Pair) -> None:
+    pixels = await alone()
+    await pair.one.pictures.put(POINTER, pixels, FACTS, replicate=True)
+    member, execution = Member(), pair.other.execution(again=True)
+    execution.join(member)
+    await eventually(lambda: member.picture is not None)
+    assert member.counted == 0, "no step was made"
+    [bill] = await pair.bills()
+    assert (bill["steps"], bill["rows"]) == (STEPS, STEPS)
+
+
+async def test_without_the_service_it_runs_here_and_commits_later(pair: Pair) -> None:
+    pair.coordinator.out = True
+    member, execution = Member(), pair.one.execution()
+    execution.join(member)
+    await pair.one.step(execution, STEPS)
+    await eventually(lambda: member.picture is not None)
+    assert await pair.bills() == []
+    pair.coordinator.out = False
+
+    async def billed() -> bool:
+        return len(await pair.bills()) == 1
+
+    await until(billed)
+
+
+async def test_a_result_whose_picture_is_gone_is_computed_anew(pair: Pair) -> None:
+    for number in (1, 2):
+        member, execution = Member(), pair.one.execution()
+        execution.join(member)
+        pair.one.run()
+        await eventually(lambda: member.picture is not None)
+        assert len(await pair.bills()) == number
+        await eventually(lambda: not pair.one.flights._tasks)
+        await pair.store.delete(POINTER)
+
+
+async def test_failure_lets_those_who_follow_try_themselves(pair: Pair) -> None:
+    leader, follower = Member(), Member()
+    first, second = pair.one.execution(), pair.other.execution()
+    first.join(leader)
+    await pair.one.step(first, 1)
+    second.join(follower)
+    pair.one.stage.runtime.fail = RuntimeFailure("broken", retryable=False)
+    pair.one.run()
+    await eventually(lambda: leader.error is not None)
+    pair.other.run()
+    await eventually(lambda: follower.picture is not None)
+    assert follower.error is None

@@ -1,0 +1,114 @@
+"""What streams see is written first; an outage holds nothing up and loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from safelight_server.cache.coordination.leadership import Leadership
+from safelight_server.cache.store.keyring import Keyring
+from safelight_server.cache.store.sealed import Sealer
+from safelight_server.events import FinishReason, OutputFinished, State
+from safelight_server.picture import Encoded
+from safelight_server.replicas import journal as journals
+from safelight_server.replicas.journal import Journal
+from safelight_server.replicas.records import Told, parse
+
+from tests.conftest import eventually
+from tests.support.streams import PICTURE, settle
+from tests.unit.test_cache_leadership import Outages
+
+NAME = "x"
+
+
+class Desk:
+    """A journal, and what came of it."""
+
+    def __init__(self, coordinator: Outages, leader: Leadership) -> None:
+        self.coordinator = coordinator
+        self.shown: list[int] = []
+        self.kept: list[int] = []
+        self.lost = 0
+        self.settled = 0
+        self.journal = Journal(leader, self.sealer, self._put, lambda: (State.RUNNING, None), self._lose)
+
+    sealer = Sealer(Keyring.random())
+
+    def event(self, sequence: int) -> None:
+        event = OutputFinished(sequence, FinishReason.COMPLETED, 1)
+        self.journal.event(event, sequence, b"data", lambda: self.shown.append(sequence))
+
+    def picture(self, number: int) -> None:
+        self.journal.picture(number, PICTURE, lambda: self.shown.append(number))
+
+    async def settle(self) -> None:
+        self.settled += 1
+
+    async def written(self) -> list[int]:
+        found = [parse(self.sealer, NAME, event.data) for event in await self.coordinator.read(NAME)]
+        return [told.sequence for told in found if isinstance(told, Told)]
+
+    async def _put(self, index: int, picture: Encoded) -> bool:
+        if not self.coordinator.out:
+            self.kept.append(index)
+        return not self.coordinator.out
+
+    def _lose(self) -> None:
+        self.lost += 1
+
+
+@pytest.fixture
+async def desk(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Desk]:
+    monkeypatch.setattr(journals, "RETRY_S", 0.005)
+    coordinator = Outages()
+    leader = await Leadership.take(coordinator, NAME, 0.06)
+    assert leader is not None
+    made = Desk(coordinator, leader)
+    yield made
+    await made.journal.abandon()
+
+
+async def test_nothing_is_shown_before_it_is_written_and_all_in_order(desk: Desk) -> None:
+    desk.event(1)
+    desk.picture(2)
+    desk.event(3)
+    assert desk.shown == []
+    await eventually(lambda: len(desk.shown) == 3)
+    assert (desk.shown, desk.kept, await desk.written()) == ([1, 2, 3], [2], [1, 3])
+
+
+async def test_an_outage_holds_nothing_up_and_loses_nothing(desk: Desk) -> None:
+    desk.coordinator.out = True
+    desk.event(1)
+    desk.picture(2)
+    desk.event(3)
+    await eventually(lambda: len(desk.shown) == 3)
+    assert await desk.written() == []
+    desk.coordinator.out = False
+    await eventually(lambda: desk.kept == [2])
+    desk.event(4)
+    await eventually(lambda: len(desk.shown) == 4)
+    assert (desk.shown, await desk.written()) == ([1, 2, 3, 4], [1, 3, 4])
+
+
+async def test_the_end_comes_after_all_is_written_and_gives_the_ownership_back(desk: Desk) -> None:
+    desk.event(1)
+    desk.journal.end(desk.settle)
+    await desk.journal.closed()
+    assert (await desk.written(), desk.settled, desk.lost) == ([1], 1, 0)
+    assert await desk.coordinator.holder(NAME) is None
+
+
+async def test_one_who_was_replaced_writes_nothing_more_and_holds_nothing_up(desk: Desk) -> None:
+    desk.coordinator.out = True
+    desk.event(1)
+    await eventually(lambda: desk.shown == [1])
+    execution = desk.coordinator._execution(NAME)
+    execution.lease = None
+    desk.coordinator.out = False
+    assert await desk.coordinator.acquire(NAME, "other", 30.0) is not None
+    await eventually(lambda: desk.lost == 1)
+    desk.event(2)
+    await settle()
+    assert desk.shown == [1, 2]
+    assert await desk.written() == []

@@ -1,0 +1,112 @@
+"""What is written of a generation reads back as it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+from safelight_server.cache.store.keyring import Keyring
+from safelight_server.cache.store.sealed import CorruptError, Sealer
+from safelight_server.errors import DeadlineExceededError, InternalError, UnavailableError
+from safelight_server.events import (
+    Accepted,
+    Disposition,
+    Finished,
+    FinishReason,
+    Origin,
+    OutputFinished,
+    State,
+    Timings,
+    Usage,
+)
+from safelight_server.identity import Caller
+from safelight_server.replicas.records import Record, Told, Written, dump, parse, told
+from safelight_server.request import (
+    Branch,
+    CacheMode,
+    CachePolicy,
+    DisconnectPolicy,
+    MediaType,
+    Notice,
+    PixelEncoding,
+    PreviewMethod,
+    PreviewPolicy,
+    Request,
+)
+from safelight_server.scheduler import Priority
+
+from tests.support.streams import RAW, SPEC
+
+NOW = datetime(2026, 11, 25, 3, 0, 0, 123456, tzinfo=UTC)
+REQUEST = Request(
+    replace(SPEC, seeds=(0, 2**64 - 1), guidance_scale=0.1, negative_token_ids=(1, 2), prompt="a \u2603 \U0001f9ea"),
+    PreviewPolicy(PixelEncoding(MediaType.JPEG, 3), PreviewMethod.LINEAR, 64, 3, 0.1, 1000),
+    PixelEncoding(MediaType.RAW_RGBA8, 85, 256, True),
+    Priority.BATCH,
+    DisconnectPolicy(True, 3.3),
+    CachePolicy(CacheMode.ALLOW_SIMILAR, 0.97),
+    Branch("b", 1, 3),
+    "6f1c0a52-9b3e-4d0f-8a55-2f0c7d1e9b64",
+    bytes(range(256)),
+    {"a": "b"},
+    (Notice("PROMPT_TRUNCATED", "cut"),),
+)
+RECORD = Record(
+    "0" * 32,
+    Caller("ann", "studio"),
+    REQUEST,
+    NOW,
+    1764.25,
+    (Origin(), Origin(Disposition.LATENT, 0.91, "generations/x", 7)),
+    (False, True),
+)
+USAGE = Usage(0.1, 2, 3, 4, 5)
+UNAVAILABLE = UnavailableError("later", reason="DRAINING", metadata={"k": "v"}, retry_after_s=1.5)
+
+
+def through(written: Written) -> Written:
+    sealer = Sealer(Keyring.random())
+    return parse(sealer, "name", dump(sealer, "name", written))
+
+
+def test_a_record_is_read_back_whole() -> None:
+    assert through(RECORD) == RECORD
+    assert through(replace(RECORD, deadline_at=None)) == replace(RECORD, deadline_at=None)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Accepted(SPEC, "numerics", RAW, 1.0),
+        OutputFinished(2, FinishReason.COMPLETED, 20),
+        Finished(None, USAGE, Timings()),
+    ],
+)
+def test_events_keep_the_bytes_that_streams_get(event: Accepted | OutputFinished | Finished) -> None:
+    found = through(told(event, 7, b"\x00bytes", State.SUCCEEDED, None, NOW))
+    assert isinstance(found, Told)
+    assert (found.data, found.sequence) == (b"\x00bytes", 7)
+    if isinstance(event, OutputFinished):
+        assert (found.output_index, found.reason, found.step) == (2, FinishReason.COMPLETED, 20)
+    if isinstance(event, Finished):
+        assert (found.state, found.usage, found.finish_time) == (State.SUCCEEDED, USAGE, NOW)
+
+
+def test_errors_come_back_as_they_were() -> None:
+    finished = Finished(UNAVAILABLE, USAGE, Timings())
+    found = through(told(finished, 3, b"", State.FAILED, UNAVAILABLE, NOW))
+    assert isinstance(found, Told)
+    error = found.error
+    assert isinstance(error, UnavailableError)
+    assert (error.message, error.reason, error.metadata, error.retry_after_s) == ("later", "DRAINING", {"k": "v"}, 1.5)
+    late = through(told(finished, 3, b"", State.FAILED, DeadlineExceededError("late"), NOW))
+    assert isinstance(late, Told) and isinstance(late.error, DeadlineExceededError)
+    bug = through(told(finished, 3, b"", State.FAILED, InternalError(), NOW))
+    assert isinstance(bug, Told) and isinstance(bug.error, InternalError)
+
+
+def test_a_record_counts_in_its_own_stream_only() -> None:
+    sealer = Sealer(Keyring.random())
+    with pytest.raises(CorruptError):
+        parse(sealer, "other", dump(sealer, "name", RECORD))
