@@ -20,10 +20,11 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import uvloop
 from rich.console import Console
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
-from safelight_server.app import serving
+from safelight_server.app import serving, settle
 from safelight_server.settings import load
 from safelight_server.telemetry import configure_logging
 
@@ -38,11 +39,11 @@ def request(number: int, media_type: str) -> pb.GenerateRequest:
 
 
 def ask_process(address: str, options: argparse.Namespace, answers: Connection) -> None:
-    """The clients; sends back seconds by request, and how many were no exact hits."""
-    answers.send(asyncio.run(ask(address, options)))
+    """The clients; sends back when it begins, then seconds by request, and how many were no exact hits."""
+    answers.send(uvloop.run(ask(address, options, answers)))
 
 
-async def ask(address: str, options: argparse.Namespace) -> tuple[list[float], int]:
+async def ask(address: str, options: argparse.Namespace, answers: Connection) -> tuple[list[float], int]:
     """First all pictures once, then again at the rate."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub = stubs.GenerationServiceStub(channel)
@@ -56,6 +57,7 @@ async def ask(address: str, options: argparse.Namespace) -> tuple[list[float], i
         for _ in range(2):  # developed, then encoded for the first time
             await asyncio.gather(*(one(number, 0.0) for number in range(options.pictures)))
             await asyncio.sleep(0.5)
+        answers.send("begun")
         began, tasks = time.perf_counter() + 0.1, []
         for number in range(round(options.rate * options.seconds)):
             due = began + number / options.rate
@@ -73,8 +75,10 @@ async def measure(options: argparse.Namespace) -> dict[str, float]:
         process = multiprocessing.get_context("spawn").Process(
             target=ask_process, args=(running.address, options, theirs)
         )
-        began, cpu = time.perf_counter(), time.process_time()
+        settle()
         process.start()
+        await asyncio.to_thread(ours.recv)
+        began, cpu = time.perf_counter(), time.process_time()
         seconds, misses = await asyncio.to_thread(ours.recv)
         wall, cpu = time.perf_counter() - began, time.process_time() - cpu
         await asyncio.to_thread(process.join)
@@ -100,7 +104,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     configure_logging("console", "error")
-    figures = asyncio.run(measure(options))
+    figures = uvloop.run(measure(options))
     Console().print({name: round(figure, 3) for name, figure in figures.items()})
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(figures, indent=1) + "\n")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import uvloop
 from rich.console import Console
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
@@ -55,7 +56,7 @@ def request(number: int, mode: str, steps: int) -> pb.GenerateRequest:
 
 def ask_process(address: str, clients: int, steps: int, orders: Connection) -> None:
     """Clients that do what they are told: (mode, first number, count), until None."""
-    asyncio.run(_ask(address, clients, steps, orders))
+    uvloop.run(_ask(address, clients, steps, orders))
 
 
 async def _ask(address: str, clients: int, steps: int, orders: Connection) -> None:
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     configure_logging("console", "error")
-    figures = asyncio.run(measure(options))
+    figures = uvloop.run(measure(options))
     Console(width=120).print_json(json.dumps(figures))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(figures, indent=1) + "\n")
