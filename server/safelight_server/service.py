@@ -256,7 +256,9 @@ class Service:
                 log.exception("bug", rpc=name)
                 failure = InternalError()
             _end_span(stage, failure or stream.failure)
-            if failure is not None:
+            if stream.ending is not None:
+                await stream.ending  # a call that returns before would end as OK
+            elif failure is not None:
                 await self._abort(context, failure, started=stream.watcher is not None)
 
         return grpc.unary_stream_rpc_method_handler(handler)
@@ -299,7 +301,7 @@ class _Stream:
 
     def __init__(self, context: Context, stage: Stage) -> None:
         self._context = context
-        self._ending: asyncio.Task[None] | None = None
+        self.ending: asyncio.Task[None] | None = None
         self.stage = stage
         self.failure: SafelightError | None = None
         self.watcher: Watcher | None = None
@@ -323,7 +325,7 @@ class _Stream:
     def end(self, error: SafelightError) -> None:
         """Ends the call from outside; where the client does not read, the status waits behind what was sent last."""
         self.failure = error
-        self._ending = asyncio.create_task(self._abort(error))
+        self.ending = asyncio.create_task(self._abort(error))
 
     def end_span_given_up(self) -> None:
         """The client has gone, or its deadline has passed."""

@@ -171,7 +171,8 @@ class RedisCoordinator:
     async def commit(self, lease: Lease, pointer: str, bill: bytes) -> Outcome:
         """See `Coordinator`."""
         keys = [*(_key(kind, lease.name) for kind in ("token", "result", "lease", "events")), BILLS]
-        arguments = (lease.owner, str(lease.token), pointer, bill, self._memory_ms, self._max_bills, _ms(ENDED_S))
+        ended_ms = min(_ms(ENDED_S), self._memory_ms)
+        arguments = (lease.owner, str(lease.token), pointer, bill, self._memory_ms, self._max_bills, ended_ms)
         return Outcome((await self._run("commit", keys, *arguments)).decode())
 
     async def result(self, name: str) -> Result | None:
