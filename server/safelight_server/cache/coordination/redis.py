@@ -259,8 +259,9 @@ class RedisCoordinator:
                 await asyncio.sleep(RETRY_S)
                 continue
             for key, entries in found or ():
-                for follower in self._followed:
-                    if follower.key == key.decode():
+                since = places[key.decode()]
+                for follower in self._followed:  # who came meanwhile from further back must not skip
+                    if follower.key == key.decode() and _order(follower.place) >= _order(since):
                         follower.give(entries)
 
 
