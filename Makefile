@@ -98,7 +98,7 @@ check: setup ## Format, lint, types, import rules, generated code, proto lint
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	.venv/bin/lint-imports
+	.venv/bin/lint-imports --no-cache
 	tools/check-generated
 	$(MAKE) --no-print-directory buf
 	.venv/bin/hadolint Dockerfile
