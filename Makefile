@@ -77,11 +77,11 @@ test-peers: .venv-bench/.installed ## Run the tests of the latency benchmark, wi
 .PHONY: test-redis
 test-redis: setup ## Run the tests against a real Redis and an S3 server, which they start themselves
 	tools/install-system-packages
-	$(PY) -m pytest -q --timeout 120 tests/redis || $(PY) -m pytest -q --timeout 120 --last-failed tests/redis  # real processes on a busy machine
+	$(PY) -m pytest -q --timeout 120 tests/redis
 
 .PHONY: test-triton
 test-triton: setup .venv-triton/.installed .tools/.installed ## Run the tests against the real tritonserver
-	$(PY) -m pytest -q --timeout 180 tests/triton || $(PY) -m pytest -q --timeout 180 --last-failed tests/triton  # tritonserver itself hangs now and then
+	$(PY) -m pytest -q --timeout 180 tests/triton
 
 .PHONY: test-tools
 test-tools: setup .tools/.installed ## Run the tests with grpcurl, ghz and Jaeger

@@ -27,7 +27,7 @@ SERVE = ROOT / "deploy" / "triton" / "serve"
 REPOSITORY = ROOT / "models" / "repository"
 READY_S = 30.0
 STARTS = 3
-"""On a busy machine one start in about twenty never ends: a stub of the Python backend hangs in its first seconds."""
+"""Some starts on a busy machine were not ready after 50 s, with one model never loaded. Why is not known."""
 
 
 class TritonServer:
