@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ EDGE_PX = 64
 NUM_DRAWINGS = 24_000
 EPOCHS = 6
 BATCH = 64
+CHUNK = 100
 TILTS = (None, "left", "right")
 HEADS: dict[str, Sequence[object]] = {
     "object": list(OBJECTS),
@@ -66,15 +70,22 @@ def shrink(images: npt.NDArray[np.uint8]) -> Tensor:
 
 
 def draw(count: int, seed: str) -> tuple[npt.NDArray[np.uint8], Tensor]:
-    """Fresh drawings at the classifier's size and their labels, (N, heads)."""
+    """Fresh drawings at the classifier's size and their labels, (N, heads); drawn by a process on each core."""
     rng = random.Random(seed)
     specs = [sample_spec(rng) for _ in range(count)]
-    small = np.empty((count, EDGE_PX, EDGE_PX, 3), np.uint8)
-    for place, spec in enumerate(specs):
-        pixels = render(spec)
-        half = pixels.reshape(EDGE_PX, 2, EDGE_PX, 2, 3).mean(axis=(1, 3))
-        small[place] = np.round(half).astype(np.uint8)
+    with ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn")) as pool:
+        small = np.stack(list(pool.map(_small, specs, chunksize=CHUNK)))
     return small, torch.tensor([labels(spec) for spec in specs])
+
+
+def _small(spec: Spec) -> npt.NDArray[np.uint8]:
+    half = render(spec).reshape(EDGE_PX, 2, EDGE_PX, 2, 3).mean(axis=(1, 3))
+    return np.round(half).astype(np.uint8)
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def train(path: Path) -> Classifier:

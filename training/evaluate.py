@@ -93,7 +93,7 @@ def measure(manifest: Path, captions: int, out: Path) -> dict[str, object]:
     judge, on_real = trained_judge(out)
     print(f"the judge on {NUM_REAL} real drawings: {on_real}", flush=True)
 
-    sampler = Sampler(manifest)
+    sampler = Sampler(manifest, classifier.cores())
     specs = held_out_specs(captions, "evaluation")
     rng = random.Random("captions")
     prompts = [caption(spec, rng, full=True) for spec in specs]
@@ -171,7 +171,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.captions < 1:
         parser.error("--captions must be at least 1")
-    torch.set_num_threads(1)
+    torch.set_num_threads(classifier.cores())
     result = measure(find_manifest(options.models, options.name, options.revision), options.captions, options.out)
     Console(width=100).print(table(result))
     print("\n".join(result["faults"]) or "above all bars", f"({result['seconds']} s; {options.out}/result.json)")

@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(classifier.cores())
     judge, on_real = trained_judge(options.out)
     result = {"on real drawings": on_real, "seeds": [report(options.out, seed, judge) for seed in options.seeds]}
     (options.out / "judged.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -41,7 +41,7 @@ class Recipe:
     decay_fraction: float = 0.25
     caption_dropout: float = 0.1
     ema_decay: float = 0.9995
-    diffusion_samples: int = 1_000_000
+    diffusion_samples: int = 400_000
 
     decoder_channels: int = 40
     decoder_blocks: tuple[int, ...] = (3, 3, 2, 1, 0)

@@ -102,7 +102,6 @@ class Generation:
         self.finish_time: datetime | None = None
         self.origins: tuple[Origin | None, ...] = ()
         self.outputs = [Output(self, index, seed) for index, seed in enumerate(request.spec.seeds)]
-        self.grace: asyncio.TimerHandle | None = None
         self._clock = clock
         self.stage = stage
         self._on_end = on_end
@@ -183,9 +182,6 @@ class Generation:
 
     def resume(self) -> None:
         """Goes on from where `suspend` stopped, or from where others have come meanwhile."""
-        if self.grace is not None:
-            self.grace.cancel()
-            self.grace = None
         self._stand(State.RUNNING if self.times.first_batch is not None else State.QUEUED)
         self._logger.info("resumed", steps=[output.step for output in self.outputs])
         for output in self.outputs:

@@ -11,31 +11,31 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from datetime import UTC, datetime
 
 import structlog
+from safelight_server import outcomes
 from safelight_server.admission import AdmissionLimits
 from safelight_server.cache.cache import Cache
 from safelight_server.catalog import Catalog, Pipeline
 from safelight_server.engine import Engine
 from safelight_server.errors import (
-    FailedPreconditionError,
     GenerationCancelledError,
     NotFoundError,
     QueueFullError,
     SafelightError,
     UnavailableError,
 )
-from safelight_server.events import Disposition, FinishReason, State
+from safelight_server.events import FinishReason, State
 from safelight_server.execution import Executions
 from safelight_server.fleet import CANCEL, PRIORITY, Fleet, Ground
 from safelight_server.generation import Generation
 from safelight_server.idempotency import Idempotency
 from safelight_server.identity import Caller
 from safelight_server.intake import Intake
+from safelight_server.lost import Lost
 from safelight_server.places import tell_places
 from safelight_server.replicas.flights import Flights
 from safelight_server.replicas.records import Record
@@ -91,7 +91,7 @@ class Generations:
         self._starting: dict[str, asyncio.Event] = {}
         self._live: dict[str, Generation] = {}
         self._finished = Results(settings.result_ttl_s, settings.max_results, settings.max_results_bytes, clock)
-        self._lost: OrderedDict[str, Generation] = OrderedDict()
+        self._lost = Lost(settings.max_lost)
         self._requests = Idempotency(settings.idempotency_ttl_s, clock)
         self._draining = False
         self._one_ended = asyncio.Event()
@@ -159,13 +159,8 @@ class Generations:
     async def _known(self, caller: Caller, identifier: str, request: Request) -> Generation:
         try:
             return await self.find(caller, identifier)
-        except NotFoundError:  # not run again: a request id never runs or bills twice
-            raise FailedPreconditionError(
-                f"request_id {request.request_id} has ended and its pictures are no longer kept; use a new one to "
-                "run it again",
-                reason="OUTCOME_EXPIRED",
-                metadata={"request_id": request.request_id, "generation": f"generations/{identifier}"},
-            ) from None
+        except NotFoundError:
+            raise outcomes.no_longer_kept(identifier, request) from None
 
     def _make(
         self, identifier: str, caller: Caller, request: Request, stage: Stage, time_left_s: float | None
@@ -255,8 +250,7 @@ class Generations:
             if self._fleet is not None and not generation.ended:
                 self._fleet.mirrors.attend(generation)
         elif generation.state is State.SUSPENDED:
-            self._lost.pop(generation.identifier, None)
-            generation.resume()
+            self._lost.resume(generation)
             if self._fleet is not None:
                 self._fleet.mirrors.resume(generation)
         return watcher
@@ -285,17 +279,7 @@ class Generations:
         if self._fleet is not None and self._fleet.owners.wants(generation):
             self._move(generation)
             return
-        generation.suspend()
-        grace_s = generation.request.disconnect.resume_grace_s
-        loop = asyncio.get_running_loop()
-        generation.grace = loop.call_later(grace_s if left is None else min(left, grace_s), self._abandon, generation)
-        self._lost[generation.identifier] = generation
-        if len(self._lost) > self._settings.max_lost:
-            self._abandon(next(iter(self._lost.values())))
-
-    def _abandon(self, generation: Generation) -> None:
-        if generation.state is State.SUSPENDED:
-            generation.stop(GenerationCancelledError("its last stream was lost and not resumed in time"))
+        self._lost.suspend(generation)
 
     # --- ending ---
 
@@ -310,25 +294,12 @@ class Generations:
         if generation.request.request_id:
             settle = self._requests.release if lost else self._requests.ended
             settle(generation.caller, generation.request.request_id)
-        self._count(generation)
-
-    def _count(self, generation: Generation) -> None:
-        log_of, times, metrics = generation.log, generation.times, self._metrics
-        assert times.ended is not None
-        code = "OK" if generation.error is None else generation.error.status.name
-        metrics.ended(code, times.ended - times.accepted)
-        for origin in generation.origins:
-            if origin is not None and origin.disposition is not Disposition.MISS:
-                metrics.cache.served(origin.disposition.value, origin.num_steps_skipped, origin.compute_s_saved)
-        waited = None if log_of.first_preview_at is None else log_of.first_preview_at - times.accepted
-        metrics.previews(log_of.num_previews, log_of.preview_bytes, log_of.num_dropped, waited)
+        outcomes.count(generation, self._metrics)
 
     def _forget(self, generation: Generation) -> None:
         self._live.pop(generation.identifier, None)
-        self._lost.pop(generation.identifier, None)
+        self._lost.forget(generation)
         self._one_ended.set()
-        if generation.grace is not None:
-            generation.grace.cancel()
 
     # --- between replicas: what the fleet asks ---
 
@@ -424,12 +395,4 @@ class Generations:
         if generation.journal is not None:
             self._move(generation)
             return
-        metadata = {"generation": generation.name, "request_id": generation.request.request_id}
-        metadata["seeds"] = ",".join(map(str, generation.request.spec.seeds))
-        error = UnavailableError(
-            "the server stops; send the same spec with these seeds to another",
-            reason="DRAINING",
-            metadata=metadata,
-            retry_after_s=1.0,
-        )
-        generation.stop(error, FinishReason.FAILED)
+        generation.stop(outcomes.drained(generation), FinishReason.FAILED)

@@ -1,0 +1,54 @@
+"""Generations that nobody watches: each waits, suspended, for a stream to resume it within its grace."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+from safelight_server.errors import GenerationCancelledError
+from safelight_server.events import State
+from safelight_server.generation import Generation
+
+
+class Lost:
+    """Suspended generations by id, the one lost first to go first. Invariant: each has a running timer.
+
+    Args:
+        max_entries: one more cancels the oldest.
+    """
+
+    def __init__(self, max_entries: int) -> None:
+        self._max_entries = max_entries
+        self._waiting: dict[str, tuple[Generation, asyncio.TimerHandle]] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._waiting)
+
+    def suspend(self, generation: Generation) -> None:
+        """Stops a generation until `resume`; cancels it after its grace, or at its deadline if that comes sooner."""
+        generation.suspend()
+        grace_s, left_s = generation.request.disconnect.resume_grace_s, generation.left_s
+        wait_s = grace_s if left_s is None else min(left_s, grace_s)
+        timer = asyncio.get_running_loop().call_later(wait_s, _abandon, generation)
+        self._waiting[generation.identifier] = (generation, timer)
+        if len(self._waiting) > self._max_entries:
+            _abandon(next(iter(self._waiting.values()))[0])
+
+    def resume(self, generation: Generation) -> None:
+        """A stream has come: it goes on."""
+        self.forget(generation)
+        generation.resume()
+
+    def forget(self, generation: Generation) -> None:
+        """It waits no longer, whatever becomes of it."""
+        _, timer = self._waiting.pop(generation.identifier, (None, None))
+        if timer is not None:
+            timer.cancel()
+
+
+def _abandon(generation: Generation) -> None:
+    if generation.state is State.SUSPENDED:
+        generation.stop(GenerationCancelledError("its last stream was lost and not resumed in time"))
