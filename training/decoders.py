@@ -71,7 +71,7 @@ def _train(
         batch = images[rng.integers(len(images), size=recipe.decoder_batch_size)]
         latents = torch.from_numpy(encoder.encode(batch))
         latents = latents + recipe.latent_noise * torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
-        with torch.autocast("cpu", torch.bfloat16):
+        with networks.autocast():
             image = decode(model, recipe, latents).float()
         loss = _loss(image, _target(batch, image.shape[-1]))
         optimizer.zero_grad()

@@ -124,7 +124,7 @@ class Run:
         timesteps = torch.randint(0, len(self.alphas), (len(picks),), generator=generator)
         signal = self.alphas[timesteps].sqrt()[:, None, None, None]
         sigma = (1 - self.alphas[timesteps]).sqrt()[:, None, None, None]
-        with torch.autocast("cpu", torch.bfloat16):
+        with networks.autocast():
             predicted = self.model(signal * clean + sigma * noise, timesteps, ids)
         return nn.functional.mse_loss(predicted.float(), signal * noise - sigma * clean)
 

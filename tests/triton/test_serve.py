@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import tritonclient.grpc.aio as triton_grpc
 from tritonclient.utils import InferenceServerException
 
 from tests.conftest import eventually
-from tests.triton.support import REPOSITORY, triton_server, triton_servers
+from tests.triton.support import REPOSITORY, TritonServer, triton_server, triton_servers
 from tests.triton.test_backend import ask, example, same
 
 
@@ -64,6 +66,41 @@ def test_a_server_with_a_dead_stub_is_ended() -> None:
         os.kill(triton.stubs()[0], signal.SIGKILL)
         assert triton.supervisor.wait(20) == 128 + signal.SIGKILL
         assert "a stub died" in triton.log()
+
+
+def frozen_stub(triton: TritonServer, model: str) -> int:
+    """Stops a stub of a model as soon as it is there, while the server loads it."""
+    while True:
+        for pid in triton.stubs() if triton.started else ():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if b"python_backend_stub\0" in command and f"/{model}/".encode() in command:
+                    os.kill(pid, signal.SIGSTOP)
+                    return pid
+        time.sleep(0.001)
+
+
+def test_a_start_that_hangs_is_ended_and_begun_again() -> None:
+    with triton_server("--start-timeout", "5", wait=False) as triton:
+        first = frozen_stub(triton, "icons_denoiser")
+        triton.wait_ready()
+        assert "not ready after 5 s" in triton.log()
+        assert gone([first])
+
+
+def test_a_start_that_aborts_is_begun_again() -> None:
+    with triton_server(wait=False) as triton:
+        frozen_stub(triton, "icons_denoiser")
+        os.kill(triton.pid, signal.SIGABRT)
+        triton.wait_ready()
+        assert f"ended with {128 + signal.SIGABRT}" in triton.log()
+
+
+async def test_a_server_that_aborts_later_stays_away_without_restart() -> None:
+    with triton_server() as triton:
+        await eventually(lambda: "serve: ready" in triton.log())
+        os.kill(triton.pid, signal.SIGABRT)
+        assert triton.supervisor.wait(10) == 128 + signal.SIGABRT
 
 
 async def test_restart_starts_a_dead_server_again() -> None:
