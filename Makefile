@@ -141,14 +141,15 @@ lock: .venv/.uv ## Pin all dependencies anew
 mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name)
 	$(PY) tools/mutate.py $(ONLY)
 
-# Only latency has peers, with an environment of their own.
-BENCH_ENV := $(if $(filter throughput scheduler watchers loop,$(ONLY)),.venv,.venv-bench)
+# Only latency has peers, with an environment of their own; only two parts need Triton.
+BENCH_ENV := $(if $(filter-out latency,$(ONLY)),.venv,.venv-bench)
+BENCH_TRITON := $(if $(filter triton merging,$(or $(ONLY),triton)),.venv-triton/.installed)
 .PHONY: bench
-bench: setup $(BENCH_ENV)/.installed ## Measure: tables, and JSON in out/bench. ONLY=throughput|latency|scheduler|watchers|loop
+bench: setup $(BENCH_ENV)/.installed $(BENCH_TRITON) ## Measure: tables, and JSON in out/bench. ONLY=one of the parts in docs/benchmarks.md
 	PYTHONPATH=server:clients/python $(BENCH_ENV)/bin/python -m load_tests --only "$(ONLY)"
 
 .PHONY: bench-smoke
-bench-smoke: setup .venv-bench/.installed ## Run all benchmarks for seconds, to see that they work
+bench-smoke: setup .venv-bench/.installed .venv-triton/.installed ## Run all benchmarks for seconds, to see that they work
 	PYTHONPATH=server:clients/python .venv-bench/bin/python -m load_tests --smoke --out out/bench/smoke
 
 .PHONY: train

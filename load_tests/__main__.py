@@ -13,7 +13,7 @@ from rich.console import Console
 
 from load_tests import runner
 
-PARTS = ("throughput", "latency", "scheduler", "watchers", "loop")
+PARTS = ("throughput", "latency", "scheduler", "watchers", "loop", "triton", "merging")
 """Modules with `Plan` (all of it), `SMOKE` (a tiny plan) and `measure(plan)`."""
 
 

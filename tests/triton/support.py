@@ -52,12 +52,18 @@ class TritonServer:
         """Starts the supervisor and returns at once; see `ready`."""
         if not PYTHON.exists():
             raise RuntimeError("Triton is not installed: run the tests with `make test-triton`")
-        command = [PYTHON, SERVE, "--grpc-port", str(self.grpc_port), "--http-port", str(self.http_port)]
+        command: list[str | Path] = [
+            PYTHON,
+            SERVE,
+            "--grpc-port",
+            str(self.grpc_port),
+            "--http-port",
+            str(self.http_port),
+        ]
         command += ["--start-timeout", str(START_S)]
         with self._log.open("ab") as log:
-            self._supervisor = subprocess.Popen(
-                [*command, "--pid-file", self._pid_file, *self.arguments], stdout=log, stderr=log
-            )
+            command += ["--pid-file", self._pid_file, *self.arguments]
+            self._supervisor = subprocess.Popen(command, stdout=log, stderr=log)
 
     def ready(self) -> bool:
         """Whether the server answers that it and all its models are ready."""
