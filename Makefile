@@ -141,7 +141,7 @@ lock: .venv/.uv ## Pin all dependencies anew
 mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name)
 	$(PY) tools/mutate.py $(ONLY)
 
-# Only latency has peers, with an environment of their own; only two parts need Triton.
+# Only latency has peers, with an environment of their own; only two parts need Triton, one Redis.
 BENCH_ENV := $(if $(filter-out latency,$(ONLY)),.venv,.venv-bench)
 BENCH_TRITON := $(if $(filter triton merging,$(or $(ONLY),triton)),.venv-triton/.installed)
 .PHONY: bench

@@ -1,16 +1,14 @@
-"""`python -m load_tests.eviction`: what the caches save on the trace, by eviction policy and settings. A simulation.
+"""What the caches save on the trace, by eviction policy and settings. A simulation.
 
 The trace is run through the real encoder, text guard, bands and eviction
 books; nothing is developed and time does not pass, so every request finds what
 all earlier ones left. Pictures developed whole from noise enter everything;
 one that began from another's latent is kept to be served as SIMILAR only, or,
-to show what that is worth, not at all. Prints the share of steps saved and writes out/index/eviction.json.
+to show what that is worth, not at all.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,22 +16,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
-from rich.table import Table
 from safelight_server.cache.bands import Bands
 from safelight_server.cache.embedding import cosines
 from safelight_server.cache.eviction import Eviction, LeastBenefit, LeastRecentlyUsed
 from safelight_server.cache.guard import Facts, Guard
 
-from load_tests.trace import SEEDS, Asked, trace
-from load_tests.vectors import OUT, Encoder, Floats
+from load_tests.runner import Report, Row
+from load_tests.trace import DEFAULT, SEEDS, Asked, trace
+from load_tests.vectors import Encoder, Floats
 
 NUM_STEPS = 20
 PICTURE_BYTES = 12_000
 LATENT_BYTES = 32 * 8 * 8 * 4
 MIN_SIMILARITY = 0.8
 CANDIDATES = 64
-SHARES = (0.05, 0.1, 0.2, 0.5, 1.0)
+KINDS = ("exact", "similar", "latent", "miss")
 POLICIES: dict[str, Callable[[int], Eviction]] = {
     "LRU": LeastRecentlyUsed,
     "LCBFU": lambda most: LeastBenefit(most, ageing=False),
@@ -48,6 +45,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "0.8, latents from cosine 0.75 on": {"bands": Bands((0.75, 0.85, 0.9, 0.95), (0.2, 0.3, 0.4, 0.5))},
     "0.8, latents from cosine 0.85 on": {"bands": Bands((0.85, 0.9, 0.95), (0.3, 0.4, 0.5))},
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much to simulate; `shares` of the bytes that an unbounded cache keeps."""
+
+    seeds: tuple[int, ...] = SEEDS
+    num_requests: int = DEFAULT.num_requests
+    shares: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+SMOKE = Plan(seeds=(1,), num_requests=20, shares=(0.5,))
 
 
 @dataclass
@@ -158,43 +167,25 @@ def _latent(source: int, step: int) -> str:
     return f"{source}/{step}"
 
 
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the bytes an unbounded cache keeps")
-    options = parser.parse_args()
-    console, encoder = Console(width=140), Encoder()
+def measure(plan: Plan) -> Report:
+    """A table by settings and one by policy."""
+    encoder = Encoder()
     guard = Guard(encoder.pipeline.manifest.guard)
-    rows: list[dict[str, object]] = []
-    for seed in SEEDS:
-        asked = trace(seed)
+    by_settings: list[Row] = []
+    by_policy: list[Row] = []
+    for seed in plan.seeds:
+        asked = trace(seed)[: plan.num_requests]
         prompts = [request.prompt for request in asked]
         vectors, facts = encoder(prompts), [guard.facts(prompt) for prompt in prompts]
-        shown = Table(
-            "settings, unbounded", "steps saved", "requests by kind", title=f"seed {seed}", title_justify="left"
-        )
         for name, settings in SETTINGS.items():
             whole = Replay(LeastRecentlyUsed(UNBOUNDED), **settings).run(asked, vectors, facts)
-            hits = dict(sorted(whole.hits.items()))
-            shown.add_row(name, f"{whole.saved:.3f}", str(hits))
-            rows.append({"seed": seed, "settings": name, "saved": whole.saved, "hits": hits})
-        console.print(shown)
+            hits = {kind: whole.hits[kind] for kind in KINDS}
+            by_settings.append({"seed": seed, "settings": name, "steps_saved": whole.saved, **hits})
         whole = Replay(LeastRecentlyUsed(UNBOUNDED)).run(asked, vectors, facts)
-        shown = Table(
-            "of the bytes",
-            *POLICIES,
-            title=f"seed {seed}: share of steps saved; 100 % are {whole.admitted_bytes / 1e6:.1f} MB",
-            title_justify="left",
-        )
-        for share in options.shares:
+        for share in plan.shares:
             most = round(share * whole.admitted_bytes)
             saved = {name: Replay(policy(most)).run(asked, vectors, facts).saved for name, policy in POLICIES.items()}
-            shown.add_row(f"{share:.0%}", *(f"{value:.3f}" for value in saved.values()))
-            rows.append({"seed": seed, "share_of_bytes": share, "max_bytes": most, "saved": saved})
-        console.print(shown)
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "eviction.json").write_text(json.dumps(rows, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+            by_policy.append({"seed": seed, "share_of_bytes": share, "max_mb": most / 1e6, **saved})
+    return Report(
+        "eviction", {"Steps saved without bounds": by_settings, "Steps saved by the share of all bytes": by_policy}
+    )

@@ -1,114 +1,97 @@
-"""`python -m load_tests.hits`: how long exact hits take, asked for at a steady rate by another process (open loop).
+"""How long exact hits take, asked for at a steady rate in an open loop.
 
-A server of this process keeps a few pictures of the simulated runtime, as large
-as those of `icons`; clients in a process of their own ask for them again at the
-given rate, whether earlier answers have come or not, and measure from the time
-at which a request was due. Prints quantiles and the server's CPU per hit, and
-writes out/hits.json.
+A server keeps a few pictures of the simulated runtime, as large as those of
+`icons`; clients ask for them again as PNG at the given rate, whether earlier
+answers have come or not, and measure from the time at which a request was due.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
-import multiprocessing
-import os
 import time
-from multiprocessing.connection import Connection
-from pathlib import Path
+from dataclasses import dataclass
 
 import grpc
 import numpy as np
-import uvloop
-from rich.console import Console
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
-from safelight_server.app import serving, settle
-from safelight_server.settings import load
-from safelight_server.telemetry import configure_logging
 
-OUT = Path("out/hits.json")
-QUANTILES = (0.5, 0.9, 0.99)
+from load_tests import processes
+from load_tests.processes import Usage
+from load_tests.runner import Report, Row, Target, median_by
 
-
-def request(number: int, media_type: str) -> pb.GenerateRequest:
-    """One of the pictures."""
-    spec = pb.GenerationSpec(prompt="a red potion", num_inference_steps=4, outputs=[pb.OutputSpec(seed=number)])
-    return pb.GenerateRequest(spec=spec, encoding=pb.PixelEncoding(media_type=media_type))
+SETTINGS: dict[str, object] = {"runtime": "simulated", "simulated_base_ms": 1.0, "simulated_row_ms": 0.1}
+BAR_MS = 5.0
 
 
-def ask_process(address: str, options: argparse.Namespace, answers: Connection) -> None:
-    """The clients; sends back when it begins, then seconds by request, and how many were no exact hits."""
-    answers.send(uvloop.run(ask(address, options, answers)))
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much to measure; `rate` is in requests a second."""
+
+    rate: float = 200.0
+    seconds: float = 10.0
+    num_pictures: int = 16
+    rounds: int = 3
 
 
-async def ask(address: str, options: argparse.Namespace, answers: Connection) -> tuple[list[float], int]:
-    """First all pictures once, then again at the rate."""
+SMOKE = Plan(rate=20.0, seconds=0.5, num_pictures=2, rounds=1)
+
+
+def measure(plan: Plan) -> Report:
+    """The table."""
+    rows: list[Row] = []
+    with processes.child(processes.obey) as clients, processes.child(processes.serve, SETTINGS) as server:
+        clients.first()
+        address = server.first()
+        clients.ask(develop, address, plan.num_pictures)
+        for _ in range(plan.rounds):
+            before: Usage = server.ask()
+            seconds: list[float] = clients.ask(hit, address, plan)
+            after: Usage = server.ask()
+            quantiles = {f"p{q}_ms": 1e3 * float(np.quantile(seconds, q / 100)) for q in (50, 90, 99)}
+            cpu_ms = 1e3 * (after.cpu_s - before.cpu_s) / len(seconds)
+            rows.append({"rate": plan.rate, "hits": len(seconds), **quantiles, "server_cpu_ms_per_hit": cpu_ms})
+    [row] = median_by(rows, ("rate",))
+    target = Target(
+        f"{BAR_MS:.0f} ms by the p99 of exact hits at {plan.rate:.0f}/s", BAR_MS / float(row["p99_ms"]), 1.0
+    )
+    return Report("hits", {"Exact hits, from when each was due": [row]}, [target])
+
+
+async def develop(address: str, num_pictures: int) -> None:
+    """Has the pictures made, then encoded, so that both are kept."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub = stubs.GenerationServiceStub(channel)
+        for _ in range(2):
+            await asyncio.gather(*(_ask(stub, number) for number in range(num_pictures)))
+            await asyncio.sleep(0.5)  # they are kept beside the requests
 
-        async def one(number: int, due: float) -> tuple[float, bool]:
-            async for response in stub.Generate(request(number % options.pictures, options.media_type)):
-                event = response.event
-            exact = event.finished.cache_results[0].disposition == pb.CacheResult.DISPOSITION_EXACT
-            return time.perf_counter() - due, exact
 
-        for _ in range(2):  # developed, then encoded for the first time
-            await asyncio.gather(*(one(number, 0.0) for number in range(options.pictures)))
-            await asyncio.sleep(0.5)
-        answers.send("begun")
+async def hit(address: str, plan: Plan) -> list[float]:
+    """Asks at the rate; seconds from when each was due to its end.
+
+    Raises:
+        AssertionError: one was no exact hit.
+    """
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = stubs.GenerationServiceStub(channel)
         began, tasks = time.perf_counter() + 0.1, []
-        for number in range(round(options.rate * options.seconds)):
-            due = began + number / options.rate
+        for number in range(round(plan.rate * plan.seconds)):
+            due = began + number / plan.rate
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            tasks.append(asyncio.create_task(one(number, due)))
-        found = await asyncio.gather(*tasks)
-    return [seconds for seconds, _ in found], sum(not exact for _, exact in found)
+            tasks.append(asyncio.create_task(_timed(stub, number % plan.num_pictures, due)))
+        return await asyncio.gather(*tasks)
 
 
-async def measure(options: argparse.Namespace) -> dict[str, float]:
-    """Figures of one run."""
-    settings = {"port": 0, "runtime": "simulated", "simulated_base_ms": 1.0, "simulated_row_ms": 0.1}
-    ours, theirs = multiprocessing.Pipe()
-    async with serving(load(log_level="error", **settings)) as running:
-        process = multiprocessing.get_context("spawn").Process(
-            target=ask_process, args=(running.address, options, theirs)
-        )
-        settle()
-        process.start()
-        await asyncio.to_thread(ours.recv)
-        began, cpu = time.perf_counter(), time.process_time()
-        seconds, misses = await asyncio.to_thread(ours.recv)
-        wall, cpu = time.perf_counter() - began, time.process_time() - cpu
-        await asyncio.to_thread(process.join)
-    figures = {f"p{100 * q:.0f}_ms": 1e3 * float(np.quantile(seconds, q)) for q in QUANTILES}
-    return {
-        "hits": len(seconds),
-        "no_hits": misses,
-        "rate": options.rate,
-        **figures,
-        "server_cpu_ms_per_hit": 1e3 * cpu / len(seconds),
-        "wall_s": wall,
-        "load": os.getloadavg()[0],
-    }
+async def _timed(stub: stubs.GenerationServiceAsyncStub, number: int, due: float) -> float:
+    finished = await _ask(stub, number)
+    [result] = finished.cache_results
+    assert result.disposition == pb.CacheResult.DISPOSITION_EXACT, result
+    return time.perf_counter() - due
 
 
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rate", type=float, default=200.0, help="requests a second")
-    parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--pictures", type=int, default=16)
-    parser.add_argument("--media-type", default="image/png")
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    configure_logging("console", "error")
-    figures = uvloop.run(measure(options))
-    Console().print({name: round(figure, 3) for name, figure in figures.items()})
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+async def _ask(stub: stubs.GenerationServiceAsyncStub, number: int) -> pb.Finished:
+    spec = pb.GenerationSpec(prompt="a red potion", num_inference_steps=4, outputs=[pb.OutputSpec(seed=number)])
+    request = pb.GenerateRequest(spec=spec, encoding=pb.PixelEncoding(media_type="image/png"))
+    events = [response.event async for response in stub.Generate(request)]
+    return events[-1].finished

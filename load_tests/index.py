@@ -1,31 +1,27 @@
-"""`python -m load_tests.index`: recall and CPU of the caches' indexes against faiss, side by side in one run.
+"""Recall and CPU of the caches' indexes against faiss, side by side in one run.
 
 On captions of `icons` through its real encoder and on clustered random vectors
 of 768 dimensions. All indexes of a table are built first and asked in turn, a
-block of queries each; CPU is that of this thread's process for one lookup.
-Prints tables and writes out/index/result.json.
+block of queries each; CPU is that of this process for one lookup. A million
+vectors take some 14 GiB and, the first time, a quarter of an hour.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
-import os
-import platform
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 from safelight_server.cache.lsh import Match, MemoryBuckets, Shape, Signatures, SimilarIndex
 from safelight_server.cache.neighbours import Neighbours
 
-from load_tests.vectors import OUT, Floats, Vectors, clustered, real
+from load_tests.runner import Report, Target
+from load_tests.vectors import Floats, Vectors, clustered, real
 
 NEAR, FAR = 0.95, 0.65
 """The cosine of SIMILAR, and the lowest from which a latent is taken up."""
@@ -34,7 +30,40 @@ EQUAL = 0.002
 BLOCK = 50
 LIMIT = 16
 SCOPE = "scope"
+RECALL_BAR, CPU_BAR_MS = 0.99, 2.0
 Search = Callable[[Floats, float], list[Match]]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Settings of our LSH: the members that a bucket keeps and the candidates that a search compares."""
+
+    shape: Shape
+    max_members: int = 64
+    max_candidates: int = 512
+
+
+CHOSEN = Kind(Shape())
+"""What the server uses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much to measure.
+
+    Attributes:
+        bits: of the scans, faiss' and ours; `num_ranked` of what they find are compared exactly.
+    """
+
+    sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)
+    num_queries: int = 1000
+    data: tuple[str, ...] = ("real", "clustered")
+    lsh: tuple[Kind, ...] = (Kind(Shape(8, 16, 4)), CHOSEN)
+    bits: tuple[int, ...] = (256, 512)
+    num_ranked: int = 256
+
+
+SMOKE = Plan(sizes=(200,), num_queries=20, bits=(256,))
 
 
 @dataclass(frozen=True)
@@ -60,13 +89,13 @@ class Row:
     build_s: float
 
 
-def lsh(vectors: Vectors, shape: Shape, max_members: int, max_candidates: int) -> Search:
+def lsh(vectors: Vectors, kind: Kind) -> Search:
     """The caches' own LSH with its store in this process."""
     size = len(vectors.stored)
     index = SimilarIndex(
-        Signatures(vectors.stored.shape[1], 1, shape),
-        MemoryBuckets(size, max_members),
-        max_candidates=max_candidates,
+        Signatures(vectors.stored.shape[1], 1, kind.shape),
+        MemoryBuckets(size, kind.max_members),
+        max_candidates=kind.max_candidates,
     )
 
     async def fill() -> None:
@@ -192,61 +221,34 @@ def _share(values: list[bool]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def show(rows: list[Row], console: Console) -> None:
-    """One table."""
-    shown = Table(title=f"{rows[0].data}, {rows[0].size:,} stored", title_justify="left")
-    for column in ("index", "best ≥ 0.95", "any ≥ 0.95", "best 0.65-0.95", "served", "CPU ms p50", "p99", "build s"):
-        shown.add_column(column, justify="left" if column == "index" else "right")
-    for row in rows:
-        shares = (row.best_near, row.any_near, row.best_far, row.served)
-        cells = ["-" if share is None else f"{share:.3f}" for share in shares]
-        shown.add_row(row.index, *cells, f"{row.cpu_ms_p50:.2f}", f"{row.cpu_ms_p99:.2f}", f"{row.build_s:.0f}")
-    console.print(shown)
+def measure(plan: Plan) -> Report:
+    """A table for each kind of vectors and size."""
+    tables: dict[str, Sequence[Mapping[str, Any]]] = {}
+    targets: list[Target] = []
+    for data in plan.data:
+        for size in plan.sizes:
+            vectors = real(size, plan.num_queries) if data == "real" else clustered(size, plan.num_queries)
+            rows = table(vectors, _indexes(plan))
+            tables[f"{vectors.name}, {size:,} stored"] = [asdict(row) for row in rows]
+            [ours] = [row for row in rows if row.index == _name(CHOSEN)]
+            what = f"{_name(CHOSEN)}, at {size:,} {vectors.name}"
+            targets.append(Target(f"recall of any at 0.95, {what}", ours.any_near or 0.0, RECALL_BAR))
+            targets.append(Target(f"2 ms by the p99 of a lookup's CPU, {what}", CPU_BAR_MS / ours.cpu_ms_p99, 1.0))
+    return Report("index", tables, targets)
 
 
-def shapes(words: list[str]) -> list[tuple[Shape, int, int]]:
-    """ "8x16x4x64x512": tables, bits, probes, members a bucket keeps, candidates a search compares."""
-    numbers = [[int(number) for number in word.split("x")] for word in words]
-    return [(Shape(*first), members, candidates) for *first, members, candidates in numbers]
+def _indexes(plan: Plan) -> dict[str, Callable[[Vectors], Search]]:
+    """What is built; the first is exact."""
+    indexes: dict[str, Callable[[Vectors], Search]] = {"faiss Flat": flat}
+    for bits in plan.bits:
+        indexes[f"faiss LSH {bits}"] = functools.partial(faiss_lsh, num_bits=bits, num_ranked=plan.num_ranked)
+        indexes[f"neighbours {bits}"] = functools.partial(neighbours, num_bits=bits, num_ranked=plan.num_ranked)
+    for kind in plan.lsh:
+        indexes[_name(kind)] = functools.partial(lsh, kind=kind)
+    return indexes
 
 
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--queries", type=int, default=2000)
-    parser.add_argument("--data", nargs="+", choices=("real", "clustered"), default=["real", "clustered"])
-    parser.add_argument("--shapes", nargs="+", default=["8x16x4x64x512", "12x20x8x64x512"])
-    parser.add_argument("--bits", type=int, nargs="+", default=[256, 512])
-    parser.add_argument("--ranked", type=int, default=256)
-    parser.add_argument("--out", type=Path, default=OUT / "result.json")
-    options = parser.parse_args()
-    console = Console(width=140)
-    rows: list[Row] = []
-    load_before = os.getloadavg()
-    for data in options.data:
-        for size in options.sizes:
-            indexes: dict[str, Callable[[Vectors], Search]] = {"faiss Flat": flat}
-            for bits in options.bits:
-                indexes[f"faiss LSH {bits}, {options.ranked} ranked"] = lambda v, b=bits: faiss_lsh(
-                    v, b, options.ranked
-                )
-                indexes[f"neighbours {bits}, {options.ranked} ranked"] = lambda v, b=bits: neighbours(
-                    v, b, options.ranked
-                )
-            for shape, members, candidates in shapes(options.shapes):
-                tables = f"LSH {shape.num_tables}x{shape.num_bits}, {shape.num_probes} probes"
-                name = f"{tables}, {members} a bucket, {candidates} compared"
-                indexes[name] = lambda v, s=shape, m=members, c=candidates: lsh(v, s, m, c)
-            vectors = (real if data == "real" else clustered)(size, options.queries)
-            made = table(vectors, indexes)
-            show(made, console)
-            rows += made
-    load = {"before": load_before, "after": os.getloadavg(), "cpus": os.cpu_count(), "machine": platform.machine()}
-    console.print(f"load average before {load_before[0]:.1f}, after {os.getloadavg()[0]:.1f}, {os.cpu_count()} CPUs")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"load": load, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def _name(kind: Kind) -> str:
+    shape = kind.shape
+    tables = f"LSH {shape.num_tables}x{shape.num_bits}, {shape.num_probes} probes"
+    return f"{tables}, {kind.max_members} a bucket, {kind.max_candidates} compared"

@@ -1,140 +1,119 @@
-"""`python -m load_tests.overhead`: what the caches cost where nothing repeats.
+"""What the caches cost where nothing repeats.
 
-Side by side in one run, rounds in turn: requests with prompts and seeds of their
-own, once with BYPASS and once with DEFAULT and ALLOW_SIMILAR, on the simulated
-runtime and, with `--runtime onnx`, on `icons`. The clients are a process of
-their own. Prints the medians of the ratios of CPU and of time, and writes
-out/overhead.json.
+Requests that have their prompt, seed and guidance to themselves, once with
+BYPASS, once with DEFAULT and once with ALLOW_SIMILAR, in rounds that take turns:
+on the simulated runtime along the design's curve (20 ms + 1 ms a row) and on
+`icons`. Neither pictures nor latents serve another guidance, so that what is
+measured is looking and keeping.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
-import multiprocessing
-import os
-import statistics
+import itertools
 import time
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
-import uvloop
-from rich.console import Console
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
-from safelight_server.app import serving
-from safelight_server.settings import load
-from safelight_server.telemetry import configure_logging
 
-OUT = Path("out/overhead.json")
-MODELS = Path(__file__).parent.parent / "models"
+from load_tests import processes
+from load_tests.clients import RAW
+from load_tests.processes import Child, Usage
+from load_tests.runner import Report, Row, Target, median_by
+
 MODES = {
     "bypass": pb.CachePolicy.MODE_BYPASS,
     "exact": pb.CachePolicy.MODE_DEFAULT,
     "similar": pb.CachePolicy.MODE_ALLOW_SIMILAR,
 }
-MIN_SIMILARITY = 1.0
-"""So that even ALLOW_SIMILAR finds nothing: what is measured is looking and keeping."""
+BAR = 0.98
 
 
-def request(number: int, mode: str, steps: int) -> pb.GenerateRequest:
-    """One that no other is like; ALLOW_SIMILAR looks and finds no picture."""
-    policy = pb.CachePolicy(mode=MODES[mode])
-    if mode == "similar":
-        policy.min_similarity = MIN_SIMILARITY
-    spec = pb.GenerationSpec(
-        prompt=f"icon {number} {mode}", num_inference_steps=steps, outputs=[pb.OutputSpec(seed=number)]
-    )
-    return pb.GenerateRequest(
-        spec=spec, cache=policy, preview=pb.PreviewPolicy(method=pb.PREVIEW_METHOD_NONE),
-        encoding=pb.PixelEncoding(media_type="application/x-raw-rgba8"),
-    )  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much to measure; `num_pictures` in each mode of a round, by runtime."""
+
+    num_pictures: tuple[tuple[str, int], ...] = (("simulated", 64), ("onnx", 32))
+    num_steps: int = 20
+    num_clients: int = 16
+    rounds: int = 5
+    models: Path = Path("models")
 
 
-def ask_process(address: str, clients: int, steps: int, orders: Connection) -> None:
-    """Clients that do what they are told: (mode, first number, count), until None."""
-    uvloop.run(_ask(address, clients, steps, orders))
+SMOKE = Plan((("simulated", 4),), num_steps=3, num_clients=2, rounds=1)
 
 
-async def _ask(address: str, clients: int, steps: int, orders: Connection) -> None:
+def measure(plan: Plan) -> Report:
+    """A table for each runtime."""
+    tables, targets = {}, []
+    for runtime, num_pictures in plan.num_pictures:
+        rows = median_by(_rounds(plan, runtime, num_pictures), ("mode",))
+        tables[f"Requests without repeats on {runtime}"] = rows
+        targets += [
+            Target(f"{row['mode']} on {runtime}, throughput of BYPASS", float(row["throughput_of_bypass"]), BAR)
+            for row in rows
+            if row["mode"] != "bypass"
+        ]
+    return Report("overhead", tables, targets)
+
+
+def _rounds(plan: Plan, runtime: str, num_pictures: int) -> Iterator[Row]:
+    settings: dict[str, object] = {"runtime": runtime, "models_dir": plan.models}
+    numbers = itertools.count(step=num_pictures)
+    with processes.child(processes.obey) as clients, processes.child(processes.serve, settings) as server:
+        clients.first()
+        address = server.first()
+        for turn in range(plan.rounds + 1):  # the first warms up
+            order = list(MODES) if turn % 2 else list(reversed(MODES))
+            spent = {mode: _one(clients, server, address, plan, mode, next(numbers), num_pictures) for mode in order}
+            base_s, base_cpu_s = spent["bypass"]
+            for mode, (wall_s, cpu_s) in spent.items() if turn else ():
+                yield {
+                    "mode": mode,
+                    "ms_per_picture": 1e3 * wall_s / num_pictures,
+                    "server_cpu_ms_per_picture": 1e3 * cpu_s / num_pictures,
+                    "throughput_of_bypass": base_s / wall_s,
+                    "cpu_of_bypass": cpu_s / base_cpu_s,
+                }
+
+
+def _one(
+    clients: Child, server: Child, address: str, plan: Plan, mode: str, first: int, num_pictures: int
+) -> tuple[float, float]:
+    before: Usage = server.ask()
+    wall_s: float = clients.ask(ask, address, mode, first, num_pictures, plan.num_clients, plan.num_steps)
+    after: Usage = server.ask()
+    return wall_s, after.cpu_s - before.cpu_s
+
+
+async def ask(address: str, mode: str, first: int, count: int, num_clients: int, num_steps: int) -> float:
+    """Seconds that clients, one request after the other each, take for `count` pictures."""
+    numbers = iter(range(first, first + count))
     async with grpc.aio.insecure_channel(address) as channel:
         stub = stubs.GenerationServiceStub(channel)
-        while (order := await asyncio.to_thread(orders.recv)) is not None:
-            mode, first, count = order
-            numbers = iter(range(first, first + count))
 
-            async def client(mode: str = mode, numbers: Any = numbers) -> None:
-                for number in numbers:
-                    async for _ in stub.Generate(request(number, mode, steps)):
-                        pass
+        async def client() -> None:
+            for number in numbers:
+                async for _ in stub.Generate(_request(number, mode, num_steps)):
+                    pass
 
-            await asyncio.gather(*(client() for _ in range(clients)))
-            orders.send(True)
+        began = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(num_clients)))
+        return time.perf_counter() - began
 
 
-async def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """CPU and wall seconds a picture by mode, and their ratios to BYPASS."""
-    settings: dict[str, Any] = {"port": 0, "runtime": options.runtime, "log_level": "error", "models_dir": MODELS}
-    if options.runtime == "simulated":
-        settings |= {"simulated_base_ms": options.base_ms, "simulated_row_ms": options.row_ms}
-    ours, theirs = multiprocessing.Pipe()
-    samples: dict[str, list[tuple[float, float]]] = {mode: [] for mode in options.modes}
-    async with serving(load(**settings)) as running:
-        process = multiprocessing.get_context("spawn").Process(
-            target=ask_process, args=(running.address, options.clients, options.steps, theirs)
-        )
-        process.start()
-        first = 0
-        for turn in range(options.rounds + 1):  # the first warms up
-            for mode in options.modes if turn % 2 else reversed(options.modes):
-                began, cpu = time.perf_counter(), time.process_time()
-                ours.send((mode, first, options.requests))
-                await asyncio.to_thread(ours.recv)
-                spent = time.process_time() - cpu, time.perf_counter() - began
-                first += options.requests
-                if turn:
-                    samples[mode].append(spent)
-        ours.send(None)
-        await asyncio.to_thread(process.join)
-    return {"load": os.getloadavg()[0], "runtime": options.runtime} | _figures(samples, options.requests)
-
-
-def _figures(samples: dict[str, list[tuple[float, float]]], count: int) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
-    for mode, spent in samples.items():
-        cpu, wall = (statistics.median(column) / count for column in zip(*spent, strict=True))
-        ratios = [
-            (mine[0] / theirs[0], mine[1] / theirs[1]) for mine, theirs in zip(spent, samples["bypass"], strict=True)
-        ]
-        cpu_ratio, wall_ratio = (statistics.median(column) for column in zip(*ratios, strict=True))
-        figures[mode] = {
-            "cpu_ms": 1e3 * cpu, "wall_ms": 1e3 * wall, "cpu_of_bypass": cpu_ratio, "wall_of_bypass": wall_ratio
-        }  # fmt: skip
-    return figures
-
-
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runtime", choices=("simulated", "onnx"), default="simulated")
-    parser.add_argument("--base-ms", type=float, default=20.0, help="simulated: cost of a call")
-    parser.add_argument("--row-ms", type=float, default=1.0, help="simulated: added cost of a row")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--requests", type=int, default=64, help="of a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    configure_logging("console", "error")
-    figures = uvloop.run(measure(options))
-    Console(width=120).print_json(json.dumps(figures))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def _request(number: int, mode: str, num_steps: int) -> pb.GenerateRequest:
+    outputs = [pb.OutputSpec(seed=number)]
+    spec = pb.GenerationSpec(
+        prompt=f"icon {number}", num_inference_steps=num_steps, guidance_scale=2 + number / 1000, outputs=outputs
+    )
+    return pb.GenerateRequest(
+        spec=spec,
+        cache=pb.CachePolicy(mode=MODES[mode]),
+        preview=pb.PreviewPolicy(method=pb.PREVIEW_METHOD_NONE),
+        encoding=RAW,
+    )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from safelight_server.app import serving
+from safelight_server.app import serving, settle
 from safelight_server.settings import load
 from safelight_server.telemetry import configure_logging
 
@@ -100,6 +100,7 @@ async def serve(pipe: Connection, settings: dict[str, object]) -> None:
     """A Safelight server: says its address, then answers every question with its usage."""
     configure_logging("json", "error")
     async with serving(load(**{"port": 0, "log_level": "error"} | settings)) as running:
+        settle()
         pipe.send(running.address)
         await answer(pipe, usage)
 

@@ -1,4 +1,4 @@
-"""`python -m load_tests.replay`: the committed trace through a real server, with its caches off, exact only, and all.
+"""The committed trace through a real server, with its caches off, exact only, and all.
 
     off      BYPASS, a sample of the requests, the real runtime
     exact    DEFAULT, all requests, the simulated runtime at no cost, which reads 16 bytes: digests for prompts;
@@ -6,13 +6,12 @@
     similar  ALLOW_SIMILAR, all requests, the real runtime
 
 Requests are sent in the order of the trace, several at a time, each when the one
-before it in its session is done; think times are left out. Writes what was
-served to out/replay, for `training.judge`, and prints shares and rates.
+before it in its session is done; think times are left out. Keeps what was
+served in out/replay, for `training.judge`.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import hashlib
 import json
@@ -28,25 +27,49 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 import uvloop
-from rich.console import Console
-from rich.table import Table
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.app import serving
 from safelight_server.settings import load
-from safelight_server.telemetry import configure_logging
 
+from load_tests.runner import Report, Row, Target
 from load_tests.trace import DEFAULT, SEEDS, Asked, trace
 
-OUT = Path("out/replay")
-MODELS = Path(__file__).parent.parent / "models"
 MODES = {
     "off": pb.CachePolicy.MODE_BYPASS,
     "exact": pb.CachePolicy.MODE_DEFAULT,
     "similar": pb.CachePolicy.MODE_ALLOW_SIMILAR,
 }
+KINDS = ("exact", "similar", "latent", "coalesced", "miss")
+BAR = 0.57
 RAW = pb.PixelEncoding(media_type="application/x-raw-rgba8")
 PREVIEWS = pb.PreviewPolicy(method=pb.PREVIEW_METHOD_LINEAR, accept=[RAW])
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much to replay.
+
+    Attributes:
+        num_requests: of each trace, from its beginning.
+        judged: of them, sent with the caches off.
+        num_clients: requests in flight.
+        min_similarity: of the requests that allow everything: what was found good for `icons` (record 0013).
+        out: what was served, with the pictures.
+    """
+
+    seeds: tuple[int, ...] = SEEDS
+    modes: tuple[str, ...] = tuple(MODES)
+    num_requests: int = DEFAULT.num_requests
+    judged: int = 400
+    num_steps: int = 20
+    num_clients: int = 8
+    min_similarity: float = 0.7
+    models: Path = Path("models")
+    out: Path = Path("out/replay")
+
+
+SMOKE = Plan((1,), num_requests=6, judged=2, num_steps=2, num_clients=2, out=Path("out/bench/smoke/replay"))
 
 
 @dataclass
@@ -101,10 +124,10 @@ class Player:
         numbers: of the requests to send; the others are left out.
     """
 
-    def __init__(self, asked: Sequence[Asked], numbers: Sequence[int], mode: str, options: argparse.Namespace) -> None:
+    def __init__(self, asked: Sequence[Asked], numbers: Sequence[int], mode: str, plan: Plan) -> None:
         self._asked = asked
         self._mode = mode
-        self._options = options
+        self._plan = plan
         self._numbers = iter(numbers)
         self._done = {number: asyncio.Event() for number in numbers}
         self._before: dict[int, int] = {}
@@ -123,7 +146,7 @@ class Player:
         async with grpc.aio.insecure_channel(address) as channel:
             stub = stubs.GenerationServiceStub(channel)
             async with asyncio.TaskGroup() as group:
-                for _ in range(self._options.clients):
+                for _ in range(self._plan.num_clients):
                     group.create_task(self._client(stub))
 
     async def _client(self, stub: stubs.GenerationServiceAsyncStub) -> None:
@@ -161,22 +184,22 @@ class Player:
     def _request(self, number: int) -> pb.GenerateRequest:
         asked = self._asked[number]
         policy = pb.CachePolicy(mode=MODES[self._mode])
-        if self._mode == "similar" and self._options.min_similarity is not None:
-            policy.min_similarity = self._options.min_similarity
+        if self._mode == "similar":
+            policy.min_similarity = self._plan.min_similarity
         outputs = [] if asked.seed is None else [pb.OutputSpec(seed=asked.seed)]
         prompt = asked.prompt
         if self._mode == "exact":
             prompt = hashlib.blake2b(prompt.encode(), digest_size=8).hexdigest()
-        spec = pb.GenerationSpec(prompt=prompt, num_inference_steps=self._options.steps, outputs=outputs)
+        spec = pb.GenerationSpec(prompt=prompt, num_inference_steps=self._plan.num_steps, outputs=outputs)
         return pb.GenerateRequest(spec=spec, cache=policy, encoding=RAW, preview=PREVIEWS)
 
 
-async def replay(mode: str, seed: int, options: argparse.Namespace) -> Replayed:
+async def replay(mode: str, seed: int, plan: Plan) -> Replayed:
     """One trace in one mode; pictures go to a file."""
-    asked = trace(seed, DEFAULT)[: options.requests]
-    step = max(1, len(asked) // options.judged) if mode == "off" else 1
-    player = Player(asked, range(0, len(asked), step), mode, options)
-    settings: dict[str, Any] = {"port": 0, "models_dir": MODELS, "log_level": "error"}
+    asked = trace(seed, DEFAULT)[: plan.num_requests]
+    step = max(1, len(asked) // plan.judged) if mode == "off" else 1
+    player = Player(asked, range(0, len(asked), step), mode, plan)
+    settings: dict[str, Any] = {"port": 0, "models_dir": plan.models, "log_level": "error"}
     if mode == "exact":
         settings |= {"runtime": "simulated", "simulated_base_ms": 0.0, "simulated_row_ms": 0.0}
     async with serving(load(**settings)) as running:
@@ -185,56 +208,39 @@ async def replay(mode: str, seed: int, options: argparse.Namespace) -> Replayed:
         wall_s = time.perf_counter() - began
     if mode != "exact":
         arrays = {str(number): picture for number, picture in player.pictures.items()}
-        np.savez_compressed(options.out / f"{mode}-{seed}.npz", **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(plan.out / f"{mode}-{seed}.npz", **arrays)  # type: ignore[arg-type]
     served = [player.served[number] for number in sorted(player.served)]
-    return Replayed(mode, seed, options.steps, wall_s, os.getloadavg()[0], served)
+    return Replayed(mode, seed, plan.num_steps, wall_s, os.getloadavg()[0], served)
 
 
-def show(results: Sequence[Replayed]) -> Table:
-    """The figures."""
-    table = Table(
-        "mode", "seed", "requests", "S", "coalesced", "pictures/s", "first seen p50", "p95", "by kind", "load"
-    )
-    for result in results:
-        kinds = Counter(one.kind for one in result.served)
-        first = [one.first_s for one in result.served]
-        table.add_row(
-            result.mode,
-            str(result.seed),
-            str(len(result.served)),
-            f"{result.saved:.3f}",
-            f"{result.coalesced:.3f}",
-            f"{len(result.served) / result.wall_s:.2f}",
-            *(f"{float(np.quantile(first, q)):.2f} s" for q in (0.5, 0.95)),
-            ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items())),
-            f"{result.load:.1f}",
-        )
-    return table
+def measure(plan: Plan) -> Report:
+    """The table; what was served goes to `plan.out`."""
+    plan.out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for seed in plan.seeds:
+        for mode in plan.modes:
+            result = uvloop.run(replay(mode, seed, plan))
+            (plan.out / f"{mode}-{seed}.json").write_text(json.dumps(asdict(result)) + "\n")
+            rows.append(_figures(result))
+    targets = [
+        Target(f"share of the steps saved on trace {row['seed']}, everything allowed", float(row["steps_saved"]), BAR)
+        for row in rows
+        if row["mode"] == "similar"
+    ]
+    return Report("replay", {"The trace, by what its requests allow": rows}, targets)
 
 
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--requests", type=int, default=DEFAULT.num_requests, help="of each trace, from its beginning")
-    parser.add_argument("--judged", type=int, default=400, help="requests of each trace that are sent with caches off")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps of each picture")
-    parser.add_argument("--clients", type=int, default=8, help="requests in flight")
-    parser.add_argument("--min-similarity", type=float, help="of the requests; without it the server's default")
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    configure_logging("console", "error")
-    console, results = Console(width=180), []
-    for seed in options.seeds:
-        for mode in options.modes:
-            result = uvloop.run(replay(mode, seed, options))
-            (options.out / f"{mode}-{seed}.json").write_text(json.dumps(asdict(result)) + "\n")
-            results.append(result)
-            console.print(show([result]))
-    console.print(show(results))
-
-
-if __name__ == "__main__":
-    main()
+def _figures(result: Replayed) -> Row:
+    kinds = Counter(one.kind for one in result.served)
+    first = [one.first_s for one in result.served]
+    return {
+        "seed": result.seed,
+        "mode": result.mode,
+        "requests": len(result.served),
+        "steps_saved": result.saved,
+        "coalesced": result.coalesced,
+        "pictures_per_s": len(result.served) / result.wall_s,
+        "first_seen_s_p50": float(np.quantile(first, 0.5)),
+        "first_seen_s_p95": float(np.quantile(first, 0.95)),
+        **{kind: kinds[kind] for kind in KINDS},
+    }

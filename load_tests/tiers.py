@@ -1,19 +1,19 @@
-"""Latency of the caches' tiers, side by side in one run: `python -m load_tests.tiers`.
+"""Latency of the caches' tiers and of what replicas agree on, side by side in one run, sealing and opening included.
 
-Starts a redis-server of its own. Sealing and opening are part of what is timed;
-the load of the machine stands beside the figures.
+Needs Debian's redis-server; starts one of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
-import statistics
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from prometheus_client import CollectorRegistry
 from safelight_server.cache.coordination.leadership import Leadership
 from safelight_server.cache.coordination.redis import RedisCoordinator
@@ -26,15 +26,29 @@ from safelight_server.cache.store.sealed import Entry, Sealer
 from safelight_server.cache.store.tiers import Tier, Tiers
 from safelight_server.telemetry.metrics import TierMetrics
 
+from load_tests.runner import Report, Row
 from tests.support.redis_server import RedisServer
 
-SIZES = (8 << 10, 64 << 10, 1 << 20)
-ROUNDS = 300
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much to measure: entries of each size in each tier, and as many leases, events and commits."""
+
+    num_bytes: tuple[int, ...] = (8 << 10, 64 << 10, 1 << 20)
+    count: int = 300
 
 
-async def main() -> None:
-    """Prints the table."""
+SMOKE = Plan(num_bytes=(1 << 10,), count=5)
+
+
+def measure(plan: Plan) -> Report:
+    """Both tables."""
+    return asyncio.run(_measure(plan))
+
+
+async def _measure(plan: Plan) -> Report:
     sealer = Sealer(Keyring.random())
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         server = RedisServer(Path(folder))
         server.start()
@@ -45,22 +59,21 @@ async def main() -> None:
                 Tier(await DiskStore.open(Path(folder) / "cache", 1 << 30), Breaker("disk", 5.0)),
                 Tier(RedisStore(connection), Breaker("redis", 5.0), shared=True),
             )
-            print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; ms, p50 / p99 of {ROUNDS}")
             for tier in stores:
                 tiers = Tiers([tier], sealer, TierMetrics(CollectorRegistry()))
-                for size in SIZES:
-                    await measure_tier(tiers, tier, size)
-            await measure_coordination(RedisCoordinator(connection, Breaker("redis", 5.0)))
+                rows += [await _tier(tiers, tier, size, plan.count) for size in plan.num_bytes]
+            agreed = await _coordination(RedisCoordinator(connection, Breaker("redis", 5.0)), plan.count)
             await connection.close()
         finally:
             server.kill()
+    return Report("tiers", {"Entries": rows, "What replicas agree on, through Redis": agreed})
 
 
-async def measure_tier(tiers: Tiers, tier: Tier, size: int) -> None:
+async def _tier(tiers: Tiers, tier: Tier, size: int, count: int) -> Row:
     """Puts and gets entries of one size in one tier."""
     entry = Entry(secrets.token_bytes(size))
     puts, gets = [], []
-    for number in range(ROUNDS):
+    for number in range(count):
         key = f"ab01/exact/{number:064x}"
         started = time.perf_counter()
         await tiers.put(key, entry, 600.0, replicate=tier.shared)
@@ -69,13 +82,13 @@ async def measure_tier(tiers: Tiers, tier: Tier, size: int) -> None:
         found = await tiers.get(key)
         gets.append(time.perf_counter() - started)
         assert found is not None
-    print(f"{tier.name:8} {size >> 10:5} KiB   get {figures(gets)}   put {figures(puts)}")
+    return {"tier": tier.name, "kib": size / 1024, **_quantiles("get", gets), **_quantiles("put", puts)}
 
 
-async def measure_coordination(coordinator: RedisCoordinator) -> None:
-    """Takes, publishes and commits."""
+async def _coordination(coordinator: RedisCoordinator, count: int) -> list[Row]:
+    """Takes leases, publishes events, commits."""
     takes, publishes, commits = [], [], []
-    for number in range(ROUNDS):
+    for number in range(count):
         started = time.perf_counter()
         leader = await Leadership.take(coordinator, f"x{number}", 10.0)
         takes.append(time.perf_counter() - started)
@@ -87,14 +100,10 @@ async def measure_coordination(coordinator: RedisCoordinator) -> None:
         await leader.commit("pointer", b"bill", 10.0)
         commits.append(time.perf_counter() - started)
         await leader.close()
-    print(f"lease {figures(takes)}   event of 2 KiB {figures(publishes)}   commit {figures(commits)}")
+    named = {"lease": takes, "event of 2 KiB": publishes, "commit": commits}
+    return [{"what": what, **_quantiles("ms", seconds)} for what, seconds in named.items()]
 
 
-def figures(seconds: list[float]) -> str:
+def _quantiles(name: str, seconds: Sequence[float]) -> dict[str, float]:
     """Median and 99th percentile in milliseconds."""
-    p99 = statistics.quantiles(seconds, n=100)[98]
-    return f"{statistics.median(seconds) * 1000:.3f} / {p99 * 1000:.3f}"
-
-
-if __name__ == "__main__":
-    asyncio.run(main())
+    return {f"{name}_p{q}": 1e3 * float(np.quantile(seconds, q / 100)) for q in (50, 99)}

@@ -24,6 +24,7 @@ from training.icons import caption, sample_spec
 Floats = npt.NDArray[np.float32]
 MODELS = Path(__file__).parent.parent / "models"
 OUT = Path("out/index")
+"""Where the real ones are kept."""
 BATCH = 64
 MAX_QUERIES = 2000
 CLUSTER = 64
@@ -116,11 +117,12 @@ def _near(vectors: Floats, cosines: npt.NDArray[np.float64], rng: np.random.Gene
     other = rng.standard_normal(vectors.shape, np.float32)
     other = _unit(other - (other * vectors).sum(axis=1, keepdims=True) * vectors)
     c = cosines[:, None].astype(np.float32)
-    return c * vectors + np.sqrt(1 - c**2) * other
+    return np.asarray(c * vectors + np.sqrt(1 - c**2) * other, np.float32)
 
 
 def _unit(vectors: Floats) -> Floats:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: Floats = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit
 
 
 def _hash(text: str) -> int:

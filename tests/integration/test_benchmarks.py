@@ -10,7 +10,7 @@ import pytest
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server import catalog
 
-from load_tests import latency, loop, scheduler, throughput, watchers
+from load_tests import eviction, hits, index, latency, loop, overhead, replay, scheduler, throughput, watchers
 from load_tests.bare import BareLoop
 from load_tests.clients import PROMPT, request
 from tests.conftest import MODELS
@@ -92,3 +92,44 @@ def test_latency_without_peers():
         assert row["pictures"] >= 1
         assert 0 < row["first_pixel_ms_p50"] <= row["picture_ms_p50"]
     assert report.targets == []
+
+
+def test_hits():
+    report = hits.measure(hits.SMOKE)
+    [row] = only_table(report)
+    assert row["hits"] == 10
+    assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
+    assert report.targets[0].figure == pytest.approx(hits.BAR_MS / row["p99_ms"])
+
+
+def test_overhead():
+    rows = only_table(overhead.measure(overhead.SMOKE))
+    assert {row["mode"] for row in rows} == set(overhead.MODES)
+    assert {row["throughput_of_bypass"] for row in rows if row["mode"] == "bypass"} == {1.0}
+
+
+def test_replay(tmp_path):
+    plan = dataclasses.replace(replay.SMOKE, models=MODELS, out=tmp_path)
+    rows = {row["mode"]: row for row in only_table(replay.measure(plan))}
+    assert [rows[mode]["requests"] for mode in ("off", "exact", "similar")] == [2, 6, 6]
+    assert rows["off"]["steps_saved"] == 0
+    assert all(sum(row[kind] for kind in replay.KINDS) == row["requests"] for row in rows.values())
+    assert {file.name for file in tmp_path.glob("*.npz")} == {"off-1.npz", "similar-1.npz"}, "what the judge needs"
+
+
+def test_eviction():
+    by_settings, by_policy = eviction.measure(eviction.SMOKE).tables.values()
+    assert {row["settings"] for row in by_settings} == set(eviction.SETTINGS)
+    assert all(sum(row[kind] for kind in eviction.KINDS) == 20 for row in by_settings)
+    assert all(0 <= row[name] <= 1 for row in by_policy for name in eviction.POLICIES)
+
+
+def test_index(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where it keeps its vectors
+    report = index.measure(index.SMOKE)
+    assert len(report.tables) == 2
+    for rows in report.tables.values():
+        assert rows[0]["index"] == "faiss Flat"
+        assert {rows[0][name] for name in ("any_near", "best_near")} <= {1.0, None}, "what is exact finds all"
+        assert all(row["cpu_ms_p50"] <= row["cpu_ms_p99"] for row in rows)
+    assert len(report.targets) == 4
