@@ -89,6 +89,27 @@ async def test_one_that_stops_reading_is_ended_and_resumes(simulated):
         assert events[-1].finished.usage.num_steps == 1000
 
 
+async def test_those_that_are_ended_from_outside_do_not_end_well(simulated):
+    """However quickly their calls return: here they wait for events, and closing a watcher lets its call return."""
+    async with channel(simulated) as connection:
+        stub = stubs.GenerationServiceStub(connection)
+        message = long_request(1000)
+        message.disconnect.action = pb.DisconnectPolicy.ACTION_DETACH
+        name = (await anext(aiter(stub.Generate(message)))).event.generation
+        none = pb.PreviewPolicy(method=pb.PREVIEW_METHOD_NONE)
+        reading = []
+        for _ in range(8):
+            call = stub.WatchGeneration(pb.WatchGenerationRequest(name=name, preview=none))
+            await anext(aiter(call))
+            reading.append(asyncio.create_task(collect(call)))
+        [generation] = simulated.generations._live.values()
+        simulated.generations._streams.move(generation)
+        for outcome in await asyncio.gather(*reading, return_exceptions=True):
+            assert isinstance(outcome, grpc.aio.AioRpcError), "it ended as if all had been said"
+            assert outcome.code() is grpc.StatusCode.UNAVAILABLE
+            assert reason_of(outcome) == "MOVED"
+
+
 async def test_a_stalled_one_whose_connection_dies_is_forgotten(simulated, capfd):
     """Its status could not be sent any more: nobody is told, and nothing of it is left."""
     relay = await Relay.start(simulated.address)

@@ -13,6 +13,7 @@ from safelight_server.cache.coordination.leadership import Leadership
 from safelight_server.cache.coordination.redis import RedisCoordinator
 from safelight_server.cache.store.base import StoreFullError, StoreUnavailableError
 
+from tests.conftest import eventually
 from tests.support.coordination import SHORT_S, TTL_S, CoordinationRules, collect, until
 from tests.support.redis_server import RedisServer
 
@@ -51,6 +52,36 @@ async def test_many_names_share_one_reader(redis_server: RedisServer, replicas: 
         await one.commit(lease, "pointer", b"bill")
     assert await asyncio.gather(*following) == [[bytes([n])] for n in range(100)]
     assert len(await one._redis.client_list()) < 40
+
+
+async def test_who_comes_during_a_read_of_others_misses_nothing(
+    redis_server: RedisServer, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The read that is waiting began where others are; what it brings must wait for what came before."""
+    monkeypatch.setattr("safelight_server.cache.coordination.redis.BLOCK_S", 5.0)
+    one, other = replicas(redis_server.url), replicas(redis_server.url)
+    lease = await one.acquire("x", "a", TTL_S)
+    assert lease is not None
+    places = [await one.publish(lease, bytes([number])) for number in range(5)]
+    ahead = asyncio.create_task(anext(aiter(other.follow("x", places[-1]))))
+
+    async def reads() -> bool:
+        return any(client["cmd"] == "xread" and "b" in client["flags"] for client in await one._redis.client_list())
+
+    await until(reads)
+
+    async def fails(_follower: object) -> None:
+        raise StoreUnavailableError("not now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(other, "_catch_up", fails)
+        late = aiter(other.follow("x"))
+        first = asyncio.create_task(anext(late))
+        await eventually(lambda: len(other._followed) == 2)
+    await one.publish(lease, bytes([5]))
+    assert (await ahead).data == bytes([5])
+    seen = [(await first).data] + [(await anext(late)).data for _ in range(5)]
+    assert seen == [bytes([number]) for number in range(6)]
 
 
 async def test_streams_are_bounded(redis_server: RedisServer, replicas: Replicas) -> None:
