@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from prometheus_client import CollectorRegistry
+from safelight_server.cache import starts
 from safelight_server.cache.bands import Bands
 from safelight_server.cache.checkpoints import Checkpoints, Policy
 from safelight_server.cache.eviction import LeastBenefit
@@ -80,3 +81,14 @@ async def test_what_is_dropped_is_not_found_again() -> None:
     await after.found("ann", 1)
     await after.starts.rebuilt()
     assert sum([await after.found("ann", seed) is not None for seed in range(1, 5)]) == 2
+
+
+async def test_an_index_that_made_room_for_others_is_made_anew(monkeypatch) -> None:
+    monkeypatch.setattr(starts, "MAX_INDEXES", 2)
+    replica = Replica(MemoryStore(1 << 24), Keyring.random())
+    await replica.finish("ann", "a1", 1)
+    for tenant in ("bob", "cid"):
+        await replica.finish(tenant, tenant, 2)
+    assert await replica.found("ann", 1) is None
+    await replica.starts.rebuilt()
+    assert await replica.found("ann", 1) == 1.0

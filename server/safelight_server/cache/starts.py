@@ -145,5 +145,12 @@ class Starts:
                 self._rebuilding[space.name] = asyncio.create_task(self._rebuild(space))
         self._indexes.move_to_end(at)
         if len(self._indexes) > MAX_INDEXES:
-            self._indexes.popitem(last=False)
+            self._let_go(next(iter(self._indexes)))
         return at, index
+
+    def _let_go(self, at: tuple[str, str]) -> None:
+        """Forgets the index that was not used for longest; what the tiers have of its space is looked up again."""
+        del self._indexes[at]
+        self._rebuilding.pop(at[0], None)
+        for item in [item for item, place in self._place.items() if place.index == at]:
+            self._forget(item)
