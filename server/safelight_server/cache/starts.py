@@ -27,8 +27,10 @@ from safelight_server.catalog import Pipeline
 from safelight_server.latents import Snapshot
 
 MAX_INDEXES = 64
-MAX_SPACES = 4096
 NUM_CANDIDATES = 4
+
+_At = tuple[str, str]
+"""Of an index: names of its space and its pipeline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +43,10 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an output is: its index, by space and pipeline; and whose it is."""
+    """Where an output is, and whose it is."""
 
     space: Space
-    index: tuple[str, str]
+    index: _At
     owner: Owner
 
 
@@ -61,11 +63,11 @@ class Starts:
     ) -> None:
         self._checkpoints = checkpoints
         self._vectors = vectors
-        self._rebuilding: dict[str, asyncio.Task[None]] = {}
+        self._rebuilding: dict[_At, asyncio.Task[None]] = {}
         self._bands = bands
         self._books = books
         self._max_items = max_items
-        self._indexes: OrderedDict[tuple[str, str], Neighbours] = OrderedDict()
+        self._indexes: OrderedDict[_At, Neighbours] = OrderedDict()
         self._place: dict[str, _Place] = {}
 
     async def add(
@@ -90,10 +92,12 @@ class Starts:
         for item in gone:
             await self._drop(item)
 
-    async def _rebuild(self, space: Space) -> None:
-        """Adds what the tiers have of a space."""
+    async def _rebuild(self, space: Space, at: _At) -> None:
+        """Adds what the tiers have for an index, as long as that is there."""
         async for kept in self._vectors.all(space):
-            if kept.name.exact not in self._place:
+            if at not in self._indexes:
+                return
+            if kept.pipeline == at[1] and kept.name.exact not in self._place:
                 await self._add(kept)
 
     async def rebuilt(self) -> None:
@@ -133,24 +137,21 @@ class Starts:
             index.remove(item)
         return place
 
-    def _index(self, space: Space, pipeline: str, dimension: int) -> tuple[tuple[str, str], Neighbours]:
+    def _index(self, space: Space, pipeline: str, dimension: int) -> tuple[_At, Neighbours]:
         at = (space.name, pipeline)
         index = self._indexes.get(at)
         if index is None:
             seed = space.seed(f"codes {pipeline}")
             index = self._indexes[at] = Neighbours(dimension, seed, max_items=self._max_items)
-            if space.name not in self._rebuilding:
-                if len(self._rebuilding) >= MAX_SPACES:
-                    self._rebuilding.pop(next(iter(self._rebuilding)))
-                self._rebuilding[space.name] = asyncio.create_task(self._rebuild(space))
+            self._rebuilding[at] = asyncio.create_task(self._rebuild(space, at))
         self._indexes.move_to_end(at)
         if len(self._indexes) > MAX_INDEXES:
             self._let_go(next(iter(self._indexes)))
         return at, index
 
-    def _let_go(self, at: tuple[str, str]) -> None:
-        """Forgets the index that was not used for longest; what the tiers have of its space is looked up again."""
+    def _let_go(self, at: _At) -> None:
+        """Forgets an index; what the tiers have for it is looked up when it is used again."""
         del self._indexes[at]
-        self._rebuilding.pop(at[0], None)
+        self._rebuilding.pop(at).cancel()
         for item in [item for item, place in self._place.items() if place.index == at]:
             self._forget(item)
