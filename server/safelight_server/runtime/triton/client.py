@@ -40,6 +40,7 @@ class Trouble(enum.Enum):
     HUNG = "the server has not answered in time"
     MODEL_GONE = "the model is not loaded"
     BACKEND_DOWN = "the process that runs the model has gone"
+    OUT_OF_STEP = "the answer is another call's"
     QUEUE_FULL = "the model's queue is full"
     QUEUE_TIMEOUT = "the request has waited too long in the model's queue"
     REGION_UNKNOWN = "the server does not know the shared memory"
@@ -48,7 +49,7 @@ class Trouble(enum.Enum):
 
 
 UNANSWERED = frozenset({Trouble.DEAD, Trouble.HUNG})
-ENDPOINT_DOWN = frozenset({Trouble.DEAD, Trouble.HUNG, Trouble.MODEL_GONE, Trouble.BACKEND_DOWN})
+ENDPOINT_DOWN = frozenset({Trouble.DEAD, Trouble.HUNG, Trouble.MODEL_GONE, Trouble.BACKEND_DOWN, Trouble.OUT_OF_STEP})
 BUSY = frozenset({Trouble.QUEUE_FULL, Trouble.QUEUE_TIMEOUT})
 
 _BY_MESSAGE = (
