@@ -135,12 +135,25 @@ class Client:
         version: str,
         inputs: Sequence[triton.InferInput],
         outputs: Sequence[triton.InferRequestedOutput],
+        *,
+        queue_s: float,
         timeout_s: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> triton.InferResult:
-        """One batched call. With `timeout_s` the server hears when it is given up."""
+        """One batched call.
+
+        Args:
+            queue_s: after so long in its queue a server with a queue policy drops the call; others ignore it.
+            timeout_s: after this the call is given up, and the server hears it.
+        """
         call = self._client.infer(
-            model, inputs, version, outputs, client_timeout=timeout_s, headers=dict(headers) if headers else None
+            model,
+            inputs,
+            version,
+            outputs,
+            timeout=max(1, round(queue_s * 1e6)),  # 0 would mean none
+            client_timeout=timeout_s,
+            headers=dict(headers) if headers else None,
         )
         return await _told(call)
 

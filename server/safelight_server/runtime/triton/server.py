@@ -181,7 +181,7 @@ class Server:
             for output, tensor in zip(wanted, at.outputs.values(), strict=True):
                 output.set_shared_memory(region.name, rows * tensor.row_bytes, region.places[tensor.name].offset)
             call = asyncio.create_task(
-                self._client.infer(model.name, model.version, asked, wanted, headers=_trace_headers())
+                self._client.infer(model.name, model.version, asked, wanted, queue_s=limit_s, headers=_trace_headers())
             )
         try:
             with tracing.current().within("await"):
@@ -235,7 +235,15 @@ class Server:
                 asked[-1].set_data_from_numpy(rows.reshape(len(rows), *dims))
             wanted = [triton.InferRequestedOutput(name) for name in at.outputs]
         with tracing.current().within("await"):
-            result = await self._client.infer(model.name, model.version, asked, wanted, limit_s, _trace_headers())
+            result = await self._client.infer(
+                model.name,
+                model.version,
+                asked,
+                wanted,
+                queue_s=limit_s,
+                timeout_s=limit_s,
+                headers=_trace_headers(),
+            )
         with tracing.current().within("collect"):
             for name in at.outputs:
                 check_rows(result, name, len(rows), model)
