@@ -9,6 +9,7 @@ with triton_server() as triton:            # ready when the block begins
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -104,6 +105,16 @@ class TritonServer:
         """Processes of the Python backend."""
         threads = Path(f"/proc/{self.pid}/task").glob("*/children")  # while models load, not of the first alone
         return sorted(int(pid) for children in threads for pid in children.read_text().split())
+
+    def stubs_of(self, model: str) -> list[int]:
+        """Those of one model."""
+        found = []
+        for pid in self.stubs():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if b"python_backend_stub\0" in command and f"/{model}/".encode() in command:
+                    found.append(pid)
+        return found
 
     def shared_memory(self) -> list[Path]:
         """What the server keeps in shared memory, beside regions of its clients."""

@@ -12,13 +12,21 @@ from typing import Any
 
 import pytest
 import tritonclient.grpc.aio as triton_grpc
+from safelight_server import catalog
 from safelight_server.repository import QUEUE_SIZE, Target, write
+from safelight_server.runtime import verification
+from safelight_server.runtime.base import Component
+from safelight_server.runtime.triton.client import CallFailed, Trouble
+from safelight_server.runtime.triton.models import models_of
+from safelight_server.runtime.triton.server import Server, SharedMemoryUse
 from tritonclient.utils import InferenceServerException
 
+from tests.conftest import MODELS, eventually
 from tests.triton.support import REPOSITORY, TritonServer, triton_server
 from tests.triton.test_backend import example, inputs
 
 MODEL = "icons_denoiser"
+KEY = ("icons", Component.DENOISER)
 LARGE, SMALL = (inputs(example(MODEL, rows)) for rows in (64, 1))
 """LARGE fills a batch alone and computes for a good part of a second."""
 
@@ -40,6 +48,12 @@ async def client(bounded: TritonServer) -> AsyncIterator[triton_grpc.InferenceSe
 
 def ask(client: triton_grpc.InferenceServerClient, tensors: list[Any], **how: int) -> asyncio.Task[object]:
     return asyncio.ensure_future(client.infer(MODEL, tensors, **how))
+
+
+async def num_failed(client: triton_grpc.InferenceServerClient) -> int:
+    """Requests of the model that the server has refused or failed."""
+    statistics = (await client.get_inference_statistics(MODEL)).model_stats[0]
+    return int(statistics.inference_stats.fail.count)
 
 
 async def busy(client: triton_grpc.InferenceServerClient, calls: int) -> list[asyncio.Task[object]]:
@@ -67,6 +81,24 @@ async def test_what_waits_too_long_is_refused(client: triton_grpc.InferenceServe
         await ask(client, SMALL, timeout=1000)
     assert (refusal.value.status(), refusal.value.message()) == ("StatusCode.UNAVAILABLE", "Request timeout expired")
     await asyncio.gather(*calls)
+
+
+async def test_what_the_gateway_has_given_up_is_not_computed(
+    bounded: TritonServer, client: triton_grpc.InferenceServerClient
+) -> None:
+    server = Server(bounded.grpc_url, models_of(catalog.load(MODELS)), SharedMemoryUse.ON, calls_at_once=1, limit_s=2.0)
+    await server.probe(30.0)
+    feed = verification.example(server.served(KEY).specs(), 1)
+    calls = await busy(client, 4)
+    failed = await num_failed(client)
+    with pytest.raises(CallFailed) as caught:
+        await server.run(KEY, feed, 0.05)
+    assert caught.value.trouble is Trouble.HUNG
+    assert server.regions is not None
+    await asyncio.gather(*calls)
+    await eventually(lambda: not server.regions.num_quarantined)  # the server has answered that it dropped the call
+    assert await num_failed(client) == failed + 1
+    await server.close()
 
 
 async def test_a_request_of_higher_priority_goes_first(client: triton_grpc.InferenceServerClient) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import subprocess
@@ -68,15 +67,36 @@ def test_a_server_with_a_dead_stub_is_ended() -> None:
         assert "a stub died" in triton.log()
 
 
+def processor_s(pid: int) -> float:
+    """Processor time of a process."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+async def test_the_answer_to_a_call_that_triton_gave_up_is_never_another_calls() -> None:
+    with triton_server() as triton:
+        async with triton_grpc.InferenceServerClient(triton.grpc_url) as client:
+            [stub] = triton.stubs_of("icons_denoiser")
+            before = processor_s(stub)
+            given_up = asyncio.ensure_future(ask(client, "icons_denoiser", example("icons_denoiser", 64)))
+            await eventually(lambda: processor_s(stub) >= before + 0.03)  # it has taken the call and computes
+            os.kill(stub, signal.SIGSTOP)
+            with pytest.raises(InferenceServerException, match="is not healthy"):
+                await given_up
+            os.kill(stub, signal.SIGCONT)
+            await eventually(lambda: gone([stub]))  # instead of answering, which the next call would be given
+            with pytest.raises(InferenceServerException):
+                await ask(client, "icons_denoiser", example("icons_denoiser", 2))
+            assert triton.supervisor.wait(20) == 128 + signal.SIGKILL
+        assert "has given up a call" in triton.log()
+
+
 def frozen_stub(triton: TritonServer, model: str) -> int:
     """Stops a stub of a model as soon as it is there, while the server loads it."""
     while True:
-        for pid in triton.stubs() if triton.started else ():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                command = Path(f"/proc/{pid}/cmdline").read_bytes()
-                if b"python_backend_stub\0" in command and f"/{model}/".encode() in command:
-                    os.kill(pid, signal.SIGSTOP)
-                    return pid
+        for pid in triton.stubs_of(model) if triton.started else ():
+            os.kill(pid, signal.SIGSTOP)
+            return pid
         time.sleep(0.001)
 
 

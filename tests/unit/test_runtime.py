@@ -81,6 +81,23 @@ def test_batches_are_verified_up_to_the_bound_of_the_model():
     assert verification.sizes(1000)[-1] == verification.WARM_UP_ROWS[-1]
 
 
+@pytest.mark.parametrize("behind", [1, 2])
+async def test_a_runtime_that_is_answers_behind_never_has_the_right_fingerprint(behind):
+    specs = [verification.InputSpec("latent", (4,))]
+    queued = [{"image": np.zeros((3, 4), np.float32)}] * behind
+
+    async def right(inputs):
+        return {"image": 2 * inputs["latent"]}
+
+    async def late(inputs):
+        queued.append(await right(inputs))
+        return queued.pop(0)
+
+    expected = await verification.fingerprint(right, specs)
+    for _ in range(3):  # from the second on, all that it answers are answers to the same questions
+        assert await verification.fingerprint(late, specs) != expected
+
+
 def test_a_broken_model_file_is_named(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"not onnx")
     with pytest.raises(catalog.ManifestError, match=r"model\.onnx"):

@@ -81,8 +81,8 @@ def test_a_full_queue_narrows_what_is_given_at_once_and_successes_widen_it():
     endpoints = up(1, 6)
     tickets = [endpoints.begin(at, 1.0) for at in range(6)]
     for ticket in tickets[2:]:
-        assert not endpoints.refused(ticket, 1.0)
         endpoints.end(ticket)
+        assert not endpoints.refused(ticket, 1.0)
     assert endpoints.num_live == 6  # it is not down
     endpoints.end(tickets[0])
     assert endpoints.usable({0, 2, 3, 4, 5}) == [0]  # two at once
@@ -96,8 +96,25 @@ def test_a_full_queue_narrows_what_is_given_at_once_and_successes_widen_it():
 
 def test_a_server_that_refuses_a_call_given_alone_is_down():
     endpoints = up(1, 6)
-    assert endpoints.refused(endpoints.begin(0, 1.0), 1.0)
+    ticket = endpoints.begin(0, 1.0)
+    endpoints.end(ticket)
+    assert endpoints.refused(ticket, 1.0)
     assert endpoints.num_live == 0
+
+
+@pytest.mark.parametrize("refused", [0, 1])
+@pytest.mark.parametrize("other_ends_first", [False, True])
+def test_a_call_refused_beside_another_is_no_dead_server_whichever_began_first(refused, other_ends_first):
+    endpoints = up(1, 6)
+    tickets = [endpoints.begin(at, 1.0) for at in range(2)]  # they may arrive in either order
+    other = tickets[1 - refused]
+    if other_ends_first:
+        endpoints.end(other)
+        endpoints.succeeded(other)
+    endpoints.end(tickets[refused])
+    assert not endpoints.refused(tickets[refused], 1.0)
+    assert endpoints.num_live == 6
+    assert len(endpoints.usable({2, 3, 4, 5})) == (1 if other_ends_first else 0)  # one at once
 
 
 def test_only_what_is_being_probed_can_be_probed():

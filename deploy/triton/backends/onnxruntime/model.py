@@ -7,12 +7,20 @@ selection, reshape by Triton's core) and runs on the CPU. Sessions are made as
 (`tests/triton/test_backend.py`). The requests of a batch are one session call;
 one that fails is run request by request, so that a bad one fails alone.
 
+Triton gives up a call when its stub shows no sign of life for a second (it was
+frozen, or got no processor), but takes what the stub answers later for the
+answer to the next call. So a stub whose call was given up ends instead.
+
 Runs in Triton's Python stub: no import from this project.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
+import os
+import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +62,16 @@ class TritonPythonModel:
         self._session = onnxruntime.InferenceSession(file, options(config), providers=["CPUExecutionProvider"])
         warm = {tensor["name"]: _zeros(tensor) for tensor in config["input"]}
         self._session.run(self._outputs, warm)
+        self._messages = Messages(*_shared_memory())
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response for each request, in their order; cancelled ones are not computed."""
+        self._messages.end_if_given_up()  # before Triton is asked about requests that it has forgotten
         live = [request for request in requests if not request.is_cancelled()]
         answers = iter(self._answers(live))
-        return [next(answers) if request in live else _cancelled() for request in requests]
+        responses = [next(answers) if request in live else _cancelled() for request in requests]
+        self._messages.end_if_given_up()
+        return responses
 
     def finalize(self) -> None:
         """Lets the session go."""
@@ -89,6 +101,46 @@ class TritonPythonModel:
         return dict(zip(names, self._session.run(names, feed), strict=True))
 
 
+class Messages:
+    """Triton's messages to this stub: a ring in shared memory.
+
+    Its layout is that of IPCControlShm and MessageQueueShm in python_backend r24.10.
+
+    Invariant: after a call Triton sends nothing before its answer, unless it gives the call up.
+
+    Args:
+        region: name of the shared memory.
+        control: where in it IPCControlShm is.
+
+    Raises:
+        TritonModelException: the ring is not there: this is another Triton than the one that the backend knows.
+    """
+
+    OWNER_BYTES, QUEUE_AT, LENGTH_AT, ENDS_AT = 16, 88, 104, 120
+    LENGTH = 1000
+
+    def __init__(self, region: str, control: int) -> None:
+        with Path("/dev/shm", region).open("rb") as file:
+            self._memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        [queue] = struct.unpack_from("q", self._memory, control + self.OWNER_BYTES + self.QUEUE_AT)
+        self._at = queue + self.OWNER_BYTES
+        [length] = struct.unpack_from("Q", self._memory, self._at + self.LENGTH_AT)
+        if length != self.LENGTH or self.waiting:
+            raise triton.TritonModelException("this Triton keeps its messages in another way: see onnxruntime/model.py")
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there are messages that the stub has not taken."""
+        head, tail = struct.unpack_from("ii", self._memory, self._at + self.ENDS_AT)
+        return bool(head != tail)
+
+    def end_if_given_up(self) -> None:
+        """Ends the process, and with it the server, when Triton no longer waits for the call that is being answered."""
+        if self.waiting:
+            print("onnxruntime: Triton has given up a call: ending its stub", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
 def options(config: dict[str, Any]) -> onnxruntime.SessionOptions:
     """Session options of a model configuration."""
     parameters = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
@@ -101,6 +153,12 @@ def options(config: dict[str, Any]) -> onnxruntime.SessionOptions:
     chosen.log_severity_level = 3
     chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return chosen
+
+
+def _shared_memory() -> tuple[str, int]:
+    """The stub's region and the place of IPCControlShm in it: arguments of its command line."""
+    words = Path("/proc/self/cmdline").read_text().split("\0")
+    return words[2], int(words[7])
 
 
 def _zeros(tensor: dict[str, Any]) -> np.ndarray:

@@ -40,6 +40,7 @@ class Trouble(enum.Enum):
     HUNG = "the server has not answered in time"
     MODEL_GONE = "the model is not loaded"
     BACKEND_DOWN = "the process that runs the model has gone"
+    OUT_OF_STEP = "the answer is another call's"
     QUEUE_FULL = "the model's queue is full"
     QUEUE_TIMEOUT = "the request has waited too long in the model's queue"
     REGION_UNKNOWN = "the server does not know the shared memory"
@@ -48,7 +49,7 @@ class Trouble(enum.Enum):
 
 
 UNANSWERED = frozenset({Trouble.DEAD, Trouble.HUNG})
-ENDPOINT_DOWN = frozenset({Trouble.DEAD, Trouble.HUNG, Trouble.MODEL_GONE, Trouble.BACKEND_DOWN})
+ENDPOINT_DOWN = frozenset({Trouble.DEAD, Trouble.HUNG, Trouble.MODEL_GONE, Trouble.BACKEND_DOWN, Trouble.OUT_OF_STEP})
 BUSY = frozenset({Trouble.QUEUE_FULL, Trouble.QUEUE_TIMEOUT})
 
 _BY_MESSAGE = (
@@ -134,12 +135,25 @@ class Client:
         version: str,
         inputs: Sequence[triton.InferInput],
         outputs: Sequence[triton.InferRequestedOutput],
+        *,
+        queue_s: float,
         timeout_s: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> triton.InferResult:
-        """One batched call. With `timeout_s` the server hears when it is given up."""
+        """One batched call.
+
+        Args:
+            queue_s: after so long in its queue a server with a queue policy drops the call; others ignore it.
+            timeout_s: after this the call is given up, and the server hears it.
+        """
         call = self._client.infer(
-            model, inputs, version, outputs, client_timeout=timeout_s, headers=dict(headers) if headers else None
+            model,
+            inputs,
+            version,
+            outputs,
+            timeout=max(1, round(queue_s * 1e6)),  # 0 would mean none
+            client_timeout=timeout_s,
+            headers=dict(headers) if headers else None,
         )
         return await _told(call)
 

@@ -5,8 +5,9 @@ All begin DOWN with a probe due. An instance is a place for one call on one
 endpoint: instance i belongs to endpoint i // calls_each.
 
 A server whose queue is full works: it is offered fewer calls at once
-(`window`), and again more as they succeed. Only when it refuses a call that it
-is given alone is it DOWN.
+(`window`), and again more as they succeed. Only when it refuses a call that
+had no company from its beginning to its end is it DOWN: calls begun together
+arrive in any order, so that the first of them may be the one refused.
 
 Invariants: only endpoints that are UP are offered, and no more calls than
 their window; a failure of a call that began before its endpoint was last
@@ -46,12 +47,13 @@ class Backoff:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A call that is under way."""
+    """A call that is under way; `number` counts the calls of its endpoint from the first."""
 
     endpoint: int
     epoch: int
     work_s: float
-    num_others: int
+    number: int
+    began_alone: bool
 
 
 @dataclass(slots=True)
@@ -61,6 +63,7 @@ class _Endpoint:
     window: float = 1.0
     failures: int = 0
     epoch: int = 0
+    num_begun: int = 0
     num_calls: int = 0
     work_s: float = 0.0
 
@@ -132,7 +135,8 @@ class Endpoints:
         """A call that will take about `work_s` goes to the instance's endpoint."""
         at = self.endpoint_of(instance)
         endpoint = self._endpoints[at]
-        ticket = Ticket(at, endpoint.epoch, work_s, endpoint.num_calls)
+        endpoint.num_begun += 1
+        ticket = Ticket(at, endpoint.epoch, work_s, endpoint.num_begun, began_alone=not endpoint.num_calls)
         endpoint.num_calls += 1
         endpoint.work_s += work_s
         return ticket
@@ -164,17 +168,17 @@ class Endpoints:
         return True
 
     def refused(self, ticket: Ticket, now: float) -> bool:
-        """The endpoint had no room for the call, beside those that it had been given before.
+        """The endpoint had no room for the call, which has ended, beside those that are under way still.
 
         Returns:
-            Whether it had none of those, and was UP until now: it is ejected.
+            Whether the call never had company, and its endpoint was UP until now: it is ejected.
         """
         endpoint = self._endpoints[ticket.endpoint]
         if ticket.epoch != endpoint.epoch:
             return False
-        if not ticket.num_others:
+        if ticket.began_alone and ticket.number == endpoint.num_begun:
             return self.eject(ticket, now)
-        endpoint.window = float(min(int(endpoint.window), ticket.num_others))
+        endpoint.window = float(max(1, min(int(endpoint.window), endpoint.num_calls)))
         return False
 
     # --- probes ---

@@ -255,7 +255,7 @@ class TritonRuntime:
             self._wake.clear()
 
     def _canary_limit_s(self) -> float:
-        options, rows = self._options, verification.CANARY_ROWS
+        options, rows = self._options, max(verification.CANARY_ROWS)
         slowest_s = max((cost.at(rows) for cost in self._costs.values()), default=options.start_s)
         return max(options.timeout_floor_s, options.timeout_factor * slowest_s)
 

@@ -181,7 +181,7 @@ class Server:
             for output, tensor in zip(wanted, at.outputs.values(), strict=True):
                 output.set_shared_memory(region.name, rows * tensor.row_bytes, region.places[tensor.name].offset)
             call = asyncio.create_task(
-                self._client.infer(model.name, model.version, asked, wanted, headers=_trace_headers())
+                self._client.infer(model.name, model.version, asked, wanted, queue_s=limit_s, headers=_trace_headers())
             )
         try:
             with tracing.current().within("await"):
@@ -190,9 +190,11 @@ class Server:
             self._settle(region, call)
         if not call.done():
             raise CallFailed(Trouble.HUNG, f"{model.name}, {rows} rows, given up after {limit_s:.2f} s")
-        call.result()  # raises what went wrong
+        result = call.result()  # raises what went wrong
         try:
             with tracing.current().within("collect"):
+                for name in at.outputs:
+                    check_rows(result, name, rows, model)
                 return {name: region.read(name, places) for name in at.outputs}
         finally:
             self._pool.give_back(region)
@@ -233,16 +235,32 @@ class Server:
                 asked[-1].set_data_from_numpy(rows.reshape(len(rows), *dims))
             wanted = [triton.InferRequestedOutput(name) for name in at.outputs]
         with tracing.current().within("await"):
-            result = await self._client.infer(model.name, model.version, asked, wanted, limit_s, _trace_headers())
+            result = await self._client.infer(
+                model.name,
+                model.version,
+                asked,
+                wanted,
+                queue_s=limit_s,
+                timeout_s=limit_s,
+                headers=_trace_headers(),
+            )
         with tracing.current().within("collect"):
-            return {name: _rows(result, name, model) for name in at.outputs}
+            for name in at.outputs:
+                check_rows(result, name, len(rows), model)
+            return {name: np.asarray(result.as_numpy(name), np.float32) for name in at.outputs}
 
 
-def _rows(result: triton.InferResult, name: str, model: Model) -> FloatArray:
-    rows = result.as_numpy(name)
-    if rows is None:
+def check_rows(result: triton.InferResult, name: str, rows: int, model: Model) -> None:
+    """Refuses the answer to another call, where its size shows it.
+
+    Raises:
+        CallFailed: an output is missing, or has not as many rows as the call.
+    """
+    output = result.get_output(name)
+    if output is None:
         raise CallFailed(Trouble.FAILED, f"{model.name} left out {name}")
-    return np.asarray(rows, np.float32)
+    if output.shape[0] != rows:
+        raise CallFailed(Trouble.OUT_OF_STEP, f"{model.name}: {output.shape[0]} rows of {name} for {rows}")
 
 
 def _is_this_host(url: str) -> bool:
