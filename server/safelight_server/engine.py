@@ -203,12 +203,13 @@ class Engine:
         name = prompt_name(pipeline, token_ids)
         if name not in self._asked:
             self._asked.add(name)
-            self._batches.token_ids[name] = tuple(token_ids)
             self.outage.wait_for(name)
-            asyncio.get_running_loop().call_soon(self._want_embedding, name, key)  # it may answer at once
+            # it may answer at once
+            asyncio.get_running_loop().call_soon(self._want_embedding, name, tuple(token_ids), key)
         return await self._asked.get(name)
 
-    def _want_embedding(self, name: str, key: str) -> None:
+    def _want_embedding(self, name: str, token_ids: tuple[int, ...], key: str) -> None:
+        self._batches.token_ids[name] = token_ids  # not before: who else needs the prompt may release it until now
         self._apply(self.scheduler.want_embedding(name, key))
         self._pump()
 

@@ -180,6 +180,18 @@ async def test_whoever_asks_for_an_embedding_waits_no_longer_either(stage, clock
     assert (await engine.encode(simulated_pipeline(), (1,) * 16)).ndim == 2
 
 
+async def test_an_embedding_that_is_asked_for_while_its_last_output_ends_is_encoded_anew(stage):
+    engine, runtime = stage
+    runtime.set_live()
+    submit(engine)
+    asked = asyncio.create_task(engine.encode(simulated_pipeline(), (0,) * 16))
+    await asyncio.sleep(0)  # it asks, and is heard in the turn after
+    engine.cancel(1)
+    runtime.set_live(0)
+    assert (await asked).ndim == 2
+    assert not engine._batches.token_ids
+
+
 async def test_a_deadline_that_passes_while_instances_are_there_is_a_deadline(stage, clock):
     engine, _ = stage
     listener = submit(engine, deadline=0.0)
