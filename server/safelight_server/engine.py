@@ -28,7 +28,7 @@ import structlog
 from safelight_server.alarm import Alarm
 from safelight_server.asked import Asked
 from safelight_server.attempts import Attempts
-from safelight_server.batches import Batches, Call, Flight, Preview
+from safelight_server.batches import Batches, Call, Flight
 from safelight_server.catalog import Pipeline
 from safelight_server.errors import InternalError, SafelightError, UnavailableError
 from safelight_server.jobs import Job, OutputListener, prompt_name
@@ -179,18 +179,12 @@ class Engine:
             The image (3, H, W) in [-1, 1], unclamped; None when a newer preview took its place, it failed, or the
             output has ended.
         """
-        flight = self._batches.flights.get(output_id)
-        if flight is None:
+        if output_id not in self._entries:
             return None
-        key = self._batches.key(flight.pipeline, component, flight.latent_shape)
-        if (older := flight.previews.get(key)) is not None:
-            older.image.set_result(None)
-        pending = flight.previews[key] = Preview(
-            denoised, asyncio.get_running_loop().create_future(), tracing.current()
-        )
+        key, image = self._batches.want_preview(output_id, denoised, component, tracing.current())
         self.scheduler.want_preview(output_id, key)
         self._pump()
-        return await pending.image
+        return await image
 
     async def encode(self, pipeline: Pipeline, token_ids: Sequence[int]) -> FloatArray:
         """The embedding (T, D) of a prompt, encoded between the steps; those who ask for the same share it.
@@ -198,6 +192,7 @@ class Engine:
         Raises:
             UnavailableError: the runtime cannot.
         """
+        self.outage.check()  # else what is asked for would pile up as long as nothing is there to encode it
         size = pipeline.manifest.sizes[0]
         key = self._batches.key(pipeline, Component.TEXT_ENCODER, pipeline.latent_shape(size.width_px, size.height_px))
         name = prompt_name(pipeline, token_ids)

@@ -208,5 +208,8 @@ async def test_new_work_is_taken_within_the_grace_only(stage, clock):
     assert engine.outage.beyond_grace
     with pytest.raises(UnavailableError):
         engine.outage.check()
+    with pytest.raises(UnavailableError):
+        await engine.encode(simulated_pipeline(), (1,) * 16)
+    assert not engine._asked
     runtime.set_live(0)
     engine.outage.check()
