@@ -105,6 +105,7 @@ class Batches:
         self.token_ids: dict[str, tuple[int, ...]] = {}
         self._embeddings: dict[str, FloatArray] = {}
         self._latents: dict[str, Latents] = {}
+        self._departed: set[int] = set()
 
     def gather(self, batch: Batch) -> Call:
         """The inputs of a batch."""
@@ -158,8 +159,9 @@ class Batches:
         return served
 
     def returned(self, batch: Batch, call: Call) -> None:
-        """The runtime is done with the inputs, with results or without."""
-        if call.slots is not None:
+        """The runtime is done with the inputs, with results or without; counts once."""
+        if call.slots is not None and batch.batch_id in self._departed:
+            self._departed.remove(batch.batch_id)
             self._latents[batch.key].arrive(call.slots)
 
     def keep(self, batch: Batch, call: Call, results: Mapping[str, FloatArray]) -> None:
@@ -266,6 +268,7 @@ class Batches:
         steps = np.array([row.step for row in batch.rows], np.intp)
         latents = self._latents[batch.key]
         latents.depart(slots)
+        self._departed.add(batch.batch_id)
         return Call(key, latents.rows(slots, parts, steps), len({row.output_id for row in batch.rows}), slots, parts)
 
     def _claim(self, key: str, flight: Flight) -> None:

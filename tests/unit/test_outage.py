@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from safelight_server.engine import Engine
-from safelight_server.errors import UnavailableError
+from safelight_server.errors import InternalError, UnavailableError
 from safelight_server.jobs import Job
 from safelight_server.runtime.base import Component, Fault, RuntimeFailure
 from safelight_server.runtime.simulated import LATENT, SimulatedRuntime, simulated_pipeline
@@ -178,6 +178,28 @@ async def test_whoever_asks_for_an_embedding_waits_no_longer_either(stage, clock
     runtime.set_live(0)
     await eventually(lambda: not engine._asked)
     assert (await engine.encode(simulated_pipeline(), (1,) * 16)).ndim == 2
+
+
+@pytest.mark.parametrize("broken", [TypeError("a bug"), {"nothing": np.zeros(1)}], ids=["raises", "answers nonsense"])
+async def test_a_bug_in_a_call_ends_its_outputs_and_nothing_else(stage, broken):
+    engine, runtime = stage
+    run = runtime.run
+
+    async def run_broken(*given):
+        runtime.run = run
+        if isinstance(broken, dict):
+            return broken
+        raise broken
+
+    first = submit(engine)
+    runtime.run = run_broken
+    await eventually(lambda: first.end is not None)
+    assert isinstance(first.end, InternalError)
+    others = [submit(engine, output_id) for output_id in range(2, 10)]
+    await eventually(lambda: all(other.end == "decoded" for other in others))
+    assert not engine._busy
+    engine.scheduler.check_invariants()
+    assert engine.scheduler.num_outputs == 0
 
 
 async def test_an_embedding_that_is_asked_for_while_its_last_output_ends_is_encoded_anew(stage):
