@@ -275,6 +275,18 @@ async def test_an_outcome_that_is_no_longer_kept_is_not_computed_again(start):
         assert found["ErrorInfo"].reason == "OUTCOME_EXPIRED"
 
 
+async def test_a_lost_generation_that_is_not_resumed_by_its_deadline_is_late_and_not_cancelled(server):
+    running, channel = server
+    stub = stubs.GenerationServiceStub(channel)
+    calls = [stub.Generate(request(num_inference_steps=200), timeout=2.0) for _ in range(8)]
+    names = [(await call.read()).event.generation for call in calls]
+    for call in calls:
+        call.cancel()
+    await eventually(lambda: not running.generations._live)
+    ended = [running.generations._finished.get(name.partition("/")[2]) for name in names]
+    assert {generation.error.reason for generation in ended} == {"DEADLINE_EXCEEDED"}
+
+
 async def test_lost_generations_are_bounded(start):
     async with start(**SIMULATED, max_lost=2) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub, names = stubs.GenerationServiceStub(channel), []
