@@ -20,7 +20,7 @@ from safelight_server.pipeline import decoder_latent
 from safelight_server.runtime.base import Component, FloatArray, Inputs
 from safelight_server.sampler import SamplerTable
 from safelight_server.scheduler import Batch, Kind, Row
-from safelight_server.telemetry import UNTRACED, Stage, Trail
+from safelight_server.telemetry import Stage, Trail
 from safelight_server.telemetry.trail import NO_CALL, Attributes, CallSpans, Making, Served
 
 PART_NAMES = {Kind.ENCODE: "text_encode", Kind.DENOISE: "step", Kind.DECODE: "decode", Kind.PREVIEW: "decode"}
@@ -71,7 +71,12 @@ class Preview:
 
     latent: FloatArray
     image: asyncio.Future[FloatArray | None]
-    stage: Stage = UNTRACED
+    stage: Stage
+
+    def answer(self, image: FloatArray | None) -> None:
+        """It is decoded, or will not be; whoever waited may have gone."""
+        if not self.image.done():
+            self.image.set_result(image)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,7 @@ class Call:
     num_outputs: int
     slots: Slots | None = None
     parts: Slots | None = None
-    previews: Sequence[Preview | None] = ()
+    previews: Sequence[Preview] = ()
 
 
 class Batches:
@@ -100,6 +105,7 @@ class Batches:
         self.token_ids: dict[str, tuple[int, ...]] = {}
         self._embeddings: dict[str, FloatArray] = {}
         self._latents: dict[str, Latents] = {}
+        self._departed: set[int] = set()
 
     def gather(self, batch: Batch) -> Call:
         """The inputs of a batch."""
@@ -137,7 +143,7 @@ class Batches:
     ) -> list[tuple[Served, Attributes]]:
         """Those in whose traces the batch is to be seen, with what it does for them."""
         if batch.kind is Kind.PREVIEW:
-            recorded = [preview.stage for preview in call.previews if preview is not None and preview.stage.recorded]
+            recorded = [preview.stage for preview in call.previews if preview.stage.recorded]
             return [(Making(stage), {"safelight.rows": 1}) for stage in recorded]
         if batch.kind is Kind.ENCODE:
             encoded = set(batch.members)
@@ -153,8 +159,9 @@ class Batches:
         return served
 
     def returned(self, batch: Batch, call: Call) -> None:
-        """The runtime is done with the inputs, with results or without."""
-        if call.slots is not None:
+        """The runtime is done with the inputs, with results or without; counts once."""
+        if call.slots is not None and batch.batch_id in self._departed:
+            self._departed.remove(batch.batch_id)
             self._latents[batch.key].arrive(call.slots)
 
     def keep(self, batch: Batch, call: Call, results: Mapping[str, FloatArray]) -> None:
@@ -172,14 +179,12 @@ class Batches:
                     flight.image = image
         else:
             for preview, image in zip(call.previews, results["image"], strict=True):
-                if preview is not None and not preview.image.done():
-                    preview.image.set_result(image)
+                preview.answer(image)
 
     def lost(self, call: Call) -> None:
         """A batch failed: previews in it are not tried again."""
         for preview in call.previews:
-            if preview is not None and not preview.image.done():
-                preview.image.set_result(None)
+            preview.answer(None)
 
     def advance(self, output_ids: Sequence[int]) -> list[int]:
         """One sampler step for outputs of one key.
@@ -200,6 +205,17 @@ class Batches:
         slot = self.flights[output_id].slot
         assert slot is not None
         return self._latents_of(output_id).denoised(slot)
+
+    def want_preview(
+        self, output_id: int, latent: FloatArray, component: Component, stage: Stage
+    ) -> tuple[str, asyncio.Future[FloatArray | None]]:
+        """Keeps a latent (C, h, w) for a decoder, in place of an older one; its key, and the image that comes of it."""
+        flight = self.flights[output_id]
+        key = self.key(flight.pipeline, component, flight.latent_shape)
+        if (older := flight.previews.get(key)) is not None:
+            older.answer(None)
+        preview = flight.previews[key] = Preview(latent, asyncio.get_running_loop().create_future(), stage)
+        return key, preview.image
 
     def snapshot(self, output_id: int) -> Snapshot | None:
         """What an output needs to go on later; None if it has made no step."""
@@ -223,7 +239,7 @@ class Batches:
         if flight.slot is not None:
             self._latents[self._denoiser_key(flight)].release(flight.slot)
         for preview in flight.previews.values():
-            preview.image.set_result(None)
+            preview.answer(None)
 
     def key(self, pipeline: Pipeline, component: Component, latent_shape: tuple[int, int, int]) -> str:
         """The scheduler's key; equal for all that can share a call."""
@@ -252,6 +268,7 @@ class Batches:
         steps = np.array([row.step for row in batch.rows], np.intp)
         latents = self._latents[batch.key]
         latents.depart(slots)
+        self._departed.add(batch.batch_id)
         return Call(key, latents.rows(slots, parts, steps), len({row.output_id for row in batch.rows}), slots, parts)
 
     def _claim(self, key: str, flight: Flight) -> None:

@@ -22,13 +22,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import Context
-from dataclasses import dataclass
 
 import structlog
 from safelight_server.alarm import Alarm
 from safelight_server.asked import Asked
 from safelight_server.attempts import Attempts
-from safelight_server.batches import Batches, Call, Flight, Preview
+from safelight_server.batches import Batches, Call, Flight
 from safelight_server.catalog import Pipeline
 from safelight_server.errors import InternalError, SafelightError, UnavailableError
 from safelight_server.jobs import Job, OutputListener, prompt_name
@@ -51,16 +50,10 @@ from safelight_server.scheduler import (
     Scheduler,
     Stepped,
 )
-from safelight_server.telemetry import UNTRACED, Metrics, Tracing, Trail, tracing
+from safelight_server.telemetry import UNTRACED, Metrics, Tracing, tracing
 from safelight_server.telemetry.trail import NO_CALL
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True)
-class _Entry:
-    listener: OutputListener
-    started: bool = False
 
 
 class Engine:
@@ -92,10 +85,11 @@ class Engine:
         self._metrics = metrics
         self._tracing = tracer
         self._batches = Batches(max_running * 2 + runtime.num_instances * 128)
-        self._entries: dict[int, _Entry] = {}
+        self._listeners: dict[int, OutputListener] = {}
+        self._unstarted: set[int] = set()
         self._attempts = Attempts()
         self._instances = frozenset(range(runtime.num_instances))
-        self._busy: set[int] = set()
+        self._busy: dict[int, int] = {}  # batches by the instance that runs them
         self._tasks: set[asyncio.Task[None]] = set()
         self._expiry = Alarm(self._pump)
         self._reports = Reports()
@@ -135,7 +129,8 @@ class Engine:
             job.start,
             output.first_step,
         )
-        self._entries[job.output_id] = _Entry(listener)
+        self._listeners[job.output_id] = listener
+        self._unstarted.add(job.output_id)
         if job.deadline is None:
             self.outage.wait_for(job.output_id)
         self.scheduler.add(output, self._clock())
@@ -148,7 +143,7 @@ class Engine:
     def cancel(self, output_id: int) -> None:
         """Ends an output: it is in no later batch. Unknown ids and those of ended outputs are ignored."""
         self._reports.tell()
-        if output_id in self._entries:
+        if output_id in self._listeners:
             self._apply(self.scheduler.cancel(output_id))
             self._forget(output_id)
             self._pump()
@@ -157,7 +152,7 @@ class Engine:
         """Changes the class and the deadline of an output. Unknown ids are ignored."""
         self.scheduler.set_priority(output_id, priority)
         self.scheduler.set_deadline(output_id, deadline)
-        if deadline is None and output_id in self._entries:
+        if deadline is None and output_id in self._listeners:
             self.outage.wait_for(output_id)
         else:
             self.outage.forget(output_id)
@@ -166,7 +161,7 @@ class Engine:
     def suspend(self, output_id: int) -> Snapshot | None:
         """Ends an output like `cancel` and returns what it needs to go on; None if it has made no step."""
         self._reports.tell()
-        if output_id not in self._entries:
+        if output_id not in self._listeners:
             return None
         snapshot = self._batches.snapshot(output_id)
         self.cancel(output_id)
@@ -179,18 +174,12 @@ class Engine:
             The image (3, H, W) in [-1, 1], unclamped; None when a newer preview took its place, it failed, or the
             output has ended.
         """
-        flight = self._batches.flights.get(output_id)
-        if flight is None:
+        if output_id not in self._listeners:
             return None
-        key = self._batches.key(flight.pipeline, component, flight.latent_shape)
-        if (older := flight.previews.get(key)) is not None:
-            older.image.set_result(None)
-        pending = flight.previews[key] = Preview(
-            denoised, asyncio.get_running_loop().create_future(), tracing.current()
-        )
+        key, image = self._batches.want_preview(output_id, denoised, component, tracing.current())
         self.scheduler.want_preview(output_id, key)
         self._pump()
-        return await pending.image
+        return await image
 
     async def encode(self, pipeline: Pipeline, token_ids: Sequence[int]) -> FloatArray:
         """The embedding (T, D) of a prompt, encoded between the steps; those who ask for the same share it.
@@ -198,17 +187,18 @@ class Engine:
         Raises:
             UnavailableError: the runtime cannot.
         """
+        self.outage.check()  # else what is asked for would pile up as long as nothing is there to encode it
         size = pipeline.manifest.sizes[0]
         key = self._batches.key(pipeline, Component.TEXT_ENCODER, pipeline.latent_shape(size.width_px, size.height_px))
         name = prompt_name(pipeline, token_ids)
         if name not in self._asked:
             self._asked.add(name)
-            self._batches.token_ids[name] = tuple(token_ids)
             self.outage.wait_for(name)
-            asyncio.get_running_loop().call_soon(self._want_embedding, name, key)  # it may answer at once
+            asyncio.get_running_loop().call_soon(self._want_embedding, name, tuple(token_ids), key)
         return await self._asked.get(name)
 
-    def _want_embedding(self, name: str, key: str) -> None:
+    def _want_embedding(self, name: str, token_ids: tuple[int, ...], key: str) -> None:
+        self._batches.token_ids[name] = token_ids  # not before: who else needs the prompt may release it until now
         self._apply(self.scheduler.want_embedding(name, key))
         self._pump()
 
@@ -235,25 +225,22 @@ class Engine:
 
     def _dispatch(self, now: float, *, full_only: bool = False) -> None:
         """Hands every free instance to the scheduler and starts the batches that it returns."""
-        free = self._runtime.usable(self._instances - self._busy)
+        free = self._runtime.usable(self._instances - self._busy.keys())
         if not free and full_only:
             return
         for batch in self.scheduler.schedule(now, free, full_only=full_only):
-            self._busy.add(batch.instance)
+            self._busy[batch.instance] = batch.batch_id
             call = self._batches.gather(batch)
             spans = (
-                self._batches.spans(batch, call, self._runtime.name, self._trails)
+                self._batches.spans(batch, call, self._runtime.name, lambda at: self._listeners[at].trails())
                 if self._tracing.num_trails
                 else NO_CALL
             )
             task = asyncio.create_task(self._run(batch, call, spans), context=Context())  # it works for many
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(functools.partial(self._ran, batch, call))
             if batch.kind is Kind.DENOISE:
                 self._announce(batch)
-
-    def _trails(self, output_id: int) -> Sequence[Trail]:
-        return self._entries[output_id].listener.trails()
 
     def _instances_changed(self) -> None:
         """Instances came or went; batches in flight on those that went fail by themselves."""
@@ -272,10 +259,9 @@ class Engine:
 
     def _announce(self, batch: Batch) -> None:
         for row in batch.rows:
-            entry = self._entries[row.output_id]
-            if not entry.started:
-                entry.started = True
-                self._reports.later(entry.listener.started)
+            if row.output_id in self._unstarted:
+                self._unstarted.remove(row.output_id)
+                self._reports.later(self._listeners[row.output_id].started)
 
     async def _run(self, batch: Batch, call: Call, spans: AbstractContextManager[object]) -> None:
         """One batch, from its inputs to the dispatch of those that it made possible."""
@@ -285,7 +271,7 @@ class Engine:
                 results = await self._runtime.run(batch.instance, at.pipeline.name, at.component, call.inputs)
         except RuntimeFailure as failure:
             self._reports.tell()
-            self._busy.discard(batch.instance)
+            del self._busy[batch.instance]
             self._batches.returned(batch, call)
             self._batches.lost(call)
             self._fail(batch, failure)
@@ -293,7 +279,7 @@ class Engine:
             return
         returned = self._clock()
         self._reports.tell()
-        self._busy.discard(batch.instance)
+        del self._busy[batch.instance]
         self._dispatch(returned, full_only=True)  # what fills a batch without these outputs need not wait for them
         if overlapped := batch.instance in self._busy:
             await asyncio.sleep(0)  # it starts before the work of this one
@@ -308,12 +294,25 @@ class Engine:
         if not overlapped:
             self._metrics.critical_seconds.inc(self._clock() - returned)
 
+    def _ran(self, batch: Batch, call: Call, task: asyncio.Task[None]) -> None:
+        """A batch is over. A bug in it, the runtime's or ours, ends the outputs that it was for and nothing else."""
+        self._tasks.discard(task)
+        if task.cancelled() or (bug := task.exception()) is None:
+            return
+        log.error("bug", kind=batch.kind.value, key=batch.key, rows=len(batch.rows), exc_info=bug)
+        if self._busy.get(batch.instance) == batch.batch_id:
+            del self._busy[batch.instance]
+        self._batches.returned(batch, call)
+        self._batches.lost(call)
+        self._apply(self.scheduler.fail(batch.batch_id, batch.members))
+        self._pump()
+
     def _account(self, batch: Batch, seconds: float) -> None:
         self._metrics.batch(batch.kind.value, len(batch.rows), seconds)
         for output_id, rows in Counter(row.output_id for row in batch.rows).items():
-            if (entry := self._entries.get(output_id)) is not None:
+            if (listener := self._listeners.get(output_id)) is not None:
                 steps = rows if batch.kind is Kind.DENOISE else 0
-                entry.listener.computed(seconds * rows / len(batch.rows), steps)
+                listener.computed(seconds * rows / len(batch.rows), steps)
 
     def _fail(self, batch: Batch, failure: RuntimeFailure) -> None:
         log.warning("batch_failed", kind=batch.kind.value, key=batch.key, rows=len(batch.rows), error=str(failure))
@@ -374,26 +373,27 @@ class Engine:
         self._batches.forget(output_id)
         self._attempts.forget(output_id)
         self.outage.forget(output_id)
-        return self._entries.pop(output_id).listener
+        self._unstarted.discard(output_id)
+        return self._listeners.pop(output_id)
 
     # --- what listeners hear ---
 
     def _report_steps(self, stepped: Sequence[Stepped], batch_size: int) -> None:
         for event in stepped:
-            if (entry := self._entries.get(event.output_id)) is not None:  # else it has ended since
-                entry.listener.stepped(event.step, batch_size)
-                if not event.last and entry.listener.wants_frame(event.step):
-                    entry.listener.frame(event.step, self._batches.denoised(event.output_id))
-                if not event.last and entry.listener.wants_checkpoint(event.step):
+            if (listener := self._listeners.get(event.output_id)) is not None:  # else it has ended since
+                listener.stepped(event.step, batch_size)
+                if not event.last and listener.wants_frame(event.step):
+                    listener.frame(event.step, self._batches.denoised(event.output_id))
+                if not event.last and listener.wants_checkpoint(event.step):
                     snapshot = self._batches.snapshot(event.output_id)
                     assert snapshot is not None
-                    entry.listener.checkpoint(snapshot)
+                    listener.checkpoint(snapshot)
 
     def _report_embeddings(self, batch: Batch) -> None:
         encoded = {row.conditioning_id for row in batch.rows}
-        for output_id, entry in self._entries.items():
+        for output_id, listener in self._listeners.items():
             flight = self._batches.flights[output_id]
             for row, name in enumerate(flight.conditioning):
                 if name in encoded and name in self._batches.token_ids:
-                    told = functools.partial(entry.listener.encoded, row, self._batches.embedding(name))
+                    told = functools.partial(listener.encoded, row, self._batches.embedding(name))
                     self._reports.later(told)

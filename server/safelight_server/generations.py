@@ -119,10 +119,10 @@ class Generations:
             self._requests.remember(caller, request.request_id, request.body_digest, generation.identifier)
         started = self._starting[generation.identifier] = asyncio.Event()
         try:
-            other = await self._start(generation, time_left_s)
+            other = await self._start(generation)
             if other is not None:
                 self._requests.release(caller, request.request_id)
-        except (SafelightError, asyncio.CancelledError):
+        except BaseException:  # whatever it is, the request has left nothing that a retry could find
             self._live.pop(generation.identifier, None)
             self._requests.release(caller, request.request_id)
             if self._fleet is not None:
@@ -133,7 +133,7 @@ class Generations:
             started.set()
         return generation if other is None else await self._known(caller, other, request)
 
-    async def _start(self, generation: Generation, time_left_s: float | None) -> str | None:
+    async def _start(self, generation: Generation) -> str | None:
         """Starts it; where another replica has a generation of its request id, returns that one's id."""
         request = generation.request
         if self._fleet is not None and (other := await self._fleet.owners.enroll(generation)) is not None:
@@ -149,7 +149,7 @@ class Generations:
             self._refuse_while_draining()
         self._live[generation.identifier] = generation
         with generation.stage.within("admission"):
-            self._intake.launch(generation, plans, time_left_s)
+            self._intake.launch(generation, plans, generation.left_s)
         return None
 
     def _refuse_while_draining(self) -> None:

@@ -28,11 +28,12 @@ class Lost:
         return iter(self._waiting)
 
     def suspend(self, generation: Generation) -> None:
-        """Stops a generation until `resume`; cancels it after its grace, or at its deadline if that comes sooner."""
+        """Stops a generation until `resume`; cancels it after its grace. Its deadline ends it sooner by itself."""
         generation.suspend()
-        grace_s, left_s = generation.request.disconnect.resume_grace_s, generation.left_s
-        wait_s = grace_s if left_s is None else min(left_s, grace_s)
-        timer = asyncio.get_running_loop().call_later(wait_s, _abandon, generation)
+        if generation.ended:
+            return  # what is told at the latest now was its end
+        grace_s = generation.request.disconnect.resume_grace_s
+        timer = asyncio.get_running_loop().call_later(grace_s, _abandon, generation)
         self._waiting[generation.identifier] = (generation, timer)
         if len(self._waiting) > self._max_entries:
             _abandon(next(iter(self._waiting.values()))[0])

@@ -222,6 +222,46 @@ async def test_an_outcome_that_was_lost_frees_its_request_id(server):
     assert events[-1].finished.status.code == 0
 
 
+async def test_a_bug_at_the_start_leaves_no_request_id_behind(server):
+    running, channel = server
+    stub, intake = stubs.GenerationServiceStub(channel), running.generations._intake
+    plan = intake.plan
+
+    async def broken(*_given):
+        raise TypeError("a bug")
+
+    message = request()
+    message.request_id = str(uuid.uuid4())
+    intake.plan = broken
+    code, _ = await refusal(stub.Generate(message))
+    assert code is grpc.StatusCode.INTERNAL
+    intake.plan = plan
+    events = [response.event async for response in stub.Generate(message)]
+    assert events[-1].finished.status.code == 0
+    assert not running.generations._starting
+
+
+async def test_the_time_that_looking_takes_counts_against_the_deadline(start):
+    """50 s are needed, 75 s are there, and a slow store takes 40 of them."""
+    async with (
+        start(**SIMULATED | {"simulated_base_ms": 50.0}) as running,
+        grpc.aio.insecure_channel(running.address) as channel,
+    ):
+        intake = running.generations._intake
+        plan = intake.plan
+
+        async def slow(generation, branched_from):
+            generation.deadline -= 40.0
+            return await plan(generation, branched_from)
+
+        intake.plan = slow
+        call = stubs.GenerationServiceStub(channel).Generate(request(num_inference_steps=1000), timeout=75.0)
+        code, found = await refusal(call)
+        assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert found["ErrorInfo"].reason == "DEADLINE_UNREACHABLE"
+        assert nothing_ran(running)
+
+
 async def test_an_outcome_that_is_no_longer_kept_is_not_computed_again(start):
     async with start(**SIMULATED, max_results=1) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
@@ -233,6 +273,18 @@ async def test_an_outcome_that_is_no_longer_kept_is_not_computed_again(start):
         code, found = await refusal(stub.Generate(message))
         assert code is grpc.StatusCode.FAILED_PRECONDITION
         assert found["ErrorInfo"].reason == "OUTCOME_EXPIRED"
+
+
+async def test_a_lost_generation_that_is_not_resumed_by_its_deadline_is_late_and_not_cancelled(server):
+    running, channel = server
+    stub = stubs.GenerationServiceStub(channel)
+    calls = [stub.Generate(request(num_inference_steps=200), timeout=2.0) for _ in range(8)]
+    names = [(await call.read()).event.generation for call in calls]
+    for call in calls:
+        call.cancel()
+    await eventually(lambda: not running.generations._live)
+    ended = [running.generations._finished.get(name.partition("/")[2]) for name in names]
+    assert {generation.error.reason for generation in ended} == {"DEADLINE_EXCEEDED"}
 
 
 async def test_lost_generations_are_bounded(start):

@@ -207,9 +207,15 @@ def _nothing_is_left(running) -> None:
     generations, engine = running.generations, running.generations._engine
     engine.scheduler.check_invariants()
     assert engine.scheduler.num_outputs == engine.scheduler.num_running == engine.scheduler.num_waiting() == 0
-    assert not engine._entries and not engine._tasks and not engine._reports and not engine._asked
+    assert (
+        not engine._listeners
+        and not engine._unstarted
+        and not engine._tasks
+        and not engine._reports
+        and not engine._asked
+    )
     batches = engine._batches
-    assert not batches.flights and not batches.token_ids and not batches._embeddings
+    assert not batches.flights and not batches.token_ids and not batches._embeddings and not batches._departed
     for latents in batches._latents.values():
         assert sorted(latents._free) == list(range(len(latents._in_flight)))
         assert not latents._abandoned and not any(latents._in_flight)

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from safelight_server.engine import Engine
-from safelight_server.errors import UnavailableError
+from safelight_server.errors import InternalError, UnavailableError
 from safelight_server.jobs import Job
 from safelight_server.runtime.base import Component, Fault, RuntimeFailure
 from safelight_server.runtime.simulated import LATENT, SimulatedRuntime, simulated_pipeline
@@ -180,6 +180,40 @@ async def test_whoever_asks_for_an_embedding_waits_no_longer_either(stage, clock
     assert (await engine.encode(simulated_pipeline(), (1,) * 16)).ndim == 2
 
 
+@pytest.mark.parametrize("broken", [TypeError("a bug"), {"nothing": np.zeros(1)}], ids=["raises", "answers nonsense"])
+async def test_a_bug_in_a_call_ends_its_outputs_and_nothing_else(stage, broken):
+    engine, runtime = stage
+    run = runtime.run
+
+    async def run_broken(*given):
+        runtime.run = run
+        if isinstance(broken, dict):
+            return broken
+        raise broken
+
+    first = submit(engine)
+    runtime.run = run_broken
+    await eventually(lambda: first.end is not None)
+    assert isinstance(first.end, InternalError)
+    others = [submit(engine, output_id) for output_id in range(2, 10)]
+    await eventually(lambda: all(other.end == "decoded" for other in others))
+    assert not engine._busy
+    engine.scheduler.check_invariants()
+    assert engine.scheduler.num_outputs == 0
+
+
+async def test_an_embedding_that_is_asked_for_while_its_last_output_ends_is_encoded_anew(stage):
+    engine, runtime = stage
+    runtime.set_live()
+    submit(engine)
+    asked = asyncio.create_task(engine.encode(simulated_pipeline(), (0,) * 16))
+    await asyncio.sleep(0)  # it asks, and is heard in the turn after
+    engine.cancel(1)
+    runtime.set_live(0)
+    assert (await asked).ndim == 2
+    assert not engine._batches.token_ids
+
+
 async def test_a_deadline_that_passes_while_instances_are_there_is_a_deadline(stage, clock):
     engine, _ = stage
     listener = submit(engine, deadline=0.0)
@@ -196,5 +230,8 @@ async def test_new_work_is_taken_within_the_grace_only(stage, clock):
     assert engine.outage.beyond_grace
     with pytest.raises(UnavailableError):
         engine.outage.check()
+    with pytest.raises(UnavailableError):
+        await engine.encode(simulated_pipeline(), (1,) * 16)
+    assert not engine._asked
     runtime.set_live(0)
     engine.outage.check()

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 from safelight_server.scheduler import Kind, Limits, Output, Priority, Scheduler, Stepped
+from safelight_server.scheduler.ready import ReadyQueues
 
 
 class Curve:
@@ -252,3 +253,18 @@ def test_callers_take_turns_when_they_start():
         run(s, [batch])
         ended += [row.output_id for row in batch.rows if batch.kind is Kind.DECODE]
     assert ended == [0, 10, 1, 11, 2, 12, 3, 13]
+
+
+def test_what_failed_in_a_line_of_its_own_lets_all_go_first_that_were_ready_before():
+    ready, other, own = ReadyQueues(), (Kind.DENOISE, "x"), (Kind.ENCODE, "y")
+    ready.push(other, 1)
+    ready.push(other, 2)
+    ready.push_first(own, ["prompt"], apart=True)
+    ready.push(other, 3)
+    order = []
+    while queues := list(ready):
+        queue = min(reversed(queues), key=ready.turn)  # a tie would let the younger line go first
+        [*_, member] = ready.together(queue, 1)
+        ready.discard(queue, member)
+        order.append(member)
+    assert order == [1, 2, "prompt", 3]

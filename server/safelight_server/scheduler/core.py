@@ -160,12 +160,14 @@ class Scheduler:
     def fail(self, batch_id: int, given_up: Container[Member] = (), *, suspect: bool = True) -> list[Event]:
         """A batch failed. Its members are ready again, first in line and in two halves; previews are only lost.
 
+        A batch that is not in flight, since it was completed, is ignored.
+
         Args:
             suspect: false where none of them can be to blame: they stay together.
             given_up: members of the batch that are not tried again: the outputs, or those that need the prompt, end.
         """
-        batch = self._in_flight.pop(batch_id)
-        if batch.kind is Kind.PREVIEW:
+        batch = self._in_flight.pop(batch_id, None)
+        if batch is None or batch.kind is Kind.PREVIEW:
             return []
         events: list[Event] = []
         for member in batch.members:

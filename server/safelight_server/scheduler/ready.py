@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from safelight_server.scheduler.types import Kind, Member
 
 Queue = tuple[Kind, str]
+Turn = tuple[int, int]
+"""No two lines have one in common. The second number is below 0 for who goes before the turn of the first."""
 TOGETHER = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    turn: int
+    turn: Turn
     group: int
 
 
@@ -49,7 +51,7 @@ class ReadyQueues:
         """Whether a member is in that line."""
         return member in self._lines.get(queue, ())
 
-    def turn(self, queue: Queue) -> int:
+    def turn(self, queue: Queue) -> Turn:
         """When the first in line became ready: the smaller, the longer ago."""
         return next(iter(self._lines[queue].values())).turn
 
@@ -61,14 +63,15 @@ class ReadyQueues:
 
     def push(self, queue: Queue, member: Member) -> None:
         """Adds a member at the end of a line; one that is in it already keeps its place."""
-        self._lines.setdefault(queue, OrderedDict()).setdefault(member, _Place(next(self._turns), TOGETHER))
+        self._lines.setdefault(queue, OrderedDict()).setdefault(member, _Place((next(self._turns), 0), TOGETHER))
 
     def push_first(self, queue: Queue, members: Sequence[Member], *, apart: bool) -> None:
         """Puts the members of a failed batch first in line; `apart`: as two halves."""
         if not members:
             return
         line = self._lines.setdefault(queue, OrderedDict())
-        turn = (self.turn(queue) if line else next(self._turns)) - 1
+        number, before = self.turn(queue) if line else (next(self._turns), 0)
+        turn = (number, before - 1)
         middle = (len(members) + 1) // 2 if apart else len(members)
         for half in (members[middle:], members[:middle]):
             place = _Place(turn, next(self._groups) if apart else TOGETHER)

@@ -1,0 +1,69 @@
+"""Generations that nobody watches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from safelight_server.errors import SafelightError
+from safelight_server.events import State
+from safelight_server.lost import Lost
+from safelight_server.request import DisconnectPolicy
+
+from tests.conftest import eventually
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Of a request, how long it may be resumed."""
+
+    disconnect: DisconnectPolicy
+
+
+@dataclass(eq=False)
+class Generation:
+    """Writes down what becomes of it."""
+
+    identifier: str
+    grace_s: float = 60.0
+    ends_by_itself: bool = False
+    state: State = State.RUNNING
+    ended: bool = False
+    stopped: list[SafelightError] = field(default_factory=list)
+
+    @property
+    def request(self) -> Asked:
+        return Asked(DisconnectPolicy(detach=False, resume_grace_s=self.grace_s))
+
+    def suspend(self) -> None:
+        self.state = State.SUSPENDED
+        if self.ends_by_itself:
+            self.state, self.ended = State.FAILED, True
+
+    def stop(self, error: SafelightError) -> None:
+        self.stopped.append(error)
+
+
+@pytest.fixture
+async def lost():
+    return Lost(max_entries=2)
+
+
+async def test_one_is_cancelled_after_its_grace(lost):
+    generation = Generation("a", grace_s=0.01)
+    lost.suspend(generation)
+    await eventually(lambda: bool(generation.stopped))
+    assert generation.stopped[0].reason == "GENERATION_CANCELLED"
+
+
+async def test_one_more_than_there_is_room_for_cancels_the_oldest(lost):
+    generations = [Generation(name) for name in "abc"]
+    for generation in generations:
+        lost.suspend(generation)
+    assert [bool(generation.stopped) for generation in generations] == [True, False, False]
+
+
+async def test_one_that_ends_while_it_is_suspended_takes_no_place(lost):
+    """What has just become true is told first, and that may be a failure."""
+    lost.suspend(Generation("failed", ends_by_itself=True))
+    assert len(lost) == 0
