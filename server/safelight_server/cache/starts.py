@@ -4,9 +4,10 @@ NIRVANA (Agarwal et al. 2024, arXiv 2312.04429): the nearer the prompt, the late
 the step. Which outputs' checkpoints stay is decided by the least benefit of
 theirs that is left out. In memory, one of each replica; what other replicas or
 an earlier life of this one kept is looked up, off the request path, when a space
-is first used. Invariant: a start is a checkpoint of an output with the same
-comparable name. Neighbours: `neighbours`,
-`bands`, `checkpoints`, `eviction`.
+is first used; and what its index had when that index had to go, when it is used
+again. Invariants: a start is a checkpoint of an output with the same comparable
+name; what the books count can be found. Neighbours: `neighbours`, `bands`,
+`checkpoints`, `eviction`.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Starts:
     ) -> None:
         self._checkpoints = checkpoints
         self._vectors = vectors
-        self._rebuilding: dict[str, asyncio.Task[None]] = {}
+        self._rebuilt: OrderedDict[str, None] = OrderedDict()
+        self._rebuilding: set[asyncio.Task[None]] = set()
         self._bands = bands
         self._books = books
         self._max_items = max_items
@@ -96,10 +98,19 @@ class Starts:
             if kept.name.exact not in self._place:
                 await self._add(kept)
 
+    async def _refill(self, at: tuple[str, str]) -> None:
+        """Adds again what was in an index that had to go."""
+        for item, place in [(item, place) for item, place in self._place.items() if place.index == at]:
+            kept = await self._vectors.get(place.space, item)
+            if kept is None:
+                self._forget(item)
+            elif item in self._place:
+                await self._add(kept)
+
     async def rebuilt(self) -> None:
         """Waits until what was begun to be looked up is there."""
-        while running := [task for task in self._rebuilding.values() if not task.done()]:
-            await asyncio.wait(running)
+        while self._rebuilding:
+            await asyncio.wait(self._rebuilding)
 
     async def find(self, name: OutputName, pipeline: Pipeline, vector: Floats, num_steps: int) -> Start | None:
         """The latest start that a nearby prompt allows, if there is one."""
@@ -139,10 +150,12 @@ class Starts:
         if index is None:
             seed = space.seed(f"codes {pipeline}")
             index = self._indexes[at] = Neighbours(dimension, seed, max_items=self._max_items)
-            if space.name not in self._rebuilding:
-                if len(self._rebuilding) >= MAX_SPACES:
-                    self._rebuilding.pop(next(iter(self._rebuilding)))
-                self._rebuilding[space.name] = asyncio.create_task(self._rebuild(space))
+            task = asyncio.create_task(self._refill(at) if space.name in self._rebuilt else self._rebuild(space))
+            self._rebuilding.add(task)
+            task.add_done_callback(self._rebuilding.discard)
+            self._rebuilt[space.name] = None
+            if len(self._rebuilt) > MAX_SPACES:
+                self._rebuilt.popitem(last=False)
         self._indexes.move_to_end(at)
         if len(self._indexes) > MAX_INDEXES:
             self._indexes.popitem(last=False)
