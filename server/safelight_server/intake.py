@@ -36,6 +36,8 @@ from safelight_server.runtime.base import FloatArray, Runtime
 
 MISS = Origin()
 KEPT = {Disposition.LATENT: Keep.AS_SIMILAR, Disposition.BRANCHED: Keep.EMBEDDINGS}
+APPROXIMATE = frozenset({Disposition.SIMILAR, Disposition.LATENT, Disposition.BRANCHED})
+"""Of an output that has other pixels than its spec alone would give, so that none of the steps kept are its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +128,14 @@ class Intake:
         if unlike := _unlike(spec, source.request.spec):
             what = f"must have the {', '.join(unlike)} of {source.name}"
             raise InvalidRequestError([FieldViolation("branch.generation", what)])
+        output = source.outputs[branch.output_index]
+        if output.origin.disposition in APPROXIMATE:
+            what = (
+                f"output {output.index} of {source.name} began elsewhere ({output.origin.disposition.value}): none kept"
+            )
+            raise FailedPreconditionError(what, reason="CHECKPOINT_GONE")
         wanted = self._wanted(generation, spec.seeds[0])
-        name = self._wanted(source, source.outputs[branch.output_index].seed).name
+        name = self._wanted(source, output.seed).name
         snapshot = await self._cache.checkpoints.at_or_before(name.space.name, name.exact, branch.step)
         if snapshot is None:
             what = f"no step of {source.name} up to {branch.step} is kept"

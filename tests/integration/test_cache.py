@@ -220,6 +220,31 @@ async def test_a_branch_of_what_is_not_kept_is_refused(server, seed):
     assert "must have the steps of" in caught.value.details()
 
 
+async def test_what_is_approximate_has_no_steps_to_branch_from(server, seed):
+    """There may be checkpoints under its spec: of another output, which began from noise, whose picture it never was."""
+    running, stub = server
+    await collect(stub.Generate(ask("a red potion on a dark background", seed)))
+    await kept(running)
+    prompt = "red potion, dark background"
+    near = await collect(stub.Generate(ask(prompt, seed + 1, LATENT)))
+    similar = await collect(stub.Generate(ask(prompt, seed + 1, SIMILAR)))
+    assert result(near).disposition == R.DISPOSITION_LATENT
+    assert result(similar).disposition == R.DISPOSITION_SIMILAR
+    exact = await collect(stub.Generate(ask(prompt, seed + 1)))
+    await kept(running)
+    message = ask("a blue potion on a dark background", seed + 1)
+    message.branch.CopyFrom(pb.Branch(generation=exact[0].generation, step=4))
+    branched = await collect(stub.Generate(message))
+    assert result(branched).disposition == R.DISPOSITION_BRANCHED
+    await collect(stub.Generate(ask("a blue potion on a dark background", seed + 1)))
+    await kept(running)
+    for source in (near, similar, branched):
+        message.branch.generation = source[0].generation
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(stub.Generate(message))
+        assert reason_of(caught.value) == "CHECKPOINT_GONE"
+
+
 @pytest.fixture
 def two_tenants(tmp_path):
     from safelight_server.identity import new_key

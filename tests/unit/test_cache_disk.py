@@ -13,6 +13,7 @@ from safelight_server.cache.store.base import StoreFullError, StoreUnavailableEr
 from safelight_server.cache.store.disk import BLOCK_BYTES, DiskStore, DiskStoreError
 
 from tests.support.stores import TTL_S, StoreRules, key, keys_of
+from tests.support.streams import settle
 
 
 def files_of(folder: Path, pattern: str = "*") -> list[Path]:
@@ -129,6 +130,94 @@ async def test_a_really_full_disk(small_disk: Path) -> None:
     assert await store.get(key(2)) is None
     await store.put(key(3), bytes(50_000), TTL_S)
     await store.close()
+
+
+async def failing(*_arguments: object, **_options: object) -> None:
+    raise GenericError("Generic LocalFileSystem error: Unable to copy data to file (os error 28)")
+
+
+async def test_a_value_that_could_not_be_replaced_leaves_no_file_that_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await DiskStore.open(tmp_path, 1 << 20)
+    await store.put(key(1), b"old", TTL_S)
+    with monkeypatch.context() as patch:
+        patch.setattr(obstore, "put_async", failing)
+        with pytest.raises(StoreFullError):
+            await store.put(key(1), b"new", TTL_S)
+    assert (files_of(tmp_path), (await store.usage()).entries) == ([], 0)
+    await store.put(key(1), b"old", TTL_S)
+    with monkeypatch.context() as patch:
+        patch.setattr(obstore, "put_async", failing)
+        patch.setattr(obstore, "delete_async", failing)
+        with pytest.raises(StoreFullError):
+            await store.put(key(1), b"new", TTL_S)
+    assert len(files_of(tmp_path)) == (await store.usage()).entries == 1, "what is there is counted and can be deleted"
+    await store.delete(key(1))
+    assert not files_of(tmp_path)
+    await store.close()
+
+
+class SlowDisk:
+    """Writes only when it may, as a thread does that nobody can call back."""
+
+    def __init__(self) -> None:
+        self.began, self.may = asyncio.Event(), asyncio.Event()
+        self._put = obstore.put_async
+
+    async def put(self, *arguments: object, **options: object) -> object:
+        return await asyncio.shield(self._later(*arguments, **options))
+
+    def _later(self, *arguments: object, **options: object) -> asyncio.Task[object]:
+        async def writes() -> object:
+            self.began.set()
+            await self.may.wait()
+            return await self._put(*arguments, **options)  # type: ignore[arg-type]
+
+        return asyncio.create_task(writes())
+
+
+async def test_a_write_that_was_given_up_does_not_come_after_a_deletion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def delete(_files: object, name: str) -> None:
+        (tmp_path / name).unlink()
+
+    slow = SlowDisk()
+    store = await DiskStore.open(tmp_path, 1 << 20)
+    monkeypatch.setattr(obstore, "put_async", slow.put)
+    monkeypatch.setattr(obstore, "delete_async", delete)
+    writing = asyncio.create_task(store.put(key(1), b"purged", TTL_S))
+    await slow.began.wait()
+    writing.cancel()
+    deleting = asyncio.create_task(store.delete(key(1)))
+    await settle()
+    slow.may.set()
+    others = asyncio.all_tasks() - {asyncio.current_task(), writing}
+    await asyncio.gather(deleting, *others)
+    assert (files_of(tmp_path), (await store.usage()).num_bytes) == ([], 0)
+    await store.close()
+
+
+async def test_who_looks_while_it_is_written_does_not_make_it_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowDisk()
+    store = await DiskStore.open(tmp_path, 1 << 20)
+    monkeypatch.setattr(obstore, "put_async", slow.put)
+    writing = asyncio.create_task(store.put(key(1), b"x", TTL_S))
+    await slow.began.wait()
+    assert await store.get(key(1)) is None
+    slow.may.set()
+    await writing
+    assert await store.get(key(1)) == b"x"
+    await store.close()
+
+
+async def test_only_files_of_its_own_are_removed_from_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "#notes#").write_text("somebody's")
+    await (await DiskStore.open(tmp_path, 1 << 20)).close()
+    assert (tmp_path / "#notes#").exists()
 
 
 async def test_puts_gets_and_deletes_at_once_add_up(tmp_path: Path) -> None:

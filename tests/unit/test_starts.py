@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from prometheus_client import CollectorRegistry
 from safelight_server.cache import starts
 from safelight_server.cache.bands import Bands
@@ -83,12 +84,18 @@ async def test_what_is_dropped_is_not_found_again() -> None:
     assert sum([await after.found("ann", seed) is not None for seed in range(1, 5)]) == 2
 
 
-async def test_an_index_that_made_room_for_others_is_made_anew(monkeypatch) -> None:
-    monkeypatch.setattr(starts, "MAX_INDEXES", 2)
-    replica = Replica(MemoryStore(1 << 24), Keyring.random())
-    await replica.finish("ann", "a1", 1)
-    for tenant in ("bob", "cid"):
-        await replica.finish(tenant, tenant, 2)
-    assert await replica.found("ann", 1) is None
+async def test_an_index_that_had_to_go_is_filled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starts, "MAX_INDEXES", 1)
+    replica = Replica(MemoryStore(1 << 24), Keyring.random(), max_bytes=4500)
     await replica.starts.rebuilt()
-    assert await replica.found("ann", 1) == 1.0
+    for seed in (1, 2):
+        await replica.finish("ann", f"a{seed}", seed)
+    for seed in (3, 4):
+        await replica.finish("bob", f"b{seed}", seed)
+        await replica.starts.rebuilt()
+    await replica.found("ann", 1)
+    await replica.starts.rebuilt()
+    assert [await replica.found("ann", seed) for seed in (1, 2, 3)] == [1.0, 2.0, None]
+    await replica.found("bob", 3)
+    await replica.starts.rebuilt()
+    assert [await replica.found("bob", seed) for seed in (3, 4)] == [3.0, 4.0], "what is counted can be found"

@@ -4,9 +4,10 @@ NIRVANA (Agarwal et al. 2024, arXiv 2312.04429): the nearer the prompt, the late
 the step. Which outputs' checkpoints stay is decided by the least benefit of
 theirs that is left out. In memory, one of each replica; what other replicas or
 an earlier life of this one kept is looked up, off the request path, when a space
-is first used. Invariant: a start is a checkpoint of an output with the same
-comparable name. Neighbours: `neighbours`,
-`bands`, `checkpoints`, `eviction`.
+is first used; and what its index had when that index had to go, when it is used
+again. Invariants: a start is a checkpoint of an output with the same comparable
+name; what the books count can be found. Neighbours: `neighbours`, `bands`,
+`checkpoints`, `eviction`.
 """
 
 from __future__ import annotations
@@ -27,10 +28,8 @@ from safelight_server.catalog import Pipeline
 from safelight_server.latents import Snapshot
 
 MAX_INDEXES = 64
+MAX_SPACES = 4096
 NUM_CANDIDATES = 4
-
-_At = tuple[str, str]
-"""Of an index: names of its space and its pipeline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +42,10 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an output is, and whose it is."""
+    """Where an output is: its index, by space and pipeline; and whose it is."""
 
     space: Space
-    index: _At
+    index: tuple[str, str]
     owner: Owner
 
 
@@ -63,11 +62,12 @@ class Starts:
     ) -> None:
         self._checkpoints = checkpoints
         self._vectors = vectors
-        self._rebuilding: dict[_At, asyncio.Task[None]] = {}
+        self._rebuilt: OrderedDict[str, None] = OrderedDict()
+        self._rebuilding: set[asyncio.Task[None]] = set()
         self._bands = bands
         self._books = books
         self._max_items = max_items
-        self._indexes: OrderedDict[_At, Neighbours] = OrderedDict()
+        self._indexes: OrderedDict[tuple[str, str], Neighbours] = OrderedDict()
         self._place: dict[str, _Place] = {}
 
     async def add(
@@ -92,18 +92,25 @@ class Starts:
         for item in gone:
             await self._drop(item)
 
-    async def _rebuild(self, space: Space, at: _At) -> None:
-        """Adds what the tiers have for an index, as long as that is there."""
+    async def _rebuild(self, space: Space) -> None:
+        """Adds what the tiers have of a space."""
         async for kept in self._vectors.all(space):
-            if at not in self._indexes:
-                return
-            if kept.pipeline == at[1] and kept.name.exact not in self._place:
+            if kept.name.exact not in self._place:
+                await self._add(kept)
+
+    async def _refill(self, at: tuple[str, str]) -> None:
+        """Adds again what was in an index that had to go."""
+        for item, place in [(item, place) for item, place in self._place.items() if place.index == at]:
+            kept = await self._vectors.get(place.space, item)
+            if kept is None:
+                self._forget(item)
+            elif item in self._place:
                 await self._add(kept)
 
     async def rebuilt(self) -> None:
         """Waits until what was begun to be looked up is there."""
-        while running := [task for task in self._rebuilding.values() if not task.done()]:
-            await asyncio.wait(running)
+        while self._rebuilding:
+            await asyncio.wait(self._rebuilding)
 
     async def find(self, name: OutputName, pipeline: Pipeline, vector: Floats, num_steps: int) -> Start | None:
         """The latest start that a nearby prompt allows, if there is one."""
@@ -137,21 +144,19 @@ class Starts:
             index.remove(item)
         return place
 
-    def _index(self, space: Space, pipeline: str, dimension: int) -> tuple[_At, Neighbours]:
+    def _index(self, space: Space, pipeline: str, dimension: int) -> tuple[tuple[str, str], Neighbours]:
         at = (space.name, pipeline)
         index = self._indexes.get(at)
         if index is None:
             seed = space.seed(f"codes {pipeline}")
             index = self._indexes[at] = Neighbours(dimension, seed, max_items=self._max_items)
-            self._rebuilding[at] = asyncio.create_task(self._rebuild(space, at))
+            task = asyncio.create_task(self._refill(at) if space.name in self._rebuilt else self._rebuild(space))
+            self._rebuilding.add(task)
+            task.add_done_callback(self._rebuilding.discard)
+            self._rebuilt[space.name] = None
+            if len(self._rebuilt) > MAX_SPACES:
+                self._rebuilt.popitem(last=False)
         self._indexes.move_to_end(at)
         if len(self._indexes) > MAX_INDEXES:
-            self._let_go(next(iter(self._indexes)))
+            self._indexes.popitem(last=False)
         return at, index
-
-    def _let_go(self, at: _At) -> None:
-        """Forgets an index; what the tiers have for it is looked up when it is used again."""
-        del self._indexes[at]
-        self._rebuilding.pop(at).cancel()
-        for item in [item for item, place in self._place.items() if place.index == at]:
-            self._forget(item)

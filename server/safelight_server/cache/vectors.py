@@ -61,13 +61,20 @@ class Vectors:
         """Those of a space, as far as the tiers tell."""
         prefix = _key(space, "")
         for key in await self._tiers.keys(prefix, MAX_KEPT):
-            found = await self._tiers.get(key)
-            if found is not None:
-                at = found.entry.metadata
-                name = OutputName(space, key.removeprefix(prefix), at["comparable"])
-                vector = np.frombuffer(found.entry.data, np.float16).astype(np.float32)
-                owner = Owner(f"{space.prefix}/", found.entry.revision, found.entry.generation)
-                yield Kept(name, at["pipeline"], vector, int(at["steps"]), int(at["bytes"]), owner)
+            kept = await self.get(space, key.removeprefix(prefix))
+            if kept is not None:
+                yield kept
+
+    async def get(self, space: Space, exact: str) -> Kept | None:
+        """That of one output."""
+        found = await self._tiers.get(_key(space, exact))
+        if found is None:
+            return None
+        at = found.entry.metadata
+        name = OutputName(space, exact, at["comparable"])
+        vector = np.frombuffer(found.entry.data, np.float16).astype(np.float32)
+        owner = Owner(f"{space.prefix}/", found.entry.revision, found.entry.generation)
+        return Kept(name, at["pipeline"], vector, int(at["steps"]), int(at["bytes"]), owner)
 
 
 def _key(space: Space, exact: str) -> str:

@@ -2,9 +2,11 @@
 
 One file an entry, written beside its place and renamed (obstore), so that a file
 is whole or absent; what a power cut leaves half written does not verify when it
-is opened. The order of use and the sizes are in memory, rebuilt from the folder
-at start. A folder belongs to one process: a lock file says so. Nothing is ever
-unpickled. An unreadable or full disk raises; nothing is repaired here.
+is opened. A change once begun is finished even if the caller goes away, since
+obstore's threads finish theirs: so no file is there that is not counted. The
+order of use and the sizes are in memory, rebuilt from the folder at start. A
+folder belongs to one process: a lock file says so. Nothing is ever unpickled. An
+unreadable or full disk raises; nothing is repaired here.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import re
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 
 import obstore
@@ -34,6 +37,8 @@ from safelight_server.cache.store.base import (
 
 BLOCK_BYTES = 4096
 LOCK = ".lock"
+UNFINISHED = re.compile(KEY.pattern + r"#\d+")
+"""obstore's names of files that it was still writing."""
 NO_ROOM = ("os error 28", "os error 122", "os error 27")  # ENOSPC, EDQUOT, EFBIG
 
 
@@ -71,6 +76,7 @@ class DiskStore:
         self._sizes: OrderedDict[str, int] = OrderedDict()
         self._bytes = 0
         self._changing = asyncio.Lock()
+        self._writing: str | None = None
 
     @classmethod
     async def open(cls, folder: Path, max_bytes: int, on_evict: OnEvict | None = None) -> DiskStore:
@@ -109,7 +115,8 @@ class DiskStore:
                 result = await obstore.get_async(self._files, key)
                 return bytes(await result.bytes_async())
             except FileNotFoundError:
-                self._forget(key)
+                if key != self._writing:  # else it is about to be there
+                    self._forget(key)
                 return None
 
     async def put(self, key: str, value: bytes, ttl_s: float) -> None:
@@ -117,18 +124,28 @@ class DiskStore:
         check_key(key)
         if _blocks(len(value)) > self._max_bytes:
             raise TooLargeError(f"{len(value)} bytes are more than the disk may hold")
+        await _finished(self._put(key, value))
+
+    async def _put(self, key: str, value: bytes) -> None:
         async with self._changing:
-            self._count(key, len(value))  # first: a write whose caller went away may still happen
-            await self._make_room()
+            self._count(key, len(value))
+            self._writing = key
             try:
+                await self._make_room()
                 with translated():
                     await obstore.put_async(self._files, key, value, use_multipart=False)
             except StoreError:
-                self._forget(key)
+                with contextlib.suppress(StoreError):  # what was there before, if there was; else it stays counted
+                    await self._remove(key)
                 raise
+            finally:
+                self._writing = None
 
     async def delete(self, key: str) -> None:
         """Removes a file."""
+        await _finished(self._delete(key))
+
+    async def _delete(self, key: str) -> None:
         async with self._changing:
             await self._remove(key)
 
@@ -171,6 +188,13 @@ class DiskStore:
                 self.on_evict(oldest, value)
 
 
+async def _finished(change: Coroutine[None, None, None]) -> None:
+    """Waits for a change, which goes on where the caller does not."""
+    task = asyncio.create_task(change)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever still waits is told
+    await asyncio.shield(task)
+
+
 def _blocks(size: int) -> int:
     return -(-max(size, 1) // BLOCK_BYTES) * BLOCK_BYTES
 
@@ -186,6 +210,7 @@ def _claim(folder: Path) -> int:
     except OSError:
         os.close(lock)
         raise DiskStoreError(f"{folder} belongs to another process") from None
-    for unfinished in folder.rglob("*#*"):  # obstore's names of files that it was still writing
-        unfinished.unlink(missing_ok=True)
+    for unfinished in folder.rglob("*#*"):
+        if UNFINISHED.fullmatch(unfinished.relative_to(folder).as_posix()):
+            unfinished.unlink(missing_ok=True)
     return lock
