@@ -13,6 +13,7 @@ import pytest
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.app import Running
+from safelight_server.cache.store.base import StoreUnavailableError
 from safelight_server.identity import new_key
 from structlog.testing import capture_logs
 
@@ -100,6 +101,46 @@ async def test_what_shares_nothing_moves_too(redis_server: RedisServer, tmp_path
         assert not one.running.generations._live, "it went where its stream is"
         assert picture(after) == await undisturbed(other, 2)
         assert [bill["generation"] for bill in await bills(redis_server.url, tmp_path)].count(name) == 1
+
+
+async def test_one_whose_request_id_could_not_be_bound_promises_nothing(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with servers(redis_server.url, tmp_path) as (one, other):
+
+        async def fails(*_arguments: object) -> bytes:
+            raise StoreUnavailableError("no answer in time")
+
+        monkeypatch.setattr(one.coordinator, "claim", fails)
+        events = await collect(one.stub.Generate(request(40, 2, request_id=str(uuid.uuid4()))))
+        assert events[0].accepted.durability == pb.Accepted.DURABILITY_LOCAL
+        assert events[-1].finished.status.code == 0
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await other.stub.GetGeneration(pb.GetGenerationRequest(name=events[0].generation))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_picture_that_cannot_be_read_at_once_is_shown_elsewhere_all_the_same(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with servers(redis_server.url, tmp_path) as (one, other):
+        store = other.running.generations.fleet.owners._ground.tiers.tiers[-1].store
+        get, failed = store.get, list[str]()
+
+        async def fails_twice(key: str) -> bytes | None:
+            if "/artifact/" in key and len(failed) < 2:
+                failed.append(key)
+                raise StoreUnavailableError("no answer in time")
+            return await get(key)
+
+        monkeypatch.setattr(store, "get", fails_twice)
+        call = one.stub.Generate(request(41, STEPS))
+        name = (await until_step(call, 2))[0].generation
+        screen = asyncio.create_task(collect(other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name))))
+        done, events = await collect(call), await screen
+        assert len(failed) == 2
+        assert picture(events) == picture(done) != b""
+        assert sequences(events) == [1, 2, 3]
 
 
 async def test_a_drained_replica_hands_its_generations_over(redis_server: RedisServer, tmp_path: Path) -> None:

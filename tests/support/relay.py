@@ -12,11 +12,15 @@ class Relay:
 
     Attributes:
         delay_s: how long each piece is held back, from now on.
+        num_passed: pieces that came from clients.
+        num_under_way: pieces that are held back now, both ways.
     """
 
     def __init__(self) -> None:
         self.address = ""
         self.delay_s = 0.0
+        self.num_passed = 0
+        self.num_under_way = 0
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -31,7 +35,7 @@ class Relay:
             there, back = await asyncio.open_connection(host, int(port), limit=CHUNK_BYTES)
             relay._writers |= {writer, back}
             for source, sink in ((reader, back), (there, writer)):
-                task = asyncio.create_task(relay._pass_on(source, sink))
+                task = asyncio.create_task(relay._pass_on(source, sink, from_client=source is reader))
                 relay._tasks.add(task)
                 task.add_done_callback(relay._tasks.discard)
 
@@ -46,11 +50,14 @@ class Relay:
         for writer in self._writers:
             writer.transport.abort()
 
-    async def _pass_on(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def _pass_on(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, from_client: bool) -> None:
         try:
             while data := await source.read(CHUNK_BYTES):
+                self.num_passed += from_client
                 if self.delay_s:
+                    self.num_under_way += 1
                     await asyncio.sleep(self.delay_s)
+                    self.num_under_way -= 1
                 sink.write(data)
                 await sink.drain()
             sink.write_eof()

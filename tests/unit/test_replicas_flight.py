@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 from safelight_server.cache.checkpoints import Checkpoints, Policy
+from safelight_server.cache.coordination.local import LocalCoordinator
 from safelight_server.cache.pictures import Facts, Pictures
+from safelight_server.cache.store.base import StoreUnavailableError
 from safelight_server.cache.store.keyring import Keyring
 from safelight_server.cache.store.memory import MemoryStore
-from safelight_server.cache.store.sealed import Sealer
+from safelight_server.cache.store.sealed import Entry, Sealer
 from safelight_server.cache.store.tiers import Tier, Tiers
 from safelight_server.execution import Execution
 from safelight_server.jobs import Job
@@ -29,6 +32,7 @@ from safelight_server.runtime.simulated import LATENT, simulated_pipeline
 from safelight_server.sampler import SamplerSpec, compile_table
 from safelight_server.scheduler import Priority
 from safelight_server.telemetry.metrics import TierMetrics
+from structlog.testing import capture_logs
 
 from tests.conftest import eventually
 from tests.support.coordination import until
@@ -225,6 +229,75 @@ async def test_without_the_service_it_runs_here_and_commits_later(pair: Pair) ->
         return len(await pair.bills()) == 1
 
     await until(billed)
+
+
+async def developed_without_the_service(pair: Pair) -> None:
+    pair.coordinator.out = True
+    member, execution = Member(), pair.one.execution()
+    execution.join(member)
+    await pair.one.step(execution, STEPS)
+    await eventually(lambda: member.picture is not None)
+
+
+async def test_a_lease_that_nobody_knows_of_delays_the_commit_only(pair: Pair) -> None:
+    """It was taken for a call whose answer was lost; nobody will ever commit under it."""
+    await developed_without_the_service(pair)
+    assert await LocalCoordinator.acquire(pair.coordinator, NAME, "ghost", TTL_S) is not None
+    pair.coordinator.out = False
+    await until(pair.bills)
+    await eventually(lambda: not pair.one.flights._tasks)
+    [bill] = await pair.bills()
+    assert bill["steps"] == STEPS
+    assert pair.one.flights.num_late == 0
+
+
+async def test_what_another_commits_meanwhile_counts(pair: Pair) -> None:
+    await developed_without_the_service(pair)
+    lease = await LocalCoordinator.acquire(pair.coordinator, NAME, "other", 60.0)
+    assert lease is not None
+    pair.coordinator.out = False
+    await pair.other.pictures.put(POINTER, await alone(), FACTS, replicate=True)
+    await pair.coordinator.commit(lease, POINTER, pair.sealer.seal(BILL, Entry(b'{"by": "other"}'), time.time() + 60))
+    await eventually(lambda: not pair.one.flights._tasks)
+    assert await pair.bills() == [{"by": "other"}]
+
+
+async def test_without_the_service_for_too_long_the_result_is_discarded(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(landing, "GIVE_UP_S", 0.05)
+    with capture_logs() as lines:
+        await developed_without_the_service(pair)
+        await eventually(lambda: not pair.one.flights._tasks)
+    assert [line["event"] for line in lines] == ["a result was not committed in time and is discarded"]
+    pair.coordinator.out = False
+    assert (await pair.bills(), await pair.coordinator.result(NAME)) == ([], None)
+    assert pair.one.flights.num_late == 0
+
+
+async def test_a_picture_that_cannot_be_had_now_is_not_gone(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its result stays committed, and whoever develops it again meanwhile bills nobody."""
+    first, execution = Member(), pair.one.execution()
+    execution.join(first)
+    pair.one.run()
+    await eventually(lambda: first.picture is not None and not pair.one.flights._tasks)
+    result, get = await pair.coordinator.result(NAME), pair.store.get
+    asked: list[str] = []
+
+    async def fails_once(key: str) -> bytes | None:
+        if key == POINTER and not asked:
+            asked.append(key)
+            raise StoreUnavailableError("no answer in time")
+        return await get(key)
+
+    monkeypatch.setattr(pair.store, "get", fails_once)
+    member, execution = Member(), pair.other.execution()
+    execution.join(member)
+    pair.other.run()
+    await eventually(lambda: member.picture is not None and not pair.other.flights._tasks)
+    assert asked
+    assert await pair.coordinator.result(NAME) == result
+    assert len(await pair.bills()) == 1
 
 
 async def test_a_result_whose_picture_is_gone_is_computed_anew(pair: Pair) -> None:

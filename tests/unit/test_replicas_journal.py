@@ -91,6 +91,16 @@ async def test_an_outage_holds_nothing_up_and_loses_nothing(desk: Desk) -> None:
     assert (desk.shown, await desk.written()) == ([1, 2, 3, 4], [1, 3, 4])
 
 
+async def test_in_an_outage_nothing_waits_for_the_next_try(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journals, "RETRY_S", 600.0)
+    desk.coordinator.out = True
+    desk.event(1)
+    await eventually(lambda: desk.shown == [1])
+    desk.picture(2)
+    desk.event(3)
+    await eventually(lambda: desk.shown == [1, 2, 3])
+
+
 async def test_the_end_comes_after_all_is_written_and_gives_the_ownership_back(desk: Desk) -> None:
     desk.event(1)
     desk.journal.end(desk.settle)

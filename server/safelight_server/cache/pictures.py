@@ -79,9 +79,13 @@ class Pictures:
         found = await self._tiers.get(_key(name))
         return None if found is None else _facts(found.entry)
 
-    async def at(self, pointer: str) -> tuple[Pixels, Facts] | None:
-        """The picture under a key of `pointer` or one like it."""
-        found = await self._tiers.get(pointer)
+    async def at(self, pointer: str, sure: bool = False) -> tuple[Pixels, Facts] | None:
+        """The picture under a key of `pointer` or one like it.
+
+        Raises:
+            StoreError: with `sure`, where a shared tier cannot say whether it has it.
+        """
+        found = await self._tiers.get(pointer, sure=sure)
         return None if found is None else (_pixels(found.entry), _facts(found.entry))
 
     async def keep(self, name: OutputName, pixels: Pixels, facts: Facts) -> None:

@@ -135,7 +135,7 @@ class Mirrors:
         return None
 
     async def _apply(self, mirror: Mirror, event: Event) -> None:
-        mirror.place = event.place
+        """Shows what happened, or raises `StoreError` and can be asked again."""
         told = self._parse(mirror.name, event)
         if isinstance(told, Told):
             picture = None
@@ -143,6 +143,7 @@ class Mirrors:
                 picture = await self._artifact(mirror.generation, told.output_index)
             mirror.generation.hear(told, picture)
             mirror.changed.set()
+        mirror.place = event.place
 
     def _parse(self, name: str, event: Event) -> Record | Told | None:
         try:
@@ -152,7 +153,7 @@ class Mirrors:
             return None
 
     async def _artifact(self, generation: Generation, index: int) -> Encoded | None:
-        found = await self._ground.tiers.get(self._ground.artifact_key(generation, index))
+        found = await self._ground.tiers.get(self._ground.artifact_key(generation, index), sure=True)
         if found is None:
             return None
         at = found.entry.metadata
@@ -175,6 +176,8 @@ class Mirrors:
                         await self._apply(mirror, event)
                         if mirror.generation.ended:
                             return
+            except StoreError:
+                await asyncio.sleep(RETRY_S)
             except LeaderLostError:
                 try:
                     if await self._adopt(mirror):

@@ -32,6 +32,7 @@ LOOK_S = 0.05
 PATIENCE_S = 5.0
 MAX_WISHES = 4096
 CLOSE_S = 2.0
+FORGET_S = 0.001
 
 
 @dataclass(slots=True)
@@ -76,7 +77,10 @@ class Owners:
                 return None
             own = self._own[generation.identifier] = Own(name, leader)
             other = await self._claim(generation, own) if generation.request.request_id else None
-        except StoreError:
+        except StoreError:  # what is not bound to its request id must not be found by others
+            own = self._own.pop(generation.identifier, None)
+            if own is not None:
+                self._ground.start(self._give_back(own))
             return None
         except BaseException:
             await self.dismiss(generation)
@@ -149,7 +153,7 @@ class Owners:
         if own is None:
             return
         generation.journal = generation.log.journal = None
-        await self.settle_record(own, 0.001, 0.0)
+        await self.settle_record(own, FORGET_S, 0.0)
         await self._give_back(own)
 
     def settle(self, generation: Generation, *, retryable: bool) -> None:
@@ -161,7 +165,7 @@ class Owners:
         own = self._own.pop(generation.identifier, None)
         if own is None:
             return
-        kept_s = self._ground.kept_s
+        kept_s = self._ground.kept_s if generation.journal is not None else FORGET_S
         settle = functools.partial(
             self.settle_record, own, kept_s, 0.0 if retryable else self._ground.idempotency_ttl_s
         )

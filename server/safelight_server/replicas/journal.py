@@ -64,6 +64,7 @@ class Journal:
         self._watching = asyncio.create_task(self._watch())
         self._settle: Callable[[], Awaitable[None]] | None = None
         self._over = False
+        self._away_since: float | None = None
 
     def event(self, event: StateEvent, sequence: int, data: bytes, show: Callable[[], None]) -> None:
         """Takes a state event."""
@@ -102,7 +103,10 @@ class Journal:
             if show is not None:
                 show()
             return
-        self._lines.append(_Line(write, show))
+        line = _Line(write, show)
+        self._lines.append(line)
+        if self._away_since is not None:
+            self._show(line)
         self._go_on()
 
     def _go_on(self) -> None:
@@ -110,7 +114,6 @@ class Journal:
             self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
-        since: float | None = None
         while not self._over and (self._lines or self._settle is not None):
             if not self._lines:
                 settle, self._settle = self._settle, None
@@ -125,14 +128,15 @@ class Journal:
                 if self._lines and self._lines[0] is first:
                     self._lines.popleft()
                 self._show(first)
-                since = None
+                self._away_since = None
                 continue
-            since = since or time.monotonic()
+            self._away_since = self._away_since or time.monotonic()
             for line in self._lines:
                 self._show(line)
-            if time.monotonic() - since > GIVE_UP_S:
+            if time.monotonic() - self._away_since > GIVE_UP_S:
                 log.warning("what was not written of a generation in time is given up")
                 self._lines.clear()
+                self._away_since = None
                 continue
             await asyncio.sleep(RETRY_S)
 

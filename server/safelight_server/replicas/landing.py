@@ -57,7 +57,7 @@ async def committed(flights: Flights, name: str) -> Pixels | None:
     result = await flights.coordinator.result(name)
     if result is None:
         return None
-    kept = await flights.pictures.at(result.pointer)
+    kept = await flights.pictures.at(result.pointer, sure=True)
     if kept is None:
         await flights.coordinator.forget(name, result)
         return None
@@ -87,23 +87,24 @@ async def _commit(
     leader: Leadership | None,
     decided: asyncio.Future[Pixels | None],
 ) -> None:
-    """Commits; `decided` with the picture that counts in place of ours, or None as soon as this takes long."""
+    """Commits; `decided` with the picture that counts in place of ours, or None as soon as this takes long.
+
+    Who holds the lease may be nobody: one whose answer was lost, or a replica that dies. So it is waited for until
+    there is a result or the lease is free.
+    """
     until, late = time.monotonic() + GIVE_UP_S, False
     try:
         while time.monotonic() < until:
             with contextlib.suppress(StoreError):
-                if await keep(pixels, work.compute_s):
-                    leader = leader or await Leadership.take(flights.coordinator, ticket.name, flights.ttl_s)
-                    outcome = (
-                        None
-                        if leader is None
-                        else await leader.commit(ticket.pointer, _bill(flights, ticket, work), LAND_S)
-                    )
-                    if leader is None or outcome is Outcome.TAKEN:  # another's counts
-                        _decide(decided, await committed(flights, ticket.name))
+                leader = leader or await Leadership.take(flights.coordinator, ticket.name, flights.ttl_s)
+                if leader is not None and await keep(pixels, work.compute_s):
+                    outcome = await leader.commit(ticket.pointer, _bill(flights, ticket, work), LAND_S)
+                    if outcome is Outcome.COMMITTED:
                         return
-                    if outcome is not None:
-                        return
+                theirs = await committed(flights, ticket.name)
+                if theirs is not None:  # another's counts
+                    _decide(decided, theirs)
+                    return
             if not late and flights.num_late >= MAX_LATE:
                 break
             flights.num_late += not late

@@ -103,11 +103,15 @@ class Tiers:
                 colder = next((other for other in self.tiers[place + 1 :] if not other.eager), None)
                 tier.store.on_evict = None if colder is None else self._demote(colder)
 
-    async def get(self, key: str, fresh: bool = False) -> Found | None:
+    async def get(self, key: str, fresh: bool = False, sure: bool = False) -> Found | None:
         """The entry of a key from the fastest tier that has it; None where no tier can give it.
 
         Args:
             fresh: ask the shared tiers first and move nothing up, for the few keys whose entries other replicas change.
+            sure: None says for certain that no shared tier has it.
+
+        Raises:
+            StoreError: with `sure`, where a shared tier cannot say.
         """
         deletions = self._deletions
         places = list(enumerate(self.tiers))
@@ -117,7 +121,8 @@ class Tiers:
             started = time.perf_counter()
             value = self._movers[tier.name].get(key)
             if value is None:
-                value = await self.call(tier, lambda tier=tier: tier.store.get(key))  # type: ignore[misc]
+                asking = self.ask if sure and tier.shared else self.call
+                value = await asking(tier, lambda tier=tier: tier.store.get(key))  # type: ignore[misc]
             found, outcome = (None, "miss") if value is None else await self._open(tier, key, value)
             self._metrics.got(tier.name, outcome, time.perf_counter() - started)
             if found is not None and value is not None:
