@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -134,6 +136,72 @@ async def bills(redis_url: str, folder: Path) -> list[dict[str, object]]:
     finally:
         await coordinator.close()
         await connection.close()
+
+
+class Resuming:
+    """A client that sends a request to any replica and resumes at any replica until it has the picture.
+
+    Attributes:
+        num_cut: streams that ended before they were over.
+    """
+
+    def __init__(self, both: list[Replica], first: int, message: pb.GenerateRequest) -> None:
+        self._both = itertools.cycle(both if first % 2 else both[::-1])
+        self.message = message
+        self.seed = message.spec.outputs[0].seed
+        self.name = ""
+        self.durable = False
+        self.sequence = 0
+        self.data = b""
+        self.sequences: list[int] = []
+        self.num_cut = 0
+
+    async def run(self) -> None:
+        """Until it has the picture."""
+        while True:
+            replica = next(self._both)
+            try:
+                if await self._watch(replica):
+                    return
+            except grpc.aio.AioRpcError as error:
+                gone = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+                assert error.code() in gone, error
+            except (grpc.aio.UsageError, asyncio.CancelledError):  # the channel of a killed replica was closed
+                if (task := asyncio.current_task()) is not None and task.cancelling():
+                    raise
+            self.num_cut += bool(self.sequence)
+            await asyncio.sleep(0.1)
+
+    async def _watch(self, replica: Replica) -> bool:
+        if self.name and self.durable:
+            offsets = [pb.ArtifactOffset(output_index=0, offset=len(self.data))] if self.data else []
+            none = pb.PreviewPolicy(method=pb.PREVIEW_METHOD_NONE)
+            watch = pb.WatchGenerationRequest(
+                name=self.name, after_sequence=self.sequence, artifact_offsets=offsets, preview=none
+            )
+            call = replica.stub.WatchGeneration(watch)
+        else:
+            self.sequence, self.data, self.sequences = 0, b"", []
+            call = replica.stub.Generate(self.message)
+        async for response in call:
+            event = response.event
+            self.name = event.generation
+            if event.sequence:
+                self.sequence = event.sequence
+                self.sequences.append(event.sequence)
+            if event.WhichOneof("event") == "accepted":
+                self.durable = event.accepted.durability == pb.Accepted.DURABILITY_REPLICATED
+            self.data += event.artifact_chunk.data
+        return True
+
+
+async def billed_by_seed(redis_url: str, folder: Path, clients: Sequence[Resuming]) -> Counter[int]:
+    """How often the picture of each seed was billed, to whichever of those who asked for it."""
+    count = Counter(bill["generation"] for bill in await bills(redis_url, folder))
+    by_seed = Counter[int]()
+    for client in clients:
+        by_seed[client.seed] += count[client.name]
+    return by_seed
 
 
 async def collect(call: grpc.aio.UnaryStreamCall) -> list[pb.GenerationEvent]:
