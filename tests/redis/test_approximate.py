@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+import grpc
 import pytest
 import pytest_asyncio
+from safelight.v1 import cache_pb2, cache_pb2_grpc
 from safelight.v1 import generation_pb2 as pb
+from safelight_server.cache.store.sealed import parse_header
+from safelight_server.cache.store.tiers import Tiers
 from safelight_server.identity import new_key
 
 from tests.integration.test_cache import LATENT, SIMILAR, R, ask, kept
 from tests.redis.test_fleet import Server, servers
+from tests.support.coordination import until
 from tests.support.redis_server import RedisServer
 from tests.support.replicas import collect, picture
 
 RED, REWORDED = "a red potion on a dark background", "red potion, dark background"
 BLUE = "a blue potion on a dark background"
 EXACT = pb.CachePolicy(mode=pb.CachePolicy.MODE_DEFAULT)
-TENANTS = ("similar", "latent", "ann", *(f"bob{seed}{number}" for seed in range(3) for number in range(2)))
+PURGES = ("tenant", "generation", "model_revision")
+TENANTS = (
+    "similar",
+    "latent",
+    "ann",
+    "keeps",
+    *PURGES,
+    *(f"bob{seed}{number}" for seed in range(3) for number in range(2)),
+)
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
@@ -39,15 +52,52 @@ class Studio:
         metadata = (("authorization", f"Bearer {self._keys[who]}"),)
         events = await collect(server.stub.Generate(message, metadata=metadata))
         await kept(server.running)
-        await server.running.generations.fleet.owners._ground.tiers.flush()
+        await tiers(server).flush()
         return events
+
+    async def look_up(self, server: Server, who: str) -> None:
+        """Makes a replica look up what latents there are, as it does when a tenant first comes.
+
+        By a request whose own latents begin no other here: it has fewer steps.
+        """
+        message = ask("a star", 1, LATENT)
+        message.spec.num_inference_steps = 4
+        await self.send(server, who, message)
+        await server.running.cache._starts.rebuilt()
+
+    async def disposition(self, server: Server, who: str, prompt: str, seed: int, policy: pb.CachePolicy) -> str:
+        """Of a generation of 10 steps."""
+        found = result(await self.ask(server, who, prompt, seed, policy)).disposition
+        return str(R.Disposition.Name(found)).removeprefix("DISPOSITION_")
+
+    async def purge(self, server: Server, **what: str) -> cache_pb2.PurgeCacheResponse:
+        """By an administrator of one replica."""
+        metadata = (("authorization", f"Bearer {self._keys['admin']}"),)
+        async with grpc.aio.insecure_channel(server.running.address) as channel:
+            caches = cache_pb2_grpc.CacheServiceStub(channel)
+            return await caches.PurgeCache(cache_pb2.PurgeCacheRequest(**what), metadata=metadata)
+
+
+def tiers(server: Server) -> Tiers:
+    """All of them."""
+    found: Tiers = server.running.generations.fleet.owners._ground.tiers
+    return found
+
+
+async def num_left(server: Server, generation: str) -> int:
+    """What a replica itself still has of a generation: entries in its memory, and latents to start from."""
+    tag = server.running.generations.fleet.owners._ground.keyring.tag("generation", generation)
+    memory = tiers(server).tiers[0].store
+    headers = [parse_header(await memory.head(key) or b"") async for key in memory.keys("")]
+    places = server.running.cache._starts._place.values()
+    return sum(h is not None and h.generation == tag for h in headers) + sum(p.owner.generation == tag for p in places)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def studio(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Studio]:
     """One for all tests: two real models take a while to be measured."""
     folder = tmp_path_factory.mktemp("studio")
-    made = {name: new_key(name, name) for name in TENANTS}
+    made = {name: new_key(name, name, admin=name == "admin") for name in (*TENANTS, "admin")}
     keys = folder / "api.json"
     keys.write_text('{"keys": [' + ",".join(entry for _, entry in made.values()) + "]}")
     redis = RedisServer(folder)
@@ -75,12 +125,8 @@ async def test_a_picture_of_one_replica_is_served_as_similar_by_the_other(studio
 
 
 async def test_a_latent_of_one_replica_begins_a_picture_of_the_other(studio: Studio) -> None:
-    """The other looks up what there is when its tenant first comes, here with a request that could start from nothing."""
     await studio.ask(studio.one, "latent", RED, 1, EXACT)
-    opener = ask(REWORDED, 2, LATENT)
-    opener.spec.num_inference_steps = 4
-    await studio.send(studio.other, "latent", opener)
-    await studio.other.running.cache._starts.rebuilt()
+    await studio.look_up(studio.other, "latent")
     events = await studio.ask(studio.other, "latent", REWORDED, 3, LATENT)
     found = result(events)
     assert found.disposition == R.DISPOSITION_LATENT
@@ -97,8 +143,35 @@ async def test_tenants_are_apart_on_all_replicas(studio: Studio) -> None:
     for seed, policy in enumerate((EXACT, SIMILAR, LATENT)):
         for number, server in enumerate((studio.one, studio.other)):
             who = f"bob{seed}{number}"
-            await studio.ask(server, who, "a green sword on a white background", 9, LATENT)  # it looks up what there is
-            await server.running.cache._starts.rebuilt()
+            await studio.look_up(server, who)
             events = await studio.ask(server, who, RED, seed % 2, policy)
             assert result(events).disposition == R.DISPOSITION_MISS
             assert events[-1].finished.usage.num_steps == 10
+
+
+@pytest.mark.parametrize("by", PURGES)
+async def test_what_is_purged_on_one_replica_is_gone_on_the_other(studio: Studio, by: str) -> None:
+    """It had a copy in its memory, and latents in its index; another tenant keeps its own."""
+    events = await studio.ask(studio.one, by, RED, 1, EXACT)
+    name = events[0].generation
+    await studio.ask(studio.one, "keeps", RED, 1, EXACT)
+    await studio.look_up(studio.other, by)
+    assert await studio.disposition(studio.other, by, RED, 1, EXACT) == "EXACT"
+    assert await num_left(studio.other, name) >= 2
+    model, revision = events[0].accepted.spec.model, events[0].accepted.model_revision
+    what = {
+        "tenant": by,
+        "generation": name,
+        "model_revision": f"{model.removeprefix('models/')}/{revision}",
+    }[by]
+    purged = await studio.purge(studio.one, **{by: what})
+    assert purged.failed_tiers == []
+
+    async def cleared() -> bool:
+        return await num_left(studio.other, name) == 0
+
+    await until(cleared)
+    assert await studio.disposition(studio.other, by, REWORDED, 2, SIMILAR) == "MISS"
+    assert await studio.disposition(studio.other, by, RED, 1, EXACT) == "MISS"
+    left = "MISS" if by == "model_revision" else "EXACT"
+    assert await studio.disposition(studio.other, "keeps", RED, 1, EXACT) == left
