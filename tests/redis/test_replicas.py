@@ -40,6 +40,7 @@ def request(seed: int, steps: int = STEPS, **changes: object) -> pb.GenerateRequ
     return message
 
 
+TINY = pb.PREVIEW_METHOD_TINY_DECODER
 BYPASS = pb.CachePolicy(mode=pb.CachePolicy.MODE_BYPASS)
 DETACH = pb.DisconnectPolicy(action=pb.DisconnectPolicy.ACTION_DETACH)
 
@@ -67,6 +68,29 @@ async def test_identical_requests_on_both_compute_once(pair) -> None:
     followed = [events for events in streams if not events[-1].finished.usage.num_steps]
     assert {disposition(events) for events in followed} == {R.DISPOSITION_COALESCED}
     assert all(any(e.WhichOneof("event") == "preview" for e in events) for events in followed), "they saw it develop"
+
+
+async def test_who_follows_has_previews_of_its_own_encoding_size_and_cadence(pair) -> None:
+    """All but the method: the decoders run where the denoiser does, and the answer says LINEAR."""
+    (one, other), _, _ = pair
+    policies = [
+        pb.PreviewPolicy(accept=[pb.PixelEncoding(media_type=kind)], max_edge_px=edge, every_n_steps=every, method=TINY)
+        for kind, edge, every in (("image/png", 40, 2), ("image/webp", 12, 3))
+    ]
+    call = one.stub.Generate(request(14, 60, preview=policies[0]))
+    await until_step(call, 3)
+    ours, theirs = await asyncio.gather(
+        collect(call), collect(other.stub.Generate(request(14, 60, preview=policies[1])))
+    )
+    assert disposition(theirs) == R.DISPOSITION_COALESCED
+    for events, kind, edge, every, method in (
+        (ours, "image/png", 40, 2, TINY),
+        (theirs, "image/webp", 12, 3, pb.PREVIEW_METHOD_LINEAR),
+    ):
+        seen = [event.preview for event in events if event.WhichOneof("event") == "preview"]
+        assert seen
+        assert {(p.media_type, p.width_px, p.height_px, p.method) for p in seen} == {(kind, edge, edge, method)}
+        assert all(p.step % every == 0 for p in seen[1:]), "the first may be the newest that there was"
 
 
 async def test_the_leader_is_killed_and_the_follower_goes_on_bit_identical(pair) -> None:
