@@ -85,6 +85,35 @@ async def test_what_is_slow_and_answers_in_time_costs_nothing_else(relay: Relay,
         assert [line for line in lines if line["log_level"] == "warning"] == []
 
 
+async def test_a_redis_that_hangs_longer_than_a_lease_and_comes_back(redis_server: RedisServer, tmp_path: Path) -> None:
+    """Meanwhile leaders and those who followed them compute the same; one of them is billed."""
+    steps = 200
+    async with servers(redis_server.url, tmp_path, redis_timeout_ms=int(TIMEOUT_S * 1000)) as both:
+        calls = [server.stub.Generate(request(n, steps)) for n in range(3) for server in both]
+        begun = await asyncio.gather(*(until_step(call, 4) for call in calls))
+        redis_server.freeze()
+        await eventually(lambda: all(server.running.generations._intake._flights.away.is_set() for server in both))
+        redis_server.thaw()
+        streams = await asyncio.gather(*(collect(call) for call in calls))
+        expected = [request(n, steps, cache=BYPASS) for n in range(3)]
+        calm = await asyncio.gather(*(collect(both[0].stub.Generate(message)) for message in expected))
+        names = [[before[0].generation for before in begun[2 * n : 2 * n + 2]] for n in range(3)]
+        for number, (before, events) in enumerate(zip(begun, streams, strict=True)):
+            assert picture(events) == picture(calm[number // 2])
+            assert sequences(before + events) == [1, 2, 3]
+        assert sum(events[-1].finished.usage.num_steps for events in streams) > 3 * steps, "some was done twice"
+
+        async def billed() -> list[int]:
+            found = [bill["generation"] for bill in await bills(redis_server.url, tmp_path)]
+            return [sum(found.count(name) for name in pair) for pair in names]
+
+        async def settled() -> bool:
+            return min(await billed()) > 0 and all(not s.running.generations._intake._flights._tasks for s in both)
+
+        await until(settled)
+        assert await billed() == [1, 1, 1]
+
+
 async def test_what_was_written_too_late_is_neither_billed_nor_told_twice(relay: Relay, tmp_path: Path) -> None:
     """Writes arrive after they were given up and are tried again meanwhile."""
     settings = {"redis_timeout_ms": int(TIMEOUT_S * 1000), "breaker_open_s": 0.1}
