@@ -287,6 +287,33 @@ async def test_a_lost_generation_that_is_not_resumed_by_its_deadline_is_late_and
     assert {generation.error.reason for generation in ended} == {"DEADLINE_EXCEEDED"}
 
 
+async def test_while_a_runtime_restarts_requests_with_a_deadline_are_taken_too(server, monkeypatch):
+    running, channel = server
+    with monkeypatch.context() as patched:
+        patched.setattr(type(running.runtime), "num_live", 0)
+        patched.setattr(running.runtime, "usable", lambda _free: [])
+        running.generations._engine._instances_changed()
+        call = stubs.GenerationServiceStub(channel).Generate(request(), timeout=30.0)
+        assert (await call.read()).event.HasField("accepted")
+    running.generations._engine._instances_changed()
+    while (response := await call.read()) is not grpc.aio.EOF:
+        last = response.event
+    assert last.finished.status.code == 0
+
+
+async def test_whoever_waits_for_a_runtime_until_the_deadline_is_told_so(server, monkeypatch):
+    """By its own timer as by the engine's, whichever rings first; and the request id is free for a retry."""
+    running, channel = server
+    monkeypatch.setattr(type(running.runtime), "num_live", 0)
+    monkeypatch.setattr(running.runtime, "usable", lambda _free: [])
+    running.generations._engine._instances_changed()
+    call = stubs.GenerationServiceStub(channel).Generate(request(), timeout=30.0)
+    name = (await call.read()).event.generation.partition("/")[2]
+    running.generations._live[name].expire()
+    assert running.generations._finished.get(name).error.reason == "RUNTIME_UNAVAILABLE"
+    assert [output.reason.name for output in running.generations._finished.get(name).outputs] == ["FAILED"]
+
+
 async def test_lost_generations_are_bounded(start):
     async with start(**SIMULATED, max_lost=2) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub, names = stubs.GenerationServiceStub(channel), []
