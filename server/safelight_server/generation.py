@@ -16,10 +16,10 @@ from datetime import UTC, datetime
 
 import structlog
 from safelight_server.errors import (
-    DeadlineExceededError,
     GenerationCancelledError,
     InternalError,
     SafelightError,
+    UnavailableError,
 )
 from safelight_server.events import (
     Accepted,
@@ -65,6 +65,7 @@ class Generation:
     Args:
         stage: of the call that began it; outlived where that ends first.
         deadline: on the engine's clock.
+        late: why it ends when that has passed.
         on_end: called once, after Finished.
 
     Attributes:
@@ -83,6 +84,7 @@ class Generation:
         stage: Stage,
         *,
         deadline: float | None,
+        late: Callable[[], SafelightError],
         on_end: Callable[[Generation], None],
     ) -> None:
         self.identifier = identifier
@@ -104,6 +106,7 @@ class Generation:
         self.outputs = [Output(self, index, seed) for index, seed in enumerate(request.spec.seeds)]
         self._clock = clock
         self.stage = stage
+        self._late = late
         self._on_end = on_end
         self._theirs = Usage()
         self._expiry: asyncio.TimerHandle | None = None
@@ -198,7 +201,9 @@ class Generation:
 
     def expire(self) -> None:
         """The deadline has passed."""
-        self.stop(DeadlineExceededError("the deadline passed"), FinishReason.DEADLINE_EXCEEDED)
+        error = self._late()
+        in_time = isinstance(error, UnavailableError)  # as far as that was its own doing
+        self.stop(error, FinishReason.FAILED if in_time else FinishReason.DEADLINE_EXCEEDED)
 
     def leave(self) -> None:
         """Wants nothing any more and says nothing: another replica goes on with it, or nobody looks at it here."""

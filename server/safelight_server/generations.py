@@ -180,6 +180,7 @@ class Generations:
             self._clock,
             stage,
             deadline=None if time_left_s is None else self._clock() + time_left_s,
+            late=self._engine.outage.late,
             on_end=self._ended,
         )
 
