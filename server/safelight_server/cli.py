@@ -35,6 +35,9 @@ console = Console()
 T = TypeVar("T")
 
 DEFAULT_TARGET = "127.0.0.1:8421"
+MAX_STEP = 2**31 - 1
+"""What the field of a step holds; the server has the real limit."""
+Steps = Annotated[int | None, typer.Option("--steps", min=-MAX_STEP, max=MAX_STEP, help="Denoising steps.")]
 Target = Annotated[str, typer.Option("--target", envvar="SAFELIGHT_TARGET", help="Address of the server.")]
 ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="SAFELIGHT_API_KEY", help="Key of the caller.")]
 
@@ -87,8 +90,6 @@ def _summary(running: Running, settings: Settings) -> None:
     console.print(table)
 
 
-MAX_STEP = 2**31 - 1
-"""What the field of a step holds; the server has the real limit."""
 MEDIA_TYPES = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
@@ -97,7 +98,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
     out: Annotated[Path, typer.Option(help="File to write: .png, .jpg or .webp.")] = Path("picture.png"),
     seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Random where absent.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    steps: Steps = None,
     guidance_scale: Annotated[float | None, typer.Option("--guidance", help="1 is without guidance.")] = None,
     sampler: Annotated[str, typer.Option(help="Such as ddim or euler.")] = "",
     negative_prompt: Annotated[str, typer.Option("--negative", help="What guidance leads away from.")] = "",
@@ -173,7 +174,7 @@ def models(target: Target = DEFAULT_TARGET, api_key: ApiKey = None) -> None:
 def bench(
     clients: Annotated[int, typer.Option(min=1, max=1024, help="Clients that ask at once.")] = 4,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures to ask for, over all clients.")] = 20,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    steps: Steps = None,
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
 ) -> None:

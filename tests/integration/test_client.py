@@ -79,6 +79,8 @@ async def test_the_command_line_asks_and_tells_the_same(server, tmp_path):
         (("--branch", "generations/x"), "must be generations/ID@STEP"),
         (("--branch", "generations/x@-1"), "must be generations/ID@STEP"),
         (("--cache", "everything"), "everything"),
+        (("--steps", "3000000000"), "--steps"),
+        (("--model", "\udcff"), "utf-8"),
     ],
 )
 def test_what_makes_no_sense_is_told_before_anyone_is_asked(arguments, told, monkeypatch, capsys):
