@@ -231,9 +231,10 @@ class Generation:
         if ends is not None:
             output = self.outputs[ends]
             output.leave()
-            output.reason, output.step, output.picture = told.reason, told.step, picture
+            output.reason, output.step = told.reason, told.step
             self.error = told.error
             if picture is not None:
+                output.total_bytes = len(picture.data)
                 self.log.artifact(ends, picture)
         if told.kind == "finished":
             assert told.state is not None
@@ -297,7 +298,7 @@ class Generation:
 
     def on_encoded(self, output: Output, picture: Encoded) -> None:
         """An output is complete."""
-        output.picture = picture
+        output.total_bytes = len(picture.data)
         self.log.artifact(output.index, picture)
         self.on_output_ended(output, FinishReason.COMPLETED, None)
 
@@ -340,10 +341,7 @@ class Generation:
             create_time=self.create_time,
             usage=self._usage(),
             last_sequence=self.log.last_sequence,
-            outputs=tuple(
-                OutputView(o.index, o.step, steps, o.reason, len(o.picture.data) if o.picture else 0)
-                for o in self.outputs
-            ),
+            outputs=tuple(OutputView(o.index, o.step, steps, o.reason, o.total_bytes) for o in self.outputs),
             labels=self.request.labels,
             finish_time=self.finish_time,
             error=self.error,

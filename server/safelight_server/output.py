@@ -79,6 +79,7 @@ class Output:
         step: steps made.
         reason: why it ended; None before.
         origin: where its picture comes from.
+        total_bytes: of its finished picture, which only the log keeps.
         starts: whether it begins from a latent in place of noise.
         held: what it came to while another replica owns the generation.
         trail: where it is in the generation's trace, once accepted, if that is recorded.
@@ -96,7 +97,7 @@ class Output:
         self._counted = 0
         self._compute_s = 0.0
         self._others_s = 0.0
-        self.picture: Encoded | None = None
+        self.total_bytes = 0
         self.held: Developed | SafelightError | None = None
         self.encoding = False
         self.starts = False

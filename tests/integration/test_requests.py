@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import uuid
 
 import grpc
@@ -11,6 +12,7 @@ from google.rpc import error_details_pb2, status_pb2
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight.v1 import models_pb2, models_pb2_grpc
+from safelight_server.picture import Encoded
 from safelight_server.runtime.base import RuntimeFailure
 
 from tests.conftest import eventually
@@ -273,6 +275,21 @@ async def test_an_outcome_that_is_no_longer_kept_is_not_computed_again(start):
         code, found = await refusal(stub.Generate(message))
         assert code is grpc.StatusCode.FAILED_PRECONDITION
         assert found["ErrorInfo"].reason == "OUTCOME_EXPIRED"
+
+
+async def test_a_finished_picture_is_kept_once(server):
+    """So that what bounds the bytes of pictures bounds what they take."""
+    _, channel = server
+    stub = stubs.GenerationServiceStub(channel)
+    message = request()
+    message.cache.mode = pb.CachePolicy.MODE_BYPASS
+    events = [response.event async for response in stub.Generate(message)]
+    picture = b"".join(event.artifact_chunk.data for event in events)
+    got = await stub.GetGeneration(pb.GetGenerationRequest(name=events[0].generation))
+    assert got.generation.outputs[0].total_bytes == len(picture)
+    gc.collect()
+    kept = [one for one in gc.get_objects() if isinstance(one, Encoded) and one.data == picture]
+    assert not kept
 
 
 async def test_a_lost_generation_that_is_not_resumed_by_its_deadline_is_late_and_not_cancelled(server):
