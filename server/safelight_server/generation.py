@@ -103,7 +103,7 @@ class Generation:
         self.create_time = datetime.now(UTC)
         self.finish_time: datetime | None = None
         self.origins: tuple[Origin | None, ...] = ()
-        self.outputs = [Output(self, index, seed) for index, seed in enumerate(request.spec.seeds)]
+        self.outputs = [Output(self, index, seed, clock) for index, seed in enumerate(request.spec.seeds)]
         self._clock = clock
         self.stage = stage
         self._late = late
@@ -275,8 +275,8 @@ class Generation:
         """An output has made a step."""
         self.times.last_step = self._clock()
         steps = self.request.spec.num_inference_steps
-        pace = (self.times.last_step - (self.times.first_batch or self.times.accepted)) / output.step
-        self.log.publish(Progress(output.index, output.step, steps, batch_size, pace * (steps - output.step)))
+        remaining_s = output.pace_s * (steps - output.step)
+        self.log.publish(Progress(output.index, output.step, steps, batch_size, remaining_s))
 
     def on_developed(self, output: Output, picture: Developed) -> None:
         """An output's picture is there; it is encoded beside the loop."""
