@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -201,7 +201,8 @@ def load(**given: object) -> Settings:
         SettingsError: listing all that is wrong.
     """
     try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return Settings(**chosen)
     except UnreadableSettingError as error:
         raise SettingsError(str(error)) from None
     except ValidationError as error:
