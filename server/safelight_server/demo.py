@@ -7,7 +7,7 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,10 +126,10 @@ class Developing:
         return f"{self.finished.generation}{how}"
 
 
-async def generate_one(target: str, api_key: str | None, order: Order, console: Console) -> tuple[Picture, Developing]:
+async def generate_one(connect: Callable[[], Client], order: Order, console: Console) -> tuple[Picture, Developing]:
     """Develops one picture, shown where the terminal has colour."""
     developing = Developing(order)
-    async with Client(target, api_key=api_key) as client:
+    async with connect() as client:
         await _develop_shown(client, [developing], console)
     if developing.picture is None:
         raise DemoError("the server sent no picture")

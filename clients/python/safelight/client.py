@@ -136,6 +136,7 @@ class Client:
             one is asked, and goes on with what the first one had accepted as REPLICATED.
         api_key: sent as a bearer token.
         credentials: for TLS; None: plain text.
+        server_name: in the server's certificate, where that is not the target's.
     """
 
     def __init__(
@@ -144,22 +145,28 @@ class Client:
         *,
         api_key: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        server_name: str = "",
     ) -> None:
         targets = target.split(",") if isinstance(target, str) else target
         if not targets:
             raise ValueError("a client needs a target")
-        self._channels = [_channel(one.strip(), credentials) for one in targets]
+        self._channels = [_channel(one.strip(), credentials, server_name) for one in targets]
         self._at = 0
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
     @property
+    def channel(self) -> grpc.aio.Channel:
+        """The connection to the server that is asked now, for stubs of other services."""
+        return self._channels[self._at]
+
+    @property
     def generations(self) -> generation_pb2_grpc.GenerationServiceAsyncStub:
         """The calls as they are, at the server that is asked now."""
-        return generation_pb2_grpc.GenerationServiceStub(self._channels[self._at])
+        return generation_pb2_grpc.GenerationServiceStub(self.channel)
 
     @property
     def _caches(self) -> cache_pb2_grpc.CacheServiceAsyncStub:
-        return cache_pb2_grpc.CacheServiceStub(self._channels[self._at])
+        return cache_pb2_grpc.CacheServiceStub(self.channel)
 
     def _next(self) -> None:
         self._at = (self._at + 1) % len(self._channels)
@@ -293,7 +300,7 @@ class Client:
         while True:
             request = models_pb2.ListModelsRequest(page_token=token)
             try:
-                stub = models_pb2_grpc.ModelServiceStub(self._channels[self._at])
+                stub = models_pb2_grpc.ModelServiceStub(self.channel)
                 page = await stub.ListModels(request, metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
                 raise GenerationError(error) from None
@@ -328,10 +335,11 @@ class Client:
             raise GenerationError(error) from None
 
 
-def _channel(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+def _channel(target: str, credentials: grpc.ChannelCredentials | None, server_name: str) -> grpc.aio.Channel:
     if credentials is None:
         return grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
-    return grpc.aio.secure_channel(target, credentials, CHANNEL_OPTIONS)
+    named = [("grpc.ssl_target_name_override", server_name)] if server_name else []
+    return grpc.aio.secure_channel(target, credentials, [*CHANNEL_OPTIONS, *named])
 
 
 def _events(event: pb.GenerationEvent, received: _Progress) -> list[Event]:
