@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import uuid
 
@@ -329,6 +330,17 @@ async def test_whoever_waits_for_a_runtime_until_the_deadline_is_told_so(server,
     running.generations._live[name].expire()
     assert running.generations._finished.get(name).error.reason == "RUNTIME_UNAVAILABLE"
     assert [output.reason.name for output in running.generations._finished.get(name).outputs] == ["FAILED"]
+
+
+async def test_a_drain_does_not_wait_for_a_generation_that_nobody_watches_any_more(server):
+    running, channel = server
+    call = stubs.GenerationServiceStub(channel).Generate(request(num_inference_steps=1000))
+    name = (await call.read()).event.generation.partition("/")[2]
+    draining = asyncio.create_task(running.generations.drain(3600.0))
+    await asyncio.sleep(0)
+    call.cancel()
+    await draining
+    assert running.generations._finished.get(name).error.reason == "DRAINING"
 
 
 async def test_lost_generations_are_bounded(start):
