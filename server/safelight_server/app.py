@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import os
 import signal
+import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import structlog
@@ -21,7 +24,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from safelight_server import catalog as catalogs
 from safelight_server import reflection
 from safelight_server.cache.admin import CacheAdmin
-from safelight_server.cache.backends import Backends, open_backends
+from safelight_server.cache.backends import Backends, CredentialsError, open_backends
 from safelight_server.cache.bands import Bands
 from safelight_server.cache.buckets import RedisBuckets
 from safelight_server.cache.cache import Cache
@@ -34,6 +37,8 @@ from safelight_server.cache.purges import Purges
 from safelight_server.cache.similar import SimilarPictures
 from safelight_server.cache.spaces import Spaces
 from safelight_server.cache.starts import Starts
+from safelight_server.cache.store.disk import DiskStoreError
+from safelight_server.cache.store.keyring import KeyringError
 from safelight_server.cache.vectors import Vectors
 from safelight_server.catalog import Catalog
 from safelight_server.engine import Engine
@@ -58,6 +63,7 @@ log = structlog.get_logger(__name__)
 REQUEST_BYTES = 64 << 10
 """Room for all of a request but its prompts."""
 HEALTH_PERIOD_S = 0.25
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRPC_OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
     ("grpc.keepalive_time_ms", 20_000),
@@ -70,6 +76,10 @@ GRPC_OPTIONS = [
 
 class StartError(Exception):
     """The server cannot start; the message says why."""
+
+
+Work = Callable[[], Coroutine[None, None, None]]
+"""Lasts as long as the server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,36 +119,64 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
 
 @contextlib.asynccontextmanager
 async def serving(settings: Settings) -> AsyncIterator[Running]:
-    """Serves while the block runs; on leaving, whatever is left ends."""
-    clock = time.monotonic
-    metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio, settings.otlp_header_pairs)
-    identity = Identity(settings.api_key_file, all_admins=is_loopback(settings.host))
-    catalog, runtime = build_runtime(settings)
-    try:
-        await runtime.start()
-    except RuntimeStartError as error:
-        raise StartError(str(error)) from None
-    pool = ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))), thread_name_prefix="pixels")
-    engine = Engine(
-        runtime,
-        clock,
-        metrics,
-        max_running=settings.max_running_outputs,
-        preview_share=settings.preview_share,
-        runtime_wait_s=settings.runtime_wait_s,
-        runtime_grace_s=settings.runtime_grace_s,
-        tracer=tracer,
-    )
-    backends = await open_backends(settings, metrics.tiers)
-    cache, purges = _build_cache(settings, backends, engine, pool, metrics)
-    caches = CacheAdmin(cache.spaces, backends.keyring, backends.tiers, purges, metrics)
-    flights, ground = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
-    generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics, flights, ground)
-    limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
-    quota = StreamQuota(settings.max_streams_per_caller)
-    service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
-    _watch_queue(metrics, engine)
+    """Serves while the block runs; on leaving, or where the start fails, whatever is there ends.
 
+    Raises:
+        StartError, ManifestError, KeyFileError: it cannot be started.
+    """
+    async with contextlib.AsyncExitStack() as ends:  # what began last ends first
+        clock = time.monotonic
+        metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio, settings.otlp_header_pairs)
+        ends.push_async_callback(asyncio.to_thread, tracer.close)
+        identity = Identity(settings.api_key_file, all_admins=is_loopback(settings.host))
+        pool = ends.enter_context(ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))), thread_name_prefix="pixels"))
+        catalog, runtime = build_runtime(settings)
+        ends.push_async_callback(runtime.close)
+        try:
+            await runtime.start()
+            backends = await open_backends(settings, metrics.tiers)
+        except (RuntimeStartError, KeyringError, DiskStoreError, CredentialsError, ValueError) as error:
+            raise StartError(str(error)) from None
+        ends.push_async_callback(backends.close)
+        engine = Engine(
+            runtime,
+            clock,
+            metrics,
+            max_running=settings.max_running_outputs,
+            preview_share=settings.preview_share,
+            runtime_wait_s=settings.runtime_wait_s,
+            runtime_grace_s=settings.runtime_grace_s,
+            tracer=tracer,
+        )
+        cache, purges = _build_cache(settings, backends, engine, pool, metrics)
+        ends.push_async_callback(cache.close)
+        ends.push_async_callback(engine.close)
+        caches = CacheAdmin(cache.spaces, backends.keyring, backends.tiers, purges, metrics)
+        flights, ground = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
+        generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics, flights, ground)
+        limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
+        quota = StreamQuota(settings.max_streams_per_caller)
+        service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
+        _watch_queue(metrics, engine)
+        works = [generations.tick, purges.keep_up, purges.listen]
+        if (fleet := generations.fleet) is not None and flights is not None:
+            ends.push_async_callback(flights.close)
+            ends.push_async_callback(fleet.close)
+            works += [fleet.news.listen, fleet.news.talk, flights.watch_service, fleet.mirrors.sweep]
+        async with _listening(settings, service, metrics, engine, generations, works) as (address, drain):
+            yield Running(address, catalog, runtime, cache, generations, quota, drain)
+
+
+@contextlib.asynccontextmanager
+async def _listening(
+    settings: Settings,
+    service: Service,
+    metrics: Metrics,
+    engine: Engine,
+    generations: Generations,
+    works: Sequence[Work],
+) -> AsyncIterator[tuple[str, Callable[[float], asyncio.Task[None]]]]:
+    """Takes calls while the block runs, and does the works beside it. Its address, and what drains it."""
     largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four bytes a character
     server = grpc.aio.server(options=[*GRPC_OPTIONS, ("grpc.max_receive_message_length", largest)])
     server.add_generic_rpc_handlers(tuple(service.handlers()))
@@ -147,16 +185,14 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     services = [GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, health.SERVICE_NAME]
     reflection.enable(services, server)
     address = _bind(server, settings)
-    if settings.metrics_port:
-        metrics.serve(settings.host if settings.insecure else "127.0.0.1", settings.metrics_port)
+    _serve_metrics(metrics, settings)
     await server.start()
-    for name in ("", *services):
+    names = ("", *services)
+    for name in names:
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    works = [generations.tick(), purges.keep_up(), purges.listen()]
-    if (fleet := generations.fleet) is not None and flights is not None:
-        works += [fleet.news.listen(), fleet.news.talk(), flights.watch_service(), fleet.mirrors.sweep()]
-    background = [asyncio.create_task(work) for work in works]
-    following = asyncio.create_task(_follow_health(health_servicer, ("", *services), engine))
+    background = [_begin(work) for work in works]
+    following = _begin(functools.partial(_follow_health, health_servicer, names, engine))
+    draining: list[asyncio.Task[None]] = []
 
     async def drain(grace_s: float) -> None:
         log.info("draining", grace_s=grace_s)
@@ -165,29 +201,30 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         await generations.drain(grace_s)
         await server.stop(1.0)
 
-    draining: list[asyncio.Task[None]] = []
-
     def start_drain(grace_s: float) -> asyncio.Task[None]:
         if not draining:
             draining.append(asyncio.create_task(drain(grace_s)))
         return draining[0]
 
     try:
-        yield Running(address, catalog, runtime, cache, generations, quota, start_drain)
+        yield address, start_drain
     finally:
         await start_drain(0.0)
         for task in background:
             task.cancel()
         await asyncio.wait(background)
-        if fleet is not None and flights is not None:
-            await fleet.close()
-            await flights.close()
-        await engine.close()
-        await cache.close()
-        await backends.close()
-        await runtime.close()
-        pool.shutdown()
-        await asyncio.to_thread(tracer.close)
+
+
+def _begin(work: Work) -> asyncio.Task[None]:
+    """Begins what runs as long as the server; that it has ended by a bug is told at once, not at the server's end."""
+
+    def report(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            log.error("bug", work=repr(work), exc_info=fault)
+
+    task = asyncio.create_task(work())
+    task.add_done_callback(report)
+    return task
 
 
 def _build_replicas(
@@ -259,17 +296,39 @@ def _watch_queue(metrics: Metrics, engine: Engine) -> None:
 def _bind(server: grpc.aio.Server, settings: Settings) -> str:
     host = f"[{settings.host}]" if ":" in settings.host and not settings.host.startswith("unix:") else settings.host
     where = settings.host if settings.host.startswith("unix:") else f"{host}:{settings.port}"
+    credentials = None
+    if settings.tls_cert_file and settings.tls_key_file:
+        credentials = _credentials(settings.tls_cert_file, settings.tls_key_file)
     try:
-        if settings.tls_cert_file and settings.tls_key_file:
-            pair = settings.tls_key_file.read_bytes(), settings.tls_cert_file.read_bytes()
-            port = server.add_secure_port(where, grpc.ssl_server_credentials([pair]))
-        else:
-            port = server.add_insecure_port(where)
+        port = server.add_secure_port(where, credentials) if credentials else server.add_insecure_port(where)
+    except RuntimeError:
+        raise StartError(f"cannot bind {where}: is it an address of this machine, and no other server there?") from None
+    return where if where.startswith("unix:") else f"{host}:{port}"
+
+
+def _credentials(cert_file: Path, key_file: Path) -> grpc.ServerCredentials:
+    try:
+        pair = key_file.read_bytes(), cert_file.read_bytes()
+        checked = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)  # gRPC itself does not say what is wrong
+        checked.load_cert_chain(cert_file, key_file, password="")
+    except ssl.SSLError as error:
+        what = error.reason or "no PEM"
+        raise StartError(f"tls_cert_file {cert_file} with tls_key_file {key_file}: {what}") from None
     except OSError as error:
         raise StartError(f"{error.filename}: {error.strerror}") from None
-    except RuntimeError:
-        raise StartError(f"cannot bind {where}: is another server there?") from None
-    return where if where.startswith("unix:") else f"{host}:{port}"
+    return grpc.ssl_server_credentials([pair])
+
+
+def _serve_metrics(metrics: Metrics, settings: Settings) -> None:
+    """Beyond loopback only where everything is: metrics have neither TLS nor keys."""
+    if not settings.metrics_port:
+        return
+    beyond = settings.insecure and not settings.host.startswith("unix:")
+    host = settings.host if beyond else "127.0.0.1"
+    try:
+        metrics.serve(host, settings.metrics_port)
+    except OSError as error:
+        raise StartError(f"metrics_port {settings.metrics_port} of {host}: {error.strerror}") from None
 
 
 def settle() -> None:
@@ -279,11 +338,23 @@ def settle() -> None:
 
 
 async def serve(settings: Settings, started: Callable[[Running], None]) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the drain."""
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the drain.
+
+    Raises:
+        StartError, ManifestError, KeyFileError: it cannot be started; or a signal came before it had.
+    """
     loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signals.put_nowait, number)
-    async with serving(settings) as running:
+    starting = asyncio.current_task()
+    assert starting is not None
+    for number in SIGNALS:
+        loop.add_signal_handler(number, starting.cancel)
+    async with contextlib.AsyncExitStack() as ends:
+        try:
+            running = await ends.enter_async_context(serving(settings))
+        except asyncio.CancelledError:
+            raise StartError("a signal has ended it before it had started") from None
+        for number in SIGNALS:
+            loop.add_signal_handler(number, signals.put_nowait, number)
         settle()
         started(running)
         await signals.get()

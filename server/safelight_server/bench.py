@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -25,12 +26,12 @@ class Seen:
 
 
 async def bench(
-    target: str, api_key: str | None, *, clients: int, pictures: int, steps: int | None, console: Console
+    connect: Callable[[], Client], *, clients: int, pictures: int, steps: int | None, console: Console
 ) -> None:
     """`clients` clients that ask one after another until `pictures` pictures were asked for; prints a table."""
     seen = Seen()
     numbers = iter(range(pictures))
-    async with Client(target, api_key=api_key) as client:
+    async with connect() as client:
         await client.models()  # the connection is up before the time runs
 
         async def ask() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -23,7 +24,7 @@ from safelight_server.catalog import ManifestError
 from safelight_server.identity import KeyFileError, new_key
 from safelight_server.repository import Accelerator, RepositoryError
 from safelight_server.repository import Target as RepositoryTarget
-from safelight_server.settings import Settings, SettingsError
+from safelight_server.settings import Settings, SettingsError, is_loopback
 from safelight_server.telemetry import configure_logging
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Watch pictures develop.", rich_markup_mode=None)
@@ -35,8 +36,23 @@ console = Console()
 T = TypeVar("T")
 
 DEFAULT_TARGET = "127.0.0.1:8421"
+MAX_STEP = 2**31 - 1
+"""What the field of a step holds; the server has the real limit."""
+Steps = Annotated[int | None, typer.Option("--steps", min=-MAX_STEP, max=MAX_STEP, help="Denoising steps.")]
 Target = Annotated[str, typer.Option("--target", envvar="SAFELIGHT_TARGET", help="Address of the server.")]
 ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="SAFELIGHT_API_KEY", help="Key of the caller.")]
+CaFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--ca-file", envvar="SAFELIGHT_CA_FILE", help="PEM of who signed the server's certificate: asks by TLS."
+    ),
+]
+ServerName = Annotated[
+    str,
+    typer.Option(
+        "--server-name", envvar="SAFELIGHT_SERVER_NAME", help="In the certificate, if it is not the target's."
+    ),
+]
 
 
 class Fault(Exception):
@@ -83,12 +99,11 @@ def _summary(running: Running, settings: Settings) -> None:
         table.add_row("model", f"models/{pipeline.name} {manifest.revision} ({sizes}): {manifest.description}")
     limits = f"{settings.max_running_outputs} outputs run, {settings.max_waiting_standard} may wait in class STANDARD"
     table.add_row("limits", limits)
-    table.add_row("keys", "none: callers on this machine are trusted" if settings.api_key_file is None else "asked for")
+    trusted = "callers on this machine are" if is_loopback(settings.host) else "whoever reaches it is"
+    table.add_row("keys", f"none: {trusted} trusted" if settings.api_key_file is None else "asked for")
     console.print(table)
 
 
-MAX_STEP = 2**31 - 1
-"""What the field of a step holds; the server has the real limit."""
 MEDIA_TYPES = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
@@ -97,7 +112,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
     out: Annotated[Path, typer.Option(help="File to write: .png, .jpg or .webp.")] = Path("picture.png"),
     seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Random where absent.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    steps: Steps = None,
     guidance_scale: Annotated[float | None, typer.Option("--guidance", help="1 is without guidance.")] = None,
     sampler: Annotated[str, typer.Option(help="Such as ddim or euler.")] = "",
     negative_prompt: Annotated[str, typer.Option("--negative", help="What guidance leads away from.")] = "",
@@ -107,6 +122,8 @@ def generate(
     branch: Annotated[str, typer.Option(metavar="generations/ID@STEP", help="Where to start from.")] = "",
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
+    ca_file: CaFile = None,
+    server_name: ServerName = "",
 ) -> None:
     """Ask a running server for one picture and watch it develop."""
     media_type = MEDIA_TYPES.get(out.suffix.lstrip(".").lower())
@@ -125,7 +142,7 @@ def generate(
         cache,
         _branch(branch) if branch else None,
     )
-    picture, developed = _run(demos.generate_one(target, api_key, order, console))
+    picture, developed = _run(demos.generate_one(_connect(target, api_key, ca_file, server_name), order, console))
     try:
         out.write_bytes(picture.data)
     except OSError as error:
@@ -154,11 +171,14 @@ def demo(
 
 
 @app.command()
-def models(target: Target = DEFAULT_TARGET, api_key: ApiKey = None) -> None:
+def models(
+    target: Target = DEFAULT_TARGET, api_key: ApiKey = None, ca_file: CaFile = None, server_name: ServerName = ""
+) -> None:
     """List what a server offers."""
+    connect = _connect(target, api_key, ca_file, server_name)
 
     async def ask() -> None:
-        async with Client(target, api_key=api_key) as client:
+        async with connect() as client:
             for model in await client.models():
                 sizes = ", ".join(f"{size.width_px}x{size.height_px}" for size in model.sizes)
                 samplers = ", ".join(sampler.name for sampler in model.samplers)
@@ -173,21 +193,25 @@ def models(target: Target = DEFAULT_TARGET, api_key: ApiKey = None) -> None:
 def bench(
     clients: Annotated[int, typer.Option(min=1, max=1024, help="Clients that ask at once.")] = 4,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures to ask for, over all clients.")] = 20,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    steps: Steps = None,
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
+    ca_file: CaFile = None,
+    server_name: ServerName = "",
 ) -> None:
     """Put load on a running server and print what its clients see."""
-    _run(benches.bench(target, api_key, clients=clients, pictures=pictures, steps=steps, console=console))
+    connect = _connect(target, api_key, ca_file, server_name)
+    _run(benches.bench(connect, clients=clients, pictures=pictures, steps=steps, console=console))
 
 
 @app.command()
-def health(target: Target = DEFAULT_TARGET) -> None:
+def health(target: Target = DEFAULT_TARGET, ca_file: CaFile = None, server_name: ServerName = "") -> None:
     """Exit with 0 where a server is serving; for container health checks."""
+    connect = _connect(target, None, ca_file, server_name)
 
     async def ask() -> int:
-        async with grpc.aio.insecure_channel(target) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
+        async with connect() as client:
+            stub = health_pb2_grpc.HealthStub(client.channel)
             try:
                 answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=3)
             except grpc.aio.AioRpcError as error:
@@ -234,11 +258,14 @@ def keys_new(
 
 
 @caches.command("stats")
-def cache_stats(target: Target = DEFAULT_TARGET, api_key: ApiKey = None) -> None:
+def cache_stats(
+    target: Target = DEFAULT_TARGET, api_key: ApiKey = None, ca_file: CaFile = None, server_name: ServerName = ""
+) -> None:
     """What the caches of a replica hold and save."""
+    connect = _connect(target, api_key, ca_file, server_name)
 
     async def ask() -> GetCacheStatsResponse:
-        async with Client(target, api_key=api_key) as client:
+        async with connect() as client:
             return await client.cache_stats()
 
     stats = _run(ask())
@@ -265,11 +292,14 @@ def cache_purge(
     generation: Annotated[str, typer.Option(help="generations/ID.")] = "",
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
+    ca_file: CaFile = None,
+    server_name: ServerName = "",
 ) -> None:
     """Delete what agrees with everything that is given, from all tiers and on all replicas."""
+    connect = _connect(target, api_key, ca_file, server_name)
 
     async def ask() -> PurgeCacheResponse:
-        async with Client(target, api_key=api_key) as client:
+        async with connect() as client:
             return await client.purge_cache(tenant=tenant, model_revision=model_revision, generation=generation)
 
     purged = _run(ask())
@@ -277,6 +307,17 @@ def cache_purge(
     console.print(f"deleted {counts}", highlight=False)
     if purged.failed_tiers:
         raise Fault(f"could not be cleared, purge again when they work: {', '.join(purged.failed_tiers)}")
+
+
+def _connect(target: str, api_key: str | None, ca_file: Path | None, server_name: str) -> Callable[[], Client]:
+    """What makes a client, within the loop that it is used in."""
+    credentials = None
+    try:
+        if ca_file is not None:
+            credentials = grpc.ssl_channel_credentials(ca_file.read_bytes())
+    except OSError as error:
+        raise Fault(f"{ca_file}: {error.strerror}") from None
+    return functools.partial(Client, target, api_key=api_key, credentials=credentials, server_name=server_name)
 
 
 def _run(work: Coroutine[object, object, T]) -> T:

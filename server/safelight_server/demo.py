@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,10 +126,10 @@ class Developing:
         return f"{self.finished.generation}{how}"
 
 
-async def generate_one(target: str, api_key: str | None, order: Order, console: Console) -> tuple[Picture, Developing]:
+async def generate_one(connect: Callable[[], Client], order: Order, console: Console) -> tuple[Picture, Developing]:
     """Develops one picture, shown where the terminal has colour."""
     developing = Developing(order)
-    async with Client(target, api_key=api_key) as client:
+    async with connect() as client:
         await _develop_shown(client, [developing], console)
     if developing.picture is None:
         raise DemoError("the server sent no picture")
@@ -188,14 +188,16 @@ async def _develop_shown(client: Client, developing: Sequence[Developing], conso
         async with asyncio.TaskGroup() as group:
             for item in developing:
                 group.create_task(develop(item))
-    except* (GenerationError, OSError, ValueError) as failures:
+    except* GenerationError as failures:
         raise failures.exceptions[0] from None
+    except* ValueError as failures:
+        raise DemoError(f"{failures.exceptions[0]}") from None
     finally:
         if live is not None:
             live.stop()
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def _server(settings: Settings) -> AsyncIterator[str]:
     """A server in a process of its own; its address."""
     command = [sys.executable, "-m", "safelight_server.cli", "serve", "--port", "0", "--log-format", "console"]
@@ -203,19 +205,23 @@ async def _server(settings: Settings) -> AsyncIterator[str]:
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
     )
-    assert process.stdout is not None
     try:
-        async with asyncio.timeout(START_TIMEOUT_S):
-            while line := (await process.stdout.readline()).decode():
-                if "listens on" in line:
-                    yield line.split("listens on", 1)[1].strip()
-                    break
-            else:
-                raise DemoError("the server did not start; try `safelight serve`")
+        yield await _address(process)
     finally:
         if process.returncode is None:
             process.terminate()
         await process.wait()
+
+
+async def _address(process: asyncio.subprocess.Process) -> str:
+    """Where a server that starts says it listens."""
+    assert process.stdout is not None
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while line := (await process.stdout.readline()).decode():
+                if "listens on" in line:
+                    return line.split("listens on", 1)[1].strip()
+    raise DemoError("the server did not start; try `safelight serve`")
 
 
 def write(item: Developing, folder: Path) -> Path:

@@ -16,10 +16,10 @@ from datetime import UTC, datetime
 
 import structlog
 from safelight_server.errors import (
-    DeadlineExceededError,
     GenerationCancelledError,
     InternalError,
     SafelightError,
+    UnavailableError,
 )
 from safelight_server.events import (
     Accepted,
@@ -65,6 +65,7 @@ class Generation:
     Args:
         stage: of the call that began it; outlived where that ends first.
         deadline: on the engine's clock.
+        late: why it ends when that has passed.
         on_end: called once, after Finished.
 
     Attributes:
@@ -83,6 +84,7 @@ class Generation:
         stage: Stage,
         *,
         deadline: float | None,
+        late: Callable[[], SafelightError],
         on_end: Callable[[Generation], None],
     ) -> None:
         self.identifier = identifier
@@ -101,9 +103,10 @@ class Generation:
         self.create_time = datetime.now(UTC)
         self.finish_time: datetime | None = None
         self.origins: tuple[Origin | None, ...] = ()
-        self.outputs = [Output(self, index, seed) for index, seed in enumerate(request.spec.seeds)]
+        self.outputs = [Output(self, index, seed, clock) for index, seed in enumerate(request.spec.seeds)]
         self._clock = clock
         self.stage = stage
+        self._late = late
         self._on_end = on_end
         self._theirs = Usage()
         self._expiry: asyncio.TimerHandle | None = None
@@ -198,7 +201,9 @@ class Generation:
 
     def expire(self) -> None:
         """The deadline has passed."""
-        self.stop(DeadlineExceededError("the deadline passed"), FinishReason.DEADLINE_EXCEEDED)
+        error = self._late()
+        in_time = isinstance(error, UnavailableError)  # as far as that was its own doing
+        self.stop(error, FinishReason.FAILED if in_time else FinishReason.DEADLINE_EXCEEDED)
 
     def leave(self) -> None:
         """Wants nothing any more and says nothing: another replica goes on with it, or nobody looks at it here."""
@@ -226,9 +231,10 @@ class Generation:
         if ends is not None:
             output = self.outputs[ends]
             output.leave()
-            output.reason, output.step, output.picture = told.reason, told.step, picture
+            output.reason, output.step = told.reason, told.step
             self.error = told.error
             if picture is not None:
+                output.total_bytes = len(picture.data)
                 self.log.artifact(ends, picture)
         if told.kind == "finished":
             assert told.state is not None
@@ -269,8 +275,8 @@ class Generation:
         """An output has made a step."""
         self.times.last_step = self._clock()
         steps = self.request.spec.num_inference_steps
-        pace = (self.times.last_step - (self.times.first_batch or self.times.accepted)) / output.step
-        self.log.publish(Progress(output.index, output.step, steps, batch_size, pace * (steps - output.step)))
+        remaining_s = output.pace_s * (steps - output.step)
+        self.log.publish(Progress(output.index, output.step, steps, batch_size, remaining_s))
 
     def on_developed(self, output: Output, picture: Developed) -> None:
         """An output's picture is there; it is encoded beside the loop."""
@@ -292,7 +298,7 @@ class Generation:
 
     def on_encoded(self, output: Output, picture: Encoded) -> None:
         """An output is complete."""
-        output.picture = picture
+        output.total_bytes = len(picture.data)
         self.log.artifact(output.index, picture)
         self.on_output_ended(output, FinishReason.COMPLETED, None)
 
@@ -335,10 +341,7 @@ class Generation:
             create_time=self.create_time,
             usage=self._usage(),
             last_sequence=self.log.last_sequence,
-            outputs=tuple(
-                OutputView(o.index, o.step, steps, o.reason, len(o.picture.data) if o.picture else 0)
-                for o in self.outputs
-            ),
+            outputs=tuple(OutputView(o.index, o.step, steps, o.reason, o.total_bytes) for o in self.outputs),
             labels=self.request.labels,
             finish_time=self.finish_time,
             error=self.error,

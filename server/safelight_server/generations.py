@@ -180,6 +180,7 @@ class Generations:
             self._clock,
             stage,
             deadline=None if time_left_s is None else self._clock() + time_left_s,
+            late=self._engine.outage.late,
             on_end=self._ended,
         )
 
@@ -276,6 +277,9 @@ class Generations:
         left = generation.left_s
         if left is not None and left <= 0:
             return  # it expires
+        if self._draining:
+            self._end_drained(generation)
+            return
         if self._fleet is not None and self._fleet.owners.wants(generation):
             self._move(generation)
             return

@@ -217,6 +217,8 @@ class Intake:
         self._engine.outage.check()
         output = self._engine.output(new[0].job)
         load = self._engine.scheduler if self._flights is None else LoadWithAsking(self._flights)
+        if self._engine.outage.is_on:
+            time_left_s = None  # nobody knows when an instance will be back; the deadline itself will say
         return admit(load, self._limits, output, len(new), time_left_s)
 
     def _create(

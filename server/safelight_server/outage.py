@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from safelight_server.errors import UnavailableError
+from safelight_server.errors import DeadlineExceededError, SafelightError, UnavailableError
 
 RETRY_S = 1.0
 
@@ -54,6 +54,10 @@ class Outage:
     def beyond_grace(self) -> bool:
         """Whether nothing has been live for longer than restarts take."""
         return self._since is not None and self._clock() - self._since >= self._grace_s
+
+    def late(self) -> SafelightError:
+        """Why one ends whose deadline has passed: it was not in time, or nothing was there for it."""
+        return no_runtime() if self.is_on else DeadlineExceededError("the deadline passed")
 
     def check(self) -> None:
         """Raises UnavailableError where new work is not taken."""

@@ -7,6 +7,7 @@ execution. Neighbours: `generation`, `execution`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -79,15 +80,18 @@ class Output:
         step: steps made.
         reason: why it ended; None before.
         origin: where its picture comes from.
+        total_bytes: of its finished picture, which only the log keeps.
         starts: whether it begins from a latent in place of noise.
         held: what it came to while another replica owns the generation.
         trail: where it is in the generation's trace, once accepted, if that is recorded.
     """
 
-    def __init__(self, generation: Whole, index: int, seed: int) -> None:
+    def __init__(self, generation: Whole, index: int, seed: int, clock: Callable[[], float]) -> None:
         self._generation = generation
         self._execution: Execution | None = None
         self._away = False
+        self._clock = clock
+        self._began = (clock(), 0)
         self.index = index
         self.seed = seed
         self.step = 0
@@ -96,7 +100,7 @@ class Output:
         self._counted = 0
         self._compute_s = 0.0
         self._others_s = 0.0
-        self.picture: Encoded | None = None
+        self.total_bytes = 0
         self.held: Developed | SafelightError | None = None
         self.encoding = False
         self.starts = False
@@ -121,6 +125,12 @@ class Output:
     def output_id(self) -> int:
         """What the scheduler knows its execution by; 0: it has none."""
         return self._execution.job.output_id if self._execution is not None else 0
+
+    @property
+    def pace_s(self) -> float:
+        """Seconds a step since its steps began, or it joined those of another, or it went on."""
+        at, step = self._began
+        return (self._clock() - at) / max(1, self.step - step)
 
     def final_origin(self) -> Origin | None:
         """Where its picture came from; None where there is none."""
@@ -194,11 +204,13 @@ class Output:
 
     def started(self) -> None:
         """To the generation."""
+        self._began = (self._clock(), self.step)
         self._generation.on_started()
 
     def joined(self, step: int, frame: Frame | None) -> None:
         """Shows what there is."""
         self.step = step
+        self._began = (self._clock(), step)
         if frame is not None:
             self._generation.log.join(self.index, frame)
 

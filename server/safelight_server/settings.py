@@ -1,8 +1,8 @@
 """Every setting, declared once: type, default, unit in the name, bounds and meaning.
 
-Environment variables are `SAFELIGHT_<NAME>`; command-line options and
-`docs/operations/settings.md` derive from here. Nothing else reads the
-environment. All bad values are reported at once.
+Environment variables are `SAFELIGHT_<NAME>`; an empty one is as if it were not
+there. Command-line options and `docs/operations/settings.md` derive from here.
+Nothing else reads the environment. All bad values are reported at once.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsError as UnreadableSettingError
 
 Seconds = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
@@ -26,7 +27,7 @@ class SettingsError(Exception):
 class Settings(BaseSettings):
     """What an operator can choose."""
 
-    model_config = SettingsConfigDict(env_prefix="SAFELIGHT_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="SAFELIGHT_", env_ignore_empty=True, extra="forbid", frozen=True)
 
     host: str = Field("127.0.0.1", description="Address to bind. Beyond loopback TLS and keys are needed, or insecure.")
     port: int = Field(8421, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
@@ -136,7 +137,9 @@ class Settings(BaseSettings):
         "auto", description="auto: console on a terminal, else JSON."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
-    metrics_port: int = Field(0, ge=0, le=65535, description="Port of Prometheus metrics on the same host. 0: off.")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Port of Prometheus metrics: of loopback, or with insecure of host. 0: off."
+    )
     otlp_endpoint: str = Field(
         "", description="OTLP gRPC endpoint for traces, such as http://127.0.0.1:4317. Empty: off."
     )
@@ -198,7 +201,10 @@ def load(**given: object) -> Settings:
         SettingsError: listing all that is wrong.
     """
     try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return Settings(**chosen)
+    except UnreadableSettingError as error:
+        raise SettingsError(str(error)) from None
     except ValidationError as error:
         faults = [
             f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg'].removeprefix('Value error, ')}"

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
+from contextlib import aclosing
 
+import grpc
 import pytest
 from safelight import Branch, Client, Finished, GenerationError, Picture
+from safelight.v1.generation_pb2 import GenerateRequest
 from safelight_server.cli import main
 
+from tests.conftest import eventually
 from tests.integration.test_cache import kept
 
 PROMPT = "a red potion on a dark background"
@@ -55,6 +59,68 @@ async def test_the_client_says_where_a_picture_came_from(server):
     assert list(caught.value.violations) == ["cache.min_similarity"], "an explicit 0 is sent, and refused"
 
 
+@pytest.fixture
+async def simulated(start):
+    async with start(runtime="simulated", simulated_base_ms=5.0, simulated_row_ms=0.0) as running:
+        yield running
+
+
+async def test_whoever_looks_away_lets_the_server_know(simulated):
+    async with Client(simulated.address) as client:
+        async with aclosing(client.generate("x", steps=900)) as events:
+            async for _ in events:
+                break
+        [generation] = simulated.generations._live.values()
+        await eventually(lambda: generation.state.name == "SUSPENDED")
+        held = client.generate("x", steps=900)
+        assert await anext(held)
+        await held.aclose()
+        await eventually(lambda: len(simulated.generations._lost) == 2)
+
+
+class Stub:
+    """Calls that are lost at once; `deadlines` are what they were given."""
+
+    def __init__(self) -> None:
+        self.deadlines: list[float | None] = []
+
+    def Generate(self, _request, *, timeout, metadata):  # noqa: N802  # gRPC's name
+        self.deadlines.append(timeout)
+        return self
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        nothing = grpc.aio.Metadata()
+        raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, nothing, nothing, "lost")
+
+    def cancel(self) -> None:
+        pass
+
+
+async def lose(monkeypatch, **request: str) -> list[float | None]:
+    """The deadlines of the calls that a client makes until it gives up."""
+    stub = Stub()
+    monkeypatch.setattr(Client, "generations", stub)
+    async with Client("127.0.0.1:1") as client:
+        with pytest.raises(GenerationError):
+            async for _ in client.develop(GenerateRequest(**request), timeout_s=10.0):
+                pass
+    return stub.deadlines
+
+
+async def test_all_connections_of_a_generation_share_one_deadline(monkeypatch):
+    deadlines = await lose(monkeypatch, request_id="6f1c0a52-9b3e-4d0f-8a55-2f0c7d1e9b64")
+    assert len(deadlines) == 6
+    assert deadlines == sorted(set(deadlines), reverse=True)
+    assert all(0 < deadline <= 10.0 for deadline in deadlines)
+
+
+async def test_what_has_no_request_id_is_never_sent_again(monkeypatch):
+    assert len(await lose(monkeypatch)) == 1
+
+
 @pytest.mark.timeout(180)
 async def test_the_command_line_asks_and_tells_the_same(server, tmp_path):
     running, client = server
@@ -79,6 +145,8 @@ async def test_the_command_line_asks_and_tells_the_same(server, tmp_path):
         (("--branch", "generations/x"), "must be generations/ID@STEP"),
         (("--branch", "generations/x@-1"), "must be generations/ID@STEP"),
         (("--cache", "everything"), "everything"),
+        (("--steps", "3000000000"), "--steps"),
+        (("--model", "\udcff"), "utf-8"),
     ],
 )
 def test_what_makes_no_sense_is_told_before_anyone_is_asked(arguments, told, monkeypatch, capsys):

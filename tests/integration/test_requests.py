@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import uuid
 
 import grpc
@@ -11,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight.v1 import models_pb2, models_pb2_grpc
+from safelight_server.picture import Encoded
 from safelight_server.runtime.base import RuntimeFailure
 
 from tests.conftest import eventually
@@ -275,6 +278,21 @@ async def test_an_outcome_that_is_no_longer_kept_is_not_computed_again(start):
         assert found["ErrorInfo"].reason == "OUTCOME_EXPIRED"
 
 
+async def test_a_finished_picture_is_kept_once(server):
+    """So that what bounds the bytes of pictures bounds what they take."""
+    _, channel = server
+    stub = stubs.GenerationServiceStub(channel)
+    message = request()
+    message.cache.mode = pb.CachePolicy.MODE_BYPASS
+    events = [response.event async for response in stub.Generate(message)]
+    picture = b"".join(event.artifact_chunk.data for event in events)
+    got = await stub.GetGeneration(pb.GetGenerationRequest(name=events[0].generation))
+    assert got.generation.outputs[0].total_bytes == len(picture)
+    gc.collect()
+    kept = [one for one in gc.get_objects() if isinstance(one, Encoded) and one.data == picture]
+    assert not kept
+
+
 async def test_a_lost_generation_that_is_not_resumed_by_its_deadline_is_late_and_not_cancelled(server):
     running, channel = server
     stub = stubs.GenerationServiceStub(channel)
@@ -285,6 +303,44 @@ async def test_a_lost_generation_that_is_not_resumed_by_its_deadline_is_late_and
     await eventually(lambda: not running.generations._live)
     ended = [running.generations._finished.get(name.partition("/")[2]) for name in names]
     assert {generation.error.reason for generation in ended} == {"DEADLINE_EXCEEDED"}
+
+
+async def test_while_a_runtime_restarts_requests_with_a_deadline_are_taken_too(server, monkeypatch):
+    running, channel = server
+    with monkeypatch.context() as patched:
+        patched.setattr(type(running.runtime), "num_live", 0)
+        patched.setattr(running.runtime, "usable", lambda _free: [])
+        running.generations._engine._instances_changed()
+        call = stubs.GenerationServiceStub(channel).Generate(request(), timeout=30.0)
+        assert (await call.read()).event.HasField("accepted")
+    running.generations._engine._instances_changed()
+    while (response := await call.read()) is not grpc.aio.EOF:
+        last = response.event
+    assert last.finished.status.code == 0
+
+
+async def test_whoever_waits_for_a_runtime_until_the_deadline_is_told_so(server, monkeypatch):
+    """By its own timer as by the engine's, whichever rings first; and the request id is free for a retry."""
+    running, channel = server
+    monkeypatch.setattr(type(running.runtime), "num_live", 0)
+    monkeypatch.setattr(running.runtime, "usable", lambda _free: [])
+    running.generations._engine._instances_changed()
+    call = stubs.GenerationServiceStub(channel).Generate(request(), timeout=30.0)
+    name = (await call.read()).event.generation.partition("/")[2]
+    running.generations._live[name].expire()
+    assert running.generations._finished.get(name).error.reason == "RUNTIME_UNAVAILABLE"
+    assert [output.reason.name for output in running.generations._finished.get(name).outputs] == ["FAILED"]
+
+
+async def test_a_drain_does_not_wait_for_a_generation_that_nobody_watches_any_more(server):
+    running, channel = server
+    call = stubs.GenerationServiceStub(channel).Generate(request(num_inference_steps=1000))
+    name = (await call.read()).event.generation.partition("/")[2]
+    draining = asyncio.create_task(running.generations.drain(3600.0))
+    await asyncio.sleep(0)
+    call.cancel()
+    await draining
+    assert running.generations._finished.get(name).error.reason == "DRAINING"
 
 
 async def test_lost_generations_are_bounded(start):

@@ -243,3 +243,19 @@ async def test_encodings_are_made_once(stage: Stage) -> None:
     picture = Developed(np.zeros((8, 8, 3), np.uint8), pool)
     one, two = await asyncio.gather(picture.encoded(PixelEncoding()), picture.encoded(PixelEncoding()))
     assert one is two
+
+
+async def test_who_waits_for_a_preview_of_an_output_that_ends_gets_none(stage: Stage) -> None:
+    member = Member()
+    execution = stage.execution()
+    execution.join(member)
+    await stage.step(execution, 1)
+    latent = np.zeros(LATENT, np.float32)
+    output_id = execution.job.output_id
+    asked = asyncio.create_task(stage.engine.preview(output_id, latent, Component.PREVIEW_DECODER))
+    await asyncio.sleep(0)  # it stands in line behind the step that the gate holds up
+    newer = asyncio.create_task(stage.engine.preview(output_id, latent, Component.PREVIEW_DECODER))
+    async with asyncio.timeout(10):
+        assert await asked is None, "the newest wins"
+        execution.leave(member)
+        assert await newer is None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safelight_server import catalog
 from safelight_server.runtime import onnx, verification
-from safelight_server.runtime.base import Component, CostCurve, RuntimeFailure
+from safelight_server.runtime.base import Component, CostCurve, RuntimeFailure, RuntimeStartError
 from safelight_server.runtime.onnx import OnnxRuntime
 from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
 
@@ -162,3 +163,24 @@ def test_costs_between_and_beyond_the_measured_ones():
     curve = CostCurve((1, 2, 4), (1.0, 1.5, 2.5))
     assert [curve.at(rows) for rows in (1, 2, 3, 4, 6)] == [1.0, 1.5, 2.0, 2.5, 3.5]
     assert CostCurve((1,), (2.0,)).at(3) == 6.0
+
+
+async def test_a_component_that_cannot_be_run_keeps_the_server_from_starting(icons, monkeypatch):
+    def fail(_session, _inputs):
+        raise RuntimeFailure("no such operator", retryable=False)
+
+    monkeypatch.setattr(onnx, "_call", fail)
+    runtime = OnnxRuntime(icons, num_instances=1)
+    with pytest.raises(RuntimeStartError, match=r"model\.onnx: no such operator"):
+        await runtime.start()
+    await runtime.close()
+
+
+async def test_a_model_with_an_open_dimension_is_refused_by_its_name(icons, monkeypatch):
+    monkeypatch.setattr(
+        onnx.onnxruntime.InferenceSession, "get_inputs", lambda _: [SimpleNamespace(name="sample", shape=["b", 4, "h"])]
+    )
+    runtime = OnnxRuntime(icons, num_instances=1)
+    with pytest.raises(RuntimeStartError, match="sample has an open dimension"):
+        await runtime.start()
+    await runtime.close()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safelight_server.app import StartError, serving
+from safelight_server.cache.store.keyring import new_key_file
+from safelight_server.runtime.simulated import SimulatedRuntime
 from safelight_server.settings import Settings, SettingsError, is_loopback, load
 
 ROOT = Path(__file__).parent.parent.parent
@@ -41,6 +46,19 @@ def test_what_loopback_is(host, loopback):
     assert is_loopback(host) is loopback
 
 
+def test_an_empty_variable_is_none_at_all(monkeypatch):
+    for name in ("REDIS_URL", "API_KEY_FILE", "PORT"):
+        monkeypatch.setenv(f"SAFELIGHT_{name}", "")
+    settings = load()
+    assert (settings.redis_url, settings.api_key_file, settings.port) == (None, None, 8421)
+
+
+def test_a_variable_that_is_no_json_is_a_fault(monkeypatch):
+    monkeypatch.setenv("SAFELIGHT_CACHE_POOLS", "{")
+    with pytest.raises(SettingsError, match="cache_pools"):
+        load()
+
+
 def safelight(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "safelight_server.cli", *arguments]
     env = {"PYTHONPATH": f"{ROOT}/server:{ROOT}/clients/python", "PATH": "/usr/bin", "NO_COLOR": "1"} | environment
@@ -66,3 +84,71 @@ def test_errors_are_one_line_and_an_exit_code(arguments, says):
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def taken():
+    """A port that something else listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield other.getsockname()[1]
+
+
+async def refusal(**settings: object) -> str:
+    """Why a server does not start."""
+    given = {"runtime": "simulated", "port": 0, "log_level": "error"} | settings
+    with pytest.raises(StartError) as caught:
+        async with serving(load(**given)):
+            pass
+    return str(caught.value)
+
+
+async def test_what_keeps_the_server_from_starting_is_told_in_words(taken, tmp_path):
+    not_pem = tmp_path / "not.pem"
+    not_pem.write_text("not PEM")
+    assert f"cannot bind 127.0.0.1:{taken}" in await refusal(port=taken)
+    assert f"metrics_port {taken} of 127.0.0.1" in await refusal(metrics_port=taken)
+    assert f"metrics_port {taken} of 127.0.0.1" in await refusal(
+        metrics_port=taken, host=f"unix:{tmp_path}/socket", insecure=True
+    )
+    assert f"tls_cert_file {not_pem}" in await refusal(tls_cert_file=not_pem, tls_key_file=not_pem)
+    assert "No such file" in await refusal(tls_cert_file=not_pem, tls_key_file=tmp_path / "none")
+    assert "not.pem" in await refusal(cache_key_file=not_pem)
+    keys = tmp_path / "keys"
+    keys.write_text(new_key_file())
+    assert "s3://" in await refusal(cache_key_file=keys, cache_s3_url="http://x")
+    assert "redis://" in await refusal(cache_key_file=keys, redis_url="http://x")
+
+
+async def test_a_start_that_fails_leaves_nothing_running(taken, monkeypatch):
+    closed = []
+
+    async def close(runtime):
+        closed.append(runtime)
+
+    monkeypatch.setattr(SimulatedRuntime, "close", close)
+    before = asyncio.all_tasks()
+    await refusal(port=taken)
+    assert len(closed) == 1, "what holds shared memory must let it go"
+    assert asyncio.all_tasks() == before
+
+
+def test_a_signal_ends_a_start_that_takes_long():
+    """No Triton is there to be found; the start would wait a minute for one."""
+    command = [
+        sys.executable,
+        "-m",
+        "safelight_server.cli",
+        "serve",
+        "--runtime",
+        "triton",
+        "--triton-url",
+        "127.0.0.1:1",
+    ]
+    env = {"PYTHONPATH": f"{ROOT}/server:{ROOT}/clients/python", "PATH": "/usr/bin", "SAFELIGHT_TRITON_START_S": "600"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env) as process:
+        assert process.stderr is not None
+        assert "server_not_usable" in process.stderr.readline()
+        process.terminate()
+        said = process.stderr.read()
+        assert process.wait() == 2
+    assert said.strip() == "safelight: a signal has ended it before it had started"

@@ -216,6 +216,8 @@ async def test_streams_are_bounded():
     with pytest.raises(QueueFullError) as caught:
         stage.log.watch(LINEAR)
     assert caught.value.reason == "TOO_MANY_WATCHERS"
+    assert caught.value.metadata["limit"] == "2"
+    assert caught.value.retry_after_s is not None, "it may succeed later"
     first.close()
     stage.log.watch(LINEAR)
 

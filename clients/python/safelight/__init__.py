@@ -5,7 +5,8 @@ async with safelight.Client("127.0.0.1:8421") as client:
         ...
 """
 
-from safelight.client import CacheMode, Client, Finished, GenerationError, Origin, Picture, Preview, Progress
+from safelight.client import CacheMode, Client, Finished, Origin, Picture, Preview, Progress
+from safelight.errors import GenerationError
 from safelight.v1.cache_pb2 import GetCacheStatsResponse, PurgeCacheResponse
 from safelight.v1.generation_pb2 import Branch, CachePolicy, PixelEncoding, PreviewPolicy
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
-from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, TypeAlias
 
 import grpc
-from google.rpc import error_details_pb2, status_pb2
 
 from safelight import tracing
+from safelight.errors import GenerationError
 from safelight.v1 import cache_pb2, cache_pb2_grpc, generation_pb2_grpc, models_pb2, models_pb2_grpc
 from safelight.v1 import generation_pb2 as pb
 
@@ -110,41 +111,10 @@ class Finished:
 
 Event = Progress | Preview | Picture | Finished
 Metadata = list[tuple[str, str]]
-
-
-class GenerationError(Exception):
-    """A generation was refused or has failed.
-
-    Attributes:
-        code: the gRPC status.
-        reason: stable, such as "QUEUE_FULL".
-        violations: of an invalid request, what to change by field.
-        retry_after_s: when a retry makes sense, if the server says.
-    """
-
-    def __init__(self, error: grpc.aio.AioRpcError) -> None:
-        super().__init__(f"{error.code().name}: {error.details()}")
-        self.code = error.code()
-        self.reason = ""
-        self.violations: dict[str, str] = {}
-        self.retry_after_s: float | None = None
-        for key, value in error.trailing_metadata() or ():
-            if key == "grpc-status-details-bin" and isinstance(value, bytes):
-                self._read(status_pb2.Status.FromString(value))
-
-    def _read(self, status: status_pb2.Status) -> None:
-        info, bad, retry = (
-            error_details_pb2.ErrorInfo(),
-            error_details_pb2.BadRequest(),
-            error_details_pb2.RetryInfo(),
-        )
-        for detail in status.details:
-            if detail.Unpack(info):
-                self.reason = info.reason
-            elif detail.Unpack(bad):
-                self.violations = {v.field: v.description for v in bad.field_violations}
-            elif detail.Unpack(retry):
-                self.retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+Call: TypeAlias = (
+    "grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]"
+    " | grpc.aio.UnaryStreamCall[pb.WatchGenerationRequest, pb.WatchGenerationResponse]"
+)
 
 
 @dataclass(slots=True)
@@ -166,6 +136,7 @@ class Client:
             one is asked, and goes on with what the first one had accepted as REPLICATED.
         api_key: sent as a bearer token.
         credentials: for TLS; None: plain text.
+        server_name: in the server's certificate, where that is not the target's.
     """
 
     def __init__(
@@ -174,22 +145,28 @@ class Client:
         *,
         api_key: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        server_name: str = "",
     ) -> None:
         targets = target.split(",") if isinstance(target, str) else target
         if not targets:
             raise ValueError("a client needs a target")
-        self._channels = [_channel(one.strip(), credentials) for one in targets]
+        self._channels = [_channel(one.strip(), credentials, server_name) for one in targets]
         self._at = 0
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
     @property
+    def channel(self) -> grpc.aio.Channel:
+        """The connection to the server that is asked now, for stubs of other services."""
+        return self._channels[self._at]
+
+    @property
     def generations(self) -> generation_pb2_grpc.GenerationServiceAsyncStub:
         """The calls as they are, at the server that is asked now."""
-        return generation_pb2_grpc.GenerationServiceStub(self._channels[self._at])
+        return generation_pb2_grpc.GenerationServiceStub(self.channel)
 
     @property
     def _caches(self) -> cache_pb2_grpc.CacheServiceAsyncStub:
-        return cache_pb2_grpc.CacheServiceStub(self._channels[self._at])
+        return cache_pb2_grpc.CacheServiceStub(self.channel)
 
     def _next(self) -> None:
         self._at = (self._at + 1) % len(self._channels)
@@ -226,10 +203,11 @@ class Client:
         min_similarity: float | None = None,
         branch: pb.Branch | None = None,
         timeout_s: float | None = None,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """Develops pictures; yields what happens, the finished pictures, then `Finished`.
 
         Args:
+            timeout_s: until the end, over all connections; the generation ends with it.
             cache: "default" takes what was made for an identical request, "bypass" nothing; "latent" may start from
                 the latent of a prompt nearby, "similar" may also take a finished picture that says the same.
             min_similarity: least that "similar" takes, above 0 and at most 1.
@@ -260,23 +238,30 @@ class Client:
             cache=pb.CachePolicy(mode=CACHE_MODES[cache], min_similarity=min_similarity),
             branch=branch,
         )
-        async for event in self.develop(request, timeout_s=timeout_s):
-            yield event
+        async with aclosing(self.develop(request, timeout_s=timeout_s)) as events:
+            async for event in events:
+                yield event
 
-    async def develop(self, request: pb.GenerateRequest, *, timeout_s: float | None = None) -> AsyncIterator[Event]:
-        """As `generate`, for a request in full. With a request_id a lost connection is resumed."""
+    async def develop(
+        self, request: pb.GenerateRequest, *, timeout_s: float | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """As `generate`, for a request in full. Without a request_id it is sent once, and never again."""
         metadata = list(self._metadata)
         with tracing.client_span(request, metadata):
-            async for event in self._develop(request, timeout_s, metadata):
-                yield event
+            async with aclosing(self._develop(request, timeout_s, metadata)) as events:
+                async for event in events:
+                    yield event
 
     async def _develop(
         self, request: pb.GenerateRequest, timeout_s: float | None, metadata: Metadata
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         received = _Progress()
+        loop = asyncio.get_running_loop()
+        until = None if timeout_s is None else loop.time() + timeout_s
         for attempt in range(RESUMES + 1):
+            call = self._call(request, received, None if until is None else until - loop.time(), metadata)
             try:
-                async for response in self._call(request, received, timeout_s, metadata):
+                async for response in call:
                     for event in _events(response.event, received):
                         yield event
                 return
@@ -284,15 +269,18 @@ class Client:
                 failure = GenerationError(error)
                 movable = len(self._channels) > 1 and (received.durable or not received.name)
                 resumable = failure.reason in RESUMABLE or (movable and failure.reason in ELSEWHERE)
+                resumable = resumable and bool(received.name or request.request_id)
                 if error.code() is not grpc.StatusCode.UNAVAILABLE or not resumable or attempt == RESUMES:
                     raise failure from None
                 if movable and failure.reason != "WATCHER_STALLED":
                     self._next()
                 await asyncio.sleep(min(2.0, 0.1 * 2**attempt))
+            finally:
+                call.cancel()  # whoever looks away lets the server know; a call that has ended takes no notice
 
     def _call(
         self, request: pb.GenerateRequest, received: _Progress, timeout_s: float | None, metadata: Metadata
-    ) -> AsyncIterable[pb.GenerateResponse | pb.WatchGenerationResponse]:
+    ) -> Call:
         if not received.name:
             return self.generations.Generate(request, timeout=timeout_s, metadata=metadata)
         watch = pb.WatchGenerationRequest(
@@ -312,7 +300,7 @@ class Client:
         while True:
             request = models_pb2.ListModelsRequest(page_token=token)
             try:
-                stub = models_pb2_grpc.ModelServiceStub(self._channels[self._at])
+                stub = models_pb2_grpc.ModelServiceStub(self.channel)
                 page = await stub.ListModels(request, metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
                 raise GenerationError(error) from None
@@ -347,10 +335,11 @@ class Client:
             raise GenerationError(error) from None
 
 
-def _channel(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+def _channel(target: str, credentials: grpc.ChannelCredentials | None, server_name: str) -> grpc.aio.Channel:
     if credentials is None:
         return grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
-    return grpc.aio.secure_channel(target, credentials, CHANNEL_OPTIONS)
+    named = [("grpc.ssl_target_name_override", server_name)] if server_name else []
+    return grpc.aio.secure_channel(target, credentials, [*CHANNEL_OPTIONS, *named])
 
 
 def _events(event: pb.GenerationEvent, received: _Progress) -> list[Event]:

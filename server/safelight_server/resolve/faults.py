@@ -12,6 +12,8 @@ from safelight_server.errors import FieldViolation, InvalidRequestError
 
 MAX_FAULTS = 16
 MAX_SHOWN_BYTES = 72
+NAME = r"[A-Za-z0-9._-]{1,64}"
+"""Of tenants, models, revisions and generations."""
 
 
 class Faults:

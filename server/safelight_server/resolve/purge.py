@@ -6,9 +6,7 @@ import re
 
 from safelight_server.draft import PurgeDraft
 from safelight_server.request import PurgeRequest
-from safelight_server.resolve.faults import Faults
-
-NAME = r"[A-Za-z0-9._-]{1,64}"
+from safelight_server.resolve.faults import NAME, Faults
 
 
 def resolve_purge(draft: PurgeDraft) -> PurgeRequest:

@@ -20,7 +20,7 @@ from safelight_server.request import (
     Spec,
 )
 from safelight_server.resolve.delivery import disconnect_of, encoding_of, preview_of
-from safelight_server.resolve.faults import Faults, listed, shown
+from safelight_server.resolve.faults import NAME, Faults, listed, shown
 from safelight_server.resolve.spec import spec_of
 from safelight_server.scheduler import Priority
 
@@ -113,7 +113,7 @@ def resolve_name(name: str, collection: str) -> str:
 def _identifier(name: str, collection: str) -> str:
     """The id in "collection/id"; empty where it is no such name."""
     prefix, _, identifier = name.partition("/")
-    return identifier if prefix == collection and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", identifier) else ""
+    return identifier if prefix == collection and re.fullmatch(NAME, identifier) else ""
 
 
 def find_model(name: str, catalog: Catalog, field: str) -> Pipeline:

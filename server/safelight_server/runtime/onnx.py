@@ -65,16 +65,22 @@ class OnnxRuntime:
                 at = (pipeline.name, component)
                 loads = [loop.run_in_executor(thread, _session, file) for thread in self._threads]
                 self._sessions[at] = list(await asyncio.gather(*loads))
-                inputs = _inputs(self._sessions[at][0])
                 bound = pipeline.max_rows.get(component, verification.WARM_UP_ROWS[-1])
-                call = functools.partial(self.run, 0, pipeline.name, component)
-                cost = await verification.warm_up(call, inputs, bound)
-                if cost is None:
-                    raise RuntimeStartError(f"{file}: the same row gives other bits when it is run again")
-                self._costs[at] = cost
-                for instance in range(1, self.num_instances):
-                    await self.run(instance, pipeline.name, component, verification.example(inputs, 1))
-                log.debug("component_ready", model=pipeline.name, component=component.value, cost=self._costs[at])
+                try:
+                    await self._warm_up(pipeline.name, component, bound)
+                except (RuntimeFailure, RuntimeStartError, ManifestError) as error:
+                    raise RuntimeStartError(f"{file}: {error}") from None
+
+    async def _warm_up(self, model: str, component: Component, bound: int) -> None:
+        """Verifies and measures a component on the first instance, and runs it once on the others."""
+        inputs = _inputs(self._sessions[model, component][0])
+        cost = await verification.warm_up(functools.partial(self.run, 0, model, component), inputs, bound)
+        if cost is None:
+            raise RuntimeStartError("the same row gives other bits when it is run again")
+        self._costs[model, component] = cost
+        for instance in range(1, self.num_instances):
+            await self.run(instance, model, component, verification.example(inputs, 1))
+        log.debug("component_ready", model=model, component=component.value, cost=cost)
 
     @property
     def num_live(self) -> int:
@@ -123,7 +129,7 @@ def fingerprint(file: Path) -> str:
     """See `verification.fingerprint`; loads the file for this alone.
 
     Raises:
-        ManifestError: it cannot be loaded.
+        ManifestError: it cannot be loaded, or has an input whose shape is open.
         RuntimeFailure: it cannot be run.
     """
     session = _session(file)
@@ -159,6 +165,9 @@ def _call(session: onnxruntime.InferenceSession, inputs: Inputs) -> dict[str, Fl
 
 
 def _inputs(session: onnxruntime.InferenceSession) -> list[InputSpec]:
+    for at in session.get_inputs():
+        if not all(isinstance(size, int) for size in at.shape[1:]):
+            raise ManifestError(f"input {at.name} has an open dimension: {at.shape}")
     return [InputSpec(at.name, tuple(at.shape[1:]), at.type == "tensor(int64)") for at in session.get_inputs()]
 
 

@@ -14,7 +14,6 @@ from safelight_server.sampler.table import (
     SamplerTable,
     UnsupportedSamplerError,
     compile_table,
-    is_supported,
     refusal,
     supported_cells,
 )
@@ -31,7 +30,6 @@ __all__ = [
     "compile_table",
     "gaussian",
     "guide",
-    "is_supported",
     "refusal",
     "supported_cells",
 ]

@@ -101,10 +101,6 @@ def refusal(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, nu
     return None
 
 
-is_supported = refusal
-"""The same by the name that asks the question: None is yes."""
-
-
 @functools.cache
 def supported_cells(max_steps: int = 50) -> Mapping[Cell, str | None]:
     """The one table of what is offered, for Stable Diffusion's noise schedule and eta 0.

@@ -16,6 +16,8 @@ from safelight_server.stream.watcher import Slot, Story, Watcher
 from safelight_server.stream.wire import Artifact, State, artifact, serialize
 
 QUEUED = ("queued", 0)
+RETRY_S = 1.0
+"""Nothing says when a client will close a stream."""
 
 
 class Journal(Protocol):
@@ -123,7 +125,13 @@ class EventLog:
             QueueFullError: too many streams.
         """
         if len(self.watchers) >= self._max_watchers:
-            raise QueueFullError("too many streams watch this generation", reason="TOO_MANY_WATCHERS")
+            limit = str(self._max_watchers)
+            raise QueueFullError(
+                f"{limit} streams watch {self.generation}, as many as may",
+                reason="TOO_MANY_WATCHERS",
+                metadata={"bound": "watchers", "subject": self.generation, "limit": limit},
+                retry_after_s=RETRY_S,
+            )
         offsets = artifact_offsets or {}
         faults = Faults()
         newest = f"the newest sequence is {self.last_sequence}"

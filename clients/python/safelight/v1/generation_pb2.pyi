@@ -1542,7 +1542,7 @@ class UpdateGenerationRequest(_message.Message):
 
     @_builtins.property
     def scheduling(self) -> Global___Scheduling:
-        """New priority, from the next batch on."""
+        """New priority. It counts for outputs that have not started."""
 
     def __init__(
         self,
