@@ -53,6 +53,20 @@ def test_other_bytes_are_refused(data: bytes) -> None:
         parse(dump(snapshot(1))[: len(data)])
 
 
+async def test_what_is_left_of_an_execution_is_counted_whoever_made_it() -> None:
+    bench, checkpoints = made()
+    await run(checkpoints, 20, up_to=7)
+    other = Checkpoints(bench.tiers, KEYRING, Policy())  # the replica that took it over
+    for step in range(8, 21):
+        if other.policy.is_due(step, 20):
+            await other.keep("acme", "e", snapshot(step), 20)
+    await other.ended("acme", "e", 20, OWNER)
+    left = [await other.at_or_before("acme", "e", step) for step in await other.steps("acme", "e")]
+    assert sum(len(dump(each)) for each in left if each is not None) == other.policy.left_bytes(20, SHAPE)
+    assert Policy(max_bytes=100).left_bytes(20, SHAPE) == 0, "what is too large is not kept"
+    assert Policy().left_bytes(1, SHAPE) == 0, "there is no step between"
+
+
 @given(st.integers(1, 60), st.integers(1, 10), st.data())
 def test_while_it_runs_a_crash_costs_few_steps(num_steps: int, every: int, data: st.DataObject) -> None:
     policy = Policy(every_n_steps=every)

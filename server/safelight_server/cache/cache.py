@@ -148,23 +148,23 @@ class Cache:
         """Keeps the embedding of one of its prompts."""
         await self._prompts.keep(wanted.name.space, wanted.pipeline, token_ids, embedding, self._owner(wanted))
 
-    async def keep_picture(
-        self, wanted: Wanted, picture: Developed, compute_s: float, num_bytes: int, *, there: bool
-    ) -> None:
+    async def keep_picture(self, wanted: Wanted, picture: Developed, compute_s: float, *, there: bool) -> None:
         """Keeps a finished picture and makes it findable.
 
         Args:
-            num_bytes: of its checkpoints.
             there: its pixels are kept already.
         """
-        name, pipeline, steps = wanted.name, wanted.pipeline, wanted.spec.num_inference_steps
+        name, pipeline, spec = wanted.name, wanted.pipeline, wanted.spec
+        steps = spec.num_inference_steps
         if not there:
             await self.pictures.keep(name, picture.pixels, facts_of(wanted, compute_s))
         await self.checkpoints.ended(name.space.name, name.exact, steps, self._owner(wanted))
         vector = await self._vector(wanted)
         if vector is not None:
-            await self._similar.add(name, pipeline, wanted.spec.prompt, vector, self._owner(wanted))
-            await self._starts.add(name, pipeline, vector, self._owner(wanted), steps, num_bytes)
+            await self._similar.add(name, pipeline, spec.prompt, vector, self._owner(wanted))
+            shape = pipeline.latent_shape(spec.width_px, spec.height_px)
+            if num_bytes := self.checkpoints.policy.left_bytes(steps, shape):
+                await self._starts.add(name, pipeline, vector, self._owner(wanted), steps, num_bytes)
 
     async def keep_as_similar(self, wanted: Wanted, picture: Developed, compute_s: float) -> None:
         """Keeps a picture that began from another's latent under a name by which EXACT never finds it."""
@@ -223,7 +223,6 @@ class Record:
         self._cache = cache
         self._wanted = wanted
         self._what = keep
-        self._bytes: dict[int, int] = {}
         self.there = False
 
     def encoded(self, row: int, embedding: FloatArray) -> None:
@@ -238,7 +237,6 @@ class Record:
 
     def checkpoint(self, snapshot: Snapshot) -> None:
         """The state after a step."""
-        self._bytes[snapshot.step] = snapshot.x.nbytes + snapshot.denoised.nbytes
         self._cache.write(self._keep(snapshot))
 
     async def _keep(self, snapshot: Snapshot) -> None:
@@ -257,8 +255,6 @@ class Record:
         """The finished picture."""
         match self._what:
             case Keep.EVERYTHING:
-                anchors = self._cache.checkpoints.policy.anchors(self._wanted.spec.num_inference_steps)
-                num_bytes = sum(size for step, size in self._bytes.items() if step in anchors)
-                await self._cache.keep_picture(self._wanted, picture, compute_s, num_bytes, there=self.there)
+                await self._cache.keep_picture(self._wanted, picture, compute_s, there=self.there)
             case Keep.AS_SIMILAR:
                 await self._cache.keep_as_similar(self._wanted, picture, compute_s)

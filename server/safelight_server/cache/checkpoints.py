@@ -86,6 +86,11 @@ class Policy:
         often = self.every_n_steps > 0 and step % self.every_n_steps == 0
         return 0 < step < num_steps and (often or step in self.anchors(num_steps))
 
+    def left_bytes(self, num_steps: int, latent_shape: tuple[int, ...]) -> int:
+        """Of what is left of an execution's checkpoints when it has ended, whoever made them."""
+        one = _HEADER.size + 2 * math.prod(latent_shape) * _FLOAT.itemsize
+        return len(self.anchors(num_steps)) * one if one <= self.max_bytes else 0
+
     def useless(self, kept: Collection[int], num_steps: int, ended: bool) -> set[int]:
         """Of the kept steps, those that serve nothing any more."""
         newest = set() if ended or not kept or not self.every_n_steps else {max(kept)}
