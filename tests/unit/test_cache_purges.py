@@ -89,11 +89,13 @@ async def test_upkeep_measures_and_sweeps(monkeypatch) -> None:  # type: ignore[
 class Index:
     """Notes what it was to forget."""
 
-    def __init__(self) -> None:
+    def __init__(self, able: bool = True) -> None:
         self.forgotten: list[Scope] = []
+        self._able = able
 
-    async def forget(self, scope: Scope) -> None:
+    async def forget(self, scope: Scope) -> bool:
         self.forgotten.append(scope)
+        return self._able
 
 
 async def test_indexes_forget_on_every_replica_what_was_purged_on_one() -> None:
@@ -103,3 +105,10 @@ async def test_indexes_forget_on_every_replica_what_was_purged_on_one() -> None:
     await until(lambda: asyncio.sleep(0, bool(there.forgotten)))
     assert here.forgotten == there.forgotten == [Scope(generation=GENERATION)]
     listening.cancel()
+
+
+async def test_an_index_that_could_not_be_cleared_is_named_and_the_others_are() -> None:
+    unable, other = Index(able=False), Index()
+    purges = Purges((await filled()).tiers, LocalCoordinator(), [unable, other])
+    assert (await purges.purge(Scope(TENANTS["acme"] + "/"))).failed == ["redis"]
+    assert len(other.forgotten) == 1

@@ -21,6 +21,8 @@ from safelight_server.cache.store.sealed import CorruptError, Entry, Sealer, Unr
 T = TypeVar("T")
 PREFIX = "safelight:lsh:"
 ITEMS = f"{PREFIX}items"
+LOOKED_AT = 1000
+"""Items in one call of `discard`."""
 
 
 class RedisBuckets:
@@ -63,29 +65,36 @@ class RedisBuckets:
             self._max_items,
             self._max_members,
             PREFIX,
+            now - self._ttl_s,
         ]
         await self._call(lambda: self._add(keys=keys, args=arguments), None)
 
     async def remove(self, item: str) -> None:
         """See `BucketStore`."""
+        await self._call(lambda: self._removed(item), None)
 
-        async def removed() -> None:
-            buckets = await self._redis.smembers(f"{PREFIX}of:{item}")
-            async with self._redis.pipeline(transaction=True) as pipe:
-                for bucket in buckets:
-                    pipe.srem(bucket, item)
-                pipe.delete(f"{PREFIX}of:{item}", f"{PREFIX}vector:{item}")
-                pipe.zrem(ITEMS, item)
-                await pipe.execute()
+    async def _removed(self, item: str) -> None:
+        buckets = await self._redis.smembers(f"{PREFIX}of:{item}")
+        async with self._redis.pipeline(transaction=True) as pipe:
+            for bucket in buckets:
+                pipe.srem(bucket, item)
+            pipe.delete(f"{PREFIX}of:{item}", f"{PREFIX}vector:{item}")
+            pipe.zrem(ITEMS, item)
+            await pipe.execute()
 
-        await self._call(removed, None)
-
-    async def discard(self, goes: Callable[[str], bool]) -> None:
-        """See `BucketStore`."""
-        items: list[bytes] = await self._call(lambda: self._redis.zrange(ITEMS, 0, -1), [])
-        for item in items:
-            if goes(item.decode()):
-                await self.remove(item.decode())
+    async def discard(self, goes: Callable[[str], bool]) -> bool:
+        """See `BucketStore`; in pieces, so that no call is long, however many there are."""
+        cursor = 0
+        try:
+            while True:
+                cursor, found = await self._ask(lambda at=cursor: self._redis.zscan(ITEMS, at, count=LOOKED_AT))  # type: ignore[misc]
+                for item in [item.decode() for item, _ in found]:
+                    if goes(item):
+                        await self._ask(lambda item=item: self._removed(item))  # type: ignore[misc]
+                if not cursor:
+                    return True
+        except StoreError:
+            return False
 
     async def members(self, buckets: Sequence[str], limit: int) -> Sequence[str]:
         """See `BucketStore`; in no order."""
@@ -107,11 +116,14 @@ class RedisBuckets:
         return entry.data if expires_at > time.time() else None
 
     async def _call(self, work: Callable[[], Awaitable[T]], otherwise: T) -> T:
+        try:
+            return await self._ask(work)
+        except StoreError:
+            return otherwise
+
+    async def _ask(self, work: Callable[[], Awaitable[T]]) -> T:
         async def translating() -> T:
             with translated():
                 return await work()
 
-        try:
-            return await self._breaker.call(translating)
-        except StoreError:
-            return otherwise
+        return await self._breaker.call(translating)

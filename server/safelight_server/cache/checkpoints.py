@@ -200,11 +200,12 @@ class Checkpoints:
         self._lists.pop(keys[-1], None)
         return all([await self._tiers.delete(key) for key in keys])
 
-    async def forget(self, scope: Scope) -> None:
+    async def forget(self, scope: Scope) -> bool:
         """Lists nothing any more of a tenant that was purged; other lists lead to entries that are not there."""
         if scope.by_name:
             for key in [key for key in self._lists if key.startswith(scope.prefix)]:
                 del self._lists[key]
+        return True
 
     async def _steps(self, tenant: str, execution: str) -> set[int]:
         key = self._key(tenant, execution, "steps")

@@ -59,8 +59,8 @@ class BucketStore(Protocol):
     async def remove(self, item: str) -> None:
         """Takes an item out of everything; nothing happens where it is not there."""
 
-    async def discard(self, goes: Callable[[str], bool]) -> None:
-        """Takes out all items for which `goes`."""
+    async def discard(self, goes: Callable[[str], bool]) -> bool:
+        """Takes out all items for which `goes`; False where that could not be done."""
 
     async def members(self, buckets: Sequence[str], limit: int) -> Sequence[str]:
         """The union of the buckets (Redis: one SUNION), each item once, at most `limit`, of the first buckets first
@@ -200,10 +200,11 @@ class MemoryBuckets:
         """See `BucketStore`."""
         self._drop(item)
 
-    async def discard(self, goes: Callable[[str], bool]) -> None:
+    async def discard(self, goes: Callable[[str], bool]) -> bool:
         """See `BucketStore`."""
         for item in [item for item in self._items if goes(item)]:
             self._drop(item)
+        return True
 
     async def members(self, buckets: Sequence[str], limit: int) -> Sequence[str]:
         """See `BucketStore`; in the order of the buckets."""

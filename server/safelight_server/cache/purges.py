@@ -24,6 +24,8 @@ from safelight_server.cache.store.tiers import Tiers
 log = structlog.get_logger(__name__)
 
 STREAM = "purges"
+REDIS = "redis"
+"""Where indexes are that could fail to forget."""
 MEASURE_EVERY_S = 15.0
 SWEEP_EVERY_S = 600.0
 
@@ -31,8 +33,8 @@ SWEEP_EVERY_S = 600.0
 class Index(Protocol):
     """What finds entries in another way than by their keys."""
 
-    async def forget(self, scope: Scope) -> None:
-        """Finds nothing any more that the scope covers."""
+    async def forget(self, scope: Scope) -> bool:
+        """Finds nothing any more that the scope covers; False where that is not certain."""
 
 
 class Purges:
@@ -56,7 +58,8 @@ class Purges:
             others could not be told.
         """
         report = await purge(self._tiers, scope)
-        await self._forget(scope)
+        if not await self._forget(scope) and REDIS not in report.failed:
+            report.failed.append(REDIS)
         try:
             await self._coordinator.append(STREAM, dump(self._origin, scope))
         except StoreError:
@@ -75,9 +78,8 @@ class Purges:
                     log.info("purged for another replica", deleted=report.deleted, failed=report.failed)
             await self._forget(scope)
 
-    async def _forget(self, scope: Scope) -> None:
-        for index in self._indexes:
-            await index.forget(scope)
+    async def _forget(self, scope: Scope) -> bool:
+        return all([await index.forget(scope) for index in self._indexes])
 
     async def keep_up(self) -> None:
         """Measures the tiers and deletes what has expired on disk; never ends."""

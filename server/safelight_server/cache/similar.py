@@ -74,13 +74,14 @@ class SimilarPictures:
         index.newest.add(name.comparable, item, vector)
         self._remember(item, self._guard(pipeline).facts(prompt))
 
-    async def forget(self, scope: Scope) -> None:
-        """Finds nothing any more of what was purged."""
-        await self._store.discard(lambda item: scope.includes(_owner(item)))
+    async def forget(self, scope: Scope) -> bool:
+        """Finds nothing any more of what was purged; False where the buckets could not be cleared."""
+        done = await self._store.discard(lambda item: scope.includes(_owner(item)))
         for index in self._indexes.values():
             index.newest.discard(lambda item: scope.includes(_owner(item)))
         for item in [item for item in self._said if scope.includes(_owner(item))]:
             del self._said[item]
+        return done
 
     async def find(
         self,

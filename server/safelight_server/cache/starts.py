@@ -126,10 +126,11 @@ class Starts:
                 await self._drop(match.item)
         return None
 
-    async def forget(self, scope: Scope) -> None:
+    async def forget(self, scope: Scope) -> bool:
         """Starts no output any more from what was purged."""
         for item in [item for item, place in self._place.items() if scope.includes(place.owner)]:
             self._forget(item)
+        return True
 
     async def _drop(self, item: str) -> None:
         place = self._forget(item)
