@@ -23,7 +23,7 @@ from safelight_server.errors import InternalError, SafelightError
 from safelight_server.jobs import Job
 from safelight_server.latents import Snapshot
 from safelight_server.picture import Developed, Pixels
-from safelight_server.pipeline import to_pixels
+from safelight_server.pipeline import NotFiniteError, to_pixels
 from safelight_server.preview import Frame, Renderer
 from safelight_server.runtime.base import Component, FloatArray
 from safelight_server.scheduler import Priority
@@ -301,8 +301,13 @@ class Execution:
         self._finishing.add_done_callback(self._finished)
 
     async def _finish(self, image: FloatArray) -> None:
-        pixels = await asyncio.get_running_loop().run_in_executor(self._pool, to_pixels, image)
-        await self._publish(pixels)
+        try:
+            pixels = await asyncio.get_running_loop().run_in_executor(self._pool, to_pixels, image)
+        except NotFiniteError:
+            log.error("image_not_finite", output_id=self.job.output_id)
+            self.failed(InternalError())
+        else:
+            await self._publish(pixels)
 
     async def _publish(self, pixels: Pixels) -> None:
         self._outcome = picture = Developed(pixels, self._pool)

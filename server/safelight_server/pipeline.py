@@ -14,6 +14,10 @@ from safelight_server.runtime.base import FloatArray
 from safelight_server.sampler import SamplerTable, compile_table
 
 
+class NotFiniteError(Exception):
+    """What a decoder gave is no picture: its arithmetic overflowed, as float16 does."""
+
+
 def sampler_table(pipeline: Pipeline, spec: Spec) -> SamplerTable:
     """The compiled sampler of a valid spec."""
     return compile_table(spec.sampler, pipeline.schedule, pipeline.manifest.prediction_type, spec.num_inference_steps)
@@ -26,7 +30,13 @@ def decoder_latent(pipeline: Pipeline, latent: FloatArray) -> FloatArray:
 
 
 def to_pixels(image: FloatArray) -> npt.NDArray[np.uint8]:
-    """(3, H, W) in [-1, 1], unclamped, to (H, W, 3) uint8, rounded as diffusers' image processor does."""
+    """(3, H, W) in [-1, 1], unclamped, to (H, W, 3) uint8, rounded as diffusers' image processor does.
+
+    Raises:
+        NotFiniteError: it has values that are no numbers.
+    """
+    if not np.isfinite(image).all():
+        raise NotFiniteError("the decoded image is not finite")
     scaled = np.clip(image / 2 + np.float32(0.5), 0.0, 1.0).transpose(1, 2, 0)
     return np.ascontiguousarray(np.round(scaled * 255.0).astype(np.uint8))
 

@@ -23,19 +23,22 @@ from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
+import structlog
 from safelight_server.cache.coordination.base import BEGINNING, LeaderLostError
 from safelight_server.cache.coordination.leadership import Leadership
 from safelight_server.cache.store.base import StoreError
 from safelight_server.cache.store.sealed import CorruptError, Entry, UnreadableError
-from safelight_server.errors import SafelightError
+from safelight_server.errors import InternalError, SafelightError
 from safelight_server.jobs import Job, OutputListener
 from safelight_server.latents import Snapshot
 from safelight_server.picture import Pixels
-from safelight_server.pipeline import to_pixels
+from safelight_server.pipeline import NotFiniteError, to_pixels
 from safelight_server.replicas.flights import FOLLOW, Flights, Ticket
 from safelight_server.replicas.landing import Keep, Work, committed, land
 from safelight_server.runtime.base import Component, FloatArray
 from safelight_server.telemetry import Trail
+
+log = structlog.get_logger(__name__)
 
 EVENT_S = 3600.0
 
@@ -303,8 +306,14 @@ class Flight:
         self._flights.start(self._decoded(image, self._told()))
 
     async def _decoded(self, image: FloatArray, listener: FlightListener) -> None:
-        pixels = await asyncio.get_running_loop().run_in_executor(self._flights.pool, to_pixels, image)
-        await self._land(pixels, listener)
+        try:
+            pixels = await asyncio.get_running_loop().run_in_executor(self._flights.pool, to_pixels, image)
+        except NotFiniteError:
+            log.error("image_not_finite", generation=self.ticket.generation)
+            self._landing = False
+            self.failed(InternalError())
+        else:
+            await self._land(pixels, listener)
 
     def failed(self, error: SafelightError) -> None:
         """To the execution; those who follow try themselves."""
