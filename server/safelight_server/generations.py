@@ -327,6 +327,8 @@ class Generations:
                     generation.caller, request.request_id, request.body_digest, generation.identifier
                 )
         if generation.log.watchers or request.disconnect.detach:
+            if generation.state is State.SUSPENDED:  # at its last owner, which had no stream for it
+                generation.resume()
             return True
         self._suspend(generation)
         return False
@@ -394,6 +396,7 @@ class Generations:
             self._end_drained(generation)
         for generation in self._streams.not_owned():
             self._streams.move(generation)
+            self._drop_unwatched(generation)
 
     def _end_drained(self, generation: Generation) -> None:
         if generation.journal is not None:

@@ -23,7 +23,7 @@ from safelight_server.fleet.mirrors import Mirrors
 from safelight_server.fleet.owners import Owners
 from safelight_server.intake import Intake
 
-__all__ = ["CANCEL", "PRIORITY", "Fleet", "Ground", "Host"]
+__all__ = ["CANCEL", "PRIORITY", "WANT", "Fleet", "Ground", "Host"]
 
 
 class Fleet:

@@ -14,6 +14,7 @@ from safelight_server.cache.coordination.leadership import Leadership
 from safelight_server.cache.store.base import StoreError
 from safelight_server.cache.store.sealed import CorruptError, UnreadableError
 from safelight_server.errors import UnavailableError
+from safelight_server.events import State
 from safelight_server.fleet.base import WANT, Ground, Host
 from safelight_server.fleet.owners import Own, Owners
 from safelight_server.generation import Generation
@@ -197,11 +198,12 @@ class Mirrors:
             for event in await self._ground.coordinator.read(mirror.name):
                 if _later(event.place, mirror.place):
                     await self._apply(mirror, event)
+            own = Own(mirror.name, leader, await self._owners.claimed(generation))
         except BaseException:
             await leader.close()
             raise
         self._mirrors.pop(generation.identifier, None)
-        await self._owners.adopt(generation, Own(mirror.name, leader))
+        await self._owners.adopt(generation, own)
         mirror.changed.set()
         if not generation.ended and self._host.owned(generation):
             await self._enter(generation, mirror.record.starts)
@@ -214,8 +216,15 @@ class Mirrors:
 
     async def _enter(self, generation: Generation, starts: Sequence[bool]) -> None:
         plans = await self._intake.plan_again(generation, starts)
-        if not generation.ended:
+        if self._is_wanted(generation):  # else its stream was lost meanwhile
             self._intake.enter(generation, plans)
+
+    def _is_wanted(self, generation: Generation) -> bool:
+        """Whether it should be developed here."""
+        if generation.ended or generation.owned:
+            return self._owners.owns(generation) and generation.state is not State.SUSPENDED
+        mirror = self._mirrors.get(generation.identifier)
+        return mirror is not None and mirror.generation is generation and bool(generation.log.watchers)
 
     async def sweep(self) -> None:
         """Takes over what nobody owns, until cancelled."""

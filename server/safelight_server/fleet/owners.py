@@ -89,11 +89,32 @@ class Owners:
             await self.dismiss(generation)
         return other
 
-    async def _claim(self, generation: Generation, own: Own) -> str | None:
+    def _claim_of(self, generation: Generation) -> tuple[str, bytes]:
+        """What its request id is called, and what says that it stands for this generation."""
         request, tenant = generation.request, generation.caller.tenant
         name = self._ground.keyring.digest("request", tenant, request.request_id)
         facts = {"generation": generation.identifier, "digest": request.body_digest.hex()}
-        mine = self._ground.sealer.seal(name, Entry(json.dumps(facts).encode()), time.time() + CLAIM_S)
+        return name, self._ground.sealer.seal(name, Entry(json.dumps(facts).encode()), time.time() + CLAIM_S)
+
+    async def claimed(self, generation: Generation) -> tuple[str, bytes] | None:
+        """The binding of its request id, as an earlier owner made it; None: it has none.
+
+        Raises:
+            StoreError: it cannot be looked up.
+        """
+        if not generation.request.request_id:
+            return None
+        name, mine = self._claim_of(generation)
+        there = await self._ground.coordinator.claim(name, mine, CLAIM_S)
+        with contextlib.suppress(CorruptError, UnreadableError):
+            facts = json.loads(self._ground.sealer.open(name, there)[0].data)
+            if facts["generation"] == generation.identifier:
+                return name, there
+        return None
+
+    async def _claim(self, generation: Generation, own: Own) -> str | None:
+        request, digest = generation.request, generation.request.body_digest.hex()
+        name, mine = self._claim_of(generation)
         replaced: bytes | None = None
         until = time.monotonic() + PATIENCE_S
         while True:
@@ -107,7 +128,7 @@ class Owners:
                 replaced = there
                 continue
             other = str(theirs["generation"])
-            if theirs["digest"] != facts["digest"]:
+            if theirs["digest"] != digest:
                 raise AlreadyExistsError(
                     f"request_id {request.request_id} was used with another request; choose a new one",
                     metadata={"request_id": request.request_id, "generation": f"generations/{other}"},
@@ -166,13 +187,15 @@ class Owners:
         if own is None:
             return
         kept_s = self._ground.kept_s if generation.journal is not None else FORGET_S
-        settle = functools.partial(
-            self.settle_record, own, kept_s, 0.0 if retryable else self._ground.idempotency_ttl_s
-        )
+        settle = self._settling(own, kept_s, retryable=retryable)
         if generation.journal is not None:
             self._end(generation.journal, settle)
         else:
             self._watch_end(self._ground.start(self._close(own, settle)))
+
+    def _settling(self, own: Own, kept_s: float, *, retryable: bool) -> Callable[[], Awaitable[None]]:
+        claimed_s = 0.0 if retryable else self._ground.idempotency_ttl_s
+        return functools.partial(self.settle_record, own, kept_s, claimed_s)
 
     def let_go(self, generation: Generation) -> None:
         """Another replica goes on with it, or whoever finds it first."""
@@ -181,6 +204,10 @@ class Owners:
         generation.leave()
         if own is not None and generation.journal is not None:
             self._end(generation.journal, _nothing)
+
+    def owns(self, generation: Generation) -> bool:
+        """Whether it is decided here what becomes of it."""
+        return generation.identifier in self._own
 
     def wants(self, generation: Generation) -> bool:
         """Whether another replica has a stream for it."""
@@ -253,7 +280,8 @@ class Owners:
     async def adopt(self, generation: Generation, own: Own) -> None:
         """It is owned here from now on; one that has ended is only cleared away."""
         if generation.ended:
-            await self._close(own, functools.partial(self.settle_record, own, self._ground.kept_s, 0.0))
+            lost = isinstance(generation.error, UnavailableError)
+            await self._close(own, self._settling(own, self._ground.kept_s, retryable=lost))
             return
         self._own[generation.identifier] = own
         generation.adopt(self.journal(generation, own), self._intake.numerics_id(generation))

@@ -1,0 +1,118 @@
+"""Generations that moved to another replica end there as they would have at their first owner's."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from pathlib import Path
+
+import grpc
+import pytest
+from safelight.v1 import generation_pb2 as pb
+from safelight_server.errors import UnavailableError
+from safelight_server.events import FinishReason, State
+from safelight_server.fleet import WANT
+from safelight_server.generation import Generation
+from safelight_server.request import PreviewPolicy
+
+from tests.conftest import eventually
+from tests.integration.test_generate import reason_of
+from tests.redis.test_fleet import STEPS, Server, servers
+from tests.redis.test_replicas import BYPASS, request
+from tests.support.redis_server import RedisServer
+from tests.support.replicas import collect, sequences, until_step
+
+
+async def moved(one: Server, other: Server, message: pb.GenerateRequest) -> tuple[Generation, grpc.aio.UnaryStreamCall]:
+    """A generation that `one` accepted and `other` owns; with the stream that it followed."""
+    call = one.stub.Generate(message)
+    name = (await until_step(call, 2))[0].generation
+    call.cancel()
+    await eventually(lambda: bool(one.running.generations._lost))
+    watching = other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1))
+    live = other.running.generations._live
+    await asyncio.gather(watching.wait_for_connection(), eventually(lambda: name.partition("/")[2] in live))
+    return live[name.partition("/")[2]], watching
+
+
+async def settled(server: Server) -> None:
+    await eventually(lambda: not server.running.generations.fleet.owners._ending)
+
+
+async def test_a_request_id_is_free_again_after_an_end_that_says_try_again(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async with servers(redis_server.url, tmp_path) as (one, other):
+        message = request(1, 1000, request_id=str(uuid.uuid4()), cache=BYPASS)
+        generation, watching = await moved(one, other, message)
+        generation.stop(UnavailableError("no server is there"), FinishReason.FAILED)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(watching)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        await settled(other)
+        for server in (one, other):
+            again = server.stub.Generate(message)
+            assert (await until_step(again, 2))[0].generation != generation.name
+            again.cancel()
+
+
+async def test_a_request_id_is_remembered_for_its_time_after_any_other_end(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async with servers(redis_server.url, tmp_path, idempotency_ttl_s=100.0) as (one, other):
+        message = request(2, STEPS, request_id=str(uuid.uuid4()), cache=BYPASS)
+        generation, watching = await moved(one, other, message)
+        assert sequences(await collect(watching)) == [2, 3]
+        await settled(other)
+        client = one.coordinator._redis
+        [claim] = [key async for key in client.scan_iter("safelight:run:claim:*")]
+        assert 0 < await client.pttl(claim) <= 100_000
+        assert (await collect(one.stub.Generate(message)))[0].generation == generation.name
+
+
+async def test_a_stream_that_is_lost_again_suspends_it_again(redis_server: RedisServer, tmp_path: Path) -> None:
+    grace = pb.DisconnectPolicy()
+    grace.resume_grace.FromMilliseconds(2000)
+    async with servers(redis_server.url, tmp_path) as (one, other):
+        generation, watching = await moved(one, other, request(3, 1000, disconnect=grace, cache=BYPASS))
+        await until_step(watching, 4)
+        assert generation.state is State.RUNNING
+        watching.cancel()
+        await eventually(lambda: generation.state is State.SUSPENDED)
+        await eventually(lambda: not other.running.generations._engine.scheduler.num_outputs)
+        await eventually(lambda: generation.state is State.CANCELLED)
+
+
+async def test_nothing_is_developed_for_a_stream_that_was_lost_at_once(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async with servers(redis_server.url, tmp_path) as (one, other):
+        call = one.stub.Generate(request(4, 1000, cache=BYPASS))
+        name = (await until_step(call, 2))[0].generation.partition("/")[2]
+        caller = one.running.generations._live[name].caller
+        there = other.running.generations
+        generation = await there.find(caller, name)
+        watcher = there.attach(generation, PreviewPolicy(), lambda _error: None)
+        there.detach(generation, watcher)
+        await eventually(lambda: not there.fleet._tasks)
+        assert all(output.idle for output in generation.outputs)
+        assert not there._engine.scheduler.num_outputs
+        call.cancel()
+
+
+async def test_a_drained_replica_develops_nothing_that_it_has_shown_for_another(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async with servers(redis_server.url, tmp_path) as (one, other):
+        one.running.generations.fleet.news._handlers.pop(WANT)  # its owner keeps it
+        call = one.stub.Generate(request(5, 1000, cache=BYPASS))
+        name = (await until_step(call, 2))[0].generation
+        call.cancel()
+        await eventually(lambda: bool(one.running.generations._lost))
+        watching = other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1))
+        await until_step(watching, 6)
+        await other.running.drain(0.0)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(watching)
+        assert reason_of(caught.value) == "MOVED"
+        assert not other.running.generations._engine.scheduler.num_outputs
