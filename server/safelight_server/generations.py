@@ -213,10 +213,16 @@ class Generations:
         return ended is not None and (datetime.now(UTC) - ended).total_seconds() > self._settings.result_ttl_s
 
     async def cancel(self, generation: Generation) -> None:
-        """Stops it, wherever it runs."""
+        """Stops it, wherever it runs.
+
+        Raises:
+            UnavailableError: the replica that has it does not answer.
+        """
         if not generation.owned and not generation.ended and self._fleet is not None:
-            await self._fleet.mirrors.ask(generation, CANCEL)
-            self._drop_unwatched(generation)
+            try:
+                await self._fleet.mirrors.ask(generation, CANCEL)
+            finally:
+                self._drop_unwatched(generation)
         if generation.owned:
             generation.stop(GenerationCancelledError("it was cancelled"))
 

@@ -11,7 +11,7 @@ import pytest
 from safelight.v1 import generation_pb2 as pb
 from safelight_server.errors import UnavailableError
 from safelight_server.events import FinishReason, State
-from safelight_server.fleet import WANT
+from safelight_server.fleet import CANCEL, WANT, mirrors
 from safelight_server.generation import Generation
 from safelight_server.request import PreviewPolicy
 
@@ -116,3 +116,38 @@ async def test_a_drained_replica_develops_nothing_that_it_has_shown_for_another(
             await collect(watching)
         assert reason_of(caught.value) == "MOVED"
         assert not other.running.generations._engine.scheduler.num_outputs
+
+
+async def test_a_cancel_is_answered_though_its_caller_looks_no_more(redis_server: RedisServer, tmp_path: Path) -> None:
+    async with servers(redis_server.url, tmp_path) as (one, other):
+        call = one.stub.Generate(request(6, 1000, cache=BYPASS))
+        name = (await until_step(call, 2))[0].generation
+        watching = other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name))
+        await until_step(watching, 4)
+        news = one.running.generations.fleet.news
+        heard, hear = asyncio.Event(), news._handlers[CANCEL]
+        news.on(CANCEL, lambda *_news: heard.set())  # it takes a while
+        cancelling = other.stub.CancelGeneration(pb.CancelGenerationRequest(name=name))
+        await heard.wait()
+        watching.cancel()
+        await eventually(lambda: not len(other.running.generations._streams))
+        hear(name.partition("/")[2], {})
+        assert (await cancelling).generation.state == pb.Generation.STATE_CANCELLED
+        assert not len(other.running.generations.fleet.mirrors)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await collect(call)
+
+
+async def test_a_cancel_that_nobody_answers_is_no_success(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirrors, "ANSWER_S", 0.0)
+    async with servers(redis_server.url, tmp_path, lease_ttl_s=0.5) as (one, other):
+        call = one.stub.Generate(request(7, 1000, cache=BYPASS))
+        name = (await until_step(call, 2))[0].generation
+        one.running.generations.fleet.news._handlers.pop(CANCEL)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await other.stub.CancelGeneration(pb.CancelGenerationRequest(name=name))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert not len(other.running.generations.fleet.mirrors)
+        call.cancel()

@@ -96,19 +96,25 @@ class Mirrors:
             self._ground.start(self._enter(mirror.generation, mirror.record.starts))
 
     def drop(self, generation: Generation) -> None:
-        """No stream is left here."""
-        mirror = self._mirrors.pop(generation.identifier, None)
-        if mirror is not None:
-            if mirror.tending is not None:
-                mirror.tending.cancel()
-            generation.leave()
+        """No stream is left here; goes on while someone waits for an answer."""
+        mirror = self._mirrors.get(generation.identifier)
+        if mirror is None or mirror.num_asking:
+            return
+        del self._mirrors[generation.identifier]
+        if mirror.tending is not None:
+            mirror.tending.cancel()
+        generation.leave()
 
     def tell(self, generation: Generation, kind: str, **facts: str) -> None:
         """Asks the owner for something."""
         self._ground.news.say(kind, generation.identifier, **facts)
 
     async def ask(self, generation: Generation, kind: str, **facts: str) -> None:
-        """Asks the owner for something and waits for a while until it has ended or is owned here."""
+        """Asks the owner for something and waits until it has ended or is owned here.
+
+        Raises:
+            UnavailableError: no answer came in time.
+        """
         self.tell(generation, kind, **facts)
         mirror = self._mirrors.get(generation.identifier)
         if mirror is None:
@@ -121,6 +127,8 @@ class Mirrors:
                     await mirror.changed.wait()
         except TimeoutError:
             log.warning("no answer of the owner of a generation", generation=generation.name)
+            what = "the replica that has it does not answer; try again"
+            raise UnavailableError(what, retry_after_s=1.0) from None
         finally:
             mirror.num_asking -= 1
 
