@@ -391,6 +391,8 @@ class Generations:
     async def drain(self, grace_s: float) -> None:
         """Admits nothing more, lets what runs finish within the grace, ends the rest."""
         self._draining = True
+        if self._fleet is not None:
+            self._fleet.mirrors.retire()
         for generation in [g for g in self._live.values() if g.state is State.SUSPENDED]:
             self._end_drained(generation)
         with contextlib.suppress(TimeoutError):

@@ -57,6 +57,7 @@ class Mirrors:
         self._owners = owners
         self._me = me
         self._mirrors: dict[str, Mirror] = {}
+        self._retired = False
 
     def __len__(self) -> int:
         return len(self._mirrors)
@@ -235,9 +236,11 @@ class Mirrors:
         return mirror is not None and mirror.generation is generation and bool(generation.log.watchers)
 
     async def sweep(self) -> None:
-        """Takes over what nobody owns, until cancelled."""
+        """Takes over what nobody owns, until this replica retires."""
         while True:
             await asyncio.sleep(self._ground.ttl_s * random.uniform(0.5, 1.0))
+            if self._retired:
+                return
             try:
                 names = await self._ground.coordinator.orphans()
                 random.shuffle(names)
@@ -246,12 +249,26 @@ class Mirrors:
             except StoreError:
                 continue
 
+    def retire(self) -> None:
+        """Takes over nothing more but what is watched here: this replica is drained."""
+        self._retired = True
+
     async def _rescue(self, name: str) -> None:
         mirror = await self._mirror(name)
-        if mirror is None or mirror.generation.ended:
-            await self._ground.coordinator.strike(name)
-        else:
+        if mirror is not None and not mirror.generation.ended:
             self._keep(mirror)  # who tends it finds that nobody owns it
+        elif mirror is not None or not await self._ground.coordinator.read(name):
+            await self._strike(name)
+        # else it is there and cannot be read: another replica may be able to, with other keys or of another version
+
+    async def _strike(self, name: str) -> None:
+        """Takes what is over, or never began, off the roll; under its lease, lest it is about to begin."""
+        leader = await Leadership.take(self._ground.coordinator, name, self._ground.ttl_s)
+        if leader is not None:
+            try:
+                await self._ground.coordinator.strike(name)
+            finally:
+                await leader.close()
 
 
 def _later(place: str, than: str) -> bool:

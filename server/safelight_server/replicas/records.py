@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass as checked
-from safelight_server.cache.store.sealed import Entry, Sealer
+from safelight_server.cache.store.sealed import CorruptError, Entry, Sealer
 from safelight_server.errors import (
     DeadlineExceededError,
     GenerationCancelledError,
@@ -117,9 +117,16 @@ def parse(sealer: Sealer, name: str, data: bytes) -> Written:
     """What was written.
 
     Raises:
-        CorruptError, UnreadableError: it cannot be read.
+        CorruptError, UnreadableError: it cannot be read; a server of another version may have written it.
     """
     entry, _ = sealer.open(name, data)
+    try:
+        return _parsed(entry)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptError(f"of another form: {error}") from None
+
+
+def _parsed(entry: Entry) -> Written:
     kind = entry.metadata["kind"]
     if kind == "record":
         return _RECORD.validate_json(entry.data)
