@@ -122,3 +122,23 @@ async def test_one_who_was_replaced_writes_nothing_more_and_holds_nothing_up(des
     await settle()
     assert desk.shown == [1, 2]
     assert await desk.written() == []
+
+
+async def test_a_long_outage_leaves_no_gap_and_what_has_ended_is_given_up(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journals, "GIVE_UP_S", 0.0)
+    desk.coordinator.out = True
+    desk.event(1)
+    await eventually(lambda: desk.shown == [1])
+    desk.coordinator.out = False
+    desk.event(2)
+    await eventually(lambda: desk.shown == [1, 2])
+    assert await desk.written() == [1, 2]
+    desk.coordinator.out = True
+    desk.event(3)
+    desk.journal.end(desk.settle)
+    await desk.journal.closed()
+    assert (desk.shown, desk.settled) == ([1, 2, 3], 1)
+    desk.coordinator.out = False
+    assert await desk.written() == [1, 2], "nothing follows what was given up"

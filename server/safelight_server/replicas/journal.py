@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -28,6 +29,7 @@ log = structlog.get_logger(__name__)
 
 RETRY_S = 0.5
 GIVE_UP_S = 300.0
+"""After the end; as long as it goes on a generation holds what it could not write."""
 
 
 @dataclass(slots=True)
@@ -63,6 +65,7 @@ class Journal:
         self._task: asyncio.Task[None] | None = None
         self._watching = asyncio.create_task(self._watch())
         self._settle: Callable[[], Awaitable[None]] | None = None
+        self._ended_at = math.inf
         self._over = False
         self._away_since: float | None = None
 
@@ -80,8 +83,9 @@ class Journal:
         self._take(functools.partial(self._leader.publish, data), show)
 
     def end(self, settle: Callable[[], Awaitable[None]]) -> None:
-        """Gives the ownership back when all is written, after `settle`."""
+        """Gives the ownership back when all is written, or was waited for long enough, after `settle`."""
         self._settle = settle
+        self._ended_at = time.monotonic()
         self._go_on()
 
     async def closed(self) -> None:
@@ -133,7 +137,7 @@ class Journal:
             self._away_since = self._away_since or time.monotonic()
             for line in self._lines:
                 self._show(line)
-            if time.monotonic() - self._away_since > GIVE_UP_S:
+            if time.monotonic() - max(self._away_since, self._ended_at) > GIVE_UP_S:  # nothing comes after: no gap
                 log.warning("what was not written of a generation in time is given up")
                 self._lines.clear()
                 self._away_since = None
