@@ -133,6 +133,11 @@ class Generation:
         """Whether Finished was sent."""
         return self.finish_time is not None
 
+    @property
+    def whole(self) -> bool:
+        """Whether all its finished pictures are here."""
+        return all(o.picture is not None for o in self.outputs if o.reason is FinishReason.COMPLETED)
+
     # --- what is asked of it ---
 
     def accept(self, numerics_id: str, estimate_s: float, sources: Sequence[Encoded | Execution]) -> None:

@@ -165,13 +165,8 @@ class Generations:
     def _make(
         self, identifier: str, caller: Caller, request: Request, stage: Stage, time_left_s: float | None
     ) -> Generation:
-        settings = self._settings
-        events = EventLog(
-            f"generations/{identifier}",
-            self._clock,
-            chunk_bytes=settings.chunk_bytes,
-            max_watchers=settings.max_watchers,
-        )
+        name, sizes = f"generations/{identifier}", self._settings
+        events = EventLog(name, self._clock, chunk_bytes=sizes.chunk_bytes, max_watchers=sizes.max_watchers)
         return Generation(
             identifier,
             caller,
@@ -213,16 +208,9 @@ class Generations:
         return ended is not None and (datetime.now(UTC) - ended).total_seconds() > self._settings.result_ttl_s
 
     async def cancel(self, generation: Generation) -> None:
-        """Stops it, wherever it runs.
-
-        Raises:
-            UnavailableError: the replica that has it does not answer.
-        """
+        """Stops it, wherever it runs; `UnavailableError`: the replica that has it does not answer."""
         if not generation.owned and not generation.ended and self._fleet is not None:
-            try:
-                await self._fleet.mirrors.ask(generation, CANCEL)
-            finally:
-                self._drop_unwatched(generation)
+            await self._fleet.mirrors.ask(generation, CANCEL)
         if generation.owned:
             generation.stop(GenerationCancelledError("it was cancelled"))
 
@@ -295,7 +283,8 @@ class Generations:
 
     def _ended(self, generation: Generation) -> None:
         self._forget(generation)
-        self._finished.add(generation)
+        if generation.whole:
+            self._finished.add(generation)
         if not generation.owned:
             return
         lost = isinstance(generation.error, UnavailableError)  # what gRPC retries must be able to run again
@@ -341,8 +330,7 @@ class Generations:
 
     def wanted(self, identifier: str) -> None:
         """See `fleet.Host`."""
-        generation = self._live.get(identifier)
-        if generation is not None and generation.state is State.SUSPENDED:
+        if (generation := self._live.get(identifier)) is not None and generation.state is State.SUSPENDED:
             self._move(generation)
 
     def _move(self, generation: Generation) -> None:

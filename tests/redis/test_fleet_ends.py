@@ -16,7 +16,7 @@ from safelight_server.generation import Generation
 from safelight_server.request import PreviewPolicy
 
 from tests.conftest import eventually
-from tests.integration.test_generate import reason_of
+from tests.integration.test_generate import kinds, reason_of
 from tests.redis.test_fleet import STEPS, Server, servers
 from tests.redis.test_replicas import BYPASS, request
 from tests.support.redis_server import RedisServer
@@ -151,3 +151,40 @@ async def test_a_cancel_that_nobody_answers_is_no_success(
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert not len(other.running.generations.fleet.mirrors)
         call.cancel()
+
+
+async def test_a_finished_generation_without_its_picture_is_not_shown_as_complete(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async with servers(redis_server.url, tmp_path) as (one, other):
+        message = request(8, STEPS, request_id=str(uuid.uuid4()), cache=BYPASS)
+        events = await collect(one.stub.Generate(message))
+        await settled(one)
+        client = one.coordinator._redis
+        [artifact] = [key async for key in client.scan_iter("safelight:cache:*/artifact/*")]
+        await client.delete(artifact)
+        watch = pb.WatchGenerationRequest(name=events[0].generation)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(other.stub.WatchGeneration(watch))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(other.stub.Generate(message))
+        assert caught.value.code() is not grpc.StatusCode.UNAVAILABLE
+        got = (await other.stub.GetGeneration(pb.GetGenerationRequest(name=watch.name))).generation
+        assert got.state == pb.Generation.STATE_SUCCEEDED
+        assert kinds(await collect(one.stub.WatchGeneration(watch)))[-1] == "finished", "where it was finished it is"
+
+
+async def test_a_stream_is_not_told_of_a_picture_that_is_gone(redis_server: RedisServer, tmp_path: Path) -> None:
+    async with servers(redis_server.url, tmp_path) as (one, other):
+        call = one.stub.Generate(request(9, STEPS, cache=BYPASS))
+        name = (await until_step(call, 2))[0].generation
+        watching = other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name))
+        await until_step(watching, 4)
+        tiers = other.running.generations.fleet.owners._ground.tiers
+        look = tiers.get
+        tiers.get = lambda key, *more: look(f"{key}-gone" if "/artifact/" in key else key, *more)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(watching)
+        assert reason_of(caught.value) == "MOVED"
+        assert (await collect(call))[-1].finished.status.code == 0

@@ -14,7 +14,7 @@ from safelight_server.cache.coordination.leadership import Leadership
 from safelight_server.cache.store.base import StoreError
 from safelight_server.cache.store.sealed import CorruptError, UnreadableError
 from safelight_server.errors import UnavailableError
-from safelight_server.events import State
+from safelight_server.events import FinishReason, State
 from safelight_server.fleet.base import WANT, Ground, Host
 from safelight_server.fleet.owners import Own, Owners
 from safelight_server.generation import Generation
@@ -28,6 +28,10 @@ log = structlog.get_logger(__name__)
 ANSWER_S = 5.0
 """How long an owner may take to answer, beyond the time after which it is taken for dead."""
 RETRY_S = 0.5
+
+
+class PictureGoneError(Exception):
+    """A finished picture is in no shared tier any more."""
 
 
 @dataclass(slots=True)
@@ -66,7 +70,7 @@ class Mirrors:
         """A generation that another replica owns or has finished, as it is now; None: there is none.
 
         Args:
-            tend: go on showing it until `drop`.
+            tend: go on showing it until `drop`; one whose pictures are gone cannot be shown.
 
         Raises:
             UnavailableError: it cannot be looked up now.
@@ -78,8 +82,10 @@ class Mirrors:
         except StoreError:
             what = "generations of other replicas cannot be looked up now"
             raise UnavailableError(what, retry_after_s=1.0) from None
-        if made is None or made.generation.ended or not tend:
-            return None if made is None else made.generation
+        if made is None or (tend and not made.generation.whole):
+            return None
+        if made.generation.ended or not tend:
+            return made.generation
         return self._keep(made).generation
 
     def _keep(self, made: Mirror) -> Mirror:
@@ -132,6 +138,8 @@ class Mirrors:
             raise UnavailableError(what, retry_after_s=1.0) from None
         finally:
             mirror.num_asking -= 1
+            if not generation.log.watchers:
+                self.drop(generation)
 
     async def _mirror(self, name: str) -> Mirror | None:
         events = await self._ground.coordinator.read(name)
@@ -151,6 +159,9 @@ class Mirrors:
             picture = None
             if told.kind == "output" and told.sequence > mirror.generation.log.last_sequence:
                 picture = await self._artifact(mirror.generation, told.output_index)
+                gone = picture is None and told.reason is FinishReason.COMPLETED
+                if gone and mirror.generation.log.watchers:
+                    raise PictureGoneError
             mirror.generation.hear(told, picture)
             mirror.changed.set()
         mirror.place = event.place
@@ -173,6 +184,10 @@ class Mirrors:
     async def _tend(self, mirror: Mirror) -> None:
         try:
             await self._follow(mirror)
+        except PictureGoneError:  # who comes again learns that it is not kept any more
+            log.warning("a finished picture is gone", generation=mirror.generation.name)
+            mirror.generation.leave()
+            self._host.moved(mirror.generation)
         finally:
             if self._mirrors.get(mirror.record.identifier) is mirror:
                 del self._mirrors[mirror.record.identifier]
