@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import structlog
 from safelight_server.cache.checkpoints import Checkpoints
 from safelight_server.cache.embedding import Floats
-from safelight_server.cache.pictures import Facts, Kept, Pictures
+from safelight_server.cache.pictures import Facts, Kept, Pictures, pointer
 from safelight_server.cache.prompts import Prompts
 from safelight_server.cache.similar import Similar, SimilarPictures
 from safelight_server.cache.spaces import OutputName, Spaces
@@ -167,11 +167,14 @@ class Cache:
                 await self._starts.add(name, pipeline, vector, self._owner(wanted), steps, num_bytes)
 
     async def keep_as_similar(self, wanted: Wanted, picture: Developed, compute_s: float) -> None:
-        """Keeps a picture that began from another's latent under a name by which EXACT never finds it."""
+        """Keeps a picture that began from another's latent under a name by which EXACT never finds it.
+
+        Where replicas share what is similar, they must see the picture too.
+        """
         name = replace(wanted.name, exact=f"{wanted.name.exact}.near")
         vector = await self._vector(wanted)
         if vector is not None:
-            await self.pictures.keep(name, picture.pixels, facts_of(wanted, compute_s))
+            await self.pictures.put(pointer(name), picture.pixels, facts_of(wanted, compute_s), replicate=self.shared)
             await self._similar.add(name, wanted.pipeline, wanted.spec.prompt, vector, self._owner(wanted))
 
     async def replicate(self, wanted: Wanted, pointer: str, pixels: Pixels, compute_s: float) -> bool:

@@ -184,6 +184,10 @@ class Checkpoints:
         """The steps of which there should be a checkpoint."""
         return sorted(await self._steps(tenant, execution))
 
+    async def gone(self, tenant: str, execution: str) -> bool:
+        """Whether nothing is kept of it for certain; a tier that cannot answer may have it."""
+        return await self._tiers.gone(self._key(tenant, execution, "steps"))
+
     async def put(self, key: str, snapshot: Snapshot) -> bool:
         """Keeps a snapshot under a key of its own; whether other replicas see it."""
         return await self._tiers.put(key, Entry(dump(snapshot)), self.policy.ttl_s, replicate=True)

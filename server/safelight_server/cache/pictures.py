@@ -8,6 +8,7 @@ keeps them.
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -71,8 +72,12 @@ class Pictures:
         pixels = _pixels(found.entry)
         picture = await asyncio.get_running_loop().run_in_executor(self._pool, encode, pixels, encoding)
         facts = _facts(found.entry)
-        await self._keep_variant(name, picture, encoding, facts)
+        await self._keep_variant(name, picture, encoding, facts, found.expires_at)
         return Kept(picture, facts)
+
+    async def gone(self, name: OutputName) -> bool:
+        """Whether no tier has the picture for certain; one that cannot answer may have it."""
+        return await self._tiers.gone(_key(name))
 
     async def facts(self, name: OutputName) -> Facts | None:
         """What is known of a picture."""
@@ -98,10 +103,13 @@ class Pictures:
         metadata = _metadata(facts) | {"width": str(width), "height": str(height)}
         return await self._tiers.put(pointer, self._entry(pixels.tobytes(), metadata, facts), self._ttl_s, replicate)
 
-    async def _keep_variant(self, name: OutputName, picture: Encoded, encoding: PixelEncoding, facts: Facts) -> None:
+    async def _keep_variant(
+        self, name: OutputName, picture: Encoded, encoding: PixelEncoding, facts: Facts, expires_at: float
+    ) -> None:
+        """Keeps an encoding as long as the pixels that it was made of, and no longer."""
         size = {"width": str(picture.width_px), "height": str(picture.height_px), "stride": str(picture.stride_bytes)}
         entry = self._entry(picture.data, _metadata(facts) | size, facts)
-        await self._tiers.put(_key(name, _variant(encoding)), entry, self._ttl_s)
+        await self._tiers.put(_key(name, _variant(encoding)), entry, expires_at - time.time())
 
     def _entry(self, data: bytes, metadata: dict[str, str], facts: Facts) -> Entry:
         revision = self._keyring.tag("revision", facts.revision)

@@ -122,7 +122,8 @@ class SimilarPictures:
             kept = None if says is None else await self._pictures.get(source, encoding)
             if kept is not None:
                 return Similar(kept, match.cosine)
-            await self._remove(match.item, name.space, pipeline)  # no tier has it any more
+            if await self._pictures.gone(source):
+                await self._remove(match.item, name.space, pipeline)
         return None
 
     async def _says(self, item: str, source: OutputName, pipeline: Pipeline) -> Facts | None:

@@ -122,7 +122,7 @@ class Starts:
             if snapshot is not None:
                 self._books.hit(match.item)
                 return Start(snapshot, match.cosine)
-            if not steps:
+            if not steps and await self._checkpoints.gone(name.space.name, match.item):
                 await self._drop(match.item)
         return None
 

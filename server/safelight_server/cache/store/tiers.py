@@ -131,6 +131,19 @@ class Tiers:
                 return found
         return None
 
+    async def gone(self, key: str) -> bool:
+        """Whether no tier has the key, as all of them say: not so where one cannot be asked now."""
+        for tier in self.tiers:
+            if self._movers[tier.name].get(key) is not None:
+                return False
+            try:
+                head = await self.ask(tier, lambda tier=tier: tier.store.head(key))  # type: ignore[misc]
+            except StoreError:
+                return False
+            if head is not None:
+                return False
+        return True
+
     async def put(self, key: str, entry: Entry, ttl_s: float, replicate: bool = False) -> bool:
         """Keeps an entry.
 
