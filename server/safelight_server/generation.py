@@ -136,7 +136,7 @@ class Generation:
     @property
     def whole(self) -> bool:
         """Whether all its finished pictures are here."""
-        return all(o.picture is not None for o in self.outputs if o.reason is FinishReason.COMPLETED)
+        return all(o.total_bytes for o in self.outputs if o.reason is FinishReason.COMPLETED)
 
     # --- what is asked of it ---
 

@@ -133,8 +133,8 @@ async def test_a_long_outage_leaves_no_gap_and_what_has_ended_is_given_up(
     await eventually(lambda: desk.shown == [1])
     desk.coordinator.out = False
     desk.event(2)
-    await eventually(lambda: desk.shown == [1, 2])
-    assert await desk.written() == [1, 2]
+    await desk.journal.closed()
+    assert (desk.shown, await desk.written()) == ([1, 2], [1, 2])
     desk.coordinator.out = True
     desk.event(3)
     desk.journal.end(desk.settle)
