@@ -183,7 +183,7 @@ async def test_a_stream_is_not_told_of_a_picture_that_is_gone(redis_server: Redi
         await until_step(watching, 4)
         tiers = other.running.generations.fleet.owners._ground.tiers
         look = tiers.get
-        tiers.get = lambda key, *more: look(f"{key}-gone" if "/artifact/" in key else key, *more)
+        tiers.get = lambda key, *a, **k: look(f"{key}-gone" if "/artifact/" in key else key, *a, **k)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await collect(watching)
         assert reason_of(caught.value) == "MOVED"
