@@ -255,8 +255,11 @@ class TritonRuntime:
             self._wake.clear()
 
     def _canary_limit_s(self) -> float:
+        """For a call of a probe; before anything is measured, as long as the start may take."""
         options, rows = self._options, max(verification.CANARY_ROWS)
-        slowest_s = max((cost.at(rows) for cost in self._costs.values()), default=options.start_s)
+        if not self._costs:
+            return max(options.timeout_floor_s, options.start_s)
+        slowest_s = max(cost.at(rows) for cost in self._costs.values())
         return max(options.timeout_floor_s, options.timeout_factor * slowest_s)
 
     async def _probe(self, at: int) -> None:
