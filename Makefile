@@ -144,12 +144,15 @@ mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name
 # Only latency has peers, with an environment of their own; only two parts need Triton, one Redis.
 BENCH_ENV := $(if $(filter-out latency,$(ONLY)),.venv,.venv-bench)
 BENCH_TRITON := $(if $(filter triton merging,$(or $(ONLY),triton)),.venv-triton/.installed)
+BENCH_REDIS := $(if $(filter tiers,$(or $(ONLY),tiers)),tools/install-system-packages)
 .PHONY: bench
 bench: setup $(BENCH_ENV)/.installed $(BENCH_TRITON) ## Measure: tables, and JSON in out/bench. ONLY=one of the parts in docs/benchmarks.md
+	$(BENCH_REDIS)
 	PYTHONPATH=server:clients/python $(BENCH_ENV)/bin/python -m load_tests --only "$(ONLY)"
 
 .PHONY: bench-smoke
 bench-smoke: setup .venv-bench/.installed .venv-triton/.installed ## Run all benchmarks for seconds, to see that they work
+	tools/install-system-packages
 	PYTHONPATH=server:clients/python .venv-bench/bin/python -m load_tests --smoke --out out/bench/smoke
 
 .PHONY: train

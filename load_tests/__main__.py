@@ -7,6 +7,7 @@ import functools
 import importlib
 import signal
 import sys
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -44,11 +45,21 @@ def main() -> None:
     console = Console(width=160)
     configure_logging("console", "error")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # servers end with their blocks
-    for name in PARTS:
-        if options.only == name or (not options.only and (options.smoke or name not in LONG)):
-            part = importlib.import_module(f"load_tests.{name}")
-            plan = part.SMOKE if options.smoke else part.Plan()
-            runner.run(functools.partial(part.measure, plan), console, options.out)
+    names = chosen(options.only, smoke=options.smoke)
+    console.print(f"Measured: {', '.join(names)}. How long that takes: docs/benchmarks.md")
+    if not options.only and len(names) < len(PARTS):
+        console.print(f"Left out, only by name: {', '.join(name for name in PARTS if name not in names)}")
+    began = time.monotonic()
+    for name in names:
+        part = importlib.import_module(f"load_tests.{name}")
+        plan = part.SMOKE if options.smoke else part.Plan()
+        runner.run(functools.partial(part.measure, plan), console, options.out)
+    console.print(f"{len(names)} of {len(PARTS)} parts in {(time.monotonic() - began) / 60:.1f} minutes")
+
+
+def chosen(only: str, *, smoke: bool) -> list[str]:
+    """The parts to measure: the one asked for, else all; the long ones then on tiny plans only."""
+    return [name for name in PARTS if only == name or (not only and (smoke or name not in LONG))]
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ A Triton model of this module sleeps along the design's cost curve, 20 ms + 1 ms
 a row up to 64 rows, and gives back what it was given. The same engine drives
 it in all cases, without guidance, a row a step: once it sends batches of up to
 64 rows, one after another; else each generation's row as a call of its own,
-and Triton merges what waits, with and without a queue delay. CPU is that of
-the engine's process and of the server with its stubs.
+and Triton merges what waits: at once, after a delay, by preferred sizes, and
+told how many rows there will be, which no server can know. CPU is that of the
+engine's process and of the server with its stubs.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ input {{ name: "sample" data_type: TYPE_FP32 dims: [{sample}] }}
 input {{ name: "timestep" data_type: TYPE_FP32 dims: [1] reshape {{ shape: [] }} }}
 input {{ name: "encoder_hidden_states" data_type: TYPE_FP32 dims: [{context}] }}
 output {{ name: "prediction" data_type: TYPE_FP32 dims: [{sample}] }}
-dynamic_batching {{ max_queue_delay_microseconds: {delay_us} }}
+dynamic_batching {{ max_queue_delay_microseconds: {delay_us} preferred_batch_size: [{preferred}] }}
 instance_group {{ kind: KIND_CPU count: 1 }}
 parameters {{ key: "base_ms" value {{ string_value: "{base_ms}" }} }}
 parameters {{ key: "row_ms" value {{ string_value: "{row_ms}" }} }}
@@ -51,19 +52,35 @@ class Way:
     """How rows come to Triton.
 
     Attributes:
-        delay_us: how long Triton's batcher waits for more.
+        model: name of its model on the server.
         merged: by Triton; else by the engine.
+        delay_us: how long Triton's batcher waits for more.
+        preferred: batches that Triton sends without waiting; empty: full ones only.
+        waits_for_all: one row of each generation, or a full batch, is the preferred size.
     """
 
     name: str
-    delay_us: int
-    merged: bool
+    model: str
+    merged: bool = True
+    delay_us: int = 0
+    preferred: tuple[int, ...] = ()
+    waits_for_all: bool = False
+
+    def model_for(self, count: int) -> str:
+        """Name of the model that serves `count` generations."""
+        return f"{self.model}_{min(count, MAX_ROWS)}" if self.waits_for_all else self.model
+
+    def preferred_for(self, count: int) -> tuple[int, ...]:
+        """Preferred sizes of that model."""
+        return (min(count, MAX_ROWS),) if self.waits_for_all else self.preferred
 
 
 WAYS = (
-    Way("one owner", 0, merged=False),
-    Way("Triton merges, no delay", 0, merged=True),
-    Way("Triton merges, delay 5 ms", 5_000, merged=True),
+    Way("one owner", "owner", merged=False),
+    Way("Triton merges, no delay", "at_once"),
+    Way("Triton merges, delay 5 ms", "delay", delay_us=5_000),
+    Way("Triton merges, prefers 16, 32, 64, 5 ms", "preferred", delay_us=5_000, preferred=(16, 32, 64)),
+    Way("Triton merges, knows how many, 200 ms", "all", delay_us=200_000, waits_for_all=True),
 )
 
 
@@ -124,33 +141,32 @@ class OnTriton(SimulatedRuntime):
 def measure(plan: Plan) -> Report:
     """The table."""
     with tempfile.TemporaryDirectory(prefix="safelight-merging-") as folder:
-        write_repository(Path(folder))
+        write_repository(Path(folder), plan.num_generations)
         with triton_server("--repository", folder) as server:
             rows = asyncio.run(_measure(plan, server))
     title = f"A step of each generation on a Triton model of {BASE_MS:.0f} ms + {ROW_MS:.0f} ms a row"
     return Report("merging", {title: median_by(rows, ("generations", "merging"))})
 
 
-def write_repository(folder: Path) -> None:
+def write_repository(folder: Path, num_generations: Sequence[int]) -> None:
     """A model for each way, so that each has statistics of its own."""
     for way in WAYS:
-        model = folder / model_name(way)
-        (model / "1").mkdir(parents=True)
-        shutil.copy(MODEL, model / "1" / "model.py")
-        shapes = {"sample": LATENT, "context": (TOKENS, WIDTH)}
-        config = CONFIG.format(
-            max_rows=MAX_ROWS,
-            delay_us=way.delay_us,
-            base_ms=BASE_MS,
-            row_ms=ROW_MS,
-            **{name: ", ".join(map(str, shape)) for name, shape in shapes.items()},
-        )
-        (model / "config.pbtxt").write_text(f'name: "{model.name}"{config}')
+        for count in num_generations:
+            model = folder / way.model_for(count)
+            (model / "1").mkdir(parents=True, exist_ok=True)
+            shutil.copy(MODEL, model / "1" / "model.py")
+            (model / "config.pbtxt").write_text(f'name: "{model.name}"{_config(way, count)}')
 
 
-def model_name(way: Way) -> str:
-    """Of the model that a way uses."""
-    return f"simulated_{'merged' if way.merged else 'owner'}_{way.delay_us}"
+def _config(way: Way, count: int) -> str:
+    lists = {"sample": LATENT, "context": (TOKENS, WIDTH), "preferred": way.preferred_for(count)}
+    return CONFIG.format(
+        max_rows=MAX_ROWS,
+        delay_us=way.delay_us,
+        base_ms=BASE_MS,
+        row_ms=ROW_MS,
+        **{name: ", ".join(map(str, numbers)) for name, numbers in lists.items()},
+    )
 
 
 async def _measure(plan: Plan, server: TritonServer) -> list[Row]:
@@ -162,20 +178,21 @@ async def _measure(plan: Plan, server: TritonServer) -> list[Row]:
             for count, num_steps in zip(plan.num_generations, plan.num_steps, strict=True):
                 for way in WAYS:
                     num_calls, max_rows = (count, 1) if way.merged else (1, MAX_ROWS)
-                    runtime = OnTriton(server.grpc_url, model_name(way), num_calls, max_rows)
+                    model = way.model_for(count)
+                    runtime = OnTriton(server.grpc_url, model, num_calls, max_rows)
                     async with on(catalog, runtime) as bench:
                         await bench.finish(bench.submit(1, 1, guidance_scale=1.0))
-                        before = await _executed(statistics_of, way)
+                        before = await _executed(statistics_of, model)
                         row = await _one(bench, server, count, num_steps)
-                        after = await _executed(statistics_of, way)
+                        after = await _executed(statistics_of, model)
                     rows_a_call = (after[0] - before[0]) / (after[1] - before[1])
                     rows.append({"generations": count, "merging": way.name, **row, "rows_a_call": rows_a_call})
     return rows
 
 
-async def _executed(client: triton_grpc.InferenceServerClient, way: Way) -> tuple[int, int]:
-    """Rows and calls of the model so far."""
-    [found] = (await client.get_inference_statistics(model_name(way))).model_stats
+async def _executed(client: triton_grpc.InferenceServerClient, model: str) -> tuple[int, int]:
+    """Rows and calls of a model so far."""
+    [found] = (await client.get_inference_statistics(model)).model_stats
     return found.inference_count, found.execution_count
 
 

@@ -4,8 +4,8 @@ Sessions start by a Poisson process from prompts of Zipf popularity; after a
 think time a session says the same in other words, adds a detail, changes
 something, or repeats itself. Every request carries the icon it asks for, so
 that what was served can be judged. Pure: the same parameters and seed give the
-same trace anywhere. Neighbours: `training/icons` (the words), `load_tests.index`
-(eviction on traces).
+same trace anywhere. Neighbours: `training/icons` (the words), `load_tests.replay`
+(a server), `load_tests.eviction` (a simulation).
 
 The parameters below were committed before any cache was tuned; a golden digest
 in the tests notices a change.

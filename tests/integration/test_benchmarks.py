@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import grpc
 import numpy as np
@@ -115,6 +116,18 @@ def test_replay(tmp_path):
     assert rows["off"]["steps_saved"] == 0
     assert all(sum(row[kind] for kind in replay.KINDS) == row["requests"] for row in rows.values())
     assert {file.name for file in tmp_path.glob("*.npz")} == {"off-1.npz", "similar-1.npz"}, "what the judge needs"
+
+
+def test_replay_counts_what_was_served(tmp_path):
+    plan = dataclasses.replace(
+        replay.SMOKE, seeds=(11,), modes=("exact",), num_requests=40, num_clients=1, models=MODELS, out=tmp_path
+    )
+    (row,) = only_table(replay.measure(plan))
+    served = json.loads((tmp_path / "exact-11.json").read_text())["served"]
+    assert {one["kind"] for one in served} == {"miss", "exact"}
+    for one in served:
+        assert one["num_steps_skipped"] == (plan.num_steps if one["kind"] == "exact" else 0)
+    assert row["steps_saved"] == row["exact"] / 40
 
 
 def test_eviction():

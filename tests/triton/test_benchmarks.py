@@ -19,6 +19,7 @@ def test_embedded_and_triton() -> None:
 def test_one_owner_against_tritons_batcher() -> None:
     [rows] = merging.measure(merging.SMOKE).tables.values()
     found = {(row["generations"], row["merging"]): float(row["rows_a_call"]) for row in rows}
+    assert all(float(row["triton_cpu_us_per_row"]) > 1 for row in rows), "a server that answers uses its processor"
     assert found[2, "one owner"] == 2
     assert found[4, "one owner"] == 4
     assert all(1 <= found[count, way.name] <= count for count in (2, 4) for way in merging.WAYS)
