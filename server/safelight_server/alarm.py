@@ -18,7 +18,8 @@ class Alarm:
 
     def __init__(self, ring: Callable[[], None]) -> None:
         self._ring = ring
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._at = 0.0
 
     def set(self, in_s: float | None) -> None:
         """Rings in so many seconds at the latest; None: no need to."""
@@ -27,10 +28,10 @@ class Alarm:
         loop = asyncio.get_running_loop()
         at = loop.time() + max(0.0, in_s) + LATE_S
         if self._timer is not None:
-            if self._timer.when() <= at:
+            if self._at <= at:
                 return
             self._timer.cancel()
-        self._timer = loop.call_at(at, self._rings)
+        self._timer, self._at = loop.call_at(at, self._rings), at  # uvloop's handles do not always know when
 
     def stop(self) -> None:
         """Does not ring any more."""

@@ -116,8 +116,7 @@ class Batches:
         if batch.kind is Kind.DENOISE:
             return self._gather_steps(batch, key)
         if batch.kind is Kind.DECODE:
-            slots = self._slots(batch.rows)
-            latent = self._latents_of(batch.rows[0].output_id).latent(slots)
+            latent = np.stack([self._finished(self.flights[row.output_id]) for row in batch.rows])
             return Call(key, {"latent": decoder_latent(key.pipeline, latent)}, len(batch.rows))
         previews = [self.flights[row.output_id].previews.pop(batch.key) for row in batch.rows]
         latent = np.stack([preview.latent for preview in previews])
@@ -255,6 +254,14 @@ class Batches:
 
     def _latents_of(self, output_id: int) -> Latents:
         return self._latents[self._denoiser_key(self.flights[output_id])]
+
+    def _finished(self, flight: Flight) -> FloatArray:
+        """The latent (C, h, w) after the last step, which may have been made before a pause."""
+        if flight.slot is not None:
+            latent: FloatArray = self._latents[self._denoiser_key(flight)].latent(np.array([flight.slot]))[0]
+            return latent
+        assert flight.start is not None
+        return flight.start.x
 
     def _slots(self, rows: Sequence[Row]) -> Slots:
         return np.array([self.flights[row.output_id].slot for row in rows], np.intp)

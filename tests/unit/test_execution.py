@@ -72,11 +72,13 @@ class Member:
 
 
 class GatedRuntime(SimulatedRuntime):
-    """Denoiser calls wait until the test lets them through, one by one."""
+    """Denoiser calls wait until the test lets them through, one by one; decoders while `decodes` is clear."""
 
     def __init__(self) -> None:
         super().__init__(1, 0.0, 0.0)
         self.gate = asyncio.Semaphore(0)
+        self.decodes = asyncio.Event()
+        self.decodes.set()
         self.fail: RuntimeFailure | None = None
 
     async def run(self, instance, model, component, inputs):  # type: ignore[no-untyped-def]  # as the protocol
@@ -84,6 +86,8 @@ class GatedRuntime(SimulatedRuntime):
             await self.gate.acquire()
             if self.fail is not None:
                 raise self.fail
+        elif component is Component.DECODER:
+            await self.decodes.wait()
         return await super().run(instance, model, component, inputs)
 
 
@@ -111,6 +115,7 @@ class Stage:
 async def stage():
     made = Stage()
     yield made
+    made.runtime.decodes.set()
     for _ in range(100):
         made.runtime.gate.release()
     await made.engine.close()
@@ -259,3 +264,24 @@ async def test_who_waits_for_a_preview_of_an_output_that_ends_gets_none(stage: S
         assert await asked is None, "the newest wins"
         execution.leave(member)
         assert await newer is None
+
+
+async def test_who_leaves_while_it_is_decoded_and_comes_back_has_the_same_picture(stage: Stage) -> None:
+    """All steps are made: only the decoding is left to go on with."""
+    undisturbed, member = Member(), Member()
+    for seen, key in ((undisturbed, "before"), (member, "same")):
+        execution = stage.execution(key)
+        execution.join(seen)
+        await stage.step(execution, STEPS - 1)
+        stage.runtime.decodes.clear()
+        stage.runtime.gate.release()
+        await eventually(lambda execution=execution: execution.step == STEPS)
+        if seen is member:
+            execution.leave(seen, back=True)
+            assert stage.engine.scheduler.num_outputs == 0
+            execution.join(seen, again=True)
+        stage.runtime.decodes.set()
+        await eventually(lambda seen=seen: seen.picture is not None)
+    assert (member.steps, member.counted) == (undisturbed.steps, STEPS)
+    assert np.array_equal(member.picture.pixels, undisturbed.picture.pixels)
+    assert stage.executions.find("same") is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import uvloop
 from safelight_server.alarm import Alarm
 from safelight_server.asked import Asked
 from safelight_server.errors import UnavailableError
@@ -51,6 +52,21 @@ async def test_an_alarm_rings_at_the_earliest_time_it_was_set_to():
     alarm.stop()
     await asyncio.sleep(0.01)
     assert len(rings) == 2
+
+
+def test_an_alarm_that_rings_at_once_can_be_set_again_on_the_servers_own_loop():
+    """uvloop has no timers of less than a millisecond: it calls soon, and what it returns is no timer's handle."""
+    rings = []
+
+    async def ring_at_once() -> None:
+        alarm = Alarm(lambda: rings.append(True))
+        alarm.set(0.0)
+        alarm.set(0.0)
+        alarm.set(60.0)
+        await eventually(lambda: bool(rings))
+
+    uvloop.run(ring_at_once())
+    assert rings == [True]
 
 
 async def test_all_who_ask_share_one_answer_and_one_refusal():

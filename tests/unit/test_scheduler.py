@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from safelight_server.scheduler import Kind, Limits, Output, Priority, Scheduler, Stepped
+from safelight_server.scheduler import Decoded, Kind, Limits, Output, Priority, Scheduler, Stepped
 from safelight_server.scheduler.ready import ReadyQueues
 
 
@@ -268,3 +268,13 @@ def test_what_failed_in_a_line_of_its_own_lets_all_go_first_that_were_ready_befo
         ready.discard(queue, member)
         order.append(member)
     assert order == [1, 2, "prompt", 3]
+
+
+def test_what_has_made_all_its_steps_is_only_decoded():
+    s = scheduler()
+    s.add(output(1, steps=3, first_step=3), 0)
+    [batch] = s.schedule(0, [0])
+    assert (batch.kind, [row.output_id for row in batch.rows]) == (Kind.DECODE, [1])
+    assert run(s, [batch])[-1] == Decoded(1)
+    with pytest.raises(ValueError, match="beyond"):
+        s.add(output(2, steps=3, first_step=4), 0)

@@ -69,7 +69,7 @@ class Machine(RuleBasedStateMachine):
             {Kind.ENCODE: "e" + key, Kind.DENOISE: "u" + key, Kind.DECODE: "d" + key},
             tuple(f"{key}{prompt}{part}" for part in range(rows)),
             None if wait is None else self.now + wait,
-            min(done, steps - 1),
+            min(done, steps),
         )
         self.scheduler.add(output, self.now)
         self.alive[output.output_id] = output

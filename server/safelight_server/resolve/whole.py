@@ -160,7 +160,10 @@ def _branch(draft: BranchDraft | None, spec: Spec | None, mode: CacheMode, fault
     faults.check(bool(identifier), "branch.generation", "must be generations/ID, as the server gave it")
     faults.check(draft.output_index >= 0, "branch.output_index", "must be at least 0")
     last = spec.num_inference_steps - 1
-    faults.check(0 < draft.step <= last, "branch.step", f"must be from 1 to {last}, one less than the steps")
+    one = "one step leaves none to begin after; ask for more or leave branch out"
+    faults.check(
+        0 < draft.step <= last, "branch.step", f"must be from 1 to {last}, one less than the steps" if last else one
+    )
     faults.check(len(spec.seeds) == 1, "branch", "is for one output")
     exact_only = mode in (CacheMode.DEFAULT, CacheMode.BYPASS)
     faults.check(exact_only, "branch", "contradicts a cache mode that starts elsewhere")

@@ -69,12 +69,12 @@ class Scheduler:
         """Takes an output.
 
         Raises:
-            ValueError: its id is not new, or `first_step` is not less than `num_steps`.
+            ValueError: its id is not new, or `first_step` is more than `num_steps`.
         """
         if output.output_id in self._lives.of:
             raise ValueError(f"output {output.output_id} is already there")
-        if not 0 <= output.first_step < output.num_steps:
-            raise ValueError(f"output {output.output_id} has no step to make")
+        if not 0 <= output.first_step <= output.num_steps:
+            raise ValueError(f"output {output.output_id} begins beyond its last step")
         self._lives.add(output)
 
     def cancel(self, output_id: int) -> list[Event]:

@@ -96,8 +96,11 @@ class Lives:
             prompt.wanted_by.add(output.output_id)
 
     def start(self, output_id: int) -> None:
-        """It leaves the waiting queue: its prompts are encoded, or it takes its first step."""
+        """It leaves the waiting queue: its prompts are encoded, or it takes its first step, or is decoded."""
         life = self.of[output_id]
+        if life.step == life.output.num_steps:
+            self._ready_to_decode(life)
+            return
         for conditioning_id in dict.fromkeys(life.output.conditioning):
             prompt = self.prompts[conditioning_id]
             if not prompt.encoded:
@@ -140,9 +143,7 @@ class Lives:
         life.step += 1
         last = life.step == life.output.num_steps
         if last:
-            self._move(life, State.DECODING)
-            life.todo = [0]
-            self._ready.push((Kind.DECODE, life.output.keys[Kind.DECODE]), output_id)
+            self._ready_to_decode(life)
         else:
             self._ready_to_step(life)
         return [Stepped(output_id, life.step, last)]
@@ -201,6 +202,11 @@ class Lives:
             self._move(life, State.DENOISING)
         life.todo = list(range(life.output.rows_per_step))
         self._ready.push((Kind.DENOISE, life.output.keys[Kind.DENOISE]), life.output.output_id)
+
+    def _ready_to_decode(self, life: Life) -> None:
+        self._move(life, State.DECODING)
+        life.todo = [0]
+        self._ready.push((Kind.DECODE, life.output.keys[Kind.DECODE]), life.output.output_id)
 
     def _move(self, life: Life, state: State) -> None:
         if state not in TRANSITIONS[life.state]:

@@ -39,7 +39,7 @@ class State(enum.Enum):
 
 
 TRANSITIONS: Mapping[State, frozenset[State]] = {
-    State.WAITING: frozenset({State.ENCODING, State.DENOISING, State.ENDED}),
+    State.WAITING: frozenset({State.ENCODING, State.DENOISING, State.DECODING, State.ENDED}),
     State.ENCODING: frozenset({State.DENOISING, State.ENDED}),
     State.DENOISING: frozenset({State.DECODING, State.ENDED}),
     State.DECODING: frozenset({State.ENDED}),
@@ -56,7 +56,7 @@ class Output:
         keys: by kind, who can share a batch: component version and shapes.
         conditioning: ids of the prompt embeddings it needs; an id wanted by many is encoded once.
         deadline: on the caller's clock; past it the output expires. `Scheduler.set_deadline` changes it.
-        first_step: more than 0 where it goes on after a pause.
+        first_step: more than 0 where it goes on after a pause; `num_steps` where only its decoding is left.
     """
 
     output_id: int
