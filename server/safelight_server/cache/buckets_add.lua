@@ -10,16 +10,6 @@ local function take_out(gone)
   redis.call('ZREM', KEYS[1], gone)
 end
 take_out(item)
-redis.call('SET', KEYS[2], ARGV[2], 'PX', ttl)
-for place = 4, #KEYS do
-  if redis.call('SCARD', KEYS[place]) >= tonumber(ARGV[6]) then
-    redis.call('SPOP', KEYS[place])
-  end
-  redis.call('SADD', KEYS[place], item)
-  redis.call('PEXPIRE', KEYS[place], ttl)
-  redis.call('SADD', KEYS[3], KEYS[place])
-end
-redis.call('PEXPIRE', KEYS[3], 2 * ttl) -- until the item is taken out, for which its buckets must be known
 redis.call('ZADD', KEYS[1], ARGV[3], item)
 redis.call('PEXPIRE', KEYS[1], ttl)
 for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', ARGV[8], 'LIMIT', 0, PRUNED)) do
@@ -31,4 +21,14 @@ if over > 0 then
     take_out(gone)
   end
 end
+redis.call('SET', KEYS[2], ARGV[2], 'PX', ttl)
+for place = 4, #KEYS do -- last, so that what had to go has left its buckets before others must make room in them
+  if redis.call('SCARD', KEYS[place]) >= tonumber(ARGV[6]) then
+    redis.call('SPOP', KEYS[place])
+  end
+  redis.call('SADD', KEYS[place], item)
+  redis.call('PEXPIRE', KEYS[place], ttl)
+  redis.call('SADD', KEYS[3], KEYS[place])
+end
+redis.call('PEXPIRE', KEYS[3], 2 * ttl) -- until the item is taken out, for which its buckets must be known
 return 1
