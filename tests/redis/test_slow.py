@@ -21,7 +21,7 @@ from tests.support.relay import Relay
 from tests.support.replicas import bills, collect, picture, sequences, until_step
 
 STEPS = 60
-TIMEOUT_S = 0.2
+TIMEOUT_S = 1.0
 
 
 @pytest.fixture
