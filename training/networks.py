@@ -88,9 +88,14 @@ def noise_schedule() -> DDIMScheduler:
     )
 
 
+def has_bfloat16() -> bool:
+    """Whether the processor computes with it; where it must emulate it (AVX2), it costs twenty times float32."""
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
 def autocast() -> torch.autocast:
-    """bfloat16 where the processor computes with it; where it must emulate it (AVX2) it costs twenty times float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled="AVX512" in torch.backends.cpu.get_cpu_capability())
+    """bfloat16, where the processor has it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16())
 
 
 def seed_everything(seed: int) -> None:

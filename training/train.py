@@ -64,7 +64,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     recipe = replace(RECIPE, diffusion_samples=options.samples)
-    cpu_hours = recipe.diffusion_samples / 110 / 3600 + 0.6
+    samples_per_s, decoders_h = (110, 0.6) if networks.has_bfloat16() else (52, 1.5)
+    cpu_hours = recipe.diffusion_samples / samples_per_s / 3600 + decoders_h
     print(f"about {cpu_hours:.1f} cpu hours on cores of 2024, over {options.workers} processes", flush=True)
 
     encoder, tokens = prepare(recipe, options.folder, options.workers)

@@ -75,14 +75,12 @@ class Generations:
         self._engine = engine
         self._clock = clock
         self._metrics = metrics
-        limits = AdmissionLimits(
-            {
-                Priority.INTERACTIVE: settings.max_waiting_interactive,
-                Priority.STANDARD: settings.max_waiting_standard,
-                Priority.BATCH: settings.max_waiting_batch,
-            },
-            settings.max_waiting_per_caller,
-        )
+        waiting = {
+            Priority.INTERACTIVE: settings.max_waiting_interactive,
+            Priority.STANDARD: settings.max_waiting_standard,
+            Priority.BATCH: settings.max_waiting_batch,
+        }
+        limits = AdmissionLimits(waiting, settings.max_waiting_per_caller)
         self._intake = Intake(catalog, runtime, engine, Executions(engine, pool), cache, limits, flights)
         self._fleet = None if ground is None else Fleet(ground, self, self._intake)
         if self._fleet is not None:
@@ -346,8 +344,8 @@ class Generations:
         self._streams.move(generation)
 
     def _asked_to_cancel(self, identifier: str, _facts: Mapping[str, str]) -> None:
-        if (generation := self._live.get(identifier)) is not None:
-            generation.stop(GenerationCancelledError("it was cancelled"))
+        if identifier in self._live:
+            self._live[identifier].stop(GenerationCancelledError("it was cancelled"))
 
     def _asked_for_priority(self, identifier: str, facts: Mapping[str, str]) -> None:
         if (generation := self._live.get(identifier)) is not None:
@@ -397,5 +395,5 @@ class Generations:
     def _end_drained(self, generation: Generation) -> None:
         if generation.journal is not None:
             self._move(generation)
-            return
-        generation.stop(outcomes.drained(generation), FinishReason.FAILED)
+        else:
+            generation.stop(outcomes.drained(generation), FinishReason.FAILED)
