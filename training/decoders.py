@@ -1,4 +1,4 @@
-"""Trains the decoder and the cheaper preview decoder on latents of drawn icons.
+"""Trains the decoder and the cheaper preview decoder on latents of drawn icons, in several processes as `diffusion`.
 
 Absolute error plus the error of its gradients, which keeps edges clean; a
 little noise on the latents, since the denoiser's are never exact.
@@ -7,26 +7,34 @@ little noise on the latents, since the denoiser's are never exact.
 from __future__ import annotations
 
 import json
+import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-from training import checkpoint, networks
+from training import checkpoint, networks, parallel
 from training.data import pictures
 from training.latents import Projection
 from training.recipe import Recipe
 
+CHECKPOINT_EVERY_S = 120.0
 HELD_OUT = 256
 """Icons past the training ones, for the PSNR."""
 
 
-def train_all(recipe: Recipe, folder: Path, encoder: Projection) -> None:
-    """Both decoders, and their and the linear preview's PSNR in `decoders.json`."""
-    torch.set_num_threads(1)
+def num_processes(recipe: Recipe, workers: int) -> int:
+    """As many as divide a batch into equal shares, so that the mean of their gradients is the batch's."""
+    return math.gcd(recipe.decoder_batch_size, workers)
+
+
+def train_all(recipe: Recipe, folder: Path, encoder: Projection, rank: int, world: int) -> None:
+    """Both decoders; rank 0 writes them, and their and the linear preview's PSNR in `decoders.json`."""
     images = pictures(recipe, range(recipe.decoder_icons))
     test = pictures(recipe, range(recipe.num_icons, recipe.num_icons + HELD_OUT))
     scores = {"linear_preview": _linear_psnr(recipe, encoder, test)}
@@ -34,11 +42,15 @@ def train_all(recipe: Recipe, folder: Path, encoder: Projection) -> None:
         ("decoder", recipe.decoder_channels, recipe.decoder_blocks),
         ("preview_decoder", recipe.preview_channels, recipe.preview_blocks),
     ):
-        model = networks.autoencoder(recipe, channels, blocks)
-        _train(recipe, folder, name, model, encoder, images)
+        networks.seed_everything(recipe.seed)
+        model = networks.autoencoder(recipe, channels, blocks).to(memory_format=torch.channels_last)
+        _train(Job(recipe, folder, name, encoder, images, rank, world), model)
+        if rank:
+            continue
         scores[name] = _psnr(recipe, model, encoder, test)
         print(f"{name}: {scores[name]:.2f} dB on held-out icons", flush=True)
-    (folder / "decoders.json").write_text(json.dumps(scores, indent=1))
+    if rank == 0:
+        (folder / "decoders.json").write_text(json.dumps(scores, indent=1))
 
 
 def decode(model: AutoencoderTiny, recipe: Recipe, latents: Tensor) -> Tensor:
@@ -47,15 +59,35 @@ def decode(model: AutoencoderTiny, recipe: Recipe, latents: Tensor) -> Tensor:
     return image
 
 
-def _train(
-    recipe: Recipe, folder: Path, name: str, model: AutoencoderTiny, encoder: Projection, images: np.ndarray
-) -> None:
-    networks.seed_everything(recipe.seed)
+@dataclass(frozen=True)
+class Job:
+    """One process' part in the training of one decoder on `images`, (N, S, S, 3) uint8."""
+
+    recipe: Recipe
+    folder: Path
+    name: str
+    encoder: Projection
+    images: npt.NDArray[np.uint8]
+    rank: int
+    world: int
+
+    def share(self, step: int) -> tuple[Tensor, npt.NDArray[np.uint8]]:
+        """Noisy latents (B / world, C, h, w) and the pictures behind them, of the batch that is `step`'s."""
+        rng = np.random.default_rng([self.recipe.seed, step])
+        picks = rng.integers(len(self.images), size=self.recipe.decoder_batch_size)
+        batch = self.images[picks[self.rank :: self.world]]
+        clean = self.encoder.encode(batch)
+        noise = rng.standard_normal((len(picks), *clean.shape[1:]), np.float32)[self.rank :: self.world]
+        return torch.from_numpy(clean + self.recipe.latent_noise * noise), batch
+
+
+def _train(job: Job, model: AutoencoderTiny) -> None:
+    recipe, name = job.recipe, job.name
     for layer in model.decoder.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             layer.weight.data *= 0.7
-    path = folder / f"{name}.pt"
+    path = job.folder / f"{name}.pt"
     optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=0.0, fused=True)
     first = 0
     if (state := checkpoint.load(path)) is not None:
@@ -67,19 +99,19 @@ def _train(
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.decoder_learning_rate * min(1.0, step / 50) * (1 - step / steps)
-        rng = np.random.default_rng([recipe.seed, step])
-        batch = images[rng.integers(len(images), size=recipe.decoder_batch_size)]
-        latents = torch.from_numpy(encoder.encode(batch))
-        latents = latents + recipe.latent_noise * torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
+        latents, batch = job.share(step)
         with networks.autocast():
             image = decode(model, recipe, latents).float()
         loss = _loss(image, _target(batch, image.shape[-1]))
         optimizer.zero_grad()
         loss.backward()
+        parallel.average_gradients(model.decoder, job.world)
         optimizer.step()
+        if job.rank:
+            continue
         if step % 100 == 0:
             print(f"{name}: step {step}/{steps} loss {float(loss.detach()):.4f}", flush=True)
-        if time.monotonic() - saved > 120 or step == steps - 1:
+        if time.monotonic() - saved > CHECKPOINT_EVERY_S or step == steps - 1:
             checkpoint.save(
                 path,
                 {"decoder": model.decoder.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1},
@@ -94,18 +126,18 @@ def _loss(image: Tensor, target: Tensor) -> Tensor:
     return loss
 
 
-def _target(images: np.ndarray, size_px: int) -> Tensor:
+def _target(images: npt.NDArray[np.uint8], size_px: int) -> Tensor:
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     return nn.functional.interpolate(pixels, size=size_px, mode="area") if pixels.shape[-1] != size_px else pixels
 
 
 @torch.no_grad()
-def _psnr(recipe: Recipe, model: AutoencoderTiny, encoder: Projection, images: np.ndarray) -> float:
+def _psnr(recipe: Recipe, model: AutoencoderTiny, encoder: Projection, images: npt.NDArray[np.uint8]) -> float:
     image = decode(model.eval(), recipe, torch.from_numpy(encoder.encode(images))).clamp(-1, 1)
     return float(10 * torch.log10(4 / (image - _target(images, image.shape[-1])).square().mean()))
 
 
-def _linear_psnr(recipe: Recipe, encoder: Projection, images: np.ndarray) -> float:
+def _linear_psnr(recipe: Recipe, encoder: Projection, images: npt.NDArray[np.uint8]) -> float:
     weights, bias = encoder.linear_preview(recipe.linear_block)
     block, edge = recipe.linear_block, recipe.latent_px
     flat = encoder.encode(images).transpose(0, 2, 3, 1) @ weights + bias

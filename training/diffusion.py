@@ -9,7 +9,6 @@ batches and noise that it would have had.
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from training import checkpoint, networks
+from training import checkpoint, networks, parallel
 from training.data import Batches
 from training.recipe import Recipe
 
@@ -106,8 +104,7 @@ class Run:
         loss = self._loss(*self.batches.at(self.step))
         self.optimizer.zero_grad()
         loss.backward()
-        if self.world > 1:
-            _share_gradients(self.model, self.world)
+        parallel.average_gradients(self.model, self.world)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -152,12 +149,6 @@ def begin(recipe: Recipe, folder: Path, tokens: CLIPTokenizer, rank: int, world:
 
 def train(recipe: Recipe, folder: Path, tokens: CLIPTokenizer, rank: int, world: int) -> None:
     """Trains up to `recipe.diffusion_samples`; rank 0 writes checkpoints and the log."""
-    torch.set_num_threads(1)
-    if world > 1:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # nothing listens but on loopback
-        dist.init_process_group(
-            "gloo", init_method=f"file://{(folder / 'rendezvous').resolve()}", rank=rank, world_size=world
-        )
     run = begin(recipe, folder, tokens, rank, world)
     losses: list[float] = []
     counted, saved = time.process_time(), time.monotonic()
@@ -173,16 +164,6 @@ def train(recipe: Recipe, folder: Path, tokens: CLIPTokenizer, rank: int, world:
         if time.monotonic() - saved > CHECKPOINT_EVERY_S or run.samples >= recipe.diffusion_samples:
             checkpoint.save(folder / CHECKPOINT, run.state())
             saved = time.monotonic()
-
-
-def _share_gradients(model: Model, world: int) -> None:
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients]) / world
-    dist.all_reduce(flat)
-    at = 0
-    for gradient in gradients:
-        gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
-        at += gradient.numel()
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from safelight_server import revisions
 
 from training import classifier, copies
 from training.icons import Spec, caption, held_out, sample_spec
@@ -68,11 +69,11 @@ def digest() -> str:
 
 
 def find_manifest(models: Path, name: str, revision: str | None) -> Path:
-    """The manifest of a revision; without one the last by name, as the server takes it."""
-    found = sorted(models.glob(f"pipelines/{name}/{revision or '*'}/pipeline.json"))
+    """The manifest of a revision; without one the newest, as the server takes it."""
+    found = list(models.glob(f"pipelines/{name}/{revision or '*'}/pipeline.json"))
     if not found:
         sys.exit(f"no {name} of revision {revision or 'any'} in {models / 'pipelines'}")
-    return found[-1]
+    return max(found, key=lambda path: revisions.order(path.parent.name))
 
 
 def trained_judge(folder: Path) -> tuple[classifier.Classifier, dict[str, float]]:
@@ -165,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("models"), help="where pipelines/ is")
     parser.add_argument("--name", default="icons", help="of the pipeline")
-    parser.add_argument("--revision", help="to score; without it the last by name")
+    parser.add_argument("--revision", help="to score; without it the newest")
     parser.add_argument("--captions", type=int, default=NUM_CAPTIONS, help="held-out captions")
     parser.add_argument("--out", type=Path, default=Path("out/evaluate"), help="where results go")
     options = parser.parse_args()

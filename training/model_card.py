@@ -161,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=Path("models"), help="where pipelines/ is")
     parser.add_argument("--name", default="icons", help="of the pipeline")
-    parser.add_argument("--revision", help="without it the last by name")
+    parser.add_argument("--revision", help="without it the newest")
     parser.add_argument("--result", type=Path, default=Path("out/evaluate/result.json"), help="of training.evaluate")
     options = parser.parse_args()
     path = find_manifest(options.models, options.name, options.revision)

@@ -13,6 +13,8 @@ class Recipe:
         latent_channels: principal components kept of each patch of `patch_px` x `patch_px` pixels.
         scaling_factor: the denoiser sees latents of unit variance, the decoder those divided by this, which keeps them
             in the near-linear part of AutoencoderTiny's tanh.
+        diffusion_samples: 192,000, with 20,000 for each decoder (21.5 dB), were measured to be too few: right object on
+            0.944, right colour on 0.896 of the held-out captions.
         learning_rate: reached after `warmup_samples`, kept, and brought to zero over the last `decay_fraction`.
     """
 

@@ -16,10 +16,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import CLIPTokenizer
 
-from training import checkpoint, decoders, diffusion, networks
+from training import checkpoint, decoders, diffusion, networks, parallel
 from training.data import captions, draw_latents, pictures
 from training.latents import Projection, fit
 from training.recipe import RECIPE, Recipe
@@ -49,10 +48,6 @@ def prepare(recipe: Recipe, folder: Path, workers: int) -> tuple[Projection, CLI
     return encoder, CLIPTokenizer.from_pretrained(folder / "tokenizer")
 
 
-def _diffuse(rank: int, recipe: Recipe, folder: Path, tokens: CLIPTokenizer, world: int) -> None:
-    diffusion.train(recipe, folder, tokens, rank, world)
-
-
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,20 +59,18 @@ def main() -> None:
     )
     options = parser.parse_args()
     recipe = replace(RECIPE, diffusion_samples=options.samples)
-    samples_per_s, decoders_h = (110, 0.6) if networks.has_bfloat16() else (52, 1.5)
+    samples_per_s, decoders_h = (110, 0.6) if networks.has_bfloat16() else (37, 1.4)
     cpu_hours = recipe.diffusion_samples / samples_per_s / 3600 + decoders_h
     print(f"about {cpu_hours:.1f} cpu hours on cores of 2024, over {options.workers} processes", flush=True)
 
     encoder, tokens = prepare(recipe, options.folder, options.workers)
     (options.folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
     if options.only in (None, "diffusion"):
-        (options.folder / "rendezvous").unlink(missing_ok=True)
-        torch.multiprocessing.start_processes(
-            _diffuse, (recipe, options.folder, tokens, options.workers), options.workers, start_method="spawn"
-        )
+        parallel.start(diffusion.train, (recipe, options.folder, tokens), options.folder, options.workers)
     if options.only in (None, "decoders"):
         started = time.monotonic()
-        decoders.train_all(recipe, options.folder, encoder)
+        world = decoders.num_processes(recipe, options.workers)
+        parallel.start(decoders.train_all, (recipe, options.folder, encoder), options.folder, world)
         print(f"decoders: {time.monotonic() - started:.0f} s", flush=True)
     if options.only in (None, "save"):
         state = checkpoint.load(options.folder / "diffusion.pt")

@@ -75,12 +75,12 @@ def test_the_exit_code_says_whether_the_bars_are_met(
     assert (faults[0] if faults else "above all bars") in capsys.readouterr().out
 
 
-def test_the_last_revision_by_name_is_scored_and_an_unknown_one_refused(tmp_path: Path) -> None:
-    for revision in ("r1", "r2"):
+def test_the_newest_revision_is_scored_and_an_unknown_one_refused(tmp_path: Path) -> None:
+    for revision in ("r1", "r10", "r9"):
         place = tmp_path / "pipelines" / "icons" / revision
         place.mkdir(parents=True)
         (place / "pipeline.json").write_text("{}")
-    assert evaluate.find_manifest(tmp_path, "icons", None).parent.name == "r2"
+    assert evaluate.find_manifest(tmp_path, "icons", None).parent.name == "r10"
     assert evaluate.find_manifest(tmp_path, "icons", "r1").parent.name == "r1"
     with pytest.raises(SystemExit, match="no icons of revision r3"):
         evaluate.find_manifest(tmp_path, "icons", "r3")

@@ -1,0 +1,47 @@
+"""Processes of one thread that train one model together: each has its share of a batch; gradients are averaged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+RENDEZVOUS = "rendezvous"
+
+
+def start(function: Callable[..., None], arguments: tuple[object, ...], folder: Path, world: int) -> None:
+    """Runs `function(*arguments, rank, world)` in `world` processes that meet in `folder`, until all are done.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: one of them failed; the others are ended.
+    """
+    (folder / RENDEZVOUS).unlink(missing_ok=True)
+    torch.multiprocessing.start_processes(_run, (function, arguments, folder, world), world, start_method="spawn")
+
+
+def _run(rank: int, function: Callable[..., None], arguments: tuple[object, ...], folder: Path, world: int) -> None:
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # nothing listens but on loopback
+        place = f"file://{(folder / RENDEZVOUS).resolve()}"
+        dist.init_process_group("gloo", init_method=place, rank=rank, world_size=world)
+    function(*arguments, rank, world)
+    if world > 1:  # else gloo's threads are ended with the process, which at times aborts; after an error others wait
+        dist.destroy_process_group()
+
+
+def average_gradients(module: nn.Module, world: int) -> None:
+    """Replaces each process' gradients with the mean of all processes'."""
+    if world == 1:
+        return
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients]) / world
+    dist.all_reduce(flat)
+    at = 0
+    for gradient in gradients:
+        gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
+        at += gradient.numel()
