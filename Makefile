@@ -4,7 +4,6 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 TRAIN_PY := .venv-training/bin/python
 TRITON_PY := .venv-triton/bin/python
-export PYTHONDONTWRITEBYTECODE := 1
 
 .PHONY: help
 help: ## List the targets
@@ -139,6 +138,7 @@ lock: .venv/.uv ## Pin all dependencies anew
 
 .PHONY: mutate
 mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name)
+	tools/install-system-packages
 	$(PY) tools/mutate.py $(ONLY)
 
 # Only latency has peers, with an environment of their own; only two parts need Triton, one Redis.

@@ -20,6 +20,7 @@ from safelight_server.cache.bands import Bands
 from safelight_server.cache.embedding import cosines
 from safelight_server.cache.eviction import Eviction, LeastBenefit, LeastRecentlyUsed
 from safelight_server.cache.guard import Facts, Guard
+from safelight_server.settings import Settings
 
 from load_tests.runner import Report, Row
 from load_tests.trace import DEFAULT, SEEDS, Asked, trace
@@ -29,6 +30,7 @@ NUM_STEPS = 20
 PICTURE_BYTES = 12_000
 LATENT_BYTES = 32 * 8 * 8 * 4
 MIN_SIMILARITY = 0.8
+MAX_USES: int = Settings.model_fields["cache_similar_uses"].default
 CANDIDATES = 64
 KINDS = ("exact", "similar", "latent", "miss")
 POLICIES: dict[str, Callable[[int], Eviction]] = {
@@ -41,6 +43,7 @@ UNBOUNDED = 10**12
 SETTINGS: dict[str, dict[str, Any]] = {
     "EXACT only": {"approximate": False},
     "begun from a latent: not kept": {"keep_approximate": False},
+    **{f"served {most} times": {"max_uses": most} for most in (4, 8, 16, 32, 10**6)},
     **{f"min_similarity {least}": {"min_similarity": least} for least in (0.95, 0.9, 0.8, 0.7)},
     "0.8, latents from cosine 0.75 on": {"bands": Bands((0.75, 0.85, 0.9, 0.95), (0.2, 0.3, 0.4, 0.5))},
     "0.8, latents from cosine 0.85 on": {"bands": Bands((0.85, 0.9, 0.95), (0.3, 0.4, 0.5))},
@@ -85,12 +88,15 @@ class Replay:
         approximate: bool = True,
         min_similarity: float = MIN_SIMILARITY,
         keep_approximate: bool = True,
+        max_uses: int = MAX_USES,
     ) -> None:
         self._books = books
         self._bands = bands
         self._approximate = approximate
         self._min_similarity = min_similarity
         self._keep_approximate = keep_approximate
+        self._max_uses = max_uses
+        self._uses: Counter[int] = Counter()
         self._kept_steps = bands.steps(NUM_STEPS) if approximate else ()
         self._pictures: list[int] = []
         self._latents: list[int] = []
@@ -124,6 +130,10 @@ class Replay:
         for source, cosine in _nearest(self._pictures, stored, vectors[number]):
             same = cosine >= self._min_similarity and facts[source] == facts[number]
             if same and _picture(source) in self._books:
+                self._uses[source] += 1
+                if self._uses[source] > self._max_uses:
+                    self._pictures.remove(source)
+                    return "miss", 0
                 self._books.hit(_picture(source))
                 return "similar", NUM_STEPS
         return self._latent(_nearest(self._latents, stored, vectors[number]))

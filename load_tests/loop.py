@@ -20,7 +20,7 @@ import grpc
 import numpy as np
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
-from safelight_server.app import Running, serving
+from safelight_server.app import Running, serving, settle
 from safelight_server.runtime import simulated
 from safelight_server.runtime.base import Component
 from safelight_server.settings import load
@@ -159,6 +159,7 @@ async def _serving(pipe: Connection, num_generations: int, step_ms: float) -> No
             call = stub.Generate(_request(number, NO_PREVIEWS))
             names.append((await anext(aiter(call))).event.generation)
             call.cancel()
+        settle()
         pipe.send((running.address, names))
         await _answer(pipe, Probe(running))
 
@@ -172,6 +173,7 @@ async def _serving_large(pipe: Connection, num_outputs: int) -> None:
         max_running_outputs=num_outputs,
     )  # fmt: skip
     async with serving(settings) as running:
+        settle()
         pipe.send(running.address)
         await _answer(pipe, Probe(running))
 

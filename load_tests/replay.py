@@ -61,7 +61,7 @@ class Plan:
     seeds: tuple[int, ...] = SEEDS
     modes: tuple[str, ...] = tuple(MODES)
     num_requests: int = DEFAULT.num_requests
-    judged: int = 400
+    judged: int = 2000
     num_steps: int = 20
     num_clients: int = 8
     min_similarity: float = 0.7

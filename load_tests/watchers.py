@@ -17,7 +17,7 @@ import grpc
 import numpy as np
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
-from safelight_server.app import serving
+from safelight_server.app import serving, settle
 from safelight_server.settings import load
 from safelight_server.telemetry import configure_logging
 
@@ -103,6 +103,7 @@ async def _serving(pipe: Connection, num_generations: int, step_ms: float) -> No
             call = stub.Generate(message)
             names.append((await anext(aiter(call))).event.generation)
             call.cancel()
+        settle()
         pipe.send((running.address, names))
         await processes.answer(pipe, processes.usage)
 

@@ -3,24 +3,72 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 
 try:
+    import uvloop
     from safelight_server.app import Running, serving
     from safelight_server.settings import load
 except ImportError:  # the training environment has no server dependencies; its tests use none of these
     pass
 
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The loop that the server runs on: asyncio's takes what uvloop refuses."""
+    return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool:
+    """Ends a test whose time is up by cancelling all tasks, again and again if need be.
+
+    pytest-timeout raises out of the signal, into whatever runs then: within uvloop that has crashed the process.
+    Here that is done only where no loop runs, or where the loop does not hear the cancelling.
+    """
+    time_is_up = f"{item.nodeid}: its time is up, {settings.timeout} s"
+    heard = True
+
+    def cancel(loop: asyncio.AbstractEventLoop) -> None:
+        nonlocal heard
+        heard = True
+        print(time_is_up, file=sys.stderr)
+        for task in asyncio.all_tasks(loop):
+            task.print_stack(file=sys.stderr)
+            task.cancel(time_is_up)
+
+    def ring(signum: int, frame: object) -> None:
+        nonlocal heard
+        loop = asyncio._get_running_loop()
+        if loop is None or not heard:
+            pytest.fail(time_is_up)
+        heard = False
+        loop.call_soon_threadsafe(cancel, loop)
+
+    def stop() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+    item.cancel_timeout = stop  # type: ignore[attr-defined]  # what pytest-timeout calls at the end
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, settings.timeout, CANCEL_EVERY_S)
+    return True
+
+
 hypothesis.settings.register_profile("safelight", deadline=None)  # machines are shared: no test asserts a time
 hypothesis.settings.load_profile("safelight")
 
 MODELS = Path(__file__).parent.parent / "models"
+CANCEL_EVERY_S = 10.0
+"""A test whose time is up."""
 Start = Callable[..., "AbstractAsyncContextManager[Running]"]
 
 

@@ -42,6 +42,7 @@ from safelight_server.cache.store.keyring import KeyringError
 from safelight_server.cache.vectors import Vectors
 from safelight_server.catalog import Catalog
 from safelight_server.engine import Engine
+from safelight_server.execution import Executions
 from safelight_server.fleet import Ground
 from safelight_server.generations import Generations
 from safelight_server.identity import Identity
@@ -63,6 +64,8 @@ log = structlog.get_logger(__name__)
 REQUEST_BYTES = 64 << 10
 """Room for all of a request but its prompts."""
 HEALTH_PERIOD_S = 0.25
+GC_THRESHOLDS = 1_000, 10, 100
+"""New objects to a collection of the youngest, of these to one of the younger, of these to a full one."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRPC_OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
@@ -150,10 +153,14 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         )
         cache, purges = _build_cache(settings, backends, engine, pool, metrics)
         ends.push_async_callback(cache.close)
+        executions = Executions(engine, pool)
+        ends.push_async_callback(executions.close)
         ends.push_async_callback(engine.close)
         caches = CacheAdmin(cache.spaces, backends.keyring, backends.tiers, purges, metrics)
         flights, ground = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
-        generations = Generations(settings, catalog, runtime, engine, cache, pool, clock, metrics, flights, ground)
+        generations = Generations(
+            settings, catalog, runtime, engine, cache, executions, clock, metrics, flights, ground
+        )
         limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
         quota = StreamQuota(settings.max_streams_per_caller)
         service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
@@ -264,7 +271,8 @@ def _build_cache(
     if backends.redis is not None:
         most = settings.cache_similar_items
         buckets = RedisBuckets(*backends.redis, backends.sealer, ttl_s=ttl_s, max_items=most)
-    similar = SimilarPictures(pictures, buckets, settings.cache_latent_items, metrics.cache.rejected)
+    scanned, uses = settings.cache_latent_items, settings.cache_similar_uses
+    similar = SimilarPictures(pictures, buckets, scanned, uses, metrics.cache.rejected)
     books = LeastBenefit(settings.cache_latent_bytes)
     starts = Starts(checkpoints, Vectors(tiers, ttl_s), bands, books, settings.cache_latent_items)
     spaces = Spaces(keyring, settings.cache_pools)
@@ -332,9 +340,14 @@ def _serve_metrics(metrics: Metrics, settings: Settings) -> None:
 
 
 def settle() -> None:
-    """Spares what start-up has made from garbage collection: looking at all of it stops the loop for 50 ms and more."""
+    """Keeps garbage collection from stopping the loop for 50 ms and more.
+
+    What start-up has made is spared; and the results that are kept, which are of no cycle, are looked at only once a
+    million objects have come that nothing but a full collection could have freed.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 async def serve(settings: Settings, started: Callable[[Running], None]) -> None:

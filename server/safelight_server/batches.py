@@ -11,7 +11,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from safelight_server.catalog import Pipeline
@@ -47,7 +47,6 @@ class Flight:
         conditioning: ids of its embeddings: the prompt's and, with guidance, the negative prompt's.
         embeddings: those of them that are known already, (T, D), by id.
         slot: in the latents of its key, once it takes steps.
-        previews: by key, what is to be decoded and who waits for it.
         image: the decoded picture, (3, H, W).
     """
 
@@ -61,7 +60,6 @@ class Flight:
     start: Snapshot | None
     step: int
     slot: int | None = None
-    previews: dict[str, Preview] = field(default_factory=dict)
     image: FloatArray | None = None
 
 
@@ -106,6 +104,7 @@ class Batches:
         self._embeddings: dict[str, FloatArray] = {}
         self._latents: dict[str, Latents] = {}
         self._departed: set[int] = set()
+        self._previews: dict[int, dict[str, Preview]] = {}  # by output and key; also of outputs elsewhere
 
     def gather(self, batch: Batch) -> Call:
         """The inputs of a batch."""
@@ -118,7 +117,7 @@ class Batches:
         if batch.kind is Kind.DECODE:
             latent = np.stack([self._finished(self.flights[row.output_id]) for row in batch.rows])
             return Call(key, {"latent": decoder_latent(key.pipeline, latent)}, len(batch.rows))
-        previews = [self.flights[row.output_id].previews.pop(batch.key) for row in batch.rows]
+        previews = [self._previews[row.output_id].pop(batch.key) for row in batch.rows]
         latent = np.stack([preview.latent for preview in previews])
         return Call(key, {"latent": decoder_latent(key.pipeline, latent)}, len(batch.rows), previews=previews)
 
@@ -206,15 +205,19 @@ class Batches:
         return self._latents_of(output_id).denoised(slot)
 
     def want_preview(
-        self, output_id: int, latent: FloatArray, component: Component, stage: Stage
-    ) -> tuple[str, asyncio.Future[FloatArray | None]]:
-        """Keeps a latent (C, h, w) for a decoder, in place of an older one; its key, and the image that comes of it."""
-        flight = self.flights[output_id]
-        key = self.key(flight.pipeline, component, flight.latent_shape)
-        if (older := flight.previews.get(key)) is not None:
+        self, output_id: int, key: str, latent: FloatArray, stage: Stage
+    ) -> asyncio.Future[FloatArray | None]:
+        """Keeps a latent (C, h, w) for the decoder of a key, in place of an older one; the image that comes of it."""
+        previews = self._previews.setdefault(output_id, {})
+        if (older := previews.get(key)) is not None:
             older.answer(None)
-        preview = flight.previews[key] = Preview(latent, asyncio.get_running_loop().create_future(), stage)
-        return key, preview.image
+        preview = previews[key] = Preview(latent, asyncio.get_running_loop().create_future(), stage)
+        return preview.image
+
+    def drop_previews(self, output_id: int) -> None:
+        """Those that are not in a batch come to nothing."""
+        for preview in self._previews.pop(output_id, {}).values():
+            preview.answer(None)
 
     def snapshot(self, output_id: int) -> Snapshot | None:
         """What an output needs to go on later; None if it has made no step."""
@@ -237,8 +240,7 @@ class Batches:
         flight = self.flights.pop(output_id)
         if flight.slot is not None:
             self._latents[self._denoiser_key(flight)].release(flight.slot)
-        for preview in flight.previews.values():
-            preview.answer(None)
+        self.drop_previews(output_id)
 
     def key(self, pipeline: Pipeline, component: Component, latent_shape: tuple[int, int, int]) -> str:
         """The scheduler's key; equal for all that can share a call."""

@@ -18,7 +18,7 @@ from typing import Annotated, Literal, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safelight_server import model_config
+from safelight_server import model_config, revisions
 from safelight_server.errors import NotFoundError
 from safelight_server.runtime.base import Component
 from safelight_server.sampler import VERSION as SAMPLER_VERSION
@@ -255,15 +255,16 @@ class Catalog:
 
 
 def load(models: Path, default: str = "") -> Catalog:
-    """Reads every pipeline below `models`; of several revisions the last by name.
+    """Reads every pipeline below `models`; of several revisions the newest (`revisions.order`).
 
     Raises:
         ManifestError: something is not right.
     """
-    newest = {path.parent.parent.name: path for path in sorted(models.glob("pipelines/*/*/pipeline.json"))}
+    found = sorted(models.glob("pipelines/*/*/pipeline.json"))
+    newest = {path.parent.parent.name: path for path in sorted(found, key=lambda at: revisions.order(at.parent.name))}
     if not newest:
         raise ManifestError(f"no pipelines/*/*/pipeline.json in {models}")
-    return Catalog([load_pipeline(path, models / "repository") for path in newest.values()], default)
+    return Catalog([load_pipeline(path, models / "repository") for _, path in sorted(newest.items())], default)
 
 
 def load_pipeline(path: Path, repository: Path) -> Pipeline:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import grpc
+import structlog
 import typer
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -86,6 +87,8 @@ def serve_command(
         log_format=log_format,
     )
     configure_logging(settings.log_format, settings.log_level)
+    for variable, meant in settings_module.misspelt().items():
+        structlog.get_logger(__name__).warning("no setting has this name", variable=variable, meant=meant)
     uvloop.run(serve(settings, lambda running: _summary(running, settings)))
 
 

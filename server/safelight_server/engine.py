@@ -86,6 +86,7 @@ class Engine:
         self._tracing = tracer
         self._batches = Batches(max_running * 2 + runtime.num_instances * 128)
         self._listeners: dict[int, OutputListener] = {}
+        self._followed: set[int] = set()
         self._unstarted: set[int] = set()
         self._attempts = Attempts()
         self._instances = frozenset(range(runtime.num_instances))
@@ -167,19 +168,30 @@ class Engine:
         self.cancel(output_id)
         return snapshot
 
-    async def preview(self, output_id: int, denoised: FloatArray, component: Component) -> FloatArray | None:
-        """Decodes a denoised latent (C, h, w) between the steps; the newest of an output wins.
+    async def preview(self, job: Job, denoised: FloatArray, component: Component) -> FloatArray | None:
+        """Decodes a denoised latent (C, h, w) between the steps; the newest of a job wins.
 
         Returns:
             The image (3, H, W) in [-1, 1], unclamped; None when a newer preview took its place, it failed, or the
             output has ended.
         """
-        if output_id not in self._listeners:
+        if job.output_id not in self._listeners and job.output_id not in self._followed:
             return None
-        key, image = self._batches.want_preview(output_id, denoised, component, tracing.current())
-        self.scheduler.want_preview(output_id, key)
+        key = self._batches.key(job.pipeline, component, job.latent_shape)
+        image = self._batches.want_preview(job.output_id, key, denoised, tracing.current())
+        self.scheduler.want_preview(job.output_id, key)
         self._pump()
         return await image
+
+    def follow(self, output_id: int) -> None:
+        """Takes previews of an output that another server develops, until `unfollow`."""
+        self._followed.add(output_id)
+
+    def unfollow(self, output_id: int) -> None:
+        """Its previews that have not begun come to nothing."""
+        self._followed.remove(output_id)
+        self.scheduler.drop_previews(output_id)
+        self._batches.drop_previews(output_id)
 
     async def encode(self, pipeline: Pipeline, token_ids: Sequence[int]) -> FloatArray:
         """The embedding (T, D) of a prompt, encoded between the steps; those who ask for the same share it.

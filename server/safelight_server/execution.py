@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+import weakref
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Protocol
@@ -24,7 +25,7 @@ from safelight_server.jobs import Job
 from safelight_server.latents import Snapshot
 from safelight_server.picture import Developed, Pixels
 from safelight_server.pipeline import NotFiniteError, to_pixels
-from safelight_server.preview import Frame, Renderer
+from safelight_server.preview import Decode, Frame, Renderer
 from safelight_server.runtime.base import Component, FloatArray
 from safelight_server.scheduler import Priority
 from safelight_server.telemetry import Trail
@@ -105,11 +106,11 @@ class Runner(Protocol):
     def reschedule(self, output_id: int, priority: Priority, deadline: float | None) -> None:
         """Changes its class and deadline."""
 
-    async def preview(self, output_id: int, denoised: FloatArray, component: Component) -> FloatArray | None:
+    async def preview(self, job: Job, denoised: FloatArray, component: Component) -> FloatArray | None:
         """Decodes between the steps; None where there is no such preview."""
 
     def load(self) -> float:
-        """Of the instances: 0 idle, 1 all busy; infinite where no decoder is in reach."""
+        """Of the instances: 0 idle, 1 all busy."""
 
 
 class Execution:
@@ -121,6 +122,7 @@ class Execution:
         key: what makes outputs identical; None: nobody else may join.
         recorder: None: nothing is kept.
         on_end: called once, when it will never run again.
+        tasks: what finishes its picture and keeps it is among them while it lasts.
     """
 
     def __init__(
@@ -131,15 +133,17 @@ class Execution:
         key: Hashable,
         recorder: Recorder | None,
         on_end: Callable[[Execution], None],
+        tasks: set[asyncio.Task[None]],
     ) -> None:
         self.key = key
         self.step = job.start.step if job.start else 0
-        self.renderer = Renderer(job.pipeline, self._decode, runner.load, pool)
+        self.renderer = Renderer(job.pipeline, _decoding(weakref.ref(self)), runner.load, pool)
         self.job = job
         self._runner = runner
         self._pool = pool
         self._recorder = recorder
         self._on_end = on_end
+        self._tasks = tasks
         self.compute_s = 0.0
         self._members: list[Member] = []
         self._num_away = 0
@@ -149,7 +153,7 @@ class Execution:
         self._snapshot: Snapshot | None = job.start
         self._newest: Frame | None = None
         self._outcome: Developed | SafelightError | None = None
-        self._finishing: asyncio.Task[None] | None = None
+        self._finishing = False
 
     # --- who wants it ---
 
@@ -169,7 +173,7 @@ class Execution:
         self._members.append(member)
         if self._running:
             self._reschedule()
-        elif self._finishing is None:
+        elif not self._finishing:
             self._submit()
 
     def leave(self, member: Member, *, back: bool = False) -> None:
@@ -183,13 +187,13 @@ class Execution:
         self._num_away += back
         if self._members:
             self._reschedule()
-        elif not self._num_away and self._finishing is None:
+        elif not self._num_away and not self._finishing:
             self._end()
 
     def give_up(self) -> None:
         """A member that left with `back` will not come back."""
         self._num_away -= 1
-        if not self._members and not self._num_away and self._finishing is None:
+        if not self._members and not self._num_away and not self._finishing:
             self._end()
 
     def reschedule(self) -> None:
@@ -226,8 +230,9 @@ class Execution:
             self._newest = None
             self._on_end(self)
 
-    async def _decode(self, denoised: FloatArray, component: Component) -> FloatArray | None:
-        return await self._runner.preview(self.job.output_id, denoised, component)
+    async def preview(self, denoised: FloatArray, component: Component) -> FloatArray | None:
+        """Decodes between the steps; None where there is no such preview."""
+        return await self._runner.preview(self.job, denoised, component)
 
     # --- what the engine asks and reports ---
 
@@ -291,14 +296,18 @@ class Execution:
         """All members have their picture, wherever it was developed."""
         if self._outcome is None and not self._ended:
             self._running = False
-            self._finishing = asyncio.create_task(self._publish(pixels))
-            self._finishing.add_done_callback(self._finished)
+            self._do(self._publish(pixels))
 
     def decoded(self, image: FloatArray) -> None:
         """Pixels are made of it beside the loop, then all members have their picture."""
         self._running = False
-        self._finishing = asyncio.create_task(self._finish(image))
-        self._finishing.add_done_callback(self._finished)
+        self._do(self._finish(image))
+
+    def _do(self, work: Coroutine[None, None, None]) -> None:
+        self._finishing = True
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
 
     async def _finish(self, image: FloatArray) -> None:
         try:
@@ -319,6 +328,7 @@ class Execution:
         self._end()
 
     def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
         if not task.cancelled() and (fault := task.exception()) is not None:
             log.error("bug", exc_info=fault)
             if self._outcome is None:
@@ -343,6 +353,16 @@ class Execution:
             member.expired()
 
 
+def _decoding(execution: weakref.ref[Execution]) -> Decode:
+    """For its renderer, which must not keep it: its pixels would wait for the garbage collector."""
+
+    async def decode(denoised: FloatArray, component: Component) -> FloatArray | None:
+        running = execution()
+        return None if running is None else await running.preview(denoised, component)
+
+    return decode
+
+
 class Executions:
     """The executions that can be joined, by what makes outputs identical."""
 
@@ -350,6 +370,7 @@ class Executions:
         self._engine = engine
         self._pool = pool
         self._by_key: dict[Hashable, Execution] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -367,12 +388,17 @@ class Executions:
             key: what others find it by once it is published; None: nobody does.
             runner: None: the engine.
         """
-        return Execution(job, runner or self._engine, self._pool, key, recorder, self._forget)
+        return Execution(job, runner or self._engine, self._pool, key, recorder, self._forget, self._tasks)
 
     def publish(self, execution: Execution) -> None:
         """From now on until it has ended, identical outputs find it."""
         if execution.key is not None:
             self._by_key[execution.key] = execution
+
+    async def close(self) -> None:
+        """Waits until the pictures that were developed are kept."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
     def _forget(self, execution: Execution) -> None:
         if execution.key is not None and self._by_key.get(execution.key) is execution:

@@ -245,6 +245,7 @@ class Generation:
             assert told.state is not None
             self.state, self.error, self.finish_time = told.state, told.error, told.finish_time
             self._theirs, self.times.ended = told.usage, self._clock()
+            self._part()
         self.log.replay(wire.State(told.sequence, told.data, ends, told.kind == "finished"))
         if told.kind == "finished":
             self._on_end(self)
@@ -331,7 +332,12 @@ class Generation:
         self.log.publish(Finished(self.error, self._usage(), self._timings(), self.origins))
         level = self._logger.error if isinstance(self.error, InternalError) else self._logger.info
         level("finished", state=self.state.name, seconds=round(self.times.ended - self.times.accepted, 3))
+        self._part()
         self._on_end(self)
+
+    def _part(self) -> None:
+        for output in self.outputs:
+            output.part()
 
     # --- how it looks from outside ---
 

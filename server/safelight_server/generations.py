@@ -12,7 +12,6 @@ import contextlib
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor
 from datetime import UTC, datetime
 
 import structlog
@@ -64,7 +63,7 @@ class Generations:
         runtime: Runtime,
         engine: Engine,
         cache: Cache,
-        pool: Executor,
+        executions: Executions,
         clock: Callable[[], float],
         metrics: Metrics,
         flights: Flights | None = None,
@@ -81,7 +80,7 @@ class Generations:
             Priority.BATCH: settings.max_waiting_batch,
         }
         limits = AdmissionLimits(waiting, settings.max_waiting_per_caller)
-        self._intake = Intake(catalog, runtime, engine, Executions(engine, pool), cache, limits, flights)
+        self._intake = Intake(catalog, runtime, engine, executions, cache, limits, flights)
         self._fleet = None if ground is None else Fleet(ground, self, self._intake)
         if self._fleet is not None:
             self._fleet.news.on(CANCEL, self._asked_to_cancel)

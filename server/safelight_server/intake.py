@@ -99,10 +99,13 @@ class Intake:
         """
         if branched_from is not None:
             return [await self._branch(generation, branched_from)]
-        return list(await asyncio.gather(*(self._find(generation, output) for output in generation.outputs)))
+        wanted = [self._wanted(generation, output.seed) for output in generation.outputs]
+        taken = {one.name.exact for one in wanted}
+        for one in wanted:
+            one.taken = taken
+        return list(await asyncio.gather(*(self._find(one) for one in wanted)))
 
-    async def _find(self, generation: Generation, output: Output) -> Plan:
-        wanted = self._wanted(generation, output.seed)
+    async def _find(self, wanted: Wanted) -> Plan:
         if wanted.policy.mode is CacheMode.BYPASS:
             return Plan(wanted)
         kept = await self._cache.exact(wanted)

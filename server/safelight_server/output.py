@@ -1,8 +1,10 @@
 """One picture of a generation: a member of the execution that develops it.
 
 Tells its generation what becomes of it, while that is owned here; else holds it
-until the owner has decided. Invariant: after it has ended it is a member of no
-execution. Neighbours: `generation`, `execution`.
+until the owner has decided. Invariants: after it has ended it is a member of no
+execution and tells nothing; it does not keep a generation that has ended, so that
+with the last one that needs it its pictures go too, not with the next full garbage
+collection. Neighbours: `generation`, `execution`.
 """
 
 from __future__ import annotations
@@ -189,6 +191,11 @@ class Output:
             else:
                 execution.leave(self)
 
+    def part(self) -> None:
+        """Its generation has ended: it has nothing more to tell, and no longer keeps it."""
+        self.leave()
+        del self._generation
+
     def end_trail(self, outcome: str, error: str = "") -> None:
         """It has ended, or goes on elsewhere."""
         if self.trail is not None:
@@ -249,6 +256,8 @@ class Output:
 
     def failed(self, error: SafelightError) -> None:
         """To the generation."""
+        if self._execution is None:
+            return  # another member heard it first, and this one has left
         self._execution = None
         if self._generation.owned:
             self._generation.on_output_ended(self, FinishReason.FAILED, error)
@@ -257,6 +266,8 @@ class Output:
 
     def expired(self) -> None:
         """To the generation."""
+        if self._execution is None:
+            return  # likewise
         self._execution = None
         if self._generation.owned:
             self._generation.expire()

@@ -248,7 +248,7 @@ class Service:
                             with stage.within("write"):
                                 yield event
             except SafelightError as error:
-                failure = error
+                failure = error.with_traceback(None)  # else it keeps frames, they the generation, that the error
             except (asyncio.CancelledError, GeneratorExit):
                 stream.end_span_given_up()
                 raise
@@ -293,7 +293,10 @@ class Service:
         if not started:
             self._metrics.refused(error.reason)
             log.info("refused", reason=error.reason, message=error.message)
-        await context.abort(error.status, error.message, _details(status))
+        try:
+            await context.abort(error.status, error.message, _details(status))
+        except grpc.aio.InternalError:  # the client has gone meanwhile, as at a deadline, which both ends keep
+            raise asyncio.CancelledError from None
 
 
 class _Stream:

@@ -7,7 +7,9 @@ Nothing else reads the environment. All bad values are reported at once.
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -16,6 +18,7 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as UnreadableSettingError
 
+PREFIX = "SAFELIGHT_"
 Seconds = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
 
@@ -27,7 +30,7 @@ class SettingsError(Exception):
 class Settings(BaseSettings):
     """What an operator can choose."""
 
-    model_config = SettingsConfigDict(env_prefix="SAFELIGHT_", env_ignore_empty=True, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
 
     host: str = Field("127.0.0.1", description="Address to bind. Beyond loopback TLS and keys are needed, or insecure.")
     port: int = Field(8421, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
@@ -124,6 +127,9 @@ class Settings(BaseSettings):
         {}, description='Tenants that share what is cached, by pool, as JSON: {"studio": ["ann", "bob"]}.'
     )
     cache_similar_items: Count = Field(100_000, description="Finished pictures that can be found as similar.")
+    cache_similar_uses: Count = Field(
+        16, description="A picture is served as similar so often, by one server; then one is developed anew."
+    )
     cache_latent_items: Count = Field(
         10_000,
         description="Outputs of a tenant whose latents others may start from; its newest pictures that are scanned.",
@@ -211,6 +217,15 @@ def load(**given: object) -> Settings:
             for fault in error.errors()
         ]
         raise SettingsError("\n".join(faults)) from None
+
+
+def misspelt(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables that are almost a setting's, and that setting's. Others of the prefix are left to whose they are:
+    Kubernetes sets some for every Service."""
+    known = [name.upper() for name in Settings.model_fields]
+    given = [name.removeprefix(PREFIX) for name in environment if name.startswith(PREFIX)]
+    nearest = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.8) for name in given if name not in known}
+    return {PREFIX + name: PREFIX + matches[0] for name, matches in nearest.items() if matches}
 
 
 def is_loopback(host: str) -> bool:

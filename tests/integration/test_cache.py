@@ -49,6 +49,14 @@ def result(events: list[pb.GenerationEvent]) -> pb.CacheResult:
     return only
 
 
+def pictures(events: list[pb.GenerationEvent]) -> list[bytes]:
+    """The encoded picture of each output."""
+    data: dict[int, bytes] = {}
+    for chunk in (e.artifact_chunk for e in events if e.WhichOneof("event") == "artifact_chunk"):
+        data[chunk.output_index] = data.get(chunk.output_index, b"") + chunk.data
+    return list(data.values())
+
+
 async def kept(running) -> None:
     """Everything that is to be kept is."""
     await eventually(lambda: not running.generations._live and not running.cache._writes)
@@ -147,6 +155,67 @@ async def test_a_similar_picture_is_served_only_where_allowed_and_where_the_text
     ):
         answer = result(await collect(stub.Generate(ask(prompt, seed + 2, policy))))
         assert answer.disposition not in (R.DISPOSITION_SIMILAR, R.DISPOSITION_EXACT), prompt
+
+
+@pytest.mark.parametrize("policy", [SIMILAR, LATENT], ids=["similar", "latent"])
+async def test_no_two_outputs_of_a_request_show_the_same_picture(server, seed, policy):
+    running, stub = server
+    prompt, reworded = "an emerald ring on a dark background", "emerald ring, dark background"
+    await collect(stub.Generate(ask(prompt, seed)))
+    await kept(running)
+    message = ask(reworded, seed + 1, policy)
+    for number in (2, 3):
+        message.spec.outputs.add(seed=seed + number)
+    events = await collect(stub.Generate(message))
+    found = [one.disposition for one in events[-1].finished.cache_results]
+    wanted = R.DISPOSITION_SIMILAR if policy is SIMILAR else R.DISPOSITION_LATENT
+    assert wanted in found
+    assert len(set(pictures(events))) == 3
+    await kept(running)
+    again = await collect(stub.Generate(ask(prompt, seed, policy)))
+    assert result(again).disposition == R.DISPOSITION_EXACT
+
+
+async def test_a_similarity_of_one_is_that_of_the_same_words(server, seed):
+    running, stub = server
+    await collect(stub.Generate(ask("a silver shield on a dark background", seed)))
+    await kept(running)
+    strict = pb.CachePolicy(mode=pb.CachePolicy.MODE_ALLOW_SIMILAR, min_similarity=1)
+    reworded = result(await collect(stub.Generate(ask("silver shield, dark background", seed + 1, strict))))
+    same = result(await collect(stub.Generate(ask("a silver shield on a dark background", seed + 2, strict))))
+    assert reworded.disposition != R.DISPOSITION_SIMILAR
+    assert (same.disposition, same.similarity) == (R.DISPOSITION_SIMILAR, 1)
+
+
+async def test_another_seed_of_the_same_prompt_does_not_begin_from_its_latent(server, seed):
+    """It would end as the same picture."""
+    running, stub = server
+    first = await collect(stub.Generate(ask("a golden crown on a grey background", seed)))
+    await kept(running)
+    second = await collect(stub.Generate(ask("a golden crown on a grey background", seed + 1, LATENT)))
+    assert result(second).disposition == R.DISPOSITION_MISS
+    assert not np.array_equal(pixels(first), pixels(second))
+
+
+async def test_after_so_many_similar_answers_one_is_developed_anew(start):
+    async with start(cache_similar_uses=2) as running, grpc.aio.insecure_channel(running.address) as channel:
+        stub = stubs.GenerationServiceStub(channel)
+        first = await collect(stub.Generate(ask("a red potion on a dark background", 1)))
+        await collect(stub.Generate(ask("a blue potion on a dark background", 1)))
+        answers = []
+        for seed in range(2, 6):
+            await kept(running)
+            answers.append(await collect(stub.Generate(ask("red potion, dark background", seed, SIMILAR))))
+        found = [result(answer) for answer in answers]
+        similar, miss = R.DISPOSITION_SIMILAR, R.DISPOSITION_MISS
+        assert [one.disposition for one in found] == [similar, similar, miss, similar], (
+            "from noise, not from any latent"
+        )
+        sources = [one.source for one in found if one.disposition == similar]
+        assert sources == [first[0].generation, first[0].generation, answers[2][0].generation]
+        await kept(running)
+        again = await collect(stub.Generate(ask("a red potion on a dark background", 1)))
+        assert result(again).disposition == R.DISPOSITION_EXACT, "it is only found as similar no more"
 
 
 async def test_a_nearby_latent_saves_steps_and_never_enters_exact(server, seed):
@@ -276,3 +345,36 @@ async def test_nothing_crosses_tenants_unless_pooled(start, two_tenants, pooled)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await collect(stub.Generate(message, metadata=bob))
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND, "a generation is its owner's, pooled or not"
+
+
+async def test_a_prompt_is_read_and_compared_once_for_a_request(server, seed, monkeypatch):
+    running, stub = server
+    prompts, reads, vectors = running.cache._prompts, [], []
+    known, vector = prompts.known, prompts.vector
+
+    def counted(calls, call):
+        async def counting(*args):
+            calls.append(args)
+            return await call(*args)
+
+        return counting
+
+    await collect(stub.Generate(ask(f"a red potion {seed}", seed, SIMILAR)))
+    await kept(running)
+    monkeypatch.setattr(prompts, "known", counted(reads, known))
+    monkeypatch.setattr(prompts, "vector", counted(vectors, vector))
+    await collect(stub.Generate(ask(f"a blue sword {seed}", seed + 1, SIMILAR)))
+    await kept(running)
+    await eventually(lambda: not running.generations._intake._executions._tasks)
+    assert (len(reads), len(vectors)) == (2, 1), "the prompt and the negative prompt; and nothing when it is kept"
+
+
+async def test_nothing_of_the_caches_outlives_the_server():
+    async with serving_here(runtime="simulated") as running:
+        starts, executions = running.cache._starts, running.generations._intake._executions
+        starts._start(asyncio.sleep(3600))
+        keeping = asyncio.create_task(asyncio.sleep(0.2))
+        executions._tasks.add(keeping)
+        keeping.add_done_callback(executions._tasks.discard)
+    assert not starts._rebuilding
+    assert keeping.done()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ async def relay(redis_server: RedisServer) -> AsyncIterator[Relay]:
     made.cut()
 
 
+@contextmanager
+def slow(relay: Relay, delay_s: float) -> Iterator[None]:
+    """As slow as that, and no longer where a test fails: its servers must end."""
+    relay.delay_s = delay_s
+    try:
+        yield
+    finally:
+        relay.delay_s = 0.0
+
+
 def breaker_of(server: Server):  # type: ignore[no-untyped-def]
     return server.coordinator._breaker
 
@@ -50,8 +61,7 @@ async def test_generations_go_on_and_redis_is_left_alone(relay: Relay, tmp_path:
         calls += [both[1 - n % 2].stub.Generate(request(n, STEPS)) for n in range(2)]
         begun = await asyncio.gather(*(until_step(call, 4) for call in calls))
         assert all(events[0].accepted.durability == pb.Accepted.DURABILITY_REPLICATED for events in begun)
-        with capture_logs() as lines:
-            relay.delay_s = TIMEOUT_S * 5
+        with capture_logs() as lines, slow(relay, TIMEOUT_S * 5):
             await eventually(lambda: all(breaker_of(server).state is State.OPEN for server in both))
             await eventually(lambda: relay.num_under_way == 0)
             asked = relay.num_passed
@@ -65,7 +75,6 @@ async def test_generations_go_on_and_redis_is_left_alone(relay: Relay, tmp_path:
         assert fresh[-1].finished.status.code == 0
         said = [line["event"] for line in lines if line["log_level"] == "warning" and "service" in line]
         assert len(said) == 2, "one line a replica"
-        relay.delay_s = 0.0
         for server in both:
             breaker_of(server)._open_s = 0.0  # it is asked again, and closing need not wait for it
         await eventually(lambda: all(breaker_of(server).state is State.CLOSED for server in both))

@@ -135,10 +135,27 @@ class CoordinationRules:
     async def test_asking_twice_commits_and_bills_once(self, coordinator: Coordinator) -> None:
         lease = await coordinator.acquire("x", "a", TTL_S)
         assert lease is not None
-        outcomes = await asyncio.gather(*(coordinator.commit(lease, "pointer", b"bill") for _ in range(10)))
+        bills = [bytes([number]) for number in range(10)]
+        outcomes = await asyncio.gather(*(coordinator.commit(lease, "pointer", bill) for bill in bills))
         assert set(outcomes) == {Outcome.COMMITTED}
         assert len(await coordinator.bills()) == 1
         assert await coordinator.acquire("x", "b", TTL_S) is None, "it is done"
+
+    async def test_a_bill_that_comes_again_after_its_result_was_forgotten_is_written_once(
+        self, coordinator: Coordinator
+    ) -> None:
+        """Its first answer was lost, and another replica found the picture gone."""
+        for _ in range(2):
+            lease = await coordinator.acquire("x", "a", TTL_S)
+            assert lease is not None
+            assert await coordinator.commit(lease, "pointer", b"bill") is Outcome.COMMITTED
+            result = await coordinator.result("x")
+            assert result is not None
+            await coordinator.forget("x", result)
+        again = await coordinator.acquire("x", "a", TTL_S)
+        assert again is not None
+        await coordinator.commit(again, "pointer", b"another")
+        assert [bill.data for bill in await coordinator.bills()] == [b"bill", b"another"]
 
     async def test_a_result_that_is_gone_can_be_forgotten_and_computed_anew(self, coordinator: Coordinator) -> None:
         lease = await coordinator.acquire("x", "a", TTL_S)

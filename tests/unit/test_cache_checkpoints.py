@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safelight_server.cache.checkpoints import CheckpointError, Checkpoints, Policy, dump, parse
-from safelight_server.cache.store.purge import Owner, Scope
+from safelight_server.cache.checkpoints import CheckpointError, Checkpoints, Policy, dump, num_bytes, parse
+from safelight_server.cache.store.purge import Owner, Scope, purge
 from safelight_server.latents import Snapshot
 
 from tests.unit.test_cache_tiers import KEYRING, Bench
@@ -28,7 +28,9 @@ def made(policy: Policy | None = None) -> tuple[Bench, Checkpoints]:
 
 async def run(checkpoints: Checkpoints, num_steps: int, up_to: int | None = None) -> None:
     for step in range(1, (up_to or num_steps) + 1):
-        if checkpoints.policy.is_due(step, num_steps):
+        if checkpoints.policy.is_due(step, num_steps) and checkpoints.holds:
+            assert checkpoints.hold("acme", "e", snapshot(step), OWNER)
+        elif checkpoints.policy.is_due(step, num_steps):
             assert await checkpoints.keep("acme", "e", snapshot(step), num_steps)
 
 
@@ -174,16 +176,61 @@ async def test_where_nobody_could_go_on_only_starts_are_kept_and_listed_at_the_e
     found = await checkpoints.at_or_before("acme", "e", 7)
     assert found is not None and found.step == 6
     await bench.tiers.flush()
-    assert len(bench.disk.values) == 5
+    assert not bench.disk.values and not await checkpoints.gone("acme", "e")
     await checkpoints.ended("acme", "e", 20, OWNER)
+    assert not checkpoints._held and not checkpoints._held_bytes
     fresh = Checkpoints(bench.tiers, KEYRING, Policy())
     assert await fresh.steps("acme", "e") == [2, 4, 6, 8, 10]
+    written = await fresh.at_or_before("acme", "e", 7)
+    assert written is not None and written.x.tobytes() == found.x.tobytes()
 
 
-async def test_a_purge_of_the_tenant_forgets_what_is_listed_in_this_process() -> None:
+async def test_what_is_held_is_bounded_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safelight_server.cache.checkpoints.HELD_BYTES", 3 * num_bytes(SHAPE))
     _, checkpoints = made(Policy(every_n_steps=0))
-    await run(checkpoints, 20, up_to=5)
+    for execution, step in (("e", 2), ("f", 2), ("f", 4), ("e", 2)):
+        checkpoints.hold("acme", execution, snapshot(step), OWNER)
+    assert await checkpoints.steps("acme", "e") == [2]
+    checkpoints.hold("acme", "g", snapshot(2), OWNER)
+    assert [await checkpoints.steps("acme", name) for name in "efg"] == [[], [2, 4], [2]]
+    assert checkpoints._held_bytes == 3 * num_bytes(SHAPE)
+
+
+async def test_what_is_held_goes_when_its_time_is_up() -> None:
+    _, checkpoints = made(Policy(every_n_steps=0, ttl_s=0.0))
+    assert checkpoints.hold("acme", "e", snapshot(2), OWNER)
+    assert await checkpoints.at_or_before("acme", "e", 20) is None
+    assert await checkpoints.steps("acme", "e") == [] and not checkpoints._held_bytes
+
+
+async def test_a_poisoned_or_huge_latent_is_not_held() -> None:
+    _, checkpoints = made(Policy(every_n_steps=0, max_bytes=100))
+    assert not checkpoints.hold("acme", "e", snapshot(5), OWNER)
+    _, checkpoints = made(Policy(every_n_steps=0))
+    poisoned = snapshot(5)
+    poisoned.denoised[0, 0, 0] = np.nan
+    assert not checkpoints.hold("acme", "e", poisoned, OWNER)
+    assert not checkpoints._held
+
+
+@pytest.mark.parametrize("every", [0, 1], ids=["held", "listed"])
+async def test_a_purge_of_the_tenant_forgets_what_is_known_in_this_process(every: int) -> None:
+    bench, checkpoints = made(Policy(every_n_steps=every, fractions=(0.1, 0.2)))
+    await run(checkpoints, 20, up_to=4)
     await checkpoints.forget(Scope("other/"))
     assert await checkpoints.steps("acme", "e") == [2, 4]
-    await checkpoints.forget(Scope(f"{KEYRING.tenant('acme')}/"))
+    scope = Scope(f"{KEYRING.tenant('acme')}/")
+    await purge(bench.tiers, scope)
+    await checkpoints.forget(scope)
     assert await checkpoints.steps("acme", "e") == []
+
+
+@pytest.mark.parametrize("kind", ["revision", "generation"])
+async def test_what_is_held_is_purged_by_its_owner(kind: str) -> None:
+    _, checkpoints = made(Policy(every_n_steps=0))
+    await run(checkpoints, 20, up_to=5)
+    await checkpoints.forget(Scope(**{kind: KEYRING.tag(kind, "another")}))
+    assert await checkpoints.steps("acme", "e") == [2, 4]
+    await checkpoints.forget(Scope(**{kind: getattr(OWNER, kind)}))
+    assert await checkpoints.steps("acme", "e") == []
+    assert await checkpoints.delete("acme", "e")

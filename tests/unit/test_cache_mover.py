@@ -64,3 +64,12 @@ async def test_closing_gives_up_what_waits() -> None:
     await target.mover.close()
     await target.mover.close()
     assert target.written == []
+
+
+async def test_what_is_closed_takes_nothing_more() -> None:
+    target = Target()
+    target.gate.set()
+    await target.mover.close()
+    assert not target.mover.offer("late", b"1")
+    await asyncio.sleep(0)
+    assert not target.written and target.mover.get("late") is None

@@ -61,7 +61,7 @@ async def test_similar_pictures_are_found_again_after_an_outage_and_not_once_the
     store, keyring, buckets = Away(1 << 24), Keyring.random(), MemoryBuckets(10)
     tiers = Tiers([Tier(store)], Sealer(keyring), TierMetrics(CollectorRegistry()))
     pictures = Pictures(tiers, keyring, Here(), 60.0)
-    similar = SimilarPictures(pictures, buckets, 10, lambda: None)
+    similar = SimilarPictures(pictures, buckets, 10, 16, lambda: None)
     replica = Replica(store, keyring)
     name = replica.name("ann", "a1")
     owner = replica.spaces.owner(name.space, "r", "g1")
@@ -69,7 +69,7 @@ async def test_similar_pictures_are_found_again_after_an_outage_and_not_once_the
     await similar.add(name, PIPELINE, "a potion", vector(1), owner)
 
     async def found() -> bool:
-        return await similar.find(name, PIPELINE, "a potion", vector(1), 0.9, PNG) is not None
+        return await similar.find(name, PIPELINE, "a potion", vector(1), 0.9, PNG, set()) is not None
 
     store.out = True
     assert not await found()

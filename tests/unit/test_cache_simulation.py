@@ -41,6 +41,12 @@ def test_pictures_begun_from_a_latent_are_similar_sources_only_where_they_are_ke
     assert replay(*asked, keep_approximate=False).hits == {"miss": 1, "latent": 3}
 
 
+def test_a_picture_that_has_answered_often_enough_is_developed_anew():
+    asked = (("a red potion", None),) * 6
+    assert replay(*asked, max_uses=2).hits == {"miss": 2, "similar": 4}
+    assert replay(*asked).hits == {"miss": 1, "similar": 5}
+
+
 def test_exact_only_is_exact_only():
     result = replay(("a red potion", 1), ("the red potion", 1), ("a red potion", 1), approximate=False)
     assert result.hits == {"miss": 2, "exact": 1}

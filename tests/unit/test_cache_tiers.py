@@ -31,7 +31,7 @@ class Bench:
         self.disk = FaultyStore("disk", disk_bytes)
         self.objects = FaultyStore("objects")
         self.clock = 0.0
-        self.breakers = [Breaker(name, 0.05, 3, 1.0, clock=lambda: self.clock) for name in ("disk", "objects")]
+        self.breakers = [Breaker(name, 0.5, 3, 1.0, clock=lambda: self.clock) for name in ("disk", "objects")]
         self.tiers = Tiers(
             [
                 Tier(self.memory),

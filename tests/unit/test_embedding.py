@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from safelight_server.cache.embedding import centred, prompt_vector
+from safelight_server.cache.embedding import centred, cosines, prompt_vector
 
 BOS, EOS = 0, 1
 
@@ -39,3 +39,14 @@ def test_centred_vectors_have_length_one_but_for_the_mean_itself():
     assert rows[1].tolist() == [0, 0, 0]
     assert np.linalg.norm(rows[2]) == pytest.approx(1)
     assert rows.dtype == np.float32
+
+
+@pytest.mark.parametrize("dimension", [2, 3, 64, 768])
+def test_what_is_kept_in_half_precision_has_cosine_one_with_itself_and_with_little_else(dimension):
+    rng = np.random.default_rng(dimension)
+    vectors = centred(rng.standard_normal((100, dimension)).astype(np.float32), np.zeros(dimension, np.float32))
+    aside = np.linalg.qr(np.stack([vectors[0], rng.standard_normal(dimension)], axis=1))[0][:, 1]
+    near = 0.999 * vectors[0] + np.sqrt(1 - 0.999**2) * aside
+    assert [float(cosines(vector[None].astype(np.float16), vector)[0]) for vector in vectors] == [1.0] * 100
+    assert cosines(near[None].astype(np.float16), vectors[0])[0] == pytest.approx(0.999, abs=5e-4)
+    assert cosines(near[None].astype(np.float16), vectors[0])[0] < 1

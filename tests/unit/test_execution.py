@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safelight_server.engine import Engine
 from safelight_server.errors import SafelightError, UnavailableError
-from safelight_server.execution import Execution, Executions
+from safelight_server.execution import Execution, Executions, Recorder
 from safelight_server.jobs import Job
 from safelight_server.picture import Developed
 from safelight_server.preview import Frame
@@ -97,11 +97,11 @@ class Stage:
         self.engine = Engine(self.runtime, asyncio.get_running_loop().time, Metrics(), max_running=4)
         self.executions = Executions(self.engine, Here())
 
-    def execution(self, key: str | None = "same", seed: int = 7) -> Execution:
+    def execution(self, key: str | None = "same", seed: int = 7, recorder: Recorder | None = None) -> Execution:
         pipeline = simulated_pipeline()
         table = compile_table(SamplerSpec("ddim", "trailing"), pipeline.schedule, "v_prediction", STEPS)
         job = Job(0, "me", Priority.STANDARD, pipeline, LATENT, table, seed, 1.0, ((1, 2),))
-        execution = self.executions.create(job, key)
+        execution = self.executions.create(job, key, recorder)
         self.executions.publish(execution)
         return execution
 
@@ -256,14 +256,56 @@ async def test_who_waits_for_a_preview_of_an_output_that_ends_gets_none(stage: S
     execution.join(member)
     await stage.step(execution, 1)
     latent = np.zeros(LATENT, np.float32)
-    output_id = execution.job.output_id
-    asked = asyncio.create_task(stage.engine.preview(output_id, latent, Component.PREVIEW_DECODER))
+    job = execution.job
+    asked = asyncio.create_task(stage.engine.preview(job, latent, Component.PREVIEW_DECODER))
     await asyncio.sleep(0)  # it stands in line behind the step that the gate holds up
-    newer = asyncio.create_task(stage.engine.preview(output_id, latent, Component.PREVIEW_DECODER))
+    newer = asyncio.create_task(stage.engine.preview(job, latent, Component.PREVIEW_DECODER))
     async with asyncio.timeout(10):
         assert await asked is None, "the newest wins"
         execution.leave(member)
         assert await newer is None
+
+
+async def test_what_another_server_develops_is_decoded_here_as_long_as_it_is_followed(stage: Stage) -> None:
+    job, latent = stage.execution().job, np.zeros(LATENT, np.float32)
+    assert await stage.engine.preview(job, latent, Component.PREVIEW_DECODER) is None, "nobody follows it"
+    stage.engine.follow(job.output_id)
+    async with asyncio.timeout(10):
+        image = await stage.engine.preview(job, latent, Component.PREVIEW_DECODER)
+        assert image is not None and image.ndim == 3
+        busy = stage.execution("busy")
+        busy.join(Member())
+        await stage.step(busy, 1)
+        late = asyncio.create_task(stage.engine.preview(job, latent, Component.PREVIEW_DECODER))
+        await asyncio.sleep(0)  # it stands in line behind the step that the gate holds up
+        stage.engine.unfollow(job.output_id)
+        assert await late is None
+    stage.engine.scheduler.check_invariants()
+
+
+async def test_what_was_developed_is_kept_before_the_end(stage: Stage) -> None:
+    class Slow:
+        kept = False
+
+        async def developed(self, picture: Developed, compute_s: float) -> None:
+            await asyncio.sleep(0.1)
+            self.kept = True
+
+        def wants_checkpoint(self, step: int) -> bool:
+            return False
+
+        def encoded(self, row: int, embedding: np.ndarray) -> None:
+            pass
+
+    member, recorder = Member(), Slow()
+    execution = stage.execution(recorder=recorder)  # type: ignore[arg-type]  # no checkpoints are wanted
+    execution.join(member)
+    await stage.step(execution, STEPS)
+    await eventually(lambda: member.picture is not None)
+    await stage.engine.close()
+    assert not recorder.kept
+    await stage.executions.close()
+    assert recorder.kept
 
 
 async def test_who_leaves_while_it_is_decoded_and_comes_back_has_the_same_picture(stage: Stage) -> None:

@@ -1,10 +1,12 @@
-"""Outputs, as far as they need no execution."""
+"""Outputs, between their generation and what develops them."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+from safelight_server.errors import InternalError
 from safelight_server.output import Output
 
 from tests.support.streams import Clock
@@ -51,3 +53,35 @@ def test_nor_does_the_time_in_which_it_was_suspended(output, clock):
     output.started()
     step(output, clock, 2, 4.0)
     assert output.pace_s == 2.0
+
+
+@pytest.fixture
+def generation() -> Mock:
+    return Mock(owned=True)
+
+
+def end(output: Output, how: str) -> None:
+    """As an execution does."""
+    output.failed(InternalError()) if how == "failed" else output.expired()
+
+
+@pytest.mark.parametrize("how", ["failed", "expired"])
+def test_what_ends_an_execution_is_heard_once(generation, clock, how):
+    """Its generation ends all its outputs with the first that hears; the others have left when their turn comes."""
+    output = Output(generation, 0, 7, clock)
+    output.enter(Mock())
+    end(output, how)
+    assert generation.on_output_ended.called == (how == "failed")
+    assert generation.expire.called == (how == "expired")
+    generation.reset_mock()
+    end(output, how)
+    output.part()
+    end(output, how)
+    assert not generation.method_calls
+
+
+def test_an_output_that_parts_leaves_what_develops_it(generation, clock):
+    output, execution = Output(generation, 0, 7, clock), Mock()
+    output.enter(execution)
+    output.part()
+    execution.leave.assert_called_once_with(output)

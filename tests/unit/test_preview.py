@@ -177,6 +177,26 @@ async def test_auto_means_the_same_for_all_streams_of_a_frame(made):
     assert (first.method, later.method) == (TINY, LINEAR)
 
 
+@pytest.mark.parametrize(
+    ("method", "edge_px", "handed_over"),
+    [(LINEAR, 32, 0), (LINEAR, 33, 1), (TINY, 8, 1)],
+)
+async def test_only_the_smallest_linear_previews_are_made_on_the_loop(method, edge_px, handed_over):
+    class Counting(ThreadPoolExecutor):
+        count = 0
+
+        def submit(self, *what):
+            self.count += 1
+            return super().submit(*what)
+
+    with Counting(1) as pool:
+        renderer = Renderer(simulated_pipeline(), Decoder(), lambda: 0.0, pool)
+        seen = Frame(None, 3, np.zeros((LATENT[0], edge_px, edge_px), np.float32))
+        rendered = await renderer.render(seen, method, JPEG, None)
+        assert rendered.method is method
+        assert pool.count == handed_over
+
+
 async def test_a_superseded_frame_gives_nothing(made):
     renderer, decoder, _ = made
     decoder.superseded = True
@@ -224,14 +244,3 @@ async def test_a_failure_reaches_all_who_asked_and_is_logged_once(made, capsys):
     await asyncio.sleep(0)
     printed = capsys.readouterr()
     assert (printed.out + printed.err).count("preview_failed") == 1
-
-
-async def test_pixels_are_not_made_on_the_event_loop(made):
-    renderer, _, _ = made
-    running = renderer.render(frame(), LINEAR, WEBP, None)
-    turns = 0
-    while not running.done():
-        await asyncio.sleep(0)
-        turns += 1
-    assert turns > 1
-    assert running.result().picture.media_type is MediaType.WEBP

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 from safelight_server.cache.checkpoints import Checkpoints, Policy
+from safelight_server.cache.coordination.base import Lease, Outcome
 from safelight_server.cache.coordination.local import LocalCoordinator
 from safelight_server.cache.pictures import Facts, Pictures
 from safelight_server.cache.store.base import StoreUnavailableError
@@ -260,6 +261,33 @@ async def test_what_another_commits_meanwhile_counts(pair: Pair) -> None:
     await pair.coordinator.commit(lease, POINTER, pair.sealer.seal(BILL, Entry(b'{"by": "other"}'), time.time() + 60))
     await eventually(lambda: not pair.one.flights._tasks)
     assert await pair.bills() == [{"by": "other"}]
+
+
+async def test_a_commit_whose_answer_was_lost_and_whose_result_was_forgotten_is_not_billed_again(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, outcomes = pair.coordinator.commit, []
+
+    async def loses_its_first_answer(lease: Lease, pointer: str, bill: bytes) -> Outcome:
+        outcomes.append(await commit(lease, pointer, bill))
+        if len(outcomes) == 1:
+            result = await pair.coordinator.result(NAME)
+            assert result is not None and await pair.coordinator.forget(NAME, result)
+            pair.coordinator.out = True
+            raise StoreUnavailableError("no answer in time")
+        return outcomes[-1]
+
+    monkeypatch.setattr(pair.coordinator, "commit", loses_its_first_answer)
+    monkeypatch.setattr(landing, "LAND_S", 0.05)
+    member, execution = Member(), pair.one.execution()
+    execution.join(member)
+    pair.one.run()
+    await eventually(lambda: member.picture is not None)
+    pair.coordinator.out = False
+    await eventually(lambda: not pair.one.flights._tasks)
+    assert outcomes == [Outcome.COMMITTED] * 2
+    assert await pair.coordinator.result(NAME) is not None
+    assert len(await pair.bills()) == 1
 
 
 async def test_without_the_service_for_too_long_the_result_is_discarded(

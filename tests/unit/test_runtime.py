@@ -63,6 +63,17 @@ def test_a_manifest_that_is_not_right_says_what(tmp_path, change, named):
         catalog.load(tmp_path / "models")
 
 
+def test_of_several_revisions_the_newest_is_served(tmp_path):
+    """1.10 is newer than 1.9."""
+    shutil.copytree(MODELS, tmp_path / "models")
+    [path] = (tmp_path / "models").glob("pipelines/icons/*/pipeline.json")
+    for revision in ("1.9", "1.10"):
+        shutil.copytree(path.parent, path.parents[1] / revision)
+        manifest = json.loads(path.read_text()) | {"revision": revision}
+        (path.parents[1] / revision / "pipeline.json").write_text(json.dumps(manifest))
+    assert catalog.load(tmp_path / "models").get("icons").manifest.revision == "1.10"
+
+
 def test_a_model_that_takes_no_batches_is_refused(tmp_path):
     shutil.copytree(MODELS, tmp_path / "models")
     config = tmp_path / "models" / "repository" / "icons_decoder" / "config.pbtxt"

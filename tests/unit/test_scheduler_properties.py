@@ -45,6 +45,7 @@ class Machine(RuleBasedStateMachine):
         self.now = 0.0
         self.next_id = 0
         self.alive: dict[int, Output] = {}
+        self.elsewhere: set[int] = set()
         self.steps: dict[int, int] = {}
         self.flying: dict[int, Batch] = {}
         self.turns_left: dict[tuple[Queue, Member], int] = {}
@@ -91,6 +92,15 @@ class Machine(RuleBasedStateMachine):
     def preview(self, data) -> None:
         self.scheduler.want_preview(data.draw(st.sampled_from(sorted(self.alive))), "p")
 
+    @rule(output_id=st.integers(-3, -1), wanted=st.booleans())
+    def preview_of_another_server(self, output_id, wanted) -> None:
+        if wanted:
+            self.elsewhere.add(output_id)
+            self.scheduler.want_preview(output_id, "p")
+        else:
+            self.elsewhere.discard(output_id)
+            self.scheduler.drop_previews(output_id)
+
     @precondition(lambda self: self.alive)
     @rule(data=st.data(), wait=st.one_of(st.none(), st.floats(0, 60)))
     def set_deadline(self, data, wait) -> None:
@@ -121,7 +131,9 @@ class Machine(RuleBasedStateMachine):
             assert batch.instance in free
             assert 0 < len(batch.rows) <= MAX_ROWS
             for row in batch.rows:
-                if batch.kind is not Kind.ENCODE:
+                if batch.kind is Kind.PREVIEW and row.output_id < 0:
+                    assert row.output_id in self.elsewhere, "nobody wants it any more"
+                elif batch.kind is not Kind.ENCODE:
                     assert row.output_id in self.alive, "an output that has ended runs again"
                 if batch.kind is Kind.DENOISE:
                     assert row.step == self.steps[row.output_id], "a step is run twice or skipped"

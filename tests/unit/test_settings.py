@@ -12,7 +12,7 @@ import pytest
 from safelight_server.app import StartError, serving
 from safelight_server.cache.store.keyring import new_key_file
 from safelight_server.runtime.simulated import SimulatedRuntime
-from safelight_server.settings import Settings, SettingsError, is_loopback, load
+from safelight_server.settings import Settings, SettingsError, is_loopback, load, misspelt
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -51,6 +51,17 @@ def test_an_empty_variable_is_none_at_all(monkeypatch):
         monkeypatch.setenv(f"SAFELIGHT_{name}", "")
     settings = load()
     assert (settings.redis_url, settings.api_key_file, settings.port) == (None, None, 8421)
+
+
+def test_a_variable_that_is_almost_a_settings_is_told_and_others_are_left_alone():
+    """The command line's own, those of tests, and what Kubernetes sets for a Service of this name."""
+    given = ["SAFELIGHT_MODEL_DIR", "SAFELIGHT_REDISURL", "SAFELIGHT_PORT", "SAFELIGHT_TARGET", "SAFELIGHT_API_KEY"]
+    given += ["SAFELIGHT_CA_FILE", "SAFELIGHT_SERVER_NAME", "SAFELIGHT_STORM", "SAFELIGHT_SERVICE_HOST", "HOSTS"]
+    given += ["SAFELIGHT_SERVICE_PORT", "SAFELIGHT_PORT_8421_TCP_ADDR", "SAFELIGHT_SERVICE_PORT_GRPC"]
+    assert misspelt(dict.fromkeys(given, "")) == {
+        "SAFELIGHT_MODEL_DIR": "SAFELIGHT_MODELS_DIR",
+        "SAFELIGHT_REDISURL": "SAFELIGHT_REDIS_URL",
+    }
 
 
 def test_a_variable_that_is_no_json_is_a_fault(monkeypatch):
@@ -145,8 +156,10 @@ def test_a_signal_ends_a_start_that_takes_long():
         "127.0.0.1:1",
     ]
     env = {"PYTHONPATH": f"{ROOT}/server:{ROOT}/clients/python", "PATH": "/usr/bin", "SAFELIGHT_TRITON_START_S": "600"}
+    env["SAFELIGHT_TRITON_START"] = "1"  # almost a setting's
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env) as process:
         assert process.stderr is not None
+        assert '"meant": "SAFELIGHT_TRITON_START_S"' in process.stderr.readline()
         assert "server_not_usable" in process.stderr.readline()
         process.terminate()
         said = process.stderr.read()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
@@ -21,6 +24,7 @@ from safelight_server.runtime.simulated import LATENT, simulated_pipeline
 from safelight_server.telemetry.metrics import TierMetrics
 
 from tests.support.stores import keys_of
+from tests.support.streams import Clock
 
 STEPS = 20
 PIPELINE = simulated_pipeline()
@@ -31,6 +35,13 @@ def vector(seed: int) -> np.ndarray:
     return found / np.linalg.norm(found)
 
 
+def near(seed: int) -> np.ndarray:
+    """Of another prompt, at a cosine of 0.98."""
+    found, other = vector(seed), vector(seed + 1_000_000)
+    aside = other - (other @ found) * found
+    return np.sqrt(1 - 0.98**2, dtype=np.float32) * aside / np.linalg.norm(aside) + np.float32(0.98) * found
+
+
 class Replica:
     """What is in memory only, over a tier that outlives it."""
 
@@ -38,7 +49,9 @@ class Replica:
         tiers = Tiers([Tier(store, shared=True)], Sealer(keyring), TierMetrics(CollectorRegistry()))
         self.spaces = Spaces(keyring, {})
         self.checkpoints = Checkpoints(tiers, keyring, Policy(5))
-        self.starts = Starts(self.checkpoints, Vectors(tiers, 60.0), Bands(), LeastBenefit(max_bytes), max_items=100)
+        self.clock = Clock()
+        books = LeastBenefit(max_bytes)
+        self.starts = Starts(self.checkpoints, Vectors(tiers, 60.0), Bands(), books, max_items=100, clock=self.clock)
 
     def name(self, tenant: str, exact: str) -> OutputName:
         return OutputName(self.spaces.of(tenant), exact, "c0")
@@ -52,8 +65,9 @@ class Replica:
         owner = self.spaces.owner(name.space, "r", f"g{seed}")
         await self.starts.add(name, PIPELINE, vector(seed), owner, STEPS, 1000)
 
-    async def found(self, tenant: str, seed: int) -> float | None:
-        start = await self.starts.find(self.name(tenant, "new"), PIPELINE, vector(seed), STEPS)
+    async def found(self, tenant: str, seed: int, taken: set[str] | None = None) -> float | None:
+        taken = set() if taken is None else taken
+        start = await self.starts.find(self.name(tenant, "new"), PIPELINE, near(seed), STEPS, taken)
         return None if start is None else float(start.snapshot.x.flat[0])
 
 
@@ -70,6 +84,53 @@ async def test_after_a_restart_the_index_is_made_anew_on_first_use() -> None:
     await after.found("bob", 3)
     await after.starts.rebuilt()
     assert await after.found("bob", 3) is None, "each space has its own"
+
+
+async def test_no_two_outputs_of_a_request_begin_from_one() -> None:
+    class Elsewhere(MemoryStore):
+        async def get(self, key: str) -> bytes | None:
+            await asyncio.sleep(0)
+            return await super().get(key)
+
+    replica = Replica(Elsewhere(1 << 24), Keyring.random())
+    await replica.finish("ann", "a1", 1)
+    taken: set[str] = set()
+    first, second = await asyncio.gather(*(replica.found("ann", 1, taken) for _ in range(2)))
+    assert {first, second} == {1.0, None}
+    assert taken == {"a1"}
+    assert await replica.found("ann", 1, taken) is None
+    assert await replica.found("ann", 1) == 1.0, "outputs of another request may"
+
+
+async def test_nothing_is_looked_up_once_it_is_closed() -> None:
+    class Slow(MemoryStore):
+        async def keys(self, prefix: str = "") -> AsyncIterator[str]:
+            await asyncio.sleep(3600)
+            yield ""
+
+    replica = Replica(Slow(1 << 24), Keyring.random())
+    assert await replica.found("ann", 1) is None
+    await asyncio.sleep(0)
+    assert replica.starts._rebuilding
+    async with asyncio.timeout(10):
+        await replica.starts.close()
+    assert not replica.starts._rebuilding
+
+
+async def test_what_another_replica_keeps_later_is_found_in_time() -> None:
+    store, keyring = MemoryStore(1 << 24), Keyring.random()
+    one, other = Replica(store, keyring), Replica(store, keyring)
+    await one.finish("ann", "a1", 1)
+    assert await other.found("ann", 1) is None
+    await other.starts.rebuilt()
+    await one.finish("ann", "a2", 2)
+    other.clock.now += starts.LOOK_EVERY_S / 2
+    await other.found("ann", 2)
+    assert not other.starts._rebuilding
+    other.clock.now += starts.LOOK_EVERY_S / 2
+    await other.found("ann", 2)
+    await other.starts.rebuilt()
+    assert [await other.found("ann", seed) for seed in (1, 2)] == [1.0, 2.0]
 
 
 async def test_what_is_dropped_is_not_found_again() -> None:

@@ -3,9 +3,10 @@
 The nearer two prompts are, the later in the denoising they still agree, so the
 later one can start from the other's latent: NIRVANA (Agarwal et al. 2024,
 arXiv 2312.04429, section 5). Pure; the bands are calibrated per pipeline by
-`load_tests`. Invariant: a higher cosine never starts earlier, and a start is
-always a step that was kept and always leaves at least one step to do.
-Neighbours: `neighbours` measures the cosine.
+`load_tests`. Invariant: a higher cosine never starts earlier, short of that of
+the same prompt, which never starts at all; a start is always a step that was
+kept and always leaves at least one step to do. Neighbours: `neighbours`
+measures the cosine.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ class Bands:
     Attributes:
         thresholds: cosines, rising.
         fractions: of the number of steps, rising, each above 0 and below 1; one per threshold.
+        same: from this cosine on it is the same prompt. Its latent would lead to the very picture that it was taken
+            from, whatever the seed: nothing is skipped.
 
     Raises:
         ValueError: they are not so.
@@ -30,6 +33,7 @@ class Bands:
 
     thresholds: tuple[float, ...] = (0.65, 0.75, 0.85, 0.90, 0.95)
     fractions: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
+    same: float = 0.999
 
     def __post_init__(self) -> None:
         if len(self.thresholds) != len(self.fractions):
@@ -40,7 +44,9 @@ class Bands:
             raise ValueError("fractions must be above 0 and below 1, each above the one before")
 
     def fraction(self, cosine: float) -> float:
-        """Of the steps that may be skipped at this cosine; 0 below the first threshold."""
+        """Of the steps that may be skipped at this cosine; 0 below the first threshold, and for the same prompt."""
+        if cosine >= self.same:
+            return 0.0
         return max((f for t, f in zip(self.thresholds, self.fractions, strict=True) if cosine >= t), default=0.0)
 
     def steps(self, num_steps: int) -> tuple[int, ...]:

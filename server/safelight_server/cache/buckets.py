@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from importlib.resources import files
 from typing import Any, TypeVar
 
+import numpy as np
+from safelight_server.cache.lsh import Halves
 from safelight_server.cache.store.base import StoreError
 from safelight_server.cache.store.breaker import Breaker
 from safelight_server.cache.store.redis import RedisConnection, translated
@@ -52,10 +54,10 @@ class RedisBuckets:
         self._max_members = max_members
         self._add = self._redis.register_script(files(__package__).joinpath("buckets_add.lua").read_text())
 
-    async def add(self, item: str, buckets: Sequence[str], vector: bytes) -> None:
+    async def add(self, item: str, buckets: Sequence[str], vector: Halves) -> None:
         """See `BucketStore`."""
         now = time.time()
-        sealed = self._sealer.seal(item, Entry(vector), now + self._ttl_s)
+        sealed = self._sealer.seal(item, Entry(vector.tobytes()), now + self._ttl_s)
         keys = [ITEMS, f"{PREFIX}vector:{item}", f"{PREFIX}of:{item}", *(f"{PREFIX}in:{bucket}" for bucket in buckets)]
         arguments: list[str | bytes | float] = [
             item,
@@ -96,17 +98,23 @@ class RedisBuckets:
         except StoreError:
             return False
 
-    async def members(self, buckets: Sequence[str], limit: int) -> Sequence[str]:
+    async def find(self, buckets: Sequence[str], limit: int, dimension: int) -> tuple[Sequence[str], Halves]:
         """See `BucketStore`; in no order."""
         keys = [f"{PREFIX}in:{bucket}" for bucket in buckets]
         found: set[bytes] = await self._call(lambda: self._redis.sunion(keys), set())
-        return sorted(item.decode() for item in found)[:limit]
+        items = sorted(item.decode() for item in found)[:limit]
+        opened = await self._vectors(items) if items else {}
+        packed = b"".join(opened.values())
+        return list(opened), np.frombuffer(packed, np.float16).reshape(-1, dimension)
 
-    async def vectors(self, items: Sequence[str]) -> Sequence[bytes | None]:
-        """See `BucketStore`."""
+    async def _vectors(self, items: Sequence[str]) -> dict[str, bytes]:
+        """Of those that have not gone meanwhile."""
         keys = [f"{PREFIX}vector:{item}" for item in items]
-        found: list[bytes | None] = await self._call(lambda: self._redis.mget(keys), [None] * len(keys))
-        return [None if value is None else self._opened(item, value) for item, value in zip(items, found, strict=True)]
+        values: list[bytes | None] = await self._call(lambda: self._redis.mget(keys), [None] * len(keys))
+        opened = {
+            item: self._opened(item, value) for item, value in zip(items, values, strict=True) if value is not None
+        }
+        return {item: data for item, data in opened.items() if data is not None}
 
     def _opened(self, item: str, value: bytes) -> bytes | None:
         try:

@@ -15,7 +15,7 @@ import asyncio
 import enum
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import structlog
 from safelight_server.cache.checkpoints import Checkpoints
@@ -53,9 +53,16 @@ class Keep(enum.Enum):
     EMBEDDINGS = "embeddings"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Wanted:
-    """One output, as far as the cache must know it."""
+    """One output, as far as the cache must know it.
+
+    Attributes:
+        embedding: of its prompt, between looking for something similar and developing it.
+        vector: what its prompt is compared by, once that was computed.
+        taken: exact names of the outputs of its request, and of what these were found to be similar to or to begin
+            from: its request's outputs have one set together, for no two of them may show the same picture.
+    """
 
     name: OutputName
     pipeline: Pipeline
@@ -63,6 +70,9 @@ class Wanted:
     encoding: PixelEncoding
     policy: CachePolicy
     generation: str
+    embedding: FloatArray | None = None
+    vector: Floats | None = None
+    taken: set[str] = field(default_factory=set)
 
     @property
     def revision(self) -> str:
@@ -121,22 +131,29 @@ class Cache:
     async def _approximate(self, wanted: Wanted, *, pictures: bool) -> Similar | Start | None:
         name, pipeline, spec = wanted.name, wanted.pipeline, wanted.spec
         try:
-            embedding = await self._prompts.get(name.space, pipeline, spec.token_ids, self._owner(wanted))
-            vector = await self._prompts.vector(pipeline, spec.token_ids, embedding)
+            embedding = await self._prompts.get(name.space, pipeline, spec.token_ids, self.owner(wanted))
+            wanted.embedding = embedding
+            vector = wanted.vector = await self._prompts.vector(pipeline, spec.token_ids, embedding)
         except UnavailableError:
             return None  # whatever ails the encoder, development will say it
         if pictures:
             similar = await self._similar.find(
-                name, pipeline, spec.prompt, vector, wanted.policy.min_similarity, wanted.encoding
+                name, pipeline, spec.prompt, vector, wanted.policy.min_similarity, wanted.encoding, wanted.taken
             )
             if similar is not None:
-                return similar
-        return await self._starts.find(name, pipeline, vector, spec.num_inference_steps)
+                return None if similar.worn else similar
+        return await self._starts.find(name, pipeline, vector, spec.num_inference_steps, wanted.taken)
 
     async def embeddings(self, wanted: Wanted) -> tuple[FloatArray | None, ...]:
         """Those of its prompts, row by row, that are known already."""
-        space, pipeline = wanted.name.space, wanted.pipeline
-        return tuple([await self._prompts.known(space, pipeline, ids) for ids in wanted.spec.token_ids_by_row])
+        space, pipeline, spec = wanted.name.space, wanted.pipeline, wanted.spec
+        met, wanted.embedding = wanted.embedding, None  # not kept for as long as the output may wait
+        return tuple(
+            [
+                met if met is not None and ids == spec.token_ids else await self._prompts.known(space, pipeline, ids)
+                for ids in spec.token_ids_by_row
+            ]
+        )
 
     # --- what is done ---
 
@@ -146,7 +163,9 @@ class Cache:
 
     async def keep_embedding(self, wanted: Wanted, token_ids: Sequence[int], embedding: FloatArray) -> None:
         """Keeps the embedding of one of its prompts."""
-        await self._prompts.keep(wanted.name.space, wanted.pipeline, token_ids, embedding, self._owner(wanted))
+        kept = await self._prompts.keep(wanted.name.space, wanted.pipeline, token_ids, embedding, self.owner(wanted))
+        if kept and wanted.vector is None and token_ids == wanted.spec.token_ids:
+            wanted.vector = await self._prompts.vector(wanted.pipeline, token_ids, embedding)
 
     async def keep_picture(self, wanted: Wanted, picture: Developed, compute_s: float, *, there: bool) -> None:
         """Keeps a finished picture and makes it findable.
@@ -158,13 +177,13 @@ class Cache:
         steps = spec.num_inference_steps
         if not there:
             await self.pictures.keep(name, picture.pixels, facts_of(wanted, compute_s))
-        await self.checkpoints.ended(name.space.name, name.exact, steps, self._owner(wanted))
+        await self.checkpoints.ended(name.space.name, name.exact, steps, self.owner(wanted))
         vector = await self._vector(wanted)
         if vector is not None:
-            await self._similar.add(name, pipeline, spec.prompt, vector, self._owner(wanted))
+            await self._similar.add(name, pipeline, spec.prompt, vector, self.owner(wanted))
             shape = pipeline.latent_shape(spec.width_px, spec.height_px)
             if num_bytes := self.checkpoints.policy.left_bytes(steps, shape):
-                await self._starts.add(name, pipeline, vector, self._owner(wanted), steps, num_bytes)
+                await self._starts.add(name, pipeline, vector, self.owner(wanted), steps, num_bytes)
 
     async def keep_as_similar(self, wanted: Wanted, picture: Developed, compute_s: float) -> None:
         """Keeps a picture that began from another's latent under a name by which EXACT never finds it.
@@ -175,18 +194,21 @@ class Cache:
         vector = await self._vector(wanted)
         if vector is not None:
             await self.pictures.put(pointer(name), picture.pixels, facts_of(wanted, compute_s), replicate=self.shared)
-            await self._similar.add(name, wanted.pipeline, wanted.spec.prompt, vector, self._owner(wanted))
+            await self._similar.add(name, wanted.pipeline, wanted.spec.prompt, vector, self.owner(wanted))
 
     async def replicate(self, wanted: Wanted, pointer: str, pixels: Pixels, compute_s: float) -> bool:
         """Keeps the pixels of a finished picture under a key; whether other replicas see them."""
         return await self.pictures.put(pointer, pixels, facts_of(wanted, compute_s), replicate=True)
 
     async def _vector(self, wanted: Wanted) -> Floats | None:
+        if wanted.vector is not None:
+            return wanted.vector
         ids = wanted.spec.token_ids
         embedding = await self._prompts.known(wanted.name.space, wanted.pipeline, ids)
         return None if embedding is None else await self._prompts.vector(wanted.pipeline, ids, embedding)
 
-    def _owner(self, wanted: Wanted) -> Owner:
+    def owner(self, wanted: Wanted) -> Owner:
+        """What purges tell its entries by."""
         return self.spaces.owner(wanted.name.space, wanted.revision, wanted.generation)
 
     def write(self, work: Coroutine[None, None, None]) -> None:
@@ -205,9 +227,10 @@ class Cache:
             log.error("bug", exc_info=fault)
 
     async def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits for what is being written, and looks nothing more up."""
         while self._writes:
             await asyncio.wait(self._writes)
+        await self._starts.close()
 
 
 def facts_of(wanted: Wanted, compute_s: float) -> Facts:
@@ -240,7 +263,11 @@ class Record:
 
     def checkpoint(self, snapshot: Snapshot) -> None:
         """The state after a step."""
-        self._cache.write(self._keep(snapshot))
+        checkpoints, name = self._cache.checkpoints, self._wanted.name
+        if checkpoints.holds:
+            checkpoints.hold(name.space.name, name.exact, snapshot, self._cache.owner(self._wanted))
+        else:
+            self._cache.write(self._keep(snapshot))
 
     async def _keep(self, snapshot: Snapshot) -> None:
         name, spec = self._wanted.name, self._wanted.spec

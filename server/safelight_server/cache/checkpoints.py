@@ -7,7 +7,9 @@ missing from the list, which costs computation and nothing else.
 
 While it runs, an execution keeps its newest checkpoint, to resume from, and
 those nearest to the fractions of its steps from which others may start; when it
-has ended, only the latter.
+has ended, only the latter. Where nobody could go on from a running execution,
+there are only the latter, held in this process and written when it has its
+picture: written one by one between the steps they cost a fiftieth of these.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from __future__ import annotations
 import functools
 import math
 import struct
+import time
 from collections import OrderedDict
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from safelight_server.cache.store.keyring import Keyring
@@ -30,16 +33,23 @@ MAGIC = b"SLP1"
 _HEADER = struct.Struct("<4sIIII")
 _MAX_EDGE = 1 << 16
 _FLOAT = np.dtype("<f4")
+HELD_BYTES = 64 << 20
+"""Of snapshots that wait for their executions to end, cancelled ones among them; beyond, the oldest are given up."""
 
 
 class CheckpointError(Exception):
     """Bytes that are no snapshot."""
 
 
+def num_bytes(latent_shape: tuple[int, ...]) -> int:
+    """Of what `dump` makes."""
+    return _HEADER.size + 2 * math.prod(latent_shape) * _FLOAT.itemsize
+
+
 def dump(snapshot: Snapshot) -> bytes:
     """A snapshot as bytes: magic, step, C, h, w as uint32, then x and denoised as float32, all little-endian."""
     header = _HEADER.pack(MAGIC, snapshot.step, *snapshot.x.shape)
-    return b"".join((header, snapshot.x.astype(_FLOAT).tobytes(), snapshot.denoised.astype(_FLOAT).tobytes()))
+    return b"".join((header, *(np.asarray(array, _FLOAT).tobytes() for array in (snapshot.x, snapshot.denoised))))
 
 
 def parse(data: bytes) -> Snapshot:
@@ -88,13 +98,27 @@ class Policy:
 
     def left_bytes(self, num_steps: int, latent_shape: tuple[int, ...]) -> int:
         """Of what is left of an execution's checkpoints when it has ended, whoever made them."""
-        one = _HEADER.size + 2 * math.prod(latent_shape) * _FLOAT.itemsize
+        one = num_bytes(latent_shape)
         return len(self.anchors(num_steps)) * one if one <= self.max_bytes else 0
 
     def useless(self, kept: Collection[int], num_steps: int, ended: bool) -> set[int]:
         """Of the kept steps, those that serve nothing any more."""
         newest = set() if ended or not kept or not self.every_n_steps else {max(kept)}
         return set(kept) - self.anchors(num_steps) - newest
+
+
+@dataclass(slots=True)
+class _Held:
+    """Snapshots of an execution that are not written yet, by step; given up at `until`, in `time.monotonic`."""
+
+    owner: Owner
+    until: float
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """As they will be written."""
+        return sum(num_bytes(snapshot.x.shape) for snapshot in self.snapshots.values())
 
 
 class Checkpoints:
@@ -111,6 +135,30 @@ class Checkpoints:
         self._tiers = tiers
         self._keyring = keyring
         self._lists: OrderedDict[str, set[int]] = OrderedDict()
+        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._held_bytes = 0
+
+    @property
+    def holds(self) -> bool:
+        """Whether snapshots are held until their execution has its picture: `hold` in place of `keep`."""
+        return not self.policy.every_n_steps
+
+    def hold(self, tenant: str, execution: str, snapshot: Snapshot, owner: Owner) -> bool:
+        """Keeps a snapshot in this process until `ended`. A latent that is not finite never is.
+
+        Args:
+            owner: what to purge it by.
+        """
+        size = num_bytes(snapshot.x.shape)
+        if size > self.policy.max_bytes or not _is_finite(snapshot):
+            return False
+        key = self._key(tenant, execution, "steps")
+        held = self._holding(key) or self._held.setdefault(key, _Held(owner, time.monotonic() + self.policy.ttl_s))
+        self._held_bytes += 0 if snapshot.step in held.snapshots else size
+        held.snapshots[snapshot.step] = snapshot
+        while self._held_bytes > HELD_BYTES:
+            self._let_go(next(iter(self._held)))
+        return True
 
     async def keep(
         self,
@@ -133,15 +181,11 @@ class Checkpoints:
         Returns:
             Whether it is kept, with `replicate` whether others see it. A latent that is not finite never is.
         """
-        data = dump(snapshot)
-        if len(data) > self.policy.max_bytes or not _is_finite(snapshot):
+        if num_bytes(snapshot.x.shape) > self.policy.max_bytes or not _is_finite(snapshot):
             return False
         tags = (self._keyring.tag("revision", revision), self._keyring.tag("generation", generation))
         key = self._key(tenant, execution, snapshot.step)
-        replicated = await self._tiers.put(key, Entry(data, {}, *tags), self.policy.ttl_s, replicate)
-        if not replicate and not self.policy.every_n_steps:
-            self._note(tenant, execution, snapshot.step)
-            return True
+        replicated = await self._tiers.put(key, Entry(dump(snapshot), {}, *tags), self.policy.ttl_s, replicate)
         steps = await self._steps(tenant, execution)
         steps.add(snapshot.step)
         safe = replicated or not replicate
@@ -154,18 +198,22 @@ class Checkpoints:
 
     async def ended(self, tenant: str, execution: str, num_steps: int, owner: Owner) -> None:
         """The execution has its picture: keeps only what others may start from."""
-        key = self._key(tenant, execution, "steps")
-        own = self._lists.get(key, set())
+        key, tags = self._key(tenant, execution, "steps"), (owner.revision, owner.generation)
+        held = dict(holding.snapshots) if (holding := self._holding(key)) is not None else {}
+        for step, snapshot in held.items():
+            entry = Entry(dump(snapshot), {}, *tags)
+            await self._tiers.put(self._key(tenant, execution, step), entry, self.policy.ttl_s)
+        own = self._lists.get(key, set()) | held.keys()
         found = await self._tiers.get(key, fresh=True)
         listed = set() if found is None else _unpacked(found.entry.data)
         gone = self.policy.useless(own | listed, num_steps, ended=True)
         steps = (own | listed) - gone
         if steps != listed:
-            tags = (owner.revision, owner.generation)
             await self._list(tenant, execution, steps, tags, replicate=False)
         for step in gone:
             await self._tiers.delete(self._key(tenant, execution, step))
         self._lists.pop(key, None)
+        self._let_go(key)
 
     async def newest(self, tenant: str, execution: str) -> Snapshot | None:
         """The checkpoint with the most steps that can be read."""
@@ -173,8 +221,11 @@ class Checkpoints:
 
     async def at_or_before(self, tenant: str, execution: str, step: int) -> Snapshot | None:
         """The checkpoint with the most steps up to `step` that can be read."""
+        held = self._holding(self._key(tenant, execution, "steps"))
         for kept in sorted(await self._steps(tenant, execution), reverse=True):
             if kept <= step:
+                if held is not None and kept in held.snapshots:
+                    return held.snapshots[kept]
                 found = await self._tiers.get(self._key(tenant, execution, kept))
                 if found is not None:
                     return parse(found.entry.data)
@@ -186,7 +237,8 @@ class Checkpoints:
 
     async def gone(self, tenant: str, execution: str) -> bool:
         """Whether nothing is kept of it for certain; a tier that cannot answer may have it."""
-        return await self._tiers.gone(self._key(tenant, execution, "steps"))
+        key = self._key(tenant, execution, "steps")
+        return self._holding(key) is None and await self._tiers.gone(key)
 
     async def put(self, key: str, snapshot: Snapshot) -> bool:
         """Keeps a snapshot under a key of its own; whether other replicas see it."""
@@ -202,10 +254,14 @@ class Checkpoints:
         keys = [self._key(tenant, execution, step) for step in await self._steps(tenant, execution)]
         keys.append(self._key(tenant, execution, "steps"))
         self._lists.pop(keys[-1], None)
+        self._let_go(keys[-1])
         return all([await self._tiers.delete(key) for key in keys])
 
     async def forget(self, scope: Scope) -> bool:
         """Lists nothing any more of a tenant that was purged; other lists lead to entries that are not there."""
+        for key, held in list(self._held.items()):
+            if scope.includes(Owner(key, held.owner.revision, held.owner.generation)):
+                self._let_go(key)
         if scope.by_name:
             for key in [key for key in self._lists if key.startswith(scope.prefix)]:
                 del self._lists[key]
@@ -214,28 +270,29 @@ class Checkpoints:
     async def _steps(self, tenant: str, execution: str) -> set[int]:
         key = self._key(tenant, execution, "steps")
         found = await self._tiers.get(key, fresh=True)
-        own = self._lists.get(key, set())
-        if found is None:
-            return set(own)
-        return own | _unpacked(found.entry.data)
+        own = set(self._lists.get(key, ()))
+        if (held := self._holding(key)) is not None:
+            own.update(held.snapshots)
+        return own if found is None else own | _unpacked(found.entry.data)
 
-    def _note(self, tenant: str, execution: str, step: int) -> None:
-        """Lists a step in this process only: cheap, and all that is needed until the execution has ended."""
-        key = self._key(tenant, execution, "steps")
-        self._lists.setdefault(key, set()).add(step)
-        self._trim(key)
+    def _holding(self, key: str) -> _Held | None:
+        if (held := self._held.get(key)) is not None and held.until <= time.monotonic():
+            self._let_go(key)
+        return self._held.get(key)
 
-    def _trim(self, key: str) -> None:
-        self._lists.move_to_end(key)
-        if len(self._lists) > self.MAX_LISTS:
-            self._lists.popitem(last=False)
+    def _let_go(self, key: str) -> None:
+        """Holds them no longer."""
+        if (held := self._held.pop(key, None)) is not None:
+            self._held_bytes -= held.num_bytes
 
     async def _list(
         self, tenant: str, execution: str, steps: set[int], tags: tuple[bytes, bytes], replicate: bool
     ) -> bool:
         key = self._key(tenant, execution, "steps")
         self._lists[key] = set(steps)
-        self._trim(key)
+        self._lists.move_to_end(key)
+        if len(self._lists) > self.MAX_LISTS:
+            self._lists.popitem(last=False)
         data = struct.pack(f"<{len(steps)}I", *sorted(steps))
         return await self._tiers.put(key, Entry(data, {}, *tags), self.policy.ttl_s, replicate)
 

@@ -64,7 +64,14 @@ def centred(vector: Floats, mean: Floats) -> Floats:
 
 
 def cosines(stored: npt.NDArray[np.float16], vector: Floats) -> Floats:
-    """Of unit vectors (N, D), kept as float16, and a unit vector (D,): (N,) float32, at most 1."""
+    """Of unit vectors (N, D), kept as float16, and a unit vector (D,): (N,) float32, at most 1.
+
+    A vector's cosine with itself is 1: float16 may lose up to 2^-11 of it, so that what is as near as that is 1.
+    """
     wide = np.asarray(vector, np.float32)
     parts = [stored[start : start + _BLOCK].astype(np.float32) @ wide for start in range(0, len(stored), _BLOCK)]
-    return np.minimum(np.concatenate(parts), 1) if parts else np.empty(0, np.float32)
+    if not parts:
+        return np.empty(0, np.float32)
+    found = np.concatenate(parts)
+    found[found > 1 - 2**-11] = 1
+    return found

@@ -14,9 +14,11 @@ the vectors, `fingerprint` seeds and scopes, `guard` judges what is found.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +27,9 @@ import numpy.typing as npt
 from safelight_server.cache.embedding import cosines
 
 Floats = npt.NDArray[np.float32]
+Halves = npt.NDArray[np.float16]
+ROW = "I"
+"""Type of a row, of numpy and of `array`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,7 @@ class Shape:
     """
 
     num_tables: int = 12
-    num_bits: int = 20
+    num_bits: int = 24
     num_probes: int = 8
 
 
@@ -51,10 +56,10 @@ class Match:
 
 
 class BucketStore(Protocol):
-    """Sets of items by bucket, and the items' vectors. One round trip each."""
+    """Sets of items by bucket, and the items' vectors."""
 
-    async def add(self, item: str, buckets: Sequence[str], vector: bytes) -> None:
-        """Puts an item into its buckets; an item that is there is replaced."""
+    async def add(self, item: str, buckets: Sequence[str], vector: Halves) -> None:
+        """Puts an item with its vector (D,) into its buckets; an item that is there is replaced."""
 
     async def remove(self, item: str) -> None:
         """Takes an item out of everything; nothing happens where it is not there."""
@@ -62,12 +67,9 @@ class BucketStore(Protocol):
     async def discard(self, goes: Callable[[str], bool]) -> bool:
         """Takes out all items for which `goes`; False where that could not be done."""
 
-    async def members(self, buckets: Sequence[str], limit: int) -> Sequence[str]:
-        """The union of the buckets (Redis: one SUNION), each item once, at most `limit`, of the first buckets first
-        where the store can tell."""
-
-    async def vectors(self, items: Sequence[str]) -> Sequence[bytes | None]:
-        """The items' vectors, None where one has gone meanwhile (Redis: one MGET)."""
+    async def find(self, buckets: Sequence[str], limit: int, dimension: int) -> tuple[Sequence[str], Halves]:
+        """The items in any of the buckets, each once, at most `limit`, of the first buckets first where the store can
+        tell, and their vectors (N, `dimension`) (Redis: one SUNION, one MGET)."""
 
 
 class Signatures:
@@ -133,8 +135,7 @@ class SimilarIndex:
 
     async def add(self, scope: str, item: str, vector: Floats) -> None:
         """Keeps a unit vector (D,) as float16. `scope` is what must be equal: only searches with the same find it."""
-        packed = np.asarray(vector, np.float16).tobytes()
-        await self._store.add(item, self._signatures.buckets(scope, vector), packed)
+        await self._store.add(item, self._signatures.buckets(scope, vector), np.asarray(vector, np.float16))
 
     async def remove(self, item: str) -> None:
         """Forgets an item."""
@@ -142,19 +143,15 @@ class SimilarIndex:
 
     async def search(self, scope: str, vector: Floats, min_cosine: float, limit: int = 8) -> list[Match]:
         """The nearest that were found with at least `min_cosine`, nearest first."""
-        found = await self._store.members(self._signatures.probes(scope, vector), self._max_candidates)
-        packed = await self._store.vectors(found) if found else ()
-        there = [(item, data) for item, data in zip(found, packed, strict=True) if data is not None]
-        return matches([item for item, _ in there], (data for _, data in there), vector, min_cosine, limit)
+        probes = self._signatures.probes(scope, vector)
+        items, stored = await self._store.find(probes, self._max_candidates, len(vector))
+        return matches(items, stored, vector, min_cosine, limit)
 
 
-def matches(
-    items: Sequence[str], packed: Iterable[bytes], vector: Floats, min_cosine: float, limit: int
-) -> list[Match]:
-    """The exact check: of stored float16 vectors, those with at least `min_cosine`, nearest first."""
+def matches(items: Sequence[str], stored: Halves, vector: Floats, min_cosine: float, limit: int) -> list[Match]:
+    """The exact check: of stored vectors (N, D), those with at least `min_cosine`, nearest first."""
     if not items:
         return []
-    stored = np.frombuffer(b"".join(packed), np.float16).reshape(len(items), -1)
     exact = cosines(stored, vector)
     good = np.flatnonzero(exact >= min_cosine)
     best = good[np.argsort(-exact[good], kind="stable")][:limit]
@@ -162,7 +159,8 @@ def matches(
 
 
 class MemoryBuckets:
-    """A `BucketStore` in this process.
+    """A `BucketStore` in this process. A bucket is an array of rows of a shelf, where the vectors lie together: what a
+    search of many takes time for is memory that is not at hand.
 
     Args:
         max_items: beyond it the item that was added longest ago goes; adding one again renews it.
@@ -172,29 +170,29 @@ class MemoryBuckets:
     def __init__(self, max_items: int, max_members: int = 64) -> None:
         self._max_items = max_items
         self._max_members = max_members
-        self._buckets: dict[str, dict[str, None]] = {}
-        self._items: OrderedDict[str, tuple[Sequence[str], bytes]] = OrderedDict()
+        self._buckets: dict[str, array[int]] = {}
+        self._items: OrderedDict[str, tuple[Sequence[str], _Shelf, int]] = OrderedDict()
+        self._shelves: dict[int, _Shelf] = {}
 
     def __len__(self) -> int:
         """How many items are kept."""
         return len(self._items)
 
-    @property
-    def num_bytes(self) -> int:
-        """Of the vectors, without what Python needs around them."""
-        return sum(len(vector) for _, vector in self._items.values())
-
-    async def add(self, item: str, buckets: Sequence[str], vector: bytes) -> None:
-        """See `BucketStore`."""
+    async def add(self, item: str, buckets: Sequence[str], vector: Halves) -> None:
+        """See `BucketStore`. Vectors in the same bucket are of one dimension."""
         self._drop(item)
         while len(self._items) >= self._max_items:
             self._drop(next(iter(self._items)))
-        self._items[item] = (buckets, vector)
+        if len(vector) not in self._shelves:
+            self._shelves[len(vector)] = _Shelf(len(vector))
+        shelf = self._shelves[len(vector)]
+        row = shelf.put(item, vector)
+        self._items[item] = (buckets, shelf, row)
         for bucket in buckets:
-            members = self._buckets.setdefault(bucket, {})
+            members = self._buckets.setdefault(bucket, array(ROW))
             if len(members) >= self._max_members:
-                del members[next(iter(members))]
-            members[item] = None
+                del members[0]
+            members.append(row)
 
     async def remove(self, item: str) -> None:
         """See `BucketStore`."""
@@ -206,24 +204,64 @@ class MemoryBuckets:
             self._drop(item)
         return True
 
-    async def members(self, buckets: Sequence[str], limit: int) -> Sequence[str]:
+    async def find(self, buckets: Sequence[str], limit: int, dimension: int) -> tuple[Sequence[str], Halves]:
         """See `BucketStore`; in the order of the buckets."""
-        found: dict[str, None] = {}
+        shelf = self._shelves.get(dimension)
+        if shelf is None:
+            return (), np.empty((0, dimension), np.float16)
+        gathered: list[array[int]] = []
+        num_gathered, enough = 0, limit
         for bucket in buckets:
-            if (members := self._buckets.get(bucket)) is not None:
-                found.update(members)
-                if len(found) >= limit:
+            if (members := self._buckets.get(bucket)) is None:
+                continue
+            gathered.append(members)
+            num_gathered += len(members)
+            if num_gathered >= enough:
+                rows = _rows(gathered)
+                if len(rows) >= limit:
                     break
-        return list(itertools.islice(found, limit))
-
-    async def vectors(self, items: Sequence[str]) -> Sequence[bytes | None]:
-        """See `BucketStore`."""
-        return [entry[1] if (entry := self._items.get(item)) else None for item in items]
+                enough = 2 * num_gathered  # many are in several buckets
+        else:
+            rows = _rows(gathered)
+        rows = rows[:limit]
+        return [shelf.names[row] for row in rows.tolist()], shelf.vectors[rows]
 
     def _drop(self, item: str) -> None:
-        buckets, _ = self._items.pop(item, ((), b""))
+        if item not in self._items:
+            return
+        buckets, shelf, row = self._items.pop(item)
+        shelf.free.append(row)
         for bucket in buckets:
-            members = self._buckets.get(bucket, {})
-            members.pop(item, None)
+            members = self._buckets.get(bucket, array(ROW))
+            with contextlib.suppress(ValueError):  # the bucket was full and has dropped it
+                members.remove(row)
             if not members:
                 self._buckets.pop(bucket, None)
+
+
+def _rows(gathered: Sequence[array[int]]) -> npt.NDArray[np.uint32]:
+    """All of them once, in the order in which they come first."""
+    rows = np.frombuffer(b"".join(gathered), np.dtype(ROW))
+    _, first = np.unique(rows, return_index=True)
+    return rows[np.sort(first)]
+
+
+class _Shelf:
+    """Vectors of one dimension and whose they are, by row. A row that was taken is used again."""
+
+    def __init__(self, dimension: int) -> None:
+        self.vectors = np.zeros((64, dimension), np.float16)
+        self.names: list[str] = []
+        self.free: list[int] = []
+
+    def put(self, item: str, vector: Halves) -> int:
+        if self.free:
+            row = self.free.pop()
+            self.names[row] = item
+        else:
+            row = len(self.names)
+            self.names.append(item)
+            if row == len(self.vectors):
+                self.vectors = np.concatenate([self.vectors, np.zeros_like(self.vectors)])
+        self.vectors[row] = vector
+        return row

@@ -44,12 +44,14 @@ class Prompts:
 
     async def keep(
         self, space: Space, pipeline: Pipeline, token_ids: Sequence[int], embedding: FloatArray, owner: Owner
-    ) -> None:
-        """Keeps an embedding, unless it is not finite. `owner`: whoever computed it."""
-        if np.isfinite(embedding).all():
-            data = np.ascontiguousarray(embedding, np.float32).tobytes()
-            entry = Entry(data, {}, owner.revision, owner.generation)
-            await self._tiers.put(_key(space, pipeline, token_ids), entry, self._ttl_s)
+    ) -> bool:
+        """Keeps an embedding; False: it is not finite. `owner`: whoever computed it."""
+        if not np.isfinite(embedding).all():
+            return False
+        data = np.ascontiguousarray(embedding, np.float32).tobytes()
+        entry = Entry(data, {}, owner.revision, owner.generation)
+        await self._tiers.put(_key(space, pipeline, token_ids), entry, self._ttl_s)
+        return True
 
     async def get(self, space: Space, pipeline: Pipeline, token_ids: Sequence[int], owner: Owner) -> FloatArray:
         """The embedding (T, D), encoded where it is not kept."""

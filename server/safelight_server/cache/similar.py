@@ -6,8 +6,10 @@ give nothing.
 
 Invariant: what is returned has the comparable name asked for (same model, size,
 sampler, steps, guidance and negative prompt), at least the similarity asked
-for, and a prompt that agrees with the one asked for. Neighbours: `lsh`,
-`neighbours`, `guard`, `pictures`.
+for, and a prompt that agrees with the one asked for; and no picture answers
+more than `max_uses` times, so that those who ask alike do not all see one
+picture, least of all one that came out badly. Neighbours: `lsh`, `neighbours`,
+`guard`, `pictures`.
 """
 
 from __future__ import annotations
@@ -29,16 +31,29 @@ from safelight_server.request import PixelEncoding
 MAX_INDEXES = 64
 """Planes kept at once, of spaces and pipelines; they are made again from their seed."""
 NUM_CANDIDATES = 64
-MAX_SAID = 100_000
-"""Pictures whose prompts need not be looked up to know what they say."""
+MAX_KNOWN = 100_000
+"""Pictures whose prompts need not be looked up to know what they say, and whose uses are counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Similar:
-    """A picture that may be served for another prompt."""
+    """A picture that may be served for another prompt.
+
+    Attributes:
+        worn: it has answered often enough, and is found no more: one like it should be developed anew, from noise.
+    """
 
     kept: Kept
     similarity: float
+    worn: bool = False
+
+
+@dataclass(slots=True)
+class _Known:
+    """Of one picture: what its prompt says, and how often it was found on this replica."""
+
+    says: Facts
+    num_uses: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +70,21 @@ class SimilarPictures:
     Args:
         store: of all spaces: names of items and buckets are secrets of theirs.
         max_scanned: a space's newest pictures that are scanned.
+        max_uses: how often a picture answers on one replica.
         rejected: called for each candidate that the guard turns away.
     """
 
-    def __init__(self, pictures: Pictures, store: BucketStore, max_scanned: int, rejected: Callable[[], None]) -> None:
+    def __init__(
+        self, pictures: Pictures, store: BucketStore, max_scanned: int, max_uses: int, rejected: Callable[[], None]
+    ) -> None:
         self._pictures = pictures
         self._store = store
         self._max_scanned = max_scanned
+        self._max_uses = max_uses
         self._rejected = rejected
         self._indexes: OrderedDict[tuple[str, str], _Index] = OrderedDict()
         self._guards: dict[str, Guard] = {}
-        self._said: OrderedDict[str, Facts] = OrderedDict()
+        self._known: OrderedDict[str, _Known] = OrderedDict()
 
     async def add(self, name: OutputName, pipeline: Pipeline, prompt: str, vector: Floats, owner: Owner) -> None:
         """A finished picture is there for prompts like its own."""
@@ -79,8 +98,8 @@ class SimilarPictures:
         done = await self._store.discard(lambda item: scope.includes(_owner(item)))
         for index in self._indexes.values():
             index.newest.discard(lambda item: scope.includes(_owner(item)))
-        for item in [item for item in self._said if scope.includes(_owner(item))]:
-            del self._said[item]
+        for item in [item for item in self._known if scope.includes(_owner(item))]:
+            del self._known[item]
         return done
 
     async def find(
@@ -91,60 +110,71 @@ class SimilarPictures:
         vector: Floats,
         min_similarity: float,
         encoding: PixelEncoding,
+        taken: set[str],
     ) -> Similar | None:
-        """The most similar picture that may answer `prompt`, if there is one."""
+        """The most similar picture that may answer `prompt`, if there is one.
+
+        Args:
+            taken: exact names of pictures that may not; what is found is added.
+        """
         index, wanted = self._index(name.space, pipeline, len(vector)), self._guard(pipeline).facts(prompt)
         seen: set[str] = set()
         found = await index.tables.search(name.comparable, vector, min_similarity, NUM_CANDIDATES)
-        if (similar := await self._choose(found, seen, name, pipeline, wanted, encoding)) is not None:
+        if (similar := await self._choose(found, seen, taken, name, pipeline, wanted, encoding)) is not None:
             return similar
         found = index.newest.search(name.comparable, vector, min_similarity, NUM_CANDIDATES)
-        return await self._choose(found, seen, name, pipeline, wanted, encoding)
+        return await self._choose(found, seen, taken, name, pipeline, wanted, encoding)
 
     async def _choose(
         self,
         found: Sequence[Match],
         seen: set[str],
+        taken: set[str],
         name: OutputName,
         pipeline: Pipeline,
         wanted: Facts,
         encoding: PixelEncoding,
     ) -> Similar | None:
         for match in found:
-            if match.item in seen:
+            source = replace(name, exact=_exact(match.item))
+            if match.item in seen or source.exact in taken:
                 continue
             seen.add(match.item)
-            source = replace(name, exact=_exact(match.item))
-            says = await self._says(match.item, source, pipeline)
-            if says is not None and says != wanted:
+            known = await self._look_up(match.item, source, pipeline)
+            if known is not None and known.says != wanted:
                 self._rejected()
                 continue
-            kept = None if says is None else await self._pictures.get(source, encoding)
-            if kept is not None:
-                return Similar(kept, match.cosine)
+            kept = None if known is None else await self._pictures.get(source, encoding)
+            if source.exact in taken:  # meanwhile, by another output of its request
+                continue
+            if known is not None and kept is not None:
+                taken.add(source.exact)
+                known.num_uses += 1
+                if worn := known.num_uses > self._max_uses:
+                    await self._remove(match.item, name.space, pipeline)
+                return Similar(kept, match.cosine, worn)
             if await self._pictures.gone(source):
                 await self._remove(match.item, name.space, pipeline)
         return None
 
-    async def _says(self, item: str, source: OutputName, pipeline: Pipeline) -> Facts | None:
-        """What the prompt of a picture says; None where the picture is gone."""
-        says = self._said.get(item)
-        if says is None:
+    async def _look_up(self, item: str, source: OutputName, pipeline: Pipeline) -> _Known | None:
+        """What is known of a picture; None where it is gone."""
+        if item not in self._known:
             facts = await self._pictures.facts(source)
             if facts is None:
                 return None
-            says = self._guard(pipeline).facts(facts.prompt)
-            self._remember(item, says)
-        return says
+            self._remember(item, self._guard(pipeline).facts(facts.prompt))
+        self._known.move_to_end(item)
+        return self._known[item]
 
     def _remember(self, item: str, says: Facts) -> None:
-        self._said[item] = says
-        if len(self._said) > MAX_SAID:
-            self._said.popitem(last=False)
+        self._known.setdefault(item, _Known(says))
+        if len(self._known) > MAX_KNOWN:
+            self._known.popitem(last=False)
 
     async def _remove(self, item: str, space: Space, pipeline: Pipeline) -> None:
         await self._store.remove(item)
-        self._said.pop(item, None)
+        self._known.pop(item, None)
         if (index := self._indexes.get((space.name, pipeline.digest))) is not None:
             index.newest.remove(item)
 

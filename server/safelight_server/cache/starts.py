@@ -4,8 +4,8 @@ NIRVANA (Agarwal et al. 2024, arXiv 2312.04429): the nearer the prompt, the late
 the step. Which outputs' checkpoints stay is decided by the least benefit of
 theirs that is left out. In memory, one of each replica; what other replicas or
 an earlier life of this one kept is looked up, off the request path, when a space
-is first used; and what its index had when that index had to go, when it is used
-again. Invariants: a start is a checkpoint of an output with the same comparable
+is first used and every few minutes while it is; and what its index had when that
+index had to go, when it is used again. Invariants: a start is a checkpoint of an output with the same comparable
 name; what the books count can be found. Neighbours: `neighbours`, `bands`,
 `checkpoints`, `eviction`.
 """
@@ -13,7 +13,10 @@ name; what the books count can be found. Neighbours: `neighbours`, `bands`,
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import OrderedDict
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
 from safelight_server.cache.bands import Bands
@@ -29,6 +32,8 @@ from safelight_server.latents import Snapshot
 
 MAX_INDEXES = 64
 MAX_SPACES = 4096
+LOOK_EVERY_S = 300.0
+"""How often what other replicas have kept of a space is looked up, while it is in use."""
 NUM_CANDIDATES = 4
 
 
@@ -55,14 +60,22 @@ class Starts:
     Args:
         books: decide what goes when the checkpoints of all outputs are too many bytes.
         max_items: outputs in one index.
+        clock: monotonic seconds.
     """
 
     def __init__(
-        self, checkpoints: Checkpoints, vectors: Vectors, bands: Bands, books: Eviction, max_items: int
+        self,
+        checkpoints: Checkpoints,
+        vectors: Vectors,
+        bands: Bands,
+        books: Eviction,
+        max_items: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._checkpoints = checkpoints
         self._vectors = vectors
-        self._rebuilt: OrderedDict[str, None] = OrderedDict()
+        self._clock = clock
+        self._looked: OrderedDict[str, float] = OrderedDict()
         self._rebuilding: set[asyncio.Task[None]] = set()
         self._bands = bands
         self._books = books
@@ -93,10 +106,9 @@ class Starts:
             await self._drop(item)
 
     async def _rebuild(self, space: Space) -> None:
-        """Adds what the tiers have of a space."""
-        async for kept in self._vectors.all(space):
-            if kept.name.exact not in self._place:
-                await self._add(kept)
+        """Adds what the tiers have of a space and is not known here."""
+        async for kept in self._vectors.all(space, self._place):
+            await self._add(kept)
 
     async def _refill(self, at: tuple[str, str]) -> None:
         """Adds again what was in an index that had to go."""
@@ -112,14 +124,31 @@ class Starts:
         while self._rebuilding:
             await asyncio.wait(self._rebuilding)
 
-    async def find(self, name: OutputName, pipeline: Pipeline, vector: Floats, num_steps: int) -> Start | None:
-        """The latest start that a nearby prompt allows, if there is one."""
+    async def close(self) -> None:
+        """Looks nothing up any more: the tiers are about to be closed."""
+        for task in self._rebuilding:
+            task.cancel()
+        await self.rebuilt()
+
+    async def find(
+        self, name: OutputName, pipeline: Pipeline, vector: Floats, num_steps: int, taken: set[str]
+    ) -> Start | None:
+        """The latest start that a nearby prompt allows, if there is one.
+
+        Args:
+            taken: exact names of outputs from which none may begin; the one that is found is added.
+        """
         _, index = self._index(name.space, pipeline.digest, len(vector))
         for match in index.search(name.comparable, vector, self._bands.thresholds[0], NUM_CANDIDATES):
+            if match.item in taken:
+                continue
             steps = await self._checkpoints.steps(name.space.name, match.item)
             step = self._bands.start_step(match.cosine, num_steps, steps)
             snapshot = await self._checkpoints.at_or_before(name.space.name, match.item, step) if step else None
+            if match.item in taken:  # meanwhile, by another output of its request
+                continue
             if snapshot is not None:
+                taken.add(match.item)
                 self._books.hit(match.item)
                 return Start(snapshot, match.cosine)
             if not steps and await self._checkpoints.gone(name.space.name, match.item):
@@ -151,13 +180,19 @@ class Starts:
         if index is None:
             seed = space.seed(f"codes {pipeline}")
             index = self._indexes[at] = Neighbours(dimension, seed, max_items=self._max_items)
-            task = asyncio.create_task(self._refill(at) if space.name in self._rebuilt else self._rebuild(space))
-            self._rebuilding.add(task)
-            task.add_done_callback(self._rebuilding.discard)
-            self._rebuilt[space.name] = None
-            if len(self._rebuilt) > MAX_SPACES:
-                self._rebuilt.popitem(last=False)
+            if space.name in self._looked:
+                self._start(self._refill(at))
+        if self._clock() - self._looked.get(space.name, -math.inf) >= LOOK_EVERY_S:
+            self._looked[space.name] = self._clock()
+            self._start(self._rebuild(space))
+            if len(self._looked) > MAX_SPACES:
+                self._looked.popitem(last=False)
         self._indexes.move_to_end(at)
         if len(self._indexes) > MAX_INDEXES:
             self._indexes.popitem(last=False)
         return at, index
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._rebuilding.add(task)
+        task.add_done_callback(self._rebuilding.discard)

@@ -6,7 +6,7 @@ Neighbours: `starts` writes and reads them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,12 +57,13 @@ class Vectors:
         """Its checkpoints are gone."""
         await self._tiers.delete(_key(space, exact))
 
-    async def all(self, space: Space) -> AsyncIterator[Kept]:
-        """Those of a space, as far as the tiers tell."""
+    async def all(self, space: Space, known: Container[str] = ()) -> AsyncIterator[Kept]:
+        """Those of a space, as far as the tiers tell, without those that are known."""
         prefix = _key(space, "")
         for key in await self._tiers.keys(prefix, MAX_KEPT):
-            kept = await self.get(space, key.removeprefix(prefix))
-            if kept is not None:
+            exact = key.removeprefix(prefix)
+            kept = None if exact in known else await self.get(space, exact)
+            if kept is not None and exact not in known:
                 yield kept
 
     async def get(self, space: Space, exact: str) -> Kept | None:

@@ -110,13 +110,13 @@ class Flight:
         if self._aloft:
             self._flights.engine.reschedule(output_id, self._job.priority, deadline)
 
-    async def preview(self, output_id: int, denoised: FloatArray, component: Component) -> FloatArray | None:
-        """As the engine, where it runs here; else there is no decoder for it."""
-        return await self._flights.engine.preview(output_id, denoised, component) if self._aloft else None
+    async def preview(self, job: Job, denoised: FloatArray, component: Component) -> FloatArray | None:
+        """As the engine: previews are decoded where they are watched, wherever the steps are made."""
+        return await self._flights.engine.preview(job, denoised, component)
 
     def load(self) -> float:
-        """As the engine; infinite where it runs elsewhere."""
-        return self._flights.engine.load() if self._aloft else math.inf
+        """As the engine."""
+        return self._flights.engine.load()
 
     # --- who computes ---
 
@@ -141,7 +141,7 @@ class Flight:
                     listener.found(pixels)
                     return
                 self._flights.asking.pop(self, None)
-                if await self._follow(listener):
+                if await self._follow(job, listener):
                     await self._lead(job, listener, None)
                     return
             except StoreError:
@@ -158,13 +158,14 @@ class Flight:
             self._leaving = self._flights.start(_give_back(taking))
             raise
 
-    async def _follow(self, listener: FlightListener) -> bool:
+    async def _follow(self, job: Job, listener: FlightListener) -> bool:
         """Hears the leader until its result is committed; True: the service is away, and the leader with it.
 
         Raises:
             LeaderLostError: it died.
         """
         self._flights.news.say(FOLLOW, self.ticket.name)
+        self._flights.engine.follow(job.output_id)
         hearing = asyncio.create_task(self._hear(listener))
         away = asyncio.create_task(self._flights.away.wait())
         try:
@@ -174,6 +175,7 @@ class Flight:
             hearing.result()
             return False
         finally:
+            self._flights.engine.unfollow(job.output_id)
             for task in (hearing, away):
                 task.cancel()
             await asyncio.wait({hearing, away})

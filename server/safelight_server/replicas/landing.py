@@ -90,15 +90,16 @@ async def _commit(
     """Commits; `decided` with the picture that counts in place of ours, or None as soon as this takes long.
 
     Who holds the lease may be nobody: one whose answer was lost, or a replica that dies. So it is waited for until
-    there is a result or the lease is free.
+    there is a result or the lease is free. The bill is the same each time: where the answer of a commit was lost and
+    its result forgotten since, it is not written again.
     """
-    until, late = time.monotonic() + GIVE_UP_S, False
+    until, late, bill = time.monotonic() + GIVE_UP_S, False, _bill(flights, ticket, work)
     try:
         while time.monotonic() < until:
             with contextlib.suppress(StoreError):
                 leader = leader or await Leadership.take(flights.coordinator, ticket.name, flights.ttl_s)
                 if leader is not None and await keep(pixels, work.compute_s):
-                    outcome = await leader.commit(ticket.pointer, _bill(flights, ticket, work), LAND_S)
+                    outcome = await leader.commit(ticket.pointer, bill, LAND_S)
                     if outcome is Outcome.COMMITTED:
                         return
                 theirs = await committed(flights, ticket.name)

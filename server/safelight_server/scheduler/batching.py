@@ -99,12 +99,13 @@ class Batching:
             if kind is Kind.ENCODE:
                 rows.append(Row(-1, conditioning_id=str(member)))
                 continue
+            if kind is Kind.PREVIEW:
+                self._lives.preview_taken(int(member), key)
+                rows.append(Row(int(member)))
+                continue
             life = self._lives.of[int(member)]
-            if kind is Kind.DECODE:
-                life.todo.clear()
-                life.in_flight.add(0)
-            else:
-                life.previews.discard(key)
+            life.todo.clear()
+            life.in_flight.add(0)
             rows.append(Row(int(member), life.step))
         return tuple(rows)
 

@@ -107,11 +107,12 @@ class Scheduler:
         self._batching.num_instances = num_instances
 
     def want_preview(self, output_id: int, key: str) -> None:
-        """Asks for one preview row of an output; one that is waiting already counts."""
-        life = self._lives.of.get(output_id)
-        if life is not None and key not in life.previews:
-            life.previews.add(key)
-            self._ready.push((Kind.PREVIEW, key), output_id)
+        """Asks for one preview row of an output, here or elsewhere; one that is waiting already counts."""
+        self._lives.want_preview(output_id, key)
+
+    def drop_previews(self, output_id: int) -> None:
+        """Takes back what was asked of an output elsewhere; one that ends here does so by itself."""
+        self._lives.drop_previews(output_id)
 
     def want_embedding(self, conditioning_id: str, key: str) -> list[Event]:
         """Asks for the embedding of a prompt itself: one `Encoded` answers all who asked until then."""

@@ -51,12 +51,11 @@ def _check_queues(lives: Lives, ready: ReadyQueues) -> None:
             if isinstance(member, str):
                 _require(member in lives.prompts, "a prompt that nobody wants is in line")
                 continue
-            _require(member in lives.of, f"output {member} has ended, but is in line")
-            life = lives.of[member]
             if kind is Kind.PREVIEW:
-                _require(key in life.previews, "a preview that nobody wants is in line")
-            else:
-                _require(bool(life.todo), f"output {member} is in line with nothing to do")
+                _require(key in lives.previews.get(member, ()), "a preview that nobody wants is in line")
+                continue
+            _require(member in lives.of, f"output {member} has ended, but is in line")
+            _require(bool(lives.of[member].todo), f"output {member} is in line with nothing to do")
 
 
 def _check_outputs(

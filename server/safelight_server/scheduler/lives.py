@@ -4,7 +4,8 @@ Owns the outputs that have not ended and the prompts that they need, and puts
 into the ready queues what each state makes ready. Invariants: a running output
 has rows ready or in flight, or prompts that are; a prompt wanted by many is
 encoded once; one that nobody wants is released; an output that has ended is in
-no queue.
+no queue. Previews may also be wanted of outputs that have no life here: those of
+another server.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ class Life:
         unencoded: of its prompts, while it is ENCODING.
         todo: parts of the present step (or 0, the decoding) that are in no batch yet.
         in_flight: parts that are in a batch.
-        previews: keys of the previews it stands in line for.
     """
 
     output: Output
@@ -48,7 +48,6 @@ class Life:
     unencoded: int = 0
     todo: list[int] = field(default_factory=list)
     in_flight: set[int] = field(default_factory=set)
-    previews: set[str] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -71,13 +70,18 @@ class Denoising:
 
 
 class Lives:
-    """The outputs that have not ended, by id."""
+    """The outputs that have not ended, by id.
+
+    Attributes:
+        previews: keys of the previews that an output stands in line for; none that is empty.
+    """
 
     def __init__(self, waiting: WaitingQueue, ready: ReadyQueues, deadlines: Deadlines) -> None:
         self._waiting = waiting
         self._ready = ready
         self._deadlines = deadlines
         self.of: dict[int, Life] = {}
+        self.previews: dict[int, set[str]] = {}
         self.prompts: dict[str, Prompt] = {}
         self.num_running = 0
         self._denoising: dict[str, Denoising] = {}
@@ -111,6 +115,23 @@ class Lives:
             self._move(life, State.ENCODING)
         else:
             self._ready_to_step(life)
+
+    def want_preview(self, output_id: int, key: str) -> None:
+        """It stands in line for one row; once."""
+        self.previews.setdefault(output_id, set()).add(key)
+        self._ready.push((Kind.PREVIEW, key), output_id)
+
+    def preview_taken(self, output_id: int, key: str) -> None:
+        """It is in a batch."""
+        keys = self.previews[output_id]
+        keys.remove(key)
+        if not keys:
+            del self.previews[output_id]
+
+    def drop_previews(self, output_id: int) -> None:
+        """Nobody wants any that is not in a batch."""
+        for key in self.previews.pop(output_id, ()):
+            self._ready.discard((Kind.PREVIEW, key), output_id)
 
     def ask(self, conditioning_id: str, key: str) -> list[Event]:
         """Someone wants a prompt's embedding itself: `Encoded` follows, at once where it is there."""
@@ -189,8 +210,7 @@ class Lives:
         self._deadlines.set(output_id, None)
         for kind in (Kind.DENOISE, Kind.DECODE):
             self._ready.discard((kind, life.output.keys[kind]), output_id)
-        for key in life.previews:
-            self._ready.discard((Kind.PREVIEW, key), output_id)
+        self.drop_previews(output_id)
         return self._release(life.output)
 
     def _encoding(self, prompt: Prompt) -> list[Life]:

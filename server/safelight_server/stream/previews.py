@@ -170,6 +170,7 @@ class Previews:
         self._closed = True
         self._waiting.clear()
         self._making.clear()
+        self._ready = _nobody  # else it and its stream would keep each other
 
     def _cadence(self, output_index: int) -> Cadence:
         if (cadence := self._cadences.get(output_index)) is None:
@@ -184,3 +185,7 @@ class Previews:
     def _drop(self, output_index: int, again: int = 0) -> None:
         self._dropped[output_index] = self._dropped.get(output_index, 0) + 1 + again
         self._counts.num_dropped += 1
+
+
+def _nobody(_output_index: int) -> None:
+    """In place of a stream that is over."""

@@ -633,7 +633,9 @@ Global___Scheduling: _TypeAlias = Scheduling  # noqa: Y015
 class CachePolicy(_message.Message):
     """Whether work that was done before, or is being done, may serve a request.
     Only work of the same tenant, or of a pool of tenants that the operator has
-    marked as shared, is looked at.
+    marked as shared, is looked at. What serves one output of a request, or is
+    what it begins from, serves no other output of that request; outputs with
+    equal seeds are equal.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -654,7 +656,8 @@ class CachePolicy(_message.Message):
         """Nothing: it is developed anew, nobody joins it, and it is not kept."""
         MODE_ALLOW_LATENT: CachePolicy._Mode.ValueType  # 3
         """As DEFAULT, and development may start from the latent of another output
-        whose prompt is near. The picture is then an approximation.
+        whose prompt is near and not the same. The picture is then an
+        approximation.
         """
         MODE_ALLOW_SIMILAR: CachePolicy._Mode.ValueType  # 4
         """As ALLOW_LATENT, and a finished picture of another seed or wording may be
@@ -674,7 +677,8 @@ class CachePolicy(_message.Message):
     """Nothing: it is developed anew, nobody joins it, and it is not kept."""
     MODE_ALLOW_LATENT: CachePolicy.Mode.ValueType  # 3
     """As DEFAULT, and development may start from the latent of another output
-    whose prompt is near. The picture is then an approximation.
+    whose prompt is near and not the same. The picture is then an
+    approximation.
     """
     MODE_ALLOW_SIMILAR: CachePolicy.Mode.ValueType  # 4
     """As ALLOW_LATENT, and a finished picture of another seed or wording may be
@@ -687,7 +691,8 @@ class CachePolicy(_message.Message):
     """What may serve a request."""
     min_similarity: _builtins.float
     """Least similarity (cosine of the prompts' embeddings) of a picture that is
-    served as it is, above 0 and at most 1. Only with ALLOW_SIMILAR. Absent: 0.95.
+    served as it is, above 0 and at most 1, which the same words have. Only with
+    ALLOW_SIMILAR. Absent: 0.95.
     """
     def __init__(
         self,

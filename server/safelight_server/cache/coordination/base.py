@@ -103,7 +103,10 @@ class Coordinator(Protocol):
         """
 
     async def commit(self, lease: Lease, pointer: str, bill: bytes) -> Outcome:
-        """Makes the result and its bill visible at once, if the lease's token is still the newest of its name."""
+        """Makes the result and its bill visible at once, if the lease's token is still the newest of its name.
+
+        The same bill of a name is written once, also if the result was forgotten before it is committed anew.
+        """
 
     async def result(self, name: str) -> Result | None:
         """What is committed under a name."""

@@ -48,6 +48,7 @@ class LocalCoordinator:
         self._clock = clock
         self._executions: OrderedDict[str, _Execution] = OrderedDict()
         self._bills: list[Event] = []
+        self._billed: dict[tuple[str, bytes], None] = {}
         self._tokens = 0
         self._places = 0
         self._changed = asyncio.Event()
@@ -132,8 +133,12 @@ class LocalCoordinator:
             return Outcome.FENCED
         execution.result = Result(pointer, lease.owner, lease.token)
         execution.lease = None
-        self._bills.append(self._event(bill))
+        if (lease.name, bill) not in self._billed:
+            self._billed[lease.name, bill] = None
+            self._bills.append(self._event(bill))
         del self._bills[: -self._max_names]
+        while len(self._billed) > self._max_names:
+            del self._billed[next(iter(self._billed))]
         self._notify()
         return Outcome.COMMITTED
 

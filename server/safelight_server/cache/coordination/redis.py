@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -45,6 +46,8 @@ RETRY_S = 0.25
 READ_COUNT = 256
 ENDED_S = 60.0
 """How long the events of a committed execution are kept for those who follow late."""
+BILLED_S = 3600.0
+"""How long a bill that comes again is known; who commits gives up long before."""
 
 
 class RedisCoordinator:
@@ -170,9 +173,10 @@ class RedisCoordinator:
 
     async def commit(self, lease: Lease, pointer: str, bill: bytes) -> Outcome:
         """See `Coordinator`."""
-        keys = [*(_key(kind, lease.name) for kind in ("token", "result", "lease", "events")), BILLS]
-        ended_ms = min(_ms(ENDED_S), self._memory_ms)
-        arguments = (lease.owner, str(lease.token), pointer, bill, self._memory_ms, self._max_bills, ended_ms)
+        billed = _key("billed", f"{lease.name}:{hashlib.sha256(bill).hexdigest()}")
+        keys = [*(_key(kind, lease.name) for kind in ("token", "result", "lease", "events")), BILLS, billed]
+        ttls = min(_ms(ENDED_S), self._memory_ms), min(_ms(BILLED_S), self._memory_ms)
+        arguments = (lease.owner, str(lease.token), pointer, bill, self._memory_ms, self._max_bills, *ttls)
         return Outcome((await self._run("commit", keys, *arguments)).decode())
 
     async def result(self, name: str) -> Result | None:

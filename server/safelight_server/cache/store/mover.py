@@ -28,9 +28,12 @@ class Mover:
         self._offered = asyncio.Event()
         self._written = asyncio.Condition()
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
 
     def offer(self, key: str, value: bytes) -> bool:
-        """Takes a value to be written; False: there is no room."""
+        """Takes a value to be written; False: there is no room, or it is closed."""
+        if self._closed:
+            return False
         before = len(self._waiting.get(key, b""))
         if self._bytes + len(value) - before > self._max_bytes:
             self.discard(key)
@@ -70,7 +73,8 @@ class Mover:
             await self._written.wait_for(lambda: self._writing is None and not self._waiting)
 
     async def close(self) -> None:
-        """Stops; what waits is lost: `flush` first."""
+        """Stops; what waits is lost: `flush` first. What comes later must not open a store again that is closed."""
+        self._closed = True
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
