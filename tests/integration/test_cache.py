@@ -59,7 +59,8 @@ def pictures(events: list[pb.GenerationEvent]) -> list[bytes]:
 
 async def kept(running) -> None:
     """Everything that is to be kept is."""
-    await eventually(lambda: not running.generations._live and not running.cache._writes)
+    executions = running.generations._intake._executions
+    await eventually(lambda: not (running.generations._live or executions._tasks or running.cache._writes))
 
 
 async def test_an_identical_request_gets_the_very_picture_without_a_denoiser_row(server, seed):
@@ -214,8 +215,54 @@ async def test_after_so_many_similar_answers_one_is_developed_anew(start):
         sources = [one.source for one in found if one.disposition == similar]
         assert sources == [first[0].generation, first[0].generation, answers[2][0].generation]
         await kept(running)
+        same = result(await collect(stub.Generate(ask("a red potion on a dark background", 9, SIMILAR))))
+        assert same.source == answers[2][0].generation, "although the first is nearer"
         again = await collect(stub.Generate(ask("a red potion on a dark background", 1)))
         assert result(again).disposition == R.DISPOSITION_EXACT, "it is only found as similar no more"
+
+
+async def test_of_many_at_once_only_every_so_manyth_is_developed_anew(start):
+    async with start(cache_similar_uses=2) as running, grpc.aio.insecure_channel(running.address) as channel:
+        stub = stubs.GenerationServiceStub(channel)
+        await collect(stub.Generate(ask("a red potion on a dark background", 1)))
+        await kept(running)
+        asked = [ask("red potion, dark background", seed, SIMILAR) for seed in range(2, 11)]
+        answers = await asyncio.gather(*(collect(stub.Generate(message)) for message in asked))
+        found = [result(answer).disposition for answer in answers]
+        assert sorted(found) == [R.DISPOSITION_MISS] * 3 + [R.DISPOSITION_SIMILAR] * 6
+
+
+async def test_a_picture_answers_until_another_is_there_to_take_its_place(start):
+    async with start(cache_similar_uses=1) as running, grpc.aio.insecure_channel(running.address) as channel:
+        stub = stubs.GenerationServiceStub(channel)
+        first = await collect(stub.Generate(ask("a red potion on a dark background", 1)))
+        await kept(running)
+        await collect(stub.Generate(ask("red potion, dark background", 2, SIMILAR)))
+        stream = stub.Generate(ask("red potion, dark background", 3, SIMILAR))
+        await stream.read()
+        stream.cancel()
+        again = await collect(stub.Generate(ask("red potion, dark background", 4, SIMILAR)))
+        assert (result(again).disposition, result(again).source) == (R.DISPOSITION_SIMILAR, first[0].generation)
+
+
+async def test_a_picture_that_is_made_again_is_in_the_index_once(start):
+    async with start(cache_similar_uses=1) as running, grpc.aio.insecure_channel(running.address) as channel:
+        stub = stubs.GenerationServiceStub(channel)
+        await collect(stub.Generate(ask("red potion, dark background", 1)))
+        await kept(running)
+        for _ in range(3):
+            near = await collect(stub.Generate(ask("a red potion on a dark background", 50, LATENT)))
+            assert result(near).disposition == R.DISPOSITION_LATENT
+            await kept(running)
+        assert len(running.cache._similar._store) == 2
+        found = []
+        for seed in (60, 61):
+            asked = ask("a red potion on a dark background", seed, SIMILAR)
+            found.append(result(await collect(stub.Generate(asked))).disposition)
+            await kept(running)
+            await collect(stub.Generate(ask("a red potion on a dark background", 50, LATENT)))
+            await kept(running)
+        assert found == [R.DISPOSITION_SIMILAR, R.DISPOSITION_MISS], "its answers are counted whoever made it"
 
 
 async def test_a_nearby_latent_saves_steps_and_never_enters_exact(server, seed):

@@ -66,7 +66,7 @@ async def test_similar_pictures_are_found_again_after_an_outage_and_not_once_the
     name = replica.name("ann", "a1")
     owner = replica.spaces.owner(name.space, "r", "g1")
     await pictures.keep(name, PIXELS, Facts("a potion", "generations/1", "r", STEPS, 1.0))
-    await similar.add(name, PIPELINE, "a potion", vector(1), owner)
+    await similar.add(name, PIPELINE, "a potion", vector(1), owner, None)
 
     async def found() -> bool:
         return await similar.find(name, PIPELINE, "a potion", vector(1), 0.9, PNG, set()) is not None

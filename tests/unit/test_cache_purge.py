@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from safelight_server.cache.store import purge as module
+from safelight_server.cache.store import base
 from safelight_server.cache.store.purge import Scope, purge
 from safelight_server.cache.store.sealed import Entry
 from safelight_server.cache.store.tiers import Tiers
@@ -61,7 +61,7 @@ async def test_a_tier_that_cannot_is_named() -> None:
 
 
 async def test_a_listing_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STALL_S", 0.01)
+    monkeypatch.setattr(base, "STALL_S", 0.01)
     bench = await filled()
     bench.objects.fault = "hangs"
     assert (await purge(bench.tiers, Scope(TENANTS["acme"] + "/"))).failed == ["objects"]

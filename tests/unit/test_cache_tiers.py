@@ -2,12 +2,13 @@
 
 import asyncio
 import itertools
+from collections.abc import AsyncIterator
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from safelight_server.cache.store.breaker import Breaker
+from safelight_server.cache.store.breaker import Breaker, State
 from safelight_server.cache.store.keyring import Keyring
 from safelight_server.cache.store.memory import ENTRY_BYTES, MemoryStore
 from safelight_server.cache.store.purge import Scope, purge
@@ -101,6 +102,32 @@ async def test_what_came_from_below_is_not_written_there_again() -> None:
     bench.objects.put = put  # type: ignore[method-assign]
     await bench.tiers.flush()
     assert puts == []
+
+
+async def test_a_listing_may_take_longer_than_a_call() -> None:
+    bench = Bench()
+    bench.tiers = Tiers(
+        [Tier(bench.memory), Tier(bench.disk, Breaker("disk", 0.02, 1))], bench.sealer, bench.numbers.metrics
+    )
+    for number in range(10):
+        await bench.tiers.put(key(number), Entry(b"x"), TTL_S)
+        await bench.forget_in_memory(number)
+    await bench.tiers.flush()
+    listed = bench.disk.keys
+
+    async def slowly(prefix: str = "") -> AsyncIterator[str]:
+        async for name in listed(prefix):
+            await asyncio.sleep(0.01)
+            yield name
+
+    bench.disk.keys = slowly  # type: ignore[method-assign]
+    assert len(await bench.tiers.keys("", 100)) == 10
+    assert bench.tiers.tiers[1].breaker.state is State.CLOSED  # type: ignore[union-attr]
+    assert len(await bench.tiers.keys("", 3)) == 3
+    bench.disk.fault = "unavailable"
+    await bench.tiers.put(key(10), Entry(b"x"), TTL_S)
+    assert await bench.tiers.keys("", 100) == [key(10)]
+    assert bench.numbers.errors("disk", "unavailable") >= 1
 
 
 async def test_a_value_on_its_way_is_never_nowhere() -> None:

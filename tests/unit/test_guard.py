@@ -153,3 +153,9 @@ def test_numbers_agree_only_when_equal(count, other):
 def test_words_that_mean_two_things_or_nothing_are_refused(groups):
     with pytest.raises(ValidationError):
         GuardWords(groups=groups)
+
+
+def test_quotes_that_are_never_closed_cost_no_more_than_their_length():
+    """Read again from each of them, these would take minutes."""
+    for quote in "\"“„«‘'":
+        assert Guard().facts(quote * 100_000 + " potion") == Guard().facts(quote * 100_000 + " potion")

@@ -56,19 +56,31 @@ class Replica:
     def name(self, tenant: str, exact: str) -> OutputName:
         return OutputName(self.spaces.of(tenant), exact, "c0")
 
-    async def finish(self, tenant: str, exact: str, seed: int) -> None:
-        """An output that has left checkpoints."""
+    async def finish(self, tenant: str, exact: str, seed: int, at: np.ndarray | None = None) -> None:
+        """An output that has left checkpoints, of a prompt `at` a vector."""
         name = self.name(tenant, exact)
         for step in (2, 4, 6, 8, 10):
             snapshot = Snapshot(step, np.full(LATENT, seed, np.float32), np.zeros(LATENT, np.float32))
             await self.checkpoints.keep(name.space.name, exact, snapshot, STEPS)
         owner = self.spaces.owner(name.space, "r", f"g{seed}")
-        await self.starts.add(name, PIPELINE, vector(seed), owner, STEPS, 1000)
+        await self.starts.add(name, PIPELINE, vector(seed) if at is None else at, owner, STEPS, 1000)
 
     async def found(self, tenant: str, seed: int, taken: set[str] | None = None) -> float | None:
         taken = set() if taken is None else taken
         start = await self.starts.find(self.name(tenant, "new"), PIPELINE, near(seed), STEPS, taken)
         return None if start is None else float(start.snapshot.x.flat[0])
+
+
+async def test_those_that_begin_nothing_do_not_hide_one_that_would() -> None:
+    replica = Replica(MemoryStore(1 << 24), Keyring.random())
+    await replica.finish("ann", "neighbour", 3)
+    for number in range(6):
+        await replica.finish("ann", f"same{number}", 900, near(3))
+    assert await replica.found("ann", 3) == 3.0, "the others are of the same prompt"
+    for number in range(6):
+        await replica.finish("ann", f"other{number}", 3)
+    taken = {"neighbour", *(f"other{number}" for number in range(5))}
+    assert await replica.found("ann", 3, taken) == 3.0
 
 
 async def test_after_a_restart_the_index_is_made_anew_on_first_use() -> None:

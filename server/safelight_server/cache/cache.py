@@ -60,6 +60,7 @@ class Wanted:
     Attributes:
         embedding: of its prompt, between looking for something similar and developing it.
         vector: what its prompt is compared by, once that was computed.
+        replaces: exact name of a picture that has answered often enough, which this output is to take the place of.
         taken: exact names of the outputs of its request, and of what these were found to be similar to or to begin
             from: its request's outputs have one set together, for no two of them may show the same picture.
     """
@@ -72,6 +73,7 @@ class Wanted:
     generation: str
     embedding: FloatArray | None = None
     vector: Floats | None = None
+    replaces: str | None = None
     taken: set[str] = field(default_factory=set)
 
     @property
@@ -140,8 +142,11 @@ class Cache:
             similar = await self._similar.find(
                 name, pipeline, spec.prompt, vector, wanted.policy.min_similarity, wanted.encoding, wanted.taken
             )
+            if similar is not None and similar.worn:
+                wanted.replaces = similar.name
+                return None
             if similar is not None:
-                return None if similar.worn else similar
+                return similar
         return await self._starts.find(name, pipeline, vector, spec.num_inference_steps, wanted.taken)
 
     async def embeddings(self, wanted: Wanted) -> tuple[FloatArray | None, ...]:
@@ -180,7 +185,7 @@ class Cache:
         await self.checkpoints.ended(name.space.name, name.exact, steps, self.owner(wanted))
         vector = await self._vector(wanted)
         if vector is not None:
-            await self._similar.add(name, pipeline, spec.prompt, vector, self.owner(wanted))
+            await self._similar.add(name, pipeline, spec.prompt, vector, self.owner(wanted), wanted.replaces)
             shape = pipeline.latent_shape(spec.width_px, spec.height_px)
             if num_bytes := self.checkpoints.policy.left_bytes(steps, shape):
                 await self._starts.add(name, pipeline, vector, self.owner(wanted), steps, num_bytes)
@@ -194,7 +199,9 @@ class Cache:
         vector = await self._vector(wanted)
         if vector is not None:
             await self.pictures.put(pointer(name), picture.pixels, facts_of(wanted, compute_s), replicate=self.shared)
-            await self._similar.add(name, wanted.pipeline, wanted.spec.prompt, vector, self.owner(wanted))
+            await self._similar.add(
+                name, wanted.pipeline, wanted.spec.prompt, vector, self.owner(wanted), wanted.replaces
+            )
 
     async def replicate(self, wanted: Wanted, pointer: str, pixels: Pixels, compute_s: float) -> bool:
         """Keeps the pixels of a finished picture under a key; whether other replicas see them."""

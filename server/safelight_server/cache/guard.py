@@ -50,7 +50,7 @@ NEGATIONS = frozenset(_NEGATION_WORDS.split())
 FILLERS = frozenset(_FILLER_WORDS.split())
 """Words between a negation, colour or number and what it belongs to."""
 
-_QUOTED = re.compile(r"\"([^\"]*)\"|“([^”]*)”|„([^“”]*)[“”]|«([^»]*)»|‘([^’]*)’|(?<!\w)'([^']*)'(?!\w)")
+_QUOTED = re.compile(r"\"([^\"]*)\"|“([^“”]*)”|„([^„“”]*)[“”]|«([^«»]*)»|‘([^‘’]*)’|(?<!\w)'([^']*)'(?!\w)")
 _WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+?(?=n't\b)|n't\b|[^\W\d_]+")
 
 Meaning = tuple[str, int]

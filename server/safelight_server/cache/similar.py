@@ -6,10 +6,12 @@ give nothing.
 
 Invariant: what is returned has the comparable name asked for (same model, size,
 sampler, steps, guidance and negative prompt), at least the similarity asked
-for, and a prompt that agrees with the one asked for; and no picture answers
-more than `max_uses` times, so that those who ask alike do not all see one
-picture, least of all one that came out badly. Neighbours: `lsh`, `neighbours`,
-`guard`, `pictures`.
+for, and a prompt that agrees with the one asked for. When a picture has answered
+`max_uses` times, one like it is developed anew and takes its place as soon as it
+is there, so that those who ask alike do not all see one picture, least of all
+one that came out badly; until then it goes on answering, and where nothing came
+of the new one, the next is begun after as many answers. Neighbours: `lsh`,
+`neighbours`, `guard`, `pictures`.
 """
 
 from __future__ import annotations
@@ -40,9 +42,12 @@ class Similar:
     """A picture that may be served for another prompt.
 
     Attributes:
-        worn: it has answered often enough, and is found no more: one like it should be developed anew, from noise.
+        name: the exact name of the picture.
+        worn: it has answered often enough: this time one like it should be developed from noise, to be added in its
+            place.
     """
 
+    name: str
     kept: Kept
     similarity: float
     worn: bool = False
@@ -50,8 +55,9 @@ class Similar:
 
 @dataclass(slots=True)
 class _Known:
-    """Of one picture: what its prompt says, and how often it was found on this replica."""
+    """Of one picture: by what item it is found, what its prompt says, how often it was found on this replica."""
 
+    item: str
     says: Facts
     num_uses: int = 0
 
@@ -70,7 +76,7 @@ class SimilarPictures:
     Args:
         store: of all spaces: names of items and buckets are secrets of theirs.
         max_scanned: a space's newest pictures that are scanned.
-        max_uses: how often a picture answers on one replica.
+        max_uses: how often a picture answers on one replica before one is to take its place.
         rejected: called for each candidate that the guard turns away.
     """
 
@@ -86,20 +92,30 @@ class SimilarPictures:
         self._guards: dict[str, Guard] = {}
         self._known: OrderedDict[str, _Known] = OrderedDict()
 
-    async def add(self, name: OutputName, pipeline: Pipeline, prompt: str, vector: Floats, owner: Owner) -> None:
-        """A finished picture is there for prompts like its own."""
+    async def add(
+        self, name: OutputName, pipeline: Pipeline, prompt: str, vector: Floats, owner: Owner, replaces: str | None
+    ) -> None:
+        """A finished picture is there for prompts like its own.
+
+        Args:
+            replaces: exact name of one that is found no more.
+        """
         index, item = self._index(name.space, pipeline, len(vector)), _item(name, owner)
+        earlier = self._known.get(name.exact)
+        for known in (earlier, None if replaces is None else self._known.get(replaces)):
+            if known is not None and known.item != item:
+                await self._remove(known.item, name.space, pipeline)
         await index.tables.add(name.comparable, item, vector)
         index.newest.add(name.comparable, item, vector)
-        self._remember(item, self._guard(pipeline).facts(prompt))
+        self._remember(item, self._guard(pipeline).facts(prompt), 0 if earlier is None else earlier.num_uses)
 
     async def forget(self, scope: Scope) -> bool:
         """Finds nothing any more of what was purged; False where the buckets could not be cleared."""
         done = await self._store.discard(lambda item: scope.includes(_owner(item)))
         for index in self._indexes.values():
             index.newest.discard(lambda item: scope.includes(_owner(item)))
-        for item in [item for item in self._known if scope.includes(_owner(item))]:
-            del self._known[item]
+        for exact in [exact for exact, known in self._known.items() if scope.includes(_owner(known.item))]:
+            del self._known[exact]
         return done
 
     async def find(
@@ -137,9 +153,9 @@ class SimilarPictures:
     ) -> Similar | None:
         for match in found:
             source = replace(name, exact=_exact(match.item))
-            if match.item in seen or source.exact in taken:
+            if source.exact in seen or source.exact in taken:
                 continue
-            seen.add(match.item)
+            seen.add(source.exact)
             known = await self._look_up(match.item, source, pipeline)
             if known is not None and known.says != wanted:
                 self._rejected()
@@ -150,31 +166,30 @@ class SimilarPictures:
             if known is not None and kept is not None:
                 taken.add(source.exact)
                 known.num_uses += 1
-                if worn := known.num_uses > self._max_uses:
-                    await self._remove(match.item, name.space, pipeline)
-                return Similar(kept, match.cosine, worn)
+                worn = known.num_uses % (self._max_uses + 1) == 0
+                return Similar(source.exact, kept, match.cosine, worn)
             if await self._pictures.gone(source):
                 await self._remove(match.item, name.space, pipeline)
         return None
 
     async def _look_up(self, item: str, source: OutputName, pipeline: Pipeline) -> _Known | None:
         """What is known of a picture; None where it is gone."""
-        if item not in self._known:
+        if source.exact not in self._known:
             facts = await self._pictures.facts(source)
             if facts is None:
                 return None
             self._remember(item, self._guard(pipeline).facts(facts.prompt))
-        self._known.move_to_end(item)
-        return self._known[item]
+        self._known.move_to_end(source.exact)
+        return self._known[source.exact]
 
-    def _remember(self, item: str, says: Facts) -> None:
-        self._known.setdefault(item, _Known(says))
+    def _remember(self, item: str, says: Facts, num_uses: int = 0) -> None:
+        self._known[_exact(item)] = _Known(item, says, num_uses)
         if len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
 
     async def _remove(self, item: str, space: Space, pipeline: Pipeline) -> None:
         await self._store.remove(item)
-        self._known.pop(item, None)
+        self._known.pop(_exact(item), None)
         if (index := self._indexes.get((space.name, pipeline.digest))) is not None:
             index.newest.remove(item)
 

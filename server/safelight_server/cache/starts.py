@@ -13,6 +13,7 @@ name; what the books count can be found. Neighbours: `neighbours`, `bands`,
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import time
 from collections import OrderedDict
@@ -34,7 +35,9 @@ MAX_INDEXES = 64
 MAX_SPACES = 4096
 LOOK_EVERY_S = 300.0
 """How often what other replicas have kept of a space is looked up, while it is in use."""
-NUM_CANDIDATES = 4
+NUM_CANDIDATES = 64
+NUM_TRIED = 4
+"""Of the candidates that may be begun from, the nearest, whose checkpoints are looked up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +142,9 @@ class Starts:
             taken: exact names of outputs from which none may begin; the one that is found is added.
         """
         _, index = self._index(name.space, pipeline.digest, len(vector))
-        for match in index.search(name.comparable, vector, self._bands.thresholds[0], NUM_CANDIDATES):
-            if match.item in taken:
-                continue
+        found = index.search(name.comparable, vector, self._bands.thresholds[0], NUM_CANDIDATES)
+        useful = (match for match in found if match.item not in taken and self._bands.fraction(match.cosine))
+        for match in itertools.islice(useful, NUM_TRIED):
             steps = await self._checkpoints.steps(name.space.name, match.item)
             step = self._bands.start_step(match.cosine, num_steps, steps)
             snapshot = await self._checkpoints.at_or_before(name.space.name, match.item, step) if step else None

@@ -13,12 +13,15 @@ bytes or ones that serve as well. So a tier may hold an older value than another
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 HEADER_BYTES = 48
+STALL_S = 5.0
+"""A listing that gives nothing for this long has failed."""
 KEY = re.compile(r"[a-z0-9][a-z0-9.-]*(/[a-z0-9][a-z0-9.-]*){2}")
 
 
@@ -86,6 +89,24 @@ class Store(Protocol):
 
     async def close(self) -> None:
         """Lets go of connections. Entries of persistent tiers stay."""
+
+
+async def listed(store: Store, prefix: str) -> AsyncGenerator[str]:
+    """All keys that begin with `prefix`. How long it takes depends on all that the store holds: no breaker times it.
+
+    Raises:
+        StoreUnavailableError: the store fails or stalls.
+    """
+    keys = aiter(store.keys(prefix))
+    while True:
+        try:
+            async with asyncio.timeout(STALL_S):
+                key = await anext(keys)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise StoreUnavailableError(f"{store.name}: it lists nothing for {STALL_S} s") from None
+        yield key
 
 
 def check_key(key: str) -> str:

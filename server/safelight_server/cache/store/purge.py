@@ -13,16 +13,13 @@ may stay.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from safelight_server.cache.store.base import Store, StoreUnavailableError
+from safelight_server.cache.store.base import StoreUnavailableError, listed
 from safelight_server.cache.store.sealed import parse_header
 from safelight_server.cache.store.tiers import Tier, Tiers
 
 BATCH = 16
-STALL_S = 5.0
-"""A listing that gives nothing for this long has failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +103,7 @@ async def _purge_tier(tiers: Tiers, tier: Tier, scope: Scope) -> int:
         if scope.covers(key, value):
             deleted += await _erase(tiers, tier, key)
     batch: list[str] = []
-    async for key in _keys(tier.store, scope.prefix):
+    async for key in listed(tier.store, scope.prefix):
         batch.append(key)
         if len(batch) == BATCH:
             deleted += sum(await asyncio.gather(*(_look(tiers, tier, scope, key) for key in batch)))
@@ -126,16 +123,3 @@ async def _erase(tiers: Tiers, tier: Tier, key: str) -> bool:
     if not await tiers.erase(tier, key):
         raise StoreUnavailableError(tier.name)
     return True
-
-
-async def _keys(store: Store, prefix: str) -> AsyncIterator[str]:
-    keys = aiter(store.keys(prefix))
-    while True:
-        try:
-            async with asyncio.timeout(STALL_S):
-                key = await anext(keys)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            raise StoreUnavailableError(f"{store.name}: it lists nothing for {STALL_S} s") from None
-        yield key

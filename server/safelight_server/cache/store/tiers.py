@@ -28,8 +28,9 @@ from safelight_server.cache.store.base import (
     StoreError,
     StoreFullError,
     TooLargeError,
+    listed,
 )
-from safelight_server.cache.store.breaker import Breaker
+from safelight_server.cache.store.breaker import Breaker, State
 from safelight_server.cache.store.mover import Mover
 from safelight_server.cache.store.sealed import CorruptError, Entry, Sealer, UnreadableError, parse_header
 from safelight_server.telemetry.metrics import TierMetrics
@@ -204,14 +205,16 @@ class Tiers:
         """Keys with this beginning in all tiers that can tell, at most `limit`."""
         found: dict[str, None] = {}
         for tier in self.tiers:
-
-            async def listed(tier: Tier = tier) -> None:
-                async for key in tier.store.keys(prefix):
-                    found[key] = None
-                    if len(found) >= limit:
-                        return
-
-            await self.call(tier, listed)
+            if tier.breaker is not None and tier.breaker.state is not State.CLOSED:
+                continue
+            try:
+                async with contextlib.aclosing(listed(tier.store, prefix)) as keys:
+                    async for key in keys:
+                        found[key] = None
+                        if len(found) >= limit:
+                            break
+            except StoreError:
+                self._metrics.error(tier.name, "unavailable")
         return list(found)
 
     async def flush(self) -> None:
