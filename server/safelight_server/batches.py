@@ -117,8 +117,10 @@ class Batches:
         if batch.kind is Kind.DECODE:
             latent = np.stack([self._finished(self.flights[row.output_id]) for row in batch.rows])
             return Call(key, {"latent": decoder_latent(key.pipeline, latent)}, len(batch.rows))
-        previews = [self._previews[row.output_id].pop(batch.key) for row in batch.rows]
+        previews = [self._previews[row.output_id][batch.key] for row in batch.rows]
         latent = np.stack([preview.latent for preview in previews])
+        for row in batch.rows:
+            del self._previews[row.output_id][batch.key]
         return Call(key, {"latent": decoder_latent(key.pipeline, latent)}, len(batch.rows), previews=previews)
 
     def spans(
@@ -276,9 +278,10 @@ class Batches:
         parts = np.array([row.part for row in batch.rows], np.intp)
         steps = np.array([row.step for row in batch.rows], np.intp)
         latents = self._latents[batch.key]
+        inputs = latents.rows(slots, parts, steps)
         latents.depart(slots)
         self._departed.add(batch.batch_id)
-        return Call(key, latents.rows(slots, parts, steps), len({row.output_id for row in batch.rows}), slots, parts)
+        return Call(key, inputs, len({row.output_id for row in batch.rows}), slots, parts)
 
     def _claim(self, key: str, flight: Flight) -> None:
         known = flight.embeddings

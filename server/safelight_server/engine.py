@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import Context
+from typing import Any
 
 import structlog
 from safelight_server.alarm import Alarm
@@ -242,17 +243,24 @@ class Engine:
             return
         for batch in self.scheduler.schedule(now, free, full_only=full_only):
             self._busy[batch.instance] = batch.batch_id
-            call = self._batches.gather(batch)
-            spans = (
-                self._batches.spans(batch, call, self._runtime.name, lambda at: self._listeners[at].trails())
-                if self._tracing.num_trails
-                else NO_CALL
-            )
-            task = asyncio.create_task(self._run(batch, call, spans), context=Context())  # it works for many
-            self._tasks.add(task)
-            task.add_done_callback(functools.partial(self._ran, batch, call))
-            if batch.kind is Kind.DENOISE:
-                self._announce(batch)
+            try:
+                self._begin(batch)
+            except Exception:  # memory for its latents, above all
+                log.exception("bug", **_about(batch))
+                asyncio.get_running_loop().call_soon(self._broke, batch)
+
+    def _begin(self, batch: Batch) -> None:
+        call = self._batches.gather(batch)
+        spans = (
+            self._batches.spans(batch, call, self._runtime.name, lambda at: self._listeners[at].trails())
+            if self._tracing.num_trails
+            else NO_CALL
+        )
+        task = asyncio.create_task(self._run(batch, call, spans), context=Context())  # it works for many
+        self._tasks.add(task)
+        task.add_done_callback(functools.partial(self._ran, batch, call))
+        if batch.kind is Kind.DENOISE:
+            self._announce(batch)
 
     def _instances_changed(self) -> None:
         """Instances came or went; batches in flight on those that went fail by themselves."""
@@ -307,15 +315,19 @@ class Engine:
             self._metrics.critical_seconds.inc(self._clock() - returned)
 
     def _ran(self, batch: Batch, call: Call, task: asyncio.Task[None]) -> None:
-        """A batch is over. A bug in it, the runtime's or ours, ends the outputs that it was for and nothing else."""
+        """A batch is over."""
         self._tasks.discard(task)
-        if task.cancelled() or (bug := task.exception()) is None:
-            return
-        log.error("bug", kind=batch.kind.value, key=batch.key, rows=len(batch.rows), exc_info=bug)
+        if not task.cancelled() and (bug := task.exception()) is not None:
+            log.error("bug", **_about(batch), exc_info=bug)
+            self._broke(batch, call)
+
+    def _broke(self, batch: Batch, call: Call | None = None) -> None:
+        """A bug in a batch, the runtime's or ours, ends the outputs that it was for and nothing else."""
         if self._busy.get(batch.instance) == batch.batch_id:
             del self._busy[batch.instance]
-        self._batches.returned(batch, call)
-        self._batches.lost(call)
+        if call is not None:
+            self._batches.returned(batch, call)
+            self._batches.lost(call)
         self._apply(self.scheduler.fail(batch.batch_id, batch.members))
         self._pump()
 
@@ -327,7 +339,7 @@ class Engine:
                 listener.computed(seconds * rows / len(batch.rows), steps)
 
     def _fail(self, batch: Batch, failure: RuntimeFailure) -> None:
-        log.warning("batch_failed", kind=batch.kind.value, key=batch.key, rows=len(batch.rows), error=str(failure))
+        log.warning("batch_failed", **_about(batch), error=str(failure))
         given_up = self._attempts.failed(batch, failure.fault, retryable=failure.retryable)
         error = UnavailableError("the runtime failed; try again", reason="RUNTIME_FAILED", retry_after_s=1.0)
         events = self.scheduler.fail(batch.batch_id, given_up, suspect=failure.fault is not Fault.NOBODY)
@@ -409,3 +421,8 @@ class Engine:
                 if name in encoded and name in self._batches.token_ids:
                     told = functools.partial(listener.encoded, row, self._batches.embedding(name))
                     self._reports.later(told)
+
+
+def _about(batch: Batch) -> dict[str, Any]:
+    """What logs say of it."""
+    return {"kind": batch.kind.value, "key": batch.key, "rows": len(batch.rows)}

@@ -83,7 +83,7 @@ class Latents:
         Args:
             context: the embeddings (T, D) of the prompt and, with guidance, of the negative prompt.
         """
-        slot = self._free.pop()
+        slot = self._free[-1]
         steps = table.num_steps
         self._coefficients[slot, :steps] = table.coefficients
         self._in_scale[slot, :steps] = table.in_scale
@@ -99,6 +99,7 @@ class Latents:
         else:
             self._x[slot] = start.x
             self._denoised[slot] = start.denoised
+        self._free.pop()
         return slot
 
     def release(self, slot: int) -> None:

@@ -129,7 +129,7 @@ class Settings(BaseSettings):
     cache_similar_items: Count = Field(100_000, description="Finished pictures that can be found as similar.")
     cache_similar_uses: Count = Field(
         16,
-        description="When a picture was served as similar so often by one server, one is developed anew to take its place.",
+        description="A picture is served as similar so often, by one server; then one is made to take its place.",
     )
     cache_latent_items: Count = Field(
         10_000,

@@ -10,6 +10,7 @@ import pytest
 from safelight_server.engine import Engine
 from safelight_server.errors import InternalError, UnavailableError
 from safelight_server.jobs import Job
+from safelight_server.latents import Latents
 from safelight_server.runtime.base import Component, Fault, RuntimeFailure
 from safelight_server.runtime.simulated import LATENT, SimulatedRuntime, simulated_pipeline
 from safelight_server.sampler import SamplerSpec, compile_table
@@ -200,6 +201,26 @@ async def test_a_bug_in_a_call_ends_its_outputs_and_nothing_else(stage, broken):
     assert not engine._busy
     engine.scheduler.check_invariants()
     assert engine.scheduler.num_outputs == 0
+
+
+@pytest.mark.parametrize("where", ["claim", "rows"])
+async def test_without_memory_for_a_batch_its_outputs_end_and_nothing_else(stage, monkeypatch, where):
+    engine, _ = stage
+
+    def without_memory(*_):
+        monkeypatch.undo()
+        raise MemoryError
+
+    monkeypatch.setattr(Latents, where, without_memory)
+    first = submit(engine)
+    await eventually(lambda: first.end is not None)
+    assert isinstance(first.end, InternalError)
+    others = [submit(engine, output_id) for output_id in range(2, 10)]
+    await eventually(lambda: all(other.end == "decoded" for other in others))
+    assert not engine._busy
+    assert not engine._batches._departed
+    assert all(len(latents._free) == latents._x.shape[0] for latents in engine._batches._latents.values())
+    engine.scheduler.check_invariants()
 
 
 async def test_an_embedding_that_is_asked_for_while_its_last_output_ends_is_encoded_anew(stage):
