@@ -186,7 +186,8 @@ class Intake:
         """Keeps the latents that its outputs begin from where other replicas find them; whether all are there."""
         for output, plan in zip(generation.outputs, plans, strict=True):
             key = self._start_key(generation, output, plan.wanted)
-            if plan.start is not None and not await self._cache.checkpoints.put(key, plan.start):
+            owner = self._cache.owner(plan.wanted)
+            if plan.start is not None and not await self._cache.checkpoints.put(key, plan.start, owner):
                 return False
         return True
 
@@ -247,12 +248,12 @@ class Intake:
         self, generation: Generation, output: Output, plan: Plan, key: OutputName | None, again: bool
     ) -> Ticket:
         """Identical outputs share one name; any other has a name of its own, for whoever goes on with it."""
-        space, tenant = plan.wanted.name.space, generation.caller.tenant
+        space, whose = plan.wanted.name.space, (generation.caller.tenant, generation.name, plan.wanted.revision)
         if key is not None:
             at = (space.name, key.exact)
-            return Ticket(f"{space.prefix}.{key.exact}", pointer(key), at, tenant, generation.name, again)
+            return Ticket(f"{space.prefix}.{key.exact}", pointer(key), at, *whose, again)
         own = self._cache.spaces.private(generation.name, output.index)
-        return Ticket(own, f"{space.prefix}/result/{own}", None, tenant, generation.name, again)
+        return Ticket(own, f"{space.prefix}/result/{own}", None, *whose, again)
 
     @staticmethod
     def _key(plan: Plan) -> OutputName | None:

@@ -83,7 +83,7 @@ class Replica:
         pipeline = simulated_pipeline()
         table = compile_table(SamplerSpec("ddim", "trailing"), pipeline.schedule, "v_prediction", STEPS)
         job = Job(0, "me", Priority.STANDARD, pipeline, LATENT, table, 7, 1.0, ((1, 2),))
-        ticket = Ticket(NAME, POINTER, ("t", "exact"), "tenant", generation, again)
+        ticket = Ticket(NAME, POINTER, ("t", "exact"), "tenant", generation, "model/1", again)
 
         async def keep(pixels: Pixels, compute_s: float) -> bool:
             return await self.pictures.put(POINTER, pixels, FACTS, replicate=True)

@@ -77,7 +77,7 @@ class Wanted:
     @property
     def revision(self) -> str:
         """Of the model, as purges name it."""
-        return f"{self.spec.model}/{self.spec.revision}"
+        return self.spec.model_revision
 
 
 class Cache:

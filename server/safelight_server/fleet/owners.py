@@ -248,10 +248,9 @@ class Owners:
         async def put(index: int, picture: Encoded) -> bool:
             size = {"width": picture.width_px, "height": picture.height_px, "stride": picture.stride_bytes}
             facts = {name: str(value) for name, value in size.items()} | {"media_type": picture.media_type.value}
-            key = self._ground.artifact_key(generation, index)
-            return await self._ground.tiers.put(
-                key, Entry(picture.data, facts), self._ground.result_ttl_s, replicate=True
-            )
+            key, owner = self._ground.artifact_key(generation, index), self._ground.owner(generation)
+            entry = Entry(picture.data, facts, owner.revision, owner.generation)
+            return await self._ground.tiers.put(key, entry, self._ground.result_ttl_s, replicate=True)
 
         own.journal = Journal(
             own.leader,

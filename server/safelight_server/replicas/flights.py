@@ -39,6 +39,7 @@ class Ticket:
         pointer: the key of its pixels in the tiers.
         checkpoints: tenant and execution of its checkpoints; None: it has none.
         tenant, generation: who is billed.
+        revision: of the model; what is kept is purged by it and by the generation.
         again: it may have come far already, on a replica that is gone.
     """
 
@@ -47,6 +48,7 @@ class Ticket:
     checkpoints: tuple[str, str] | None
     tenant: str
     generation: str
+    revision: str
     again: bool = False
 
 
