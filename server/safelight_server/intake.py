@@ -214,6 +214,11 @@ class Intake:
                 self._executions.publish(execution)
             generation.enter([output], [execution])
 
+    def start_keys(self, generation: Generation, starts: Sequence[bool]) -> list[str]:
+        """Where the latents lie that its outputs begin from."""
+        begun = [output for output, started in zip(generation.outputs, starts, strict=True) if started]
+        return [self._start_key(generation, output, self._wanted(generation, output.seed)) for output in begun]
+
     def _start_key(self, generation: Generation, output: Output, wanted: Wanted) -> str:
         return f"{wanted.name.space.prefix}/start/{self._cache.spaces.private(generation.name, output.index)}"
 
@@ -235,9 +240,10 @@ class Intake:
         if self._flights is None:
             return self._executions.create(job, key, recorder)
         ticket = self._ticket(generation, output, plan, key, again)
+        ttl_s = self._flights.private_s if key is None else None
 
         async def put(pixels: Pixels, compute_s: float) -> bool:
-            there = await self._cache.replicate(plan.wanted, ticket.pointer, pixels, compute_s)
+            there = await self._cache.replicate(plan.wanted, ticket.pointer, pixels, compute_s, ttl_s)
             if recorder is not None and key is not None:
                 recorder.there = there
             return there

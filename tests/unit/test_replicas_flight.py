@@ -74,7 +74,7 @@ class Replica:
         self.pictures = Pictures(tiers, keyring, Here(), 60.0)
         news = News(coordinator, sealer)
         self.flights = Flights(
-            self.stage.engine, coordinator, sealer, self.checkpoints, self.pictures, news, Here(), TTL_S
+            self.stage.engine, coordinator, sealer, self.checkpoints, self.pictures, news, Here(), TTL_S, 60.0
         )
         self.tasks = [asyncio.create_task(work) for work in (news.listen(), news.talk())]
         self.flight: Flight | None = None

@@ -196,9 +196,15 @@ class Cache:
             await self.pictures.put(pointer(name), picture.pixels, facts_of(wanted, compute_s), replicate=self.shared)
             await self._similar.add(name, wanted.pipeline, wanted.spec.prompt, vector, self.owner(wanted))
 
-    async def replicate(self, wanted: Wanted, pointer: str, pixels: Pixels, compute_s: float) -> bool:
-        """Keeps the pixels of a finished picture under a key; whether other replicas see them."""
-        return await self.pictures.put(pointer, pixels, facts_of(wanted, compute_s), replicate=True)
+    async def replicate(
+        self, wanted: Wanted, pointer: str, pixels: Pixels, compute_s: float, ttl_s: float | None
+    ) -> bool:
+        """Keeps the pixels of a finished picture under a key; whether other replicas see them.
+
+        Args:
+            ttl_s: how long; None: as all pictures.
+        """
+        return await self.pictures.put(pointer, pixels, facts_of(wanted, compute_s), replicate=True, ttl_s=ttl_s)
 
     async def _vector(self, wanted: Wanted) -> Floats | None:
         if wanted.vector is not None:
