@@ -242,7 +242,8 @@ def _build_replicas(
         return None
     coordinator, sealer, ttl_s = backends.coordinator, backends.sealer, settings.lease_ttl_s
     news = News(coordinator, sealer)
-    flights = Flights(engine, coordinator, sealer, cache.checkpoints, cache.pictures, news, pool, ttl_s)
+    checkpoints, pictures, kept_s = cache.checkpoints, cache.pictures, settings.result_ttl_s
+    flights = Flights(engine, coordinator, sealer, checkpoints, pictures, news, pool, ttl_s, kept_s)
     ground = Ground(
         coordinator,
         sealer,
@@ -251,7 +252,7 @@ def _build_replicas(
         cache.spaces,
         news,
         ttl_s,
-        settings.result_ttl_s,
+        kept_s,
         settings.idempotency_ttl_s,
     )
     return flights, ground

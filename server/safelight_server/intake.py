@@ -186,7 +186,8 @@ class Intake:
         """Keeps the latents that its outputs begin from where other replicas find them; whether all are there."""
         for output, plan in zip(generation.outputs, plans, strict=True):
             key = self._start_key(generation, output, plan.wanted)
-            if plan.start is not None and not await self._cache.checkpoints.put(key, plan.start):
+            owner = self._cache.owner(plan.wanted)
+            if plan.start is not None and not await self._cache.checkpoints.put(key, plan.start, owner):
                 return False
         return True
 
@@ -213,6 +214,11 @@ class Intake:
                 self._executions.publish(execution)
             generation.enter([output], [execution])
 
+    def start_keys(self, generation: Generation, starts: Sequence[bool]) -> list[str]:
+        """Where the latents lie that its outputs begin from."""
+        begun = [output for output, started in zip(generation.outputs, starts, strict=True) if started]
+        return [self._start_key(generation, output, self._wanted(generation, output.seed)) for output in begun]
+
     def _start_key(self, generation: Generation, output: Output, wanted: Wanted) -> str:
         return f"{wanted.name.space.prefix}/start/{self._cache.spaces.private(generation.name, output.index)}"
 
@@ -234,9 +240,10 @@ class Intake:
         if self._flights is None:
             return self._executions.create(job, key, recorder)
         ticket = self._ticket(generation, output, plan, key, again)
+        ttl_s = self._flights.private_s if key is None else None
 
         async def put(pixels: Pixels, compute_s: float) -> bool:
-            there = await self._cache.replicate(plan.wanted, ticket.pointer, pixels, compute_s)
+            there = await self._cache.replicate(plan.wanted, ticket.pointer, pixels, compute_s, ttl_s)
             if recorder is not None and key is not None:
                 recorder.there = there
             return there
@@ -247,12 +254,12 @@ class Intake:
         self, generation: Generation, output: Output, plan: Plan, key: OutputName | None, again: bool
     ) -> Ticket:
         """Identical outputs share one name; any other has a name of its own, for whoever goes on with it."""
-        space, tenant = plan.wanted.name.space, generation.caller.tenant
+        space, whose = plan.wanted.name.space, (generation.caller.tenant, generation.name, plan.wanted.revision)
         if key is not None:
             at = (space.name, key.exact)
-            return Ticket(f"{space.prefix}.{key.exact}", pointer(key), at, tenant, generation.name, again)
+            return Ticket(f"{space.prefix}.{key.exact}", pointer(key), at, *whose, again)
         own = self._cache.spaces.private(generation.name, output.index)
-        return Ticket(own, f"{space.prefix}/result/{own}", None, tenant, generation.name, again)
+        return Ticket(own, f"{space.prefix}/result/{own}", None, *whose, again)
 
     @staticmethod
     def _key(plan: Plan) -> OutputName | None:

@@ -122,6 +122,11 @@ class Spec:
     seeds: tuple[int, ...]
 
     @property
+    def model_revision(self) -> str:
+        """As purges name it: "MODEL/REVISION"."""
+        return f"{self.model}/{self.revision}"
+
+    @property
     def token_ids_by_row(self) -> tuple[tuple[int, ...], ...]:
         """Token ids of the prompts of a step's rows: the prompt and, with guidance, the negative prompt."""
         return (self.token_ids,) if self.negative_token_ids is None else (self.token_ids, self.negative_token_ids)

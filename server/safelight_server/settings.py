@@ -112,7 +112,9 @@ class Settings(BaseSettings):
     )
     cache_ttl_s: float = Field(86_400.0, gt=0, description="How long a cached entry may be served.")
     cache_memory_bytes: Count = Field(256 << 20, description="Cached entries in memory.")
-    cache_redis: bool = Field(True, description="Keep cached entries in Redis too, where there is one.")
+    cache_redis: bool = Field(
+        True, description="Cached entries in Redis too, where there is one; false with redis_url needs cache_s3_url."
+    )
     cache_disk_dir: Path | None = Field(None, description="Folder of cached entries, for this process only. None: off.")
     cache_disk_bytes: Count = Field(8 << 30, description="Bytes of that folder.")
     cache_disk_timeout_ms: int = Field(1000, ge=1, le=60_000, description="A disk that takes longer has failed.")
@@ -173,6 +175,8 @@ class Settings(BaseSettings):
             faults.append("otlp_headers must be NAME=VALUE, separated by commas")
         if self.resume_grace_s > self.max_resume_grace_s:
             faults.append("resume_grace_s is above max_resume_grace_s")
+        if self.redis_url is not None and not self.cache_redis and not self.cache_s3_url:
+            faults.append("redis_url with cache_redis=false needs cache_s3_url: what replicas share must lie somewhere")
         if self.cache_key_file is None:
             lasting = {
                 "redis_url": self.redis_url,

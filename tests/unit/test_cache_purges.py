@@ -8,6 +8,7 @@ from safelight_server.cache.purges import Purges
 from safelight_server.cache.store.base import StoreUnavailableError
 from safelight_server.cache.store.purge import Scope
 from safelight_server.cache.store.sealed import Entry
+from structlog.testing import capture_logs
 
 from tests.support.coordination import until
 from tests.support.stores import TTL_S, key
@@ -84,6 +85,55 @@ async def test_upkeep_measures_and_sweeps(monkeypatch) -> None:  # type: ignore[
         lambda: asyncio.sleep(0, bench.numbers.registry.get_sample_value("safelight_cache_entries", entries) == 0)
     )
     running.cancel()
+
+
+async def test_a_tier_that_rests_while_another_replica_purges_is_cleared_later_and_not_read_before() -> None:
+    coordinator, here, there = LocalCoordinator(), await filled(), await filled()
+    purges = Purges(there.tiers, coordinator)
+    there.disk.fault = "unavailable"
+    disk = there.tiers.tiers[1]
+    with capture_logs() as logs:
+        listening = asyncio.create_task(purges.listen())
+        for number in (1, 3):
+            scope = Scope(generation=KEYRING.tag("generation", f"generations/{number}"))
+            assert not (await Purges(here.tiers, coordinator).purge(scope)).failed
+        await until(lambda: asyncio.sleep(0, len(purges._owed.get("disk", ())) == 2))
+        await purges._catch_up()
+        there.disk.fault = ""
+        assert await left(there.tiers) == [2], "of memory; the disk has what was purged, and works"
+        await there.forget_in_memory(2, TENANTS["acme"])
+        assert await left(there.tiers) == []
+        there.clock += 10  # its breaker lets one try
+        await there.tiers.call(disk, lambda: there.disk.usage())
+        await purges._catch_up()
+    assert await left(there.tiers) == [2]
+    assert len(there.disk.values) == 1
+    told = [line["log_level"] for line in logs if line.get("tier") == "disk"]
+    assert told == ["warning", "info"], "once that it failed, once that it is done"
+    listening.cancel()
+
+
+async def test_what_a_tier_owes_is_bounded() -> None:
+    bench = await filled()
+    purges, disk = Purges(bench.tiers, LocalCoordinator()), bench.tiers.tiers[1]
+    for number in range(module.MAX_OWED + 1):
+        purges._owe(disk, Scope(f"{number:04x}/"))
+    assert purges._owed["disk"] == {Scope()}
+    upkeep = asyncio.create_task(purges.keep_up())
+    await until(lambda: asyncio.sleep(0, not disk.unpurged))
+    upkeep.cancel()
+    assert not bench.disk.values
+    assert await left(bench.tiers) == [1, 2], "in memory"
+
+
+async def test_what_an_unpurged_tier_pushes_out_goes_nowhere() -> None:
+    bench = Bench(disk_bytes=250)
+    bench.tiers.tiers[1].unpurged = True
+    for number in range(4):
+        await bench.tiers.put(key(number), Entry(b"x"), TTL_S)
+        await bench.tiers.flush()
+    assert len(bench.disk.values) < 4
+    assert not bench.objects.values
 
 
 class Index:

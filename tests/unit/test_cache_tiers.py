@@ -49,8 +49,8 @@ class Bench:
         found = await self.tiers.get(key(number))
         return None if found is None else (found.entry.data, found.tier)
 
-    async def forget_in_memory(self, number: int) -> None:
-        await self.memory.delete(key(number))
+    async def forget_in_memory(self, number: int, tenant: str = "ab01") -> None:
+        await self.memory.delete(key(number, tenant))
 
 
 async def test_what_was_put_is_in_memory_at_once_and_on_disk_soon() -> None:

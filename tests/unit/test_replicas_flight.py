@@ -74,7 +74,7 @@ class Replica:
         self.pictures = Pictures(tiers, keyring, Here(), 60.0)
         news = News(coordinator, sealer)
         self.flights = Flights(
-            self.stage.engine, coordinator, sealer, self.checkpoints, self.pictures, news, Here(), TTL_S
+            self.stage.engine, coordinator, sealer, self.checkpoints, self.pictures, news, Here(), TTL_S, 60.0
         )
         self.tasks = [asyncio.create_task(work) for work in (news.listen(), news.talk())]
         self.flight: Flight | None = None
@@ -83,7 +83,7 @@ class Replica:
         pipeline = simulated_pipeline()
         table = compile_table(SamplerSpec("ddim", "trailing"), pipeline.schedule, "v_prediction", STEPS)
         job = Job(0, "me", Priority.STANDARD, pipeline, LATENT, table, 7, 1.0, ((1, 2),))
-        ticket = Ticket(NAME, POINTER, ("t", "exact"), "tenant", generation, again)
+        ticket = Ticket(NAME, POINTER, ("t", "exact"), "tenant", generation, "model/1", again)
 
         async def keep(pixels: Pixels, compute_s: float) -> bool:
             return await self.pictures.put(POINTER, pixels, FACTS, replicate=True)

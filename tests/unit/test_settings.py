@@ -64,6 +64,14 @@ def test_a_variable_that_is_almost_a_settings_is_told_and_others_are_left_alone(
     }
 
 
+def test_replicas_need_a_place_that_they_share(tmp_path):
+    given = {"redis_url": "redis://127.0.0.1:6379/0", "cache_redis": False, "cache_key_file": tmp_path / "keys"}
+    with pytest.raises(SettingsError, match="cache_redis=false needs cache_s3_url"):
+        load(**given)
+    assert load(**given, cache_s3_url="s3://pictures").cache_redis is False
+    assert load(cache_redis=False).redis_url is None
+
+
 def test_a_variable_that_is_no_json_is_a_fault(monkeypatch):
     monkeypatch.setenv("SAFELIGHT_CACHE_POOLS", "{")
     with pytest.raises(SettingsError, match="cache_pools"):

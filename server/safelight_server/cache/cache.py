@@ -79,7 +79,7 @@ class Wanted:
     @property
     def revision(self) -> str:
         """Of the model, as purges name it."""
-        return f"{self.spec.model}/{self.spec.revision}"
+        return self.spec.model_revision
 
 
 class Cache:
@@ -203,9 +203,15 @@ class Cache:
                 name, wanted.pipeline, wanted.spec.prompt, vector, self.owner(wanted), wanted.replaces
             )
 
-    async def replicate(self, wanted: Wanted, pointer: str, pixels: Pixels, compute_s: float) -> bool:
-        """Keeps the pixels of a finished picture under a key; whether other replicas see them."""
-        return await self.pictures.put(pointer, pixels, facts_of(wanted, compute_s), replicate=True)
+    async def replicate(
+        self, wanted: Wanted, pointer: str, pixels: Pixels, compute_s: float, ttl_s: float | None
+    ) -> bool:
+        """Keeps the pixels of a finished picture under a key; whether other replicas see them.
+
+        Args:
+            ttl_s: how long; None: as all pictures.
+        """
+        return await self.pictures.put(pointer, pixels, facts_of(wanted, compute_s), replicate=True, ttl_s=ttl_s)
 
     async def _vector(self, wanted: Wanted) -> Floats | None:
         if wanted.vector is not None:

@@ -240,9 +240,10 @@ class Checkpoints:
         key = self._key(tenant, execution, "steps")
         return self._holding(key) is None and await self._tiers.gone(key)
 
-    async def put(self, key: str, snapshot: Snapshot) -> bool:
+    async def put(self, key: str, snapshot: Snapshot, owner: Owner) -> bool:
         """Keeps a snapshot under a key of its own; whether other replicas see it."""
-        return await self._tiers.put(key, Entry(dump(snapshot)), self.policy.ttl_s, replicate=True)
+        entry = Entry(dump(snapshot), {}, owner.revision, owner.generation)
+        return await self._tiers.put(key, entry, self.policy.ttl_s, replicate=True)
 
     async def get(self, key: str) -> Snapshot | None:
         """The snapshot under a key."""

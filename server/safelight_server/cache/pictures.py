@@ -97,11 +97,18 @@ class Pictures:
         """Keeps a finished picture."""
         await self.put(pointer(name), pixels, facts)
 
-    async def put(self, pointer: str, pixels: Pixels, facts: Facts, *, replicate: bool = False) -> bool:
-        """Keeps a picture under a key; with `replicate` waits for a shared tier and says whether one has it."""
+    async def put(
+        self, pointer: str, pixels: Pixels, facts: Facts, *, replicate: bool = False, ttl_s: float | None = None
+    ) -> bool:
+        """Keeps a picture under a key; with `replicate` waits for a shared tier and says whether one has it.
+
+        Args:
+            ttl_s: how long; None: as all pictures.
+        """
         height, width, _ = pixels.shape
         metadata = _metadata(facts) | {"width": str(width), "height": str(height)}
-        return await self._tiers.put(pointer, self._entry(pixels.tobytes(), metadata, facts), self._ttl_s, replicate)
+        entry = self._entry(pixels.tobytes(), metadata, facts)
+        return await self._tiers.put(pointer, entry, self._ttl_s if ttl_s is None else ttl_s, replicate)
 
     async def _keep_variant(
         self, name: OutputName, picture: Encoded, encoding: PixelEncoding, facts: Facts, expires_at: float

@@ -3,7 +3,8 @@
 A purge clears this replica's tiers and the shared ones at once, and is appended
 to a stream that every replica follows from its beginning, so that one which was
 away clears its own disk when it comes back. It may then clear newer entries too,
-which costs computation only. Scopes have HMACs in them and nothing that tells names.
+which costs computation only. A tier that cannot be cleared when another replica
+asks is not read until it could be. Scopes have HMACs in them and nothing that tells names.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import structlog
 from safelight_server.cache.coordination.base import Coordinator
 from safelight_server.cache.store.base import StoreError
 from safelight_server.cache.store.purge import Purged, Scope, purge
-from safelight_server.cache.store.tiers import Tiers
+from safelight_server.cache.store.tiers import Tier, Tiers
 
 log = structlog.get_logger(__name__)
 
@@ -28,6 +29,8 @@ REDIS = "redis"
 """Where indexes are that could fail to forget."""
 MEASURE_EVERY_S = 15.0
 SWEEP_EVERY_S = 600.0
+MAX_OWED = 64
+"""Purges that a tier may owe; beyond, all that it has is deleted."""
 
 
 class Index(Protocol):
@@ -49,6 +52,7 @@ class Purges:
         self._coordinator = coordinator
         self._indexes = indexes
         self._origin = secrets.token_hex(8)
+        self._owed: dict[str, set[Scope]] = {}
 
     async def purge(self, scope: Scope) -> Purged:
         """Deletes what the scope covers here and in shared tiers, and tells the other replicas.
@@ -75,17 +79,45 @@ class Purges:
             for tier in self._tiers.tiers:
                 if not tier.shared:
                     report = await purge(self._tiers, scope, only=tier.name)
-                    log.info("purged for another replica", deleted=report.deleted, failed=report.failed)
+                    if report.failed:
+                        self._owe(tier, scope)
+                    else:
+                        log.info("purged for another replica", deleted=report.deleted)
             await self._forget(scope)
+
+    def _owe(self, tier: Tier, scope: Scope) -> None:
+        """The tier could not be cleared: it is tried again."""
+        if not tier.unpurged:
+            log.warning("a tier could not be purged for another replica and is not read until it is", tier=tier.name)
+        tier.unpurged = True
+        owed = self._owed.setdefault(tier.name, set())
+        owed.add(scope)
+        if len(owed) > MAX_OWED:
+            owed.clear()
+            owed.add(Scope())
+
+    async def _catch_up(self) -> None:
+        """Does the purges that tiers owe, as far as they can now."""
+        for tier in self._tiers.tiers:
+            owed = self._owed.get(tier.name, set())
+            while owed:
+                scope = owed.pop()
+                if (await purge(self._tiers, scope, only=tier.name)).failed:
+                    self._owe(tier, scope)
+                    break
+            if tier.unpurged and not owed:
+                tier.unpurged = False
+                log.info("a tier that could not be purged is now, and is read again", tier=tier.name)
 
     async def _forget(self, scope: Scope) -> bool:
         return all([await index.forget(scope) for index in self._indexes])
 
     async def keep_up(self) -> None:
-        """Measures the tiers and deletes what has expired on disk; never ends."""
+        """Measures the tiers, does purges that they owe and deletes what has expired on disk; never ends."""
         swept = time.monotonic()
         while True:
             await self._tiers.measure(lazy=False)
+            await self._catch_up()
             if time.monotonic() - swept >= SWEEP_EVERY_S:
                 swept = time.monotonic()
                 await purge(self._tiers, Scope(expired_at=time.time()), only="disk")

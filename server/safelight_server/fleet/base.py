@@ -11,6 +11,7 @@ import structlog
 from safelight_server.cache.coordination.base import Coordinator
 from safelight_server.cache.spaces import Spaces
 from safelight_server.cache.store.keyring import Keyring
+from safelight_server.cache.store.purge import Owner
 from safelight_server.cache.store.sealed import Sealer
 from safelight_server.cache.store.tiers import Tiers
 from safelight_server.generation import Generation
@@ -68,6 +69,11 @@ class Ground:
     def name(self, identifier: str) -> str:
         """What a generation is called in Redis."""
         return self.keyring.digest("generation", identifier)
+
+    def owner(self, generation: Generation) -> Owner:
+        """What purges tell by what is kept of it."""
+        space = self.spaces.of(generation.caller.tenant)
+        return self.spaces.owner(space, generation.request.spec.model_revision, generation.name)
 
     def artifact_key(self, generation: Generation, index: int) -> str:
         """Where the finished picture of an output is, as its streams get it."""

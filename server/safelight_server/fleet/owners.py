@@ -37,12 +37,17 @@ FORGET_S = 0.001
 
 @dataclass(slots=True)
 class Own:
-    """What the owner of a generation holds."""
+    """What the owner of a generation holds.
+
+    Attributes:
+        starts: keys of the latents that its outputs begin from.
+    """
 
     name: str
     leader: Leadership
     claim: tuple[str, bytes] | None = None
     journal: Journal | None = None
+    starts: Sequence[str] = ()
 
 
 class Owners:
@@ -148,7 +153,8 @@ class Owners:
         own = self._own.get(generation.identifier)
         if own is None:
             return
-        left = generation.left_s
+        left, starts = generation.left_s, tuple(plan.start is not None for plan in plans)
+        own.starts = self._intake.start_keys(generation, starts)
         record = Record(
             generation.identifier,
             generation.caller,
@@ -156,7 +162,7 @@ class Owners:
             generation.create_time,
             None if left is None else time.time() + left,
             tuple(plan.origin for plan in plans),
-            tuple(plan.start is not None for plan in plans),
+            starts,
         )
         with contextlib.suppress(StoreError):
             if not await self._intake.keep_starts(generation, plans):
@@ -214,7 +220,9 @@ class Owners:
         return generation.journal is not None and generation.identifier in self._wishes
 
     async def settle_record(self, own: Own, kept_s: float, claimed_s: float) -> None:
-        """Keeps its events and its request id for so long."""
+        """Keeps its events and its request id for so long, and nothing that its outputs begin from."""
+        for key in own.starts:
+            await self._ground.tiers.delete(key)
         with contextlib.suppress(StoreError):
             await self._ground.coordinator.expire(own.name, kept_s)
             if own.claim is not None:
@@ -248,10 +256,9 @@ class Owners:
         async def put(index: int, picture: Encoded) -> bool:
             size = {"width": picture.width_px, "height": picture.height_px, "stride": picture.stride_bytes}
             facts = {name: str(value) for name, value in size.items()} | {"media_type": picture.media_type.value}
-            key = self._ground.artifact_key(generation, index)
-            return await self._ground.tiers.put(
-                key, Entry(picture.data, facts), self._ground.result_ttl_s, replicate=True
-            )
+            key, owner = self._ground.artifact_key(generation, index), self._ground.owner(generation)
+            entry = Entry(picture.data, facts, owner.revision, owner.generation)
+            return await self._ground.tiers.put(key, entry, self._ground.result_ttl_s, replicate=True)
 
         own.journal = Journal(
             own.leader,
@@ -279,6 +286,7 @@ class Owners:
 
     async def adopt(self, generation: Generation, own: Own) -> None:
         """It is owned here from now on; one that has ended is only cleared away."""
+        own.starts = self._intake.start_keys(generation, [output.starts for output in generation.outputs])
         if generation.ended:
             lost = isinstance(generation.error, UnavailableError)
             await self._close(own, self._settling(own, self._ground.kept_s, retryable=lost))

@@ -241,6 +241,7 @@ class Flight:
                 *self.ticket.checkpoints,
                 snapshot,
                 job.table.num_steps,
+                revision=self.ticket.revision,
                 generation=self.ticket.generation,
                 replicate=True,
             )

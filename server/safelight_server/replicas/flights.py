@@ -21,6 +21,7 @@ from safelight_server.cache.store.base import StoreError
 from safelight_server.cache.store.sealed import Sealer
 from safelight_server.engine import Engine
 from safelight_server.jobs import Job
+from safelight_server.replicas.journal import GIVE_UP_S
 from safelight_server.replicas.news import News
 from safelight_server.scheduler import Output, Priority
 
@@ -28,6 +29,8 @@ log = structlog.get_logger(__name__)
 
 FOLLOW = "follow"
 MAX_WISHES = 4096
+TAKEOVER_LEASES = 4
+"""Leases within which whoever takes over has found a result: two until it begins, the others for looking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ class Ticket:
         pointer: the key of its pixels in the tiers.
         checkpoints: tenant and execution of its checkpoints; None: it has none.
         tenant, generation: who is billed.
+        revision: of the model; what is kept is purged by it and by the generation.
         again: it may have come far already, on a replica that is gone.
     """
 
@@ -47,6 +51,7 @@ class Ticket:
     checkpoints: tuple[str, str] | None
     tenant: str
     generation: str
+    revision: str
     again: bool = False
 
 
@@ -67,6 +72,7 @@ class Flights:
 
     Args:
         ttl_s: of a lease.
+        result_ttl_s: how long a finished generation can be watched again.
         pool: threads for pixels.
     """
 
@@ -80,6 +86,7 @@ class Flights:
         news: News,
         pool: Executor,
         ttl_s: float,
+        result_ttl_s: float,
     ) -> None:
         self.engine = engine
         self.coordinator = coordinator
@@ -89,6 +96,7 @@ class Flights:
         self.news = news
         self.pool = pool
         self.ttl_s = ttl_s
+        self._result_ttl_s = result_ttl_s
         self.away = asyncio.Event()
         self.num_late = 0
         self.asking: dict[object, Job] = {}
@@ -96,6 +104,14 @@ class Flights:
         self._leading: dict[str, Led] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         news.on(FOLLOW, lambda name, _facts: self._wish(name))
+
+    @property
+    def private_s(self) -> float:
+        """How long a result is kept that nobody finds by its name.
+
+        As long as it can be watched, and as its owner tries to write it down, or whoever takes over from it.
+        """
+        return max(self._result_ttl_s, GIVE_UP_S + TAKEOVER_LEASES * self.ttl_s)
 
     def start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Runs something of a flight; `close` waits for it."""

@@ -50,6 +50,7 @@ class Tier:
         breaker: around every call of the store; None for memory, which cannot hang.
         eager: written when a value is put; others get what the tiers before them push out.
         shared: other replicas see it and it outlives this machine.
+        unpurged: it has what should have been deleted, and could not be; nothing is read from it meanwhile.
     """
 
     store: Store
@@ -57,6 +58,7 @@ class Tier:
     eager: bool = True
     shared: bool = False
     full: bool = field(default=False, init=False)
+    unpurged: bool = field(default=False, init=False)
 
     @property
     def name(self) -> str:
@@ -102,7 +104,7 @@ class Tiers:
         for place, tier in enumerate(self.tiers):
             if hasattr(tier.store, "on_evict"):
                 colder = next((other for other in self.tiers[place + 1 :] if not other.eager), None)
-                tier.store.on_evict = None if colder is None else self._demote(colder)
+                tier.store.on_evict = None if colder is None else self._demote(tier, colder)
 
     async def get(self, key: str, fresh: bool = False, sure: bool = False) -> Found | None:
         """The entry of a key from the fastest tier that has it; None where no tier can give it.
@@ -119,6 +121,8 @@ class Tiers:
         if fresh:
             places.sort(key=lambda place: not place[1].shared)
         for place, tier in places:
+            if tier.unpurged:
+                continue
             started = time.perf_counter()
             value = self._movers[tier.name].get(key)
             if value is None:
@@ -299,8 +303,8 @@ class Tiers:
             if tier.eager:
                 self._offer(tier, key, value)
 
-    def _demote(self, tier: Tier) -> Callable[[str, bytes], None]:
-        return lambda key, value: self._offer(tier, key, value)
+    def _demote(self, tier: Tier, colder: Tier) -> Callable[[str, bytes], None]:
+        return lambda key, value: None if tier.unpurged else self._offer(colder, key, value)
 
     def _offer(self, tier: Tier, key: str, value: bytes) -> None:
         if not self._movers[tier.name].offer(key, value):
