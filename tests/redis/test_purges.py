@@ -107,3 +107,11 @@ async def test_what_an_output_begins_from_goes_with_its_record(redis_server: Red
         assert "start" in await kept_s(one), "another replica goes on from it"
         await collect(other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name)))
         assert "start" not in await kept_s(other)
+
+
+async def test_what_cannot_be_watched_again_is_written_down_all_the_same(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async with servers(redis_server.url, tmp_path, count=1, result_ttl_s=0) as (one,):
+        await collect(one.stub.Generate(request(1, 4)))
+        assert "artifact" in await kept_s(one), "its generation may go on elsewhere"

@@ -15,6 +15,7 @@ from safelight_server.cache.store.purge import Owner
 from safelight_server.cache.store.sealed import Sealer
 from safelight_server.cache.store.tiers import Tiers
 from safelight_server.generation import Generation
+from safelight_server.replicas.journal import GIVE_UP_S
 from safelight_server.replicas.news import News
 from safelight_server.replicas.records import Record
 
@@ -65,6 +66,11 @@ class Ground:
     def kept_s(self) -> float:
         """How long the events of a finished generation are kept."""
         return max(self.result_ttl_s, self.idempotency_ttl_s)
+
+    @property
+    def artifact_s(self) -> float:
+        """How long a finished picture is kept for streams elsewhere: its generation may go on, and must be written."""
+        return max(self.result_ttl_s, GIVE_UP_S)
 
     def name(self, identifier: str) -> str:
         """What a generation is called in Redis."""

@@ -258,7 +258,7 @@ class Owners:
             facts = {name: str(value) for name, value in size.items()} | {"media_type": picture.media_type.value}
             key, owner = self._ground.artifact_key(generation, index), self._ground.owner(generation)
             entry = Entry(picture.data, facts, owner.revision, owner.generation)
-            return await self._ground.tiers.put(key, entry, self._ground.result_ttl_s, replicate=True)
+            return await self._ground.tiers.put(key, entry, self._ground.artifact_s, replicate=True)
 
         own.journal = Journal(
             own.leader,
