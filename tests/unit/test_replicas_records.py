@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 from safelight_server.cache.store.keyring import Keyring
 from safelight_server.cache.store.sealed import CorruptError, Sealer
-from safelight_server.errors import DeadlineExceededError, InternalError, UnavailableError
+from safelight_server.errors import DeadlineExceededError, FailedPreconditionError, InternalError, UnavailableError
 from safelight_server.events import (
     Accepted,
     Disposition,
@@ -100,8 +100,9 @@ def test_errors_come_back_as_they_were() -> None:
     error = found.error
     assert isinstance(error, UnavailableError)
     assert (error.message, error.reason, error.metadata, error.retry_after_s) == ("later", "DRAINING", {"k": "v"}, 1.5)
-    late = through(told(finished, 3, b"", State.FAILED, DeadlineExceededError("late"), NOW))
-    assert isinstance(late, Told) and isinstance(late.error, DeadlineExceededError)
+    for known in (DeadlineExceededError, FailedPreconditionError):
+        other = through(told(finished, 3, b"", State.FAILED, known("why"), NOW))
+        assert isinstance(other, Told) and isinstance(other.error, known)
     bug = through(told(finished, 3, b"", State.FAILED, InternalError(), NOW))
     assert isinstance(bug, Told) and isinstance(bug.error, InternalError)
 

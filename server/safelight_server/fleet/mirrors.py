@@ -239,9 +239,15 @@ class Mirrors:
             self._ground.start(self._enter(generation, [output.starts for output in generation.outputs]))
 
     async def _enter(self, generation: Generation, starts: Sequence[bool]) -> None:
-        plans = await self._intake.plan_again(generation, starts)
-        if self._is_wanted(generation):  # else its stream was lost meanwhile
-            self._intake.enter(generation, plans)
+        while self._is_wanted(generation):  # else its stream was lost meanwhile
+            try:
+                plans = await self._intake.plan_again(generation, starts)
+            except StoreError:
+                await asyncio.sleep(RETRY_S)
+                continue
+            if self._is_wanted(generation):
+                self._intake.enter(generation, plans)
+            return
 
     def _is_wanted(self, generation: Generation) -> bool:
         """Whether it should be developed here."""

@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass as checked
 from safelight_server.cache.store.sealed import CorruptError, Entry, Sealer
 from safelight_server.errors import (
     DeadlineExceededError,
+    FailedPreconditionError,
     GenerationCancelledError,
     InternalError,
     SafelightError,
@@ -30,7 +31,8 @@ from safelight_server.request import Request
 KEPT_S = 7 * 86_400.0
 """How long a sealed event can be opened; Redis forgets it much earlier."""
 ERRORS: dict[str, type[SafelightError]] = {
-    error.__name__: error for error in (DeadlineExceededError, GenerationCancelledError, UnavailableError)
+    error.__name__: error
+    for error in (DeadlineExceededError, FailedPreconditionError, GenerationCancelledError, UnavailableError)
 }
 
 
