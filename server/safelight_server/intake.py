@@ -31,6 +31,7 @@ from safelight_server.picture import Encoded, Pixels
 from safelight_server.pipeline import sampler_table
 from safelight_server.replicas.flight import Flight
 from safelight_server.replicas.flights import Flights, LoadWithAsking, Ticket
+from safelight_server.replicas.records import Kind
 from safelight_server.request import CacheMode, Spec
 from safelight_server.runtime.base import FloatArray, Runtime
 
@@ -85,8 +86,16 @@ class Intake:
         self._flights = flights
 
     def numerics_id(self, generation: Generation) -> str:
-        """What decides the bits of its pictures beside the spec."""
+        """What decides the bits of its pictures beside the spec and the pipeline."""
         return self._runtime.numerics_id(generation.request.spec.model)
+
+    def kind(self, generation: Generation) -> Kind:
+        """What develops it here.
+
+        Raises:
+            NotFoundError: there is no such model.
+        """
+        return Kind(self.numerics_id(generation), self._catalog.get(generation.request.spec.model).digest)
 
     # --- looking ---
 

@@ -36,6 +36,14 @@ ERRORS: dict[str, type[SafelightError]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a replica develops a generation with: where it is another, the pixels are others."""
+
+    numerics_id: str
+    pipeline_digest: str
+
+
 @checked(frozen=True, config=ConfigDict(ser_json_bytes="base64", val_json_bytes="base64"))
 class Record:
     """A generation as it was accepted.
@@ -44,6 +52,7 @@ class Record:
         deadline_at: Unix seconds; None: it has none.
         origins: of its outputs, as far as they were known.
         starts: which outputs began from a latent, kept under their name.
+        kind: who can go on with it; None: an older server wrote it and did not say.
     """
 
     identifier: str
@@ -53,6 +62,7 @@ class Record:
     deadline_at: float | None
     origins: tuple[Origin, ...]
     starts: tuple[bool, ...]
+    kind: Kind | None = None
 
 
 _RECORD = TypeAdapter(Record)
