@@ -236,6 +236,7 @@ class Generation:
         if ends is not None:
             output = self.outputs[ends]
             output.leave()
+            output.held = None
             output.reason, output.step = told.reason, told.step
             self.error = told.error
             if picture is not None:

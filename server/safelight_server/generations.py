@@ -218,8 +218,13 @@ class Generations:
             self._fleet.mirrors.tell(generation, PRIORITY, priority=str(int(priority)))
 
     def pipeline_of(self, generation: Generation) -> Pipeline:
-        """The pipeline that develops it."""
+        """The pipeline that develops it; `UnavailableError`: there is another here."""
+        self._check(generation)
         return self._catalog.get(generation.request.spec.model)
+
+    def _check(self, generation: Generation) -> None:
+        if self._fleet is not None:
+            self._fleet.mirrors.check(generation)
 
     # --- watching ---
 
@@ -233,6 +238,7 @@ class Generations:
     ) -> Watcher:
         """Opens a stream; one that was lost goes on."""
         try:
+            self._check(generation)
             watcher = generation.log.watch(policy, after_sequence, offsets)
         except SafelightError:
             self._drop_unwatched(generation)

@@ -21,7 +21,7 @@ from safelight_server.cache.starts import Start
 from safelight_server.catalog import Catalog
 from safelight_server.engine import Engine
 from safelight_server.errors import FailedPreconditionError, FieldViolation, InvalidRequestError
-from safelight_server.events import Disposition, Origin
+from safelight_server.events import Disposition, FinishReason, Origin
 from safelight_server.execution import Execution, Executions
 from safelight_server.generation import Generation
 from safelight_server.jobs import Job
@@ -31,6 +31,7 @@ from safelight_server.picture import Encoded, Pixels
 from safelight_server.pipeline import sampler_table
 from safelight_server.replicas.flight import Flight
 from safelight_server.replicas.flights import Flights, LoadWithAsking, Ticket
+from safelight_server.replicas.records import Kind
 from safelight_server.request import CacheMode, Spec
 from safelight_server.runtime.base import FloatArray, Runtime
 
@@ -48,6 +49,7 @@ class Plan:
         picture: it is there.
         start: in place of noise.
         embeddings: of its prompts that are known.
+        gone: what it began from is kept no more, of an output that was accepted elsewhere.
     """
 
     wanted: Wanted
@@ -55,6 +57,7 @@ class Plan:
     picture: Encoded | None = None
     start: Snapshot | None = None
     embeddings: tuple[FloatArray | None, ...] = ()
+    gone: bool = False
 
 
 class Intake:
@@ -83,8 +86,16 @@ class Intake:
         self._flights = flights
 
     def numerics_id(self, generation: Generation) -> str:
-        """What decides the bits of its pictures beside the spec."""
+        """What decides the bits of its pictures beside the spec and the pipeline."""
         return self._runtime.numerics_id(generation.request.spec.model)
+
+    def kind(self, generation: Generation) -> Kind:
+        """What develops it here.
+
+        Raises:
+            NotFoundError: there is no such model.
+        """
+        return Kind(self.numerics_id(generation), self._catalog.get(generation.request.spec.model).digest)
 
     # --- looking ---
 
@@ -192,21 +203,36 @@ class Intake:
         return True
 
     async def plan_again(self, generation: Generation, starts: Sequence[bool]) -> list[Plan]:
-        """What each output needs, of a generation that was accepted elsewhere."""
+        """What each output needs, of a generation that was accepted elsewhere.
+
+        Raises:
+            StoreError: what one began from cannot be read now.
+        """
         plans = []
         for output, started in zip(generation.outputs, starts, strict=True):
             wanted = self._wanted(generation, output.seed)
-            start = None
-            if started:
+            start, gone = None, False
+            if started and output.reason is None:
                 start = await self._cache.checkpoints.get(self._start_key(generation, output, wanted))
-            plans.append(Plan(wanted, output.origin, None, start, await self._cache.embeddings(wanted)))
+                gone = start is None
+            origin = MISS if gone else output.origin
+            plans.append(Plan(wanted, origin, None, start, await self._cache.embeddings(wanted), gone))
         return plans
 
     def enter(self, generation: Generation, plans: Sequence[Plan]) -> None:
-        """Lets its outputs enter their executions; those that have ended or are on their way are left alone."""
+        """Lets its outputs enter their executions; those that have ended or are on their way are left alone.
+
+        One that began from a latent that is gone begins from noise, and is a MISS; a branch fails.
+        """
         for output, plan in zip(generation.outputs, plans, strict=True):
-            if not output.idle:
+            if not output.idle or (plan.gone and not generation.owned):  # what is gone here its owner may have
                 continue
+            if plan.gone and output.origin.disposition is Disposition.BRANCHED:
+                what = f"output {output.index} branched from steps that are kept no more"
+                error = FailedPreconditionError(what, reason="CHECKPOINT_GONE")
+                generation.on_output_ended(output, FinishReason.FAILED, error)
+                continue
+            output.origin, output.starts = plan.origin, plan.start is not None
             key = self._key(plan)
             execution = self._executions.find(key)
             if execution is None:

@@ -194,6 +194,7 @@ class Output:
     def part(self) -> None:
         """Its generation has ended: it has nothing more to tell, and no longer keeps it."""
         self.leave()
+        self.held = None
         del self._generation
 
     def end_trail(self, outcome: str, error: str = "") -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import time
 from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
 from safelight_server.cache.store.keyring import Keyring
 from safelight_server.cache.store.sealed import CorruptError, Sealer
-from safelight_server.errors import DeadlineExceededError, InternalError, UnavailableError
+from safelight_server.errors import DeadlineExceededError, FailedPreconditionError, InternalError, UnavailableError
 from safelight_server.events import (
     Accepted,
     Disposition,
@@ -21,7 +23,7 @@ from safelight_server.events import (
     Usage,
 )
 from safelight_server.identity import Caller
-from safelight_server.replicas.records import Record, Told, Written, dump, parse, told
+from safelight_server.replicas.records import Kind, Record, Told, Written, dump, parse, told
 from safelight_server.request import (
     Branch,
     CacheMode,
@@ -60,6 +62,7 @@ RECORD = Record(
     1764.25,
     (Origin(), Origin(Disposition.LATENT, 0.91, "generations/x", 7)),
     (False, True),
+    Kind("numerics", "digest"),
 )
 USAGE = Usage(0.1, 2, 3, 4, 5)
 UNAVAILABLE = UnavailableError("later", reason="DRAINING", metadata={"k": "v"}, retry_after_s=1.5)
@@ -73,6 +76,15 @@ def through(written: Written) -> Written:
 def test_a_record_is_read_back_whole() -> None:
     assert through(RECORD) == RECORD
     assert through(replace(RECORD, deadline_at=None)) == replace(RECORD, deadline_at=None)
+
+
+def test_a_record_of_an_older_server_says_no_kind() -> None:
+    sealer = Sealer(Keyring.random())
+    entry, _ = sealer.open("name", dump(sealer, "name", RECORD))
+    facts = json.loads(entry.data)
+    del facts["kind"]
+    older = sealer.seal("name", replace(entry, data=json.dumps(facts).encode()), time.time() + 60.0)
+    assert parse(sealer, "name", older) == replace(RECORD, kind=None)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +112,9 @@ def test_errors_come_back_as_they_were() -> None:
     error = found.error
     assert isinstance(error, UnavailableError)
     assert (error.message, error.reason, error.metadata, error.retry_after_s) == ("later", "DRAINING", {"k": "v"}, 1.5)
-    late = through(told(finished, 3, b"", State.FAILED, DeadlineExceededError("late"), NOW))
-    assert isinstance(late, Told) and isinstance(late.error, DeadlineExceededError)
+    for known in (DeadlineExceededError, FailedPreconditionError):
+        other = through(told(finished, 3, b"", State.FAILED, known("why"), NOW))
+        assert isinstance(other, Told) and isinstance(other.error, known)
     bug = through(told(finished, 3, b"", State.FAILED, InternalError(), NOW))
     assert isinstance(bug, Told) and isinstance(bug.error, InternalError)
 

@@ -36,7 +36,7 @@ CACHE_MODES: Mapping[CacheMode, pb.CachePolicy.Mode.ValueType] = {
 """What may serve a request beside its own development; see `CachePolicy` in the proto."""
 RESUMES = 5
 """Lost connections that one generation survives."""
-RESUMABLE = ("", "WATCHER_STALLED", "MOVED")
+RESUMABLE = ("", "WATCHER_STALLED", "MOVED", "OTHER_KIND")
 """Reasons after which the same generation goes on; empty: the connection was lost."""
 ELSEWHERE = ("DRAINING", "UNAVAILABLE")
 """Reasons after which another replica can help as well."""

@@ -246,8 +246,12 @@ class Checkpoints:
         return await self._tiers.put(key, entry, self.policy.ttl_s, replicate=True)
 
     async def get(self, key: str) -> Snapshot | None:
-        """The snapshot under a key."""
-        found = await self._tiers.get(key)
+        """The snapshot under a key; None: it is gone.
+
+        Raises:
+            StoreError: a tier that may have it cannot say.
+        """
+        found = await self._tiers.get(key, sure=True)
         return None if found is None else parse(found.entry.data)
 
     async def delete(self, tenant: str, execution: str) -> bool:

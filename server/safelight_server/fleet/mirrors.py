@@ -13,12 +13,12 @@ from safelight_server.cache.coordination.base import Event, LeaderLostError
 from safelight_server.cache.coordination.leadership import Leadership
 from safelight_server.cache.store.base import StoreError
 from safelight_server.cache.store.sealed import CorruptError, UnreadableError
-from safelight_server.errors import UnavailableError
+from safelight_server.errors import NotFoundError, UnavailableError
 from safelight_server.events import FinishReason, State
 from safelight_server.fleet.base import WANT, Ground, Host
 from safelight_server.fleet.owners import Own, Owners
 from safelight_server.generation import Generation
-from safelight_server.intake import Intake
+from safelight_server.intake import Intake, Plan
 from safelight_server.picture import Encoded
 from safelight_server.replicas.records import Record, Told, parse
 from safelight_server.request import MediaType
@@ -94,6 +94,25 @@ class Mirrors:
         if mirror is made:
             mirror.tending = self._ground.start(self._tend(mirror))
         return mirror
+
+    def check(self, generation: Generation) -> None:
+        """Refuses to show what could not go on here as it was accepted.
+
+        Raises:
+            UnavailableError: another model, or other numerics, are here.
+        """
+        mirror = self._mirrors.get(generation.identifier)
+        if mirror is not None and not self._suits(mirror):
+            self.drop(generation)
+            what = "this replica has another model or other numerics; WatchGeneration at one of its kind goes on"
+            raise UnavailableError(what, reason="OTHER_KIND", retry_after_s=0.1)
+
+    def _suits(self, mirror: Mirror) -> bool:
+        """Whether it would be developed here as it was accepted."""
+        try:
+            return mirror.record.kind in (None, self._intake.kind(mirror.generation))
+        except NotFoundError:
+            return False
 
     def attend(self, generation: Generation) -> None:
         """Goes on showing it, with previews; its owner lets it come here if no stream is left there."""
@@ -213,7 +232,9 @@ class Mirrors:
                     await asyncio.sleep(RETRY_S)
 
     async def _adopt(self, mirror: Mirror) -> bool:
-        """Owns it from here on, unless another replica was quicker."""
+        """Owns it from here on, unless another replica was quicker or it is none for this one."""
+        if not self._suits(mirror):
+            return False
         leader = await Leadership.take(self._ground.coordinator, mirror.name, self._ground.ttl_s)
         if leader is None:
             return False
@@ -239,9 +260,22 @@ class Mirrors:
             self._ground.start(self._enter(generation, [output.starts for output in generation.outputs]))
 
     async def _enter(self, generation: Generation, starts: Sequence[bool]) -> None:
-        plans = await self._intake.plan_again(generation, starts)
-        if self._is_wanted(generation):  # else its stream was lost meanwhile
-            self._intake.enter(generation, plans)
+        try:
+            plans = await self._plan(generation, starts)
+            if self._is_wanted(generation):
+                self._intake.enter(generation, plans)
+        except BaseException:  # whatever it is, others may try
+            if self._owners.owns(generation):
+                self._owners.let_go(generation)
+                self._host.moved(generation)
+            raise
+
+    async def _plan(self, generation: Generation, starts: Sequence[bool]) -> list[Plan]:
+        while self._is_wanted(generation):  # else its stream was lost meanwhile
+            with contextlib.suppress(StoreError):
+                return await self._intake.plan_again(generation, starts)
+            await asyncio.sleep(RETRY_S)
+        return []
 
     def _is_wanted(self, generation: Generation) -> bool:
         """Whether it should be developed here."""
@@ -271,7 +305,8 @@ class Mirrors:
     async def _rescue(self, name: str) -> None:
         mirror = await self._mirror(name)
         if mirror is not None and not mirror.generation.ended:
-            self._keep(mirror)  # who tends it finds that nobody owns it
+            if self._suits(mirror):  # else it is left to those who can
+                self._keep(mirror)  # who tends it finds that nobody owns it
         elif mirror is not None or not await self._ground.coordinator.read(name):
             await self._strike(name)
         # else it is there and cannot be read: another replica may be able to, with other keys or of another version

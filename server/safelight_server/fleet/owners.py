@@ -163,6 +163,7 @@ class Owners:
             None if left is None else time.time() + left,
             tuple(plan.origin for plan in plans),
             starts,
+            self._intake.kind(generation),
         )
         with contextlib.suppress(StoreError):
             if not await self._intake.keep_starts(generation, plans):

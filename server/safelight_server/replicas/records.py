@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass as checked
 from safelight_server.cache.store.sealed import CorruptError, Entry, Sealer
 from safelight_server.errors import (
     DeadlineExceededError,
+    FailedPreconditionError,
     GenerationCancelledError,
     InternalError,
     SafelightError,
@@ -30,8 +31,17 @@ from safelight_server.request import Request
 KEPT_S = 7 * 86_400.0
 """How long a sealed event can be opened; Redis forgets it much earlier."""
 ERRORS: dict[str, type[SafelightError]] = {
-    error.__name__: error for error in (DeadlineExceededError, GenerationCancelledError, UnavailableError)
+    error.__name__: error
+    for error in (DeadlineExceededError, FailedPreconditionError, GenerationCancelledError, UnavailableError)
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a replica develops a generation with: where it is another, the pixels are others."""
+
+    numerics_id: str
+    pipeline_digest: str
 
 
 @checked(frozen=True, config=ConfigDict(ser_json_bytes="base64", val_json_bytes="base64"))
@@ -42,6 +52,7 @@ class Record:
         deadline_at: Unix seconds; None: it has none.
         origins: of its outputs, as far as they were known.
         starts: which outputs began from a latent, kept under their name.
+        kind: who can go on with it; None: an older server wrote it and did not say.
     """
 
     identifier: str
@@ -51,6 +62,7 @@ class Record:
     deadline_at: float | None
     origins: tuple[Origin, ...]
     starts: tuple[bool, ...]
+    kind: Kind | None = None
 
 
 _RECORD = TypeAdapter(Record)

@@ -1,0 +1,150 @@
+"""Replicas with other models or numerics leave to others what they cannot develop as it was accepted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+from safelight import Client, Picture
+from safelight.v1 import generation_pb2 as pb
+from safelight_server.errors import NotFoundError
+from safelight_server.fleet.mirrors import Mirrors
+from safelight_server.generation import Generation
+from safelight_server.intake import Plan
+
+from tests.conftest import eventually
+from tests.integration.test_generate import reason_of
+from tests.redis.test_fleet import STEPS, Server, servers, undisturbed
+from tests.redis.test_replicas import BYPASS, DETACH, request
+from tests.support.coordination import until
+from tests.support.redis_server import RedisServer
+from tests.support.replicas import collect, picture, sequences, until_step
+
+DIFFERENCES = ("numerics", "weights", "no model")
+
+
+def make_other(server: Server, difference: str) -> None:
+    """As if another release was deployed there."""
+    catalog = server.running.generations._catalog
+    get = catalog.get
+
+    def missing(_name: str) -> None:
+        raise NotFoundError("no such model")
+
+    match difference:
+        case "numerics":
+            server.running.runtime.numerics_id = lambda _model: "others"
+        case "weights":
+            catalog.get = lambda name: replace(get(name), digest="others")
+        case "no model":
+            catalog.get = missing
+
+
+def mirrors(server: Server) -> Mirrors:
+    found: Mirrors = server.running.generations.fleet.mirrors
+    return found
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES)
+async def test_what_nobody_owns_is_taken_over_by_one_of_its_kind(
+    redis_server: RedisServer, tmp_path: Path, difference: str
+) -> None:
+    async with servers(redis_server.url, tmp_path, count=3) as (one, other, third):
+        expected = await undisturbed(third, 1)
+        make_other(other, difference)
+        mirrors(third).retire()
+        call = one.stub.Generate(request(1, STEPS, disconnect=DETACH, cache=BYPASS))
+        name = (await until_step(call, 4))[0].generation
+        call.cancel()
+        await one.running.drain(0.0)
+        await until(other.coordinator.orphans)
+        at = mirrors(other)._ground.name(name.partition("/")[2])
+        mirror = await mirrors(other)._mirror(at)
+        assert mirror is not None
+        assert not await mirrors(other)._adopt(mirror)
+        await mirrors(other)._rescue(at)
+        assert not len(mirrors(other))
+        assert await other.coordinator.orphans() == [at]
+        watch = pb.WatchGenerationRequest(name=name, after_sequence=1)
+        assert picture(await collect(third.stub.WatchGeneration(watch))) == expected
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES)
+async def test_a_stream_is_sent_to_where_it_goes_on(redis_server: RedisServer, tmp_path: Path, difference: str) -> None:
+    async with servers(redis_server.url, tmp_path) as (one, other):
+        make_other(other, difference)
+        call = one.stub.Generate(request(2, STEPS))
+        name = (await until_step(call, 4))[0].generation
+        call.cancel()
+        await eventually(lambda: bool(one.running.generations._lost))
+        watch = pb.WatchGenerationRequest(name=name, after_sequence=1)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(other.stub.WatchGeneration(watch))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert reason_of(caught.value) == "OTHER_KIND"
+        assert not len(mirrors(other))
+        assert sequences(await collect(one.stub.WatchGeneration(watch))) == [2, 3]
+
+
+async def test_a_request_id_leads_the_client_to_a_replica_of_its_kind(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async with servers(redis_server.url, tmp_path) as (one, other):
+        make_other(other, "numerics")
+        message = request(3, STEPS, request_id="6f1c0a52-9b3e-4d0f-8a55-2f0c7d1e9b64", disconnect=DETACH)
+        call = one.stub.Generate(message)
+        await until_step(call, 4)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(other.stub.Generate(message))
+        assert reason_of(caught.value) == "OTHER_KIND"
+        assert not len(mirrors(other))
+        async with Client(f"{other.running.address},{one.running.address}") as client:
+            events = [event async for event in client.develop(message)]
+        assert any(isinstance(event, Picture) for event in events)
+        call.cancel()
+
+
+async def test_it_can_be_cancelled_at_any_replica(redis_server: RedisServer, tmp_path: Path) -> None:
+    async with servers(redis_server.url, tmp_path) as (one, other):
+        make_other(other, "no model")
+        call = one.stub.Generate(request(4, 1000))
+        name = (await until_step(call, 2))[0].generation
+        cancelled = await other.stub.CancelGeneration(pb.CancelGenerationRequest(name=name))
+        assert cancelled.generation.state == pb.Generation.STATE_CANCELLED
+        with pytest.raises(grpc.aio.AioRpcError):
+            await collect(call)
+
+
+async def test_who_fails_to_go_on_with_it_leaves_it_to_others(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with servers(redis_server.url, tmp_path) as (one, other):
+        intake = other.running.generations._intake
+        call = one.stub.Generate(request(5, STEPS))
+        name = (await until_step(call, 4))[0].generation
+        call.cancel()
+        await eventually(lambda: bool(one.running.generations._lost))
+        enter = intake.enter
+
+        failed = list[Generation]()
+
+        def fails(generation: Generation, plans: Sequence[Plan]) -> None:
+            if not generation.owned or failed:
+                enter(generation, plans)
+                return
+            failed.append(generation)
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(intake, "enter", fails)
+        watch = pb.WatchGenerationRequest(name=name, after_sequence=1)
+        watching = other.stub.WatchGeneration(watch)
+        await asyncio.gather(watching.wait_for_connection(), eventually(lambda: bool(failed)))
+        await eventually(lambda: not other.running.generations.fleet.owners.owns(failed[0]))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(watching)
+        assert reason_of(caught.value) == "MOVED"
+        assert sequences(await collect(one.stub.WatchGeneration(watch))) == [2, 3]

@@ -1,0 +1,37 @@
+"""A generation as it is shown while another replica owns it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+from safelight_server.events import FinishReason, State
+from safelight_server.generation import Generation
+from safelight_server.replicas.records import Told
+from safelight_server.scheduler import Priority
+from safelight_server.stream import EventLog
+from safelight_server.telemetry.tracing import UNTRACED
+
+from tests.support.streams import PICTURE, SPEC, Clock
+
+
+def mirror(num_outputs: int) -> Generation:
+    """What another replica owns."""
+    request = SimpleNamespace(spec=replace(SPEC, seeds=tuple(range(num_outputs))), priority=Priority.STANDARD)
+    events = EventLog("generations/x", Clock(), chunk_bytes=1000, max_watchers=1)
+    made = Generation("x", Mock(), request, events, Clock(), UNTRACED, deadline=None, late=Mock(), on_end=Mock())
+    made.owned = False
+    return made
+
+
+def test_what_its_outputs_came_to_here_goes_when_their_owner_has_decided() -> None:
+    generation = mirror(2)
+    for output in generation.outputs:
+        output.developed(Mock())
+    first, second = generation.outputs
+    generation.hear(Told("output", b"", 1, 0, FinishReason.COMPLETED, 50), PICTURE)
+    assert first.held is None
+    assert second.held is not None
+    generation.hear(Told("finished", b"", 2, state=State.CANCELLED), None)
+    assert second.held is None
