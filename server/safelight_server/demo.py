@@ -120,9 +120,14 @@ class Developing:
             "similarity": f"{origin.similarity:.2f}" if origin.similarity else "",
             "from": origin.source,
             "steps skipped": origin.num_steps_skipped or "",
+            "numerics": origin.numerics_id,
         }
         told = ", ".join(f"{name} {fact}" for name, fact in facts.items() if fact)
-        how = "" if origin.disposition == "miss" else f"  {origin.disposition}" + (f" ({told})" if told else "")
+        how = (
+            ""
+            if origin.disposition == "miss" and not told
+            else f"  {origin.disposition}" + (f" ({told})" if told else "")
+        )
         return f"{self.finished.generation}{how}"
 
 

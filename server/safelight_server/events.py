@@ -75,6 +75,7 @@ class Origin:
         source: resource name of the generation that developed it, for EXACT and SIMILAR.
         num_steps_skipped: steps that were not made for this output.
         compute_s_saved: what they have cost where they were made, or would have cost at the pace of the others.
+        numerics_id: of the replica that went on with it, where they are others than it was accepted with.
     """
 
     disposition: Disposition = Disposition.MISS
@@ -82,6 +83,7 @@ class Origin:
     source: str = ""
     num_steps_skipped: int = 0
     compute_s_saved: float = 0.0
+    numerics_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

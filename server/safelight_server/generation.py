@@ -103,6 +103,7 @@ class Generation:
         self.create_time = datetime.now(UTC)
         self.finish_time: datetime | None = None
         self.origins: tuple[Origin | None, ...] = ()
+        self.numerics_id = ""
         self.outputs = [Output(self, index, seed, clock) for index, seed in enumerate(request.spec.seeds)]
         self._clock = clock
         self.stage = stage
@@ -142,7 +143,7 @@ class Generation:
 
     def accept(self, numerics_id: str, estimate_s: float, sources: Sequence[Encoded | Execution]) -> None:
         """Says Accepted and gives each output its picture or lets it enter its execution."""
-        spec = self.request.spec
+        spec, self.numerics_id = self.request.spec, numerics_id
         self.log.publish(
             Accepted(
                 spec,

@@ -311,6 +311,7 @@ class Generations:
         generation = self._make(record.identifier, record.caller, record.request, UNTRACED, left)
         generation.owned = False
         generation.create_time = record.create_time
+        generation.numerics_id = record.numerics_id
         for output, origin, starts in zip(generation.outputs, record.origins, record.starts, strict=True):
             output.origin, output.starts = origin, starts
         return generation

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from safelight_server.admission import AdmissionLimits, admit
 from safelight_server.cache.cache import Cache, Keep, Wanted
@@ -31,7 +31,6 @@ from safelight_server.picture import Encoded, Pixels
 from safelight_server.pipeline import sampler_table
 from safelight_server.replicas.flight import Flight
 from safelight_server.replicas.flights import Flights, LoadWithAsking, Ticket
-from safelight_server.replicas.records import Kind
 from safelight_server.request import CacheMode, Spec
 from safelight_server.runtime.base import FloatArray, Runtime
 
@@ -89,13 +88,13 @@ class Intake:
         """What decides the bits of its pictures beside the spec and the pipeline."""
         return self._runtime.numerics_id(generation.request.spec.model)
 
-    def kind(self, generation: Generation) -> Kind:
-        """What develops it here.
+    def digest(self, generation: Generation) -> str:
+        """Of the pipeline that develops it here.
 
         Raises:
             NotFoundError: there is no such model.
         """
-        return Kind(self.numerics_id(generation), self._catalog.get(generation.request.spec.model).digest)
+        return self._catalog.get(generation.request.spec.model).digest
 
     # --- looking ---
 
@@ -208,14 +207,15 @@ class Intake:
         Raises:
             StoreError: what one began from cannot be read now.
         """
-        plans = []
+        plans, numerics = [], self.numerics_id(generation)
+        others = "" if generation.numerics_id in ("", numerics) else numerics
         for output, started in zip(generation.outputs, starts, strict=True):
             wanted = self._wanted(generation, output.seed)
             start, gone = None, False
             if started and output.reason is None:
                 start = await self._cache.checkpoints.get(self._start_key(generation, output, wanted))
                 gone = start is None
-            origin = MISS if gone else output.origin
+            origin = replace(MISS if gone else output.origin, numerics_id=others)
             plans.append(Plan(wanted, origin, None, start, await self._cache.embeddings(wanted), gone))
         return plans
 

@@ -1,4 +1,4 @@
-"""Replicas with other models or numerics leave to others what they cannot develop as it was accepted."""
+"""Replicas of other kinds: with another model they leave a generation to others; with other numerics they say so."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from safelight import Client, Picture
 from safelight.v1 import generation_pb2 as pb
 from safelight_server.errors import NotFoundError
+from safelight_server.fleet import mirrors as module
 from safelight_server.fleet.mirrors import Mirrors
 from safelight_server.generation import Generation
 from safelight_server.intake import Plan
@@ -24,7 +25,7 @@ from tests.support.coordination import until
 from tests.support.redis_server import RedisServer
 from tests.support.replicas import collect, picture, sequences, until_step
 
-DIFFERENCES = ("numerics", "weights", "no model")
+DIFFERENCES = ("weights", "no model")
 
 
 def make_other(server: Server, difference: str) -> None:
@@ -36,12 +37,15 @@ def make_other(server: Server, difference: str) -> None:
         raise NotFoundError("no such model")
 
     match difference:
-        case "numerics":
-            server.running.runtime.numerics_id = lambda _model: "others"
         case "weights":
             catalog.get = lambda name: replace(get(name), digest="others")
         case "no model":
             catalog.get = missing
+
+
+def with_other_numerics(server: Server) -> None:
+    """As if its processor was another."""
+    server.running.runtime.numerics_id = lambda _model: "others"
 
 
 def mirrors(server: Server) -> Mirrors:
@@ -85,7 +89,7 @@ async def test_a_stream_is_sent_to_where_it_goes_on(redis_server: RedisServer, t
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await collect(other.stub.WatchGeneration(watch))
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert reason_of(caught.value) == "OTHER_KIND"
+        assert reason_of(caught.value) == "OTHER_MODEL"
         assert not len(mirrors(other))
         assert sequences(await collect(one.stub.WatchGeneration(watch))) == [2, 3]
 
@@ -94,18 +98,65 @@ async def test_a_request_id_leads_the_client_to_a_replica_of_its_kind(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
     async with servers(redis_server.url, tmp_path) as (one, other):
-        make_other(other, "numerics")
+        make_other(other, "weights")
         message = request(3, STEPS, request_id="6f1c0a52-9b3e-4d0f-8a55-2f0c7d1e9b64", disconnect=DETACH)
         call = one.stub.Generate(message)
         await until_step(call, 4)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await collect(other.stub.Generate(message))
-        assert reason_of(caught.value) == "OTHER_KIND"
+        assert reason_of(caught.value) == "OTHER_MODEL"
         assert not len(mirrors(other))
         async with Client(f"{other.running.address},{one.running.address}") as client:
             events = [event async for event in client.develop(message)]
         assert any(isinstance(event, Picture) for event in events)
         call.cancel()
+
+
+async def test_it_is_shown_by_one_with_other_numerics_which_computes_nothing(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async with servers(redis_server.url, tmp_path) as (one, other):
+        with_other_numerics(other)
+        call = one.stub.Generate(request(6, STEPS))
+        name = (await until_step(call, 2))[0].generation
+        shown = await collect(other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1)))
+        assert picture(shown) == picture(await collect(call))
+        assert shown[-1].finished.cache_results[0].numerics_id == ""
+        assert other.running.generations._intake._executions._by_key == {}
+        assert not await mirrors(other)._ground.coordinator.orphans()
+
+
+async def test_one_with_other_numerics_goes_on_with_it_and_says_so(redis_server: RedisServer, tmp_path: Path) -> None:
+    async with servers(redis_server.url, tmp_path) as (one, other):
+        with_other_numerics(other)
+        call = one.stub.Generate(request(7, STEPS))
+        name = (await until_step(call, 2))[0].generation
+        call.cancel()
+        await eventually(lambda: bool(one.running.generations._lost))
+        shown = await collect(other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1)))
+        assert picture(shown)
+        assert [result.numerics_id for result in shown[-1].finished.cache_results] == ["others"]
+
+
+async def test_what_nobody_owns_is_left_to_those_with_its_numerics_for_a_while(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with servers(redis_server.url, tmp_path) as (one, other):
+        with_other_numerics(other)
+        mirrors(other).retire()
+        call = one.stub.Generate(request(8, STEPS, disconnect=DETACH, cache=BYPASS))
+        name = (await until_step(call, 2))[0].generation
+        call.cancel()
+        await one.running.drain(0.0)
+        await until(other.coordinator.orphans)
+        at = mirrors(other)._ground.name(name.partition("/")[2])
+        await mirrors(other)._rescue(at)
+        assert not len(mirrors(other)), "one of its kind may come"
+        monkeypatch.setattr(module, "OTHERS_FIRST_LEASES", 0)
+        await mirrors(other)._rescue(at)
+        await eventually(lambda: other.running.generations.fleet.owners._own or other.running.generations._finished)
+        shown = await collect(other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1)))
+        assert shown[-1].finished.cache_results[0].numerics_id == "others"
 
 
 async def test_it_can_be_cancelled_at_any_replica(redis_server: RedisServer, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ CACHE_MODES: Mapping[CacheMode, pb.CachePolicy.Mode.ValueType] = {
 """What may serve a request beside its own development; see `CachePolicy` in the proto."""
 RESUMES = 5
 """Lost connections that one generation survives."""
-RESUMABLE = ("", "WATCHER_STALLED", "MOVED", "OTHER_KIND")
+RESUMABLE = ("", "WATCHER_STALLED", "MOVED", "OTHER_MODEL")
 """Reasons after which the same generation goes on; empty: the connection was lost."""
 ELSEWHERE = ("DRAINING", "UNAVAILABLE")
 """Reasons after which another replica can help as well."""
@@ -87,12 +87,14 @@ class Origin:
         similarity: of the prompts, for "similar" and "latent".
         source: the generation that developed it, for "exact" and "similar".
         num_steps_skipped: steps that were not made for this picture.
+        numerics_id: it was developed with, where a server with others than `Accepted` says went on with it.
     """
 
     disposition: str
     similarity: float = 0.0
     source: str = ""
     num_steps_skipped: int = 0
+    numerics_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,7 +367,7 @@ def _events(event: pb.GenerationEvent, received: _Progress) -> list[Event]:
 
 def _origin(result: pb.CacheResult) -> Origin:
     name = pb.CacheResult.Disposition.Name(result.disposition).removeprefix("DISPOSITION_").lower()
-    return Origin(name, result.similarity, result.source, result.num_steps_skipped)
+    return Origin(name, result.similarity, result.source, result.num_steps_skipped, result.numerics_id)
 
 
 def _artifact(chunk: pb.ArtifactChunk, received: _Progress) -> list[Event]:

@@ -117,6 +117,7 @@ def _cache_result(origin: Origin | None) -> pb.CacheResult:
         similarity=origin.similarity,
         source=origin.source,
         num_steps_skipped=origin.num_steps_skipped,
+        numerics_id=origin.numerics_id,
     )
 
 

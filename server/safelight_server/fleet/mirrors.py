@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +29,8 @@ log = structlog.get_logger(__name__)
 ANSWER_S = 5.0
 """How long an owner may take to answer, beyond the time after which it is taken for dead."""
 RETRY_S = 0.5
+OTHERS_FIRST_LEASES = 3
+"""Leases for which what nobody owns is left to replicas with the numerics that it was accepted with."""
 
 
 class PictureGoneError(Exception):
@@ -61,6 +64,7 @@ class Mirrors:
         self._owners = owners
         self._me = me
         self._mirrors: dict[str, Mirror] = {}
+        self._left: dict[str, float] = {}
         self._retired = False
 
     def __len__(self) -> int:
@@ -96,30 +100,35 @@ class Mirrors:
         return mirror
 
     def check(self, generation: Generation) -> None:
-        """Refuses to show what could not go on here as it was accepted.
+        """Refuses to show what could not go on here.
 
         Raises:
-            UnavailableError: another model, or other numerics, are here.
+            UnavailableError: another model is here.
         """
         mirror = self._mirrors.get(generation.identifier)
-        if mirror is not None and not self._suits(mirror):
+        if mirror is not None and not self._can(mirror):
             self.drop(generation)
-            what = "this replica has another model or other numerics; WatchGeneration at one of its kind goes on"
-            raise UnavailableError(what, reason="OTHER_KIND", retry_after_s=0.1)
+            what = "this replica does not have the model that it was accepted with; WatchGeneration at another goes on"
+            raise UnavailableError(what, reason="OTHER_MODEL", retry_after_s=0.1)
 
-    def _suits(self, mirror: Mirror) -> bool:
-        """Whether it would be developed here as it was accepted."""
+    def _can(self, mirror: Mirror) -> bool:
+        """Whether it could be developed here, with the same model."""
         try:
-            return mirror.record.kind in (None, self._intake.kind(mirror.generation))
+            return mirror.record.pipeline in ("", self._intake.digest(mirror.generation))
         except NotFoundError:
             return False
 
+    def _same_bits(self, mirror: Mirror) -> bool:
+        """Whether its pictures would be the same here, bit by bit."""
+        return mirror.record.numerics_id in ("", self._intake.numerics_id(mirror.generation))
+
     def attend(self, generation: Generation) -> None:
-        """Goes on showing it, with previews; its owner lets it come here if no stream is left there."""
+        """Goes on showing it; with previews, if its numerics are these. Its owner lets it come if no stream is left."""
         mirror = self._mirrors.get(generation.identifier)
         if mirror is not None:
             self._ground.news.say(WANT, generation.identifier, by=self._me)
-            self._ground.start(self._enter(mirror.generation, mirror.record.starts))
+            if self._same_bits(mirror):
+                self._ground.start(self._enter(mirror.generation, mirror.record.starts))
 
     def drop(self, generation: Generation) -> None:
         """No stream is left here; goes on while someone waits for an answer."""
@@ -233,7 +242,7 @@ class Mirrors:
 
     async def _adopt(self, mirror: Mirror) -> bool:
         """Owns it from here on, unless another replica was quicker or it is none for this one."""
-        if not self._suits(mirror):
+        if not self._can(mirror):
             return False
         leader = await Leadership.take(self._ground.coordinator, mirror.name, self._ground.ttl_s)
         if leader is None:
@@ -292,6 +301,7 @@ class Mirrors:
                 return
             try:
                 names = await self._ground.coordinator.orphans()
+                self._left = {name: since for name, since in self._left.items() if name in names}
                 random.shuffle(names)
                 for name in names:
                     await self._rescue(name)
@@ -305,11 +315,16 @@ class Mirrors:
     async def _rescue(self, name: str) -> None:
         mirror = await self._mirror(name)
         if mirror is not None and not mirror.generation.ended:
-            if self._suits(mirror):  # else it is left to those who can
+            if self._can(mirror) and (self._same_bits(mirror) or self._left_for_long(name)):
                 self._keep(mirror)  # who tends it finds that nobody owns it
         elif mirror is not None or not await self._ground.coordinator.read(name):
             await self._strike(name)
         # else it is there and cannot be read: another replica may be able to, with other keys or of another version
+
+    def _left_for_long(self, name: str) -> bool:
+        """Whether those with its numerics have had the time to take it over."""
+        now = time.monotonic()
+        return now - self._left.setdefault(name, now) >= OTHERS_FIRST_LEASES * self._ground.ttl_s
 
     async def _strike(self, name: str) -> None:
         """Takes what is over, or never began, off the roll; under its lease, lest it is about to begin."""

@@ -163,7 +163,8 @@ class Owners:
             None if left is None else time.time() + left,
             tuple(plan.origin for plan in plans),
             starts,
-            self._intake.kind(generation),
+            self._intake.numerics_id(generation),
+            self._intake.digest(generation),
         )
         with contextlib.suppress(StoreError):
             if not await self._intake.keep_starts(generation, plans):

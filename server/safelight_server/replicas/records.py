@@ -36,14 +36,6 @@ ERRORS: dict[str, type[SafelightError]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What a replica develops a generation with: where it is another, the pixels are others."""
-
-    numerics_id: str
-    pipeline_digest: str
-
-
 @checked(frozen=True, config=ConfigDict(ser_json_bytes="base64", val_json_bytes="base64"))
 class Record:
     """A generation as it was accepted.
@@ -52,7 +44,7 @@ class Record:
         deadline_at: Unix seconds; None: it has none.
         origins: of its outputs, as far as they were known.
         starts: which outputs began from a latent, kept under their name.
-        kind: who can go on with it; None: an older server wrote it and did not say.
+        numerics_id, pipeline: what it was accepted with; empty: an older server wrote it and did not say.
     """
 
     identifier: str
@@ -62,7 +54,8 @@ class Record:
     deadline_at: float | None
     origins: tuple[Origin, ...]
     starts: tuple[bool, ...]
-    kind: Kind | None = None
+    numerics_id: str = ""
+    pipeline: str = ""
 
 
 _RECORD = TypeAdapter(Record)

@@ -1326,6 +1326,7 @@ class CacheResult(_message.Message):
     SIMILARITY_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     NUM_STEPS_SKIPPED_FIELD_NUMBER: _builtins.int
+    NUMERICS_ID_FIELD_NUMBER: _builtins.int
     disposition: Global___CacheResult.Disposition.ValueType
     """Where the picture came from."""
     similarity: _builtins.float
@@ -1334,6 +1335,10 @@ class CacheResult(_message.Message):
     """The generation that developed it, for EXACT and SIMILAR; else empty."""
     num_steps_skipped: _builtins.int
     """Denoising steps that were not made for this output."""
+    numerics_id: _builtins.str
+    """The numerics that it was developed with, where a replica with others than
+    `Accepted.numerics_id` went on with it; else empty.
+    """
     def __init__(
         self,
         *,
@@ -1341,10 +1346,11 @@ class CacheResult(_message.Message):
         similarity: _builtins.float = ...,
         source: _builtins.str = ...,
         num_steps_skipped: _builtins.int = ...,
+        numerics_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["disposition", b"disposition", "num_steps_skipped", b"num_steps_skipped", "similarity", b"similarity", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disposition", b"disposition", "num_steps_skipped", b"num_steps_skipped", "numerics_id", b"numerics_id", "similarity", b"similarity", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
