@@ -11,6 +11,7 @@ import grpc
 import pytest
 from safelight import Client, Picture
 from safelight.v1 import generation_pb2 as pb
+from safelight_server.catalog import Component
 from safelight_server.errors import NotFoundError
 from safelight_server.fleet import mirrors as module
 from safelight_server.fleet.mirrors import Mirrors
@@ -117,12 +118,17 @@ async def test_it_is_shown_by_one_with_other_numerics_which_computes_nothing(
 ) -> None:
     async with servers(redis_server.url, tmp_path) as (one, other):
         with_other_numerics(other)
+        runtime = other.running.runtime
+        compute, run = runtime.run, list[Component]()
+        runtime.run = lambda instance, model, component, inputs: (  # type: ignore[method-assign]
+            run.append(component) or compute(instance, model, component, inputs)
+        )
         call = one.stub.Generate(request(6, STEPS))
         name = (await until_step(call, 2))[0].generation
         shown = await collect(other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1)))
         assert picture(shown) == picture(await collect(call))
         assert shown[-1].finished.cache_results[0].numerics_id == ""
-        assert other.running.generations._intake._executions._by_key == {}
+        assert Component.DENOISER not in run
         assert not await mirrors(other)._ground.coordinator.orphans()
 
 
