@@ -97,7 +97,7 @@ class Settings(BaseSettings):
     )
     max_results: Count = Field(10_000, description="Finished generations kept, all together.")
     max_results_bytes: Count = Field(256 << 20, description="Finished pictures kept in memory, all together.")
-    drain_grace_s: Seconds = Field(30.0, description="How long running generations may finish after SIGTERM.")
+    drain_grace_s: Seconds = Field(30.0, description="How long generations may finish and be delivered after SIGTERM.")
 
     redis_url: SecretStr | None = Field(
         None,
