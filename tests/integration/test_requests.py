@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import uuid
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -366,6 +367,16 @@ async def finishes(call) -> bool:
     """Whether all of a call comes that was begun to be read."""
     last = [response.event.WhichOneof("event") async for response in call][-1]
     return (last, await call.code()) == ("finished", grpc.StatusCode.OK)
+
+
+async def test_a_generation_ends_although_its_end_cannot_be_logged(server):
+    running, channel = server
+    call = stubs.GenerationServiceStub(channel).Generate(request(num_inference_steps=100))
+    await eventually(lambda: bool(running.generations._live))
+    [generation] = running.generations._live.values()
+    generation._logger = Mock(info=Mock(side_effect=BrokenPipeError))
+    assert await finishes(call)
+    assert generation._logger.info.called and not running.generations._live
 
 
 def small(address: str) -> grpc.aio.Channel:
