@@ -108,7 +108,7 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
         runtime = SimulatedRuntime(
             max(1, settings.num_instances), settings.simulated_base_ms / 1e3, settings.simulated_row_ms / 1e3
         )
-        return Catalog([simulated_pipeline()]), runtime
+        return Catalog([simulated_pipeline()], settings.default_model), runtime
     catalog = catalogs.load(settings.models_dir, settings.default_model)
     if settings.runtime == "triton":
         options = TritonOptions(
