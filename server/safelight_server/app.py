@@ -20,7 +20,8 @@ from pathlib import Path
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from safelight_server import catalog as catalogs
 from safelight_server import reflection
 from safelight_server.cache.admin import CacheAdmin
@@ -45,6 +46,7 @@ from safelight_server.engine import Engine
 from safelight_server.execution import Executions
 from safelight_server.fleet import Ground
 from safelight_server.generations import Generations
+from safelight_server.health import Health
 from safelight_server.identity import Identity
 from safelight_server.quota import StreamQuota
 from safelight_server.replicas.flights import Flights
@@ -64,6 +66,8 @@ log = structlog.get_logger(__name__)
 REQUEST_BYTES = 64 << 10
 """Room for all of a request but its prompts."""
 HEALTH_PERIOD_S = 0.25
+LAST_WORDS_S = 1.0
+"""At least so long streams have for their ends."""
 GC_THRESHOLDS = 1_000, 10, 100
 """New objects to a collection of the youngest, of these to one of the younger, of these to a full one."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -104,7 +108,7 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
         runtime = SimulatedRuntime(
             max(1, settings.num_instances), settings.simulated_base_ms / 1e3, settings.simulated_row_ms / 1e3
         )
-        return Catalog([simulated_pipeline()]), runtime
+        return Catalog([simulated_pipeline()], settings.default_model), runtime
     catalog = catalogs.load(settings.models_dir, settings.default_model)
     if settings.runtime == "triton":
         options = TritonOptions(
@@ -187,9 +191,9 @@ async def _listening(
     largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four bytes a character
     server = grpc.aio.server(options=[*GRPC_OPTIONS, ("grpc.max_receive_message_length", largest)])
     server.add_generic_rpc_handlers(tuple(service.handlers()))
-    health_servicer = health.aio.HealthServicer()
+    health_servicer = Health()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    services = [GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, health.SERVICE_NAME]
+    services = [GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, HEALTH_SERVICE]
     reflection.enable(services, server)
     address = _bind(server, settings)
     _serve_metrics(metrics, settings)
@@ -202,16 +206,19 @@ async def _listening(
     draining: list[asyncio.Task[None]] = []
 
     async def drain(grace_s: float) -> None:
-        log.info("draining", grace_s=grace_s)
+        until = time.monotonic() + grace_s
         following.cancel()
         await health_servicer.enter_graceful_shutdown()
         await generations.drain(grace_s)
-        await server.stop(1.0)
+        health_servicer.end_watches()
+        await server.stop(max(LAST_WORDS_S, until - time.monotonic()))  # what was handed to gRPC may be on its way
 
     def start_drain(grace_s: float) -> asyncio.Task[None]:
+        """A further one, with less grace, cuts short what is under way."""
         if not draining:
-            draining.append(asyncio.create_task(drain(grace_s)))
-        return draining[0]
+            log.info("draining", grace_s=grace_s)
+        draining.append(asyncio.create_task(drain(grace_s)))
+        return draining[-1]
 
     try:
         yield address, start_drain
@@ -219,7 +226,7 @@ async def _listening(
         await start_drain(0.0)
         for task in background:
             task.cancel()
-        await asyncio.wait(background)
+        await asyncio.wait([*background, *draining])
 
 
 def _begin(work: Work) -> asyncio.Task[None]:
@@ -283,7 +290,7 @@ def _build_cache(
     return cache, Purges(tiers, backends.coordinator, (similar, starts, checkpoints))
 
 
-async def _follow_health(servicer: health.aio.HealthServicer, names: Sequence[str], engine: Engine) -> None:
+async def _follow_health(servicer: Health, names: Sequence[str], engine: Engine) -> None:
     """Says NOT_SERVING while nothing has been there to execute models for longer than the grace; forever."""
     said = health_pb2.HealthCheckResponse.SERVING
     while True:
@@ -375,6 +382,4 @@ async def serve(settings: Settings, started: Callable[[Running], None]) -> None:
         drained = running.drain(settings.drain_grace_s)
         again = asyncio.create_task(signals.get())
         await asyncio.wait([drained, again], return_when=asyncio.FIRST_COMPLETED)
-        if not drained.done():
-            await running.generations.drain(0.0)
         again.cancel()

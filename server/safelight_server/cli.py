@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -54,6 +53,10 @@ ServerName = Annotated[
         "--server-name", envvar="SAFELIGHT_SERVER_NAME", help="In the certificate, if it is not the target's."
     ),
 ]
+
+
+OPTIONS = {"target": "--target / SAFELIGHT_TARGET", "api_key": "--api-key / SAFELIGHT_API_KEY"}
+"""What the arguments of a client are called here."""
 
 
 class Fault(Exception):
@@ -132,6 +135,9 @@ def generate(
     media_type = MEDIA_TYPES.get(out.suffix.lstrip(".").lower())
     if media_type is None:
         raise Fault(f"--out {out}: the ending must be .png, .jpg or .webp")
+    _check_text(
+        {"PROMPT": prompt, "--negative": negative_prompt, "--model": model, "--sampler": sampler, "--branch": branch}
+    )
     order = demos.Order(
         prompt,
         seed,
@@ -320,7 +326,25 @@ def _connect(target: str, api_key: str | None, ca_file: Path | None, server_name
             credentials = grpc.ssl_channel_credentials(ca_file.read_bytes())
     except OSError as error:
         raise Fault(f"{ca_file}: {error.strerror}") from None
-    return functools.partial(Client, target, api_key=api_key, credentials=credentials, server_name=server_name)
+
+    def connect() -> Client:
+        try:
+            return Client(target, api_key=api_key, credentials=credentials, server_name=server_name)
+        except ValueError as error:
+            argument, _, what = str(error).partition(": ")
+            raise Fault(f"{OPTIONS[argument]}: {what}") from None
+
+    _check_text({OPTIONS["target"]: target, "--server-name": server_name})
+    return connect
+
+
+def _check_text(given: Mapping[str, str]) -> None:
+    """An argument whose bytes are no UTF-8 has surrogates in their places, which no message takes."""
+    for option, text in given.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Fault(f"{option}: is not UTF-8") from None
 
 
 def _run(work: Coroutine[object, object, T]) -> T:

@@ -296,8 +296,8 @@ class Generation:
     def _encoded(self, output: Output, task: asyncio.Task[None]) -> None:
         self._encoding.discard(task)
         if not task.cancelled() and (fault := task.exception()) is not None and output.reason is None:
-            self._logger.error("bug", output=output.index, exc_info=fault)
             self.on_output_ended(output, FinishReason.FAILED, InternalError())
+            self._logger.error("bug", output=output.index, exc_info=fault)
 
     async def _encode(self, output: Output, picture: Developed) -> None:
         encoded = await picture.encoded(self.request.encoding)
@@ -332,10 +332,10 @@ class Generation:
             self.state = State.FAILED
         self.origins = tuple(output.final_origin() for output in self.outputs)
         self.log.publish(Finished(self.error, self._usage(), self._timings(), self.origins))
-        level = self._logger.error if isinstance(self.error, InternalError) else self._logger.info
-        level("finished", state=self.state.name, seconds=round(self.times.ended - self.times.accepted, 3))
         self._part()
         self._on_end(self)
+        level = self._logger.error if isinstance(self.error, InternalError) else self._logger.info
+        level("finished", state=self.state.name, seconds=round(self.times.ended - self.times.accepted, 3))
 
     def _part(self) -> None:
         for output in self.outputs:

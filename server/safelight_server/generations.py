@@ -381,7 +381,7 @@ class Generations:
             end(UnavailableError("the stream was not read; WatchGeneration resumes it", reason="WATCHER_STALLED"))
 
     async def drain(self, grace_s: float) -> None:
-        """Admits nothing more, lets what runs finish within the grace, ends the rest."""
+        """Admits nothing more, lets what runs finish and be delivered within the grace, ends the rest."""
         self._draining = True
         if self._fleet is not None:
             self._fleet.mirrors.retire()
@@ -392,14 +392,17 @@ class Generations:
                 while self._live:
                     self._one_ended.clear()
                     await self._one_ended.wait()
-        for generation in list(self._live.values()):
-            self._end_drained(generation)
+                await self._streams.delivered()
         for generation in self._streams.not_owned():
             self._streams.move(generation)
             self._drop_unwatched(generation)
+        for generation in [*self._streams.undelivered(), *self._live.values()]:
+            self._end_drained(generation)
 
     def _end_drained(self, generation: Generation) -> None:
         if generation.journal is not None:
             self._move(generation)
+        elif generation.ended:
+            self._streams.end(generation, outcomes.drained(generation))
         else:
             generation.stop(outcomes.drained(generation), FinishReason.FAILED)

@@ -4,7 +4,8 @@ The key file is one JSON object, {"keys": [{"sha256": "…", "caller": "…",
 "tenant": "…", "admin": false}]}; `safelight keys new` makes entries. It holds hashes only:
 keys are 256 random bits, so that a plain SHA-256 cannot be searched. The file
 is looked at again at most once a second, when a call comes; a new file that
-cannot be used is logged once and the keys before it stay.
+cannot be used is logged once and the keys before it stay. One that is faulty
+is left alone until it changes, one that could not be read is tried again.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ class Caller:
 
 class KeyFileError(Exception):
     """A key file or an entry for it that cannot be used; the message lists all faults."""
+
+
+class _UnreadableError(KeyFileError):
+    """It could not be read now, which says nothing of what is in it."""
 
 
 class _Key(BaseModel):
@@ -121,6 +126,7 @@ class _WatchedKeys:
         self._stamp = _stamp(file)
         self._keys = _read(file)
         self._looked_at = clock()
+        self._unreadable = ""
 
     def recognize(self, authorization: str) -> Caller:
         self._look()
@@ -140,14 +146,23 @@ class _WatchedKeys:
         self._looked_at = now
         stamp = _stamp(self._file)
         if stamp == self._stamp:
+            self._unreadable = ""
             return
-        self._stamp = stamp
         try:
             self._keys = _read(self._file)
+        except _UnreadableError as error:
+            if str(error) != self._unreadable:
+                self._not_reloaded(error)
+            self._unreadable = str(error)
+            return
         except KeyFileError as error:
-            log.error("keys_not_reloaded", error=str(error), num_keys=len(self._keys))
+            self._not_reloaded(error)
         else:
             log.info("keys_reloaded", num_keys=len(self._keys))
+        self._stamp, self._unreadable = stamp, ""
+
+    def _not_reloaded(self, error: KeyFileError) -> None:
+        log.error("keys_not_reloaded", error=str(error), num_keys=len(self._keys))
 
 
 def new_key(caller: str, tenant: str, *, admin: bool = False) -> tuple[str, str]:
@@ -178,7 +193,7 @@ def _read(file: Path) -> list[tuple[bytes, Caller]]:
     try:
         parsed = _KeyFile.model_validate_json(file.read_bytes())
     except OSError as error:
-        raise KeyFileError(f"{file}: {error.strerror}") from None
+        raise _UnreadableError(f"{file}: {error.strerror}") from None
     except ValidationError as error:
         found = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
         raise KeyFileError(f"{file}: {found}") from None

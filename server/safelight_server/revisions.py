@@ -9,4 +9,5 @@ Order = list[tuple[int, int, str]]
 
 def order(revision: str) -> Order:
     """What revisions are sorted by: numbers in them by value, all else by name. 1.9 is before 1.10."""
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"([0-9]+)", revision)]
+    parts = re.split(r"([0-9]+)", revision)
+    return [(1, int(part), "") if part.isascii() and part.isdigit() else (0, 0, part) for part in parts]

@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -43,8 +44,8 @@ class Settings(BaseSettings):
     default_model: str = Field("", description="Model of requests that name none. Empty: the first by name.")
     runtime: Literal["onnx", "triton", "simulated"] = Field("onnx", description="What executes the models.")
     num_instances: int = Field(0, ge=0, le=256, description="Calls that run at once. 0: one for each core.")
-    simulated_base_ms: Annotated[float, Field(ge=0)] = Field(20.0, description="Simulated: cost of a denoiser call.")
-    simulated_row_ms: Annotated[float, Field(ge=0)] = Field(1.0, description="Simulated: added cost of each row.")
+    simulated_base_ms: float = Field(20.0, ge=0, allow_inf_nan=False, description="Simulated: cost of a denoiser call.")
+    simulated_row_ms: float = Field(1.0, ge=0, allow_inf_nan=False, description="Simulated: added cost of each row.")
 
     triton_url: str = Field(
         "127.0.0.1:8001",
@@ -76,12 +77,14 @@ class Settings(BaseSettings):
         5.0, description="With no live instance: how long new requests are taken and health says SERVING."
     )
 
-    max_running_outputs: Count = Field(64, description="Outputs that take steps at once; each holds its latents.")
+    max_running_outputs: int = Field(
+        64, gt=0, le=65_536, description="Outputs that take steps at once; each holds its latents."
+    )
     max_waiting_interactive: Count = Field(256, description="Outputs that may wait in class INTERACTIVE.")
     max_waiting_standard: Count = Field(256, description="Outputs that may wait in class STANDARD.")
     max_waiting_batch: Count = Field(1024, description="Outputs that may wait in class BATCH.")
     max_waiting_per_caller: Count = Field(128, description="Outputs of one caller that may wait.")
-    max_prompt_chars: Count = Field(2000, description="Longest prompt, in characters.")
+    max_prompt_chars: int = Field(2000, gt=0, le=1_000_000, description="Longest prompt, in characters.")
     preview_share: float = Field(0.1, ge=0, le=0.5, description="Share of compute that previews may take from steps.")
 
     watcher_stall_s: Seconds = Field(30.0, description="A stream that takes nothing for this long is ended.")
@@ -97,7 +100,7 @@ class Settings(BaseSettings):
     )
     max_results: Count = Field(10_000, description="Finished generations kept, all together.")
     max_results_bytes: Count = Field(256 << 20, description="Finished pictures kept in memory, all together.")
-    drain_grace_s: Seconds = Field(30.0, description="How long running generations may finish after SIGTERM.")
+    drain_grace_s: Seconds = Field(30.0, description="How long generations may finish and be delivered after SIGTERM.")
 
     redis_url: SecretStr | None = Field(
         None,
@@ -171,6 +174,8 @@ class Settings(BaseSettings):
             faults.append("triton_url names no server")
         if len(set(self.triton_urls)) < len(self.triton_urls):
             faults.append("triton_url names a server twice")
+        if self.otlp_endpoint and not _is_url(self.otlp_endpoint):
+            faults.append("otlp_endpoint must be http://HOST:PORT or https://HOST:PORT")
         if any(not name or not there for name, there, _ in self._otlp_headers()):
             faults.append("otlp_headers must be NAME=VALUE, separated by commas")
         if self.resume_grace_s > self.max_resume_grace_s:
@@ -203,6 +208,14 @@ class Settings(BaseSettings):
     def _otlp_headers(self) -> list[tuple[str, str, str]]:
         parts = [part.partition("=") for part in self.otlp_headers.split(",") if part.strip()]
         return [(name.strip().lower(), sign, value.strip()) for name, sign, value in parts]
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return text.startswith(("http://", "https://")) and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def load(**given: object) -> Settings:

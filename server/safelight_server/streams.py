@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from safelight_server.errors import SafelightError, UnavailableError
@@ -17,6 +18,7 @@ class OpenStreams:
 
     def __init__(self) -> None:
         self._open: dict[Watcher, tuple[Generation, End]] = {}
+        self._one_closed = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -30,6 +32,7 @@ class OpenStreams:
         if self._open.pop(watcher, None) is None:
             return False
         watcher.close()
+        self._one_closed.set()
         return True
 
     def stalled(self, now: float, stall_s: float) -> list[tuple[Watcher, Generation, End]]:
@@ -40,11 +43,25 @@ class OpenStreams:
         """What is watched here and runs elsewhere."""
         return [generation for generation, _ in self._open.values() if not generation.owned]
 
+    def undelivered(self) -> list[Generation]:
+        """What has ended and is still being sent."""
+        return [generation for generation, _ in self._open.values() if generation.ended]
+
+    async def delivered(self) -> None:
+        """Waits until nothing is undelivered."""
+        while self.undelivered():
+            self._one_closed.clear()
+            await self._one_closed.wait()
+
     def move(self, generation: Generation) -> None:
         """Sends the streams of a generation to where it goes on."""
         error = UnavailableError(
             "another replica goes on with it; WatchGeneration finds it", reason="MOVED", retry_after_s=0.1
         )
+        self.end(generation, error)
+
+    def end(self, generation: Generation, error: SafelightError) -> None:
+        """Ends the streams of a generation."""
         for watcher, (watched, end) in list(self._open.items()):
             if watched is generation:
                 self.close(watcher)

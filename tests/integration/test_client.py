@@ -146,7 +146,12 @@ async def test_the_command_line_asks_and_tells_the_same(server, tmp_path):
         (("--branch", "generations/x@-1"), "must be generations/ID@STEP"),
         (("--cache", "everything"), "everything"),
         (("--steps", "3000000000"), "--steps"),
-        (("--model", "\udcff"), "utf-8"),
+        (("--model", "\udcff"), "--model: is not UTF-8"),
+        (("--negative", "\udcff"), "--negative: is not UTF-8"),
+        (("--sampler", "\udcff"), "--sampler: is not UTF-8"),
+        (("--target", "\udcff"), "--target / SAFELIGHT_TARGET: is not UTF-8"),
+        (("--target", ""), "--target / SAFELIGHT_TARGET: names no server"),
+        (("--api-key", "a\rb"), "--api-key / SAFELIGHT_API_KEY: must be visible ASCII characters"),
     ],
 )
 def test_what_makes_no_sense_is_told_before_anyone_is_asked(arguments, told, monkeypatch, capsys):

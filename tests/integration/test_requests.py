@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import uuid
+from unittest.mock import Mock
 
 import grpc
 import pytest
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from safelight.client import CHANNEL_OPTIONS
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight.v1 import models_pb2, models_pb2_grpc
@@ -17,6 +20,7 @@ from safelight_server.picture import Encoded
 from safelight_server.runtime.base import RuntimeFailure
 
 from tests.conftest import eventually
+from tests.support.relay import Relay
 
 GENERATE = "/safelight.v1.GenerationService/Generate"
 SIMULATED = {"runtime": "simulated", "num_instances": 1, "simulated_base_ms": 5.0, "simulated_row_ms": 0.0}
@@ -341,6 +345,92 @@ async def test_a_drain_does_not_wait_for_a_generation_that_nobody_watches_any_mo
     call.cancel()
     await draining
     assert running.generations._finished.get(name).error.reason == "DRAINING"
+
+
+async def undelivered(running, channel):
+    """A call whose pictures are there and not read."""
+    spec = request(num_inference_steps=1).spec
+    spec.outputs.extend(pb.OutputSpec(seed=seed) for seed in range(64))
+    raw, previews = (
+        pb.PixelEncoding(media_type="application/x-raw-rgba8"),
+        pb.PreviewPolicy(method="PREVIEW_METHOD_NONE"),
+    )
+    call = stubs.GenerationServiceStub(channel).Generate(pb.GenerateRequest(spec=spec, encoding=raw, preview=previews))
+    async for response in call:
+        if response.event.HasField("artifact_chunk"):
+            break
+    await eventually(lambda: not running.generations._live)
+    return call
+
+
+async def finishes(call) -> bool:
+    """Whether all of a call comes that was begun to be read."""
+    last = [response.event.WhichOneof("event") async for response in call][-1]
+    return (last, await call.code()) == ("finished", grpc.StatusCode.OK)
+
+
+async def test_a_generation_ends_although_its_end_cannot_be_logged(server):
+    running, channel = server
+    call = stubs.GenerationServiceStub(channel).Generate(request(num_inference_steps=100))
+    await eventually(lambda: bool(running.generations._live))
+    [generation] = running.generations._live.values()
+    generation._logger = Mock(info=Mock(side_effect=BrokenPipeError))
+    assert await finishes(call)
+    assert generation._logger.info.called and not running.generations._live
+
+
+def small(address: str) -> grpc.aio.Channel:
+    """A connection that takes little of what nobody reads."""
+    return grpc.aio.insecure_channel(address, CHANNEL_OPTIONS)
+
+
+async def test_a_drain_waits_until_what_has_ended_is_delivered(server):
+    running, _ = server
+    async with small(running.address) as channel:
+        call = await undelivered(running, channel)
+        draining = asyncio.create_task(running.generations.drain(3600.0))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not draining.done()
+        assert await finishes(call)
+        await draining
+
+
+async def test_what_was_handed_to_the_network_is_delivered_within_the_grace(server):
+    """Here it takes some seconds; and whoever watches the health does not hold up the drain."""
+    running, _ = server
+    relay = await Relay.start(running.address)
+    async with grpc.aio.insecure_channel(relay.address) as slow, grpc.aio.insecure_channel(running.address) as other:
+        health = health_pb2_grpc.HealthStub(other).Watch(health_pb2.HealthCheckRequest())
+        assert (await health.read()).status == health_pb2.HealthCheckResponse.SERVING
+        call = await undelivered(running, slow)
+        relay.delay_s = 0.05
+        drained, finishing = running.drain(3600.0), asyncio.create_task(finishes(call))
+        await drained
+        relay.cut()  # as the end of the server's process does
+        assert await finishing
+        assert (await health.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert await health.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_what_is_not_delivered_within_the_grace_is_told_where_else_to_ask(server):
+    running, _ = server
+    async with small(running.address) as channel:
+        call = await undelivered(running, channel)
+        await running.generations.drain(0.0)
+        code, found = await refusal(call)
+        assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        assert found["ErrorInfo"].metadata["seeds"].startswith("0,1,2,")
+
+
+async def test_a_drain_with_less_grace_ends_the_one_before_although_nobody_reads(server):
+    running, _ = server
+    async with small(running.address) as channel:
+        call = await undelivered(running, channel)
+        first = running.drain(3600.0)
+        await running.drain(0.0)
+        await first
+        call.cancel()
 
 
 async def test_lost_generations_are_bounded(start):

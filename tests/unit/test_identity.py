@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import structlog
@@ -134,6 +137,32 @@ def test_a_broken_file_is_logged_once_and_the_old_keys_stay(key_file: Path, brok
     write(key_file, entry("three"))
     clock.now += 2
     assert identity.recognize(bearer("three"), PEER).name == "game"
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when no descriptor is free: a revoked key does not stay good for ever. Each failure is told once."""
+    clock = Clock()
+    identity = Identity(key_file, clock)
+
+    def read(error: int | None) -> None:
+        """A second later, a call comes."""
+        clock.now += 2
+        with monkeypatch.context() as patched:
+            if error is not None:
+                patched.setattr(Path, "read_bytes", Mock(side_effect=OSError(error, os.strerror(error))))
+            identity.recognize(bearer("two"), PEER)
+
+    write(key_file, entry("two"))
+    with structlog.testing.capture_logs() as logs:
+        for error in (errno.EMFILE, errno.EMFILE, errno.EIO, errno.EIO, None, None):
+            read(error)
+    assert [line["event"] for line in logs] == ["keys_not_reloaded", "keys_not_reloaded", "keys_reloaded"]
+    with pytest.raises(UnauthenticatedError):
+        identity.recognize(bearer("one"), PEER)
+    write(key_file, entry("two"), entry("one"))
+    with structlog.testing.capture_logs() as logs:
+        read(errno.EIO)
+    assert [line["event"] for line in logs] == ["keys_not_reloaded"], "it is a new failure"
 
 
 def test_a_file_that_cannot_be_used_stops_the_start_with_all_its_faults(tmp_path: Path) -> None:

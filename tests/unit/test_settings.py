@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from safelight_server.app import StartError, serving
+from safelight_server.app import StartError, build_runtime, serving
 from safelight_server.cache.store.keyring import new_key_file
+from safelight_server.catalog import ManifestError
 from safelight_server.runtime.simulated import SimulatedRuntime
 from safelight_server.settings import Settings, SettingsError, is_loopback, load, misspelt
 
@@ -29,6 +30,31 @@ def test_all_bad_values_are_named(monkeypatch):
         load(max_running_outputs=0)
     for name in ("port", "runtime", "max_running_outputs"):
         assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("max_prompt_chars", 1_000_000, 1_000_001),
+        ("max_running_outputs", 65_536, 65_537),
+        ("simulated_base_ms", 1e6, float("inf")),
+        ("simulated_row_ms", 0.0, float("inf")),
+        ("otlp_endpoint", "http://127.0.0.1:4317", "127.0.0.1:4317"),
+        ("otlp_endpoint", "https://collector", "https://"),
+        ("otlp_endpoint", "", "http://[:4317"),
+        ("otlp_endpoint", "http://[::1]:4317", "http://collector:99999"),
+    ],
+)
+def test_what_could_not_work_is_refused(name, good, bad):
+    assert getattr(load(**{name: good}), name) == good
+    with pytest.raises(SettingsError, match=name):
+        load(**{name: bad})
+
+
+def test_a_default_model_that_is_not_there_is_refused_by_the_simulated_runtime_too():
+    assert build_runtime(load(runtime="simulated", default_model="simulated"))
+    with pytest.raises(ManifestError, match="the default model 'icons' is not there"):
+        build_runtime(load(runtime="simulated", default_model="icons"))
 
 
 def test_beyond_loopback_needs_tls_and_keys_or_insecure():
@@ -95,6 +121,8 @@ def safelight(*arguments: str, **environment: str) -> subprocess.CompletedProces
         (("models", "--target", "127.0.0.1:1"), "UNAVAILABLE"),
         (("health", "--target", "127.0.0.1:1"), "127.0.0.1:1"),
         (("keys", "new", "a b"), "caller"),
+        (("models", "--api-key", "clé"), "--api-key / SAFELIGHT_API_KEY: must be visible ASCII"),
+        (("generate", "\udcff\udcfe"), "PROMPT: is not UTF-8"),
     ],
 )
 def test_errors_are_one_line_and_an_exit_code(arguments, says):

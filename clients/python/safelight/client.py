@@ -139,6 +139,9 @@ class Client:
         api_key: sent as a bearer token.
         credentials: for TLS; None: plain text.
         server_name: in the server's certificate, where that is not the target's.
+
+    Raises:
+        ValueError: "ARGUMENT: WHAT", of a target or an api_key that cannot be sent.
     """
 
     def __init__(
@@ -149,12 +152,15 @@ class Client:
         credentials: grpc.ChannelCredentials | None = None,
         server_name: str = "",
     ) -> None:
-        targets = target.split(",") if isinstance(target, str) else target
-        if not targets:
-            raise ValueError("a client needs a target")
-        self._channels = [_channel(one.strip(), credentials, server_name) for one in targets]
+        targets = [one.strip() for one in (target.split(",") if isinstance(target, str) else target)]
+        if not targets or not all(targets):
+            raise ValueError("target: names no server")
+        key = (api_key or "").rstrip()
+        if not all("!" <= character <= "~" for character in key):
+            raise ValueError("api_key: must be visible ASCII characters")
+        self._channels = [_channel(one, credentials, server_name) for one in targets]
         self._at = 0
-        self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
 
     @property
     def channel(self) -> grpc.aio.Channel:

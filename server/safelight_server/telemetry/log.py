@@ -1,13 +1,36 @@
-"""structlog: for people on a console, JSON for machines; trace and generation ids on every line."""
+"""structlog: for people on a console, JSON for machines; trace and generation ids on every line.
+
+Invariant: to log never fails. Lines that cannot be written are dropped.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import MutableMapping
+from typing import TextIO
 
 import structlog
 from opentelemetry import trace
+
+
+class Lossy:
+    """A file whose reader may go and whose disk may be full."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        """Writes, or drops."""
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Writes what is buffered, or keeps it."""
+        with contextlib.suppress(OSError, ValueError):
+            self._file.flush()
 
 
 def configure_logging(log_format: str, level: str) -> None:
@@ -24,7 +47,7 @@ def configure_logging(log_format: str, level: str) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(Lossy(sys.stderr)),  # type: ignore[arg-type]  # all it needs
         cache_logger_on_first_use=True,
     )
 
