@@ -39,6 +39,9 @@ KEPT = {Disposition.LATENT: Keep.AS_SIMILAR, Disposition.BRANCHED: Keep.EMBEDDIN
 APPROXIMATE = frozenset({Disposition.SIMILAR, Disposition.LATENT, Disposition.BRANCHED})
 """Of an output that has other pixels than its spec alone would give, so that none of the steps kept are its own."""
 
+SERVED = frozenset({Disposition.EXACT, Disposition.SIMILAR})
+"""Of an output that had its picture from earlier work; whoever takes it over before it was written has not."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -215,7 +218,8 @@ class Intake:
             if started and output.reason is None:
                 start = await self._cache.checkpoints.get(self._start_key(generation, output, wanted))
                 gone = start is None
-            origin = replace(MISS if gone else output.origin, numerics_id=others)
+            anew = gone or output.origin.disposition in SERVED
+            origin = replace(MISS if anew else output.origin, numerics_id=others)
             plans.append(Plan(wanted, origin, None, start, await self._cache.embeddings(wanted), gone))
         return plans
 

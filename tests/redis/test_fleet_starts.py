@@ -13,6 +13,7 @@ from safelight_server.cache.store.tiers import Tiers
 from safelight_server.events import Disposition, Origin
 from safelight_server.generation import Generation
 from safelight_server.intake import Plan
+from safelight_server.replicas.records import Record
 
 from tests.conftest import eventually
 from tests.integration.test_generate import reason_of
@@ -122,3 +123,20 @@ async def test_one_near_whose_latent_is_gone_is_developed_from_noise_and_says_so
         assert kept.disposition == R.DISPOSITION_EXACT
         plain.cache.CopyFrom(BYPASS)
         assert picture(await collect(other.stub.Generate(plain))) == picture(events)
+
+
+@pytest.mark.parametrize("disposition", [Disposition.EXACT, Disposition.SIMILAR])
+async def test_one_that_was_served_and_not_written_is_developed_and_says_so(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disposition: Disposition
+) -> None:
+    async with servers(redis_server.url, tmp_path) as (one, other):
+        watch = await let_go(one, request(5, STEPS, cache=BYPASS))
+        revive = other.running.generations.revive
+
+        def as_served(record: Record) -> Generation:
+            return revive(replace(record, origins=(Origin(disposition, source="generations/1"),)))
+
+        monkeypatch.setattr(other.running.generations, "revive", as_served)
+        shown = await collect(other.stub.WatchGeneration(watch))
+        [found] = shown[-1].finished.cache_results
+        assert (found.disposition, found.source) == (R.DISPOSITION_MISS, "")
