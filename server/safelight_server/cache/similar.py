@@ -102,11 +102,12 @@ class SimilarPictures:
         """
         index, item = self._index(name.space, pipeline, len(vector)), _item(name, owner)
         earlier = self._known.get(name.exact)
-        for known in (earlier, None if replaces is None else self._known.get(replaces)):
-            if known is not None and known.item != item:
-                await self._remove(known.item, name.space, pipeline)
+        known = (earlier, None if replaces is None else self._known.get(replaces))
+        gone = [one.item for one in known if one is not None and one.item != item]
         await index.tables.add(name.comparable, item, vector)
         index.newest.add(name.comparable, item, vector)
+        for old in gone:
+            await self._remove(old, name.space, pipeline)
         self._remember(item, self._guard(pipeline).facts(prompt), 0 if earlier is None else earlier.num_uses)
 
     async def forget(self, scope: Scope) -> bool:
