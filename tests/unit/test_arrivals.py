@@ -39,7 +39,7 @@ async def test_latency_counts_from_when_a_request_was_due_however_late_it_was_se
     latencies = await poisson(first_holds_up_the_clients, 100.0, 0.1, 0)
     due = schedule(100.0, 0.1, 0)
     assert len(latencies.picture_s) == len(due) > 2
-    assert latencies.picture_s[-1] >= due[0] + 0.3 - due[-1]
+    assert latencies.picture_s[-1] >= due[0] + 0.29 - due[-1]  # the loop's timers ring up to a millisecond early
 
 
 async def test_failures_are_counted_and_give_no_latency():
