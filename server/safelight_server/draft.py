@@ -7,11 +7,11 @@ a draft has at most `MAX_ENTRIES`, so that judging it never holds up the server.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from safelight_server.request import CacheMode, PreviewMethod
+from safelight_server.roles import Role
 from safelight_server.scheduler import Priority
 
 MAX_ENTRIES = 257
@@ -23,13 +23,6 @@ class Unknown:
     """A number of an enum that this version of the contract has no name for."""
 
     number: int
-
-
-class Role(enum.Enum):
-    """What a prompt is for."""
-
-    POSITIVE = "positive"
-    NEGATIVE = "negative"
 
 
 @dataclass(frozen=True, slots=True)

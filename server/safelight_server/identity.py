@@ -17,14 +17,14 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import unquote
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
-from safelight_server.errors import AdminOnlyError, FieldViolation, InvalidRequestError, UnauthenticatedError
+from safelight_server.caller import Caller
+from safelight_server.errors import FieldViolation, InvalidRequestError, UnauthenticatedError
 
 log = structlog.get_logger(__name__)
 
@@ -33,24 +33,6 @@ NAME_IN_WORDS = "1 to 64 letters, digits, dots, dashes and underscores"
 DEFAULT_TENANT = "default"
 LOOK_EVERY_S = 1.0
 NO_KEY = hashlib.sha256(b"").hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks. What one tenant owns does not exist for another; callers of a tenant share what it owns."""
-
-    name: str
-    tenant: str
-    is_admin: bool = False
-
-    def check_admin(self) -> None:
-        """Lets administrators pass.
-
-        Raises:
-            AdminOnlyError: this is none.
-        """
-        if not self.is_admin:
-            raise AdminOnlyError("this call needs an administrator's key")
 
 
 class KeyFileError(Exception):

@@ -21,6 +21,7 @@ from safelight.v1 import generation_pb2 as pb
 from safelight_server import convert
 from safelight_server.cache.admin import CacheAdmin
 from safelight_server.catalog import Catalog
+from safelight_server.convert.drafts import draft_preview, draft_priority, draft_purge, draft_request
 from safelight_server.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -128,7 +129,7 @@ class Service:
     ) -> AsyncGenerator[bytes, None]:
         """Starts a generation and watches it."""
         with stream.stage.within("resolve"):
-            resolved = resolve_request(convert.draft_request(request), self._catalog, self._limits)
+            resolved = resolve_request(draft_request(request), self._catalog, self._limits)
         generation = await self._generations.start(caller, resolved, stream.stage, stream.time_left_s)
         async with aclosing(self._watch(generation, resolved.preview, stream)) as events:
             async for event in events:
@@ -140,7 +141,7 @@ class Service:
         """Watches a generation that exists."""
         generation = await self._generations.find(caller, resolve_name(request.name, "generations"))
         pipeline = self._generations.pipeline_of(generation)
-        policy = resolve_preview(convert.draft_preview(request.preview), pipeline)
+        policy = resolve_preview(draft_preview(request.preview), pipeline)
         offsets = {offset.output_index: offset.offset for offset in request.artifact_offsets}
         async with aclosing(self._watch(generation, policy, stream, request.after_sequence, offsets)) as events:
             async for event in events:
@@ -176,9 +177,9 @@ class Service:
             raise FailedPreconditionError(f"{generation.name} has ended")
         policy = priority = None
         if request.HasField("preview"):
-            policy = resolve_preview(convert.draft_preview(request.preview), self._generations.pipeline_of(generation))
+            policy = resolve_preview(draft_preview(request.preview), self._generations.pipeline_of(generation))
         if request.HasField("scheduling"):
-            priority = resolve_priority(convert.draft_priority(request.scheduling))
+            priority = resolve_priority(draft_priority(request.scheduling))
         if policy is not None:  # nothing is changed before all is known to be good
             generation.log.update_policy(policy)
         if priority is not None:
@@ -224,7 +225,7 @@ class Service:
     async def purge_cache(self, request: cache_pb2.PurgeCacheRequest, caller: Caller) -> cache_pb2.PurgeCacheResponse:
         """Deletes from the caches."""
         caller.check_admin()
-        return convert.purged_message(await self._caches.purge(resolve_purge(convert.draft_purge(request))))
+        return convert.purged_message(await self._caches.purge(resolve_purge(draft_purge(request))))
 
     # --- calls and their statuses ---
 

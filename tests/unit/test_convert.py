@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safelight.v1 import generation_pb2 as pb
 from safelight_server import convert
 from safelight_server.convert import statuses, times, words
+from safelight_server.convert.drafts import draft_request
 from safelight_server.errors import (
     AlreadyExistsError,
     FieldViolation,
@@ -102,7 +103,7 @@ def test_the_worst_status_fits_into_the_trailers(tmp_path: Path) -> None:
     for index in range(16):
         message.labels["\U0001f600" * 64 + str(index)] = "v" * 256
     with pytest.raises(InvalidRequestError) as refused:
-        resolve_request(convert.draft_request(message), small_catalog(tmp_path), LIMITS)
+        resolve_request(draft_request(message), small_catalog(tmp_path), LIMITS)
     status = convert.status_of(refused.value)
     percent_encoded = sum(1 if 0x20 <= byte < 0x7F else 3 for byte in status.message.encode())
     assert percent_encoded + len(status.SerializeToString()) * 4 / 3 < 7500
@@ -120,15 +121,15 @@ def test_a_spec_sent_again_is_the_same_spec(tmp_path: Path) -> None:
             outputs=[pb.OutputSpec(), pb.OutputSpec(seed=7)],
         )
     )
-    first = resolve_request(convert.draft_request(sent), catalog, LIMITS).spec
+    first = resolve_request(draft_request(sent), catalog, LIMITS).spec
     effective = pb.GenerateRequest(spec=convert.spec_message(first))
-    assert resolve_request(convert.draft_request(effective), catalog, LIMITS).spec == first
+    assert resolve_request(draft_request(effective), catalog, LIMITS).spec == first
     karras = pb.SamplerSpec(name="euler", sigma_schedule=pb.SIGMA_SCHEDULE_KARRAS)
     sent.spec.sampler.CopyFrom(karras)
-    second = resolve_request(convert.draft_request(sent), catalog, LIMITS).spec
+    second = resolve_request(draft_request(sent), catalog, LIMITS).spec
     effective = pb.GenerateRequest(spec=convert.spec_message(second))
     assert not effective.spec.sampler.HasField("eta")
-    assert resolve_request(convert.draft_request(effective), catalog, LIMITS).spec == second
+    assert resolve_request(draft_request(effective), catalog, LIMITS).spec == second
 
 
 @given(
@@ -173,7 +174,7 @@ def test_every_enum_of_the_contract_has_our_word() -> None:
 
 def test_the_digest_covers_all_but_the_request_id() -> None:
     def digest(**changes: object) -> bytes:
-        return convert.draft_request(
+        return draft_request(
             pb.GenerateRequest(**{"request_id": UUID, "spec": pb.GenerationSpec(prompt="red"), **changes})
         ).body_digest
 

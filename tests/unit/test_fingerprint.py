@@ -20,7 +20,7 @@ from safelight_server.cache.fingerprint import (
     tenant_key,
 )
 from safelight_server.catalog import Catalog
-from safelight_server.convert import draft_request
+from safelight_server.convert.drafts import draft_request
 from safelight_server.request import Spec
 from safelight_server.resolve import RequestLimits, resolve_request
 from safelight_server.sampler import SamplerSpec

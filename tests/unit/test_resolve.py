@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safelight.v1 import generation_pb2 as pb
 from safelight_server.catalog import Catalog
-from safelight_server.convert import draft_preview, draft_priority, draft_request
+from safelight_server.convert.drafts import draft_preview, draft_priority, draft_request
 from safelight_server.draft import (
     MAX_ENTRIES,
     BranchDraft,

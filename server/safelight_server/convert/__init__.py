@@ -5,18 +5,13 @@
 `words.py` are what they share.
 """
 
-from safelight_server.convert.cache import draft_purge, purged_message, stats_message
-from safelight_server.convert.drafts import draft_preview, draft_priority, draft_request
+from safelight_server.convert.cache import purged_message, stats_message
 from safelight_server.convert.messages import event_message, generation_message
 from safelight_server.convert.models import model_message
 from safelight_server.convert.specs import encoding_message, spec_message
 from safelight_server.convert.statuses import status_of, trailing_metadata
 
 __all__ = [
-    "draft_preview",
-    "draft_priority",
-    "draft_purge",
-    "draft_request",
     "encoding_message",
     "event_message",
     "generation_message",

@@ -6,12 +6,6 @@ from safelight.v1 import cache_pb2 as pb
 from safelight_server.cache.admin import CacheStats
 from safelight_server.cache.store.purge import Purged
 from safelight_server.convert.times import duration
-from safelight_server.draft import PurgeDraft
-
-
-def draft_purge(message: pb.PurgeCacheRequest) -> PurgeDraft:
-    """What a client wants to be purged."""
-    return PurgeDraft(message.tenant, message.model_revision, message.generation)
 
 
 def stats_message(stats: CacheStats) -> pb.GetCacheStatsResponse:

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
+from safelight.v1 import cache_pb2
 from safelight.v1 import generation_pb2 as pb
 from safelight_server.convert.words import (
     BOTTOM_UP,
@@ -29,6 +30,7 @@ from safelight_server.draft import (
     EncodingDraft,
     PreviewDraft,
     PromptDraft,
+    PurgeDraft,
     SamplerDraft,
     SpecDraft,
     Unknown,
@@ -131,3 +133,8 @@ def _body_digest(message: pb.GenerateRequest) -> bytes:
     body.CopyFrom(message)
     body.ClearField("request_id")
     return hashlib.sha256(body.SerializeToString(deterministic=True)).digest()
+
+
+def draft_purge(message: cache_pb2.PurgeCacheRequest) -> PurgeDraft:
+    """What a client wants to be purged."""
+    return PurgeDraft(message.tenant, message.model_revision, message.generation)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from safelight.v1 import generation_pb2 as pb
-from safelight_server.draft import Role
 from safelight_server.events import Disposition, Durability, FinishReason, State
 from safelight_server.request import CacheMode, PreviewMethod
+from safelight_server.roles import Role
 from safelight_server.scheduler import Priority
 
 PRIORITIES = {

@@ -15,9 +15,8 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-
-FloatArray = npt.NDArray[np.float32]
-Array = npt.NDArray[np.float32] | npt.NDArray[np.int64]
+from safelight_server.component import Component
+from safelight_server.tensors import Array, FloatArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,21 +42,6 @@ class StableRows:
 
 
 Inputs = Mapping[str, Array | StableRows]
-
-
-class Component(enum.StrEnum):
-    """The networks of a pipeline and what they map.
-
-    text_encoder:     input_ids (B, T) int64 -> last_hidden_state (B, T, D), pooled_output (B, P)
-    denoiser:         sample (B, C, h, w), timestep (B,), encoder_hidden_states (B, T, D) -> prediction (B, C, h, w)
-    decoder:          latent (B, C, h, w), divided by the scaling factor -> image (B, 3, H, W) in [-1, 1], unclamped
-    preview_decoder:  as the decoder, smaller and cheaper; its image may be smaller too
-    """
-
-    TEXT_ENCODER = "text_encoder"
-    DENOISER = "denoiser"
-    DECODER = "decoder"
-    PREVIEW_DECODER = "preview_decoder"
 
 
 class RuntimeStartError(Exception):

@@ -1,0 +1,20 @@
+"""The networks of a diffusion pipeline, with the shapes of their inputs and outputs."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Component(enum.StrEnum):
+    """The networks of a pipeline and what they map.
+
+    text_encoder:     input_ids (B, T) int64 -> last_hidden_state (B, T, D), pooled_output (B, P)
+    denoiser:         sample (B, C, h, w), timestep (B,), encoder_hidden_states (B, T, D) -> prediction (B, C, h, w)
+    decoder:          latent (B, C, h, w), divided by the scaling factor -> image (B, 3, H, W) in [-1, 1], unclamped
+    preview_decoder:  as the decoder, smaller and cheaper; its image may be smaller too
+    """
+
+    TEXT_ENCODER = "text_encoder"
+    DENOISER = "denoiser"
+    DECODER = "decoder"
+    PREVIEW_DECODER = "preview_decoder"
