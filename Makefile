@@ -148,12 +148,12 @@ BENCH_REDIS := $(if $(filter tiers,$(or $(ONLY),tiers)),tools/install-system-pac
 .PHONY: bench
 bench: setup $(BENCH_ENV)/.installed $(BENCH_TRITON) ## Measure: tables, and JSON in out/bench. ONLY=one of the parts in docs/benchmarks.md
 	$(BENCH_REDIS)
-	PYTHONPATH=server:clients/python $(BENCH_ENV)/bin/python -m load_tests --only "$(ONLY)"
+	PYTHONPATH=server:clients/python $(BENCH_ENV)/bin/python -m load_tests.bench --only "$(ONLY)"
 
 .PHONY: bench-smoke
 bench-smoke: setup .venv-bench/.installed .venv-triton/.installed ## Run all benchmarks for seconds, to see that they work
 	tools/install-system-packages
-	PYTHONPATH=server:clients/python .venv-bench/bin/python -m load_tests --smoke --out out/bench/smoke
+	PYTHONPATH=server:clients/python .venv-bench/bin/python -m load_tests.bench --smoke --out out/bench/smoke
 
 .PHONY: train
 train: .venv-training/.installed ## Train the embedded model from a seed (says how long it takes; resumes)

@@ -16,7 +16,7 @@ import pytest
 
 try:
     import uvloop
-    from safelight_server.app import Running, serving
+    from safelight_server.app.server import Running, serving
     from safelight_server.settings import load
 except ImportError:  # the training environment has no server dependencies; its tests use none of these
     pass

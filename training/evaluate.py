@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from safelight_server import revisions
+from safelight_server.catalog import revisions
 
 from training import classifier, copies
 from training.icons import Spec, caption, held_out, sample_spec

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from load_tests.trace import DEFAULT, SEEDS, Asked, trace
+from load_tests.calibration.trace import DEFAULT, SEEDS, Asked, trace
 from training import classifier
 from training.evaluate import trained_judge
 

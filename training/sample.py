@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
+from safelight_server.catalog.tokenizer import Tokenizer
 from safelight_server.sampler import NoiseSchedule, SamplerSpec, advance, compile_table, gaussian, guide
-from safelight_server.tokenizer import Tokenizer
 
 BATCH = 16
 

@@ -18,15 +18,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from safelight_server import repository
-from safelight_server.repository import RepositoryError
+from safelight_server.catalog import export
+from safelight_server.catalog.export import RepositoryError
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("repository", type=Path, help="as `safelight repository --accelerator plan` wrote it")
+    parser.add_argument("export", type=Path, help="as `safelight repository --accelerator plan` wrote it")
     parser.add_argument("--version", default="1", help="Triton's version folder")
     given = parser.parse_args()
     try:
@@ -46,7 +46,7 @@ def plans(root: Path, version: str) -> list[tuple[ModelConfig, Path]]:
     """
     found = []
     for file in sorted(root.glob("*/config.pbtxt")):
-        config, folder = repository.read(file), file.parent / version
+        config, folder = export.read(file), file.parent / version
         if config.backend == "tensorrt":
             if not (folder / "model.onnx").is_file():
                 raise RepositoryError(f"{folder / 'model.onnx'}: missing")
@@ -74,12 +74,12 @@ def build(config: ModelConfig, source: Path, plan: Path, timings: Path) -> None:
         faults = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
         raise RepositoryError(f"{source}: {faults}")
     options = builder.create_builder_config()
-    options.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, repository.WORKSPACE_BYTES)
+    options.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, export.WORKSPACE_BYTES)
     options.set_flag(trt.BuilderFlag.FP16)
     cache = options.create_timing_cache(timings.read_bytes() if timings.exists() else b"")
     options.set_timing_cache(cache, ignore_mismatch=False)
     chosen = builder.create_optimization_profile()
-    ends = repository.profile(config)
+    ends = export.profile(config)
     for name, smallest in ends["min"].items():
         chosen.set_shape(name, smallest, ends["opt"][name], ends["max"][name])
     options.add_optimization_profile(chosen)

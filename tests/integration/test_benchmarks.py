@@ -9,11 +9,12 @@ import grpc
 import numpy as np
 import pytest
 from safelight.v1 import generation_pb2_grpc as stubs
-from safelight_server import catalog
+from safelight_server.catalog import catalog
 
-from load_tests import eviction, hits, index, latency, loop, overhead, replay, scheduler, throughput, watchers
-from load_tests.bare import BareLoop
-from load_tests.clients import PROMPT, request
+from load_tests.bench import hits, latency, loop, overhead, scheduler, throughput, watchers
+from load_tests.bench.bare import BareLoop
+from load_tests.bench.clients import PROMPT, request
+from load_tests.calibration import eviction, index, replay
 from tests.conftest import MODELS
 
 pytestmark = pytest.mark.timeout(240)

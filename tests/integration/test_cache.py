@@ -363,7 +363,7 @@ async def test_what_is_approximate_has_no_steps_to_branch_from(server, seed):
 
 @pytest.fixture
 def two_tenants(tmp_path):
-    from safelight_server.identity import new_key
+    from safelight_server.api.identity import new_key
 
     (ann, ann_entry), (bob, bob_entry) = new_key("ann", "a"), new_key("bob", "b")
     keys = tmp_path / "keys.json"

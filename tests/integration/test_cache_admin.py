@@ -16,7 +16,7 @@ from safelight import Client, GenerationError
 from safelight.v1 import cache_pb2, cache_pb2_grpc
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
-from safelight_server.identity import new_key
+from safelight_server.api.identity import new_key
 
 from tests.conftest import serving_here
 from tests.integration.test_cache import LATENT, SIMILAR, R, ask, kept, result
@@ -234,7 +234,7 @@ async def test_the_service_is_listed(simulated):
     ],
 )
 async def test_the_command_line_says_it_in_one_line(simulated, arguments, code, said):
-    command = (sys.executable, "-m", "safelight_server.cli", "cache", *arguments)
+    command = (sys.executable, "-m", "safelight_server.cli.main", "cache", *arguments)
     environment = {**os.environ, "SAFELIGHT_TARGET": simulated.address}
     ran = await asyncio.create_subprocess_exec(*command, env=environment, stdout=PIPE, stderr=PIPE)
     out, errors = (part.decode() for part in await ran.communicate())

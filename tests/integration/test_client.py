@@ -11,7 +11,7 @@ import grpc
 import pytest
 from safelight import Branch, Client, Finished, GenerationError, Picture
 from safelight.v1.generation_pb2 import GenerateRequest
-from safelight_server.cli import main
+from safelight_server.cli.main import main
 
 from tests.conftest import eventually
 from tests.integration.test_cache import kept
@@ -128,7 +128,7 @@ async def test_the_command_line_asks_and_tells_the_same(server, tmp_path):
     branch = ("--branch", f"{made.generation}@3", "--seed", "7", "--steps", "6")
     out = str(tmp_path / "picture.png")
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "safelight_server.cli", "generate", "a blue potion on a dark background", *branch),
+        *(sys.executable, "-m", "safelight_server.cli.main", "generate", "a blue potion on a dark background", *branch),
         *("--out", out, "--target", running.address),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -199,7 +199,7 @@ async def test_a_request_id_never_runs_twice(server):
 
 
 async def test_what_another_tenant_owns_does_not_exist(start, tmp_path):
-    from safelight_server.identity import new_key
+    from safelight_server.api.identity import new_key
 
     (ann, ann_entry), (bob, bob_entry) = new_key("ann", "a"), new_key("bob", "b")
     keys = tmp_path / "keys.json"
@@ -228,7 +228,7 @@ async def test_what_another_tenant_owns_does_not_exist(start, tmp_path):
 
 
 async def test_tenants_do_not_share(start, tmp_path):
-    from safelight_server.identity import new_key
+    from safelight_server.api.identity import new_key
 
     (ann, ann_entry), (bob, bob_entry) = new_key("ann", "a"), new_key("bob", "b")
     keys = tmp_path / "keys.json"

@@ -8,9 +8,9 @@ import grpc
 import pytest
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
-from safelight_server.execution import Execution
-from safelight_server.generation import Generation
-from safelight_server.picture import Developed
+from safelight_server.domain.picture import FinishedPicture
+from safelight_server.generations.execution import Execution
+from safelight_server.generations.generation import Generation
 from safelight_server.stream import Watcher
 
 from tests.conftest import eventually
@@ -41,7 +41,7 @@ async def develop(stub, seed: int, outputs: int = 1, **how) -> list[pb.Generatio
 async def test_generations_beyond_the_bound_go_at_once(start, no_collector):
     """Developed, the same twice in one, and out of the cache."""
     async with start(**SIMULATED, max_results=MAX_RESULTS) as running:
-        before = {kind: num_held(kind) for kind in (Generation, Execution, Watcher, Developed)}
+        before = {kind: num_held(kind) for kind in (Generation, Execution, Watcher, FinishedPicture)}
         async with grpc.aio.insecure_channel(running.address) as channel:
             stub = stubs.GenerationServiceStub(channel)
             for expected in (pb.CacheResult.DISPOSITION_MISS, pb.CacheResult.DISPOSITION_EXACT):
@@ -50,7 +50,7 @@ async def test_generations_beyond_the_bound_go_at_once(start, no_collector):
                     assert events[-1].finished.cache_results[0].disposition == expected
                 await eventually(lambda: num_held(Execution) == before[Execution])  # the pictures are kept
         await eventually(lambda: num_held(Generation) - before[Generation] == MAX_RESULTS)
-        await eventually(lambda: all(num_held(kind) == before[kind] for kind in (Execution, Watcher, Developed)))
+        await eventually(lambda: all(num_held(kind) == before[kind] for kind in (Execution, Watcher, FinishedPicture)))
 
 
 async def test_those_whose_deadline_passed_go_at_once(start, no_collector):

@@ -38,7 +38,7 @@ async def test_the_python_program_and_each_generate_command_write_their_pictures
         assert (tmp_path / "key.png").read_bytes().startswith(b"\x89PNG")
         for line in commands:
             arguments = shlex.split(line.replace("generations/ID", generation))
-            said = await run(tmp_path, "-m", "safelight_server.cli", *arguments, "--target", running.address)
+            said = await run(tmp_path, "-m", "safelight_server.cli.main", *arguments, "--target", running.address)
             generation = generation or re.findall(r"generations/\w+", said)[-1]
             assert (tmp_path / arguments[arguments.index("--out") + 1]).stat().st_size
             await kept(running)

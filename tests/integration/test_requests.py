@@ -16,7 +16,7 @@ from safelight.client import CHANNEL_OPTIONS
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight.v1 import models_pb2, models_pb2_grpc
-from safelight_server.picture import Encoded
+from safelight_server.domain.picture import EncodedPicture
 from safelight_server.runtime.base import RuntimeFailure
 
 from tests.conftest import eventually
@@ -293,7 +293,7 @@ async def test_a_finished_picture_is_kept_once(server):
     got = await stub.GetGeneration(pb.GetGenerationRequest(name=events[0].generation))
     assert got.generation.outputs[0].total_bytes == len(picture)
     gc.collect()
-    kept = [one for one in gc.get_objects() if isinstance(one, Encoded) and one.data == picture]
+    kept = [one for one in gc.get_objects() if isinstance(one, EncodedPicture) and one.data == picture]
     assert not kept
 
 

@@ -57,7 +57,7 @@ async def test_the_command_line_asks_by_tls(server, pair):
     """As a container's health check has to."""
 
     async def health(*arguments: str) -> int | None:
-        command = (sys.executable, "-m", "safelight_server.cli", "health", "--target", server.address, *arguments)
+        command = (sys.executable, "-m", "safelight_server.cli.main", "health", "--target", server.address, *arguments)
         process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
         return await process.wait()
 

@@ -14,8 +14,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from safelight import Client
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
-from safelight_server import app
-from safelight_server.catalog import Component
+from safelight_server.app import server
+from safelight_server.domain.component import Component
 from safelight_server.runtime.base import RuntimeFailure
 from safelight_server.runtime.simulated import SimulatedRuntime
 from safelight_server.telemetry import Tracing
@@ -75,7 +75,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     made = Recorder()
-    monkeypatch.setattr(app, "Tracing", lambda *_: made.tracing)
+    monkeypatch.setattr(server, "Tracing", lambda *_: made.tracing)
     yield made
     assert not made.open
     assert "ended span" not in caplog.text  # the SDK's complaint about a second end

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from load_tests import latency
-from load_tests.peers import diffusers_server
+from load_tests.bench import latency
+from load_tests.bench.peers import diffusers_server
 
 MODELS = Path(__file__).parent.parent.parent / "models"
 WEIGHT_BYTES = 2

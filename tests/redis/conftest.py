@@ -8,9 +8,9 @@ from pathlib import Path
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
-from safelight_server.cache.coordination.redis import RedisCoordinator
-from safelight_server.cache.store.breaker import Breaker
-from safelight_server.cache.store.redis import RedisConnection
+from safelight_server.coordination.redis import RedisCoordinator
+from safelight_server.storage.breaker import Breaker
+from safelight_server.storage.redis import RedisConnection
 
 from tests.support.redis_server import RedisServer
 

@@ -9,9 +9,9 @@ import pytest
 import pytest_asyncio
 from safelight.v1 import cache_pb2, cache_pb2_grpc
 from safelight.v1 import generation_pb2 as pb
-from safelight_server.cache.store.sealed import parse_header
-from safelight_server.cache.store.tiers import Tiers
-from safelight_server.identity import new_key
+from safelight_server.api.identity import new_key
+from safelight_server.storage.sealed import parse_header
+from safelight_server.storage.tiers import Tiers
 
 from tests.integration.test_cache import LATENT, SIMILAR, R, ask, kept
 from tests.redis.test_fleet import Server, servers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from load_tests import tiers
+from load_tests.bench import tiers
 
 
 def test_tiers() -> None:

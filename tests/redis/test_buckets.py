@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from safelight_server.cache.buckets import PREFIX, RedisBuckets
-from safelight_server.cache.lsh import Signatures, SimilarIndex
-from safelight_server.cache.store.breaker import Breaker
-from safelight_server.cache.store.keyring import Keyring
-from safelight_server.cache.store.redis import RedisConnection
-from safelight_server.cache.store.sealed import Sealer
+from safelight_server.cache.approximate.buckets import PREFIX, RedisBuckets
+from safelight_server.cache.approximate.lsh import Signatures, SimilarIndex
+from safelight_server.storage.breaker import Breaker
+from safelight_server.storage.keyring import Keyring
+from safelight_server.storage.redis import RedisConnection
+from safelight_server.storage.sealed import Sealer
 
 from tests.support.redis_server import RedisServer
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from safelight_server.cache.buckets import ITEMS, PREFIX
-from safelight_server.cache.store.redis import RedisConnection
+from safelight_server.cache.approximate.buckets import ITEMS, PREFIX
+from safelight_server.storage.redis import RedisConnection
 
 from tests.redis.test_buckets import ANY, OTHER, Make, kept, make
 from tests.support.coordination import until

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from safelight_server.cache.coordination.base import BEGINNING, LeaderLostError, Outcome
-from safelight_server.cache.coordination.leadership import Leadership
-from safelight_server.cache.coordination.redis import RedisCoordinator
-from safelight_server.cache.store.base import StoreFullError, StoreUnavailableError
+from safelight_server.coordination.base import BEGINNING, CommitOutcome, LeaderLostError
+from safelight_server.coordination.leadership import Leadership
+from safelight_server.coordination.redis import RedisCoordinator
+from safelight_server.storage.base import StoreFullError, StoreUnavailableError
 
 from tests.conftest import eventually
 from tests.support.coordination import SHORT_S, TTL_S, CoordinationRules, collect, until
@@ -34,7 +34,7 @@ async def test_of_two_replicas_one_leads_and_the_other_follows(redis_server: Red
     following = [asyncio.create_task(collect(other, "x")) for _ in range(10)]
     for number in range(100):
         assert await leader.publish(bytes([number]))
-    assert await leader.commit("pointer", b"bill", 10) is Outcome.COMMITTED
+    assert await leader.commit("pointer", b"bill", 10) is CommitOutcome.COMMITTED
     for seen in await asyncio.gather(*following):
         assert seen == [bytes([number]) for number in range(100)]
     result = await other.result("x")
@@ -58,7 +58,7 @@ async def test_who_comes_during_a_read_of_others_misses_nothing(
     redis_server: RedisServer, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The read that is waiting began where others are; what it brings must wait for what came before."""
-    monkeypatch.setattr("safelight_server.cache.coordination.redis.BLOCK_S", 5.0)
+    monkeypatch.setattr("safelight_server.coordination.redis.BLOCK_S", 5.0)
     one, other = replicas(redis_server.url), replicas(redis_server.url)
     lease = await one.acquire("x", "a", TTL_S)
     assert lease is not None
@@ -106,8 +106,8 @@ async def test_takeover_from_a_leader_that_died(redis_server: RedisServer, repli
     leaders = await asyncio.gather(*(Leadership.take(other, "x", TTL_S) for _ in range(5)))
     (leader,) = [taken for taken in leaders if taken is not None]
     await leader.publish(b"2")
-    assert await one.commit(dead, "late", b"late") is Outcome.FENCED
-    assert await leader.commit("pointer", b"bill", 10) is Outcome.COMMITTED
+    assert await one.commit(dead, "late", b"late") is CommitOutcome.FENCED
+    assert await leader.commit("pointer", b"bill", 10) is CommitOutcome.COMMITTED
     assert await collect(other, "x", place) == [b"2"]
     assert [bill.data for bill in await one.bills()] == [b"bill"]
     await leader.close()
@@ -127,7 +127,7 @@ async def test_a_full_redis_commits_all_or_nothing(redis_server: RedisServer, re
     assert await coordinator.bills() == []
     assert await coordinator.holder("y") is None
     await coordinator._redis.config_set("maxmemory", 0)
-    assert await coordinator.commit(lease, "pointer", b"bill") is Outcome.COMMITTED
+    assert await coordinator.commit(lease, "pointer", b"bill") is CommitOutcome.COMMITTED
     assert len(await coordinator.bills()) == 1
 
 
@@ -178,7 +178,7 @@ async def test_a_leader_lives_through_a_restart_that_forgot_everything(
             return False
 
     await until(leads_again)
-    assert await leader.commit("pointer", b"bill", 10) is Outcome.COMMITTED
+    assert await leader.commit("pointer", b"bill", 10) is CommitOutcome.COMMITTED
     await leader.close()
     assert len(await other.bills()) == 1
 
@@ -200,7 +200,7 @@ async def test_who_follows_waits_through_a_restart(redis_server: RedisServer, re
         return await leader.publish(b"2")
 
     await until(published)
-    assert await leader.commit("pointer", b"bill", 30) is Outcome.COMMITTED
+    assert await leader.commit("pointer", b"bill", 30) is CommitOutcome.COMMITTED
     assert await following == [b"1", b"2"]
     await leader.close()
 
@@ -309,7 +309,7 @@ async def test_a_leader_killed_with_9_is_replaced(
     process.signal(signal.SIGKILL)
     leader, seen = await take_over(coordinator)
     assert set(seen) <= {b"theirs"}
-    assert await leader.commit("ours", b"ours", 10) is Outcome.COMMITTED
+    assert await leader.commit("ours", b"ours", 10) is CommitOutcome.COMMITTED
     assert [bill.data for bill in await coordinator.bills()] == [b"ours"]
     await leader.close()
 
@@ -325,7 +325,7 @@ async def test_a_leader_that_was_frozen_past_its_lease_writes_nothing_any_more(
     process.signal(signal.SIGCONT)
     assert await process.says() == "fenced"
     assert await leader.publish(b"ours")
-    assert await leader.commit("ours", b"ours", 10) is Outcome.COMMITTED
+    assert await leader.commit("ours", b"ours", 10) is CommitOutcome.COMMITTED
     result = await coordinator.result("x")
     assert result is not None and result.pointer == "ours"
     assert [bill.data for bill in await coordinator.bills()] == [b"ours"]

@@ -5,13 +5,13 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 from moto.server import ThreadedMotoServer
-from safelight_server.cache.store.breaker import Breaker, State
-from safelight_server.cache.store.keyring import Keyring
-from safelight_server.cache.store.memory import MemoryStore
-from safelight_server.cache.store.objects import ObjectStore, open_bucket
-from safelight_server.cache.store.redis import RedisConnection, RedisStore
-from safelight_server.cache.store.sealed import Entry, Sealer
-from safelight_server.cache.store.tiers import Tier, Tiers
+from safelight_server.storage.breaker import Breaker, BreakerState
+from safelight_server.storage.keyring import Keyring
+from safelight_server.storage.memory import MemoryStore
+from safelight_server.storage.objects import ObjectStore, open_bucket
+from safelight_server.storage.redis import RedisConnection, RedisStore
+from safelight_server.storage.sealed import Entry, Sealer
+from safelight_server.storage.tiers import Tier, Tiers
 from structlog.testing import capture_logs
 
 from tests.redis.conftest import BUCKET, CREDENTIALS, make_bucket
@@ -89,7 +89,7 @@ async def test_killed(redis_server: RedisServer, replica: Callable[..., Replica]
         assert await asyncio.gather(*(one.data(number) for number in range(100, 200))) == [None] * 100
         assert await one.data(1) == (b"x", "memory")
         assert not await one.tiers.put(key(2), Entry(b"y"), TTL_S, replicate=True)
-    assert one.breaker.state is State.OPEN
+    assert one.breaker.state is BreakerState.OPEN
     assert len(lines) == 1
     assert one.numbers.errors("redis", "left_alone") > 0
 
@@ -139,7 +139,7 @@ async def test_restarted_under_load(redis_server: RedisServer, replica: Callable
         loads = [asyncio.create_task(load(worker)) for worker in range(8)]
         for _ in range(2):
             await asyncio.to_thread(redis_server.kill)
-            await until(lambda: asyncio.sleep(0, one.breaker.state is not State.CLOSED))
+            await until(lambda: asyncio.sleep(0, one.breaker.state is not BreakerState.CLOSED))
             await asyncio.to_thread(redis_server.start)
             await until(one.reaches_redis)
         stop.set()
@@ -163,7 +163,7 @@ async def test_full(
         await admin.config_set("maxmemory", 0)
         assert await one.reaches_redis()
         await one.tiers.flush()
-    assert one.breaker.state is State.CLOSED
+    assert one.breaker.state is BreakerState.CLOSED
     assert one.numbers.errors("redis", "full") >= 18
     assert [line["log_level"] for line in lines] == ["warning", "info"]
 

@@ -12,9 +12,9 @@ import grpc
 import pytest
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
-from safelight_server.app import Running
-from safelight_server.cache.store.base import StoreUnavailableError
-from safelight_server.identity import new_key
+from safelight_server.api.identity import new_key
+from safelight_server.app.server import Running
+from safelight_server.storage.base import StoreUnavailableError
 from structlog.testing import capture_logs
 
 from tests.conftest import eventually, serving_here

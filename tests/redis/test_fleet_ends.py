@@ -9,11 +9,11 @@ from pathlib import Path
 import grpc
 import pytest
 from safelight.v1 import generation_pb2 as pb
-from safelight_server.errors import UnavailableError
-from safelight_server.events import FinishReason, State
-from safelight_server.fleet import CANCEL, WANT, mirrors
-from safelight_server.generation import Generation
-from safelight_server.request import PreviewPolicy
+from safelight_server.domain.errors import UnavailableError
+from safelight_server.domain.events import FinishReason, GenerationState
+from safelight_server.domain.request import PreviewPolicy
+from safelight_server.generations.generation import Generation
+from safelight_server.generations.ownership import CANCEL, WANT, mirrors
 
 from tests.conftest import eventually
 from tests.integration.test_generate import kinds, reason_of
@@ -76,11 +76,11 @@ async def test_a_stream_that_is_lost_again_suspends_it_again(redis_server: Redis
     async with servers(redis_server.url, tmp_path) as (one, other):
         generation, watching = await moved(one, other, request(3, 1000, disconnect=grace, cache=BYPASS))
         await until_step(watching, 4)
-        assert generation.state is State.RUNNING
+        assert generation.state is GenerationState.RUNNING
         watching.cancel()
-        await eventually(lambda: generation.state is State.SUSPENDED)
+        await eventually(lambda: generation.state is GenerationState.SUSPENDED)
         await eventually(lambda: not other.running.generations._engine.scheduler.num_outputs)
-        await eventually(lambda: generation.state is State.CANCELLED)
+        await eventually(lambda: generation.state is GenerationState.CANCELLED)
 
 
 async def test_nothing_is_developed_for_a_stream_that_was_lost_at_once(

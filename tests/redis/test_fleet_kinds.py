@@ -11,12 +11,12 @@ import grpc
 import pytest
 from safelight import Client, Picture
 from safelight.v1 import generation_pb2 as pb
-from safelight_server.catalog import Component
-from safelight_server.errors import NotFoundError
-from safelight_server.fleet import mirrors as module
-from safelight_server.fleet.mirrors import Mirrors
-from safelight_server.generation import Generation
-from safelight_server.intake import Plan
+from safelight_server.domain.component import Component
+from safelight_server.domain.errors import NotFoundError
+from safelight_server.generations.generation import Generation
+from safelight_server.generations.ownership import mirrors as module
+from safelight_server.generations.ownership.mirrors import Mirrors
+from safelight_server.generations.planner import OutputPlan
 
 from tests.conftest import eventually
 from tests.integration.test_generate import reason_of
@@ -189,7 +189,7 @@ async def test_who_fails_to_go_on_with_it_leaves_it_to_others(
 
         failed = list[Generation]()
 
-        def fails(generation: Generation, plans: Sequence[Plan]) -> None:
+        def fails(generation: Generation, plans: Sequence[OutputPlan]) -> None:
             if not generation.owned or failed:
                 enter(generation, plans)
                 return

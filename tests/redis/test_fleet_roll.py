@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from safelight_server.cache.coordination.leadership import Leadership
-from safelight_server.cache.store.keyring import Keyring
-from safelight_server.cache.store.sealed import Entry, Sealer
+from safelight_server.coordination.leadership import Leadership
+from safelight_server.storage.keyring import Keyring
+from safelight_server.storage.sealed import Entry, Sealer
 
 from tests.redis.test_fleet import servers
 from tests.support.redis_server import RedisServer

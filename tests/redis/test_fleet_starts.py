@@ -8,12 +8,12 @@ from pathlib import Path
 import grpc
 import pytest
 from safelight.v1 import generation_pb2 as pb
-from safelight_server.cache.store.base import StoreUnavailableError
-from safelight_server.cache.store.tiers import Tiers
-from safelight_server.events import Disposition, Origin
-from safelight_server.generation import Generation
-from safelight_server.intake import Plan
-from safelight_server.replicas.records import Record
+from safelight_server.cluster.records import GenerationRecord
+from safelight_server.domain.events import Disposition, Origin
+from safelight_server.generations.generation import Generation
+from safelight_server.generations.planner import OutputPlan
+from safelight_server.storage.base import StoreUnavailableError
+from safelight_server.storage.tiers import Tiers
 
 from tests.conftest import eventually
 from tests.integration.test_generate import reason_of
@@ -106,7 +106,7 @@ async def test_one_near_whose_latent_is_gone_is_developed_from_noise_and_says_so
         intake = one.running.generations._intake
         find = intake.plan
 
-        async def near(generation: Generation, branched_from: Generation | None) -> list[Plan]:
+        async def near(generation: Generation, branched_from: Generation | None) -> list[OutputPlan]:
             latent = Origin(Disposition.LATENT, 0.9, num_steps_skipped=BRANCHED_AT)
             return [replace(plan, origin=latent) for plan in await find(generation, branched_from)]
 
@@ -133,7 +133,7 @@ async def test_one_that_was_served_and_not_written_is_developed_and_says_so(
         watch = await let_go(one, request(5, STEPS, cache=BYPASS))
         revive = other.running.generations.revive
 
-        def as_served(record: Record) -> Generation:
+        def as_served(record: GenerationRecord) -> Generation:
             return revive(replace(record, origins=(Origin(disposition, source="generations/1"),)))
 
         monkeypatch.setattr(other.running.generations, "revive", as_served)

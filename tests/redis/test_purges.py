@@ -9,7 +9,7 @@ import grpc
 import pytest
 from safelight.v1 import cache_pb2, cache_pb2_grpc
 from safelight.v1 import generation_pb2 as pb
-from safelight_server.cache.store.sealed import parse_header
+from safelight_server.storage.sealed import parse_header
 
 from tests.conftest import eventually
 from tests.redis.test_fleet import Server, servers

@@ -11,8 +11,8 @@ import pytest_asyncio
 from safelight import Client, Finished, Picture, Progress
 from safelight.v1 import generation_pb2 as pb
 
-from tests.redis.conftest import RedisServer
 from tests.support.coordination import until
+from tests.support.redis_server import RedisServer
 from tests.support.replicas import Replica, bills, collect, picture, replicas, sequences, until_step
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

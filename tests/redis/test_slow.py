@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from safelight.v1 import generation_pb2 as pb
-from safelight_server.cache.store.base import StoreError
-from safelight_server.cache.store.breaker import State
+from safelight_server.storage.base import StoreError
+from safelight_server.storage.breaker import BreakerState
 from structlog.testing import capture_logs
 
 from tests.conftest import eventually
@@ -62,7 +62,7 @@ async def test_generations_go_on_and_redis_is_left_alone(relay: Relay, tmp_path:
         begun = await asyncio.gather(*(until_step(call, 4) for call in calls))
         assert all(events[0].accepted.durability == pb.Accepted.DURABILITY_REPLICATED for events in begun)
         with capture_logs() as lines, slow(relay, TIMEOUT_S * 5):
-            await eventually(lambda: all(breaker_of(server).state is State.OPEN for server in both))
+            await eventually(lambda: all(breaker_of(server).state is BreakerState.OPEN for server in both))
             await eventually(lambda: relay.num_under_way == 0)
             asked = relay.num_passed
             streams = await asyncio.gather(*(collect(call) for call in calls))
@@ -77,7 +77,7 @@ async def test_generations_go_on_and_redis_is_left_alone(relay: Relay, tmp_path:
         assert len(said) == 2, "one line a replica"
         for server in both:
             breaker_of(server)._open_s = 0.0  # it is asked again, and closing need not wait for it
-        await eventually(lambda: all(breaker_of(server).state is State.CLOSED for server in both))
+        await eventually(lambda: all(breaker_of(server).state is BreakerState.CLOSED for server in both))
 
 
 async def test_what_is_slow_and_answers_in_time_costs_nothing_else(relay: Relay, tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from safelight_server.cache.store.base import StoreFullError, StoreUnavailableError
-from safelight_server.cache.store.objects import ObjectStore, open_bucket
-from safelight_server.cache.store.redis import RedisConnection, RedisStore
+from safelight_server.storage.base import StoreFullError, StoreUnavailableError
+from safelight_server.storage.objects import ObjectStore, open_bucket
+from safelight_server.storage.redis import RedisConnection, RedisStore
 
 from tests.redis.conftest import BUCKET, CREDENTIALS
 from tests.support.coordination import until

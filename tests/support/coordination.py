@@ -7,14 +7,14 @@ import time
 from collections.abc import Awaitable, Callable
 
 import pytest
-from safelight_server.cache.coordination.base import (
+from safelight_server.coordination.base import (
     BEGINNING,
+    CommitOutcome,
+    CommittedResult,
     Coordinator,
-    Event,
     FencedError,
     LeaderLostError,
-    Outcome,
-    Result,
+    StreamEvent,
 )
 
 TTL_S = 30.0
@@ -78,7 +78,7 @@ class CoordinationRules:
         early = asyncio.create_task(collect(coordinator, "x"))
         late = asyncio.create_task(collect(coordinator, "x", places[2]))
         places += [await coordinator.publish(lease, bytes([n])) for n in range(5, 8)]
-        assert await coordinator.commit(lease, "pointer", b"bill") is Outcome.COMMITTED
+        assert await coordinator.commit(lease, "pointer", b"bill") is CommitOutcome.COMMITTED
         assert await early == [bytes([n]) for n in range(8)]
         assert await late == [bytes([n]) for n in range(3, 8)]
         assert await collect(coordinator, "x", places[-1]) == []
@@ -87,7 +87,7 @@ class CoordinationRules:
         lease = await coordinator.acquire("x", "a", SHORT_S)
         assert lease is not None
         await coordinator.publish(lease, b"1")
-        seen: list[Event] = []
+        seen: list[StreamEvent] = []
         with pytest.raises(LeaderLostError):
             async for event in coordinator.follow("x"):
                 seen.append(event)
@@ -106,11 +106,11 @@ class CoordinationRules:
         assert new is not None
         with pytest.raises(FencedError):
             await coordinator.publish(old, b"late")
-        assert await coordinator.commit(old, "old", b"old") is Outcome.FENCED
+        assert await coordinator.commit(old, "old", b"old") is CommitOutcome.FENCED
         assert await coordinator.result("x") is None
-        assert await coordinator.commit(new, "new", b"new") is Outcome.COMMITTED
-        assert await coordinator.commit(old, "old", b"old") is Outcome.TAKEN
-        assert await coordinator.result("x") == Result("new", "b", new.token)
+        assert await coordinator.commit(new, "new", b"new") is CommitOutcome.COMMITTED
+        assert await coordinator.commit(old, "old", b"old") is CommitOutcome.TAKEN
+        assert await coordinator.result("x") == CommittedResult("new", "b", new.token)
         assert [bill.data for bill in await coordinator.bills()] == [b"new"]
 
     async def test_a_token_before_is_refused_though_the_owner_is_the_same(self, coordinator: Coordinator) -> None:
@@ -119,7 +119,7 @@ class CoordinationRules:
         await coordinator.release(old)
         new = await coordinator.acquire("x", "a", TTL_S)
         assert new is not None and new.token > old.token
-        assert await coordinator.commit(old, "old", b"old") is Outcome.FENCED
+        assert await coordinator.commit(old, "old", b"old") is CommitOutcome.FENCED
         assert await coordinator.bills() == []
 
     async def test_one_whose_lease_ran_out_and_whom_nobody_replaced_commits(self, coordinator: Coordinator) -> None:
@@ -130,14 +130,14 @@ class CoordinationRules:
             return await coordinator.holder("x") is None
 
         await until(ended)
-        assert await coordinator.commit(lease, "pointer", b"bill") is Outcome.COMMITTED
+        assert await coordinator.commit(lease, "pointer", b"bill") is CommitOutcome.COMMITTED
 
     async def test_asking_twice_commits_and_bills_once(self, coordinator: Coordinator) -> None:
         lease = await coordinator.acquire("x", "a", TTL_S)
         assert lease is not None
         bills = [bytes([number]) for number in range(10)]
         outcomes = await asyncio.gather(*(coordinator.commit(lease, "pointer", bill) for bill in bills))
-        assert set(outcomes) == {Outcome.COMMITTED}
+        assert set(outcomes) == {CommitOutcome.COMMITTED}
         assert len(await coordinator.bills()) == 1
         assert await coordinator.acquire("x", "b", TTL_S) is None, "it is done"
 
@@ -148,7 +148,7 @@ class CoordinationRules:
         for _ in range(2):
             lease = await coordinator.acquire("x", "a", TTL_S)
             assert lease is not None
-            assert await coordinator.commit(lease, "pointer", b"bill") is Outcome.COMMITTED
+            assert await coordinator.commit(lease, "pointer", b"bill") is CommitOutcome.COMMITTED
             result = await coordinator.result("x")
             assert result is not None
             await coordinator.forget("x", result)
@@ -163,7 +163,7 @@ class CoordinationRules:
         await coordinator.commit(lease, "pointer", b"bill")
         result = await coordinator.result("x")
         assert result is not None
-        assert not await coordinator.forget("x", Result("pointer", "a", result.token + 1))
+        assert not await coordinator.forget("x", CommittedResult("pointer", "a", result.token + 1))
         assert await coordinator.forget("x", result)
         assert not await coordinator.forget("x", result)
         assert await coordinator.acquire("x", "b", TTL_S) is not None

@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from safelight_server.cache.coordination.leadership import Leadership
-from safelight_server.cache.coordination.redis import RedisCoordinator
-from safelight_server.cache.store.breaker import Breaker
-from safelight_server.cache.store.redis import RedisConnection
+from safelight_server.coordination.leadership import Leadership
+from safelight_server.coordination.redis import RedisCoordinator
+from safelight_server.storage.breaker import Breaker
+from safelight_server.storage.redis import RedisConnection
 
 
 async def main(url: str, name: str, ttl_s: float) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from safelight_server.catalog import Catalog, Manifest, Pipeline, assemble
-from safelight_server.tokenizer import Tokenizer
+from safelight_server.catalog.catalog import Catalog, Manifest, Pipeline, assemble
+from safelight_server.catalog.tokenizer import Tokenizer
 from tokenizers import models, pre_tokenizers
 
 PAD, BOS, EOS = 0, 1, 2

@@ -17,12 +17,12 @@ from pathlib import Path
 import grpc
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
-from safelight_server.cache.coordination.redis import RedisCoordinator
-from safelight_server.cache.store.breaker import Breaker
-from safelight_server.cache.store.keyring import Keyring, new_key_file
-from safelight_server.cache.store.redis import RedisConnection
-from safelight_server.cache.store.sealed import Sealer
-from safelight_server.replicas.landing import BILL
+from safelight_server.cluster.commit import BILL
+from safelight_server.coordination.redis import RedisCoordinator
+from safelight_server.storage.breaker import Breaker
+from safelight_server.storage.keyring import Keyring, new_key_file
+from safelight_server.storage.redis import RedisConnection
+from safelight_server.storage.sealed import Sealer
 
 from tests.conftest import MODELS
 
@@ -67,7 +67,7 @@ class Replica:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SAFELIGHT_")}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: ASYNC220  # it begins at once, and its end is waited for
-                [sys.executable, "-m", "safelight_server.cli", "serve"],
+                [sys.executable, "-m", "safelight_server.cli.main", "serve"],
                 env=environment | self._environment | {"PYTHONPATH": f"{ROOT / 'server'}:{ROOT / 'clients/python'}"},
                 stdout=log,
                 stderr=log,

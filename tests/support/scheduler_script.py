@@ -10,17 +10,17 @@ from collections.abc import Iterator
 
 from safelight_server.scheduler import (
     Batch,
-    Decoded,
+    EmbeddingReleased,
     Event,
-    Expired,
-    Failed,
     Kind,
     Limits,
-    Output,
+    OutputDecoded,
+    OutputExpired,
+    OutputFailed,
     Priority,
-    Released,
+    ScheduledOutput,
     Scheduler,
-    Stepped,
+    StepCompleted,
 )
 
 SEPARATOR = "----"
@@ -77,7 +77,7 @@ class Player:
         key, rows = options.get("key", ""), int(options.get("rows", 1))
         prompts = (options.get("prompt", "prompt"), "negative")
         for output_id in spread(ids):
-            output = Output(
+            output = ScheduledOutput(
                 output_id,
                 options.get("caller", "someone"),
                 Priority[options.get("class", "standard").upper()],
@@ -160,7 +160,7 @@ class Player:
             list(self._schedule([], {}))
             for batch in [self._flying.pop(batch_id) for batch_id in sorted(self._flying)]:
                 events = self._scheduler.complete(batch.batch_id)
-                decoded += [str(event.output_id) for event in events if isinstance(event, Decoded)]
+                decoded += [str(event.output_id) for event in events if isinstance(event, OutputDecoded)]
         yield f"decoded {' '.join(decoded)}"
 
     def _show(self, ids: list[str], options: dict[str, str]) -> Iterator[str]:
@@ -189,13 +189,13 @@ def written(events: list[Event]) -> Iterator[str]:
     """A line an event."""
     for event in events:
         match event:
-            case Stepped(output_id, step, last):
+            case StepCompleted(output_id, step, last):
                 yield f"output {output_id} has made {step} steps{', the last' if last else ''}"
-            case Decoded(output_id):
+            case OutputDecoded(output_id):
                 yield f"output {output_id} is decoded"
-            case Failed(output_id):
+            case OutputFailed(output_id):
                 yield f"output {output_id} has failed"
-            case Expired(output_id):
+            case OutputExpired(output_id):
                 yield f"output {output_id} has expired"
-            case Released(conditioning_id):
+            case EmbeddingReleased(conditioning_id):
                 yield f"embedding of {conditioning_id} is released"

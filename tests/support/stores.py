@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 
 import pytest
 from prometheus_client import CollectorRegistry
-from safelight_server.cache.store.base import (
+from safelight_server.storage.base import (
     HEADER_BYTES,
     OnEvict,
     Store,
     StoreFullError,
     StoreUnavailableError,
-    Usage,
+    StoreUsage,
 )
 from safelight_server.telemetry.metrics import TierMetrics
 
@@ -120,9 +120,9 @@ class FaultyStore:
             if name.startswith(prefix):
                 yield name
 
-    async def usage(self) -> Usage:
+    async def usage(self) -> StoreUsage:
         await self._fail()
-        return Usage(len(self.values), sum(map(len, self.values.values())))
+        return StoreUsage(len(self.values), sum(map(len, self.values.values())))
 
     async def close(self) -> None:
         pass

@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 
 import numpy as np
 from safelight.v1 import generation_pb2 as pb
-from safelight_server.events import (
+from safelight_server.domain.component import Component
+from safelight_server.domain.events import (
     Accepted,
     Finished,
     FinishReason,
@@ -19,10 +20,10 @@ from safelight_server.events import (
     Timings,
     Usage,
 )
-from safelight_server.picture import Encoded
+from safelight_server.domain.picture import EncodedPicture
+from safelight_server.domain.request import MediaType, PixelEncoding, PreviewMethod, PreviewPolicy, Spec
+from safelight_server.domain.tensors import FloatArray
 from safelight_server.preview import Frame, Renderer
-from safelight_server.request import MediaType, PixelEncoding, PreviewMethod, PreviewPolicy, Spec
-from safelight_server.runtime.base import Component, FloatArray
 from safelight_server.runtime.simulated import LATENT, simulated_pipeline
 from safelight_server.sampler import SamplerSpec
 from safelight_server.stream import EventLog, Watcher
@@ -45,7 +46,7 @@ SPEC = Spec(
     sampler=SamplerSpec("ddim", "trailing"),
     seeds=(1,),
 )
-PICTURE = Encoded(MediaType.RAW_RGBA8, 16, 16, 64, bytes(range(256)) * 16)
+PICTURE = EncodedPicture(MediaType.RAW_RGBA8, 16, 16, 64, bytes(range(256)) * 16)
 PIECE_BYTES = 1000
 TURNS = 12
 """Turns of the event loop after which everything that can happen has happened: nothing here takes time."""

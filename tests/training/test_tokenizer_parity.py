@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from safelight_server.tokenizer import Tokenizer
+from safelight_server.catalog.tokenizer import Tokenizer
 from transformers import CLIPTokenizer
 
 from training import networks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from load_tests import merging, triton
+from load_tests.bench import merging, triton
 
 
 def test_embedded_and_triton() -> None:

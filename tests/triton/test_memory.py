@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tritonclient.grpc.aio as triton_grpc
 from google.protobuf import text_format
-from safelight_server import catalog
+from safelight_server.catalog import catalog
+from safelight_server.domain.component import Component
 from safelight_server.runtime import verification
-from safelight_server.runtime.base import Component
 from safelight_server.runtime.triton.client import CallFailed, Trouble
 from safelight_server.runtime.triton.models import models_of
 from safelight_server.runtime.triton.server import Server, SharedMemoryUse

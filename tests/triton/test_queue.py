@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import tritonclient.grpc.aio as triton_grpc
-from safelight_server import catalog
-from safelight_server.repository import QUEUE_SIZE, Target, write
+from safelight_server.catalog import catalog
+from safelight_server.catalog.export import QUEUE_SIZE, Target, write
+from safelight_server.domain.component import Component
 from safelight_server.runtime import verification
-from safelight_server.runtime.base import Component
 from safelight_server.runtime.triton.client import CallFailed, Trouble
 from safelight_server.runtime.triton.models import models_of
 from safelight_server.runtime.triton.server import Server, SharedMemoryUse

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tritonclient.grpc.aio as triton_grpc
 from google.protobuf import text_format
-from safelight_server.model_config import read
-from safelight_server.repository import Target, write
+from safelight_server.catalog.config_pbtxt import read
+from safelight_server.catalog.export import Target, write
 from tritonclient.grpc import model_config_pb2
 
 from tests.triton.support import REPOSITORY, triton_server

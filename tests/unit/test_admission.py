@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safelight_server.admission import MAX_RETRY_S, MIN_RETRY_S, AdmissionLimits, admit
-from safelight_server.errors import DeadlineUnreachableError, QueueFullError
-from safelight_server.scheduler import Kind, Limits, Output, Priority, Scheduler
+from safelight_server.domain.errors import DeadlineUnreachableError, QueueFullError
+from safelight_server.generations.admission import MAX_RETRY_S, MIN_RETRY_S, AdmissionLimits, admit
+from safelight_server.scheduler import Kind, Limits, Priority, ScheduledOutput, Scheduler
 
 KEYS = {Kind.ENCODE: "e", Kind.DENOISE: "u", Kind.DECODE: "d"}
 LIMITS = AdmissionLimits({Priority.INTERACTIVE: 4, Priority.STANDARD: 6, Priority.BATCH: 8}, 5)
@@ -36,12 +36,12 @@ class Moment:
     def backlog_s(self) -> float:
         return self.backlog
 
-    def estimate_s(self, output: Output, num_outputs: int = 1) -> float:
+    def estimate_s(self, output: ScheduledOutput, num_outputs: int = 1) -> float:
         return self.estimate * num_outputs
 
 
-def output(priority: Priority = Priority.STANDARD, steps: int = 20) -> Output:
-    return Output(1, "lab/me", priority, steps, 2, KEYS, ("p", "n"))
+def output(priority: Priority = Priority.STANDARD, steps: int = 20) -> ScheduledOutput:
+    return ScheduledOutput(1, "lab/me", priority, steps, 2, KEYS, ("p", "n"))
 
 
 def test_what_has_room_is_let_in_with_its_estimate() -> None:
@@ -151,7 +151,7 @@ def test_the_scheduler_has_the_numbers() -> None:
     """Whoever is admitted one by one is never more than slots and bounds hold, and none is refused before."""
     at, admitted = scheduler(), 0
     while True:
-        new = Output(admitted, "lab/me", Priority.STANDARD, 4, 2, KEYS, ("p", "n"))
+        new = ScheduledOutput(admitted, "lab/me", Priority.STANDARD, 4, 2, KEYS, ("p", "n"))
         try:
             admit(at, LIMITS, new, 1, None)
         except QueueFullError as error:
@@ -170,7 +170,7 @@ def test_an_estimate_grows_with_load_and_with_outputs() -> None:
     # encode both prompts, 20 steps of two rows, decode
     assert one == pytest.approx(22 + 20 * 22 + 21)
     assert one < two < three
-    at.add(Output(7, "lab/you", Priority.STANDARD, 20, 2, KEYS, ("q", "n")), 0.0)
+    at.add(ScheduledOutput(7, "lab/you", Priority.STANDARD, 20, 2, KEYS, ("q", "n")), 0.0)
     at.schedule(0.0, [0])
     assert at.estimate_s(output()) >= one
     assert at.estimate_s(output(), 2) > two  # only one slot is free
@@ -180,5 +180,5 @@ def test_the_backlog_is_what_the_slots_can_make_of_it() -> None:
     """One slot, three outputs of 20 steps of two rows: 60 calls of 22, however many rows a batch could take."""
     at = scheduler(max_running=1)
     for number in range(3):
-        at.add(Output(number, "lab/me", Priority.STANDARD, 20, 2, KEYS, ("p", "n")), 0.0)
+        at.add(ScheduledOutput(number, "lab/me", Priority.STANDARD, 20, 2, KEYS, ("p", "n")), 0.0)
     assert at.backlog_s() == pytest.approx(60 * 22)

@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from load_tests.arrivals import capacity, poisson, schedule
-from load_tests.clients import NoPicture, Seen
+from load_tests.bench.arrivals import capacity, poisson, schedule
+from load_tests.bench.clients import NoPicture, Seen
 
 
 async def at_once(seed: int) -> Seen:

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from safelight_server.cache.backends import CredentialsError, open_backends
-from safelight_server.cache.coordination.local import LocalCoordinator
-from safelight_server.cache.coordination.redis import RedisCoordinator
-from safelight_server.cache.store.disk import DiskStoreError
-from safelight_server.cache.store.keyring import KeyringError, new_key_file
-from safelight_server.cache.store.sealed import Entry
+from safelight_server.app.backends import CredentialsError, open_backends
+from safelight_server.coordination.local import LocalCoordinator
+from safelight_server.coordination.redis import RedisCoordinator
 from safelight_server.settings import SettingsError, load
+from safelight_server.storage.disk import DiskStoreError
+from safelight_server.storage.keyring import KeyringError, new_key_file
+from safelight_server.storage.sealed import Entry
 
 from tests.support.stores import TTL_S, Numbers, key
 

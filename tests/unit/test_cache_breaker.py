@@ -3,8 +3,8 @@
 import asyncio
 
 import pytest
-from safelight_server.cache.store.base import LeftAloneError, StoreFullError, StoreUnavailableError
-from safelight_server.cache.store.breaker import Breaker, State
+from safelight_server.storage.base import LeftAloneError, StoreFullError, StoreUnavailableError
+from safelight_server.storage.breaker import Breaker, BreakerState
 from structlog.testing import capture_logs
 
 from tests.conftest import eventually
@@ -69,12 +69,12 @@ async def test_only_one_call_tries_however_many_come() -> None:
 
     service.breaker._timeout_s = 30.0
     trying = asyncio.create_task(service.breaker.call(hangs))
-    await eventually(lambda: service.breaker.state is State.HALF_OPEN)
+    await eventually(lambda: service.breaker.state is BreakerState.HALF_OPEN)
     assert await asyncio.gather(*(service.call() for _ in range(100))) == ["left alone"] * 100
     gate.set()
     await trying
     assert service.calls == 4
-    assert service.breaker.state is State.CLOSED
+    assert service.breaker.state is BreakerState.CLOSED
 
 
 async def test_a_call_that_hangs_fails_in_time() -> None:
@@ -82,7 +82,7 @@ async def test_a_call_that_hangs_fails_in_time() -> None:
     for _ in range(3):
         with pytest.raises(StoreUnavailableError):
             await service.breaker.call(asyncio.Event().wait)
-    assert service.breaker.state is State.OPEN
+    assert service.breaker.state is BreakerState.OPEN
 
 
 async def test_a_full_service_works() -> None:
@@ -91,7 +91,7 @@ async def test_a_full_service_works() -> None:
     for _ in range(10):
         with pytest.raises(StoreFullError):
             await service.breaker.call(service.work)
-    assert service.breaker.state is State.CLOSED
+    assert service.breaker.state is BreakerState.CLOSED
 
 
 async def test_when_the_one_that_tries_goes_away_the_next_one_tries() -> None:
@@ -101,7 +101,7 @@ async def test_when_the_one_that_tries_goes_away_the_next_one_tries() -> None:
     service.now = 3.0
     service.breaker._timeout_s = 30.0
     trying = asyncio.create_task(service.breaker.call(asyncio.Event().wait))
-    await eventually(lambda: service.breaker.state is State.HALF_OPEN)
+    await eventually(lambda: service.breaker.state is BreakerState.HALF_OPEN)
     trying.cancel()
     with pytest.raises(asyncio.CancelledError):
         await trying
@@ -110,7 +110,7 @@ async def test_when_the_one_that_tries_goes_away_the_next_one_tries() -> None:
 
 
 async def test_states_are_told() -> None:
-    told: list[State] = []
+    told: list[BreakerState] = []
     breaker = Breaker("it", 1.0, max_failures=1, open_s=0.0, on_state=told.append)
 
     async def fails() -> None:
@@ -119,4 +119,4 @@ async def test_states_are_told() -> None:
     with pytest.raises(StoreUnavailableError):
         await breaker.call(fails)
     await breaker.call(lambda: asyncio.sleep(0))
-    assert told == [State.CLOSED, State.OPEN, State.HALF_OPEN, State.CLOSED]
+    assert told == [BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN, BreakerState.CLOSED]

@@ -1,7 +1,7 @@
 """Coordination within one process."""
 
 import pytest
-from safelight_server.cache.coordination.local import LocalCoordinator
+from safelight_server.coordination.local import LocalCoordinator
 
 from tests.support.coordination import TTL_S, CoordinationRules
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import obstore
 import pytest
 from obstore.exceptions import GenericError
-from safelight_server.cache.store.base import StoreFullError, StoreUnavailableError, TooLargeError
-from safelight_server.cache.store.disk import BLOCK_BYTES, DiskStore, DiskStoreError
+from safelight_server.storage.base import StoreFullError, StoreUnavailableError, TooLargeError
+from safelight_server.storage.disk import BLOCK_BYTES, DiskStore, DiskStoreError
 
 from tests.support.stores import TTL_S, StoreRules, key, keys_of
 from tests.support.streams import settle

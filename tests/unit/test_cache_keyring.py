@@ -4,7 +4,7 @@ import base64
 from pathlib import Path
 
 import pytest
-from safelight_server.cache.store.keyring import Keyring, KeyringError, new_key_file
+from safelight_server.storage.keyring import Keyring, KeyringError, new_key_file
 
 A, B, N = (base64.b64encode(bytes([fill]) * 32).decode() for fill in (1, 2, 3))
 

@@ -2,10 +2,10 @@
 
 import asyncio
 
-from safelight_server.cache.coordination.base import Lease, Outcome
-from safelight_server.cache.coordination.leadership import Leadership
-from safelight_server.cache.coordination.local import LocalCoordinator
-from safelight_server.cache.store.base import StoreUnavailableError
+from safelight_server.coordination.base import CommitOutcome, Lease
+from safelight_server.coordination.leadership import Leadership
+from safelight_server.coordination.local import LocalCoordinator
+from safelight_server.storage.base import StoreUnavailableError
 
 from tests.conftest import eventually
 from tests.support.coordination import collect, until
@@ -29,7 +29,7 @@ class Outages(LocalCoordinator):
         self._fail()
         return await super().acquire(name, owner, ttl_s)
 
-    async def commit(self, lease: Lease, pointer: str, bill: bytes) -> Outcome:
+    async def commit(self, lease: Lease, pointer: str, bill: bytes) -> CommitOutcome:
         self._fail()
         outcome = await super().commit(lease, pointer, bill)
         if self.forgetful:
@@ -59,7 +59,7 @@ async def test_the_lease_lives_as_long_as_the_work() -> None:
     await eventually(lambda: coordinator.renewals >= 5)
     assert await coordinator.holder("x") == leader.lease
     assert await leader.publish(b"1")
-    assert await leader.commit("pointer", b"bill", 1.0) is Outcome.COMMITTED
+    assert await leader.commit("pointer", b"bill", 1.0) is CommitOutcome.COMMITTED
     await leader.close()
     assert await collect(coordinator, "x") == [b"1"]
 
@@ -88,7 +88,7 @@ async def test_an_outage_loses_nothing_when_nobody_wanted_the_lease() -> None:
     await until(leads_again)
     assert not leader.lost.is_set()
     assert await leader.publish(b"1")
-    assert await leader.commit("pointer", b"bill", 1.0) is Outcome.COMMITTED
+    assert await leader.commit("pointer", b"bill", 1.0) is CommitOutcome.COMMITTED
     await leader.close()
 
 
@@ -100,7 +100,7 @@ async def test_one_who_was_replaced_learns_it_and_does_not_commit() -> None:
     coordinator.out = False
     await eventually(leader.lost.is_set)
     assert not await leader.publish(b"late")
-    assert await leader.commit("pointer", b"bill", 1.0) is Outcome.FENCED
+    assert await leader.commit("pointer", b"bill", 1.0) is CommitOutcome.FENCED
     await leader.close()
     assert await coordinator.bills() == []
     other = await coordinator.holder("x")
@@ -115,7 +115,7 @@ async def test_a_commit_waits_for_the_service_or_is_discarded() -> None:
     committing = asyncio.create_task(leader.commit("pointer", b"bill", 30.0))
     await asyncio.sleep(0)
     coordinator.out = False
-    assert await committing is Outcome.COMMITTED
+    assert await committing is CommitOutcome.COMMITTED
     await leader.close()
     assert len(await coordinator.bills()) == 1
 
@@ -124,7 +124,7 @@ async def test_a_commit_whose_answer_was_lost_is_billed_once() -> None:
     coordinator = Outages()
     leader = await lead(coordinator)
     coordinator.forgetful = True
-    assert await leader.commit("pointer", b"bill", 30.0) is Outcome.COMMITTED
+    assert await leader.commit("pointer", b"bill", 30.0) is CommitOutcome.COMMITTED
     await leader.close()
     assert len(await coordinator.bills()) == 1
 
@@ -132,7 +132,7 @@ async def test_a_commit_whose_answer_was_lost_is_billed_once() -> None:
 async def test_after_its_commit_a_leader_has_lost_nothing() -> None:
     coordinator = Outages()
     leader = await lead(coordinator)
-    assert await leader.commit("pointer", b"bill", 1.0) is Outcome.COMMITTED
+    assert await leader.commit("pointer", b"bill", 1.0) is CommitOutcome.COMMITTED
     await asyncio.sleep(0.1)  # several beats
     assert not leader.lost.is_set()
     await leader.close()

@@ -1,8 +1,8 @@
 """The tier in memory."""
 
 import pytest
-from safelight_server.cache.store.base import TooLargeError
-from safelight_server.cache.store.memory import ENTRY_BYTES, MemoryStore
+from safelight_server.storage.base import TooLargeError
+from safelight_server.storage.memory import ENTRY_BYTES, MemoryStore
 
 from tests.support.stores import TTL_S, StoreRules, key, keys_of
 

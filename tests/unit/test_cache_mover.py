@@ -2,7 +2,7 @@
 
 import asyncio
 
-from safelight_server.cache.store.mover import Mover
+from safelight_server.storage.mover import Mover
 
 
 class Target:

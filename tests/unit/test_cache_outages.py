@@ -6,15 +6,15 @@ import time
 
 import numpy as np
 from prometheus_client import CollectorRegistry
-from safelight_server.cache.lsh import MemoryBuckets
-from safelight_server.cache.pictures import Facts, Pictures, pointer
-from safelight_server.cache.similar import SimilarPictures
-from safelight_server.cache.store.base import StoreUnavailableError
-from safelight_server.cache.store.keyring import Keyring
-from safelight_server.cache.store.memory import MemoryStore
-from safelight_server.cache.store.sealed import Sealer, parse_header
-from safelight_server.cache.store.tiers import Tier, Tiers
-from safelight_server.request import MediaType, PixelEncoding
+from safelight_server.cache.approximate.lsh import MemoryBuckets
+from safelight_server.cache.approximate.similar import SimilarPictures
+from safelight_server.cache.pictures import PictureFacts, Pictures, pointer
+from safelight_server.domain.request import MediaType, PixelEncoding
+from safelight_server.storage.base import StoreUnavailableError
+from safelight_server.storage.keyring import Keyring
+from safelight_server.storage.memory import MemoryStore
+from safelight_server.storage.sealed import Sealer, parse_header
+from safelight_server.storage.tiers import Tier, Tiers
 from safelight_server.telemetry.metrics import TierMetrics
 
 from tests.support.streams import Here
@@ -65,7 +65,7 @@ async def test_similar_pictures_are_found_again_after_an_outage_and_not_once_the
     replica = Replica(store, keyring)
     name = replica.name("ann", "a1")
     owner = replica.spaces.owner(name.space, "r", "g1")
-    await pictures.keep(name, PIXELS, Facts("a potion", "generations/1", "r", STEPS, 1.0))
+    await pictures.keep(name, PIXELS, PictureFacts("a potion", "generations/1", "r", STEPS, 1.0))
     await similar.add(name, PIPELINE, "a potion", vector(1), owner, None)
 
     async def found() -> bool:
@@ -87,7 +87,7 @@ async def test_an_encoding_is_kept_no_longer_than_its_pixels() -> None:
     tiers = Tiers([Tier(store)], Sealer(keyring), TierMetrics(CollectorRegistry()), now=lambda: time.time() - ago_s)
     pictures = Pictures(tiers, keyring, Here(), 60.0)
     name = Replica(store, keyring).name("ann", "a1")
-    await pictures.keep(name, PIXELS, Facts("a potion", "generations/1", "r", STEPS, 1.0))
+    await pictures.keep(name, PIXELS, PictureFacts("a potion", "generations/1", "r", STEPS, 1.0))
     before = parse_header(await store.get(pointer(name)) or b"")
     ago_s = 0.0
     assert await pictures.get(name, PNG) is not None

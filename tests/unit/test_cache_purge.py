@@ -3,10 +3,10 @@
 import asyncio
 
 import pytest
-from safelight_server.cache.store import base
-from safelight_server.cache.store.purge import Scope, purge
-from safelight_server.cache.store.sealed import Entry
-from safelight_server.cache.store.tiers import Tiers
+from safelight_server.storage import base
+from safelight_server.storage.purge import PurgeScope, purge
+from safelight_server.storage.sealed import Entry
+from safelight_server.storage.tiers import Tiers
 
 from tests.support.stores import TTL_S, key
 from tests.unit.test_cache_tiers import KEYRING, Bench
@@ -34,13 +34,16 @@ async def left(tiers: Tiers) -> list[int]:
 @pytest.mark.parametrize(
     ("scope", "gone"),
     [
-        (Scope(TENANTS["acme"] + "/"), lambda n: n % 2 == 1),
-        (Scope(revision=KEYRING.tag("revision", "icons/1")), lambda n: n < 20),
-        (Scope(generation=KEYRING.tag("generation", "generations/3")), lambda n: n % 10 == 3),
-        (Scope(TENANTS["acme"] + "/", revision=KEYRING.tag("revision", "icons/2")), lambda n: n % 2 == 1 and n >= 20),
-        (Scope(expired_at=1000.0 + TTL_S), lambda n: n % 3 == 0),
-        (Scope(), lambda n: True),
-        (Scope(generation=KEYRING.tag("generation", "generations/unknown")), lambda n: False),
+        (PurgeScope(TENANTS["acme"] + "/"), lambda n: n % 2 == 1),
+        (PurgeScope(revision=KEYRING.tag("revision", "icons/1")), lambda n: n < 20),
+        (PurgeScope(generation=KEYRING.tag("generation", "generations/3")), lambda n: n % 10 == 3),
+        (
+            PurgeScope(TENANTS["acme"] + "/", revision=KEYRING.tag("revision", "icons/2")),
+            lambda n: n % 2 == 1 and n >= 20,
+        ),
+        (PurgeScope(expired_at=1000.0 + TTL_S), lambda n: n % 3 == 0),
+        (PurgeScope(), lambda n: True),
+        (PurgeScope(generation=KEYRING.tag("generation", "generations/unknown")), lambda n: False),
     ],
 )
 async def test_what_is_covered_goes_from_every_tier_and_nothing_else(scope, gone) -> None:  # type: ignore[no-untyped-def]
@@ -55,7 +58,7 @@ async def test_what_is_covered_goes_from_every_tier_and_nothing_else(scope, gone
 async def test_a_tier_that_cannot_is_named() -> None:
     bench = await filled()
     bench.objects.fault = "unavailable"
-    report = await purge(bench.tiers, Scope(TENANTS["acme"] + "/"))
+    report = await purge(bench.tiers, PurgeScope(TENANTS["acme"] + "/"))
     assert report.failed == ["objects"]
     assert report.deleted["disk"] == 20
 
@@ -64,7 +67,7 @@ async def test_a_listing_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(base, "STALL_S", 0.01)
     bench = await filled()
     bench.objects.fault = "hangs"
-    assert (await purge(bench.tiers, Scope(TENANTS["acme"] + "/"))).failed == ["objects"]
+    assert (await purge(bench.tiers, PurgeScope(TENANTS["acme"] + "/"))).failed == ["objects"]
 
 
 async def test_nothing_comes_back_from_what_moves_meanwhile() -> None:
@@ -79,7 +82,7 @@ async def test_nothing_comes_back_from_what_moves_meanwhile() -> None:
 
     looking = asyncio.create_task(looks())
     await asyncio.sleep(0)
-    assert (await purge(bench.tiers, Scope(TENANTS["acme"] + "/"))).failed == []
+    assert (await purge(bench.tiers, PurgeScope(TENANTS["acme"] + "/"))).failed == []
     await looking
     await bench.tiers.flush()
     assert await bench.tiers.get(name) is None
@@ -88,7 +91,7 @@ async def test_nothing_comes_back_from_what_moves_meanwhile() -> None:
 async def test_what_waits_to_be_written_goes_too() -> None:
     bench = Bench(memory_bytes=1)
     await bench.tiers.put(key(1, TENANTS["acme"]), Entry(b"x"), TTL_S)
-    await purge(bench.tiers, Scope(TENANTS["acme"] + "/"))
+    await purge(bench.tiers, PurgeScope(TENANTS["acme"] + "/"))
     await bench.tiers.flush()
     assert not bench.disk.values
 
@@ -96,12 +99,12 @@ async def test_what_waits_to_be_written_goes_too() -> None:
 async def test_garbage_without_a_header_goes_with_whatever_looks_at_it() -> None:
     bench = await filled()
     bench.disk.values[key(99)] = b"garbage"
-    await purge(bench.tiers, Scope(generation=b"whatever"))
+    await purge(bench.tiers, PurgeScope(generation=b"whatever"))
     assert key(99) not in bench.disk.values
 
 
 async def test_one_tier_only() -> None:
     bench = await filled()
-    report = await purge(bench.tiers, Scope(expired_at=1000.0 + TTL_S), only="disk")
+    report = await purge(bench.tiers, PurgeScope(expired_at=1000.0 + TTL_S), only="disk")
     assert set(report.deleted) == {"disk"}
     assert len(bench.objects.values) == 40

@@ -3,11 +3,11 @@
 import asyncio
 
 from safelight_server.cache import purges as module
-from safelight_server.cache.coordination.local import LocalCoordinator
 from safelight_server.cache.purges import Purges
-from safelight_server.cache.store.base import StoreUnavailableError
-from safelight_server.cache.store.purge import Scope
-from safelight_server.cache.store.sealed import Entry
+from safelight_server.coordination.local import LocalCoordinator
+from safelight_server.storage.base import StoreUnavailableError
+from safelight_server.storage.purge import PurgeScope
+from safelight_server.storage.sealed import Entry
 from structlog.testing import capture_logs
 
 from tests.support.coordination import until
@@ -31,7 +31,7 @@ async def test_every_replica_clears_its_own_tiers_also_one_that_was_away() -> No
     coordinator = LocalCoordinator()
     here, there, away = [await filled() for _ in range(3)]
     listening = [asyncio.create_task(Purges(there.tiers, coordinator).listen())]
-    report = await Purges(here.tiers, coordinator).purge(Scope(generation=GENERATION))
+    report = await Purges(here.tiers, coordinator).purge(PurgeScope(generation=GENERATION))
     assert report.failed == []
     listening.append(asyncio.create_task(Purges(away.tiers, coordinator).listen()))
     for bench in (here, there, away):
@@ -50,9 +50,9 @@ async def test_its_own_purge_is_not_done_twice() -> None:
     bench = await filled()
     purges = Purges(bench.tiers, coordinator)
     listening = asyncio.create_task(purges.listen())
-    await purges.purge(Scope(TENANTS["acme"] + "/"))
+    await purges.purge(PurgeScope(TENANTS["acme"] + "/"))
     await bench.tiers.put(key(3, TENANTS["acme"]), Entry(b"x"), TTL_S)
-    await coordinator.append(module.STREAM, module.dump("other", Scope("none/")))
+    await coordinator.append(module.STREAM, module.dump("other", PurgeScope("none/")))
     await asyncio.sleep(0.05)
     assert await left(bench.tiers) == [3]
     listening.cancel()
@@ -64,13 +64,18 @@ async def test_others_that_could_not_be_told_are_named() -> None:
             raise StoreUnavailableError("out")
 
     bench = await filled()
-    report = await Purges(bench.tiers, Out()).purge(Scope(TENANTS["acme"] + "/"))
+    report = await Purges(bench.tiers, Out()).purge(PurgeScope(TENANTS["acme"] + "/"))
     assert report.failed == ["replicas"]
     assert report.deleted["disk"] == 2
 
 
 def test_scopes_travel() -> None:
-    for scope in (Scope("ab01/"), Scope("ab01/", b"12345678"), Scope(generation=b"\0" * 8), Scope(revision=b"x" * 8)):
+    for scope in (
+        PurgeScope("ab01/"),
+        PurgeScope("ab01/", b"12345678"),
+        PurgeScope(generation=b"\0" * 8),
+        PurgeScope(revision=b"x" * 8),
+    ):
         assert module.parse(module.dump("me", scope)) == ("me", scope)
 
 
@@ -95,7 +100,7 @@ async def test_a_tier_that_rests_while_another_replica_purges_is_cleared_later_a
     with capture_logs() as logs:
         listening = asyncio.create_task(purges.listen())
         for number in (1, 3):
-            scope = Scope(generation=KEYRING.tag("generation", f"generations/{number}"))
+            scope = PurgeScope(generation=KEYRING.tag("generation", f"generations/{number}"))
             assert not (await Purges(here.tiers, coordinator).purge(scope)).failed
         await until(lambda: asyncio.sleep(0, len(purges._owed.get("disk", ())) == 2))
         await purges._catch_up()
@@ -117,8 +122,8 @@ async def test_what_a_tier_owes_is_bounded() -> None:
     bench = await filled()
     purges, disk = Purges(bench.tiers, LocalCoordinator()), bench.tiers.tiers[1]
     for number in range(module.MAX_OWED + 1):
-        purges._owe(disk, Scope(f"{number:04x}/"))
-    assert purges._owed["disk"] == {Scope()}
+        purges._owe(disk, PurgeScope(f"{number:04x}/"))
+    assert purges._owed["disk"] == {PurgeScope()}
     upkeep = asyncio.create_task(purges.keep_up())
     await until(lambda: asyncio.sleep(0, not disk.unpurged))
     upkeep.cancel()
@@ -140,10 +145,10 @@ class Index:
     """Notes what it was to forget."""
 
     def __init__(self, able: bool = True) -> None:
-        self.forgotten: list[Scope] = []
+        self.forgotten: list[PurgeScope] = []
         self._able = able
 
-    async def forget(self, scope: Scope) -> bool:
+    async def forget(self, scope: PurgeScope) -> bool:
         self.forgotten.append(scope)
         return self._able
 
@@ -151,14 +156,14 @@ class Index:
 async def test_indexes_forget_on_every_replica_what_was_purged_on_one() -> None:
     coordinator, here, there = LocalCoordinator(), Index(), Index()
     listening = asyncio.create_task(Purges((await filled()).tiers, coordinator, [there]).listen())
-    await Purges((await filled()).tiers, coordinator, [here]).purge(Scope(generation=GENERATION))
+    await Purges((await filled()).tiers, coordinator, [here]).purge(PurgeScope(generation=GENERATION))
     await until(lambda: asyncio.sleep(0, bool(there.forgotten)))
-    assert here.forgotten == there.forgotten == [Scope(generation=GENERATION)]
+    assert here.forgotten == there.forgotten == [PurgeScope(generation=GENERATION)]
     listening.cancel()
 
 
 async def test_an_index_that_could_not_be_cleared_is_named_and_the_others_are() -> None:
     unable, other = Index(able=False), Index()
     purges = Purges((await filled()).tiers, LocalCoordinator(), [unable, other])
-    assert (await purges.purge(Scope(TENANTS["acme"] + "/"))).failed == ["redis"]
+    assert (await purges.purge(PurgeScope(TENANTS["acme"] + "/"))).failed == ["redis"]
     assert len(other.forgotten) == 1

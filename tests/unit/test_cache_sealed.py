@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safelight_server.cache.store.base import HEADER_BYTES
-from safelight_server.cache.store.keyring import Keyring
-from safelight_server.cache.store.sealed import CorruptError, Entry, Sealer, UnreadableError, parse_header
+from safelight_server.storage.base import HEADER_BYTES
+from safelight_server.storage.keyring import Keyring
+from safelight_server.storage.sealed import CorruptError, Entry, Sealer, UnreadableError, parse_header
 
 from tests.support.stores import key
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from safelight_server.cache.eviction import LeastRecentlyUsed
-from safelight_server.cache.guard import Guard
+from safelight_server.cache.approximate.eviction import LeastRecentlyUsed
+from safelight_server.cache.approximate.guard import Guard
 
-from load_tests.eviction import LATENT_BYTES, NUM_STEPS, PICTURE_BYTES, Replay, Result
-from load_tests.trace import Action, Asked
+from load_tests.calibration.eviction import LATENT_BYTES, NUM_STEPS, PICTURE_BYTES, Replay, Result
+from load_tests.calibration.trace import Action, Asked
 from training.icons import Spec
 
 ICON = Spec("potion", "red", "blue")

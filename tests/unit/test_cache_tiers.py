@@ -8,12 +8,12 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from safelight_server.cache.store.breaker import Breaker, State
-from safelight_server.cache.store.keyring import Keyring
-from safelight_server.cache.store.memory import ENTRY_BYTES, MemoryStore
-from safelight_server.cache.store.purge import Scope, purge
-from safelight_server.cache.store.sealed import Entry, Sealer
-from safelight_server.cache.store.tiers import OFFLOAD_BYTES, Tier, Tiers
+from safelight_server.storage.breaker import Breaker, BreakerState
+from safelight_server.storage.keyring import Keyring
+from safelight_server.storage.memory import ENTRY_BYTES, MemoryStore
+from safelight_server.storage.purge import PurgeScope, purge
+from safelight_server.storage.sealed import Entry, Sealer
+from safelight_server.storage.tiers import OFFLOAD_BYTES, Tier, Tiers
 from structlog.testing import capture_logs
 
 from tests.support.stores import TTL_S, FaultyStore, Numbers, key
@@ -122,7 +122,7 @@ async def test_a_listing_may_take_longer_than_a_call() -> None:
 
     bench.disk.keys = slowly  # type: ignore[method-assign]
     assert len(await bench.tiers.keys("", 100)) == 10
-    assert bench.tiers.tiers[1].breaker.state is State.CLOSED  # type: ignore[union-attr]
+    assert bench.tiers.tiers[1].breaker.state is BreakerState.CLOSED  # type: ignore[union-attr]
     assert len(await bench.tiers.keys("", 3)) == 3
     bench.disk.fault = "unavailable"
     await bench.tiers.put(key(10), Entry(b"x"), TTL_S)
@@ -344,7 +344,7 @@ class TiersMachine(RuleBasedStateMachine):
 
     @rule(number=numbers)
     def purge_generation(self, number: int) -> None:
-        if not self.run(purge(self.bench.tiers, Scope(generation=bytes([number]) * 8))).failed:
+        if not self.run(purge(self.bench.tiers, PurgeScope(generation=bytes([number]) * 8))).failed:
             self.served.pop(number, None)
 
     @rule()

@@ -14,10 +14,8 @@ from google.rpc import error_details_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 from safelight.v1 import generation_pb2 as pb
-from safelight_server import convert
-from safelight_server.convert import statuses, times, words
-from safelight_server.convert.drafts import draft_request
-from safelight_server.errors import (
+from safelight_server import wire
+from safelight_server.domain.errors import (
     AlreadyExistsError,
     FieldViolation,
     InternalError,
@@ -26,11 +24,13 @@ from safelight_server.errors import (
     QueueFullError,
     SafelightError,
 )
-from safelight_server.request import MediaType, PixelEncoding, PreviewMethod
-from safelight_server.resolve import RequestLimits, resolve_request
+from safelight_server.domain.request import MediaType, PixelEncoding, PreviewMethod
 from safelight_server.runtime.base import CostCurve
 from safelight_server.runtime.simulated import SimulatedRuntime
 from safelight_server.scheduler import Priority
+from safelight_server.validation import RequestLimits, resolve_request
+from safelight_server.validation.messages import draft_request
+from safelight_server.wire import enums, statuses, times
 
 from tests.support.pipelines import small_catalog, small_pipeline
 
@@ -40,7 +40,7 @@ UUID = "6f1c0a52-9b3e-4d0f-8a55-2f0c7d1e9b64"
 
 
 def details(error: SafelightError) -> dict[str, AnyMessage]:
-    return {detail.type_url.rpartition(".")[2]: detail for detail in convert.status_of(error).details}
+    return {detail.type_url.rpartition(".")[2]: detail for detail in wire.status_of(error).details}
 
 
 def unpacked(detail: AnyMessage, message: M) -> M:
@@ -51,7 +51,7 @@ def unpacked(detail: AnyMessage, message: M) -> M:
 def test_every_status_has_its_code_its_reason_and_the_domain() -> None:
     for kind in subclasses(SafelightError):
         error = kind() if kind is InternalError else kind([]) if kind is InvalidRequestError else kind("what")
-        status = convert.status_of(error)
+        status = wire.status_of(error)
         assert status.code == kind.status.value[0]
         assert status.message == error.message
         info = unpacked(status.details[0], error_details_pb2.ErrorInfo())
@@ -92,8 +92,8 @@ def test_no_retry_is_promised_where_none_makes_sense() -> None:
 
 
 def test_a_status_travels_in_the_trailers() -> None:
-    status = convert.status_of(NotFoundError("gone"))
-    assert convert.trailing_metadata(status) == {"grpc-status-details-bin": status.SerializeToString()}
+    status = wire.status_of(NotFoundError("gone"))
+    assert wire.trailing_metadata(status) == {"grpc-status-details-bin": status.SerializeToString()}
 
 
 def test_the_worst_status_fits_into_the_trailers(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_the_worst_status_fits_into_the_trailers(tmp_path: Path) -> None:
         message.labels["\U0001f600" * 64 + str(index)] = "v" * 256
     with pytest.raises(InvalidRequestError) as refused:
         resolve_request(draft_request(message), small_catalog(tmp_path), LIMITS)
-    status = convert.status_of(refused.value)
+    status = wire.status_of(refused.value)
     percent_encoded = sum(1 if 0x20 <= byte < 0x7F else 3 for byte in status.message.encode())
     assert percent_encoded + len(status.SerializeToString()) * 4 / 3 < 7500
 
@@ -122,12 +122,12 @@ def test_a_spec_sent_again_is_the_same_spec(tmp_path: Path) -> None:
         )
     )
     first = resolve_request(draft_request(sent), catalog, LIMITS).spec
-    effective = pb.GenerateRequest(spec=convert.spec_message(first))
+    effective = pb.GenerateRequest(spec=wire.spec_message(first))
     assert resolve_request(draft_request(effective), catalog, LIMITS).spec == first
     karras = pb.SamplerSpec(name="euler", sigma_schedule=pb.SIGMA_SCHEDULE_KARRAS)
     sent.spec.sampler.CopyFrom(karras)
     second = resolve_request(draft_request(sent), catalog, LIMITS).spec
-    effective = pb.GenerateRequest(spec=convert.spec_message(second))
+    effective = pb.GenerateRequest(spec=wire.spec_message(second))
     assert not effective.spec.sampler.HasField("eta")
     assert resolve_request(draft_request(effective), catalog, LIMITS).spec == second
 
@@ -142,7 +142,7 @@ def test_a_spec_sent_again_is_the_same_spec(tmp_path: Path) -> None:
     )
 )
 def test_an_encoding_tells_what_counts_for_it(encoding: PixelEncoding) -> None:
-    message = convert.encoding_message(encoding)
+    message = wire.encoding_message(encoding)
     assert message.media_type == encoding.media_type.value
     lossy, raw = encoding.media_type in (MediaType.JPEG, MediaType.WEBP), encoding.media_type is MediaType.RAW_RGBA8
     assert message.HasField("quality") == lossy
@@ -153,23 +153,23 @@ def test_an_encoding_tells_what_counts_for_it(encoding: PixelEncoding) -> None:
 
 def test_every_enum_of_the_contract_has_our_word() -> None:
     for ours, enum in (
-        (words.PRIORITIES, pb.Priority.DESCRIPTOR),
-        (words.PREVIEW_METHODS, pb.PreviewMethod.DESCRIPTOR),
-        (words.SPACINGS, pb.TimestepSpacing.DESCRIPTOR),
-        (words.SIGMA_SCHEDULES, pb.SigmaSchedule.DESCRIPTOR),
-        (words.ROLES, pb.Prompt.Role.DESCRIPTOR),
-        (words.BOTTOM_UP, pb.PixelEncoding.RowOrder.DESCRIPTOR),
-        (words.DETACH, pb.DisconnectPolicy.Action.DESCRIPTOR),
-        (words.CACHE_MODES, pb.CachePolicy.Mode.DESCRIPTOR),
-        (words.STATES, pb.Generation.State.DESCRIPTOR),
-        (words.REASONS, pb.OutputFinished.FinishReason.DESCRIPTOR),
-        (words.DISPOSITIONS, pb.CacheResult.Disposition.DESCRIPTOR),
+        (enums.PRIORITIES, pb.Priority.DESCRIPTOR),
+        (enums.PREVIEW_METHODS, pb.PreviewMethod.DESCRIPTOR),
+        (enums.SPACINGS, pb.TimestepSpacing.DESCRIPTOR),
+        (enums.SIGMA_SCHEDULES, pb.SigmaSchedule.DESCRIPTOR),
+        (enums.ROLES, pb.Prompt.Role.DESCRIPTOR),
+        (enums.BOTTOM_UP, pb.PixelEncoding.RowOrder.DESCRIPTOR),
+        (enums.DETACH, pb.DisconnectPolicy.Action.DESCRIPTOR),
+        (enums.CACHE_MODES, pb.CachePolicy.Mode.DESCRIPTOR),
+        (enums.STATES, pb.Generation.State.DESCRIPTOR),
+        (enums.REASONS, pb.OutputFinished.FinishReason.DESCRIPTOR),
+        (enums.DISPOSITIONS, pb.CacheResult.Disposition.DESCRIPTOR),
     ):
         assert sorted(ours.values()) == [value.number for value in enum.values if value.number]
     for priority in Priority:
-        assert pb.Priority.Name(words.PRIORITIES[priority]) == f"PRIORITY_{priority.name}"
+        assert pb.Priority.Name(enums.PRIORITIES[priority]) == f"PRIORITY_{priority.name}"
     for method in PreviewMethod:
-        assert pb.PreviewMethod.Name(words.PREVIEW_METHODS[method]) == f"PREVIEW_METHOD_{method.name}"
+        assert pb.PreviewMethod.Name(enums.PREVIEW_METHODS[method]) == f"PREVIEW_METHOD_{method.name}"
 
 
 def test_the_digest_covers_all_but_the_request_id() -> None:
@@ -205,7 +205,7 @@ def test_times_keep_their_value() -> None:
 async def test_a_model_says_what_it_offers(tmp_path: Path) -> None:
     pipeline = small_pipeline(tmp_path)
     runtime = SimulatedRuntime(1, 0.0, 0.0)
-    message = convert.model_message(pipeline, runtime, True)
+    message = wire.model_message(pipeline, runtime, True)
     assert (message.name, message.revision, message.is_default) == ("models/small", "r1", True)
     assert message.runtime == "simulated"
     assert [(size.width_px, size.height_px) for size in message.sizes] == [(64, 64), (64, 96)]

@@ -6,7 +6,7 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
-from safelight_server import demo
+from safelight_server.cli import demo
 
 
 def says(*lines: str, ends: bool = True) -> SimpleNamespace:

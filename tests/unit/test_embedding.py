@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from safelight_server.cache.embedding import centred, cosines, prompt_vector
+from safelight_server.cache.approximate.embedding import centred, cosines, prompt_vector
 
 BOS, EOS = 0, 1
 

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import grpc
 import pytest
-from safelight_server import errors
-from safelight_server.errors import FieldViolation, InternalError, InvalidRequestError, NotFoundError, SafelightError
+from safelight_server.domain import errors
+from safelight_server.domain.errors import (
+    FieldViolation,
+    InternalError,
+    InvalidRequestError,
+    NotFoundError,
+    SafelightError,
+)
 
 ROOT = Path(__file__).parents[2]
 SOURCES = "\n".join(path.read_text() for path in (ROOT / "server" / "safelight_server").rglob("*.py"))

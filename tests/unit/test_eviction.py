@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safelight_server.cache.eviction import Eviction, LeastBenefit, LeastRecentlyUsed
+from safelight_server.cache.approximate.eviction import Eviction, LeastBenefit, LeastRecentlyUsed
 
 MAX_BYTES = 100
 POLICIES = [LeastRecentlyUsed, LeastBenefit, lambda most: LeastBenefit(most, ageing=False)]

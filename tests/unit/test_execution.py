@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from safelight_server.engine import Engine
-from safelight_server.errors import SafelightError, UnavailableError
-from safelight_server.execution import Execution, Executions, Recorder
-from safelight_server.jobs import Job
-from safelight_server.picture import Developed
+from safelight_server.domain.component import Component
+from safelight_server.domain.errors import SafelightError, UnavailableError
+from safelight_server.domain.picture import FinishedPicture
+from safelight_server.engine.engine import Engine
+from safelight_server.engine.jobs import Job
+from safelight_server.generations.execution import Execution, Executions, Recorder
 from safelight_server.preview import Frame
-from safelight_server.runtime.base import Component, RuntimeFailure
+from safelight_server.runtime.base import RuntimeFailure
 from safelight_server.runtime.simulated import LATENT, SimulatedRuntime, simulated_pipeline
 from safelight_server.sampler import SamplerSpec, compile_table
 from safelight_server.scheduler import Priority
@@ -35,7 +36,7 @@ class Member:
     heard: list[str] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     frames: list[Frame] = field(default_factory=list)
-    picture: Developed | None = None
+    picture: FinishedPicture | None = None
     error: SafelightError | None = None
     rows: int = 0
     counted: int = 0
@@ -61,7 +62,7 @@ class Member:
     def frame(self, frame: Frame) -> None:
         self.frames.append(frame)
 
-    def developed(self, picture: Developed) -> None:
+    def developed(self, picture: FinishedPicture) -> None:
         self.picture = picture
 
     def failed(self, error: SafelightError) -> None:
@@ -242,10 +243,10 @@ async def test_a_failure_reaches_all_members_and_those_who_come_back(stage: Stag
 
 
 async def test_encodings_are_made_once(stage: Stage) -> None:
-    from safelight_server.request import PixelEncoding
+    from safelight_server.domain.request import PixelEncoding
 
     pool = Here()
-    picture = Developed(np.zeros((8, 8, 3), np.uint8), pool)
+    picture = FinishedPicture(np.zeros((8, 8, 3), np.uint8), pool)
     one, two = await asyncio.gather(picture.encoded(PixelEncoding()), picture.encoded(PixelEncoding()))
     assert one is two
 
@@ -287,7 +288,7 @@ async def test_what_was_developed_is_kept_before_the_end(stage: Stage) -> None:
     class Slow:
         kept = False
 
-        async def developed(self, picture: Developed, compute_s: float) -> None:
+        async def developed(self, picture: FinishedPicture, compute_s: float) -> None:
             await asyncio.sleep(0.1)
             self.kept = True
 

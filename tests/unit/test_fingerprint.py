@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safelight.v1 import generation_pb2 as pb
 from safelight_server.cache.fingerprint import (
-    Kind,
-    Scope,
+    IndexKind,
+    SharingScope,
     compatible,
     derived_seed,
     embedding,
@@ -19,11 +19,11 @@ from safelight_server.cache.fingerprint import (
     index_key,
     tenant_key,
 )
-from safelight_server.catalog import Catalog
-from safelight_server.convert.drafts import draft_request
-from safelight_server.request import Spec
-from safelight_server.resolve import RequestLimits, resolve_request
+from safelight_server.catalog.catalog import Catalog
+from safelight_server.domain.request import Spec
 from safelight_server.sampler import SamplerSpec
+from safelight_server.validation import RequestLimits, resolve_request
+from safelight_server.validation.messages import draft_request
 
 from tests.support.pipelines import small_catalog
 
@@ -161,18 +161,18 @@ def test_the_encoding_is_canonical_json_and_does_not_change_unseen():
 
 @given(a=st.text(), b=st.text(), content=st.binary(max_size=50))
 def test_keys_differ_by_tenant_pool_kind_and_content(a, b, content):
-    one, other = tenant_key(OPERATOR, Scope(a)), tenant_key(OPERATOR, Scope(b))
-    assert (index_key(one, Kind.EXACT, content) == index_key(other, Kind.EXACT, content)) == (a == b)
-    assert one != tenant_key(OPERATOR, Scope(a, pooled=True))
-    assert len({index_key(one, kind, content) for kind in Kind}) == len(Kind)
-    assert index_key(one, Kind.EXACT, content) != index_key(one, Kind.EXACT, content + b"x")
+    one, other = tenant_key(OPERATOR, SharingScope(a)), tenant_key(OPERATOR, SharingScope(b))
+    assert (index_key(one, IndexKind.EXACT, content) == index_key(other, IndexKind.EXACT, content)) == (a == b)
+    assert one != tenant_key(OPERATOR, SharingScope(a, pooled=True))
+    assert len({index_key(one, kind, content) for kind in IndexKind}) == len(IndexKind)
+    assert index_key(one, IndexKind.EXACT, content) != index_key(one, IndexKind.EXACT, content + b"x")
     assert derived_seed(one, "planes") != derived_seed(one, "planes of another")
-    assert tenant_key(OPERATOR + b"2", Scope(a)) != one
+    assert tenant_key(OPERATOR + b"2", SharingScope(a)) != one
 
 
 def test_keys_tell_nothing_and_fit_anywhere():
-    key = index_key(tenant_key(OPERATOR, Scope("acme")), Kind.EXACT, exact("d", "n", SPEC, 1))
+    key = index_key(tenant_key(OPERATOR, SharingScope("acme")), IndexKind.EXACT, exact("d", "n", SPEC, 1))
     assert len(key) == 64
     assert set(key) <= set("0123456789abcdef")
     with pytest.raises(ValueError, match="16 bytes"):
-        tenant_key(b"short", Scope("acme"))
+        tenant_key(b"short", SharingScope("acme"))

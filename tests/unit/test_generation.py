@@ -6,9 +6,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
 
-from safelight_server.events import FinishReason, State
-from safelight_server.generation import Generation
-from safelight_server.replicas.records import Told
+from safelight_server.cluster.records import EventRecord
+from safelight_server.domain.events import FinishReason, GenerationState
+from safelight_server.generations.generation import Generation
 from safelight_server.scheduler import Priority
 from safelight_server.stream import EventLog
 from safelight_server.telemetry.tracing import UNTRACED
@@ -30,8 +30,8 @@ def test_what_its_outputs_came_to_here_goes_when_their_owner_has_decided() -> No
     for output in generation.outputs:
         output.developed(Mock())
     first, second = generation.outputs
-    generation.hear(Told("output", b"", 1, 0, FinishReason.COMPLETED, 50), PICTURE)
+    generation.hear(EventRecord("output", b"", 1, 0, FinishReason.COMPLETED, 50), PICTURE)
     assert first.held is None
     assert second.held is not None
-    generation.hear(Told("finished", b"", 2, state=State.CANCELLED), None)
+    generation.hear(EventRecord("finished", b"", 2, state=GenerationState.CANCELLED), None)
     assert second.held is None

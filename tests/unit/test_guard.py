@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from safelight_server.cache.guard import Guard, words
-from safelight_server.catalog import GuardWords, load
+from safelight_server.cache.approximate.guard import Guard, words
+from safelight_server.catalog.catalog import GuardWords, load
 
 from tests.conftest import MODELS
 from training.icons import BACKGROUNDS, COLOURS, OBJECTS, Spec, caption, sample_spec

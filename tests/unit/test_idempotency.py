@@ -6,9 +6,9 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from safelight_server.errors import AlreadyExistsError, QueueFullError
-from safelight_server.idempotency import Idempotency
-from safelight_server.identity import Caller
+from safelight_server.domain.caller import Caller
+from safelight_server.domain.errors import AlreadyExistsError, QueueFullError
+from safelight_server.generations.idempotency import Idempotency
 
 ME, COLLEAGUE, STRANGER = Caller("me", "lab"), Caller("you", "lab"), Caller("me", "studio")
 TTL_S = 10.0

@@ -13,8 +13,9 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
-from safelight_server.errors import AdminOnlyError, InvalidRequestError, UnauthenticatedError
-from safelight_server.identity import Caller, Identity, KeyFileError, new_key
+from safelight_server.api.identity import Identity, KeyFileError, new_key
+from safelight_server.domain.caller import Caller
+from safelight_server.domain.errors import AdminOnlyError, InvalidRequestError, UnauthenticatedError
 
 PEER = "ipv4:127.0.0.1:40000"
 

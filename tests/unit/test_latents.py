@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from safelight_server.latents import Latents
+from safelight_server.engine.latents import Latents
 from safelight_server.sampler import NoiseSchedule, SamplerSpec, compile_table
 
 SHAPE, CONTEXT = (2, 4, 4), (3, 5)
@@ -54,7 +54,7 @@ def test_how_many_are_stepped_together_changes_no_bits(monkeypatch):
         return latents.latent(np.array(slots)), np.array(finite)
 
     whole = develop()
-    monkeypatch.setattr("safelight_server.latents.BLOCK_BYTES", 2 * whole[0][0].nbytes)
+    monkeypatch.setattr("safelight_server.engine.latents.BLOCK_BYTES", 2 * whole[0][0].nbytes)
     blocks = develop()
     assert np.array_equal(whole[0], blocks[0])
     assert whole[1].shape == blocks[1].shape == (6, 5)

@@ -11,15 +11,15 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from load_tests import merging
-from load_tests.__main__ import LONG, PARTS, chosen
+from load_tests.bench import merging
+from load_tests.bench.__main__ import LONG, PARTS, chosen, module_of
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.parametrize("name", PARTS)
 def test_a_part_has_a_plan_a_tiny_one_and_measures_by_it(name: str) -> None:
-    part = importlib.import_module(f"load_tests.{name}")
+    part = importlib.import_module(module_of(name))
     assert type(part.SMOKE) is part.Plan
     assert part.Plan() != part.SMOKE
     assert list(inspect.signature(part.measure).parameters) == ["plan"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from safelight_server.errors import SafelightError
-from safelight_server.events import State
-from safelight_server.lost import Lost
-from safelight_server.request import DisconnectPolicy
+from safelight_server.domain.errors import SafelightError
+from safelight_server.domain.events import GenerationState
+from safelight_server.domain.request import DisconnectPolicy
+from safelight_server.generations.suspended import SuspendedGenerations
 
 from tests.conftest import eventually
 
@@ -27,7 +27,7 @@ class Generation:
     identifier: str
     grace_s: float = 60.0
     ends_by_itself: bool = False
-    state: State = State.RUNNING
+    state: GenerationState = GenerationState.RUNNING
     ended: bool = False
     stopped: list[SafelightError] = field(default_factory=list)
 
@@ -36,9 +36,9 @@ class Generation:
         return Asked(DisconnectPolicy(detach=False, resume_grace_s=self.grace_s))
 
     def suspend(self) -> None:
-        self.state = State.SUSPENDED
+        self.state = GenerationState.SUSPENDED
         if self.ends_by_itself:
-            self.state, self.ended = State.FAILED, True
+            self.state, self.ended = GenerationState.FAILED, True
 
     def stop(self, error: SafelightError) -> None:
         self.stopped.append(error)
@@ -46,7 +46,7 @@ class Generation:
 
 @pytest.fixture
 async def lost():
-    return Lost(max_entries=2)
+    return SuspendedGenerations(max_entries=2)
 
 
 async def test_one_is_cancelled_after_its_grace(lost):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safelight_server.cache.lsh import MemoryBuckets, Shape, Signatures, SimilarIndex, matches
+from safelight_server.cache.approximate.lsh import MemoryBuckets, Shape, Signatures, SimilarIndex, matches
 
 DIMENSION = 32
 RNG = np.random.default_rng(5)

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safelight_server.cache.neighbours import Neighbours
+from safelight_server.cache.approximate.index import SketchIndex
 
 from tests.unit.test_lsh import DIMENSION, RNG, near, unit
 
 
-def index(max_items: int = 10_000, **options: int) -> Neighbours:
-    return Neighbours(DIMENSION, 1, max_items=max_items, **options)
+def index(max_items: int = 10_000, **options: int) -> SketchIndex:
+    return SketchIndex(DIMENSION, 1, max_items=max_items, **options)
 
 
-def filled(count: int, **options: int) -> tuple[Neighbours, np.ndarray]:
+def filled(count: int, **options: int) -> tuple[SketchIndex, np.ndarray]:
     made, vectors = index(**options), unit(RNG.standard_normal((count, DIMENSION)))
     for number, vector in enumerate(vectors):
         made.add("scope", str(number), vector)

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
-from safelight_server.errors import InternalError
-from safelight_server.pipeline import NotFiniteError, to_pixels
-from safelight_server.runtime.base import Component
+from safelight_server.catalog.pixels import NotFiniteError, to_pixels
+from safelight_server.domain.component import Component
+from safelight_server.domain.errors import InternalError
 
 from tests.conftest import eventually
 from tests.unit.test_execution import STEPS, GatedRuntime, Member, Stage

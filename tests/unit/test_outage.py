@@ -7,11 +7,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from safelight_server.engine import Engine
-from safelight_server.errors import InternalError, UnavailableError
-from safelight_server.jobs import Job
-from safelight_server.latents import Latents
-from safelight_server.runtime.base import Component, Fault, RuntimeFailure
+from safelight_server.domain.component import Component
+from safelight_server.domain.errors import InternalError, UnavailableError
+from safelight_server.engine.engine import Engine
+from safelight_server.engine.jobs import Job
+from safelight_server.engine.latents import Latents
+from safelight_server.runtime.base import FaultOrigin, RuntimeFailure
 from safelight_server.runtime.simulated import LATENT, SimulatedRuntime, simulated_pipeline
 from safelight_server.sampler import SamplerSpec, compile_table
 from safelight_server.scheduler import Priority
@@ -30,7 +31,7 @@ class Flaky(SimulatedRuntime):
         super().__init__(2, 0.0, 0.0)
         self.live = {0, 1}
         self.lose_next = 0
-        self.fault = Fault.INSTANCE
+        self.fault = FaultOrigin.INSTANCE
         self.steps: Counter[float] = Counter()
         self.changed = lambda: None
 
@@ -118,7 +119,7 @@ def submit(engine: Engine, output_id: int = 1, deadline: float | None = None) ->
     return listener
 
 
-@pytest.mark.parametrize(("fault", "losses"), [(Fault.INSTANCE, 10), (Fault.NOBODY, 40)])
+@pytest.mark.parametrize(("fault", "losses"), [(FaultOrigin.INSTANCE, 10), (FaultOrigin.NOBODY, 40)])
 async def test_lost_instances_cost_no_attempts_and_no_step_counts_twice(stage, fault, losses):
     engine, runtime = stage
     runtime.lose_next, runtime.fault = losses, fault

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-from safelight_server.errors import InternalError
-from safelight_server.output import Output
+from safelight_server.domain.errors import InternalError
+from safelight_server.generations.output import Output
 
 from tests.support.streams import Clock
 

@@ -7,8 +7,8 @@ import base64
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safelight_server.errors import InvalidRequestError
-from safelight_server.paging import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, page
+from safelight_server.api.paging import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, page
+from safelight_server.domain.errors import InvalidRequestError
 
 NAMES = [f"model-{number:04}" for number in range(250)]
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safelight_server.picture import encode, encode_within, shrink
-from safelight_server.request import MediaType, PixelEncoding
+from safelight_server.domain.picture import encode, encode_within, shrink
+from safelight_server.domain.request import MediaType, PixelEncoding
 
 
 def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:

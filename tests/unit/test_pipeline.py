@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from safelight_server.pipeline import decoder_latent, linear_image, to_pixels
+from safelight_server.catalog.pixels import decoder_latent, linear_image, to_pixels
 
 from tests.support.pipelines import small_pipeline
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safelight_server.domain.component import Component
+from safelight_server.domain.request import MediaType, PixelEncoding, PreviewMethod, PreviewPolicy
 from safelight_server.preview import Budget, Cadence, Frame, Renderer, choose_method
 from safelight_server.preview.render import MAX_PREVIEW_BYTES
-from safelight_server.request import MediaType, PixelEncoding, PreviewMethod, PreviewPolicy
-from safelight_server.runtime.base import Component
 from safelight_server.runtime.simulated import LATENT, SIZE_PX, simulated_pipeline
-from safelight_server.stream import wire
+from safelight_server.stream import serialization
 
 from tests.support.streams import settle
 
@@ -230,7 +230,7 @@ async def test_a_huge_raw_preview_fits_into_a_message_that_clients_take(made, al
     assert picture.width_px == pytest.approx(2 * picture.height_px, abs=1)
     assert picture.stride_bytes % alignment == 0
     assert len(picture.data) == picture.stride_bytes * picture.height_px > 0.5 * MAX_PREVIEW_BYTES
-    assert len(wire.preview("generations/" + "a" * 32, 0, rendered, 1 << 30)) < CLIENTS_TAKE
+    assert len(serialization.preview("generations/" + "a" * 32, 0, rendered, 1 << 30)) < CLIENTS_TAKE
 
 
 async def test_a_failure_reaches_all_who_asked_and_is_logged_once(made, capsys):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from safelight_server.errors import QueueFullError
-from safelight_server.identity import Caller
-from safelight_server.quota import StreamQuota
+from safelight_server.api.quota import StreamQuota
+from safelight_server.domain.caller import Caller
+from safelight_server.domain.errors import QueueFullError
 
 ANN, BOB = Caller("ann", "studio"), Caller("bob", "studio")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from safelight.v1 import generation_pb2
-from safelight_server.reflection import _Descriptors
+from safelight_server.api.reflection import _Descriptors
 
 FILE = generation_pb2.DESCRIPTOR.name
 

@@ -10,28 +10,29 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
-from safelight_server.cache.checkpoints import Checkpoints, Policy
-from safelight_server.cache.coordination.base import Lease, Outcome
-from safelight_server.cache.coordination.local import LocalCoordinator
-from safelight_server.cache.pictures import Facts, Pictures
-from safelight_server.cache.store.base import StoreUnavailableError
-from safelight_server.cache.store.keyring import Keyring
-from safelight_server.cache.store.memory import MemoryStore
-from safelight_server.cache.store.sealed import Entry, Sealer
-from safelight_server.cache.store.tiers import Tier, Tiers
-from safelight_server.execution import Execution
-from safelight_server.jobs import Job
-from safelight_server.latents import Snapshot
-from safelight_server.picture import Pixels
-from safelight_server.replicas import landing
-from safelight_server.replicas.flight import Flight
-from safelight_server.replicas.flights import Flights, Ticket
-from safelight_server.replicas.landing import BILL
-from safelight_server.replicas.news import News
-from safelight_server.runtime.base import FloatArray, RuntimeFailure
+from safelight_server.cache.checkpoints import CheckpointPolicy, Checkpoints
+from safelight_server.cache.pictures import PictureFacts, Pictures
+from safelight_server.cluster import commit as commit_module
+from safelight_server.cluster.bulletin import Bulletin
+from safelight_server.cluster.commit import BILL
+from safelight_server.cluster.leased_runner import LeasedRunner
+from safelight_server.cluster.leased_runners import ExecutionTicket, LeasedRunners
+from safelight_server.coordination.base import CommitOutcome, Lease
+from safelight_server.coordination.local import LocalCoordinator
+from safelight_server.domain.picture import Pixels
+from safelight_server.domain.tensors import FloatArray
+from safelight_server.engine.jobs import Job
+from safelight_server.engine.latents import Snapshot
+from safelight_server.generations.execution import Execution
+from safelight_server.runtime.base import RuntimeFailure
 from safelight_server.runtime.simulated import LATENT, simulated_pipeline
 from safelight_server.sampler import SamplerSpec, compile_table
 from safelight_server.scheduler import Priority
+from safelight_server.storage.base import StoreUnavailableError
+from safelight_server.storage.keyring import Keyring
+from safelight_server.storage.memory import MemoryStore
+from safelight_server.storage.sealed import Entry, Sealer
+from safelight_server.storage.tiers import Tier, Tiers
 from safelight_server.telemetry.metrics import TierMetrics
 from structlog.testing import capture_logs
 
@@ -42,7 +43,7 @@ from tests.unit.test_cache_leadership import Outages
 from tests.unit.test_execution import STEPS, Member, Stage
 
 TTL_S = 0.3
-FACTS = Facts("x", "generations/a", "simulated/1", STEPS, 0.0)
+FACTS = PictureFacts("x", "generations/a", "simulated/1", STEPS, 0.0)
 NAME, POINTER = "ab01.exact", "ab01/picture/exact.pixels"
 
 
@@ -70,25 +71,25 @@ class Replica:
 
     def __init__(self, coordinator: Outages, tiers: Tiers, sealer: Sealer, keyring: Keyring) -> None:
         self.stage = Stage()
-        self.checkpoints = Checkpoints(tiers, keyring, Policy(2))
+        self.checkpoints = Checkpoints(tiers, keyring, CheckpointPolicy(2))
         self.pictures = Pictures(tiers, keyring, Here(), 60.0)
-        news = News(coordinator, sealer)
-        self.flights = Flights(
+        news = Bulletin(coordinator, sealer)
+        self.flights = LeasedRunners(
             self.stage.engine, coordinator, sealer, self.checkpoints, self.pictures, news, Here(), TTL_S, 60.0
         )
         self.tasks = [asyncio.create_task(work) for work in (news.listen(), news.talk())]
-        self.flight: Flight | None = None
+        self.flight: LeasedRunner | None = None
 
     def execution(self, *, again: bool = False, generation: str = "generations/a") -> Execution:
         pipeline = simulated_pipeline()
         table = compile_table(SamplerSpec("ddim", "trailing"), pipeline.schedule, "v_prediction", STEPS)
         job = Job(0, "me", Priority.STANDARD, pipeline, LATENT, table, 7, 1.0, ((1, 2),))
-        ticket = Ticket(NAME, POINTER, ("t", "exact"), "tenant", generation, "model/1", again)
+        ticket = ExecutionTicket(NAME, POINTER, ("t", "exact"), "tenant", generation, "model/1", again)
 
         async def keep(pixels: Pixels, compute_s: float) -> bool:
             return await self.pictures.put(POINTER, pixels, FACTS, replicate=True)
 
-        self.flight = Flight(self.flights, ticket, keep)
+        self.flight = LeasedRunner(self.flights, ticket, keep)
         return self.stage.executions.create(job, "same", Recorder(self.checkpoints), self.flight)
 
     async def step(self, execution: Execution, step: int) -> None:
@@ -124,7 +125,7 @@ class Pair:
 
 @pytest.fixture
 async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
-    monkeypatch.setattr(landing, "RETRY_S", 0.01)
+    monkeypatch.setattr(commit_module, "RETRY_S", 0.01)
     made = Pair()
     yield made
     made.coordinator.out = False
@@ -268,7 +269,7 @@ async def test_a_commit_whose_answer_was_lost_and_whose_result_was_forgotten_is_
 ) -> None:
     commit, outcomes = pair.coordinator.commit, []
 
-    async def loses_its_first_answer(lease: Lease, pointer: str, bill: bytes) -> Outcome:
+    async def loses_its_first_answer(lease: Lease, pointer: str, bill: bytes) -> CommitOutcome:
         outcomes.append(await commit(lease, pointer, bill))
         if len(outcomes) == 1:
             result = await pair.coordinator.result(NAME)
@@ -278,14 +279,14 @@ async def test_a_commit_whose_answer_was_lost_and_whose_result_was_forgotten_is_
         return outcomes[-1]
 
     monkeypatch.setattr(pair.coordinator, "commit", loses_its_first_answer)
-    monkeypatch.setattr(landing, "LAND_S", 0.05)
+    monkeypatch.setattr(commit_module, "COMMIT_WAIT_S", 0.05)
     member, execution = Member(), pair.one.execution()
     execution.join(member)
     pair.one.run()
     await eventually(lambda: member.picture is not None)
     pair.coordinator.out = False
     await eventually(lambda: not pair.one.flights._tasks)
-    assert outcomes == [Outcome.COMMITTED] * 2
+    assert outcomes == [CommitOutcome.COMMITTED] * 2
     assert await pair.coordinator.result(NAME) is not None
     assert len(await pair.bills()) == 1
 
@@ -293,7 +294,7 @@ async def test_a_commit_whose_answer_was_lost_and_whose_result_was_forgotten_is_
 async def test_without_the_service_for_too_long_the_result_is_discarded(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(landing, "GIVE_UP_S", 0.05)
+    monkeypatch.setattr(commit_module, "GIVE_UP_S", 0.05)
     with capture_logs() as lines:
         await developed_without_the_service(pair)
         await eventually(lambda: not pair.one.flights._tasks)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from safelight_server.cache.coordination.leadership import Leadership
-from safelight_server.cache.store.keyring import Keyring
-from safelight_server.cache.store.sealed import Sealer
-from safelight_server.events import FinishReason, OutputFinished, State
-from safelight_server.picture import Encoded
-from safelight_server.replicas import journal as journals
-from safelight_server.replicas.journal import Journal
-from safelight_server.replicas.records import Told, parse
+from safelight_server.cluster import journal as journals
+from safelight_server.cluster.journal import Journal
+from safelight_server.cluster.records import EventRecord, parse
+from safelight_server.coordination.leadership import Leadership
+from safelight_server.domain.events import FinishReason, GenerationState, OutputFinished
+from safelight_server.domain.picture import EncodedPicture
+from safelight_server.storage.keyring import Keyring
+from safelight_server.storage.sealed import Sealer
 
 from tests.conftest import eventually
 from tests.support.streams import PICTURE, settle
@@ -30,7 +30,7 @@ class Desk:
         self.kept: list[int] = []
         self.lost = 0
         self.settled = 0
-        self.journal = Journal(leader, self.sealer, self._put, lambda: (State.RUNNING, None), self._lose)
+        self.journal = Journal(leader, self.sealer, self._put, lambda: (GenerationState.RUNNING, None), self._lose)
 
     sealer = Sealer(Keyring.random())
 
@@ -46,9 +46,9 @@ class Desk:
 
     async def written(self) -> list[int]:
         found = [parse(self.sealer, NAME, event.data) for event in await self.coordinator.read(NAME)]
-        return [told.sequence for told in found if isinstance(told, Told)]
+        return [told.sequence for told in found if isinstance(told, EventRecord)]
 
-    async def _put(self, index: int, picture: Encoded) -> bool:
+    async def _put(self, index: int, picture: EncodedPicture) -> bool:
         if not self.coordinator.out:
             self.kept.append(index)
         return not self.coordinator.out

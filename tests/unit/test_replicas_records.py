@@ -8,23 +8,26 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
-from safelight_server.cache.store.keyring import Keyring
-from safelight_server.cache.store.sealed import CorruptError, Sealer
-from safelight_server.errors import DeadlineExceededError, FailedPreconditionError, InternalError, UnavailableError
-from safelight_server.events import (
+from safelight_server.cluster.records import EventRecord, GenerationRecord, JournalEntry, dump, event_record, parse
+from safelight_server.domain.caller import Caller
+from safelight_server.domain.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InternalError,
+    UnavailableError,
+)
+from safelight_server.domain.events import (
     Accepted,
     Disposition,
     Finished,
     FinishReason,
+    GenerationState,
     Origin,
     OutputFinished,
-    State,
     Timings,
     Usage,
 )
-from safelight_server.identity import Caller
-from safelight_server.replicas.records import Record, Told, Written, dump, parse, told
-from safelight_server.request import (
+from safelight_server.domain.request import (
     Branch,
     CacheMode,
     CachePolicy,
@@ -37,6 +40,8 @@ from safelight_server.request import (
     Request,
 )
 from safelight_server.scheduler import Priority
+from safelight_server.storage.keyring import Keyring
+from safelight_server.storage.sealed import CorruptError, Sealer
 
 from tests.support.streams import RAW, SPEC
 
@@ -54,7 +59,7 @@ REQUEST = Request(
     {"a": "b"},
     (Notice("PROMPT_TRUNCATED", "cut"),),
 )
-RECORD = Record(
+RECORD = GenerationRecord(
     "0" * 32,
     Caller("ann", "studio"),
     REQUEST,
@@ -69,7 +74,7 @@ USAGE = Usage(0.1, 2, 3, 4, 5)
 UNAVAILABLE = UnavailableError("later", reason="DRAINING", metadata={"k": "v"}, retry_after_s=1.5)
 
 
-def through(written: Written) -> Written:
+def through(written: JournalEntry) -> JournalEntry:
     sealer = Sealer(Keyring.random())
     return parse(sealer, "name", dump(sealer, "name", written))
 
@@ -97,27 +102,27 @@ def test_a_record_of_an_older_server_says_no_kind() -> None:
     ],
 )
 def test_events_keep_the_bytes_that_streams_get(event: Accepted | OutputFinished | Finished) -> None:
-    found = through(told(event, 7, b"\x00bytes", State.SUCCEEDED, None, NOW))
-    assert isinstance(found, Told)
+    found = through(event_record(event, 7, b"\x00bytes", GenerationState.SUCCEEDED, None, NOW))
+    assert isinstance(found, EventRecord)
     assert (found.data, found.sequence) == (b"\x00bytes", 7)
     if isinstance(event, OutputFinished):
         assert (found.output_index, found.reason, found.step) == (2, FinishReason.COMPLETED, 20)
     if isinstance(event, Finished):
-        assert (found.state, found.usage, found.finish_time) == (State.SUCCEEDED, USAGE, NOW)
+        assert (found.state, found.usage, found.finish_time) == (GenerationState.SUCCEEDED, USAGE, NOW)
 
 
 def test_errors_come_back_as_they_were() -> None:
     finished = Finished(UNAVAILABLE, USAGE, Timings())
-    found = through(told(finished, 3, b"", State.FAILED, UNAVAILABLE, NOW))
-    assert isinstance(found, Told)
+    found = through(event_record(finished, 3, b"", GenerationState.FAILED, UNAVAILABLE, NOW))
+    assert isinstance(found, EventRecord)
     error = found.error
     assert isinstance(error, UnavailableError)
     assert (error.message, error.reason, error.metadata, error.retry_after_s) == ("later", "DRAINING", {"k": "v"}, 1.5)
     for known in (DeadlineExceededError, FailedPreconditionError):
-        other = through(told(finished, 3, b"", State.FAILED, known("why"), NOW))
-        assert isinstance(other, Told) and isinstance(other.error, known)
-    bug = through(told(finished, 3, b"", State.FAILED, InternalError(), NOW))
-    assert isinstance(bug, Told) and isinstance(bug.error, InternalError)
+        other = through(event_record(finished, 3, b"", GenerationState.FAILED, known("why"), NOW))
+        assert isinstance(other, EventRecord) and isinstance(other.error, known)
+    bug = through(event_record(finished, 3, b"", GenerationState.FAILED, InternalError(), NOW))
+    assert isinstance(bug, EventRecord) and isinstance(bug.error, InternalError)
 
 
 def test_a_record_counts_in_its_own_stream_only() -> None:

@@ -6,16 +6,16 @@ import asyncio
 
 import pytest
 import uvloop
-from safelight_server.alarm import Alarm
-from safelight_server.asked import Asked
-from safelight_server.errors import UnavailableError
-from safelight_server.reports import TURNS, Reports
+from safelight_server.domain.errors import UnavailableError
+from safelight_server.engine.alarm import Alarm
+from safelight_server.engine.deferred import TURNS, DeferredCallbacks
+from safelight_server.engine.embeddings import EmbeddingWaiters
 
 from tests.conftest import eventually
 
 
 async def test_reports_are_told_in_order_once_and_not_before_calls_have_left():
-    reports, told = Reports(), []
+    reports, told = DeferredCallbacks(), []
     for n in range(3):
         reports.later(lambda n=n: told.append(n))
     reports.tell_soon()
@@ -30,7 +30,7 @@ async def test_reports_are_told_in_order_once_and_not_before_calls_have_left():
 
 
 async def test_what_a_report_adds_is_told_too():
-    reports, told = Reports(), []
+    reports, told = DeferredCallbacks(), []
     reports.later(lambda: reports.later(lambda: told.append("second")))
     reports.tell()
     assert told == ["second"]
@@ -70,7 +70,7 @@ def test_an_alarm_that_rings_at_once_can_be_set_again_on_the_servers_own_loop():
 
 
 async def test_all_who_ask_share_one_answer_and_one_refusal():
-    asked = Asked()
+    asked = EmbeddingWaiters()
     asked.add("a")
     both = [asyncio.ensure_future(asked.get("a")) for _ in range(2)]
     await asyncio.sleep(0)

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import text_format
-from safelight_server import cli, repository
-from safelight_server.repository import Accelerator, RepositoryError, Target
+from safelight_server.catalog import export
+from safelight_server.catalog.export import Accelerator, RepositoryError, Target
+from safelight_server.cli import main
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from tests.conftest import MODELS
 
 ROOT = MODELS.parent
-SOURCE = MODELS / "repository"
+SOURCE = MODELS / "export"
 NAMES = sorted(path.parent.name for path in SOURCE.glob("*/config.pbtxt"))
 DOCUMENTED = {
     "precision_mode",
@@ -39,7 +40,7 @@ def written(folder: Path) -> dict[str, ModelConfig]:
 
 @pytest.mark.parametrize("accelerator", list(Accelerator))
 def test_gpus_get_an_instance_of_every_component_each(tmp_path, accelerator):
-    repository.write(SOURCE, tmp_path / "gpu", Target.GPU, 3, accelerator)
+    export.write(SOURCE, tmp_path / "gpu", Target.GPU, 3, accelerator)
     configs = written(tmp_path / "gpu")
     assert sorted(configs) == NAMES
     for name, config in configs.items():
@@ -52,7 +53,7 @@ def test_gpus_get_an_instance_of_every_component_each(tmp_path, accelerator):
 
 @pytest.mark.parametrize("accelerator", list(Accelerator))
 def test_every_batch_size_is_warmed(tmp_path, accelerator):
-    repository.write(SOURCE, tmp_path / "gpu", Target.GPU, 1, accelerator)
+    export.write(SOURCE, tmp_path / "gpu", Target.GPU, 1, accelerator)
     for config in written(tmp_path / "gpu").values():
         assert [sample.batch_size for sample in config.model_warmup] == list(range(1, config.max_batch_size + 1))
         for sample in config.model_warmup:
@@ -62,7 +63,7 @@ def test_every_batch_size_is_warmed(tmp_path, accelerator):
 
 
 def test_tensorrt_in_the_onnxruntime_backend(tmp_path):
-    repository.write(SOURCE, tmp_path / "gpu", Target.GPU)
+    export.write(SOURCE, tmp_path / "gpu", Target.GPU)
     for config in written(tmp_path / "gpu").values():
         assert config.backend == "onnxruntime"
         (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
@@ -80,14 +81,14 @@ def test_tensorrt_in_the_onnxruntime_backend(tmp_path):
 
 
 def test_plans_are_for_the_tensorrt_backend(tmp_path):
-    repository.write(SOURCE, tmp_path / "gpu", Target.GPU, 1, Accelerator.PLAN)
+    export.write(SOURCE, tmp_path / "gpu", Target.GPU, 1, Accelerator.PLAN)
     for config in written(tmp_path / "gpu").values():
         assert (config.backend, config.default_model_filename) == ("tensorrt", "model.plan")
         assert not config.HasField("optimization")
 
 
 def test_onnxruntime_alone_needs_no_accelerator(tmp_path):
-    repository.write(SOURCE, tmp_path / "gpu", Target.GPU, 1, Accelerator.ONNXRUNTIME)
+    export.write(SOURCE, tmp_path / "gpu", Target.GPU, 1, Accelerator.ONNXRUNTIME)
     for config in written(tmp_path / "gpu").values():
         assert config.backend == "onnxruntime"
         assert not config.HasField("optimization")
@@ -95,7 +96,7 @@ def test_onnxruntime_alone_needs_no_accelerator(tmp_path):
 
 @pytest.mark.parametrize("target", list(Target))
 def test_tensors_bounds_and_queue_stay_as_they_are(tmp_path, target):
-    repository.write(SOURCE, tmp_path / "made", target)
+    export.write(SOURCE, tmp_path / "made", target)
     before, after = written(SOURCE), written(tmp_path / "made")
     for name in NAMES:
         for field in ("name", "max_batch_size", "input", "output", "dynamic_batching"):
@@ -103,7 +104,7 @@ def test_tensors_bounds_and_queue_stay_as_they_are(tmp_path, target):
 
 
 def test_a_bounded_queue_is_added_on_demand(tmp_path):
-    repository.write(SOURCE, tmp_path / "made", Target.GPU, bounded_queue=True)
+    export.write(SOURCE, tmp_path / "made", Target.GPU, bounded_queue=True)
     for config in written(tmp_path / "made").values():
         batching = config.dynamic_batching
         assert (batching.priority_levels, batching.default_priority_level) == (3, 2)
@@ -121,7 +122,7 @@ def test_the_shipped_queue_has_nothing_that_makes_triton_wake_up_late(name):
 
 
 def test_the_shipped_repository_is_what_the_cpu_target_writes_but_for_the_warm_up(tmp_path):
-    repository.write(SOURCE, tmp_path / "cpu", Target.CPU)
+    export.write(SOURCE, tmp_path / "cpu", Target.CPU)
     before, after = written(SOURCE), written(tmp_path / "cpu")
     for name in NAMES:
         after[name].ClearField("model_warmup")
@@ -131,17 +132,17 @@ def test_the_shipped_repository_is_what_the_cpu_target_writes_but_for_the_warm_u
 
 def test_what_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(RepositoryError, match="holds no model"):
-        repository.write(tmp_path, tmp_path / "out", Target.GPU)
+        export.write(tmp_path, tmp_path / "out", Target.GPU)
     (tmp_path / "there").mkdir()
     with pytest.raises(RepositoryError, match="exists already"):
-        repository.write(SOURCE, tmp_path / "there", Target.GPU)
+        export.write(SOURCE, tmp_path / "there", Target.GPU)
     (tmp_path / "file").write_text("")
     with pytest.raises(RepositoryError, match="file"):
-        repository.write(SOURCE, tmp_path / "file" / "out", Target.GPU)
+        export.write(SOURCE, tmp_path / "file" / "out", Target.GPU)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "config.pbtxt").write_text("max_batch_size: many")
     with pytest.raises(RepositoryError, match=r"bad/config\.pbtxt"):
-        repository.write(tmp_path, tmp_path / "out", Target.GPU)
+        export.write(tmp_path, tmp_path / "out", Target.GPU)
     assert not (tmp_path / "out").exists()
 
 
@@ -149,18 +150,18 @@ def test_an_open_dimension_has_no_profile():
     config = ModelConfig(name="m", max_batch_size=4)
     config.input.add(name="x", dims=[4, -1])
     with pytest.raises(RepositoryError, match="m: x has an open dimension"):
-        repository.for_gpu(config, 1, Accelerator.TENSORRT)
+        export.for_gpu(config, 1, Accelerator.TENSORRT)
 
 
 def test_the_command_writes_it(tmp_path, monkeypatch, capsys):
-    argv = ["safelight", "repository", "--target", "gpu", "--gpus", "2", "--accelerator", "plan"]
+    argv = ["safelight", "export", "--target", "gpu", "--gpus", "2", "--accelerator", "plan"]
     monkeypatch.setattr(sys, "argv", [*argv, "--out", str(tmp_path / "gpu"), "--models-dir", str(MODELS)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert not ended.value.code
     assert sorted(written(tmp_path / "gpu")) == NAMES
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"safelight: {tmp_path / 'gpu'}: exists already\n"
 
@@ -172,7 +173,7 @@ def test_the_plan_builder_finds_what_it_has_to_build(tmp_path):
     spec.loader.exec_module(builder)
     with pytest.raises(RepositoryError, match="no model says backend"):
         builder.plans(SOURCE, "1")
-    repository.write(SOURCE, tmp_path / "gpu", Target.GPU, 1, Accelerator.PLAN)
+    export.write(SOURCE, tmp_path / "gpu", Target.GPU, 1, Accelerator.PLAN)
     found = builder.plans(tmp_path / "gpu", "1")
     assert [config.name for config, _ in found] == NAMES
     config, folder = found[0]

@@ -12,24 +12,9 @@ from google.protobuf.message import DecodeError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safelight.v1 import generation_pb2 as pb
-from safelight_server.catalog import Catalog
-from safelight_server.convert.drafts import draft_preview, draft_priority, draft_request
-from safelight_server.draft import (
-    MAX_ENTRIES,
-    BranchDraft,
-    CacheDraft,
-    DisconnectDraft,
-    Draft,
-    EncodingDraft,
-    PreviewDraft,
-    PromptDraft,
-    Role,
-    SamplerDraft,
-    SpecDraft,
-    Unknown,
-)
-from safelight_server.errors import InvalidRequestError, NotFoundError
-from safelight_server.request import (
+from safelight_server.catalog.catalog import Catalog
+from safelight_server.domain.errors import InvalidRequestError, NotFoundError
+from safelight_server.domain.request import (
     CacheMode,
     DisconnectPolicy,
     MediaType,
@@ -38,7 +23,10 @@ from safelight_server.request import (
     PreviewPolicy,
     Request,
 )
-from safelight_server.resolve import (
+from safelight_server.domain.roles import Role
+from safelight_server.sampler import SamplerSpec, refusal
+from safelight_server.scheduler import Priority
+from safelight_server.validation import (
     RequestLimits,
     find_model,
     resolve_name,
@@ -46,9 +34,21 @@ from safelight_server.resolve import (
     resolve_priority,
     resolve_request,
 )
-from safelight_server.resolve.faults import MAX_FAULTS
-from safelight_server.sampler import SamplerSpec, refusal
-from safelight_server.scheduler import Priority
+from safelight_server.validation.draft import (
+    MAX_ENTRIES,
+    BranchDraft,
+    CacheDraft,
+    DisconnectDraft,
+    Draft,
+    EncodingDraft,
+    PreviewDraft,
+    PromptDraft,
+    SamplerDraft,
+    SpecDraft,
+    Unknown,
+)
+from safelight_server.validation.messages import draft_preview, draft_priority, draft_request
+from safelight_server.validation.violations import MAX_FAULTS
 
 from tests.support.pipelines import BOS, EOS, MANIFEST, MAX_TOKENS, PAD, small_catalog, small_pipeline
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from safelight_server import revisions
+from safelight_server.catalog import revisions
 
 
 @pytest.mark.parametrize(

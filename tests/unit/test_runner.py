@@ -6,8 +6,8 @@ import json
 
 from rich.console import Console
 
-from load_tests import runner
-from load_tests.runner import Report, Target, median_by
+from load_tests.bench import runner
+from load_tests.bench.runner import Report, Target, median_by
 
 ROWS = [
     {"clients": 1, "what": "a", "per_s": 1.0},

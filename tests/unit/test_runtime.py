@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from safelight_server import catalog
+from safelight_server.catalog import catalog
+from safelight_server.domain.component import Component
 from safelight_server.runtime import onnx, verification
-from safelight_server.runtime.base import Component, CostCurve, RuntimeFailure, RuntimeStartError
+from safelight_server.runtime.base import CostCurve, RuntimeFailure, RuntimeStartError
 from safelight_server.runtime.onnx import OnnxRuntime
 from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from safelight_server.scheduler import Decoded, Kind, Limits, Output, Priority, Scheduler, Stepped
+from safelight_server.scheduler import Kind, Limits, OutputDecoded, Priority, ScheduledOutput, Scheduler, StepCompleted
 from safelight_server.scheduler.ready import ReadyQueues
 
 
@@ -25,7 +25,7 @@ def scheduler(running=64, rows=64, instances=1, curve=None, share=0.1) -> Schedu
 
 def output(identifier, caller="a", priority=Priority.STANDARD, steps=3, rows=1, key="", deadline=None, **extra):
     keys = {Kind.ENCODE: f"e{key}", Kind.DENOISE: f"u{key}", Kind.DECODE: f"d{key}"}
-    return Output(identifier, caller, priority, steps, rows, keys, (f"{key}prompt",) * rows, deadline, **extra)
+    return ScheduledOutput(identifier, caller, priority, steps, rows, keys, (f"{key}prompt",) * rows, deadline, **extra)
 
 
 def run(s: Scheduler, batches):
@@ -49,7 +49,7 @@ def test_outputs_join_and_leave_at_every_step():
     assert [(row.output_id, row.step) for row in first.rows] == [(1, 0)]
     s.add(output(2, steps=2), 0)
     assert s.schedule(0, []) == []
-    assert run(s, [first]) == [Stepped(1, 1, False)]
+    assert run(s, [first]) == [StepCompleted(1, 1, False)]
     [second] = s.schedule(0, [0])
     assert [(row.output_id, row.step) for row in second.rows] == [(2, 0), (1, 1)]
 
@@ -99,7 +99,7 @@ def test_one_output_alone_runs_its_guidance_rows_side_by_side():
     left, right = encode(s, (0, 1))
     assert {(row.part, batch.instance) for batch in (left, right) for row in batch.rows} == {(0, 0), (1, 1)}
     assert run(s, [left]) == []
-    assert run(s, [right]) == [Stepped(1, 1, False)]
+    assert run(s, [right]) == [StepCompleted(1, 1, False)]
 
 
 def test_rows_stay_together_where_splitting_gains_nothing():
@@ -129,7 +129,7 @@ def test_a_cancelled_output_is_in_no_later_batch():
         s.add(output(identifier), 0)
     [batch] = encode(s)
     s.cancel(1)
-    assert run(s, [batch]) == [Stepped(2, 1, False)]
+    assert run(s, [batch]) == [StepCompleted(2, 1, False)]
     [again] = s.schedule(0, [0])
     assert {row.output_id for row in again.rows} == {2}
 
@@ -227,7 +227,7 @@ def test_a_resumed_output_goes_on_from_its_step():
     s.add(output(1, steps=5, first_step=3), 0)
     [batch] = encode(s)
     assert batch.rows[0].step == 3
-    assert run(s, [batch]) == [Stepped(1, 4, False)]
+    assert run(s, [batch]) == [StepCompleted(1, 4, False)]
 
 
 def test_a_cancelled_output_that_is_ready_runs_no_more():
@@ -275,6 +275,6 @@ def test_what_has_made_all_its_steps_is_only_decoded():
     s.add(output(1, steps=3, first_step=3), 0)
     [batch] = s.schedule(0, [0])
     assert (batch.kind, [row.output_id for row in batch.rows]) == (Kind.DECODE, [1])
-    assert run(s, [batch])[-1] == Decoded(1)
+    assert run(s, [batch])[-1] == OutputDecoded(1)
     with pytest.raises(ValueError, match="beyond"):
         s.add(output(2, steps=3, first_step=4), 0)

@@ -12,16 +12,16 @@ from safelight_server.scheduler import (
     NO_INSTANCE_S,
     WEIGHTS,
     Batch,
-    Decoded,
-    Failed,
     Kind,
     Limits,
     Member,
-    Output,
+    OutputDecoded,
+    OutputFailed,
+    OutputState,
     Priority,
+    ScheduledOutput,
     Scheduler,
-    State,
-    Stepped,
+    StepCompleted,
 )
 from safelight_server.scheduler.ready import Queue
 
@@ -44,7 +44,7 @@ class Machine(RuleBasedStateMachine):
         self.instances, self.max_running = instances, running
         self.now = 0.0
         self.next_id = 0
-        self.alive: dict[int, Output] = {}
+        self.alive: dict[int, ScheduledOutput] = {}
         self.elsewhere: set[int] = set()
         self.steps: dict[int, int] = {}
         self.flying: dict[int, Batch] = {}
@@ -61,7 +61,7 @@ class Machine(RuleBasedStateMachine):
         done=st.integers(0, 3),
     )
     def add(self, caller, priority, steps, rows, key, prompt, wait, done) -> None:
-        output = Output(
+        output = ScheduledOutput(
             self.next_id,
             caller,
             priority,
@@ -178,7 +178,7 @@ class Machine(RuleBasedStateMachine):
         given_up = data.draw(st.sets(st.sampled_from(batch.members)))
         blamed = {i for i, output in self.alive.items() if given_up & {i, *output.conditioning}}
         for event in self.scheduler.fail(batch.batch_id, given_up):
-            if isinstance(event, Failed):
+            if isinstance(event, OutputFailed):
                 assert event.output_id in blamed, "it had attempts left"
                 self.end(event.output_id)
         if batch.kind in (Kind.DENOISE, Kind.DECODE):
@@ -200,7 +200,7 @@ class Machine(RuleBasedStateMachine):
     def back(self, batch_id: int) -> None:
         batch = self.flying.pop(batch_id)
         for event in self.scheduler.complete(batch_id):
-            if isinstance(event, Stepped):
+            if isinstance(event, StepCompleted):
                 self.steps[event.output_id] += 1
                 assert event.step == self.steps[event.output_id]
             elif hasattr(event, "output_id"):
@@ -258,7 +258,7 @@ class Machine(RuleBasedStateMachine):
         assert not self.alive
 
     def waiting(self) -> list[int]:
-        return [i for i in self.alive if self.scheduler._lives.of[i].state is State.WAITING]
+        return [i for i in self.alive if self.scheduler._lives.of[i].state is OutputState.WAITING]
 
 
 TestScheduler = Machine.TestCase
@@ -279,7 +279,7 @@ def test_whoever_breaks_a_batch_goes_down_alone(num_outputs, poison, max_rows, k
     keys = {Kind.ENCODE: "e", Kind.DENOISE: "u", Kind.DECODE: "d"}
     culprits: set[Member] = {f"p{i}" if kind is Kind.ENCODE else i for i in poison}
     for i in range(num_outputs):
-        scheduler.add(Output(i, "me", Priority.STANDARD, 2, 1, keys, (f"p{i}",)), 0.0)
+        scheduler.add(ScheduledOutput(i, "me", Priority.STANDARD, 2, 1, keys, (f"p{i}",)), 0.0)
     decoded, failed = set(), set()
     sizes: dict[Member, int] = {}  # of the last batch of a member, where that failed
     while scheduler.num_outputs:
@@ -293,8 +293,8 @@ def test_whoever_breaks_a_batch_goes_down_alone(num_outputs, poison, max_rows, k
                 del sizes[member]
         given_up = batch.members if len(batch.members) == 1 else ()
         events = scheduler.fail(batch.batch_id, given_up) if broken else scheduler.complete(batch.batch_id)
-        decoded |= {event.output_id for event in events if isinstance(event, Decoded)}
-        failed |= {event.output_id for event in events if isinstance(event, Failed)}
+        decoded |= {event.output_id for event in events if isinstance(event, OutputDecoded)}
+        failed |= {event.output_id for event in events if isinstance(event, OutputFailed)}
         scheduler.check_invariants()
     assert failed == {i for i in poison if i < num_outputs}
     assert decoded == set(range(num_outputs)) - failed

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
-from safelight_server.scheduler import WEIGHTS, Kind, Output, Priority
+from safelight_server.scheduler import WEIGHTS, Kind, Priority, ScheduledOutput
 from safelight_server.scheduler.waiting import WaitingQueue
 
 KEYS = {Kind.ENCODE: "e", Kind.DENOISE: "u", Kind.DECODE: "d"}
@@ -39,7 +39,7 @@ class Machine(RuleBasedStateMachine):
     @rule(caller=st.sampled_from("abc"), priority=st.sampled_from(list(Priority)), deadline=DEADLINES)
     def push(self, caller, priority, deadline) -> None:
         output_id = self.num_pushed
-        self.queue.push(Output(output_id, caller, priority, 1, 1, KEYS, ("p",), deadline))
+        self.queue.push(ScheduledOutput(output_id, caller, priority, 1, 1, KEYS, ("p",), deadline))
         self.waiters[output_id] = Waiter(caller, priority, (late(deadline), output_id))
         self.num_pushed += 1
 
@@ -115,9 +115,9 @@ TestWaiting.settings = settings(
 def test_a_class_that_ran_alone_is_not_made_to_wait_for_it():
     queue = WaitingQueue()
     for output_id in range(50):
-        queue.push(Output(output_id, "a", Priority.INTERACTIVE, 1, 1, KEYS, ("p",)))
+        queue.push(ScheduledOutput(output_id, "a", Priority.INTERACTIVE, 1, 1, KEYS, ("p",)))
         queue.pop()
     for output_id in range(100, 120):
-        queue.push(Output(output_id, "a", Priority.STANDARD, 1, 1, KEYS, ("p",)))
-    queue.push(Output(200, "a", Priority.INTERACTIVE, 1, 1, KEYS, ("p",)))
+        queue.push(ScheduledOutput(output_id, "a", Priority.STANDARD, 1, 1, KEYS, ("p",)))
+    queue.push(ScheduledOutput(200, "a", Priority.INTERACTIVE, 1, 1, KEYS, ("p",)))
     assert 200 in [queue.pop().output_id for _ in range(2)]

@@ -4,8 +4,8 @@ import asyncio
 
 import grpc
 import pytest
-from safelight_server.errors import DeadlineExceededError
-from safelight_server.service import Service
+from safelight_server.api.service import Service
+from safelight_server.domain.errors import DeadlineExceededError
 from safelight_server.telemetry import Metrics
 
 

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from safelight_server.app import StartError, build_runtime, serving
-from safelight_server.cache.store.keyring import new_key_file
-from safelight_server.catalog import ManifestError
+from safelight_server.app.server import StartError, build_runtime, serving
+from safelight_server.catalog.catalog import ManifestError
 from safelight_server.runtime.simulated import SimulatedRuntime
 from safelight_server.settings import Settings, SettingsError, is_loopback, load, misspelt
+from safelight_server.storage.keyring import new_key_file
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -105,7 +105,7 @@ def test_a_variable_that_is_no_json_is_a_fault(monkeypatch):
 
 
 def safelight(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "safelight_server.cli", *arguments]
+    command = [sys.executable, "-m", "safelight_server.cli.main", *arguments]
     env = {"PYTHONPATH": f"{ROOT}/server:{ROOT}/clients/python", "PATH": "/usr/bin", "NO_COLOR": "1"} | environment
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=50, check=False)
 
@@ -184,7 +184,7 @@ def test_a_signal_ends_a_start_that_takes_long():
     command = [
         sys.executable,
         "-m",
-        "safelight_server.cli",
+        "safelight_server.cli.main",
         "serve",
         "--runtime",
         "triton",

@@ -8,19 +8,19 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
-from safelight_server.cache import starts
-from safelight_server.cache.bands import Bands
-from safelight_server.cache.checkpoints import Checkpoints, Policy
-from safelight_server.cache.eviction import LeastBenefit
-from safelight_server.cache.spaces import OutputName, Spaces
-from safelight_server.cache.starts import Starts
-from safelight_server.cache.store.keyring import Keyring
-from safelight_server.cache.store.memory import MemoryStore
-from safelight_server.cache.store.sealed import Sealer
-from safelight_server.cache.store.tiers import Tier, Tiers
-from safelight_server.cache.vectors import Vectors
-from safelight_server.latents import Snapshot
+from safelight_server.cache.approximate import warm_starts
+from safelight_server.cache.approximate.eviction import LeastBenefit
+from safelight_server.cache.approximate.skip_policy import SkipPolicy
+from safelight_server.cache.approximate.vectors import Vectors
+from safelight_server.cache.approximate.warm_starts import WarmStarts
+from safelight_server.cache.checkpoints import CheckpointPolicy, Checkpoints
+from safelight_server.cache.namespaces import CacheKeys, Namespaces
+from safelight_server.engine.latents import Snapshot
 from safelight_server.runtime.simulated import LATENT, simulated_pipeline
+from safelight_server.storage.keyring import Keyring
+from safelight_server.storage.memory import MemoryStore
+from safelight_server.storage.sealed import Sealer
+from safelight_server.storage.tiers import Tier, Tiers
 from safelight_server.telemetry.metrics import TierMetrics
 
 from tests.support.stores import keys_of
@@ -47,14 +47,16 @@ class Replica:
 
     def __init__(self, store: MemoryStore, keyring: Keyring, max_bytes: int = 1 << 20) -> None:
         tiers = Tiers([Tier(store, shared=True)], Sealer(keyring), TierMetrics(CollectorRegistry()))
-        self.spaces = Spaces(keyring, {})
-        self.checkpoints = Checkpoints(tiers, keyring, Policy(5))
+        self.spaces = Namespaces(keyring, {})
+        self.checkpoints = Checkpoints(tiers, keyring, CheckpointPolicy(5))
         self.clock = Clock()
         books = LeastBenefit(max_bytes)
-        self.starts = Starts(self.checkpoints, Vectors(tiers, 60.0), Bands(), books, max_items=100, clock=self.clock)
+        self.starts = WarmStarts(
+            self.checkpoints, Vectors(tiers, 60.0), SkipPolicy(), books, max_items=100, clock=self.clock
+        )
 
-    def name(self, tenant: str, exact: str) -> OutputName:
-        return OutputName(self.spaces.of(tenant), exact, "c0")
+    def name(self, tenant: str, exact: str) -> CacheKeys:
+        return CacheKeys(self.spaces.of(tenant), exact, "c0")
 
     async def finish(self, tenant: str, exact: str, seed: int, at: np.ndarray | None = None) -> None:
         """An output that has left checkpoints, of a prompt `at` a vector."""
@@ -137,10 +139,10 @@ async def test_what_another_replica_keeps_later_is_found_in_time() -> None:
     assert await other.found("ann", 1) is None
     await other.starts.rebuilt()
     await one.finish("ann", "a2", 2)
-    other.clock.now += starts.LOOK_EVERY_S / 2
+    other.clock.now += warm_starts.LOOK_EVERY_S / 2
     await other.found("ann", 2)
     assert not other.starts._rebuilding
-    other.clock.now += starts.LOOK_EVERY_S / 2
+    other.clock.now += warm_starts.LOOK_EVERY_S / 2
     await other.found("ann", 2)
     await other.starts.rebuilt()
     assert [await other.found("ann", seed) for seed in (1, 2)] == [1.0, 2.0]
@@ -159,7 +161,7 @@ async def test_what_is_dropped_is_not_found_again() -> None:
 
 
 async def test_an_index_that_had_to_go_is_filled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(starts, "MAX_INDEXES", 1)
+    monkeypatch.setattr(warm_starts, "MAX_INDEXES", 1)
     replica = Replica(MemoryStore(1 << 24), Keyring.random(), max_bytes=4500)
     await replica.starts.rebuilt()
     for seed in (1, 2):

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safelight.v1 import generation_pb2 as pb
-from safelight_server.errors import InvalidRequestError, QueueFullError
-from safelight_server.events import FinishReason
-from safelight_server.request import PreviewPolicy
+from safelight_server.domain.errors import InvalidRequestError, QueueFullError
+from safelight_server.domain.events import FinishReason
+from safelight_server.domain.request import PreviewPolicy
 
 from tests.support.streams import LINEAR, NONE, PICTURE, TINY, Reader, Stage, kinds, picture, previews, settle
 

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safelight_server.request import MediaType, PixelEncoding, PreviewPolicy
+from safelight_server.domain.request import MediaType, PixelEncoding, PreviewPolicy
 
 from tests.support.streams import LINEAR, NONE, PICTURE, TINY, Reader, Stage, kinds, previews, settle
 

@@ -9,7 +9,7 @@ from dataclasses import astuple, replace
 
 import pytest
 
-from load_tests.trace import DEFAULT, FORBIDDEN, SEEDS, Action, Asked, trace
+from load_tests.calibration.trace import DEFAULT, FORBIDDEN, SEEDS, Action, Asked, trace
 from training.icons.captions import BACKGROUND_WORDS, COLOUR_WORDS
 from training.icons.spec import OBJECTS
 

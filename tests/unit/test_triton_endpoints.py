@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from safelight_server.runtime.triton.endpoints import Backoff, Endpoints, State
+from safelight_server.runtime.triton.endpoints import Backoff, Endpoints, EndpointState
 
 
 def up(count: int = 2, calls_each: int = 2) -> Endpoints:
@@ -39,7 +39,7 @@ def test_a_failure_ejects_at_once_and_probes_wait_longer_each_time():
     endpoints = up()
     ticket = endpoints.begin(0, 1.0)
     assert endpoints.eject(ticket, 10.0)
-    assert endpoints.state(0) is State.DOWN
+    assert endpoints.state(0) is EndpointState.DOWN
     assert endpoints.usable({1, 2, 3}) == [2, 3]
     due = []
     now = 10.0
@@ -142,7 +142,7 @@ class Life(RuleBasedStateMachine):
         free = set(range(self.endpoints.num_instances)) - set(self.calls)
         order = self.endpoints.usable(free)
         assert set(order) <= free
-        assert all(self.endpoints.state(self.endpoints.endpoint_of(at)) is State.UP for at in order)
+        assert all(self.endpoints.state(self.endpoints.endpoint_of(at)) is EndpointState.UP for at in order)
         if order:
             self.calls[order[0]] = self.endpoints.begin(order[0], work_s)
 
@@ -163,7 +163,7 @@ class Life(RuleBasedStateMachine):
         for instance in self.calls:
             per_endpoint[self.endpoints.endpoint_of(instance)] += 1
         assert [self.endpoints.num_calls(at) for at in range(3)] == per_endpoint
-        down = [at for at in range(3) if self.endpoints.state(at) is State.DOWN]
+        down = [at for at in range(3) if self.endpoints.state(at) is EndpointState.DOWN]
         assert (self.endpoints.next_probe() is not None) == bool(down)  # whoever is down is looked at again
         assert self.endpoints.num_live == 2 * (3 - len(down))
 

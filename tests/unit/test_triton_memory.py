@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safelight_server.runtime.base import Component, StableRows
+from safelight_server.domain.component import Component
+from safelight_server.runtime.base import StableRows
 from safelight_server.runtime.triton.client import CallFailed, Trouble
 from safelight_server.runtime.triton.models import Tensor
 from safelight_server.runtime.triton.shared_memory import RegionPool, layout, place

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safelight_server import catalog
+from safelight_server.catalog import catalog
 from safelight_server.runtime.triton import TritonOptions, TritonRuntime
 
 from tests.conftest import MODELS

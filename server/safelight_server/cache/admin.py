@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import structlog
+
+from safelight_server.cache.namespaces import Namespaces
 from safelight_server.cache.purges import Purges
-from safelight_server.cache.spaces import Spaces
-from safelight_server.cache.store.keyring import Keyring
-from safelight_server.cache.store.purge import Purged, Scope
-from safelight_server.cache.store.tiers import Tiers
-from safelight_server.request import PurgeRequest
+from safelight_server.domain.request import PurgeRequest
+from safelight_server.storage.keyring import Keyring
+from safelight_server.storage.purge import PurgeReport, PurgeScope
+from safelight_server.storage.tiers import Tiers
 from safelight_server.telemetry.metrics import Hits, Lookups, Metrics, TierUsage
 
 log = structlog.get_logger(__name__)
@@ -36,7 +37,7 @@ class CacheStats:
 class CacheAdmin:
     """See the module."""
 
-    def __init__(self, spaces: Spaces, keyring: Keyring, tiers: Tiers, purges: Purges, metrics: Metrics) -> None:
+    def __init__(self, spaces: Namespaces, keyring: Keyring, tiers: Tiers, purges: Purges, metrics: Metrics) -> None:
         self._spaces = spaces
         self._keyring = keyring
         self._tiers = tiers
@@ -52,18 +53,18 @@ class CacheAdmin:
             cache.hits(), self._metrics.tiers.usage(names), cache.lookups(), cache.num_rejected, cache.num_not_kept
         )
 
-    async def purge(self, request: PurgeRequest) -> Purged:
+    async def purge(self, request: PurgeRequest) -> PurgeReport:
         """Deletes what agrees with all that is given.
 
         Returns:
             Entries deleted by tier, and the tiers that could not be cleared.
         """
-        keyring, whole = self._keyring, Purged()
+        keyring, whole = self._keyring, PurgeReport()
         revision = keyring.tag("revision", request.model_revision) if request.model_revision else None
         generation = keyring.tag("generation", request.generation) if request.generation else None
         prefixes = self._spaces.prefixes(request.tenant) if request.tenant else [""]
         for prefix in prefixes:
-            part = await self._purges.purge(Scope(prefix, revision, generation))
+            part = await self._purges.purge(PurgeScope(prefix, revision, generation))
             for name, count in part.deleted.items():
                 whole.deleted[name] = whole.deleted.get(name, 0) + count
             whole.failed += [name for name in part.failed if name not in whole.failed]

@@ -2,11 +2,11 @@
 
     find      exact picture → similar picture → latent to start from; by what the request allows
     embed     embeddings of its prompts that are known already
-    record    a `Record` for one execution: embeddings, checkpoints, the picture
+    record    a `CacheRecorder` for one execution: embeddings, checkpoints, the picture
 
 Invariants: what is approximate is neither found as exact nor started from, at most served as similar;
 nothing here fails a request: a tier that cannot answer is a miss. Neighbours:
-`generations.py` asks, `execution.py` reports.
+`registry.py` asks, `execution.py` reports.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 
 import structlog
+
+from safelight_server.cache.approximate.embedding import Floats
+from safelight_server.cache.approximate.similar import SimilarPicture, SimilarPictures
+from safelight_server.cache.approximate.warm_starts import WarmStart, WarmStarts
 from safelight_server.cache.checkpoints import Checkpoints
-from safelight_server.cache.embedding import Floats
-from safelight_server.cache.pictures import Facts, Kept, Pictures, pointer
+from safelight_server.cache.namespaces import CacheKeys, Namespaces
+from safelight_server.cache.pictures import CachedPicture, PictureFacts, Pictures, pointer
 from safelight_server.cache.prompts import Prompts
-from safelight_server.cache.similar import Similar, SimilarPictures
-from safelight_server.cache.spaces import OutputName, Spaces
-from safelight_server.cache.starts import Start, Starts
-from safelight_server.cache.store.purge import Owner
-from safelight_server.catalog import Pipeline
-from safelight_server.errors import UnavailableError
-from safelight_server.latents import Snapshot
-from safelight_server.picture import Developed, Pixels
-from safelight_server.request import CacheMode, CachePolicy, PixelEncoding, Spec
-from safelight_server.runtime.base import FloatArray
+from safelight_server.catalog.catalog import Pipeline
+from safelight_server.domain.errors import UnavailableError
+from safelight_server.domain.picture import FinishedPicture, Pixels
+from safelight_server.domain.request import CacheMode, CachePolicy, PixelEncoding, Spec
+from safelight_server.domain.tensors import FloatArray
+from safelight_server.engine.latents import Snapshot
+from safelight_server.storage.purge import EntryOwner
 from safelight_server.telemetry.metrics import CacheMetrics
 
 log = structlog.get_logger(__name__)
@@ -40,7 +41,7 @@ MAX_WRITES = 1024
 """Writes under way at once; beyond, what would be kept is not."""
 
 
-class Keep(enum.Enum):
+class Retention(enum.Enum):
     """What is kept of an execution.
 
     EVERYTHING: it began from noise.
@@ -54,7 +55,7 @@ class Keep(enum.Enum):
 
 
 @dataclass(slots=True)
-class Wanted:
+class CacheQuery:
     """One output, as far as the cache must know it.
 
     Attributes:
@@ -65,7 +66,7 @@ class Wanted:
             from: its request's outputs have one set together, for no two of them may show the same picture.
     """
 
-    name: OutputName
+    name: CacheKeys
     pipeline: Pipeline
     spec: Spec
     encoding: PixelEncoding
@@ -91,12 +92,12 @@ class Cache:
 
     def __init__(
         self,
-        spaces: Spaces,
+        spaces: Namespaces,
         pictures: Pictures,
         prompts: Prompts,
         checkpoints: Checkpoints,
         similar: SimilarPictures,
-        starts: Starts,
+        starts: WarmStarts,
         metrics: CacheMetrics,
         *,
         shared: bool = False,
@@ -113,14 +114,14 @@ class Cache:
 
     # --- what was done ---
 
-    async def exact(self, wanted: Wanted) -> Kept | None:
+    async def exact(self, wanted: CacheQuery) -> CachedPicture | None:
         """The very picture."""
         began = time.perf_counter()
         kept = await self.pictures.get(wanted.name, wanted.encoding)
         self._metrics.looked("exact", time.perf_counter() - began)
         return kept
 
-    async def approximate(self, wanted: Wanted) -> Similar | Start | None:
+    async def approximate(self, wanted: CacheQuery) -> SimilarPicture | WarmStart | None:
         """A similar picture or a latent to start from, as far as the request allows them."""
         mode = wanted.policy.mode
         if mode not in (CacheMode.ALLOW_SIMILAR, CacheMode.ALLOW_LATENT):
@@ -130,7 +131,7 @@ class Cache:
         self._metrics.looked("approximate", time.perf_counter() - began)
         return found
 
-    async def _approximate(self, wanted: Wanted, *, pictures: bool) -> Similar | Start | None:
+    async def _approximate(self, wanted: CacheQuery, *, pictures: bool) -> SimilarPicture | WarmStart | None:
         name, pipeline, spec = wanted.name, wanted.pipeline, wanted.spec
         try:
             embedding = await self._prompts.get(name.space, pipeline, spec.token_ids, self.owner(wanted))
@@ -149,7 +150,7 @@ class Cache:
                 return similar
         return await self._starts.find(name, pipeline, vector, spec.num_inference_steps, wanted.taken)
 
-    async def embeddings(self, wanted: Wanted) -> tuple[FloatArray | None, ...]:
+    async def embeddings(self, wanted: CacheQuery) -> tuple[FloatArray | None, ...]:
         """Those of its prompts, row by row, that are known already."""
         space, pipeline, spec = wanted.name.space, wanted.pipeline, wanted.spec
         met, wanted.embedding = wanted.embedding, None  # not kept for as long as the output may wait
@@ -162,17 +163,19 @@ class Cache:
 
     # --- what is done ---
 
-    def record(self, wanted: Wanted, keep: Keep) -> Record:
+    def record(self, wanted: CacheQuery, keep: Retention) -> CacheRecorder:
         """Keeps what an execution makes of an output."""
-        return Record(self, wanted, keep)
+        return CacheRecorder(self, wanted, keep)
 
-    async def keep_embedding(self, wanted: Wanted, token_ids: Sequence[int], embedding: FloatArray) -> None:
+    async def keep_embedding(self, wanted: CacheQuery, token_ids: Sequence[int], embedding: FloatArray) -> None:
         """Keeps the embedding of one of its prompts."""
         kept = await self._prompts.keep(wanted.name.space, wanted.pipeline, token_ids, embedding, self.owner(wanted))
         if kept and wanted.vector is None and token_ids == wanted.spec.token_ids:
             wanted.vector = await self._prompts.vector(wanted.pipeline, token_ids, embedding)
 
-    async def keep_picture(self, wanted: Wanted, picture: Developed, compute_s: float, *, there: bool) -> None:
+    async def keep_picture(
+        self, wanted: CacheQuery, picture: FinishedPicture, compute_s: float, *, there: bool
+    ) -> None:
         """Keeps a finished picture and makes it findable.
 
         Args:
@@ -190,7 +193,7 @@ class Cache:
             if num_bytes := self.checkpoints.policy.left_bytes(steps, shape):
                 await self._starts.add(name, pipeline, vector, self.owner(wanted), steps, num_bytes)
 
-    async def keep_as_similar(self, wanted: Wanted, picture: Developed, compute_s: float) -> None:
+    async def keep_as_similar(self, wanted: CacheQuery, picture: FinishedPicture, compute_s: float) -> None:
         """Keeps a picture that began from another's latent under a name by which EXACT never finds it.
 
         Where replicas share what is similar, they must see the picture too.
@@ -204,7 +207,7 @@ class Cache:
             )
 
     async def replicate(
-        self, wanted: Wanted, pointer: str, pixels: Pixels, compute_s: float, ttl_s: float | None
+        self, wanted: CacheQuery, pointer: str, pixels: Pixels, compute_s: float, ttl_s: float | None
     ) -> bool:
         """Keeps the pixels of a finished picture under a key; whether other replicas see them.
 
@@ -213,14 +216,14 @@ class Cache:
         """
         return await self.pictures.put(pointer, pixels, facts_of(wanted, compute_s), replicate=True, ttl_s=ttl_s)
 
-    async def _vector(self, wanted: Wanted) -> Floats | None:
+    async def _vector(self, wanted: CacheQuery) -> Floats | None:
         if wanted.vector is not None:
             return wanted.vector
         ids = wanted.spec.token_ids
         embedding = await self._prompts.known(wanted.name.space, wanted.pipeline, ids)
         return None if embedding is None else await self._prompts.vector(wanted.pipeline, ids, embedding)
 
-    def owner(self, wanted: Wanted) -> Owner:
+    def owner(self, wanted: CacheQuery) -> EntryOwner:
         """What purges tell its entries by."""
         return self.spaces.owner(wanted.name.space, wanted.revision, wanted.generation)
 
@@ -246,19 +249,21 @@ class Cache:
         await self._starts.close()
 
 
-def facts_of(wanted: Wanted, compute_s: float) -> Facts:
+def facts_of(wanted: CacheQuery, compute_s: float) -> PictureFacts:
     """What is kept beside the pixels of an output."""
-    return Facts(wanted.spec.prompt, wanted.generation, wanted.revision, wanted.spec.num_inference_steps, compute_s)
+    return PictureFacts(
+        wanted.spec.prompt, wanted.generation, wanted.revision, wanted.spec.num_inference_steps, compute_s
+    )
 
 
-class Record:
+class CacheRecorder:
     """What is kept of one execution. The picture last: whoever finds it finds all.
 
     Attributes:
         there: whoever developed the picture has kept its pixels.
     """
 
-    def __init__(self, cache: Cache, wanted: Wanted, keep: Keep) -> None:
+    def __init__(self, cache: Cache, wanted: CacheQuery, keep: Retention) -> None:
         self._cache = cache
         self._wanted = wanted
         self._what = keep
@@ -272,7 +277,7 @@ class Record:
     def wants_checkpoint(self, step: int) -> bool:
         """Whether the state after this step is worth keeping."""
         policy = self._cache.checkpoints.policy
-        return self._what is Keep.EVERYTHING and policy.is_due(step, self._wanted.spec.num_inference_steps)
+        return self._what is Retention.EVERYTHING and policy.is_due(step, self._wanted.spec.num_inference_steps)
 
     def checkpoint(self, snapshot: Snapshot) -> None:
         """The state after a step."""
@@ -294,10 +299,10 @@ class Record:
             replicate=self._cache.shared,
         )
 
-    async def developed(self, picture: Developed, compute_s: float) -> None:
+    async def developed(self, picture: FinishedPicture, compute_s: float) -> None:
         """The finished picture."""
         match self._what:
-            case Keep.EVERYTHING:
+            case Retention.EVERYTHING:
                 await self._cache.keep_picture(self._wanted, picture, compute_s, there=self.there)
-            case Keep.AS_SIMILAR:
+            case Retention.AS_SIMILAR:
                 await self._cache.keep_as_similar(self._wanted, picture, compute_s)

@@ -23,11 +23,12 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
-from safelight_server.cache.store.keyring import Keyring
-from safelight_server.cache.store.purge import Owner, Scope
-from safelight_server.cache.store.sealed import Entry
-from safelight_server.cache.store.tiers import Tiers
-from safelight_server.latents import Snapshot
+
+from safelight_server.engine.latents import Snapshot
+from safelight_server.storage.keyring import Keyring
+from safelight_server.storage.purge import EntryOwner, PurgeScope
+from safelight_server.storage.sealed import Entry
+from safelight_server.storage.tiers import Tiers
 
 MAGIC = b"SLP1"
 _HEADER = struct.Struct("<4sIIII")
@@ -71,7 +72,7 @@ def parse(data: bytes) -> Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class CheckpointPolicy:
     """Which steps are kept.
 
     Attributes:
@@ -108,10 +109,10 @@ class Policy:
 
 
 @dataclass(slots=True)
-class _Held:
+class _UnwrittenSnapshots:
     """Snapshots of an execution that are not written yet, by step; given up at `until`, in `time.monotonic`."""
 
-    owner: Owner
+    owner: EntryOwner
     until: float
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
 
@@ -130,12 +131,12 @@ class Checkpoints:
 
     MAX_LISTS = 4096
 
-    def __init__(self, tiers: Tiers, keyring: Keyring, policy: Policy) -> None:
+    def __init__(self, tiers: Tiers, keyring: Keyring, policy: CheckpointPolicy) -> None:
         self.policy = policy
         self._tiers = tiers
         self._keyring = keyring
         self._lists: OrderedDict[str, set[int]] = OrderedDict()
-        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._held: OrderedDict[str, _UnwrittenSnapshots] = OrderedDict()
         self._held_bytes = 0
 
     @property
@@ -143,7 +144,7 @@ class Checkpoints:
         """Whether snapshots are held until their execution has its picture: `hold` in place of `keep`."""
         return not self.policy.every_n_steps
 
-    def hold(self, tenant: str, execution: str, snapshot: Snapshot, owner: Owner) -> bool:
+    def hold(self, tenant: str, execution: str, snapshot: Snapshot, owner: EntryOwner) -> bool:
         """Keeps a snapshot in this process until `ended`. A latent that is not finite never is.
 
         Args:
@@ -153,7 +154,9 @@ class Checkpoints:
         if size > self.policy.max_bytes or not _is_finite(snapshot):
             return False
         key = self._key(tenant, execution, "steps")
-        held = self._holding(key) or self._held.setdefault(key, _Held(owner, time.monotonic() + self.policy.ttl_s))
+        held = self._holding(key) or self._held.setdefault(
+            key, _UnwrittenSnapshots(owner, time.monotonic() + self.policy.ttl_s)
+        )
         self._held_bytes += 0 if snapshot.step in held.snapshots else size
         held.snapshots[snapshot.step] = snapshot
         while self._held_bytes > HELD_BYTES:
@@ -196,7 +199,7 @@ class Checkpoints:
             await self._tiers.delete(self._key(tenant, execution, step))
         return replicated and listed if replicate else True
 
-    async def ended(self, tenant: str, execution: str, num_steps: int, owner: Owner) -> None:
+    async def ended(self, tenant: str, execution: str, num_steps: int, owner: EntryOwner) -> None:
         """The execution has its picture: keeps only what others may start from."""
         key, tags = self._key(tenant, execution, "steps"), (owner.revision, owner.generation)
         held = dict(holding.snapshots) if (holding := self._holding(key)) is not None else {}
@@ -240,7 +243,7 @@ class Checkpoints:
         key = self._key(tenant, execution, "steps")
         return self._holding(key) is None and await self._tiers.gone(key)
 
-    async def put(self, key: str, snapshot: Snapshot, owner: Owner) -> bool:
+    async def put(self, key: str, snapshot: Snapshot, owner: EntryOwner) -> bool:
         """Keeps a snapshot under a key of its own; whether other replicas see it."""
         entry = Entry(dump(snapshot), {}, owner.revision, owner.generation)
         return await self._tiers.put(key, entry, self.policy.ttl_s, replicate=True)
@@ -262,10 +265,10 @@ class Checkpoints:
         self._let_go(keys[-1])
         return all([await self._tiers.delete(key) for key in keys])
 
-    async def forget(self, scope: Scope) -> bool:
+    async def forget(self, scope: PurgeScope) -> bool:
         """Lists nothing any more of a tenant that was purged; other lists lead to entries that are not there."""
         for key, held in list(self._held.items()):
-            if scope.includes(Owner(key, held.owner.revision, held.owner.generation)):
+            if scope.includes(EntryOwner(key, held.owner.revision, held.owner.generation)):
                 self._let_go(key)
         if scope.by_name:
             for key in [key for key in self._lists if key.startswith(scope.prefix)]:
@@ -280,7 +283,7 @@ class Checkpoints:
             own.update(held.snapshots)
         return own if found is None else own | _unpacked(found.entry.data)
 
-    def _holding(self, key: str) -> _Held | None:
+    def _holding(self, key: str) -> _UnwrittenSnapshots | None:
         if (held := self._held.get(key)) is not None and held.until <= time.monotonic():
             self._let_go(key)
         return self._held.get(key)

@@ -22,13 +22,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from safelight_server.request import Spec
+from safelight_server.domain.request import Spec
 
 VERSION = 1
 """Raised whenever the encoding or its content changes: old entries are then never found."""
 
 
-class Kind(enum.StrEnum):
+class IndexKind(enum.StrEnum):
     """What an index key leads to; keys of two kinds never meet."""
 
     EXACT = "exact"
@@ -37,14 +37,14 @@ class Kind(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Scope:
+class SharingScope:
     """Who shares what is cached: one tenant, or all tenants of a pool that the operator has marked as shared."""
 
     name: str
     pooled: bool = False
 
 
-def tenant_key(operator_key: bytes, scope: Scope) -> bytes:
+def tenant_key(operator_key: bytes, scope: SharingScope) -> bytes:
     """The secret of a tenant or pool, 32 bytes; a pool named like a tenant has another.
 
     Raises:
@@ -55,7 +55,7 @@ def tenant_key(operator_key: bytes, scope: Scope) -> bytes:
     return _mac(operator_key, "pool" if scope.pooled else "tenant", scope.name.encode())
 
 
-def index_key(key: bytes, kind: Kind, canonical: bytes) -> str:
+def index_key(key: bytes, kind: IndexKind, canonical: bytes) -> str:
     """Where something is found: 64 hexadecimal digits."""
     return _mac(key, kind, canonical).hex()
 

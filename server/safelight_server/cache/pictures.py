@@ -1,7 +1,7 @@
 """Finished pictures by name: pixels, and the encodings that were asked for, kept as variants of them.
 
 Only what was developed from noise to the end under its own name comes in:
-approximate pictures never do. Neighbours: `spaces` names them, `store.tiers`
+approximate pictures never do. Neighbours: `spaces` names them, `storage.tiers`
 keeps them.
 """
 
@@ -13,16 +13,17 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
-from safelight_server.cache.spaces import OutputName
-from safelight_server.cache.store.keyring import Keyring
-from safelight_server.cache.store.sealed import Entry
-from safelight_server.cache.store.tiers import Tiers
-from safelight_server.picture import Encoded, Pixels, encode
-from safelight_server.request import MediaType, PixelEncoding
+
+from safelight_server.cache.namespaces import CacheKeys
+from safelight_server.domain.picture import EncodedPicture, Pixels, encode
+from safelight_server.domain.request import MediaType, PixelEncoding
+from safelight_server.storage.keyring import Keyring
+from safelight_server.storage.sealed import Entry
+from safelight_server.storage.tiers import Tiers
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class PictureFacts:
     """What is known of a kept picture beside its pixels.
 
     Attributes:
@@ -40,11 +41,11 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class CachedPicture:
     """A kept picture in the encoding that was asked for."""
 
-    picture: Encoded
-    facts: Facts
+    picture: EncodedPicture
+    facts: PictureFacts
 
 
 class Pictures:
@@ -61,11 +62,11 @@ class Pictures:
         self._pool = pool
         self._ttl_s = ttl_s
 
-    async def get(self, name: OutputName, encoding: PixelEncoding) -> Kept | None:
+    async def get(self, name: CacheKeys, encoding: PixelEncoding) -> CachedPicture | None:
         """The picture of that name; an encoding that nobody asked for before is made of its pixels and kept."""
         found = await self._tiers.get(_key(name, _variant(encoding)))
         if found is not None:
-            return Kept(_encoded(found.entry, encoding), _facts(found.entry))
+            return CachedPicture(_encoded(found.entry, encoding), _facts(found.entry))
         found = await self._tiers.get(_key(name))
         if found is None:
             return None
@@ -73,18 +74,18 @@ class Pictures:
         picture = await asyncio.get_running_loop().run_in_executor(self._pool, encode, pixels, encoding)
         facts = _facts(found.entry)
         await self._keep_variant(name, picture, encoding, facts, found.expires_at)
-        return Kept(picture, facts)
+        return CachedPicture(picture, facts)
 
-    async def gone(self, name: OutputName) -> bool:
+    async def gone(self, name: CacheKeys) -> bool:
         """Whether no tier has the picture for certain; one that cannot answer may have it."""
         return await self._tiers.gone(_key(name))
 
-    async def facts(self, name: OutputName) -> Facts | None:
+    async def facts(self, name: CacheKeys) -> PictureFacts | None:
         """What is known of a picture."""
         found = await self._tiers.get(_key(name))
         return None if found is None else _facts(found.entry)
 
-    async def at(self, pointer: str, sure: bool = False) -> tuple[Pixels, Facts] | None:
+    async def at(self, pointer: str, sure: bool = False) -> tuple[Pixels, PictureFacts] | None:
         """The picture under a key of `pointer` or one like it.
 
         Raises:
@@ -93,12 +94,12 @@ class Pictures:
         found = await self._tiers.get(pointer, sure=sure)
         return None if found is None else (_pixels(found.entry), _facts(found.entry))
 
-    async def keep(self, name: OutputName, pixels: Pixels, facts: Facts) -> None:
+    async def keep(self, name: CacheKeys, pixels: Pixels, facts: PictureFacts) -> None:
         """Keeps a finished picture."""
         await self.put(pointer(name), pixels, facts)
 
     async def put(
-        self, pointer: str, pixels: Pixels, facts: Facts, *, replicate: bool = False, ttl_s: float | None = None
+        self, pointer: str, pixels: Pixels, facts: PictureFacts, *, replicate: bool = False, ttl_s: float | None = None
     ) -> bool:
         """Keeps a picture under a key; with `replicate` waits for a shared tier and says whether one has it.
 
@@ -111,24 +112,24 @@ class Pictures:
         return await self._tiers.put(pointer, entry, self._ttl_s if ttl_s is None else ttl_s, replicate)
 
     async def _keep_variant(
-        self, name: OutputName, picture: Encoded, encoding: PixelEncoding, facts: Facts, expires_at: float
+        self, name: CacheKeys, picture: EncodedPicture, encoding: PixelEncoding, facts: PictureFacts, expires_at: float
     ) -> None:
         """Keeps an encoding as long as the pixels that it was made of, and no longer."""
         size = {"width": str(picture.width_px), "height": str(picture.height_px), "stride": str(picture.stride_bytes)}
         entry = self._entry(picture.data, _metadata(facts) | size, facts)
         await self._tiers.put(_key(name, _variant(encoding)), entry, expires_at - time.time())
 
-    def _entry(self, data: bytes, metadata: dict[str, str], facts: Facts) -> Entry:
+    def _entry(self, data: bytes, metadata: dict[str, str], facts: PictureFacts) -> Entry:
         revision = self._keyring.tag("revision", facts.revision)
         return Entry(data, metadata, revision, self._keyring.tag("generation", facts.generation))
 
 
-def pointer(name: OutputName) -> str:
+def pointer(name: CacheKeys) -> str:
     """The key of the pixels of that name."""
     return _key(name)
 
 
-def _key(name: OutputName, variant: str = "pixels") -> str:
+def _key(name: CacheKeys, variant: str = "pixels") -> str:
     return f"{name.space.prefix}/picture/{name.exact}.{variant}"
 
 
@@ -142,7 +143,7 @@ def _variant(encoding: PixelEncoding) -> str:
             return f"{media_type.value.rpartition('/')[2]}.{encoding.quality}"
 
 
-def _metadata(facts: Facts) -> dict[str, str]:
+def _metadata(facts: PictureFacts) -> dict[str, str]:
     return {
         "prompt": facts.prompt,
         "generation": facts.generation,
@@ -152,9 +153,9 @@ def _metadata(facts: Facts) -> dict[str, str]:
     }
 
 
-def _facts(entry: Entry) -> Facts:
+def _facts(entry: Entry) -> PictureFacts:
     at = entry.metadata
-    return Facts(at["prompt"], at["generation"], at["revision"], int(at["steps"]), float(at["compute_s"]))
+    return PictureFacts(at["prompt"], at["generation"], at["revision"], int(at["steps"]), float(at["compute_s"]))
 
 
 def _pixels(entry: Entry) -> Pixels:
@@ -162,6 +163,6 @@ def _pixels(entry: Entry) -> Pixels:
     return np.frombuffer(entry.data, np.uint8).reshape(shape)
 
 
-def _encoded(entry: Entry, encoding: PixelEncoding) -> Encoded:
+def _encoded(entry: Entry, encoding: PixelEncoding) -> EncodedPicture:
     at = entry.metadata
-    return Encoded(encoding.media_type, int(at["width"]), int(at["height"]), int(at["stride"]), entry.data)
+    return EncodedPicture(encoding.media_type, int(at["width"]), int(at["height"]), int(at["stride"]), entry.data)

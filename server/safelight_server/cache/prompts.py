@@ -9,15 +9,17 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
+
 from safelight_server.cache import fingerprint
-from safelight_server.cache.embedding import EXAMPLE_PROMPTS, Floats, centred, prompt_vector
-from safelight_server.cache.fingerprint import Kind
-from safelight_server.cache.spaces import Space
-from safelight_server.cache.store.purge import Owner
-from safelight_server.cache.store.sealed import Entry
-from safelight_server.cache.store.tiers import Tiers
-from safelight_server.catalog import Pipeline
-from safelight_server.runtime.base import Component, FloatArray
+from safelight_server.cache.approximate.embedding import EXAMPLE_PROMPTS, Floats, centred, prompt_vector
+from safelight_server.cache.fingerprint import IndexKind
+from safelight_server.cache.namespaces import Namespace
+from safelight_server.catalog.catalog import Pipeline
+from safelight_server.domain.component import Component
+from safelight_server.domain.tensors import FloatArray
+from safelight_server.storage.purge import EntryOwner
+from safelight_server.storage.sealed import Entry
+from safelight_server.storage.tiers import Tiers
 
 Encode = Callable[[Pipeline, Sequence[int]], Awaitable[FloatArray]]
 
@@ -35,7 +37,7 @@ class Prompts:
         self._ttl_s = ttl_s
         self._means: dict[str, asyncio.Task[Floats]] = {}
 
-    async def known(self, space: Space, pipeline: Pipeline, token_ids: Sequence[int]) -> FloatArray | None:
+    async def known(self, space: Namespace, pipeline: Pipeline, token_ids: Sequence[int]) -> FloatArray | None:
         """The embedding (T, D), if it is kept."""
         found = await self._tiers.get(_key(space, pipeline, token_ids))
         if found is None:
@@ -43,7 +45,7 @@ class Prompts:
         return np.frombuffer(found.entry.data, np.float32).reshape(len(token_ids), -1)
 
     async def keep(
-        self, space: Space, pipeline: Pipeline, token_ids: Sequence[int], embedding: FloatArray, owner: Owner
+        self, space: Namespace, pipeline: Pipeline, token_ids: Sequence[int], embedding: FloatArray, owner: EntryOwner
     ) -> bool:
         """Keeps an embedding; False: it is not finite. `owner`: whoever computed it."""
         if not np.isfinite(embedding).all():
@@ -53,7 +55,9 @@ class Prompts:
         await self._tiers.put(_key(space, pipeline, token_ids), entry, self._ttl_s)
         return True
 
-    async def get(self, space: Space, pipeline: Pipeline, token_ids: Sequence[int], owner: Owner) -> FloatArray:
+    async def get(
+        self, space: Namespace, pipeline: Pipeline, token_ids: Sequence[int], owner: EntryOwner
+    ) -> FloatArray:
         """The embedding (T, D), encoded where it is not kept."""
         embedding = await self.known(space, pipeline, token_ids)
         if embedding is None:
@@ -81,7 +85,7 @@ class Prompts:
         return np.asarray(np.mean(vectors, axis=0), np.float32)
 
 
-def _key(space: Space, pipeline: Pipeline, token_ids: Sequence[int]) -> str:
+def _key(space: Namespace, pipeline: Pipeline, token_ids: Sequence[int]) -> str:
     encoder = pipeline.manifest.components[Component.TEXT_ENCODER].sha256
-    name = fingerprint.index_key(space.key, Kind.EMBEDDING, fingerprint.embedding(encoder, token_ids))
+    name = fingerprint.index_key(space.key, IndexKind.EMBEDDING, fingerprint.embedding(encoder, token_ids))
     return f"{space.prefix}/prompt/{name}"

@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import structlog
-from safelight_server.cache.coordination.base import Coordinator
-from safelight_server.cache.store.base import StoreError
-from safelight_server.cache.store.purge import Purged, Scope, purge
-from safelight_server.cache.store.tiers import Tier, Tiers
+
+from safelight_server.coordination.base import Coordinator
+from safelight_server.storage.base import StoreError
+from safelight_server.storage.purge import PurgeReport, PurgeScope, purge
+from safelight_server.storage.tiers import Tier, Tiers
 
 log = structlog.get_logger(__name__)
 
@@ -33,10 +34,10 @@ MAX_OWED = 64
 """Purges that a tier may owe; beyond, all that it has is deleted."""
 
 
-class Index(Protocol):
+class PurgeableIndex(Protocol):
     """What finds entries in another way than by their keys."""
 
-    async def forget(self, scope: Scope) -> bool:
+    async def forget(self, scope: PurgeScope) -> bool:
         """Finds nothing any more that the scope covers; False where that is not certain."""
 
 
@@ -47,14 +48,14 @@ class Purges:
         indexes: of this replica, which a purge clears after the tiers.
     """
 
-    def __init__(self, tiers: Tiers, coordinator: Coordinator, indexes: Sequence[Index] = ()) -> None:
+    def __init__(self, tiers: Tiers, coordinator: Coordinator, indexes: Sequence[PurgeableIndex] = ()) -> None:
         self._tiers = tiers
         self._coordinator = coordinator
         self._indexes = indexes
         self._origin = secrets.token_hex(8)
-        self._owed: dict[str, set[Scope]] = {}
+        self._owed: dict[str, set[PurgeScope]] = {}
 
-    async def purge(self, scope: Scope) -> Purged:
+    async def purge(self, scope: PurgeScope) -> PurgeReport:
         """Deletes what the scope covers here and in shared tiers, and tells the other replicas.
 
         Returns:
@@ -85,7 +86,7 @@ class Purges:
                         log.info("purged for another replica", deleted=report.deleted)
             await self._forget(scope)
 
-    def _owe(self, tier: Tier, scope: Scope) -> None:
+    def _owe(self, tier: Tier, scope: PurgeScope) -> None:
         """The tier could not be cleared: it is tried again."""
         if not tier.unpurged:
             log.warning("a tier could not be purged for another replica and is not read until it is", tier=tier.name)
@@ -94,7 +95,7 @@ class Purges:
         owed.add(scope)
         if len(owed) > MAX_OWED:
             owed.clear()
-            owed.add(Scope())
+            owed.add(PurgeScope())
 
     async def _catch_up(self) -> None:
         """Does the purges that tiers owe, as far as they can now."""
@@ -109,7 +110,7 @@ class Purges:
                 tier.unpurged = False
                 log.info("a tier that could not be purged is now, and is read again", tier=tier.name)
 
-    async def _forget(self, scope: Scope) -> bool:
+    async def _forget(self, scope: PurgeScope) -> bool:
         return all([await index.forget(scope) for index in self._indexes])
 
     async def keep_up(self) -> None:
@@ -120,21 +121,21 @@ class Purges:
             await self._catch_up()
             if time.monotonic() - swept >= SWEEP_EVERY_S:
                 swept = time.monotonic()
-                await purge(self._tiers, Scope(expired_at=time.time()), only="disk")
+                await purge(self._tiers, PurgeScope(expired_at=time.time()), only="disk")
                 await self._tiers.measure(lazy=True)
             await asyncio.sleep(MEASURE_EVERY_S)
 
 
-def dump(origin: str, scope: Scope) -> bytes:
+def dump(origin: str, scope: PurgeScope) -> bytes:
     """A purge as the stream has it."""
     tags = {name: tag.hex() for name, tag in (("revision", scope.revision), ("generation", scope.generation)) if tag}
     return json.dumps({"origin": origin, "prefix": scope.prefix} | tags).encode()
 
 
-def parse(data: bytes) -> tuple[str, Scope]:
+def parse(data: bytes) -> tuple[str, PurgeScope]:
     """Its origin and scope."""
     fields = json.loads(data)
     revision, generation = (
         bytes.fromhex(fields[name]) if name in fields else None for name in ("revision", "generation")
     )
-    return fields["origin"], Scope(fields["prefix"], revision, generation)
+    return fields["origin"], PurgeScope(fields["prefix"], revision, generation)

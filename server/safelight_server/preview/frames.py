@@ -12,24 +12,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from safelight_server.picture import Encoded
-from safelight_server.request import PixelEncoding, PreviewMethod
-from safelight_server.runtime.base import FloatArray
+from safelight_server.domain.picture import EncodedPicture
+from safelight_server.domain.request import PixelEncoding, PreviewMethod
+from safelight_server.domain.tensors import FloatArray
 
 Key = tuple[PreviewMethod, PixelEncoding, int | None]
 
 
-class Renderer(Protocol):
+class FrameRenderer(Protocol):
     """Makes previews of the frames of one output; see `render.Renderer`."""
 
     def render(
         self, frame: Frame, wanted: PreviewMethod, encoding: PixelEncoding, max_edge_px: int | None
-    ) -> asyncio.Task[Rendered | None]:
+    ) -> asyncio.Task[RenderedPreview | None]:
         """The preview of a frame."""
 
 
 @dataclass(eq=False, slots=True)
-class Rendered:
+class RenderedPreview:
     """A preview that is ready to be sent.
 
     Attributes:
@@ -39,7 +39,7 @@ class Rendered:
 
     step: int
     method: PreviewMethod
-    picture: Encoded
+    picture: EncodedPicture
     messages: dict[tuple[str, int], bytes] = field(default_factory=dict)
 
 
@@ -53,16 +53,16 @@ class Frame:
         auto: what AUTO means for this frame, once it was asked for: the same for all streams.
     """
 
-    renderer: Renderer
+    renderer: FrameRenderer
     step: int
     denoised: FloatArray
     auto: PreviewMethod | None = None
     _images: dict[PreviewMethod, asyncio.Task[FloatArray | None]] = field(default_factory=dict)
-    _renders: dict[Key, asyncio.Task[Rendered | None]] = field(default_factory=dict)
+    _renders: dict[Key, asyncio.Task[RenderedPreview | None]] = field(default_factory=dict)
 
     def preview(
         self, wanted: PreviewMethod, encoding: PixelEncoding, max_edge_px: int | None
-    ) -> asyncio.Task[Rendered | None]:
+    ) -> asyncio.Task[RenderedPreview | None]:
         """The preview, or None where a newer frame took its place. Shared: do not cancel it."""
         return self.renderer.render(self, wanted, encoding, max_edge_px)
 
@@ -74,7 +74,9 @@ class Frame:
             task = self._images[method] = start()
         return task
 
-    def render(self, key: Key, start: Callable[[], asyncio.Task[Rendered | None]]) -> asyncio.Task[Rendered | None]:
+    def render(
+        self, key: Key, start: Callable[[], asyncio.Task[RenderedPreview | None]]
+    ) -> asyncio.Task[RenderedPreview | None]:
         """The preview of this key, shared by all streams; `start` begins it for the first."""
         if (task := self._renders.get(key)) is None:
             task = self._renders[key] = start()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from safelight_server.request import PreviewMethod, PreviewPolicy
+from safelight_server.domain.request import PreviewMethod, PreviewPolicy
 
 BUSY = 0.7
 """Share of instance time asked for above which AUTO takes the linear preview."""

@@ -13,13 +13,15 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 
 import structlog
-from safelight_server.catalog import Pipeline
-from safelight_server.picture import Encoded, encode_within, shrink
-from safelight_server.pipeline import linear_image, to_pixels
-from safelight_server.preview.frames import Frame, Rendered
+
+from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.pixels import linear_image, to_pixels
+from safelight_server.domain.component import Component
+from safelight_server.domain.picture import EncodedPicture, encode_within, shrink
+from safelight_server.domain.request import PixelEncoding, PreviewMethod
+from safelight_server.domain.tensors import FloatArray
+from safelight_server.preview.frames import Frame, RenderedPreview
 from safelight_server.preview.policy import choose_method
-from safelight_server.request import PixelEncoding, PreviewMethod
-from safelight_server.runtime.base import Component, FloatArray
 from safelight_server.telemetry import tracing
 
 log = structlog.get_logger(__name__)
@@ -57,7 +59,7 @@ class Renderer:
 
     def render(
         self, frame: Frame, wanted: PreviewMethod, encoding: PixelEncoding, max_edge_px: int | None
-    ) -> asyncio.Task[Rendered | None]:
+    ) -> asyncio.Task[RenderedPreview | None]:
         """The preview, or None where a newer frame took its place. Shared: do not cancel it."""
         if wanted is PreviewMethod.AUTO:
             frame.auto = frame.auto or choose_method(wanted, self._load(), self._pipeline.has_preview_decoder)
@@ -69,7 +71,7 @@ class Renderer:
 
     async def _make(
         self, frame: Frame, method: PreviewMethod, encoding: PixelEncoding, max_edge_px: int | None
-    ) -> Rendered | None:
+    ) -> RenderedPreview | None:
         image: FloatArray | None = None
         if method is not PreviewMethod.LINEAR:
             image = await frame.image(method, lambda: asyncio.create_task(self._decode_newest(frame, method)))
@@ -82,7 +84,7 @@ class Renderer:
                 picture = self._encode(frame, None, encoding, max_edge_px)
             else:
                 picture = await loop.run_in_executor(self._pool, self._encode, frame, image, encoding, max_edge_px)
-        return Rendered(frame.step, method, picture)
+        return RenderedPreview(frame.step, method, picture)
 
     async def _decode_newest(self, frame: Frame, method: PreviewMethod) -> FloatArray | None:
         """Decodes a frame unless a newer one is on its way: a stream that lags must not take another's place."""
@@ -97,19 +99,19 @@ class Renderer:
 
     def _encode(
         self, frame: Frame, image: FloatArray | None, encoding: PixelEncoding, max_edge_px: int | None
-    ) -> Encoded:
+    ) -> EncodedPicture:
         if image is None:
             image = linear_image(self._pipeline, frame.denoised)
         return encode_within(shrink(to_pixels(image), max_edge_px), encoding, MAX_PREVIEW_BYTES)
 
 
-def _task(making: Coroutine[None, None, Rendered | None]) -> asyncio.Task[Rendered | None]:
+def _task(making: Coroutine[None, None, RenderedPreview | None]) -> asyncio.Task[RenderedPreview | None]:
     task = asyncio.create_task(making)
     task.add_done_callback(_report)
     return task
 
 
-def _report(task: asyncio.Task[Rendered | None]) -> None:
+def _report(task: asyncio.Task[RenderedPreview | None]) -> None:
     """A preview that cannot be made costs its streams that preview and nothing else; someone must hear of it."""
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("preview_failed", exc_info=error)

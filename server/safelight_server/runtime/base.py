@@ -15,8 +15,9 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from safelight_server.component import Component
-from safelight_server.tensors import Array, FloatArray
+
+from safelight_server.domain.component import Component
+from safelight_server.domain.tensors import Array, FloatArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +49,7 @@ class RuntimeStartError(Exception):
     """A runtime cannot start; the message says why."""
 
 
-class Fault(enum.Enum):
+class FaultOrigin(enum.Enum):
     """Whom a failed call is held against."""
 
     ROWS = "rows"
@@ -65,7 +66,7 @@ class RuntimeFailure(Exception):
         retryable: the same rows may succeed on another try or instance.
     """
 
-    def __init__(self, message: str, *, retryable: bool, fault: Fault = Fault.ROWS) -> None:
+    def __init__(self, message: str, *, retryable: bool, fault: FaultOrigin = FaultOrigin.ROWS) -> None:
         super().__init__(message)
         self.retryable = retryable
         self.fault = fault

@@ -20,18 +20,12 @@ from pathlib import Path
 import onnxruntime
 import structlog
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
-from safelight_server.catalog import Catalog, ManifestError
+
+from safelight_server.catalog.catalog import Catalog, ManifestError
+from safelight_server.domain.component import Component
+from safelight_server.domain.tensors import Array, FloatArray
 from safelight_server.runtime import verification
-from safelight_server.runtime.base import (
-    Array,
-    Component,
-    CostCurve,
-    FloatArray,
-    Inputs,
-    RuntimeFailure,
-    RuntimeStartError,
-    StableRows,
-)
+from safelight_server.runtime.base import CostCurve, Inputs, RuntimeFailure, RuntimeStartError, StableRows
 from safelight_server.runtime.verification import InputSpec
 from safelight_server.sampler import VERSION as SAMPLER_VERSION
 

@@ -13,9 +13,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import structlog
-from safelight_server.catalog import Manifest, Pipeline, assemble
-from safelight_server.runtime.base import Array, Component, CostCurve, FloatArray, Inputs, StableRows
-from safelight_server.tokenizer import Tokens
+
+from safelight_server.catalog.catalog import Manifest, Pipeline, assemble
+from safelight_server.catalog.tokenizer import Tokens
+from safelight_server.domain.component import Component
+from safelight_server.domain.tensors import Array, FloatArray
+from safelight_server.runtime.base import CostCurve, Inputs, StableRows
 
 log = structlog.get_logger(__name__)
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import structlog
-from safelight_server.runtime.base import Array, CostCurve, FloatArray
+
+from safelight_server.domain.tensors import Array, FloatArray
+from safelight_server.runtime.base import CostCurve
 
 log = structlog.get_logger(__name__)
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
 from safelight_server.sampler.cells import PREDICTION_TYPES, SAMPLERS, SIGMA_SCHEDULES, SPACINGS, refused_by_name
 from safelight_server.sampler.schedule import Doubles, NoiseSchedule, SamplerSpec
 

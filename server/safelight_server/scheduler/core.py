@@ -37,14 +37,14 @@ from safelight_server.scheduler.ready import ReadyQueues
 from safelight_server.scheduler.types import (
     Batch,
     CostModel,
-    Decoded,
     Event,
-    Expired,
     Kind,
     Limits,
     Member,
-    Output,
+    OutputDecoded,
+    OutputExpired,
     Priority,
+    ScheduledOutput,
 )
 from safelight_server.scheduler.waiting import WaitingQueue
 
@@ -65,7 +65,7 @@ class Scheduler:
 
     # --- what comes in ---
 
-    def add(self, output: Output, now: float) -> None:
+    def add(self, output: ScheduledOutput, now: float) -> None:
         """Takes an output.
 
         Raises:
@@ -84,7 +84,7 @@ class Scheduler:
     def expire(self, now: float) -> list[Event]:
         """Ends the outputs whose deadline has passed."""
         ids = self._deadlines.passed(now)
-        return [event for output_id in ids for event in (*self._lives.end(output_id), Expired(output_id))]
+        return [event for output_id in ids for event in (*self._lives.end(output_id), OutputExpired(output_id))]
 
     def set_priority(self, output_id: int, priority: Priority) -> None:
         """Moves an output to another class; counts until it starts. Unknown ids are ignored."""
@@ -155,7 +155,7 @@ class Scheduler:
             elif batch.kind is Kind.DENOISE:
                 events += self._lives.stepped(row.output_id, row.part)
             elif batch.kind is Kind.DECODE:
-                events += [*self._lives.end(row.output_id), Decoded(row.output_id)]
+                events += [*self._lives.end(row.output_id), OutputDecoded(row.output_id)]
         return events
 
     def fail(self, batch_id: int, given_up: Container[Member] = (), *, suspect: bool = True) -> list[Event]:
@@ -220,7 +220,7 @@ class Scheduler:
         """Time that the live instances need for the steps of all outputs; with none live, see `NO_INSTANCE_S`."""
         return self._estimates.backlog_s(self.num_instances)
 
-    def estimate_s(self, output: Output, num_outputs: int = 1) -> float:
+    def estimate_s(self, output: ScheduledOutput, num_outputs: int = 1) -> float:
         """When `num_outputs` outputs like this one that came now would be finished, under the present load.
 
         With no live instance that is `NO_INSTANCE_S`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from safelight_server.scheduler.lives import Lives
-from safelight_server.scheduler.types import CostModel, Kind, Limits, Output
+from safelight_server.scheduler.types import CostModel, Kind, Limits, ScheduledOutput
 
 NO_INSTANCE_S = 86_400.0
 """The estimate while no instance is live: a day, which stands for "nobody knows" and still fits a message."""
@@ -30,7 +30,7 @@ class Estimates:
             seconds += self._work_s(life.output, steps, math.ceil(together * life.output.rows_per_step / num_instances))
         return seconds / num_instances
 
-    def estimate_s(self, output: Output, num_outputs: int, num_instances: int) -> float:
+    def estimate_s(self, output: ScheduledOutput, num_outputs: int, num_instances: int) -> float:
         """When `num_outputs` outputs like this one that came now would be finished."""
         if not num_instances:
             return NO_INSTANCE_S
@@ -49,7 +49,7 @@ class Estimates:
         fits = len(self._lives.of) + together <= max_running
         return own + (0.0 if fits else self.backlog_s(num_instances))
 
-    def _work_s(self, output: Output, steps: int, share: int) -> float:
+    def _work_s(self, output: ScheduledOutput, steps: int, share: int) -> float:
         """One instance's time for steps of an output, whose calls carry `share` rows if they hold as many."""
         key = output.keys[Kind.DENOISE]
         rows = max(1, min(self._limits.max_rows(Kind.DENOISE, key), share))

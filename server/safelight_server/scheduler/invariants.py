@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from safelight_server.scheduler.lives import Lives
 from safelight_server.scheduler.ready import ReadyQueues
-from safelight_server.scheduler.types import Batch, InvariantError, Kind, Limits, State
+from safelight_server.scheduler.types import Batch, InvariantError, Kind, Limits, OutputState
 from safelight_server.scheduler.waiting import WaitingQueue
 
 
@@ -61,30 +61,32 @@ def _check_queues(lives: Lives, ready: ReadyQueues) -> None:
 def _check_outputs(
     limits: Limits, waiting: WaitingQueue, lives: Lives, ready: ReadyQueues, batches: list[Batch]
 ) -> None:
-    running = [life for life in lives.of.values() if life.state is not State.WAITING]
+    running = [life for life in lives.of.values() if life.state is not OutputState.WAITING]
     _require(len(running) == lives.num_running <= limits.max_running, "running outputs")
     _require(len(waiting) + lives.num_running == len(lives.of), "outputs")
     encoding = {(batch.batch_id, row.conditioning_id) for batch in batches for row in batch.rows}
     for life in running:
         output = life.output
-        if life.state is State.ENCODING:
+        if life.state is OutputState.ENCODING:
             lacks = [lives.prompts[i] for i in set(output.conditioning) if not lives.prompts[i].encoded]
             _require(len(lacks) == life.unencoded > 0, f"output {output.output_id} waits for nothing")
         else:
-            kind = Kind.DENOISE if life.state is State.DENOISING else Kind.DECODE
+            kind = Kind.DENOISE if life.state is OutputState.DENOISING else Kind.DECODE
             _require(bool(life.todo or life.in_flight), f"output {output.output_id} is forgotten")
             in_line = ready.contains((kind, output.keys[kind]), output.output_id)
             _require(in_line == bool(life.todo), f"output {output.output_id} is not in line")
     for conditioning_id, prompt in lives.prompts.items():
         _require(bool(prompt.wanted_by) or prompt.asked, f"prompt {conditioning_id} is kept for nobody")
-        wanted = prompt.asked or any(lives.of[output_id].state is State.ENCODING for output_id in prompt.wanted_by)
+        wanted = prompt.asked or any(
+            lives.of[output_id].state is OutputState.ENCODING for output_id in prompt.wanted_by
+        )
         flying = (prompt.batch_id, conditioning_id) in encoding
         if wanted and not prompt.encoded:
             in_line = ready.contains((Kind.ENCODE, prompt.key), conditioning_id)
             _require(in_line != flying, f"prompt {conditioning_id} is forgotten, or encoded twice")
     for key in {output.keys[Kind.DENOISE] for output in (life.output for life in running)}:
         members = [life.output for life in running if life.output.keys[Kind.DENOISE] == key]
-        members = [output for output in members if lives.of[output.output_id].state is State.DENOISING]
+        members = [output for output in members if lives.of[output.output_id].state is OutputState.DENOISING]
         tally = lives.denoising(key)
         rows = sum(output.rows_per_step for output in members)
         _require((tally.num_outputs, tally.num_rows) == (len(members), rows), "rows that take steps")

@@ -17,16 +17,16 @@ from safelight_server.scheduler.ready import ReadyQueues
 from safelight_server.scheduler.types import (
     TRANSITIONS,
     Batch,
-    Encoded,
+    EmbeddingReady,
+    EmbeddingReleased,
     Event,
-    Failed,
     InvariantError,
     Kind,
     Member,
-    Output,
-    Released,
-    State,
-    Stepped,
+    OutputFailed,
+    OutputState,
+    ScheduledOutput,
+    StepCompleted,
 )
 from safelight_server.scheduler.waiting import WaitingQueue
 
@@ -42,8 +42,8 @@ class Life:
         in_flight: parts that are in a batch.
     """
 
-    output: Output
-    state: State = State.WAITING
+    output: ScheduledOutput
+    state: OutputState = OutputState.WAITING
     step: int = 0
     unencoded: int = 0
     todo: list[int] = field(default_factory=list)
@@ -90,7 +90,7 @@ class Lives:
         """The outputs that take steps under a key, in a batch or not."""
         return self._denoising.get(key) or Denoising()
 
-    def add(self, output: Output) -> None:
+    def add(self, output: ScheduledOutput) -> None:
         """A new output waits."""
         self.of[output.output_id] = Life(output, step=output.first_step)
         self._waiting.push(output)
@@ -112,7 +112,7 @@ class Lives:
                 if prompt.batch_id is None:
                     self._ready.push((Kind.ENCODE, prompt.key), conditioning_id)
         if life.unencoded:
-            self._move(life, State.ENCODING)
+            self._move(life, OutputState.ENCODING)
         else:
             self._ready_to_step(life)
 
@@ -134,10 +134,10 @@ class Lives:
             self._ready.discard((Kind.PREVIEW, key), output_id)
 
     def ask(self, conditioning_id: str, key: str) -> list[Event]:
-        """Someone wants a prompt's embedding itself: `Encoded` follows, at once where it is there."""
+        """Someone wants a prompt's embedding itself: `EmbeddingReady` follows, at once where it is there."""
         prompt = self.prompts.setdefault(conditioning_id, Prompt(key))
         if prompt.encoded:
-            return [Encoded(conditioning_id)]
+            return [EmbeddingReady(conditioning_id)]
         prompt.asked = True
         if prompt.batch_id is None:
             self._ready.push((Kind.ENCODE, key), conditioning_id)
@@ -167,7 +167,7 @@ class Lives:
             self._ready_to_decode(life)
         else:
             self._ready_to_step(life)
-        return [Stepped(output_id, life.step, last)]
+        return [StepCompleted(output_id, life.step, last)]
 
     def encoding(self, batch: Batch) -> None:
         """Its prompts are in a batch."""
@@ -199,14 +199,14 @@ class Lives:
             answer = self._answer(member, failed=True)
         else:
             ids, answer = [member] if member in self.of else [], []
-        return answer + [event for output_id in ids for event in (*self.end(output_id), Failed(output_id))]
+        return answer + [event for output_id in ids for event in (*self.end(output_id), OutputFailed(output_id))]
 
     def end(self, output_id: int) -> list[Event]:
         """Ends an output: it leaves every queue, and prompts that only it wanted are released."""
         life = self.of.pop(output_id)
-        if life.state is State.WAITING:
+        if life.state is OutputState.WAITING:
             self._waiting.remove(output_id)
-        self._move(life, State.ENDED)
+        self._move(life, OutputState.ENDED)
         self._deadlines.set(output_id, None)
         for kind in (Kind.DENOISE, Kind.DECODE):
             self._ready.discard((kind, life.output.keys[kind]), output_id)
@@ -215,26 +215,26 @@ class Lives:
 
     def _encoding(self, prompt: Prompt) -> list[Life]:
         lives = (self.of[output_id] for output_id in sorted(prompt.wanted_by))
-        return [life for life in lives if life.state is State.ENCODING]
+        return [life for life in lives if life.state is OutputState.ENCODING]
 
     def _ready_to_step(self, life: Life) -> None:
-        if life.state is not State.DENOISING:
-            self._move(life, State.DENOISING)
+        if life.state is not OutputState.DENOISING:
+            self._move(life, OutputState.DENOISING)
         life.todo = list(range(life.output.rows_per_step))
         self._ready.push((Kind.DENOISE, life.output.keys[Kind.DENOISE]), life.output.output_id)
 
     def _ready_to_decode(self, life: Life) -> None:
-        self._move(life, State.DECODING)
+        self._move(life, OutputState.DECODING)
         life.todo = [0]
         self._ready.push((Kind.DECODE, life.output.keys[Kind.DECODE]), life.output.output_id)
 
-    def _move(self, life: Life, state: State) -> None:
+    def _move(self, life: Life, state: OutputState) -> None:
         if state not in TRANSITIONS[life.state]:
             raise InvariantError(f"output {life.output.output_id}: {life.state} -> {state}")
-        self.num_running += (life.state is State.WAITING) - (state is State.ENDED)
+        self.num_running += (life.state is OutputState.WAITING) - (state is OutputState.ENDED)
         key, rows = life.output.keys[Kind.DENOISE], life.output.rows_per_step
         for at, change in ((life.state, -1), (state, 1)):
-            if at is State.DENOISING:
+            if at is OutputState.DENOISING:
                 tally = self._denoising.setdefault(key, Denoising())
                 tally.num_outputs += change
                 tally.num_rows += change * rows
@@ -242,7 +242,7 @@ class Lives:
                     del self._denoising[key]
         life.state = state
 
-    def _release(self, output: Output) -> list[Event]:
+    def _release(self, output: ScheduledOutput) -> list[Event]:
         events: list[Event] = []
         for conditioning_id in dict.fromkeys(output.conditioning):
             prompt = self.prompts[conditioning_id]
@@ -256,7 +256,7 @@ class Lives:
         if not prompt.asked:
             return []
         prompt.asked = False
-        return [Encoded(conditioning_id, failed), *self._release_prompt(conditioning_id)]
+        return [EmbeddingReady(conditioning_id, failed), *self._release_prompt(conditioning_id)]
 
     def _release_prompt(self, conditioning_id: str) -> list[Event]:
         prompt = self.prompts[conditioning_id]
@@ -264,4 +264,4 @@ class Lives:
             return []
         del self.prompts[conditioning_id]
         self._ready.discard((Kind.ENCODE, prompt.key), conditioning_id)
-        return [Released(conditioning_id)]
+        return [EmbeddingReleased(conditioning_id)]

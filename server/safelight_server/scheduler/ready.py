@@ -23,7 +23,7 @@ TOGETHER = 0
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _QueuePosition:
     turn: Turn
     group: int
 
@@ -32,7 +32,7 @@ class ReadyQueues:
     """Members in line, by queue. A queue that is empty is not kept."""
 
     def __init__(self) -> None:
-        self._lines: dict[Queue, OrderedDict[Member, _Place]] = {}
+        self._lines: dict[Queue, OrderedDict[Member, _QueuePosition]] = {}
         self._turns = itertools.count()
         self._groups = itertools.count(TOGETHER + 1)
 
@@ -63,7 +63,9 @@ class ReadyQueues:
 
     def push(self, queue: Queue, member: Member) -> None:
         """Adds a member at the end of a line; one that is in it already keeps its place."""
-        self._lines.setdefault(queue, OrderedDict()).setdefault(member, _Place((next(self._turns), 0), TOGETHER))
+        self._lines.setdefault(queue, OrderedDict()).setdefault(
+            member, _QueuePosition((next(self._turns), 0), TOGETHER)
+        )
 
     def push_first(self, queue: Queue, members: Sequence[Member], *, apart: bool) -> None:
         """Puts the members of a failed batch first in line; `apart`: as two halves."""
@@ -74,7 +76,7 @@ class ReadyQueues:
         turn = (number, before - 1)
         middle = (len(members) + 1) // 2 if apart else len(members)
         for half in (members[middle:], members[:middle]):
-            place = _Place(turn, next(self._groups) if apart else TOGETHER)
+            place = _QueuePosition(turn, next(self._groups) if apart else TOGETHER)
             for member in reversed(half):
                 line[member] = place
                 line.move_to_end(member, last=False)

@@ -28,7 +28,7 @@ class Priority(enum.IntEnum):
 WEIGHTS = {Priority.INTERACTIVE: 8, Priority.STANDARD: 4, Priority.BATCH: 1}
 
 
-class State(enum.Enum):
+class OutputState(enum.Enum):
     """Where an output is in its life."""
 
     WAITING = "waiting"
@@ -38,17 +38,19 @@ class State(enum.Enum):
     ENDED = "ended"
 
 
-TRANSITIONS: Mapping[State, frozenset[State]] = {
-    State.WAITING: frozenset({State.ENCODING, State.DENOISING, State.DECODING, State.ENDED}),
-    State.ENCODING: frozenset({State.DENOISING, State.ENDED}),
-    State.DENOISING: frozenset({State.DECODING, State.ENDED}),
-    State.DECODING: frozenset({State.ENDED}),
-    State.ENDED: frozenset(),
+TRANSITIONS: Mapping[OutputState, frozenset[OutputState]] = {
+    OutputState.WAITING: frozenset(
+        {OutputState.ENCODING, OutputState.DENOISING, OutputState.DECODING, OutputState.ENDED}
+    ),
+    OutputState.ENCODING: frozenset({OutputState.DENOISING, OutputState.ENDED}),
+    OutputState.DENOISING: frozenset({OutputState.DECODING, OutputState.ENDED}),
+    OutputState.DECODING: frozenset({OutputState.ENDED}),
+    OutputState.ENDED: frozenset(),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class ScheduledOutput:
     """One picture of a generation: the unit that is scheduled.
 
     Attributes:
@@ -109,7 +111,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Stepped:
+class StepCompleted:
     """All rows of a step are back. `step` steps are made now; `last`: no more follow."""
 
     output_id: int
@@ -118,42 +120,42 @@ class Stepped:
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
+class OutputDecoded:
     """The picture is there; the output has ended."""
 
     output_id: int
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class OutputFailed:
     """The output has ended without a picture."""
 
     output_id: int
 
 
 @dataclass(frozen=True, slots=True)
-class Expired:
+class OutputExpired:
     """The deadline has passed; the output has ended."""
 
     output_id: int
 
 
 @dataclass(frozen=True, slots=True)
-class Released:
+class EmbeddingReleased:
     """No output needs this embedding any more."""
 
     conditioning_id: str
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EmbeddingReady:
     """An embedding that was asked for by itself is there; `failed`: there is none."""
 
     conditioning_id: str
     failed: bool = False
 
 
-Event = Stepped | Decoded | Failed | Expired | Released | Encoded
+Event = StepCompleted | OutputDecoded | OutputFailed | OutputExpired | EmbeddingReleased | EmbeddingReady
 
 
 class CostModel(Protocol):

@@ -21,7 +21,7 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from safelight_server.scheduler.types import WEIGHTS, Output, Priority
+from safelight_server.scheduler.types import WEIGHTS, Priority, ScheduledOutput
 
 Place = tuple[float, int, int]
 """Deadline, arrival, output: the order of a caller's outputs."""
@@ -29,7 +29,7 @@ Place = tuple[float, int, int]
 
 @dataclass(slots=True)
 class _Waiting:
-    output: Output
+    output: ScheduledOutput
     priority: Priority
     place: Place
 
@@ -60,7 +60,7 @@ class WaitingQueue:
         """Outputs of a caller, over all classes."""
         return self._by_caller.get(caller, 0)
 
-    def push(self, output: Output) -> None:
+    def push(self, output: ScheduledOutput) -> None:
         """Adds an output to its class."""
         self._insert(output, output.priority, (_latest(output.deadline), next(self._arrivals), output.output_id))
 
@@ -82,7 +82,7 @@ class WaitingQueue:
         """Takes an output out."""
         self._take(output_id)
 
-    def pop(self) -> Output | None:
+    def pop(self) -> ScheduledOutput | None:
         """The output that starts next."""
         filled = [priority for priority in Priority if self._counts[priority]]
         if not filled:
@@ -100,7 +100,7 @@ class WaitingQueue:
         turns = itertools.zip_longest(*self._callers[priority].values())
         return [place[2] for turn in turns for place in turn if place is not None]
 
-    def _insert(self, output: Output, priority: Priority, place: Place) -> None:
+    def _insert(self, output: ScheduledOutput, priority: Priority, place: Place) -> None:
         if not self._counts[priority]:
             self._passes[priority] = max(self._passes[priority], self._last_pass)
         bisect.insort(self._callers[priority].setdefault(output.caller, []), place)

@@ -1,7 +1,7 @@
 """What each client stream of a generation is sent: a reliable lane and newest-wins slots.
 
 `log.py` has a generation's events, `watcher.py` one stream of them,
-`previews.py` the previews of that stream, `wire.py` the bytes. Invariants:
+`previews.py` the previews of that stream, `serialization.py` the bytes. Invariants:
 reliable events reach every stream complete and in order, and Finished is the
 last; a slow stream costs one slot per output and slows nobody; a preview is
 made only for a stream that is waiting for something to send, and is never sent

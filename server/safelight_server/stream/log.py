@@ -6,27 +6,27 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from safelight_server.errors import QueueFullError
-from safelight_server.events import Accepted, Event, Finished, OutputFinished, Progress, Queued, StateEvent
-from safelight_server.picture import Encoded
+from safelight_server.domain.errors import QueueFullError
+from safelight_server.domain.events import Accepted, Event, Finished, OutputFinished, Progress, Queued, StateEvent
+from safelight_server.domain.picture import EncodedPicture
+from safelight_server.domain.request import PreviewPolicy
 from safelight_server.preview import Frame
-from safelight_server.request import PreviewPolicy
-from safelight_server.resolve.faults import Faults
-from safelight_server.stream.watcher import Slot, Story, Watcher
-from safelight_server.stream.wire import Artifact, State, artifact, serialize
+from safelight_server.stream.serialization import SerializedArtifact, SerializedEvent, artifact, serialize
+from safelight_server.stream.watcher import LossySlot, SharedStreamState, Watcher
+from safelight_server.validation.violations import Violations
 
 QUEUED = ("queued", 0)
 RETRY_S = 1.0
 """Nothing says when a client will close a stream."""
 
 
-class Journal(Protocol):
+class DurableWriter(Protocol):
     """Writes down what streams may rely on, in order, and then has it shown."""
 
     def event(self, event: StateEvent, sequence: int, data: bytes, show: Callable[[], None]) -> None:
         """Takes a state event."""
 
-    def picture(self, output_index: int, picture: Encoded, show: Callable[[], None]) -> None:
+    def picture(self, output_index: int, picture: EncodedPicture, show: Callable[[], None]) -> None:
         """Takes a finished picture."""
 
 
@@ -47,11 +47,11 @@ class EventLog:
 
     def __init__(self, generation: str, clock: Callable[[], float], *, chunk_bytes: int, max_watchers: int) -> None:
         self.generation = generation
-        self.journal: Journal | None = None
+        self.journal: DurableWriter | None = None
         self.watchers: set[Watcher] = set()
         self.last_sequence = 0
         self._clock = clock
-        self._story = Story(generation, clock)
+        self._story = SharedStreamState(generation, clock)
         self._counts = self._story.counts
         self._chunk_bytes = chunk_bytes
         self._max_watchers = max_watchers
@@ -75,7 +75,7 @@ class EventLog:
                 self._story.newest.pop(QUEUED, None)
                 self._offer(("progress", event.output_index), event)
 
-    def artifact(self, output_index: int, picture: Encoded) -> None:
+    def artifact(self, output_index: int, picture: EncodedPicture) -> None:
         """Appends a finished picture."""
         self._end_output(output_index)
         item = artifact(self.generation, output_index, picture, self._chunk_bytes)
@@ -85,7 +85,7 @@ class EventLog:
         else:
             self.journal.picture(output_index, picture, functools.partial(self._show, item))
 
-    def replay(self, item: State) -> None:
+    def replay(self, item: SerializedEvent) -> None:
         """Takes a state event as it was published elsewhere."""
         self.last_sequence = item.sequence
         if item.ends_output is not None:
@@ -133,7 +133,7 @@ class EventLog:
                 retry_after_s=RETRY_S,
             )
         offsets = artifact_offsets or {}
-        faults = Faults()
+        faults = Violations()
         newest = f"the newest sequence is {self.last_sequence}"
         faults.check(after_sequence <= self.last_sequence, "after_sequence", newest)
         for index, offset in offsets.items():
@@ -191,19 +191,19 @@ class EventLog:
         if ends is not None:
             self._end_output(ends)
         data = serialize(self.generation, event, self.last_sequence)
-        item = State(self.last_sequence, data, ends, is_last)
+        item = SerializedEvent(self.last_sequence, data, ends, is_last)
         if self.journal is None:
             self._show(item)
         else:
             self.journal.event(event, self.last_sequence, data, functools.partial(self._show, item))
 
-    def _show(self, item: State | Artifact) -> None:
+    def _show(self, item: SerializedEvent | SerializedArtifact) -> None:
         self._story.items.append(item)
-        self._story.closed = isinstance(item, State) and item.is_last
+        self._story.closed = isinstance(item, SerializedEvent) and item.is_last
         for watcher in self.watchers:
             watcher.wake()
 
-    def _offer(self, slot: Slot, event: Event) -> None:
+    def _offer(self, slot: LossySlot, event: Event) -> None:
         self._story.newest[slot] = serialize(self.generation, event)
         for watcher in self.watchers:
             watcher.offer(slot)

@@ -14,13 +14,13 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from safelight_server.preview import Budget, Cadence, Frame, Rendered
-from safelight_server.request import PreviewMethod, PreviewPolicy
+from safelight_server.domain.request import PreviewMethod, PreviewPolicy
+from safelight_server.preview import Budget, Cadence, Frame, RenderedPreview
 from safelight_server.telemetry import Stage, tracing
 
 
 @dataclass(slots=True)
-class Counts:
+class PreviewCounts:
     """Previews of all streams of a generation: handed over (with their bytes), passed over, and when the first was."""
 
     num_sent: int = 0
@@ -30,12 +30,12 @@ class Counts:
 
 
 @dataclass(eq=False, slots=True)
-class _Making:
+class _PreviewSlot:
     """A preview from its beginning until it is taken; `rendered` once it is ready."""
 
     budget: Budget
     num_dropped: int
-    rendered: Rendered | None = None
+    rendered: RenderedPreview | None = None
 
 
 class Previews:
@@ -51,7 +51,7 @@ class Previews:
         self,
         policy: PreviewPolicy,
         clock: Callable[[], float],
-        counts: Counts,
+        counts: PreviewCounts,
         ready: Callable[[int], None],
     ) -> None:
         self._clock = clock
@@ -61,7 +61,7 @@ class Previews:
         self._open = False
         self._closed = False
         self._waiting: dict[int, Frame] = {}
-        self._making: dict[int, _Making] = {}
+        self._making: dict[int, _PreviewSlot] = {}
         self._dropped: dict[int, int] = {}
         self._ended: set[int] = set()
         self.set_policy(policy)
@@ -117,13 +117,15 @@ class Previews:
             if not self._budget.hold(self._clock()):
                 return
             frame, policy = self._waiting.pop(output_index), self._policy
-            making = self._making[output_index] = _Making(self._budget, self._dropped.pop(output_index, 0))
+            making = self._making[output_index] = _PreviewSlot(self._budget, self._dropped.pop(output_index, 0))
             stage = self._stage.begin("preview", {"safelight.output": output_index, "safelight.step": frame.step})
             with stage.as_current():
                 task = frame.preview(policy.method, policy.encoding, policy.max_edge_px)
             task.add_done_callback(functools.partial(self._made, output_index, making, stage))
 
-    def _made(self, output_index: int, making: _Making, stage: Stage, task: asyncio.Task[Rendered | None]) -> None:
+    def _made(
+        self, output_index: int, making: _PreviewSlot, stage: Stage, task: asyncio.Task[RenderedPreview | None]
+    ) -> None:
         stage.end()
         if self._making.get(output_index) is not making:
             making.budget.settle(0)  # the output ended meanwhile
@@ -140,7 +142,7 @@ class Previews:
 
     # --- what goes ---
 
-    def take(self, output_index: int) -> tuple[Rendered, int] | None:
+    def take(self, output_index: int) -> tuple[RenderedPreview, int] | None:
         """The preview that is ready, and how many were passed over between the one before and it."""
         making = self._making.get(output_index)
         if making is None or making.rendered is None:

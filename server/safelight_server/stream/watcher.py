@@ -6,18 +6,18 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 
+from safelight_server.domain.request import PreviewPolicy
 from safelight_server.preview import Frame
-from safelight_server.request import PreviewPolicy
-from safelight_server.stream.previews import Counts, Previews
-from safelight_server.stream.wire import Artifact, State, preview
+from safelight_server.stream.previews import PreviewCounts, Previews
+from safelight_server.stream.serialization import SerializedArtifact, SerializedEvent, preview
 
 PREVIEW = "preview"
-Slot = tuple[str, int]
+LossySlot = tuple[str, int]
 """Kind of a newest-wins event, and its output."""
 
 
 @dataclass(eq=False, slots=True)
-class Story:
+class SharedStreamState:
     """What all streams of a generation share.
 
     Attributes:
@@ -28,9 +28,9 @@ class Story:
 
     generation: str
     clock: Callable[[], float]
-    items: list[State | Artifact] = field(default_factory=list)
-    newest: dict[Slot, bytes] = field(default_factory=dict)
-    counts: Counts = field(default_factory=Counts)
+    items: list[SerializedEvent | SerializedArtifact] = field(default_factory=list)
+    newest: dict[LossySlot, bytes] = field(default_factory=dict)
+    counts: PreviewCounts = field(default_factory=PreviewCounts)
     closed: bool = False
 
 
@@ -45,7 +45,7 @@ class Watcher:
 
     def __init__(
         self,
-        story: Story,
+        story: SharedStreamState,
         policy: PreviewPolicy,
         after_sequence: int,
         artifact_offsets: Mapping[int, int],
@@ -57,7 +57,7 @@ class Watcher:
         self._leave = leave
         self._cursor = 0
         self._piece: int | None = None
-        self._slots: dict[Slot, None] = dict.fromkeys(story.newest)
+        self._slots: dict[LossySlot, None] = dict.fromkeys(story.newest)
         self._previews = Previews(policy, story.clock, story.counts, self._preview_ready)
         self._wakeup = asyncio.Event()
         self._closed = False
@@ -96,7 +96,7 @@ class Watcher:
         """There are new items."""
         self._wakeup.set()
 
-    def offer(self, slot: Slot) -> None:
+    def offer(self, slot: LossySlot) -> None:
         """There is a newest-wins event; one that has not been sent keeps its place in the line."""
         self._slots[slot] = None
         self._wakeup.set()
@@ -124,7 +124,7 @@ class Watcher:
         items = self._story.items
         while self._cursor < len(items):
             item = items[self._cursor]
-            data = self._piece_of(item) if isinstance(item, Artifact) else self._state(item)
+            data = self._piece_of(item) if isinstance(item, SerializedArtifact) else self._state(item)
             if data is not None:
                 return data
         while self._slots:
@@ -135,7 +135,7 @@ class Watcher:
                 return data
         return None
 
-    def _state(self, state: State) -> bytes | None:
+    def _state(self, state: SerializedEvent) -> bytes | None:
         self._cursor += 1
         if state.ends_output is not None:
             self._previews.end(state.ends_output)
@@ -143,7 +143,7 @@ class Watcher:
             self._slots.clear()
         return state.data if state.sequence > self._after else None
 
-    def _piece_of(self, artifact: Artifact) -> bytes | None:
+    def _piece_of(self, artifact: SerializedArtifact) -> bytes | None:
         """The next piece of the picture at the cursor; None, and on to the next item, when there is no more."""
         offset = self._offsets.get(artifact.output_index, 0)
         if self._piece is None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
 from safelight_server.telemetry.figures import Distribution, by_label, distributions, value
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -26,7 +26,7 @@ NO_CALL: AbstractContextManager[object] = nullcontext()
 """In place of `CallSpans` where nobody is traced."""
 
 
-class Served(Protocol):
+class TracedOutput(Protocol):
     """Whom a call serves, in one trace."""
 
     def call(self, name: str, now_ns: int, attributes: Attributes, linked: Stage | None) -> Stage:
@@ -121,7 +121,7 @@ class Trail:
             self._stage = None
 
 
-class Making:
+class PreviewSpan:
     """A preview that is being made, as calls see it."""
 
     def __init__(self, stage: Stage) -> None:
@@ -144,7 +144,7 @@ class CallSpans:
         batch: attributes of the batch's own span.
     """
 
-    def __init__(self, name: str, served: Sequence[tuple[Served, Attributes]], batch: Attributes) -> None:
+    def __init__(self, name: str, served: Sequence[tuple[TracedOutput, Attributes]], batch: Attributes) -> None:
         now_ns = time.time_ns()
         self._served = [one for one, _ in served]
         first, attributes = served[0]

@@ -25,7 +25,7 @@ WINDOW_GROWTH = 0.05
 """Of the calls given at once, with every success."""
 
 
-class State(enum.Enum):
+class EndpointState(enum.Enum):
     """Where an endpoint is."""
 
     UP = "up"
@@ -46,7 +46,7 @@ class Backoff:
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
+class CallTicket:
     """A call that is under way; `number` counts the calls of its endpoint from the first."""
 
     endpoint: int
@@ -58,7 +58,7 @@ class Ticket:
 
 @dataclass(slots=True)
 class _Endpoint:
-    state: State = State.DOWN
+    state: EndpointState = EndpointState.DOWN
     due: float = 0.0
     window: float = 1.0
     failures: int = 0
@@ -92,9 +92,9 @@ class Endpoints:
     @property
     def num_live(self) -> int:
         """Instances of endpoints that are UP."""
-        return self._calls_each * sum(endpoint.state is State.UP for endpoint in self._endpoints)
+        return self._calls_each * sum(endpoint.state is EndpointState.UP for endpoint in self._endpoints)
 
-    def state(self, endpoint: int) -> State:
+    def state(self, endpoint: int) -> EndpointState:
         """Where it is."""
         return self._endpoints[endpoint].state
 
@@ -111,7 +111,7 @@ class Endpoints:
         places: dict[int, list[int]] = {}
         for instance in sorted(free, reverse=True):
             at = self.endpoint_of(instance)
-            if self._endpoints[at].state is State.UP:
+            if self._endpoints[at].state is EndpointState.UP:
                 places.setdefault(at, []).append(instance)
         calls = sum(endpoint.num_calls for endpoint in self._endpoints)
         typical_s = sum(endpoint.work_s for endpoint in self._endpoints) / calls if calls else 1.0
@@ -131,43 +131,43 @@ class Endpoints:
 
     # --- what becomes of calls ---
 
-    def begin(self, instance: int, work_s: float) -> Ticket:
+    def begin(self, instance: int, work_s: float) -> CallTicket:
         """A call that will take about `work_s` goes to the instance's endpoint."""
         at = self.endpoint_of(instance)
         endpoint = self._endpoints[at]
         endpoint.num_begun += 1
-        ticket = Ticket(at, endpoint.epoch, work_s, endpoint.num_begun, began_alone=not endpoint.num_calls)
+        ticket = CallTicket(at, endpoint.epoch, work_s, endpoint.num_begun, began_alone=not endpoint.num_calls)
         endpoint.num_calls += 1
         endpoint.work_s += work_s
         return ticket
 
-    def end(self, ticket: Ticket) -> None:
+    def end(self, ticket: CallTicket) -> None:
         """The call is over, or given up."""
         endpoint = self._endpoints[ticket.endpoint]
         endpoint.num_calls -= 1
         endpoint.work_s = endpoint.work_s - ticket.work_s if endpoint.num_calls else 0.0
 
-    def succeeded(self, ticket: Ticket) -> None:
+    def succeeded(self, ticket: CallTicket) -> None:
         """The call brought results: its endpoint is trusted again."""
         endpoint = self._endpoints[ticket.endpoint]
         if ticket.epoch == endpoint.epoch:
             endpoint.failures = 0
             endpoint.window = min(float(self._calls_each), endpoint.window + WINDOW_GROWTH)
 
-    def eject(self, ticket: Ticket, now: float) -> bool:
+    def eject(self, ticket: CallTicket, now: float) -> bool:
         """The call showed that its endpoint cannot work.
 
         Returns:
             Whether the endpoint was UP until now.
         """
         endpoint = self._endpoints[ticket.endpoint]
-        if ticket.epoch != endpoint.epoch or endpoint.state is not State.UP:
+        if ticket.epoch != endpoint.epoch or endpoint.state is not EndpointState.UP:
             return False
         endpoint.epoch += 1
         self._down(endpoint, now)
         return True
 
-    def refused(self, ticket: Ticket, now: float) -> bool:
+    def refused(self, ticket: CallTicket, now: float) -> bool:
         """The endpoint had no room for the call, which has ended, beside those that are under way still.
 
         Returns:
@@ -185,29 +185,31 @@ class Endpoints:
 
     def next_probe(self) -> float | None:
         """When `probe` has something to do; None while all are UP or being probed."""
-        return min((endpoint.due for endpoint in self._endpoints if endpoint.state is State.DOWN), default=None)
+        return min((endpoint.due for endpoint in self._endpoints if endpoint.state is EndpointState.DOWN), default=None)
 
     def probe(self, now: float) -> list[int]:
         """The endpoints to be probed now; each is PROBING until `probed`."""
         due = [
-            at for at, endpoint in enumerate(self._endpoints) if endpoint.state is State.DOWN and endpoint.due <= now
+            at
+            for at, endpoint in enumerate(self._endpoints)
+            if endpoint.state is EndpointState.DOWN and endpoint.due <= now
         ]
         for at in due:
-            self._endpoints[at].state = State.PROBING
+            self._endpoints[at].state = EndpointState.PROBING
         return due
 
     def probed(self, at: int, works: bool, now: float) -> None:
         """What a probe found."""
         endpoint = self._endpoints[at]
-        if endpoint.state is not State.PROBING:
+        if endpoint.state is not EndpointState.PROBING:
             raise ValueError(f"endpoint {at} is {endpoint.state.value}, not being probed")
         if works:
-            endpoint.state = State.UP
+            endpoint.state = EndpointState.UP
             endpoint.window = float(self._calls_each)
         else:
             self._down(endpoint, now)
 
     def _down(self, endpoint: _Endpoint, now: float) -> None:
-        endpoint.state = State.DOWN
+        endpoint.state = EndpointState.DOWN
         endpoint.due = now + self._backoff.wait_s(endpoint.failures, self._chance())
         endpoint.failures += 1

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from safelight_server import model_config
-from safelight_server.catalog import Catalog
-from safelight_server.model_config import ModelConfig
-from safelight_server.runtime.base import Component
-from safelight_server.runtime.verification import InputSpec
 from tritonclient.grpc import model_config_pb2 as pb
+
+from safelight_server.catalog import config_pbtxt
+from safelight_server.catalog.catalog import Catalog
+from safelight_server.catalog.config_pbtxt import ModelConfig
+from safelight_server.domain.component import Component
+from safelight_server.runtime.verification import InputSpec
 
 ModelKey = tuple[str, Component]
 
@@ -62,7 +63,7 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedModel:
     """A model as a server has it."""
 
     max_rows: int
@@ -94,12 +95,12 @@ def models_of(catalog: Catalog) -> list[Model]:
     for pipeline in catalog.pipelines.values():
         for component, file in pipeline.files.items():
             at = pipeline.manifest.components[component]
-            expected = model_config.read(file.parent.parent / "config.pbtxt")
+            expected = config_pbtxt.read(file.parent.parent / "config.pbtxt")
             found.append(Model((pipeline.name, component), at.model, str(at.version), expected))
     return found
 
 
-def served(model: Model, config: pb.ModelConfig) -> Served:
+def served(model: Model, config: pb.ModelConfig) -> ServedModel:
     """The server's side of a model.
 
     Raises:
@@ -111,7 +112,7 @@ def served(model: Model, config: pb.ModelConfig) -> Served:
         faults.append("max_batch_size is 0")
     if faults:
         raise ModelMismatch(f"{model.name}: " + "; ".join(faults))
-    return Served(min(model.expected.max_rows, config.max_batch_size), inputs, outputs)
+    return ServedModel(min(model.expected.max_rows, config.max_batch_size), inputs, outputs)
 
 
 def _tensors(model: Model, tensors: list[pb.ModelInput] | list[pb.ModelOutput]) -> dict[str, Tensor]:

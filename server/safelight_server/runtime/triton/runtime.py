@@ -19,20 +19,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import structlog
-from safelight_server.catalog import Catalog, ManifestError
-from safelight_server.model_config import ConfigError
+
+from safelight_server.catalog.catalog import Catalog, ManifestError
+from safelight_server.catalog.config_pbtxt import ConfigError
+from safelight_server.domain.component import Component
+from safelight_server.domain.tensors import FloatArray
 from safelight_server.runtime import onnx, verification
-from safelight_server.runtime.base import (
-    Component,
-    CostCurve,
-    Fault,
-    FloatArray,
-    Inputs,
-    RuntimeFailure,
-    RuntimeStartError,
-)
+from safelight_server.runtime.base import CostCurve, FaultOrigin, Inputs, RuntimeFailure, RuntimeStartError
 from safelight_server.runtime.triton.client import BUSY, ENDPOINT_DOWN, CallFailed, Trouble
-from safelight_server.runtime.triton.endpoints import Backoff, Endpoints, State, Ticket
+from safelight_server.runtime.triton.endpoints import Backoff, CallTicket, Endpoints, EndpointState
 from safelight_server.runtime.triton.models import ModelKey, ModelMismatch, models_of
 from safelight_server.runtime.triton.server import Server, SharedMemoryUse
 from safelight_server.sampler import VERSION as SAMPLER_VERSION
@@ -108,7 +103,7 @@ class TritonRuntime:
         while not self._costs:
             await asyncio.gather(*(self._probe(at) for at in self.endpoints.probe(self._clock())))
             for at, server in enumerate(self.servers):
-                if not self._costs and self.endpoints.state(at) is State.UP:
+                if not self._costs and self.endpoints.state(at) is EndpointState.UP:
                     await self._measure(at, server)
             if not self._costs:
                 if self._clock() > until:
@@ -205,13 +200,13 @@ class TritonRuntime:
         except CallFailed as failure:
             self.endpoints.end(ticket)
             url = self.servers[ticket.endpoint].url
-            fault = Fault.ROWS
+            fault = FaultOrigin.ROWS
             if failure.trouble in ENDPOINT_DOWN:
-                fault = Fault.INSTANCE
+                fault = FaultOrigin.INSTANCE
                 self._ejected(ticket, failure, self.endpoints.eject(ticket, self._clock()))
             elif failure.trouble in BUSY:
                 self._ejected(ticket, failure, self.endpoints.refused(ticket, self._clock()))
-                fault = Fault.NOBODY
+                fault = FaultOrigin.NOBODY
             retryable = failure.trouble is not Trouble.BAD_REQUEST
             raise RuntimeFailure(f"{url}: {failure}", retryable=retryable, fault=fault) from failure
         except BaseException:
@@ -221,7 +216,7 @@ class TritonRuntime:
         self.endpoints.succeeded(ticket)
         return results
 
-    def _ejected(self, ticket: Ticket, failure: CallFailed, is_new: bool) -> None:
+    def _ejected(self, ticket: CallTicket, failure: CallFailed, is_new: bool) -> None:
         if is_new:
             log.warning("server_ejected", url=self.servers[ticket.endpoint].url, why=str(failure))
             self._why_down[ticket.endpoint] = str(failure)

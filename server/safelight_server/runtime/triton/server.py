@@ -17,10 +17,12 @@ import numpy as np
 import structlog
 import tritonclient.grpc.aio as triton
 from opentelemetry import trace
+
+from safelight_server.domain.tensors import Array, FloatArray
 from safelight_server.runtime import verification
-from safelight_server.runtime.base import Array, FloatArray, Inputs, StableRows
+from safelight_server.runtime.base import Inputs, StableRows
 from safelight_server.runtime.triton.client import CallFailed, Client, Trouble
-from safelight_server.runtime.triton.models import Model, ModelKey, Served, served
+from safelight_server.runtime.triton.models import Model, ModelKey, ServedModel, served
 from safelight_server.runtime.triton.shared_memory import Region, RegionPool, layout
 from safelight_server.telemetry import tracing
 
@@ -57,7 +59,7 @@ class Server:
         self.url = url
         self.version = ""
         self._models = {model.key: model for model in models}
-        self._served: dict[ModelKey, Served] = {}
+        self._served: dict[ModelKey, ServedModel] = {}
         self._client = Client(url)
         self._limit_s = limit_s
         self._must_share = use is SharedMemoryUse.ON
@@ -76,7 +78,7 @@ class Server:
         """Its regions, where it shares memory."""
         return self._pool
 
-    def served(self, key: ModelKey) -> Served:
+    def served(self, key: ModelKey) -> ServedModel:
         """A model as this server has it; after the first good probe."""
         return self._served[key]
 

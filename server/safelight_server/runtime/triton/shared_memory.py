@@ -28,7 +28,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import structlog
-from safelight_server.runtime.base import FloatArray, Inputs, StableRows
+
+from safelight_server.domain.tensors import FloatArray
+from safelight_server.runtime.base import Inputs, StableRows
 from safelight_server.runtime.triton.client import CallFailed
 from safelight_server.runtime.triton.models import ModelKey, Tensor
 

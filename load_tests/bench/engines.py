@@ -1,0 +1,134 @@
+"""An engine without streams, for benchmarks that compare runtimes: what its generations report, and CPU by process."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from safelight_server.catalog.catalog import Catalog
+from safelight_server.domain.errors import SafelightError
+from safelight_server.domain.tensors import FloatArray
+from safelight_server.engine.engine import Engine
+from safelight_server.engine.jobs import Job
+from safelight_server.engine.latents import Snapshot
+from safelight_server.runtime.base import Runtime
+from safelight_server.sampler import SamplerSpec, compile_table
+from safelight_server.scheduler import Priority
+from safelight_server.telemetry import Metrics, Trail
+
+from tests.triton.support import TritonServer
+
+IDS = itertools.count()
+CPUCLOCK_SCHED = 2
+"""Linux: with the complement of a process id above it, the clock of that process, in nanoseconds."""
+
+
+@dataclass(slots=True)
+class Watch:
+    """An output listener that notes when its steps were made."""
+
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    steps: list[float] = field(default_factory=list)
+    error: SafelightError | None = None
+
+    def trails(self) -> Sequence[Trail]:
+        """Not traced."""
+        return ()
+
+    def started(self) -> None:
+        """Nothing to note."""
+
+    def computed(self, seconds: float, rows: int) -> None:
+        """Nothing to note."""
+
+    def stepped(self, step: int, batch_size: int) -> None:
+        """A step was made now."""
+        self.steps.append(time.monotonic())
+
+    def wants_frame(self, step: int) -> bool:
+        """No previews."""
+        return False
+
+    def frame(self, step: int, denoised: FloatArray) -> None:
+        """No previews."""
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Nothing is kept."""
+        return False
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """Nothing is kept."""
+
+    def encoded(self, row: int, embedding: FloatArray) -> None:
+        """Nothing is kept."""
+
+    def decoded(self, image: FloatArray) -> None:
+        """The end."""
+        self.done.set()
+
+    def failed(self, error: SafelightError) -> None:
+        """The end."""
+        self.error = error
+        self.done.set()
+
+    def expired(self) -> None:
+        """The end."""
+        self.done.set()
+
+
+class Bench:
+    """An engine on a runtime, for generations of the default pipeline that nobody watches."""
+
+    def __init__(self, catalog: Catalog, runtime: Runtime) -> None:
+        self.engine = Engine(runtime, time.monotonic, Metrics(), max_running=256)
+        self._pipeline = catalog.get("")
+        assert self._pipeline.tokenizer is not None
+        encode = self._pipeline.tokenizer.encode
+        self._token_ids = encode("a red potion on a dark background").ids, encode("").ids
+
+    def submit(self, count: int, num_steps: int, guidance_scale: float = 3.0) -> list[Watch]:
+        """`count` generations at once; with a scale of 1 without guidance, a row a step."""
+        watches = [Watch() for _ in range(count)]
+        manifest = self._pipeline.manifest
+        latent, spec = manifest.latent, SamplerSpec("ddim", "trailing")
+        table = compile_table(spec, self._pipeline.schedule, manifest.prediction_type, num_steps)
+        token_ids = self._token_ids if guidance_scale != 1.0 else self._token_ids[:1]
+        for watch in watches:
+            number = next(IDS)
+            shape = (latent.channels, latent.height, latent.width)
+            job = Job(
+                number, "bench", Priority.STANDARD, self._pipeline, shape, table, number, guidance_scale, token_ids
+            )
+            self.engine.submit(job, watch)
+        return watches
+
+    async def finish(self, watches: Sequence[Watch]) -> None:
+        """Waits for all of them."""
+        for watch in watches:
+            await watch.done.wait()
+            if watch.error is not None:
+                raise watch.error
+
+
+def cpu_s(server: TritonServer | None) -> float:
+    """CPU seconds of this process and of a server with its stubs."""
+    used = time.process_time()
+    for pid in (server.pid, *server.stubs()) if server else ():
+        used += time.clock_gettime(~pid << 3 | CPUCLOCK_SCHED)
+    return used
+
+
+@asynccontextmanager
+async def on(catalog: Catalog, runtime: Runtime) -> AsyncIterator[Bench]:
+    """A started engine."""
+    await runtime.start()
+    bench = Bench(catalog, runtime)
+    try:
+        yield bench
+    finally:
+        await bench.engine.close()
+        await runtime.close()

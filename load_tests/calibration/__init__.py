@@ -1,0 +1,1 @@
+"""Measurements that the caches' constants were chosen by."""

@@ -1,0 +1,367 @@
+"""The gRPC services: each call from its metadata to its status. Reads as the way of a request.
+
+Streams hand serialized events through as they are. Errors become statuses in
+one place, before the first event and in mid-stream alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import TypeAlias, TypeVar
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError, Message
+from google.rpc import status_pb2
+from safelight.v1 import cache_pb2, models_pb2
+from safelight.v1 import generation_pb2 as pb
+
+from safelight_server import wire
+from safelight_server.api.identity import Identity
+from safelight_server.api.paging import page
+from safelight_server.api.quota import StreamQuota
+from safelight_server.cache.admin import CacheAdmin
+from safelight_server.catalog.catalog import Catalog
+from safelight_server.domain.caller import Caller
+from safelight_server.domain.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    FieldViolation,
+    GenerationCancelledError,
+    InternalError,
+    InvalidRequestError,
+    SafelightError,
+)
+from safelight_server.domain.request import PreviewPolicy
+from safelight_server.generations.generation import Generation
+from safelight_server.generations.registry import Generations
+from safelight_server.runtime.base import Runtime
+from safelight_server.stream import Watcher
+from safelight_server.telemetry import Metrics, Stage, Tracing
+from safelight_server.validation import (
+    RequestLimits,
+    find_model,
+    resolve_name,
+    resolve_preview,
+    resolve_priority,
+    resolve_purge,
+    resolve_request,
+)
+from safelight_server.validation.messages import draft_preview, draft_priority, draft_purge, draft_request
+
+log = structlog.get_logger(__name__)
+
+GENERATION_SERVICE = "safelight.v1.GenerationService"
+MODEL_SERVICE = "safelight.v1.ModelService"
+CACHE_SERVICE = "safelight.v1.CacheService"
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
+Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
+In = TypeVar("In", bound=Message)
+Out = TypeVar("Out", bound=Message)
+
+
+class Service:
+    """All services.
+
+    Args:
+        limits: of requests, beside the model's.
+        quota: of streams.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        catalog: Catalog,
+        runtime: Runtime,
+        generations: Generations,
+        caches: CacheAdmin,
+        limits: RequestLimits,
+        quota: StreamQuota,
+        metrics: Metrics,
+        tracer: Tracing,
+    ) -> None:
+        self._identity = identity
+        self._catalog = catalog
+        self._runtime = runtime
+        self._generations = generations
+        self._caches = caches
+        self._limits = limits
+        self._quota = quota
+        self._metrics = metrics
+        self._tracer = tracer
+
+    def handlers(self) -> list[grpc.GenericRpcHandler]:
+        """What a server is given."""
+        stream, call = self._stream, self._call
+        return [
+            grpc.method_handlers_generic_handler(
+                GENERATION_SERVICE,
+                {
+                    "Generate": stream("Generate", self.generate, pb.GenerateRequest),
+                    "WatchGeneration": stream("WatchGeneration", self.watch_generation, pb.WatchGenerationRequest),
+                    "UpdateGeneration": call("UpdateGeneration", self.update_generation, pb.UpdateGenerationRequest),
+                    "CancelGeneration": call("CancelGeneration", self.cancel_generation, pb.CancelGenerationRequest),
+                    "GetGeneration": call("GetGeneration", self.get_generation, pb.GetGenerationRequest),
+                },
+            ),
+            grpc.method_handlers_generic_handler(
+                MODEL_SERVICE,
+                {
+                    "ListModels": call("ListModels", self.list_models, models_pb2.ListModelsRequest),
+                    "GetModel": call("GetModel", self.get_model, models_pb2.GetModelRequest),
+                },
+            ),
+            grpc.method_handlers_generic_handler(
+                CACHE_SERVICE,
+                {
+                    "GetCacheStats": call("GetCacheStats", self.get_cache_stats, cache_pb2.GetCacheStatsRequest),
+                    "PurgeCache": call("PurgeCache", self.purge_cache, cache_pb2.PurgeCacheRequest),
+                },
+            ),
+        ]
+
+    # --- the way of a request ---
+
+    async def generate(
+        self, request: pb.GenerateRequest, caller: Caller, stream: _Stream
+    ) -> AsyncGenerator[bytes, None]:
+        """Starts a generation and watches it."""
+        with stream.stage.within("resolve"):
+            resolved = resolve_request(draft_request(request), self._catalog, self._limits)
+        generation = await self._generations.start(caller, resolved, stream.stage, stream.time_left_s)
+        async with aclosing(self._watch(generation, resolved.preview, stream)) as events:
+            async for event in events:
+                yield event
+
+    async def watch_generation(
+        self, request: pb.WatchGenerationRequest, caller: Caller, stream: _Stream
+    ) -> AsyncGenerator[bytes, None]:
+        """Watches a generation that exists."""
+        generation = await self._generations.find(caller, resolve_name(request.name, "generations"))
+        pipeline = self._generations.pipeline_of(generation)
+        policy = resolve_preview(draft_preview(request.preview), pipeline)
+        offsets = {offset.output_index: offset.offset for offset in request.artifact_offsets}
+        async with aclosing(self._watch(generation, policy, stream, request.after_sequence, offsets)) as events:
+            async for event in events:
+                yield event
+
+    async def _watch(
+        self,
+        generation: Generation,
+        policy: PreviewPolicy,
+        stream: _Stream,
+        after_sequence: int = 0,
+        offsets: dict[int, int] | None = None,
+    ) -> AsyncGenerator[bytes, None]:
+        structlog.contextvars.bind_contextvars(generation=generation.name)
+        stream.watches(generation)
+        watcher = self._generations.attach(generation, policy, stream.end, after_sequence, offsets)
+        stream.watcher = watcher
+        try:
+            async with aclosing(watcher.events()) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._generations.detach(generation, watcher)
+        if generation.error is not None:
+            raise generation.error
+
+    async def update_generation(
+        self, request: pb.UpdateGenerationRequest, caller: Caller
+    ) -> pb.UpdateGenerationResponse:
+        """Changes previews or priority."""
+        generation = await self._generations.find(caller, resolve_name(request.name, "generations"))
+        if generation.ended:
+            raise FailedPreconditionError(f"{generation.name} has ended")
+        policy = priority = None
+        if request.HasField("preview"):
+            policy = resolve_preview(draft_preview(request.preview), self._generations.pipeline_of(generation))
+        if request.HasField("scheduling"):
+            priority = resolve_priority(draft_priority(request.scheduling))
+        if policy is not None:  # nothing is changed before all is known to be good
+            generation.log.update_policy(policy)
+        if priority is not None:
+            self._generations.set_priority(generation, priority)
+        return pb.UpdateGenerationResponse(generation=wire.generation_message(generation.view()))
+
+    async def cancel_generation(
+        self, request: pb.CancelGenerationRequest, caller: Caller
+    ) -> pb.CancelGenerationResponse:
+        """Stops a generation."""
+        generation = await self._generations.find(caller, resolve_name(request.name, "generations"))
+        await self._generations.cancel(generation)
+        return pb.CancelGenerationResponse(generation=wire.generation_message(generation.view()))
+
+    async def get_generation(self, request: pb.GetGenerationRequest, caller: Caller) -> pb.GetGenerationResponse:
+        """Returns a generation."""
+        generation = await self._generations.find(caller, resolve_name(request.name, "generations"), tend=False)
+        return pb.GetGenerationResponse(generation=wire.generation_message(generation.view()))
+
+    async def list_models(
+        self, request: models_pb2.ListModelsRequest, _caller: Caller
+    ) -> models_pb2.ListModelsResponse:
+        """A page of models."""
+        names, following = page(list(self._catalog.pipelines), request.page_size, request.page_token)
+        return models_pb2.ListModelsResponse(models=[self._model(name) for name in names], next_page_token=following)
+
+    async def get_model(self, request: models_pb2.GetModelRequest, _caller: Caller) -> models_pb2.GetModelResponse:
+        """Returns a model."""
+        if not request.name:
+            raise InvalidRequestError([FieldViolation("name", "must be models/ID")])
+        return models_pb2.GetModelResponse(model=self._model(find_model(request.name, self._catalog, "name").name))
+
+    def _model(self, name: str) -> models_pb2.Model:
+        return wire.model_message(self._catalog.get(name), self._runtime, name == self._catalog.default)
+
+    async def get_cache_stats(
+        self, _request: cache_pb2.GetCacheStatsRequest, caller: Caller
+    ) -> cache_pb2.GetCacheStatsResponse:
+        """What the caches hold and save."""
+        caller.check_admin()
+        return wire.stats_message(await self._caches.stats())
+
+    async def purge_cache(self, request: cache_pb2.PurgeCacheRequest, caller: Caller) -> cache_pb2.PurgeCacheResponse:
+        """Deletes from the caches."""
+        caller.check_admin()
+        return wire.purged_message(await self._caches.purge(resolve_purge(draft_purge(request))))
+
+    # --- calls and their statuses ---
+
+    def _stream(
+        self,
+        name: str,
+        method: Callable[[In, Caller, _Stream], AsyncGenerator[bytes, None]],
+        request_type: type[In],
+    ) -> Handler:
+        async def handler(data: bytes, context: Context) -> AsyncGenerator[bytes, None]:
+            metadata = context.invocation_metadata() or ()
+            stage = self._tracer.server_call(_service_of(request_type), name, metadata)
+            stage.enter()
+            stream = _Stream(context, stage)
+            failure: SafelightError | None = None
+            try:
+                caller = self._identity.recognize(metadata, context.peer())
+                with self._quota.stream(caller):
+                    async with aclosing(method(_parse(request_type, data), caller, stream)) as events:
+                        async for event in events:
+                            with stage.within("write"):
+                                yield event
+            except SafelightError as error:
+                failure = error.with_traceback(None)  # else it keeps frames, they the generation, that the error
+            except (asyncio.CancelledError, GeneratorExit):
+                stream.end_span_given_up()
+                raise
+            except Exception:  # the one mapping of bugs to a status
+                log.exception("bug", rpc=name)
+                failure = InternalError()
+            _end_span(stage, failure or stream.failure)
+            if stream.ending is not None:
+                await stream.ending  # a call that returns before would end as OK
+            elif failure is not None:
+                await self._abort(context, failure, started=stream.watcher is not None)
+
+        return grpc.unary_stream_rpc_method_handler(handler)
+
+    def _call(self, name: str, method: Callable[[In, Caller], Awaitable[Out]], request_type: type[In]) -> Handler:
+        async def handler(data: bytes, context: Context) -> bytes:
+            metadata = context.invocation_metadata() or ()
+            stage = self._tracer.server_call(_service_of(request_type), name, metadata)
+            stage.enter()
+            try:
+                caller = self._identity.recognize(metadata, context.peer())
+                result = await method(_parse(request_type, data), caller)
+            except SafelightError as error:
+                _end_span(stage, error)
+                await self._abort(context, error)
+                raise AssertionError from error
+            except asyncio.CancelledError:
+                _end_span(stage, GenerationCancelledError("the call was given up"))
+                raise
+            except Exception:  # the one mapping of bugs to a status
+                log.exception("bug", rpc=name)
+                _end_span(stage, InternalError())
+                await self._abort(context, InternalError())
+                raise
+            _end_span(stage, None)
+            return result.SerializeToString()
+
+        return grpc.unary_unary_rpc_method_handler(handler)
+
+    async def _abort(self, context: Context, error: SafelightError, started: bool = False) -> None:
+        status = wire.status_of(error)
+        if not started:
+            self._metrics.refused(error.reason)
+            log.info("refused", reason=error.reason, message=error.message)
+        try:
+            await context.abort(error.status, error.message, _details(status))
+        except grpc.aio.InternalError:  # the client has gone meanwhile, as at a deadline, which both ends keep
+            raise asyncio.CancelledError from None
+
+
+class _Stream:
+    """What a streaming call knows of its connection."""
+
+    def __init__(self, context: Context, stage: Stage) -> None:
+        self._context = context
+        self.ending: asyncio.Task[None] | None = None
+        self.stage = stage
+        self.failure: SafelightError | None = None
+        self.watcher: Watcher | None = None
+        self.time_left_s: float | None = context.time_remaining()
+
+    def watches(self, generation: Generation) -> None:
+        """Says in its span what it is about; and links the call that began that, if it was another one."""
+        spec = generation.request.spec
+        self.stage.note(
+            {
+                "safelight.generation": generation.name,
+                "safelight.model": spec.model,
+                "safelight.steps": spec.num_inference_steps,
+                "safelight.outputs": len(generation.outputs),
+                "safelight.priority": generation.priority.name.lower(),
+            }
+        )
+        if generation.stage is not self.stage:
+            self.stage.link(generation.stage)
+
+    def end(self, error: SafelightError) -> None:
+        """Ends the call from outside; where the client does not read, the status waits behind what was sent last."""
+        self.failure = error
+        self.ending = asyncio.create_task(self._abort(error))
+
+    def end_span_given_up(self) -> None:
+        """The client has gone, or its deadline has passed."""
+        left_s = self._context.time_remaining()
+        late = left_s is not None and left_s <= 0
+        gone = DeadlineExceededError("the deadline passed") if late else GenerationCancelledError("the client has gone")
+        _end_span(self.stage, self.failure or gone)
+
+    async def _abort(self, error: SafelightError) -> None:
+        with contextlib.suppress(grpc.aio.BaseError, asyncio.CancelledError):  # also when the connection dies meanwhile
+            await self._context.abort(error.status, error.message, _details(wire.status_of(error)))
+
+
+def _end_span(stage: Stage, error: SafelightError | None) -> None:
+    status = grpc.StatusCode.OK if error is None else error.status
+    stage.end_call(status.name, int(status.value[0]), "" if error is None else error.reason)
+
+
+def _service_of(request_type: type[Message]) -> str:
+    [service] = request_type.DESCRIPTOR.file.services_by_name.values()
+    return str(service.full_name)
+
+
+def _details(status: status_pb2.Status) -> tuple[tuple[str, bytes], ...]:
+    return tuple(wire.trailing_metadata(status).items())
+
+
+def _parse(request_type: type[In], data: bytes) -> In:
+    try:
+        return request_type.FromString(data)
+    except DecodeError:
+        what = f"is no {request_type.DESCRIPTOR.full_name}: strings must be UTF-8"
+        raise InvalidRequestError([FieldViolation("request", what)]) from None

@@ -1,0 +1,1 @@
+"""The composition root: builds every stage from the settings, serves, and drains."""

@@ -1,0 +1,126 @@
+"""Opens what the caches stand on, as the settings say: keys, tiers, coordination.
+
+Redis and S3 may be away at start: they are found when they come. A key file or a
+cache folder that cannot be used is an error at start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from safelight_server.coordination.base import Coordinator
+from safelight_server.coordination.local import LocalCoordinator
+from safelight_server.coordination.redis import RedisCoordinator
+from safelight_server.settings import Settings
+from safelight_server.storage.breaker import Breaker
+from safelight_server.storage.disk import DiskStore
+from safelight_server.storage.keyring import Keyring
+from safelight_server.storage.memory import MemoryStore
+from safelight_server.storage.objects import ObjectStore, open_bucket
+from safelight_server.storage.redis import RedisConnection, RedisStore
+from safelight_server.storage.sealed import Sealer
+from safelight_server.storage.tiers import Tier, Tiers
+from safelight_server.telemetry.metrics import TierMetrics
+
+log = structlog.get_logger(__name__)
+
+FLUSH_S = 10.0
+MEMORY_S = 86_400.0
+"""How long executions and purges are remembered at least; never shorter than the entries they are about."""
+
+
+class CredentialsError(Exception):
+    """A credentials file that cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backends:
+    """Open ones; `close` them.
+
+    Attributes:
+        sealer: for events in Redis, which must be sealed too.
+        redis: the connection, where replicas share one, and the breaker around it.
+    """
+
+    keyring: Keyring
+    sealer: Sealer
+    tiers: Tiers
+    coordinator: Coordinator
+    redis: tuple[RedisConnection, Breaker] | None
+
+    async def close(self) -> None:
+        """Writes what waits to be written, for `FLUSH_S` at most, and closes everything."""
+        await self.coordinator.close()
+        try:
+            async with asyncio.timeout(FLUSH_S):
+                await self.tiers.flush()
+        except TimeoutError:
+            log.warning("entries of the cache were not written before the end")
+        await self.tiers.close()
+        if self.redis is not None:
+            await self.redis[0].close()
+
+
+async def open_backends(settings: Settings, metrics: TierMetrics) -> Backends:
+    """All that the settings name.
+
+    Raises:
+        KeyringError: the key file cannot be used.
+        DiskStoreError: the folder cannot be used.
+        CredentialsError: the credentials file cannot be used.
+        ValueError: a URL cannot be read.
+    """
+    keyring = Keyring.random() if settings.cache_key_file is None else Keyring.load(settings.cache_key_file)
+    if not keyring.persistent:
+        log.info("no cache_key_file: caches are in memory only and end with the process")
+
+    def breaker(name: str, timeout_ms: int) -> Breaker:
+        return Breaker(
+            name,
+            timeout_ms / 1000,
+            settings.breaker_failures,
+            settings.breaker_open_s,
+            lambda state: metrics.breaker(name, int(state)),
+        )
+
+    tiers = [Tier(MemoryStore(settings.cache_memory_bytes))]
+    redis: tuple[RedisConnection, Breaker] | None = None
+    coordinator: Coordinator = LocalCoordinator()
+    if settings.cache_disk_dir is not None:
+        disk = await DiskStore.open(settings.cache_disk_dir, settings.cache_disk_bytes)
+        tiers.append(Tier(disk, breaker("disk", settings.cache_disk_timeout_ms)))
+    if settings.redis_url is not None:
+        connection = RedisConnection(settings.redis_url.get_secret_value(), settings.redis_timeout_ms / 1000)
+        around = breaker("redis", settings.redis_timeout_ms)
+        redis = connection, around
+        coordinator = RedisCoordinator(connection, around, memory_s=max(MEMORY_S, settings.cache_ttl_s))
+        if settings.cache_redis:
+            tiers.append(Tier(RedisStore(connection), around, shared=True))
+    if settings.cache_s3_url:
+        bucket = open_bucket(
+            settings.cache_s3_url,
+            settings.cache_s3_endpoint,
+            settings.cache_s3_region,
+            _credentials(settings.cache_s3_credentials_file),
+            settings.cache_s3_timeout_ms / 1000,
+        )
+        around = breaker("objects", settings.cache_s3_timeout_ms)
+        tiers.append(Tier(ObjectStore(bucket), around, eager=False, shared=True))
+    sealer = Sealer(keyring)
+    return Backends(keyring, sealer, Tiers(tiers, sealer, metrics), coordinator, redis)
+
+
+def _credentials(path: Path | None) -> tuple[str, str] | None:
+    if path is None:
+        return None
+    try:
+        words = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CredentialsError(f"{path}: {error}") from None
+    if len(words) != 2:
+        raise CredentialsError(f"{path}: want one line, ACCESS_KEY_ID SECRET")
+    return words[0], words[1]

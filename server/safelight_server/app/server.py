@@ -1,0 +1,386 @@
+"""The composition root: builds every stage, starts the server, drains it.
+
+The one place that knows all stages and hands each its settings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import gc
+import os
+import signal
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+
+from safelight_server.api import reflection
+from safelight_server.api.health import Health
+from safelight_server.api.identity import Identity
+from safelight_server.api.quota import StreamQuota
+from safelight_server.api.service import CACHE_SERVICE, GENERATION_SERVICE, MODEL_SERVICE, Service
+from safelight_server.app.backends import Backends, CredentialsError, open_backends
+from safelight_server.cache.admin import CacheAdmin
+from safelight_server.cache.approximate.buckets import RedisBuckets
+from safelight_server.cache.approximate.eviction import LeastBenefit
+from safelight_server.cache.approximate.lsh import BucketStore, MemoryBuckets
+from safelight_server.cache.approximate.similar import SimilarPictures
+from safelight_server.cache.approximate.skip_policy import SkipPolicy
+from safelight_server.cache.approximate.vectors import Vectors
+from safelight_server.cache.approximate.warm_starts import WarmStarts
+from safelight_server.cache.cache import Cache
+from safelight_server.cache.checkpoints import CheckpointPolicy, Checkpoints
+from safelight_server.cache.namespaces import Namespaces
+from safelight_server.cache.pictures import Pictures
+from safelight_server.cache.prompts import Prompts
+from safelight_server.cache.purges import Purges
+from safelight_server.catalog import catalog as catalogs
+from safelight_server.catalog.catalog import Catalog
+from safelight_server.cluster.bulletin import Bulletin
+from safelight_server.cluster.leased_runners import LeasedRunners
+from safelight_server.engine.engine import Engine
+from safelight_server.generations.execution import Executions
+from safelight_server.generations.ownership import ClusterContext
+from safelight_server.generations.registry import Generations
+from safelight_server.runtime.base import Runtime, RuntimeStartError
+from safelight_server.runtime.onnx import OnnxRuntime
+from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
+from safelight_server.runtime.triton import TritonOptions, TritonRuntime
+from safelight_server.scheduler import Priority
+from safelight_server.settings import Settings, is_loopback
+from safelight_server.storage.disk import DiskStoreError
+from safelight_server.storage.keyring import KeyringError
+from safelight_server.telemetry import Metrics, Tracing
+from safelight_server.validation import RequestLimits
+
+log = structlog.get_logger(__name__)
+
+REQUEST_BYTES = 64 << 10
+"""Room for all of a request but its prompts."""
+HEALTH_PERIOD_S = 0.25
+LAST_WORDS_S = 1.0
+"""At least so long streams have for their ends."""
+GC_THRESHOLDS = 1_000, 10, 100
+"""New objects to a collection of the youngest, of these to one of the younger, of these to a full one."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+GRPC_OPTIONS = [
+    ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # a frozen peer is not seen by keepalive_timeout_ms alone
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+]
+
+
+class StartError(Exception):
+    """The server cannot start; the message says why."""
+
+
+Work = Callable[[], Coroutine[None, None, None]]
+"""Lasts as long as the server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that serves. `drain` ends it."""
+
+    address: str
+    catalog: Catalog
+    runtime: Runtime
+    cache: Cache
+    generations: Generations
+    streams: StreamQuota
+    drain: Callable[[float], asyncio.Task[None]]
+
+
+def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
+    """The pipelines and what executes them."""
+    if settings.runtime == "simulated":
+        runtime = SimulatedRuntime(
+            max(1, settings.num_instances), settings.simulated_base_ms / 1e3, settings.simulated_row_ms / 1e3
+        )
+        return Catalog([simulated_pipeline()], settings.default_model), runtime
+    catalog = catalogs.load(settings.models_dir, settings.default_model)
+    if settings.runtime == "triton":
+        options = TritonOptions(
+            urls=settings.triton_urls,
+            shared_memory=settings.triton_shared_memory,
+            calls_each=settings.triton_instances,
+            timeout_factor=settings.triton_timeout_factor,
+            timeout_floor_s=settings.triton_timeout_floor_s,
+            probe_max_s=settings.triton_probe_max_s,
+            start_s=settings.triton_start_s,
+        )
+        return catalog, TritonRuntime(catalog, options)
+    return catalog, OnnxRuntime(catalog, settings.num_instances)
+
+
+@contextlib.asynccontextmanager
+async def serving(settings: Settings) -> AsyncIterator[Running]:
+    """Serves while the block runs; on leaving, or where the start fails, whatever is there ends.
+
+    Raises:
+        StartError, ManifestError, KeyFileError: it cannot be started.
+    """
+    async with contextlib.AsyncExitStack() as ends:  # what began last ends first
+        clock = time.monotonic
+        metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio, settings.otlp_header_pairs)
+        ends.push_async_callback(asyncio.to_thread, tracer.close)
+        identity = Identity(settings.api_key_file, all_admins=is_loopback(settings.host))
+        pool = ends.enter_context(ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))), thread_name_prefix="pixels"))
+        catalog, runtime = build_runtime(settings)
+        ends.push_async_callback(runtime.close)
+        try:
+            await runtime.start()
+            backends = await open_backends(settings, metrics.tiers)
+        except (RuntimeStartError, KeyringError, DiskStoreError, CredentialsError, ValueError) as error:
+            raise StartError(str(error)) from None
+        ends.push_async_callback(backends.close)
+        engine = Engine(
+            runtime,
+            clock,
+            metrics,
+            max_running=settings.max_running_outputs,
+            preview_share=settings.preview_share,
+            runtime_wait_s=settings.runtime_wait_s,
+            runtime_grace_s=settings.runtime_grace_s,
+            tracer=tracer,
+        )
+        cache, purges = _build_cache(settings, backends, engine, pool, metrics)
+        ends.push_async_callback(cache.close)
+        executions = Executions(engine, pool)
+        ends.push_async_callback(executions.close)
+        ends.push_async_callback(engine.close)
+        caches = CacheAdmin(cache.spaces, backends.keyring, backends.tiers, purges, metrics)
+        flights, ground = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
+        generations = Generations(
+            settings, catalog, runtime, engine, cache, executions, clock, metrics, flights, ground
+        )
+        limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
+        quota = StreamQuota(settings.max_streams_per_caller)
+        service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
+        _watch_queue(metrics, engine)
+        works = [generations.tick, purges.keep_up, purges.listen]
+        if (fleet := generations.fleet) is not None and flights is not None:
+            ends.push_async_callback(flights.close)
+            ends.push_async_callback(fleet.close)
+            works += [fleet.news.listen, fleet.news.talk, flights.watch_service, fleet.mirrors.sweep]
+        async with _listening(settings, service, metrics, engine, generations, works) as (address, drain):
+            yield Running(address, catalog, runtime, cache, generations, quota, drain)
+
+
+@contextlib.asynccontextmanager
+async def _listening(
+    settings: Settings,
+    service: Service,
+    metrics: Metrics,
+    engine: Engine,
+    generations: Generations,
+    works: Sequence[Work],
+) -> AsyncIterator[tuple[str, Callable[[float], asyncio.Task[None]]]]:
+    """Takes calls while the block runs, and does the works beside it. Its address, and what drains it."""
+    largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four bytes a character
+    server = grpc.aio.server(options=[*GRPC_OPTIONS, ("grpc.max_receive_message_length", largest)])
+    server.add_generic_rpc_handlers(tuple(service.handlers()))
+    health_servicer = Health()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    services = [GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, HEALTH_SERVICE]
+    reflection.enable(services, server)
+    address = _bind(server, settings)
+    _serve_metrics(metrics, settings)
+    await server.start()
+    names = ("", *services)
+    for name in names:
+        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    background = [_begin(work) for work in works]
+    following = _begin(functools.partial(_follow_health, health_servicer, names, engine))
+    draining: list[asyncio.Task[None]] = []
+
+    async def drain(grace_s: float) -> None:
+        until = time.monotonic() + grace_s
+        following.cancel()
+        await health_servicer.enter_graceful_shutdown()
+        await generations.drain(grace_s)
+        health_servicer.end_watches()
+        await server.stop(max(LAST_WORDS_S, until - time.monotonic()))  # what was handed to gRPC may be on its way
+
+    def start_drain(grace_s: float) -> asyncio.Task[None]:
+        """A further one, with less grace, cuts short what is under way."""
+        if not draining:
+            log.info("draining", grace_s=grace_s)
+        draining.append(asyncio.create_task(drain(grace_s)))
+        return draining[-1]
+
+    try:
+        yield address, start_drain
+    finally:
+        await start_drain(0.0)
+        for task in background:
+            task.cancel()
+        await asyncio.wait([*background, *draining])
+
+
+def _begin(work: Work) -> asyncio.Task[None]:
+    """Begins what runs as long as the server; that it has ended by a bug is told at once, not at the server's end."""
+
+    def report(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            log.error("bug", work=repr(work), exc_info=fault)
+
+    task = asyncio.create_task(work())
+    task.add_done_callback(report)
+    return task
+
+
+def _build_replicas(
+    settings: Settings, backends: Backends, cache: Cache, engine: Engine, pool: ThreadPoolExecutor
+) -> tuple[LeasedRunners, ClusterContext] | None:
+    """What makes this replica one of several; None: it is alone."""
+    if backends.redis is None:
+        return None
+    coordinator, sealer, ttl_s = backends.coordinator, backends.sealer, settings.lease_ttl_s
+    news = Bulletin(coordinator, sealer)
+    checkpoints, pictures, kept_s = cache.checkpoints, cache.pictures, settings.result_ttl_s
+    flights = LeasedRunners(engine, coordinator, sealer, checkpoints, pictures, news, pool, ttl_s, kept_s)
+    ground = ClusterContext(
+        coordinator,
+        sealer,
+        backends.keyring,
+        backends.tiers,
+        cache.spaces,
+        news,
+        ttl_s,
+        kept_s,
+        settings.idempotency_ttl_s,
+    )
+    return flights, ground
+
+
+def _build_cache(
+    settings: Settings, backends: Backends, engine: Engine, pool: ThreadPoolExecutor, metrics: Metrics
+) -> tuple[Cache, Purges]:
+    tiers, keyring, ttl_s = backends.tiers, backends.keyring, settings.cache_ttl_s
+    bands = SkipPolicy()
+    alone = settings.redis_url is None  # then nobody could go on from where it stopped
+    often = 0 if alone else settings.checkpoint_every_n_steps
+    policy = CheckpointPolicy(often, bands.fractions, ttl_s=ttl_s)
+    checkpoints = Checkpoints(tiers, keyring, policy)
+    pictures = Pictures(tiers, keyring, pool, ttl_s)
+    buckets: BucketStore = MemoryBuckets(settings.cache_similar_items)
+    if backends.redis is not None:
+        most = settings.cache_similar_items
+        buckets = RedisBuckets(*backends.redis, backends.sealer, ttl_s=ttl_s, max_items=most)
+    scanned, uses = settings.cache_latent_items, settings.cache_similar_uses
+    similar = SimilarPictures(pictures, buckets, scanned, uses, metrics.cache.rejected)
+    books = LeastBenefit(settings.cache_latent_bytes)
+    starts = WarmStarts(checkpoints, Vectors(tiers, ttl_s), bands, books, settings.cache_latent_items)
+    spaces = Namespaces(keyring, settings.cache_pools)
+    prompts = Prompts(tiers, engine.encode, ttl_s)
+    shared = backends.redis is not None
+    cache = Cache(spaces, pictures, prompts, checkpoints, similar, starts, metrics.cache, shared=shared)
+    return cache, Purges(tiers, backends.coordinator, (similar, starts, checkpoints))
+
+
+async def _follow_health(servicer: Health, names: Sequence[str], engine: Engine) -> None:
+    """Says NOT_SERVING while nothing has been there to execute models for longer than the grace; forever."""
+    said = health_pb2.HealthCheckResponse.SERVING
+    while True:
+        status = health_pb2.HealthCheckResponse
+        now = status.NOT_SERVING if engine.outage.beyond_grace else status.SERVING
+        if now is not said:
+            for name in names:
+                await servicer.set(name, now)
+            said = now
+        await asyncio.sleep(HEALTH_PERIOD_S)
+
+
+def _watch_queue(metrics: Metrics, engine: Engine) -> None:
+    scheduler = engine.scheduler
+    classes = {priority.name.lower(): priority for priority in Priority}
+    metrics.watch_queue(lambda name: scheduler.num_waiting(classes[name]), lambda: scheduler.num_running)
+
+
+def _bind(server: grpc.aio.Server, settings: Settings) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host and not settings.host.startswith("unix:") else settings.host
+    where = settings.host if settings.host.startswith("unix:") else f"{host}:{settings.port}"
+    credentials = None
+    if settings.tls_cert_file and settings.tls_key_file:
+        credentials = _credentials(settings.tls_cert_file, settings.tls_key_file)
+    try:
+        port = server.add_secure_port(where, credentials) if credentials else server.add_insecure_port(where)
+    except RuntimeError:
+        raise StartError(f"cannot bind {where}: is it an address of this machine, and no other server there?") from None
+    return where if where.startswith("unix:") else f"{host}:{port}"
+
+
+def _credentials(cert_file: Path, key_file: Path) -> grpc.ServerCredentials:
+    try:
+        pair = key_file.read_bytes(), cert_file.read_bytes()
+        checked = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)  # gRPC itself does not say what is wrong
+        checked.load_cert_chain(cert_file, key_file, password="")
+    except ssl.SSLError as error:
+        what = error.reason or "no PEM"
+        raise StartError(f"tls_cert_file {cert_file} with tls_key_file {key_file}: {what}") from None
+    except OSError as error:
+        raise StartError(f"{error.filename}: {error.strerror}") from None
+    return grpc.ssl_server_credentials([pair])
+
+
+def _serve_metrics(metrics: Metrics, settings: Settings) -> None:
+    """Beyond loopback only where everything is: metrics have neither TLS nor keys."""
+    if not settings.metrics_port:
+        return
+    beyond = settings.insecure and not settings.host.startswith("unix:")
+    host = settings.host if beyond else "127.0.0.1"
+    try:
+        metrics.serve(host, settings.metrics_port)
+    except OSError as error:
+        raise StartError(f"metrics_port {settings.metrics_port} of {host}: {error.strerror}") from None
+
+
+def settle() -> None:
+    """Keeps garbage collection from stopping the loop for 50 ms and more.
+
+    What start-up has made is spared; and the results that are kept, which are of no cycle, are looked at only once a
+    million objects have come that nothing but a full collection could have freed.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
+
+
+async def serve(settings: Settings, started: Callable[[Running], None]) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the drain.
+
+    Raises:
+        StartError, ManifestError, KeyFileError: it cannot be started; or a signal came before it had.
+    """
+    loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
+    starting = asyncio.current_task()
+    assert starting is not None
+    for number in SIGNALS:
+        loop.add_signal_handler(number, starting.cancel)
+    async with contextlib.AsyncExitStack() as ends:
+        try:
+            running = await ends.enter_async_context(serving(settings))
+        except asyncio.CancelledError:
+            raise StartError("a signal has ended it before it had started") from None
+        for number in SIGNALS:
+            loop.add_signal_handler(number, signals.put_nowait, number)
+        settle()
+        started(running)
+        await signals.get()
+        drained = running.drain(settings.drain_grace_s)
+        again = asyncio.create_task(signals.get())
+        await asyncio.wait([drained, again], return_when=asyncio.FIRST_COMPLETED)
+        again.cancel()

@@ -1,0 +1,1 @@
+"""Pictures and latents of similar prompts: vectors, indexes, the text guard, eviction."""

@@ -1,0 +1,138 @@
+"""LSH buckets in Redis, so that replicas find each other's pictures: a `BucketStore` (see `lsh`).
+
+A bucket is a set, a vector a sealed value, and one sorted set by time bounds how
+many there are. Adding is one script, finding one SUNION and one MGET. Where Redis
+cannot answer nothing is found. Names are HMACs already; vectors say something of
+prompts and are sealed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from importlib.resources import files
+from typing import Any, TypeVar
+
+import numpy as np
+
+from safelight_server.cache.approximate.lsh import Halves
+from safelight_server.storage.base import StoreError
+from safelight_server.storage.breaker import Breaker
+from safelight_server.storage.redis import RedisConnection, translated
+from safelight_server.storage.sealed import CorruptError, Entry, Sealer, UnreadableError
+
+T = TypeVar("T")
+PREFIX = "safelight:lsh:"
+ITEMS = f"{PREFIX}items"
+LOOKED_AT = 1000
+"""Items in one call of `discard`."""
+
+
+class RedisBuckets:
+    """See `lsh.BucketStore`.
+
+    Args:
+        ttl_s: how long an item is found.
+        max_items: beyond, the item that was added longest ago goes.
+        max_members: of a bucket; beyond, some go, which stay in their other buckets.
+    """
+
+    def __init__(
+        self,
+        connection: RedisConnection,
+        breaker: Breaker,
+        sealer: Sealer,
+        *,
+        ttl_s: float,
+        max_items: int,
+        max_members: int = 64,
+    ) -> None:
+        self._redis: Any = connection.client  # its stubs leave open whether answers are decoded: they are not
+        self._breaker = breaker
+        self._sealer = sealer
+        self._ttl_s = ttl_s
+        self._max_items = max_items
+        self._max_members = max_members
+        self._add = self._redis.register_script(files(__package__).joinpath("buckets_add.lua").read_text())
+
+    async def add(self, item: str, buckets: Sequence[str], vector: Halves) -> None:
+        """See `BucketStore`."""
+        now = time.time()
+        sealed = self._sealer.seal(item, Entry(vector.tobytes()), now + self._ttl_s)
+        keys = [ITEMS, f"{PREFIX}vector:{item}", f"{PREFIX}of:{item}", *(f"{PREFIX}in:{bucket}" for bucket in buckets)]
+        arguments: list[str | bytes | float] = [
+            item,
+            sealed,
+            now,
+            int(self._ttl_s * 1000),
+            self._max_items,
+            self._max_members,
+            PREFIX,
+            now - self._ttl_s,
+        ]
+        await self._call(lambda: self._add(keys=keys, args=arguments), None)
+
+    async def remove(self, item: str) -> None:
+        """See `BucketStore`."""
+        await self._call(lambda: self._removed(item), None)
+
+    async def _removed(self, item: str) -> None:
+        buckets = await self._redis.smembers(f"{PREFIX}of:{item}")
+        async with self._redis.pipeline(transaction=True) as pipe:
+            for bucket in buckets:
+                pipe.srem(bucket, item)
+            pipe.delete(f"{PREFIX}of:{item}", f"{PREFIX}vector:{item}")
+            pipe.zrem(ITEMS, item)
+            await pipe.execute()
+
+    async def discard(self, goes: Callable[[str], bool]) -> bool:
+        """See `BucketStore`; in pieces, so that no call is long, however many there are."""
+        cursor = 0
+        try:
+            while True:
+                cursor, found = await self._ask(lambda at=cursor: self._redis.zscan(ITEMS, at, count=LOOKED_AT))  # type: ignore[misc]
+                for item in [item.decode() for item, _ in found]:
+                    if goes(item):
+                        await self._ask(lambda item=item: self._removed(item))  # type: ignore[misc]
+                if not cursor:
+                    return True
+        except StoreError:
+            return False
+
+    async def find(self, buckets: Sequence[str], limit: int, dimension: int) -> tuple[Sequence[str], Halves]:
+        """See `BucketStore`; in no order."""
+        keys = [f"{PREFIX}in:{bucket}" for bucket in buckets]
+        found: set[bytes] = await self._call(lambda: self._redis.sunion(keys), set())
+        items = sorted(item.decode() for item in found)[:limit]
+        opened = await self._vectors(items) if items else {}
+        packed = b"".join(opened.values())
+        return list(opened), np.frombuffer(packed, np.float16).reshape(-1, dimension)
+
+    async def _vectors(self, items: Sequence[str]) -> dict[str, bytes]:
+        """Of those that have not gone meanwhile."""
+        keys = [f"{PREFIX}vector:{item}" for item in items]
+        values: list[bytes | None] = await self._call(lambda: self._redis.mget(keys), [None] * len(keys))
+        opened = {
+            item: self._opened(item, value) for item, value in zip(items, values, strict=True) if value is not None
+        }
+        return {item: data for item, data in opened.items() if data is not None}
+
+    def _opened(self, item: str, value: bytes) -> bytes | None:
+        try:
+            entry, expires_at = self._sealer.open(item, value)
+        except (CorruptError, UnreadableError):
+            return None
+        return entry.data if expires_at > time.time() else None
+
+    async def _call(self, work: Callable[[], Awaitable[T]], otherwise: T) -> T:
+        try:
+            return await self._ask(work)
+        except StoreError:
+            return otherwise
+
+    async def _ask(self, work: Callable[[], Awaitable[T]]) -> T:
+        async def translating() -> T:
+            with translated():
+                return await work()
+
+        return await self._breaker.call(translating)

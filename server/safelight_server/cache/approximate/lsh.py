@@ -1,0 +1,268 @@
+"""Vectors at high cosine, found by their buckets: random hyperplanes, several tables, several probes.
+
+Each table cuts space by random hyperplanes through the origin (Charikar 2002);
+the signs make a bucket. A search looks into each table's own bucket and into
+those across the nearest planes (query-directed probing, Lv et al. 2007), then
+computes the exact cosine of every vector found. Buckets are plain strings, so
+any store of sets serves: a dict here, Redis sets across replicas.
+
+Invariants: what is returned has at least the cosine asked for, computed from
+the stored vector, whatever the buckets say; planes are a function of the seed
+alone; items, buckets and candidates are bounded. Neighbours: `embedding` makes
+the vectors, `fingerprint` seeds and scopes, `guard` judges what is found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from safelight_server.cache.approximate.embedding import cosines
+
+Floats = npt.NDArray[np.float32]
+Halves = npt.NDArray[np.float16]
+ROW = "I"
+"""Type of a row, of numpy and of `array`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of the tables. The defaults are measured: see docs/decisions/0009.
+
+    Attributes:
+        num_tables: more find more and cost memory.
+        num_bits: planes a table; more make smaller buckets.
+        num_probes: buckets looked into beside a table's own.
+    """
+
+    num_tables: int = 12
+    num_bits: int = 24
+    num_probes: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Something found."""
+
+    item: str
+    cosine: float
+
+
+class BucketStore(Protocol):
+    """Sets of items by bucket, and the items' vectors."""
+
+    async def add(self, item: str, buckets: Sequence[str], vector: Halves) -> None:
+        """Puts an item with its vector (D,) into its buckets; an item that is there is replaced."""
+
+    async def remove(self, item: str) -> None:
+        """Takes an item out of everything; nothing happens where it is not there."""
+
+    async def discard(self, goes: Callable[[str], bool]) -> bool:
+        """Takes out all items for which `goes`; False where that could not be done."""
+
+    async def find(self, buckets: Sequence[str], limit: int, dimension: int) -> tuple[Sequence[str], Halves]:
+        """The items in any of the buckets, each once, at most `limit`, of the first buckets first where the store can
+        tell, and their vectors (N, `dimension`) (Redis: one SUNION, one MGET)."""
+
+
+class Signatures:
+    """The hyperplanes of one pipeline and tenant.
+
+    Args:
+        dimension: D of the vectors.
+        seed: decides the planes; `fingerprint.derived_seed` makes it secret and different for every tenant.
+    """
+
+    def __init__(self, dimension: int, seed: int, shape: Shape = Shape()) -> None:
+        self.shape = shape
+        rng = np.random.Generator(np.random.Philox(key=seed))
+        self._planes = rng.standard_normal((shape.num_tables * shape.num_bits, dimension), np.float32)
+        self._weights = 1 << np.arange(shape.num_bits, dtype=np.int64)
+        near = min(shape.num_bits, 8)
+        subsets = [s for size in (1, 2) for s in itertools.combinations(range(near), size)]
+        self._subsets = np.zeros((len(subsets), near), np.float32)
+        for row, subset in enumerate(subsets):
+            self._subsets[row, list(subset)] = 1
+
+    def buckets(self, scope: str, vector: Floats) -> list[str]:
+        """Where a vector (D,) is kept: one bucket a table."""
+        return self._names(scope, self._codes(self._margins(vector))[:, None])
+
+    def probes(self, scope: str, vector: Floats) -> list[str]:
+        """Where vectors like this one may be: each table's own bucket first, then those across the nearest planes."""
+        margins = self._margins(vector)
+        codes = self._codes(margins)
+        if not self.shape.num_probes:
+            return self._names(scope, codes[:, None])
+        near = self._subsets.shape[1]
+        nearest = np.argsort(np.abs(margins), axis=1)[:, :near]
+        distances = np.take_along_axis(margins, nearest, axis=1) ** 2 @ self._subsets.T
+        chosen = np.argsort(distances, axis=1)[:, : self.shape.num_probes]
+        flips = (self._subsets[chosen].astype(np.int64) * self._weights[nearest][:, None, :]).sum(axis=2)
+        return self._names(scope, np.concatenate([codes[:, None], codes[:, None] ^ flips], axis=1))
+
+    def _margins(self, vector: Floats) -> Floats:
+        """(tables, bits): on which side of each plane, and how far."""
+        margins = self._planes @ np.asarray(vector, np.float32)
+        return margins.reshape(self.shape.num_tables, self.shape.num_bits)
+
+    def _codes(self, margins: Floats) -> npt.NDArray[np.int64]:
+        return (margins > 0) @ self._weights
+
+    def _names(self, scope: str, codes: npt.NDArray[np.int64]) -> list[str]:
+        """In the order probe by probe, so that the likeliest buckets of all tables come first."""
+        return [f"{scope}:{table:x}:{code:x}" for column in codes.T.tolist() for table, code in enumerate(column)]
+
+
+class SimilarIndex:
+    """Searches one store by one tenant's planes.
+
+    Args:
+        max_candidates: vectors compared at most in a search.
+    """
+
+    def __init__(self, signatures: Signatures, store: BucketStore, *, max_candidates: int = 512) -> None:
+        self._signatures = signatures
+        self._store = store
+        self._max_candidates = max_candidates
+
+    async def add(self, scope: str, item: str, vector: Floats) -> None:
+        """Keeps a unit vector (D,) as float16. `scope` is what must be equal: only searches with the same find it."""
+        await self._store.add(item, self._signatures.buckets(scope, vector), np.asarray(vector, np.float16))
+
+    async def remove(self, item: str) -> None:
+        """Forgets an item."""
+        await self._store.remove(item)
+
+    async def search(self, scope: str, vector: Floats, min_cosine: float, limit: int = 8) -> list[Match]:
+        """The nearest that were found with at least `min_cosine`, nearest first."""
+        probes = self._signatures.probes(scope, vector)
+        items, stored = await self._store.find(probes, self._max_candidates, len(vector))
+        return matches(items, stored, vector, min_cosine, limit)
+
+
+def matches(items: Sequence[str], stored: Halves, vector: Floats, min_cosine: float, limit: int) -> list[Match]:
+    """The exact check: of stored vectors (N, D), those with at least `min_cosine`, nearest first."""
+    if not items:
+        return []
+    exact = cosines(stored, vector)
+    good = np.flatnonzero(exact >= min_cosine)
+    best = good[np.argsort(-exact[good], kind="stable")][:limit]
+    return [Match(items[index], float(exact[index])) for index in best.tolist()]
+
+
+class MemoryBuckets:
+    """A `BucketStore` in this process. A bucket is an array of rows of a shelf, where the vectors lie together: what a
+    search of many takes time for is memory that is not at hand.
+
+    Args:
+        max_items: beyond it the item that was added longest ago goes; adding one again renews it.
+        max_members: a full bucket drops its oldest member; it stays in its other buckets.
+    """
+
+    def __init__(self, max_items: int, max_members: int = 64) -> None:
+        self._max_items = max_items
+        self._max_members = max_members
+        self._buckets: dict[str, array[int]] = {}
+        self._items: OrderedDict[str, tuple[Sequence[str], _VectorRows, int]] = OrderedDict()
+        self._shelves: dict[int, _VectorRows] = {}
+
+    def __len__(self) -> int:
+        """How many items are kept."""
+        return len(self._items)
+
+    async def add(self, item: str, buckets: Sequence[str], vector: Halves) -> None:
+        """See `BucketStore`. Vectors in the same bucket are of one dimension."""
+        self._drop(item)
+        while len(self._items) >= self._max_items:
+            self._drop(next(iter(self._items)))
+        if len(vector) not in self._shelves:
+            self._shelves[len(vector)] = _VectorRows(len(vector))
+        shelf = self._shelves[len(vector)]
+        row = shelf.put(item, vector)
+        self._items[item] = (buckets, shelf, row)
+        for bucket in buckets:
+            members = self._buckets.setdefault(bucket, array(ROW))
+            if len(members) >= self._max_members:
+                del members[0]
+            members.append(row)
+
+    async def remove(self, item: str) -> None:
+        """See `BucketStore`."""
+        self._drop(item)
+
+    async def discard(self, goes: Callable[[str], bool]) -> bool:
+        """See `BucketStore`."""
+        for item in [item for item in self._items if goes(item)]:
+            self._drop(item)
+        return True
+
+    async def find(self, buckets: Sequence[str], limit: int, dimension: int) -> tuple[Sequence[str], Halves]:
+        """See `BucketStore`; in the order of the buckets."""
+        shelf = self._shelves.get(dimension)
+        if shelf is None:
+            return (), np.empty((0, dimension), np.float16)
+        gathered: list[array[int]] = []
+        num_gathered, enough = 0, limit
+        for bucket in buckets:
+            if (members := self._buckets.get(bucket)) is None:
+                continue
+            gathered.append(members)
+            num_gathered += len(members)
+            if num_gathered >= enough:
+                rows = _rows(gathered)
+                if len(rows) >= limit:
+                    break
+                enough = 2 * num_gathered  # many are in several buckets
+        else:
+            rows = _rows(gathered)
+        rows = rows[:limit]
+        return [shelf.names[row] for row in rows.tolist()], shelf.vectors[rows]
+
+    def _drop(self, item: str) -> None:
+        if item not in self._items:
+            return
+        buckets, shelf, row = self._items.pop(item)
+        shelf.free.append(row)
+        for bucket in buckets:
+            members = self._buckets.get(bucket, array(ROW))
+            with contextlib.suppress(ValueError):  # the bucket was full and has dropped it
+                members.remove(row)
+            if not members:
+                self._buckets.pop(bucket, None)
+
+
+def _rows(gathered: Sequence[array[int]]) -> npt.NDArray[np.uint32]:
+    """All of them once, in the order in which they come first."""
+    rows = np.frombuffer(b"".join(gathered), np.dtype(ROW))
+    _, first = np.unique(rows, return_index=True)
+    return rows[np.sort(first)]
+
+
+class _VectorRows:
+    """Vectors of one dimension and whose they are, by row. A row that was taken is used again."""
+
+    def __init__(self, dimension: int) -> None:
+        self.vectors = np.zeros((64, dimension), np.float16)
+        self.names: list[str] = []
+        self.free: list[int] = []
+
+    def put(self, item: str, vector: Halves) -> int:
+        if self.free:
+            row = self.free.pop()
+            self.names[row] = item
+        else:
+            row = len(self.names)
+            self.names.append(item)
+            if row == len(self.vectors):
+                self.vectors = np.concatenate([self.vectors, np.zeros_like(self.vectors)])
+        self.vectors[row] = vector
+        return row

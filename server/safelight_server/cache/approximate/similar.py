@@ -1,0 +1,228 @@
+"""Pictures of similar prompts: found by LSH and by a scan, checked by exact cosine, let through by the text guard.
+
+LSH tables find what is near among very many; much below a cosine of 0.9 they
+miss more and more, so a space's newest pictures are scanned too where the tables
+give nothing.
+
+Invariant: what is returned has the comparable name asked for (same model, size,
+sampler, steps, guidance and negative prompt), at least the similarity asked
+for, and a prompt that agrees with the one asked for. When a picture has answered
+`max_uses` times, one like it is developed anew and takes its place as soon as it
+is there, so that those who ask alike do not all see one picture, least of all
+one that came out badly; until then it goes on answering, and where nothing came
+of the new one, the next is begun after as many answers. Neighbours: `lsh`,
+`neighbours`, `guard`, `pictures`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from safelight_server.cache.approximate.embedding import Floats
+from safelight_server.cache.approximate.guard import Guard, TextFacts
+from safelight_server.cache.approximate.index import SketchIndex
+from safelight_server.cache.approximate.lsh import BucketStore, Match, Signatures, SimilarIndex
+from safelight_server.cache.namespaces import CacheKeys, Namespace
+from safelight_server.cache.pictures import CachedPicture, Pictures
+from safelight_server.catalog.catalog import Pipeline
+from safelight_server.domain.request import PixelEncoding
+from safelight_server.storage.purge import EntryOwner, PurgeScope
+
+MAX_INDEXES = 64
+"""Planes kept at once, of spaces and pipelines; they are made again from their seed."""
+NUM_CANDIDATES = 64
+MAX_KNOWN = 100_000
+"""Pictures whose prompts need not be looked up to know what they say, and whose uses are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimilarPicture:
+    """A picture that may be served for another prompt.
+
+    Attributes:
+        name: the exact name of the picture.
+        worn: it has answered often enough: this time one like it should be developed from noise, to be added in its
+            place.
+    """
+
+    name: str
+    kept: CachedPicture
+    similarity: float
+    worn: bool = False
+
+
+@dataclass(slots=True)
+class _IndexedPicture:
+    """Of one picture: by what item it is found, what its prompt says, how often it was found on this replica."""
+
+    item: str
+    says: TextFacts
+    num_uses: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _NamespaceIndex:
+    """Of one space and pipeline."""
+
+    tables: SimilarIndex
+    newest: SketchIndex
+
+
+class SimilarPictures:
+    """See the module.
+
+    Args:
+        store: of all spaces: names of items and buckets are secrets of theirs.
+        max_scanned: a space's newest pictures that are scanned.
+        max_uses: how often a picture answers on one replica before one is to take its place.
+        rejected: called for each candidate that the guard turns away.
+    """
+
+    def __init__(
+        self, pictures: Pictures, store: BucketStore, max_scanned: int, max_uses: int, rejected: Callable[[], None]
+    ) -> None:
+        self._pictures = pictures
+        self._store = store
+        self._max_scanned = max_scanned
+        self._max_uses = max_uses
+        self._rejected = rejected
+        self._indexes: OrderedDict[tuple[str, str], _NamespaceIndex] = OrderedDict()
+        self._guards: dict[str, Guard] = {}
+        self._known: OrderedDict[str, _IndexedPicture] = OrderedDict()
+
+    async def add(
+        self, name: CacheKeys, pipeline: Pipeline, prompt: str, vector: Floats, owner: EntryOwner, replaces: str | None
+    ) -> None:
+        """A finished picture is there for prompts like its own.
+
+        Args:
+            replaces: exact name of one that is found no more.
+        """
+        index, item = self._index(name.space, pipeline, len(vector)), _item(name, owner)
+        earlier = self._known.get(name.exact)
+        known = (earlier, None if replaces is None else self._known.get(replaces))
+        gone = [one.item for one in known if one is not None and one.item != item]
+        await index.tables.add(name.comparable, item, vector)
+        index.newest.add(name.comparable, item, vector)
+        for old in gone:
+            await self._remove(old, name.space, pipeline)
+        self._remember(item, self._guard(pipeline).facts(prompt), 0 if earlier is None else earlier.num_uses)
+
+    async def forget(self, scope: PurgeScope) -> bool:
+        """Finds nothing any more of what was purged; False where the buckets could not be cleared."""
+        done = await self._store.discard(lambda item: scope.includes(_owner(item)))
+        for index in self._indexes.values():
+            index.newest.discard(lambda item: scope.includes(_owner(item)))
+        for exact in [exact for exact, known in self._known.items() if scope.includes(_owner(known.item))]:
+            del self._known[exact]
+        return done
+
+    async def find(
+        self,
+        name: CacheKeys,
+        pipeline: Pipeline,
+        prompt: str,
+        vector: Floats,
+        min_similarity: float,
+        encoding: PixelEncoding,
+        taken: set[str],
+    ) -> SimilarPicture | None:
+        """The most similar picture that may answer `prompt`, if there is one.
+
+        Args:
+            taken: exact names of pictures that may not; what is found is added.
+        """
+        index, wanted = self._index(name.space, pipeline, len(vector)), self._guard(pipeline).facts(prompt)
+        seen: set[str] = set()
+        found = await index.tables.search(name.comparable, vector, min_similarity, NUM_CANDIDATES)
+        if (similar := await self._choose(found, seen, taken, name, pipeline, wanted, encoding)) is not None:
+            return similar
+        found = index.newest.search(name.comparable, vector, min_similarity, NUM_CANDIDATES)
+        return await self._choose(found, seen, taken, name, pipeline, wanted, encoding)
+
+    async def _choose(
+        self,
+        found: Sequence[Match],
+        seen: set[str],
+        taken: set[str],
+        name: CacheKeys,
+        pipeline: Pipeline,
+        wanted: TextFacts,
+        encoding: PixelEncoding,
+    ) -> SimilarPicture | None:
+        for match in found:
+            source = replace(name, exact=_exact(match.item))
+            if source.exact in seen or source.exact in taken:
+                continue
+            seen.add(source.exact)
+            known = await self._look_up(match.item, source, pipeline)
+            if known is not None and known.says != wanted:
+                self._rejected()
+                continue
+            kept = None if known is None else await self._pictures.get(source, encoding)
+            if source.exact in taken:  # meanwhile, by another output of its request
+                continue
+            if known is not None and kept is not None:
+                taken.add(source.exact)
+                known.num_uses += 1
+                worn = known.num_uses % (self._max_uses + 1) == 0
+                return SimilarPicture(source.exact, kept, match.cosine, worn)
+            if await self._pictures.gone(source):
+                await self._remove(match.item, name.space, pipeline)
+        return None
+
+    async def _look_up(self, item: str, source: CacheKeys, pipeline: Pipeline) -> _IndexedPicture | None:
+        """What is known of a picture; None where it is gone."""
+        if source.exact not in self._known:
+            facts = await self._pictures.facts(source)
+            if facts is None:
+                return None
+            self._remember(item, self._guard(pipeline).facts(facts.prompt))
+        self._known.move_to_end(source.exact)
+        return self._known[source.exact]
+
+    def _remember(self, item: str, says: TextFacts, num_uses: int = 0) -> None:
+        self._known[_exact(item)] = _IndexedPicture(item, says, num_uses)
+        if len(self._known) > MAX_KNOWN:
+            self._known.popitem(last=False)
+
+    async def _remove(self, item: str, space: Namespace, pipeline: Pipeline) -> None:
+        await self._store.remove(item)
+        self._known.pop(_exact(item), None)
+        if (index := self._indexes.get((space.name, pipeline.digest))) is not None:
+            index.newest.remove(item)
+
+    def _index(self, space: Namespace, pipeline: Pipeline, dimension: int) -> _NamespaceIndex:
+        at = (space.name, pipeline.digest)
+        index = self._indexes.get(at)
+        if index is None:
+            tables = SimilarIndex(Signatures(dimension, space.seed(f"planes {pipeline.digest}")), self._store)
+            codes = space.seed(f"codes of pictures {pipeline.digest}")
+            index = self._indexes[at] = _NamespaceIndex(
+                tables, SketchIndex(dimension, codes, max_items=self._max_scanned)
+            )
+        self._indexes.move_to_end(at)
+        if len(self._indexes) > MAX_INDEXES:
+            self._indexes.popitem(last=False)
+        return index
+
+    def _guard(self, pipeline: Pipeline) -> Guard:
+        if pipeline.digest not in self._guards:
+            self._guards[pipeline.digest] = Guard(pipeline.manifest.guard)
+        return self._guards[pipeline.digest]
+
+
+def _item(name: CacheKeys, owner: EntryOwner) -> str:
+    """An item tells its picture and whose it is, so that any store of buckets can purge."""
+    return f"{name.exact} {owner.prefix} {owner.revision.hex()} {owner.generation.hex()}"
+
+
+def _exact(item: str) -> str:
+    return item.partition(" ")[0]
+
+
+def _owner(item: str) -> EntryOwner:
+    _, prefix, revision, generation = item.split(" ")
+    return EntryOwner(prefix, bytes.fromhex(revision), bytes.fromhex(generation))

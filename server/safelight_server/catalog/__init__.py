@@ -1,0 +1,1 @@
+"""The pipelines that are served and the files they are made of."""

@@ -1,0 +1,51 @@
+"""What one family does around the denoiser: noise in, pictures out. Pure numpy.
+
+For "stable-diffusion": decoders are given latent / scaling_factor +
+shift_factor and answer images in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from safelight_server.catalog.catalog import Pipeline
+from safelight_server.domain.request import Spec
+from safelight_server.domain.tensors import FloatArray
+from safelight_server.sampler import SamplerTable, compile_table
+
+
+class NotFiniteError(Exception):
+    """What a decoder gave is no picture: its arithmetic overflowed, as float16 does."""
+
+
+def sampler_table(pipeline: Pipeline, spec: Spec) -> SamplerTable:
+    """The compiled sampler of a valid spec."""
+    return compile_table(spec.sampler, pipeline.schedule, pipeline.manifest.prediction_type, spec.num_inference_steps)
+
+
+def decoder_latent(pipeline: Pipeline, latent: FloatArray) -> FloatArray:
+    """Latents as the denoiser sees them, (B, C, h, w), to what the decoders take."""
+    at = pipeline.manifest.latent
+    return latent / np.float32(at.scaling_factor) + np.float32(at.shift_factor)
+
+
+def to_pixels(image: FloatArray) -> npt.NDArray[np.uint8]:
+    """(3, H, W) in [-1, 1], unclamped, to (H, W, 3) uint8, rounded as diffusers' image processor does.
+
+    Raises:
+        NotFiniteError: it has values that are no numbers.
+    """
+    if not np.isfinite(image).all():
+        raise NotFiniteError("the decoded image is not finite")
+    scaled = np.clip(image / 2 + np.float32(0.5), 0.0, 1.0).transpose(1, 2, 0)
+    return np.ascontiguousarray(np.round(scaled * 255.0).astype(np.uint8))
+
+
+def linear_image(pipeline: Pipeline, latent: FloatArray) -> FloatArray:
+    """One matrix product per latent pixel: (C, h, w) -> (3, h * k, w * k), roughly in [-1, 1]."""
+    channels, height, width = latent.shape
+    block = pipeline.manifest.linear_preview.block
+    pixels = latent.reshape(channels, -1).T @ pipeline.linear_weights + pipeline.linear_bias
+    grid = pixels.reshape(height, width, 3, block, block).transpose(2, 0, 3, 1, 4)
+    return np.ascontiguousarray(grid.reshape(3, height * block, width * block))

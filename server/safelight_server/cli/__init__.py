@@ -1,0 +1,1 @@
+"""The command line: a client of the server, and the command that starts one."""

@@ -1,0 +1,383 @@
+"""The command line; `safelight --help` lists it. Errors are one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import grpc
+import structlog
+import typer
+import uvloop
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.console import Console
+from rich.table import Table
+from safelight import Branch, CacheMode, Client, GenerationError, GetCacheStatsResponse, PurgeCacheResponse
+
+from safelight_server import settings as settings_module
+from safelight_server.api.identity import KeyFileError, new_key
+from safelight_server.app.server import Running, StartError, serve
+from safelight_server.catalog import export as repositories
+from safelight_server.catalog.catalog import ManifestError
+from safelight_server.catalog.export import Accelerator, RepositoryError
+from safelight_server.catalog.export import Target as RepositoryTarget
+from safelight_server.cli import bench as benches
+from safelight_server.cli import demo as demos
+from safelight_server.settings import Settings, SettingsError, is_loopback
+from safelight_server.telemetry import configure_logging
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Watch pictures develop.", rich_markup_mode=None)
+keys = typer.Typer(no_args_is_help=True, help="API keys.")
+app.add_typer(keys, name="keys")
+caches = typer.Typer(no_args_is_help=True, help="The caches of a running server; needs an administrator's key.")
+app.add_typer(caches, name="cache")
+console = Console()
+T = TypeVar("T")
+
+DEFAULT_TARGET = "127.0.0.1:8421"
+MAX_STEP = 2**31 - 1
+"""What the field of a step holds; the server has the real limit."""
+Steps = Annotated[int | None, typer.Option("--steps", min=-MAX_STEP, max=MAX_STEP, help="Denoising steps.")]
+Target = Annotated[str, typer.Option("--target", envvar="SAFELIGHT_TARGET", help="Address of the server.")]
+ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="SAFELIGHT_API_KEY", help="Key of the caller.")]
+CaFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--ca-file", envvar="SAFELIGHT_CA_FILE", help="PEM of who signed the server's certificate: asks by TLS."
+    ),
+]
+ServerName = Annotated[
+    str,
+    typer.Option(
+        "--server-name", envvar="SAFELIGHT_SERVER_NAME", help="In the certificate, if it is not the target's."
+    ),
+]
+
+
+OPTIONS = {"target": "--target / SAFELIGHT_TARGET", "api_key": "--api-key / SAFELIGHT_API_KEY"}
+"""What the arguments of a client are called here."""
+
+
+class CommandError(Exception):
+    """What the user is told in one line."""
+
+
+@app.command("serve")
+def serve_command(
+    host: Annotated[str | None, typer.Option(help=Settings.model_fields["host"].description)] = None,
+    port: Annotated[int | None, typer.Option(help=Settings.model_fields["port"].description)] = None,
+    insecure: Annotated[bool, typer.Option(help=Settings.model_fields["insecure"].description)] = False,
+    models_dir: Annotated[Path | None, typer.Option(help=Settings.model_fields["models_dir"].description)] = None,
+    runtime: Annotated[str | None, typer.Option(help=Settings.model_fields["runtime"].description)] = None,
+    triton_url: Annotated[str | None, typer.Option(help=Settings.model_fields["triton_url"].description)] = None,
+    num_instances: Annotated[int | None, typer.Option(help=Settings.model_fields["num_instances"].description)] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help=Settings.model_fields["api_key_file"].description)] = None,
+    metrics_port: Annotated[int | None, typer.Option(help=Settings.model_fields["metrics_port"].description)] = None,
+    log_format: Annotated[str | None, typer.Option(help=Settings.model_fields["log_format"].description)] = None,
+) -> None:
+    """Run the server in the foreground. All settings are environment variables: `safelight settings`."""
+    settings = settings_module.load(
+        host=host,
+        port=port,
+        insecure=insecure or None,
+        models_dir=models_dir,
+        runtime=runtime,
+        triton_url=triton_url,
+        num_instances=num_instances,
+        api_key_file=api_key_file,
+        metrics_port=metrics_port,
+        log_format=log_format,
+    )
+    configure_logging(settings.log_format, settings.log_level)
+    for variable, meant in settings_module.misspelt().items():
+        structlog.get_logger(__name__).warning("no setting has this name", variable=variable, meant=meant)
+    uvloop.run(serve(settings, lambda running: _summary(running, settings)))
+
+
+def _summary(running: Running, settings: Settings) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("Safelight", f"listens on {running.address}")
+    table.add_row("runtime", f"{running.runtime.name}, {running.runtime.num_instances} instances")
+    for pipeline in running.catalog.pipelines.values():
+        manifest = pipeline.manifest
+        sizes = ", ".join(f"{size.width_px}x{size.height_px}" for size in manifest.sizes)
+        table.add_row("model", f"models/{pipeline.name} {manifest.revision} ({sizes}): {manifest.description}")
+    limits = f"{settings.max_running_outputs} outputs run, {settings.max_waiting_standard} may wait in class STANDARD"
+    table.add_row("limits", limits)
+    trusted = "callers on this machine are" if is_loopback(settings.host) else "whoever reaches it is"
+    table.add_row("keys", f"none: {trusted} trusted" if settings.api_key_file is None else "asked for")
+    console.print(table)
+
+
+MEDIA_TYPES = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    out: Annotated[Path, typer.Option(help="File to write: .png, .jpg or .webp.")] = Path("picture.png"),
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Random where absent.")] = None,
+    steps: Steps = None,
+    guidance_scale: Annotated[float | None, typer.Option("--guidance", help="1 is without guidance.")] = None,
+    sampler: Annotated[str, typer.Option(help="Such as ddim or euler.")] = "",
+    negative_prompt: Annotated[str, typer.Option("--negative", help="What guidance leads away from.")] = "",
+    model: Annotated[str, typer.Option(help="Id of the model.")] = "",
+    timeout_s: Annotated[float | None, typer.Option("--timeout", min=0.001, help="Deadline in seconds.")] = None,
+    cache: Annotated[CacheMode, typer.Option(help="What may serve it beside its own development.")] = "default",
+    branch: Annotated[str, typer.Option(metavar="generations/ID@STEP", help="Where to start from.")] = "",
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+    ca_file: CaFile = None,
+    server_name: ServerName = "",
+) -> None:
+    """Ask a running server for one picture and watch it develop."""
+    media_type = MEDIA_TYPES.get(out.suffix.lstrip(".").lower())
+    if media_type is None:
+        raise CommandError(f"--out {out}: the ending must be .png, .jpg or .webp")
+    _check_text(
+        {"PROMPT": prompt, "--negative": negative_prompt, "--model": model, "--sampler": sampler, "--branch": branch}
+    )
+    order = demos.DemoRequest(
+        prompt,
+        seed,
+        steps,
+        guidance_scale,
+        sampler,
+        negative_prompt,
+        model,
+        media_type,
+        timeout_s,
+        cache,
+        _branch(branch) if branch else None,
+    )
+    picture, developed = _run(demos.generate_one(_connect(target, api_key, ca_file, server_name), order, console))
+    try:
+        out.write_bytes(picture.data)
+    except OSError as error:
+        raise CommandError(f"{out}: {error.strerror}") from None
+    size = f"{picture.width_px}x{picture.height_px}"
+    console.print(f"{out}  {size}  seed {picture.seed}  {developed.figures()}", highlight=False, soft_wrap=True)
+    console.print(developed.origin(), highlight=False, soft_wrap=True)
+
+
+def _branch(text: str) -> Branch:
+    generation, _, step = text.partition("@")
+    if not step.isdecimal():
+        raise CommandError(f"--branch {text}: must be generations/ID@STEP")
+    return Branch(generation=generation, step=min(int(step), MAX_STEP))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out/demo"),
+    models_dir: Annotated[Path | None, typer.Option(help="Folder of the models.")] = None,
+) -> None:
+    """Start a server, develop several pictures at once, show them, write them, stop the server."""
+    settings = settings_module.load(port=0, models_dir=models_dir, log_level="warning")
+    configure_logging("console", "warning")
+    _run(demos.demo(settings, out, console))
+
+
+@app.command()
+def models(
+    target: Target = DEFAULT_TARGET, api_key: ApiKey = None, ca_file: CaFile = None, server_name: ServerName = ""
+) -> None:
+    """List what a server offers."""
+    connect = _connect(target, api_key, ca_file, server_name)
+
+    async def ask() -> None:
+        async with connect() as client:
+            for model in await client.models():
+                sizes = ", ".join(f"{size.width_px}x{size.height_px}" for size in model.sizes)
+                samplers = ", ".join(sampler.name for sampler in model.samplers)
+                mark = "  (default)" if model.is_default else ""
+                console.print(f"{model.name}  {model.revision}  on {model.runtime}{mark}", highlight=False)
+                console.print(f"    {model.description}; {sizes}; samplers {samplers}", highlight=False, soft_wrap=True)
+
+    _run(ask())
+
+
+@app.command()
+def bench(
+    clients: Annotated[int, typer.Option(min=1, max=1024, help="Clients that ask at once.")] = 4,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures to ask for, over all clients.")] = 20,
+    steps: Steps = None,
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+    ca_file: CaFile = None,
+    server_name: ServerName = "",
+) -> None:
+    """Put load on a running server and print what its clients see."""
+    connect = _connect(target, api_key, ca_file, server_name)
+    _run(benches.bench(connect, clients=clients, pictures=pictures, steps=steps, console=console))
+
+
+@app.command()
+def health(target: Target = DEFAULT_TARGET, ca_file: CaFile = None, server_name: ServerName = "") -> None:
+    """Exit with 0 where a server is serving; for container health checks."""
+    connect = _connect(target, None, ca_file, server_name)
+
+    async def ask() -> int:
+        async with connect() as client:
+            stub = health_pb2_grpc.HealthStub(client.channel)
+            try:
+                answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=3)
+            except grpc.aio.AioRpcError as error:
+                raise CommandError(f"{target}: {error.details()}") from None
+            return int(answer.status)
+
+    if _run(ask()) != health_pb2.HealthCheckResponse.SERVING:
+        raise CommandError(f"{target}: not serving")
+    console.print("serving")
+
+
+@app.command()
+def repository(
+    out: Annotated[Path, typer.Option(help="New folder to write.")],
+    target: Annotated[RepositoryTarget, typer.Option(help="What it is for.")] = RepositoryTarget.GPU,
+    gpus: Annotated[int, typer.Option(min=1, max=64, help="GPUs; each gets an instance of every component.")] = 1,
+    accelerator: Annotated[Accelerator, typer.Option(help="What runs on a GPU.")] = Accelerator.TENSORRT,
+    bounded_queue: Annotated[bool, typer.Option(help="Priorities and bounds in Triton's queue (see there).")] = False,
+    models_dir: Annotated[Path | None, typer.Option(help=Settings.model_fields["models_dir"].description)] = None,
+) -> None:
+    """Write the model repository for Triton on GPUs (docs/operations/triton.md)."""
+    source = settings_module.load(models_dir=models_dir).models_dir / "repository"
+    repositories.write(source, out, target, gpus, accelerator, bounded_queue=bounded_queue)
+    console.print(f"wrote {out}", highlight=False)
+
+
+@app.command("settings")
+def settings_command() -> None:
+    """List every setting with its environment variable, default and meaning."""
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default is None else field.default
+        typer.echo(f"SAFELIGHT_{name.upper()}={default}\n    {field.description}")
+
+
+@keys.command("new")
+def keys_new(
+    caller: str,
+    tenant: Annotated[str, typer.Argument()] = "default",
+    admin: Annotated[bool, typer.Option("--admin", help="May look into the caches and purge them.")] = False,
+) -> None:
+    """Make a key: prints it once, and its entry for the key file."""
+    key, entry = new_key(caller, tenant, admin=admin)
+    typer.echo(f"key, shown only now: {key}\nentry for the key file: {entry}")
+
+
+@caches.command("stats")
+def cache_stats(
+    target: Target = DEFAULT_TARGET, api_key: ApiKey = None, ca_file: CaFile = None, server_name: ServerName = ""
+) -> None:
+    """What the caches of a replica hold and save."""
+    connect = _connect(target, api_key, ca_file, server_name)
+
+    async def ask() -> GetCacheStatsResponse:
+        async with connect() as client:
+            return await client.cache_stats()
+
+    stats = _run(ask())
+    shown = [Table("served", "outputs", "steps saved", "compute saved")]
+    for hits in stats.hits:
+        seconds = hits.compute_saved.ToNanoseconds() / 1e9
+        shown[-1].add_row(hits.kind, f"{hits.num_outputs}", f"{hits.num_steps_saved}", f"{seconds:.1f} s")
+    shown.append(Table("tier", "entries", "MB"))
+    for tier in stats.tiers:
+        shown[-1].add_row(tier.name, f"{tier.num_entries}", f"{tier.num_bytes / 1e6:.1f}")
+    shown.append(Table("looked for", "times", "p50", "p99"))
+    for lookups in stats.lookups:
+        p50, p99 = (f"{at.ToNanoseconds() / 1e6:.2f} ms" for at in (lookups.p50, lookups.p99))
+        shown[-1].add_row(lookups.kind, f"{lookups.num_lookups}", p50, p99)
+    for table in shown:
+        console.print(table)
+    console.print(f"turned away by the text guard: {stats.num_guard_rejections}; not kept: {stats.num_not_kept}")
+
+
+@caches.command("purge")
+def cache_purge(
+    tenant: Annotated[str, typer.Option(help="Name of a tenant; of one in a pool, all that the pool shares.")] = "",
+    model_revision: Annotated[str, typer.Option(help="MODEL/REVISION, such as icons/3.")] = "",
+    generation: Annotated[str, typer.Option(help="generations/ID.")] = "",
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+    ca_file: CaFile = None,
+    server_name: ServerName = "",
+) -> None:
+    """Delete what agrees with everything that is given, from all tiers and on all replicas."""
+    connect = _connect(target, api_key, ca_file, server_name)
+
+    async def ask() -> PurgeCacheResponse:
+        async with connect() as client:
+            return await client.purge_cache(tenant=tenant, model_revision=model_revision, generation=generation)
+
+    purged = _run(ask())
+    counts = ", ".join(f"{tier.num_entries} from {tier.name}" for tier in purged.tiers) or "nothing"
+    console.print(f"deleted {counts}", highlight=False)
+    if purged.failed_tiers:
+        raise CommandError(f"could not be cleared, purge again when they work: {', '.join(purged.failed_tiers)}")
+
+
+def _connect(target: str, api_key: str | None, ca_file: Path | None, server_name: str) -> Callable[[], Client]:
+    """What makes a client, within the loop that it is used in."""
+    credentials = None
+    try:
+        if ca_file is not None:
+            credentials = grpc.ssl_channel_credentials(ca_file.read_bytes())
+    except OSError as error:
+        raise CommandError(f"{ca_file}: {error.strerror}") from None
+
+    def connect() -> Client:
+        try:
+            return Client(target, api_key=api_key, credentials=credentials, server_name=server_name)
+        except ValueError as error:
+            argument, _, what = str(error).partition(": ")
+            raise CommandError(f"{OPTIONS[argument]}: {what}") from None
+
+    _check_text({OPTIONS["target"]: target, "--server-name": server_name})
+    return connect
+
+
+def _check_text(given: Mapping[str, str]) -> None:
+    """An argument whose bytes are no UTF-8 has surrogates in their places, which no message takes."""
+    for option, text in given.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise CommandError(f"{option}: is not UTF-8") from None
+
+
+def _run(work: Coroutine[object, object, T]) -> T:
+    return uvloop.run(work)
+
+
+def main() -> None:
+    """Runs the command line; every expected error is one line on stderr."""
+    try:
+        app()
+    except GenerationError as error:
+        faults = "; ".join(f"{field}: {what}" for field, what in error.violations.items())
+        _die(faults or str(error), 2 if error.code is grpc.StatusCode.INVALID_ARGUMENT else 1)
+    except (
+        CommandError,
+        SettingsError,
+        ManifestError,
+        StartError,
+        KeyFileError,
+        RepositoryError,
+        demos.DemoError,
+    ) as error:
+        _die(str(error), 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _die(message: str, code: int) -> None:
+    lines = message.replace("\n", "; ")
+    print(f"safelight: {lines}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What replicas tell each other at once: who follows an execution, who wants a generation, what is cancelled.
+
+News only make things quicker: whoever misses some learns the same from a lease
+that ends. Sealed, since they name generations. Neighbours: `flights`, `fleet`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping
+
+import structlog
+
+from safelight_server.coordination.base import BEGINNING, Coordinator
+from safelight_server.storage.base import StoreError
+from safelight_server.storage.sealed import CorruptError, Entry, Sealer, UnreadableError
+
+log = structlog.get_logger(__name__)
+
+STREAM = "news"
+KEPT_S = 300.0
+RETRY_S = 0.5
+MAX_WAITING = 1024
+
+Handler = Callable[[str, Mapping[str, str]], None]
+"""Told what the news are about and the facts."""
+
+
+class Bulletin:
+    """Of one replica; run `listen` and `talk` as tasks."""
+
+    def __init__(self, coordinator: Coordinator, sealer: Sealer) -> None:
+        self._coordinator = coordinator
+        self._sealer = sealer
+        self._handlers: dict[str, Handler] = {}
+        self._waiting: asyncio.Queue[bytes] = asyncio.Queue(MAX_WAITING)
+
+    def on(self, kind: str, handler: Handler) -> None:
+        """Calls `handler` for all news of a kind, this replica's own too."""
+        self._handlers[kind] = handler
+
+    def say(self, kind: str, about: str, **facts: str) -> None:
+        """Tells all replicas, soon; not where too much waits to be told."""
+        data = json.dumps({"kind": kind, "about": about} | facts).encode()
+        if not self._waiting.full():
+            self._waiting.put_nowait(self._sealer.seal(STREAM, Entry(data), time.time() + KEPT_S))
+
+    async def talk(self) -> None:
+        """Tells what waits to be told; never ends."""
+        while True:
+            data = await self._waiting.get()
+            try:
+                await self._coordinator.append(STREAM, data)
+            except StoreError:
+                await asyncio.sleep(RETRY_S)
+
+    async def listen(self) -> None:
+        """Hears what is new from now on; never ends."""
+        while True:
+            try:
+                before = await self._coordinator.read(STREAM)
+                break
+            except StoreError:
+                await asyncio.sleep(RETRY_S)
+        async for event in self._coordinator.follow(STREAM, before[-1].place if before else BEGINNING, leader=False):
+            try:
+                entry, expires_at = self._sealer.open(STREAM, event.data)
+            except (CorruptError, UnreadableError):
+                log.warning("news that cannot be read", place=event.place)
+                continue
+            facts = json.loads(entry.data)
+            handler = self._handlers.get(facts.pop("kind"))
+            if handler is not None and expires_at > time.time():
+                handler(facts.pop("about"), facts)

@@ -1,0 +1,139 @@
+"""The end of an execution that was led here: the picture first, then the commit with the bill, then the watchers.
+
+Invariants: a picture lies in a shared tier before it is committed; a result is
+billed once; where the service is away the own watchers get the picture all the
+same, and it is committed later or discarded. Neighbours: `flight`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+
+import structlog
+
+from safelight_server.cluster.leased_runners import ExecutionTicket, LeasedRunners
+from safelight_server.coordination.base import CommitOutcome
+from safelight_server.coordination.leadership import Leadership
+from safelight_server.domain.picture import Pixels
+from safelight_server.storage.base import StoreError
+from safelight_server.storage.sealed import Entry
+
+log = structlog.get_logger(__name__)
+
+COMMIT_WAIT_S = 1.0
+"""How long a finished picture waits for its commit before its own watchers get it all the same."""
+GIVE_UP_S = 120.0
+"""How long a result is kept for a Redis that is away; then it is discarded, unbilled."""
+MAX_LATE = 256
+"""Results kept for that."""
+RETRY_S = 0.5
+BILL = "bill"
+BILL_S = 400 * 86_400.0
+"""How long bills can be opened."""
+
+KeepPicture = Callable[[Pixels, float], Awaitable[bool]]
+"""Puts pixels where the ticket points, with the compute they took; whether a shared tier has them."""
+
+
+@dataclass(slots=True)
+class BilledWork:
+    """What is billed."""
+
+    rows: int = 0
+    steps: int = 0
+    compute_s: float = 0.0
+
+
+async def committed_picture(flights: LeasedRunners, name: str) -> Pixels | None:
+    """The picture of a committed result; a result whose picture is gone is forgotten, to be computed anew.
+
+    Raises:
+        StoreError: the service cannot be asked.
+    """
+    result = await flights.coordinator.result(name)
+    if result is None:
+        return None
+    kept = await flights.pictures.at(result.pointer, sure=True)
+    if kept is None:
+        await flights.coordinator.forget(name, result)
+        return None
+    return kept[0]
+
+
+async def commit_result(
+    flights: LeasedRunners,
+    ticket: ExecutionTicket,
+    keep: KeepPicture,
+    pixels: Pixels,
+    work: BilledWork,
+    leader: Leadership | None,
+) -> Pixels:
+    """Commits a picture, now or later; the one that counts, as far as that is known soon."""
+    decided: asyncio.Future[Pixels | None] = asyncio.get_running_loop().create_future()
+    flights.start(_commit(flights, ticket, keep, pixels, work, leader, decided))
+    try:
+        async with asyncio.timeout(COMMIT_WAIT_S):
+            theirs = await asyncio.shield(decided)
+    except TimeoutError:
+        return pixels
+    return pixels if theirs is None else theirs
+
+
+async def _commit(
+    flights: LeasedRunners,
+    ticket: ExecutionTicket,
+    keep: KeepPicture,
+    pixels: Pixels,
+    work: BilledWork,
+    leader: Leadership | None,
+    decided: asyncio.Future[Pixels | None],
+) -> None:
+    """Commits; `decided` with the picture that counts in place of ours, or None as soon as this takes long.
+
+    Who holds the lease may be nobody: one whose answer was lost, or a replica that dies. So it is waited for until
+    there is a result or the lease is free. The bill is the same each time: where the answer of a commit was lost and
+    its result forgotten since, it is not written again.
+    """
+    until, late, bill = time.monotonic() + GIVE_UP_S, False, _bill(flights, ticket, work)
+    try:
+        while time.monotonic() < until:
+            with contextlib.suppress(StoreError):
+                leader = leader or await Leadership.take(flights.coordinator, ticket.name, flights.ttl_s)
+                if leader is not None and await keep(pixels, work.compute_s):
+                    outcome = await leader.commit(ticket.pointer, bill, COMMIT_WAIT_S)
+                    if outcome is CommitOutcome.COMMITTED:
+                        return
+                theirs = await committed_picture(flights, ticket.name)
+                if theirs is not None:  # another's counts
+                    _decide(decided, theirs)
+                    return
+            if not late and flights.num_late >= MAX_LATE:
+                break
+            flights.num_late += not late
+            late = True
+            _decide(decided, None)
+            if leader is not None:  # who follows need not wait for this
+                await leader.close()
+                leader = None
+            await asyncio.sleep(RETRY_S)
+        log.warning("a result was not committed in time and is discarded", generation=ticket.generation)
+    finally:
+        flights.num_late -= late
+        _decide(decided, None)
+        if leader is not None:
+            await leader.close()
+
+
+def _bill(flights: LeasedRunners, ticket: ExecutionTicket, work: BilledWork) -> bytes:
+    facts = {"tenant": ticket.tenant, "generation": ticket.generation} | asdict(work)
+    return flights.sealer.seal(BILL, Entry(json.dumps(facts).encode()), time.time() + BILL_S)
+
+
+def _decide(decided: asyncio.Future[Pixels | None], pixels: Pixels | None) -> None:
+    if not decided.done():
+        decided.set_result(pixels)

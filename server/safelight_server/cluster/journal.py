@@ -1,0 +1,161 @@
+"""Writes a generation's state events and pictures where other replicas find them, before any stream sees them.
+
+So numbers mean the same everywhere. Where Redis is away nothing is held up: it
+is shown at once and written when Redis is back. Invariants: what is written is
+in order and has no gap; one who was replaced as owner writes nothing more.
+Neighbours: `stream.EventLog` publishes, `records` has the form.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import structlog
+
+from safelight_server.cluster.records import JournalEntry, dump, event_record
+from safelight_server.coordination.leadership import Leadership
+from safelight_server.domain.errors import SafelightError
+from safelight_server.domain.events import GenerationState, StateEvent
+from safelight_server.domain.picture import EncodedPicture
+from safelight_server.storage.sealed import Sealer
+
+log = structlog.get_logger(__name__)
+
+RETRY_S = 0.5
+GIVE_UP_S = 300.0
+"""After the end; as long as it goes on a generation holds what it could not write."""
+
+
+@dataclass(slots=True)
+class _JournalLine:
+    write: Callable[[], Awaitable[bool]]
+    show: Callable[[], None] | None
+
+
+class Journal:
+    """Of one generation, by its owner. See `stream.log.DurableWriter`.
+
+    Args:
+        leader: the ownership.
+        put: keeps a picture in a shared tier; whether it is there.
+        standing: the generation's state and error when an event is published.
+        on_lost: called once when another replica owns the generation.
+    """
+
+    def __init__(
+        self,
+        leader: Leadership,
+        sealer: Sealer,
+        put: Callable[[int, EncodedPicture], Awaitable[bool]],
+        standing: Callable[[], tuple[GenerationState, SafelightError | None]],
+        on_lost: Callable[[], None],
+    ) -> None:
+        self._leader = leader
+        self._sealer = sealer
+        self._put = put
+        self._standing = standing
+        self._on_lost = on_lost
+        self._lines: deque[_JournalLine] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._watching = asyncio.create_task(self._watch())
+        self._settle: Callable[[], Awaitable[None]] | None = None
+        self._ended_at = math.inf
+        self._over = False
+        self._away_since: float | None = None
+
+    def event(self, event: StateEvent, sequence: int, data: bytes, show: Callable[[], None]) -> None:
+        """Takes a state event."""
+        self.write(event_record(event, sequence, data, *self._standing(), datetime.now(UTC)), show)
+
+    def picture(self, output_index: int, picture: EncodedPicture, show: Callable[[], None]) -> None:
+        """Takes a finished picture."""
+        self._take(functools.partial(self._put, output_index, picture), show)
+
+    def write(self, written: JournalEntry, show: Callable[[], None] | None = None) -> None:
+        """Takes anything else that others must know."""
+        data = dump(self._sealer, self._leader.lease.name, written)
+        self._take(functools.partial(self._leader.publish, data), show)
+
+    def end(self, settle: Callable[[], Awaitable[None]]) -> None:
+        """Gives the ownership back when all is written, or was waited for long enough, after `settle`."""
+        self._settle = settle
+        self._ended_at = time.monotonic()
+        self._go_on()
+
+    async def closed(self) -> None:
+        """Waits until nothing is left to be written, after `end` also until the ownership is given back."""
+        if self._task is not None:
+            await asyncio.wait({self._task})
+
+    async def abandon(self) -> None:
+        """Writes nothing more and gives the ownership back."""
+        self._over = True
+        tasks = {task for task in (self._watching, self._task) if task is not None}
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        await self._leader.close()
+
+    def _take(self, write: Callable[[], Awaitable[bool]], show: Callable[[], None] | None) -> None:
+        if self._over:
+            if show is not None:
+                show()
+            return
+        line = _JournalLine(write, show)
+        self._lines.append(line)
+        if self._away_since is not None:
+            self._show(line)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while not self._over and (self._lines or self._settle is not None):
+            if not self._lines:
+                settle, self._settle = self._settle, None
+                assert settle is not None
+                self._over = True
+                self._watching.cancel()
+                await settle()
+                await self._leader.close()
+                return
+            first = self._lines[0]
+            if await first.write():
+                if self._lines and self._lines[0] is first:
+                    self._lines.popleft()
+                self._show(first)
+                self._away_since = None
+                continue
+            self._away_since = self._away_since or time.monotonic()
+            for line in self._lines:
+                self._show(line)
+            if time.monotonic() - max(self._away_since, self._ended_at) > GIVE_UP_S:  # nothing comes after: no gap
+                log.warning("what was not written of a generation in time is given up")
+                self._lines.clear()
+                self._away_since = None
+                continue
+            await asyncio.sleep(RETRY_S)
+
+    async def _watch(self) -> None:
+        await self._leader.lost.wait()
+        self._over = True
+        lines, self._lines = self._lines, deque()
+        for line in lines:
+            self._show(line)
+        await self._leader.close()
+        self._on_lost()
+
+    @staticmethod
+    def _show(line: _JournalLine) -> None:
+        if line.show is not None:
+            show, line.show = line.show, None
+            show()

@@ -1,0 +1,351 @@
+"""One execution, wherever it runs: led here, followed from another replica, or taken over from one that died.
+
+    submit ──► asks for the lease ──► leads: the engine runs it, from the newest checkpoint
+                     ▲    └─────────► follows: steps and frames come from the leader's stream
+                     └── leader lost ────┘└──► committed: the picture comes from the shared tiers
+
+To `execution.py` a flight is what the engine is; generations do not see the
+difference. A leader publishes its steps once someone has said that he follows:
+what nobody follows costs a lease, its renewals and a commit. Invariants: the
+picture lies in a shared tier before it is committed with its bill; a result is
+billed once; without Redis everything runs here and commits later or never.
+Neighbours: `engine`, `cache.coordination`, `cache.checkpoints`, `flights`, `landing`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import structlog
+
+from safelight_server.catalog.pixels import NotFiniteError, to_pixels
+from safelight_server.cluster.commit import BilledWork, KeepPicture, commit_result, committed_picture
+from safelight_server.cluster.leased_runners import FOLLOW, ExecutionTicket, LeasedRunners
+from safelight_server.coordination.base import BEGINNING, LeaderLostError
+from safelight_server.coordination.leadership import Leadership
+from safelight_server.domain.component import Component
+from safelight_server.domain.errors import InternalError, SafelightError
+from safelight_server.domain.picture import Pixels
+from safelight_server.domain.tensors import FloatArray
+from safelight_server.engine.jobs import Job, OutputListener
+from safelight_server.engine.latents import Snapshot
+from safelight_server.storage.base import StoreError
+from safelight_server.storage.sealed import CorruptError, Entry, UnreadableError
+from safelight_server.telemetry import Trail
+
+log = structlog.get_logger(__name__)
+
+EVENT_S = 3600.0
+
+
+class LeasedRunnerListener(OutputListener, Protocol):
+    """Also hears of what happens elsewhere."""
+
+    def heard(self, step: int, batch_size: int, denoised: FloatArray | None) -> None:
+        """`step` steps are made by another replica."""
+
+    def found(self, pixels: Pixels) -> None:
+        """The finished picture. The output has ended."""
+
+
+class LeasedRunner:
+    """One execution; see the module.
+
+    Args:
+        keep: puts the picture where the ticket points.
+    """
+
+    def __init__(self, flights: LeasedRunners, ticket: ExecutionTicket, keep: KeepPicture) -> None:
+        self.ticket = ticket
+        self.followed = False
+        self._flights = flights
+        self._keep = keep
+        self._job: Job | None = None
+        self._listener: LeasedRunnerListener | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
+        self._leader: Leadership | None = None
+        self._aloft = False
+        self._landing = False
+        self._again = ticket.again
+        self._place = BEGINNING
+        self._step = 0
+        self._wanted = False
+        self._work = BilledWork()
+        self._batch_size = 1
+        self._unpublished: bytes | None = None
+        self._publishing: asyncio.Task[None] | None = None
+
+    # --- what the execution asks: as of the engine ---
+
+    def submit(self, job: Job, listener: LeasedRunnerListener) -> None:
+        """Takes the job; whatever comes of it the listener hears."""
+        self._job, self._listener = job, listener
+        if not self._landing:
+            self._task = self._flights.start(self._fly(job, listener))
+
+    def suspend(self, output_id: int) -> Snapshot | None:
+        """Stops; what was done here is kept, for this replica and the others."""
+        snapshot = self._job.start if self._job else None
+        if self._landing:
+            return snapshot
+        if self._task is not None:
+            self._task.cancel()
+        if self._aloft:
+            snapshot = self._flights.engine.suspend(output_id) or snapshot
+            if not self._landing:
+                self._aloft = False
+                self._leaving = self._flights.start(self._leave(snapshot))
+        return snapshot
+
+    def reschedule(self, output_id: int, priority: int, deadline: float | None) -> None:
+        """As the engine, where it runs here."""
+        assert self._job is not None
+        self._job = replace(self._job, priority=type(self._job.priority)(priority), deadline=deadline)
+        if self._aloft:
+            self._flights.engine.reschedule(output_id, self._job.priority, deadline)
+
+    async def preview(self, job: Job, denoised: FloatArray, component: Component) -> FloatArray | None:
+        """As the engine: previews are decoded where they are watched, wherever the steps are made."""
+        return await self._flights.engine.preview(job, denoised, component)
+
+    def load(self) -> float:
+        """As the engine."""
+        return self._flights.engine.load()
+
+    # --- who computes ---
+
+    async def _fly(self, job: Job, listener: LeasedRunnerListener) -> None:
+        self._flights.asking[self] = job
+        try:
+            await self._find_place(job, listener)
+        finally:
+            self._flights.asking.pop(self, None)
+
+    async def _find_place(self, job: Job, listener: LeasedRunnerListener) -> None:
+        if self._leaving is not None:
+            await asyncio.wait({self._leaving})
+        while True:
+            try:
+                leader = await self._take()
+                if leader is not None:
+                    await self._lead(job, listener, leader)
+                    return
+                pixels = await committed_picture(self._flights, self.ticket.name)
+                if pixels is not None:
+                    listener.found(pixels)
+                    return
+                self._flights.asking.pop(self, None)
+                if await self._follow(job, listener):
+                    await self._lead(job, listener, None)
+                    return
+            except StoreError:
+                await self._lead(job, listener, None)
+                return
+            except LeaderLostError:
+                self._again = True
+
+    async def _take(self) -> Leadership | None:
+        taking = asyncio.create_task(Leadership.take(self._flights.coordinator, self.ticket.name, self._flights.ttl_s))
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            self._leaving = self._flights.start(_give_back(taking))
+            raise
+
+    async def _follow(self, job: Job, listener: LeasedRunnerListener) -> bool:
+        """Hears the leader until its result is committed; True: the service is away, and the leader with it.
+
+        Raises:
+            LeaderLostError: it died.
+        """
+        self._flights.news.say(FOLLOW, self.ticket.name)
+        self._flights.engine.follow(job.output_id)
+        hearing = asyncio.create_task(self._hear(listener))
+        away = asyncio.create_task(self._flights.away.wait())
+        try:
+            await asyncio.wait({hearing, away}, return_when=asyncio.FIRST_COMPLETED)
+            if not hearing.done():
+                return True
+            hearing.result()
+            return False
+        finally:
+            self._flights.engine.unfollow(job.output_id)
+            for task in (hearing, away):
+                task.cancel()
+            await asyncio.wait({hearing, away})
+
+    async def _hear(self, listener: LeasedRunnerListener) -> None:
+        async with contextlib.aclosing(
+            self._flights.coordinator.follow(self.ticket.name, self._place)  # type: ignore[type-var]  # is a generator
+        ) as events:
+            async for event in events:
+                self._place = event.place
+                try:
+                    entry, _ = self._flights.sealer.open(self.ticket.name, event.data)
+                except (CorruptError, UnreadableError):
+                    continue
+                step = int(entry.metadata["step"])
+                if step > self._step:
+                    self._step = step
+                    listener.heard(step, int(entry.metadata["batch"]), self._latent(entry.data))
+
+    def _latent(self, data: bytes) -> FloatArray | None:
+        assert self._job is not None
+        shape = self._job.latent_shape
+        return np.frombuffer(data, np.float32).reshape(shape) if len(data) == 4 * math.prod(shape) else None
+
+    async def _lead(self, job: Job, listener: LeasedRunnerListener, leader: Leadership | None) -> None:
+        """Runs it here; without a leadership for the own watchers only, until the service is back."""
+        self._leader = leader
+        try:
+            if self._again and leader is not None:
+                kept = await self._flights.pictures.at(self.ticket.pointer)
+                if kept is not None:  # its leader died between picture and commit
+                    pixels, facts = kept
+                    steps = facts.num_steps
+                    self._work = BilledWork(steps * len(job.token_ids), steps, facts.compute_s)
+                    self._landing = True
+                    await self._land(pixels, listener)
+                    return
+            start = await self._newest(job.start)
+        except asyncio.CancelledError:
+            if leader is not None and not self._landing:
+                self._leaving = self._flights.start(leader.close())
+            raise
+        assert self._job is not None
+        self._step = start.step if start else 0
+        self._aloft = True
+        self._flights.leads(self)
+        self._flights.engine.submit(replace(self._job, start=start), self)
+
+    async def _newest(self, start: Snapshot | None) -> Snapshot | None:
+        if self.ticket.checkpoints is None:
+            return start
+        kept = await self._flights.checkpoints.newest(*self.ticket.checkpoints)
+        return kept if kept is not None and (start is None or kept.step > start.step) else start
+
+    async def _leave(self, snapshot: Snapshot | None) -> None:
+        """Lets others go on from here."""
+        self._flights.ends(self)
+        leader, self._leader, job = self._leader, None, self._job
+        if leader is None or job is None:
+            return
+        if snapshot is not None and self.ticket.checkpoints is not None:
+            await self._flights.checkpoints.keep(
+                *self.ticket.checkpoints,
+                snapshot,
+                job.table.num_steps,
+                revision=self.ticket.revision,
+                generation=self.ticket.generation,
+                replicate=True,
+            )
+        await leader.close()
+
+    # --- what the engine asks and reports while it runs here ---
+
+    def trails(self) -> Sequence[Trail]:
+        """Of the execution."""
+        return self._told().trails()
+
+    def started(self) -> None:
+        """To the execution."""
+        self._told().started()
+
+    def computed(self, seconds: float, rows: int) -> None:
+        """To the execution, and to the bill."""
+        self._work.compute_s += seconds
+        self._work.rows += rows
+        self._told().computed(seconds, rows)
+
+    def stepped(self, step: int, batch_size: int) -> None:
+        """To the execution; those who follow get it with its frame."""
+        self._step = step
+        self._work.steps += 1
+        self._batch_size = batch_size
+        self._told().stepped(step, batch_size)
+
+    def wants_frame(self, step: int) -> bool:
+        """Whether the execution wants it, or someone follows."""
+        self._wanted = self._told().wants_frame(step)
+        return self._wanted or self.followed
+
+    def frame(self, step: int, denoised: FloatArray) -> None:
+        """To whoever wants it."""
+        if self._wanted:
+            self._told().frame(step, denoised)
+        if self.followed and self._leader is not None:
+            facts = {"step": str(step), "batch": str(self._batch_size)}
+            entry = Entry(np.ascontiguousarray(denoised, np.float32).tobytes(), facts)
+            self._unpublished = self._flights.sealer.seal(self.ticket.name, entry, time.time() + EVENT_S)
+            if self._publishing is None or self._publishing.done():
+                self._publishing = self._flights.start(self._publish(self._leader))
+
+    async def _publish(self, leader: Leadership) -> None:
+        while (data := self._unpublished) is not None:  # the newest wins where Redis is slower than the steps
+            self._unpublished = None
+            await leader.publish(data)
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """As the execution says."""
+        return self._told().wants_checkpoint(step)
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """To the execution."""
+        self._told().checkpoint(snapshot)
+
+    def encoded(self, row: int, embedding: FloatArray) -> None:
+        """To the execution."""
+        self._told().encoded(row, embedding)
+
+    def decoded(self, image: FloatArray) -> None:
+        """The picture is put where all see it and committed; then the execution has it."""
+        self._landing, self._aloft = True, False
+        self._flights.start(self._decoded(image, self._told()))
+
+    async def _decoded(self, image: FloatArray, listener: LeasedRunnerListener) -> None:
+        try:
+            pixels = await asyncio.get_running_loop().run_in_executor(self._flights.pool, to_pixels, image)
+        except NotFiniteError:
+            log.error("image_not_finite", generation=self.ticket.generation)
+            self._landing = False
+            self.failed(InternalError())
+        else:
+            await self._land(pixels, listener)
+
+    def failed(self, error: SafelightError) -> None:
+        """To the execution; those who follow try themselves."""
+        self._aloft = False
+        self._leaving = self._flights.start(self._leave(None))
+        self._told().failed(error)
+
+    def expired(self) -> None:
+        """To the execution."""
+        self._aloft = False
+        self._leaving = self._flights.start(self._leave(None))
+        self._told().expired()
+
+    def _told(self) -> LeasedRunnerListener:
+        assert self._listener is not None
+        return self._listener
+
+    async def _land(self, pixels: Pixels, listener: LeasedRunnerListener) -> None:
+        leader, self._leader = self._leader, None
+        try:
+            listener.found(await commit_result(self._flights, self.ticket, self._keep, pixels, self._work, leader))
+        finally:
+            self._flights.ends(self)
+
+
+async def _give_back(taking: asyncio.Task[Leadership | None]) -> None:
+    """Gives back a lease that came too late."""
+    with contextlib.suppress(StoreError):
+        if (leader := await taking) is not None:
+            await leader.close()

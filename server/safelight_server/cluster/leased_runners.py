@@ -1,0 +1,206 @@
+"""What the executions of this replica share when there are others: the service, who is led here, who is followed.
+
+Neighbours: `flight` is one execution, `landing` its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Coroutine
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from safelight_server.cache.checkpoints import Checkpoints
+from safelight_server.cache.pictures import Pictures
+from safelight_server.cluster.bulletin import Bulletin
+from safelight_server.cluster.journal import GIVE_UP_S
+from safelight_server.coordination.base import Coordinator
+from safelight_server.engine.engine import Engine
+from safelight_server.engine.jobs import Job
+from safelight_server.scheduler import Priority, ScheduledOutput
+from safelight_server.storage.base import StoreError
+from safelight_server.storage.sealed import Sealer
+
+log = structlog.get_logger(__name__)
+
+FOLLOW = "follow"
+MAX_WISHES = 4096
+TAKEOVER_LEASES = 4
+"""Leases within which whoever takes over has found a result: two until it begins, the others for looking."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionTicket:
+    """What a flight is known by.
+
+    Attributes:
+        name: to all replicas; an HMAC.
+        pointer: the key of its pixels in the tiers.
+        checkpoints: tenant and execution of its checkpoints; None: it has none.
+        tenant, generation: who is billed.
+        revision: of the model; what is kept is purged by it and by the generation.
+        again: it may have come far already, on a replica that is gone.
+    """
+
+    name: str
+    pointer: str
+    checkpoints: tuple[str, str] | None
+    tenant: str
+    generation: str
+    revision: str
+    again: bool = False
+
+
+class LocalRunner(Protocol):
+    """A flight that is led here; `followed`: someone elsewhere wants to see its steps."""
+
+    ticket: ExecutionTicket
+    followed: bool
+
+
+class LeasedRunners:
+    """All flights of this replica; run `watch_service` as a task.
+
+    Attributes:
+        away: the service was away for longer than a lease.
+        num_late: results kept for a service that is away.
+        asking: jobs that have not learned yet whether they run here.
+
+    Args:
+        ttl_s: of a lease.
+        result_ttl_s: how long a finished generation can be watched again.
+        pool: threads for pixels.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        coordinator: Coordinator,
+        sealer: Sealer,
+        checkpoints: Checkpoints,
+        pictures: Pictures,
+        news: Bulletin,
+        pool: Executor,
+        ttl_s: float,
+        result_ttl_s: float,
+    ) -> None:
+        self.engine = engine
+        self.coordinator = coordinator
+        self.sealer = sealer
+        self.checkpoints = checkpoints
+        self.pictures = pictures
+        self.news = news
+        self.pool = pool
+        self.ttl_s = ttl_s
+        self._result_ttl_s = result_ttl_s
+        self.away = asyncio.Event()
+        self.num_late = 0
+        self.asking: dict[object, Job] = {}
+        self._wishes: OrderedDict[str, None] = OrderedDict()
+        self._leading: dict[str, LocalRunner] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        news.on(FOLLOW, lambda name, _facts: self._wish(name))
+
+    @property
+    def private_s(self) -> float:
+        """How long a result is kept that nobody finds by its name.
+
+        As long as it can be watched, and as its owner tries to write it down, or whoever takes over from it.
+        """
+        return max(self._result_ttl_s, GIVE_UP_S + TAKEOVER_LEASES * self.ttl_s)
+
+    def start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Runs something of a flight; `close` waits for it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            log.error("bug", exc_info=fault)
+
+    def leads(self, flight: LocalRunner) -> None:
+        """It is led here from now on."""
+        self._leading[flight.ticket.name] = flight
+        if self._wishes.pop(flight.ticket.name, 0) is None:
+            flight.followed = True
+
+    def ends(self, flight: LocalRunner) -> None:
+        """It is not led here any more."""
+        if self._leading.get(flight.ticket.name) is flight:
+            del self._leading[flight.ticket.name]
+
+    def _wish(self, name: str) -> None:
+        if (flight := self._leading.get(name)) is not None:
+            flight.followed = True
+            return
+        self._wishes[name] = None
+        if len(self._wishes) > MAX_WISHES:
+            self._wishes.popitem(last=False)
+
+    async def watch_service(self) -> None:
+        """Says in `away` when the service was away for longer than a lease: leaders elsewhere are out of reach."""
+        since: float | None = None
+        while True:
+            try:
+                await self.coordinator.holder("service")
+                since = None
+                self.away.clear()
+            except StoreError:
+                since = since or time.monotonic()
+                if time.monotonic() - since >= self.ttl_s:
+                    self.away.set()
+            await asyncio.sleep(self.ttl_s / 3)
+
+    async def close(self, grace_s: float = 2.0) -> None:
+        """Waits for commits under way and gives leases back, as far as that is quick."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=grace_s)
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+class LoadWithPending:
+    """The scheduler's load (see `admission.Load`) and the outputs that are about to come to it."""
+
+    def __init__(self, flights: LeasedRunners) -> None:
+        self._scheduler = flights.engine.scheduler
+        self._asking = flights.asking
+
+    @property
+    def num_outputs(self) -> int:
+        """See `Load`."""
+        return self._scheduler.num_outputs + len(self._asking)
+
+    @property
+    def num_free(self) -> int:
+        """See `Load`."""
+        return max(0, self._scheduler.num_free - len(self._asking))
+
+    def num_waiting(self, priority: Priority | None = None) -> int:
+        """See `Load`; whoever asks while slots are free does not wait."""
+        waiting = Counter(job.priority for job in self._asking.values())
+        ours = len(self._asking) if priority is None else waiting[priority]
+        return self._scheduler.num_waiting(priority) + max(0, ours - self._scheduler.num_free)
+
+    def num_waiting_of(self, caller: str) -> int:
+        """See `Load`."""
+        ours = sum(job.caller == caller for job in self._asking.values())
+        return self._scheduler.num_waiting_of(caller) + max(0, ours - self._scheduler.num_free)
+
+    def backlog_s(self) -> float:
+        """See `Load`."""
+        return self._scheduler.backlog_s()
+
+    def estimate_s(self, output: ScheduledOutput, num_outputs: int = 1) -> float:
+        """See `Load`."""
+        return self._scheduler.estimate_s(output, num_outputs + len(self._asking))

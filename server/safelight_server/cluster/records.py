@@ -1,0 +1,178 @@
+"""What is written of a generation, so that another replica can go on with it: the record, then its events.
+
+Everything is JSON or the very bytes that streams get, and sealed. Invariant:
+what `parse` returns equals what `dump` was given. Neighbours: `journal` writes,
+`fleet` reads.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import Literal
+
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass as checked
+
+from safelight_server.domain.caller import Caller
+from safelight_server.domain.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    GenerationCancelledError,
+    InternalError,
+    SafelightError,
+    UnavailableError,
+)
+from safelight_server.domain.events import (
+    Finished,
+    FinishReason,
+    GenerationState,
+    Origin,
+    OutputFinished,
+    StateEvent,
+    Usage,
+)
+from safelight_server.domain.request import Request
+from safelight_server.storage.sealed import CorruptError, Entry, Sealer
+
+KEPT_S = 7 * 86_400.0
+"""How long a sealed event can be opened; Redis forgets it much earlier."""
+ERRORS: dict[str, type[SafelightError]] = {
+    error.__name__: error
+    for error in (DeadlineExceededError, FailedPreconditionError, GenerationCancelledError, UnavailableError)
+}
+
+
+@checked(frozen=True, config=ConfigDict(ser_json_bytes="base64", val_json_bytes="base64"))
+class GenerationRecord:
+    """A generation as it was accepted.
+
+    Attributes:
+        deadline_at: Unix seconds; None: it has none.
+        origins: of its outputs, as far as they were known.
+        starts: which outputs began from a latent, kept under their name.
+        numerics_id, pipeline: what it was accepted with; empty: an older server wrote it and did not say.
+    """
+
+    identifier: str
+    caller: Caller
+    request: Request
+    create_time: datetime
+    deadline_at: float | None
+    origins: tuple[Origin, ...]
+    starts: tuple[bool, ...]
+    numerics_id: str = ""
+    pipeline: str = ""
+
+
+_RECORD = TypeAdapter(GenerationRecord)
+
+
+@dataclass(frozen=True, slots=True)
+class EventRecord:
+    """A state event and what it changed; or, without a number, the generation's new state.
+
+    Attributes:
+        sequence: its number.
+        data: as streams get it.
+        output_index, reason, step: of OutputFinished.
+        error: of the generation, so far.
+        usage, finish_time: of Finished.
+        state: of the generation.
+    """
+
+    kind: Literal["accepted", "output", "finished", "state"]
+    data: bytes
+    sequence: int = 0
+    output_index: int = -1
+    reason: FinishReason | None = None
+    step: int = 0
+    state: GenerationState | None = None
+    error: SafelightError | None = None
+    usage: Usage = field(default_factory=Usage)
+    finish_time: datetime | None = None
+
+
+JournalEntry = GenerationRecord | EventRecord
+
+
+def event_record(
+    event: StateEvent, sequence: int, data: bytes, state: GenerationState, error: SafelightError | None, now: datetime
+) -> EventRecord:
+    """What is written of an event."""
+    match event:
+        case OutputFinished():
+            return EventRecord("output", data, sequence, event.output_index, event.reason, event.step, error=error)
+        case Finished():
+            usage = event.usage
+            return EventRecord("finished", data, sequence, state=state, error=error, usage=usage, finish_time=now)
+        case _:
+            return EventRecord("accepted", data, sequence)
+
+
+def dump(sealer: Sealer, name: str, written: JournalEntry) -> bytes:
+    """Sealed, for the stream `name`."""
+    match written:
+        case GenerationRecord():
+            entry = Entry(_RECORD.dump_json(written), {"kind": "record"})
+        case EventRecord():
+            facts: dict[str, object] = {"sequence": written.sequence, "output": written.output_index}
+            facts["step"] = written.step
+            facts |= {"reason": written.reason and written.reason.value, "state": written.state and written.state.value}
+            facts |= {"error": _error(written.error), "usage": asdict(written.usage)}
+            facts["finish_time"] = written.finish_time and written.finish_time.isoformat()
+            entry = Entry(written.data, {"kind": written.kind, "facts": json.dumps(facts)})
+    return sealer.seal(name, entry, time.time() + KEPT_S)
+
+
+def parse(sealer: Sealer, name: str, data: bytes) -> JournalEntry:
+    """What was written.
+
+    Raises:
+        CorruptError, UnreadableError: it cannot be read; a server of another version may have written it.
+    """
+    entry, _ = sealer.open(name, data)
+    try:
+        return _parsed(entry)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptError(f"of another form: {error}") from None
+
+
+def _parsed(entry: Entry) -> JournalEntry:
+    kind = entry.metadata["kind"]
+    if kind == "record":
+        return _RECORD.validate_json(entry.data)
+    facts = json.loads(entry.metadata["facts"])
+    return EventRecord(
+        kind,  # type: ignore[arg-type]  # as `dump` wrote it
+        entry.data,
+        facts["sequence"],
+        facts["output"],
+        FinishReason(facts["reason"]) if facts["reason"] else None,
+        facts["step"],
+        GenerationState(facts["state"]) if facts["state"] else None,
+        _revive(facts["error"]),
+        Usage(**facts["usage"]),
+        datetime.fromisoformat(facts["finish_time"]) if facts["finish_time"] else None,
+    )
+
+
+def _error(error: SafelightError | None) -> dict[str, object] | None:
+    if error is None:
+        return None
+    return {
+        "type": type(error).__name__,
+        "message": error.message,
+        "reason": error.reason,
+        "metadata": error.metadata,
+        "retry_after_s": error.retry_after_s,
+    }
+
+
+def _revive(facts: dict[str, object] | None) -> SafelightError | None:
+    if facts is None:
+        return None
+    kind = ERRORS.get(str(facts.pop("type")))
+    return InternalError() if kind is None else kind(**facts)  # type: ignore[arg-type]  # as `_error` wrote it

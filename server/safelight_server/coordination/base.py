@@ -1,0 +1,147 @@
+"""Leases, events and commits of executions, by name.
+
+A *lease* says who computes; it ends unless renewed, so that another replica can
+take over from one that died. Its *token* grows with every holder of any name:
+whatever a leader writes carries it, and is refused when a later holder exists
+(fencing), however late it arrives. *Events* are one stream for each execution,
+read from any place on. A *commit* publishes the result's pointer and the bill
+together, once: what is pointed to is immutable and named by its content, so that
+what a leader wrote and never committed is only garbage.
+
+Names are made as keys of the cache are: HMACs, nothing that tells contents.
+Events and bills are opaque; seal what must not be read in Redis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+BEGINNING = "0-0"
+"""The place before a stream's first event."""
+
+
+class FencedError(Exception):
+    """The lease was taken over: its holder must stop writing."""
+
+
+class LeaderLostError(Exception):
+    """Nobody holds the lease of a followed execution, and it has no result: someone should take over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to compute `name`; `owner` is unique to one attempt of one replica."""
+
+    name: str
+    owner: str
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEvent:
+    """One event and its place in the stream, from which reading goes on."""
+
+    place: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CommittedResult:
+    """What was committed: a pointer to the result and the holder who committed it."""
+
+    pointer: str
+    owner: str
+    token: int
+
+
+class CommitOutcome(Enum):
+    """Of a commit."""
+
+    COMMITTED = "committed"  # by this lease, now or at an earlier try whose answer was lost
+    TAKEN = "taken"  # another holder has committed before: its result counts
+    FENCED = "fenced"  # another holder is computing
+
+
+class Coordinator(Protocol):
+    """All methods raise `StoreError` where the service cannot be asked, and may then have happened or not."""
+
+    async def acquire(self, name: str, owner: str, ttl_s: float) -> Lease | None:
+        """The lease, where nobody holds it and nothing is committed; the same again for the same owner."""
+
+    async def renew(self, lease: Lease, ttl_s: float) -> bool:
+        """Keeps the lease for `ttl_s` from now; False: it has ended or is another's."""
+
+    async def release(self, lease: Lease) -> bool:
+        """Gives the lease back; False: it was not held any more."""
+
+    async def holder(self, name: str) -> Lease | None:
+        """Who holds the lease now."""
+
+    async def publish(self, lease: Lease, data: bytes) -> str:
+        """Appends an event to the execution's stream and returns its place.
+
+        Raises:
+            FencedError: the lease was taken over.
+        """
+
+    async def append(self, name: str, data: bytes) -> str:
+        """Appends an event to a stream that has no leader, such as news for all replicas."""
+
+    def follow(self, name: str, after: str = BEGINNING, leader: bool = True) -> AsyncIterator[StreamEvent]:
+        """Events after a place as they come; ends after the last one when the result is committed.
+
+        Waits through outages of the service. Events beyond the stream's bound are lost to late readers.
+
+        Args:
+            leader: whether the stream has a leader whose end is looked for.
+
+        Raises:
+            LeaderLostError: nobody computes it any more.
+        """
+
+    async def commit(self, lease: Lease, pointer: str, bill: bytes) -> CommitOutcome:
+        """Makes the result and its bill visible at once, if the lease's token is still the newest of its name.
+
+        The same bill of a name is written once, also if the result was forgotten before it is committed anew.
+        """
+
+    async def result(self, name: str) -> CommittedResult | None:
+        """What is committed under a name."""
+
+    async def forget(self, name: str, result: CommittedResult) -> bool:
+        """Makes room to compute a name anew, when what its result points to is gone; False: that is not its result."""
+
+    async def bills(self, after: str = BEGINNING, limit: int = 1000) -> list[StreamEvent]:
+        """Bills after a place, oldest first."""
+
+    async def read(self, name: str) -> list[StreamEvent]:
+        """The events of a stream that are there now."""
+
+    async def expire(self, name: str, ttl_s: float) -> None:
+        """Forgets a stream after a time."""
+
+    async def claim(self, name: str, value: bytes, ttl_s: float, instead_of: bytes | None = None) -> bytes:
+        """Binds a name to a value unless it has one; returns the value that counts.
+
+        Args:
+            ttl_s: for how long, where this call binds it.
+            instead_of: take the place of this value.
+        """
+
+    async def unclaim(self, name: str, value: bytes, ttl_s: float = 0.0) -> None:
+        """Lets go of a name that has this value, after `ttl_s`."""
+
+    async def enlist(self, name: str) -> None:
+        """Puts a name on the roll: someone should hold its lease until it is struck off."""
+
+    async def strike(self, name: str) -> None:
+        """Takes a name off the roll."""
+
+    async def orphans(self) -> list[str]:
+        """Names on the roll whose lease nobody holds."""
+
+    async def close(self) -> None:
+        """Ends all that follows."""

@@ -1,0 +1,104 @@
+"""A lease kept alive while its work runs, and its commit, through outages of the service.
+
+    leader = await Leadership.take(coordinator, name, ttl_s)     None: somebody else computes, follow it
+    ... leader.publish(event) ...                                True: readers elsewhere see it
+    outcome = await leader.commit(pointer, bill, give_up_s)
+    await leader.close()
+
+`lost` is set for good when another holder exists. An outage alone loses nothing:
+the lease is renewed when the service is back, or taken again where it ran out
+and nobody wanted it; the work goes on for its own watchers meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+
+from safelight_server.coordination.base import CommitOutcome, Coordinator, FencedError, Lease
+from safelight_server.storage.base import StoreError
+
+BEATS = 3
+"""Renewals within the time of a lease: it ends when so many in a row fail."""
+
+
+class Leadership:
+    """Made by `take`."""
+
+    def __init__(self, coordinator: Coordinator, lease: Lease, ttl_s: float) -> None:
+        self.lease = lease
+        self.lost = asyncio.Event()
+        self._coordinator = coordinator
+        self._ttl_s = ttl_s
+        self._asking = asyncio.Lock()
+        self._over = False
+        self._beating = asyncio.create_task(self._beat(), name=f"lease of {lease.name}")
+
+    @classmethod
+    async def take(cls, coordinator: Coordinator, name: str, ttl_s: float) -> Leadership | None:
+        """Leads, where nobody else does and nothing is committed.
+
+        Raises:
+            StoreError: the service cannot be asked.
+        """
+        lease = await coordinator.acquire(name, secrets.token_hex(8), ttl_s)
+        return None if lease is None else cls(coordinator, lease, ttl_s)
+
+    async def publish(self, data: bytes) -> bool:
+        """Appends an event; False: readers elsewhere do not see it, because of an outage or another leader."""
+        try:
+            await self._coordinator.publish(self.lease, data)
+        except FencedError:
+            async with self._asking:
+                await self._retake()
+            return False
+        except StoreError:
+            return False
+        return True
+
+    async def commit(self, pointer: str, bill: bytes, give_up_s: float) -> CommitOutcome | None:
+        """Commits, waiting up to `give_up_s` for a service that is out; None: discarded, nobody was billed for sure.
+
+        A commit whose answer was lost is asked again and answers the same: nothing is billed twice.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(give_up_s):
+                while True:
+                    try:
+                        async with self._asking:
+                            outcome = await self._coordinator.commit(self.lease, pointer, bill)
+                            self._over = outcome is not CommitOutcome.FENCED
+                            if self._over or not await self._retake():
+                                return outcome
+                    except StoreError:
+                        await asyncio.sleep(min(self._ttl_s / BEATS, 0.5))
+        return None
+
+    async def close(self) -> None:
+        """Stops the renewals and gives the lease back, where that is possible."""
+        self._beating.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._beating
+        with contextlib.suppress(StoreError):
+            await self._coordinator.release(self.lease)
+
+    async def _beat(self) -> None:
+        while not self.lost.is_set():
+            await asyncio.sleep(self._ttl_s / BEATS)
+            with contextlib.suppress(StoreError):
+                async with self._asking:
+                    if not self._over and not await self._coordinator.renew(self.lease, self._ttl_s):
+                        await self._retake()
+
+    async def _retake(self) -> bool:
+        """Leads again where the lease ran out and nobody took it; else it is lost."""
+        try:
+            lease = await self._coordinator.acquire(self.lease.name, self.lease.owner, self._ttl_s)
+        except StoreError:
+            return False
+        if lease is None:
+            self.lost.set()
+            return False
+        self.lease = lease
+        return True

@@ -1,0 +1,99 @@
+"""Pixels to bytes in each encoding; all encoders release the GIL, so a pool of threads runs them side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import math
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+from safelight_server.domain.request import MediaType, PixelEncoding
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPicture:
+    """An encoded picture. `stride_bytes` is from row to row of raw pixels, else 0."""
+
+    media_type: MediaType
+    width_px: int
+    height_px: int
+    stride_bytes: int
+    data: bytes
+
+
+class FinishedPicture:
+    """A finished picture, (H, W, 3) uint8 sRGB, and its encodings: each is made once, in `pool`."""
+
+    def __init__(self, pixels: Pixels, pool: Executor) -> None:
+        self.pixels = pixels
+        self._pool = pool
+        self._encodings: dict[PixelEncoding, asyncio.Task[EncodedPicture]] = {}
+
+    async def encoded(self, encoding: PixelEncoding) -> EncodedPicture:
+        """The picture in an encoding."""
+        if (task := self._encodings.get(encoding)) is None:
+            task = self._encodings[encoding] = asyncio.create_task(self._encode(encoding))
+        return await asyncio.shield(task)
+
+    async def _encode(self, encoding: PixelEncoding) -> EncodedPicture:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, encode, self.pixels, encoding)
+
+
+def encode(pixels: Pixels, encoding: PixelEncoding) -> EncodedPicture:
+    """Encodes (H, W, 3) uint8 sRGB."""
+    height, width, _ = pixels.shape
+    stride = 0
+    match encoding.media_type:
+        case MediaType.JPEG:
+            data = simplejpeg.encode_jpeg(pixels, quality=encoding.quality, colorspace="RGB", colorsubsampling="420")
+        case MediaType.WEBP:
+            data = _pillow(pixels, "WEBP", quality=encoding.quality, method=0)
+        case MediaType.PNG:
+            data = _pillow(pixels, "PNG", compress_level=1)
+        case MediaType.RAW_RGBA8:
+            data, stride = _raw(pixels, encoding)
+    return EncodedPicture(encoding.media_type, width, height, stride, data)
+
+
+def encode_within(pixels: Pixels, encoding: PixelEncoding, max_bytes: int) -> EncodedPicture:
+    """Encodes (H, W, 3) uint8 sRGB in at most `max_bytes`, scaled down as far as that needs, keeping the aspect."""
+    encoded = encode(pixels, encoding)
+    while len(encoded.data) > max_bytes and (edge := max(encoded.width_px, encoded.height_px)) > 1:
+        fits = edge * math.sqrt(max_bytes / len(encoded.data))  # bytes grow about with the area
+        encoded = encode(shrink(pixels, max(1, min(edge - 1, int(0.98 * fits)))), encoding)
+    return encoded
+
+
+def shrink(pixels: Pixels, max_edge_px: int | None) -> Pixels:
+    """Scales down, keeping the aspect, so that no edge is longer; never up."""
+    height, width, _ = pixels.shape
+    if max_edge_px is None or max(height, width) <= max_edge_px:
+        return pixels
+    scale = max_edge_px / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
+
+
+def _pillow(pixels: Pixels, kind: str, **options: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+def _raw(pixels: Pixels, encoding: PixelEncoding) -> tuple[bytes, int]:
+    height, width, _ = pixels.shape
+    align = encoding.row_alignment_bytes
+    stride = -(-4 * width // align) * align
+    rows = np.zeros((height, stride), np.uint8)
+    texels = rows[:, : 4 * width].reshape(height, width, 4)
+    texels[..., :3] = pixels[::-1] if encoding.bottom_up else pixels
+    texels[..., 3] = 255
+    return rows.tobytes(), stride

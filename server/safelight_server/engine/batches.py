@@ -1,0 +1,296 @@
+"""What goes into a batch and what comes of its results: the tensors of all outputs in flight.
+
+`engine.py` runs the batches, the scheduler says which rows are in them.
+Invariant: an output that has ended leaves nothing behind here, except a slot
+that a batch in flight still reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+
+from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.pixels import decoder_latent
+from safelight_server.domain.component import Component
+from safelight_server.domain.tensors import FloatArray
+from safelight_server.engine.latents import Latents, Slots, Snapshot
+from safelight_server.runtime.base import Inputs
+from safelight_server.sampler import SamplerTable
+from safelight_server.scheduler import Batch, Kind, Row
+from safelight_server.telemetry import Stage, Trail
+from safelight_server.telemetry.trail import NO_CALL, Attributes, CallSpans, PreviewSpan, TracedOutput
+
+PART_NAMES = {Kind.ENCODE: "text_encode", Kind.DENOISE: "step", Kind.DECODE: "decode", Kind.PREVIEW: "decode"}
+"""Of the span that each trace has of a batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchKey:
+    """What a scheduler key stands for: rows with equal keys can share a call."""
+
+    pipeline: Pipeline
+    component: Component
+    latent_shape: tuple[int, int, int]
+
+    def __str__(self) -> str:
+        return f"{self.pipeline.name}/{self.component.value}/{'x'.join(map(str, self.latent_shape))}"
+
+
+@dataclass(slots=True)
+class OutputTensors:
+    """The tensors of one output.
+
+    Attributes:
+        conditioning: ids of its embeddings: the prompt's and, with guidance, the negative prompt's.
+        embeddings: those of them that are known already, (T, D), by id.
+        slot: in the latents of its key, once it takes steps.
+        image: the decoded picture, (3, H, W).
+    """
+
+    pipeline: Pipeline
+    latent_shape: tuple[int, int, int]
+    table: SamplerTable
+    seed: int
+    guidance_scale: float
+    conditioning: tuple[str, ...]
+    embeddings: Mapping[str, FloatArray]
+    start: Snapshot | None
+    step: int
+    slot: int | None = None
+    image: FloatArray | None = None
+
+
+@dataclass(slots=True)
+class PendingPreview:
+    """A denoised latent (C, h, w) that waits for its decoder."""
+
+    latent: FloatArray
+    image: asyncio.Future[FloatArray | None]
+    stage: Stage
+
+    def answer(self, image: FloatArray | None) -> None:
+        """It is decoded, or will not be; whoever waited may have gone."""
+        if not self.image.done():
+            self.image.set_result(image)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedCall:
+    """A batch made ready for a runtime; `slots` and `parts` are set for denoiser calls, one entry a row."""
+
+    key: BatchKey
+    inputs: Inputs
+    num_outputs: int
+    slots: Slots | None = None
+    parts: Slots | None = None
+    previews: Sequence[PendingPreview] = ()
+
+
+class Batches:
+    """Gathers batches from, and puts their results back into, the outputs in flight.
+
+    Args:
+        capacity: outputs that may hold latents of one key at once.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self.flights: dict[int, OutputTensors] = {}
+        self.keys: dict[str, BatchKey] = {}
+        self.token_ids: dict[str, tuple[int, ...]] = {}
+        self._embeddings: dict[str, FloatArray] = {}
+        self._latents: dict[str, Latents] = {}
+        self._departed: set[int] = set()
+        self._previews: dict[int, dict[str, PendingPreview]] = {}  # by output and key; also of outputs elsewhere
+
+    def gather(self, batch: Batch) -> PreparedCall:
+        """The inputs of a batch."""
+        key = self.keys[batch.key]
+        if batch.kind is Kind.ENCODE:
+            ids = [self.token_ids[row.conditioning_id] for row in batch.rows]
+            return PreparedCall(key, {"input_ids": np.array(ids, np.int64)}, 0)
+        if batch.kind is Kind.DENOISE:
+            return self._gather_steps(batch, key)
+        if batch.kind is Kind.DECODE:
+            latent = np.stack([self._finished(self.flights[row.output_id]) for row in batch.rows])
+            return PreparedCall(key, {"latent": decoder_latent(key.pipeline, latent)}, len(batch.rows))
+        previews = [self._previews[row.output_id][batch.key] for row in batch.rows]
+        latent = np.stack([preview.latent for preview in previews])
+        for row in batch.rows:
+            del self._previews[row.output_id][batch.key]
+        return PreparedCall(key, {"latent": decoder_latent(key.pipeline, latent)}, len(batch.rows), previews=previews)
+
+    def spans(
+        self, batch: Batch, call: PreparedCall, runtime: str, trails: Callable[[int], Sequence[Trail]]
+    ) -> AbstractContextManager[object]:
+        """Records the call, as long as a block lasts, in the traces of those whom it serves."""
+        served = self._served(batch, call, trails)
+        attributes = {
+            "safelight.model": call.key.pipeline.name,
+            "safelight.component": call.key.component.value,
+            "safelight.runtime": runtime,
+            "safelight.instance": batch.instance,
+            "safelight.batch.rows": len(batch.rows),
+            "safelight.batch.outputs": len(batch.members),
+        }
+        return CallSpans(PART_NAMES[batch.kind], served, attributes) if served else NO_CALL
+
+    def _served(
+        self, batch: Batch, call: PreparedCall, trails: Callable[[int], Sequence[Trail]]
+    ) -> list[tuple[TracedOutput, Attributes]]:
+        """Those in whose traces the batch is to be seen, with what it does for them."""
+        if batch.kind is Kind.PREVIEW:
+            recorded = [preview.stage for preview in call.previews if preview.stage.recorded]
+            return [(PreviewSpan(stage), {"safelight.rows": 1}) for stage in recorded]
+        if batch.kind is Kind.ENCODE:
+            encoded = set(batch.members)
+            rows = {at: len(encoded.intersection(flight.conditioning)) for at, flight in self.flights.items()}
+        else:
+            rows = dict(Counter(row.output_id for row in batch.rows))
+        steps = {row.output_id: row.step + 1 for row in batch.rows} if batch.kind is Kind.DENOISE else {}
+        served: list[tuple[TracedOutput, Attributes]] = []
+        for output_id, count in rows.items():
+            step = {"safelight.step": steps[output_id]} if output_id in steps else {}
+            attributes = {"safelight.rows": count, **step}
+            served += [(trail, attributes) for trail in (trails(output_id) if count else ())]
+        return served
+
+    def returned(self, batch: Batch, call: PreparedCall) -> None:
+        """The runtime is done with the inputs, with results or without; counts once."""
+        if call.slots is not None and batch.batch_id in self._departed:
+            self._departed.remove(batch.batch_id)
+            self._latents[batch.key].arrive(call.slots)
+
+    def keep(self, batch: Batch, call: PreparedCall, results: Mapping[str, FloatArray]) -> None:
+        """Puts results where the next stage finds them; those of outputs that have ended are dropped."""
+        if batch.kind is Kind.ENCODE:
+            for row, embedding in zip(batch.rows, results["last_hidden_state"], strict=True):
+                if row.conditioning_id in self.token_ids:
+                    self._embeddings[row.conditioning_id] = embedding
+        elif batch.kind is Kind.DENOISE:
+            assert call.slots is not None and call.parts is not None
+            self._latents[batch.key].put(call.slots, call.parts, results["prediction"])
+        elif batch.kind is Kind.DECODE:
+            for row, image in zip(batch.rows, results["image"], strict=True):
+                if (flight := self.flights.get(row.output_id)) is not None:
+                    flight.image = image
+        else:
+            for preview, image in zip(call.previews, results["image"], strict=True):
+                preview.answer(image)
+
+    def lost(self, call: PreparedCall) -> None:
+        """A batch failed: previews in it are not tried again."""
+        for preview in call.previews:
+            preview.answer(None)
+
+    def advance(self, output_ids: Sequence[int]) -> list[int]:
+        """One sampler step for outputs of one key.
+
+        Returns:
+            Those whose latents are not finite any more.
+        """
+        flights = [self.flights[output_id] for output_id in output_ids]
+        slots = np.array([flight.slot for flight in flights], np.intp)
+        steps = np.array([flight.step for flight in flights], np.intp)
+        finite = self._latents_of(output_ids[0]).advance(slots, steps)
+        for flight in flights:
+            flight.step += 1
+        return [output_id for output_id, good in zip(output_ids, finite.tolist(), strict=True) if not good]
+
+    def denoised(self, output_id: int) -> FloatArray:
+        """The newest estimate of an output's clean latent, (C, h, w), copied."""
+        slot = self.flights[output_id].slot
+        assert slot is not None
+        return self._latents_of(output_id).denoised(slot)
+
+    def want_preview(
+        self, output_id: int, key: str, latent: FloatArray, stage: Stage
+    ) -> asyncio.Future[FloatArray | None]:
+        """Keeps a latent (C, h, w) for the decoder of a key, in place of an older one; the image that comes of it."""
+        previews = self._previews.setdefault(output_id, {})
+        if (older := previews.get(key)) is not None:
+            older.answer(None)
+        preview = previews[key] = PendingPreview(latent, asyncio.get_running_loop().create_future(), stage)
+        return preview.image
+
+    def drop_previews(self, output_id: int) -> None:
+        """Those that are not in a batch come to nothing."""
+        for preview in self._previews.pop(output_id, {}).values():
+            preview.answer(None)
+
+    def snapshot(self, output_id: int) -> Snapshot | None:
+        """What an output needs to go on later; None if it has made no step."""
+        flight = self.flights[output_id]
+        if flight.slot is None:
+            return flight.start
+        return self._latents_of(output_id).snapshot(flight.slot, flight.step)
+
+    def embedding(self, conditioning_id: str) -> FloatArray:
+        """A prompt's embedding (T, D) that some output needs or someone asked for."""
+        return self._embeddings[conditioning_id]
+
+    def release(self, conditioning_id: str) -> None:
+        """Nobody needs this embedding any more."""
+        self.token_ids.pop(conditioning_id, None)
+        self._embeddings.pop(conditioning_id, None)
+
+    def forget(self, output_id: int) -> None:
+        """The output has ended."""
+        flight = self.flights.pop(output_id)
+        if flight.slot is not None:
+            self._latents[self._denoiser_key(flight)].release(flight.slot)
+        self.drop_previews(output_id)
+
+    def key(self, pipeline: Pipeline, component: Component, latent_shape: tuple[int, int, int]) -> str:
+        """The scheduler's key; equal for all that can share a call."""
+        key = BatchKey(pipeline, component, latent_shape)
+        return next((name for name in (str(key),) if name in self.keys), None) or self._add(key)
+
+    def _add(self, key: BatchKey) -> str:
+        self.keys[str(key)] = key
+        return str(key)
+
+    def _denoiser_key(self, flight: OutputTensors) -> str:
+        return self.key(flight.pipeline, Component.DENOISER, flight.latent_shape)
+
+    def _latents_of(self, output_id: int) -> Latents:
+        return self._latents[self._denoiser_key(self.flights[output_id])]
+
+    def _finished(self, flight: OutputTensors) -> FloatArray:
+        """The latent (C, h, w) after the last step, which may have been made before a pause."""
+        if flight.slot is not None:
+            latent: FloatArray = self._latents[self._denoiser_key(flight)].latent(np.array([flight.slot]))[0]
+            return latent
+        assert flight.start is not None
+        return flight.start.x
+
+    def _slots(self, rows: Sequence[Row]) -> Slots:
+        return np.array([self.flights[row.output_id].slot for row in rows], np.intp)
+
+    def _gather_steps(self, batch: Batch, key: BatchKey) -> PreparedCall:
+        for row in batch.rows:
+            if self.flights[row.output_id].slot is None:
+                self._claim(batch.key, self.flights[row.output_id])
+        slots = self._slots(batch.rows)
+        parts = np.array([row.part for row in batch.rows], np.intp)
+        steps = np.array([row.step for row in batch.rows], np.intp)
+        latents = self._latents[batch.key]
+        inputs = latents.rows(slots, parts, steps)
+        latents.depart(slots)
+        self._departed.add(batch.batch_id)
+        return PreparedCall(key, inputs, len({row.output_id for row in batch.rows}), slots, parts)
+
+    def _claim(self, key: str, flight: OutputTensors) -> None:
+        known = flight.embeddings
+        context = [known[i] if i in known else self._embeddings[i] for i in flight.conditioning]
+        if key not in self._latents:
+            tokens, width = context[0].shape
+            steps = flight.pipeline.manifest.limits.max_num_inference_steps
+            self._latents[key] = Latents(self._capacity, flight.latent_shape, (tokens, width), steps)
+        flight.slot = self._latents[key].claim(flight.table, flight.seed, flight.guidance_scale, context, flight.start)

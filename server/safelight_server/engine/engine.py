@@ -1,0 +1,431 @@
+"""The loop around the scheduler: schedule → runtime → complete, on every instance of the runtime.
+
+Decides nothing about order (the scheduler does) and knows nothing of
+generations: it reports to an `OutputListener` per output. `batches.py` has the
+tensors.
+
+Invariants: an instance runs one batch at a time; an output that was cancelled,
+suspended or has expired is in no later batch; a batch whose instance was lost
+is run again elsewhere, from the same step; every output that was submitted
+ends in exactly one of `decoded`, `failed`, `expired`, or by `cancel` or
+`suspend`. Runs on one event loop and takes no locks; the work between a
+batch's return and the next dispatch is the critical path and is counted. So
+listeners are told after the dispatch, while the next batch runs: in order, and
+before the next step of any output is made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from contextvars import Context
+from typing import Any
+
+import structlog
+
+from safelight_server.catalog.catalog import Pipeline
+from safelight_server.domain.component import Component
+from safelight_server.domain.errors import InternalError, SafelightError, UnavailableError
+from safelight_server.domain.tensors import FloatArray
+from safelight_server.engine.alarm import Alarm
+from safelight_server.engine.batches import Batches, OutputTensors, PreparedCall
+from safelight_server.engine.deferred import DeferredCallbacks
+from safelight_server.engine.embeddings import EmbeddingWaiters
+from safelight_server.engine.jobs import Job, OutputListener, prompt_name
+from safelight_server.engine.latents import Snapshot
+from safelight_server.engine.outage import Outage, no_runtime
+from safelight_server.engine.retries import RetryCounter
+from safelight_server.runtime.base import FaultOrigin, Runtime, RuntimeFailure
+from safelight_server.scheduler import (
+    Batch,
+    EmbeddingReady,
+    EmbeddingReleased,
+    Event,
+    Kind,
+    Limits,
+    OutputDecoded,
+    OutputExpired,
+    OutputFailed,
+    Priority,
+    ScheduledOutput,
+    Scheduler,
+    StepCompleted,
+)
+from safelight_server.telemetry import UNTRACED, Metrics, Tracing, tracing
+from safelight_server.telemetry.trail import NO_CALL
+
+log = structlog.get_logger(__name__)
+
+
+class Engine:
+    """Runs jobs to their pictures.
+
+    Args:
+        runtime: started.
+        clock: monotonic seconds.
+        max_running: outputs that take steps at once.
+        preview_share: of instance time that previews may take from other work.
+        runtime_wait_s: how long an output without a deadline waits while no instance is live.
+        runtime_grace_s: how long new work is taken while no instance is live.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        clock: Callable[[], float],
+        metrics: Metrics,
+        *,
+        max_running: int,
+        preview_share: float = 0.1,
+        runtime_wait_s: float = 60.0,
+        runtime_grace_s: float = 5.0,
+        tracer: Tracing = UNTRACED.tracing,
+    ) -> None:
+        self._runtime = runtime
+        self._clock = clock
+        self._metrics = metrics
+        self._tracing = tracer
+        self._batches = Batches(max_running * 2 + runtime.num_instances * 128)
+        self._listeners: dict[int, OutputListener] = {}
+        self._followed: set[int] = set()
+        self._unstarted: set[int] = set()
+        self._attempts = RetryCounter()
+        self._instances = frozenset(range(runtime.num_instances))
+        self._busy: dict[int, int] = {}  # batches by the instance that runs them
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._expiry = Alarm(self._pump)
+        self._reports = DeferredCallbacks()
+        self._asked = EmbeddingWaiters()
+        limits = Limits(max_running, self._max_rows, runtime.num_instances, preview_share)
+        self.scheduler = Scheduler(limits, self)
+        self.outage = Outage(clock, runtime_wait_s, runtime_grace_s, self._strand)
+        runtime.watch(self._instances_changed)
+        self._instances_changed()
+
+    # --- what the scheduler asks ---
+
+    def seconds(self, kind: Kind, key: str, rows: int) -> float:
+        """The cost model: the runtime's measured curves."""
+        at = self._batches.keys[key]
+        return self._runtime.cost(at.pipeline.name, at.component).at(rows)
+
+    def _max_rows(self, kind: Kind, key: str) -> int:
+        at = self._batches.keys[key]
+        return self._runtime.max_rows(at.pipeline.name, at.component)
+
+    # --- what generations ask ---
+
+    def submit(self, job: Job, listener: OutputListener) -> None:
+        """Takes a job; it runs when the scheduler says so."""
+        output = self.output(job)
+        ids = dict(zip(job.conditioning, job.token_ids, strict=True))
+        self._batches.token_ids.update((needed, ids[needed]) for needed in output.conditioning)
+        self._batches.flights[job.output_id] = OutputTensors(
+            job.pipeline,
+            job.latent_shape,
+            job.table,
+            job.seed,
+            job.guidance_scale,
+            job.conditioning,
+            job.known,
+            job.start,
+            output.first_step,
+        )
+        self._listeners[job.output_id] = listener
+        self._unstarted.add(job.output_id)
+        if job.deadline is None:
+            self.outage.wait_for(job.output_id)
+        self.scheduler.add(output, self._clock())
+        self._pump()
+
+    def output(self, job: Job) -> ScheduledOutput:
+        """A job as the scheduler sees it."""
+        return job.as_output(self._batches.key)
+
+    def cancel(self, output_id: int) -> None:
+        """Ends an output: it is in no later batch. Unknown ids and those of ended outputs are ignored."""
+        self._reports.tell()
+        if output_id in self._listeners:
+            self._apply(self.scheduler.cancel(output_id))
+            self._forget(output_id)
+            self._pump()
+
+    def reschedule(self, output_id: int, priority: Priority, deadline: float | None) -> None:
+        """Changes the class and the deadline of an output. Unknown ids are ignored."""
+        self.scheduler.set_priority(output_id, priority)
+        self.scheduler.set_deadline(output_id, deadline)
+        if deadline is None and output_id in self._listeners:
+            self.outage.wait_for(output_id)
+        else:
+            self.outage.forget(output_id)
+        self._pump()
+
+    def suspend(self, output_id: int) -> Snapshot | None:
+        """Ends an output like `cancel` and returns what it needs to go on; None if it has made no step."""
+        self._reports.tell()
+        if output_id not in self._listeners:
+            return None
+        snapshot = self._batches.snapshot(output_id)
+        self.cancel(output_id)
+        return snapshot
+
+    async def preview(self, job: Job, denoised: FloatArray, component: Component) -> FloatArray | None:
+        """Decodes a denoised latent (C, h, w) between the steps; the newest of a job wins.
+
+        Returns:
+            The image (3, H, W) in [-1, 1], unclamped; None when a newer preview took its place, it failed, or the
+            output has ended.
+        """
+        if job.output_id not in self._listeners and job.output_id not in self._followed:
+            return None
+        key = self._batches.key(job.pipeline, component, job.latent_shape)
+        image = self._batches.want_preview(job.output_id, key, denoised, tracing.current())
+        self.scheduler.want_preview(job.output_id, key)
+        self._pump()
+        return await image
+
+    def follow(self, output_id: int) -> None:
+        """Takes previews of an output that another server develops, until `unfollow`."""
+        self._followed.add(output_id)
+
+    def unfollow(self, output_id: int) -> None:
+        """Its previews that have not begun come to nothing."""
+        self._followed.remove(output_id)
+        self.scheduler.drop_previews(output_id)
+        self._batches.drop_previews(output_id)
+
+    async def encode(self, pipeline: Pipeline, token_ids: Sequence[int]) -> FloatArray:
+        """The embedding (T, D) of a prompt, encoded between the steps; those who ask for the same share it.
+
+        Raises:
+            UnavailableError: the runtime cannot.
+        """
+        self.outage.check()  # else what is asked for would pile up as long as nothing is there to encode it
+        size = pipeline.manifest.sizes[0]
+        key = self._batches.key(pipeline, Component.TEXT_ENCODER, pipeline.latent_shape(size.width_px, size.height_px))
+        name = prompt_name(pipeline, token_ids)
+        if name not in self._asked:
+            self._asked.add(name)
+            self.outage.wait_for(name)
+            asyncio.get_running_loop().call_soon(self._want_embedding, name, tuple(token_ids), key)
+        return await self._asked.get(name)
+
+    def _want_embedding(self, name: str, token_ids: tuple[int, ...], key: str) -> None:
+        self._batches.token_ids[name] = token_ids  # not before: who else needs the prompt may release it until now
+        self._apply(self.scheduler.want_embedding(name, key))
+        self._pump()
+
+    def load(self) -> float:
+        """Running outputs for each live instance: 0 idle, 1 all busy, more share calls."""
+        return self.scheduler.num_running / max(1, self._runtime.num_live)
+
+    async def close(self) -> None:
+        """Waits for the batches in flight."""
+        self.outage.close()
+        self._expiry.stop()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    # --- the loop ---
+
+    def _pump(self) -> None:
+        now = self._clock()
+        self._apply(self.scheduler.expire(now))
+        self._dispatch(now)
+        deadline = self.scheduler.next_deadline()
+        self._expiry.set(None if deadline is None else deadline - now)
+        self._reports.tell_soon()
+
+    def _dispatch(self, now: float, *, full_only: bool = False) -> None:
+        """Hands every free instance to the scheduler and starts the batches that it returns."""
+        free = self._runtime.usable(self._instances - self._busy.keys())
+        if not free and full_only:
+            return
+        for batch in self.scheduler.schedule(now, free, full_only=full_only):
+            self._busy[batch.instance] = batch.batch_id
+            try:
+                self._begin(batch)
+            except Exception:  # memory for its latents, above all
+                log.exception("bug", **_about(batch))
+                asyncio.get_running_loop().call_soon(self._broke, batch)
+
+    def _begin(self, batch: Batch) -> None:
+        call = self._batches.gather(batch)
+        spans = (
+            self._batches.spans(batch, call, self._runtime.name, lambda at: self._listeners[at].trails())
+            if self._tracing.num_trails
+            else NO_CALL
+        )
+        task = asyncio.create_task(self._run(batch, call, spans), context=Context())  # it works for many
+        self._tasks.add(task)
+        task.add_done_callback(functools.partial(self._ran, batch, call))
+        if batch.kind is Kind.DENOISE:
+            self._announce(batch)
+
+    def _instances_changed(self) -> None:
+        """Instances came or went; batches in flight on those that went fail by themselves."""
+        self.scheduler.set_instances(self._runtime.num_live)
+        self.outage.changed(self._runtime.num_live)
+        self._pump()
+
+    def _strand(self, who: int | str) -> None:
+        """Ends an output, or the wait for an embedding, for which no instance came back."""
+        if isinstance(who, str):
+            self._asked.refuse(who, no_runtime())
+            return
+        self._apply(self.scheduler.cancel(who))
+        self._reports.later(functools.partial(self._forget(who).failed, no_runtime()))
+        self._pump()
+
+    def _announce(self, batch: Batch) -> None:
+        for row in batch.rows:
+            if row.output_id in self._unstarted:
+                self._unstarted.remove(row.output_id)
+                self._reports.later(self._listeners[row.output_id].started)
+
+    async def _run(self, batch: Batch, call: PreparedCall, spans: AbstractContextManager[object]) -> None:
+        """One batch, from its inputs to the dispatch of those that it made possible."""
+        began, at = self._clock(), call.key
+        try:
+            with spans:
+                results = await self._runtime.run(batch.instance, at.pipeline.name, at.component, call.inputs)
+        except RuntimeFailure as failure:
+            self._reports.tell()
+            del self._busy[batch.instance]
+            self._batches.returned(batch, call)
+            self._batches.lost(call)
+            self._fail(batch, failure)
+            self._pump()
+            return
+        returned = self._clock()
+        self._reports.tell()
+        del self._busy[batch.instance]
+        self._dispatch(returned, full_only=True)  # what fills a batch without these outputs need not wait for them
+        if overlapped := batch.instance in self._busy:
+            await asyncio.sleep(0)  # it starts before the work of this one
+        self._batches.returned(batch, call)
+        self._batches.keep(batch, call, results)
+        if batch.kind is Kind.ENCODE:
+            self._report_embeddings(batch)
+        self._account(batch, returned - began)
+        self._attempts.succeeded(batch)
+        self._apply(self.scheduler.complete(batch.batch_id), call.num_outputs)
+        self._pump()
+        if not overlapped:
+            self._metrics.critical_seconds.inc(self._clock() - returned)
+
+    def _ran(self, batch: Batch, call: PreparedCall, task: asyncio.Task[None]) -> None:
+        """A batch is over."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (bug := task.exception()) is not None:
+            log.error("bug", **_about(batch), exc_info=bug)
+            self._broke(batch, call)
+
+    def _broke(self, batch: Batch, call: PreparedCall | None = None) -> None:
+        """A bug in a batch, the runtime's or ours, ends the outputs that it was for and nothing else."""
+        if self._busy.get(batch.instance) == batch.batch_id:
+            del self._busy[batch.instance]
+        if call is not None:
+            self._batches.returned(batch, call)
+            self._batches.lost(call)
+        self._apply(self.scheduler.fail(batch.batch_id, batch.members))
+        self._pump()
+
+    def _account(self, batch: Batch, seconds: float) -> None:
+        self._metrics.batch(batch.kind.value, len(batch.rows), seconds)
+        for output_id, rows in Counter(row.output_id for row in batch.rows).items():
+            if (listener := self._listeners.get(output_id)) is not None:
+                steps = rows if batch.kind is Kind.DENOISE else 0
+                listener.computed(seconds * rows / len(batch.rows), steps)
+
+    def _fail(self, batch: Batch, failure: RuntimeFailure) -> None:
+        log.warning("batch_failed", **_about(batch), error=str(failure))
+        given_up = self._attempts.failed(batch, failure.fault, retryable=failure.retryable)
+        error = UnavailableError("the runtime failed; try again", reason="RUNTIME_FAILED", retry_after_s=1.0)
+        events = self.scheduler.fail(batch.batch_id, given_up, suspect=failure.fault is not FaultOrigin.NOBODY)
+        self._apply(events, error=error if failure.retryable else InternalError())
+
+    def _apply(self, events: Sequence[Event], batch_size: int = 0, error: SafelightError | None = None) -> None:
+        """Carries out what became true."""
+        stepped = [event for event in events if isinstance(event, StepCompleted)]
+        if stepped:
+            self._advance(stepped, batch_size)
+        for event in events:
+            match event:
+                case EmbeddingReady():
+                    self._answer(event)
+                case EmbeddingReleased():
+                    self._batches.release(event.conditioning_id)
+                    self._attempts.forget(event.conditioning_id)
+                case OutputDecoded():
+                    image = self._batches.flights[event.output_id].image
+                    assert image is not None
+                    self._reports.later(functools.partial(self._forget(event.output_id).decoded, image))
+                case OutputFailed():
+                    self._reports.later(
+                        functools.partial(self._forget(event.output_id).failed, error or InternalError())
+                    )
+                case OutputExpired():
+                    listener = self._forget(event.output_id)
+                    in_outage = functools.partial(listener.failed, no_runtime())
+                    self._reports.later(in_outage if self.outage.is_on else listener.expired)
+
+    def _answer(self, event: EmbeddingReady) -> None:
+        """Those who asked for an embedding itself."""
+        name = event.conditioning_id
+        self.outage.forget(name)
+        if name not in self._asked:
+            return  # no instance came in time
+        if event.failed:
+            error = UnavailableError("the prompt could not be encoded; try again", retry_after_s=1.0)
+            self._asked.refuse(name, error)
+        else:
+            self._asked.answer(name, self._batches.embedding(name))
+
+    def _advance(self, stepped: Sequence[StepCompleted], batch_size: int) -> None:
+        began = self._clock()
+        broken = self._batches.advance([event.output_id for event in stepped])
+        self._metrics.sampler_seconds.inc(self._clock() - began)
+        for event in stepped:
+            if event.output_id in broken:
+                log.error("latent_not_finite", output_id=event.output_id, step=event.step)
+                self._apply(self.scheduler.cancel(event.output_id))
+                self._reports.later(functools.partial(self._forget(event.output_id).failed, InternalError()))
+        self._reports.later(functools.partial(self._report_steps, stepped, batch_size))
+
+    def _forget(self, output_id: int) -> OutputListener:
+        self._batches.forget(output_id)
+        self._attempts.forget(output_id)
+        self.outage.forget(output_id)
+        self._unstarted.discard(output_id)
+        return self._listeners.pop(output_id)
+
+    # --- what listeners hear ---
+
+    def _report_steps(self, stepped: Sequence[StepCompleted], batch_size: int) -> None:
+        for event in stepped:
+            if (listener := self._listeners.get(event.output_id)) is not None:  # else it has ended since
+                listener.stepped(event.step, batch_size)
+                if not event.last and listener.wants_frame(event.step):
+                    listener.frame(event.step, self._batches.denoised(event.output_id))
+                if not event.last and listener.wants_checkpoint(event.step):
+                    snapshot = self._batches.snapshot(event.output_id)
+                    assert snapshot is not None
+                    listener.checkpoint(snapshot)
+
+    def _report_embeddings(self, batch: Batch) -> None:
+        encoded = {row.conditioning_id for row in batch.rows}
+        for output_id, listener in self._listeners.items():
+            flight = self._batches.flights[output_id]
+            for row, name in enumerate(flight.conditioning):
+                if name in encoded and name in self._batches.token_ids:
+                    told = functools.partial(listener.encoded, row, self._batches.embedding(name))
+                    self._reports.later(told)
+
+
+def _about(batch: Batch) -> dict[str, Any]:
+    """What logs say of it."""
+    return {"kind": batch.kind.value, "key": batch.key, "rows": len(batch.rows)}

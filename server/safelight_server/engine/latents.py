@@ -1,0 +1,188 @@
+"""The tensors of running outputs of one batch key: gather a batch, put its results back, step.
+
+Owns one slab of arrays with a slot per running output, so that a batch costs a
+few array operations however many outputs share it. `engine.py` decides who is
+in a batch; `sampler` has the arithmetic. Invariants: a slot is handed out
+again only when no batch in flight reads or writes it; what happens in one slot
+never changes the bits of another.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from safelight_server.domain.tensors import Array, FloatArray
+from safelight_server.runtime.base import StableRows
+from safelight_server.sampler import SamplerTable, advance, gaussian, guide
+
+Slots = npt.NDArray[np.intp]
+COND, UNCOND = 0, 1
+NUM_COEFFICIENTS = 6
+BLOCK_BYTES = 256 << 10
+"""Of latents that are stepped together; what is made on the way stays in the cache."""
+_VERSIONS = itertools.count(1)
+"""Of the contents of a row of context; 0 is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that is needed to go on from a step, with the table and the seed.
+
+    Attributes:
+        step: steps made.
+        x: the latent after them, (C, h, w) float32.
+        denoised: the newest estimate of the clean latent, (C, h, w) float32.
+    """
+
+    step: int
+    x: FloatArray
+    denoised: FloatArray
+
+
+class Latents:
+    """Slots for the running outputs of one batch key.
+
+    Args:
+        capacity: slots; outputs that run plus those that ended while their batch was in flight.
+        shape: (C, h, w) of a latent.
+        context_shape: (T, D) of a prompt's embedding.
+        max_steps: longest table.
+    """
+
+    def __init__(
+        self, capacity: int, shape: tuple[int, int, int], context_shape: tuple[int, int], max_steps: int
+    ) -> None:
+        self.shape = shape
+        self._free = list(range(capacity))[::-1]
+        self._in_flight = [0] * capacity
+        self._abandoned: set[int] = set()
+        self._x = np.zeros((capacity, *shape), np.float32)
+        self._denoised = np.zeros_like(self._x)
+        self._prediction = np.zeros((capacity, 2, *shape), np.float32)
+        self._context = np.zeros((capacity * 2, *context_shape), np.float32)
+        self._context_versions = np.zeros(capacity * 2, np.int64)
+        self._coefficients = np.zeros((capacity, max_steps, NUM_COEFFICIENTS), np.float32)
+        self._in_scale = np.zeros((capacity, max_steps), np.float32)
+        self._timesteps = np.zeros((capacity, max_steps), np.float32)
+        self._guidance = np.ones(capacity, np.float32)
+        self._noise_seed: list[int | None] = [None] * capacity
+
+    def claim(
+        self,
+        table: SamplerTable,
+        seed: int,
+        guidance_scale: float,
+        context: Sequence[FloatArray],
+        start: Snapshot | None = None,
+    ) -> int:
+        """Takes a slot for an output and fills it; from fresh noise, or from where `start` stopped.
+
+        Args:
+            context: the embeddings (T, D) of the prompt and, with guidance, of the negative prompt.
+        """
+        slot = self._free[-1]
+        steps = table.num_steps
+        self._coefficients[slot, :steps] = table.coefficients
+        self._in_scale[slot, :steps] = table.in_scale
+        self._timesteps[slot, :steps] = table.timesteps
+        self._guidance[slot] = guidance_scale
+        self._noise_seed[slot] = seed if table.uses_noise else None
+        first = slot * 2
+        self._context[first : first + len(context)] = context
+        self._context_versions[first : first + 2] = next(_VERSIONS), next(_VERSIONS)
+        if start is None:
+            self._x[slot] = np.float32(table.init_scale) * gaussian(seed, 0, 0, self.shape)
+            self._denoised[slot] = 0.0
+        else:
+            self._x[slot] = start.x
+            self._denoised[slot] = start.denoised
+        self._free.pop()
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Gives a slot back; while a batch that has it is in flight, as soon as that is back."""
+        if self._in_flight[slot]:
+            self._abandoned.add(slot)
+        else:
+            self._free.append(slot)
+
+    def depart(self, slots: Slots) -> None:
+        """A batch with these slots (one entry a row) goes to a runtime."""
+        for slot in slots.tolist():
+            self._in_flight[slot] += 1
+
+    def arrive(self, slots: Slots) -> None:
+        """That batch is back, with results or without."""
+        for slot in slots.tolist():
+            self._in_flight[slot] -= 1
+            if not self._in_flight[slot] and slot in self._abandoned:
+                self._abandoned.remove(slot)
+                self._free.append(slot)
+
+    def rows(self, slots: Slots, parts: Slots, steps: Slots) -> dict[str, Array | StableRows]:
+        """Denoiser inputs for one row per entry: the output's slot, cond or uncond, and its step."""
+        context = slots * 2 + parts
+        scale = self._in_scale[slots, steps][:, None, None, None]
+        return {
+            "sample": self._x[slots] * scale,
+            "timestep": self._timesteps[slots, steps],
+            "encoder_hidden_states": StableRows(self._context, context, self._context_versions[context]),
+        }
+
+    def put(self, slots: Slots, parts: Slots, prediction: FloatArray) -> None:
+        """Keeps the predictions (B, C, h, w) of rows until all rows of their steps are back."""
+        self._prediction[slots, parts] = prediction
+
+    def advance(self, slots: Slots, steps: Slots) -> npt.NDArray[np.bool_]:
+        """One sampler step for each slot: one expression for as many of them as a processor's cache holds.
+
+        Returns:
+            For each slot whether its new latent is finite.
+        """
+        at_once = max(1, BLOCK_BYTES // self._x[0].nbytes)
+        blocks = [slice(first, first + at_once) for first in range(0, len(slots), at_once)]
+        return np.concatenate([self._advance(slots[block], steps[block]) for block in blocks])
+
+    def _advance(self, slots: Slots, steps: Slots) -> npt.NDArray[np.bool_]:
+        prediction = self._prediction[slots, COND]
+        guided = np.flatnonzero(self._guidance[slots] != 1.0)
+        if guided.size:
+            at = slots[guided]
+            prediction[guided] = guide(prediction[guided], self._prediction[at, UNCOND], self._guidance[at])
+        x, denoised = advance(
+            self._x[slots],
+            prediction,
+            self._denoised[slots],
+            self._noise(slots, steps),
+            self._coefficients[slots, steps],
+        )
+        self._x[slots] = x
+        self._denoised[slots] = denoised
+        return np.array([bool(np.isfinite(row).all()) for row in x])
+
+    def _noise(self, slots: Slots, steps: Slots) -> FloatArray | None:
+        seeds = [self._noise_seed[slot] for slot in slots.tolist()]
+        if all(seed is None for seed in seeds):
+            return None
+        noise = np.zeros((len(slots), *self.shape), np.float32)
+        for row, (seed, step) in enumerate(zip(seeds, steps.tolist(), strict=True)):
+            if seed is not None:
+                noise[row] = gaussian(seed, 1, step, self.shape)
+        return noise
+
+    def latent(self, slots: Slots) -> FloatArray:
+        """The latents of these slots, (B, C, h, w), copied."""
+        return np.array(self._x[slots])
+
+    def denoised(self, slot: int) -> FloatArray:
+        """The newest estimate of a slot's clean latent, (C, h, w), copied."""
+        return np.array(self._denoised[slot])
+
+    def snapshot(self, slot: int, step: int) -> Snapshot:
+        """A copy of what the output in `slot` needs to go on from `step`."""
+        return Snapshot(step, self._x[slot].copy(), self._denoised[slot].copy())

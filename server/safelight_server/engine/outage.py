@@ -1,0 +1,105 @@
+"""What happens while no instance of the runtime is live: who waits, for how long, and whether new work is taken.
+
+Outputs wait: their latents are here. One with a deadline waits until that, one
+without for `wait_s`, counted from the beginning of the outage or from when it
+came. New requests are still taken for `grace_s`, so that a restart of a server
+is no outage to anyone; after that they are refused, and health says so.
+Neighbours: `engine.py` says what changes, `registry.py` and `server.py` ask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from safelight_server.domain.errors import DeadlineExceededError, SafelightError, UnavailableError
+
+RETRY_S = 1.0
+
+
+def no_runtime() -> UnavailableError:
+    """What those are told who have waited in vain."""
+    return UnavailableError(
+        "nothing is there to execute the model; ask another server or later",
+        reason="RUNTIME_UNAVAILABLE",
+        retry_after_s=RETRY_S,
+    )
+
+
+class Outage:
+    """See the module.
+
+    Args:
+        clock: monotonic seconds.
+        end: ends an output, or the wait for an embedding, that has lasted long enough.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float], wait_s: float, grace_s: float, end: Callable[[int | str], None]
+    ) -> None:
+        self._clock = clock
+        self._wait_s = wait_s
+        self._grace_s = grace_s
+        self._end = end
+        self._since: float | None = None
+        self._patient: dict[int | str, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether nothing is live now."""
+        return self._since is not None
+
+    @property
+    def beyond_grace(self) -> bool:
+        """Whether nothing has been live for longer than restarts take."""
+        return self._since is not None and self._clock() - self._since >= self._grace_s
+
+    def late(self) -> SafelightError:
+        """Why one ends whose deadline has passed: it was not in time, or nothing was there for it."""
+        return no_runtime() if self.is_on else DeadlineExceededError("the deadline passed")
+
+    def check(self) -> None:
+        """Raises UnavailableError where new work is not taken."""
+        if self.beyond_grace:
+            raise no_runtime()
+
+    def changed(self, num_live: int) -> None:
+        """So many instances are live now."""
+        if num_live:
+            self._since = None
+        elif self._since is None:
+            self._since = self._clock()
+        self._set_timer()
+
+    def wait_for(self, who: int | str) -> None:
+        """An output without a deadline came, or has none any more; or someone asks for an embedding, by its name."""
+        self._patient.setdefault(who, self._clock())
+        if self._since is not None:
+            self._set_timer()
+
+    def forget(self, who: int | str) -> None:
+        """An output has ended, or has a deadline now; an embedding is there. What is unknown is ignored."""
+        self._patient.pop(who, None)
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        self._patient.clear()
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._since is not None and self._patient:
+            at = max(self._since, min(self._patient.values())) + self._wait_s
+            wait_s = max(0.0, at - self._clock()) + 1e-3
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._ring)
+
+    def _ring(self) -> None:
+        now, since = self._clock(), self._since
+        if since is not None:
+            for who in [who for who, came in self._patient.items() if max(since, came) + self._wait_s <= now]:
+                self._end(who)
+                self._patient.pop(who, None)
+        self._set_timer()

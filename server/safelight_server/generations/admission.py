@@ -1,0 +1,114 @@
+"""Whether there is room and time for a request. It only bounds; the scheduler orders. Pure.
+
+Outputs that find a free slot do not wait and are not counted as waiting. What
+is asked is answered from numbers of this moment (`Load`); what is refused is
+told which bound it hit, and when the measured throughput will have made room.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from safelight_server.domain.errors import DeadlineUnreachableError, QueueFullError
+from safelight_server.scheduler import WEIGHTS, Priority, ScheduledOutput
+
+MIN_RETRY_S, MAX_RETRY_S = 0.1, 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionLimits:
+    """What may be held at once, in outputs.
+
+    Attributes:
+        max_waiting: that have not started, by class.
+        max_waiting_per_caller: of one caller that have not started, over all classes.
+    """
+
+    max_waiting: Mapping[Priority, int]
+    max_waiting_per_caller: int
+
+
+class Load(Protocol):
+    """What the scheduler says of this moment; see `scheduler.Scheduler`."""
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs that have not ended."""
+
+    @property
+    def num_free(self) -> int:
+        """Slots that no output has and none waits for."""
+
+    def num_waiting(self, priority: Priority | None = None) -> int:
+        """Outputs that have not started, of a class or of all."""
+
+    def num_waiting_of(self, caller: str) -> int:
+        """Outputs of a caller that have not started."""
+
+    def backlog_s(self) -> float:
+        """Time that all instances need for all outputs."""
+
+    def estimate_s(self, output: ScheduledOutput, num_outputs: int = 1) -> float:
+        """When that many such outputs would be finished, under the present load."""
+
+
+def admit(
+    load: Load, limits: AdmissionLimits, output: ScheduledOutput, num_outputs: int, time_left_s: float | None
+) -> float:
+    """Lets `num_outputs` outputs like `output` in, or raises.
+
+    Args:
+        time_left_s: to the deadline of the call; None: it has none.
+
+    Returns:
+        Seconds until they are expected to be finished.
+
+    Raises:
+        QueueFullError: no room; with the time in which the real backlog makes some.
+        DeadlineUnreachableError: they cannot be finished in `time_left_s`.
+    """
+    _check_room(load, limits, output, num_outputs)
+    needed_s = load.estimate_s(output, num_outputs)
+    if time_left_s is not None and needed_s > time_left_s:
+        available_s = max(0.0, time_left_s)
+        raise DeadlineUnreachableError(
+            f"about {needed_s:.2f} s are needed, the deadline leaves {available_s:.2f} s",
+            metadata={"needed_s": f"{needed_s:.3f}", "available_s": f"{available_s:.3f}"},
+        )
+    return needed_s
+
+
+def _check_room(load: Load, limits: AdmissionLimits, output: ScheduledOutput, num_outputs: int) -> None:
+    would_wait = max(0, num_outputs - load.num_free)
+    if not would_wait:
+        return
+    priority = output.priority
+    of_class, of_caller = load.num_waiting(priority), load.num_waiting_of(output.caller)
+    for bound, subject, waiting, limit in (
+        ("class", f"class {priority.name}", of_class, limits.max_waiting[priority]),
+        ("caller", f"caller {output.caller}", of_caller, limits.max_waiting_per_caller),
+    ):
+        too_many = waiting + would_wait - limit
+        if too_many > 0:
+            raise QueueFullError(
+                f"{waiting} of {limit} outputs of {subject} wait already, {would_wait} more would have to",
+                metadata={"bound": bound, "subject": subject, "waiting": str(waiting), "limit": str(limit)},
+                retry_after_s=_retry_after_s(load, priority, too_many),
+            )
+
+
+def _retry_after_s(load: Load, priority: Priority, too_many: int) -> float | None:
+    """When there will be room; None: never, so many do not fit into an idle server.
+
+    Each output that ends lets one that waits start, or leaves a slot free. The server ends `num_outputs / backlog_s`
+    outputs a second; of the slots that this frees a class gets its weight among the classes in which someone waits.
+    """
+    if too_many > load.num_outputs:
+        return None
+    competing = [other for other in Priority if other is priority or load.num_waiting(other)]
+    share = WEIGHTS[priority] / sum(WEIGHTS[other] for other in competing)
+    seconds = too_many * load.backlog_s() / load.num_outputs / share
+    return min(MAX_RETRY_S, max(MIN_RETRY_S, math.ceil(seconds * 10) / 10))

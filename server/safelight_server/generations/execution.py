@@ -1,0 +1,407 @@
+"""An execution: one output being developed for everyone who wants exactly it (single flight).
+
+Between the engine, which reports on outputs, and its members, the outputs of
+generations. It runs while it has members, with their highest priority and
+latest deadline; the last one that leaves stops it at its step, from where it
+goes on when one comes back. What is made of it (frames, pixels, encodings) is
+made once. Invariants: a member hears nothing after it left; work counts for
+the member that came first and is still there, so that nothing counts twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import weakref
+from collections.abc import Callable, Coroutine, Hashable, Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
+from typing import Protocol
+
+import structlog
+
+from safelight_server.catalog.pixels import NotFiniteError, to_pixels
+from safelight_server.domain.component import Component
+from safelight_server.domain.errors import InternalError, SafelightError
+from safelight_server.domain.picture import FinishedPicture, Pixels
+from safelight_server.domain.tensors import FloatArray
+from safelight_server.engine.engine import Engine
+from safelight_server.engine.jobs import Job
+from safelight_server.engine.latents import Snapshot
+from safelight_server.preview import Decode, Frame, Renderer
+from safelight_server.scheduler import Priority
+from safelight_server.telemetry import Trail
+
+log = structlog.get_logger(__name__)
+
+_OUTPUT_IDS = itertools.count(1)
+
+
+class Member(Protocol):
+    """An output of a generation that wants what the execution develops. Must not block or raise."""
+
+    @property
+    def priority(self) -> Priority:
+        """The class of its generation."""
+
+    @property
+    def deadline(self) -> float | None:
+        """Of its generation, on the engine's clock."""
+
+    @property
+    def trail(self) -> Trail | None:
+        """Where it is in the trace of its generation; None: that is not traced."""
+
+    def started(self) -> None:
+        """The first batch is, or was, on its way."""
+
+    def joined(self, step: int, frame: Frame | None) -> None:
+        """It came when `step` steps were made; `frame`: the newest that there is."""
+
+    def used(self, seconds: float, rows: int, steps: int) -> None:
+        """What counts for this member."""
+
+    def stepped(self, step: int, batch_size: int) -> None:
+        """`step` steps are made; the last call was shared by `batch_size` outputs."""
+
+    def wants_frame(self, step: int) -> bool:
+        """Whether it would take a frame of this step."""
+
+    def frame(self, frame: Frame) -> None:
+        """A frame that some member wanted."""
+
+    def developed(self, picture: FinishedPicture) -> None:
+        """The finished picture. The execution has ended."""
+
+    def failed(self, error: SafelightError) -> None:
+        """The execution has ended without a picture."""
+
+    def expired(self) -> None:
+        """The deadline of all members has passed."""
+
+
+class Recorder(Protocol):
+    """Keeps what an execution makes, for later ones. Must not block or raise."""
+
+    def encoded(self, row: int, embedding: FloatArray) -> None:
+        """The embedding of one of its prompts was computed."""
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Whether the state after this step is worth keeping."""
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """The state after a step."""
+
+    async def developed(self, picture: FinishedPicture, compute_s: float) -> None:
+        """The finished picture, and the compute it took. The execution can be found until this is done."""
+
+
+class Runner(Protocol):
+    """What runs a job: the engine, or a flight that may run on another replica."""
+
+    def submit(self, job: Job, listener: Execution) -> None:
+        """Takes a job."""
+
+    def suspend(self, output_id: int) -> Snapshot | None:
+        """Stops it; what it needs to go on, None if nothing was done."""
+
+    def reschedule(self, output_id: int, priority: Priority, deadline: float | None) -> None:
+        """Changes its class and deadline."""
+
+    async def preview(self, job: Job, denoised: FloatArray, component: Component) -> FloatArray | None:
+        """Decodes between the steps; None where there is no such preview."""
+
+    def load(self) -> float:
+        """Of the instances: 0 idle, 1 all busy."""
+
+
+class Execution:
+    """See the module.
+
+    Args:
+        runner: runs the job.
+        job: the work; its id, class and deadline are the execution's to choose.
+        key: what makes outputs identical; None: nobody else may join.
+        recorder: None: nothing is kept.
+        on_end: called once, when it will never run again.
+        tasks: what finishes its picture and keeps it is among them while it lasts.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        runner: Runner,
+        pool: Executor,
+        key: Hashable,
+        recorder: Recorder | None,
+        on_end: Callable[[Execution], None],
+        tasks: set[asyncio.Task[None]],
+    ) -> None:
+        self.key = key
+        self.step = job.start.step if job.start else 0
+        self.renderer = Renderer(job.pipeline, _decoding(weakref.ref(self)), runner.load, pool)
+        self.job = job
+        self._runner = runner
+        self._pool = pool
+        self._recorder = recorder
+        self._on_end = on_end
+        self._tasks = tasks
+        self.compute_s = 0.0
+        self._members: list[Member] = []
+        self._num_away = 0
+        self._running = False
+        self._started = False
+        self._ended = False
+        self._snapshot: Snapshot | None = job.start
+        self._newest: Frame | None = None
+        self._outcome: FinishedPicture | SafelightError | None = None
+        self._finishing = False
+
+    # --- who wants it ---
+
+    def join(self, member: Member, *, again: bool = False) -> None:
+        """Takes a member; `again`: it left with `back` and comes back. What happened before, it hears at once."""
+        self._num_away -= again
+        if isinstance(self._outcome, SafelightError):
+            member.failed(self._outcome)
+            return
+        if self._started:
+            member.started()
+        if self.step or self._newest:
+            member.joined(self.step, self._newest)
+        if self._outcome is not None:
+            member.developed(self._outcome)
+            return
+        self._members.append(member)
+        if self._running:
+            self._reschedule()
+        elif not self._finishing:
+            self._submit()
+
+    def leave(self, member: Member, *, back: bool = False) -> None:
+        """Lets a member go; `back`: it may come back, what was done is kept for it."""
+        if self._running and self._members == [member]:
+            snapshot = self._runner.suspend(self.job.output_id)  # it may tell first what has just become true
+            if self._running:
+                self._snapshot, self._running = snapshot, False
+        if member in self._members:
+            self._members.remove(member)
+        self._num_away += back
+        if self._members:
+            self._reschedule()
+        elif not self._num_away and not self._finishing:
+            self._end()
+
+    def give_up(self) -> None:
+        """A member that left with `back` will not come back."""
+        self._num_away -= 1
+        if not self._members and not self._num_away and not self._finishing:
+            self._end()
+
+    def reschedule(self) -> None:
+        """The class of a member has changed."""
+        if self._running:
+            self._reschedule()
+
+    def _submit(self) -> None:
+        self.job = replace(
+            self.job,
+            output_id=next(_OUTPUT_IDS),
+            priority=self._priority(),
+            deadline=self._deadline(),
+            start=self._snapshot,
+        )
+        self._running = True
+        self._runner.submit(self.job, self)
+
+    def _reschedule(self) -> None:
+        if self._running:
+            self._runner.reschedule(self.job.output_id, self._priority(), self._deadline())
+
+    def _priority(self) -> Priority:
+        return min(member.priority for member in self._members)
+
+    def _deadline(self) -> float | None:
+        deadlines = [member.deadline for member in self._members]
+        known = [deadline for deadline in deadlines if deadline is not None]
+        return max(known) if len(known) == len(deadlines) else None
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._newest = None
+            self._on_end(self)
+
+    async def preview(self, denoised: FloatArray, component: Component) -> FloatArray | None:
+        """Decodes between the steps; None where there is no such preview."""
+        return await self._runner.preview(self.job, denoised, component)
+
+    # --- what the engine asks and reports ---
+
+    def trails(self) -> Sequence[Trail]:
+        """Of all members that are traced."""
+        return [member.trail for member in self._members if member.trail is not None]
+
+    def started(self) -> None:
+        """To all members."""
+        self._started = True
+        for member in list(self._members):
+            member.started()
+
+    def computed(self, seconds: float, rows: int) -> None:
+        """Counts for the member that came first."""
+        self.compute_s += seconds
+        self._members[0].used(seconds, rows, 0)
+
+    def stepped(self, step: int, batch_size: int) -> None:
+        """To all members; the step counts once."""
+        self.step = step
+        self._members[0].used(0.0, 0, 1)
+        for member in list(self._members):
+            member.stepped(step, batch_size)
+
+    def wants_frame(self, step: int) -> bool:
+        """Whether any member would take it."""
+        return any(member.wants_frame(step) for member in self._members)
+
+    def frame(self, step: int, denoised: FloatArray) -> None:
+        """The same frame to all members: what is made of it is shared."""
+        self._newest = Frame(self.renderer, step, denoised)
+        for member in list(self._members):
+            member.frame(self._newest)
+
+    def wants_checkpoint(self, step: int) -> bool:
+        """Whether it is worth keeping."""
+        return self._recorder is not None and self._recorder.wants_checkpoint(step)
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """To be kept."""
+        if self._recorder is not None:
+            self._recorder.checkpoint(snapshot)
+
+    def encoded(self, row: int, embedding: FloatArray) -> None:
+        """To be kept."""
+        if self._recorder is not None:
+            self._recorder.encoded(row, embedding)
+
+    def heard(self, step: int, batch_size: int, denoised: FloatArray | None) -> None:
+        """To all members; made elsewhere, it counts for none of them."""
+        if not self._started:
+            self.started()
+        self.step = step
+        for member in list(self._members):
+            member.stepped(step, batch_size)
+        if denoised is not None and self.wants_frame(step):
+            self.frame(step, denoised)
+
+    def found(self, pixels: Pixels) -> None:
+        """All members have their picture, wherever it was developed."""
+        if self._outcome is None and not self._ended:
+            self._running = False
+            self._do(self._publish(pixels))
+
+    def decoded(self, image: FloatArray) -> None:
+        """Pixels are made of it beside the loop, then all members have their picture."""
+        self._running = False
+        self._do(self._finish(image))
+
+    def _do(self, work: Coroutine[None, None, None]) -> None:
+        self._finishing = True
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    async def _finish(self, image: FloatArray) -> None:
+        try:
+            pixels = await asyncio.get_running_loop().run_in_executor(self._pool, to_pixels, image)
+        except NotFiniteError:
+            log.error("image_not_finite", output_id=self.job.output_id)
+            self.failed(InternalError())
+        else:
+            await self._publish(pixels)
+
+    async def _publish(self, pixels: Pixels) -> None:
+        self._outcome = picture = FinishedPicture(pixels, self._pool)
+        members, self._members = self._members, []
+        for member in members:
+            member.developed(picture)
+        if self._recorder is not None:
+            await self._recorder.developed(picture, self.compute_s)
+        self._end()
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            log.error("bug", exc_info=fault)
+            if self._outcome is None:
+                self.failed(InternalError())
+            self._end()
+
+    def failed(self, error: SafelightError) -> None:
+        """To all members."""
+        self._running = False
+        self._outcome = error
+        self._end()
+        members, self._members = self._members, []
+        for member in members:
+            member.failed(error)
+
+    def expired(self) -> None:
+        """To all members."""
+        self._running = False
+        self._end()
+        members, self._members = self._members, []
+        for member in members:
+            member.expired()
+
+
+def _decoding(execution: weakref.ref[Execution]) -> Decode:
+    """For its renderer, which must not keep it: its pixels would wait for the garbage collector."""
+
+    async def decode(denoised: FloatArray, component: Component) -> FloatArray | None:
+        running = execution()
+        return None if running is None else await running.preview(denoised, component)
+
+    return decode
+
+
+class Executions:
+    """The executions that can be joined, by what makes outputs identical."""
+
+    def __init__(self, engine: Engine, pool: Executor) -> None:
+        self._engine = engine
+        self._pool = pool
+        self._by_key: dict[Hashable, Execution] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def find(self, key: Hashable) -> Execution | None:
+        """The one that identical outputs share, if it is on its way; None as key finds nothing."""
+        return None if key is None else self._by_key.get(key)
+
+    def create(
+        self, job: Job, key: Hashable, recorder: Recorder | None = None, runner: Runner | None = None
+    ) -> Execution:
+        """A new one.
+
+        Args:
+            key: what others find it by once it is published; None: nobody does.
+            runner: None: the engine.
+        """
+        return Execution(job, runner or self._engine, self._pool, key, recorder, self._forget, self._tasks)
+
+    def publish(self, execution: Execution) -> None:
+        """From now on until it has ended, identical outputs find it."""
+        if execution.key is not None:
+            self._by_key[execution.key] = execution
+
+    async def close(self) -> None:
+        """Waits until the pictures that were developed are kept."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _forget(self, execution: Execution) -> None:
+        if execution.key is not None and self._by_key.get(execution.key) is execution:
+            del self._by_key[execution.key]

@@ -1,0 +1,377 @@
+"""One generation: a request being developed, its outputs, its events, its end.
+
+Between the executions, which develop outputs, and the event log, which streams
+read. Invariants: the first event is Accepted and the last Finished; every
+output gets exactly one OutputFinished; after Finished it is a member of no
+execution.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import structlog
+
+from safelight_server.cluster.journal import Journal
+from safelight_server.cluster.records import EventRecord
+from safelight_server.domain.caller import Caller
+from safelight_server.domain.errors import GenerationCancelledError, InternalError, SafelightError, UnavailableError
+from safelight_server.domain.events import (
+    Accepted,
+    Durability,
+    Finished,
+    FinishReason,
+    GenerationState,
+    GenerationView,
+    Origin,
+    OutputFinished,
+    OutputView,
+    Progress,
+    Timings,
+    Usage,
+)
+from safelight_server.domain.picture import EncodedPicture, FinishedPicture
+from safelight_server.domain.request import Request
+from safelight_server.generations.execution import Execution
+from safelight_server.generations.output import ComputedWork, Output
+from safelight_server.scheduler import Priority
+from safelight_server.stream import EventLog, serialization
+from safelight_server.telemetry import Stage, tracing
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class GenerationTimes:
+    """When things happened, on the engine's clock."""
+
+    accepted: float
+    first_batch: float | None = None
+    last_step: float | None = None
+    ended: float | None = None
+
+
+class Generation:
+    """See the module.
+
+    Args:
+        stage: of the call that began it; outlived where that ends first.
+        deadline: on the engine's clock.
+        late: why it ends when that has passed.
+        on_end: called once, after Finished.
+
+    Attributes:
+        owned: decides here what becomes of it; else it shows what its owner, another replica, has decided.
+        durability: what is promised.
+        journal: where it is written down; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        identifier: str,
+        caller: Caller,
+        request: Request,
+        events: EventLog,
+        clock: Callable[[], float],
+        stage: Stage,
+        *,
+        deadline: float | None,
+        late: Callable[[], SafelightError],
+        on_end: Callable[[Generation], None],
+    ) -> None:
+        self.identifier = identifier
+        self.caller = caller
+        self.request = request
+        self.log = events
+        self.deadline = deadline
+        self.priority = request.priority
+        self.owned = True
+        self.durability = Durability.LOCAL
+        self.journal: Journal | None = None
+        self.state = GenerationState.QUEUED
+        self.error: SafelightError | None = None
+        self.work = ComputedWork()
+        self.times = GenerationTimes(clock())
+        self.create_time = datetime.now(UTC)
+        self.finish_time: datetime | None = None
+        self.origins: tuple[Origin | None, ...] = ()
+        self.numerics_id = ""
+        self.outputs = [Output(self, index, seed, clock) for index, seed in enumerate(request.spec.seeds)]
+        self._clock = clock
+        self.stage = stage
+        self._late = late
+        self._on_end = on_end
+        self._theirs = Usage()
+        self._expiry: asyncio.TimerHandle | None = None
+        self._encoding: set[asyncio.Task[None]] = set()
+        self._logger = log.bind(generation=self.name)
+
+    @property
+    def name(self) -> str:
+        """The resource name."""
+        return f"generations/{self.identifier}"
+
+    @property
+    def output_ids(self) -> list[int]:
+        """What the scheduler knows its outputs by, as far as they are on their way."""
+        return [output.output_id for output in self.outputs if output.output_id]
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds to its deadline; None: it has none."""
+        return None if self.deadline is None else self.deadline - self._clock()
+
+    @property
+    def ended(self) -> bool:
+        """Whether Finished was sent."""
+        return self.finish_time is not None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all its finished pictures are here."""
+        return all(o.total_bytes for o in self.outputs if o.reason is FinishReason.COMPLETED)
+
+    # --- what is asked of it ---
+
+    def accept(self, numerics_id: str, estimate_s: float, sources: Sequence[EncodedPicture | Execution]) -> None:
+        """Says Accepted and gives each output its picture or lets it enter its execution."""
+        spec, self.numerics_id = self.request.spec, numerics_id
+        self.log.publish(
+            Accepted(
+                spec,
+                numerics_id,
+                self.request.encoding,
+                estimate_s,
+                self.stage.trace_id,
+                self.request.warnings,
+                self.durability,
+            )
+        )
+        self._logger.info("accepted", model=spec.model, outputs=len(self.outputs), caller=self.caller.name)
+        self._watch_deadline()
+        if sources:
+            self.enter(self.outputs, sources)
+
+    def _watch_deadline(self) -> None:
+        if self.deadline is not None:
+            left = max(0.0, self.deadline - self._clock())
+            self._expiry = asyncio.get_running_loop().call_later(left, self.expire)
+
+    def enter(self, outputs: Sequence[Output], sources: Sequence[EncodedPicture | Execution]) -> None:
+        """Gives outputs their pictures or lets them enter their executions."""
+        for output, source in zip(outputs, sources, strict=True):
+            if not output.idle:
+                continue
+            output.follow(self.stage)
+            if isinstance(source, EncodedPicture):
+                output.recall(source)
+            else:
+                output.enter(source)
+
+    def suspend(self) -> None:
+        """Stops wanting its pictures at once; what was done is kept."""
+        self._stand(GenerationState.SUSPENDED)
+        for output in self.outputs:
+            if output.reason is None:
+                output.pause()
+        self._logger.info("suspended", steps=[output.step for output in self.outputs])
+
+    def _stand(self, state: GenerationState) -> None:
+        self.state = state
+        if self.owned and self.journal is not None:
+            self.journal.write(EventRecord("state", b"", state=state))
+
+    def resume(self) -> None:
+        """Goes on from where `suspend` stopped, or from where others have come meanwhile."""
+        self._stand(GenerationState.RUNNING if self.times.first_batch is not None else GenerationState.QUEUED)
+        self._logger.info("resumed", steps=[output.step for output in self.outputs])
+        for output in self.outputs:
+            if output.reason is None:
+                output.resume()
+
+    def stop(self, error: SafelightError, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        """Ends every output that has not ended."""
+        for output in self.outputs:
+            if output.reason is None:
+                output.leave()
+            if output.reason is None:  # leaving may have told that it ended by itself
+                self.on_output_ended(output, reason, error)
+
+    def expire(self) -> None:
+        """The deadline has passed."""
+        error = self._late()
+        in_time = isinstance(error, UnavailableError)  # as far as that was its own doing
+        self.stop(error, FinishReason.FAILED if in_time else FinishReason.DEADLINE_EXCEEDED)
+
+    def leave(self) -> None:
+        """Wants nothing any more and says nothing: another replica goes on with it, or nobody looks at it here."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+        for output in self.outputs:
+            output.leave()
+            output.end_trail("moved")
+
+    def set_priority(self, priority: Priority) -> None:
+        """Changes the class of what waits."""
+        self.priority = priority
+        for output in self.outputs:
+            output.reschedule()
+
+    # --- while another replica owns it ---
+
+    def hear(self, told: EventRecord, picture: EncodedPicture | None) -> None:
+        """Shows what its owner has decided; `picture`: of the output that has ended."""
+        if told.kind == "state" and told.state is not None and not self.ended:
+            self.state = told.state
+        if told.sequence <= self.log.last_sequence:
+            return
+        ends = told.output_index if told.kind == "output" else None
+        if ends is not None:
+            output = self.outputs[ends]
+            output.leave()
+            output.held = None
+            output.reason, output.step = told.reason, told.step
+            self.error = told.error
+            if picture is not None:
+                output.total_bytes = len(picture.data)
+                self.log.artifact(ends, picture)
+        if told.kind == "finished":
+            assert told.state is not None
+            self.state, self.error, self.finish_time = told.state, told.error, told.finish_time
+            self._theirs, self.times.ended = told.usage, self._clock()
+            self._part()
+        self.log.replay(serialization.SerializedEvent(told.sequence, told.data, ends, told.kind == "finished"))
+        if told.kind == "finished":
+            self._on_end(self)
+
+    def adopt(self, journal: Journal, numerics_id: str) -> None:
+        """Owns it from here on; what came of its outputs meanwhile is decided."""
+        self.owned, self.journal, self.log.journal = True, journal, journal
+        self.durability = Durability.REPLICATED
+        self._logger.info("adopted", steps=[output.step for output in self.outputs])
+        if not self.log.last_sequence:
+            self.accept(numerics_id, 0.0, ())
+        else:
+            self._watch_deadline()
+        for output in self.outputs:
+            held, output.held = output.held, None
+            if output.reason is None and isinstance(held, FinishedPicture):
+                self.on_developed(output, held)
+            elif output.reason is None and isinstance(held, SafelightError):
+                self.on_output_ended(output, FinishReason.FAILED, held)
+        if self.outputs and not self.ended and all(output.reason is not None for output in self.outputs):
+            self._finish()  # the owner died between the last output's end and Finished
+
+    # --- what its outputs report ---
+
+    def on_started(self) -> None:
+        """An output is in its first batch."""
+        if self.state is GenerationState.QUEUED:
+            self._stand(GenerationState.RUNNING)
+        if self.times.first_batch is None:
+            self.times.first_batch = self._clock()
+
+    def on_stepped(self, output: Output, batch_size: int) -> None:
+        """An output has made a step."""
+        self.times.last_step = self._clock()
+        steps = self.request.spec.num_inference_steps
+        remaining_s = output.pace_s * (steps - output.step)
+        self.log.publish(Progress(output.index, output.step, steps, batch_size, remaining_s))
+
+    def on_developed(self, output: Output, picture: FinishedPicture) -> None:
+        """An output's picture is there; it is encoded beside the loop."""
+        output.encoding = True
+        task = asyncio.create_task(self._encode(output, picture))
+        self._encoding.add(task)
+        task.add_done_callback(functools.partial(self._encoded, output))
+
+    def _encoded(self, output: Output, task: asyncio.Task[None]) -> None:
+        self._encoding.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None and output.reason is None:
+            self.on_output_ended(output, FinishReason.FAILED, InternalError())
+            self._logger.error("bug", output=output.index, exc_info=fault)
+
+    async def _encode(self, output: Output, picture: FinishedPicture) -> None:
+        encoded = await picture.encoded(self.request.encoding)
+        if output.reason is None:
+            self.on_encoded(output, encoded)
+
+    def on_encoded(self, output: Output, picture: EncodedPicture) -> None:
+        """An output is complete."""
+        output.total_bytes = len(picture.data)
+        self.log.artifact(output.index, picture)
+        self.on_output_ended(output, FinishReason.COMPLETED, None)
+
+    def on_output_ended(self, output: Output, reason: FinishReason, error: SafelightError | None) -> None:
+        """An output has ended; with the last one the generation ends."""
+        output.reason = reason
+        output.end_trail(reason.value, tracing.fault(error.status.name, error.reason) if error is not None else "")
+        self.error = self.error or error
+        self.log.publish(OutputFinished(output.index, reason, output.step))
+        if all(output.reason is not None for output in self.outputs):
+            self._finish()
+
+    def _finish(self) -> None:
+        self.times.ended = self._clock()
+        self.finish_time = datetime.now(UTC)
+        if self._expiry is not None:
+            self._expiry.cancel()
+        if self.error is None:
+            self.state = GenerationState.SUCCEEDED
+        elif isinstance(self.error, GenerationCancelledError):
+            self.state = GenerationState.CANCELLED
+        else:
+            self.state = GenerationState.FAILED
+        self.origins = tuple(output.final_origin() for output in self.outputs)
+        self.log.publish(Finished(self.error, self._usage(), self._timings(), self.origins))
+        self._part()
+        self._on_end(self)
+        level = self._logger.error if isinstance(self.error, InternalError) else self._logger.info
+        level("finished", state=self.state.name, seconds=round(self.times.ended - self.times.accepted, 3))
+
+    def _part(self) -> None:
+        for output in self.outputs:
+            output.part()
+
+    # --- how it looks from outside ---
+
+    def view(self) -> GenerationView:
+        """How it is now."""
+        steps = self.request.spec.num_inference_steps
+        return GenerationView(
+            name=self.name,
+            state=self.state,
+            spec=self.request.spec,
+            priority=self.priority,
+            create_time=self.create_time,
+            usage=self._usage(),
+            last_sequence=self.log.last_sequence,
+            outputs=tuple(OutputView(o.index, o.step, steps, o.reason, o.total_bytes) for o in self.outputs),
+            labels=self.request.labels,
+            finish_time=self.finish_time,
+            error=self.error,
+        )
+
+    def _usage(self) -> Usage:
+        work, log_of = self.work, self.log
+        if not self.owned and self.ended:
+            return self._theirs
+        return Usage(work.compute_s, work.num_rows, work.num_steps, log_of.num_previews, log_of.preview_bytes)
+
+    def _timings(self) -> Timings:
+        times = self.times
+        return Timings(
+            queue_s=_between(times.accepted, times.first_batch),
+            first_preview_s=_between(times.accepted, self.log.first_preview_at),
+            denoise_s=_between(times.first_batch, times.last_step),
+            decode_s=_between(times.last_step, times.ended),
+            total_s=_between(times.accepted, times.ended),
+        )
+
+
+def _between(begin: float | None, end: float | None) -> float | None:
+    return None if begin is None or end is None else end - begin

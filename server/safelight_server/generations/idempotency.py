@@ -1,0 +1,89 @@
+"""Which generation a request id stands for: bounded in time and number. Pure, but for the clock it is given.
+
+An id counts from `remember` to `ttl_s` after `ended`, or to `release`. When the map is full the
+id that ended first makes room, before its time; ids of generations that have
+not ended never do. Between `find` and `remember` the caller must not await:
+that is what makes two equal requests one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from safelight_server.domain.caller import Caller
+from safelight_server.domain.errors import AlreadyExistsError, QueueFullError
+
+_Key = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownRequest:
+    body_digest: bytes
+    generation_id: str
+
+
+class Idempotency:
+    """Remembers the request ids of every tenant."""
+
+    def __init__(self, ttl_s: float, clock: Callable[[], float], max_entries: int = 100_000) -> None:
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._max_entries = max_entries
+        self._live: dict[_Key, _KnownRequest] = {}
+        self._ended: OrderedDict[_Key, tuple[_KnownRequest, float]] = OrderedDict()  # until when; the first to go first
+
+    def __len__(self) -> int:
+        return len(self._live) + len(self._ended)
+
+    def find(self, caller: Caller, request_id: str, body_digest: bytes) -> str | None:
+        """The generation that a request id stands for, or None.
+
+        Raises:
+            AlreadyExistsError: it stands for another request.
+        """
+        self._forget_old()
+        key = (caller.tenant, request_id)
+        entry = self._live.get(key) or self._ended.get(key, (None,))[0]
+        if entry is None:
+            return None
+        if entry.body_digest != body_digest:
+            raise AlreadyExistsError(
+                f"request_id {request_id} was used with another request; choose a new one",
+                metadata={"request_id": request_id, "generation": f"generations/{entry.generation_id}"},
+            )
+        return entry.generation_id
+
+    def remember(self, caller: Caller, request_id: str, body_digest: bytes, generation_id: str) -> None:
+        """Binds a request id that `find` did not know.
+
+        Raises:
+            QueueFullError: there is no room, since no generation with an id has ended.
+        """
+        self._forget_old()
+        if len(self) >= self._max_entries:
+            if not self._ended:
+                raise QueueFullError(
+                    f"{len(self)} generations with a request_id have not ended",
+                    reason="TOO_MANY_REQUEST_IDS",
+                    metadata={"bound": "request_ids", "subject": "the server", "limit": str(self._max_entries)},
+                    retry_after_s=1.0,
+                )
+            self._ended.popitem(last=False)
+        self._live[caller.tenant, request_id] = _KnownRequest(body_digest, generation_id)
+
+    def ended(self, caller: Caller, request_id: str) -> None:
+        """The generation has ended: from now on the time runs. Unknown ids are ignored."""
+        key = (caller.tenant, request_id)
+        if (entry := self._live.pop(key, None)) is not None:
+            self._ended[key] = entry, self._clock() + self._ttl_s
+
+    def release(self, caller: Caller, request_id: str) -> None:
+        """The generation has left no outcome: a retry with this id is a new generation. Unknown ids are ignored."""
+        self._live.pop((caller.tenant, request_id), None)
+
+    def _forget_old(self) -> None:
+        now = self._clock()
+        while self._ended and next(iter(self._ended.values()))[1] <= now:
+            self._ended.popitem(last=False)

@@ -1,0 +1,68 @@
+"""The client streams that are open: which generation each watches, and how to end it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from safelight_server.domain.errors import SafelightError, UnavailableError
+from safelight_server.generations.generation import Generation
+from safelight_server.stream import Watcher
+
+End = Callable[[SafelightError], None]
+"""Ends a stream with an error."""
+
+
+class OpenStreams:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._open: dict[Watcher, tuple[Generation, End]] = {}
+        self._one_closed = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(self, watcher: Watcher, generation: Generation, end: End) -> None:
+        """A stream has opened."""
+        self._open[watcher] = (generation, end)
+
+    def close(self, watcher: Watcher) -> bool:
+        """A stream is over; False: it was already."""
+        if self._open.pop(watcher, None) is None:
+            return False
+        watcher.close()
+        self._one_closed.set()
+        return True
+
+    def stalled(self, now: float, stall_s: float) -> list[tuple[Watcher, Generation, End]]:
+        """Those that have taken nothing for so long."""
+        return [(w, generation, end) for w, (generation, end) in self._open.items() if w.stalled_for(now) > stall_s]
+
+    def not_owned(self) -> list[Generation]:
+        """What is watched here and runs elsewhere."""
+        return [generation for generation, _ in self._open.values() if not generation.owned]
+
+    def undelivered(self) -> list[Generation]:
+        """What has ended and is still being sent."""
+        return [generation for generation, _ in self._open.values() if generation.ended]
+
+    async def delivered(self) -> None:
+        """Waits until nothing is undelivered."""
+        while self.undelivered():
+            self._one_closed.clear()
+            await self._one_closed.wait()
+
+    def move(self, generation: Generation) -> None:
+        """Sends the streams of a generation to where it goes on."""
+        error = UnavailableError(
+            "another replica goes on with it; WatchGeneration finds it", reason="MOVED", retry_after_s=0.1
+        )
+        self.end(generation, error)
+
+    def end(self, generation: Generation, error: SafelightError) -> None:
+        """Ends the streams of a generation."""
+        for watcher, (watched, end) in list(self._open.items()):
+            if watched is generation:
+                self.close(watcher)
+                end(error)

@@ -1,0 +1,274 @@
+"""One picture of a generation: a member of the execution that develops it.
+
+Tells its generation what becomes of it, while that is owned here; else holds it
+until the owner has decided. Invariants: after it has ended it is a member of no
+execution and tells nothing; it does not keep a generation that has ended, so that
+with the last one that needs it its pictures go too, not with the next full garbage
+collection. Neighbours: `generation`, `execution`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from safelight_server.domain.errors import SafelightError
+from safelight_server.domain.events import Disposition, FinishReason, Origin
+from safelight_server.domain.picture import EncodedPicture, FinishedPicture
+from safelight_server.generations.execution import Execution
+from safelight_server.preview import Frame
+from safelight_server.scheduler import Priority
+from safelight_server.stream import EventLog
+from safelight_server.telemetry import Stage, Trail
+
+
+class ParentGeneration(Protocol):
+    """The generation of an output."""
+
+    @property
+    def priority(self) -> Priority:
+        """Its class."""
+
+    @property
+    def deadline(self) -> float | None:
+        """On the engine's clock."""
+
+    @property
+    def owned(self) -> bool:
+        """Whether it is decided here what becomes of it."""
+
+    @property
+    def log(self) -> EventLog:
+        """What streams read."""
+
+    @property
+    def work(self) -> ComputedWork:
+        """What was computed for it."""
+
+    def on_started(self) -> None:
+        """An output is in its first batch."""
+
+    def on_stepped(self, output: Output, batch_size: int) -> None:
+        """An output has made a step."""
+
+    def on_developed(self, output: Output, picture: FinishedPicture) -> None:
+        """An output's picture is there."""
+
+    def on_encoded(self, output: Output, picture: EncodedPicture) -> None:
+        """An output is complete."""
+
+    def on_output_ended(self, output: Output, reason: FinishReason, error: SafelightError | None) -> None:
+        """An output has ended."""
+
+    def expire(self) -> None:
+        """The deadline has passed."""
+
+
+@dataclass(slots=True)
+class ComputedWork:
+    """What was computed for a generation."""
+
+    compute_s: float = 0.0
+    num_rows: int = 0
+    num_steps: int = 0
+
+
+class Output:
+    """One picture of a generation; a member of the execution that develops it.
+
+    Attributes:
+        index: its place in the spec.
+        step: steps made.
+        reason: why it ended; None before.
+        origin: where its picture comes from.
+        total_bytes: of its finished picture, which only the log keeps.
+        starts: whether it begins from a latent in place of noise.
+        held: what it came to while another replica owns the generation.
+        trail: where it is in the generation's trace, once accepted, if that is recorded.
+    """
+
+    def __init__(self, generation: ParentGeneration, index: int, seed: int, clock: Callable[[], float]) -> None:
+        self._generation = generation
+        self._execution: Execution | None = None
+        self._away = False
+        self._clock = clock
+        self._began = (clock(), 0)
+        self.index = index
+        self.seed = seed
+        self.step = 0
+        self.reason: FinishReason | None = None
+        self.origin = Origin()
+        self._counted = 0
+        self._compute_s = 0.0
+        self._others_s = 0.0
+        self.total_bytes = 0
+        self.held: FinishedPicture | SafelightError | None = None
+        self.encoding = False
+        self.starts = False
+        self.trail: Trail | None = None
+
+    @property
+    def priority(self) -> Priority:
+        """Its generation's."""
+        return self._generation.priority
+
+    @property
+    def deadline(self) -> float | None:
+        """Its generation's."""
+        return self._generation.deadline
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has not ended and nothing develops it."""
+        return self.reason is None and self._execution is None and self.held is None and not self.encoding
+
+    @property
+    def output_id(self) -> int:
+        """What the scheduler knows its execution by; 0: it has none."""
+        return self._execution.job.output_id if self._execution is not None else 0
+
+    @property
+    def pace_s(self) -> float:
+        """Seconds a step since its steps began, or it joined those of another, or it went on."""
+        at, step = self._began
+        return (self._clock() - at) / max(1, self.step - step)
+
+    def final_origin(self) -> Origin | None:
+        """Where its picture came from; None where there is none."""
+        if self.reason is not FinishReason.COMPLETED:
+            return None
+        match self.origin.disposition:
+            case Disposition.MISS if not self._counted:  # another replica has developed it
+                return Origin(Disposition.COALESCED, num_steps_skipped=self.step)
+            case Disposition.COALESCED:
+                skipped = self.step - self._counted
+                return replace(self.origin, num_steps_skipped=skipped, compute_s_saved=self._others_s)
+            case Disposition.LATENT | Disposition.BRANCHED:
+                pace_s = self._compute_s / max(1, self._counted)
+                return replace(self.origin, compute_s_saved=pace_s * self.origin.num_steps_skipped)
+        return self.origin
+
+    # --- with its execution ---
+
+    def follow(self, stage: Stage) -> None:
+        """Is on its way from here on, in the trace of its generation's `stage` if that is recorded."""
+        if stage.recorded:
+            disposition = {"safelight.disposition": self.origin.disposition.value}
+            self.trail = Trail(stage, {"safelight.output": self.index, "safelight.seed": str(self.seed), **disposition})
+
+    def enter(self, execution: Execution) -> None:
+        """Becomes a member."""
+        self._execution = execution
+        execution.join(self)
+
+    def recall(self, picture: EncodedPicture) -> None:
+        """Its picture was there already."""
+        self._generation.on_encoded(self, picture)
+
+    def pause(self) -> None:
+        """Stops wanting it, for a while."""
+        if self._execution is not None and not self._away:
+            self._away = True
+            if self.trail is not None:
+                self.trail.suspend()
+            self._execution.leave(self, back=True)
+
+    def resume(self) -> None:
+        """Wants it again."""
+        if self._execution is not None and self._away:
+            self._away = False
+            if self.trail is not None:
+                self.trail.resume()
+            self._execution.join(self, again=True)
+
+    def leave(self) -> None:
+        """Stops wanting it, for good."""
+        execution, self._execution = self._execution, None
+        if execution is not None:
+            if self._away:
+                execution.give_up()
+            else:
+                execution.leave(self)
+
+    def part(self) -> None:
+        """Its generation has ended: it has nothing more to tell, and no longer keeps it."""
+        self.leave()
+        self.held = None
+        del self._generation
+
+    def end_trail(self, outcome: str, error: str = "") -> None:
+        """It has ended, or goes on elsewhere."""
+        if self.trail is not None:
+            self.trail.end({"safelight.finish_reason": outcome, "safelight.steps": self.step}, error)
+            self.trail = None
+
+    def reschedule(self) -> None:
+        """Its generation's class has changed."""
+        if self._execution is not None and not self._away:
+            self._execution.reschedule()
+
+    # --- as a member ---
+
+    def started(self) -> None:
+        """To the generation."""
+        self._began = (self._clock(), self.step)
+        self._generation.on_started()
+
+    def joined(self, step: int, frame: Frame | None) -> None:
+        """Shows what there is."""
+        self.step = step
+        self._began = (self._clock(), step)
+        if frame is not None:
+            self._generation.log.join(self.index, frame)
+
+    def used(self, seconds: float, rows: int, steps: int) -> None:
+        """Adds up."""
+        work = self._generation.work
+        work.compute_s += seconds
+        work.num_rows += rows
+        work.num_steps += steps
+        self._counted += steps
+        self._compute_s += seconds
+
+    def stepped(self, step: int, batch_size: int) -> None:
+        """To the generation."""
+        self.step = step
+        self._generation.on_stepped(self, batch_size)
+
+    def wants_frame(self, step: int) -> bool:
+        """Whether a stream would take it."""
+        return self._generation.log.wants_frame(self.index, step)
+
+    def frame(self, frame: Frame) -> None:
+        """To the streams."""
+        self._generation.log.frame(self.index, frame)
+
+    def developed(self, picture: FinishedPicture) -> None:
+        """To the generation."""
+        execution, self._execution = self._execution, None
+        self._others_s = 0.0 if execution is None else max(0.0, execution.compute_s - self._compute_s)
+        if self.trail is not None:
+            self.trail.developed()
+        if self._generation.owned:
+            self._generation.on_developed(self, picture)
+        else:
+            self.held = picture
+
+    def failed(self, error: SafelightError) -> None:
+        """To the generation."""
+        if self._execution is None:
+            return  # another member heard it first, and this one has left
+        self._execution = None
+        if self._generation.owned:
+            self._generation.on_output_ended(self, FinishReason.FAILED, error)
+        else:
+            self.held = error
+
+    def expired(self) -> None:
+        """To the generation."""
+        if self._execution is None:
+            return  # likewise
+        self._execution = None
+        if self._generation.owned:
+            self._generation.expire()

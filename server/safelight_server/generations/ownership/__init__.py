@@ -1,0 +1,46 @@
+"""Generations of all replicas: written down by their owner, shown by others, taken over when the owner is gone.
+
+    enroll, record   before Accepted: the lease of its name, its request id, its record        (owner)
+    settle, let_go   it has ended; another replica wants it and nobody watches it here         (owner)
+    find, attend     a generation that another replica owns, as its record and events show it  (mirror)
+    adopt            the owner's lease has ended: the mirror becomes the owner                 (mirror → owner)
+
+Ownership goes where the streams are: a generation that waits for a stream is
+handed to the replica that has one. Invariants: only the holder of the lease
+writes; what was promised as REPLICATED has its record in Redis before. Without
+Redis there is no fleet. `owners.py` has the one side, `mirrors.py` the other,
+`base.py` what they share. Neighbours: `generations` calls, `intake` plans,
+`replicas` has the parts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+
+from safelight_server.generations.ownership.context import CANCEL, PRIORITY, WANT, ClusterContext, GenerationHost
+from safelight_server.generations.ownership.mirrors import Mirrors
+from safelight_server.generations.ownership.owners import Owners
+from safelight_server.generations.planner import Planner
+
+__all__ = ["CANCEL", "PRIORITY", "WANT", "ClusterContext", "GenerationHost", "Ownership"]
+
+
+class Ownership:
+    """Both sides of this replica; run `mirrors.sweep` as a task."""
+
+    def __init__(self, ground: ClusterContext, host: GenerationHost, intake: Planner) -> None:
+        me = secrets.token_hex(8)
+        self.news = ground.news
+        self.owners = Owners(ground, host, intake, me)
+        self.mirrors = Mirrors(ground, host, intake, self.owners, me)
+        self._tasks = ground.tasks
+        self.news.on(WANT, self.owners.hear_want)
+
+    async def close(self) -> None:
+        """Gives everything back and ends all that is under way."""
+        await self.owners.close()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)

@@ -1,0 +1,100 @@
+"""What owning and showing generations across replicas stand on; see `fleet`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from safelight_server.cache.namespaces import Namespaces
+from safelight_server.cluster.bulletin import Bulletin
+from safelight_server.cluster.journal import GIVE_UP_S
+from safelight_server.cluster.records import GenerationRecord
+from safelight_server.coordination.base import Coordinator
+from safelight_server.generations.generation import Generation
+from safelight_server.storage.keyring import Keyring
+from safelight_server.storage.purge import EntryOwner
+from safelight_server.storage.sealed import Sealer
+from safelight_server.storage.tiers import Tiers
+
+log = structlog.get_logger(__name__)
+
+WANT, CANCEL, PRIORITY = "want", "cancel", "priority"
+"""News about a generation."""
+
+
+class GenerationHost(Protocol):
+    """What keeps generations on this replica."""
+
+    def revive(self, record: GenerationRecord) -> Generation:
+        """A generation as it was accepted elsewhere; nothing happens yet."""
+
+    def owned(self, generation: Generation) -> bool:
+        """It is owned here from now on; whether it runs (else it waits for a stream)."""
+
+    def wanted(self, identifier: str) -> None:
+        """Another replica has a stream for a generation that is owned here."""
+
+    def moved(self, generation: Generation) -> None:
+        """It is owned elsewhere from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterContext:
+    """What all of it shares.
+
+    Attributes:
+        ttl_s: of a lease.
+        result_ttl_s: how long a finished generation can be watched again.
+        idempotency_ttl_s: how long a request id is remembered after the end.
+    """
+
+    coordinator: Coordinator
+    sealer: Sealer
+    keyring: Keyring
+    tiers: Tiers
+    spaces: Namespaces
+    news: Bulletin
+    ttl_s: float
+    result_ttl_s: float
+    idempotency_ttl_s: float
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def kept_s(self) -> float:
+        """How long the events of a finished generation are kept."""
+        return max(self.result_ttl_s, self.idempotency_ttl_s)
+
+    @property
+    def artifact_s(self) -> float:
+        """How long a finished picture is kept for streams elsewhere: its generation may go on, and must be written."""
+        return max(self.result_ttl_s, GIVE_UP_S)
+
+    def name(self, identifier: str) -> str:
+        """What a generation is called in Redis."""
+        return self.keyring.digest("generation", identifier)
+
+    def owner(self, generation: Generation) -> EntryOwner:
+        """What purges tell by what is kept of it."""
+        space = self.spaces.of(generation.caller.tenant)
+        return self.spaces.owner(space, generation.request.spec.model_revision, generation.name)
+
+    def artifact_key(self, generation: Generation, index: int) -> str:
+        """Where the finished picture of an output is, as its streams get it."""
+        prefix = self.spaces.of(generation.caller.tenant).prefix
+        return f"{prefix}/artifact/{self.spaces.private(generation.name, index)}"
+
+    def start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Runs something in the background; what it raises is a bug."""
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            log.error("bug", exc_info=fault)

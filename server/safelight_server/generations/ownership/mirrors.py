@@ -1,0 +1,346 @@
+"""Generations that other replicas own, shown here, and taken over when nobody owns them any more."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import structlog
+
+from safelight_server.cluster.records import EventRecord, GenerationRecord, parse
+from safelight_server.coordination.base import LeaderLostError, StreamEvent
+from safelight_server.coordination.leadership import Leadership
+from safelight_server.domain.errors import NotFoundError, UnavailableError
+from safelight_server.domain.events import FinishReason, GenerationState
+from safelight_server.domain.picture import EncodedPicture
+from safelight_server.domain.request import MediaType
+from safelight_server.generations.generation import Generation
+from safelight_server.generations.ownership.context import WANT, ClusterContext, GenerationHost
+from safelight_server.generations.ownership.owners import OwnedGeneration, Owners
+from safelight_server.generations.planner import OutputPlan, Planner
+from safelight_server.storage.base import StoreError
+from safelight_server.storage.sealed import CorruptError, UnreadableError
+
+log = structlog.get_logger(__name__)
+
+ANSWER_S = 5.0
+"""How long an owner may take to answer, beyond the time after which it is taken for dead."""
+RETRY_S = 0.5
+OTHERS_FIRST_LEASES = 3
+"""Leases for which what nobody owns is left to replicas with the numerics that it was accepted with."""
+
+
+class PictureGoneError(Exception):
+    """A finished picture is in no shared tier any more."""
+
+
+@dataclass(slots=True)
+class Mirror:
+    """A generation that another replica owns, or nobody any more.
+
+    Attributes:
+        num_asking: calls that wait for what becomes of it.
+    """
+
+    name: str
+    generation: Generation
+    record: GenerationRecord
+    place: str
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    num_asking: int = 0
+    tending: asyncio.Task[None] | None = None
+
+
+class Mirrors:
+    """See the module; run `sweep` as a task."""
+
+    def __init__(self, ground: ClusterContext, host: GenerationHost, intake: Planner, owners: Owners, me: str) -> None:
+        self._ground = ground
+        self._host = host
+        self._intake = intake
+        self._owners = owners
+        self._me = me
+        self._mirrors: dict[str, Mirror] = {}
+        self._left: dict[str, float] = {}
+        self._retired = False
+
+    def __len__(self) -> int:
+        return len(self._mirrors)
+
+    async def find(self, identifier: str, *, tend: bool) -> Generation | None:
+        """A generation that another replica owns or has finished, as it is now; None: there is none.
+
+        Args:
+            tend: go on showing it until `drop`; one whose pictures are gone cannot be shown.
+
+        Raises:
+            UnavailableError: it cannot be looked up now.
+        """
+        if (mirror := self._mirrors.get(identifier)) is not None:
+            return mirror.generation
+        try:
+            made = await self._mirror(self._ground.name(identifier))
+        except StoreError:
+            what = "generations of other replicas cannot be looked up now"
+            raise UnavailableError(what, retry_after_s=1.0) from None
+        if made is None or (tend and not made.generation.whole):
+            return None
+        if made.generation.ended or not tend:
+            return made.generation
+        return self._keep(made).generation
+
+    def _keep(self, made: Mirror) -> Mirror:
+        """The one mirror of its generation here, which is tended."""
+        mirror = self._mirrors.setdefault(made.record.identifier, made)
+        if mirror is made:
+            mirror.tending = self._ground.start(self._tend(mirror))
+        return mirror
+
+    def check(self, generation: Generation) -> None:
+        """Refuses to show what could not go on here.
+
+        Raises:
+            UnavailableError: another model is here.
+        """
+        mirror = self._mirrors.get(generation.identifier)
+        if mirror is not None and not self._can(mirror):
+            self.drop(generation)
+            what = "this replica does not have the model that it was accepted with; WatchGeneration at another goes on"
+            raise UnavailableError(what, reason="OTHER_MODEL", retry_after_s=0.1)
+
+    def _can(self, mirror: Mirror) -> bool:
+        """Whether it could be developed here, with the same model."""
+        try:
+            return mirror.record.pipeline in ("", self._intake.digest(mirror.generation))
+        except NotFoundError:
+            return False
+
+    def _same_bits(self, mirror: Mirror) -> bool:
+        """Whether its pictures would be the same here, bit by bit."""
+        return mirror.record.numerics_id in ("", self._intake.numerics_id(mirror.generation))
+
+    def attend(self, generation: Generation) -> None:
+        """Goes on showing it; with previews, if its numerics are these. Its owner lets it come if no stream is left."""
+        mirror = self._mirrors.get(generation.identifier)
+        if mirror is not None:
+            self._ground.news.say(WANT, generation.identifier, by=self._me)
+            if self._same_bits(mirror):
+                self._ground.start(self._enter(mirror.generation, mirror.record.starts))
+
+    def drop(self, generation: Generation) -> None:
+        """No stream is left here; goes on while someone waits for an answer."""
+        mirror = self._mirrors.get(generation.identifier)
+        if mirror is None or mirror.num_asking:
+            return
+        del self._mirrors[generation.identifier]
+        if mirror.tending is not None:
+            mirror.tending.cancel()
+        generation.leave()
+
+    def tell(self, generation: Generation, kind: str, **facts: str) -> None:
+        """Asks the owner for something."""
+        self._ground.news.say(kind, generation.identifier, **facts)
+
+    async def ask(self, generation: Generation, kind: str, **facts: str) -> None:
+        """Asks the owner for something and waits until it has ended or is owned here.
+
+        Raises:
+            UnavailableError: no answer came in time.
+        """
+        self.tell(generation, kind, **facts)
+        mirror = self._mirrors.get(generation.identifier)
+        if mirror is None:
+            return
+        mirror.num_asking += 1
+        try:
+            async with asyncio.timeout(self._ground.ttl_s + ANSWER_S):
+                while not generation.ended and not generation.owned:
+                    mirror.changed.clear()
+                    await mirror.changed.wait()
+        except TimeoutError:
+            log.warning("no answer of the owner of a generation", generation=generation.name)
+            what = "the replica that has it does not answer; try again"
+            raise UnavailableError(what, retry_after_s=1.0) from None
+        finally:
+            mirror.num_asking -= 1
+            if not generation.log.watchers:
+                self.drop(generation)
+
+    async def _mirror(self, name: str) -> Mirror | None:
+        events = await self._ground.coordinator.read(name)
+        for number, event in enumerate(events):
+            record = self._parse(name, event)
+            if isinstance(record, GenerationRecord):
+                mirror = Mirror(name, self._host.revive(record), record, event.place)
+                for later in events[number + 1 :]:
+                    await self._apply(mirror, later)
+                return mirror
+        return None
+
+    async def _apply(self, mirror: Mirror, event: StreamEvent) -> None:
+        """Shows what happened, or raises `StoreError` and can be asked again."""
+        told = self._parse(mirror.name, event)
+        if isinstance(told, EventRecord):
+            picture = None
+            if told.kind == "output" and told.sequence > mirror.generation.log.last_sequence:
+                picture = await self._artifact(mirror.generation, told.output_index)
+                gone = picture is None and told.reason is FinishReason.COMPLETED
+                if gone and mirror.generation.log.watchers:
+                    raise PictureGoneError
+            mirror.generation.hear(told, picture)
+            mirror.changed.set()
+        mirror.place = event.place
+
+    def _parse(self, name: str, event: StreamEvent) -> GenerationRecord | EventRecord | None:
+        try:
+            return parse(self._ground.sealer, name, event.data)
+        except (CorruptError, UnreadableError):
+            log.warning("an event of a generation cannot be read", place=event.place)
+            return None
+
+    async def _artifact(self, generation: Generation, index: int) -> EncodedPicture | None:
+        found = await self._ground.tiers.get(self._ground.artifact_key(generation, index), sure=True)
+        if found is None:
+            return None
+        at = found.entry.metadata
+        size = int(at["width"]), int(at["height"]), int(at["stride"])
+        return EncodedPicture(MediaType(at["media_type"]), *size, found.entry.data)
+
+    async def _tend(self, mirror: Mirror) -> None:
+        try:
+            await self._follow(mirror)
+        except PictureGoneError:  # who comes again learns that it is not kept any more
+            log.warning("a finished picture is gone", generation=mirror.generation.name)
+            mirror.generation.leave()
+            self._host.moved(mirror.generation)
+        finally:
+            if self._mirrors.get(mirror.record.identifier) is mirror:
+                del self._mirrors[mirror.record.identifier]
+
+    async def _follow(self, mirror: Mirror) -> None:
+        while not mirror.generation.ended:
+            try:
+                following = self._ground.coordinator.follow(mirror.name, mirror.place)
+                async with contextlib.aclosing(following) as events:  # type: ignore[type-var]  # is a generator
+                    async for event in events:
+                        await self._apply(mirror, event)
+                        if mirror.generation.ended:
+                            return
+            except StoreError:
+                await asyncio.sleep(RETRY_S)
+            except LeaderLostError:
+                try:
+                    if await self._adopt(mirror):
+                        return
+                    if not mirror.generation.log.watchers and not mirror.num_asking:
+                        return
+                except StoreError:
+                    await asyncio.sleep(RETRY_S)
+
+    async def _adopt(self, mirror: Mirror) -> bool:
+        """Owns it from here on, unless another replica was quicker or it is none for this one."""
+        if not self._can(mirror):
+            return False
+        leader = await Leadership.take(self._ground.coordinator, mirror.name, self._ground.ttl_s)
+        if leader is None:
+            return False
+        generation = mirror.generation
+        try:
+            for event in await self._ground.coordinator.read(mirror.name):
+                if _later(event.place, mirror.place):
+                    await self._apply(mirror, event)
+            own = OwnedGeneration(mirror.name, leader, await self._owners.claimed(generation))
+        except BaseException:
+            await leader.close()
+            raise
+        self._mirrors.pop(generation.identifier, None)
+        await self._owners.adopt(generation, own)
+        mirror.changed.set()
+        if not generation.ended and self._host.owned(generation):
+            await self._enter(generation, mirror.record.starts)
+        return True
+
+    def resume(self, generation: Generation) -> None:
+        """One that was adopted without a stream has one now."""
+        if any(output.idle for output in generation.outputs):
+            self._ground.start(self._enter(generation, [output.starts for output in generation.outputs]))
+
+    async def _enter(self, generation: Generation, starts: Sequence[bool]) -> None:
+        try:
+            plans = await self._plan(generation, starts)
+            if self._is_wanted(generation):
+                self._intake.enter(generation, plans)
+        except BaseException:  # whatever it is, others may try
+            if self._owners.owns(generation):
+                self._owners.let_go(generation)
+                self._host.moved(generation)
+            raise
+
+    async def _plan(self, generation: Generation, starts: Sequence[bool]) -> list[OutputPlan]:
+        while self._is_wanted(generation):  # else its stream was lost meanwhile
+            with contextlib.suppress(StoreError):
+                return await self._intake.plan_again(generation, starts)
+            await asyncio.sleep(RETRY_S)
+        return []
+
+    def _is_wanted(self, generation: Generation) -> bool:
+        """Whether it should be developed here."""
+        if generation.ended or generation.owned:
+            return self._owners.owns(generation) and generation.state is not GenerationState.SUSPENDED
+        mirror = self._mirrors.get(generation.identifier)
+        return mirror is not None and mirror.generation is generation and bool(generation.log.watchers)
+
+    async def sweep(self) -> None:
+        """Takes over what nobody owns, until this replica retires."""
+        while True:
+            await asyncio.sleep(self._ground.ttl_s * random.uniform(0.5, 1.0))
+            if self._retired:
+                return
+            try:
+                names = await self._ground.coordinator.orphans()
+                self._left = {name: since for name, since in self._left.items() if name in names}
+                random.shuffle(names)
+                for name in names:
+                    await self._rescue(name)
+            except StoreError:
+                continue
+
+    def retire(self) -> None:
+        """Takes over nothing more but what is watched here: this replica is drained."""
+        self._retired = True
+
+    async def _rescue(self, name: str) -> None:
+        mirror = await self._mirror(name)
+        if mirror is not None and not mirror.generation.ended:
+            if self._can(mirror) and (self._same_bits(mirror) or self._left_for_long(name)):
+                self._keep(mirror)  # who tends it finds that nobody owns it
+        elif mirror is not None or not await self._ground.coordinator.read(name):
+            await self._strike(name)
+        # else it is there and cannot be read: another replica may be able to, with other keys or of another version
+
+    def _left_for_long(self, name: str) -> bool:
+        """Whether those with its numerics have had the time to take it over."""
+        now = time.monotonic()
+        return now - self._left.setdefault(name, now) >= OTHERS_FIRST_LEASES * self._ground.ttl_s
+
+    async def _strike(self, name: str) -> None:
+        """Takes what is over, or never began, off the roll; under its lease, lest it is about to begin."""
+        leader = await Leadership.take(self._ground.coordinator, name, self._ground.ttl_s)
+        if leader is not None:
+            try:
+                await self._ground.coordinator.strike(name)
+            finally:
+                await leader.close()
+
+
+def _later(place: str, than: str) -> bool:
+    return _order(place) > _order(than)
+
+
+def _order(place: str) -> tuple[int, int]:
+    milliseconds, _, number = place.partition("-")
+    return int(milliseconds), int(number or 0)

@@ -1,0 +1,315 @@
+"""Generations that this replica owns: their lease, their request id, their record, their end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from safelight_server.cluster.journal import Journal
+from safelight_server.cluster.records import GenerationRecord, dump
+from safelight_server.coordination.leadership import Leadership
+from safelight_server.domain.errors import AlreadyExistsError, UnavailableError
+from safelight_server.domain.events import Durability
+from safelight_server.domain.picture import EncodedPicture
+from safelight_server.generations.generation import Generation
+from safelight_server.generations.ownership.context import ClusterContext, GenerationHost
+from safelight_server.generations.planner import OutputPlan, Planner
+from safelight_server.storage.base import StoreError
+from safelight_server.storage.sealed import CorruptError, Entry, UnreadableError
+
+log = structlog.get_logger(__name__)
+
+CLAIM_S = 86_400.0
+"""How long a request id is bound to a generation that has not ended, at most."""
+LOOK_S = 0.05
+PATIENCE_S = 5.0
+MAX_WISHES = 4096
+CLOSE_S = 2.0
+FORGET_S = 0.001
+
+
+@dataclass(slots=True)
+class OwnedGeneration:
+    """What the owner of a generation holds.
+
+    Attributes:
+        starts: keys of the latents that its outputs begin from.
+    """
+
+    name: str
+    leader: Leadership
+    claim: tuple[str, bytes] | None = None
+    journal: Journal | None = None
+    starts: Sequence[str] = ()
+
+
+class Owners:
+    """See the module.
+
+    Args:
+        me: names this replica in news.
+    """
+
+    def __init__(self, ground: ClusterContext, host: GenerationHost, intake: Planner, me: str) -> None:
+        self._ground = ground
+        self._host = host
+        self._intake = intake
+        self._me = me
+        self._own: dict[str, OwnedGeneration] = {}
+        self._wishes: OrderedDict[str, None] = OrderedDict()
+        self._ending: set[asyncio.Task[None]] = set()
+        self._journals: set[Journal] = set()
+
+    async def enroll(self, generation: Generation) -> str | None:
+        """Takes the ownership and binds its request id; where the id stands for another generation, that one's id.
+
+        Raises:
+            AlreadyExistsError: it stands for another request.
+            UnavailableError: it stands for one that is about to be accepted elsewhere, for too long.
+        """
+        own: OwnedGeneration | None = None
+        try:
+            name = self._ground.name(generation.identifier)
+            leader = await Leadership.take(self._ground.coordinator, name, self._ground.ttl_s)
+            if leader is None:
+                return None
+            own = self._own[generation.identifier] = OwnedGeneration(name, leader)
+            other = await self._claim(generation, own) if generation.request.request_id else None
+        except StoreError:  # what is not bound to its request id must not be found by others
+            own = self._own.pop(generation.identifier, None)
+            if own is not None:
+                self._ground.start(self._give_back(own))
+            return None
+        except BaseException:
+            await self.dismiss(generation)
+            raise
+        if other is not None:
+            await self.dismiss(generation)
+        return other
+
+    def _claim_of(self, generation: Generation) -> tuple[str, bytes]:
+        """What its request id is called, and what says that it stands for this generation."""
+        request, tenant = generation.request, generation.caller.tenant
+        name = self._ground.keyring.digest("request", tenant, request.request_id)
+        facts = {"generation": generation.identifier, "digest": request.body_digest.hex()}
+        return name, self._ground.sealer.seal(name, Entry(json.dumps(facts).encode()), time.time() + CLAIM_S)
+
+    async def claimed(self, generation: Generation) -> tuple[str, bytes] | None:
+        """The binding of its request id, as an earlier owner made it; None: it has none.
+
+        Raises:
+            StoreError: it cannot be looked up.
+        """
+        if not generation.request.request_id:
+            return None
+        name, mine = self._claim_of(generation)
+        there = await self._ground.coordinator.claim(name, mine, CLAIM_S)
+        with contextlib.suppress(CorruptError, UnreadableError):
+            facts = json.loads(self._ground.sealer.open(name, there)[0].data)
+            if facts["generation"] == generation.identifier:
+                return name, there
+        return None
+
+    async def _claim(self, generation: Generation, own: OwnedGeneration) -> str | None:
+        request, digest = generation.request, generation.request.body_digest.hex()
+        name, mine = self._claim_of(generation)
+        replaced: bytes | None = None
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            there = await self._ground.coordinator.claim(name, mine, CLAIM_S, replaced)
+            if there == mine:
+                own.claim = (name, mine)
+                return None
+            try:
+                theirs = json.loads(self._ground.sealer.open(name, there)[0].data)
+            except (CorruptError, UnreadableError):
+                replaced = there
+                continue
+            other = str(theirs["generation"])
+            if theirs["digest"] != digest:
+                raise AlreadyExistsError(
+                    f"request_id {request.request_id} was used with another request; choose a new one",
+                    metadata={"request_id": request.request_id, "generation": f"generations/{other}"},
+                )
+            held = await self._ground.coordinator.holder(self._ground.name(other)) is not None
+            if await self._ground.coordinator.read(self._ground.name(other)):
+                return other
+            if not held:  # its replica died before it accepted anything
+                replaced = there
+                continue
+            if time.monotonic() > until:
+                raise UnavailableError("another replica is about to run it; try again", retry_after_s=1.0)
+            await asyncio.sleep(LOOK_S)
+
+    async def record(self, generation: Generation, plans: Sequence[OutputPlan]) -> None:
+        """Writes down what another replica needs to go on with it; REPLICATED where that is done."""
+        own = self._own.get(generation.identifier)
+        if own is None:
+            return
+        left, starts = generation.left_s, tuple(plan.start is not None for plan in plans)
+        own.starts = self._intake.start_keys(generation, starts)
+        record = GenerationRecord(
+            generation.identifier,
+            generation.caller,
+            generation.request,
+            generation.create_time,
+            None if left is None else time.time() + left,
+            tuple(plan.origin for plan in plans),
+            starts,
+            self._intake.numerics_id(generation),
+            self._intake.digest(generation),
+        )
+        with contextlib.suppress(StoreError):
+            if not await self._intake.keep_starts(generation, plans):
+                return
+            await self._ground.coordinator.enlist(own.name)
+            if not await own.leader.publish(dump(self._ground.sealer, own.name, record)):
+                await self._ground.coordinator.strike(own.name)
+                return
+            generation.durability = Durability.REPLICATED
+            generation.journal = generation.log.journal = self.journal(generation, own)
+
+    async def dismiss(self, generation: Generation) -> None:
+        """It was refused: nothing is left of it."""
+        own = self._own.pop(generation.identifier, None)
+        if own is None:
+            return
+        generation.journal = generation.log.journal = None
+        await self.settle_record(own, FORGET_S, 0.0)
+        await self._give_back(own)
+
+    def settle(self, generation: Generation, *, retryable: bool) -> None:
+        """It has ended here: its events stay as long as it can be watched.
+
+        Args:
+            retryable: its request id is free again.
+        """
+        own = self._own.pop(generation.identifier, None)
+        if own is None:
+            return
+        kept_s = self._ground.kept_s if generation.journal is not None else FORGET_S
+        settle = self._settling(own, kept_s, retryable=retryable)
+        if generation.journal is not None:
+            self._end(generation.journal, settle)
+        else:
+            self._watch_end(self._ground.start(self._close(own, settle)))
+
+    def _settling(self, own: OwnedGeneration, kept_s: float, *, retryable: bool) -> Callable[[], Awaitable[None]]:
+        claimed_s = 0.0 if retryable else self._ground.idempotency_ttl_s
+        return functools.partial(self.settle_record, own, kept_s, claimed_s)
+
+    def let_go(self, generation: Generation) -> None:
+        """Another replica goes on with it, or whoever finds it first."""
+        own = self._own.pop(generation.identifier, None)
+        self._wishes.pop(generation.identifier, None)
+        generation.leave()
+        if own is not None and generation.journal is not None:
+            self._end(generation.journal, _nothing)
+
+    def owns(self, generation: Generation) -> bool:
+        """Whether it is decided here what becomes of it."""
+        return generation.identifier in self._own
+
+    def wants(self, generation: Generation) -> bool:
+        """Whether another replica has a stream for it."""
+        return generation.journal is not None and generation.identifier in self._wishes
+
+    async def settle_record(self, own: OwnedGeneration, kept_s: float, claimed_s: float) -> None:
+        """Keeps its events and its request id for so long, and nothing that its outputs begin from."""
+        for key in own.starts:
+            await self._ground.tiers.delete(key)
+        with contextlib.suppress(StoreError):
+            await self._ground.coordinator.expire(own.name, kept_s)
+            if own.claim is not None:
+                await self._ground.coordinator.unclaim(*own.claim, claimed_s)
+            await self._ground.coordinator.strike(own.name)
+
+    def _end(self, journal: Journal, settle: Callable[[], Awaitable[None]]) -> None:
+        journal.end(settle)
+        self._journals.add(journal)
+        self._watch_end(self._ground.start(self._ended(journal)))
+
+    async def _ended(self, journal: Journal) -> None:
+        await journal.closed()
+        self._journals.discard(journal)
+
+    @staticmethod
+    async def _give_back(own: OwnedGeneration) -> None:
+        if own.journal is not None:
+            await own.journal.abandon()
+        else:
+            await own.leader.close()
+
+    @staticmethod
+    async def _close(own: OwnedGeneration, settle: Callable[[], Awaitable[None]]) -> None:
+        await settle()
+        await own.leader.close()
+
+    def journal(self, generation: Generation, own: OwnedGeneration) -> Journal:
+        """Where it is written down from now on."""
+
+        async def put(index: int, picture: EncodedPicture) -> bool:
+            size = {"width": picture.width_px, "height": picture.height_px, "stride": picture.stride_bytes}
+            facts = {name: str(value) for name, value in size.items()} | {"media_type": picture.media_type.value}
+            key, owner = self._ground.artifact_key(generation, index), self._ground.owner(generation)
+            entry = Entry(picture.data, facts, owner.revision, owner.generation)
+            return await self._ground.tiers.put(key, entry, self._ground.artifact_s, replicate=True)
+
+        own.journal = Journal(
+            own.leader,
+            self._ground.sealer,
+            put,
+            lambda: (generation.state, generation.error),
+            lambda: self._lose(generation),
+        )
+        return own.journal
+
+    def _lose(self, generation: Generation) -> None:
+        """Another replica has taken it over, since this one was silent for too long."""
+        log.warning("another replica has taken over a generation", generation=generation.name)
+        if self._own.pop(generation.identifier, None) is not None:
+            generation.leave()
+            self._host.moved(generation)
+
+    def hear_want(self, identifier: str, facts: Mapping[str, str]) -> None:
+        """Another replica has a stream for it."""
+        if facts["by"] != self._me and identifier in self._own:
+            self._wishes[identifier] = None
+            if len(self._wishes) > MAX_WISHES:
+                self._wishes.popitem(last=False)
+            self._host.wanted(identifier)
+
+    async def adopt(self, generation: Generation, own: OwnedGeneration) -> None:
+        """It is owned here from now on; one that has ended is only cleared away."""
+        own.starts = self._intake.start_keys(generation, [output.starts for output in generation.outputs])
+        if generation.ended:
+            lost = isinstance(generation.error, UnavailableError)
+            await self._close(own, self._settling(own, self._ground.kept_s, retryable=lost))
+            return
+        self._own[generation.identifier] = own
+        generation.adopt(self.journal(generation, own), self._intake.numerics_id(generation))
+
+    def _watch_end(self, task: asyncio.Task[None]) -> None:
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def close(self) -> None:
+        """Gives back what is owned, as far as that is quick."""
+        if self._ending:
+            await asyncio.wait(self._ending, timeout=CLOSE_S)
+        for journal in list(self._journals):
+            await journal.abandon()
+        for own in self._own.values():
+            await self._give_back(own)
+
+
+async def _nothing() -> None:
+    pass

@@ -1,0 +1,334 @@
+"""From a generation that was asked for to executions: what was done before, what is on its way, what must be computed.
+
+Looks first (`plan`), which may wait for stores; then decides and starts
+(`launch`) without waiting, so that two identical outputs cannot both become
+new. Only what must be computed needs room and time: a full queue never refuses
+what is there or on its way. Neighbours: `cache`, `execution`, `admission`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+from safelight_server.cache.approximate.similar import SimilarPicture
+from safelight_server.cache.approximate.warm_starts import WarmStart
+from safelight_server.cache.cache import Cache, CacheQuery, Retention
+from safelight_server.cache.namespaces import CacheKeys
+from safelight_server.cache.pictures import CachedPicture, pointer
+from safelight_server.catalog.catalog import Catalog
+from safelight_server.catalog.pixels import sampler_table
+from safelight_server.cluster.leased_runner import LeasedRunner
+from safelight_server.cluster.leased_runners import ExecutionTicket, LeasedRunners, LoadWithPending
+from safelight_server.domain.errors import FailedPreconditionError, FieldViolation, InvalidRequestError
+from safelight_server.domain.events import Disposition, FinishReason, Origin
+from safelight_server.domain.picture import EncodedPicture, Pixels
+from safelight_server.domain.request import CacheMode, Spec
+from safelight_server.domain.tensors import FloatArray
+from safelight_server.engine.engine import Engine
+from safelight_server.engine.jobs import Job
+from safelight_server.engine.latents import Snapshot
+from safelight_server.generations.admission import AdmissionLimits, admit
+from safelight_server.generations.execution import Execution, Executions
+from safelight_server.generations.generation import Generation
+from safelight_server.generations.output import Output
+from safelight_server.runtime.base import Runtime
+
+MISS = Origin()
+KEPT = {Disposition.LATENT: Retention.AS_SIMILAR, Disposition.BRANCHED: Retention.EMBEDDINGS}
+APPROXIMATE = frozenset({Disposition.SIMILAR, Disposition.LATENT, Disposition.BRANCHED})
+"""Of an output that has other pixels than its spec alone would give, so that none of the steps kept are its own."""
+
+SERVED = frozenset({Disposition.EXACT, Disposition.SIMILAR})
+"""Of an output that had its picture from earlier work; whoever takes it over before it was written has not."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPlan:
+    """What an output needs.
+
+    Attributes:
+        picture: it is there.
+        start: in place of noise.
+        embeddings: of its prompts that are known.
+        gone: what it began from is kept no more, of an output that was accepted elsewhere.
+    """
+
+    wanted: CacheQuery
+    origin: Origin = MISS
+    picture: EncodedPicture | None = None
+    start: Snapshot | None = None
+    embeddings: tuple[FloatArray | None, ...] = ()
+    gone: bool = False
+
+
+class Planner:
+    """See the module.
+
+    Args:
+        flights: None: this replica is alone.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        runtime: Runtime,
+        engine: Engine,
+        executions: Executions,
+        cache: Cache,
+        limits: AdmissionLimits,
+        flights: LeasedRunners | None = None,
+    ) -> None:
+        self._catalog = catalog
+        self._runtime = runtime
+        self._engine = engine
+        self._executions = executions
+        self._cache = cache
+        self._limits = limits
+        self._flights = flights
+
+    def numerics_id(self, generation: Generation) -> str:
+        """What decides the bits of its pictures beside the spec and the pipeline."""
+        return self._runtime.numerics_id(generation.request.spec.model)
+
+    def digest(self, generation: Generation) -> str:
+        """Of the pipeline that develops it here.
+
+        Raises:
+            NotFoundError: there is no such model.
+        """
+        return self._catalog.get(generation.request.spec.model).digest
+
+    # --- looking ---
+
+    async def plan(self, generation: Generation, branched_from: Generation | None) -> list[OutputPlan]:
+        """What each output needs.
+
+        Args:
+            branched_from: the generation that its request's branch names.
+
+        Raises:
+            InvalidRequestError, FailedPreconditionError: there can be no such branch.
+        """
+        if branched_from is not None:
+            return [await self._branch(generation, branched_from)]
+        wanted = [self._wanted(generation, output.seed) for output in generation.outputs]
+        taken = {one.name.exact for one in wanted}
+        for one in wanted:
+            one.taken = taken
+        return list(await asyncio.gather(*(self._find(one) for one in wanted)))
+
+    async def _find(self, wanted: CacheQuery) -> OutputPlan:
+        if wanted.policy.mode is CacheMode.BYPASS:
+            return OutputPlan(wanted)
+        kept = await self._cache.exact(wanted)
+        if kept is not None:
+            return OutputPlan(wanted, _origin(Disposition.EXACT, kept), kept.picture)
+        if self._executions.find(wanted.name) is None:
+            match await self._cache.approximate(wanted):
+                case SimilarPicture() as similar:
+                    origin = _origin(Disposition.SIMILAR, similar.kept, similar.similarity)
+                    return OutputPlan(wanted, origin, similar.kept.picture)
+                case WarmStart() as start:
+                    step = start.snapshot.step
+                    origin = Origin(Disposition.LATENT, start.similarity, num_steps_skipped=step)
+                    return OutputPlan(wanted, origin, None, start.snapshot, await self._cache.embeddings(wanted))
+        return OutputPlan(wanted, embeddings=await self._cache.embeddings(wanted))
+
+    async def _branch(self, generation: Generation, source: Generation) -> OutputPlan:
+        branch, spec = generation.request.branch, generation.request.spec
+        assert branch is not None
+        if branch.output_index >= len(source.outputs):
+            what = f"{source.name} has {len(source.outputs)} outputs"
+            raise InvalidRequestError([FieldViolation("branch.output_index", what)])
+        if unlike := _unlike(spec, source.request.spec):
+            what = f"must have the {', '.join(unlike)} of {source.name}"
+            raise InvalidRequestError([FieldViolation("branch.generation", what)])
+        output = source.outputs[branch.output_index]
+        if output.origin.disposition in APPROXIMATE:
+            what = (
+                f"output {output.index} of {source.name} began elsewhere ({output.origin.disposition.value}): none kept"
+            )
+            raise FailedPreconditionError(what, reason="CHECKPOINT_GONE")
+        wanted = self._wanted(generation, spec.seeds[0])
+        name = self._wanted(source, output.seed).name
+        snapshot = await self._cache.checkpoints.at_or_before(name.space.name, name.exact, branch.step)
+        if snapshot is None:
+            what = f"no step of {source.name} up to {branch.step} is kept"
+            raise FailedPreconditionError(what, reason="CHECKPOINT_GONE")
+        embeddings = await self._cache.embeddings(wanted)
+        origin = Origin(Disposition.BRANCHED, num_steps_skipped=snapshot.step)
+        return OutputPlan(wanted, origin, None, snapshot, embeddings)
+
+    def _wanted(self, generation: Generation, seed: int) -> CacheQuery:
+        request = generation.request
+        pipeline = self._catalog.get(request.spec.model)
+        numerics = self._runtime.numerics_id(request.spec.model)
+        name = self._cache.spaces.output(generation.caller.tenant, pipeline, numerics, request.spec, seed)
+        return CacheQuery(name, pipeline, request.spec, request.encoding, request.cache, generation.name)
+
+    # --- starting ---
+
+    def launch(self, generation: Generation, plans: Sequence[OutputPlan], time_left_s: float | None) -> None:
+        """Accepts a generation and starts what must be computed.
+
+        Raises:
+            QueueFullError, DeadlineUnreachableError, UnavailableError: it is refused; nothing was started.
+        """
+        new: dict[Hashable, Execution] = {}
+        sources: list[EncodedPicture | Execution] = []
+        for output, plan in zip(generation.outputs, plans, strict=True):
+            output.origin = plan.origin
+            key = self._key(plan)
+            if plan.picture is not None:
+                sources.append(plan.picture)
+            elif (execution := self._executions.find(key) or new.get(key)) is not None:
+                output.origin = Origin(Disposition.COALESCED)
+                sources.append(execution)
+            else:
+                execution = new[key or output] = self._create(generation, output, plan, key)
+                sources.append(execution)
+        estimate_s = self._admit(list(new.values()), time_left_s) if new else 0.0
+        for execution in new.values():
+            self._executions.publish(execution)
+        generation.accept(self.numerics_id(generation), estimate_s, sources)
+
+    # --- going on with what another replica has accepted ---
+
+    async def keep_starts(self, generation: Generation, plans: Sequence[OutputPlan]) -> bool:
+        """Keeps the latents that its outputs begin from where other replicas find them; whether all are there."""
+        for output, plan in zip(generation.outputs, plans, strict=True):
+            key = self._start_key(generation, output, plan.wanted)
+            owner = self._cache.owner(plan.wanted)
+            if plan.start is not None and not await self._cache.checkpoints.put(key, plan.start, owner):
+                return False
+        return True
+
+    async def plan_again(self, generation: Generation, starts: Sequence[bool]) -> list[OutputPlan]:
+        """What each output needs, of a generation that was accepted elsewhere.
+
+        Raises:
+            StoreError: what one began from cannot be read now.
+        """
+        plans, numerics = [], self.numerics_id(generation)
+        others = "" if generation.numerics_id in ("", numerics) else numerics
+        for output, started in zip(generation.outputs, starts, strict=True):
+            wanted = self._wanted(generation, output.seed)
+            start, gone = None, False
+            if started and output.reason is None:
+                start = await self._cache.checkpoints.get(self._start_key(generation, output, wanted))
+                gone = start is None
+            anew = gone or output.origin.disposition in SERVED
+            origin = replace(MISS if anew else output.origin, numerics_id=others)
+            plans.append(OutputPlan(wanted, origin, None, start, await self._cache.embeddings(wanted), gone))
+        return plans
+
+    def enter(self, generation: Generation, plans: Sequence[OutputPlan]) -> None:
+        """Lets its outputs enter their executions; those that have ended or are on their way are left alone.
+
+        One that began from a latent that is gone begins from noise, and is a MISS; a branch fails.
+        """
+        for output, plan in zip(generation.outputs, plans, strict=True):
+            if not output.idle or (plan.gone and not generation.owned):  # what is gone here its owner may have
+                continue
+            if plan.gone and output.origin.disposition is Disposition.BRANCHED:
+                what = f"output {output.index} branched from steps that are kept no more"
+                error = FailedPreconditionError(what, reason="CHECKPOINT_GONE")
+                generation.on_output_ended(output, FinishReason.FAILED, error)
+                continue
+            output.origin, output.starts = plan.origin, plan.start is not None
+            key = self._key(plan)
+            execution = self._executions.find(key)
+            if execution is None:
+                execution = self._create(generation, output, plan, key, again=True)
+                self._executions.publish(execution)
+            generation.enter([output], [execution])
+
+    def start_keys(self, generation: Generation, starts: Sequence[bool]) -> list[str]:
+        """Where the latents lie that its outputs begin from."""
+        begun = [output for output, started in zip(generation.outputs, starts, strict=True) if started]
+        return [self._start_key(generation, output, self._wanted(generation, output.seed)) for output in begun]
+
+    def _start_key(self, generation: Generation, output: Output, wanted: CacheQuery) -> str:
+        return f"{wanted.name.space.prefix}/start/{self._cache.spaces.private(generation.name, output.index)}"
+
+    def _admit(self, new: Sequence[Execution], time_left_s: float | None) -> float:
+        self._engine.outage.check()
+        output = self._engine.output(new[0].job)
+        load = self._engine.scheduler if self._flights is None else LoadWithPending(self._flights)
+        if self._engine.outage.is_on:
+            time_left_s = None  # nobody knows when an instance will be back; the deadline itself will say
+        return admit(load, self._limits, output, len(new), time_left_s)
+
+    def _create(
+        self, generation: Generation, output: Output, plan: OutputPlan, key: CacheKeys | None, *, again: bool = False
+    ) -> Execution:
+        bypass = plan.wanted.policy.mode is CacheMode.BYPASS
+        keep = KEPT.get(plan.origin.disposition, Retention.EVERYTHING)
+        recorder = None if bypass else self._cache.record(plan.wanted, keep)
+        job = _job(generation, output, plan)
+        if self._flights is None:
+            return self._executions.create(job, key, recorder)
+        ticket = self._ticket(generation, output, plan, key, again)
+        ttl_s = self._flights.private_s if key is None else None
+
+        async def put(pixels: Pixels, compute_s: float) -> bool:
+            there = await self._cache.replicate(plan.wanted, ticket.pointer, pixels, compute_s, ttl_s)
+            if recorder is not None and key is not None:
+                recorder.there = there
+            return there
+
+        return self._executions.create(job, key, recorder, LeasedRunner(self._flights, ticket, put))
+
+    def _ticket(
+        self, generation: Generation, output: Output, plan: OutputPlan, key: CacheKeys | None, again: bool
+    ) -> ExecutionTicket:
+        """Identical outputs share one name; any other has a name of its own, for whoever goes on with it."""
+        space, whose = plan.wanted.name.space, (generation.caller.tenant, generation.name, plan.wanted.revision)
+        if key is not None:
+            at = (space.name, key.exact)
+            return ExecutionTicket(f"{space.prefix}.{key.exact}", pointer(key), at, *whose, again)
+        own = self._cache.spaces.private(generation.name, output.index)
+        return ExecutionTicket(own, f"{space.prefix}/result/{own}", None, *whose, again)
+
+    @staticmethod
+    def _key(plan: OutputPlan) -> CacheKeys | None:
+        """What identical outputs share; None for what is approximate or on its own."""
+        if plan.start is not None or plan.wanted.policy.mode is CacheMode.BYPASS:
+            return None
+        return plan.wanted.name
+
+
+def _job(generation: Generation, output: Output, plan: OutputPlan) -> Job:
+    spec, pipeline, caller = generation.request.spec, plan.wanted.pipeline, generation.caller
+    return Job(
+        output_id=0,
+        caller=f"{caller.tenant}/{caller.name}",
+        priority=generation.request.priority,
+        pipeline=pipeline,
+        latent_shape=pipeline.latent_shape(spec.width_px, spec.height_px),
+        table=sampler_table(pipeline, spec),
+        seed=output.seed,
+        guidance_scale=spec.guidance_scale,
+        token_ids=spec.token_ids_by_row,
+        deadline=generation.deadline,
+        start=plan.start,
+        embeddings=plan.embeddings,
+    )
+
+
+def _origin(disposition: Disposition, kept: CachedPicture, similarity: float = 0.0) -> Origin:
+    facts = kept.facts
+    return Origin(disposition, similarity, facts.generation, facts.num_steps, facts.compute_s)
+
+
+def _unlike(one: Spec, other: Spec) -> list[str]:
+    """What a branch cannot change."""
+    facts = {
+        "model": ((one.model, one.revision), (other.model, other.revision)),
+        "size": ((one.width_px, one.height_px), (other.width_px, other.height_px)),
+        "steps": (one.num_inference_steps, other.num_inference_steps),
+        "sampler": (one.sampler, other.sampler),
+    }
+    return [name for name, (mine, theirs) in facts.items() if mine != theirs]

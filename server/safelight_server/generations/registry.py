@@ -1,0 +1,416 @@
+"""All generations that the server knows: started once per request id, found by their owner, kept for a while.
+
+Also what happens when streams come and go: a lost generation stops and waits
+for its grace, or runs on detached. Invariants: what one tenant owns is NOT_FOUND
+for another; finished pictures are bounded in time and bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+
+import structlog
+
+from safelight_server.cache.cache import Cache
+from safelight_server.catalog.catalog import Catalog, Pipeline
+from safelight_server.cluster.leased_runners import LeasedRunners
+from safelight_server.cluster.records import GenerationRecord
+from safelight_server.domain.caller import Caller
+from safelight_server.domain.errors import (
+    GenerationCancelledError,
+    NotFoundError,
+    QueueFullError,
+    SafelightError,
+    UnavailableError,
+)
+from safelight_server.domain.events import FinishReason, GenerationState
+from safelight_server.domain.request import PreviewPolicy, Request
+from safelight_server.engine.engine import Engine
+from safelight_server.generations import outcomes
+from safelight_server.generations.admission import AdmissionLimits
+from safelight_server.generations.execution import Executions
+from safelight_server.generations.finished import FinishedGenerations
+from safelight_server.generations.generation import Generation
+from safelight_server.generations.idempotency import Idempotency
+from safelight_server.generations.open_streams import End, OpenStreams
+from safelight_server.generations.ownership import CANCEL, PRIORITY, ClusterContext, Ownership
+from safelight_server.generations.places import tell_places
+from safelight_server.generations.planner import Planner
+from safelight_server.generations.suspended import SuspendedGenerations
+from safelight_server.runtime.base import Runtime
+from safelight_server.scheduler import Priority
+from safelight_server.settings import Settings
+from safelight_server.stream import EventLog, Watcher
+from safelight_server.telemetry import Metrics, Stage
+from safelight_server.telemetry.tracing import UNTRACED
+
+log = structlog.get_logger(__name__)
+
+TICK_S = 0.25
+
+
+class Generations:
+    """See the module."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        catalog: Catalog,
+        runtime: Runtime,
+        engine: Engine,
+        cache: Cache,
+        executions: Executions,
+        clock: Callable[[], float],
+        metrics: Metrics,
+        flights: LeasedRunners | None = None,
+        ground: ClusterContext | None = None,
+    ) -> None:
+        self._settings = settings
+        self._catalog = catalog
+        self._engine = engine
+        self._clock = clock
+        self._metrics = metrics
+        waiting = {
+            Priority.INTERACTIVE: settings.max_waiting_interactive,
+            Priority.STANDARD: settings.max_waiting_standard,
+            Priority.BATCH: settings.max_waiting_batch,
+        }
+        limits = AdmissionLimits(waiting, settings.max_waiting_per_caller)
+        self._intake = Planner(catalog, runtime, engine, executions, cache, limits, flights)
+        self._fleet = None if ground is None else Ownership(ground, self, self._intake)
+        if self._fleet is not None:
+            self._fleet.news.on(CANCEL, self._asked_to_cancel)
+            self._fleet.news.on(PRIORITY, self._asked_for_priority)
+        self._starting: dict[str, asyncio.Event] = {}
+        self._live: dict[str, Generation] = {}
+        self._finished = FinishedGenerations(
+            settings.result_ttl_s, settings.max_results, settings.max_results_bytes, clock
+        )
+        self._lost = SuspendedGenerations(settings.max_lost)
+        self._requests = Idempotency(settings.idempotency_ttl_s, clock)
+        self._draining = False
+        self._one_ended = asyncio.Event()
+        self._streams = OpenStreams()
+
+    # --- starting ---
+
+    async def start(self, caller: Caller, request: Request, stage: Stage, time_left_s: float | None) -> Generation:
+        """The generation of a request: a new one, or the one that its request id stands for.
+
+        Raises:
+            UnavailableError, AlreadyExistsError, FailedPreconditionError, QueueFullError, DeadlineUnreachableError,
+            InvalidRequestError, NotFoundError: it is refused.
+        """
+        while request.request_id:
+            known = self._requests.find(caller, request.request_id, request.body_digest)
+            if known is None:
+                break
+            if (started := self._starting.get(known)) is None:
+                return await self._known(caller, known, request)
+            await started.wait()  # and look again: it may have been refused
+        self._refuse_while_draining()
+        generation = self._make(secrets.token_hex(16), caller, request, stage, time_left_s)
+        if request.request_id:
+            self._requests.remember(caller, request.request_id, request.body_digest, generation.identifier)
+        started = self._starting[generation.identifier] = asyncio.Event()
+        try:
+            other = await self._start(generation)
+            if other is not None:
+                self._requests.release(caller, request.request_id)
+        except BaseException:  # whatever it is, the request has left nothing that a retry could find
+            self._live.pop(generation.identifier, None)
+            self._requests.release(caller, request.request_id)
+            if self._fleet is not None:
+                await self._fleet.owners.dismiss(generation)
+            raise
+        finally:
+            del self._starting[generation.identifier]
+            started.set()
+        return generation if other is None else await self._known(caller, other, request)
+
+    async def _start(self, generation: Generation) -> str | None:
+        """Starts it; where another replica has a generation of its request id, returns that one's id."""
+        request = generation.request
+        if self._fleet is not None and (other := await self._fleet.owners.enroll(generation)) is not None:
+            return other
+        branched_from = None
+        if request.branch is not None:
+            branched_from = await self.find(generation.caller, request.branch.generation_id, tend=False)
+        with generation.stage.within("lookup"):
+            plans = await self._intake.plan(generation, branched_from)
+        self._refuse_while_draining()
+        if self._fleet is not None:
+            await self._fleet.owners.record(generation, plans)
+            self._refuse_while_draining()
+        self._live[generation.identifier] = generation
+        with generation.stage.within("admission"):
+            self._intake.launch(generation, plans, generation.left_s)
+        return None
+
+    def _refuse_while_draining(self) -> None:
+        if self._draining:
+            raise UnavailableError("the server is draining; ask another", reason="DRAINING", retry_after_s=1.0)
+
+    async def _known(self, caller: Caller, identifier: str, request: Request) -> Generation:
+        try:
+            return await self.find(caller, identifier)
+        except NotFoundError:
+            raise outcomes.no_longer_kept(identifier, request) from None
+
+    def _make(
+        self, identifier: str, caller: Caller, request: Request, stage: Stage, time_left_s: float | None
+    ) -> Generation:
+        name, sizes = f"generations/{identifier}", self._settings
+        events = EventLog(name, self._clock, chunk_bytes=sizes.chunk_bytes, max_watchers=sizes.max_watchers)
+        return Generation(
+            identifier,
+            caller,
+            request,
+            events,
+            self._clock,
+            stage,
+            deadline=None if time_left_s is None else self._clock() + time_left_s,
+            late=self._engine.outage.late,
+            on_end=self._ended,
+        )
+
+    # --- finding ---
+
+    async def find(self, caller: Caller, identifier: str, *, tend: bool = True) -> Generation:
+        """A generation of the caller's tenant, on whatever replica.
+
+        Args:
+            tend: it is going to be watched; else it is enough to know how it is now.
+
+        Raises:
+            NotFoundError: there is none, or it is someone else's.
+            UnavailableError: other replicas' cannot be looked up now.
+        """
+        generation = self._live.get(identifier) or self._finished.get(identifier)
+        if generation is None and self._fleet is not None:
+            generation = await self._fleet.mirrors.find(identifier, tend=tend)
+            generation = self._live.get(identifier, generation)  # it may have come here meanwhile
+            if generation is not None and self._is_old(generation):
+                generation = None
+        if generation is None or generation.caller.tenant != caller.tenant:
+            if generation is not None:
+                self._drop_unwatched(generation)
+            raise NotFoundError(f"there is no generations/{identifier}", reason="GENERATION_NOT_FOUND")
+        return generation
+
+    def _is_old(self, generation: Generation) -> bool:
+        ended = generation.finish_time
+        return ended is not None and (datetime.now(UTC) - ended).total_seconds() > self._settings.result_ttl_s
+
+    async def cancel(self, generation: Generation) -> None:
+        """Stops it, wherever it runs; `UnavailableError`: the replica that has it does not answer."""
+        if not generation.owned and not generation.ended and self._fleet is not None:
+            await self._fleet.mirrors.ask(generation, CANCEL)
+        if generation.owned:
+            generation.stop(GenerationCancelledError("it was cancelled"))
+
+    def set_priority(self, generation: Generation, priority: Priority) -> None:
+        """Changes its class, wherever it runs."""
+        generation.set_priority(priority)
+        if not generation.owned and self._fleet is not None:
+            self._fleet.mirrors.tell(generation, PRIORITY, priority=str(int(priority)))
+
+    def pipeline_of(self, generation: Generation) -> Pipeline:
+        """The pipeline that develops it; `UnavailableError`: there is another here."""
+        self._check(generation)
+        return self._catalog.get(generation.request.spec.model)
+
+    def _check(self, generation: Generation) -> None:
+        if self._fleet is not None:
+            self._fleet.mirrors.check(generation)
+
+    # --- watching ---
+
+    def attach(
+        self,
+        generation: Generation,
+        policy: PreviewPolicy,
+        end: End,
+        after_sequence: int = 0,
+        offsets: Mapping[int, int] | None = None,
+    ) -> Watcher:
+        """Opens a stream; one that was lost goes on."""
+        try:
+            self._check(generation)
+            watcher = generation.log.watch(policy, after_sequence, offsets)
+        except SafelightError:
+            self._drop_unwatched(generation)
+            raise
+        self._streams.add(watcher, generation, end)
+        if not generation.owned:
+            if self._fleet is not None and not generation.ended:
+                self._fleet.mirrors.attend(generation)
+        elif generation.state is GenerationState.SUSPENDED:
+            self._lost.resume(generation)
+            if self._fleet is not None:
+                self._fleet.mirrors.resume(generation)
+        return watcher
+
+    def detach(self, generation: Generation, watcher: Watcher) -> None:
+        """A stream has ended, in whatever way."""
+        if not self._streams.close(watcher):
+            return
+        if not generation.owned:
+            self._drop_unwatched(generation)
+            return
+        disconnect = generation.request.disconnect
+        if (
+            generation.ended
+            or generation.log.watchers
+            or disconnect.detach
+            or generation.state is GenerationState.SUSPENDED
+        ):
+            return
+        self._suspend(generation)
+
+    def _drop_unwatched(self, generation: Generation) -> None:
+        if self._fleet is not None and not generation.owned and not generation.log.watchers:
+            self._fleet.mirrors.drop(generation)
+
+    def _suspend(self, generation: Generation) -> None:
+        """Nobody watches: it waits for a stream, here or where there is one."""
+        left = generation.left_s
+        if left is not None and left <= 0:
+            return  # it expires
+        if self._draining:
+            self._end_drained(generation)
+            return
+        if self._fleet is not None and self._fleet.owners.wants(generation):
+            self._move(generation)
+            return
+        self._lost.suspend(generation)
+
+    # --- ending ---
+
+    def _ended(self, generation: Generation) -> None:
+        self._forget(generation)
+        if generation.whole:
+            self._finished.add(generation)
+        if not generation.owned:
+            return
+        lost = isinstance(generation.error, UnavailableError)  # what gRPC retries must be able to run again
+        if self._fleet is not None:
+            self._fleet.owners.settle(generation, retryable=lost)
+        if generation.request.request_id:
+            settle = self._requests.release if lost else self._requests.ended
+            settle(generation.caller, generation.request.request_id)
+        outcomes.count(generation, self._metrics)
+
+    def _forget(self, generation: Generation) -> None:
+        self._live.pop(generation.identifier, None)
+        self._lost.forget(generation)
+        self._one_ended.set()
+
+    # --- between replicas: what the fleet asks ---
+
+    def revive(self, record: GenerationRecord) -> Generation:
+        """See `ownership.Host`."""
+        left = None if record.deadline_at is None else record.deadline_at - time.time()
+        generation = self._make(record.identifier, record.caller, record.request, UNTRACED, left)
+        generation.owned = False
+        generation.create_time = record.create_time
+        generation.numerics_id = record.numerics_id
+        for output, origin, starts in zip(generation.outputs, record.origins, record.starts, strict=True):
+            output.origin, output.starts = origin, starts
+        return generation
+
+    def owned(self, generation: Generation) -> bool:
+        """See `ownership.Host`."""
+        self._live[generation.identifier] = generation
+        request = generation.request
+        if request.request_id:
+            with contextlib.suppress(QueueFullError):  # then only the fleet remembers it
+                self._requests.remember(
+                    generation.caller, request.request_id, request.body_digest, generation.identifier
+                )
+        if generation.log.watchers or request.disconnect.detach:
+            if generation.state is GenerationState.SUSPENDED:  # at its last owner, which had no stream for it
+                generation.resume()
+            return True
+        self._suspend(generation)
+        return False
+
+    def wanted(self, identifier: str) -> None:
+        """See `ownership.Host`."""
+        if (generation := self._live.get(identifier)) is not None and generation.state is GenerationState.SUSPENDED:
+            self._move(generation)
+
+    def _move(self, generation: Generation) -> None:
+        """Lets another replica go on with it."""
+        assert self._fleet is not None
+        self._fleet.owners.let_go(generation)
+        self.moved(generation)
+
+    def moved(self, generation: Generation) -> None:
+        """See `ownership.Host`."""
+        self._forget(generation)
+        self._requests.release(generation.caller, generation.request.request_id)
+        self._streams.move(generation)
+
+    def _asked_to_cancel(self, identifier: str, _facts: Mapping[str, str]) -> None:
+        if identifier in self._live:
+            self._live[identifier].stop(GenerationCancelledError("it was cancelled"))
+
+    def _asked_for_priority(self, identifier: str, facts: Mapping[str, str]) -> None:
+        if (generation := self._live.get(identifier)) is not None:
+            generation.set_priority(Priority(int(facts["priority"])))
+
+    # --- in the background ---
+
+    @property
+    def fleet(self) -> Ownership | None:
+        """The generations of all replicas; None: this one is alone."""
+        return self._fleet
+
+    async def tick(self) -> None:
+        """Tells those who wait their place, ends stalled streams, forgets what is old; until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            await asyncio.sleep(TICK_S)
+            self._metrics.loop_lag.set(max(0.0, loop.time() - began - TICK_S))
+            tell_places(self._engine.scheduler, self._live.values())
+            self._end_stalled()
+            self._finished.trim()
+
+    def _end_stalled(self) -> None:
+        for watcher, generation, end in self._streams.stalled(self._clock(), self._settings.watcher_stall_s):
+            self.detach(generation, watcher)
+            end(UnavailableError("the stream was not read; WatchGeneration resumes it", reason="WATCHER_STALLED"))
+
+    async def drain(self, grace_s: float) -> None:
+        """Admits nothing more, lets what runs finish and be delivered within the grace, ends the rest."""
+        self._draining = True
+        if self._fleet is not None:
+            self._fleet.mirrors.retire()
+        for generation in [g for g in self._live.values() if g.state is GenerationState.SUSPENDED]:
+            self._end_drained(generation)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while self._live:
+                    self._one_ended.clear()
+                    await self._one_ended.wait()
+                await self._streams.delivered()
+        for generation in self._streams.not_owned():
+            self._streams.move(generation)
+            self._drop_unwatched(generation)
+        for generation in [*self._streams.undelivered(), *self._live.values()]:
+            self._end_drained(generation)
+
+    def _end_drained(self, generation: Generation) -> None:
+        if generation.journal is not None:
+            self._move(generation)
+        elif generation.ended:
+            self._streams.end(generation, outcomes.drained(generation))
+        else:
+            generation.stop(outcomes.drained(generation), FinishReason.FAILED)

@@ -1,0 +1,55 @@
+"""Generations that nobody watches: each waits, suspended, for a stream to resume it within its grace."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+from safelight_server.domain.errors import GenerationCancelledError
+from safelight_server.domain.events import GenerationState
+from safelight_server.generations.generation import Generation
+
+
+class SuspendedGenerations:
+    """Suspended generations by id, the one lost first to go first. Invariant: each has a running timer.
+
+    Args:
+        max_entries: one more cancels the oldest.
+    """
+
+    def __init__(self, max_entries: int) -> None:
+        self._max_entries = max_entries
+        self._waiting: dict[str, tuple[Generation, asyncio.TimerHandle]] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._waiting)
+
+    def suspend(self, generation: Generation) -> None:
+        """Stops a generation until `resume`; cancels it after its grace. Its deadline ends it sooner by itself."""
+        generation.suspend()
+        if generation.ended:
+            return  # what is told at the latest now was its end
+        grace_s = generation.request.disconnect.resume_grace_s
+        timer = asyncio.get_running_loop().call_later(grace_s, _abandon, generation)
+        self._waiting[generation.identifier] = (generation, timer)
+        if len(self._waiting) > self._max_entries:
+            _abandon(next(iter(self._waiting.values()))[0])
+
+    def resume(self, generation: Generation) -> None:
+        """A stream has come: it goes on."""
+        self.forget(generation)
+        generation.resume()
+
+    def forget(self, generation: Generation) -> None:
+        """It waits no longer, whatever becomes of it."""
+        _, timer = self._waiting.pop(generation.identifier, (None, None))
+        if timer is not None:
+            timer.cancel()
+
+
+def _abandon(generation: Generation) -> None:
+    if generation.state is GenerationState.SUSPENDED:
+        generation.stop(GenerationCancelledError("its last stream was lost and not resumed in time"))

@@ -1,0 +1,135 @@
+"""Values as they are stored: sealed with AES-256-GCM under the operator's key.
+
+    header, in the clear, 48 bytes:
+        magic 4 · key id 8 · expires_at float64 · revision tag 8 · generation tag 8 · nonce 12
+    then the sealed entry: length of the metadata uint32 · metadata JSON · data; and 16 bytes that authenticate all
+
+The key's name and the header are authenticated with the entry, so that a value
+is readable under its own name only and for the time it was given. What does not
+verify is corrupt: there is no second checksum. Numbers are little-endian.
+
+One sealing key may seal 2^32 values under random nonces (NIST SP 800-38D, 8.3):
+rotate it before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from safelight_server.storage.base import HEADER_BYTES
+from safelight_server.storage.keyring import Keyring
+
+MAGIC = b"SLC1"
+NO_TAG = bytes(8)
+_HEADER = struct.Struct("<4s8sd8s8s12s")
+_LENGTH = struct.Struct("<I")
+_NONCE_BYTES = 12
+
+
+class CorruptError(Exception):
+    """A value that is not what was stored under this name."""
+
+
+class UnreadableError(Exception):
+    """A value sealed with a key that is not known (any more)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is cached under a key.
+
+    Attributes:
+        data: the bytes.
+        metadata: a few short facts about them, sealed with them.
+        revision: tag of the model revision it was computed with (`Keyring.tag`), for purges.
+        generation: tag of the generation that computed it, for purges.
+    """
+
+    data: bytes
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    revision: bytes = NO_TAG
+    generation: bytes = NO_TAG
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a value tells without its key. Only an opened value's header is authentic."""
+
+    key_id: str
+    expires_at: float
+    revision: bytes
+    generation: bytes
+    nonce: bytes
+
+
+class Sealer:
+    """Seals and opens values."""
+
+    def __init__(self, keyring: Keyring) -> None:
+        self._keyring = keyring
+        self._ciphers: dict[str, AESGCM] = {}
+
+    def seal(self, key: str, entry: Entry, expires_at: float) -> bytes:
+        """The value of an entry under a key, to be served until `expires_at` (Unix seconds)."""
+        key_id = self._keyring.newest
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        tags = (entry.revision, entry.generation)
+        header = _HEADER.pack(MAGIC, key_id.encode().ljust(8, b"\0"), expires_at, *tags, nonce)
+        metadata = json.dumps(dict(entry.metadata), separators=(",", ":")).encode()
+        plain = b"".join((_LENGTH.pack(len(metadata)), metadata, entry.data))
+        cipher = self._cipher(key_id)
+        if cipher is None:
+            raise RuntimeError("a keyring without its newest key")
+        return header + cipher.encrypt(nonce, plain, header + key.encode())
+
+    def open(self, key: str, value: bytes) -> tuple[Entry, float]:
+        """The entry and when it expires.
+
+        Raises:
+            CorruptError: the value was changed, cut, or stored under another key.
+            UnreadableError: its key is not known.
+        """
+        header = parse_header(value)
+        if header is None:
+            raise CorruptError("no header")
+        cipher = self._cipher(header.key_id)
+        if cipher is None:
+            raise UnreadableError(header.key_id)
+        try:
+            plain = cipher.decrypt(header.nonce, value[HEADER_BYTES:], value[:HEADER_BYTES] + key.encode())
+        except InvalidTag:
+            raise CorruptError("it does not verify") from None
+        (length,) = _LENGTH.unpack_from(plain)
+        metadata = json.loads(plain[_LENGTH.size : _LENGTH.size + length])
+        entry = Entry(plain[_LENGTH.size + length :], metadata, header.revision, header.generation)
+        return entry, header.expires_at
+
+    def _cipher(self, key_id: str) -> AESGCM | None:
+        cipher = self._ciphers.get(key_id)
+        if cipher is None:
+            key = self._keyring.key(key_id)
+            if key is None:
+                return None
+            cipher = self._ciphers[key_id] = AESGCM(key)
+        return cipher
+
+
+def parse_header(value: bytes) -> Header | None:
+    """The header of a value or of its beginning; None where there is none."""
+    if len(value) < HEADER_BYTES:
+        return None
+    magic, key_id, expires_at, revision, generation, nonce = _HEADER.unpack_from(value)
+    if magic != MAGIC or not math.isfinite(expires_at):
+        return None
+    try:
+        return Header(key_id.rstrip(b"\0").decode("ascii"), expires_at, revision, generation, nonce)
+    except UnicodeDecodeError:
+        return None

@@ -1,0 +1,316 @@
+"""Tiers by temperature behind one face that never fails: a tier that cannot is a miss and a number in the metrics.
+
+    put      memory at once; other eager tiers by their movers, off the request path
+    get      from the fastest tier down; what is found moves up, off the request path
+    full     what memory or disk push out goes down to the first tier that is not eager
+    delete   from the fastest tier down, everywhere; says which tiers could not
+
+Every value is sealed once and moves between tiers as it is. One that does not
+verify is dropped from its tier, counted and looked for further down. Values that
+are not eagerly written anywhere but in memory are lost with the process: a cache
+may. Whoever needs more asks `put` to `replicate`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import structlog
+
+from safelight_server.storage.base import (
+    HEADER_BYTES,
+    LeftAloneError,
+    Store,
+    StoreError,
+    StoreFullError,
+    TooLargeError,
+    listed,
+)
+from safelight_server.storage.breaker import Breaker, BreakerState
+from safelight_server.storage.mover import Mover
+from safelight_server.storage.sealed import CorruptError, Entry, Sealer, UnreadableError, parse_header
+from safelight_server.telemetry.metrics import TierMetrics
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+OFFLOAD_BYTES = 256 * 1024
+"""Values above this are sealed and opened in a thread: at about 1 GB/s, that is 0.25 ms of the event loop."""
+
+
+@dataclass(slots=True)
+class Tier:
+    """A store and its place.
+
+    Attributes:
+        breaker: around every call of the store; None for memory, which cannot hang.
+        eager: written when a value is put; others get what the tiers before them push out.
+        shared: other replicas see it and it outlives this machine.
+        unpurged: it has what should have been deleted, and could not be; nothing is read from it meanwhile.
+    """
+
+    store: Store
+    breaker: Breaker | None = None
+    eager: bool = True
+    shared: bool = False
+    full: bool = field(default=False, init=False)
+    unpurged: bool = field(default=False, init=False)
+
+    @property
+    def name(self) -> str:
+        """As the store's."""
+        return self.store.name
+
+
+@dataclass(frozen=True, slots=True)
+class TierHit:
+    """An entry, the tier it was found in, and when it expires (Unix seconds)."""
+
+    entry: Entry
+    tier: str
+    expires_at: float
+
+
+class Tiers:
+    """The tiers, fastest first.
+
+    Args:
+        max_waiting_bytes: values that may wait to be written, for each tier.
+        now: Unix seconds.
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        sealer: Sealer,
+        metrics: TierMetrics,
+        max_waiting_bytes: int = 64 << 20,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.tiers = tuple(tiers)
+        self._sealer = sealer
+        self._metrics = metrics
+        self._now = now
+        self._deleting = 0
+        self._deletions = 0
+        self._movers = {
+            tier.name: Mover(lambda key, value, tier=tier: self._write(tier, key, value), max_waiting_bytes)  # type: ignore[misc]
+            for tier in self.tiers
+        }
+        for place, tier in enumerate(self.tiers):
+            if hasattr(tier.store, "on_evict"):
+                colder = next((other for other in self.tiers[place + 1 :] if not other.eager), None)
+                tier.store.on_evict = None if colder is None else self._demote(tier, colder)
+
+    async def get(self, key: str, fresh: bool = False, sure: bool = False) -> TierHit | None:
+        """The entry of a key from the fastest tier that has it; None where no tier can give it.
+
+        Args:
+            fresh: ask the shared tiers first and move nothing up, for the few keys whose entries other replicas change.
+            sure: None says for certain that no shared tier has it.
+
+        Raises:
+            StoreError: with `sure`, where a shared tier cannot say.
+        """
+        deletions = self._deletions
+        places = list(enumerate(self.tiers))
+        if fresh:
+            places.sort(key=lambda place: not place[1].shared)
+        for place, tier in places:
+            if tier.unpurged:
+                continue
+            started = time.perf_counter()
+            value = self._movers[tier.name].get(key)
+            if value is None:
+                asking = self.ask if sure and tier.shared else self.call
+                value = await asking(tier, lambda tier=tier: tier.store.get(key))  # type: ignore[misc]
+            found, outcome = (None, "miss") if value is None else await self._open(tier, key, value)
+            self._metrics.got(tier.name, outcome, time.perf_counter() - started)
+            if found is not None and value is not None:
+                if deletions == self._deletions and not self._deleting and not fresh:
+                    self._promote(place, key, value)
+                return found
+        return None
+
+    async def gone(self, key: str) -> bool:
+        """Whether no tier has the key, as all of them say: not so where one cannot be asked now."""
+        for tier in self.tiers:
+            if self._movers[tier.name].get(key) is not None:
+                return False
+            try:
+                head = await self.ask(tier, lambda tier=tier: tier.store.head(key))  # type: ignore[misc]
+            except StoreError:
+                return False
+            if head is not None:
+                return False
+        return True
+
+    async def put(self, key: str, entry: Entry, ttl_s: float, replicate: bool = False) -> bool:
+        """Keeps an entry.
+
+        Args:
+            replicate: wait until a shared tier has it.
+
+        Returns:
+            Whether a shared tier has it for certain; without `replicate` always False.
+        """
+        value = await self._offload(len(entry.data), self._sealer.seal, key, entry, self._now() + ttl_s)
+        replicated = False
+        for place, tier in enumerate(self.tiers):
+            mover = self._movers[tier.name]
+            if replicate and tier.shared and not replicated:
+                mover.discard(key)
+                await mover.settle(key)
+                replicated = await self._write(tier, key, value)
+            elif tier.eager and place == 0:
+                mover.discard(key)
+                await mover.settle(key)
+                await self._write(tier, key, value)
+            elif tier.eager:
+                self._offer(tier, key, value)
+        return replicated
+
+    async def delete(self, key: str) -> bool:
+        """Forgets a key in every tier; False where a tier could not, which may still serve it later."""
+        with self.nothing_moves_up():
+            return all([await self.erase(tier, key) for tier in self.tiers])
+
+    @contextlib.contextmanager
+    def nothing_moves_up(self) -> Iterator[None]:
+        """While something is deleted from the fastest tier down, what was found before or meanwhile stays below."""
+        self._deletions += 1
+        self._deleting += 1
+        try:
+            yield
+        finally:
+            self._deleting -= 1
+
+    def waiting(self, tier: Tier) -> list[tuple[str, bytes]]:
+        """Keys and values on their way to a tier."""
+        return list(self._movers[tier.name].items())
+
+    async def erase(self, tier: Tier, key: str) -> bool:
+        """Forgets a key in one tier, waiting values too; False where it could not."""
+        mover = self._movers[tier.name]
+        mover.discard(key)
+        await mover.settle(key)
+
+        async def deleted() -> bool:
+            await tier.store.delete(key)
+            return True
+
+        return await self.call(tier, deleted) is not None
+
+    async def keys(self, prefix: str, limit: int) -> list[str]:
+        """Keys with this beginning in all tiers that can tell, at most `limit`."""
+        found: dict[str, None] = {}
+        for tier in self.tiers:
+            if tier.breaker is not None and tier.breaker.state is not BreakerState.CLOSED:
+                continue
+            try:
+                async with contextlib.aclosing(listed(tier.store, prefix)) as keys:
+                    async for key in keys:
+                        found[key] = None
+                        if len(found) >= limit:
+                            break
+            except StoreError:
+                self._metrics.error(tier.name, "unavailable")
+        return list(found)
+
+    async def flush(self) -> None:
+        """Waits until all writes under way are done or given up."""
+        for mover in self._movers.values():
+            await mover.flush()
+
+    async def measure(self, lazy: bool = True) -> None:
+        """Brings the metrics of what the tiers hold up to date; without `lazy` of those that are cheap to ask."""
+        for tier in self.tiers:
+            if not tier.eager and not lazy:
+                continue
+            usage = await self.call(tier, tier.store.usage)
+            if usage is not None:
+                self._metrics.holds(tier.name, usage.entries, usage.num_bytes)
+
+    async def close(self) -> None:
+        """Stops writing and closes the stores."""
+        for mover in self._movers.values():
+            await mover.close()
+        for tier in self.tiers:
+            await self.call(tier, tier.store.close)
+
+    async def call(self, tier: Tier, work: Callable[[], Awaitable[T]]) -> T | None:
+        """What a tier answers, None where it cannot; the one place where errors of tiers end."""
+        try:
+            return await self.ask(tier, work)
+        except StoreFullError as error:
+            self._metrics.error(tier.name, "full")
+            if not tier.full:
+                log.warning("a tier of the cache is full; work goes on without it", tier=tier.name, why=str(error))
+            tier.full = True
+        except TooLargeError:
+            self._metrics.error(tier.name, "too_large")
+        except LeftAloneError:
+            self._metrics.error(tier.name, "left_alone")
+        except StoreError:
+            self._metrics.error(tier.name, "unavailable")
+        return None
+
+    async def ask(self, tier: Tier, work: Callable[[], Awaitable[T]]) -> T:
+        """What a tier answers, under its breaker.
+
+        Raises:
+            StoreError: it cannot.
+        """
+        return await (work() if tier.breaker is None else tier.breaker.call(work))
+
+    async def _open(self, tier: Tier, key: str, value: bytes) -> tuple[TierHit | None, str]:
+        try:
+            entry, expires_at = await self._offload(len(value), self._sealer.open, key, value)
+        except CorruptError:
+            log.warning("an entry of the cache is corrupt and dropped", tier=tier.name, key=key)
+            await self.erase(tier, key)
+            return None, "corrupt"
+        except UnreadableError:
+            return None, "unreadable"
+        if expires_at <= self._now():
+            await self.erase(tier, key)
+            return None, "expired"
+        return TierHit(entry, tier.name, expires_at), "hit"
+
+    async def _write(self, tier: Tier, key: str, value: bytes) -> bool:
+        header = parse_header(value)
+        ttl_s = 0.0 if header is None else header.expires_at - self._now()
+        if ttl_s <= 0:
+            return False
+
+        async def written() -> bool:
+            if tier.eager or await tier.store.head(key) != value[:HEADER_BYTES]:  # it may have come from there
+                await tier.store.put(key, value, ttl_s)
+            return True
+
+        done = await self.call(tier, written) is not None
+        if done and tier.full:
+            tier.full = False
+            log.info("a tier of the cache has room again", tier=tier.name)
+        return done
+
+    def _promote(self, place: int, key: str, value: bytes) -> None:
+        for tier in self.tiers[:place]:
+            if tier.eager:
+                self._offer(tier, key, value)
+
+    def _demote(self, tier: Tier, colder: Tier) -> Callable[[str, bytes], None]:
+        return lambda key, value: None if tier.unpurged else self._offer(colder, key, value)
+
+    def _offer(self, tier: Tier, key: str, value: bytes) -> None:
+        if not self._movers[tier.name].offer(key, value):
+            self._metrics.dropped(tier.name)
+
+    @staticmethod
+    async def _offload(size: int, work: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.to_thread(work, *arguments) if size > OFFLOAD_BYTES else work(*arguments)

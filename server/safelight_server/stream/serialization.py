@@ -1,0 +1,107 @@
+"""The bytes of events: serialized once, shared by all streams of a generation.
+
+A GenerateResponse and a WatchGenerationResponse have the same wire form, so
+one serialization serves both calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+
+from safelight.v1 import generation_pb2 as pb
+
+from safelight_server.domain.events import Event
+from safelight_server.domain.picture import EncodedPicture
+from safelight_server.preview import RenderedPreview
+from safelight_server.wire import event_message
+from safelight_server.wire.enums import PREVIEW_METHODS
+
+
+@dataclass(frozen=True, slots=True)
+class SerializedEvent:
+    """A numbered state event.
+
+    Attributes:
+        ends_output: the output that it ends, if any.
+        is_last: it is Finished.
+    """
+
+    sequence: int
+    data: bytes
+    ends_output: int | None
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SerializedArtifact:
+    """A finished picture in pieces of `piece_bytes`; the last is what is left."""
+
+    output_index: int
+    total_bytes: int
+    piece_bytes: int
+    pieces: tuple[bytes, ...]
+
+    def piece(self, number: int, offset: int = 0) -> bytes:
+        """Piece `number`, from byte `offset` of the picture on if that lies within it."""
+        if offset <= number * self.piece_bytes:
+            return self.pieces[number]
+        response = pb.GenerateResponse.FromString(self.pieces[number])
+        chunk = response.event.artifact_chunk
+        chunk.data = chunk.data[offset - chunk.offset :]
+        chunk.offset = offset
+        return response.SerializeToString()
+
+
+def serialize(generation: str, event: Event, sequence: int = 0) -> bytes:
+    """An event as a response of either stream."""
+    message = event_message(event)
+    message.sequence = sequence
+    return _stamped(generation, message)
+
+
+def _stamped(generation: str, event: pb.GenerationEvent) -> bytes:
+    """Stamped with the time and the generation's name."""
+    event.generation = generation
+    event.event_time.seconds, event.event_time.nanos = divmod(time.time_ns(), 1_000_000_000)
+    return pb.GenerateResponse(event=event).SerializeToString()
+
+
+def artifact(generation: str, output_index: int, picture: EncodedPicture, piece_bytes: int) -> SerializedArtifact:
+    """A picture, cut and serialized; the last piece has its hash."""
+    total = len(picture.data)
+    pieces = []
+    for start in range(0, total, piece_bytes):
+        event = pb.GenerationEvent()
+        chunk = event.artifact_chunk
+        chunk.output_index = output_index
+        chunk.media_type = picture.media_type.value
+        chunk.width_px, chunk.height_px = picture.width_px, picture.height_px
+        chunk.stride_bytes = picture.stride_bytes
+        chunk.offset, chunk.total_bytes = start, total
+        chunk.data = picture.data[start : start + piece_bytes]
+        if start + piece_bytes >= total:
+            chunk.sha256 = hashlib.sha256(picture.data).digest()
+        pieces.append(_stamped(generation, event))
+    return SerializedArtifact(output_index, total, piece_bytes, tuple(pieces))
+
+
+def preview(generation: str, output_index: int, rendered: RenderedPreview, num_dropped: int) -> bytes:
+    """A preview; all streams of a generation that passed over none share the bytes."""
+    place = (generation, output_index)
+    if num_dropped == 0 and place in rendered.messages:
+        return rendered.messages[place]
+    event, picture = pb.GenerationEvent(), rendered.picture
+    message = event.preview
+    message.output_index, message.step = output_index, rendered.step
+    message.media_type = picture.media_type.value
+    message.width_px, message.height_px = picture.width_px, picture.height_px
+    message.stride_bytes = picture.stride_bytes
+    message.method = PREVIEW_METHODS[rendered.method]
+    message.num_dropped = num_dropped
+    message.data = picture.data
+    data = _stamped(generation, event)
+    if num_dropped == 0:
+        rendered.messages[place] = data
+    return data

@@ -1,0 +1,66 @@
+"""Faults of one request, collected so that the caller sees them all at once.
+
+Invariant: what is collected fits into a call's trailing metadata (8 KiB by
+default), however much the client sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from safelight_server.domain.errors import FieldViolation, InvalidRequestError
+
+MAX_FAULTS = 16
+MAX_SHOWN_BYTES = 72
+NAME = r"[A-Za-z0-9._-]{1,64}"
+"""Of tenants, models, revisions and generations."""
+
+
+class Violations:
+    """Collects violations; those beyond `MAX_FAULTS` are only counted."""
+
+    def __init__(self) -> None:
+        self._found: list[FieldViolation] = []
+        self._num_more = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def add(self, field: str, description: str) -> None:
+        """Notes a fault: `field` is its path in the proto, `description` says what to change."""
+        if len(self._found) < MAX_FAULTS:
+            self._found.append(FieldViolation(field, description))
+        else:
+            self._num_more += 1
+
+    def check(self, good: bool, field: str, description: str) -> bool:
+        """Notes a fault unless `good`, which it returns."""
+        if not good:
+            self.add(field, description)
+        return good
+
+    def done(self) -> None:
+        """Ends the checks.
+
+        Raises:
+            InvalidRequestError: something was noted.
+        """
+        if self._num_more:
+            last = self._found[-1]
+            self._found[-1] = FieldViolation(last.field, f"{last.description} (and {self._num_more} faults more)")
+        if self._found:
+            raise InvalidRequestError(self._found)
+
+
+def shown(text: str) -> str:
+    """What a client sent, quoted and short enough for a message."""
+    quoted = repr(text[:MAX_SHOWN_BYTES]).encode()
+    if len(text) <= MAX_SHOWN_BYTES and len(quoted) <= MAX_SHOWN_BYTES:
+        return quoted.decode()
+    return quoted[:MAX_SHOWN_BYTES].decode(errors="ignore") + "…"
+
+
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """Names for a message, with an ellipsis beyond `most`."""
+    every = list(names)
+    return ", ".join(every[:most]) + (", …" if len(every) > most else "")

@@ -1,0 +1,60 @@
+"""Pipelines as messages."""
+
+from __future__ import annotations
+
+from safelight.v1 import generation_pb2 as pb
+from safelight.v1 import models_pb2
+
+from safelight_server.catalog.catalog import Pipeline
+from safelight_server.domain.component import Component
+from safelight_server.domain.request import MediaType
+from safelight_server.runtime.base import Runtime
+from safelight_server.wire.enums import SIGMA_SCHEDULES, SPACINGS
+from safelight_server.wire.specs import sampler_message
+from safelight_server.wire.times import duration
+
+
+def model_message(pipeline: Pipeline, runtime: Runtime, is_default: bool) -> models_pb2.Model:
+    """What a pipeline offers on a runtime."""
+    manifest, defaults = pipeline.manifest, pipeline.manifest.defaults
+    methods = [pb.PREVIEW_METHOD_LINEAR, pb.PREVIEW_METHOD_FULL_DECODER]
+    if pipeline.has_preview_decoder:
+        methods.insert(1, pb.PREVIEW_METHOD_TINY_DECODER)
+    cost = runtime.cost(pipeline.name, Component.DENOISER)
+    at = defaults.sampler
+    ordered = sorted(manifest.samplers, key=lambda cells: cells.name != at.name)
+    return models_pb2.Model(
+        name=f"models/{pipeline.name}",
+        revision=manifest.revision,
+        description=manifest.description,
+        license=manifest.license,
+        runtime=runtime.name,
+        numerics_id=runtime.numerics_id(pipeline.name),
+        is_default=is_default,
+        sizes=[models_pb2.Size(width_px=size.width_px, height_px=size.height_px) for size in manifest.sizes],
+        samplers=[
+            models_pb2.SamplerOffer(
+                name=cells.name,
+                spacings=[SPACINGS[spacing] for spacing in cells.spacings],
+                sigma_schedules=[SIGMA_SCHEDULES[sigmas] for sigmas in cells.sigma_schedules],
+            )
+            for cells in ordered
+        ],
+        preview_methods=[pb.PREVIEW_METHOD_AUTO, *methods],
+        media_types=[media_type.value for media_type in MediaType],
+        defaults=models_pb2.ModelDefaults(
+            num_inference_steps=defaults.num_inference_steps,
+            guidance_scale=defaults.guidance_scale,
+            sampler=sampler_message(at.name, at.spacing, at.sigma_schedule),
+        ),
+        limits=models_pb2.ModelLimits(
+            max_num_inference_steps=manifest.limits.max_num_inference_steps,
+            max_guidance_scale=manifest.limits.max_guidance_scale,
+            max_outputs=manifest.limits.max_outputs,
+            max_prompt_tokens=manifest.tokenizer.max_tokens,
+        ),
+        step_times=[
+            models_pb2.StepTime(num_rows=rows, duration=duration(seconds))
+            for rows, seconds in zip(cost.rows, cost.seconds, strict=True)
+        ],
+    )

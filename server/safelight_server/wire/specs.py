@@ -1,0 +1,43 @@
+"""Specs, samplers and encodings as messages."""
+
+from __future__ import annotations
+
+from safelight.v1 import generation_pb2 as pb
+
+from safelight_server.domain.request import MediaType, PixelEncoding, Spec
+from safelight_server.wire.enums import BOTTOM_UP, SIGMA_SCHEDULES, SPACINGS
+
+
+def spec_message(spec: Spec) -> pb.GenerationSpec:
+    """A spec with every default filled in; sent again it gives the same pixels."""
+    message = pb.GenerationSpec(
+        model=f"models/{spec.model}",
+        width_px=spec.width_px,
+        height_px=spec.height_px,
+        num_inference_steps=spec.num_inference_steps,
+        guidance_scale=spec.guidance_scale,
+        sampler=sampler_message(spec.sampler.name, spec.sampler.spacing, spec.sampler.sigma_schedule),
+        outputs=[pb.OutputSpec(seed=seed) for seed in spec.seeds],
+        prompt=spec.prompt,
+    )
+    if spec.sampler.name == "ddim":
+        message.sampler.eta = spec.sampler.eta
+    if spec.negative_prompt:
+        message.prompts.add(role=pb.Prompt.ROLE_NEGATIVE, text=spec.negative_prompt)
+    return message
+
+
+def sampler_message(name: str, spacing: str, sigma_schedule: str) -> pb.SamplerSpec:
+    """A sampler."""
+    return pb.SamplerSpec(name=name, spacing=SPACINGS[spacing], sigma_schedule=SIGMA_SCHEDULES[sigma_schedule])
+
+
+def encoding_message(encoding: PixelEncoding) -> pb.PixelEncoding:
+    """An encoding, with the fields that count for it."""
+    message = pb.PixelEncoding(media_type=encoding.media_type.value)
+    if encoding.media_type in (MediaType.JPEG, MediaType.WEBP):
+        message.quality = encoding.quality
+    elif encoding.media_type is MediaType.RAW_RGBA8:
+        message.row_alignment_bytes = encoding.row_alignment_bytes
+        message.row_order = BOTTOM_UP[encoding.bottom_up]
+    return message

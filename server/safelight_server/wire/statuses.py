@@ -1,0 +1,37 @@
+"""Errors to google.rpc.Status with details; a status fits into a call's trailing metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from safelight_server.domain.errors import QueueFullError, SafelightError
+from safelight_server.wire.times import duration
+
+DOMAIN = "safelight"
+OK = status_pb2.Status(code=code_pb2.OK)
+
+
+def status_of(error: SafelightError) -> status_pb2.Status:
+    """An error with its details: ErrorInfo always, BadRequest, RetryInfo and QuotaFailure where they say more."""
+    status = status_pb2.Status(code=error.status.value[0], message=error.message)
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    status.details.add().Pack(info)
+    if error.violations:
+        bad = error_details_pb2.BadRequest()
+        for violation in error.violations:
+            bad.field_violations.add(field=violation.field, description=violation.description)
+        status.details.add().Pack(bad)
+    if isinstance(error, QueueFullError) and "subject" in error.metadata:
+        quota = error_details_pb2.QuotaFailure()
+        quota.violations.add(subject=error.metadata["subject"], description=error.message)
+        status.details.add().Pack(quota)
+    if error.retry_after_s is not None:
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=duration(error.retry_after_s)))
+    return status
+
+
+def trailing_metadata(status: status_pb2.Status) -> Mapping[str, bytes]:
+    """How gRPC carries a status with details."""
+    return {"grpc-status-details-bin": status.SerializeToString()}
