@@ -26,7 +26,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("export", type=Path, help="as `safelight repository --accelerator plan` wrote it")
+    parser.add_argument("repository", type=Path, help="as `safelight repository --accelerator plan` wrote it")
     parser.add_argument("--version", default="1", help="Triton's version folder")
     given = parser.parse_args()
     try:

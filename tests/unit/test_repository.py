@@ -16,7 +16,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 from tests.conftest import MODELS
 
 ROOT = MODELS.parent
-SOURCE = MODELS / "export"
+SOURCE = MODELS / "repository"
 NAMES = sorted(path.parent.name for path in SOURCE.glob("*/config.pbtxt"))
 DOCUMENTED = {
     "precision_mode",
@@ -154,7 +154,7 @@ def test_an_open_dimension_has_no_profile():
 
 
 def test_the_command_writes_it(tmp_path, monkeypatch, capsys):
-    argv = ["safelight", "export", "--target", "gpu", "--gpus", "2", "--accelerator", "plan"]
+    argv = ["safelight", "repository", "--target", "gpu", "--gpus", "2", "--accelerator", "plan"]
     monkeypatch.setattr(sys, "argv", [*argv, "--out", str(tmp_path / "gpu"), "--models-dir", str(MODELS)])
     with pytest.raises(SystemExit) as ended:
         main.main()

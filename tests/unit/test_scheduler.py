@@ -139,7 +139,7 @@ def test_what_expires_is_reported_and_runs_no_more():
     s.add(output(1, deadline=5.0), 0)
     assert s.next_deadline() == 5.0
     assert not s.expire(4.9)
-    assert [type(event).__name__ for event in s.expire(5.0)] == ["Released", "Expired"]
+    assert [type(event).__name__ for event in s.expire(5.0)] == ["EmbeddingReleased", "OutputExpired"]
     assert not s.schedule(6.0, [0])
 
 
@@ -151,7 +151,7 @@ def test_a_failed_batch_runs_again_from_the_same_step_or_ends_its_outputs():
     [again] = s.schedule(0, [0])
     assert [(row.output_id, row.step) for row in again.rows] == [(1, 0)]
     names = [type(event).__name__ for event in s.fail(again.batch_id, {1})]
-    assert names == ["Released", "Failed"]
+    assert names == ["EmbeddingReleased", "OutputFailed"]
     assert s.num_outputs == 0
 
 
