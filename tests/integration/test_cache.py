@@ -59,7 +59,7 @@ def pictures(events: list[pb.GenerationEvent]) -> list[bytes]:
 
 async def kept(running) -> None:
     """Everything that is to be kept is."""
-    executions = running.generations._intake._executions
+    executions = running.generations._planner._executions
     await eventually(lambda: not (running.generations._live or executions._tasks or running.cache._writes))
 
 
@@ -412,13 +412,13 @@ async def test_a_prompt_is_read_and_compared_once_for_a_request(server, seed, mo
     monkeypatch.setattr(prompts, "vector", counted(vectors, vector))
     await collect(stub.Generate(ask(f"a blue sword {seed}", seed + 1, SIMILAR)))
     await kept(running)
-    await eventually(lambda: not running.generations._intake._executions._tasks)
+    await eventually(lambda: not running.generations._planner._executions._tasks)
     assert (len(reads), len(vectors)) == (2, 1), "the prompt and the negative prompt; and nothing when it is kept"
 
 
 async def test_nothing_of_the_caches_outlives_the_server():
     async with serving_here(runtime="simulated") as running:
-        starts, executions = running.cache._starts, running.generations._intake._executions
+        starts, executions = running.cache._starts, running.generations._planner._executions
         starts._start(asyncio.sleep(3600))
         keeping = asyncio.create_task(asyncio.sleep(0.2))
         executions._tasks.add(keeping)

@@ -231,18 +231,18 @@ async def test_an_outcome_that_was_lost_frees_its_request_id(server):
 
 async def test_a_bug_at_the_start_leaves_no_request_id_behind(server):
     running, channel = server
-    stub, intake = stubs.GenerationServiceStub(channel), running.generations._intake
-    plan = intake.plan
+    stub, planner = stubs.GenerationServiceStub(channel), running.generations._planner
+    plan = planner.plan
 
     async def broken(*_given):
         raise TypeError("a bug")
 
     message = request()
     message.request_id = str(uuid.uuid4())
-    intake.plan = broken
+    planner.plan = broken
     code, _ = await refusal(stub.Generate(message))
     assert code is grpc.StatusCode.INTERNAL
-    intake.plan = plan
+    planner.plan = plan
     events = [response.event async for response in stub.Generate(message)]
     assert events[-1].finished.status.code == 0
     assert not running.generations._starting
@@ -254,14 +254,14 @@ async def test_the_time_that_looking_takes_counts_against_the_deadline(start):
         start(**SIMULATED | {"simulated_base_ms": 50.0}) as running,
         grpc.aio.insecure_channel(running.address) as channel,
     ):
-        intake = running.generations._intake
-        plan = intake.plan
+        planner = running.generations._planner
+        plan = planner.plan
 
         async def slow(generation, branched_from):
             generation.deadline -= 40.0
             return await plan(generation, branched_from)
 
-        intake.plan = slow
+        planner.plan = slow
         call = stubs.GenerationServiceStub(channel).Generate(request(num_inference_steps=1000), timeout=75.0)
         code, found = await refusal(call)
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED

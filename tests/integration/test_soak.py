@@ -211,15 +211,15 @@ def _nothing_is_left(running) -> None:
         not engine._listeners
         and not engine._unstarted
         and not engine._tasks
-        and not engine._reports
-        and not engine._asked
+        and not engine._deferred
+        and not engine._embedding_waiters
     )
     batches = engine._batches
-    assert not batches.flights and not batches.token_ids and not batches._embeddings and not batches._departed
+    assert not batches.leased_runners and not batches.token_ids and not batches._embeddings and not batches._departed
     for latents in batches._latents.values():
         assert sorted(latents._free) == list(range(len(latents._in_flight)))
         assert not latents._abandoned and not any(latents._in_flight)
-    assert len(generations._intake._executions) == 0
+    assert len(generations._planner._executions) == 0
     assert not generations._streams and not generations._lost and not generations._starting
     for ended in generations._finished.values():
         assert not ended.log.watchers and not ended.log._frames and not ended._encoding

@@ -14,7 +14,7 @@ from safelight_server.storage.sealed import parse_header
 from safelight_server.storage.tiers import Tiers
 
 from tests.integration.test_cache import LATENT, SIMILAR, R, ask, kept
-from tests.redis.test_fleet import Server, servers
+from tests.redis.test_ownership import Server, servers
 from tests.support.coordination import until
 from tests.support.redis_server import RedisServer
 from tests.support.replicas import collect, picture
@@ -80,13 +80,13 @@ class Studio:
 
 def tiers(server: Server) -> Tiers:
     """All of them."""
-    found: Tiers = server.running.generations.fleet.owners._ground.tiers
+    found: Tiers = server.running.generations.ownership.owners._context.tiers
     return found
 
 
 async def num_left(server: Server, generation: str) -> int:
     """What a replica itself still has of a generation: entries in its memory, and latents to start from."""
-    tag = server.running.generations.fleet.owners._ground.keyring.tag("generation", generation)
+    tag = server.running.generations.ownership.owners._context.keyring.tag("generation", generation)
     memory = tiers(server).tiers[0].store
     headers = [parse_header(await memory.head(key) or b"") async for key in memory.keys("")]
     places = server.running.cache._starts._place.values()

@@ -12,7 +12,7 @@ from safelight.v1 import generation_pb2 as pb
 from safelight_server.storage.sealed import parse_header
 
 from tests.conftest import eventually
-from tests.redis.test_fleet import Server, servers
+from tests.redis.test_ownership import Server, servers
 from tests.redis.test_replicas import BYPASS, request
 from tests.support.redis_server import RedisServer
 from tests.support.replicas import collect, picture, until_step
@@ -27,9 +27,9 @@ async def purge(server: Server, **what: str) -> cache_pb2.PurgeCacheResponse:
 async def kept_s(server: Server) -> dict[str, set[int]]:
     """For how long entries are kept in some tier, by their kind, when all that was to be written is."""
     running = server.running
-    flights, owners = running.generations._intake._flights, running.generations.fleet.owners
-    await eventually(lambda: not flights._tasks and not owners._ending and not running.cache._writes)
-    tiers = owners._ground.tiers
+    leased_runners, owners = running.generations._planner._leased_runners, running.generations.ownership.owners
+    await eventually(lambda: not leased_runners._tasks and not owners._ending and not running.cache._writes)
+    tiers = owners._context.tiers
     await tiers.flush()
     found: dict[str, set[int]] = {}
     for tier in tiers.tiers:

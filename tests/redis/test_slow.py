@@ -14,7 +14,7 @@ from safelight_server.storage.breaker import BreakerState
 from structlog.testing import capture_logs
 
 from tests.conftest import eventually
-from tests.redis.test_fleet import Server, servers
+from tests.redis.test_ownership import Server, servers
 from tests.redis.test_replicas import BYPASS, DETACH, request
 from tests.support.coordination import until
 from tests.support.redis_server import RedisServer
@@ -102,7 +102,9 @@ async def test_a_redis_that_hangs_longer_than_a_lease_and_comes_back(redis_serve
         calls = [server.stub.Generate(request(n, steps)) for n in range(3) for server in both]
         begun = await asyncio.gather(*(until_step(call, 4) for call in calls))
         redis_server.freeze()
-        await eventually(lambda: all(server.running.generations._intake._flights.away.is_set() for server in both))
+        await eventually(
+            lambda: all(server.running.generations._planner._leased_runners.away.is_set() for server in both)
+        )
         redis_server.thaw()
         streams = await asyncio.gather(*(collect(call) for call in calls))
         expected = [request(n, steps, cache=BYPASS) for n in range(3)]
@@ -118,7 +120,9 @@ async def test_a_redis_that_hangs_longer_than_a_lease_and_comes_back(redis_serve
             return [sum(found.count(name) for name in pair) for pair in names]
 
         async def settled() -> bool:
-            return min(await billed()) > 0 and all(not s.running.generations._intake._flights._tasks for s in both)
+            return min(await billed()) > 0 and all(
+                not s.running.generations._planner._leased_runners._tasks for s in both
+            )
 
         await until(settled)
         assert await billed() == [1, 1, 1]
@@ -144,7 +148,7 @@ async def test_what_was_written_too_late_is_neither_billed_nor_told_twice(relay:
 
         async def settled() -> bool:
             try:
-                return len(await billed()) >= len(names) and await other.coordinator.orphans() == []
+                return len(await billed()) >= len(names) and await other.coordinator.unowned() == []
             except StoreError:  # it was left alone just now
                 return False
 

@@ -18,7 +18,7 @@ from safelight_server.storage.tiers import Tier, Tiers
 from safelight_server.telemetry.metrics import TierMetrics
 
 from tests.support.streams import Here
-from tests.unit.test_starts import PIPELINE, STEPS, Replica, vector
+from tests.unit.test_warm_starts import PIPELINE, STEPS, Replica, vector
 
 PNG = PixelEncoding(MediaType.PNG)
 PIXELS = np.zeros((4, 4, 3), np.uint8)
@@ -47,12 +47,14 @@ async def test_latents_are_found_again_after_an_outage_and_not_once_they_are_gon
     replica = Replica(store, Keyring.random())
     await replica.finish("ann", "a1", 1)
     name = replica.name("ann", "a1")
-    await replica.checkpoints.ended(name.space.name, "a1", STEPS, replica.spaces.owner(name.space, "r", "g1"))
+    await replica.checkpoints.ended(
+        name.namespace.name, "a1", STEPS, replica.namespaces.owner(name.namespace, "r", "g1")
+    )
     store.out = True
     assert await replica.found("ann", 1) is None
     store.out = False
     assert await replica.found("ann", 1) == 1.0
-    await replica.checkpoints.delete(name.space.name, "a1")
+    await replica.checkpoints.delete(name.namespace.name, "a1")
     assert await replica.found("ann", 1) is None
     assert not replica.starts._place
 
@@ -64,7 +66,7 @@ async def test_similar_pictures_are_found_again_after_an_outage_and_not_once_the
     similar = SimilarPictures(pictures, buckets, 10, 16, lambda: None)
     replica = Replica(store, keyring)
     name = replica.name("ann", "a1")
-    owner = replica.spaces.owner(name.space, "r", "g1")
+    owner = replica.namespaces.owner(name.namespace, "r", "g1")
     await pictures.keep(name, PIXELS, PictureFacts("a potion", "generations/1", "r", STEPS, 1.0))
     await similar.add(name, PIPELINE, "a potion", vector(1), owner, None)
 

@@ -12,7 +12,7 @@ from safelight_server.domain.errors import InternalError
 
 from tests.conftest import eventually
 from tests.unit.test_execution import STEPS, GatedRuntime, Member, Stage
-from tests.unit.test_replicas_flight import NAME, POINTER, Pair
+from tests.unit.test_leased_runner import NAME, POINTER, Pair
 
 BAD = (np.nan, np.inf, -np.inf)
 
@@ -65,7 +65,7 @@ async def test_beside_others_it_fails_too_and_is_neither_kept_nor_billed(pair: P
     execution.join(member)
     await pair.one.step(execution, STEPS)
     await eventually(lambda: isinstance(member.error, InternalError))
-    await eventually(lambda: not pair.one.flights._tasks)
+    await eventually(lambda: not pair.one.leased_runners._tasks)
     assert await pair.bills() == []
     assert await pair.store.get(POINTER) is None
     assert await pair.coordinator.holder(NAME) is None, "others may try"

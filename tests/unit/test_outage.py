@@ -178,7 +178,7 @@ async def test_whoever_asks_for_an_embedding_waits_no_longer_either(stage, clock
         await asked
     assert caught.value.reason == "RUNTIME_UNAVAILABLE"
     runtime.set_live(0)
-    await eventually(lambda: not engine._asked)
+    await eventually(lambda: not engine._embedding_waiters)
     assert (await engine.encode(simulated_pipeline(), (1,) * 16)).ndim == 2
 
 
@@ -254,6 +254,6 @@ async def test_new_work_is_taken_within_the_grace_only(stage, clock):
         engine.outage.check()
     with pytest.raises(UnavailableError):
         await engine.encode(simulated_pipeline(), (1,) * 16)
-    assert not engine._asked
+    assert not engine._embedding_waiters
     runtime.set_live(0)
     engine.outage.check()

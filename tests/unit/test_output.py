@@ -32,7 +32,7 @@ def test_the_pace_is_that_of_the_steps_it_has_seen(output, clock):
     clock.now = 100.0  # it has waited for its place
     output.started()
     step(output, clock, 2, 4.0)
-    assert output.pace_s == 2.0
+    assert output.seconds_per_step == 2.0
 
 
 def test_steps_that_were_made_before_it_came_do_not_count(output, clock):
@@ -42,7 +42,7 @@ def test_steps_that_were_made_before_it_came_do_not_count(output, clock):
     clock.now = 110.0
     output.started()
     step(output, clock, 1, 3.0)
-    assert output.pace_s == 3.0
+    assert output.seconds_per_step == 3.0
 
 
 def test_nor_does_the_time_in_which_it_was_suspended(output, clock):
@@ -52,7 +52,7 @@ def test_nor_does_the_time_in_which_it_was_suspended(output, clock):
     output.joined(5, None)
     output.started()
     step(output, clock, 2, 4.0)
-    assert output.pace_s == 2.0
+    assert output.seconds_per_step == 2.0
 
 
 @pytest.fixture

@@ -161,20 +161,25 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         executions = Executions(engine, pool)
         ends.push_async_callback(executions.close)
         ends.push_async_callback(engine.close)
-        caches = CacheAdmin(cache.spaces, backends.keyring, backends.tiers, purges, metrics)
-        flights, ground = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
+        caches = CacheAdmin(cache.namespaces, backends.keyring, backends.tiers, purges, metrics)
+        leased_runners, ground = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
         generations = Generations(
-            settings, catalog, runtime, engine, cache, executions, clock, metrics, flights, ground
+            settings, catalog, runtime, engine, cache, executions, clock, metrics, leased_runners, ground
         )
         limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
         quota = StreamQuota(settings.max_streams_per_caller)
         service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
         _watch_queue(metrics, engine)
         works = [generations.tick, purges.keep_up, purges.listen]
-        if (fleet := generations.fleet) is not None and flights is not None:
-            ends.push_async_callback(flights.close)
-            ends.push_async_callback(fleet.close)
-            works += [fleet.news.listen, fleet.news.talk, flights.watch_service, fleet.mirrors.sweep]
+        if (ownership := generations.ownership) is not None and leased_runners is not None:
+            ends.push_async_callback(leased_runners.close)
+            ends.push_async_callback(ownership.close)
+            works += [
+                ownership.bulletin.listen,
+                ownership.bulletin.talk,
+                leased_runners.watch_service,
+                ownership.mirrors.sweep,
+            ]
         async with _listening(settings, service, metrics, engine, generations, works) as (address, drain):
             yield Running(address, catalog, runtime, cache, generations, quota, drain)
 
@@ -249,21 +254,21 @@ def _build_replicas(
     if backends.redis is None:
         return None
     coordinator, sealer, ttl_s = backends.coordinator, backends.sealer, settings.lease_ttl_s
-    news = Bulletin(coordinator, sealer)
+    bulletin = Bulletin(coordinator, sealer)
     checkpoints, pictures, kept_s = cache.checkpoints, cache.pictures, settings.result_ttl_s
-    flights = LeasedRunners(engine, coordinator, sealer, checkpoints, pictures, news, pool, ttl_s, kept_s)
+    leased_runners = LeasedRunners(engine, coordinator, sealer, checkpoints, pictures, bulletin, pool, ttl_s, kept_s)
     ground = ClusterContext(
         coordinator,
         sealer,
         backends.keyring,
         backends.tiers,
-        cache.spaces,
-        news,
+        cache.namespaces,
+        bulletin,
         ttl_s,
         kept_s,
         settings.idempotency_ttl_s,
     )
-    return flights, ground
+    return leased_runners, ground
 
 
 def _build_cache(
@@ -284,10 +289,10 @@ def _build_cache(
     similar = SimilarPictures(pictures, buckets, scanned, uses, metrics.cache.rejected)
     books = LeastBenefit(settings.cache_latent_bytes)
     starts = WarmStarts(checkpoints, Vectors(tiers, ttl_s), bands, books, settings.cache_latent_items)
-    spaces = Namespaces(keyring, settings.cache_pools)
+    namespaces = Namespaces(keyring, settings.cache_pools)
     prompts = Prompts(tiers, engine.encode, ttl_s)
     shared = backends.redis is not None
-    cache = Cache(spaces, pictures, prompts, checkpoints, similar, starts, metrics.cache, shared=shared)
+    cache = Cache(namespaces, pictures, prompts, checkpoints, similar, starts, metrics.cache, shared=shared)
     return cache, Purges(tiers, backends.coordinator, (similar, starts, checkpoints))
 
 

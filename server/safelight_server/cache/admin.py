@@ -1,7 +1,7 @@
 """The caches as administrators see them: what they hold and save, and deleting from them.
 
 A purge clears the tiers first and what is found through vectors after, here and
-on every other replica. Neighbours: `purges` does it, `spaces` knows whose keys
+on every other replica. Neighbours: `purges` does it, `namespaces` knows whose keys
 are where, `service.py` asks.
 """
 
@@ -37,8 +37,10 @@ class CacheStats:
 class CacheAdmin:
     """See the module."""
 
-    def __init__(self, spaces: Namespaces, keyring: Keyring, tiers: Tiers, purges: Purges, metrics: Metrics) -> None:
-        self._spaces = spaces
+    def __init__(
+        self, namespaces: Namespaces, keyring: Keyring, tiers: Tiers, purges: Purges, metrics: Metrics
+    ) -> None:
+        self._namespaces = namespaces
         self._keyring = keyring
         self._tiers = tiers
         self._purges = purges
@@ -62,7 +64,7 @@ class CacheAdmin:
         keyring, whole = self._keyring, PurgeReport()
         revision = keyring.tag("revision", request.model_revision) if request.model_revision else None
         generation = keyring.tag("generation", request.generation) if request.generation else None
-        prefixes = self._spaces.prefixes(request.tenant) if request.tenant else [""]
+        prefixes = self._namespaces.prefixes(request.tenant) if request.tenant else [""]
         for prefix in prefixes:
             part = await self._purges.purge(PurgeScope(prefix, revision, generation))
             for name, count in part.deleted.items():

@@ -92,7 +92,7 @@ class Cache:
 
     def __init__(
         self,
-        spaces: Namespaces,
+        namespaces: Namespaces,
         pictures: Pictures,
         prompts: Prompts,
         checkpoints: Checkpoints,
@@ -104,7 +104,7 @@ class Cache:
     ) -> None:
         self.shared = shared
         self.pictures = pictures
-        self.spaces = spaces
+        self.namespaces = namespaces
         self.checkpoints = checkpoints
         self._prompts = prompts
         self._similar = similar
@@ -134,7 +134,7 @@ class Cache:
     async def _approximate(self, wanted: CacheQuery, *, pictures: bool) -> SimilarPicture | WarmStart | None:
         name, pipeline, spec = wanted.name, wanted.pipeline, wanted.spec
         try:
-            embedding = await self._prompts.get(name.space, pipeline, spec.token_ids, self.owner(wanted))
+            embedding = await self._prompts.get(name.namespace, pipeline, spec.token_ids, self.owner(wanted))
             wanted.embedding = embedding
             vector = wanted.vector = await self._prompts.vector(pipeline, spec.token_ids, embedding)
         except UnavailableError:
@@ -152,11 +152,13 @@ class Cache:
 
     async def embeddings(self, wanted: CacheQuery) -> tuple[FloatArray | None, ...]:
         """Those of its prompts, row by row, that are known already."""
-        space, pipeline, spec = wanted.name.space, wanted.pipeline, wanted.spec
+        namespace, pipeline, spec = wanted.name.namespace, wanted.pipeline, wanted.spec
         met, wanted.embedding = wanted.embedding, None  # not kept for as long as the output may wait
         return tuple(
             [
-                met if met is not None and ids == spec.token_ids else await self._prompts.known(space, pipeline, ids)
+                met
+                if met is not None and ids == spec.token_ids
+                else await self._prompts.known(namespace, pipeline, ids)
                 for ids in spec.token_ids_by_row
             ]
         )
@@ -169,7 +171,9 @@ class Cache:
 
     async def keep_embedding(self, wanted: CacheQuery, token_ids: Sequence[int], embedding: FloatArray) -> None:
         """Keeps the embedding of one of its prompts."""
-        kept = await self._prompts.keep(wanted.name.space, wanted.pipeline, token_ids, embedding, self.owner(wanted))
+        kept = await self._prompts.keep(
+            wanted.name.namespace, wanted.pipeline, token_ids, embedding, self.owner(wanted)
+        )
         if kept and wanted.vector is None and token_ids == wanted.spec.token_ids:
             wanted.vector = await self._prompts.vector(wanted.pipeline, token_ids, embedding)
 
@@ -185,7 +189,7 @@ class Cache:
         steps = spec.num_inference_steps
         if not there:
             await self.pictures.keep(name, picture.pixels, facts_of(wanted, compute_s))
-        await self.checkpoints.ended(name.space.name, name.exact, steps, self.owner(wanted))
+        await self.checkpoints.ended(name.namespace.name, name.exact, steps, self.owner(wanted))
         vector = await self._vector(wanted)
         if vector is not None:
             await self._similar.add(name, pipeline, spec.prompt, vector, self.owner(wanted), wanted.replaces)
@@ -220,12 +224,12 @@ class Cache:
         if wanted.vector is not None:
             return wanted.vector
         ids = wanted.spec.token_ids
-        embedding = await self._prompts.known(wanted.name.space, wanted.pipeline, ids)
+        embedding = await self._prompts.known(wanted.name.namespace, wanted.pipeline, ids)
         return None if embedding is None else await self._prompts.vector(wanted.pipeline, ids, embedding)
 
     def owner(self, wanted: CacheQuery) -> EntryOwner:
         """What purges tell its entries by."""
-        return self.spaces.owner(wanted.name.space, wanted.revision, wanted.generation)
+        return self.namespaces.owner(wanted.name.namespace, wanted.revision, wanted.generation)
 
     def write(self, work: Coroutine[None, None, None]) -> None:
         """Does it off the request path, unless too much is under way."""
@@ -283,14 +287,14 @@ class CacheRecorder:
         """The state after a step."""
         checkpoints, name = self._cache.checkpoints, self._wanted.name
         if checkpoints.holds:
-            checkpoints.hold(name.space.name, name.exact, snapshot, self._cache.owner(self._wanted))
+            checkpoints.hold(name.namespace.name, name.exact, snapshot, self._cache.owner(self._wanted))
         else:
             self._cache.write(self._keep(snapshot))
 
     async def _keep(self, snapshot: Snapshot) -> None:
         name, spec = self._wanted.name, self._wanted.spec
         await self._cache.checkpoints.keep(
-            name.space.name,
+            name.namespace.name,
             name.exact,
             snapshot,
             spec.num_inference_steps,

@@ -48,7 +48,7 @@ class CacheKeys:
         comparable: equal for outputs that differ in prompt and seed at most.
     """
 
-    space: Namespace
+    namespace: Namespace
     exact: str
     comparable: str
 
@@ -72,20 +72,20 @@ class Namespaces:
                 if tenant in self._pool_of:
                     raise ValueError(f"tenant {tenant} is in two pools: {self._pool_of[tenant]} and {pool}")
                 self._pool_of[tenant] = pool
-        self._spaces: dict[str, Namespace] = {}
+        self._namespaces: dict[str, Namespace] = {}
 
     def of(self, tenant: str) -> Namespace:
         """The space of a tenant."""
         pool = self._pool_of.get(tenant)
         name = _own(tenant) if pool is None else f"pool {pool}"
-        space = self._spaces.get(name)
-        if space is None:
-            if len(self._spaces) >= MAX_SPACES:
-                self._spaces.clear()
+        namespace = self._namespaces.get(name)
+        if namespace is None:
+            if len(self._namespaces) >= MAX_SPACES:
+                self._namespaces.clear()
             scope = SharingScope(tenant if pool is None else pool, pooled=pool is not None)
             key = fingerprint.tenant_key(self._secret, scope)
-            space = self._spaces[name] = Namespace(name, self._keyring.tenant(name), key)
-        return space
+            namespace = self._namespaces[name] = Namespace(name, self._keyring.tenant(name), key)
+        return namespace
 
     def prefixes(self, tenant: str) -> list[str]:
         """The beginnings of all keys in stores under which there may be something of a tenant.
@@ -96,20 +96,22 @@ class Namespaces:
             dict.fromkeys(f"{prefix}/" for prefix in (self._keyring.tenant(_own(tenant)), self.of(tenant).prefix))
         )
 
-    def owner(self, space: Namespace, revision: str, generation: str) -> EntryOwner:
+    def owner(self, namespace: Namespace, revision: str, generation: str) -> EntryOwner:
         """Whose an entry is, by the names of its model revision and generation."""
         keyring = self._keyring
-        return EntryOwner(f"{space.prefix}/", keyring.tag("revision", revision), keyring.tag("generation", generation))
+        return EntryOwner(
+            f"{namespace.prefix}/", keyring.tag("revision", revision), keyring.tag("generation", generation)
+        )
 
     def output(self, tenant: str, pipeline: Pipeline, numerics_id: str, spec: Spec, seed: int) -> CacheKeys:
         """The names of an output."""
-        space = self.of(tenant)
+        namespace = self.of(tenant)
         exact = fingerprint.exact(pipeline.digest, numerics_id, spec, seed)
         comparable = fingerprint.compatible(pipeline.digest, numerics_id, spec)
         return CacheKeys(
-            space,
-            fingerprint.index_key(space.key, IndexKind.EXACT, exact),
-            fingerprint.index_key(space.key, IndexKind.COMPATIBLE, comparable),
+            namespace,
+            fingerprint.index_key(namespace.key, IndexKind.EXACT, exact),
+            fingerprint.index_key(namespace.key, IndexKind.COMPATIBLE, comparable),
         )
 
     def private(self, generation: str, output_index: int) -> str:

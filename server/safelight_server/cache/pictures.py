@@ -1,7 +1,7 @@
 """Finished pictures by name: pixels, and the encodings that were asked for, kept as variants of them.
 
 Only what was developed from noise to the end under its own name comes in:
-approximate pictures never do. Neighbours: `spaces` names them, `storage.tiers`
+approximate pictures never do. Neighbours: `namespaces` names them, `storage.tiers`
 keeps them.
 """
 
@@ -130,7 +130,7 @@ def pointer(name: CacheKeys) -> str:
 
 
 def _key(name: CacheKeys, variant: str = "pixels") -> str:
-    return f"{name.space.prefix}/picture/{name.exact}.{variant}"
+    return f"{name.namespace.prefix}/picture/{name.exact}.{variant}"
 
 
 def _variant(encoding: PixelEncoding) -> str:

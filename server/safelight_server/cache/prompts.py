@@ -37,32 +37,37 @@ class Prompts:
         self._ttl_s = ttl_s
         self._means: dict[str, asyncio.Task[Floats]] = {}
 
-    async def known(self, space: Namespace, pipeline: Pipeline, token_ids: Sequence[int]) -> FloatArray | None:
+    async def known(self, namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int]) -> FloatArray | None:
         """The embedding (T, D), if it is kept."""
-        found = await self._tiers.get(_key(space, pipeline, token_ids))
+        found = await self._tiers.get(_key(namespace, pipeline, token_ids))
         if found is None:
             return None
         return np.frombuffer(found.entry.data, np.float32).reshape(len(token_ids), -1)
 
     async def keep(
-        self, space: Namespace, pipeline: Pipeline, token_ids: Sequence[int], embedding: FloatArray, owner: EntryOwner
+        self,
+        namespace: Namespace,
+        pipeline: Pipeline,
+        token_ids: Sequence[int],
+        embedding: FloatArray,
+        owner: EntryOwner,
     ) -> bool:
         """Keeps an embedding; False: it is not finite. `owner`: whoever computed it."""
         if not np.isfinite(embedding).all():
             return False
         data = np.ascontiguousarray(embedding, np.float32).tobytes()
         entry = Entry(data, {}, owner.revision, owner.generation)
-        await self._tiers.put(_key(space, pipeline, token_ids), entry, self._ttl_s)
+        await self._tiers.put(_key(namespace, pipeline, token_ids), entry, self._ttl_s)
         return True
 
     async def get(
-        self, space: Namespace, pipeline: Pipeline, token_ids: Sequence[int], owner: EntryOwner
+        self, namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int], owner: EntryOwner
     ) -> FloatArray:
         """The embedding (T, D), encoded where it is not kept."""
-        embedding = await self.known(space, pipeline, token_ids)
+        embedding = await self.known(namespace, pipeline, token_ids)
         if embedding is None:
             embedding = await self._encode(pipeline, token_ids)
-            await self.keep(space, pipeline, token_ids, embedding, owner)
+            await self.keep(namespace, pipeline, token_ids, embedding, owner)
         return embedding
 
     async def vector(self, pipeline: Pipeline, token_ids: Sequence[int], embedding: FloatArray) -> Floats:
@@ -85,7 +90,7 @@ class Prompts:
         return np.asarray(np.mean(vectors, axis=0), np.float32)
 
 
-def _key(space: Namespace, pipeline: Pipeline, token_ids: Sequence[int]) -> str:
+def _key(namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int]) -> str:
     encoder = pipeline.manifest.components[Component.TEXT_ENCODER].sha256
-    name = fingerprint.index_key(space.key, IndexKind.EMBEDDING, fingerprint.embedding(encoder, token_ids))
-    return f"{space.prefix}/prompt/{name}"
+    name = fingerprint.index_key(namespace.key, IndexKind.EMBEDDING, fingerprint.embedding(encoder, token_ids))
+    return f"{namespace.prefix}/prompt/{name}"

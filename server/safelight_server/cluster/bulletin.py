@@ -1,7 +1,7 @@
 """What replicas tell each other at once: who follows an execution, who wants a generation, what is cancelled.
 
 News only make things quicker: whoever misses some learns the same from a lease
-that ends. Sealed, since they name generations. Neighbours: `flights`, `fleet`.
+that ends. Sealed, since they name generations. Neighbours: `leased_runners`, `ownership`.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Bulletin:
         self._handlers: dict[str, Handler] = {}
         self._waiting: asyncio.Queue[bytes] = asyncio.Queue(MAX_WAITING)
 
-    def on(self, kind: str, handler: Handler) -> None:
+    def subscribe(self, kind: str, handler: Handler) -> None:
         """Calls `handler` for all news of a kind, this replica's own too."""
         self._handlers[kind] = handler
 
-    def say(self, kind: str, about: str, **facts: str) -> None:
+    def publish(self, kind: str, about: str, **facts: str) -> None:
         """Tells all replicas, soon; not where too much waits to be told."""
         data = json.dumps({"kind": kind, "about": about} | facts).encode()
         if not self._waiting.full():

@@ -2,7 +2,7 @@
 
 Invariants: a picture lies in a shared tier before it is committed; a result is
 billed once; where the service is away the own watchers get the picture all the
-same, and it is committed later or discarded. Neighbours: `flight`.
+same, and it is committed later or discarded. Neighbours: `leased_runner`.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ class BilledWork:
     compute_s: float = 0.0
 
 
-async def committed_picture(flights: LeasedRunners, name: str) -> Pixels | None:
+async def committed_picture(leased_runners: LeasedRunners, name: str) -> Pixels | None:
     """The picture of a committed result; a result whose picture is gone is forgotten, to be computed anew.
 
     Raises:
         StoreError: the service cannot be asked.
     """
-    result = await flights.coordinator.result(name)
+    result = await leased_runners.coordinator.result(name)
     if result is None:
         return None
-    kept = await flights.pictures.at(result.pointer, sure=True)
+    kept = await leased_runners.pictures.at(result.pointer, sure=True)
     if kept is None:
-        await flights.coordinator.forget(name, result)
+        await leased_runners.coordinator.forget(name, result)
         return None
     return kept[0]
 
 
 async def commit_result(
-    flights: LeasedRunners,
+    leased_runners: LeasedRunners,
     ticket: ExecutionTicket,
     keep: KeepPicture,
     pixels: Pixels,
@@ -75,7 +75,7 @@ async def commit_result(
 ) -> Pixels:
     """Commits a picture, now or later; the one that counts, as far as that is known soon."""
     decided: asyncio.Future[Pixels | None] = asyncio.get_running_loop().create_future()
-    flights.start(_commit(flights, ticket, keep, pixels, work, leader, decided))
+    leased_runners.start(_commit(leased_runners, ticket, keep, pixels, work, leader, decided))
     try:
         async with asyncio.timeout(COMMIT_WAIT_S):
             theirs = await asyncio.shield(decided)
@@ -85,7 +85,7 @@ async def commit_result(
 
 
 async def _commit(
-    flights: LeasedRunners,
+    leased_runners: LeasedRunners,
     ticket: ExecutionTicket,
     keep: KeepPicture,
     pixels: Pixels,
@@ -99,22 +99,22 @@ async def _commit(
     there is a result or the lease is free. The bill is the same each time: where the answer of a commit was lost and
     its result forgotten since, it is not written again.
     """
-    until, late, bill = time.monotonic() + GIVE_UP_S, False, _bill(flights, ticket, work)
+    until, late, bill = time.monotonic() + GIVE_UP_S, False, _bill(leased_runners, ticket, work)
     try:
         while time.monotonic() < until:
             with contextlib.suppress(StoreError):
-                leader = leader or await Leadership.take(flights.coordinator, ticket.name, flights.ttl_s)
+                leader = leader or await Leadership.take(leased_runners.coordinator, ticket.name, leased_runners.ttl_s)
                 if leader is not None and await keep(pixels, work.compute_s):
                     outcome = await leader.commit(ticket.pointer, bill, COMMIT_WAIT_S)
                     if outcome is CommitOutcome.COMMITTED:
                         return
-                theirs = await committed_picture(flights, ticket.name)
+                theirs = await committed_picture(leased_runners, ticket.name)
                 if theirs is not None:  # another's counts
                     _decide(decided, theirs)
                     return
-            if not late and flights.num_late >= MAX_LATE:
+            if not late and leased_runners.num_late >= MAX_LATE:
                 break
-            flights.num_late += not late
+            leased_runners.num_late += not late
             late = True
             _decide(decided, None)
             if leader is not None:  # who follows need not wait for this
@@ -123,15 +123,15 @@ async def _commit(
             await asyncio.sleep(RETRY_S)
         log.warning("a result was not committed in time and is discarded", generation=ticket.generation)
     finally:
-        flights.num_late -= late
+        leased_runners.num_late -= late
         _decide(decided, None)
         if leader is not None:
             await leader.close()
 
 
-def _bill(flights: LeasedRunners, ticket: ExecutionTicket, work: BilledWork) -> bytes:
+def _bill(leased_runners: LeasedRunners, ticket: ExecutionTicket, work: BilledWork) -> bytes:
     facts = {"tenant": ticket.tenant, "generation": ticket.generation} | asdict(work)
-    return flights.sealer.seal(BILL, Entry(json.dumps(facts).encode()), time.time() + BILL_S)
+    return leased_runners.sealer.seal(BILL, Entry(json.dumps(facts).encode()), time.time() + BILL_S)
 
 
 def _decide(decided: asyncio.Future[Pixels | None], pixels: Pixels | None) -> None:

@@ -9,7 +9,7 @@ difference. A leader publishes its steps once someone has said that he follows:
 what nobody follows costs a lease, its renewals and a commit. Invariants: the
 picture lies in a shared tier before it is committed with its bill; a result is
 billed once; without Redis everything runs here and commits later or never.
-Neighbours: `engine`, `cache.coordination`, `cache.checkpoints`, `flights`, `landing`.
+Neighbours: `engine`, `cache.coordination`, `cache.checkpoints`, `leased_runners`, `landing`.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class LeasedRunner:
         keep: puts the picture where the ticket points.
     """
 
-    def __init__(self, flights: LeasedRunners, ticket: ExecutionTicket, keep: KeepPicture) -> None:
+    def __init__(self, leased_runners: LeasedRunners, ticket: ExecutionTicket, keep: KeepPicture) -> None:
         self.ticket = ticket
         self.followed = False
-        self._flights = flights
+        self._leased_runners = leased_runners
         self._keep = keep
         self._job: Job | None = None
         self._listener: LeasedRunnerListener | None = None
@@ -89,7 +89,7 @@ class LeasedRunner:
         """Takes the job; whatever comes of it the listener hears."""
         self._job, self._listener = job, listener
         if not self._landing:
-            self._task = self._flights.start(self._fly(job, listener))
+            self._task = self._leased_runners.start(self._fly(job, listener))
 
     def suspend(self, output_id: int) -> Snapshot | None:
         """Stops; what was done here is kept, for this replica and the others."""
@@ -99,10 +99,10 @@ class LeasedRunner:
         if self._task is not None:
             self._task.cancel()
         if self._aloft:
-            snapshot = self._flights.engine.suspend(output_id) or snapshot
+            snapshot = self._leased_runners.engine.suspend(output_id) or snapshot
             if not self._landing:
                 self._aloft = False
-                self._leaving = self._flights.start(self._leave(snapshot))
+                self._leaving = self._leased_runners.start(self._leave(snapshot))
         return snapshot
 
     def reschedule(self, output_id: int, priority: int, deadline: float | None) -> None:
@@ -110,24 +110,24 @@ class LeasedRunner:
         assert self._job is not None
         self._job = replace(self._job, priority=type(self._job.priority)(priority), deadline=deadline)
         if self._aloft:
-            self._flights.engine.reschedule(output_id, self._job.priority, deadline)
+            self._leased_runners.engine.reschedule(output_id, self._job.priority, deadline)
 
     async def preview(self, job: Job, denoised: FloatArray, component: Component) -> FloatArray | None:
         """As the engine: previews are decoded where they are watched, wherever the steps are made."""
-        return await self._flights.engine.preview(job, denoised, component)
+        return await self._leased_runners.engine.preview(job, denoised, component)
 
     def load(self) -> float:
         """As the engine."""
-        return self._flights.engine.load()
+        return self._leased_runners.engine.load()
 
     # --- who computes ---
 
     async def _fly(self, job: Job, listener: LeasedRunnerListener) -> None:
-        self._flights.asking[self] = job
+        self._leased_runners.asking[self] = job
         try:
             await self._find_place(job, listener)
         finally:
-            self._flights.asking.pop(self, None)
+            self._leased_runners.asking.pop(self, None)
 
     async def _find_place(self, job: Job, listener: LeasedRunnerListener) -> None:
         if self._leaving is not None:
@@ -138,11 +138,11 @@ class LeasedRunner:
                 if leader is not None:
                     await self._lead(job, listener, leader)
                     return
-                pixels = await committed_picture(self._flights, self.ticket.name)
+                pixels = await committed_picture(self._leased_runners, self.ticket.name)
                 if pixels is not None:
                     listener.found(pixels)
                     return
-                self._flights.asking.pop(self, None)
+                self._leased_runners.asking.pop(self, None)
                 if await self._follow(job, listener):
                     await self._lead(job, listener, None)
                     return
@@ -153,11 +153,13 @@ class LeasedRunner:
                 self._again = True
 
     async def _take(self) -> Leadership | None:
-        taking = asyncio.create_task(Leadership.take(self._flights.coordinator, self.ticket.name, self._flights.ttl_s))
+        taking = asyncio.create_task(
+            Leadership.take(self._leased_runners.coordinator, self.ticket.name, self._leased_runners.ttl_s)
+        )
         try:
             return await asyncio.shield(taking)
         except asyncio.CancelledError:
-            self._leaving = self._flights.start(_give_back(taking))
+            self._leaving = self._leased_runners.start(_give_back(taking))
             raise
 
     async def _follow(self, job: Job, listener: LeasedRunnerListener) -> bool:
@@ -166,10 +168,10 @@ class LeasedRunner:
         Raises:
             LeaderLostError: it died.
         """
-        self._flights.news.say(FOLLOW, self.ticket.name)
-        self._flights.engine.follow(job.output_id)
+        self._leased_runners.bulletin.publish(FOLLOW, self.ticket.name)
+        self._leased_runners.engine.follow(job.output_id)
         hearing = asyncio.create_task(self._hear(listener))
-        away = asyncio.create_task(self._flights.away.wait())
+        away = asyncio.create_task(self._leased_runners.away.wait())
         try:
             await asyncio.wait({hearing, away}, return_when=asyncio.FIRST_COMPLETED)
             if not hearing.done():
@@ -177,19 +179,19 @@ class LeasedRunner:
             hearing.result()
             return False
         finally:
-            self._flights.engine.unfollow(job.output_id)
+            self._leased_runners.engine.unfollow(job.output_id)
             for task in (hearing, away):
                 task.cancel()
             await asyncio.wait({hearing, away})
 
     async def _hear(self, listener: LeasedRunnerListener) -> None:
         async with contextlib.aclosing(
-            self._flights.coordinator.follow(self.ticket.name, self._place)  # type: ignore[type-var]  # is a generator
+            self._leased_runners.coordinator.follow(self.ticket.name, self._place)  # type: ignore[type-var]  # is a generator
         ) as events:
             async for event in events:
                 self._place = event.place
                 try:
-                    entry, _ = self._flights.sealer.open(self.ticket.name, event.data)
+                    entry, _ = self._leased_runners.sealer.open(self.ticket.name, event.data)
                 except (CorruptError, UnreadableError):
                     continue
                 step = int(entry.metadata["step"])
@@ -207,7 +209,7 @@ class LeasedRunner:
         self._leader = leader
         try:
             if self._again and leader is not None:
-                kept = await self._flights.pictures.at(self.ticket.pointer)
+                kept = await self._leased_runners.pictures.at(self.ticket.pointer)
                 if kept is not None:  # its leader died between picture and commit
                     pixels, facts = kept
                     steps = facts.num_steps
@@ -218,28 +220,28 @@ class LeasedRunner:
             start = await self._newest(job.start)
         except asyncio.CancelledError:
             if leader is not None and not self._landing:
-                self._leaving = self._flights.start(leader.close())
+                self._leaving = self._leased_runners.start(leader.close())
             raise
         assert self._job is not None
         self._step = start.step if start else 0
         self._aloft = True
-        self._flights.leads(self)
-        self._flights.engine.submit(replace(self._job, start=start), self)
+        self._leased_runners.leads(self)
+        self._leased_runners.engine.submit(replace(self._job, start=start), self)
 
     async def _newest(self, start: Snapshot | None) -> Snapshot | None:
         if self.ticket.checkpoints is None:
             return start
-        kept = await self._flights.checkpoints.newest(*self.ticket.checkpoints)
+        kept = await self._leased_runners.checkpoints.newest(*self.ticket.checkpoints)
         return kept if kept is not None and (start is None or kept.step > start.step) else start
 
     async def _leave(self, snapshot: Snapshot | None) -> None:
         """Lets others go on from here."""
-        self._flights.ends(self)
+        self._leased_runners.ends(self)
         leader, self._leader, job = self._leader, None, self._job
         if leader is None or job is None:
             return
         if snapshot is not None and self.ticket.checkpoints is not None:
-            await self._flights.checkpoints.keep(
+            await self._leased_runners.checkpoints.keep(
                 *self.ticket.checkpoints,
                 snapshot,
                 job.table.num_steps,
@@ -284,9 +286,9 @@ class LeasedRunner:
         if self.followed and self._leader is not None:
             facts = {"step": str(step), "batch": str(self._batch_size)}
             entry = Entry(np.ascontiguousarray(denoised, np.float32).tobytes(), facts)
-            self._unpublished = self._flights.sealer.seal(self.ticket.name, entry, time.time() + EVENT_S)
+            self._unpublished = self._leased_runners.sealer.seal(self.ticket.name, entry, time.time() + EVENT_S)
             if self._publishing is None or self._publishing.done():
-                self._publishing = self._flights.start(self._publish(self._leader))
+                self._publishing = self._leased_runners.start(self._publish(self._leader))
 
     async def _publish(self, leader: Leadership) -> None:
         while (data := self._unpublished) is not None:  # the newest wins where Redis is slower than the steps
@@ -308,11 +310,11 @@ class LeasedRunner:
     def decoded(self, image: FloatArray) -> None:
         """The picture is put where all see it and committed; then the execution has it."""
         self._landing, self._aloft = True, False
-        self._flights.start(self._decoded(image, self._told()))
+        self._leased_runners.start(self._decoded(image, self._told()))
 
     async def _decoded(self, image: FloatArray, listener: LeasedRunnerListener) -> None:
         try:
-            pixels = await asyncio.get_running_loop().run_in_executor(self._flights.pool, to_pixels, image)
+            pixels = await asyncio.get_running_loop().run_in_executor(self._leased_runners.pool, to_pixels, image)
         except NotFiniteError:
             log.error("image_not_finite", generation=self.ticket.generation)
             self._landing = False
@@ -323,13 +325,13 @@ class LeasedRunner:
     def failed(self, error: SafelightError) -> None:
         """To the execution; those who follow try themselves."""
         self._aloft = False
-        self._leaving = self._flights.start(self._leave(None))
+        self._leaving = self._leased_runners.start(self._leave(None))
         self._told().failed(error)
 
     def expired(self) -> None:
         """To the execution."""
         self._aloft = False
-        self._leaving = self._flights.start(self._leave(None))
+        self._leaving = self._leased_runners.start(self._leave(None))
         self._told().expired()
 
     def _told(self) -> LeasedRunnerListener:
@@ -339,9 +341,11 @@ class LeasedRunner:
     async def _land(self, pixels: Pixels, listener: LeasedRunnerListener) -> None:
         leader, self._leader = self._leader, None
         try:
-            listener.found(await commit_result(self._flights, self.ticket, self._keep, pixels, self._work, leader))
+            listener.found(
+                await commit_result(self._leased_runners, self.ticket, self._keep, pixels, self._work, leader)
+            )
         finally:
-            self._flights.ends(self)
+            self._leased_runners.ends(self)
 
 
 async def _give_back(taking: asyncio.Task[Leadership | None]) -> None:

@@ -1,6 +1,6 @@
 """What the executions of this replica share when there are others: the service, who is led here, who is followed.
 
-Neighbours: `flight` is one execution, `landing` its end.
+Neighbours: `leased_runner` is one execution, `landing` its end.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class LeasedRunners:
         sealer: Sealer,
         checkpoints: Checkpoints,
         pictures: Pictures,
-        news: Bulletin,
+        bulletin: Bulletin,
         pool: Executor,
         ttl_s: float,
         result_ttl_s: float,
@@ -94,7 +94,7 @@ class LeasedRunners:
         self.sealer = sealer
         self.checkpoints = checkpoints
         self.pictures = pictures
-        self.news = news
+        self.bulletin = bulletin
         self.pool = pool
         self.ttl_s = ttl_s
         self._result_ttl_s = result_ttl_s
@@ -104,7 +104,7 @@ class LeasedRunners:
         self._wishes: OrderedDict[str, None] = OrderedDict()
         self._leading: dict[str, LocalRunner] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        news.on(FOLLOW, lambda name, _facts: self._wish(name))
+        bulletin.subscribe(FOLLOW, lambda name, _facts: self._wish(name))
 
     @property
     def private_s(self) -> float:
@@ -126,20 +126,20 @@ class LeasedRunners:
         if not task.cancelled() and (fault := task.exception()) is not None:
             log.error("bug", exc_info=fault)
 
-    def leads(self, flight: LocalRunner) -> None:
+    def leads(self, leased_runner: LocalRunner) -> None:
         """It is led here from now on."""
-        self._leading[flight.ticket.name] = flight
-        if self._wishes.pop(flight.ticket.name, 0) is None:
-            flight.followed = True
+        self._leading[leased_runner.ticket.name] = leased_runner
+        if self._wishes.pop(leased_runner.ticket.name, 0) is None:
+            leased_runner.followed = True
 
-    def ends(self, flight: LocalRunner) -> None:
+    def ends(self, leased_runner: LocalRunner) -> None:
         """It is not led here any more."""
-        if self._leading.get(flight.ticket.name) is flight:
-            del self._leading[flight.ticket.name]
+        if self._leading.get(leased_runner.ticket.name) is leased_runner:
+            del self._leading[leased_runner.ticket.name]
 
     def _wish(self, name: str) -> None:
-        if (flight := self._leading.get(name)) is not None:
-            flight.followed = True
+        if (leased_runner := self._leading.get(name)) is not None:
+            leased_runner.followed = True
             return
         self._wishes[name] = None
         if len(self._wishes) > MAX_WISHES:
@@ -172,9 +172,9 @@ class LeasedRunners:
 class LoadWithPending:
     """The scheduler's load (see `admission.Load`) and the outputs that are about to come to it."""
 
-    def __init__(self, flights: LeasedRunners) -> None:
-        self._scheduler = flights.engine.scheduler
-        self._asking = flights.asking
+    def __init__(self, leased_runners: LeasedRunners) -> None:
+        self._scheduler = leased_runners.engine.scheduler
+        self._asking = leased_runners.asking
 
     @property
     def num_outputs(self) -> int:

@@ -2,7 +2,7 @@
 
 Everything is JSON or the very bytes that streams get, and sealed. Invariant:
 what `parse` returns equals what `dump` was given. Neighbours: `journal` writes,
-`fleet` reads.
+`ownership` reads.
 """
 
 from __future__ import annotations

@@ -134,13 +134,13 @@ class Coordinator(Protocol):
     async def unclaim(self, name: str, value: bytes, ttl_s: float = 0.0) -> None:
         """Lets go of a name that has this value, after `ttl_s`."""
 
-    async def enlist(self, name: str) -> None:
+    async def register(self, name: str) -> None:
         """Puts a name on the roll: someone should hold its lease until it is struck off."""
 
-    async def strike(self, name: str) -> None:
+    async def unregister(self, name: str) -> None:
         """Takes a name off the roll."""
 
-    async def orphans(self) -> list[str]:
+    async def unowned(self) -> list[str]:
         """Names on the roll whose lease nobody holds."""
 
     async def close(self) -> None:

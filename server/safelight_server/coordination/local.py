@@ -179,15 +179,15 @@ class LocalCoordinator:
         if self._claims.get(name, (None, 0.0))[0] == value:
             self._claims[name] = (value, self._clock() + ttl_s)
 
-    async def enlist(self, name: str) -> None:
+    async def register(self, name: str) -> None:
         """See `Coordinator`."""
         self._roll.add(name)
 
-    async def strike(self, name: str) -> None:
+    async def unregister(self, name: str) -> None:
         """See `Coordinator`."""
         self._roll.discard(name)
 
-    async def orphans(self) -> list[str]:
+    async def unowned(self) -> list[str]:
         """See `Coordinator`."""
         return [name for name in self._roll if self._held(self._execution(name)) is None]
 

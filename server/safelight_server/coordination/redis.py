@@ -141,7 +141,7 @@ class RedisCoordinator:
                 over = False
                 try:
                     async with asyncio.timeout(LOOK_EVERY_S):
-                        await follower.news.wait()
+                        await follower.bulletin.wait()
                 except TimeoutError:
                     over = leader and await self._is_over(name, follower)
                 over = over or follower.ended
@@ -170,7 +170,7 @@ class RedisCoordinator:
         found = await self._call(lambda: self._redis.xread({follower.key: follower.place}))
         for _, entries in found or ():
             follower.give(entries)
-        follower.news.set()
+        follower.bulletin.set()
 
     async def commit(self, lease: Lease, pointer: str, bill: bytes) -> CommitOutcome:
         """See `Coordinator`."""
@@ -214,15 +214,15 @@ class RedisCoordinator:
         """See `Coordinator`."""
         await self._run("unclaim", [_key("claim", name)], value, _ms(ttl_s))
 
-    async def enlist(self, name: str) -> None:
+    async def register(self, name: str) -> None:
         """See `Coordinator`."""
         await self._call(lambda: self._redis.sadd(ROLL, name))
 
-    async def strike(self, name: str) -> None:
+    async def unregister(self, name: str) -> None:
         """See `Coordinator`."""
         await self._call(lambda: self._redis.srem(ROLL, name))
 
-    async def orphans(self) -> list[str]:
+    async def unowned(self) -> list[str]:
         """See `Coordinator`."""
         names = [name.decode() for name in await self._call(lambda: self._redis.smembers(ROLL))]
         if not names:
@@ -276,7 +276,7 @@ class _Follower:
     def __init__(self, key: str, place: str) -> None:
         self.key = key
         self.place = place
-        self.news = asyncio.Event()
+        self.bulletin = asyncio.Event()
         self.ended = False
         self._events: list[StreamEvent] = []
 
@@ -289,11 +289,11 @@ class _Follower:
                 self._events.append(StreamEvent(self.place, fields[b"d"]))
             else:
                 self.ended = True
-            self.news.set()
+            self.bulletin.set()
 
     def take(self) -> list[StreamEvent]:
         events, self._events = self._events, []
-        self.news.clear()
+        self.bulletin.clear()
         return events
 
 

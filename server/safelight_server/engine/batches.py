@@ -101,7 +101,7 @@ class Batches:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self.flights: dict[int, OutputTensors] = {}
+        self.leased_runners: dict[int, OutputTensors] = {}
         self.keys: dict[str, BatchKey] = {}
         self.token_ids: dict[str, tuple[int, ...]] = {}
         self._embeddings: dict[str, FloatArray] = {}
@@ -118,7 +118,7 @@ class Batches:
         if batch.kind is Kind.DENOISE:
             return self._gather_steps(batch, key)
         if batch.kind is Kind.DECODE:
-            latent = np.stack([self._finished(self.flights[row.output_id]) for row in batch.rows])
+            latent = np.stack([self._finished(self.leased_runners[row.output_id]) for row in batch.rows])
             return PreparedCall(key, {"latent": decoder_latent(key.pipeline, latent)}, len(batch.rows))
         previews = [self._previews[row.output_id][batch.key] for row in batch.rows]
         latent = np.stack([preview.latent for preview in previews])
@@ -150,7 +150,10 @@ class Batches:
             return [(PreviewSpan(stage), {"safelight.rows": 1}) for stage in recorded]
         if batch.kind is Kind.ENCODE:
             encoded = set(batch.members)
-            rows = {at: len(encoded.intersection(flight.conditioning)) for at, flight in self.flights.items()}
+            rows = {
+                at: len(encoded.intersection(leased_runner.conditioning))
+                for at, leased_runner in self.leased_runners.items()
+            }
         else:
             rows = dict(Counter(row.output_id for row in batch.rows))
         steps = {row.output_id: row.step + 1 for row in batch.rows} if batch.kind is Kind.DENOISE else {}
@@ -178,8 +181,8 @@ class Batches:
             self._latents[batch.key].put(call.slots, call.parts, results["prediction"])
         elif batch.kind is Kind.DECODE:
             for row, image in zip(batch.rows, results["image"], strict=True):
-                if (flight := self.flights.get(row.output_id)) is not None:
-                    flight.image = image
+                if (leased_runner := self.leased_runners.get(row.output_id)) is not None:
+                    leased_runner.image = image
         else:
             for preview, image in zip(call.previews, results["image"], strict=True):
                 preview.answer(image)
@@ -195,17 +198,17 @@ class Batches:
         Returns:
             Those whose latents are not finite any more.
         """
-        flights = [self.flights[output_id] for output_id in output_ids]
-        slots = np.array([flight.slot for flight in flights], np.intp)
-        steps = np.array([flight.step for flight in flights], np.intp)
+        leased_runners = [self.leased_runners[output_id] for output_id in output_ids]
+        slots = np.array([leased_runner.slot for leased_runner in leased_runners], np.intp)
+        steps = np.array([leased_runner.step for leased_runner in leased_runners], np.intp)
         finite = self._latents_of(output_ids[0]).advance(slots, steps)
-        for flight in flights:
-            flight.step += 1
+        for leased_runner in leased_runners:
+            leased_runner.step += 1
         return [output_id for output_id, good in zip(output_ids, finite.tolist(), strict=True) if not good]
 
     def denoised(self, output_id: int) -> FloatArray:
         """The newest estimate of an output's clean latent, (C, h, w), copied."""
-        slot = self.flights[output_id].slot
+        slot = self.leased_runners[output_id].slot
         assert slot is not None
         return self._latents_of(output_id).denoised(slot)
 
@@ -226,10 +229,10 @@ class Batches:
 
     def snapshot(self, output_id: int) -> Snapshot | None:
         """What an output needs to go on later; None if it has made no step."""
-        flight = self.flights[output_id]
-        if flight.slot is None:
-            return flight.start
-        return self._latents_of(output_id).snapshot(flight.slot, flight.step)
+        leased_runner = self.leased_runners[output_id]
+        if leased_runner.slot is None:
+            return leased_runner.start
+        return self._latents_of(output_id).snapshot(leased_runner.slot, leased_runner.step)
 
     def embedding(self, conditioning_id: str) -> FloatArray:
         """A prompt's embedding (T, D) that some output needs or someone asked for."""
@@ -242,9 +245,9 @@ class Batches:
 
     def forget(self, output_id: int) -> None:
         """The output has ended."""
-        flight = self.flights.pop(output_id)
-        if flight.slot is not None:
-            self._latents[self._denoiser_key(flight)].release(flight.slot)
+        leased_runner = self.leased_runners.pop(output_id)
+        if leased_runner.slot is not None:
+            self._latents[self._denoiser_key(leased_runner)].release(leased_runner.slot)
         self.drop_previews(output_id)
 
     def key(self, pipeline: Pipeline, component: Component, latent_shape: tuple[int, int, int]) -> str:
@@ -256,27 +259,29 @@ class Batches:
         self.keys[str(key)] = key
         return str(key)
 
-    def _denoiser_key(self, flight: OutputTensors) -> str:
-        return self.key(flight.pipeline, Component.DENOISER, flight.latent_shape)
+    def _denoiser_key(self, leased_runner: OutputTensors) -> str:
+        return self.key(leased_runner.pipeline, Component.DENOISER, leased_runner.latent_shape)
 
     def _latents_of(self, output_id: int) -> Latents:
-        return self._latents[self._denoiser_key(self.flights[output_id])]
+        return self._latents[self._denoiser_key(self.leased_runners[output_id])]
 
-    def _finished(self, flight: OutputTensors) -> FloatArray:
+    def _finished(self, leased_runner: OutputTensors) -> FloatArray:
         """The latent (C, h, w) after the last step, which may have been made before a pause."""
-        if flight.slot is not None:
-            latent: FloatArray = self._latents[self._denoiser_key(flight)].latent(np.array([flight.slot]))[0]
+        if leased_runner.slot is not None:
+            latent: FloatArray = self._latents[self._denoiser_key(leased_runner)].latent(
+                np.array([leased_runner.slot])
+            )[0]
             return latent
-        assert flight.start is not None
-        return flight.start.x
+        assert leased_runner.start is not None
+        return leased_runner.start.x
 
     def _slots(self, rows: Sequence[Row]) -> Slots:
-        return np.array([self.flights[row.output_id].slot for row in rows], np.intp)
+        return np.array([self.leased_runners[row.output_id].slot for row in rows], np.intp)
 
     def _gather_steps(self, batch: Batch, key: BatchKey) -> PreparedCall:
         for row in batch.rows:
-            if self.flights[row.output_id].slot is None:
-                self._claim(batch.key, self.flights[row.output_id])
+            if self.leased_runners[row.output_id].slot is None:
+                self._claim(batch.key, self.leased_runners[row.output_id])
         slots = self._slots(batch.rows)
         parts = np.array([row.part for row in batch.rows], np.intp)
         steps = np.array([row.step for row in batch.rows], np.intp)
@@ -286,11 +291,13 @@ class Batches:
         self._departed.add(batch.batch_id)
         return PreparedCall(key, inputs, len({row.output_id for row in batch.rows}), slots, parts)
 
-    def _claim(self, key: str, flight: OutputTensors) -> None:
-        known = flight.embeddings
-        context = [known[i] if i in known else self._embeddings[i] for i in flight.conditioning]
+    def _claim(self, key: str, leased_runner: OutputTensors) -> None:
+        known = leased_runner.embeddings
+        context = [known[i] if i in known else self._embeddings[i] for i in leased_runner.conditioning]
         if key not in self._latents:
             tokens, width = context[0].shape
-            steps = flight.pipeline.manifest.limits.max_num_inference_steps
-            self._latents[key] = Latents(self._capacity, flight.latent_shape, (tokens, width), steps)
-        flight.slot = self._latents[key].claim(flight.table, flight.seed, flight.guidance_scale, context, flight.start)
+            steps = leased_runner.pipeline.manifest.limits.max_num_inference_steps
+            self._latents[key] = Latents(self._capacity, leased_runner.latent_shape, (tokens, width), steps)
+        leased_runner.slot = self._latents[key].claim(
+            leased_runner.table, leased_runner.seed, leased_runner.guidance_scale, context, leased_runner.start
+        )

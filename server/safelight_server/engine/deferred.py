@@ -18,27 +18,27 @@ class DeferredCallbacks:
     """See the module. Reports must not block or raise."""
 
     def __init__(self) -> None:
-        self._untold: deque[Callable[[], None]] = deque()
+        self._callbacks: deque[Callable[[], None]] = deque()
 
     def __len__(self) -> int:
-        return len(self._untold)
+        return len(self._callbacks)
 
-    def later(self, report: Callable[[], None]) -> None:
-        """Keeps a report back; `tell` or `tell_soon` follows."""
-        self._untold.append(report)
+    def defer(self, callback: Callable[[], None]) -> None:
+        """Keeps a report back; `run` or `run_soon` follows."""
+        self._callbacks.append(callback)
 
-    def tell(self) -> None:
+    def run(self) -> None:
         """Tells what is kept back, now."""
-        while self._untold:
-            self._untold.popleft()()
+        while self._callbacks:
+            self._callbacks.popleft()()
 
-    def tell_soon(self) -> None:
+    def run_soon(self) -> None:
         """Tells what is kept back when calls have left."""
-        if self._untold:
+        if self._callbacks:
             self._after(TURNS)
 
     def _after(self, turns: int) -> None:
         if turns:
             asyncio.get_running_loop().call_soon(self._after, turns - 1)
         else:
-            self.tell()
+            self.run()

@@ -97,8 +97,8 @@ class Engine:
         self._busy: dict[int, int] = {}  # batches by the instance that runs them
         self._tasks: set[asyncio.Task[None]] = set()
         self._expiry = Alarm(self._pump)
-        self._reports = DeferredCallbacks()
-        self._asked = EmbeddingWaiters()
+        self._deferred = DeferredCallbacks()
+        self._embedding_waiters = EmbeddingWaiters()
         limits = Limits(max_running, self._max_rows, runtime.num_instances, preview_share)
         self.scheduler = Scheduler(limits, self)
         self.outage = Outage(clock, runtime_wait_s, runtime_grace_s, self._strand)
@@ -123,7 +123,7 @@ class Engine:
         output = self.output(job)
         ids = dict(zip(job.conditioning, job.token_ids, strict=True))
         self._batches.token_ids.update((needed, ids[needed]) for needed in output.conditioning)
-        self._batches.flights[job.output_id] = OutputTensors(
+        self._batches.leased_runners[job.output_id] = OutputTensors(
             job.pipeline,
             job.latent_shape,
             job.table,
@@ -147,7 +147,7 @@ class Engine:
 
     def cancel(self, output_id: int) -> None:
         """Ends an output: it is in no later batch. Unknown ids and those of ended outputs are ignored."""
-        self._reports.tell()
+        self._deferred.run()
         if output_id in self._listeners:
             self._apply(self.scheduler.cancel(output_id))
             self._forget(output_id)
@@ -165,7 +165,7 @@ class Engine:
 
     def suspend(self, output_id: int) -> Snapshot | None:
         """Ends an output like `cancel` and returns what it needs to go on; None if it has made no step."""
-        self._reports.tell()
+        self._deferred.run()
         if output_id not in self._listeners:
             return None
         snapshot = self._batches.snapshot(output_id)
@@ -207,11 +207,11 @@ class Engine:
         size = pipeline.manifest.sizes[0]
         key = self._batches.key(pipeline, Component.TEXT_ENCODER, pipeline.latent_shape(size.width_px, size.height_px))
         name = prompt_name(pipeline, token_ids)
-        if name not in self._asked:
-            self._asked.add(name)
+        if name not in self._embedding_waiters:
+            self._embedding_waiters.add(name)
             self.outage.wait_for(name)
             asyncio.get_running_loop().call_soon(self._want_embedding, name, tuple(token_ids), key)
-        return await self._asked.get(name)
+        return await self._embedding_waiters.get(name)
 
     def _want_embedding(self, name: str, token_ids: tuple[int, ...], key: str) -> None:
         self._batches.token_ids[name] = token_ids  # not before: who else needs the prompt may release it until now
@@ -237,7 +237,7 @@ class Engine:
         self._dispatch(now)
         deadline = self.scheduler.next_deadline()
         self._expiry.set(None if deadline is None else deadline - now)
-        self._reports.tell_soon()
+        self._deferred.run_soon()
 
     def _dispatch(self, now: float, *, full_only: bool = False) -> None:
         """Hands every free instance to the scheduler and starts the batches that it returns."""
@@ -274,17 +274,17 @@ class Engine:
     def _strand(self, who: int | str) -> None:
         """Ends an output, or the wait for an embedding, for which no instance came back."""
         if isinstance(who, str):
-            self._asked.refuse(who, no_runtime())
+            self._embedding_waiters.refuse(who, no_runtime())
             return
         self._apply(self.scheduler.cancel(who))
-        self._reports.later(functools.partial(self._forget(who).failed, no_runtime()))
+        self._deferred.defer(functools.partial(self._forget(who).failed, no_runtime()))
         self._pump()
 
     def _announce(self, batch: Batch) -> None:
         for row in batch.rows:
             if row.output_id in self._unstarted:
                 self._unstarted.remove(row.output_id)
-                self._reports.later(self._listeners[row.output_id].started)
+                self._deferred.defer(self._listeners[row.output_id].started)
 
     async def _run(self, batch: Batch, call: PreparedCall, spans: AbstractContextManager[object]) -> None:
         """One batch, from its inputs to the dispatch of those that it made possible."""
@@ -293,7 +293,7 @@ class Engine:
             with spans:
                 results = await self._runtime.run(batch.instance, at.pipeline.name, at.component, call.inputs)
         except RuntimeFailure as failure:
-            self._reports.tell()
+            self._deferred.run()
             del self._busy[batch.instance]
             self._batches.returned(batch, call)
             self._batches.lost(call)
@@ -301,7 +301,7 @@ class Engine:
             self._pump()
             return
         returned = self._clock()
-        self._reports.tell()
+        self._deferred.run()
         del self._busy[batch.instance]
         self._dispatch(returned, full_only=True)  # what fills a batch without these outputs need not wait for them
         if overlapped := batch.instance in self._busy:
@@ -361,29 +361,29 @@ class Engine:
                     self._batches.release(event.conditioning_id)
                     self._attempts.forget(event.conditioning_id)
                 case OutputDecoded():
-                    image = self._batches.flights[event.output_id].image
+                    image = self._batches.leased_runners[event.output_id].image
                     assert image is not None
-                    self._reports.later(functools.partial(self._forget(event.output_id).decoded, image))
+                    self._deferred.defer(functools.partial(self._forget(event.output_id).decoded, image))
                 case OutputFailed():
-                    self._reports.later(
+                    self._deferred.defer(
                         functools.partial(self._forget(event.output_id).failed, error or InternalError())
                     )
                 case OutputExpired():
                     listener = self._forget(event.output_id)
                     in_outage = functools.partial(listener.failed, no_runtime())
-                    self._reports.later(in_outage if self.outage.is_on else listener.expired)
+                    self._deferred.defer(in_outage if self.outage.is_on else listener.expired)
 
     def _answer(self, event: EmbeddingReady) -> None:
         """Those who asked for an embedding itself."""
         name = event.conditioning_id
         self.outage.forget(name)
-        if name not in self._asked:
+        if name not in self._embedding_waiters:
             return  # no instance came in time
         if event.failed:
             error = UnavailableError("the prompt could not be encoded; try again", retry_after_s=1.0)
-            self._asked.refuse(name, error)
+            self._embedding_waiters.refuse(name, error)
         else:
-            self._asked.answer(name, self._batches.embedding(name))
+            self._embedding_waiters.answer(name, self._batches.embedding(name))
 
     def _advance(self, stepped: Sequence[StepCompleted], batch_size: int) -> None:
         began = self._clock()
@@ -393,8 +393,8 @@ class Engine:
             if event.output_id in broken:
                 log.error("latent_not_finite", output_id=event.output_id, step=event.step)
                 self._apply(self.scheduler.cancel(event.output_id))
-                self._reports.later(functools.partial(self._forget(event.output_id).failed, InternalError()))
-        self._reports.later(functools.partial(self._report_steps, stepped, batch_size))
+                self._deferred.defer(functools.partial(self._forget(event.output_id).failed, InternalError()))
+        self._deferred.defer(functools.partial(self._report_steps, stepped, batch_size))
 
     def _forget(self, output_id: int) -> OutputListener:
         self._batches.forget(output_id)
@@ -419,11 +419,11 @@ class Engine:
     def _report_embeddings(self, batch: Batch) -> None:
         encoded = {row.conditioning_id for row in batch.rows}
         for output_id, listener in self._listeners.items():
-            flight = self._batches.flights[output_id]
-            for row, name in enumerate(flight.conditioning):
+            leased_runner = self._batches.leased_runners[output_id]
+            for row, name in enumerate(leased_runner.conditioning):
                 if name in encoded and name in self._batches.token_ids:
                     told = functools.partial(listener.encoded, row, self._batches.embedding(name))
-                    self._reports.later(told)
+                    self._deferred.defer(told)
 
 
 def _about(batch: Batch) -> dict[str, Any]:

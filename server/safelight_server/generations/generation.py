@@ -279,7 +279,7 @@ class Generation:
         """An output has made a step."""
         self.times.last_step = self._clock()
         steps = self.request.spec.num_inference_steps
-        remaining_s = output.pace_s * (steps - output.step)
+        remaining_s = output.seconds_per_step * (steps - output.step)
         self.log.publish(Progress(output.index, output.step, steps, batch_size, remaining_s))
 
     def on_developed(self, output: Output, picture: FinishedPicture) -> None:

@@ -129,7 +129,7 @@ class Output:
         return self._execution.job.output_id if self._execution is not None else 0
 
     @property
-    def pace_s(self) -> float:
+    def seconds_per_step(self) -> float:
         """Seconds a step since its steps began, or it joined those of another, or it went on."""
         at, step = self._began
         return (self._clock() - at) / max(1, self.step - step)
@@ -145,8 +145,8 @@ class Output:
                 skipped = self.step - self._counted
                 return replace(self.origin, num_steps_skipped=skipped, compute_s_saved=self._others_s)
             case Disposition.LATENT | Disposition.BRANCHED:
-                pace_s = self._compute_s / max(1, self._counted)
-                return replace(self.origin, compute_s_saved=pace_s * self.origin.num_steps_skipped)
+                seconds_per_step = self._compute_s / max(1, self._counted)
+                return replace(self.origin, compute_s_saved=seconds_per_step * self.origin.num_steps_skipped)
         return self.origin
 
     # --- with its execution ---

@@ -1,7 +1,7 @@
 """From a generation that was asked for to executions: what was done before, what is on its way, what must be computed.
 
 Looks first (`plan`), which may wait for stores; then decides and starts
-(`launch`) without waiting, so that two identical outputs cannot both become
+(`submit`) without waiting, so that two identical outputs cannot both become
 new. Only what must be computed needs room and time: a full queue never refuses
 what is there or on its way. Neighbours: `cache`, `execution`, `admission`.
 """
@@ -78,7 +78,7 @@ class Planner:
         executions: Executions,
         cache: Cache,
         limits: AdmissionLimits,
-        flights: LeasedRunners | None = None,
+        leased_runners: LeasedRunners | None = None,
     ) -> None:
         self._catalog = catalog
         self._runtime = runtime
@@ -86,7 +86,7 @@ class Planner:
         self._executions = executions
         self._cache = cache
         self._limits = limits
-        self._flights = flights
+        self._leased_runners = leased_runners
 
     def numerics_id(self, generation: Generation) -> str:
         """What decides the bits of its pictures beside the spec and the pipeline."""
@@ -153,7 +153,7 @@ class Planner:
             raise FailedPreconditionError(what, reason="CHECKPOINT_GONE")
         wanted = self._wanted(generation, spec.seeds[0])
         name = self._wanted(source, output.seed).name
-        snapshot = await self._cache.checkpoints.at_or_before(name.space.name, name.exact, branch.step)
+        snapshot = await self._cache.checkpoints.at_or_before(name.namespace.name, name.exact, branch.step)
         if snapshot is None:
             what = f"no step of {source.name} up to {branch.step} is kept"
             raise FailedPreconditionError(what, reason="CHECKPOINT_GONE")
@@ -165,12 +165,12 @@ class Planner:
         request = generation.request
         pipeline = self._catalog.get(request.spec.model)
         numerics = self._runtime.numerics_id(request.spec.model)
-        name = self._cache.spaces.output(generation.caller.tenant, pipeline, numerics, request.spec, seed)
+        name = self._cache.namespaces.output(generation.caller.tenant, pipeline, numerics, request.spec, seed)
         return CacheQuery(name, pipeline, request.spec, request.encoding, request.cache, generation.name)
 
     # --- starting ---
 
-    def launch(self, generation: Generation, plans: Sequence[OutputPlan], time_left_s: float | None) -> None:
+    def submit(self, generation: Generation, plans: Sequence[OutputPlan], time_left_s: float | None) -> None:
         """Accepts a generation and starts what must be computed.
 
         Raises:
@@ -251,12 +251,12 @@ class Planner:
         return [self._start_key(generation, output, self._wanted(generation, output.seed)) for output in begun]
 
     def _start_key(self, generation: Generation, output: Output, wanted: CacheQuery) -> str:
-        return f"{wanted.name.space.prefix}/start/{self._cache.spaces.private(generation.name, output.index)}"
+        return f"{wanted.name.namespace.prefix}/start/{self._cache.namespaces.private(generation.name, output.index)}"
 
     def _admit(self, new: Sequence[Execution], time_left_s: float | None) -> float:
         self._engine.outage.check()
         output = self._engine.output(new[0].job)
-        load = self._engine.scheduler if self._flights is None else LoadWithPending(self._flights)
+        load = self._engine.scheduler if self._leased_runners is None else LoadWithPending(self._leased_runners)
         if self._engine.outage.is_on:
             time_left_s = None  # nobody knows when an instance will be back; the deadline itself will say
         return admit(load, self._limits, output, len(new), time_left_s)
@@ -268,10 +268,10 @@ class Planner:
         keep = KEPT.get(plan.origin.disposition, Retention.EVERYTHING)
         recorder = None if bypass else self._cache.record(plan.wanted, keep)
         job = _job(generation, output, plan)
-        if self._flights is None:
+        if self._leased_runners is None:
             return self._executions.create(job, key, recorder)
         ticket = self._ticket(generation, output, plan, key, again)
-        ttl_s = self._flights.private_s if key is None else None
+        ttl_s = self._leased_runners.private_s if key is None else None
 
         async def put(pixels: Pixels, compute_s: float) -> bool:
             there = await self._cache.replicate(plan.wanted, ticket.pointer, pixels, compute_s, ttl_s)
@@ -279,18 +279,18 @@ class Planner:
                 recorder.there = there
             return there
 
-        return self._executions.create(job, key, recorder, LeasedRunner(self._flights, ticket, put))
+        return self._executions.create(job, key, recorder, LeasedRunner(self._leased_runners, ticket, put))
 
     def _ticket(
         self, generation: Generation, output: Output, plan: OutputPlan, key: CacheKeys | None, again: bool
     ) -> ExecutionTicket:
         """Identical outputs share one name; any other has a name of its own, for whoever goes on with it."""
-        space, whose = plan.wanted.name.space, (generation.caller.tenant, generation.name, plan.wanted.revision)
+        namespace, whose = plan.wanted.name.namespace, (generation.caller.tenant, generation.name, plan.wanted.revision)
         if key is not None:
-            at = (space.name, key.exact)
-            return ExecutionTicket(f"{space.prefix}.{key.exact}", pointer(key), at, *whose, again)
-        own = self._cache.spaces.private(generation.name, output.index)
-        return ExecutionTicket(own, f"{space.prefix}/result/{own}", None, *whose, again)
+            at = (namespace.name, key.exact)
+            return ExecutionTicket(f"{namespace.prefix}.{key.exact}", pointer(key), at, *whose, again)
+        own = self._cache.namespaces.private(generation.name, output.index)
+        return ExecutionTicket(own, f"{namespace.prefix}/result/{own}", None, *whose, again)
 
     @staticmethod
     def _key(plan: OutputPlan) -> CacheKeys | None:

@@ -67,8 +67,8 @@ class Generations:
         executions: Executions,
         clock: Callable[[], float],
         metrics: Metrics,
-        flights: LeasedRunners | None = None,
-        ground: ClusterContext | None = None,
+        leased_runners: LeasedRunners | None = None,
+        context: ClusterContext | None = None,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
@@ -81,11 +81,11 @@ class Generations:
             Priority.BATCH: settings.max_waiting_batch,
         }
         limits = AdmissionLimits(waiting, settings.max_waiting_per_caller)
-        self._intake = Planner(catalog, runtime, engine, executions, cache, limits, flights)
-        self._fleet = None if ground is None else Ownership(ground, self, self._intake)
-        if self._fleet is not None:
-            self._fleet.news.on(CANCEL, self._asked_to_cancel)
-            self._fleet.news.on(PRIORITY, self._asked_for_priority)
+        self._planner = Planner(catalog, runtime, engine, executions, cache, limits, leased_runners)
+        self._ownership = None if context is None else Ownership(context, self, self._planner)
+        if self._ownership is not None:
+            self._ownership.bulletin.subscribe(CANCEL, self._asked_to_cancel)
+            self._ownership.bulletin.subscribe(PRIORITY, self._asked_for_priority)
         self._starting: dict[str, asyncio.Event] = {}
         self._live: dict[str, Generation] = {}
         self._finished = FinishedGenerations(
@@ -125,8 +125,8 @@ class Generations:
         except BaseException:  # whatever it is, the request has left nothing that a retry could find
             self._live.pop(generation.identifier, None)
             self._requests.release(caller, request.request_id)
-            if self._fleet is not None:
-                await self._fleet.owners.dismiss(generation)
+            if self._ownership is not None:
+                await self._ownership.owners.dismiss(generation)
             raise
         finally:
             del self._starting[generation.identifier]
@@ -136,20 +136,20 @@ class Generations:
     async def _start(self, generation: Generation) -> str | None:
         """Starts it; where another replica has a generation of its request id, returns that one's id."""
         request = generation.request
-        if self._fleet is not None and (other := await self._fleet.owners.enroll(generation)) is not None:
+        if self._ownership is not None and (other := await self._ownership.owners.enroll(generation)) is not None:
             return other
         branched_from = None
         if request.branch is not None:
             branched_from = await self.find(generation.caller, request.branch.generation_id, tend=False)
         with generation.stage.within("lookup"):
-            plans = await self._intake.plan(generation, branched_from)
+            plans = await self._planner.plan(generation, branched_from)
         self._refuse_while_draining()
-        if self._fleet is not None:
-            await self._fleet.owners.record(generation, plans)
+        if self._ownership is not None:
+            await self._ownership.owners.record(generation, plans)
             self._refuse_while_draining()
         self._live[generation.identifier] = generation
         with generation.stage.within("admission"):
-            self._intake.launch(generation, plans, generation.left_s)
+            self._planner.submit(generation, plans, generation.left_s)
         return None
 
     def _refuse_while_draining(self) -> None:
@@ -192,8 +192,8 @@ class Generations:
             UnavailableError: other replicas' cannot be looked up now.
         """
         generation = self._live.get(identifier) or self._finished.get(identifier)
-        if generation is None and self._fleet is not None:
-            generation = await self._fleet.mirrors.find(identifier, tend=tend)
+        if generation is None and self._ownership is not None:
+            generation = await self._ownership.mirrors.find(identifier, tend=tend)
             generation = self._live.get(identifier, generation)  # it may have come here meanwhile
             if generation is not None and self._is_old(generation):
                 generation = None
@@ -209,16 +209,16 @@ class Generations:
 
     async def cancel(self, generation: Generation) -> None:
         """Stops it, wherever it runs; `UnavailableError`: the replica that has it does not answer."""
-        if not generation.owned and not generation.ended and self._fleet is not None:
-            await self._fleet.mirrors.ask(generation, CANCEL)
+        if not generation.owned and not generation.ended and self._ownership is not None:
+            await self._ownership.mirrors.ask(generation, CANCEL)
         if generation.owned:
             generation.stop(GenerationCancelledError("it was cancelled"))
 
     def set_priority(self, generation: Generation, priority: Priority) -> None:
         """Changes its class, wherever it runs."""
         generation.set_priority(priority)
-        if not generation.owned and self._fleet is not None:
-            self._fleet.mirrors.tell(generation, PRIORITY, priority=str(int(priority)))
+        if not generation.owned and self._ownership is not None:
+            self._ownership.mirrors.tell(generation, PRIORITY, priority=str(int(priority)))
 
     def pipeline_of(self, generation: Generation) -> Pipeline:
         """The pipeline that develops it; `UnavailableError`: there is another here."""
@@ -226,8 +226,8 @@ class Generations:
         return self._catalog.get(generation.request.spec.model)
 
     def _check(self, generation: Generation) -> None:
-        if self._fleet is not None:
-            self._fleet.mirrors.check(generation)
+        if self._ownership is not None:
+            self._ownership.mirrors.check(generation)
 
     # --- watching ---
 
@@ -248,12 +248,12 @@ class Generations:
             raise
         self._streams.add(watcher, generation, end)
         if not generation.owned:
-            if self._fleet is not None and not generation.ended:
-                self._fleet.mirrors.attend(generation)
+            if self._ownership is not None and not generation.ended:
+                self._ownership.mirrors.attend(generation)
         elif generation.state is GenerationState.SUSPENDED:
             self._lost.resume(generation)
-            if self._fleet is not None:
-                self._fleet.mirrors.resume(generation)
+            if self._ownership is not None:
+                self._ownership.mirrors.resume(generation)
         return watcher
 
     def detach(self, generation: Generation, watcher: Watcher) -> None:
@@ -274,8 +274,8 @@ class Generations:
         self._suspend(generation)
 
     def _drop_unwatched(self, generation: Generation) -> None:
-        if self._fleet is not None and not generation.owned and not generation.log.watchers:
-            self._fleet.mirrors.drop(generation)
+        if self._ownership is not None and not generation.owned and not generation.log.watchers:
+            self._ownership.mirrors.drop(generation)
 
     def _suspend(self, generation: Generation) -> None:
         """Nobody watches: it waits for a stream, here or where there is one."""
@@ -285,7 +285,7 @@ class Generations:
         if self._draining:
             self._end_drained(generation)
             return
-        if self._fleet is not None and self._fleet.owners.wants(generation):
+        if self._ownership is not None and self._ownership.owners.wants(generation):
             self._move(generation)
             return
         self._lost.suspend(generation)
@@ -299,8 +299,8 @@ class Generations:
         if not generation.owned:
             return
         lost = isinstance(generation.error, UnavailableError)  # what gRPC retries must be able to run again
-        if self._fleet is not None:
-            self._fleet.owners.settle(generation, retryable=lost)
+        if self._ownership is not None:
+            self._ownership.owners.settle(generation, retryable=lost)
         if generation.request.request_id:
             settle = self._requests.release if lost else self._requests.ended
             settle(generation.caller, generation.request.request_id)
@@ -347,8 +347,8 @@ class Generations:
 
     def _move(self, generation: Generation) -> None:
         """Lets another replica go on with it."""
-        assert self._fleet is not None
-        self._fleet.owners.let_go(generation)
+        assert self._ownership is not None
+        self._ownership.owners.let_go(generation)
         self.moved(generation)
 
     def moved(self, generation: Generation) -> None:
@@ -368,9 +368,9 @@ class Generations:
     # --- in the background ---
 
     @property
-    def fleet(self) -> Ownership | None:
+    def ownership(self) -> Ownership | None:
         """The generations of all replicas; None: this one is alone."""
-        return self._fleet
+        return self._ownership
 
     async def tick(self) -> None:
         """Tells those who wait their place, ends stalled streams, forgets what is old; until cancelled."""
@@ -391,8 +391,8 @@ class Generations:
     async def drain(self, grace_s: float) -> None:
         """Admits nothing more, lets what runs finish and be delivered within the grace, ends the rest."""
         self._draining = True
-        if self._fleet is not None:
-            self._fleet.mirrors.retire()
+        if self._ownership is not None:
+            self._ownership.mirrors.retire()
         for generation in [g for g in self._live.values() if g.state is GenerationState.SUSPENDED]:
             self._end_drained(generation)
         with contextlib.suppress(TimeoutError):

@@ -100,14 +100,14 @@ class SimilarPictures:
         Args:
             replaces: exact name of one that is found no more.
         """
-        index, item = self._index(name.space, pipeline, len(vector)), _item(name, owner)
+        index, item = self._index(name.namespace, pipeline, len(vector)), _item(name, owner)
         earlier = self._known.get(name.exact)
         known = (earlier, None if replaces is None else self._known.get(replaces))
         gone = [one.item for one in known if one is not None and one.item != item]
         await index.tables.add(name.comparable, item, vector)
         index.newest.add(name.comparable, item, vector)
         for old in gone:
-            await self._remove(old, name.space, pipeline)
+            await self._remove(old, name.namespace, pipeline)
         self._remember(item, self._guard(pipeline).facts(prompt), 0 if earlier is None else earlier.num_uses)
 
     async def forget(self, scope: PurgeScope) -> bool:
@@ -134,7 +134,7 @@ class SimilarPictures:
         Args:
             taken: exact names of pictures that may not; what is found is added.
         """
-        index, wanted = self._index(name.space, pipeline, len(vector)), self._guard(pipeline).facts(prompt)
+        index, wanted = self._index(name.namespace, pipeline, len(vector)), self._guard(pipeline).facts(prompt)
         seen: set[str] = set()
         found = await index.tables.search(name.comparable, vector, min_similarity, NUM_CANDIDATES)
         if (similar := await self._choose(found, seen, taken, name, pipeline, wanted, encoding)) is not None:
@@ -170,7 +170,7 @@ class SimilarPictures:
                 worn = known.num_uses % (self._max_uses + 1) == 0
                 return SimilarPicture(source.exact, kept, match.cosine, worn)
             if await self._pictures.gone(source):
-                await self._remove(match.item, name.space, pipeline)
+                await self._remove(match.item, name.namespace, pipeline)
         return None
 
     async def _look_up(self, item: str, source: CacheKeys, pipeline: Pipeline) -> _IndexedPicture | None:
@@ -188,18 +188,18 @@ class SimilarPictures:
         if len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
 
-    async def _remove(self, item: str, space: Namespace, pipeline: Pipeline) -> None:
+    async def _remove(self, item: str, namespace: Namespace, pipeline: Pipeline) -> None:
         await self._store.remove(item)
         self._known.pop(_exact(item), None)
-        if (index := self._indexes.get((space.name, pipeline.digest))) is not None:
+        if (index := self._indexes.get((namespace.name, pipeline.digest))) is not None:
             index.newest.remove(item)
 
-    def _index(self, space: Namespace, pipeline: Pipeline, dimension: int) -> _NamespaceIndex:
-        at = (space.name, pipeline.digest)
+    def _index(self, namespace: Namespace, pipeline: Pipeline, dimension: int) -> _NamespaceIndex:
+        at = (namespace.name, pipeline.digest)
         index = self._indexes.get(at)
         if index is None:
-            tables = SimilarIndex(Signatures(dimension, space.seed(f"planes {pipeline.digest}")), self._store)
-            codes = space.seed(f"codes of pictures {pipeline.digest}")
+            tables = SimilarIndex(Signatures(dimension, namespace.seed(f"planes {pipeline.digest}")), self._store)
+            codes = namespace.seed(f"codes of pictures {pipeline.digest}")
             index = self._indexes[at] = _NamespaceIndex(
                 tables, SketchIndex(dimension, codes, max_items=self._max_scanned)
             )

@@ -52,32 +52,32 @@ class Vectors:
         facts |= {"steps": str(kept.num_steps), "bytes": str(kept.num_bytes)}
         data = np.asarray(kept.vector, np.float16).tobytes()
         entry = Entry(data, facts, kept.owner.revision, kept.owner.generation)
-        await self._tiers.put(_key(kept.name.space, kept.name.exact), entry, self._ttl_s)
+        await self._tiers.put(_key(kept.name.namespace, kept.name.exact), entry, self._ttl_s)
 
-    async def forget(self, space: Namespace, exact: str) -> None:
+    async def forget(self, namespace: Namespace, exact: str) -> None:
         """Its checkpoints are gone."""
-        await self._tiers.delete(_key(space, exact))
+        await self._tiers.delete(_key(namespace, exact))
 
-    async def all(self, space: Namespace, known: Container[str] = ()) -> AsyncIterator[StoredVector]:
+    async def all(self, namespace: Namespace, known: Container[str] = ()) -> AsyncIterator[StoredVector]:
         """Those of a space, as far as the tiers tell, without those that are known."""
-        prefix = _key(space, "")
+        prefix = _key(namespace, "")
         for key in await self._tiers.keys(prefix, MAX_KEPT):
             exact = key.removeprefix(prefix)
-            kept = None if exact in known else await self.get(space, exact)
+            kept = None if exact in known else await self.get(namespace, exact)
             if kept is not None and exact not in known:
                 yield kept
 
-    async def get(self, space: Namespace, exact: str) -> StoredVector | None:
+    async def get(self, namespace: Namespace, exact: str) -> StoredVector | None:
         """That of one output."""
-        found = await self._tiers.get(_key(space, exact))
+        found = await self._tiers.get(_key(namespace, exact))
         if found is None:
             return None
         at = found.entry.metadata
-        name = CacheKeys(space, exact, at["comparable"])
+        name = CacheKeys(namespace, exact, at["comparable"])
         vector = np.frombuffer(found.entry.data, np.float16).astype(np.float32)
-        owner = EntryOwner(f"{space.prefix}/", found.entry.revision, found.entry.generation)
+        owner = EntryOwner(f"{namespace.prefix}/", found.entry.revision, found.entry.generation)
         return StoredVector(name, at["pipeline"], vector, int(at["steps"]), int(at["bytes"]), owner)
 
 
-def _key(space: Namespace, exact: str) -> str:
-    return f"{space.prefix}/vector/{exact}"
+def _key(namespace: Namespace, exact: str) -> str:
+    return f"{namespace.prefix}/vector/{exact}"

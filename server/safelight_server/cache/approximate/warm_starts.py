@@ -52,7 +52,7 @@ class WarmStart:
 class _StartLocation:
     """Where an output is: its index, by space and pipeline; and whose it is."""
 
-    space: Namespace
+    namespace: Namespace
     index: tuple[str, str]
     owner: EntryOwner
 
@@ -100,23 +100,23 @@ class WarmStarts:
 
     async def _add(self, kept: StoredVector) -> None:
         name = kept.name
-        at, index = self._index(name.space, kept.pipeline, len(kept.vector))
+        at, index = self._index(name.namespace, kept.pipeline, len(kept.vector))
         gone = index.add(name.comparable, name.exact, kept.vector)
-        self._place[name.exact] = _StartLocation(name.space, at, kept.owner)
+        self._place[name.exact] = _StartLocation(name.namespace, at, kept.owner)
         most = self._bands.steps(kept.num_steps)
         gone += self._books.add(name.exact, kept.num_bytes, float(most[-1]) if most else 0.0)
         for item in gone:
             await self._drop(item)
 
-    async def _rebuild(self, space: Namespace) -> None:
+    async def _rebuild(self, namespace: Namespace) -> None:
         """Adds what the tiers have of a space and is not known here."""
-        async for kept in self._vectors.all(space, self._place):
+        async for kept in self._vectors.all(namespace, self._place):
             await self._add(kept)
 
     async def _refill(self, at: tuple[str, str]) -> None:
         """Adds again what was in an index that had to go."""
         for item, place in [(item, place) for item, place in self._place.items() if place.index == at]:
-            kept = await self._vectors.get(place.space, item)
+            kept = await self._vectors.get(place.namespace, item)
             if kept is None:
                 self._forget(item)
             elif item in self._place:
@@ -141,20 +141,20 @@ class WarmStarts:
         Args:
             taken: exact names of outputs from which none may begin; the one that is found is added.
         """
-        _, index = self._index(name.space, pipeline.digest, len(vector))
+        _, index = self._index(name.namespace, pipeline.digest, len(vector))
         found = index.search(name.comparable, vector, self._bands.thresholds[0], NUM_CANDIDATES)
         useful = (match for match in found if match.item not in taken and self._bands.fraction(match.cosine))
         for match in itertools.islice(useful, NUM_TRIED):
-            steps = await self._checkpoints.steps(name.space.name, match.item)
+            steps = await self._checkpoints.steps(name.namespace.name, match.item)
             step = self._bands.start_step(match.cosine, num_steps, steps)
-            snapshot = await self._checkpoints.at_or_before(name.space.name, match.item, step) if step else None
+            snapshot = await self._checkpoints.at_or_before(name.namespace.name, match.item, step) if step else None
             if match.item in taken:  # meanwhile, by another output of its request
                 continue
             if snapshot is not None:
                 taken.add(match.item)
                 self._books.hit(match.item)
                 return WarmStart(snapshot, match.cosine)
-            if not steps and await self._checkpoints.gone(name.space.name, match.item):
+            if not steps and await self._checkpoints.gone(name.namespace.name, match.item):
                 await self._drop(match.item)
         return None
 
@@ -167,8 +167,8 @@ class WarmStarts:
     async def _drop(self, item: str) -> None:
         place = self._forget(item)
         if place is not None:
-            await self._checkpoints.delete(place.space.name, item)
-            await self._vectors.forget(place.space, item)
+            await self._checkpoints.delete(place.namespace.name, item)
+            await self._vectors.forget(place.namespace, item)
 
     def _forget(self, item: str) -> _StartLocation | None:
         self._books.remove(item)
@@ -177,17 +177,17 @@ class WarmStarts:
             index.remove(item)
         return place
 
-    def _index(self, space: Namespace, pipeline: str, dimension: int) -> tuple[tuple[str, str], SketchIndex]:
-        at = (space.name, pipeline)
+    def _index(self, namespace: Namespace, pipeline: str, dimension: int) -> tuple[tuple[str, str], SketchIndex]:
+        at = (namespace.name, pipeline)
         index = self._indexes.get(at)
         if index is None:
-            seed = space.seed(f"codes {pipeline}")
+            seed = namespace.seed(f"codes {pipeline}")
             index = self._indexes[at] = SketchIndex(dimension, seed, max_items=self._max_items)
-            if space.name in self._looked:
+            if namespace.name in self._looked:
                 self._start(self._refill(at))
-        if self._clock() - self._looked.get(space.name, -math.inf) >= LOOK_EVERY_S:
-            self._looked[space.name] = self._clock()
-            self._start(self._rebuild(space))
+        if self._clock() - self._looked.get(namespace.name, -math.inf) >= LOOK_EVERY_S:
+            self._looked[namespace.name] = self._clock()
+            self._start(self._rebuild(namespace))
             if len(self._looked) > MAX_SPACES:
                 self._looked.popitem(last=False)
         self._indexes.move_to_end(at)

@@ -9,7 +9,7 @@ Ownership goes where the streams are: a generation that waits for a stream is
 handed to the replica that has one. Invariants: only the holder of the lease
 writes; what was promised as REPLICATED has its record in Redis before. Without
 Redis there is no fleet. `owners.py` has the one side, `mirrors.py` the other,
-`base.py` what they share. Neighbours: `generations` calls, `intake` plans,
+`base.py` what they share. Neighbours: `generations` calls, `planner` plans,
 `replicas` has the parts.
 """
 
@@ -29,13 +29,13 @@ __all__ = ["CANCEL", "PRIORITY", "WANT", "ClusterContext", "GenerationHost", "Ow
 class Ownership:
     """Both sides of this replica; run `mirrors.sweep` as a task."""
 
-    def __init__(self, ground: ClusterContext, host: GenerationHost, intake: Planner) -> None:
+    def __init__(self, context: ClusterContext, host: GenerationHost, planner: Planner) -> None:
         me = secrets.token_hex(8)
-        self.news = ground.news
-        self.owners = Owners(ground, host, intake, me)
-        self.mirrors = Mirrors(ground, host, intake, self.owners, me)
-        self._tasks = ground.tasks
-        self.news.on(WANT, self.owners.hear_want)
+        self.bulletin = context.bulletin
+        self.owners = Owners(context, host, planner, me)
+        self.mirrors = Mirrors(context, host, planner, self.owners, me)
+        self._tasks = context.tasks
+        self.bulletin.subscribe(WANT, self.owners.hear_want)
 
     async def close(self) -> None:
         """Gives everything back and ends all that is under way."""

@@ -1,4 +1,4 @@
-"""What owning and showing generations across replicas stand on; see `fleet`."""
+"""What owning and showing generations across replicas stand on; see `ownership`."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class ClusterContext:
     sealer: Sealer
     keyring: Keyring
     tiers: Tiers
-    spaces: Namespaces
-    news: Bulletin
+    namespaces: Namespaces
+    bulletin: Bulletin
     ttl_s: float
     result_ttl_s: float
     idempotency_ttl_s: float
@@ -79,13 +79,13 @@ class ClusterContext:
 
     def owner(self, generation: Generation) -> EntryOwner:
         """What purges tell by what is kept of it."""
-        space = self.spaces.of(generation.caller.tenant)
-        return self.spaces.owner(space, generation.request.spec.model_revision, generation.name)
+        namespace = self.namespaces.of(generation.caller.tenant)
+        return self.namespaces.owner(namespace, generation.request.spec.model_revision, generation.name)
 
     def artifact_key(self, generation: Generation, index: int) -> str:
         """Where the finished picture of an output is, as its streams get it."""
-        prefix = self.spaces.of(generation.caller.tenant).prefix
-        return f"{prefix}/artifact/{self.spaces.private(generation.name, index)}"
+        prefix = self.namespaces.of(generation.caller.tenant).prefix
+        return f"{prefix}/artifact/{self.namespaces.private(generation.name, index)}"
 
     def start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Runs something in the background; what it raises is a bug."""

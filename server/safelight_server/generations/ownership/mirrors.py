@@ -58,10 +58,12 @@ class Mirror:
 class Mirrors:
     """See the module; run `sweep` as a task."""
 
-    def __init__(self, ground: ClusterContext, host: GenerationHost, intake: Planner, owners: Owners, me: str) -> None:
-        self._ground = ground
+    def __init__(
+        self, context: ClusterContext, host: GenerationHost, planner: Planner, owners: Owners, me: str
+    ) -> None:
+        self._context = context
         self._host = host
-        self._intake = intake
+        self._planner = planner
         self._owners = owners
         self._me = me
         self._mirrors: dict[str, Mirror] = {}
@@ -83,7 +85,7 @@ class Mirrors:
         if (mirror := self._mirrors.get(identifier)) is not None:
             return mirror.generation
         try:
-            made = await self._mirror(self._ground.name(identifier))
+            made = await self._mirror(self._context.name(identifier))
         except StoreError:
             what = "generations of other replicas cannot be looked up now"
             raise UnavailableError(what, retry_after_s=1.0) from None
@@ -97,7 +99,7 @@ class Mirrors:
         """The one mirror of its generation here, which is tended."""
         mirror = self._mirrors.setdefault(made.record.identifier, made)
         if mirror is made:
-            mirror.tending = self._ground.start(self._tend(mirror))
+            mirror.tending = self._context.start(self._tend(mirror))
         return mirror
 
     def check(self, generation: Generation) -> None:
@@ -115,21 +117,21 @@ class Mirrors:
     def _can(self, mirror: Mirror) -> bool:
         """Whether it could be developed here, with the same model."""
         try:
-            return mirror.record.pipeline in ("", self._intake.digest(mirror.generation))
+            return mirror.record.pipeline in ("", self._planner.digest(mirror.generation))
         except NotFoundError:
             return False
 
     def _same_bits(self, mirror: Mirror) -> bool:
         """Whether its pictures would be the same here, bit by bit."""
-        return mirror.record.numerics_id in ("", self._intake.numerics_id(mirror.generation))
+        return mirror.record.numerics_id in ("", self._planner.numerics_id(mirror.generation))
 
     def attend(self, generation: Generation) -> None:
         """Goes on showing it; with previews, if its numerics are these. Its owner lets it come if no stream is left."""
         mirror = self._mirrors.get(generation.identifier)
         if mirror is not None:
-            self._ground.news.say(WANT, generation.identifier, by=self._me)
+            self._context.bulletin.publish(WANT, generation.identifier, by=self._me)
             if self._same_bits(mirror):
-                self._ground.start(self._enter(mirror.generation, mirror.record.starts))
+                self._context.start(self._enter(mirror.generation, mirror.record.starts))
 
     def drop(self, generation: Generation) -> None:
         """No stream is left here; goes on while someone waits for an answer."""
@@ -143,7 +145,7 @@ class Mirrors:
 
     def tell(self, generation: Generation, kind: str, **facts: str) -> None:
         """Asks the owner for something."""
-        self._ground.news.say(kind, generation.identifier, **facts)
+        self._context.bulletin.publish(kind, generation.identifier, **facts)
 
     async def ask(self, generation: Generation, kind: str, **facts: str) -> None:
         """Asks the owner for something and waits until it has ended or is owned here.
@@ -157,7 +159,7 @@ class Mirrors:
             return
         mirror.num_asking += 1
         try:
-            async with asyncio.timeout(self._ground.ttl_s + ANSWER_S):
+            async with asyncio.timeout(self._context.ttl_s + ANSWER_S):
                 while not generation.ended and not generation.owned:
                     mirror.changed.clear()
                     await mirror.changed.wait()
@@ -171,7 +173,7 @@ class Mirrors:
                 self.drop(generation)
 
     async def _mirror(self, name: str) -> Mirror | None:
-        events = await self._ground.coordinator.read(name)
+        events = await self._context.coordinator.read(name)
         for number, event in enumerate(events):
             record = self._parse(name, event)
             if isinstance(record, GenerationRecord):
@@ -197,13 +199,13 @@ class Mirrors:
 
     def _parse(self, name: str, event: StreamEvent) -> GenerationRecord | EventRecord | None:
         try:
-            return parse(self._ground.sealer, name, event.data)
+            return parse(self._context.sealer, name, event.data)
         except (CorruptError, UnreadableError):
             log.warning("an event of a generation cannot be read", place=event.place)
             return None
 
     async def _artifact(self, generation: Generation, index: int) -> EncodedPicture | None:
-        found = await self._ground.tiers.get(self._ground.artifact_key(generation, index), sure=True)
+        found = await self._context.tiers.get(self._context.artifact_key(generation, index), sure=True)
         if found is None:
             return None
         at = found.entry.metadata
@@ -224,7 +226,7 @@ class Mirrors:
     async def _follow(self, mirror: Mirror) -> None:
         while not mirror.generation.ended:
             try:
-                following = self._ground.coordinator.follow(mirror.name, mirror.place)
+                following = self._context.coordinator.follow(mirror.name, mirror.place)
                 async with contextlib.aclosing(following) as events:  # type: ignore[type-var]  # is a generator
                     async for event in events:
                         await self._apply(mirror, event)
@@ -245,12 +247,12 @@ class Mirrors:
         """Owns it from here on, unless another replica was quicker or it is none for this one."""
         if not self._can(mirror):
             return False
-        leader = await Leadership.take(self._ground.coordinator, mirror.name, self._ground.ttl_s)
+        leader = await Leadership.take(self._context.coordinator, mirror.name, self._context.ttl_s)
         if leader is None:
             return False
         generation = mirror.generation
         try:
-            for event in await self._ground.coordinator.read(mirror.name):
+            for event in await self._context.coordinator.read(mirror.name):
                 if _later(event.place, mirror.place):
                     await self._apply(mirror, event)
             own = OwnedGeneration(mirror.name, leader, await self._owners.claimed(generation))
@@ -267,13 +269,13 @@ class Mirrors:
     def resume(self, generation: Generation) -> None:
         """One that was adopted without a stream has one now."""
         if any(output.idle for output in generation.outputs):
-            self._ground.start(self._enter(generation, [output.starts for output in generation.outputs]))
+            self._context.start(self._enter(generation, [output.starts for output in generation.outputs]))
 
     async def _enter(self, generation: Generation, starts: Sequence[bool]) -> None:
         try:
             plans = await self._plan(generation, starts)
             if self._is_wanted(generation):
-                self._intake.enter(generation, plans)
+                self._planner.enter(generation, plans)
         except BaseException:  # whatever it is, others may try
             if self._owners.owns(generation):
                 self._owners.let_go(generation)
@@ -283,7 +285,7 @@ class Mirrors:
     async def _plan(self, generation: Generation, starts: Sequence[bool]) -> list[OutputPlan]:
         while self._is_wanted(generation):  # else its stream was lost meanwhile
             with contextlib.suppress(StoreError):
-                return await self._intake.plan_again(generation, starts)
+                return await self._planner.plan_again(generation, starts)
             await asyncio.sleep(RETRY_S)
         return []
 
@@ -297,11 +299,11 @@ class Mirrors:
     async def sweep(self) -> None:
         """Takes over what nobody owns, until this replica retires."""
         while True:
-            await asyncio.sleep(self._ground.ttl_s * random.uniform(0.5, 1.0))
+            await asyncio.sleep(self._context.ttl_s * random.uniform(0.5, 1.0))
             if self._retired:
                 return
             try:
-                names = await self._ground.coordinator.orphans()
+                names = await self._context.coordinator.unowned()
                 self._left = {name: since for name, since in self._left.items() if name in names}
                 random.shuffle(names)
                 for name in names:
@@ -318,21 +320,21 @@ class Mirrors:
         if mirror is not None and not mirror.generation.ended:
             if self._can(mirror) and (self._same_bits(mirror) or self._left_for_long(name)):
                 self._keep(mirror)  # who tends it finds that nobody owns it
-        elif mirror is not None or not await self._ground.coordinator.read(name):
-            await self._strike(name)
+        elif mirror is not None or not await self._context.coordinator.read(name):
+            await self._unregister(name)
         # else it is there and cannot be read: another replica may be able to, with other keys or of another version
 
     def _left_for_long(self, name: str) -> bool:
         """Whether those with its numerics have had the time to take it over."""
         now = time.monotonic()
-        return now - self._left.setdefault(name, now) >= OTHERS_FIRST_LEASES * self._ground.ttl_s
+        return now - self._left.setdefault(name, now) >= OTHERS_FIRST_LEASES * self._context.ttl_s
 
-    async def _strike(self, name: str) -> None:
+    async def _unregister(self, name: str) -> None:
         """Takes what is over, or never began, off the roll; under its lease, lest it is about to begin."""
-        leader = await Leadership.take(self._ground.coordinator, name, self._ground.ttl_s)
+        leader = await Leadership.take(self._context.coordinator, name, self._context.ttl_s)
         if leader is not None:
             try:
-                await self._ground.coordinator.strike(name)
+                await self._context.coordinator.unregister(name)
             finally:
                 await leader.close()
 

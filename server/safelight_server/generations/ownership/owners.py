@@ -58,10 +58,10 @@ class Owners:
         me: names this replica in news.
     """
 
-    def __init__(self, ground: ClusterContext, host: GenerationHost, intake: Planner, me: str) -> None:
-        self._ground = ground
+    def __init__(self, context: ClusterContext, host: GenerationHost, planner: Planner, me: str) -> None:
+        self._context = context
         self._host = host
-        self._intake = intake
+        self._planner = planner
         self._me = me
         self._own: dict[str, OwnedGeneration] = {}
         self._wishes: OrderedDict[str, None] = OrderedDict()
@@ -77,8 +77,8 @@ class Owners:
         """
         own: OwnedGeneration | None = None
         try:
-            name = self._ground.name(generation.identifier)
-            leader = await Leadership.take(self._ground.coordinator, name, self._ground.ttl_s)
+            name = self._context.name(generation.identifier)
+            leader = await Leadership.take(self._context.coordinator, name, self._context.ttl_s)
             if leader is None:
                 return None
             own = self._own[generation.identifier] = OwnedGeneration(name, leader)
@@ -86,7 +86,7 @@ class Owners:
         except StoreError:  # what is not bound to its request id must not be found by others
             own = self._own.pop(generation.identifier, None)
             if own is not None:
-                self._ground.start(self._give_back(own))
+                self._context.start(self._give_back(own))
             return None
         except BaseException:
             await self.dismiss(generation)
@@ -98,9 +98,9 @@ class Owners:
     def _claim_of(self, generation: Generation) -> tuple[str, bytes]:
         """What its request id is called, and what says that it stands for this generation."""
         request, tenant = generation.request, generation.caller.tenant
-        name = self._ground.keyring.digest("request", tenant, request.request_id)
+        name = self._context.keyring.digest("request", tenant, request.request_id)
         facts = {"generation": generation.identifier, "digest": request.body_digest.hex()}
-        return name, self._ground.sealer.seal(name, Entry(json.dumps(facts).encode()), time.time() + CLAIM_S)
+        return name, self._context.sealer.seal(name, Entry(json.dumps(facts).encode()), time.time() + CLAIM_S)
 
     async def claimed(self, generation: Generation) -> tuple[str, bytes] | None:
         """The binding of its request id, as an earlier owner made it; None: it has none.
@@ -111,9 +111,9 @@ class Owners:
         if not generation.request.request_id:
             return None
         name, mine = self._claim_of(generation)
-        there = await self._ground.coordinator.claim(name, mine, CLAIM_S)
+        there = await self._context.coordinator.claim(name, mine, CLAIM_S)
         with contextlib.suppress(CorruptError, UnreadableError):
-            facts = json.loads(self._ground.sealer.open(name, there)[0].data)
+            facts = json.loads(self._context.sealer.open(name, there)[0].data)
             if facts["generation"] == generation.identifier:
                 return name, there
         return None
@@ -124,12 +124,12 @@ class Owners:
         replaced: bytes | None = None
         until = time.monotonic() + PATIENCE_S
         while True:
-            there = await self._ground.coordinator.claim(name, mine, CLAIM_S, replaced)
+            there = await self._context.coordinator.claim(name, mine, CLAIM_S, replaced)
             if there == mine:
                 own.claim = (name, mine)
                 return None
             try:
-                theirs = json.loads(self._ground.sealer.open(name, there)[0].data)
+                theirs = json.loads(self._context.sealer.open(name, there)[0].data)
             except (CorruptError, UnreadableError):
                 replaced = there
                 continue
@@ -139,8 +139,8 @@ class Owners:
                     f"request_id {request.request_id} was used with another request; choose a new one",
                     metadata={"request_id": request.request_id, "generation": f"generations/{other}"},
                 )
-            held = await self._ground.coordinator.holder(self._ground.name(other)) is not None
-            if await self._ground.coordinator.read(self._ground.name(other)):
+            held = await self._context.coordinator.holder(self._context.name(other)) is not None
+            if await self._context.coordinator.read(self._context.name(other)):
                 return other
             if not held:  # its replica died before it accepted anything
                 replaced = there
@@ -155,7 +155,7 @@ class Owners:
         if own is None:
             return
         left, starts = generation.left_s, tuple(plan.start is not None for plan in plans)
-        own.starts = self._intake.start_keys(generation, starts)
+        own.starts = self._planner.start_keys(generation, starts)
         record = GenerationRecord(
             generation.identifier,
             generation.caller,
@@ -164,15 +164,15 @@ class Owners:
             None if left is None else time.time() + left,
             tuple(plan.origin for plan in plans),
             starts,
-            self._intake.numerics_id(generation),
-            self._intake.digest(generation),
+            self._planner.numerics_id(generation),
+            self._planner.digest(generation),
         )
         with contextlib.suppress(StoreError):
-            if not await self._intake.keep_starts(generation, plans):
+            if not await self._planner.keep_starts(generation, plans):
                 return
-            await self._ground.coordinator.enlist(own.name)
-            if not await own.leader.publish(dump(self._ground.sealer, own.name, record)):
-                await self._ground.coordinator.strike(own.name)
+            await self._context.coordinator.register(own.name)
+            if not await own.leader.publish(dump(self._context.sealer, own.name, record)):
+                await self._context.coordinator.unregister(own.name)
                 return
             generation.durability = Durability.REPLICATED
             generation.journal = generation.log.journal = self.journal(generation, own)
@@ -195,15 +195,15 @@ class Owners:
         own = self._own.pop(generation.identifier, None)
         if own is None:
             return
-        kept_s = self._ground.kept_s if generation.journal is not None else FORGET_S
+        kept_s = self._context.kept_s if generation.journal is not None else FORGET_S
         settle = self._settling(own, kept_s, retryable=retryable)
         if generation.journal is not None:
             self._end(generation.journal, settle)
         else:
-            self._watch_end(self._ground.start(self._close(own, settle)))
+            self._watch_end(self._context.start(self._close(own, settle)))
 
     def _settling(self, own: OwnedGeneration, kept_s: float, *, retryable: bool) -> Callable[[], Awaitable[None]]:
-        claimed_s = 0.0 if retryable else self._ground.idempotency_ttl_s
+        claimed_s = 0.0 if retryable else self._context.idempotency_ttl_s
         return functools.partial(self.settle_record, own, kept_s, claimed_s)
 
     def let_go(self, generation: Generation) -> None:
@@ -225,17 +225,17 @@ class Owners:
     async def settle_record(self, own: OwnedGeneration, kept_s: float, claimed_s: float) -> None:
         """Keeps its events and its request id for so long, and nothing that its outputs begin from."""
         for key in own.starts:
-            await self._ground.tiers.delete(key)
+            await self._context.tiers.delete(key)
         with contextlib.suppress(StoreError):
-            await self._ground.coordinator.expire(own.name, kept_s)
+            await self._context.coordinator.expire(own.name, kept_s)
             if own.claim is not None:
-                await self._ground.coordinator.unclaim(*own.claim, claimed_s)
-            await self._ground.coordinator.strike(own.name)
+                await self._context.coordinator.unclaim(*own.claim, claimed_s)
+            await self._context.coordinator.unregister(own.name)
 
     def _end(self, journal: Journal, settle: Callable[[], Awaitable[None]]) -> None:
         journal.end(settle)
         self._journals.add(journal)
-        self._watch_end(self._ground.start(self._ended(journal)))
+        self._watch_end(self._context.start(self._ended(journal)))
 
     async def _ended(self, journal: Journal) -> None:
         await journal.closed()
@@ -259,13 +259,13 @@ class Owners:
         async def put(index: int, picture: EncodedPicture) -> bool:
             size = {"width": picture.width_px, "height": picture.height_px, "stride": picture.stride_bytes}
             facts = {name: str(value) for name, value in size.items()} | {"media_type": picture.media_type.value}
-            key, owner = self._ground.artifact_key(generation, index), self._ground.owner(generation)
+            key, owner = self._context.artifact_key(generation, index), self._context.owner(generation)
             entry = Entry(picture.data, facts, owner.revision, owner.generation)
-            return await self._ground.tiers.put(key, entry, self._ground.artifact_s, replicate=True)
+            return await self._context.tiers.put(key, entry, self._context.artifact_s, replicate=True)
 
         own.journal = Journal(
             own.leader,
-            self._ground.sealer,
+            self._context.sealer,
             put,
             lambda: (generation.state, generation.error),
             lambda: self._lose(generation),
@@ -289,13 +289,13 @@ class Owners:
 
     async def adopt(self, generation: Generation, own: OwnedGeneration) -> None:
         """It is owned here from now on; one that has ended is only cleared away."""
-        own.starts = self._intake.start_keys(generation, [output.starts for output in generation.outputs])
+        own.starts = self._planner.start_keys(generation, [output.starts for output in generation.outputs])
         if generation.ended:
             lost = isinstance(generation.error, UnavailableError)
-            await self._close(own, self._settling(own, self._ground.kept_s, retryable=lost))
+            await self._close(own, self._settling(own, self._context.kept_s, retryable=lost))
             return
         self._own[generation.identifier] = own
-        generation.adopt(self.journal(generation, own), self._intake.numerics_id(generation))
+        generation.adopt(self.journal(generation, own), self._planner.numerics_id(generation))
 
     def _watch_end(self, task: asyncio.Task[None]) -> None:
         self._ending.add(task)

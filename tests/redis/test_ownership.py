@@ -36,7 +36,7 @@ class Server:
 
     @property
     def coordinator(self):  # type: ignore[no-untyped-def]
-        return self.running.generations.fleet.owners._ground.coordinator
+        return self.running.generations.ownership.owners._context.coordinator
 
 
 @contextlib.asynccontextmanager
@@ -83,7 +83,7 @@ async def test_a_generation_belongs_to_its_tenant_on_every_replica(redis_server:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await ask()
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-        assert not len(other.running.generations.fleet.mirrors), "what is refused is not followed"
+        assert not len(other.running.generations.ownership.mirrors), "what is refused is not followed"
         theirs = await collect(other.stub.Generate(message, metadata=bob))
         assert theirs[0].generation != name, "request ids are each tenant's own"
         assert (await collect(call))[-1].finished.status.code == 0
@@ -124,7 +124,7 @@ async def test_a_picture_that_cannot_be_read_at_once_is_shown_elsewhere_all_the_
     redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with servers(redis_server.url, tmp_path) as (one, other):
-        store = other.running.generations.fleet.owners._ground.tiers.tiers[-1].store
+        store = other.running.generations.ownership.owners._context.tiers.tiers[-1].store
         get, failed = store.get, list[str]()
 
         async def fails_twice(key: str) -> bytes | None:
@@ -168,11 +168,11 @@ async def test_a_lost_one_is_cancelled_after_its_grace_whoever_has_it(
         call = one.stub.Generate(request(4, 1000, disconnect=grace))
         name = (await until_step(call, 2))[0].generation
         await one.running.drain(0.0)
-        fleet = other.running.generations
-        await eventually(lambda: name.partition("/")[2] in fleet._finished)
+        ownership = other.running.generations
+        await eventually(lambda: name.partition("/")[2] in ownership._finished)
         got = (await other.stub.GetGeneration(pb.GetGenerationRequest(name=name))).generation
         assert got.state == pb.Generation.STATE_CANCELLED
-        assert await other.coordinator.orphans() == []
+        assert await other.coordinator.unowned() == []
 
 
 @pytest.mark.parametrize("fault", ["killed", "hung", "restarted", "full"])

@@ -73,12 +73,12 @@ class Replica:
         self.stage = Stage()
         self.checkpoints = Checkpoints(tiers, keyring, CheckpointPolicy(2))
         self.pictures = Pictures(tiers, keyring, Here(), 60.0)
-        news = Bulletin(coordinator, sealer)
-        self.flights = LeasedRunners(
-            self.stage.engine, coordinator, sealer, self.checkpoints, self.pictures, news, Here(), TTL_S, 60.0
+        bulletin = Bulletin(coordinator, sealer)
+        self.leased_runners = LeasedRunners(
+            self.stage.engine, coordinator, sealer, self.checkpoints, self.pictures, bulletin, Here(), TTL_S, 60.0
         )
-        self.tasks = [asyncio.create_task(work) for work in (news.listen(), news.talk())]
-        self.flight: LeasedRunner | None = None
+        self.tasks = [asyncio.create_task(work) for work in (bulletin.listen(), bulletin.talk())]
+        self.leased_runner: LeasedRunner | None = None
 
     def execution(self, *, again: bool = False, generation: str = "generations/a") -> Execution:
         pipeline = simulated_pipeline()
@@ -89,8 +89,8 @@ class Replica:
         async def keep(pixels: Pixels, compute_s: float) -> bool:
             return await self.pictures.put(POINTER, pixels, FACTS, replicate=True)
 
-        self.flight = LeasedRunner(self.flights, ticket, keep)
-        return self.stage.executions.create(job, "same", Recorder(self.checkpoints), self.flight)
+        self.leased_runner = LeasedRunner(self.leased_runners, ticket, keep)
+        return self.stage.executions.create(job, "same", Recorder(self.checkpoints), self.leased_runner)
 
     async def step(self, execution: Execution, step: int) -> None:
         await self.stage.step(execution, step)
@@ -104,7 +104,7 @@ class Replica:
         for task in self.tasks:
             task.cancel()
         await asyncio.wait(self.tasks)
-        await self.flights.close(0.0)
+        await self.leased_runners.close(0.0)
         await self.stage.engine.close()
 
 
@@ -151,7 +151,7 @@ async def test_the_second_replica_follows_and_one_bill_is_written(pair: Pair) ->
     first.join(leader)
     await pair.one.step(first, 1)
     second.join(follower)
-    await eventually(lambda: pair.one.flight is not None and pair.one.flight.followed)
+    await eventually(lambda: pair.one.leased_runner is not None and pair.one.leased_runner.followed)
     await pair.one.step(first, 2)
     await eventually(lambda: follower.steps == [2])
     await pair.one.step(first, STEPS)
@@ -194,8 +194,8 @@ async def test_a_dead_leader_is_replaced_from_the_newest_checkpoint(pair: Pair) 
     first.join(leader)
     await pair.one.step(first, 3)
     second.join(follower)
-    assert pair.one.flight is not None and pair.one.flight._leader is not None
-    pair.one.flight._leader._beating.cancel()  # it renews no more, as a dead process
+    assert pair.one.leased_runner is not None and pair.one.leased_runner._leader is not None
+    pair.one.leased_runner._leader._beating.cancel()  # it renews no more, as a dead process
     pair.other.run()
     await eventually(lambda: follower.picture is not None)
     assert follower.picture is not None
@@ -203,7 +203,7 @@ async def test_a_dead_leader_is_replaced_from_the_newest_checkpoint(pair: Pair) 
     assert follower.counted == STEPS - 2
     pair.one.run()  # it was only frozen: its members have their picture, nobody pays twice
     await eventually(lambda: leader.picture is not None)
-    await until(lambda: asyncio.sleep(0, not pair.one.flights._tasks))
+    await until(lambda: asyncio.sleep(0, not pair.one.leased_runners._tasks))
     assert len(await pair.bills()) == 1
 
 
@@ -247,10 +247,10 @@ async def test_a_lease_that_nobody_knows_of_delays_the_commit_only(pair: Pair) -
     assert await LocalCoordinator.acquire(pair.coordinator, NAME, "ghost", TTL_S) is not None
     pair.coordinator.out = False
     await until(pair.bills)
-    await eventually(lambda: not pair.one.flights._tasks)
+    await eventually(lambda: not pair.one.leased_runners._tasks)
     [bill] = await pair.bills()
     assert bill["steps"] == STEPS
-    assert pair.one.flights.num_late == 0
+    assert pair.one.leased_runners.num_late == 0
 
 
 async def test_what_another_commits_meanwhile_counts(pair: Pair) -> None:
@@ -260,7 +260,7 @@ async def test_what_another_commits_meanwhile_counts(pair: Pair) -> None:
     pair.coordinator.out = False
     await pair.other.pictures.put(POINTER, await alone(), FACTS, replicate=True)
     await pair.coordinator.commit(lease, POINTER, pair.sealer.seal(BILL, Entry(b'{"by": "other"}'), time.time() + 60))
-    await eventually(lambda: not pair.one.flights._tasks)
+    await eventually(lambda: not pair.one.leased_runners._tasks)
     assert await pair.bills() == [{"by": "other"}]
 
 
@@ -285,7 +285,7 @@ async def test_a_commit_whose_answer_was_lost_and_whose_result_was_forgotten_is_
     pair.one.run()
     await eventually(lambda: member.picture is not None)
     pair.coordinator.out = False
-    await eventually(lambda: not pair.one.flights._tasks)
+    await eventually(lambda: not pair.one.leased_runners._tasks)
     assert outcomes == [CommitOutcome.COMMITTED] * 2
     assert await pair.coordinator.result(NAME) is not None
     assert len(await pair.bills()) == 1
@@ -297,11 +297,11 @@ async def test_without_the_service_for_too_long_the_result_is_discarded(
     monkeypatch.setattr(commit_module, "GIVE_UP_S", 0.05)
     with capture_logs() as lines:
         await developed_without_the_service(pair)
-        await eventually(lambda: not pair.one.flights._tasks)
+        await eventually(lambda: not pair.one.leased_runners._tasks)
     assert [line["event"] for line in lines] == ["a result was not committed in time and is discarded"]
     pair.coordinator.out = False
     assert (await pair.bills(), await pair.coordinator.result(NAME)) == ([], None)
-    assert pair.one.flights.num_late == 0
+    assert pair.one.leased_runners.num_late == 0
 
 
 async def test_a_picture_that_cannot_be_had_now_is_not_gone(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +309,7 @@ async def test_a_picture_that_cannot_be_had_now_is_not_gone(pair: Pair, monkeypa
     first, execution = Member(), pair.one.execution()
     execution.join(first)
     pair.one.run()
-    await eventually(lambda: first.picture is not None and not pair.one.flights._tasks)
+    await eventually(lambda: first.picture is not None and not pair.one.leased_runners._tasks)
     result, get = await pair.coordinator.result(NAME), pair.store.get
     asked: list[str] = []
 
@@ -323,7 +323,7 @@ async def test_a_picture_that_cannot_be_had_now_is_not_gone(pair: Pair, monkeypa
     member, execution = Member(), pair.other.execution()
     execution.join(member)
     pair.other.run()
-    await eventually(lambda: member.picture is not None and not pair.other.flights._tasks)
+    await eventually(lambda: member.picture is not None and not pair.other.leased_runners._tasks)
     assert asked
     assert await pair.coordinator.result(NAME) == result
     assert len(await pair.bills()) == 1
@@ -336,7 +336,7 @@ async def test_a_result_whose_picture_is_gone_is_computed_anew(pair: Pair) -> No
         pair.one.run()
         await eventually(lambda: member.picture is not None)
         assert len(await pair.bills()) == number
-        await eventually(lambda: not pair.one.flights._tasks)
+        await eventually(lambda: not pair.one.leased_runners._tasks)
         await pair.store.delete(POINTER)
 
 

@@ -17,7 +17,7 @@ from safelight_server.generations.ownership import CANCEL, WANT, mirrors
 
 from tests.conftest import eventually
 from tests.integration.test_generate import kinds, reason_of
-from tests.redis.test_fleet import STEPS, Server, servers
+from tests.redis.test_ownership import STEPS, Server, servers
 from tests.redis.test_replicas import BYPASS, request
 from tests.support.redis_server import RedisServer
 from tests.support.replicas import collect, sequences, until_step
@@ -36,7 +36,7 @@ async def moved(one: Server, other: Server, message: pb.GenerateRequest) -> tupl
 
 
 async def settled(server: Server) -> None:
-    await eventually(lambda: not server.running.generations.fleet.owners._ending)
+    await eventually(lambda: not server.running.generations.ownership.owners._ending)
 
 
 async def test_a_request_id_is_free_again_after_an_end_that_says_try_again(
@@ -94,7 +94,7 @@ async def test_nothing_is_developed_for_a_stream_that_was_lost_at_once(
         generation = await there.find(caller, name)
         watcher = there.attach(generation, PreviewPolicy(), lambda _error: None)
         there.detach(generation, watcher)
-        await eventually(lambda: not there.fleet._tasks)
+        await eventually(lambda: not there.ownership._tasks)
         assert all(output.idle for output in generation.outputs)
         assert not there._engine.scheduler.num_outputs
         call.cancel()
@@ -104,7 +104,7 @@ async def test_a_drained_replica_develops_nothing_that_it_has_shown_for_another(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
     async with servers(redis_server.url, tmp_path) as (one, other):
-        one.running.generations.fleet.news._handlers.pop(WANT)  # its owner keeps it
+        one.running.generations.ownership.bulletin._handlers.pop(WANT)  # its owner keeps it
         call = one.stub.Generate(request(5, 1000, cache=BYPASS))
         name = (await until_step(call, 2))[0].generation
         call.cancel()
@@ -124,16 +124,16 @@ async def test_a_cancel_is_answered_though_its_caller_looks_no_more(redis_server
         name = (await until_step(call, 2))[0].generation
         watching = other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name))
         await until_step(watching, 4)
-        news = one.running.generations.fleet.news
-        heard, hear = asyncio.Event(), news._handlers[CANCEL]
-        news.on(CANCEL, lambda *_news: heard.set())  # it takes a while
+        bulletin = one.running.generations.ownership.bulletin
+        heard, hear = asyncio.Event(), bulletin._handlers[CANCEL]
+        bulletin.subscribe(CANCEL, lambda *_bulletin: heard.set())  # it takes a while
         cancelling = other.stub.CancelGeneration(pb.CancelGenerationRequest(name=name))
         await heard.wait()
         watching.cancel()
         await eventually(lambda: not len(other.running.generations._streams))
         hear(name.partition("/")[2], {})
         assert (await cancelling).generation.state == pb.Generation.STATE_CANCELLED
-        assert not len(other.running.generations.fleet.mirrors)
+        assert not len(other.running.generations.ownership.mirrors)
         with pytest.raises(grpc.aio.AioRpcError):
             await collect(call)
 
@@ -145,11 +145,11 @@ async def test_a_cancel_that_nobody_answers_is_no_success(
     async with servers(redis_server.url, tmp_path, lease_ttl_s=0.5) as (one, other):
         call = one.stub.Generate(request(7, 1000, cache=BYPASS))
         name = (await until_step(call, 2))[0].generation
-        one.running.generations.fleet.news._handlers.pop(CANCEL)
+        one.running.generations.ownership.bulletin._handlers.pop(CANCEL)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await other.stub.CancelGeneration(pb.CancelGenerationRequest(name=name))
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert not len(other.running.generations.fleet.mirrors)
+        assert not len(other.running.generations.ownership.mirrors)
         call.cancel()
 
 
@@ -181,7 +181,7 @@ async def test_a_stream_is_not_told_of_a_picture_that_is_gone(redis_server: Redi
         name = (await until_step(call, 2))[0].generation
         watching = other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name))
         await until_step(watching, 4)
-        tiers = other.running.generations.fleet.owners._ground.tiers
+        tiers = other.running.generations.ownership.owners._context.tiers
         look = tiers.get
         tiers.get = lambda key, *a, **k: look(f"{key}-gone" if "/artifact/" in key else key, *a, **k)
         with pytest.raises(grpc.aio.AioRpcError) as caught:

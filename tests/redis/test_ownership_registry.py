@@ -10,7 +10,7 @@ from safelight_server.coordination.leadership import Leadership
 from safelight_server.storage.keyring import Keyring
 from safelight_server.storage.sealed import Entry, Sealer
 
-from tests.redis.test_fleet import servers
+from tests.redis.test_ownership import servers
 from tests.support.redis_server import RedisServer
 
 NAME = "ab" * 32
@@ -21,13 +21,13 @@ async def test_what_cannot_be_read_here_stays_for_others(
     redis_server: RedisServer, tmp_path: Path, written: str
 ) -> None:
     async with servers(redis_server.url, tmp_path, count=1) as (one,):
-        fleet = one.running.generations.fleet
-        sealer = fleet.owners._ground.sealer if written == "by a newer server" else Sealer(Keyring.random())
+        ownership = one.running.generations.ownership
+        sealer = ownership.owners._context.sealer if written == "by a newer server" else Sealer(Keyring.random())
         record = sealer.seal(NAME, Entry(b'{"form": 2}', {"kind": "record"}), time.time() + 60.0)
         await one.coordinator.append(NAME, record)
-        await one.coordinator.enlist(NAME)
-        await fleet.mirrors._rescue(NAME)
-        assert await one.coordinator.orphans() == [NAME]
+        await one.coordinator.register(NAME)
+        await ownership.mirrors._rescue(NAME)
+        assert await one.coordinator.unowned() == [NAME]
 
 
 async def test_who_was_silent_while_it_was_struck_off_promises_nothing(
@@ -36,10 +36,10 @@ async def test_who_was_silent_while_it_was_struck_off_promises_nothing(
     async with servers(redis_server.url, tmp_path, count=1, lease_ttl_s=60.0) as (one,):
         leader = await Leadership.take(one.coordinator, NAME, 60.0)
         assert leader is not None
-        await one.coordinator.enlist(NAME)
+        await one.coordinator.register(NAME)
         assert await one.coordinator.release(leader.lease)  # as if it had been silent for too long
-        await one.running.generations.fleet.mirrors._rescue(NAME)
-        assert await one.coordinator.orphans() == []
+        await one.running.generations.ownership.mirrors._rescue(NAME)
+        assert await one.coordinator.unowned() == []
         assert not await leader.publish(b"its record"), "else nobody would ever take it over"
         await leader.close()
 
@@ -47,4 +47,4 @@ async def test_who_was_silent_while_it_was_struck_off_promises_nothing(
 async def test_a_drained_replica_takes_over_nothing(redis_server: RedisServer, tmp_path: Path) -> None:
     async with servers(redis_server.url, tmp_path, count=1) as (one,):
         await one.running.drain(0.0)
-        await one.running.generations.fleet.mirrors.sweep()  # ends
+        await one.running.generations.ownership.mirrors.sweep()  # ends

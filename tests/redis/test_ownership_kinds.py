@@ -20,7 +20,7 @@ from safelight_server.generations.planner import OutputPlan
 
 from tests.conftest import eventually
 from tests.integration.test_generate import reason_of
-from tests.redis.test_fleet import STEPS, Server, servers, undisturbed
+from tests.redis.test_ownership import STEPS, Server, servers, undisturbed
 from tests.redis.test_replicas import BYPASS, DETACH, request
 from tests.support.coordination import until
 from tests.support.redis_server import RedisServer
@@ -50,7 +50,7 @@ def with_other_numerics(server: Server) -> None:
 
 
 def mirrors(server: Server) -> Mirrors:
-    found: Mirrors = server.running.generations.fleet.mirrors
+    found: Mirrors = server.running.generations.ownership.mirrors
     return found
 
 
@@ -66,14 +66,14 @@ async def test_what_nobody_owns_is_taken_over_by_one_of_its_kind(
         name = (await until_step(call, 4))[0].generation
         call.cancel()
         await one.running.drain(0.0)
-        await until(other.coordinator.orphans)
-        at = mirrors(other)._ground.name(name.partition("/")[2])
+        await until(other.coordinator.unowned)
+        at = mirrors(other)._context.name(name.partition("/")[2])
         mirror = await mirrors(other)._mirror(at)
         assert mirror is not None
         assert not await mirrors(other)._adopt(mirror)
         await mirrors(other)._rescue(at)
         assert not len(mirrors(other))
-        assert await other.coordinator.orphans() == [at]
+        assert await other.coordinator.unowned() == [at]
         watch = pb.WatchGenerationRequest(name=name, after_sequence=1)
         assert picture(await collect(third.stub.WatchGeneration(watch))) == expected
 
@@ -129,7 +129,7 @@ async def test_it_is_shown_by_one_with_other_numerics_which_computes_nothing(
         assert picture(shown) == picture(await collect(call))
         assert shown[-1].finished.cache_results[0].numerics_id == ""
         assert Component.DENOISER not in run
-        assert not await mirrors(other)._ground.coordinator.orphans()
+        assert not await mirrors(other)._context.coordinator.unowned()
 
 
 async def test_one_with_other_numerics_goes_on_with_it_and_says_so(redis_server: RedisServer, tmp_path: Path) -> None:
@@ -154,13 +154,13 @@ async def test_what_nobody_owns_is_left_to_those_with_its_numerics_for_a_while(
         name = (await until_step(call, 2))[0].generation
         call.cancel()
         await one.running.drain(0.0)
-        await until(other.coordinator.orphans)
-        at = mirrors(other)._ground.name(name.partition("/")[2])
+        await until(other.coordinator.unowned)
+        at = mirrors(other)._context.name(name.partition("/")[2])
         await mirrors(other)._rescue(at)
         assert not len(mirrors(other)), "one of its kind may come"
         monkeypatch.setattr(module, "OTHERS_FIRST_LEASES", 0)
         await mirrors(other)._rescue(at)
-        await eventually(lambda: other.running.generations.fleet.owners._own or other.running.generations._finished)
+        await eventually(lambda: other.running.generations.ownership.owners._own or other.running.generations._finished)
         shown = await collect(other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1)))
         assert shown[-1].finished.cache_results[0].numerics_id == "others"
 
@@ -180,12 +180,12 @@ async def test_who_fails_to_go_on_with_it_leaves_it_to_others(
     redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with servers(redis_server.url, tmp_path) as (one, other):
-        intake = other.running.generations._intake
+        planner = other.running.generations._planner
         call = one.stub.Generate(request(5, STEPS))
         name = (await until_step(call, 4))[0].generation
         call.cancel()
         await eventually(lambda: bool(one.running.generations._lost))
-        enter = intake.enter
+        enter = planner.enter
 
         failed = list[Generation]()
 
@@ -196,11 +196,11 @@ async def test_who_fails_to_go_on_with_it_leaves_it_to_others(
             failed.append(generation)
             raise RuntimeError("a bug")
 
-        monkeypatch.setattr(intake, "enter", fails)
+        monkeypatch.setattr(planner, "enter", fails)
         watch = pb.WatchGenerationRequest(name=name, after_sequence=1)
         watching = other.stub.WatchGeneration(watch)
         await asyncio.gather(watching.wait_for_connection(), eventually(lambda: bool(failed)))
-        await eventually(lambda: not other.running.generations.fleet.owners.owns(failed[0]))
+        await eventually(lambda: not other.running.generations.ownership.owners.owns(failed[0]))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await collect(watching)
         assert reason_of(caught.value) == "MOVED"

@@ -15,24 +15,24 @@ from tests.conftest import eventually
 
 
 async def test_reports_are_told_in_order_once_and_not_before_calls_have_left():
-    reports, told = DeferredCallbacks(), []
+    deferred, told = DeferredCallbacks(), []
     for n in range(3):
-        reports.later(lambda n=n: told.append(n))
-    reports.tell_soon()
+        deferred.defer(lambda n=n: told.append(n))
+    deferred.run_soon()
     for _ in range(TURNS):
         assert told == []
         await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert told == [0, 1, 2]
-    reports.tell()
+    deferred.run()
     assert told == [0, 1, 2]
-    assert len(reports) == 0
+    assert len(deferred) == 0
 
 
 async def test_what_a_report_adds_is_told_too():
-    reports, told = DeferredCallbacks(), []
-    reports.later(lambda: reports.later(lambda: told.append("second")))
-    reports.tell()
+    deferred, told = DeferredCallbacks(), []
+    deferred.defer(lambda: deferred.defer(lambda: told.append("second")))
+    deferred.run()
     assert told == ["second"]
 
 

@@ -47,7 +47,7 @@ class Replica:
 
     def __init__(self, store: MemoryStore, keyring: Keyring, max_bytes: int = 1 << 20) -> None:
         tiers = Tiers([Tier(store, shared=True)], Sealer(keyring), TierMetrics(CollectorRegistry()))
-        self.spaces = Namespaces(keyring, {})
+        self.namespaces = Namespaces(keyring, {})
         self.checkpoints = Checkpoints(tiers, keyring, CheckpointPolicy(5))
         self.clock = Clock()
         books = LeastBenefit(max_bytes)
@@ -56,15 +56,15 @@ class Replica:
         )
 
     def name(self, tenant: str, exact: str) -> CacheKeys:
-        return CacheKeys(self.spaces.of(tenant), exact, "c0")
+        return CacheKeys(self.namespaces.of(tenant), exact, "c0")
 
     async def finish(self, tenant: str, exact: str, seed: int, at: np.ndarray | None = None) -> None:
         """An output that has left checkpoints, of a prompt `at` a vector."""
         name = self.name(tenant, exact)
         for step in (2, 4, 6, 8, 10):
             snapshot = Snapshot(step, np.full(LATENT, seed, np.float32), np.zeros(LATENT, np.float32))
-            await self.checkpoints.keep(name.space.name, exact, snapshot, STEPS)
-        owner = self.spaces.owner(name.space, "r", f"g{seed}")
+            await self.checkpoints.keep(name.namespace.name, exact, snapshot, STEPS)
+        owner = self.namespaces.owner(name.namespace, "r", f"g{seed}")
         await self.starts.add(name, PIPELINE, vector(seed) if at is None else at, owner, STEPS, 1000)
 
     async def found(self, tenant: str, seed: int, taken: set[str] | None = None) -> float | None:
@@ -153,7 +153,7 @@ async def test_what_is_dropped_is_not_found_again() -> None:
     small = Replica(store, keyring, max_bytes=2500)
     for seed in range(1, 5):
         await small.finish("ann", f"a{seed}", seed)
-    assert len(await keys_of(store, f"{small.spaces.of('ann').prefix}/vector/")) == 2
+    assert len(await keys_of(store, f"{small.namespaces.of('ann').prefix}/vector/")) == 2
     after = Replica(store, keyring)
     await after.found("ann", 1)
     await after.starts.rebuilt()

@@ -17,7 +17,7 @@ from safelight_server.storage.tiers import Tiers
 
 from tests.conftest import eventually
 from tests.integration.test_generate import reason_of
-from tests.redis.test_fleet import STEPS, Server, servers
+from tests.redis.test_ownership import STEPS, Server, servers
 from tests.redis.test_replicas import BYPASS, request
 from tests.support.redis_server import RedisServer
 from tests.support.replicas import collect, picture, until_step
@@ -35,7 +35,7 @@ def other_prompt(seed: int) -> pb.GenerateRequest:
 async def branch(server: Server) -> pb.GenerateRequest:
     """Of a generation that is there."""
     source = await collect(server.stub.Generate(request(1, STEPS)))
-    await eventually(lambda: not server.running.generations.fleet.owners._ending)
+    await eventually(lambda: not server.running.generations.ownership.owners._ending)
     message = other_prompt(2)
     message.branch.CopyFrom(pb.Branch(generation=source[0].generation, step=BRANCHED_AT))
     return message
@@ -51,7 +51,7 @@ async def let_go(server: Server, message: pb.GenerateRequest) -> pb.WatchGenerat
 
 
 def tiers(server: Server) -> Tiers:
-    found: Tiers = server.running.generations.fleet.owners._ground.tiers
+    found: Tiers = server.running.generations.ownership.owners._context.tiers
     return found
 
 
@@ -103,14 +103,14 @@ async def test_one_near_whose_latent_is_gone_is_developed_from_noise_and_says_so
 ) -> None:
     async with servers(redis_server.url, tmp_path) as (one, other):
         message = await branch(one)
-        intake = one.running.generations._intake
-        find = intake.plan
+        planner = one.running.generations._planner
+        find = planner.plan
 
         async def near(generation: Generation, branched_from: Generation | None) -> list[OutputPlan]:
             latent = Origin(Disposition.LATENT, 0.9, num_steps_skipped=BRANCHED_AT)
             return [replace(plan, origin=latent) for plan in await find(generation, branched_from)]
 
-        monkeypatch.setattr(intake, "plan", near)
+        monkeypatch.setattr(planner, "plan", near)
         watch = await let_go(one, message)
         await lose_starts(one)
         events = await collect(other.stub.WatchGeneration(watch))
