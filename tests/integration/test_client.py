@@ -9,8 +9,8 @@ from contextlib import aclosing
 
 import grpc
 import pytest
-from safelight import Branch, Client, Finished, GenerationError, Picture
-from safelight.v1.generation_pb2 import GenerateRequest
+from safelight import Branch, Client, Finished, GenerationError, Picture, proxies
+from safelight.v1.generation_pb2 import GenerateRequest, GenerateResponse, GenerationEvent
 from safelight_server.cli.main import main
 
 from tests.conftest import eventually
@@ -78,47 +78,157 @@ async def test_whoever_looks_away_lets_the_server_know(simulated):
         await eventually(lambda: len(simulated.generations._lost) == 2)
 
 
-class Stub:
-    """Calls that are lost at once; `deadlines` are what they were given."""
+NOTHING = grpc.aio.Metadata()
 
-    def __init__(self) -> None:
+
+class Stub:
+    """A server whose calls end at once, lost or well; `deadlines` are what they were given."""
+
+    def __init__(self, *events: GenerationEvent, lost: bool = True) -> None:
         self.deadlines: list[float | None] = []
+        self._events = events
+        self._lost = lost
 
     def Generate(self, _request, *, timeout, metadata):  # noqa: N802  # gRPC's name
         self.deadlines.append(timeout)
-        return self
+        return self._call()
+
+    def WatchGeneration(self, _request, *, timeout, metadata):  # noqa: N802  # gRPC's name
+        self.deadlines.append(timeout)
+        return self._call()
+
+    def _call(self):
+        return Call(list(self._events), self._lost)
+
+
+class Call:
+    def __init__(self, events: list[GenerationEvent], lost: bool) -> None:
+        self._events = events
+        self._lost = lost
 
     def __aiter__(self):
         return self
 
     async def __anext__(self):
-        nothing = grpc.aio.Metadata()
-        raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, nothing, nothing, "lost")
+        if self._events:
+            return GenerateResponse(event=self._events.pop(0))
+        await asyncio.sleep(0.01)  # so that all who ask at once are under way
+        if self._lost:
+            raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, NOTHING, NOTHING, "lost")
+        raise StopAsyncIteration
 
     def cancel(self) -> None:
         pass
 
 
-async def lose(monkeypatch, **request: str) -> list[float | None]:
-    """The deadlines of the calls that a client makes until it gives up."""
-    stub = Stub()
-    monkeypatch.setattr(Client, "generations", stub)
-    async with Client("127.0.0.1:1") as client:
-        with pytest.raises(GenerationError):
+REQUEST_ID = "6f1c0a52-9b3e-4d0f-8a55-2f0c7d1e9b64"
+
+
+async def lose(monkeypatch, stub: Stub, **request: str) -> GenerationError:
+    """What a client says that has asked until its patience ended."""
+    monkeypatch.setattr(Client, "_generations", lambda _client, _at: stub)
+    monkeypatch.setattr("safelight.client.FIRST_WAIT_S", 0.01)
+    async with Client("127.0.0.1:1", patience_s=0.2) as client:
+        with pytest.raises(GenerationError) as caught:
             async for _ in client.develop(GenerateRequest(**request), timeout_s=10.0):
                 pass
-    return stub.deadlines
+    return caught.value
 
 
 async def test_all_connections_of_a_generation_share_one_deadline(monkeypatch):
-    deadlines = await lose(monkeypatch, request_id="6f1c0a52-9b3e-4d0f-8a55-2f0c7d1e9b64")
-    assert len(deadlines) == 6
-    assert deadlines == sorted(set(deadlines), reverse=True)
-    assert all(0 < deadline <= 10.0 for deadline in deadlines)
+    stub = Stub()
+    await lose(monkeypatch, stub, request_id=REQUEST_ID)
+    assert len(stub.deadlines) > 2
+    assert stub.deadlines == sorted(set(stub.deadlines), reverse=True)
+    assert all(0 < deadline <= 10.0 for deadline in stub.deadlines)
 
 
 async def test_what_has_no_request_id_is_never_sent_again(monkeypatch):
-    assert len(await lose(monkeypatch)) == 1
+    stub = Stub()
+    await lose(monkeypatch, stub)
+    assert len(stub.deadlines) == 1
+
+
+async def test_a_stream_that_ends_well_without_finished_is_resumed_then_an_error(monkeypatch):
+    stub = Stub(GenerationEvent(generation="generations/a", sequence=1), lost=False)
+    monkeypatch.setattr(Call, "__anext__", once(Call.__anext__))
+    failure = await lose(monkeypatch, stub, request_id=REQUEST_ID)
+    assert "the stream of generations/a ended before the generation had finished" in str(failure)
+    assert failure.code is grpc.StatusCode.UNAVAILABLE
+    assert len(stub.deadlines) > 2
+
+
+def once(read):
+    """Calls that have events only the first time."""
+    seen: list[object] = []
+
+    async def wrapped(call):
+        if seen and call not in seen:
+            raise StopAsyncIteration
+        seen.append(call)
+        return await read(call)
+
+    return wrapped
+
+
+async def test_generations_that_lose_a_server_together_all_ask_the_next_one(monkeypatch):
+    """The client's own choice was stepped once for each of them, past the server that was there."""
+    finished = Stub(GenerationEvent(generation="generations/a", sequence=1, finished={}), lost=False)
+    stubs = [Stub(), finished, Stub()]
+    monkeypatch.setattr(Client, "_generations", lambda _client, at: stubs[at])
+    async with Client("127.0.0.1:1,127.0.0.1:2,127.0.0.1:3") as client:
+
+        async def ask() -> list[object]:
+            return [event async for event in client.develop(GenerateRequest(request_id=REQUEST_ID))]
+
+        ended = await asyncio.gather(*(ask() for _ in range(24)))
+    assert all(isinstance(events[-1], Finished) for events in ended)
+    assert (len(stubs[0].deadlines), len(finished.deadlines), len(stubs[2].deadlines)) == (24, 24, 0)
+
+
+@pytest.mark.parametrize(
+    ("target", "local"),
+    [
+        ("127.0.0.1:8421", True),
+        ("localhost:8421", True),
+        ("[::1]:8421", True),
+        ("dns:///localhost:8421", True),
+        ("ipv4:127.0.0.2:8421", True),
+        ("unix:/run/safelight.sock", True),
+        ("safelight.example:8421", False),
+        ("10.0.0.1:8421", False),
+        ("[2001:db8::1]:8421", False),
+    ],
+)
+def test_what_is_on_this_machine_is_asked_without_a_proxy(target, local, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+    for name in ("grpc_proxy", "https_proxy", "no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert proxies.is_local(target) is local
+    assert bool(proxies.channel_options(target)) is local
+    assert proxies.proxy_of(target) == ("" if local else "http_proxy=http://proxy.example:3128")
+
+
+def test_what_no_proxy_lists_is_asked_without_a_proxy(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+    monkeypatch.setenv("no_proxy", "safelight.example")
+    assert proxies.proxy_of("safelight.example:8421") == ""
+
+
+async def test_a_server_that_a_proxy_hides_is_an_error_that_names_the_proxy(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    async with Client("safelight.example:8421", patience_s=0.0) as client:
+        with pytest.raises(GenerationError, match=r"through the proxy of http_proxy=http://127\.0\.0\.1:9"):
+            async for _ in client.generate("x"):
+                pass
+
+
+async def test_a_server_on_this_machine_answers_where_a_proxy_is_set(simulated, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    async with Client(simulated.address, patience_s=0.0) as client:
+        events = [event async for event in client.generate("x", steps=2)]
+    assert isinstance(events[-1], Finished)
 
 
 @pytest.mark.timeout(180)

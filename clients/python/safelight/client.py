@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -13,7 +14,7 @@ from typing import Literal, Self, TypeAlias
 
 import grpc
 
-from safelight import tracing
+from safelight import proxies, tracing
 from safelight.errors import GenerationError
 from safelight.v1 import cache_pb2, cache_pb2_grpc, generation_pb2_grpc, models_pb2, models_pb2_grpc
 from safelight.v1 import generation_pb2 as pb
@@ -34,8 +35,10 @@ CACHE_MODES: Mapping[CacheMode, pb.CachePolicy.Mode.ValueType] = {
     "similar": pb.CachePolicy.MODE_ALLOW_SIMILAR,
 }
 """What may serve a request beside its own development; see `CachePolicy` in the proto."""
-RESUMES = 5
-"""Lost connections that one generation survives."""
+PATIENCE_S = 60.0
+"""How long a generation whose connection is lost is asked for again, since its last event; longer than a restart."""
+FIRST_WAIT_S, MAX_WAIT_S = 0.1, 2.0
+"""Waits between two tries: doubled from the first to the longest, of which 50 to 100 % are waited, by chance."""
 RESUMABLE = ("", "WATCHER_STALLED", "MOVED", "OTHER_MODEL")
 """Reasons after which the same generation goes on; empty: the connection was lost."""
 ELSEWHERE = ("DRAINING", "UNAVAILABLE")
@@ -120,10 +123,19 @@ Call: TypeAlias = (
 
 
 @dataclass(slots=True)
-class _Progress:
-    """What was received of a generation, to resume after it."""
+class _Received:
+    """What was received of a generation, to resume after it.
 
+    Attributes:
+        at: index of the server that is asked.
+        num_events: received on all connections.
+        finished: the last event was received.
+    """
+
+    at: int
     name: str = ""
+    num_events: int = 0
+    finished: bool = False
     durable: bool = False
     sequence: int = 0
     seeds: list[int] = field(default_factory=list)
@@ -139,6 +151,7 @@ class Client:
         api_key: sent as a bearer token.
         credentials: for TLS; None: plain text.
         server_name: in the server's certificate, where that is not the target's.
+        patience_s: how long a generation whose connection is lost is asked for again, since its last event.
 
     Raises:
         ValueError: "ARGUMENT: WHAT", of a target or an api_key that cannot be sent.
@@ -151,6 +164,7 @@ class Client:
         api_key: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         server_name: str = "",
+        patience_s: float = PATIENCE_S,
     ) -> None:
         targets = [one.strip() for one in (target.split(",") if isinstance(target, str) else target)]
         if not targets or not all(targets):
@@ -158,7 +172,9 @@ class Client:
         key = (api_key or "").rstrip()
         if not all("!" <= character <= "~" for character in key):
             raise ValueError("api_key: must be visible ASCII characters")
+        self._targets = targets
         self._channels = [_channel(one, credentials, server_name) for one in targets]
+        self._patience_s = patience_s
         self._at = 0
         self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
 
@@ -170,14 +186,25 @@ class Client:
     @property
     def generations(self) -> generation_pb2_grpc.GenerationServiceAsyncStub:
         """The calls as they are, at the server that is asked now."""
-        return generation_pb2_grpc.GenerationServiceStub(self.channel)
+        return self._generations(self._at)
+
+    def _generations(self, at: int) -> generation_pb2_grpc.GenerationServiceAsyncStub:
+        return generation_pb2_grpc.GenerationServiceStub(self._channels[at])
 
     @property
     def _caches(self) -> cache_pb2_grpc.CacheServiceAsyncStub:
         return cache_pb2_grpc.CacheServiceStub(self.channel)
 
-    def _next(self) -> None:
-        self._at = (self._at + 1) % len(self._channels)
+    def _next(self, failed: int) -> int:
+        """The server to ask after the one that failed.
+
+        Generations that lose a server together step to the same next one: each steps from the server that it lost,
+        and new calls follow the first of them only.
+        """
+        after = (failed + 1) % len(self._channels)
+        if self._at == failed:
+            self._at = after
+        return after
 
     async def __aenter__(self) -> Self:
         return self
@@ -263,34 +290,40 @@ class Client:
     async def _develop(
         self, request: pb.GenerateRequest, timeout_s: float | None, metadata: Metadata
     ) -> AsyncGenerator[Event, None]:
-        received = _Progress()
+        received = _Received(self._at)
         loop = asyncio.get_running_loop()
         until = None if timeout_s is None else loop.time() + timeout_s
-        for attempt in range(RESUMES + 1):
+        tries, num_events, give_up_at = 0, 0, loop.time() + self._patience_s
+        while True:
             call = self._call(request, received, None if until is None else until - loop.time(), metadata)
             try:
                 async for response in call:
                     for event in _events(response.event, received):
                         yield event
-                return
+                if received.finished:
+                    return
+                failure = GenerationError.unfinished(received.name)
             except grpc.aio.AioRpcError as error:
-                failure = GenerationError(error)
-                movable = len(self._channels) > 1 and (received.durable or not received.name)
-                resumable = failure.reason in RESUMABLE or (movable and failure.reason in ELSEWHERE)
-                resumable = resumable and bool(received.name or request.request_id)
-                if error.code() is not grpc.StatusCode.UNAVAILABLE or not resumable or attempt == RESUMES:
-                    raise failure from None
-                if movable and failure.reason != "WATCHER_STALLED":
-                    self._next()
-                await asyncio.sleep(min(2.0, 0.1 * 2**attempt))
+                failure = GenerationError(error, proxies.proxy_of(self._targets[received.at]))
             finally:
                 call.cancel()  # whoever looks away lets the server know; a call that has ended takes no notice
+            if received.num_events > num_events:
+                tries, num_events, give_up_at = 0, received.num_events, loop.time() + self._patience_s
+            wait_s = min(MAX_WAIT_S, FIRST_WAIT_S * 2**tries) * random.uniform(0.5, 1.0)
+            movable = len(self._channels) > 1 and (received.durable or not received.name)
+            if not _is_resumable(failure, received, request, movable) or loop.time() + wait_s > give_up_at:
+                raise failure from None
+            if movable and failure.reason != "WATCHER_STALLED":
+                received.at = self._next(received.at)
+            tries += 1
+            await asyncio.sleep(wait_s)
 
     def _call(
-        self, request: pb.GenerateRequest, received: _Progress, timeout_s: float | None, metadata: Metadata
+        self, request: pb.GenerateRequest, received: _Received, timeout_s: float | None, metadata: Metadata
     ) -> Call:
+        generations = self._generations(received.at)
         if not received.name:
-            return self.generations.Generate(request, timeout=timeout_s, metadata=metadata)
+            return generations.Generate(request, timeout=timeout_s, metadata=metadata)
         watch = pb.WatchGenerationRequest(
             name=received.name,
             after_sequence=received.sequence,
@@ -299,7 +332,7 @@ class Client:
                 pb.ArtifactOffset(output_index=index, offset=len(part)) for index, part in received.parts.items()
             ],
         )
-        return self.generations.WatchGeneration(watch, timeout=timeout_s, metadata=metadata)
+        return generations.WatchGeneration(watch, timeout=timeout_s, metadata=metadata)
 
     async def models(self) -> list[models_pb2.Model]:
         """All models of the server."""
@@ -344,14 +377,24 @@ class Client:
 
 
 def _channel(target: str, credentials: grpc.ChannelCredentials | None, server_name: str) -> grpc.aio.Channel:
+    options = [*CHANNEL_OPTIONS, *proxies.channel_options(target)]
     if credentials is None:
-        return grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
+        return grpc.aio.insecure_channel(target, options)
     named = [("grpc.ssl_target_name_override", server_name)] if server_name else []
-    return grpc.aio.secure_channel(target, credentials, [*CHANNEL_OPTIONS, *named])
+    return grpc.aio.secure_channel(target, credentials, [*options, *named])
 
 
-def _events(event: pb.GenerationEvent, received: _Progress) -> list[Event]:
+def _is_resumable(failure: GenerationError, received: _Received, request: pb.GenerateRequest, movable: bool) -> bool:
+    """Whether asking again can go on with the same generation; `movable`: another server can go on with it."""
+    if failure.code is not grpc.StatusCode.UNAVAILABLE or not (received.name or request.request_id):
+        return False
+    return failure.reason in RESUMABLE or (movable and failure.reason in ELSEWHERE)
+
+
+def _events(event: pb.GenerationEvent, received: _Received) -> list[Event]:
     received.name = event.generation
+    received.num_events += 1
+    received.finished = event.WhichOneof("event") == "finished"
     received.sequence = max(received.sequence, event.sequence)
     match event.WhichOneof("event"):
         case "accepted":
@@ -376,7 +419,7 @@ def _origin(result: pb.CacheResult) -> Origin:
     return Origin(name, result.similarity, result.source, result.num_steps_skipped, result.numerics_id)
 
 
-def _artifact(chunk: pb.ArtifactChunk, received: _Progress) -> list[Event]:
+def _artifact(chunk: pb.ArtifactChunk, received: _Received) -> list[Event]:
     part = received.parts.setdefault(chunk.output_index, bytearray())
     if chunk.offset != len(part):
         return []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
@@ -14,10 +16,15 @@ class GenerationError(Exception):
         reason: stable, such as "QUEUE_FULL".
         violations: of an invalid request, what to change by field.
         retry_after_s: when a retry makes sense, if the server says.
+
+    Args:
+        proxy: through which the server was asked, as "VARIABLE=URL"; named where the server could not be reached.
     """
 
-    def __init__(self, error: grpc.aio.AioRpcError) -> None:
-        super().__init__(f"{error.code().name}: {error.details()}")
+    def __init__(self, error: grpc.aio.AioRpcError, proxy: str = "") -> None:
+        through = f" (asked through the proxy of {proxy}; list the server in no_proxy to ask it directly)"
+        lost = proxy and error.code() is grpc.StatusCode.UNAVAILABLE
+        super().__init__(f"{error.code().name}: {error.details()}{through if lost else ''}")
         self.code = error.code()
         self.reason = ""
         self.violations: dict[str, str] = {}
@@ -25,6 +32,13 @@ class GenerationError(Exception):
         for key, value in error.trailing_metadata() or ():
             if key == "grpc-status-details-bin" and isinstance(value, bytes):
                 self._read(status_pb2.Status.FromString(value))
+
+    @classmethod
+    def unfinished(cls, generation: str) -> Self:
+        """The error of a stream that a server, or a proxy before it, ended well before the generation's last event."""
+        nothing = grpc.aio.Metadata()
+        message = f"the stream of {generation or 'the generation'} ended before the generation had finished"
+        return cls(grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, nothing, nothing, message))
 
     def _read(self, status: status_pb2.Status) -> None:
         info, bad, retry = (
