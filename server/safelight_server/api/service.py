@@ -50,7 +50,6 @@ from safelight_server.validation import (
     resolve_purge,
     resolve_request,
 )
-from safelight_server.validation.messages import draft_preview, draft_priority, draft_purge, draft_request
 
 log = structlog.get_logger(__name__)
 
@@ -131,7 +130,7 @@ class Service:
     ) -> AsyncGenerator[bytes, None]:
         """Starts a generation and watches it."""
         with stream.stage.within("resolve"):
-            resolved = resolve_request(draft_request(request), self._catalog, self._limits)
+            resolved = resolve_request(request, self._catalog, self._limits)
         generation = await self._generations.start(caller, resolved, stream.stage, stream.time_left_s)
         async with aclosing(self._watch(generation, resolved.preview, stream)) as events:
             async for event in events:
@@ -143,7 +142,7 @@ class Service:
         """Watches a generation that exists."""
         generation = await self._generations.find(caller, resolve_name(request.name, "generations"))
         pipeline = self._generations.pipeline_of(generation)
-        policy = resolve_preview(draft_preview(request.preview), pipeline)
+        policy = resolve_preview(request.preview, pipeline)
         offsets = {offset.output_index: offset.offset for offset in request.artifact_offsets}
         async with aclosing(self._watch(generation, policy, stream, request.after_sequence, offsets)) as events:
             async for event in events:
@@ -179,9 +178,9 @@ class Service:
             raise FailedPreconditionError(f"{generation.name} has ended")
         policy = priority = None
         if request.HasField("preview"):
-            policy = resolve_preview(draft_preview(request.preview), self._generations.pipeline_of(generation))
+            policy = resolve_preview(request.preview, self._generations.pipeline_of(generation))
         if request.HasField("scheduling"):
-            priority = resolve_priority(draft_priority(request.scheduling))
+            priority = resolve_priority(request.scheduling)
         if policy is not None:  # nothing is changed before all is known to be good
             generation.log.update_policy(policy)
         if priority is not None:
@@ -227,7 +226,7 @@ class Service:
     async def purge_cache(self, request: cache_pb2.PurgeCacheRequest, caller: Caller) -> cache_pb2.PurgeCacheResponse:
         """Deletes from the caches."""
         caller.check_admin()
-        return wire.purged_message(await self._caches.purge(resolve_purge(draft_purge(request))))
+        return wire.purged_message(await self._caches.purge(resolve_purge(request)))
 
     # --- calls and their statuses ---
 
