@@ -1,4 +1,4 @@
-"""Errors to google.rpc.Status with details; a status fits into a call's trailing metadata."""
+"""Errors as google.rpc.Status messages with details, small enough for the trailing metadata of a call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OK = status_pb2.Status(code=code_pb2.OK)
 
 
 def status_of(error: SafelightError) -> status_pb2.Status:
-    """An error with its details: ErrorInfo always, BadRequest, RetryInfo and QuotaFailure where they say more."""
+    """An error as a Status. It always has an ErrorInfo; BadRequest, QuotaFailure and RetryInfo where they apply."""
     status = status_pb2.Status(code=error.status.value[0], message=error.message)
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     status.details.add().Pack(info)
@@ -33,5 +33,5 @@ def status_of(error: SafelightError) -> status_pb2.Status:
 
 
 def trailing_metadata(status: status_pb2.Status) -> Mapping[str, bytes]:
-    """How gRPC carries a status with details."""
+    """The trailing metadata in which gRPC sends a status with details."""
     return {"grpc-status-details-bin": status.SerializeToString()}
