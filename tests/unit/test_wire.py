@@ -91,8 +91,9 @@ def test_no_retry_is_promised_where_none_makes_sense() -> None:
 
 
 def test_a_status_travels_in_the_trailers() -> None:
-    status = wire.status_of(NotFoundError("gone"))
-    assert wire.trailing_metadata(status) == {"grpc-status-details-bin": status.SerializeToString()}
+    error = NotFoundError("gone")
+    expected = wire.status_of(error).SerializeToString()
+    assert wire.trailing_metadata(error) == (("grpc-status-details-bin", expected),)
 
 
 def test_the_worst_status_fits_into_the_trailers(tmp_path: Path) -> None:

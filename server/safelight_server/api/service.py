@@ -1,7 +1,7 @@
 """The gRPC services of the contract, one method for each call.
 
 A method gets the parsed request and its caller, and returns or yields the
-answer. `_stream` and `_call` wrap the methods: they recognize the caller, parse,
+answer. `_stream_handler` and `_unary_handler` wrap the methods: they recognize the caller, parse,
 and turn errors into statuses, before the first event and in mid-stream alike.
 Events come serialized from `stream/` and are sent as they are.
 """
@@ -17,7 +17,6 @@ from typing import TypeAlias, TypeVar
 import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
-from google.rpc import status_pb2
 from safelight.v1 import cache_pb2, models_pb2
 from safelight.v1 import generation_pb2 as pb
 
@@ -97,30 +96,30 @@ class Service:
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         """The handlers of all services, to be added to a grpc.aio server."""
-        stream, call = self._stream, self._call
+        stream, unary = self._stream_handler, self._unary_handler
         return [
             grpc.method_handlers_generic_handler(
                 GENERATION_SERVICE,
                 {
                     "Generate": stream("Generate", self.generate, pb.GenerateRequest),
                     "WatchGeneration": stream("WatchGeneration", self.watch_generation, pb.WatchGenerationRequest),
-                    "UpdateGeneration": call("UpdateGeneration", self.update_generation, pb.UpdateGenerationRequest),
-                    "CancelGeneration": call("CancelGeneration", self.cancel_generation, pb.CancelGenerationRequest),
-                    "GetGeneration": call("GetGeneration", self.get_generation, pb.GetGenerationRequest),
+                    "UpdateGeneration": unary("UpdateGeneration", self.update_generation, pb.UpdateGenerationRequest),
+                    "CancelGeneration": unary("CancelGeneration", self.cancel_generation, pb.CancelGenerationRequest),
+                    "GetGeneration": unary("GetGeneration", self.get_generation, pb.GetGenerationRequest),
                 },
             ),
             grpc.method_handlers_generic_handler(
                 MODEL_SERVICE,
                 {
-                    "ListModels": call("ListModels", self.list_models, models_pb2.ListModelsRequest),
-                    "GetModel": call("GetModel", self.get_model, models_pb2.GetModelRequest),
+                    "ListModels": unary("ListModels", self.list_models, models_pb2.ListModelsRequest),
+                    "GetModel": unary("GetModel", self.get_model, models_pb2.GetModelRequest),
                 },
             ),
             grpc.method_handlers_generic_handler(
                 CACHE_SERVICE,
                 {
-                    "GetCacheStats": call("GetCacheStats", self.get_cache_stats, cache_pb2.GetCacheStatsRequest),
-                    "PurgeCache": call("PurgeCache", self.purge_cache, cache_pb2.PurgeCacheRequest),
+                    "GetCacheStats": unary("GetCacheStats", self.get_cache_stats, cache_pb2.GetCacheStatsRequest),
+                    "PurgeCache": unary("PurgeCache", self.purge_cache, cache_pb2.PurgeCacheRequest),
                 },
             ),
         ]
@@ -228,7 +227,7 @@ class Service:
         caller.check_admin()
         return wire.purged_message(await self._caches.purge(resolve_purge(request)))
 
-    def _stream(
+    def _stream_handler(
         self,
         name: str,
         method: Callable[[In, Caller, _Stream], AsyncGenerator[bytes, None]],
@@ -263,7 +262,9 @@ class Service:
 
         return grpc.unary_stream_rpc_method_handler(handler)
 
-    def _call(self, name: str, method: Callable[[In, Caller], Awaitable[Out]], request_type: type[In]) -> Handler:
+    def _unary_handler(
+        self, name: str, method: Callable[[In, Caller], Awaitable[Out]], request_type: type[In]
+    ) -> Handler:
         async def handler(data: bytes, context: Context) -> bytes:
             metadata = context.invocation_metadata() or ()
             stage = self._tracer.server_call(_service_of(request_type), name, metadata)
@@ -289,12 +290,11 @@ class Service:
         return grpc.unary_unary_rpc_method_handler(handler)
 
     async def _abort(self, context: Context, error: SafelightError, started: bool = False) -> None:
-        status = wire.status_of(error)
         if not started:
             self._metrics.refused(error.reason)
             log.info("refused", reason=error.reason, message=error.message)
         try:
-            await context.abort(error.status, error.message, _details(status))
+            await context.abort(error.status, error.message, wire.trailing_metadata(error))
         except grpc.aio.InternalError:  # the client has left: a deadline, for one, ends the call at both ends
             raise asyncio.CancelledError from None
 
@@ -342,7 +342,7 @@ class _Stream:
 
     async def _abort(self, error: SafelightError) -> None:
         with contextlib.suppress(grpc.aio.BaseError, asyncio.CancelledError):  # the connection may break meanwhile
-            await self._context.abort(error.status, error.message, _details(wire.status_of(error)))
+            await self._context.abort(error.status, error.message, wire.trailing_metadata(error))
 
 
 def _end_span(stage: Stage, error: SafelightError | None) -> None:
@@ -353,10 +353,6 @@ def _end_span(stage: Stage, error: SafelightError | None) -> None:
 def _service_of(request_type: type[Message]) -> str:
     [service] = request_type.DESCRIPTOR.file.services_by_name.values()
     return str(service.full_name)
-
-
-def _details(status: status_pb2.Status) -> tuple[tuple[str, bytes], ...]:
-    return tuple(wire.trailing_metadata(status).items())
 
 
 def _parse(request_type: type[In], data: bytes) -> In:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from safelight_server.domain.errors import QueueFullError, SafelightError
@@ -32,6 +30,6 @@ def status_of(error: SafelightError) -> status_pb2.Status:
     return status
 
 
-def trailing_metadata(status: status_pb2.Status) -> Mapping[str, bytes]:
-    """The trailing metadata in which gRPC sends a status with details."""
-    return {"grpc-status-details-bin": status.SerializeToString()}
+def trailing_metadata(error: SafelightError) -> tuple[tuple[str, bytes], ...]:
+    """The trailing metadata in which gRPC sends the Status of an error with its details."""
+    return (("grpc-status-details-bin", status_of(error).SerializeToString()),)
