@@ -23,7 +23,6 @@ from safelight_server.catalog.catalog import Catalog
 from safelight_server.domain.request import Spec
 from safelight_server.sampler import SamplerSpec
 from safelight_server.validation import RequestLimits, resolve_request
-from safelight_server.validation.messages import draft_request
 
 from tests.support.pipelines import small_catalog
 
@@ -63,7 +62,7 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
 
 
 def spec_of(catalog: Catalog, message: pb.GenerationSpec) -> Spec:
-    return resolve_request(draft_request(pb.GenerateRequest(spec=message)), catalog, LIMITS).spec
+    return resolve_request(pb.GenerateRequest(spec=message), catalog, LIMITS).spec
 
 
 def test_every_field_of_a_spec_is_in_the_fingerprint_or_known_to_be_silent():

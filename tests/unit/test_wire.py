@@ -28,8 +28,7 @@ from safelight_server.domain.request import MediaType, PixelEncoding, PreviewMet
 from safelight_server.runtime.base import CostCurve
 from safelight_server.runtime.simulated import SimulatedRuntime
 from safelight_server.scheduler import Priority
-from safelight_server.validation import RequestLimits, resolve_request
-from safelight_server.validation.messages import draft_request
+from safelight_server.validation import RequestLimits, body_digest, resolve_request
 from safelight_server.wire import enums, statuses, times
 
 from tests.support.pipelines import small_catalog, small_pipeline
@@ -92,8 +91,9 @@ def test_no_retry_is_promised_where_none_makes_sense() -> None:
 
 
 def test_a_status_travels_in_the_trailers() -> None:
-    status = wire.status_of(NotFoundError("gone"))
-    assert wire.trailing_metadata(status) == {"grpc-status-details-bin": status.SerializeToString()}
+    error = NotFoundError("gone")
+    expected = wire.status_of(error).SerializeToString()
+    assert wire.trailing_metadata(error) == (("grpc-status-details-bin", expected),)
 
 
 def test_the_worst_status_fits_into_the_trailers(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_the_worst_status_fits_into_the_trailers(tmp_path: Path) -> None:
     for index in range(16):
         message.labels["\U0001f600" * 64 + str(index)] = "v" * 256
     with pytest.raises(InvalidRequestError) as refused:
-        resolve_request(draft_request(message), small_catalog(tmp_path), LIMITS)
+        resolve_request(message, small_catalog(tmp_path), LIMITS)
     status = wire.status_of(refused.value)
     percent_encoded = sum(1 if 0x20 <= byte < 0x7F else 3 for byte in status.message.encode())
     assert percent_encoded + len(status.SerializeToString()) * 4 / 3 < 7500
@@ -121,15 +121,15 @@ def test_a_spec_sent_again_is_the_same_spec(tmp_path: Path) -> None:
             outputs=[pb.OutputSpec(), pb.OutputSpec(seed=7)],
         )
     )
-    first = resolve_request(draft_request(sent), catalog, LIMITS).spec
+    first = resolve_request(sent, catalog, LIMITS).spec
     effective = pb.GenerateRequest(spec=wire.spec_message(first))
-    assert resolve_request(draft_request(effective), catalog, LIMITS).spec == first
+    assert resolve_request(effective, catalog, LIMITS).spec == first
     karras = pb.SamplerSpec(name="euler", sigma_schedule=pb.SIGMA_SCHEDULE_KARRAS)
     sent.spec.sampler.CopyFrom(karras)
-    second = resolve_request(draft_request(sent), catalog, LIMITS).spec
+    second = resolve_request(sent, catalog, LIMITS).spec
     effective = pb.GenerateRequest(spec=wire.spec_message(second))
     assert not effective.spec.sampler.HasField("eta")
-    assert resolve_request(draft_request(effective), catalog, LIMITS).spec == second
+    assert resolve_request(effective, catalog, LIMITS).spec == second
 
 
 @given(
@@ -174,9 +174,8 @@ def test_every_enum_of_the_contract_has_our_word() -> None:
 
 def test_the_digest_covers_all_but_the_request_id() -> None:
     def digest(**changes: object) -> bytes:
-        return draft_request(
-            pb.GenerateRequest(**{"request_id": UUID, "spec": pb.GenerationSpec(prompt="red"), **changes})
-        ).body_digest
+        sent = {"request_id": UUID, "spec": pb.GenerationSpec(prompt="red"), **changes}
+        return body_digest(pb.GenerateRequest(**sent))
 
     plain = digest()
     assert len(plain) == 32

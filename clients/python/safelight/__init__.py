@@ -1,4 +1,4 @@
-"""Ask a Safelight server for pictures and watch them develop.
+"""Asyncio client of a Safelight server: text to image, with previews while the picture is computed.
 
 async with safelight.Client("127.0.0.1:8421") as client:
     async for event in client.generate("a glowing red potion", seed=7):

@@ -1,4 +1,4 @@
-"""The asyncio client: one generation as a stream of small events, resumed when the connection is lost."""
+"""The asyncio client: streams a generation as events, and resumes it when the connection is lost."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ CACHE_MODES: Mapping[CacheMode, pb.CachePolicy.Mode.ValueType] = {
     "latent": pb.CachePolicy.MODE_ALLOW_LATENT,
     "similar": pb.CachePolicy.MODE_ALLOW_SIMILAR,
 }
-"""What may serve a request beside its own development; see `CachePolicy` in the proto."""
+"""Which cached results may answer a request; see `CachePolicy` in the proto."""
 PATIENCE_S = 60.0
 """How long a generation whose connection is lost is asked for again, since its last event; longer than a restart."""
 FIRST_WAIT_S, MAX_WAIT_S = 0.1, 2.0
 """Waits between two tries: doubled from the first to the longest, of which 50 to 100 % are waited, by chance."""
 RESUMABLE = ("", "WATCHER_STALLED", "MOVED", "OTHER_MODEL")
-"""Reasons after which the same generation goes on; empty: the connection was lost."""
+"""Error reasons after which the same generation can be resumed; "" is a lost connection."""
 ELSEWHERE = ("DRAINING", "UNAVAILABLE")
-"""Reasons after which another replica can help as well."""
+"""Error reasons after which the same call can succeed at another replica."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """An output has made a step."""
+    """An output has finished a denoising step."""
 
     output_index: int
     step: int
@@ -57,7 +57,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """How an output looks at a step, encoded as `media_type`."""
+    """A preview of an output after `step` steps, encoded as `media_type`."""
 
     output_index: int
     step: int
@@ -69,7 +69,7 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A finished picture, encoded as `media_type`; checked against its SHA-256."""
+    """A finished picture, encoded as `media_type`. Its SHA-256 has been checked."""
 
     output_index: int
     media_type: str
@@ -84,13 +84,13 @@ class Origin:
     """Where a picture came from.
 
     Attributes:
-        disposition: "miss" (it was developed), "coalesced" (with an identical one on its way), "exact" (an identical
-            one from before), "similar" (another picture that fits), "latent" (developed from another's latent) or
-            "branched" (developed from the step that was named).
-        similarity: of the prompts, for "similar" and "latent".
-        source: the generation that developed it, for "exact" and "similar".
-        num_steps_skipped: steps that were not made for this picture.
-        numerics_id: it was developed with, where a server with others than `Accepted` says went on with it.
+        disposition: "miss" (computed in full), "coalesced" (shared with an identical output that was being computed),
+            "exact" (cached, identical), "similar" (cached, for a similar prompt or another seed), "latent" (computed
+            from the cached latent of a similar prompt) or "branched" (computed from the step of `branch`).
+        similarity: cosine similarity of the prompts, for "similar" and "latent".
+        source: the generation that computed the picture, for "exact" and "similar".
+        num_steps_skipped: denoising steps that were not run for this picture.
+        numerics_id: of the replica that continued the generation, where it differs from the one in `Accepted`.
     """
 
     disposition: str
@@ -102,10 +102,10 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The generation has ended well.
+    """The generation has succeeded.
 
     Attributes:
-        origins: where each picture came from, by its output.
+        origins: where each picture came from, in the order of the outputs.
     """
 
     generation: str
@@ -124,7 +124,8 @@ Call: TypeAlias = (
 
 @dataclass(slots=True)
 class _Received:
-    """What was received of a generation, to resume after it.
+    """How far a generation was received, to resume from there.
+
 
     Attributes:
         at: index of the server that is asked.
@@ -146,15 +147,15 @@ class Client:
     """A connection to a server, or to several replicas of one.
 
     Args:
-        target: as gRPC takes it, "host:port"; several, as a list or with commas between: when one is gone, the next
-            one is asked, and goes on with what the first one had accepted as REPLICATED.
+        target: "host:port", or another form that gRPC takes. Several replicas: a list, or separated by commas. When
+            one is lost, the client asks the next, which continues a generation that was accepted as REPLICATED.
         api_key: sent as a bearer token.
         credentials: for TLS; None: plain text.
-        server_name: in the server's certificate, where that is not the target's.
+        server_name: the name in the server's certificate, where it differs from the target's.
         patience_s: how long a generation whose connection is lost is asked for again, since its last event.
 
     Raises:
-        ValueError: "ARGUMENT: WHAT", of a target or an api_key that cannot be sent.
+        ValueError: "ARGUMENT: WHAT", for a target or an api_key that cannot be used.
     """
 
     def __init__(
@@ -180,12 +181,12 @@ class Client:
 
     @property
     def channel(self) -> grpc.aio.Channel:
-        """The connection to the server that is asked now, for stubs of other services."""
+        """The connection to the current server, for stubs of other services."""
         return self._channels[self._at]
 
     @property
     def generations(self) -> generation_pb2_grpc.GenerationServiceAsyncStub:
-        """The calls as they are, at the server that is asked now."""
+        """The generated stub of GenerationService at the current server."""
         return self._generations(self._at)
 
     def _generations(self, at: int) -> generation_pb2_grpc.GenerationServiceAsyncStub:
@@ -239,18 +240,19 @@ class Client:
         branch: pb.Branch | None = None,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Event, None]:
-        """Develops pictures; yields what happens, the finished pictures, then `Finished`.
+        """Generates pictures. Yields progress, previews and finished pictures, then `Finished`.
 
         Args:
-            timeout_s: until the end, over all connections; the generation ends with it.
-            cache: "default" takes what was made for an identical request, "bypass" nothing; "latent" may start from
-                the latent of a prompt nearby, "similar" may also take a finished picture that says the same.
-            min_similarity: least that "similar" takes, above 0 and at most 1.
-            branch: develop from this step of an older generation; for one output, with the same model, size, steps
-                and sampler.
+            timeout_s: deadline of the generation, across all connections; the server ends the generation then.
+            cache: which cached results may be used. "default": those of an identical request; "bypass": none; "latent":
+                also the latent of a similar prompt, to start from; "similar": also a finished picture for a prompt
+                with the same meaning.
+            min_similarity: least cosine similarity for "similar", above 0 and at most 1.
+            branch: start from this step of an older generation; for one output, with the same model, size, number of
+                steps and sampler.
 
         Raises:
-            GenerationError: it was refused, has failed, or could not be resumed.
+            GenerationError: the request was refused, the generation failed, or it could not be resumed.
         """
         spec = pb.GenerationSpec(prompt=prompt, model=f"models/{model}" if model else "")
         if negative_prompt:
@@ -280,7 +282,7 @@ class Client:
     async def develop(
         self, request: pb.GenerateRequest, *, timeout_s: float | None = None
     ) -> AsyncGenerator[Event, None]:
-        """As `generate`, for a request in full. Without a request_id it is sent once, and never again."""
+        """Like `generate`, for a whole request message. Without a request_id it is never sent a second time."""
         metadata = list(self._metadata)
         with tracing.client_span(request, metadata):
             async with aclosing(self._develop(request, timeout_s, metadata)) as events:
@@ -335,7 +337,11 @@ class Client:
         return generations.WatchGeneration(watch, timeout=timeout_s, metadata=metadata)
 
     async def models(self) -> list[models_pb2.Model]:
-        """All models of the server."""
+        """Returns all models of the server.
+
+        Raises:
+            GenerationError: the call was refused.
+        """
         models: list[models_pb2.Model] = []
         token = ""
         while True:
@@ -351,10 +357,10 @@ class Client:
                 return models
 
     async def cache_stats(self) -> cache_pb2.GetCacheStatsResponse:
-        """What the server's caches hold and save; for administrators.
+        """Returns what the server's caches hold and have saved. For administrators.
 
         Raises:
-            GenerationError: it was refused.
+            GenerationError: the call was refused.
         """
         try:
             return await self._caches.GetCacheStats(cache_pb2.GetCacheStatsRequest(), metadata=self._metadata)
@@ -364,10 +370,10 @@ class Client:
     async def purge_cache(
         self, *, tenant: str = "", model_revision: str = "", generation: str = ""
     ) -> cache_pb2.PurgeCacheResponse:
-        """Deletes from the server's caches what agrees with all that is given; for administrators.
+        """Deletes the entries of the server's caches that match all given arguments. For administrators.
 
         Raises:
-            GenerationError: it was refused.
+            GenerationError: the call was refused.
         """
         request = cache_pb2.PurgeCacheRequest(tenant=tenant, model_revision=model_revision, generation=generation)
         try:

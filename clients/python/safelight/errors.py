@@ -1,4 +1,4 @@
-"""What a server says when it refuses or fails."""
+"""The error that a refused or failed call raises."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from google.rpc import error_details_pb2, status_pb2
 
 
 class GenerationError(Exception):
-    """A generation was refused or has failed.
+    """The server refused a call, or a generation failed.
 
     Attributes:
-        code: the gRPC status.
-        reason: stable, such as "QUEUE_FULL".
-        violations: of an invalid request, what to change by field.
-        retry_after_s: when a retry makes sense, if the server says.
+        code: the gRPC status code.
+        reason: a stable name for programs, such as "QUEUE_FULL"; empty where the server sent none.
+        violations: for an invalid request, what to change: path of the field -> description.
+        retry_after_s: seconds after which to retry; None where the server sent none.
 
     Args:
         proxy: through which the server was asked, as "VARIABLE=URL"; named where the server could not be reached.

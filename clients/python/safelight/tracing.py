@@ -1,9 +1,9 @@
-"""A client span for each generation, where the application uses OpenTelemetry; without it this does nothing.
+"""OpenTelemetry: a client span for each generation. Does nothing where OpenTelemetry is not installed.
 
-Needs nothing but `opentelemetry-api` (the extra `safelight[tracing]`) and a
-tracer provider that the application has set. The span lasts as long as the
-generation is followed, over resumed connections too, and is the parent of what
-the server records.
+Needs `opentelemetry-api` (the extra `safelight[tracing]`) and a tracer provider
+that the application has set. The span lasts as long as the client reads the
+generation, including resumed connections, and is the parent of the server's
+spans.
 """
 
 from __future__ import annotations
@@ -28,11 +28,8 @@ SERVICE, METHOD = "safelight.v1.GenerationService", "Generate"
 
 @contextlib.contextmanager
 def client_span(request: pb.GenerateRequest, metadata: list[tuple[str, str]]) -> Iterator[None]:
-    """A span for the block; its context is added to `metadata`, which the calls are made with.
-
-    The block may be left in another task than it was entered in, as that of a generator may: so the span is not made
-    the current one.
-    """
+    """Opens a span for the block and adds its trace context to `metadata`, the metadata of the calls."""
+    # Not made the current span: a generator may be closed in another task than the one that entered the block.
     if not HAS_API:
         yield
         return

@@ -1,1 +1,6 @@
-"""The gRPC services: who calls, whether the call is allowed, and the answer or the status."""
+"""gRPC services: recognizes the caller, checks its quota, answers the call or ends it with a status.
+
+`service.py` has every call of the contract. `identity.py` recognizes callers by
+API key, `quota.py` bounds their streams, `paging.py` cuts lists into pages;
+`health.py` and `reflection.py` are gRPC's standard services.
+"""

@@ -1,4 +1,4 @@
-"""What the server says of its health; those who watch it hold up no drain. Neighbour: `app`."""
+"""gRPC health checks. Clients that watch the health do not keep a draining server from stopping."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from grpc_health.v1 import health, health_pb2
 
 
 class Health(health.aio.HealthServicer):  # type: ignore[misc]  # grpc_health has no types
-    """grpc.health.v1.Health, whose streams end with the server."""
+    """The service grpc.health.v1.Health; its Watch streams end when the server drains."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # grpc_health ha
         request: health_pb2.HealthCheckRequest,
         context: grpc.aio.ServicerContext[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse],
     ) -> None:
-        """The status and its changes, until `end_watches`."""
+        """Sends the health and its changes until the client leaves or `end_watches` is called."""
         watch, over = asyncio.create_task(super().Watch(request, context)), asyncio.create_task(self._over.wait())
         try:
             await asyncio.wait([watch, over], return_when=asyncio.FIRST_COMPLETED)
@@ -32,5 +32,5 @@ class Health(health.aio.HealthServicer):  # type: ignore[misc]  # grpc_health ha
         await watch
 
     def end_watches(self) -> None:
-        """Ends all streams, and those to come."""
+        """Ends all Watch streams with UNAVAILABLE, and those that begin later at once."""
         self._over.set()

@@ -1,11 +1,12 @@
-"""Who asks: a caller of a tenant, by API key, or where no keys are asked for by what it says of itself.
+"""Recognizes callers: by API key or, on a server without a key file, by the name that the caller gives.
 
 The key file is one JSON object, {"keys": [{"sha256": "…", "caller": "…",
-"tenant": "…", "admin": false}]}; `safelight keys new` makes entries. It holds hashes only:
-keys are 256 random bits, so that a plain SHA-256 cannot be searched. The file
-is looked at again at most once a second, when a call comes; a new file that
-cannot be used is logged once and the keys before it stay. One that is faulty
-is left alone until it changes, one that could not be read is tried again.
+"tenant": "…", "admin": false}]}; `safelight keys new` makes entries. It holds
+only hashes of keys. A plain SHA-256 is enough, as keys are 256 random bits and
+cannot be guessed. When a call comes, at most once a second, the file is checked
+for changes and read again. A new file that cannot be used is logged once, and
+the keys in force stay. A faulty file is read again when it changes, a file that
+could not be read at the next check.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class KeyFileError(Exception):
 
 
 class _UnreadableError(KeyFileError):
-    """It could not be read now, which says nothing of what is in it."""
+    """The file could not be read; a later attempt may succeed without a change of the file."""
 
 
 class _Key(BaseModel):
@@ -61,11 +62,11 @@ _Stamp = tuple[int, int, int, int]
 
 
 class Identity:
-    """Recognizes callers.
+    """Recognizes the caller of each call.
 
     Args:
-        key_file: None: no keys are asked for.
-        all_admins: whether callers without keys are administrators; those of this machine are.
+        key_file: the API keys; None: callers need no key.
+        all_admins: whether callers are administrators on a server without a key file.
         clock: monotonic seconds.
 
     Raises:
@@ -79,15 +80,15 @@ class Identity:
         self._keys = None if key_file is None else _WatchedKeys(key_file, clock)
 
     def recognize(self, metadata: Iterable[tuple[str, str | bytes]], peer: str) -> Caller:
-        """The caller of a call.
+        """Returns the caller of a call.
 
         Args:
-            metadata: of the call, keys in lower case.
-            peer: its address as gRPC gives it, such as "ipv4:127.0.0.1:40000".
+            metadata: the metadata of the call, keys in lower case.
+            peer: the address of the client as gRPC gives it, such as "ipv4:127.0.0.1:40000".
 
         Raises:
-            UnauthenticatedError: keys are asked for, and this call brings none or one that is not known.
-            InvalidRequestError: `safelight-caller` is no name.
+            UnauthenticatedError: the server has a key file, and the call has no key or an unknown one.
+            InvalidRequestError: the metadata `safelight-caller` is not a valid name.
         """
         values = {key: value for key, value in metadata if isinstance(value, str)}
         if self._keys is not None:
@@ -101,7 +102,7 @@ class Identity:
 
 
 class _WatchedKeys:
-    """The keys of a file, as it is now or as it last was right."""
+    """The keys of a file, read again when it changes; a file that cannot be used changes nothing."""
 
     def __init__(self, file: Path, clock: Callable[[], float]) -> None:
         self._file = file
@@ -116,7 +117,7 @@ class _WatchedKeys:
         scheme, _, key = authorization.partition(" ")
         digest = hashlib.sha256(key.strip().encode()).digest()
         found = None
-        for known, caller in self._keys:  # all of them, so that time tells nothing
+        for known, caller in self._keys:  # compares with every key, so that the time taken reveals nothing
             found = caller if hmac.compare_digest(known, digest) else found
         if scheme.lower() != "bearer" or found is None:
             raise UnauthenticatedError("send metadata 'authorization: Bearer KEY' with a key of this server")
@@ -149,10 +150,10 @@ class _WatchedKeys:
 
 
 def new_key(caller: str, tenant: str, *, admin: bool = False) -> tuple[str, str]:
-    """A fresh key, and its entry for the key file.
+    """Makes a random API key. Returns the key and its entry for the key file, as JSON.
 
     Raises:
-        KeyFileError: caller or tenant is no name.
+        KeyFileError: `caller` or `tenant` is not a valid name.
     """
     key = secrets.token_urlsafe(32)
     try:
@@ -164,7 +165,7 @@ def new_key(caller: str, tenant: str, *, admin: bool = False) -> tuple[str, str]
 
 
 def _stamp(file: Path) -> _Stamp | None:
-    """What changes when a file is written or replaced; None where there is none."""
+    """Times, size and inode of a file, which change when it is written or replaced; None if there is no file."""
     try:
         status = file.stat()
     except OSError:
@@ -189,7 +190,7 @@ def _read(file: Path) -> list[tuple[bytes, Caller]]:
 
 
 def _address(peer: str) -> str:
-    """The host of "ipv4:127.0.0.1:5" or "ipv6:%5B::1%5D:5"; what has no port stays as it is."""
+    """The host in a peer such as "ipv4:127.0.0.1:5" or "ipv6:%5B::1%5D:5"; other peers as they are."""
     kind, _, rest = peer.partition(":")
     if kind not in ("ipv4", "ipv6"):
         return peer

@@ -1,7 +1,7 @@
 """Pages of a list that is ordered by name (AIP-158). Pure.
 
-A page token is opaque to clients and only good for the list it came from. A
-name that has gone meanwhile does not break the way on.
+A page token is opaque to clients and holds the last name of its page. It stays
+valid when that name has been removed meanwhile: the next page begins after it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def page(names: Sequence[str], page_size: int, page_token: str) -> tuple[list[st
     """A page of `names`, which are in order, and the token for the page that follows ("" for none).
 
     Raises:
-        InvalidRequestError: a negative size, or a token that was not given out.
+        InvalidRequestError: `page_size` is negative, or the server did not make `page_token`.
     """
     faults = []
     if page_size < 0:
@@ -41,7 +41,7 @@ def _token(last: str) -> str:
 
 
 def _after(token: str) -> str | None:
-    """The name that a token stands for; None where it is no token."""
+    """The name after which the page of a token begins; None for a token that the server did not make."""
     if not token:
         return ""
     try:

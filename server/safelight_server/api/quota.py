@@ -1,10 +1,9 @@
-"""How many streams a caller has open, whatever they watch. Pure.
+"""Bounds the number of open streams of each caller. Pure.
 
-A stream counts from its first byte to its end, and one that its client does
-not read counts until the connection has gone: so a caller can hold neither
-memory nor sockets beyond its bound. `service.py` asks; queues of work have
-bounds of their own in `admission.py`. Invariant: callers without streams are
-forgotten.
+A stream counts until it has ended; a stream that its client does not read
+counts until the connection is closed. So the memory and sockets that a caller
+holds are bounded. The queues of work have bounds of their own, in
+`generations/admission.py`. Invariant: callers without streams use no memory.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from safelight_server.domain.caller import Caller
 from safelight_server.domain.errors import QueueFullError
 
 RETRY_S = 1.0
-"""Nothing says when a client will close a stream; this keeps retries from being a load."""
+"""A guess, as nobody knows when the caller will close a stream; long enough that retries are no load."""
 
 
 class StreamQuota:
-    """The open streams of all callers.
+    """Counts the open streams of each caller.
 
     Args:
-        max_streams: of one caller at once.
+        max_streams: how many streams a caller may have open at once.
     """
 
     def __init__(self, max_streams: int) -> None:
@@ -39,7 +38,7 @@ class StreamQuota:
         """Counts a stream while the block runs.
 
         Raises:
-            QueueFullError: the caller has as many as it may have.
+            QueueFullError: the caller has `max_streams` open.
         """
         if self._open[caller] >= self._max_streams:
             subject, limit = f"caller {caller.tenant}/{caller.name}", str(self._max_streams)

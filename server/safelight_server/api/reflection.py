@@ -1,7 +1,7 @@
-"""Server reflection for every tool: also those that ask for the file of a method, as ghz does.
+"""gRPC server reflection, which tools such as grpcurl and ghz use to learn the services.
 
-protobuf's pool finds files by messages and services but not by methods.
-Neighbour: `app`.
+Also answers tools that ask for the file of a method, as ghz does: protobuf's
+descriptor pool finds files by messages and services only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _POOL: descriptor_pool.DescriptorPool = descriptor_pool.Default()
 
 
 class _Descriptors:
-    """The pool of all generated messages, which also knows where a method is."""
+    """The descriptor pool of all generated messages, which also finds the file of a method."""
 
     def FindFileContainingSymbol(self, symbol: str) -> FileDescriptor:  # noqa: N802  # protobuf's name
         try:
@@ -30,5 +30,5 @@ class _Descriptors:
 
 
 def enable(services: Iterable[str], server: grpc.aio.Server) -> None:
-    """Lets clients ask `server` for the descriptions of `services` and of reflection itself."""
+    """Adds reflection (v1alpha) to `server`, for `services` and for reflection itself."""
     reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], server, _Descriptors())

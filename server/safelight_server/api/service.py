@@ -1,7 +1,9 @@
-"""The gRPC services: each call from its metadata to its status. Reads as the way of a request.
+"""The gRPC services of the contract, one method for each call.
 
-Streams hand serialized events through as they are. Errors become statuses in
-one place, before the first event and in mid-stream alike.
+A method gets the parsed request and its caller, and returns or yields the
+answer. `_stream_handler` and `_unary_handler` wrap the methods: they recognize the caller, parse,
+and turn errors into statuses, before the first event and in mid-stream alike.
+Events come serialized from `stream/` and are sent as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from typing import TypeAlias, TypeVar
 import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
-from google.rpc import status_pb2
 from safelight.v1 import cache_pb2, models_pb2
 from safelight.v1 import generation_pb2 as pb
 
@@ -50,7 +51,6 @@ from safelight_server.validation import (
     resolve_purge,
     resolve_request,
 )
-from safelight_server.validation.messages import draft_preview, draft_priority, draft_purge, draft_request
 
 log = structlog.get_logger(__name__)
 
@@ -65,11 +65,11 @@ Out = TypeVar("Out", bound=Message)
 
 
 class Service:
-    """All services.
+    """GenerationService, ModelService and CacheService.
 
     Args:
-        limits: of requests, beside the model's.
-        quota: of streams.
+        limits: the server's limits on requests, beside those of the models.
+        quota: bounds the streams of each caller.
     """
 
     def __init__(
@@ -95,43 +95,41 @@ class Service:
         self._tracer = tracer
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
-        """What a server is given."""
-        stream, call = self._stream, self._call
+        """The handlers of all services, to be added to a grpc.aio server."""
+        stream, unary = self._stream_handler, self._unary_handler
         return [
             grpc.method_handlers_generic_handler(
                 GENERATION_SERVICE,
                 {
                     "Generate": stream("Generate", self.generate, pb.GenerateRequest),
                     "WatchGeneration": stream("WatchGeneration", self.watch_generation, pb.WatchGenerationRequest),
-                    "UpdateGeneration": call("UpdateGeneration", self.update_generation, pb.UpdateGenerationRequest),
-                    "CancelGeneration": call("CancelGeneration", self.cancel_generation, pb.CancelGenerationRequest),
-                    "GetGeneration": call("GetGeneration", self.get_generation, pb.GetGenerationRequest),
+                    "UpdateGeneration": unary("UpdateGeneration", self.update_generation, pb.UpdateGenerationRequest),
+                    "CancelGeneration": unary("CancelGeneration", self.cancel_generation, pb.CancelGenerationRequest),
+                    "GetGeneration": unary("GetGeneration", self.get_generation, pb.GetGenerationRequest),
                 },
             ),
             grpc.method_handlers_generic_handler(
                 MODEL_SERVICE,
                 {
-                    "ListModels": call("ListModels", self.list_models, models_pb2.ListModelsRequest),
-                    "GetModel": call("GetModel", self.get_model, models_pb2.GetModelRequest),
+                    "ListModels": unary("ListModels", self.list_models, models_pb2.ListModelsRequest),
+                    "GetModel": unary("GetModel", self.get_model, models_pb2.GetModelRequest),
                 },
             ),
             grpc.method_handlers_generic_handler(
                 CACHE_SERVICE,
                 {
-                    "GetCacheStats": call("GetCacheStats", self.get_cache_stats, cache_pb2.GetCacheStatsRequest),
-                    "PurgeCache": call("PurgeCache", self.purge_cache, cache_pb2.PurgeCacheRequest),
+                    "GetCacheStats": unary("GetCacheStats", self.get_cache_stats, cache_pb2.GetCacheStatsRequest),
+                    "PurgeCache": unary("PurgeCache", self.purge_cache, cache_pb2.PurgeCacheRequest),
                 },
             ),
         ]
 
-    # --- the way of a request ---
-
     async def generate(
         self, request: pb.GenerateRequest, caller: Caller, stream: _Stream
     ) -> AsyncGenerator[bytes, None]:
-        """Starts a generation and watches it."""
+        """Starts a generation (or finds the one with this request id) and streams its events."""
         with stream.stage.within("resolve"):
-            resolved = resolve_request(draft_request(request), self._catalog, self._limits)
+            resolved = resolve_request(request, self._catalog, self._limits)
         generation = await self._generations.start(caller, resolved, stream.stage, stream.time_left_s)
         async with aclosing(self._watch(generation, resolved.preview, stream)) as events:
             async for event in events:
@@ -140,10 +138,10 @@ class Service:
     async def watch_generation(
         self, request: pb.WatchGenerationRequest, caller: Caller, stream: _Stream
     ) -> AsyncGenerator[bytes, None]:
-        """Watches a generation that exists."""
+        """Streams the events of an existing generation, from where the client left off."""
         generation = await self._generations.find(caller, resolve_name(request.name, "generations"))
         pipeline = self._generations.pipeline_of(generation)
-        policy = resolve_preview(draft_preview(request.preview), pipeline)
+        policy = resolve_preview(request.preview, pipeline)
         offsets = {offset.output_index: offset.offset for offset in request.artifact_offsets}
         async with aclosing(self._watch(generation, policy, stream, request.after_sequence, offsets)) as events:
             async for event in events:
@@ -173,16 +171,16 @@ class Service:
     async def update_generation(
         self, request: pb.UpdateGenerationRequest, caller: Caller
     ) -> pb.UpdateGenerationResponse:
-        """Changes previews or priority."""
+        """Changes the previews or the priority of a generation. An update with a faulty field changes nothing."""
         generation = await self._generations.find(caller, resolve_name(request.name, "generations"))
         if generation.ended:
             raise FailedPreconditionError(f"{generation.name} has ended")
         policy = priority = None
         if request.HasField("preview"):
-            policy = resolve_preview(draft_preview(request.preview), self._generations.pipeline_of(generation))
+            policy = resolve_preview(request.preview, self._generations.pipeline_of(generation))
         if request.HasField("scheduling"):
-            priority = resolve_priority(draft_priority(request.scheduling))
-        if policy is not None:  # nothing is changed before all is known to be good
+            priority = resolve_priority(request.scheduling)
+        if policy is not None:  # after all checks, so that a faulty update changes nothing
             generation.log.update_policy(policy)
         if priority is not None:
             self._generations.set_priority(generation, priority)
@@ -191,20 +189,20 @@ class Service:
     async def cancel_generation(
         self, request: pb.CancelGenerationRequest, caller: Caller
     ) -> pb.CancelGenerationResponse:
-        """Stops a generation."""
+        """Cancels a generation and returns it."""
         generation = await self._generations.find(caller, resolve_name(request.name, "generations"))
         await self._generations.cancel(generation)
         return pb.CancelGenerationResponse(generation=wire.generation_message(generation.view()))
 
     async def get_generation(self, request: pb.GetGenerationRequest, caller: Caller) -> pb.GetGenerationResponse:
-        """Returns a generation."""
+        """Returns the state of a generation."""
         generation = await self._generations.find(caller, resolve_name(request.name, "generations"), tend=False)
         return pb.GetGenerationResponse(generation=wire.generation_message(generation.view()))
 
     async def list_models(
         self, request: models_pb2.ListModelsRequest, _caller: Caller
     ) -> models_pb2.ListModelsResponse:
-        """A page of models."""
+        """Returns a page of the models, in the order of their names."""
         names, following = page(list(self._catalog.pipelines), request.page_size, request.page_token)
         return models_pb2.ListModelsResponse(models=[self._model(name) for name in names], next_page_token=following)
 
@@ -220,18 +218,16 @@ class Service:
     async def get_cache_stats(
         self, _request: cache_pb2.GetCacheStatsRequest, caller: Caller
     ) -> cache_pb2.GetCacheStatsResponse:
-        """What the caches hold and save."""
+        """Returns what the caches hold and what they have saved. For administrators."""
         caller.check_admin()
         return wire.stats_message(await self._caches.stats())
 
     async def purge_cache(self, request: cache_pb2.PurgeCacheRequest, caller: Caller) -> cache_pb2.PurgeCacheResponse:
-        """Deletes from the caches."""
+        """Deletes entries from the caches. For administrators."""
         caller.check_admin()
-        return wire.purged_message(await self._caches.purge(resolve_purge(draft_purge(request))))
+        return wire.purged_message(await self._caches.purge(resolve_purge(request)))
 
-    # --- calls and their statuses ---
-
-    def _stream(
+    def _stream_handler(
         self,
         name: str,
         method: Callable[[In, Caller, _Stream], AsyncGenerator[bytes, None]],
@@ -251,7 +247,7 @@ class Service:
                             with stage.within("write"):
                                 yield event
             except SafelightError as error:
-                failure = error.with_traceback(None)  # else it keeps frames, they the generation, that the error
+                failure = error.with_traceback(None)  # a traceback would keep frames, and those the generation, alive
             except (asyncio.CancelledError, GeneratorExit):
                 stream.end_span_given_up()
                 raise
@@ -260,13 +256,15 @@ class Service:
                 failure = InternalError()
             _end_span(stage, failure or stream.failure)
             if stream.ending is not None:
-                await stream.ending  # a call that returns before would end as OK
+                await stream.ending  # returning before the abort would end the call as OK
             elif failure is not None:
                 await self._abort(context, failure, started=stream.watcher is not None)
 
         return grpc.unary_stream_rpc_method_handler(handler)
 
-    def _call(self, name: str, method: Callable[[In, Caller], Awaitable[Out]], request_type: type[In]) -> Handler:
+    def _unary_handler(
+        self, name: str, method: Callable[[In, Caller], Awaitable[Out]], request_type: type[In]
+    ) -> Handler:
         async def handler(data: bytes, context: Context) -> bytes:
             metadata = context.invocation_metadata() or ()
             stage = self._tracer.server_call(_service_of(request_type), name, metadata)
@@ -292,18 +290,17 @@ class Service:
         return grpc.unary_unary_rpc_method_handler(handler)
 
     async def _abort(self, context: Context, error: SafelightError, started: bool = False) -> None:
-        status = wire.status_of(error)
         if not started:
             self._metrics.refused(error.reason)
             log.info("refused", reason=error.reason, message=error.message)
         try:
-            await context.abort(error.status, error.message, _details(status))
-        except grpc.aio.InternalError:  # the client has gone meanwhile, as at a deadline, which both ends keep
+            await context.abort(error.status, error.message, wire.trailing_metadata(error))
+        except grpc.aio.InternalError:  # the client has left: a deadline, for one, ends the call at both ends
             raise asyncio.CancelledError from None
 
 
 class _Stream:
-    """What a streaming call knows of its connection."""
+    """The state of a streaming call: its connection, its trace span, and how it is ended from outside."""
 
     def __init__(self, context: Context, stage: Stage) -> None:
         self._context = context
@@ -314,7 +311,7 @@ class _Stream:
         self.time_left_s: float | None = context.time_remaining()
 
     def watches(self, generation: Generation) -> None:
-        """Says in its span what it is about; and links the call that began that, if it was another one."""
+        """Describes the generation in the span of this call, and links the span of the call that started it."""
         spec = generation.request.spec
         self.stage.note(
             {
@@ -329,20 +326,23 @@ class _Stream:
             self.stage.link(generation.stage)
 
     def end(self, error: SafelightError) -> None:
-        """Ends the call from outside; where the client does not read, the status waits behind what was sent last."""
+        """Ends the call with an error, from outside of its handler.
+
+        To a client that does not read, the status is sent after the events that are buffered for it.
+        """
         self.failure = error
         self.ending = asyncio.create_task(self._abort(error))
 
     def end_span_given_up(self) -> None:
-        """The client has gone, or its deadline has passed."""
+        """Ends the span of a call whose client has left or whose deadline has passed."""
         left_s = self._context.time_remaining()
         late = left_s is not None and left_s <= 0
         gone = DeadlineExceededError("the deadline passed") if late else GenerationCancelledError("the client has gone")
         _end_span(self.stage, self.failure or gone)
 
     async def _abort(self, error: SafelightError) -> None:
-        with contextlib.suppress(grpc.aio.BaseError, asyncio.CancelledError):  # also when the connection dies meanwhile
-            await self._context.abort(error.status, error.message, _details(wire.status_of(error)))
+        with contextlib.suppress(grpc.aio.BaseError, asyncio.CancelledError):  # the connection may break meanwhile
+            await self._context.abort(error.status, error.message, wire.trailing_metadata(error))
 
 
 def _end_span(stage: Stage, error: SafelightError | None) -> None:
@@ -353,10 +353,6 @@ def _end_span(stage: Stage, error: SafelightError | None) -> None:
 def _service_of(request_type: type[Message]) -> str:
     [service] = request_type.DESCRIPTOR.file.services_by_name.values()
     return str(service.full_name)
-
-
-def _details(status: status_pb2.Status) -> tuple[tuple[str, bytes], ...]:
-    return tuple(wire.trailing_metadata(status).items())
 
 
 def _parse(request_type: type[In], data: bytes) -> In:

@@ -9,17 +9,17 @@ from safelight_server.domain.errors import AdminOnlyError
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks. What one tenant owns does not exist for another; callers of a tenant share what it owns."""
+    """The sender of a request. Callers of one tenant share its generations; to other tenants these do not exist."""
 
     name: str
     tenant: str
     is_admin: bool = False
 
     def check_admin(self) -> None:
-        """Lets administrators pass.
+        """Refuses callers that are not administrators.
 
         Raises:
-            AdminOnlyError: this is none.
+            AdminOnlyError: the caller is not an administrator.
         """
         if not self.is_admin:
             raise AdminOnlyError("this call needs an administrator's key")

@@ -6,7 +6,7 @@ import enum
 
 
 class Component(enum.StrEnum):
-    """The networks of a pipeline and what they map.
+    """A network of a pipeline, by its inputs and outputs.
 
     text_encoder:     input_ids (B, T) int64 -> last_hidden_state (B, T, D), pooled_output (B, P)
     denoiser:         sample (B, C, h, w), timestep (B,), encoder_hidden_states (B, T, D) -> prediction (B, C, h, w)

@@ -14,8 +14,9 @@
     ├── UnavailableError           UNAVAILABLE          draining, stalled stream, no runtime
     └── InternalError              INTERNAL             a bug: fixed text, details in the log
 
-Invariant: the mapping to a status is made here and nowhere else. `wire.py`
-turns these into google.rpc.Status; `service.py` ends calls with them.
+Invariant: each error's gRPC status is set here and nowhere else.
+`wire/statuses.py` turns an error into a google.rpc.Status; `api/service.py`
+ends calls with it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import ClassVar
 import grpc
 
 MAX_TOLD = 3
-"""Violations in the message of an InvalidRequestError; the details have the others."""
+"""How many violations the message of an InvalidRequestError quotes; the details have all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +43,10 @@ class SafelightError(Exception):
     """Base of all errors with a status.
 
     Attributes:
-        message: for people; safe to show to the caller.
-        metadata: further facts for `google.rpc.ErrorInfo`.
-        retry_after_s: when a retry makes sense, if ever.
-        violations: the fields of the request that are to blame.
+        message: what to tell the caller; holds nothing internal.
+        metadata: facts for programs, sent in `google.rpc.ErrorInfo`.
+        retry_after_s: seconds after which a retry makes sense; None where none does.
+        violations: the faulty fields of the request.
     """
 
     status: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
@@ -69,7 +70,7 @@ class SafelightError(Exception):
 
 
 class InvalidRequestError(SafelightError):
-    """The request cannot be served as it is. The violations list all its faults, the message the first."""
+    """The request has faulty fields. `violations` lists all faults; `message` quotes the first of them."""
 
     status = grpc.StatusCode.INVALID_ARGUMENT
     reason = "INVALID_REQUEST"
@@ -81,49 +82,49 @@ class InvalidRequestError(SafelightError):
 
 
 class UnauthenticatedError(SafelightError):
-    """No key, or one that is not known."""
+    """The call has no API key, or an unknown one."""
 
     status = grpc.StatusCode.UNAUTHENTICATED
     reason = "UNAUTHENTICATED"
 
 
 class AdminOnlyError(SafelightError):
-    """A call for administrators, by someone who is none."""
+    """The call is for administrators, and the caller is not one."""
 
     status = grpc.StatusCode.PERMISSION_DENIED
     reason = "ADMIN_ONLY"
 
 
 class NotFoundError(SafelightError):
-    """An unknown model or generation; someone else's generation looks the same."""
+    """There is no such model or generation. Generations of other tenants are answered with this error too."""
 
     status = grpc.StatusCode.NOT_FOUND
     reason = "NOT_FOUND"
 
 
 class AlreadyExistsError(SafelightError):
-    """A request id that was used with another body."""
+    """The request id was used before, with another body."""
 
     status = grpc.StatusCode.ALREADY_EXISTS
     reason = "REQUEST_ID_REUSED"
 
 
 class FailedPreconditionError(SafelightError):
-    """What is asked needs a generation that has not ended."""
+    """The generation has ended, and the call needs one that has not."""
 
     status = grpc.StatusCode.FAILED_PRECONDITION
     reason = "GENERATION_ENDED"
 
 
 class QueueFullError(SafelightError):
-    """A bounded queue is full; `retry_after_s` comes from the real backlog."""
+    """A bounded queue is full. `retry_after_s` is estimated from the work in the queue."""
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "QUEUE_FULL"
 
 
 class DeadlineUnreachableError(SafelightError):
-    """The deadline cannot be met at the measured step time; nothing was computed."""
+    """Refused at admission: the deadline cannot be met at the measured time per step. Nothing was computed."""
 
     status = grpc.StatusCode.DEADLINE_EXCEEDED
     reason = "DEADLINE_UNREACHABLE"
@@ -144,14 +145,14 @@ class GenerationCancelledError(SafelightError):
 
 
 class UnavailableError(SafelightError):
-    """The server cannot go on now; a retry elsewhere or later can."""
+    """The server cannot serve the call now; a retry later or at another replica can succeed."""
 
     status = grpc.StatusCode.UNAVAILABLE
     reason = "UNAVAILABLE"
 
 
 class InternalError(SafelightError):
-    """A bug. The caller gets a fixed text; the log has the details under the trace id."""
+    """A bug of the server. The caller gets a fixed text; the log has the details under the trace id."""
 
     status = grpc.StatusCode.INTERNAL
     reason = "INTERNAL"

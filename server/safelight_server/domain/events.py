@@ -1,7 +1,7 @@
-"""What happens to a generation and how it stands, in the domain's own words.
+"""What happens to a generation (events), and the state of a generation at one moment (views).
 
-`generation.py` says it, `stream/` sends it, `convert/` puts it into messages.
-Plain values: once made they never change.
+Immutable values. `generations/` makes them, `wire/to_proto.py` turns them into
+protobuf messages, `stream/` sends them to clients.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safelight_server.scheduler import Priority
 
 
 class GenerationState(enum.Enum):
-    """Where a generation is in its life."""
+    """The state of a generation, as in `Generation.State` of the proto."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -37,10 +37,10 @@ class FinishReason(enum.Enum):
 
 
 class Durability(enum.Enum):
-    """What is promised of a generation that was accepted.
+    """What happens to an accepted generation when its server is lost.
 
-    LOCAL:      it is lost with the server that accepted it.
-    REPLICATED: another replica goes on with it.
+    LOCAL:      the generation is lost with the server.
+    REPLICATED: another replica continues it.
     """
 
     LOCAL = "local"
@@ -48,14 +48,14 @@ class Durability(enum.Enum):
 
 
 class Disposition(enum.Enum):
-    """Where a picture came from.
+    """Where the picture of an output came from.
 
-    MISS:      it was developed for this output.
-    COALESCED: it was developed for an identical output that was on its way already.
-    EXACT:     it was developed for an identical output before.
-    SIMILAR:   it was developed for another prompt that says the same, or another seed.
-    LATENT:    it was developed from the latent of an output with a prompt nearby.
-    BRANCHED:  it was developed from the step that the request named.
+    MISS:      computed in full for this output.
+    COALESCED: shared with an identical output that was being computed already.
+    EXACT:     taken from the cache: an identical output was computed before.
+    SIMILAR:   taken from the cache: computed for a prompt with the same meaning, or for another seed.
+    LATENT:    computed from the cached latent of an output with a similar prompt.
+    BRANCHED:  computed from the step of another generation that the request named.
     """
 
     MISS = "miss"
@@ -68,14 +68,14 @@ class Disposition(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a picture came from, in full.
+    """Where the picture of an output came from, and what that saved.
 
     Attributes:
-        similarity: cosine, for SIMILAR and LATENT.
-        source: resource name of the generation that developed it, for EXACT and SIMILAR.
-        num_steps_skipped: steps that were not made for this output.
-        compute_s_saved: what they have cost where they were made, or would have cost at the pace of the others.
-        numerics_id: of the replica that went on with it, where they are others than it was accepted with.
+        similarity: cosine similarity of the prompts, for SIMILAR and LATENT.
+        source: resource name of the generation that computed the picture, for EXACT and SIMILAR.
+        num_steps_skipped: denoising steps that were not run for this output.
+        compute_s_saved: what the skipped steps cost when they ran, or else an estimate from the other steps.
+        numerics_id: of the replica that continued the generation, where it differs from the one in Accepted.
     """
 
     disposition: Disposition = Disposition.MISS
@@ -88,7 +88,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a generation has used: its share of the batches' time, denoiser rows, steps, previews sent."""
+    """What a generation has used: compute time (its share of each batch), denoiser rows, steps, previews sent."""
 
     compute_s: float = 0.0
     num_rows: int = 0
@@ -99,7 +99,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where the time went, in seconds; None where a stage did not happen. Stages overlap."""
+    """Seconds spent in each stage; None for a stage that did not happen. Stages overlap."""
 
     queue_s: float | None = None
     first_preview_s: float | None = None
@@ -123,7 +123,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """It waits: outputs ahead of it in its class, and when it should start."""
+    """The generation waits: the number of outputs ahead of it in its priority class, and its estimated start."""
 
     position: int
     starts_at: datetime
@@ -131,7 +131,7 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """An output has made a step, in a call shared by `batch_size` outputs."""
+    """An output has finished a denoising step, in a batch of `batch_size` outputs."""
 
     output_index: int
     step: int
@@ -154,8 +154,8 @@ class Finished:
     """The generation has ended.
 
     Attributes:
-        error: None: well.
-        origins: of each output that is complete, None for the others.
+        error: why it failed; None where it succeeded.
+        origins: one for each output, in order; None for outputs that did not complete.
     """
 
     error: SafelightError | None
@@ -165,13 +165,13 @@ class Finished:
 
 
 StateEvent = Accepted | OutputFinished | Finished
-"""Numbered, reliable."""
+"""Events with a sequence number, of which a stream drops none."""
 Event = StateEvent | Queued | Progress
 
 
 @dataclass(frozen=True, slots=True)
 class OutputView:
-    """An output as it is now."""
+    """The state of an output at one moment."""
 
     index: int
     step: int
@@ -182,7 +182,7 @@ class OutputView:
 
 @dataclass(frozen=True, slots=True)
 class GenerationView:
-    """A generation as it is now. `finish_time` and, where it failed, `error` say how it ended."""
+    """The state of a generation at one moment. `finish_time` is set once it has ended, `error` if it failed."""
 
     name: str
     state: GenerationState

@@ -1,4 +1,4 @@
-"""Pixels to bytes in each encoding; all encoders release the GIL, so a pool of threads runs them side by side."""
+"""Encodes pixels as JPEG, WebP, PNG or raw RGBA. The encoders release the GIL, so threads run them in parallel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class EncodedPicture:
-    """An encoded picture. `stride_bytes` is from row to row of raw pixels, else 0."""
+    """An encoded picture. `stride_bytes` is the distance between rows of raw pixels; 0 for other media types."""
 
     media_type: MediaType
     width_px: int
@@ -30,7 +30,7 @@ class EncodedPicture:
 
 
 class FinishedPicture:
-    """A finished picture, (H, W, 3) uint8 sRGB, and its encodings: each is made once, in `pool`."""
+    """A finished picture, (H, W, 3) uint8 sRGB. Each encoding of it is made once, in the threads of `pool`."""
 
     def __init__(self, pixels: Pixels, pool: Executor) -> None:
         self.pixels = pixels
@@ -38,7 +38,7 @@ class FinishedPicture:
         self._encodings: dict[PixelEncoding, asyncio.Task[EncodedPicture]] = {}
 
     async def encoded(self, encoding: PixelEncoding) -> EncodedPicture:
-        """The picture in an encoding."""
+        """The encoded picture; further calls with an equal encoding return the same one."""
         if (task := self._encodings.get(encoding)) is None:
             task = self._encodings[encoding] = asyncio.create_task(self._encode(encoding))
         return await asyncio.shield(task)
@@ -48,7 +48,7 @@ class FinishedPicture:
 
 
 def encode(pixels: Pixels, encoding: PixelEncoding) -> EncodedPicture:
-    """Encodes (H, W, 3) uint8 sRGB."""
+    """Encodes pixels, (H, W, 3) uint8 sRGB."""
     height, width, _ = pixels.shape
     stride = 0
     match encoding.media_type:
@@ -64,16 +64,16 @@ def encode(pixels: Pixels, encoding: PixelEncoding) -> EncodedPicture:
 
 
 def encode_within(pixels: Pixels, encoding: PixelEncoding, max_bytes: int) -> EncodedPicture:
-    """Encodes (H, W, 3) uint8 sRGB in at most `max_bytes`, scaled down as far as that needs, keeping the aspect."""
+    """Encodes pixels, (H, W, 3) uint8 sRGB, scaled down (aspect kept) until the result has at most `max_bytes`."""
     encoded = encode(pixels, encoding)
     while len(encoded.data) > max_bytes and (edge := max(encoded.width_px, encoded.height_px)) > 1:
-        fits = edge * math.sqrt(max_bytes / len(encoded.data))  # bytes grow about with the area
+        fits = edge * math.sqrt(max_bytes / len(encoded.data))  # the size grows roughly with the area
         encoded = encode(shrink(pixels, max(1, min(edge - 1, int(0.98 * fits)))), encoding)
     return encoded
 
 
 def shrink(pixels: Pixels, max_edge_px: int | None) -> Pixels:
-    """Scales down, keeping the aspect, so that no edge is longer; never up."""
+    """Scales pixels down, keeping the aspect, until no edge is longer than `max_edge_px`. Never scales up."""
     height, width, _ = pixels.shape
     if max_edge_px is None or max(height, width) <= max_edge_px:
         return pixels

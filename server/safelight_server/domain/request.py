@@ -1,9 +1,8 @@
-"""What is asked, in the domain's own words; validated whole before anything is computed.
+"""A valid request for pictures, with every default filled in.
 
-`wire.py` makes a `Draft` of a proto request without judging it; `resolve`
-checks the draft against the model's manifest and the server's limits, collects
-every fault, fills in the defaults and returns a `Request`. Past this module
-nothing is optional and nothing is invalid.
+`validation/` makes a `Request` from the protobuf message: it checks the message
+against the model's manifest and the server's limits and fills in the defaults.
+Whoever holds a `Request` need not check it again.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from safelight_server.scheduler import Priority
 
 
 class MediaType(enum.StrEnum):
-    """Encodings of pixels that the server makes."""
+    """The encodings of pixels that the server offers."""
 
     JPEG = "image/jpeg"
     WEBP = "image/webp"
@@ -26,7 +25,7 @@ class MediaType(enum.StrEnum):
 
 
 class PreviewMethod(enum.Enum):
-    """How previews are made from the denoised latent."""
+    """How a preview is made from the denoised latent."""
 
     AUTO = "auto"
     LINEAR = "linear"
@@ -37,7 +36,7 @@ class PreviewMethod(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class PixelEncoding:
-    """How pixels travel. `quality` counts for JPEG and WebP, the last two for raw RGBA8."""
+    """How pixels are encoded. `quality` is for JPEG and WebP, the last two fields are for raw RGBA8."""
 
     media_type: MediaType = MediaType.PNG
     quality: int = 85
@@ -47,7 +46,7 @@ class PixelEncoding:
 
 @dataclass(frozen=True, slots=True)
 class PreviewPolicy:
-    """Which previews a stream wants. At most one of the cadences applies; neither: every step."""
+    """Which previews a stream wants. At most one of `every_n_steps` and `min_interval_s` is set; else every step."""
 
     encoding: PixelEncoding = PixelEncoding(MediaType.JPEG)
     method: PreviewMethod = PreviewMethod.AUTO
@@ -58,12 +57,12 @@ class PreviewPolicy:
 
 
 class CacheMode(enum.Enum):
-    """What may serve a request beside its own development; each of the last two allows what the one before does.
+    """Which cached results may answer a request. ALLOW_LATENT includes DEFAULT; ALLOW_SIMILAR includes both.
 
-    DEFAULT:       an identical output, finished or on its way.
-    BYPASS:        nothing; and nobody joins it, and it is not kept.
-    ALLOW_LATENT:  also the latent of an output with a prompt nearby.
-    ALLOW_SIMILAR: also a finished picture whose prompt says the same.
+    DEFAULT:       an identical output, finished or still being computed.
+    BYPASS:        none. Its result is not cached, and no other request joins it.
+    ALLOW_LATENT:  also the latent of an output with a similar prompt, to start from.
+    ALLOW_SIMILAR: also a finished picture for a prompt with the same meaning.
     """
 
     DEFAULT = "default"
@@ -74,7 +73,7 @@ class CacheMode(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class CachePolicy:
-    """What may serve a request; `min_similarity` is for pictures that are served as they are."""
+    """Which cached results may answer a request. `min_similarity` (cosine) is for ALLOW_SIMILAR."""
 
     mode: CacheMode = CacheMode.DEFAULT
     min_similarity: float = 0.95
@@ -82,7 +81,7 @@ class CachePolicy:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Start after `step` steps of an output of the generation with this id."""
+    """Start from the latent that an output of the generation `generation_id` had after `step` steps."""
 
     generation_id: str
     output_index: int
@@ -91,7 +90,7 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class DisconnectPolicy:
-    """What happens when the last stream is lost: run on, or stop and keep the state for the grace."""
+    """What happens when the last stream is lost: `detach` runs on, else the generation is suspended for the grace."""
 
     detach: bool
     resume_grace_s: float
@@ -99,11 +98,11 @@ class DisconnectPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What to develop, with every default filled in and every seed chosen.
+    """What to generate, with every default filled in and every seed chosen.
 
     Attributes:
-        negative_prompt: empty when guidance has nothing to lead away from.
-        token_ids: of the prompt, padded to the encoder's context.
+        negative_prompt: empty where none was given, or guidance_scale is 1.
+        token_ids: of the prompt, padded to the text encoder's context length.
         negative_token_ids: None when guidance_scale is 1 (one row a step).
         seeds: one per output, each 0 to 2**64 - 1.
     """
@@ -123,18 +122,18 @@ class Spec:
 
     @property
     def model_revision(self) -> str:
-        """As purges name it: "MODEL/REVISION"."""
+        """The model and its revision in the form of purge requests: "MODEL/REVISION"."""
         return f"{self.model}/{self.revision}"
 
     @property
     def token_ids_by_row(self) -> tuple[tuple[int, ...], ...]:
-        """Token ids of the prompts of a step's rows: the prompt and, with guidance, the negative prompt."""
+        """The token ids of each row that a step needs: the prompt and, with guidance, the negative prompt."""
         return (self.token_ids,) if self.negative_token_ids is None else (self.token_ids, self.negative_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something the caller should know that did not stop the request."""
+    """A warning to the caller that did not stop the request."""
 
     reason: str
     message: str
@@ -142,7 +141,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A valid request. `body_digest` tells requests with one id apart: it covers what the client sent."""
+    """A valid request. `body_digest` covers all that the client sent but `request_id`; empty without that."""
 
     spec: Spec
     preview: PreviewPolicy
@@ -159,7 +158,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class PurgeRequest:
-    """What is to be purged from the caches: what agrees with all that is given; empty is not given, one is.
+    """What to purge from the caches: entries that match every field that is not empty. At least one is not.
 
     Attributes:
         model_revision: "MODEL/REVISION".

@@ -1,15 +1,19 @@
-"""Drafts to requests: everything is checked, every fault is named, every default filled in.
+"""Protobuf requests to domain requests: checks every field, names every fault, fills in every default.
 
-The one way into `request.Request`. What passes here reaches the engine; what
-does not is an InvalidRequestError with a violation per field, or a
-NotFoundError. `violations.py` collects, `spec.py` decides what is developed,
-`delivery.py` how it travels, `request.py` puts both together;
-`purge.py` is of the caches' administration.
+This is the only way to a `domain.request.Request`. A request that passes goes
+to the engine and is not checked again. Any other ends as InvalidRequestError
+with one violation for each faulty field, or as NotFoundError.
+
+`request.py` checks a whole GenerateRequest: `spec.py` what to generate,
+`delivery.py` how the pixels are sent. `purge.py` checks PurgeCacheRequest.
+`violations.py` collects the faults. All of it is pure, and its cost is bounded
+by the limits here, however many entries a client sends.
 """
 
 from safelight_server.validation.purge import resolve_purge
 from safelight_server.validation.request import (
     RequestLimits,
+    body_digest,
     find_model,
     resolve_name,
     resolve_preview,
@@ -19,6 +23,7 @@ from safelight_server.validation.request import (
 
 __all__ = [
     "RequestLimits",
+    "body_digest",
     "find_model",
     "resolve_name",
     "resolve_preview",

@@ -1,10 +1,13 @@
-"""Whole requests, and the parts of them that later calls bring."""
+"""Checks a whole GenerateRequest, and the parts of one that later calls bring."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from safelight.v1 import generation_pb2 as pb
 
 from safelight_server.catalog.catalog import Catalog, Pipeline
 from safelight_server.domain.errors import FieldViolation, InvalidRequestError, NotFoundError
@@ -19,10 +22,10 @@ from safelight_server.domain.request import (
     Spec,
 )
 from safelight_server.scheduler import Priority
-from safelight_server.validation.delivery import disconnect_of, encoding_of, preview_of
-from safelight_server.validation.draft import BranchDraft, CacheDraft, Draft, PreviewDraft, Unknown
-from safelight_server.validation.spec import spec_of
+from safelight_server.validation.delivery import check_disconnect, check_encoding, check_preview
+from safelight_server.validation.spec import check_spec
 from safelight_server.validation.violations import NAME, Violations, listed, shown
+from safelight_server.wire.enums import CACHE_MODES, PRIORITIES, from_number
 
 MAX_LABELS, MAX_LABEL_KEY, MAX_LABEL_VALUE = 16, 63, 255
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
@@ -31,34 +34,38 @@ NIL_UUID = "00000000-0000-0000-0000-000000000000"
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """What the server bounds beside the model."""
+    """The server's limits on a request, beside those of the model."""
 
     max_prompt_chars: int
     resume_grace_s: float
     max_resume_grace_s: float
 
 
-def resolve_request(draft: Draft, catalog: Catalog, limits: RequestLimits) -> Request:
-    """A valid request.
+def resolve_request(message: pb.GenerateRequest, catalog: Catalog, limits: RequestLimits) -> Request:
+    """Checks a GenerateRequest and fills in the defaults of its model.
 
     Raises:
         InvalidRequestError: with all faults.
-        NotFoundError: no such model.
+        NotFoundError: there is no such model.
     """
     faults, notices = Violations(), list[Notice]()
-    pipeline = find_model(draft.spec.model, catalog, "spec.model")
-    spec = spec_of(draft.spec, pipeline, limits.max_prompt_chars, faults, notices)
-    preview = preview_of(draft.preview, pipeline, faults)
-    encoding = PixelEncoding() if draft.encoding is None else encoding_of(draft.encoding, "encoding", faults)
-    priority = _priority(draft.priority, faults)
-    disconnect = disconnect_of(draft.disconnect, limits.resume_grace_s, limits.max_resume_grace_s, faults)
-    cache = _cache(draft.cache, faults)
-    branch = _branch(draft.branch, spec, cache.mode, faults)
-    request_id = _request_id(draft.request_id, faults)
-    _check_labels(draft.labels, faults)
+    pipeline = find_model(message.spec.model, catalog, "spec.model")
+    spec = check_spec(message.spec, pipeline, limits.max_prompt_chars, faults, notices)
+    preview = check_preview(message.preview, pipeline, faults)
+    encoding = PixelEncoding()
+    if message.HasField("encoding"):
+        encoding = check_encoding(message.encoding, "encoding", faults)
+    priority = _priority(message.scheduling, faults)
+    disconnect = check_disconnect(message.disconnect, limits.resume_grace_s, limits.max_resume_grace_s, faults)
+    cache = _cache(message.cache, faults)
+    branch = None
+    if message.HasField("branch") and spec is not None:
+        branch = _branch(message.branch, spec, cache.mode, faults)
+    request_id = _request_id(message.request_id, faults)
+    _check_labels(message.labels, faults)
     faults.done()
     if spec is None:
-        raise ValueError("a spec that is not there must have left a fault")
+        raise ValueError("check_spec returned no spec and left no fault")
     return Request(
         spec=spec,
         preview=preview,
@@ -68,41 +75,54 @@ def resolve_request(draft: Draft, catalog: Catalog, limits: RequestLimits) -> Re
         cache=cache,
         branch=branch,
         request_id=request_id,
-        body_digest=draft.body_digest,
-        labels=dict(draft.labels),
+        body_digest=body_digest(message),
+        labels=dict(message.labels),
         warnings=tuple(notices),
     )
 
 
-def resolve_preview(draft: PreviewDraft, pipeline: Pipeline) -> PreviewPolicy:
-    """A valid preview policy; an empty draft is the default one.
+def resolve_preview(message: pb.PreviewPolicy, pipeline: Pipeline) -> PreviewPolicy:
+    """Checks a PreviewPolicy that a later call brings; an empty message is the default policy.
 
     Raises:
         InvalidRequestError: with all faults.
     """
     faults = Violations()
-    policy = preview_of(draft, pipeline, faults)
+    policy = check_preview(message, pipeline, faults)
     faults.done()
     return policy
 
 
-def resolve_priority(priority: Priority | Unknown | None) -> Priority:
-    """A valid priority; absent is STANDARD.
+def resolve_priority(message: pb.Scheduling) -> Priority:
+    """Checks a priority that a later call brings; absent is STANDARD.
 
     Raises:
-        InvalidRequestError: this server does not know it.
+        InvalidRequestError: this server does not know the priority.
     """
     faults = Violations()
-    resolved = _priority(priority, faults)
+    priority = _priority(message, faults)
     faults.done()
-    return resolved
+    return priority
+
+
+def body_digest(message: pb.GenerateRequest) -> bytes:
+    """SHA-256 of all that was sent but the request id; empty for a request without one.
+
+    A retry repeats the request id and the body; the digest tells it from another request under the same id.
+    """
+    if not message.request_id:
+        return b""
+    body = pb.GenerateRequest()
+    body.CopyFrom(message)
+    body.ClearField("request_id")
+    return hashlib.sha256(body.SerializeToString(deterministic=True)).digest()
 
 
 def resolve_name(name: str, collection: str) -> str:
-    """The id in "collection/id".
+    """The id in a resource name "collection/id".
 
     Raises:
-        InvalidRequestError: it is no such name.
+        InvalidRequestError: the name has another form.
     """
     identifier = _identifier(name, collection)
     if not identifier:
@@ -111,16 +131,16 @@ def resolve_name(name: str, collection: str) -> str:
 
 
 def _identifier(name: str, collection: str) -> str:
-    """The id in "collection/id"; empty where it is no such name."""
+    """The id in "collection/id"; "" where the name has another form."""
     prefix, _, identifier = name.partition("/")
     return identifier if prefix == collection and re.fullmatch(NAME, identifier) else ""
 
 
 def find_model(name: str, catalog: Catalog, field: str) -> Pipeline:
-    """The pipeline that "models/ID" at `field` names; empty means the default.
+    """The pipeline of the model name "models/ID" that stands at the path `field`; an empty name is the default.
 
     Raises:
-        NotFoundError: there is none; it names those that there are.
+        NotFoundError: there is no such model; the error lists those that there are.
     """
     if not name:
         return catalog.get("")
@@ -132,42 +152,40 @@ def find_model(name: str, catalog: Catalog, field: str) -> Pipeline:
     return catalog.get(identifier)
 
 
-def _priority(priority: Priority | Unknown | None, faults: Violations) -> Priority:
-    if isinstance(priority, Unknown):
+def _priority(message: pb.Scheduling, faults: Violations) -> Priority:
+    priority = from_number(PRIORITIES, message.priority, default=Priority.STANDARD)
+    if priority is None:
         names = listed(f"PRIORITY_{known.name}" for known in Priority)
         faults.add("scheduling.priority", f"must be one of {names}")
         return Priority.STANDARD
-    return Priority.STANDARD if priority is None else priority
+    return priority
 
 
-def _cache(draft: CacheDraft, faults: Violations) -> CachePolicy:
-    mode = draft.mode or CacheMode.DEFAULT
-    if isinstance(mode, Unknown):
+def _cache(message: pb.CachePolicy, faults: Violations) -> CachePolicy:
+    mode = from_number(CACHE_MODES, message.mode, default=CacheMode.DEFAULT)
+    if mode is None:
         faults.add("cache.mode", f"must be one of {listed(f'MODE_{known.name}' for known in CacheMode)}")
         return CachePolicy()
-    if draft.min_similarity is None:
+    if not message.HasField("min_similarity"):
         return CachePolicy(mode)
     if mode is not CacheMode.ALLOW_SIMILAR:
         faults.add("cache.min_similarity", "goes with MODE_ALLOW_SIMILAR only")
-    faults.check(0 < draft.min_similarity <= 1, "cache.min_similarity", "must be above 0 and at most 1")
-    return CachePolicy(mode, draft.min_similarity)
+    faults.check(0 < message.min_similarity <= 1, "cache.min_similarity", "must be above 0 and at most 1")
+    return CachePolicy(mode, message.min_similarity)
 
 
-def _branch(draft: BranchDraft | None, spec: Spec | None, mode: CacheMode, faults: Violations) -> Branch | None:
-    if draft is None or spec is None:
-        return None
-    identifier = _identifier(draft.generation, "generations")
+def _branch(message: pb.Branch, spec: Spec, mode: CacheMode, faults: Violations) -> Branch:
+    identifier = _identifier(message.generation, "generations")
     faults.check(bool(identifier), "branch.generation", "must be generations/ID, as the server gave it")
-    faults.check(draft.output_index >= 0, "branch.output_index", "must be at least 0")
+    faults.check(message.output_index >= 0, "branch.output_index", "must be at least 0")
     last = spec.num_inference_steps - 1
     one = "one step leaves none to begin after; ask for more or leave branch out"
-    faults.check(
-        0 < draft.step <= last, "branch.step", f"must be from 1 to {last}, one less than the steps" if last else one
-    )
+    bounds = f"must be from 1 to {last}, one less than the steps" if last else one
+    faults.check(0 < message.step <= last, "branch.step", bounds)
     faults.check(len(spec.seeds) == 1, "branch", "is for one output")
     exact_only = mode in (CacheMode.DEFAULT, CacheMode.BYPASS)
     faults.check(exact_only, "branch", "contradicts a cache mode that starts elsewhere")
-    return Branch(identifier, draft.output_index, draft.step)
+    return Branch(identifier, message.output_index, message.step)
 
 
 def _request_id(request_id: str, faults: Violations) -> str:

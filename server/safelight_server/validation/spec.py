@@ -1,35 +1,37 @@
-"""What is developed: prompts, size, steps, guidance, sampler and seeds against what the model offers."""
+"""Checks what to generate: prompts, size, steps, guidance, sampler and seeds, against what the model offers."""
 
 from __future__ import annotations
 
 import secrets
 import unicodedata
 
+from safelight.v1 import generation_pb2 as pb
+
 from safelight_server.catalog.catalog import Pipeline
 from safelight_server.domain.request import Notice, Spec
 from safelight_server.domain.roles import Role
 from safelight_server.sampler import SamplerSpec, refusal
-from safelight_server.validation.draft import PromptDraft, SamplerDraft, SpecDraft, Unknown
 from safelight_server.validation.violations import Violations, listed, shown
+from safelight_server.wire.enums import ROLES, SIGMA_SCHEDULES, SPACINGS, from_number
 
-MAX_SEED = 2**64 - 1
 MAX_PROMPTS = 4
 LINE_BREAKS = "\t\n\r"
 
 
-def spec_of(
-    draft: SpecDraft, pipeline: Pipeline, max_prompt_chars: int, faults: Violations, notices: list[Notice]
+def check_spec(
+    message: pb.GenerationSpec, pipeline: Pipeline, max_prompt_chars: int, faults: Violations, notices: list[Notice]
 ) -> Spec | None:
-    """What a draft means; None where a fault leaves nothing to tokenize or to sample."""
+    """Checks a GenerationSpec message. None where there are faults."""
     manifest = pipeline.manifest
-    prompt, negative = _prompts(draft, max_prompt_chars, faults)
-    steps, most = draft.num_inference_steps, manifest.limits.max_num_inference_steps
-    steps = manifest.defaults.num_inference_steps if steps is None else steps
+    prompt, negative = _prompts(message, max_prompt_chars, faults)
+    steps, most = manifest.defaults.num_inference_steps, manifest.limits.max_num_inference_steps
+    if message.HasField("num_inference_steps"):
+        steps = message.num_inference_steps
     steps_good = faults.check(1 <= steps <= most, "spec.num_inference_steps", f"must be from 1 to {most}")
-    guidance = _guidance(draft, pipeline, faults)
-    width, height = _size(draft, pipeline, faults)
-    sampler = _sampler(draft.sampler, pipeline, steps if steps_good else None, faults)
-    seeds = _seeds(draft, manifest.limits.max_outputs, faults)
+    guidance = _guidance_scale(message, pipeline, faults)
+    width, height = _size(message, pipeline, faults)
+    sampler = _sampler(message.sampler, pipeline, steps if steps_good else None, faults)
+    seeds = _seeds(message, manifest.limits.max_outputs, faults)
     if faults:
         return None
     guided = guidance != 1.0
@@ -52,25 +54,26 @@ def spec_of(
     )
 
 
-def _prompts(draft: SpecDraft, max_chars: int, faults: Violations) -> tuple[str, str]:
+def _prompts(message: pb.GenerationSpec, max_chars: int, faults: Violations) -> tuple[str, str]:
+    """The prompt and the negative prompt; "" for a negative prompt that has nothing to read."""
     texts: dict[Role, str] = {}
-    if len(draft.prompts) > MAX_PROMPTS:
+    if len(message.prompts) > MAX_PROMPTS:
         faults.add("spec.prompts", f"has more than {MAX_PROMPTS} entries; at most one of each role is taken")
-    for index, entry in enumerate(draft.prompts[:MAX_PROMPTS]):
+    for index, entry in enumerate(message.prompts[:MAX_PROMPTS]):
         _add_prompt(texts, entry, f"spec.prompts[{index}]", max_chars, faults)
-    if draft.prompt and Role.POSITIVE in texts:
+    if message.prompt and Role.POSITIVE in texts:
         faults.add("spec.prompt", "there is a ROLE_POSITIVE entry in spec.prompts as well; keep one of them")
-    if draft.prompt:
-        _check_text(draft.prompt, "spec.prompt", max_chars, faults)
+    if message.prompt:
+        _check_text(message.prompt, "spec.prompt", max_chars, faults)
     elif Role.POSITIVE not in texts:
         faults.add("spec.prompt", "must say what the picture shows")
     negative = texts.get(Role.NEGATIVE, "")
-    return draft.prompt or texts.get(Role.POSITIVE, ""), "" if _is_blank(negative) else negative
+    return message.prompt or texts.get(Role.POSITIVE, ""), "" if _is_blank(negative) else negative
 
 
-def _add_prompt(texts: dict[Role, str], entry: PromptDraft, field: str, max_chars: int, faults: Violations) -> None:
-    role = entry.role
-    if role is None or isinstance(role, Unknown):
+def _add_prompt(texts: dict[Role, str], entry: pb.Prompt, field: str, max_chars: int, faults: Violations) -> None:
+    role = from_number(ROLES, entry.role, default=None)
+    if role is None:
         faults.add(f"{field}.role", "must be ROLE_POSITIVE or ROLE_NEGATIVE")
     elif role in texts:
         faults.add(f"{field}.role", f"there is a ROLE_{role.name} entry before it; keep one of them")
@@ -94,17 +97,19 @@ def _is_blank(text: str) -> bool:
     return all(c.isspace() or unicodedata.category(c) == "Cf" for c in text)
 
 
-def _guidance(draft: SpecDraft, pipeline: Pipeline, faults: Violations) -> float:
-    scale, most = draft.guidance_scale, pipeline.manifest.limits.max_guidance_scale
-    if scale is None:
+def _guidance_scale(message: pb.GenerationSpec, pipeline: Pipeline, faults: Violations) -> float:
+    if not message.HasField("guidance_scale"):
         return pipeline.manifest.defaults.guidance_scale
+    scale, most = message.guidance_scale, pipeline.manifest.limits.max_guidance_scale
     faults.check(1 <= scale <= most, "spec.guidance_scale", f"must be a number from 1 (without guidance) to {most:g}")
     return scale
 
 
-def _size(draft: SpecDraft, pipeline: Pipeline, faults: Violations) -> tuple[int, int]:
+def _size(message: pb.GenerationSpec, pipeline: Pipeline, faults: Violations) -> tuple[int, int]:
+    """Width and height: the first size of the model that agrees with what was given of them."""
     sizes = [(size.width_px, size.height_px) for size in pipeline.manifest.sizes]
-    width, height = draft.width_px, draft.height_px
+    width = message.width_px if message.HasField("width_px") else None
+    height = message.height_px if message.HasField("height_px") else None
     for offered in sizes:
         if width in (None, offered[0]) and height in (None, offered[1]):
             return offered
@@ -114,66 +119,56 @@ def _size(draft: SpecDraft, pipeline: Pipeline, faults: Violations) -> tuple[int
     return sizes[0]
 
 
-def _sampler(draft: SamplerDraft, pipeline: Pipeline, steps: int | None, faults: Violations) -> SamplerSpec:
-    """The sampler; `steps` None: not to be checked against them."""
+def _sampler(message: pb.SamplerSpec, pipeline: Pipeline, steps: int | None, faults: Violations) -> SamplerSpec:
+    """Checks a SamplerSpec message; also that the sampler works with that many steps, unless `steps` is None."""
     manifest, default = pipeline.manifest, pipeline.manifest.defaults.sampler
-    name = draft.name or default.name
+    name = message.name or default.name
     cells = next((cells for cells in manifest.samplers if cells.name == name), None)
     if cells is None:
         offered = listed(cells.name for cells in manifest.samplers)
         faults.add("spec.sampler.name", f"models/{pipeline.name} has no {shown(name)}; it has {offered}")
         return SamplerSpec(default.name, default.spacing, default.sigma_schedule, default.eta)
     is_default = name == default.name
-    spacing = _choice(
-        draft.spacing, default.spacing if is_default else cells.spacings[0], cells.spacings, "spacing", name, faults
-    )
-    sigmas = _choice(
-        draft.sigma_schedule,
-        default.sigma_schedule if is_default else cells.sigma_schedules[0],
-        cells.sigma_schedules,
-        "sigma_schedule",
-        name,
-        faults,
-    )
-    eta = _eta(draft.eta, name, default.eta if is_default else 0.0, faults)
-    if spacing is None or sigmas is None or eta is None:
+    default_spacing = default.spacing if is_default else cells.spacings[0]
+    default_sigmas = default.sigma_schedule if is_default else cells.sigma_schedules[0]
+    spacing = from_number(SPACINGS, message.spacing, default_spacing)
+    if message.spacing and spacing not in cells.spacings:
+        spacing = None
+        faults.add("spec.sampler.spacing", f"{name} is offered with {listed(cells.spacings)} only")
+    sigma_schedule = from_number(SIGMA_SCHEDULES, message.sigma_schedule, default_sigmas)
+    if message.sigma_schedule and sigma_schedule not in cells.sigma_schedules:
+        sigma_schedule = None
+        faults.add("spec.sampler.sigma_schedule", f"{name} is offered with {listed(cells.sigma_schedules)} only")
+    eta = _eta(message, name, default.eta if is_default else 0.0, faults)
+    if spacing is None or sigma_schedule is None or eta is None:
         return SamplerSpec(name)
-    sampler = SamplerSpec(name, spacing, sigmas, eta)
+    sampler = SamplerSpec(name, spacing, sigma_schedule, eta)
     if steps is not None:
         why = refusal(sampler, pipeline.schedule, manifest.prediction_type, steps)
         faults.check(why is None, "spec.sampler", f"{why}; use another sampler or number of steps")
     return sampler
 
 
-def _choice(
-    given: str | Unknown | None, default: str, offered: tuple[str, ...], field: str, sampler: str, faults: Violations
-) -> str | None:
-    if given is None:
-        return default
-    if isinstance(given, Unknown) or given not in offered:
-        faults.add(f"spec.sampler.{field}", f"{sampler} is offered with {listed(offered)} only")
-        return None
-    return given
-
-
-def _eta(given: float | None, sampler: str, default: float, faults: Violations) -> float | None:
-    if given is None:
+def _eta(message: pb.SamplerSpec, sampler: str, default: float, faults: Violations) -> float | None:
+    if not message.HasField("eta"):
         return default
     good = faults.check(sampler == "ddim", "spec.sampler.eta", f"only ddim has it, {sampler} has not; leave it out")
-    good = good and faults.check(0 <= given <= 1, "spec.sampler.eta", "must be from 0 to 1")
-    return given if good else None
+    good = good and faults.check(0 <= message.eta <= 1, "spec.sampler.eta", "must be from 0 to 1")
+    return message.eta if good else None
 
 
-def _seeds(draft: SpecDraft, max_outputs: int, faults: Violations) -> tuple[int, ...]:
-    if not faults.check(len(draft.seeds) <= max_outputs, "spec.outputs", f"at most {max_outputs} pictures a request"):
+def _seeds(message: pb.GenerationSpec, max_outputs: int, faults: Violations) -> tuple[int, ...]:
+    """The seed of each output, random where none is given. A request that lists no outputs has one."""
+    outputs = message.outputs
+    if not faults.check(len(outputs) <= max_outputs, "spec.outputs", f"at most {max_outputs} pictures a request"):
         return ()
-    for index, seed in enumerate(draft.seeds):
-        in_range = seed is None or 0 <= seed <= MAX_SEED
-        faults.check(in_range, f"spec.outputs[{index}].seed", "must be from 0 to 2**64 - 1")
-    return tuple(secrets.randbits(64) if seed is None else seed for seed in draft.seeds or (None,))
+    return tuple(
+        output.seed if output.HasField("seed") else secrets.randbits(64) for output in outputs or [pb.OutputSpec()]
+    )
 
 
 def _token_ids(pipeline: Pipeline, text: str, what: str, notices: list[Notice]) -> tuple[int, ...]:
+    """The tokens of `text`. Adds a notice where the model does not read all of them."""
     if pipeline.tokenizer is None:
         raise ValueError(f"pipeline {pipeline.name} was assembled without its tokenizer")
     tokens = pipeline.tokenizer.encode(text)

@@ -1,7 +1,7 @@
-"""Faults of one request, collected so that the caller sees them all at once.
+"""Collects the faults of one request, so that its sender sees all of them at once.
 
-Invariant: what is collected fits into a call's trailing metadata (8 KiB by
-default), however much the client sent.
+Invariant: the collected faults fit into the trailing metadata of a call (8 KiB
+by default), however much the client sent.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from safelight_server.domain.errors import FieldViolation, InvalidRequestError
 MAX_FAULTS = 16
 MAX_SHOWN_BYTES = 72
 NAME = r"[A-Za-z0-9._-]{1,64}"
-"""Of tenants, models, revisions and generations."""
+"""The form of the names of tenants, models, revisions and generations."""
 
 
 class Violations:
-    """Collects violations; those beyond `MAX_FAULTS` are only counted."""
+    """The violations found so far; those beyond `MAX_FAULTS` are only counted."""
 
     def __init__(self) -> None:
         self._found: list[FieldViolation] = []
@@ -27,23 +27,23 @@ class Violations:
         return bool(self._found)
 
     def add(self, field: str, description: str) -> None:
-        """Notes a fault: `field` is its path in the proto, `description` says what to change."""
+        """Adds a fault. `field` is its path in the proto, `description` says what to change."""
         if len(self._found) < MAX_FAULTS:
             self._found.append(FieldViolation(field, description))
         else:
             self._num_more += 1
 
     def check(self, good: bool, field: str, description: str) -> bool:
-        """Notes a fault unless `good`, which it returns."""
+        """Adds a fault unless `good`. Returns `good`."""
         if not good:
             self.add(field, description)
         return good
 
     def done(self) -> None:
-        """Ends the checks.
+        """Ends the checks of a request.
 
         Raises:
-            InvalidRequestError: something was noted.
+            InvalidRequestError: there are faults; it has all of them.
         """
         if self._num_more:
             last = self._found[-1]
@@ -53,7 +53,7 @@ class Violations:
 
 
 def shown(text: str) -> str:
-    """What a client sent, quoted and short enough for a message."""
+    """Text from a client, quoted and cut to a length that fits into an error message."""
     quoted = repr(text[:MAX_SHOWN_BYTES]).encode()
     if len(text) <= MAX_SHOWN_BYTES and len(quoted) <= MAX_SHOWN_BYTES:
         return quoted.decode()
@@ -61,6 +61,6 @@ def shown(text: str) -> str:
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:
-    """Names for a message, with an ellipsis beyond `most`."""
+    """Names for an error message, separated by commas; an ellipsis stands for those beyond `most`."""
     every = list(names)
     return ", ".join(every[:most]) + (", …" if len(every) > most else "")

@@ -1,8 +1,9 @@
-"""The wire's words in place of ours, and back. Nothing is decided here.
+"""Domain values to protobuf messages. Nothing is decided here.
 
-`messages.py` reads requests, `to_proto.py` writes events and generations,
-`models.py` pipelines, `statuses.py` errors; `specs.py`, `times.py` and
-`enums.py` are what they share.
+`to_proto.py` converts events and generations, `models.py` pipelines,
+`cache.py` figures of the caches, `statuses.py` errors. `specs.py`, `times.py`
+and `enums.py` are shared by them; the last two also convert what clients send,
+for `validation/`.
 """
 
 from safelight_server.wire.cache import purged_message, stats_message

@@ -1,4 +1,4 @@
-"""The caches' figures and purges, to and from messages."""
+"""Statistics and purge reports of the caches as protobuf messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safelight_server.wire.times import duration
 
 
 def stats_message(stats: CacheStats) -> pb.GetCacheStatsResponse:
-    """The figures."""
+    """The statistics of the caches as the answer to GetCacheStats."""
     return pb.GetCacheStatsResponse(
         hits=[
             pb.CacheHits(
@@ -40,7 +40,7 @@ def stats_message(stats: CacheStats) -> pb.GetCacheStatsResponse:
 
 
 def purged_message(purged: PurgeReport) -> pb.PurgeCacheResponse:
-    """What was deleted."""
+    """The report of a purge as the answer to PurgeCache."""
     return pb.PurgeCacheResponse(
         tiers=[pb.PurgedTier(name=name, num_entries=count) for name, count in purged.deleted.items()],
         failed_tiers=purged.failed,

@@ -1,6 +1,9 @@
-"""The wire's enum values for ours."""
+"""The number on the wire of each enum value of the domain, and the way back."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
 
 from safelight.v1 import generation_pb2 as pb
 
@@ -8,6 +11,21 @@ from safelight_server.domain.events import Disposition, Durability, FinishReason
 from safelight_server.domain.request import CacheMode, PreviewMethod
 from safelight_server.domain.roles import Role
 from safelight_server.scheduler import Priority
+
+T = TypeVar("T")
+
+
+def from_number(numbers: Mapping[T, int], number: int, default: T | None) -> T | None:
+    """The domain's value for an enum number that a client sent.
+
+    Returns:
+        `default` for 0, which is an absent field. None for a number that this server has no name for:
+        proto3 enums are open, so that a newer client may send any number.
+    """
+    if number == 0:
+        return default
+    return next((value for value, known in numbers.items() if known == number), None)
+
 
 PRIORITIES = {
     Priority.INTERACTIVE: pb.PRIORITY_INTERACTIVE,

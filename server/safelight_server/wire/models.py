@@ -1,4 +1,4 @@
-"""Pipelines as messages."""
+"""Pipelines as Model messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safelight_server.wire.times import duration
 
 
 def model_message(pipeline: Pipeline, runtime: Runtime, is_default: bool) -> models_pb2.Model:
-    """What a pipeline offers on a runtime."""
+    """What a pipeline offers and how fast `runtime` runs it. The default sampler comes first."""
     manifest, defaults = pipeline.manifest, pipeline.manifest.defaults
     methods = [pb.PREVIEW_METHOD_LINEAR, pb.PREVIEW_METHOD_FULL_DECODER]
     if pipeline.has_preview_decoder:

@@ -1,4 +1,4 @@
-"""Specs, samplers and encodings as messages."""
+"""Specs, samplers and encodings as protobuf messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from safelight_server.wire.enums import BOTTOM_UP, SIGMA_SCHEDULES, SPACINGS
 
 
 def spec_message(spec: Spec) -> pb.GenerationSpec:
-    """A spec with every default filled in; sent again it gives the same pixels."""
+    """A spec as a message with every default filled in. A client that sends it again gets the same pixels."""
     message = pb.GenerationSpec(
         model=f"models/{spec.model}",
         width_px=spec.width_px,
@@ -28,12 +28,12 @@ def spec_message(spec: Spec) -> pb.GenerationSpec:
 
 
 def sampler_message(name: str, spacing: str, sigma_schedule: str) -> pb.SamplerSpec:
-    """A sampler."""
+    """A sampler and how its steps are placed, as a message."""
     return pb.SamplerSpec(name=name, spacing=SPACINGS[spacing], sigma_schedule=SIGMA_SCHEDULES[sigma_schedule])
 
 
 def encoding_message(encoding: PixelEncoding) -> pb.PixelEncoding:
-    """An encoding, with the fields that count for it."""
+    """An encoding as a message, with the fields that its media type has."""
     message = pb.PixelEncoding(media_type=encoding.media_type.value)
     if encoding.media_type in (MediaType.JPEG, MediaType.WEBP):
         message.quality = encoding.quality

@@ -1,8 +1,6 @@
-"""Errors to google.rpc.Status with details; a status fits into a call's trailing metadata."""
+"""Errors as google.rpc.Status messages with details, small enough for the trailing metadata of a call."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
@@ -14,7 +12,7 @@ OK = status_pb2.Status(code=code_pb2.OK)
 
 
 def status_of(error: SafelightError) -> status_pb2.Status:
-    """An error with its details: ErrorInfo always, BadRequest, RetryInfo and QuotaFailure where they say more."""
+    """An error as a Status. It always has an ErrorInfo; BadRequest, QuotaFailure and RetryInfo where they apply."""
     status = status_pb2.Status(code=error.status.value[0], message=error.message)
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     status.details.add().Pack(info)
@@ -32,6 +30,6 @@ def status_of(error: SafelightError) -> status_pb2.Status:
     return status
 
 
-def trailing_metadata(status: status_pb2.Status) -> Mapping[str, bytes]:
-    """How gRPC carries a status with details."""
-    return {"grpc-status-details-bin": status.SerializeToString()}
+def trailing_metadata(error: SafelightError) -> tuple[tuple[str, bytes], ...]:
+    """The trailing metadata in which gRPC sends the Status of an error with its details."""
+    return (("grpc-status-details-bin", status_of(error).SerializeToString()),)

@@ -1,4 +1,4 @@
-"""Events and generations as messages."""
+"""Events and generations as protobuf messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from safelight_server.wire.times import duration, timestamp
 
 
 def event_message(event: Event) -> pb.GenerationEvent:
-    """An event; its sequence, time and generation are the stream's to fill in."""
+    """An event as a message. The stream fills in its sequence, time and generation."""
     match event:
         case Accepted():
             return pb.GenerationEvent(accepted=_accepted(event))
@@ -42,7 +42,7 @@ def event_message(event: Event) -> pb.GenerationEvent:
 
 
 def generation_message(view: GenerationView) -> pb.Generation:
-    """The resource."""
+    """A generation as the resource that calls return."""
     message = pb.Generation(
         name=view.name,
         state=STATES[view.state],
@@ -68,7 +68,7 @@ def generation_message(view: GenerationView) -> pb.Generation:
 
 
 def usage_message(usage: Usage) -> pb.Usage:
-    """What was used."""
+    """What a generation has used, as a message."""
     return pb.Usage(
         compute_time=duration(usage.compute_s),
         num_rows=usage.num_rows,
