@@ -170,11 +170,12 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         quota = StreamQuota(settings.max_streams_per_caller)
         service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
         _watch_queue(metrics, engine)
-        works = [generations.tick, purges.keep_up, purges.listen]
+        works = [generations.tick, purges.keep_up]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
             ends.push_async_callback(leased_runners.close)
             ends.push_async_callback(ownership.close)
             works += [
+                purges.listen,
                 ownership.bulletin.listen,
                 ownership.bulletin.talk,
                 leased_runners.watch_service,
@@ -251,7 +252,7 @@ def _build_replicas(
     settings: Settings, backends: Backends, cache: Cache, engine: Engine, pool: ThreadPoolExecutor
 ) -> tuple[LeasedRunners, ClusterContext] | None:
     """What makes this replica one of several; None: it is alone."""
-    if backends.redis is None:
+    if backends.coordinator is None:
         return None
     coordinator, sealer, ttl_s = backends.coordinator, backends.sealer, settings.lease_ttl_s
     bulletin = Bulletin(coordinator, sealer)
