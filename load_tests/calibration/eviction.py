@@ -1,6 +1,6 @@
 """What the caches save on the trace, by eviction policy and settings. A simulation.
 
-The trace is run through the real encoder, text guard, bands and eviction
+The trace is run through the real encoder, text guard, skip policy and eviction
 books; nothing is developed and time does not pass, so every request finds what
 all earlier ones left. Pictures developed whole from noise enter everything;
 one that began from another's latent is kept to be served as SIMILAR only, or,
@@ -38,15 +38,15 @@ POLICIES: dict[str, Callable[[int], Eviction]] = {
     "LCBFU": lambda most: LeastBenefit(most, ageing=False),
     "LCBFU, ageing": LeastBenefit,
 }
-BANDS = SkipPolicy()
+SKIP_POLICY = SkipPolicy()
 UNBOUNDED = 10**12
 SETTINGS: dict[str, dict[str, Any]] = {
     "EXACT only": {"approximate": False},
     "begun from a latent: not kept": {"keep_approximate": False},
     **{f"served {most} times": {"max_uses": most} for most in (4, 8, 16, 32, 10**6)},
     **{f"min_similarity {least}": {"min_similarity": least} for least in (0.95, 0.9, 0.8, 0.7)},
-    "0.8, latents from cosine 0.75 on": {"bands": SkipPolicy((0.75, 0.85, 0.9, 0.95), (0.2, 0.3, 0.4, 0.5))},
-    "0.8, latents from cosine 0.85 on": {"bands": SkipPolicy((0.85, 0.9, 0.95), (0.3, 0.4, 0.5))},
+    "0.8, latents from cosine 0.75 on": {"skip_policy": SkipPolicy((0.75, 0.85, 0.9, 0.95), (0.2, 0.3, 0.4, 0.5))},
+    "0.8, latents from cosine 0.85 on": {"skip_policy": SkipPolicy((0.85, 0.9, 0.95), (0.3, 0.4, 0.5))},
 }
 
 
@@ -83,7 +83,7 @@ class Replay:
     def __init__(
         self,
         books: Eviction,
-        bands: SkipPolicy = BANDS,
+        skip_policy: SkipPolicy = SKIP_POLICY,
         *,
         approximate: bool = True,
         min_similarity: float = MIN_SIMILARITY,
@@ -91,13 +91,13 @@ class Replay:
         max_uses: int = MAX_USES,
     ) -> None:
         self._books = books
-        self._bands = bands
+        self._skip_policy = skip_policy
         self._approximate = approximate
         self._min_similarity = min_similarity
         self._keep_approximate = keep_approximate
         self._max_uses = max_uses
         self._uses: Counter[int] = Counter()
-        self._kept_steps = bands.steps(NUM_STEPS) if approximate else ()
+        self._kept_steps = skip_policy.steps(NUM_STEPS) if approximate else ()
         self._pictures: list[int] = []
         self._latents: list[int] = []
         self._exact: dict[tuple[str, int], int] = {}
@@ -142,7 +142,7 @@ class Replay:
         best, key = 0, ""
         for source, cosine in nearest:
             there = [step for step in self._kept_steps if _latent(source, step) in self._books]
-            start = self._bands.start_step(cosine, NUM_STEPS, there)
+            start = self._skip_policy.start_step(cosine, NUM_STEPS, there)
             if start > best:
                 best, key = start, _latent(source, start)
         if not best:

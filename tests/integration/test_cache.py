@@ -418,7 +418,7 @@ async def test_a_prompt_is_read_and_compared_once_for_a_request(server, seed, mo
 
 async def test_nothing_of_the_caches_outlives_the_server():
     async with serving_here(runtime="simulated") as running:
-        starts, executions = running.cache._starts, running.generations._planner._executions
+        starts, executions = running.cache._warm_starts, running.generations._planner._executions
         starts._start(asyncio.sleep(3600))
         keeping = asyncio.create_task(asyncio.sleep(0.2))
         executions._tasks.add(keeping)

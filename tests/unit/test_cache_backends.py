@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from safelight_server.app.backends import CredentialsError, open_backends
-from safelight_server.coordination.local import LocalCoordinator
 from safelight_server.coordination.redis import RedisCoordinator
 from safelight_server.settings import SettingsError, load
 from safelight_server.storage.disk import DiskStoreError
@@ -17,7 +16,7 @@ from tests.support.stores import TTL_S, Numbers, key
 async def test_without_keys_there_is_memory_only() -> None:
     backends = await open_backends(load(), Numbers().metrics)
     assert [tier.name for tier in backends.tiers.tiers] == ["memory"]
-    assert isinstance(backends.coordinator, LocalCoordinator)
+    assert backends.coordinator is None
     await backends.close()
 
 

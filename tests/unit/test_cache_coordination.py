@@ -1,9 +1,9 @@
 """Coordination within one process."""
 
 import pytest
-from safelight_server.coordination.local import LocalCoordinator
 
 from tests.support.coordination import TTL_S, CoordinationRules
+from tests.support.local_coordinator import LocalCoordinator
 
 
 class TestLocal(CoordinationRules):

@@ -4,11 +4,11 @@ import asyncio
 
 from safelight_server.coordination.base import CommitOutcome, Lease
 from safelight_server.coordination.leadership import Leadership
-from safelight_server.coordination.local import LocalCoordinator
 from safelight_server.storage.base import StoreUnavailableError
 
 from tests.conftest import eventually
 from tests.support.coordination import collect, until
+from tests.support.local_coordinator import LocalCoordinator
 
 
 class Outages(LocalCoordinator):

@@ -4,13 +4,13 @@ import asyncio
 
 from safelight_server.cache import purges as module
 from safelight_server.cache.purges import Purges
-from safelight_server.coordination.local import LocalCoordinator
 from safelight_server.storage.base import StoreUnavailableError
 from safelight_server.storage.purge import PurgeScope
 from safelight_server.storage.sealed import Entry
 from structlog.testing import capture_logs
 
 from tests.support.coordination import until
+from tests.support.local_coordinator import LocalCoordinator
 from tests.support.stores import TTL_S, key
 from tests.unit.test_cache_purge import TENANTS, left
 from tests.unit.test_cache_tiers import KEYRING, Bench

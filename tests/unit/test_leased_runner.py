@@ -18,7 +18,6 @@ from safelight_server.cluster.commit import BILL
 from safelight_server.cluster.leased_runner import LeasedRunner
 from safelight_server.cluster.leased_runners import ExecutionTicket, LeasedRunners
 from safelight_server.coordination.base import CommitOutcome, Lease
-from safelight_server.coordination.local import LocalCoordinator
 from safelight_server.domain.picture import Pixels
 from safelight_server.domain.tensors import FloatArray
 from safelight_server.engine.jobs import Job
@@ -38,6 +37,7 @@ from structlog.testing import capture_logs
 
 from tests.conftest import eventually
 from tests.support.coordination import until
+from tests.support.local_coordinator import LocalCoordinator
 from tests.support.streams import Here
 from tests.unit.test_cache_leadership import Outages
 from tests.unit.test_execution import STEPS, Member, Stage

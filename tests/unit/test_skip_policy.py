@@ -30,24 +30,26 @@ def test_the_latent_of_the_same_prompt_begins_nothing(cosine):
 @given(low=SHORT_OF_THE_SAME, high=SHORT_OF_THE_SAME, steps=STEPS, kept=st.sets(st.integers(0, 200)))
 def test_a_higher_cosine_never_starts_earlier(low, high, steps, kept):
     low, high = sorted((low, high))
-    bands = SkipPolicy()
-    assert bands.start_step(low, steps, kept) <= bands.start_step(high, steps, kept)
+    skip_policy = SkipPolicy()
+    assert skip_policy.start_step(low, steps, kept) <= skip_policy.start_step(high, steps, kept)
 
 
 @given(cosine=COSINES, steps=STEPS, kept=st.sets(st.integers(0, 200)))
 def test_a_start_was_kept_is_within_the_band_and_leaves_a_step(cosine, steps, kept):
-    bands = SkipPolicy()
-    start = bands.start_step(cosine, steps, kept)
+    skip_policy = SkipPolicy()
+    start = skip_policy.start_step(cosine, steps, kept)
     assert start == 0 or start in kept
-    assert start <= bands.fraction(cosine) * steps + 1e-6
+    assert start <= skip_policy.fraction(cosine) * steps + 1e-6
     assert start < steps
 
 
 @given(steps=STEPS, cosine=COSINES)
 def test_steps_worth_keeping_are_all_that_is_needed(steps, cosine):
-    bands = SkipPolicy()
-    assert bands.start_step(cosine, steps, bands.steps(steps)) == bands.start_step(cosine, steps, range(steps))
-    assert len(bands.steps(steps)) <= len(bands.fractions)
+    skip_policy = SkipPolicy()
+    assert skip_policy.start_step(cosine, steps, skip_policy.steps(steps)) == skip_policy.start_step(
+        cosine, steps, range(steps)
+    )
+    assert len(skip_policy.steps(steps)) <= len(skip_policy.fractions)
 
 
 def test_fractions_of_steps_do_not_lose_a_step_to_rounding():

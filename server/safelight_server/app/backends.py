@@ -13,7 +13,6 @@ from pathlib import Path
 import structlog
 
 from safelight_server.coordination.base import Coordinator
-from safelight_server.coordination.local import LocalCoordinator
 from safelight_server.coordination.redis import RedisCoordinator
 from safelight_server.settings import Settings
 from safelight_server.storage.breaker import Breaker
@@ -43,18 +42,20 @@ class Backends:
 
     Attributes:
         sealer: for events in Redis, which must be sealed too.
+        coordinator: of the replicas that share a Redis; None without Redis.
         redis: the connection, where replicas share one, and the breaker around it.
     """
 
     keyring: Keyring
     sealer: Sealer
     tiers: Tiers
-    coordinator: Coordinator
+    coordinator: Coordinator | None
     redis: tuple[RedisConnection, Breaker] | None
 
     async def close(self) -> None:
         """Writes what waits to be written, for `FLUSH_S` at most, and closes everything."""
-        await self.coordinator.close()
+        if self.coordinator is not None:
+            await self.coordinator.close()
         try:
             async with asyncio.timeout(FLUSH_S):
                 await self.tiers.flush()
@@ -89,7 +90,7 @@ async def open_backends(settings: Settings, metrics: TierMetrics) -> Backends:
 
     tiers = [Tier(MemoryStore(settings.cache_memory_bytes))]
     redis: tuple[RedisConnection, Breaker] | None = None
-    coordinator: Coordinator = LocalCoordinator()
+    coordinator: Coordinator | None = None
     if settings.cache_disk_dir is not None:
         disk = await DiskStore.open(settings.cache_disk_dir, settings.cache_disk_bytes)
         tiers.append(Tier(disk, breaker("disk", settings.cache_disk_timeout_ms)))

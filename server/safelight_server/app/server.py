@@ -170,11 +170,12 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         quota = StreamQuota(settings.max_streams_per_caller)
         service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
         _watch_queue(metrics, engine)
-        works = [generations.tick, purges.keep_up, purges.listen]
+        works = [generations.tick, purges.keep_up]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
             ends.push_async_callback(leased_runners.close)
             ends.push_async_callback(ownership.close)
             works += [
+                purges.listen,
                 ownership.bulletin.listen,
                 ownership.bulletin.talk,
                 leased_runners.watch_service,
@@ -251,7 +252,7 @@ def _build_replicas(
     settings: Settings, backends: Backends, cache: Cache, engine: Engine, pool: ThreadPoolExecutor
 ) -> tuple[LeasedRunners, ClusterContext] | None:
     """What makes this replica one of several; None: it is alone."""
-    if backends.redis is None:
+    if backends.coordinator is None:
         return None
     coordinator, sealer, ttl_s = backends.coordinator, backends.sealer, settings.lease_ttl_s
     bulletin = Bulletin(coordinator, sealer)
@@ -275,10 +276,10 @@ def _build_cache(
     settings: Settings, backends: Backends, engine: Engine, pool: ThreadPoolExecutor, metrics: Metrics
 ) -> tuple[Cache, Purges]:
     tiers, keyring, ttl_s = backends.tiers, backends.keyring, settings.cache_ttl_s
-    bands = SkipPolicy()
+    skip_policy = SkipPolicy()
     alone = settings.redis_url is None  # then nobody could go on from where it stopped
     often = 0 if alone else settings.checkpoint_every_n_steps
-    policy = CheckpointPolicy(often, bands.fractions, ttl_s=ttl_s)
+    policy = CheckpointPolicy(often, skip_policy.fractions, ttl_s=ttl_s)
     checkpoints = Checkpoints(tiers, keyring, policy)
     pictures = Pictures(tiers, keyring, pool, ttl_s)
     buckets: BucketStore = MemoryBuckets(settings.cache_similar_items)
@@ -288,12 +289,12 @@ def _build_cache(
     scanned, uses = settings.cache_latent_items, settings.cache_similar_uses
     similar = SimilarPictures(pictures, buckets, scanned, uses, metrics.cache.rejected)
     books = LeastBenefit(settings.cache_latent_bytes)
-    starts = WarmStarts(checkpoints, Vectors(tiers, ttl_s), bands, books, settings.cache_latent_items)
+    warm_starts = WarmStarts(checkpoints, Vectors(tiers, ttl_s), skip_policy, books, settings.cache_latent_items)
     namespaces = Namespaces(keyring, settings.cache_pools)
     prompts = Prompts(tiers, engine.encode, ttl_s)
     shared = backends.redis is not None
-    cache = Cache(namespaces, pictures, prompts, checkpoints, similar, starts, metrics.cache, shared=shared)
-    return cache, Purges(tiers, backends.coordinator, (similar, starts, checkpoints))
+    cache = Cache(namespaces, pictures, prompts, checkpoints, similar, warm_starts, metrics.cache, shared=shared)
+    return cache, Purges(tiers, backends.coordinator, (similar, warm_starts, checkpoints))
 
 
 async def _follow_health(servicer: Health, names: Sequence[str], engine: Engine) -> None:

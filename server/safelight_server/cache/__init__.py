@@ -1,10 +1,12 @@
-"""Never develop the same picture twice. Pure parts first, in the order in which a request meets them.
+"""Never compute the same picture twice: exact, similar, and latents to start from.
 
+cache         looks up and keeps everything for an output; what the rest of the server calls
+admin         statistics and purges, for operators
+purges        deletes in all tiers and indexes, and tells other replicas
+namespaces    who shares what: one namespace for a tenant or a pool, and the names of an output in it
 fingerprint   what makes two outputs the same, or similar enough to compare; keys that tell nothing without a secret
-embedding     a prompt's hidden states to one centred vector
-lsh           vectors at high cosine: random hyperplanes, buckets in any store of sets
-guard         whether two texts may share a picture at all
-neighbours    vectors at lower cosine: sign bits, scanned and ranked again
-bands         how many steps a neighbour at some cosine saves
-eviction      what goes when bytes are short
+pictures      finished pictures and their encodings
+prompts       embeddings of prompts
+checkpoints   latents after some steps of an output
+approximate   what is found by the nearness of prompts
 """

@@ -1,12 +1,13 @@
-"""What was done before that can serve an output, and what is kept of what is done now.
+"""Looks up cached pictures, latents and embeddings for an output, and keeps those that an execution makes.
 
-    find      exact picture → similar picture → latent to start from; by what the request allows
-    embed     embeddings of its prompts that are known already
-    record    a `CacheRecorder` for one execution: embeddings, checkpoints, the picture
+    exact         the very picture
+    approximate   a similar picture, or a latent to start from, as far as the request allows them
+    embeddings    those of the output's prompts that are known already
+    record        a `CacheRecorder` for one execution: embeddings, checkpoints, the picture
 
 Invariants: what is approximate is neither found as exact nor started from, at most served as similar;
 nothing here fails a request: a tier that cannot answer is a miss. Neighbours:
-`registry.py` asks, `execution.py` reports.
+`generations.planner` asks, `generations.execution` reports.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class CacheQuery:
         embedding: of its prompt, between looking for something similar and developing it.
         vector: what its prompt is compared by, once that was computed.
         replaces: exact name of a picture that has answered often enough, which this output is to take the place of.
-        taken: exact names of the outputs of its request, and of what these were found to be similar to or to begin
+        excluded: exact names of the outputs of its request, and of what these were found to be similar to or to begin
             from: its request's outputs have one set together, for no two of them may show the same picture.
     """
 
@@ -75,7 +76,7 @@ class CacheQuery:
     embedding: FloatArray | None = None
     vector: Floats | None = None
     replaces: str | None = None
-    taken: set[str] = field(default_factory=set)
+    excluded: set[str] = field(default_factory=set)
 
     @property
     def revision(self) -> str:
@@ -84,7 +85,7 @@ class CacheQuery:
 
 
 class Cache:
-    """See the module.
+    """All caches behind one face; see the module for its four questions.
 
     Args:
         shared: other replicas go on from checkpoints, so that they are written through to a shared tier.
@@ -97,7 +98,7 @@ class Cache:
         prompts: Prompts,
         checkpoints: Checkpoints,
         similar: SimilarPictures,
-        starts: WarmStarts,
+        warm_starts: WarmStarts,
         metrics: CacheMetrics,
         *,
         shared: bool = False,
@@ -108,7 +109,7 @@ class Cache:
         self.checkpoints = checkpoints
         self._prompts = prompts
         self._similar = similar
-        self._starts = starts
+        self._warm_starts = warm_starts
         self._metrics = metrics
         self._writes: set[asyncio.Task[None]] = set()
 
@@ -141,14 +142,14 @@ class Cache:
             return None  # whatever ails the encoder, development will say it
         if pictures:
             similar = await self._similar.find(
-                name, pipeline, spec.prompt, vector, wanted.policy.min_similarity, wanted.encoding, wanted.taken
+                name, pipeline, spec.prompt, vector, wanted.policy.min_similarity, wanted.encoding, wanted.excluded
             )
-            if similar is not None and similar.worn:
+            if similar is not None and similar.exhausted:
                 wanted.replaces = similar.name
                 return None
             if similar is not None:
                 return similar
-        return await self._starts.find(name, pipeline, vector, spec.num_inference_steps, wanted.taken)
+        return await self._warm_starts.find(name, pipeline, vector, spec.num_inference_steps, wanted.excluded)
 
     async def embeddings(self, wanted: CacheQuery) -> tuple[FloatArray | None, ...]:
         """Those of its prompts, row by row, that are known already."""
@@ -195,7 +196,7 @@ class Cache:
             await self._similar.add(name, pipeline, spec.prompt, vector, self.owner(wanted), wanted.replaces)
             shape = pipeline.latent_shape(spec.width_px, spec.height_px)
             if num_bytes := self.checkpoints.policy.left_bytes(steps, shape):
-                await self._starts.add(name, pipeline, vector, self.owner(wanted), steps, num_bytes)
+                await self._warm_starts.add(name, pipeline, vector, self.owner(wanted), steps, num_bytes)
 
     async def keep_as_similar(self, wanted: CacheQuery, picture: FinishedPicture, compute_s: float) -> None:
         """Keeps a picture that began from another's latent under a name by which EXACT never finds it.
@@ -250,7 +251,7 @@ class Cache:
         """Waits for what is being written, and looks nothing more up."""
         while self._writes:
             await asyncio.wait(self._writes)
-        await self._starts.close()
+        await self._warm_starts.close()
 
 
 def facts_of(wanted: CacheQuery, compute_s: float) -> PictureFacts:

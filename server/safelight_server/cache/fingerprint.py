@@ -7,10 +7,10 @@ token ids stand for the texts, so neither can a difference that the model does
 not see. The model's name and revision are not in it: the pipeline digest is
 what decides pixels.
 
-Invariants: outputs with one fingerprint have the same bits (DESIGN, rule 3);
+Invariants: outputs with one fingerprint have the same bits;
 index keys are HMAC-SHA256 under a key of the tenant or of a pool, so that the
 same picture of two tenants has two keys and a key does not confirm a guess.
-Neighbours: `resolve` makes specs; the stores take keys as plain strings.
+Neighbours: `validation.spec` makes specs; the stores take keys as plain strings.
 """
 
 from __future__ import annotations

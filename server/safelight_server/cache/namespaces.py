@@ -54,7 +54,7 @@ class CacheKeys:
 
 
 class Namespaces:
-    """The spaces of all tenants.
+    """The namespaces of all tenants.
 
     Args:
         pools: names of pools to the tenants that share each.

@@ -1,7 +1,8 @@
 """Finished pictures by name: pixels, and the encodings that were asked for, kept as variants of them.
 
-Only what was developed from noise to the end under its own name comes in:
-approximate pictures never do. Neighbours: `namespaces` names them, `storage.tiers`
+Under its exact name stands only what was computed from noise to the end. A picture
+that began from another's latent is kept under a name of its own, by which EXACT
+never finds it (`Cache.keep_as_similar`). Neighbours: `namespaces` names them, `storage.tiers`
 keeps them.
 """
 

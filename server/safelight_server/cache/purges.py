@@ -45,10 +45,11 @@ class Purges:
     """Of one replica; run `listen` and `keep_up` as tasks.
 
     Args:
+        coordinator: tells the other replicas; None: there are none.
         indexes: of this replica, which a purge clears after the tiers.
     """
 
-    def __init__(self, tiers: Tiers, coordinator: Coordinator, indexes: Sequence[PurgeableIndex] = ()) -> None:
+    def __init__(self, tiers: Tiers, coordinator: Coordinator | None, indexes: Sequence[PurgeableIndex] = ()) -> None:
         self._tiers = tiers
         self._coordinator = coordinator
         self._indexes = indexes
@@ -65,6 +66,8 @@ class Purges:
         report = await purge(self._tiers, scope)
         if not await self._forget(scope) and REDIS not in report.failed:
             report.failed.append(REDIS)
+        if self._coordinator is None:
+            return report
         try:
             await self._coordinator.append(STREAM, dump(self._origin, scope))
         except StoreError:
@@ -72,7 +75,9 @@ class Purges:
         return report
 
     async def listen(self) -> None:
-        """Clears this replica's own tiers whenever another one purges; never ends."""
+        """Clears this replica's own tiers whenever another one purges; ends only where there are no others."""
+        if self._coordinator is None:
+            return
         async for event in self._coordinator.follow(STREAM, leader=False):
             origin, scope = parse(event.data)
             if origin == self._origin:

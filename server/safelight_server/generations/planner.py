@@ -114,9 +114,9 @@ class Planner:
         if branched_from is not None:
             return [await self._branch(generation, branched_from)]
         wanted = [self._wanted(generation, output.seed) for output in generation.outputs]
-        taken = {one.name.exact for one in wanted}
+        excluded = {one.name.exact for one in wanted}
         for one in wanted:
-            one.taken = taken
+            one.excluded = excluded
         return list(await asyncio.gather(*(self._find(one) for one in wanted)))
 
     async def _find(self, wanted: CacheQuery) -> OutputPlan:

@@ -5,7 +5,7 @@ without a contrastive loss nothing shaped it, and on `icons` its cosine hardly
 tells objects apart (decision record 0009). The mean over the prompt's own
 positions does. Centring takes away what all prompts have in common, so that
 unrelated prompts are near cosine 0; the mean is that of the manifest's example
-prompts, fixed per pipeline digest. Pure. Neighbours: `lsh`, `neighbours`.
+prompts, fixed per pipeline digest. Pure. Neighbours: `lsh`, `index`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ them by the exact cosine. In memory, one per replica, rebuilt from the store.
 
 Invariants: what is returned has at least the cosine asked for and is of the
 scope asked for; at most `max_items` are kept. Neighbours: `embedding` makes
-the vectors, `bands` says what a cosine is worth.
+the vectors, `skip_policy` says what a cosine is worth.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class SketchIndex:
 
 
 class _SketchRows:
-    """Codes and vectors of one scope by row. A row that was taken is used again; until then its name is None."""
+    """Codes and vectors of one scope by row. A row that was freed is used again; until then its name is None."""
 
     def __init__(self, num_bits: int, dimension: int) -> None:
         self.rows: dict[str, int] = {}

@@ -248,7 +248,7 @@ def _rows(gathered: Sequence[array[int]]) -> npt.NDArray[np.uint32]:
 
 
 class _VectorRows:
-    """Vectors of one dimension and whose they are, by row. A row that was taken is used again."""
+    """Vectors of one dimension and whose they are, by row. A row that was freed is used again."""
 
     def __init__(self, dimension: int) -> None:
         self.vectors = np.zeros((64, dimension), np.float16)

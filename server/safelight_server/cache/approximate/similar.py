@@ -1,7 +1,7 @@
 """Pictures of similar prompts: found by LSH and by a scan, checked by exact cosine, let through by the text guard.
 
 LSH tables find what is near among very many; much below a cosine of 0.9 they
-miss more and more, so a space's newest pictures are scanned too where the tables
+miss more and more, so a namespace's newest pictures are scanned too where the tables
 give nothing.
 
 Invariant: what is returned has the comparable name asked for (same model, size,
@@ -11,7 +11,7 @@ for, and a prompt that agrees with the one asked for. When a picture has answere
 is there, so that those who ask alike do not all see one picture, least of all
 one that came out badly; until then it goes on answering, and where nothing came
 of the new one, the next is begun after as many answers. Neighbours: `lsh`,
-`neighbours`, `guard`, `pictures`.
+`index`, `guard`, `pictures`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from safelight_server.domain.request import PixelEncoding
 from safelight_server.storage.purge import EntryOwner, PurgeScope
 
 MAX_INDEXES = 64
-"""Planes kept at once, of spaces and pipelines; they are made again from their seed."""
+"""Random planes kept at once, by namespace and pipeline; they are made again from their seed."""
 NUM_CANDIDATES = 64
 MAX_KNOWN = 100_000
 """Pictures whose prompts need not be looked up to know what they say, and whose uses are counted."""
@@ -43,14 +43,14 @@ class SimilarPicture:
 
     Attributes:
         name: the exact name of the picture.
-        worn: it has answered often enough: this time one like it should be developed from noise, to be added in its
-            place.
+        exhausted: it has answered `max_uses` times: one like it should now be computed from noise, to be added in
+            its place.
     """
 
     name: str
     kept: CachedPicture
     similarity: float
-    worn: bool = False
+    exhausted: bool = False
 
 
 @dataclass(slots=True)
@@ -64,18 +64,18 @@ class _IndexedPicture:
 
 @dataclass(frozen=True, slots=True)
 class _NamespaceIndex:
-    """Of one space and pipeline."""
+    """The two indexes of one namespace and pipeline: LSH tables, and a scan of the newest pictures."""
 
     tables: SimilarIndex
     newest: SketchIndex
 
 
 class SimilarPictures:
-    """See the module.
+    """Finds and serves pictures of similar prompts.
 
     Args:
-        store: of all spaces: names of items and buckets are secrets of theirs.
-        max_scanned: a space's newest pictures that are scanned.
+        store: the buckets of all namespaces; names of items and buckets are made with a namespace's secret.
+        max_scanned: a namespace's newest pictures that are scanned.
         max_uses: how often a picture answers on one replica before one is to take its place.
         rejected: called for each candidate that the guard turns away.
     """
@@ -127,26 +127,26 @@ class SimilarPictures:
         vector: Floats,
         min_similarity: float,
         encoding: PixelEncoding,
-        taken: set[str],
+        excluded: set[str],
     ) -> SimilarPicture | None:
         """The most similar picture that may answer `prompt`, if there is one.
 
         Args:
-            taken: exact names of pictures that may not; what is found is added.
+            excluded: exact names of pictures that may not; what is found is added.
         """
         index, wanted = self._index(name.namespace, pipeline, len(vector)), self._guard(pipeline).facts(prompt)
         seen: set[str] = set()
         found = await index.tables.search(name.comparable, vector, min_similarity, NUM_CANDIDATES)
-        if (similar := await self._choose(found, seen, taken, name, pipeline, wanted, encoding)) is not None:
+        if (similar := await self._choose(found, seen, excluded, name, pipeline, wanted, encoding)) is not None:
             return similar
         found = index.newest.search(name.comparable, vector, min_similarity, NUM_CANDIDATES)
-        return await self._choose(found, seen, taken, name, pipeline, wanted, encoding)
+        return await self._choose(found, seen, excluded, name, pipeline, wanted, encoding)
 
     async def _choose(
         self,
         found: Sequence[Match],
         seen: set[str],
-        taken: set[str],
+        excluded: set[str],
         name: CacheKeys,
         pipeline: Pipeline,
         wanted: TextFacts,
@@ -154,7 +154,7 @@ class SimilarPictures:
     ) -> SimilarPicture | None:
         for match in found:
             source = replace(name, exact=_exact(match.item))
-            if source.exact in seen or source.exact in taken:
+            if source.exact in seen or source.exact in excluded:
                 continue
             seen.add(source.exact)
             known = await self._look_up(match.item, source, pipeline)
@@ -162,13 +162,13 @@ class SimilarPictures:
                 self._rejected()
                 continue
             kept = None if known is None else await self._pictures.get(source, encoding)
-            if source.exact in taken:  # meanwhile, by another output of its request
+            if source.exact in excluded:  # meanwhile, by another output of its request
                 continue
             if known is not None and kept is not None:
-                taken.add(source.exact)
+                excluded.add(source.exact)
                 known.num_uses += 1
-                worn = known.num_uses % (self._max_uses + 1) == 0
-                return SimilarPicture(source.exact, kept, match.cosine, worn)
+                exhausted = known.num_uses % (self._max_uses + 1) == 0
+                return SimilarPicture(source.exact, kept, match.cosine, exhausted)
             if await self._pictures.gone(source):
                 await self._remove(match.item, name.namespace, pipeline)
         return None

@@ -1,11 +1,11 @@
-"""How many steps a neighbour's latent saves: bands of cosine to a fraction of the steps skipped.
+"""How many denoising steps the latent of a similar prompt saves, by the cosine of the two prompts.
 
 The nearer two prompts are, the later in the denoising they still agree, so the
 later one can start from the other's latent: NIRVANA (Agarwal et al. 2024,
-arXiv 2312.04429, section 5). Pure; the bands are calibrated per pipeline by
-`load_tests`. Invariant: a higher cosine never starts earlier, short of that of
+arXiv 2312.04429, section 5). Pure. One set of thresholds and
+fractions serves all pipelines. Invariant: a higher cosine never starts earlier, short of that of
 the same prompt, which never starts at all; a start is always a step that was
-kept and always leaves at least one step to do. Neighbours: `neighbours`
+kept and always leaves at least one step to do. Neighbours: `index`
 measures the cosine.
 """
 
@@ -50,7 +50,7 @@ class SkipPolicy:
         return max((f for t, f in zip(self.thresholds, self.fractions, strict=True) if cosine >= t), default=0.0)
 
     def steps(self, num_steps: int) -> tuple[int, ...]:
-        """The steps at which a latent is worth keeping: where some band starts."""
+        """The steps at which a latent is worth keeping: where a threshold allows to start."""
         return tuple(sorted({step for f in self.fractions if (step := _last_step(f, num_steps)) > 0}))
 
     def start_step(self, cosine: float, num_steps: int, available_steps: Iterable[int]) -> int:
@@ -62,7 +62,7 @@ class SkipPolicy:
             available_steps: after how many steps the neighbour's latent was kept.
 
         Returns:
-            The last that is available and not beyond what the band allows; 0: start from noise.
+            The last that is available and not beyond what the cosine allows; 0: start from noise.
         """
         most = _last_step(self.fraction(cosine), num_steps)
         return max((step for step in available_steps if 0 < step <= most), default=0)

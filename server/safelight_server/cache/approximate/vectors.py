@@ -1,7 +1,7 @@
 """The prompt vectors of finished outputs as they are kept, so that an index in memory can be made anew.
 
 One small sealed entry for each output whose checkpoints others may start from.
-Neighbours: `starts` writes and reads them.
+Neighbours: `warm_starts` writes and reads them.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 NIRVANA (Agarwal et al. 2024, arXiv 2312.04429): the nearer the prompt, the later
 the step. Which outputs' checkpoints stay is decided by the least benefit of
 theirs that is left out. In memory, one of each replica; what other replicas or
-an earlier life of this one kept is looked up, off the request path, when a space
+an earlier life of this one kept is looked up, off the request path, when a namespace
 is first used and every few minutes while it is; and what its index had when that
 index had to go, when it is used again. Invariants: a start is a checkpoint of an output with the same comparable
-name; what the books count can be found. Neighbours: `neighbours`, `bands`,
+name; what the books count can be found. Neighbours: `index`, `skip_policy`,
 `checkpoints`, `eviction`.
 """
 
@@ -32,9 +32,9 @@ from safelight_server.engine.latents import Snapshot
 from safelight_server.storage.purge import EntryOwner, PurgeScope
 
 MAX_INDEXES = 64
-MAX_SPACES = 4096
+MAX_NAMESPACES = 4096
 LOOK_EVERY_S = 300.0
-"""How often what other replicas have kept of a space is looked up, while it is in use."""
+"""How often what other replicas have kept of a namespace is looked up, while it is in use."""
 NUM_CANDIDATES = 64
 NUM_TRIED = 4
 """Of the candidates that may be begun from, the nearest, whose checkpoints are looked up."""
@@ -50,7 +50,7 @@ class WarmStart:
 
 @dataclass(frozen=True, slots=True)
 class _StartLocation:
-    """Where an output is: its index, by space and pipeline; and whose it is."""
+    """Where an output is: its index, by namespace and pipeline; and whose it is."""
 
     namespace: Namespace
     index: tuple[str, str]
@@ -58,9 +58,10 @@ class _StartLocation:
 
 
 class WarmStarts:
-    """See the module.
+    """Index of the outputs whose checkpoints other outputs may start from.
 
     Args:
+        skip_policy: how many steps a cosine saves.
         books: decide what goes when the checkpoints of all outputs are too many bytes.
         max_items: outputs in one index.
         clock: monotonic seconds.
@@ -70,7 +71,7 @@ class WarmStarts:
         self,
         checkpoints: Checkpoints,
         vectors: Vectors,
-        bands: SkipPolicy,
+        skip_policy: SkipPolicy,
         books: Eviction,
         max_items: int,
         clock: Callable[[], float] = time.monotonic,
@@ -80,7 +81,7 @@ class WarmStarts:
         self._clock = clock
         self._looked: OrderedDict[str, float] = OrderedDict()
         self._rebuilding: set[asyncio.Task[None]] = set()
-        self._bands = bands
+        self._skip_policy = skip_policy
         self._books = books
         self._max_items = max_items
         self._indexes: OrderedDict[tuple[str, str], SketchIndex] = OrderedDict()
@@ -103,13 +104,13 @@ class WarmStarts:
         at, index = self._index(name.namespace, kept.pipeline, len(kept.vector))
         gone = index.add(name.comparable, name.exact, kept.vector)
         self._place[name.exact] = _StartLocation(name.namespace, at, kept.owner)
-        most = self._bands.steps(kept.num_steps)
+        most = self._skip_policy.steps(kept.num_steps)
         gone += self._books.add(name.exact, kept.num_bytes, float(most[-1]) if most else 0.0)
         for item in gone:
             await self._drop(item)
 
     async def _rebuild(self, namespace: Namespace) -> None:
-        """Adds what the tiers have of a space and is not known here."""
+        """Adds what the tiers have of a namespace and is not known here."""
         async for kept in self._vectors.all(namespace, self._place):
             await self._add(kept)
 
@@ -134,24 +135,24 @@ class WarmStarts:
         await self.rebuilt()
 
     async def find(
-        self, name: CacheKeys, pipeline: Pipeline, vector: Floats, num_steps: int, taken: set[str]
+        self, name: CacheKeys, pipeline: Pipeline, vector: Floats, num_steps: int, excluded: set[str]
     ) -> WarmStart | None:
         """The latest start that a nearby prompt allows, if there is one.
 
         Args:
-            taken: exact names of outputs from which none may begin; the one that is found is added.
+            excluded: exact names of outputs from which none may begin; the one that is found is added.
         """
         _, index = self._index(name.namespace, pipeline.digest, len(vector))
-        found = index.search(name.comparable, vector, self._bands.thresholds[0], NUM_CANDIDATES)
-        useful = (match for match in found if match.item not in taken and self._bands.fraction(match.cosine))
+        found = index.search(name.comparable, vector, self._skip_policy.thresholds[0], NUM_CANDIDATES)
+        useful = (match for match in found if match.item not in excluded and self._skip_policy.fraction(match.cosine))
         for match in itertools.islice(useful, NUM_TRIED):
             steps = await self._checkpoints.steps(name.namespace.name, match.item)
-            step = self._bands.start_step(match.cosine, num_steps, steps)
+            step = self._skip_policy.start_step(match.cosine, num_steps, steps)
             snapshot = await self._checkpoints.at_or_before(name.namespace.name, match.item, step) if step else None
-            if match.item in taken:  # meanwhile, by another output of its request
+            if match.item in excluded:  # meanwhile, by another output of its request
                 continue
             if snapshot is not None:
-                taken.add(match.item)
+                excluded.add(match.item)
                 self._books.hit(match.item)
                 return WarmStart(snapshot, match.cosine)
             if not steps and await self._checkpoints.gone(name.namespace.name, match.item):
@@ -188,7 +189,7 @@ class WarmStarts:
         if self._clock() - self._looked.get(namespace.name, -math.inf) >= LOOK_EVERY_S:
             self._looked[namespace.name] = self._clock()
             self._start(self._rebuild(namespace))
-            if len(self._looked) > MAX_SPACES:
+            if len(self._looked) > MAX_NAMESPACES:
                 self._looked.popitem(last=False)
         self._indexes.move_to_end(at)
         if len(self._indexes) > MAX_INDEXES:
