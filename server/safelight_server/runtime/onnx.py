@@ -3,6 +3,9 @@
 One thread a session and a pinned optimisation level make a row's bits
 independent of the batch around it; `start` verifies that for every batch size
 it then offers.
+
+Only what runs a model imports this module: importing onnxruntime takes time and
+starts its telemetry, which this module switches off.
 """
 
 from __future__ import annotations
@@ -16,6 +19,10 @@ import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+# Must be set before the import: from then on a thread of onnxruntime's wheel keeps a device id and a store of events in
+# the home folder and looks up Microsoft's collector. disable_telemetry_events() comes too late for all of that.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import onnxruntime
 import structlog
