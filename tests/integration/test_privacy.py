@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LOOK_UP_S = 6.0
-"""ONNX Runtime looked its collector up within this time after the import."""
+WATCHED_S = {"onnx": 12.0, "simulated": 2.0}
+"""ONNX Runtime looked its collector up 9 s after the first session was made."""
 
 
 @pytest.mark.parametrize("runtime", ["onnx", "simulated"])
@@ -41,12 +41,11 @@ def test_a_server_writes_no_file_and_looks_no_name_up(runtime, tmp_path):
             while b"listens on" not in output.read_bytes():
                 assert server.poll() is None and time.monotonic() < deadline, output.read_text()
                 time.sleep(0.05)
-            time.sleep(LOOK_UP_S)  # nothing can be waited for: the rule is that nothing happens
+            time.sleep(WATCHED_S[runtime])  # nothing can be waited for: the rule is that nothing happens
         finally:
             server.send_signal(signal.SIGTERM)
             assert server.wait(20) == 0, output.read_text()
-    assert [file for file in home.rglob("*") if file.is_file()] == []
-    if strace:
-        calls = network.read_text()
-        assert "listen(" in calls  # strace has seen the server
-        assert "htons(53)" not in calls
+    calls = network.read_text() if strace else "listen("
+    assert "listen(" in calls  # strace has seen the server
+    files = [file for file in home.rglob("*") if file.is_file()]
+    assert (files, [line for line in calls.splitlines() if "htons(53)" in line]) == ([], [])
