@@ -20,6 +20,7 @@ RUN useradd --system --uid 10001 --no-create-home safelight
 COPY --from=build /opt/safelight /opt/safelight
 COPY models /models
 ENV PATH=/opt/safelight/bin:$PATH \
+    ORT_DISABLE_TELEMETRY=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     SAFELIGHT_MODELS_DIR=/models \

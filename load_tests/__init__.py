@@ -8,3 +8,9 @@ JSON, machine facts), `processes.py` (servers and clients of their own),
 `clients.py` (who asks Safelight), `arrivals.py` (open loops), `bare.py` (the
 sessions without a server), `peers/` (other servers).
 """
+
+import os
+
+# Before any module here imports onnxruntime or huggingface_hub, which otherwise report their use to their makers.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

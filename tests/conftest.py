@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 import time
@@ -13,6 +14,10 @@ from typing import Any
 
 import hypothesis
 import pytest
+
+# Before any test imports onnxruntime or huggingface_hub: see safelight_server.runtime.onnx.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 try:
     import uvloop

@@ -1,0 +1,7 @@
+"""Trains, exports and judges the embedded model; the server uses nothing of it."""
+
+import os
+
+# Before any module here imports onnxruntime or huggingface_hub, which otherwise report their use to their makers.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

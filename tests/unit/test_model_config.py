@@ -42,3 +42,8 @@ def test_shapes_are_compared_where_both_are_known():
     ]
     assert config_pbtxt.mismatches(found, {"sample": (4, 32)}) != []
     assert config_pbtxt.mismatches(found, {"context": (4,)}) == ["context is missing"]
+
+
+def test_fields_of_a_newer_triton_are_skipped(tmp_path):
+    (tmp_path / "config.pbtxt").write_text(TEXT + "field_of_tomorrow { value: 1 }")
+    assert config_pbtxt.read(tmp_path / "config.pbtxt").max_rows == 8

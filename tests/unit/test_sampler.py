@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -155,7 +156,6 @@ def test_refused_cells_say_why():
     assert "zero" in refusal(SamplerSpec("lcm"), zero, "epsilon", 4)
     assert "fall on one timestep" in refusal(SamplerSpec("dpmpp_2m", "trailing", "karras"), zero, "v_prediction", 30)
     assert "no sigma schedule" in refusal(SamplerSpec("ddim", "trailing", "karras"), zero, "v_prediction", 20)
-    assert "rounding" in refusal(SamplerSpec("ddim", "trailing", eta=1.0), zero, "v_prediction", 20)
     assert "62 steps" in refusal(SamplerSpec("euler", "trailing"), zero, "epsilon", 61)
     assert "464 steps" in refusal(SamplerSpec("ddim", "trailing"), zero, "v_prediction", 463)
     late = NoiseSchedule(steps_offset=1)
@@ -164,6 +164,25 @@ def test_refused_cells_say_why():
     for eta in (-0.1, 1.1, float("nan")):
         assert "eta" in refusal(SamplerSpec("ddim", "trailing", eta=eta), zero, "v_prediction", 20)
     assert "unknown sampler" in refusal(SamplerSpec("heun"), zero, "v_prediction", 20)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_every_eta_from_0_to_1_is_offered_where_eta_0_is(prediction, zero_snr):
+    schedule = NoiseSchedule(rescale_zero_terminal_snr=zero_snr)
+    for spacing, steps in itertools.product(["leading", "trailing", "linspace"], range(1, 51)):
+        plain = refusal(SamplerSpec("ddim", spacing), schedule, prediction, steps)
+        for eta in (1e-9, 0.5, 0.999999, 1.0):
+            assert refusal(SamplerSpec("ddim", spacing, eta=eta), schedule, prediction, steps) == plain
+
+
+def test_from_pure_noise_ddim_with_eta_1_draws_all_noise_afresh():
+    zero = NoiseSchedule(rescale_zero_terminal_snr=True)
+    table = compile_table(SamplerSpec("ddim", "trailing", eta=1.0), zero, "v_prediction", 20)
+    a, b, _, d, e, f = table.coefficients[0]
+    assert (e, f) == (0, -1)  # the signal is zero: denoised is -p alone
+    assert a == 0
+    assert np.isclose(b**2 + d**2, 1), "x_next = sqrt(bar) denoised + sqrt(1 - bar) noise"
 
 
 def test_a_compiled_table_is_shared_and_cannot_be_written():

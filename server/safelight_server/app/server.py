@@ -52,7 +52,6 @@ from safelight_server.generations.execution import Executions
 from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
 from safelight_server.runtime.base import Runtime, RuntimeStartError
-from safelight_server.runtime.onnx import OnnxRuntime
 from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
 from safelight_server.runtime.triton import TritonOptions, TritonRuntime
 from safelight_server.scheduler import Priority
@@ -122,6 +121,8 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
             start_s=settings.triton_start_s,
         )
         return catalog, TritonRuntime(catalog, options)
+    from safelight_server.runtime.onnx import OnnxRuntime  # loads onnxruntime, which other runtimes need not
+
     return catalog, OnnxRuntime(catalog, settings.num_instances)
 
 

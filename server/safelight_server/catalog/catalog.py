@@ -34,7 +34,7 @@ class PromptTokenizer(Protocol):
 
     @property
     def max_tokens(self) -> int:
-        """T."""
+        """Length of the context: every prompt becomes this many token ids."""
 
     def encode(self, text: str) -> Tokens:
         """Ids of `text`, (T,), cut where it is too long."""
@@ -78,14 +78,14 @@ class Latent(_Strict):
 
 
 class SizeOffer(_Strict):
-    """A picture size."""
+    """A picture size in pixels that the model offers."""
 
     width_px: Positive
     height_px: Positive
 
 
 class Noise(_Strict):
-    """See `sampler.NoiseSchedule`."""
+    """The noise schedule that the model was trained with (`sampler.NoiseSchedule`)."""
 
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
     beta_start: float = 0.00085
@@ -106,7 +106,7 @@ class SamplerCells(_Strict):
 
 
 class SamplerDefault(_Strict):
-    """See `sampler.SamplerSpec`."""
+    """The sampler of a request that names none (`sampler.SamplerSpec`)."""
 
     name: str
     spacing: str
@@ -115,7 +115,7 @@ class SamplerDefault(_Strict):
 
 
 class Defaults(_Strict):
-    """What absent fields mean."""
+    """Values for fields that a request leaves out."""
 
     num_inference_steps: Positive
     guidance_scale: Annotated[float, Field(ge=1)]
@@ -123,7 +123,7 @@ class Defaults(_Strict):
 
 
 class ModelLimits(_Strict):
-    """What is refused."""
+    """Largest values of a request; larger ones are refused."""
 
     max_num_inference_steps: Positive
     max_guidance_scale: Annotated[float, Field(ge=1)]
@@ -131,7 +131,7 @@ class ModelLimits(_Strict):
 
 
 class LinearPreview(_Strict):
-    """See `Pipeline.linear_weights`."""
+    """The linear map from a latent to preview pixels (`Pipeline.linear_weights`)."""
 
     block: Positive
     weights: tuple[tuple[float, ...], ...]
@@ -145,7 +145,7 @@ class LinearPreview(_Strict):
 
 
 class GuardWords(_Strict):
-    """Words of prompts that must agree before one prompt's picture answers another; see `cache.guard`.
+    """Words of prompts that must agree before one prompt's picture answers another; see `cache.approximate.guard`.
 
     Attributes:
         groups: name -> values, each of phrases that mean it. The longest phrase that begins at a word counts.
@@ -169,7 +169,7 @@ class GuardWords(_Strict):
 
 
 class Manifest(_Strict):
-    """pipeline.json. The last two serve the approximate caches; without them these know less of the model's prompts."""
+    """The contents of pipeline.json. `guard` and `example_prompts` help the approximate caches and may be left out."""
 
     format: Literal[1]
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]

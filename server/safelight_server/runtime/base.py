@@ -50,13 +50,13 @@ class RuntimeStartError(Exception):
 
 
 class FaultOrigin(enum.Enum):
-    """Whom a failed call is held against."""
+    """What is blamed for a failed call, which decides what is tried again and where."""
 
     ROWS = "rows"
     INSTANCE = "instance"
-    """It was lost, which says nothing of the rows; unless that happens wherever they go."""
+    """The instance was lost. The rows are blamed only if they lose one instance after another."""
     NOBODY = "nobody"
-    """The instance had no room: the rows were not looked at."""
+    """The instance had no room and did not look at the rows."""
 
 
 class RuntimeFailure(Exception):
@@ -117,7 +117,7 @@ class Runtime(Protocol):
         """Loads every component, verifies that batches are bit-equal to single rows, measures the cost curves.
 
         Raises:
-            RuntimeStartError: it cannot.
+            RuntimeStartError: a component cannot be loaded, or the same row gives other bits when it is run again.
         """
 
     async def run(self, instance: int, model: str, component: Component, inputs: Inputs) -> Mapping[str, FloatArray]:

@@ -3,6 +3,9 @@
 One thread a session and a pinned optimisation level make a row's bits
 independent of the batch around it; `start` verifies that for every batch size
 it then offers.
+
+Only what runs a model imports this module: importing onnxruntime takes time and
+starts its telemetry, which this module switches off.
 """
 
 from __future__ import annotations
@@ -16,6 +19,10 @@ import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+# Must be set before the import: from then on a thread of onnxruntime's wheel keeps a device id and a store of events in
+# the home folder and looks up Microsoft's collector. disable_telemetry_events() comes too late for all of that.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import onnxruntime
 import structlog
@@ -36,7 +43,7 @@ _PERMANENT = (ort.InvalidArgument, ort.InvalidGraph, ort.InvalidProtobuf, ort.No
 
 
 class OnnxRuntime:
-    """See `runtime.base.Runtime`.
+    """Executes components on the CPU of this process; implements `runtime.base.Runtime`.
 
     Args:
         num_instances: sessions per component, each with a thread of its own; 0: one for each core this process has.
@@ -78,15 +85,15 @@ class OnnxRuntime:
 
     @property
     def num_live(self) -> int:
-        """All of them."""
+        """Every instance: those of this process are always there."""
         return self.num_instances
 
     def usable(self, free: Collection[int]) -> Sequence[int]:
-        """All of them."""
+        """Every free instance, in the order of their numbers."""
         return sorted(free)
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """They neither come nor go."""
+        """Never calls `changed`: instances of this process neither come nor go."""
 
     async def run(self, instance: int, model: str, component: Component, inputs: Inputs) -> Mapping[str, FloatArray]:
         """One call on the instance's own thread."""
@@ -114,13 +121,13 @@ class OnnxRuntime:
 
 
 def numerics_id() -> str:
-    """See `Runtime.numerics_id`; the same for every model."""
+    """Names the build, precision and instruction set that decide the bits of a result, the same for every model."""
     build = hashlib.sha256(onnxruntime.get_build_info().encode()).hexdigest()[:8]
     return f"onnxruntime-{onnxruntime.__version__}-{build}-f32-all-{_instruction_set()}-s{SAMPLER_VERSION}"
 
 
 def fingerprint(file: Path) -> str:
-    """See `verification.fingerprint`; loads the file for this alone.
+    """Digest of a model file's answers on this runtime (`verification.fingerprint`); loads the file for this alone.
 
     Raises:
         ManifestError: it cannot be loaded, or has an input whose shape is open.

@@ -75,7 +75,7 @@ def simulated_pipeline() -> Pipeline:
 
 
 class SimulatedRuntime:
-    """See `runtime.base.Runtime`.
+    """Sleeps in place of computing; implements `runtime.base.Runtime`.
 
     Args:
         base_s: seconds of a denoiser call.
@@ -91,20 +91,20 @@ class SimulatedRuntime:
         self._embeddings = np.zeros((MAX_ROWS, TOKENS, WIDTH), np.float32)
 
     async def start(self) -> None:
-        """Says what it is."""
+        """Logs a warning that pictures are synthetic."""
         log.warning("simulated_runtime", meaning="sleeps instead of computing; pictures are synthetic")
 
     @property
     def num_live(self) -> int:
-        """All of them."""
+        """Every instance: those of this process are always there."""
         return self.num_instances
 
     def usable(self, free: Collection[int]) -> Sequence[int]:
-        """All of them."""
+        """Every free instance, in the order of their numbers."""
         return sorted(free)
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """They neither come nor go."""
+        """Never calls `changed`: instances of this process neither come nor go."""
 
     async def run(self, instance: int, model: str, component: Component, inputs: Inputs) -> Mapping[str, FloatArray]:
         """Sleeps for what the call costs."""
@@ -121,7 +121,7 @@ class SimulatedRuntime:
                 return {"image": _enlarged(_array(inputs["latent"]), SIZE_PX // 2 // LATENT[1])}
 
     def max_rows(self, model: str, component: Component) -> int:
-        """The same for all."""
+        """Largest batch, the same for every component."""
         return MAX_ROWS
 
     def cost(self, model: str, component: Component) -> CostCurve:
@@ -129,7 +129,7 @@ class SimulatedRuntime:
         return self._denoiser if component is Component.DENOISER else self._other
 
     def numerics_id(self, model: str) -> str:
-        """No numerics at all."""
+        """A fixed name: nothing is computed."""
         return "simulated"
 
     async def close(self) -> None:

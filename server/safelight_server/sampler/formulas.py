@@ -20,8 +20,8 @@ from safelight_server.sampler.schedule import (
     timesteps_of,
 )
 
-DDIM_LEAST_KEPT = 1e-5
-"""Of a level's variance, what DDIM must keep for float32 to tell it from nothing."""
+DDIM_LEAST_KEPT = 1e-12
+"""Kept variance below this is float64's rounding error of zero."""
 
 LCM_ORIGINAL_STEPS = 50
 LCM_TIMESTEP_SCALING = 10.0
@@ -120,15 +120,13 @@ def ddim(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_s
 
 
 def _ddim_noise(eta: float, bar: Doubles, bar_previous: Doubles) -> tuple[Doubles, Doubles]:
-    """Fresh and kept noise (equation 16); NaN where what is kept drowns in float32's rounding.
-
-    That is eta 1 from a signal of zero: diffusers takes the root of a last bit there, NaN where it is negative.
-    """
+    """Standard deviations of the fresh noise and of the predicted noise that is kept (equation 16), (N,) each."""
     variance = (1 - bar_previous) / (1 - bar) * (1 - bar / bar_previous)
     spread = eta * np.sqrt(np.maximum(variance, 0.0))
     kept = 1 - bar_previous - spread**2
-    drowned = (spread > 0) & (kept < DDIM_LEAST_KEPT * (1 - bar_previous))
-    return spread, np.where(drowned, np.nan, np.sqrt(np.maximum(kept, 0.0)))
+    # With eta 1 a step from a signal of zero (zero terminal SNR) keeps nothing: all its noise is fresh. diffusers takes
+    # the root of a float32 rounding error there, which is NaN where the error is negative.
+    return spread, np.where(kept < DDIM_LEAST_KEPT, 0.0, np.sqrt(np.maximum(kept, 0.0)))
 
 
 def dpmpp_2m(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int) -> Rows:

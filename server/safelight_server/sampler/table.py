@@ -143,8 +143,4 @@ def _refused_by_value(
     if finite.all():
         return None
     step = int(np.argmin(finite.all(axis=1)))
-    if finite[step, 4:].all():
-        return (
-            f"{what} with eta {spec.eta:g} keeps only a rounding error of the noise at step {step + 1} of {num_steps}"
-        )
     return f"{what} has no finite step {step + 1} of {num_steps}: a signal of zero cannot be divided by"

@@ -50,7 +50,7 @@ from safelight_server.scheduler.waiting import WaitingQueue
 
 
 class Scheduler:
-    """See the module. `now` is any clock that does not run backwards, the same throughout."""
+    """Forms batches of rows for instances. `now` is of any one clock that does not run backwards."""
 
     def __init__(self, limits: Limits, cost: CostModel) -> None:
         self._limits = limits

@@ -25,7 +25,7 @@ class Deadlines:
             bisect.insort(self._sorted, (deadline, output_id))
 
     def next(self) -> float | None:
-        """The earliest."""
+        """The earliest deadline, None where no output has one."""
         return self._sorted[0][0] if self._sorted else None
 
     def passed(self, now: float) -> list[int]:

@@ -11,7 +11,7 @@ from safelight_server.scheduler.waiting import WaitingQueue
 
 
 def check(limits: Limits, waiting: WaitingQueue, lives: Lives, ready: ReadyQueues, in_flight: Iterable[Batch]) -> None:
-    """Checks all of it.
+    """Checks every invariant of the scheduler.
 
     Raises:
         InvariantError: the scheduler contradicts itself.

@@ -33,7 +33,7 @@ from safelight_server.scheduler.waiting import WaitingQueue
 
 @dataclass(slots=True)
 class Life:
-    """Where one output is.
+    """The state of one output.
 
     Attributes:
         step: steps made.

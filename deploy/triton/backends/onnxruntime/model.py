@@ -25,6 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# Before the import: see safelight_server.runtime.onnx. `serve` sets it as well; this backend also runs without it.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
 import onnxruntime
 import triton_python_backend_utils as triton
 from onnxruntime.capi import onnxruntime_pybind11_state as ort

@@ -89,7 +89,7 @@ def models_of(catalog: Catalog) -> list[Model]:
     """Every component of every pipeline.
 
     Raises:
-        model_config.ConfigError: a config.pbtxt cannot be read.
+        config_pbtxt.ConfigError: a config.pbtxt cannot be read.
     """
     found = []
     for pipeline in catalog.pipelines.values():

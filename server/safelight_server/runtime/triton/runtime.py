@@ -24,7 +24,7 @@ from safelight_server.catalog.catalog import Catalog, ManifestError
 from safelight_server.catalog.config_pbtxt import ConfigError
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import FloatArray
-from safelight_server.runtime import onnx, verification
+from safelight_server.runtime import verification
 from safelight_server.runtime.base import CostCurve, FaultOrigin, Inputs, RuntimeFailure, RuntimeStartError
 from safelight_server.runtime.triton.client import BUSY, ENDPOINT_DOWN, CallFailed, Trouble
 from safelight_server.runtime.triton.endpoints import Backoff, CallTicket, Endpoints, EndpointState
@@ -148,6 +148,8 @@ class TritonRuntime:
             for component in sorted(pipeline.files):
                 prints.append((pipeline.name, component, pipeline.files[component]))
         else:
+            from safelight_server.runtime import onnx  # loads onnxruntime, which large models never need here
+
             try:
                 embedded = [await asyncio.to_thread(onnx.fingerprint, file) for _, _, file in sorted(prints)]
             except (ManifestError, RuntimeFailure) as error:
