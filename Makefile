@@ -168,3 +168,7 @@ evaluate: .venv-training/.installed ## Score the shipped weights; fails below th
 .PHONY: clean
 clean: ## Remove what was built and measured
 	rm -rf .venv .venv-training .venv-bench .venv-triton .tools node_modules out
+
+.PHONY: bench-server
+bench-server: setup ## Put load on a running server and print what its clients see (BENCH_ARGS="--target HOST:PORT ...")
+	$(PY) -m load_tests.bench.running_server $(BENCH_ARGS)

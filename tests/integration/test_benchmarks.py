@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 
@@ -11,7 +12,7 @@ import pytest
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.catalog import catalog
 
-from load_tests.bench import hits, latency, loop, overhead, scheduler, throughput, watchers
+from load_tests.bench import hits, latency, loop, overhead, running_server, scheduler, throughput, watchers
 from load_tests.bench.bare import BareLoop
 from load_tests.bench.clients import PROMPT, request
 from load_tests.calibration import eviction, index, replay
@@ -157,3 +158,11 @@ def test_index(tmp_path, monkeypatch):
     with_something_to_find = [rows for rows in report.tables.values() if rows[0]["any_near"] is not None]
     assert with_something_to_find
     assert len(report.targets) == len(report.tables) + len(with_something_to_find)
+
+
+async def test_load_on_a_running_server(start, capsys):
+    async with start() as running:
+        await asyncio.to_thread(
+            running_server.main, ["--target", running.address, "--clients", "2", "--pictures", "3", "--steps", "2"]
+        )
+    assert "2 clients, 3 pictures in" in capsys.readouterr().out

@@ -4,7 +4,7 @@ import base64
 from pathlib import Path
 
 import pytest
-from safelight_server.storage.keyring import Keyring, KeyringError, new_key_file
+from safelight_server.storage.keyring import Keyring, KeyringError, new_key_file, write_key_file
 
 A, B, N = (base64.b64encode(bytes([fill]) * 32).decode() for fill in (1, 2, 3))
 
@@ -64,3 +64,14 @@ def test_no_file(tmp_path: Path) -> None:
 def test_a_random_one_is_of_this_process() -> None:
     assert not Keyring.random().persistent
     assert Keyring.random().tenant("acme") != Keyring.random().tenant("acme")
+
+
+def test_a_key_file_is_its_owners_and_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    write_key_file(path)
+    before = path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert Keyring.load(path).persistent
+    with pytest.raises(FileExistsError):
+        write_key_file(path)
+    assert path.read_text() == before

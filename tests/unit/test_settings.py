@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safelight_server import __version__
 from safelight_server.app.server import StartError, build_runtime, serving
 from safelight_server.catalog.catalog import ManifestError
 from safelight_server.runtime.simulated import SimulatedRuntime
@@ -108,6 +109,10 @@ def safelight(*arguments: str, **environment: str) -> subprocess.CompletedProces
     command = [sys.executable, "-m", "safelight_server.cli.main", *arguments]
     env = {"PYTHONPATH": f"{ROOT}/server:{ROOT}/clients/python", "PATH": "/usr/bin", "NO_COLOR": "1"} | environment
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=50, check=False)
+
+
+def test_the_version_is_printed():
+    assert safelight("--version").stdout == f"safelight {__version__}\n"
 
 
 @pytest.mark.parametrize(

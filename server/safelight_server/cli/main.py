@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from safelight import Branch, CacheMode, Client, GenerationError, GetCacheStatsResponse, PurgeCacheResponse
 
+from safelight_server import __version__
 from safelight_server import settings as settings_module
 from safelight_server.api.identity import KeyFileError, new_key
 from safelight_server.app.server import Running, StartError, serve
@@ -23,13 +24,13 @@ from safelight_server.catalog import export as repositories
 from safelight_server.catalog.catalog import ManifestError
 from safelight_server.catalog.export import Accelerator, RepositoryError
 from safelight_server.catalog.export import Target as RepositoryTarget
-from safelight_server.cli import bench as benches
 from safelight_server.cli import demo as demos
 from safelight_server.settings import Settings, SettingsError, is_loopback
+from safelight_server.storage.keyring import write_key_file
 from safelight_server.telemetry import configure_logging
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Watch pictures develop.", rich_markup_mode=None)
-keys = typer.Typer(no_args_is_help=True, help="API keys.")
+keys = typer.Typer(no_args_is_help=True, help="Make keys of callers, and keys that seal what is cached.")
 app.add_typer(keys, name="keys")
 caches = typer.Typer(no_args_is_help=True, help="The caches of a running server; needs an administrator's key.")
 app.add_typer(caches, name="cache")
@@ -62,6 +63,21 @@ OPTIONS = {"target": "--target / SAFELIGHT_TARGET", "api_key": "--api-key / SAFE
 
 class CommandError(Exception):
     """What the user is told in one line."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"safelight {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Watch pictures develop."""
 
 
 @app.command("serve")
@@ -200,21 +216,6 @@ def models(
 
 
 @app.command()
-def bench(
-    clients: Annotated[int, typer.Option(min=1, max=1024, help="Clients that ask at once.")] = 4,
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures to ask for, over all clients.")] = 20,
-    steps: Steps = None,
-    target: Target = DEFAULT_TARGET,
-    api_key: ApiKey = None,
-    ca_file: CaFile = None,
-    server_name: ServerName = "",
-) -> None:
-    """Put load on a running server and print what its clients see."""
-    connect = _connect(target, api_key, ca_file, server_name)
-    _run(benches.bench(connect, clients=clients, pictures=pictures, steps=steps, console=console))
-
-
-@app.command()
 def health(target: Target = DEFAULT_TARGET, ca_file: CaFile = None, server_name: ServerName = "") -> None:
     """Exit with 0 where a server is serving; for container health checks."""
     connect = _connect(target, None, ca_file, server_name)
@@ -265,6 +266,20 @@ def keys_new(
     """Make a key: prints it once, and its entry for the key file."""
     key, entry = new_key(caller, tenant, admin=admin)
     typer.echo(f"key, shown only now: {key}\nentry for the key file: {entry}")
+
+
+@keys.command("cache")
+def keys_cache(
+    out: Annotated[Path, typer.Argument(help="New file, for the setting cache_key_file.")],
+) -> None:
+    """Write a file with fresh keys that seal what is cached; only its owner can read it."""
+    try:
+        write_key_file(out)
+    except FileExistsError:
+        raise CommandError(f"{out}: is there already; what its keys have sealed would be lost") from None
+    except OSError as error:
+        raise CommandError(f"{out}: {error.strerror}") from None
+    console.print(f"wrote {out}; all replicas need the same file", highlight=False, soft_wrap=True)
 
 
 @caches.command("stats")

@@ -14,6 +14,7 @@ import binascii
 import functools
 import hashlib
 import hmac
+import os
 import re
 import secrets
 from pathlib import Path
@@ -111,6 +112,18 @@ def new_key_file() -> str:
     """The text of a key file with fresh keys."""
     lines = ((name, base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode()) for name in (NAMES, "k1"))
     return "".join(f"{name} {key}\n" for name, key in lines)
+
+
+def write_key_file(path: Path) -> None:
+    """Writes a new key file that its owner alone can read.
+
+    Raises:
+        FileExistsError: the file is there; its keys are the only ones that open what they have sealed.
+        OSError: the file cannot be written.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(new_key_file())
 
 
 def _decode(text: str) -> bytes | None:
