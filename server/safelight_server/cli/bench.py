@@ -16,8 +16,8 @@ PROMPT = "a red potion on a dark background"
 
 
 @dataclass(slots=True)
-class Seen:
-    """What the clients saw, in seconds."""
+class Measurements:
+    """Times that the clients measured, in seconds."""
 
     first_previews_s: list[float] = field(default_factory=list)
     totals_s: list[float] = field(default_factory=list)
@@ -29,7 +29,7 @@ async def bench(
     connect: Callable[[], Client], *, clients: int, pictures: int, steps: int | None, console: Console
 ) -> None:
     """`clients` clients that ask one after another until `pictures` pictures were asked for; prints a table."""
-    seen = Seen()
+    seen = Measurements()
     numbers = iter(range(pictures))
     async with connect() as client:
         await client.models()  # the connection is up before the time runs
@@ -48,7 +48,7 @@ async def bench(
         console.print(f"{count} refused or failed: {reason}")
 
 
-async def _one(client: Client, seed: int, steps: int | None, seen: Seen) -> None:
+async def _one(client: Client, seed: int, steps: int | None, seen: Measurements) -> None:
     raw = PixelEncoding(media_type="application/x-raw-rgba8")
     began, first = time.monotonic(), None
     try:
@@ -65,7 +65,7 @@ async def _one(client: Client, seed: int, steps: int | None, seen: Seen) -> None
         seen.first_previews_s.append(first)
 
 
-def _table(seen: Seen, clients: int, wall_s: float) -> Table:
+def _table(seen: Measurements, clients: int, wall_s: float) -> Table:
     done = len(seen.totals_s)
     table = Table(title=f"{clients} clients, {done} pictures in {wall_s:.2f} s: {done / wall_s:.2f} pictures/s")
     for column in ("", "median", "p90", "p99"):
