@@ -28,6 +28,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import traceback
@@ -271,6 +272,8 @@ def _fork(job: Job) -> int:
         path = [str(job.tree / folder) for folder in ("server", "clients/python", ".")]
         sys.path[:0] = path
         os.environ["PYTHONPATH"] = ":".join(path)  # of servers that the test starts
+        tempfile.tempdir = os.environ["TMPDIR"] = str(job.tree / "temporary")
+        job.tree.joinpath("temporary").mkdir()
         options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
         limits = ["--timeout", str(job.limit_s), "--basetemp", str(job.tree / "tmp")]
         plugins = [Durations(_durations(job))] if job.patch is None else []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +106,11 @@ def test_no_type_is_named_by_a_participle():
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_no_package_is_in_a_cycle(depth):
     assert cycle(package_arrows(depth)) == []
+
+
+def test_temporary_files_of_the_tests_go_with_them():
+    assert Path(tempfile.gettempdir()).name.startswith("safelight-tests-")
+    assert os.environ["TMPDIR"] == tempfile.gettempdir(), "processes that a test starts have the same"
 
 
 def test_the_rules_can_be_broken():
