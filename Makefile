@@ -1,4 +1,4 @@
-# Everything a developer or CI does. `make help` lists the targets.
+# Everything a developer or CI does. `make help` lists the targets; times are those of two cores.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 PY := .venv/bin/python
@@ -6,7 +6,7 @@ TRAIN_PY := .venv-training/bin/python
 TRITON_PY := .venv-triton/bin/python
 
 .PHONY: help
-help: ## List the targets
+help: ## List the targets, and how long each takes
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 .venv/.uv:
@@ -39,7 +39,7 @@ help: ## List the targets
 	@touch $@
 
 .PHONY: setup
-setup: .venv/.installed ## Make the virtual environment from the lock file
+setup: .venv/.installed ## Make the virtual environment from the lock file (10 s)
 
 .PHONY: demo
 demo: setup ## Develop several pictures at once and write them to out/demo
@@ -54,51 +54,57 @@ triton: .venv-triton/.installed ## Serve models/repository with a real tritonser
 	$(TRITON_PY) deploy/triton/serve $(SERVE_ARGS)
 
 .PHONY: tools
-tools: .tools/.installed ## Build ghz, grpcurl and Jaeger with Go (a few minutes, once)
+tools: .tools/.installed ## Build ghz, grpcurl and Jaeger with Go (3 min, once)
 
 .PHONY: jaeger
 jaeger: .tools/.installed ## Run Jaeger in the foreground: OTLP on 4317 and 4318, its page and queries on 16686
 	tools/jaeger
 
 .PHONY: test
-test: setup ## Run the tests that need nothing but the virtual environment
+test: setup ## Run the tests that need nothing but the virtual environment (4 to 9 min)
 	$(PY) -m pytest -q tests/unit tests/integration
 
 .PHONY: test-training
-test-training: .venv-training/.installed ## Run the tests against torch and diffusers
+test-training: .venv-training/.installed ## Run the tests against torch and diffusers (3 to 6 min)
 	$(TRAIN_PY) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -W ignore::FutureWarning \
 	  -W ignore::UserWarning --timeout 600 tests/training  # warnings of torch and diffusers are not ours to mend
 
 .PHONY: test-peers
-test-peers: .venv-bench/.installed ## Run the tests of the latency benchmark, with its peers
+test-peers: .venv-bench/.installed ## Run the tests of the latency benchmark, with its peers (1 min)
 	PYTHONPATH=server:clients/python:. .venv-bench/bin/python -m pytest -q -p no:cacheprovider --timeout 400 tests/peers
 
 .PHONY: test-redis
-test-redis: setup ## Run the tests against a real Redis and an S3 server, which they start themselves
+test-redis: setup ## Run the tests against a real Redis and an S3 server, which they start themselves (3 min)
 	tools/install-system-packages
 	$(PY) -m pytest -q --timeout 120 tests/redis
 
 .PHONY: test-triton
-test-triton: setup .venv-triton/.installed .tools/.installed ## Run the tests against the real tritonserver
+test-triton: setup .venv-triton/.installed .tools/.installed ## Run the tests against the real tritonserver (4 min)
 	$(PY) -m pytest -q --timeout 180 tests/triton
 
 .PHONY: test-tools
-test-tools: setup .tools/.installed ## Run the tests with grpcurl, ghz and Jaeger
+test-tools: setup .tools/.installed ## Run the tests with grpcurl, ghz and Jaeger (1 min)
 	$(PY) -m pytest -q --timeout 180 tests/tools
 
+.PHONY: test-simulation
+SCHEDULES := 100000
+test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds (SCHEDULES=100000; 10 min)
+	$(if $(wildcard tests/simulation/__main__.py),PYTHONPATH=server:clients/python:. $(PY) -m tests.simulation --schedules $(SCHEDULES))
+
 .PHONY: test-rest
-test-rest: test-tools test-redis test-triton test-training test-peers mutate ## Run the groups that need more than `make test` does
+test-rest: test-tools test-redis test-triton test-training test-peers test-simulation mutate ## Run the groups that need more than `make test` does (20 min)
 
 .PHONY: test-all
-test-all: test test-rest ## Run all tests
+test-all: test test-rest ## Run all tests (30 min)
 
 .PHONY: check
-check: setup ## Format, lint, types, import rules, generated code, proto lint
+check: setup ## Format, lint, types, import rules, generated code, mutations apply, proto lint (1 min)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-cache
 	tools/check-generated
+	tools/check-mutations
 	$(MAKE) --no-print-directory buf
 	.venv/bin/hadolint Dockerfile
 
@@ -137,7 +143,7 @@ lock: .venv/.uv ## Pin all dependencies anew
 	  deploy/triton/requirements.in -o requirements-triton.lock
 
 .PHONY: mutate
-mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name)
+mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name; 6 min)
 	tools/install-system-packages
 	$(PY) tools/mutate.py $(ONLY)
 
@@ -146,12 +152,12 @@ BENCH_ENV := $(if $(filter-out latency,$(ONLY)),.venv,.venv-bench)
 BENCH_TRITON := $(if $(filter triton merging,$(or $(ONLY),triton)),.venv-triton/.installed)
 BENCH_REDIS := $(if $(filter tiers,$(or $(ONLY),tiers)),tools/install-system-packages)
 .PHONY: bench
-bench: setup $(BENCH_ENV)/.installed $(BENCH_TRITON) ## Measure: tables, and JSON in out/bench. ONLY=one of the parts in docs/benchmarks.md
+bench: setup $(BENCH_ENV)/.installed $(BENCH_TRITON) ## Measure: tables, and JSON in out/bench. ONLY=one of the parts in docs/benchmarks.md (minutes a part)
 	$(BENCH_REDIS)
 	PYTHONPATH=server:clients/python $(BENCH_ENV)/bin/python -m load_tests.bench --only "$(ONLY)"
 
 .PHONY: bench-smoke
-bench-smoke: setup .venv-bench/.installed .venv-triton/.installed ## Run all benchmarks for seconds, to see that they work
+bench-smoke: setup .venv-bench/.installed .venv-triton/.installed ## Run all benchmarks for seconds, to see that they work (minutes)
 	tools/install-system-packages
 	PYTHONPATH=server:clients/python .venv-bench/bin/python -m load_tests.bench --smoke --out out/bench/smoke
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -25,6 +27,17 @@ try:
     from safelight_server.settings import load
 except ImportError:  # the training environment has no server dependencies; its tests use none of these
     pass
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Temporary files of the tests and of the processes that they start are in a folder that goes when the tests end.
+
+    Some are killed before they could remove their own: Triton's stubs, for one, never do.
+    """
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # tmp_path of a failed test stays
+    folder = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="safelight-tests-")
+    tempfile.tempdir = None  # it is looked up anew
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:

@@ -1,121 +1,339 @@
 """`make mutate`: each deliberate break in tests/mutations/ must turn its test red.
 
 A patch's first line names the test: `# test: tests/unit/test_x.py::test_name`.
-Each patch is applied in a scratch copy of the working tree, two at once for
-each core. An argument (`make mutate ONLY=scheduler-`) runs those whose
-names contain it. Red is a test that failed: one that could not be set up says
-nothing of its rule, nor does one that had to be ended from outside. What is not
-red is tried once more, alone, at the end: a break that shows on most runs only
-is named as such, and what never turned red comes last, with what was printed.
+An argument (`make mutate ONLY=scheduler-`) runs the patches whose names contain it.
+
+Tests run in forks of this process, which has imported all third-party libraries
+and nothing of the server; two forks at once for each core. Each fork has a tree
+of hard links of its own, in which only the patched files are copies. The tests
+first pass without a patch, a fork for each file; that measures the time that a
+test may take with a patch.
+
+Red is a test that failed: a test that could not be set up says nothing of its
+rule, nor does one that had to be killed. What is not red is tried once more,
+alone, at the end: a break that shows on most runs only is named as such, and
+what never turned red comes last, with what was printed.
 """
 
 from __future__ import annotations
 
+import ast
+import compileall
+import gc
+import importlib
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRATCH = ROOT / "out" / "mutate"
+BASE = SCRATCH / "base"
+"""A copy of the working tree, to which the trees of forks are linked: edits made meanwhile change no run."""
 COPIED = ("server", "clients", "tests", "training", "load_tests", "deploy", "pyproject.toml")
 LINKED = ("models",)
-LIMIT_S = 240.0  # a test whose minute is up is cancelled; this is for what not even that can end
+OURS = {"safelight", "safelight_server", "tests", "load_tests", "training"}
+"""Packages that a patch may change: each fork imports them from its own tree."""
+TESTED = ("server", "clients", "tests/unit", "tests/integration", "tests/redis", "tests/support")
+UNSAFE_BEFORE_FORK = {"onnxruntime"}  # starts a thread when it is imported, which no fork would have
+
+LEAST_LIMIT_S = 8.0
+LIMIT_FACTOR = 5.0
+"""A patched test may take so many times what it takes without the patch."""
+GREEN_LIMIT_S = 60.0
+GRACE_S = 45.0
+"""A test whose time is up is cancelled, every ten seconds (tests/conftest.py); at last its fork is killed."""
 TAIL = 4000
 """Characters of what a test printed that are shown where it is not red."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Tests to run in a fork, each for `limit_s` at most, with `patch` or without any."""
+
+    name: str
+    tests: tuple[str, ...]
+    limit_s: float
+    patch: Path | None = None
+
+    @property
+    def tree(self) -> Path:
+        """Where it runs."""
+        return SCRATCH / self.name
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a job.
+
+    Attributes:
+        outcome: "red", "GREEN", "hung", "does not apply", or "error N" with pytest's exit code.
+        passed_s: the seconds that each test would take alone, of those that passed.
+    """
+
+    outcome: str
+    took_s: float
+    printed: str
+    passed_s: dict[str, float]
+
+
+class Durations:
+    """A plugin of pytest that writes what each passed test took, with its set-up, to a JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._took_s: defaultdict[str, float] = defaultdict(float)
+        self._set_up_s = 0.0
+        self._not_passed: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Counts a case for itself and for its test: a patch names either."""
+        if report.when == "setup":
+            self._set_up_s = max(self._set_up_s, report.duration)
+        for test in {report.nodeid, report.nodeid.split("[")[0]}:
+            self._took_s[test] += report.duration
+            if not report.passed:
+                self._not_passed.add(test)
+
+    def pytest_sessionfinish(self) -> None:
+        """Writes the file. Alone, each test has to set up what those of its module share."""
+        took_s = {test: took_s + self._set_up_s for test, took_s in self._took_s.items()}
+        passed = {test: took_s[test] for test in took_s if test not in self._not_passed}
+        self._path.write_text(json.dumps(passed))
 
 
 def main() -> int:
     """Runs every patch; the exit code is 1 where one did not turn its test red."""
     only = sys.argv[1] if len(sys.argv) > 1 else ""
     patches = [patch for patch in sorted((ROOT / "tests" / "mutations").glob("*.patch")) if only in patch.stem]
-    with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0))) as pool:  # many wait for what never comes true
-        unseen = [patch for patch, seen in zip(patches, pool.map(_seen, patches), strict=True) if not seen]
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+    try:
+        _copy_base()
+        _import_third_party()
+        gc.freeze()  # a collection in a fork would copy the pages of all that is imported here
+        return _run_patches(patches)
+    finally:
+        shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+def _run_patches(patches: list[Path]) -> int:
+    by_test: defaultdict[str, list[Path]] = defaultdict(list)
+    for patch in patches:
+        by_test[_test_of(patch)].append(patch)
+    unseen: list[Path] = []
+    jobs = deque(_green_jobs(by_test))
+    for job, result in _run(jobs, 2 * len(os.sched_getaffinity(0))):  # many wait for what never comes true
+        if job.patch is not None:
+            _print(job, result)
+            if result.outcome != "red":
+                unseen.append(job.patch)
+            continue
+        for test in job.tests:
+            if test in result.passed_s:
+                jobs.extendleft(_patch_job(patch, result.passed_s[test]) for patch in by_test[test])
+            else:
+                unseen += by_test[test]
+        if result.outcome != "GREEN":
+            _print(job, result)
     if unseen:
         print(f"once more, alone: {', '.join(patch.stem for patch in unseen)}", flush=True)
-    failed = [patch.stem for patch in unseen if not _seen(patch)]
+    failed = [patch.stem for patch in unseen if not _seen_alone(patch)]
     print(f"{len(patches) - len(failed)} of {len(patches)} red, {len(unseen) - len(failed)} of them at the second try")
     if failed:
         print(f"not red: {', '.join(failed)}")
     return min(len(failed), 1)
 
 
-def _seen(patch: Path) -> bool:
-    """Whether the break turned its test red; prints its line, and what was printed where it did not."""
-    outcome, took_s, printed = run(patch)
-    lines = f"{outcome:14} {took_s:5.1f} s {patch.stem:44} {_test_of(patch)}"
-    if outcome != "red":
-        lines += "\n" + textwrap.indent(printed[-TAIL:], "    ")
-    print(lines, flush=True)
-    return outcome == "red"
+def _seen_alone(patch: Path) -> bool:
+    """Whether its test passes without the patch and turns red with it, with nothing beside it."""
+    test = _test_of(patch)
+    [(job, result)] = _run(deque(_green_jobs([test])), 1)
+    if test in result.passed_s:
+        [(job, result)] = _run(deque([_patch_job(patch, result.passed_s[test])]), 1)
+    _print(job, result)
+    return job.patch is not None and result.outcome == "red"
 
 
-def run(patch: Path) -> tuple[str, float, str]:
-    """What came of it, "red" where the break is seen; the seconds that it took; what was printed."""
-    began = time.monotonic()
-    scratch = SCRATCH / patch.stem
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        _copy(scratch)
-        outcome, printed = _outcome(patch, scratch)
-        return outcome, time.monotonic() - began, printed
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def _green_jobs(tests: Iterable[str]) -> list[Job]:
+    """One for each file, those that take longest first."""
+    by_file: defaultdict[str, list[str]] = defaultdict(list)
+    for test in tests:
+        by_file[test.split("::")[0]].append(test)
+    files = sorted(by_file, key=lambda file: file.startswith("tests/unit"))
+    return [Job("without-" + file.replace("/", "-"), tuple(by_file[file]), GREEN_LIMIT_S) for file in files]
 
 
-def _outcome(patch: Path, scratch: Path) -> tuple[str, str]:
-    applied, printed = _call(["patch", "-p1", "--silent", "-i", str(patch)], scratch)
-    if applied:
-        return "does not apply", printed
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", _test_of(patch)]
-    tested, printed = _call(command, scratch)
-    if tested == 0:
-        return "GREEN", printed
-    if tested == 1 and re.search(r"^\d+ failed", printed, re.MULTILINE):
-        return "red", printed
-    return "hung" if tested is None else f"error {tested}", printed
+def _patch_job(patch: Path, green_s: float) -> Job:
+    return Job(patch.stem, (_test_of(patch),), max(LEAST_LIMIT_S, LIMIT_FACTOR * green_s), patch)
 
 
 def _test_of(patch: Path) -> str:
     return patch.read_text().splitlines()[0].removeprefix("# test: ").strip()
 
 
-def _copy(scratch: Path) -> None:
+def _print(job: Job, result: Result) -> None:
+    """A line of what came of it, and what was printed unless that is what should have come of it."""
+    line = f"{result.outcome:14} {result.took_s:5.1f} s {job.name:44} {' '.join(job.tests)}"
+    if result.outcome != "red":
+        line += "\n" + textwrap.indent(result.printed[-TAIL:], "    ")
+    print(line, flush=True)
+
+
+def _run(jobs: deque[Job], num_at_once: int) -> Iterator[tuple[Job, Result]]:
+    """Runs jobs until none is left, so many at once; whoever iterates may add jobs meanwhile."""
+    running: dict[int, tuple[Job, float]] = {}
+    try:
+        while jobs or running:
+            while jobs and len(running) < num_at_once:
+                job = jobs.popleft()
+                printed = _make_tree(job)
+                if printed is not None:
+                    yield job, Result("does not apply", 0.0, printed, {})
+                else:
+                    running[_fork(job)] = job, time.monotonic()
+            ended = [pid for pid, (job, began) in running.items() if _has_ended(pid) or _is_late(job, began)]
+            for pid in ended:
+                job, began = running.pop(pid)
+                yield job, _result(job, began, _end(pid))
+                shutil.rmtree(job.tree, ignore_errors=True)
+            if not ended:
+                time.sleep(0.01)
+    finally:
+        for pid in running:
+            _end(pid)
+
+
+def _has_ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _is_late(job: Job, began: float) -> bool:
+    return time.monotonic() - began > len(job.tests) * job.limit_s + GRACE_S
+
+
+def _end(pid: int) -> int | None:
+    """The exit code of a fork, None where it had to be killed; nothing that it started outlives it."""
+    ended = _has_ended(pid)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return code if ended else None
+
+
+def _result(job: Job, began: float, code: int | None) -> Result:
+    printed = _log(job).read_text(errors="replace")
+    if code is None:
+        outcome = "hung"
+    elif code == 0:
+        outcome = "GREEN"
+    elif code == 1 and re.search(r"^\d+ failed", printed, re.MULTILINE):
+        outcome = "red"
+    else:
+        outcome = f"error {code}"
+    passed = _durations(job)
+    return Result(outcome, time.monotonic() - began, printed, json.loads(passed.read_text()) if passed.exists() else {})
+
+
+def _log(job: Job) -> Path:
+    return job.tree / "output.log"
+
+
+def _durations(job: Job) -> Path:
+    return job.tree / "durations.json"
+
+
+def _fork(job: Job) -> int:
+    """Starts a job in a fork that leads a session; returns its process id."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        os.setsid()
+        with _log(job).open("wb") as log:  # a pipe would stay open as long as a process that the test left behind
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        os.chdir(job.tree)
+        path = [str(job.tree / folder) for folder in ("server", "clients/python", ".")]
+        sys.path[:0] = path
+        os.environ["PYTHONPATH"] = ":".join(path)  # of servers that the test starts
+        tempfile.tempdir = os.environ["TMPDIR"] = str(job.tree / "temporary")
+        job.tree.joinpath("temporary").mkdir()
+        options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        limits = ["--timeout", str(job.limit_s), "--basetemp", str(job.tree / "tmp")]
+        plugins = [Durations(_durations(job))] if job.patch is None else []
+        code = pytest.main([*options, *limits, *(["-x"] if job.patch else []), *job.tests], plugins)
+    except BaseException:  # noqa: BLE001  # nothing of a fork may go on as this program
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _copy_base() -> None:
+    BASE.mkdir(parents=True)
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, scratch / name)  # with what is compiled: half of a test's time is its imports
+            shutil.copytree(source, BASE / name)
         else:
-            shutil.copy(source, scratch / name)
+            shutil.copy2(source, BASE / name)
+    for name in ("server", "clients", "load_tests"):
+        compileall.compile_dir(BASE / name, quiet=1)
+
+
+def _make_tree(job: Job) -> str | None:
+    """Links the tree of a job and patches it; returns what `patch` printed where it failed."""
+    shutil.rmtree(job.tree, ignore_errors=True)
+    shutil.copytree(BASE, job.tree, copy_function=os.link)
     for name in LINKED:
-        (scratch / name).symlink_to(ROOT / name)
+        (job.tree / name).symlink_to(ROOT / name)
+    if job.patch is None:
+        return None
+    for name in re.findall(r"^\+\+\+ b/(\S+)", job.patch.read_text(), re.MULTILINE):
+        file = job.tree / name
+        file.unlink(missing_ok=True)
+        if (BASE / name).exists():
+            shutil.copy2(BASE / name, file)  # not the linked file itself, which all others share
+        for compiled in file.parent.glob(f"__pycache__/{file.stem}.*.pyc"):
+            compiled.unlink()  # a patched source of the same length and second would pass for the compiled one
+    command = ["patch", "-p1", "--silent", "--force", "-F0", "-i", str(job.patch)]
+    applied = subprocess.run(command, cwd=job.tree, capture_output=True, text=True, check=False)
+    return applied.stdout + applied.stderr if applied.returncode else None
 
 
-def _call(command: list[str], folder: Path) -> tuple[int | None, str]:
-    """Its exit code, None where it was ended, and its output; nothing that it started outlives it."""
-    environment = os.environ | {"PYTHONPATH": "server:clients/python:."}
-    log = folder / "output.log"  # a pipe would stay open as long as a process that the test left behind
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            code: int | None = process.wait(LIMIT_S)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return code, log.read_text(errors="replace")
+def _import_third_party() -> None:
+    """Imports every third-party module that the server or its tests import, so that forks need not."""
+    names = {name for folder in TESTED for path in (BASE / folder).rglob("*.py") for name in _imported(path)}
+    for name in sorted(names):
+        if name.split(".")[0] not in OURS | UNSAFE_BEFORE_FORK:
+            with suppress(ImportError):
+                importlib.import_module(name)
+    assert not OURS & {name.split(".")[0] for name in sys.modules}, "a fork would test this tree, not its own"
+
+
+def _imported(path: Path) -> Iterator[str]:
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
 
 
 if __name__ == "__main__":

@@ -10,18 +10,21 @@ import uuid
 import grpc
 import numpy as np
 import pytest
+import pytest_asyncio
 from google.rpc import error_details_pb2, status_pb2
 from PIL import Image
 from safelight import Client, Finished, Picture, Preview, Progress
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 
-from tests.conftest import eventually
+from tests.conftest import eventually, serving_here
 
 PROMPT = "a red potion on a dark background"
 
 
 BYPASS = pb.CachePolicy(mode=pb.CachePolicy.MODE_BYPASS)
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 def request(seed: int = 7, steps: int = 6, **changes: object) -> pb.GenerateRequest:
@@ -54,10 +57,20 @@ def reason_of(error: grpc.aio.AioRpcError) -> str:
     return info.reason
 
 
-@pytest.fixture
-async def server(start):
-    async with start() as running, grpc.aio.insecure_channel(running.address) as channel:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_server():
+    async with serving_here() as running, grpc.aio.insecure_channel(running.address) as channel:
         yield running, stubs.GenerationServiceStub(channel)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def server(shared_server):
+    """One server for all tests that configure nothing: each asks for pictures that no test before it made."""
+    yield shared_server
+    running, stub = shared_server
+    for name in list(running.generations._live):
+        await stub.CancelGeneration(pb.CancelGenerationRequest(name=f"generations/{name}"))
+    await eventually(lambda: not running.generations._live)
 
 
 async def test_a_prompt_alone_is_enough(server):
@@ -100,7 +113,7 @@ async def test_the_same_spec_gives_the_same_pixels_alone_and_in_any_batch(server
 
 async def test_several_outputs_come_whole(server):
     _, stub = server
-    message = request()
+    message = request(seed=6)
     message.spec.outputs.extend([pb.OutputSpec(seed=8), pb.OutputSpec(seed=9)])
     message.encoding.media_type = "application/x-raw-rgba8"
     message.encoding.row_alignment_bytes = 512
@@ -136,8 +149,8 @@ async def test_cancel_stops_at_a_step_and_ends_the_stream_as_cancelled(server):
 
 async def test_a_lost_stream_is_resumed_from_its_step_with_the_same_pixels(server):
     running, stub = server
-    undisturbed = pixels(await collect(stub.Generate(request(steps=30, cache=BYPASS))))
-    call = stub.Generate(request(steps=30))
+    undisturbed = pixels(await collect(stub.Generate(request(seed=3, steps=30, cache=BYPASS))))
+    call = stub.Generate(request(seed=3, steps=30))
     name, sequence = "", 0
     async for response in call:
         name, sequence = response.event.generation, max(sequence, response.event.sequence)
@@ -187,7 +200,7 @@ async def test_detached_it_runs_to_the_end_and_can_be_watched_again(server):
 
 async def test_a_request_id_never_runs_twice(server):
     _, stub = server
-    message = request(request_id=str(uuid.uuid4()))
+    message = request(seed=5, request_id=str(uuid.uuid4()))
     first, second = await asyncio.gather(collect(stub.Generate(message)), collect(stub.Generate(message)))
     replayed = await collect(stub.Generate(message))
     assert {events[0].generation for events in (first, second, replayed)} == {first[0].generation}
@@ -204,7 +217,10 @@ async def test_what_another_tenant_owns_does_not_exist(start, tmp_path):
     (ann, ann_entry), (bob, bob_entry) = new_key("ann", "a"), new_key("bob", "b")
     keys = tmp_path / "keys.json"
     keys.write_text(f'{{"keys": [{ann_entry}, {bob_entry}]}}')
-    async with start(api_key_file=keys) as running, grpc.aio.insecure_channel(running.address) as channel:
+    async with (
+        start(api_key_file=keys, runtime="simulated") as running,
+        grpc.aio.insecure_channel(running.address) as channel,
+    ):
         stub = stubs.GenerationServiceStub(channel)
 
         def key(value: str) -> tuple[tuple[str, str], ...]:
@@ -255,7 +271,7 @@ async def test_a_deadline_that_cannot_be_met_is_refused_before_anything_is_compu
 
 
 async def test_a_full_queue_says_when_to_come_back(start):
-    limits = {"max_running_outputs": 1, "max_waiting_per_caller": 2}
+    limits = {"runtime": "simulated", "max_running_outputs": 1, "max_waiting_per_caller": 2}
     async with start(**limits) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
         calls = [asyncio.create_task(collect(stub.Generate(request(seed, steps=50)))) for seed in (1, 2)]
@@ -315,7 +331,7 @@ async def test_the_client_library_yields_previews_picture_and_end(server):
 
 async def test_updates_reach_a_running_generation(server):
     _, stub = server
-    call = stub.Generate(request(steps=40))
+    call = stub.Generate(request(seed=4, steps=40))
     events = []
     async for response in call:
         events.append(response.event)

@@ -92,4 +92,4 @@ async def test_a_call_can_be_cancelled_anywhere(redis_server: RedisServer, conne
             await asyncio.sleep(0)
         calling.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(asyncio.shield(calling), 10)
+            await asyncio.wait_for(asyncio.shield(calling), 5)

@@ -1,0 +1,124 @@
+"""The house rules that no linter knows: names, and which package may import which."""
+
+from __future__ import annotations
+
+import ast
+import os
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent.parent / "server" / "safelight_server"
+PARTICIPLES = {
+    *("Adopted", "Asked", "Begun", "Billed", "Bound", "Chosen", "Closed", "Dropped", "Encoded", "Ended", "Expected"),
+    *("Forgotten", "Found", "Given", "Gone", "Heard", "Held", "Kept", "Known", "Led", "Left", "Lost", "Made", "Moved"),
+    *("Opened", "Owed", "Planned", "Prepared", "Purged", "Read", "Rendered", "Reported", "Saved", "Seen", "Sent"),
+    *("Served", "Shown", "Started", "Stored", "Suspended", "Taken", "Told", "Waited", "Wanted", "Watched", "Written"),
+}
+"""Names that say what was done and not what it is: `Finished` and its like in domain/events.py are the contract's."""
+
+
+def sources() -> dict[str, ast.Module]:
+    """The server's modules by their names within it."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = ast.parse(path.read_text())
+    return found
+
+
+def classes() -> Iterator[tuple[str, str]]:
+    """Every class and the module that defines it."""
+    for module, tree in sources().items():
+        yield from ((node.name, module) for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+
+
+def repeated(named: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
+    modules = defaultdict(list)
+    for name, module in named:
+        modules[name].append(module)
+    return {name: where for name, where in modules.items() if len(where) > 1}
+
+
+def imports(module: str, tree: ast.Module, modules: set[str]) -> Iterator[str]:
+    """The server's modules that a module imports when it is loaded or called; what only type checkers read is none."""
+    typing_only = {
+        node
+        for guard in ast.walk(tree)
+        if isinstance(guard, ast.If) and "TYPE_CHECKING" in ast.unparse(guard.test)
+        for node in ast.walk(guard)
+    }
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        named = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            named = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            named = [alias.name for alias in node.names]
+        for name in named:
+            inside = name.removeprefix("safelight_server.")
+            if inside != name and inside in modules and inside != module:
+                yield inside
+
+
+def cycle(arrows: dict[str, set[str]]) -> list[str]:
+    """A round trip along the arrows; empty where there is none."""
+    done: set[str] = set()
+
+    def search(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return []
+        for target in sorted(arrows.get(node, ())):
+            if found := search(target, [*path, node]):
+                return found
+        done.add(node)
+        return []
+
+    return next((found for node in sorted(arrows) if (found := search(node, []))), [])
+
+
+def package_arrows(depth: int) -> dict[str, set[str]]:
+    """Which package imports which, `depth` levels below the server; a module beside packages counts as one."""
+    trees = sources()
+    arrows = defaultdict(set)
+    for module, tree in trees.items():
+        for target in imports(module, tree, set(trees)):
+            here, there = (name.split(".")[:depth] for name in (module, target))
+            if here != there and here[:-1] == there[:-1]:
+                arrows[".".join(here)].add(".".join(there))
+    return arrows
+
+
+def test_no_class_name_is_defined_twice():
+    assert repeated(classes()) == {}
+
+
+def test_no_type_is_named_by_a_participle():
+    assert [where for where in classes() if where[0].lstrip("_") in PARTICIPLES] == []
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_no_package_is_in_a_cycle(depth):
+    assert cycle(package_arrows(depth)) == []
+
+
+def test_temporary_files_of_the_tests_go_with_them():
+    assert Path(tempfile.gettempdir()).name.startswith("safelight-tests-")
+    assert os.environ["TMPDIR"] == tempfile.gettempdir(), "processes that a test starts have the same"
+
+
+def test_the_rules_can_be_broken():
+    assert repeated(iter([("Kind", "a"), ("Kind", "b"), ("Row", "a")])) == {"Kind": ["a", "b"]}
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c", "a"]
+    assert cycle({"a": {"b", "c"}, "b": {"c"}}) == []
+    tree = ast.parse(
+        "from safelight_server.cache import cache\nimport grpc\n"
+        "if TYPE_CHECKING:\n    from safelight_server.cli import main"
+    )
+    assert set(imports("engine", tree, {"cache", "cache.cache", "cli", "cli.main"})) == {"cache", "cache.cache"}
