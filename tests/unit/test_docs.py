@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from google.protobuf.descriptor import Descriptor, EnumDescriptor
 from safelight.v1 import cache_pb2, generation_pb2, models_pb2
+from safelight_server.domain.events import GenerationState
+from safelight_server.scheduler.types import TRANSITIONS
 
 from tools import api_reference
 
@@ -32,6 +34,24 @@ def test_the_glossary_says_each_word_once():
     words = re.findall(r"^\| \*\*(.+?)\*\* \|", glossary, re.MULTILINE)
     assert len(words) > 20
     assert words == sorted(set(words), key=str.lower)
+
+
+def test_the_diagrams_of_states_are_those_of_the_code():
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    generation, output = re.findall(r"```mermaid\nstateDiagram-v2\n(.*?)```", text, re.DOTALL)
+    arrows = re.findall(r"^    (\S+) --> (\S+?):?(?: .*)?$", generation, re.MULTILINE)
+    ended = {GenerationState.SUCCEEDED, GenerationState.CANCELLED, GenerationState.FAILED}
+    assert {name for arrow in arrows for name in arrow} == {"[*]", *(state.name for state in GenerationState)}
+    assert {first for first, then in arrows if then == "[*]"} == {state.name for state in ended}
+    drawn = set(re.findall(r"^    (\w+) --> (\w+)$", output, re.MULTILINE))
+    assert drawn == {(state.name, then.name) for state, following in TRANSITIONS.items() for then in following}
+
+
+def test_each_package_is_in_the_table_and_no_other():
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    listed = set(re.findall(r"^\| `(\w+)/` \|", text.split("## The states")[0], re.MULTILINE))
+    server = ROOT / "server/safelight_server"
+    assert listed == {path.parent.name for path in server.glob("*/__init__.py")}
 
 
 def test_the_api_reference_has_every_call_message_field_and_value_with_its_meaning():
