@@ -182,7 +182,7 @@ tools/site/node_modules/.installed: tools/site/package.json tools/site/package-l
 
 .PHONY: docs
 docs: .venv-docs/.installed tools/site/node_modules/.installed ## Build the documentation site into out/site; a dead link fails (seconds)
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 .PHONY: test-examples
 test-examples: setup ## Run the examples (a minute; the one with Redis needs redis-server)
