@@ -141,6 +141,8 @@ lock: .venv/.uv ## Pin all dependencies anew
 	  pyproject.toml clients/python/pyproject.toml --extra bench -c requirements-training.lock -o requirements-bench.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
 	  deploy/triton/requirements.in -o requirements-triton.lock
+	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
+	  --group docs -c requirements-dev.lock -o requirements-docs.lock
 
 .PHONY: mutate
 mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name; 6 min)
@@ -173,7 +175,25 @@ evaluate: .venv-training/.installed ## Score the shipped weights; fails below th
 
 .PHONY: clean
 clean: ## Remove what was built and measured
-	rm -rf .venv .venv-training .venv-bench .venv-triton .tools node_modules out
+	rm -rf .venv .venv-training .venv-bench .venv-triton .venv-docs .tools node_modules tools/site/node_modules out
+
+.venv-docs/.installed: .venv/.uv requirements-docs.lock
+	python3 -m venv .venv-docs
+	.venv/bin/uv pip sync --quiet --python .venv-docs/bin/python --require-hashes requirements-docs.lock
+	@touch $@
+
+tools/site/node_modules/.installed: tools/site/package.json tools/site/package-lock.json
+	cd tools/site && npm ci --silent --no-fund --no-audit
+	@touch $@
+
+.PHONY: docs
+docs: .venv-docs/.installed tools/site/node_modules/.installed ## Build the documentation site into out/site; a dead link fails (seconds)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.PHONY: test-examples
+test-examples: setup ## Run the examples (a minute; the one with Redis needs redis-server)
+	tools/install-system-packages
+	$(PY) -m pytest -q --timeout 120 tests/integration/test_examples.py tests/redis/test_examples.py
 
 .PHONY: bench-server
 bench-server: setup ## Put load on a running server and print what its clients see (BENCH_ARGS="--target HOST:PORT ...")

@@ -1,0 +1,50 @@
+"""Lose the connection in the middle of a generation, and go on from the same step over a new one.
+
+`Client.generate` does this by itself when a connection is lost. Here it is done by hand, with the calls of the
+contract, as a client in another language would: remember the generation's name and the last sequence number, then
+watch.
+"""
+
+import asyncio
+import sys
+import uuid
+
+import safelight
+from safelight.v1 import generation_pb2 as pb
+
+
+async def begin(target: str) -> tuple[str, int]:
+    """Begins a generation and cuts the connection after its fifth step; its name and the last sequence number seen."""
+    request = pb.GenerateRequest(request_id=str(uuid.uuid4()), spec=pb.GenerationSpec(prompt="a green leaf"))
+    name, sequence = "", 0
+    async with safelight.Client(target) as client:
+        async for response in client.generations.Generate(request):
+            event = response.event
+            name, sequence = event.generation, max(sequence, event.sequence)
+            if event.progress.step == 5:
+                print(f"{name}: cut after step 5")
+                break
+    return name, sequence
+
+
+async def resume(target: str, name: str, sequence: int) -> bytes:
+    """Watches the rest of a generation; its picture."""
+    picture, first = b"", True
+    async with safelight.Client(target) as client:
+        watch = pb.WatchGenerationRequest(name=name, after_sequence=sequence)
+        async for response in client.generations.WatchGeneration(watch):
+            event = response.event
+            if event.HasField("progress") and first:
+                print(f"{name}: goes on with step {event.progress.step}")
+                first = False
+            picture += event.artifact_chunk.data
+    return picture
+
+
+async def main(target: str = "127.0.0.1:8421") -> None:
+    name, sequence = await begin(target)
+    picture = await resume(target, name, sequence)
+    print(f"{name}: a picture of {len(picture)} bytes")
+
+
+asyncio.run(main(*sys.argv[1:]))
