@@ -208,7 +208,7 @@ def _nothing_is_left(running) -> None:
     engine.scheduler.check_invariants()
     assert engine.scheduler.num_outputs == engine.scheduler.num_running == engine.scheduler.num_waiting() == 0
     assert (
-        not engine._listeners
+        not engine._observers
         and not engine._unstarted
         and not engine._tasks
         and not engine._deferred

@@ -1,7 +1,7 @@
 """The loop around the scheduler: schedule → runtime → complete, on every instance of the runtime.
 
 Decides nothing about order (the scheduler does) and knows nothing of
-generations: it reports to an `OutputListener` per output. `batches.py` has the
+generations: it reports to an `ExecutionObserver` per output. `batches.py` has the
 tensors.
 
 Invariants: an instance runs one batch at a time; an output that was cancelled,
@@ -10,7 +10,7 @@ is run again elsewhere, from the same step; every output that was submitted
 ends in exactly one of `decoded`, `failed`, `expired`, or by `cancel` or
 `suspend`. Runs on one event loop and takes no locks; the work between a
 batch's return and the next dispatch is the critical path and is counted. So
-listeners are told after the dispatch, while the next batch runs: in order, and
+observers are told after the dispatch, while the next batch runs: in order, and
 before the next step of any output is made.
 """
 
@@ -34,8 +34,9 @@ from safelight_server.engine.alarm import Alarm
 from safelight_server.engine.batches import Batches, OutputTensors, PreparedCall
 from safelight_server.engine.deferred import DeferredCallbacks
 from safelight_server.engine.embeddings import EmbeddingWaiters
-from safelight_server.engine.jobs import Job, OutputListener, prompt_name
+from safelight_server.engine.jobs import Job, prompt_name
 from safelight_server.engine.latents import Snapshot
+from safelight_server.engine.observer import ExecutionObserver
 from safelight_server.engine.outage import Outage, no_runtime
 from safelight_server.engine.retries import RetryCounter
 from safelight_server.runtime.base import FaultOrigin, Runtime, RuntimeFailure
@@ -89,7 +90,7 @@ class Engine:
         self._metrics = metrics
         self._tracing = tracer
         self._batches = Batches(max_running * 2 + runtime.num_instances * 128)
-        self._listeners: dict[int, OutputListener] = {}
+        self._observers: dict[int, ExecutionObserver] = {}
         self._followed: set[int] = set()
         self._unstarted: set[int] = set()
         self._attempts = RetryCounter()
@@ -118,7 +119,7 @@ class Engine:
 
     # --- what generations ask ---
 
-    def submit(self, job: Job, listener: OutputListener) -> None:
+    def submit(self, job: Job, observer: ExecutionObserver) -> None:
         """Takes a job; it runs when the scheduler says so."""
         output = self.output(job)
         ids = dict(zip(job.conditioning, job.token_ids, strict=True))
@@ -134,7 +135,7 @@ class Engine:
             job.start,
             output.first_step,
         )
-        self._listeners[job.output_id] = listener
+        self._observers[job.output_id] = observer
         self._unstarted.add(job.output_id)
         if job.deadline is None:
             self.outage.wait_for(job.output_id)
@@ -148,7 +149,7 @@ class Engine:
     def cancel(self, output_id: int) -> None:
         """Ends an output: it is in no later batch. Unknown ids and those of ended outputs are ignored."""
         self._deferred.run()
-        if output_id in self._listeners:
+        if output_id in self._observers:
             self._apply(self.scheduler.cancel(output_id))
             self._forget(output_id)
             self._pump()
@@ -157,7 +158,7 @@ class Engine:
         """Changes the class and the deadline of an output. Unknown ids are ignored."""
         self.scheduler.set_priority(output_id, priority)
         self.scheduler.set_deadline(output_id, deadline)
-        if deadline is None and output_id in self._listeners:
+        if deadline is None and output_id in self._observers:
             self.outage.wait_for(output_id)
         else:
             self.outage.forget(output_id)
@@ -166,7 +167,7 @@ class Engine:
     def suspend(self, output_id: int) -> Snapshot | None:
         """Ends an output like `cancel` and returns what it needs to go on; None if it has made no step."""
         self._deferred.run()
-        if output_id not in self._listeners:
+        if output_id not in self._observers:
             return None
         snapshot = self._batches.snapshot(output_id)
         self.cancel(output_id)
@@ -179,7 +180,7 @@ class Engine:
             The image (3, H, W) in [-1, 1], unclamped; None when a newer preview took its place, it failed, or the
             output has ended.
         """
-        if job.output_id not in self._listeners and job.output_id not in self._followed:
+        if job.output_id not in self._observers and job.output_id not in self._followed:
             return None
         key = self._batches.key(job.pipeline, component, job.latent_shape)
         image = self._batches.want_preview(job.output_id, key, denoised, tracing.current())
@@ -255,7 +256,7 @@ class Engine:
     def _begin(self, batch: Batch) -> None:
         call = self._batches.gather(batch)
         spans = (
-            self._batches.spans(batch, call, self._runtime.name, lambda at: self._listeners[at].trails())
+            self._batches.spans(batch, call, self._runtime.name, lambda at: self._observers[at].trails())
             if self._tracing.num_trails
             else NO_CALL
         )
@@ -284,7 +285,7 @@ class Engine:
         for row in batch.rows:
             if row.output_id in self._unstarted:
                 self._unstarted.remove(row.output_id)
-                self._deferred.defer(self._listeners[row.output_id].started)
+                self._deferred.defer(self._observers[row.output_id].started)
 
     async def _run(self, batch: Batch, call: PreparedCall, spans: AbstractContextManager[object]) -> None:
         """One batch, from its inputs to the dispatch of those that it made possible."""
@@ -337,9 +338,9 @@ class Engine:
     def _account(self, batch: Batch, seconds: float) -> None:
         self._metrics.batch(batch.kind.value, len(batch.rows), seconds)
         for output_id, rows in Counter(row.output_id for row in batch.rows).items():
-            if (listener := self._listeners.get(output_id)) is not None:
+            if (observer := self._observers.get(output_id)) is not None:
                 steps = rows if batch.kind is Kind.DENOISE else 0
-                listener.computed(seconds * rows / len(batch.rows), steps)
+                observer.computed(seconds * rows / len(batch.rows), steps)
 
     def _fail(self, batch: Batch, failure: RuntimeFailure) -> None:
         log.warning("batch_failed", **_about(batch), error=str(failure))
@@ -369,9 +370,9 @@ class Engine:
                         functools.partial(self._forget(event.output_id).failed, error or InternalError())
                     )
                 case OutputExpired():
-                    listener = self._forget(event.output_id)
-                    in_outage = functools.partial(listener.failed, no_runtime())
-                    self._deferred.defer(in_outage if self.outage.is_on else listener.expired)
+                    observer = self._forget(event.output_id)
+                    in_outage = functools.partial(observer.failed, no_runtime())
+                    self._deferred.defer(in_outage if self.outage.is_on else observer.expired)
 
     def _answer(self, event: EmbeddingReady) -> None:
         """Those who asked for an embedding itself."""
@@ -396,33 +397,33 @@ class Engine:
                 self._deferred.defer(functools.partial(self._forget(event.output_id).failed, InternalError()))
         self._deferred.defer(functools.partial(self._report_steps, stepped, batch_size))
 
-    def _forget(self, output_id: int) -> OutputListener:
+    def _forget(self, output_id: int) -> ExecutionObserver:
         self._batches.forget(output_id)
         self._attempts.forget(output_id)
         self.outage.forget(output_id)
         self._unstarted.discard(output_id)
-        return self._listeners.pop(output_id)
+        return self._observers.pop(output_id)
 
-    # --- what listeners hear ---
+    # --- what observers hear ---
 
     def _report_steps(self, stepped: Sequence[StepCompleted], batch_size: int) -> None:
         for event in stepped:
-            if (listener := self._listeners.get(event.output_id)) is not None:  # else it has ended since
-                listener.stepped(event.step, batch_size)
-                if not event.last and listener.wants_frame(event.step):
-                    listener.frame(event.step, self._batches.denoised(event.output_id))
-                if not event.last and listener.wants_checkpoint(event.step):
+            if (observer := self._observers.get(event.output_id)) is not None:  # else it has ended since
+                observer.stepped(event.step, batch_size)
+                if event.step >= observer.next_due and not event.last:
+                    observer.frame(event.step, self._batches.denoised(event.output_id))
+                if not event.last and observer.wants_checkpoint(event.step):
                     snapshot = self._batches.snapshot(event.output_id)
                     assert snapshot is not None
-                    listener.checkpoint(snapshot)
+                    observer.checkpoint(snapshot)
 
     def _report_embeddings(self, batch: Batch) -> None:
         encoded = {row.conditioning_id for row in batch.rows}
-        for output_id, listener in self._listeners.items():
+        for output_id, observer in self._observers.items():
             leased_runner = self._batches.leased_runners[output_id]
             for row, name in enumerate(leased_runner.conditioning):
                 if name in encoded and name in self._batches.token_ids:
-                    told = functools.partial(listener.encoded, row, self._batches.embedding(name))
+                    told = functools.partial(observer.encoded, row, self._batches.embedding(name))
                     self._deferred.defer(told)
 
 

@@ -3,7 +3,7 @@
 Between the engine, which reports on outputs, and its members, the outputs of
 generations. It runs while it has members, with their highest priority and
 latest deadline; the last one that leaves stops it at its step, from where it
-goes on when one comes back. What is made of it (frames, pixels, encodings) is
+goes on when one comes back. What is made of it (previews, pixels, encodings) is
 made once. Invariants: a member hears nothing after it left; work counts for
 the member that came first and is still there, so that nothing counts twice.
 """
@@ -28,7 +28,8 @@ from safelight_server.domain.tensors import FloatArray
 from safelight_server.engine.engine import Engine
 from safelight_server.engine.jobs import Job
 from safelight_server.engine.latents import Snapshot
-from safelight_server.preview import Decode, Frame, Renderer
+from safelight_server.engine.observer import ExecutionObserver
+from safelight_server.preview import Decode, FrameFeed
 from safelight_server.scheduler import Priority
 from safelight_server.telemetry import Trail
 
@@ -37,69 +38,38 @@ log = structlog.get_logger(__name__)
 _OUTPUT_IDS = itertools.count(1)
 
 
-class Member(Protocol):
-    """An output of a generation that wants what the execution develops. Must not block or raise."""
+class Member(ExecutionObserver):
+    """An output of a generation that wants what an execution develops."""
 
     @property
     def priority(self) -> Priority:
         """The class of its generation."""
+        raise NotImplementedError
 
     @property
     def deadline(self) -> float | None:
-        """Of its generation, on the engine's clock."""
+        """The deadline of its generation, on the engine's clock; None: it has none."""
+        raise NotImplementedError
 
     @property
     def trail(self) -> Trail | None:
-        """Where it is in the trace of its generation; None: that is not traced."""
+        """Its place in the trace of its generation; None: that is not traced."""
+        raise NotImplementedError
 
-    def started(self) -> None:
-        """The first batch is, or was, on its way."""
-
-    def joined(self, step: int, frame: Frame | None) -> None:
-        """It came when `step` steps were made; `frame`: the newest that there is."""
+    def joined(self, step: int) -> None:
+        """It has joined after `step` steps were made."""
 
     def used(self, seconds: float, rows: int, steps: int) -> None:
-        """What counts for this member."""
-
-    def stepped(self, step: int, batch_size: int) -> None:
-        """`step` steps are made; the last call was shared by `batch_size` outputs."""
-
-    def wants_frame(self, step: int) -> bool:
-        """Whether it would take a frame of this step."""
-
-    def frame(self, frame: Frame) -> None:
-        """A frame that some member wanted."""
+        """Compute that counts for this member and for no other."""
 
     def developed(self, picture: FinishedPicture) -> None:
         """The finished picture. The execution has ended."""
-
-    def failed(self, error: SafelightError) -> None:
-        """The execution has ended without a picture."""
-
-    def expired(self) -> None:
-        """The deadline of all members has passed."""
-
-
-class Recorder(Protocol):
-    """Keeps what an execution makes, for later ones. Must not block or raise."""
-
-    def encoded(self, row: int, embedding: FloatArray) -> None:
-        """The embedding of one of its prompts was computed."""
-
-    def wants_checkpoint(self, step: int) -> bool:
-        """Whether the state after this step is worth keeping."""
-
-    def checkpoint(self, snapshot: Snapshot) -> None:
-        """The state after a step."""
-
-    async def developed(self, picture: FinishedPicture, compute_s: float) -> None:
-        """The finished picture, and the compute it took. The execution can be found until this is done."""
 
 
 class Runner(Protocol):
     """What runs a job: the engine, or a flight that may run on another replica."""
 
-    def submit(self, job: Job, listener: Execution) -> None:
+    def submit(self, job: Job, observer: ExecutionObserver, /) -> None:
         """Takes a job."""
 
     def suspend(self, output_id: int) -> Snapshot | None:
@@ -115,7 +85,7 @@ class Runner(Protocol):
         """Of the instances: 0 idle, 1 all busy."""
 
 
-class Execution:
+class Execution(ExecutionObserver):
     """See the module.
 
     Args:
@@ -133,17 +103,17 @@ class Execution:
         runner: Runner,
         pool: Executor,
         key: Hashable,
-        recorder: Recorder | None,
+        recorder: ExecutionObserver | None,
         on_end: Callable[[Execution], None],
         tasks: set[asyncio.Task[None]],
     ) -> None:
         self.key = key
         self.step = job.start.step if job.start else 0
-        self.renderer = Renderer(job.pipeline, _decoding(weakref.ref(self)), runner.load, pool)
+        self.feed = FrameFeed(job.pipeline, self.preview, runner.load, pool)
         self.job = job
         self._runner = runner
         self._pool = pool
-        self._recorder = recorder
+        self._recorder = recorder or ExecutionObserver()
         self._on_end = on_end
         self._tasks = tasks
         self.compute_s = 0.0
@@ -153,7 +123,6 @@ class Execution:
         self._started = False
         self._ended = False
         self._snapshot: Snapshot | None = job.start
-        self._newest: Frame | None = None
         self._outcome: FinishedPicture | SafelightError | None = None
         self._finishing = False
 
@@ -167,8 +136,8 @@ class Execution:
             return
         if self._started:
             member.started()
-        if self.step or self._newest:
-            member.joined(self.step, self._newest)
+        if self.step:
+            member.joined(self.step)
         if self._outcome is not None:
             member.developed(self._outcome)
             return
@@ -229,7 +198,6 @@ class Execution:
     def _end(self) -> None:
         if not self._ended:
             self._ended = True
-            self._newest = None
             self._on_end(self)
 
     async def preview(self, denoised: FloatArray, component: Component) -> FloatArray | None:
@@ -260,29 +228,26 @@ class Execution:
         for member in list(self._members):
             member.stepped(step, batch_size)
 
-    def wants_frame(self, step: int) -> bool:
-        """Whether any member would take it."""
-        return any(member.wants_frame(step) for member in self._members)
+    @property
+    def next_due(self) -> float:
+        """The first step whose frame a stream of a member wants."""
+        return self.feed.next_due
 
     def frame(self, step: int, denoised: FloatArray) -> None:
-        """The same frame to all members: what is made of it is shared."""
-        self._newest = Frame(self.renderer, step, denoised)
-        for member in list(self._members):
-            member.frame(self._newest)
+        """Hands a frame to the feed, from which the streams of all members pull."""
+        self.feed.frame(step, denoised)
 
     def wants_checkpoint(self, step: int) -> bool:
-        """Whether it is worth keeping."""
-        return self._recorder is not None and self._recorder.wants_checkpoint(step)
+        """Whether the recorder keeps the state after this step."""
+        return self._recorder.wants_checkpoint(step)
 
     def checkpoint(self, snapshot: Snapshot) -> None:
-        """To be kept."""
-        if self._recorder is not None:
-            self._recorder.checkpoint(snapshot)
+        """Gives the recorder the state after a step."""
+        self._recorder.checkpoint(snapshot)
 
     def encoded(self, row: int, embedding: FloatArray) -> None:
-        """To be kept."""
-        if self._recorder is not None:
-            self._recorder.encoded(row, embedding)
+        """Gives the recorder an embedding."""
+        self._recorder.encoded(row, embedding)
 
     def heard(self, step: int, batch_size: int, denoised: FloatArray | None) -> None:
         """To all members; made elsewhere, it counts for none of them."""
@@ -291,7 +256,7 @@ class Execution:
         self.step = step
         for member in list(self._members):
             member.stepped(step, batch_size)
-        if denoised is not None and self.wants_frame(step):
+        if denoised is not None and step >= self.next_due:
             self.frame(step, denoised)
 
     def found(self, pixels: Pixels) -> None:
@@ -325,8 +290,7 @@ class Execution:
         members, self._members = self._members, []
         for member in members:
             member.developed(picture)
-        if self._recorder is not None:
-            await self._recorder.developed(picture, self.compute_s)
+        await self._recorder.keep(picture, self.compute_s)
         self._end()
 
     def _finished(self, task: asyncio.Task[None]) -> None:
@@ -382,7 +346,7 @@ class Executions:
         return None if key is None else self._by_key.get(key)
 
     def create(
-        self, job: Job, key: Hashable, recorder: Recorder | None = None, runner: Runner | None = None
+        self, job: Job, key: Hashable, recorder: ExecutionObserver | None = None, runner: Runner | None = None
     ) -> Execution:
         """A new one.
 

@@ -166,7 +166,7 @@ class Generation:
         for output, source in zip(outputs, sources, strict=True):
             if not output.idle:
                 continue
-            output.follow(self.stage)
+            output.begin_trail(self.stage)
             if isinstance(source, EncodedPicture):
                 output.recall(source)
             else:

@@ -11,58 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from safelight_server.domain.errors import SafelightError
 from safelight_server.domain.events import Disposition, FinishReason, Origin
 from safelight_server.domain.picture import EncodedPicture, FinishedPicture
-from safelight_server.generations.execution import Execution
-from safelight_server.preview import Frame
+from safelight_server.generations.execution import Execution, Member
 from safelight_server.scheduler import Priority
-from safelight_server.stream import EventLog
 from safelight_server.telemetry import Stage, Trail
 
-
-class ParentGeneration(Protocol):
-    """The generation of an output."""
-
-    @property
-    def priority(self) -> Priority:
-        """Its class."""
-
-    @property
-    def deadline(self) -> float | None:
-        """On the engine's clock."""
-
-    @property
-    def owned(self) -> bool:
-        """Whether it is decided here what becomes of it."""
-
-    @property
-    def log(self) -> EventLog:
-        """What streams read."""
-
-    @property
-    def work(self) -> ComputedWork:
-        """What was computed for it."""
-
-    def on_started(self) -> None:
-        """An output is in its first batch."""
-
-    def on_stepped(self, output: Output, batch_size: int) -> None:
-        """An output has made a step."""
-
-    def on_developed(self, output: Output, picture: FinishedPicture) -> None:
-        """An output's picture is there."""
-
-    def on_encoded(self, output: Output, picture: EncodedPicture) -> None:
-        """An output is complete."""
-
-    def on_output_ended(self, output: Output, reason: FinishReason, error: SafelightError | None) -> None:
-        """An output has ended."""
-
-    def expire(self) -> None:
-        """The deadline has passed."""
+if TYPE_CHECKING:
+    from safelight_server.generations.generation import Generation
 
 
 @dataclass(slots=True)
@@ -74,7 +33,7 @@ class ComputedWork:
     num_steps: int = 0
 
 
-class Output:
+class Output(Member):
     """One picture of a generation; a member of the execution that develops it.
 
     Attributes:
@@ -85,10 +44,9 @@ class Output:
         total_bytes: of its finished picture, which only the log keeps.
         starts: whether it begins from a latent in place of noise.
         held: what it came to while another replica owns the generation.
-        trail: where it is in the generation's trace, once accepted, if that is recorded.
     """
 
-    def __init__(self, generation: ParentGeneration, index: int, seed: int, clock: Callable[[], float]) -> None:
+    def __init__(self, generation: Generation, index: int, seed: int, clock: Callable[[], float]) -> None:
         self._generation = generation
         self._execution: Execution | None = None
         self._away = False
@@ -106,7 +64,7 @@ class Output:
         self.held: FinishedPicture | SafelightError | None = None
         self.encoding = False
         self.starts = False
-        self.trail: Trail | None = None
+        self._trail: Trail | None = None
 
     @property
     def priority(self) -> Priority:
@@ -117,6 +75,11 @@ class Output:
     def deadline(self) -> float | None:
         """Its generation's."""
         return self._generation.deadline
+
+    @property
+    def trail(self) -> Trail | None:
+        """Its place in the trace of its generation; None before it is accepted, or where that is not recorded."""
+        return self._trail
 
     @property
     def idle(self) -> bool:
@@ -151,16 +114,23 @@ class Output:
 
     # --- with its execution ---
 
-    def follow(self, stage: Stage) -> None:
-        """Is on its way from here on, in the trace of its generation's `stage` if that is recorded."""
+    def begin_trail(self, stage: Stage) -> None:
+        """It is on its way: records it in the trace of its generation's `stage`, if that is recorded."""
         if stage.recorded:
             disposition = {"safelight.disposition": self.origin.disposition.value}
-            self.trail = Trail(stage, {"safelight.output": self.index, "safelight.seed": str(self.seed), **disposition})
+            self._trail = Trail(
+                stage, {"safelight.output": self.index, "safelight.seed": str(self.seed), **disposition}
+            )
 
     def enter(self, execution: Execution) -> None:
-        """Becomes a member."""
+        """Becomes a member of an execution; its generation's streams get the previews."""
         self._execution = execution
         execution.join(self)
+        self._show_previews()
+
+    def _show_previews(self) -> None:
+        if self._execution is not None:  # else it has ended at once
+            self._generation.log.add_feed(self.index, self._execution.feed)
 
     def recall(self, picture: EncodedPicture) -> None:
         """Its picture was there already."""
@@ -170,22 +140,25 @@ class Output:
         """Stops wanting it, for a while."""
         if self._execution is not None and not self._away:
             self._away = True
-            if self.trail is not None:
-                self.trail.suspend()
+            if self._trail is not None:
+                self._trail.suspend()
+            self._generation.log.remove_feed(self.index)
             self._execution.leave(self, back=True)
 
     def resume(self) -> None:
         """Wants it again."""
         if self._execution is not None and self._away:
             self._away = False
-            if self.trail is not None:
-                self.trail.resume()
+            if self._trail is not None:
+                self._trail.resume()
             self._execution.join(self, again=True)
+            self._show_previews()
 
     def leave(self) -> None:
         """Stops wanting it, for good."""
         execution, self._execution = self._execution, None
         if execution is not None:
+            self._generation.log.remove_feed(self.index)
             if self._away:
                 execution.give_up()
             else:
@@ -199,9 +172,9 @@ class Output:
 
     def end_trail(self, outcome: str, error: str = "") -> None:
         """It has ended, or goes on elsewhere."""
-        if self.trail is not None:
-            self.trail.end({"safelight.finish_reason": outcome, "safelight.steps": self.step}, error)
-            self.trail = None
+        if self._trail is not None:
+            self._trail.end({"safelight.finish_reason": outcome, "safelight.steps": self.step}, error)
+            self._trail = None
 
     def reschedule(self) -> None:
         """Its generation's class has changed."""
@@ -215,12 +188,10 @@ class Output:
         self._began = (self._clock(), self.step)
         self._generation.on_started()
 
-    def joined(self, step: int, frame: Frame | None) -> None:
-        """Shows what there is."""
+    def joined(self, step: int) -> None:
+        """Counts its steps from those that were made before it came."""
         self.step = step
         self._began = (self._clock(), step)
-        if frame is not None:
-            self._generation.log.join(self.index, frame)
 
     def used(self, seconds: float, rows: int, steps: int) -> None:
         """Adds up."""
@@ -236,20 +207,12 @@ class Output:
         self.step = step
         self._generation.on_stepped(self, batch_size)
 
-    def wants_frame(self, step: int) -> bool:
-        """Whether a stream would take it."""
-        return self._generation.log.wants_frame(self.index, step)
-
-    def frame(self, frame: Frame) -> None:
-        """To the streams."""
-        self._generation.log.frame(self.index, frame)
-
     def developed(self, picture: FinishedPicture) -> None:
         """To the generation."""
         execution, self._execution = self._execution, None
         self._others_s = 0.0 if execution is None else max(0.0, execution.compute_s - self._compute_s)
-        if self.trail is not None:
-            self.trail.developed()
+        if self._trail is not None:
+            self._trail.developed()
         if self._generation.owned:
             self._generation.on_developed(self, picture)
         else:

@@ -1,7 +1,7 @@
 """When a preview is due, what it may cost and how it is made. Pure: no clock, no tensors.
 
-Neighbours: `stream/previews.py` asks `Cadence` and `Budget` for each stream,
-`render.py` asks `choose_method`.
+`stream/previews.py` has a `Cadence` for each output and a `Budget` for each
+stream; `frames.py` asks `choose_method`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ class Cadence:
         if self._interval_s > 0:
             return not busy and now - self._last_s >= self._interval_s
         return step == 1 or step % self._every == 0
+
+    def next_due(self, step: int) -> int:
+        """The first step after `step` of which `due` may hold; with an interval that depends on the time: the next."""
+        if self._interval_s > 0:
+            return step + 1
+        return step + self._every - step % self._every if step else 1
 
     def sent(self, now: float) -> None:
         """A preview was handed over."""

@@ -10,7 +10,7 @@ from safelight_server.domain.errors import QueueFullError
 from safelight_server.domain.events import Accepted, Event, Finished, OutputFinished, Progress, Queued, StateEvent
 from safelight_server.domain.picture import EncodedPicture
 from safelight_server.domain.request import PreviewPolicy
-from safelight_server.preview import Frame
+from safelight_server.preview import FrameFeed
 from safelight_server.stream.serialization import SerializedArtifact, SerializedEvent, artifact, serialize
 from safelight_server.stream.watcher import LossySlot, SharedStreamState, Watcher
 from safelight_server.validation.violations import Violations
@@ -55,7 +55,7 @@ class EventLog:
         self._counts = self._story.counts
         self._chunk_bytes = chunk_bytes
         self._max_watchers = max_watchers
-        self._frames: dict[int, Frame] = {}
+        self._feeds: dict[int, FrameFeed] = {}
         self._sizes: dict[int, int] = {}
 
     # --- what happens ---
@@ -64,7 +64,7 @@ class EventLog:
         """Takes an event on the lane of its kind.
 
         Accepted, OutputFinished and Finished are numbered and reliable; Queued and Progress are newest-wins. Finished
-        closes the log. Pictures and previews have `artifact` and `frame`.
+        closes the log. Pictures come by `artifact`, previews by `add_feed`.
         """
         match event:
             case Accepted() | OutputFinished() | Finished():
@@ -92,22 +92,17 @@ class EventLog:
             self._end_output(item.ends_output)
         self._show(item)
 
-    def wants_frame(self, output_index: int, step: int) -> bool:
-        """Whether a frame of this step would be of use to any stream."""
-        now = self._clock()
-        return any(watcher.wants(output_index, step, now) for watcher in self.watchers)
-
-    def frame(self, output_index: int, frame: Frame) -> None:
-        """Takes a frame that was wanted."""
-        self._frames[output_index] = frame
+    def add_feed(self, output_index: int, feed: FrameFeed) -> None:
+        """Lets the streams pull previews of an output, from the execution that develops it."""
+        self._feeds[output_index] = feed
         for watcher in self.watchers:
-            watcher.frame(output_index, frame)
+            watcher.previews.add_feed(output_index, feed)
 
-    def join(self, output_index: int, frame: Frame) -> None:
-        """Takes the newest frame of an output that was on its way before this generation came."""
-        self._frames[output_index] = frame
-        for watcher in self.watchers:
-            watcher.join(output_index, frame)
+    def remove_feed(self, output_index: int) -> None:
+        """The streams get no more frames of an output."""
+        if self._feeds.pop(output_index, None) is not None:
+            for watcher in self.watchers:
+                watcher.previews.remove_feed(output_index)
 
     # --- who watches ---
 
@@ -141,16 +136,16 @@ class EventLog:
             what = f"offset {offset} of output {index} is not within the {size} bytes there are"
             faults.check(0 <= offset <= size, "artifact_offsets", what)
         faults.done()
-        watcher = Watcher(self._story, policy, after_sequence, offsets, self._leave)
+        watcher = Watcher(self._story, policy, after_sequence, offsets, self.watchers.discard)
         self.watchers.add(watcher)
-        for output_index, frame in self._frames.items():
-            watcher.join(output_index, frame)
+        for output_index, feed in self._feeds.items():
+            watcher.previews.add_feed(output_index, feed)
         return watcher
 
     def update_policy(self, policy: PreviewPolicy) -> None:
         """Changes the previews of all streams."""
         for watcher in self.watchers:
-            watcher.set_policy(policy)
+            watcher.previews.set_policy(policy)
 
     # --- how it stands ---
 
@@ -210,9 +205,4 @@ class EventLog:
 
     def _end_output(self, output_index: int) -> None:
         self._story.newest.pop(("progress", output_index), None)
-        self._frames.pop(output_index, None)
-
-    def _leave(self, watcher: Watcher) -> None:
-        self.watchers.discard(watcher)
-        if not self.watchers:
-            self._frames.clear()
+        self.remove_feed(output_index)

@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 
 from safelight_server.domain.request import PreviewPolicy
-from safelight_server.preview import Frame
 from safelight_server.stream.previews import PreviewCounts, Previews
 from safelight_server.stream.serialization import SerializedArtifact, SerializedEvent, preview
 
@@ -41,6 +40,9 @@ class Watcher:
         after_sequence: the last state event that the client has.
         artifact_offsets: bytes of pictures that the client has, by output.
         leave: called by `close`.
+
+    Attributes:
+        previews: what it gets of the frames of the outputs.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Watcher:
         self._cursor = 0
         self._piece: int | None = None
         self._slots: dict[LossySlot, None] = dict.fromkeys(story.newest)
-        self._previews = Previews(policy, story.clock, story.counts, self._preview_ready)
+        self.previews = Previews(policy, story.clock, story.counts, self._preview_ready)
         self._wakeup = asyncio.Event()
         self._closed = False
         self._yielding_since: float | None = None
@@ -75,9 +77,9 @@ class Watcher:
                 return
             else:
                 self._wakeup.clear()
-                self._previews.open()
+                self.previews.open()
                 await self._wakeup.wait()
-                self._previews.shut()
+                self.previews.shut()
 
     def stalled_for(self, now: float) -> float:
         """Seconds for which the client has not taken what was handed over."""
@@ -86,7 +88,7 @@ class Watcher:
     def close(self) -> None:
         """Leaves the generation; `events` ends at its next turn."""
         self._closed = True
-        self._previews.close()
+        self.previews.close()
         self._wakeup.set()
         self._leave(self)
 
@@ -100,22 +102,6 @@ class Watcher:
         """There is a newest-wins event; one that has not been sent keeps its place in the line."""
         self._slots[slot] = None
         self._wakeup.set()
-
-    def wants(self, output_index: int, step: int, now: float) -> bool:
-        """Whether a frame of this step is due here."""
-        return self._previews.wants(output_index, step, now)
-
-    def frame(self, output_index: int, frame: Frame) -> None:
-        """Takes a frame, if it is due."""
-        self._previews.frame(output_index, frame)
-
-    def join(self, output_index: int, frame: Frame) -> None:
-        """Takes the newest frame from before this stream."""
-        self._previews.join(output_index, frame)
-
-    def set_policy(self, policy: PreviewPolicy) -> None:
-        """Takes a new preview policy."""
-        self._previews.set_policy(policy)
 
     # --- what is sent next ---
 
@@ -138,7 +124,7 @@ class Watcher:
     def _state(self, state: SerializedEvent) -> bytes | None:
         self._cursor += 1
         if state.ends_output is not None:
-            self._previews.end(state.ends_output)
+            self.previews.end(state.ends_output)
         if state.is_last:
             self._slots.clear()
         return state.data if state.sequence > self._after else None
@@ -147,7 +133,7 @@ class Watcher:
         """The next piece of the picture at the cursor; None, and on to the next item, when there is no more."""
         offset = self._offsets.get(artifact.output_index, 0)
         if self._piece is None:
-            self._previews.end(artifact.output_index)
+            self.previews.end(artifact.output_index)
             self._piece = offset // artifact.piece_bytes
         if offset == artifact.total_bytes or self._piece == len(artifact.pieces):
             self._cursor += 1
@@ -157,7 +143,7 @@ class Watcher:
         return artifact.piece(self._piece - 1, offset)
 
     def _preview(self, output_index: int) -> bytes | None:
-        taken = self._previews.take(output_index)
+        taken = self.previews.take(output_index)
         return None if taken is None else preview(self._story.generation, output_index, *taken)
 
     def _preview_ready(self, output_index: int) -> None:
