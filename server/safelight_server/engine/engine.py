@@ -30,7 +30,6 @@ from safelight_server.catalog.catalog import Pipeline
 from safelight_server.domain.component import Component
 from safelight_server.domain.errors import InternalError, SafelightError, UnavailableError
 from safelight_server.domain.tensors import FloatArray
-from safelight_server.engine.alarm import Alarm
 from safelight_server.engine.batches import Batches, OutputTensors, PreparedCall
 from safelight_server.engine.deferred import DeferredCallbacks
 from safelight_server.engine.embeddings import EmbeddingWaiters
@@ -59,6 +58,44 @@ from safelight_server.telemetry import UNTRACED, Metrics, Tracing, tracing
 from safelight_server.telemetry.trail import NO_CALL
 
 log = structlog.get_logger(__name__)
+
+
+LATE_S = 1e-4
+"""Added to the time of an alarm, so that the time has passed when it rings, whatever the clocks' resolution."""
+
+
+class Alarm:
+    """A timer for the next deadline: one that is set to a later time than before is left alone, which is cheap.
+
+    Args:
+        ring: called at the time that was set, or earlier where the time was moved back since: `ring` sets it again.
+    """
+
+    def __init__(self, ring: Callable[[], None]) -> None:
+        self._ring = ring
+        self._timer: asyncio.Handle | None = None
+        self._at = 0.0
+
+    def set(self, in_s: float | None) -> None:
+        """Rings in `in_s` seconds at the latest; None changes nothing."""
+        if in_s is None:
+            return
+        loop = asyncio.get_running_loop()
+        at = loop.time() + max(0.0, in_s) + LATE_S
+        if self._timer is not None:
+            if self._at <= at:
+                return
+            self._timer.cancel()
+        self._timer, self._at = loop.call_at(at, self._rings), at  # uvloop's handles do not always know when
+
+    def stop(self) -> None:
+        """Does not ring any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _rings(self) -> None:
+        self._timer = None
+        self._ring()
 
 
 class Engine:

@@ -109,7 +109,7 @@ class Execution(ExecutionObserver):
     ) -> None:
         self.key = key
         self.step = job.start.step if job.start else 0
-        self.feed = FrameFeed(job.pipeline, self.preview, runner.load, pool)
+        self.feed = FrameFeed(job.pipeline, _decoding(weakref.ref(self)), runner.load, pool)
         self.job = job
         self._runner = runner
         self._pool = pool

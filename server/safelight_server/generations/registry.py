@@ -12,7 +12,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import structlog
 
@@ -22,16 +22,16 @@ from safelight_server.cluster.leased_runners import LeasedRunners
 from safelight_server.cluster.records import GenerationRecord
 from safelight_server.domain.caller import Caller
 from safelight_server.domain.errors import (
+    FailedPreconditionError,
     GenerationCancelledError,
     NotFoundError,
     QueueFullError,
     SafelightError,
     UnavailableError,
 )
-from safelight_server.domain.events import FinishReason, GenerationState
+from safelight_server.domain.events import Disposition, FinishReason, GenerationState, Queued
 from safelight_server.domain.request import PreviewPolicy, Request
 from safelight_server.engine.engine import Engine
-from safelight_server.generations import outcomes
 from safelight_server.generations.admission import AdmissionLimits
 from safelight_server.generations.execution import Executions
 from safelight_server.generations.finished import FinishedGenerations
@@ -39,7 +39,6 @@ from safelight_server.generations.generation import Generation
 from safelight_server.generations.idempotency import Idempotency
 from safelight_server.generations.open_streams import End, OpenStreams
 from safelight_server.generations.ownership import CANCEL, PRIORITY, ClusterContext, Ownership
-from safelight_server.generations.places import tell_places
 from safelight_server.generations.planner import Planner
 from safelight_server.generations.suspended import SuspendedGenerations
 from safelight_server.runtime.base import Runtime
@@ -160,7 +159,7 @@ class Generations:
         try:
             return await self.find(caller, identifier)
         except NotFoundError:
-            raise outcomes.no_longer_kept(identifier, request) from None
+            raise _outcome_expired(identifier, request) from None
 
     def _make(
         self, identifier: str, caller: Caller, request: Request, stage: Stage, time_left_s: float | None
@@ -304,7 +303,7 @@ class Generations:
         if generation.request.request_id:
             settle = self._requests.release if lost else self._requests.ended
             settle(generation.caller, generation.request.request_id)
-        outcomes.count(generation, self._metrics)
+        _count_outcome(generation, self._metrics)
 
     def _forget(self, generation: Generation) -> None:
         self._live.pop(generation.identifier, None)
@@ -379,9 +378,25 @@ class Generations:
             began = loop.time()
             await asyncio.sleep(TICK_S)
             self._metrics.loop_lag.set(max(0.0, loop.time() - began - TICK_S))
-            tell_places(self._engine.scheduler, self._live.values())
+            self._publish_queue_positions()
             self._end_stalled()
             self._finished.trim()
+
+    def _publish_queue_positions(self) -> None:
+        scheduler = self._engine.scheduler
+        if not scheduler.num_waiting():
+            return
+        positions = {
+            output_id: position
+            for priority in Priority
+            for position, output_id in enumerate(scheduler.waiting_order(priority))
+        }
+        seconds_each = scheduler.backlog_s() / max(1, scheduler.num_outputs)  # at the pace of all that is here
+        now = datetime.now(UTC)
+        for generation in self._live.values():
+            first = min((positions[one] for one in generation.output_ids if one in positions), default=None)
+            if generation.state is GenerationState.QUEUED and first is not None:
+                generation.log.publish(Queued(first, now + timedelta(seconds=first * seconds_each)))
 
     def _end_stalled(self) -> None:
         for watcher, generation, end in self._streams.stalled(self._clock(), self._settings.watcher_stall_s):
@@ -411,6 +426,40 @@ class Generations:
         if generation.journal is not None:
             self._move(generation)
         elif generation.ended:
-            self._streams.end(generation, outcomes.drained(generation))
+            self._streams.end(generation, _drained(generation))
         else:
-            generation.stop(outcomes.drained(generation), FinishReason.FAILED)
+            generation.stop(_drained(generation), FinishReason.FAILED)
+
+
+def _count_outcome(generation: Generation, metrics: Metrics) -> None:
+    """Counts how a generation ended, what caches saved of it, and its previews."""
+    events, times = generation.log, generation.times
+    assert times.ended is not None
+    code = "OK" if generation.error is None else generation.error.status.name
+    metrics.ended(code, times.ended - times.accepted)
+    for origin in generation.origins:
+        if origin is not None and origin.disposition is not Disposition.MISS:
+            metrics.cache.served(origin.disposition.value, origin.num_steps_skipped, origin.compute_s_saved)
+    waited = None if events.first_preview_at is None else events.first_preview_at - times.accepted
+    metrics.previews(events.num_previews, events.preview_bytes, events.num_dropped, waited)
+
+
+def _drained(generation: Generation) -> UnavailableError:
+    """Why a draining server ends a generation, with what its client needs to send it to another."""
+    metadata = {"generation": generation.name, "request_id": generation.request.request_id}
+    metadata["seeds"] = ",".join(map(str, generation.request.spec.seeds))
+    return UnavailableError(
+        "the server stops; send the same spec with these seeds to another",
+        reason="DRAINING",
+        metadata=metadata,
+        retry_after_s=1.0,
+    )
+
+
+def _outcome_expired(identifier: str, request: Request) -> FailedPreconditionError:
+    """Why a request id whose generation was forgotten does not run again: it never runs or bills twice."""
+    return FailedPreconditionError(
+        f"request_id {request.request_id} has ended and its pictures are no longer kept; use a new one to run it again",
+        reason="OUTCOME_EXPIRED",
+        metadata={"request_id": request.request_id, "generation": f"generations/{identifier}"},
+    )
