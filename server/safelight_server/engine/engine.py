@@ -1,8 +1,8 @@
 """The loop around the scheduler: schedule → runtime → complete, on every instance of the runtime.
 
 Decides nothing about order (the scheduler does) and knows nothing of
-generations: it reports to an `ExecutionObserver` per output. `batches.py` has the
-tensors.
+generations: it reports to one `ExecutionObserver` per output. `batches.py` has
+the tensors.
 
 Invariants: an instance runs one batch at a time; an output that was cancelled,
 suspended or has expired is in no later batch; a batch whose instance was lost
@@ -157,11 +157,11 @@ class Engine:
     # --- what generations ask ---
 
     def submit(self, job: Job, observer: ExecutionObserver) -> None:
-        """Takes a job; it runs when the scheduler says so."""
+        """Queues a job; it runs when the scheduler says so, and `observer` is told of its progress and its end."""
         output = self.output(job)
         ids = dict(zip(job.conditioning, job.token_ids, strict=True))
         self._batches.token_ids.update((needed, ids[needed]) for needed in output.conditioning)
-        self._batches.leased_runners[job.output_id] = OutputTensors(
+        self._batches.outputs[job.output_id] = OutputTensors(
             job.pipeline,
             job.latent_shape,
             job.table,
@@ -171,6 +171,7 @@ class Engine:
             job.known,
             job.start,
             output.first_step,
+            output.keys[Kind.DENOISE],
         )
         self._observers[job.output_id] = observer
         self._unstarted.add(job.output_id)
@@ -180,7 +181,7 @@ class Engine:
         self._pump()
 
     def output(self, job: Job) -> ScheduledOutput:
-        """A job as the scheduler sees it."""
+        """Converts a job to what the scheduler needs of it."""
         return job.as_output(self._batches.key)
 
     def cancel(self, output_id: int) -> None:
@@ -226,11 +227,11 @@ class Engine:
         return await image
 
     def follow(self, output_id: int) -> None:
-        """Takes previews of an output that another server develops, until `unfollow`."""
+        """Lets `preview` decode latents of an output that another replica develops, until `unfollow`."""
         self._followed.add(output_id)
 
     def unfollow(self, output_id: int) -> None:
-        """Its previews that have not begun come to nothing."""
+        """Ends `follow`; gives up the previews of the output that are not in a batch yet."""
         self._followed.remove(output_id)
         self.scheduler.drop_previews(output_id)
         self._batches.drop_previews(output_id)
@@ -261,7 +262,7 @@ class Engine:
         return self.scheduler.num_running / max(1, self._runtime.num_live)
 
     async def close(self) -> None:
-        """Waits for the batches in flight."""
+        """Stops the timers and waits for the batches in flight."""
         self.outage.close()
         self._expiry.stop()
         while self._tasks:
@@ -341,9 +342,12 @@ class Engine:
         returned = self._clock()
         self._deferred.run()
         del self._busy[batch.instance]
-        self._dispatch(returned, full_only=True)  # what fills a batch without these outputs need not wait for them
+        # Outputs that fill a batch without those of this one need not wait for its sampler step. Measured on the
+        # simulated runtime (one instance, batches of 64, latents 4x64x64): without this the instance stands idle for
+        # 14 % of the time in place of 7 % with 128 and 192 outputs, and makes 7 and 6 % fewer steps a second.
+        self._dispatch(returned, full_only=True)
         if overlapped := batch.instance in self._busy:
-            await asyncio.sleep(0)  # it starts before the work of this one
+            await asyncio.sleep(0)  # the call that was just dispatched starts before the work on these results
         self._batches.returned(batch, call)
         self._batches.keep(batch, call, results)
         if batch.kind is Kind.ENCODE:
@@ -356,7 +360,7 @@ class Engine:
             self._metrics.critical_seconds.inc(self._clock() - returned)
 
     def _ran(self, batch: Batch, call: PreparedCall, task: asyncio.Task[None]) -> None:
-        """A batch is over."""
+        """The task of a batch has ended; a bug in it is logged and ends the outputs of the batch."""
         self._tasks.discard(task)
         if not task.cancelled() and (bug := task.exception()) is not None:
             log.error("bug", **_about(batch), exc_info=bug)
@@ -387,7 +391,7 @@ class Engine:
         self._apply(events, error=error if failure.retryable else InternalError())
 
     def _apply(self, events: Sequence[Event], batch_size: int = 0, error: SafelightError | None = None) -> None:
-        """Carries out what became true."""
+        """Carries out what the scheduler has decided, and lets the observers be told."""
         stepped = [event for event in events if isinstance(event, StepCompleted)]
         if stepped:
             self._advance(stepped, batch_size)
@@ -399,7 +403,7 @@ class Engine:
                     self._batches.release(event.conditioning_id)
                     self._attempts.forget(event.conditioning_id)
                 case OutputDecoded():
-                    image = self._batches.leased_runners[event.output_id].image
+                    image = self._batches.outputs[event.output_id].image
                     assert image is not None
                     self._deferred.defer(functools.partial(self._forget(event.output_id).decoded, image))
                 case OutputFailed():
@@ -412,7 +416,7 @@ class Engine:
                     self._deferred.defer(in_outage if self.outage.is_on else observer.expired)
 
     def _answer(self, event: EmbeddingReady) -> None:
-        """Those who asked for an embedding itself."""
+        """Answers the calls of `encode` for a prompt."""
         name = event.conditioning_id
         self.outage.forget(name)
         if name not in self._embedding_waiters:
@@ -441,7 +445,7 @@ class Engine:
         self._unstarted.discard(output_id)
         return self._observers.pop(output_id)
 
-    # --- what observers hear ---
+    # --- what observers are told ---
 
     def _report_steps(self, stepped: Sequence[StepCompleted], batch_size: int) -> None:
         for event in stepped:
@@ -457,13 +461,13 @@ class Engine:
     def _report_embeddings(self, batch: Batch) -> None:
         encoded = {row.conditioning_id for row in batch.rows}
         for output_id, observer in self._observers.items():
-            leased_runner = self._batches.leased_runners[output_id]
-            for row, name in enumerate(leased_runner.conditioning):
+            output = self._batches.outputs[output_id]
+            for row, name in enumerate(output.conditioning):
                 if name in encoded and name in self._batches.token_ids:
                     told = functools.partial(observer.encoded, row, self._batches.embedding(name))
                     self._deferred.defer(told)
 
 
 def _about(batch: Batch) -> dict[str, Any]:
-    """What logs say of it."""
+    """The fields of log lines about a batch."""
     return {"kind": batch.kind.value, "key": batch.key, "rows": len(batch.rows)}

@@ -45,7 +45,7 @@ class Job:
 
     @property
     def conditioning(self) -> tuple[str, ...]:
-        """Names of its prompts, row by row; see `prompt_name`."""
+        """Names of its prompts, one per row; see `prompt_name`."""
         return tuple(prompt_name(self.pipeline, ids) for ids in self.token_ids)
 
     @property
@@ -55,7 +55,7 @@ class Job:
         return {name: embedding for name, embedding in pairs if embedding is not None}
 
     def as_output(self, key: Callable[[Pipeline, Component, tuple[int, int, int]], str]) -> ScheduledOutput:
-        """As the scheduler sees it. `key`: who can share a batch."""
+        """Converts the job to what the scheduler needs of it. `key`: the batch key of a component (`Batches.key`)."""
         known = self.known
         keys = {kind: key(self.pipeline, component, self.latent_shape) for kind, component in COMPONENTS.items()}
         return ScheduledOutput(
@@ -72,6 +72,6 @@ class Job:
 
 
 def prompt_name(pipeline: Pipeline, token_ids: Sequence[int]) -> str:
-    """Equal for prompts with equal embeddings."""
+    """The name of a prompt, equal for prompts with equal embeddings."""
     encoder = pipeline.manifest.components[Component.TEXT_ENCODER].sha256
     return f"{encoder}:{','.join(map(str, token_ids))}"
