@@ -67,16 +67,16 @@ class Member(ExecutionObserver):
 
 
 class Runner(Protocol):
-    """What runs a job: the engine, or a flight that may run on another replica."""
+    """What runs a job: the engine, or a leased runner, whose job another replica may run."""
 
     def submit(self, job: Job, observer: ExecutionObserver, /) -> None:
         """Takes a job."""
 
     def suspend(self, output_id: int) -> Snapshot | None:
-        """Stops it; what it needs to go on, None if nothing was done."""
+        """Stops a job and returns the state to go on from; None if no step was made."""
 
     def reschedule(self, output_id: int, priority: Priority, deadline: float | None) -> None:
-        """Changes its class and deadline."""
+        """Changes the priority and the deadline of a job."""
 
     async def preview(self, job: Job, denoised: FloatArray, component: Component) -> FloatArray | None:
         """Decodes between the steps; None where there is no such preview."""
@@ -86,15 +86,15 @@ class Runner(Protocol):
 
 
 class Execution(ExecutionObserver):
-    """See the module.
+    """One output being developed, its members, and what was made of it.
 
     Args:
         runner: runs the job.
         job: the work; its id, class and deadline are the execution's to choose.
-        key: what makes outputs identical; None: nobody else may join.
+        key: equal for identical outputs; None: nothing else may join.
         recorder: None: nothing is kept.
         on_end: called once, when it will never run again.
-        tasks: what finishes its picture and keeps it is among them while it lasts.
+        tasks: the set that holds its tasks (converting and keeping the picture) while they run.
     """
 
     def __init__(
@@ -126,10 +126,10 @@ class Execution(ExecutionObserver):
         self._outcome: FinishedPicture | SafelightError | None = None
         self._finishing = False
 
-    # --- who wants it ---
+    # --- members ---
 
     def join(self, member: Member, *, again: bool = False) -> None:
-        """Takes a member; `again`: it left with `back` and comes back. What happened before, it hears at once."""
+        """Adds a member, which is told at once what has happened so far; `again`: it left with `back` and returns."""
         self._num_away -= again
         if isinstance(self._outcome, SafelightError):
             member.failed(self._outcome)
@@ -148,7 +148,7 @@ class Execution(ExecutionObserver):
             self._submit()
 
     def leave(self, member: Member, *, back: bool = False) -> None:
-        """Lets a member go; `back`: it may come back, what was done is kept for it."""
+        """Removes a member; `back`: it may return, so the state after the last step is kept for it."""
         if self._running and self._members == [member]:
             snapshot = self._runner.suspend(self.job.output_id)  # it may tell first what has just become true
             if self._running:
@@ -162,13 +162,13 @@ class Execution(ExecutionObserver):
             self._end()
 
     def give_up(self) -> None:
-        """A member that left with `back` will not come back."""
+        """Drops what is kept for a member that left with `back` and will not return."""
         self._num_away -= 1
         if not self._members and not self._num_away and not self._finishing:
             self._end()
 
     def reschedule(self) -> None:
-        """The class of a member has changed."""
+        """Takes over the changed priority or deadline of a member."""
         if self._running:
             self._reschedule()
 
@@ -204,25 +204,25 @@ class Execution(ExecutionObserver):
         """Decodes between the steps; None where there is no such preview."""
         return await self._runner.preview(self.job, denoised, component)
 
-    # --- what the engine asks and reports ---
+    # --- as the observer of the engine ---
 
     def trails(self) -> Sequence[Trail]:
-        """Of all members that are traced."""
+        """The traces of all members that are traced."""
         return [member.trail for member in self._members if member.trail is not None]
 
     def started(self) -> None:
-        """To all members."""
+        """Tells all members that its first batch is on its way."""
         self._started = True
         for member in list(self._members):
             member.started()
 
     def computed(self, seconds: float, rows: int) -> None:
-        """Counts for the member that came first."""
+        """Counts the compute for the member that came first, so that nothing counts twice."""
         self.compute_s += seconds
         self._members[0].used(seconds, rows, 0)
 
     def stepped(self, step: int, batch_size: int) -> None:
-        """To all members; the step counts once."""
+        """Tells all members of a step, which counts for the first one only."""
         self.step = step
         self._members[0].used(0.0, 0, 1)
         for member in list(self._members):
@@ -250,7 +250,7 @@ class Execution(ExecutionObserver):
         self._recorder.encoded(row, embedding)
 
     def heard(self, step: int, batch_size: int, denoised: FloatArray | None) -> None:
-        """To all members; made elsewhere, it counts for none of them."""
+        """Tells all members of steps that another replica has made; they count for none of them."""
         if not self._started:
             self.started()
         self.step = step
@@ -260,13 +260,13 @@ class Execution(ExecutionObserver):
             self.frame(step, denoised)
 
     def found(self, pixels: Pixels) -> None:
-        """All members have their picture, wherever it was developed."""
+        """Gives the finished picture to all members, whichever replica developed it."""
         if self._outcome is None and not self._ended:
             self._running = False
             self._do(self._publish(pixels))
 
     def decoded(self, image: FloatArray) -> None:
-        """Pixels are made of it beside the loop, then all members have their picture."""
+        """Converts the image to pixels in a thread, then gives the finished picture to all members."""
         self._running = False
         self._do(self._finish(image))
 
@@ -302,7 +302,7 @@ class Execution(ExecutionObserver):
             self._end()
 
     def failed(self, error: SafelightError) -> None:
-        """To all members."""
+        """Ends it without a picture: tells all members."""
         self._running = False
         self._outcome = error
         self._end()
@@ -311,7 +311,7 @@ class Execution(ExecutionObserver):
             member.failed(error)
 
     def expired(self) -> None:
-        """To all members."""
+        """Ends it since the latest deadline has passed: tells all members."""
         self._running = False
         self._end()
         members, self._members = self._members, []
@@ -320,7 +320,7 @@ class Execution(ExecutionObserver):
 
 
 def _decoding(execution: weakref.ref[Execution]) -> Decode:
-    """For its renderer, which must not keep it: its pixels would wait for the garbage collector."""
+    """The decoder of an execution's feed, by a weak reference: in a cycle its pixels would wait for the collector."""
 
     async def decode(denoised: FloatArray, component: Component) -> FloatArray | None:
         running = execution()
@@ -330,7 +330,7 @@ def _decoding(execution: weakref.ref[Execution]) -> Decode:
 
 
 class Executions:
-    """The executions that can be joined, by what makes outputs identical."""
+    """The executions that identical outputs can join, by key (single flight)."""
 
     def __init__(self, engine: Engine, pool: Executor) -> None:
         self._engine = engine
@@ -342,27 +342,28 @@ class Executions:
         return len(self._by_key)
 
     def find(self, key: Hashable) -> Execution | None:
-        """The one that identical outputs share, if it is on its way; None as key finds nothing."""
+        """The execution of a key, if one is on its way; with None as key there is none."""
         return None if key is None else self._by_key.get(key)
 
     def create(
         self, job: Job, key: Hashable, recorder: ExecutionObserver | None = None, runner: Runner | None = None
     ) -> Execution:
-        """A new one.
+        """Makes a new execution.
 
         Args:
-            key: what others find it by once it is published; None: nobody does.
+            key: by which identical outputs find it once it is published; None: they do not.
+            recorder: keeps embeddings, checkpoints and the picture for later; None: nothing is kept.
             runner: None: the engine.
         """
         return Execution(job, runner or self._engine, self._pool, key, recorder, self._forget, self._tasks)
 
     def publish(self, execution: Execution) -> None:
-        """From now on until it has ended, identical outputs find it."""
+        """Lets identical outputs find an execution until it has ended."""
         if execution.key is not None:
             self._by_key[execution.key] = execution
 
     async def close(self) -> None:
-        """Waits until the pictures that were developed are kept."""
+        """Waits until the finished pictures are kept."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 

@@ -1,8 +1,9 @@
-"""All generations that the server knows: started once per request id, found by their owner, kept for a while.
+"""The registry of all generations that this server knows: starts, finds, watches, suspends, ends and drains them.
 
-Also what happens when streams come and go: a lost generation stops and waits
-for its grace, or runs on detached. Invariants: what one tenant owns is NOT_FOUND
-for another; finished pictures are bounded in time and bytes.
+One generation is started per request id. When the last stream of a generation
+is lost, it is suspended until its grace is over, unless it is detached; ended
+ones are kept for a while. Invariants: a generation of another tenant is
+NOT_FOUND; finished pictures are bounded in time and bytes.
 """
 
 from __future__ import annotations
@@ -54,7 +55,13 @@ TICK_S = 0.25
 
 
 class Generations:
-    """See the module."""
+    """All generations of this server, by id.
+
+    Args:
+        clock: monotonic seconds.
+        leased_runners: None: this replica is alone.
+        context: what it shares with the other replicas; None: it is alone.
+    """
 
     def __init__(
         self,
@@ -90,7 +97,7 @@ class Generations:
         self._finished = FinishedGenerations(
             settings.result_ttl_s, settings.max_results, settings.max_results_bytes, clock
         )
-        self._lost = SuspendedGenerations(settings.max_lost)
+        self._suspended = SuspendedGenerations(settings.max_lost)
         self._requests = Idempotency(settings.idempotency_ttl_s, clock)
         self._draining = False
         self._one_ended = asyncio.Event()
@@ -184,11 +191,11 @@ class Generations:
         """A generation of the caller's tenant, on whatever replica.
 
         Args:
-            tend: it is going to be watched; else it is enough to know how it is now.
+            tend: whether it is going to be watched; else a snapshot of its state is enough.
 
         Raises:
             NotFoundError: there is none, or it is someone else's.
-            UnavailableError: other replicas' cannot be looked up now.
+            UnavailableError: generations of other replicas cannot be looked up now.
         """
         generation = self._live.get(identifier) or self._finished.get(identifier)
         if generation is None and self._ownership is not None:
@@ -207,20 +214,28 @@ class Generations:
         return ended is not None and (datetime.now(UTC) - ended).total_seconds() > self._settings.result_ttl_s
 
     async def cancel(self, generation: Generation) -> None:
-        """Stops it, wherever it runs; `UnavailableError`: the replica that has it does not answer."""
+        """Stops a generation, on whatever replica it runs.
+
+        Raises:
+            UnavailableError: the replica that owns it does not answer.
+        """
         if not generation.owned and not generation.ended and self._ownership is not None:
             await self._ownership.mirrors.ask(generation, CANCEL)
         if generation.owned:
             generation.stop(GenerationCancelledError("it was cancelled"))
 
     def set_priority(self, generation: Generation, priority: Priority) -> None:
-        """Changes its class, wherever it runs."""
+        """Changes the priority of a generation, on whatever replica it runs."""
         generation.set_priority(priority)
         if not generation.owned and self._ownership is not None:
             self._ownership.mirrors.tell(generation, PRIORITY, priority=str(int(priority)))
 
     def pipeline_of(self, generation: Generation) -> Pipeline:
-        """The pipeline that develops it; `UnavailableError`: there is another here."""
+        """The pipeline of a generation.
+
+        Raises:
+            UnavailableError: this replica has another pipeline of that name.
+        """
         self._check(generation)
         return self._catalog.get(generation.request.spec.model)
 
@@ -238,7 +253,7 @@ class Generations:
         after_sequence: int = 0,
         offsets: Mapping[int, int] | None = None,
     ) -> Watcher:
-        """Opens a stream; one that was lost goes on."""
+        """Opens a stream of a generation, and resumes the generation if it is suspended."""
         try:
             self._check(generation)
             watcher = generation.log.watch(policy, after_sequence, offsets)
@@ -250,13 +265,13 @@ class Generations:
             if self._ownership is not None and not generation.ended:
                 self._ownership.mirrors.attend(generation)
         elif generation.state is GenerationState.SUSPENDED:
-            self._lost.resume(generation)
+            self._suspended.resume(generation)
             if self._ownership is not None:
                 self._ownership.mirrors.resume(generation)
         return watcher
 
     def detach(self, generation: Generation, watcher: Watcher) -> None:
-        """A stream has ended, in whatever way."""
+        """Removes a stream that has ended, in whatever way; suspends the generation if it was the last one."""
         if not self._streams.close(watcher):
             return
         if not generation.owned:
@@ -277,7 +292,7 @@ class Generations:
             self._ownership.mirrors.drop(generation)
 
     def _suspend(self, generation: Generation) -> None:
-        """Nobody watches: it waits for a stream, here or where there is one."""
+        """Suspends a generation without streams, or lets the replica that has a stream of it go on with it."""
         left = generation.left_s
         if left is not None and left <= 0:
             return  # it expires
@@ -287,7 +302,7 @@ class Generations:
         if self._ownership is not None and self._ownership.owners.wants(generation):
             self._move(generation)
             return
-        self._lost.suspend(generation)
+        self._suspended.suspend(generation)
 
     # --- ending ---
 
@@ -307,7 +322,7 @@ class Generations:
 
     def _forget(self, generation: Generation) -> None:
         self._live.pop(generation.identifier, None)
-        self._lost.forget(generation)
+        self._suspended.forget(generation)
         self._one_ended.set()
 
     # --- between replicas: what the fleet asks ---
@@ -372,7 +387,7 @@ class Generations:
         return self._ownership
 
     async def tick(self) -> None:
-        """Tells those who wait their place, ends stalled streams, forgets what is old; until cancelled."""
+        """Every 0.25 s, until cancelled: publishes queue positions, ends stalled streams, drops old generations."""
         loop = asyncio.get_running_loop()
         while True:
             began = loop.time()
@@ -404,7 +419,7 @@ class Generations:
             end(UnavailableError("the stream was not read; WatchGeneration resumes it", reason="WATCHER_STALLED"))
 
     async def drain(self, grace_s: float) -> None:
-        """Admits nothing more, lets what runs finish and be delivered within the grace, ends the rest."""
+        """Refuses new generations, lets those that run finish and be delivered within `grace_s`, and ends the rest."""
         self._draining = True
         if self._ownership is not None:
             self._ownership.mirrors.retire()

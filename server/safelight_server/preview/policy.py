@@ -17,7 +17,7 @@ IDLE = 0.5
 
 
 class Cadence:
-    """Which steps of one output a stream wants: the first and every n-th, or the next one after an interval."""
+    """Which steps of one output are due on a stream: the first and every n-th, or the next one after an interval."""
 
     def __init__(self, policy: PreviewPolicy) -> None:
         self._every = policy.every_n_steps
@@ -77,7 +77,7 @@ class Budget:
 
 
 def choose_method(wanted: PreviewMethod, load: float, has_preview_decoder: bool) -> PreviewMethod:
-    """What AUTO means at a load of the instances: 0 idle, 1 all asked for, more when work waits."""
+    """Replaces AUTO by a method, by the load of the instances: 0 idle, 1 all busy, more when work waits."""
     if wanted is not PreviewMethod.AUTO:
         return wanted
     if has_preview_decoder and load <= BUSY:

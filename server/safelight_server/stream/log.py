@@ -1,4 +1,4 @@
-"""The events of one generation, from `generation.py`, which publishes, to the streams, which read."""
+"""The event log of one generation: the generation publishes events, its client streams (watchers) read them."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from safelight_server.validation.violations import Violations
 
 QUEUED = ("queued", 0)
 RETRY_S = 1.0
-"""Nothing says when a client will close a stream."""
+"""Suggested to a client that opens one stream too many; nothing says when another stream will close."""
 
 
 class DurableWriter(Protocol):
-    """Writes down what streams may rely on, in order, and then has it shown."""
+    """Stores events and pictures durably, in order, and calls `show` for each once it is stored."""
 
     def event(self, event: StateEvent, sequence: int, data: bytes, show: Callable[[], None]) -> None:
-        """Takes a state event."""
+        """Stores a state event."""
 
     def picture(self, output_index: int, picture: EncodedPicture, show: Callable[[], None]) -> None:
-        """Takes a finished picture."""
+        """Stores a finished picture."""
 
 
 class EventLog:
-    """The events of one generation. Publishing never waits for a stream.
+    """The events of one generation, in order. Publishing never waits for a stream.
 
     Args:
         generation: its resource name.
         clock: monotonic seconds.
-        chunk_bytes: size of the pieces of a picture.
-        max_watchers: streams at once.
+        chunk_bytes: size of the pieces in which a picture is sent.
+        max_watchers: bound on the streams at once.
 
     Attributes:
-        journal: writes state events and pictures before any stream sees them; None: they are shown at once.
-        watchers: the streams that are open.
-        last_sequence: of the newest state event.
+        journal: stores state events and pictures before any stream sees them; None: streams see them at once.
+        watchers: the open streams.
+        last_sequence: sequence number of the newest state event.
     """
 
     def __init__(self, generation: str, clock: Callable[[], float], *, chunk_bytes: int, max_watchers: int) -> None:
@@ -51,8 +51,8 @@ class EventLog:
         self.watchers: set[Watcher] = set()
         self.last_sequence = 0
         self._clock = clock
-        self._story = SharedStreamState(generation, clock)
-        self._counts = self._story.counts
+        self._shared = SharedStreamState(generation, clock)
+        self._counts = self._shared.counts
         self._chunk_bytes = chunk_bytes
         self._max_watchers = max_watchers
         self._feeds: dict[int, FrameFeed] = {}
@@ -61,7 +61,7 @@ class EventLog:
     # --- what happens ---
 
     def publish(self, event: Event) -> None:
-        """Takes an event on the lane of its kind.
+        """Adds an event to the lane of its kind.
 
         Accepted, OutputFinished and Finished are numbered and reliable; Queued and Progress are newest-wins. Finished
         closes the log. Pictures come by `artifact`, previews by `add_feed`.
@@ -72,11 +72,11 @@ class EventLog:
             case Queued():
                 self._offer(QUEUED, event)
             case Progress():
-                self._story.newest.pop(QUEUED, None)
+                self._shared.newest.pop(QUEUED, None)
                 self._offer(("progress", event.output_index), event)
 
     def artifact(self, output_index: int, picture: EncodedPicture) -> None:
-        """Appends a finished picture."""
+        """Appends a finished picture of an output; streams send it in pieces."""
         self._end_output(output_index)
         item = artifact(self.generation, output_index, picture, self._chunk_bytes)
         self._sizes[output_index] = item.total_bytes
@@ -86,7 +86,7 @@ class EventLog:
             self.journal.picture(output_index, picture, functools.partial(self._show, item))
 
     def replay(self, item: SerializedEvent) -> None:
-        """Takes a state event as it was published elsewhere."""
+        """Adds a state event that the replica which owns the generation has published."""
         self.last_sequence = item.sequence
         if item.ends_output is not None:
             self._end_output(item.ends_output)
@@ -109,15 +109,15 @@ class EventLog:
     def watch(
         self, policy: PreviewPolicy, after_sequence: int = 0, artifact_offsets: Mapping[int, int] | None = None
     ) -> Watcher:
-        """Opens a stream: what happened before, in order, then what happens.
+        """Opens a stream of all events, past ones first, in order.
 
         Args:
-            after_sequence: the last state event that the client has.
-            artifact_offsets: bytes of pictures that the client has, by output.
+            after_sequence: sequence number of the last state event that the client has; 0: it has none.
+            artifact_offsets: number of bytes of each picture that the client has, by output.
 
         Raises:
-            InvalidRequestError: an offset lies beyond its picture, or a sequence in the future.
-            QueueFullError: too many streams.
+            InvalidRequestError: an offset lies beyond its picture, or the sequence number in the future.
+            QueueFullError: `max_watchers` streams are open.
         """
         if len(self.watchers) >= self._max_watchers:
             limit = str(self._max_watchers)
@@ -136,27 +136,27 @@ class EventLog:
             what = f"offset {offset} of output {index} is not within the {size} bytes there are"
             faults.check(0 <= offset <= size, "artifact_offsets", what)
         faults.done()
-        watcher = Watcher(self._story, policy, after_sequence, offsets, self.watchers.discard)
+        watcher = Watcher(self._shared, policy, after_sequence, offsets, self.watchers.discard)
         self.watchers.add(watcher)
         for output_index, feed in self._feeds.items():
             watcher.previews.add_feed(output_index, feed)
         return watcher
 
     def update_policy(self, policy: PreviewPolicy) -> None:
-        """Changes the previews of all streams."""
+        """Changes the preview policy of all open streams."""
         for watcher in self.watchers:
             watcher.previews.set_policy(policy)
 
-    # --- how it stands ---
+    # --- figures ---
 
     @property
     def closed(self) -> bool:
         """Whether Finished was published."""
-        return self._story.closed
+        return self._shared.closed
 
     @property
     def artifact_bytes(self) -> int:
-        """Bytes of the finished pictures, which stay as long as the log."""
+        """Bytes of the finished pictures, which the log keeps."""
         return sum(self._sizes.values())
 
     @property
@@ -176,7 +176,7 @@ class EventLog:
 
     @property
     def first_preview_at(self) -> float | None:
-        """When the first preview was handed over, on the clock."""
+        """Time on the clock when the first preview was handed to a stream; None before."""
         return self._counts.first_at
 
     def _append_state(self, event: StateEvent) -> None:
@@ -193,16 +193,16 @@ class EventLog:
             self.journal.event(event, self.last_sequence, data, functools.partial(self._show, item))
 
     def _show(self, item: SerializedEvent | SerializedArtifact) -> None:
-        self._story.items.append(item)
-        self._story.closed = isinstance(item, SerializedEvent) and item.is_last
+        self._shared.items.append(item)
+        self._shared.closed = isinstance(item, SerializedEvent) and item.is_last
         for watcher in self.watchers:
             watcher.wake()
 
     def _offer(self, slot: LossySlot, event: Event) -> None:
-        self._story.newest[slot] = serialize(self.generation, event)
+        self._shared.newest[slot] = serialize(self.generation, event)
         for watcher in self.watchers:
             watcher.offer(slot)
 
     def _end_output(self, output_index: int) -> None:
-        self._story.newest.pop(("progress", output_index), None)
+        self._shared.newest.pop(("progress", output_index), None)
         self.remove_feed(output_index)

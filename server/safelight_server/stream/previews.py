@@ -32,7 +32,7 @@ class PreviewCounts:
 
 @dataclass(eq=False, slots=True)
 class _PreviewSlot:
-    """A preview from its beginning until it is taken; `rendered` once it is ready."""
+    """A preview that is being made, or is ready (`rendered`) and was not sent yet."""
 
     budget: Budget
     num_dropped: int
@@ -44,8 +44,8 @@ class Previews:
 
     Args:
         clock: monotonic seconds.
-        counts: of the generation.
-        ready: called with the output whose preview can be taken.
+        counts: counters of the generation, which all its streams share.
+        ready: called with the index of the output whose preview is ready.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Previews:
         self.set_policy(policy)
 
     def set_policy(self, policy: PreviewPolicy) -> None:
-        """Takes a new policy, for all that is not being made yet."""
+        """Replaces the policy; previews that are being made keep the old one."""
         self._policy = policy
         self._cadences: dict[int, Cadence] = {}
         self._budget = Budget(policy.max_bytes_per_second, self._clock())
@@ -78,7 +78,7 @@ class Previews:
         for output_index in self._feeds:
             self._subscribe(output_index)
 
-    # --- what comes ---
+    # --- frames ---
 
     def add_feed(self, output_index: int, feed: FrameFeed) -> None:
         """Pulls frames of an output; the newest there is at once, so that a stream that comes later has something."""
@@ -116,7 +116,7 @@ class Previews:
         if self._open:
             self._start()
 
-    # --- what is made ---
+    # --- making previews ---
 
     def open(self) -> None:
         """The stream waits for something to send."""
@@ -128,7 +128,7 @@ class Previews:
         self._open = False
 
     def _start(self) -> None:
-        """Begins what can begin. An output that has had its turn goes to the end of the line."""
+        """Begins the previews that the budget allows. An output that has had its turn goes to the end of the line."""
         for output_index in [index for index in self._waiting if index not in self._making]:
             feed = self._feeds.get(output_index)
             if feed is None or (frame := feed.newest) is None:
@@ -161,10 +161,10 @@ class Previews:
         making.rendered = task.result()
         self._ready(output_index)
 
-    # --- what goes ---
+    # --- sending previews ---
 
     def take(self, output_index: int) -> tuple[RenderedPreview, int] | None:
-        """The preview that is ready, and how many were passed over between the one before and it."""
+        """Takes the preview that is ready, with the number of due frames passed over since the one before, or None."""
         making = self._making.get(output_index)
         if making is None or making.rendered is None:
             return None
@@ -189,7 +189,7 @@ class Previews:
                 making.budget.settle(0)
 
     def close(self) -> None:
-        """The stream is over; nothing is begun any more."""
+        """Ends all: the stream has ended."""
         for output_index in list(self._feeds):
             self.remove_feed(output_index)
         self._waiting.clear()

@@ -1,4 +1,4 @@
-"""One client stream of a generation: cursors into what all streams share, and slots for the newest."""
+"""One client stream of a generation: a cursor into the shared reliable events, and slots of newest-wins events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safelight_server.stream.serialization import SerializedArtifact, Serialized
 
 PREVIEW = "preview"
 LossySlot = tuple[str, int]
-"""Kind of a newest-wins event, and its output."""
+"""Kind of a newest-wins event, and the index of its output."""
 
 
 @dataclass(eq=False, slots=True)
@@ -22,7 +22,7 @@ class SharedStreamState:
     Attributes:
         items: the reliable events, in order; only ever appended to.
         newest: the newest-wins events that still mean something.
-        closed: Finished is among the items.
+        closed: whether Finished is among the items.
     """
 
     generation: str
@@ -34,7 +34,7 @@ class SharedStreamState:
 
 
 class Watcher:
-    """One client stream. Read `events` once, then `close`; of bounded size: a few words for each output.
+    """One client stream: read `events` once, then call `close`. Its size is bounded: a few words for each output.
 
     Args:
         after_sequence: the last state event that the client has.
@@ -42,25 +42,25 @@ class Watcher:
         leave: called by `close`.
 
     Attributes:
-        previews: what it gets of the frames of the outputs.
+        previews: its previews of all outputs.
     """
 
     def __init__(
         self,
-        story: SharedStreamState,
+        shared: SharedStreamState,
         policy: PreviewPolicy,
         after_sequence: int,
         artifact_offsets: Mapping[int, int],
         leave: Callable[[Watcher], None],
     ) -> None:
-        self._story = story
+        self._shared = shared
         self._after = after_sequence
         self._offsets = dict(artifact_offsets)
         self._leave = leave
         self._cursor = 0
         self._piece: int | None = None
-        self._slots: dict[LossySlot, None] = dict.fromkeys(story.newest)
-        self.previews = Previews(policy, story.clock, story.counts, self._preview_ready)
+        self._slots: dict[LossySlot, None] = dict.fromkeys(shared.newest)
+        self.previews = Previews(policy, shared.clock, shared.counts, self._preview_ready)
         self._wakeup = asyncio.Event()
         self._closed = False
         self._yielding_since: float | None = None
@@ -70,10 +70,10 @@ class Watcher:
         while not self._closed:
             data = self._next()
             if data is not None:
-                self._yielding_since = self._story.clock()
+                self._yielding_since = self._shared.clock()
                 yield data
                 self._yielding_since = None
-            elif self._story.closed:
+            elif self._shared.closed:
                 return
             else:
                 self._wakeup.clear()
@@ -82,7 +82,7 @@ class Watcher:
                 self.previews.shut()
 
     def stalled_for(self, now: float) -> float:
-        """Seconds for which the client has not taken what was handed over."""
+        """Seconds since the last message was handed over, while the client has not taken it; else 0."""
         return 0.0 if self._yielding_since is None else now - self._yielding_since
 
     def close(self) -> None:
@@ -95,19 +95,19 @@ class Watcher:
     # --- what the log says ---
 
     def wake(self) -> None:
-        """There are new items."""
+        """Called by the log when there are new items."""
         self._wakeup.set()
 
     def offer(self, slot: LossySlot) -> None:
-        """There is a newest-wins event; one that has not been sent keeps its place in the line."""
+        """Called by the log when there is a newest-wins event; an unsent one keeps its place in the line."""
         self._slots[slot] = None
         self._wakeup.set()
 
     # --- what is sent next ---
 
     def _next(self) -> bytes | None:
-        """What is sent next: reliable events first, then whatever has waited longest. None: nothing."""
-        items = self._story.items
+        """The next message: reliable events first, then the slot that has waited longest; None: there is none."""
+        items = self._shared.items
         while self._cursor < len(items):
             item = items[self._cursor]
             data = self._piece_of(item) if isinstance(item, SerializedArtifact) else self._state(item)
@@ -116,7 +116,7 @@ class Watcher:
         while self._slots:
             slot = next(iter(self._slots))
             del self._slots[slot]
-            data = self._preview(slot[1]) if slot[0] == PREVIEW else self._story.newest.get(slot)
+            data = self._preview(slot[1]) if slot[0] == PREVIEW else self._shared.newest.get(slot)
             if data is not None:
                 return data
         return None
@@ -130,7 +130,7 @@ class Watcher:
         return state.data if state.sequence > self._after else None
 
     def _piece_of(self, artifact: SerializedArtifact) -> bytes | None:
-        """The next piece of the picture at the cursor; None, and on to the next item, when there is no more."""
+        """The next piece of the picture at the cursor; after the last one None, and the cursor moves on."""
         offset = self._offsets.get(artifact.output_index, 0)
         if self._piece is None:
             self.previews.end(artifact.output_index)
@@ -144,7 +144,7 @@ class Watcher:
 
     def _preview(self, output_index: int) -> bytes | None:
         taken = self.previews.take(output_index)
-        return None if taken is None else preview(self._story.generation, output_index, *taken)
+        return None if taken is None else preview(self._shared.generation, output_index, *taken)
 
     def _preview_ready(self, output_index: int) -> None:
         self.offer((PREVIEW, output_index))
