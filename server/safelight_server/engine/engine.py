@@ -464,8 +464,8 @@ class Engine:
             output = self._batches.outputs[output_id]
             for row, name in enumerate(output.conditioning):
                 if name in encoded and name in self._batches.token_ids:
-                    told = functools.partial(observer.encoded, row, self._batches.embedding(name))
-                    self._deferred.defer(told)
+                    embedding = self._batches.embedding(name)
+                    self._deferred.defer(functools.partial(observer.encoded, row, embedding))
 
 
 def _about(batch: Batch) -> dict[str, Any]:

@@ -223,29 +223,29 @@ class Generation:
 
     # --- while another replica owns it ---
 
-    def hear(self, told: EventRecord, picture: EncodedPicture | None) -> None:
+    def hear(self, event: EventRecord, picture: EncodedPicture | None) -> None:
         """Shows its streams an event of its owner; `picture`: the one of the output that the event ends."""
-        if told.kind == "state" and told.state is not None and not self.ended:
-            self.state = told.state
-        if told.sequence <= self.log.last_sequence:
+        if event.kind == "state" and event.state is not None and not self.ended:
+            self.state = event.state
+        if event.sequence <= self.log.last_sequence:
             return
-        ends = told.output_index if told.kind == "output" else None
+        ends = event.output_index if event.kind == "output" else None
         if ends is not None:
             output = self.outputs[ends]
             output.leave()
             output.held = None
-            output.reason, output.step = told.reason, told.step
-            self.error = told.error
+            output.reason, output.step = event.reason, event.step
+            self.error = event.error
             if picture is not None:
                 output.total_bytes = len(picture.data)
                 self.log.artifact(ends, picture)
-        if told.kind == "finished":
-            assert told.state is not None
-            self.state, self.error, self.finish_time = told.state, told.error, told.finish_time
-            self._usage_of_owner, self.times.ended = told.usage, self._clock()
+        if event.kind == "finished":
+            assert event.state is not None
+            self.state, self.error, self.finish_time = event.state, event.error, event.finish_time
+            self._usage_of_owner, self.times.ended = event.usage, self._clock()
             self._part()
-        self.log.replay(serialization.SerializedEvent(told.sequence, told.data, ends, told.kind == "finished"))
-        if told.kind == "finished":
+        self.log.replay(serialization.SerializedEvent(event.sequence, event.data, ends, event.kind == "finished"))
+        if event.kind == "finished":
             self._on_end(self)
 
     def adopt(self, journal: Journal, numerics_id: str) -> None:

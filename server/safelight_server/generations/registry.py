@@ -325,10 +325,10 @@ class Generations:
         self._suspended.forget(generation)
         self._one_ended.set()
 
-    # --- between replicas: what the fleet asks ---
+    # --- for the ownership: as its GenerationHost ---
 
     def revive(self, record: GenerationRecord) -> Generation:
-        """See `ownership.Host`."""
+        """Makes a generation from the record of another replica that accepted it; nothing is started."""
         left = None if record.deadline_at is None else record.deadline_at - time.time()
         generation = self._make(record.identifier, record.caller, record.request, UNTRACED, left)
         generation.owned = False
@@ -339,7 +339,11 @@ class Generations:
         return generation
 
     def owned(self, generation: Generation) -> bool:
-        """See `ownership.Host`."""
+        """Registers a generation that this replica owns from now on.
+
+        Returns:
+            Whether it runs; else it waits, suspended, for a stream.
+        """
         self._live[generation.identifier] = generation
         request = generation.request
         if request.request_id:
@@ -355,7 +359,7 @@ class Generations:
         return False
 
     def wanted(self, identifier: str) -> None:
-        """See `ownership.Host`."""
+        """Hands a suspended generation over, since another replica has a stream for it."""
         if (generation := self._live.get(identifier)) is not None and generation.state is GenerationState.SUSPENDED:
             self._move(generation)
 
@@ -366,7 +370,7 @@ class Generations:
         self.moved(generation)
 
     def moved(self, generation: Generation) -> None:
-        """See `ownership.Host`."""
+        """Removes a generation that another replica owns from now on, and ends its streams with MOVED."""
         self._forget(generation)
         self._requests.release(generation.caller, generation.request.request_id)
         self._streams.move(generation)
