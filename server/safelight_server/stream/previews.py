@@ -194,7 +194,7 @@ class Previews:
             self.remove_feed(output_index)
         self._waiting.clear()
         self._making.clear()
-        pass
+        self._ready = _nobody  # else it and its stream would keep each other
 
     def _cadence(self, output_index: int) -> Cadence:
         if (cadence := self._cadences.get(output_index)) is None:
