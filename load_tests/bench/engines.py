@@ -14,11 +14,11 @@ from safelight_server.domain.errors import SafelightError
 from safelight_server.domain.tensors import FloatArray
 from safelight_server.engine.engine import Engine
 from safelight_server.engine.jobs import Job
-from safelight_server.engine.latents import Snapshot
+from safelight_server.engine.observer import ExecutionObserver
 from safelight_server.runtime.base import Runtime
 from safelight_server.sampler import SamplerSpec, compile_table
 from safelight_server.scheduler import Priority
-from safelight_server.telemetry import Metrics, Trail
+from safelight_server.telemetry import Metrics
 
 from tests.triton.support import TritonServer
 
@@ -27,44 +27,17 @@ CPUCLOCK_SCHED = 2
 """Linux: with the complement of a process id above it, the clock of that process, in nanoseconds."""
 
 
-@dataclass(slots=True)
-class Watch:
-    """An output listener that notes when its steps were made."""
+@dataclass
+class Watch(ExecutionObserver):
+    """Notes when the steps of an output were made."""
 
     done: asyncio.Event = field(default_factory=asyncio.Event)
     steps: list[float] = field(default_factory=list)
     error: SafelightError | None = None
 
-    def trails(self) -> Sequence[Trail]:
-        """Not traced."""
-        return ()
-
-    def started(self) -> None:
-        """Nothing to note."""
-
-    def computed(self, seconds: float, rows: int) -> None:
-        """Nothing to note."""
-
     def stepped(self, step: int, batch_size: int) -> None:
         """A step was made now."""
         self.steps.append(time.monotonic())
-
-    def wants_frame(self, step: int) -> bool:
-        """No previews."""
-        return False
-
-    def frame(self, step: int, denoised: FloatArray) -> None:
-        """No previews."""
-
-    def wants_checkpoint(self, step: int) -> bool:
-        """Nothing is kept."""
-        return False
-
-    def checkpoint(self, snapshot: Snapshot) -> None:
-        """Nothing is kept."""
-
-    def encoded(self, row: int, embedding: FloatArray) -> None:
-        """Nothing is kept."""
 
     def decoded(self, image: FloatArray) -> None:
         """The end."""

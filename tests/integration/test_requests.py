@@ -445,7 +445,7 @@ async def test_lost_generations_are_bounded(start):
             lost = min(number + 1, 2)
             await eventually(
                 lambda lost=lost, name=names[-1].partition("/")[2]: (
-                    len(running.generations._lost) == lost and name in running.generations._lost
+                    len(running.generations._suspended) == lost and name in running.generations._suspended
                 )
             )
         states = [(await stub.GetGeneration(pb.GetGenerationRequest(name=name))).generation.state for name in names]
@@ -453,7 +453,7 @@ async def test_lost_generations_are_bounded(start):
         assert states == [pb.Generation.STATE_CANCELLED, suspended, suspended]
         resumed = stub.WatchGeneration(pb.WatchGenerationRequest(name=names[1]))
         assert await resumed.read()
-        assert list(running.generations._lost) == [names[2].partition("/")[2]]
+        assert list(running.generations._suspended) == [names[2].partition("/")[2]]
         resumed.cancel()
 
 

@@ -208,7 +208,7 @@ def _nothing_is_left(running) -> None:
     engine.scheduler.check_invariants()
     assert engine.scheduler.num_outputs == engine.scheduler.num_running == engine.scheduler.num_waiting() == 0
     assert (
-        not engine._listeners
+        not engine._observers
         and not engine._unstarted
         and not engine._tasks
         and not engine._deferred
@@ -220,8 +220,8 @@ def _nothing_is_left(running) -> None:
         assert sorted(latents._free) == list(range(len(latents._in_flight)))
         assert not latents._abandoned and not any(latents._in_flight)
     assert len(generations._planner._executions) == 0
-    assert not generations._streams and not generations._lost and not generations._starting
+    assert not generations._streams and not generations._suspended and not generations._starting
     for ended in generations._finished.values():
-        assert not ended.log.watchers and not ended.log._frames and not ended._encoding
+        assert not ended.log.watchers and not ended.log._feeds and not ended._encoding
         assert all(output.output_id == 0 for output in ended.outputs), "a member of nothing"
         assert all(output.reason is not None for output in ended.outputs)

@@ -175,7 +175,7 @@ async def test_three_on_one_generation_share_what_is_rendered(simulated):
         call = stub.Generate(long_request(steps))
         name = (await anext(aiter(call))).event.generation
         [generation] = simulated.generations._live.values()
-        renderer = generation.outputs[0]._execution.renderer
+        feed = generation.outputs[0]._execution.feed
         same = pb.PreviewPolicy(accept=[RAW], method=pb.PREVIEW_METHOD_TINY_DECODER)
         other = pb.PreviewPolicy(
             accept=[pb.PixelEncoding(media_type="image/webp")], method=pb.PREVIEW_METHOD_TINY_DECODER
@@ -187,7 +187,7 @@ async def test_three_on_one_generation_share_what_is_rendered(simulated):
     assert {preview.media_type for preview in previews(streams[2])} == {"image/webp"}
     sent = [(preview.step, preview.media_type) for events in streams for preview in previews(events)]
     assert all(len(previews(events)) > 2 for events in streams), "neither encoding takes the other's place"
-    overtaken = renderer.num_rendered - len(set(sent))
+    overtaken = feed.num_rendered - len(set(sent))
     assert 0 <= overtaken <= 2, "only what the picture overtook was rendered and not sent"
     assert generation.log.num_previews == len(sent) > len(set(sent))
 
@@ -200,10 +200,10 @@ async def test_without_previews_nothing_is_rendered_or_copied(simulated):
         call = stub.Generate(message)
         await anext(aiter(call))
         [generation] = simulated.generations._live.values()
-        renderer = generation.outputs[0]._execution.renderer
+        feed = generation.outputs[0]._execution.feed
         events = await collect(call)
         assert not previews(events)
-        assert renderer.num_rendered == 0
+        assert feed.num_rendered == 0
 
 
 async def test_a_picture_resumes_in_the_middle_of_a_chunk(simulated):

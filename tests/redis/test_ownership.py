@@ -94,7 +94,7 @@ async def test_what_shares_nothing_moves_too(redis_server: RedisServer, tmp_path
         call = one.stub.Generate(request(2, STEPS, cache=BYPASS))
         before = await until_step(call, 8)
         call.cancel()
-        await eventually(lambda: bool(one.running.generations._lost))
+        await eventually(lambda: bool(one.running.generations._suspended))
         name = before[0].generation
         after = await collect(other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1)))
         assert sequences(after) == [2, 3]

@@ -28,7 +28,7 @@ async def moved(one: Server, other: Server, message: pb.GenerateRequest) -> tupl
     call = one.stub.Generate(message)
     name = (await until_step(call, 2))[0].generation
     call.cancel()
-    await eventually(lambda: bool(one.running.generations._lost))
+    await eventually(lambda: bool(one.running.generations._suspended))
     watching = other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1))
     live = other.running.generations._live
     await asyncio.gather(watching.wait_for_connection(), eventually(lambda: name.partition("/")[2] in live))
@@ -108,7 +108,7 @@ async def test_a_drained_replica_develops_nothing_that_it_has_shown_for_another(
         call = one.stub.Generate(request(5, 1000, cache=BYPASS))
         name = (await until_step(call, 2))[0].generation
         call.cancel()
-        await eventually(lambda: bool(one.running.generations._lost))
+        await eventually(lambda: bool(one.running.generations._suspended))
         watching = other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1))
         await until_step(watching, 6)
         await other.running.drain(0.0)

@@ -1,4 +1,4 @@
-"""A log with a real renderer whose decoder the test opens and shuts, and streams that the test reads by hand."""
+"""A log with real feeds of frames whose decoder the test opens and shuts, and streams that the test reads by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from safelight_server.domain.events import (
 from safelight_server.domain.picture import EncodedPicture
 from safelight_server.domain.request import MediaType, PixelEncoding, PreviewMethod, PreviewPolicy, Spec
 from safelight_server.domain.tensors import FloatArray
-from safelight_server.preview import Frame, Renderer
+from safelight_server.preview import FrameFeed
 from safelight_server.runtime.simulated import LATENT, simulated_pipeline
 from safelight_server.sampler import SamplerSpec
 from safelight_server.stream import EventLog, Watcher
@@ -110,14 +110,14 @@ class Stage:
     def __init__(self, max_watchers: int = 8) -> None:
         self.clock = Clock()
         self.decoder = Decoder()
-        self.renderers: dict[int, Renderer] = {}
+        self.feeds: dict[int, FrameFeed] = {}
         self.log = EventLog("generations/x", self.clock, chunk_bytes=PIECE_BYTES, max_watchers=max_watchers)
         self.num_frames = 0
 
     @property
     def num_rendered(self) -> int:
         """Previews made."""
-        return sum(renderer.num_rendered for renderer in self.renderers.values())
+        return sum(feed.num_rendered for feed in self.feeds.values())
 
     def accept(self) -> None:
         """The first event."""
@@ -130,11 +130,16 @@ class Stage:
     def step(self, step: int, output: int = 0) -> None:
         """What the engine's report of a step leads to."""
         self.log.publish(Progress(output, step, 50, 1, 1.0))
-        if self.log.wants_frame(output, step):
+        if output not in self.feeds:
+            self.feeds[output] = FrameFeed(simulated_pipeline(), self.decoder, lambda: 0.0, Here())
+            self.log.add_feed(output, self.feeds[output])
+        if self.is_due(step, output):
             self.num_frames += 1
-            if output not in self.renderers:
-                self.renderers[output] = Renderer(simulated_pipeline(), self.decoder, lambda: 0.0, Here())
-            self.log.frame(output, Frame(self.renderers[output], step, np.zeros(LATENT, np.float32)))
+            self.feeds[output].frame(step, np.zeros(LATENT, np.float32))
+
+    def is_due(self, step: int, output: int = 0) -> bool:
+        """Whether the engine would copy the latent of a step."""
+        return step >= self.feeds[output].next_due
 
     def end(self, output: int = 0, reason: FinishReason = FinishReason.COMPLETED) -> None:
         """An output ends; with a picture only if the test says so before."""

@@ -7,9 +7,9 @@ import asyncio
 import pytest
 import uvloop
 from safelight_server.domain.errors import UnavailableError
-from safelight_server.engine.alarm import Alarm
 from safelight_server.engine.deferred import TURNS, DeferredCallbacks
 from safelight_server.engine.embeddings import EmbeddingWaiters
+from safelight_server.engine.engine import Alarm
 
 from tests.conftest import eventually
 

@@ -12,7 +12,8 @@ from safelight_server.domain.errors import SafelightError, UnavailableError
 from safelight_server.domain.picture import FinishedPicture
 from safelight_server.engine.engine import Engine
 from safelight_server.engine.jobs import Job
-from safelight_server.generations.execution import Execution, Executions, Recorder
+from safelight_server.engine.observer import ExecutionObserver
+from safelight_server.generations.execution import Execution, Executions
 from safelight_server.preview import Frame
 from safelight_server.runtime.base import RuntimeFailure
 from safelight_server.runtime.simulated import LATENT, SimulatedRuntime, simulated_pipeline
@@ -32,7 +33,6 @@ class Member:
 
     priority: Priority = Priority.STANDARD
     deadline: float | None = None
-    wants: bool = False
     heard: list[str] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     frames: list[Frame] = field(default_factory=list)
@@ -44,10 +44,19 @@ class Member:
     def started(self) -> None:
         self.heard.append("started")
 
-    def joined(self, step: int, frame: Frame | None) -> None:
+    def joined(self, step: int) -> None:
         self.heard.append(f"joined {step}")
-        if frame is not None:
-            self.frames.append(frame)
+
+    def watch(self, execution: Execution) -> None:
+        """Takes every frame, as a stream does."""
+        self.feed = execution.feed
+        self.frames += [] if self.feed.newest is None else [self.feed.newest]
+        self.feed.subscribe(id(self), 1, self.offer)
+
+    def offer(self, step: int) -> float:
+        assert self.feed.newest is not None
+        self.frames.append(self.feed.newest)
+        return step + 1
 
     def used(self, seconds: float, rows: int, steps: int) -> None:
         self.rows += rows
@@ -55,12 +64,6 @@ class Member:
 
     def stepped(self, step: int, batch_size: int) -> None:
         self.steps.append(step)
-
-    def wants_frame(self, step: int) -> bool:
-        return self.wants
-
-    def frame(self, frame: Frame) -> None:
-        self.frames.append(frame)
 
     def developed(self, picture: FinishedPicture) -> None:
         self.picture = picture
@@ -98,7 +101,9 @@ class Stage:
         self.engine = Engine(self.runtime, asyncio.get_running_loop().time, Metrics(), max_running=4)
         self.executions = Executions(self.engine, Here())
 
-    def execution(self, key: str | None = "same", seed: int = 7, recorder: Recorder | None = None) -> Execution:
+    def execution(
+        self, key: str | None = "same", seed: int = 7, recorder: ExecutionObserver | None = None
+    ) -> Execution:
         pipeline = simulated_pipeline()
         table = compile_table(SamplerSpec("ddim", "trailing"), pipeline.schedule, "v_prediction", STEPS)
         job = Job(0, "me", Priority.STANDARD, pipeline, LATENT, table, seed, 1.0, ((1, 2),))
@@ -123,12 +128,14 @@ async def stage():
 
 
 async def test_a_second_member_shares_the_work_and_joins_where_it_is(stage: Stage) -> None:
-    first, second = Member(wants=True), Member()
+    first, second = Member(), Member()
     execution = stage.execution()
     execution.join(first)
+    first.watch(execution)
     await stage.step(execution, 2)
     assert stage.executions.find("same") is execution
     execution.join(second)
+    second.watch(execution)
     assert second.heard == ["started", "joined 2"]
     assert second.frames == [first.frames[-1]], "it sees the newest preview at once"
     await stage.step(execution, STEPS)
@@ -285,21 +292,15 @@ async def test_what_another_server_develops_is_decoded_here_as_long_as_it_is_fol
 
 
 async def test_what_was_developed_is_kept_before_the_end(stage: Stage) -> None:
-    class Slow:
+    class Slow(ExecutionObserver):
         kept = False
 
-        async def developed(self, picture: FinishedPicture, compute_s: float) -> None:
+        async def keep(self, picture: FinishedPicture, compute_s: float) -> None:
             await asyncio.sleep(0.1)
             self.kept = True
 
-        def wants_checkpoint(self, step: int) -> bool:
-            return False
-
-        def encoded(self, row: int, embedding: np.ndarray) -> None:
-            pass
-
     member, recorder = Member(), Slow()
-    execution = stage.execution(recorder=recorder)  # type: ignore[arg-type]  # no checkpoints are wanted
+    execution = stage.execution(recorder=recorder)
     execution.join(member)
     await stage.step(execution, STEPS)
     await eventually(lambda: member.picture is not None)

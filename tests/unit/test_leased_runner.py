@@ -19,9 +19,9 @@ from safelight_server.cluster.leased_runner import LeasedRunner
 from safelight_server.cluster.leased_runners import ExecutionTicket, LeasedRunners
 from safelight_server.coordination.base import CommitOutcome, Lease
 from safelight_server.domain.picture import Pixels
-from safelight_server.domain.tensors import FloatArray
 from safelight_server.engine.jobs import Job
 from safelight_server.engine.latents import Snapshot
+from safelight_server.engine.observer import ExecutionObserver
 from safelight_server.generations.execution import Execution
 from safelight_server.runtime.base import RuntimeFailure
 from safelight_server.runtime.simulated import LATENT, simulated_pipeline
@@ -47,23 +47,17 @@ FACTS = PictureFacts("x", "generations/a", "simulated/1", STEPS, 0.0)
 NAME, POINTER = "ab01.exact", "ab01/picture/exact.pixels"
 
 
-class Recorder:
+class Recorder(ExecutionObserver):
     """Keeps checkpoints as the cache does."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self._checkpoints = checkpoints
-
-    def encoded(self, row: int, embedding: FloatArray) -> None:
-        pass
 
     def wants_checkpoint(self, step: int) -> bool:
         return step % 2 == 0
 
     def checkpoint(self, snapshot: Snapshot) -> None:
         self.task = asyncio.create_task(self._checkpoints.keep("t", "exact", snapshot, STEPS, replicate=True))
-
-    async def developed(self, picture: object, compute_s: float) -> None:
-        pass
 
 
 class Replica:
@@ -146,11 +140,12 @@ async def alone() -> Pixels:
 
 
 async def test_the_second_replica_follows_and_one_bill_is_written(pair: Pair) -> None:
-    leader, follower = Member(), Member(wants=True)
+    leader, follower = Member(), Member()
     first, second = pair.one.execution(), pair.other.execution(generation="generations/b")
     first.join(leader)
     await pair.one.step(first, 1)
     second.join(follower)
+    follower.watch(second)
     await eventually(lambda: pair.one.leased_runner is not None and pair.one.leased_runner.followed)
     await pair.one.step(first, 2)
     await eventually(lambda: follower.steps == [2])
@@ -166,8 +161,9 @@ async def test_the_second_replica_follows_and_one_bill_is_written(pair: Pair) ->
 
 
 async def test_what_nobody_follows_is_not_published(pair: Pair) -> None:
-    member, execution = Member(wants=True), pair.one.execution()
+    member, execution = Member(), pair.one.execution()
     execution.join(member)
+    member.watch(execution)
     await pair.one.step(execution, STEPS)
     await eventually(lambda: member.picture is not None)
     assert await pair.coordinator.read(NAME) == []

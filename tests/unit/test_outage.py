@@ -12,6 +12,7 @@ from safelight_server.domain.errors import InternalError, UnavailableError
 from safelight_server.engine.engine import Engine
 from safelight_server.engine.jobs import Job
 from safelight_server.engine.latents import Latents
+from safelight_server.engine.observer import ExecutionObserver
 from safelight_server.runtime.base import FaultOrigin, RuntimeFailure
 from safelight_server.runtime.simulated import LATENT, SimulatedRuntime, simulated_pipeline
 from safelight_server.sampler import SamplerSpec, compile_table
@@ -59,7 +60,7 @@ class Flaky(SimulatedRuntime):
         return {name: np.array(rows) for name, rows in results.items()}
 
 
-class Listener:
+class Listener(ExecutionObserver):
     """Notes what it hears."""
 
     def __init__(self) -> None:
@@ -67,23 +68,11 @@ class Listener:
         self.rows = 0
         self.end: object = None
 
-    def started(self):
-        pass
-
     def computed(self, seconds, rows):
         self.rows += rows
 
     def stepped(self, step, batch_size):
         self.steps.append(step)
-
-    def wants_frame(self, step):
-        return False
-
-    def wants_checkpoint(self, step):
-        return False
-
-    def encoded(self, row, embedding):
-        pass
 
     def decoded(self, image):
         self.end = "decoded"

@@ -38,7 +38,7 @@ def test_the_pace_is_that_of_the_steps_it_has_seen(output, clock):
 def test_steps_that_were_made_before_it_came_do_not_count(output, clock):
     """Whether it starts from another's latent, or joins an identical output that is on its way."""
     clock.now = 100.0
-    output.joined(15, None)
+    output.joined(15)
     clock.now = 110.0
     output.started()
     step(output, clock, 1, 3.0)
@@ -49,7 +49,7 @@ def test_nor_does_the_time_in_which_it_was_suspended(output, clock):
     output.started()
     step(output, clock, 5, 5.0)
     clock.now += 1000.0
-    output.joined(5, None)
+    output.joined(5)
     output.started()
     step(output, clock, 2, 4.0)
     assert output.seconds_per_step == 2.0

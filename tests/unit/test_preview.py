@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safelight_server.domain.component import Component
 from safelight_server.domain.request import MediaType, PixelEncoding, PreviewMethod, PreviewPolicy
-from safelight_server.preview import Budget, Cadence, Frame, Renderer, choose_method
-from safelight_server.preview.render import MAX_PREVIEW_BYTES
+from safelight_server.preview import Budget, Cadence, Frame, FrameFeed, choose_method
+from safelight_server.preview.frames import MAX_PREVIEW_BYTES
 from safelight_server.runtime.simulated import LATENT, SIZE_PX, simulated_pipeline
 from safelight_server.stream import serialization
 
@@ -142,38 +142,38 @@ class Decoder:
 
 
 def frame(step: int = 3) -> Frame:
-    return Frame(None, step, np.zeros(LATENT, np.float32))
+    return Frame(step, np.zeros(LATENT, np.float32))
 
 
 @pytest.fixture
 def made():
-    """A renderer, its decoder, and the load it sees."""
+    """A feed, its decoder, and the load it sees."""
     decoder, load = Decoder(), [0.0]
     with ThreadPoolExecutor(2) as pool:
-        yield Renderer(simulated_pipeline(), decoder, lambda: load[0], pool), decoder, load
+        yield FrameFeed(simulated_pipeline(), decoder, lambda: load[0], pool), decoder, load
 
 
 async def test_a_frame_is_decoded_once_per_method_and_encoded_once_per_encoding_and_size(made):
-    renderer, decoder, _ = made
+    feed, decoder, _ = made
     seen = frame()
     asked = [(TINY, JPEG, None)] * 5 + [(TINY, RAW, 16)] * 3 + [(TINY, RAW, None), (LINEAR, RAW, None)]
-    rendered = await asyncio.gather(*(renderer.render(seen, *what) for what in asked))
+    rendered = await asyncio.gather(*(feed.render(seen, *what) for what in asked))
     assert decoder.asked == [Component.PREVIEW_DECODER], "an encoding of its own is no reason to decode again"
-    assert renderer.num_rendered == 4
+    assert feed.num_rendered == 4
     assert len({id(one) for one in rendered}) == 4
     assert [one.picture.width_px for one in rendered] == [SIZE_PX] * 5 + [16] * 3 + [SIZE_PX, LATENT[2]]
     assert {one.method for one in rendered} == {TINY, LINEAR}
-    assert await renderer.render(seen, TINY, JPEG, None) is rendered[0], "also for those who come later"
-    assert await renderer.render(frame(4), TINY, JPEG, None) is not rendered[0]
+    assert await feed.render(seen, TINY, JPEG, None) is rendered[0], "also for those who come later"
+    assert await feed.render(frame(4), TINY, JPEG, None) is not rendered[0]
 
 
 async def test_auto_means_the_same_for_all_streams_of_a_frame(made):
-    renderer, _, load = made
+    feed, _, load = made
     seen = frame()
-    first = await renderer.render(seen, AUTO, JPEG, None)
+    first = await feed.render(seen, AUTO, JPEG, None)
     load[0] = 5.0
-    assert await renderer.render(seen, AUTO, JPEG, None) is first
-    later = await renderer.render(frame(4), AUTO, JPEG, None)
+    assert await feed.render(seen, AUTO, JPEG, None) is first
+    later = await feed.render(frame(4), AUTO, JPEG, None)
     assert (first.method, later.method) == (TINY, LINEAR)
 
 
@@ -190,42 +190,42 @@ async def test_only_the_smallest_linear_previews_are_made_on_the_loop(method, ed
             return super().submit(*what)
 
     with Counting(1) as pool:
-        renderer = Renderer(simulated_pipeline(), Decoder(), lambda: 0.0, pool)
-        seen = Frame(None, 3, np.zeros((LATENT[0], edge_px, edge_px), np.float32))
-        rendered = await renderer.render(seen, method, JPEG, None)
+        feed = FrameFeed(simulated_pipeline(), Decoder(), lambda: 0.0, pool)
+        seen = Frame(3, np.zeros((LATENT[0], edge_px, edge_px), np.float32))
+        rendered = await feed.render(seen, method, JPEG, None)
         assert rendered.method is method
         assert pool.count == handed_over
 
 
 async def test_a_superseded_frame_gives_nothing(made):
-    renderer, decoder, _ = made
+    feed, decoder, _ = made
     decoder.superseded = True
-    assert await renderer.render(frame(), FULL, JPEG, None) is None
-    assert renderer.num_rendered == 0
+    assert await feed.render(frame(), FULL, JPEG, None) is None
+    assert feed.num_rendered == 0
 
 
 async def test_a_stream_that_lags_does_not_take_the_place_of_a_newer_frame(made):
     """The engine decodes the last frame that it was asked for: it is never asked for an older one."""
-    renderer, decoder, _ = made
+    feed, decoder, _ = made
     older, newer = frame(3), frame(5)
     decoder.gate.clear()
-    healthy = renderer.render(newer, TINY, JPEG, None)
+    healthy = feed.render(newer, TINY, JPEG, None)
     await settle()
     assert decoder.asked
-    assert await renderer.render(older, TINY, JPEG, None) is None
+    assert await feed.render(older, TINY, JPEG, None) is None
     decoder.gate.set()
     assert (await healthy).step == 5
     assert len(decoder.asked) == 1
-    assert (await renderer.render(newer, TINY, RAW, None)).step == 5
-    assert (await renderer.render(older, LINEAR, RAW, None)).step == 3, "what needs no decoder takes nobody's place"
+    assert (await feed.render(newer, TINY, RAW, None)).step == 5
+    assert (await feed.render(older, LINEAR, RAW, None)).step == 3, "what needs no decoder takes nobody's place"
 
 
 @pytest.mark.parametrize("alignment", [4, 256, 4096])
 async def test_a_huge_raw_preview_fits_into_a_message_that_clients_take(made, alignment):
-    renderer, decoder, _ = made
+    feed, decoder, _ = made
     decoder.image = np.random.default_rng(0).uniform(-1, 1, (3, 1024, 2048)).astype(np.float32)
     encoding = PixelEncoding(MediaType.RAW_RGBA8, row_alignment_bytes=alignment)
-    rendered = await renderer.render(frame(), TINY, encoding, None)
+    rendered = await feed.render(frame(), TINY, encoding, None)
     picture = rendered.picture
     assert picture.width_px == pytest.approx(2 * picture.height_px, abs=1)
     assert picture.stride_bytes % alignment == 0
@@ -234,10 +234,10 @@ async def test_a_huge_raw_preview_fits_into_a_message_that_clients_take(made, al
 
 
 async def test_a_failure_reaches_all_who_asked_and_is_logged_once(made, capsys):
-    renderer, decoder, _ = made
+    feed, decoder, _ = made
     decoder.failure = RuntimeError("no memory for pixels")
     seen = frame()
-    tasks = {renderer.render(seen, TINY, JPEG, None) for _ in range(3)}
+    tasks = {feed.render(seen, TINY, JPEG, None) for _ in range(3)}
     assert len(tasks) == 1
     with pytest.raises(RuntimeError, match="no memory"):
         await tasks.pop()

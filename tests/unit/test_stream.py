@@ -246,7 +246,7 @@ async def test_a_stream_that_is_closed_ends(stage, held_up):
         await reader.take()
     reader.watcher.close()
     assert not stage.log.watchers
-    assert not stage.log.wants_frame(0, 2)
+    assert not stage.is_due(2)
     await reader.drain()
     assert reader.ended
     if stage.decoder.waiting:
@@ -316,7 +316,7 @@ class Play:
 
     def check_bounds(self) -> None:
         for reader in self.readers:
-            own = reader.watcher._previews
+            own = reader.watcher.previews
             assert len(reader.watcher._slots) <= 2 * len(self.steps) + 1
             assert max(len(own._waiting), len(own._making), len(own._cadences)) <= len(self.steps)
 

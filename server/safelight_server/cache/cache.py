@@ -33,6 +33,7 @@ from safelight_server.domain.picture import FinishedPicture, Pixels
 from safelight_server.domain.request import CacheMode, CachePolicy, PixelEncoding, Spec
 from safelight_server.domain.tensors import FloatArray
 from safelight_server.engine.latents import Snapshot
+from safelight_server.engine.observer import ExecutionObserver
 from safelight_server.storage.purge import EntryOwner
 from safelight_server.telemetry.metrics import CacheMetrics
 
@@ -261,7 +262,7 @@ def facts_of(wanted: CacheQuery, compute_s: float) -> PictureFacts:
     )
 
 
-class CacheRecorder:
+class CacheRecorder(ExecutionObserver):
     """What is kept of one execution. The picture last: whoever finds it finds all.
 
     Attributes:
@@ -304,7 +305,7 @@ class CacheRecorder:
             replicate=self._cache.shared,
         )
 
-    async def developed(self, picture: FinishedPicture, compute_s: float) -> None:
+    async def keep(self, picture: FinishedPicture, compute_s: float) -> None:
         """The finished picture."""
         match self._what:
             case Retention.EVERYTHING:

@@ -20,7 +20,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 import structlog
@@ -34,8 +33,9 @@ from safelight_server.domain.component import Component
 from safelight_server.domain.errors import InternalError, SafelightError
 from safelight_server.domain.picture import Pixels
 from safelight_server.domain.tensors import FloatArray
-from safelight_server.engine.jobs import Job, OutputListener
+from safelight_server.engine.jobs import Job
 from safelight_server.engine.latents import Snapshot
+from safelight_server.engine.observer import ExecutionObserver
 from safelight_server.storage.base import StoreError
 from safelight_server.storage.sealed import CorruptError, Entry, UnreadableError
 from safelight_server.telemetry import Trail
@@ -45,17 +45,7 @@ log = structlog.get_logger(__name__)
 EVENT_S = 3600.0
 
 
-class LeasedRunnerListener(OutputListener, Protocol):
-    """Also hears of what happens elsewhere."""
-
-    def heard(self, step: int, batch_size: int, denoised: FloatArray | None) -> None:
-        """`step` steps are made by another replica."""
-
-    def found(self, pixels: Pixels) -> None:
-        """The finished picture. The output has ended."""
-
-
-class LeasedRunner:
+class LeasedRunner(ExecutionObserver):
     """One execution; see the module.
 
     Args:
@@ -68,7 +58,7 @@ class LeasedRunner:
         self._leased_runners = leased_runners
         self._keep = keep
         self._job: Job | None = None
-        self._listener: LeasedRunnerListener | None = None
+        self._listener: ExecutionObserver | None = None
         self._task: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
         self._leader: Leadership | None = None
@@ -77,7 +67,6 @@ class LeasedRunner:
         self._again = ticket.again
         self._place = BEGINNING
         self._step = 0
-        self._wanted = False
         self._work = BilledWork()
         self._batch_size = 1
         self._unpublished: bytes | None = None
@@ -85,7 +74,7 @@ class LeasedRunner:
 
     # --- what the execution asks: as of the engine ---
 
-    def submit(self, job: Job, listener: LeasedRunnerListener) -> None:
+    def submit(self, job: Job, listener: ExecutionObserver) -> None:
         """Takes the job; whatever comes of it the listener hears."""
         self._job, self._listener = job, listener
         if not self._landing:
@@ -122,14 +111,14 @@ class LeasedRunner:
 
     # --- who computes ---
 
-    async def _fly(self, job: Job, listener: LeasedRunnerListener) -> None:
+    async def _fly(self, job: Job, listener: ExecutionObserver) -> None:
         self._leased_runners.asking[self] = job
         try:
             await self._find_place(job, listener)
         finally:
             self._leased_runners.asking.pop(self, None)
 
-    async def _find_place(self, job: Job, listener: LeasedRunnerListener) -> None:
+    async def _find_place(self, job: Job, listener: ExecutionObserver) -> None:
         if self._leaving is not None:
             await asyncio.wait({self._leaving})
         while True:
@@ -162,7 +151,7 @@ class LeasedRunner:
             self._leaving = self._leased_runners.start(_give_back(taking))
             raise
 
-    async def _follow(self, job: Job, listener: LeasedRunnerListener) -> bool:
+    async def _follow(self, job: Job, listener: ExecutionObserver) -> bool:
         """Hears the leader until its result is committed; True: the service is away, and the leader with it.
 
         Raises:
@@ -184,7 +173,7 @@ class LeasedRunner:
                 task.cancel()
             await asyncio.wait({hearing, away})
 
-    async def _hear(self, listener: LeasedRunnerListener) -> None:
+    async def _hear(self, listener: ExecutionObserver) -> None:
         async with contextlib.aclosing(
             self._leased_runners.coordinator.follow(self.ticket.name, self._place)  # type: ignore[type-var]  # is a generator
         ) as events:
@@ -204,7 +193,7 @@ class LeasedRunner:
         shape = self._job.latent_shape
         return np.frombuffer(data, np.float32).reshape(shape) if len(data) == 4 * math.prod(shape) else None
 
-    async def _lead(self, job: Job, listener: LeasedRunnerListener, leader: Leadership | None) -> None:
+    async def _lead(self, job: Job, listener: ExecutionObserver, leader: Leadership | None) -> None:
         """Runs it here; without a leadership for the own watchers only, until the service is back."""
         self._leader = leader
         try:
@@ -274,14 +263,14 @@ class LeasedRunner:
         self._batch_size = batch_size
         self._told().stepped(step, batch_size)
 
-    def wants_frame(self, step: int) -> bool:
-        """Whether the execution wants it, or someone follows."""
-        self._wanted = self._told().wants_frame(step)
-        return self._wanted or self.followed
+    @property
+    def next_due(self) -> float:
+        """Every step is due while another replica follows; else what is due for the execution."""
+        return 0 if self.followed else self._told().next_due
 
     def frame(self, step: int, denoised: FloatArray) -> None:
         """To whoever wants it."""
-        if self._wanted:
+        if step >= self._told().next_due:
             self._told().frame(step, denoised)
         if self.followed and self._leader is not None:
             facts = {"step": str(step), "batch": str(self._batch_size)}
@@ -312,7 +301,7 @@ class LeasedRunner:
         self._landing, self._aloft = True, False
         self._leased_runners.start(self._decoded(image, self._told()))
 
-    async def _decoded(self, image: FloatArray, listener: LeasedRunnerListener) -> None:
+    async def _decoded(self, image: FloatArray, listener: ExecutionObserver) -> None:
         try:
             pixels = await asyncio.get_running_loop().run_in_executor(self._leased_runners.pool, to_pixels, image)
         except NotFiniteError:
@@ -334,11 +323,11 @@ class LeasedRunner:
         self._leaving = self._leased_runners.start(self._leave(None))
         self._told().expired()
 
-    def _told(self) -> LeasedRunnerListener:
+    def _told(self) -> ExecutionObserver:
         assert self._listener is not None
         return self._listener
 
-    async def _land(self, pixels: Pixels, listener: LeasedRunnerListener) -> None:
+    async def _land(self, pixels: Pixels, listener: ExecutionObserver) -> None:
         leader, self._leader = self._leader, None
         try:
             listener.found(

@@ -1,4 +1,4 @@
-"""What goes into a batch and what comes of its results: the tensors of all outputs in flight.
+"""The tensors of all outputs in flight: gathers the inputs of a batch, and puts its results back.
 
 `engine.py` runs the batches, the scheduler says which rows are in them.
 Invariant: an output that has ended leaves nothing behind here, except a slot
@@ -27,12 +27,12 @@ from safelight_server.telemetry import Stage, Trail
 from safelight_server.telemetry.trail import NO_CALL, Attributes, CallSpans, PreviewSpan, TracedOutput
 
 PART_NAMES = {Kind.ENCODE: "text_encode", Kind.DENOISE: "step", Kind.DECODE: "decode", Kind.PREVIEW: "decode"}
-"""Of the span that each trace has of a batch."""
+"""Names of the span that each trace has of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchKey:
-    """What a scheduler key stands for: rows with equal keys can share a call."""
+    """What rows must have in common to share a call; the scheduler knows it by its string."""
 
     pipeline: Pipeline
     component: Component
@@ -49,7 +49,8 @@ class OutputTensors:
     Attributes:
         conditioning: ids of its embeddings: the prompt's and, with guidance, the negative prompt's.
         embeddings: those of them that are known already, (T, D), by id.
-        slot: in the latents of its key, once it takes steps.
+        key: of its denoiser batches.
+        slot: its slot in the latents of its key, once it takes steps.
         image: the decoded picture, (3, H, W).
     """
 
@@ -62,27 +63,28 @@ class OutputTensors:
     embeddings: Mapping[str, FloatArray]
     start: Snapshot | None
     step: int
+    key: str
     slot: int | None = None
     image: FloatArray | None = None
 
 
 @dataclass(slots=True)
 class PendingPreview:
-    """A denoised latent (C, h, w) that waits for its decoder."""
+    """A denoised latent (C, h, w) that waits to be decoded for a preview."""
 
     latent: FloatArray
     image: asyncio.Future[FloatArray | None]
     stage: Stage
 
     def answer(self, image: FloatArray | None) -> None:
-        """It is decoded, or will not be; whoever waited may have gone."""
+        """Answers the stream that waits, if it still does; None: the latent will not be decoded."""
         if not self.image.done():
             self.image.set_result(image)
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedCall:
-    """A batch made ready for a runtime; `slots` and `parts` are set for denoiser calls, one entry a row."""
+    """The inputs of a batch; for denoiser calls also, by row, the slot and whether it is the cond or uncond row."""
 
     key: BatchKey
     inputs: Inputs
@@ -101,7 +103,7 @@ class Batches:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self.leased_runners: dict[int, OutputTensors] = {}
+        self.outputs: dict[int, OutputTensors] = {}
         self.keys: dict[str, BatchKey] = {}
         self.token_ids: dict[str, tuple[int, ...]] = {}
         self._embeddings: dict[str, FloatArray] = {}
@@ -110,7 +112,7 @@ class Batches:
         self._previews: dict[int, dict[str, PendingPreview]] = {}  # by output and key; also of outputs elsewhere
 
     def gather(self, batch: Batch) -> PreparedCall:
-        """The inputs of a batch."""
+        """Collects the inputs of a batch."""
         key = self.keys[batch.key]
         if batch.kind is Kind.ENCODE:
             ids = [self.token_ids[row.conditioning_id] for row in batch.rows]
@@ -118,7 +120,7 @@ class Batches:
         if batch.kind is Kind.DENOISE:
             return self._gather_steps(batch, key)
         if batch.kind is Kind.DECODE:
-            latent = np.stack([self._finished(self.leased_runners[row.output_id]) for row in batch.rows])
+            latent = np.stack([self._finished(self.outputs[row.output_id]) for row in batch.rows])
             return PreparedCall(key, {"latent": decoder_latent(key.pipeline, latent)}, len(batch.rows))
         previews = [self._previews[row.output_id][batch.key] for row in batch.rows]
         latent = np.stack([preview.latent for preview in previews])
@@ -129,7 +131,7 @@ class Batches:
     def spans(
         self, batch: Batch, call: PreparedCall, runtime: str, trails: Callable[[int], Sequence[Trail]]
     ) -> AbstractContextManager[object]:
-        """Records the call, as long as a block lasts, in the traces of those whom it serves."""
+        """A block in which the batch is recorded in the traces of the outputs and previews that it serves."""
         served = self._served(batch, call, trails)
         attributes = {
             "safelight.model": call.key.pipeline.name,
@@ -144,15 +146,14 @@ class Batches:
     def _served(
         self, batch: Batch, call: PreparedCall, trails: Callable[[int], Sequence[Trail]]
     ) -> list[tuple[TracedOutput, Attributes]]:
-        """Those in whose traces the batch is to be seen, with what it does for them."""
+        """The traced outputs and previews in a batch, each with the attributes of its span."""
         if batch.kind is Kind.PREVIEW:
             recorded = [preview.stage for preview in call.previews if preview.stage.recorded]
             return [(PreviewSpan(stage), {"safelight.rows": 1}) for stage in recorded]
         if batch.kind is Kind.ENCODE:
             encoded = set(batch.members)
             rows = {
-                at: len(encoded.intersection(leased_runner.conditioning))
-                for at, leased_runner in self.leased_runners.items()
+                output_id: len(encoded.intersection(output.conditioning)) for output_id, output in self.outputs.items()
             }
         else:
             rows = dict(Counter(row.output_id for row in batch.rows))
@@ -165,13 +166,13 @@ class Batches:
         return served
 
     def returned(self, batch: Batch, call: PreparedCall) -> None:
-        """The runtime is done with the inputs, with results or without; counts once."""
+        """The runtime is done with the inputs, with results or without. Later calls for the same batch do nothing."""
         if call.slots is not None and batch.batch_id in self._departed:
             self._departed.remove(batch.batch_id)
             self._latents[batch.key].arrive(call.slots)
 
     def keep(self, batch: Batch, call: PreparedCall, results: Mapping[str, FloatArray]) -> None:
-        """Puts results where the next stage finds them; those of outputs that have ended are dropped."""
+        """Stores the results of a batch for the next stage; those of outputs that have ended are dropped."""
         if batch.kind is Kind.ENCODE:
             for row, embedding in zip(batch.rows, results["last_hidden_state"], strict=True):
                 if row.conditioning_id in self.token_ids:
@@ -181,14 +182,14 @@ class Batches:
             self._latents[batch.key].put(call.slots, call.parts, results["prediction"])
         elif batch.kind is Kind.DECODE:
             for row, image in zip(batch.rows, results["image"], strict=True):
-                if (leased_runner := self.leased_runners.get(row.output_id)) is not None:
-                    leased_runner.image = image
+                if (output := self.outputs.get(row.output_id)) is not None:
+                    output.image = image
         else:
             for preview, image in zip(call.previews, results["image"], strict=True):
                 preview.answer(image)
 
     def lost(self, call: PreparedCall) -> None:
-        """A batch failed: previews in it are not tried again."""
+        """Gives up the previews of a batch that failed: they are not tried again."""
         for preview in call.previews:
             preview.answer(None)
 
@@ -198,24 +199,28 @@ class Batches:
         Returns:
             Those whose latents are not finite any more.
         """
-        leased_runners = [self.leased_runners[output_id] for output_id in output_ids]
-        slots = np.array([leased_runner.slot for leased_runner in leased_runners], np.intp)
-        steps = np.array([leased_runner.step for leased_runner in leased_runners], np.intp)
+        outputs = [self.outputs[output_id] for output_id in output_ids]
+        slots = np.array([output.slot for output in outputs], np.intp)
+        steps = np.array([output.step for output in outputs], np.intp)
         finite = self._latents_of(output_ids[0]).advance(slots, steps)
-        for leased_runner in leased_runners:
-            leased_runner.step += 1
+        for output in outputs:
+            output.step += 1
         return [output_id for output_id, good in zip(output_ids, finite.tolist(), strict=True) if not good]
 
     def denoised(self, output_id: int) -> FloatArray:
         """The newest estimate of an output's clean latent, (C, h, w), copied."""
-        slot = self.leased_runners[output_id].slot
+        slot = self.outputs[output_id].slot
         assert slot is not None
         return self._latents_of(output_id).denoised(slot)
 
     def want_preview(
         self, output_id: int, key: str, latent: FloatArray, stage: Stage
     ) -> asyncio.Future[FloatArray | None]:
-        """Keeps a latent (C, h, w) for the decoder of a key, in place of an older one; the image that comes of it."""
+        """Keeps a latent (C, h, w) for the next decoder batch of a key, in place of an older one of the same output.
+
+        Returns:
+            The image (3, H, W), or None where the latent will not be decoded.
+        """
         previews = self._previews.setdefault(output_id, {})
         if (older := previews.get(key)) is not None:
             older.answer(None)
@@ -223,65 +228,58 @@ class Batches:
         return preview.image
 
     def drop_previews(self, output_id: int) -> None:
-        """Those that are not in a batch come to nothing."""
+        """Gives up the previews of an output that are not in a batch yet."""
         for preview in self._previews.pop(output_id, {}).values():
             preview.answer(None)
 
     def snapshot(self, output_id: int) -> Snapshot | None:
         """What an output needs to go on later; None if it has made no step."""
-        leased_runner = self.leased_runners[output_id]
-        if leased_runner.slot is None:
-            return leased_runner.start
-        return self._latents_of(output_id).snapshot(leased_runner.slot, leased_runner.step)
+        output = self.outputs[output_id]
+        if output.slot is None:
+            return output.start
+        return self._latents_of(output_id).snapshot(output.slot, output.step)
 
     def embedding(self, conditioning_id: str) -> FloatArray:
-        """A prompt's embedding (T, D) that some output needs or someone asked for."""
+        """A prompt's embedding (T, D), which an output needs or `Engine.encode` has asked for."""
         return self._embeddings[conditioning_id]
 
     def release(self, conditioning_id: str) -> None:
-        """Nobody needs this embedding any more."""
+        """Frees an embedding that nothing needs any more."""
         self.token_ids.pop(conditioning_id, None)
         self._embeddings.pop(conditioning_id, None)
 
     def forget(self, output_id: int) -> None:
-        """The output has ended."""
-        leased_runner = self.leased_runners.pop(output_id)
-        if leased_runner.slot is not None:
-            self._latents[self._denoiser_key(leased_runner)].release(leased_runner.slot)
+        """Frees the tensors of an output that has ended."""
+        output = self.outputs.pop(output_id)
+        if output.slot is not None:
+            self._latents[output.key].release(output.slot)
         self.drop_previews(output_id)
 
     def key(self, pipeline: Pipeline, component: Component, latent_shape: tuple[int, int, int]) -> str:
-        """The scheduler's key; equal for all that can share a call."""
+        """The key of rows that can share a call, as the scheduler knows it."""
         key = BatchKey(pipeline, component, latent_shape)
-        return next((name for name in (str(key),) if name in self.keys), None) or self._add(key)
-
-    def _add(self, key: BatchKey) -> str:
-        self.keys[str(key)] = key
-        return str(key)
-
-    def _denoiser_key(self, leased_runner: OutputTensors) -> str:
-        return self.key(leased_runner.pipeline, Component.DENOISER, leased_runner.latent_shape)
+        name = str(key)
+        self.keys.setdefault(name, key)
+        return name
 
     def _latents_of(self, output_id: int) -> Latents:
-        return self._latents[self._denoiser_key(self.leased_runners[output_id])]
+        return self._latents[self.outputs[output_id].key]
 
-    def _finished(self, leased_runner: OutputTensors) -> FloatArray:
+    def _finished(self, output: OutputTensors) -> FloatArray:
         """The latent (C, h, w) after the last step, which may have been made before a pause."""
-        if leased_runner.slot is not None:
-            latent: FloatArray = self._latents[self._denoiser_key(leased_runner)].latent(
-                np.array([leased_runner.slot])
-            )[0]
+        if output.slot is not None:
+            latent: FloatArray = self._latents[output.key].latent(np.array([output.slot]))[0]
             return latent
-        assert leased_runner.start is not None
-        return leased_runner.start.x
+        assert output.start is not None
+        return output.start.x
 
     def _slots(self, rows: Sequence[Row]) -> Slots:
-        return np.array([self.leased_runners[row.output_id].slot for row in rows], np.intp)
+        return np.array([self.outputs[row.output_id].slot for row in rows], np.intp)
 
     def _gather_steps(self, batch: Batch, key: BatchKey) -> PreparedCall:
         for row in batch.rows:
-            if self.leased_runners[row.output_id].slot is None:
-                self._claim(batch.key, self.leased_runners[row.output_id])
+            if self.outputs[row.output_id].slot is None:
+                self._claim(batch.key, self.outputs[row.output_id])
         slots = self._slots(batch.rows)
         parts = np.array([row.part for row in batch.rows], np.intp)
         steps = np.array([row.step for row in batch.rows], np.intp)
@@ -291,13 +289,11 @@ class Batches:
         self._departed.add(batch.batch_id)
         return PreparedCall(key, inputs, len({row.output_id for row in batch.rows}), slots, parts)
 
-    def _claim(self, key: str, leased_runner: OutputTensors) -> None:
-        known = leased_runner.embeddings
-        context = [known[i] if i in known else self._embeddings[i] for i in leased_runner.conditioning]
+    def _claim(self, key: str, output: OutputTensors) -> None:
+        known = output.embeddings
+        context = [known[i] if i in known else self._embeddings[i] for i in output.conditioning]
         if key not in self._latents:
             tokens, width = context[0].shape
-            steps = leased_runner.pipeline.manifest.limits.max_num_inference_steps
-            self._latents[key] = Latents(self._capacity, leased_runner.latent_shape, (tokens, width), steps)
-        leased_runner.slot = self._latents[key].claim(
-            leased_runner.table, leased_runner.seed, leased_runner.guidance_scale, context, leased_runner.start
-        )
+            steps = output.pipeline.manifest.limits.max_num_inference_steps
+            self._latents[key] = Latents(self._capacity, output.latent_shape, (tokens, width), steps)
+        output.slot = self._latents[key].claim(output.table, output.seed, output.guidance_scale, context, output.start)

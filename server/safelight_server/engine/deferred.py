@@ -1,7 +1,7 @@
-"""What the engine has to tell, kept back until the calls that it has just dispatched have left.
+"""Callbacks that wait until the runtime calls that were just dispatched have left this process.
 
-Telling encodes events and copies latents: work that must not delay a call.
-Invariant: what is told is told in order, and once.
+The engine's reports serialize events and copy latents: work that must not delay
+a call. Invariant: callbacks run in order, and once.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ from collections import deque
 from collections.abc import Callable
 
 TURNS = 3
-"""Turns of the event loop in which a call that was just dispatched has left this process."""
+"""Turns of the event loop after which a call that was just dispatched has left this process.
+
+The batch's task starts in the first turn, Triton's call is a task of its own and starts in the second, and grpc writes
+in the third. Measured with 300 kB to a server on loopback, the loop blocked for 8 ms after so many turns, 150 calls
+each: with 2 turns the request arrived 8.8 ms after its dispatch (all late), with 3 after 0.64 ms, with 4 after 0.68 ms.
+"""
 
 
 class DeferredCallbacks:
-    """See the module. Reports must not block or raise."""
+    """A queue of callbacks, which must not block or raise."""
 
     def __init__(self) -> None:
         self._callbacks: deque[Callable[[], None]] = deque()
@@ -24,16 +29,16 @@ class DeferredCallbacks:
         return len(self._callbacks)
 
     def defer(self, callback: Callable[[], None]) -> None:
-        """Keeps a report back; `run` or `run_soon` follows."""
+        """Adds a callback; `run` or `run_soon` follows."""
         self._callbacks.append(callback)
 
     def run(self) -> None:
-        """Tells what is kept back, now."""
+        """Runs all callbacks now."""
         while self._callbacks:
             self._callbacks.popleft()()
 
     def run_soon(self) -> None:
-        """Tells what is kept back when calls have left."""
+        """Runs all callbacks when the calls that were just dispatched have left."""
         if self._callbacks:
             self._after(TURNS)
 

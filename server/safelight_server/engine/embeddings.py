@@ -1,4 +1,4 @@
-"""Prompts whose embeddings someone asked for by themselves, and who waits for them."""
+"""Waits for the embeddings of prompts that are encoded for their own sake, not for an output (`Engine.encode`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from safelight_server.domain.tensors import FloatArray
 
 
 class EmbeddingWaiters:
-    """Futures by prompt name; those who ask for the same share one."""
+    """Futures by prompt name; calls that wait for the same prompt share one."""
 
     def __init__(self) -> None:
         self._futures: dict[str, asyncio.Future[FloatArray]] = {}
@@ -21,25 +21,25 @@ class EmbeddingWaiters:
         return name in self._futures
 
     def add(self, name: str) -> None:
-        """Someone asks for what nobody has asked for yet."""
+        """Adds a future for a prompt that no call waits for yet."""
         self._futures[name] = asyncio.get_running_loop().create_future()
 
     async def get(self, name: str) -> FloatArray:
-        """The embedding (T, D), when it is there.
+        """Waits for the embedding (T, D).
 
         Raises:
-            SafelightError: as it was refused.
+            SafelightError: the error given to `refuse`.
         """
         return await asyncio.shield(self._futures[name])
 
     def answer(self, name: str, embedding: FloatArray) -> None:
-        """It is there."""
+        """Gives the embedding to all calls that wait for it."""
         future = self._futures.pop(name)
         if not future.done():
             future.set_result(embedding)
 
     def refuse(self, name: str, error: SafelightError) -> None:
-        """It will not be; whoever comes now asks anew."""
+        """Raises the error in all calls that wait; a later call starts a new encoding."""
         future = self._futures.pop(name)
         if not future.done():
             future.set_exception(error)

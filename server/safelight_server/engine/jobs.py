@@ -1,65 +1,22 @@
-"""What the engine is given to develop, and who hears what becomes of it."""
+"""A job: what the engine needs to know to develop one output."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from safelight_server.catalog.catalog import Pipeline
 from safelight_server.domain.component import Component
-from safelight_server.domain.errors import SafelightError
 from safelight_server.domain.tensors import FloatArray
 from safelight_server.engine.latents import Snapshot
 from safelight_server.sampler import SamplerTable
 from safelight_server.scheduler import Kind, Priority, ScheduledOutput
-from safelight_server.telemetry import Trail
 
 COMPONENTS = {
     Kind.ENCODE: Component.TEXT_ENCODER,
     Kind.DENOISE: Component.DENOISER,
     Kind.DECODE: Component.DECODER,
 }
-
-
-class OutputListener(Protocol):
-    """Hears what becomes of one output. Called on the event loop; must not block or raise."""
-
-    def trails(self) -> Sequence[Trail]:
-        """Of all who want it and are traced."""
-
-    def started(self) -> None:
-        """Its first denoiser batch is on its way."""
-
-    def computed(self, seconds: float, rows: int) -> None:
-        """It was in a batch: its share of the time, and denoiser rows."""
-
-    def stepped(self, step: int, batch_size: int) -> None:
-        """`step` steps are made; the last call was shared by `batch_size` outputs."""
-
-    def wants_frame(self, step: int) -> bool:
-        """Whether someone would take a preview of this step: only then is `frame` called."""
-
-    def frame(self, step: int, denoised: FloatArray) -> None:
-        """The denoised estimate (C, h, w) after `step` steps; the listener's own copy."""
-
-    def wants_checkpoint(self, step: int) -> bool:
-        """Whether the state after this step is to be kept: only then is `checkpoint` called."""
-
-    def checkpoint(self, snapshot: Snapshot) -> None:
-        """The state after `snapshot.step` steps; the listener's own copy."""
-
-    def encoded(self, row: int, embedding: FloatArray) -> None:
-        """The embedding (T, D) of one of its prompts, `token_ids[row]`, was computed."""
-
-    def decoded(self, image: FloatArray) -> None:
-        """The finished picture (3, H, W) in [-1, 1], unclamped. The output has ended."""
-
-    def failed(self, error: SafelightError) -> None:
-        """The output has ended without a picture."""
-
-    def expired(self) -> None:
-        """Its deadline has passed. The output has ended without a picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +45,7 @@ class Job:
 
     @property
     def conditioning(self) -> tuple[str, ...]:
-        """Names of its prompts, row by row; see `prompt_name`."""
+        """Names of its prompts, one per row; see `prompt_name`."""
         return tuple(prompt_name(self.pipeline, ids) for ids in self.token_ids)
 
     @property
@@ -98,7 +55,7 @@ class Job:
         return {name: embedding for name, embedding in pairs if embedding is not None}
 
     def as_output(self, key: Callable[[Pipeline, Component, tuple[int, int, int]], str]) -> ScheduledOutput:
-        """As the scheduler sees it. `key`: who can share a batch."""
+        """Converts the job to what the scheduler needs of it. `key`: the batch key of a component (`Batches.key`)."""
         known = self.known
         keys = {kind: key(self.pipeline, component, self.latent_shape) for kind, component in COMPONENTS.items()}
         return ScheduledOutput(
@@ -115,6 +72,6 @@ class Job:
 
 
 def prompt_name(pipeline: Pipeline, token_ids: Sequence[int]) -> str:
-    """Equal for prompts with equal embeddings."""
+    """The name of a prompt, equal for prompts with equal embeddings."""
     encoder = pipeline.manifest.components[Component.TEXT_ENCODER].sha256
     return f"{encoder}:{','.join(map(str, token_ids))}"

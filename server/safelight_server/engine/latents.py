@@ -24,14 +24,14 @@ Slots = npt.NDArray[np.intp]
 COND, UNCOND = 0, 1
 NUM_COEFFICIENTS = 6
 BLOCK_BYTES = 256 << 10
-"""Of latents that are stepped together; what is made on the way stays in the cache."""
+"""Bytes of latents that are stepped together, so that intermediate arrays stay in the processor's cache."""
 _VERSIONS = itertools.count(1)
-"""Of the contents of a row of context; 0 is none."""
+"""Versions of the contents of a row of context; 0 stands for none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that is needed to go on from a step, with the table and the seed.
+    """The state of an output after a step: with its table and seed, all that is needed to go on from there.
 
     Attributes:
         step: steps made.
@@ -105,7 +105,7 @@ class Latents:
         return slot
 
     def release(self, slot: int) -> None:
-        """Gives a slot back; while a batch that has it is in flight, as soon as that is back."""
+        """Frees a slot; if a batch in flight uses it, as soon as that batch is back."""
         if self._in_flight[slot]:
             self._abandoned.add(slot)
         else:

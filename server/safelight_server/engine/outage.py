@@ -4,7 +4,7 @@ Outputs wait: their latents are here. One with a deadline waits until that, one
 without for `wait_s`, counted from the beginning of the outage or from when it
 came. New requests are still taken for `grace_s`, so that a restart of a server
 is no outage to anyone; after that they are refused, and health says so.
-Neighbours: `engine.py` says what changes, `registry.py` and `server.py` ask.
+`engine.py` reports what changes; `planner.py` and health ask.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RETRY_S = 1.0
 
 
 def no_runtime() -> UnavailableError:
-    """What those are told who have waited in vain."""
+    """The error of outputs and requests that have waited for an instance in vain."""
     return UnavailableError(
         "nothing is there to execute the model; ask another server or later",
         reason="RUNTIME_UNAVAILABLE",
@@ -27,7 +27,7 @@ def no_runtime() -> UnavailableError:
 
 
 class Outage:
-    """See the module.
+    """Whether an outage is on, since when, and the timer that ends outputs that have waited too long.
 
     Args:
         clock: monotonic seconds.
@@ -47,16 +47,16 @@ class Outage:
 
     @property
     def is_on(self) -> bool:
-        """Whether nothing is live now."""
+        """Whether no instance is live now."""
         return self._since is not None
 
     @property
     def beyond_grace(self) -> bool:
-        """Whether nothing has been live for longer than restarts take."""
+        """Whether no instance has been live for `grace_s`."""
         return self._since is not None and self._clock() - self._since >= self._grace_s
 
     def late(self) -> SafelightError:
-        """Why one ends whose deadline has passed: it was not in time, or nothing was there for it."""
+        """The error of a generation whose deadline has passed: UNAVAILABLE in an outage, else DEADLINE_EXCEEDED."""
         return no_runtime() if self.is_on else DeadlineExceededError("the deadline passed")
 
     def check(self) -> None:
@@ -65,7 +65,7 @@ class Outage:
             raise no_runtime()
 
     def changed(self, num_live: int) -> None:
-        """So many instances are live now."""
+        """Takes the number of instances that are live now; an outage begins at 0 and ends above."""
         if num_live:
             self._since = None
         elif self._since is None:
@@ -73,17 +73,17 @@ class Outage:
         self._set_timer()
 
     def wait_for(self, who: int | str) -> None:
-        """An output without a deadline came, or has none any more; or someone asks for an embedding, by its name."""
+        """Limits the wait of an output without a deadline, or of a call for an embedding (by the prompt's name)."""
         self._patient.setdefault(who, self._clock())
         if self._since is not None:
             self._set_timer()
 
     def forget(self, who: int | str) -> None:
-        """An output has ended, or has a deadline now; an embedding is there. What is unknown is ignored."""
+        """Ends `wait_for`: the output has ended or has a deadline now, or the embedding is there."""
         self._patient.pop(who, None)
 
     def close(self) -> None:
-        """Nobody waits any more."""
+        """Stops the timer."""
         self._patient.clear()
         self._set_timer()
 

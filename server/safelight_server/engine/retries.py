@@ -1,10 +1,10 @@
-"""How often a call may be tried again, and for whom.
+"""Counts failed batches and says which outputs and prompts are given up.
 
-Only a failure of a batch of one member counts: of several nobody knows who
-broke it, and the scheduler finds out by halves. A success forgets what was
-counted, so that a long generation survives a runtime that stumbles now and
-then. A lost instance is not the doing of who was on it, unless it happens to
-them again and again: it is counted apart and for long. Pure; `engine.py` asks.
+Only a failure of a batch of one member (output or prompt) counts: of several
+nobody knows which broke it, and the scheduler finds out by halving the batch. A
+success resets the counts, so that a long generation survives a runtime that
+fails now and then. The loss of an instance is rarely the fault of the batch that
+it ran: it is counted apart, with a higher limit. Pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ MAX_LOST = 16
 
 
 class RetryCounter:
-    """Counts the failures of those that are in trouble."""
+    """Failures in a row, by member."""
 
     def __init__(self) -> None:
         self._failures: defaultdict[Member, int] = defaultdict(int)
         self._lost: defaultdict[Member, int] = defaultdict(int)
 
     def failed(self, batch: Batch, fault: FaultOrigin, *, retryable: bool) -> Sequence[Member]:
-        """A batch failed: its members that are not to be tried again.
+        """Counts a failed batch.
 
         Args:
             retryable: false where a member that failed alone would fail again.
+
+        Returns:
+            The members that are given up.
         """
         if batch.kind is Kind.PREVIEW or len(batch.members) > 1 or fault is FaultOrigin.NOBODY:
             return ()
@@ -45,12 +48,12 @@ class RetryCounter:
         return (member,)
 
     def succeeded(self, batch: Batch) -> None:
-        """A batch came back."""
+        """Resets the counts of the members of a batch that came back."""
         if (self._failures or self._lost) and batch.kind is not Kind.PREVIEW:
             for member in batch.members:
                 self.forget(member)
 
     def forget(self, member: Member) -> None:
-        """It has ended."""
+        """Drops the counts of a member that has ended."""
         self._failures.pop(member, None)
         self._lost.pop(member, None)

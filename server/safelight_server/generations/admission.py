@@ -1,4 +1,4 @@
-"""Whether there is room and time for a request. It only bounds; the scheduler orders. Pure.
+"""Admission: whether there is room and time for a request. The scheduler alone decides the order. Pure.
 
 Outputs that find a free slot do not wait and are not counted as waiting. What
 is asked is answered from numbers of this moment (`Load`); what is refused is

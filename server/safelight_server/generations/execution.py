@@ -3,7 +3,7 @@
 Between the engine, which reports on outputs, and its members, the outputs of
 generations. It runs while it has members, with their highest priority and
 latest deadline; the last one that leaves stops it at its step, from where it
-goes on when one comes back. What is made of it (frames, pixels, encodings) is
+goes on when one comes back. What is made of it (previews, pixels, encodings) is
 made once. Invariants: a member hears nothing after it left; work counts for
 the member that came first and is still there, so that nothing counts twice.
 """
@@ -28,7 +28,8 @@ from safelight_server.domain.tensors import FloatArray
 from safelight_server.engine.engine import Engine
 from safelight_server.engine.jobs import Job
 from safelight_server.engine.latents import Snapshot
-from safelight_server.preview import Decode, Frame, Renderer
+from safelight_server.engine.observer import ExecutionObserver
+from safelight_server.preview import Decode, FrameFeed
 from safelight_server.scheduler import Priority
 from safelight_server.telemetry import Trail
 
@@ -37,76 +38,45 @@ log = structlog.get_logger(__name__)
 _OUTPUT_IDS = itertools.count(1)
 
 
-class Member(Protocol):
-    """An output of a generation that wants what the execution develops. Must not block or raise."""
+class Member(ExecutionObserver):
+    """An output of a generation that wants what an execution develops."""
 
     @property
     def priority(self) -> Priority:
         """The class of its generation."""
+        raise NotImplementedError
 
     @property
     def deadline(self) -> float | None:
-        """Of its generation, on the engine's clock."""
+        """The deadline of its generation, on the engine's clock; None: it has none."""
+        raise NotImplementedError
 
     @property
     def trail(self) -> Trail | None:
-        """Where it is in the trace of its generation; None: that is not traced."""
+        """Its place in the trace of its generation; None: that is not traced."""
+        raise NotImplementedError
 
-    def started(self) -> None:
-        """The first batch is, or was, on its way."""
-
-    def joined(self, step: int, frame: Frame | None) -> None:
-        """It came when `step` steps were made; `frame`: the newest that there is."""
+    def joined(self, step: int) -> None:
+        """It has joined after `step` steps were made."""
 
     def used(self, seconds: float, rows: int, steps: int) -> None:
-        """What counts for this member."""
-
-    def stepped(self, step: int, batch_size: int) -> None:
-        """`step` steps are made; the last call was shared by `batch_size` outputs."""
-
-    def wants_frame(self, step: int) -> bool:
-        """Whether it would take a frame of this step."""
-
-    def frame(self, frame: Frame) -> None:
-        """A frame that some member wanted."""
+        """Compute that counts for this member and for no other."""
 
     def developed(self, picture: FinishedPicture) -> None:
         """The finished picture. The execution has ended."""
 
-    def failed(self, error: SafelightError) -> None:
-        """The execution has ended without a picture."""
-
-    def expired(self) -> None:
-        """The deadline of all members has passed."""
-
-
-class Recorder(Protocol):
-    """Keeps what an execution makes, for later ones. Must not block or raise."""
-
-    def encoded(self, row: int, embedding: FloatArray) -> None:
-        """The embedding of one of its prompts was computed."""
-
-    def wants_checkpoint(self, step: int) -> bool:
-        """Whether the state after this step is worth keeping."""
-
-    def checkpoint(self, snapshot: Snapshot) -> None:
-        """The state after a step."""
-
-    async def developed(self, picture: FinishedPicture, compute_s: float) -> None:
-        """The finished picture, and the compute it took. The execution can be found until this is done."""
-
 
 class Runner(Protocol):
-    """What runs a job: the engine, or a flight that may run on another replica."""
+    """What runs a job: the engine, or a leased runner, whose job another replica may run."""
 
-    def submit(self, job: Job, listener: Execution) -> None:
+    def submit(self, job: Job, observer: ExecutionObserver, /) -> None:
         """Takes a job."""
 
     def suspend(self, output_id: int) -> Snapshot | None:
-        """Stops it; what it needs to go on, None if nothing was done."""
+        """Stops a job and returns the state to go on from; None if no step was made."""
 
     def reschedule(self, output_id: int, priority: Priority, deadline: float | None) -> None:
-        """Changes its class and deadline."""
+        """Changes the priority and the deadline of a job."""
 
     async def preview(self, job: Job, denoised: FloatArray, component: Component) -> FloatArray | None:
         """Decodes between the steps; None where there is no such preview."""
@@ -115,16 +85,16 @@ class Runner(Protocol):
         """Of the instances: 0 idle, 1 all busy."""
 
 
-class Execution:
-    """See the module.
+class Execution(ExecutionObserver):
+    """One output being developed, its members, and what was made of it.
 
     Args:
         runner: runs the job.
         job: the work; its id, class and deadline are the execution's to choose.
-        key: what makes outputs identical; None: nobody else may join.
+        key: equal for identical outputs; None: nothing else may join.
         recorder: None: nothing is kept.
         on_end: called once, when it will never run again.
-        tasks: what finishes its picture and keeps it is among them while it lasts.
+        tasks: the set that holds its tasks (converting and keeping the picture) while they run.
     """
 
     def __init__(
@@ -133,17 +103,17 @@ class Execution:
         runner: Runner,
         pool: Executor,
         key: Hashable,
-        recorder: Recorder | None,
+        recorder: ExecutionObserver | None,
         on_end: Callable[[Execution], None],
         tasks: set[asyncio.Task[None]],
     ) -> None:
         self.key = key
         self.step = job.start.step if job.start else 0
-        self.renderer = Renderer(job.pipeline, _decoding(weakref.ref(self)), runner.load, pool)
+        self.feed = FrameFeed(job.pipeline, _decoding(weakref.ref(self)), runner.load, pool)
         self.job = job
         self._runner = runner
         self._pool = pool
-        self._recorder = recorder
+        self._recorder = recorder or ExecutionObserver()
         self._on_end = on_end
         self._tasks = tasks
         self.compute_s = 0.0
@@ -153,22 +123,21 @@ class Execution:
         self._started = False
         self._ended = False
         self._snapshot: Snapshot | None = job.start
-        self._newest: Frame | None = None
         self._outcome: FinishedPicture | SafelightError | None = None
         self._finishing = False
 
-    # --- who wants it ---
+    # --- members ---
 
     def join(self, member: Member, *, again: bool = False) -> None:
-        """Takes a member; `again`: it left with `back` and comes back. What happened before, it hears at once."""
+        """Adds a member, which is told at once what has happened so far; `again`: it left with `back` and returns."""
         self._num_away -= again
         if isinstance(self._outcome, SafelightError):
             member.failed(self._outcome)
             return
         if self._started:
             member.started()
-        if self.step or self._newest:
-            member.joined(self.step, self._newest)
+        if self.step:
+            member.joined(self.step)
         if self._outcome is not None:
             member.developed(self._outcome)
             return
@@ -179,7 +148,7 @@ class Execution:
             self._submit()
 
     def leave(self, member: Member, *, back: bool = False) -> None:
-        """Lets a member go; `back`: it may come back, what was done is kept for it."""
+        """Removes a member; `back`: it may return, so the state after the last step is kept for it."""
         if self._running and self._members == [member]:
             snapshot = self._runner.suspend(self.job.output_id)  # it may tell first what has just become true
             if self._running:
@@ -193,13 +162,13 @@ class Execution:
             self._end()
 
     def give_up(self) -> None:
-        """A member that left with `back` will not come back."""
+        """Drops what is kept for a member that left with `back` and will not return."""
         self._num_away -= 1
         if not self._members and not self._num_away and not self._finishing:
             self._end()
 
     def reschedule(self) -> None:
-        """The class of a member has changed."""
+        """Takes over the changed priority or deadline of a member."""
         if self._running:
             self._reschedule()
 
@@ -229,79 +198,75 @@ class Execution:
     def _end(self) -> None:
         if not self._ended:
             self._ended = True
-            self._newest = None
             self._on_end(self)
 
     async def preview(self, denoised: FloatArray, component: Component) -> FloatArray | None:
         """Decodes between the steps; None where there is no such preview."""
         return await self._runner.preview(self.job, denoised, component)
 
-    # --- what the engine asks and reports ---
+    # --- as the observer of the engine ---
 
     def trails(self) -> Sequence[Trail]:
-        """Of all members that are traced."""
+        """The traces of all members that are traced."""
         return [member.trail for member in self._members if member.trail is not None]
 
     def started(self) -> None:
-        """To all members."""
+        """Tells all members that its first batch is on its way."""
         self._started = True
         for member in list(self._members):
             member.started()
 
     def computed(self, seconds: float, rows: int) -> None:
-        """Counts for the member that came first."""
+        """Counts the compute for the member that came first, so that nothing counts twice."""
         self.compute_s += seconds
         self._members[0].used(seconds, rows, 0)
 
     def stepped(self, step: int, batch_size: int) -> None:
-        """To all members; the step counts once."""
+        """Tells all members of a step, which counts for the first one only."""
         self.step = step
         self._members[0].used(0.0, 0, 1)
         for member in list(self._members):
             member.stepped(step, batch_size)
 
-    def wants_frame(self, step: int) -> bool:
-        """Whether any member would take it."""
-        return any(member.wants_frame(step) for member in self._members)
+    @property
+    def next_due(self) -> float:
+        """The first step whose frame a stream of a member wants."""
+        return self.feed.next_due
 
     def frame(self, step: int, denoised: FloatArray) -> None:
-        """The same frame to all members: what is made of it is shared."""
-        self._newest = Frame(self.renderer, step, denoised)
-        for member in list(self._members):
-            member.frame(self._newest)
+        """Hands a frame to the feed, from which the streams of all members pull."""
+        self.feed.frame(step, denoised)
 
     def wants_checkpoint(self, step: int) -> bool:
-        """Whether it is worth keeping."""
-        return self._recorder is not None and self._recorder.wants_checkpoint(step)
+        """Whether the recorder keeps the state after this step."""
+        return self._recorder.wants_checkpoint(step)
 
     def checkpoint(self, snapshot: Snapshot) -> None:
-        """To be kept."""
-        if self._recorder is not None:
-            self._recorder.checkpoint(snapshot)
+        """Gives the recorder the state after a step."""
+        self._recorder.checkpoint(snapshot)
 
     def encoded(self, row: int, embedding: FloatArray) -> None:
-        """To be kept."""
-        if self._recorder is not None:
-            self._recorder.encoded(row, embedding)
+        """Gives the recorder an embedding."""
+        self._recorder.encoded(row, embedding)
 
     def heard(self, step: int, batch_size: int, denoised: FloatArray | None) -> None:
-        """To all members; made elsewhere, it counts for none of them."""
+        """Tells all members of steps that another replica has made; they count for none of them."""
         if not self._started:
             self.started()
         self.step = step
         for member in list(self._members):
             member.stepped(step, batch_size)
-        if denoised is not None and self.wants_frame(step):
+        if denoised is not None and step >= self.next_due:
             self.frame(step, denoised)
 
     def found(self, pixels: Pixels) -> None:
-        """All members have their picture, wherever it was developed."""
+        """Gives the finished picture to all members, whichever replica developed it."""
         if self._outcome is None and not self._ended:
             self._running = False
             self._do(self._publish(pixels))
 
     def decoded(self, image: FloatArray) -> None:
-        """Pixels are made of it beside the loop, then all members have their picture."""
+        """Converts the image to pixels in a thread, then gives the finished picture to all members."""
         self._running = False
         self._do(self._finish(image))
 
@@ -325,8 +290,7 @@ class Execution:
         members, self._members = self._members, []
         for member in members:
             member.developed(picture)
-        if self._recorder is not None:
-            await self._recorder.developed(picture, self.compute_s)
+        await self._recorder.keep(picture, self.compute_s)
         self._end()
 
     def _finished(self, task: asyncio.Task[None]) -> None:
@@ -338,7 +302,7 @@ class Execution:
             self._end()
 
     def failed(self, error: SafelightError) -> None:
-        """To all members."""
+        """Ends it without a picture: tells all members."""
         self._running = False
         self._outcome = error
         self._end()
@@ -347,7 +311,7 @@ class Execution:
             member.failed(error)
 
     def expired(self) -> None:
-        """To all members."""
+        """Ends it since the latest deadline has passed: tells all members."""
         self._running = False
         self._end()
         members, self._members = self._members, []
@@ -356,7 +320,7 @@ class Execution:
 
 
 def _decoding(execution: weakref.ref[Execution]) -> Decode:
-    """For its renderer, which must not keep it: its pixels would wait for the garbage collector."""
+    """The decoder of an execution's feed, by a weak reference: in a cycle its pixels would wait for the collector."""
 
     async def decode(denoised: FloatArray, component: Component) -> FloatArray | None:
         running = execution()
@@ -366,7 +330,7 @@ def _decoding(execution: weakref.ref[Execution]) -> Decode:
 
 
 class Executions:
-    """The executions that can be joined, by what makes outputs identical."""
+    """The executions that identical outputs can join, by key (single flight)."""
 
     def __init__(self, engine: Engine, pool: Executor) -> None:
         self._engine = engine
@@ -378,27 +342,28 @@ class Executions:
         return len(self._by_key)
 
     def find(self, key: Hashable) -> Execution | None:
-        """The one that identical outputs share, if it is on its way; None as key finds nothing."""
+        """The execution of a key, if one is on its way; with None as key there is none."""
         return None if key is None else self._by_key.get(key)
 
     def create(
-        self, job: Job, key: Hashable, recorder: Recorder | None = None, runner: Runner | None = None
+        self, job: Job, key: Hashable, recorder: ExecutionObserver | None = None, runner: Runner | None = None
     ) -> Execution:
-        """A new one.
+        """Makes a new execution.
 
         Args:
-            key: what others find it by once it is published; None: nobody does.
+            key: by which identical outputs find it once it is published; None: they do not.
+            recorder: keeps embeddings, checkpoints and the picture for later; None: nothing is kept.
             runner: None: the engine.
         """
         return Execution(job, runner or self._engine, self._pool, key, recorder, self._forget, self._tasks)
 
     def publish(self, execution: Execution) -> None:
-        """From now on until it has ended, identical outputs find it."""
+        """Lets identical outputs find an execution until it has ended."""
         if execution.key is not None:
             self._by_key[execution.key] = execution
 
     async def close(self) -> None:
-        """Waits until the pictures that were developed are kept."""
+        """Waits until the finished pictures are kept."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 

@@ -1,4 +1,4 @@
-"""One generation: a request being developed, its outputs, its events, its end.
+"""One generation: the state of an accepted request, its outputs, its events and its end.
 
 Between the executions, which develop outputs, and the event log, which streams
 read. Invariants: the first event is Accepted and the last Finished; every
@@ -56,18 +56,18 @@ class GenerationTimes:
 
 
 class Generation:
-    """See the module.
+    """An accepted request; see the module for its invariants.
 
     Args:
-        stage: of the call that began it; outlived where that ends first.
+        stage: trace of the call that began it, which may end before the generation.
         deadline: on the engine's clock.
-        late: why it ends when that has passed.
+        late: makes the error with which it ends when the deadline has passed.
         on_end: called once, after Finished.
 
     Attributes:
-        owned: decides here what becomes of it; else it shows what its owner, another replica, has decided.
-        durability: what is promised.
-        journal: where it is written down; None: nowhere.
+        owned: whether this replica decides its outcome; else it shows what its owner, another replica, has decided.
+        durability: what Accepted promises of it.
+        journal: stores its events for other replicas; None: they are not stored.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Generation:
         self.stage = stage
         self._late = late
         self._on_end = on_end
-        self._theirs = Usage()
+        self._usage_of_owner = Usage()
         self._expiry: asyncio.TimerHandle | None = None
         self._encoding: set[asyncio.Task[None]] = set()
         self._logger = log.bind(generation=self.name)
@@ -117,12 +117,12 @@ class Generation:
 
     @property
     def output_ids(self) -> list[int]:
-        """What the scheduler knows its outputs by, as far as they are on their way."""
+        """The scheduler's ids of those of its outputs that have an execution."""
         return [output.output_id for output in self.outputs if output.output_id]
 
     @property
     def left_s(self) -> float | None:
-        """Seconds to its deadline; None: it has none."""
+        """Seconds to its deadline; None: it has no deadline."""
         return None if self.deadline is None else self.deadline - self._clock()
 
     @property
@@ -132,13 +132,13 @@ class Generation:
 
     @property
     def whole(self) -> bool:
-        """Whether all its finished pictures are here."""
+        """Whether all its finished pictures are in this process."""
         return all(o.total_bytes for o in self.outputs if o.reason is FinishReason.COMPLETED)
 
-    # --- what is asked of it ---
+    # --- commands ---
 
     def accept(self, numerics_id: str, estimate_s: float, sources: Sequence[EncodedPicture | Execution]) -> None:
-        """Says Accepted and gives each output its picture or lets it enter its execution."""
+        """Publishes Accepted, then gives each output its picture or lets it join its execution."""
         spec, self.numerics_id = self.request.spec, numerics_id
         self.log.publish(
             Accepted(
@@ -162,39 +162,39 @@ class Generation:
             self._expiry = asyncio.get_running_loop().call_later(left, self.expire)
 
     def enter(self, outputs: Sequence[Output], sources: Sequence[EncodedPicture | Execution]) -> None:
-        """Gives outputs their pictures or lets them enter their executions."""
+        """Gives outputs their pictures or lets them join their executions; those that have one are left alone."""
         for output, source in zip(outputs, sources, strict=True):
             if not output.idle:
                 continue
-            output.follow(self.stage)
+            output.begin_trail(self.stage)
             if isinstance(source, EncodedPicture):
                 output.recall(source)
             else:
                 output.enter(source)
 
     def suspend(self) -> None:
-        """Stops wanting its pictures at once; what was done is kept."""
-        self._stand(GenerationState.SUSPENDED)
+        """Suspends it: its outputs leave their executions at once, which keep the state after the last step."""
+        self._set_state(GenerationState.SUSPENDED)
         for output in self.outputs:
             if output.reason is None:
                 output.pause()
         self._logger.info("suspended", steps=[output.step for output in self.outputs])
 
-    def _stand(self, state: GenerationState) -> None:
+    def _set_state(self, state: GenerationState) -> None:
         self.state = state
         if self.owned and self.journal is not None:
             self.journal.write(EventRecord("state", b"", state=state))
 
     def resume(self) -> None:
-        """Goes on from where `suspend` stopped, or from where others have come meanwhile."""
-        self._stand(GenerationState.RUNNING if self.times.first_batch is not None else GenerationState.QUEUED)
+        """Resumes it after `suspend`: its outputs join their executions again, whatever their steps are by now."""
+        self._set_state(GenerationState.RUNNING if self.times.first_batch is not None else GenerationState.QUEUED)
         self._logger.info("resumed", steps=[output.step for output in self.outputs])
         for output in self.outputs:
             if output.reason is None:
                 output.resume()
 
     def stop(self, error: SafelightError, reason: FinishReason = FinishReason.CANCELLED) -> None:
-        """Ends every output that has not ended."""
+        """Ends every output that has not ended, and with them the generation."""
         for output in self.outputs:
             if output.reason is None:
                 output.leave()
@@ -202,13 +202,13 @@ class Generation:
                 self.on_output_ended(output, reason, error)
 
     def expire(self) -> None:
-        """The deadline has passed."""
+        """Ends it, since its deadline has passed."""
         error = self._late()
         in_time = isinstance(error, UnavailableError)  # as far as that was its own doing
         self.stop(error, FinishReason.FAILED if in_time else FinishReason.DEADLINE_EXCEEDED)
 
     def leave(self) -> None:
-        """Wants nothing any more and says nothing: another replica goes on with it, or nobody looks at it here."""
+        """Leaves all executions without an event: another replica goes on with it, or nothing here watches it."""
         if self._expiry is not None:
             self._expiry.cancel()
         for output in self.outputs:
@@ -216,40 +216,40 @@ class Generation:
             output.end_trail("moved")
 
     def set_priority(self, priority: Priority) -> None:
-        """Changes the class of what waits."""
+        """Changes its priority, and that of its executions."""
         self.priority = priority
         for output in self.outputs:
             output.reschedule()
 
     # --- while another replica owns it ---
 
-    def hear(self, told: EventRecord, picture: EncodedPicture | None) -> None:
-        """Shows what its owner has decided; `picture`: of the output that has ended."""
-        if told.kind == "state" and told.state is not None and not self.ended:
-            self.state = told.state
-        if told.sequence <= self.log.last_sequence:
+    def hear(self, event: EventRecord, picture: EncodedPicture | None) -> None:
+        """Shows its streams an event of its owner; `picture`: the one of the output that the event ends."""
+        if event.kind == "state" and event.state is not None and not self.ended:
+            self.state = event.state
+        if event.sequence <= self.log.last_sequence:
             return
-        ends = told.output_index if told.kind == "output" else None
+        ends = event.output_index if event.kind == "output" else None
         if ends is not None:
             output = self.outputs[ends]
             output.leave()
             output.held = None
-            output.reason, output.step = told.reason, told.step
-            self.error = told.error
+            output.reason, output.step = event.reason, event.step
+            self.error = event.error
             if picture is not None:
                 output.total_bytes = len(picture.data)
                 self.log.artifact(ends, picture)
-        if told.kind == "finished":
-            assert told.state is not None
-            self.state, self.error, self.finish_time = told.state, told.error, told.finish_time
-            self._theirs, self.times.ended = told.usage, self._clock()
+        if event.kind == "finished":
+            assert event.state is not None
+            self.state, self.error, self.finish_time = event.state, event.error, event.finish_time
+            self._usage_of_owner, self.times.ended = event.usage, self._clock()
             self._part()
-        self.log.replay(serialization.SerializedEvent(told.sequence, told.data, ends, told.kind == "finished"))
-        if told.kind == "finished":
+        self.log.replay(serialization.SerializedEvent(event.sequence, event.data, ends, event.kind == "finished"))
+        if event.kind == "finished":
             self._on_end(self)
 
     def adopt(self, journal: Journal, numerics_id: str) -> None:
-        """Owns it from here on; what came of its outputs meanwhile is decided."""
+        """Takes over the ownership: decides the outcomes that its outputs have held."""
         self.owned, self.journal, self.log.journal = True, journal, journal
         self.durability = Durability.REPLICATED
         self._logger.info("adopted", steps=[output.step for output in self.outputs])
@@ -266,12 +266,12 @@ class Generation:
         if self.outputs and not self.ended and all(output.reason is not None for output in self.outputs):
             self._finish()  # the owner died between the last output's end and Finished
 
-    # --- what its outputs report ---
+    # --- reports of its outputs ---
 
     def on_started(self) -> None:
         """An output is in its first batch."""
         if self.state is GenerationState.QUEUED:
-            self._stand(GenerationState.RUNNING)
+            self._set_state(GenerationState.RUNNING)
         if self.times.first_batch is None:
             self.times.first_batch = self._clock()
 
@@ -337,10 +337,10 @@ class Generation:
         for output in self.outputs:
             output.part()
 
-    # --- how it looks from outside ---
+    # --- views ---
 
     def view(self) -> GenerationView:
-        """How it is now."""
+        """A snapshot of its state, as Get returns it."""
         steps = self.request.spec.num_inference_steps
         return GenerationView(
             name=self.name,
@@ -359,7 +359,7 @@ class Generation:
     def _usage(self) -> Usage:
         work, log_of = self.work, self.log
         if not self.owned and self.ended:
-            return self._theirs
+            return self._usage_of_owner
         return Usage(work.compute_s, work.num_rows, work.num_steps, log_of.num_previews, log_of.preview_bytes)
 
     def _timings(self) -> Timings:

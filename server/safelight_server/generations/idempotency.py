@@ -1,9 +1,9 @@
-"""Which generation a request id stands for: bounded in time and number. Pure, but for the clock it is given.
+"""Maps request ids to generations, so that a retry starts no second one; bounded in time and number. No I/O.
 
-An id counts from `remember` to `ttl_s` after `ended`, or to `release`. When the map is full the
-id that ended first makes room, before its time; ids of generations that have
-not ended never do. Between `find` and `remember` the caller must not await:
-that is what makes two equal requests one.
+An id is known from `remember` until `ttl_s` after `ended`, or until `release`.
+When the map is full, the id whose generation ended first is dropped early; ids
+of generations that have not ended never are. Between `find` and `remember` the
+caller must not await: that is what makes two equal requests one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _KnownRequest:
 
 
 class Idempotency:
-    """Remembers the request ids of every tenant."""
+    """The request ids of all tenants."""
 
     def __init__(self, ttl_s: float, clock: Callable[[], float], max_entries: int = 100_000) -> None:
         self._ttl_s = ttl_s
@@ -38,10 +38,10 @@ class Idempotency:
         return len(self._live) + len(self._ended)
 
     def find(self, caller: Caller, request_id: str, body_digest: bytes) -> str | None:
-        """The generation that a request id stands for, or None.
+        """The id of the generation that was started with a request id, or None.
 
         Raises:
-            AlreadyExistsError: it stands for another request.
+            AlreadyExistsError: that was another request (another `body_digest`).
         """
         self._forget_old()
         key = (caller.tenant, request_id)
@@ -56,10 +56,10 @@ class Idempotency:
         return entry.generation_id
 
     def remember(self, caller: Caller, request_id: str, body_digest: bytes, generation_id: str) -> None:
-        """Binds a request id that `find` did not know.
+        """Adds a request id that `find` did not know.
 
         Raises:
-            QueueFullError: there is no room, since no generation with an id has ended.
+            QueueFullError: the map is full and no generation in it has ended.
         """
         self._forget_old()
         if len(self) >= self._max_entries:
@@ -74,13 +74,13 @@ class Idempotency:
         self._live[caller.tenant, request_id] = _KnownRequest(body_digest, generation_id)
 
     def ended(self, caller: Caller, request_id: str) -> None:
-        """The generation has ended: from now on the time runs. Unknown ids are ignored."""
+        """Starts the time to live of an id whose generation has ended. Unknown ids are ignored."""
         key = (caller.tenant, request_id)
         if (entry := self._live.pop(key, None)) is not None:
             self._ended[key] = entry, self._clock() + self._ttl_s
 
     def release(self, caller: Caller, request_id: str) -> None:
-        """The generation has left no outcome: a retry with this id is a new generation. Unknown ids are ignored."""
+        """Drops an id whose generation left no outcome: a retry starts a new one. Unknown ids are ignored."""
         self._live.pop((caller.tenant, request_id), None)
 
     def _forget_old(self) -> None:

@@ -1,4 +1,4 @@
-"""The client streams that are open: which generation each watches, and how to end it."""
+"""The open client streams of this server: the generation that each watches, and how to end it with an error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ End = Callable[[SafelightError], None]
 
 
 class OpenStreams:
-    """See the module."""
+    """The open streams, by watcher."""
 
     def __init__(self) -> None:
         self._open: dict[Watcher, tuple[Generation, End]] = {}
@@ -24,11 +24,11 @@ class OpenStreams:
         return len(self._open)
 
     def add(self, watcher: Watcher, generation: Generation, end: End) -> None:
-        """A stream has opened."""
+        """Adds a stream; `end` ends its call with an error."""
         self._open[watcher] = (generation, end)
 
     def close(self, watcher: Watcher) -> bool:
-        """A stream is over; False: it was already."""
+        """Closes a stream and removes it; False: it was closed before."""
         if self._open.pop(watcher, None) is None:
             return False
         watcher.close()
@@ -36,32 +36,32 @@ class OpenStreams:
         return True
 
     def stalled(self, now: float, stall_s: float) -> list[tuple[Watcher, Generation, End]]:
-        """Those that have taken nothing for so long."""
+        """The streams whose clients have taken nothing for `stall_s`."""
         return [(w, generation, end) for w, (generation, end) in self._open.items() if w.stalled_for(now) > stall_s]
 
     def not_owned(self) -> list[Generation]:
-        """What is watched here and runs elsewhere."""
+        """The generations that are watched here and owned by another replica."""
         return [generation for generation, _ in self._open.values() if not generation.owned]
 
     def undelivered(self) -> list[Generation]:
-        """What has ended and is still being sent."""
+        """The generations that have ended and are still being sent."""
         return [generation for generation, _ in self._open.values() if generation.ended]
 
     async def delivered(self) -> None:
-        """Waits until nothing is undelivered."""
+        """Waits until `undelivered` is empty."""
         while self.undelivered():
             self._one_closed.clear()
             await self._one_closed.wait()
 
     def move(self, generation: Generation) -> None:
-        """Sends the streams of a generation to where it goes on."""
+        """Ends the streams of a generation with MOVED: another replica goes on with it."""
         error = UnavailableError(
             "another replica goes on with it; WatchGeneration finds it", reason="MOVED", retry_after_s=0.1
         )
         self.end(generation, error)
 
     def end(self, generation: Generation, error: SafelightError) -> None:
-        """Ends the streams of a generation."""
+        """Ends the streams of a generation with an error."""
         for watcher, (watched, end) in list(self._open.items()):
             if watched is generation:
                 self.close(watcher)

@@ -1,68 +1,27 @@
 """One picture of a generation: a member of the execution that develops it.
 
-Tells its generation what becomes of it, while that is owned here; else holds it
-until the owner has decided. Invariants: after it has ended it is a member of no
-execution and tells nothing; it does not keep a generation that has ended, so that
-with the last one that needs it its pictures go too, not with the next full garbage
-collection. Neighbours: `generation`, `execution`.
+It reports to its generation while this replica owns that; else it holds its
+outcome (`held`) until the owner has decided. Invariants: after it has ended it is
+a member of no execution and reports nothing; it has no reference to a generation
+that has ended, so that the pictures are freed at once, not by the next full
+garbage collection.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from safelight_server.domain.errors import SafelightError
 from safelight_server.domain.events import Disposition, FinishReason, Origin
 from safelight_server.domain.picture import EncodedPicture, FinishedPicture
-from safelight_server.generations.execution import Execution
-from safelight_server.preview import Frame
+from safelight_server.generations.execution import Execution, Member
 from safelight_server.scheduler import Priority
-from safelight_server.stream import EventLog
 from safelight_server.telemetry import Stage, Trail
 
-
-class ParentGeneration(Protocol):
-    """The generation of an output."""
-
-    @property
-    def priority(self) -> Priority:
-        """Its class."""
-
-    @property
-    def deadline(self) -> float | None:
-        """On the engine's clock."""
-
-    @property
-    def owned(self) -> bool:
-        """Whether it is decided here what becomes of it."""
-
-    @property
-    def log(self) -> EventLog:
-        """What streams read."""
-
-    @property
-    def work(self) -> ComputedWork:
-        """What was computed for it."""
-
-    def on_started(self) -> None:
-        """An output is in its first batch."""
-
-    def on_stepped(self, output: Output, batch_size: int) -> None:
-        """An output has made a step."""
-
-    def on_developed(self, output: Output, picture: FinishedPicture) -> None:
-        """An output's picture is there."""
-
-    def on_encoded(self, output: Output, picture: EncodedPicture) -> None:
-        """An output is complete."""
-
-    def on_output_ended(self, output: Output, reason: FinishReason, error: SafelightError | None) -> None:
-        """An output has ended."""
-
-    def expire(self) -> None:
-        """The deadline has passed."""
+if TYPE_CHECKING:
+    from safelight_server.generations.generation import Generation
 
 
 @dataclass(slots=True)
@@ -74,21 +33,20 @@ class ComputedWork:
     num_steps: int = 0
 
 
-class Output:
+class Output(Member):
     """One picture of a generation; a member of the execution that develops it.
 
     Attributes:
-        index: its place in the spec.
+        index: its number in the request's spec.
         step: steps made.
-        reason: why it ended; None before.
+        reason: why it has ended; None: it has not.
         origin: where its picture comes from.
-        total_bytes: of its finished picture, which only the log keeps.
+        total_bytes: size of its finished picture, which only the log keeps.
         starts: whether it begins from a latent in place of noise.
-        held: what it came to while another replica owns the generation.
-        trail: where it is in the generation's trace, once accepted, if that is recorded.
+        held: its outcome, while another replica owns the generation.
     """
 
-    def __init__(self, generation: ParentGeneration, index: int, seed: int, clock: Callable[[], float]) -> None:
+    def __init__(self, generation: Generation, index: int, seed: int, clock: Callable[[], float]) -> None:
         self._generation = generation
         self._execution: Execution | None = None
         self._away = False
@@ -106,26 +64,31 @@ class Output:
         self.held: FinishedPicture | SafelightError | None = None
         self.encoding = False
         self.starts = False
-        self.trail: Trail | None = None
+        self._trail: Trail | None = None
 
     @property
     def priority(self) -> Priority:
-        """Its generation's."""
+        """That of its generation."""
         return self._generation.priority
 
     @property
     def deadline(self) -> float | None:
-        """Its generation's."""
+        """That of its generation."""
         return self._generation.deadline
 
     @property
+    def trail(self) -> Trail | None:
+        """Its place in the trace of its generation; None before it is accepted, or where that is not recorded."""
+        return self._trail
+
+    @property
     def idle(self) -> bool:
-        """Whether it has not ended and nothing develops it."""
+        """Whether it has not ended and no execution develops it."""
         return self.reason is None and self._execution is None and self.held is None and not self.encoding
 
     @property
     def output_id(self) -> int:
-        """What the scheduler knows its execution by; 0: it has none."""
+        """The id of its execution in the scheduler; 0: it has no execution."""
         return self._execution.job.output_id if self._execution is not None else 0
 
     @property
@@ -149,81 +112,89 @@ class Output:
                 return replace(self.origin, compute_s_saved=seconds_per_step * self.origin.num_steps_skipped)
         return self.origin
 
-    # --- with its execution ---
+    # --- joining and leaving executions ---
 
-    def follow(self, stage: Stage) -> None:
-        """Is on its way from here on, in the trace of its generation's `stage` if that is recorded."""
+    def begin_trail(self, stage: Stage) -> None:
+        """It is on its way: records it in the trace of its generation's `stage`, if that is recorded."""
         if stage.recorded:
             disposition = {"safelight.disposition": self.origin.disposition.value}
-            self.trail = Trail(stage, {"safelight.output": self.index, "safelight.seed": str(self.seed), **disposition})
+            self._trail = Trail(
+                stage, {"safelight.output": self.index, "safelight.seed": str(self.seed), **disposition}
+            )
 
     def enter(self, execution: Execution) -> None:
-        """Becomes a member."""
+        """Becomes a member of an execution; its generation's streams get the previews."""
         self._execution = execution
         execution.join(self)
+        self._show_previews()
+
+    def _show_previews(self) -> None:
+        if self._execution is not None:  # else it has ended at once
+            self._generation.log.add_feed(self.index, self._execution.feed)
 
     def recall(self, picture: EncodedPicture) -> None:
-        """Its picture was there already."""
+        """Completes it with a picture from the cache."""
         self._generation.on_encoded(self, picture)
 
     def pause(self) -> None:
-        """Stops wanting it, for a while."""
+        """Leaves its execution, which keeps the state after the last step for `resume`."""
         if self._execution is not None and not self._away:
             self._away = True
-            if self.trail is not None:
-                self.trail.suspend()
+            if self._trail is not None:
+                self._trail.suspend()
+            self._generation.log.remove_feed(self.index)
             self._execution.leave(self, back=True)
 
     def resume(self) -> None:
-        """Wants it again."""
+        """Joins its execution again after `pause`."""
         if self._execution is not None and self._away:
             self._away = False
-            if self.trail is not None:
-                self.trail.resume()
+            if self._trail is not None:
+                self._trail.resume()
             self._execution.join(self, again=True)
+            self._show_previews()
 
     def leave(self) -> None:
-        """Stops wanting it, for good."""
+        """Leaves its execution for good."""
         execution, self._execution = self._execution, None
         if execution is not None:
+            self._generation.log.remove_feed(self.index)
             if self._away:
                 execution.give_up()
             else:
                 execution.leave(self)
 
     def part(self) -> None:
-        """Its generation has ended: it has nothing more to tell, and no longer keeps it."""
+        """Drops the reference to its generation, which has ended."""
         self.leave()
         self.held = None
         del self._generation
 
     def end_trail(self, outcome: str, error: str = "") -> None:
-        """It has ended, or goes on elsewhere."""
-        if self.trail is not None:
-            self.trail.end({"safelight.finish_reason": outcome, "safelight.steps": self.step}, error)
-            self.trail = None
+        """Ends its part of the trace: it has ended, or goes on at another replica."""
+        if self._trail is not None:
+            self._trail.end({"safelight.finish_reason": outcome, "safelight.steps": self.step}, error)
+            self._trail = None
 
     def reschedule(self) -> None:
-        """Its generation's class has changed."""
+        """Takes over the changed priority of its generation."""
         if self._execution is not None and not self._away:
             self._execution.reschedule()
 
-    # --- as a member ---
+    # --- as a member of its execution ---
 
     def started(self) -> None:
-        """To the generation."""
+        """Starts the clock of its steps, and tells the generation."""
         self._began = (self._clock(), self.step)
         self._generation.on_started()
 
-    def joined(self, step: int, frame: Frame | None) -> None:
-        """Shows what there is."""
+    def joined(self, step: int) -> None:
+        """Counts its steps from those that were made before it came."""
         self.step = step
         self._began = (self._clock(), step)
-        if frame is not None:
-            self._generation.log.join(self.index, frame)
 
     def used(self, seconds: float, rows: int, steps: int) -> None:
-        """Adds up."""
+        """Adds the compute to its generation's and its own."""
         work = self._generation.work
         work.compute_s += seconds
         work.num_rows += rows
@@ -232,31 +203,23 @@ class Output:
         self._compute_s += seconds
 
     def stepped(self, step: int, batch_size: int) -> None:
-        """To the generation."""
+        """Tells the generation that a step was made."""
         self.step = step
         self._generation.on_stepped(self, batch_size)
 
-    def wants_frame(self, step: int) -> bool:
-        """Whether a stream would take it."""
-        return self._generation.log.wants_frame(self.index, step)
-
-    def frame(self, frame: Frame) -> None:
-        """To the streams."""
-        self._generation.log.frame(self.index, frame)
-
     def developed(self, picture: FinishedPicture) -> None:
-        """To the generation."""
+        """Gives the picture to the generation, or holds it where another replica owns that."""
         execution, self._execution = self._execution, None
         self._others_s = 0.0 if execution is None else max(0.0, execution.compute_s - self._compute_s)
-        if self.trail is not None:
-            self.trail.developed()
+        if self._trail is not None:
+            self._trail.developed()
         if self._generation.owned:
             self._generation.on_developed(self, picture)
         else:
             self.held = picture
 
     def failed(self, error: SafelightError) -> None:
-        """To the generation."""
+        """Tells the generation, or holds the error where another replica owns that."""
         if self._execution is None:
             return  # another member heard it first, and this one has left
         self._execution = None
@@ -266,9 +229,9 @@ class Output:
             self.held = error
 
     def expired(self) -> None:
-        """To the generation."""
+        """Tells the generation that its deadline has passed."""
         if self._execution is None:
-            return  # likewise
+            return  # another member heard it first, and this one has left
         self._execution = None
         if self._generation.owned:
             self._generation.expire()

@@ -1,4 +1,4 @@
-"""From a generation that was asked for to executions: what was done before, what is on its way, what must be computed.
+"""Plans a generation: which outputs are in the cache, which are on their way, and which must be computed.
 
 Looks first (`plan`), which may wait for stores; then decides and starts
 (`submit`) without waiting, so that two identical outputs cannot both become
@@ -46,13 +46,13 @@ SERVED = frozenset({Disposition.EXACT, Disposition.SIMILAR})
 
 @dataclass(frozen=True, slots=True)
 class OutputPlan:
-    """What an output needs.
+    """What was found for an output, and so what it still needs.
 
     Attributes:
-        picture: it is there.
-        start: in place of noise.
-        embeddings: of its prompts that are known.
-        gone: what it began from is kept no more, of an output that was accepted elsewhere.
+        picture: the finished picture, where the cache has it.
+        start: the latent that it begins from in place of noise.
+        embeddings: those of its prompts, where they are known.
+        gone: the latent that it began from at another replica is not kept any more.
     """
 
     wanted: CacheQuery
@@ -64,10 +64,10 @@ class OutputPlan:
 
 
 class Planner:
-    """See the module.
+    """Looks up, admits and starts the outputs of generations.
 
     Args:
-        flights: None: this replica is alone.
+        leased_runners: None: this replica is alone.
     """
 
     def __init__(
@@ -93,17 +93,17 @@ class Planner:
         return self._runtime.numerics_id(generation.request.spec.model)
 
     def digest(self, generation: Generation) -> str:
-        """Of the pipeline that develops it here.
+        """The digest of the pipeline that develops it here.
 
         Raises:
             NotFoundError: there is no such model.
         """
         return self._catalog.get(generation.request.spec.model).digest
 
-    # --- looking ---
+    # --- planning ---
 
     async def plan(self, generation: Generation, branched_from: Generation | None) -> list[OutputPlan]:
-        """What each output needs.
+        """Looks up what is known of each output.
 
         Args:
             branched_from: the generation that its request's branch names.
@@ -194,7 +194,7 @@ class Planner:
             self._executions.publish(execution)
         generation.accept(self.numerics_id(generation), estimate_s, sources)
 
-    # --- going on with what another replica has accepted ---
+    # --- taking over from another replica ---
 
     async def keep_starts(self, generation: Generation, plans: Sequence[OutputPlan]) -> bool:
         """Keeps the latents that its outputs begin from where other replicas find them; whether all are there."""
@@ -206,7 +206,7 @@ class Planner:
         return True
 
     async def plan_again(self, generation: Generation, starts: Sequence[bool]) -> list[OutputPlan]:
-        """What each output needs, of a generation that was accepted elsewhere.
+        """Looks up what is known of each output of a generation that another replica has accepted.
 
         Raises:
             StoreError: what one began from cannot be read now.
@@ -246,7 +246,7 @@ class Planner:
             generation.enter([output], [execution])
 
     def start_keys(self, generation: Generation, starts: Sequence[bool]) -> list[str]:
-        """Where the latents lie that its outputs begin from."""
+        """The storage keys of the latents that its outputs begin from."""
         begun = [output for output, started in zip(generation.outputs, starts, strict=True) if started]
         return [self._start_key(generation, output, self._wanted(generation, output.seed)) for output in begun]
 
@@ -294,7 +294,7 @@ class Planner:
 
     @staticmethod
     def _key(plan: OutputPlan) -> CacheKeys | None:
-        """What identical outputs share; None for what is approximate or on its own."""
+        """The key that identical outputs share; None: no other output can share the execution."""
         if plan.start is not None or plan.wanted.policy.mode is CacheMode.BYPASS:
             return None
         return plan.wanted.name

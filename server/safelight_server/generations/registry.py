@@ -1,8 +1,9 @@
-"""All generations that the server knows: started once per request id, found by their owner, kept for a while.
+"""The registry of all generations that this server knows: starts, finds, watches, suspends, ends and drains them.
 
-Also what happens when streams come and go: a lost generation stops and waits
-for its grace, or runs on detached. Invariants: what one tenant owns is NOT_FOUND
-for another; finished pictures are bounded in time and bytes.
+One generation is started per request id. When the last stream of a generation
+is lost, it is suspended until its grace is over, unless it is detached; ended
+ones are kept for a while. Invariants: a generation of another tenant is
+NOT_FOUND; finished pictures are bounded in time and bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import structlog
 
@@ -22,16 +23,16 @@ from safelight_server.cluster.leased_runners import LeasedRunners
 from safelight_server.cluster.records import GenerationRecord
 from safelight_server.domain.caller import Caller
 from safelight_server.domain.errors import (
+    FailedPreconditionError,
     GenerationCancelledError,
     NotFoundError,
     QueueFullError,
     SafelightError,
     UnavailableError,
 )
-from safelight_server.domain.events import FinishReason, GenerationState
+from safelight_server.domain.events import Disposition, FinishReason, GenerationState, Queued
 from safelight_server.domain.request import PreviewPolicy, Request
 from safelight_server.engine.engine import Engine
-from safelight_server.generations import outcomes
 from safelight_server.generations.admission import AdmissionLimits
 from safelight_server.generations.execution import Executions
 from safelight_server.generations.finished import FinishedGenerations
@@ -39,7 +40,6 @@ from safelight_server.generations.generation import Generation
 from safelight_server.generations.idempotency import Idempotency
 from safelight_server.generations.open_streams import End, OpenStreams
 from safelight_server.generations.ownership import CANCEL, PRIORITY, ClusterContext, Ownership
-from safelight_server.generations.places import tell_places
 from safelight_server.generations.planner import Planner
 from safelight_server.generations.suspended import SuspendedGenerations
 from safelight_server.runtime.base import Runtime
@@ -55,7 +55,13 @@ TICK_S = 0.25
 
 
 class Generations:
-    """See the module."""
+    """All generations of this server, by id.
+
+    Args:
+        clock: monotonic seconds.
+        leased_runners: None: this replica is alone.
+        context: what it shares with the other replicas; None: it is alone.
+    """
 
     def __init__(
         self,
@@ -91,7 +97,7 @@ class Generations:
         self._finished = FinishedGenerations(
             settings.result_ttl_s, settings.max_results, settings.max_results_bytes, clock
         )
-        self._lost = SuspendedGenerations(settings.max_lost)
+        self._suspended = SuspendedGenerations(settings.max_lost)
         self._requests = Idempotency(settings.idempotency_ttl_s, clock)
         self._draining = False
         self._one_ended = asyncio.Event()
@@ -160,7 +166,7 @@ class Generations:
         try:
             return await self.find(caller, identifier)
         except NotFoundError:
-            raise outcomes.no_longer_kept(identifier, request) from None
+            raise _outcome_expired(identifier, request) from None
 
     def _make(
         self, identifier: str, caller: Caller, request: Request, stage: Stage, time_left_s: float | None
@@ -185,11 +191,11 @@ class Generations:
         """A generation of the caller's tenant, on whatever replica.
 
         Args:
-            tend: it is going to be watched; else it is enough to know how it is now.
+            tend: whether it is going to be watched; else a snapshot of its state is enough.
 
         Raises:
             NotFoundError: there is none, or it is someone else's.
-            UnavailableError: other replicas' cannot be looked up now.
+            UnavailableError: generations of other replicas cannot be looked up now.
         """
         generation = self._live.get(identifier) or self._finished.get(identifier)
         if generation is None and self._ownership is not None:
@@ -208,20 +214,28 @@ class Generations:
         return ended is not None and (datetime.now(UTC) - ended).total_seconds() > self._settings.result_ttl_s
 
     async def cancel(self, generation: Generation) -> None:
-        """Stops it, wherever it runs; `UnavailableError`: the replica that has it does not answer."""
+        """Stops a generation, on whatever replica it runs.
+
+        Raises:
+            UnavailableError: the replica that owns it does not answer.
+        """
         if not generation.owned and not generation.ended and self._ownership is not None:
             await self._ownership.mirrors.ask(generation, CANCEL)
         if generation.owned:
             generation.stop(GenerationCancelledError("it was cancelled"))
 
     def set_priority(self, generation: Generation, priority: Priority) -> None:
-        """Changes its class, wherever it runs."""
+        """Changes the priority of a generation, on whatever replica it runs."""
         generation.set_priority(priority)
         if not generation.owned and self._ownership is not None:
             self._ownership.mirrors.tell(generation, PRIORITY, priority=str(int(priority)))
 
     def pipeline_of(self, generation: Generation) -> Pipeline:
-        """The pipeline that develops it; `UnavailableError`: there is another here."""
+        """The pipeline of a generation.
+
+        Raises:
+            UnavailableError: this replica has another pipeline of that name.
+        """
         self._check(generation)
         return self._catalog.get(generation.request.spec.model)
 
@@ -239,7 +253,7 @@ class Generations:
         after_sequence: int = 0,
         offsets: Mapping[int, int] | None = None,
     ) -> Watcher:
-        """Opens a stream; one that was lost goes on."""
+        """Opens a stream of a generation, and resumes the generation if it is suspended."""
         try:
             self._check(generation)
             watcher = generation.log.watch(policy, after_sequence, offsets)
@@ -251,13 +265,13 @@ class Generations:
             if self._ownership is not None and not generation.ended:
                 self._ownership.mirrors.attend(generation)
         elif generation.state is GenerationState.SUSPENDED:
-            self._lost.resume(generation)
+            self._suspended.resume(generation)
             if self._ownership is not None:
                 self._ownership.mirrors.resume(generation)
         return watcher
 
     def detach(self, generation: Generation, watcher: Watcher) -> None:
-        """A stream has ended, in whatever way."""
+        """Removes a stream that has ended, in whatever way; suspends the generation if it was the last one."""
         if not self._streams.close(watcher):
             return
         if not generation.owned:
@@ -278,7 +292,7 @@ class Generations:
             self._ownership.mirrors.drop(generation)
 
     def _suspend(self, generation: Generation) -> None:
-        """Nobody watches: it waits for a stream, here or where there is one."""
+        """Suspends a generation without streams, or lets the replica that has a stream of it go on with it."""
         left = generation.left_s
         if left is not None and left <= 0:
             return  # it expires
@@ -288,7 +302,7 @@ class Generations:
         if self._ownership is not None and self._ownership.owners.wants(generation):
             self._move(generation)
             return
-        self._lost.suspend(generation)
+        self._suspended.suspend(generation)
 
     # --- ending ---
 
@@ -304,17 +318,17 @@ class Generations:
         if generation.request.request_id:
             settle = self._requests.release if lost else self._requests.ended
             settle(generation.caller, generation.request.request_id)
-        outcomes.count(generation, self._metrics)
+        _count_outcome(generation, self._metrics)
 
     def _forget(self, generation: Generation) -> None:
         self._live.pop(generation.identifier, None)
-        self._lost.forget(generation)
+        self._suspended.forget(generation)
         self._one_ended.set()
 
-    # --- between replicas: what the fleet asks ---
+    # --- for the ownership: as its GenerationHost ---
 
     def revive(self, record: GenerationRecord) -> Generation:
-        """See `ownership.Host`."""
+        """Makes a generation from the record of another replica that accepted it; nothing is started."""
         left = None if record.deadline_at is None else record.deadline_at - time.time()
         generation = self._make(record.identifier, record.caller, record.request, UNTRACED, left)
         generation.owned = False
@@ -325,7 +339,11 @@ class Generations:
         return generation
 
     def owned(self, generation: Generation) -> bool:
-        """See `ownership.Host`."""
+        """Registers a generation that this replica owns from now on.
+
+        Returns:
+            Whether it runs; else it waits, suspended, for a stream.
+        """
         self._live[generation.identifier] = generation
         request = generation.request
         if request.request_id:
@@ -341,7 +359,7 @@ class Generations:
         return False
 
     def wanted(self, identifier: str) -> None:
-        """See `ownership.Host`."""
+        """Hands a suspended generation over, since another replica has a stream for it."""
         if (generation := self._live.get(identifier)) is not None and generation.state is GenerationState.SUSPENDED:
             self._move(generation)
 
@@ -352,7 +370,7 @@ class Generations:
         self.moved(generation)
 
     def moved(self, generation: Generation) -> None:
-        """See `ownership.Host`."""
+        """Removes a generation that another replica owns from now on, and ends its streams with MOVED."""
         self._forget(generation)
         self._requests.release(generation.caller, generation.request.request_id)
         self._streams.move(generation)
@@ -373,15 +391,31 @@ class Generations:
         return self._ownership
 
     async def tick(self) -> None:
-        """Tells those who wait their place, ends stalled streams, forgets what is old; until cancelled."""
+        """Every 0.25 s, until cancelled: publishes queue positions, ends stalled streams, drops old generations."""
         loop = asyncio.get_running_loop()
         while True:
             began = loop.time()
             await asyncio.sleep(TICK_S)
             self._metrics.loop_lag.set(max(0.0, loop.time() - began - TICK_S))
-            tell_places(self._engine.scheduler, self._live.values())
+            self._publish_queue_positions()
             self._end_stalled()
             self._finished.trim()
+
+    def _publish_queue_positions(self) -> None:
+        scheduler = self._engine.scheduler
+        if not scheduler.num_waiting():
+            return
+        positions = {
+            output_id: position
+            for priority in Priority
+            for position, output_id in enumerate(scheduler.waiting_order(priority))
+        }
+        seconds_each = scheduler.backlog_s() / max(1, scheduler.num_outputs)  # at the pace of all that is here
+        now = datetime.now(UTC)
+        for generation in self._live.values():
+            first = min((positions[one] for one in generation.output_ids if one in positions), default=None)
+            if generation.state is GenerationState.QUEUED and first is not None:
+                generation.log.publish(Queued(first, now + timedelta(seconds=first * seconds_each)))
 
     def _end_stalled(self) -> None:
         for watcher, generation, end in self._streams.stalled(self._clock(), self._settings.watcher_stall_s):
@@ -389,7 +423,7 @@ class Generations:
             end(UnavailableError("the stream was not read; WatchGeneration resumes it", reason="WATCHER_STALLED"))
 
     async def drain(self, grace_s: float) -> None:
-        """Admits nothing more, lets what runs finish and be delivered within the grace, ends the rest."""
+        """Refuses new generations, lets those that run finish and be delivered within `grace_s`, and ends the rest."""
         self._draining = True
         if self._ownership is not None:
             self._ownership.mirrors.retire()
@@ -411,6 +445,40 @@ class Generations:
         if generation.journal is not None:
             self._move(generation)
         elif generation.ended:
-            self._streams.end(generation, outcomes.drained(generation))
+            self._streams.end(generation, _drained(generation))
         else:
-            generation.stop(outcomes.drained(generation), FinishReason.FAILED)
+            generation.stop(_drained(generation), FinishReason.FAILED)
+
+
+def _count_outcome(generation: Generation, metrics: Metrics) -> None:
+    """Counts how a generation ended, what caches saved of it, and its previews."""
+    events, times = generation.log, generation.times
+    assert times.ended is not None
+    code = "OK" if generation.error is None else generation.error.status.name
+    metrics.ended(code, times.ended - times.accepted)
+    for origin in generation.origins:
+        if origin is not None and origin.disposition is not Disposition.MISS:
+            metrics.cache.served(origin.disposition.value, origin.num_steps_skipped, origin.compute_s_saved)
+    waited = None if events.first_preview_at is None else events.first_preview_at - times.accepted
+    metrics.previews(events.num_previews, events.preview_bytes, events.num_dropped, waited)
+
+
+def _drained(generation: Generation) -> UnavailableError:
+    """Why a draining server ends a generation, with what its client needs to send it to another."""
+    metadata = {"generation": generation.name, "request_id": generation.request.request_id}
+    metadata["seeds"] = ",".join(map(str, generation.request.spec.seeds))
+    return UnavailableError(
+        "the server stops; send the same spec with these seeds to another",
+        reason="DRAINING",
+        metadata=metadata,
+        retry_after_s=1.0,
+    )
+
+
+def _outcome_expired(identifier: str, request: Request) -> FailedPreconditionError:
+    """Why a request id whose generation was forgotten does not run again: it never runs or bills twice."""
+    return FailedPreconditionError(
+        f"request_id {request.request_id} has ended and its pictures are no longer kept; use a new one to run it again",
+        reason="OUTCOME_EXPIRED",
+        metadata={"request_id": request.request_id, "generation": f"generations/{identifier}"},
+    )

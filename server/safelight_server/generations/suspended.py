@@ -1,4 +1,4 @@
-"""Generations that nobody watches: each waits, suspended, for a stream to resume it within its grace."""
+"""Suspended generations: each has lost its last stream, and is cancelled unless one comes within its grace."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from safelight_server.generations.generation import Generation
 
 
 class SuspendedGenerations:
-    """Suspended generations by id, the one lost first to go first. Invariant: each has a running timer.
+    """Suspended generations by id, the oldest first. Invariant: each has a running timer.
 
     Args:
-        max_entries: one more cancels the oldest.
+        max_entries: bound on their number; one more cancels the oldest.
     """
 
     def __init__(self, max_entries: int) -> None:
@@ -39,12 +39,12 @@ class SuspendedGenerations:
             _abandon(next(iter(self._waiting.values()))[0])
 
     def resume(self, generation: Generation) -> None:
-        """A stream has come: it goes on."""
+        """Resumes a generation, since a stream has come."""
         self.forget(generation)
         generation.resume()
 
     def forget(self, generation: Generation) -> None:
-        """It waits no longer, whatever becomes of it."""
+        """Removes a generation and stops its timer. Unknown ones are ignored."""
         _, timer = self._waiting.pop(generation.identifier, (None, None))
         if timer is not None:
             timer.cancel()

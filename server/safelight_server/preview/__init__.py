@@ -1,7 +1,6 @@
-"""Previews: when one is due (`policy.py`), what it shows (`frames.py`), and making it once for all (`render.py`)."""
+"""Previews: which step is due for a stream (`policy.py`), and making each preview once for all (`frames.py`)."""
 
-from safelight_server.preview.frames import Frame, RenderedPreview
+from safelight_server.preview.frames import Decode, Frame, FrameFeed, RenderedPreview
 from safelight_server.preview.policy import Budget, Cadence, choose_method
-from safelight_server.preview.render import Decode, Renderer
 
-__all__ = ["Budget", "Cadence", "Decode", "Frame", "RenderedPreview", "Renderer", "choose_method"]
+__all__ = ["Budget", "Cadence", "Decode", "Frame", "FrameFeed", "RenderedPreview", "choose_method"]

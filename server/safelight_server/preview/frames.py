@@ -1,31 +1,45 @@
-"""A frame: how one output looks at one step, and all that was made of it.
+"""The frames of one execution (how its output looks at a step) and the previews that streams pull of the newest one.
 
-Generations that share an execution share its frames. Invariant: whatever is
-made of a frame is made at most once, however many ask, and is kept only as
-long as the frame is.
+Between the execution, which hands a frame over where a step is due, and
+`stream/previews.py`, which asks for previews. All generations that share an
+execution share its feed. Invariants: a latent is decoded at most once per
+method, and scaled and encoded at most once per method, encoding and size,
+however many streams ask; without subscribers nothing is due and no frame is
+kept. Pixels are scaled and encoded in a bounded pool of threads, not on the
+event loop, except those of a linear preview so small that the loop would work
+longer at handing it over.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Coroutine, Hashable
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from safelight_server.domain.picture import EncodedPicture
+import structlog
+
+from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.pixels import linear_image, to_pixels
+from safelight_server.domain.component import Component
+from safelight_server.domain.picture import EncodedPicture, encode_within, shrink
 from safelight_server.domain.request import PixelEncoding, PreviewMethod
 from safelight_server.domain.tensors import FloatArray
+from safelight_server.preview.policy import choose_method
+from safelight_server.telemetry import tracing
 
-Key = tuple[PreviewMethod, PixelEncoding, int | None]
+log = structlog.get_logger(__name__)
 
-
-class FrameRenderer(Protocol):
-    """Makes previews of the frames of one output; see `render.Renderer`."""
-
-    def render(
-        self, frame: Frame, wanted: PreviewMethod, encoding: PixelEncoding, max_edge_px: int | None
-    ) -> asyncio.Task[RenderedPreview | None]:
-        """The preview of a frame."""
+MAX_PREVIEW_BYTES = 3_500_000
+"""gRPC clients refuse messages over 4 MiB unless told otherwise. Said in the proto at `PreviewPolicy`."""
+SMALL_PX = 32 * 32
+"""Made on the loop as raw or JPEG it costs 28 us of CPU, by a thread 80 to 130 us in all (AVX-512 machine)."""
+Decode = Callable[[FloatArray, Component], Coroutine[None, None, FloatArray | None]]
+COMPONENTS = {
+    PreviewMethod.TINY_DECODER: Component.PREVIEW_DECODER,
+    PreviewMethod.FULL_DECODER: Component.DECODER,
+}
 
 
 @dataclass(eq=False, slots=True)
@@ -45,39 +59,128 @@ class RenderedPreview:
 
 @dataclass(eq=False, slots=True)
 class Frame:
-    """How an output looks at a step.
+    """How an output looks at a step, and what was made of it so far.
 
     Attributes:
         step: steps made.
-        denoised: (C, h, w), a copy.
-        auto: what AUTO means for this frame, once it was asked for: the same for all streams.
+        denoised: estimate of the clean latent, (C, h, w), a copy.
+        auto: what AUTO means for this frame, once a stream has asked for it: the same for all streams.
+        images: decoded images, by method.
+        previews: encoded previews, by method, encoding and largest edge in pixels.
     """
 
-    renderer: FrameRenderer
     step: int
     denoised: FloatArray
     auto: PreviewMethod | None = None
-    _images: dict[PreviewMethod, asyncio.Task[FloatArray | None]] = field(default_factory=dict)
-    _renders: dict[Key, asyncio.Task[RenderedPreview | None]] = field(default_factory=dict)
+    images: dict[PreviewMethod, asyncio.Task[FloatArray | None]] = field(default_factory=dict)
+    previews: dict[tuple[PreviewMethod, PixelEncoding, int | None], asyncio.Task[RenderedPreview | None]] = field(
+        default_factory=dict
+    )
 
-    def preview(
-        self, wanted: PreviewMethod, encoding: PixelEncoding, max_edge_px: int | None
-    ) -> asyncio.Task[RenderedPreview | None]:
-        """The preview, or None where a newer frame took its place. Shared: do not cancel it."""
-        return self.renderer.render(self, wanted, encoding, max_edge_px)
 
-    def image(
-        self, method: PreviewMethod, start: Callable[[], asyncio.Task[FloatArray | None]]
-    ) -> asyncio.Task[FloatArray | None]:
-        """The decoded image, shared by all encodings; `start` begins it for the first."""
-        if (task := self._images.get(method)) is None:
-            task = self._images[method] = start()
-        return task
+class FrameFeed:
+    """The newest frame of an execution, the streams that wait for frames, and the making of previews.
+
+    Args:
+        decode: runs a decoder between the steps; None where a newer frame took its place.
+        load: share of instance time asked for: 0 idle, 1 all of it, more when work waits.
+        pool: threads for scaling and encoding.
+
+    Attributes:
+        newest: None: no subscriber has needed one yet.
+        next_due: the first step whose frame some subscriber wants; infinity: none. Where a subscriber left or wants
+            less, it may be one frame too early.
+        num_rendered: previews made so far.
+    """
+
+    def __init__(self, pipeline: Pipeline, decode: Decode, load: Callable[[], float], pool: Executor) -> None:
+        self.newest: Frame | None = None
+        self.next_due = math.inf
+        self.num_rendered = 0
+        self._pipeline = pipeline
+        self._decode = decode
+        self._load = load
+        self._pool = pool
+        self._subscribers: dict[Hashable, Callable[[int], float]] = {}
+        self._decoded_step: dict[PreviewMethod, int] = {}
+
+    # --- frames ---
+
+    def frame(self, step: int, denoised: FloatArray) -> None:
+        """Takes the denoised latent (C, h, w) of a step that is due, in place of the frame before."""
+        self.newest = Frame(step, denoised)
+        self.next_due = min([offer(step) for offer in list(self._subscribers.values())], default=math.inf)
+
+    def subscribe(self, subscriber: Hashable, first_due: float, offer: Callable[[int], float]) -> None:
+        """Adds a subscriber, or changes what it wants.
+
+        Args:
+            first_due: the first step whose frame it wants.
+            offer: called with the step of each new frame; returns the next step that it wants.
+        """
+        self._subscribers[subscriber] = offer
+        self.next_due = min(self.next_due, first_due)
+
+    def unsubscribe(self, subscriber: Hashable) -> None:
+        """Removes a subscriber. Unknown ones are ignored."""
+        self._subscribers.pop(subscriber, None)
+        if not self._subscribers:
+            self.newest, self.next_due = None, math.inf
+
+    # --- previews ---
 
     def render(
-        self, key: Key, start: Callable[[], asyncio.Task[RenderedPreview | None]]
+        self, frame: Frame, wanted: PreviewMethod, encoding: PixelEncoding, max_edge_px: int | None
     ) -> asyncio.Task[RenderedPreview | None]:
-        """The preview of this key, shared by all streams; `start` begins it for the first."""
-        if (task := self._renders.get(key)) is None:
-            task = self._renders[key] = start()
+        """The preview of a frame, or None where a newer frame took its place. Shared: do not cancel it."""
+        if wanted is PreviewMethod.AUTO:
+            frame.auto = frame.auto or choose_method(wanted, self._load(), self._pipeline.has_preview_decoder)
+            wanted = frame.auto
+        key = wanted, encoding, max_edge_px
+        if (task := frame.previews.get(key)) is None:
+            task = frame.previews[key] = asyncio.create_task(self._make(frame, *key))
+            task.add_done_callback(_log_failure)
         return task
+
+    async def _make(
+        self, frame: Frame, method: PreviewMethod, encoding: PixelEncoding, max_edge_px: int | None
+    ) -> RenderedPreview | None:
+        image: FloatArray | None = None
+        if method is not PreviewMethod.LINEAR:
+            if (decoding := frame.images.get(method)) is None:
+                decoding = frame.images[method] = asyncio.create_task(self._decode_newest(frame, method))
+            image = await decoding
+            if image is None:
+                return None
+        self.num_rendered += 1
+        with tracing.current().within("encode"):
+            if image is None and self._num_linear_px(frame.denoised) <= SMALL_PX:
+                picture = self._encode(frame, None, encoding, max_edge_px)
+            else:
+                loop = asyncio.get_running_loop()
+                picture = await loop.run_in_executor(self._pool, self._encode, frame, image, encoding, max_edge_px)
+        return RenderedPreview(frame.step, method, picture)
+
+    async def _decode_newest(self, frame: Frame, method: PreviewMethod) -> FloatArray | None:
+        """Decodes a frame unless a newer one is being decoded: a stream that lags must not take another's place."""
+        if frame.step < self._decoded_step.get(method, 0):
+            return None
+        self._decoded_step[method] = frame.step
+        return await self._decode(frame.denoised, COMPONENTS[method])
+
+    def _num_linear_px(self, latent: FloatArray) -> int:
+        _, height, width = latent.shape
+        return int(height * width) * self._pipeline.manifest.linear_preview.block**2
+
+    def _encode(
+        self, frame: Frame, image: FloatArray | None, encoding: PixelEncoding, max_edge_px: int | None
+    ) -> EncodedPicture:
+        if image is None:
+            image = linear_image(self._pipeline, frame.denoised)
+        return encode_within(shrink(to_pixels(image), max_edge_px), encoding, MAX_PREVIEW_BYTES)
+
+
+def _log_failure(task: asyncio.Task[RenderedPreview | None]) -> None:
+    # A preview that cannot be made costs its streams that preview and nothing else; the log must still have it.
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("preview_failed", exc_info=error)

@@ -1,7 +1,7 @@
 """When a preview is due, what it may cost and how it is made. Pure: no clock, no tensors.
 
-Neighbours: `stream/previews.py` asks `Cadence` and `Budget` for each stream,
-`render.py` asks `choose_method`.
+`stream/previews.py` has a `Cadence` for each output and a `Budget` for each
+stream; `frames.py` asks `choose_method`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ IDLE = 0.5
 
 
 class Cadence:
-    """Which steps of one output a stream wants: the first and every n-th, or the next one after an interval."""
+    """Which steps of one output are due on a stream: the first and every n-th, or the next one after an interval."""
 
     def __init__(self, policy: PreviewPolicy) -> None:
         self._every = policy.every_n_steps
@@ -33,6 +33,12 @@ class Cadence:
         if self._interval_s > 0:
             return not busy and now - self._last_s >= self._interval_s
         return step == 1 or step % self._every == 0
+
+    def next_due(self, step: int) -> int:
+        """The first step after `step` of which `due` may hold; with an interval that depends on the time: the next."""
+        if self._interval_s > 0:
+            return step + 1
+        return step + self._every - step % self._every if step else 1
 
     def sent(self, now: float) -> None:
         """A preview was handed over."""
@@ -71,7 +77,7 @@ class Budget:
 
 
 def choose_method(wanted: PreviewMethod, load: float, has_preview_decoder: bool) -> PreviewMethod:
-    """What AUTO means at a load of the instances: 0 idle, 1 all asked for, more when work waits."""
+    """Replaces AUTO by a method, by the load of the instances: 0 idle, 1 all busy, more when work waits."""
     if wanted is not PreviewMethod.AUTO:
         return wanted
     if has_preview_decoder and load <= BUSY:

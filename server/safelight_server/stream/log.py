@@ -1,4 +1,4 @@
-"""The events of one generation, from `generation.py`, which publishes, to the streams, which read."""
+"""The event log of one generation: the generation publishes events, its client streams (watchers) read them."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from safelight_server.domain.errors import QueueFullError
 from safelight_server.domain.events import Accepted, Event, Finished, OutputFinished, Progress, Queued, StateEvent
 from safelight_server.domain.picture import EncodedPicture
 from safelight_server.domain.request import PreviewPolicy
-from safelight_server.preview import Frame
+from safelight_server.preview import FrameFeed
 from safelight_server.stream.serialization import SerializedArtifact, SerializedEvent, artifact, serialize
 from safelight_server.stream.watcher import LossySlot, SharedStreamState, Watcher
 from safelight_server.validation.violations import Violations
 
 QUEUED = ("queued", 0)
 RETRY_S = 1.0
-"""Nothing says when a client will close a stream."""
+"""Suggested to a client that opens one stream too many; nothing says when another stream will close."""
 
 
 class DurableWriter(Protocol):
-    """Writes down what streams may rely on, in order, and then has it shown."""
+    """Stores events and pictures durably, in order, and calls `show` for each once it is stored."""
 
     def event(self, event: StateEvent, sequence: int, data: bytes, show: Callable[[], None]) -> None:
-        """Takes a state event."""
+        """Stores a state event."""
 
     def picture(self, output_index: int, picture: EncodedPicture, show: Callable[[], None]) -> None:
-        """Takes a finished picture."""
+        """Stores a finished picture."""
 
 
 class EventLog:
-    """The events of one generation. Publishing never waits for a stream.
+    """The events of one generation, in order. Publishing never waits for a stream.
 
     Args:
         generation: its resource name.
         clock: monotonic seconds.
-        chunk_bytes: size of the pieces of a picture.
-        max_watchers: streams at once.
+        chunk_bytes: size of the pieces in which a picture is sent.
+        max_watchers: bound on the streams at once.
 
     Attributes:
-        journal: writes state events and pictures before any stream sees them; None: they are shown at once.
-        watchers: the streams that are open.
-        last_sequence: of the newest state event.
+        journal: stores state events and pictures before any stream sees them; None: streams see them at once.
+        watchers: the open streams.
+        last_sequence: sequence number of the newest state event.
     """
 
     def __init__(self, generation: str, clock: Callable[[], float], *, chunk_bytes: int, max_watchers: int) -> None:
@@ -51,20 +51,20 @@ class EventLog:
         self.watchers: set[Watcher] = set()
         self.last_sequence = 0
         self._clock = clock
-        self._story = SharedStreamState(generation, clock)
-        self._counts = self._story.counts
+        self._shared = SharedStreamState(generation, clock)
+        self._counts = self._shared.counts
         self._chunk_bytes = chunk_bytes
         self._max_watchers = max_watchers
-        self._frames: dict[int, Frame] = {}
+        self._feeds: dict[int, FrameFeed] = {}
         self._sizes: dict[int, int] = {}
 
     # --- what happens ---
 
     def publish(self, event: Event) -> None:
-        """Takes an event on the lane of its kind.
+        """Adds an event to the lane of its kind.
 
         Accepted, OutputFinished and Finished are numbered and reliable; Queued and Progress are newest-wins. Finished
-        closes the log. Pictures and previews have `artifact` and `frame`.
+        closes the log. Pictures come by `artifact`, previews by `add_feed`.
         """
         match event:
             case Accepted() | OutputFinished() | Finished():
@@ -72,11 +72,11 @@ class EventLog:
             case Queued():
                 self._offer(QUEUED, event)
             case Progress():
-                self._story.newest.pop(QUEUED, None)
+                self._shared.newest.pop(QUEUED, None)
                 self._offer(("progress", event.output_index), event)
 
     def artifact(self, output_index: int, picture: EncodedPicture) -> None:
-        """Appends a finished picture."""
+        """Appends a finished picture of an output; streams send it in pieces."""
         self._end_output(output_index)
         item = artifact(self.generation, output_index, picture, self._chunk_bytes)
         self._sizes[output_index] = item.total_bytes
@@ -86,43 +86,38 @@ class EventLog:
             self.journal.picture(output_index, picture, functools.partial(self._show, item))
 
     def replay(self, item: SerializedEvent) -> None:
-        """Takes a state event as it was published elsewhere."""
+        """Adds a state event that the replica which owns the generation has published."""
         self.last_sequence = item.sequence
         if item.ends_output is not None:
             self._end_output(item.ends_output)
         self._show(item)
 
-    def wants_frame(self, output_index: int, step: int) -> bool:
-        """Whether a frame of this step would be of use to any stream."""
-        now = self._clock()
-        return any(watcher.wants(output_index, step, now) for watcher in self.watchers)
-
-    def frame(self, output_index: int, frame: Frame) -> None:
-        """Takes a frame that was wanted."""
-        self._frames[output_index] = frame
+    def add_feed(self, output_index: int, feed: FrameFeed) -> None:
+        """Lets the streams pull previews of an output, from the execution that develops it."""
+        self._feeds[output_index] = feed
         for watcher in self.watchers:
-            watcher.frame(output_index, frame)
+            watcher.previews.add_feed(output_index, feed)
 
-    def join(self, output_index: int, frame: Frame) -> None:
-        """Takes the newest frame of an output that was on its way before this generation came."""
-        self._frames[output_index] = frame
-        for watcher in self.watchers:
-            watcher.join(output_index, frame)
+    def remove_feed(self, output_index: int) -> None:
+        """The streams get no more frames of an output."""
+        if self._feeds.pop(output_index, None) is not None:
+            for watcher in self.watchers:
+                watcher.previews.remove_feed(output_index)
 
     # --- who watches ---
 
     def watch(
         self, policy: PreviewPolicy, after_sequence: int = 0, artifact_offsets: Mapping[int, int] | None = None
     ) -> Watcher:
-        """Opens a stream: what happened before, in order, then what happens.
+        """Opens a stream of all events, past ones first, in order.
 
         Args:
-            after_sequence: the last state event that the client has.
-            artifact_offsets: bytes of pictures that the client has, by output.
+            after_sequence: sequence number of the last state event that the client has; 0: it has none.
+            artifact_offsets: number of bytes of each picture that the client has, by output.
 
         Raises:
-            InvalidRequestError: an offset lies beyond its picture, or a sequence in the future.
-            QueueFullError: too many streams.
+            InvalidRequestError: an offset lies beyond its picture, or the sequence number in the future.
+            QueueFullError: `max_watchers` streams are open.
         """
         if len(self.watchers) >= self._max_watchers:
             limit = str(self._max_watchers)
@@ -141,27 +136,27 @@ class EventLog:
             what = f"offset {offset} of output {index} is not within the {size} bytes there are"
             faults.check(0 <= offset <= size, "artifact_offsets", what)
         faults.done()
-        watcher = Watcher(self._story, policy, after_sequence, offsets, self._leave)
+        watcher = Watcher(self._shared, policy, after_sequence, offsets, self.watchers.discard)
         self.watchers.add(watcher)
-        for output_index, frame in self._frames.items():
-            watcher.join(output_index, frame)
+        for output_index, feed in self._feeds.items():
+            watcher.previews.add_feed(output_index, feed)
         return watcher
 
     def update_policy(self, policy: PreviewPolicy) -> None:
-        """Changes the previews of all streams."""
+        """Changes the preview policy of all open streams."""
         for watcher in self.watchers:
-            watcher.set_policy(policy)
+            watcher.previews.set_policy(policy)
 
-    # --- how it stands ---
+    # --- figures ---
 
     @property
     def closed(self) -> bool:
         """Whether Finished was published."""
-        return self._story.closed
+        return self._shared.closed
 
     @property
     def artifact_bytes(self) -> int:
-        """Bytes of the finished pictures, which stay as long as the log."""
+        """Bytes of the finished pictures, which the log keeps."""
         return sum(self._sizes.values())
 
     @property
@@ -181,7 +176,7 @@ class EventLog:
 
     @property
     def first_preview_at(self) -> float | None:
-        """When the first preview was handed over, on the clock."""
+        """Time on the clock when the first preview was handed to a stream; None before."""
         return self._counts.first_at
 
     def _append_state(self, event: StateEvent) -> None:
@@ -198,21 +193,16 @@ class EventLog:
             self.journal.event(event, self.last_sequence, data, functools.partial(self._show, item))
 
     def _show(self, item: SerializedEvent | SerializedArtifact) -> None:
-        self._story.items.append(item)
-        self._story.closed = isinstance(item, SerializedEvent) and item.is_last
+        self._shared.items.append(item)
+        self._shared.closed = isinstance(item, SerializedEvent) and item.is_last
         for watcher in self.watchers:
             watcher.wake()
 
     def _offer(self, slot: LossySlot, event: Event) -> None:
-        self._story.newest[slot] = serialize(self.generation, event)
+        self._shared.newest[slot] = serialize(self.generation, event)
         for watcher in self.watchers:
             watcher.offer(slot)
 
     def _end_output(self, output_index: int) -> None:
-        self._story.newest.pop(("progress", output_index), None)
-        self._frames.pop(output_index, None)
-
-    def _leave(self, watcher: Watcher) -> None:
-        self.watchers.discard(watcher)
-        if not self.watchers:
-            self._frames.clear()
+        self._shared.newest.pop(("progress", output_index), None)
+        self.remove_feed(output_index)

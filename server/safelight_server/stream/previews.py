@@ -1,21 +1,22 @@
 """The previews of one stream: what is due, what is being made, what is ready to be sent.
 
-Of each output at most one frame waits (the newest) and at most one preview is
-being made or ready. Making begins only while the stream is open, that is, has
-nothing else to send and is not held up by its client; what was made is sent,
-unless its output ends first. So a stream that is held up costs no rendering,
-and when it comes free the newest frame is rendered.
+A stream pulls: while it is open, that is, has nothing else to send and is not
+held up by its client, the making of a preview begins of the newest frame of each
+output of which a frame is due. Of each output at most one preview is being made
+or ready; what was made is sent, unless its output ends first. So a stream that
+is held up costs no rendering, and when it comes free it pulls the newest frame.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from safelight_server.domain.request import PreviewMethod, PreviewPolicy
-from safelight_server.preview import Budget, Cadence, Frame, RenderedPreview
+from safelight_server.preview import Budget, Cadence, FrameFeed, RenderedPreview
 from safelight_server.telemetry import Stage, tracing
 
 
@@ -31,7 +32,7 @@ class PreviewCounts:
 
 @dataclass(eq=False, slots=True)
 class _PreviewSlot:
-    """A preview from its beginning until it is taken; `rendered` once it is ready."""
+    """A preview that is being made, or is ready (`rendered`) and was not sent yet."""
 
     budget: Budget
     num_dropped: int
@@ -39,12 +40,12 @@ class _PreviewSlot:
 
 
 class Previews:
-    """See the module.
+    """The previews of one stream, over all outputs of its generation.
 
     Args:
         clock: monotonic seconds.
-        counts: of the generation.
-        ready: called with the output whose preview can be taken.
+        counts: counters of the generation, which all its streams share.
+        ready: called with the index of the output whose preview is ready.
     """
 
     def __init__(
@@ -59,48 +60,63 @@ class Previews:
         self._ready = ready
         self._stage = tracing.current()
         self._open = False
-        self._closed = False
-        self._waiting: dict[int, Frame] = {}
+        self._feeds: dict[int, FrameFeed] = {}
+        self._waiting: dict[int, None] = {}  # outputs of which a frame is due, in the order of their turns
         self._making: dict[int, _PreviewSlot] = {}
         self._dropped: dict[int, int] = {}
         self._ended: set[int] = set()
         self.set_policy(policy)
 
     def set_policy(self, policy: PreviewPolicy) -> None:
-        """Takes a new policy, for all that is not being made yet."""
+        """Replaces the policy; previews that are being made keep the old one."""
         self._policy = policy
         self._cadences: dict[int, Cadence] = {}
         self._budget = Budget(policy.max_bytes_per_second, self._clock())
         if policy.method is PreviewMethod.NONE:
             for output_index in list(self._waiting):
                 self._drop_waiting(output_index)
+        for output_index in self._feeds:
+            self._subscribe(output_index)
 
-    # --- what comes ---
+    # --- frames ---
 
-    def wants(self, output_index: int, step: int, now: float) -> bool:
-        """Whether a frame of this step is due."""
-        if self._policy.method is PreviewMethod.NONE or self._closed or output_index in self._ended:
-            return False
-        return self._cadence(output_index).due(step, now, busy=output_index in self._making)
+    def add_feed(self, output_index: int, feed: FrameFeed) -> None:
+        """Pulls frames of an output; the newest there is at once, so that a stream that comes later has something."""
+        self._feeds[output_index] = feed
+        self._subscribe(output_index)
+        if feed.newest is not None and self._policy.method is not PreviewMethod.NONE:
+            self._take_up(output_index)
 
-    def frame(self, output_index: int, frame: Frame) -> None:
-        """Takes a frame if it is due, in place of an older one that nothing was made of."""
-        if self.wants(output_index, frame.step, self._clock()):
-            self._take_up(output_index, frame)
+    def remove_feed(self, output_index: int) -> None:
+        """There are no more frames of an output."""
+        if (feed := self._feeds.pop(output_index, None)) is not None:
+            feed.unsubscribe((self, output_index))
 
-    def join(self, output_index: int, frame: Frame) -> None:
-        """Takes the newest frame there is, due or not: a stream that comes later sees something at once."""
-        if self._policy.method is not PreviewMethod.NONE:
-            self._take_up(output_index, frame)
+    def _subscribe(self, output_index: int) -> None:
+        feed = self._feeds[output_index]
+        if self._policy.method is PreviewMethod.NONE:
+            feed.unsubscribe((self, output_index))
+            return
+        due = self._cadence(output_index).next_due(feed.newest.step if feed.newest is not None else 0)
+        feed.subscribe((self, output_index), due, functools.partial(self._offer, output_index))
 
-    def _take_up(self, output_index: int, frame: Frame) -> None:
+    def _offer(self, output_index: int, step: int) -> float:
+        """There is a new frame; returns the next step that is due."""
+        if output_index in self._ended:
+            return math.inf
+        cadence = self._cadence(output_index)
+        if cadence.due(step, self._clock(), busy=output_index in self._making):
+            self._take_up(output_index)
+        return cadence.next_due(step)
+
+    def _take_up(self, output_index: int) -> None:
         if output_index in self._waiting:
-            self._drop(output_index)
-        self._waiting[output_index] = frame  # in the place in the line that the older one had
+            self._drop(output_index)  # the older frame; the output keeps its place in the line
+        self._waiting[output_index] = None
         if self._open:
             self._start()
 
-    # --- what is made ---
+    # --- making previews ---
 
     def open(self) -> None:
         """The stream waits for something to send."""
@@ -112,15 +128,20 @@ class Previews:
         self._open = False
 
     def _start(self) -> None:
-        """Begins what can begin. An output that has had its turn goes to the end of the line."""
+        """Begins the previews that the budget allows. An output that has had its turn goes to the end of the line."""
         for output_index in [index for index in self._waiting if index not in self._making]:
+            feed = self._feeds.get(output_index)
+            if feed is None or (frame := feed.newest) is None:
+                self._drop_waiting(output_index)
+                continue
             if not self._budget.hold(self._clock()):
                 return
-            frame, policy = self._waiting.pop(output_index), self._policy
+            del self._waiting[output_index]
+            policy = self._policy
             making = self._making[output_index] = _PreviewSlot(self._budget, self._dropped.pop(output_index, 0))
             stage = self._stage.begin("preview", {"safelight.output": output_index, "safelight.step": frame.step})
             with stage.as_current():
-                task = frame.preview(policy.method, policy.encoding, policy.max_edge_px)
+                task = feed.render(frame, policy.method, policy.encoding, policy.max_edge_px)
             task.add_done_callback(functools.partial(self._made, output_index, making, stage))
 
     def _made(
@@ -140,10 +161,10 @@ class Previews:
         making.rendered = task.result()
         self._ready(output_index)
 
-    # --- what goes ---
+    # --- sending previews ---
 
     def take(self, output_index: int) -> tuple[RenderedPreview, int] | None:
-        """The preview that is ready, and how many were passed over between the one before and it."""
+        """Takes the preview that is ready, with the number of due frames passed over since the one before, or None."""
         making = self._making.get(output_index)
         if making is None or making.rendered is None:
             return None
@@ -168,8 +189,9 @@ class Previews:
                 making.budget.settle(0)
 
     def close(self) -> None:
-        """The stream is over; nothing is begun any more."""
-        self._closed = True
+        """Ends all: the stream has ended."""
+        for output_index in list(self._feeds):
+            self.remove_feed(output_index)
         self._waiting.clear()
         self._making.clear()
         self._ready = _nobody  # else it and its stream would keep each other

@@ -1,4 +1,4 @@
-"""The bytes of events: serialized once, shared by all streams of a generation.
+"""Serializes events to response messages, once for all streams of a generation.
 
 A GenerateResponse and a WatchGenerationResponse have the same wire form, so
 one serialization serves both calls.
@@ -55,21 +55,21 @@ class SerializedArtifact:
 
 
 def serialize(generation: str, event: Event, sequence: int = 0) -> bytes:
-    """An event as a response of either stream."""
+    """An event as a GenerateResponse or WatchGenerationResponse."""
     message = event_message(event)
     message.sequence = sequence
     return _stamped(generation, message)
 
 
 def _stamped(generation: str, event: pb.GenerationEvent) -> bytes:
-    """Stamped with the time and the generation's name."""
+    """Adds the time and the generation's name, and serializes."""
     event.generation = generation
     event.event_time.seconds, event.event_time.nanos = divmod(time.time_ns(), 1_000_000_000)
     return pb.GenerateResponse(event=event).SerializeToString()
 
 
 def artifact(generation: str, output_index: int, picture: EncodedPicture, piece_bytes: int) -> SerializedArtifact:
-    """A picture, cut and serialized; the last piece has its hash."""
+    """Cuts a picture into serialized pieces; the last one has the SHA-256 of the whole."""
     total = len(picture.data)
     pieces = []
     for start in range(0, total, piece_bytes):
@@ -88,7 +88,7 @@ def artifact(generation: str, output_index: int, picture: EncodedPicture, piece_
 
 
 def preview(generation: str, output_index: int, rendered: RenderedPreview, num_dropped: int) -> bytes:
-    """A preview; all streams of a generation that passed over none share the bytes."""
+    """A serialized preview. Streams of a generation that have passed over no frame before it share the bytes."""
     place = (generation, output_index)
     if num_dropped == 0 and place in rendered.messages:
         return rendered.messages[place]

@@ -1,4 +1,4 @@
-"""One client stream of a generation: cursors into what all streams share, and slots for the newest."""
+"""One client stream of a generation: a cursor into the shared reliable events, and slots of newest-wins events."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 
 from safelight_server.domain.request import PreviewPolicy
-from safelight_server.preview import Frame
 from safelight_server.stream.previews import PreviewCounts, Previews
 from safelight_server.stream.serialization import SerializedArtifact, SerializedEvent, preview
 
 PREVIEW = "preview"
 LossySlot = tuple[str, int]
-"""Kind of a newest-wins event, and its output."""
+"""Kind of a newest-wins event, and the index of its output."""
 
 
 @dataclass(eq=False, slots=True)
@@ -23,7 +22,7 @@ class SharedStreamState:
     Attributes:
         items: the reliable events, in order; only ever appended to.
         newest: the newest-wins events that still mean something.
-        closed: Finished is among the items.
+        closed: whether Finished is among the items.
     """
 
     generation: str
@@ -35,30 +34,33 @@ class SharedStreamState:
 
 
 class Watcher:
-    """One client stream. Read `events` once, then `close`; of bounded size: a few words for each output.
+    """One client stream: read `events` once, then call `close`. Its size is bounded: a few words for each output.
 
     Args:
         after_sequence: the last state event that the client has.
         artifact_offsets: bytes of pictures that the client has, by output.
         leave: called by `close`.
+
+    Attributes:
+        previews: its previews of all outputs.
     """
 
     def __init__(
         self,
-        story: SharedStreamState,
+        shared: SharedStreamState,
         policy: PreviewPolicy,
         after_sequence: int,
         artifact_offsets: Mapping[int, int],
         leave: Callable[[Watcher], None],
     ) -> None:
-        self._story = story
+        self._shared = shared
         self._after = after_sequence
         self._offsets = dict(artifact_offsets)
         self._leave = leave
         self._cursor = 0
         self._piece: int | None = None
-        self._slots: dict[LossySlot, None] = dict.fromkeys(story.newest)
-        self._previews = Previews(policy, story.clock, story.counts, self._preview_ready)
+        self._slots: dict[LossySlot, None] = dict.fromkeys(shared.newest)
+        self.previews = Previews(policy, shared.clock, shared.counts, self._preview_ready)
         self._wakeup = asyncio.Event()
         self._closed = False
         self._yielding_since: float | None = None
@@ -68,60 +70,44 @@ class Watcher:
         while not self._closed:
             data = self._next()
             if data is not None:
-                self._yielding_since = self._story.clock()
+                self._yielding_since = self._shared.clock()
                 yield data
                 self._yielding_since = None
-            elif self._story.closed:
+            elif self._shared.closed:
                 return
             else:
                 self._wakeup.clear()
-                self._previews.open()
+                self.previews.open()
                 await self._wakeup.wait()
-                self._previews.shut()
+                self.previews.shut()
 
     def stalled_for(self, now: float) -> float:
-        """Seconds for which the client has not taken what was handed over."""
+        """Seconds since the last message was handed over, while the client has not taken it; else 0."""
         return 0.0 if self._yielding_since is None else now - self._yielding_since
 
     def close(self) -> None:
         """Leaves the generation; `events` ends at its next turn."""
         self._closed = True
-        self._previews.close()
+        self.previews.close()
         self._wakeup.set()
         self._leave(self)
 
     # --- what the log says ---
 
     def wake(self) -> None:
-        """There are new items."""
+        """Called by the log when there are new items."""
         self._wakeup.set()
 
     def offer(self, slot: LossySlot) -> None:
-        """There is a newest-wins event; one that has not been sent keeps its place in the line."""
+        """Called by the log when there is a newest-wins event; an unsent one keeps its place in the line."""
         self._slots[slot] = None
         self._wakeup.set()
-
-    def wants(self, output_index: int, step: int, now: float) -> bool:
-        """Whether a frame of this step is due here."""
-        return self._previews.wants(output_index, step, now)
-
-    def frame(self, output_index: int, frame: Frame) -> None:
-        """Takes a frame, if it is due."""
-        self._previews.frame(output_index, frame)
-
-    def join(self, output_index: int, frame: Frame) -> None:
-        """Takes the newest frame from before this stream."""
-        self._previews.join(output_index, frame)
-
-    def set_policy(self, policy: PreviewPolicy) -> None:
-        """Takes a new preview policy."""
-        self._previews.set_policy(policy)
 
     # --- what is sent next ---
 
     def _next(self) -> bytes | None:
-        """What is sent next: reliable events first, then whatever has waited longest. None: nothing."""
-        items = self._story.items
+        """The next message: reliable events first, then the slot that has waited longest; None: there is none."""
+        items = self._shared.items
         while self._cursor < len(items):
             item = items[self._cursor]
             data = self._piece_of(item) if isinstance(item, SerializedArtifact) else self._state(item)
@@ -130,7 +116,7 @@ class Watcher:
         while self._slots:
             slot = next(iter(self._slots))
             del self._slots[slot]
-            data = self._preview(slot[1]) if slot[0] == PREVIEW else self._story.newest.get(slot)
+            data = self._preview(slot[1]) if slot[0] == PREVIEW else self._shared.newest.get(slot)
             if data is not None:
                 return data
         return None
@@ -138,16 +124,16 @@ class Watcher:
     def _state(self, state: SerializedEvent) -> bytes | None:
         self._cursor += 1
         if state.ends_output is not None:
-            self._previews.end(state.ends_output)
+            self.previews.end(state.ends_output)
         if state.is_last:
             self._slots.clear()
         return state.data if state.sequence > self._after else None
 
     def _piece_of(self, artifact: SerializedArtifact) -> bytes | None:
-        """The next piece of the picture at the cursor; None, and on to the next item, when there is no more."""
+        """The next piece of the picture at the cursor; after the last one None, and the cursor moves on."""
         offset = self._offsets.get(artifact.output_index, 0)
         if self._piece is None:
-            self._previews.end(artifact.output_index)
+            self.previews.end(artifact.output_index)
             self._piece = offset // artifact.piece_bytes
         if offset == artifact.total_bytes or self._piece == len(artifact.pieces):
             self._cursor += 1
@@ -157,8 +143,8 @@ class Watcher:
         return artifact.piece(self._piece - 1, offset)
 
     def _preview(self, output_index: int) -> bytes | None:
-        taken = self._previews.take(output_index)
-        return None if taken is None else preview(self._story.generation, output_index, *taken)
+        taken = self.previews.take(output_index)
+        return None if taken is None else preview(self._shared.generation, output_index, *taken)
 
     def _preview_ready(self, output_index: int) -> None:
         self.offer((PREVIEW, output_index))
