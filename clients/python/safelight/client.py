@@ -37,6 +37,8 @@ CACHE_MODES: Mapping[CacheMode, pb.CachePolicy.Mode.ValueType] = {
 """Which cached results may answer a request; see `CachePolicy` in the proto."""
 PATIENCE_S = 60.0
 """How long a generation whose connection is lost is asked for again, since its last event; longer than a restart."""
+FIRST_PATIENCE_S = 5.0
+"""At most this long while no event was received: whoever asks where no server is learns it soon."""
 FIRST_WAIT_S, MAX_WAIT_S = 0.1, 2.0
 """Waits between two tries: doubled from the first to the longest, of which 50 to 100 % are waited, by chance."""
 RESUMABLE = ("", "WATCHER_STALLED", "MOVED", "OTHER_MODEL")
@@ -295,7 +297,8 @@ class Client:
         received = _Received(self._at)
         loop = asyncio.get_running_loop()
         until = None if timeout_s is None else loop.time() + timeout_s
-        tries, num_events, give_up_at = 0, 0, loop.time() + self._patience_s
+        tries, num_events = 0, 0
+        give_up_at = loop.time() + min(FIRST_PATIENCE_S, self._patience_s)
         while True:
             call = self._call(request, received, None if until is None else until - loop.time(), metadata)
             try:
