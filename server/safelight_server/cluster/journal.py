@@ -89,6 +89,11 @@ class Journal:
         self._ended_at = time.monotonic()
         self._go_on()
 
+    @property
+    def held(self) -> bool:
+        """Whether this replica certainly owns the generation now: only then may it decide what becomes of it."""
+        return self._leader.held
+
     async def closed(self) -> None:
         """Waits until nothing is left to be written, after `end` also until the ownership is given back."""
         if self._task is not None:
@@ -148,9 +153,7 @@ class Journal:
     async def _watch(self) -> None:
         await self._leader.lost.wait()
         self._over = True
-        lines, self._lines = self._lines, deque()
-        for line in lines:
-            self._show(line)
+        self._lines.clear()  # not shown: the new owner decides what becomes of it, and may have decided otherwise
         await self._leader.close()
         self._on_lost()
 

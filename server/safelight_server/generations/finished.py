@@ -45,6 +45,12 @@ class FinishedGenerations:
             self._bytes += generation.log.artifact_bytes
         self.trim()
 
+    def remove(self, generation: Generation) -> None:
+        """Forgets one: another replica knows better what it came to."""
+        if self._kept.get(generation.identifier) is generation:
+            del self._kept[generation.identifier]
+            self._bytes -= generation.log.artifact_bytes
+
     def trim(self) -> None:
         """Forgets what is too old, and the oldest that nobody watches while there is too much."""
         now = self._clock()
