@@ -28,31 +28,45 @@ class WrongError(Exception):
 
 @dataclass(slots=True)
 class Ledger:
-    """All that was ever shown or committed, compared with each later showing."""
+    """All that was ever shown or committed, compared with each later showing.
 
+    What is REPLICATED has one end, that of its stream in the service. A replica that has not reached the service for
+    longer than its lease shows what it has made all the same: until something is committed that end is provisional.
+
+    Attributes:
+        troubled: whether the service may have been out of reach, so that an end may be provisional.
+    """
+
+    troubled: bool = False
     ends: dict[str, bytes] = field(default_factory=dict)
+    committed: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     ids: dict[tuple[str, str], str] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
-    ended_streams: dict[str, str] = field(default_factory=dict)
 
     def fault(self, what: str) -> None:
         """Takes a violation."""
         self.wrong.append(what)
 
     def published(self, name: str, data: bytes) -> None:
-        """An event was written to a stream of the service: nothing may follow a generation's end."""
+        """An event was written to a stream of the service: nothing new may follow a generation's end."""
         try:
             event = parse(SEALER, name, data)
         except (CorruptError, UnreadableError):
             return  # of an execution, not of a generation
         if not isinstance(event, EventRecord):
             return
-        if name in self.ended_streams:
-            self.fault(f"{event.kind} was written after the end of {self.ended_streams[name]}")
+        last, _ = self.committed.get(name, (event.sequence, b""))
+        if event.sequence > last:  # one that is there already was written twice, as its first answer was lost
+            self.fault(f"{event.kind} {event.sequence} was written after the end, {last}")
         if event.kind == "finished":
-            response = pb.GenerateResponse.FromString(event.data)
-            self.ended_streams[name] = response.event.generation
-            self.shown(response.event, "committed")
+            told = pb.GenerateResponse.FromString(event.data).event
+            end = told.finished.SerializeToString(deterministic=True)
+            _, before = self.committed.setdefault(name, (event.sequence, end))
+            shown = self.ends.get(told.generation, end)
+            if before != end or (shown != end and not self.troubled):
+                was = pb.Finished.FromString(before if before != end else shown)
+                self.fault(f"{told.generation} ended as {_text(was)} and is committed as {_text(told.finished)}")
+            self.ends[told.generation] = before
 
     def shown(self, event: pb.GenerationEvent, where: str) -> None:
         """Someone was shown the end of a generation."""
@@ -183,7 +197,8 @@ class Client:
             self.name = ""  # its request id is free again
             return
         self.ended = True
-        self._ledger.stands_for(self.caller, self.request.request_id, self.name, where)
+        if self._durable:
+            self._ledger.stands_for(self.caller, self.request.request_id, self.name, where)
         if code == 0:
             want = _picture(self.request.spec.seeds[0])
             if self._data != want:

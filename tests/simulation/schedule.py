@@ -196,6 +196,7 @@ async def _weather(fleet: Fleet) -> None:
         replica = fleet.replicas[place]
         fleet.note(f"{fault} {replica.host.name if fault in ('freeze', 'kill', 'cut') else ''}")
         for_s = chance.choice((chance.uniform(0.1, TTL_S), chance.uniform(TTL_S, 4 * TTL_S)))
+        fleet.ledger.troubled |= fault not in ("freeze", "kill")
         match fault:
             case "freeze":
                 fleet.loop.freeze(replica.host)
