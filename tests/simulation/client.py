@@ -31,13 +31,9 @@ class Ledger:
     """All that was ever shown or committed, compared with each later showing.
 
     What is REPLICATED has one end, that of its stream in the service. A replica that has not reached the service for
-    longer than its lease shows what it has made all the same: until something is committed that end is provisional.
-
-    Attributes:
-        troubled: whether the service may have been out of reach, so that an end may be provisional.
+    longer than its lease shows what it has made all the same: such an end is provisional, and compared with nothing.
     """
 
-    troubled: bool = False
     ends: dict[str, bytes] = field(default_factory=dict)
     committed: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     ids: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -63,14 +59,16 @@ class Ledger:
             end = told.finished.SerializeToString(deterministic=True)
             _, before = self.committed.setdefault(name, (event.sequence, end))
             shown = self.ends.get(told.generation, end)
-            if before != end or (shown != end and not self.troubled):
+            if before != end or shown != end:
                 was = pb.Finished.FromString(before if before != end else shown)
                 self.fault(f"{told.generation} ended as {_text(was)} and is committed as {_text(told.finished)}")
             self.ends[told.generation] = before
 
-    def shown(self, event: pb.GenerationEvent, where: str) -> None:
+    def shown(self, event: pb.GenerationEvent, where: str, *, provisional: bool) -> None:
         """Someone was shown the end of a generation."""
         end = event.finished.SerializeToString(deterministic=True)
+        if provisional:
+            return
         before = self.ends.setdefault(event.generation, end)
         if before != end:
             was = pb.Finished.FromString(before)
@@ -161,7 +159,7 @@ class Client:
                     kind, what = await inbox.get()
                 if kind == "event":
                     assert isinstance(what, bytes)
-                    self._take(pb.GenerateResponse.FromString(what).event, where)
+                    self._take(pb.GenerateResponse.FromString(what).event, replica)
                 elif kind == "error":
                     assert isinstance(what, SafelightError)
                     self._fail(what, where, again=again)
@@ -174,7 +172,8 @@ class Client:
             task.cancel()
             replica.streams.pop(task, None)
 
-    def _take(self, event: pb.GenerationEvent, where: str) -> None:
+    def _take(self, event: pb.GenerationEvent, replica: Replica) -> None:
+        where = f"at {replica.host.name}"
         if self.name and event.generation != self.name:
             self._ledger.fault(f"a stream of {self.name} has, {where}, an event of {event.generation}")
         self.name = event.generation
@@ -188,11 +187,11 @@ class Client:
             case "artifact_chunk":
                 self._data += event.artifact_chunk.data
             case "finished":
-                self._finish(event, where)
+                self._finish(event, where, provisional=replica.network.doubtful(replica.host.name))
 
-    def _finish(self, event: pb.GenerationEvent, where: str) -> None:
+    def _finish(self, event: pb.GenerationEvent, where: str, *, provisional: bool) -> None:
         code = event.finished.status.code
-        self._ledger.shown(event, where)
+        self._ledger.shown(event, where, provisional=provisional)
         if code == RETRYABLE.value[0]:
             self.name = ""  # its request id is free again
             return

@@ -193,6 +193,7 @@ class Replica:
 
     def __init__(self, name: str, loop: VirtualLoop, network: Network, service: Service, step_s: float) -> None:
         self.host = Host(name)
+        self.network = network
         self.streams: dict[asyncio.Task[None], Say] = {}
         self._loop = loop
         self.host.context.run(self._build, loop, network, service, step_s)

@@ -196,7 +196,9 @@ async def _weather(fleet: Fleet) -> None:
         replica = fleet.replicas[place]
         fleet.note(f"{fault} {replica.host.name if fault in ('freeze', 'kill', 'cut') else ''}")
         for_s = chance.choice((chance.uniform(0.1, TTL_S), chance.uniform(TTL_S, 4 * TTL_S)))
-        fleet.ledger.troubled |= fault not in ("freeze", "kill")
+        if fault not in ("freeze", "kill"):
+            names = [replica.host.name] if fault == "cut" else [one.host.name for one in fleet.replicas]
+            fleet.network.doubt(names, for_s)
         match fault:
             case "freeze":
                 fleet.loop.freeze(replica.host)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from safelight_server.coordination.base import (
@@ -145,6 +145,16 @@ class Network:
         self._service = service
         self._chance = chance
         self._waiting: list[Callable[[], None]] = []
+        self._doubtful: dict[str, float] = {}
+
+    def doubtful(self, host: str) -> bool:
+        """Whether a host may not know yet that it can reach the service again."""
+        return self._loop.time() < self._doubtful.get(host, 0.0)
+
+    def doubt(self, hosts: Iterable[str], for_s: float) -> None:
+        """They do not reach the service, all of the time or now and then, for so long."""
+        for host in hosts:
+            self._doubtful[host] = max(self._doubtful.get(host, 0.0), self._loop.time() + for_s + 2.0)
 
     def go_on(self) -> None:
         """The pause is over."""

@@ -29,6 +29,7 @@ class Generation:
     ends_by_itself: bool = False
     state: GenerationState = GenerationState.RUNNING
     ended: bool = False
+    may_decide: bool = True
     stopped: list[SafelightError] = field(default_factory=list)
 
     @property

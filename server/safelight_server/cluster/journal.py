@@ -9,6 +9,7 @@ Neighbours: `stream.EventLog` publishes, `records` has the form.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import math
 import time
@@ -24,6 +25,7 @@ from safelight_server.coordination.leadership import Leadership
 from safelight_server.domain.errors import SafelightError
 from safelight_server.domain.events import GenerationState, StateEvent
 from safelight_server.domain.picture import EncodedPicture
+from safelight_server.storage.base import StoreError
 from safelight_server.storage.sealed import Sealer
 
 log = structlog.get_logger(__name__)
@@ -69,6 +71,7 @@ class Journal:
         self._ended_at = math.inf
         self._over = False
         self._away_since: float | None = None
+        self._tried_at = -math.inf
 
     def event(self, event: StateEvent, sequence: int, data: bytes, show: Callable[[], None]) -> None:
         """Takes a state event."""
@@ -115,7 +118,8 @@ class Journal:
             return
         line = _JournalLine(write, show)
         self._lines.append(line)
-        if self._away_since is not None:
+        # away as of a moment ago: a process that has slept since must ask first, another may own the generation
+        if self._away_since is not None and (self.held or time.monotonic() - self._tried_at < 2 * RETRY_S):
             self._show(line)
         self._go_on()
 
@@ -130,7 +134,8 @@ class Journal:
                 assert settle is not None
                 self._over = True
                 self._watching.cancel()
-                await settle()
+                with contextlib.suppress(StoreError):
+                    await settle()
                 await self._leader.close()
                 return
             first = self._lines[0]
@@ -140,7 +145,10 @@ class Journal:
                 self._show(first)
                 self._away_since = None
                 continue
-            self._away_since = self._away_since or time.monotonic()
+            if self._over:
+                return  # it was refused, since another owns the generation: what is shown of it is that one's
+            self._tried_at = time.monotonic()
+            self._away_since = self._away_since or self._tried_at
             for line in self._lines:
                 self._show(line)
             if time.monotonic() - max(self._away_since, self._ended_at) > GIVE_UP_S:  # nothing comes after: no gap

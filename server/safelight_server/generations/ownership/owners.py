@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from safelight_server.cluster.journal import Journal
+from safelight_server.cluster.journal import GIVE_UP_S, RETRY_S, Journal
 from safelight_server.cluster.records import GenerationRecord, dump
 from safelight_server.coordination.leadership import Leadership
 from safelight_server.domain.errors import AlreadyExistsError, UnavailableError
@@ -196,7 +196,8 @@ class Owners:
         if own is None:
             return
         generation.journal = generation.log.journal = None
-        await self.settle_record(own, FORGET_S, 0.0)
+        with contextlib.suppress(StoreError):
+            await self.settle_record(own, FORGET_S, 0.0)
         await self._give_back(own)
 
     def settle(self, generation: Generation, *, retryable: bool) -> None:
@@ -236,16 +237,19 @@ class Owners:
         return generation.journal is not None and generation.identifier in self._wishes
 
     async def settle_record(self, own: OwnedGeneration, kept_s: float, claimed_s: float) -> None:
-        """Keeps its events and its request id for so long, and nothing that its outputs begin from."""
-        with contextlib.suppress(StoreError):
-            if not await own.leader.confirm():
-                return  # another owns it, or has: all that is kept of it is that one's
-            for key in own.starts:
-                await self._context.tiers.delete(key)
-            await self._context.coordinator.expire(own.name, kept_s)
-            if own.claim is not None:
-                await self._context.coordinator.unclaim(*own.claim, claimed_s)
-            await self._context.coordinator.unregister(own.name)
+        """Keeps its events and its request id for so long, and nothing that its outputs begin from.
+
+        Raises:
+            StoreError: the service cannot be asked.
+        """
+        if not await own.leader.confirm():
+            return  # another owns it, or has: all that is kept of it is that one's
+        for key in own.starts:
+            await self._context.tiers.delete(key)
+        await self._context.coordinator.expire(own.name, kept_s)
+        if own.claim is not None:
+            await self._context.coordinator.unclaim(*own.claim, claimed_s)
+        await self._context.coordinator.unregister(own.name)
 
     def _end(self, journal: Journal, settle: Callable[[], Awaitable[None]]) -> None:
         journal.end(settle)
@@ -265,7 +269,13 @@ class Owners:
 
     @staticmethod
     async def _close(own: OwnedGeneration, settle: Callable[[], Awaitable[None]]) -> None:
-        await settle()
+        until = time.monotonic() + GIVE_UP_S
+        while time.monotonic() < until:  # its record may be there though the answer was lost: nobody may adopt it
+            try:
+                await settle()
+                break
+            except StoreError:
+                await asyncio.sleep(RETRY_S)
         await own.leader.close()
 
     def journal(self, generation: Generation, own: OwnedGeneration) -> Journal:
