@@ -139,6 +139,7 @@ class Journal:
                 await self._leader.close()
                 return
             first = self._lines[0]
+            began = time.monotonic()
             if await first.write():
                 if self._lines and self._lines[0] is first:
                     self._lines.popleft()
@@ -149,8 +150,10 @@ class Journal:
                 return  # it was refused, since another owns the generation: what is shown of it is that one's
             self._tried_at = time.monotonic()
             self._away_since = self._away_since or self._tried_at
-            for line in self._lines:
-                self._show(line)
+            # a call that lasted so long may have slept with its process: asked again before anything is shown
+            if self.held or self._tried_at - began < 2 * RETRY_S:
+                for line in self._lines:
+                    self._show(line)
             if time.monotonic() - max(self._away_since, self._ended_at) > GIVE_UP_S:  # nothing comes after: no gap
                 log.warning("what was not written of a generation in time is given up")
                 self._lines.clear()
