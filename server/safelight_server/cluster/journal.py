@@ -146,7 +146,7 @@ class Journal:
                 self._show(first)
                 self._away_since = None
                 continue
-            if self._over:
+            if self._leader.lost.is_set():
                 return  # it was refused, since another owns the generation: what is shown of it is that one's
             self._tried_at = time.monotonic()
             self._away_since = self._away_since or self._tried_at

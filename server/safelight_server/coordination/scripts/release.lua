@@ -4,6 +4,9 @@ if redis.call('GET', KEYS[1]) ~= ARGV[1] then
   return 0
 end
 if redis.call('GET', KEYS[2]) == ARGV[1] then
-  redis.call('SET', KEYS[2], '-', 'KEEPTTL')
+  local set = redis.pcall('SET', KEYS[2], '-', 'KEEPTTL')
+  if set.err then  -- a full Redis takes no SET; without a token nobody writes either
+    redis.call('DEL', KEYS[2])
+  end
 end
 return redis.call('DEL', KEYS[1])

@@ -11,6 +11,10 @@ if not held then
     return 0
   end
 end
+if held and redis.call('PEXPIRE', KEYS[2], ARGV[3]) == 1 then
+  redis.call('PEXPIRE', KEYS[1], ARGV[2])  -- a Redis that is full takes no SET, and must not cost a lease
+  return 1
+end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[3])
 return 1
