@@ -12,7 +12,7 @@ from safelight.v1 import generation_pb2 as pb
 from safelight_server.catalog.pixels import to_pixels
 from safelight_server.cluster.records import EventRecord, parse
 from safelight_server.domain.caller import Caller
-from safelight_server.domain.errors import NotFoundError, SafelightError
+from safelight_server.domain.errors import InvalidRequestError, NotFoundError, SafelightError
 from safelight_server.domain.events import GenerationView
 from safelight_server.domain.request import Request
 from safelight_server.storage.sealed import CorruptError, UnreadableError
@@ -116,6 +116,7 @@ class Client:
         self._durable = False
         self._sequence = 0
         self._data = b""
+        self._provisional = False
 
     async def run(self) -> None:
         """Until the end; the retryable ones begin anew."""
@@ -185,6 +186,7 @@ class Client:
             case "accepted":
                 self._durable = event.accepted.durability == pb.Accepted.DURABILITY_REPLICATED
             case "artifact_chunk":
+                self._provisional |= replica.network.doubtful(replica.host.name)
                 self._data += event.artifact_chunk.data
             case "finished":
                 self._finish(event, where, provisional=replica.network.doubtful(replica.host.name))
@@ -205,6 +207,9 @@ class Client:
 
     def _fail(self, error: SafelightError, where: str, *, again: bool) -> None:
         if self.ended or error.status is RETRYABLE:
+            return
+        if isinstance(error, InvalidRequestError) and self._provisional:
+            self._sequence, self._data = 0, b""  # it has what another replica showed and could not write
             return
         if again and isinstance(error, NotFoundError):
             self._ledger.fault(f"{self.name} was accepted as REPLICATED and is not there, {where}")

@@ -72,13 +72,13 @@ class CountingEngine:
         self._step_s = step_s
         self._running: dict[int, tuple[Job, int, Any, asyncio.TimerHandle]] = {}
 
-    def late(self) -> SafelightError:  # noqa: D102
+    def late(self) -> SafelightError:
         return DeadlineExceededError("the deadline passed")
 
-    def num_waiting(self, priority: object = None) -> int:  # noqa: D102
+    def num_waiting(self, priority: object = None) -> int:
         return 0
 
-    def submit(self, job: Job, listener: Any) -> None:  # noqa: D102
+    def submit(self, job: Job, listener: Any) -> None:
         self._next(job, job.start.step if job.start else 0, listener, self._loop.call_soon(listener.started))
 
     def _next(self, job: Job, step: int, listener: Any, _: object = None) -> None:
@@ -98,25 +98,25 @@ class CountingEngine:
             if step < job.table.num_steps and listener.wants_checkpoint(step):
                 listener.checkpoint(_snapshot(step))
 
-    def suspend(self, output_id: int) -> Snapshot | None:  # noqa: D102
+    def suspend(self, output_id: int) -> Snapshot | None:
         job, step, _, timer = self._running.pop(output_id, (None, 0, None, None))
         if timer is not None:
             timer.cancel()
         return _snapshot(step) if job is not None and step else None
 
-    def reschedule(self, output_id: int, priority: int, deadline: float | None) -> None:  # noqa: D102
+    def reschedule(self, output_id: int, priority: int, deadline: float | None) -> None:
         pass
 
-    async def preview(self, job: Job, denoised: FloatArray, component: object) -> None:  # noqa: D102
+    async def preview(self, job: Job, denoised: FloatArray, component: object) -> None:
         return None
 
-    def follow(self, output_id: int) -> None:  # noqa: D102
+    def follow(self, output_id: int) -> None:
         pass
 
-    def unfollow(self, output_id: int) -> None:  # noqa: D102
+    def unfollow(self, output_id: int) -> None:
         pass
 
-    def load(self) -> float:  # noqa: D102
+    def load(self) -> float:
         return 0.0
 
 
@@ -128,7 +128,7 @@ def _snapshot(step: int) -> Snapshot:
 class ModelRuntime:
     """What the planner asks the runtime."""
 
-    def numerics_id(self, model: str) -> str:  # noqa: D102
+    def numerics_id(self, model: str) -> str:
         return "simulated"
 
 
@@ -140,20 +140,20 @@ class CountingRecorder:
         self._cache = cache
         self._wanted = wanted
 
-    def encoded(self, row: int, embedding: FloatArray) -> None:  # noqa: D102
+    def encoded(self, row: int, embedding: FloatArray) -> None:
         pass
 
-    def wants_checkpoint(self, step: int) -> bool:  # noqa: D102
+    def wants_checkpoint(self, step: int) -> bool:
         return step % 2 == 0
 
-    def checkpoint(self, snapshot: Snapshot) -> None:  # noqa: D102
+    def checkpoint(self, snapshot: Snapshot) -> None:
         name = self._wanted.name
         steps = self._wanted.spec.num_inference_steps
         kept = self._cache.checkpoints.keep(name.namespace.name, name.exact, snapshot, steps, replicate=True)
         self._cache.tasks.add(task := asyncio.ensure_future(kept))
         task.add_done_callback(self._cache.tasks.discard)
 
-    async def developed(self, picture: object, compute_s: float) -> None:  # noqa: D102
+    async def developed(self, picture: object, compute_s: float) -> None:
         pass
 
 
@@ -166,25 +166,25 @@ class SmallCache:
         self.checkpoints = Checkpoints(tiers, KEYS, CheckpointPolicy(2))
         self.tasks: set[Any] = set()
 
-    async def exact(self, wanted: CacheQuery) -> CachedPicture | None:  # noqa: D102
+    async def exact(self, wanted: CacheQuery) -> CachedPicture | None:
         return await self.pictures.get(wanted.name, wanted.encoding)
 
-    async def approximate(self, wanted: CacheQuery) -> None:  # noqa: D102
+    async def approximate(self, wanted: CacheQuery) -> None:
         return None
 
-    async def embeddings(self, wanted: CacheQuery) -> tuple[None, ...]:  # noqa: D102
+    async def embeddings(self, wanted: CacheQuery) -> tuple[None, ...]:
         return (None,)
 
-    def record(self, wanted: CacheQuery, keep: object) -> CountingRecorder:  # noqa: D102
+    def record(self, wanted: CacheQuery, keep: object) -> CountingRecorder:
         return CountingRecorder(self, wanted)
 
-    async def replicate(  # noqa: D102
+    async def replicate(
         self, wanted: CacheQuery, pointer: str, pixels: Pixels, compute_s: float, ttl_s: float | None
     ) -> bool:
         facts = facts_of(wanted, compute_s)
         return await self.pictures.put(pointer, pixels, facts, replicate=True, ttl_s=ttl_s)
 
-    def owner(self, wanted: CacheQuery) -> object:  # noqa: D102
+    def owner(self, wanted: CacheQuery) -> object:
         return self.namespaces.owner(wanted.name.namespace, wanted.revision, wanted.generation)
 
 
@@ -261,9 +261,7 @@ class Replica:
         generation = await self.generations.start(caller, request, UNTRACED, None)
         await self._stream(generation, request.preview, 0, {}, say)
 
-    async def _watch(
-        self, caller: Caller, identifier: str, after: int, offsets: Mapping[int, int], say: Say
-    ) -> None:
+    async def _watch(self, caller: Caller, identifier: str, after: int, offsets: Mapping[int, int], say: Say) -> None:
         generation = await self.generations.find(caller, identifier)
         await self._stream(generation, NO_PREVIEWS, after, offsets, say)
 

@@ -18,8 +18,8 @@ from safelight_server.domain.caller import Caller
 from safelight_server.domain.request import CacheMode, CachePolicy, DisconnectPolicy, Request
 from safelight_server.scheduler import Priority
 
-from tests.simulation.clock import HOST, SERVICE, VirtualLoop, virtual_time
 from tests.simulation.client import Client, Ledger, find_as_stranger
+from tests.simulation.clock import HOST, SERVICE, VirtualLoop, virtual_time
 from tests.simulation.replica import NO_PREVIEWS, RAW, SEALER, TTL_S, Replica
 from tests.simulation.service import Network, Service
 from tests.support.streams import SPEC
@@ -82,10 +82,14 @@ def run(seed: int, *, trace: bool = False) -> Result:
 
     before = structlog.get_config()
     structlog.configure(processors=[listen], cache_logger_on_first_use=False)
-    loop.set_exception_handler(lambda _, context: ledger.fault(f"{context.get('message')} {context.get('exception')!r}"))
+    loop.set_exception_handler(
+        lambda _, context: ledger.fault(f"{context.get('message')} {context.get('exception')!r}")
+    )
     try:
         with virtual_time(loop, seed):
-            loop.run_until_complete(loop.create_task(_schedule(loop, random.Random(seed), ledger, lines), context=SERVICE.copy()))
+            loop.run_until_complete(
+                loop.create_task(_schedule(loop, random.Random(seed), ledger, lines), context=SERVICE.copy())
+            )
     finally:
         loop.set_exception_handler(lambda *_: None)
         structlog.configure(**before)
@@ -135,7 +139,9 @@ async def _schedule(loop: VirtualLoop, chance: random.Random, ledger: Ledger, li
     except TimeoutError:
         for work in works:
             work.cancel()
-        ledger.fault(f"not ended {QUIET_S:.0f} s after the last fault: {[c.name or c.request.request_id for c in clients if not c.ended]}")
+        ledger.fault(
+            f"not ended {QUIET_S:.0f} s after the last fault: {[c.name or c.request.request_id for c in clients if not c.ended]}"
+        )
         return
     await _ask_again(fleet, clients)
     await asyncio.sleep(4.0 * TTL_S + 3.0)

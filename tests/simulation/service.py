@@ -189,7 +189,9 @@ class Network:
         finally:
             timer.cancel()
 
-    def _executing(self, work: Callable[[], Coroutine[Any, Any, T]], answer: asyncio.Future[T] | None) -> Callable[[], None]:
+    def _executing(
+        self, work: Callable[[], Coroutine[Any, Any, T]], answer: asyncio.Future[T] | None
+    ) -> Callable[[], None]:
         def execute() -> None:
             if self.paused:
                 self._waiting.append(execute)
@@ -241,25 +243,25 @@ class RemoteCoordinator(Coordinator):
         self._network = network
         self._service = service
 
-    async def acquire(self, name: str, owner: str, ttl_s: float) -> Lease | None:  # noqa: D102
+    async def acquire(self, name: str, owner: str, ttl_s: float) -> Lease | None:
         return await self._network.call(lambda: self._service.acquire(name, owner, ttl_s))
 
-    async def renew(self, lease: Lease, ttl_s: float) -> bool:  # noqa: D102
+    async def renew(self, lease: Lease, ttl_s: float) -> bool:
         return await self._network.call(lambda: self._service.renew(lease, ttl_s))
 
-    async def release(self, lease: Lease) -> bool:  # noqa: D102
+    async def release(self, lease: Lease) -> bool:
         return await self._network.call(lambda: self._service.release(lease))
 
-    async def holder(self, name: str) -> Lease | None:  # noqa: D102
+    async def holder(self, name: str) -> Lease | None:
         return await self._network.call(lambda: self._service.holder(name))
 
-    async def publish(self, lease: Lease, data: bytes) -> str:  # noqa: D102
+    async def publish(self, lease: Lease, data: bytes) -> str:
         return await self._network.call(lambda: self._service.publish(lease, data))
 
-    async def append(self, name: str, data: bytes) -> str:  # noqa: D102
+    async def append(self, name: str, data: bytes) -> str:
         return await self._network.call(lambda: self._service.append(name, data))
 
-    async def follow(self, name: str, after: str = BEGINNING, leader: bool = True) -> AsyncIterator[StreamEvent]:  # noqa: D102
+    async def follow(self, name: str, after: str = BEGINNING, leader: bool = True) -> AsyncIterator[StreamEvent]:
         while True:
             over, events = False, []
             try:
@@ -269,7 +271,7 @@ class RemoteCoordinator(Coordinator):
             else:
                 if not events and leader and (over := await self._is_over(name)):
                     try:
-                        events = await self._network.call(lambda: self._service.after(name, after))  # noqa: B023
+                        events = await self._network.call(lambda: self._service.after(name, after))
                     except StoreUnavailableError:
                         over = False
             for event in events:
@@ -290,37 +292,37 @@ class RemoteCoordinator(Coordinator):
             pass
         return False
 
-    async def commit(self, lease: Lease, pointer: str, bill: bytes) -> CommitOutcome:  # noqa: D102
+    async def commit(self, lease: Lease, pointer: str, bill: bytes) -> CommitOutcome:
         return await self._network.call(lambda: self._service.commit(lease, pointer, bill))
 
-    async def result(self, name: str) -> CommittedResult | None:  # noqa: D102
+    async def result(self, name: str) -> CommittedResult | None:
         return await self._network.call(lambda: self._service.result(name))
 
-    async def forget(self, name: str, result: CommittedResult) -> bool:  # noqa: D102
+    async def forget(self, name: str, result: CommittedResult) -> bool:
         return await self._network.call(lambda: self._service.forget(name, result))
 
-    async def bills(self, after: str = BEGINNING, limit: int = 1000) -> list[StreamEvent]:  # noqa: D102
+    async def bills(self, after: str = BEGINNING, limit: int = 1000) -> list[StreamEvent]:
         return await self._network.call(lambda: self._service.bills(after, limit))
 
-    async def read(self, name: str) -> list[StreamEvent]:  # noqa: D102
+    async def read(self, name: str) -> list[StreamEvent]:
         return await self._network.call(lambda: self._service.read(name))
 
-    async def expire(self, name: str, ttl_s: float) -> None:  # noqa: D102
+    async def expire(self, name: str, ttl_s: float) -> None:
         await self._network.call(lambda: self._service.expire(name, ttl_s))
 
-    async def claim(self, name: str, value: bytes, ttl_s: float, instead_of: bytes | None = None) -> bytes:  # noqa: D102
+    async def claim(self, name: str, value: bytes, ttl_s: float, instead_of: bytes | None = None) -> bytes:
         return await self._network.call(lambda: self._service.claim(name, value, ttl_s, instead_of))
 
-    async def unclaim(self, name: str, value: bytes, ttl_s: float = 0.0) -> None:  # noqa: D102
+    async def unclaim(self, name: str, value: bytes, ttl_s: float = 0.0) -> None:
         await self._network.call(lambda: self._service.unclaim(name, value, ttl_s))
 
-    async def register(self, name: str) -> None:  # noqa: D102
+    async def register(self, name: str) -> None:
         await self._network.call(lambda: self._service.register(name))
 
-    async def unregister(self, name: str) -> None:  # noqa: D102
+    async def unregister(self, name: str) -> None:
         await self._network.call(lambda: self._service.unregister(name))
 
-    async def unowned(self) -> list[str]:  # noqa: D102
+    async def unowned(self) -> list[str]:
         return await self._network.call(lambda: self._service.unowned())
 
     async def close(self) -> None:
@@ -336,24 +338,24 @@ class RemoteStore:
         self._network = network
         self._service = service
 
-    async def get(self, key: str) -> bytes | None:  # noqa: D102
+    async def get(self, key: str) -> bytes | None:
         return await self._network.call(lambda: self._service.get(key))
 
-    async def head(self, key: str) -> bytes | None:  # noqa: D102
+    async def head(self, key: str) -> bytes | None:
         value = await self.get(key)
         return None if value is None else value[:64]
 
-    async def put(self, key: str, value: bytes, ttl_s: float) -> None:  # noqa: D102
+    async def put(self, key: str, value: bytes, ttl_s: float) -> None:
         await self._network.call(lambda: self._service.put(key, value, ttl_s))
 
-    async def delete(self, key: str) -> None:  # noqa: D102
+    async def delete(self, key: str) -> None:
         await self._network.call(lambda: self._service.delete(key))
 
-    async def keys(self, prefix: str = "") -> AsyncIterator[str]:  # noqa: D102
+    async def keys(self, prefix: str = "") -> AsyncIterator[str]:
         for key in [key for key in self._service.kept if key.startswith(prefix)]:
             yield key
 
-    async def usage(self) -> StoreUsage:  # noqa: D102
+    async def usage(self) -> StoreUsage:
         return StoreUsage(len(self._service.kept), 0)
 
     async def close(self) -> None:

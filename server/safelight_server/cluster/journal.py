@@ -113,7 +113,7 @@ class Journal:
 
     def _take(self, write: Callable[[], Awaitable[bool]], show: Callable[[], None] | None) -> None:
         if self._over:
-            if show is not None:
+            if show is not None and not self._leader.lost.is_set():
                 show()
             return
         line = _JournalLine(write, show)
