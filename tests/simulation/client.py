@@ -252,7 +252,7 @@ async def find_as_stranger(client: Client, replica: Replica, ledger: Ledger) -> 
     task = replica.watch(stranger, name.partition("/")[2], 0, {}, lambda kind, what: inbox.put_nowait((kind, what)))
     try:
         async with asyncio.timeout(5.0):
-            kind, what = await inbox.get()
+            kind, _ = await inbox.get()
     except TimeoutError:
         return
     finally:

@@ -219,12 +219,9 @@ class Generations:
 
     async def _until_decidable(self, generation: Generation) -> None:
         """Waits until its lease is held for certain; `UnavailableError`: it is not, or the generation went elsewhere."""
-        try:
-            async with asyncio.timeout(ANSWER_S):
-                while not generation.may_decide and self._live.get(generation.identifier) is generation:
-                    await asyncio.sleep(DECIDE_RETRY_S)
-        except TimeoutError:
-            pass
+        until = time.monotonic() + ANSWER_S
+        while not generation.may_decide and generation.identifier in self._live and time.monotonic() < until:
+            await asyncio.sleep(DECIDE_RETRY_S)
         if not generation.ended and (not generation.may_decide or generation.identifier not in self._live):
             raise UnavailableError("another replica may own it by now; try again", retry_after_s=1.0)
 
