@@ -218,9 +218,9 @@ class Generations:
             generation.stop(GenerationCancelledError("it was cancelled"))
 
     async def _until_decidable(self, generation: Generation) -> None:
-        """Waits until its lease is held for certain; `UnavailableError`: it is not, or the generation went elsewhere."""
+        """Waits until its lease is held for certain; `UnavailableError`: it is not, or went elsewhere."""
         until = time.monotonic() + ANSWER_S
-        while not generation.may_decide and generation.identifier in self._live and time.monotonic() < until:
+        while not generation.may_decide and generation.identifier in self._live and time.monotonic() < until:  # noqa: ASYNC110  # the clock ends it too
             await asyncio.sleep(DECIDE_RETRY_S)
         if not generation.ended and (not generation.may_decide or generation.identifier not in self._live):
             raise UnavailableError("another replica may own it by now; try again", retry_after_s=1.0)
