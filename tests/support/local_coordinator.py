@@ -70,8 +70,9 @@ class LocalCoordinator:
     async def renew(self, lease: Lease, ttl_s: float) -> bool:
         """See `Coordinator`."""
         execution = self._execution(lease.name)
-        if self._held(execution) != lease:
+        if execution.newest != lease or execution.result is not None:
             return False
+        execution.lease = lease
         execution.ends = self._clock() + ttl_s
         return True
 
@@ -80,7 +81,7 @@ class LocalCoordinator:
         execution = self._execution(lease.name)
         if self._held(execution) != lease:
             return False
-        execution.lease = None
+        execution.lease = execution.newest = None
         self._notify()
         return True
 

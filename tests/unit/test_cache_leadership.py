@@ -136,3 +136,30 @@ async def test_after_its_commit_a_leader_has_lost_nothing() -> None:
     await asyncio.sleep(0.1)  # several beats
     assert not leader.lost.is_set()
     await leader.close()
+
+
+async def test_a_lease_that_another_had_and_let_go_is_lost() -> None:
+    coordinator = Outages()
+    leader = await lead(coordinator)
+    coordinator.out = True
+    await until(lambda: LocalCoordinator.acquire(coordinator, "x", "other", 60.0))
+    theirs = await coordinator.holder("x")
+    assert theirs is not None
+    await coordinator.release(theirs)
+    coordinator.out = False
+    assert not await leader.confirm(), "the other may have decided what was to be decided"
+    assert leader.lost.is_set() and not await leader.publish(b"late")
+    assert await coordinator.read("x") == []
+    await leader.close()
+
+
+async def test_in_an_outage_it_is_not_held_beyond_its_time() -> None:
+    coordinator = Outages()
+    leader = await lead(coordinator)
+    assert leader.held
+    coordinator.out = True
+    await eventually(lambda: not leader.held)
+    assert not leader.lost.is_set()
+    coordinator.out = False
+    await eventually(lambda: leader.held)
+    await leader.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 
 import pytest
@@ -29,6 +30,7 @@ class Generation:
     ends_by_itself: bool = False
     state: GenerationState = GenerationState.RUNNING
     ended: bool = False
+    may_decide: bool = True
     stopped: list[SafelightError] = field(default_factory=list)
 
     @property
@@ -67,3 +69,12 @@ async def test_one_that_ends_while_it_is_suspended_takes_no_place(lost):
     """What has just become true is told first, and that may be a failure."""
     lost.suspend(Generation("failed", ends_by_itself=True))
     assert len(lost) == 0
+
+
+async def test_nothing_is_decided_while_the_lease_is_in_doubt(lost: SuspendedGenerations) -> None:
+    one = Generation("a", grace_s=0.0, may_decide=False)
+    lost.suspend(one)
+    await asyncio.sleep(0.05)
+    assert not one.stopped
+    one.may_decide = True
+    await eventually(lambda: len(one.stopped) == 1)

@@ -9,6 +9,7 @@ Neighbours: `stream.EventLog` publishes, `records` has the form.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import math
 import time
@@ -24,6 +25,7 @@ from safelight_server.coordination.leadership import Leadership
 from safelight_server.domain.errors import SafelightError
 from safelight_server.domain.events import GenerationState, StateEvent
 from safelight_server.domain.picture import EncodedPicture
+from safelight_server.storage.base import StoreError
 from safelight_server.storage.sealed import Sealer
 
 log = structlog.get_logger(__name__)
@@ -69,6 +71,7 @@ class Journal:
         self._ended_at = math.inf
         self._over = False
         self._away_since: float | None = None
+        self._tried_at = -math.inf
 
     def event(self, event: StateEvent, sequence: int, data: bytes, show: Callable[[], None]) -> None:
         """Takes a state event."""
@@ -89,6 +92,11 @@ class Journal:
         self._ended_at = time.monotonic()
         self._go_on()
 
+    @property
+    def held(self) -> bool:
+        """Whether this replica certainly owns the generation now: only then may it decide what becomes of it."""
+        return self._leader.held
+
     async def closed(self) -> None:
         """Waits until nothing is left to be written, after `end` also until the ownership is given back."""
         if self._task is not None:
@@ -105,12 +113,13 @@ class Journal:
 
     def _take(self, write: Callable[[], Awaitable[bool]], show: Callable[[], None] | None) -> None:
         if self._over:
-            if show is not None:
+            if show is not None and not self._leader.lost.is_set():
                 show()
             return
         line = _JournalLine(write, show)
         self._lines.append(line)
-        if self._away_since is not None:
+        # away as of a moment ago: a process that has slept since must ask first, another may own the generation
+        if self._away_since is not None and (self.held or time.monotonic() - self._tried_at < 2 * RETRY_S):
             self._show(line)
         self._go_on()
 
@@ -125,19 +134,26 @@ class Journal:
                 assert settle is not None
                 self._over = True
                 self._watching.cancel()
-                await settle()
+                with contextlib.suppress(StoreError):
+                    await settle()
                 await self._leader.close()
                 return
             first = self._lines[0]
+            began = time.monotonic()
             if await first.write():
                 if self._lines and self._lines[0] is first:
                     self._lines.popleft()
                 self._show(first)
                 self._away_since = None
                 continue
-            self._away_since = self._away_since or time.monotonic()
-            for line in self._lines:
-                self._show(line)
+            if self._leader.lost.is_set():
+                return  # it was refused, since another owns the generation: what is shown of it is that one's
+            self._tried_at = time.monotonic()
+            self._away_since = self._away_since or self._tried_at
+            # a call that lasted so long may have slept with its process: asked again before anything is shown
+            if self.held or self._tried_at - began < 2 * RETRY_S:
+                for line in self._lines:
+                    self._show(line)
             if time.monotonic() - max(self._away_since, self._ended_at) > GIVE_UP_S:  # nothing comes after: no gap
                 log.warning("what was not written of a generation in time is given up")
                 self._lines.clear()
@@ -148,9 +164,7 @@ class Journal:
     async def _watch(self) -> None:
         await self._leader.lost.wait()
         self._over = True
-        lines, self._lines = self._lines, deque()
-        for line in lines:
-            self._show(line)
+        self._lines.clear()  # not shown: the new owner decides what becomes of it, and may have decided otherwise
         await self._leader.close()
         self._on_lost()
 

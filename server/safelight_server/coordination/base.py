@@ -72,7 +72,11 @@ class Coordinator(Protocol):
         """The lease, where nobody holds it and nothing is committed; the same again for the same owner."""
 
     async def renew(self, lease: Lease, ttl_s: float) -> bool:
-        """Keeps the lease for `ttl_s` from now; False: it has ended or is another's."""
+        """Keeps the lease for `ttl_s` from now, also one that ran out where nobody has held it since.
+
+        Returns:
+            False where another has held it since, it was given back, or a result is committed.
+        """
 
     async def release(self, lease: Lease) -> bool:
         """Gives the lease back; False: it was not held any more."""

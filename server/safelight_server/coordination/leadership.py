@@ -5,9 +5,10 @@
     outcome = await leader.commit(pointer, bill, give_up_s)
     await leader.close()
 
-`lost` is set for good when another holder exists. An outage alone loses nothing:
-the lease is renewed when the service is back, or taken again where it ran out
-and nobody wanted it; the work goes on for its own watchers meanwhile.
+`lost` is set for good when another has held the lease since, also if it is free
+again. An outage alone loses nothing: the lease is renewed when the service is
+back, also where it ran out and nobody took it; the work goes on for its own
+watchers meanwhile. Whoever decides without a write asks `held` first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 
 from safelight_server.coordination.base import CommitOutcome, Coordinator, FencedError, Lease
 from safelight_server.storage.base import StoreError
@@ -26,8 +28,9 @@ BEATS = 3
 class Leadership:
     """Made by `take`."""
 
-    def __init__(self, coordinator: Coordinator, lease: Lease, ttl_s: float) -> None:
+    def __init__(self, coordinator: Coordinator, lease: Lease, ttl_s: float, since: float) -> None:
         self.lease = lease
+        self._renewed_at = since
         self.lost = asyncio.Event()
         self._coordinator = coordinator
         self._ttl_s = ttl_s
@@ -42,16 +45,31 @@ class Leadership:
         Raises:
             StoreError: the service cannot be asked.
         """
+        since = time.monotonic()
         lease = await coordinator.acquire(name, secrets.token_hex(8), ttl_s)
-        return None if lease is None else cls(coordinator, lease, ttl_s)
+        return None if lease is None else cls(coordinator, lease, ttl_s, since)
+
+    @property
+    def held(self) -> bool:
+        """Whether the lease cannot have ended yet: its last renewal was asked for less than its time ago."""
+        return not self.lost.is_set() and time.monotonic() - self._renewed_at < self._ttl_s
+
+    async def confirm(self) -> bool:
+        """Asks the service whether the lease is held, and renews it.
+
+        Raises:
+            StoreError: the service cannot be asked.
+        """
+        async with self._asking:
+            return await self._renew()
 
     async def publish(self, data: bytes) -> bool:
         """Appends an event; False: readers elsewhere do not see it, because of an outage or another leader."""
         try:
             await self._coordinator.publish(self.lease, data)
         except FencedError:
-            async with self._asking:
-                await self._retake()
+            with contextlib.suppress(StoreError):
+                await self.confirm()
             return False
         except StoreError:
             return False
@@ -69,7 +87,7 @@ class Leadership:
                         async with self._asking:
                             outcome = await self._coordinator.commit(self.lease, pointer, bill)
                             self._over = outcome is not CommitOutcome.FENCED
-                            if self._over or not await self._retake():
+                            if self._over or not await self._renew():
                                 return outcome
                     except StoreError:
                         await asyncio.sleep(min(self._ttl_s / BEATS, 0.5))
@@ -88,17 +106,14 @@ class Leadership:
             await asyncio.sleep(self._ttl_s / BEATS)
             with contextlib.suppress(StoreError):
                 async with self._asking:
-                    if not self._over and not await self._coordinator.renew(self.lease, self._ttl_s):
-                        await self._retake()
+                    if not self._over:
+                        await self._renew()
 
-    async def _retake(self) -> bool:
-        """Leads again where the lease ran out and nobody took it; else it is lost."""
-        try:
-            lease = await self._coordinator.acquire(self.lease.name, self.lease.owner, self._ttl_s)
-        except StoreError:
-            return False
-        if lease is None:
-            self.lost.set()
-            return False
-        self.lease = lease
-        return True
+    async def _renew(self) -> bool:
+        asked_at = time.monotonic()
+        # never acquired anew: where another has held it and let it go, its work may be over and decided
+        if not self.lost.is_set() and await self._coordinator.renew(self.lease, self._ttl_s):
+            self._renewed_at = asked_at
+            return True
+        self.lost.set()
+        return False

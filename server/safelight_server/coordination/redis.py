@@ -91,12 +91,12 @@ class RedisCoordinator:
 
     async def renew(self, lease: Lease, ttl_s: float) -> bool:
         """See `Coordinator`."""
-        keys = [_key("lease", lease.name), _key("token", lease.name)]
+        keys = [_key(kind, lease.name) for kind in ("lease", "token", "result")]
         return bool(await self._run("renew", keys, _holder(lease), _ms(ttl_s), self._memory_ms))
 
     async def release(self, lease: Lease) -> bool:
         """See `Coordinator`."""
-        return bool(await self._run("release", [_key("lease", lease.name)], _holder(lease)))
+        return bool(await self._run("release", [_key("lease", lease.name), _key("token", lease.name)], _holder(lease)))
 
     async def holder(self, name: str) -> Lease | None:
         """See `Coordinator`."""

@@ -47,6 +47,12 @@ class FinishedGenerations:
             self._bytes += generation.log.artifact_bytes
         self.trim()
 
+    def remove(self, generation: Generation) -> None:
+        """Forgets one: another replica knows better what it came to."""
+        if self._generations.get(generation.identifier) is generation:
+            del self._generations[generation.identifier]
+            self._bytes -= generation.log.artifact_bytes
+
     def trim(self) -> None:
         """Drops generations older than `ttl_s`, and the oldest without streams while the bounds are exceeded."""
         now = self._clock()

@@ -45,6 +45,10 @@ from safelight_server.telemetry import Stage, tracing
 log = structlog.get_logger(__name__)
 
 
+DECIDE_RETRY_S = 0.25
+"""How soon it is looked again whether the lease is held, before something is decided."""
+
+
 @dataclass(slots=True)
 class GenerationTimes:
     """When things happened, on the engine's clock."""
@@ -156,6 +160,11 @@ class Generation:
         if sources:
             self.enter(self.outputs, sources)
 
+    @property
+    def may_decide(self) -> bool:
+        """Whether a timer or a client may end it here now: not after the lease may have ended, until it is renewed."""
+        return self.owned and (self.journal is None or self.journal.held)
+
     def _watch_deadline(self) -> None:
         if self.deadline is not None:
             left = max(0.0, self.deadline - self._clock())
@@ -202,7 +211,16 @@ class Generation:
                 self.on_output_ended(output, reason, error)
 
     def expire(self) -> None:
-        """Ends it, since its deadline has passed."""
+        """Ends the generation, since its deadline has passed.
+
+        While another replica may own it, this one decides nothing and looks again a little later.
+        """
+        if self.ended:
+            return
+        if not self.may_decide:
+            if self.owned:
+                self._expiry = asyncio.get_running_loop().call_later(DECIDE_RETRY_S, self.expire)
+            return
         error = self._late()
         in_time = isinstance(error, UnavailableError)  # as far as that was its own doing
         self.stop(error, FinishReason.FAILED if in_time else FinishReason.DEADLINE_EXCEEDED)

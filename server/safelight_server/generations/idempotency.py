@@ -83,6 +83,14 @@ class Idempotency:
         """Drops an id whose generation left no outcome: a retry starts a new one. Unknown ids are ignored."""
         self._live.pop((caller.tenant, request_id), None)
 
+    def forget(self, caller: Caller, request_id: str, generation_id: str) -> None:
+        """Another replica knows better what the generation came to. Ids of other generations are left alone."""
+        key = (caller.tenant, request_id)
+        if (entry := self._live.get(key)) is not None and entry.generation_id == generation_id:
+            del self._live[key]
+        if (ended := self._ended.get(key)) is not None and ended[0].generation_id == generation_id:
+            del self._ended[key]
+
     def _forget_old(self) -> None:
         now = self._clock()
         while self._ended and next(iter(self._ended.values()))[1] <= now:

@@ -36,7 +36,7 @@ from safelight_server.engine.engine import Engine
 from safelight_server.generations.admission import AdmissionLimits
 from safelight_server.generations.execution import Executions
 from safelight_server.generations.finished import FinishedGenerations
-from safelight_server.generations.generation import Generation
+from safelight_server.generations.generation import DECIDE_RETRY_S, Generation
 from safelight_server.generations.idempotency import Idempotency
 from safelight_server.generations.open_streams import End, OpenStreams
 from safelight_server.generations.ownership import CANCEL, PRIORITY, ClusterContext, Ownership
@@ -52,6 +52,8 @@ from safelight_server.telemetry.tracing import UNTRACED
 log = structlog.get_logger(__name__)
 
 TICK_S = 0.25
+ANSWER_S = 5.0
+"""How long a client's wish waits for a lease to be renewed."""
 
 
 class Generations:
@@ -222,7 +224,16 @@ class Generations:
         if not generation.owned and not generation.ended and self._ownership is not None:
             await self._ownership.mirrors.ask(generation, CANCEL)
         if generation.owned:
+            await self._until_decidable(generation)
             generation.stop(GenerationCancelledError("it was cancelled"))
+
+    async def _until_decidable(self, generation: Generation) -> None:
+        """Waits until its lease is held for certain; `UnavailableError`: it is not, or went elsewhere."""
+        until = time.monotonic() + ANSWER_S
+        while not generation.may_decide and generation.identifier in self._live and time.monotonic() < until:  # noqa: ASYNC110  # the clock ends it too
+            await asyncio.sleep(DECIDE_RETRY_S)
+        if not generation.ended and (not generation.may_decide or generation.identifier not in self._live):
+            raise UnavailableError("another replica may own it by now; try again", retry_after_s=1.0)
 
     def set_priority(self, generation: Generation, priority: Priority) -> None:
         """Changes the priority of a generation, on whatever replica it runs."""
@@ -372,12 +383,13 @@ class Generations:
     def moved(self, generation: Generation) -> None:
         """Removes a generation that another replica owns from now on, and ends its streams with MOVED."""
         self._forget(generation)
-        self._requests.release(generation.caller, generation.request.request_id)
+        self._finished.remove(generation)
+        self._requests.forget(generation.caller, generation.request.request_id, generation.identifier)
         self._streams.move(generation)
 
     def _asked_to_cancel(self, identifier: str, _facts: Mapping[str, str]) -> None:
-        if identifier in self._live:
-            self._live[identifier].stop(GenerationCancelledError("it was cancelled"))
+        if (generation := self._live.get(identifier)) is not None and generation.may_decide:
+            generation.stop(GenerationCancelledError("it was cancelled"))
 
     def _asked_for_priority(self, identifier: str, facts: Mapping[str, str]) -> None:
         if (generation := self._live.get(identifier)) is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from safelight_server.domain.errors import GenerationCancelledError
 from safelight_server.domain.events import GenerationState
-from safelight_server.generations.generation import Generation
+from safelight_server.generations.generation import DECIDE_RETRY_S, Generation
 
 
 class SuspendedGenerations:
@@ -33,10 +33,22 @@ class SuspendedGenerations:
         if generation.ended:
             return  # what is told at the latest now was its end
         grace_s = generation.request.disconnect.resume_grace_s
-        timer = asyncio.get_running_loop().call_later(grace_s, _abandon, generation)
-        self._waiting[generation.identifier] = (generation, timer)
+        self._abandon_in(grace_s, generation)
         if len(self._waiting) > self._max_entries:
-            _abandon(next(iter(self._waiting.values()))[0])
+            self._abandon(next(iter(self._waiting.values()))[0])
+
+    def _abandon_in(self, seconds: float, generation: Generation) -> None:
+        timer = asyncio.get_running_loop().call_later(seconds, self._abandon, generation)
+        self._waiting[generation.identifier] = (generation, timer)
+
+    def _abandon(self, generation: Generation) -> None:
+        if generation.state is not GenerationState.SUSPENDED:
+            return
+        if not generation.may_decide:  # this process may have slept, and another replica gone on with it
+            self.forget(generation)
+            self._abandon_in(DECIDE_RETRY_S, generation)
+            return
+        generation.stop(GenerationCancelledError("its last stream was lost and not resumed in time"))
 
     def resume(self, generation: Generation) -> None:
         """Resumes a generation, since a stream has come."""
@@ -48,8 +60,3 @@ class SuspendedGenerations:
         _, timer = self._waiting.pop(generation.identifier, (None, None))
         if timer is not None:
             timer.cancel()
-
-
-def _abandon(generation: Generation) -> None:
-    if generation.state is GenerationState.SUSPENDED:
-        generation.stop(GenerationCancelledError("its last stream was lost and not resumed in time"))

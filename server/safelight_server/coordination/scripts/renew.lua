@@ -1,7 +1,20 @@
--- KEYS: lease, token. ARGV: holder, lease ttl ms, memory ttl ms. Returns 1 where the lease is the holder's.
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then
+-- KEYS: lease, token, result. ARGV: holder, lease ttl ms, memory ttl ms.
+-- Returns 1 where the lease is the holder's: held, or run out while nobody else held it. No token at all means that
+-- Redis has lost its memory, and with it whatever another could have decided.
+local held = redis.call('GET', KEYS[1])
+if held and held ~= ARGV[1] then
   return 0
 end
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
-redis.call('PEXPIRE', KEYS[2], ARGV[3])
+if not held then
+  local newest = redis.call('GET', KEYS[2])
+  if (newest and newest ~= ARGV[1]) or redis.call('EXISTS', KEYS[3]) == 1 then
+    return 0
+  end
+end
+if held and redis.call('PEXPIRE', KEYS[2], ARGV[3]) == 1 then
+  redis.call('PEXPIRE', KEYS[1], ARGV[2])  -- a Redis that is full takes no SET, and must not cost a lease
+  return 1
+end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[3])
 return 1

@@ -195,6 +195,9 @@ class Mirrors:
                     raise PictureGoneError
             mirror.generation.hear(told, picture)
             mirror.changed.set()
+            if told.state is GenerationState.SUSPENDED and mirror.generation.log.watchers:
+                # its owner may be a new one, that has not heard yet that there is a stream here
+                self._context.bulletin.publish(WANT, mirror.generation.identifier, by=self._me)
         mirror.place = event.place
 
     def _parse(self, name: str, event: StreamEvent) -> GenerationRecord | EventRecord | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from safelight_server.cluster.journal import Journal
+from safelight_server.cluster.journal import GIVE_UP_S, RETRY_S, Journal
 from safelight_server.cluster.records import GenerationRecord, dump
 from safelight_server.coordination.leadership import Leadership
 from safelight_server.domain.errors import AlreadyExistsError, UnavailableError
@@ -139,15 +139,26 @@ class Owners:
                     f"request_id {request.request_id} was used with another request; choose a new one",
                     metadata={"request_id": request.request_id, "generation": f"generations/{other}"},
                 )
-            held = await self._context.coordinator.holder(self._context.name(other)) is not None
             if await self._context.coordinator.read(self._context.name(other)):
                 return other
-            if not held:  # its replica died before it accepted anything
-                replaced = there
+            if (leader := await self._take(other)) is not None:
+                try:
+                    if await self._context.coordinator.read(self._context.name(other)):
+                        return other
+                    # its replica died, or sleeps, before it accepted anything: now its lease is lost and it never will
+                    there = await self._context.coordinator.claim(name, mine, CLAIM_S, there)
+                finally:
+                    await leader.close()
+                if there == mine:
+                    own.claim = (name, mine)
+                    return None
                 continue
             if time.monotonic() > until:
                 raise UnavailableError("another replica is about to run it; try again", retry_after_s=1.0)
             await asyncio.sleep(LOOK_S)
+
+    async def _take(self, identifier: str) -> Leadership | None:
+        return await Leadership.take(self._context.coordinator, self._context.name(identifier), self._context.ttl_s)
 
     async def record(self, generation: Generation, plans: Sequence[OutputPlan]) -> None:
         """Writes down what another replica needs to go on with it; REPLICATED where that is done."""
@@ -171,7 +182,9 @@ class Owners:
             if not await self._planner.keep_starts(generation, plans):
                 return
             await self._context.coordinator.register(own.name)
-            if not await own.leader.publish(dump(self._context.sealer, own.name, record)):
+            if own.leader.lost.is_set() or not await own.leader.publish(dump(self._context.sealer, own.name, record)):
+                if own.leader.lost.is_set():  # another runs this request by now
+                    raise UnavailableError("another replica has taken its request; try again", retry_after_s=0.1)
                 await self._context.coordinator.unregister(own.name)
                 return
             generation.durability = Durability.REPLICATED
@@ -183,7 +196,8 @@ class Owners:
         if own is None:
             return
         generation.journal = generation.log.journal = None
-        await self.settle_record(own, FORGET_S, 0.0)
+        with contextlib.suppress(StoreError):
+            await self.settle_record(own, FORGET_S, 0.0)
         await self._give_back(own)
 
     def settle(self, generation: Generation, *, retryable: bool) -> None:
@@ -223,14 +237,19 @@ class Owners:
         return generation.journal is not None and generation.identifier in self._wishes
 
     async def settle_record(self, own: OwnedGeneration, kept_s: float, claimed_s: float) -> None:
-        """Keeps its events and its request id for so long, and nothing that its outputs begin from."""
+        """Keeps its events and its request id for so long, and nothing that its outputs begin from.
+
+        Raises:
+            StoreError: the service cannot be asked.
+        """
+        if not await own.leader.confirm():
+            return  # another owns it, or has: all that is kept of it is that one's
         for key in own.starts:
             await self._context.tiers.delete(key)
-        with contextlib.suppress(StoreError):
-            await self._context.coordinator.expire(own.name, kept_s)
-            if own.claim is not None:
-                await self._context.coordinator.unclaim(*own.claim, claimed_s)
-            await self._context.coordinator.unregister(own.name)
+        await self._context.coordinator.expire(own.name, kept_s)
+        if own.claim is not None:
+            await self._context.coordinator.unclaim(*own.claim, claimed_s)
+        await self._context.coordinator.unregister(own.name)
 
     def _end(self, journal: Journal, settle: Callable[[], Awaitable[None]]) -> None:
         journal.end(settle)
@@ -250,7 +269,13 @@ class Owners:
 
     @staticmethod
     async def _close(own: OwnedGeneration, settle: Callable[[], Awaitable[None]]) -> None:
-        await settle()
+        until = time.monotonic() + GIVE_UP_S
+        while time.monotonic() < until:  # its record may be there though the answer was lost: nobody may adopt it
+            try:
+                await settle()
+                break
+            except StoreError:
+                await asyncio.sleep(RETRY_S)
         await own.leader.close()
 
     def journal(self, generation: Generation, own: OwnedGeneration) -> Journal:
@@ -273,11 +298,11 @@ class Owners:
         return own.journal
 
     def _lose(self, generation: Generation) -> None:
-        """Another replica has taken it over, since this one was silent for too long."""
+        """Another replica has taken it over, since this one was silent for too long; its end here, if any, is void."""
         log.warning("another replica has taken over a generation", generation=generation.name)
         if self._own.pop(generation.identifier, None) is not None:
             generation.leave()
-            self._host.moved(generation)
+        self._host.moved(generation)
 
     def hear_want(self, identifier: str, facts: Mapping[str, str]) -> None:
         """Another replica has a stream for it."""

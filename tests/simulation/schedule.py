@@ -1,0 +1,273 @@
+"""One schedule: what is asked of a fleet, what goes wrong meanwhile, and what must hold; all drawn from one seed."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import random
+import sys
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import structlog
+from safelight_server.cluster.commit import BILL
+from safelight_server.domain.caller import Caller
+from safelight_server.domain.request import CacheMode, CachePolicy, DisconnectPolicy, Request
+from safelight_server.scheduler import Priority
+
+from tests.simulation.client import Client, Ledger, find_as_stranger
+from tests.simulation.clock import HOST, SERVICE, VirtualLoop, virtual_time
+from tests.simulation.replica import NO_PREVIEWS, RAW, SEALER, TTL_S, Replica
+from tests.simulation.service import Network, Service
+from tests.support.streams import SPEC
+
+QUIET_S = 60.0
+"""Time in which, with nothing going wrong any more, every request must come to its end."""
+FAULTS = ("freeze", "freeze", "kill", "out", "pause", "cut", "rain")
+TENANTS = (Caller("ann", "studio"), Caller("bob", "agency"))
+
+
+@dataclass(slots=True)
+class Result:
+    """What became of a schedule: `wrong` is empty where every invariant held."""
+
+    seed: int
+    wrong: list[str]
+    trace: list[str]
+
+
+@dataclass(slots=True)
+class Fleet:
+    """All that one schedule is made of."""
+
+    loop: VirtualLoop
+    chance: random.Random
+    ledger: Ledger
+    service: Service
+    network: Network
+    replicas: list[Replica]
+    step_s: float
+    trace: list[str] = field(default_factory=list)
+    requests: dict[str, Request] = field(default_factory=dict)
+    graveyard: list[Replica] = field(default_factory=list)
+    num_started: int = 0
+
+    def note(self, what: str) -> None:
+        """Takes a line of the trace."""
+        self.trace.append(f"{self.loop.time():8.3f} s  {what}")
+
+    def start(self, name: str) -> Replica:
+        """A new process of a replica."""
+        self.num_started += 1
+        return Replica(f"{name}{self.num_started}", self.loop, self.network, self.service, self.step_s)
+
+
+def run(seed: int, *, trace: bool = False) -> Result:
+    """Runs one schedule."""
+    loop = VirtualLoop()
+    ledger = Ledger()
+    lines: list[str] = []
+
+    def listen(_logger: Any, method: str, entry: dict[str, Any]) -> dict[str, Any]:
+        host = _host()
+        if entry.get("event") == "bug":
+            ledger.fault(f"a bug at {host}: {entry.get('exc_info')!r}")
+        if trace:
+            facts = {key: value for key, value in entry.items() if key != "event"}
+            lines.append(f"{loop.time():8.3f} s  {host}: {entry['event']} {facts}")
+        raise structlog.DropEvent
+
+    before = structlog.get_config()
+    structlog.configure(processors=[listen], cache_logger_on_first_use=False)
+    loop.set_exception_handler(
+        lambda _, context: ledger.fault(f"{context.get('message')} {context.get('exception')!r}")
+    )
+    try:
+        with virtual_time(loop, seed):
+            loop.run_until_complete(
+                loop.create_task(_schedule(loop, random.Random(seed), ledger, lines), context=SERVICE.copy())
+            )
+    finally:
+        loop.set_exception_handler(lambda *_: None)
+        structlog.configure(**before)
+        asyncio.set_event_loop(None)
+        _bury(loop)
+    return Result(seed, ledger.wrong, lines)
+
+
+def _bury(loop: VirtualLoop) -> None:
+    """Drops what still runs without running it."""
+    for task in asyncio.all_tasks(loop):
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # as the loop's shutdown does
+    loop._ready.clear()  # type: ignore[attr-defined]  # of BaseEventLoop
+    loop._scheduled.clear()  # type: ignore[attr-defined]  # of BaseEventLoop
+
+
+def _collect() -> None:
+    """Frees dropped schedules; what their coroutines say of that is of no interest."""
+    sys.unraisablehook, before = lambda _: None, sys.unraisablehook
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            gc.collect()
+    finally:
+        sys.unraisablehook = before
+
+
+def _host() -> str:
+    host = HOST.get()
+    return "-" if host is None else host.name
+
+
+async def _schedule(loop: VirtualLoop, chance: random.Random, ledger: Ledger, lines: list[str]) -> None:
+    service = Service(loop, ledger.published)
+    network = Network(loop, service, chance)
+    step_s = chance.choice((0.05, 0.2, 0.6))
+    fleet = Fleet(loop, chance, ledger, service, network, [], step_s, lines)
+    fleet.replicas += [fleet.start("abc"[n]) for n in range(chance.choice((2, 2, 3)))]
+    clients = [_client(fleet, n) for n in range(chance.randint(1, 3))]
+    works = [asyncio.ensure_future(_behave(fleet, client)) for client in clients]
+    weather = asyncio.ensure_future(_weather(fleet))
+    await weather
+    fleet.note("calm")
+    try:
+        async with asyncio.timeout(QUIET_S):
+            await asyncio.gather(*works)
+    except TimeoutError:
+        for work in works:
+            work.cancel()
+        ledger.fault(
+            f"not ended {QUIET_S:.0f} s after the last fault: {[c.name or c.request.request_id for c in clients if not c.ended]}"
+        )
+        return
+    await _ask_again(fleet, clients)
+    await asyncio.sleep(4.0 * TTL_S + 3.0)
+    await _ask_again(fleet, clients)
+    _check_bills(fleet, clients)
+
+
+def _client(fleet: Fleet, number: int) -> Client:
+    """One that asks for something of its own, or for the same as the first of its tenant."""
+    known, caller = fleet.requests, TENANTS[number % 2]
+    if fleet.chance.random() < 0.2 and caller.tenant in known:
+        request = known[caller.tenant]
+    else:
+        request = known[caller.tenant] = _request(fleet.chance, f"request-{number // 2}")
+    return Client(caller, request, fleet.replicas, fleet.ledger, random.Random(fleet.chance.random()))
+
+
+def _request(chance: random.Random, request_id: str) -> Request:
+    seed, steps = chance.randint(1, 3), chance.randint(2, 8)
+    return Request(
+        replace(SPEC, width_px=128, height_px=128, num_inference_steps=steps, seeds=(seed,)),
+        NO_PREVIEWS,
+        RAW,
+        Priority.STANDARD,
+        DisconnectPolicy(chance.random() < 0.2, chance.choice((1.0, 3.0, 30.0))),
+        CachePolicy(chance.choice((CacheMode.BYPASS, CacheMode.DEFAULT))),
+        None,
+        request_id,
+        f"{seed} {steps}".encode(),
+    )
+
+
+async def _behave(fleet: Fleet, client: Client) -> None:
+    chance = random.Random(fleet.chance.random())
+    await asyncio.sleep(chance.uniform(0.0, 2.0))
+    draw = chance.random()
+    if draw < 0.2:
+        fleet.note("a client leaves and returns")
+        await client.leave_and_return(chance.uniform(0.05, 3.0), chance.uniform(0.1, 5.0))
+    elif draw < 0.35:
+        work = asyncio.ensure_future(client.run())
+        await asyncio.sleep(chance.uniform(0.05, 3.0))
+        fleet.note(f"cancel of {client.name}")
+        await client.cancel(chance.choice(fleet.replicas), 8.0)
+        await work
+    else:
+        await client.run()
+
+
+async def _weather(fleet: Fleet) -> None:
+    """Goes wrong a few times, and is calm at the end."""
+    chance = fleet.chance
+    await asyncio.sleep(0.3)
+    for _ in range(chance.randint(1, 4)):
+        await asyncio.sleep(chance.uniform(0.0, 2.0))
+        fault = chance.choice(FAULTS)
+        place = chance.randrange(len(fleet.replicas))
+        replica = fleet.replicas[place]
+        fleet.note(f"{fault} {replica.host.name if fault in ('freeze', 'kill', 'cut') else ''}")
+        for_s = chance.choice((chance.uniform(0.1, TTL_S), chance.uniform(TTL_S, 4 * TTL_S)))
+        if fault not in ("freeze", "kill"):
+            names = [replica.host.name] if fault == "cut" else [one.host.name for one in fleet.replicas]
+            fleet.network.doubt(names, for_s)
+        match fault:
+            case "freeze":
+                fleet.loop.freeze(replica.host)
+                fleet.loop.call_later(for_s, _thaw, fleet, replica)
+            case "kill":
+                replica.kill()
+                fleet.graveyard.append(replica)
+                await asyncio.sleep(chance.uniform(0.0, 2.0))
+                fleet.replicas[place] = fleet.start(replica.host.name[0])
+                fleet.note(f"start {fleet.replicas[place].host.name}")
+            case "out":
+                fleet.network.out = True
+                await asyncio.sleep(for_s)
+                fleet.network.out = False
+            case "pause":
+                fleet.network.paused = True
+                await asyncio.sleep(for_s)
+                fleet.network.go_on()
+            case "cut":
+                fleet.network.cut.add(replica.host.name)
+                fleet.loop.call_later(for_s, fleet.network.cut.discard, replica.host.name)
+            case "rain":
+                fleet.network.p_lost, fleet.network.p_deaf, fleet.network.p_late = 0.15, 0.15, 0.1
+                await asyncio.sleep(for_s)
+                fleet.network.p_lost = fleet.network.p_deaf = fleet.network.p_late = 0.0
+    await asyncio.sleep(4 * TTL_S)  # the longest freeze or cut is over
+
+
+def _thaw(fleet: Fleet, replica: Replica) -> None:
+    if not replica.host.dead and replica.host.held is not None:
+        fleet.note(f"thaw {replica.host.name}")
+        fleet.loop.thaw(replica.host)
+
+
+async def _ask_again(fleet: Fleet, clients: list[Client]) -> None:
+    for replica in fleet.replicas:
+        for client in clients:
+            fleet.note(f"{client.request.request_id} asked again at {replica.host.name}")
+            name = client.name
+            await client.ask_again(replica, 20.0)
+            if not client.ended:
+                fleet.ledger.fault(f"{name or client.request.request_id} does not answer again at {replica.host.name}")
+            await find_as_stranger(client, replica, fleet.ledger)
+
+
+def _check_bills(fleet: Fleet, clients: list[Client]) -> None:
+    billed = Counter(json.loads(SEALER.open(BILL, bill.data)[0].data)["generation"] for bill in fleet.service._bills)
+    for generation, count in billed.items():
+        if count > 1:
+            fleet.ledger.fault(f"{generation} was billed {count} times")
+
+
+def run_many(first: int, count: int) -> list[Result]:
+    """Runs schedules of consecutive seeds; those that fail."""
+    failed = []
+    gc.disable()
+    gc.freeze()  # modules and pipelines, which every collection would look through
+    for seed in range(first, first + count):
+        result = run(seed)
+        if result.wrong:
+            failed.append(result)
+        if seed % 20 == 0:
+            _collect()
+    _collect()
+    gc.enable()
+    return failed

@@ -1,0 +1,371 @@
+"""The service that replicas share, with Redis' rules, and the network to it.
+
+A request is executed once or never, at once or late, and its answer may be
+lost: whoever asked has given up meanwhile and does not know. Requests that wait
+while the service is paused are executed when it goes on, in any order, as those
+of Redis' connections are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from typing import Any, TypeVar
+
+from safelight_server.coordination.base import (
+    BEGINNING,
+    CommitOutcome,
+    CommittedResult,
+    Coordinator,
+    FencedError,
+    LeaderLostError,
+    Lease,
+    StreamEvent,
+)
+from safelight_server.storage.base import StoreUnavailableError, StoreUsage
+
+from tests.simulation.clock import HOST, SERVICE, VirtualLoop
+from tests.support.local_coordinator import LocalCoordinator
+
+T = TypeVar("T")
+TIMEOUT_S = 0.25
+LOOK_EVERY_S = 0.5
+RETRY_S = 0.5
+
+
+class Service(LocalCoordinator):
+    """The rules of the local coordinator, with streams that expire, and a key-value store beside it.
+
+    Args:
+        on_published: told the stream's name and data of every event that was taken.
+    """
+
+    def __init__(self, loop: VirtualLoop, on_published: Callable[[str, bytes], None]) -> None:
+        super().__init__(clock=loop.time)
+        self._loop = loop
+        self._on_published = on_published
+        self._expiring: dict[str, float] = {}
+        self._waiting: dict[str, list[asyncio.Future[list[StreamEvent]]]] = {}
+        self.kept: dict[str, tuple[bytes, float]] = {}
+
+    async def publish(self, lease: Lease, data: bytes) -> str:
+        """See `Coordinator`."""
+        place = await super().publish(lease, data)
+        self._expiring.pop(lease.name, None)
+        self._on_published(lease.name, data)
+        return place
+
+    async def append(self, name: str, data: bytes) -> str:
+        """See `Coordinator`."""
+        self._forget_expired(name)
+        place = await super().append(name, data)
+        self._wake(name)
+        return place
+
+    async def commit(self, lease: Lease, pointer: str, bill: bytes) -> CommitOutcome:
+        """See `Coordinator`."""
+        outcome = await super().commit(lease, pointer, bill)
+        self._wake(lease.name)
+        return outcome
+
+    async def read(self, name: str) -> list[StreamEvent]:
+        """See `Coordinator`."""
+        self._forget_expired(name)
+        return await super().read(name)
+
+    async def expire(self, name: str, ttl_s: float) -> None:
+        """See `Coordinator`."""
+        self._expiring[name] = self._clock() + ttl_s
+
+    async def unowned(self) -> list[str]:
+        """See `Coordinator`."""
+        return sorted(await super().unowned())
+
+    async def after(self, name: str, place: str) -> list[StreamEvent]:
+        """The events of a stream after a place."""
+        return [event for event in await self.read(name) if _number(event.place) > _number(place)]
+
+    async def blocked(self, name: str, place: str) -> list[StreamEvent]:
+        """The events after a place as soon as there are any, none after a while. Awaited by the network alone."""
+        if not (there := await self.after(name, place)):
+            waiting: asyncio.Future[list[StreamEvent]] = self._loop.create_future()
+            waiters = self._waiting.setdefault(name, [])
+            waiters.append(waiting)
+            timer = self._loop.call_later(LOOK_EVERY_S, self._wake_one, waiting, context=SERVICE)
+            await waiting
+            timer.cancel()
+            there = await self.after(name, place)
+        return there
+
+    async def get(self, key: str) -> bytes | None:
+        """A value of the store."""
+        value, expires = self.kept.get(key, (None, 0.0))
+        return value if self._clock() < expires else None
+
+    async def put(self, key: str, value: bytes, ttl_s: float) -> None:
+        """Keeps a value."""
+        self.kept[key] = value, self._clock() + ttl_s
+
+    async def delete(self, key: str) -> None:
+        """Forgets a value."""
+        self.kept.pop(key, None)
+
+    def _forget_expired(self, name: str) -> None:
+        if self._expiring.get(name, float("inf")) <= self._clock():
+            del self._expiring[name]
+            self._execution(name).events.clear()
+
+    def _wake(self, name: str) -> None:
+        for waiting in self._waiting.pop(name, ()):
+            self._wake_one(waiting)
+
+    @staticmethod
+    def _wake_one(waiting: asyncio.Future[list[StreamEvent]]) -> None:
+        if not waiting.done():
+            waiting.set_result([])
+
+
+class Network:
+    """Between replicas and the service, with the weather on it.
+
+    Attributes:
+        out: nothing answers (a restart): calls fail at once.
+        paused: calls are taken and executed when the pause is over.
+        cut: hosts that do not reach the service.
+        p_lost, p_deaf, p_late: of one request: never executed; executed but not answered; executed late.
+    """
+
+    def __init__(self, loop: VirtualLoop, service: Service, chance: random.Random) -> None:
+        self.out = False
+        self.paused = False
+        self.cut: set[str] = set()
+        self.p_lost = self.p_deaf = self.p_late = 0.0
+        self._loop = loop
+        self._service = service
+        self._chance = chance
+        self._waiting: list[Callable[[], None]] = []
+        self._doubtful: dict[str, float] = {}
+
+    def doubtful(self, host: str) -> bool:
+        """Whether a host may not know yet that it can reach the service again."""
+        return self._loop.time() < self._doubtful.get(host, 0.0)
+
+    def doubt(self, hosts: Iterable[str], for_s: float) -> None:
+        """They do not reach the service, all of the time or now and then, for so long."""
+        for host in hosts:
+            self._doubtful[host] = max(self._doubtful.get(host, 0.0), self._loop.time() + for_s + 2.0)
+
+    def go_on(self) -> None:
+        """The pause is over."""
+        self.paused = False
+        waiting, self._waiting = self._waiting, []
+        self._chance.shuffle(waiting)
+        for execute in waiting:
+            self._loop.call_soon(execute, context=SERVICE)
+
+    async def call(self, work: Callable[[], Coroutine[Any, Any, T]], timeout_s: float = TIMEOUT_S) -> T:
+        """What the service answers.
+
+        Raises:
+            StoreUnavailableError: no answer came in time, and nobody knows whether it was done.
+        """
+        host, draw = HOST.get(), self._chance.random()
+        if self.out:
+            await asyncio.sleep(0)
+            raise StoreUnavailableError("out")
+        answer: asyncio.Future[T] = self._loop.create_future()
+        lost = (host is not None and host.name in self.cut) or draw < self.p_lost
+        if not lost:
+            draw -= self.p_lost
+            deaf = draw < self.p_deaf
+            late = not deaf and draw - self.p_deaf < self.p_late
+            delay_s = self._chance.uniform(0.3, 4.0) if late else self._chance.uniform(0.0002, 0.002)
+            execute = self._executing(work, None if deaf else answer)
+            self._loop.call_later(delay_s, execute, context=SERVICE)
+        timer = self._loop.call_later(timeout_s, _give_up, answer)
+        try:
+            return await answer
+        finally:
+            timer.cancel()
+
+    def _executing(
+        self, work: Callable[[], Coroutine[Any, Any, T]], answer: asyncio.Future[T] | None
+    ) -> Callable[[], None]:
+        def execute() -> None:
+            if self.paused:
+                self._waiting.append(execute)
+                return
+            coroutine = work()
+            try:
+                coroutine.send(None)
+            except StopIteration as stop:
+                self._answer(answer, stop.value, None)
+            except FencedError as error:
+                self._answer(answer, None, error)
+            else:  # it waits for events
+                coroutine.close()
+                raise AssertionError("a call of the service waits")
+
+        return execute
+
+    def _answer(self, answer: asyncio.Future[Any] | None, value: object, error: Exception | None) -> None:
+        def arrive() -> None:
+            if answer is not None and not answer.done():
+                if error is not None:
+                    answer.set_exception(error)
+                else:
+                    answer.set_result(value)
+
+        self._loop.call_later(self._chance.uniform(0.0002, 0.002), arrive, context=SERVICE)
+
+    async def wait(self, name: str, place: str) -> list[StreamEvent]:
+        """Events after a place, or none after a while.
+
+        Raises:
+            StoreUnavailableError: as of `call`.
+        """
+        host = HOST.get()
+        if self.out or self.paused or (host is not None and host.name in self.cut):
+            await asyncio.sleep(TIMEOUT_S)
+            raise StoreUnavailableError("out")
+        waiting = self._loop.create_task(self._service.blocked(name, place), context=SERVICE.copy())
+        try:
+            return await waiting
+        finally:
+            waiting.cancel()
+
+
+class RemoteCoordinator(Coordinator):
+    """The service as one replica sees it; see `Coordinator`."""
+
+    def __init__(self, network: Network, service: Service) -> None:
+        self._network = network
+        self._service = service
+
+    async def acquire(self, name: str, owner: str, ttl_s: float) -> Lease | None:
+        return await self._network.call(lambda: self._service.acquire(name, owner, ttl_s))
+
+    async def renew(self, lease: Lease, ttl_s: float) -> bool:
+        return await self._network.call(lambda: self._service.renew(lease, ttl_s))
+
+    async def release(self, lease: Lease) -> bool:
+        return await self._network.call(lambda: self._service.release(lease))
+
+    async def holder(self, name: str) -> Lease | None:
+        return await self._network.call(lambda: self._service.holder(name))
+
+    async def publish(self, lease: Lease, data: bytes) -> str:
+        return await self._network.call(lambda: self._service.publish(lease, data))
+
+    async def append(self, name: str, data: bytes) -> str:
+        return await self._network.call(lambda: self._service.append(name, data))
+
+    async def follow(self, name: str, after: str = BEGINNING, leader: bool = True) -> AsyncIterator[StreamEvent]:
+        while True:
+            over, events = False, []
+            try:
+                events = await self._network.wait(name, after)
+            except StoreUnavailableError:
+                await asyncio.sleep(RETRY_S)
+            else:
+                if not events and leader and (over := await self._is_over(name)):
+                    try:
+                        events = await self._network.call(lambda: self._service.after(name, after))
+                    except StoreUnavailableError:
+                        over = False
+            for event in events:
+                after = event.place
+                yield event
+            if over:
+                return
+
+    async def _is_over(self, name: str) -> bool:
+        try:
+            if await self.result(name) is not None:
+                return True
+            if await self.holder(name) is None:
+                if await self.result(name) is not None:
+                    return True
+                raise LeaderLostError(name)
+        except StoreUnavailableError:
+            pass
+        return False
+
+    async def commit(self, lease: Lease, pointer: str, bill: bytes) -> CommitOutcome:
+        return await self._network.call(lambda: self._service.commit(lease, pointer, bill))
+
+    async def result(self, name: str) -> CommittedResult | None:
+        return await self._network.call(lambda: self._service.result(name))
+
+    async def forget(self, name: str, result: CommittedResult) -> bool:
+        return await self._network.call(lambda: self._service.forget(name, result))
+
+    async def bills(self, after: str = BEGINNING, limit: int = 1000) -> list[StreamEvent]:
+        return await self._network.call(lambda: self._service.bills(after, limit))
+
+    async def read(self, name: str) -> list[StreamEvent]:
+        return await self._network.call(lambda: self._service.read(name))
+
+    async def expire(self, name: str, ttl_s: float) -> None:
+        await self._network.call(lambda: self._service.expire(name, ttl_s))
+
+    async def claim(self, name: str, value: bytes, ttl_s: float, instead_of: bytes | None = None) -> bytes:
+        return await self._network.call(lambda: self._service.claim(name, value, ttl_s, instead_of))
+
+    async def unclaim(self, name: str, value: bytes, ttl_s: float = 0.0) -> None:
+        await self._network.call(lambda: self._service.unclaim(name, value, ttl_s))
+
+    async def register(self, name: str) -> None:
+        await self._network.call(lambda: self._service.register(name))
+
+    async def unregister(self, name: str) -> None:
+        await self._network.call(lambda: self._service.unregister(name))
+
+    async def unowned(self) -> list[str]:
+        return await self._network.call(lambda: self._service.unowned())
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+
+class RemoteStore:
+    """The shared tier as one replica sees it; see `Store`."""
+
+    name = "redis"
+
+    def __init__(self, network: Network, service: Service) -> None:
+        self._network = network
+        self._service = service
+
+    async def get(self, key: str) -> bytes | None:
+        return await self._network.call(lambda: self._service.get(key))
+
+    async def head(self, key: str) -> bytes | None:
+        value = await self.get(key)
+        return None if value is None else value[:64]
+
+    async def put(self, key: str, value: bytes, ttl_s: float) -> None:
+        await self._network.call(lambda: self._service.put(key, value, ttl_s))
+
+    async def delete(self, key: str) -> None:
+        await self._network.call(lambda: self._service.delete(key))
+
+    async def keys(self, prefix: str = "") -> AsyncIterator[str]:
+        for key in [key for key in self._service.kept if key.startswith(prefix)]:
+            yield key
+
+    async def usage(self) -> StoreUsage:
+        return StoreUsage(len(self._service.kept), 0)
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def _give_up(answer: asyncio.Future[Any]) -> None:
+    if not answer.done():
+        answer.set_exception(StoreUnavailableError("no answer in time"))
+
+
+def _number(place: str) -> int:
+    return int(place.partition("-")[0])

@@ -1,0 +1,19 @@
+"""Some hundred schedules each time; `make test-simulation` runs a hundred thousand."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.simulation.schedule import run, run_many
+
+
+@pytest.mark.timeout(120)
+def test_every_invariant_holds() -> None:
+    failed = run_many(1, 200)
+    assert not failed, "\n".join(f"seed {result.seed}: {what}" for result in failed for what in result.wrong)
+
+
+@pytest.mark.parametrize("seed", [3, 38, 790])
+def test_a_seed_replays_exactly(seed: int) -> None:
+    one, other = run(seed, trace=True), run(seed, trace=True)
+    assert one.trace == other.trace and one.wrong == other.wrong
