@@ -23,6 +23,7 @@ from safelight_server.domain.request import MediaType, PixelEncoding, PreviewMet
 from safelight_server.domain.tensors import FloatArray
 from safelight_server.engine.jobs import Job
 from safelight_server.engine.latents import Snapshot
+from safelight_server.engine.observer import ExecutionObserver
 from safelight_server.generations.execution import Executions
 from safelight_server.generations.generation import Generation
 from safelight_server.generations.ownership import ClusterContext
@@ -132,16 +133,13 @@ class ModelRuntime:
         return "simulated"
 
 
-class CountingRecorder:
+class CountingRecorder(ExecutionObserver):
     """Keeps checkpoints, as the cache does."""
 
     def __init__(self, cache: SmallCache, wanted: CacheQuery) -> None:
         self.there = False
         self._cache = cache
         self._wanted = wanted
-
-    def encoded(self, row: int, embedding: FloatArray) -> None:
-        pass
 
     def wants_checkpoint(self, step: int) -> bool:
         return step % 2 == 0
@@ -152,9 +150,6 @@ class CountingRecorder:
         kept = self._cache.checkpoints.keep(name.namespace.name, name.exact, snapshot, steps, replicate=True)
         self._cache.tasks.add(task := asyncio.ensure_future(kept))
         task.add_done_callback(self._cache.tasks.discard)
-
-    async def developed(self, picture: object, compute_s: float) -> None:
-        pass
 
 
 class SmallCache:
