@@ -88,8 +88,9 @@ test-tools: setup .tools/.installed ## Run the tests with grpcurl, ghz and Jaege
 
 .PHONY: test-simulation
 SCHEDULES := 100000
-test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds (SCHEDULES=100000; 10 min)
-	$(if $(wildcard tests/simulation/__main__.py),PYTHONPATH=server:clients/python:. $(PY) -m tests.simulation --schedules $(SCHEDULES))
+SEED := 1
+test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds (SCHEDULES=100000 SEED=1; 15 to 30 min)
+	PYTHONPATH=server:clients/python:. $(PY) -m tests.simulation --schedules $(SCHEDULES) --seed $(SEED)
 
 .PHONY: test-rest
 test-rest: test-tools test-redis test-triton test-training test-peers test-simulation mutate ## Run the groups that need more than `make test` does (20 min)

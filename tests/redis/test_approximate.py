@@ -63,7 +63,7 @@ class Studio:
         message = ask("a star", 1, LATENT)
         message.spec.num_inference_steps = 4
         await self.send(server, who, message)
-        await server.running.cache._starts.rebuilt()
+        await server.running.cache._warm_starts.rebuilt()
 
     async def disposition(self, server: Server, who: str, prompt: str, seed: int, policy: pb.CachePolicy) -> str:
         """Of a generation of 10 steps."""
@@ -89,7 +89,7 @@ async def num_left(server: Server, generation: str) -> int:
     tag = server.running.generations.ownership.owners._context.keyring.tag("generation", generation)
     memory = tiers(server).tiers[0].store
     headers = [parse_header(await memory.head(key) or b"") async for key in memory.keys("")]
-    places = server.running.cache._starts._place.values()
+    places = server.running.cache._warm_starts._place.values()
     return sum(h is not None and h.generation == tag for h in headers) + sum(p.owner.generation == tag for p in places)
 
 
