@@ -59,7 +59,7 @@ class Batching:
     def _next_queue(self, full_only: bool) -> Queue | None:
         work = [queue for queue in self._ready if queue[0] is not Kind.PREVIEW]
         oldest = min(work, key=self._ready.turn, default=None)
-        if full_only:  # a queue that became ready later may not overtake, however full it is
+        if full_only:  # a younger line may not overtake, however full
             return oldest if oldest is not None and self._fills_a_batch(oldest) else None
         previews = [queue for queue in self._ready if queue[0] is Kind.PREVIEW]
         if previews:
