@@ -29,7 +29,7 @@ class NoiseSchedule:
         rescale_zero_terminal_snr: the last timestep is pure noise (Lin et al. 2023, algorithm 1).
         steps_offset: added to the timesteps of "leading" spacing.
         set_alpha_to_one: whether DDIM's last step ends at alpha 1 rather than at the first alpha.
-        shift: of flow matching's sigmas towards noise.
+        shift: how far flow matching's sigmas are shifted towards noise; 1 is not at all.
     """
 
     beta_schedule: str = "scaled_linear"
@@ -60,7 +60,7 @@ class SamplerSpec:
 
 
 def alphas_cumprod(schedule: NoiseSchedule) -> Doubles:
-    """The cumulated alphas by training timestep, (num_train_timesteps,), float32 values."""
+    """The cumulative product of the alphas by training timestep, (num_train_timesteps,), float32 values."""
     betas = _betas(schedule)
     if schedule.rescale_zero_terminal_snr:
         betas = _rescaled(betas)
@@ -68,7 +68,7 @@ def alphas_cumprod(schedule: NoiseSchedule) -> Doubles:
 
 
 def sigmas_of(alphas: Doubles, floor: bool = False) -> Doubles:
-    """Noise levels sqrt((1 - alpha) / alpha), float32 values; `floor` keeps the last finite."""
+    """Noise levels sqrt((1 - alpha) / alpha), float32 values; `floor` keeps the last one finite."""
     values = alphas.astype(np.float32)
     if floor:
         values[-1] = ZERO_SNR_ALPHA
