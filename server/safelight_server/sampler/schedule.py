@@ -1,4 +1,4 @@
-"""Noise schedules and where the steps are placed on them, as diffusers 0.42.1 computes them.
+"""Noise schedules and the timesteps and sigmas of a sampler's steps, as diffusers 0.42.1 computes them.
 
 Alphas are rounded to float32 at the same places as there, since a sampler near
 zero terminal SNR shows every last bit; all that follows is float64. torch's own
@@ -22,7 +22,7 @@ KARRAS_RHO = 7.0
 
 @dataclass(frozen=True, slots=True)
 class NoiseSchedule:
-    """How the training data was noised.
+    """The noise schedule that a model was trained with.
 
     Attributes:
         beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2".
@@ -91,7 +91,7 @@ def timesteps_of(schedule: NoiseSchedule, spacing: str, num_steps: int, endpoint
 
 
 def karras(sigma_max: float, sigma_min: float, num_steps: int) -> Doubles:
-    """Karras et al. 2022, equation 5, without the final zero, (num_steps,)."""
+    """Karras sigmas (Karras et al. 2022, equation 5) without the final zero, (num_steps,)."""
     high, low = sigma_max ** (1 / KARRAS_RHO), sigma_min ** (1 / KARRAS_RHO)
     sigmas: Doubles = (high + np.linspace(0, 1, num_steps) * (low - high)) ** KARRAS_RHO
     return sigmas
