@@ -1,12 +1,12 @@
-"""Benchmarks: `make bench`, `make bench ONLY=latency`. docs/benchmarks.md says how to read them.
+"""Benchmarks (`bench/`) and the calibration of the approximate caches (`calibration/`).
 
-The parts, each with a `Plan` of how much to measure: `throughput.py` (pictures
-per second against the bare loop), `latency.py` (first pixels under Poisson
-arrivals, against peers), `scheduler.py` (steps per second against the ideal),
-`watchers.py` (thousands of streams). What they share: `runner.py` (tables,
-JSON, machine facts), `processes.py` (servers and clients of their own),
-`clients.py` (who asks Safelight), `arrivals.py` (open loops), `bare.py` (the
-sessions without a server), `peers/` (other servers).
+`make bench` runs all parts of `bench/`, `make bench ONLY=latency` one of them;
+docs/benchmarks.md says how to read the results. Each part has a `Plan` of how
+much to measure, for example `throughput.py`, `latency.py`, `scheduler.py` and
+`watchers.py`. The parts share `runner.py` (tables, JSON, machine facts),
+`processes.py` (servers and clients in child processes), `clients.py` (Safelight
+clients), `arrivals.py` (closed and open loops), `bare.py` (the model without a
+server) and `peers/` (other servers to compare with).
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Checkpoints that a kill at any moment leaves whole: written beside, synced, then renamed."""
+"""Writes checkpoints atomically: to a temporary file, synced, then renamed, so that a kill never leaves half of one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A classifier of drawn icons: the judge of generated ones. Learns object, colour, background, sparkles and tilt."""
+"""Trains the classifier of drawn icons that judges generated pictures.
+
+It learns object, colour, background, sparkles and tilt.
+"""
 
 from __future__ import annotations
 

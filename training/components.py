@@ -1,4 +1,4 @@
-"""The networks as the component contract wants them: names and shapes of inputs and outputs."""
+"""Wraps the networks so that names and shapes of inputs and outputs are those of the server's components."""
 
 from __future__ import annotations
 

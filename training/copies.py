@@ -1,4 +1,4 @@
-"""Whether generated pictures are copies: how near each lies to drawings that the model was trained on.
+"""Checks whether generated pictures are copies: measures how near each lies to the training drawings.
 
 Pictures are compared as 32 x 32 colour pictures (Euclidean distance of
 values in [0, 1]). Held-out drawings, which nothing was trained on, show how

@@ -1,4 +1,4 @@
-"""The drawn data: specs by index, pictures on demand, latents drawn once and kept on disk.
+"""Training data: specs by index, pictures drawn on demand, latents computed once and kept on disk.
 
 Everything is a function of the recipe's seed and an index, so that a run can
 be taken up anywhere and another machine draws the same.

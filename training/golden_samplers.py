@@ -1,6 +1,6 @@
 """`python -m training.golden_samplers`: whole trajectories of diffusers' schedulers, for tests without torch.
 
-Each starts from our noise and is fed fixed predictions; what is kept is the timesteps and the latent after every step.
+Each starts from our noise and is fed fixed predictions; the timesteps and the latent after every step are kept.
 """
 
 from __future__ import annotations

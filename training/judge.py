@@ -1,4 +1,4 @@
-"""`python -m training.judge`: whether what `make bench ONLY=replay` was served shows what was asked for.
+"""`python -m training.judge`: whether the pictures of `make bench ONLY=replay` show what was asked for.
 
 Runs in the training environment: the judge is the classifier of
 `training/evaluate.py`, trained on first use, which takes minutes, and kept in

@@ -1,4 +1,4 @@
-"""The fixed linear encoder: principal components of pixel patches.
+"""Fixed linear encoder from pictures to latents: principal components of pixel patches.
 
 A learned encoder of this size loses colours (measured on the prototype); the
 components of 16 x 16 patches are there at once, keep what a small denoiser can

@@ -1,4 +1,4 @@
-"""pipeline.json: what binds components to a pipeline, read from the configuration of a diffusers pipeline."""
+"""Makes the manifest pipeline.json from the configuration of a diffusers pipeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes of one thread that train one model together: each has its share of a batch; gradients are averaged."""
+"""Data-parallel training in single-threaded processes: each takes a share of the batch; gradients are averaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton's config.pbtxt of a component: what both Triton and the embedded runtime read."""
+"""Makes Triton's config.pbtxt of a component, which both Triton and the `onnx` runtime read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of the shipped weights, straight from the ONNX files: the server's samplers without the server."""
+"""Generates pictures from the shipped ONNX files with the server's samplers, without the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes what was trained as a standard `StableDiffusionPipeline` folder, with our previews beside it."""
+"""Saves the trained model as a standard `StableDiffusionPipeline` folder, with our preview decoders beside it."""
 
 from __future__ import annotations
 

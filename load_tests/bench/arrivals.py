@@ -1,4 +1,4 @@
-"""Loads that peers and Safelight get alike: a closed loop for capacity, Poisson arrivals in an open loop for latency.
+"""Load generators for Safelight and its peers: a closed loop for capacity, an open loop (Poisson) for latency.
 
 Open loop: the next request comes when it is due, whether or not the server has
 caught up, and its latency counts from the moment it was due (Tene's

@@ -1,6 +1,6 @@
-"""The sessions of a pipeline without a server: no gRPC, no scheduler, no previews, one batch from noise to pixels.
+"""Runs a pipeline without a server: no gRPC, no scheduler, no previews, one batch from noise to pixels.
 
-What throughput is measured against, and what the LitServe peer runs. The
+The baseline of the throughput benchmark; the LitServe peer runs it too. The ONNX
 sessions have the options of `safelight_server.runtime.onnx`, so pictures are
 those of the server, bit for bit (a test compares them).
 """
@@ -33,7 +33,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Took:
-    """Wall and CPU seconds, the latter of all threads."""
+    """Wall seconds, and CPU seconds of all threads."""
 
     wall_s: float
     cpu_s: float

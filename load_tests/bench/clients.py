@@ -1,4 +1,4 @@
-"""Who asks Safelight: requests of one kind, raw pictures, and the times at which their pixels came."""
+"""Safelight clients of the benchmarks: send requests, receive raw pictures and note when their pixels arrived."""
 
 from __future__ import annotations
 

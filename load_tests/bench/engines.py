@@ -36,20 +36,20 @@ class Watch(ExecutionObserver):
     error: SafelightError | None = None
 
     def stepped(self, step: int, batch_size: int) -> None:
-        """A step was made now."""
+        """Notes the time of a step."""
         self.steps.append(time.monotonic())
 
     def decoded(self, image: FloatArray) -> None:
-        """The end."""
+        """Marks the output as ended."""
         self.done.set()
 
     def failed(self, error: SafelightError) -> None:
-        """The end."""
+        """Marks the output as ended."""
         self.error = error
         self.done.set()
 
     def expired(self) -> None:
-        """The end."""
+        """Marks the output as ended."""
         self.done.set()
 
 
@@ -88,7 +88,7 @@ class Bench:
 
 
 def cpu_s(server: TritonServer | None) -> float:
-    """CPU seconds of this process and of a server with its stubs."""
+    """CPU seconds of this process and of a Triton server with its stub processes."""
     used = time.process_time()
     for pid in (server.pid, *server.stubs()) if server else ():
         used += time.clock_gettime(~pid << 3 | CPUCLOCK_SCHED)

@@ -1,4 +1,4 @@
-"""How long exact hits take, asked for at a steady rate in an open loop.
+"""Latency of exact cache hits at a steady request rate (open loop).
 
 A server keeps a few pictures of the simulated runtime, as large as those of
 `icons`; clients ask for them again as PNG at the given rate, whether earlier

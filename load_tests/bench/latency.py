@@ -52,7 +52,7 @@ SMOKE = Plan(shares=(0.7,), num_steps=2, num_clients=2, capacity_s=0.5, rounds=1
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that is up."""
+    """A running server that is measured."""
 
     name: str
     kind: str

@@ -1,4 +1,4 @@
-"""Who merges the rows of a step: one owner with one call, or Triton's dynamic batcher with a call of each generation.
+"""Compares who merges rows into batches: the engine, or Triton's dynamic batcher with one call per generation.
 
 A Triton model of this module sleeps along the design's cost curve, 20 ms + 1 ms
 a row up to 64 rows, and gives back what it was given. The same engine drives

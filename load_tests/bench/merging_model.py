@@ -13,7 +13,7 @@ import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
-    """See the module."""
+    """Triton's interface of a Python model."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Reads the curve from the configuration."""

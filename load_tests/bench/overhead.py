@@ -1,4 +1,4 @@
-"""What the caches cost where nothing repeats.
+"""Overhead of the caches when no request repeats.
 
 Requests that have their prompt and seed to themselves, once with BYPASS, once
 with DEFAULT and once with ALLOW_SIMILAR, in rounds that take turns: on the

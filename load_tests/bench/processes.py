@@ -43,7 +43,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """The parent's end."""
+    """The parent's end of the pipe to a child process."""
 
     pipe: Connection
 
@@ -116,7 +116,7 @@ async def _call(function: Callable[..., Awaitable[object]], *args: object) -> ob
 
 
 async def usage() -> Usage:
-    """Of this process."""
+    """CPU and memory use of this process."""
     return Usage(_resident_bytes(), time.process_time())
 
 

@@ -1,4 +1,4 @@
-"""What every part of the benchmarks reports, and how it is shown: a table, targets, and JSON beside it.
+"""Reports of the benchmarks: tables, targets and machine facts, printed and written as JSON.
 
 Figures of one table come from one run, in interleaved rounds, so that what
 else the machine does hits all of them; medians over rounds, and ratios.
@@ -25,7 +25,7 @@ PACKAGES = ("grpcio", "numpy", "onnxruntime", "uvloop", "litserve", "torch", "di
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A figure that has a bar: at least `bar`."""
+    """A figure that must be at least `bar`."""
 
     what: str
     figure: float

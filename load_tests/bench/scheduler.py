@@ -1,4 +1,4 @@
-"""Steps per second on the simulated runtime against batches that are always full; the gateway's CPU beside it.
+"""Steps per second of the scheduler, compared with batches that are always full, and the gateway's CPU time.
 
 The curve is the design's, 20 ms + 1 ms a row. Times are the server's own, from
 the first batch of the first generation to the last step of the last. At zero

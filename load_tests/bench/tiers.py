@@ -1,4 +1,4 @@
-"""Latency of the caches' tiers and of what replicas agree on, side by side in one run, sealing and opening included.
+"""Latency of the cache tiers and of the replicas' coordination (leases, events, commits), encryption included.
 
 Needs Debian's redis-server; starts one of its own.
 """

@@ -1,4 +1,4 @@
-"""2,000 streams on one server, most of them slow: what a stream costs, and how late a healthy one is.
+"""2,000 streams on one server, most of them slow: the cost of a stream, and how late events reach healthy clients.
 
 The server is a process of its own on the simulated runtime; the slow and the
 healthy clients are one process each, so that a late event is the server's

@@ -1,4 +1,4 @@
-"""What Safelight is compared with: other servers for the same pictures, each a program of its own.
+"""Servers that Safelight is compared with: they make the same pictures, each as a separate program.
 
 `litserve_server.py`: the same ONNX sessions behind LitServe with request-level
 batching. `diffusers_server.py`: a plain grpc.aio server around diffusers'

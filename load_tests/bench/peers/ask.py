@@ -1,4 +1,4 @@
-"""How each server is asked for one picture, and when its pixels are seen. Runs in the clients' process."""
+"""Clients of each compared server: ask for a picture and note when its pixels arrive. Run in the clients' process."""
 
 from __future__ import annotations
 

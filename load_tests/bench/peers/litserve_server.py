@@ -38,7 +38,7 @@ class Icons(litserve.LitAPI):  # type: ignore[misc]  # LitServe has no types
         return request
 
     def batch(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """A list is what the loop wants."""
+        """Returns the list of requests unchanged: the bare loop takes a list."""
         return inputs
 
     def predict(self, requests: list[dict[str, Any]]) -> list[Pixels]:
@@ -50,7 +50,7 @@ class Icons(litserve.LitAPI):  # type: ignore[misc]  # LitServe has no types
         return self._loop.develop(prompts, seeds, steps.pop())
 
     def unbatch(self, output: list[Pixels]) -> list[Pixels]:
-        """A list already."""
+        """Returns the pictures unchanged: they are a list already."""
         return output
 
     def encode_response(self, output: Pixels) -> Response:

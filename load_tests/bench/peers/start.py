@@ -1,4 +1,4 @@
-"""Starts a peer as a program of its own, in a session of its own, so that all its workers end with it."""
+"""Starts a peer as a separate program in its own session, so that all its workers end with it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The pipelines that are served and the files they are made of."""
+"""Pipelines that the server offers: manifests, model repository, tokenizer and pixel formats."""

@@ -1,9 +1,9 @@
-"""The pipelines that are served, read from `models/`: one manifest each, bound to a Triton model repository.
+"""Loads and checks the pipelines below `models/`: one manifest each, on top of a Triton model repository.
 
-`models/pipelines/<name>/<revision>/pipeline.json` says which component
-versions make the pipeline and how it samples; `models/repository/` is a plain
-Triton repository. Everything is checked at load: digests, shapes, samplers.
-Invariant: a `Pipeline` that exists can be run.
+`models/pipelines/<name>/<revision>/pipeline.json` names the components and
+their versions, the tokenizer and the samplers of a pipeline;
+`models/repository/` is a plain Triton model repository. Digests, shapes and
+samplers are checked at load. Invariant: a `Pipeline` that was loaded can be run.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class PromptTokenizer(Protocol):
-    """Prompts to token ids of a fixed context."""
+    """Turns prompts into token ids of a fixed context length."""
 
     @property
     def max_tokens(self) -> int:
         """Length of the context: every prompt becomes this many token ids."""
 
     def encode(self, text: str) -> Tokens:
-        """Ids of `text`, (T,), cut where it is too long."""
+        """Token ids of `text`, (T,), cut to the context."""
 
 
 class ManifestError(Exception):
-    """A manifest or the files it names are not right; the message names the file and every fault."""
+    """A manifest, or a file that it names, is invalid; the message names the file and every fault."""
 
 
 class _Strict(BaseModel):
@@ -49,7 +49,7 @@ class _Strict(BaseModel):
 
 
 class ComponentFile(_Strict):
-    """A version of a model in the repository."""
+    """The model of a component in the Triton repository, with version and digest."""
 
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
     version: Positive
@@ -68,7 +68,7 @@ class TokenizerFile(_Strict):
 
 
 class Latent(_Strict):
-    """Shape at the first size; the decoder is given latent / scaling_factor + shift_factor."""
+    """Latent shape at the first picture size; the decoder takes latent / scaling_factor + shift_factor."""
 
     channels: Positive
     height: Positive
@@ -98,7 +98,7 @@ class Noise(_Strict):
 
 
 class SamplerCells(_Strict):
-    """A sampler with what it is offered with, the default first."""
+    """A sampler with the spacings and sigma schedules that it is offered with, the default first."""
 
     name: str
     spacings: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -106,7 +106,7 @@ class SamplerCells(_Strict):
 
 
 class SamplerDefault(_Strict):
-    """The sampler of a request that names none (`sampler.SamplerSpec`)."""
+    """The sampler for requests that name none (`sampler.SamplerSpec`)."""
 
     name: str
     spacing: str
@@ -115,7 +115,7 @@ class SamplerDefault(_Strict):
 
 
 class Defaults(_Strict):
-    """Values for fields that a request leaves out."""
+    """Default values of request fields."""
 
     num_inference_steps: Positive
     guidance_scale: Annotated[float, Field(ge=1)]
@@ -123,7 +123,7 @@ class Defaults(_Strict):
 
 
 class ModelLimits(_Strict):
-    """Largest values of a request; larger ones are refused."""
+    """Largest values of request fields; requests with larger ones are refused."""
 
     max_num_inference_steps: Positive
     max_guidance_scale: Annotated[float, Field(ge=1)]
@@ -145,12 +145,12 @@ class LinearPreview(_Strict):
 
 
 class GuardWords(_Strict):
-    """Words of prompts that must agree before one prompt's picture answers another; see `cache.approximate.guard`.
+    """Words in which two prompts must agree before the picture of one may answer the other; see the approximate cache.
 
     Attributes:
-        groups: name -> values, each of phrases that mean it. The longest phrase that begins at a word counts.
-        ignored: words that say nothing about the picture.
-        closed: whether all words outside the groups must agree too, but for the ignored ones.
+        groups: values by group name, each with the phrases that mean it; the longest match at a word counts.
+        ignored: words that do not matter to the picture.
+        closed: whether all words outside the groups must agree too, except the ignored ones.
     """
 
     groups: Mapping[str, tuple[tuple[str, ...], ...]]
@@ -193,12 +193,12 @@ class Manifest(_Strict):
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
-    """A manifest that was checked, with what is derived from it.
+    """A checked manifest with what is derived from it.
 
     Attributes:
-        digest: of everything that decides pixels beside the request and the runtime.
-        linear_weights: (C, 3 * k * k) from a latent pixel to k x k pixels, in the order channel, row, column.
-        files: the component files.
+        digest: SHA-256 of all that decides pixels besides the request and the runtime.
+        linear_weights: (C, 3 * k * k), maps a latent pixel to k x k pixels, in the order channel, row, column.
+        files: the ONNX file of each component.
         max_rows: the batch bound of each component, from its config.pbtxt.
     """
 
@@ -232,7 +232,7 @@ class Pipeline:
 
 
 class Catalog:
-    """The pipelines by name."""
+    """All pipelines by name, one of which is the default."""
 
     def __init__(self, pipelines: list[Pipeline], default: str = "") -> None:
         self.pipelines = {pipeline.name: pipeline for pipeline in sorted(pipelines, key=lambda p: p.name)}
@@ -246,7 +246,7 @@ class Catalog:
         """The pipeline of that name; empty means the default.
 
         Raises:
-            NotFoundError: there is none.
+            NotFoundError: no pipeline has that name.
         """
         pipeline = self.pipelines.get(name or self.default)
         if pipeline is None:
@@ -256,10 +256,10 @@ class Catalog:
 
 
 def load(models: Path, default: str = "") -> Catalog:
-    """Reads every pipeline below `models`; of several revisions the newest (`revisions.order`).
+    """Loads every pipeline below `models`; of several revisions the newest (`revisions.order`).
 
     Raises:
-        ManifestError: something is not right.
+        ManifestError: there is no pipeline, or one is invalid.
     """
     found = sorted(models.glob("pipelines/*/*/pipeline.json"))
     newest = {path.parent.parent.name: path for path in sorted(found, key=lambda at: revisions.order(at.parent.name))}
@@ -269,7 +269,11 @@ def load(models: Path, default: str = "") -> Catalog:
 
 
 def load_pipeline(path: Path, repository: Path) -> Pipeline:
-    """Reads and checks one manifest."""
+    """Loads one pipeline and checks its manifest and files.
+
+    Raises:
+        ManifestError: the manifest or one of its files is invalid.
+    """
     try:
         manifest = Manifest.model_validate(json.loads(path.read_bytes()))
     except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -297,7 +301,7 @@ def load_pipeline(path: Path, repository: Path) -> Pipeline:
 
 
 def assemble(manifest: Manifest, files: Mapping[Component, Path], tokenizer: PromptTokenizer | None = None) -> Pipeline:
-    """A pipeline of a manifest whose files are known to be right."""
+    """Makes a pipeline of a manifest without checking its files."""
     return Pipeline(
         manifest=manifest,
         schedule=NoiseSchedule(**manifest.noise_schedule.model_dump()),
@@ -374,7 +378,7 @@ def _read_configs(manifest: Manifest, repository: Path) -> tuple[dict[Component,
 
 
 def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.ModelConfig]) -> list[str]:
-    """Batch bounds and shapes of the components against the manifest, at every size offered."""
+    """Checks batch bounds and shapes of the components against the manifest, at every picture size; returns faults."""
     manifest = pipeline.manifest
     faults = [
         f"components.{role}: max_batch_size must be at least 1" for role, at in configs.items() if at.max_rows < 1

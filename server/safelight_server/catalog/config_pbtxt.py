@@ -1,7 +1,4 @@
-"""Reads a model's `config.pbtxt` (Triton's model configuration) and compares its tensors with what the manifest needs.
-
-Neighbour: `catalog` checks every component's file when the server starts.
-"""
+"""Reads a model's `config.pbtxt` (Triton's model configuration) and compares its shapes with those of the manifest."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ class ModelConfig:
     """What the server needs of a model configuration.
 
     Attributes:
-        max_rows: Triton's max_batch_size.
+        max_rows: largest batch, Triton's max_batch_size.
     """
 
     max_rows: int
@@ -37,7 +34,7 @@ def read(file: Path) -> ModelConfig:
     """Reads one config.pbtxt.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the file cannot be read.
     """
     try:
         # A repository may be configured for a newer Triton than this tritonclient, so unknown fields are skipped.

@@ -1,10 +1,10 @@
-"""Writes the model repository for another target: the same components, configured for GPUs or for a CPU.
+"""Exports the model repository for another target: the same components, configured for GPUs or for a CPU.
 
-The source's config.pbtxt files are the only place where tensors, batch bounds
-and queue policy are stated; they are read into Triton's own `ModelConfig`, a
-few fields are set and everything else is kept. Options of the accelerators are
-those of the README of Triton's onnxruntime backend. Neighbours: `cli`, and
-`deploy/triton/build_plan.py`, which makes the plans of `Accelerator.PLAN`.
+Tensors, batch bounds and queue policy are stated only in the source's
+config.pbtxt files. Those are read into Triton's own `ModelConfig`, a few fields
+are set and all others are kept. The accelerator options are those of the README
+of Triton's onnxruntime backend. `deploy/triton/build_plan.py` builds the
+engines of `Accelerator.PLAN`.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from tritonclient.grpc.model_config_pb2 import (
 )
 
 ENGINES = "/var/cache/safelight/engines"
-"""Where TensorRT keeps its engines and timings in Triton's container: a volume that outlives it."""
+"""Cache folder for TensorRT's engines and timings in Triton's container: a volume that outlives the container."""
 WORKSPACE_BYTES = 2 << 30
 OPTIMAL_ROWS = 16
-"""The batch that TensorRT chooses its kernels for; a model with a smaller bound: that."""
+"""The batch size that TensorRT optimizes for, or the model's own bound if that is smaller."""
 PRIORITIES = 3
-"""Of a bounded queue: 1 is served first; the gateway's classes INTERACTIVE, STANDARD and BATCH."""
+"""Priority levels of a bounded queue, 1 first: the gateway's classes INTERACTIVE, STANDARD and BATCH."""
 QUEUE_SIZE = 64
 QUEUE_TIMEOUT_S = 10
 CPU_PARAMETERS = ("intra_op_thread_count", "inter_op_thread_count", "execution_mode")
 
 
 class Target(enum.StrEnum):
-    """What the repository is for."""
+    """The hardware that the repository is exported for."""
 
     CPU = "cpu"
     GPU = "gpu"
@@ -101,10 +101,10 @@ def write(
 
 
 def read(file: Path) -> ModelConfig:
-    """Reads a config.pbtxt whole.
+    """Reads a config.pbtxt with all its fields.
 
     Raises:
-        RepositoryError: it is none.
+        RepositoryError: the file cannot be read or is not a model configuration.
     """
     try:
         return text_format.Parse(file.read_text(), ModelConfig())
@@ -113,7 +113,7 @@ def read(file: Path) -> ModelConfig:
 
 
 def for_cpu(config: ModelConfig) -> ModelConfig:
-    """One instance on the CPU, one thread, warmed with the smallest and the largest batch."""
+    """Configures one instance on the CPU with one thread, warmed up with the smallest and the largest batch."""
     made = _copy(config)
     made.instance_group.add(name="cpu", kind=ModelInstanceGroup.KIND_CPU, count=1)
     made.parameters["intra_op_thread_count"].string_value = "1"
@@ -122,7 +122,7 @@ def for_cpu(config: ModelConfig) -> ModelConfig:
 
 
 def for_gpu(config: ModelConfig, gpus: int, accelerator: Accelerator) -> ModelConfig:
-    """One instance on each of `gpus` devices, warmed with every batch size."""
+    """Configures one instance on each of `gpus` devices, warmed up with every batch size."""
     made = _copy(config)
     for name in CPU_PARAMETERS:
         made.parameters.pop(name, None)
@@ -138,9 +138,9 @@ def for_gpu(config: ModelConfig, gpus: int, accelerator: Accelerator) -> ModelCo
 
 
 def bound_queue(config: ModelConfig) -> None:
-    """Gives Triton's queue priorities, a bound and a timeout, for a Triton that several gateways share.
+    """Gives Triton's queue priorities, a maximum size and a timeout, for a Triton that several gateways share.
 
-    It has a price: with any of them Triton at times wakes up half a second late (decision record 0010).
+    The price: with any of the three, Triton at times wakes up half a second late (decision record 0010).
     """
     batching = config.dynamic_batching
     batching.priority_levels = PRIORITIES
@@ -152,7 +152,7 @@ def bound_queue(config: ModelConfig) -> None:
 
 
 def warm_up(config: ModelConfig, rows: Iterable[int]) -> list[ModelWarmup]:
-    """A request of zeros for each batch size."""
+    """Triton's warm-up requests: one of zeros for each batch size in `rows`."""
     zeros = {
         tensor.name: ModelWarmup.Input(data_type=tensor.data_type, dims=tensor.dims, zero_data=True)
         for tensor in config.input
@@ -161,10 +161,10 @@ def warm_up(config: ModelConfig, rows: Iterable[int]) -> list[ModelWarmup]:
 
 
 def shapes(config: ModelConfig, rows: int) -> dict[str, tuple[int, ...]]:
-    """The inputs' shapes as the model itself takes them, `rows` rows.
+    """Shapes of the inputs as the network takes them, for a batch of `rows` rows.
 
     Raises:
-        RepositoryError: a dimension is open; a profile needs every one.
+        RepositoryError: a dimension has no fixed size, which TensorRT's profile needs.
     """
     found = {}
     for tensor in config.input:
@@ -182,7 +182,7 @@ def profile(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def _copy(config: ModelConfig) -> ModelConfig:
-    """Without what a target decides."""
+    """A copy of `config` without the fields that a target sets."""
     made = ModelConfig()
     made.CopyFrom(config)
     for field in ("instance_group", "model_warmup", "optimization"):

@@ -1,7 +1,6 @@
-"""What one family does around the denoiser: noise in, pictures out. Pure numpy.
+"""Converts latents to decoder inputs and decoder outputs to pixels, for the family "stable-diffusion". Pure numpy.
 
-For "stable-diffusion": decoders are given latent / scaling_factor +
-shift_factor and answer images in [-1, 1].
+Decoders take latent / scaling_factor + shift_factor and return images in [-1, 1].
 """
 
 from __future__ import annotations
@@ -16,25 +15,31 @@ from safelight_server.sampler import SamplerTable, compile_table
 
 
 class NotFiniteError(Exception):
-    """What a decoder gave is no picture: its arithmetic overflowed, as float16 does."""
+    """A decoder returned infinite or NaN values: its arithmetic overflowed, as float16 can."""
 
 
 def sampler_table(pipeline: Pipeline, spec: Spec) -> SamplerTable:
-    """The compiled sampler of a valid spec."""
+    """The compiled sampler for a valid request."""
     return compile_table(spec.sampler, pipeline.schedule, pipeline.manifest.prediction_type, spec.num_inference_steps)
 
 
 def decoder_latent(pipeline: Pipeline, latent: FloatArray) -> FloatArray:
-    """Latents as the denoiser sees them, (B, C, h, w), to what the decoders take."""
+    """Scales and shifts latents, (B, C, h, w), to what the decoders take."""
     at = pipeline.manifest.latent
     return latent / np.float32(at.scaling_factor) + np.float32(at.shift_factor)
 
 
 def to_pixels(image: FloatArray) -> npt.NDArray[np.uint8]:
-    """(3, H, W) in [-1, 1], unclamped, to (H, W, 3) uint8, rounded as diffusers' image processor does.
+    """Converts a decoded image to RGB bytes, clamped and rounded as diffusers' image processor does.
+
+    Args:
+        image: (3, H, W), nominally in [-1, 1].
+
+    Returns:
+        (H, W, 3) uint8.
 
     Raises:
-        NotFiniteError: it has values that are no numbers.
+        NotFiniteError: a value is infinite or NaN.
     """
     if not np.isfinite(image).all():
         raise NotFiniteError("the decoded image is not finite")
@@ -43,7 +48,7 @@ def to_pixels(image: FloatArray) -> npt.NDArray[np.uint8]:
 
 
 def linear_image(pipeline: Pipeline, latent: FloatArray) -> FloatArray:
-    """One matrix product per latent pixel: (C, h, w) -> (3, h * k, w * k), roughly in [-1, 1]."""
+    """Preview by a linear map of each latent pixel: (C, h, w) -> (3, h * k, w * k), roughly in [-1, 1]."""
     channels, height, width = latent.shape
     block = pipeline.manifest.linear_preview.block
     pixels = latent.reshape(channels, -1).T @ pipeline.linear_weights + pipeline.linear_bias

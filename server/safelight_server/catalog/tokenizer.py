@@ -1,4 +1,4 @@
-"""Prompts to token ids, as transformers' CLIPTokenizer makes them; library: `tokenizers`."""
+"""Turns prompts into token ids with the library `tokenizers`, as transformers' CLIPTokenizer does."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import tokenizers
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A prompt for the text encoder.
+    """A tokenized prompt, as the text encoder takes it.
 
     Attributes:
-        ids: (T,), begin, text, end, padding.
-        num_tokens: of the whole text with begin and end, before it was cut.
-        truncated: whether something was cut.
+        ids: (T,) begin token, text, end token, padding.
+        num_tokens: tokens of the whole text with begin and end, before it was cut.
+        truncated: whether the text was cut.
     """
 
     ids: tuple[int, ...]
@@ -24,7 +24,7 @@ class Tokens:
 
 
 class Tokenizer:
-    """A tokenizer file with the context it is used for."""
+    """Reads a tokenizer file and encodes prompts to a fixed context length."""
 
     def __init__(self, file: Path, max_tokens: int, pad_id: int, bos_id: int, eos_id: int) -> None:
         self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
@@ -34,7 +34,7 @@ class Tokenizer:
         self._pad_id, self._bos_id, self._eos_id = pad_id, bos_id, eos_id
 
     def encode(self, text: str) -> Tokens:
-        """Token ids of `text`, cut to the context between begin and end."""
+        """Token ids of `text`, cut and padded to `max_tokens`, begin and end token included."""
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         room = self.max_tokens - 2
         kept = [self._bos_id, *ids[:room], self._eos_id]

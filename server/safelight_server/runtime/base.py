@@ -1,9 +1,11 @@
-"""What executes a component of a pipeline: the protocol that `onnx`, `triton` and `simulated` share.
+"""The `Runtime` protocol: executes the components of a pipeline (text encoder, denoiser, decoders) in batches.
 
-A runtime has instances (sessions on cores, GPUs, servers). One instance runs
-one call at a time; the engine never starts a second one on it. Instances may
-come and go: `usable` says which take calls, `watch` when that changes. Calls
-are batched: the first axis of every array is the row.
+`onnx`, `triton` and `simulated` implement it. A runtime has instances: ONNX
+sessions in this process, or calls that a Triton server takes at once. An
+instance runs one call at a time; the engine never starts a second one on it.
+Instances may come and go: `usable` says which take calls now, and `watch`
+reports changes. The first axis of every input and output array is the row of
+the batch.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from safelight_server.domain.tensors import Array, FloatArray
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StableRows:
-    """An input whose rows stay the same from call to call: who holds a row already need not copy it again.
+    """An input whose rows stay the same from call to call, so that a runtime which holds a row need not copy it again.
 
     Attributes:
         source: (N, ...) float32; the rows at `index` do not change while the call runs.
-        index: (B,) the rows of `source` that the call takes.
-        versions: (B,) int64; equal numbers stand for equal bits, in all calls of a process.
+        index: (B,) positions of the rows of `source` that the call takes.
+        versions: (B,) int64; rows with equal versions are bit-equal, in all calls of a process.
     """
 
     source: FloatArray
@@ -38,7 +40,7 @@ class StableRows:
         return len(self.index)
 
     def array(self) -> FloatArray:
-        """The rows, (B, ...), copied."""
+        """A copy of the rows, (B, ...) float32."""
         return self.source[self.index]
 
 
@@ -50,20 +52,21 @@ class RuntimeStartError(Exception):
 
 
 class FaultOrigin(enum.Enum):
-    """What is blamed for a failed call, which decides what is tried again and where."""
+    """What caused a failed call; decides what is tried again, and on which instance."""
 
     ROWS = "rows"
     INSTANCE = "instance"
-    """The instance was lost. The rows are blamed only if they lose one instance after another."""
+    """The instance was lost. The rows are suspected only if they lose one instance after another."""
     NOBODY = "nobody"
-    """The instance had no room and did not look at the rows."""
+    """The instance was full and refused the call before it ran any row."""
 
 
 class RuntimeFailure(Exception):
     """A call failed.
 
     Attributes:
-        retryable: the same rows may succeed on another try or instance.
+        retryable: whether the same rows may succeed on another try or instance.
+        fault: what caused the failure.
     """
 
     def __init__(self, message: str, *, retryable: bool, fault: FaultOrigin = FaultOrigin.ROWS) -> None:
@@ -74,7 +77,7 @@ class RuntimeFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class CostCurve:
-    """Median seconds of one call on one instance, measured at start-up, by rows.
+    """Median seconds of one call on one instance by batch size, measured at start-up.
 
     Attributes:
         rows: the batch sizes measured, ascending, beginning with 1.
@@ -85,7 +88,7 @@ class CostCurve:
     seconds: tuple[float, ...]
 
     def at(self, rows: int) -> float:
-        """Seconds for `rows` rows, interpolated; beyond the last point by the last slope."""
+        """Seconds of a call of `rows` rows: interpolated, and extrapolated with the last slope."""
         if len(self.rows) == 1 or rows <= self.rows[-1]:
             return float(np.interp(rows, self.rows, self.seconds)) * max(1.0, rows / self.rows[-1])
         (r0, r1), (s0, s1) = self.rows[-2:], self.seconds[-2:]
@@ -93,11 +96,11 @@ class CostCurve:
 
 
 class Runtime(Protocol):
-    """Executes components.
+    """Executes components of pipelines on a number of instances.
 
     Attributes:
         name: "onnx", "triton" or "simulated"; shown to clients.
-        num_instances: calls that may run at once, instances 0 … num_instances - 1, when all are live.
+        num_instances: calls that may run at once when all instances are live; they are numbered from 0.
     """
 
     name: str
@@ -105,36 +108,36 @@ class Runtime(Protocol):
 
     @property
     def num_live(self) -> int:
-        """Instances that are there now, busy or not."""
+        """Number of instances that are live now, busy or not."""
 
     def usable(self, free: Collection[int]) -> Sequence[int]:
-        """Those of the free instances that can take a call now, the one to be given work first in front."""
+        """The members of `free` that can take a call now, in the order in which they should be given work."""
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """Has `changed` called on the event loop whenever an instance comes, goes or can take calls again."""
+        """Sets the callback for changes: called on the event loop when an instance comes, goes or has room again."""
 
     async def start(self) -> None:
-        """Loads every component, verifies that batches are bit-equal to single rows, measures the cost curves.
+        """Loads every component, verifies that batches are bit-equal to single rows and measures the cost curves.
 
         Raises:
-            RuntimeStartError: a component cannot be loaded, or the same row gives other bits when it is run again.
+            RuntimeStartError: a component cannot be loaded, or does not give the same bits for the same row twice.
         """
 
     async def run(self, instance: int, model: str, component: Component, inputs: Inputs) -> Mapping[str, FloatArray]:
-        """One batched call of a component of pipeline `model` on `instance`.
+        """Runs one batch through a component of pipeline `model` on `instance`; returns the outputs by name.
 
         Raises:
             RuntimeFailure: the call failed.
         """
 
     def max_rows(self, model: str, component: Component) -> int:
-        """Largest batch that was verified."""
+        """Largest batch, in rows, that was verified to be bit-equal to single rows."""
 
     def cost(self, model: str, component: Component) -> CostCurve:
-        """The measured curve."""
+        """The cost curve that was measured at start-up."""
 
     def numerics_id(self, model: str) -> str:
-        """Names all that decides the bits of a result beside the spec."""
+        """Identifies what decides the bits of a result besides the request: library, build, precision, hardware."""
 
     async def close(self) -> None:
-        """Releases what `start` took; running calls end first."""
+        """Waits for running calls, then releases what `start` loaded."""

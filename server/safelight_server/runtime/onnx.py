@@ -1,11 +1,11 @@
-"""Runs the components in this process on ONNX Runtime: one single-threaded session per component and instance.
+"""The `onnx` runtime: runs components in this process on ONNX Runtime, one single-threaded session per instance.
 
-One thread a session and a pinned optimisation level make a row's bits
-independent of the batch around it; `start` verifies that for every batch size
-it then offers.
+With one thread per session and a fixed optimisation level, the bits of a row do
+not depend on the other rows of its batch; `start` verifies this for every batch
+size that it offers.
 
-Only what runs a model imports this module: importing onnxruntime takes time and
-starts its telemetry, which this module switches off.
+Import this module only where a model is run: importing onnxruntime takes time
+and starts its telemetry, which this module switches off.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class OnnxRuntime:
     """Executes components on the CPU of this process; implements `runtime.base.Runtime`.
 
     Args:
-        num_instances: sessions per component, each with a thread of its own; 0: one for each core this process has.
+        num_instances: sessions per component, each with its own thread; 0 means one for each core of this process.
     """
 
     name = "onnx"
@@ -59,7 +59,11 @@ class OnnxRuntime:
         self._costs: dict[tuple[str, Component], CostCurve] = {}
 
     async def start(self) -> None:
-        """Loads, verifies and measures every component of every pipeline."""
+        """Loads, verifies and measures every component of every pipeline.
+
+        Raises:
+            RuntimeStartError: a component cannot be loaded or run, or does not give the same bits twice.
+        """
         loop = asyncio.get_running_loop()
         for pipeline in self._catalog.pipelines.values():
             for component, file in pipeline.files.items():
@@ -73,7 +77,7 @@ class OnnxRuntime:
                     raise RuntimeStartError(f"{file}: {error}") from None
 
     async def _warm_up(self, model: str, component: Component, bound: int) -> None:
-        """Verifies and measures a component on the first instance, and runs it once on the others."""
+        """Verifies and measures a component on the first instance, then runs it once on each other instance."""
         inputs = _inputs(self._sessions[model, component][0])
         cost = await verification.warm_up(functools.partial(self.run, 0, model, component), inputs, bound)
         if cost is None:
@@ -85,7 +89,7 @@ class OnnxRuntime:
 
     @property
     def num_live(self) -> int:
-        """Every instance: those of this process are always there."""
+        """Every instance: sessions of this process are always live."""
         return self.num_instances
 
     def usable(self, free: Collection[int]) -> Sequence[int]:
@@ -93,45 +97,45 @@ class OnnxRuntime:
         return sorted(free)
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """Never calls `changed`: instances of this process neither come nor go."""
+        """Does nothing: instances of this process neither come nor go."""
 
     async def run(self, instance: int, model: str, component: Component, inputs: Inputs) -> Mapping[str, FloatArray]:
-        """One call on the instance's own thread."""
+        """Runs one batch on the instance's own thread."""
         session = self._sessions[model, component][instance]
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads[instance], _call, session, inputs)
 
     def max_rows(self, model: str, component: Component) -> int:
-        """Largest batch that was verified."""
+        """Largest batch, in rows, that was verified to be bit-equal to single rows."""
         return self._costs[model, component].rows[-1]
 
     def cost(self, model: str, component: Component) -> CostCurve:
-        """The measured curve."""
+        """The cost curve that was measured at start-up."""
         return self._costs[model, component]
 
     def numerics_id(self, model: str) -> str:
-        """Runtime version and build, precision, optimisation level, instruction set and sampler version."""
+        """Names runtime version and build, precision, optimisation level, instruction set and sampler version."""
         return numerics_id()
 
     async def close(self) -> None:
-        """Waits for running calls and lets the sessions go."""
+        """Waits for running calls, then frees the sessions."""
         for thread in self._threads:
             await asyncio.to_thread(thread.shutdown)
         self._sessions.clear()
 
 
 def numerics_id() -> str:
-    """Names the build, precision and instruction set that decide the bits of a result, the same for every model."""
+    """Identifies what decides the bits of a result: build, precision, instruction set. The same for every model."""
     build = hashlib.sha256(onnxruntime.get_build_info().encode()).hexdigest()[:8]
     return f"onnxruntime-{onnxruntime.__version__}-{build}-f32-all-{_instruction_set()}-s{SAMPLER_VERSION}"
 
 
 def fingerprint(file: Path) -> str:
-    """Digest of a model file's answers on this runtime (`verification.fingerprint`); loads the file for this alone.
+    """Digest of a model file's outputs for fixed inputs (`verification.fingerprint`), in a session of its own.
 
     Raises:
-        ManifestError: it cannot be loaded, or has an input whose shape is open.
-        RuntimeFailure: it cannot be run.
+        ManifestError: the file cannot be loaded, or an input has a dimension of unknown size.
+        RuntimeFailure: the model cannot be run.
     """
     session = _session(file)
 
@@ -173,7 +177,7 @@ def _inputs(session: onnxruntime.InferenceSession) -> list[InputSpec]:
 
 
 def _num_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores this process may keep busy: its affinity, or its cgroup's quota where that is less."""
+    """Cores this process may use: its CPU affinity, or its cgroup's CPU quota if that is less."""
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = cpu_max.read_text().split()

@@ -1,9 +1,8 @@
-"""A runtime without arithmetic: sleeps along a cost curve and yields synthetic pictures.
+"""The `simulated` runtime: sleeps instead of computing and returns synthetic pictures. For load tests only.
 
-For load tests and scheduler benchmarks only, and says so in its name. Calls of
-the denoiser cost base + rows x row; the other components a tenth of that. What a
-row gives depends on that row alone, so that pictures differ by seed and a step
-that is lost or made twice shows.
+A denoiser call takes base_s + rows * row_s seconds, a call of another component
+a tenth of that. The output for a row depends on that row alone, so pictures
+differ by seed, and a step that is lost or made twice changes the picture.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ OTHERS = 0.1
 
 
 class SimulatedTokenizer:
-    """Bytes of the text, cut to the context."""
+    """Uses the UTF-8 bytes of a text as token ids."""
 
     max_tokens = TOKENS
 
     def encode(self, text: str) -> Tokens:
-        """Token ids of `text`."""
+        """Token ids of `text`, cut or padded with 0 to the context."""
         data = text.encode()
         ids = tuple(data[:TOKENS]) + (0,) * (TOKENS - len(data))
         return Tokens(ids, len(data), len(data) > TOKENS)
 
 
 def simulated_pipeline() -> Pipeline:
-    """The one pipeline of the simulated runtime."""
+    """The only pipeline of the simulated runtime."""
     manifest = Manifest.model_validate(
         {
             "format": 1,
@@ -78,7 +77,7 @@ class SimulatedRuntime:
     """Sleeps in place of computing; implements `runtime.base.Runtime`.
 
     Args:
-        base_s: seconds of a denoiser call.
+        base_s: seconds that a denoiser call takes without its rows.
         row_s: seconds that each row adds.
     """
 
@@ -96,7 +95,7 @@ class SimulatedRuntime:
 
     @property
     def num_live(self) -> int:
-        """Every instance: those of this process are always there."""
+        """Every instance: all are always live."""
         return self.num_instances
 
     def usable(self, free: Collection[int]) -> Sequence[int]:
@@ -104,10 +103,10 @@ class SimulatedRuntime:
         return sorted(free)
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """Never calls `changed`: instances of this process neither come nor go."""
+        """Does nothing: instances neither come nor go."""
 
     async def run(self, instance: int, model: str, component: Component, inputs: Inputs) -> Mapping[str, FloatArray]:
-        """Sleeps for what the call costs."""
+        """Sleeps for the duration of the call, then returns synthetic outputs."""
         rows = len(next(iter(inputs.values())))
         await asyncio.sleep(self.cost(model, component).at(rows))
         match component:
@@ -125,7 +124,7 @@ class SimulatedRuntime:
         return MAX_ROWS
 
     def cost(self, model: str, component: Component) -> CostCurve:
-        """The configured curve."""
+        """The configured cost curve."""
         return self._denoiser if component is Component.DENOISER else self._other
 
     def numerics_id(self, model: str) -> str:

@@ -1,8 +1,8 @@
-"""What a runtime does at start with each component: verify that batches are bit-equal, measure what they cost.
+"""Verifies at start that a component's batches are bit-equal to single rows, and measures its cost curve.
 
-Invariant: only batch sizes at which every row has the bits that it has alone
-are offered. The inputs are made up from the shapes alone, the same for every
-runtime, so that the answers of two runtimes can be compared (`fingerprint`).
+Invariant: a batch size is offered only if every row in it has the same bits as
+when it is run alone. The example inputs depend on the shapes alone, so that the
+outputs of two runtimes can be compared (`fingerprint`).
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ log = structlog.get_logger(__name__)
 
 WARM_UP_ROWS = (1, 2, 4, 8, 16, 32, 64)
 ALWAYS_ROWS = 16
-"""Batches up to this are verified however long it takes, so that what is offered does not hang on a busy start."""
+"""Batches up to this are verified however long it takes, so that a busy start does not change what is offered."""
 WARM_UP_BUDGET_S = 1.0
-"""Time for one component: larger batches that do not fit are not offered."""
+"""Time for one component; larger batches that cannot be verified in it are not offered."""
 REPETITIONS = 3
 SMALL_VOCABULARY = 256
 CANARY_ROWS = (3, 2, 1)
-"""Of the batches in a fingerprint: all differ, so that a runtime that is one or two answers behind is seen."""
+"""Batch sizes in a fingerprint. All differ, so that answers which arrive one or two calls late are noticed."""
 
 Call = Callable[[Mapping[str, Array]], Awaitable[Mapping[str, FloatArray]]]
 
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """An input of a component.
+    """Name, shape and type of an input of a component.
 
     Attributes:
-        shape: of one row.
-        is_ids: int64 token ids; else float32.
+        shape: shape of one row.
+        is_ids: whether it holds int64 token ids; float32 otherwise.
     """
 
     name: str
@@ -48,12 +48,12 @@ class InputSpec:
 
 
 def sizes(bound: int) -> list[int]:
-    """Batch sizes to verify: powers of two below the model's own bound, and the bound."""
+    """Batch sizes to verify: powers of two below the model's own bound, and the bound, at most 64."""
     return sorted({rows for rows in WARM_UP_ROWS if rows < bound} | {min(bound, WARM_UP_ROWS[-1])})
 
 
 def example(inputs: Sequence[InputSpec], rows: int) -> dict[str, Array]:
-    """Inputs of plausible size, different in each row; the same for the same shapes."""
+    """Example inputs of `rows` rows, all different; always the same for the same shapes."""
     rng = np.random.default_rng(rows)
     made: dict[str, Array] = {}
     for spec in sorted(inputs, key=lambda spec: spec.name):
@@ -68,10 +68,10 @@ def example(inputs: Sequence[InputSpec], rows: int) -> dict[str, Array]:
 
 
 async def warm_up(call: Call, inputs: Sequence[InputSpec], bound: int) -> CostCurve | None:
-    """Measures batches of growing size as long as they are bit-equal to single rows and the time lasts.
+    """Measures batches of growing size until one is not bit-equal to single rows or the time is up.
 
     Returns:
-        None where the same row gives other bits when it is run again.
+        The cost curve; None if not even a single row gives the same bits when it is run again.
     """
     rows_done: list[int] = []
     seconds: list[float] = []
@@ -92,7 +92,7 @@ async def warm_up(call: Call, inputs: Sequence[InputSpec], bound: int) -> CostCu
 
 
 async def fingerprint(call: Call, inputs: Sequence[InputSpec]) -> str:
-    """A digest of the answers to made-up batches: equal for runtimes that compute the same bits."""
+    """SHA-256 of a component's outputs for example batches: equal for runtimes that compute the same bits."""
     digest = hashlib.sha256()
     for rows in CANARY_ROWS:
         results = await call(example(inputs, rows))

@@ -1,8 +1,9 @@
 """Samplers: the numerics that turn a noise prediction into the next latent. Pure numpy.
 
-`schedule.py` places the steps, `formulas.py` has each sampler's columns,
-`cells.py` what can be combined, `table.py` compiles a sampler to scalars,
-`step.py` applies them to a batch.
+`schedule.py` has the noise schedules and the timesteps of the steps,
+`formulas.py` each sampler's formula, `cells.py` the combinations that are
+offered, `table.py` compiles a sampler to a table of scalars, and `step.py`
+applies a row of the table to a batch.
 """
 
 from safelight_server.sampler.cells import SAMPLERS

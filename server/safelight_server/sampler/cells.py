@@ -1,4 +1,4 @@
-"""Which combinations of a sampler with prediction type, spacing and sigmas are offered, and why the others are not."""
+"""Which combinations of sampler, prediction type, spacing and sigma schedule are offered, and why others are not."""
 
 from __future__ import annotations
 

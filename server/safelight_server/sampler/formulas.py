@@ -1,6 +1,6 @@
-"""The samplers' formulas: each gives its table's columns in float64 for schedule, prediction type and steps.
+"""The samplers' formulas: each computes its table's columns in float64 for a schedule, prediction type and step count.
 
-What comes out need not be finite: `table.py` refuses what is not.
+The values need not be finite: `table.py` refuses combinations whose values are not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safelight_server.sampler.schedule import (
 )
 
 DDIM_LEAST_KEPT = 1e-12
-"""Kept variance below this is float64's rounding error of zero."""
+"""A variance of kept noise below this is float64's rounding error of zero."""
 
 LCM_ORIGINAL_STEPS = 50
 LCM_TIMESTEP_SCALING = 10.0
@@ -71,7 +71,7 @@ def _euler_sigmas(spec: SamplerSpec, schedule: NoiseSchedule, num_steps: int) ->
 
 
 def euler(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int) -> Rows:
-    """Karras et al. 2022, algorithm 1 without churn."""
+    """Euler method (Karras et al. 2022, algorithm 1 without churn)."""
     timesteps, sigmas, init_scale = _euler_sigmas(spec, schedule, num_steps)
     sigma, following = sigmas[:-1], sigmas[1:]
     e, f = _variance_exploding(prediction_type, sigma)
@@ -91,7 +91,7 @@ def euler_ancestral(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type:
 
 
 def ddim(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int) -> Rows:
-    """Song et al. 2020, equations 12 and 16."""
+    """DDIM (Song et al. 2020, equations 12 and 16)."""
     alphas = alphas_cumprod(schedule)
     timesteps = np.round(timesteps_of(schedule, spec.spacing, num_steps, endpoint=True)).astype(np.int64)
     previous = timesteps - schedule.num_train_timesteps // num_steps

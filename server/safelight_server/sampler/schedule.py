@@ -1,4 +1,4 @@
-"""Noise schedules and where the steps are placed on them, as diffusers 0.42.1 computes them.
+"""Noise schedules and the timesteps and sigmas of a sampler's steps, as diffusers 0.42.1 computes them.
 
 Alphas are rounded to float32 at the same places as there, since a sampler near
 zero terminal SNR shows every last bit; all that follows is float64. torch's own
@@ -22,14 +22,14 @@ KARRAS_RHO = 7.0
 
 @dataclass(frozen=True, slots=True)
 class NoiseSchedule:
-    """How the training data was noised.
+    """The noise schedule that a model was trained with.
 
     Attributes:
         beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2".
         rescale_zero_terminal_snr: the last timestep is pure noise (Lin et al. 2023, algorithm 1).
         steps_offset: added to the timesteps of "leading" spacing.
         set_alpha_to_one: whether DDIM's last step ends at alpha 1 rather than at the first alpha.
-        shift: of flow matching's sigmas towards noise.
+        shift: how far flow matching's sigmas are shifted towards noise; 1 is not at all.
     """
 
     beta_schedule: str = "scaled_linear"
@@ -60,7 +60,7 @@ class SamplerSpec:
 
 
 def alphas_cumprod(schedule: NoiseSchedule) -> Doubles:
-    """The cumulated alphas by training timestep, (num_train_timesteps,), float32 values."""
+    """The cumulative product of the alphas by training timestep, (num_train_timesteps,), float32 values."""
     betas = _betas(schedule)
     if schedule.rescale_zero_terminal_snr:
         betas = _rescaled(betas)
@@ -68,7 +68,7 @@ def alphas_cumprod(schedule: NoiseSchedule) -> Doubles:
 
 
 def sigmas_of(alphas: Doubles, floor: bool = False) -> Doubles:
-    """Noise levels sqrt((1 - alpha) / alpha), float32 values; `floor` keeps the last finite."""
+    """Noise levels sqrt((1 - alpha) / alpha), float32 values; `floor` keeps the last one finite."""
     values = alphas.astype(np.float32)
     if floor:
         values[-1] = ZERO_SNR_ALPHA
@@ -91,7 +91,7 @@ def timesteps_of(schedule: NoiseSchedule, spacing: str, num_steps: int, endpoint
 
 
 def karras(sigma_max: float, sigma_min: float, num_steps: int) -> Doubles:
-    """Karras et al. 2022, equation 5, without the final zero, (num_steps,)."""
+    """Karras sigmas (Karras et al. 2022, equation 5) without the final zero, (num_steps,)."""
     high, low = sigma_max ** (1 / KARRAS_RHO), sigma_min ** (1 / KARRAS_RHO)
     sigmas: Doubles = (high + np.linspace(0, 1, num_steps) * (low - high)) ** KARRAS_RHO
     return sigmas

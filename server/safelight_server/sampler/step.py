@@ -8,7 +8,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 
 INITIAL, STEP = 0, 1
-"""Streams of noise of an output."""
+"""Noise streams of an output: for the first latent, and for the steps."""
 
 
 def advance(
@@ -18,8 +18,8 @@ def advance(
 
     Args:
         x: latents, (B, C, h, w) float32.
-        prediction: of the denoiser, guided, (B, C, h, w).
-        denoised_previous: of the step before, finite, (B, C, h, w).
+        prediction: the denoiser's prediction after guidance, (B, C, h, w).
+        denoised_previous: `denoised` of the step before, finite, (B, C, h, w).
         noise: unit noise, (B, C, h, w); None when no row has d != 0.
         coefficients: (B, 6), columns a, b, c, d, e, f.
 
@@ -41,6 +41,6 @@ def guide(cond: Floats, uncond: Floats, scale: Floats) -> Floats:
 
 
 def gaussian(seed: int, stream: int, step: int, shape: tuple[int, ...]) -> Floats:
-    """Unit noise that its arguments fix, whoever asks, whenever: Philox (Salmon et al. 2011) as a counter."""
+    """Unit noise that depends on the arguments alone: Philox, a counter-based generator (Salmon et al. 2011)."""
     philox = np.random.Philox(key=seed, counter=[0, 0, stream, step])
     return np.random.Generator(philox).standard_normal(shape, dtype=np.float32)

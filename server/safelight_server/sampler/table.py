@@ -1,4 +1,4 @@
-"""A sampler is a table: one row of scalars per step, compiled once per generation.
+"""Compiles a sampler to a table: one row of scalars per step, once per generation.
 
 With x the latent and p the (guided) prediction, every sampler offered is
 
@@ -7,7 +7,7 @@ With x the latent and p the (guided) prediction, every sampler offered is
     x_next      = a * x + b * p + c * denoised_previous + d * noise
 
 so that outputs with different samplers, steps and lengths share a batch
-(`step.py`). What cannot be had is named and refused: see `supported_cells`.
+(`step.py`). Combinations that are not offered are refused: see `supported_cells`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class SamplerTable:
     """The compiled sampler. Its arrays are shared and read-only.
 
     Attributes:
-        timesteps: (N,) what the denoiser is told.
-        in_scale: (N,).
+        timesteps: (N,) the timestep that the denoiser is given at each step.
+        in_scale: (N,) factor of the denoiser's input.
         coefficients: (N, 6) columns a, b, c, d, e, f.
         init_scale: x before the first step is this times unit noise.
     """
@@ -53,7 +53,7 @@ class SamplerTable:
 
     @property
     def num_steps(self) -> int:
-        """N."""
+        """Number of steps, N."""
         return len(self.timesteps)
 
     @property

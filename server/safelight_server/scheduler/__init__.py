@@ -1,10 +1,16 @@
-"""Who is in the next batch: the pure scheduler of steps, previews, encodings and decodings.
+"""Step-level batch scheduler: decides which rows of which outputs run in the next batch. Pure: no clock, no I/O.
 
-In the order of the data path: `types.py` the vocabulary; `core.py` the
-operations; `waiting.py` who starts; `deadlines.py` who expires; `lives.py` what
-becomes of each output; `ready.py` what stands in line for a batch, and what has
-failed is set apart; `batching.py` who is in it; `estimates.py` how long that
-will take; `invariants.py` what must always be true.
+In the order of the data path:
+
+    types.py       the vocabulary: outputs, rows, batches, events, limits
+    core.py        `Scheduler`, the operations
+    waiting.py     which waiting output starts next
+    deadlines.py   which outputs have expired
+    lives.py       the state machine of each output and of each prompt
+    ready.py       queues of what is ready for a batch; splits batches that failed
+    batching.py    which queue is served and how many rows a batch takes
+    estimates.py   how long the work will take
+    invariants.py  what must hold after every operation
 """
 
 from safelight_server.scheduler.core import Scheduler

@@ -1,13 +1,15 @@
-"""Which line is served next, and how many of its rows one instance takes.
+"""Forms batches: chooses the ready queue that is served next, and how many of its rows one instance takes.
 
-The line whose head became ready first is served first: that orders encoding,
-steps and decoding, and is fair across keys. Previews run where nothing else is
-ready, or from a share of instance time that other work earns for them.
+The queue whose first member became ready longest ago is served first. This one
+rule orders encoding, steps and decoding, and is fair across keys. Previews run
+when nothing else is ready, or out of a share of instance time that other work
+earns for them.
 
-A batch of steps takes its instance's share of all rows that are stepping, not
-all that are ready: otherwise instances drift into one huge and one tiny batch.
-Where there are fewer outputs than instances, the rows of a step are split over
-idle instances if the cost curve says that it is sooner.
+A batch of steps takes its instance's share of all rows that are denoising, not
+all rows that are ready: otherwise instances drift into one huge and one tiny
+batch. With fewer outputs than instances, the two rows of a step (conditional
+and unconditional) are split over idle instances if the cost curve says that
+this finishes sooner.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from safelight_server.scheduler.ready import Queue, ReadyQueues
 from safelight_server.scheduler.types import CostModel, Kind, Limits, Row
 
 MAX_CREDIT = 10
-"""Calls whose preview share can be saved up."""
+"""The preview credit is capped at so many times the seconds of the call that earned it last."""
 
 
 class Batching:
     """Forms batches from the ready queues.
 
     Attributes:
-        num_instances: that are live.
+        num_instances: live instances.
     """
 
     def __init__(self, limits: Limits, cost: CostModel, lives: Lives, ready: ReadyQueues) -> None:
@@ -38,11 +40,14 @@ class Batching:
         self._preview_credit_s = 0.0
 
     def next(self, num_free: int, full_only: bool) -> tuple[Queue, tuple[Row, ...]] | None:
-        """The rows of the next batch, taken out of their line; None if there is nothing to run.
+        """Takes the rows of the next batch out of their queue.
 
         Args:
-            num_free: instances that idle, this one included.
-            full_only: only steps that fill a batch without waiting for others.
+            num_free: idle instances, including the one that this batch is for.
+            full_only: form a batch only of steps, and only if waiting would not make it larger.
+
+        Returns:
+            The queue and the rows; None if there is nothing to run.
         """
         queue = self._next_queue(full_only)
         if queue is None:
@@ -64,7 +69,7 @@ class Batching:
         return oldest
 
     def _fills_a_batch(self, queue: Queue) -> bool:
-        """Whether a batch of steps would not be larger if it waited for those that are in flight."""
+        """Whether waiting for steps that are in flight would not make this batch of steps larger."""
         if queue[0] is not Kind.DENOISE:
             return False
         tally, num_ready = self._lives.denoising(queue[1]), self._ready.count(queue)
@@ -78,7 +83,7 @@ class Batching:
         return self._cost.seconds(queue[0], queue[1], rows)
 
     def _charge(self, queue: Queue, num_rows: int) -> None:
-        """Other work earns instance time for previews; previews spend it, but never run up a debt."""
+        """Books a batch on the preview credit (seconds): other work adds its share, previews spend, never below 0."""
         seconds = self._cost.seconds(queue[0], queue[1], num_rows)
         if queue[0] is Kind.PREVIEW:
             self._preview_credit_s = max(0.0, self._preview_credit_s - seconds)
@@ -112,7 +117,7 @@ class Batching:
     def _take_steps(
         self, queue: Queue, members: list[int | str], share: int, whole: bool, limit: int
     ) -> tuple[Row, ...]:
-        """The next steps of the outputs that were stepped longest ago, as much as one instance should take."""
+        """Rows of the next steps of `members`, in order, up to `share` rows; `whole`: all rows of a step or none."""
         rows: list[Row] = []
         for member in members:
             output_id = int(member)
@@ -130,7 +135,7 @@ class Batching:
         return tuple(rows)
 
     def _share(self, key: str, num_free: int, limit: int) -> tuple[int, bool]:
-        """Rows for one instance, and whether outputs stay whole."""
+        """Rows for one instance, and whether all rows of an output's step go into the same batch."""
         tally = self._lives.denoising(key)
         outputs, rows = tally.num_outputs, tally.num_rows
         instances = self.num_instances

@@ -1,22 +1,23 @@
-"""The scheduler: who is in the next batch. Pure: ids and numbers, no asyncio, clock, network or tensors.
+"""The scheduler's operations: outputs come in, batches go out. Pure: ids and numbers, no asyncio, clock or tensors.
 
-An output waits until one of `max_running` slots is granted (`waiting.py`), has
-its prompts encoded, makes its steps, is decoded (`lives.py`). What is ready
-stands in line (`ready.py`), and `batching.py` forms a batch for each instance
-that is free.
+An output waits until it is granted one of `max_running` slots (`waiting.py`).
+Then its prompts are encoded, its steps are made and it is decoded (`lives.py`).
+Rows that are ready stand in queues (`ready.py`), and `batching.py` forms a batch
+of them for each free instance.
 
 Bounds:
-- A waiting output starts when the grants before it have been made: in place `m`
-  of its class (weight w) with grant m + sum over other classes (weight v) of
-  floor(m * v / w) + 1 at the latest, if nobody else comes; `waiting.py` bounds it
-  with arrivals. `schedule` grants every free slot, so each output that ends lets
-  the next one start.
-- Of a member (output or prompt) that gets in line, the first row is in a batch
-  after at most as many batches, of all keys, as rows were in all lines before
-  it; each batch that fails meanwhile adds its rows, and previews take their
-  share of instance time. So no key waits for what came after it.
-- A batch has at most `max_rows` rows. After a failure each member is in
-  batches of at most half of the members, until it succeeds.
+- Wait for a slot: the output at position `m` of its class (weight w) starts at
+  the latest with grant number m + sum over the other classes (weight v) of
+  (floor(m * v / w) + 1), if no output arrives meanwhile; `waiting.py` has the
+  bound with arrivals. `schedule` grants every free slot, so each output that
+  ends lets the next one start.
+- Wait for a batch: when a member (an output or a prompt) enters a ready queue,
+  its first row is in a batch after at most as many batches, of all keys, as
+  there were rows in all queues at that time. Each batch that fails meanwhile
+  adds its rows, and previews take their share of instance time. So no key waits
+  for work that came later.
+- Batch size: at most `max_rows` rows. After a failure each member runs in
+  batches of at most half of the failed batch's members, until it succeeds.
 
 Invariants (`invariants.py`): no row is in two batches; no output runs two steps
 at once; an output that has ended is in no queue and no later batch; batches and
@@ -50,7 +51,7 @@ from safelight_server.scheduler.waiting import WaitingQueue
 
 
 class Scheduler:
-    """Forms batches of rows for instances. `now` is of any one clock that does not run backwards."""
+    """Forms batches of rows for instances. `now` is in seconds, always of the same monotonic clock."""
 
     def __init__(self, limits: Limits, cost: CostModel) -> None:
         self._limits = limits
@@ -66,10 +67,10 @@ class Scheduler:
     # --- what comes in ---
 
     def add(self, output: ScheduledOutput, now: float) -> None:
-        """Takes an output.
+        """Adds an output, which then waits for a slot.
 
         Raises:
-            ValueError: its id is not new, or `first_step` is more than `num_steps`.
+            ValueError: the output's id is in use, or `first_step` is more than `num_steps`.
         """
         if output.output_id in self._lives.of:
             raise ValueError(f"output {output.output_id} is already there")
@@ -78,7 +79,7 @@ class Scheduler:
         self._lives.add(output)
 
     def cancel(self, output_id: int) -> list[Event]:
-        """Ends an output at once; rows of it in flight are ignored when they come back. Unknown ids are ignored."""
+        """Ends an output at once. Its rows in flight are ignored when they come back. Unknown ids are ignored."""
         return self._lives.end(output_id) if output_id in self._lives.of else []
 
     def expire(self, now: float) -> list[Event]:
@@ -87,44 +88,45 @@ class Scheduler:
         return [event for output_id in ids for event in (*self._lives.end(output_id), OutputExpired(output_id))]
 
     def set_priority(self, output_id: int, priority: Priority) -> None:
-        """Moves an output to another class; counts until it starts. Unknown ids are ignored."""
+        """Moves a waiting output to another priority class. Outputs that have started and unknown ids are ignored."""
         if output_id in self._waiting:
             self._waiting.set_priority(output_id, priority)
 
     def set_deadline(self, output_id: int, deadline: float | None) -> None:
-        """Changes when an output expires and, while it waits, its place among its caller's. Unknown ids are ignored."""
+        """Changes an output's deadline and, if it waits, its position in its caller's order. Ignores unknown ids."""
         if output_id in self._lives.of:
             self._deadlines.set(output_id, deadline)
         if output_id in self._waiting:
             self._waiting.set_deadline(output_id, deadline)
 
     def set_instances(self, num_instances: int) -> None:
-        """So many instances are live now.
+        """Sets how many instances are live.
 
-        With none nothing starts and nothing is scheduled; what is here stays and expires when its time comes. A batch
-        in flight on an instance that is gone is ended by `fail`, like any other.
+        With none, nothing starts and nothing is scheduled; outputs stay until they expire. The caller ends a batch in
+        flight on an instance that is gone with `fail`, like any other.
         """
         self._batching.num_instances = num_instances
 
     def want_preview(self, output_id: int, key: str) -> None:
-        """Asks for one preview row of an output, here or elsewhere; one that is waiting already counts."""
+        """Queues one preview row of an output, of this server or another; no second one while the first is queued."""
         self._lives.want_preview(output_id, key)
 
     def drop_previews(self, output_id: int) -> None:
-        """Takes back what was asked of an output elsewhere; one that ends here does so by itself."""
+        """Removes the queued previews of another server's output. For an output of this server, its end does so."""
         self._lives.drop_previews(output_id)
 
     def want_embedding(self, conditioning_id: str, key: str) -> list[Event]:
-        """Asks for the embedding of a prompt itself: one `Encoded` answers all who asked until then."""
+        """Has a prompt encoded for its embedding alone: one `EmbeddingReady` answers all callers that wait for it."""
         return self._lives.ask(conditioning_id, key)
 
     # --- what goes out ---
 
     def schedule(self, now: float, free: Sequence[int], *, full_only: bool = False) -> list[Batch]:
-        """Batches for the free instances, at most one each.
+        """Grants free slots to waiting outputs and forms batches for the free instances, at most one each.
 
         Args:
-            full_only: only steps that fill a batch without waiting for others.
+            free: numbers of the idle instances, the one to be given work first in front.
+            full_only: form batches only of steps, and only where waiting would not make them larger.
         """
         if not self.num_instances:
             return []
@@ -144,7 +146,7 @@ class Scheduler:
         return batches
 
     def complete(self, batch_id: int) -> list[Event]:
-        """A batch came back: what became true."""
+        """Records that a batch succeeded. Returns the events that follow from it."""
         batch = self._in_flight.pop(batch_id)
         events: list[Event] = []
         for row in batch.rows:
@@ -159,13 +161,13 @@ class Scheduler:
         return events
 
     def fail(self, batch_id: int, given_up: Container[Member] = (), *, suspect: bool = True) -> list[Event]:
-        """A batch failed. Its members are ready again, first in line and in two halves; previews are only lost.
+        """Records that a batch failed. Its members go back to the head of their queue in two halves.
 
-        A batch that is not in flight, since it was completed, is ignored.
+        Previews are dropped, not tried again. A batch that is no longer in flight is ignored.
 
         Args:
-            suspect: false where none of them can be to blame: they stay together.
-            given_up: members of the batch that are not tried again: the outputs, or those that need the prompt, end.
+            given_up: members that are not tried again: the output ends, or every output that waits for the prompt.
+            suspect: whether a member may have caused the failure; if not, the members are not split.
         """
         batch = self._in_flight.pop(batch_id, None)
         if batch is None or batch.kind is Kind.PREVIEW:
@@ -197,11 +199,11 @@ class Scheduler:
 
     @property
     def num_free(self) -> int:
-        """Slots that no output has and none waits for."""
+        """Slots that are neither taken nor about to be taken by a waiting output."""
         return max(0, self._limits.max_running - self.num_outputs)
 
     def num_waiting(self, priority: Priority | None = None) -> int:
-        """Outputs that have not started, of a class or of all."""
+        """Outputs that have not started, of one priority class or of all."""
         return len(self._waiting) if priority is None else self._waiting.count(priority)
 
     def num_waiting_of(self, caller: str) -> int:
@@ -213,20 +215,24 @@ class Scheduler:
         return self._waiting.order(priority)
 
     def next_deadline(self) -> float | None:
-        """When `expire` has something to do at the earliest."""
+        """The earliest deadline, at which `expire` is to be called; None if no output has one."""
         return self._deadlines.next()
 
     def backlog_s(self) -> float:
-        """Time that the live instances need for the steps of all outputs; with none live, see `NO_INSTANCE_S`."""
+        """Seconds that the live instances need for the steps left of all outputs; see `NO_INSTANCE_S` for none live."""
         return self._estimates.backlog_s(self.num_instances)
 
     def estimate_s(self, output: ScheduledOutput, num_outputs: int = 1) -> float:
-        """When `num_outputs` outputs like this one that came now would be finished, under the present load.
+        """Seconds until `num_outputs` outputs like this one, if added now, would be finished under the present load.
 
-        With no live instance that is `NO_INSTANCE_S`.
+        `NO_INSTANCE_S` while no instance is live.
         """
         return self._estimates.estimate_s(output, num_outputs, self.num_instances)
 
     def check_invariants(self) -> None:
-        """Raises InvariantError where the scheduler contradicts itself."""
+        """Checks every invariant of `invariants.py`; for tests.
+
+        Raises:
+            InvariantError: the scheduler contradicts itself.
+        """
         invariants.check(self._limits, self._waiting, self._lives, self._ready, self._in_flight.values())

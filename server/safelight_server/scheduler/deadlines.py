@@ -1,7 +1,7 @@
-"""When outputs expire: one deadline an output, which may move.
+"""Deadlines of outputs, sorted, so that the earliest is found at once.
 
-Holds exactly the outputs that have a deadline, sorted; nothing stale is left
-behind, so it is as bounded as the outputs are.
+An output has at most one deadline, which can be changed. Old deadlines are
+removed at once, so that there are never more entries than outputs.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import bisect
 
 
 class Deadlines:
-    """Deadlines by output, on the caller's clock."""
+    """Deadline of each output that has one, in seconds of the caller's clock."""
 
     def __init__(self) -> None:
         self._of: dict[int, float] = {}
         self._sorted: list[tuple[float, int]] = []
 
     def set(self, output_id: int, deadline: float | None) -> None:
-        """Gives an output a deadline in place of the one that it had; None: it has none."""
+        """Sets or replaces an output's deadline; None removes it."""
         if (old := self._of.pop(output_id, None)) is not None:
             del self._sorted[bisect.bisect_left(self._sorted, (old, output_id))]
         if deadline is not None:
@@ -25,7 +25,7 @@ class Deadlines:
             bisect.insort(self._sorted, (deadline, output_id))
 
     def next(self) -> float | None:
-        """The earliest deadline, None where no output has one."""
+        """The earliest deadline, or None if no output has one."""
         return self._sorted[0][0] if self._sorted else None
 
     def passed(self, now: float) -> list[int]:

@@ -1,4 +1,4 @@
-"""How long things will take, from the measured cost curves: what admission and position reports ask."""
+"""Estimates of how long work will take, from the measured cost curves; for admission and queue position reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NO_INSTANCE_S = 86_400.0
 
 
 class Estimates:
-    """Answers for this moment; promises nothing."""
+    """Estimates under the present load, in seconds; later arrivals are not foreseen."""
 
     def __init__(self, limits: Limits, cost: CostModel, lives: Lives) -> None:
         self._limits = limits
@@ -20,7 +20,7 @@ class Estimates:
         self._lives = lives
 
     def backlog_s(self, num_instances: int) -> float:
-        """Time that all instances need for the steps of all outputs, in batches as large as the slots make them."""
+        """Seconds that all instances need for the steps left of all outputs, in batches of as many as have slots."""
         if not num_instances:
             return NO_INSTANCE_S if self._lives.of else 0.0
         together = min(self._limits.max_running, len(self._lives.of))
@@ -31,7 +31,7 @@ class Estimates:
         return seconds / num_instances
 
     def estimate_s(self, output: ScheduledOutput, num_outputs: int, num_instances: int) -> float:
-        """When `num_outputs` outputs like this one that came now would be finished."""
+        """Seconds until `num_outputs` outputs like this one, if added now, would be finished."""
         if not num_instances:
             return NO_INSTANCE_S
         keys, max_running = output.keys, self._limits.max_running
@@ -50,7 +50,7 @@ class Estimates:
         return own + (0.0 if fits else self.backlog_s(num_instances))
 
     def _work_s(self, output: ScheduledOutput, steps: int, share: int) -> float:
-        """One instance's time for steps of an output, whose calls carry `share` rows if they hold as many."""
+        """Seconds of one instance for `steps` steps of an output, in calls of `share` rows, at most `max_rows`."""
         key = output.keys[Kind.DENOISE]
         rows = max(1, min(self._limits.max_rows(Kind.DENOISE, key), share))
         return steps * output.rows_per_step * self._cost.seconds(Kind.DENOISE, key, rows) / rows

@@ -1,4 +1,4 @@
-"""What must be true of the scheduler after every operation; the tests check it."""
+"""Invariants of the scheduler's state, which hold after every operation; only tests run these checks."""
 
 from __future__ import annotations
 

@@ -1,11 +1,17 @@
-"""The life of an output: waiting, its prompts encoded, its steps, decoded, ended; `TRANSITIONS` is the table.
+"""State machine of an output: waiting, encoding its prompts, denoising, decoding, ended (`types.TRANSITIONS`).
 
-Owns the outputs that have not ended and the prompts that they need, and puts
-into the ready queues what each state makes ready. Invariants: a running output
-has rows ready or in flight, or prompts that are; a prompt wanted by many is
-encoded once; one that nobody wants is released; an output that has ended is in
-no queue. Previews may also be wanted of outputs that have no life here: those of
-another server.
+Holds the outputs that have not ended and the prompts that they need, and adds
+to the ready queues the rows that each state makes ready.
+
+Invariants:
+- A running output has rows that are ready or in flight, or waits for prompts
+  that are.
+- A prompt that many outputs need is encoded once, and released when nobody
+  needs it any more.
+- An output that has ended is in no queue.
+
+Previews can also be queued for outputs of another server, which have no `Life`
+here.
 """
 
 from __future__ import annotations
@@ -36,10 +42,10 @@ class Life:
     """The state of one output.
 
     Attributes:
-        step: steps made.
-        unencoded: of its prompts, while it is ENCODING.
-        todo: parts of the present step (or 0, the decoding) that are in no batch yet.
-        in_flight: parts that are in a batch.
+        step: number of steps made.
+        unencoded: number of its prompts that are not encoded yet, while it is ENCODING.
+        todo: parts (`Row.part`) of the current step that are in no batch yet; [0] for a decoding.
+        in_flight: parts of the current step that are in a batch.
     """
 
     output: ScheduledOutput
@@ -52,7 +58,15 @@ class Life:
 
 @dataclass(slots=True)
 class Prompt:
-    """A conditioning id: who wants it, and the batch that encodes it. `asked`: someone wants the embedding itself."""
+    """The state of one prompt embedding, by conditioning id.
+
+    Attributes:
+        key: the ENCODE key that it can share a batch under.
+        wanted_by: ids of the outputs that need it.
+        asked: whether a caller of `Lives.ask` waits for it.
+        encoded: whether the embedding has been computed.
+        batch_id: the batch in flight that encodes it.
+    """
 
     key: str
     wanted_by: set[int] = field(default_factory=set)
@@ -63,7 +77,7 @@ class Prompt:
 
 @dataclass(slots=True)
 class Denoising:
-    """What takes steps under one key."""
+    """How many outputs are DENOISING under one key, and how many rows one step of all of them has."""
 
     num_outputs: int = 0
     num_rows: int = 0
@@ -73,7 +87,10 @@ class Lives:
     """The outputs that have not ended, by id.
 
     Attributes:
-        previews: keys of the previews that an output stands in line for; none that is empty.
+        of: state by output id.
+        previews: keys of the queued previews by output id; no set is empty.
+        prompts: the prompts that somebody needs, by conditioning id.
+        num_running: outputs that have started and not ended.
     """
 
     def __init__(self, waiting: WaitingQueue, ready: ReadyQueues, deadlines: Deadlines) -> None:
@@ -87,11 +104,11 @@ class Lives:
         self._denoising: dict[str, Denoising] = {}
 
     def denoising(self, key: str) -> Denoising:
-        """The outputs that take steps under a key, in a batch or not."""
+        """Counts the outputs that are DENOISING under a key, whether their rows are queued or in flight."""
         return self._denoising.get(key) or Denoising()
 
     def add(self, output: ScheduledOutput) -> None:
-        """A new output waits."""
+        """Adds a new output to the waiting queue and notes which prompts it needs."""
         self.of[output.output_id] = Life(output, step=output.first_step)
         self._waiting.push(output)
         self._deadlines.set(output.output_id, output.deadline)
@@ -100,7 +117,7 @@ class Lives:
             prompt.wanted_by.add(output.output_id)
 
     def start(self, output_id: int) -> None:
-        """It leaves the waiting queue: its prompts are encoded, or it takes its first step, or is decoded."""
+        """Starts an output that has got a slot: queues its missing prompts, its first step or its decoding."""
         life = self.of[output_id]
         if life.step == life.output.num_steps:
             self._ready_to_decode(life)
@@ -117,24 +134,28 @@ class Lives:
             self._ready_to_step(life)
 
     def want_preview(self, output_id: int, key: str) -> None:
-        """It stands in line for one row; once."""
+        """Queues one preview row of an output under `key`; does nothing if one is queued already."""
         self.previews.setdefault(output_id, set()).add(key)
         self._ready.push((Kind.PREVIEW, key), output_id)
 
     def preview_taken(self, output_id: int, key: str) -> None:
-        """It is in a batch."""
+        """Forgets a queued preview whose row has been taken into a batch."""
         keys = self.previews[output_id]
         keys.remove(key)
         if not keys:
             del self.previews[output_id]
 
     def drop_previews(self, output_id: int) -> None:
-        """Nobody wants any that is not in a batch."""
+        """Removes all queued previews of an output. Previews that are in a batch already still run."""
         for key in self.previews.pop(output_id, ()):
             self._ready.discard((Kind.PREVIEW, key), output_id)
 
     def ask(self, conditioning_id: str, key: str) -> list[Event]:
-        """Someone wants a prompt's embedding itself: `EmbeddingReady` follows, at once where it is there."""
+        """Has a prompt encoded for its embedding alone.
+
+        Returns:
+            `EmbeddingReady` if it is encoded already; else nothing, and `encoded` or `give_up` returns the event later.
+        """
         prompt = self.prompts.setdefault(conditioning_id, Prompt(key))
         if prompt.encoded:
             return [EmbeddingReady(conditioning_id)]
@@ -144,10 +165,10 @@ class Lives:
         return []
 
     def encoded(self, conditioning_id: str, batch_id: int) -> list[Event]:
-        """A prompt's embedding is there; outputs that lacked only this one take their first step."""
+        """Records that a batch has encoded a prompt; outputs that lacked only this prompt become ready to step."""
         prompt = self.prompts.get(conditioning_id)
         if prompt is None or prompt.batch_id != batch_id:
-            return []  # nobody wants it any more
+            return []  # released, or being encoded anew in another batch
         prompt.encoded, prompt.batch_id = True, None
         for life in self._encoding(prompt):
             life.unencoded -= 1
@@ -156,7 +177,7 @@ class Lives:
         return self._answer(conditioning_id, failed=False)
 
     def stepped(self, output_id: int, part: int) -> list[Event]:
-        """A row is back; with the last row of a step the next one is ready, or the decoding."""
+        """Records that a row of a step came back; after the last row, queues the next step or the decoding."""
         life = self.of[output_id]
         life.in_flight.discard(part)
         if life.todo or life.in_flight:
@@ -170,12 +191,12 @@ class Lives:
         return [StepCompleted(output_id, life.step, last)]
 
     def encoding(self, batch: Batch) -> None:
-        """Its prompts are in a batch."""
+        """Notes which batch encodes its prompts."""
         for row in batch.rows:
             self.prompts[row.conditioning_id].batch_id = batch.batch_id
 
     def take_back(self, member: Member, batch: Batch) -> bool:
-        """A batch failed: makes what it took of a member undone again. False where nobody wants that any more."""
+        """Undoes what a failed batch took of a member. False if nobody needs the member any more."""
         if isinstance(member, str):
             prompt = self.prompts.get(member)
             if prompt is None or prompt.batch_id != batch.batch_id:
@@ -190,7 +211,7 @@ class Lives:
         return True
 
     def give_up(self, member: Member, batch_id: int) -> list[Event]:
-        """Ends an output without a picture; for a prompt, those that have started and need it."""
+        """Ends an output without a picture; for a prompt, every started output that waits for its embedding."""
         if isinstance(member, str):
             prompt = self.prompts.get(member)
             if prompt is None or prompt.batch_id != batch_id:
@@ -202,7 +223,7 @@ class Lives:
         return answer + [event for output_id in ids for event in (*self.end(output_id), OutputFailed(output_id))]
 
     def end(self, output_id: int) -> list[Event]:
-        """Ends an output: it leaves every queue, and prompts that only it wanted are released."""
+        """Ends an output: removes it from every queue and releases the prompts that only it needed."""
         life = self.of.pop(output_id)
         if life.state is OutputState.WAITING:
             self._waiting.remove(output_id)
@@ -251,7 +272,7 @@ class Lives:
         return events
 
     def _answer(self, conditioning_id: str, *, failed: bool) -> list[Event]:
-        """Those who asked for the embedding itself."""
+        """The event for the callers of `ask` that wait for this prompt, if there are any."""
         prompt = self.prompts[conditioning_id]
         if not prompt.asked:
             return []

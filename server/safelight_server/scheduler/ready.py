@@ -1,10 +1,11 @@
-"""What is ready for a batch: one queue per (kind, key), first come first served over all of them.
+"""Queues of work that is ready for a batch: one queue per (kind, key), served in order of arrival over all queues.
 
-A member (an output, or a prompt to encode) gets a turn when it becomes ready.
-Members of a batch that failed go first in line again, set apart in two halves:
-a half shares its batches with nobody, so that a row which breaks every batch
-it is in is alone after at most ceil(log2 n) failures of a batch of n members,
-and its neighbours are out of danger as soon as their half succeeds.
+A member (an output, or a prompt to encode) gets a turn number when it becomes
+ready. The members of a failed batch go back to the head of their queue, split
+into two halves, and a half shares its batches with no other member. This is a
+bisection: a row that breaks every batch it is in runs alone after at most
+ceil(log2 n) failures of a batch of n members, and the other members are safe as
+soon as their half succeeds.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from safelight_server.scheduler.types import Kind, Member
 
 Queue = tuple[Kind, str]
 Turn = tuple[int, int]
-"""No two lines have one in common. The second number is below 0 for who goes before the turn of the first."""
+"""Order of service, smallest first: a number from one counter, then 0, or below 0 for members put before it."""
 TOGETHER = 0
+"""The group of members that are not suspected of a failure. Members share a batch only within their group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class _QueuePosition:
 
 
 class ReadyQueues:
-    """Members in line, by queue. A queue that is empty is not kept."""
+    """The ready members of every queue, in order. Empty queues are removed."""
 
     def __init__(self) -> None:
         self._lines: dict[Queue, OrderedDict[Member, _QueuePosition]] = {}
@@ -40,35 +42,35 @@ class ReadyQueues:
         return iter(self._lines)
 
     def count(self, queue: Queue) -> int:
-        """Members in line."""
+        """Number of members in a queue."""
         return len(self._lines.get(queue, ()))
 
     def members(self, queue: Queue) -> list[Member]:
-        """The line, first to last."""
+        """The members of a queue, first to last."""
         return list(self._lines.get(queue, ()))
 
     def contains(self, queue: Queue, member: Member) -> bool:
-        """Whether a member is in that line."""
+        """Whether a member is in a queue."""
         return member in self._lines.get(queue, ())
 
     def turn(self, queue: Queue) -> Turn:
-        """When the first in line became ready: the smaller, the longer ago."""
+        """The turn of a queue's first member: the smaller, the longer it has been ready."""
         return next(iter(self._lines[queue].values())).turn
 
     def together(self, queue: Queue, limit: int) -> list[Member]:
-        """The members at the head of a line that may share a batch, at most `limit`."""
+        """The members at the head of a queue that may share a batch, at most `limit`."""
         head = list(itertools.islice(self._lines[queue].items(), limit))
         group = head[0][1].group
         return [member for member, _ in itertools.takewhile(lambda at: at[1].group == group, head)]
 
     def push(self, queue: Queue, member: Member) -> None:
-        """Adds a member at the end of a line; one that is in it already keeps its place."""
+        """Adds a member at the end of a queue; a member that is in it already keeps its position."""
         self._lines.setdefault(queue, OrderedDict()).setdefault(
             member, _QueuePosition((next(self._turns), 0), TOGETHER)
         )
 
     def push_first(self, queue: Queue, members: Sequence[Member], *, apart: bool) -> None:
-        """Puts the members of a failed batch first in line; `apart`: as two halves."""
+        """Puts the members of a failed batch at the head of a queue; `apart`: as two halves that share no batch."""
         if not members:
             return
         line = self._lines.setdefault(queue, OrderedDict())
@@ -82,7 +84,7 @@ class ReadyQueues:
                 line.move_to_end(member, last=False)
 
     def discard(self, queue: Queue, member: Member) -> None:
-        """Takes a member out of a line, if it is in it."""
+        """Removes a member from a queue, if it is in it."""
         line = self._lines.get(queue)
         if line is not None and line.pop(member, None) is not None and not line:
             del self._lines[queue]

@@ -1,4 +1,4 @@
-"""The scheduler's vocabulary: ids and numbers only."""
+"""Types of the scheduler: outputs, rows, batches, events and limits. Ids and numbers only, no tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class Kind(enum.Enum):
-    """What a batch runs."""
+    """The component that a batch runs."""
 
     ENCODE = "encode"
     DENOISE = "denoise"
@@ -18,7 +18,7 @@ class Kind(enum.Enum):
 
 
 class Priority(enum.IntEnum):
-    """Classes; `WEIGHTS` says how much more often a higher one starts."""
+    """Priority classes of waiting outputs; `WEIGHTS` says how often each is served relative to the others."""
 
     INTERACTIVE = 0
     STANDARD = 1
@@ -29,7 +29,7 @@ WEIGHTS = {Priority.INTERACTIVE: 8, Priority.STANDARD: 4, Priority.BATCH: 1}
 
 
 class OutputState(enum.Enum):
-    """Where an output is in its life."""
+    """State of an output; `TRANSITIONS` lists the allowed changes."""
 
     WAITING = "waiting"
     ENCODING = "encoding"
@@ -54,11 +54,12 @@ class ScheduledOutput:
     """One picture of a generation: the unit that is scheduled.
 
     Attributes:
-        rows_per_step: 1, or 2 with guidance.
-        keys: by kind, who can share a batch: component version and shapes.
-        conditioning: ids of the prompt embeddings it needs; an id wanted by many is encoded once.
-        deadline: on the caller's clock; past it the output expires. `Scheduler.set_deadline` changes it.
-        first_step: more than 0 where it goes on after a pause; `num_steps` where only its decoding is left.
+        caller: who asked for it; callers of one class take turns.
+        rows_per_step: 1, or 2 with classifier-free guidance.
+        keys: batch key by kind: rows of equal keys (component version and shapes) can share a batch.
+        conditioning: ids of the prompt embeddings that it needs; outputs with the same id share one encoding.
+        deadline: seconds on the caller's clock, after which the output expires. `Scheduler.set_deadline` changes it.
+        first_step: steps made before; above 0 if it is resumed, `num_steps` if only its decoding is left.
     """
 
     output_id: int
@@ -79,7 +80,7 @@ class Row:
     Attributes:
         step: steps made before this one.
         part: 0 for the conditional row of a step, 1 for the unconditional one.
-        conditioning_id: of an ENCODE row, which belongs to no single output (output_id -1).
+        conditioning_id: the prompt of an ENCODE row, which belongs to no single output (its output_id is -1).
     """
 
     output_id: int
@@ -89,7 +90,7 @@ class Row:
 
 
 Member = int | str
-"""What is in line for a batch and shares its fate: an output's id, or of an ENCODE batch a conditioning id."""
+"""What a ready queue holds and a batch succeeds or fails for: an output id, or for ENCODE a conditioning id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ class Batch:
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """What the batch is for, each once, in the order of its rows."""
+        """The outputs, or for ENCODE the prompts, of the batch, each once, in the order of its rows."""
         if self.kind is Kind.ENCODE:
             return tuple(row.conditioning_id for row in self.rows)
         return tuple(dict.fromkeys(row.output_id for row in self.rows))
@@ -112,7 +113,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepCompleted:
-    """All rows of a step are back. `step` steps are made now; `last`: no more follow."""
+    """All rows of a step are back: `step` steps are made now, and `last` says whether all are."""
 
     output_id: int
     step: int
@@ -121,7 +122,7 @@ class StepCompleted:
 
 @dataclass(frozen=True, slots=True)
 class OutputDecoded:
-    """The picture is there; the output has ended."""
+    """The output has been decoded and has ended."""
 
     output_id: int
 
@@ -149,7 +150,7 @@ class EmbeddingReleased:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingReady:
-    """An embedding that was asked for by itself is there; `failed`: there is none."""
+    """Answers `Scheduler.want_embedding`: the embedding has been computed, or `failed`."""
 
     conditioning_id: str
     failed: bool = False
@@ -159,10 +160,10 @@ Event = StepCompleted | OutputDecoded | OutputFailed | OutputExpired | Embedding
 
 
 class CostModel(Protocol):
-    """The measured step-time curve."""
+    """Measured seconds of a call by component and batch size."""
 
     def seconds(self, kind: Kind, key: str, rows: int) -> float:
-        """Seconds of one call on one instance."""
+        """Seconds of one call of `rows` rows on one instance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +172,9 @@ class Limits:
 
     Attributes:
         max_running: outputs that have started and not ended; each holds latents.
-        max_rows: largest batch, by kind and key.
-        num_instances: to begin with; `Scheduler.set_instances` changes it.
-        preview_share: of instance time that previews may take from other work.
+        max_rows: largest batch in rows, by kind and key.
+        num_instances: live instances at the start; `Scheduler.set_instances` changes it.
+        preview_share: share of instance time, 0 to 1, that previews may take from other work.
     """
 
     max_running: int

@@ -1,16 +1,17 @@
-"""Who starts next: classes by weight, callers in turn, the earliest deadline first.
+"""Queue of outputs that wait for a slot: priority classes by weight, callers in turn, earliest deadline first.
 
 Classes are served by stride scheduling (Waldspurger & Weihl 1995): each grant
-moves a class on by 1 / weight, the one least far goes next, and a class that
-was empty joins where the last grant was made, so that it saves nothing up.
+advances a class's pass by 1 / weight, and the class with the smallest pass is
+served next. A class that was empty resumes at the pass of the last grant, so
+that it cannot save up grants while it is idle.
 
-Bounds, for an output while it waits in a class (arrivals, leavings and moves of
-others included), with `n` the grants that its class gets, its own the last:
+Bounds for an output that waits in one class, whoever else arrives, leaves or
+moves. Let `n` be the number of grants that its class gets up to its own:
 - another class of weight v gets at most floor(n * v / weight) + 1 grants;
-- another caller of its class gets at most one grant more than those of its own
-  caller that go before it;
-- of its own caller and class only those go before it whose (deadline, arrival)
-  is earlier; none counts as the latest deadline.
+- another caller of its class gets at most one grant more than there are outputs
+  of its own caller that start before it;
+- of its own caller and class only outputs with an earlier (deadline, arrival)
+  start before it; an output without a deadline comes after all that have one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from safelight_server.scheduler.types import WEIGHTS, Priority, ScheduledOutput
 
 Place = tuple[float, int, int]
-"""Deadline, arrival, output: the order of a caller's outputs."""
+"""Deadline in seconds, arrival number, output id: outputs of one caller start in this order."""
 
 
 @dataclass(slots=True)
@@ -35,7 +36,7 @@ class _Waiting:
 
 
 class WaitingQueue:
-    """Outputs that have not started."""
+    """The outputs that have not started, in the order in which they will."""
 
     def __init__(self) -> None:
         self._outputs: dict[int, _Waiting] = {}
@@ -53,25 +54,25 @@ class WaitingQueue:
         return output_id in self._outputs
 
     def count(self, priority: Priority) -> int:
-        """Outputs of a class."""
+        """Number of waiting outputs of a class."""
         return self._counts[priority]
 
     def count_caller(self, caller: str) -> int:
-        """Outputs of a caller, over all classes."""
+        """Number of waiting outputs of a caller, over all classes."""
         return self._by_caller.get(caller, 0)
 
     def push(self, output: ScheduledOutput) -> None:
-        """Adds an output to its class."""
+        """Adds an output to its priority class."""
         self._insert(output, output.priority, (_latest(output.deadline), next(self._arrivals), output.output_id))
 
     def set_priority(self, output_id: int, priority: Priority) -> None:
-        """Moves an output to another class, where it has come when it came."""
+        """Moves an output to another class; it keeps its arrival number."""
         if self._outputs[output_id].priority is not priority:
             waiting = self._take(output_id)
             self._insert(waiting.output, priority, waiting.place)
 
     def set_deadline(self, output_id: int, deadline: float | None) -> None:
-        """Moves an output in its caller's order."""
+        """Changes an output's deadline, and with it its position among its caller's outputs."""
         waiting = self._outputs[output_id]
         places = self._callers[waiting.priority][waiting.output.caller]
         del places[bisect.bisect_left(places, waiting.place)]
@@ -79,11 +80,11 @@ class WaitingQueue:
         bisect.insort(places, waiting.place)
 
     def remove(self, output_id: int) -> None:
-        """Takes an output out."""
+        """Removes an output."""
         self._take(output_id)
 
     def pop(self) -> ScheduledOutput | None:
-        """The output that starts next."""
+        """Removes and returns the output that starts next; None if none waits."""
         filled = [priority for priority in Priority if self._counts[priority]]
         if not filled:
             return None
@@ -96,7 +97,7 @@ class WaitingQueue:
         return self._take(places[0][2]).output
 
     def order(self, priority: Priority) -> list[int]:
-        """The outputs of a class in the order in which they will start, if none comes or goes."""
+        """The outputs of a class in the order in which they will start, if no output is added or removed."""
         turns = itertools.zip_longest(*self._callers[priority].values())
         return [place[2] for turn in turns for place in turn if place is not None]
 

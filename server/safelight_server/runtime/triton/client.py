@@ -1,8 +1,8 @@
-"""One gRPC channel to one Triton: readiness, configs, shared-memory registrations, inference; failures told apart.
+"""gRPC client of one Triton server: readiness, model configs, shared-memory registration and inference.
 
-Invariant: every failure leaves as a `CallFailed` that says what it means for
-the server, and whether the server has answered: only then is it known that it
-is done with the memory of the call. Neighbour: `server.py`.
+Invariant: every failed call raises `CallFailed`, which says what the failure
+means for the server and whether the server has answered. Only a server that
+has answered is known to be done with the shared memory of the call.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ CHANNEL_ARGS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
 ]
-"""A server that returns is seen soon; a hang is for the timeout of each call to see."""
+"""Short reconnect backoff, so that a server that returns is seen soon; each call's own timeout detects a hang."""
 
 
 class Trouble(enum.Enum):
-    """What a failed call says."""
+    """What a failed call means; the value is the text that is shown."""
 
     DEAD = "the server cannot be reached or has gone"
     HUNG = "the server has not answered in time"
@@ -63,7 +63,7 @@ _BY_MESSAGE = (
     ("stub process", Trouble.BACKEND_DOWN),
     ("rst_stream", Trouble.DEAD),
 )
-"""Triton says with UNAVAILABLE that a queue is full, that a model is not loaded and that it stops: by its words."""
+"""Triton answers UNAVAILABLE for a full queue, an unloaded model and its own shutdown; only the message tells."""
 
 _BY_STATUS = {
     "StatusCode.DEADLINE_EXCEEDED": Trouble.HUNG,
@@ -77,7 +77,7 @@ _BY_STATUS = {
 
 
 class CallFailed(Exception):
-    """A call to a server failed; `trouble` says what that means."""
+    """A call to a server failed; `trouble` says what the failure means."""
 
     def __init__(self, trouble: Trouble, message: str) -> None:
         super().__init__(f"{trouble.value}: {message}")
@@ -85,14 +85,14 @@ class CallFailed(Exception):
 
     @property
     def answered(self) -> bool:
-        """Whether the server itself said so: it is done with the call's memory."""
+        """Whether the failure was the server's own answer, so that it is done with the call's shared memory."""
         return self.trouble not in UNANSWERED
 
 
 def classify(status: str, message: str) -> Trouble:
-    """What a failure means; `status` as in "StatusCode.UNAVAILABLE"."""
+    """What a failure means, from its status (such as "StatusCode.UNAVAILABLE") and Triton's message."""
     lower = message.lower()
-    if status == "StatusCode.DEADLINE_EXCEEDED":  # our own deadline, whatever the words
+    if status == "StatusCode.DEADLINE_EXCEEDED":  # the client's own deadline, whatever the message
         return Trouble.HUNG
     for words, trouble in _BY_MESSAGE:
         if words in lower:
@@ -101,16 +101,16 @@ def classify(status: str, message: str) -> Trouble:
 
 
 class Client:
-    """Calls of one server. Every method raises `CallFailed`, and may be given up only by cancelling it."""
+    """Calls to one server. Every method raises `CallFailed`; cancelling its task gives the call up."""
 
     def __init__(self, url: str) -> None:
         self._client = triton.InferenceServerClient(url, channel_args=CHANNEL_ARGS)
 
     async def ready(self, models: Sequence[tuple[str, str]], timeout_s: float) -> list[str]:
-        """Checks the server and (model, version) pairs.
+        """Asks whether the server and the given (model, version) pairs are ready.
 
         Returns:
-            The models that are not ready.
+            Name and version of each model that is not ready.
         """
         if not await _told(self._client.is_server_ready(client_timeout=timeout_s)):
             raise CallFailed(Trouble.DEAD, "not ready")
@@ -121,12 +121,12 @@ class Client:
         ]
 
     async def version(self, timeout_s: float) -> str:
-        """Of the server."""
+        """The server's Triton version."""
         metadata = await _told(self._client.get_server_metadata(client_timeout=timeout_s))
         return str(metadata.version)
 
     async def config(self, model: str, version: str, timeout_s: float) -> model_config_pb2.ModelConfig:
-        """A model's config as the server has it."""
+        """The server's configuration of a model."""
         return (await _told(self._client.get_model_config(model, version, client_timeout=timeout_s))).config
 
     async def infer(
@@ -140,18 +140,18 @@ class Client:
         timeout_s: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> triton.InferResult:
-        """One batched call.
+        """Runs one batch through a model.
 
         Args:
-            queue_s: after so long in its queue a server with a queue policy drops the call; others ignore it.
-            timeout_s: after this the call is given up, and the server hears it.
+            queue_s: a server with a queue policy drops the call after so many seconds in its queue; others ignore this.
+            timeout_s: seconds after which the client cancels the call, which the server is told; None: never.
         """
         call = self._client.infer(
             model,
             inputs,
             version,
             outputs,
-            timeout=max(1, round(queue_s * 1e6)),  # 0 would mean none
+            timeout=max(1, round(queue_s * 1e6)),  # microseconds; 0 would mean no timeout
             client_timeout=timeout_s,
             headers=dict(headers) if headers else None,
         )
@@ -165,15 +165,15 @@ class Client:
         return set(status.regions)
 
     async def register(self, name: str, key: str, num_bytes: int, timeout_s: float) -> None:
-        """Makes a region known to the server."""
+        """Registers a shared-memory region with the server, so that calls can refer to it."""
         await _told(self._client.register_system_shared_memory(name, key, num_bytes, client_timeout=timeout_s))
 
     async def unregister(self, name: str, timeout_s: float) -> None:
-        """Makes the server forget a region."""
+        """Unregisters a shared-memory region from the server."""
         await _told(self._client.unregister_system_shared_memory(name, client_timeout=timeout_s))
 
     async def close(self) -> None:
-        """Ends the channel and with it all calls."""
+        """Closes the channel, which ends all its calls."""
         await self._client.close()
 
 

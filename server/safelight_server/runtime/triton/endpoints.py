@@ -1,18 +1,21 @@
-"""Which servers take calls: least outstanding work, ejection on failure, probes with backoff. Pure.
+"""Load balancing over Triton servers: least outstanding work, ejection on failure, probes with backoff. Pure.
 
-An endpoint is UP (takes calls), DOWN (waits for its next probe) or PROBING.
-All begin DOWN with a probe due. An instance is a place for one call on one
-endpoint: instance i belongs to endpoint i // calls_each.
+An endpoint (one server) is UP and takes calls, DOWN and waits for its next
+probe, or PROBING. All begin DOWN with a probe due. An instance is one of the
+`calls_each` calls that an endpoint takes at once: instance i belongs to endpoint
+i // calls_each.
 
-A server whose queue is full works: it is offered fewer calls at once
-(`window`), and again more as they succeed. Only when it refuses a call that
-had no company from its beginning to its end is it DOWN: calls begun together
-arrive in any order, so that the first of them may be the one refused.
+A server that refuses a call because its queue is full still works: it is given
+fewer calls at once (its `window`), and more again as calls succeed. It is
+ejected only if it refuses a call that was alone on it from beginning to end.
+Calls that begin together arrive in any order, so that a refusal of the first
+one proves nothing.
 
-Invariants: only endpoints that are UP are offered, and no more calls than
-their window; a failure of a call that began before its endpoint was last
-ejected changes nothing; the wait for the next probe doubles until a real call
-has succeeded.
+Invariants:
+- Only endpoints that are UP are offered, each for no more calls than its window.
+- The failure of a call that began before its endpoint was last ejected changes
+  nothing.
+- The wait before the next probe doubles until a real call has succeeded.
 """
 
 from __future__ import annotations
@@ -22,11 +25,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 WINDOW_GROWTH = 0.05
-"""Of the calls given at once, with every success."""
+"""How much a success adds to an endpoint's window, in calls."""
 
 
 class EndpointState(enum.Enum):
-    """Where an endpoint is."""
+    """Whether an endpoint takes calls; see the module's docstring."""
 
     UP = "up"
     DOWN = "down"
@@ -35,19 +38,26 @@ class EndpointState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """Waits before probes: `first_s`, doubled with each failure in a row up to `max_s`; by chance 50-100 % of that."""
+    """Backoff of probes: `first_s`, doubled by each failure in a row up to `max_s`, times a random 0.5 to 1."""
 
     first_s: float = 0.1
     max_s: float = 0.25
 
     def wait_s(self, failures: int, chance: float) -> float:
-        """The wait after that many failures; `chance` in [0, 1)."""
+        """Seconds to wait after so many failures in a row; `chance` is a random number in [0, 1)."""
         return min(self.max_s, self.first_s * 2.0 ** min(failures, 16)) * (0.5 + chance / 2)
 
 
 @dataclass(frozen=True, slots=True)
 class CallTicket:
-    """A call that is under way; `number` counts the calls of its endpoint from the first."""
+    """A call that is under way on an endpoint.
+
+    Attributes:
+        epoch: how often the endpoint had been ejected when the call began.
+        work_s: seconds that the call should take.
+        number: 1 for the first call of the endpoint, and so on.
+        began_alone: whether no other call was under way on the endpoint when it began.
+    """
 
     endpoint: int
     epoch: int
@@ -69,11 +79,11 @@ class _Endpoint:
 
 
 class Endpoints:
-    """See the module. `now` is any clock that does not run backwards, the same throughout.
+    """State and load of every endpoint. `now` is in seconds, always of the same monotonic clock.
 
     Args:
-        calls_each: calls that an endpoint is given at once.
-        chance: numbers in [0, 1), such as `random.random`.
+        calls_each: most calls that an endpoint is given at once.
+        chance: returns random numbers in [0, 1), such as `random.random`.
     """
 
     def __init__(self, num_endpoints: int, calls_each: int, backoff: Backoff, chance: Callable[[], float]) -> None:
@@ -86,28 +96,28 @@ class Endpoints:
 
     @property
     def num_instances(self) -> int:
-        """With all endpoints UP."""
+        """Number of instances when all endpoints are UP."""
         return len(self._endpoints) * self._calls_each
 
     @property
     def num_live(self) -> int:
-        """Instances of endpoints that are UP."""
+        """Number of instances on endpoints that are UP."""
         return self._calls_each * sum(endpoint.state is EndpointState.UP for endpoint in self._endpoints)
 
     def state(self, endpoint: int) -> EndpointState:
-        """Where it is."""
+        """State of an endpoint."""
         return self._endpoints[endpoint].state
 
     def num_calls(self, endpoint: int) -> int:
-        """Calls under way on it."""
+        """Number of calls under way on an endpoint."""
         return self._endpoints[endpoint].num_calls
 
     def endpoint_of(self, instance: int) -> int:
-        """The endpoint of an instance."""
+        """Number of the endpoint that an instance belongs to."""
         return instance // self._calls_each
 
     def usable(self, free: Collection[int]) -> list[int]:
-        """Those of the free instances that take calls, in the order that gives each to the least loaded endpoint."""
+        """The free instances that take calls, ordered so that each next call goes to the least loaded endpoint."""
         places: dict[int, list[int]] = {}
         for instance in sorted(free, reverse=True):
             at = self.endpoint_of(instance)
@@ -132,7 +142,7 @@ class Endpoints:
     # --- what becomes of calls ---
 
     def begin(self, instance: int, work_s: float) -> CallTicket:
-        """A call that will take about `work_s` goes to the instance's endpoint."""
+        """Counts a call that should take `work_s` seconds to the endpoint of `instance`."""
         at = self.endpoint_of(instance)
         endpoint = self._endpoints[at]
         endpoint.num_begun += 1
@@ -142,20 +152,20 @@ class Endpoints:
         return ticket
 
     def end(self, ticket: CallTicket) -> None:
-        """The call is over, or given up."""
+        """Takes a call that has ended, or was given up, off its endpoint's load."""
         endpoint = self._endpoints[ticket.endpoint]
         endpoint.num_calls -= 1
         endpoint.work_s = endpoint.work_s - ticket.work_s if endpoint.num_calls else 0.0
 
     def succeeded(self, ticket: CallTicket) -> None:
-        """The call brought results: its endpoint is trusted again."""
+        """Records a success: resets the endpoint's probe backoff and widens its window."""
         endpoint = self._endpoints[ticket.endpoint]
         if ticket.epoch == endpoint.epoch:
             endpoint.failures = 0
             endpoint.window = min(float(self._calls_each), endpoint.window + WINDOW_GROWTH)
 
     def eject(self, ticket: CallTicket, now: float) -> bool:
-        """The call showed that its endpoint cannot work.
+        """Ejects the endpoint of a call whose failure showed that the endpoint cannot work.
 
         Returns:
             Whether the endpoint was UP until now.
@@ -168,10 +178,12 @@ class Endpoints:
         return True
 
     def refused(self, ticket: CallTicket, now: float) -> bool:
-        """The endpoint had no room for the call, which has ended, beside those that are under way still.
+        """Narrows the window of an endpoint that was too full for a call; ejects it if the call was alone on it.
+
+        Call `end` for the call first.
 
         Returns:
-            Whether the call never had company, and its endpoint was UP until now: it is ejected.
+            Whether the endpoint was ejected.
         """
         endpoint = self._endpoints[ticket.endpoint]
         if ticket.epoch != endpoint.epoch:
@@ -184,11 +196,11 @@ class Endpoints:
     # --- probes ---
 
     def next_probe(self) -> float | None:
-        """When `probe` has something to do; None while all are UP or being probed."""
+        """When the next probe is due; None while every endpoint is UP or being probed."""
         return min((endpoint.due for endpoint in self._endpoints if endpoint.state is EndpointState.DOWN), default=None)
 
     def probe(self, now: float) -> list[int]:
-        """The endpoints to be probed now; each is PROBING until `probed`."""
+        """Marks the endpoints whose probe is due as PROBING and returns them; report each result with `probed`."""
         due = [
             at
             for at, endpoint in enumerate(self._endpoints)
@@ -199,7 +211,7 @@ class Endpoints:
         return due
 
     def probed(self, at: int, works: bool, now: float) -> None:
-        """What a probe found."""
+        """Records the result of a probe: the endpoint is UP if it works, else DOWN until its next probe."""
         endpoint = self._endpoints[at]
         if endpoint.state is not EndpointState.PROBING:
             raise ValueError(f"endpoint {at} is {endpoint.state.value}, not being probed")

@@ -1,7 +1,7 @@
-"""Which Triton model is which component of a pipeline, and whether the server's is the one that we mean.
+"""Maps pipeline components to Triton models, and checks a server's model config against our repository.
 
-Facts come from the repository that the catalog has read; the server's own
-config must agree. Neighbours: `server.py` probes and calls with these.
+The expected names, versions and shapes come from the model repository that the
+catalog has read; the config that a server reports must agree with them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ ModelKey = tuple[str, Component]
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Attributes:
-    dims: of one row, as the server takes it; -1 is any size.
-    row_shape: of one row, as the network takes it (a scalar is () here and (1,) in `dims`).
+    """An input or output of a Triton model.
+
+    Attributes:
+        dims: shape of one row as the server takes it; -1 is any size.
+        row_shape: shape of one row as the network takes it (a scalar is () here and (1,) in `dims`).
+        datatype: Triton's name of the type, such as "FP32".
     """
 
     name: str
@@ -38,22 +41,22 @@ class Tensor:
 
     @property
     def is_static(self) -> bool:
-        """Whether its size is known."""
+        """Whether the size of a row is known, so that it fits into shared memory."""
         return -1 not in self.dims
 
     @property
     def row_bytes(self) -> int:
-        """Of one row, where `is_static`."""
+        """Bytes of one row; only if `is_static`."""
         return math.prod(self.dims) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A component as the repository has it.
+    """A component's model as our repository describes it.
 
     Attributes:
         name: Triton's name of the model.
-        expected: from our config.pbtxt.
+        expected: batch bound and shapes from our config.pbtxt.
     """
 
     key: ModelKey
@@ -64,19 +67,23 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model as a server has it."""
+    """A model as a server describes it.
+
+    Attributes:
+        max_rows: largest batch: the smaller of the server's bound and ours.
+    """
 
     max_rows: int
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
 
     def specs(self) -> list[InputSpec]:
-        """The inputs, for `verification`."""
+        """Names, shapes and types of the inputs, from which `verification` makes example batches."""
         return [InputSpec(at.name, at.row_shape, at.datatype == "INT64") for at in self.inputs.values()]
 
 
 class ModelMismatch(Exception):
-    """A server's model is not ours; the message says in what."""
+    """A server's model differs from the one in our repository; the message says how."""
 
 
 _TYPES: dict[int, tuple[str, npt.DTypeLike]] = {
@@ -86,7 +93,7 @@ _TYPES: dict[int, tuple[str, npt.DTypeLike]] = {
 
 
 def models_of(catalog: Catalog) -> list[Model]:
-    """Every component of every pipeline.
+    """The Triton model of every component of every pipeline.
 
     Raises:
         config_pbtxt.ConfigError: a config.pbtxt cannot be read.
@@ -101,10 +108,10 @@ def models_of(catalog: Catalog) -> list[Model]:
 
 
 def served(model: Model, config: pb.ModelConfig) -> ServedModel:
-    """The server's side of a model.
+    """Checks the config that a server reports for a model against the expected one.
 
     Raises:
-        ModelMismatch: it has other tensors.
+        ModelMismatch: the tensors differ, or the model does not take batches.
     """
     inputs, outputs = _tensors(model, config.input), _tensors(model, config.output)
     faults = _differences(model.expected.inputs, inputs) + _differences(model.expected.outputs, outputs)

@@ -1,11 +1,13 @@
-"""The `triton` runtime: several Triton servers as one set of instances; see `runtime.base.Runtime`.
+"""Runs components on several Triton servers as one set of instances; implements `runtime.base.Runtime`.
 
-One server that is fit when it starts is the reference: batches are verified
-and measured on it, and every other server, and each that returns, must give
-the same bits before it takes calls. So a generation can go on anywhere.
+The first server that passes its probe at start is the reference: batches are
+verified and measured on it. Every other server, and each server that returns,
+must give the same bits before it takes calls, so that a generation can continue
+on any of them.
 
-A failure that is a server's fault ejects it and is reported as
-`instance_failed`; a task probes ejected servers until they are fit again.
+A server that causes a failure is ejected, and the failure is reported with
+`FaultOrigin.INSTANCE`. A background task probes ejected servers until they pass
+again.
 """
 
 from __future__ import annotations
@@ -35,19 +37,22 @@ from safelight_server.sampler import VERSION as SAMPLER_VERSION
 log = structlog.get_logger(__name__)
 
 EMBEDDED_BYTES = 256 << 20
-"""Weights beyond this are not loaded into the gateway to compare them: their numerics get a name of their own."""
+"""Larger weights are not loaded into the gateway to compare bits; their numerics id then names the servers."""
 START_PAUSE_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class TritonOptions:
-    """Attributes:
-    urls: HOST:PORT of each server's gRPC.
-    calls_each: calls that a server is given at once.
-    timeout_factor: a call is given up after so many times the measured duration …
-    timeout_floor_s: … and not before this.
-    start_s: how long `start` waits for the first server.
-    probe_max_s: longest wait between two probes of a server that is down.
+    """Settings of the Triton runtime.
+
+    Attributes:
+        urls: HOST:PORT of each server's gRPC.
+        shared_memory: whether tensors go through shared memory; "auto": to servers on this host that accept it.
+        calls_each: most calls that a server is given at once.
+        timeout_factor: a call is given up after so many times its measured duration.
+        timeout_floor_s: no call is given up before so many seconds.
+        start_s: seconds that `start` waits for the first server.
+        probe_max_s: longest wait in seconds between two probes of a server that is down.
     """
 
     urls: tuple[str, ...]
@@ -60,7 +65,11 @@ class TritonOptions:
 
 
 class TritonRuntime:
-    """See the module."""
+    """Executes components on Triton servers; see the module's docstring.
+
+    Args:
+        clock: monotonic seconds.
+    """
 
     name = "triton"
 
@@ -98,7 +107,11 @@ class TritonRuntime:
     # --- start ---
 
     async def start(self) -> None:
-        """Waits for a server that is fit, verifies and measures on it, compares its bits with those computed here."""
+        """Waits for a server that passes its probe, verifies and measures on it, and starts the probes of the others.
+
+        Raises:
+            RuntimeStartError: no server could be used within `start_s`.
+        """
         until = self._clock() + self._options.start_s
         while not self._costs:
             await asyncio.gather(*(self._probe(at) for at in self.endpoints.probe(self._clock())))
@@ -115,7 +128,7 @@ class TritonRuntime:
         self._tending = asyncio.create_task(self._tend())
 
     async def _measure(self, at: int, server: Server) -> None:
-        """Verifies and measures every component on one server; if that fails the server is ejected."""
+        """Verifies and measures every component on one server; ejects the server if that fails."""
         costs: dict[ModelKey, CostCurve] = {}
         limit_s = self._canary_limit_s()
         ticket = self.endpoints.begin(at * self._options.calls_each, 0.0)
@@ -140,7 +153,7 @@ class TritonRuntime:
             self.endpoints.end(ticket)
 
     async def _name_numerics(self) -> str:
-        """The embedded runtime's name if its bits are those of the servers, measured; else one of their own."""
+        """The `onnx` runtime's numerics id if it computes the same bits (compared here), else an id of the servers."""
         prints = []
         for pipeline in self._catalog.pipelines.values():
             if sum(file.stat().st_size for file in pipeline.files.values()) > EMBEDDED_BYTES:
@@ -167,7 +180,7 @@ class TritonRuntime:
 
     @property
     def num_live(self) -> int:
-        """Instances on servers that are up."""
+        """Number of instances on servers that are UP."""
         return self.endpoints.num_live
 
     def usable(self, free: Collection[int]) -> Sequence[int]:
@@ -175,23 +188,27 @@ class TritonRuntime:
         return self.endpoints.usable(free)
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """Whenever a server comes, goes or has room again."""
+        """Sets the callback for changes: a server becomes usable or is ejected."""
         self._changed = changed
 
     def max_rows(self, model: str, component: Component) -> int:
-        """Largest batch that was verified."""
+        """Largest batch, in rows, that was verified to be bit-equal to single rows."""
         return self._costs[model, component].rows[-1]
 
     def cost(self, model: str, component: Component) -> CostCurve:
-        """Measured on the first server, with the way there and back."""
+        """The cost curve measured on the reference server, network time included."""
         return self._costs[model, component]
 
     def numerics_id(self, model: str) -> str:
-        """The embedded runtime's where the servers give the same bits; else the server's version and a digest."""
+        """The `onnx` runtime's id if the servers give the same bits, else Triton's version and a digest of the bits."""
         return self._numerics_id
 
     async def run(self, instance: int, model: str, component: Component, inputs: Inputs) -> Mapping[str, FloatArray]:
-        """One call on the instance's server."""
+        """Runs one batch on the instance's server; ejects the server if the failure is the server's.
+
+        Raises:
+            RuntimeFailure: the call failed.
+        """
         key = (model, component)
         seconds = self._costs[key].at(len(next(iter(inputs.values()))))
         ticket = self.endpoints.begin(instance, seconds)
@@ -226,7 +243,7 @@ class TritonRuntime:
             self._changed()
 
     async def close(self) -> None:
-        """Ends the probes, gives up what hangs, releases the shared memory."""
+        """Cancels the probes, gives up calls that hang and frees the shared memory."""
         self._changed = lambda: None
         tasks = [*self._probes, *([self._tending] if self._tending else [])]
         for task in tasks:
@@ -238,7 +255,7 @@ class TritonRuntime:
     # --- probes ---
 
     async def _tend(self) -> None:
-        """Probes what is due, until cancelled."""
+        """Starts probes when they are due, until cancelled."""
         while True:
             for at in self.endpoints.probe(self._clock()):
                 task = asyncio.create_task(self._probe(at))
@@ -252,7 +269,7 @@ class TritonRuntime:
             self._wake.clear()
 
     def _canary_limit_s(self) -> float:
-        """For a call of a probe; before anything is measured, as long as the start may take."""
+        """Seconds that a call of a probe may take; before costs are measured, as long as the start may take."""
         options, rows = self._options, max(verification.CANARY_ROWS)
         if not self._costs:
             return max(options.timeout_floor_s, options.start_s)

@@ -1,9 +1,10 @@
-"""One Triton server: found fit by a probe, then called over shared memory or gRPC.
+"""One Triton server: probes whether it can be used, and runs batches on it over shared memory or gRPC.
 
-Invariants: a call is waited for no longer than its limit; over shared memory
-it is never cancelled, so that its answer, however late, frees its region; a
-server that has forgotten our regions is given them anew. Neighbours: `client`
-speaks to it, `shared_memory` owns the regions, `runtime` decides when to call.
+Invariants:
+- A call is waited for no longer than its limit.
+- A call over shared memory is not cancelled when its limit passes, so that its
+  answer, however late, frees its region.
+- A server that has restarted, and so forgotten our regions, is given new ones.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from safelight_server.telemetry import tracing
 log = structlog.get_logger(__name__)
 
 SPARE_REGIONS = 8
-"""Regions that may be in quarantine beside one for each call that the server is given at once."""
+"""Regions that may be in quarantine, on top of one for each call that the server is given at once."""
 
 
 CANNOT_SHARE = frozenset({Trouble.REGION_UNKNOWN, Trouble.FAILED, Trouble.BAD_REQUEST})
-"""What a server of another host, or one that does not see our /dev/shm, answers."""
+"""Answers of a server on another host, or of one in a container that does not see our /dev/shm."""
 
 
 class SharedMemoryUse(enum.StrEnum):
-    """Whether tensors go through shared memory: AUTO, if the server is on this host and takes the regions."""
+    """Whether tensors go through shared memory. AUTO: if the server is on this host and accepts the regions."""
 
     AUTO = "auto"
     ON = "on"
@@ -45,12 +46,13 @@ class SharedMemoryUse(enum.StrEnum):
 
 
 class Server:
-    """See the module.
+    """Probes and calls one Triton server; see the module's docstring.
 
     Args:
-        models: what it has to serve.
-        calls_at_once: most calls that `run` is given at a time.
-        limit_s: for every small question; inference has limits of its own.
+        url: HOST:PORT of the server's gRPC.
+        models: the models that it has to serve.
+        calls_at_once: most calls of `run` at a time.
+        limit_s: timeout in seconds of every call but inference, which has its own.
     """
 
     def __init__(
@@ -75,25 +77,25 @@ class Server:
 
     @property
     def regions(self) -> RegionPool | None:
-        """Its regions, where it shares memory."""
+        """The server's shared-memory regions; None if tensors go over gRPC."""
         return self._pool
 
     def served(self, key: ModelKey) -> ServedModel:
-        """A model as this server has it; after the first good probe."""
+        """A model as this server describes it; only after a successful probe."""
         return self._served[key]
 
     async def probe(self, work_limit_s: float) -> str:
-        """Looks whether the server can do the work, all of it.
+        """Checks that the server can be used: readiness, models, and an example call of each model.
 
         Args:
-            work_limit_s: for each call of a model.
+            work_limit_s: timeout in seconds of each call of a model.
 
         Returns:
-            A fingerprint of what it computes: equal for servers with equal bits.
+            A fingerprint of the outputs: equal for servers that compute the same bits.
 
         Raises:
-            CallFailed: it cannot work now.
-            ModelMismatch: it serves other models than ours.
+            CallFailed: the server cannot be used now.
+            ModelMismatch: the server has other models than our repository.
         """
         names = [(model.name, model.version) for model in self._models.values()]
         if missing := await self._client.ready(names, self._limit_s):
@@ -112,10 +114,10 @@ class Server:
         return "-".join(prints)
 
     async def run(self, key: ModelKey, inputs: Inputs, limit_s: float) -> dict[str, FloatArray]:
-        """One batched call.
+        """Runs one batch through a model, over shared memory if there is a region for it, else over gRPC.
 
         Raises:
-            CallFailed: it failed, or was given up after `limit_s`.
+            CallFailed: the call failed, or was given up after `limit_s` seconds.
         """
         tracing.current().note({"server.address": self.url})
         for last in (False, True):
@@ -128,11 +130,11 @@ class Server:
                 if failure.trouble is not Trouble.REGION_UNKNOWN or last:
                     raise
                 assert self._pool is not None
-                self._pool.known(await self._client.regions(self._limit_s))  # it was restarted without our noticing
+                self._pool.known(await self._client.regions(self._limit_s))  # the server restarted unnoticed
         raise AssertionError("unreachable")
 
     async def close(self) -> None:
-        """Gives up all calls and lets the memory go."""
+        """Cancels the calls that were given up, frees the shared memory and closes the channel."""
         for call in self._given_up:
             call.cancel()
         if self._given_up:
@@ -144,7 +146,7 @@ class Server:
     # --- shared memory ---
 
     async def _prove_shared_memory(self, key: ModelKey, expected: str, limit_s: float) -> None:
-        """Runs a model through a region: the answer must be the one over gRPC."""
+        """Runs a model over shared memory and compares the outputs with those over gRPC (`expected`)."""
         try:
             call = functools.partial(self.run, key, limit_s=limit_s)
             if await verification.fingerprint(call, self._served[key].specs()) == expected:
@@ -192,7 +194,7 @@ class Server:
             self._settle(region, call)
         if not call.done():
             raise CallFailed(Trouble.HUNG, f"{model.name}, {rows} rows, given up after {limit_s:.2f} s")
-        result = call.result()  # raises what went wrong
+        result = call.result()  # raises CallFailed if the call failed
         try:
             with tracing.current().within("collect"):
                 for name in at.outputs:
@@ -202,7 +204,7 @@ class Server:
             self._pool.give_back(region)
 
     def _settle(self, region: Region, call: asyncio.Task[triton.InferResult]) -> None:
-        """What becomes of a region after a call that brought no results."""
+        """Decides about a call's region: reused if the server answered with a failure, else quarantined."""
         pool = self._pool
         assert pool is not None
         if not call.done():
@@ -253,10 +255,10 @@ class Server:
 
 
 def check_rows(result: triton.InferResult, name: str, rows: int, model: Model) -> None:
-    """Refuses the answer to another call, where its size shows it.
+    """Checks that an output has as many rows as the call; if not, the answer belongs to another call.
 
     Raises:
-        CallFailed: an output is missing, or has not as many rows as the call.
+        CallFailed: the output is missing or has another number of rows.
     """
     output = result.get_output(name)
     if output is None:
@@ -271,7 +273,7 @@ def _is_this_host(url: str) -> bool:
 
 
 def _trace_headers() -> Mapping[str, str] | None:
-    """W3C context of the span that is current; none if it is not sampled: Triton heeds no flag."""
+    """W3C traceparent header of the current span; None if it is not sampled, since Triton ignores the sampled flag."""
     at = trace.get_current_span().get_span_context()
     if not at.is_valid or not at.trace_flags.sampled:
         return None

@@ -1,16 +1,17 @@
-"""System shared memory between the gateway and one server: regions, made and registered once, used call after call.
+"""Shared-memory regions for tensors between the gateway and one Triton server, reused from call to call.
 
-A region has room for the inputs and outputs of a model's largest batch. A
-server writes the results of a call into it whenever it gets to that, even if
-the call was given up long ago: a stopped process does when it goes on. So:
+A region has room for the inputs and outputs of a model's largest batch. The
+server writes the results of a call into the region whenever it gets to it, even
+if the call was given up long ago, for example after the process was suspended.
 
 Invariant: a region is used for a call only if the server has answered every
-earlier call that was given it. One of an unanswered call is in quarantine
-until the server answers, or is found to have forgotten it: then the server
-that could write into it is no more, and the region is unlinked, never reused.
+earlier call in that region. The region of an unanswered call is in quarantine.
+It is reused when the server answers. If instead the server no longer knows the
+region, it has restarted, and the process that could write into the region is
+gone: the region is then unlinked, never reused.
 
-Where rows stay the same from call to call they also keep their places, and
-are copied only where a place held something else (`place`).
+Input rows that stay the same from call to call (`StableRows`) keep their
+position in the region and are copied only if the position held another row.
 """
 
 from __future__ import annotations
@@ -41,25 +42,33 @@ FOLDER = Path("/dev/shm")  # where Linux keeps POSIX shared memory
 
 
 class Registrar(Protocol):
-    """What of a server is needed here; see `client.Client`."""
+    """Registers regions with a server; `client.Client` implements it."""
 
     async def register(self, name: str, key: str, num_bytes: int, timeout_s: float) -> None:
-        """Makes a region known to the server."""
+        """Registers a region with the server, so that calls can refer to it."""
 
     async def unregister(self, name: str, timeout_s: float) -> None:
-        """Makes the server forget a region."""
+        """Unregisters a region from the server."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor lies in a region, row after row."""
+    """Byte offset of a tensor in a region, and bytes of each of its rows."""
 
     offset: int
     row_bytes: int
 
 
 def place(held: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
-    """A place below len(wanted) for each row: the one that holds its version already, else one that is left."""
+    """Assigns the rows of a batch to positions, so that a row whose version is in the region already stays there.
+
+    Args:
+        held: (N,) version at each position of the region; 0 where there is none.
+        wanted: (B,) version of each row of the batch.
+
+    Returns:
+        (B,) the position of each row, each of 0 … B - 1 once.
+    """
     count = len(wanted)
     at = {version: position for position, version in enumerate(held[:count].tolist()) if version}
     places = [at.pop(version, -1) for version in wanted.tolist()]
@@ -71,7 +80,7 @@ class Region:
     """A piece of shared memory laid out for the batches of one model.
 
     Raises:
-        OSError: there is no room for it.
+        OSError: /dev/shm has no room for it.
     """
 
     def __init__(self, name: str, model: ModelKey, tensors: Sequence[Tensor], max_rows: int) -> None:
@@ -98,10 +107,10 @@ class Region:
         self._held = {at.name: np.zeros(max_rows, np.int64) for at in tensors}
 
     def write(self, inputs: Inputs) -> npt.NDArray[np.intp]:
-        """Copies the rows of a batch in, those of `StableRows` only where they are not there yet.
+        """Copies a batch into the region; rows of `StableRows` only if the region does not hold them yet.
 
         Returns:
-            The place of each row.
+            (B,) the position of each row.
         """
         stable = {name: rows for name, rows in inputs.items() if isinstance(rows, StableRows)}
         if stable:
@@ -121,12 +130,12 @@ class Region:
         return places
 
     def read(self, name: str, places: npt.NDArray[np.intp]) -> FloatArray:
-        """The rows of an output, copied."""
+        """A copy of an output's rows, (B, ...) float32, at the positions that `write` returned."""
         rows: FloatArray = self._views[name][places]
         return rows
 
     def unlink(self) -> None:
-        """Lets the memory go; a server that has it open keeps it for itself."""
+        """Frees the memory. A server that still has it mapped can go on writing, but into memory that nobody reads."""
         self._views = {}
         self._memory.close()
         self._memory.unlink()
@@ -136,8 +145,8 @@ class RegionPool:
     """The regions of one server.
 
     Args:
-        max_quarantined: regions of unanswered calls; with so many, no more memory is given to the server.
-        timeout_s: for registrations.
+        max_quarantined: with so many regions in quarantine, no new region is made.
+        timeout_s: timeout in seconds of a registration.
     """
 
     def __init__(self, registrar: Registrar, *, max_quarantined: int, timeout_s: float) -> None:
@@ -153,19 +162,22 @@ class RegionPool:
 
     @property
     def num_regions(self) -> int:
-        """All that exist."""
+        """Number of regions: idle, in use and in quarantine."""
         return sum(map(len, self._idle.values())) + len(self._busy) + len(self._quarantine)
 
     @property
     def num_quarantined(self) -> int:
-        """Those of calls that were given up and not answered."""
+        """Number of regions whose call was given up and has not been answered."""
         return len(self._quarantine)
 
     async def take(self, model: ModelKey, tensors: Sequence[Tensor], max_rows: int) -> Region | None:
-        """A region for a call; registered. None: there is no room, or too many are in quarantine.
+        """Takes an idle region for a call, or makes and registers a new one.
+
+        Returns:
+            None if /dev/shm is full or too many regions are in quarantine.
 
         Raises:
-            CallFailed: the server does not take it.
+            CallFailed: the server did not register the region.
         """
         if idle := self._idle[model]:
             region = idle.pop()
@@ -187,7 +199,7 @@ class RegionPool:
         return region
 
     def give_back(self, region: Region) -> None:
-        """The server has answered the call: the region can be used again."""
+        """Returns a region whose call the server has answered; it can be used again."""
         self._busy.discard(region)
         self._quarantine.discard(region)
         if region in self._forgotten:
@@ -197,12 +209,12 @@ class RegionPool:
             self._idle[region.model].append(region)
 
     def quarantine(self, region: Region) -> None:
-        """The call was given up, or its connection was lost: nobody knows what the server does to the region."""
+        """Sets aside a region whose call was given up or lost its connection: the server may still write into it."""
         self._busy.remove(region)
         self._quarantine.add(region)
 
     def known(self, names: set[str]) -> None:
-        """What the server says that it knows: the other regions were those of an earlier server, and go."""
+        """Unlinks the regions that the server does not know (`names`): they were registered before it restarted."""
         for model, regions in self._idle.items():
             gone = [region for region in regions if region.name not in names]
             self._idle[model] = [region for region in regions if region.name in names]
@@ -215,7 +227,7 @@ class RegionPool:
         self._forgotten |= {region for region in self._busy if region.name not in names}
 
     async def close(self) -> None:
-        """Lets all memory go. Regions that the server may still write into are not unregistered, only unlinked."""
+        """Frees all regions. Those that the server may still write into are unlinked, but not unregistered."""
         idle = [region for regions in self._idle.values() for region in regions]
         self._idle.clear()
         try:
@@ -231,6 +243,6 @@ class RegionPool:
 
 
 def layout(inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> list[Tensor] | None:
-    """The tensors of a region; None where a size is not known beforehand."""
+    """The tensors that a region has to hold; None if the size of one is not known beforehand."""
     tensors = [*inputs.values(), *outputs.values()]
     return tensors if all(tensor.is_static for tensor in tensors) else None
