@@ -299,9 +299,8 @@ class Tiers:
             return False
 
         async def written() -> bool:
-            if (
-                tier.eager or await tier.store.head(key) != value[:HEADER_BYTES]
-            ):  # the value may have been read from this tier
+            # A tier that is not eager gets evicted values, which may have been read from it before.
+            if tier.eager or await tier.store.head(key) != value[:HEADER_BYTES]:
                 await tier.store.put(key, value, ttl_s)
             return True
 
