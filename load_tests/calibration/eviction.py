@@ -1,10 +1,8 @@
 """Simulates how many steps the caches save on the trace, by eviction policy and settings.
 
-The trace is run through the real encoder, text guard, skip policy and eviction
-books; nothing is developed and time does not pass, so every request finds what
-all earlier ones left. Pictures developed whole from noise enter everything;
-one that began from another's latent is kept to be served as SIMILAR only, or,
-to show what that is worth, not at all.
+The trace runs through the real encoder, text guard, skip policy and eviction policies. No picture is computed and no
+time passes, so every request finds what all earlier ones stored. A picture computed from noise enters all caches. A
+picture that began from another's latent is stored to be served as SIMILAR only or, for comparison, not at all.
 """
 
 from __future__ import annotations
