@@ -1,9 +1,9 @@
 """A trace of requests for the caches' benchmark: how people ask for icons, drawn from committed parameters.
 
 Sessions start by a Poisson process, with prompts of Zipf popularity. After a think time, a session rephrases its
-prompt, adds a detail, changes something, or repeats the prompt. Every request carries the icon it asks for, so that the served
-picture can be judged. The same parameters and seed give the same trace on any machine. `replay` sends the trace to a
-server; `eviction` simulates a cache.
+prompt, adds a detail, changes something, or repeats the prompt. Every request carries the icon it asks for, so that the
+served picture can be judged. The same parameters and seed give the same trace on any machine. `replay` sends the
+trace to a server; `eviction` simulates a cache.
 
 The parameters below were committed before any cache was tuned; a golden digest
 in the tests notices a change.

@@ -7,8 +7,8 @@ belong to, negations with the words they deny, quoted words, and the values of t
 manifest (`icons`: object, colour, background, each modifier). If the manifest declares its vocabulary closed, all other
 words must be equal too, except those that it ignores.
 
-Invariants: the guard is symmetric, and a text agrees with itself. If in doubt, it prefers a miss to a wrong picture.
-All functions are pure.
+Invariants: the guard is symmetric, and a text agrees with itself. Words that it does not understand
+can only make it stricter: it prefers a miss to a wrong picture. All functions are pure.
 """
 
 from __future__ import annotations

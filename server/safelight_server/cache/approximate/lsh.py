@@ -109,7 +109,7 @@ class Signatures:
         return self._names(scope, np.concatenate([codes[:, None], codes[:, None] ^ flips], axis=1))
 
     def _margins(self, vector: Floats) -> Floats:
-        """Returns the signed distances to the hyperplanes, (tables, bits)."""
+        """Returns the vector's products with the hyperplanes' normals, (tables, bits): side and scaled distance."""
         margins = self._planes @ np.asarray(vector, np.float32)
         return margins.reshape(self.shape.num_tables, self.shape.num_bits)
 
