@@ -1,1 +1,1 @@
-"""Measurements that the caches' constants were chosen by."""
+"""Measurements from which the caches' constants were chosen."""

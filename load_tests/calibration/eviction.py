@@ -1,10 +1,8 @@
-"""What the caches save on the trace, by eviction policy and settings. A simulation.
+"""Simulates how many steps the caches save on the trace, by eviction policy and settings.
 
-The trace is run through the real encoder, text guard, skip policy and eviction
-books; nothing is developed and time does not pass, so every request finds what
-all earlier ones left. Pictures developed whole from noise enter everything;
-one that began from another's latent is kept to be served as SIMILAR only, or,
-to show what that is worth, not at all.
+The trace runs through the real encoder, text guard, skip policy and eviction policies. No picture is computed and no
+time passes, so every request finds what all earlier ones stored. A picture computed from noise enters all caches. A
+picture that began from another's latent is stored to be served as SIMILAR only or, for comparison, not at all.
 """
 
 from __future__ import annotations
@@ -64,7 +62,7 @@ SMOKE = Plan(seeds=(1,), num_requests=20, shares=(0.5,))
 
 @dataclass
 class Result:
-    """Of one replay: requests and steps saved by kind."""
+    """Result of one replay: requests, and steps saved, by kind of hit."""
 
     hits: Counter[str] = field(default_factory=Counter)
     steps: Counter[str] = field(default_factory=Counter)
@@ -78,7 +76,7 @@ class Result:
 
 
 class Replay:
-    """One trace against one cache."""
+    """Replays one trace against one simulated cache."""
 
     def __init__(
         self,
@@ -104,7 +102,7 @@ class Replay:
         self.result = Result()
 
     def run(self, asked: tuple[Asked, ...], vectors: Floats, facts: list[TextFacts]) -> Result:
-        """All requests in their order; vectors (N, D) and facts are those of their prompts."""
+        """Replays all requests in order. `vectors` (N, D) and `facts` belong to their prompts."""
         stored = vectors.astype(np.float16)
         for number, request in enumerate(asked):
             kind, steps = self._answer(number, request, stored, vectors, facts)
@@ -178,7 +176,7 @@ def _latent(source: int, step: int) -> str:
 
 
 def measure(plan: Plan) -> Report:
-    """A table by settings and one by policy."""
+    """Runs the simulation; returns one table by settings and one by eviction policy."""
     encoder = Encoder()
     guard = Guard(encoder.pipeline.manifest.guard)
     by_settings: list[Row] = []

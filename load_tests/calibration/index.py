@@ -1,4 +1,4 @@
-"""Recall and CPU of the caches' indexes against faiss, side by side in one run.
+"""Measures recall and CPU time of the caches' vector indexes against faiss, side by side in one run.
 
 On captions of `icons` through its real encoder and on clustered random vectors
 of 768 dimensions. All indexes of a table are built first and asked in turn, a
@@ -36,7 +36,7 @@ Search = Callable[[Floats, float], list[Match]]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Settings of our LSH: the members that a bucket keeps and the candidates that a search compares."""
+    """Settings of the LSH index: most items per bucket, and most candidates compared per search."""
 
     shape: Shape
     max_members: int = 64
@@ -44,7 +44,7 @@ class Kind:
 
 
 CHOSEN = Kind(Shape())
-"""What the server uses."""
+"""The settings that the server uses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Row:
 
 
 def lsh(vectors: Vectors, kind: Kind) -> Search:
-    """The caches' own LSH with its store in this process."""
+    """Builds the caches' LSH index with its store in this process."""
     size = len(vectors.stored)
     index = SimilarIndex(
         Signatures(vectors.stored.shape[1], 1, kind.shape),
@@ -116,7 +116,7 @@ def lsh(vectors: Vectors, kind: Kind) -> Search:
 
 
 def neighbours(vectors: Vectors, num_bits: int, num_ranked: int) -> Search:
-    """The caches' own scan of sign bits."""
+    """Builds the caches' scan of sign bits."""
     size, dimension = vectors.stored.shape
     index = SketchIndex(dimension, 1, max_items=size, num_bits=num_bits, num_ranked=num_ranked)
     for item, vector in enumerate(vectors.stored):
@@ -141,17 +141,17 @@ def _faiss(index: faiss.Index, vectors: Vectors, num_ranked: int | None) -> Sear
 
 
 def flat(vectors: Vectors) -> Search:
-    """faiss IndexFlatIP: exact."""
+    """Builds faiss IndexFlatIP, which is exact."""
     return _faiss(faiss.IndexFlatIP(vectors.stored.shape[1]), vectors, None)
 
 
 def faiss_lsh(vectors: Vectors, num_bits: int, num_ranked: int) -> Search:
-    """faiss IndexLSH, ranked again by exact cosine as ours is."""
+    """Builds faiss IndexLSH, with its results ranked by exact cosine, as the caches do."""
     return _faiss(faiss.IndexLSH(vectors.stored.shape[1], num_bits), vectors, num_ranked)
 
 
 def table(vectors: Vectors, indexes: dict[str, Callable[[Vectors], Search]]) -> list[Row]:
-    """Builds all, asks all in turn, compares with the first, which is exact."""
+    """Builds all indexes, queries them in turn, and compares each with the first, which is exact."""
     searches: dict[str, Search] = {}
     built: dict[str, float] = {}
     for name, build in indexes.items():
@@ -204,7 +204,7 @@ def _recalls(
 
 
 def _servable(vectors: Vectors) -> list[bool] | None:
-    """For which queries something is stored that is near enough and says the same."""
+    """Returns for each query whether a stored vector is near enough and has equal text facts; None without texts."""
     if vectors.facts is None or vectors.facts_of_queries is None:
         return None
     rows: dict[int, list[int]] = {}
@@ -222,7 +222,7 @@ def _share(values: list[bool]) -> float | None:
 
 
 def measure(plan: Plan) -> Report:
-    """A table for each kind of vectors and size."""
+    """Runs the measurement; returns a table for each kind of vectors and each size."""
     tables: dict[str, Sequence[Mapping[str, Any]]] = {}
     targets: list[Target] = []
     for data in plan.data:
@@ -239,7 +239,7 @@ def measure(plan: Plan) -> Report:
 
 
 def _indexes(plan: Plan) -> dict[str, Callable[[Vectors], Search]]:
-    """What is built; the first is exact."""
+    """Returns the builders of the indexes; the first is exact."""
     indexes: dict[str, Callable[[Vectors], Search]] = {"faiss Flat": flat}
     for bits in plan.bits:
         indexes[f"faiss LSH {bits}"] = functools.partial(faiss_lsh, num_bits=bits, num_ranked=plan.num_ranked)

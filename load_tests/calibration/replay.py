@@ -1,4 +1,4 @@
-"""The committed trace through a real server, with its caches off, exact only, and all.
+"""Replays the committed trace against a real server, with its caches off, with exact hits only, and with all.
 
     off      BYPASS, a sample of the requests, the real runtime
     exact    DEFAULT, all requests, the simulated runtime at no cost, which reads 16 bytes: digests for prompts;
@@ -94,7 +94,7 @@ class Served:
 
 @dataclass
 class Replayed:
-    """One trace in one mode."""
+    """Result of replaying one trace in one mode."""
 
     mode: str
     seed: int
@@ -105,20 +105,20 @@ class Replayed:
 
     @property
     def saved(self) -> float:
-        """S: the share of all steps that earlier work saved; what identical requests in flight shared is apart."""
+        """S: the share of all steps that cached work saved, without those shared by identical requests in flight."""
         skipped = sum(one.num_steps_skipped for one in self.served if one.kind != "coalesced")
         return skipped / (self.num_steps * len(self.served))
 
     @property
     def coalesced(self) -> float:
-        """The share that identical requests in flight saved."""
+        """The share of all steps that identical requests in flight saved."""
         return sum(o.num_steps_skipped for o in self.served if o.kind == "coalesced") / (
             self.num_steps * len(self.served)
         )
 
 
 class Player:
-    """Sends requests and notes what comes back.
+    """Sends requests and records the answers.
 
     Args:
         numbers: of the requests to send; the others are left out.
@@ -142,7 +142,7 @@ class Player:
         self.pictures: dict[int, npt.NDArray[np.uint8]] = {}
 
     async def run(self, address: str) -> None:
-        """All of them."""
+        """Sends all requests and waits for their answers."""
         async with grpc.aio.insecure_channel(address) as channel:
             stub = stubs.GenerationServiceStub(channel)
             async with asyncio.TaskGroup() as group:
@@ -195,7 +195,7 @@ class Player:
 
 
 async def replay(mode: str, seed: int, plan: Plan) -> Replayed:
-    """One trace in one mode; pictures go to a file."""
+    """Replays one trace in one mode; writes the pictures to a file."""
     asked = trace(seed, DEFAULT)[: plan.num_requests]
     step = max(1, len(asked) // plan.judged) if mode == "off" else 1
     player = Player(asked, range(0, len(asked), step), mode, plan)
@@ -214,7 +214,7 @@ async def replay(mode: str, seed: int, plan: Plan) -> Replayed:
 
 
 def measure(plan: Plan) -> Report:
-    """The table; what was served goes to `plan.out`."""
+    """Replays all traces; returns the table and writes the answers to `plan.out`."""
     plan.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for seed in plan.seeds:

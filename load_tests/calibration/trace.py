@@ -1,11 +1,9 @@
 """A trace of requests for the caches' benchmark: how people ask for icons, drawn from committed parameters.
 
-Sessions start by a Poisson process from prompts of Zipf popularity; after a
-think time a session says the same in other words, adds a detail, changes
-something, or repeats itself. Every request carries the icon it asks for, so
-that what was served can be judged. Pure: the same parameters and seed give the
-same trace anywhere. Neighbours: `training/icons` (the words), `load_tests.calibration.replay`
-(a server), `load_tests.calibration.eviction` (a simulation).
+Sessions start by a Poisson process, with prompts of Zipf popularity. After a think time, a session rephrases its
+prompt, adds a detail, changes something, or repeats the prompt. Every request carries the icon it asks for, so that the
+served picture can be judged. The same parameters and seed give the same trace on any machine. `replay` sends the
+trace to a server; `eviction` simulates a cache.
 
 The parameters below were committed before any cache was tuned; a golden digest
 in the tests notices a change.
@@ -26,7 +24,7 @@ from training.icons.spec import PAINTS
 SEEDS = (1, 2, 3)
 """Figures are reported for each of these."""
 FORBIDDEN = {("potion", "wooden"), ("potion", "stone"), ("candle", "wooden"), ("candle", "stone")}
-"""What the training data never shows."""
+"""Combinations that the training data never shows."""
 
 
 class Action(enum.StrEnum):
@@ -41,7 +39,9 @@ class Action(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """Of a trace. The shares are of the requests after a session's first; the rest repeat the prompt word by word.
+    """Parameters of a trace.
+
+    `rephrase`, `add` and `change` are shares of the requests after a session's first; the rest repeat the prompt.
 
     Attributes:
         num_requests: of all sessions together.
@@ -93,7 +93,7 @@ class Asked:
 
 
 def trace(seed: int, parameters: Parameters = DEFAULT) -> tuple[Asked, ...]:
-    """The first `num_requests` requests by time."""
+    """Generates a trace: the first `num_requests` requests by time."""
     rng = random.Random(f"trace/{seed}")
     popular = [_worded(_plain(sample_spec(rng)), rng) for _ in range(parameters.num_prompts)]
     weights = itertools.accumulate((rank + 1) ** -parameters.zipf_exponent for rank in range(parameters.num_prompts))
@@ -114,7 +114,7 @@ def _nth_time(asked: Sequence[Asked], count: int) -> float:
 
 
 def _plain(icon: Spec) -> Spec:
-    """An icon as a session begins with it: at most one detail, so that there is something to add."""
+    """Returns an icon with at most one detail, so that the session can add some."""
     if icon.glow or icon.outline:
         return replace(icon, sparkles=False, tilt=None)
     return replace(icon, tilt=None) if icon.sparkles else icon
@@ -159,7 +159,7 @@ def _action(parameters: Parameters, rng: random.Random) -> Action:
 
 
 def _rephrased(icon: Spec, prompt: str, rng: random.Random) -> tuple[Spec, str]:
-    """The same icon in other words."""
+    """Returns the same icon with another caption."""
     while True:
         worded = _worded(icon, rng)
         if worded[1] != prompt:
@@ -167,7 +167,7 @@ def _rephrased(icon: Spec, prompt: str, rng: random.Random) -> tuple[Spec, str]:
 
 
 def _additions(icon: Spec) -> list[Callable[[Spec], Spec]]:
-    """The details that an icon can still be given; as in the training data it has a glow or an outline, not both."""
+    """Returns functions that add one missing detail each. As in the training data, glow and outline never meet."""
     missing: list[Callable[[Spec], Spec]] = []
     if not icon.glow and not icon.outline:
         missing += [lambda spec: replace(spec, glow=True), lambda spec: replace(spec, outline=True)]
@@ -181,12 +181,12 @@ def _additions(icon: Spec) -> list[Callable[[Spec], Spec]]:
 
 
 def _bare(icon: Spec) -> Spec:
-    """Without details: where nothing is left to add, one begins anew."""
+    """Returns the icon without details, for when none is left to add."""
     return replace(icon, crystal=False, glow=False, outline=False, sparkles=False, tilt=None)
 
 
 def _changed(icon: Spec, rng: random.Random) -> Spec:
-    """Another colour, background or object, in this order of frequency."""
+    """Changes the colour, background or object, in this order of frequency."""
     kind = rng.choices(("colour", "background", "object"), (0.5, 0.3, 0.2))[0]
     kinds: dict[str, Iterable[str]] = {"colour": COLOURS, "background": BACKGROUNDS, "object": OBJECTS}
     values = kinds[kind]

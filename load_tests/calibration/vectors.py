@@ -24,7 +24,7 @@ from training.icons import caption, sample_spec
 Floats = npt.NDArray[np.float32]
 MODELS = Path(__file__).parent.parent.parent / "models"
 OUT = Path("out/index")
-"""Where the real ones are kept."""
+"""Folder in which real vectors are saved."""
 BATCH = 64
 MAX_QUERIES = 2000
 CLUSTER = 64
@@ -47,7 +47,7 @@ class Vectors:
 
 
 def captions(count: int, seed: int) -> list[str]:
-    """That many distinct captions, in the order in which they came up."""
+    """Returns `count` distinct captions in the order in which they were drawn."""
     rng = random.Random(f"index/{seed}")
     found: dict[str, None] = {}
     while len(found) < count:
@@ -56,7 +56,7 @@ def captions(count: int, seed: int) -> list[str]:
 
 
 class Encoder:
-    """Prompts to centred vectors, as the server makes them."""
+    """Turns prompts into centred vectors, as the server does."""
 
     def __init__(self, pipeline: Pipeline | None = None) -> None:
         self.pipeline = pipeline or load(MODELS).get("icons")
@@ -64,7 +64,7 @@ class Encoder:
         self.mean = self.raw(self.pipeline.manifest.example_prompts).mean(axis=0)
 
     def raw(self, prompts: list[str] | tuple[str, ...]) -> Floats:
-        """(N, D) float32, not centred."""
+        """Returns prompt vectors (N, D) float32, not centred."""
         assert self.pipeline.tokenizer is not None
         eos = self.pipeline.manifest.tokenizer.eos_id
         vectors = []
@@ -79,7 +79,7 @@ class Encoder:
 
 
 def real(count: int, num_queries: int) -> Vectors:
-    """Distinct captions through the encoder of `icons`; the queries, at most 2000, are captions too."""
+    """Returns vectors of distinct captions by the encoder of `icons`; the queries, at most 2000, are captions too."""
     encoder = Encoder()
     manifest = encoder.pipeline.manifest
     key = hashlib.sha256(f"{encoder.pipeline.digest} {manifest.example_prompts} {manifest.guard}".encode()).hexdigest()
@@ -99,7 +99,7 @@ def real(count: int, num_queries: int) -> Vectors:
 
 
 def clustered(count: int, num_queries: int, dimension: int = 768) -> Vectors:
-    """Random centres with members at cosine 0.8 to 0.99 to them; each query is at 0.95 to 0.999 of a stored vector."""
+    """Returns random vectors at cosine 0.8 to 0.99 to their centres; queries at 0.95 to 0.999 to a stored vector."""
     rng = np.random.default_rng(1)
     centres = _unit(rng.standard_normal((max(1, count // CLUSTER), dimension), np.float32))
     stored = np.empty((count, dimension), np.float16)
@@ -113,7 +113,7 @@ def clustered(count: int, num_queries: int, dimension: int = 768) -> Vectors:
 
 
 def _near(vectors: Floats, cosines: npt.NDArray[np.float64], rng: np.random.Generator) -> Floats:
-    """Unit vectors at exactly these cosines to the given ones."""
+    """Returns random unit vectors at exactly these cosines to the given ones."""
     other = rng.standard_normal(vectors.shape, np.float32)
     other = _unit(other - (other * vectors).sum(axis=1, keepdims=True) * vectors)
     c = cosines[:, None].astype(np.float32)

@@ -1,8 +1,7 @@
-"""The caches as administrators see them: what they hold and save, and deleting from them.
+"""Statistics and purges of the caches, for administrators.
 
-A purge clears the tiers first and what is found through vectors after, here and
-on every other replica. Neighbours: `purges` does it, `namespaces` knows whose keys
-are where, `service.py` asks.
+A purge clears the tiers first and the vector indexes after, on this replica and on all others. `purges` does the work;
+`namespaces` knows which keys belong to which tenant.
 """
 
 from __future__ import annotations
@@ -25,7 +24,11 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """What this replica's caches have done since it was started."""
+    """Cache statistics of this replica since it was started.
+
+    Attributes:
+        num_not_kept: entries that were not stored because too many writes were under way.
+    """
 
     hits: Sequence[Hits]
     tiers: Sequence[TierUsage]
@@ -35,7 +38,7 @@ class CacheStats:
 
 
 class CacheAdmin:
-    """See the module."""
+    """Serves the statistics and purges of one replica's caches."""
 
     def __init__(
         self, namespaces: Namespaces, keyring: Keyring, tiers: Tiers, purges: Purges, metrics: Metrics
@@ -47,7 +50,7 @@ class CacheAdmin:
         self._metrics = metrics
 
     async def stats(self) -> CacheStats:
-        """The figures; tiers that are cheap to ask are measured now."""
+        """Returns the statistics. Tiers that are cheap to measure are measured now."""
         await self._tiers.measure(lazy=False)
         cache = self._metrics.cache
         names = [tier.name for tier in self._tiers.tiers]
@@ -56,10 +59,10 @@ class CacheAdmin:
         )
 
     async def purge(self, request: PurgeRequest) -> PurgeReport:
-        """Deletes what agrees with all that is given.
+        """Deletes the entries that match every field set in `request`.
 
         Returns:
-            Entries deleted by tier, and the tiers that could not be cleared.
+            Number of entries deleted per tier, and the tiers that failed.
         """
         keyring, whole = self._keyring, PurgeReport()
         revision = keyring.tag("revision", request.model_revision) if request.model_revision else None

@@ -1,13 +1,13 @@
-"""Looks up cached pictures, latents and embeddings for an output, and keeps those that an execution makes.
+"""Looks up cached pictures, latents and embeddings for an output, and stores those that an execution makes.
 
-    exact         the very picture
-    approximate   a similar picture, or a latent to start from, as far as the request allows them
-    embeddings    those of the output's prompts that are known already
-    record        a `CacheRecorder` for one execution: embeddings, checkpoints, the picture
+    exact         the picture with the same fingerprint
+    approximate   a similar picture, or a latent to start from, if the request allows them
+    embeddings    the cached embeddings of the output's prompts
+    record        a `CacheRecorder`, which stores what one execution makes: embeddings, checkpoints, the picture
 
-Invariants: what is approximate is neither found as exact nor started from, at most served as similar;
-nothing here fails a request: a tier that cannot answer is a miss. Neighbours:
-`generations.planner` asks, `generations.execution` reports.
+Invariants: a picture that began from another picture's latent is served only as SIMILAR, never as EXACT, and no output
+starts from its latents. No failure here fails a request: a tier that fails is a miss. `generations.planner` calls the
+lookups; `generations.execution` calls the recorder.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from safelight_server.telemetry.metrics import CacheMetrics
 log = structlog.get_logger(__name__)
 
 MAX_WRITES = 1024
-"""Writes under way at once; beyond, what would be kept is not."""
+"""Most writes in progress at once; further entries are not stored."""
 
 
 class Retention(enum.Enum):
-    """What is kept of an execution.
+    """What the cache stores of an execution, by where the execution began.
 
     EVERYTHING: it began from noise.
-    AS_SIMILAR: it began from a similar prompt's latent: its picture may be served as similar, and as nothing else.
-    EMBEDDINGS: it began elsewhere.
+    AS_SIMILAR: it began from a similar prompt's latent; its picture may be served only as SIMILAR.
+    EMBEDDINGS: it began from anything else; only its prompts' embeddings are stored.
     """
 
     EVERYTHING = "everything"
@@ -58,14 +58,14 @@ class Retention(enum.Enum):
 
 @dataclass(slots=True)
 class CacheQuery:
-    """One output, as far as the cache must know it.
+    """One output for which the cache is asked, with intermediate results of the lookups.
 
     Attributes:
-        embedding: of its prompt, between looking for something similar and developing it.
-        vector: what its prompt is compared by, once that was computed.
-        replaces: exact name of a picture that has answered often enough, which this output is to take the place of.
-        excluded: exact names of the outputs of its request, and of what these were found to be similar to or to begin
-            from: its request's outputs have one set together, for no two of them may show the same picture.
+        embedding: of its prompt; set by `approximate` and handed over by `embeddings`.
+        vector: its prompt vector, once computed.
+        replaces: exact name of a picture that was served as similar `max_uses` times; this output replaces it.
+        excluded: exact names that must not answer this output: the outputs of its request, and the pictures and latents
+            already found for them. All outputs of a request share one set, so that no two show the same picture.
     """
 
     name: CacheKeys
@@ -81,15 +81,15 @@ class CacheQuery:
 
     @property
     def revision(self) -> str:
-        """Of the model, as purges name it."""
+        """The model revision, by which purges find its entries."""
         return self.spec.model_revision
 
 
 class Cache:
-    """All caches behind one face; see the module for its four questions.
+    """All caches of one replica.
 
     Args:
-        shared: other replicas go on from checkpoints, so that they are written through to a shared tier.
+        shared: other replicas may resume from checkpoints, so checkpoints are written to a shared tier at once.
     """
 
     def __init__(
@@ -114,17 +114,17 @@ class Cache:
         self._metrics = metrics
         self._writes: set[asyncio.Task[None]] = set()
 
-    # --- what was done ---
+    # --- lookups ---
 
     async def exact(self, wanted: CacheQuery) -> CachedPicture | None:
-        """The very picture."""
+        """Finds the picture with the same fingerprint, in the encoding asked for."""
         began = time.perf_counter()
         kept = await self.pictures.get(wanted.name, wanted.encoding)
         self._metrics.looked("exact", time.perf_counter() - began)
         return kept
 
     async def approximate(self, wanted: CacheQuery) -> SimilarPicture | WarmStart | None:
-        """A similar picture or a latent to start from, as far as the request allows them."""
+        """Finds a similar picture, or else a latent to start from, if the request allows them."""
         mode = wanted.policy.mode
         if mode not in (CacheMode.ALLOW_SIMILAR, CacheMode.ALLOW_LATENT):
             return None
@@ -140,7 +140,7 @@ class Cache:
             wanted.embedding = embedding
             vector = wanted.vector = await self._prompts.vector(pipeline, spec.token_ids, embedding)
         except UnavailableError:
-            return None  # whatever ails the encoder, development will say it
+            return None  # a broken text encoder is a miss here; the execution reports the error
         if pictures:
             similar = await self._similar.find(
                 name, pipeline, spec.prompt, vector, wanted.policy.min_similarity, wanted.encoding, wanted.excluded
@@ -153,9 +153,9 @@ class Cache:
         return await self._warm_starts.find(name, pipeline, vector, spec.num_inference_steps, wanted.excluded)
 
     async def embeddings(self, wanted: CacheQuery) -> tuple[FloatArray | None, ...]:
-        """Those of its prompts, row by row, that are known already."""
+        """Finds the embeddings of its prompts, one per row; None for each that is not cached."""
         namespace, pipeline, spec = wanted.name.namespace, wanted.pipeline, wanted.spec
-        met, wanted.embedding = wanted.embedding, None  # not kept for as long as the output may wait
+        met, wanted.embedding = wanted.embedding, None  # freed now: the output may wait long in the queue
         return tuple(
             [
                 met
@@ -165,14 +165,14 @@ class Cache:
             ]
         )
 
-    # --- what is done ---
+    # --- writes ---
 
     def record(self, wanted: CacheQuery, keep: Retention) -> CacheRecorder:
-        """Keeps what an execution makes of an output."""
+        """Returns an observer that stores what an execution makes."""
         return CacheRecorder(self, wanted, keep)
 
     async def keep_embedding(self, wanted: CacheQuery, token_ids: Sequence[int], embedding: FloatArray) -> None:
-        """Keeps the embedding of one of its prompts."""
+        """Stores the embedding of one of its prompts."""
         kept = await self._prompts.keep(
             wanted.name.namespace, wanted.pipeline, token_ids, embedding, self.owner(wanted)
         )
@@ -182,10 +182,10 @@ class Cache:
     async def keep_picture(
         self, wanted: CacheQuery, picture: FinishedPicture, compute_s: float, *, there: bool
     ) -> None:
-        """Keeps a finished picture and makes it findable.
+        """Stores a finished picture and adds it to the indexes.
 
         Args:
-            there: its pixels are kept already.
+            there: its pixels are stored already.
         """
         name, pipeline, spec = wanted.name, wanted.pipeline, wanted.spec
         steps = spec.num_inference_steps
@@ -200,9 +200,9 @@ class Cache:
                 await self._warm_starts.add(name, pipeline, vector, self.owner(wanted), steps, num_bytes)
 
     async def keep_as_similar(self, wanted: CacheQuery, picture: FinishedPicture, compute_s: float) -> None:
-        """Keeps a picture that began from another's latent under a name by which EXACT never finds it.
+        """Stores a picture that began from another picture's latent, under a name that EXACT lookups never use.
 
-        Where replicas share what is similar, they must see the picture too.
+        If replicas share the index of similar pictures, the picture is written to a shared tier too.
         """
         name = replace(wanted.name, exact=f"{wanted.name.exact}.near")
         vector = await self._vector(wanted)
@@ -215,10 +215,11 @@ class Cache:
     async def replicate(
         self, wanted: CacheQuery, pointer: str, pixels: Pixels, compute_s: float, ttl_s: float | None
     ) -> bool:
-        """Keeps the pixels of a finished picture under a key; whether other replicas see them.
+        """Stores the pixels of a finished picture in a shared tier. Returns whether other replicas can read them.
 
         Args:
-            ttl_s: how long; None: as all pictures.
+            pointer: the store key.
+            ttl_s: seconds until they expire; None: the default of pictures.
         """
         return await self.pictures.put(pointer, pixels, facts_of(wanted, compute_s), replicate=True, ttl_s=ttl_s)
 
@@ -230,11 +231,11 @@ class Cache:
         return None if embedding is None else await self._prompts.vector(wanted.pipeline, ids, embedding)
 
     def owner(self, wanted: CacheQuery) -> EntryOwner:
-        """What purges tell its entries by."""
+        """Returns the owner by which purges find its entries."""
         return self.namespaces.owner(wanted.name.namespace, wanted.revision, wanted.generation)
 
     def write(self, work: Coroutine[None, None, None]) -> None:
-        """Does it off the request path, unless too much is under way."""
+        """Runs a write in the background, unless `MAX_WRITES` are in progress."""
         if len(self._writes) >= MAX_WRITES:
             self._metrics.not_kept()
             work.close()
@@ -249,24 +250,24 @@ class Cache:
             log.error("bug", exc_info=fault)
 
     async def close(self) -> None:
-        """Waits for what is being written, and looks nothing more up."""
+        """Waits for all writes in progress and stops background lookups."""
         while self._writes:
             await asyncio.wait(self._writes)
         await self._warm_starts.close()
 
 
 def facts_of(wanted: CacheQuery, compute_s: float) -> PictureFacts:
-    """What is kept beside the pixels of an output."""
+    """Returns the facts that are stored beside the pixels of an output."""
     return PictureFacts(
         wanted.spec.prompt, wanted.generation, wanted.revision, wanted.spec.num_inference_steps, compute_s
     )
 
 
 class CacheRecorder(ExecutionObserver):
-    """What is kept of one execution. The picture last: whoever finds it finds all.
+    """Stores what one execution makes.
 
     Attributes:
-        there: whoever developed the picture has kept its pixels.
+        there: the pixels of the picture are stored already.
     """
 
     def __init__(self, cache: Cache, wanted: CacheQuery, keep: Retention) -> None:
@@ -276,17 +277,17 @@ class CacheRecorder(ExecutionObserver):
         self.there = False
 
     def encoded(self, row: int, embedding: FloatArray) -> None:
-        """The embedding of one of its prompts was computed."""
+        """Stores the embedding of one of its prompts."""
         ids = self._wanted.spec.token_ids_by_row[row]
         self._cache.write(self._cache.keep_embedding(self._wanted, ids, embedding))
 
     def wants_checkpoint(self, step: int) -> bool:
-        """Whether the state after this step is worth keeping."""
+        """Returns whether to store the latent after this step."""
         policy = self._cache.checkpoints.policy
         return self._what is Retention.EVERYTHING and policy.is_due(step, self._wanted.spec.num_inference_steps)
 
     def checkpoint(self, snapshot: Snapshot) -> None:
-        """The state after a step."""
+        """Stores the latent after a step, or holds it until the execution ends."""
         checkpoints, name = self._cache.checkpoints, self._wanted.name
         if checkpoints.holds:
             checkpoints.hold(name.namespace.name, name.exact, snapshot, self._cache.owner(self._wanted))
@@ -306,7 +307,7 @@ class CacheRecorder(ExecutionObserver):
         )
 
     async def keep(self, picture: FinishedPicture, compute_s: float) -> None:
-        """The finished picture."""
+        """Stores the finished picture, as `Retention` says."""
         match self._what:
             case Retention.EVERYTHING:
                 await self._cache.keep_picture(self._wanted, picture, compute_s, there=self.there)

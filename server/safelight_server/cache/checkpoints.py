@@ -1,15 +1,13 @@
-"""Checkpoints: latents of executions at some of their steps, for the latent cache, resuming and branching.
+"""Checkpoints: latents of an execution after some of its steps, to resume from or to start other outputs from.
 
-Owns which steps are kept and how a snapshot is written. An execution's
-checkpoints are entries of their own beside a list of their steps. One writer at
-a time is assumed, the execution's leader: where two overlap, a step may be
-missing from the list, which costs computation and nothing else.
+This module decides which steps are stored, and defines the byte format. Each checkpoint of an execution is one entry;
+another entry lists their steps. One writer at a time is assumed, the execution's owner. If two overlap, a step may be
+missing from the list, which only costs computation.
 
-While it runs, an execution keeps its newest checkpoint, to resume from, and
-those nearest to the fractions of its steps from which others may start; when it
-has ended, only the latter. Where nobody could go on from a running execution,
-there are only the latter, held in this process and written when it has its
-picture: written one by one between the steps they cost a fiftieth of these.
+A running execution keeps its newest checkpoint, to resume from, and its anchors: the checkpoints at certain fractions
+of its steps, from which other outputs may start. An ended execution keeps only the anchors. If no replica could resume
+a running execution, only the anchors are made. They are held in memory until the execution has its picture, because
+writing them between the steps would take a fiftieth of the steps' time.
 """
 
 from __future__ import annotations
@@ -35,29 +33,29 @@ _HEADER = struct.Struct("<4sIIII")
 _MAX_EDGE = 1 << 16
 _FLOAT = np.dtype("<f4")
 HELD_BYTES = 64 << 20
-"""Of snapshots that wait for their executions to end, cancelled ones among them; beyond, the oldest are given up."""
+"""Most bytes of snapshots held until their executions end, cancelled ones included; the oldest are dropped first."""
 
 
 class CheckpointError(Exception):
-    """Bytes that are no snapshot."""
+    """The bytes are not a snapshot that `dump` wrote."""
 
 
 def num_bytes(latent_shape: tuple[int, ...]) -> int:
-    """Of what `dump` makes."""
+    """Returns the size of a snapshot that `dump` writes, for a latent of shape (C, h, w)."""
     return _HEADER.size + 2 * math.prod(latent_shape) * _FLOAT.itemsize
 
 
 def dump(snapshot: Snapshot) -> bytes:
-    """A snapshot as bytes: magic, step, C, h, w as uint32, then x and denoised as float32, all little-endian."""
+    """Encodes a snapshot: magic, then step, C, h, w as uint32, then x and denoised as float32; all little-endian."""
     header = _HEADER.pack(MAGIC, snapshot.step, *snapshot.x.shape)
     return b"".join((header, *(np.asarray(array, _FLOAT).tobytes() for array in (snapshot.x, snapshot.denoised))))
 
 
 def parse(data: bytes) -> Snapshot:
-    """The snapshot that `dump` wrote, bit for bit.
+    """Decodes the snapshot that `dump` wrote, bit for bit.
 
     Raises:
-        CheckpointError: it did not.
+        CheckpointError: `dump` did not write these bytes.
     """
     if len(data) < _HEADER.size:
         raise CheckpointError("it is too short")
@@ -73,14 +71,14 @@ def parse(data: bytes) -> Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointPolicy:
-    """Which steps are kept.
+    """Decides after which steps a checkpoint is stored.
 
     Attributes:
-        every_n_steps: how often a running execution's state is kept, so that a crash costs at most so many steps;
-            0: never, where nobody could go on from it.
-        fractions: of all steps, from which others may start; the nearest step below or at each is kept.
-        max_bytes: snapshots above are not kept at all.
-        ttl_s: how long.
+        every_n_steps: interval of checkpoints to resume from, and so the most steps that a crash costs; 0: none, if no
+            replica could resume.
+        fractions: of all steps; the anchor of each is the last step that does not exceed it.
+        max_bytes: larger snapshots are not stored.
+        ttl_s: seconds until a checkpoint expires.
     """
 
     every_n_steps: int = 5
@@ -89,28 +87,28 @@ class CheckpointPolicy:
     ttl_s: float = 86_400.0
 
     def anchors(self, num_steps: int) -> frozenset[int]:
-        """The steps from which others may start."""
+        """Returns the steps from which other outputs may start."""
         return _anchors(self.fractions, num_steps)
 
     def is_due(self, step: int, num_steps: int) -> bool:
-        """Whether the state after `step` steps is to be kept; the last one never is: the picture follows."""
+        """Returns whether to store the latent after `step` steps. The last is never stored, as the picture follows."""
         often = self.every_n_steps > 0 and step % self.every_n_steps == 0
         return 0 < step < num_steps and (often or step in self.anchors(num_steps))
 
     def left_bytes(self, num_steps: int, latent_shape: tuple[int, ...]) -> int:
-        """Of what is left of an execution's checkpoints when it has ended, whoever made them."""
+        """Returns the bytes of all checkpoints that remain after an execution has ended."""
         one = num_bytes(latent_shape)
         return len(self.anchors(num_steps)) * one if one <= self.max_bytes else 0
 
     def useless(self, kept: Collection[int], num_steps: int, ended: bool) -> set[int]:
-        """Of the kept steps, those that serve nothing any more."""
+        """Returns the stored steps that are no longer needed."""
         newest = set() if ended or not kept or not self.every_n_steps else {max(kept)}
         return set(kept) - self.anchors(num_steps) - newest
 
 
 @dataclass(slots=True)
 class _UnwrittenSnapshots:
-    """Snapshots of an execution that are not written yet, by step; given up at `until`, in `time.monotonic`."""
+    """Snapshots of an execution that wait to be written, by step; dropped at `until` (`time.monotonic`)."""
 
     owner: EntryOwner
     until: float
@@ -118,15 +116,14 @@ class _UnwrittenSnapshots:
 
     @property
     def num_bytes(self) -> int:
-        """As they will be written."""
+        """Their size as `dump` writes them."""
         return sum(num_bytes(snapshot.x.shape) for snapshot in self.snapshots.values())
 
 
 class Checkpoints:
-    """Of all executions.
+    """Stores and reads the checkpoints of all executions.
 
-    Args:
-        tenant, execution in the methods: plain names; what is stored has only their HMACs.
+    The methods take plain names of `tenant` and `execution`; store keys hold only HMACs of them.
     """
 
     MAX_LISTS = 4096
@@ -141,14 +138,14 @@ class Checkpoints:
 
     @property
     def holds(self) -> bool:
-        """Whether snapshots are held until their execution has its picture: `hold` in place of `keep`."""
+        """Whether to call `hold` in place of `keep`: snapshots stay in memory until the execution has its picture."""
         return not self.policy.every_n_steps
 
     def hold(self, tenant: str, execution: str, snapshot: Snapshot, owner: EntryOwner) -> bool:
-        """Keeps a snapshot in this process until `ended`. A latent that is not finite never is.
+        """Holds a snapshot in memory until `ended`. False if it is too large or not finite.
 
         Args:
-            owner: what to purge it by.
+            owner: by which purges find it.
         """
         size = num_bytes(snapshot.x.shape)
         if size > self.policy.max_bytes or not _is_finite(snapshot):
@@ -174,15 +171,16 @@ class Checkpoints:
         generation: str = "",
         replicate: bool = False,
     ) -> bool:
-        """Keeps a snapshot, if it is one to keep, and deletes those that it makes useless.
+        """Stores a snapshot and deletes the older ones that are no longer needed.
 
         Args:
             num_steps: of the execution.
-            revision, generation: what to purge it by.
-            replicate: wait until a tier that other replicas see has it.
+            revision, generation: by which purges find it.
+            replicate: wait until a shared tier has stored it.
 
         Returns:
-            Whether it is kept, with `replicate` whether others see it. A latent that is not finite never is.
+            Whether it is stored, or with `replicate` whether other replicas can read it. False if it is too large or
+            not finite.
         """
         if num_bytes(snapshot.x.shape) > self.policy.max_bytes or not _is_finite(snapshot):
             return False
@@ -200,7 +198,7 @@ class Checkpoints:
         return replicated and listed if replicate else True
 
     async def ended(self, tenant: str, execution: str, num_steps: int, owner: EntryOwner) -> None:
-        """The execution has its picture: keeps only what others may start from."""
+        """Records that the execution has its picture: writes held snapshots and deletes all but the anchors."""
         key, tags = self._key(tenant, execution, "steps"), (owner.revision, owner.generation)
         held = dict(holding.snapshots) if (holding := self._holding(key)) is not None else {}
         for step, snapshot in held.items():
@@ -219,11 +217,11 @@ class Checkpoints:
         self._let_go(key)
 
     async def newest(self, tenant: str, execution: str) -> Snapshot | None:
-        """The checkpoint with the most steps that can be read."""
+        """Returns the latest checkpoint that can be read, or None."""
         return await self.at_or_before(tenant, execution, 1 << 31)
 
     async def at_or_before(self, tenant: str, execution: str, step: int) -> Snapshot | None:
-        """The checkpoint with the most steps up to `step` that can be read."""
+        """Returns the latest checkpoint at or before `step` that can be read, or None."""
         held = self._holding(self._key(tenant, execution, "steps"))
         for kept in sorted(await self._steps(tenant, execution), reverse=True):
             if kept <= step:
@@ -235,30 +233,30 @@ class Checkpoints:
         return None
 
     async def steps(self, tenant: str, execution: str) -> list[int]:
-        """The steps of which there should be a checkpoint."""
+        """Returns the listed steps, rising. A listed checkpoint may have been evicted."""
         return sorted(await self._steps(tenant, execution))
 
     async def gone(self, tenant: str, execution: str) -> bool:
-        """Whether nothing is kept of it for certain; a tier that cannot answer may have it."""
+        """Whether every tier confirms that nothing is stored of the execution. False if a tier fails."""
         key = self._key(tenant, execution, "steps")
         return self._holding(key) is None and await self._tiers.gone(key)
 
     async def put(self, key: str, snapshot: Snapshot, owner: EntryOwner) -> bool:
-        """Keeps a snapshot under a key of its own; whether other replicas see it."""
+        """Stores a snapshot under a given store key. Returns whether other replicas can read it."""
         entry = Entry(dump(snapshot), {}, owner.revision, owner.generation)
         return await self._tiers.put(key, entry, self.policy.ttl_s, replicate=True)
 
     async def get(self, key: str) -> Snapshot | None:
-        """The snapshot under a key; None: it is gone.
+        """Returns the snapshot under a store key, or None if there is none.
 
         Raises:
-            StoreError: a tier that may have it cannot say.
+            StoreError: a shared tier failed, which may have it.
         """
         found = await self._tiers.get(key, sure=True)
         return None if found is None else parse(found.entry.data)
 
     async def delete(self, tenant: str, execution: str) -> bool:
-        """Deletes an execution's checkpoints; False where a tier could not be cleared."""
+        """Deletes an execution's checkpoints. False if a tier failed."""
         keys = [self._key(tenant, execution, step) for step in await self._steps(tenant, execution)]
         keys.append(self._key(tenant, execution, "steps"))
         self._lists.pop(keys[-1], None)
@@ -266,7 +264,10 @@ class Checkpoints:
         return all([await self._tiers.delete(key) for key in keys])
 
     async def forget(self, scope: PurgeScope) -> bool:
-        """Lists nothing any more of a tenant that was purged; other lists lead to entries that are not there."""
+        """Drops held snapshots that were purged and, for a purge by tenant, the lists of steps in memory.
+
+        Other purges leave the lists: their steps lead to entries that are gone, which is a miss.
+        """
         for key, held in list(self._held.items()):
             if scope.includes(EntryOwner(key, held.owner.revision, held.owner.generation)):
                 self._let_go(key)
@@ -289,7 +290,7 @@ class Checkpoints:
         return self._held.get(key)
 
     def _let_go(self, key: str) -> None:
-        """Holds them no longer."""
+        """Drops the held snapshots of an execution."""
         if (held := self._held.pop(key, None)) is not None:
             self._held_bytes -= held.num_bytes
 

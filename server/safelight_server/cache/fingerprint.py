@@ -1,16 +1,12 @@
-"""What makes two outputs the same picture, or comparable; and index keys that tell nothing without a secret.
+"""Fingerprints: which outputs are the same picture, or comparable; and index keys, which are HMACs of fingerprints.
 
-A fingerprint is canonical JSON (sorted keys, no spaces, ASCII, shortest float
-that reads back the same, -0.0 as 0.0), UTF-8, with a version. It is taken of a
-resolved `Spec`, so field order and spelled-out defaults cannot matter, and
-token ids stand for the texts, so neither can a difference that the model does
-not see. The model's name and revision are not in it: the pipeline digest is
-what decides pixels.
+A fingerprint is canonical JSON in UTF-8 (sorted keys, no spaces, ASCII, shortest float that reads back the same, -0.0
+as 0.0) with a version. It is computed from a resolved `Spec`, so the order of fields and explicit defaults make no
+difference. Token ids stand for the texts, so differences that the model does not see make none either. The model's name
+and revision are left out, because the pipeline digest decides the pixels.
 
-Invariants: outputs with one fingerprint have the same bits;
-index keys are HMAC-SHA256 under a key of the tenant or of a pool, so that the
-same picture of two tenants has two keys and a key does not confirm a guess.
-Neighbours: `validation.spec` makes specs; the stores take keys as plain strings.
+Invariants: outputs with equal fingerprints have equal bits. Index keys are HMAC-SHA256 under a secret of the tenant or
+pool, so two tenants have different keys for the same picture, and a key cannot be used to confirm a guessed prompt.
 """
 
 from __future__ import annotations
@@ -25,11 +21,11 @@ from dataclasses import dataclass
 from safelight_server.domain.request import Spec
 
 VERSION = 1
-"""Raised whenever the encoding or its content changes: old entries are then never found."""
+"""Increased whenever the format or content changes, so that old entries are no longer found."""
 
 
 class IndexKind(enum.StrEnum):
-    """What an index key leads to; keys of two kinds never meet."""
+    """What an index key finds. Keys of different kinds never collide."""
 
     EXACT = "exact"
     COMPATIBLE = "compatible"
@@ -38,14 +34,14 @@ class IndexKind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SharingScope:
-    """Who shares what is cached: one tenant, or all tenants of a pool that the operator has marked as shared."""
+    """Who shares cached entries: one tenant, or all tenants of a pool that the operator configured."""
 
     name: str
     pooled: bool = False
 
 
 def tenant_key(operator_key: bytes, scope: SharingScope) -> bytes:
-    """The secret of a tenant or pool, 32 bytes; a pool named like a tenant has another.
+    """Derives the secret of a tenant or pool, 32 bytes. A pool and a tenant of the same name have different secrets.
 
     Raises:
         ValueError: the operator's key is shorter than 16 bytes.
@@ -56,31 +52,31 @@ def tenant_key(operator_key: bytes, scope: SharingScope) -> bytes:
 
 
 def index_key(key: bytes, kind: IndexKind, canonical: bytes) -> str:
-    """Where something is found: 64 hexadecimal digits."""
+    """Returns the index key of a fingerprint: 64 hexadecimal digits."""
     return _mac(key, kind, canonical).hex()
 
 
 def derived_seed(key: bytes, what: str) -> int:
-    """A 64-bit seed that only holders of the key know, for what must differ by tenant."""
+    """Derives a secret 64-bit seed, different for each tenant."""
     return int.from_bytes(_mac(key, "seed", what.encode())[:8], "big")
 
 
 def exact(pipeline_digest: str, numerics_id: str, spec: Spec, seed: int) -> bytes:
-    """The fingerprint of one output: all that decides its bits."""
+    """Returns the fingerprint of one output: everything that decides its bits."""
     content = _comparable(pipeline_digest, numerics_id, spec) | {"tokens": list(spec.token_ids), "seed": seed}
     return _canonical(content)
 
 
 def compatible(pipeline_digest: str, numerics_id: str, spec: Spec) -> bytes:
-    """What must be equal before prompts are compared: all of the fingerprint but the prompt and the seed.
+    """Returns the fingerprint without prompt and seed.
 
-    Pictures may be served as SIMILAR and latents taken up only within one of these.
+    Outputs may share pictures as SIMILAR, and start from each other's latents, only if these are equal.
     """
     return _canonical(_comparable(pipeline_digest, numerics_id, spec))
 
 
 def embedding(encoder_digest: str, token_ids: Sequence[int]) -> bytes:
-    """The fingerprint of a text encoder's output; prompts and negative prompts alike."""
+    """Returns the fingerprint of a text encoder's output, for prompts and negative prompts alike."""
     return _canonical({"encoder": encoder_digest, "tokens": list(token_ids)})
 
 
@@ -98,7 +94,7 @@ def _comparable(pipeline_digest: str, numerics_id: str, spec: Spec) -> dict[str,
 
 
 def _number(value: float) -> float:
-    """3 and 3.0 are one number, and so are 0.0 and -0.0."""
+    """Makes equal numbers equal in JSON: 3 and 3.0, 0.0 and -0.0."""
     return float(value) + 0.0
 
 

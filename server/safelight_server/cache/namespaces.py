@@ -1,8 +1,7 @@
-"""Who shares what is cached: one space for each tenant, or for the tenants of a pool that the operator marked.
+"""Cache namespaces: one for each tenant, or one for all tenants of a pool that the operator configured.
 
-Invariant: nothing found in one space was put by a tenant of another. Names in
-stores are HMACs, so that the same picture of two tenants has two names and a
-name does not confirm a guess. Neighbours: `fingerprint`, `storage.keyring`.
+Invariant: a lookup in one namespace never finds an entry of another. Names in stores are HMACs (`fingerprint`), so two
+tenants have different names for the same picture, and a name cannot be used to confirm a guessed prompt.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ MAX_SPACES = 65_536
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """Where a tenant's entries are.
+    """The namespace of a tenant or pool.
 
     Attributes:
-        name: unique; goes into no store.
-        prefix: first part of its keys in stores.
-        key: the secret of its names.
+        name: unique; in plain text, so never written to a store.
+        prefix: first part of its store keys.
+        key: the secret for its index keys and seeds.
     """
 
     name: str
@@ -35,17 +34,17 @@ class Namespace:
     key: bytes
 
     def seed(self, what: str) -> int:
-        """A seed for what must differ by space."""
+        """Derives a secret seed, different for each namespace."""
         return fingerprint.derived_seed(self.key, what)
 
 
 @dataclass(frozen=True, slots=True)
 class CacheKeys:
-    """What an output is called in its space.
+    """The names of an output in its namespace.
 
     Attributes:
-        exact: equal for outputs with equal pixels.
-        comparable: equal for outputs that differ in prompt and seed at most.
+        exact: equal for outputs with equal fingerprints, and so equal pixels.
+        comparable: equal for outputs that differ at most in prompt and seed.
     """
 
     namespace: Namespace
@@ -57,7 +56,7 @@ class Namespaces:
     """The namespaces of all tenants.
 
     Args:
-        pools: names of pools to the tenants that share each.
+        pools: the tenants of each pool, by the pool's name.
 
     Raises:
         ValueError: a tenant is in two pools.
@@ -75,7 +74,7 @@ class Namespaces:
         self._namespaces: dict[str, Namespace] = {}
 
     def of(self, tenant: str) -> Namespace:
-        """The space of a tenant."""
+        """Returns the namespace of a tenant."""
         pool = self._pool_of.get(tenant)
         name = _own(tenant) if pool is None else f"pool {pool}"
         namespace = self._namespaces.get(name)
@@ -88,23 +87,24 @@ class Namespaces:
         return namespace
 
     def prefixes(self, tenant: str) -> list[str]:
-        """The beginnings of all keys in stores under which there may be something of a tenant.
+        """Returns the prefixes of all store keys that may belong to a tenant.
 
-        What it shares with a pool cannot be told from the others'; what it had before it was in one is its own.
+        For a tenant in a pool, these are its own prefix, from before it joined, and that of the whole pool, because
+        entries in a pool do not say which tenant made them.
         """
         return list(
             dict.fromkeys(f"{prefix}/" for prefix in (self._keyring.tenant(_own(tenant)), self.of(tenant).prefix))
         )
 
     def owner(self, namespace: Namespace, revision: str, generation: str) -> EntryOwner:
-        """Whose an entry is, by the names of its model revision and generation."""
+        """Returns the owner of an entry, by the names of its model revision and generation."""
         keyring = self._keyring
         return EntryOwner(
             f"{namespace.prefix}/", keyring.tag("revision", revision), keyring.tag("generation", generation)
         )
 
     def output(self, tenant: str, pipeline: Pipeline, numerics_id: str, spec: Spec, seed: int) -> CacheKeys:
-        """The names of an output."""
+        """Returns the names of an output."""
         namespace = self.of(tenant)
         exact = fingerprint.exact(pipeline.digest, numerics_id, spec, seed)
         comparable = fingerprint.compatible(pipeline.digest, numerics_id, spec)
@@ -115,7 +115,7 @@ class Namespaces:
         )
 
     def private(self, generation: str, output_index: int) -> str:
-        """The name of one output that shares nothing: 64 hexadecimal digits."""
+        """Returns a name for an output that shares nothing: 64 hexadecimal digits."""
         return self._keyring.digest("output", generation, str(output_index))
 
 

@@ -1,9 +1,7 @@
-"""Finished pictures by name: pixels, and the encodings that were asked for, kept as variants of them.
+"""Stores finished pictures: their pixels, and an encoded variant for each encoding that was asked for.
 
-Under its exact name stands only what was computed from noise to the end. A picture
-that began from another's latent is kept under a name of its own, by which EXACT
-never finds it (`Cache.keep_as_similar`). Neighbours: `namespaces` names them, `storage.tiers`
-keeps them.
+An exact name holds only a picture that was computed from noise. A picture that began from another picture's latent is
+stored under a name of its own, which EXACT lookups never use (`Cache.keep_as_similar`).
 """
 
 from __future__ import annotations
@@ -25,13 +23,14 @@ from safelight_server.storage.tiers import Tiers
 
 @dataclass(frozen=True, slots=True)
 class PictureFacts:
-    """What is known of a kept picture beside its pixels.
+    """What is stored beside the pixels of a picture.
 
     Attributes:
-        prompt: it was developed for.
-        generation: resource name of the one that developed it.
-        num_steps: it took.
-        compute_s: likewise.
+        prompt: that the picture was computed for.
+        generation: resource name of the generation that computed it.
+        revision: of the model.
+        num_steps: that its computation took.
+        compute_s: seconds that its computation took.
     """
 
     prompt: str
@@ -43,18 +42,18 @@ class PictureFacts:
 
 @dataclass(frozen=True, slots=True)
 class CachedPicture:
-    """A kept picture in the encoding that was asked for."""
+    """A cached picture in the encoding that was asked for."""
 
     picture: EncodedPicture
     facts: PictureFacts
 
 
 class Pictures:
-    """Pictures in all tiers.
+    """Stores and reads pictures.
 
     Args:
         pool: threads for encoding.
-        ttl_s: how long they are served.
+        ttl_s: seconds until a picture expires.
     """
 
     def __init__(self, tiers: Tiers, keyring: Keyring, pool: Executor, ttl_s: float) -> None:
@@ -64,7 +63,7 @@ class Pictures:
         self._ttl_s = ttl_s
 
     async def get(self, name: CacheKeys, encoding: PixelEncoding) -> CachedPicture | None:
-        """The picture of that name; an encoding that nobody asked for before is made of its pixels and kept."""
+        """Returns a picture in the given encoding, or None. An encoding that is not stored yet is made and stored."""
         found = await self._tiers.get(_key(name, _variant(encoding)))
         if found is not None:
             return CachedPicture(_encoded(found.entry, encoding), _facts(found.entry))
@@ -78,34 +77,38 @@ class Pictures:
         return CachedPicture(picture, facts)
 
     async def gone(self, name: CacheKeys) -> bool:
-        """Whether no tier has the picture for certain; one that cannot answer may have it."""
+        """Whether every tier confirms that it lacks the picture. False if a tier fails."""
         return await self._tiers.gone(_key(name))
 
     async def facts(self, name: CacheKeys) -> PictureFacts | None:
-        """What is known of a picture."""
+        """Returns the facts stored beside a picture, or None."""
         found = await self._tiers.get(_key(name))
         return None if found is None else _facts(found.entry)
 
     async def at(self, pointer: str, sure: bool = False) -> tuple[Pixels, PictureFacts] | None:
-        """The picture under a key of `pointer` or one like it.
+        """Returns the pixels and facts under a store key, or None.
 
         Raises:
-            StoreError: with `sure`, where a shared tier cannot say whether it has it.
+            StoreError: `sure` was set and a shared tier failed, which may have the picture.
         """
         found = await self._tiers.get(pointer, sure=sure)
         return None if found is None else (_pixels(found.entry), _facts(found.entry))
 
     async def keep(self, name: CacheKeys, pixels: Pixels, facts: PictureFacts) -> None:
-        """Keeps a finished picture."""
+        """Stores a finished picture under its exact name."""
         await self.put(pointer(name), pixels, facts)
 
     async def put(
         self, pointer: str, pixels: Pixels, facts: PictureFacts, *, replicate: bool = False, ttl_s: float | None = None
     ) -> bool:
-        """Keeps a picture under a key; with `replicate` waits for a shared tier and says whether one has it.
+        """Stores a picture under a store key.
 
         Args:
-            ttl_s: how long; None: as all pictures.
+            replicate: wait until a shared tier has stored it.
+            ttl_s: seconds until it expires; None: the default.
+
+        Returns:
+            Whether a shared tier has stored it; without `replicate` always False.
         """
         height, width, _ = pixels.shape
         metadata = _metadata(facts) | {"width": str(width), "height": str(height)}
@@ -115,7 +118,7 @@ class Pictures:
     async def _keep_variant(
         self, name: CacheKeys, picture: EncodedPicture, encoding: PixelEncoding, facts: PictureFacts, expires_at: float
     ) -> None:
-        """Keeps an encoding as long as the pixels that it was made of, and no longer."""
+        """Stores an encoded variant, which expires together with its pixels."""
         size = {"width": str(picture.width_px), "height": str(picture.height_px), "stride": str(picture.stride_bytes)}
         entry = self._entry(picture.data, _metadata(facts) | size, facts)
         await self._tiers.put(_key(name, _variant(encoding)), entry, expires_at - time.time())
@@ -126,7 +129,7 @@ class Pictures:
 
 
 def pointer(name: CacheKeys) -> str:
-    """The key of the pixels of that name."""
+    """Returns the store key of a picture's pixels."""
     return _key(name)
 
 

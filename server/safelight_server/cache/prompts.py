@@ -1,6 +1,6 @@
-"""Prompts that were encoded before: their embeddings for the denoiser, and their vectors for comparing.
+"""Cached prompt embeddings for the denoiser, and prompt vectors for similarity search.
 
-Neighbours: the engine encodes what is not here; `embedding` has the arithmetic.
+The engine encodes prompts that are not cached; `approximate.embedding` turns embeddings into vectors.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ Encode = Callable[[Pipeline, Sequence[int]], Awaitable[FloatArray]]
 
 
 class Prompts:
-    """Embeddings in all tiers.
+    """Stores and reads prompt embeddings.
 
     Args:
-        encode: a prompt's tokens to its embedding (T, D).
+        encode: runs the text encoder on token ids (T,); returns the embedding (T, D).
+        ttl_s: seconds until an embedding expires.
     """
 
     def __init__(self, tiers: Tiers, encode: Encode, ttl_s: float) -> None:
@@ -38,7 +39,7 @@ class Prompts:
         self._means: dict[str, asyncio.Task[Floats]] = {}
 
     async def known(self, namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int]) -> FloatArray | None:
-        """The embedding (T, D), if it is kept."""
+        """Returns the cached embedding (T, D), or None."""
         found = await self._tiers.get(_key(namespace, pipeline, token_ids))
         if found is None:
             return None
@@ -52,7 +53,7 @@ class Prompts:
         embedding: FloatArray,
         owner: EntryOwner,
     ) -> bool:
-        """Keeps an embedding; False: it is not finite. `owner`: whoever computed it."""
+        """Stores an embedding (T, D). False if it is not finite. `owner`: by which purges find it."""
         if not np.isfinite(embedding).all():
             return False
         data = np.ascontiguousarray(embedding, np.float32).tobytes()
@@ -63,7 +64,7 @@ class Prompts:
     async def get(
         self, namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int], owner: EntryOwner
     ) -> FloatArray:
-        """The embedding (T, D), encoded where it is not kept."""
+        """Returns the embedding (T, D), from the cache or else from the text encoder."""
         embedding = await self.known(namespace, pipeline, token_ids)
         if embedding is None:
             embedding = await self._encode(pipeline, token_ids)
@@ -71,14 +72,14 @@ class Prompts:
         return embedding
 
     async def vector(self, pipeline: Pipeline, token_ids: Sequence[int], embedding: FloatArray) -> Floats:
-        """What prompts are compared by: (D,) float32, centred, of length 1."""
+        """Returns the prompt vector for similarity search: (D,) float32, centred, of length 1."""
         if (task := self._means.get(pipeline.digest)) is None or (task.done() and task.exception() is not None):
             task = self._means[pipeline.digest] = asyncio.create_task(self._mean(pipeline))
         mean = await asyncio.shield(task)
         return centred(prompt_vector(embedding, token_ids, pipeline.manifest.tokenizer.eos_id), mean)
 
     async def _mean(self, pipeline: Pipeline) -> Floats:
-        """Of the pipeline's example prompts: what all prompts have in common."""
+        """Returns the mean vector of the pipeline's example prompts, which centring subtracts."""
         tokenizer = pipeline.tokenizer
         if tokenizer is None:
             raise ValueError(f"{pipeline.name} has no tokenizer")

@@ -1,10 +1,9 @@
-"""Purges on all replicas, and the upkeep of the tiers.
+"""Purges on all replicas, and periodic maintenance of the tiers.
 
-A purge clears this replica's tiers and the shared ones at once, and is appended
-to a stream that every replica follows from its beginning, so that one which was
-away clears its own disk when it comes back. It may then clear newer entries too,
-which costs computation only. A tier that cannot be cleared when another replica
-asks is not read until it could be. Scopes have HMACs in them and nothing that tells names.
+A purge clears this replica's tiers and the shared tiers at once. It is also appended to a stream that every replica
+reads from the beginning, so that a replica that was down clears its own disk when it comes back. That may delete newer
+entries too, which only costs computation. If a tier cannot be cleared for another replica's purge, it is not read until
+it has been cleared. The stream holds HMACs, never names.
 """
 
 from __future__ import annotations
@@ -27,26 +26,26 @@ log = structlog.get_logger(__name__)
 
 STREAM = "purges"
 REDIS = "redis"
-"""Where indexes are that could fail to forget."""
+"""Name reported in `PurgeReport.failed` if an index failed: only the indexes in Redis can."""
 MEASURE_EVERY_S = 15.0
 SWEEP_EVERY_S = 600.0
 MAX_OWED = 64
-"""Purges that a tier may owe; beyond, all that it has is deleted."""
+"""Most failed purges that are remembered per tier; with more, the whole tier is cleared instead."""
 
 
 class PurgeableIndex(Protocol):
-    """What finds entries in another way than by their keys."""
+    """An index that purges must clear beside the tiers."""
 
     async def forget(self, scope: PurgeScope) -> bool:
-        """Finds nothing any more that the scope covers; False where that is not certain."""
+        """Removes everything that the scope covers. False if that may have failed."""
 
 
 class Purges:
-    """Of one replica; run `listen` and `keep_up` as tasks.
+    """Purges and maintains one replica's tiers. Run `listen` and `keep_up` as tasks.
 
     Args:
-        coordinator: tells the other replicas; None: there are none.
-        indexes: of this replica, which a purge clears after the tiers.
+        coordinator: carries purges to the other replicas; None: there are none.
+        indexes: of this replica; a purge clears them after the tiers.
     """
 
     def __init__(self, tiers: Tiers, coordinator: Coordinator | None, indexes: Sequence[PurgeableIndex] = ()) -> None:
@@ -57,11 +56,11 @@ class Purges:
         self._owed: dict[str, set[PurgeScope]] = {}
 
     async def purge(self, scope: PurgeScope) -> PurgeReport:
-        """Deletes what the scope covers here and in shared tiers, and tells the other replicas.
+        """Deletes what the scope covers from this replica's and the shared tiers, and tells the other replicas.
 
         Returns:
-            What was deleted here. `failed` names the tiers that could not be cleared, and "replicas" where the
-            others could not be told.
+            Number of entries deleted here. `failed` names the tiers that could not be cleared, and "replicas" if the
+            other replicas could not be told.
         """
         report = await purge(self._tiers, scope)
         if not await self._forget(scope) and REDIS not in report.failed:
@@ -75,7 +74,7 @@ class Purges:
         return report
 
     async def listen(self) -> None:
-        """Clears this replica's own tiers whenever another one purges; ends only where there are no others."""
+        """Clears this replica's own tiers whenever another replica purges. Ends at once without a coordinator."""
         if self._coordinator is None:
             return
         async for event in self._coordinator.follow(STREAM, leader=False):
@@ -92,7 +91,7 @@ class Purges:
             await self._forget(scope)
 
     def _owe(self, tier: Tier, scope: PurgeScope) -> None:
-        """The tier could not be cleared: it is tried again."""
+        """Records a failed purge of a tier, to be tried again, and stops reads of the tier."""
         if not tier.unpurged:
             log.warning("a tier could not be purged for another replica and is not read until it is", tier=tier.name)
         tier.unpurged = True
@@ -103,7 +102,7 @@ class Purges:
             owed.add(PurgeScope())
 
     async def _catch_up(self) -> None:
-        """Does the purges that tiers owe, as far as they can now."""
+        """Retries the failed purges of all tiers."""
         for tier in self._tiers.tiers:
             owed = self._owed.get(tier.name, set())
             while owed:
@@ -119,7 +118,7 @@ class Purges:
         return all([await index.forget(scope) for index in self._indexes])
 
     async def keep_up(self) -> None:
-        """Measures the tiers, does purges that they owe and deletes what has expired on disk; never ends."""
+        """Measures the tiers, retries failed purges and deletes expired entries from disk, periodically for ever."""
         swept = time.monotonic()
         while True:
             await self._tiers.measure(lazy=False)
@@ -132,13 +131,13 @@ class Purges:
 
 
 def dump(origin: str, scope: PurgeScope) -> bytes:
-    """A purge as the stream has it."""
+    """Encodes a purge for the stream."""
     tags = {name: tag.hex() for name, tag in (("revision", scope.revision), ("generation", scope.generation)) if tag}
     return json.dumps({"origin": origin, "prefix": scope.prefix} | tags).encode()
 
 
 def parse(data: bytes) -> tuple[str, PurgeScope]:
-    """Its origin and scope."""
+    """Decodes a purge from the stream: the replica that began it, and its scope."""
     fields = json.loads(data)
     revision, generation = (
         bytes.fromhex(fields[name]) if name in fields else None for name in ("revision", "generation")

@@ -1,10 +1,11 @@
-"""Where cached bytes lie, from the request down.
+"""Tiered, encrypted storage of cached bytes: memory, Redis, disk and object storage.
 
-tiers.py     memory, Redis, disk, objects behind one face that never fails
+tiers.py     all tiers as one store whose reads never fail: a broken tier is a miss
 purge.py     deletes by tenant, model revision or generation
-sealed.py    bytes as they are stored: encrypted, checked, with a short header in the clear
-keyring.py   the operator's keys
-breaker.py   bounds what a failing tier costs
+sealed.py    the stored format: AES-256-GCM with a short header in plain text
+keyring.py   the operator's encryption keys, and HMACs for names
+breaker.py   circuit breaker: a timeout on each call, and a pause after failures
+mover.py     writes to one tier in the background
 memory.py · redis.py · disk.py · objects.py     the tiers, each a `Store`
-base.py      the interface of a tier and its errors
+base.py      the interface `Store` and its errors
 """

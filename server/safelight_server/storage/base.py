@@ -1,14 +1,11 @@
-"""What a tier is: bytes by key, bounded, with a time to live.
+"""The interface of one storage tier: a bounded key-value store of bytes with a time to live.
 
-Keys are `TENANT/KIND/DIGEST`, each part lower-case letters, digits, dots and
-dashes, the first a letter or digit; names of tenants and contents never stand in them, only HMACs
-(`keyring.py`). Values are opaque here; `sealed.py` makes them and puts
-`HEADER_BYTES` in the clear at their beginning, which `head` reads without the
-rest.
+A key is `TENANT/KIND/DIGEST`. Each part consists of lower-case letters, digits, dots and dashes and begins with a
+letter or digit. Keys hold HMACs (`keyring.py`), never names of tenants or prompts. A tier does not interpret values:
+`sealed.py` encrypts them and puts a header of `HEADER_BYTES` in plain text before each, which `head` reads alone.
 
-A key's value never changes its meaning: whoever computes it again puts the same
-bytes or ones that serve as well. So a tier may hold an older value than another
-(the few keys for which that matters are read `fresh`, see `tiers.py`).
+Two values of one key are interchangeable, since a key names what the value was computed from. A tier may therefore
+hold an older value than another tier. The few keys for which that matters are read with `fresh=True` (`tiers.py`).
 """
 
 from __future__ import annotations
@@ -21,81 +18,86 @@ from typing import Protocol
 
 HEADER_BYTES = 48
 STALL_S = 5.0
-"""A listing that gives nothing for this long has failed."""
+"""Seconds without a new key after which a listing counts as failed."""
 KEY = re.compile(r"[a-z0-9][a-z0-9.-]*(/[a-z0-9][a-z0-9.-]*){2}")
 
 
 class StoreError(Exception):
-    """A tier could not do what was asked. Never shown to a client: the tier is skipped."""
+    """A tier could not do what was asked. Clients never see this: the tier is skipped."""
 
 
 class StoreUnavailableError(StoreError):
-    """The tier does not answer, answers too late, or is given a rest by its breaker."""
+    """The tier does not answer, answers too late, or its breaker is open."""
 
 
 class LeftAloneError(StoreUnavailableError):
-    """The tier was not even asked, because it failed just now."""
+    """The breaker is open: the tier failed a moment ago and was not called."""
 
 
 class StoreFullError(StoreError):
-    """The tier works, but has no room for the value."""
+    """The tier works, but has no room for the value now."""
 
 
 class TooLargeError(StoreError):
-    """The tier could never hold the value."""
+    """The value is larger than the whole tier."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreUsage:
-    """What a tier holds."""
+    """Number and size of the entries in a tier."""
 
     entries: int
     num_bytes: int
 
 
 OnEvict = Callable[[str, bytes], None]
-"""Told the key and value of an entry that was pushed out to make room; not of deleted or expired ones."""
+"""Called with the key and value of an entry evicted to make room. Not called for deleted or expired entries."""
 
 
 class Store(Protocol):
-    """One tier. All methods raise `StoreError` and nothing else, and may be cancelled at any time."""
+    """One tier. Methods raise only `StoreError` and can be cancelled at any time."""
 
     @property
     def name(self) -> str:
-        """The tier in metrics and logs."""
+        """Name of the tier in metrics and logs."""
 
     async def get(self, key: str) -> bytes | None:
-        """The value, None where there is none."""
+        """Returns the value, or None if the key is absent."""
 
     async def head(self, key: str) -> bytes | None:
-        """The first `HEADER_BYTES` of the value, None where there is none. Does not count as use."""
+        """Returns the first `HEADER_BYTES` of the value, or None if the key is absent. Does not count as a use."""
 
     async def put(self, key: str, value: bytes, ttl_s: float) -> None:
-        """Keeps a value, at least as long as there is room and at most `ttl_s` where the tier can forget by time.
+        """Stores a value until it is evicted or, in tiers that expire entries, for `ttl_s` seconds.
 
         Raises:
-            StoreFullError: there is no room.
-            TooLargeError: there can never be for this value.
+            StoreFullError: there is no room now.
+            TooLargeError: the value is larger than the whole tier.
         """
 
     async def delete(self, key: str) -> None:
-        """Forgets a key, whether it was there or not."""
+        """Deletes a key. An absent key is no error."""
 
     def keys(self, prefix: str = "") -> AsyncIterator[str]:
-        """All keys that begin with `prefix`, in no order; those put or deleted meanwhile may be missing or there."""
+        """Lists the keys that begin with `prefix`, in no order.
+
+        Keys added or deleted during the listing may or may not appear.
+        """
 
     async def usage(self) -> StoreUsage:
-        """What the tier holds now."""
+        """Returns the number and size of the entries now."""
 
     async def close(self) -> None:
-        """Lets go of connections. Entries of persistent tiers stay."""
+        """Closes connections. Persistent tiers keep their entries."""
 
 
 async def listed(store: Store, prefix: str) -> AsyncGenerator[str]:
-    """All keys that begin with `prefix`. How long it takes depends on all that the store holds: no breaker times it.
+    """Lists the keys that begin with `prefix`.
+
+    The duration grows with the store, so the breaker's timeout does not apply; `STALL_S` does.
 
     Raises:
-        StoreUnavailableError: the store fails or stalls.
+        StoreUnavailableError: the store failed, or gave no key for `STALL_S` seconds.
     """
     keys = aiter(store.keys(prefix))
     while True:
@@ -110,10 +112,10 @@ async def listed(store: Store, prefix: str) -> AsyncGenerator[str]:
 
 
 def check_key(key: str) -> str:
-    """The key itself.
+    """Returns the key if it is well-formed.
 
     Raises:
-        ValueError: it is not made as keys are.
+        ValueError: the key does not match `KEY`.
     """
     if not KEY.fullmatch(key):
         raise ValueError(f"not a key of the cache: {key!r}")

@@ -1,13 +1,13 @@
-"""Bounds what a failing service costs: a timeout on each call, and after several failures none for a while.
+"""Circuit breaker: a timeout on each call, and no calls for a while after several failures in a row.
 
-    closed ── failures in a row ──► open ── after open_s ──► half-open: ONE call tries
+    closed ── failures in a row ──► open ── after open_s ──► half-open: ONE trial call
        ▲                              ▲                            │
        └───────── it succeeds ────────┼────────────────────────────┤
                                       └──────── it fails ──────────┘
 
-However many calls come, a service that hangs is waited for by at most one of
-them every `open_s`. The log has a line when it opens and one when it closes.
-No kept library does this: see docs/decisions/0011-cache-stores.md.
+However many calls arrive, at most one of them waits for a service that hangs, every `open_s` seconds. The log gets a
+line when the breaker opens and one when it closes. No maintained library does this: see
+docs/decisions/0011-cache-stores.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class BreakerState(IntEnum):
-    """Of a breaker; the numbers are what the metric shows."""
+    """State of a breaker; the metric shows these numbers."""
 
     CLOSED = 0
     HALF_OPEN = 1
@@ -36,15 +36,15 @@ class BreakerState(IntEnum):
 
 
 class Breaker:
-    """Around one service.
+    """Guards the calls to one service.
 
     Args:
-        name: the service in logs and metrics.
-        timeout_s: a call that takes longer has failed.
-        max_failures: failures in a row that open it.
-        open_s: how long the service is left alone.
-        on_state: told each new state.
-        clock: monotonic seconds.
+        name: of the service, in logs and metrics.
+        timeout_s: a call that takes longer counts as failed.
+        max_failures: failures in a row that open the breaker.
+        open_s: seconds without calls after the breaker has opened.
+        on_state: called with each new state.
+        clock: monotonic, in seconds.
     """
 
     def __init__(
@@ -68,15 +68,15 @@ class Breaker:
         on_state(self.state)
 
     async def call(self, work: Callable[[], Awaitable[T]], *, extra_s: float = 0.0) -> T:
-        """The result of `work`.
+        """Runs `work` and returns its result.
 
         Args:
-            work: raises `StoreUnavailableError` where the service is to blame; other errors are answers of a
-                service that works.
-            extra_s: time the call may take beyond the timeout, for calls that wait on purpose.
+            work: raises `StoreUnavailableError` if the service failed; any other error counts as an answer of a
+                working service.
+            extra_s: seconds added to the timeout, for calls that wait on purpose.
 
         Raises:
-            StoreUnavailableError: the service failed, was too slow, or is left alone (`LeftAloneError`).
+            StoreUnavailableError: the service failed or was too slow, or the breaker is open (`LeftAloneError`).
         """
         probe = self._admit()
         try:
@@ -93,13 +93,17 @@ class Breaker:
             raise
         except BaseException:
             if probe:
-                self._become(BreakerState.OPEN)  # the caller went away: the next one tries
+                self._become(BreakerState.OPEN)  # the caller was cancelled: the next call is the trial
             raise
         self._succeeded(probe)
         return result
 
     def _admit(self) -> bool:
-        """Whether this call is the one that tries."""
+        """Returns whether this call is the trial call of a half-open breaker.
+
+        Raises:
+            LeftAloneError: the breaker is open, or another trial call is under way.
+        """
         if self.state is BreakerState.CLOSED:
             return False
         if self.state is BreakerState.HALF_OPEN or self._clock() - self._opened_at < self._open_s:

@@ -1,12 +1,9 @@
-"""A folder of this machine, bounded by bytes; the least recently used go first.
+"""The disk tier: a local folder, bounded by bytes, that evicts the least recently used entries.
 
-One file an entry, written beside its place and renamed (obstore), so that a file
-is whole or absent; what a power cut leaves half written does not verify when it
-is opened. A change once begun is finished even if the caller goes away, since
-obstore's threads finish theirs: so no file is there that is not counted. The
-order of use and the sizes are in memory, rebuilt from the folder at start. A
-folder belongs to one process: a lock file says so. Nothing is ever unpickled. An
-unreadable or full disk raises; nothing is repaired here.
+Each entry is one file. obstore writes it under a temporary name and renames it, so that a file is complete or absent.
+A file that a power cut left incomplete fails authentication when it is opened. The order of use and the sizes are
+kept in memory and rebuilt from the folder at start. A lock file reserves the folder for one process. Nothing is
+unpickled. An unreadable or full disk raises an error; nothing is repaired here.
 """
 
 from __future__ import annotations
@@ -39,17 +36,17 @@ from safelight_server.storage.base import (
 BLOCK_BYTES = 4096
 LOCK = ".lock"
 UNFINISHED = re.compile(KEY.pattern + r"#\d+")
-"""obstore's names of files that it was still writing."""
+"""Temporary names that obstore gives to files while it writes them."""
 NO_ROOM = ("os error 28", "os error 122", "os error 27")  # ENOSPC, EDQUOT, EFBIG
 
 
 class DiskStoreError(Exception):
-    """A folder that cannot be used, at start."""
+    """The folder cannot be used. Raised at start only."""
 
 
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
-    """Turns what obstore raises into errors of stores; what a missing file means its caller says before."""
+    """Converts obstore's errors to `StoreError`. Callers catch `FileNotFoundError` inside it."""
     try:
         yield
     except (BaseError, OSError) as error:
@@ -60,11 +57,11 @@ def translated() -> Iterator[None]:
 
 
 class DiskStore:
-    """Made by `open`; closing it gives the folder back.
+    """A `Store` in a local folder. `open` creates it; `close` releases the folder.
 
     Args:
-        max_bytes: what the files may take, in blocks of `BLOCK_BYTES`.
-        on_evict: told what was pushed out; None: it is not read for that.
+        max_bytes: most bytes that the files may occupy, each rounded up to blocks of `BLOCK_BYTES`.
+        on_evict: called with each evicted entry; None: evicted files are deleted without being read.
     """
 
     name = "disk"
@@ -81,10 +78,10 @@ class DiskStore:
 
     @classmethod
     async def open(cls, folder: Path, max_bytes: int, on_evict: OnEvict | None = None) -> DiskStore:
-        """The store in a folder, which is made where there is none.
+        """Opens the store in a folder and creates the folder if it is missing.
 
         Raises:
-            DiskStoreError: the folder cannot be written or belongs to another process.
+            DiskStoreError: the folder cannot be written, or another process uses it.
         """
         store = cls(folder, max_bytes, await asyncio.to_thread(_claim, folder), on_evict)
         found = [item for batch in obstore.list(store._files) for item in batch if KEY.fullmatch(item["path"])]
@@ -94,14 +91,14 @@ class DiskStore:
         return store
 
     async def get(self, key: str) -> bytes | None:
-        """The value; it becomes the most recently used."""
+        """Returns the value, or None, and marks the key as the most recently used."""
         if key not in self._sizes:
             return None
         self._sizes.move_to_end(key)
         return await self._read(key)
 
     async def head(self, key: str) -> bytes | None:
-        """The beginning of the value."""
+        """Returns the first `HEADER_BYTES` of the value, or None."""
         if key not in self._sizes:
             return None
         with translated():
@@ -116,12 +113,12 @@ class DiskStore:
                 result = await obstore.get_async(self._files, key)
                 return bytes(await result.bytes_async())
             except FileNotFoundError:
-                if key != self._writing:  # else it is about to be there
+                if key != self._writing:  # else `_put` has counted the file and is about to write it
                     self._forget(key)
                 return None
 
     async def put(self, key: str, value: bytes, ttl_s: float) -> None:
-        """Pushes out what no longer fits beside the value and writes it."""
+        """Evicts entries until the value fits, then writes it."""
         check_key(key)
         if _blocks(len(value)) > self._max_bytes:
             raise TooLargeError(f"{len(value)} bytes are more than the disk may hold")
@@ -136,7 +133,7 @@ class DiskStore:
                 with translated():
                     await obstore.put_async(self._files, key, value, use_multipart=False)
             except StoreError:
-                with contextlib.suppress(StoreError):  # what was there before, if there was; else it stays counted
+                with contextlib.suppress(StoreError):  # an older file; if it stays, it stays counted
                     await self._remove(key)
                 raise
             finally:
@@ -156,17 +153,17 @@ class DiskStore:
         self._forget(key)
 
     async def keys(self, prefix: str = "") -> AsyncIterator[str]:
-        """All keys with this beginning."""
+        """Lists the keys that begin with `prefix`."""
         for key in list(self._sizes):
             if key.startswith(prefix) and key in self._sizes:
                 yield key
 
     async def usage(self) -> StoreUsage:
-        """What the files take, in whole blocks."""
+        """Returns the number of files and their size in whole blocks."""
         return StoreUsage(len(self._sizes), self._bytes)
 
     async def close(self) -> None:
-        """Gives the folder back; the files stay."""
+        """Releases the lock on the folder. The files stay."""
         os.close(self._lock)
 
     def _count(self, key: str, size: int) -> None:
@@ -190,9 +187,11 @@ class DiskStore:
 
 
 async def _finished(change: Coroutine[None, None, None]) -> None:
-    """Waits for a change, which goes on where the caller does not."""
+    """Runs a change to its end, even if the caller is cancelled."""
+    # obstore's threads finish what they have begun. If the books were left half changed, a file could lie uncounted.
     task = asyncio.create_task(change)
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # whoever still waits is told
+    # The error is retrieved so that asyncio does not log it; a caller that still waits gets it from `shield`.
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
     await asyncio.shield(task)
 
 

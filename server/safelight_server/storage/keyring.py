@@ -1,10 +1,9 @@
-"""The operator's keys: what seals values, and what names are made with.
+"""The operator's keys: encryption keys for stored values, and the HMAC key for their names.
 
-A key file has one key a line, `ID BASE64` of 32 bytes, `#` begins a comment. The
-line `names` is the key of all names and never changes while its entries are to
-be found; of the others the first seals and all open, so that a key is rotated
-by putting a new line above it. Without a file there is a random keyring: what is
-stored under it is lost with the process, so that only memory is used.
+A key file has one key per line: `ID BASE64`, with 32 bytes in base64. `#` begins a comment. The line `names` is the
+HMAC key; if it changes, existing entries are no longer found. Of the other keys, the first encrypts new values and all
+of them decrypt, so an operator rotates keys by adding a new line above the others. Without a key file the keys are
+random and end with the process, so only the memory tier is used.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ KEY_ID = re.compile(r"^[a-z0-9]{1,8}$")
 NAMES = "names"
 TAG_BYTES = 8
 MAX_NAMES = 4096
-"""Names that are remembered: an entry's parts are asked for several times."""
+"""Size of the cache of computed HMACs: one request asks for the same names several times."""
 
 
 class KeyringError(Exception):
-    """A key file that cannot be used; the message lists all faults."""
+    """The key file cannot be used; the message lists all faults."""
 
 
 class Keyring:
-    """Keys by id.
+    """Encryption keys by id, and HMACs of names.
 
     Args:
-        names: key of names.
-        keys: keys of values by id; the first seals.
+        names: the HMAC key for names.
+        keys: encryption keys by id; the first encrypts new values.
         persistent: whether the keys outlive the process.
     """
 
@@ -49,12 +48,12 @@ class Keyring:
 
     @classmethod
     def random(cls) -> Keyring:
-        """Keys of this process only."""
+        """Creates random keys that end with this process."""
         return cls(secrets.token_bytes(KEY_BYTES), {"random": secrets.token_bytes(KEY_BYTES)}, persistent=False)
 
     @classmethod
     def load(cls, path: Path) -> Keyring:
-        """The keys of a file.
+        """Reads a key file.
 
         Raises:
             KeyringError: the file cannot be read or used.
@@ -84,23 +83,23 @@ class Keyring:
         return cls(names, keys, persistent=True)
 
     def key(self, key_id: str) -> bytes | None:
-        """A key of values, None where it is not known (any more)."""
+        """Returns an encryption key, or None if the key file does not have it (any more)."""
         return self._keys.get(key_id)
 
     def derive(self, purpose: str) -> bytes:
-        """A key of 32 bytes for another module's names, the same as long as the line `names` is."""
+        """Derives a key of 32 bytes for another module. It changes only with the line `names`."""
         return self._mac("derive", purpose)
 
     def digest(self, *parts: str) -> str:
-        """A name for what the parts say: 64 hexadecimal digits."""
+        """Returns the HMAC of the parts as 64 hexadecimal digits."""
         return self._mac("digest", *parts).hex()
 
     def tenant(self, tenant: str) -> str:
-        """The first part of all keys of a tenant."""
+        """Returns the first part of a tenant's store keys: 16 hexadecimal digits."""
         return self._mac("tenant", tenant)[:TAG_BYTES].hex()
 
     def tag(self, kind: str, name: str) -> bytes:
-        """The tag of a model revision or a generation in a value's header, 8 bytes; zeros for an empty name."""
+        """Returns the 8-byte tag of a model revision or generation for a value's header; zeros for an empty name."""
         return self._mac("tag", kind, name)[:TAG_BYTES] if name else bytes(TAG_BYTES)
 
     def _computed(self, *parts: str) -> bytes:
@@ -109,16 +108,16 @@ class Keyring:
 
 
 def new_key_file() -> str:
-    """The text of a key file with fresh keys."""
+    """Returns the text of a key file with new random keys."""
     lines = ((name, base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode()) for name in (NAMES, "k1"))
     return "".join(f"{name} {key}\n" for name, key in lines)
 
 
 def write_key_file(path: Path) -> None:
-    """Writes a new key file that its owner alone can read.
+    """Writes a new key file that only its owner can read.
 
     Raises:
-        FileExistsError: the file is there; its keys are the only ones that open what they have sealed.
+        FileExistsError: the file exists. Without its keys the values that they encrypted could not be read.
         OSError: the file cannot be written.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

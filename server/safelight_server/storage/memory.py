@@ -1,7 +1,7 @@
-"""Memory of this process, bounded by bytes; the least recently used go first.
+"""The memory tier: a store in this process, bounded by bytes, that evicts the least recently used entries.
 
-aiocache holds the values and forgets them by time; what is here is their order
-and their bytes, which it does not bound.
+aiocache holds the values and expires them. It bounds neither their number nor their size, so this module counts bytes
+and keeps the order of use.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ from aiocache import SimpleMemoryCache
 from safelight_server.storage.base import HEADER_BYTES, OnEvict, StoreUsage, TooLargeError, check_key
 
 ENTRY_BYTES = 512
-"""What an entry costs beside its value: its key, its place in two dicts and its timer."""
+"""Bytes that an entry takes beside its value: its key, two dict entries and its timer."""
 
 
 class MemoryStore:
-    """Args: max_bytes: values with `ENTRY_BYTES` each; on_evict: told what was pushed out."""
+    """A `Store` in this process.
+
+    Args:
+        max_bytes: of all values, with `ENTRY_BYTES` added to each.
+        on_evict: called with each evicted entry.
+    """
 
     name = "memory"
 
@@ -30,14 +35,14 @@ class MemoryStore:
         self._bytes = 0
 
     async def get(self, key: str) -> bytes | None:
-        """The value; it becomes the most recently used."""
+        """Returns the value, or None, and marks the key as the most recently used."""
         value = await self._peek(key)
         if value is not None:
             self._sizes.move_to_end(key)
         return value
 
     async def head(self, key: str) -> bytes | None:
-        """The beginning of the value."""
+        """Returns the first `HEADER_BYTES` of the value, or None."""
         value = await self._peek(key)
         return None if value is None else value[:HEADER_BYTES]
 
@@ -50,7 +55,7 @@ class MemoryStore:
         return value
 
     async def put(self, key: str, value: bytes, ttl_s: float) -> None:
-        """Keeps the value and pushes out what no longer fits beside it."""
+        """Stores the value and evicts entries until all fit."""
         check_key(key)
         size = len(value) + ENTRY_BYTES
         if size > self._max_bytes:
@@ -66,22 +71,22 @@ class MemoryStore:
                 self.on_evict(oldest, evicted)
 
     async def delete(self, key: str) -> None:
-        """Forgets a key."""
+        """Deletes a key."""
         await self._values.delete(key)
         self._bytes -= self._sizes.pop(key, 0)
 
     async def keys(self, prefix: str = "") -> AsyncIterator[str]:
-        """All keys with this beginning."""
+        """Lists the keys that begin with `prefix`."""
         for key in list(self._sizes):
             if key.startswith(prefix) and await self._peek(key) is not None:
                 yield key
 
     async def usage(self) -> StoreUsage:
-        """What is held; expired values count until they are met or are in the way."""
+        """Returns number and size of the entries. Expired entries count until they are read or evicted."""
         return StoreUsage(len(self._sizes), self._bytes)
 
     async def close(self) -> None:
-        """Forgets everything."""
+        """Deletes all entries."""
         await self._values.clear()
         self._sizes.clear()
         self._bytes = 0

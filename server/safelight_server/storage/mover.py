@@ -1,7 +1,7 @@
-"""Writes to one tier off the request path, in order, bounded by bytes.
+"""A bounded background queue of writes to one tier, in order.
 
-What waits here is found by `get`, so that a value on its way from tier to tier
-is never nowhere. A newer value of a key takes the older one's place.
+`get` also finds values that still wait in the queue, so that a value on its way from one tier to another is never
+missing. A newer value of a key replaces the older one in the queue.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Awaitable, Callable, Iterator
 
 
 class Mover:
-    """One task that writes, started by the first value.
+    """A queue of values and the task that writes them. The first value starts the task.
 
     Args:
-        write: writes a value; what it raises is a bug.
-        max_bytes: values that may wait; beyond, offers are refused.
+        write: writes a value. It must not raise.
+        max_bytes: of the values that wait; `offer` refuses more.
     """
 
     def __init__(self, write: Callable[[str, bytes], Awaitable[object]], max_bytes: int) -> None:
@@ -31,7 +31,7 @@ class Mover:
         self._closed = False
 
     def offer(self, key: str, value: bytes) -> bool:
-        """Takes a value to be written; False: there is no room, or it is closed."""
+        """Queues a value to be written. False if there is no room or the mover is closed."""
         if self._closed:
             return False
         before = len(self._waiting.get(key, b""))
@@ -46,34 +46,34 @@ class Mover:
         return True
 
     def get(self, key: str) -> bytes | None:
-        """The value of a key that waits or is being written."""
+        """Returns the value of a key that waits or is being written, or None."""
         value = self._waiting.get(key)
         if value is None and self._writing is not None and self._writing[0] == key:
             value = self._writing[1]
         return value
 
     def items(self) -> Iterator[tuple[str, bytes]]:
-        """All that waits or is being written, now."""
+        """Lists the keys and values that wait or are being written now."""
         if self._writing is not None:
             yield self._writing
         yield from list(self._waiting.items())
 
     def discard(self, key: str) -> None:
-        """Forgets a value that waits; one that is being written is not stopped: `settle`."""
+        """Removes a waiting value. A write that has begun goes on; `settle` waits for it."""
         self._bytes -= len(self._waiting.pop(key, b""))
 
     async def settle(self, key: str) -> None:
-        """Waits until no write of this key is under way."""
+        """Waits until no write of this key is in progress."""
         async with self._written:
             await self._written.wait_for(lambda: self._writing is None or self._writing[0] != key)
 
     async def flush(self) -> None:
-        """Waits until everything offered so far is written."""
+        """Waits until the queue is empty and nothing is being written."""
         async with self._written:
             await self._written.wait_for(lambda: self._writing is None and not self._waiting)
 
     async def close(self) -> None:
-        """Stops; what waits is lost: `flush` first. What comes later must not open a store again that is closed."""
+        """Stops the task. Waiting values are lost unless `flush` was awaited before; later offers are refused."""
         self._closed = True
         if self._task is not None:
             self._task.cancel()

@@ -1,8 +1,7 @@
-"""Object storage by the S3 protocol, shared by the replicas: the coldest and largest tier.
+"""The object storage tier (S3 protocol), shared by the replicas: the slowest and largest tier.
 
-A key is an object's name below the prefix of the URL. What the bucket holds is
-bounded by its owner: give it a lifecycle rule that deletes objects older than
-`cache_ttl_s`. Expired objects are never served in any case.
+An object's name is the key below the URL's prefix. The server does not bound the bucket: give the bucket a lifecycle
+rule that deletes objects older than `cache_ttl_s`. Expired objects are never served.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from safelight_server.storage.base import HEADER_BYTES, StoreUnavailableError, S
 
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
-    """Turns what obstore raises into errors of stores; what a missing object means its caller says before."""
+    """Converts obstore's errors to `StoreError`. Callers catch `FileNotFoundError` inside it."""
     try:
         yield
     except (BaseError, OSError) as error:
@@ -29,7 +28,11 @@ def translated() -> Iterator[None]:
 
 
 class ObjectStore:
-    """Args: store: where; tests give one of another kind."""
+    """A `Store` in a bucket.
+
+    Args:
+        store: the bucket; tests pass another kind of obstore store.
+    """
 
     name = "objects"
 
@@ -37,7 +40,7 @@ class ObjectStore:
         self._store = store
 
     async def get(self, key: str) -> bytes | None:
-        """The value."""
+        """Returns the value, or None."""
         with translated():
             try:
                 result = await obstore.get_async(self._store, key)
@@ -46,7 +49,7 @@ class ObjectStore:
                 return None
 
     async def head(self, key: str) -> bytes | None:
-        """The beginning of the value."""
+        """Returns the first `HEADER_BYTES` of the value, or None."""
         with translated():
             try:
                 return bytes(await obstore.get_range_async(self._store, key, start=0, length=HEADER_BYTES))
@@ -54,17 +57,17 @@ class ObjectStore:
                 return None
 
     async def put(self, key: str, value: bytes, ttl_s: float) -> None:
-        """Keeps the value; the bucket's lifecycle rule forgets it."""
+        """Stores the value. The bucket's lifecycle rule deletes it."""
         with translated():
             await obstore.put_async(self._store, check_key(key), value, use_multipart=False)
 
     async def delete(self, key: str) -> None:
-        """Forgets a key."""
+        """Deletes a key."""
         with translated(), contextlib.suppress(FileNotFoundError):
             await obstore.delete_async(self._store, key)
 
     async def keys(self, prefix: str = "") -> AsyncIterator[str]:
-        """All keys with this beginning, a thousand a call."""
+        """Lists the keys that begin with `prefix`, a thousand per request."""
         with translated():
             async for batch in obstore.list(self._store, prefix=_folder(prefix)):
                 for item in batch:
@@ -72,7 +75,7 @@ class ObjectStore:
                         yield item["path"]
 
     async def usage(self) -> StoreUsage:
-        """What the bucket holds below the prefix, by listing it."""
+        """Counts the objects below the prefix by listing them all."""
         entries = num_bytes = 0
         with translated():
             async for batch in obstore.list(self._store):
@@ -81,22 +84,23 @@ class ObjectStore:
         return StoreUsage(entries, num_bytes)
 
     async def close(self) -> None:
-        """Nothing to let go of."""
+        """Does nothing: there is nothing to close."""
 
 
 def open_bucket(
     url: str, endpoint: str = "", region: str = "", credentials: tuple[str, str] | None = None, timeout_s: float = 2.0
 ) -> S3Store:
-    """A bucket.
+    """Opens an S3 bucket.
 
     Args:
         url: s3://BUCKET/PREFIX.
-        endpoint: of another server than AWS's; plain http:// is taken as it is given.
-        credentials: access key id and secret; None: what the platform grants (role, instance, environment).
-        timeout_s: for a request; there are no retries.
+        endpoint: URL of an S3 server other than AWS's; http:// is allowed.
+        region: of the bucket; empty: us-east-1.
+        credentials: access key id and secret; None: those of the environment, role or instance.
+        timeout_s: per request; there are no retries.
 
     Raises:
-        ValueError: the URL is not one.
+        ValueError: the URL is not s3://BUCKET/PREFIX.
     """
     parts = urlsplit(url)
     if parts.scheme != "s3" or not parts.netloc:

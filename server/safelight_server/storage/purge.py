@@ -1,13 +1,10 @@
-"""Deletes what belongs to a tenant, was computed with a model revision or by a generation; and what has expired.
+"""Deletes entries by tenant, model revision, generation or expiry from all tiers.
 
-Keys begin with the tenant's tag and headers have the tags of revision and
-generation, so that no index has to be kept: a purge by tenant deletes by name,
-the others read the headers (48 bytes) of what they look through. Hot tiers come
-first, so that nothing moves down past the purge; nothing moves up meanwhile.
+No index is needed: keys begin with the tenant's tag, and headers hold the tags of model revision and generation. A
+purge by tenant deletes by key alone; the others read the header (48 bytes) of every entry under the prefix.
 
-It clears this replica's own tiers and the shared ones; other replicas must be
-told to clear their own (`Coordinator.append`). Values that are put meanwhile
-may stay.
+A purge clears this replica's own tiers and the shared tiers. Other replicas must be told to clear their own
+(`cache.purges`). Entries that are stored during a purge may stay.
 """
 
 from __future__ import annotations
@@ -24,10 +21,10 @@ BATCH = 16
 
 @dataclass(frozen=True, slots=True)
 class EntryOwner:
-    """Whose something is, as a purge asks.
+    """Tenant, model revision and generation that an entry belongs to, in the form that purges compare.
 
     Attributes:
-        prefix: of its keys.
+        prefix: the beginning of its key: the tenant's or pool's tag and `/`, or the whole key.
         revision: tag of the model revision that computed it.
         generation: tag of the generation that computed it.
     """
@@ -39,13 +36,13 @@ class EntryOwner:
 
 @dataclass(frozen=True, slots=True)
 class PurgeScope:
-    """What to purge: everything that agrees with all that is given.
+    """What to purge: every entry that matches all given attributes.
 
     Attributes:
         prefix: of keys; `Keyring.tenant(...) + "/"` for a tenant.
         revision: `Keyring.tag("revision", ...)`.
         generation: `Keyring.tag("generation", ...)`.
-        expired_at: only what expires until then (Unix seconds).
+        expired_at: only entries that expire until then (Unix seconds).
     """
 
     prefix: str = ""
@@ -54,7 +51,10 @@ class PurgeScope:
     expired_at: float | None = None
 
     def covers(self, key: str, head: bytes) -> bool:
-        """Whether a value is to go. One without a header is nothing that could ever be served: it goes."""
+        """Whether to delete an entry, given its key and its first `HEADER_BYTES`.
+
+        A value without a valid header can never be served, so it is deleted.
+        """
         header = parse_header(head)
         if header is None:
             return key.startswith(self.prefix)
@@ -62,7 +62,7 @@ class PurgeScope:
         return expired and self.includes(EntryOwner(key, header.revision, header.generation))
 
     def includes(self, owner: EntryOwner) -> bool:
-        """Whether what is this owner's is to go, whenever it expires."""
+        """Whether to delete the entries of this owner; ignores expiry."""
         return (
             owner.prefix.startswith(self.prefix)
             and self.revision in (None, owner.revision)
@@ -71,21 +71,22 @@ class PurgeScope:
 
     @property
     def by_name(self) -> bool:
-        """Whether the key alone decides."""
+        """Whether the key alone decides, so that no header has to be read."""
         return self.revision is None and self.generation is None and self.expired_at is None
 
 
 @dataclass(slots=True)
 class PurgeReport:
-    """Entries deleted by tier, and the tiers that could not be cleared: purge again when they work."""
+    """Number of entries deleted per tier, and the tiers that failed. Purge again when those work."""
 
     deleted: dict[str, int] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
 
 async def purge(tiers: Tiers, scope: PurgeScope, only: str | None = None) -> PurgeReport:
-    """Deletes what `scope` covers, from all tiers or from `only` one."""
+    """Deletes the entries that `scope` covers, from all tiers or from the tier named `only`."""
     report = PurgeReport()
+    # Fastest tier first, so that nothing is evicted downwards past the purge; nothing moves up meanwhile.
     with tiers.nothing_moves_up():
         for tier in tiers.tiers:
             if only not in (None, tier.name):

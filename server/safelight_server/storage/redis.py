@@ -1,11 +1,7 @@
-"""Redis, shared by the replicas, through aiocache; and the connection that `coordination/` uses too.
+"""The Redis tier, shared by the replicas, through aiocache; and the connection pool that `coordination/` uses too.
 
-Redis bounds itself (`maxmemory`): where it is full and evicts nothing, puts are
-refused and everything goes on. Calls are not retried here: a breaker around the
-store decides whether there is a next one, and how long each may take: redis-py's
-own `socket_timeout` is off, because its `asyncio.wait_for` loses cancellations in
-Python 3.11. A cancelled call gives up its connection, so that no answer is ever
-taken for another call's.
+Redis bounds its own memory (`maxmemory`). If it is full and its policy evicts nothing, it refuses writes and the server
+goes on without them. A cancelled call closes its connection, so that its late answer cannot reach another call.
 """
 
 from __future__ import annotations
@@ -29,11 +25,11 @@ MAX_CONNECTIONS = 32
 
 
 class RedisConnection:
-    """A pool of connections to one Redis; opens none before the first call.
+    """A pool of connections to one Redis. The first call opens the first connection.
 
     Args:
         url: redis://, rediss:// or unix://, as redis-py reads it.
-        timeout_s: for connecting and for a free connection of the pool.
+        timeout_s: for connecting, and for waiting until a connection of the pool is free.
 
     Raises:
         ValueError: the URL cannot be read.
@@ -51,13 +47,15 @@ class RedisConnection:
             create_connection_timeout=timeout_s,
             pool_max_size=MAX_CONNECTIONS,
             connection_pool_class=BlockingConnectionPool,
+            # No retries and no socket timeout: the breaker around the store decides both. redis-py's `socket_timeout`
+            # uses `asyncio.wait_for`, which loses cancellations in Python 3.11.
             connection_pool_kwargs=options
             | {"timeout": timeout_s, "retry": Retry(NoBackoff(), 0), "socket_timeout": None},
         )
 
     @property
     def client(self) -> Redis:
-        """The client of the pool, for commands that aiocache does not have."""
+        """The redis-py client of the pool, for commands that aiocache does not have."""
         client: Redis = self.cache.client
         return client
 
@@ -68,7 +66,7 @@ class RedisConnection:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Turns what redis-py raises into errors of stores."""
+    """Converts redis-py's errors to `StoreError`."""
     try:
         yield
     except OutOfMemoryError as error:
@@ -78,7 +76,7 @@ def translated() -> Iterator[None]:
 
 
 class RedisStore:
-    """The tier in Redis."""
+    """A `Store` in Redis."""
 
     name = "redis"
 
@@ -87,39 +85,39 @@ class RedisStore:
         self._cache = connection.cache
 
     async def get(self, key: str) -> bytes | None:
-        """The value."""
+        """Returns the value, or None."""
         with translated():
             value: bytes | None = await self._cache.get(PREFIX + key)
         return value
 
     async def head(self, key: str) -> bytes | None:
-        """The beginning of the value."""
+        """Returns the first `HEADER_BYTES` of the value, or None."""
         with translated():
             value = await self._connection.client.getrange(PREFIX + key, 0, HEADER_BYTES - 1)
         return bytes(value) or None  # type: ignore[arg-type]  # the client does not decode
 
     async def put(self, key: str, value: bytes, ttl_s: float) -> None:
-        """Keeps the value for `ttl_s`."""
+        """Stores the value for `ttl_s` seconds."""
         with translated():
             await self._cache.set(PREFIX + check_key(key), value, ttl=max(float(ttl_s), 0.001))
 
     async def delete(self, key: str) -> None:
-        """Forgets a key."""
+        """Deletes a key."""
         with translated():
             await self._cache.delete(PREFIX + key)
 
     async def keys(self, prefix: str = "") -> AsyncIterator[str]:
-        """All keys with this beginning, by SCAN: Redis is never blocked, however many there are."""
+        """Lists the keys that begin with `prefix` by SCAN, which does not block Redis however many keys it holds."""
         with translated():
             async for key in self._connection.client.scan_iter(match=f"{PREFIX}{prefix}*", count=1000):
                 yield key.decode().removeprefix(PREFIX)
 
     async def usage(self) -> StoreUsage:
-        """All that this Redis holds, others' keys too."""
+        """Returns the number of keys and the memory of the whole Redis, including keys of other programs."""
         with translated():
             entries = await self._connection.client.dbsize()
             memory = await self._connection.client.info("memory")
         return StoreUsage(entries, memory["used_memory"])
 
     async def close(self) -> None:
-        """The connection is its owner's to close."""
+        """Does nothing: whoever made the connection closes it."""

@@ -1,15 +1,15 @@
-"""Values as they are stored: sealed with AES-256-GCM under the operator's key.
+"""The stored format of cache entries: AES-256-GCM under the operator's key, with a header in plain text.
 
-    header, in the clear, 48 bytes:
+    header, in plain text, 48 bytes:
         magic 4 · key id 8 · expires_at float64 · revision tag 8 · generation tag 8 · nonce 12
-    then the sealed entry: length of the metadata uint32 · metadata JSON · data; and 16 bytes that authenticate all
+    then, encrypted: length of the metadata uint32 · metadata JSON · data
+    then the authentication tag, 16 bytes
 
-The key's name and the header are authenticated with the entry, so that a value
-is readable under its own name only and for the time it was given. What does not
-verify is corrupt: there is no second checksum. Numbers are little-endian.
+The tag also authenticates the entry's key and header, so that a value can be read only under its own key and its
+expiry cannot be changed. A value whose tag does not match is corrupt; there is no other checksum. Numbers are
+little-endian.
 
-One sealing key may seal 2^32 values under random nonces (NIST SP 800-38D, 8.3):
-rotate it before.
+One encryption key may seal 2^32 values under random nonces (NIST SP 800-38D, 8.3). Rotate it before.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _NONCE_BYTES = 12
 
 
 class CorruptError(Exception):
-    """A value that is not what was stored under this name."""
+    """The value is not one that was stored under this key."""
 
 
 class UnreadableError(Exception):
-    """A value sealed with a key that is not known (any more)."""
+    """The value was encrypted with a key that the key file does not have (any more)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is cached under a key.
+    """A cache entry in plain text.
 
     Attributes:
         data: the bytes.
-        metadata: a few short facts about them, sealed with them.
+        metadata: short facts about the bytes, encrypted with them.
         revision: tag of the model revision it was computed with (`Keyring.tag`), for purges.
         generation: tag of the generation that computed it, for purges.
     """
@@ -61,7 +61,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a value tells without its key. Only an opened value's header is authentic."""
+    """The part of a value that can be read without a key. It is authentic only once `open` has succeeded."""
 
     key_id: str
     expires_at: float
@@ -71,14 +71,14 @@ class Header:
 
 
 class Sealer:
-    """Seals and opens values."""
+    """Encrypts and decrypts cache entries."""
 
     def __init__(self, keyring: Keyring) -> None:
         self._keyring = keyring
         self._ciphers: dict[str, AESGCM] = {}
 
     def seal(self, key: str, entry: Entry, expires_at: float) -> bytes:
-        """The value of an entry under a key, to be served until `expires_at` (Unix seconds)."""
+        """Encrypts an entry for storage under `key`, to be served until `expires_at` (Unix seconds)."""
         key_id = self._keyring.newest
         nonce = secrets.token_bytes(_NONCE_BYTES)
         tags = (entry.revision, entry.generation)
@@ -91,11 +91,11 @@ class Sealer:
         return header + cipher.encrypt(nonce, plain, header + key.encode())
 
     def open(self, key: str, value: bytes) -> tuple[Entry, float]:
-        """The entry and when it expires.
+        """Decrypts a value. Returns the entry and its expiry (Unix seconds).
 
         Raises:
-            CorruptError: the value was changed, cut, or stored under another key.
-            UnreadableError: its key is not known.
+            CorruptError: the value was changed, truncated, or stored under another key.
+            UnreadableError: the key file does not have its encryption key.
         """
         header = parse_header(value)
         if header is None:
@@ -123,7 +123,7 @@ class Sealer:
 
 
 def parse_header(value: bytes) -> Header | None:
-    """The header of a value or of its beginning; None where there is none."""
+    """Parses the header from a value or from its first `HEADER_BYTES`; None if there is no valid header."""
     if len(value) < HEADER_BYTES:
         return None
     magic, key_id, expires_at, revision, generation, nonce = _HEADER.unpack_from(value)

@@ -1,14 +1,13 @@
-"""Tiers by temperature behind one face that never fails: a tier that cannot is a miss and a number in the metrics.
+"""Several storage tiers as one cache, fastest first. A tier that fails counts as a miss and shows in the metrics.
 
-    put      memory at once; other eager tiers by their movers, off the request path
-    get      from the fastest tier down; what is found moves up, off the request path
-    full     what memory or disk push out goes down to the first tier that is not eager
-    delete   from the fastest tier down, everywhere; says which tiers could not
+    put      writes memory at once and the other eager tiers in the background
+    get      asks from the fastest tier down; copies what it finds to the faster tiers in the background
+    evict    what memory or disk evict moves to the next slower tier that is not eager
+    delete   deletes from the fastest tier down, in all tiers
 
-Every value is sealed once and moves between tiers as it is. One that does not
-verify is dropped from its tier, counted and looked for further down. Values that
-are not eagerly written anywhere but in memory are lost with the process: a cache
-may. Whoever needs more asks `put` to `replicate`.
+A value is encrypted once and moves between tiers unchanged. A corrupt value is deleted from its tier and counted, and
+slower tiers are asked. Values that only memory holds are lost with the process. A caller that needs more passes
+`replicate=True` to `put`.
 """
 
 from __future__ import annotations
@@ -40,18 +39,19 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 OFFLOAD_BYTES = 256 * 1024
-"""Values above this are sealed and opened in a thread: at about 1 GB/s, that is 0.25 ms of the event loop."""
+"""Larger values are encrypted and decrypted in a thread: at about 1 GB/s, this size takes 0.25 ms of the event loop."""
 
 
 @dataclass(slots=True)
 class Tier:
-    """A store and its place.
+    """One store and how it is used.
 
     Attributes:
-        breaker: around every call of the store; None for memory, which cannot hang.
-        eager: written when a value is put; others get what the tiers before them push out.
-        shared: other replicas see it and it outlives this machine.
-        unpurged: it has what should have been deleted, and could not be; nothing is read from it meanwhile.
+        breaker: guards every call of the store; None for memory, which cannot hang.
+        eager: written by every `put`; other tiers receive only what faster tiers evict.
+        shared: other replicas read it, and it outlives this machine.
+        full: the last write found no room; keeps the log to one line per change.
+        unpurged: a purge of it failed, so it may hold deleted entries; it is not read until a purge succeeds.
     """
 
     store: Store
@@ -63,13 +63,13 @@ class Tier:
 
     @property
     def name(self) -> str:
-        """As the store's."""
+        """Name of the store."""
         return self.store.name
 
 
 @dataclass(frozen=True, slots=True)
 class TierHit:
-    """An entry, the tier it was found in, and when it expires (Unix seconds)."""
+    """A found entry, the name of its tier, and its expiry (Unix seconds)."""
 
     entry: Entry
     tier: str
@@ -77,11 +77,12 @@ class TierHit:
 
 
 class Tiers:
-    """The tiers, fastest first.
+    """Reads from and writes to all tiers.
 
     Args:
-        max_waiting_bytes: values that may wait to be written, for each tier.
-        now: Unix seconds.
+        tiers: fastest first.
+        max_waiting_bytes: of the values that wait to be written, per tier.
+        now: clock in Unix seconds.
     """
 
     def __init__(
@@ -108,14 +109,15 @@ class Tiers:
                 tier.store.on_evict = None if colder is None else self._demote(tier, colder)
 
     async def get(self, key: str, fresh: bool = False, sure: bool = False) -> TierHit | None:
-        """The entry of a key from the fastest tier that has it; None where no tier can give it.
+        """Finds an entry in the fastest tier that has it; None if no tier returns it.
 
         Args:
-            fresh: ask the shared tiers first and move nothing up, for the few keys whose entries other replicas change.
-            sure: None says for certain that no shared tier has it.
+            fresh: ask the shared tiers first and copy nothing to faster tiers. For the few keys that other replicas
+                overwrite.
+            sure: raise rather than return None if a shared tier could not answer.
 
         Raises:
-            StoreError: with `sure`, where a shared tier cannot say.
+            StoreError: `sure` was set and a shared tier failed.
         """
         deletions = self._deletions
         places = list(enumerate(self.tiers))
@@ -138,7 +140,7 @@ class Tiers:
         return None
 
     async def gone(self, key: str) -> bool:
-        """Whether no tier has the key, as all of them say: not so where one cannot be asked now."""
+        """Whether every tier confirms that it lacks the key. False if a tier fails."""
         for tier in self.tiers:
             if self._movers[tier.name].get(key) is not None:
                 return False
@@ -151,13 +153,14 @@ class Tiers:
         return True
 
     async def put(self, key: str, entry: Entry, ttl_s: float, replicate: bool = False) -> bool:
-        """Keeps an entry.
+        """Stores an entry.
 
         Args:
-            replicate: wait until a shared tier has it.
+            ttl_s: seconds until the entry expires.
+            replicate: wait until a shared tier has stored it.
 
         Returns:
-            Whether a shared tier has it for certain; without `replicate` always False.
+            Whether a shared tier has stored it; without `replicate` always False.
         """
         value = await self._offload(len(entry.data), self._sealer.seal, key, entry, self._now() + ttl_s)
         replicated = False
@@ -176,13 +179,16 @@ class Tiers:
         return replicated
 
     async def delete(self, key: str) -> bool:
-        """Forgets a key in every tier; False where a tier could not, which may still serve it later."""
+        """Deletes a key in every tier. False if a tier failed, which may then still serve it later."""
         with self.nothing_moves_up():
             return all([await self.erase(tier, key) for tier in self.tiers])
 
     @contextlib.contextmanager
     def nothing_moves_up(self) -> Iterator[None]:
-        """While something is deleted from the fastest tier down, what was found before or meanwhile stays below."""
+        """Stops `get` from copying values to faster tiers while entries are deleted from the fastest tier down.
+
+        This also covers lookups that began before the deletion.
+        """
         self._deletions += 1
         self._deleting += 1
         try:
@@ -191,11 +197,11 @@ class Tiers:
             self._deleting -= 1
 
     def waiting(self, tier: Tier) -> list[tuple[str, bytes]]:
-        """Keys and values on their way to a tier."""
+        """Lists the keys and values that wait to be written to a tier."""
         return list(self._movers[tier.name].items())
 
     async def erase(self, tier: Tier, key: str) -> bool:
-        """Forgets a key in one tier, waiting values too; False where it could not."""
+        """Deletes a key in one tier and in its queue of writes. False if the tier failed."""
         mover = self._movers[tier.name]
         mover.discard(key)
         await mover.settle(key)
@@ -207,7 +213,7 @@ class Tiers:
         return await self.call(tier, deleted) is not None
 
     async def keys(self, prefix: str, limit: int) -> list[str]:
-        """Keys with this beginning in all tiers that can tell, at most `limit`."""
+        """Lists at most `limit` keys that begin with `prefix`, from all tiers that answer."""
         found: dict[str, None] = {}
         for tier in self.tiers:
             if tier.breaker is not None and tier.breaker.state is not BreakerState.CLOSED:
@@ -223,12 +229,16 @@ class Tiers:
         return list(found)
 
     async def flush(self) -> None:
-        """Waits until all writes under way are done or given up."""
+        """Waits until all queued writes are done or have failed."""
         for mover in self._movers.values():
             await mover.flush()
 
     async def measure(self, lazy: bool = True) -> None:
-        """Brings the metrics of what the tiers hold up to date; without `lazy` of those that are cheap to ask."""
+        """Updates the metrics of entries and bytes per tier.
+
+        Args:
+            lazy: also of tiers that are not eager, which are expensive to measure.
+        """
         for tier in self.tiers:
             if not tier.eager and not lazy:
                 continue
@@ -237,14 +247,14 @@ class Tiers:
                 self._metrics.holds(tier.name, usage.entries, usage.num_bytes)
 
     async def close(self) -> None:
-        """Stops writing and closes the stores."""
+        """Stops the background writes and closes the stores."""
         for mover in self._movers.values():
             await mover.close()
         for tier in self.tiers:
             await self.call(tier, tier.store.close)
 
     async def call(self, tier: Tier, work: Callable[[], Awaitable[T]]) -> T | None:
-        """What a tier answers, None where it cannot; the one place where errors of tiers end."""
+        """Runs `work` on a tier; None if it fails. Errors of tiers are counted and end here."""
         try:
             return await self.ask(tier, work)
         except StoreFullError as error:
@@ -261,10 +271,10 @@ class Tiers:
         return None
 
     async def ask(self, tier: Tier, work: Callable[[], Awaitable[T]]) -> T:
-        """What a tier answers, under its breaker.
+        """Runs `work` on a tier under its breaker.
 
         Raises:
-            StoreError: it cannot.
+            StoreError: the tier failed.
         """
         return await (work() if tier.breaker is None else tier.breaker.call(work))
 
@@ -289,7 +299,8 @@ class Tiers:
             return False
 
         async def written() -> bool:
-            if tier.eager or await tier.store.head(key) != value[:HEADER_BYTES]:  # it may have come from there
+            # A tier that is not eager gets evicted values, which may have been read from it before.
+            if tier.eager or await tier.store.head(key) != value[:HEADER_BYTES]:
                 await tier.store.put(key, value, ttl_s)
             return True
 

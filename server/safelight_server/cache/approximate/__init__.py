@@ -1,13 +1,13 @@
-"""Pictures and latents of similar prompts, found by the cosine of their embeddings.
+"""Similarity search: pictures and latents of similar prompts, by the cosine of prompt vectors.
 
-similar       pictures of similar prompts, checked by the guard
-guard         whether two texts may share a picture at all
-embedding     a prompt's hidden states to one centred vector
-vectors       these vectors as kept entries, from which an index is rebuilt
-index         vectors at lower cosine: sign bits, scanned and ranked again
-lsh           vectors at high cosine: random hyperplanes, buckets in any store of sets
-buckets       the buckets of `lsh` in Redis, which all replicas see
-warm_starts   latents of similar prompts to start from
-skip_policy   how many steps a cosine saves
-eviction      what goes when bytes are short
+similar       finds pictures of similar prompts, checked by the guard
+guard         decides whether two texts may share a picture
+embedding     turns a prompt's hidden states into one centred vector
+vectors       stores prompt vectors, from which an index is rebuilt
+index         nearest neighbours at lower cosine: a scan of sign bits, ranked by exact cosine
+lsh           nearest neighbours at high cosine: locality-sensitive hashing by random hyperplanes
+buckets       the buckets of `lsh` in Redis, shared by all replicas
+warm_starts   finds latents of similar prompts to start from
+skip_policy   decides how many steps to skip at a cosine
+eviction      decides which entries to evict: LRU or least benefit
 """

@@ -1,9 +1,8 @@
-"""LSH buckets in Redis, so that replicas find each other's pictures: a `BucketStore` (see `lsh`).
+"""LSH buckets in Redis, so that replicas find each other's pictures: an implementation of `lsh.BucketStore`.
 
-A bucket is a set, a vector a sealed value, and one sorted set by time bounds how
-many there are. Adding is one script, finding one SUNION and one MGET. Where Redis
-cannot answer nothing is found. Names are HMACs already; vectors say something of
-prompts and are sealed.
+Each bucket is a Redis set and each vector an encrypted value; one sorted set by time bounds the number of items. `add`
+is one script; `find` is one SUNION and one MGET. If Redis fails, nothing is found. Item and bucket names are HMACs.
+Vectors are encrypted because they reveal something of the prompts.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ T = TypeVar("T")
 PREFIX = "safelight:lsh:"
 ITEMS = f"{PREFIX}items"
 LOOKED_AT = 1000
-"""Items in one call of `discard`."""
+"""Items per Redis call of `discard`."""
 
 
 class RedisBuckets:
-    """See `lsh.BucketStore`.
+    """A `BucketStore` in Redis.
 
     Args:
-        ttl_s: how long an item is found.
-        max_items: beyond, the item that was added longest ago goes.
-        max_members: of a bucket; beyond, some go, which stay in their other buckets.
+        ttl_s: seconds until an item expires.
+        max_items: most items; the item that was added longest ago is removed first.
+        max_members: most items of a bucket; a full bucket drops a random one, which stays in its other buckets.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class RedisBuckets:
         self._add = self._redis.register_script(files(__package__).joinpath("buckets_add.lua").read_text())
 
     async def add(self, item: str, buckets: Sequence[str], vector: Halves) -> None:
-        """See `BucketStore`."""
+        """Puts an item with its vector (D,) into its buckets. Nothing happens if Redis fails."""
         now = time.time()
         sealed = self._sealer.seal(item, Entry(vector.tobytes()), now + self._ttl_s)
         keys = [ITEMS, f"{PREFIX}vector:{item}", f"{PREFIX}of:{item}", *(f"{PREFIX}in:{bucket}" for bucket in buckets)]
@@ -73,7 +72,7 @@ class RedisBuckets:
         await self._call(lambda: self._add(keys=keys, args=arguments), None)
 
     async def remove(self, item: str) -> None:
-        """See `BucketStore`."""
+        """Removes an item and its vector. Nothing happens if Redis fails."""
         await self._call(lambda: self._removed(item), None)
 
     async def _removed(self, item: str) -> None:
@@ -86,7 +85,10 @@ class RedisBuckets:
             await pipe.execute()
 
     async def discard(self, goes: Callable[[str], bool]) -> bool:
-        """See `BucketStore`; in pieces, so that no call is long, however many there are."""
+        """Removes all items for which `goes` returns true, in batches so that each Redis call is short.
+
+        False if Redis fails.
+        """
         cursor = 0
         try:
             while True:
@@ -100,7 +102,7 @@ class RedisBuckets:
             return False
 
     async def find(self, buckets: Sequence[str], limit: int, dimension: int) -> tuple[Sequence[str], Halves]:
-        """See `BucketStore`; in no order."""
+        """Returns at most `limit` items of the buckets, in no useful order, and their vectors (N, `dimension`)."""
         keys = [f"{PREFIX}in:{bucket}" for bucket in buckets]
         found: set[bytes] = await self._call(lambda: self._redis.sunion(keys), set())
         items = sorted(item.decode() for item in found)[:limit]
@@ -109,7 +111,7 @@ class RedisBuckets:
         return list(opened), np.frombuffer(packed, np.float16).reshape(-1, dimension)
 
     async def _vectors(self, items: Sequence[str]) -> dict[str, bytes]:
-        """Of those that have not gone meanwhile."""
+        """Returns the vectors of the items that still exist, as bytes."""
         keys = [f"{PREFIX}vector:{item}" for item in items]
         values: list[bytes | None] = await self._call(lambda: self._redis.mget(keys), [None] * len(keys))
         opened = {

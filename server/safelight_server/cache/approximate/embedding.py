@@ -1,11 +1,9 @@
-"""A prompt as one vector: the mean of its hidden states, centred, of length one.
+"""Prompt vectors for similarity search: the mean of a prompt's hidden states, centred, of length 1.
 
-The text encoder's `pooled_output` is not used: where the pipeline was trained
-without a contrastive loss nothing shaped it, and on `icons` its cosine hardly
-tells objects apart (decision record 0009). The mean over the prompt's own
-positions does. Centring takes away what all prompts have in common, so that
-unrelated prompts are near cosine 0; the mean is that of the manifest's example
-prompts, fixed per pipeline digest. Pure. Neighbours: `lsh`, `index`.
+The mean runs over the positions of the prompt's own tokens. The text encoder's `pooled_output` is not used: without a
+contrastive loss in training its values mean little, and on `icons` its cosine hardly tells objects apart (decision
+record 0009). Centring subtracts what all prompts have in common, so that unrelated prompts have a cosine near 0. The
+subtracted mean is that of the manifest's example prompts, fixed per pipeline digest. All functions are pure.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 
 _BLOCK = 256
-"""Rows a product: larger ones wake the BLAS library's other threads, which spin and cost more than they save."""
+"""Rows per matrix product: larger ones start the BLAS library's other threads, which cost more than they save."""
 
 EXAMPLE_PROMPTS = tuple(
     f"{subject}{manner}"
@@ -36,16 +34,16 @@ EXAMPLE_PROMPTS = tuple(
     )
     for manner in ("", ", in winter", ", cartoon style", ", highly detailed", ", black and white", ", soft light")
 )
-"""For pipelines whose manifest has none of its own."""
+"""Example prompts for pipelines whose manifest has none."""
 
 
 def prompt_vector(hidden: npt.NDArray[np.floating], token_ids: Sequence[int], eos_id: int) -> Floats:
-    """The mean of the hidden states between begin and end; of the end alone where there is no text.
+    """Returns the mean of the hidden states between begin and end token; that of the end token if there is no text.
 
     Args:
         hidden: (T, D), the encoder's `last_hidden_state` of one prompt.
-        token_ids: (T,), begin, text, end, padding.
-        eos_id: of the end token; padding may be the same.
+        token_ids: (T,): begin, text, end, padding.
+        eos_id: id of the end token; padding may use the same id.
 
     Returns:
         (D,) float32.
@@ -57,16 +55,20 @@ def prompt_vector(hidden: npt.NDArray[np.floating], token_ids: Sequence[int], eo
 
 
 def centred(vector: Floats, mean: Floats) -> Floats:
-    """(..., D) less the mean, each of length 1; what equals the mean stays zero and is similar to nothing."""
+    """Subtracts the mean from vectors (..., D) and scales each to length 1.
+
+    A vector equal to the mean becomes zero, which is similar to nothing.
+    """
     moved = vector - mean
     length = np.linalg.norm(moved, axis=-1, keepdims=True)
     return np.asarray(np.divide(moved, length, out=np.zeros_like(moved), where=length > 0), np.float32)
 
 
 def cosines(stored: npt.NDArray[np.float16], vector: Floats) -> Floats:
-    """Of unit vectors (N, D), kept as float16, and a unit vector (D,): (N,) float32, at most 1.
+    """Returns the cosines (N,) of stored unit vectors (N, D) with a unit vector (D,): float32, at most 1.
 
-    A vector's cosine with itself is 1: float16 may lose up to 2^-11 of it, so that what is as near as that is 1.
+    Storing as float16 loses up to 2^-11 of a cosine. Cosines above 1 - 2^-11 are set to 1, so that the cosine of a
+    vector with itself is 1.
     """
     wide = np.asarray(vector, np.float32)
     parts = [stored[start : start + _BLOCK].astype(np.float32) @ wide for start in range(0, len(stored), _BLOCK)]

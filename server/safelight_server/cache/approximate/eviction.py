@@ -1,10 +1,9 @@
-"""What goes when bytes are short: least recently used, or least benefit (LCBFU).
+"""Eviction policies for a bounded cache: least recently used, or least benefit (LCBFU).
 
-Both keep books on keys, sizes and benefits only; the bytes themselves are the
-store's. Least benefit is NIRVANA's least-computationally-beneficial and
-frequently used (Agarwal et al. 2024, arXiv 2312.04429, section 5.4): the
-computation that an entry saves at a hit times how often it was hit. Invariant:
-what is kept never exceeds the bound; an entry larger than the bound is refused.
+A policy tracks keys, sizes and benefits; the cache itself holds the bytes. Least benefit is NIRVANA's
+least-computationally-beneficial and frequently used (Agarwal et al. 2024, arXiv 2312.04429, section 5.4): the
+computation that a hit saves times the number of hits. Invariant: the tracked bytes never exceed the bound; an entry
+larger than the bound is refused.
 """
 
 from __future__ import annotations
@@ -16,35 +15,38 @@ from typing import Protocol
 
 
 class Eviction(Protocol):
-    """The books of a bounded store."""
+    """An eviction policy and the sizes that it tracks."""
 
     num_bytes: int
-    """Kept now."""
+    """Total size of the tracked entries."""
 
     def add(self, key: str, num_bytes: int, benefit: float) -> list[str]:
-        """Takes an entry in, or in again with another size; returns what has to go for it, maybe the entry itself.
+        """Adds an entry, or replaces it.
 
         Args:
             key: of the entry.
             num_bytes: its size.
-            benefit: what one hit saves: steps, or seconds.
+            benefit: what one hit saves, in steps or seconds.
+
+        Returns:
+            The keys to evict; the entry's own key if it is larger than the bound.
         """
 
     def hit(self, key: str) -> None:
-        """The entry was used."""
+        """Records a use of the entry."""
 
     def remove(self, key: str) -> None:
-        """The entry is gone for another reason."""
+        """Removes an entry that is gone for another reason."""
 
     def __contains__(self, key: str) -> bool:
-        """Whether it is kept."""
+        """Whether the entry is tracked."""
 
     def __len__(self) -> int:
-        """How many are kept."""
+        """Number of tracked entries."""
 
 
 class LeastRecentlyUsed:
-    """Drops what was not used for longest."""
+    """Evicts the entry whose last use is longest ago."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -88,12 +90,11 @@ class _ScoredEntry:
 
 
 class LeastBenefit:
-    """Drops the lowest benefit x uses per byte; of equals the one that was scored longest ago.
+    """Evicts the entry with the lowest benefit x uses per byte; of equal ones, that which was scored longest ago.
 
-    A fresh entry counts as used once, else nothing new could ever stay. With
-    `ageing`, an entry's score starts from that of what was dropped last
-    (GreedyDual, Cherkasova 1998), so that what was once popular does not stay
-    for ever.
+    A new entry counts as used once, since otherwise no new entry could stay. With `ageing`, the score of the last
+    evicted entry is added to each new score (GreedyDual, Cherkasova 1998), so that entries which are no longer popular
+    are evicted in the end.
     """
 
     def __init__(self, max_bytes: int, *, ageing: bool = True) -> None:
@@ -134,7 +135,7 @@ class LeastBenefit:
         return len(self._entries)
 
     def _score(self, key: str) -> None:
-        """Puts the entry's present score on the heap; older ones of it are skipped when they come up."""
+        """Pushes the entry's current score on the heap. Its older heap items are skipped when they are popped."""
         entry = self._entries[key]
         self._clock += 1
         entry.order = self._clock

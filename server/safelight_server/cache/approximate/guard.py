@@ -1,14 +1,14 @@
-"""Whether two texts may share a picture: cosine alone does not tell a red potion from a blue one.
+"""The text guard: decides whether two prompts may share a picture.
 
-Both texts are read into facts, and all facts must agree: numbers and colours
-with the words they belong to, negations with what they deny, quoted words, and
-the values of the word groups in the pipeline's manifest (`icons`: object,
-colour, background, each modifier). Where the manifest says that its vocabulary
-is closed, every other word must agree too, but for those it ignores.
+Cosine alone cannot tell a red potion from a blue one.
 
-Invariants: the guard is symmetric, a text agrees with itself, and what it does
-not understand can only make it stricter: it errs on the side of a miss. Pure.
-Neighbours: `lsh` finds the candidates, `catalog` reads the groups.
+The guard extracts facts from both texts and requires all of them to be equal: numbers and colours with the words they
+belong to, negations with the words they deny, quoted words, and the values of the word groups in the pipeline's
+manifest (`icons`: object, colour, background, each modifier). If the manifest declares its vocabulary closed, all other
+words must be equal too, except those that it ignores.
+
+Invariants: the guard is symmetric, and a text agrees with itself. Words that it does not understand
+can only make it stricter: it prefers a miss to a wrong picture. All functions are pure.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS.split()
 }
 NEGATIONS = frozenset(_NEGATION_WORDS.split())
 FILLERS = frozenset(_FILLER_WORDS.split())
-"""Words between a negation, colour or number and what it belongs to."""
+"""Words to skip between a negation, colour or number and the word it belongs to."""
 
 _QUOTED = re.compile(r"\"([^\"]*)\"|“([^“”]*)”|„([^„“”]*)[“”]|«([^«»]*)»|‘([^‘’]*)’|(?<!\w)'([^']*)'(?!\w)")
 _WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+?(?=n't\b)|n't\b|[^\W\d_]+")
@@ -58,16 +58,16 @@ Meaning = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class TextFacts:
-    """What a text says that must agree; equal facts are what the guard asks for.
+    """The facts of a text that must be equal for the guard to let a picture pass.
 
     Attributes:
-        numbers: each with the word it counts, in their order.
-        colours: likewise; those in a group are not repeated here.
-        negations: the words denied, sorted.
-        quoted: letter by letter, in their order.
-        meanings: (group, value), sorted; in their order where a group occurs twice, for then it matters what goes with
-            what.
-        others: the other words where the vocabulary is closed, sorted.
+        numbers: each with the word it counts, in the order of the text.
+        colours: each with the word it belongs to, in the order of the text; without the colours in word groups.
+        negations: the denied words, sorted.
+        quoted: the quoted parts, unchanged, in the order of the text.
+        meanings: (group, value), sorted; in the order of the text if a group occurs twice, because then it matters
+            which values belong together.
+        others: the other words if the vocabulary is closed, sorted; else empty.
     """
 
     numbers: tuple[tuple[str, str], ...]
@@ -79,7 +79,7 @@ class TextFacts:
 
 
 class Guard:
-    """Reads texts by one pipeline's words; None: it has none of its own."""
+    """Compares texts by one pipeline's word groups; None: the pipeline has none."""
 
     def __init__(self, words_of_pipeline: GuardWords | None = None) -> None:
         own = words_of_pipeline or GuardWords(groups={})
@@ -98,7 +98,7 @@ class Guard:
         return self.facts(one) == self.facts(other)
 
     def facts(self, text: str) -> TextFacts:
-        """What the text says that must agree."""
+        """Extracts the facts of a text."""
         found = words(text)
         meanings, rest = self._meanings(found)
         counts = Counter(group for group, _ in meanings)
@@ -120,7 +120,7 @@ class Guard:
         )
 
     def _meanings(self, found: Sequence[str]) -> tuple[list[Meaning], list[int]]:
-        """The groups' values in the order of the text, and the indices of the words outside them."""
+        """Returns the word groups' values in the order of the text, and the indices of all other words."""
         meanings: list[Meaning] = []
         rest: list[int] = []
         index = 0
@@ -141,16 +141,16 @@ class Guard:
 
 
 def words(text: str) -> list[str]:
-    """Words and numbers in their order, case folded; "don't" is "do", "n't"."""
+    """Splits a text into words and numbers, case folded; "don't" becomes "do", "n't"."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold().replace("’", "'"))
 
 
 def _next(found: Sequence[str], index: int) -> str:
-    """The word that the one at `index` belongs to; empty at the end."""
+    """Returns the first word after `index` that is not a filler; empty if there is none."""
     return next((word for word in found[index + 1 :] if word not in FILLERS), "")
 
 
 def _denied(found: Sequence[str]) -> list[str]:
-    """What is denied: "smoke" of "without any smoke", "cloud" of "cloudless"."""
+    """Returns the denied words: "smoke" of "without any smoke", "cloud" of "cloudless"."""
     denied = [_next(found, index) for index, word in enumerate(found) if word in NEGATIONS]
     return denied + [word.removesuffix("less") for word in found if word.endswith("less") and len(word) > 6]

@@ -1,13 +1,10 @@
-"""Vectors at lower cosine, for latents to start from: sign bits, scanned whole, the best ranked by exact cosine.
+"""Nearest-neighbour search at lower cosine: a full scan of sign-bit codes, with the best ranked by exact cosine.
 
-LSH buckets lose sight of neighbours much below cosine 0.9; a scan of short codes does not. Each
-vector is kept as the signs of its product with random planes, as faiss'
-IndexLSH does; a search takes the nearest codes by Hamming distance and ranks
-them by the exact cosine. In memory, one per replica, rebuilt from the store.
+LSH buckets miss most neighbours much below cosine 0.9; a scan of short codes does not. Each vector is stored as the
+signs of its products with random hyperplanes, as in faiss' IndexLSH. A search takes the nearest codes by Hamming
+distance and ranks them by exact cosine. The index lives in the memory of one replica and is rebuilt from the store.
 
-Invariants: what is returned has at least the cosine asked for and is of the
-scope asked for; at most `max_items` are kept. Neighbours: `embedding` makes
-the vectors, `skip_policy` says what a cosine is worth.
+Invariants: every match has at least the cosine asked for and the scope asked for; at most `max_items` are stored.
 """
 
 from __future__ import annotations
@@ -33,10 +30,10 @@ class SketchIndex:
 
     Args:
         dimension: D of the vectors.
-        seed: decides the planes.
-        max_items: beyond it the item that was added or found longest ago goes.
-        num_bits: of a code, a multiple of 64.
-        num_ranked: codes whose exact cosine is computed.
+        seed: of the random hyperplanes.
+        max_items: most items; the item that was added or found longest ago is removed first.
+        num_bits: bits of a code, a multiple of 64.
+        num_ranked: nearest codes whose exact cosine is computed in a search.
     """
 
     def __init__(
@@ -50,18 +47,21 @@ class SketchIndex:
         self._scopes: OrderedDict[str, str] = OrderedDict()
 
     def __len__(self) -> int:
-        """How many items are kept."""
+        """Number of items."""
         return len(self._scopes)
 
     def __contains__(self, item: str) -> bool:
-        """Whether it is kept."""
+        """Whether the index has the item."""
         return item in self._scopes
 
     def add(self, scope: str, item: str, vector: Floats) -> list[str]:
-        """Keeps a unit vector (D,) as float16; an item that is there is replaced.
+        """Adds a unit vector (D,), stored as float16, or replaces it.
+
+        Args:
+            scope: only searches with the same scope find the item.
 
         Returns:
-            The items that had to go for it.
+            The items that were removed to make room.
         """
         self.remove(item)
         gone = []
@@ -76,7 +76,7 @@ class SketchIndex:
         return gone
 
     def remove(self, item: str) -> None:
-        """Forgets an item; nothing happens where it is not there."""
+        """Removes an item. An absent item is no error."""
         scope = self._scopes.pop(item, None)
         if scope is not None:
             shelf = self._shelves[scope]
@@ -85,12 +85,12 @@ class SketchIndex:
                 del self._shelves[scope]
 
     def discard(self, goes: Callable[[str], bool]) -> None:
-        """Forgets all items for which `goes`."""
+        """Removes all items for which `goes` returns true."""
         for item in [item for item in self._scopes if goes(item)]:
             self.remove(item)
 
     def search(self, scope: str, vector: Floats, min_cosine: float, limit: int = 8) -> list[Match]:
-        """The nearest that were found with at least `min_cosine`, nearest first."""
+        """Returns the nearest items found in `scope` with at least `min_cosine`, nearest first."""
         shelf = self._shelves.get(scope)
         if shelf is None:
             return []
@@ -104,7 +104,7 @@ class SketchIndex:
 
 
 class _SketchRows:
-    """Codes and vectors of one scope by row. A row that was freed is used again; until then its name is None."""
+    """The codes and vectors of one scope, by row. A freed row is reused; until then its name is None."""
 
     def __init__(self, num_bits: int, dimension: int) -> None:
         self.rows: dict[str, int] = {}
@@ -135,7 +135,7 @@ class _SketchRows:
     def nearest(
         self, code: npt.NDArray[np.uint8], vector: Floats, count: int, min_cosine: float, limit: int
     ) -> list[Match]:
-        """Of the `count` nearest codes those with the cosine, nearest first. Small shelves are ranked whole."""
+        """Ranks the `count` nearest codes, or all rows if there are no more, by exact cosine, nearest first."""
         num_rows = len(self._names)
         if num_rows <= count:
             rows = np.arange(num_rows)

@@ -1,15 +1,12 @@
-"""Vectors at high cosine, found by their buckets: random hyperplanes, several tables, several probes.
+"""Locality-sensitive hashing (LSH) for nearest-neighbour search at high cosine: random hyperplanes, multi-probe.
 
-Each table cuts space by random hyperplanes through the origin (Charikar 2002);
-the signs make a bucket. A search looks into each table's own bucket and into
-those across the nearest planes (query-directed probing, Lv et al. 2007), then
-computes the exact cosine of every vector found. Buckets are plain strings, so
-any store of sets serves: a dict here, Redis sets across replicas.
+Each table divides space by random hyperplanes through the origin (Charikar 2002); the signs of a vector select its
+bucket. A search reads the vector's own bucket in each table and the buckets across the nearest hyperplanes
+(query-directed probing, Lv et al. 2007), then computes the exact cosine of every vector found. Bucket names are plain
+strings, so any store of sets will do: a dict in one process, Redis sets across replicas.
 
-Invariants: what is returned has at least the cosine asked for, computed from
-the stored vector, whatever the buckets say; planes are a function of the seed
-alone; items, buckets and candidates are bounded. Neighbours: `embedding` makes
-the vectors, `fingerprint` seeds and scopes, `guard` judges what is found.
+Invariants: every match has at least the cosine asked for, computed from the stored vector. The hyperplanes depend on
+the seed alone. Items, buckets and candidates are bounded.
 """
 
 from __future__ import annotations
@@ -30,17 +27,17 @@ from safelight_server.cache.approximate.embedding import cosines
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
 ROW = "I"
-"""Type of a row, of numpy and of `array`."""
+"""Type code of a row number, for numpy and for `array`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of the tables. The defaults are measured: see docs/decisions/0009.
+    """Size of the LSH tables. The defaults are measured: see docs/decisions/0009.
 
     Attributes:
-        num_tables: more find more and cost memory.
-        num_bits: planes a table; more make smaller buckets.
-        num_probes: buckets looked into beside a table's own.
+        num_tables: more tables find more neighbours and cost more memory.
+        num_bits: hyperplanes per table; more make smaller buckets.
+        num_probes: buckets read per table beside the vector's own.
     """
 
     num_tables: int = 12
@@ -50,27 +47,29 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Something found."""
+    """A found item and its exact cosine."""
 
     item: str
     cosine: float
 
 
 class BucketStore(Protocol):
-    """Sets of items by bucket, and the items' vectors."""
+    """A store of the items of each bucket and of the items' vectors."""
 
     async def add(self, item: str, buckets: Sequence[str], vector: Halves) -> None:
-        """Puts an item with its vector (D,) into its buckets; an item that is there is replaced."""
+        """Puts an item with its vector (D,) into its buckets, or replaces it."""
 
     async def remove(self, item: str) -> None:
-        """Takes an item out of everything; nothing happens where it is not there."""
+        """Removes an item and its vector. An absent item is no error."""
 
     async def discard(self, goes: Callable[[str], bool]) -> bool:
-        """Takes out all items for which `goes`; False where that could not be done."""
+        """Removes all items for which `goes` returns true. False if the store failed."""
 
     async def find(self, buckets: Sequence[str], limit: int, dimension: int) -> tuple[Sequence[str], Halves]:
-        """The items in any of the buckets, each once, at most `limit`, of the first buckets first where the store can
-        tell, and their vectors (N, `dimension`) (Redis: one SUNION, one MGET)."""
+        """Returns at most `limit` items of the buckets, each once, and their vectors (N, `dimension`).
+
+        A store that can keep order returns the items of the first buckets first.
+        """
 
 
 class Signatures:
@@ -78,7 +77,7 @@ class Signatures:
 
     Args:
         dimension: D of the vectors.
-        seed: decides the planes; `fingerprint.derived_seed` makes it secret and different for every tenant.
+        seed: of the hyperplanes; `fingerprint.derived_seed` makes it secret and different for each tenant.
     """
 
     def __init__(self, dimension: int, seed: int, shape: Shape = Shape()) -> None:
@@ -93,11 +92,11 @@ class Signatures:
             self._subsets[row, list(subset)] = 1
 
     def buckets(self, scope: str, vector: Floats) -> list[str]:
-        """Where a vector (D,) is kept: one bucket a table."""
+        """Returns the buckets that store a vector (D,): one per table."""
         return self._names(scope, self._codes(self._margins(vector))[:, None])
 
     def probes(self, scope: str, vector: Floats) -> list[str]:
-        """Where vectors like this one may be: each table's own bucket first, then those across the nearest planes."""
+        """Returns the buckets to search: the vector's own in each table first, then those across the nearest planes."""
         margins = self._margins(vector)
         codes = self._codes(margins)
         if not self.shape.num_probes:
@@ -110,7 +109,7 @@ class Signatures:
         return self._names(scope, np.concatenate([codes[:, None], codes[:, None] ^ flips], axis=1))
 
     def _margins(self, vector: Floats) -> Floats:
-        """(tables, bits): on which side of each plane, and how far."""
+        """Returns the vector's products with the hyperplanes' normals, (tables, bits): side and scaled distance."""
         margins = self._planes @ np.asarray(vector, np.float32)
         return margins.reshape(self.shape.num_tables, self.shape.num_bits)
 
@@ -118,15 +117,15 @@ class Signatures:
         return (margins > 0) @ self._weights
 
     def _names(self, scope: str, codes: npt.NDArray[np.int64]) -> list[str]:
-        """In the order probe by probe, so that the likeliest buckets of all tables come first."""
+        """Returns the names of buckets probe by probe, so that the likeliest buckets of all tables come first."""
         return [f"{scope}:{table:x}:{code:x}" for column in codes.T.tolist() for table, code in enumerate(column)]
 
 
 class SimilarIndex:
-    """Searches one store by one tenant's planes.
+    """Nearest-neighbour search in a bucket store with one tenant's hyperplanes.
 
     Args:
-        max_candidates: vectors compared at most in a search.
+        max_candidates: most vectors compared in a search.
     """
 
     def __init__(self, signatures: Signatures, store: BucketStore, *, max_candidates: int = 512) -> None:
@@ -135,22 +134,22 @@ class SimilarIndex:
         self._max_candidates = max_candidates
 
     async def add(self, scope: str, item: str, vector: Floats) -> None:
-        """Keeps a unit vector (D,) as float16. `scope` is what must be equal: only searches with the same find it."""
+        """Adds a unit vector (D,), stored as float16. Only searches with the same `scope` find it."""
         await self._store.add(item, self._signatures.buckets(scope, vector), np.asarray(vector, np.float16))
 
     async def remove(self, item: str) -> None:
-        """Forgets an item."""
+        """Removes an item."""
         await self._store.remove(item)
 
     async def search(self, scope: str, vector: Floats, min_cosine: float, limit: int = 8) -> list[Match]:
-        """The nearest that were found with at least `min_cosine`, nearest first."""
+        """Returns the nearest items found with at least `min_cosine`, nearest first."""
         probes = self._signatures.probes(scope, vector)
         items, stored = await self._store.find(probes, self._max_candidates, len(vector))
         return matches(items, stored, vector, min_cosine, limit)
 
 
 def matches(items: Sequence[str], stored: Halves, vector: Floats, min_cosine: float, limit: int) -> list[Match]:
-    """The exact check: of stored vectors (N, D), those with at least `min_cosine`, nearest first."""
+    """Ranks stored vectors (N, D) by exact cosine; returns those with at least `min_cosine`, nearest first."""
     if not items:
         return []
     exact = cosines(stored, vector)
@@ -160,12 +159,14 @@ def matches(items: Sequence[str], stored: Halves, vector: Floats, min_cosine: fl
 
 
 class MemoryBuckets:
-    """A `BucketStore` in this process. A bucket is an array of rows of a shelf, where the vectors lie together: what a
-    search of many takes time for is memory that is not at hand.
+    """A `BucketStore` in this process.
+
+    A bucket is an array of row numbers. The vectors of one dimension lie in one array, since cache misses take most of
+    the time of a large search.
 
     Args:
-        max_items: beyond it the item that was added longest ago goes; adding one again renews it.
-        max_members: a full bucket drops its oldest member; it stays in its other buckets.
+        max_items: most items; the item that was added longest ago is removed first. Adding an item again renews it.
+        max_members: most items of a bucket; a full bucket drops its oldest, which stays in its other buckets.
     """
 
     def __init__(self, max_items: int, max_members: int = 64) -> None:
@@ -176,11 +177,11 @@ class MemoryBuckets:
         self._shelves: dict[int, _VectorRows] = {}
 
     def __len__(self) -> int:
-        """How many items are kept."""
+        """Number of items."""
         return len(self._items)
 
     async def add(self, item: str, buckets: Sequence[str], vector: Halves) -> None:
-        """See `BucketStore`. Vectors in the same bucket are of one dimension."""
+        """Puts an item with its vector (D,) into its buckets. All vectors of a bucket have one dimension."""
         self._drop(item)
         while len(self._items) >= self._max_items:
             self._drop(next(iter(self._items)))
@@ -196,17 +197,17 @@ class MemoryBuckets:
             members.append(row)
 
     async def remove(self, item: str) -> None:
-        """See `BucketStore`."""
+        """Removes an item and its vector."""
         self._drop(item)
 
     async def discard(self, goes: Callable[[str], bool]) -> bool:
-        """See `BucketStore`."""
+        """Removes all items for which `goes` returns true. Always succeeds."""
         for item in [item for item in self._items if goes(item)]:
             self._drop(item)
         return True
 
     async def find(self, buckets: Sequence[str], limit: int, dimension: int) -> tuple[Sequence[str], Halves]:
-        """See `BucketStore`; in the order of the buckets."""
+        """Returns at most `limit` items in the order of the buckets, and their vectors (N, `dimension`)."""
         shelf = self._shelves.get(dimension)
         if shelf is None:
             return (), np.empty((0, dimension), np.float16)
@@ -221,7 +222,7 @@ class MemoryBuckets:
                 rows = _rows(gathered)
                 if len(rows) >= limit:
                     break
-                enough = 2 * num_gathered  # many are in several buckets
+                enough = 2 * num_gathered  # many items are in several buckets
         else:
             rows = _rows(gathered)
         rows = rows[:limit]
@@ -234,21 +235,21 @@ class MemoryBuckets:
         shelf.free.append(row)
         for bucket in buckets:
             members = self._buckets.get(bucket, array(ROW))
-            with contextlib.suppress(ValueError):  # the bucket was full and has dropped it
+            with contextlib.suppress(ValueError):  # a full bucket has dropped the item before
                 members.remove(row)
             if not members:
                 self._buckets.pop(bucket, None)
 
 
 def _rows(gathered: Sequence[array[int]]) -> npt.NDArray[np.uint32]:
-    """All of them once, in the order in which they come first."""
+    """Joins the row numbers without duplicates, in the order of their first occurrence."""
     rows = np.frombuffer(b"".join(gathered), np.dtype(ROW))
     _, first = np.unique(rows, return_index=True)
     return rows[np.sort(first)]
 
 
 class _VectorRows:
-    """Vectors of one dimension and whose they are, by row. A row that was freed is used again."""
+    """Vectors of one dimension and the names of their items, by row. A freed row is reused."""
 
     def __init__(self, dimension: int) -> None:
         self.vectors = np.zeros((64, dimension), np.float16)

@@ -1,17 +1,14 @@
-"""Pictures of similar prompts: found by LSH and by a scan, checked by exact cosine, let through by the text guard.
+"""Finds cached pictures of similar prompts, by LSH and by a scan, and checks them by exact cosine and the text guard.
 
-LSH tables find what is near among very many; much below a cosine of 0.9 they
-miss more and more, so a namespace's newest pictures are scanned too where the tables
-give nothing.
+LSH tables search very many pictures, but much below a cosine of 0.9 they miss more and more. If they find nothing, a
+namespace's newest pictures are scanned.
 
-Invariant: what is returned has the comparable name asked for (same model, size,
-sampler, steps, guidance and negative prompt), at least the similarity asked
-for, and a prompt that agrees with the one asked for. When a picture has answered
-`max_uses` times, one like it is developed anew and takes its place as soon as it
-is there, so that those who ask alike do not all see one picture, least of all
-one that came out badly; until then it goes on answering, and where nothing came
-of the new one, the next is begun after as many answers. Neighbours: `lsh`,
-`index`, `guard`, `pictures`.
+Invariant: a returned picture has the comparable name asked for (same model, size, sampler, steps, guidance and negative
+prompt), at least the similarity asked for, and a prompt that agrees with the one asked for.
+
+A picture that was served `max_uses` times is exhausted: the next similar request computes a new picture from noise,
+which replaces it. So users with similar prompts do not all get one picture, which may be a bad one. The old picture is
+served until the new one is finished. If that fails, another attempt follows after as many uses.
 """
 
 from __future__ import annotations
@@ -31,10 +28,10 @@ from safelight_server.domain.request import PixelEncoding
 from safelight_server.storage.purge import EntryOwner, PurgeScope
 
 MAX_INDEXES = 64
-"""Random planes kept at once, by namespace and pipeline; they are made again from their seed."""
+"""Most indexes in memory, by namespace and pipeline; hyperplanes are made again from their seed."""
 NUM_CANDIDATES = 64
 MAX_KNOWN = 100_000
-"""Pictures whose prompts need not be looked up to know what they say, and whose uses are counted."""
+"""Most pictures whose text facts are remembered and whose uses are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +40,7 @@ class SimilarPicture:
 
     Attributes:
         name: the exact name of the picture.
-        exhausted: it has answered `max_uses` times: one like it should now be computed from noise, to be added in
-            its place.
+        exhausted: it was served `max_uses` times: the caller should compute a new picture from noise to replace it.
     """
 
     name: str
@@ -55,7 +51,7 @@ class SimilarPicture:
 
 @dataclass(slots=True)
 class _IndexedPicture:
-    """Of one picture: by what item it is found, what its prompt says, how often it was found on this replica."""
+    """A picture in the indexes: its item, its prompt's facts, and how often this replica served it."""
 
     item: str
     says: TextFacts
@@ -64,7 +60,7 @@ class _IndexedPicture:
 
 @dataclass(frozen=True, slots=True)
 class _NamespaceIndex:
-    """The two indexes of one namespace and pipeline: LSH tables, and a scan of the newest pictures."""
+    """The indexes of one namespace and pipeline: LSH tables, and a scan of the newest pictures."""
 
     tables: SimilarIndex
     newest: SketchIndex
@@ -74,10 +70,10 @@ class SimilarPictures:
     """Finds and serves pictures of similar prompts.
 
     Args:
-        store: the buckets of all namespaces; names of items and buckets are made with a namespace's secret.
-        max_scanned: a namespace's newest pictures that are scanned.
-        max_uses: how often a picture answers on one replica before one is to take its place.
-        rejected: called for each candidate that the guard turns away.
+        store: the LSH buckets of all namespaces. Item and bucket names contain HMACs, so namespaces do not mix.
+        max_scanned: most pictures per namespace and pipeline that are scanned, the newest.
+        max_uses: how often one replica serves a picture before it is replaced.
+        rejected: called for each candidate that the guard rejects.
     """
 
     def __init__(
@@ -95,10 +91,10 @@ class SimilarPictures:
     async def add(
         self, name: CacheKeys, pipeline: Pipeline, prompt: str, vector: Floats, owner: EntryOwner, replaces: str | None
     ) -> None:
-        """A finished picture is there for prompts like its own.
+        """Adds a finished picture to the indexes.
 
         Args:
-            replaces: exact name of one that is found no more.
+            replaces: exact name of a picture to remove from the indexes; None: none.
         """
         index, item = self._index(name.namespace, pipeline, len(vector)), _item(name, owner)
         earlier = self._known.get(name.exact)
@@ -111,7 +107,7 @@ class SimilarPictures:
         self._remember(item, self._guard(pipeline).facts(prompt), 0 if earlier is None else earlier.num_uses)
 
     async def forget(self, scope: PurgeScope) -> bool:
-        """Finds nothing any more of what was purged; False where the buckets could not be cleared."""
+        """Removes purged pictures from the indexes. False if the buckets could not be cleared."""
         done = await self._store.discard(lambda item: scope.includes(_owner(item)))
         for index in self._indexes.values():
             index.newest.discard(lambda item: scope.includes(_owner(item)))
@@ -129,10 +125,10 @@ class SimilarPictures:
         encoding: PixelEncoding,
         excluded: set[str],
     ) -> SimilarPicture | None:
-        """The most similar picture that may answer `prompt`, if there is one.
+        """Returns the most similar picture that may answer `prompt`, or None.
 
         Args:
-            excluded: exact names of pictures that may not; what is found is added.
+            excluded: exact names of pictures that must not be returned; the returned picture is added.
         """
         index, wanted = self._index(name.namespace, pipeline, len(vector)), self._guard(pipeline).facts(prompt)
         seen: set[str] = set()
@@ -162,7 +158,7 @@ class SimilarPictures:
                 self._rejected()
                 continue
             kept = None if known is None else await self._pictures.get(source, encoding)
-            if source.exact in excluded:  # meanwhile, by another output of its request
+            if source.exact in excluded:  # another output of the request took it during the await
                 continue
             if known is not None and kept is not None:
                 excluded.add(source.exact)
@@ -174,7 +170,7 @@ class SimilarPictures:
         return None
 
     async def _look_up(self, item: str, source: CacheKeys, pipeline: Pipeline) -> _IndexedPicture | None:
-        """What is known of a picture; None where it is gone."""
+        """Returns a picture's facts and uses, read from the cache if not remembered; None if the picture is gone."""
         if source.exact not in self._known:
             facts = await self._pictures.facts(source)
             if facts is None:
@@ -215,7 +211,7 @@ class SimilarPictures:
 
 
 def _item(name: CacheKeys, owner: EntryOwner) -> str:
-    """An item tells its picture and whose it is, so that any store of buckets can purge."""
+    """Returns the item of a picture. It includes the owner, so that any bucket store can purge."""
     return f"{name.exact} {owner.prefix} {owner.revision.hex()} {owner.generation.hex()}"
 
 

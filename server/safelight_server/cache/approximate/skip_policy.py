@@ -1,12 +1,11 @@
-"""How many denoising steps the latent of a similar prompt saves, by the cosine of the two prompts.
+"""Decides how many denoising steps to skip when starting from a similar prompt's latent, by the cosine of the prompts.
 
-The nearer two prompts are, the later in the denoising they still agree, so the
-later one can start from the other's latent: NIRVANA (Agarwal et al. 2024,
-arXiv 2312.04429, section 5). Pure. One set of thresholds and
-fractions serves all pipelines. Invariant: a higher cosine never starts earlier, short of that of
-the same prompt, which never starts at all; a start is always a step that was
-kept and always leaves at least one step to do. Neighbours: `index`
-measures the cosine.
+The more similar two prompts are, the longer their denoising agrees, so the later a step one can start from the other's
+latent: NIRVANA (Agarwal et al. 2024, arXiv 2312.04429, section 5). All pipelines share one set of thresholds and
+fractions. All functions are pure.
+
+Invariants: a higher cosine never skips fewer steps, except that the same prompt (`SkipPolicy.same`) skips none. A start
+is always a step whose latent is stored, and leaves at least one step to compute.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class SkipPolicy:
-    """From each threshold on, that fraction of the steps is skipped.
+    """Thresholds of the cosine, and the fraction of steps that may be skipped from each on.
 
     Attributes:
         thresholds: cosines, rising.
         fractions: of the number of steps, rising, each above 0 and below 1; one per threshold.
-        same: from this cosine on it is the same prompt. Its latent would lead to the very picture that it was taken
-            from, whatever the seed: nothing is skipped.
+        same: from this cosine on, the prompts count as the same and nothing is skipped: the latent would lead to the
+            picture that it was taken from, whatever the seed.
 
     Raises:
-        ValueError: they are not so.
+        ValueError: an attribute breaks these rules.
     """
 
     thresholds: tuple[float, ...] = (0.65, 0.75, 0.85, 0.90, 0.95)
@@ -44,32 +43,32 @@ class SkipPolicy:
             raise ValueError("fractions must be above 0 and below 1, each above the one before")
 
     def fraction(self, cosine: float) -> float:
-        """Of the steps that may be skipped at this cosine; 0 below the first threshold, and for the same prompt."""
+        """Returns the fraction of steps that may be skipped; 0 below the first threshold and for the same prompt."""
         if cosine >= self.same:
             return 0.0
         return max((f for t, f in zip(self.thresholds, self.fractions, strict=True) if cosine >= t), default=0.0)
 
     def steps(self, num_steps: int) -> tuple[int, ...]:
-        """The steps at which a latent is worth keeping: where a threshold allows to start."""
+        """Returns the steps whose latents are worth storing: those from which a threshold allows a start."""
         return tuple(sorted({step for f in self.fractions if (step := _last_step(f, num_steps)) > 0}))
 
     def start_step(self, cosine: float, num_steps: int, available_steps: Iterable[int]) -> int:
-        """The number of steps done with which to start.
+        """Returns the number of steps to skip.
 
         Args:
             cosine: of the two prompts' embeddings.
-            num_steps: of the new generation; the neighbour's must be the same.
-            available_steps: after how many steps the neighbour's latent was kept.
+            num_steps: of the new generation; that of the similar one must be equal.
+            available_steps: the steps after which the similar generation's latent was stored.
 
         Returns:
-            The last that is available and not beyond what the cosine allows; 0: start from noise.
+            The last available step that the cosine allows; 0: start from noise.
         """
         most = _last_step(self.fraction(cosine), num_steps)
         return max((step for step in available_steps if 0 < step <= most), default=0)
 
 
 def _last_step(fraction: float, num_steps: int) -> int:
-    """Whole steps in a fraction of them; a hair is allowed for, as 0.3 * 10 is 3 and 0.29 * 100 is 29."""
+    """Returns the whole steps in a fraction. 1e-9 makes up for rounding: 0.29 * 100 must give 29."""
     return min(math.floor(fraction * num_steps + 1e-9), num_steps - 1)
 
 

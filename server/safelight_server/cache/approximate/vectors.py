@@ -1,7 +1,6 @@
-"""The prompt vectors of finished outputs as they are kept, so that an index in memory can be made anew.
+"""Stores the prompt vectors of finished outputs, so that an index in memory can be rebuilt.
 
-One small sealed entry for each output whose checkpoints others may start from.
-Neighbours: `warm_starts` writes and reads them.
+Each output whose checkpoints others may start from has one small encrypted entry. `warm_starts` writes and reads them.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from safelight_server.storage.sealed import Entry
 from safelight_server.storage.tiers import Tiers
 
 MAX_KEPT = 100_000
-"""Entries looked at when an index is made anew."""
+"""Most entries read when an index is rebuilt."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredVector:
-    """One output.
+    """The prompt vector of one output, and what the index must know of its checkpoints.
 
     Attributes:
         pipeline: digest of the pipeline whose encoder made the vector.
-        num_bytes: of its checkpoints.
-        owner: what to purge it by.
+        num_bytes: total size of its checkpoints.
+        owner: by which purges find it.
     """
 
     name: CacheKeys
@@ -40,14 +39,14 @@ class StoredVector:
 
 
 class Vectors:
-    """In all tiers."""
+    """Stores and reads prompt vectors."""
 
     def __init__(self, tiers: Tiers, ttl_s: float) -> None:
         self._tiers = tiers
         self._ttl_s = ttl_s
 
     async def keep(self, kept: StoredVector) -> None:
-        """Keeps the vector of an output."""
+        """Stores the vector of an output."""
         facts = {"comparable": kept.name.comparable, "pipeline": kept.pipeline}
         facts |= {"steps": str(kept.num_steps), "bytes": str(kept.num_bytes)}
         data = np.asarray(kept.vector, np.float16).tobytes()
@@ -55,11 +54,11 @@ class Vectors:
         await self._tiers.put(_key(kept.name.namespace, kept.name.exact), entry, self._ttl_s)
 
     async def forget(self, namespace: Namespace, exact: str) -> None:
-        """Its checkpoints are gone."""
+        """Deletes the vector of an output."""
         await self._tiers.delete(_key(namespace, exact))
 
     async def all(self, namespace: Namespace, known: Container[str] = ()) -> AsyncIterator[StoredVector]:
-        """Those of a space, as far as the tiers tell, without those that are known."""
+        """Reads the vectors of a namespace, except those in `known`; at most `MAX_KEPT`."""
         prefix = _key(namespace, "")
         for key in await self._tiers.keys(prefix, MAX_KEPT):
             exact = key.removeprefix(prefix)
@@ -68,7 +67,7 @@ class Vectors:
                 yield kept
 
     async def get(self, namespace: Namespace, exact: str) -> StoredVector | None:
-        """That of one output."""
+        """Returns the vector of one output, or None."""
         found = await self._tiers.get(_key(namespace, exact))
         if found is None:
             return None

@@ -1,13 +1,14 @@
-"""Latents to start from: checkpoints of outputs with nearby prompts, so that the first steps need not be made.
+"""Warm starts: finds checkpoints of outputs with similar prompts, so that an output can skip its first steps.
 
-NIRVANA (Agarwal et al. 2024, arXiv 2312.04429): the nearer the prompt, the later
-the step. Which outputs' checkpoints stay is decided by the least benefit of
-theirs that is left out. In memory, one of each replica; what other replicas or
-an earlier life of this one kept is looked up, off the request path, when a namespace
-is first used and every few minutes while it is; and what its index had when that
-index had to go, when it is used again. Invariants: a start is a checkpoint of an output with the same comparable
-name; what the books count can be found. Neighbours: `index`, `skip_policy`,
-`checkpoints`, `eviction`.
+NIRVANA (Agarwal et al. 2024, arXiv 2312.04429): the more similar the prompt, the later the step. An eviction policy
+decides which outputs keep their checkpoints.
+
+Each replica has its own index in memory. It loads the vectors that other replicas or earlier processes stored, in the
+background, when a namespace is first used and every `LOOK_EVERY_S` while it is in use. An index that was dropped for
+another is filled again when it is next used.
+
+Invariants: a warm start is a checkpoint of an output with the same comparable name; every output that the eviction
+policy counts can be found.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from safelight_server.storage.purge import EntryOwner, PurgeScope
 MAX_INDEXES = 64
 MAX_NAMESPACES = 4096
 LOOK_EVERY_S = 300.0
-"""How often what other replicas have kept of a namespace is looked up, while it is in use."""
+"""Seconds between reads of the vectors that other replicas stored in a namespace in use."""
 NUM_CANDIDATES = 64
 NUM_TRIED = 4
-"""Of the candidates that may be begun from, the nearest, whose checkpoints are looked up."""
+"""Most candidates whose checkpoints are read, the nearest first."""
 
 
 @dataclass(frozen=True, slots=True)
 class WarmStart:
-    """Where an output may begin in place of noise."""
+    """A latent to start from in place of noise, and the cosine of the two prompts."""
 
     snapshot: Snapshot
     similarity: float
@@ -50,7 +51,7 @@ class WarmStart:
 
 @dataclass(frozen=True, slots=True)
 class _StartLocation:
-    """Where an output is: its index, by namespace and pipeline; and whose it is."""
+    """The index that holds an output, by namespace and pipeline, and the output's owner."""
 
     namespace: Namespace
     index: tuple[str, str]
@@ -61,10 +62,10 @@ class WarmStarts:
     """Index of the outputs whose checkpoints other outputs may start from.
 
     Args:
-        skip_policy: how many steps a cosine saves.
-        books: decide what goes when the checkpoints of all outputs are too many bytes.
-        max_items: outputs in one index.
-        clock: monotonic seconds.
+        skip_policy: how many steps to skip at a cosine.
+        books: the eviction policy that bounds the bytes of all checkpoints.
+        max_items: most outputs in one index.
+        clock: monotonic, in seconds.
     """
 
     def __init__(
@@ -90,10 +91,10 @@ class WarmStarts:
     async def add(
         self, name: CacheKeys, pipeline: Pipeline, vector: Floats, owner: EntryOwner, num_steps: int, num_bytes: int
     ) -> None:
-        """An output with checkpoints has ended well.
+        """Adds a finished output with checkpoints.
 
         Args:
-            num_bytes: of its checkpoints.
+            num_bytes: total size of its checkpoints.
         """
         kept = StoredVector(name, pipeline.digest, vector, num_steps, num_bytes, owner)
         await self._vectors.keep(kept)
@@ -110,12 +111,12 @@ class WarmStarts:
             await self._drop(item)
 
     async def _rebuild(self, namespace: Namespace) -> None:
-        """Adds what the tiers have of a namespace and is not known here."""
+        """Adds the stored outputs of a namespace that this replica does not know yet."""
         async for kept in self._vectors.all(namespace, self._place):
             await self._add(kept)
 
     async def _refill(self, at: tuple[str, str]) -> None:
-        """Adds again what was in an index that had to go."""
+        """Fills an index that was dropped with the outputs that it had."""
         for item, place in [(item, place) for item, place in self._place.items() if place.index == at]:
             kept = await self._vectors.get(place.namespace, item)
             if kept is None:
@@ -124,12 +125,12 @@ class WarmStarts:
                 await self._add(kept)
 
     async def rebuilt(self) -> None:
-        """Waits until what was begun to be looked up is there."""
+        """Waits until all background loads have ended."""
         while self._rebuilding:
             await asyncio.wait(self._rebuilding)
 
     async def close(self) -> None:
-        """Looks nothing up any more: the tiers are about to be closed."""
+        """Cancels the background loads, before the tiers are closed."""
         for task in self._rebuilding:
             task.cancel()
         await self.rebuilt()
@@ -137,10 +138,10 @@ class WarmStarts:
     async def find(
         self, name: CacheKeys, pipeline: Pipeline, vector: Floats, num_steps: int, excluded: set[str]
     ) -> WarmStart | None:
-        """The latest start that a nearby prompt allows, if there is one.
+        """Returns a checkpoint of the nearest prompt that has one to start from, or None.
 
         Args:
-            excluded: exact names of outputs from which none may begin; the one that is found is added.
+            excluded: exact names of outputs that must not be used; the one that is used is added.
         """
         _, index = self._index(name.namespace, pipeline.digest, len(vector))
         found = index.search(name.comparable, vector, self._skip_policy.thresholds[0], NUM_CANDIDATES)
@@ -149,7 +150,7 @@ class WarmStarts:
             steps = await self._checkpoints.steps(name.namespace.name, match.item)
             step = self._skip_policy.start_step(match.cosine, num_steps, steps)
             snapshot = await self._checkpoints.at_or_before(name.namespace.name, match.item, step) if step else None
-            if match.item in excluded:  # meanwhile, by another output of its request
+            if match.item in excluded:  # another output of the request took it during the await
                 continue
             if snapshot is not None:
                 excluded.add(match.item)
@@ -160,7 +161,7 @@ class WarmStarts:
         return None
 
     async def forget(self, scope: PurgeScope) -> bool:
-        """Starts no output any more from what was purged."""
+        """Removes purged outputs from the index. Always succeeds."""
         for item in [item for item, place in self._place.items() if scope.includes(place.owner)]:
             self._forget(item)
         return True
