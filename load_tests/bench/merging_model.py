@@ -13,7 +13,7 @@ import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
-    """See the module."""
+    """Sleeps for base + rows x row seconds a batch, in place of a model."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Reads the curve from the configuration."""

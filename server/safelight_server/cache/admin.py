@@ -35,7 +35,7 @@ class CacheStats:
 
 
 class CacheAdmin:
-    """See the module."""
+    """Reports what the caches hold and save, and purges entries from them, for administrators."""
 
     def __init__(
         self, namespaces: Namespaces, keyring: Keyring, tiers: Tiers, purges: Purges, metrics: Metrics

@@ -69,7 +69,9 @@ class _Endpoint:
 
 
 class Endpoints:
-    """See the module. `now` is any clock that does not run backwards, the same throughout.
+    """Chooses the server for each call, and when to probe a server that is down. Does no I/O.
+
+    `now`, in every method, is seconds of one monotonic clock.
 
     Args:
         calls_each: calls that an endpoint is given at once.

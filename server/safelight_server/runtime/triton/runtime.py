@@ -60,7 +60,7 @@ class TritonOptions:
 
 
 class TritonRuntime:
-    """See the module."""
+    """A `Runtime` that spreads calls over several Triton servers, and ejects and probes those that fail."""
 
     name = "triton"
 

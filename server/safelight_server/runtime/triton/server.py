@@ -45,7 +45,7 @@ class SharedMemoryUse(enum.StrEnum):
 
 
 class Server:
-    """See the module.
+    """The client side of one Triton server: probes it, and runs batches on it.
 
     Args:
         models: what it has to serve.
