@@ -40,7 +40,7 @@ def rewritten(script: str) -> str:
 
 
 class Player:
-    """Runs commands on one scheduler, with a clock of its own; keeps the batches in flight. A method `_word` for each word."""
+    """Runs commands on one scheduler with a clock of its own. Method `_word` runs command `word`."""
 
     def __init__(self) -> None:
         self._now = 0.0

@@ -158,7 +158,7 @@ class Stage:
 
 
 class Reader:
-    """A client that takes one event at a time, when the test says so. In between, its stream is blocked at its `yield`."""
+    """A client that takes one event when the test says so. In between, its stream is blocked at its `yield`."""
 
     def __init__(self, watcher: Watcher) -> None:
         self.watcher = watcher
