@@ -88,7 +88,7 @@ def report(folder: Path, seed: int, judge: classifier.Classifier) -> dict[str, A
 
 
 def main() -> None:
-    """See the module."""
+    """Judges the served pictures; prints the accuracies as JSON and writes them to judged.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--out", type=Path, default=OUT)

@@ -25,7 +25,7 @@ Count = Annotated[int, Field(gt=0)]
 
 
 class SettingsError(Exception):
-    """Settings that cannot be; the message lists all faults."""
+    """The settings are invalid; the message lists every fault."""
 
 
 class Settings(BaseSettings):
@@ -45,7 +45,9 @@ class Settings(BaseSettings):
     runtime: Literal["onnx", "triton", "simulated"] = Field("onnx", description="What executes the models.")
     num_instances: int = Field(0, ge=0, le=256, description="Calls that run at once. 0: one for each core.")
     simulated_base_ms: float = Field(20.0, ge=0, allow_inf_nan=False, description="Simulated: cost of a denoiser call.")
-    simulated_row_ms: float = Field(1.0, ge=0, allow_inf_nan=False, description="Simulated: added cost of each row.")
+    simulated_row_ms: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="Simulated: added cost of each batch row."
+    )
 
     triton_url: str = Field(
         "127.0.0.1:8001",
@@ -61,13 +63,13 @@ class Settings(BaseSettings):
         description="Triton: calls that a server is given at once; as many as its denoiser has instances.",
     )
     triton_timeout_factor: float = Field(
-        10.0, ge=2, description="Triton: a call is given up after so many times its measured duration ..."
+        10.0, ge=2, description="Triton: a call fails after this many times its measured duration ..."
     )
     triton_timeout_floor_s: float = Field(
-        2.0, ge=0.05, description="... but not before this; also the limit of every readiness question."
+        2.0, ge=0.05, description="... but not before this; also the limit of every readiness check."
     )
     triton_probe_max_s: float = Field(
-        0.25, ge=0.05, description="Triton: longest wait between two looks at a server that is down."
+        0.25, ge=0.05, description="Triton: longest wait between two probes of a server that is down."
     )
     triton_start_s: Seconds = Field(60.0, description="Triton: how long the start waits for the first server.")
     runtime_wait_s: Seconds = Field(
@@ -84,21 +86,29 @@ class Settings(BaseSettings):
     max_waiting_standard: Count = Field(256, description="Outputs that may wait in class STANDARD.")
     max_waiting_batch: Count = Field(1024, description="Outputs that may wait in class BATCH.")
     max_waiting_per_caller: Count = Field(128, description="Outputs of one caller that may wait.")
-    max_prompt_chars: int = Field(2000, gt=0, le=1_000_000, description="Longest prompt, in characters.")
+    max_prompt_chars: int = Field(
+        2000, gt=0, le=1_000_000, description="Longest prompt that is accepted, in characters."
+    )
     preview_share: float = Field(0.1, ge=0, le=0.5, description="Share of compute that previews may take from steps.")
 
-    watcher_stall_s: Seconds = Field(30.0, description="A stream that takes nothing for this long is ended.")
+    watcher_stall_s: Seconds = Field(30.0, description="A stream whose client takes no event for this long is ended.")
     max_streams_per_caller: Count = Field(1024, description="Streams that one caller may have open.")
     max_watchers: Count = Field(64, description="Streams that may watch one generation.")
-    chunk_bytes: int = Field(256 * 1024, ge=1024, le=1 << 20, description="Size of the pieces of a picture.")
-    resume_grace_s: Seconds = Field(30.0, description="How long a lost generation can be resumed, by default.")
-    max_resume_grace_s: Seconds = Field(600.0, description="Longest grace that a request may ask for.")
-    idempotency_ttl_s: Seconds = Field(600.0, description="How long a request_id is remembered after the end.")
+    chunk_bytes: int = Field(
+        256 * 1024, ge=1024, le=1 << 20, description="Bytes of a picture in one message of a stream."
+    )
+    resume_grace_s: Seconds = Field(
+        30.0, description="How long a generation without a stream can be resumed, by default."
+    )
+    max_resume_grace_s: Seconds = Field(600.0, description="Longest resume grace that a request may ask for.")
+    idempotency_ttl_s: Seconds = Field(
+        600.0, description="How long a request_id is remembered after its generation has ended."
+    )
     result_ttl_s: Seconds = Field(300.0, description="How long a finished generation can be watched again.")
     max_lost: Count = Field(
-        1024, description="Lost generations kept to be resumed; beyond, the first one is cancelled."
+        1024, description="Generations without a stream kept to be resumed; beyond that, the oldest is cancelled."
     )
-    max_results: Count = Field(10_000, description="Finished generations kept, all together.")
+    max_results: Count = Field(10_000, description="Finished generations kept to be watched again, all together.")
     max_results_bytes: Count = Field(256 << 20, description="Finished pictures kept in memory, all together.")
     drain_grace_s: Seconds = Field(30.0, description="How long generations may finish and be delivered after SIGTERM.")
 
@@ -106,35 +116,50 @@ class Settings(BaseSettings):
         None,
         description="Redis that the replicas share, such as redis://127.0.0.1:6379/0. None: this replica is alone.",
     )
-    redis_timeout_ms: int = Field(250, ge=1, le=10_000, description="A call of Redis that takes longer has failed.")
-    lease_ttl_s: float = Field(5.0, ge=0.3, le=300, description="A replica that is silent for so long is replaced.")
-    breaker_failures: Count = Field(3, description="Failures in a row after which Redis, disk or S3 is left alone.")
-    breaker_open_s: float = Field(2.0, ge=0.1, le=600, description="For how long; then one call tries again.")
+    redis_timeout_ms: int = Field(
+        250, ge=1, le=10_000, description="A call of Redis that takes longer counts as failed."
+    )
+    lease_ttl_s: float = Field(
+        5.0,
+        ge=0.3,
+        le=300,
+        description="Lease time: other replicas take over the work of one that is silent for this long.",
+    )
+    breaker_failures: Count = Field(
+        3, description="Circuit breaker: failures in a row after which Redis, disk or S3 is not called."
+    )
+    breaker_open_s: float = Field(
+        2.0, ge=0.1, le=600, description="Circuit breaker: how long it is not called; then one call tries again."
+    )
     cache_key_file: Path | None = Field(
         None, description="Keys that seal what is cached (docs/operations/cache-storage.md). None: memory only."
     )
     cache_ttl_s: float = Field(86_400.0, gt=0, description="How long a cached entry may be served.")
-    cache_memory_bytes: Count = Field(256 << 20, description="Cached entries in memory.")
+    cache_memory_bytes: Count = Field(256 << 20, description="Bytes of cached entries in memory.")
     cache_redis: bool = Field(
         True, description="Cached entries in Redis too, where there is one; false with redis_url needs cache_s3_url."
     )
     cache_disk_dir: Path | None = Field(None, description="Folder of cached entries, for this process only. None: off.")
-    cache_disk_bytes: Count = Field(8 << 30, description="Bytes of that folder.")
-    cache_disk_timeout_ms: int = Field(1000, ge=1, le=60_000, description="A disk that takes longer has failed.")
+    cache_disk_bytes: Count = Field(8 << 30, description="Bytes of cached entries in that folder.")
+    cache_disk_timeout_ms: int = Field(
+        1000, ge=1, le=60_000, description="A read or write on that disk that takes longer counts as failed."
+    )
     cache_s3_url: str = Field("", description="Bucket for entries that memory and disk push out: s3://BUCKET/PREFIX.")
     cache_s3_endpoint: str = Field("", description="Server of the bucket, where it is not AWS.")
     cache_s3_region: str = Field("us-east-1", description="Region of the bucket.")
     cache_s3_credentials_file: Path | None = Field(
         None, description="One line, ACCESS_KEY_ID SECRET. None: the role of the machine or the AWS variables."
     )
-    cache_s3_timeout_ms: int = Field(2000, ge=1, le=60_000, description="A call of S3 that takes longer has failed.")
+    cache_s3_timeout_ms: int = Field(
+        2000, ge=1, le=60_000, description="A call of S3 that takes longer counts as failed."
+    )
     cache_pools: Mapping[str, tuple[str, ...]] = Field(
         {}, description='Tenants that share what is cached, by pool, as JSON: {"studio": ["ann", "bob"]}.'
     )
     cache_similar_items: Count = Field(100_000, description="Finished pictures that can be found as similar.")
     cache_similar_uses: Count = Field(
         16,
-        description="A picture is served as similar so often, by one server; then one is made to take its place.",
+        description="How often one replica serves a picture as similar; then it generates a new one in its place.",
     )
     cache_latent_items: Count = Field(
         10_000,
@@ -142,13 +167,13 @@ class Settings(BaseSettings):
     )
     cache_latent_bytes: Count = Field(256 << 20, description="Bytes of these latents, all together.")
     checkpoint_every_n_steps: Count = Field(
-        5, description="With redis_url: a crash costs at most so many steps of an output."
+        5, description="With redis_url: steps between checkpoints, so the most that a crash costs an output."
     )
 
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="auto: console on a terminal, else JSON."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Port of Prometheus metrics: of loopback, or with insecure of host. 0: off."
     )
@@ -158,7 +183,9 @@ class Settings(BaseSettings):
     otlp_headers: str = Field(
         "", description="Headers sent with traces, such as a collector's key: NAME=VALUE, separated by commas."
     )
-    trace_ratio: float = Field(1.0, ge=0, le=1, description="Share of traces kept that no client decided about.")
+    trace_ratio: float = Field(
+        1.0, ge=0, le=1, description="Share of traces recorded where the client's traceparent does not decide."
+    )
 
     @model_validator(mode="after")
     def _safe(self) -> Self:

@@ -1,4 +1,4 @@
-"""Rules that every coordinator keeps."""
+"""Tests that every implementation of `Coordinator` must pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHORT_S = 0.05
 
 
 async def until(condition: Callable[[], Awaitable[object]], timeout_s: float = 20.0) -> None:
-    """Polls until an awaited condition holds."""
+    """Polls an awaitable condition until it is true; fails after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not await condition():
         assert time.monotonic() < deadline, "it never came true"
@@ -30,12 +30,12 @@ async def until(condition: Callable[[], Awaitable[object]], timeout_s: float = 2
 
 
 async def collect(coordinator: Coordinator, name: str, after: str = BEGINNING) -> list[bytes]:
-    """All events until the commit."""
+    """All events of a stream up to its commit."""
     return [event.data async for event in coordinator.follow(name, after)]
 
 
 class CoordinationRules:
-    """Subclasses give a fixture `coordinator`."""
+    """The tests; a subclass provides the fixture `coordinator`."""
 
     async def test_one_leads_and_tokens_grow(self, coordinator: Coordinator) -> None:
         first = await coordinator.acquire("x", "a", TTL_S)
@@ -144,7 +144,7 @@ class CoordinationRules:
     async def test_a_bill_that_comes_again_after_its_result_was_forgotten_is_written_once(
         self, coordinator: Coordinator
     ) -> None:
-        """Its first answer was lost, and another replica found the picture gone."""
+        """The answer to the first commit was lost, and another replica found the picture gone and forgot its result."""
         for _ in range(2):
             lease = await coordinator.acquire("x", "a", TTL_S)
             assert lease is not None

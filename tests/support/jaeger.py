@@ -37,11 +37,11 @@ class Jaeger:
     otlp_http: str
 
     def services(self) -> list[str]:
-        """Services that have sent spans."""
+        """Names of the services that have sent spans."""
         return self._ask("/api/services") or []
 
     def trace(self, trace_id: str) -> dict[str, Any] | None:
-        """One trace as Jaeger's query API gives it (spans, processes), or None as long as it has none of it."""
+        """One trace as Jaeger's query API returns it (spans, processes); None while Jaeger has no span of it."""
         try:
             found: list[dict[str, Any]] = self._ask(f"/api/traces/{trace_id}")
         except urllib.error.HTTPError as error:
@@ -51,12 +51,12 @@ class Jaeger:
         return found[0]
 
     def spans(self, trace_id: str) -> list[dict[str, Any]]:
-        """The spans of a trace; none as long as none has come."""
+        """The spans of a trace; an empty list while none has come."""
         trace = self.trace(trace_id)
         return trace["spans"] if trace else []
 
     def count(self, service: str) -> int:
-        """Traces that a service is in."""
+        """Number of traces that have spans of a service."""
         return len(self._ask(f"/api/traces?service={service}&limit=1000"))
 
     def _ask(self, path: str) -> Any:
@@ -66,7 +66,7 @@ class Jaeger:
 
 @contextmanager
 def jaeger() -> Iterator[Jaeger]:
-    """A Jaeger on free ports, ready to take and to answer."""
+    """Runs Jaeger on free ports while the block runs; yields it once it accepts spans and queries."""
     query, grpc, http = free_ports(3)
     made = Jaeger(f"http://127.0.0.1:{query}", f"127.0.0.1:{grpc}", f"http://127.0.0.1:{http}/v1/traces")
     if not (ROOT / ".tools" / "all-in-one").exists():

@@ -1,6 +1,7 @@
-"""A leader in a process of its own: `python -m tests.support.leader URL NAME TTL_S`.
+"""A process that leads an execution, for tests to freeze or kill: `python -m tests.support.leader URL NAME TTL_S`.
 
-Says "leading", publishes for ever, and when it gets a line commits and says what came of it.
+Takes the lease, prints "leading", and publishes events until it reads a line on
+stdin; then commits and prints the outcome ("discarded" where there is none).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from safelight_server.storage.redis import RedisConnection
 
 
 async def main(url: str, name: str, ttl_s: float) -> None:
-    """Leads."""
+    """Takes the lease of `name`, publishes until stdin has a line, then commits."""
     connection = RedisConnection(url, 5.0)
     coordinator = RedisCoordinator(connection, Breaker("redis", 5.0))
     leader = await Leadership.take(coordinator, name, ttl_s)

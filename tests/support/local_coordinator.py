@@ -1,4 +1,4 @@
-"""Coordination within one process: the same rules, without Redis."""
+"""A fake `Coordinator` for tests, in memory and without Redis; passes the same tests as the real one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safelight_server.coordination.base import (
 )
 
 LOOK_EVERY_S = 0.5
-"""How often someone who follows looks whether there still is a leader."""
+"""Pause between a follower's checks that its stream still has a leader."""
 
 
 @dataclass(slots=True)
@@ -32,11 +32,11 @@ class _Execution:
 
 
 class LocalCoordinator:
-    """See `Coordinator`.
+    """`Coordinator` in memory; its methods are described there.
 
     Args:
-        max_events: of one stream; beyond, the oldest are forgotten.
-        max_names: executions remembered; beyond, the one longest untouched that nobody leads is forgotten.
+        max_events: events kept of one stream; the oldest are dropped beyond that.
+        max_names: executions remembered; beyond that, the least recently used one without a leader is forgotten.
         clock: monotonic seconds.
     """
 
@@ -163,7 +163,7 @@ class LocalCoordinator:
         return list(self._execution(name).events)
 
     async def expire(self, name: str, ttl_s: float) -> None:
-        """Nothing to do: streams are bounded by `max_names`."""
+        """Does nothing: `max_names` bounds the streams."""
 
     async def claim(self, name: str, value: bytes, ttl_s: float, instead_of: bytes | None = None) -> bytes:
         """See `Coordinator`."""
@@ -193,7 +193,7 @@ class LocalCoordinator:
         return [name for name in self._roll if self._held(self._execution(name)) is None]
 
     async def close(self) -> None:
-        """Nothing to let go of."""
+        """Does nothing."""
 
     def _execution(self, name: str) -> _Execution:
         execution = self._executions.setdefault(name, _Execution())

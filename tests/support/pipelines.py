@@ -53,7 +53,7 @@ MANIFEST: dict[str, Any] = {
 
 
 def small_pipeline(folder: Path, **changes: Any) -> Pipeline:
-    """The pipeline; `changes` replace top-level entries of its manifest. Its tokenizer is written to `folder`."""
+    """A pipeline whose tokenizer is written to `folder`; `changes` replace top-level entries of its manifest."""
     file = folder / "tokenizer.json"
     tokenizer = tokenizers.Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -63,5 +63,5 @@ def small_pipeline(folder: Path, **changes: Any) -> Pipeline:
 
 
 def small_catalog(folder: Path, **changes: Any) -> Catalog:
-    """A catalog of that pipeline alone."""
+    """A catalog with `small_pipeline` only."""
     return Catalog([small_pipeline(folder, **changes)])

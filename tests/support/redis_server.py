@@ -1,4 +1,4 @@
-"""A real redis-server of a test's own, which can be killed, frozen, restarted and filled."""
+"""Runs a real redis-server that a test can kill, freeze, restart and fill."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class RedisServer:
-    """Debian's redis-server on a free loopback port; its data are in `folder`."""
+    """A redis-server on a free loopback port, with its data in `folder`."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.port = _free_port()
@@ -22,7 +22,7 @@ class RedisServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Starts it and waits until it answers."""
+        """Starts the server and waits until it answers PING."""
         program = shutil.which("redis-server")
         assert program is not None, "no redis-server: tools/install-system-packages"
         fixed = (
@@ -45,19 +45,19 @@ class RedisServer:
             time.sleep(0.01)
 
     def kill(self) -> None:
-        """As kill -9 does."""
+        """Kills the server with SIGKILL."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def freeze(self) -> None:
-        """It keeps its connections and answers nothing."""
+        """Stops the server with SIGSTOP: its connections stay open, and nothing is answered."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """It goes on."""
+        """Lets a frozen server go on."""
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
 

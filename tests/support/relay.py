@@ -1,4 +1,4 @@
-"""A TCP relay in front of a server, whose connections a test can kill as a lost network would, or make slow."""
+"""A TCP relay in front of a server, for tests of a network that is slow or breaks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ CHUNK_BYTES = 1 << 16
 
 
 class Relay:
-    """Passes bytes both ways until `cut`. A side that is not read is not read from on the other side either.
+    """Passes bytes both ways until `cut`, with backpressure: it reads no faster from one side than the other takes.
 
     Attributes:
-        delay_s: how long each piece is held back, from now on.
+        delay_s: how long each piece is held back; tests change it at any time.
         num_passed: pieces that came from clients.
-        num_under_way: pieces that are held back now, both ways.
+        num_under_way: pieces, of both directions, that are held back now.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Relay:
 
     @classmethod
     async def start(cls, target: str) -> Relay:
-        """A relay to `target` on a free port of its own."""
+        """Starts a relay to `target` (HOST:PORT) on a free loopback port."""
         relay = cls()
         host, port = target.rsplit(":", 1)
 
@@ -44,7 +44,7 @@ class Relay:
         return relay
 
     def cut(self) -> None:
-        """Resets all connections and takes no more."""
+        """Resets all connections and accepts no more."""
         assert self._server is not None
         self._server.close()
         for writer in self._writers:

@@ -1,4 +1,4 @@
-"""Replicas as real processes on one Redis: started, killed, asked."""
+"""Runs replicas of the server as real processes on one Redis, and clients that move between them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from tests.conftest import MODELS
 
 ROOT = Path(__file__).parent.parent.parent
 TTL_S = 1.5
-"""Of leases: short, so that a dead replica is soon replaced, and long enough for two busy cores."""
+"""Lease time: short, so that a dead replica is soon replaced, yet long enough for two busy cores."""
 
 
 class Replica:
-    """`safelight serve` in a process of its own."""
+    """`safelight serve` in a process of its own, with the simulated runtime unless `settings` say otherwise."""
 
     def __init__(self, redis_url: str, keys: Path, folder: Path, **settings: object) -> None:
         self.port = _free_port()
@@ -57,13 +57,13 @@ class Replica:
 
     @property
     def stub(self) -> stubs.GenerationServiceStub:
-        """Of a channel of its own."""
+        """A stub on this replica's channel."""
         if self.channel is None:
             self.channel = grpc.aio.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1)])
         return stubs.GenerationServiceStub(self.channel)
 
     async def start(self) -> None:
-        """Starts it and waits until it serves."""
+        """Starts the process and waits until it accepts calls."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SAFELIGHT_")}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: ASYNC220  # it begins at once, and its end is waited for
@@ -80,12 +80,12 @@ class Replica:
             raise AssertionError(self._log.read_text()) from None
 
     def signal(self, number: int) -> None:
-        """Sends a signal."""
+        """Sends a signal to the process."""
         assert self._process is not None
         self._process.send_signal(number)
 
     async def kill(self) -> None:
-        """As kill -9."""
+        """Closes the channel and kills the process with SIGKILL."""
         if self.channel is not None:
             await self.channel.close()
             self.channel = None
@@ -95,7 +95,7 @@ class Replica:
             self._process = None
 
     def lines(self, event: str) -> list[dict[str, object]]:
-        """What it logged of an event."""
+        """The JSON log lines with this event."""
         found = []
         for line in self._log.read_text().splitlines():
             with contextlib.suppress(ValueError):
@@ -107,7 +107,7 @@ class Replica:
 
 @contextlib.asynccontextmanager
 async def replicas(redis_url: str, folder: Path, count: int = 2, **settings: object) -> AsyncIterator[list[Replica]]:
-    """That many, with one key file."""
+    """Runs `count` replicas with one key file while the block runs."""
     keys = key_file(folder)
     made = [Replica(redis_url, keys, folder, **settings) for _ in range(count)]
     try:
@@ -119,7 +119,7 @@ async def replicas(redis_url: str, folder: Path, count: int = 2, **settings: obj
 
 
 def key_file(folder: Path) -> Path:
-    """One for all replicas of a test."""
+    """The cache key file in `folder`, which all replicas of a test share; made on first use."""
     keys = folder / "cache.keys"
     if not keys.exists():
         keys.write_text(new_key_file())
@@ -127,7 +127,7 @@ def key_file(folder: Path) -> Path:
 
 
 async def bills(redis_url: str, folder: Path) -> list[dict[str, object]]:
-    """All bills, opened."""
+    """All bills in Redis, decrypted."""
     sealer = Sealer(Keyring.load(key_file(folder)))
     connection = RedisConnection(redis_url, 10.0)
     coordinator = RedisCoordinator(connection, Breaker("redis", 10.0))
@@ -139,10 +139,10 @@ async def bills(redis_url: str, folder: Path) -> list[dict[str, object]]:
 
 
 class Resuming:
-    """A client that sends a request to any replica and resumes at any replica until it has the picture.
+    """A client that sends one request, and after each broken stream resumes at the next replica until it is complete.
 
     Attributes:
-        num_cut: streams that ended before they were over.
+        num_cut: streams that broke before the end.
     """
 
     def __init__(self, both: list[Replica], first: int, message: pb.GenerateRequest) -> None:
@@ -157,7 +157,7 @@ class Resuming:
         self.num_cut = 0
 
     async def run(self) -> None:
-        """Until it has the picture."""
+        """Runs until it has the picture."""
         while True:
             replica = next(self._both)
             try:
@@ -196,7 +196,7 @@ class Resuming:
 
 
 async def billed_by_seed(redis_url: str, folder: Path, clients: Sequence[Resuming]) -> Counter[int]:
-    """How often the picture of each seed was billed, to whichever of those who asked for it."""
+    """Number of bills by seed, over all of these clients."""
     count = Counter(bill["generation"] for bill in await bills(redis_url, folder))
     by_seed = Counter[int]()
     for client in clients:
@@ -210,7 +210,7 @@ async def collect(call: grpc.aio.UnaryStreamCall) -> list[pb.GenerationEvent]:
 
 
 async def until_step(call: grpc.aio.UnaryStreamCall, step: int) -> list[pb.GenerationEvent]:
-    """Events until a step is made."""
+    """All events up to the first progress event of at least this step."""
     events = []
     async for response in call:
         events.append(response.event)
@@ -220,13 +220,13 @@ async def until_step(call: grpc.aio.UnaryStreamCall, step: int) -> list[pb.Gener
 
 
 def picture(events: list[pb.GenerationEvent], output: int = 0) -> bytes:
-    """The bytes of a picture."""
+    """The bytes of an output's picture, joined from its chunks."""
     chunks = [e.artifact_chunk for e in events if e.WhichOneof("event") == "artifact_chunk"]
     return b"".join(chunk.data for chunk in chunks if chunk.output_index == output)
 
 
 def sequences(events: list[pb.GenerationEvent]) -> list[int]:
-    """Numbers of the state events."""
+    """Sequence numbers of the events that have one (state events)."""
     return [event.sequence for event in events if event.sequence]
 
 

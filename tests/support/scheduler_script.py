@@ -1,7 +1,8 @@
-"""Runs scheduler scripts: blocks of commands, `----`, and the trace that they leave.
+"""Runs the scheduler's golden scripts: blocks of commands, a line `----`, and the output that they must give.
 
-A command is a word, ids and options (`add 1..3 steps=2 rows=2`). Rows are written output/step, with `c` or `u` for
-the conditional and the unconditional row of a guided step. The invariants are checked after every command.
+A command is a word, ids and options (`add 1..3 steps=2 rows=2`). The output names rows as output/step, with `c` or
+`u` for the conditional and the unconditional row of a guided step. The scheduler's invariants are checked after every
+command.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SEPARATOR = "----"
 
 
 def rewritten(script: str) -> str:
-    """The script with the traces that its commands leave now."""
+    """The script with its outputs replaced by those that its commands give now."""
     player = Player()
     blocks = []
     for block in script.strip().split("\n\n"):
@@ -39,7 +40,7 @@ def rewritten(script: str) -> str:
 
 
 class Player:
-    """One scheduler, its clock, and the batches that are in flight."""
+    """Runs commands on one scheduler with a clock of its own. Method `_word` runs command `word`."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -50,11 +51,11 @@ class Player:
         self._scheduler: Scheduler
 
     def seconds(self, kind: Kind, key: str, rows: int) -> float:
-        """The cost curve; all but steps cost a tenth."""
+        """Milliseconds that a call takes; calls other than denoiser steps take a tenth."""
         return (self._base + self._row * rows) * (1.0 if kind is Kind.DENOISE else 0.1)
 
     def play(self, command: str) -> list[str]:
-        """Does it; the lines of its trace."""
+        """Runs a command and checks the invariants; returns the lines of its output."""
         word, *rest = command.split()
         options = dict(part.split("=") for part in rest if "=" in part)
         ids = [part for part in rest if "=" not in part]
@@ -109,7 +110,7 @@ class Player:
             yield from written(self._scheduler.complete(batch_id))
 
     def _returned(self, ids: list[str], options: dict[str, str]) -> Iterator[str]:
-        """The instances are free; what the batches made true is not counted yet."""
+        """Frees the instances of these batches, whose results the scheduler has not been told yet."""
         self._back.update(spread(ids))
         yield from ()
 
@@ -146,7 +147,7 @@ class Player:
         yield from ()
 
     def _turns(self, ids: list[str], options: dict[str, str]) -> Iterator[str]:
-        """So often: ask for a preview if told, schedule, and complete all of it."""
+        """Repeats: ask for a preview of an output (`preview=ID`), schedule, complete all batches."""
         for _ in range(int(ids[0])):
             if "preview" in options:
                 self._scheduler.want_preview(int(options["preview"]), "previews")
@@ -154,7 +155,7 @@ class Player:
             list(self._complete(["all"], {}))
 
     def _develop(self, ids: list[str], options: dict[str, str]) -> Iterator[str]:
-        """Runs until so many more outputs are decoded: in which order."""
+        """Runs until so many more outputs are decoded; gives their order."""
         decoded: list[str] = []
         while len(decoded) < int(ids[0]):
             list(self._schedule([], {}))
@@ -180,13 +181,13 @@ class Player:
 
 
 def spread(ids: list[str]) -> list[int]:
-    """`1 3..5` is 1, 3, 4, 5."""
+    """Expands ids and ranges: `1 3..5` is 1, 3, 4, 5."""
     ends = [part.split("..") for part in ids]
     return [number for at in ends for number in range(int(at[0]), int(at[-1]) + 1)]
 
 
 def written(events: list[Event]) -> Iterator[str]:
-    """A line an event."""
+    """Describes the scheduler's events, one line each."""
     for event in events:
         match event:
             case StepCompleted(output_id, step, last):

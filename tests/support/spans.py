@@ -1,4 +1,4 @@
-"""Spans as tests look at them, from the SDK's exporter in memory or from Jaeger's query API."""
+"""Queries over recorded spans, from OpenTelemetry's in-memory exporter or from Jaeger's query API."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WATCH = "safelight.v1.GenerationService/WatchGeneration"
 
 @dataclass(frozen=True)
 class Seen:
-    """One span; times in nanoseconds."""
+    """One recorded span; times in nanoseconds, `links` are ids of spans."""
 
     name: str
     trace_id: str
@@ -34,39 +34,39 @@ class Seen:
 
 @dataclass
 class Spans:
-    """A set of spans, and where each hangs."""
+    """A set of spans, with questions about their names, parents and times."""
 
     all: list[Seen] = field(default_factory=list)
 
     def named(self, name: str) -> list[Seen]:
-        """In the order in which they began."""
+        """The spans of that name, by start time."""
         return sorted((span for span in self.all if span.name == name), key=lambda span: span.start)
 
     def one(self, name: str) -> Seen:
-        """The only one of that name."""
+        """The span of that name, of which there must be exactly one."""
         [span] = self.named(name)
         return span
 
     def of(self, trace_id: str) -> Spans:
-        """Those of one trace."""
+        """The spans of one trace."""
         return Spans([span for span in self.all if span.trace_id == trace_id])
 
     def parent(self, span: Seen) -> Seen | None:
-        """The span that it is a child of, if that is here."""
+        """The parent of a span; None where it is not in this set."""
         return next((other for other in self.all if other.span_id == span.parent_id), None)
 
     def path(self, span: Seen) -> str:
-        """Names from the root down to it."""
+        """The names from the root down to a span, as `a > b > c`."""
         above = self.parent(span)
         return span.name if above is None else f"{self.path(above)} > {span.name}"
 
     def leaves(self) -> list[Seen]:
-        """Spans that are nobody's parent."""
+        """The spans without children."""
         parents = {span.parent_id for span in self.all}
         return [span for span in self.all if span.span_id not in parents]
 
     def coverage(self, whole: Seen) -> float:
-        """The share of a span's time in which some leaf is open; itself does not count."""
+        """The share (0 to 1) of a span's time that spans without children cover, apart from itself."""
         covered, reached = 0, whole.start
         for leaf in sorted(self.leaves(), key=lambda span: span.start):
             if leaf.span_id != whole.span_id:
@@ -77,12 +77,12 @@ class Spans:
 
 
 def from_sdk(spans: Iterable[ReadableSpan]) -> Spans:
-    """Of an InMemorySpanExporter."""
+    """Spans of an InMemorySpanExporter."""
     return Spans([_from_sdk(span) for span in spans])
 
 
 def from_jaeger(found: dict[str, Any] | None) -> Spans:
-    """Of one trace as Jaeger's query API gives it; empty where it has none."""
+    """Spans of one trace as Jaeger's query API returns it; empty for None."""
     if found is None:
         return Spans()
     services = {name: process["serviceName"] for name, process in found["processes"].items()}
@@ -123,14 +123,14 @@ def _from_jaeger(span: dict[str, Any], service: str) -> Seen:
 
 
 def traceparent(trace_id: str, flags: str = SAMPLED) -> tuple[tuple[str, str], ...]:
-    """Metadata of a client that has decided about its trace."""
+    """Call metadata of a client that traces; `flags` say whether the trace is recorded."""
     return (("traceparent", f"00-{trace_id}-00f067aa0ba902b7-{flags}"),)
 
 
 async def follow(
     stub: stubs.GenerationServiceStub, requests: Sequence[Any], trace_ids: Sequence[str], flags: str = SAMPLED
 ):
-    """Generations side by side, each in a trace of its own; their events."""
+    """Runs generations at the same time, each in its own trace; returns the events of each."""
 
     async def one(request: Any, trace_id: str) -> list[Any]:
         call = stub.Generate(request, metadata=traceparent(trace_id, flags))

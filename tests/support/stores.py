@@ -1,4 +1,4 @@
-"""Rules that every tier keeps, and a tier whose faults a test chooses."""
+"""Tests that every store of a cache tier must pass, and a fake store that fails on demand."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ TTL_S = 60.0
 
 
 def key(number: int, tenant: str = "ab01", kind: str = "exact") -> str:
-    """A key of the cache."""
+    """A valid cache key."""
     return f"{tenant}/{kind}/{number:064x}"
 
 
 async def keys_of(store: Store, prefix: str = "") -> list[str]:
-    """All keys, sorted."""
+    """All keys of a store, sorted."""
     return sorted([name async for name in store.keys(prefix)])
 
 
 class StoreRules:
-    """Subclasses give a fixture `store`."""
+    """The tests; a subclass provides the fixture `store`."""
 
     async def test_what_was_put_is_there_until_it_is_deleted(self, store: Store) -> None:
         assert await store.get(key(1)) is None
@@ -67,7 +67,7 @@ class StoreRules:
 
 
 class FaultyStore:
-    """A dict that fails as it is told to.
+    """A store in a dict that fails on demand.
 
     Attributes:
         fault: "", "unavailable", "full" (for puts) or "hangs".
@@ -129,20 +129,20 @@ class FaultyStore:
 
 
 class Numbers:
-    """Metrics of tiers in a registry of their own."""
+    """`TierMetrics` in a registry of its own, with its counters read back."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.metrics = TierMetrics(self.registry)
 
     def gets(self, tier: str, outcome: str) -> float:
-        """Lookups with this outcome."""
+        """Number of lookups in a tier with this outcome."""
         return self.registry.get_sample_value("safelight_cache_gets_total", {"tier": tier, "outcome": outcome}) or 0
 
     def errors(self, tier: str, reason: str) -> float:
-        """Calls that were skipped for this reason."""
+        """Number of calls of a tier that failed or were skipped for this reason."""
         return self.registry.get_sample_value("safelight_cache_errors_total", {"tier": tier, "reason": reason}) or 0
 
     def dropped(self, tier: str) -> float:
-        """Values not written."""
+        """Number of values that were not written to a tier in the background."""
         return self.registry.get_sample_value("safelight_cache_moves_dropped_total", {"tier": tier}) or 0

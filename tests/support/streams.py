@@ -1,4 +1,4 @@
-"""A log with real feeds of frames whose decoder the test opens and shuts, and streams that the test reads by hand."""
+"""An event log with real preview feeds, a decoder that the test can hold up, and streams that it reads step by step."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ SPEC = Spec(
 PICTURE = EncodedPicture(MediaType.RAW_RGBA8, 16, 16, 64, bytes(range(256)) * 16)
 PIECE_BYTES = 1000
 TURNS = 12
-"""Turns of the event loop after which everything that can happen has happened: nothing here takes time."""
+"""Turns of the event loop that `settle` waits: enough for everything here, since nothing takes time."""
 
 
 class Clock:
-    """Time stands still until it is set."""
+    """A clock that stands still until a test sets `now`."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -63,10 +63,10 @@ class Clock:
 
 
 class Here(Executor):
-    """Runs what it is given at once, so that tests are deterministic."""
+    """An executor that runs each function at once in the calling thread, so that tests are deterministic."""
 
     def submit(self, fn, /, *args, **kwargs):  # type: ignore[no-untyped-def]  # as Executor declares it
-        """Runs `fn`."""
+        """Runs `fn` and returns a finished future."""
         future: Future[object] = Future()
         try:
             future.set_result(fn(*args, **kwargs))
@@ -76,7 +76,7 @@ class Here(Executor):
 
 
 class Decoder:
-    """Answers when the test says so; `shut` until then."""
+    """A fake preview decoder. Answers at once; while `shut`, each call waits for `answer`."""
 
     def __init__(self) -> None:
         self.shut = False
@@ -85,7 +85,7 @@ class Decoder:
         self.on_call: Callable[[], None] = lambda: None
 
     async def __call__(self, latent: FloatArray, component: Component) -> FloatArray | None:
-        """As `Engine.preview`."""
+        """Decodes a latent to a grey image, with the signature of `Engine.preview`."""
         self.on_call()
         self.calls.append(component)
         if not self.shut:
@@ -95,17 +95,17 @@ class Decoder:
         return await future
 
     def answer(self, *, superseded: bool = False) -> None:
-        """Ends the oldest call that waits."""
+        """Answers the oldest waiting call; with None, as for a preview that a newer one replaced, if `superseded`."""
         self.waiting.pop(0).set_result(None if superseded else self.image())
 
     @staticmethod
     def image() -> FloatArray:
-        """8x8, grey."""
+        """A grey image of 8 x 8 pixels."""
         return np.zeros((3, 8, 8), np.float32)
 
 
 class Stage:
-    """A log and what is around it."""
+    """An event log with its clock, decoder and preview feeds, and methods that publish what an engine would."""
 
     def __init__(self, max_watchers: int = 8) -> None:
         self.clock = Clock()
@@ -116,19 +116,19 @@ class Stage:
 
     @property
     def num_rendered(self) -> int:
-        """Previews made."""
+        """Number of previews rendered so far."""
         return sum(feed.num_rendered for feed in self.feeds.values())
 
     def accept(self) -> None:
-        """The first event."""
+        """Publishes the first event, `Accepted`."""
         self.log.publish(Accepted(SPEC, "numerics", RAW, 1.0))
 
     def queue(self, position: int = 0) -> None:
-        """It waits."""
+        """Publishes its place in the queue."""
         self.log.publish(Queued(position, datetime(2026, 1, 1, tzinfo=UTC)))
 
     def step(self, step: int, output: int = 0) -> None:
-        """What the engine's report of a step leads to."""
+        """Publishes the progress of a step, and its latent to the preview feed where that is due."""
         self.log.publish(Progress(output, step, 50, 1, 1.0))
         if output not in self.feeds:
             self.feeds[output] = FrameFeed(simulated_pipeline(), self.decoder, lambda: 0.0, Here())
@@ -138,19 +138,19 @@ class Stage:
             self.feeds[output].frame(step, np.zeros(LATENT, np.float32))
 
     def is_due(self, step: int, output: int = 0) -> bool:
-        """Whether the engine would copy the latent of a step."""
+        """Whether the engine would copy the latent of this step for a preview."""
         return step >= self.feeds[output].next_due
 
     def end(self, output: int = 0, reason: FinishReason = FinishReason.COMPLETED) -> None:
-        """An output ends; with a picture only if the test says so before."""
+        """Publishes the end of an output, without a picture."""
         self.log.publish(OutputFinished(output, reason, 0))
 
     def finish(self) -> None:
-        """The last event."""
+        """Publishes the last event, `Finished`."""
         self.log.publish(Finished(None, Usage(), Timings()))
 
     def complete(self, output: int = 0, *, last: bool = True) -> None:
-        """A picture and its end."""
+        """Publishes an output's picture and its end, and with `last` the end of the generation."""
         self.log.artifact(output, PICTURE)
         self.end(output)
         if last:
@@ -158,7 +158,7 @@ class Stage:
 
 
 class Reader:
-    """A client: it takes one event at a time when told to. Between, its stream hangs in `yield`, held up."""
+    """A client that takes one event when the test says so. In between, its stream is blocked at its `yield`."""
 
     def __init__(self, watcher: Watcher) -> None:
         self.watcher = watcher
@@ -169,11 +169,11 @@ class Reader:
 
     @property
     def waits(self) -> bool:
-        """Whether its stream has nothing to send and would take something."""
+        """Whether the client is ready for an event and its stream has none."""
         return self._taking is not None and not self._taking.done()
 
     async def take(self) -> pb.GenerationEvent | None:
-        """Takes the next event if there is one; else goes on waiting for it."""
+        """Takes the next event; None while there is none yet, and the client then goes on waiting for it."""
         if self.ended:
             return None
         if self._taking is None:
@@ -182,7 +182,7 @@ class Reader:
         return self.collect()
 
     def collect(self) -> pb.GenerationEvent | None:
-        """What came since `take` waited."""
+        """The event that has come since `take` began to wait, or None."""
         if self._taking is None or not self._taking.done():
             return None
         try:
@@ -196,14 +196,14 @@ class Reader:
         return event
 
     async def drain(self) -> list[pb.GenerationEvent]:
-        """Takes all that there is, and goes on waiting."""
+        """Takes all events that are there, and goes on waiting for the next."""
         before = len(self.events)
         while await self.take() is not None:
             pass
         return self.events[before:]
 
     async def leave(self) -> None:
-        """As a client that goes away."""
+        """Ends the stream, as a client does that disconnects."""
         self.watcher.close()
         await settle()
         self.collect()
@@ -214,13 +214,13 @@ class Reader:
 
 
 async def settle() -> None:
-    """Lets everything happen that can."""
+    """Runs the event loop until nothing more can happen."""
     for _ in range(TURNS):
         await asyncio.sleep(0)
 
 
 def kinds(events: list[pb.GenerationEvent]) -> list[str | None]:
-    """Their kinds."""
+    """The kinds of these events, by their names in the protocol."""
     return [event.WhichOneof("event") for event in events]
 
 
@@ -230,6 +230,6 @@ def previews(events: list[pb.GenerationEvent], output: int = 0) -> list[pb.Previ
 
 
 def picture(events: list[pb.GenerationEvent], output: int = 0) -> bytes:
-    """What there is of a picture."""
+    """The bytes of an output's picture that have come so far."""
     chunks = [event.artifact_chunk for event in events if event.HasField("artifact_chunk")]
     return b"".join(chunk.data for chunk in chunks if chunk.output_index == output)

@@ -1,1 +1,1 @@
-"""The composition root: builds every stage from the settings, serves, and drains."""
+"""Builds the whole server from its settings, runs it, and drains it at the end."""

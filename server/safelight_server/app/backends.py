@@ -1,7 +1,7 @@
-"""Opens what the caches stand on, as the settings say: keys, tiers, coordination.
+"""Opens the storage behind the caches, as the settings say: key file, cache tiers, Redis coordination.
 
-Redis and S3 may be away at start: they are found when they come. A key file or a
-cache folder that cannot be used is an error at start.
+Redis and S3 need not be reachable at start: their calls fail until they are. A key
+file or a cache folder that cannot be used is an error at start.
 """
 
 from __future__ import annotations
@@ -28,22 +28,25 @@ from safelight_server.telemetry.metrics import TierMetrics
 log = structlog.get_logger(__name__)
 
 FLUSH_S = 10.0
+"""How long shutdown waits for cache entries that are still to be written."""
 MEMORY_S = 86_400.0
-"""How long executions and purges are remembered at least; never shorter than the entries they are about."""
+"""Shortest time for which Redis keeps records of executions and purges; `cache_ttl_s` where that is longer."""
 
 
 class CredentialsError(Exception):
-    """A credentials file that cannot be used."""
+    """The S3 credentials file cannot be read, or does not have the two words of its format."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backends:
-    """Open ones; `close` them.
+    """The open storage and coordination of one server. Whoever opens it must `close` it.
 
     Attributes:
-        sealer: for events in Redis, which must be sealed too.
-        coordinator: of the replicas that share a Redis; None without Redis.
-        redis: the connection, where replicas share one, and the breaker around it.
+        keyring: the keys that seal and name cache entries; random, and lost with the process, without a key file.
+        sealer: encrypts cache entries, and the events that replicas exchange through Redis.
+        tiers: the stores of cache entries, fastest first: memory, then disk, Redis and S3 as configured.
+        coordinator: leases and shared events of the replicas on one Redis; None without Redis.
+        redis: the shared connection and its circuit breaker; None without Redis.
     """
 
     keyring: Keyring
@@ -53,7 +56,7 @@ class Backends:
     redis: tuple[RedisConnection, Breaker] | None
 
     async def close(self) -> None:
-        """Writes what waits to be written, for `FLUSH_S` at most, and closes everything."""
+        """Writes pending cache entries, for at most `FLUSH_S` seconds, and closes every store."""
         if self.coordinator is not None:
             await self.coordinator.close()
         try:
@@ -67,13 +70,13 @@ class Backends:
 
 
 async def open_backends(settings: Settings, metrics: TierMetrics) -> Backends:
-    """All that the settings name.
+    """Opens the key ring, the cache tiers and the coordinator that the settings name.
 
     Raises:
         KeyringError: the key file cannot be used.
-        DiskStoreError: the folder cannot be used.
-        CredentialsError: the credentials file cannot be used.
-        ValueError: a URL cannot be read.
+        DiskStoreError: the cache folder cannot be used.
+        CredentialsError: the S3 credentials file cannot be used.
+        ValueError: a URL is malformed.
     """
     keyring = Keyring.random() if settings.cache_key_file is None else Keyring.load(settings.cache_key_file)
     if not keyring.persistent:
@@ -116,6 +119,7 @@ async def open_backends(settings: Settings, metrics: TierMetrics) -> Backends:
 
 
 def _credentials(path: Path | None) -> tuple[str, str] | None:
+    """Reads the S3 access key id and secret; None without a file: the S3 client then finds its own."""
     if path is None:
         return None
     try:

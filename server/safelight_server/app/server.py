@@ -1,6 +1,6 @@
-"""The composition root: builds every stage, starts the server, drains it.
+"""Builds every part of the server, starts it, and drains it (the composition root).
 
-The one place that knows all stages and hands each its settings.
+Only this module knows all parts; it hands each one the settings that concern it.
 """
 
 from __future__ import annotations
@@ -64,12 +64,14 @@ from safelight_server.validation import RequestLimits
 log = structlog.get_logger(__name__)
 
 REQUEST_BYTES = 64 << 10
-"""Room for all of a request but its prompts."""
+"""Bytes that a request may have beside its two prompts."""
 HEALTH_PERIOD_S = 0.25
+"""Pause between two checks of the runtime for the health service."""
 LAST_WORDS_S = 1.0
-"""At least so long streams have for their ends."""
+"""Shortest time that open streams get at shutdown to send their last message."""
 GC_THRESHOLDS = 1_000, 10, 100
-"""New objects to a collection of the youngest, of these to one of the younger, of these to a full one."""
+"""`gc.set_threshold`: net new objects before a collection of generation 0; collections of 0 before one of 1, of 1
+before one of 2. `settle` says why they are not the defaults."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRPC_OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
@@ -86,12 +88,17 @@ class StartError(Exception):
 
 
 Work = Callable[[], Coroutine[None, None, None]]
-"""Lasts as long as the server."""
+"""A background coroutine that runs until the server ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A server that serves. `drain` ends it."""
+    """A running server, and the parts that tests inspect.
+
+    Attributes:
+        address: HOST:PORT or unix:PATH that it listens on, with the port that it got where 0 was asked for.
+        drain: starts a shutdown that gives generations so many seconds; a second call with fewer shortens the first.
+    """
 
     address: str
     catalog: Catalog
@@ -103,7 +110,7 @@ class Running:
 
 
 def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
-    """The pipelines and what executes them."""
+    """Loads the catalog of models and builds the runtime that executes them: ONNX, Triton or simulated."""
     if settings.runtime == "simulated":
         runtime = SimulatedRuntime(
             max(1, settings.num_instances), settings.simulated_base_ms / 1e3, settings.simulated_row_ms / 1e3
@@ -121,19 +128,21 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
             start_s=settings.triton_start_s,
         )
         return catalog, TritonRuntime(catalog, options)
-    from safelight_server.runtime.onnx import OnnxRuntime  # loads onnxruntime, which other runtimes need not
+    from safelight_server.runtime.onnx import OnnxRuntime  # imported here: the other runtimes must not load onnxruntime
 
     return catalog, OnnxRuntime(catalog, settings.num_instances)
 
 
 @contextlib.asynccontextmanager
 async def serving(settings: Settings) -> AsyncIterator[Running]:
-    """Serves while the block runs; on leaving, or where the start fails, whatever is there ends.
+    """Runs the server while the block runs; closes every part on leaving, and also where the start fails.
 
     Raises:
-        StartError, ManifestError, KeyFileError: it cannot be started.
+        StartError: the runtime, the storage or the address cannot be used.
+        ManifestError: a model's files are missing or malformed.
+        KeyFileError: the file of the callers' keys cannot be used.
     """
-    async with contextlib.AsyncExitStack() as ends:  # what began last ends first
+    async with contextlib.AsyncExitStack() as ends:  # closes parts in the reverse order of their start
         clock = time.monotonic
         metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio, settings.otlp_header_pairs)
         ends.push_async_callback(asyncio.to_thread, tracer.close)
@@ -163,9 +172,9 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         ends.push_async_callback(executions.close)
         ends.push_async_callback(engine.close)
         caches = CacheAdmin(cache.namespaces, backends.keyring, backends.tiers, purges, metrics)
-        leased_runners, ground = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
+        leased_runners, context = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
         generations = Generations(
-            settings, catalog, runtime, engine, cache, executions, clock, metrics, leased_runners, ground
+            settings, catalog, runtime, engine, cache, executions, clock, metrics, leased_runners, context
         )
         limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
         quota = StreamQuota(settings.max_streams_per_caller)
@@ -195,8 +204,8 @@ async def _listening(
     generations: Generations,
     works: Sequence[Work],
 ) -> AsyncIterator[tuple[str, Callable[[float], asyncio.Task[None]]]]:
-    """Takes calls while the block runs, and does the works beside it. Its address, and what drains it."""
-    largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four bytes a character
+    """Accepts calls and runs the background works while the block runs; yields the address and the drain function."""
+    largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four UTF-8 bytes a character
     server = grpc.aio.server(options=[*GRPC_OPTIONS, ("grpc.max_receive_message_length", largest)])
     server.add_generic_rpc_handlers(tuple(service.handlers()))
     health_servicer = Health()
@@ -219,10 +228,10 @@ async def _listening(
         await health_servicer.enter_graceful_shutdown()
         await generations.drain(grace_s)
         health_servicer.end_watches()
-        await server.stop(max(LAST_WORDS_S, until - time.monotonic()))  # what was handed to gRPC may be on its way
+        await server.stop(max(LAST_WORDS_S, until - time.monotonic()))  # gRPC may still be sending
 
     def start_drain(grace_s: float) -> asyncio.Task[None]:
-        """A further one, with less grace, cuts short what is under way."""
+        """Starts a drain; a second one with a shorter grace cuts the first one short."""
         if not draining:
             log.info("draining", grace_s=grace_s)
         draining.append(asyncio.create_task(drain(grace_s)))
@@ -238,7 +247,7 @@ async def _listening(
 
 
 def _begin(work: Work) -> asyncio.Task[None]:
-    """Begins what runs as long as the server; that it has ended by a bug is told at once, not at the server's end."""
+    """Starts a background work as a task. Logs an exception in it when it happens, not when the server ends."""
 
     def report(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (fault := task.exception()) is not None:
@@ -252,14 +261,14 @@ def _begin(work: Work) -> asyncio.Task[None]:
 def _build_replicas(
     settings: Settings, backends: Backends, cache: Cache, engine: Engine, pool: ThreadPoolExecutor
 ) -> tuple[LeasedRunners, ClusterContext] | None:
-    """What makes this replica one of several; None: it is alone."""
+    """Builds the parts that replicas on one Redis need to work together; None without Redis."""
     if backends.coordinator is None:
         return None
     coordinator, sealer, ttl_s = backends.coordinator, backends.sealer, settings.lease_ttl_s
     bulletin = Bulletin(coordinator, sealer)
     checkpoints, pictures, kept_s = cache.checkpoints, cache.pictures, settings.result_ttl_s
     leased_runners = LeasedRunners(engine, coordinator, sealer, checkpoints, pictures, bulletin, pool, ttl_s, kept_s)
-    ground = ClusterContext(
+    context = ClusterContext(
         coordinator,
         sealer,
         backends.keyring,
@@ -270,15 +279,16 @@ def _build_replicas(
         kept_s,
         settings.idempotency_ttl_s,
     )
-    return leased_runners, ground
+    return leased_runners, context
 
 
 def _build_cache(
     settings: Settings, backends: Backends, engine: Engine, pool: ThreadPoolExecutor, metrics: Metrics
 ) -> tuple[Cache, Purges]:
+    """Builds the cache over the open tiers, and the purges that delete from it on every replica."""
     tiers, keyring, ttl_s = backends.tiers, backends.keyring, settings.cache_ttl_s
     skip_policy = SkipPolicy()
-    alone = settings.redis_url is None  # then nobody could go on from where it stopped
+    alone = settings.redis_url is None  # then no other replica could resume from checkpoints
     often = 0 if alone else settings.checkpoint_every_n_steps
     policy = CheckpointPolicy(often, skip_policy.fractions, ttl_s=ttl_s)
     checkpoints = Checkpoints(tiers, keyring, policy)
@@ -299,7 +309,7 @@ def _build_cache(
 
 
 async def _follow_health(servicer: Health, names: Sequence[str], engine: Engine) -> None:
-    """Says NOT_SERVING while nothing has been there to execute models for longer than the grace; forever."""
+    """Keeps the health service up to date: NOT_SERVING once the runtime has been away for longer than its grace."""
     said = health_pb2.HealthCheckResponse.SERVING
     while True:
         status = health_pb2.HealthCheckResponse
@@ -312,12 +322,18 @@ async def _follow_health(servicer: Health, names: Sequence[str], engine: Engine)
 
 
 def _watch_queue(metrics: Metrics, engine: Engine) -> None:
+    """Lets the gauges of waiting and running outputs read the scheduler when they are scraped."""
     scheduler = engine.scheduler
     classes = {priority.name.lower(): priority for priority in Priority}
     metrics.watch_queue(lambda name: scheduler.num_waiting(classes[name]), lambda: scheduler.num_running)
 
 
 def _bind(server: grpc.aio.Server, settings: Settings) -> str:
+    """Binds the listening address, with TLS where it is configured; returns HOST:PORT or unix:PATH.
+
+    Raises:
+        StartError: the address is taken or not this machine's, or the certificate cannot be used.
+    """
     host = f"[{settings.host}]" if ":" in settings.host and not settings.host.startswith("unix:") else settings.host
     where = settings.host if settings.host.startswith("unix:") else f"{host}:{settings.port}"
     credentials = None
@@ -331,9 +347,15 @@ def _bind(server: grpc.aio.Server, settings: Settings) -> str:
 
 
 def _credentials(cert_file: Path, key_file: Path) -> grpc.ServerCredentials:
+    """Loads the server's certificate and key.
+
+    Raises:
+        StartError: a file cannot be read, is no PEM, or the key does not belong to the certificate.
+    """
     try:
         pair = key_file.read_bytes(), cert_file.read_bytes()
-        checked = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)  # gRPC itself does not say what is wrong
+        # gRPC itself would not say what is wrong with a file, so Python's ssl loads both first
+        checked = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         checked.load_cert_chain(cert_file, key_file, password="")
     except ssl.SSLError as error:
         what = error.reason or "no PEM"
@@ -344,7 +366,7 @@ def _credentials(cert_file: Path, key_file: Path) -> grpc.ServerCredentials:
 
 
 def _serve_metrics(metrics: Metrics, settings: Settings) -> None:
-    """Beyond loopback only where everything is: metrics have neither TLS nor keys."""
+    """Serves Prometheus metrics: on loopback, or on `host` with `insecure`, since they have neither TLS nor keys."""
     if not settings.metrics_port:
         return
     beyond = settings.insecure and not settings.host.startswith("unix:")
@@ -356,10 +378,10 @@ def _serve_metrics(metrics: Metrics, settings: Settings) -> None:
 
 
 def settle() -> None:
-    """Keeps garbage collection from stopping the loop for 50 ms and more.
+    """Tunes the garbage collector so that a collection does not stop the event loop for 50 ms and more.
 
-    What start-up has made is spared; and the results that are kept, which are of no cycle, are looked at only once a
-    million objects have come that nothing but a full collection could have freed.
+    Objects made at start-up are exempt from collection (`gc.freeze`). Full collections, which would walk all kept
+    results although reference counts free those, come only after 1,000 x 10 x 100 net new objects.
     """
     gc.collect()
     gc.freeze()
@@ -370,7 +392,8 @@ async def serve(settings: Settings, started: Callable[[Running], None]) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends the drain.
 
     Raises:
-        StartError, ManifestError, KeyFileError: it cannot be started; or a signal came before it had.
+        StartError: the server cannot start, or a signal came before it had started.
+        ManifestError, KeyFileError: as for `serving`.
     """
     loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
     starting = asyncio.current_task()

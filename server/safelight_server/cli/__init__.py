@@ -1,1 +1,1 @@
-"""The command line: a client of the server, and the command that starts one."""
+"""The `safelight` command line: starts a server, and asks a running one for pictures."""

@@ -1,4 +1,7 @@
-"""Pictures that develop in a terminal: one from a running server, or several from a server of the demo's own."""
+"""`safelight generate` and `safelight demo`: show pictures in the terminal while they develop.
+
+`generate` asks a running server for one picture; `demo` starts a server of its own and asks it for several.
+"""
 
 from __future__ import annotations
 
@@ -43,12 +46,12 @@ START_TIMEOUT_S = 60.0
 
 
 class DemoError(Exception):
-    """The demo cannot go on."""
+    """The server did not start, refused a value, or sent no picture; the message is for the user."""
 
 
 @dataclass(frozen=True, slots=True)
 class DemoRequest:
-    """What the command line asks for."""
+    """The picture that the command line asks for; None and empty leave the choice to the server."""
 
     prompt: str
     seed: int | None = None
@@ -65,7 +68,7 @@ class DemoRequest:
 
 @dataclass(slots=True)
 class LivePicture:
-    """One picture on its way, as it is shown."""
+    """A picture that is being generated: its request, and the events that came so far. Times are in seconds."""
 
     order: DemoRequest
     began: float = field(default_factory=time.monotonic)
@@ -77,7 +80,7 @@ class LivePicture:
     total_s: float | None = None
 
     def take(self, event: Progress | Preview | Picture | Finished) -> None:
-        """Takes in an event."""
+        """Adds an event from the stream."""
         now = time.monotonic() - self.began
         match event:
             case Progress():
@@ -92,7 +95,7 @@ class LivePicture:
                 self.total_s = now
 
     def shown(self) -> PictureTile:
-        """How it is now, in few words."""
+        """The newest image and a short progress text, for the terminal."""
         newest = self.picture.data if self.picture else self.previews[-1].data if self.previews else None
         return PictureTile(self.order.prompt, self._words(), newest)
 
@@ -105,7 +108,7 @@ class LivePicture:
         return f"{bar(at.step, at.num_steps)} {at.step}/{at.num_steps} ×{at.batch_size} {first}"
 
     def figures(self) -> str:
-        """What is printed at the end."""
+        """The times for the last line: first preview, steps a second, total."""
         total = self.total_s or 0.0
         figures = [] if self.first_preview_s is None else [f"first preview {1e3 * self.first_preview_s:.0f} ms"]
         if self.progress and total and self.finished:
@@ -113,7 +116,7 @@ class LivePicture:
         return ", ".join([*figures, f"total {total:.2f} s"])
 
     def origin(self) -> str:
-        """The generation's name, and where its picture came from if that was not its own development."""
+        """The generation's name and, if the cache served it or a part of it, from what and how much that saved."""
         if self.finished is None:
             return ""
         [origin] = self.finished.origins
@@ -135,7 +138,12 @@ class LivePicture:
 async def generate_one(
     connect: Callable[[], Client], order: DemoRequest, console: Console
 ) -> tuple[Picture, LivePicture]:
-    """Develops one picture, shown where the terminal has colour."""
+    """Generates one picture, showing its previews where the terminal has colours.
+
+    Raises:
+        DemoError: the request has a bad value, or no picture came.
+        GenerationError: the server refused the request, or the generation failed.
+    """
     developing = LivePicture(order)
     async with connect() as client:
         await _develop_shown(client, [developing], console)
@@ -145,7 +153,11 @@ async def generate_one(
 
 
 async def demo(settings: Settings, out: Path, console: Console) -> None:
-    """Starts a server, develops several pictures at once, writes them, stops the server."""
+    """Starts a server, generates the pictures of `PROMPTS` at once, writes them to folders in `out`, stops the server.
+
+    Raises:
+        DemoError: the server did not start, or a picture is missing.
+    """
     orders = [DemoRequest(prompt, seed=SEED + place) for place, prompt in enumerate(PROMPTS)]
     async with _server(settings) as target, Client(target) as client:
         console.print(f"a server of the demo's own listens on {target}", highlight=False)
@@ -207,7 +219,7 @@ async def _develop_shown(client: Client, developing: Sequence[LivePicture], cons
 
 @contextlib.asynccontextmanager
 async def _server(settings: Settings) -> AsyncIterator[str]:
-    """A server in a process of its own; its address."""
+    """Runs `safelight serve` in a process of its own while the block runs; yields its address."""
     command = [sys.executable, "-m", "safelight_server.cli.main", "serve", "--port", "0", "--log-format", "console"]
     command += ["--models-dir", str(settings.models_dir)]
     process = await asyncio.create_subprocess_exec(
@@ -222,7 +234,7 @@ async def _server(settings: Settings) -> AsyncIterator[str]:
 
 
 async def _address(process: asyncio.subprocess.Process) -> str:
-    """Where a server that starts says it listens."""
+    """Reads the address from the output of a server that is starting."""
     assert process.stdout is not None
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(START_TIMEOUT_S):
@@ -233,7 +245,7 @@ async def _address(process: asyncio.subprocess.Process) -> str:
 
 
 def write(item: LivePicture, folder: Path) -> Path:
-    """Writes previews, picture and a contact sheet; the sheet's path."""
+    """Writes the previews, the picture and a contact sheet to `folder`; returns the sheet's path."""
     folder.mkdir(parents=True, exist_ok=True)
     if item.picture is None:
         raise DemoError(f"no picture of {item.order.prompt!r}")
@@ -248,7 +260,7 @@ def write(item: LivePicture, folder: Path) -> Path:
 
 
 def contact_sheet(cells: Sequence[Image.Image], size_px: int, columns: int = 7, gap_px: int = 4) -> Image.Image:
-    """Rows of previews, all at one size, the finished picture last."""
+    """Lays images out in rows of `columns`, all scaled to `size_px` square."""
     rows = -(-len(cells) // columns)
     step = size_px + gap_px
     sheet = Image.new("RGB", (min(columns, len(cells)) * step - gap_px, rows * step - gap_px), (20, 20, 20))

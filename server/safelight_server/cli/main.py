@@ -1,4 +1,7 @@
-"""The command line; `safelight --help` lists it. Errors are one line and an exit code."""
+"""The commands of `safelight` (`safelight --help`). An error is one line on stderr and an exit code.
+
+Exit codes: 1 the server's error, 2 a fault in what the user gave or in the set-up, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ T = TypeVar("T")
 
 DEFAULT_TARGET = "127.0.0.1:8421"
 MAX_STEP = 2**31 - 1
-"""What the field of a step holds; the server has the real limit."""
+"""Largest value of the protocol's field for steps (int32); the server checks the real limit."""
 Steps = Annotated[int | None, typer.Option("--steps", min=-MAX_STEP, max=MAX_STEP, help="Denoising steps.")]
 Target = Annotated[str, typer.Option("--target", envvar="SAFELIGHT_TARGET", help="Address of the server.")]
 ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="SAFELIGHT_API_KEY", help="Key of the caller.")]
@@ -58,11 +61,11 @@ ServerName = Annotated[
 
 
 OPTIONS = {"target": "--target / SAFELIGHT_TARGET", "api_key": "--api-key / SAFELIGHT_API_KEY"}
-"""What the arguments of a client are called here."""
+"""Arguments of `safelight.Client`, by the names of their options here."""
 
 
 class CommandError(Exception):
-    """What the user is told in one line."""
+    """A command failed; the message is the one line that the user sees."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -335,7 +338,7 @@ def cache_purge(
 
 
 def _connect(target: str, api_key: str | None, ca_file: Path | None, server_name: str) -> Callable[[], Client]:
-    """What makes a client, within the loop that it is used in."""
+    """Checks the connection options; returns a function that makes the client, to be called in the event loop."""
     credentials = None
     try:
         if ca_file is not None:
@@ -355,7 +358,7 @@ def _connect(target: str, api_key: str | None, ca_file: Path | None, server_name
 
 
 def _check_text(given: Mapping[str, str]) -> None:
-    """An argument whose bytes are no UTF-8 has surrogates in their places, which no message takes."""
+    """Refuses arguments that are not UTF-8: Python decodes bad bytes to surrogates, which protobuf refuses."""
     for option, text in given.items():
         try:
             text.encode()
@@ -368,7 +371,7 @@ def _run(work: Coroutine[object, object, T]) -> T:
 
 
 def main() -> None:
-    """Runs the command line; every expected error is one line on stderr."""
+    """Runs the command line; prints every expected error as one line on stderr."""
     try:
         app()
     except GenerationError as error:

@@ -1,7 +1,7 @@
-"""Pictures in a terminal: as half blocks, two pixels a character, in a grid that fits the screen.
+"""Draws pictures in a terminal with half blocks (two pixels a character), in a grid that fits the screen.
 
-A character is about twice as high as wide, so half of one is about square.
-Pure but for decoding: what is shown follows from pictures, lines and size.
+A character is about twice as high as it is wide, so half of one is about
+square. Does no I/O: the result depends on the pictures and the screen size only.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from rich.table import Table
 from rich.text import Text
 
 GAP = 2
-"""Empty characters between two columns."""
+"""Spaces between two columns."""
 LINES = 2
-"""Of text with each picture: its title above, its progress below."""
+"""Lines of text with each picture: its title above, its progress below."""
 LEAST_PX, MOST_PX = 10, 64
+"""Smallest and largest edge of a picture."""
 BAR = 8
+"""Characters in a progress bar."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """How pictures lie on the screen: columns, their width in characters, edge of a picture (0: none are shown)."""
+    """The layout: number of columns, their width in characters, edge of a picture in pixels (0: no room for any)."""
 
     columns: int
     width: int
@@ -39,7 +41,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class PictureTile:
-    """One picture as it is now; `data` in any format that Pillow reads."""
+    """What is shown of one picture; `data` is in any format that Pillow reads, None before the first preview."""
 
     title: str
     progress: str
@@ -47,7 +49,7 @@ class PictureTile:
 
 
 class HalfBlocks:
-    """A picture, `edge_px` characters wide and half as many lines high."""
+    """A picture as a rich renderable, `edge_px` characters wide and half as many lines high."""
 
     def __init__(self, data: bytes, edge_px: int) -> None:
         pixels = Image.open(io.BytesIO(data)).convert("RGB").resize((edge_px, edge_px), Image.Resampling.BOX).tobytes()
@@ -62,16 +64,16 @@ class HalfBlocks:
             self._segments.append(Segment.line())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The characters."""
+        """Yields the characters with their colours."""
         yield from self._segments
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        """It has one width."""
+        """Its width, which is fixed."""
         return Measurement(self._edge_px, self._edge_px)
 
 
 def layout(num_pictures: int, width: int, height: int) -> Grid:
-    """The grid with the largest pictures in so many characters and lines; the last line stays free."""
+    """The grid with the largest pictures that fit `width` characters and `height` lines; the last line stays free."""
     best = Grid(1, width, 0)
     for columns in range(1, num_pictures + 1):
         rows = -(-num_pictures // columns)
@@ -83,13 +85,13 @@ def layout(num_pictures: int, width: int, height: int) -> Grid:
 
 
 def bar(step: int, num_steps: int) -> str:
-    """A bar of `BAR` characters."""
+    """A progress bar of `BAR` characters."""
     filled = round(BAR * step / num_steps)
     return "█" * filled + "░" * (BAR - filled)
 
 
 def show(pictures: Sequence[PictureTile], width: int, height: int) -> RenderableType:
-    """All pictures, or where there is no room for any their lines alone."""
+    """A grid of all pictures; their progress lines alone where the screen is too small for pictures."""
     grid = layout(len(pictures), width, height)
     if not grid.edge_px:
         return lines(pictures)
@@ -103,7 +105,7 @@ def show(pictures: Sequence[PictureTile], width: int, height: int) -> Renderable
 
 
 def lines(pictures: Sequence[PictureTile]) -> RenderableType:
-    """A title and its progress on a line each."""
+    """One line for each picture: its progress and its title."""
     return Group(*(Text(f"{shown.progress}  {shown.title}", no_wrap=True, overflow="ellipsis") for shown in pictures))
 
 

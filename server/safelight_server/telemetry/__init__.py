@@ -1,4 +1,4 @@
-"""What the server tells its operators: logs, metrics, traces."""
+"""Observability: structured logs, Prometheus metrics, OpenTelemetry traces."""
 
 from safelight_server.telemetry.log import configure_logging
 from safelight_server.telemetry.metrics import Metrics

@@ -1,8 +1,8 @@
-"""Carries spans to a collector, which may be slow, dead or absent: nothing else may notice.
+"""Exports spans to an OpenTelemetry collector without slowing the server when the collector is slow or dead.
 
-Spans wait in a bounded queue and leave from a thread of their own; beyond it
-they are dropped. That a collector is lost is logged once, and once that it is
-back.
+Spans wait in a bounded queue and a thread of their own sends them; spans that
+find the queue full are dropped. The loss of the collector is logged once, and
+its return once.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 log = structlog.get_logger(__name__)
 
 QUEUE_SPANS = 8192
-"""About ten megabytes."""
+"""Spans that may wait to be sent, about ten megabytes."""
 EXPORT_TIMEOUT_S = 5.0
 DELAY_MS = 500
+"""Pause between two exports."""
 CHATTY = ("opentelemetry.exporter.otlp.proto.grpc.exporter", "opentelemetry.sdk._shared_internal")
+"""Loggers of the SDK that write a line for every failed export."""
 
 
 def otlp_processor(endpoint: str, headers: Mapping[str, str]) -> SpanProcessor:
-    """Takes ended spans without delay and sends them to an OTLP gRPC endpoint; plain text unless it is https://."""
-    for name in CHATTY:  # they write a line for every failure
+    """A span processor that queues ended spans and sends them to an OTLP gRPC endpoint, with TLS for https:// only."""
+    for name in CHATTY:  # `Reporting` logs in their place
         logging.getLogger(name).setLevel(logging.CRITICAL)
     exporter = OTLPSpanExporter(
         endpoint=endpoint,
@@ -39,7 +41,7 @@ def otlp_processor(endpoint: str, headers: Mapping[str, str]) -> SpanProcessor:
 
 
 class Reporting(SpanExporter):
-    """An exporter whose failures are told once."""
+    """Wraps an exporter; logs once when exports begin to fail, and once when they work again."""
 
     def __init__(self, exporter: SpanExporter, endpoint: str) -> None:
         self._exporter = exporter
@@ -47,7 +49,7 @@ class Reporting(SpanExporter):
         self._lost = False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Hands on."""
+        """Sends the spans; logs where that began or ceased to fail."""
         result = self._exporter.export(spans)
         lost = result is not SpanExportResult.SUCCESS
         if lost and not self._lost:
@@ -58,12 +60,12 @@ class Reporting(SpanExporter):
         return result
 
     def shutdown(self) -> None:
-        """Hands on."""
+        """Shuts the wrapped exporter down."""
         self._exporter.shutdown()
 
 
 def close_within(close: Callable[[], None], seconds: float) -> None:
-    """Runs `close`, and leaves it behind when it takes longer."""
+    """Runs `close` in a daemon thread and returns when it has ended, or after so many seconds without it."""
     closing = threading.Thread(target=close, name="traces-close", daemon=True)
     closing.start()
     closing.join(seconds)

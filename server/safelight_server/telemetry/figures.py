@@ -1,6 +1,6 @@
-"""Metrics read back, for those who ask the server itself and not Prometheus.
+"""Reads the server's own Prometheus metrics back: counts, and quantiles of histograms.
 
-What `metrics.py` counts, by the value of a metric's one label.
+For `CacheService.GetCacheStats`, whose callers ask the server and not Prometheus.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from prometheus_client import Counter, Gauge, Histogram
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """What a histogram saw.
+    """The contents of a Prometheus histogram.
 
     Attributes:
-        bounds: of its buckets, rising; the last is infinite.
-        counts: of what is at or below each bound.
+        bounds: upper bounds of the buckets, rising; the last is infinite.
+        counts: number of observations at or below each bound (cumulative).
+        total: sum of all observations.
     """
 
     bounds: tuple[float, ...]
@@ -26,11 +27,14 @@ class Distribution:
 
     @property
     def count(self) -> int:
-        """How many."""
+        """Number of observations."""
         return int(self.counts[-1]) if self.counts else 0
 
     def quantile(self, share: float) -> float:
-        """The value below which that share lies, interpolated within its bucket; the last finite bound beyond it."""
+        """Estimates a quantile (`share` of 0 to 1) by linear interpolation within its bucket.
+
+        The largest finite bound where the quantile lies above it; 0 without observations.
+        """
         wanted = share * self.count
         below, floor = 0.0, 0.0
         for bound, count in zip(self.bounds, self.counts, strict=True):
@@ -42,7 +46,7 @@ class Distribution:
 
 
 def by_label(metric: Counter | Gauge, label: str) -> dict[str, float]:
-    """Values by label; those that were never touched are not there."""
+    """Values of a metric by the value of its label; label values that were never used are absent."""
     return {
         sample.labels[label]: sample.value
         for family in metric.collect()
@@ -52,12 +56,12 @@ def by_label(metric: Counter | Gauge, label: str) -> dict[str, float]:
 
 
 def value(metric: Counter) -> float:
-    """Of a counter without labels."""
+    """The value of a counter that has no labels."""
     return sum(s.value for family in metric.collect() for s in family.samples if s.name.endswith("_total"))
 
 
 def distributions(metric: Histogram, label: str) -> dict[str, Distribution]:
-    """Histograms by label."""
+    """The distributions of a histogram by the value of its label."""
     samples = [sample for family in metric.collect() for sample in family.samples]
     found: dict[str, Distribution] = {}
     for name, group in itertools.groupby(samples, key=lambda sample: sample.labels[label]):

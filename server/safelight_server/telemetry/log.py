@@ -1,6 +1,6 @@
-"""structlog: for people on a console, JSON for machines; trace and generation ids on every line.
+"""Sets up structured logging: readable lines on a console, JSON elsewhere, with trace and generation ids.
 
-Invariant: to log never fails. Lines that cannot be written are dropped.
+Invariant: logging never raises. A line that cannot be written is dropped.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from opentelemetry import trace
 
 
 class Lossy:
-    """A file whose reader may go and whose disk may be full."""
+    """Wraps a text file so that a closed pipe or a full disk loses log lines instead of raising."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
 
     def write(self, text: str) -> int:
-        """Writes, or drops."""
-        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+        """Writes the text, or drops it where the file takes none; returns its length either way."""
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the file is closed
             self._file.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Writes what is buffered, or keeps it."""
+        """Flushes the file, if it can be written."""
         with contextlib.suppress(OSError, ValueError):
             self._file.flush()
 
 
 def configure_logging(log_format: str, level: str) -> None:
-    """Sets up structlog for the process; log lines go to stderr."""
+    """Sets up structlog for the process, on stderr. `log_format` is auto, console or json; `level` such as "info"."""
     json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
     renderer = structlog.processors.JSONRenderer() if json else structlog.dev.ConsoleRenderer()
     structlog.configure(
@@ -53,6 +53,7 @@ def configure_logging(log_format: str, level: str) -> None:
 
 
 def _add_trace_id(_logger: object, _method: str, event: MutableMapping[str, object]) -> MutableMapping[str, object]:
+    """A structlog processor: adds the id of the current trace, 32 hexadecimal digits, where there is one."""
     context = trace.get_current_span().get_span_context()
     if context.is_valid:
         event.setdefault("trace_id", format(context.trace_id, "032x"))

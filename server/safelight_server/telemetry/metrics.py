@@ -1,4 +1,7 @@
-"""Prometheus metrics in a registry of their own; labels are resolved once, so that hot paths only add numbers."""
+"""All Prometheus metrics of the server, in a registry of their own.
+
+Labels are resolved once, in constructors, so that hot paths only add numbers.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ TIER_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0
 
 @dataclass(frozen=True, slots=True)
 class Hits:
-    """Outputs that were served by earlier work in one way."""
+    """Outputs that one kind of cache hit served, and what that saved: denoising steps and seconds of compute."""
 
     kind: str
     num_outputs: int
@@ -32,7 +35,7 @@ class Hits:
 
 @dataclass(frozen=True, slots=True)
 class Lookups:
-    """Times of lookups, in seconds."""
+    """Distribution of the times, in seconds, of one kind of cache lookup."""
 
     kind: str
     seen: Distribution
@@ -40,7 +43,7 @@ class Lookups:
 
 @dataclass(frozen=True, slots=True)
 class TierUsage:
-    """What a tier held when it was measured last."""
+    """Entries and bytes in a cache tier at its last measurement."""
 
     name: str
     num_entries: int
@@ -86,24 +89,24 @@ class Metrics:
         )
 
     def batch(self, kind: str, rows: int, seconds: float) -> None:
-        """A runtime call came back."""
+        """Records a finished runtime call: its kind, its rows, and its duration in seconds."""
         self._rows[kind].observe(rows)
         self._calls[kind].observe(seconds)
         self.compute_seconds.inc(seconds)
 
     def watch_queue(self, waiting: Callable[[str], float], running: Callable[[], float]) -> None:
-        """Reads the queue's depth when it is asked for."""
+        """Sets the functions that give the queue's depth by class, and the running outputs, at every scrape."""
         for name in CLASSES:
             self._waiting.labels(name).set_function(functools.partial(waiting, name))
         self._running.set_function(running)
 
     def ended(self, status: str, seconds: float) -> None:
-        """A generation ended."""
+        """Counts a generation that ended with this status, so many seconds after its acceptance."""
         self._outcomes.labels(status).inc()
         self.duration.observe(seconds)
 
     def previews(self, num_sent: int, num_bytes: int, num_dropped: int, first_s: float | None) -> None:
-        """What became of a generation's previews; the first was handed over `first_s` after acceptance."""
+        """Counts a generation's previews; the first was sent `first_s` seconds after acceptance (None: none was)."""
         self.previews_sent.inc(num_sent)
         self.preview_bytes.inc(num_bytes)
         self.previews_dropped.inc(num_dropped)
@@ -111,7 +114,7 @@ class Metrics:
             self.first_preview.observe(first_s)
 
     def refused(self, reason: str) -> None:
-        """A request was refused before it became a generation."""
+        """Counts a request that was refused before it became a generation."""
         self._refused.labels(reason).inc()
 
     def serve(self, host: str, port: int) -> None:
@@ -120,7 +123,7 @@ class Metrics:
 
 
 class TierMetrics:
-    """What the tiers of the caches do; `tier` is memory, disk, redis or objects."""
+    """Metrics of the cache tiers; `tier` is memory, disk, redis or objects (S3)."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._got: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
@@ -147,7 +150,7 @@ class TierMetrics:
         )
 
     def got(self, tier: str, outcome: str, seconds: float) -> None:
-        """A lookup came back: hit, miss, expired, corrupt or unreadable."""
+        """Records a lookup in a tier; `outcome` is hit, miss, expired, corrupt or unreadable."""
         at = (tier, outcome)
         if (resolved := self._got.get(at)) is None:
             resolved = self._got[at] = (self._gets.labels(*at), self._seconds.labels(tier))
@@ -155,30 +158,30 @@ class TierMetrics:
         resolved[1].observe(seconds)
 
     def error(self, tier: str, reason: str) -> None:
-        """A tier was skipped: unavailable, left_alone, full or too_large."""
+        """Counts a failed or skipped call of a tier: unavailable, left_alone (open breaker), full or too_large."""
         self._errors.labels(tier, reason).inc()
 
     def dropped(self, tier: str) -> None:
-        """A value was not written in the background."""
+        """Counts a value that was not written in the background, for want of room or time."""
         self._dropped.labels(tier).inc()
 
     def holds(self, tier: str, entries: int, num_bytes: int) -> None:
-        """What a tier holds now."""
+        """Sets the number of entries and of bytes in a tier."""
         self._entries.labels(tier).set(entries)
         self._bytes.labels(tier).set(num_bytes)
 
     def usage(self, tiers: Sequence[str]) -> list[TierUsage]:
-        """What was measured last, by tier; zeros where nothing was."""
+        """The last measurement of each tier; zeros for a tier that was not measured yet."""
         entries, held = by_label(self._entries, "tier"), by_label(self._bytes, "tier")
         return [TierUsage(tier, int(entries.get(tier, 0)), int(held.get(tier, 0))) for tier in tiers]
 
     def breaker(self, service: str, state: int) -> None:
-        """The new state of a breaker."""
+        """Sets the state of a circuit breaker: 0 closed, 1 half-open, 2 open."""
         self._breakers.labels(service).set(state)
 
 
 class CacheMetrics:
-    """What the caches save; `kind` of a hit is one of `HITS`, of a lookup one of `LOOKUPS`."""
+    """Metrics of what the cache saves; `kind` of a hit is one of `HITS`, of a lookup one of `LOOKUPS`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._hits = Counter("safelight_cache_hits", "Outputs served by earlier work", ["kind"], registry=registry)
@@ -207,38 +210,38 @@ class CacheMetrics:
         self._looked = {kind: self._lookups.labels(kind) for kind in LOOKUPS}
 
     def looked(self, kind: str, seconds: float) -> None:
-        """A lookup came back."""
+        """Records the duration of a cache lookup for one output."""
         self._looked[kind].observe(seconds)
 
     def served(self, kind: str, num_steps: int, compute_s: float, num_outputs: int = 1) -> None:
-        """An output was served by earlier work."""
+        """Counts outputs that earlier work served, and the denoising steps and compute seconds of that work."""
         self._hits.labels(kind).inc(num_outputs)
         self._steps.labels(kind).inc(num_steps)
         self._compute.labels(kind).inc(compute_s)
 
     def rejected(self) -> None:
-        """The text guard turned a candidate away."""
+        """Counts a similar picture that the text guard rejected: its prompt says something else."""
         self._rejected.inc()
 
     def not_kept(self) -> None:
-        """A result was not kept."""
+        """Counts a result that was not cached because too many were being written."""
         self._not_kept.inc()
 
     def hits(self) -> list[Hits]:
-        """What was served, by kind."""
+        """Hits and their savings, by kind."""
         outputs, steps, compute = (by_label(metric, "kind") for metric in (self._hits, self._steps, self._compute))
         return [Hits(kind, int(count), int(steps[kind]), compute[kind]) for kind, count in outputs.items()]
 
     def lookups(self) -> list[Lookups]:
-        """How long looking took, by kind."""
+        """Durations of lookups, by kind."""
         return [Lookups(kind, seen) for kind, seen in distributions(self._lookups, "kind").items()]
 
     @property
     def num_rejected(self) -> int:
-        """Candidates that the text guard turned away."""
+        """Similar pictures that the text guard rejected."""
         return int(value(self._rejected))
 
     @property
     def num_not_kept(self) -> int:
-        """Results that were not kept."""
+        """Results that were not cached because too many were being written."""
         return int(value(self._not_kept))

@@ -1,13 +1,13 @@
-"""OpenTelemetry spans: where a picture's time goes, over every hop; exported over OTLP when an endpoint is configured.
+"""OpenTelemetry tracing: spans show where a picture's time goes; exported over OTLP when an endpoint is configured.
 
-A `Stage` is a span that is recorded, or a place in a trace that is not: then
-nothing that begins under it is made. Whether a trace is recorded is decided
-once, at its root, and heeded everywhere. The stage that a task works for is
-`current()` in it; a runtime finds the span of its call as OpenTelemetry's own
-current span, and none where no trace wants it.
+A `Stage` wraps a span. In a trace that is not recorded it creates no spans at
+all. The root of a trace decides whether it is recorded, and everything below
+keeps to that decision. `current()` is the stage that the running task works
+for; a runtime finds the span of its call as OpenTelemetry's own current span,
+which is invalid where no recorded trace takes part in the call.
 
-Neighbours: `trail.py` has the stages of one output and the spans of shared
-calls, `export.py` what carries spans away.
+`trail.py` has the stages of one output and the spans of calls that outputs
+share, `export.py` the exporter.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from safelight_server.telemetry.export import close_within, otlp_processor
 
 CLOSE_S = 3.0
-"""How long the end of the server waits for a collector to take the last spans."""
+"""How long shutdown waits for the collector to take the last spans."""
 FAULTS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
-"""Statuses that are errors of a server; the others its callers' doing (OpenTelemetry's conventions for gRPC)."""
+"""gRPC statuses that are the server's faults; callers cause the others (OpenTelemetry's conventions for gRPC)."""
 _PROPAGATOR = TraceContextTextMapPropagator()
 _NOTHING: Mapping[str, str | int | float] = {}
 
 
 class Tracing:
-    """Begins traces.
+    """Starts the traces of one server.
 
     Args:
-        endpoint: OTLP gRPC, http:// or https://; empty: nothing is recorded.
-        ratio: share of traces recorded that no client decided about.
-        headers: sent with every export, such as keys of a collector.
-        processor: takes the spans instead of an exporter to `endpoint`.
+        endpoint: URL of an OTLP gRPC collector, http:// or https://; empty: nothing is recorded.
+        ratio: share (0 to 1) of the traces recorded about which the client's `traceparent` decides nothing.
+        headers: sent with every export, such as the collector's key.
+        processor: takes the spans in place of an exporter to `endpoint`; for tests.
 
     Attributes:
-        num_trails: outputs on their way that are traced; at 0 calls need not ask whom they serve.
+        num_trails: traced outputs that have not ended; at 0 a call skips the look for outputs to trace.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Tracing:
         self.tracer = provider.get_tracer("safelight")
 
     def server_call(self, service: str, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> Stage:
-        """The span of a call that came in, a child of what the client's `traceparent` names."""
+        """Starts the span of an incoming call, as a child of the span in the client's `traceparent`, if it sent one."""
         carrier = {key: value for key, value in metadata if key in ("traceparent", "tracestate")}
         attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
         span = self.tracer.start_span(
@@ -74,16 +74,16 @@ class Tracing:
         return Stage(self, span)
 
     def close(self) -> None:
-        """Exports what is left, unless the collector keeps it waiting."""
+        """Exports the remaining spans; gives up after `CLOSE_S` seconds."""
         if self._provider is not None:
             close_within(self._provider.shutdown, CLOSE_S)
 
 
 class Stage:
-    """A span that is recorded, or nothing. What is begun must be ended once.
+    """A span, or in a trace that is not recorded a stand-in that records nothing. Each must be ended once.
 
     Attributes:
-        recorded: whether there is a span.
+        recorded: whether the span is recorded.
     """
 
     __slots__ = ("_span", "_tracing", "recorded")
@@ -95,12 +95,12 @@ class Stage:
 
     @property
     def tracing(self) -> Tracing:
-        """What began its trace."""
+        """The `Tracing` that started its trace."""
         return self._tracing
 
     @property
     def trace_id(self) -> str:
-        """32 hexadecimal digits, also where the client decided not to record; empty: there is no trace."""
+        """32 hexadecimal digits, also where the client decided against recording; empty without a trace."""
         context = self._span.get_span_context()
         return trace.format_trace_id(context.trace_id) if context.is_valid else ""
 
@@ -112,11 +112,11 @@ class Stage:
         start_ns: int | None = None,
         linked: Stage | None = None,
     ) -> Stage:
-        """A stage within this one.
+        """Starts a child stage. Returns this stage itself where it is not recorded.
 
         Args:
-            start_ns: when it began, of `time.time_ns`; None: now.
-            linked: a stage, of another trace perhaps, that it belongs together with.
+            start_ns: start time, of `time.time_ns`; None: now.
+            linked: a related stage, perhaps of another trace, to link to.
         """
         if not self.recorded:
             return self
@@ -127,24 +127,24 @@ class Stage:
         return Stage(self._tracing, span)
 
     def note(self, attributes: Mapping[str, str | int | float]) -> None:
-        """Adds attributes."""
+        """Adds attributes to the span."""
         if self.recorded:
             self._span.set_attributes(attributes)
 
     def link(self, other: Stage) -> None:
-        """Says that another stage, of another trace perhaps, belongs together with this one."""
+        """Links the span to a related one, perhaps of another trace."""
         if self.recorded and other.recorded:
             self._span.add_link(other._span.get_span_context())
 
     def end(self, error: str = "", at_ns: int | None = None) -> None:
-        """Ends it, as failed where there is an error."""
+        """Ends the span, with status ERROR where `error` is not empty; at `at_ns` of `time.time_ns` (None: now)."""
         if self.recorded:
             if error:
                 self._span.set_status(Status(StatusCode.ERROR, error))
             self._span.end(at_ns)
 
     def end_call(self, code: str, number: int, reason: str = "") -> None:
-        """Ends the span of a call that came in, with its status; failed where that is a fault of the server."""
+        """Ends the span of an incoming call with its gRPC status, name and number; ERROR for the server's faults."""
         self.note({"rpc.grpc.status_code": number, "rpc.response.status_code": code})
         if reason:
             self.note({"safelight.reason": reason})
@@ -152,7 +152,7 @@ class Stage:
 
     @contextlib.contextmanager
     def within(self, name: str) -> Iterator[None]:
-        """A stage that lasts as long as the block."""
+        """A child stage that lasts as long as the block."""
         stage = self.begin(name)
         try:
             yield
@@ -161,7 +161,7 @@ class Stage:
 
     @contextlib.contextmanager
     def as_current(self) -> Iterator[None]:
-        """What the block does, and the tasks that it starts, is done for this stage."""
+        """Makes this stage `current()` in the block and in tasks started there."""
         mine = _CURRENT.set(self)
         theirs = contexts.attach(trace.set_span_in_context(self._span, contexts.Context()))
         try:
@@ -171,7 +171,7 @@ class Stage:
             _CURRENT.reset(mine)
 
     def enter(self) -> None:
-        """From here on this task works for this stage."""
+        """Makes this stage `current()` for the rest of the running task."""
         _CURRENT.set(self)
         contexts.attach(trace.set_span_in_context(self._span, contexts.Context()))
 
@@ -181,10 +181,10 @@ _CURRENT: ContextVar[Stage] = ContextVar("safelight_stage", default=UNTRACED)
 
 
 def fault(code: str, reason: str) -> str:
-    """The error of a span whose work ended with a status; empty where that is no fault of the server."""
+    """The error text of a span that ended with this gRPC status; empty where the status is not the server's fault."""
     return (reason or code) if code in FAULTS else ""
 
 
 def current() -> Stage:
-    """The stage that this task works for."""
+    """The stage that the running task works for; `UNTRACED` where there is none."""
     return _CURRENT.get()

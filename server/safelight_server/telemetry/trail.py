@@ -1,14 +1,15 @@
-"""What becomes of one output, in the trace of its generation, and the spans of the calls that it shares.
+"""The spans of one output in its generation's trace, and the spans of the runtime calls that outputs share.
 
     output ── queue · text_encode · queue · denoise ── wait · step · wait · step …
            └─ decode · encode · suspended
 
-`queue` is the time until its first step in which no call works for it, `wait`
-the same after that. A call serves several traces: each has a span for its own
-part, and the first one also the span of the batch, linked with all the others.
+`queue` spans cover the time before the output's first step in which no runtime
+call works for it, `wait` spans the same time after that step. One call may
+serve several traces. Each of them gets a span for its own part; the first also
+gets the span of the batch, which is linked to all parts.
 
-Invariants: `end` ends whatever is open, once; the spans of a call end when it
-returns, also those of outputs that have ended meanwhile.
+Invariants: `end` ends every open span, once; the spans of a call end when the
+call returns, also for outputs that ended in the meantime.
 """
 
 from __future__ import annotations
@@ -23,21 +24,26 @@ from safelight_server.telemetry.tracing import Stage
 
 Attributes = Mapping[str, str | int | float]
 NO_CALL: AbstractContextManager[object] = nullcontext()
-"""In place of `CallSpans` where nobody is traced."""
+"""Stands in for `CallSpans` when a call serves no traced output."""
 
 
 class TracedOutput(Protocol):
-    """Whom a call serves, in one trace."""
+    """An output, or a preview of one, that a runtime call serves and whose trace is recorded."""
 
     def call(self, name: str, now_ns: int, attributes: Attributes, linked: Stage | None) -> Stage:
-        """A call that works for it begins."""
+        """Starts the span of a call that serves it; the caller ends that span."""
 
     def returned(self, now_ns: int) -> None:
-        """One of its calls is over."""
+        """Notes that one of its calls has returned."""
 
 
 class Trail:
-    """See the module. Made when the output is accepted; `generation` is recorded."""
+    """Records the spans of one output, from its acceptance to its end.
+
+    Args:
+        generation: the stage of its generation, which must be recorded.
+        attributes: of the output's span.
+    """
 
     def __init__(self, generation: Stage, attributes: Attributes) -> None:
         self._tracing = generation.tracing
@@ -53,7 +59,7 @@ class Trail:
     # --- calls ---
 
     def call(self, name: str, now_ns: int, attributes: Attributes, linked: Stage | None) -> Stage:
-        """A call that works for it begins."""
+        """Ends the waiting span and starts the span of a call that serves this output."""
         self._end_wait(now_ns)
         if name == "decode":
             self._end_stage(now_ns)
@@ -65,32 +71,32 @@ class Trail:
         return (self._stage or self._output).begin(name, attributes, start_ns=now_ns, linked=linked)
 
     def returned(self, now_ns: int) -> None:
-        """One of its calls is over."""
+        """Notes that one of its calls has returned; without others, the output waits from now on."""
         self._num_calls -= 1
         self._wait(now_ns)
 
     # --- what else happens ---
 
     def suspend(self) -> None:
-        """Nobody wants it for a while."""
+        """Starts the `suspended` span: the output pauses because nobody watches it."""
         self._rest("suspended", time.time_ns())
 
     def resume(self) -> None:
-        """It is wanted again."""
+        """Ends the `suspended` span: the output goes on."""
         now_ns = time.time_ns()
         self._end_stage(now_ns)
         self._rests = False
         self._wait(now_ns)
 
     def developed(self) -> None:
-        """The decoder's result, or another's pixels, are there; they are made into a picture and encoded."""
+        """Starts the `encode` span: the pixels, decoded or from another output, are to become an encoded picture."""
         now_ns = time.time_ns()
         if self._was_decoded and self._waits_since_ns is not None:
             now_ns, self._waits_since_ns = self._waits_since_ns, None
         self._rest("encode", now_ns)
 
     def end(self, attributes: Attributes, error: str = "") -> None:
-        """It has ended."""
+        """Ends every open span; the output's own with these attributes, and as failed where `error` is not empty."""
         now_ns = time.time_ns()
         self._tracing.num_trails -= 1
         self._rest("", now_ns)
@@ -98,7 +104,7 @@ class Trail:
         self._output.end(error, now_ns)
 
     def _rest(self, name: str, now_ns: int) -> None:
-        """Goes on to a stage without calls; empty: to the end."""
+        """Ends the current stage and starts one that has no runtime calls; an empty name starts none."""
         self._rests = True
         self._end_wait(now_ns)
         self._end_stage(now_ns)
@@ -106,6 +112,7 @@ class Trail:
             self._stage = self._output.begin(name, start_ns=now_ns)
 
     def _wait(self, now_ns: int) -> None:
+        """Begins to wait, unless a call is still running or the stage has no calls."""
         if not self._num_calls and not self._rests:
             self._waits_since_ns = now_ns
 
@@ -122,26 +129,28 @@ class Trail:
 
 
 class PreviewSpan:
-    """A preview that is being made, as calls see it."""
+    """The span of a preview that is being decoded; a `TracedOutput` for its call."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
 
     def call(self, name: str, now_ns: int, attributes: Attributes, linked: Stage | None) -> Stage:
-        """Its decoding begins."""
+        """Starts the span of the call that decodes it."""
         return self._stage.begin(name, attributes, start_ns=now_ns, linked=linked)
 
     def returned(self, now_ns: int) -> None:
-        """Its decoding is over."""
+        """Does nothing: whoever renders the preview ends its span."""
 
 
 class CallSpans:
-    """The spans of one call of the runtime, from its dispatch until the block is left, which makes the batch current.
+    """A context manager for the spans of one runtime call, from its dispatch to the end of the block.
+
+    Inside the block the span of the batch is the current one.
 
     Args:
-        name: of the part that each trace has.
-        served: those whom the call serves and is to be recorded for, at least one.
-        batch: attributes of the batch's own span.
+        name: of the span that each trace gets for its part of the call.
+        served: the traced outputs that the call serves, with the attributes of their parts; at least one.
+        batch: attributes of the batch's span.
     """
 
     def __init__(self, name: str, served: Sequence[tuple[TracedOutput, Attributes]], batch: Attributes) -> None:

@@ -56,7 +56,7 @@ class Mirror:
 
 
 class Mirrors:
-    """See the module; run `sweep` as a task."""
+    """Shows generations that other replicas own, and takes over those without an owner. Run `sweep` as a task."""
 
     def __init__(
         self, context: ClusterContext, host: GenerationHost, planner: Planner, owners: Owners, me: str

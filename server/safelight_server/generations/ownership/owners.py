@@ -52,7 +52,7 @@ class OwnedGeneration:
 
 
 class Owners:
-    """See the module.
+    """Keeps the generations that this replica owns: lease, request id, record and end of each.
 
     Args:
         me: names this replica in news.

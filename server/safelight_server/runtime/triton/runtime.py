@@ -65,11 +65,7 @@ class TritonOptions:
 
 
 class TritonRuntime:
-    """Executes components on Triton servers; see the module's docstring.
-
-    Args:
-        clock: monotonic seconds.
-    """
+    """A `Runtime` that spreads calls over several Triton servers, and ejects and probes those that fail."""
 
     name = "triton"
 

@@ -46,7 +46,7 @@ class SharedMemoryUse(enum.StrEnum):
 
 
 class Server:
-    """Probes and calls one Triton server; see the module's docstring.
+    """The client side of one Triton server: probes it, and runs batches on it.
 
     Args:
         url: HOST:PORT of the server's gRPC.
