@@ -65,7 +65,11 @@ class TritonOptions:
 
 
 class TritonRuntime:
-    """A `Runtime` that spreads calls over several Triton servers, and ejects and probes those that fail."""
+    """A `Runtime` that spreads calls over several Triton servers, and ejects and probes those that fail.
+
+    Args:
+        clock: monotonic seconds.
+    """
 
     name = "triton"
 
