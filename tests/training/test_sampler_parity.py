@@ -191,15 +191,12 @@ def test_what_is_never_offered_fails(cell):
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
-def test_all_noise_fresh_from_a_signal_of_zero_is_refused(prediction_type, spacing):
-    """Which numbers of steps are NaN there is a matter of last bits: all but one step are refused."""
+def test_all_noise_fresh_from_a_signal_of_zero_is_offered(prediction_type, spacing):
+    """diffusers takes the root of a last bit there, NaN for some numbers of steps; what is kept is exactly nothing."""
     cell = Cell("ddim", prediction_type, spacing, "default", True)
     schedule, steps = schedule_of(cell), range(1, MAX_STEPS + 1)
-    refused = {n for n in steps if refusal(spec_of(cell, 1.0), schedule, prediction_type, n)}
-    failing = {n for n in steps if fails(cell, schedule, n, 1.0)}
-    assert len(failing) >= 5
-    assert refused == set(steps) - {1}
-    assert failing <= refused
+    assert not {n for n in steps if refusal(spec_of(cell, 1.0), schedule, prediction_type, n)}
+    assert len({n for n in steps if fails(cell, schedule, n, 1.0)}) >= 5
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,10 @@ class Mirrors:
                     await asyncio.sleep(RETRY_S)
 
     async def _adopt(self, mirror: Mirror) -> bool:
-        """Owns it from here on, unless another replica was quicker or it is none for this one."""
+        """Takes over the lease of a mirrored generation; true where nothing is left to be mirrored.
+
+        False if another replica holds the lease or this replica cannot develop the generation.
+        """
         if not self._can(mirror):
             return False
         leader = await Leadership.take(self._context.coordinator, mirror.name, self._context.ttl_s)
@@ -255,7 +258,13 @@ class Mirrors:
             return False
         generation = mirror.generation
         try:
-            for event in await self._context.coordinator.read(mirror.name):
+            events = await self._context.coordinator.read(mirror.name)
+            if not events:  # its owner accepted it as LOCAL and has settled it since: it is nobody else's
+                await leader.close()
+                generation.leave()
+                self._host.moved(generation)
+                return True
+            for event in events:
                 if _later(event.place, mirror.place):
                     await self._apply(mirror, event)
             own = OwnedGeneration(mirror.name, leader, await self._owners.claimed(generation))

@@ -214,7 +214,19 @@ class Owners:
         if generation.journal is not None:
             self._end(generation.journal, settle)
         else:
-            self._watch_end(self._context.start(self._close(own, settle)))
+            self._watch_end(self._context.start(self._close_unwritten(generation, own, settle)))
+
+    async def _close_unwritten(
+        self, generation: Generation, own: OwnedGeneration, settle: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Settles a generation without a journal.
+
+        Its record may have been written though the answer was lost. Then another replica can have adopted it, and
+        what that one wrote counts.
+        """
+        await self._close(own, settle)
+        if own.leader.lost.is_set():
+            self._lose(generation)
 
     def _settling(self, own: OwnedGeneration, kept_s: float, *, retryable: bool) -> Callable[[], Awaitable[None]]:
         claimed_s = 0.0 if retryable else self._context.idempotency_ttl_s
