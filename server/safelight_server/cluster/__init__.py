@@ -1,9 +1,9 @@
-"""Several replicas on one Redis as if they were one.
+"""Several replicas on one Redis that work as one server.
 
-news.py      what replicas tell each other at once
-flight.py    one execution, wherever it runs: led here, followed from elsewhere, taken over from one that died
-flights.py   what they share
-landing.py   the end of one: picture, commit and bill, watchers
-records.py   what is written of a generation so that another replica can go on with it
-journal.py   writes a generation's events before any stream sees them
+leased_runner.py    runs one execution: here under a lease, or followed from the replica that holds the lease
+leased_runners.py   what the executions of this replica share
+commit.py           the end of an execution: picture, commit with the bill, watchers
+bulletin.py         short messages between replicas
+records.py          the stored form of a generation and its events
+journal.py          writes a generation's events before any stream sees them
 """

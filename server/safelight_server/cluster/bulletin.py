@@ -1,7 +1,7 @@
-"""What replicas tell each other at once: who follows an execution, who wants a generation, what is cancelled.
+"""Short messages between replicas: who follows an execution, who wants a generation, what is cancelled.
 
-News only make things quicker: whoever misses some learns the same from a lease
-that ends. Sealed, since they name generations. Neighbours: `leased_runners`, `ownership`.
+Messages only make things quicker: a replica that misses one learns the same
+when a lease ends. They are sealed, since they name generations.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Handler = Callable[[str, Mapping[str, str]], None]
 
 
 class Bulletin:
-    """Of one replica; run `listen` and `talk` as tasks."""
+    """Publishes to all replicas and calls the subscribers of this one. Run `listen` and `talk` as tasks."""
 
     def __init__(self, coordinator: Coordinator, sealer: Sealer) -> None:
         self._coordinator = coordinator
@@ -38,17 +38,17 @@ class Bulletin:
         self._waiting: asyncio.Queue[bytes] = asyncio.Queue(MAX_WAITING)
 
     def subscribe(self, kind: str, handler: Handler) -> None:
-        """Calls `handler` for all news of a kind, this replica's own too."""
+        """Calls `handler` for every message of a kind, also for this replica's own."""
         self._handlers[kind] = handler
 
     def publish(self, kind: str, about: str, **facts: str) -> None:
-        """Tells all replicas, soon; not where too much waits to be told."""
+        """Queues a message for all replicas. The message is dropped when too many wait."""
         data = json.dumps({"kind": kind, "about": about} | facts).encode()
         if not self._waiting.full():
             self._waiting.put_nowait(self._sealer.seal(STREAM, Entry(data), time.time() + KEPT_S))
 
     async def talk(self) -> None:
-        """Tells what waits to be told; never ends."""
+        """Sends the queued messages. Never returns."""
         while True:
             data = await self._waiting.get()
             try:
@@ -57,7 +57,7 @@ class Bulletin:
                 await asyncio.sleep(RETRY_S)
 
     async def listen(self) -> None:
-        """Hears what is new from now on; never ends."""
+        """Calls the handlers for messages that arrive from now on. Never returns."""
         while True:
             try:
                 before = await self._coordinator.read(STREAM)

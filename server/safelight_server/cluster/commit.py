@@ -1,8 +1,8 @@
-"""The end of an execution that was led here: the picture first, then the commit with the bill, then the watchers.
+"""Ends an execution that ran here: stores the picture, commits it with its bill, then hands it to the watchers.
 
-Invariants: a picture lies in a shared tier before it is committed; a result is
-billed once; where the service is away the own watchers get the picture all the
-same, and it is committed later or discarded. Neighbours: `leased_runner`.
+Invariants: a picture is in a shared tier before it is committed; a result is
+billed once; while Redis cannot be reached the watchers of this replica get the
+picture all the same, and it is committed later or discarded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ KeepPicture = Callable[[Pixels, float], Awaitable[bool]]
 
 @dataclass(slots=True)
 class BilledWork:
-    """What is billed."""
+    """The work of an execution that its bill lists."""
 
     rows: int = 0
     steps: int = 0
@@ -50,10 +50,12 @@ class BilledWork:
 
 
 async def committed_picture(leased_runners: LeasedRunners, name: str) -> Pixels | None:
-    """The picture of a committed result; a result whose picture is gone is forgotten, to be computed anew.
+    """Returns the picture of a committed result, or None.
+
+    A result whose picture is gone is forgotten, so that it is computed anew.
 
     Raises:
-        StoreError: the service cannot be asked.
+        StoreError: Redis cannot be asked.
     """
     result = await leased_runners.coordinator.result(name)
     if result is None:
@@ -73,7 +75,7 @@ async def commit_result(
     work: BilledWork,
     leader: Leadership | None,
 ) -> Pixels:
-    """Commits a picture, now or later; the one that counts, as far as that is known soon."""
+    """Commits a picture, now or in the background. Returns the picture that counts, as far as that is known soon."""
     decided: asyncio.Future[Pixels | None] = asyncio.get_running_loop().create_future()
     leased_runners.start(_commit(leased_runners, ticket, keep, pixels, work, leader, decided))
     try:
@@ -93,11 +95,11 @@ async def _commit(
     leader: Leadership | None,
     decided: asyncio.Future[Pixels | None],
 ) -> None:
-    """Commits; `decided` with the picture that counts in place of ours, or None as soon as this takes long.
+    """Commits, and sets `decided` to the picture that counts, or to None once this takes long.
 
-    Who holds the lease may be nobody: one whose answer was lost, or a replica that dies. So it is waited for until
-    there is a result or the lease is free. The bill is the same each time: where the answer of a commit was lost and
-    its result forgotten since, it is not written again.
+    The lease may be held by nobody who is alive: an earlier attempt whose answer was lost, or a replica that died. So
+    this waits until there is a result or the lease is free. The bill is the same at each attempt: if the answer of a
+    commit was lost and its result was forgotten since, the bill is not written again.
     """
     until, late, bill = time.monotonic() + GIVE_UP_S, False, _bill(leased_runners, ticket, work)
     try:

@@ -1,9 +1,8 @@
 """Writes a generation's state events and pictures where other replicas find them, before any stream sees them.
 
-So numbers mean the same everywhere. Where Redis is away nothing is held up: it
-is shown at once and written when Redis is back. Invariants: what is written is
-in order and has no gap; one who was replaced as owner writes nothing more.
-Neighbours: `stream.EventLog` publishes, `records` has the form.
+So a sequence number means the same on all replicas. While Redis cannot be
+reached, events are shown at once and written later. Invariants: what is written
+is in order and has no gap; an owner that was replaced writes and shows nothing.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ class _JournalLine:
 
 
 class Journal:
-    """Of one generation, by its owner. See `stream.log.DurableWriter`.
+    """Writes the events of one generation for its owner; a `stream.log.DurableWriter`.
 
     Args:
-        leader: the ownership.
-        put: keeps a picture in a shared tier; whether it is there.
-        standing: the generation's state and error when an event is published.
-        on_lost: called once when another replica owns the generation.
+        leader: the lease of the generation.
+        put: stores a picture in a shared tier; returns whether it is there.
+        standing: returns the generation's state and error at the time of an event.
+        on_lost: called once when another replica has taken the generation over.
     """
 
     def __init__(
@@ -74,20 +73,20 @@ class Journal:
         self._tried_at = -math.inf
 
     def event(self, event: StateEvent, sequence: int, data: bytes, show: Callable[[], None]) -> None:
-        """Takes a state event."""
+        """Queues a state event; `show` is called when it is written."""
         self.write(event_record(event, sequence, data, *self._standing(), datetime.now(UTC)), show)
 
     def picture(self, output_index: int, picture: EncodedPicture, show: Callable[[], None]) -> None:
-        """Takes a finished picture."""
+        """Queues a finished picture; `show` is called when it is stored."""
         self._take(functools.partial(self._put, output_index, picture), show)
 
     def write(self, written: JournalEntry, show: Callable[[], None] | None = None) -> None:
-        """Takes anything else that others must know."""
+        """Queues any other entry that replicas need to know."""
         data = dump(self._sealer, self._leader.lease.name, written)
         self._take(functools.partial(self._leader.publish, data), show)
 
     def end(self, settle: Callable[[], Awaitable[None]]) -> None:
-        """Gives the ownership back when all is written, or was waited for long enough, after `settle`."""
+        """Runs `settle` and releases the lease once everything is written or was given up."""
         self._settle = settle
         self._ended_at = time.monotonic()
         self._go_on()
@@ -98,12 +97,12 @@ class Journal:
         return self._leader.held
 
     async def closed(self) -> None:
-        """Waits until nothing is left to be written, after `end` also until the ownership is given back."""
+        """Waits until nothing is left to be written, and after `end` until the lease is released."""
         if self._task is not None:
             await asyncio.wait({self._task})
 
     async def abandon(self) -> None:
-        """Writes nothing more and gives the ownership back."""
+        """Drops what is not written and releases the lease."""
         self._over = True
         tasks = {task for task in (self._watching, self._task) if task is not None}
         for task in tasks:

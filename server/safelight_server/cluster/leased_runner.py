@@ -1,15 +1,15 @@
-"""One execution, wherever it runs: led here, followed from another replica, or taken over from one that died.
+"""Runs one execution: here under a lease, followed from another replica, or taken over from one that died.
 
     submit ──► asks for the lease ──► leads: the engine runs it, from the newest checkpoint
                      ▲    └─────────► follows: steps and frames come from the leader's stream
                      └── leader lost ────┘└──► committed: the picture comes from the shared tiers
 
-To `execution.py` a flight is what the engine is; generations do not see the
-difference. A leader publishes its steps once someone has said that he follows:
-what nobody follows costs a lease, its renewals and a commit. Invariants: the
-picture lies in a shared tier before it is committed with its bill; a result is
-billed once; without Redis everything runs here and commits later or never.
-Neighbours: `engine`, `cache.coordination`, `cache.checkpoints`, `leased_runners`, `landing`.
+An execution uses a leased runner as it would use the engine; generations see no
+difference. A leader publishes its steps only after another replica has said that
+it follows: an execution that nobody follows costs a lease, its renewals and a
+commit. Invariants: the picture is in a shared tier before it is committed with
+its bill; a result is billed once; without Redis everything runs here and is
+committed later or never.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ EVENT_S = 3600.0
 
 
 class LeasedRunner(ExecutionObserver):
-    """One execution; see the module.
+    """Runs or follows one execution.
 
     Args:
-        keep: puts the picture where the ticket points.
+        keep: stores the picture where the ticket points.
     """
 
     def __init__(self, leased_runners: LeasedRunners, ticket: ExecutionTicket, keep: KeepPicture) -> None:
@@ -75,13 +75,13 @@ class LeasedRunner(ExecutionObserver):
     # --- what the execution asks: as of the engine ---
 
     def submit(self, job: Job, listener: ExecutionObserver) -> None:
-        """Takes the job; whatever comes of it the listener hears."""
+        """Starts the job. The observer is told of everything that happens."""
         self._job, self._listener = job, listener
         if not self._landing:
             self._task = self._leased_runners.start(self._fly(job, listener))
 
     def suspend(self, output_id: int) -> Snapshot | None:
-        """Stops; what was done here is kept, for this replica and the others."""
+        """Stops the job. Checkpoints stay for this replica and for others."""
         snapshot = self._job.start if self._job else None
         if self._landing:
             return snapshot
@@ -95,18 +95,18 @@ class LeasedRunner(ExecutionObserver):
         return snapshot
 
     def reschedule(self, output_id: int, priority: int, deadline: float | None) -> None:
-        """As the engine, where it runs here."""
+        """Changes class and deadline in the engine, if the job runs here."""
         assert self._job is not None
         self._job = replace(self._job, priority=type(self._job.priority)(priority), deadline=deadline)
         if self._aloft:
             self._leased_runners.engine.reschedule(output_id, self._job.priority, deadline)
 
     async def preview(self, job: Job, denoised: FloatArray, component: Component) -> FloatArray | None:
-        """As the engine: previews are decoded where they are watched, wherever the steps are made."""
+        """Decodes a preview here, also when the steps are made on another replica."""
         return await self._leased_runners.engine.preview(job, denoised, component)
 
     def load(self) -> float:
-        """As the engine."""
+        """The load of the engine; see `Engine.load`."""
         return self._leased_runners.engine.load()
 
     # --- who computes ---
@@ -152,10 +152,10 @@ class LeasedRunner(ExecutionObserver):
             raise
 
     async def _follow(self, job: Job, listener: ExecutionObserver) -> bool:
-        """Hears the leader until its result is committed; True: the service is away, and the leader with it.
+        """Follows the leader until its result is committed. True if Redis, and so the leader, cannot be reached.
 
         Raises:
-            LeaderLostError: it died.
+            LeaderLostError: the leader died.
         """
         self._leased_runners.bulletin.publish(FOLLOW, self.ticket.name)
         self._leased_runners.engine.follow(job.output_id)
@@ -194,7 +194,7 @@ class LeasedRunner(ExecutionObserver):
         return np.frombuffer(data, np.float32).reshape(shape) if len(data) == 4 * math.prod(shape) else None
 
     async def _lead(self, job: Job, listener: ExecutionObserver, leader: Leadership | None) -> None:
-        """Runs it here; without a leadership for the own watchers only, until the service is back."""
+        """Runs the job here. Without a lease it runs for this replica's own watchers only, until Redis is back."""
         self._leader = leader
         try:
             if self._again and leader is not None:
@@ -224,7 +224,7 @@ class LeasedRunner(ExecutionObserver):
         return kept if kept is not None and (start is None or kept.step > start.step) else start
 
     async def _leave(self, snapshot: Snapshot | None) -> None:
-        """Lets others go on from here."""
+        """Releases the lease, so that another replica can continue."""
         self._leased_runners.ends(self)
         leader, self._leader, job = self._leader, None, self._job
         if leader is None or job is None:
@@ -243,21 +243,21 @@ class LeasedRunner(ExecutionObserver):
     # --- what the engine asks and reports while it runs here ---
 
     def trails(self) -> Sequence[Trail]:
-        """Of the execution."""
+        """The traces of the execution."""
         return self._told().trails()
 
     def started(self) -> None:
-        """To the execution."""
+        """Forwards to the execution."""
         self._told().started()
 
     def computed(self, seconds: float, rows: int) -> None:
-        """To the execution, and to the bill."""
+        """Forwards to the execution, and adds to the bill."""
         self._work.compute_s += seconds
         self._work.rows += rows
         self._told().computed(seconds, rows)
 
     def stepped(self, step: int, batch_size: int) -> None:
-        """To the execution; those who follow get it with its frame."""
+        """Forwards to the execution, and publishes the step with its frame to followers."""
         self._step = step
         self._work.steps += 1
         self._batch_size = batch_size
@@ -265,11 +265,11 @@ class LeasedRunner(ExecutionObserver):
 
     @property
     def next_due(self) -> float:
-        """Every step is due while another replica follows; else what is due for the execution."""
+        """The next step whose frame is wanted: every step while another replica follows, else as the execution says."""
         return 0 if self.followed else self._told().next_due
 
     def frame(self, step: int, denoised: FloatArray) -> None:
-        """To whoever wants it."""
+        """Hands a frame to the execution and to followers."""
         if step >= self._told().next_due:
             self._told().frame(step, denoised)
         if self.followed and self._leader is not None:
@@ -285,19 +285,19 @@ class LeasedRunner(ExecutionObserver):
             await leader.publish(data)
 
     def wants_checkpoint(self, step: int) -> bool:
-        """As the execution says."""
+        """Forwards to the execution."""
         return self._told().wants_checkpoint(step)
 
     def checkpoint(self, snapshot: Snapshot) -> None:
-        """To the execution."""
+        """Forwards to the execution."""
         self._told().checkpoint(snapshot)
 
     def encoded(self, row: int, embedding: FloatArray) -> None:
-        """To the execution."""
+        """Forwards to the execution."""
         self._told().encoded(row, embedding)
 
     def decoded(self, image: FloatArray) -> None:
-        """The picture is put where all see it and committed; then the execution has it."""
+        """Stores and commits the picture, then hands it to the execution."""
         self._landing, self._aloft = True, False
         self._leased_runners.start(self._decoded(image, self._told()))
 
@@ -312,13 +312,13 @@ class LeasedRunner(ExecutionObserver):
             await self._land(pixels, listener)
 
     def failed(self, error: SafelightError) -> None:
-        """To the execution; those who follow try themselves."""
+        """Forwards to the execution. Followers try the job themselves."""
         self._aloft = False
         self._leaving = self._leased_runners.start(self._leave(None))
         self._told().failed(error)
 
     def expired(self) -> None:
-        """To the execution."""
+        """Forwards to the execution."""
         self._aloft = False
         self._leaving = self._leased_runners.start(self._leave(None))
         self._told().expired()
@@ -338,7 +338,7 @@ class LeasedRunner(ExecutionObserver):
 
 
 async def _give_back(taking: asyncio.Task[Leadership | None]) -> None:
-    """Gives back a lease that came too late."""
+    """Releases a lease that arrived after it was no longer wanted."""
     with contextlib.suppress(StoreError):
         if (leader := await taking) is not None:
             await leader.close()

@@ -1,7 +1,4 @@
-"""What the executions of this replica share when there are others: the service, who is led here, who is followed.
-
-Neighbours: `leased_runner` is one execution, `landing` its end.
-"""
+"""What the executions of this replica share: Redis, who leads here, who is followed."""
 
 from __future__ import annotations
 
@@ -36,15 +33,15 @@ TAKEOVER_LEASES = 4
 
 @dataclass(frozen=True, slots=True)
 class ExecutionTicket:
-    """What a flight is known by.
+    """Names of one execution.
 
     Attributes:
-        name: to all replicas; an HMAC.
+        name: the same on all replicas; an HMAC.
         pointer: the key of its pixels in the tiers.
-        checkpoints: tenant and execution of its checkpoints; None: it has none.
+        checkpoints: tenant and execution of its checkpoints; None if it has none.
         tenant, generation: who is billed.
-        revision: of the model; what is kept is purged by it and by the generation.
-        again: it may have come far already, on a replica that is gone.
+        revision: of the model; purges by revision and by generation use it.
+        again: a replica that is gone may have made steps of it already.
     """
 
     name: str
@@ -57,19 +54,19 @@ class ExecutionTicket:
 
 
 class LocalRunner(Protocol):
-    """A flight that is led here; `followed`: someone elsewhere wants to see its steps."""
+    """A runner that leads here. `followed` is set when another replica wants to see its steps."""
 
     ticket: ExecutionTicket
     followed: bool
 
 
 class LeasedRunners:
-    """All flights of this replica; run `watch_service` as a task.
+    """All leased runners of this replica. Run `watch_service` as a task.
 
     Attributes:
-        away: the service was away for longer than a lease.
-        num_late: results kept for a service that is away.
-        asking: jobs that have not learned yet whether they run here.
+        away: Redis could not be reached for longer than a lease.
+        num_late: results kept until Redis is back.
+        asking: jobs that do not know yet whether they run here.
 
     Args:
         ttl_s: of a lease.
@@ -108,14 +105,14 @@ class LeasedRunners:
 
     @property
     def private_s(self) -> float:
-        """How long a result is kept that nobody finds by its name.
+        """How long a result is kept that nobody else may be served.
 
-        As long as it can be watched, and as its owner tries to write it down, or whoever takes over from it.
+        It lives as long as its generation can be watched, plus the time in which an owner may still write it down.
         """
         return max(self._result_ttl_s, GIVE_UP_S + TAKEOVER_LEASES * self.ttl_s)
 
     def start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        """Runs something of a flight; `close` waits for it."""
+        """Runs a coroutine of a runner in the background; `close` waits for it."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -127,13 +124,13 @@ class LeasedRunners:
             log.error("bug", exc_info=fault)
 
     def leads(self, leased_runner: LocalRunner) -> None:
-        """It is led here from now on."""
+        """Registers a runner that leads here."""
         self._leading[leased_runner.ticket.name] = leased_runner
         if self._wishes.pop(leased_runner.ticket.name, 0) is None:
             leased_runner.followed = True
 
     def ends(self, leased_runner: LocalRunner) -> None:
-        """It is not led here any more."""
+        """Unregisters a runner that led here."""
         if self._leading.get(leased_runner.ticket.name) is leased_runner:
             del self._leading[leased_runner.ticket.name]
 
@@ -146,7 +143,7 @@ class LeasedRunners:
             self._wishes.popitem(last=False)
 
     async def watch_service(self) -> None:
-        """Says in `away` when the service was away for longer than a lease: leaders elsewhere are out of reach."""
+        """Sets `away` when Redis could not be reached for longer than a lease. Never returns."""
         since: float | None = None
         while True:
             try:
@@ -160,7 +157,7 @@ class LeasedRunners:
             await asyncio.sleep(self.ttl_s / 3)
 
     async def close(self, grace_s: float = 2.0) -> None:
-        """Waits for commits under way and gives leases back, as far as that is quick."""
+        """Waits for commits under way and releases leases, as far as that is quick."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=grace_s)
         for task in list(self._tasks):
@@ -170,7 +167,7 @@ class LeasedRunners:
 
 
 class LoadWithPending:
-    """The scheduler's load (see `admission.Load`) and the outputs that are about to come to it."""
+    """The load of the scheduler (see `admission.Load`) plus the outputs that are about to be submitted."""
 
     def __init__(self, leased_runners: LeasedRunners) -> None:
         self._scheduler = leased_runners.engine.scheduler

@@ -1,8 +1,7 @@
-"""What is written of a generation, so that another replica can go on with it: the record, then its events.
+"""The stored form of a generation, from which another replica can continue it: the record, then its events.
 
-Everything is JSON or the very bytes that streams get, and sealed. Invariant:
-what `parse` returns equals what `dump` was given. Neighbours: `journal` writes,
-`ownership` reads.
+Entries are JSON or the bytes that streams get, and sealed. Invariant: `parse`
+returns what `dump` was given.
 """
 
 from __future__ import annotations
@@ -50,10 +49,10 @@ class GenerationRecord:
     """A generation as it was accepted.
 
     Attributes:
-        deadline_at: Unix seconds; None: it has none.
-        origins: of its outputs, as far as they were known.
-        starts: which outputs began from a latent, kept under their name.
-        numerics_id, pipeline: what it was accepted with; empty: an older server wrote it and did not say.
+        deadline_at: Unix seconds; None without a deadline.
+        origins: where each output comes from, as far as it was known.
+        starts: which outputs began from a latent that is kept under their name.
+        numerics_id, pipeline: what it was accepted with; empty if an older server wrote it.
     """
 
     identifier: str
@@ -72,11 +71,11 @@ _RECORD = TypeAdapter(GenerationRecord)
 
 @dataclass(frozen=True, slots=True)
 class EventRecord:
-    """A state event and what it changed; or, without a number, the generation's new state.
+    """A state event and what it changed; without a sequence number, the generation's new state.
 
     Attributes:
-        sequence: its number.
-        data: as streams get it.
+        sequence: number of the event.
+        data: the bytes that streams get.
         output_index, reason, step: of OutputFinished.
         error: of the generation, so far.
         usage, finish_time: of Finished.
@@ -101,7 +100,7 @@ JournalEntry = GenerationRecord | EventRecord
 def event_record(
     event: StateEvent, sequence: int, data: bytes, state: GenerationState, error: SafelightError | None, now: datetime
 ) -> EventRecord:
-    """What is written of an event."""
+    """Returns the stored form of an event."""
     match event:
         case OutputFinished():
             return EventRecord("output", data, sequence, event.output_index, event.reason, event.step, error=error)
@@ -113,7 +112,7 @@ def event_record(
 
 
 def dump(sealer: Sealer, name: str, written: JournalEntry) -> bytes:
-    """Sealed, for the stream `name`."""
+    """Serializes and seals an entry for the stream `name`."""
     match written:
         case GenerationRecord():
             entry = Entry(_RECORD.dump_json(written), {"kind": "record"})
@@ -128,7 +127,7 @@ def dump(sealer: Sealer, name: str, written: JournalEntry) -> bytes:
 
 
 def parse(sealer: Sealer, name: str, data: bytes) -> JournalEntry:
-    """What was written.
+    """Opens and parses an entry.
 
     Raises:
         CorruptError, UnreadableError: it cannot be read; a server of another version may have written it.

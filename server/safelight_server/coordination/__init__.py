@@ -1,7 +1,6 @@
-"""Who computes what, across replicas.
+"""Leases, event streams and commits that replicas share.
 
-leadership.py   a lease kept alive while its work runs, and its commit
 base.py         the interface: leases with fencing tokens, streams of events, commits
-local.py        for one process
-redis.py        for replicas that share a Redis; scripts/ has what runs inside it
+leadership.py   a lease that is renewed while its work runs, and its commit
+redis.py        the implementation on Redis; scripts/ has what runs inside it
 """

@@ -24,11 +24,11 @@ BEGINNING = "0-0"
 
 
 class FencedError(Exception):
-    """The lease was taken over: its holder must stop writing."""
+    """The lease was taken over. Its former holder must stop writing."""
 
 
 class LeaderLostError(Exception):
-    """Nobody holds the lease of a followed execution, and it has no result: someone should take over."""
+    """Nobody holds the lease of a followed execution and it has no result. Someone should take over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class StreamEvent:
 
 @dataclass(frozen=True, slots=True)
 class CommittedResult:
-    """What was committed: a pointer to the result and the holder who committed it."""
+    """A committed result: the pointer to it, and the holder who committed it."""
 
     pointer: str
     owner: str
@@ -58,7 +58,7 @@ class CommittedResult:
 
 
 class CommitOutcome(Enum):
-    """Of a commit."""
+    """How a commit ended."""
 
     COMMITTED = "committed"  # by this lease, now or at an earlier try whose answer was lost
     TAKEN = "taken"  # another holder has committed before: its result counts
@@ -66,10 +66,10 @@ class CommitOutcome(Enum):
 
 
 class Coordinator(Protocol):
-    """All methods raise `StoreError` where the service cannot be asked, and may then have happened or not."""
+    """The service that replicas share. A method that raises `StoreError` may have taken effect or not."""
 
     async def acquire(self, name: str, owner: str, ttl_s: float) -> Lease | None:
-        """The lease, where nobody holds it and nothing is committed; the same again for the same owner."""
+        """Acquires the lease; None if another holds it or a result is committed. The same owner gets the same lease."""
 
     async def renew(self, lease: Lease, ttl_s: float) -> bool:
         """Keeps the lease for `ttl_s` from now, also one that ran out where nobody has held it since.
@@ -79,10 +79,10 @@ class Coordinator(Protocol):
         """
 
     async def release(self, lease: Lease) -> bool:
-        """Gives the lease back; False: it was not held any more."""
+        """Releases the lease. False if it was no longer held."""
 
     async def holder(self, name: str) -> Lease | None:
-        """Who holds the lease now."""
+        """Returns who holds the lease now."""
 
     async def publish(self, lease: Lease, data: bytes) -> str:
         """Appends an event to the execution's stream and returns its place.
@@ -92,15 +92,15 @@ class Coordinator(Protocol):
         """
 
     async def append(self, name: str, data: bytes) -> str:
-        """Appends an event to a stream that has no leader, such as news for all replicas."""
+        """Appends an event to a stream that has no leader, such as the bulletin."""
 
     def follow(self, name: str, after: str = BEGINNING, leader: bool = True) -> AsyncIterator[StreamEvent]:
-        """Events after a place as they come; ends after the last one when the result is committed.
+        """Yields events after a place as they come, and ends after the last one when the result is committed.
 
         Waits through outages of the service. Events beyond the stream's bound are lost to late readers.
 
         Args:
-            leader: whether the stream has a leader whose end is looked for.
+            leader: whether the stream has a leader, whose end is looked for.
 
         Raises:
             LeaderLostError: nobody computes it any more.
@@ -113,39 +113,39 @@ class Coordinator(Protocol):
         """
 
     async def result(self, name: str) -> CommittedResult | None:
-        """What is committed under a name."""
+        """Returns what is committed under a name."""
 
     async def forget(self, name: str, result: CommittedResult) -> bool:
-        """Makes room to compute a name anew, when what its result points to is gone; False: that is not its result."""
+        """Removes a result whose picture is gone, so that it can be computed anew. False if it has another result."""
 
     async def bills(self, after: str = BEGINNING, limit: int = 1000) -> list[StreamEvent]:
-        """Bills after a place, oldest first."""
+        """Returns bills after a place, oldest first."""
 
     async def read(self, name: str) -> list[StreamEvent]:
-        """The events of a stream that are there now."""
+        """Returns the events that are in a stream now."""
 
     async def expire(self, name: str, ttl_s: float) -> None:
-        """Forgets a stream after a time."""
+        """Deletes a stream after a time."""
 
     async def claim(self, name: str, value: bytes, ttl_s: float, instead_of: bytes | None = None) -> bytes:
-        """Binds a name to a value unless it has one; returns the value that counts.
+        """Binds a name to a value unless it has one. Returns the value that counts.
 
         Args:
-            ttl_s: for how long, where this call binds it.
-            instead_of: take the place of this value.
+            ttl_s: how long the binding lasts, if this call makes it.
+            instead_of: replace this value.
         """
 
     async def unclaim(self, name: str, value: bytes, ttl_s: float = 0.0) -> None:
-        """Lets go of a name that has this value, after `ttl_s`."""
+        """Removes the binding of a name to this value, after `ttl_s`."""
 
     async def register(self, name: str) -> None:
-        """Puts a name on the roll: someone should hold its lease until it is struck off."""
+        """Adds a name to the registry: someone should hold its lease until it is unregistered."""
 
     async def unregister(self, name: str) -> None:
-        """Takes a name off the roll."""
+        """Removes a name from the registry."""
 
     async def unowned(self) -> list[str]:
-        """Names on the roll whose lease nobody holds."""
+        """Returns registered names whose lease nobody holds."""
 
     async def close(self) -> None:
-        """Ends all that follows."""
+        """Ends all `follow` calls."""

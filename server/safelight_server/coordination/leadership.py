@@ -1,14 +1,15 @@
-"""A lease kept alive while its work runs, and its commit, through outages of the service.
+"""A lease that is renewed while its work runs, and the commit of that work, through outages of Redis.
 
-    leader = await Leadership.take(coordinator, name, ttl_s)     None: somebody else computes, follow it
+    leader = await Leadership.take(coordinator, name, ttl_s)     None: another replica computes, follow it
     ... leader.publish(event) ...                                True: readers elsewhere see it
     outcome = await leader.commit(pointer, bill, give_up_s)
     await leader.close()
 
-`lost` is set for good when another has held the lease since, also if it is free
-again. An outage alone loses nothing: the lease is renewed when the service is
-back, also where it ran out and nobody took it; the work goes on for its own
-watchers meanwhile. Whoever decides without a write asks `held` first.
+`lost` is set for good when another replica has held the lease since, even if the
+lease is free again. An outage alone loses nothing: the lease is renewed when
+Redis is back, also if it ran out and nobody took it. Meanwhile the work goes on
+for the watchers of this replica. Code that decides without a write checks
+`held` first.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ BEATS = 3
 
 
 class Leadership:
-    """Made by `take`."""
+    """A lease that this process holds; made by `take`."""
 
     def __init__(self, coordinator: Coordinator, lease: Lease, ttl_s: float, since: float) -> None:
         self.lease = lease
@@ -40,10 +41,10 @@ class Leadership:
 
     @classmethod
     async def take(cls, coordinator: Coordinator, name: str, ttl_s: float) -> Leadership | None:
-        """Leads, where nobody else does and nothing is committed.
+        """Takes the lease. None if another replica holds it or a result is committed.
 
         Raises:
-            StoreError: the service cannot be asked.
+            StoreError: Redis cannot be asked.
         """
         since = time.monotonic()
         lease = await coordinator.acquire(name, secrets.token_hex(8), ttl_s)
@@ -51,20 +52,20 @@ class Leadership:
 
     @property
     def held(self) -> bool:
-        """Whether the lease cannot have ended yet: its last renewal was asked for less than its time ago."""
+        """Whether the lease cannot have ended yet: its last renewal was sent less than its time to live ago."""
         return not self.lost.is_set() and time.monotonic() - self._renewed_at < self._ttl_s
 
     async def confirm(self) -> bool:
-        """Asks the service whether the lease is held, and renews it.
+        """Renews the lease. False if another replica has held it since.
 
         Raises:
-            StoreError: the service cannot be asked.
+            StoreError: Redis cannot be asked.
         """
         async with self._asking:
             return await self._renew()
 
     async def publish(self, data: bytes) -> bool:
-        """Appends an event; False: readers elsewhere do not see it, because of an outage or another leader."""
+        """Appends an event. False if readers elsewhere do not see it, because of an outage or another leader."""
         try:
             await self._coordinator.publish(self.lease, data)
         except FencedError:
@@ -76,9 +77,9 @@ class Leadership:
         return True
 
     async def commit(self, pointer: str, bill: bytes, give_up_s: float) -> CommitOutcome | None:
-        """Commits, waiting up to `give_up_s` for a service that is out; None: discarded, nobody was billed for sure.
+        """Commits, and waits up to `give_up_s` through an outage. None if the commit was discarded, unbilled.
 
-        A commit whose answer was lost is asked again and answers the same: nothing is billed twice.
+        A commit whose answer was lost is sent again and answers the same: nothing is billed twice.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(give_up_s):
@@ -94,7 +95,7 @@ class Leadership:
         return None
 
     async def close(self) -> None:
-        """Stops the renewals and gives the lease back, where that is possible."""
+        """Stops the renewals and releases the lease, if Redis can be reached."""
         self._beating.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._beating

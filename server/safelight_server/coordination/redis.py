@@ -153,7 +153,7 @@ class RedisCoordinator:
             self._followed.pop(follower, None)
 
     async def _is_over(self, name: str, follower: _Follower) -> bool:
-        """Whether a result is committed; then all events before it are with the follower."""
+        """Whether a result is committed. If so, all events before it are with the follower."""
         try:
             over = await self.result(name) is not None
             if not over and await self.holder(name) is None:
@@ -231,7 +231,7 @@ class RedisCoordinator:
         return [name for name, lease in zip(names, leases, strict=True) if lease is None]
 
     async def close(self) -> None:
-        """Ends the reader; the connection is its owner's to close."""
+        """Ends the reading task. The connection is closed by its owner."""
         if self._reader is not None:
             self._reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -271,7 +271,7 @@ class RedisCoordinator:
 
 
 class _Follower:
-    """What one reader of a stream has not taken yet."""
+    """The events that one reader of a stream has not taken yet."""
 
     def __init__(self, key: str, place: str) -> None:
         self.key = key

@@ -1,16 +1,15 @@
-"""Generations of all replicas: written down by their owner, shown by others, taken over when the owner is gone.
+"""Which replica owns a generation: written down by its owner, shown by others, taken over when the owner is gone.
 
-    enroll, record   before Accepted: the lease of its name, its request id, its record        (owner)
-    settle, let_go   it has ended; another replica wants it and nobody watches it here         (owner)
-    find, attend     a generation that another replica owns, as its record and events show it  (mirror)
-    adopt            the owner's lease has ended: the mirror becomes the owner                 (mirror → owner)
+    enroll, record   before Accepted: the lease of its name, its request id, its record           (owner)
+    settle, let_go   it has ended; or another replica wants it and nobody watches it here         (owner)
+    find, attend     shows a generation of another replica from its record and events             (mirror)
+    adopt            the owner's lease has ended: the mirror becomes the owner             (mirror → owner)
 
-Ownership goes where the streams are: a generation that waits for a stream is
-handed to the replica that has one. Invariants: only the holder of the lease
-writes; what was promised as REPLICATED has its record in Redis before. Without
-Redis there is no fleet. `owners.py` has the one side, `mirrors.py` the other,
-`base.py` what they share. Neighbours: `generations` calls, `planner` plans,
-`replicas` has the parts.
+Ownership follows the streams: a generation that waits for a stream is handed to
+the replica that has one. Invariants: only the holder of the lease writes; a
+generation that was accepted as REPLICATED has its record in Redis before. Without
+Redis there is no ownership to share, and this package is not used. `owners.py`
+has the owner's side, `mirrors.py` the other, `context.py` what both use.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ __all__ = ["CANCEL", "PRIORITY", "WANT", "ClusterContext", "GenerationHost", "Ow
 
 
 class Ownership:
-    """Both sides of this replica; run `mirrors.sweep` as a task."""
+    """Both sides for this replica. Run `mirrors.sweep` as a task."""
 
     def __init__(self, context: ClusterContext, host: GenerationHost, planner: Planner) -> None:
         me = secrets.token_hex(8)
@@ -38,7 +37,7 @@ class Ownership:
         self.bulletin.subscribe(WANT, self.owners.hear_want)
 
     async def close(self) -> None:
-        """Gives everything back and ends all that is under way."""
+        """Releases everything that is owned and ends what is under way."""
         await self.owners.close()
         for task in list(self._tasks):
             task.cancel()

@@ -1,4 +1,4 @@
-"""What owning and showing generations across replicas stand on; see `ownership`."""
+"""What owners and mirrors of generations use: coordination, tiers, keys, times to live."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ WANT, CANCEL, PRIORITY = "want", "cancel", "priority"
 
 
 class GenerationHost(Protocol):
-    """What keeps generations on this replica."""
+    """The registry of generations on this replica, as ownership needs it."""
 
     def revive(self, record: GenerationRecord) -> Generation:
-        """A generation as it was accepted elsewhere; nothing happens yet."""
+        """Makes a generation as it was accepted elsewhere; nothing runs yet."""
 
     def owned(self, generation: Generation) -> bool:
-        """It is owned here from now on; whether it runs (else it waits for a stream)."""
+        """Tells that this replica owns the generation now. Returns whether it runs; else it waits for a stream."""
 
     def wanted(self, identifier: str) -> None:
-        """Another replica has a stream for a generation that is owned here."""
+        """Tells that another replica has a stream for a generation that this one owns."""
 
     def moved(self, generation: Generation) -> None:
-        """It is owned elsewhere from now on."""
+        """Tells that another replica owns the generation now."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterContext:
-    """What all of it shares.
+    """Everything that owners and mirrors share.
 
     Attributes:
         ttl_s: of a lease.
@@ -70,25 +70,25 @@ class ClusterContext:
 
     @property
     def artifact_s(self) -> float:
-        """How long a finished picture is kept for streams elsewhere: its generation may go on, and must be written."""
+        """How long a finished picture is kept for streams on other replicas, while its generation may still go on."""
         return max(self.result_ttl_s, GIVE_UP_S)
 
     def name(self, identifier: str) -> str:
-        """What a generation is called in Redis."""
+        """A generation's name in Redis."""
         return self.keyring.digest("generation", identifier)
 
     def owner(self, generation: Generation) -> EntryOwner:
-        """What purges tell by what is kept of it."""
+        """What purges match what is kept of a generation by."""
         namespace = self.namespaces.of(generation.caller.tenant)
         return self.namespaces.owner(namespace, generation.request.spec.model_revision, generation.name)
 
     def artifact_key(self, generation: Generation, index: int) -> str:
-        """Where the finished picture of an output is, as its streams get it."""
+        """The key of the finished picture of an output, as its streams get it."""
         prefix = self.namespaces.of(generation.caller.tenant).prefix
         return f"{prefix}/artifact/{self.namespaces.private(generation.name, index)}"
 
     def start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        """Runs something in the background; what it raises is a bug."""
+        """Runs a coroutine in the background. An exception from it is a bug."""
         task = asyncio.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self._done)

@@ -1,4 +1,4 @@
-"""Generations that other replicas own, shown here, and taken over when nobody owns them any more."""
+"""Shows generations that other replicas own, and takes over those that nobody owns any more."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ OTHERS_FIRST_LEASES = 3
 
 
 class PictureGoneError(Exception):
-    """A finished picture is in no shared tier any more."""
+    """A finished picture is no longer in any shared tier."""
 
 
 @dataclass(slots=True)
 class Mirror:
-    """A generation that another replica owns, or nobody any more.
+    """The copy of a generation that another replica owns, or that nobody owns any more.
 
     Attributes:
-        num_asking: calls that wait for what becomes of it.
+        num_asking: calls that wait for an answer of the owner.
     """
 
     name: str
@@ -74,10 +74,10 @@ class Mirrors:
         return len(self._mirrors)
 
     async def find(self, identifier: str, *, tend: bool) -> Generation | None:
-        """A generation that another replica owns or has finished, as it is now; None: there is none.
+        """Returns a generation that another replica owns or has finished, as it is now; None if there is none.
 
         Args:
-            tend: go on showing it until `drop`; one whose pictures are gone cannot be shown.
+            tend: keep it up to date until `drop`. A generation whose pictures are gone is then not returned.
 
         Raises:
             UnavailableError: it cannot be looked up now.
@@ -96,17 +96,17 @@ class Mirrors:
         return self._keep(made).generation
 
     def _keep(self, made: Mirror) -> Mirror:
-        """The one mirror of its generation here, which is tended."""
+        """Registers the one mirror of a generation here and starts to follow its events."""
         mirror = self._mirrors.setdefault(made.record.identifier, made)
         if mirror is made:
             mirror.tending = self._context.start(self._tend(mirror))
         return mirror
 
     def check(self, generation: Generation) -> None:
-        """Refuses to show what could not go on here.
+        """Refuses a generation that this replica could not continue.
 
         Raises:
-            UnavailableError: another model is here.
+            UnavailableError: this replica serves another model.
         """
         mirror = self._mirrors.get(generation.identifier)
         if mirror is not None and not self._can(mirror):
@@ -115,18 +115,18 @@ class Mirrors:
             raise UnavailableError(what, reason="OTHER_MODEL", retry_after_s=0.1)
 
     def _can(self, mirror: Mirror) -> bool:
-        """Whether it could be developed here, with the same model."""
+        """Whether this replica serves the same model, and so could continue the generation."""
         try:
             return mirror.record.pipeline in ("", self._planner.digest(mirror.generation))
         except NotFoundError:
             return False
 
     def _same_bits(self, mirror: Mirror) -> bool:
-        """Whether its pictures would be the same here, bit by bit."""
+        """Whether pictures developed here would be the same, bit for bit."""
         return mirror.record.numerics_id in ("", self._planner.numerics_id(mirror.generation))
 
     def attend(self, generation: Generation) -> None:
-        """Goes on showing it; with previews, if its numerics are these. Its owner lets it come if no stream is left."""
+        """Shows the generation to a stream here; with previews if the numerics are the same. Asks its owner for it."""
         mirror = self._mirrors.get(generation.identifier)
         if mirror is not None:
             self._context.bulletin.publish(WANT, generation.identifier, by=self._me)
@@ -134,7 +134,7 @@ class Mirrors:
                 self._context.start(self._enter(mirror.generation, mirror.record.starts))
 
     def drop(self, generation: Generation) -> None:
-        """No stream is left here; goes on while someone waits for an answer."""
+        """Stops following if no stream and no call here needs the generation any more."""
         mirror = self._mirrors.get(generation.identifier)
         if mirror is None or mirror.num_asking:
             return
@@ -144,11 +144,11 @@ class Mirrors:
         generation.leave()
 
     def tell(self, generation: Generation, kind: str, **facts: str) -> None:
-        """Asks the owner for something."""
+        """Sends the owner a message and does not wait."""
         self._context.bulletin.publish(kind, generation.identifier, **facts)
 
     async def ask(self, generation: Generation, kind: str, **facts: str) -> None:
-        """Asks the owner for something and waits until it has ended or is owned here.
+        """Sends the owner a message and waits until the generation has ended or is owned here.
 
         Raises:
             UnavailableError: no answer came in time.
@@ -184,7 +184,7 @@ class Mirrors:
         return None
 
     async def _apply(self, mirror: Mirror, event: StreamEvent) -> None:
-        """Shows what happened, or raises `StoreError` and can be asked again."""
+        """Applies one event to the mirror. If it raises `StoreError`, the event can be applied again."""
         told = self._parse(mirror.name, event)
         if isinstance(told, EventRecord):
             picture = None
@@ -279,7 +279,7 @@ class Mirrors:
         return True
 
     def resume(self, generation: Generation) -> None:
-        """One that was adopted without a stream has one now."""
+        """Starts an adopted generation that had no stream until now."""
         if any(output.idle for output in generation.outputs):
             self._context.start(self._enter(generation, [output.starts for output in generation.outputs]))
 
@@ -302,14 +302,14 @@ class Mirrors:
         return []
 
     def _is_wanted(self, generation: Generation) -> bool:
-        """Whether it should be developed here."""
+        """Whether the generation should be developed here."""
         if generation.ended or generation.owned:
             return self._owners.owns(generation) and generation.state is not GenerationState.SUSPENDED
         mirror = self._mirrors.get(generation.identifier)
         return mirror is not None and mirror.generation is generation and bool(generation.log.watchers)
 
     async def sweep(self) -> None:
-        """Takes over what nobody owns, until this replica retires."""
+        """Takes over registered generations that nobody owns, until this replica retires. Never returns before."""
         while True:
             await asyncio.sleep(self._context.ttl_s * random.uniform(0.5, 1.0))
             if self._retired:
@@ -324,7 +324,7 @@ class Mirrors:
                 continue
 
     def retire(self) -> None:
-        """Takes over nothing more but what is watched here: this replica is drained."""
+        """Stops taking over generations that nobody watches here: this replica is drained."""
         self._retired = True
 
     async def _rescue(self, name: str) -> None:
@@ -337,12 +337,12 @@ class Mirrors:
         # else it is there and cannot be read: another replica may be able to, with other keys or of another version
 
     def _left_for_long(self, name: str) -> bool:
-        """Whether those with its numerics have had the time to take it over."""
+        """Whether replicas with the same numerics have had enough time to take the generation over."""
         now = time.monotonic()
         return now - self._left.setdefault(name, now) >= OTHERS_FIRST_LEASES * self._context.ttl_s
 
     async def _unregister(self, name: str) -> None:
-        """Takes what is over, or never began, off the roll; under its lease, lest it is about to begin."""
+        """Unregisters a generation that is over or never began. Done under its lease, in case it is about to begin."""
         leader = await Leadership.take(self._context.coordinator, name, self._context.ttl_s)
         if leader is not None:
             try:

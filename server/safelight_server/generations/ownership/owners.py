@@ -1,4 +1,4 @@
-"""Generations that this replica owns: their lease, their request id, their record, their end."""
+"""Keeps the lease, the request id, the record and the end of every generation that this replica owns."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FORGET_S = 0.001
 
 @dataclass(slots=True)
 class OwnedGeneration:
-    """What the owner of a generation holds.
+    """What the owner of a generation holds: its lease, its claim on the request id, its journal.
 
     Attributes:
         starts: keys of the latents that its outputs begin from.
@@ -52,10 +52,10 @@ class OwnedGeneration:
 
 
 class Owners:
-    """Keeps the generations that this replica owns: lease, request id, record and end of each.
+    """The generations that this replica owns.
 
     Args:
-        me: names this replica in news.
+        me: the name of this replica in messages on the bulletin.
     """
 
     def __init__(self, context: ClusterContext, host: GenerationHost, planner: Planner, me: str) -> None:
@@ -69,11 +69,11 @@ class Owners:
         self._journals: set[Journal] = set()
 
     async def enroll(self, generation: Generation) -> str | None:
-        """Takes the ownership and binds its request id; where the id stands for another generation, that one's id.
+        """Takes the lease and binds the request id. Returns another generation's id if the request id stands for it.
 
         Raises:
-            AlreadyExistsError: it stands for another request.
-            UnavailableError: it stands for one that is about to be accepted elsewhere, for too long.
+            AlreadyExistsError: the request id was used with another request.
+            UnavailableError: another replica has been about to accept that request for too long.
         """
         own: OwnedGeneration | None = None
         try:
@@ -96,14 +96,14 @@ class Owners:
         return other
 
     def _claim_of(self, generation: Generation) -> tuple[str, bytes]:
-        """What its request id is called, and what says that it stands for this generation."""
+        """Returns the name of the request id in Redis, and the sealed value that binds it to this generation."""
         request, tenant = generation.request, generation.caller.tenant
         name = self._context.keyring.digest("request", tenant, request.request_id)
         facts = {"generation": generation.identifier, "digest": request.body_digest.hex()}
         return name, self._context.sealer.seal(name, Entry(json.dumps(facts).encode()), time.time() + CLAIM_S)
 
     async def claimed(self, generation: Generation) -> tuple[str, bytes] | None:
-        """The binding of its request id, as an earlier owner made it; None: it has none.
+        """Returns the binding of the request id that an earlier owner made; None if there is none.
 
         Raises:
             StoreError: it cannot be looked up.
@@ -161,7 +161,7 @@ class Owners:
         return await Leadership.take(self._context.coordinator, self._context.name(identifier), self._context.ttl_s)
 
     async def record(self, generation: Generation, plans: Sequence[OutputPlan]) -> None:
-        """Writes down what another replica needs to go on with it; REPLICATED where that is done."""
+        """Writes the record from which another replica can continue; the generation is REPLICATED once that is done."""
         own = self._own.get(generation.identifier)
         if own is None:
             return
@@ -191,7 +191,7 @@ class Owners:
             generation.journal = generation.log.journal = self.journal(generation, own)
 
     async def dismiss(self, generation: Generation) -> None:
-        """It was refused: nothing is left of it."""
+        """Removes all traces of a generation that was refused."""
         own = self._own.pop(generation.identifier, None)
         if own is None:
             return
@@ -201,10 +201,10 @@ class Owners:
         await self._give_back(own)
 
     def settle(self, generation: Generation, *, retryable: bool) -> None:
-        """It has ended here: its events stay as long as it can be watched.
+        """Settles a generation that has ended here. Its events stay as long as it can be watched.
 
         Args:
-            retryable: its request id is free again.
+            retryable: the request id becomes free again.
         """
         own = self._own.pop(generation.identifier, None)
         if own is None:
@@ -233,7 +233,7 @@ class Owners:
         return functools.partial(self.settle_record, own, kept_s, claimed_s)
 
     def let_go(self, generation: Generation) -> None:
-        """Another replica goes on with it, or whoever finds it first."""
+        """Releases a generation for the replica that wants it, or for whichever finds it first."""
         own = self._own.pop(generation.identifier, None)
         self._wishes.pop(generation.identifier, None)
         generation.leave()
@@ -241,18 +241,18 @@ class Owners:
             self._end(generation.journal, _nothing)
 
     def owns(self, generation: Generation) -> bool:
-        """Whether it is decided here what becomes of it."""
+        """Whether this replica decides what becomes of the generation."""
         return generation.identifier in self._own
 
     def wants(self, generation: Generation) -> bool:
-        """Whether another replica has a stream for it."""
+        """Whether another replica has a stream for the generation."""
         return generation.journal is not None and generation.identifier in self._wishes
 
     async def settle_record(self, own: OwnedGeneration, kept_s: float, claimed_s: float) -> None:
-        """Keeps its events and its request id for so long, and nothing that its outputs begin from.
+        """Limits the life of the events and of the request id, and deletes the latents that its outputs began from.
 
         Raises:
-            StoreError: the service cannot be asked.
+            StoreError: Redis cannot be asked.
         """
         if not await own.leader.confirm():
             return  # another owns it, or has: all that is kept of it is that one's
@@ -291,7 +291,7 @@ class Owners:
         await own.leader.close()
 
     def journal(self, generation: Generation, own: OwnedGeneration) -> Journal:
-        """Where it is written down from now on."""
+        """Returns the journal that the generation is written to from now on."""
 
         async def put(index: int, picture: EncodedPicture) -> bool:
             size = {"width": picture.width_px, "height": picture.height_px, "stride": picture.stride_bytes}
@@ -310,14 +310,14 @@ class Owners:
         return own.journal
 
     def _lose(self, generation: Generation) -> None:
-        """Another replica has taken it over, since this one was silent for too long; its end here, if any, is void."""
+        """Gives up a generation that another replica has taken over. An end that was only decided here is void."""
         log.warning("another replica has taken over a generation", generation=generation.name)
         if self._own.pop(generation.identifier, None) is not None:
             generation.leave()
         self._host.moved(generation)
 
     def hear_want(self, identifier: str, facts: Mapping[str, str]) -> None:
-        """Another replica has a stream for it."""
+        """Notes that another replica has a stream for a generation that is owned here."""
         if facts["by"] != self._me and identifier in self._own:
             self._wishes[identifier] = None
             if len(self._wishes) > MAX_WISHES:
@@ -325,7 +325,7 @@ class Owners:
             self._host.wanted(identifier)
 
     async def adopt(self, generation: Generation, own: OwnedGeneration) -> None:
-        """It is owned here from now on; one that has ended is only cleared away."""
+        """Makes this replica the owner. A generation that has ended is only settled."""
         own.starts = self._planner.start_keys(generation, [output.starts for output in generation.outputs])
         if generation.ended:
             lost = isinstance(generation.error, UnavailableError)
@@ -339,7 +339,7 @@ class Owners:
         task.add_done_callback(self._ending.discard)
 
     async def close(self) -> None:
-        """Gives back what is owned, as far as that is quick."""
+        """Releases what is owned, as far as that is quick."""
         if self._ending:
             await asyncio.wait(self._ending, timeout=CLOSE_S)
         for journal in list(self._journals):
