@@ -48,6 +48,7 @@ from safelight_server.catalog.catalog import Catalog
 from safelight_server.cluster.bulletin import Bulletin
 from safelight_server.cluster.leased_runners import LeasedRunners
 from safelight_server.engine.engine import Engine
+from safelight_server.files import read_regular_file
 from safelight_server.generations.execution import Executions
 from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
@@ -140,7 +141,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     Raises:
         StartError: the runtime, the storage or the address cannot be used.
         ManifestError: a model's files are missing or malformed.
-        KeyFileError: the file of the callers' keys cannot be used.
+        ConfigFileError: the file of the callers' keys cannot be used.
     """
     async with contextlib.AsyncExitStack() as ends:  # closes parts in the reverse order of their start
         clock = time.monotonic
@@ -180,7 +181,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         quota = StreamQuota(settings.max_streams_per_caller)
         service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
         _watch_queue(metrics, engine)
-        works = [generations.tick, purges.keep_up]
+        works = [generations.tick, purges.keep_up, *identity.works]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
             ends.push_async_callback(leased_runners.close)
             ends.push_async_callback(ownership.close)
@@ -353,7 +354,7 @@ def _credentials(cert_file: Path, key_file: Path) -> grpc.ServerCredentials:
         StartError: a file cannot be read, is no PEM, or the key does not belong to the certificate.
     """
     try:
-        pair = key_file.read_bytes(), cert_file.read_bytes()
+        pair = read_regular_file(key_file), read_regular_file(cert_file)
         # gRPC itself would not say what is wrong with a file, so Python's ssl loads both first
         checked = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         checked.load_cert_chain(cert_file, key_file, password="")
@@ -393,7 +394,7 @@ async def serve(settings: Settings, started: Callable[[Running], None]) -> None:
 
     Raises:
         StartError: the server cannot start, or a signal came before it had started.
-        ManifestError, KeyFileError: as for `serving`.
+        ManifestError, ConfigFileError: as for `serving`.
     """
     loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
     starting = asyncio.current_task()

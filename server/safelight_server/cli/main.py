@@ -21,13 +21,14 @@ from safelight import Branch, CacheMode, Client, GenerationError, GetCacheStatsR
 
 from safelight_server import __version__
 from safelight_server import settings as settings_module
-from safelight_server.api.identity import KeyFileError, new_key
+from safelight_server.api.identity import new_key
 from safelight_server.app.server import Running, StartError, serve
 from safelight_server.catalog import export as repositories
 from safelight_server.catalog.catalog import ManifestError
 from safelight_server.catalog.export import Accelerator, RepositoryError
 from safelight_server.catalog.export import Target as RepositoryTarget
 from safelight_server.cli import demo as demos
+from safelight_server.files import ConfigFileError
 from safelight_server.settings import Settings, SettingsError, is_loopback
 from safelight_server.storage.keyring import write_key_file
 from safelight_server.telemetry import configure_logging
@@ -382,7 +383,7 @@ def main() -> None:
         SettingsError,
         ManifestError,
         StartError,
-        KeyFileError,
+        ConfigFileError,
         RepositoryError,
         demos.DemoError,
     ) as error:
