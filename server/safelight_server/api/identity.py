@@ -15,6 +15,7 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import unquote
@@ -44,8 +45,19 @@ class _KeyFile(BaseModel):
     keys: tuple[Any, ...]
 
 
-_KnownKeys = Mapping[bytes, tuple[bytes, Caller]]
-"""The SHA-256 of each key with its caller, by that SHA-256."""
+@dataclass(frozen=True, slots=True)
+class _KnownKeys:
+    """What a key file says.
+
+    Attributes:
+        callers: the SHA-256 of each key with its caller, by that SHA-256.
+        tenants: the tenants of all callers.
+    """
+
+    callers: Mapping[bytes, tuple[bytes, Caller]]
+    tenants: frozenset[str]
+
+
 _UNKNOWN = bytes(32), None
 """What a digest that no key has is compared with, so that it takes the time of one that a key has."""
 
@@ -69,6 +81,11 @@ class Identity:
     def works(self) -> list[Callable[[], Coroutine[None, None, None]]]:
         """Background work that reads the key file again when it changes."""
         return [] if self._file is None else [self._file.follow]
+
+    @property
+    def tenants(self) -> frozenset[str]:
+        """The tenants that callers can belong to."""
+        return frozenset({DEFAULT_TENANT}) if self._file is None else self._file.content.tenants
 
     def recognize(self, metadata: Iterable[tuple[str, str | bytes]], peer: str) -> Caller:
         """Returns the caller of a call.
@@ -99,7 +116,7 @@ def _find(keys: _KnownKeys, authorization: str) -> Caller:
     """
     scheme, _, key = authorization.partition(" ")
     digest = hashlib.sha256(key.strip().encode()).digest()
-    known, caller = keys.get(digest, _UNKNOWN)
+    known, caller = keys.callers.get(digest, _UNKNOWN)
     if not hmac.compare_digest(known, digest) or caller is None or scheme.lower() != "bearer":
         raise UnauthenticatedError("send metadata 'authorization: Bearer KEY' with a key of this server")
     return caller
@@ -141,7 +158,7 @@ def _parse(file: Path, data: bytes) -> _KnownKeys:
     if faults:
         raise faulty(file, faults)
     pairs = ((bytes.fromhex(key.sha256), Caller(key.caller, key.tenant, key.admin)) for key in keys)
-    return {digest: (digest, caller) for digest, caller in pairs}
+    return _KnownKeys({digest: (digest, caller) for digest, caller in pairs}, frozenset(key.tenant for key in keys))
 
 
 def _faults(error: ValidationError, *where: str | int) -> list[str]:

@@ -27,7 +27,7 @@ from safelight_server.api import reflection
 from safelight_server.api.health import Health
 from safelight_server.api.identity import Identity
 from safelight_server.api.quota import StreamQuota
-from safelight_server.api.service import CACHE_SERVICE, GENERATION_SERVICE, MODEL_SERVICE, Service
+from safelight_server.api.service import CACHE_SERVICE, GENERATION_SERVICE, MODEL_SERVICE, QUOTA_SERVICE, Service
 from safelight_server.app.backends import Backends, CredentialsError, open_backends
 from safelight_server.cache.admin import CacheAdmin
 from safelight_server.cache.approximate.buckets import RedisBuckets
@@ -47,11 +47,13 @@ from safelight_server.catalog import catalog as catalogs
 from safelight_server.catalog.catalog import Catalog
 from safelight_server.cluster.bulletin import Bulletin
 from safelight_server.cluster.leased_runners import LeasedRunners
+from safelight_server.coordination.buckets import SharedTokenBuckets
 from safelight_server.engine.engine import Engine
 from safelight_server.files import read_regular_file
 from safelight_server.generations.execution import Executions
 from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
+from safelight_server.quotas.quotas import Quotas
 from safelight_server.runtime.base import Runtime, RuntimeStartError
 from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
 from safelight_server.runtime.triton import TritonOptions, TritonRuntime
@@ -107,6 +109,7 @@ class Running:
     cache: Cache
     generations: Generations
     streams: StreamQuota
+    quotas: Quotas
     drain: Callable[[float], asyncio.Task[None]]
 
 
@@ -141,7 +144,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     Raises:
         StartError: the runtime, the storage or the address cannot be used.
         ManifestError: a model's files are missing or malformed.
-        ConfigFileError: the file of the callers' keys cannot be used.
+        ConfigFileError: the file of the callers' keys or that of the quotas cannot be used.
     """
     async with contextlib.AsyncExitStack() as ends:  # closes parts in the reverse order of their start
         clock = time.monotonic
@@ -157,6 +160,8 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         except (RuntimeStartError, KeyringError, DiskStoreError, CredentialsError, ValueError) as error:
             raise StartError(str(error)) from None
         ends.push_async_callback(backends.close)
+        quotas = _build_quotas(settings, backends)
+        ends.push_async_callback(quotas.close)
         engine = Engine(
             runtime,
             clock,
@@ -175,13 +180,23 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         caches = CacheAdmin(cache.namespaces, backends.keyring, backends.tiers, purges, metrics)
         leased_runners, context = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
         generations = Generations(
-            settings, catalog, runtime, engine, cache, executions, clock, metrics, leased_runners, context
+            settings,
+            catalog,
+            runtime,
+            engine,
+            cache,
+            executions,
+            clock,
+            metrics,
+            leased_runners,
+            context,
+            quotas.charge,
         )
         limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
-        quota = StreamQuota(settings.max_streams_per_caller)
-        service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
+        streams = StreamQuota(settings.max_streams_per_caller)
+        service = Service(identity, catalog, runtime, generations, caches, limits, streams, quotas, metrics, tracer)
         _watch_queue(metrics, engine)
-        works = [generations.tick, purges.keep_up, *identity.works]
+        works = [generations.tick, purges.keep_up, *identity.works, *quotas.works]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
             ends.push_async_callback(leased_runners.close)
             ends.push_async_callback(ownership.close)
@@ -193,7 +208,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
                 ownership.mirrors.sweep,
             ]
         async with _listening(settings, service, metrics, engine, generations, works) as (address, drain):
-            yield Running(address, catalog, runtime, cache, generations, quota, drain)
+            yield Running(address, catalog, runtime, cache, generations, streams, quotas, drain)
 
 
 @contextlib.asynccontextmanager
@@ -211,7 +226,7 @@ async def _listening(
     server.add_generic_rpc_handlers(tuple(service.handlers()))
     health_servicer = Health()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    services = [GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, HEALTH_SERVICE]
+    services = [GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, QUOTA_SERVICE, HEALTH_SERVICE]
     reflection.enable(services, server)
     address = _bind(server, settings)
     _serve_metrics(metrics, settings)
@@ -307,6 +322,16 @@ def _build_cache(
     shared = backends.redis is not None
     cache = Cache(namespaces, pictures, prompts, checkpoints, similar, warm_starts, metrics.cache, shared=shared)
     return cache, Purges(tiers, backends.coordinator, (similar, warm_starts, checkpoints))
+
+
+def _build_quotas(settings: Settings, backends: Backends) -> Quotas:
+    """Builds the quotas of tenants, whose buckets the replicas on one Redis share.
+
+    Raises:
+        ConfigFileError: the quota file cannot be used.
+    """
+    shared = None if backends.redis is None else SharedTokenBuckets(*backends.redis)
+    return Quotas(settings.quota_file, shared, lambda tenant: backends.keyring.digest("quota", tenant))
 
 
 async def _follow_health(servicer: Health, names: Sequence[str], engine: Engine) -> None:

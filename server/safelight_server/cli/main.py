@@ -17,7 +17,7 @@ import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
-from safelight import Branch, CacheMode, Client, GenerationError, GetCacheStatsResponse, PurgeCacheResponse
+from safelight import Branch, CacheMode, Client, GenerationError, GetCacheStatsResponse, PurgeCacheResponse, TenantQuota
 
 from safelight_server import __version__
 from safelight_server import settings as settings_module
@@ -28,6 +28,7 @@ from safelight_server.catalog.catalog import ManifestError
 from safelight_server.catalog.export import Accelerator, RepositoryError
 from safelight_server.catalog.export import Target as RepositoryTarget
 from safelight_server.cli import demo as demos
+from safelight_server.cli.quotas import quota_table
 from safelight_server.files import ConfigFileError
 from safelight_server.settings import Settings, SettingsError, is_loopback
 from safelight_server.storage.keyring import write_key_file
@@ -284,6 +285,20 @@ def keys_cache(
     except OSError as error:
         raise CommandError(f"{out}: {error.strerror}") from None
     console.print(f"wrote {out}; all replicas need the same file", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def quotas(
+    target: Target = DEFAULT_TARGET, api_key: ApiKey = None, ca_file: CaFile = None, server_name: ServerName = ""
+) -> None:
+    """What tenants may ask for and compute, and what is left of it; needs an administrator's key."""
+    connect = _connect(target, api_key, ca_file, server_name)
+
+    async def ask() -> list[TenantQuota]:
+        async with connect() as client:
+            return await client.quotas()
+
+    console.print(quota_table(_run(ask())))
 
 
 @caches.command("stats")
