@@ -223,6 +223,25 @@ async def test_replicas_share_their_buckets_and_charges_reach_the_others(tmp_pat
     assert await left_s(other) == -3
 
 
+async def test_any_number_of_tenants_is_charged_in_short_calls(tmp_path: Path) -> None:
+    clock = Clock()
+    redis, sizes = Redis(clock), []
+    spend = redis.spend
+
+    async def counted(demands: Sequence[BucketDemand]) -> tuple[bool, list[float]]:
+        sizes.append(len(demands))
+        return await spend(demands)
+
+    redis.spend = counted  # type: ignore[method-assign]
+    quotas = Quotas(write(tmp_path, default={"compute_s": bucket(1, 10)}), redis, clock=clock)
+    for number in range(1200):
+        quotas.charge(f"tenant-{number}", 3)
+    await quotas._charge_shared()
+    assert sizes == [500, 500, 200]
+    assert len(redis.buckets) == 1200
+    assert await left_s(quotas, "tenant-1199") == 7
+
+
 async def test_a_replica_without_redis_goes_on_from_what_it_knew(tmp_path: Path) -> None:
     clock = Clock()
     redis = Redis(clock)

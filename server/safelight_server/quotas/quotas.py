@@ -28,6 +28,8 @@ ABOVE_ZERO = 1e-6
 """Seconds of compute that must be left for a request to be admitted."""
 CHARGE_EVERY_S = 0.25
 """How often what was computed is charged to the shared buckets: how late another replica may learn of it."""
+MAX_CHARGES = 500
+"""Tenants that one call of the script charges; it must be short, and Lua returns 8,000 values at most."""
 UNLIMITED = QuotaLimits(TenantLimits(), {})
 
 
@@ -139,15 +141,17 @@ class Quotas:
 
     async def _charge_shared(self) -> None:
         """Charges the shared buckets what is owed to them; what cannot be charged now is kept, up to one burst."""
-        owed, self._owed = self._owed, defaultdict(float)
-        demands = list(self._charges(owed.items()))
-        if self._shared is None or not demands:
+        if self._shared is None:
             return
-        try:
-            await self._shared.spend([demand for _, demand in demands])
-        except StoreError:
-            for tenant, demand in demands:
-                self._owed[tenant] = min(demand.rate.burst, self._owed[tenant] + demand.cost)
+        owed, self._owed = self._owed, defaultdict(float)
+        charges = list(self._charges(owed.items()))
+        for first in range(0, len(charges), MAX_CHARGES):
+            part = charges[first : first + MAX_CHARGES]
+            try:
+                await self._shared.spend([demand for _, demand in part])
+            except StoreError:
+                for tenant, demand in part:
+                    self._owed[tenant] = min(demand.rate.burst, self._owed[tenant] + demand.cost)
 
     def _charges(self, owed: Iterable[tuple[str, float]]) -> Iterable[tuple[str, BucketDemand]]:
         for tenant, seconds in owed:
