@@ -95,7 +95,7 @@ async def test_one_tenant_is_beyond_its_rate_and_the_other_is_undisturbed(tmp_pa
 
 
 async def test_compute_is_charged_as_the_usage_says_and_a_cached_picture_costs_none(tmp_path: Path) -> None:
-    limit = {"compute_s": {"per_s": 0.001, "burst": 0.02}}
+    limit = {"compute_s": {"per_s": 1e-5, "burst": 0.02}}
     async with opened(tmp_path, {"default": limit, "tenants": {"lab": {"compute_s": None}}}) as studios:
         message = request(num_inference_steps=20)
         message.spec.outputs.add(seed=3)
@@ -110,7 +110,7 @@ async def test_compute_is_charged_as_the_usage_says_and_a_cached_picture_costs_n
         code, found = await refusal(studios.generate("studio"))
         assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "COMPUTE_QUOTA_EXCEEDED")
         wait_s = found["RetryInfo"].retry_delay.ToNanoseconds() / 1e9
-        assert wait_s == pytest.approx(-left.left / 0.001, rel=0.1)
+        assert wait_s == pytest.approx(-left.left / 1e-5, rel=0.1)
         assert (await studios.finish("lab")).status.code == 0
 
 
@@ -169,7 +169,7 @@ async def test_a_refused_client_waits_as_long_as_it_is_told_and_succeeds(
 
 
 async def test_a_client_does_not_wait_beyond_its_deadline_or_its_patience(tmp_path: Path) -> None:
-    async with opened(tmp_path, {"default": {"requests": {"per_s": 0.05, "burst": 1}}}) as studios:
+    async with opened(tmp_path, {"default": {"requests": {"per_s": 0.01, "burst": 1}}}) as studios:
         await studios.finish("studio")
         hasty = Client(studios.running.address, api_key=studios.keys["studio"], patience_s=1)
         for client, timeout_s in ((studios.clients["studio"], 3.0), (hasty, None)):
@@ -177,7 +177,7 @@ async def test_a_client_does_not_wait_beyond_its_deadline_or_its_patience(tmp_pa
                 async for _ in client.generate("a red potion", steps=2, timeout_s=timeout_s):
                     pass
             assert caught.value.reason == "REQUEST_RATE_EXCEEDED"
-            assert caught.value.retry_after_s is not None and 3 < caught.value.retry_after_s <= 20.01
+            assert caught.value.retry_after_s is not None and 3 < caught.value.retry_after_s <= 100.01
         await hasty.close()
 
 
