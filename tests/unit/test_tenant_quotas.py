@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safelight_server.coordination.buckets import BucketDemand, BucketRate, LocalTokenBuckets
 from safelight_server.domain.errors import QuotaExceededError
-from safelight_server.files import ConfigFileError
-from safelight_server.quotas.limits import TenantLimits, parse
+from safelight_server.files import ConfigFileError, WatchedFile
+from safelight_server.quotas.limits import QuotaLimits, TenantLimits, parse, watch
 from safelight_server.quotas.quotas import Quotas
 from safelight_server.storage.base import StoreUnavailableError
 
@@ -25,10 +25,10 @@ def read(content: object) -> object:
     return parse(PATH, json.dumps(content).encode())
 
 
-def write(folder: Path, **content: object) -> Path:
+def write(folder: Path, **content: object) -> WatchedFile[QuotaLimits]:
     file = folder / "quotas.json"
     file.write_text(json.dumps(content))
-    return file
+    return watch(file)
 
 
 def bucket(per_s: float, burst: float) -> dict[str, float]:
@@ -136,12 +136,18 @@ async def test_beyond_its_rate_a_tenant_is_told_when_to_come_back(tmp_path: Path
     assert await admitted(quotas, "studio", 3) == 1
 
 
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 0.5)), max_size=40))
-async def test_a_refused_request_is_not_counted_and_its_wait_is_true(pauses: list[tuple[float, float]]) -> None:
+@pytest.fixture(scope="module")
+def both_limits(tmp_path_factory: pytest.TempPathFactory) -> WatchedFile[QuotaLimits]:
+    limits = {"requests": bucket(4, 2), "compute_s": bucket(0.5, 1)}
+    return write(tmp_path_factory.mktemp("quotas"), default=limits)
+
+
+@given(pauses=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 0.5)), max_size=40))
+async def test_a_refused_request_is_not_counted_and_its_wait_is_true(
+    both_limits: WatchedFile[QuotaLimits], pauses: list[tuple[float, float]]
+) -> None:
     clock = Clock()
-    limits = parse(PATH, json.dumps({"default": {"requests": bucket(4, 2), "compute_s": bucket(0.5, 1)}}).encode())
-    quotas = Quotas(None, clock=clock)
-    quotas._file = type("File", (), {"content": limits})()
+    quotas = Quotas(both_limits, clock=clock)
     for pause, compute in pauses:
         clock.now += pause
         try:

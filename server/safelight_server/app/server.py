@@ -53,6 +53,7 @@ from safelight_server.files import read_regular_file
 from safelight_server.generations.execution import Executions
 from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
+from safelight_server.quotas.limits import watch
 from safelight_server.quotas.quotas import Quotas
 from safelight_server.runtime.base import Runtime, RuntimeStartError
 from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
@@ -151,6 +152,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio, settings.otlp_header_pairs)
         ends.push_async_callback(asyncio.to_thread, tracer.close)
         identity = Identity(settings.api_key_file, all_admins=is_loopback(settings.host))
+        limits_of_tenants = None if settings.quota_file is None else watch(settings.quota_file)
         pool = ends.enter_context(ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))), thread_name_prefix="pixels"))
         catalog, runtime = build_runtime(settings)
         ends.push_async_callback(runtime.close)
@@ -160,7 +162,8 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         except (RuntimeStartError, KeyringError, DiskStoreError, CredentialsError, ValueError) as error:
             raise StartError(str(error)) from None
         ends.push_async_callback(backends.close)
-        quotas = _build_quotas(settings, backends)
+        shared = None if backends.redis is None else SharedTokenBuckets(*backends.redis)
+        quotas = Quotas(limits_of_tenants, shared, functools.partial(backends.keyring.digest, "quota"))
         ends.push_async_callback(quotas.close)
         engine = Engine(
             runtime,
@@ -322,16 +325,6 @@ def _build_cache(
     shared = backends.redis is not None
     cache = Cache(namespaces, pictures, prompts, checkpoints, similar, warm_starts, metrics.cache, shared=shared)
     return cache, Purges(tiers, backends.coordinator, (similar, warm_starts, checkpoints))
-
-
-def _build_quotas(settings: Settings, backends: Backends) -> Quotas:
-    """Builds the quotas of tenants, whose buckets the replicas on one Redis share.
-
-    Raises:
-        ConfigFileError: the quota file cannot be used.
-    """
-    shared = None if backends.redis is None else SharedTokenBuckets(*backends.redis)
-    return Quotas(settings.quota_file, shared, lambda tenant: backends.keyring.digest("quota", tenant))
 
 
 async def _follow_health(servicer: Health, names: Sequence[str], engine: Engine) -> None:

@@ -18,7 +18,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from safelight_server.coordination.buckets import BucketRate
-from safelight_server.files import ConfigFileError, faulty
+from safelight_server.files import ConfigFileError, WatchedFile, faulty
 
 TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 PerSecond = Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)]
@@ -71,6 +71,15 @@ class QuotaLimits:
     def of(self, tenant: str) -> TenantLimits:
         """The limits of a tenant."""
         return self.tenants.get(tenant, self.default)
+
+
+def watch(path: Path) -> WatchedFile[QuotaLimits]:
+    """The limits of a quota file, which follow its changes.
+
+    Raises:
+        ConfigFileError: the file cannot be used.
+    """
+    return WatchedFile(path, lambda data: parse(path, data), "quotas")
 
 
 def parse(path: Path, data: bytes) -> QuotaLimits:

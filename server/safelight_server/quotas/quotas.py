@@ -14,13 +14,12 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from pathlib import Path
 
 from safelight_server.coordination.buckets import BucketDemand, LocalTokenBuckets, SharedTokenBuckets
 from safelight_server.domain.errors import QuotaExceededError
 from safelight_server.domain.quota import BucketView, QuotaView
 from safelight_server.files import WatchedFile
-from safelight_server.quotas.limits import QuotaLimits, TenantLimits, parse
+from safelight_server.quotas.limits import QuotaLimits, TenantLimits
 from safelight_server.storage.base import StoreError
 
 REQUESTS, COMPUTE = "requests", "compute"
@@ -37,23 +36,20 @@ class Quotas:
     """The quotas of all tenants.
 
     Args:
-        file: the limits; None: there are none.
+        file: the limits of all tenants; None: there are none.
         shared: the buckets of all replicas; None: this one is alone.
         private: what a tenant is called where others may read it.
         clock: monotonic seconds.
-
-    Raises:
-        ConfigFileError: the file cannot be used.
     """
 
     def __init__(
         self,
-        file: Path | None,
+        file: WatchedFile[QuotaLimits] | None,
         shared: SharedTokenBuckets | None = None,
         private: Callable[[str], str] = str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._file = None if file is None else WatchedFile(file, lambda data: parse(file, data), "quotas")
+        self._file = file
         self._shared = shared
         self._private = private
         self._local = LocalTokenBuckets(clock)
