@@ -59,6 +59,7 @@ from safelight_server.settings import Settings, is_loopback
 from safelight_server.storage.disk import DiskStoreError
 from safelight_server.storage.keyring import KeyringError
 from safelight_server.telemetry import Metrics, Tracing
+from safelight_server.telemetry.metrics_server import MetricsServer
 from safelight_server.validation import RequestLimits
 
 log = structlog.get_logger(__name__)
@@ -191,7 +192,8 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
                 leased_runners.watch_service,
                 ownership.mirrors.sweep,
             ]
-        async with _listening(settings, service, metrics, engine, generations, works) as (address, drain):
+        await ends.enter_async_context(_serving_metrics(metrics, settings))
+        async with _listening(settings, service, engine, generations, works) as (address, drain):
             yield Running(address, catalog, runtime, cache, generations, quota, drain)
 
 
@@ -199,7 +201,6 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
 async def _listening(
     settings: Settings,
     service: Service,
-    metrics: Metrics,
     engine: Engine,
     generations: Generations,
     works: Sequence[Work],
@@ -213,7 +214,6 @@ async def _listening(
     services = [GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, HEALTH_SERVICE]
     reflection.enable(services, server)
     address = _bind(server, settings)
-    _serve_metrics(metrics, settings)
     await server.start()
     names = ("", *services)
     for name in names:
@@ -365,16 +365,24 @@ def _credentials(cert_file: Path, key_file: Path) -> grpc.ServerCredentials:
     return grpc.ssl_server_credentials([pair])
 
 
-def _serve_metrics(metrics: Metrics, settings: Settings) -> None:
-    """Serves Prometheus metrics: on loopback, or on `host` with `insecure`, since they have neither TLS nor keys."""
+@contextlib.asynccontextmanager
+async def _serving_metrics(metrics: Metrics, settings: Settings) -> AsyncIterator[None]:
+    """Serves Prometheus metrics: on loopback, or on `host` with `insecure`, since they have neither TLS nor keys.
+
+    Raises:
+        StartError: the address is taken or not this machine's.
+    """
     if not settings.metrics_port:
+        yield
         return
     beyond = settings.insecure and not settings.host.startswith("unix:")
     host = settings.host if beyond else "127.0.0.1"
-    try:
-        metrics.serve(host, settings.metrics_port)
-    except OSError as error:
-        raise StartError(f"metrics_port {settings.metrics_port} of {host}: {error.strerror}") from None
+    async with contextlib.AsyncExitStack() as ends:
+        try:
+            await ends.enter_async_context(MetricsServer(metrics.registry).listening(host, settings.metrics_port))
+        except OSError as error:
+            raise StartError(f"metrics_port {settings.metrics_port} of {host}: {error.strerror}") from None
+        yield
 
 
 def settle() -> None:
