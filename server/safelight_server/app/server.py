@@ -20,13 +20,13 @@ from pathlib import Path
 
 import grpc
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_health.v1 import health_pb2
 
-from safelight_server.api import reflection
-from safelight_server.api.health import Health
+from safelight_server.api.call_limits import CallLimits, KeylessQuota
+from safelight_server.api.health import HEALTH_SERVICE, Health
 from safelight_server.api.identity import Identity
 from safelight_server.api.quota import StreamQuota
+from safelight_server.api.reflection import REFLECTION_SERVICES, Reflection
 from safelight_server.api.service import CACHE_SERVICE, GENERATION_SERVICE, MODEL_SERVICE, Service
 from safelight_server.app.backends import Backends, CredentialsError, open_backends
 from safelight_server.cache.admin import CacheAdmin
@@ -81,6 +81,7 @@ GRPC_OPTIONS = [
     ("grpc.http2.ping_timeout_ms", 10_000),  # a frozen peer is not seen by keepalive_timeout_ms alone
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # a connection that says nothing ends, by default after 120 s
 ]
 
 
@@ -193,7 +194,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
                 ownership.mirrors.sweep,
             ]
         await ends.enter_async_context(_serving_metrics(metrics, settings))
-        async with _listening(settings, service, engine, generations, works) as (address, drain):
+        async with _listening(settings, service, metrics, engine, generations, works) as (address, drain):
             yield Running(address, catalog, runtime, cache, generations, quota, drain)
 
 
@@ -201,33 +202,40 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
 async def _listening(
     settings: Settings,
     service: Service,
+    metrics: Metrics,
     engine: Engine,
     generations: Generations,
     works: Sequence[Work],
 ) -> AsyncIterator[tuple[str, Callable[[float], asyncio.Task[None]]]]:
     """Accepts calls and runs the background works while the block runs; yields the address and the drain function."""
     largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four UTF-8 bytes a character
-    server = grpc.aio.server(options=[*GRPC_OPTIONS, ("grpc.max_receive_message_length", largest)])
-    server.add_generic_rpc_handlers(tuple(service.handlers()))
-    health_servicer = Health()
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    services = [GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, HEALTH_SERVICE]
-    reflection.enable(services, server)
+    options = [
+        *GRPC_OPTIONS,
+        ("grpc.max_receive_message_length", largest),
+        ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+    ]
+    keyless = KeylessQuota(settings.max_keyless_streams, settings.max_keyless_streams_per_address)
+    limits = CallLimits(settings.request_wait_s, (HEALTH_SERVICE, *REFLECTION_SERVICES), keyless, metrics)
+    server = grpc.aio.server(interceptors=[limits], options=options)
+    health, services = Health(), (GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, HEALTH_SERVICE)
+    handlers = (*service.handlers(), health.handlers(), *Reflection(services).handlers())
+    server.add_generic_rpc_handlers(handlers)
     address = _bind(server, settings)
     await server.start()
     names = ("", *services)
-    for name in names:
-        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    health.set(names, health_pb2.HealthCheckResponse.SERVING)
     background = [_begin(work) for work in works]
-    following = _begin(functools.partial(_follow_health, health_servicer, names, engine))
+    following = _begin(functools.partial(_follow_health, health, names, engine))
     draining: list[asyncio.Task[None]] = []
 
     async def drain(grace_s: float) -> None:
         until = time.monotonic() + grace_s
         following.cancel()
-        await health_servicer.enter_graceful_shutdown()
+        health.drain()
         await generations.drain(grace_s)
-        health_servicer.end_watches()
+        health.end_watches()
+        limits.end_awaited()
         await server.stop(max(LAST_WORDS_S, until - time.monotonic()))  # gRPC may still be sending
 
     def start_drain(grace_s: float) -> asyncio.Task[None]:
@@ -308,15 +316,14 @@ def _build_cache(
     return cache, Purges(tiers, backends.coordinator, (similar, warm_starts, checkpoints))
 
 
-async def _follow_health(servicer: Health, names: Sequence[str], engine: Engine) -> None:
+async def _follow_health(health: Health, names: Sequence[str], engine: Engine) -> None:
     """Keeps the health service up to date: NOT_SERVING once the runtime has been away for longer than its grace."""
     said = health_pb2.HealthCheckResponse.SERVING
     while True:
         status = health_pb2.HealthCheckResponse
         now = status.NOT_SERVING if engine.outage.beyond_grace else status.SERVING
         if now is not said:
-            for name in names:
-                await servicer.set(name, now)
+            health.set(names, now)
             said = now
         await asyncio.sleep(HEALTH_PERIOD_S)
 
