@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 
 import grpc
 import pytest
@@ -12,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from safelight.v1 import models_pb2, models_pb2_grpc
 from safelight_server.api import call_limits
 
+from tests.conftest import eventually
 from tests.integration.test_requests import SIMULATED, details
 
 GENERATE = "/safelight.v1.GenerationService/Generate"
@@ -80,7 +82,11 @@ async def test_a_watch_is_not_ended_for_want_of_further_requests(start):
 async def test_of_too_many_calls_without_a_request_the_oldest_is_ended(start, monkeypatch):
     monkeypatch.setattr(call_limits, "MAX_AWAITED", 4)
     async with start(**SIMULATED, request_wait_s=600) as running, grpc.aio.insecure_channel(running.address) as channel:
-        calls = [only_headers(channel, GENERATE) for _ in range(5)]
+        calls = []
+        for num_awaited in (1, 2, 3, 4):
+            calls.append(only_headers(channel, GENERATE))
+            await eventually(lambda: running.limits.num_awaited == num_awaited)
+        calls.append(only_headers(channel, GENERATE))
         code, found = await end_of(calls[0])
         assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS")
         model = await models_pb2_grpc.ModelServiceStub(channel).ListModels(models_pb2.ListModelsRequest())
@@ -109,6 +115,32 @@ async def test_a_method_that_is_not_there_is_told_with_a_reason(start, path):
     async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
         code, found = await end_of(channel.unary_stream(path)(b""))
         assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.UNIMPLEMENTED, "UNKNOWN_METHOD")
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """A frame of HTTP/2."""
+    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+
+def headers_of(path: bytes) -> bytes:
+    """The headers of a call, each as a literal that is not indexed."""
+    pairs = {b":method": b"POST", b":scheme": b"http", b":path": path, b":authority": b"x", b"te": b"trailers"}
+    pairs[b"content-type"] = b"application/grpc"
+    return b"".join(b"\0" + bytes([len(k)]) + k + bytes([len(v)]) + v for k, v in pairs.items())
+
+
+@pytest.mark.parametrize("path", [b"/a/\xff\xfe", b"/\xc3(", b"", b"/\0", b"nothing", b"/unknown"])
+async def test_no_path_ends_the_server(start, path):
+    async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
+        host, _, port = running.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + frame(1, 5, 1, headers_of(path)))
+        try:
+            async with asyncio.timeout(5):
+                await reader.readuntil(b"the server has no method of this name")
+                assert await check(channel) == Serving.SERVING
+        finally:
+            writer.close()
 
 
 async def test_the_streams_of_an_address_that_need_no_key_are_bounded(start):
@@ -148,8 +180,9 @@ async def test_a_connection_opens_a_bounded_number_of_calls(start):
 
 async def test_a_drain_ends_calls_whose_request_has_not_come(start):
     async with start(**SIMULATED, request_wait_s=600) as running, grpc.aio.insecure_channel(running.address) as channel:
-        silent, watching = only_headers(channel, GENERATE), watch(channel)
-        await watching.read()  # the server has taken up the call before this one
+        silent, watching = only_headers(channel, GENERATE), aiter(watch(channel))
+        await anext(watching)
+        await eventually(lambda: running.limits.num_awaited == 1)
         drained = running.drain(0)
         code, found = await end_of(silent)
         assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")

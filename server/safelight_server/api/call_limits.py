@@ -36,8 +36,8 @@ MAX_AWAITED = 1024
 milliseconds, so those of a flood of headers are ended first."""
 RETRY_S = 1.0
 """A guess, as nobody knows when a stream will be closed; long enough that retries are no load."""
-MAX_QUOTED = 100
-"""Characters of an unknown method's name that its error repeats."""
+UNKNOWN = "/unknown"
+"""The name of every method that the server does not have: see `app/grpc_server.py`."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -103,6 +103,7 @@ class CallLimits(grpc.aio.ServerInterceptor):
         self._quota = quota
         self._metrics = metrics
         self._handlers: dict[str, Handler] = {}
+        self._unknown: Handler = grpc.stream_unary_rpc_method_handler(self._refuse_unknown)
         self._awaited: dict[Context, None] = {}  # the oldest first
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -121,7 +122,7 @@ class CallLimits(grpc.aio.ServerInterceptor):
         if (limited := self._handlers.get(method)) is None:
             handler = await continuation(handler_call_details)
             if handler is None:
-                return self._unknown(method)
+                return self._unknown
             limited = self._handlers[method] = self._limited(method, handler)
         return limited
 
@@ -157,12 +158,9 @@ class CallLimits(grpc.aio.ServerInterceptor):
             return grpc.stream_stream_rpc_method_handler(stream, *codec)
         return grpc.stream_unary_rpc_method_handler(answer, *codec)
 
-    def _unknown(self, method: str) -> Handler:
-        async def refuse(_requests: object, context: Context) -> None:
-            async with self._errors_as_statuses(context):
-                raise UnimplementedError(f"there is no method {method[:MAX_QUOTED]}; reflection lists those there are")
-
-        return grpc.stream_unary_rpc_method_handler(refuse)
+    async def _refuse_unknown(self, _requests: object, context: Context) -> None:
+        async with self._errors_as_statuses(context):
+            raise UnimplementedError("the server has no method of this name; reflection lists those there are")
 
     # --- requests ---
 

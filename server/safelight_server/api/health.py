@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Iterable
 import grpc
 from grpc_health.v1 import health_pb2
 
+from safelight_server.api.call_limits import Handler
 from safelight_server.domain.errors import NotFoundError, UnavailableError
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
@@ -27,16 +28,15 @@ class Health:
         self._draining = False
         self._over = False
 
-    def handlers(self) -> grpc.GenericRpcHandler:
-        """The handlers of the service, to be added to a grpc.aio server. They raise errors of the domain."""
+    def handlers(self) -> dict[str, dict[str, Handler]]:
+        """The handlers of its methods, by full name of the service and name of the method."""
         request, response = health_pb2.HealthCheckRequest.FromString, Response.SerializeToString
-        return grpc.method_handlers_generic_handler(
-            HEALTH_SERVICE,
-            {
+        return {
+            HEALTH_SERVICE: {
                 "Check": grpc.unary_unary_rpc_method_handler(self.check, request, response),
                 "Watch": grpc.unary_stream_rpc_method_handler(self.watch, request, response),
-            },
-        )
+            }
+        }
 
     def set(self, names: Iterable[str], status: int) -> None:
         """Sets the status of services; "" is the server. From `drain` on it changes nothing."""

@@ -18,6 +18,8 @@ from google.protobuf import descriptor_pb2, descriptor_pool, text_format
 from google.protobuf.descriptor import FileDescriptor
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from safelight_server.api.call_limits import Handler
+
 V1ALPHA: str = reflection.SERVICE_NAME
 V1 = V1ALPHA.replace(".v1alpha.", ".v1.")
 REFLECTION_SERVICES = (V1, V1ALPHA)
@@ -68,17 +70,14 @@ class Reflection(reflection.aio.ReflectionServicer):  # type: ignore[misc]  # gr
     def __init__(self, services: Iterable[str]) -> None:
         super().__init__([*services, *REFLECTION_SERVICES], _Descriptors())
 
-    def handlers(self) -> list[grpc.GenericRpcHandler]:
-        """The handlers of v1 and v1alpha, to be added to a grpc.aio server. Their messages are the same on the wire."""
+    def handlers(self) -> dict[str, dict[str, Handler]]:
+        """The handlers of v1 and v1alpha, by full name of the service. Their messages are the same on the wire."""
         handler = grpc.stream_stream_rpc_method_handler(
             self.ServerReflectionInfo,
             reflection_pb2.ServerReflectionRequest.FromString,
             reflection_pb2.ServerReflectionResponse.SerializeToString,
         )
-        return [
-            grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler})
-            for name in REFLECTION_SERVICES
-        ]
+        return {name: {"ServerReflectionInfo": handler} for name in REFLECTION_SERVICES}
 
     async def ServerReflectionInfo(  # noqa: N802  # the contract's name
         self, requests: AsyncIterator[reflection_pb2.ServerReflectionRequest], context: object
@@ -86,8 +85,9 @@ class Reflection(reflection.aio.ReflectionServicer):  # type: ignore[misc]  # gr
         """One answer for each request."""
         async with aclosing(super().ServerReflectionInfo(requests, context)) as responses:
             async for response in responses:
-                files = response.file_descriptor_response.file_descriptor_proto
-                files[:] = [_with_json_names(file) for file in files]
+                if response.HasField("file_descriptor_response"):
+                    files = response.file_descriptor_response.file_descriptor_proto
+                    files[:] = [_with_json_names(file) for file in files]
                 yield response
 
 

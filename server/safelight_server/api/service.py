@@ -94,35 +94,26 @@ class Service:
         self._metrics = metrics
         self._tracer = tracer
 
-    def handlers(self) -> list[grpc.GenericRpcHandler]:
-        """The handlers of all services, to be added to a grpc.aio server."""
+    def handlers(self) -> dict[str, dict[str, Handler]]:
+        """The handlers of all methods, by full name of the service and name of the method."""
         stream, unary = self._stream_handler, self._unary_handler
-        return [
-            grpc.method_handlers_generic_handler(
-                GENERATION_SERVICE,
-                {
-                    "Generate": stream("Generate", self.generate, pb.GenerateRequest),
-                    "WatchGeneration": stream("WatchGeneration", self.watch_generation, pb.WatchGenerationRequest),
-                    "UpdateGeneration": unary("UpdateGeneration", self.update_generation, pb.UpdateGenerationRequest),
-                    "CancelGeneration": unary("CancelGeneration", self.cancel_generation, pb.CancelGenerationRequest),
-                    "GetGeneration": unary("GetGeneration", self.get_generation, pb.GetGenerationRequest),
-                },
-            ),
-            grpc.method_handlers_generic_handler(
-                MODEL_SERVICE,
-                {
-                    "ListModels": unary("ListModels", self.list_models, models_pb2.ListModelsRequest),
-                    "GetModel": unary("GetModel", self.get_model, models_pb2.GetModelRequest),
-                },
-            ),
-            grpc.method_handlers_generic_handler(
-                CACHE_SERVICE,
-                {
-                    "GetCacheStats": unary("GetCacheStats", self.get_cache_stats, cache_pb2.GetCacheStatsRequest),
-                    "PurgeCache": unary("PurgeCache", self.purge_cache, cache_pb2.PurgeCacheRequest),
-                },
-            ),
-        ]
+        return {
+            GENERATION_SERVICE: {
+                "Generate": stream("Generate", self.generate, pb.GenerateRequest),
+                "WatchGeneration": stream("WatchGeneration", self.watch_generation, pb.WatchGenerationRequest),
+                "UpdateGeneration": unary("UpdateGeneration", self.update_generation, pb.UpdateGenerationRequest),
+                "CancelGeneration": unary("CancelGeneration", self.cancel_generation, pb.CancelGenerationRequest),
+                "GetGeneration": unary("GetGeneration", self.get_generation, pb.GetGenerationRequest),
+            },
+            MODEL_SERVICE: {
+                "ListModels": unary("ListModels", self.list_models, models_pb2.ListModelsRequest),
+                "GetModel": unary("GetModel", self.get_model, models_pb2.GetModelRequest),
+            },
+            CACHE_SERVICE: {
+                "GetCacheStats": unary("GetCacheStats", self.get_cache_stats, cache_pb2.GetCacheStatsRequest),
+                "PurgeCache": unary("PurgeCache", self.purge_cache, cache_pb2.PurgeCacheRequest),
+            },
+        }
 
     async def generate(
         self, request: pb.GenerateRequest, caller: Caller, stream: _Stream

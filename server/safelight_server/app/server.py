@@ -29,6 +29,7 @@ from safelight_server.api.quota import StreamQuota
 from safelight_server.api.reflection import REFLECTION_SERVICES, Reflection
 from safelight_server.api.service import CACHE_SERVICE, GENERATION_SERVICE, MODEL_SERVICE, Service
 from safelight_server.app.backends import Backends, CredentialsError, open_backends
+from safelight_server.app.grpc_server import make_server
 from safelight_server.cache.admin import CacheAdmin
 from safelight_server.cache.approximate.buckets import RedisBuckets
 from safelight_server.cache.approximate.eviction import LeastBenefit
@@ -64,8 +65,6 @@ from safelight_server.validation import RequestLimits
 
 log = structlog.get_logger(__name__)
 
-REQUEST_BYTES = 64 << 10
-"""Bytes that a request may have beside its two prompts."""
 HEALTH_PERIOD_S = 0.25
 """Pause between two checks of the runtime for the health service."""
 LAST_WORDS_S = 1.0
@@ -74,15 +73,6 @@ GC_THRESHOLDS = 1_000, 10, 100
 """`gc.set_threshold`: net new objects before a collection of generation 0; collections of 0 before one of 1, of 1
 before one of 2. `settle` says why they are not the defaults."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-GRPC_OPTIONS = [
-    ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),  # a frozen peer is not seen by keepalive_timeout_ms alone
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.server_handshake_timeout_ms", 10_000),  # a connection that says nothing ends, by default after 120 s
-]
 
 
 class StartError(Exception):
@@ -108,6 +98,7 @@ class Running:
     cache: Cache
     generations: Generations
     streams: StreamQuota
+    limits: CallLimits
     drain: Callable[[float], asyncio.Task[None]]
 
 
@@ -194,33 +185,25 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
                 ownership.mirrors.sweep,
             ]
         await ends.enter_async_context(_serving_metrics(metrics, settings))
-        async with _listening(settings, service, metrics, engine, generations, works) as (address, drain):
-            yield Running(address, catalog, runtime, cache, generations, quota, drain)
+        keyless = KeylessQuota(settings.max_keyless_streams, settings.max_keyless_streams_per_address)
+        call_limits = CallLimits(settings.request_wait_s, (HEALTH_SERVICE, *REFLECTION_SERVICES), keyless, metrics)
+        async with _listening(settings, service, call_limits, engine, generations, works) as (address, drain):
+            yield Running(address, catalog, runtime, cache, generations, quota, call_limits, drain)
 
 
 @contextlib.asynccontextmanager
 async def _listening(
     settings: Settings,
     service: Service,
-    metrics: Metrics,
+    limits: CallLimits,
     engine: Engine,
     generations: Generations,
     works: Sequence[Work],
 ) -> AsyncIterator[tuple[str, Callable[[float], asyncio.Task[None]]]]:
     """Accepts calls and runs the background works while the block runs; yields the address and the drain function."""
-    largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four UTF-8 bytes a character
-    options = [
-        *GRPC_OPTIONS,
-        ("grpc.max_receive_message_length", largest),
-        ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
-        ("grpc.max_allowed_incoming_connections", settings.max_connections),
-    ]
-    keyless = KeylessQuota(settings.max_keyless_streams, settings.max_keyless_streams_per_address)
-    limits = CallLimits(settings.request_wait_s, (HEALTH_SERVICE, *REFLECTION_SERVICES), keyless, metrics)
-    server = grpc.aio.server(interceptors=[limits], options=options)
     health, services = Health(), (GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, HEALTH_SERVICE)
-    handlers = (*service.handlers(), health.handlers(), *Reflection(services).handlers())
-    server.add_generic_rpc_handlers(handlers)
+    handlers = service.handlers() | health.handlers() | Reflection(services).handlers()
+    server = make_server(settings, limits, handlers)
     address = _bind(server, settings)
     await server.start()
     names = ("", *services)
