@@ -178,6 +178,20 @@ async def test_a_connection_opens_a_bounded_number_of_calls(start):
             assert await waiting == Serving.SERVING
 
 
+async def test_a_server_has_a_bounded_number_of_connections(start):
+    async with start(**SIMULATED, max_connections=1) as running:
+        own = (("grpc.use_local_subchannel_pool", 1),)
+        async with (
+            grpc.aio.insecure_channel(running.address, options=own) as channel,
+            grpc.aio.insecure_channel(running.address, options=own) as other,
+        ):
+            assert await check(channel) == Serving.SERVING
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await check(other)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert await check(channel) == Serving.SERVING
+
+
 async def test_a_drain_ends_calls_whose_request_has_not_come(start):
     async with start(**SIMULATED, request_wait_s=600) as running, grpc.aio.insecure_channel(running.address) as channel:
         silent, watching = only_headers(channel, GENERATE), aiter(watch(channel))
