@@ -235,8 +235,10 @@ class Service:
                 with self._quota.stream(caller):
                     async with aclosing(method(_parse(request_type, data), caller, stream)) as events:
                         async for event in events:
+                            stream.waiting_bytes = len(event)
                             with stage.within("write"):
                                 yield event
+                            stream.waiting_bytes = 0
             except SafelightError as error:
                 failure = error.with_traceback(None)  # a traceback would keep frames, and those the generation, alive
             except (asyncio.CancelledError, GeneratorExit):
@@ -291,7 +293,11 @@ class Service:
 
 
 class _Stream:
-    """The state of a streaming call: its connection, its trace span, and how it is ended from outside."""
+    """The state of a streaming call: its connection, its trace span, and how it is ended from outside.
+
+    Attributes:
+        waiting_bytes: the message that was handed to gRPC and that the client has not made room for.
+    """
 
     def __init__(self, context: Context, stage: Stage) -> None:
         self._context = context
@@ -299,11 +305,13 @@ class _Stream:
         self.stage = stage
         self.failure: SafelightError | None = None
         self.watcher: Watcher | None = None
+        self.waiting_bytes = 0
+        self._generation = ""
         self.time_left_s: float | None = context.time_remaining()
 
     def watches(self, generation: Generation) -> None:
         """Describes the generation in the span of this call, and links the span of the call that started it."""
-        spec = generation.request.spec
+        self._generation, spec = generation.name, generation.request.spec
         self.stage.note(
             {
                 "safelight.generation": generation.name,
@@ -321,6 +329,13 @@ class _Stream:
 
         To a client that does not read, the status is sent after the events that are buffered for it.
         """
+        log.info(
+            "stream_ended",
+            reason=error.reason,
+            generation=self._generation,
+            client=self._context.peer(),
+            waiting_bytes=self.waiting_bytes,
+        )
         self.failure = error
         self.ending = asyncio.create_task(self._abort(error))
 
