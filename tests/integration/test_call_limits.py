@@ -129,7 +129,7 @@ def headers_of(path: bytes) -> bytes:
     return b"".join(b"\0" + bytes([len(k)]) + k + bytes([len(v)]) + v for k, v in pairs.items())
 
 
-@pytest.mark.parametrize("path", [b"/a/\xff\xfe", b"/\xc3(", b"", b"/\0", b"nothing", b"/unknown"])
+@pytest.mark.parametrize("path", [b"/a/\xff\xfe", b"/\xc3(", b"", b"/\0", b"nothing", b"/safelight/unknown"])
 async def test_no_path_ends_the_server(start, path):
     async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
         host, _, port = running.address.rpartition(":")

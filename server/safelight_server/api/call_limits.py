@@ -1,8 +1,8 @@
 """Bounds the calls that no caller's quota counts: those whose request has not come, and the streams that need no key.
 
-gRPC waits for a request without end, and calls a handler only when it is there. `CallLimits` is an interceptor of all
-calls: it takes them over when their headers come, reads the request within a limited time, and then calls the handler.
-It also turns the errors that a handler raises, and calls of unknown methods, into statuses with an ErrorInfo.
+gRPC waits for a request without end, and calls a handler only when it is there. `CallLimits` is in front of every
+handler: it takes a call over when its headers come, reads the request within a limited time, and then calls the
+handler. It also turns the errors that a handler raises, and calls of unknown methods, into statuses with an ErrorInfo.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import ipaddress
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any, TypeAlias, cast
 from urllib.parse import unquote
@@ -36,8 +36,6 @@ MAX_AWAITED = 1024
 milliseconds, so those of a flood of headers are ended first."""
 RETRY_S = 1.0
 """A guess, as nobody knows when a stream will be closed; long enough that retries are no load."""
-UNKNOWN = "/unknown"
-"""The name of every method that the server does not have: see `app/grpc_server.py`."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -87,8 +85,8 @@ class KeylessQuota:
                 del self._open[address]
 
 
-class CallLimits(grpc.aio.ServerInterceptor):
-    """The limits of all calls of a server. Handlers may be unary in their requests, or get an iterator of them.
+class CallLimits:
+    """The limits of all calls of a server.
 
     Args:
         request_wait_s: seconds for the request to come; on a stream of requests, for each.
@@ -102,8 +100,6 @@ class CallLimits(grpc.aio.ServerInterceptor):
         self._keyless = keyless
         self._quota = quota
         self._metrics = metrics
-        self._handlers: dict[str, Handler] = {}
-        self._unknown: Handler = grpc.stream_unary_rpc_method_handler(self._refuse_unknown)
         self._awaited: dict[Context, None] = {}  # the oldest first
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -112,38 +108,30 @@ class CallLimits(grpc.aio.ServerInterceptor):
         """Calls whose request, or next request, has not come."""
         return len(self._awaited)
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        """The handler of a call, within the limits."""
-        method = handler_call_details.method
-        if (limited := self._handlers.get(method)) is None:
-            handler = await continuation(handler_call_details)
-            if handler is None:
-                return self._unknown
-            limited = self._handlers[method] = self._limited(method, handler)
-        return limited
-
     def end_awaited(self) -> None:
         """Ends the calls whose request has not come, with UNAVAILABLE."""
         for context in list(self._awaited):
             self._end(context, UnavailableError("the server is draining; ask another", reason="DRAINING"))
 
-    def _limited(self, method: str, handler: Handler) -> Handler:
-        """A handler that reads the requests itself and calls `handler` with them."""
+    def limited(self, service: str, handler: Handler) -> Handler:
+        """A handler that reads the requests within the limits and calls `handler`, of a method of `service`, with them.
+
+        To gRPC it has a stream of requests, which is the same on the wire; else gRPC would read the request.
+        """
+        keyless = service in self._keyless
         codec = handler.request_deserializer, handler.response_serializer
         one_to_one, one_to_many, many_to_many = (
             cast(Any, each) for each in (handler.unary_unary, handler.unary_stream, handler.stream_stream)
         )
 
         async def answer(_requests: object, context: Context) -> Any:
-            async with self._errors_as_statuses(context):
+            try:
                 return await one_to_one(await self._request(context), context)
+            except SafelightError as error:
+                await self._refuse(context, error)
 
         async def stream(_requests: object, context: Context) -> None:
-            async with self._errors_as_statuses(context):
+            try:
                 with self._quota.stream(context.peer()) if keyless else contextlib.nullcontext():
                     if handler.request_streaming:
                         responses = many_to_many(self._requests(context), context)
@@ -152,15 +140,21 @@ class CallLimits(grpc.aio.ServerInterceptor):
                     async with aclosing(responses):
                         async for response in responses:
                             await context.write(response)
+            except SafelightError as error:
+                await self._refuse(context, error)
 
-        keyless = method.split("/")[1] in self._keyless
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(stream, *codec)
         return grpc.stream_unary_rpc_method_handler(answer, *codec)
 
-    async def _refuse_unknown(self, _requests: object, context: Context) -> None:
-        async with self._errors_as_statuses(context):
-            raise UnimplementedError("the server has no method of this name; reflection lists those there are")
+    def unknown(self) -> Handler:
+        """A handler for the methods that the server does not have."""
+        error = UnimplementedError("the server has no method of this name; reflection lists those there are")
+
+        async def refuse(_requests: object, context: Context) -> None:
+            await self._refuse(context, error)
+
+        return grpc.stream_unary_rpc_method_handler(refuse)
 
     # --- requests ---
 
@@ -170,67 +164,57 @@ class CallLimits(grpc.aio.ServerInterceptor):
         Raises:
             InvalidRequestError: it ended without one, or sent something else.
         """
-        async with aclosing(self._requests(context)) as requests:
-            async for request in requests:
-                return request
-        raise InvalidRequestError([FieldViolation("request", "is missing: the call ended without one")])
+        if (request := await self._read(context)) is grpc.aio.EOF:
+            raise InvalidRequestError([FieldViolation("request", "is missing: the call ended without one")])
+        return request
 
     async def _requests(self, context: Context) -> AsyncGenerator[Any, None]:
-        """The requests of a call, each read within the limit of time; ends where the client says that it was the last.
+        """The requests of a call; ends where the client says that it was the last.
 
         Raises:
             InvalidRequestError: the client sent something else.
         """
-        while True:
-            with self._awaiting(context):
-                try:
-                    request = await context.read()
-                except DecodeError as error:
-                    raise InvalidRequestError([FieldViolation("request", f"cannot be parsed: {error}")]) from None
-            if request is grpc.aio.EOF:
-                return
+        while (request := await self._read(context)) is not grpc.aio.EOF:
             yield request
 
-    @contextmanager
-    def _awaiting(self, context: Context) -> Iterator[None]:
-        """Ends the call if the block takes longer than the limit, or if the call is the oldest of too many."""
-        wait_s = self._request_wait_s
-        late = DeadlineExceededError(f"no request came within {wait_s:g} s", reason="NO_REQUEST")
-        timer = asyncio.get_running_loop().call_later(wait_s, self._end, context, late)
+    async def _read(self, context: Context) -> Any:
+        """The next request of a call, or EOF. Ends the call if that takes too long, or if too many calls wait."""
+        timer = asyncio.get_running_loop().call_later(self._request_wait_s, self._end_late, context)
         self._awaited[context] = None
         if len(self._awaited) > MAX_AWAITED:
-            oldest = next(iter(self._awaited))
-            del self._awaited[oldest]
-            what = f"more than {MAX_AWAITED} calls wait for their requests, and this one waits longest"
-            self._end(oldest, QueueFullError(what, reason="TOO_MANY_CALLS"))
+            self._end_oldest()
         try:
-            yield
+            return await context.read()
+        except DecodeError as error:
+            raise InvalidRequestError([FieldViolation("request", f"cannot be parsed: {error}")]) from None
         finally:
             timer.cancel()
             self._awaited.pop(context, None)
 
-    # --- ends ---
+    def _end_late(self, context: Context) -> None:
+        what = f"no request came within {self._request_wait_s:g} s"
+        self._end(context, DeadlineExceededError(what, reason="NO_REQUEST"))
 
-    @contextlib.asynccontextmanager
-    async def _errors_as_statuses(self, context: Context) -> AsyncIterator[None]:
-        try:
-            yield
-        except SafelightError as error:
-            self._metrics.refused(error.reason)
-            await self._abort(context, error)
+    def _end_oldest(self) -> None:
+        oldest = next(iter(self._awaited))
+        del self._awaited[oldest]
+        what = f"more than {MAX_AWAITED} calls wait for their requests, and this one waits longest"
+        self._end(oldest, QueueFullError(what, reason="TOO_MANY_CALLS"))
+
+    # --- ends ---
 
     def _end(self, context: Context, error: SafelightError) -> None:
         """Ends a call from outside of its handler. What the handler awaits of its context then fails."""
-        self._metrics.refused(error.reason)
-        ending = asyncio.create_task(self._abort_quietly(context, error))
+        ending = asyncio.create_task(self._refuse_quietly(context, error))
         self._ending.add(ending)
         ending.add_done_callback(self._ending.discard)
 
-    async def _abort_quietly(self, context: Context, error: SafelightError) -> None:
+    async def _refuse_quietly(self, context: Context, error: SafelightError) -> None:
         with contextlib.suppress(grpc.aio.BaseError, asyncio.CancelledError):
-            await self._abort(context, error)
+            await self._refuse(context, error)
 
-    async def _abort(self, context: Context, error: SafelightError) -> None:
+    async def _refuse(self, context: Context, error: SafelightError) -> None:
+        self._metrics.refused(error.reason)
         try:
             await context.abort(error.status, error.message, wire.trailing_metadata(error))
         except grpc.aio.InternalError:  # the client has left

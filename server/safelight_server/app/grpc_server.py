@@ -15,9 +15,11 @@ import grpc
 from grpc._cython import cygrpc
 from grpc.aio._server import Server
 
-from safelight_server.api.call_limits import UNKNOWN, CallLimits, Handler
+from safelight_server.api.call_limits import CallLimits, Handler
 from safelight_server.settings import Settings
 
+UNKNOWN = b"/safelight/unknown"
+"""The registered method that stands for all that the server does not have."""
 REQUEST_BYTES = 64 << 10
 """Bytes that a request may have beside its two prompts."""
 OPTIONS = [
@@ -47,17 +49,19 @@ def make_server(
         ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
         ("grpc.max_allowed_incoming_connections", settings.max_connections),
     ]
-    server = cast(grpc.aio.Server, _Server(limits, options))
+    server = cast(grpc.aio.Server, _Server(options))
     for service, handlers in services.items():
-        server.add_registered_method_handlers(service, dict(handlers))
+        limited = {method: limits.limited(service, handler) for method, handler in handlers.items()}
+        server.add_registered_method_handlers(service, limited)
+    server.add_registered_method_handlers("safelight", {"unknown": limits.unknown()})
+    server.add_generic_rpc_handlers((_AnyMethod(limits.unknown()),))
     return server
 
 
 class _Server(Server):
-    def __init__(self, limits: CallLimits, options: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, options: Sequence[tuple[str, int]]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._server = _AnyPath(self._loop, None, (), (limits,), tuple(options), None)
-        self._server.add_registered_method_handlers({UNKNOWN: None})
+        self._server = _AnyPath(self._loop, None, (), (), tuple(options), None)
 
 
 class _AnyPath(cygrpc.AioServer):  # type: ignore[misc]  # grpc's own has no types
@@ -69,8 +73,18 @@ class _AnyPath(cygrpc.AioServer):  # type: ignore[misc]  # grpc's own has no typ
 
     def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[object]:
         if method is None:
-            method = UNKNOWN.encode()
-        elif method == UNKNOWN.encode():
+            method = UNKNOWN
+        elif method == UNKNOWN:
             method = None
         future: asyncio.Future[object] = super()._make_request_call_future(method)
         return future
+
+
+class _AnyMethod(grpc.GenericRpcHandler):
+    """Has the same handler for every method: here for calls of the very path of `UNKNOWN`, whose name gets lost."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    def service(self, _call: grpc.HandlerCallDetails) -> Handler:
+        return self._handler
