@@ -53,7 +53,6 @@ def make_server(
     for service, handlers in services.items():
         limited = {method: limits.limited(service, handler) for method, handler in handlers.items()}
         server.add_registered_method_handlers(service, limited)
-    server.add_registered_method_handlers("safelight", {"unknown": limits.unknown()})
     server.add_generic_rpc_handlers((_AnyMethod(limits.unknown()),))
     return server
 
@@ -62,13 +61,15 @@ class _Server(Server):
     def __init__(self, options: Sequence[tuple[str, int]]) -> None:
         self._loop = asyncio.get_running_loop()
         self._server = _AnyPath(self._loop, None, (), (), tuple(options), None)
+        self._server.add_registered_method_handlers({UNKNOWN.decode(): None})
 
 
 class _AnyPath(cygrpc.AioServer):  # type: ignore[misc]  # grpc's own has no types
     """A server of registered methods that takes calls of any other path as calls of the method `UNKNOWN`.
 
     The request loop knows the name of a registered method from the future that it has waited for, and decodes the path
-    only where that future is the one for all other paths. So the two futures change places.
+    only where that future is the one for all other paths. So the two futures change places. (A call of the very path of
+    `UNKNOWN` has an empty name then.)
     """
 
     def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[object]:
@@ -81,7 +82,7 @@ class _AnyPath(cygrpc.AioServer):  # type: ignore[misc]  # grpc's own has no typ
 
 
 class _AnyMethod(grpc.GenericRpcHandler):
-    """Has the same handler for every method: here for calls of the very path of `UNKNOWN`, whose name gets lost."""
+    """Has the same handler for every method that is not registered, and for `UNKNOWN`, which has none of its own."""
 
     def __init__(self, handler: Handler) -> None:
         self._handler = handler
