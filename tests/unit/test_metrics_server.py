@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import socket
 import threading
 from contextlib import asynccontextmanager
 
@@ -91,3 +92,13 @@ async def test_clients_that_wait_cost_no_threads_and_keep_nobody_out():
         assert server.num_connections <= MAX_CONNECTIONS
         for _, writer in idle:
             writer.close()
+
+
+async def test_a_server_serves_its_metrics_and_frees_the_port_at_its_end(start):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    for _ in range(2):
+        async with start(runtime="simulated", metrics_port=port):
+            status, body = await exchange(port, SCRAPE)
+            assert status == b"HTTP/1.0 200 OK"
+            assert b"safelight_waiting_outputs" in body
