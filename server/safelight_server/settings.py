@@ -104,6 +104,17 @@ class Settings(BaseSettings):
 
     watcher_stall_s: Seconds = Field(30.0, description="A stream whose client takes no event for this long is ended.")
     max_streams_per_caller: Count = Field(1024, description="Streams that one caller may have open.")
+    max_connections: Count = Field(4096, description="Connections that are open at once; more are not accepted.")
+    max_streams_per_connection: Count = Field(
+        2048, description="Calls that one connection may have open; its client lets more wait."
+    )
+    request_wait_s: float = Field(
+        10.0, gt=0, description="How long an opened call may take to send its request, or the next one of a stream."
+    )
+    max_keyless_streams: Count = Field(1024, description="Streams of health and reflection, which need no key, in all.")
+    max_keyless_streams_per_address: Count = Field(
+        64, description="Such streams of one client address, or of one IPv6 network of 64 bits."
+    )
     max_watchers: Count = Field(64, description="Streams that may watch one generation.")
     chunk_bytes: int = Field(
         256 * 1024, ge=1024, le=1 << 20, description="Bytes of a picture in one message of a stream."

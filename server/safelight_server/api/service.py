@@ -99,39 +99,27 @@ class Service:
         self._metrics = metrics
         self._tracer = tracer
 
-    def handlers(self) -> list[grpc.GenericRpcHandler]:
-        """The handlers of all services, to be added to a grpc.aio server."""
+    def handlers(self) -> dict[str, dict[str, Handler]]:
+        """The handlers of all methods, by full name of the service and name of the method."""
         stream, unary = self._stream_handler, self._unary_handler
-        return [
-            grpc.method_handlers_generic_handler(
-                GENERATION_SERVICE,
-                {
-                    "Generate": stream("Generate", self.generate, pb.GenerateRequest),
-                    "WatchGeneration": stream("WatchGeneration", self.watch_generation, pb.WatchGenerationRequest),
-                    "UpdateGeneration": unary("UpdateGeneration", self.update_generation, pb.UpdateGenerationRequest),
-                    "CancelGeneration": unary("CancelGeneration", self.cancel_generation, pb.CancelGenerationRequest),
-                    "GetGeneration": unary("GetGeneration", self.get_generation, pb.GetGenerationRequest),
-                },
-            ),
-            grpc.method_handlers_generic_handler(
-                MODEL_SERVICE,
-                {
-                    "ListModels": unary("ListModels", self.list_models, models_pb2.ListModelsRequest),
-                    "GetModel": unary("GetModel", self.get_model, models_pb2.GetModelRequest),
-                },
-            ),
-            grpc.method_handlers_generic_handler(
-                CACHE_SERVICE,
-                {
-                    "GetCacheStats": unary("GetCacheStats", self.get_cache_stats, cache_pb2.GetCacheStatsRequest),
-                    "PurgeCache": unary("PurgeCache", self.purge_cache, cache_pb2.PurgeCacheRequest),
-                },
-            ),
-            grpc.method_handlers_generic_handler(
-                QUOTA_SERVICE,
-                {"ListQuotas": unary("ListQuotas", self.list_quotas, quotas_pb2.ListQuotasRequest)},
-            ),
-        ]
+        return {
+            GENERATION_SERVICE: {
+                "Generate": stream("Generate", self.generate, pb.GenerateRequest),
+                "WatchGeneration": stream("WatchGeneration", self.watch_generation, pb.WatchGenerationRequest),
+                "UpdateGeneration": unary("UpdateGeneration", self.update_generation, pb.UpdateGenerationRequest),
+                "CancelGeneration": unary("CancelGeneration", self.cancel_generation, pb.CancelGenerationRequest),
+                "GetGeneration": unary("GetGeneration", self.get_generation, pb.GetGenerationRequest),
+            },
+            MODEL_SERVICE: {
+                "ListModels": unary("ListModels", self.list_models, models_pb2.ListModelsRequest),
+                "GetModel": unary("GetModel", self.get_model, models_pb2.GetModelRequest),
+            },
+            CACHE_SERVICE: {
+                "GetCacheStats": unary("GetCacheStats", self.get_cache_stats, cache_pb2.GetCacheStatsRequest),
+                "PurgeCache": unary("PurgeCache", self.purge_cache, cache_pb2.PurgeCacheRequest),
+            },
+            QUOTA_SERVICE: {"ListQuotas": unary("ListQuotas", self.list_quotas, quotas_pb2.ListQuotasRequest)},
+        }
 
     async def generate(
         self, request: pb.GenerateRequest, caller: Caller, stream: _Stream
@@ -262,8 +250,10 @@ class Service:
                 with self._streams.stream(caller):
                     async with aclosing(method(_parse(request_type, data), caller, stream)) as events:
                         async for event in events:
+                            stream.waiting_bytes = len(event)
                             with stage.within("write"):
                                 yield event
+                            stream.waiting_bytes = 0
             except SafelightError as error:
                 failure = error.with_traceback(None)  # a traceback would keep frames, and those the generation, alive
             except (asyncio.CancelledError, GeneratorExit):
@@ -318,7 +308,11 @@ class Service:
 
 
 class _Stream:
-    """The state of a streaming call: its connection, its trace span, and how it is ended from outside."""
+    """The state of a streaming call: its connection, its trace span, and how it is ended from outside.
+
+    Attributes:
+        waiting_bytes: the message that was handed to gRPC and that the client has not made room for.
+    """
 
     def __init__(self, context: Context, stage: Stage) -> None:
         self._context = context
@@ -326,11 +320,13 @@ class _Stream:
         self.stage = stage
         self.failure: SafelightError | None = None
         self.watcher: Watcher | None = None
+        self.waiting_bytes = 0
+        self._generation = ""
         self.time_left_s: float | None = context.time_remaining()
 
     def watches(self, generation: Generation) -> None:
         """Describes the generation in the span of this call, and links the span of the call that started it."""
-        spec = generation.request.spec
+        self._generation, spec = generation.name, generation.request.spec
         self.stage.note(
             {
                 "safelight.generation": generation.name,
@@ -348,6 +344,13 @@ class _Stream:
 
         To a client that does not read, the status is sent after the events that are buffered for it.
         """
+        log.info(
+            "stream_ended",
+            reason=error.reason,
+            generation=self._generation,
+            client=self._context.peer(),
+            waiting_bytes=self.waiting_bytes,
+        )
         self.failure = error
         self.ending = asyncio.create_task(self._abort(error))
 
