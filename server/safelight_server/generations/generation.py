@@ -139,6 +139,11 @@ class Generation:
         """Whether all its finished pictures are in this process."""
         return all(o.total_bytes for o in self.outputs if o.reason is FinishReason.COMPLETED)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its request, state events and finished pictures."""
+        return self.log.held_bytes
+
     # --- commands ---
 
     def accept(self, numerics_id: str, estimate_s: float, sources: Sequence[EncodedPicture | Execution]) -> None:

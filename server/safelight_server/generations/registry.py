@@ -272,6 +272,7 @@ class Generations:
             self._drop_unwatched(generation)
             raise
         self._streams.add(watcher, generation, end)
+        self._finished.watched(generation)
         if not generation.owned:
             if self._ownership is not None and not generation.ended:
                 self._ownership.mirrors.attend(generation)
@@ -285,6 +286,7 @@ class Generations:
         """Removes a stream that has ended, in whatever way; suspends the generation if it was the last one."""
         if not self._streams.close(watcher):
             return
+        self._finished.unwatched(generation)
         if not generation.owned:
             self._drop_unwatched(generation)
             return

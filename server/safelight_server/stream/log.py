@@ -155,9 +155,9 @@ class EventLog:
         return self._shared.closed
 
     @property
-    def artifact_bytes(self) -> int:
-        """Bytes of the finished pictures, which the log keeps."""
-        return sum(self._sizes.values())
+    def held_bytes(self) -> int:
+        """Bytes of the state events and the finished pictures, which the log keeps."""
+        return self._shared.num_bytes
 
     @property
     def num_previews(self) -> int:
@@ -194,6 +194,7 @@ class EventLog:
 
     def _show(self, item: SerializedEvent | SerializedArtifact) -> None:
         self._shared.items.append(item)
+        self._shared.num_bytes += item.num_bytes
         self._shared.closed = isinstance(item, SerializedEvent) and item.is_last
         for watcher in self.watchers:
             watcher.wake()

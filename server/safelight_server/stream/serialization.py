@@ -33,6 +33,11 @@ class SerializedEvent:
     ends_output: int | None
     is_last: bool
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory."""
+        return len(self.data)
+
 
 @dataclass(frozen=True, slots=True)
 class SerializedArtifact:
@@ -42,6 +47,11 @@ class SerializedArtifact:
     total_bytes: int
     piece_bytes: int
     pieces: tuple[bytes, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory."""
+        return sum(map(len, self.pieces))
 
     def piece(self, number: int, offset: int = 0) -> bytes:
         """Piece `number`, from byte `offset` of the picture on if that lies within it."""

@@ -21,6 +21,7 @@ class SharedStreamState:
 
     Attributes:
         items: the reliable events, in order; only ever appended to.
+        num_bytes: the bytes of the items.
         newest: the newest-wins events that still mean something.
         closed: whether Finished is among the items.
     """
@@ -28,6 +29,7 @@ class SharedStreamState:
     generation: str
     clock: Callable[[], float]
     items: list[SerializedEvent | SerializedArtifact] = field(default_factory=list)
+    num_bytes: int = 0
     newest: dict[LossySlot, bytes] = field(default_factory=dict)
     counts: PreviewCounts = field(default_factory=PreviewCounts)
     closed: bool = False
