@@ -113,7 +113,14 @@ class Settings(BaseSettings):
         10_000,
         description="Finished generations kept to be watched again; beyond that the tenant with most loses one.",
     )
-    max_results_bytes: Count = Field(256 << 20, description="Finished pictures kept in memory, all together.")
+    max_results_bytes: Count = Field(
+        256 << 20,
+        description="Bytes of finished generations that no stream watches; beyond that the tenant with most loses one.",
+    )
+    max_unread_bytes: Count = Field(
+        256 << 20,
+        description="Bytes of running and watched generations and unread messages; beyond that slow streams are ended.",
+    )
     drain_grace_s: Seconds = Field(30.0, description="How long generations may finish and be delivered after SIGTERM.")
 
     redis_url: SecretStr | None = Field(

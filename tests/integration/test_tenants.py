@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 
 import grpc
 import pytest
@@ -11,7 +12,8 @@ from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.api.identity import new_key
 
 from tests.conftest import eventually
-from tests.integration.test_generate import collect
+from tests.integration.test_generate import collect, reason_of
+from tests.integration.test_streams import PICTURE_BYTES, channel
 
 SIMULATED = {"runtime": "simulated", "simulated_base_ms": 1.0, "simulated_row_ms": 0.0}
 NONE = pb.PreviewPolicy(method=pb.PREVIEW_METHOD_NONE)
@@ -102,7 +104,50 @@ async def test_results_that_are_watched_stay_watchable(start, keys):
         for _ in range(4):
             await collect(stub.Generate(request(), metadata=rude))
         assert await running.generations.find(caller, generation.identifier) is generation
-        running.generations.detach(generation, watcher)
+        running.generations.detach(watcher)
         for _ in range(4):
             await collect(stub.Generate(request(), metadata=rude))
         await eventually(lambda: generation.identifier not in running.generations._finished)
+
+
+async def test_slow_streams_of_one_tenant_are_ended_before_memory_is_short_and_resume(start, keys):
+    """Long before `watcher_stall_s`. A slow stream of another tenant is left alone; both pictures arrive whole."""
+    file, polite, rude = keys
+    raw = pb.PixelEncoding(media_type="application/x-raw-rgba8")
+    async with (
+        start(**SIMULATED, api_key_file=file, max_unread_bytes=4 << 20, watcher_stall_s=3600) as running,
+        channel(running) as slow,
+        channel(running) as mine,
+        channel(running) as fast,
+    ):
+        message = request(outputs=16, encoding=raw)
+        kept = aiter(stubs.GenerationServiceStub(mine).Generate(message, metadata=polite))
+        await anext(kept)
+        calls, events = [], []
+        for _ in range(6):
+            calls.append(aiter(stubs.GenerationServiceStub(slow).Generate(message, metadata=rude)))
+            events.append((await anext(calls[-1])).event)
+        streams = running.generations._streams
+        await eventually(lambda: len(streams) < 5)
+        assert "polite" in {generation.caller.tenant for generation in streams.watched()}
+        accepted, *_ = events
+        del events[1:]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for response in calls[0]:
+                events.append(response.event)
+        assert reason_of(caught.value) == "WATCHER_STALLED"
+        got = Counter()
+        for event in events:
+            got[event.artifact_chunk.output_index] += len(event.artifact_chunk.data)
+        again = pb.WatchGenerationRequest(
+            name=accepted.generation,
+            after_sequence=max(event.sequence for event in events),
+            artifact_offsets=[{"output_index": index, "offset": offset} for index, offset in got.items()],
+        )
+        events = await collect(stubs.GenerationServiceStub(fast).WatchGeneration(again, metadata=rude))
+        assert events[-1].HasField("finished")
+        for event in events:
+            got[event.artifact_chunk.output_index] += len(event.artifact_chunk.data)
+        assert [got[index] for index in range(16)] == [PICTURE_BYTES] * 16
+        rest = [response.event async for response in kept]
+        assert sum(len(event.artifact_chunk.data) for event in rest) == 16 * PICTURE_BYTES

@@ -36,14 +36,15 @@ class SuspendedGenerations:
         grace_s = generation.request.disconnect.resume_grace_s
         self._abandon_in(grace_s, generation)
         if (beyond := self._shares.take_beyond()) is not None:
-            self._abandon(self._waiting[beyond][0], "too many generations of its tenant have lost their last stream")
+            self.abandon(self._waiting[beyond][0], "too many generations of its tenant have lost their last stream")
 
     def _abandon_in(self, seconds: float, generation: Generation) -> None:
-        timer = asyncio.get_running_loop().call_later(seconds, self._abandon, generation)
+        timer = asyncio.get_running_loop().call_later(seconds, self.abandon, generation)
         self._waiting[generation.identifier] = (generation, timer)
         self._shares.add(generation.caller.tenant, generation.identifier)
 
-    def _abandon(self, generation: Generation, why: str = "its last stream was lost and not resumed in time") -> None:
+    def abandon(self, generation: Generation, why: str = "its last stream was lost and not resumed in time") -> None:
+        """Cancels a generation; while another replica may own it, looks again a little later."""
         if generation.state is not GenerationState.SUSPENDED:
             return
         if not generation.may_decide:  # this process may have slept, and another replica gone on with it
@@ -51,6 +52,13 @@ class SuspendedGenerations:
             self._abandon_in(DECIDE_RETRY_S, generation)
             return
         generation.stop(GenerationCancelledError(why))
+
+    def by_tenant(self) -> dict[str, list[Generation]]:
+        """The generations of each tenant, the oldest first."""
+        held: dict[str, list[Generation]] = {}
+        for generation, _ in self._waiting.values():
+            held.setdefault(generation.caller.tenant, []).append(generation)
+        return held
 
     def resume(self, generation: Generation) -> None:
         """Resumes a generation, since a stream has come."""

@@ -38,6 +38,9 @@ class SharedStreamState:
 class Watcher:
     """One client stream: read `events` once, then call `close`. Its size is bounded: a few words for each output.
 
+    Once it is closed it refers to nothing of its generation: the call of a client that does not read lasts as long as
+    its connection, and would keep the pictures.
+
     Args:
         after_sequence: the last state event that the client has.
         artifact_offsets: bytes of pictures that the client has, by output.
@@ -45,6 +48,7 @@ class Watcher:
 
     Attributes:
         previews: its previews of all outputs.
+        unread_bytes: the message that was handed over and that the client has not taken; gRPC has a copy.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Watcher:
         self.previews = Previews(policy, shared.clock, shared.counts, self._preview_ready)
         self._wakeup = asyncio.Event()
         self._closed = False
+        self.unread_bytes = 0
         self._yielding_since: float | None = None
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -73,8 +78,10 @@ class Watcher:
             data = self._next()
             if data is not None:
                 self._yielding_since = self._shared.clock()
+                self.unread_bytes = len(data)
                 yield data
                 self._yielding_since = None
+                self.unread_bytes = 0
             elif self._shared.closed:
                 return
             else:
@@ -90,6 +97,7 @@ class Watcher:
     def close(self) -> None:
         """Leaves the generation; `events` ends at its next turn."""
         self._closed = True
+        self._shared = SharedStreamState("", self._shared.clock, closed=True)
         self.previews.close()
         self._wakeup.set()
         self._leave(self)
