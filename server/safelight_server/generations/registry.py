@@ -46,7 +46,7 @@ from safelight_server.generations.unread_bytes import UnreadBytes
 from safelight_server.runtime.base import Runtime
 from safelight_server.scheduler import Priority
 from safelight_server.settings import Settings
-from safelight_server.stream import EventLog, Watcher
+from safelight_server.stream import EventLog, SendTurns, Watcher
 from safelight_server.telemetry import Metrics, Stage
 from safelight_server.telemetry.tracing import UNTRACED
 
@@ -105,6 +105,7 @@ class Generations:
         self._draining = False
         self._one_ended = asyncio.Event()
         self._streams = OpenStreams()
+        self._turns = SendTurns()
         self._unread = UnreadBytes(settings.max_unread_bytes, self._streams, self._suspended, self._end_stalled)
 
     # --- starting ---
@@ -177,7 +178,14 @@ class Generations:
         self, identifier: str, caller: Caller, request: Request, stage: Stage, time_left_s: float | None
     ) -> Generation:
         name, sizes = f"generations/{identifier}", self._settings
-        events = EventLog(name, self._clock, chunk_bytes=sizes.chunk_bytes, max_watchers=sizes.max_watchers)
+        events = EventLog(
+            name,
+            self._clock,
+            chunk_bytes=sizes.chunk_bytes,
+            max_watchers=sizes.max_watchers,
+            tenant=caller.tenant,
+            turns=self._turns,
+        )
         return Generation(
             identifier,
             caller,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from safelight_server.domain.request import PreviewPolicy
 from safelight_server.stream.previews import PreviewCounts, Previews
 from safelight_server.stream.serialization import SerializedArtifact, SerializedEvent, preview
+from safelight_server.stream.turns import SendTurns
 
 PREVIEW = "preview"
 LossySlot = tuple[str, int]
@@ -20,6 +21,8 @@ class SharedStreamState:
     """What all streams of a generation share.
 
     Attributes:
+        tenant: whose generation it is.
+        turns: at which streams of all generations send.
         items: the reliable events, in order; only ever appended to.
         num_bytes: the bytes of the items.
         newest: the newest-wins events that still mean something.
@@ -28,6 +31,8 @@ class SharedStreamState:
 
     generation: str
     clock: Callable[[], float]
+    tenant: str = ""
+    turns: SendTurns = field(default_factory=SendTurns)
     items: list[SerializedEvent | SerializedArtifact] = field(default_factory=list)
     num_bytes: int = 0
     newest: dict[LossySlot, bytes] = field(default_factory=dict)
@@ -75,8 +80,9 @@ class Watcher:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The stream, as serialized responses; ends after Finished, or when closed."""
         while not self._closed:
-            data = self._next()
-            if data is not None:
+            if self._slots or self._cursor < len(self._shared.items):
+                await self._shared.turns.take(self._shared.tenant)  # and only then looks what is the newest
+            if (data := self._next()) is not None:
                 self._yielding_since = self._shared.clock()
                 self.unread_bytes = len(data)
                 yield data
