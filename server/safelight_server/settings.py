@@ -128,10 +128,21 @@ class Settings(BaseSettings):
     )
     result_ttl_s: Seconds = Field(300.0, description="How long a finished generation can be watched again.")
     max_lost: Count = Field(
-        1024, description="Generations without a stream kept to be resumed; beyond that, the oldest is cancelled."
+        1024,
+        description="Generations without a stream kept to be resumed; beyond that the tenant with most loses one.",
     )
-    max_results: Count = Field(10_000, description="Finished generations kept to be watched again, all together.")
-    max_results_bytes: Count = Field(256 << 20, description="Finished pictures kept in memory, all together.")
+    max_results: Count = Field(
+        10_000,
+        description="Finished generations kept to be watched again; beyond that the tenant with most loses one.",
+    )
+    max_results_bytes: Count = Field(
+        256 << 20,
+        description="Bytes of finished generations that no stream watches; beyond that the tenant with most loses one.",
+    )
+    max_unread_bytes: Count = Field(
+        256 << 20,
+        description="Bytes of running and watched generations and unread messages; beyond that slow streams are ended.",
+    )
     drain_grace_s: Seconds = Field(30.0, description="How long generations may finish and be delivered after SIGTERM.")
 
     redis_url: SecretStr | None = Field(
