@@ -39,9 +39,8 @@ class Server:
         return self.running.generations.ownership.owners._context.coordinator
 
 
-@contextlib.asynccontextmanager
-async def servers(redis_url: str, folder: Path, count: int = 2, **settings: object) -> AsyncIterator[list[Server]]:
-    given = {
+def server_settings(redis_url: str, folder: Path) -> dict[str, object]:
+    return {
         "runtime": "simulated",
         "simulated_base_ms": 20,
         "num_instances": 1,
@@ -51,7 +50,12 @@ async def servers(redis_url: str, folder: Path, count: int = 2, **settings: obje
         "breaker_open_s": 0.1,
         "cache_key_file": key_file(folder),
         "checkpoint_every_n_steps": 2,
-    } | settings
+    }
+
+
+@contextlib.asynccontextmanager
+async def servers(redis_url: str, folder: Path, count: int = 2, **settings: object) -> AsyncIterator[list[Server]]:
+    given = server_settings(redis_url, folder) | settings
     async with contextlib.AsyncExitStack() as stack:
         made = []
         for _ in range(count):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
 from safelight_server.runtime.simulated import LATENT, simulated_pipeline
 from safelight_server.settings import Settings
+from safelight_server.storage.clock import SharedClock
 from safelight_server.storage.keyring import Keyring
 from safelight_server.storage.memory import MemoryStore
 from safelight_server.storage.sealed import Sealer
@@ -38,7 +40,7 @@ from safelight_server.telemetry import UNTRACED, Metrics
 from safelight_server.telemetry.metrics import TierMetrics
 
 from tests.simulation.clock import Host, VirtualLoop
-from tests.simulation.service import Network, RemoteCoordinator, RemoteStore, Service
+from tests.simulation.service import Connection, Network, RemoteCoordinator, RemoteStore, Service
 from tests.support.streams import Here
 
 TTL_S = 1.5
@@ -186,25 +188,29 @@ class SmallCache:
 class Replica:
     """A process that serves; `kill` and start another to restart it."""
 
-    def __init__(self, name: str, loop: VirtualLoop, network: Network, service: Service, step_s: float) -> None:
-        self.host = Host(name)
+    def __init__(
+        self, name: str, loop: VirtualLoop, network: Network, service: Service, step_s: float, skew_s: float
+    ) -> None:
+        self.host = Host(name, skew_s)
         self.network = network
         self.streams: dict[asyncio.Task[None], Say] = {}
         self._loop = loop
         self.host.context.run(self._build, loop, network, service, step_s)
 
     def _build(self, loop: VirtualLoop, network: Network, service: Service, step_s: float) -> None:
-        coordinator = RemoteCoordinator(network, service)
+        clock = SharedClock(lambda: time.time(), loop.time)
+        sealer, connection = Sealer(KEYS, clock.now), Connection(network, service, clock)
+        coordinator = RemoteCoordinator(connection, service)
         self.tiers = tiers = Tiers(
-            [Tier(MemoryStore(1 << 24)), Tier(RemoteStore(network, service), shared=True)], SEALER, TIER_METRICS
+            [Tier(MemoryStore(1 << 24)), Tier(RemoteStore(connection, service), shared=True)], sealer, TIER_METRICS
         )
         cache: Any = SmallCache(tiers)
         engine: Any = CountingEngine(loop, step_s)
-        bulletin = Bulletin(coordinator, SEALER)
+        bulletin = Bulletin(coordinator, sealer)
         runners = LeasedRunners(
-            engine, coordinator, SEALER, cache.checkpoints, cache.pictures, bulletin, Here(), TTL_S, 600.0
+            engine, coordinator, sealer, cache.checkpoints, cache.pictures, bulletin, Here(), TTL_S, 600.0
         )
-        context = ClusterContext(coordinator, SEALER, KEYS, tiers, cache.namespaces, bulletin, TTL_S, 600.0, 600.0)
+        context = ClusterContext(coordinator, sealer, KEYS, tiers, cache.namespaces, bulletin, TTL_S, 600.0, 600.0)
         runtime: Any = ModelRuntime()
         executions = Executions(engine, Here())
         catalog = Catalog([PIPELINE], "")

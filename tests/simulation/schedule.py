@@ -27,6 +27,8 @@ from tests.support.streams import SPEC
 QUIET_S = 60.0
 """Time in which, with nothing going wrong any more, every request must come to its end."""
 FAULTS = ("freeze", "freeze", "kill", "out", "pause", "cut", "rain")
+SKEWS_S = (0.0, 0.0, 0.0, 2.0, 600.0, -600.0, 7200.0)
+"""How far the clock of a replica's machine may be ahead."""
 TENANTS = (Caller("ann", "studio"), Caller("bob", "agency"))
 
 
@@ -50,6 +52,7 @@ class Fleet:
     network: Network
     replicas: list[Replica]
     step_s: float
+    skews: random.Random
     trace: list[str] = field(default_factory=list)
     requests: dict[str, Request] = field(default_factory=dict)
     graveyard: list[Replica] = field(default_factory=list)
@@ -62,7 +65,8 @@ class Fleet:
     def start(self, name: str) -> Replica:
         """A new process of a replica."""
         self.num_started += 1
-        return Replica(f"{name}{self.num_started}", self.loop, self.network, self.service, self.step_s)
+        host = f"{name}{self.num_started}"
+        return Replica(host, self.loop, self.network, self.service, self.step_s, self.skews.choice(SKEWS_S))
 
 
 def run(seed: int, *, trace: bool = False) -> Result:
@@ -88,7 +92,10 @@ def run(seed: int, *, trace: bool = False) -> Result:
     try:
         with virtual_time(loop, seed):
             loop.run_until_complete(
-                loop.create_task(_schedule(loop, random.Random(seed), ledger, lines), context=SERVICE.copy())
+                loop.create_task(
+                    _schedule(loop, random.Random(seed), random.Random(f"skews {seed}"), ledger, lines),
+                    context=SERVICE.copy(),
+                )
             )
     finally:
         loop.set_exception_handler(lambda *_: None)
@@ -122,11 +129,13 @@ def _host() -> str:
     return "-" if host is None else host.name
 
 
-async def _schedule(loop: VirtualLoop, chance: random.Random, ledger: Ledger, lines: list[str]) -> None:
+async def _schedule(
+    loop: VirtualLoop, chance: random.Random, skews: random.Random, ledger: Ledger, lines: list[str]
+) -> None:
     service = Service(loop, ledger.published)
     network = Network(loop, service, chance)
     step_s = chance.choice((0.05, 0.2, 0.6))
-    fleet = Fleet(loop, chance, ledger, service, network, [], step_s, lines)
+    fleet = Fleet(loop, chance, ledger, service, network, [], step_s, skews, lines)
     fleet.replicas += [fleet.start("abc"[n]) for n in range(chance.choice((2, 2, 3)))]
     clients = [_client(fleet, n) for n in range(chance.randint(1, 3))]
     works = [asyncio.ensure_future(_behave(fleet, client)) for client in clients]

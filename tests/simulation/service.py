@@ -24,8 +24,9 @@ from safelight_server.coordination.base import (
     StreamEvent,
 )
 from safelight_server.storage.base import StoreUnavailableError, StoreUsage
+from safelight_server.storage.clock import SharedClock
 
-from tests.simulation.clock import HOST, SERVICE, VirtualLoop
+from tests.simulation.clock import EPOCH_S, HOST, SERVICE, VirtualLoop
 from tests.support.local_coordinator import LocalCoordinator
 
 T = TypeVar("T")
@@ -48,6 +49,10 @@ class Service(LocalCoordinator):
         self._expiring: dict[str, float] = {}
         self._waiting: dict[str, list[asyncio.Future[list[StreamEvent]]]] = {}
         self.kept: dict[str, tuple[bytes, float]] = {}
+
+    async def time(self) -> float:
+        """Its Unix time."""
+        return EPOCH_S + self._clock()
 
     async def publish(self, lease: Lease, data: bytes) -> str:
         """See `Coordinator`."""
@@ -236,12 +241,40 @@ class Network:
             waiting.cancel()
 
 
+class Connection:
+    """The network as one replica uses it: its clock is set before anything else is asked, as `RedisConnection` does."""
+
+    def __init__(self, network: Network, service: Service, clock: SharedClock) -> None:
+        self._network = network
+        self._service = service
+        self._clock = clock
+        self._open = False
+
+    async def call(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """See `Network.call`."""
+        if not self._open:
+            await self._clock.measure(self._service.time)
+            self._open = True
+        return await self._network.call(work)
+
+    async def check(self) -> None:
+        """Sets the clock by the service's time."""
+        await self._clock.measure(lambda: self._network.call(self._service.time))
+
+    async def wait(self, name: str, place: str) -> list[StreamEvent]:
+        """See `Network.wait`."""
+        return await self._network.wait(name, place)
+
+
 class RemoteCoordinator(Coordinator):
     """The service as one replica sees it; see `Coordinator`."""
 
-    def __init__(self, network: Network, service: Service) -> None:
+    def __init__(self, network: Connection, service: Service) -> None:
         self._network = network
         self._service = service
+
+    async def check(self) -> None:
+        await self._network.check()
 
     async def acquire(self, name: str, owner: str, ttl_s: float) -> Lease | None:
         return await self._network.call(lambda: self._service.acquire(name, owner, ttl_s))
@@ -334,7 +367,7 @@ class RemoteStore:
 
     name = "redis"
 
-    def __init__(self, network: Network, service: Service) -> None:
+    def __init__(self, network: Connection, service: Service) -> None:
         self._network = network
         self._service = service
 

@@ -55,6 +55,9 @@ class LocalCoordinator:
         self._claims: dict[str, tuple[bytes, float]] = {}
         self._roll: set[str] = set()
 
+    async def check(self) -> None:
+        """See `Coordinator`."""
+
     async def acquire(self, name: str, owner: str, ttl_s: float) -> Lease | None:
         """See `Coordinator`."""
         execution = self._execution(name)

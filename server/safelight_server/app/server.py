@@ -134,8 +134,11 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
 
 
 @contextlib.asynccontextmanager
-async def serving(settings: Settings) -> AsyncIterator[Running]:
+async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> AsyncIterator[Running]:
     """Runs the server while the block runs; closes every part on leaving, and also where the start fails.
+
+    Args:
+        wall: this machine's clock, in Unix seconds.
 
     Raises:
         StartError: the runtime, the storage or the address cannot be used.
@@ -152,7 +155,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         ends.push_async_callback(runtime.close)
         try:
             await runtime.start()
-            backends = await open_backends(settings, metrics.tiers)
+            backends = await open_backends(settings, metrics.tiers, wall)
         except (RuntimeStartError, KeyringError, DiskStoreError, CredentialsError, ValueError) as error:
             raise StartError(str(error)) from None
         ends.push_async_callback(backends.close)

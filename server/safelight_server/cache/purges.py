@@ -125,7 +125,7 @@ class Purges:
             await self._catch_up()
             if time.monotonic() - swept >= SWEEP_EVERY_S:
                 swept = time.monotonic()
-                await purge(self._tiers, PurgeScope(expired_at=time.time()), only="disk")
+                await purge(self._tiers, PurgeScope(expired_at=self._tiers.now()), only="disk")
                 await self._tiers.measure(lazy=True)
             await asyncio.sleep(MEASURE_EVERY_S)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Callable, Mapping
 
 import structlog
@@ -45,7 +44,7 @@ class Bulletin:
         """Queues a message for all replicas. The message is dropped when too many wait."""
         data = json.dumps({"kind": kind, "about": about} | facts).encode()
         if not self._waiting.full():
-            self._waiting.put_nowait(self._sealer.seal(STREAM, Entry(data), time.time() + KEPT_S))
+            self._waiting.put_nowait(self._sealer.seal(STREAM, Entry(data), self._sealer.now() + KEPT_S))
 
     async def talk(self) -> None:
         """Sends the queued messages. Never returns."""
@@ -72,5 +71,5 @@ class Bulletin:
                 continue
             facts = json.loads(entry.data)
             handler = self._handlers.get(facts.pop("kind"))
-            if handler is not None and expires_at > time.time():
+            if handler is not None and expires_at > self._sealer.now():
                 handler(facts.pop("about"), facts)

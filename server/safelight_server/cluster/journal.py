@@ -74,7 +74,8 @@ class Journal:
 
     def event(self, event: StateEvent, sequence: int, data: bytes, show: Callable[[], None]) -> None:
         """Queues a state event; `show` is called when it is written."""
-        self.write(event_record(event, sequence, data, *self._standing(), datetime.now(UTC)), show)
+        now = datetime.fromtimestamp(self._sealer.now(), UTC)
+        self.write(event_record(event, sequence, data, *self._standing(), now), show)
 
     def picture(self, output_index: int, picture: EncodedPicture, show: Callable[[], None]) -> None:
         """Queues a finished picture; `show` is called when it is stored."""

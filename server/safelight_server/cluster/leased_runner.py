@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -275,7 +274,8 @@ class LeasedRunner(ExecutionObserver):
         if self.followed and self._leader is not None:
             facts = {"step": str(step), "batch": str(self._batch_size)}
             entry = Entry(np.ascontiguousarray(denoised, np.float32).tobytes(), facts)
-            self._unpublished = self._leased_runners.sealer.seal(self.ticket.name, entry, time.time() + EVENT_S)
+            sealer = self._leased_runners.sealer
+            self._unpublished = sealer.seal(self.ticket.name, entry, sealer.now() + EVENT_S)
             if self._publishing is None or self._publishing.done():
                 self._publishing = self._leased_runners.start(self._publish(self._leader))
 

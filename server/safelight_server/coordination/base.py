@@ -68,6 +68,9 @@ class CommitOutcome(Enum):
 class Coordinator(Protocol):
     """The service that replicas share. A method that raises `StoreError` may have taken effect or not."""
 
+    async def check(self) -> None:
+        """Asks the service for a sign of life, and sets the clock that replicas share by its answer."""
+
     async def acquire(self, name: str, owner: str, ttl_s: float) -> Lease | None:
         """Acquires the lease; None if another holds it or a result is committed. The same owner gets the same lease."""
 

@@ -70,6 +70,7 @@ class RedisCoordinator:
         max_bills: int = 1_000_000,
         memory_s: float = 86_400.0,
     ) -> None:
+        self._connection = connection
         self._redis: Any = connection.client  # its stubs leave open whether answers are decoded: they are not
         self._breaker = breaker
         self._max_events = max_events
@@ -82,6 +83,10 @@ class RedisCoordinator:
         self._followed: dict[_Follower, None] = {}
         self._following = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
+
+    async def check(self) -> None:
+        """See `Coordinator`."""
+        await self._call(self._connection.check)
 
     async def acquire(self, name: str, owner: str, ttl_s: float) -> Lease | None:
         """See `Coordinator`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -67,6 +68,7 @@ class Generation:
         deadline: on the engine's clock.
         late: makes the error with which it ends when the deadline has passed.
         on_end: called once, after Finished.
+        now: Unix seconds, by the clock that all replicas share.
 
     Attributes:
         owned: whether this replica decides its outcome; else it shows what its owner, another replica, has decided.
@@ -86,6 +88,7 @@ class Generation:
         deadline: float | None,
         late: Callable[[], SafelightError],
         on_end: Callable[[Generation], None],
+        now: Callable[[], float] = time.time,
     ) -> None:
         self.identifier = identifier
         self.caller = caller
@@ -100,7 +103,8 @@ class Generation:
         self.error: SafelightError | None = None
         self.work = ComputedWork()
         self.times = GenerationTimes(clock())
-        self.create_time = datetime.now(UTC)
+        self._now = now
+        self.create_time = datetime.fromtimestamp(now(), UTC)
         self.finish_time: datetime | None = None
         self.origins: tuple[Origin | None, ...] = ()
         self.numerics_id = ""
@@ -335,7 +339,7 @@ class Generation:
 
     def _finish(self) -> None:
         self.times.ended = self._clock()
-        self.finish_time = datetime.now(UTC)
+        self.finish_time = datetime.fromtimestamp(self._now(), UTC)
         if self._expiry is not None:
             self._expiry.cancel()
         if self.error is None:

@@ -82,6 +82,7 @@ class Generations:
         self._catalog = catalog
         self._engine = engine
         self._clock = clock
+        self._now = time.time if context is None else context.sealer.now
         self._metrics = metrics
         waiting = {
             Priority.INTERACTIVE: settings.max_waiting_interactive,
@@ -185,6 +186,7 @@ class Generations:
             deadline=None if time_left_s is None else self._clock() + time_left_s,
             late=self._engine.outage.late,
             on_end=self._ended,
+            now=self._now,
         )
 
     # --- finding ---
@@ -213,7 +215,7 @@ class Generations:
 
     def _is_old(self, generation: Generation) -> bool:
         ended = generation.finish_time
-        return ended is not None and (datetime.now(UTC) - ended).total_seconds() > self._settings.result_ttl_s
+        return ended is not None and self._now() - ended.timestamp() > self._settings.result_ttl_s
 
     async def cancel(self, generation: Generation) -> None:
         """Stops a generation, on whatever replica it runs.
@@ -340,7 +342,7 @@ class Generations:
 
     def revive(self, record: GenerationRecord) -> Generation:
         """Makes a generation from the record of another replica that accepted it; nothing is started."""
-        left = None if record.deadline_at is None else record.deadline_at - time.time()
+        left = None if record.deadline_at is None else record.deadline_at - self._now()
         generation = self._make(record.identifier, record.caller, record.request, UNTRACED, left)
         generation.owned = False
         generation.create_time = record.create_time
@@ -423,7 +425,7 @@ class Generations:
             for position, output_id in enumerate(scheduler.waiting_order(priority))
         }
         seconds_each = scheduler.backlog_s() / max(1, scheduler.num_outputs)  # at the pace of all that is here
-        now = datetime.now(UTC)
+        now = datetime.fromtimestamp(self._now(), UTC)
         for generation in self._live.values():
             first = min((positions[one] for one in generation.output_ids if one in positions), default=None)
             if generation.state is GenerationState.QUEUED and first is not None:

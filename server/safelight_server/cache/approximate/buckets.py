@@ -7,7 +7,6 @@ Vectors are encrypted because they reveal something of the prompts.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -56,7 +55,7 @@ class RedisBuckets:
 
     async def add(self, item: str, buckets: Sequence[str], vector: Halves) -> None:
         """Puts an item with its vector (D,) into its buckets. Nothing happens if Redis fails."""
-        now = time.time()
+        now = self._sealer.now()
         sealed = self._sealer.seal(item, Entry(vector.tobytes()), now + self._ttl_s)
         keys = [ITEMS, f"{PREFIX}vector:{item}", f"{PREFIX}of:{item}", *(f"{PREFIX}in:{bucket}" for bucket in buckets)]
         arguments: list[str | bytes | float] = [
@@ -124,7 +123,7 @@ class RedisBuckets:
             entry, expires_at = self._sealer.open(item, value)
         except (CorruptError, UnreadableError):
             return None
-        return entry.data if expires_at > time.time() else None
+        return entry.data if expires_at > self._sealer.now() else None
 
     async def _call(self, work: Callable[[], Awaitable[T]], otherwise: T) -> T:
         try:

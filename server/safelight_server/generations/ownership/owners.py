@@ -100,7 +100,8 @@ class Owners:
         request, tenant = generation.request, generation.caller.tenant
         name = self._context.keyring.digest("request", tenant, request.request_id)
         facts = {"generation": generation.identifier, "digest": request.body_digest.hex()}
-        return name, self._context.sealer.seal(name, Entry(json.dumps(facts).encode()), time.time() + CLAIM_S)
+        sealer = self._context.sealer
+        return name, sealer.seal(name, Entry(json.dumps(facts).encode()), sealer.now() + CLAIM_S)
 
     async def claimed(self, generation: Generation) -> tuple[str, bytes] | None:
         """Returns the binding of the request id that an earlier owner made; None if there is none.
@@ -172,7 +173,7 @@ class Owners:
             generation.caller,
             generation.request,
             generation.create_time,
-            None if left is None else time.time() + left,
+            None if left is None else self._context.sealer.now() + left,
             tuple(plan.origin for plan in plans),
             starts,
             self._planner.numerics_id(generation),
