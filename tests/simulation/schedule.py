@@ -78,7 +78,7 @@ def run(seed: int, *, trace: bool = False) -> Result:
     def listen(_logger: Any, method: str, entry: dict[str, Any]) -> dict[str, Any]:
         host = _host()
         if entry.get("event") == "bug":
-            ledger.fault(f"a bug at {host}: {entry.get('exc_info')!r}")
+            ledger.fault(f"a bug at {host}: {sys.exc_info()[1] or entry.get('exc_info')!r}")
         if trace:
             facts = {key: value for key, value in entry.items() if key != "event"}
             lines.append(f"{loop.time():8.3f} s  {host}: {entry['event']} {facts}")
@@ -114,14 +114,21 @@ def _bury(loop: VirtualLoop) -> None:
 
 
 def _collect() -> None:
-    """Frees dropped schedules; what their coroutines say of that is of no interest."""
+    """Frees dropped schedules; what their coroutines say and log of that is of no interest."""
     sys.unraisablehook, before = lambda _: None, sys.unraisablehook
+    logged = structlog.get_config()
+    structlog.configure(processors=[_drop], cache_logger_on_first_use=False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             gc.collect()
     finally:
         sys.unraisablehook = before
+        structlog.configure(**logged)
+
+
+def _drop(_logger: Any, _method: str, _entry: Any) -> Any:
+    raise structlog.DropEvent
 
 
 def _host() -> str:

@@ -13,6 +13,7 @@ from safelight_server.domain.events import FinishReason, GenerationState, Output
 from safelight_server.domain.picture import EncodedPicture
 from safelight_server.storage.keyring import Keyring
 from safelight_server.storage.sealed import Sealer
+from structlog.testing import capture_logs
 
 from tests.conftest import eventually
 from tests.support.streams import PICTURE, settle
@@ -142,3 +143,24 @@ async def test_a_long_outage_leaves_no_gap_and_what_has_ended_is_given_up(
     assert (desk.shown, desk.settled) == ([1, 2, 3], 1)
     desk.coordinator.out = False
     assert await desk.written() == [1, 2], "nothing follows what was given up"
+
+
+async def test_what_cannot_be_written_at_all_is_given_up_and_the_lease_with_it(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception that nobody has thought of; else the lease would be renewed for ever."""
+    monkeypatch.setattr(journals, "GIVE_UP_S", 0.05)
+
+    async def put(index: int, picture: EncodedPicture) -> bool:
+        raise ValueError(index)
+
+    desk.journal._put = put
+    desk.picture(1)
+    desk.event(2)
+    desk.journal.end(desk.settle)
+    with capture_logs() as logs:
+        await eventually(lambda: desk.settled == 1)
+        await desk.journal.closed()
+    assert desk.shown == [1, 2] and desk.kept == [] and await desk.written() == []
+    assert {entry["event"] for entry in logs} >= {"bug"}
+    assert await desk.coordinator.holder(NAME) is None

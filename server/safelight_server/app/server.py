@@ -59,6 +59,7 @@ from safelight_server.settings import Settings, is_loopback
 from safelight_server.storage.disk import DiskStoreError
 from safelight_server.storage.keyring import KeyringError
 from safelight_server.telemetry import Metrics, Tracing
+from safelight_server.telemetry.background import keep_running
 from safelight_server.validation import RequestLimits
 
 log = structlog.get_logger(__name__)
@@ -250,15 +251,8 @@ async def _listening(
 
 
 def _begin(work: Work) -> asyncio.Task[None]:
-    """Starts a background work as a task. Logs an exception in it when it happens, not when the server ends."""
-
-    def report(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (fault := task.exception()) is not None:
-            log.error("bug", work=repr(work), exc_info=fault)
-
-    task = asyncio.create_task(work())
-    task.add_done_callback(report)
-    return task
+    """Starts a background work as a task, and again after an exception."""
+    return asyncio.create_task(keep_running(work, repr(work)))
 
 
 def _build_replicas(

@@ -78,7 +78,11 @@ class Purges:
         if self._coordinator is None:
             return
         async for event in self._coordinator.follow(STREAM, leader=False):
-            origin, scope = parse(event.data)
+            try:
+                origin, scope = parse(event.data)
+            except (KeyError, TypeError, ValueError):
+                log.warning("a purge of another replica cannot be read", place=event.place)
+                continue
             if origin == self._origin:
                 continue
             for tier in self._tiers.tiers:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import structlog
 
-from safelight_server.coordination.base import BEGINNING, Coordinator
+from safelight_server.coordination.base import BEGINNING, Coordinator, StreamEvent
 from safelight_server.storage.base import StoreError
 from safelight_server.storage.sealed import CorruptError, Entry, Sealer, UnreadableError
 
@@ -65,11 +65,15 @@ class Bulletin:
                 await asyncio.sleep(RETRY_S)
         async for event in self._coordinator.follow(STREAM, before[-1].place if before else BEGINNING, leader=False):
             try:
-                entry, expires_at = self._sealer.open(STREAM, event.data)
+                self._deliver(event)
             except (CorruptError, UnreadableError):
                 log.warning("news that cannot be read", place=event.place)
-                continue
-            facts = json.loads(entry.data)
-            handler = self._handlers.get(facts.pop("kind"))
-            if handler is not None and expires_at > self._sealer.now():
-                handler(facts.pop("about"), facts)
+            except Exception:  # whatever is wrong with one, the others count
+                log.exception("bug", place=event.place)
+
+    def _deliver(self, event: StreamEvent) -> None:
+        entry, expires_at = self._sealer.open(STREAM, event.data)
+        facts = json.loads(entry.data)
+        handler = self._handlers.get(facts.pop("kind"))
+        if handler is not None and expires_at > self._sealer.now():
+            handler(facts.pop("about"), facts)

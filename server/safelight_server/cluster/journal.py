@@ -26,6 +26,7 @@ from safelight_server.domain.events import GenerationState, StateEvent
 from safelight_server.domain.picture import EncodedPicture
 from safelight_server.storage.base import StoreError
 from safelight_server.storage.sealed import Sealer
+from safelight_server.telemetry.background import log_failure
 
 log = structlog.get_logger(__name__)
 
@@ -66,6 +67,7 @@ class Journal:
         self._lines: deque[_JournalLine] = deque()
         self._task: asyncio.Task[None] | None = None
         self._watching = asyncio.create_task(self._watch())
+        self._watching.add_done_callback(log_failure)
         self._settle: Callable[[], Awaitable[None]] | None = None
         self._ended_at = math.inf
         self._over = False
@@ -126,6 +128,7 @@ class Journal:
     def _go_on(self) -> None:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
+            self._task.add_done_callback(log_failure)
 
     async def _run(self) -> None:
         while not self._over and (self._lines or self._settle is not None):
@@ -140,7 +143,7 @@ class Journal:
                 return
             first = self._lines[0]
             began = time.monotonic()
-            if await first.write():
+            if await self._written(first):
                 if self._lines and self._lines[0] is first:
                     self._lines.popleft()
                 self._show(first)
@@ -160,6 +163,14 @@ class Journal:
                 self._away_since = None
                 continue
             await asyncio.sleep(RETRY_S)
+
+    @staticmethod
+    async def _written(line: _JournalLine) -> bool:
+        try:
+            return await line.write()
+        except Exception:  # as in an outage: what follows is held up, shown here, and given up in the end
+            log.exception("bug")
+            return False
 
     async def _watch(self) -> None:
         await self._leader.lost.wait()

@@ -107,6 +107,7 @@ class Coordinator(Protocol):
 
         Raises:
             LeaderLostError: nobody computes it any more.
+            MalformedValueError: there is no stream under its name, but something else.
         """
 
     async def commit(self, lease: Lease, pointer: str, bill: bytes) -> CommitOutcome:

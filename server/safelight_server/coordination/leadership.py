@@ -21,6 +21,7 @@ import time
 
 from safelight_server.coordination.base import CommitOutcome, Coordinator, FencedError, Lease
 from safelight_server.storage.base import StoreError
+from safelight_server.telemetry.background import keep_running
 
 BEATS = 3
 """Renewals within the time of a lease: it ends when so many in a row fail."""
@@ -37,7 +38,7 @@ class Leadership:
         self._ttl_s = ttl_s
         self._asking = asyncio.Lock()
         self._over = False
-        self._beating = asyncio.create_task(self._beat(), name=f"lease of {lease.name}")
+        self._beating = asyncio.create_task(keep_running(self._beat, f"lease of {lease.name}"))
 
     @classmethod
     async def take(cls, coordinator: Coordinator, name: str, ttl_s: float) -> Leadership | None:

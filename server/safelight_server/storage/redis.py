@@ -17,9 +17,16 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoPermissionError, OutOfMemoryError, RedisError
+from redis.exceptions import NoPermissionError, OutOfMemoryError, RedisError, ResponseError
 
-from safelight_server.storage.base import HEADER_BYTES, StoreFullError, StoreUnavailableError, StoreUsage, check_key
+from safelight_server.storage.base import (
+    HEADER_BYTES,
+    MalformedValueError,
+    StoreFullError,
+    StoreUnavailableError,
+    StoreUsage,
+    check_key,
+)
 from safelight_server.storage.clock import SharedClock
 
 log = structlog.get_logger(__name__)
@@ -113,6 +120,10 @@ def translated() -> Iterator[None]:
         yield
     except OutOfMemoryError as error:
         raise StoreFullError(f"redis: {error}") from error
+    except ResponseError as error:
+        # of one key, whose value is of another kind: also in the middle of the message, where a script has met it
+        kind = MalformedValueError if "WRONGTYPE" in str(error) else StoreUnavailableError
+        raise kind(f"redis: {error}") from error
     except (RedisError, OSError, EOFError) as error:
         raise StoreUnavailableError(f"redis: {error}") from error
 
@@ -152,7 +163,8 @@ class RedisStore:
         """Lists the keys that begin with `prefix` by SCAN, which does not block Redis however many keys it holds."""
         with translated():
             async for key in self._connection.client.scan_iter(match=f"{PREFIX}{prefix}*", count=1000):
-                yield key.decode().removeprefix(PREFIX)
+                if key.isascii():  # else it is none of ours
+                    yield key.decode().removeprefix(PREFIX)
 
     async def usage(self) -> StoreUsage:
         """Returns the number of keys and the memory of the whole Redis, including keys of other programs."""

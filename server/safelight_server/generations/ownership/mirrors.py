@@ -22,7 +22,7 @@ from safelight_server.generations.generation import Generation
 from safelight_server.generations.ownership.context import WANT, ClusterContext, GenerationHost
 from safelight_server.generations.ownership.owners import OwnedGeneration, Owners
 from safelight_server.generations.planner import OutputPlan, Planner
-from safelight_server.storage.base import StoreError
+from safelight_server.storage.base import MalformedValueError, StoreError
 from safelight_server.storage.sealed import CorruptError, UnreadableError
 
 log = structlog.get_logger(__name__)
@@ -68,6 +68,7 @@ class Mirrors:
         self._me = me
         self._mirrors: dict[str, Mirror] = {}
         self._left: dict[str, float] = {}
+        self._passed_over: set[str] = set()
         self._retired = False
 
     def __len__(self) -> int:
@@ -220,11 +221,18 @@ class Mirrors:
             await self._follow(mirror)
         except PictureGoneError:  # who comes again learns that it is not kept any more
             log.warning("a finished picture is gone", generation=mirror.generation.name)
-            mirror.generation.leave()
-            self._host.moved(mirror.generation)
+            self._give_up(mirror)
+        except Exception:
+            log.exception("bug", generation=mirror.generation.name)
+            self._give_up(mirror)
         finally:
             if self._mirrors.get(mirror.record.identifier) is mirror:
                 del self._mirrors[mirror.record.identifier]
+
+    def _give_up(self, mirror: Mirror) -> None:
+        """Ends its streams here: who comes again gets another mirror, or learns why there is none."""
+        mirror.generation.leave()
+        self._host.moved(mirror.generation)
 
     async def _follow(self, mirror: Mirror) -> None:
         while not mirror.generation.ended:
@@ -317,11 +325,33 @@ class Mirrors:
             try:
                 names = await self._context.coordinator.unowned()
                 self._left = {name: since for name, since in self._left.items() if name in names}
+                self._passed_over.intersection_update(names)
                 random.shuffle(names)
                 for name in names:
-                    await self._rescue(name)
+                    await self._look_after(name)
+            except MalformedValueError as error:
+                log.warning("the registry of generations cannot be read", why=str(error))
             except StoreError:
                 continue
+
+    async def _look_after(self, name: str) -> None:
+        """Takes over one, if it can be. Whatever is wrong with it does not keep the others from being taken over.
+
+        Raises:
+            StoreError: Redis cannot be asked, for others either.
+        """
+        try:
+            await self._rescue(name)
+        except MalformedValueError as error:
+            if name not in self._passed_over:
+                log.warning("a registered generation cannot be read and is passed over", name=name, why=str(error))
+            self._passed_over.add(name)
+        except StoreError:
+            raise
+        except Exception:
+            if name not in self._passed_over:
+                log.exception("bug", name=name)
+            self._passed_over.add(name)
 
     def retire(self) -> None:
         """Stops taking over generations that nobody watches here: this replica is drained."""
