@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +16,7 @@ from safelight_server.storage.clock import SharedClock
 from safelight_server.storage.redis import RedisConnection
 from structlog.testing import capture_logs
 
-from tests.conftest import serving_here
+from tests.conftest import eventually, serving_here
 from tests.redis.test_ownership import Server, server_settings
 from tests.redis.test_replicas import BYPASS, DETACH, request
 from tests.support.coordination import until
@@ -76,8 +77,9 @@ async def test_a_deadline_stays_where_it_was(pair: tuple[Server, Server]) -> Non
         name = (await until_step(call, 2))[0].generation
         call.cancel()
         watch = other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name))
-        await until_step(watch, 10)
-        generation = other.running.generations._live[name.partition("/")[2]]
+        live, identifier = other.running.generations._live, name.partition("/")[2]
+        await asyncio.gather(watch.wait_for_connection(), eventually(lambda: identifier in live))
+        generation = live[identifier]
         assert generation.left_s is not None and 50.0 < generation.left_s <= 100.0
         await other.stub.CancelGeneration(pb.CancelGenerationRequest(name=name))
 

@@ -207,7 +207,7 @@ class Replica:
         cache: Any = SmallCache(tiers)
         engine: Any = CountingEngine(loop, step_s)
         bulletin = Bulletin(coordinator, sealer)
-        runners = LeasedRunners(
+        self._runners = runners = LeasedRunners(
             engine, coordinator, sealer, cache.checkpoints, cache.pictures, bulletin, Here(), TTL_S, 600.0
         )
         context = ClusterContext(coordinator, sealer, KEYS, tiers, cache.namespaces, bulletin, TTL_S, 600.0, 600.0)
@@ -231,9 +231,22 @@ class Replica:
             say("gone", None)
         self.streams.clear()
 
-    def generate(self, caller: Caller, request: Request, say: Say) -> asyncio.Task[None]:
-        """A call of Generate."""
-        return self._serve(functools.partial(self._generate, caller, request, say), say)
+    async def stop(self, grace_s: float) -> None:
+        """As SIGTERM: what can be finished within the grace is, the rest is handed over, then the process ends."""
+        await self._loop.create_task(self._drain(grace_s), context=self.host.context.copy())
+        self.kill()
+
+    async def _drain(self, grace_s: float) -> None:
+        await self.generations.drain(grace_s)
+        for work in self._works:
+            work.cancel()
+        assert self.generations.ownership is not None
+        await self.generations.ownership.close()
+        await self._runners.close()
+
+    def generate(self, caller: Caller, request: Request, left_s: float | None, say: Say) -> asyncio.Task[None]:
+        """A call of Generate; `left_s`: to its deadline."""
+        return self._serve(functools.partial(self._generate, caller, request, left_s, say), say)
 
     def watch(
         self, caller: Caller, identifier: str, after: int, offsets: Mapping[int, int], say: Say
@@ -258,8 +271,8 @@ class Replica:
         task.add_done_callback(lambda done: self.streams.pop(done, None))
         return task
 
-    async def _generate(self, caller: Caller, request: Request, say: Say) -> None:
-        generation = await self.generations.start(caller, request, UNTRACED, None)
+    async def _generate(self, caller: Caller, request: Request, left_s: float | None, say: Say) -> None:
+        generation = await self.generations.start(caller, request, UNTRACED, left_s)
         await self._stream(generation, request.preview, 0, {}, say)
 
     async def _watch(self, caller: Caller, identifier: str, after: int, offsets: Mapping[int, int], say: Say) -> None:

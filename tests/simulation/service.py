@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from safelight_server.coordination.base import (
     FencedError,
     LeaderLostError,
     Lease,
+    Renewal,
     StreamEvent,
 )
 from safelight_server.storage.base import StoreUnavailableError, StoreUsage
@@ -40,10 +42,14 @@ class Service(LocalCoordinator):
 
     Args:
         on_published: told the stream's name and data of every event that was taken.
+
+    Attributes:
+        bills_of: how often each execution was billed, by its name.
     """
 
     def __init__(self, loop: VirtualLoop, on_published: Callable[[str, bytes], None]) -> None:
         super().__init__(clock=loop.time)
+        self.bills_of = Counter[str]()
         self._loop = loop
         self._on_published = on_published
         self._expiring: dict[str, float] = {}
@@ -70,9 +76,19 @@ class Service(LocalCoordinator):
 
     async def commit(self, lease: Lease, pointer: str, bill: bytes) -> CommitOutcome:
         """See `Coordinator`."""
+        before = len(self._bills)
         outcome = await super().commit(lease, pointer, bill)
+        self.bills_of[lease.name] += len(self._bills) - before
         self._wake(lease.name)
         return outcome
+
+    def lose_memory(self) -> None:
+        """Everything is gone, as of a Redis that starts again without its data. Places go on: they come from its clock."""
+        for memory in (self._executions, self._bills, self._billed, self._claims, self._roll, self._expiring):
+            memory.clear()
+        self.bills_of.clear()
+        self.kept.clear()
+        self._tokens = 0
 
     async def read(self, name: str) -> list[StreamEvent]:
         """See `Coordinator`."""
@@ -279,7 +295,7 @@ class RemoteCoordinator(Coordinator):
     async def acquire(self, name: str, owner: str, ttl_s: float) -> Lease | None:
         return await self._network.call(lambda: self._service.acquire(name, owner, ttl_s))
 
-    async def renew(self, lease: Lease, ttl_s: float) -> bool:
+    async def renew(self, lease: Lease, ttl_s: float) -> Renewal:
         return await self._network.call(lambda: self._service.renew(lease, ttl_s))
 
     async def release(self, lease: Lease) -> bool:

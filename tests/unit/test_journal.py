@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -16,6 +17,7 @@ from safelight_server.storage.sealed import Sealer
 from structlog.testing import capture_logs
 
 from tests.conftest import eventually
+from tests.support.coordination import until
 from tests.support.streams import PICTURE, settle
 from tests.unit.test_cache_leadership import Outages
 
@@ -164,3 +166,22 @@ async def test_what_cannot_be_written_at_all_is_given_up_and_the_lease_with_it(
     assert desk.shown == [1, 2] and desk.kept == [] and await desk.written() == []
     assert {entry["event"] for entry in logs} >= {"bug"}
     assert await desk.coordinator.holder(NAME) is None
+
+
+async def test_a_picture_that_was_stored_by_one_who_is_no_owner_any_more_is_not_shown(desk: Desk) -> None:
+    """It slept meanwhile: nothing fences what it stores, and the new owner may end the output without a picture."""
+    leader = desk.journal._leader
+    put, gate = desk.journal._put, asyncio.Event()
+
+    async def late(index: int, picture: EncodedPicture) -> bool:
+        await gate.wait()
+        return await put(index, picture)
+
+    desk.journal._put = late
+    desk.picture(1)
+    leader._beating.cancel()
+    await until(lambda: desk.coordinator.acquire(NAME, "other", 60.0))
+    assert not leader.held and not leader.lost.is_set()
+    gate.set()
+    await eventually(lambda: desk.lost == 1)
+    assert desk.kept == [1] and desk.shown == []

@@ -1,7 +1,8 @@
 """Writes a generation's state events and pictures where other replicas find them, before any stream sees them.
 
 So a sequence number means the same on all replicas. While Redis cannot be
-reached, events are shown at once and written later. Invariants: what is written
+reached, events are shown at once and written later. Where Redis has lost its
+memory, all is written again. Invariants: what is written
 is in order and has no gap; an owner that was replaced writes and shows nothing.
 """
 
@@ -13,7 +14,7 @@ import functools
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -35,9 +36,13 @@ GIVE_UP_S = 300.0
 """After the end; as long as it goes on a generation holds what it could not write."""
 
 
+Write = Callable[[], Awaitable[bool]]
+"""Writes something to Redis; whether it is there. May be called again: what is written twice counts once."""
+
+
 @dataclass(slots=True)
 class _JournalLine:
-    write: Callable[[], Awaitable[bool]]
+    write: Write
     show: Callable[[], None] | None
 
 
@@ -49,6 +54,7 @@ class Journal:
         put: stores a picture in a shared tier; returns whether it is there.
         standing: returns the generation's state and error at the time of an event.
         on_lost: called once when another replica has taken the generation over.
+        before: the writes that came before those of this journal, in order.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class Journal:
         put: Callable[[int, EncodedPicture], Awaitable[bool]],
         standing: Callable[[], tuple[GenerationState, SafelightError | None]],
         on_lost: Callable[[], None],
+        before: Sequence[Write] = (),
     ) -> None:
         self._leader = leader
         self._sealer = sealer
@@ -65,6 +72,7 @@ class Journal:
         self._standing = standing
         self._on_lost = on_lost
         self._lines: deque[_JournalLine] = deque()
+        self._history = [_JournalLine(write, None) for write in before]
         self._task: asyncio.Task[None] | None = None
         self._watching = asyncio.create_task(self._watch())
         self._watching.add_done_callback(log_failure)
@@ -73,6 +81,9 @@ class Journal:
         self._over = False
         self._away_since: float | None = None
         self._tried_at = -math.inf
+        leader.on_forgotten = self._write_again
+        if leader.forgotten:  # before there was a journal; what was written until then may be gone
+            self._write_again()
 
     def event(self, event: StateEvent, sequence: int, data: bytes, show: Callable[[], None]) -> None:
         """Queues a state event; `show` is called when it is written."""
@@ -81,7 +92,11 @@ class Journal:
 
     def picture(self, output_index: int, picture: EncodedPicture, show: Callable[[], None]) -> None:
         """Queues a finished picture; `show` is called when it is stored."""
-        self._take(functools.partial(self._put, output_index, picture), show)
+        self._take(functools.partial(self._store, output_index, picture), show)
+
+    async def _store(self, output_index: int, picture: EncodedPicture) -> bool:
+        # no fence keeps a replaced owner from storing a picture; it must not show the picture all the same
+        return await self._put(output_index, picture) and (self.held or await self._leader.confirm())
 
     def write(self, written: JournalEntry, show: Callable[[], None] | None = None) -> None:
         """Queues any other entry that replicas need to know."""
@@ -113,17 +128,24 @@ class Journal:
         await asyncio.wait(tasks)
         await self._leader.close()
 
-    def _take(self, write: Callable[[], Awaitable[bool]], show: Callable[[], None] | None) -> None:
+    def _take(self, write: Write, show: Callable[[], None] | None) -> None:
         if self._over:
             if show is not None and not self._leader.lost.is_set():
                 show()
             return
         line = _JournalLine(write, show)
         self._lines.append(line)
+        self._history.append(line)
         # away as of a moment ago: a process that has slept since must ask first, another may own the generation
         if self._away_since is not None and (self.held or time.monotonic() - self._tried_at < 2 * RETRY_S):
             self._show(line)
         self._go_on()
+
+    def _write_again(self) -> None:
+        if not self._over:
+            log.warning("Redis has lost its memory; a generation is written again")
+            self._lines = deque(self._history)
+            self._go_on()
 
     def _go_on(self) -> None:
         if self._task is None or self._task.done():
@@ -168,6 +190,8 @@ class Journal:
     async def _written(line: _JournalLine) -> bool:
         try:
             return await line.write()
+        except StoreError:
+            return False
         except Exception:  # as in an outage: what follows is held up, shown here, and given up in the end
             log.exception("bug")
             return False

@@ -28,7 +28,9 @@ from safelight_server.coordination.base import (
     FencedError,
     LeaderLostError,
     Lease,
+    Renewal,
     StreamEvent,
+    place_order,
 )
 from safelight_server.storage.base import MalformedValueError, StoreError
 from safelight_server.storage.breaker import Breaker
@@ -98,10 +100,10 @@ class RedisCoordinator:
         token = await self._run("acquire", keys, owner, _ms(ttl_s), self._memory_ms)
         return None if token is None else Lease(name, owner, int(token))
 
-    async def renew(self, lease: Lease, ttl_s: float) -> bool:
+    async def renew(self, lease: Lease, ttl_s: float) -> Renewal:
         """See `Coordinator`."""
         keys = [_key(kind, lease.name) for kind in ("lease", "token", "result")]
-        return bool(await self._run("renew", keys, _holder(lease), _ms(ttl_s), self._memory_ms))
+        return Renewal(await self._run("renew", keys, _holder(lease), _ms(ttl_s), self._memory_ms))
 
     async def release(self, lease: Lease) -> bool:
         """See `Coordinator`."""
@@ -276,7 +278,7 @@ class RedisCoordinator:
                 if follower.fault is not None:
                     continue
                 before = places.get(follower.key)
-                if before is None or _order(follower.place) < _order(before):
+                if before is None or place_order(follower.place) < place_order(before):
                     places[follower.key] = follower.place
             read = lambda: self._redis.xread(places, count=READ_COUNT, block=_ms(BLOCK_S))  # noqa: B023, E731
             if not places:
@@ -293,7 +295,7 @@ class RedisCoordinator:
             for key, entries in found or ():
                 since = places[key.decode()]
                 for follower in self._followed:  # who came meanwhile from further back must not skip
-                    if follower.key == key.decode() and _order(follower.place) >= _order(since):
+                    if follower.key == key.decode() and place_order(follower.place) >= place_order(since):
                         follower.give(entries)
 
     async def _set_apart(self, places: Mapping[str, str]) -> None:
@@ -323,7 +325,7 @@ class _Follower:
 
     def give(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> None:
         for place, fields in entries:
-            if _order(place.decode()) <= _order(self.place):
+            if place_order(place.decode()) <= place_order(self.place):
                 continue
             self.place = place.decode()
             if b"d" in fields:
@@ -360,8 +362,3 @@ def _holder(lease: Lease) -> str:
 
 def _ms(seconds: float) -> int:
     return max(1, int(seconds * 1000))
-
-
-def _order(place: str) -> tuple[int, int]:
-    milliseconds, _, number = place.partition("-")
-    return int(milliseconds), int(number or 0)

@@ -344,7 +344,7 @@ class Generations:
         """Makes a generation from the record of another replica that accepted it; nothing is started."""
         left = None if record.deadline_at is None else record.deadline_at - self._now()
         generation = self._make(record.identifier, record.caller, record.request, UNTRACED, left)
-        generation.owned = False
+        generation.owned, generation.log.begun_elsewhere = False, True
         generation.create_time = record.create_time
         generation.numerics_id = record.numerics_id
         for output, origin, starts in zip(generation.outputs, record.origins, record.starts, strict=True):

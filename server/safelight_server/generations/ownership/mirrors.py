@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from safelight_server.cluster.records import EventRecord, GenerationRecord, parse
-from safelight_server.coordination.base import LeaderLostError, StreamEvent
+from safelight_server.coordination.base import LeaderLostError, StreamEvent, place_order
 from safelight_server.coordination.leadership import Leadership
 from safelight_server.domain.errors import NotFoundError, UnavailableError
 from safelight_server.domain.events import FinishReason, GenerationState
@@ -44,6 +44,7 @@ class Mirror:
 
     Attributes:
         num_asking: calls that wait for an answer of the owner.
+        gone_since: when its record was found to be gone, on the monotonic clock.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Mirror:
     place: str
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     num_asking: int = 0
+    gone_since: float | None = None
     tending: asyncio.Task[None] | None = None
 
 
@@ -261,29 +263,43 @@ class Mirrors:
         """
         if not self._can(mirror):
             return False
+        if not await self._context.coordinator.read(mirror.name):
+            return self._is_forgotten(mirror)
         leader = await Leadership.take(self._context.coordinator, mirror.name, self._context.ttl_s)
         if leader is None:
             return False
         generation = mirror.generation
         try:
             events = await self._context.coordinator.read(mirror.name)
-            if not events:  # its owner accepted it as LOCAL and has settled it since: it is nobody else's
+            if not events:
                 await leader.close()
-                generation.leave()
-                self._host.moved(generation)
-                return True
+                return self._is_forgotten(mirror)
+            mirror.gone_since = None
             for event in events:
-                if _later(event.place, mirror.place):
+                if place_order(event.place) > place_order(mirror.place):
                     await self._apply(mirror, event)
             own = OwnedGeneration(mirror.name, leader, await self._owners.claimed(generation))
         except BaseException:
             await leader.close()
             raise
         self._mirrors.pop(generation.identifier, None)
-        await self._owners.adopt(generation, own)
+        await self._owners.adopt(generation, own, [event.data for event in events])
         mirror.changed.set()
         if not generation.ended and self._host.owned(generation):
             await self._enter(generation, mirror.record.starts)
+        return True
+
+    def _is_forgotten(self, mirror: Mirror) -> bool:
+        """Gives up a generation whose record is gone, unless its owner may still write it again.
+
+        Either its owner accepted it as LOCAL and has settled it since: it is nobody else's. Or Redis has lost its
+        memory: then the owner writes it again when it renews its lease, which must be free for it.
+        """
+        now = time.monotonic()
+        mirror.gone_since = now if mirror.gone_since is None else mirror.gone_since
+        if now - mirror.gone_since < self._context.ttl_s:
+            return False
+        self._give_up(mirror)
         return True
 
     def resume(self, generation: Generation) -> None:
@@ -379,12 +395,3 @@ class Mirrors:
                 await self._context.coordinator.unregister(name)
             finally:
                 await leader.close()
-
-
-def _later(place: str, than: str) -> bool:
-    return _order(place) > _order(than)
-
-
-def _order(place: str) -> tuple[int, int]:
-    milliseconds, _, number = place.partition("-")
-    return int(milliseconds), int(number or 0)

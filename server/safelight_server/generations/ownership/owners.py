@@ -183,13 +183,14 @@ class Owners:
             if not await self._planner.keep_starts(generation, plans):
                 return
             await self._context.coordinator.register(own.name)
-            if own.leader.lost.is_set() or not await own.leader.publish(dump(self._context.sealer, own.name, record)):
+            data = dump(self._context.sealer, own.name, record)
+            if own.leader.lost.is_set() or not await own.leader.publish(data):
                 if own.leader.lost.is_set():  # another runs this request by now
                     raise UnavailableError("another replica has taken its request; try again", retry_after_s=0.1)
                 await self._context.coordinator.unregister(own.name)
                 return
             generation.durability = Durability.REPLICATED
-            generation.journal = generation.log.journal = self.journal(generation, own)
+            generation.journal = generation.log.journal = self.journal(generation, own, [data])
 
     async def dismiss(self, generation: Generation) -> None:
         """Removes all traces of a generation that was refused."""
@@ -291,8 +292,18 @@ class Owners:
                 await asyncio.sleep(RETRY_S)
         await own.leader.close()
 
-    def journal(self, generation: Generation, own: OwnedGeneration) -> Journal:
-        """Returns the journal that the generation is written to from now on."""
+    def journal(self, generation: Generation, own: OwnedGeneration, written: Sequence[bytes]) -> Journal:
+        """Returns the journal that the generation is written to from now on.
+
+        Args:
+            written: its record and its events so far, as they are in Redis.
+        """
+
+        async def enrolled() -> bool:
+            await self._context.coordinator.register(own.name)
+            if own.claim is not None:
+                await self._context.coordinator.claim(*own.claim, CLAIM_S)
+            return True
 
         async def put(index: int, picture: EncodedPicture) -> bool:
             size = {"width": picture.width_px, "height": picture.height_px, "stride": picture.stride_bytes}
@@ -307,6 +318,7 @@ class Owners:
             put,
             lambda: (generation.state, generation.error),
             lambda: self._lose(generation),
+            [enrolled, *(functools.partial(own.leader.publish, data) for data in written)],
         )
         return own.journal
 
@@ -325,15 +337,19 @@ class Owners:
                 self._wishes.popitem(last=False)
             self._host.wanted(identifier)
 
-    async def adopt(self, generation: Generation, own: OwnedGeneration) -> None:
-        """Makes this replica the owner. A generation that has ended is only settled."""
+    async def adopt(self, generation: Generation, own: OwnedGeneration, written: Sequence[bytes]) -> None:
+        """Makes this replica the owner. A generation that has ended is only settled.
+
+        Args:
+            written: its record and its events so far, as they are in Redis.
+        """
         own.starts = self._planner.start_keys(generation, [output.starts for output in generation.outputs])
         if generation.ended:
             lost = isinstance(generation.error, UnavailableError)
             await self._close(own, self._settling(own, self._context.kept_s, retryable=lost))
             return
         self._own[generation.identifier] = own
-        generation.adopt(self.journal(generation, own), self._planner.numerics_id(generation))
+        generation.adopt(self.journal(generation, own, written), self._planner.numerics_id(generation))
 
     def _watch_end(self, task: asyncio.Task[None]) -> None:
         self._ending.add(task)
@@ -345,7 +361,7 @@ class Owners:
             await asyncio.wait(self._ending, timeout=CLOSE_S)
         for journal in list(self._journals):
             await journal.abandon()
-        for own in self._own.values():
+        for own in list(self._own.values()):  # a lease may be lost meanwhile
             await self._give_back(own)
 
 
