@@ -285,3 +285,17 @@ async def test_what_was_enrolled_before_redis_lost_its_memory_is_bound_again(pai
     await one.journal.closed()
     assert await pair.bound_to() == "a"
     assert await pair.other.owners.enroll(generation("b")) == "a"
+
+
+@pytest.mark.parametrize("answered", [True, False])
+async def test_what_is_let_go_is_free_for_others(pair: Pair, *, answered: bool) -> None:
+    """Also where its record was written without an answer, so that it has no journal: others have found it."""
+    one = generation("a")
+    await pair.one.owners.enroll(one)
+    if answered:
+        await pair.one.owners.record(one, [])
+    own = pair.one.own(one)
+    pair.one.owners.let_go(one)
+    await eventually(lambda: not pair.one.owners._ending)
+    assert await pair.coordinator.holder(own.name) is None
+    assert not pair.one.owners.owns(one)

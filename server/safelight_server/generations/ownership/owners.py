@@ -239,8 +239,12 @@ class Owners:
         own = self._own.pop(generation.identifier, None)
         self._wishes.pop(generation.identifier, None)
         generation.leave()
-        if own is not None and generation.journal is not None:
+        if own is None:
+            return
+        if generation.journal is not None:
             self._end(generation.journal, _nothing)
+        else:  # its record is there, though the answer was lost: another replica has found it
+            self._watch_end(self._context.start(self._give_back(own)))
 
     def owns(self, generation: Generation) -> bool:
         """Whether this replica decides what becomes of the generation."""
