@@ -90,7 +90,7 @@ class RedisConnection:
         await connection.on_connect()
 
         async def time() -> tuple[int, int]:
-            await connection.send_command("TIME")
+            await connection.send_command("TIME", check_health=False)
             seconds, microseconds = await connection.read_response()
             return int(seconds), int(microseconds)
 
