@@ -185,3 +185,26 @@ async def test_a_picture_that_was_stored_by_one_who_is_no_owner_any_more_is_not_
     gate.set()
     await eventually(lambda: desk.lost == 1)
     assert desk.kept == [1] and desk.shown == []
+
+
+async def test_what_was_written_is_written_again_after_a_loss_of_memory(desk: Desk) -> None:
+    leader = desk.journal._leader
+    desk.event(1)
+    for _ in range(100):
+        for state in (GenerationState.SUSPENDED, GenerationState.RUNNING):
+            desk.journal.write(EventRecord("state", b"", state=state))
+    desk.picture(2)
+    await eventually(lambda: desk.shown == [1, 2])
+    desk.coordinator._executions.clear()
+    desk.kept.clear()
+    desk.event(3)
+    assert await leader.confirm()
+    await eventually(lambda: desk.shown == [1, 2, 3])
+    await desk.journal.closed()
+    assert desk.kept == [2], "shown once, and stored again"
+    found = [parse(desk.sealer, NAME, event.data) for event in await desk.coordinator.read(NAME)]
+    assert [(told.sequence, told.state) for told in found if isinstance(told, EventRecord)] == [
+        (1, None),
+        (0, GenerationState.RUNNING),
+        (3, None),
+    ], "of its states the newest"

@@ -73,6 +73,7 @@ class Journal:
         self._on_lost = on_lost
         self._lines: deque[_JournalLine] = deque()
         self._history = [_JournalLine(write, None) for write in before]
+        self._state: _JournalLine | None = None
         self._task: asyncio.Task[None] | None = None
         self._watching = asyncio.create_task(self._watch())
         self._watching.add_done_callback(log_failure)
@@ -135,6 +136,9 @@ class Journal:
             return
         line = _JournalLine(write, show)
         self._lines.append(line)
+        if show is None:  # a change of state: only the newest counts
+            self._history = [earlier for earlier in self._history if earlier is not self._state]
+            self._state = line
         self._history.append(line)
         # away as of a moment ago: a process that has slept since must ask first, another may own the generation
         if self._away_since is not None and (self.held or time.monotonic() - self._tried_at < 2 * RETRY_S):
