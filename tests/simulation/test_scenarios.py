@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import AsyncMock
 
 import pytest
 from safelight.v1 import generation_pb2 as pb
@@ -226,5 +227,40 @@ def test_what_its_dead_owner_cannot_write_again_is_given_up_after_a_lease() -> N
         gone = watch(other, call.name)
         await until(lambda: gone.over)
         assert isinstance(gone.error, NotFoundError)
+
+    played(play)
+
+
+def test_a_replica_does_not_take_over_from_itself() -> None:
+    """Its own lease has run out and nobody else took it: it is renewed, and not adopted a second time beside itself."""
+
+    async def play(fleet: Fleet) -> None:
+        (one,) = fleet_of(fleet, 1)
+        call = generate(one, request(60))
+        await until(lambda: call.events)
+        identifier = call.name.partition("/")[2]
+        ownership = one.generations.ownership
+        assert ownership is not None
+        own = ownership.owners._own[identifier]
+        fleet.service._execution(own.name).ends = 0.0
+        await fleet.loop.create_task(ownership.mirrors._rescue(own.name), context=one.host.context.copy())
+        assert len(ownership.mirrors) == 0
+        await until(lambda: call.over)
+        assert call.kinds() == ["accepted", "output_finished", "finished"] and ownership.owners._own == {}
+
+    played(play)
+
+
+def test_a_request_whose_generation_was_never_written_may_be_sent_again() -> None:
+    """It was found by its request id, and has been settled since without a trace."""
+
+    async def play(fleet: Fleet) -> None:
+        (one,) = fleet_of(fleet, 1)
+        ownership = one.generations.ownership
+        assert ownership is not None
+        ownership.owners.enroll = AsyncMock(return_value="0" * 32)  # type: ignore[method-assign]
+        call = generate(one, request())
+        await until(lambda: call.over)
+        assert isinstance(call.error, UnavailableError), call.error
 
     played(play)

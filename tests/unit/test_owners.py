@@ -299,3 +299,18 @@ async def test_what_is_let_go_is_free_for_others(pair: Pair, *, answered: bool) 
     await eventually(lambda: not pair.one.owners._ending)
     assert await pair.coordinator.holder(own.name) is None
     assert not pair.one.owners.owns(one)
+
+
+async def test_one_that_is_lost_leaves_what_was_adopted_since(pair: Pair) -> None:
+    before, since = generation("a"), generation("a")
+    await pair.one.owners.enroll(before)
+    await pair.one.owners.record(before, [])
+    old = pair.one.owners._own.pop("a")
+    assert await pair.coordinator.release(old.leader.lease)
+    leader = await Leadership.take(pair.coordinator, old.name, TTL_S)
+    assert leader is not None
+    new = OwnedGeneration(old.name, leader)
+    await pair.one.owners.adopt(since, new, [])
+    await eventually(lambda: pair.one.host.moved.called)
+    pair.one.host.moved.assert_called_once_with(before)
+    assert pair.one.own(since) is new and since.journal is not None and await leader.confirm()

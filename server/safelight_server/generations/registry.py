@@ -140,7 +140,7 @@ class Generations:
         finally:
             del self._starting[generation.identifier]
             started.set()
-        return generation if other is None else await self._known(caller, other, request)
+        return generation if other is None else await self._known_elsewhere(caller, other, request)
 
     async def _start(self, generation: Generation) -> str | None:
         """Starts it; where another replica has a generation of its request id, returns that one's id."""
@@ -170,6 +170,15 @@ class Generations:
             return await self.find(caller, identifier)
         except NotFoundError:
             raise _outcome_expired(identifier, request) from None
+
+    async def _known_elsewhere(self, caller: Caller, identifier: str, request: Request) -> Generation:
+        try:
+            return await self._known(caller, identifier, request)
+        except FailedPreconditionError:
+            if self._ownership is None or await self._ownership.owners.has_record(identifier):
+                raise
+            # accepted as LOCAL, as the answer to the writing of its record was lost, and settled since
+            raise UnavailableError("another replica has just ended it; try again", retry_after_s=0.1) from None
 
     def _make(
         self, identifier: str, caller: Caller, request: Request, stage: Stage, time_left_s: float | None
@@ -334,7 +343,8 @@ class Generations:
         _count_outcome(generation, self._metrics)
 
     def _forget(self, generation: Generation) -> None:
-        self._live.pop(generation.identifier, None)
+        if self._live.get(generation.identifier) is generation:
+            del self._live[generation.identifier]
         self._suspended.forget(generation)
         self._one_ended.set()
 

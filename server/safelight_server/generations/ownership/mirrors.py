@@ -374,6 +374,8 @@ class Mirrors:
         self._retired = True
 
     async def _rescue(self, name: str) -> None:
+        if self._owners.leads(name):
+            return  # its lease has run out here: it is renewed unless another replica takes it
         mirror = await self._mirror(name)
         if mirror is not None and not mirror.generation.ended:
             if self._can(mirror) and (self._same_bits(mirror) or self._left_for_long(name)):

@@ -250,6 +250,17 @@ class Owners:
         """Whether this replica decides what becomes of the generation."""
         return generation.identifier in self._own
 
+    async def has_record(self, identifier: str) -> bool:
+        """Whether anything is kept of a generation in Redis; true where that cannot be told now."""
+        try:
+            return bool(await self._context.coordinator.read(self._context.name(identifier)))
+        except StoreError:
+            return True
+
+    def leads(self, name: str) -> bool:
+        """Whether this replica owns the generation of a name in Redis, as far as it knows."""
+        return any(own.name == name for own in self._own.values())
+
     def wants(self, generation: Generation) -> bool:
         """Whether another replica has a stream for the generation."""
         return generation.journal is not None and generation.identifier in self._wishes
@@ -329,7 +340,9 @@ class Owners:
     def _lose(self, generation: Generation) -> None:
         """Gives up a generation that another replica has taken over. An end that was only decided here is void."""
         log.warning("another replica has taken over a generation", generation=generation.name)
-        if self._own.pop(generation.identifier, None) is not None:
+        own = self._own.get(generation.identifier)
+        if own is not None and own.journal is generation.journal:  # and not what was adopted since
+            del self._own[generation.identifier]
             generation.leave()
         self._host.moved(generation)
 
