@@ -212,6 +212,8 @@ class Client:
             self._ledger.fault(f"a stream of {self.name} has, {where}, an event of {event.generation}")
         self.name = event.generation
         self._ledger.known.add(self.name)
+        if event.sequence or event.HasField("artifact_chunk"):
+            self._provisional |= replica.network.doubtful(replica.host.name)
         if self._called_at <= self._ledger.forgot_at:
             self._ledger.forgotten.add(self.name)
         if event.sequence:
@@ -222,7 +224,6 @@ class Client:
             case "accepted":
                 self.durable = event.accepted.durability == pb.Accepted.DURABILITY_REPLICATED
             case "artifact_chunk":
-                self._provisional |= replica.network.doubtful(replica.host.name)
                 chunk = event.artifact_chunk
                 self._data[chunk.output_index] = self._data.get(chunk.output_index, b"") + chunk.data
             case "output_finished":

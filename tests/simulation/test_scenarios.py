@@ -147,6 +147,26 @@ def test_a_message_to_cancel_is_not_obeyed_by_who_may_not_own_it_any_more() -> N
     played(play)
 
 
+@pytest.mark.parametrize("skew_s", [7200.0, -7200.0])
+def test_what_has_ended_is_found_however_wrong_a_clock_is(skew_s: float) -> None:
+    """By the clock of its machine, what has just ended elsewhere ended hours ago."""
+
+    async def play(fleet: Fleet) -> None:
+        right, wrong = (
+            Replica(name, fleet.loop, fleet.network, fleet.service, STEP_S, ahead_s)
+            for name, ahead_s in (("right", 0.0), ("wrong", skew_s))
+        )
+        for one, other in ((right, wrong), (wrong, right)):
+            asked = replace(request(), request_id=one.host.name)
+            call = generate(one, asked)
+            await until(lambda call=call: call.over)  # type: ignore[misc]
+            watching = watch(other, call.name)
+            await until(lambda watching=watching: watching.over)  # type: ignore[misc]
+            assert watching.kinds() == ["accepted", "output_finished", "finished"]
+
+    played(play)
+
+
 def test_a_deadline_holds_after_a_takeover() -> None:
     async def play(fleet: Fleet) -> None:
         one, other = fleet_of(fleet)

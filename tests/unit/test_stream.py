@@ -160,6 +160,20 @@ async def test_a_client_may_have_more_of_a_picture_than_this_replica_knows_of(st
         stage.log.watch(LINEAR, 1, {0: len(PICTURE.data) + 1})
 
 
+async def test_a_client_may_have_accepted_before_this_replica_knows_of_it(stage):
+    """The owner before this one had sent it, in an outage, and did not come to write it down."""
+    with pytest.raises(InvalidRequestError):
+        stage.log.watch(LINEAR, 1)
+    stage.log.begun_elsewhere = True
+    with pytest.raises(InvalidRequestError):
+        stage.log.watch(LINEAR, 2)
+    reader = Reader(stage.log.watch(LINEAR, 1))
+    stage.accept()
+    stage.complete()
+    await reader.drain()
+    assert [event.sequence for event in reader.events if event.sequence] == [2, 3] and reader.ended
+
+
 async def test_streams_share_the_bytes(stage):
     stage.accept()
     streams = [stage.log.watch(LINEAR).events() for _ in range(2)]
