@@ -10,7 +10,7 @@ from unittest.mock import AsyncMock
 
 import pytest
 from safelight.v1 import generation_pb2 as pb
-from safelight_server.domain.errors import NotFoundError, UnavailableError
+from safelight_server.domain.errors import InternalError, NotFoundError, UnavailableError
 from safelight_server.domain.events import GenerationState
 from safelight_server.domain.request import CacheMode, CachePolicy, DisconnectPolicy, Request
 from safelight_server.generations.ownership import CANCEL
@@ -126,6 +126,28 @@ def test_a_cancel_is_done_once_the_lease_is_held_again() -> None:
         fleet.network.out = False
         await until(lambda: late.over)
         assert late.view is not None and late.view.state is GenerationState.CANCELLED  # type: ignore[attr-defined]
+
+    played(play)
+
+
+def test_a_client_that_cancels_is_not_told_of_an_end_that_is_void() -> None:
+    """While the cancel waits for the lease the generation ends here, and then the lease turns out to be lost."""
+
+    async def play(fleet: Fleet) -> None:
+        one, _ = fleet_of(fleet)
+        call = generate(one, request(200))
+        await until(lambda: call.events)
+        generation = one.generations._live[call.name.partition("/")[2]]
+        fleet.network.doubt([one.host.name], 20.0)
+        fleet.network.cut.add(one.host.name)
+        await until(lambda: not generation.may_decide)
+        late = cancel(one, call.name)
+        await asyncio.sleep(0.1)
+        assert generation.journal is not None
+        generation.journal._leader.lost.set()
+        one.host.context.copy().run(generation.stop, InternalError())
+        await until(lambda: late.over)
+        assert isinstance(late.error, UnavailableError) and late.view is None
 
     played(play)
 

@@ -115,6 +115,11 @@ class Journal:
         """Whether this replica certainly owns the generation now: only then may it decide what becomes of it."""
         return self._leader.held
 
+    @property
+    def lost(self) -> bool:
+        """Whether another replica is known to have held the lease since: what was decided here then is void."""
+        return self._leader.lost.is_set()
+
     async def closed(self) -> None:
         """Waits until nothing is left to be written, and after `end` until the lease is released."""
         if self._task is not None:

@@ -243,7 +243,8 @@ class Generations:
         until = time.monotonic() + ANSWER_S
         while not generation.may_decide and generation.identifier in self._live and time.monotonic() < until:  # noqa: ASYNC110  # the clock ends it too
             await asyncio.sleep(DECIDE_RETRY_S)
-        if not generation.ended and (not generation.may_decide or generation.identifier not in self._live):
+        void = generation.journal is not None and generation.journal.lost
+        if void or (not generation.ended and (not generation.may_decide or generation.identifier not in self._live)):
             raise UnavailableError("another replica may own it by now; try again", retry_after_s=1.0)
 
     def set_priority(self, generation: Generation, priority: Priority) -> None:
