@@ -67,6 +67,7 @@ class Generation:
         stage: trace of the call that began it, which may end before the generation.
         deadline: on the engine's clock.
         late: makes the error with which it ends when the deadline has passed.
+        charge: is told of the compute that counts for it, in seconds.
         on_end: called once, after Finished.
         now: Unix seconds, by the clock that all replicas share.
 
@@ -89,6 +90,7 @@ class Generation:
         late: Callable[[], SafelightError],
         on_end: Callable[[Generation], None],
         now: Callable[[], float] = time.time,
+        charge: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
         self.identifier = identifier
         self.caller = caller
@@ -102,6 +104,7 @@ class Generation:
         self.state = GenerationState.QUEUED
         self.error: SafelightError | None = None
         self.work = ComputedWork()
+        self.charge = charge
         self.times = GenerationTimes(clock())
         self._now = now
         self.create_time = datetime.fromtimestamp(now(), UTC)
