@@ -30,6 +30,8 @@ def test_its_runner_is_built(language: str, runners) -> None:
 async def test_case(case: dict[str, Any], runners, tmp_path: Path) -> None:
     """All languages at once, each with servers of its own: most of the longer cases wait."""
     languages = [language for language in LANGUAGES if is_here(language)]
+    for language in languages:
+        (tmp_path / language).mkdir()
     done = await asyncio.gather(
         *(run_and_check(case, language, runners(language), tmp_path / language) for language in languages),
         return_exceptions=True,
@@ -40,7 +42,6 @@ async def test_case(case: dict[str, Any], runners, tmp_path: Path) -> None:
 
 
 async def run_and_check(case: dict[str, Any], language: str, runner: list[str], folder: Path) -> None:
-    folder.mkdir()
     report, setting = await run(case, runner, folder)
     assert report["case"] == case["name"]
     assert len(report["generations"]) == case.get("copies", 1)
