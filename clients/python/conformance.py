@@ -39,14 +39,34 @@ async def generate(client: safelight.Client, case: dict[str, Any], request: dict
     """Sends one request."""
     seen: dict[str, Any] = {"code": "OK", "reason": "", "violations": {}, "retry_after_s": None}
     seen |= {"generation": "", "reliable": [], "steps": [], "previews": [], "pictures": [], "cancelled": None}
+    seen["watched"] = None
     message = json_format.ParseDict(request, pb.GenerateRequest())
     try:
         async for event in client.develop(message, timeout_s=case["timeout_s"] or None):
             await take(client, case, event, seen)
+        if case["watch_again"]:
+            seen["watched"] = await watch_again(client, seen["generation"])
     except safelight.GenerationError as error:
         seen |= {"code": error.code.name, "reason": error.reason, "violations": error.violations}
         seen |= {"retry_after_s": error.retry_after_s, "message": str(error)}
     return seen
+
+
+async def watch_again(client: safelight.Client, name: str) -> dict[str, Any]:
+    """What a second screen sees, and what the server says of the generation and of its models."""
+    kinds = {safelight.Accepted: "accepted", safelight.Picture: "picture", safelight.Finished: "finished"}
+    events = [event async for event in client.watch(name, previews=False) if type(event) in kinds]
+    pictures = [event for event in events if isinstance(event, safelight.Picture)]
+    return {
+        "reliable": [kinds[type(event)] for event in events],
+        "sha256": [hashlib.sha256(picture.data).hexdigest() for picture in sorted(pictures, key=by_output)],
+        "state": pb.Generation.State.Name((await client.get(name)).state),
+        "models": [model.name for model in await client.models()],
+    }
+
+
+def by_output(picture: safelight.Picture) -> int:
+    return picture.output_index
 
 
 async def take(client: safelight.Client, case: dict[str, Any], event: safelight.Event, seen: dict[str, Any]) -> None:

@@ -76,9 +76,14 @@ async def run(case: dict[str, Any], runner: Sequence[str], folder: Path) -> tupl
 
 def told(case: dict[str, Any], setting: Setting) -> dict[str, Any]:
     """What the runner is told: the case without what it must not know."""
-    client = {"timeout_s": 0, "patience_s": 60, "retries": 3, "pause_s": 0, "cancel_at_step": 0} | case.get(
-        "client", {}
-    )
+    client = {
+        "timeout_s": 0,
+        "patience_s": 60,
+        "retries": 3,
+        "pause_s": 0,
+        "cancel_at_step": 0,
+        "watch_again": False,
+    } | case.get("client", {})
     key = KEYS[case["key"]] if "key" in case else ""
     connection = {"targets": setting.targets, "ca_file": setting.ca_file, "server_name": setting.server_name}
     return {"name": case["name"], "requests": requests(case), "api_key": key} | connection | client
@@ -166,6 +171,8 @@ def _forecast(weather: dict[str, Any], relay: Relay, running: list[Replica]) -> 
                 running[0].signal(signal.SIGKILL)
             case "freeze":
                 running[0].signal(signal.SIGSTOP)
+            case "drain":
+                running[0].signal(signal.SIGTERM)
 
     relay.after(weather["after_bytes"], happen)
 

@@ -81,6 +81,8 @@ async def check(
     if seen["pictures"]:
         digests = [picture["sha256"] for picture in sorted(seen["pictures"], key=lambda one: one["output_index"])]
         assert digests == await reference(case, request)
+        if (watched := outcome.get("watched")) is not None:
+            assert seen["watched"] == watched | {"sha256": digests}
     for name, value in outcome.get("picture", {}).items():
         assert [picture[name] for picture in seen["pictures"]] == [value] * len(seen["pictures"])
 

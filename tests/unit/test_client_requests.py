@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
@@ -113,3 +115,11 @@ def test_a_damaged_picture_is_not_handed_out():
     damaged = pb.ArtifactChunk(data=b"x", total_bytes=1, sha256=bytes(32))
     with pytest.raises(ValueError, match="arrived damaged"):
         Received(0).take(pb.GenerationEvent(artifact_chunk=damaged))
+
+
+def test_the_client_needs_neither_numpy_nor_pillow_nor_opentelemetry_before_they_are_asked_for():
+    absent = "for name in ('numpy', 'PIL', 'opentelemetry', 'safelight_server'): sys.modules[name] = None"
+    asked = "safelight.Picture(0, 'image/png', 1, 1, 7, b'').image()"
+    code = f"import sys\n{absent}\nimport safelight\ntry:\n    {asked}\nexcept ModuleNotFoundError as error:\n    print(error)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "install safelight[images]" in said

@@ -37,6 +37,7 @@ type conformanceCase struct {
 	Retries      int               `json:"retries"`
 	PauseS       float64           `json:"pause_s"`
 	CancelAtStep int32             `json:"cancel_at_step"`
+	WatchAgain   bool              `json:"watch_again"`
 }
 
 type report struct {
@@ -57,6 +58,7 @@ type generation struct {
 	Pictures    []image           `json:"pictures"`
 	NumSteps    int64             `json:"num_steps"`
 	Cancelled   *cancelled        `json:"cancelled"`
+	Watched     *watched          `json:"watched"`
 }
 
 type image struct {
@@ -75,6 +77,13 @@ type image struct {
 type cancelled struct {
 	State string  `json:"state"`
 	Steps []int32 `json:"steps"`
+}
+
+type watched struct {
+	Reliable []string `json:"reliable"`
+	SHA256   []string `json:"sha256"`
+	State    string   `json:"state"`
+	Models   []string `json:"models"`
 }
 
 func main() {
@@ -162,7 +171,41 @@ func generate(client *safelight.Client, given conformanceCase, request *pb.Gener
 			seen.NumSteps = event.GetUsage().GetNumSteps()
 		}
 	}
+	if given.WatchAgain && seen.Code == "OK" {
+		seen.Watched = watchAgain(ctx, client, seen.Generation)
+	}
 	return seen
+}
+
+// watchAgain is what a second screen sees, and what the server says of the generation and of its models.
+func watchAgain(ctx context.Context, client *safelight.Client, name string) *watched {
+	again := &watched{}
+	sums := map[int]string{}
+	for event, err := range client.Watch(ctx, name, &pb.PreviewPolicy{Method: pb.PreviewMethod_PREVIEW_METHOD_NONE}) {
+		check(err)
+		switch event := event.(type) {
+		case *safelight.Accepted:
+			again.Reliable = append(again.Reliable, "accepted")
+		case *safelight.Picture:
+			again.Reliable = append(again.Reliable, "picture")
+			sum := sha256.Sum256(event.Data)
+			sums[event.OutputIndex] = hex.EncodeToString(sum[:])
+		case *safelight.Finished:
+			again.Reliable = append(again.Reliable, "finished")
+		}
+	}
+	for index := range len(sums) {
+		again.SHA256 = append(again.SHA256, sums[index])
+	}
+	generation, err := client.Get(ctx, name)
+	check(err)
+	again.State = generation.GetState().String()
+	models, err := client.Models(ctx)
+	check(err)
+	for _, model := range models {
+		again.Models = append(again.Models, model.GetName())
+	}
+	return again
 }
 
 func (seen *generation) fail(err error) {
