@@ -22,6 +22,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from starlette.types import ASGIApp
 
 from safelight_server.api import reflection
 from safelight_server.api.health import Health
@@ -51,6 +52,10 @@ from safelight_server.engine.engine import Engine
 from safelight_server.generations.execution import Executions
 from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
+from safelight_server.http.app import build_app
+from safelight_server.http.calls import Calls
+from safelight_server.http.server import HttpLimits, HttpServer
+from safelight_server.http.server import bind as bind_http
 from safelight_server.runtime.base import Runtime, RuntimeStartError
 from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
 from safelight_server.runtime.triton import TritonOptions, TritonRuntime
@@ -65,6 +70,8 @@ log = structlog.get_logger(__name__)
 
 REQUEST_BYTES = 64 << 10
 """Bytes that a request may have beside its two prompts."""
+UTF8_BYTES, JSON_BYTES = 4, 12
+"""Most bytes of a character of a prompt, in UTF-8 and as an escape of JSON."""
 HEALTH_PERIOD_S = 0.25
 """Pause between two checks of the runtime for the health service."""
 LAST_WORDS_S = 1.0
@@ -97,10 +104,12 @@ class Running:
 
     Attributes:
         address: HOST:PORT or unix:PATH that it listens on, with the port that it got where 0 was asked for.
+        http_address: HOST:PORT of HTTP; empty where that is off.
         drain: starts a shutdown that gives generations so many seconds; a second call with fewer shortens the first.
     """
 
     address: str
+    http_address: str
     catalog: Catalog
     runtime: Runtime
     cache: Cache
@@ -179,6 +188,8 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
         quota = StreamQuota(settings.max_streams_per_caller)
         service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
+        most = REQUEST_BYTES + 2 * JSON_BYTES * settings.max_prompt_chars
+        calls = Calls(identity, quota, metrics, tracer, most)
         _watch_queue(metrics, engine)
         works = [generations.tick, purges.keep_up]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
@@ -191,21 +202,34 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
                 leased_runners.watch_service,
                 ownership.mirrors.sweep,
             ]
-        async with _listening(settings, service, metrics, engine, generations, works) as (address, drain):
-            yield Running(address, catalog, runtime, cache, generations, quota, drain)
+        build_http = functools.partial(
+            build_app,
+            service,
+            catalog,
+            calls,
+            cors_origins=settings.cors_origins,
+            only_loopback=settings.api_key_file is None and is_loopback(settings.host),
+        )
+        async with _listening(settings, service, build_http, metrics, engine, generations, works) as (
+            address,
+            http_address,
+            drain,
+        ):
+            yield Running(address, http_address, catalog, runtime, cache, generations, quota, drain)
 
 
 @contextlib.asynccontextmanager
 async def _listening(
     settings: Settings,
     service: Service,
+    build_http: Callable[[Callable[[], bool]], ASGIApp],
     metrics: Metrics,
     engine: Engine,
     generations: Generations,
     works: Sequence[Work],
-) -> AsyncIterator[tuple[str, Callable[[float], asyncio.Task[None]]]]:
-    """Accepts calls and runs the background works while the block runs; yields the address and the drain function."""
-    largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four UTF-8 bytes a character
+) -> AsyncIterator[tuple[str, str, Callable[[float], asyncio.Task[None]]]]:
+    """Accepts calls and runs the background works while the block runs; yields the addresses and the drain function."""
+    largest = REQUEST_BYTES + 2 * UTF8_BYTES * settings.max_prompt_chars
     server = grpc.aio.server(options=[*GRPC_OPTIONS, ("grpc.max_receive_message_length", largest)])
     server.add_generic_rpc_handlers(tuple(service.handlers()))
     health_servicer = Health()
@@ -213,14 +237,15 @@ async def _listening(
     services = [GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, HEALTH_SERVICE]
     reflection.enable(services, server)
     address = _bind(server, settings)
+    draining: list[asyncio.Task[None]] = []
     _serve_metrics(metrics, settings)
+    http = await _start_http(settings, build_http(lambda: not draining and not engine.outage.beyond_grace))
     await server.start()
     names = ("", *services)
     for name in names:
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     background = [_begin(work) for work in works]
     following = _begin(functools.partial(_follow_health, health_servicer, names, engine))
-    draining: list[asyncio.Task[None]] = []
 
     async def drain(grace_s: float) -> None:
         until = time.monotonic() + grace_s
@@ -228,7 +253,8 @@ async def _listening(
         await health_servicer.enter_graceful_shutdown()
         await generations.drain(grace_s)
         health_servicer.end_watches()
-        await server.stop(max(LAST_WORDS_S, until - time.monotonic()))  # gRPC may still be sending
+        left_s = max(LAST_WORDS_S, until - time.monotonic())  # both may still be sending
+        await asyncio.gather(server.stop(left_s), *([http.stop(left_s)] if http else []))
 
     def start_drain(grace_s: float) -> asyncio.Task[None]:
         """Starts a drain; a second one with a shorter grace cuts the first one short."""
@@ -238,7 +264,7 @@ async def _listening(
         return draining[-1]
 
     try:
-        yield address, start_drain
+        yield address, http.address if http else "", start_drain
     finally:
         await start_drain(0.0)
         for task in background:
@@ -344,6 +370,26 @@ def _bind(server: grpc.aio.Server, settings: Settings) -> str:
     except RuntimeError:
         raise StartError(f"cannot bind {where}: is it an address of this machine, and no other server there?") from None
     return where if where.startswith("unix:") else f"{host}:{port}"
+
+
+async def _start_http(settings: Settings, app: ASGIApp) -> HttpServer | None:
+    """Serves HTTP where it has a port, with the TLS of gRPC; None without a port.
+
+    Raises:
+        StartError: the port is taken, or the address not this machine's.
+    """
+    if not settings.http_port:
+        return None
+    try:
+        listening = bind_http(settings.host, settings.http_port)
+    except OSError as error:
+        raise StartError(f"http_port {settings.http_port} of {settings.host}: {error.strerror}") from None
+    tls = None
+    if settings.tls_cert_file and settings.tls_key_file:  # `_bind` has checked them
+        tls = settings.tls_cert_file, settings.tls_key_file
+    return await HttpServer.start(
+        app, listening, HttpLimits(settings.http_max_connections, settings.watcher_stall_s), tls
+    )
 
 
 def _credentials(cert_file: Path, key_file: Path) -> grpc.ServerCredentials:

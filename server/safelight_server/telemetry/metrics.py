@@ -68,6 +68,9 @@ class Metrics:
         self._running = Gauge("safelight_running_outputs", "Outputs that take steps", registry=registry)
         self._outcomes = Counter("safelight_generations", "Generations that ended", ["status"], registry=registry)
         self._refused = Counter("safelight_refused", "Requests that were refused", ["reason"], registry=registry)
+        self._http_requests = Counter(
+            "safelight_http_requests", "HTTP requests that were answered", ["route", "status"], registry=registry
+        )
         self.first_preview = Histogram(
             "safelight_first_preview_seconds", "Acceptance to first preview", buckets=WAIT_S, registry=registry
         )
@@ -116,6 +119,10 @@ class Metrics:
     def refused(self, reason: str) -> None:
         """Counts a request that was refused before it became a generation."""
         self._refused.labels(reason).inc()
+
+    def http_request(self, route: str, status: int) -> None:
+        """Counts an HTTP request: its route, such as "/v1/models/{model}", and the status code that it got."""
+        self._http_requests.labels(route, str(status)).inc()
 
     def serve(self, host: str, port: int) -> None:
         """Serves /metrics from a thread of its own."""

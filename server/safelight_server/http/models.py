@@ -1,0 +1,54 @@
+"""GET /v1/models: the models as OpenAI's API lists them; `safelight` has what each offers, as ModelService says it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from safelight.v1 import models_pb2
+from starlette.responses import JSONResponse
+
+from safelight_server.api.paging import MAX_PAGE_SIZE
+from safelight_server.api.service import Service
+from safelight_server.domain.caller import Caller
+from safelight_server.http.calls import HttpStream
+
+OWNER = "safelight"
+
+
+class ModelListing:
+    """Answers requests about models, by way of the gRPC service's own methods.
+
+    Args:
+        created: Unix time that stands for the unknown time at which a model was made.
+    """
+
+    def __init__(self, service: Service, created: int) -> None:
+        self._service = service
+        self._created = created
+
+    async def list_models(self, caller: Caller, _stream: HttpStream) -> JSONResponse:
+        """All models, in the order of their names."""
+        models, token = list[models_pb2.Model](), ""
+        while True:
+            asked = models_pb2.ListModelsRequest(page_size=MAX_PAGE_SIZE, page_token=token)
+            page = await self._service.list_models(asked, caller)
+            models.extend(page.models)
+            token = page.next_page_token
+            if not token:
+                return JSONResponse({"object": "list", "data": [self._model(model) for model in models]})
+
+    async def get_model(self, caller: Caller, stream: HttpStream) -> JSONResponse:
+        """The model of the path."""
+        name = f"models/{stream.request.path_params['model']}"
+        answer = await self._service.get_model(models_pb2.GetModelRequest(name=name), caller)
+        return JSONResponse(self._model(answer.model))
+
+    def _model(self, model: models_pb2.Model) -> dict[str, Any]:
+        return {
+            "id": model.name.removeprefix("models/"),
+            "object": "model",
+            "created": self._created,
+            "owned_by": OWNER,
+            "safelight": MessageToDict(model, preserving_proto_field_name=True),
+        }
