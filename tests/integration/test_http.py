@@ -24,6 +24,7 @@ from tests.support.http import (
     SIMULATED,
     body,
     client,
+    free_port,
     http_server,
     post,
     raw_connection,
@@ -395,6 +396,19 @@ async def test_a_trace_of_the_client_is_gone_on_with(server):
         headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
         answer = (await http.post(GENERATIONS, json=body(), headers=headers)).json()
     assert answer["safelight"]["trace_id"] == trace
+
+
+async def test_requests_are_counted_by_route_and_status():
+    metrics_port = free_port()
+    async with http_server(metrics_port=metrics_port) as running, client(running) as http:
+        await http.post(GENERATIONS, json=body())
+        await http.post(GENERATIONS, json={})
+        await http.get("/v1/models/none")
+        answer = await http.get(f"http://127.0.0.1:{metrics_port}/metrics")
+    for route, status in [(GENERATIONS, 200), (GENERATIONS, 400), ("/v1/models/{model}", 404)]:
+        assert f'safelight_http_requests_total{{route="{route}",status="{status}"}} 1.0' in answer.text
+    assert 'safelight_refused_total{reason="INVALID_REQUEST"} 1.0' in answer.text
+    assert 'safelight_generations_total{status="OK"} 1.0' in answer.text
 
 
 async def test_a_port_that_is_taken_is_said_at_start(server):

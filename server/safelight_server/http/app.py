@@ -58,6 +58,7 @@ def build_app(
         allow_origins=cors_origins,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
+        allow_private_network=True,  # a page that may call may call loopback too
         expose_headers=EXPOSED,
     )
     app = Starlette(
