@@ -138,7 +138,8 @@ async def test_every_refusal_is_json(server, method, path, options, status):
     assert response.headers["date"]
 
 
-async def test_a_body_without_a_length_is_bounded_too(server):
+async def test_a_body_without_a_length_is_bounded_too(server, monkeypatch):
+    monkeypatch.setattr(http_calls, "BODY_S", 1.0)  # else a test that fails would take long
     async with raw_connection(server) as (reader, writer):
         head = post(server, {}).partition(b"content-length")[0] + b"transfer-encoding: chunked\r\n\r\n"
         writer.write(head + b"20000\r\n" + b"x" * 0x20000)
@@ -286,13 +287,17 @@ async def test_one_that_does_not_read_gets_newer_previews_and_no_backlog(server,
 
 
 async def test_one_that_never_reads_is_closed_and_cancels(large_previews):
-    async with http_server(watcher_stall_s=0.3) as running, raw_connection(running, receive_bytes=8192) as (_, writer):
+    stall = http_server(watcher_stall_s=0.3)
+    async with stall as running, raw_connection(running, receive_bytes=8192) as (reader, writer):
         writer.write(post(running, body(num_inference_steps=1000, stream=True, partial_images=3)))
         await eventually(lambda: bool(running.generations._live))
         [generation] = running.generations._live.values()
         await eventually(lambda: generation.ended)
         assert generation.error.reason == "GENERATION_CANCELLED"
         await eventually(lambda: len(running.streams) == 0)
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            async with asyncio.timeout(5):
+                await reader.readexactly(10_000_000)  # more than there is
 
 
 # --- connections ---
@@ -311,7 +316,8 @@ async def test_headers_that_do_not_come_close_the_connection(monkeypatch):
             dripping = asyncio.create_task(drip())
             for one in (silent, reader):
                 with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
-                    await one.readexactly(1)
+                    async with asyncio.timeout(5):
+                        await one.readexactly(1)
             dripping.cancel()
         async with client(running) as http:
             assert (await http.post(GENERATIONS, json=body())).status_code == 200
@@ -321,14 +327,16 @@ async def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(http_calls, "BODY_S", 0.1)
     async with http_server() as running, raw_connection(running) as (reader, writer):
         writer.write(post(running, body())[:-1])
-        assert b" 408 " in await reader.readline()
-        await reader.read()  # to its end: it is closed
+        async with asyncio.timeout(5):
+            assert b" 408 " in await reader.readline()
+            await reader.read()  # to its end: it is closed
         assert len(running.streams) == 0
 
 
 async def test_connections_are_bounded():
     async with http_server(http_max_connections=2) as running:
-        async with raw_connection(running), raw_connection(running), raw_connection(running) as (reader, _):
+        async with raw_connection(running), raw_connection(running), raw_connection(running) as (reader, writer):
+            writer.write(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
             with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
                 await reader.readexactly(1)
         async with asyncio.timeout(20), client(running) as http:
