@@ -26,8 +26,6 @@ from tests.support.spans import GENERATE, UNSAMPLED, WATCH, Spans, follow, from_
 
 SIMULATED = {"runtime": "simulated", "simulated_base_ms": 2.0, "simulated_row_ms": 0.1, "num_instances": 1}
 
-POST = f"POST {GENERATIONS}"
-
 
 def request(seed: int = 7, steps: int = 4, **changes: object) -> pb.GenerateRequest:
     """A short generation without previews."""
@@ -288,16 +286,16 @@ async def test_a_request_over_http_is_the_root_of_the_same_stages(recorder) -> N
         [generation] = running.generations._live.values()
         generation.expire()
         await posting
-        await post(refused, style="vivid")
+        await post(refused, num_inference_steps=1001)
         spans = await recorder.settle()
-    root = spans.of(good).one(POST)
-    assert (root.attributes["http.response.status_code"], root.error) == (200, "")
+    root = spans.of(good).one(GENERATE)
+    assert (root.attributes["rpc.grpc.status_code"], root.error) == (0, "")
     paths = {spans.path(span) for span in spans.of(good).all}
-    assert {f"{POST} > {stage}" for stage in ("resolve", "lookup", "admission", "output")} < paths
-    root = spans.of(late).one(POST)
-    assert (root.attributes["http.response.status_code"], root.error) == (504, "DEADLINE_EXCEEDED")
-    root = spans.of(refused).one(POST)
-    assert (root.attributes["http.response.status_code"], root.error) == (400, "")
+    assert {f"{GENERATE} > {stage}" for stage in ("resolve", "lookup", "admission", "output")} < paths
+    root = spans.of(late).one(GENERATE)
+    assert (root.attributes["rpc.grpc.status_code"], root.error) == (4, "DEADLINE_EXCEEDED")
+    root = spans.of(refused).one(GENERATE)
+    assert (root.attributes["rpc.grpc.status_code"], root.error) == (3, "")
     assert root.attributes["safelight.reason"] == "INVALID_REQUEST"
 
 

@@ -15,6 +15,7 @@ from safelight_server.http.errors import STATUS_CODES, error_body, error_respons
 from safelight_server.http.images_request import ImageParameters, generate_request, in_parameters, parse
 from safelight_server.runtime.simulated import simulated_pipeline
 from safelight_server.validation import RequestLimits, resolve_request
+from safelight_server.wire.statuses import status_of
 
 CATALOG = Catalog([simulated_pipeline()])
 LIMITS = RequestLimits(max_prompt_chars=2000, resume_grace_s=30.0, max_resume_grace_s=600.0)
@@ -29,8 +30,14 @@ def refused(**parameters: object) -> dict[str, str]:
     try:
         resolve_request(message(**parameters), CATALOG, LIMITS)
     except SafelightError as error:
-        return {one.field: one.description for one in in_parameters(error).violations}
+        return named(error)
     return {}
+
+
+def named(error: SafelightError) -> dict[str, str]:
+    """What a client is told of each parameter."""
+    violations = error_body(in_parameters(status_of(error)))["error"]["safelight"]["violations"]
+    return {one["param"]: one["message"] for one in violations}
 
 
 @pytest.mark.parametrize(
@@ -166,9 +173,7 @@ def test_whatever_is_sent_is_taken_or_refused_with_names(sent):
     try:
         resolve_request(generate_request(parse(body), CATALOG)[0], CATALOG, LIMITS)
     except (InvalidRequestError, NotFoundError) as error:
-        named = in_parameters(error).violations
-        assert named
-        assert all(one.field in {*ImageParameters.model_fields, "style", "x", "body"} for one in named)
+        assert set(named(error)) <= {*ImageParameters.model_fields, "style", "x", "body"}
 
 
 def every_error() -> list[SafelightError]:
@@ -179,14 +184,14 @@ def every_error() -> list[SafelightError]:
 
 def test_every_error_has_a_status_code_and_keeps_its_reason():
     for error in every_error():
-        assert error_response(error).status_code == STATUS_CODES[error.status]
-        told = error_body(error)["error"]
+        assert error_response(status_of(error)).status_code == STATUS_CODES[error.status]
+        told = error_body(status_of(error))["error"]
         assert told["code"] == error.reason
         assert told["type"].endswith("_error")
 
 
 def test_a_retry_is_said_to_be_worth_it_where_it_is():
-    full = errors.QueueFullError("full", retry_after_s=1.2, metadata={"bound": "streams"})
+    full = status_of(errors.QueueFullError("full", retry_after_s=1.2, metadata={"bound": "streams"}))
     response = error_response(full)
     assert (response.status_code, response.headers["retry-after"], response.headers["x-should-retry"]) == (
         429,
@@ -200,12 +205,13 @@ def test_a_retry_is_said_to_be_worth_it_where_it_is():
         (errors.InternalError(), "false"),
         (errors.UnavailableError("soon"), "true"),
     ]:
-        assert error_response(error).headers["x-should-retry"] == worth
-        assert "retry-after" not in error_response(error).headers
+        headers = error_response(status_of(error)).headers
+        assert headers["x-should-retry"] == worth
+        assert "retry-after" not in headers
 
 
 def test_the_first_faulty_parameter_is_named_and_the_others_too():
     error = InvalidRequestError([FieldViolation("n", "too many"), FieldViolation("size", "odd")])
-    told = error_body(error)["error"]
+    told = error_body(status_of(error))["error"]
     assert (told["param"], told["type"]) == ("n", "invalid_request_error")
     assert [one["param"] for one in told["safelight"]["violations"]] == ["n", "size"]

@@ -24,7 +24,6 @@ from safelight_server import wire
 from safelight_server.api.identity import Identity
 from safelight_server.api.paging import page
 from safelight_server.api.quota import StreamQuota
-from safelight_server.api.streams import CallStream
 from safelight_server.cache.admin import CacheAdmin
 from safelight_server.catalog.catalog import Catalog
 from safelight_server.domain.caller import Caller
@@ -41,6 +40,7 @@ from safelight_server.domain.request import PreviewPolicy
 from safelight_server.generations.generation import Generation
 from safelight_server.generations.registry import Generations
 from safelight_server.runtime.base import Runtime
+from safelight_server.stream import Watcher
 from safelight_server.telemetry import Metrics, Stage, Tracing
 from safelight_server.validation import (
     RequestLimits,
@@ -94,38 +94,29 @@ class Service:
         self._metrics = metrics
         self._tracer = tracer
 
-    def handlers(self) -> list[grpc.GenericRpcHandler]:
-        """The handlers of all services, to be added to a grpc.aio server."""
+    def handlers(self) -> dict[str, dict[str, Handler]]:
+        """The handlers of all methods, by full name of the service and name of the method."""
         stream, unary = self._stream_handler, self._unary_handler
-        return [
-            grpc.method_handlers_generic_handler(
-                GENERATION_SERVICE,
-                {
-                    "Generate": stream("Generate", self.generate, pb.GenerateRequest),
-                    "WatchGeneration": stream("WatchGeneration", self.watch_generation, pb.WatchGenerationRequest),
-                    "UpdateGeneration": unary("UpdateGeneration", self.update_generation, pb.UpdateGenerationRequest),
-                    "CancelGeneration": unary("CancelGeneration", self.cancel_generation, pb.CancelGenerationRequest),
-                    "GetGeneration": unary("GetGeneration", self.get_generation, pb.GetGenerationRequest),
-                },
-            ),
-            grpc.method_handlers_generic_handler(
-                MODEL_SERVICE,
-                {
-                    "ListModels": unary("ListModels", self.list_models, models_pb2.ListModelsRequest),
-                    "GetModel": unary("GetModel", self.get_model, models_pb2.GetModelRequest),
-                },
-            ),
-            grpc.method_handlers_generic_handler(
-                CACHE_SERVICE,
-                {
-                    "GetCacheStats": unary("GetCacheStats", self.get_cache_stats, cache_pb2.GetCacheStatsRequest),
-                    "PurgeCache": unary("PurgeCache", self.purge_cache, cache_pb2.PurgeCacheRequest),
-                },
-            ),
-        ]
+        return {
+            GENERATION_SERVICE: {
+                "Generate": stream("Generate", self.generate, pb.GenerateRequest),
+                "WatchGeneration": stream("WatchGeneration", self.watch_generation, pb.WatchGenerationRequest),
+                "UpdateGeneration": unary("UpdateGeneration", self.update_generation, pb.UpdateGenerationRequest),
+                "CancelGeneration": unary("CancelGeneration", self.cancel_generation, pb.CancelGenerationRequest),
+                "GetGeneration": unary("GetGeneration", self.get_generation, pb.GetGenerationRequest),
+            },
+            MODEL_SERVICE: {
+                "ListModels": unary("ListModels", self.list_models, models_pb2.ListModelsRequest),
+                "GetModel": unary("GetModel", self.get_model, models_pb2.GetModelRequest),
+            },
+            CACHE_SERVICE: {
+                "GetCacheStats": unary("GetCacheStats", self.get_cache_stats, cache_pb2.GetCacheStatsRequest),
+                "PurgeCache": unary("PurgeCache", self.purge_cache, cache_pb2.PurgeCacheRequest),
+            },
+        }
 
     async def generate(
-        self, request: pb.GenerateRequest, caller: Caller, stream: CallStream
+        self, request: pb.GenerateRequest, caller: Caller, stream: _Stream
     ) -> AsyncGenerator[bytes, None]:
         """Starts a generation (or finds the one with this request id) and streams its events."""
         with stream.stage.within("resolve"):
@@ -136,7 +127,7 @@ class Service:
                 yield event
 
     async def watch_generation(
-        self, request: pb.WatchGenerationRequest, caller: Caller, stream: CallStream
+        self, request: pb.WatchGenerationRequest, caller: Caller, stream: _Stream
     ) -> AsyncGenerator[bytes, None]:
         """Streams the events of an existing generation, from where the client left off."""
         generation = await self._generations.find(caller, resolve_name(request.name, "generations"))
@@ -151,7 +142,7 @@ class Service:
         self,
         generation: Generation,
         policy: PreviewPolicy,
-        stream: CallStream,
+        stream: _Stream,
         after_sequence: int = 0,
         offsets: dict[int, int] | None = None,
     ) -> AsyncGenerator[bytes, None]:
@@ -230,7 +221,7 @@ class Service:
     def _stream_handler(
         self,
         name: str,
-        method: Callable[[In, Caller, CallStream], AsyncGenerator[bytes, None]],
+        method: Callable[[In, Caller, _Stream], AsyncGenerator[bytes, None]],
         request_type: type[In],
     ) -> Handler:
         async def handler(data: bytes, context: Context) -> AsyncGenerator[bytes, None]:
@@ -299,13 +290,31 @@ class Service:
             raise asyncio.CancelledError from None
 
 
-class _Stream(CallStream):
-    """The state of a streaming call of gRPC."""
+class _Stream:
+    """The state of a streaming call: its connection, its trace span, and how it is ended from outside."""
 
     def __init__(self, context: Context, stage: Stage) -> None:
-        super().__init__(stage, context.time_remaining())
         self._context = context
         self.ending: asyncio.Task[None] | None = None
+        self.stage = stage
+        self.failure: SafelightError | None = None
+        self.watcher: Watcher | None = None
+        self.time_left_s: float | None = context.time_remaining()
+
+    def watches(self, generation: Generation) -> None:
+        """Describes the generation in the span of this call, and links the span of the call that started it."""
+        spec = generation.request.spec
+        self.stage.note(
+            {
+                "safelight.generation": generation.name,
+                "safelight.model": spec.model,
+                "safelight.steps": spec.num_inference_steps,
+                "safelight.outputs": len(generation.outputs),
+                "safelight.priority": generation.priority.name.lower(),
+            }
+        )
+        if generation.stage is not self.stage:
+            self.stage.link(generation.stage)
 
     def end(self, error: SafelightError) -> None:
         """Ends the call with an error, from outside of its handler.

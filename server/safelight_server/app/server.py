@@ -54,6 +54,7 @@ from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
 from safelight_server.http.app import build_app
 from safelight_server.http.calls import Calls
+from safelight_server.http.context import Rpcs
 from safelight_server.http.server import HttpLimits, HttpServer
 from safelight_server.http.server import bind as bind_http
 from safelight_server.runtime.base import Runtime, RuntimeStartError
@@ -189,7 +190,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         quota = StreamQuota(settings.max_streams_per_caller)
         service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
         most = REQUEST_BYTES + 2 * JSON_BYTES * settings.max_prompt_chars
-        calls = Calls(identity, quota, metrics, tracer, most)
+        calls = Calls(identity, metrics, most)
         _watch_queue(metrics, engine)
         works = [generations.tick, purges.keep_up]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
@@ -204,7 +205,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
             ]
         build_http = functools.partial(
             build_app,
-            service,
+            Rpcs(service.handlers()),
             catalog,
             calls,
             cors_origins=settings.cors_origins,
@@ -231,7 +232,10 @@ async def _listening(
     """Accepts calls and runs the background works while the block runs; yields the addresses and the drain function."""
     largest = REQUEST_BYTES + 2 * UTF8_BYTES * settings.max_prompt_chars
     server = grpc.aio.server(options=[*GRPC_OPTIONS, ("grpc.max_receive_message_length", largest)])
-    server.add_generic_rpc_handlers(tuple(service.handlers()))
+    handlers = service.handlers()
+    server.add_generic_rpc_handlers(
+        tuple(grpc.method_handlers_generic_handler(name, methods) for name, methods in handlers.items())
+    )
     health_servicer = Health()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     services = [GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, HEALTH_SERVICE]

@@ -2,8 +2,8 @@
 
 `server.py` listens: uvicorn, with bounds on connections and on slow clients.
 `app.py` has the routes and what holds for all of them. `calls.py` runs one
-request as `api/service.py` runs a gRPC call: the same callers, quota, deadline,
-trace and errors, and the same methods behind it. `images.py` answers requests
-for pictures, `images_request.py` checks them and makes a GenerateRequest of
-each. `models.py` lists the models, `errors.py` turns errors into responses.
+request. `context.py` lets it call the handlers of the gRPC services, in this
+process. `images.py` answers requests for pictures, `images_request.py` checks
+them and makes a GenerateRequest of each. `models.py` lists the models,
+`errors.py` turns statuses into responses.
 """

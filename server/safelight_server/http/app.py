@@ -16,9 +16,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from safelight_server.api.service import Service
 from safelight_server.catalog.catalog import Catalog
-from safelight_server.http.calls import Calls, Endpoint, Fail, Method
+from safelight_server.http.calls import Calls, Endpoint, Fail, Method, respond_error
+from safelight_server.http.context import Rpcs
 from safelight_server.http.errors import refusal_response
 from safelight_server.http.images import ImageGenerations, send_error
 from safelight_server.http.models import ModelListing
@@ -29,7 +29,7 @@ EXPOSED = ("retry-after", "x-should-retry")
 
 
 def build_app(
-    service: Service,
+    rpcs: Rpcs,
     catalog: Catalog,
     calls: Calls,
     healthy: Callable[[], bool],
@@ -44,13 +44,13 @@ def build_app(
         cors_origins: origins whose pages may call; "*" for all.
         only_loopback: whether requests that name another host are refused.
     """
-    images, models = ImageGenerations(service, catalog), ModelListing(service, int(time.time()))
+    images, models = ImageGenerations(rpcs, catalog), ModelListing(rpcs, int(time.time()))
 
     async def health(_request: Request) -> Response:
         well = healthy()
         return JSONResponse({"status": "serving" if well else "not serving"}, 200 if well else 503)
 
-    def route(verb: str, path: str, method: Method, fail: Fail | None = None) -> Route:
+    def route(verb: str, path: str, method: Method, fail: Fail = respond_error) -> Route:
         return Route(path, Endpoint(calls, path, method, fail), methods=[verb])
 
     cors = Middleware(

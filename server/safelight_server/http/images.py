@@ -15,16 +15,16 @@ from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Any
 
+from google.rpc import status_pb2
 from safelight.v1 import generation_pb2 as pb
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from safelight_server.api.service import Service
+from safelight_server.api.service import GENERATION_SERVICE
 from safelight_server.catalog.catalog import Catalog, Pipeline
-from safelight_server.domain.caller import Caller
-from safelight_server.domain.errors import SafelightError
-from safelight_server.http.calls import CLOSE, HttpStream
-from safelight_server.http.errors import error_body
+from safelight_server.http.calls import CLOSE, HttpCall
+from safelight_server.http.context import CallAbortError, Rpcs
+from safelight_server.http.errors import error_body, error_response
 from safelight_server.http.images_request import ImageParameters, generate_request, in_parameters, parse
 
 PARTIAL, COMPLETED, ERROR = "image_generation.partial_image", "image_generation.completed", "error"
@@ -137,57 +137,60 @@ class ImageAnswer:
 
 
 class ImageGenerations:
-    """Answers requests for pictures, by way of the gRPC service's own method."""
+    """Answers requests for pictures, by the handler of GenerationService.Generate."""
 
-    def __init__(self, service: Service, catalog: Catalog) -> None:
-        self._service = service
+    def __init__(self, rpcs: Rpcs, catalog: Catalog) -> None:
+        self._handler = rpcs.find(GENERATION_SERVICE, "Generate")
         self._catalog = catalog
 
-    async def generate(self, caller: Caller, stream: HttpStream) -> Response | None:
+    async def generate(self, call: HttpCall) -> Response | None:
         """Makes the pictures of a request; sends events, or returns the answer with all pictures."""
-        _check_json(stream)
-        parameters = parse(stream.body)
+        _check_json(call)
+        parameters = parse(call.body)
+        message, pipeline = generate_request(parameters, self._catalog)
+        pictures, last = ImageAnswer(parameters, pipeline), None
         try:
-            message, pipeline = generate_request(parameters, self._catalog)
-            pictures, last = ImageAnswer(parameters, pipeline), None
-            async with aclosing(self._service.generate(message, caller, stream)) as events:
+            async with aclosing(call.context.stream(self._handler, message)) as events:
                 async for data in events:
                     event = pb.GenerateResponse.FromString(data).event
                     match event.WhichOneof("event"):
                         case "accepted":
                             pictures.accept(event.accepted)
                             if parameters.stream:
-                                await stream.start(EVENT_STREAM)
+                                await call.start(EVENT_STREAM)
                         case "preview":
                             if (partial := pictures.partial(event)) is not None:
-                                await stream.write(_server_sent(PARTIAL, partial))
+                                await call.write(_server_sent(PARTIAL, partial))
                         case "queued" | "progress":
-                            if stream.started and stream.silent_s > SILENCE_S:
-                                await stream.write(COMMENT)
+                            if call.started and call.silent_s > SILENCE_S:
+                                await call.write(COMMENT)
                         case "artifact_chunk":
                             pictures.add(event.artifact_chunk)
                         case "finished":
                             last = event
-        except SafelightError as error:
-            raise in_parameters(error) from None
-        if last is None:
-            raise RuntimeError("a stream that nobody ended had no Finished")
+        except CallAbortError as error:
+            raise CallAbortError(in_parameters(error.status)) from None
+        if last is None:  # it was ended from outside, which the context says
+            return None
         if not parameters.stream:
             return JSONResponse(pictures.answer(last))
-        await stream.write(_server_sent(COMPLETED, pictures.completed(last)))
-        await stream.finish()
+        await call.write(_server_sent(COMPLETED, pictures.completed(last)))
+        await call.finish()
         return None
 
 
-async def send_error(stream: HttpStream, error: SafelightError) -> None:
-    """Ends a stream of events with an error, which OpenAI's clients raise."""
-    await stream.write(_server_sent(ERROR, {"type": ERROR} | error_body(error)))
-    await stream.finish()
+async def send_error(call: HttpCall, status: status_pb2.Status) -> None:
+    """Answers with an error, or ends a stream of events with one, which OpenAI's clients raise."""
+    if not call.started:
+        await call.respond(error_response(status))
+        return
+    await call.write(_server_sent(ERROR, {"type": ERROR} | error_body(status)))
+    await call.finish()
 
 
-def _check_json(stream: HttpStream) -> None:
+def _check_json(call: HttpCall) -> None:
     """Refuses other bodies. A page of another origin cannot send JSON without being asked about (CORS)."""
-    kind = stream.request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = call.request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise HTTPException(415, "send content-type: application/json", CLOSE)
 

@@ -14,14 +14,16 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 from safelight.v1 import generation_pb2 as pb
 
 from safelight_server.catalog.catalog import Catalog, Pipeline
-from safelight_server.domain.errors import FieldViolation, InvalidRequestError, NotFoundError, SafelightError
+from safelight_server.domain.errors import FieldViolation, InvalidRequestError
 from safelight_server.validation import find_model
 from safelight_server.validation.violations import Violations
+from safelight_server.wire.statuses import status_of
 
 SEED_BITS = 53
 """Random seeds have so many bits, as many as are exact in a number of JavaScript."""
@@ -162,14 +164,13 @@ def _pipeline(name: str, catalog: Catalog) -> Pipeline:
     return find_model(full, catalog, "model")
 
 
-def in_parameters(error: SafelightError) -> SafelightError:
-    """The error with the names of the parameters in place of the paths in the GenerateRequest."""
-    violations = [FieldViolation(_parameter(one.field), one.description) for one in error.violations]
-    if isinstance(error, InvalidRequestError):
-        return InvalidRequestError(violations)
-    if isinstance(error, NotFoundError):
-        return NotFoundError(error.message, reason=error.reason, violations=violations)
-    return error
+def in_parameters(status: status_pb2.Status) -> status_pb2.Status:
+    """The status with the names of the parameters in place of the paths in the GenerateRequest."""
+    bad = error_details_pb2.BadRequest()
+    if status.code != code_pb2.INVALID_ARGUMENT or not any(detail.Unpack(bad) for detail in status.details):
+        return status
+    violations = [FieldViolation(_parameter(one.field), one.description) for one in bad.field_violations]
+    return status_of(InvalidRequestError(violations))
 
 
 def _parameter(field: str) -> str:

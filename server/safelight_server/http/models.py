@@ -9,39 +9,40 @@ from safelight.v1 import models_pb2
 from starlette.responses import JSONResponse
 
 from safelight_server.api.paging import MAX_PAGE_SIZE
-from safelight_server.api.service import Service
-from safelight_server.domain.caller import Caller
-from safelight_server.http.calls import HttpStream
+from safelight_server.api.service import MODEL_SERVICE
+from safelight_server.http.calls import HttpCall
+from safelight_server.http.context import Rpcs
 
 OWNER = "safelight"
 
 
 class ModelListing:
-    """Answers requests about models, by way of the gRPC service's own methods.
+    """Answers requests about models, by the handlers of ModelService.
 
     Args:
         created: Unix time that stands for the unknown time at which a model was made.
     """
 
-    def __init__(self, service: Service, created: int) -> None:
-        self._service = service
+    def __init__(self, rpcs: Rpcs, created: int) -> None:
+        self._list = rpcs.find(MODEL_SERVICE, "ListModels")
+        self._get = rpcs.find(MODEL_SERVICE, "GetModel")
         self._created = created
 
-    async def list_models(self, caller: Caller, _stream: HttpStream) -> JSONResponse:
+    async def list_models(self, call: HttpCall) -> JSONResponse:
         """All models, in the order of their names."""
         models, token = list[models_pb2.Model](), ""
         while True:
             asked = models_pb2.ListModelsRequest(page_size=MAX_PAGE_SIZE, page_token=token)
-            page = await self._service.list_models(asked, caller)
+            page = models_pb2.ListModelsResponse.FromString(await call.context.unary(self._list, asked))
             models.extend(page.models)
             token = page.next_page_token
             if not token:
                 return JSONResponse({"object": "list", "data": [self._model(model) for model in models]})
 
-    async def get_model(self, caller: Caller, stream: HttpStream) -> JSONResponse:
+    async def get_model(self, call: HttpCall) -> JSONResponse:
         """The model of the path."""
-        name = f"models/{stream.request.path_params['model']}"
-        answer = await self._service.get_model(models_pb2.GetModelRequest(name=name), caller)
+        asked = models_pb2.GetModelRequest(name=f"models/{call.request.path_params['model']}")
+        answer = models_pb2.GetModelResponse.FromString(await call.context.unary(self._get, asked))
         return JSONResponse(self._model(answer.model))
 
     def _model(self, model: models_pb2.Model) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class BoundedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
-        # A write waits until the kernel has all of the one before. Not 0: TLS takes an empty buffer for a full one then.
+        # A write waits until the kernel has all of the one before. With 0 TLS takes an empty buffer for a full one.
         transport.set_write_buffer_limits(high=1, low=0)
         if len(self.connections) > self._limits.max_connections:
             transport.abort()

@@ -66,16 +66,11 @@ class Tracing:
 
     def server_call(self, service: str, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> Stage:
         """Starts the span of an incoming call, as a child of the span in the client's `traceparent`, if it sent one."""
-        attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
-        return self._incoming(f"{service}/{method}", metadata, attributes)
-
-    def http_call(self, method: str, route: str, headers: Iterable[tuple[str, str]]) -> Stage:
-        """Starts the span of an incoming HTTP request, as `server_call` does; header names are in lower case."""
-        return self._incoming(f"{method} {route}", headers, {"http.request.method": method, "http.route": route})
-
-    def _incoming(self, name: str, metadata: Iterable[tuple[str, str | bytes]], attributes: Mapping[str, str]) -> Stage:
         carrier = {key: value for key, value in metadata if key in ("traceparent", "tracestate")}
-        span = self.tracer.start_span(name, _PROPAGATOR.extract(carrier), kind=SpanKind.SERVER, attributes=attributes)
+        attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
+        span = self.tracer.start_span(
+            f"{service}/{method}", _PROPAGATOR.extract(carrier), kind=SpanKind.SERVER, attributes=attributes
+        )
         return Stage(self, span)
 
     def close(self) -> None:
