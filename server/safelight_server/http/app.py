@@ -16,14 +16,18 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from safelight_server.api.service import GENERATION_SERVICE, MODEL_SERVICE
 from safelight_server.catalog.catalog import Catalog
 from safelight_server.http.calls import Calls, Endpoint, Fail, Method, respond_error
 from safelight_server.http.context import Rpcs
 from safelight_server.http.errors import refusal_response
+from safelight_server.http.grpc_web import GrpcWebMethod, send_status
 from safelight_server.http.images import ImageGenerations, send_error
 from safelight_server.http.models import ModelListing
 from safelight_server.settings import is_loopback
 
+WEB_SERVICES = (GENERATION_SERVICE, MODEL_SERVICE)
+"""What pages may call by gRPC-Web: what administrators do is not among it."""
 EXPOSED = ("retry-after", "x-should-retry")
 """Headers of answers that pages of other origins may read."""
 
@@ -67,6 +71,11 @@ def build_app(
             route("GET", "/v1/models", models.list_models),
             route("GET", "/v1/models/{model}", models.get_model),
             route("POST", "/v1/images/generations", images.generate, send_error),
+            *(
+                route("POST", f"/{service}/{name}", GrpcWebMethod(handler), send_status)
+                for service in WEB_SERVICES
+                for name, handler in rpcs.of(service).items()
+            ),
         ],
         middleware=[cors] if cors_origins else [],
         exception_handlers={HTTPException: _refused},

@@ -155,9 +155,9 @@ class Rpcs:
         """The handler of a method."""
         return self._handlers[service][name]
 
-    def names(self, service: str) -> list[str]:
-        """The methods of a service."""
-        return list(self._handlers[service])
+    def of(self, service: str) -> Mapping[str, Handler]:
+        """The handlers of all methods of a service."""
+        return self._handlers[service]
 
 
 def _bytes(request: Message | bytes) -> bytes:
