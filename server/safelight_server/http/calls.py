@@ -130,8 +130,17 @@ class Calls:
             log.exception("bug", route=route)
             failure = status_of(InternalError())
         if failure is not None:
-            await fail(call, failure)
+            await self._tell(call, failure, route, fail)
         self._metrics.http_request(route, call.status)
+
+    async def _tell(self, call: HttpCall, failure: status_pb2.Status, route: str, fail: Fail) -> None:
+        try:
+            await fail(call, failure)
+        except HTTPException as refusal:
+            await call.respond(refusal_response(refusal))
+        except Exception:  # uvicorn closes the connection
+            log.exception("bug", route=route)
+            raise
 
     async def _answer(self, call: HttpCall, method: Method) -> Response | None:
         # a handler asks again; here it is for the body, which is not read from strangers

@@ -48,7 +48,7 @@ Detail = TypeVar("Detail", bound=Message)
 
 def status_code(status: status_pb2.Status) -> int:
     """The HTTP status code of a status."""
-    return _BY_NUMBER[status.code]
+    return _BY_NUMBER.get(status.code, 500)
 
 
 def reason_of(status: status_pb2.Status) -> str:
