@@ -22,7 +22,6 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
-from starlette.types import ASGIApp
 
 from safelight_server.api import reflection
 from safelight_server.api.health import Health
@@ -30,6 +29,7 @@ from safelight_server.api.identity import Identity
 from safelight_server.api.quota import StreamQuota
 from safelight_server.api.service import CACHE_SERVICE, GENERATION_SERVICE, MODEL_SERVICE, Service
 from safelight_server.app.backends import Backends, CredentialsError, open_backends
+from safelight_server.app.http_server import HttpPort
 from safelight_server.cache.admin import CacheAdmin
 from safelight_server.cache.approximate.buckets import RedisBuckets
 from safelight_server.cache.approximate.eviction import LeastBenefit
@@ -52,11 +52,6 @@ from safelight_server.engine.engine import Engine
 from safelight_server.generations.execution import Executions
 from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
-from safelight_server.http.app import build_app
-from safelight_server.http.calls import Calls
-from safelight_server.http.context import Rpcs
-from safelight_server.http.server import HttpLimits, HttpServer
-from safelight_server.http.server import bind as bind_http
 from safelight_server.runtime.base import Runtime, RuntimeStartError
 from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
 from safelight_server.runtime.triton import TritonOptions, TritonRuntime
@@ -71,8 +66,6 @@ log = structlog.get_logger(__name__)
 
 REQUEST_BYTES = 64 << 10
 """Bytes that a request may have beside its two prompts."""
-UTF8_BYTES, JSON_BYTES = 4, 12
-"""Most bytes of a character of a prompt, in UTF-8 and as an escape of JSON."""
 HEALTH_PERIOD_S = 0.25
 """Pause between two checks of the runtime for the health service."""
 LAST_WORDS_S = 1.0
@@ -105,18 +98,18 @@ class Running:
 
     Attributes:
         address: HOST:PORT or unix:PATH that it listens on, with the port that it got where 0 was asked for.
-        http_address: HOST:PORT of HTTP; empty where that is off.
         drain: starts a shutdown that gives generations so many seconds; a second call with fewer shortens the first.
+        http_address: HOST:PORT of HTTP; empty where that is off.
     """
 
     address: str
-    http_address: str
     catalog: Catalog
     runtime: Runtime
     cache: Cache
     generations: Generations
     streams: StreamQuota
     drain: Callable[[float], asyncio.Task[None]]
+    http_address: str
 
 
 def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
@@ -189,8 +182,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
         quota = StreamQuota(settings.max_streams_per_caller)
         service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
-        most = REQUEST_BYTES + 2 * JSON_BYTES * settings.max_prompt_chars
-        calls = Calls(identity, metrics, most)
+        http = HttpPort(settings, service, catalog, identity, metrics)
         _watch_queue(metrics, engine)
         works = [generations.tick, purges.keep_up]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
@@ -203,47 +195,36 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
                 leased_runners.watch_service,
                 ownership.mirrors.sweep,
             ]
-        build_http = functools.partial(
-            build_app,
-            Rpcs(service.handlers()),
-            catalog,
-            calls,
-            cors_origins=settings.cors_origins,
-            only_loopback=settings.api_key_file is None and is_loopback(settings.host),
-        )
-        async with _listening(settings, service, build_http, metrics, engine, generations, works) as (
-            address,
-            http_address,
-            drain,
-        ):
-            yield Running(address, http_address, catalog, runtime, cache, generations, quota, drain)
+        async with _listening(settings, service, http, metrics, engine, generations, works) as (address, drain):
+            yield Running(address, catalog, runtime, cache, generations, quota, drain, http.address)
 
 
 @contextlib.asynccontextmanager
 async def _listening(
     settings: Settings,
     service: Service,
-    build_http: Callable[[Callable[[], bool]], ASGIApp],
+    http: HttpPort,
     metrics: Metrics,
     engine: Engine,
     generations: Generations,
     works: Sequence[Work],
-) -> AsyncIterator[tuple[str, str, Callable[[float], asyncio.Task[None]]]]:
-    """Accepts calls and runs the background works while the block runs; yields the addresses and the drain function."""
-    largest = REQUEST_BYTES + 2 * UTF8_BYTES * settings.max_prompt_chars
+) -> AsyncIterator[tuple[str, Callable[[float], asyncio.Task[None]]]]:
+    """Accepts calls and runs the background works while the block runs; yields the address and the drain function."""
+    largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four UTF-8 bytes a character
     server = grpc.aio.server(options=[*GRPC_OPTIONS, ("grpc.max_receive_message_length", largest)])
-    handlers = service.handlers()
-    server.add_generic_rpc_handlers(
-        tuple(grpc.method_handlers_generic_handler(name, methods) for name, methods in handlers.items())
-    )
+    for name, handlers in service.handlers().items():
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
     health_servicer = Health()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     services = [GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, HEALTH_SERVICE]
     reflection.enable(services, server)
     address = _bind(server, settings)
-    draining: list[asyncio.Task[None]] = []
     _serve_metrics(metrics, settings)
-    http = await _start_http(settings, build_http(lambda: not draining and not engine.outage.beyond_grace))
+    draining: list[asyncio.Task[None]] = []
+    try:
+        await http.start(lambda: not draining and not engine.outage.beyond_grace)
+    except OSError as error:
+        raise StartError(f"http_port {settings.http_port} of {settings.host}: {error.strerror}") from None
     await server.start()
     names = ("", *services)
     for name in names:
@@ -258,7 +239,7 @@ async def _listening(
         await generations.drain(grace_s)
         health_servicer.end_watches()
         left_s = max(LAST_WORDS_S, until - time.monotonic())  # both may still be sending
-        await asyncio.gather(server.stop(left_s), *([http.stop(left_s)] if http else []))
+        await asyncio.gather(server.stop(left_s), http.stop(left_s))
 
     def start_drain(grace_s: float) -> asyncio.Task[None]:
         """Starts a drain; a second one with a shorter grace cuts the first one short."""
@@ -268,7 +249,7 @@ async def _listening(
         return draining[-1]
 
     try:
-        yield address, http.address if http else "", start_drain
+        yield address, start_drain
     finally:
         await start_drain(0.0)
         for task in background:
@@ -374,26 +355,6 @@ def _bind(server: grpc.aio.Server, settings: Settings) -> str:
     except RuntimeError:
         raise StartError(f"cannot bind {where}: is it an address of this machine, and no other server there?") from None
     return where if where.startswith("unix:") else f"{host}:{port}"
-
-
-async def _start_http(settings: Settings, app: ASGIApp) -> HttpServer | None:
-    """Serves HTTP where it has a port, with the TLS of gRPC; None without a port.
-
-    Raises:
-        StartError: the port is taken, or the address not this machine's.
-    """
-    if not settings.http_port:
-        return None
-    try:
-        listening = bind_http(settings.host, settings.http_port)
-    except OSError as error:
-        raise StartError(f"http_port {settings.http_port} of {settings.host}: {error.strerror}") from None
-    tls = None
-    if settings.tls_cert_file and settings.tls_key_file:  # `_bind` has checked them
-        tls = settings.tls_cert_file, settings.tls_key_file
-    return await HttpServer.start(
-        app, listening, HttpLimits(settings.http_max_connections, settings.watcher_stall_s), tls
-    )
 
 
 def _credentials(cert_file: Path, key_file: Path) -> grpc.ServerCredentials:
