@@ -359,7 +359,7 @@ async def test_a_drain_delivers_what_runs_and_refuses_what_comes(server):
     async with client(server) as http, client(server) as other:
         await other.get("/healthz")  # its connection is there before
         asked = [
-            asyncio.create_task(http.post(GENERATIONS, json=body(num_inference_steps=100, stream=s, seed=int(s))))
+            asyncio.create_task(http.post(GENERATIONS, json=body(num_inference_steps=300, stream=s, seed=int(s))))
             for s in (False, True)
         ]
         await eventually(lambda: len(server.generations._live) == 2)
