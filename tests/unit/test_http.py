@@ -18,7 +18,7 @@ from safelight_server.validation import RequestLimits, resolve_request
 from safelight_server.wire.statuses import status_of
 
 CATALOG = Catalog([simulated_pipeline()])
-LIMITS = RequestLimits(max_prompt_chars=2000, resume_grace_s=30.0, max_resume_grace_s=600.0)
+LIMITS = RequestLimits(max_prompt_chars=2000, max_request_rows=131_072, resume_grace_s=30.0, max_resume_grace_s=600.0)
 
 
 def message(**parameters: object) -> pb.GenerateRequest:
