@@ -21,9 +21,8 @@ from tests.support.http import GENERATIONS, body, free_port, server_sent
 NAME = "safelight.example"
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
-    """A certificate that signs itself, and its key."""
+def write_pair(folder: Path) -> tuple[Path, Path]:
+    """Writes a certificate that signs itself, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, NAME)])
     now = datetime.datetime.now(datetime.UTC)
@@ -32,11 +31,16 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     builder = builder.not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
     names = x509.SubjectAlternativeName([x509.DNSName(NAME)])
     cert = builder.add_extension(names, critical=False).sign(key, hashes.SHA256())
-    cert_file, key_file = tmp_path / "cert.pem", tmp_path / "key.pem"
+    cert_file, key_file = folder / "cert.pem", folder / "key.pem"
     cert_file.write_bytes(cert.public_bytes(serialization.Encoding.PEM))
     plain, no_password = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     key_file.write_bytes(key.private_bytes(serialization.Encoding.PEM, plain, no_password))
     return cert_file, key_file
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    return write_pair(tmp_path)
 
 
 @pytest.fixture
@@ -73,6 +77,35 @@ async def test_http_has_the_same_certificate(start, pair):
         async with httpx2.AsyncClient(trust_env=False) as http:
             with pytest.raises(httpx2.ConnectError):
                 await http.get(f"https://{address}/v1/models")
+
+
+async def test_http_presents_the_certificate_that_is_there(start, pair, tmp_path):
+    port = free_port()
+
+    async def presented() -> bytes:
+        anyone = ssl.create_default_context()
+        anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
+        _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=anyone)
+        der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        writer.transport.abort()
+        return der
+
+    def der(cert_file: Path) -> bytes:
+        return ssl.PEM_cert_to_DER_cert(cert_file.read_text())
+
+    tls = {"tls_cert_file": pair[0], "tls_key_file": pair[1], "http_port": port}
+    async with start(runtime="simulated", simulated_base_ms=1.0, **tls):
+        first = der(pair[0])
+        assert await presented() == first
+        key = pair[1].read_bytes()
+        write_pair(tmp_path)
+        new_key = pair[1].read_bytes()
+        pair[1].write_bytes(key)  # half of the pair is not there yet
+        assert await presented() == first
+        pair[1].write_bytes(new_key)
+        assert await presented() == der(pair[0]) != first
+        pair[0].unlink()
+        assert await presented() != first
 
 
 async def test_the_command_line_asks_by_tls(server, pair):

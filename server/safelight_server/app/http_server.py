@@ -9,6 +9,7 @@ from safelight_server.api.service import Service
 from safelight_server.catalog.catalog import Catalog
 from safelight_server.http.app import build_app
 from safelight_server.http.calls import Calls
+from safelight_server.http.certificate import RenewableCertificate
 from safelight_server.http.context import Rpcs
 from safelight_server.http.server import HttpLimits, HttpServer, bind
 from safelight_server.settings import Settings, is_loopback
@@ -60,7 +61,7 @@ class HttpPort:
         )
         tls = None
         if settings.tls_cert_file and settings.tls_key_file:
-            tls = settings.tls_cert_file, settings.tls_key_file
+            tls = RenewableCertificate(settings.tls_cert_file, settings.tls_key_file).context
         limits = HttpLimits(settings.http_max_connections, settings.watcher_stall_s)
         self._server = await HttpServer.start(app, bind(settings.host, settings.http_port), limits, tls)
         self.address = self._server.address

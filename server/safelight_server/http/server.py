@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import socket
+import ssl
 from dataclasses import dataclass
-from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -120,10 +120,9 @@ class HttpServer:
         app: ASGIApp,
         listening: socket.socket,
         limits: HttpLimits,
-        tls: tuple[Path, Path] | None,
+        tls: ssl.SSLContext | None,
     ) -> HttpServer:
-        """Begins to serve. `tls` has the files of the certificate and of its key; None: in the clear."""
-        cert_file, key_file = tls or (None, None)
+        """Begins to serve, in the clear where `tls` is None."""
         config = uvicorn.Config(
             app,
             http="h11",
@@ -138,15 +137,13 @@ class HttpServer:
             timeout_keep_alive=KEEP_ALIVE_S,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             reset_contextvars=True,
-            ssl_certfile=cert_file,
-            ssl_keyfile=key_file,
         )
         config.load()
         state = ServerState()
         server = await asyncio.get_running_loop().create_server(
             functools.partial(BoundedProtocol, config, state, limits),
             sock=listening,
-            ssl=config.ssl,
+            ssl=tls,
             backlog=BACKLOG,
             ssl_handshake_timeout=HEAD_S if tls else None,
         )
