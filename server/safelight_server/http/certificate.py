@@ -9,14 +9,13 @@ import structlog
 
 log = structlog.get_logger(__name__)
 
-_Stamp = tuple[tuple[int, int, int], ...]
+_Stamp = tuple[tuple[int, ...], ...]
 
 
 class RenewableCertificate:
     """A certificate and its key in PEM files. Each handshake has the pair that is there.
 
-    A pair that cannot be used, such as one of which only one file is written yet, is logged once, and the pair before it
-    stays.
+    A pair that cannot be used, such as one of which only one file is written yet, is logged once; the one before it stays.
 
     Attributes:
         context: what a server wraps its connections with.
@@ -56,4 +55,4 @@ class RenewableCertificate:
 
     def _stamps(self) -> _Stamp:
         statuses = [file.stat() for file in self._files]
-        return tuple((status.st_mtime_ns, status.st_size, status.st_ino) for status in statuses)
+        return tuple((status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino) for status in statuses)
