@@ -15,7 +15,7 @@ _Stamp = tuple[tuple[int, ...], ...]
 class RenewableCertificate:
     """A certificate and its key in PEM files. Each handshake has the pair that is there.
 
-    A pair that cannot be used, such as one of which only one file is written yet, is logged once; the one before it stays.
+    A pair that cannot be used, such as one that is half written, is logged once, and the pair before it stays.
 
     Attributes:
         context: what a server wraps its connections with.
