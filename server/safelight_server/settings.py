@@ -49,6 +49,9 @@ class Settings(BaseSettings):
     tls_cert_file: Path | None = Field(None, description="PEM chain of the server; with tls_key_file.")
     tls_key_file: Path | None = Field(None, description="PEM key of the server.")
     api_key_file: Path | None = Field(None, description="Keys of the callers (docs/operations/keys.md). None: no keys.")
+    quota_file: Path | None = Field(
+        None, description="Rates of requests and of compute, by tenant (docs/operations/quotas.md). None: no limits."
+    )
 
     models_dir: Path = Field(Path("models"), description="Folder with repository/ and pipelines/.")
     default_model: str = Field("", description="Model of requests that name none. Empty: the first by name.")

@@ -9,6 +9,7 @@ from safelight.client import CacheMode, Client, Finished, Origin, Picture, Previ
 from safelight.errors import GenerationError
 from safelight.v1.cache_pb2 import GetCacheStatsResponse, PurgeCacheResponse
 from safelight.v1.generation_pb2 import Branch, CachePolicy, PixelEncoding, PreviewPolicy
+from safelight.v1.quotas_pb2 import TenantQuota, TokenBucket
 
 __all__ = [
     "Branch",
@@ -25,4 +26,6 @@ __all__ = [
     "PreviewPolicy",
     "Progress",
     "PurgeCacheResponse",
+    "TenantQuota",
+    "TokenBucket",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import random
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -16,7 +17,15 @@ import grpc
 
 from safelight import proxies, tracing
 from safelight.errors import GenerationError
-from safelight.v1 import cache_pb2, cache_pb2_grpc, generation_pb2_grpc, models_pb2, models_pb2_grpc
+from safelight.v1 import (
+    cache_pb2,
+    cache_pb2_grpc,
+    generation_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+    quotas_pb2,
+    quotas_pb2_grpc,
+)
 from safelight.v1 import generation_pb2 as pb
 
 CHANNEL_OPTIONS = [
@@ -45,6 +54,8 @@ RESUMABLE = ("", "WATCHER_STALLED", "MOVED", "OTHER_MODEL")
 """Error reasons after which the same generation can be resumed; "" is a lost connection."""
 ELSEWHERE = ("DRAINING", "UNAVAILABLE")
 """Error reasons after which the same call can succeed at another replica."""
+OVER_QUOTA = ("REQUEST_RATE_EXCEEDED", "COMPUTE_QUOTA_EXCEEDED")
+"""Error reasons after which the same call can succeed once the time of its RetryInfo has passed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +165,8 @@ class Client:
         api_key: sent as a bearer token.
         credentials: for TLS; None: plain text.
         server_name: the name in the server's certificate, where it differs from the target's.
-        patience_s: how long a generation whose connection is lost is asked for again, since its last event.
+        patience_s: how long a generation whose connection is lost is asked for again, since its last event; and how
+            long one that the tenant's quota refuses is, at the times that the server names.
 
     Raises:
         ValueError: "ARGUMENT: WHAT", for a target or an api_key that cannot be used.
@@ -298,7 +310,8 @@ class Client:
         loop = asyncio.get_running_loop()
         until = None if timeout_s is None else loop.time() + timeout_s
         tries, num_events = 0, 0
-        give_up_at = loop.time() + min(FIRST_PATIENCE_S, self._patience_s)
+        began, first_patience_s = loop.time(), min(FIRST_PATIENCE_S, self._patience_s)
+        give_up_at = began + first_patience_s
         while True:
             call = self._call(request, received, None if until is None else until - loop.time(), metadata)
             try:
@@ -312,6 +325,13 @@ class Client:
                 failure = GenerationError(error, proxies.proxy_of(self._targets[received.at]))
             finally:
                 call.cancel()  # whoever looks away lets the server know; a call that has ended takes no notice
+            if _is_over_quota(failure, request):
+                wait_s = (failure.retry_after_s or 0.0) * random.uniform(1.0, 1.1)  # others were told the same time
+                if loop.time() + wait_s > min(began + self._patience_s, math.inf if until is None else until):
+                    raise failure from None
+                await asyncio.sleep(wait_s)
+                give_up_at = loop.time() + first_patience_s
+                continue
             if received.num_events > num_events:
                 tries, num_events, give_up_at = 0, received.num_events, loop.time() + self._patience_s
             wait_s = min(MAX_WAIT_S, FIRST_WAIT_S * 2**tries) * random.uniform(0.5, 1.0)
@@ -384,6 +404,26 @@ class Client:
         except grpc.aio.AioRpcError as error:
             raise GenerationError(error) from None
 
+    async def quotas(self) -> list[quotas_pb2.TenantQuota]:
+        """Returns the quotas of all tenants and what is left of them. For administrators.
+
+        Raises:
+            GenerationError: the call was refused.
+        """
+        quotas: list[quotas_pb2.TenantQuota] = []
+        token = ""
+        while True:
+            request = quotas_pb2.ListQuotasRequest(page_size=100, page_token=token)
+            try:
+                stub = quotas_pb2_grpc.QuotaServiceStub(self.channel)
+                page = await stub.ListQuotas(request, metadata=self._metadata)
+            except grpc.aio.AioRpcError as error:
+                raise GenerationError(error) from None
+            quotas += page.quotas
+            token = page.next_page_token
+            if not token:
+                return quotas
+
 
 def _channel(target: str, credentials: grpc.ChannelCredentials | None, server_name: str) -> grpc.aio.Channel:
     options = [*CHANNEL_OPTIONS, *proxies.channel_options(target)]
@@ -398,6 +438,11 @@ def _is_resumable(failure: GenerationError, received: _Received, request: pb.Gen
     if failure.code is not grpc.StatusCode.UNAVAILABLE or not (received.name or request.request_id):
         return False
     return failure.reason in RESUMABLE or (movable and failure.reason in ELSEWHERE)
+
+
+def _is_over_quota(failure: GenerationError, request: pb.GenerateRequest) -> bool:
+    """Whether the request was refused, and the server has named the time after which it is not."""
+    return failure.reason in OVER_QUOTA and failure.retry_after_s is not None and bool(request.request_id)
 
 
 def _events(event: pb.GenerationEvent, received: _Received) -> list[Event]:

@@ -17,7 +17,7 @@ from typing import TypeAlias, TypeVar
 import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
-from safelight.v1 import cache_pb2, models_pb2
+from safelight.v1 import cache_pb2, models_pb2, quotas_pb2
 from safelight.v1 import generation_pb2 as pb
 
 from safelight_server import wire
@@ -39,6 +39,7 @@ from safelight_server.domain.errors import (
 from safelight_server.domain.request import PreviewPolicy
 from safelight_server.generations.generation import Generation
 from safelight_server.generations.registry import Generations
+from safelight_server.quotas.quotas import Quotas
 from safelight_server.runtime.base import Runtime
 from safelight_server.stream import Watcher
 from safelight_server.telemetry import Metrics, Stage, Tracing
@@ -57,6 +58,7 @@ log = structlog.get_logger(__name__)
 GENERATION_SERVICE = "safelight.v1.GenerationService"
 MODEL_SERVICE = "safelight.v1.ModelService"
 CACHE_SERVICE = "safelight.v1.CacheService"
+QUOTA_SERVICE = "safelight.v1.QuotaService"
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
@@ -65,11 +67,12 @@ Out = TypeVar("Out", bound=Message)
 
 
 class Service:
-    """GenerationService, ModelService and CacheService.
+    """GenerationService, ModelService, CacheService and QuotaService.
 
     Args:
         limits: the server's limits on requests, beside those of the models.
-        quota: bounds the streams of each caller.
+        streams: bounds the streams of each caller.
+        quotas: bounds the requests and the compute of each tenant.
     """
 
     def __init__(
@@ -80,7 +83,8 @@ class Service:
         generations: Generations,
         caches: CacheAdmin,
         limits: RequestLimits,
-        quota: StreamQuota,
+        streams: StreamQuota,
+        quotas: Quotas,
         metrics: Metrics,
         tracer: Tracing,
     ) -> None:
@@ -90,7 +94,8 @@ class Service:
         self._generations = generations
         self._caches = caches
         self._limits = limits
-        self._quota = quota
+        self._streams = streams
+        self._quotas = quotas
         self._metrics = metrics
         self._tracer = tracer
 
@@ -113,12 +118,15 @@ class Service:
                 "GetCacheStats": unary("GetCacheStats", self.get_cache_stats, cache_pb2.GetCacheStatsRequest),
                 "PurgeCache": unary("PurgeCache", self.purge_cache, cache_pb2.PurgeCacheRequest),
             },
+            QUOTA_SERVICE: {"ListQuotas": unary("ListQuotas", self.list_quotas, quotas_pb2.ListQuotasRequest)},
         }
 
     async def generate(
         self, request: pb.GenerateRequest, caller: Caller, stream: _Stream
     ) -> AsyncGenerator[bytes, None]:
         """Starts a generation (or finds the one with this request id) and streams its events."""
+        if not self._generations.knows(caller, request.request_id):  # else it is the same request, sent again
+            await self._quotas.admit(caller.tenant)
         with stream.stage.within("resolve"):
             resolved = resolve_request(request, self._catalog, self._limits)
         generation = await self._generations.start(caller, resolved, stream.stage, stream.time_left_s)
@@ -218,6 +226,13 @@ class Service:
         caller.check_admin()
         return wire.purged_message(await self._caches.purge(resolve_purge(request)))
 
+    async def list_quotas(self, request: quotas_pb2.ListQuotasRequest, caller: Caller) -> quotas_pb2.ListQuotasResponse:
+        """Returns a page of the tenants with their quotas. For administrators."""
+        caller.check_admin()
+        tenants = sorted({*self._identity.tenants, *self._quotas.tenants})
+        names, following = page(tenants, request.page_size, request.page_token)
+        return wire.quotas_message(await self._quotas.views(names), following)
+
     def _stream_handler(
         self,
         name: str,
@@ -232,7 +247,7 @@ class Service:
             failure: SafelightError | None = None
             try:
                 caller = self._identity.recognize(metadata, context.peer())
-                with self._quota.stream(caller):
+                with self._streams.stream(caller):
                     async with aclosing(method(_parse(request_type, data), caller, stream)) as events:
                         async for event in events:
                             with stage.within("write"):

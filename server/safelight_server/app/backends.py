@@ -14,6 +14,7 @@ import structlog
 
 from safelight_server.coordination.base import Coordinator
 from safelight_server.coordination.redis import RedisCoordinator
+from safelight_server.files import read_regular_file
 from safelight_server.settings import Settings
 from safelight_server.storage.breaker import Breaker
 from safelight_server.storage.disk import DiskStore
@@ -123,7 +124,7 @@ def _credentials(path: Path | None) -> tuple[str, str] | None:
     if path is None:
         return None
     try:
-        words = path.read_text(encoding="utf-8").split()
+        words = read_regular_file(path).decode().split()
     except (OSError, UnicodeDecodeError) as error:
         raise CredentialsError(f"{path}: {error}") from None
     if len(words) != 2:

@@ -27,7 +27,7 @@ from safelight_server.api import reflection
 from safelight_server.api.health import Health
 from safelight_server.api.identity import Identity
 from safelight_server.api.quota import StreamQuota
-from safelight_server.api.service import CACHE_SERVICE, GENERATION_SERVICE, MODEL_SERVICE, Service
+from safelight_server.api.service import CACHE_SERVICE, GENERATION_SERVICE, MODEL_SERVICE, QUOTA_SERVICE, Service
 from safelight_server.app.backends import Backends, CredentialsError, open_backends
 from safelight_server.app.http_server import HttpPort
 from safelight_server.cache.admin import CacheAdmin
@@ -48,10 +48,14 @@ from safelight_server.catalog import catalog as catalogs
 from safelight_server.catalog.catalog import Catalog
 from safelight_server.cluster.bulletin import Bulletin
 from safelight_server.cluster.leased_runners import LeasedRunners
+from safelight_server.coordination.buckets import SharedTokenBuckets
 from safelight_server.engine.engine import Engine
+from safelight_server.files import read_regular_file
 from safelight_server.generations.execution import Executions
 from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
+from safelight_server.quotas.limits import watch
+from safelight_server.quotas.quotas import Quotas
 from safelight_server.runtime.base import Runtime, RuntimeStartError
 from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
 from safelight_server.runtime.triton import TritonOptions, TritonRuntime
@@ -108,6 +112,7 @@ class Running:
     cache: Cache
     generations: Generations
     streams: StreamQuota
+    quotas: Quotas
     drain: Callable[[float], asyncio.Task[None]]
     http_address: str
 
@@ -143,13 +148,14 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     Raises:
         StartError: the runtime, the storage or the address cannot be used.
         ManifestError: a model's files are missing or malformed.
-        KeyFileError: the file of the callers' keys cannot be used.
+        ConfigFileError: the file of the callers' keys or that of the quotas cannot be used.
     """
     async with contextlib.AsyncExitStack() as ends:  # closes parts in the reverse order of their start
         clock = time.monotonic
         metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio, settings.otlp_header_pairs)
         ends.push_async_callback(asyncio.to_thread, tracer.close)
         identity = Identity(settings.api_key_file, all_admins=is_loopback(settings.host))
+        limits_of_tenants = None if settings.quota_file is None else watch(settings.quota_file)
         pool = ends.enter_context(ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))), thread_name_prefix="pixels"))
         catalog, runtime = build_runtime(settings)
         ends.push_async_callback(runtime.close)
@@ -159,6 +165,9 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         except (RuntimeStartError, KeyringError, DiskStoreError, CredentialsError, ValueError) as error:
             raise StartError(str(error)) from None
         ends.push_async_callback(backends.close)
+        shared = None if backends.redis is None else SharedTokenBuckets(*backends.redis)
+        quotas = Quotas(limits_of_tenants, shared, functools.partial(backends.keyring.digest, "quota"))
+        ends.push_async_callback(quotas.close)
         engine = Engine(
             runtime,
             clock,
@@ -178,7 +187,17 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         caches = CacheAdmin(cache.namespaces, backends.keyring, backends.tiers, purges, metrics)
         leased_runners, context = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
         generations = Generations(
-            settings, catalog, runtime, engine, cache, executions, clock, metrics, leased_runners, context
+            settings,
+            catalog,
+            runtime,
+            engine,
+            cache,
+            executions,
+            clock,
+            metrics,
+            leased_runners,
+            context,
+            quotas.charge,
         )
         limits = RequestLimits(
             settings.max_prompt_chars,
@@ -186,11 +205,11 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
             settings.resume_grace_s,
             settings.max_resume_grace_s,
         )
-        quota = StreamQuota(settings.max_streams_per_caller)
-        service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
+        streams = StreamQuota(settings.max_streams_per_caller)
+        service = Service(identity, catalog, runtime, generations, caches, limits, streams, quotas, metrics, tracer)
         http = HttpPort(settings, service, catalog, identity, metrics)
         _watch_queue(metrics, engine)
-        works = [generations.tick, purges.keep_up]
+        works = [generations.tick, purges.keep_up, *identity.works, *quotas.works]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
             ends.push_async_callback(leased_runners.close)
             ends.push_async_callback(ownership.close)
@@ -202,7 +221,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
                 ownership.mirrors.sweep,
             ]
         async with _listening(settings, service, http, metrics, engine, generations, works) as (address, drain):
-            yield Running(address, catalog, runtime, cache, generations, quota, drain, http.address)
+            yield Running(address, catalog, runtime, cache, generations, streams, quotas, drain, http.address)
 
 
 @contextlib.asynccontextmanager
@@ -222,7 +241,7 @@ async def _listening(
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
     health_servicer = Health()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    services = [GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, HEALTH_SERVICE]
+    services = [GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, QUOTA_SERVICE, HEALTH_SERVICE]
     reflection.enable(services, server)
     address = _bind(server, settings)
     _serve_metrics(metrics, settings)
@@ -372,7 +391,7 @@ def _credentials(cert_file: Path, key_file: Path) -> grpc.ServerCredentials:
         StartError: a file cannot be read, is no PEM, or the key does not belong to the certificate.
     """
     try:
-        pair = key_file.read_bytes(), cert_file.read_bytes()
+        pair = read_regular_file(key_file), read_regular_file(cert_file)
         # gRPC itself would not say what is wrong with a file, so Python's ssl loads both first
         checked = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         checked.load_cert_chain(cert_file, key_file, password="")
@@ -412,7 +431,7 @@ async def serve(settings: Settings, started: Callable[[Running], None]) -> None:
 
     Raises:
         StartError: the server cannot start, or a signal came before it had started.
-        ManifestError, KeyFileError: as for `serving`.
+        ManifestError, ConfigFileError: as for `serving`.
     """
     loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
     starting = asyncio.current_task()

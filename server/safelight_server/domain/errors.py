@@ -8,6 +8,7 @@
     ├── AlreadyExistsError         ALREADY_EXISTS       a request id used again with another body
     ├── FailedPreconditionError    FAILED_PRECONDITION  the generation has ended
     ├── QueueFullError             RESOURCE_EXHAUSTED   with the time after which to retry
+    ├── QuotaExceededError         RESOURCE_EXHAUSTED   a tenant is beyond its rate of requests or its compute
     ├── DeadlineUnreachableError   DEADLINE_EXCEEDED    refused at admission, nothing computed
     ├── DeadlineExceededError      DEADLINE_EXCEEDED    passed while waiting or running
     ├── GenerationCancelledError   CANCELLED            the caller or another stream cancelled it
@@ -121,6 +122,13 @@ class QueueFullError(SafelightError):
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "QUEUE_FULL"
+
+
+class QuotaExceededError(SafelightError):
+    """The tenant is beyond its rate of requests or has used its compute. `retry_after_s`: until it may ask again."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "REQUEST_RATE_EXCEEDED"
 
 
 class DeadlineUnreachableError(SafelightError):

@@ -66,6 +66,7 @@ class Generation:
         stage: trace of the call that began it, which may end before the generation.
         deadline: on the engine's clock.
         late: makes the error with which it ends when the deadline has passed.
+        charge: is told of the compute that counts for it, in seconds.
         on_end: called once, after Finished.
 
     Attributes:
@@ -86,6 +87,7 @@ class Generation:
         deadline: float | None,
         late: Callable[[], SafelightError],
         on_end: Callable[[Generation], None],
+        charge: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
         self.identifier = identifier
         self.caller = caller
@@ -99,6 +101,7 @@ class Generation:
         self.state = GenerationState.QUEUED
         self.error: SafelightError | None = None
         self.work = ComputedWork()
+        self.charge = charge
         self.times = GenerationTimes(clock())
         self.create_time = datetime.now(UTC)
         self.finish_time: datetime | None = None

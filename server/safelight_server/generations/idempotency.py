@@ -37,6 +37,12 @@ class Idempotency:
     def __len__(self) -> int:
         return len(self._live) + len(self._ended)
 
+    def knows(self, caller: Caller, request_id: str) -> bool:
+        """Whether a generation was started with a request id, by this or another request."""
+        self._forget_old()
+        key = (caller.tenant, request_id)
+        return key in self._live or key in self._ended
+
     def find(self, caller: Caller, request_id: str, body_digest: bytes) -> str | None:
         """The id of the generation that was started with a request id, or None.
 

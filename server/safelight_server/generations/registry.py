@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -61,6 +62,7 @@ class Generations:
 
     Args:
         clock: monotonic seconds.
+        charge: is told of compute that was made for a tenant: its name and seconds.
         leased_runners: None: this replica is alone.
         context: what it shares with the other replicas; None: it is alone.
     """
@@ -77,12 +79,14 @@ class Generations:
         metrics: Metrics,
         leased_runners: LeasedRunners | None = None,
         context: ClusterContext | None = None,
+        charge: Callable[[str, float], None] = lambda _tenant, _seconds: None,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
         self._engine = engine
         self._clock = clock
         self._metrics = metrics
+        self._charge = charge
         waiting = {
             Priority.INTERACTIVE: settings.max_waiting_interactive,
             Priority.STANDARD: settings.max_waiting_standard,
@@ -106,6 +110,10 @@ class Generations:
         self._streams = OpenStreams()
 
     # --- starting ---
+
+    def knows(self, caller: Caller, request_id: str) -> bool:
+        """Whether this replica has a generation of a request id, so that asking for it again starts none."""
+        return bool(request_id) and self._requests.knows(caller, request_id)
 
     async def start(self, caller: Caller, request: Request, stage: Stage, time_left_s: float | None) -> Generation:
         """The generation of a request: a new one, or the one that its request id stands for.
@@ -184,6 +192,7 @@ class Generations:
             stage,
             deadline=None if time_left_s is None else self._clock() + time_left_s,
             late=self._engine.outage.late,
+            charge=functools.partial(self._charge, caller.tenant),
             on_end=self._ended,
         )
 
