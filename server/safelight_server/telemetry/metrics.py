@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from safelight_server.telemetry.figures import Distribution, by_label, distributions, value
 
@@ -127,10 +127,6 @@ class Metrics:
     def http_request(self, route: str, status: int) -> None:
         """Counts an HTTP request: its route, such as "/v1/models/{model}", and the status code that it got."""
         self._http_requests.labels(route, str(status)).inc()
-
-    def serve(self, host: str, port: int) -> None:
-        """Serves /metrics from a thread of its own."""
-        start_http_server(port, host, registry=self.registry)
 
 
 class TierMetrics:
