@@ -89,7 +89,7 @@ test-tools: setup .tools/.installed node_modules/.installed ## Run the tests wit
 .PHONY: test-simulation
 SCHEDULES := 100000
 SEED := 1
-test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds (SCHEDULES=100000 SEED=1; 15 to 30 min)
+test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds (SCHEDULES=100000 SEED=1; 50 min)
 	PYTHONPATH=server:clients/python:. $(PY) -m tests.simulation --schedules $(SCHEDULES) --seed $(SEED)
 
 .PHONY: test-rest

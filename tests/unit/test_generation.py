@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safelight_server.cluster.records import EventRecord
+from safelight_server.domain.errors import DeadlineExceededError
 from safelight_server.domain.events import FinishReason, GenerationState
 from safelight_server.domain.request import DisconnectPolicy, Request
+from safelight_server.generations import generation as generations
 from safelight_server.generations.generation import Generation
 from safelight_server.scheduler import Priority
 from safelight_server.stream import EventLog
 from safelight_server.telemetry.tracing import UNTRACED
 
+from tests.conftest import eventually
 from tests.support.streams import NONE, PICTURE, RAW, SPEC, Clock
 
 
@@ -61,3 +66,24 @@ def test_what_its_outputs_came_to_here_goes_when_their_owner_has_decided() -> No
     assert second.held is not None
     generation.hear(EventRecord("finished", b"", 2, state=GenerationState.CANCELLED), None)
     assert second.held is None
+
+
+async def test_a_deadline_decides_nothing_while_the_lease_is_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process may have slept, and another replica gone on with it."""
+    monkeypatch.setattr(generations, "DECIDE_RETRY_S", 0.001)
+    generation = mirror(1)
+    generation.owned, generation._late = True, lambda: DeadlineExceededError("late")
+    generation.journal = generation.log.journal = journal = Mock(held=False)
+    generation.expire()
+    await asyncio.sleep(0.01)
+    assert not generation.ended and not journal.event.called
+    journal.held = True
+    await eventually(lambda: generation.ended)
+    assert generation.state is GenerationState.FAILED
+    assert generation.outputs[0].reason is FinishReason.DEADLINE_EXCEEDED
+
+
+async def test_the_deadline_of_what_another_replica_owns_is_that_ones() -> None:
+    generation = mirror(1)
+    generation.expire()
+    assert not generation.ended and generation._expiry is None

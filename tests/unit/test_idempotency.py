@@ -160,3 +160,16 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(deadline=None, max_examples=50)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_what_another_replica_knows_better_is_forgotten(requests: Idempotency, *, ended: bool) -> None:
+    requests.remember(ME, "id", b"body", "g1")
+    if ended:
+        requests.ended(ME, "id")
+    requests.forget(ME, "id", "g2")
+    requests.forget(STRANGER, "id", "g1")
+    assert requests.find(ME, "id", b"body") == "g1", "it is not of that generation"
+    requests.forget(COLLEAGUE, "id", "g1")
+    assert requests.find(ME, "id", b"other") is None and len(requests) == 0
+    requests.forget(ME, "id", "g1")

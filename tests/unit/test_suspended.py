@@ -97,3 +97,12 @@ async def test_nothing_is_decided_while_the_lease_is_in_doubt(lost: SuspendedGen
     assert not one.stopped
     one.may_decide = True
     await eventually(lambda: len(one.stopped) == 1)
+
+
+async def test_only_the_very_generation_is_forgotten(lost):
+    one, other = Generation("a"), Generation("a")
+    lost.suspend(one)
+    lost.forget(other)
+    assert list(lost) == ["a"]
+    lost.forget(one)
+    assert not list(lost)

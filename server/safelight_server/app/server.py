@@ -65,6 +65,7 @@ from safelight_server.settings import Settings, is_loopback
 from safelight_server.storage.disk import DiskStoreError
 from safelight_server.storage.keyring import KeyringError
 from safelight_server.telemetry import Metrics, Tracing
+from safelight_server.telemetry.background import keep_running
 from safelight_server.telemetry.metrics_server import MetricsServer
 from safelight_server.validation import RequestLimits
 
@@ -135,8 +136,11 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
 
 
 @contextlib.asynccontextmanager
-async def serving(settings: Settings) -> AsyncIterator[Running]:
+async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> AsyncIterator[Running]:
     """Runs the server while the block runs; closes every part on leaving, and also where the start fails.
+
+    Args:
+        wall: this machine's clock, in Unix seconds.
 
     Raises:
         StartError: the runtime, the storage or the address cannot be used.
@@ -154,7 +158,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         ends.push_async_callback(runtime.close)
         try:
             await runtime.start()
-            backends = await open_backends(settings, metrics.tiers)
+            backends = await open_backends(settings, metrics.tiers, wall)
         except (RuntimeStartError, KeyringError, DiskStoreError, CredentialsError, ValueError) as error:
             raise StartError(str(error)) from None
         ends.push_async_callback(backends.close)
@@ -276,15 +280,8 @@ async def _listening(
 
 
 def _begin(work: Work) -> asyncio.Task[None]:
-    """Starts a background work as a task. Logs an exception in it when it happens, not when the server ends."""
-
-    def report(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (fault := task.exception()) is not None:
-            log.error("bug", work=repr(work), exc_info=fault)
-
-    task = asyncio.create_task(work())
-    task.add_done_callback(report)
-    return task
+    """Starts a background work as a task, and again after an exception."""
+    return asyncio.create_task(keep_running(work, repr(work)))
 
 
 def _build_replicas(

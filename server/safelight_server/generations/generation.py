@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -72,6 +73,7 @@ class Generation:
         late: makes the error with which it ends when the deadline has passed.
         charge: is told of the compute that counts for it, in seconds.
         on_end: called once, after Finished.
+        now: Unix seconds, by the clock that all replicas share.
 
     Attributes:
         owned: whether this replica decides its outcome; else it shows what its owner, another replica, has decided.
@@ -91,6 +93,7 @@ class Generation:
         deadline: float | None,
         late: Callable[[], SafelightError],
         on_end: Callable[[Generation], None],
+        now: Callable[[], float] = time.time,
         charge: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
         self.identifier = identifier
@@ -107,7 +110,8 @@ class Generation:
         self.work = ComputedWork()
         self.charge = charge
         self.times = GenerationTimes(clock())
-        self.create_time = datetime.now(UTC)
+        self._now = now
+        self.create_time = datetime.fromtimestamp(now(), UTC)
         self.finish_time: datetime | None = None
         self.origins: tuple[Origin | None, ...] = ()
         self.numerics_id = ""
@@ -348,7 +352,7 @@ class Generation:
 
     def _finish(self) -> None:
         self.times.ended = self._clock()
-        self.finish_time = datetime.now(UTC)
+        self.finish_time = datetime.fromtimestamp(self._now(), UTC)
         if self._expiry is not None:
             self._expiry.cancel()
         if self.error is None:

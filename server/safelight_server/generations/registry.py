@@ -86,6 +86,7 @@ class Generations:
         self._catalog = catalog
         self._engine = engine
         self._clock = clock
+        self._now = time.time if context is None else context.sealer.now
         self._metrics = metrics
         self._charge = charge
         waiting = {
@@ -151,7 +152,7 @@ class Generations:
         finally:
             del self._starting[generation.identifier]
             started.set()
-        return generation if other is None else await self._known(caller, other, request)
+        return generation if other is None else await self._known_elsewhere(caller, other, request)
 
     async def _start(self, generation: Generation) -> str | None:
         """Starts it; where another replica has a generation of its request id, returns that one's id."""
@@ -182,6 +183,15 @@ class Generations:
         except NotFoundError:
             raise _outcome_expired(identifier, request) from None
 
+    async def _known_elsewhere(self, caller: Caller, identifier: str, request: Request) -> Generation:
+        try:
+            return await self._known(caller, identifier, request)
+        except FailedPreconditionError:
+            if self._ownership is None or await self._ownership.owners.has_record(identifier):
+                raise
+            # accepted as LOCAL, as the answer to the writing of its record was lost, and settled since
+            raise UnavailableError("another replica has just ended it; try again", retry_after_s=0.1) from None
+
     def _make(
         self, identifier: str, caller: Caller, request: Request, stage: Stage, time_left_s: float | None
     ) -> Generation:
@@ -205,6 +215,7 @@ class Generations:
             late=self._engine.outage.late,
             charge=functools.partial(self._charge, caller.tenant),
             on_end=self._ended,
+            now=self._now,
         )
 
     # --- finding ---
@@ -233,7 +244,7 @@ class Generations:
 
     def _is_old(self, generation: Generation) -> bool:
         ended = generation.finish_time
-        return ended is not None and (datetime.now(UTC) - ended).total_seconds() > self._settings.result_ttl_s
+        return ended is not None and self._now() - ended.timestamp() > self._settings.result_ttl_s
 
     async def cancel(self, generation: Generation) -> None:
         """Stops a generation, on whatever replica it runs.
@@ -252,7 +263,8 @@ class Generations:
         until = time.monotonic() + ANSWER_S
         while not generation.may_decide and generation.identifier in self._live and time.monotonic() < until:  # noqa: ASYNC110  # the clock ends it too
             await asyncio.sleep(DECIDE_RETRY_S)
-        if not generation.ended and (not generation.may_decide or generation.identifier not in self._live):
+        void = generation.journal is not None and generation.journal.lost
+        if void or (not generation.ended and (not generation.may_decide or generation.identifier not in self._live)):
             raise UnavailableError("another replica may own it by now; try again", retry_after_s=1.0)
 
     def set_priority(self, generation: Generation, priority: Priority) -> None:
@@ -364,7 +376,8 @@ class Generations:
         _count_outcome(generation, self._metrics)
 
     def _forget(self, generation: Generation) -> None:
-        self._live.pop(generation.identifier, None)
+        if self._live.get(generation.identifier) is generation:
+            del self._live[generation.identifier]
         self._suspended.forget(generation)
         self._one_ended.set()
 
@@ -372,9 +385,9 @@ class Generations:
 
     def revive(self, record: GenerationRecord) -> Generation:
         """Makes a generation from the record of another replica that accepted it; nothing is started."""
-        left = None if record.deadline_at is None else record.deadline_at - time.time()
+        left = None if record.deadline_at is None else record.deadline_at - self._now()
         generation = self._make(record.identifier, record.caller, record.request, UNTRACED, left)
-        generation.owned = False
+        generation.owned, generation.log.begun_elsewhere = False, True
         generation.create_time = record.create_time
         generation.numerics_id = record.numerics_id
         for output, origin, starts in zip(generation.outputs, record.origins, record.starts, strict=True):
@@ -458,7 +471,7 @@ class Generations:
             for position, output_id in enumerate(scheduler.waiting_order(priority))
         }
         seconds_each = scheduler.backlog_s() / max(1, scheduler.num_outputs)  # at the pace of all that is here
-        now = datetime.now(UTC)
+        now = datetime.fromtimestamp(self._now(), UTC)
         for generation in self._live.values():
             first = min((positions[one] for one in generation.output_ids if one in positions), default=None)
             if generation.state is GenerationState.QUEUED and first is not None:

@@ -67,7 +67,8 @@ class SuspendedGenerations:
 
     def forget(self, generation: Generation) -> None:
         """Removes a generation and stops its timer. Unknown ones are ignored."""
-        _, timer = self._waiting.pop(generation.identifier, (None, None))
-        self._shares.remove(generation.caller.tenant, generation.identifier)
-        if timer is not None:
+        known, timer = self._waiting.get(generation.identifier, (None, None))
+        if known is generation and timer is not None:
+            self._shares.remove(generation.caller.tenant, generation.identifier)
             timer.cancel()
+            del self._waiting[generation.identifier]

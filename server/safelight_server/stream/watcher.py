@@ -151,7 +151,7 @@ class Watcher:
         if self._piece is None:
             self.previews.end(artifact.output_index)
             self._piece = offset // artifact.piece_bytes
-        if offset == artifact.total_bytes or self._piece == len(artifact.pieces):
+        if offset >= artifact.total_bytes or self._piece == len(artifact.pieces):
             self._cursor += 1
             self._piece = None
             return None
