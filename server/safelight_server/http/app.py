@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from email.utils import formatdate
 from urllib.parse import urlsplit
@@ -48,7 +47,7 @@ def build_app(
         cors_origins: origins whose pages may call; "*" for all.
         only_loopback: whether requests that name another host are refused.
     """
-    images, models = ImageGenerations(rpcs, catalog), ModelListing(rpcs, int(time.time()))
+    images, models = ImageGenerations(rpcs, catalog), ModelListing(rpcs)
 
     async def health(_request: Request) -> Response:
         well = healthy()

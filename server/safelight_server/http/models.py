@@ -14,19 +14,16 @@ from safelight_server.http.calls import HttpCall
 from safelight_server.http.context import Rpcs
 
 OWNER = "safelight"
+CREATED = 0
+"""Unix time at which a model was made: manifests have none, and OpenAI's API wants one."""
 
 
 class ModelListing:
-    """Answers requests about models, by the handlers of ModelService.
+    """Answers requests about models, by the handlers of ModelService."""
 
-    Args:
-        created: Unix time that stands for the unknown time at which a model was made.
-    """
-
-    def __init__(self, rpcs: Rpcs, created: int) -> None:
+    def __init__(self, rpcs: Rpcs) -> None:
         self._list = rpcs.find(MODEL_SERVICE, "ListModels")
         self._get = rpcs.find(MODEL_SERVICE, "GetModel")
-        self._created = created
 
     async def list_models(self, call: HttpCall) -> JSONResponse:
         """All models, in the order of their names."""
@@ -49,7 +46,7 @@ class ModelListing:
         return {
             "id": model.name.removeprefix("models/"),
             "object": "model",
-            "created": self._created,
+            "created": CREATED,
             "owned_by": OWNER,
             "safelight": MessageToDict(model, preserving_proto_field_name=True),
         }
