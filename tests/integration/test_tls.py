@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
 import ssl
 import sys
 from pathlib import Path
@@ -11,36 +10,18 @@ from pathlib import Path
 import grpc
 import httpx2
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from safelight import Client, Finished, GenerationError
 
+from tests.support.certificates import self_signed
 from tests.support.http import GENERATIONS, body, free_port, server_sent
 
 NAME = "safelight.example"
 
 
-def write_pair(folder: Path) -> tuple[Path, Path]:
-    """Writes a certificate that signs itself, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, NAME)])
-    now = datetime.datetime.now(datetime.UTC)
-    builder = x509.CertificateBuilder().issuer_name(name).subject_name(name).public_key(key.public_key())
-    builder = builder.serial_number(x509.random_serial_number())
-    builder = builder.not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
-    names = x509.SubjectAlternativeName([x509.DNSName(NAME)])
-    cert = builder.add_extension(names, critical=False).sign(key, hashes.SHA256())
-    cert_file, key_file = folder / "cert.pem", folder / "key.pem"
-    cert_file.write_bytes(cert.public_bytes(serialization.Encoding.PEM))
-    plain, no_password = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    key_file.write_bytes(key.private_bytes(serialization.Encoding.PEM, plain, no_password))
-    return cert_file, key_file
-
-
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
-    return write_pair(tmp_path)
+    """A certificate that signs itself, and its key."""
+    return self_signed(tmp_path, NAME)
 
 
 @pytest.fixture
@@ -98,7 +79,7 @@ async def test_http_presents_the_certificate_that_is_there(start, pair, tmp_path
         first = der(pair[0])
         assert await presented() == first
         key = pair[1].read_bytes()
-        write_pair(tmp_path)
+        self_signed(tmp_path, NAME)
         new_key = pair[1].read_bytes()
         pair[1].write_bytes(key)  # half of the pair is not there yet
         assert await presented() == first
