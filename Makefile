@@ -89,6 +89,11 @@ test-triton: setup .venv-triton/.installed .tools/.installed ## Run the tests ag
 test-tools: setup .tools/.installed node_modules/.installed ## Run the tests with grpcurl, ghz, Jaeger and Node (1 min)
 	$(PY) -m pytest -q --timeout 180 tests/tools
 
+.PHONY: test-browser
+test-browser: setup node_modules/.installed ## Run the tests of the contact sheet in Debian's Chromium (1 min)
+	tools/install-system-packages
+	$(PY) -m pytest -q --timeout 120 tests/browser
+
 .PHONY: test-clients
 test-clients: setup ## Run the clients of all languages whose toolchains are here against real servers (4 min)
 	tools/install-system-packages
@@ -101,7 +106,7 @@ test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds 
 	PYTHONPATH=server:clients/python:. $(PY) -m tests.simulation --schedules $(SCHEDULES) --seed $(SEED)
 
 .PHONY: test-rest
-test-rest: test-tools test-clients test-redis test-triton test-training test-peers test-simulation mutate ## Run the groups that need more than `make test` does (20 min)
+test-rest: test-tools test-browser test-clients test-redis test-triton test-training test-peers test-simulation mutate ## Run the groups that need more than `make test` does (20 min)
 
 .PHONY: test-all
 test-all: test test-rest ## Run all tests (30 min)
@@ -123,9 +128,10 @@ format: setup ## Format the sources
 	.venv/bin/ruff check --fix .
 
 .PHONY: generate
-generate: setup .tools/protoc-gen-go-grpc ## Generate the stubs of all clients from proto/, and the settings page
+generate: setup .tools/protoc-gen-go-grpc ## Generate the stubs of all clients and the page's field numbers from proto/, and the settings page
 	tools/generate-stubs .
 	$(PY) tools/settings_page.py > docs/operations/settings.md
+	$(PY) tools/page_messages.py > server/safelight_server/http/page/messages.js
 
 node_modules/.installed: package.json package-lock.json
 	npm ci --silent --no-fund --no-audit

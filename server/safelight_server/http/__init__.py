@@ -7,5 +7,5 @@ request. `context.py` lets it call the handlers of the gRPC services, in this
 process. `images.py` answers requests for pictures, `images_request.py` checks
 them and makes a GenerateRequest of each. `models.py` lists the models,
 `errors.py` turns statuses into responses. `grpc_web.py` has the methods of gRPC
-for pages in browsers.
+for pages in browsers. `static.py` serves such a page, whose files are in `page/`.
 """

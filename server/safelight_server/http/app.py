@@ -23,6 +23,7 @@ from safelight_server.http.errors import refusal_response
 from safelight_server.http.grpc_web import GrpcWebMethod, send_status
 from safelight_server.http.images import ImageGenerations, send_error
 from safelight_server.http.models import ModelListing
+from safelight_server.http.static import page_routes
 from safelight_server.settings import is_loopback
 
 WEB_SERVICES = (GENERATION_SERVICE, MODEL_SERVICE)
@@ -66,6 +67,7 @@ def build_app(
     )
     app = Starlette(
         routes=[
+            *page_routes(),
             Route("/healthz", health, methods=["GET"]),
             route("GET", "/v1/models", models.list_models),
             route("GET", "/v1/models/{model}", models.get_model),

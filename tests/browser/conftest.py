@@ -1,0 +1,83 @@
+"""A real Chromium, Debian's, and pages that may talk to nobody but their server."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest_asyncio
+from playwright.async_api import Browser, Page, async_playwright
+from safelight_server.app.server import Running
+
+from tests.conftest import serving_here
+from tests.support.http import free_port
+
+PAGE_TIMEOUT_MS = 30_000
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="package")
+async def browser() -> AsyncIterator[Browser]:
+    chromium = shutil.which("chromium")
+    assert chromium, "chromium is needed: tools/install-system-packages"
+    async with async_playwright() as playwright:
+        # root's Chromium has no sandbox; the pages are ours
+        opened = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        await opened.close()
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="package")
+async def server() -> AsyncIterator[Running]:
+    """A server with the real model."""
+    async with serving_here(http_port=free_port()) as running:
+        yield running
+
+
+class Visit:
+    """A page that is open.
+
+    Attributes:
+        page: Playwright's.
+        requests: method and address of all that it has asked for.
+        complaints: what the browser has complained of: exceptions, failed requests, violations of the page's policy.
+    """
+
+    def __init__(self, page: Page, origin: str) -> None:
+        self.page = page
+        self.origin = origin
+        self.requests: list[tuple[str, str]] = []
+        self.complaints: list[str] = []
+        page.on("request", lambda request: self.requests.append((request.method, request.url)))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("console", lambda line: self.complaints.append(line.text) if line.type != "log" else None)
+
+    def card(self, at: int) -> Any:
+        """The picture at a place of the sheet."""
+        return self.page.locator("#sheet > li").nth(at)
+
+    async def develop(self, prompt: str, count: int = 1, **fields: str) -> None:
+        """Fills in the form and sends it."""
+        await self.page.get_by_label("Prompt").fill(prompt)
+        await self.page.get_by_role("combobox", name="Pictures").select_option(str(count))
+        for name, value in fields.items():
+            await self.page.locator(f"#{name}").fill(value)
+        await self.page.get_by_role("button", name="Develop", exact=True).click()
+
+
+@asynccontextmanager
+async def visit(browser: Browser, running: Running, **options: Any) -> AsyncIterator[Visit]:
+    """Opens the page of a server in a profile of its own. It must ask no other host and cause no complaint."""
+    context = await browser.new_context(**options)
+    context.set_default_timeout(PAGE_TIMEOUT_MS)
+    try:
+        page = await context.new_page()
+        origin = f"http://{running.http_address}"
+        seen = Visit(page, origin)
+        await page.goto(f"{origin}/")
+        yield seen
+        assert [url for _, url in seen.requests if not url.startswith((f"{origin}/", "blob:"))] == []
+        assert seen.complaints == []
+    finally:
+        await context.close()
