@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -21,11 +23,16 @@ PAGE_TIMEOUT_MS = 30_000
 async def browser() -> AsyncIterator[Browser]:
     chromium = shutil.which("chromium")
     assert chromium, "chromium is needed: tools/install-system-packages"
-    async with async_playwright() as playwright:
-        # root's Chromium has no sandbox; the pages are ours
-        opened = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        await opened.close()
+    # Chromium's temporary folder has a socket, whose path may have 107 bytes: the folder of the tests may be too deep.
+    with tempfile.TemporaryDirectory(prefix="safelight-", dir="/tmp") as folder:
+        async with async_playwright() as playwright:
+            opened = await playwright.chromium.launch(
+                executable_path=chromium,
+                args=["--no-sandbox"],  # root's Chromium has none; the pages are ours
+                env=os.environ | {"TMPDIR": folder},
+            )
+            yield opened
+            await opened.close()
 
 
 @pytest_asyncio.fixture(scope="package", loop_scope="package")

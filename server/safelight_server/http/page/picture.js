@@ -110,6 +110,7 @@ export class Picture {
   remove() {
     this.leaving.abort();
     for (const { url } of this.frames) URL.revokeObjectURL(url);
+    this.frames = [];
     this.element.remove();
   }
 
