@@ -251,7 +251,7 @@ class Service:
                                 yield event
                             stream.waiting_bytes = 0
             except SafelightError as error:
-                failure = error.with_traceback(None)  # a traceback would keep frames, and those the generation, alive
+                failure = error.with_traceback(None)  # a traceback would keep the frames of this call
             except (asyncio.CancelledError, GeneratorExit):
                 stream.end_span_given_up()
                 raise
