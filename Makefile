@@ -162,6 +162,9 @@ bench: setup $(BENCH_ENV)/.installed $(BENCH_TRITON) ## Measure: tables, and JSO
 	PYTHONPATH=server:clients/python $(BENCH_ENV)/bin/python -m load_tests.bench --only "$(ONLY)"
 
 .PHONY: bench-smoke
+soak: setup ## Good callers beside hostile ones for MINUTES=30; memory must stay flat (30 min)
+	PYTHONPATH=server:clients/python $(PY) -m load_tests.soak --minutes $(or $(MINUTES),30)
+
 bench-smoke: setup .venv-bench/.installed .venv-triton/.installed ## Run all benchmarks for seconds, to see that they work (minutes)
 	tools/install-system-packages
 	PYTHONPATH=server:clients/python .venv-bench/bin/python -m load_tests.bench --smoke --out out/bench/smoke

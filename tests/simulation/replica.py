@@ -293,7 +293,7 @@ class Replica:
             async for event in watcher.events():
                 say("event", event)
         finally:
-            self.generations.detach(generation, watcher)
+            self.generations.detach(watcher)
         if ended:
             raise ended[0]
         if generation.error is not None:

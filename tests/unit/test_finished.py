@@ -1,4 +1,4 @@
-"""Ended generations that are kept for a while: bounded, and forgotten where another replica knows better."""
+"""Ended generations that are kept: bounded in time, number and bytes, by shares of the tenants."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safelight_server.domain.caller import Caller
 from safelight_server.generations.finished import FinishedGenerations
 
-from tests.unit.test_idempotency import Clock
+from tests.support.streams import Clock
 
-TTL_S, MAX, MAX_BYTES = 10.0, 3, 100
+TTL_S, MAX_ENTRIES, MAX_BYTES = 10.0, 4, 100
 
 
 @dataclass(eq=False)
 class Ended:
-    """As much of a generation as is looked at."""
+    """What is looked at of a generation that has ended."""
 
     identifier: str
-    size: int = 10
+    tenant: str = "lab"
+    held_bytes: int = 1
     ended_at: float = 0.0
-    watchers: set[str] = field(default_factory=set)
+    log: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(watchers=set()))
 
     @property
-    def log(self) -> SimpleNamespace:
-        return SimpleNamespace(artifact_bytes=self.size, watchers=self.watchers)
+    def caller(self) -> Caller:
+        return Caller("me", self.tenant)
 
     @property
     def times(self) -> SimpleNamespace:
@@ -38,43 +42,99 @@ def clock() -> Clock:
 
 @pytest.fixture
 def finished(clock: Clock) -> FinishedGenerations:
-    return FinishedGenerations(TTL_S, MAX, MAX_BYTES, clock)
+    return FinishedGenerations(TTL_S, MAX_ENTRIES, MAX_BYTES, clock)
 
 
-def names(finished: FinishedGenerations) -> str:
-    return "".join(generation.identifier for generation in finished.values())
+def kept(finished) -> list[str]:
+    return [generation.identifier for generation in finished.values()]
 
 
-def test_the_one_that_ended_first_makes_room(finished: FinishedGenerations) -> None:
-    for name in "abcd":
-        finished.add(Ended(name))  # type: ignore[arg-type]
-    assert names(finished) == "bcd"
-
-
-def test_one_that_is_watched_is_not_dropped_before_its_time(finished: FinishedGenerations, clock: Clock) -> None:
-    finished.add(Ended("a", watchers={"someone"}))  # type: ignore[arg-type]
-    for name in "bcde":
-        finished.add(Ended(name))  # type: ignore[arg-type]
-    assert "a" in finished
-    clock.now = TTL_S + 1.0
+def test_the_time_runs_from_the_end_also_while_it_is_watched(finished, clock):
+    finished.add(watched := Ended("a"))
+    watched.log.watchers.add("one")
+    finished.watched(watched)
+    clock.now = TTL_S
+    finished.add(Ended("b", ended_at=TTL_S))
+    assert kept(finished) == ["a", "b"]
+    clock.now += 0.1
     finished.trim()
-    assert len(finished) == 0
+    assert kept(finished) == ["b"]
 
 
-def test_bytes_are_bounded(finished: FinishedGenerations) -> None:
-    finished.add(Ended("a", 60))  # type: ignore[arg-type]
-    finished.add(Ended("b", 60))  # type: ignore[arg-type]
-    assert names(finished) == "b"
+def test_one_tenants_results_never_push_out_those_of_another_by_number(finished):
+    finished.add(Ended("mine", "studio"))
+    for name in "abcdef":
+        finished.add(Ended(name))
+    assert kept(finished) == ["mine", "d", "e", "f"]
 
 
-def test_what_another_replica_knows_better_is_forgotten_with_its_bytes(finished: FinishedGenerations) -> None:
-    one, other = Ended("a", 60), Ended("b", 30)
-    finished.add(one)  # type: ignore[arg-type]
-    finished.add(other)  # type: ignore[arg-type]
-    finished.remove(Ended("a"))  # type: ignore[arg-type]  # of that name, and not the one that is kept
+def test_one_tenants_results_never_push_out_those_of_another_by_bytes(finished):
+    finished.add(Ended("mine", "studio", held_bytes=50))
+    finished.add(Ended("a", held_bytes=40))
+    finished.add(Ended("b", held_bytes=40))
+    assert kept(finished) == ["mine", "b"]
+
+
+def test_what_is_watched_counts_in_bytes_once_its_last_stream_has_ended(finished):
+    streams = {"one", "two"}
+    finished.add(watched := Ended("a", held_bytes=60))
+    watched.log.watchers = streams
+    finished.watched(watched)
+    finished.add(Ended("b", held_bytes=60))
+    assert kept(finished) == ["a", "b"]
+    for stream in ("one", "two"):
+        assert kept(finished) == ["a", "b"]
+        streams.remove(stream)
+        finished.unwatched(watched)
+        finished.trim()
+    assert kept(finished) == ["a"], "b was not looked at for longer"
+
+
+def test_by_number_what_is_watched_goes_last(finished):
+    for number in range(MAX_ENTRIES):
+        finished.add(watched := Ended(str(number)))
+        watched.log.watchers.add("one")
+        finished.watched(watched)
+    finished.add(Ended("a"))
+    assert "a" not in finished
+    finished.add(watched := Ended("b", log=SimpleNamespace(watchers={"one"})))
+    assert kept(finished) == ["1", "2", "3", "b"]
+
+
+def test_one_that_another_replica_knows_better_leaves_no_share(finished):
+    finished.add(one := Ended("a", held_bytes=MAX_BYTES))
+    finished.remove(one)
+    finished.unwatched(one)
+    finished.add(Ended("b", held_bytes=MAX_BYTES))
+    assert kept(finished) == ["b"]
+
+
+ADDED = st.tuples(st.sampled_from(["lab", "studio", "evil"]), st.integers(1, 60), st.booleans())
+
+
+@given(added=st.lists(ADDED, max_size=60))
+def test_bounds_hold_and_modest_tenants_lose_nothing(added):
+    finished = FinishedGenerations(TTL_S, 12, MAX_BYTES, Clock())
+    totals = {tenant: (sum(t == tenant for t, _, _ in added), 0) for tenant, _, _ in added}
+    for number, (tenant, size, is_watched) in enumerate(added):
+        log = SimpleNamespace(watchers={"one"} if is_watched else set())
+        finished.add(Ended(f"{tenant}{number}", tenant, size, log=log))
+        totals[tenant] = totals[tenant][0], totals[tenant][1] + size
+        assert len(finished) <= 12
+        assert sum(one.held_bytes for one in finished.values() if not one.log.watchers) <= MAX_BYTES
+    for tenant, (number, size) in totals.items():
+        if number <= 12 / len(totals) and size <= MAX_BYTES / len(totals):
+            assert sum(one.tenant == tenant for one in finished.values()) == number
+
+
+def test_what_another_replica_knows_better_is_forgotten_with_its_bytes(finished):
+    one, other = Ended("a", held_bytes=60), Ended("b", held_bytes=30)
+    finished.add(one)
+    finished.add(other)
+    finished.remove(Ended("a"))  # of that name, and not the one that is kept
     assert finished.get("a") is one
-    finished.remove(one)  # type: ignore[arg-type]
-    finished.remove(one)  # type: ignore[arg-type]
-    assert finished.get("a") is None
-    finished.add(Ended("c", 70))  # type: ignore[arg-type]
-    assert names(finished) == "bc", "the bytes of what was forgotten are free"
+    finished.remove(one)
+    finished.remove(one)
+    assert kept(finished) == ["b"]
+    finished.add(Ended("c", held_bytes=70))
+    assert kept(finished) == ["b", "c"], "the bytes of what was forgotten are free"

@@ -20,15 +20,16 @@ from pathlib import Path
 
 import grpc
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_health.v1 import health_pb2
 
-from safelight_server.api import reflection
-from safelight_server.api.health import Health
+from safelight_server.api.call_limits import CallLimits, KeylessQuota
+from safelight_server.api.health import HEALTH_SERVICE, Health
 from safelight_server.api.identity import Identity
 from safelight_server.api.quota import StreamQuota
+from safelight_server.api.reflection import REFLECTION_SERVICES, Reflection
 from safelight_server.api.service import CACHE_SERVICE, GENERATION_SERVICE, MODEL_SERVICE, QUOTA_SERVICE, Service
 from safelight_server.app.backends import Backends, CredentialsError, open_backends
+from safelight_server.app.grpc_server import make_server
 from safelight_server.cache.admin import CacheAdmin
 from safelight_server.cache.approximate.buckets import RedisBuckets
 from safelight_server.cache.approximate.eviction import LeastBenefit
@@ -64,12 +65,11 @@ from safelight_server.storage.disk import DiskStoreError
 from safelight_server.storage.keyring import KeyringError
 from safelight_server.telemetry import Metrics, Tracing
 from safelight_server.telemetry.background import keep_running
+from safelight_server.telemetry.metrics_server import MetricsServer
 from safelight_server.validation import RequestLimits
 
 log = structlog.get_logger(__name__)
 
-REQUEST_BYTES = 64 << 10
-"""Bytes that a request may have beside its two prompts."""
 HEALTH_PERIOD_S = 0.25
 """Pause between two checks of the runtime for the health service."""
 LAST_WORDS_S = 1.0
@@ -78,14 +78,6 @@ GC_THRESHOLDS = 1_000, 10, 100
 """`gc.set_threshold`: net new objects before a collection of generation 0; collections of 0 before one of 1, of 1
 before one of 2. `settle` says why they are not the defaults."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-GRPC_OPTIONS = [
-    ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),  # a frozen peer is not seen by keepalive_timeout_ms alone
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-]
 
 
 class StartError(Exception):
@@ -112,6 +104,7 @@ class Running:
     generations: Generations
     streams: StreamQuota
     quotas: Quotas
+    limits: CallLimits
     drain: Callable[[float], asyncio.Task[None]]
 
 
@@ -220,43 +213,42 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
                 leased_runners.watch_service,
                 ownership.mirrors.sweep,
             ]
-        async with _listening(settings, service, metrics, engine, generations, works) as (address, drain):
-            yield Running(address, catalog, runtime, cache, generations, streams, quotas, drain)
+        await ends.enter_async_context(_serving_metrics(metrics, settings))
+        keyless = KeylessQuota(settings.max_keyless_streams, settings.max_keyless_streams_per_address)
+        call_limits = CallLimits(settings.request_wait_s, (HEALTH_SERVICE, *REFLECTION_SERVICES), keyless, metrics)
+        async with _listening(settings, service, call_limits, engine, generations, works) as (address, drain):
+            yield Running(address, catalog, runtime, cache, generations, streams, quotas, call_limits, drain)
 
 
 @contextlib.asynccontextmanager
 async def _listening(
     settings: Settings,
     service: Service,
-    metrics: Metrics,
+    limits: CallLimits,
     engine: Engine,
     generations: Generations,
     works: Sequence[Work],
 ) -> AsyncIterator[tuple[str, Callable[[float], asyncio.Task[None]]]]:
     """Accepts calls and runs the background works while the block runs; yields the address and the drain function."""
-    largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four UTF-8 bytes a character
-    server = grpc.aio.server(options=[*GRPC_OPTIONS, ("grpc.max_receive_message_length", largest)])
-    server.add_generic_rpc_handlers(tuple(service.handlers()))
-    health_servicer = Health()
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    services = [GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, QUOTA_SERVICE, HEALTH_SERVICE]
-    reflection.enable(services, server)
+    health = Health()
+    services = (GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, QUOTA_SERVICE, HEALTH_SERVICE)
+    handlers = service.handlers() | health.handlers() | Reflection(services).handlers()
+    server = make_server(settings, limits, handlers)
     address = _bind(server, settings)
-    _serve_metrics(metrics, settings)
     await server.start()
     names = ("", *services)
-    for name in names:
-        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    health.set(names, health_pb2.HealthCheckResponse.SERVING)
     background = [_begin(work) for work in works]
-    following = _begin(functools.partial(_follow_health, health_servicer, names, engine))
+    following = _begin(functools.partial(_follow_health, health, names, engine))
     draining: list[asyncio.Task[None]] = []
 
     async def drain(grace_s: float) -> None:
         until = time.monotonic() + grace_s
         following.cancel()
-        await health_servicer.enter_graceful_shutdown()
+        health.drain()
         await generations.drain(grace_s)
-        health_servicer.end_watches()
+        health.end_watches()
+        limits.end_awaited()
         await server.stop(max(LAST_WORDS_S, until - time.monotonic()))  # gRPC may still be sending
 
     def start_drain(grace_s: float) -> asyncio.Task[None]:
@@ -330,15 +322,14 @@ def _build_cache(
     return cache, Purges(tiers, backends.coordinator, (similar, warm_starts, checkpoints))
 
 
-async def _follow_health(servicer: Health, names: Sequence[str], engine: Engine) -> None:
+async def _follow_health(health: Health, names: Sequence[str], engine: Engine) -> None:
     """Keeps the health service up to date: NOT_SERVING once the runtime has been away for longer than its grace."""
     said = health_pb2.HealthCheckResponse.SERVING
     while True:
         status = health_pb2.HealthCheckResponse
         now = status.NOT_SERVING if engine.outage.beyond_grace else status.SERVING
         if now is not said:
-            for name in names:
-                await servicer.set(name, now)
+            health.set(names, now)
             said = now
         await asyncio.sleep(HEALTH_PERIOD_S)
 
@@ -389,16 +380,24 @@ def _credentials(cert_file: Path, key_file: Path) -> grpc.ServerCredentials:
     return grpc.ssl_server_credentials([pair])
 
 
-def _serve_metrics(metrics: Metrics, settings: Settings) -> None:
-    """Serves Prometheus metrics: on loopback, or on `host` with `insecure`, since they have neither TLS nor keys."""
+@contextlib.asynccontextmanager
+async def _serving_metrics(metrics: Metrics, settings: Settings) -> AsyncIterator[None]:
+    """Serves Prometheus metrics: on loopback, or on `host` with `insecure`, since they have neither TLS nor keys.
+
+    Raises:
+        StartError: the address is taken or not this machine's.
+    """
     if not settings.metrics_port:
+        yield
         return
     beyond = settings.insecure and not settings.host.startswith("unix:")
     host = settings.host if beyond else "127.0.0.1"
-    try:
-        metrics.serve(host, settings.metrics_port)
-    except OSError as error:
-        raise StartError(f"metrics_port {settings.metrics_port} of {host}: {error.strerror}") from None
+    async with contextlib.AsyncExitStack() as ends:
+        try:
+            await ends.enter_async_context(MetricsServer(metrics.registry).listening(host, settings.metrics_port))
+        except OSError as error:
+            raise StartError(f"metrics_port {settings.metrics_port} of {host}: {error.strerror}") from None
+        yield
 
 
 def settle() -> None:

@@ -12,6 +12,7 @@
     ├── DeadlineUnreachableError   DEADLINE_EXCEEDED    refused at admission, nothing computed
     ├── DeadlineExceededError      DEADLINE_EXCEEDED    passed while waiting or running
     ├── GenerationCancelledError   CANCELLED            the caller or another stream cancelled it
+    ├── UnimplementedError         UNIMPLEMENTED        no such method
     ├── UnavailableError           UNAVAILABLE          draining, stalled stream, no runtime
     └── InternalError              INTERNAL             a bug: fixed text, details in the log
 
@@ -150,6 +151,13 @@ class GenerationCancelledError(SafelightError):
 
     status = grpc.StatusCode.CANCELLED
     reason = "GENERATION_CANCELLED"
+
+
+class UnimplementedError(SafelightError):
+    """The server has no method of this name."""
+
+    status = grpc.StatusCode.UNIMPLEMENTED
+    reason = "UNKNOWN_METHOD"
 
 
 class UnavailableError(SafelightError):

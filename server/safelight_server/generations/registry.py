@@ -43,10 +43,11 @@ from safelight_server.generations.open_streams import End, OpenStreams
 from safelight_server.generations.ownership import CANCEL, PRIORITY, ClusterContext, Ownership
 from safelight_server.generations.planner import Planner
 from safelight_server.generations.suspended import SuspendedGenerations
+from safelight_server.generations.unread_bytes import UnreadBytes
 from safelight_server.runtime.base import Runtime
 from safelight_server.scheduler import Priority
 from safelight_server.settings import Settings
-from safelight_server.stream import EventLog, Watcher
+from safelight_server.stream import EventLog, SendTurns, Watcher
 from safelight_server.telemetry import Metrics, Stage
 from safelight_server.telemetry.tracing import UNTRACED
 
@@ -109,6 +110,8 @@ class Generations:
         self._draining = False
         self._one_ended = asyncio.Event()
         self._streams = OpenStreams()
+        self._turns = SendTurns()
+        self._unread = UnreadBytes(settings.max_unread_bytes, self._streams, self._suspended, self._end_stalled)
 
     # --- starting ---
 
@@ -131,6 +134,7 @@ class Generations:
                 return await self._known(caller, known, request)
             await started.wait()  # and look again: it may have been refused
         self._refuse_while_draining()
+        self._unread.check(caller)
         generation = self._make(secrets.token_hex(16), caller, request, stage, time_left_s)
         if request.request_id:
             self._requests.remember(caller, request.request_id, request.body_digest, generation.identifier)
@@ -192,7 +196,14 @@ class Generations:
         self, identifier: str, caller: Caller, request: Request, stage: Stage, time_left_s: float | None
     ) -> Generation:
         name, sizes = f"generations/{identifier}", self._settings
-        events = EventLog(name, self._clock, chunk_bytes=sizes.chunk_bytes, max_watchers=sizes.max_watchers)
+        events = EventLog(
+            name,
+            self._clock,
+            chunk_bytes=sizes.chunk_bytes,
+            max_watchers=sizes.max_watchers,
+            tenant=caller.tenant,
+            turns=self._turns,
+        )
         return Generation(
             identifier,
             caller,
@@ -288,11 +299,14 @@ class Generations:
         """Opens a stream of a generation, and resumes the generation if it is suspended."""
         try:
             self._check(generation)
+            if generation.ended or generation.log.watchers:  # the first stream of one that runs adds nothing
+                self._unread.check(generation.caller)
             watcher = generation.log.watch(policy, after_sequence, offsets)
         except SafelightError:
             self._drop_unwatched(generation)
             raise
         self._streams.add(watcher, generation, end)
+        self._finished.watched(generation)
         if not generation.owned:
             if self._ownership is not None and not generation.ended:
                 self._ownership.mirrors.attend(generation)
@@ -302,10 +316,19 @@ class Generations:
                 self._ownership.mirrors.resume(generation)
         return watcher
 
-    def detach(self, generation: Generation, watcher: Watcher) -> None:
-        """Removes a stream that has ended, in whatever way; suspends the generation if it was the last one."""
-        if not self._streams.close(watcher):
-            return
+    def detach(self, watcher: Watcher) -> SafelightError | None:
+        """Removes a stream that has ended, in whatever way; suspends the generation if it was the last one.
+
+        Returns:
+            The error of its generation, if any.
+        """
+        if (generation := self._streams.close(watcher)) is None:
+            return None
+        self._left(generation)
+        return generation.error
+
+    def _left(self, generation: Generation) -> None:
+        self._finished.unwatched(generation)
         if not generation.owned:
             self._drop_unwatched(generation)
             return
@@ -432,7 +455,10 @@ class Generations:
             await asyncio.sleep(TICK_S)
             self._metrics.loop_lag.set(max(0.0, loop.time() - began - TICK_S))
             self._publish_queue_positions()
-            self._end_stalled()
+            now = self._clock()
+            for watcher in self._streams.stalled(now, self._settings.watcher_stall_s):
+                self._end_stalled(watcher)
+            self._unread.relieve(self._live.values(), now)
             self._finished.trim()
 
     def _publish_queue_positions(self) -> None:
@@ -451,10 +477,10 @@ class Generations:
             if generation.state is GenerationState.QUEUED and first is not None:
                 generation.log.publish(Queued(first, now + timedelta(seconds=first * seconds_each)))
 
-    def _end_stalled(self) -> None:
-        for watcher, generation, end in self._streams.stalled(self._clock(), self._settings.watcher_stall_s):
-            self.detach(generation, watcher)
-            end(UnavailableError("the stream was not read; WatchGeneration resumes it", reason="WATCHER_STALLED"))
+    def _end_stalled(self, watcher: Watcher) -> None:
+        error = UnavailableError("the stream was not read; WatchGeneration resumes it", reason="WATCHER_STALLED")
+        if (generation := self._streams.end(watcher, error)) is not None:
+            self._left(generation)
 
     async def drain(self, grace_s: float) -> None:
         """Refuses new generations, lets those that run finish and be delivered within `grace_s`, and ends the rest."""
@@ -479,7 +505,7 @@ class Generations:
         if generation.journal is not None:
             self._move(generation)
         elif generation.ended:
-            self._streams.end(generation, _drained(generation))
+            self._streams.end_all(generation, _drained(generation))
         else:
             generation.stop(_drained(generation), FinishReason.FAILED)
 

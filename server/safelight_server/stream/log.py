@@ -12,6 +12,7 @@ from safelight_server.domain.picture import EncodedPicture
 from safelight_server.domain.request import PreviewPolicy
 from safelight_server.preview import FrameFeed
 from safelight_server.stream.serialization import SerializedArtifact, SerializedEvent, artifact, serialize
+from safelight_server.stream.turns import SendTurns
 from safelight_server.stream.watcher import LossySlot, SharedStreamState, Watcher
 from safelight_server.validation.violations import Violations
 
@@ -38,6 +39,8 @@ class EventLog:
         clock: monotonic seconds.
         chunk_bytes: size of the pieces in which a picture is sent.
         max_watchers: bound on the streams at once.
+        tenant: whose generation it is.
+        turns: at which the streams send, shared with other generations; None: with none.
 
     Attributes:
         journal: stores state events and pictures before any stream sees them; None: streams see them at once.
@@ -46,14 +49,23 @@ class EventLog:
         begun_elsewhere: whether another replica had streams of it, which may have been sent more than is known here.
     """
 
-    def __init__(self, generation: str, clock: Callable[[], float], *, chunk_bytes: int, max_watchers: int) -> None:
+    def __init__(
+        self,
+        generation: str,
+        clock: Callable[[], float],
+        *,
+        chunk_bytes: int,
+        max_watchers: int,
+        tenant: str = "",
+        turns: SendTurns | None = None,
+    ) -> None:
         self.generation = generation
         self.journal: DurableWriter | None = None
         self.watchers: set[Watcher] = set()
         self.last_sequence = 0
         self.begun_elsewhere = False
         self._clock = clock
-        self._shared = SharedStreamState(generation, clock)
+        self._shared = SharedStreamState(generation, clock, tenant, turns or SendTurns())
         self._counts = self._shared.counts
         self._chunk_bytes = chunk_bytes
         self._max_watchers = max_watchers
@@ -160,9 +172,9 @@ class EventLog:
         return self._shared.closed
 
     @property
-    def artifact_bytes(self) -> int:
-        """Bytes of the finished pictures, which the log keeps."""
-        return sum(self._sizes.values())
+    def held_bytes(self) -> int:
+        """Bytes of the state events and the finished pictures, which the log keeps."""
+        return self._shared.num_bytes
 
     @property
     def num_previews(self) -> int:
@@ -199,6 +211,7 @@ class EventLog:
 
     def _show(self, item: SerializedEvent | SerializedArtifact) -> None:
         self._shared.items.append(item)
+        self._shared.num_bytes += item.num_bytes
         self._shared.closed = isinstance(item, SerializedEvent) and item.is_last
         for watcher in self.watchers:
             watcher.wake()

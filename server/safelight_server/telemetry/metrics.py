@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from safelight_server.telemetry.figures import Distribution, by_label, distributions, value
 
@@ -120,10 +120,6 @@ class Metrics:
     def refused(self, reason: str) -> None:
         """Counts a request that was refused before it became a generation."""
         self._refused.labels(reason).inc()
-
-    def serve(self, host: str, port: int) -> None:
-        """Serves /metrics from a thread of its own."""
-        start_http_server(port, host, registry=self.registry)
 
 
 class TierMetrics:
