@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
 import sys
 from pathlib import Path
 
 import grpc
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from safelight import Client, Finished, GenerationError
+
+from tests.support.certificates import self_signed
 
 NAME = "safelight.example"
 
@@ -20,19 +18,7 @@ NAME = "safelight.example"
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
     """A certificate that signs itself, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, NAME)])
-    now = datetime.datetime.now(datetime.UTC)
-    builder = x509.CertificateBuilder().issuer_name(name).subject_name(name).public_key(key.public_key())
-    builder = builder.serial_number(x509.random_serial_number())
-    builder = builder.not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
-    names = x509.SubjectAlternativeName([x509.DNSName(NAME)])
-    cert = builder.add_extension(names, critical=False).sign(key, hashes.SHA256())
-    cert_file, key_file = tmp_path / "cert.pem", tmp_path / "key.pem"
-    cert_file.write_bytes(cert.public_bytes(serialization.Encoding.PEM))
-    plain, no_password = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    key_file.write_bytes(key.private_bytes(serialization.Encoding.PEM, plain, no_password))
-    return cert_file, key_file
+    return self_signed(tmp_path, NAME)
 
 
 @pytest.fixture

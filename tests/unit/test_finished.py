@@ -109,6 +109,19 @@ def test_one_that_another_replica_knows_better_leaves_no_share(finished):
     assert kept(finished) == ["b"]
 
 
+def test_what_another_replica_knows_better_is_forgotten_with_its_bytes(finished):
+    one, other = Ended("a", held_bytes=60), Ended("b", held_bytes=30)
+    finished.add(one)
+    finished.add(other)
+    finished.remove(Ended("a"))  # of that name, and not the one that is kept
+    assert finished.get("a") is one
+    finished.remove(one)
+    finished.remove(one)
+    assert finished.get("a") is None
+    finished.add(Ended("c", held_bytes=70))
+    assert kept(finished) == ["b", "c"], "the bytes of what was forgotten are free"
+
+
 ADDED = st.tuples(st.sampled_from(["lab", "studio", "evil"]), st.integers(1, 60), st.booleans())
 
 
@@ -125,16 +138,3 @@ def test_bounds_hold_and_modest_tenants_lose_nothing(added):
     for tenant, (number, size) in totals.items():
         if number <= 12 / len(totals) and size <= MAX_BYTES / len(totals):
             assert sum(one.tenant == tenant for one in finished.values()) == number
-
-
-def test_what_another_replica_knows_better_is_forgotten_with_its_bytes(finished):
-    one, other = Ended("a", held_bytes=60), Ended("b", held_bytes=30)
-    finished.add(one)
-    finished.add(other)
-    finished.remove(Ended("a"))  # of that name, and not the one that is kept
-    assert finished.get("a") is one
-    finished.remove(one)
-    finished.remove(one)
-    assert kept(finished) == ["b"]
-    finished.add(Ended("c", held_bytes=70))
-    assert kept(finished) == ["b", "c"], "the bytes of what was forgotten are free"

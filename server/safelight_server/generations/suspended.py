@@ -69,6 +69,6 @@ class SuspendedGenerations:
         """Removes a generation and stops its timer. Unknown ones are ignored."""
         known, timer = self._waiting.get(generation.identifier, (None, None))
         if known is generation and timer is not None:
+            self._shares.remove(generation.caller.tenant, generation.identifier)
             timer.cancel()
             del self._waiting[generation.identifier]
-            self._shares.remove(generation.caller.tenant, generation.identifier)
