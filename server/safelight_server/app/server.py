@@ -11,12 +11,10 @@ import functools
 import gc
 import os
 import signal
-import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 import structlog
@@ -28,7 +26,9 @@ from safelight_server.api.health import Health
 from safelight_server.api.identity import Identity
 from safelight_server.api.quota import StreamQuota
 from safelight_server.api.service import CACHE_SERVICE, GENERATION_SERVICE, MODEL_SERVICE, Service
+from safelight_server.app.address import BindError, bind, sole_listener
 from safelight_server.app.backends import Backends, CredentialsError, open_backends
+from safelight_server.app.certificate import CertificateError, ServerCertificate
 from safelight_server.cache.admin import CacheAdmin
 from safelight_server.cache.approximate.buckets import RedisBuckets
 from safelight_server.cache.approximate.eviction import LeastBenefit
@@ -72,7 +72,7 @@ LAST_WORDS_S = 1.0
 GC_THRESHOLDS = 1_000, 10, 100
 """`gc.set_threshold`: net new objects before a collection of generation 0; collections of 0 before one of 1, of 1
 before one of 2. `settle` says why they are not the defaults."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 GRPC_OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
     ("grpc.keepalive_time_ms", 20_000),
@@ -151,9 +151,10 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         catalog, runtime = build_runtime(settings)
         ends.push_async_callback(runtime.close)
         try:
+            ends.enter_context(sole_listener(settings.host))
             await runtime.start()
             backends = await open_backends(settings, metrics.tiers)
-        except (RuntimeStartError, KeyringError, DiskStoreError, CredentialsError, ValueError) as error:
+        except (BindError, RuntimeStartError, KeyringError, DiskStoreError, CredentialsError, ValueError) as error:
             raise StartError(str(error)) from None
         ends.push_async_callback(backends.close)
         engine = Engine(
@@ -212,7 +213,10 @@ async def _listening(
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     services = [GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, HEALTH_SERVICE]
     reflection.enable(services, server)
-    address = _bind(server, settings)
+    try:
+        address = bind(server, settings.host, settings.port, _credentials(settings))
+    except (BindError, CertificateError) as error:
+        raise StartError(str(error)) from None
     _serve_metrics(metrics, settings)
     await server.start()
     names = ("", *services)
@@ -328,41 +332,11 @@ def _watch_queue(metrics: Metrics, engine: Engine) -> None:
     metrics.watch_queue(lambda name: scheduler.num_waiting(classes[name]), lambda: scheduler.num_running)
 
 
-def _bind(server: grpc.aio.Server, settings: Settings) -> str:
-    """Binds the listening address, with TLS where it is configured; returns HOST:PORT or unix:PATH.
-
-    Raises:
-        StartError: the address is taken or not this machine's, or the certificate cannot be used.
-    """
-    host = f"[{settings.host}]" if ":" in settings.host and not settings.host.startswith("unix:") else settings.host
-    where = settings.host if settings.host.startswith("unix:") else f"{host}:{settings.port}"
-    credentials = None
-    if settings.tls_cert_file and settings.tls_key_file:
-        credentials = _credentials(settings.tls_cert_file, settings.tls_key_file)
-    try:
-        port = server.add_secure_port(where, credentials) if credentials else server.add_insecure_port(where)
-    except RuntimeError:
-        raise StartError(f"cannot bind {where}: is it an address of this machine, and no other server there?") from None
-    return where if where.startswith("unix:") else f"{host}:{port}"
-
-
-def _credentials(cert_file: Path, key_file: Path) -> grpc.ServerCredentials:
-    """Loads the server's certificate and key.
-
-    Raises:
-        StartError: a file cannot be read, is no PEM, or the key does not belong to the certificate.
-    """
-    try:
-        pair = key_file.read_bytes(), cert_file.read_bytes()
-        # gRPC itself would not say what is wrong with a file, so Python's ssl loads both first
-        checked = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        checked.load_cert_chain(cert_file, key_file, password="")
-    except ssl.SSLError as error:
-        what = error.reason or "no PEM"
-        raise StartError(f"tls_cert_file {cert_file} with tls_key_file {key_file}: {what}") from None
-    except OSError as error:
-        raise StartError(f"{error.filename}: {error.strerror}") from None
-    return grpc.ssl_server_credentials([pair])
+def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    """What TLS needs; None where it is not configured."""
+    if settings.tls_cert_file is None or settings.tls_key_file is None:
+        return None
+    return ServerCertificate(settings.tls_cert_file, settings.tls_key_file).credentials()
 
 
 def _serve_metrics(metrics: Metrics, settings: Settings) -> None:
@@ -389,28 +363,36 @@ def settle() -> None:
 
 
 async def serve(settings: Settings, started: Callable[[Running], None]) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the drain.
+    """Serves until SIGTERM, SIGINT or SIGHUP, then drains; a second SIGTERM or SIGINT ends the drain.
 
     Raises:
         StartError: the server cannot start, or a signal came before it had started.
         ManifestError, KeyFileError: as for `serving`.
     """
-    loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
+    loop, signals = asyncio.get_running_loop(), asyncio.Queue[signal.Signals]()
     starting = asyncio.current_task()
     assert starting is not None
-    for number in SIGNALS:
+    under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    heard = (signal.SIGTERM, signal.SIGINT) if under_nohup else SIGNALS
+    for number in heard:
         loop.add_signal_handler(number, starting.cancel)
     async with contextlib.AsyncExitStack() as ends:
         try:
             running = await ends.enter_async_context(serving(settings))
         except asyncio.CancelledError:
             raise StartError("a signal has ended it before it had started") from None
-        for number in SIGNALS:
+        for number in heard:
             loop.add_signal_handler(number, signals.put_nowait, number)
         settle()
         started(running)
         await signals.get()
         drained = running.drain(settings.drain_grace_s)
-        again = asyncio.create_task(signals.get())
+        again = asyncio.create_task(_asked_again(signals))
         await asyncio.wait([drained, again], return_when=asyncio.FIRST_COMPLETED)
         again.cancel()
+
+
+async def _asked_again(signals: asyncio.Queue[signal.Signals]) -> None:
+    """Returns at the next SIGTERM or SIGINT. When a terminal closes, both the kernel and the shell send a SIGHUP."""
+    while await signals.get() is signal.SIGHUP:
+        pass
