@@ -186,6 +186,12 @@ class Settings(BaseSettings):
     trace_ratio: float = Field(
         1.0, ge=0, le=1, description="Share of traces recorded where the client's traceparent does not decide."
     )
+    trace_requested_per_s: float = Field(
+        100.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Traces per second that known callers may have recorded by the flag of their traceparent.",
+    )
 
     @model_validator(mode="after")
     def _safe(self) -> Self:

@@ -144,7 +144,9 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
     """
     async with contextlib.AsyncExitStack() as ends:  # closes parts in the reverse order of their start
         clock = time.monotonic
-        metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio, settings.otlp_header_pairs)
+        metrics = Metrics()
+        headers, requested_per_s = settings.otlp_header_pairs, settings.trace_requested_per_s
+        tracer = Tracing(settings.otlp_endpoint, settings.trace_ratio, headers, requested_per_s)
         ends.push_async_callback(asyncio.to_thread, tracer.close)
         identity = Identity(settings.api_key_file, all_admins=is_loopback(settings.host))
         pool = ends.enter_context(ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))), thread_name_prefix="pixels"))
