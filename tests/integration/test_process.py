@@ -96,24 +96,24 @@ def answers(target: str) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-async def test_a_signal_lets_what_runs_finish(tmp_path, number):
-    async with served(tmp_path) as server, Client(server.target) as client:
+async def test_a_signal_lets_what_runs_finish(short_path, number):
+    async with served(short_path) as server, Client(server.target, patience_s=0.0) as client:
         events = client.generate("x", steps=50)
         await anext(events)
         ending = asyncio.create_task(server.ends(number))
-        await eventually(lambda: "draining" in server.events())
+        await eventually(lambda: "draining" in server.events() or ending.done())
         server.process.send_signal(signal.SIGHUP)  # a terminal that closes sends two
         assert isinstance([event async for event in events][-1], Finished)
         assert await ending == 0
-        assert not (tmp_path / "socket").exists()
+        assert not (short_path / "socket").exists()
 
 
-async def test_a_second_signal_ends_a_drain_and_nohup_ignores_sighup(tmp_path):
+async def test_a_second_signal_ends_a_drain_and_nohup_ignores_sighup(short_path):
     def as_nohup_does() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     slow = {"SAFELIGHT_SIMULATED_BASE_MS": "2000"}
-    async with served(tmp_path, before=as_nohup_does, **slow) as server, Client(server.target) as client:
+    async with served(short_path, before=as_nohup_does, **slow) as server, Client(server.target) as client:
         server.process.send_signal(signal.SIGHUP)
         await client.models()
         events = client.generate("x", steps=50)
@@ -126,33 +126,33 @@ async def test_a_second_signal_ends_a_drain_and_nohup_ignores_sighup(tmp_path):
 
 @pytest.mark.parametrize("closed", [(2,), (0, 1, 2)])
 @pytest.mark.parametrize("log_format", ["auto", "json"])
-async def test_it_serves_where_it_can_write_to_nobody(tmp_path, closed, log_format):
+async def test_it_serves_where_it_can_write_to_nobody(short_path, closed, log_format):
     def close() -> None:
         for number in closed:
             os.close(number)
 
-    async with served(tmp_path, stdout=FULL, before=close, SAFELIGHT_LOG_FORMAT=log_format) as server:
+    async with served(short_path, stdout=FULL, before=close, SAFELIGHT_LOG_FORMAT=log_format) as server:
         async with Client(server.target) as client:
             assert [event async for event in client.generate("x", steps=2)]
         assert {server.file(number) for number in closed} == {os.devnull}, "nothing else may get the number of stderr"
         assert await server.ends(signal.SIGTERM) == 0
 
 
-async def test_a_summary_that_cannot_be_printed_is_a_line_of_the_log(tmp_path):
-    async with served(tmp_path, stdout=FULL) as server:
+async def test_a_summary_that_cannot_be_printed_is_a_line_of_the_log(short_path):
+    async with served(short_path, stdout=FULL) as server:
         await eventually(lambda: "summary_not_printed" in server.events())
         assert await server.ends(signal.SIGTERM) == 0
 
 
-async def test_nobody_writes_lines_of_his_own_into_the_log(tmp_path):
+async def test_nobody_writes_lines_of_his_own_into_the_log(short_path):
     """Not with what a library warns of, and not with what gRPC's core says of a handshake."""
-    cert_file, key_file = write_pair(tmp_path)
+    cert_file, key_file = write_pair(short_path)
     with socket.create_server(("127.0.0.1", 0)) as free:
         target = f"127.0.0.1:{free.getsockname()[1]}"
     tls = {"SAFELIGHT_TLS_CERT_FILE": str(cert_file), "SAFELIGHT_TLS_KEY_FILE": str(key_file)}
     credentials = grpc.ssl_channel_credentials(cert_file.read_bytes())
     options = [("grpc.ssl_target_name_override", NAME)]
-    async with served(tmp_path, target, **tls) as server:
+    async with served(short_path, target, **tls) as server:
         with socket.create_connection(tuple(target.split(":"))) as plain:
             plain.sendall(b"GET / HTTP/1.0\r\n\r\n")
             plain.recv(100)
