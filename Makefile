@@ -151,11 +151,13 @@ mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name
 	$(PY) tools/mutate.py $(ONLY)
 
 # Only latency has peers, with an environment of their own; only two parts need Triton, one Redis.
-BENCH_ENV := $(if $(filter-out latency,$(ONLY)),.venv,.venv-bench)
-BENCH_TRITON := $(if $(filter triton merging,$(or $(ONLY),triton)),.venv-triton/.installed)
-BENCH_REDIS := $(if $(filter tiers,$(or $(ONLY),tiers)),tools/install-system-packages)
+comma := ,
+PARTS := $(subst $(comma), ,$(ONLY))
+BENCH_ENV := $(if $(filter latency,$(or $(PARTS),latency)),.venv-bench,.venv)
+BENCH_TRITON := $(if $(filter triton merging,$(or $(PARTS),triton)),.venv-triton/.installed)
+BENCH_REDIS := $(if $(filter tiers,$(or $(PARTS),tiers)),tools/install-system-packages)
 .PHONY: bench
-bench: setup $(BENCH_ENV)/.installed $(BENCH_TRITON) ## Measure: tables, and JSON in out/bench. ONLY=one of the parts in docs/benchmarks.md (minutes a part)
+bench: setup $(BENCH_ENV)/.installed $(BENCH_TRITON) ## Measure: tables, and JSON in out/bench. ONLY=parts of docs/benchmarks.md, with commas (minutes a part)
 	$(BENCH_REDIS)
 	PYTHONPATH=server:clients/python $(BENCH_ENV)/bin/python -m load_tests.bench --only "$(ONLY)"
 

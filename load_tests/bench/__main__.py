@@ -8,6 +8,7 @@ import importlib
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -38,9 +39,14 @@ LONG = frozenset({"index", "replay"})
 
 
 def main() -> None:
-    """Runs all parts, or one."""
+    """Runs all parts, or those that are named."""
     parser = argparse.ArgumentParser(prog="load_tests", description=__doc__)
-    parser.add_argument("--only", choices=("", *PARTS), default="", help="one part; empty: all but the long ones")
+    parser.add_argument(
+        "--only",
+        type=parts,
+        default=(),
+        help=f"of {', '.join(PARTS)}, separated by commas; empty: all but the long ones",
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny plans, to see that all of it runs")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     options = parser.parse_args()
@@ -64,9 +70,21 @@ def module_of(part: str) -> str:
     return f"load_tests.{'calibration' if part in CALIBRATION else 'bench'}.{part}"
 
 
-def chosen(only: str, *, smoke: bool) -> list[str]:
-    """The parts to measure: the one asked for, else all; the long ones then on tiny plans only."""
-    return [name for name in PARTS if only == name or (not only and (smoke or name not in LONG))]
+def parts(text: str) -> tuple[str, ...]:
+    """The parts that a list names, separated by commas.
+
+    Raises:
+        ArgumentTypeError: one of them is none.
+    """
+    names = tuple(filter(None, text.split(",")))
+    if unknown := [name for name in names if name not in PARTS]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(PARTS)}")
+    return names
+
+
+def chosen(only: Sequence[str], *, smoke: bool) -> list[str]:
+    """The parts to measure: those asked for, else all; the long ones then on tiny plans only."""
+    return [name for name in PARTS if name in only or (not only and (smoke or name not in LONG))]
 
 
 if __name__ == "__main__":

@@ -82,7 +82,15 @@ class Settings(BaseSettings):
     max_running_outputs: int = Field(
         64, gt=0, le=65_536, description="Outputs that take steps at once; each holds its latents."
     )
-    max_waiting_interactive: Count = Field(256, description="Outputs that may wait in class INTERACTIVE.")
+    max_parked_outputs: Count = Field(
+        256, description="Outputs that keep their latents while others have their slots; beyond it none is preempted."
+    )
+    max_request_rows: Count = Field(
+        131_072, description="Denoiser rows that one request may cost: outputs x steps, x 2 with guidance."
+    )
+    max_waiting_interactive: Count = Field(
+        256, description="Outputs that may wait in class INTERACTIVE; a tenant alone fills at most two thirds."
+    )
     max_waiting_standard: Count = Field(256, description="Outputs that may wait in class STANDARD.")
     max_waiting_batch: Count = Field(1024, description="Outputs that may wait in class BATCH.")
     max_waiting_per_caller: Count = Field(128, description="Outputs of one caller that may wait.")

@@ -13,6 +13,7 @@ from safelight_server.scheduler import Kind, Limits, Priority, ScheduledOutput, 
 
 KEYS = {Kind.ENCODE: "e", Kind.DENOISE: "u", Kind.DECODE: "d"}
 LIMITS = AdmissionLimits({Priority.INTERACTIVE: 4, Priority.STANDARD: 6, Priority.BATCH: 8}, 5)
+WIDE = AdmissionLimits(dict.fromkeys(Priority, 60), 5)
 
 
 @dataclass
@@ -23,15 +24,20 @@ class Moment:
     num_free: int = 0
     waiting: dict[Priority, int] = field(default_factory=dict)
     waiting_of_caller: int = 0
+    waiting_of_tenant: int = 0
     backlog: float = 20.0
     estimate: float = 3.0
 
     def num_waiting(self, priority: Priority | None = None) -> int:
         return sum(self.waiting.values()) if priority is None else self.waiting.get(priority, 0)
 
-    def num_waiting_of(self, caller: str) -> int:
+    def num_waiting_of(self, caller: str, priority: Priority | None = None) -> int:
         assert caller == "lab/me"
-        return self.waiting_of_caller
+        return self.waiting_of_caller if priority is None else min(self.waiting_of_caller, self.waiting_of_tenant)
+
+    def num_waiting_of_tenant(self, tenant: str, priority: Priority) -> int:
+        assert tenant == "lab"
+        return self.waiting_of_tenant
 
     def backlog_s(self) -> float:
         return self.backlog
@@ -50,28 +56,47 @@ def test_what_has_room_is_let_in_with_its_estimate() -> None:
 
 @pytest.mark.parametrize(("priority", "limit"), [(p, LIMITS.max_waiting[p]) for p in Priority])
 def test_a_class_is_bounded_to_the_output(priority: Priority, limit: int) -> None:
-    admit(Moment(waiting={priority: limit - 2}), LIMITS, output(priority), 2, None)
+    admit(Moment(waiting={priority: limit - 1}), LIMITS, output(priority), 1, None)
     with pytest.raises(QueueFullError) as refused:
-        admit(Moment(waiting={priority: limit - 1}), LIMITS, output(priority), 2, None)
+        admit(Moment(waiting={priority: limit}), LIMITS, output(priority), 1, None)
     assert refused.value.metadata == {
         "bound": "class",
         "subject": f"class {priority.name}",
-        "waiting": str(limit - 1),
+        "waiting": str(limit),
         "limit": str(limit),
     }
     assert refused.value.reason == "QUEUE_FULL"
 
 
 def test_a_caller_is_bounded_to_the_output() -> None:
-    admit(Moment(waiting_of_caller=3), LIMITS, output(), 2, None)
+    admit(Moment(waiting_of_caller=3), WIDE, output(), 2, None)
     with pytest.raises(QueueFullError) as refused:
-        admit(Moment(waiting_of_caller=4), LIMITS, output(), 2, None)
+        admit(Moment(waiting_of_caller=4), WIDE, output(), 2, None)
     assert refused.value.metadata["bound"] == "caller"
     assert refused.value.metadata["subject"] == "caller lab/me"
 
 
 def test_another_class_leaves_room() -> None:
-    admit(Moment(waiting={Priority.BATCH: 8}), LIMITS, output(Priority.INTERACTIVE), 4, None)
+    admit(Moment(waiting={Priority.BATCH: 8}), LIMITS, output(Priority.INTERACTIVE), 1, None)
+
+
+def test_a_tenant_may_hold_twice_what_it_leaves_free() -> None:
+    full = Moment(waiting={Priority.STANDARD: 39}, waiting_of_tenant=39)
+    admit(full, WIDE, output(), 1, None)  # 40 of 60, 20 are left
+    with pytest.raises(QueueFullError) as refused:
+        admit(full, WIDE, output(), 3, None)
+    assert refused.value.metadata["bound"] == "tenant"
+    assert refused.value.metadata["subject"] == "tenant lab in class STANDARD"
+    admit(Moment(waiting={Priority.STANDARD: 39}), WIDE, output(), 3, None)  # another tenant finds room
+
+
+def test_a_caller_leaves_room_to_its_tenants_other_callers() -> None:
+    limits = AdmissionLimits(dict.fromkeys(Priority, 60), 60)
+    at = Moment(waiting={Priority.STANDARD: 34}, waiting_of_tenant=34, waiting_of_caller=34)
+    with pytest.raises(QueueFullError) as refused:
+        admit(at, limits, output(), 1, None)
+    assert refused.value.metadata["subject"] == "caller lab/me in class STANDARD"
+    admit(Moment(waiting={Priority.STANDARD: 34}, waiting_of_tenant=34), limits, output(), 1, None)
 
 
 def test_what_starts_at_once_does_not_wait() -> None:
@@ -153,7 +178,7 @@ def test_the_scheduler_has_the_numbers() -> None:
     while True:
         new = ScheduledOutput(admitted, "lab/me", Priority.STANDARD, 4, 2, KEYS, ("p", "n"))
         try:
-            admit(at, LIMITS, new, 1, None)
+            admit(at, WIDE, new, 1, None)
         except QueueFullError as error:
             assert error.metadata["bound"] == "caller"
             assert error.retry_after_s
@@ -161,7 +186,7 @@ def test_the_scheduler_has_the_numbers() -> None:
         at.add(new, 0.0)
         admitted += 1
         at.schedule(0.0, [])
-    assert admitted == 2 + LIMITS.max_waiting_per_caller
+    assert admitted == 2 + WIDE.max_waiting_per_caller
 
 
 def test_an_estimate_grows_with_load_and_with_outputs() -> None:
@@ -182,3 +207,23 @@ def test_the_backlog_is_what_the_slots_can_make_of_it() -> None:
     for number in range(3):
         at.add(ScheduledOutput(number, "lab/me", Priority.STANDARD, 20, 2, KEYS, ("p", "n")), 0.0)
     assert at.backlog_s() == pytest.approx(60 * 22)
+
+
+def test_other_callers_work_does_not_make_a_deadline_hopeless() -> None:
+    """64 outputs of 1,000 steps of another caller, whatever their class: ours takes its part of the time beside them."""
+    ours = ScheduledOutput(999, "lab/me", Priority.STANDARD, 10, 2, KEYS, ("p", "n"))
+    alone_s = scheduler(max_running=16).estimate_s(ours)
+    for priority in Priority:
+        at = scheduler(max_running=16)
+        for number in range(64):
+            at.add(ScheduledOutput(number, "evil/one", priority, 1000, 2, KEYS, ("q", "n")), 0.0)
+        at.schedule(0.0, [0])
+        assert alone_s <= at.estimate_s(ours) < 20 * alone_s
+
+
+def test_ones_own_work_comes_first() -> None:
+    ours = ScheduledOutput(999, "lab/me", Priority.STANDARD, 10, 2, KEYS, ("p", "n"))
+    at = scheduler(max_running=16)
+    for number in range(64):
+        at.add(ScheduledOutput(number, "lab/me", Priority.STANDARD, 1000, 2, KEYS, ("q", "n")), 0.0)
+    assert at.estimate_s(ours) > 0.9 * at.backlog_s()

@@ -26,7 +26,7 @@ from safelight_server.validation import RequestLimits, resolve_request
 
 from tests.support.pipelines import small_catalog
 
-LIMITS = RequestLimits(max_prompt_chars=100, resume_grace_s=30.0, max_resume_grace_s=600.0)
+LIMITS = RequestLimits(max_prompt_chars=100, max_request_rows=131_072, resume_grace_s=30.0, max_resume_grace_s=600.0)
 OPERATOR = b"an operator's key of 32 bytes ..."
 SPEC = Spec(
     model="small",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import re
@@ -12,7 +13,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from load_tests.bench import merging
-from load_tests.bench.__main__ import LONG, PARTS, chosen, module_of
+from load_tests.bench.__main__ import LONG, PARTS, chosen, module_of, parts
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -26,9 +27,12 @@ def test_a_part_has_a_plan_a_tiny_one_and_measures_by_it(name: str) -> None:
 
 
 def test_the_long_parts_are_measured_by_name_and_on_tiny_plans() -> None:
-    assert chosen("", smoke=False) == [name for name in PARTS if name not in LONG]
-    assert chosen("", smoke=True) == list(PARTS)
-    assert [chosen(name, smoke=False) for name in PARTS] == [[name] for name in PARTS]
+    assert chosen((), smoke=False) == [name for name in PARTS if name not in LONG]
+    assert chosen((), smoke=True) == list(PARTS)
+    assert [chosen((name,), smoke=False) for name in PARTS] == [[name] for name in PARTS]
+    assert parts("hits,throughput,") == ("hits", "throughput")
+    with pytest.raises(argparse.ArgumentTypeError, match="nothing: choose from throughput"):
+        parts("hits,nothing")
 
 
 def test_the_page_of_benchmarks_names_all_parts() -> None:

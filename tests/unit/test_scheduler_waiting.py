@@ -39,7 +39,7 @@ class Machine(RuleBasedStateMachine):
     @rule(caller=st.sampled_from("abc"), priority=st.sampled_from(list(Priority)), deadline=DEADLINES)
     def push(self, caller, priority, deadline) -> None:
         output_id = self.num_pushed
-        self.queue.push(ScheduledOutput(output_id, caller, priority, 1, 1, KEYS, ("p",), deadline))
+        self.queue.push(waiting(output_id, caller, priority), priority, deadline, output_id)
         self.waiters[output_id] = Waiter(caller, priority, (late(deadline), output_id))
         self.num_pushed += 1
 
@@ -102,6 +102,10 @@ class Machine(RuleBasedStateMachine):
         assert len(self.queue) == 0
 
 
+def waiting(output_id: int, caller: str, priority: Priority) -> ScheduledOutput:
+    return ScheduledOutput(output_id, caller, priority, 1, 1, KEYS, ("p",))
+
+
 def late(deadline: float | None) -> float:
     return math.inf if deadline is None else deadline
 
@@ -115,9 +119,9 @@ TestWaiting.settings = settings(
 def test_a_class_that_ran_alone_is_not_made_to_wait_for_it():
     queue = WaitingQueue()
     for output_id in range(50):
-        queue.push(ScheduledOutput(output_id, "a", Priority.INTERACTIVE, 1, 1, KEYS, ("p",)))
+        queue.push(waiting(output_id, "a", Priority.INTERACTIVE), Priority.INTERACTIVE, None, output_id)
         queue.pop()
     for output_id in range(100, 120):
-        queue.push(ScheduledOutput(output_id, "a", Priority.STANDARD, 1, 1, KEYS, ("p",)))
-    queue.push(ScheduledOutput(200, "a", Priority.INTERACTIVE, 1, 1, KEYS, ("p",)))
+        queue.push(waiting(output_id, "a", Priority.STANDARD), Priority.STANDARD, None, output_id)
+    queue.push(waiting(200, "a", Priority.INTERACTIVE), Priority.INTERACTIVE, None, 200)
     assert 200 in [queue.pop().output_id for _ in range(2)]

@@ -39,7 +39,7 @@ from safelight_server.validation.violations import MAX_FAULTS
 
 from tests.support.pipelines import BOS, EOS, MANIFEST, MAX_TOKENS, PAD, small_catalog, small_pipeline
 
-LIMITS = RequestLimits(max_prompt_chars=100, resume_grace_s=30.0, max_resume_grace_s=600.0)
+LIMITS = RequestLimits(max_prompt_chars=100, max_request_rows=131_072, resume_grace_s=30.0, max_resume_grace_s=600.0)
 RAW = "application/x-raw-rgba8"
 ALL_MEDIA = "image/jpeg, image/webp, image/png, application/x-raw-rgba8"
 UUID = "6F1C0A52-9b3e-4d0f-8a55-2f0c7d1e9b64"

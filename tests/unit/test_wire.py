@@ -33,7 +33,7 @@ from safelight_server.wire import enums, statuses, times
 
 from tests.support.pipelines import small_catalog, small_pipeline
 
-LIMITS = RequestLimits(max_prompt_chars=100, resume_grace_s=30.0, max_resume_grace_s=600.0)
+LIMITS = RequestLimits(max_prompt_chars=100, max_request_rows=131_072, resume_grace_s=30.0, max_resume_grace_s=600.0)
 M = TypeVar("M", bound=Message)
 UUID = "6f1c0a52-9b3e-4d0f-8a55-2f0c7d1e9b64"
 

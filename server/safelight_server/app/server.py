@@ -164,6 +164,7 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
             clock,
             metrics,
             max_running=settings.max_running_outputs,
+            max_parked=settings.max_parked_outputs,
             preview_share=settings.preview_share,
             runtime_wait_s=settings.runtime_wait_s,
             runtime_grace_s=settings.runtime_grace_s,
@@ -179,7 +180,12 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         generations = Generations(
             settings, catalog, runtime, engine, cache, executions, clock, metrics, leased_runners, context
         )
-        limits = RequestLimits(settings.max_prompt_chars, settings.resume_grace_s, settings.max_resume_grace_s)
+        limits = RequestLimits(
+            settings.max_prompt_chars,
+            settings.max_request_rows,
+            settings.resume_grace_s,
+            settings.max_resume_grace_s,
+        )
         quota = StreamQuota(settings.max_streams_per_caller)
         service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
         _watch_queue(metrics, engine)
@@ -331,7 +337,9 @@ def _watch_queue(metrics: Metrics, engine: Engine) -> None:
     """Lets the gauges of waiting and running outputs read the scheduler when they are scraped."""
     scheduler = engine.scheduler
     classes = {priority.name.lower(): priority for priority in Priority}
-    metrics.watch_queue(lambda name: scheduler.num_waiting(classes[name]), lambda: scheduler.num_running)
+    metrics.watch_queue(
+        lambda name: scheduler.num_waiting(classes[name]), lambda: scheduler.num_running, lambda: scheduler.num_parked
+    )
 
 
 def _credentials(settings: Settings) -> grpc.ServerCredentials | None:

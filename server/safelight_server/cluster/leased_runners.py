@@ -189,10 +189,17 @@ class LoadWithPending:
         ours = len(self._asking) if priority is None else waiting[priority]
         return self._scheduler.num_waiting(priority) + max(0, ours - self._scheduler.num_free)
 
-    def num_waiting_of(self, caller: str) -> int:
+    def num_waiting_of(self, caller: str, priority: Priority | None = None) -> int:
         """See `Load`."""
-        ours = sum(job.caller == caller for job in self._asking.values())
-        return self._scheduler.num_waiting_of(caller) + max(0, ours - self._scheduler.num_free)
+        jobs = self._asking.values()
+        ours = sum(job.caller == caller and priority in (None, job.priority) for job in jobs)
+        return self._scheduler.num_waiting_of(caller, priority) + max(0, ours - self._scheduler.num_free)
+
+    def num_waiting_of_tenant(self, tenant: str, priority: Priority) -> int:
+        """See `Load`."""
+        jobs = self._asking.values()
+        ours = sum(job.caller.partition("/")[0] == tenant and job.priority is priority for job in jobs)
+        return self._scheduler.num_waiting_of_tenant(tenant, priority) + max(0, ours - self._scheduler.num_free)
 
     def backlog_s(self) -> float:
         """See `Load`."""

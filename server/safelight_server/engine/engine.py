@@ -105,6 +105,7 @@ class Engine:
         runtime: started.
         clock: monotonic seconds.
         max_running: outputs that take steps at once.
+        max_parked: outputs that keep their latents while others have their slots.
         preview_share: of instance time that previews may take from other work.
         runtime_wait_s: how long an output without a deadline waits while no instance is live.
         runtime_grace_s: how long new work is taken while no instance is live.
@@ -117,6 +118,7 @@ class Engine:
         metrics: Metrics,
         *,
         max_running: int,
+        max_parked: int = 256,
         preview_share: float = 0.1,
         runtime_wait_s: float = 60.0,
         runtime_grace_s: float = 5.0,
@@ -126,7 +128,7 @@ class Engine:
         self._clock = clock
         self._metrics = metrics
         self._tracing = tracer
-        self._batches = Batches(max_running * 2 + runtime.num_instances * 128)
+        self._batches = Batches(max_running * 2 + max_parked + runtime.num_instances * 128)
         self._observers: dict[int, ExecutionObserver] = {}
         self._followed: set[int] = set()
         self._unstarted: set[int] = set()
@@ -137,7 +139,7 @@ class Engine:
         self._expiry = Alarm(self._pump)
         self._deferred = DeferredCallbacks()
         self._embedding_waiters = EmbeddingWaiters()
-        limits = Limits(max_running, self._max_rows, runtime.num_instances, preview_share)
+        limits = Limits(max_running, self._max_rows, runtime.num_instances, preview_share, max_parked)
         self.scheduler = Scheduler(limits, self)
         self.outage = Outage(clock, runtime_wait_s, runtime_grace_s, self._strand)
         runtime.watch(self._instances_changed)

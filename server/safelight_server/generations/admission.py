@@ -3,6 +3,11 @@
 Outputs that find a free slot do not wait and are not counted as waiting. What
 is asked is answered from numbers of this moment (`Load`); what is refused is
 told which bound it hit, and when the measured throughput will have made room.
+
+No tenant can fill a class, and no caller what its tenant may have: each may hold
+so many times what it leaves free (dynamic thresholds; Choudhury & Hahne, IEEE/ACM
+Transactions on Networking 6(2), 1998). So a lone tenant gets two thirds of a
+class, two tenants get two fifths each, and a newcomer always finds room.
 """
 
 from __future__ import annotations
@@ -16,6 +21,8 @@ from safelight_server.domain.errors import DeadlineUnreachableError, QueueFullEr
 from safelight_server.scheduler import WEIGHTS, Priority, ScheduledOutput
 
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 300.0
+ALPHA = 2
+"""How many times the room that it leaves free a tenant, or a caller of a tenant, may hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +52,11 @@ class Load(Protocol):
     def num_waiting(self, priority: Priority | None = None) -> int:
         """Outputs that have not started, of a class or of all."""
 
-    def num_waiting_of(self, caller: str) -> int:
-        """Outputs of a caller that have not started."""
+    def num_waiting_of(self, caller: str, priority: Priority | None = None) -> int:
+        """Outputs of a caller that have not started, of a class or of all."""
+
+    def num_waiting_of_tenant(self, tenant: str, priority: Priority) -> int:
+        """Outputs of a tenant that have not started, of a class."""
 
     def backlog_s(self) -> float:
         """Time that all instances need for all outputs."""
@@ -85,12 +95,18 @@ def _check_room(load: Load, limits: AdmissionLimits, output: ScheduledOutput, nu
     would_wait = max(0, num_outputs - load.num_free)
     if not would_wait:
         return
-    priority = output.priority
-    of_class, of_caller = load.num_waiting(priority), load.num_waiting_of(output.caller)
+    priority, caller, tenant = output.priority, output.caller, output.tenant
+    of_class, max_of_class = load.num_waiting(priority), limits.max_waiting[priority]
+    of_tenant = load.num_waiting_of_tenant(tenant, priority)
+    max_of_tenant = ALPHA * (max_of_class - of_class - would_wait) + 1
+    max_of_caller = ALPHA * (max_of_tenant - of_tenant - would_wait) + 1
     for bound, subject, waiting, limit in (
-        ("class", f"class {priority.name}", of_class, limits.max_waiting[priority]),
-        ("caller", f"caller {output.caller}", of_caller, limits.max_waiting_per_caller),
+        ("class", f"class {priority.name}", of_class, max_of_class),
+        ("tenant", f"tenant {tenant} in class {priority.name}", of_tenant, max_of_tenant),
+        ("caller", f"caller {caller} in class {priority.name}", load.num_waiting_of(caller, priority), max_of_caller),
+        ("caller", f"caller {caller}", load.num_waiting_of(caller), limits.max_waiting_per_caller),
     ):
+        limit = max(limit, 0)
         too_many = waiting + would_wait - limit
         if too_many > 0:
             raise QueueFullError(

@@ -3,19 +3,25 @@
 An output waits until it is granted one of `max_running` slots (`waiting.py`).
 Then its prompts are encoded, its steps are made and it is decoded (`lives.py`).
 Rows that are ready stand in queues (`ready.py`), and `batching.py` forms a batch
-of them for each free instance.
+of them for each free instance. Between two steps another output may get the
+slot (`slots.py`); then the output waits again.
 
 Bounds:
 - Wait for a slot: the output at position `m` of its class (weight w) starts at
   the latest with grant number m + sum over the other classes (weight v) of
   (floor(m * v / w) + 1), if no output arrives meanwhile; `waiting.py` has the
   bound with arrivals. `schedule` grants every free slot, so each output that
-  ends lets the next one start.
-- Wait for a batch: when a member (an output or a prompt) enters a ready queue,
-  its first row is in a batch after at most as many batches, of all keys, as
-  there were rows in all queues at that time. Each batch that fails meanwhile
-  adds its rows, and previews take their share of instance time. So no key waits
-  for work that came later.
+  ends lets the next one start. `slots.py` has the bound in steps, which holds
+  however long the others' requests are.
+- Wait for a batch, within a class: when a member (an output or a prompt) enters
+  a ready queue, its first row is in a batch after at most as many batches of its
+  class, of all keys, as there were rows in the queues of the class at that time.
+  Each batch that fails meanwhile adds its rows, and previews take their share of
+  instance time. So no key waits for work that came later.
+- Wait for a batch, between classes: while a class has rows ready, another one
+  (weight v) gets at most v / w of the instance time that this one (weight w)
+  gets, plus one call of each.
+- Duration of a call: the rows of lower classes in it at most double it.
 - Batch size: at most `max_rows` rows. After a failure each member runs in
   batches of at most half of the failed batch's members, until it succeeds.
 
@@ -34,7 +40,8 @@ from safelight_server.scheduler.batching import Batching
 from safelight_server.scheduler.deadlines import Deadlines
 from safelight_server.scheduler.estimates import Estimates
 from safelight_server.scheduler.lives import Lives
-from safelight_server.scheduler.ready import ReadyQueues
+from safelight_server.scheduler.ready import Queue, ReadyQueues
+from safelight_server.scheduler.slots import Slots
 from safelight_server.scheduler.types import (
     Batch,
     CostModel,
@@ -59,7 +66,8 @@ class Scheduler:
         self._ready = ReadyQueues()
         self._deadlines = Deadlines()
         self._lives = Lives(self._waiting, self._ready, self._deadlines)
-        self._batching = Batching(limits, cost, self._lives, self._ready)
+        self._slots = Slots(limits, self._waiting, self._lives)
+        self._batching = Batching(limits, cost, self._lives, self._ready, self._waiting)
         self._estimates = Estimates(limits, cost, self._lives)
         self._in_flight: dict[int, Batch] = {}
         self._batch_ids = itertools.count()
@@ -88,9 +96,9 @@ class Scheduler:
         return [event for output_id in ids for event in (*self._lives.end(output_id), OutputExpired(output_id))]
 
     def set_priority(self, output_id: int, priority: Priority) -> None:
-        """Moves a waiting output to another priority class. Outputs that have started and unknown ids are ignored."""
-        if output_id in self._waiting:
-            self._waiting.set_priority(output_id, priority)
+        """Moves an output to another priority class. Unknown ids are ignored."""
+        if output_id in self._lives.of:
+            self._lives.set_priority(output_id, priority)
 
     def set_deadline(self, output_id: int, deadline: float | None) -> None:
         """Changes an output's deadline and, if it waits, its position in its caller's order. Ignores unknown ids."""
@@ -122,7 +130,7 @@ class Scheduler:
     # --- what goes out ---
 
     def schedule(self, now: float, free: Sequence[int], *, full_only: bool = False) -> list[Batch]:
-        """Grants free slots to waiting outputs and forms batches for the free instances, at most one each.
+        """Gives slots to waiting outputs and forms batches for the free instances, at most one each.
 
         Args:
             free: numbers of the idle instances, the one to be given work first in front.
@@ -130,17 +138,16 @@ class Scheduler:
         """
         if not self.num_instances:
             return []
-        while self.num_running < self._limits.max_running and (output := self._waiting.pop()) is not None:
-            self._lives.start(output.output_id)
+        self._slots.grant()
         batches: list[Batch] = []
         for num_taken, instance in enumerate(free):
             formed = self._batching.next(len(free) - num_taken, full_only)
             if formed is None:
                 break
-            (kind, key), rows = formed
-            batch = Batch(next(self._batch_ids), kind, key, instance, rows)
+            queue, rows = formed
+            batch = Batch(next(self._batch_ids), queue.kind, queue.key, instance, rows)
             self._in_flight[batch.batch_id] = batch
-            if kind is Kind.ENCODE:
+            if batch.kind is Kind.ENCODE:
                 self._lives.encoding(batch)
             batches.append(batch)
         return batches
@@ -161,7 +168,7 @@ class Scheduler:
         return events
 
     def fail(self, batch_id: int, given_up: Container[Member] = (), *, suspect: bool = True) -> list[Event]:
-        """Records that a batch failed. Its members go back to the head of their queue in two halves.
+        """Records that a batch failed. Its members go back to the heads of their queues, in two halves for each queue.
 
         Previews are dropped, not tried again. A batch that is no longer in flight is ignored.
 
@@ -176,8 +183,12 @@ class Scheduler:
         for member in batch.members:
             if member in given_up:
                 events += self._lives.give_up(member, batch_id)
-        again = [member for member in batch.members if self._lives.take_back(member, batch)]
-        self._ready.push_first((batch.kind, batch.key), again, apart=suspect)
+        again: dict[Queue, list[Member]] = {}
+        for member in batch.members:
+            if (queue := self._lives.take_back(member, batch)) is not None:
+                again.setdefault(queue, []).append(member)
+        for queue, members in again.items():
+            self._ready.push_first(queue, members, apart=suspect)
         return events
 
     # --- what can be asked ---
@@ -189,8 +200,13 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        """Outputs that have started and not ended."""
-        return self._lives.num_running
+        """Outputs that have a slot."""
+        return self._lives.num_running()
+
+    @property
+    def num_parked(self) -> int:
+        """Outputs that wait in the middle of their steps, because others took their slots."""
+        return self._lives.num_parked
 
     @property
     def num_outputs(self) -> int:
@@ -203,12 +219,16 @@ class Scheduler:
         return max(0, self._limits.max_running - self.num_outputs)
 
     def num_waiting(self, priority: Priority | None = None) -> int:
-        """Outputs that have not started, of one priority class or of all."""
+        """Outputs that wait for a slot, of one priority class or of all."""
         return len(self._waiting) if priority is None else self._waiting.count(priority)
 
-    def num_waiting_of(self, caller: str) -> int:
-        """Outputs of a caller that have not started."""
-        return self._waiting.count_caller(caller)
+    def num_waiting_of(self, caller: str, priority: Priority | None = None) -> int:
+        """Outputs of a caller that wait for a slot, in one priority class or in all."""
+        return self._waiting.count_caller(caller, priority)
+
+    def num_waiting_of_tenant(self, tenant: str, priority: Priority) -> int:
+        """Outputs of a tenant that wait for a slot in a priority class."""
+        return self._waiting.count_tenant(tenant, priority)
 
     def waiting_order(self, priority: Priority) -> list[int]:
         """The outputs of a class in the order in which they will start."""

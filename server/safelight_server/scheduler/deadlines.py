@@ -24,6 +24,10 @@ class Deadlines:
             self._of[output_id] = deadline
             bisect.insort(self._sorted, (deadline, output_id))
 
+    def get(self, output_id: int) -> float | None:
+        """An output's deadline, or None if it has none."""
+        return self._of.get(output_id)
+
     def next(self) -> float | None:
         """The earliest deadline, or None if no output has one."""
         return self._sorted[0][0] if self._sorted else None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
-from safelight_server.scheduler.lives import Lives
-from safelight_server.scheduler.types import CostModel, Kind, Limits, ScheduledOutput
+from safelight_server.scheduler.batching import MAX_STRETCH
+from safelight_server.scheduler.lives import Denoising, Life, Lives
+from safelight_server.scheduler.slots import entitlements
+from safelight_server.scheduler.types import WEIGHTS, CostModel, Kind, Limits, Priority, ScheduledOutput
 
 NO_INSTANCE_S = 86_400.0
 """The estimate while no instance is live: a day, which stands for "nobody knows" and still fits a message."""
@@ -21,33 +24,66 @@ class Estimates:
 
     def backlog_s(self, num_instances: int) -> float:
         """Seconds that all instances need for the steps left of all outputs, in batches of as many as have slots."""
+        return self._left_s(self._lives.of.values(), num_instances)
+
+    def estimate_s(self, output: ScheduledOutput, num_outputs: int, num_instances: int) -> float:
+        """Seconds until `num_outputs` outputs like this one, if added now, would be finished.
+
+        Only what its caller has left in its class comes first. Other callers of the class take their equal parts of the
+        slots, other classes their weight of instance time, a higher one no more than it has left.
+        """
         if not num_instances:
-            return NO_INSTANCE_S if self._lives.of else 0.0
+            return NO_INSTANCE_S
+        keys, priority = output.keys, output.priority
+        lives = self._lives.of.values()
+        classes = {one: [life for life in lives if life.priority is one] for one in Priority}
+        higher = [one for one in Priority if one < priority and classes[one]]
+        lower = [one for one in Priority if one > priority and classes[one]]
+
+        wanted = {one: len(classes[one]) for one in Priority}
+        wanted[priority] += num_outputs
+        slots = max(1, entitlements(wanted, self._limits.max_running)[priority])
+        callers = {life.output.caller for life in classes[priority]} | {output.caller}
+        own_slots = max(1, slots // len(callers))
+        own = [life for life in classes[priority] if life.output.caller == output.caller]
+        together = min(num_outputs, own_slots)
+
+        joint_s = self._step_s(output, together, self._lives.denoising(keys[Kind.DENOISE]), num_instances)
+        own_s = self._step_s(output, together, self._lives.denoising(keys[Kind.DENOISE], priority), num_instances)
+        step_s = min(joint_s, own_s * (MAX_STRETCH if lower else 1.0))
+        seconds = (output.num_steps - output.first_step) * step_s
+        seconds += self._cost.seconds(Kind.DECODE, keys[Kind.DECODE], math.ceil(together / num_instances))
+        seconds += self._cost.seconds(Kind.ENCODE, keys[Kind.ENCODE], len(output.conditioning))
+        seconds *= math.ceil(num_outputs / own_slots) * math.ceil(len(callers) / slots)
+        if len(own) + num_outputs > own_slots:
+            seconds += min(
+                self._left_s(own, num_instances) * len(callers), self._left_s(classes[priority], num_instances)
+            )
+        seconds *= 1 + sum(WEIGHTS[one] for one in lower) / WEIGHTS[priority]
+        ahead = (life for one in higher for life in classes[one])
+        share_of_higher = seconds * sum(WEIGHTS[one] for one in higher) / WEIGHTS[priority]
+        return seconds + min(share_of_higher, self._left_s(ahead, num_instances))
+
+    def _left_s(self, lives: Iterable[Life], num_instances: int) -> float:
+        """Seconds that all instances need for the steps left of some outputs."""
+        lives = list(lives)
+        if not num_instances:
+            return NO_INSTANCE_S if lives else 0.0
         together = min(self._limits.max_running, len(self._lives.of))
         seconds = 0.0
-        for life in self._lives.of.values():
+        for life in lives:
             steps = life.output.num_steps - life.step
             seconds += self._work_s(life.output, steps, math.ceil(together * life.output.rows_per_step / num_instances))
         return seconds / num_instances
 
-    def estimate_s(self, output: ScheduledOutput, num_outputs: int, num_instances: int) -> float:
-        """Seconds until `num_outputs` outputs like this one, if added now, would be finished."""
-        if not num_instances:
-            return NO_INSTANCE_S
-        keys, max_running = output.keys, self._limits.max_running
-        together = min(num_outputs, max_running)
-        tally = self._lives.denoising(keys[Kind.DENOISE])
-        outputs = tally.num_outputs + together
+    def _step_s(self, output: ScheduledOutput, together: int, beside: Denoising, num_instances: int) -> float:
+        """Seconds of one step of so many outputs like this one and of those `beside` them, over all instances."""
+        key = output.keys[Kind.DENOISE]
+        outputs = beside.num_outputs + together
         spread = min(num_instances, outputs if outputs > 1 else output.rows_per_step)
-        batch = max(1, math.ceil((tally.num_rows + together * output.rows_per_step) / spread))
-        turns = math.ceil(batch / self._limits.max_rows(Kind.DENOISE, keys[Kind.DENOISE]))
-        step_s = turns * self._cost.seconds(Kind.DENOISE, keys[Kind.DENOISE], math.ceil(batch / turns))
-        own = (output.num_steps - output.first_step) * step_s
-        own += self._cost.seconds(Kind.DECODE, keys[Kind.DECODE], math.ceil(together / num_instances))
-        own += self._cost.seconds(Kind.ENCODE, keys[Kind.ENCODE], len(output.conditioning))
-        own *= math.ceil(num_outputs / max_running)
-        fits = len(self._lives.of) + together <= max_running
-        return own + (0.0 if fits else self.backlog_s(num_instances))
+        batch = max(1, math.ceil((beside.num_rows + together * output.rows_per_step) / spread))
+        turns = math.ceil(batch / self._limits.max_rows(Kind.DENOISE, key))
+        return turns * self._cost.seconds(Kind.DENOISE, key, math.ceil(batch / turns))
 
     def _work_s(self, output: ScheduledOutput, steps: int, share: int) -> float:
         """Seconds of one instance for `steps` steps of an output, in calls of `share` rows, at most `max_rows`."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from safelight_server.scheduler.lives import Lives
-from safelight_server.scheduler.ready import ReadyQueues
-from safelight_server.scheduler.types import Batch, InvariantError, Kind, Limits, OutputState
+from safelight_server.scheduler.ready import Queue, ReadyQueues
+from safelight_server.scheduler.types import Batch, InvariantError, Kind, Limits, OutputState, Priority
 from safelight_server.scheduler.waiting import WaitingQueue
 
 
@@ -45,16 +45,17 @@ def _check_batches(limits: Limits, lives: Lives, batches: list[Batch]) -> None:
 
 def _check_queues(lives: Lives, ready: ReadyQueues) -> None:
     for queue in ready:
-        kind, key = queue
+        kind, key, priority = queue
         _require(ready.count(queue) > 0, "an empty queue is kept")
         for member in ready.members(queue):
             if isinstance(member, str):
                 _require(member in lives.prompts, "a prompt that nobody wants is in line")
                 continue
             if kind is Kind.PREVIEW:
-                _require(key in lives.previews.get(member, ()), "a preview that nobody wants is in line")
+                _require(lives.previews.get(member, {}).get(key) is priority, "a preview that nobody wants is in line")
                 continue
             _require(member in lives.of, f"output {member} has ended, but is in line")
+            _require(lives.of[member].priority is priority, f"output {member} is in the line of another class")
             _require(bool(lives.of[member].todo), f"output {member} is in line with nothing to do")
 
 
@@ -62,8 +63,15 @@ def _check_outputs(
     limits: Limits, waiting: WaitingQueue, lives: Lives, ready: ReadyQueues, batches: list[Batch]
 ) -> None:
     running = [life for life in lives.of.values() if life.state is not OutputState.WAITING]
-    _require(len(running) == lives.num_running <= limits.max_running, "running outputs")
-    _require(len(waiting) + lives.num_running == len(lives.of), "outputs")
+    _require(len(running) == lives.num_running() <= limits.max_running, "running outputs")
+    _require(len(waiting) + lives.num_running() == len(lives.of), "outputs")
+    for priority in Priority:
+        of_class = {life.output.output_id for life in running if life.priority is priority}
+        listed = {output_id for of_caller in lives.running[priority].values() for output_id in of_caller}
+        _require(of_class == listed and len(listed) == lives.num_running(priority), "slots of a class")
+    parked = [life for life in lives.of.values() if life.parked]
+    _require(all(life.state is OutputState.WAITING and not life.todo for life in parked), "a parked output runs")
+    _require(len(parked) == lives.num_parked <= limits.max_parked, "parked outputs")
     encoding = {(batch.batch_id, row.conditioning_id) for batch in batches for row in batch.rows}
     for life in running:
         output = life.output
@@ -73,7 +81,7 @@ def _check_outputs(
         else:
             kind = Kind.DENOISE if life.state is OutputState.DENOISING else Kind.DECODE
             _require(bool(life.todo or life.in_flight), f"output {output.output_id} is forgotten")
-            in_line = ready.contains((kind, output.keys[kind]), output.output_id)
+            in_line = ready.contains(Queue(kind, output.keys[kind], life.priority), output.output_id)
             _require(in_line == bool(life.todo), f"output {output.output_id} is not in line")
     for conditioning_id, prompt in lives.prompts.items():
         _require(bool(prompt.wanted_by) or prompt.asked, f"prompt {conditioning_id} is kept for nobody")
@@ -82,7 +90,7 @@ def _check_outputs(
         )
         flying = (prompt.batch_id, conditioning_id) in encoding
         if wanted and not prompt.encoded:
-            in_line = ready.contains((Kind.ENCODE, prompt.key), conditioning_id)
+            in_line = ready.contains(Queue(Kind.ENCODE, prompt.key, prompt.priority), conditioning_id)
             _require(in_line != flying, f"prompt {conditioning_id} is forgotten, or encoded twice")
     for key in {output.keys[Kind.DENOISE] for output in (life.output for life in running)}:
         members = [life.output for life in running if life.output.keys[Kind.DENOISE] == key]

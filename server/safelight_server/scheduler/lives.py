@@ -16,10 +16,11 @@ here.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from safelight_server.scheduler.deadlines import Deadlines
-from safelight_server.scheduler.ready import ReadyQueues
+from safelight_server.scheduler.ready import Queue, ReadyQueues
 from safelight_server.scheduler.types import (
     TRANSITIONS,
     Batch,
@@ -31,10 +32,14 @@ from safelight_server.scheduler.types import (
     Member,
     OutputFailed,
     OutputState,
+    Priority,
     ScheduledOutput,
     StepCompleted,
 )
 from safelight_server.scheduler.waiting import WaitingQueue
+
+RUNNING = frozenset({OutputState.ENCODING, OutputState.DENOISING, OutputState.DECODING})
+"""The states in which an output has a slot."""
 
 
 @dataclass(slots=True)
@@ -42,15 +47,23 @@ class Life:
     """The state of one output.
 
     Attributes:
+        arrival: its number in the order in which outputs came.
+        priority: its class now.
         step: number of steps made.
+        turn_step: number of steps made when it got its slot.
+        parked: whether it waits in the middle of its steps.
         unencoded: number of its prompts that are not encoded yet, while it is ENCODING.
         todo: parts (`Row.part`) of the current step that are in no batch yet; [0] for a decoding.
         in_flight: parts of the current step that are in a batch.
     """
 
     output: ScheduledOutput
+    arrival: int
+    priority: Priority
     state: OutputState = OutputState.WAITING
     step: int = 0
+    turn_step: int = 0
+    parked: bool = False
     unencoded: int = 0
     todo: list[int] = field(default_factory=list)
     in_flight: set[int] = field(default_factory=set)
@@ -62,6 +75,7 @@ class Prompt:
 
     Attributes:
         key: the ENCODE key that it can share a batch under.
+        priority: class of the queue in which it stands: the highest class of those that have asked so far.
         wanted_by: ids of the outputs that need it.
         asked: whether a caller of `Lives.ask` waits for it.
         encoded: whether the embedding has been computed.
@@ -69,6 +83,7 @@ class Prompt:
     """
 
     key: str
+    priority: Priority
     wanted_by: set[int] = field(default_factory=set)
     asked: bool = False
     encoded: bool = False
@@ -88,9 +103,10 @@ class Lives:
 
     Attributes:
         of: state by output id.
-        previews: keys of the queued previews by output id; no set is empty.
+        previews: classes of the queued previews by key, by output id; none is empty.
         prompts: the prompts that somebody needs, by conditioning id.
-        num_running: outputs that have started and not ended.
+        running: outputs that have a slot, by class and caller; no mapping of a caller is empty.
+        num_parked: outputs that wait in the middle of their steps.
     """
 
     def __init__(self, waiting: WaitingQueue, ready: ReadyQueues, deadlines: Deadlines) -> None:
@@ -98,27 +114,41 @@ class Lives:
         self._ready = ready
         self._deadlines = deadlines
         self.of: dict[int, Life] = {}
-        self.previews: dict[int, set[str]] = {}
+        self.previews: dict[int, dict[str, Priority]] = {}
         self.prompts: dict[str, Prompt] = {}
-        self.num_running = 0
-        self._denoising: dict[str, Denoising] = {}
+        self.running: dict[Priority, dict[str, dict[int, Life]]] = {priority: {} for priority in Priority}
+        self.num_parked = 0
+        self._num_running = dict.fromkeys(Priority, 0)
+        self._denoising: dict[tuple[str, Priority], Denoising] = {}
+        self._arrivals = itertools.count()
 
-    def denoising(self, key: str) -> Denoising:
-        """Counts the outputs that are DENOISING under a key, whether their rows are queued or in flight."""
-        return self._denoising.get(key) or Denoising()
+    def num_running(self, priority: Priority | None = None) -> int:
+        """Outputs that have a slot, of one class or of all."""
+        return sum(self._num_running.values()) if priority is None else self._num_running[priority]
+
+    def denoising(self, key: str, priority: Priority | None = None) -> Denoising:
+        """Counts the outputs of a class, or of all, that are DENOISING under a key, queued or in flight."""
+        classes = Priority if priority is None else (priority,)
+        counts = [self._denoising[key, one] for one in classes if (key, one) in self._denoising]
+        return Denoising(sum(count.num_outputs for count in counts), sum(count.num_rows for count in counts))
 
     def add(self, output: ScheduledOutput) -> None:
         """Adds a new output to the waiting queue and notes which prompts it needs."""
-        self.of[output.output_id] = Life(output, step=output.first_step)
-        self._waiting.push(output)
+        life = Life(output, next(self._arrivals), output.priority, step=output.first_step)
+        self.of[output.output_id] = life
+        self._waiting.push(output, life.priority, output.deadline, life.arrival)
         self._deadlines.set(output.output_id, output.deadline)
         for conditioning_id in output.conditioning:
-            prompt = self.prompts.setdefault(conditioning_id, Prompt(output.keys[Kind.ENCODE]))
+            prompt = self.prompts.setdefault(conditioning_id, Prompt(output.keys[Kind.ENCODE], life.priority))
             prompt.wanted_by.add(output.output_id)
 
     def start(self, output_id: int) -> None:
         """Starts an output that has got a slot: queues its missing prompts, its first step or its decoding."""
         life = self.of[output_id]
+        life.turn_step = life.step
+        if life.parked:
+            life.parked = False
+            self.num_parked -= 1
         if life.step == life.output.num_steps:
             self._ready_to_decode(life)
             return
@@ -126,42 +156,78 @@ class Lives:
             prompt = self.prompts[conditioning_id]
             if not prompt.encoded:
                 life.unencoded += 1
-                if prompt.batch_id is None:
-                    self._ready.push((Kind.ENCODE, prompt.key), conditioning_id)
+                self._want(conditioning_id, prompt, life.priority)
         if life.unencoded:
             self._move(life, OutputState.ENCODING)
         else:
             self._ready_to_step(life)
 
+    def park(self, output_id: int) -> None:
+        """Takes the slot of an output that is between two steps; it waits again, in the middle of its steps."""
+        life = self.of[output_id]
+        self._ready.discard(self._queue(life, Kind.DENOISE), output_id)
+        life.todo.clear()
+        life.parked = True
+        self.num_parked += 1
+        self._move(life, OutputState.WAITING)
+        self._waiting.push(life.output, life.priority, self._deadlines.get(output_id), life.arrival)
+
+    def set_priority(self, output_id: int, priority: Priority) -> None:
+        """Moves an output to another class, with all that is queued of it."""
+        life = self.of[output_id]
+        if life.priority is priority:
+            return
+        if life.state is OutputState.WAITING:
+            self._waiting.set_priority(output_id, priority)
+            life.priority = priority
+            return
+        old = self._queue(life, Kind.DENOISE), self._queue(life, Kind.DECODE)
+        self._count(life, -1)
+        life.priority = priority
+        self._count(life, 1)
+        for queue in old:
+            if self._ready.contains(queue, output_id):
+                self._ready.discard(queue, output_id)
+                self._ready.push(queue._replace(priority=priority), output_id)
+        if life.state is OutputState.ENCODING:
+            for conditioning_id in life.output.conditioning:
+                if not (prompt := self.prompts[conditioning_id]).encoded:
+                    self._want(conditioning_id, prompt, priority)
+
     def want_preview(self, output_id: int, key: str) -> None:
-        """Queues one preview row of an output under `key`; does nothing if one is queued already."""
-        self.previews.setdefault(output_id, set()).add(key)
-        self._ready.push((Kind.PREVIEW, key), output_id)
+        """Queues one preview row of an output under `key`; does nothing if one is queued already.
+
+        Previews for outputs of another server are of class STANDARD.
+        """
+        keys = self.previews.setdefault(output_id, {})
+        if key not in keys:
+            life = self.of.get(output_id)
+            keys[key] = Priority.STANDARD if life is None else life.priority
+            self._ready.push(Queue(Kind.PREVIEW, key, keys[key]), output_id)
 
     def preview_taken(self, output_id: int, key: str) -> None:
         """Forgets a queued preview whose row has been taken into a batch."""
         keys = self.previews[output_id]
-        keys.remove(key)
+        del keys[key]
         if not keys:
             del self.previews[output_id]
 
     def drop_previews(self, output_id: int) -> None:
         """Removes all queued previews of an output. Previews that are in a batch already still run."""
-        for key in self.previews.pop(output_id, ()):
-            self._ready.discard((Kind.PREVIEW, key), output_id)
+        for key, priority in self.previews.pop(output_id, {}).items():
+            self._ready.discard(Queue(Kind.PREVIEW, key, priority), output_id)
 
     def ask(self, conditioning_id: str, key: str) -> list[Event]:
-        """Has a prompt encoded for its embedding alone.
+        """Has a prompt encoded for its embedding alone, in class INTERACTIVE: a look into the cache waits for it.
 
         Returns:
             `EmbeddingReady` if it is encoded already; else nothing, and `encoded` or `give_up` returns the event later.
         """
-        prompt = self.prompts.setdefault(conditioning_id, Prompt(key))
+        prompt = self.prompts.setdefault(conditioning_id, Prompt(key, Priority.INTERACTIVE))
         if prompt.encoded:
             return [EmbeddingReady(conditioning_id)]
         prompt.asked = True
-        if prompt.batch_id is None:
-            self._ready.push((Kind.ENCODE, key), conditioning_id)
+        self._want(conditioning_id, prompt, Priority.INTERACTIVE)
         return []
 
     def encoded(self, conditioning_id: str, batch_id: int) -> list[Event]:
@@ -195,20 +261,25 @@ class Lives:
         for row in batch.rows:
             self.prompts[row.conditioning_id].batch_id = batch.batch_id
 
-    def take_back(self, member: Member, batch: Batch) -> bool:
-        """Undoes what a failed batch took of a member. False if nobody needs the member any more."""
+    def take_back(self, member: Member, batch: Batch) -> Queue | None:
+        """Undoes what a failed batch took of a member.
+
+        Returns:
+            The queue that the member belongs in again; None if nobody needs it any more.
+        """
         if isinstance(member, str):
             prompt = self.prompts.get(member)
             if prompt is None or prompt.batch_id != batch.batch_id:
-                return False
+                return None
             prompt.batch_id = None
-            return prompt.asked or bool(self._encoding(prompt))
+            wanted = prompt.asked or bool(self._encoding(prompt))
+            return Queue(Kind.ENCODE, prompt.key, prompt.priority) if wanted else None
         if (life := self.of.get(member)) is None:
-            return False
+            return None
         parts = {row.part for row in batch.rows if row.output_id == member}
         life.in_flight -= parts
         life.todo = sorted({*life.todo, *parts})
-        return True
+        return self._queue(life, batch.kind)
 
     def give_up(self, member: Member, batch_id: int) -> list[Event]:
         """Ends an output without a picture; for a prompt, every started output that waits for its embedding."""
@@ -227,10 +298,11 @@ class Lives:
         life = self.of.pop(output_id)
         if life.state is OutputState.WAITING:
             self._waiting.remove(output_id)
+            self.num_parked -= life.parked
         self._move(life, OutputState.ENDED)
         self._deadlines.set(output_id, None)
         for kind in (Kind.DENOISE, Kind.DECODE):
-            self._ready.discard((kind, life.output.keys[kind]), output_id)
+            self._ready.discard(self._queue(life, kind), output_id)
         self.drop_previews(output_id)
         return self._release(life.output)
 
@@ -238,30 +310,58 @@ class Lives:
         lives = (self.of[output_id] for output_id in sorted(prompt.wanted_by))
         return [life for life in lives if life.state is OutputState.ENCODING]
 
+    def _queue(self, life: Life, kind: Kind) -> Queue:
+        return Queue(kind, life.output.keys[kind], life.priority)
+
+    def _want(self, conditioning_id: str, prompt: Prompt, priority: Priority) -> None:
+        """Queues a prompt that is in no batch, or moves it up to the class of who needs it now."""
+        if prompt.batch_id is not None:
+            return
+        queue = Queue(Kind.ENCODE, prompt.key, prompt.priority)
+        if not self._ready.contains(queue, conditioning_id):
+            prompt.priority = priority
+        elif priority < prompt.priority:
+            self._ready.discard(queue, conditioning_id)
+            prompt.priority = priority
+        self._ready.push(queue._replace(priority=prompt.priority), conditioning_id)
+
     def _ready_to_step(self, life: Life) -> None:
         if life.state is not OutputState.DENOISING:
             self._move(life, OutputState.DENOISING)
         life.todo = list(range(life.output.rows_per_step))
-        self._ready.push((Kind.DENOISE, life.output.keys[Kind.DENOISE]), life.output.output_id)
+        self._ready.push(self._queue(life, Kind.DENOISE), life.output.output_id)
 
     def _ready_to_decode(self, life: Life) -> None:
         self._move(life, OutputState.DECODING)
         life.todo = [0]
-        self._ready.push((Kind.DECODE, life.output.keys[Kind.DECODE]), life.output.output_id)
+        self._ready.push(self._queue(life, Kind.DECODE), life.output.output_id)
 
     def _move(self, life: Life, state: OutputState) -> None:
         if state not in TRANSITIONS[life.state]:
             raise InvariantError(f"output {life.output.output_id}: {life.state} -> {state}")
-        self.num_running += (life.state is OutputState.WAITING) - (state is OutputState.ENDED)
-        key, rows = life.output.keys[Kind.DENOISE], life.output.rows_per_step
-        for at, change in ((life.state, -1), (state, 1)):
-            if at is OutputState.DENOISING:
-                tally = self._denoising.setdefault(key, Denoising())
-                tally.num_outputs += change
-                tally.num_rows += change * rows
-                if not tally.num_outputs:
-                    del self._denoising[key]
+        self._count(life, -1)
         life.state = state
+        self._count(life, 1)
+
+    def _count(self, life: Life, change: int) -> None:
+        """Adds an output to the counts of its class and state, or with `change` -1 takes it out."""
+        output, priority = life.output, life.priority
+        if life.state in RUNNING:
+            self._num_running[priority] += change
+            callers = self.running[priority]
+            if change > 0:
+                callers.setdefault(output.caller, {})[output.output_id] = life
+            else:
+                del callers[output.caller][output.output_id]
+                if not callers[output.caller]:
+                    del callers[output.caller]
+        if life.state is OutputState.DENOISING:
+            at = (output.keys[Kind.DENOISE], priority)
+            tally = self._denoising.setdefault(at, Denoising())
+            tally.num_outputs += change
+            tally.num_rows += change * output.rows_per_step
+            if not tally.num_outputs:
+                del self._denoising[at]
 
     def _release(self, output: ScheduledOutput) -> list[Event]:
         events: list[Event] = []
@@ -284,5 +384,5 @@ class Lives:
         if prompt.wanted_by or prompt.asked:
             return []
         del self.prompts[conditioning_id]
-        self._ready.discard((Kind.ENCODE, prompt.key), conditioning_id)
+        self._ready.discard(Queue(Kind.ENCODE, prompt.key, prompt.priority), conditioning_id)
         return [EmbeddingReleased(conditioning_id)]

@@ -1,4 +1,4 @@
-"""Queues of work that is ready for a batch: one queue per (kind, key), served in order of arrival over all queues.
+"""Queues of work that is ready for a batch: one per (kind, key, priority class), each in order of arrival.
 
 A member (an output, or a prompt to encode) gets a turn number when it becomes
 ready. The members of a failed batch go back to the head of their queue, split
@@ -14,10 +14,19 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from safelight_server.scheduler.types import Kind, Member
+from safelight_server.scheduler.types import Kind, Member, Priority
 
-Queue = tuple[Kind, str]
+
+class Queue(NamedTuple):
+    """Names a queue. Members of queues of equal kind and key can share a batch."""
+
+    kind: Kind
+    key: str
+    priority: Priority
+
+
 Turn = tuple[int, int]
 """Order of service, smallest first: a number from one counter, then 0, or below 0 for members put before it."""
 TOGETHER = 0
@@ -62,6 +71,10 @@ class ReadyQueues:
         head = list(itertools.islice(self._lines[queue].items(), limit))
         group = head[0][1].group
         return [member for member, _ in itertools.takewhile(lambda at: at[1].group == group, head)]
+
+    def suspected(self, queue: Queue) -> bool:
+        """Whether the first member was in a batch that failed, so that it shares a batch with its half only."""
+        return next(iter(self._lines[queue].values())).group != TOGETHER
 
     def push(self, queue: Queue, member: Member) -> None:
         """Adds a member at the end of a queue; a member that is in it already keeps its position."""

@@ -18,7 +18,7 @@ class Kind(enum.Enum):
 
 
 class Priority(enum.IntEnum):
-    """Priority classes of waiting outputs; `WEIGHTS` says how often each is served relative to the others."""
+    """Priority classes; `WEIGHTS` says how much of the slots and of instance time each gets relative to the others."""
 
     INTERACTIVE = 0
     STANDARD = 1
@@ -31,7 +31,7 @@ WEIGHTS = {Priority.INTERACTIVE: 8, Priority.STANDARD: 4, Priority.BATCH: 1}
 class OutputState(enum.Enum):
     """State of an output; `TRANSITIONS` lists the allowed changes."""
 
-    WAITING = "waiting"
+    WAITING = "waiting"  # for a slot: for the first one, or again after another output took it
     ENCODING = "encoding"
     DENOISING = "denoising"
     DECODING = "decoding"
@@ -43,7 +43,7 @@ TRANSITIONS: Mapping[OutputState, frozenset[OutputState]] = {
         {OutputState.ENCODING, OutputState.DENOISING, OutputState.DECODING, OutputState.ENDED}
     ),
     OutputState.ENCODING: frozenset({OutputState.DENOISING, OutputState.ENDED}),
-    OutputState.DENOISING: frozenset({OutputState.DECODING, OutputState.ENDED}),
+    OutputState.DENOISING: frozenset({OutputState.WAITING, OutputState.DECODING, OutputState.ENDED}),
     OutputState.DECODING: frozenset({OutputState.ENDED}),
     OutputState.ENDED: frozenset(),
 }
@@ -54,7 +54,7 @@ class ScheduledOutput:
     """One picture of a generation: the unit that is scheduled.
 
     Attributes:
-        caller: who asked for it; callers of one class take turns.
+        caller: who asked for it, as TENANT/NAME; callers of one class take turns.
         rows_per_step: 1, or 2 with classifier-free guidance.
         keys: batch key by kind: rows of equal keys (component version and shapes) can share a batch.
         conditioning: ids of the prompt embeddings that it needs; outputs with the same id share one encoding.
@@ -71,6 +71,11 @@ class ScheduledOutput:
     conditioning: tuple[str, ...]
     deadline: float | None = None
     first_step: int = 0
+
+    @property
+    def tenant(self) -> str:
+        """The tenant of its caller."""
+        return self.caller.partition("/")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +176,8 @@ class Limits:
     """What bounds the scheduler.
 
     Attributes:
-        max_running: outputs that have started and not ended; each holds latents.
+        max_running: outputs that have a slot: those that take part in batches.
+        max_parked: outputs that wait in the middle of their steps, because others took their slots.
         max_rows: largest batch in rows, by kind and key.
         num_instances: live instances at the start; `Scheduler.set_instances` changes it.
         preview_share: share of instance time, 0 to 1, that previews may take from other work.
@@ -181,6 +187,7 @@ class Limits:
     max_rows: Callable[[Kind, str], int]
     num_instances: int
     preview_share: float = 0.1
+    max_parked: int = 256
 
 
 class InvariantError(AssertionError):

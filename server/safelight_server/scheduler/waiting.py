@@ -6,7 +6,8 @@ served next. A class that was empty resumes at the pass of the last grant, so
 that it cannot save up grants while it is idle.
 
 Bounds for an output that waits in one class, whoever else arrives, leaves or
-moves. Let `n` be the number of grants that its class gets up to its own:
+moves, as to slots that become free (`slots.py` moves slots beside this). Let
+`n` be the number of grants that its class gets up to its own:
 - another class of weight v gets at most floor(n * v / weight) + 1 grants;
 - another caller of its class gets at most one grant more than there are outputs
   of its own caller that start before it;
@@ -45,7 +46,6 @@ class WaitingQueue:
         self._by_caller: dict[str, int] = {}
         self._passes = dict.fromkeys(Priority, 0.0)
         self._last_pass = 0.0
-        self._arrivals = itertools.count()
 
     def __len__(self) -> int:
         return len(self._outputs)
@@ -57,13 +57,24 @@ class WaitingQueue:
         """Number of waiting outputs of a class."""
         return self._counts[priority]
 
-    def count_caller(self, caller: str) -> int:
-        """Number of waiting outputs of a caller, over all classes."""
-        return self._by_caller.get(caller, 0)
+    def count_caller(self, caller: str, priority: Priority | None = None) -> int:
+        """Number of waiting outputs of a caller, in one class or over all."""
+        if priority is None:
+            return self._by_caller.get(caller, 0)
+        return len(self._callers[priority].get(caller, ()))
 
-    def push(self, output: ScheduledOutput) -> None:
-        """Adds an output to its priority class."""
-        self._insert(output, output.priority, (_latest(output.deadline), next(self._arrivals), output.output_id))
+    def count_tenant(self, tenant: str, priority: Priority) -> int:
+        """Number of waiting outputs of a tenant's callers in a class."""
+        callers = self._callers[priority].items()
+        return sum(len(places) for caller, places in callers if caller.partition("/")[0] == tenant)
+
+    def callers(self, priority: Priority) -> list[str]:
+        """The callers that have outputs waiting in a class, the one whose turn is next in front."""
+        return list(self._callers[priority])
+
+    def push(self, output: ScheduledOutput, priority: Priority, deadline: float | None, arrival: int) -> None:
+        """Adds an output. `arrival`: its number in the order in which outputs came, whenever it is pushed."""
+        self._insert(output, priority, (_latest(deadline), arrival, output.output_id))
 
     def set_priority(self, output_id: int, priority: Priority) -> None:
         """Moves an output to another class; it keeps its arrival number."""
@@ -91,10 +102,13 @@ class WaitingQueue:
         priority = min(filled, key=lambda p: (self._passes[p], p))
         self._last_pass = self._passes[priority]
         self._passes[priority] += 1 / WEIGHTS[priority]
+        return self.pop_of(priority, next(iter(self._callers[priority])))
+
+    def pop_of(self, priority: Priority, caller: str) -> ScheduledOutput:
+        """Removes and returns the output of a caller that starts next, out of the class's turn."""
         callers = self._callers[priority]
-        caller, places = next(iter(callers.items()))
         callers.move_to_end(caller)
-        return self._take(places[0][2]).output
+        return self._take(callers[caller][0][2]).output
 
     def order(self, priority: Priority) -> list[int]:
         """The outputs of a class in the order in which they will start, if no output is added or removed."""

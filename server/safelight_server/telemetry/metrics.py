@@ -66,6 +66,7 @@ class Metrics:
             "safelight_waiting_outputs", "Outputs that have not started", ["class"], registry=registry
         )
         self._running = Gauge("safelight_running_outputs", "Outputs that take steps", registry=registry)
+        self._parked = Gauge("safelight_parked_outputs", "Outputs whose slots others have", registry=registry)
         self._outcomes = Counter("safelight_generations", "Generations that ended", ["status"], registry=registry)
         self._refused = Counter("safelight_refused", "Requests that were refused", ["reason"], registry=registry)
         self.first_preview = Histogram(
@@ -94,11 +95,14 @@ class Metrics:
         self._calls[kind].observe(seconds)
         self.compute_seconds.inc(seconds)
 
-    def watch_queue(self, waiting: Callable[[str], float], running: Callable[[], float]) -> None:
-        """Sets the functions that give the queue's depth by class, and the running outputs, at every scrape."""
+    def watch_queue(
+        self, waiting: Callable[[str], float], running: Callable[[], float], parked: Callable[[], float]
+    ) -> None:
+        """Sets the functions that give the queue's depth by class, the running and the parked outputs, at a scrape."""
         for name in CLASSES:
             self._waiting.labels(name).set_function(functools.partial(waiting, name))
         self._running.set_function(running)
+        self._parked.set_function(parked)
 
     def ended(self, status: str, seconds: float) -> None:
         """Counts a generation that ended with this status, so many seconds after its acceptance."""

@@ -37,6 +37,7 @@ class RequestLimits:
     """The server's limits on a request, beside those of the model."""
 
     max_prompt_chars: int
+    max_request_rows: int
     resume_grace_s: float
     max_resume_grace_s: float
 
@@ -50,7 +51,7 @@ def resolve_request(message: pb.GenerateRequest, catalog: Catalog, limits: Reque
     """
     faults, notices = Violations(), list[Notice]()
     pipeline = find_model(message.spec.model, catalog, "spec.model")
-    spec = check_spec(message.spec, pipeline, limits.max_prompt_chars, faults, notices)
+    spec = check_spec(message.spec, pipeline, limits.max_prompt_chars, limits.max_request_rows, faults, notices)
     preview = check_preview(message.preview, pipeline, faults)
     encoding = PixelEncoding()
     if message.HasField("encoding"):

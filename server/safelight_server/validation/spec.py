@@ -19,7 +19,12 @@ LINE_BREAKS = "\t\n\r"
 
 
 def check_spec(
-    message: pb.GenerationSpec, pipeline: Pipeline, max_prompt_chars: int, faults: Violations, notices: list[Notice]
+    message: pb.GenerationSpec,
+    pipeline: Pipeline,
+    max_prompt_chars: int,
+    max_request_rows: int,
+    faults: Violations,
+    notices: list[Notice],
 ) -> Spec | None:
     """Checks a GenerationSpec message. None where there are faults."""
     manifest = pipeline.manifest
@@ -35,6 +40,14 @@ def check_spec(
     if faults:
         return None
     guided = guidance != 1.0
+    rows = len(seeds) * steps * (2 if guided else 1)
+    if not faults.check(
+        rows <= max_request_rows,
+        "spec.num_inference_steps",
+        f"with {len(seeds)} outputs costs {rows} denoiser rows{' with guidance' if guided else ''}; "
+        f"at most {max_request_rows} are taken: ask for fewer steps or outputs",
+    ):
+        return None
     if negative and not guided:
         notices.append(Notice("NEGATIVE_PROMPT_UNUSED", "a negative prompt has no effect at guidance_scale 1"))
     negative = negative if guided else ""

@@ -1,0 +1,139 @@
+"""Moves slots between outputs at their step boundaries, so that nobody waits for the length of others' requests.
+
+A free slot goes to who is next in `waiting.py`. When none is free, an output
+that waits may take the slot of one that runs, which is then *parked*: it keeps
+its latent and its place by arrival, and waits. Three rules, in this order:
+
+1. Shares of classes. Each class is entitled to its weight of the slots, as far
+   as it has outputs (weighted max-min fairness; Bertsekas & Gallager, Data
+   Networks, 1992, section 6.5). A class below its entitlement takes from the
+   one that is furthest above its own.
+2. Shares of callers. Within a class the caller with the fewest slots takes from
+   the one with the most, while they differ by two or more.
+3. Turns. Where a class has more callers than slots, an output that has made
+   `TURN_STEPS` steps since it got its slot makes room for a caller with none.
+
+An output is parked only between two steps, and not before it has made one step
+in its slot, so that everyone gets on. Rule 1 does not wait for that step where
+each class is entitled to a slot, since then each gets on anyway.
+
+Bounds, in steps of the outputs that run, and not in their lengths. With `s`
+slots for a class and `n` callers in it, the first output of a caller has a slot
+- after one step, if its class or its caller is below its share;
+- after ceil(n / s) turns else;
+unless `max_parked` outputs are parked: then it waits until one of them is back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from safelight_server.scheduler.lives import Life, Lives
+from safelight_server.scheduler.types import WEIGHTS, Limits, OutputState, Priority
+from safelight_server.scheduler.waiting import WaitingQueue
+
+TURN_STEPS = 32
+"""Steps that an output makes before it makes room for a caller of its class that has no slot. Most need fewer."""
+
+
+class Slots:
+    """Gives slots to outputs that wait."""
+
+    def __init__(self, limits: Limits, waiting: WaitingQueue, lives: Lives) -> None:
+        self._limits = limits
+        self._waiting = waiting
+        self._lives = lives
+
+    def grant(self) -> None:
+        """Gives away every free slot, then moves slots as long as a rule asks for it."""
+        while self._lives.num_running() < self._limits.max_running and (output := self._waiting.pop()) is not None:
+            self._lives.start(output.output_id)
+        while len(self._waiting) and self._lives.num_parked < self._limits.max_parked:
+            if not any(self._move_to(priority) for priority in Priority if self._waiting.count(priority)):
+                return
+
+    def _move_to(self, priority: Priority) -> bool:
+        """Moves one slot to an output of a class in which some wait. False if no rule gives it one."""
+        caller = min(self._waiting.callers(priority), key=lambda name: self._held(priority, name))
+        victim = self._of_another_class(priority) or self._of_another_caller(priority, self._held(priority, caller))
+        if victim is None:
+            return False
+        self._lives.park(victim.output.output_id)
+        self._lives.start(self._waiting.pop_of(priority, caller).output_id)
+        return True
+
+    def _of_another_class(self, priority: Priority) -> Life | None:
+        shares = entitlements(
+            {one: self._lives.num_running(one) + self._waiting.count(one) for one in Priority},
+            self._limits.max_running,
+        )
+        above = {one: self._lives.num_running(one) - shares[one] for one in Priority}
+        if above[priority] >= 0:
+            return None
+        fewest = 0 if self._limits.max_running >= len(Priority) else 1
+        for donor in sorted((one for one in Priority if above[one] > 0), key=lambda one: (-above[one], -one)):
+            for lives in sorted(self._lives.running[donor].values(), key=len, reverse=True):
+                if (victim := _last(lives, fewest)) is not None:
+                    return victim
+        return None
+
+    def _of_another_caller(self, priority: Priority, held: int) -> Life | None:
+        """An output of a caller with two slots more than `held`, or more; if that is 0, also one whose turn is over."""
+        callers = sorted(self._lives.running[priority].values(), key=len, reverse=True)
+        for lives in callers:
+            if len(lives) < held + 2:
+                break
+            if (victim := _last(lives, 1)) is not None:
+                return victim
+        if held:
+            return None
+        turns = [life for lives in callers for life in lives.values() if _movable(life, TURN_STEPS)]
+        return max(turns, key=lambda life: (_made(life), life.arrival), default=None)
+
+    def _held(self, priority: Priority, caller: str) -> int:
+        return len(self._lives.running[priority].get(caller, ()))
+
+
+def entitlements(wanted: Mapping[Priority, int], num_slots: int) -> dict[Priority, int]:
+    """How many slots each class may hold: its weight of them, and what others of its share do not want.
+
+    Args:
+        wanted: outputs of each class that run or wait.
+
+    Returns:
+        At least 1 for each class that wants any, the highest class first, as far as there are slots.
+    """
+    shares = dict.fromkeys(Priority, 0)
+    hungry = {priority for priority in Priority if wanted[priority]}
+    left = num_slots
+    while hungry:
+        weight = sum(WEIGHTS[priority] for priority in hungry)
+        content = {priority for priority in hungry if wanted[priority] * weight <= left * WEIGHTS[priority]}
+        if not content:
+            for priority in sorted(hungry):
+                share = max(1, math.floor(left * WEIGHTS[priority] / weight))
+                shares[priority] = min(share, num_slots - sum(shares.values()))
+            break
+        for priority in content:
+            shares[priority] = wanted[priority]
+        left -= sum(wanted[priority] for priority in content)
+        hungry -= content
+    return shares
+
+
+def _made(life: Life) -> int:
+    """Steps that an output has made since it got its slot."""
+    return life.step - life.turn_step
+
+
+def _movable(life: Life, fewest: int) -> bool:
+    """Whether an output is between two steps, and has made at least `fewest` since it got its slot."""
+    between = life.state is OutputState.DENOISING and len(life.todo) == life.output.rows_per_step
+    return between and _made(life) >= fewest
+
+
+def _last(lives: Mapping[int, Life], fewest: int) -> Life | None:
+    """The youngest output of a caller that can be parked; `fewest`: see `_movable`."""
+    movable = [life for life in lives.values() if _movable(life, fewest)]
+    return max(movable, key=lambda life: life.arrival, default=None)
