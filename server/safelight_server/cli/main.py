@@ -23,7 +23,8 @@ from safelight import Branch, CacheMode, Client, GenerationError, GetCacheStatsR
 from safelight_server import __version__
 from safelight_server import settings as settings_module
 from safelight_server.api.identity import KeyFileError, new_key
-from safelight_server.app.server import Running, StartError, serve
+from safelight_server.app.process import serve
+from safelight_server.app.server import Running, StartError
 from safelight_server.catalog import export as repositories
 from safelight_server.catalog.catalog import ManifestError
 from safelight_server.catalog.export import Accelerator, RepositoryError
