@@ -36,7 +36,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to bind. Beyond loopback TLS and keys are needed, or insecure.")
     port: int = Field(8421, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
     insecure: bool = Field(False, description="Allow a bind beyond loopback without TLS or without keys.")
-    tls_cert_file: Path | None = Field(None, description="PEM chain of the server; with tls_key_file.")
+    tls_cert_file: Path | None = Field(
+        None, description="PEM chain of the server, read again when it changes; with tls_key_file."
+    )
     tls_key_file: Path | None = Field(None, description="PEM key of the server.")
     api_key_file: Path | None = Field(None, description="Keys of the callers (docs/operations/keys.md). None: no keys.")
 
