@@ -38,6 +38,9 @@ help: ## List the targets, and how long each takes
 	cd tools && go build -o ../.tools/ tool
 	@touch $@
 
+.tools/protoc-gen-go-grpc: tools/install-protoc-plugins
+	tools/install-protoc-plugins
+
 .PHONY: setup
 setup: .venv/.installed ## Make the virtual environment from the lock file (10 s)
 
@@ -86,20 +89,25 @@ test-triton: setup .venv-triton/.installed .tools/.installed ## Run the tests ag
 test-tools: setup .tools/.installed ## Run the tests with grpcurl, ghz and Jaeger (1 min)
 	$(PY) -m pytest -q --timeout 180 tests/tools
 
+.PHONY: test-clients
+test-clients: setup ## Run the clients of all languages whose toolchains are here against real servers (4 min)
+	tools/install-system-packages
+	$(PY) -m pytest -q --timeout 180 tests/clients
+
 .PHONY: test-simulation
 SCHEDULES := 100000
 SEED := 1
-test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds (SCHEDULES=100000 SEED=1; 15 to 30 min)
+test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds (SCHEDULES=100000 SEED=1; 50 min)
 	PYTHONPATH=server:clients/python:. $(PY) -m tests.simulation --schedules $(SCHEDULES) --seed $(SEED)
 
 .PHONY: test-rest
-test-rest: test-tools test-redis test-triton test-training test-peers test-simulation mutate ## Run the groups that need more than `make test` does (20 min)
+test-rest: test-tools test-clients test-redis test-triton test-training test-peers test-simulation mutate ## Run the groups that need more than `make test` does (20 min)
 
 .PHONY: test-all
 test-all: test test-rest ## Run all tests (30 min)
 
 .PHONY: check
-check: setup ## Format, lint, types, import rules, generated code, mutations apply, proto lint (1 min)
+check: setup .tools/protoc-gen-go-grpc ## Format, lint, types, import rules, generated code, mutations apply, proto lint (1 min)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
@@ -115,10 +123,8 @@ format: setup ## Format the sources
 	.venv/bin/ruff check --fix .
 
 .PHONY: generate
-generate: setup ## Generate the stubs from proto/ and the settings page
-	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m grpc_tools.protoc -Iproto -Iproto/third_party \
-	  --python_out=clients/python --grpc_python_out=clients/python \
-	  --mypy_out=quiet:clients/python --mypy_grpc_out=quiet:clients/python proto/safelight/v1/*.proto
+generate: setup .tools/protoc-gen-go-grpc ## Generate the stubs of all clients from proto/, and the settings page
+	tools/generate-stubs .
 	$(PY) tools/settings_page.py > docs/operations/settings.md
 
 node_modules/.installed: package.json package-lock.json
@@ -162,6 +168,9 @@ bench: setup $(BENCH_ENV)/.installed $(BENCH_TRITON) ## Measure: tables, and JSO
 	PYTHONPATH=server:clients/python $(BENCH_ENV)/bin/python -m load_tests.bench --only "$(ONLY)"
 
 .PHONY: bench-smoke
+soak: setup ## Good callers beside hostile ones for MINUTES=30; memory must stay flat (30 min)
+	PYTHONPATH=server:clients/python $(PY) -m load_tests.soak --minutes $(or $(MINUTES),30)
+
 bench-smoke: setup .venv-bench/.installed .venv-triton/.installed ## Run all benchmarks for seconds, to see that they work (minutes)
 	tools/install-system-packages
 	PYTHONPATH=server:clients/python .venv-bench/bin/python -m load_tests.bench --smoke --out out/bench/smoke

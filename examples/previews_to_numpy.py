@@ -9,19 +9,13 @@ import safelight
 RAW = "application/x-raw-rgba8"
 
 
-def pixels(image: safelight.Preview | safelight.Picture) -> np.ndarray:
-    """The pixels, (height, width, 4) uint8. Rows follow one another without padding: four bytes a pixel are aligned."""
-    return np.frombuffer(image.data, np.uint8).reshape(image.height_px, image.width_px, 4)
-
-
 async def main(target: str = "127.0.0.1:8421") -> None:
-    policy = safelight.PreviewPolicy(accept=[safelight.PixelEncoding(media_type=RAW)])
     before = None
     async with safelight.Client(target) as client:
-        async for event in client.generate("a red shield", seed=3, preview=policy, media_type=RAW):
+        async for event in client.generate("a red shield", seed=3, preview_media_type=RAW, media_type=RAW):
             if not isinstance(event, safelight.Preview | safelight.Picture):
                 continue
-            now = pixels(event)
+            now = event.array()  # (height, width, 4) uint8
             name = f"step {event.step}" if isinstance(event, safelight.Preview) else "picture"
             if before is not None and before.shape == now.shape:
                 print(f"{name}: {now.shape}, differs by {np.abs(now.astype(int) - before).mean():.1f} of 255")

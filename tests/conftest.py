@@ -105,10 +105,10 @@ def short_path() -> Iterator[Path]:
 
 
 @asynccontextmanager
-async def serving_here(**settings: object) -> AsyncIterator[Running]:
-    """A real server of this process on a free port."""
+async def serving_here(*, wall: Callable[[], float] = time.time, **settings: object) -> AsyncIterator[Running]:
+    """A real server of this process on a free port; `wall`: the clock of its machine."""
     given = {"port": 0, "models_dir": MODELS, "log_level": "error"} | settings
-    async with serving(load(**given)) as running:
+    async with serving(load(**given), wall) as running:
         yield running
 
 

@@ -100,7 +100,13 @@ def main(arguments: list[str] | None = None) -> None:
     credentials = None if given.ca_file is None else grpc.ssl_channel_credentials(given.ca_file.read_bytes())
 
     def connect() -> Client:
-        return Client(given.target, api_key=given.api_key, credentials=credentials, server_name=given.server_name)
+        return Client(
+            given.target,
+            api_key=given.api_key,
+            credentials=credentials,
+            server_name=given.server_name,
+            retries=0,  # a refusal is counted, not waited for
+        )
 
     measuring = bench(connect, clients=given.clients, pictures=given.pictures, steps=given.steps, console=Console())
     try:

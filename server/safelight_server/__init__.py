@@ -4,12 +4,13 @@ The packages, in the order of a request's way:
 
     cli, app                   the command line; building, serving and draining one server
     api, validation, wire      gRPC in, faults named by field, messages translated in both directions
+    quotas                     how much a tenant may ask for and compute in a time
     generations                accepts a request, runs its outputs, remembers its outcome; ownership among replicas
     stream, preview            what a client receives, and the pictures of unfinished outputs
     engine, scheduler, sampler, runtime    which outputs share a call, the step's mathematics, and what executes models
     cache, catalog             earlier work that is used again; the models and their files
     cluster, coordination, storage         replicas that share a Redis; leases and bills; memory, disk, Redis and S3
-    domain, telemetry, settings            words that all share; logs, metrics and traces; what an operator chooses
+    domain, telemetry, settings, files     words that all share; logs, metrics and traces; what an operator chooses
 """
 
 __version__ = "0.1.0"

@@ -41,6 +41,9 @@ class Settings(BaseSettings):
     )
     tls_key_file: Path | None = Field(None, description="PEM key of the server.")
     api_key_file: Path | None = Field(None, description="Keys of the callers (docs/operations/keys.md). None: no keys.")
+    quota_file: Path | None = Field(
+        None, description="Rates of requests and of compute, by tenant (docs/operations/quotas.md). None: no limits."
+    )
 
     models_dir: Path = Field(Path("models"), description="Folder with repository/ and pipelines/.")
     default_model: str = Field("", description="Model of requests that name none. Empty: the first by name.")
@@ -103,6 +106,17 @@ class Settings(BaseSettings):
 
     watcher_stall_s: Seconds = Field(30.0, description="A stream whose client takes no event for this long is ended.")
     max_streams_per_caller: Count = Field(1024, description="Streams that one caller may have open.")
+    max_connections: Count = Field(4096, description="Connections that are open at once; more are not accepted.")
+    max_streams_per_connection: Count = Field(
+        2048, description="Calls that one connection may have open; its client lets more wait."
+    )
+    request_wait_s: float = Field(
+        10.0, gt=0, description="How long an opened call may take to send its request, or the next one of a stream."
+    )
+    max_keyless_streams: Count = Field(1024, description="Streams of health and reflection, which need no key, in all.")
+    max_keyless_streams_per_address: Count = Field(
+        64, description="Such streams of one client address, or of one IPv6 network of 64 bits."
+    )
     max_watchers: Count = Field(64, description="Streams that may watch one generation.")
     chunk_bytes: int = Field(
         256 * 1024, ge=1024, le=1 << 20, description="Bytes of a picture in one message of a stream."
@@ -116,10 +130,21 @@ class Settings(BaseSettings):
     )
     result_ttl_s: Seconds = Field(300.0, description="How long a finished generation can be watched again.")
     max_lost: Count = Field(
-        1024, description="Generations without a stream kept to be resumed; beyond that, the oldest is cancelled."
+        1024,
+        description="Generations without a stream kept to be resumed; beyond that the tenant with most loses one.",
     )
-    max_results: Count = Field(10_000, description="Finished generations kept to be watched again, all together.")
-    max_results_bytes: Count = Field(256 << 20, description="Finished pictures kept in memory, all together.")
+    max_results: Count = Field(
+        10_000,
+        description="Finished generations kept to be watched again; beyond that the tenant with most loses one.",
+    )
+    max_results_bytes: Count = Field(
+        256 << 20,
+        description="Bytes of finished generations that no stream watches; beyond that the tenant with most loses one.",
+    )
+    max_unread_bytes: Count = Field(
+        256 << 20,
+        description="Bytes of running and watched generations and unread messages; beyond that slow streams are ended.",
+    )
     drain_grace_s: Seconds = Field(30.0, description="How long generations may finish and be delivered after SIGTERM.")
 
     redis_url: SecretStr | None = Field(

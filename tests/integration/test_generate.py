@@ -92,6 +92,18 @@ async def test_a_prompt_alone_is_enough(server):
     assert usage.num_previews == len(steps)
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+async def test_the_last_step_has_no_preview_as_the_picture_follows_it(server, num_steps):
+    _, stub = server
+    message = request(seed=70, steps=num_steps, cache=BYPASS)
+    message.preview.method = pb.PREVIEW_METHOD_LINEAR
+    events = await collect(stub.Generate(message))
+    assert all(e.preview.step < num_steps for e in events if e.WhichOneof("event") == "preview")
+    assert kinds(events)[-3:] == ["artifact_chunk", "output_finished", "finished"]
+    finished = events[-1].finished
+    assert finished.timings.HasField("first_preview") == (finished.usage.num_previews > 0)
+
+
 async def test_the_same_spec_gives_the_same_pixels_alone_and_in_any_batch(server):
     _, stub = server
     alone = await collect(stub.Generate(request(seed=7, steps=8, cache=BYPASS)))

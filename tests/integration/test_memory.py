@@ -12,9 +12,11 @@ from safelight_server.domain.picture import FinishedPicture
 from safelight_server.generations.execution import Execution
 from safelight_server.generations.generation import Generation
 from safelight_server.stream import Watcher
+from safelight_server.stream.serialization import SerializedArtifact
 
 from tests.conftest import eventually
 from tests.integration.test_generate import collect
+from tests.integration.test_streams import channel
 
 SIMULATED = {"runtime": "simulated", "simulated_base_ms": 1.0, "simulated_row_ms": 0.0}
 MAX_RESULTS = 3
@@ -82,3 +84,33 @@ async def test_those_whose_streams_end_with_an_error_go_at_once(start, no_collec
                 assert caught.value.code() is grpc.StatusCode.CANCELLED
             del call, response
         await eventually(lambda: num_held(Generation) - before == 1)
+
+
+async def test_those_that_are_refused_go_at_once(start, no_collector):
+    async with start(**SIMULATED, max_waiting_per_caller=1) as running:
+        before = num_held(Generation)
+        async with grpc.aio.insecure_channel(running.address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await develop(stubs.GenerationServiceStub(channel), 1, outputs=3)
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        await eventually(lambda: num_held(Generation) == before)
+
+
+async def test_an_unread_stream_that_was_ended_keeps_no_pictures(start, no_collector):
+    """Its call lasts as long as its connection, since gRPC cannot end it."""
+    raw = pb.PixelEncoding(media_type="application/x-raw-rgba8")
+    spec = pb.GenerationSpec(prompt="x", num_inference_steps=1, outputs=[pb.OutputSpec(seed=n) for n in range(16)])
+    async with start(**SIMULATED, max_results=1, watcher_stall_s=0.3) as running:
+        before = {kind: num_held(kind) for kind in (Generation, SerializedArtifact)}
+        async with channel(running) as connection, grpc.aio.insecure_channel(running.address) as healthy:
+            calls = []
+            for _ in range(4):
+                call = stubs.GenerationServiceStub(connection).Generate(pb.GenerateRequest(spec=spec, encoding=raw))
+                calls.append(call)
+                await call.read()
+            await eventually(lambda: len(running.streams) == 4 and not len(running.generations._streams))
+            await develop(stubs.GenerationServiceStub(healthy), 1)
+            await eventually(lambda: all(num_held(kind) - before[kind] == 1 for kind in before))
+            assert len(running.streams) == 4, "the calls are still there"
+            for call in calls:
+                call.cancel()

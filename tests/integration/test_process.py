@@ -21,7 +21,7 @@ from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 
 from tests.conftest import eventually
-from tests.support.certificates import NAME, write_pair
+from tests.support.certificates import NAME, self_signed
 from tests.support.spans import traceparent
 
 ROOT = Path(__file__).parent.parent.parent
@@ -146,7 +146,7 @@ async def test_a_summary_that_cannot_be_printed_is_a_line_of_the_log(short_path)
 
 async def test_nobody_writes_lines_of_his_own_into_the_log(short_path):
     """Not with what a library warns of, and not with what gRPC's core says of a handshake."""
-    cert_file, key_file = write_pair(short_path)
+    cert_file, key_file = self_signed(short_path)
     with socket.create_server(("127.0.0.1", 0)) as free:
         target = f"127.0.0.1:{free.getsockname()[1]}"
     tls = {"SAFELIGHT_TLS_CERT_FILE": str(cert_file), "SAFELIGHT_TLS_KEY_FILE": str(key_file)}

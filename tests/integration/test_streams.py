@@ -9,6 +9,7 @@ import grpc
 import pytest
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
+from structlog.testing import capture_logs
 
 from tests.conftest import eventually
 from tests.integration.test_generate import collect, kinds, reason_of
@@ -69,7 +70,12 @@ async def test_one_that_stops_reading_is_ended_and_resumes(simulated):
         healthy = asyncio.create_task(
             collect(healthy_stub.WatchGeneration(pb.WatchGenerationRequest(name=first.generation, preview=policy)))
         )
-        await eventually(lambda: stalled not in generation.log.watchers)
+        with capture_logs() as lines:
+            await eventually(lambda: stalled not in generation.log.watchers)
+        [line] = [line for line in lines if line["event"] == "stream_ended"]
+        assert (line["reason"], line["generation"]) == ("WATCHER_STALLED", generation.name)
+        assert line["client"].startswith("ipv4:127.0.0.1:")
+        assert line["waiting_bytes"] > 0, "a preview that was not taken"
         step = generation.outputs[0].step
         await eventually(lambda: generation.outputs[0].step > step + 10)
         assert not generation.ended

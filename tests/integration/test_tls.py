@@ -14,13 +14,13 @@ import structlog
 from safelight import Client, Finished, GenerationError
 from safelight_server.app.certificate import CertificateError, ServerCertificate
 
-from tests.support.certificates import NAME, new_pair, write_pair
+from tests.support.certificates import NAME, new_pair, self_signed
 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
     """A certificate that signs itself, and its key."""
-    return write_pair(tmp_path)
+    return self_signed(tmp_path)
 
 
 @pytest.fixture

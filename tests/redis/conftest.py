@@ -10,6 +10,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from safelight_server.coordination.redis import RedisCoordinator
 from safelight_server.storage.breaker import Breaker
+from safelight_server.storage.clock import SharedClock
 from safelight_server.storage.redis import RedisConnection
 
 from tests.support.redis_server import RedisServer
@@ -32,8 +33,8 @@ async def connect() -> AsyncIterator[Callable[..., RedisConnection]]:
     """Opens connections that are closed after the test."""
     connections = []
 
-    def open_connection(url: str, timeout_s: float = 5.0) -> RedisConnection:
-        connections.append(RedisConnection(url, timeout_s))
+    def open_connection(url: str, timeout_s: float = 5.0, clock: SharedClock | None = None) -> RedisConnection:
+        connections.append(RedisConnection(url, timeout_s, clock))
         return connections[-1]
 
     yield open_connection

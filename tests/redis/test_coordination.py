@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from safelight_server.coordination.base import BEGINNING, CommitOutcome, LeaderLostError
+from safelight_server.coordination.base import BEGINNING, CommitOutcome, LeaderLostError, Renewal
 from safelight_server.coordination.leadership import Leadership
 from safelight_server.coordination.redis import RedisCoordinator
 from safelight_server.storage.base import StoreFullError, StoreUnavailableError
@@ -331,3 +331,19 @@ async def test_a_leader_that_was_frozen_past_its_lease_writes_nothing_any_more(
     assert [bill.data for bill in await coordinator.bills()] == [b"ours"]
     assert await collect(coordinator, "x") == [*seen, b"ours"], "nothing of the old leader after the new one's lease"
     await leader.close()
+
+
+async def test_a_renewal_tells_that_redis_has_lost_its_memory(redis_server: RedisServer, replicas: Replicas) -> None:
+    one = replicas(redis_server.url)
+    lease = await one.acquire("x", "a", TTL_S)
+    assert lease is not None
+    assert await one.renew(lease, TTL_S) is Renewal.HELD
+    await one._redis.flushall()
+    assert await one.renew(lease, TTL_S) is Renewal.FORGOTTEN
+    assert await one.renew(lease, TTL_S) is Renewal.HELD
+    await one.publish(lease, b"as before")
+    await one._redis.flushall()
+    other = await one.acquire("x", "b", TTL_S)
+    assert other is not None and await one.renew(lease, TTL_S) is Renewal.LOST
+    await one.release(other)
+    assert await one.renew(lease, TTL_S) is Renewal.LOST

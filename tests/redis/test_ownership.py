@@ -39,9 +39,8 @@ class Server:
         return self.running.generations.ownership.owners._context.coordinator
 
 
-@contextlib.asynccontextmanager
-async def servers(redis_url: str, folder: Path, count: int = 2, **settings: object) -> AsyncIterator[list[Server]]:
-    given = {
+def server_settings(redis_url: str, folder: Path) -> dict[str, object]:
+    return {
         "runtime": "simulated",
         "simulated_base_ms": 20,
         "num_instances": 1,
@@ -51,7 +50,12 @@ async def servers(redis_url: str, folder: Path, count: int = 2, **settings: obje
         "breaker_open_s": 0.1,
         "cache_key_file": key_file(folder),
         "checkpoint_every_n_steps": 2,
-    } | settings
+    }
+
+
+@contextlib.asynccontextmanager
+async def servers(redis_url: str, folder: Path, count: int = 2, **settings: object) -> AsyncIterator[list[Server]]:
+    given = server_settings(redis_url, folder) | settings
     async with contextlib.AsyncExitStack() as stack:
         made = []
         for _ in range(count):
@@ -223,3 +227,22 @@ async def test_after_an_outage_what_was_developed_is_committed_once(redis_server
 
         await until(billed)
         assert await billed() == 1
+
+
+async def test_what_runs_is_written_again_after_redis_has_lost_its_data(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    async with servers(redis_server.url, tmp_path) as (one, other):
+        message = request(9, 150, request_id=str(uuid.uuid4()), cache=BYPASS)
+        call = one.stub.Generate(message)
+        name = (await until_step(call, 2))[0].generation
+        watch = pb.WatchGenerationRequest(name=name)
+        watching = other.stub.WatchGeneration(watch)
+        await until_step(watching, 4)
+        await one.coordinator._redis.flushall()
+        ended, shown = await asyncio.gather(collect(call), collect(watching))
+        assert sequences(ended) == [2, 3] and sequences(shown) == [2, 3]
+        for stub in (one.stub, other.stub):
+            assert sequences(await collect(stub.WatchGeneration(watch))) == [1, 2, 3]
+            again = await collect(stub.Generate(message))
+            assert again[0].generation == name and picture(again) == picture(ended)

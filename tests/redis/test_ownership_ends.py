@@ -93,7 +93,7 @@ async def test_nothing_is_developed_for_a_stream_that_was_lost_at_once(
         there = other.running.generations
         generation = await there.find(caller, name)
         watcher = there.attach(generation, PreviewPolicy(), lambda _error: None)
-        there.detach(generation, watcher)
+        there.detach(watcher)
         await eventually(lambda: not there.ownership._tasks)
         assert all(output.idle for output in generation.outputs)
         assert not there._engine.scheduler.num_outputs

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from safelight_server.storage.base import StoreFullError, StoreUnavailableError
+from safelight_server.storage.base import MalformedValueError, StoreFullError, StoreUnavailableError
 from safelight_server.storage.objects import ObjectStore, open_bucket
 from safelight_server.storage.redis import RedisConnection, RedisStore
 
@@ -59,7 +59,7 @@ async def test_a_full_redis_says_full_and_still_gives(redis_server: RedisServer,
 async def test_a_key_of_another_type_is_no_crash(redis_server: RedisServer, connect: Connect) -> None:
     connection = connect(redis_server.url)
     await connection.client.lpush(f"safelight:cache:{key(1)}", "x")
-    with pytest.raises(StoreUnavailableError):
+    with pytest.raises(MalformedValueError):
         await RedisStore(connection).get(key(1))
 
 

@@ -41,7 +41,9 @@ def main() -> int:
                 pool.shutdown(wait=False, cancel_futures=True)
                 break
     seconds = time.perf_counter() - began
-    print(f"{done} schedules in {seconds:.1f} s ({done / seconds * 60:.0f} a minute); {len(failed)} failed")
+    print(
+        f"{done} schedules from seed {given.seed} on in {seconds:.1f} s ({done / seconds * 60:.0f} a minute); {len(failed)} failed"
+    )
     return bool(failed)
 
 

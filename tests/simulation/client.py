@@ -12,7 +12,7 @@ from safelight.v1 import generation_pb2 as pb
 from safelight_server.catalog.pixels import to_pixels
 from safelight_server.cluster.records import EventRecord, parse
 from safelight_server.domain.caller import Caller
-from safelight_server.domain.errors import InvalidRequestError, NotFoundError, SafelightError
+from safelight_server.domain.errors import FailedPreconditionError, InvalidRequestError, NotFoundError, SafelightError
 from safelight_server.domain.events import GenerationView
 from safelight_server.domain.request import Request
 from safelight_server.storage.sealed import CorruptError, UnreadableError
@@ -32,16 +32,32 @@ class Ledger:
 
     What is REPLICATED has one end, that of its stream in the service. A replica that has not reached the service for
     longer than its lease shows what it has made all the same: such an end is provisional, and compared with nothing.
+
+    Attributes:
+        asked_at: when a request was first sent, by tenant and request id.
+        known: all generations that anyone was told of.
+        forgotten: those that were asked for before the service lost its memory. They may end twice, or not be found.
+        forgot_at: when it last did.
     """
 
     ends: dict[str, bytes] = field(default_factory=dict)
     committed: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     ids: dict[tuple[str, str], str] = field(default_factory=dict)
+    asked_at: dict[tuple[str, str], float] = field(default_factory=dict)
+    known: set[str] = field(default_factory=set)
+    forgotten: set[str] = field(default_factory=set)
+    forgot_at: float = -1.0
     wrong: list[str] = field(default_factory=list)
 
     def fault(self, what: str) -> None:
         """Takes a violation."""
         self.wrong.append(what)
+
+    def forget(self, now: float) -> None:
+        """The service has lost its memory, and nothing is promised of what was in it."""
+        self.forgotten |= self.known
+        self.forgot_at = now
+        self.committed.clear()
 
     def published(self, name: str, data: bytes) -> None:
         """An event was written to a stream of the service: nothing new may follow a generation's end."""
@@ -56,6 +72,8 @@ class Ledger:
             self.fault(f"{event.kind} {event.sequence} was written after the end, {last}")
         if event.kind == "finished":
             told = pb.GenerateResponse.FromString(event.data).event
+            if told.generation in self.forgotten:
+                return
             end = told.finished.SerializeToString(deterministic=True)
             _, before = self.committed.setdefault(name, (event.sequence, end))
             shown = self.ends.get(told.generation, end)
@@ -67,7 +85,7 @@ class Ledger:
     def shown(self, event: pb.GenerationEvent, where: str, *, provisional: bool) -> None:
         """Someone was shown the end of a generation."""
         end = event.finished.SerializeToString(deterministic=True)
-        if provisional:
+        if provisional or event.generation in self.forgotten:
             return
         before = self.ends.setdefault(event.generation, end)
         if before != end:
@@ -76,13 +94,17 @@ class Ledger:
 
     def stands_for(self, caller: Caller, request_id: str, generation: str, where: str) -> None:
         """A request id was answered by a generation, which has an end that counts."""
+        if generation in self.forgotten:
+            return
         before = self.ids.setdefault((caller.tenant, request_id), generation)
-        if before != generation:
+        if before in self.forgotten:
+            self.ids[caller.tenant, request_id] = generation
+        elif before != generation:
             self.fault(f"request {request_id} was {before} and is, {where}, {generation}")
 
     def seen(self, generation: str, view: GenerationView, where: str) -> None:
         """Someone was told how a generation is."""
-        if view.finish_time is None or generation not in self.ends:
+        if view.finish_time is None or generation not in self.ends or generation in self.forgotten:
             return
         end = pb.Finished.FromString(self.ends[generation])
         code = 0 if view.error is None else view.error.status.value[0]
@@ -99,23 +121,32 @@ class Client:
     """One request, sent to any replica and resumed at any, until it has its end.
 
     Args:
+        left_s: to the deadline of each call of Generate; None: it has none.
         replicas: those that are there now; dead ones too.
     """
 
     def __init__(
-        self, caller: Caller, request: Request, replicas: Sequence[Replica], ledger: Ledger, chance: random.Random
+        self,
+        caller: Caller,
+        request: Request,
+        left_s: float | None,
+        replicas: Sequence[Replica],
+        ledger: Ledger,
+        chance: random.Random,
     ) -> None:
         self.caller = caller
         self.request = request
+        self.left_s = left_s
         self.name = ""
         self.ended = False
         self.cancelled = False
         self._replicas = replicas
         self._ledger = ledger
         self._chance = chance
-        self._durable = False
+        self.durable = False
         self._sequence = 0
-        self._data = b""
+        self._called_at = 0.0
+        self._data: dict[int, bytes] = {}
         self._provisional = False
 
     async def run(self) -> None:
@@ -140,19 +171,21 @@ class Client:
 
     async def call(self, replica: Replica, patience_s: float) -> None:
         """One stream of a replica, given up where it is silent for too long."""
-        again = bool(self.name and self._durable)
+        again = bool(self.name and self.durable)
         inbox: asyncio.Queue[tuple[str, object]] = asyncio.Queue()
 
         def say(kind: str, what: object) -> None:
             inbox.put_nowait((kind, what))
 
         if again:
-            offsets = {0: len(self._data)} if self._data else {}
+            offsets = {index: len(data) for index, data in self._data.items()}
             identifier = self.name.partition("/")[2]
             task = replica.watch(self.caller, identifier, self._sequence, offsets, say)
         else:
-            self.name, self._sequence, self._data = "", 0, b""
-            task = replica.generate(self.caller, self.request, say)
+            self.name, self._sequence, self._data = "", 0, {}
+            self._called_at = asyncio.get_running_loop().time()
+            self._ledger.asked_at.setdefault((self.caller.tenant, self.request.request_id), self._called_at)
+            task = replica.generate(self.caller, self.request, self.left_s, say)
         where = f"at {replica.host.name}"
         try:
             while True:
@@ -178,16 +211,24 @@ class Client:
         if self.name and event.generation != self.name:
             self._ledger.fault(f"a stream of {self.name} has, {where}, an event of {event.generation}")
         self.name = event.generation
+        self._ledger.known.add(self.name)
+        if event.sequence or event.HasField("artifact_chunk"):
+            self._provisional |= replica.network.doubtful(replica.host.name)
+        if self._called_at <= self._ledger.forgot_at:
+            self._ledger.forgotten.add(self.name)
         if event.sequence:
             if event.sequence != self._sequence + 1:
                 self._ledger.fault(f"{self.name}: event {event.sequence} came, {where}, after {self._sequence}")
             self._sequence = event.sequence
         match event.WhichOneof("event"):
             case "accepted":
-                self._durable = event.accepted.durability == pb.Accepted.DURABILITY_REPLICATED
+                self.durable = event.accepted.durability == pb.Accepted.DURABILITY_REPLICATED
             case "artifact_chunk":
-                self._provisional |= replica.network.doubtful(replica.host.name)
-                self._data += event.artifact_chunk.data
+                chunk = event.artifact_chunk
+                self._data[chunk.output_index] = self._data.get(chunk.output_index, b"") + chunk.data
+            case "output_finished":
+                if event.output_finished.finish_reason == pb.OutputFinished.FINISH_REASON_COMPLETED:
+                    self._compare(event.output_finished.output_index, where)
             case "finished":
                 self._finish(event, where, provisional=replica.network.doubtful(replica.host.name))
 
@@ -198,18 +239,36 @@ class Client:
             self.name = ""  # its request id is free again
             return
         self.ended = True
-        if self._durable:
+        if self.durable:
             self._ledger.stands_for(self.caller, self.request.request_id, self.name, where)
-        if code == 0:
-            want = _picture(self.request.spec.seeds[0])
-            if self._data != want:
-                self._ledger.fault(f"{self.name} has, {where}, other pixels: {self._data[:4]!r}, not {want[:4]!r}")
+        if code == 0 and len(self._data) != len(self.request.spec.seeds):
+            self._ledger.fault(f"{self.name} has, {where}, {len(self._data)} of its pictures")
+        if code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]:
+            self._check_deadline(where)
+
+    def _compare(self, index: int, where: str) -> None:
+        want, data = _picture(self.request.spec.seeds[index]), self._data.get(index, b"")
+        if data != want:
+            self._ledger.fault(f"{self.name} has, {where}, other pixels in {index}: {data[:4]!r}, not {want[:4]!r}")
+
+    def _check_deadline(self, where: str) -> None:
+        asked_at = self._ledger.asked_at[self.caller.tenant, self.request.request_id]
+        after_s = asyncio.get_running_loop().time() - asked_at
+        if self.left_s is None or after_s < self.left_s - 0.05:
+            self._ledger.fault(f"the deadline of {self.name} has passed, {where}, after {after_s} s")
 
     def _fail(self, error: SafelightError, where: str, *, again: bool) -> None:
         if self.ended or error.status is RETRYABLE:
             return
         if isinstance(error, InvalidRequestError) and self._provisional:
-            self._sequence, self._data = 0, b""  # it has what another replica showed and could not write
+            self._sequence, self._data = 0, {}  # it has what another replica showed and could not write
+            return
+        if self.name in self._ledger.forgotten and isinstance(error, NotFoundError | InvalidRequestError):
+            self.name = ""  # asked for anew
+            return
+        expired = isinstance(error, FailedPreconditionError) and error.reason == "OUTCOME_EXPIRED"
+        if expired and self._ledger.forgotten:
+            self.ended = True
             return
         if again and isinstance(error, NotFoundError):
             self._ledger.fault(f"{self.name} was accepted as REPLICATED and is not there, {where}")
@@ -219,8 +278,10 @@ class Client:
 
     async def ask_again(self, replica: Replica, patience_s: float) -> None:
         """The whole story anew, by the request id: the same generation with the same end."""
-        self.ended, self._durable = False, False
+        self.ended, self.durable = False, False
         await self.call(replica, patience_s)
+        if not self.ended and not self.name:  # what it stood for is forgotten
+            await self.call(replica, patience_s)
 
     async def cancel(self, replica: Replica, patience_s: float) -> None:
         """Cancels it, if it has a name; what it is told it is must stay true."""
@@ -239,7 +300,7 @@ class Client:
         finally:
             task.cancel()
             replica.streams.pop(task, None)
-        if kind == "view":
+        if kind == "view" and not replica.network.doubtful(replica.host.name):
             assert isinstance(what, GenerationView)
             self._ledger.seen(name, what, f"at {replica.host.name}")
 

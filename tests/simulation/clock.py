@@ -28,10 +28,15 @@ class StuckError(Exception):
 
 
 class Host:
-    """The process of a replica: its callbacks run, or are held while it is frozen or dead."""
+    """The process of a replica: its callbacks run, or are held while it is frozen or dead.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        skew_s: how far the clock of its machine is ahead.
+    """
+
+    def __init__(self, name: str, skew_s: float = 0.0) -> None:
         self.name = name
+        self.skew_s = skew_s
         self.dead = False
         self.held: list[asyncio.Handle] | None = None
         self.context = copy_context()
@@ -104,7 +109,7 @@ def virtual_time(loop: VirtualLoop, seed: int) -> Iterator[None]:
     state = random.getstate()
     random.seed(seed)
     time.monotonic = loop.time
-    time.time = lambda: EPOCH_S + loop.time()
+    time.time = lambda: EPOCH_S + loop.time() + (0.0 if (host := HOST.get()) is None else host.skew_s)
     secrets.token_hex = lambda nbytes=None: chance.randbytes(nbytes or 32).hex()
     try:
         yield

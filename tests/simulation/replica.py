@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
 from safelight_server.runtime.simulated import LATENT, simulated_pipeline
 from safelight_server.settings import Settings
+from safelight_server.storage.clock import SharedClock
 from safelight_server.storage.keyring import Keyring
 from safelight_server.storage.memory import MemoryStore
 from safelight_server.storage.sealed import Sealer
@@ -38,7 +40,7 @@ from safelight_server.telemetry import UNTRACED, Metrics
 from safelight_server.telemetry.metrics import TierMetrics
 
 from tests.simulation.clock import Host, VirtualLoop
-from tests.simulation.service import Network, RemoteCoordinator, RemoteStore, Service
+from tests.simulation.service import Connection, Network, RemoteCoordinator, RemoteStore, Service
 from tests.support.streams import Here
 
 TTL_S = 1.5
@@ -186,25 +188,29 @@ class SmallCache:
 class Replica:
     """A process that serves; `kill` and start another to restart it."""
 
-    def __init__(self, name: str, loop: VirtualLoop, network: Network, service: Service, step_s: float) -> None:
-        self.host = Host(name)
+    def __init__(
+        self, name: str, loop: VirtualLoop, network: Network, service: Service, step_s: float, skew_s: float
+    ) -> None:
+        self.host = Host(name, skew_s)
         self.network = network
         self.streams: dict[asyncio.Task[None], Say] = {}
         self._loop = loop
         self.host.context.run(self._build, loop, network, service, step_s)
 
     def _build(self, loop: VirtualLoop, network: Network, service: Service, step_s: float) -> None:
-        coordinator = RemoteCoordinator(network, service)
+        clock = SharedClock(lambda: time.time(), loop.time)
+        sealer, connection = Sealer(KEYS, clock.now), Connection(network, service, clock)
+        coordinator = RemoteCoordinator(connection, service)
         self.tiers = tiers = Tiers(
-            [Tier(MemoryStore(1 << 24)), Tier(RemoteStore(network, service), shared=True)], SEALER, TIER_METRICS
+            [Tier(MemoryStore(1 << 24)), Tier(RemoteStore(connection, service), shared=True)], sealer, TIER_METRICS
         )
         cache: Any = SmallCache(tiers)
         engine: Any = CountingEngine(loop, step_s)
-        bulletin = Bulletin(coordinator, SEALER)
-        runners = LeasedRunners(
-            engine, coordinator, SEALER, cache.checkpoints, cache.pictures, bulletin, Here(), TTL_S, 600.0
+        bulletin = Bulletin(coordinator, sealer)
+        self._runners = runners = LeasedRunners(
+            engine, coordinator, sealer, cache.checkpoints, cache.pictures, bulletin, Here(), TTL_S, 600.0
         )
-        context = ClusterContext(coordinator, SEALER, KEYS, tiers, cache.namespaces, bulletin, TTL_S, 600.0, 600.0)
+        context = ClusterContext(coordinator, sealer, KEYS, tiers, cache.namespaces, bulletin, TTL_S, 600.0, 600.0)
         runtime: Any = ModelRuntime()
         executions = Executions(engine, Here())
         catalog = Catalog([PIPELINE], "")
@@ -225,9 +231,22 @@ class Replica:
             say("gone", None)
         self.streams.clear()
 
-    def generate(self, caller: Caller, request: Request, say: Say) -> asyncio.Task[None]:
-        """A call of Generate."""
-        return self._serve(functools.partial(self._generate, caller, request, say), say)
+    async def stop(self, grace_s: float) -> None:
+        """As SIGTERM: what can be finished within the grace is, the rest is handed over, then the process ends."""
+        await self._loop.create_task(self._drain(grace_s), context=self.host.context.copy())
+        self.kill()
+
+    async def _drain(self, grace_s: float) -> None:
+        await self.generations.drain(grace_s)
+        for work in self._works:
+            work.cancel()
+        assert self.generations.ownership is not None
+        await self.generations.ownership.close()
+        await self._runners.close()
+
+    def generate(self, caller: Caller, request: Request, left_s: float | None, say: Say) -> asyncio.Task[None]:
+        """A call of Generate; `left_s`: to its deadline."""
+        return self._serve(functools.partial(self._generate, caller, request, left_s, say), say)
 
     def watch(
         self, caller: Caller, identifier: str, after: int, offsets: Mapping[int, int], say: Say
@@ -252,8 +271,8 @@ class Replica:
         task.add_done_callback(lambda done: self.streams.pop(done, None))
         return task
 
-    async def _generate(self, caller: Caller, request: Request, say: Say) -> None:
-        generation = await self.generations.start(caller, request, UNTRACED, None)
+    async def _generate(self, caller: Caller, request: Request, left_s: float | None, say: Say) -> None:
+        generation = await self.generations.start(caller, request, UNTRACED, left_s)
         await self._stream(generation, request.preview, 0, {}, say)
 
     async def _watch(self, caller: Caller, identifier: str, after: int, offsets: Mapping[int, int], say: Say) -> None:
@@ -274,7 +293,7 @@ class Replica:
             async for event in watcher.events():
                 say("event", event)
         finally:
-            self.generations.detach(generation, watcher)
+            self.generations.detach(watcher)
         if ended:
             raise ended[0]
         if generation.error is not None:

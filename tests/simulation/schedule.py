@@ -9,6 +9,7 @@ import random
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +27,9 @@ from tests.support.streams import SPEC
 
 QUIET_S = 60.0
 """Time in which, with nothing going wrong any more, every request must come to its end."""
-FAULTS = ("freeze", "freeze", "kill", "out", "pause", "cut", "rain")
+FAULTS = ("freeze", "freeze", "kill", "drain", "out", "pause", "cut", "rain")
+SKEWS_S = (0.0, 0.0, 0.0, 2.0, 600.0, -600.0, 7200.0)
+"""How far the clock of a replica's machine may be ahead."""
 TENANTS = (Caller("ann", "studio"), Caller("bob", "agency"))
 
 
@@ -50,8 +53,9 @@ class Fleet:
     network: Network
     replicas: list[Replica]
     step_s: float
+    skews: random.Random
     trace: list[str] = field(default_factory=list)
-    requests: dict[str, Request] = field(default_factory=dict)
+    requests: dict[str, tuple[Request, float | None]] = field(default_factory=dict)
     graveyard: list[Replica] = field(default_factory=list)
     num_started: int = 0
 
@@ -62,11 +66,15 @@ class Fleet:
     def start(self, name: str) -> Replica:
         """A new process of a replica."""
         self.num_started += 1
-        return Replica(f"{name}{self.num_started}", self.loop, self.network, self.service, self.step_s)
+        host = f"{name}{self.num_started}"
+        return Replica(host, self.loop, self.network, self.service, self.step_s, self.skews.choice(SKEWS_S))
 
 
-def run(seed: int, *, trace: bool = False) -> Result:
-    """Runs one schedule."""
+Play = Callable[["Fleet"], Coroutine[Any, Any, None]]
+
+
+def run(seed: int, *, trace: bool = False, play: Play | None = None) -> Result:
+    """Runs one schedule, or what `play` does with a fleet that has no replica yet."""
     loop = VirtualLoop()
     ledger = Ledger()
     lines: list[str] = []
@@ -74,7 +82,7 @@ def run(seed: int, *, trace: bool = False) -> Result:
     def listen(_logger: Any, method: str, entry: dict[str, Any]) -> dict[str, Any]:
         host = _host()
         if entry.get("event") == "bug":
-            ledger.fault(f"a bug at {host}: {entry.get('exc_info')!r}")
+            ledger.fault(f"a bug at {host}: {sys.exc_info()[1] or entry.get('exc_info')!r}")
         if trace:
             facts = {key: value for key, value in entry.items() if key != "event"}
             lines.append(f"{loop.time():8.3f} s  {host}: {entry['event']} {facts}")
@@ -87,9 +95,12 @@ def run(seed: int, *, trace: bool = False) -> Result:
     )
     try:
         with virtual_time(loop, seed):
-            loop.run_until_complete(
-                loop.create_task(_schedule(loop, random.Random(seed), ledger, lines), context=SERVICE.copy())
-            )
+            chance, skews = random.Random(seed), random.Random(f"skews {seed}")
+            service = Service(loop, ledger.published)
+            network = Network(loop, service, chance)
+            step_s = chance.choice((0.05, 0.2, 0.6))
+            fleet = Fleet(loop, chance, ledger, service, network, [], step_s, skews, lines)
+            loop.run_until_complete(loop.create_task((play or _schedule)(fleet), context=SERVICE.copy()))
     finally:
         loop.set_exception_handler(lambda *_: None)
         structlog.configure(**before)
@@ -107,14 +118,21 @@ def _bury(loop: VirtualLoop) -> None:
 
 
 def _collect() -> None:
-    """Frees dropped schedules; what their coroutines say of that is of no interest."""
+    """Frees dropped schedules; what their coroutines say and log of that is of no interest."""
     sys.unraisablehook, before = lambda _: None, sys.unraisablehook
+    logged = structlog.get_config()
+    structlog.configure(processors=[_drop], cache_logger_on_first_use=False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             gc.collect()
     finally:
         sys.unraisablehook = before
+        structlog.configure(**logged)
+
+
+def _drop(_logger: Any, _method: str, _entry: Any) -> Any:
+    raise structlog.DropEvent
 
 
 def _host() -> str:
@@ -122,11 +140,8 @@ def _host() -> str:
     return "-" if host is None else host.name
 
 
-async def _schedule(loop: VirtualLoop, chance: random.Random, ledger: Ledger, lines: list[str]) -> None:
-    service = Service(loop, ledger.published)
-    network = Network(loop, service, chance)
-    step_s = chance.choice((0.05, 0.2, 0.6))
-    fleet = Fleet(loop, chance, ledger, service, network, [], step_s, lines)
+async def _schedule(fleet: Fleet) -> None:
+    chance, ledger = fleet.chance, fleet.ledger
     fleet.replicas += [fleet.start("abc"[n]) for n in range(chance.choice((2, 2, 3)))]
     clients = [_client(fleet, n) for n in range(chance.randint(1, 3))]
     works = [asyncio.ensure_future(_behave(fleet, client)) for client in clients]
@@ -153,16 +168,18 @@ def _client(fleet: Fleet, number: int) -> Client:
     """One that asks for something of its own, or for the same as the first of its tenant."""
     known, caller = fleet.requests, TENANTS[number % 2]
     if fleet.chance.random() < 0.2 and caller.tenant in known:
-        request = known[caller.tenant]
+        asked = known[caller.tenant]
     else:
-        request = known[caller.tenant] = _request(fleet.chance, f"request-{number // 2}")
-    return Client(caller, request, fleet.replicas, fleet.ledger, random.Random(fleet.chance.random()))
+        asked = known[caller.tenant] = _request(fleet.chance, f"request-{number // 2}")
+    return Client(caller, *asked, fleet.replicas, fleet.ledger, random.Random(fleet.chance.random()))
 
 
-def _request(chance: random.Random, request_id: str) -> Request:
-    seed, steps = chance.randint(1, 3), chance.randint(2, 8)
+def _request(chance: random.Random, request_id: str) -> tuple[Request, float | None]:
+    """A request and the seconds to its deadline."""
+    seeds, steps = tuple(chance.choices((1, 2, 3), k=chance.choice((1, 1, 2, 3)))), chance.randint(2, 8)
+    left_s = chance.uniform(0.5, 15.0) if chance.random() < 0.2 else None
     return Request(
-        replace(SPEC, width_px=128, height_px=128, num_inference_steps=steps, seeds=(seed,)),
+        replace(SPEC, width_px=128, height_px=128, num_inference_steps=steps, seeds=seeds),
         NO_PREVIEWS,
         RAW,
         Priority.STANDARD,
@@ -170,8 +187,8 @@ def _request(chance: random.Random, request_id: str) -> Request:
         CachePolicy(chance.choice((CacheMode.BYPASS, CacheMode.DEFAULT))),
         None,
         request_id,
-        f"{seed} {steps}".encode(),
-    )
+        f"{seeds} {steps}".encode(),
+    ), left_s
 
 
 async def _behave(fleet: Fleet, client: Client) -> None:
@@ -194,15 +211,16 @@ async def _behave(fleet: Fleet, client: Client) -> None:
 async def _weather(fleet: Fleet) -> None:
     """Goes wrong a few times, and is calm at the end."""
     chance = fleet.chance
+    faults = FAULTS if chance.random() < 0.85 else (*FAULTS, "forget", "forget")
     await asyncio.sleep(0.3)
     for _ in range(chance.randint(1, 4)):
         await asyncio.sleep(chance.uniform(0.0, 2.0))
-        fault = chance.choice(FAULTS)
+        fault = chance.choice(faults)
         place = chance.randrange(len(fleet.replicas))
         replica = fleet.replicas[place]
-        fleet.note(f"{fault} {replica.host.name if fault in ('freeze', 'kill', 'cut') else ''}")
+        fleet.note(f"{fault} {replica.host.name if fault in ('freeze', 'kill', 'drain', 'cut') else ''}")
         for_s = chance.choice((chance.uniform(0.1, TTL_S), chance.uniform(TTL_S, 4 * TTL_S)))
-        if fault not in ("freeze", "kill"):
+        if fault not in ("freeze", "kill", "drain", "forget"):
             names = [replica.host.name] if fault == "cut" else [one.host.name for one in fleet.replicas]
             fleet.network.doubt(names, for_s)
         match fault:
@@ -211,10 +229,16 @@ async def _weather(fleet: Fleet) -> None:
                 fleet.loop.call_later(for_s, _thaw, fleet, replica)
             case "kill":
                 replica.kill()
-                fleet.graveyard.append(replica)
-                await asyncio.sleep(chance.uniform(0.0, 2.0))
-                fleet.replicas[place] = fleet.start(replica.host.name[0])
-                fleet.note(f"start {fleet.replicas[place].host.name}")
+                await _start_again(fleet, place)
+            case "drain":
+                draining = asyncio.ensure_future(replica.stop(chance.uniform(0.0, 3.0)))
+                await asyncio.wait({draining}, timeout=10.0)
+                if not draining.done():  # it is frozen meanwhile
+                    replica.kill()
+                await _start_again(fleet, place)
+            case "forget":
+                fleet.service.lose_memory()
+                fleet.ledger.forget(fleet.loop.time())
             case "out":
                 fleet.network.out = True
                 await asyncio.sleep(for_s)
@@ -233,6 +257,14 @@ async def _weather(fleet: Fleet) -> None:
     await asyncio.sleep(4 * TTL_S)  # the longest freeze or cut is over
 
 
+async def _start_again(fleet: Fleet, place: int) -> None:
+    dead = fleet.replicas[place]
+    fleet.graveyard.append(dead)
+    await asyncio.sleep(fleet.chance.uniform(0.0, 2.0))
+    fleet.replicas[place] = fleet.start(dead.host.name[0])
+    fleet.note(f"start {fleet.replicas[place].host.name}")
+
+
 def _thaw(fleet: Fleet, replica: Replica) -> None:
     if not replica.host.dead and replica.host.held is not None:
         fleet.note(f"thaw {replica.host.name}")
@@ -243,18 +275,22 @@ async def _ask_again(fleet: Fleet, clients: list[Client]) -> None:
     for replica in fleet.replicas:
         for client in clients:
             fleet.note(f"{client.request.request_id} asked again at {replica.host.name}")
-            name = client.name
+            name, promised = client.name, client.durable
             await client.ask_again(replica, 20.0)
-            if not client.ended:
+            if promised and not client.ended:  # a LOCAL one may keep its request id where it runs
                 fleet.ledger.fault(f"{name or client.request.request_id} does not answer again at {replica.host.name}")
             await find_as_stranger(client, replica, fleet.ledger)
 
 
 def _check_bills(fleet: Fleet, clients: list[Client]) -> None:
+    for name, count in fleet.service.bills_of.items():
+        if count > 1 and fleet.ledger.forgot_at < 0:  # else a commit may have come after its picture was gone
+            fleet.ledger.fault(f"the execution {name} was billed {count} times")
     billed = Counter(json.loads(SEALER.open(BILL, bill.data)[0].data)["generation"] for bill in fleet.service._bills)
+    outputs = {client.name: len(client.request.spec.seeds) for client in clients}
     for generation, count in billed.items():
-        if count > 1:
-            fleet.ledger.fault(f"{generation} was billed {count} times")
+        if count > outputs.get(generation, count):
+            fleet.ledger.fault(f"{generation} was billed {count} times for {outputs[generation]} outputs")
 
 
 def run_many(first: int, count: int) -> list[Result]:

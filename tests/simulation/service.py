@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
@@ -21,11 +22,13 @@ from safelight_server.coordination.base import (
     FencedError,
     LeaderLostError,
     Lease,
+    Renewal,
     StreamEvent,
 )
 from safelight_server.storage.base import StoreUnavailableError, StoreUsage
+from safelight_server.storage.clock import SharedClock
 
-from tests.simulation.clock import HOST, SERVICE, VirtualLoop
+from tests.simulation.clock import EPOCH_S, HOST, SERVICE, VirtualLoop
 from tests.support.local_coordinator import LocalCoordinator
 
 T = TypeVar("T")
@@ -39,15 +42,23 @@ class Service(LocalCoordinator):
 
     Args:
         on_published: told the stream's name and data of every event that was taken.
+
+    Attributes:
+        bills_of: how often each execution was billed, by its name.
     """
 
     def __init__(self, loop: VirtualLoop, on_published: Callable[[str, bytes], None]) -> None:
         super().__init__(clock=loop.time)
+        self.bills_of = Counter[str]()
         self._loop = loop
         self._on_published = on_published
         self._expiring: dict[str, float] = {}
         self._waiting: dict[str, list[asyncio.Future[list[StreamEvent]]]] = {}
         self.kept: dict[str, tuple[bytes, float]] = {}
+
+    async def time(self) -> float:
+        """Its Unix time."""
+        return EPOCH_S + self._clock()
 
     async def publish(self, lease: Lease, data: bytes) -> str:
         """See `Coordinator`."""
@@ -65,9 +76,19 @@ class Service(LocalCoordinator):
 
     async def commit(self, lease: Lease, pointer: str, bill: bytes) -> CommitOutcome:
         """See `Coordinator`."""
+        before = len(self._bills)
         outcome = await super().commit(lease, pointer, bill)
+        self.bills_of[lease.name] += len(self._bills) - before
         self._wake(lease.name)
         return outcome
+
+    def lose_memory(self) -> None:
+        """Everything is gone, as of a Redis that starts again without its data. Places go on: they come from its clock."""
+        for memory in (self._executions, self._bills, self._billed, self._claims, self._roll, self._expiring):
+            memory.clear()
+        self.bills_of.clear()
+        self.kept.clear()
+        self._tokens = 0
 
     async def read(self, name: str) -> list[StreamEvent]:
         """See `Coordinator`."""
@@ -236,17 +257,45 @@ class Network:
             waiting.cancel()
 
 
+class Connection:
+    """The network as one replica uses it: its clock is set before anything else is asked, as `RedisConnection` does."""
+
+    def __init__(self, network: Network, service: Service, clock: SharedClock) -> None:
+        self._network = network
+        self._service = service
+        self._clock = clock
+        self._open = False
+
+    async def call(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """See `Network.call`."""
+        if not self._open:
+            await self._clock.measure(self._service.time)
+            self._open = True
+        return await self._network.call(work)
+
+    async def check(self) -> None:
+        """Sets the clock by the service's time."""
+        await self._clock.measure(lambda: self._network.call(self._service.time))
+
+    async def wait(self, name: str, place: str) -> list[StreamEvent]:
+        """See `Network.wait`."""
+        return await self._network.wait(name, place)
+
+
 class RemoteCoordinator(Coordinator):
     """The service as one replica sees it; see `Coordinator`."""
 
-    def __init__(self, network: Network, service: Service) -> None:
+    def __init__(self, network: Connection, service: Service) -> None:
         self._network = network
         self._service = service
+
+    async def check(self) -> None:
+        await self._network.check()
 
     async def acquire(self, name: str, owner: str, ttl_s: float) -> Lease | None:
         return await self._network.call(lambda: self._service.acquire(name, owner, ttl_s))
 
-    async def renew(self, lease: Lease, ttl_s: float) -> bool:
+    async def renew(self, lease: Lease, ttl_s: float) -> Renewal:
         return await self._network.call(lambda: self._service.renew(lease, ttl_s))
 
     async def release(self, lease: Lease) -> bool:
@@ -334,7 +383,7 @@ class RemoteStore:
 
     name = "redis"
 
-    def __init__(self, network: Network, service: Service) -> None:
+    def __init__(self, network: Connection, service: Service) -> None:
         self._network = network
         self._service = service
 

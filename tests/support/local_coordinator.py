@@ -15,6 +15,7 @@ from safelight_server.coordination.base import (
     FencedError,
     LeaderLostError,
     Lease,
+    Renewal,
     StreamEvent,
 )
 
@@ -55,6 +56,9 @@ class LocalCoordinator:
         self._claims: dict[str, tuple[bytes, float]] = {}
         self._roll: set[str] = set()
 
+    async def check(self) -> None:
+        """See `Coordinator`."""
+
     async def acquire(self, name: str, owner: str, ttl_s: float) -> Lease | None:
         """See `Coordinator`."""
         execution = self._execution(name)
@@ -67,21 +71,22 @@ class LocalCoordinator:
         execution.ends = self._clock() + ttl_s
         return execution.lease
 
-    async def renew(self, lease: Lease, ttl_s: float) -> bool:
+    async def renew(self, lease: Lease, ttl_s: float) -> Renewal:
         """See `Coordinator`."""
         execution = self._execution(lease.name)
-        if execution.newest != lease or execution.result is not None:
-            return False
-        execution.lease = lease
+        if execution.newest not in (None, lease) or execution.result is not None:
+            return Renewal.LOST
+        forgotten = execution.newest is None
+        execution.lease = execution.newest = lease
         execution.ends = self._clock() + ttl_s
-        return True
+        return Renewal.FORGOTTEN if forgotten else Renewal.HELD
 
     async def release(self, lease: Lease) -> bool:
         """See `Coordinator`."""
         execution = self._execution(lease.name)
         if self._held(execution) != lease:
             return False
-        execution.lease = execution.newest = None
+        execution.lease, execution.newest = None, Lease(lease.name, "", 0)
         self._notify()
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 CHUNK_BYTES = 1 << 16
 
@@ -14,6 +15,8 @@ class Relay:
         delay_s: how long each piece is held back; tests change it at any time.
         num_passed: pieces that came from clients.
         num_under_way: pieces, of both directions, that are held back now.
+        num_connections: made by clients so far.
+        num_bytes: passed to clients so far, over all connections.
     """
 
     def __init__(self) -> None:
@@ -21,9 +24,12 @@ class Relay:
         self.delay_s = 0.0
         self.num_passed = 0
         self.num_under_way = 0
+        self.num_connections = 0
+        self.num_bytes = 0
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._event: tuple[int, Callable[[], Awaitable[None]]] | None = None
 
     @classmethod
     async def start(cls, target: str) -> Relay:
@@ -32,7 +38,12 @@ class Relay:
         host, port = target.rsplit(":", 1)
 
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            there, back = await asyncio.open_connection(host, int(port), limit=CHUNK_BYTES)
+            relay.num_connections += 1
+            try:
+                there, back = await asyncio.open_connection(host, int(port), limit=CHUNK_BYTES)
+            except OSError:
+                writer.transport.abort()
+                return
             relay._writers |= {writer, back}
             for source, sink in ((reader, back), (there, writer)):
                 task = asyncio.create_task(relay._pass_on(source, sink, from_client=source is reader))
@@ -43,12 +54,27 @@ class Relay:
         relay.address = f"127.0.0.1:{relay._server.sockets[0].getsockname()[1]}"
         return relay
 
+    def after(self, num_bytes: int, happen: Callable[[], Awaitable[None]]) -> None:
+        """Once clients have got exactly so many bytes, awaits `happen` before they get any more."""
+        self._event = (num_bytes, happen)
+
     def cut(self) -> None:
         """Resets all connections and accepts no more."""
         assert self._server is not None
         self._server.close()
+        self.reset()
+
+    def reset(self) -> None:
+        """Resets all connections; new ones are accepted."""
         for writer in self._writers:
             writer.transport.abort()
+        self._writers.clear()
+
+    def end(self) -> None:
+        """Ends all connections in order, wherever they are in a message; new ones are accepted."""
+        for writer in self._writers:
+            writer.close()
+        self._writers.clear()
 
     async def _pass_on(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, from_client: bool) -> None:
         try:
@@ -58,8 +84,27 @@ class Relay:
                     self.num_under_way += 1
                     await asyncio.sleep(self.delay_s)
                     self.num_under_way -= 1
+                if not from_client:
+                    data = await self._count(data, sink)
+                if sink.is_closing():
+                    return
                 sink.write(data)
                 await sink.drain()
-            sink.write_eof()
+            if not sink.is_closing():
+                sink.write_eof()
         except OSError:
             sink.transport.abort()
+
+    async def _count(self, data: bytes, sink: asyncio.StreamWriter) -> bytes:
+        """Passes on what comes before the awaited event and awaits the event; returns what comes after it."""
+        if self._event is not None and self.num_bytes + len(data) > self._event[0]:
+            num_bytes, happen = self._event
+            self._event = None
+            place = max(0, num_bytes - self.num_bytes)
+            before, data = data[:place], data[place:]
+            self.num_bytes += len(before)
+            sink.write(before)
+            await sink.drain()
+            await happen()
+        self.num_bytes += len(data)
+        return data

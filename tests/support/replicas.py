@@ -35,7 +35,7 @@ class Replica:
     """`safelight serve` in a process of its own, with the simulated runtime unless `settings` say otherwise."""
 
     def __init__(self, redis_url: str, keys: Path, folder: Path, **settings: object) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         given = {
             "port": self.port,
@@ -230,7 +230,8 @@ def sequences(events: list[pb.GenerationEvent]) -> list[int]:
     return [event.sequence for event in events if event.sequence]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -47,7 +47,7 @@ async def test_grpcurl_gets_a_picture_for_a_prompt(start: Start) -> None:
     events = [message["event"] for message in messages(text)]
     assert "accepted" in events[0]
     assert any("preview" in event for event in events)
-    assert any("artifact_chunk" in event for event in events)
+    assert any("artifactChunk" in event for event in events)
     assert "finished" in events[-1]
     assert events[-1]["finished"]["status"].get("code", 0) == 0
 
@@ -71,6 +71,6 @@ async def test_jaeger_has_the_servers_spans(start: Start) -> None:
         async with start(otlp_endpoint=f"http://{traces.otlp_grpc}") as running:
             body = json.dumps({"spec": {"prompt": PROMPT, "num_inference_steps": 4}})
             text = await output("grpcurl", "-plaintext", "-d", body, running.address, CALL)
-            trace_id = messages(text)[0]["event"]["accepted"]["trace_id"]
+            trace_id = messages(text)[0]["event"]["accepted"]["traceId"]
         await eventually(lambda: len(traces.spans(trace_id)) > 1)
         assert "safelight" in " ".join(traces.services())

@@ -3,6 +3,7 @@
 import asyncio
 
 from safelight_server.storage.mover import Mover
+from structlog.testing import capture_logs
 
 
 class Target:
@@ -73,3 +74,22 @@ async def test_what_is_closed_takes_nothing_more() -> None:
     assert not target.mover.offer("late", b"1")
     await asyncio.sleep(0)
     assert not target.written and target.mover.get("late") is None
+
+
+async def test_a_value_that_cannot_be_written_stops_no_other() -> None:
+    target = Target()
+
+    async def write(key: str, value: bytes) -> None:
+        if key == "odd":
+            raise ValueError(key)
+        await target.write(key, value)
+
+    target.mover = Mover(write, 100)
+    target.gate.set()
+    with capture_logs() as logs:
+        for key in ("odd", "b"):
+            target.mover.offer(key, b"1")
+        await target.mover.flush()
+    assert target.written == [("b", b"1")]
+    assert [(entry["event"], entry["key"]) for entry in logs] == [("bug", "odd")]
+    await target.mover.close()

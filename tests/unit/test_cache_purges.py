@@ -1,6 +1,7 @@
 """Purges on all replicas."""
 
 import asyncio
+import time
 
 from safelight_server.cache import purges as module
 from safelight_server.cache.purges import Purges
@@ -83,8 +84,9 @@ async def test_upkeep_measures_and_sweeps(monkeypatch) -> None:  # type: ignore[
     monkeypatch.setattr(module, "SWEEP_EVERY_S", 0.0)
     monkeypatch.setattr(module, "MEASURE_EVERY_S", 0.001)
     bench = await filled()
+    bench.now = time.time()
     running = asyncio.create_task(Purges(bench.tiers, LocalCoordinator()).keep_up())
-    await until(lambda: asyncio.sleep(0, not bench.disk.values))  # the bench's clock is long before the real one
+    await until(lambda: asyncio.sleep(0, not bench.disk.values))
     entries = {"tier": "disk"}
     await until(
         lambda: asyncio.sleep(0, bench.numbers.registry.get_sample_value("safelight_cache_entries", entries) == 0)
@@ -167,3 +169,15 @@ async def test_an_index_that_could_not_be_cleared_is_named_and_the_others_are() 
     purges = Purges((await filled()).tiers, LocalCoordinator(), [unable, other])
     assert (await purges.purge(PurgeScope(TENANTS["acme"] + "/"))).failed == ["redis"]
     assert len(other.forgotten) == 1
+
+
+async def test_a_purge_that_cannot_be_read_stops_no_other() -> None:
+    coordinator, there = LocalCoordinator(), await filled()
+    for odd in (b"\xff", b"[]", b'{"origin": "x"}', b'{"origin": "x", "prefix": "", "revision": "no"}'):
+        await coordinator.append(module.STREAM, odd)
+    listening = asyncio.create_task(Purges(there.tiers, coordinator).listen())
+    with capture_logs() as logs:
+        await Purges((await filled()).tiers, coordinator).purge(PurgeScope(generation=GENERATION))
+        await until(lambda: asyncio.sleep(0, len(there.disk.values) == 1))
+    assert [entry["event"] for entry in logs].count("a purge of another replica cannot be read") == 4
+    listening.cancel()

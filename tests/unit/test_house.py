@@ -108,6 +108,17 @@ def test_no_package_is_in_a_cycle(depth):
     assert cycle(package_arrows(depth)) == []
 
 
+def wall_clocks(tree: ast.Module) -> list[str]:
+    """The calls that read this machine's clock."""
+    calls = (ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return [call for call in calls if call in ("time.time", "datetime.now", "datetime.utcnow", "datetime.today")]
+
+
+def test_what_replicas_write_is_in_the_time_of_their_redis():
+    """Code that needs Unix time is given it: `Sealer.now`, which is the shared clock."""
+    assert {name: found for name, tree in sources().items() if (found := wall_clocks(tree))} == {}
+
+
 def test_temporary_files_of_the_tests_go_with_them():
     assert Path(tempfile.gettempdir()).name.startswith("safelight-tests-")
     assert os.environ["TMPDIR"] == tempfile.gettempdir(), "processes that a test starts have the same"
@@ -121,4 +132,5 @@ def test_the_rules_can_be_broken():
         "from safelight_server.cache import cache\nimport grpc\n"
         "if TYPE_CHECKING:\n    from safelight_server.cli import main"
     )
+    assert wall_clocks(ast.parse("now = time.time\nuntil = time.time() + 1")) == ["time.time"]
     assert set(imports("engine", tree, {"cache", "cache.cache", "cli", "cli.main"})) == {"cache", "cache.cache"}

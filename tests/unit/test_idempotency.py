@@ -82,8 +82,20 @@ def test_when_full_the_one_that_ended_first_makes_room(requests: Idempotency, cl
     clock.now += 1
     requests.ended(ME, "a")
     requests.remember(ME, "c", b"", "g3")
+    assert requests.find(ME, "b", b"") == "g2"
+    requests.ended(ME, "c")
     assert requests.find(ME, "b", b"") is None
     assert requests.find(ME, "a", b"") == "g1"
+
+
+def test_one_tenants_ids_never_push_out_those_of_another(requests: Idempotency) -> None:
+    requests.remember(STRANGER, "mine", b"", "g0")
+    requests.ended(STRANGER, "mine")
+    for number in range(5):
+        requests.remember(ME, str(number), b"", str(number))
+        requests.ended(ME, str(number))
+    assert requests.find(STRANGER, "mine", b"") == "g0"
+    assert [requests.find(ME, str(number), b"") for number in range(5)] == [None] * 4 + ["4"]
 
 
 def test_what_has_not_ended_never_makes_room(requests: Idempotency) -> None:
@@ -142,8 +154,22 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def bounded(self) -> None:
-        assert len(self.live) <= len(self.requests) <= MAX
+        assert len(self.live) <= MAX
+        assert len(self.live) <= len(self.requests) <= len(self.live) + MAX
 
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(deadline=None, max_examples=50)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_what_another_replica_knows_better_is_forgotten(requests: Idempotency, *, ended: bool) -> None:
+    requests.remember(ME, "id", b"body", "g1")
+    if ended:
+        requests.ended(ME, "id")
+    requests.forget(ME, "id", "g2")
+    requests.forget(STRANGER, "id", "g1")
+    assert requests.find(ME, "id", b"body") == "g1", "it is not of that generation"
+    requests.forget(COLLEAGUE, "id", "g1")
+    assert requests.find(ME, "id", b"other") is None and len(requests) == 0
+    requests.forget(ME, "id", "g1")

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import errno
+import asyncio
+import contextlib
 import hashlib
+import hmac
 import json
-import os
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
-import structlog
 from hypothesis import given
 from hypothesis import strategies as st
-from safelight_server.api.identity import Identity, KeyFileError, new_key
+from safelight_server import files
+from safelight_server.api.identity import Identity, new_key
 from safelight_server.domain.caller import Caller
 from safelight_server.domain.errors import AdminOnlyError, InvalidRequestError, UnauthenticatedError
+from safelight_server.files import ConfigFileError
+
+from tests.conftest import eventually
 
 PEER = "ipv4:127.0.0.1:40000"
-
-
-class Clock:
-    """Seconds that pass when told to."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def entry(key: str, caller: str = "game", tenant: str = "studio") -> dict[str, str]:
@@ -110,80 +103,60 @@ def test_with_keys_nobody_names_itself(key_file: Path) -> None:
     assert Identity(key_file).recognize(metadata, PEER) == Caller("game", "studio")
 
 
-def test_a_changed_file_counts_after_a_second(key_file: Path) -> None:
-    clock = Clock()
-    identity = Identity(key_file, clock)
+def knows(identity: Identity, key: str) -> bool:
+    with contextlib.suppress(UnauthenticatedError):
+        return bool(identity.recognize(bearer(key), PEER))
+    return False
+
+
+async def test_a_changed_file_counts_while_the_server_runs(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LOOK_EVERY_S", 0.001)
+    identity = Identity(key_file)
+    [follow] = identity.works
+    following = asyncio.create_task(follow())
     write(key_file, entry("three", "new", "lab"))
-    clock.now += 0.9
-    assert identity.recognize(bearer("one"), PEER).name == "game"
-    clock.now += 0.2
-    assert identity.recognize(bearer("three"), PEER).name == "new"
-    with pytest.raises(UnauthenticatedError):
-        identity.recognize(bearer("one"), PEER)
+    await eventually(lambda: knows(identity, "three"))
+    assert not knows(identity, "one")
+    following.cancel()
+    await asyncio.wait([following])
 
 
-@pytest.mark.parametrize("broken", ["", "{", '{"keys": [{"caller": "x"}]}', None])
-def test_a_broken_file_is_logged_once_and_the_old_keys_stay(key_file: Path, broken: str | None) -> None:
-    clock = Clock()
-    identity = Identity(key_file, clock)
-    if broken is None:
-        key_file.unlink()
-    else:
-        key_file.write_text(broken)
-    with structlog.testing.capture_logs() as logs:
-        for _ in range(3):
-            clock.now += 2
-            assert identity.recognize(bearer("one"), PEER).name == "game"
-    assert [line["event"] for line in logs] == ["keys_not_reloaded"]
-    write(key_file, entry("three"))
-    clock.now += 2
-    assert identity.recognize(bearer("three"), PEER).name == "game"
-
-
-def test_a_file_that_could_not_be_read_is_tried_again(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when no descriptor is free: a revoked key does not stay good for ever. Each failure is told once."""
-    clock = Clock()
-    identity = Identity(key_file, clock)
-
-    def read(error: int | None) -> None:
-        """A second later, a call comes."""
-        clock.now += 2
+@pytest.mark.parametrize("presented", ["0", "7", "unknown", ""])
+def test_a_call_costs_one_comparison_however_many_keys_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, presented: str
+) -> None:
+    counts = []
+    for num_keys in (8, 800):
+        identity = Identity(write(tmp_path / "keys.json", *(entry(f"{n}", f"caller-{n}") for n in range(num_keys))))
+        compared: list[tuple[bytes, bytes]] = []
         with monkeypatch.context() as patched:
-            if error is not None:
-                patched.setattr(Path, "read_bytes", Mock(side_effect=OSError(error, os.strerror(error))))
-            identity.recognize(bearer("two"), PEER)
-
-    write(key_file, entry("two"))
-    with structlog.testing.capture_logs() as logs:
-        for error in (errno.EMFILE, errno.EMFILE, errno.EIO, errno.EIO, None, None):
-            read(error)
-    assert [line["event"] for line in logs] == ["keys_not_reloaded", "keys_not_reloaded", "keys_reloaded"]
-    with pytest.raises(UnauthenticatedError):
-        identity.recognize(bearer("one"), PEER)
-    write(key_file, entry("two"), entry("one"))
-    with structlog.testing.capture_logs() as logs:
-        read(errno.EIO)
-    assert [line["event"] for line in logs] == ["keys_not_reloaded"], "it is a new failure"
+            compare = hmac.compare_digest
+            patched.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or compare(a, b))
+            assert knows(identity, presented) is presented.isdecimal()
+        counts.append(len(compared))
+    assert counts == [1, 1], "also for a key that is not there"
 
 
 def test_a_file_that_cannot_be_used_stops_the_start_with_all_its_faults(tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
-    with pytest.raises(KeyFileError, match="No such file"):
+    with pytest.raises(ConfigFileError, match="No such file"):
         Identity(file)
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(KeyFileError, match=r"keys\.json: file: "):
+    with pytest.raises(ConfigFileError, match=r"keys\.json: file: "):
         Identity(file)
     bad = {"sha256": "12", "caller": "a b", "tenant": "t", "admin": "yes"}
-    with pytest.raises(KeyFileError) as refused:
+    with pytest.raises(ConfigFileError) as refused:
         Identity(write(file, entry("one"), bad))
     for fault in ("keys.1.sha256", "keys.1.caller", "keys.1.admin"):
         assert fault in str(refused.value)
     assert "keys.0" not in str(refused.value)
+    with pytest.raises(ConfigFileError, match=r"keys\.19\.sha256: .*; and 10 more$"):
+        Identity(write(file, *(entry("one") | {"sha256": f"{n}"} for n in range(30))))
 
 
 def test_a_key_twice_or_an_empty_one_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "keys.json", entry("one"), entry("one", "tool", "lab"), entry(""))
-    with pytest.raises(KeyFileError) as refused:
+    with pytest.raises(ConfigFileError) as refused:
         Identity(file)
     assert "is there 2 times" in str(refused.value)
     assert "keys.2.sha256: is the hash of no key" in str(refused.value)
@@ -200,7 +173,7 @@ def test_a_new_key_fits_into_the_file(tmp_path: Path) -> None:
 
 
 def test_a_new_key_is_for_a_name() -> None:
-    with pytest.raises(KeyFileError, match=r"^caller and tenant: must be 1 to 64"):
+    with pytest.raises(ConfigFileError, match=r"^caller and tenant: must be 1 to 64"):
         new_key("a b", "")
 
 
@@ -242,5 +215,5 @@ def test_without_keys_all_are_administrators_or_none(all_admins: bool, metadata:
 
 
 def test_admin_is_true_or_false(tmp_path: Path) -> None:
-    with pytest.raises(KeyFileError, match="admin"):
+    with pytest.raises(ConfigFileError, match="admin"):
         Identity(write(tmp_path / "keys.json", entry("one") | {"admin": "yes"}))

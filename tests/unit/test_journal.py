@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -13,8 +14,10 @@ from safelight_server.domain.events import FinishReason, GenerationState, Output
 from safelight_server.domain.picture import EncodedPicture
 from safelight_server.storage.keyring import Keyring
 from safelight_server.storage.sealed import Sealer
+from structlog.testing import capture_logs
 
 from tests.conftest import eventually
+from tests.support.coordination import until
 from tests.support.streams import PICTURE, settle
 from tests.unit.test_cache_leadership import Outages
 
@@ -142,3 +145,66 @@ async def test_a_long_outage_leaves_no_gap_and_what_has_ended_is_given_up(
     assert (desk.shown, desk.settled) == ([1, 2, 3], 1)
     desk.coordinator.out = False
     assert await desk.written() == [1, 2], "nothing follows what was given up"
+
+
+async def test_what_cannot_be_written_at_all_is_given_up_and_the_lease_with_it(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception that nobody has thought of; else the lease would be renewed for ever."""
+    monkeypatch.setattr(journals, "GIVE_UP_S", 0.05)
+
+    async def put(index: int, picture: EncodedPicture) -> bool:
+        raise ValueError(index)
+
+    desk.journal._put = put
+    desk.picture(1)
+    desk.event(2)
+    desk.journal.end(desk.settle)
+    with capture_logs() as logs:
+        await eventually(lambda: desk.settled == 1)
+        await desk.journal.closed()
+    assert desk.shown == [1, 2] and desk.kept == [] and await desk.written() == []
+    assert {entry["event"] for entry in logs} >= {"bug"}
+    assert await desk.coordinator.holder(NAME) is None
+
+
+async def test_a_picture_that_was_stored_by_one_who_is_no_owner_any_more_is_not_shown(desk: Desk) -> None:
+    """It slept meanwhile: nothing fences what it stores, and the new owner may end the output without a picture."""
+    leader = desk.journal._leader
+    put, gate = desk.journal._put, asyncio.Event()
+
+    async def late(index: int, picture: EncodedPicture) -> bool:
+        await gate.wait()
+        return await put(index, picture)
+
+    desk.journal._put = late
+    desk.picture(1)
+    leader._beating.cancel()
+    await until(lambda: desk.coordinator.acquire(NAME, "other", 60.0))
+    assert not leader.held and not leader.lost.is_set()
+    gate.set()
+    await eventually(lambda: desk.lost == 1)
+    assert desk.kept == [1] and desk.shown == []
+
+
+async def test_what_was_written_is_written_again_after_a_loss_of_memory(desk: Desk) -> None:
+    leader = desk.journal._leader
+    desk.event(1)
+    for _ in range(100):
+        for state in (GenerationState.SUSPENDED, GenerationState.RUNNING):
+            desk.journal.write(EventRecord("state", b"", state=state))
+    desk.picture(2)
+    await eventually(lambda: desk.shown == [1, 2])
+    desk.coordinator._executions.clear()
+    desk.kept.clear()
+    desk.event(3)
+    assert await leader.confirm()
+    await eventually(lambda: desk.shown == [1, 2, 3])
+    await desk.journal.closed()
+    assert desk.kept == [2], "shown once, and stored again"
+    found = [parse(desk.sealer, NAME, event.data) for event in await desk.coordinator.read(NAME)]
+    assert [(told.sequence, told.state) for told in found if isinstance(told, EventRecord)] == [
+        (1, None),
+        (0, GenerationState.RUNNING),
+        (3, None),
+    ], "of its states the newest"

@@ -18,6 +18,7 @@ from safelight_server.cluster.commit import BILL
 from safelight_server.cluster.leased_runner import LeasedRunner
 from safelight_server.cluster.leased_runners import ExecutionTicket, LeasedRunners
 from safelight_server.coordination.base import CommitOutcome, Lease
+from safelight_server.domain.errors import InternalError
 from safelight_server.domain.picture import Pixels
 from safelight_server.engine.jobs import Job
 from safelight_server.engine.latents import Snapshot
@@ -348,3 +349,32 @@ async def test_failure_lets_those_who_follow_try_themselves(pair: Pair) -> None:
     pair.other.run()
     await eventually(lambda: follower.picture is not None)
     assert follower.error is None
+
+
+@pytest.mark.parametrize("what", ["acquire", "result"])
+async def test_what_nobody_has_thought_of_ends_the_output_and_not_only_its_task(pair: Pair, what: str) -> None:
+    """Else its generation would wait for ever."""
+
+    async def raising(*_: object) -> None:
+        raise ValueError("a malformed answer")
+
+    other = await pair.coordinator.acquire(NAME, "other", 60.0) if what == "result" else None
+    setattr(pair.coordinator, what, raising)
+    member, execution = Member(), pair.one.execution()
+    with capture_logs() as logs:
+        execution.join(member)
+        await eventually(lambda: member.error is not None)
+    assert isinstance(member.error, InternalError)
+    assert [entry["event"] for entry in logs] == ["bug"]
+    assert not pair.one.leased_runners.asking and (other is None) == (what == "acquire")
+
+
+async def test_an_event_of_another_form_is_passed_over(pair: Pair) -> None:
+    lease = await pair.coordinator.acquire(NAME, "other", 60.0)
+    assert lease is not None
+    follower, execution = Member(), pair.one.execution()
+    execution.join(follower)
+    for facts in ({"step": "1"}, {"step": "x", "batch": "1"}, {"step": "2", "batch": "1"}):
+        sealed = pair.sealer.seal(NAME, Entry(b"", facts), time.time() + 60)
+        await pair.coordinator.publish(lease, sealed)
+    await eventually(lambda: follower.steps == [2])

@@ -146,6 +146,34 @@ async def test_what_cannot_be_resumed_names_the_field(stage, after, offsets, fie
     assert not stage.log.watchers
 
 
+@pytest.mark.parametrize("offset", [0, 5, len(PICTURE.data), 10 * len(PICTURE.data)])
+async def test_a_client_may_have_more_of_a_picture_than_this_replica_knows_of(stage, offset):
+    """The owner before this one had shown it, and did not come to say so."""
+    stage.log.begun_elsewhere = True
+    stage.accept()
+    reader = Reader(stage.log.watch(LINEAR, 1, {0: offset}))
+    stage.complete()
+    await reader.drain()
+    assert picture(reader.events) == PICTURE.data[offset:]
+    assert [event.sequence for event in reader.events if event.sequence] == [2, 3] and reader.ended
+    with pytest.raises(InvalidRequestError):
+        stage.log.watch(LINEAR, 1, {0: len(PICTURE.data) + 1})
+
+
+async def test_a_client_may_have_accepted_before_this_replica_knows_of_it(stage):
+    """The owner before this one had sent it, in an outage, and did not come to write it down."""
+    with pytest.raises(InvalidRequestError):
+        stage.log.watch(LINEAR, 1)
+    stage.log.begun_elsewhere = True
+    with pytest.raises(InvalidRequestError):
+        stage.log.watch(LINEAR, 2)
+    reader = Reader(stage.log.watch(LINEAR, 1))
+    stage.accept()
+    stage.complete()
+    await reader.drain()
+    assert [event.sequence for event in reader.events if event.sequence] == [2, 3] and reader.ended
+
+
 async def test_streams_share_the_bytes(stage):
     stage.accept()
     streams = [stage.log.watch(LINEAR).events() for _ in range(2)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
+from safelight_server.domain.caller import Caller
 from safelight_server.domain.errors import SafelightError
 from safelight_server.domain.events import GenerationState
 from safelight_server.domain.request import DisconnectPolicy
@@ -27,11 +29,17 @@ class Generation:
 
     identifier: str
     grace_s: float = 60.0
+    tenant: str = "lab"
     ends_by_itself: bool = False
     state: GenerationState = GenerationState.RUNNING
     ended: bool = False
     may_decide: bool = True
     stopped: list[SafelightError] = field(default_factory=list)
+    on_stop: Callable[[Generation], None] = lambda _: None
+
+    @property
+    def caller(self) -> Caller:
+        return Caller("me", self.tenant)
 
     @property
     def request(self) -> Asked:
@@ -44,6 +52,7 @@ class Generation:
 
     def stop(self, error: SafelightError) -> None:
         self.stopped.append(error)
+        self.on_stop(self)
 
 
 @pytest.fixture
@@ -65,6 +74,16 @@ async def test_one_more_than_there_is_room_for_cancels_the_oldest(lost):
     assert [bool(generation.stopped) for generation in generations] == [True, False, False]
 
 
+async def test_one_tenants_lost_generations_never_cancel_those_of_another(lost):
+    mine, theirs = Generation("mine", tenant="studio"), [Generation(name) for name in "abcdef"]
+    lost.suspend(mine)
+    for generation in theirs:
+        generation.on_stop = lost.forget
+        lost.suspend(generation)
+    assert not mine.stopped
+    assert [bool(generation.stopped) for generation in theirs] == [True] * 5 + [False]
+
+
 async def test_one_that_ends_while_it_is_suspended_takes_no_place(lost):
     """What has just become true is told first, and that may be a failure."""
     lost.suspend(Generation("failed", ends_by_itself=True))
@@ -78,3 +97,12 @@ async def test_nothing_is_decided_while_the_lease_is_in_doubt(lost: SuspendedGen
     assert not one.stopped
     one.may_decide = True
     await eventually(lambda: len(one.stopped) == 1)
+
+
+async def test_only_the_very_generation_is_forgotten(lost):
+    one, other = Generation("a"), Generation("a")
+    lost.suspend(one)
+    lost.forget(other)
+    assert list(lost) == ["a"]
+    lost.forget(one)
+    assert not list(lost)

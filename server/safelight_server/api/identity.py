@@ -3,10 +3,8 @@
 The key file is one JSON object, {"keys": [{"sha256": "…", "caller": "…",
 "tenant": "…", "admin": false}]}; `safelight keys new` makes entries. It holds
 only hashes of keys. A plain SHA-256 is enough, as keys are 256 random bits and
-cannot be guessed. When a call comes, at most once a second, the file is checked
-for changes and read again. A new file that cannot be used is logged once, and
-the keys in force stay. A faulty file is read again when it changes, a file that
-could not be read at the next check.
+cannot be guessed. `files.WatchedFile` reads the file again when it changes.
+Invariant: a call costs one look-up and one comparison, however many keys there are.
 """
 
 from __future__ import annotations
@@ -15,34 +13,23 @@ import hashlib
 import hmac
 import re
 import secrets
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import unquote
 
-import structlog
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from safelight_server.domain.caller import Caller
 from safelight_server.domain.errors import FieldViolation, InvalidRequestError, UnauthenticatedError
-
-log = structlog.get_logger(__name__)
+from safelight_server.files import ConfigFileError, WatchedFile, faulty
 
 NAME = r"^[A-Za-z0-9._-]{1,64}$"
 NAME_IN_WORDS = "1 to 64 letters, digits, dots, dashes and underscores"
 DEFAULT_TENANT = "default"
-LOOK_EVERY_S = 1.0
 NO_KEY = hashlib.sha256(b"").hexdigest()
-
-
-class KeyFileError(Exception):
-    """A key file or an entry for it that cannot be used; the message lists all faults."""
-
-
-class _UnreadableError(KeyFileError):
-    """The file could not be read; a later attempt may succeed without a change of the file."""
 
 
 class _Key(BaseModel):
@@ -55,10 +42,24 @@ class _Key(BaseModel):
 
 class _KeyFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-    keys: tuple[_Key, ...]
+    keys: tuple[Any, ...]
 
 
-_Stamp = tuple[int, int, int, int]
+@dataclass(frozen=True, slots=True)
+class _KnownKeys:
+    """What a key file says.
+
+    Attributes:
+        callers: the SHA-256 of each key with its caller, by that SHA-256.
+        tenants: the tenants of all callers.
+    """
+
+    callers: Mapping[bytes, tuple[bytes, Caller]]
+    tenants: frozenset[str]
+
+
+_UNKNOWN = bytes(32), None
+"""What a digest that no key has is compared with, so that it takes the time of one that a key has."""
 
 
 class Identity:
@@ -67,17 +68,24 @@ class Identity:
     Args:
         key_file: the API keys; None: callers need no key.
         all_admins: whether callers are administrators on a server without a key file.
-        clock: monotonic seconds.
 
     Raises:
-        KeyFileError: the file cannot be used.
+        ConfigFileError: the file cannot be used.
     """
 
-    def __init__(
-        self, key_file: Path | None, clock: Callable[[], float] = time.monotonic, *, all_admins: bool = False
-    ) -> None:
+    def __init__(self, key_file: Path | None, *, all_admins: bool = False) -> None:
         self._all_admins = all_admins
-        self._keys = None if key_file is None else _WatchedKeys(key_file, clock)
+        self._file = None if key_file is None else WatchedFile(key_file, lambda data: _parse(key_file, data), "keys")
+
+    @property
+    def works(self) -> list[Callable[[], Coroutine[None, None, None]]]:
+        """Background work that reads the key file again when it changes."""
+        return [] if self._file is None else [self._file.follow]
+
+    @property
+    def tenants(self) -> frozenset[str]:
+        """The tenants that callers can belong to."""
+        return frozenset({DEFAULT_TENANT}) if self._file is None else self._file.content.tenants
 
     def recognize(self, metadata: Iterable[tuple[str, str | bytes]], peer: str) -> Caller:
         """Returns the caller of a call.
@@ -91,8 +99,8 @@ class Identity:
             InvalidRequestError: the metadata `safelight-caller` is not a valid name.
         """
         values = {key: value for key, value in metadata if isinstance(value, str)}
-        if self._keys is not None:
-            return self._keys.recognize(values.get("authorization", ""))
+        if self._file is not None:
+            return _find(self._file.content, values.get("authorization", ""))
         name = values.get("safelight-caller")
         if name is None:
             return Caller(_address(peer), DEFAULT_TENANT, self._all_admins)
@@ -101,92 +109,60 @@ class Identity:
         return Caller(name, DEFAULT_TENANT, self._all_admins)
 
 
-class _WatchedKeys:
-    """The keys of a file, read again when it changes; a file that cannot be used changes nothing."""
+def _find(keys: _KnownKeys, authorization: str) -> Caller:
+    """The caller whose key the header has. The time it takes tells nothing of the keys there are.
 
-    def __init__(self, file: Path, clock: Callable[[], float]) -> None:
-        self._file = file
-        self._clock = clock
-        self._stamp = _stamp(file)
-        self._keys = _read(file)
-        self._looked_at = clock()
-        self._unreadable = ""
-
-    def recognize(self, authorization: str) -> Caller:
-        self._look()
-        scheme, _, key = authorization.partition(" ")
-        digest = hashlib.sha256(key.strip().encode()).digest()
-        found = None
-        for known, caller in self._keys:  # compares with every key, so that the time taken reveals nothing
-            found = caller if hmac.compare_digest(known, digest) else found
-        if scheme.lower() != "bearer" or found is None:
-            raise UnauthenticatedError("send metadata 'authorization: Bearer KEY' with a key of this server")
-        return found
-
-    def _look(self) -> None:
-        now = self._clock()
-        if now - self._looked_at < LOOK_EVERY_S:
-            return
-        self._looked_at = now
-        stamp = _stamp(self._file)
-        if stamp == self._stamp:
-            self._unreadable = ""
-            return
-        try:
-            self._keys = _read(self._file)
-        except _UnreadableError as error:
-            if str(error) != self._unreadable:
-                self._not_reloaded(error)
-            self._unreadable = str(error)
-            return
-        except KeyFileError as error:
-            self._not_reloaded(error)
-        else:
-            log.info("keys_reloaded", num_keys=len(self._keys))
-        self._stamp, self._unreadable = stamp, ""
-
-    def _not_reloaded(self, error: KeyFileError) -> None:
-        log.error("keys_not_reloaded", error=str(error), num_keys=len(self._keys))
+    Who does not know a key cannot choose its SHA-256, so the look-up may take the time that it takes.
+    """
+    scheme, _, key = authorization.partition(" ")
+    digest = hashlib.sha256(key.strip().encode()).digest()
+    known, caller = keys.callers.get(digest, _UNKNOWN)
+    if not hmac.compare_digest(known, digest) or caller is None or scheme.lower() != "bearer":
+        raise UnauthenticatedError("send metadata 'authorization: Bearer KEY' with a key of this server")
+    return caller
 
 
 def new_key(caller: str, tenant: str, *, admin: bool = False) -> tuple[str, str]:
     """Makes a random API key. Returns the key and its entry for the key file, as JSON.
 
     Raises:
-        KeyFileError: `caller` or `tenant` is not a valid name.
+        ConfigFileError: `caller` or `tenant` is not a valid name.
     """
     key = secrets.token_urlsafe(32)
     try:
         entry = _Key(sha256=hashlib.sha256(key.encode()).hexdigest(), caller=caller, tenant=tenant, admin=admin)
     except ValidationError as error:
         fields = " and ".join(str(fault["loc"][0]) for fault in error.errors())
-        raise KeyFileError(f"{fields}: must be {NAME_IN_WORDS}") from None
+        raise ConfigFileError(f"{fields}: must be {NAME_IN_WORDS}") from None
     return key, entry.model_dump_json(exclude_defaults=True)
 
 
-def _stamp(file: Path) -> _Stamp | None:
-    """Times, size and inode of a file, which change when it is written or replaced; None if there is no file."""
+def _parse(file: Path, data: bytes) -> _KnownKeys:
+    """The keys of a key file. Validates them one by one: many at once would keep the interpreter from the loop."""
     try:
-        status = file.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
-
-
-def _read(file: Path) -> list[tuple[bytes, Caller]]:
-    try:
-        parsed = _KeyFile.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise _UnreadableError(f"{file}: {error.strerror}") from None
+        entries = _KeyFile.model_validate_json(data).keys
     except ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-        raise KeyFileError(f"{file}: {found}") from None
-    seen = Counter(key.sha256 for key in parsed.keys)
-    faults = [f"keys.{at}.sha256: is the hash of no key" for at, key in enumerate(parsed.keys) if key.sha256 == NO_KEY]
+        raise faulty(file, _faults(error)) from None
+    keys: list[_Key] = []
+    faults: list[str] = []
+    for at, entry in enumerate(entries):
+        try:
+            keys.append(_Key.model_validate(entry))
+        except ValidationError as error:
+            faults += _faults(error, "keys", at)
+        else:
+            if keys[-1].sha256 == NO_KEY:
+                faults.append(f"keys.{at}.sha256: is the hash of no key")
+    seen = Counter(key.sha256 for key in keys)
     faults += [f"keys: {digest[:12]}… is there {count} times" for digest, count in seen.items() if count > 1]
     if faults:
-        raise KeyFileError(f"{file}: {'; '.join(faults)}")
-    return [(bytes.fromhex(key.sha256), Caller(key.caller, key.tenant, key.admin)) for key in parsed.keys]
+        raise faulty(file, faults)
+    pairs = ((bytes.fromhex(key.sha256), Caller(key.caller, key.tenant, key.admin)) for key in keys)
+    return _KnownKeys({digest: (digest, caller) for digest, caller in pairs}, frozenset(key.tenant for key in keys))
+
+
+def _faults(error: ValidationError, *where: str | int) -> list[str]:
+    return [f"{'.'.join(map(str, (*where, *fault['loc']))) or 'file'}: {fault['msg']}" for fault in error.errors()]
 
 
 def _address(peer: str) -> str:

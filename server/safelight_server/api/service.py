@@ -1,7 +1,7 @@
 """The gRPC services of the contract, one method for each call.
 
-A method gets the parsed request and its caller, and returns or yields the
-answer. `_stream_handler` and `_unary_handler` wrap the methods: they recognize the caller, parse,
+A method gets the parsed request and its caller, and returns the answer or the
+stream of it. `_stream_handler` and `_unary_handler` wrap the methods: they recognize the caller, parse,
 and turn errors into statuses, before the first event and in mid-stream alike.
 Events come serialized from `stream/` and are sent as they are.
 """
@@ -17,7 +17,7 @@ from typing import TypeAlias, TypeVar
 import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
-from safelight.v1 import cache_pb2, models_pb2
+from safelight.v1 import cache_pb2, models_pb2, quotas_pb2
 from safelight.v1 import generation_pb2 as pb
 
 from safelight_server import wire
@@ -39,6 +39,7 @@ from safelight_server.domain.errors import (
 from safelight_server.domain.request import PreviewPolicy
 from safelight_server.generations.generation import Generation
 from safelight_server.generations.registry import Generations
+from safelight_server.quotas.quotas import Quotas
 from safelight_server.runtime.base import Runtime
 from safelight_server.stream import Watcher
 from safelight_server.telemetry import Metrics, Stage, Tracing
@@ -57,6 +58,7 @@ log = structlog.get_logger(__name__)
 GENERATION_SERVICE = "safelight.v1.GenerationService"
 MODEL_SERVICE = "safelight.v1.ModelService"
 CACHE_SERVICE = "safelight.v1.CacheService"
+QUOTA_SERVICE = "safelight.v1.QuotaService"
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
@@ -65,11 +67,12 @@ Out = TypeVar("Out", bound=Message)
 
 
 class Service:
-    """GenerationService, ModelService and CacheService.
+    """GenerationService, ModelService, CacheService and QuotaService.
 
     Args:
         limits: the server's limits on requests, beside those of the models.
-        quota: bounds the streams of each caller.
+        streams: bounds the streams of each caller.
+        quotas: bounds the requests and the compute of each tenant.
     """
 
     def __init__(
@@ -80,7 +83,8 @@ class Service:
         generations: Generations,
         caches: CacheAdmin,
         limits: RequestLimits,
-        quota: StreamQuota,
+        streams: StreamQuota,
+        quotas: Quotas,
         metrics: Metrics,
         tracer: Tracing,
     ) -> None:
@@ -90,83 +94,73 @@ class Service:
         self._generations = generations
         self._caches = caches
         self._limits = limits
-        self._quota = quota
+        self._streams = streams
+        self._quotas = quotas
         self._metrics = metrics
         self._tracer = tracer
 
-    def handlers(self) -> list[grpc.GenericRpcHandler]:
-        """The handlers of all services, to be added to a grpc.aio server."""
+    def handlers(self) -> dict[str, dict[str, Handler]]:
+        """The handlers of all methods, by full name of the service and name of the method."""
         stream, unary = self._stream_handler, self._unary_handler
-        return [
-            grpc.method_handlers_generic_handler(
-                GENERATION_SERVICE,
-                {
-                    "Generate": stream("Generate", self.generate, pb.GenerateRequest),
-                    "WatchGeneration": stream("WatchGeneration", self.watch_generation, pb.WatchGenerationRequest),
-                    "UpdateGeneration": unary("UpdateGeneration", self.update_generation, pb.UpdateGenerationRequest),
-                    "CancelGeneration": unary("CancelGeneration", self.cancel_generation, pb.CancelGenerationRequest),
-                    "GetGeneration": unary("GetGeneration", self.get_generation, pb.GetGenerationRequest),
-                },
-            ),
-            grpc.method_handlers_generic_handler(
-                MODEL_SERVICE,
-                {
-                    "ListModels": unary("ListModels", self.list_models, models_pb2.ListModelsRequest),
-                    "GetModel": unary("GetModel", self.get_model, models_pb2.GetModelRequest),
-                },
-            ),
-            grpc.method_handlers_generic_handler(
-                CACHE_SERVICE,
-                {
-                    "GetCacheStats": unary("GetCacheStats", self.get_cache_stats, cache_pb2.GetCacheStatsRequest),
-                    "PurgeCache": unary("PurgeCache", self.purge_cache, cache_pb2.PurgeCacheRequest),
-                },
-            ),
-        ]
+        return {
+            GENERATION_SERVICE: {
+                "Generate": stream("Generate", self.generate, pb.GenerateRequest),
+                "WatchGeneration": stream("WatchGeneration", self.watch_generation, pb.WatchGenerationRequest),
+                "UpdateGeneration": unary("UpdateGeneration", self.update_generation, pb.UpdateGenerationRequest),
+                "CancelGeneration": unary("CancelGeneration", self.cancel_generation, pb.CancelGenerationRequest),
+                "GetGeneration": unary("GetGeneration", self.get_generation, pb.GetGenerationRequest),
+            },
+            MODEL_SERVICE: {
+                "ListModels": unary("ListModels", self.list_models, models_pb2.ListModelsRequest),
+                "GetModel": unary("GetModel", self.get_model, models_pb2.GetModelRequest),
+            },
+            CACHE_SERVICE: {
+                "GetCacheStats": unary("GetCacheStats", self.get_cache_stats, cache_pb2.GetCacheStatsRequest),
+                "PurgeCache": unary("PurgeCache", self.purge_cache, cache_pb2.PurgeCacheRequest),
+            },
+            QUOTA_SERVICE: {"ListQuotas": unary("ListQuotas", self.list_quotas, quotas_pb2.ListQuotasRequest)},
+        }
 
-    async def generate(
-        self, request: pb.GenerateRequest, caller: Caller, stream: _Stream
-    ) -> AsyncGenerator[bytes, None]:
-        """Starts a generation (or finds the one with this request id) and streams its events."""
+    async def generate(self, request: pb.GenerateRequest, caller: Caller, stream: _Stream) -> Watcher:
+        """Starts a generation (or finds the one with this request id) and opens a stream of its events."""
+        if not self._generations.knows(caller, request.request_id):  # else it is the same request, sent again
+            await self._quotas.admit(caller.tenant)
         with stream.stage.within("resolve"):
             resolved = resolve_request(request, self._catalog, self._limits)
         generation = await self._generations.start(caller, resolved, stream.stage, stream.time_left_s)
-        async with aclosing(self._watch(generation, resolved.preview, stream)) as events:
-            async for event in events:
-                yield event
+        return self._open(generation, resolved.preview, stream)
 
-    async def watch_generation(
-        self, request: pb.WatchGenerationRequest, caller: Caller, stream: _Stream
-    ) -> AsyncGenerator[bytes, None]:
-        """Streams the events of an existing generation, from where the client left off."""
+    async def watch_generation(self, request: pb.WatchGenerationRequest, caller: Caller, stream: _Stream) -> Watcher:
+        """Opens a stream of the events of an existing generation, from where the client left off."""
         generation = await self._generations.find(caller, resolve_name(request.name, "generations"))
         pipeline = self._generations.pipeline_of(generation)
         policy = resolve_preview(request.preview, pipeline)
         offsets = {offset.output_index: offset.offset for offset in request.artifact_offsets}
-        async with aclosing(self._watch(generation, policy, stream, request.after_sequence, offsets)) as events:
-            async for event in events:
-                yield event
+        return self._open(generation, policy, stream, request.after_sequence, offsets)
 
-    async def _watch(
+    def _open(
         self,
         generation: Generation,
         policy: PreviewPolicy,
         stream: _Stream,
         after_sequence: int = 0,
         offsets: dict[int, int] | None = None,
-    ) -> AsyncGenerator[bytes, None]:
+    ) -> Watcher:
         structlog.contextvars.bind_contextvars(generation=generation.name)
         stream.watches(generation)
-        watcher = self._generations.attach(generation, policy, stream.end, after_sequence, offsets)
-        stream.watcher = watcher
+        stream.watcher = self._generations.attach(generation, policy, stream.end, after_sequence, offsets)
+        return stream.watcher
+
+    async def _events(self, watcher: Watcher) -> AsyncGenerator[bytes, None]:
+        """The events of a stream. Holds no generation: a client that does not read would keep its pictures."""
         try:
             async with aclosing(watcher.events()) as events:
                 async for event in events:
                     yield event
         finally:
-            self._generations.detach(generation, watcher)
-        if generation.error is not None:
-            raise generation.error
+            error = self._generations.detach(watcher)
+        if error is not None:
+            raise error
 
     async def update_generation(
         self, request: pb.UpdateGenerationRequest, caller: Caller
@@ -227,10 +221,17 @@ class Service:
         caller.check_admin()
         return wire.purged_message(await self._caches.purge(resolve_purge(request)))
 
+    async def list_quotas(self, request: quotas_pb2.ListQuotasRequest, caller: Caller) -> quotas_pb2.ListQuotasResponse:
+        """Returns a page of the tenants with their quotas. For administrators."""
+        caller.check_admin()
+        tenants = sorted({*self._identity.tenants, *self._quotas.tenants})
+        names, following = page(tenants, request.page_size, request.page_token)
+        return wire.quotas_message(await self._quotas.views(names), following)
+
     def _stream_handler(
         self,
         name: str,
-        method: Callable[[In, Caller, _Stream], AsyncGenerator[bytes, None]],
+        method: Callable[[In, Caller, _Stream], Awaitable[Watcher]],
         request_type: type[In],
     ) -> Handler:
         async def handler(data: bytes, context: Context) -> AsyncGenerator[bytes, None]:
@@ -244,11 +245,14 @@ class Service:
             try:
                 if isinstance(caller, SafelightError):
                     raise caller
-                with self._quota.stream(caller):
-                    async with aclosing(method(_parse(request_type, data), caller, stream)) as events:
+                with self._streams.stream(caller):
+                    watcher = await method(_parse(request_type, data), caller, stream)
+                    async with aclosing(self._events(watcher)) as events:
                         async for event in events:
+                            stream.waiting_bytes = len(event)
                             with stage.within("write"):
                                 yield event
+                            stream.waiting_bytes = 0
             except SafelightError as error:
                 failure = error.with_traceback(None)  # a traceback would keep frames, and those the generation, alive
             except (asyncio.CancelledError, GeneratorExit):
@@ -313,7 +317,11 @@ class Service:
 
 
 class _Stream:
-    """The state of a streaming call: its connection, its trace span, and how it is ended from outside."""
+    """The state of a streaming call: its connection, its trace span, and how it is ended from outside.
+
+    Attributes:
+        waiting_bytes: the message that was handed to gRPC and that the client has not made room for.
+    """
 
     def __init__(self, context: Context, stage: Stage) -> None:
         self._context = context
@@ -321,11 +329,13 @@ class _Stream:
         self.stage = stage
         self.failure: SafelightError | None = None
         self.watcher: Watcher | None = None
+        self.waiting_bytes = 0
+        self._generation = ""
         self.time_left_s: float | None = context.time_remaining()
 
     def watches(self, generation: Generation) -> None:
         """Describes the generation in the span of this call, and links the span of the call that started it."""
-        spec = generation.request.spec
+        self._generation, spec = generation.name, generation.request.spec
         self.stage.note(
             {
                 "safelight.generation": generation.name,
@@ -343,6 +353,13 @@ class _Stream:
 
         To a client that does not read, the status is sent after the events that are buffered for it.
         """
+        log.info(
+            "stream_ended",
+            reason=error.reason,
+            generation=self._generation,
+            client=self._context.peer(),
+            waiting_bytes=self.waiting_bytes,
+        )
         self.failure = error
         self.ending = asyncio.create_task(self._abort(error))
 

@@ -7,6 +7,8 @@ file or a cache folder that cannot be used is an error at start.
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +16,10 @@ import structlog
 
 from safelight_server.coordination.base import Coordinator
 from safelight_server.coordination.redis import RedisCoordinator
+from safelight_server.files import read_regular_file
 from safelight_server.settings import Settings
 from safelight_server.storage.breaker import Breaker
+from safelight_server.storage.clock import SharedClock
 from safelight_server.storage.disk import DiskStore
 from safelight_server.storage.keyring import Keyring
 from safelight_server.storage.memory import MemoryStore
@@ -69,8 +73,11 @@ class Backends:
             await self.redis[0].close()
 
 
-async def open_backends(settings: Settings, metrics: TierMetrics) -> Backends:
+async def open_backends(settings: Settings, metrics: TierMetrics, wall: Callable[[], float] = time.time) -> Backends:
     """Opens the key ring, the cache tiers and the coordinator that the settings name.
+
+    Args:
+        wall: this machine's clock, in Unix seconds.
 
     Raises:
         KeyringError: the key file cannot be used.
@@ -91,6 +98,7 @@ async def open_backends(settings: Settings, metrics: TierMetrics) -> Backends:
             lambda state: metrics.breaker(name, int(state)),
         )
 
+    clock = SharedClock(wall, on_offset=metrics.clock_offset)
     tiers = [Tier(MemoryStore(settings.cache_memory_bytes))]
     redis: tuple[RedisConnection, Breaker] | None = None
     coordinator: Coordinator | None = None
@@ -98,7 +106,7 @@ async def open_backends(settings: Settings, metrics: TierMetrics) -> Backends:
         disk = await DiskStore.open(settings.cache_disk_dir, settings.cache_disk_bytes)
         tiers.append(Tier(disk, breaker("disk", settings.cache_disk_timeout_ms)))
     if settings.redis_url is not None:
-        connection = RedisConnection(settings.redis_url.get_secret_value(), settings.redis_timeout_ms / 1000)
+        connection = RedisConnection(settings.redis_url.get_secret_value(), settings.redis_timeout_ms / 1000, clock)
         around = breaker("redis", settings.redis_timeout_ms)
         redis = connection, around
         coordinator = RedisCoordinator(connection, around, memory_s=max(MEMORY_S, settings.cache_ttl_s))
@@ -114,7 +122,7 @@ async def open_backends(settings: Settings, metrics: TierMetrics) -> Backends:
         )
         around = breaker("objects", settings.cache_s3_timeout_ms)
         tiers.append(Tier(ObjectStore(bucket), around, eager=False, shared=True))
-    sealer = Sealer(keyring)
+    sealer = Sealer(keyring, clock.now)
     return Backends(keyring, sealer, Tiers(tiers, sealer, metrics), coordinator, redis)
 
 
@@ -123,7 +131,7 @@ def _credentials(path: Path | None) -> tuple[str, str] | None:
     if path is None:
         return None
     try:
-        words = path.read_text(encoding="utf-8").split()
+        words = read_regular_file(path).decode().split()
     except (OSError, UnicodeDecodeError) as error:
         raise CredentialsError(f"{path}: {error}") from None
     if len(words) != 2:

@@ -18,6 +18,8 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from safelight_server.files import read_regular_file
+
 log = structlog.get_logger(__name__)
 
 PemPair: TypeAlias = tuple[bytes, bytes]
@@ -72,7 +74,7 @@ class ServerCertificate:
 
     def _read(self) -> PemPair:
         try:
-            return self._key_file.read_bytes(), self._cert_file.read_bytes()
+            return read_regular_file(self._key_file), read_regular_file(self._cert_file)
         except OSError as error:
             raise CertificateError(f"{error.filename}: {error.strerror}") from None
 

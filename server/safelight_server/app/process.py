@@ -33,7 +33,7 @@ async def serve(settings: Settings, started: Callable[[Running], None]) -> None:
 
     Raises:
         StartError: the server cannot start, or a signal came before it had started.
-        ManifestError, KeyFileError: as for `serving`.
+        ManifestError, ConfigFileError: as for `serving`.
     """
     loop, signals = asyncio.get_running_loop(), asyncio.Queue[signal.Signals]()
     starting = asyncio.current_task()

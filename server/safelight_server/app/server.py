@@ -16,17 +16,18 @@ from dataclasses import dataclass
 
 import grpc
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_health.v1 import health_pb2
 
-from safelight_server.api import reflection
-from safelight_server.api.health import Health
+from safelight_server.api.call_limits import CallLimits, KeylessQuota
+from safelight_server.api.health import HEALTH_SERVICE, Health
 from safelight_server.api.identity import Identity
 from safelight_server.api.quota import StreamQuota
-from safelight_server.api.service import CACHE_SERVICE, GENERATION_SERVICE, MODEL_SERVICE, Service
+from safelight_server.api.reflection import REFLECTION_SERVICES, Reflection
+from safelight_server.api.service import CACHE_SERVICE, GENERATION_SERVICE, MODEL_SERVICE, QUOTA_SERVICE, Service
 from safelight_server.app.address import BindError, bind, sole_listener
 from safelight_server.app.backends import Backends, CredentialsError, open_backends
 from safelight_server.app.certificate import CertificateError, ServerCertificate
+from safelight_server.app.grpc_server import make_server
 from safelight_server.cache.admin import CacheAdmin
 from safelight_server.cache.approximate.buckets import RedisBuckets
 from safelight_server.cache.approximate.eviction import LeastBenefit
@@ -45,10 +46,13 @@ from safelight_server.catalog import catalog as catalogs
 from safelight_server.catalog.catalog import Catalog
 from safelight_server.cluster.bulletin import Bulletin
 from safelight_server.cluster.leased_runners import LeasedRunners
+from safelight_server.coordination.buckets import SharedTokenBuckets
 from safelight_server.engine.engine import Engine
 from safelight_server.generations.execution import Executions
 from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
+from safelight_server.quotas.limits import watch
+from safelight_server.quotas.quotas import Quotas
 from safelight_server.runtime.base import Runtime, RuntimeStartError
 from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
 from safelight_server.runtime.triton import TritonOptions, TritonRuntime
@@ -57,24 +61,16 @@ from safelight_server.settings import Settings, is_loopback
 from safelight_server.storage.disk import DiskStoreError
 from safelight_server.storage.keyring import KeyringError
 from safelight_server.telemetry import Metrics, Tracing
+from safelight_server.telemetry.background import keep_running
+from safelight_server.telemetry.metrics_server import MetricsServer
 from safelight_server.validation import RequestLimits
 
 log = structlog.get_logger(__name__)
 
-REQUEST_BYTES = 64 << 10
-"""Bytes that a request may have beside its two prompts."""
 HEALTH_PERIOD_S = 0.25
 """Pause between two checks of the runtime for the health service."""
 LAST_WORDS_S = 1.0
 """Shortest time that open streams get at shutdown to send their last message."""
-GRPC_OPTIONS = [
-    ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),  # a frozen peer is not seen by keepalive_timeout_ms alone
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-]
 
 
 class StartError(Exception):
@@ -100,6 +96,8 @@ class Running:
     cache: Cache
     generations: Generations
     streams: StreamQuota
+    quotas: Quotas
+    limits: CallLimits
     drain: Callable[[float], asyncio.Task[None]]
 
 
@@ -128,13 +126,16 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
 
 
 @contextlib.asynccontextmanager
-async def serving(settings: Settings) -> AsyncIterator[Running]:
+async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> AsyncIterator[Running]:
     """Runs the server while the block runs; closes every part on leaving, and also where the start fails.
+
+    Args:
+        wall: this machine's clock, in Unix seconds.
 
     Raises:
         StartError: the runtime, the storage or the address cannot be used.
         ManifestError: a model's files are missing or malformed.
-        KeyFileError: the file of the callers' keys cannot be used.
+        ConfigFileError: the file of the callers' keys or that of the quotas cannot be used.
     """
     async with contextlib.AsyncExitStack() as ends:  # closes parts in the reverse order of their start
         clock = time.monotonic
@@ -143,16 +144,20 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         tracer = Tracing(settings.otlp_endpoint, settings.trace_ratio, headers, requested_per_s)
         ends.push_async_callback(asyncio.to_thread, tracer.close)
         identity = Identity(settings.api_key_file, all_admins=is_loopback(settings.host))
+        limits_of_tenants = None if settings.quota_file is None else watch(settings.quota_file)
         pool = ends.enter_context(ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))), thread_name_prefix="pixels"))
         catalog, runtime = build_runtime(settings)
         ends.push_async_callback(runtime.close)
         try:
             ends.enter_context(sole_listener(settings.host))
             await runtime.start()
-            backends = await open_backends(settings, metrics.tiers)
+            backends = await open_backends(settings, metrics.tiers, wall)
         except (BindError, RuntimeStartError, KeyringError, DiskStoreError, CredentialsError, ValueError) as error:
             raise StartError(str(error)) from None
         ends.push_async_callback(backends.close)
+        shared = None if backends.redis is None else SharedTokenBuckets(*backends.redis)
+        quotas = Quotas(limits_of_tenants, shared, functools.partial(backends.keyring.digest, "quota"))
+        ends.push_async_callback(quotas.close)
         engine = Engine(
             runtime,
             clock,
@@ -172,7 +177,17 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
         caches = CacheAdmin(cache.namespaces, backends.keyring, backends.tiers, purges, metrics)
         leased_runners, context = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
         generations = Generations(
-            settings, catalog, runtime, engine, cache, executions, clock, metrics, leased_runners, context
+            settings,
+            catalog,
+            runtime,
+            engine,
+            cache,
+            executions,
+            clock,
+            metrics,
+            leased_runners,
+            context,
+            quotas.charge,
         )
         limits = RequestLimits(
             settings.max_prompt_chars,
@@ -180,10 +195,10 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
             settings.resume_grace_s,
             settings.max_resume_grace_s,
         )
-        quota = StreamQuota(settings.max_streams_per_caller)
-        service = Service(identity, catalog, runtime, generations, caches, limits, quota, metrics, tracer)
+        streams = StreamQuota(settings.max_streams_per_caller)
+        service = Service(identity, catalog, runtime, generations, caches, limits, streams, quotas, metrics, tracer)
         _watch_queue(metrics, engine)
-        works = [generations.tick, purges.keep_up]
+        works = [generations.tick, purges.keep_up, *identity.works, *quotas.works]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
             ends.push_async_callback(leased_runners.close)
             ends.push_async_callback(ownership.close)
@@ -194,46 +209,45 @@ async def serving(settings: Settings) -> AsyncIterator[Running]:
                 leased_runners.watch_service,
                 ownership.mirrors.sweep,
             ]
-        async with _listening(settings, service, metrics, engine, generations, works) as (address, drain):
-            yield Running(address, catalog, runtime, cache, generations, quota, drain)
+        await ends.enter_async_context(_serving_metrics(metrics, settings))
+        keyless = KeylessQuota(settings.max_keyless_streams, settings.max_keyless_streams_per_address)
+        call_limits = CallLimits(settings.request_wait_s, (HEALTH_SERVICE, *REFLECTION_SERVICES), keyless, metrics)
+        async with _listening(settings, service, call_limits, engine, generations, works) as (address, drain):
+            yield Running(address, catalog, runtime, cache, generations, streams, quotas, call_limits, drain)
 
 
 @contextlib.asynccontextmanager
 async def _listening(
     settings: Settings,
     service: Service,
-    metrics: Metrics,
+    limits: CallLimits,
     engine: Engine,
     generations: Generations,
     works: Sequence[Work],
 ) -> AsyncIterator[tuple[str, Callable[[float], asyncio.Task[None]]]]:
     """Accepts calls and runs the background works while the block runs; yields the address and the drain function."""
-    largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four UTF-8 bytes a character
-    server = grpc.aio.server(options=[*GRPC_OPTIONS, ("grpc.max_receive_message_length", largest)])
-    server.add_generic_rpc_handlers(tuple(service.handlers()))
-    health_servicer = Health()
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    services = [GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, HEALTH_SERVICE]
-    reflection.enable(services, server)
+    health = Health()
+    services = (GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, QUOTA_SERVICE, HEALTH_SERVICE)
+    handlers = service.handlers() | health.handlers() | Reflection(services).handlers()
+    server = make_server(settings, limits, handlers)
     try:
         address = bind(server, settings.host, settings.port, _credentials(settings))
     except (BindError, CertificateError) as error:
         raise StartError(str(error)) from None
-    _serve_metrics(metrics, settings)
     await server.start()
     names = ("", *services)
-    for name in names:
-        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    health.set(names, health_pb2.HealthCheckResponse.SERVING)
     background = [_begin(work) for work in works]
-    following = _begin(functools.partial(_follow_health, health_servicer, names, engine))
+    following = _begin(functools.partial(_follow_health, health, names, engine))
     draining: list[asyncio.Task[None]] = []
 
     async def drain(grace_s: float) -> None:
         until = time.monotonic() + grace_s
         following.cancel()
-        await health_servicer.enter_graceful_shutdown()
+        health.drain()
         await generations.drain(grace_s)
-        health_servicer.end_watches()
+        health.end_watches()
+        limits.end_awaited()
         await server.stop(max(LAST_WORDS_S, until - time.monotonic()))  # gRPC may still be sending
 
     def start_drain(grace_s: float) -> asyncio.Task[None]:
@@ -253,15 +267,8 @@ async def _listening(
 
 
 def _begin(work: Work) -> asyncio.Task[None]:
-    """Starts a background work as a task. Logs an exception in it when it happens, not when the server ends."""
-
-    def report(task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (fault := task.exception()) is not None:
-            log.error("bug", work=repr(work), exc_info=fault)
-
-    task = asyncio.create_task(work())
-    task.add_done_callback(report)
-    return task
+    """Starts a background work as a task, and again after an exception."""
+    return asyncio.create_task(keep_running(work, repr(work)))
 
 
 def _build_replicas(
@@ -314,15 +321,14 @@ def _build_cache(
     return cache, Purges(tiers, backends.coordinator, (similar, warm_starts, checkpoints))
 
 
-async def _follow_health(servicer: Health, names: Sequence[str], engine: Engine) -> None:
+async def _follow_health(health: Health, names: Sequence[str], engine: Engine) -> None:
     """Keeps the health service up to date: NOT_SERVING once the runtime has been away for longer than its grace."""
     said = health_pb2.HealthCheckResponse.SERVING
     while True:
         status = health_pb2.HealthCheckResponse
         now = status.NOT_SERVING if engine.outage.beyond_grace else status.SERVING
         if now is not said:
-            for name in names:
-                await servicer.set(name, now)
+            health.set(names, now)
             said = now
         await asyncio.sleep(HEALTH_PERIOD_S)
 
@@ -343,13 +349,21 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
     return ServerCertificate(settings.tls_cert_file, settings.tls_key_file).credentials()
 
 
-def _serve_metrics(metrics: Metrics, settings: Settings) -> None:
-    """Serves Prometheus metrics: on loopback, or on `host` with `insecure`, since they have neither TLS nor keys."""
+@contextlib.asynccontextmanager
+async def _serving_metrics(metrics: Metrics, settings: Settings) -> AsyncIterator[None]:
+    """Serves Prometheus metrics: on loopback, or on `host` with `insecure`, since they have neither TLS nor keys.
+
+    Raises:
+        StartError: the address is taken or not this machine's.
+    """
     if not settings.metrics_port:
+        yield
         return
     beyond = settings.insecure and not settings.host.startswith("unix:")
     host = settings.host if beyond else "127.0.0.1"
-    try:
-        metrics.serve(host, settings.metrics_port)
-    except OSError as error:
-        raise StartError(f"metrics_port {settings.metrics_port} of {host}: {error.strerror}") from None
+    async with contextlib.AsyncExitStack() as ends:
+        try:
+            await ends.enter_async_context(MetricsServer(metrics.registry).listening(host, settings.metrics_port))
+        except OSError as error:
+            raise StartError(f"metrics_port {settings.metrics_port} of {host}: {error.strerror}") from None
+        yield

@@ -7,7 +7,6 @@ stored under a name of its own, which EXACT lookups never use (`Cache.keep_as_si
 from __future__ import annotations
 
 import asyncio
-import time
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -121,7 +120,7 @@ class Pictures:
         """Stores an encoded variant, which expires together with its pixels."""
         size = {"width": str(picture.width_px), "height": str(picture.height_px), "stride": str(picture.stride_bytes)}
         entry = self._entry(picture.data, _metadata(facts) | size, facts)
-        await self._tiers.put(_key(name, _variant(encoding)), entry, expires_at - time.time())
+        await self._tiers.put(_key(name, _variant(encoding)), entry, expires_at - self._tiers.now())
 
     def _entry(self, data: bytes, metadata: dict[str, str], facts: PictureFacts) -> Entry:
         revision = self._keyring.tag("revision", facts.revision)

@@ -78,7 +78,11 @@ class Purges:
         if self._coordinator is None:
             return
         async for event in self._coordinator.follow(STREAM, leader=False):
-            origin, scope = parse(event.data)
+            try:
+                origin, scope = parse(event.data)
+            except (KeyError, TypeError, ValueError):
+                log.warning("a purge of another replica cannot be read", place=event.place)
+                continue
             if origin == self._origin:
                 continue
             for tier in self._tiers.tiers:
@@ -125,7 +129,7 @@ class Purges:
             await self._catch_up()
             if time.monotonic() - swept >= SWEEP_EVERY_S:
                 swept = time.monotonic()
-                await purge(self._tiers, PurgeScope(expired_at=time.time()), only="disk")
+                await purge(self._tiers, PurgeScope(expired_at=self._tiers.now()), only="disk")
                 await self._tiers.measure(lazy=True)
             await asyncio.sleep(MEASURE_EVERY_S)
 

@@ -21,6 +21,7 @@ from safelight import (
     Branch,
     CacheMode,
     Client,
+    Event,
     Finished,
     GenerationError,
     Picture,
@@ -79,7 +80,7 @@ class LivePicture:
     finished: Finished | None = None
     total_s: float | None = None
 
-    def take(self, event: Progress | Preview | Picture | Finished) -> None:
+    def take(self, event: Event) -> None:
         """Adds an event from the stream."""
         now = time.monotonic() - self.began
         match event:

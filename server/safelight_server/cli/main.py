@@ -18,11 +18,11 @@ import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
-from safelight import Branch, CacheMode, Client, GenerationError, GetCacheStatsResponse, PurgeCacheResponse
+from safelight import Branch, CacheMode, Client, GenerationError, GetCacheStatsResponse, PurgeCacheResponse, TenantQuota
 
 from safelight_server import __version__
 from safelight_server import settings as settings_module
-from safelight_server.api.identity import KeyFileError, new_key
+from safelight_server.api.identity import new_key
 from safelight_server.app.process import serve
 from safelight_server.app.server import Running, StartError
 from safelight_server.catalog import export as repositories
@@ -30,6 +30,8 @@ from safelight_server.catalog.catalog import ManifestError
 from safelight_server.catalog.export import Accelerator, RepositoryError
 from safelight_server.catalog.export import Target as RepositoryTarget
 from safelight_server.cli import demo as demos
+from safelight_server.cli.quotas import quota_table
+from safelight_server.files import ConfigFileError
 from safelight_server.settings import Settings, SettingsError, is_loopback
 from safelight_server.storage.keyring import write_key_file
 from safelight_server.telemetry import configure_logging
@@ -293,6 +295,20 @@ def keys_cache(
     console.print(f"wrote {out}; all replicas need the same file", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def quotas(
+    target: Target = DEFAULT_TARGET, api_key: ApiKey = None, ca_file: CaFile = None, server_name: ServerName = ""
+) -> None:
+    """What tenants may ask for and compute, and what is left of it; needs an administrator's key."""
+    connect = _connect(target, api_key, ca_file, server_name)
+
+    async def ask() -> list[TenantQuota]:
+        async with connect() as client:
+            return await client.quotas()
+
+    console.print(quota_table(_run(ask())))
+
+
 @caches.command("stats")
 def cache_stats(
     target: Target = DEFAULT_TARGET, api_key: ApiKey = None, ca_file: CaFile = None, server_name: ServerName = ""
@@ -391,7 +407,7 @@ def main() -> None:
         SettingsError,
         ManifestError,
         StartError,
-        KeyFileError,
+        ConfigFileError,
         RepositoryError,
         demos.DemoError,
     ) as error:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Callable, Mapping
 
 import structlog
 
-from safelight_server.coordination.base import BEGINNING, Coordinator
+from safelight_server.coordination.base import BEGINNING, Coordinator, StreamEvent
 from safelight_server.storage.base import StoreError
 from safelight_server.storage.sealed import CorruptError, Entry, Sealer, UnreadableError
 
@@ -45,7 +44,7 @@ class Bulletin:
         """Queues a message for all replicas. The message is dropped when too many wait."""
         data = json.dumps({"kind": kind, "about": about} | facts).encode()
         if not self._waiting.full():
-            self._waiting.put_nowait(self._sealer.seal(STREAM, Entry(data), time.time() + KEPT_S))
+            self._waiting.put_nowait(self._sealer.seal(STREAM, Entry(data), self._sealer.now() + KEPT_S))
 
     async def talk(self) -> None:
         """Sends the queued messages. Never returns."""
@@ -66,11 +65,15 @@ class Bulletin:
                 await asyncio.sleep(RETRY_S)
         async for event in self._coordinator.follow(STREAM, before[-1].place if before else BEGINNING, leader=False):
             try:
-                entry, expires_at = self._sealer.open(STREAM, event.data)
+                self._deliver(event)
             except (CorruptError, UnreadableError):
                 log.warning("news that cannot be read", place=event.place)
-                continue
-            facts = json.loads(entry.data)
-            handler = self._handlers.get(facts.pop("kind"))
-            if handler is not None and expires_at > time.time():
-                handler(facts.pop("about"), facts)
+            except Exception:  # whatever is wrong with one, the others count
+                log.exception("bug", place=event.place)
+
+    def _deliver(self, event: StreamEvent) -> None:
+        entry, expires_at = self._sealer.open(STREAM, event.data)
+        facts = json.loads(entry.data)
+        handler = self._handlers.get(facts.pop("kind"))
+        if handler is not None and expires_at > self._sealer.now():
+            handler(facts.pop("about"), facts)

@@ -133,7 +133,7 @@ async def _commit(
 
 def _bill(leased_runners: LeasedRunners, ticket: ExecutionTicket, work: BilledWork) -> bytes:
     facts = {"tenant": ticket.tenant, "generation": ticket.generation} | asdict(work)
-    return leased_runners.sealer.seal(BILL, Entry(json.dumps(facts).encode()), time.time() + BILL_S)
+    return leased_runners.sealer.seal(BILL, Entry(json.dumps(facts).encode()), leased_runners.sealer.now() + BILL_S)
 
 
 def _decide(decided: asyncio.Future[Pixels | None], pixels: Pixels | None) -> None:

@@ -1,7 +1,8 @@
 """Writes a generation's state events and pictures where other replicas find them, before any stream sees them.
 
 So a sequence number means the same on all replicas. While Redis cannot be
-reached, events are shown at once and written later. Invariants: what is written
+reached, events are shown at once and written later. Where Redis has lost its
+memory, all is written again. Invariants: what is written
 is in order and has no gap; an owner that was replaced writes and shows nothing.
 """
 
@@ -13,7 +14,7 @@ import functools
 import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -26,6 +27,7 @@ from safelight_server.domain.events import GenerationState, StateEvent
 from safelight_server.domain.picture import EncodedPicture
 from safelight_server.storage.base import StoreError
 from safelight_server.storage.sealed import Sealer
+from safelight_server.telemetry.background import log_failure
 
 log = structlog.get_logger(__name__)
 
@@ -34,9 +36,13 @@ GIVE_UP_S = 300.0
 """After the end; as long as it goes on a generation holds what it could not write."""
 
 
+Write = Callable[[], Awaitable[bool]]
+"""Writes something to Redis; whether it is there. May be called again: what is written twice counts once."""
+
+
 @dataclass(slots=True)
 class _JournalLine:
-    write: Callable[[], Awaitable[bool]]
+    write: Write
     show: Callable[[], None] | None
 
 
@@ -48,6 +54,7 @@ class Journal:
         put: stores a picture in a shared tier; returns whether it is there.
         standing: returns the generation's state and error at the time of an event.
         on_lost: called once when another replica has taken the generation over.
+        before: the writes that came before those of this journal, in order.
     """
 
     def __init__(
@@ -57,6 +64,7 @@ class Journal:
         put: Callable[[int, EncodedPicture], Awaitable[bool]],
         standing: Callable[[], tuple[GenerationState, SafelightError | None]],
         on_lost: Callable[[], None],
+        before: Sequence[Write] = (),
     ) -> None:
         self._leader = leader
         self._sealer = sealer
@@ -64,21 +72,32 @@ class Journal:
         self._standing = standing
         self._on_lost = on_lost
         self._lines: deque[_JournalLine] = deque()
+        self._history = [_JournalLine(write, None) for write in before]
+        self._state: _JournalLine | None = None
         self._task: asyncio.Task[None] | None = None
         self._watching = asyncio.create_task(self._watch())
+        self._watching.add_done_callback(log_failure)
         self._settle: Callable[[], Awaitable[None]] | None = None
         self._ended_at = math.inf
         self._over = False
         self._away_since: float | None = None
         self._tried_at = -math.inf
+        leader.on_forgotten = self._write_again
+        if leader.forgotten:  # before there was a journal; what was written until then may be gone
+            self._write_again()
 
     def event(self, event: StateEvent, sequence: int, data: bytes, show: Callable[[], None]) -> None:
         """Queues a state event; `show` is called when it is written."""
-        self.write(event_record(event, sequence, data, *self._standing(), datetime.now(UTC)), show)
+        now = datetime.fromtimestamp(self._sealer.now(), UTC)
+        self.write(event_record(event, sequence, data, *self._standing(), now), show)
 
     def picture(self, output_index: int, picture: EncodedPicture, show: Callable[[], None]) -> None:
         """Queues a finished picture; `show` is called when it is stored."""
-        self._take(functools.partial(self._put, output_index, picture), show)
+        self._take(functools.partial(self._store, output_index, picture), show)
+
+    async def _store(self, output_index: int, picture: EncodedPicture) -> bool:
+        # no fence keeps a replaced owner from storing a picture; it must not show the picture all the same
+        return await self._put(output_index, picture) and (self.held or await self._leader.confirm())
 
     def write(self, written: JournalEntry, show: Callable[[], None] | None = None) -> None:
         """Queues any other entry that replicas need to know."""
@@ -96,6 +115,11 @@ class Journal:
         """Whether this replica certainly owns the generation now: only then may it decide what becomes of it."""
         return self._leader.held
 
+    @property
+    def lost(self) -> bool:
+        """Whether another replica is known to have held the lease since: what was decided here then is void."""
+        return self._leader.lost.is_set()
+
     async def closed(self) -> None:
         """Waits until nothing is left to be written, and after `end` until the lease is released."""
         if self._task is not None:
@@ -110,21 +134,32 @@ class Journal:
         await asyncio.wait(tasks)
         await self._leader.close()
 
-    def _take(self, write: Callable[[], Awaitable[bool]], show: Callable[[], None] | None) -> None:
+    def _take(self, write: Write, show: Callable[[], None] | None) -> None:
         if self._over:
             if show is not None and not self._leader.lost.is_set():
                 show()
             return
         line = _JournalLine(write, show)
         self._lines.append(line)
+        if show is None:  # a change of state: only the newest counts
+            self._history = [earlier for earlier in self._history if earlier is not self._state]
+            self._state = line
+        self._history.append(line)
         # away as of a moment ago: a process that has slept since must ask first, another may own the generation
         if self._away_since is not None and (self.held or time.monotonic() - self._tried_at < 2 * RETRY_S):
             self._show(line)
         self._go_on()
 
+    def _write_again(self) -> None:
+        if not self._over:
+            log.warning("Redis has lost its memory; a generation is written again")
+            self._lines = deque(self._history)
+            self._go_on()
+
     def _go_on(self) -> None:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
+            self._task.add_done_callback(log_failure)
 
     async def _run(self) -> None:
         while not self._over and (self._lines or self._settle is not None):
@@ -139,7 +174,7 @@ class Journal:
                 return
             first = self._lines[0]
             began = time.monotonic()
-            if await first.write():
+            if await self._written(first):
                 if self._lines and self._lines[0] is first:
                     self._lines.popleft()
                 self._show(first)
@@ -159,6 +194,16 @@ class Journal:
                 self._away_since = None
                 continue
             await asyncio.sleep(RETRY_S)
+
+    @staticmethod
+    async def _written(line: _JournalLine) -> bool:
+        try:
+            return await line.write()
+        except StoreError:
+            return False
+        except Exception:  # as in an outage: what follows is held up, shown here, and given up in the end
+            log.exception("bug")
+            return False
 
     async def _watch(self) -> None:
         await self._leader.lost.wait()

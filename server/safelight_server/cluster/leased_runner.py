@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -115,6 +114,9 @@ class LeasedRunner(ExecutionObserver):
         self._leased_runners.asking[self] = job
         try:
             await self._find_place(job, listener)
+        except Exception:
+            log.exception("bug", generation=self.ticket.generation)
+            self.failed(InternalError())
         finally:
             self._leased_runners.asking.pop(self, None)
 
@@ -181,12 +183,12 @@ class LeasedRunner(ExecutionObserver):
                 self._place = event.place
                 try:
                     entry, _ = self._leased_runners.sealer.open(self.ticket.name, event.data)
-                except (CorruptError, UnreadableError):
+                    step, batch_size = int(entry.metadata["step"]), int(entry.metadata["batch"])
+                except (CorruptError, UnreadableError, KeyError, ValueError):
                     continue
-                step = int(entry.metadata["step"])
                 if step > self._step:
                     self._step = step
-                    listener.heard(step, int(entry.metadata["batch"]), self._latent(entry.data))
+                    listener.heard(step, batch_size, self._latent(entry.data))
 
     def _latent(self, data: bytes) -> FloatArray | None:
         assert self._job is not None
@@ -275,7 +277,8 @@ class LeasedRunner(ExecutionObserver):
         if self.followed and self._leader is not None:
             facts = {"step": str(step), "batch": str(self._batch_size)}
             entry = Entry(np.ascontiguousarray(denoised, np.float32).tobytes(), facts)
-            self._unpublished = self._leased_runners.sealer.seal(self.ticket.name, entry, time.time() + EVENT_S)
+            sealer = self._leased_runners.sealer
+            self._unpublished = sealer.seal(self.ticket.name, entry, sealer.now() + EVENT_S)
             if self._publishing is None or self._publishing.done():
                 self._publishing = self._leased_runners.start(self._publish(self._leader))
 
@@ -306,6 +309,10 @@ class LeasedRunner(ExecutionObserver):
             pixels = await asyncio.get_running_loop().run_in_executor(self._leased_runners.pool, to_pixels, image)
         except NotFiniteError:
             log.error("image_not_finite", generation=self.ticket.generation)
+            self._landing = False
+            self.failed(InternalError())
+        except Exception:
+            log.exception("bug", generation=self.ticket.generation)
             self._landing = False
             self.failed(InternalError())
         else:

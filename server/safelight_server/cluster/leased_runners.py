@@ -143,11 +143,11 @@ class LeasedRunners:
             self._wishes.popitem(last=False)
 
     async def watch_service(self) -> None:
-        """Sets `away` when Redis could not be reached for longer than a lease. Never returns."""
+        """Keeps the shared clock. Sets `away` while Redis was not reached for longer than a lease. Never returns."""
         since: float | None = None
         while True:
             try:
-                await self.coordinator.holder("service")
+                await self.coordinator.check()
                 since = None
                 self.away.clear()
             except StoreError:

@@ -7,7 +7,6 @@ returns what `dump` was given.
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Literal
@@ -49,7 +48,7 @@ class GenerationRecord:
     """A generation as it was accepted.
 
     Attributes:
-        deadline_at: Unix seconds; None without a deadline.
+        deadline_at: Unix seconds of the shared clock; None without a deadline.
         origins: where each output comes from, as far as it was known.
         starts: which outputs began from a latent that is kept under their name.
         numerics_id, pipeline: what it was accepted with; empty if an older server wrote it.
@@ -123,7 +122,7 @@ def dump(sealer: Sealer, name: str, written: JournalEntry) -> bytes:
             facts |= {"error": _error(written.error), "usage": asdict(written.usage)}
             facts["finish_time"] = written.finish_time and written.finish_time.isoformat()
             entry = Entry(written.data, {"kind": written.kind, "facts": json.dumps(facts)})
-    return sealer.seal(name, entry, time.time() + KEPT_S)
+    return sealer.seal(name, entry, sealer.now() + KEPT_S)
 
 
 def parse(sealer: Sealer, name: str, data: bytes) -> JournalEntry:

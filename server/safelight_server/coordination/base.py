@@ -16,11 +16,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import Protocol
 
 BEGINNING = "0-0"
 """The place before a stream's first event."""
+
+
+def place_order(place: str) -> tuple[int, int]:
+    """Returns what places of one stream are ordered by."""
+    milliseconds, _, number = place.partition("-")
+    return int(milliseconds), int(number or 0)
 
 
 class FencedError(Exception):
@@ -65,18 +71,25 @@ class CommitOutcome(Enum):
     FENCED = "fenced"  # another holder is computing
 
 
+class Renewal(IntEnum):
+    """How the renewal of a lease ended; false where it is not held."""
+
+    LOST = 0  # another has held it since, it was given back, or a result is committed
+    HELD = 1
+    FORGOTTEN = 2  # held, but the service had lost its memory: of the name it has nothing else
+
+
 class Coordinator(Protocol):
     """The service that replicas share. A method that raises `StoreError` may have taken effect or not."""
+
+    async def check(self) -> None:
+        """Asks the service for a sign of life, and sets the clock that replicas share by its answer."""
 
     async def acquire(self, name: str, owner: str, ttl_s: float) -> Lease | None:
         """Acquires the lease; None if another holds it or a result is committed. The same owner gets the same lease."""
 
-    async def renew(self, lease: Lease, ttl_s: float) -> bool:
-        """Keeps the lease for `ttl_s` from now, also one that ran out where nobody has held it since.
-
-        Returns:
-            False where another has held it since, it was given back, or a result is committed.
-        """
+    async def renew(self, lease: Lease, ttl_s: float) -> Renewal:
+        """Keeps the lease for `ttl_s` from now, also one that ran out where nobody has held it since."""
 
     async def release(self, lease: Lease) -> bool:
         """Releases the lease. False if it was no longer held."""
@@ -104,6 +117,7 @@ class Coordinator(Protocol):
 
         Raises:
             LeaderLostError: nobody computes it any more.
+            MalformedValueError: there is no stream under its name, but something else.
         """
 
     async def commit(self, lease: Lease, pointer: str, bill: bytes) -> CommitOutcome:

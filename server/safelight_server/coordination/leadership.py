@@ -18,26 +18,35 @@ import asyncio
 import contextlib
 import secrets
 import time
+from collections.abc import Callable
 
-from safelight_server.coordination.base import CommitOutcome, Coordinator, FencedError, Lease
+from safelight_server.coordination.base import CommitOutcome, Coordinator, FencedError, Lease, Renewal
 from safelight_server.storage.base import StoreError
+from safelight_server.telemetry.background import keep_running
 
 BEATS = 3
 """Renewals within the time of a lease: it ends when so many in a row fail."""
 
 
 class Leadership:
-    """A lease that this process holds; made by `take`."""
+    """A lease that this process holds; made by `take`.
+
+    Attributes:
+        lost: set once another replica has held the lease since.
+        forgotten: whether a renewal has found Redis without its memory; `on_forgotten` is called then.
+    """
 
     def __init__(self, coordinator: Coordinator, lease: Lease, ttl_s: float, since: float) -> None:
         self.lease = lease
         self._renewed_at = since
         self.lost = asyncio.Event()
+        self.forgotten = False
+        self.on_forgotten: Callable[[], None] = lambda: None
         self._coordinator = coordinator
         self._ttl_s = ttl_s
         self._asking = asyncio.Lock()
         self._over = False
-        self._beating = asyncio.create_task(self._beat(), name=f"lease of {lease.name}")
+        self._beating = asyncio.create_task(keep_running(self._beat, f"lease of {lease.name}"))
 
     @classmethod
     async def take(cls, coordinator: Coordinator, name: str, ttl_s: float) -> Leadership | None:
@@ -113,8 +122,11 @@ class Leadership:
     async def _renew(self) -> bool:
         asked_at = time.monotonic()
         # never acquired anew: where another has held it and let it go, its work may be over and decided
-        if not self.lost.is_set() and await self._coordinator.renew(self.lease, self._ttl_s):
+        if not self.lost.is_set() and (renewal := await self._coordinator.renew(self.lease, self._ttl_s)):
             self._renewed_at = asked_at
+            if renewal is Renewal.FORGOTTEN:
+                self.forgotten = True
+                self.on_forgotten()
             return True
         self.lost.set()
         return False

@@ -14,10 +14,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from importlib.resources import files
 from typing import Any, TypeVar
 
+import structlog
 from redis.commands.core import AsyncScript
 
 from safelight_server.coordination.base import (
@@ -27,11 +28,16 @@ from safelight_server.coordination.base import (
     FencedError,
     LeaderLostError,
     Lease,
+    Renewal,
     StreamEvent,
+    place_order,
 )
-from safelight_server.storage.base import StoreError
+from safelight_server.storage.base import MalformedValueError, StoreError
 from safelight_server.storage.breaker import Breaker
 from safelight_server.storage.redis import RedisConnection, translated
+from safelight_server.telemetry.background import keep_running
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 PREFIX = "safelight:run:"
@@ -70,6 +76,7 @@ class RedisCoordinator:
         max_bills: int = 1_000_000,
         memory_s: float = 86_400.0,
     ) -> None:
+        self._connection = connection
         self._redis: Any = connection.client  # its stubs leave open whether answers are decoded: they are not
         self._breaker = breaker
         self._max_events = max_events
@@ -83,16 +90,20 @@ class RedisCoordinator:
         self._following = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
 
+    async def check(self) -> None:
+        """See `Coordinator`."""
+        await self._call(self._connection.check)
+
     async def acquire(self, name: str, owner: str, ttl_s: float) -> Lease | None:
         """See `Coordinator`."""
         keys = [_key("lease", name), _key("token", name), _key("result", name), FENCE]
         token = await self._run("acquire", keys, owner, _ms(ttl_s), self._memory_ms)
         return None if token is None else Lease(name, owner, int(token))
 
-    async def renew(self, lease: Lease, ttl_s: float) -> bool:
+    async def renew(self, lease: Lease, ttl_s: float) -> Renewal:
         """See `Coordinator`."""
         keys = [_key(kind, lease.name) for kind in ("lease", "token", "result")]
-        return bool(await self._run("renew", keys, _holder(lease), _ms(ttl_s), self._memory_ms))
+        return Renewal(await self._run("renew", keys, _holder(lease), _ms(ttl_s), self._memory_ms))
 
     async def release(self, lease: Lease) -> bool:
         """See `Coordinator`."""
@@ -103,8 +114,9 @@ class RedisCoordinator:
         value = await self._call(lambda: self._redis.get(_key("lease", name)))
         if value is None:
             return None
-        owner, _, token = value.decode().rpartition("|")
-        return Lease(name, owner, int(token))
+        with _of_another_kind(_key("lease", name)):
+            owner, _, token = value.decode().rpartition("|")
+            return Lease(name, owner, int(token))
 
     async def publish(self, lease: Lease, data: bytes) -> str:
         """See `Coordinator`."""
@@ -135,7 +147,7 @@ class RedisCoordinator:
         self._followed[follower] = None
         self._following.set()
         if self._reader is None or self._reader.done():
-            self._reader = asyncio.create_task(self._read(), name="coordination reader")
+            self._reader = asyncio.create_task(keep_running(self._read, "coordination reader"))
         try:
             while True:
                 over = False
@@ -144,7 +156,9 @@ class RedisCoordinator:
                         await follower.bulletin.wait()
                 except TimeoutError:
                     over = leader and await self._is_over(name, follower)
-                over = over or follower.ended
+                over = over or (leader and follower.ended)
+                if follower.fault is not None:
+                    raise follower.fault
                 for event in follower.take():
                     yield event
                 if over:
@@ -185,7 +199,8 @@ class RedisCoordinator:
         found = await self._call(lambda: self._redis.hgetall(_key("result", name)))
         if not found:
             return None
-        return CommittedResult(found[b"pointer"].decode(), found[b"owner"].decode(), int(found[b"token"]))
+        with _of_another_kind(_key("result", name)):
+            return CommittedResult(found[b"pointer"].decode(), found[b"owner"].decode(), int(found[b"token"]))
 
     async def forget(self, name: str, result: CommittedResult) -> bool:
         """See `Coordinator`."""
@@ -224,7 +239,13 @@ class RedisCoordinator:
 
     async def unowned(self) -> list[str]:
         """See `Coordinator`."""
-        names = [name.decode() for name in await self._call(lambda: self._redis.smembers(ROLL))]
+        registered = await self._call(lambda: self._redis.smembers(ROLL))
+        if odd := [name for name in registered if not name.isascii()]:  # no server has put it there
+            log.warning(
+                "what is no name of a generation is struck off the registry", names=[repr(name) for name in odd]
+            )
+            await self._call(lambda: self._redis.srem(ROLL, *odd))
+        names = [name.decode() for name in registered if name.isascii()]
         if not names:
             return []
         leases = await self._call(lambda: self._redis.mget([_key("lease", name) for name in names]))
@@ -254,20 +275,41 @@ class RedisCoordinator:
                 await self._following.wait()
             places: dict[str, str] = {}
             for follower in self._followed:
+                if follower.fault is not None:
+                    continue
                 before = places.get(follower.key)
-                if before is None or _order(follower.place) < _order(before):
+                if before is None or place_order(follower.place) < place_order(before):
                     places[follower.key] = follower.place
             read = lambda: self._redis.xread(places, count=READ_COUNT, block=_ms(BLOCK_S))  # noqa: B023, E731
+            if not places:
+                await asyncio.sleep(BLOCK_S)
+                continue
             try:
                 found = await self._call(read, BLOCK_S)
+            except MalformedValueError:
+                await self._set_apart(places)
+                continue
             except StoreError:
                 await asyncio.sleep(RETRY_S)
                 continue
             for key, entries in found or ():
                 since = places[key.decode()]
                 for follower in self._followed:  # who came meanwhile from further back must not skip
-                    if follower.key == key.decode() and _order(follower.place) >= _order(since):
+                    if follower.key == key.decode() and place_order(follower.place) >= place_order(since):
                         follower.give(entries)
+
+    async def _set_apart(self, places: Mapping[str, str]) -> None:
+        """Ends those who follow a key that is no stream: one such key fails the read of all."""
+        for key, place in places.items():
+            try:
+                await self._call(lambda: self._redis.xread({key: place}, count=1))  # noqa: B023
+            except MalformedValueError as error:
+                log.warning("what is no stream cannot be followed", key=key)
+                for follower in self._followed:
+                    if follower.key == key:
+                        follower.fail(error)
+            except StoreError:
+                return
 
 
 class _Follower:
@@ -278,23 +320,36 @@ class _Follower:
         self.place = place
         self.bulletin = asyncio.Event()
         self.ended = False
+        self.fault: MalformedValueError | None = None
         self._events: list[StreamEvent] = []
 
     def give(self, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> None:
         for place, fields in entries:
-            if _order(place.decode()) <= _order(self.place):
+            if place_order(place.decode()) <= place_order(self.place):
                 continue
             self.place = place.decode()
             if b"d" in fields:
                 self._events.append(StreamEvent(self.place, fields[b"d"]))
-            else:
+            elif b"end" in fields:
                 self.ended = True
             self.bulletin.set()
+
+    def fail(self, fault: MalformedValueError) -> None:
+        self.fault = fault
+        self.bulletin.set()
 
     def take(self) -> list[StreamEvent]:
         events, self._events = self._events, []
         self.bulletin.clear()
         return events
+
+
+@contextlib.contextmanager
+def _of_another_kind(key: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        raise MalformedValueError(f"redis: {key} has what no server has put there") from error
 
 
 def _key(kind: str, name: str) -> str:
@@ -307,8 +362,3 @@ def _holder(lease: Lease) -> str:
 
 def _ms(seconds: float) -> int:
     return max(1, int(seconds * 1000))
-
-
-def _order(place: str) -> tuple[int, int]:
-    milliseconds, _, number = place.partition("-")
-    return int(milliseconds), int(number or 0)

@@ -8,9 +8,11 @@
     ├── AlreadyExistsError         ALREADY_EXISTS       a request id used again with another body
     ├── FailedPreconditionError    FAILED_PRECONDITION  the generation has ended
     ├── QueueFullError             RESOURCE_EXHAUSTED   with the time after which to retry
+    ├── QuotaExceededError         RESOURCE_EXHAUSTED   a tenant is beyond its rate of requests or its compute
     ├── DeadlineUnreachableError   DEADLINE_EXCEEDED    refused at admission, nothing computed
     ├── DeadlineExceededError      DEADLINE_EXCEEDED    passed while waiting or running
     ├── GenerationCancelledError   CANCELLED            the caller or another stream cancelled it
+    ├── UnimplementedError         UNIMPLEMENTED        no such method
     ├── UnavailableError           UNAVAILABLE          draining, stalled stream, no runtime
     └── InternalError              INTERNAL             a bug: fixed text, details in the log
 
@@ -123,6 +125,13 @@ class QueueFullError(SafelightError):
     reason = "QUEUE_FULL"
 
 
+class QuotaExceededError(SafelightError):
+    """The tenant is beyond its rate of requests or has used its compute. `retry_after_s`: until it may ask again."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "REQUEST_RATE_EXCEEDED"
+
+
 class DeadlineUnreachableError(SafelightError):
     """Refused at admission: the deadline cannot be met at the measured time per step. Nothing was computed."""
 
@@ -142,6 +151,13 @@ class GenerationCancelledError(SafelightError):
 
     status = grpc.StatusCode.CANCELLED
     reason = "GENERATION_CANCELLED"
+
+
+class UnimplementedError(SafelightError):
+    """The server has no method of this name."""
+
+    status = grpc.StatusCode.UNIMPLEMENTED
+    reason = "UNKNOWN_METHOD"
 
 
 class UnavailableError(SafelightError):

@@ -14,6 +14,11 @@ from dataclasses import dataclass, field
 from safelight_server.sampler import SamplerSpec
 from safelight_server.scheduler import Priority
 
+TEXT_BYTES = 100
+"""What a short text takes beside its characters: CPython's object and its place in a dict."""
+TOKEN_BYTES = 36
+"""What a token id takes: an int and its place in a tuple."""
+
 
 class MediaType(enum.StrEnum):
     """The encodings of pixels that the server offers."""
@@ -154,6 +159,18 @@ class Request:
     body_digest: bytes = b""
     labels: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[Notice, ...] = ()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that its texts and token ids take in memory, at most; what is of fixed size is not counted."""
+        texts = [self.spec.prompt, self.spec.negative_prompt, *self.labels, *self.labels.values()]
+        num_tokens = sum(map(len, self.spec.token_ids_by_row))
+        return sum(map(_text_bytes, texts)) + num_tokens * TOKEN_BYTES
+
+
+def _text_bytes(text: str) -> int:
+    # Beyond ASCII up to 4 bytes a character, and as much again for the UTF-8 that protobuf leaves at the string.
+    return TEXT_BYTES + len(text) * (1 if text.isascii() else 8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,25 +6,29 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 
 from safelight_server.generations.generation import Generation
+from safelight_server.generations.tenant_shares import TenantShares
 
 
 class FinishedGenerations:
-    """Ended generations by id; the one that ended first is dropped first.
+    """Ended generations by id, bounded by shares of the tenants (`tenant_shares.py`).
+
+    Of a tenant that holds too many or too much, the one goes first that no stream
+    has watched for longest. Those that are watched do not count in bytes: dropping
+    them would free nothing, and `open_streams.py` bounds what streams hold.
 
     Args:
         ttl_s: how long a generation is kept after its end.
         max_entries: bound on their number.
-        max_bytes: bound on the bytes of their pictures.
+        max_bytes: bound on the bytes of those that no stream watches.
         clock: monotonic seconds.
     """
 
     def __init__(self, ttl_s: float, max_entries: int, max_bytes: int, clock: Callable[[], float]) -> None:
         self._ttl_s = ttl_s
-        self._max_entries = max_entries
-        self._max_bytes = max_bytes
         self._clock = clock
-        self._generations: OrderedDict[str, Generation] = OrderedDict()
-        self._bytes = 0
+        self._generations: OrderedDict[str, Generation] = OrderedDict()  # the one that ended first first
+        self._number: TenantShares[str] = TenantShares(max_entries)
+        self._unwatched: TenantShares[str] = TenantShares(max_bytes)
 
     def __len__(self) -> int:
         return len(self._generations)
@@ -44,27 +48,40 @@ class FinishedGenerations:
         """Keeps a generation that has ended. One that is kept already stays where it is in the order."""
         if generation.identifier not in self._generations:
             self._generations[generation.identifier] = generation
-            self._bytes += generation.log.artifact_bytes
+            self._number.add(generation.caller.tenant, generation.identifier)
+            self.unwatched(generation)
         self.trim()
+
+    def watched(self, generation: Generation) -> None:
+        """A stream watches it. One that is not kept is ignored."""
+        self._unwatched.remove(generation.caller.tenant, generation.identifier)
+
+    def unwatched(self, generation: Generation) -> None:
+        """A stream of it has ended. One that is not kept, or has other streams, is ignored."""
+        if self._generations.get(generation.identifier) is generation and not generation.log.watchers:
+            self._unwatched.add(generation.caller.tenant, generation.identifier, generation.held_bytes)
 
     def remove(self, generation: Generation) -> None:
         """Forgets one: another replica knows better what it came to."""
         if self._generations.get(generation.identifier) is generation:
-            del self._generations[generation.identifier]
-            self._bytes -= generation.log.artifact_bytes
+            self._drop(generation)
 
     def trim(self) -> None:
-        """Drops generations older than `ttl_s`, and the oldest without streams while the bounds are exceeded."""
+        """Drops generations older than `ttl_s`, and while a bound is exceeded those that its largest holder loses."""
         now = self._clock()
-        gone: list[Generation] = []
-        for generation in self._generations.values():
-            assert generation.times.ended is not None
-            too_old = now - generation.times.ended > self._ttl_s
-            too_many = len(self._generations) - len(gone) > self._max_entries
-            if not (too_old or too_many or self._bytes > self._max_bytes):
+        while self._generations:
+            oldest = next(iter(self._generations.values()))
+            assert oldest.times.ended is not None
+            if now - oldest.times.ended <= self._ttl_s:
                 break
-            if too_old or not generation.log.watchers:
-                gone.append(generation)
-                self._bytes -= generation.log.artifact_bytes
-        for generation in gone:
-            del self._generations[generation.identifier]
+            self._drop(oldest)
+        while (tenant := self._number.loser()) is not None:
+            unwatched = self._unwatched.held(tenant)
+            self._drop(self._generations[next(iter(unwatched or self._number.held(tenant)))])
+        while (tenant := self._unwatched.loser()) is not None:
+            self._drop(self._generations[next(iter(self._unwatched.held(tenant)))])
+
+    def _drop(self, generation: Generation) -> None:
+        del self._generations[generation.identifier]
+        self._number.remove(generation.caller.tenant, generation.identifier)
+        self._unwatched.remove(generation.caller.tenant, generation.identifier)

@@ -1,9 +1,10 @@
 """Maps request ids to generations, so that a retry starts no second one; bounded in time and number. No I/O.
 
 An id is known from `remember` until `ttl_s` after `ended`, or until `release`.
-When the map is full, the id whose generation ended first is dropped early; ids
-of generations that have not ended never are. Between `find` and `remember` the
-caller must not await: that is what makes two equal requests one.
+Where too many have ended, the tenant that holds most of those loses the id that
+ended first, early; ids of generations that have not ended are never dropped.
+Between `find` and `remember` the caller must not await: that is what makes two
+equal requests one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from safelight_server.domain.caller import Caller
 from safelight_server.domain.errors import AlreadyExistsError, QueueFullError
+from safelight_server.generations.tenant_shares import TenantShares
 
 _Key = tuple[str, str]
 
@@ -25,7 +27,13 @@ class _KnownRequest:
 
 
 class Idempotency:
-    """The request ids of all tenants."""
+    """The request ids of all tenants.
+
+    Args:
+        ttl_s: how long an id is known after the end of its generation.
+        clock: monotonic seconds.
+        max_entries: bound on the ids whose generations have not ended, and on those whose generations have.
+    """
 
     def __init__(self, ttl_s: float, clock: Callable[[], float], max_entries: int = 100_000) -> None:
         self._ttl_s = ttl_s
@@ -33,9 +41,16 @@ class Idempotency:
         self._max_entries = max_entries
         self._live: dict[_Key, _KnownRequest] = {}
         self._ended: OrderedDict[_Key, tuple[_KnownRequest, float]] = OrderedDict()  # until when; the first to go first
+        self._shares: TenantShares[_Key] = TenantShares(max_entries)
 
     def __len__(self) -> int:
         return len(self._live) + len(self._ended)
+
+    def knows(self, caller: Caller, request_id: str) -> bool:
+        """Whether a generation was started with a request id, by this or another request."""
+        self._forget_old()
+        key = (caller.tenant, request_id)
+        return key in self._live or key in self._ended
 
     def find(self, caller: Caller, request_id: str, body_digest: bytes) -> str | None:
         """The id of the generation that was started with a request id, or None.
@@ -59,25 +74,27 @@ class Idempotency:
         """Adds a request id that `find` did not know.
 
         Raises:
-            QueueFullError: the map is full and no generation in it has ended.
+            QueueFullError: too many generations with a request id have not ended.
         """
-        self._forget_old()
-        if len(self) >= self._max_entries:
-            if not self._ended:
-                raise QueueFullError(
-                    f"{len(self)} generations with a request_id have not ended",
-                    reason="TOO_MANY_REQUEST_IDS",
-                    metadata={"bound": "request_ids", "subject": "the server", "limit": str(self._max_entries)},
-                    retry_after_s=1.0,
-                )
-            self._ended.popitem(last=False)
+        if len(self._live) >= self._max_entries:
+            raise QueueFullError(
+                f"{len(self._live)} generations with a request_id have not ended",
+                reason="TOO_MANY_REQUEST_IDS",
+                metadata={"bound": "request_ids", "subject": "the server", "limit": str(self._max_entries)},
+                retry_after_s=1.0,
+            )
         self._live[caller.tenant, request_id] = _KnownRequest(body_digest, generation_id)
 
     def ended(self, caller: Caller, request_id: str) -> None:
         """Starts the time to live of an id whose generation has ended. Unknown ids are ignored."""
         key = (caller.tenant, request_id)
-        if (entry := self._live.pop(key, None)) is not None:
-            self._ended[key] = entry, self._clock() + self._ttl_s
+        if (entry := self._live.pop(key, None)) is None:
+            return
+        self._forget_old()
+        self._ended[key] = entry, self._clock() + self._ttl_s
+        self._shares.add(caller.tenant, key)
+        while (beyond := self._shares.take_beyond()) is not None:
+            self._drop(beyond)
 
     def release(self, caller: Caller, request_id: str) -> None:
         """Drops an id whose generation left no outcome: a retry starts a new one. Unknown ids are ignored."""
@@ -89,9 +106,13 @@ class Idempotency:
         if (entry := self._live.get(key)) is not None and entry.generation_id == generation_id:
             del self._live[key]
         if (ended := self._ended.get(key)) is not None and ended[0].generation_id == generation_id:
-            del self._ended[key]
+            self._drop(key)
 
     def _forget_old(self) -> None:
         now = self._clock()
         while self._ended and next(iter(self._ended.values()))[1] <= now:
-            self._ended.popitem(last=False)
+            self._drop(next(iter(self._ended)))
+
+    def _drop(self, key: _Key) -> None:
+        del self._ended[key]
+        self._shares.remove(key[0], key)

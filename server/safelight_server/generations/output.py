@@ -194,8 +194,9 @@ class Output(Member):
         self._began = (self._clock(), step)
 
     def used(self, seconds: float, rows: int, steps: int) -> None:
-        """Adds the compute to its generation's and its own."""
+        """Adds the compute to its generation's and its own, and charges its tenant."""
         work = self._generation.work
+        self._generation.charge(seconds)
         work.compute_s += seconds
         work.num_rows += rows
         work.num_steps += steps

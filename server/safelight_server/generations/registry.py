@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -42,10 +43,11 @@ from safelight_server.generations.open_streams import End, OpenStreams
 from safelight_server.generations.ownership import CANCEL, PRIORITY, ClusterContext, Ownership
 from safelight_server.generations.planner import Planner
 from safelight_server.generations.suspended import SuspendedGenerations
+from safelight_server.generations.unread_bytes import UnreadBytes
 from safelight_server.runtime.base import Runtime
 from safelight_server.scheduler import Priority
 from safelight_server.settings import Settings
-from safelight_server.stream import EventLog, Watcher
+from safelight_server.stream import EventLog, SendTurns, Watcher
 from safelight_server.telemetry import Metrics, Stage
 from safelight_server.telemetry.tracing import UNTRACED
 
@@ -61,6 +63,7 @@ class Generations:
 
     Args:
         clock: monotonic seconds.
+        charge: is told of compute that was made for a tenant: its name and seconds.
         leased_runners: None: this replica is alone.
         context: what it shares with the other replicas; None: it is alone.
     """
@@ -77,12 +80,15 @@ class Generations:
         metrics: Metrics,
         leased_runners: LeasedRunners | None = None,
         context: ClusterContext | None = None,
+        charge: Callable[[str, float], None] = lambda _tenant, _seconds: None,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
         self._engine = engine
         self._clock = clock
+        self._now = time.time if context is None else context.sealer.now
         self._metrics = metrics
+        self._charge = charge
         waiting = {
             Priority.INTERACTIVE: settings.max_waiting_interactive,
             Priority.STANDARD: settings.max_waiting_standard,
@@ -104,8 +110,14 @@ class Generations:
         self._draining = False
         self._one_ended = asyncio.Event()
         self._streams = OpenStreams()
+        self._turns = SendTurns()
+        self._unread = UnreadBytes(settings.max_unread_bytes, self._streams, self._suspended, self._end_stalled)
 
     # --- starting ---
+
+    def knows(self, caller: Caller, request_id: str) -> bool:
+        """Whether this replica has a generation of a request id, so that asking for it again starts none."""
+        return bool(request_id) and self._requests.knows(caller, request_id)
 
     async def start(self, caller: Caller, request: Request, stage: Stage, time_left_s: float | None) -> Generation:
         """The generation of a request: a new one, or the one that its request id stands for.
@@ -122,6 +134,7 @@ class Generations:
                 return await self._known(caller, known, request)
             await started.wait()  # and look again: it may have been refused
         self._refuse_while_draining()
+        self._unread.check(caller)
         generation = self._make(secrets.token_hex(16), caller, request, stage, time_left_s)
         if request.request_id:
             self._requests.remember(caller, request.request_id, request.body_digest, generation.identifier)
@@ -139,7 +152,7 @@ class Generations:
         finally:
             del self._starting[generation.identifier]
             started.set()
-        return generation if other is None else await self._known(caller, other, request)
+        return generation if other is None else await self._known_elsewhere(caller, other, request)
 
     async def _start(self, generation: Generation) -> str | None:
         """Starts it; where another replica has a generation of its request id, returns that one's id."""
@@ -170,11 +183,27 @@ class Generations:
         except NotFoundError:
             raise _outcome_expired(identifier, request) from None
 
+    async def _known_elsewhere(self, caller: Caller, identifier: str, request: Request) -> Generation:
+        try:
+            return await self._known(caller, identifier, request)
+        except FailedPreconditionError:
+            if self._ownership is None or await self._ownership.owners.has_record(identifier):
+                raise
+            # accepted as LOCAL, as the answer to the writing of its record was lost, and settled since
+            raise UnavailableError("another replica has just ended it; try again", retry_after_s=0.1) from None
+
     def _make(
         self, identifier: str, caller: Caller, request: Request, stage: Stage, time_left_s: float | None
     ) -> Generation:
         name, sizes = f"generations/{identifier}", self._settings
-        events = EventLog(name, self._clock, chunk_bytes=sizes.chunk_bytes, max_watchers=sizes.max_watchers)
+        events = EventLog(
+            name,
+            self._clock,
+            chunk_bytes=sizes.chunk_bytes,
+            max_watchers=sizes.max_watchers,
+            tenant=caller.tenant,
+            turns=self._turns,
+        )
         return Generation(
             identifier,
             caller,
@@ -184,7 +213,9 @@ class Generations:
             stage,
             deadline=None if time_left_s is None else self._clock() + time_left_s,
             late=self._engine.outage.late,
+            charge=functools.partial(self._charge, caller.tenant),
             on_end=self._ended,
+            now=self._now,
         )
 
     # --- finding ---
@@ -213,7 +244,7 @@ class Generations:
 
     def _is_old(self, generation: Generation) -> bool:
         ended = generation.finish_time
-        return ended is not None and (datetime.now(UTC) - ended).total_seconds() > self._settings.result_ttl_s
+        return ended is not None and self._now() - ended.timestamp() > self._settings.result_ttl_s
 
     async def cancel(self, generation: Generation) -> None:
         """Stops a generation, on whatever replica it runs.
@@ -232,7 +263,8 @@ class Generations:
         until = time.monotonic() + ANSWER_S
         while not generation.may_decide and generation.identifier in self._live and time.monotonic() < until:  # noqa: ASYNC110  # the clock ends it too
             await asyncio.sleep(DECIDE_RETRY_S)
-        if not generation.ended and (not generation.may_decide or generation.identifier not in self._live):
+        void = generation.journal is not None and generation.journal.lost
+        if void or (not generation.ended and (not generation.may_decide or generation.identifier not in self._live)):
             raise UnavailableError("another replica may own it by now; try again", retry_after_s=1.0)
 
     def set_priority(self, generation: Generation, priority: Priority) -> None:
@@ -267,11 +299,14 @@ class Generations:
         """Opens a stream of a generation, and resumes the generation if it is suspended."""
         try:
             self._check(generation)
+            if generation.ended or generation.log.watchers:  # the first stream of one that runs adds nothing
+                self._unread.check(generation.caller)
             watcher = generation.log.watch(policy, after_sequence, offsets)
         except SafelightError:
             self._drop_unwatched(generation)
             raise
         self._streams.add(watcher, generation, end)
+        self._finished.watched(generation)
         if not generation.owned:
             if self._ownership is not None and not generation.ended:
                 self._ownership.mirrors.attend(generation)
@@ -281,10 +316,19 @@ class Generations:
                 self._ownership.mirrors.resume(generation)
         return watcher
 
-    def detach(self, generation: Generation, watcher: Watcher) -> None:
-        """Removes a stream that has ended, in whatever way; suspends the generation if it was the last one."""
-        if not self._streams.close(watcher):
-            return
+    def detach(self, watcher: Watcher) -> SafelightError | None:
+        """Removes a stream that has ended, in whatever way; suspends the generation if it was the last one.
+
+        Returns:
+            The error of its generation, if any.
+        """
+        if (generation := self._streams.close(watcher)) is None:
+            return None
+        self._left(generation)
+        return generation.error
+
+    def _left(self, generation: Generation) -> None:
+        self._finished.unwatched(generation)
         if not generation.owned:
             self._drop_unwatched(generation)
             return
@@ -332,7 +376,8 @@ class Generations:
         _count_outcome(generation, self._metrics)
 
     def _forget(self, generation: Generation) -> None:
-        self._live.pop(generation.identifier, None)
+        if self._live.get(generation.identifier) is generation:
+            del self._live[generation.identifier]
         self._suspended.forget(generation)
         self._one_ended.set()
 
@@ -340,9 +385,9 @@ class Generations:
 
     def revive(self, record: GenerationRecord) -> Generation:
         """Makes a generation from the record of another replica that accepted it; nothing is started."""
-        left = None if record.deadline_at is None else record.deadline_at - time.time()
+        left = None if record.deadline_at is None else record.deadline_at - self._now()
         generation = self._make(record.identifier, record.caller, record.request, UNTRACED, left)
-        generation.owned = False
+        generation.owned, generation.log.begun_elsewhere = False, True
         generation.create_time = record.create_time
         generation.numerics_id = record.numerics_id
         for output, origin, starts in zip(generation.outputs, record.origins, record.starts, strict=True):
@@ -410,7 +455,10 @@ class Generations:
             await asyncio.sleep(TICK_S)
             self._metrics.loop_lag.set(max(0.0, loop.time() - began - TICK_S))
             self._publish_queue_positions()
-            self._end_stalled()
+            now = self._clock()
+            for watcher in self._streams.stalled(now, self._settings.watcher_stall_s):
+                self._end_stalled(watcher)
+            self._unread.relieve(self._live.values(), now)
             self._finished.trim()
 
     def _publish_queue_positions(self) -> None:
@@ -423,16 +471,16 @@ class Generations:
             for position, output_id in enumerate(scheduler.waiting_order(priority))
         }
         seconds_each = scheduler.backlog_s() / max(1, scheduler.num_outputs)  # at the pace of all that is here
-        now = datetime.now(UTC)
+        now = datetime.fromtimestamp(self._now(), UTC)
         for generation in self._live.values():
             first = min((positions[one] for one in generation.output_ids if one in positions), default=None)
             if generation.state is GenerationState.QUEUED and first is not None:
                 generation.log.publish(Queued(first, now + timedelta(seconds=first * seconds_each)))
 
-    def _end_stalled(self) -> None:
-        for watcher, generation, end in self._streams.stalled(self._clock(), self._settings.watcher_stall_s):
-            self.detach(generation, watcher)
-            end(UnavailableError("the stream was not read; WatchGeneration resumes it", reason="WATCHER_STALLED"))
+    def _end_stalled(self, watcher: Watcher) -> None:
+        error = UnavailableError("the stream was not read; WatchGeneration resumes it", reason="WATCHER_STALLED")
+        if (generation := self._streams.end(watcher, error)) is not None:
+            self._left(generation)
 
     async def drain(self, grace_s: float) -> None:
         """Refuses new generations, lets those that run finish and be delivered within `grace_s`, and ends the rest."""
@@ -457,7 +505,7 @@ class Generations:
         if generation.journal is not None:
             self._move(generation)
         elif generation.ended:
-            self._streams.end(generation, _drained(generation))
+            self._streams.end_all(generation, _drained(generation))
         else:
             generation.stop(_drained(generation), FinishReason.FAILED)
 

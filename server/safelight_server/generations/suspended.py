@@ -8,17 +8,18 @@ from collections.abc import Iterator
 from safelight_server.domain.errors import GenerationCancelledError
 from safelight_server.domain.events import GenerationState
 from safelight_server.generations.generation import DECIDE_RETRY_S, Generation
+from safelight_server.generations.tenant_shares import TenantShares
 
 
 class SuspendedGenerations:
     """Suspended generations by id, the oldest first. Invariant: each has a running timer.
 
     Args:
-        max_entries: bound on their number; one more cancels the oldest.
+        max_entries: bound on their number; one more cancels the oldest of the tenant that has most.
     """
 
     def __init__(self, max_entries: int) -> None:
-        self._max_entries = max_entries
+        self._shares: TenantShares[str] = TenantShares(max_entries)
         self._waiting: dict[str, tuple[Generation, asyncio.TimerHandle]] = {}
 
     def __len__(self) -> int:
@@ -34,21 +35,30 @@ class SuspendedGenerations:
             return  # what is told at the latest now was its end
         grace_s = generation.request.disconnect.resume_grace_s
         self._abandon_in(grace_s, generation)
-        if len(self._waiting) > self._max_entries:
-            self._abandon(next(iter(self._waiting.values()))[0])
+        if (beyond := self._shares.take_beyond()) is not None:
+            self.abandon(self._waiting[beyond][0], "too many generations of its tenant have lost their last stream")
 
     def _abandon_in(self, seconds: float, generation: Generation) -> None:
-        timer = asyncio.get_running_loop().call_later(seconds, self._abandon, generation)
+        timer = asyncio.get_running_loop().call_later(seconds, self.abandon, generation)
         self._waiting[generation.identifier] = (generation, timer)
+        self._shares.add(generation.caller.tenant, generation.identifier)
 
-    def _abandon(self, generation: Generation) -> None:
+    def abandon(self, generation: Generation, why: str = "its last stream was lost and not resumed in time") -> None:
+        """Cancels a generation; while another replica may own it, looks again a little later."""
         if generation.state is not GenerationState.SUSPENDED:
             return
         if not generation.may_decide:  # this process may have slept, and another replica gone on with it
             self.forget(generation)
             self._abandon_in(DECIDE_RETRY_S, generation)
             return
-        generation.stop(GenerationCancelledError("its last stream was lost and not resumed in time"))
+        generation.stop(GenerationCancelledError(why))
+
+    def by_tenant(self) -> dict[str, list[Generation]]:
+        """The generations of each tenant, the oldest first."""
+        held: dict[str, list[Generation]] = {}
+        for generation, _ in self._waiting.values():
+            held.setdefault(generation.caller.tenant, []).append(generation)
+        return held
 
     def resume(self, generation: Generation) -> None:
         """Resumes a generation, since a stream has come."""
@@ -57,6 +67,8 @@ class SuspendedGenerations:
 
     def forget(self, generation: Generation) -> None:
         """Removes a generation and stops its timer. Unknown ones are ignored."""
-        _, timer = self._waiting.pop(generation.identifier, (None, None))
-        if timer is not None:
+        known, timer = self._waiting.get(generation.identifier, (None, None))
+        if known is generation and timer is not None:
+            self._shares.remove(generation.caller.tenant, generation.identifier)
             timer.cancel()
+            del self._waiting[generation.identifier]

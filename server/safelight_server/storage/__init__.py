@@ -5,6 +5,7 @@ purge.py     deletes by tenant, model revision or generation
 sealed.py    the stored format: AES-256-GCM with a short header in plain text
 keyring.py   the operator's encryption keys, and HMACs for names
 breaker.py   circuit breaker: a timeout on each call, and a pause after failures
+clock.py     one Unix time for all replicas: that of their Redis
 mover.py     writes to one tier in the background
 memory.py · redis.py · disk.py · objects.py     the tiers, each a `Store`
 base.py      the interface `Store` and its errors

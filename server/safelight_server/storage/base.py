@@ -38,6 +38,10 @@ class StoreFullError(StoreError):
     """The tier works, but has no room for the value now."""
 
 
+class MalformedValueError(StoreError):
+    """The tier works, but has something under the key that no server has put there."""
+
+
 class TooLargeError(StoreError):
     """The value is larger than the whole tier."""
 

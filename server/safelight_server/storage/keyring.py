@@ -18,6 +18,8 @@ import re
 import secrets
 from pathlib import Path
 
+from safelight_server.files import read_regular_file
+
 KEY_BYTES = 32
 KEY_ID = re.compile(r"^[a-z0-9]{1,8}$")
 NAMES = "names"
@@ -59,7 +61,7 @@ class Keyring:
             KeyringError: the file cannot be read or used.
         """
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = read_regular_file(path).decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise KeyringError(f"{path}: {error}") from None
         keys: dict[str, bytes] = {}

@@ -10,12 +10,16 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 
+import structlog
+
+log = structlog.get_logger(__name__)
+
 
 class Mover:
     """A queue of values and the task that writes them. The first value starts the task.
 
     Args:
-        write: writes a value. It must not raise.
+        write: writes a value. An exception is logged, and the value is lost.
         max_bytes: of the values that wait; `offer` refuses more.
     """
 
@@ -89,6 +93,8 @@ class Mover:
                 self.discard(key)
                 try:
                     await self._write(*self._writing)
+                except Exception:  # whatever is wrong with one value, the others are written
+                    log.exception("bug", key=key)
                 finally:
                     self._writing = None
                     async with self._written:

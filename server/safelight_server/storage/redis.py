@@ -6,19 +6,30 @@ goes on without them. A cancelled call closes its connection, so that its late a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import structlog
 from aiocache import RedisCache
 from aiocache.serializers import NullSerializer
 from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.connection import parse_url
+from redis.asyncio.connection import AbstractConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import OutOfMemoryError, RedisError
+from redis.exceptions import NoPermissionError, OutOfMemoryError, RedisError, ResponseError
 
-from safelight_server.storage.base import HEADER_BYTES, StoreFullError, StoreUnavailableError, StoreUsage, check_key
+from safelight_server.storage.base import (
+    HEADER_BYTES,
+    MalformedValueError,
+    StoreFullError,
+    StoreUnavailableError,
+    StoreUsage,
+    check_key,
+)
+from safelight_server.storage.clock import SharedClock
+
+log = structlog.get_logger(__name__)
 
 PREFIX = "safelight:cache:"
 MAX_CONNECTIONS = 32
@@ -30,12 +41,15 @@ class RedisConnection:
     Args:
         url: redis://, rediss:// or unix://, as redis-py reads it.
         timeout_s: for connecting, and for waiting until a connection of the pool is free.
+        clock: set by Redis' time whenever a connection is opened, before anything else is done on it, and by `check`.
 
     Raises:
         ValueError: the URL cannot be read.
     """
 
-    def __init__(self, url: str, timeout_s: float) -> None:
+    def __init__(self, url: str, timeout_s: float, clock: SharedClock | None = None) -> None:
+        self._clock = clock or SharedClock()
+        self._may_ask_time = True
         options: dict[str, Any] = dict(parse_url(url))
         self.cache = RedisCache(
             serializer=NullSerializer(encoding=None),
@@ -50,7 +64,12 @@ class RedisConnection:
             # No retries and no socket timeout: the breaker around the store decides both. redis-py's `socket_timeout`
             # uses `asyncio.wait_for`, which loses cancellations in Python 3.11.
             connection_pool_kwargs=options
-            | {"timeout": timeout_s, "retry": Retry(NoBackoff(), 0), "socket_timeout": None},
+            | {
+                "timeout": timeout_s,
+                "retry": Retry(NoBackoff(), 0),
+                "socket_timeout": None,
+                "redis_connect_func": self._connected,
+            },
         )
 
     @property
@@ -58,6 +77,36 @@ class RedisConnection:
         """The redis-py client of the pool, for commands that aiocache does not have."""
         client: Redis = self.cache.client
         return client
+
+    async def check(self) -> None:
+        """Asks Redis for its time, and sets the clock by it.
+
+        Raises:
+            RedisError, OSError: Redis does not answer.
+        """
+        await self._measure(self.client.time)
+
+    async def _connected(self, connection: AbstractConnection) -> None:
+        await connection.on_connect()
+
+        async def time() -> tuple[int, int]:
+            await connection.send_command("TIME", check_health=False)
+            seconds, microseconds = await connection.read_response()
+            return int(seconds), int(microseconds)
+
+        await self._measure(time)
+
+    async def _measure(self, ask: Callable[[], Awaitable[tuple[int, int]]]) -> None:
+        async def unix_s() -> float:
+            seconds, microseconds = await ask()
+            return seconds + microseconds / 1e6
+
+        try:
+            await self._clock.measure(unix_s)
+        except NoPermissionError:  # it has answered, so it is there
+            if self._may_ask_time:
+                log.warning("Redis refuses TIME to this user; replicas agree only as far as their machines' clocks do")
+            self._may_ask_time = False
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -71,6 +120,10 @@ def translated() -> Iterator[None]:
         yield
     except OutOfMemoryError as error:
         raise StoreFullError(f"redis: {error}") from error
+    except ResponseError as error:
+        # of one key, whose value is of another kind: also in the middle of the message, where a script has met it
+        kind = MalformedValueError if "WRONGTYPE" in str(error) else StoreUnavailableError
+        raise kind(f"redis: {error}") from error
     except (RedisError, OSError, EOFError) as error:
         raise StoreUnavailableError(f"redis: {error}") from error
 
@@ -110,7 +163,8 @@ class RedisStore:
         """Lists the keys that begin with `prefix` by SCAN, which does not block Redis however many keys it holds."""
         with translated():
             async for key in self._connection.client.scan_iter(match=f"{PREFIX}{prefix}*", count=1000):
-                yield key.decode().removeprefix(PREFIX)
+                if key.isascii():  # else it is none of ours
+                    yield key.decode().removeprefix(PREFIX)
 
     async def usage(self) -> StoreUsage:
         """Returns the number of keys and the memory of the whole Redis, including keys of other programs."""

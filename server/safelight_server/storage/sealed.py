@@ -18,7 +18,8 @@ import json
 import math
 import secrets
 import struct
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from cryptography.exceptions import InvalidTag
@@ -71,9 +72,14 @@ class Header:
 
 
 class Sealer:
-    """Encrypts and decrypts cache entries."""
+    """Encrypts and decrypts cache entries.
 
-    def __init__(self, keyring: Keyring) -> None:
+    Args:
+        now: the clock of all expiries, in Unix seconds; the same for all who read and write the entries.
+    """
+
+    def __init__(self, keyring: Keyring, now: Callable[[], float] = time.time) -> None:
+        self.now = now
         self._keyring = keyring
         self._ciphers: dict[str, AESGCM] = {}
 

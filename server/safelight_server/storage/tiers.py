@@ -82,7 +82,7 @@ class Tiers:
     Args:
         tiers: fastest first.
         max_waiting_bytes: of the values that wait to be written, per tier.
-        now: clock in Unix seconds.
+        now: clock in Unix seconds; None: that of the sealer.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class Tiers:
         sealer: Sealer,
         metrics: TierMetrics,
         max_waiting_bytes: int = 64 << 20,
-        now: Callable[[], float] = time.time,
+        now: Callable[[], float] | None = None,
     ) -> None:
         self.tiers = tuple(tiers)
         self._sealer = sealer
         self._metrics = metrics
-        self._now = now
+        self.now = sealer.now if now is None else now
         self._deleting = 0
         self._deletions = 0
         self._movers = {
@@ -162,7 +162,7 @@ class Tiers:
         Returns:
             Whether a shared tier has stored it; without `replicate` always False.
         """
-        value = await self._offload(len(entry.data), self._sealer.seal, key, entry, self._now() + ttl_s)
+        value = await self._offload(len(entry.data), self._sealer.seal, key, entry, self.now() + ttl_s)
         replicated = False
         for place, tier in enumerate(self.tiers):
             mover = self._movers[tier.name]
@@ -287,14 +287,14 @@ class Tiers:
             return None, "corrupt"
         except UnreadableError:
             return None, "unreadable"
-        if expires_at <= self._now():
+        if expires_at <= self.now():
             await self.erase(tier, key)
             return None, "expired"
         return TierHit(entry, tier.name, expires_at), "hit"
 
     async def _write(self, tier: Tier, key: str, value: bytes) -> bool:
         header = parse_header(value)
-        ttl_s = 0.0 if header is None else header.expires_at - self._now()
+        ttl_s = 0.0 if header is None else header.expires_at - self.now()
         if ttl_s <= 0:
             return False
 

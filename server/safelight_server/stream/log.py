@@ -12,6 +12,7 @@ from safelight_server.domain.picture import EncodedPicture
 from safelight_server.domain.request import PreviewPolicy
 from safelight_server.preview import FrameFeed
 from safelight_server.stream.serialization import SerializedArtifact, SerializedEvent, artifact, serialize
+from safelight_server.stream.turns import SendTurns
 from safelight_server.stream.watcher import LossySlot, SharedStreamState, Watcher
 from safelight_server.validation.violations import Violations
 
@@ -38,20 +39,33 @@ class EventLog:
         clock: monotonic seconds.
         chunk_bytes: size of the pieces in which a picture is sent.
         max_watchers: bound on the streams at once.
+        tenant: whose generation it is.
+        turns: at which the streams send, shared with other generations; None: with none.
 
     Attributes:
         journal: stores state events and pictures before any stream sees them; None: streams see them at once.
         watchers: the open streams.
         last_sequence: sequence number of the newest state event.
+        begun_elsewhere: whether another replica had streams of it, which may have been sent more than is known here.
     """
 
-    def __init__(self, generation: str, clock: Callable[[], float], *, chunk_bytes: int, max_watchers: int) -> None:
+    def __init__(
+        self,
+        generation: str,
+        clock: Callable[[], float],
+        *,
+        chunk_bytes: int,
+        max_watchers: int,
+        tenant: str = "",
+        turns: SendTurns | None = None,
+    ) -> None:
         self.generation = generation
         self.journal: DurableWriter | None = None
         self.watchers: set[Watcher] = set()
         self.last_sequence = 0
+        self.begun_elsewhere = False
         self._clock = clock
-        self._shared = SharedStreamState(generation, clock)
+        self._shared = SharedStreamState(generation, clock, tenant, turns or SendTurns())
         self._counts = self._shared.counts
         self._chunk_bytes = chunk_bytes
         self._max_watchers = max_watchers
@@ -130,11 +144,14 @@ class EventLog:
         offsets = artifact_offsets or {}
         faults = Violations()
         newest = f"the newest sequence is {self.last_sequence}"
-        faults.check(after_sequence <= self.last_sequence, "after_sequence", newest)
+        # another replica may have sent Accepted, which is always the first event, and not have come to write it down
+        last = max(self.last_sequence, 1) if self.begun_elsewhere else self.last_sequence
+        faults.check(after_sequence <= last, "after_sequence", newest)
         for index, offset in offsets.items():
             size = self._sizes.get(index, 0)
             what = f"offset {offset} of output {index} is not within the {size} bytes there are"
-            faults.check(0 <= offset <= size, "artifact_offsets", what)
+            ahead = self.begun_elsewhere and index not in self._sizes
+            faults.check(offset >= 0 and (ahead or offset <= size), "artifact_offsets", what)
         faults.done()
         watcher = Watcher(self._shared, policy, after_sequence, offsets, self.watchers.discard)
         self.watchers.add(watcher)
@@ -155,9 +172,9 @@ class EventLog:
         return self._shared.closed
 
     @property
-    def artifact_bytes(self) -> int:
-        """Bytes of the finished pictures, which the log keeps."""
-        return sum(self._sizes.values())
+    def held_bytes(self) -> int:
+        """Bytes of the state events and the finished pictures, which the log keeps."""
+        return self._shared.num_bytes
 
     @property
     def num_previews(self) -> int:
@@ -194,6 +211,7 @@ class EventLog:
 
     def _show(self, item: SerializedEvent | SerializedArtifact) -> None:
         self._shared.items.append(item)
+        self._shared.num_bytes += item.num_bytes
         self._shared.closed = isinstance(item, SerializedEvent) and item.is_last
         for watcher in self.watchers:
             watcher.wake()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from safelight_server.domain.request import PreviewPolicy
 from safelight_server.stream.previews import PreviewCounts, Previews
 from safelight_server.stream.serialization import SerializedArtifact, SerializedEvent, preview
+from safelight_server.stream.turns import SendTurns
 
 PREVIEW = "preview"
 LossySlot = tuple[str, int]
@@ -20,14 +21,20 @@ class SharedStreamState:
     """What all streams of a generation share.
 
     Attributes:
+        tenant: whose generation it is.
+        turns: at which streams of all generations send.
         items: the reliable events, in order; only ever appended to.
+        num_bytes: the bytes of the items.
         newest: the newest-wins events that still mean something.
         closed: whether Finished is among the items.
     """
 
     generation: str
     clock: Callable[[], float]
+    tenant: str = ""
+    turns: SendTurns = field(default_factory=SendTurns)
     items: list[SerializedEvent | SerializedArtifact] = field(default_factory=list)
+    num_bytes: int = 0
     newest: dict[LossySlot, bytes] = field(default_factory=dict)
     counts: PreviewCounts = field(default_factory=PreviewCounts)
     closed: bool = False
@@ -36,6 +43,9 @@ class SharedStreamState:
 class Watcher:
     """One client stream: read `events` once, then call `close`. Its size is bounded: a few words for each output.
 
+    Once it is closed it refers to nothing of its generation: the call of a client that does not read lasts as long as
+    its connection, and would keep the pictures.
+
     Args:
         after_sequence: the last state event that the client has.
         artifact_offsets: bytes of pictures that the client has, by output.
@@ -43,6 +53,7 @@ class Watcher:
 
     Attributes:
         previews: its previews of all outputs.
+        unread_bytes: the message that was handed over and that the client has not taken; gRPC has a copy.
     """
 
     def __init__(
@@ -63,16 +74,20 @@ class Watcher:
         self.previews = Previews(policy, shared.clock, shared.counts, self._preview_ready)
         self._wakeup = asyncio.Event()
         self._closed = False
+        self.unread_bytes = 0
         self._yielding_since: float | None = None
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The stream, as serialized responses; ends after Finished, or when closed."""
         while not self._closed:
-            data = self._next()
-            if data is not None:
+            if self._slots or self._cursor < len(self._shared.items):
+                await self._shared.turns.take(self._shared.tenant)  # and only then looks what is the newest
+            if (data := self._next()) is not None:
                 self._yielding_since = self._shared.clock()
+                self.unread_bytes = len(data)
                 yield data
                 self._yielding_since = None
+                self.unread_bytes = 0
             elif self._shared.closed:
                 return
             else:
@@ -88,6 +103,7 @@ class Watcher:
     def close(self) -> None:
         """Leaves the generation; `events` ends at its next turn."""
         self._closed = True
+        self._shared = SharedStreamState("", self._shared.clock, closed=True)
         self.previews.close()
         self._wakeup.set()
         self._leave(self)
@@ -135,7 +151,7 @@ class Watcher:
         if self._piece is None:
             self.previews.end(artifact.output_index)
             self._piece = offset // artifact.piece_bytes
-        if offset == artifact.total_bytes or self._piece == len(artifact.pieces):
+        if offset >= artifact.total_bytes or self._piece == len(artifact.pieces):
             self._cursor += 1
             self._piece = None
             return None

@@ -1,4 +1,4 @@
-"""Observability: structured logs, Prometheus metrics, OpenTelemetry traces."""
+"""Observability: structured logs, Prometheus metrics, OpenTelemetry traces, and background tasks that log their end."""
 
 from safelight_server.telemetry.log import configure_logging
 from safelight_server.telemetry.metrics import Metrics

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from safelight_server.telemetry.figures import Distribution, by_label, distributions, value
 
@@ -121,10 +121,6 @@ class Metrics:
         """Counts a request that was refused before it became a generation."""
         self._refused.labels(reason).inc()
 
-    def serve(self, host: str, port: int) -> None:
-        """Serves /metrics from a thread of its own."""
-        start_http_server(port, host, registry=self.registry)
-
 
 class TierMetrics:
     """Metrics of the cache tiers; `tier` is memory, disk, redis or objects (S3)."""
@@ -153,6 +149,10 @@ class TierMetrics:
             "safelight_breaker_state", "0 closed, 1 half-open, 2 open: left alone", ["service"], registry=registry
         )
 
+        self._clock_offset = Gauge(
+            "safelight_clock_offset_seconds", "How far this machine's clock is ahead of Redis'", registry=registry
+        )
+
     def got(self, tier: str, outcome: str, seconds: float) -> None:
         """Records a lookup in a tier; `outcome` is hit, miss, expired, corrupt or unreadable."""
         at = (tier, outcome)
@@ -178,6 +178,10 @@ class TierMetrics:
         """The last measurement of each tier; zeros for a tier that was not measured yet."""
         entries, held = by_label(self._entries, "tier"), by_label(self._bytes, "tier")
         return [TierUsage(tier, int(entries.get(tier, 0)), int(held.get(tier, 0))) for tier in tiers]
+
+    def clock_offset(self, seconds: float) -> None:
+        """Sets how far this machine's clock is ahead of Redis'."""
+        self._clock_offset.set(seconds)
 
     def breaker(self, service: str, state: int) -> None:
         """Sets the state of a circuit breaker: 0 closed, 1 half-open, 2 open."""

@@ -1,13 +1,14 @@
 """Domain values to protobuf messages. Nothing is decided here.
 
 `to_proto.py` converts events and generations, `models.py` pipelines,
-`cache.py` figures of the caches, `statuses.py` errors. `specs.py`, `times.py`
+`cache.py` figures of the caches, `quotas.py` quotas, `statuses.py` errors. `specs.py`, `times.py`
 and `enums.py` are shared by them; the last two also convert what clients send,
 for `validation/`.
 """
 
 from safelight_server.wire.cache import purged_message, stats_message
 from safelight_server.wire.models import model_message
+from safelight_server.wire.quotas import quotas_message
 from safelight_server.wire.specs import encoding_message, spec_message
 from safelight_server.wire.statuses import status_of, trailing_metadata
 from safelight_server.wire.to_proto import event_message, generation_message
@@ -18,6 +19,7 @@ __all__ = [
     "generation_message",
     "model_message",
     "purged_message",
+    "quotas_message",
     "spec_message",
     "stats_message",
     "status_of",

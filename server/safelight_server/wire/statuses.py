@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from safelight_server.domain.errors import QueueFullError, SafelightError
+from safelight_server.domain.errors import QueueFullError, QuotaExceededError, SafelightError
 from safelight_server.wire.times import duration
 
 DOMAIN = "safelight"
@@ -21,7 +21,7 @@ def status_of(error: SafelightError) -> status_pb2.Status:
         for violation in error.violations:
             bad.field_violations.add(field=violation.field, description=violation.description)
         status.details.add().Pack(bad)
-    if isinstance(error, QueueFullError) and "subject" in error.metadata:
+    if isinstance(error, QueueFullError | QuotaExceededError) and "subject" in error.metadata:
         quota = error_details_pb2.QuotaFailure()
         quota.violations.add(subject=error.metadata["subject"], description=error.message)
         status.details.add().Pack(quota)

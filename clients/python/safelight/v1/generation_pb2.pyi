@@ -7,8 +7,10 @@ Conventions. Fields with explicit presence (`optional`, messages, oneofs) mean
 "the model's default" when absent; 0 is a value. Sizes are in pixels or bytes
 as the name says. Unknown enum values and out-of-range numbers are refused
 with INVALID_ARGUMENT and a google.rpc.BadRequest naming the field. Every
-error carries a google.rpc.ErrorInfo with domain "safelight" and a stable
-reason; refusals that may succeed later carry a google.rpc.RetryInfo.
+error of the server carries a google.rpc.ErrorInfo with domain "safelight" and
+a stable reason; refusals that may succeed later carry a google.rpc.RetryInfo.
+What gRPC refuses before the server sees it (a request or metadata too large)
+has a status only.
 """
 
 from collections import abc as _abc
@@ -543,6 +545,7 @@ Global___PixelEncoding: _TypeAlias = PixelEncoding  # noqa: Y015
 class PreviewPolicy(_message.Message):
     """Which previews a stream wants. A preview is made only when its stream is
     ready to take it: a slow reader gets fewer and newer ones, never a backlog.
+    The last step has none, as the picture itself follows it.
     A preview is at most 3,500,000 bytes, so that its message stays below the
     4 MiB that gRPC clients take by default: larger ones are scaled down, keeping
     the aspect.
@@ -561,7 +564,7 @@ class PreviewPolicy(_message.Message):
     are. Absent: no limit.
     """
     every_n_steps: _builtins.int
-    """After steps n, 2n, 3n, …; the first step always."""
+    """After steps n, 2n, 3n, …; also the first step, unless it is the last."""
     method: Global___PreviewMethod.ValueType
     """How previews are made."""
     max_bytes_per_second: _builtins.int

@@ -69,7 +69,8 @@ class GenerationServiceServicer:
     def Generate(self, request, context):
         """Starts a generation and watches it: previews from the first denoising step
         on, then the finished pictures, then `Finished`. After `Finished` the call
-        ends with the same status.
+        ends with the same status. Do not wait for a preview: where a picture takes
+        one step, or is there already, none comes before it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

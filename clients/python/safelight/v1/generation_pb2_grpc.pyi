@@ -7,8 +7,10 @@ Conventions. Fields with explicit presence (`optional`, messages, oneofs) mean
 "the model's default" when absent; 0 is a value. Sizes are in pixels or bytes
 as the name says. Unknown enum values and out-of-range numbers are refused
 with INVALID_ARGUMENT and a google.rpc.BadRequest naming the field. Every
-error carries a google.rpc.ErrorInfo with domain "safelight" and a stable
-reason; refusals that may succeed later carry a google.rpc.RetryInfo.
+error of the server carries a google.rpc.ErrorInfo with domain "safelight" and
+a stable reason; refusals that may succeed later carry a google.rpc.RetryInfo.
+What gRPC refuses before the server sees it (a request or metadata too large)
+has a status only.
 """
 
 from collections import abc as _abc
@@ -44,7 +46,8 @@ class GenerationServiceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
     """Starts a generation and watches it: previews from the first denoising step
     on, then the finished pictures, then `Finished`. After `Finished` the call
-    ends with the same status.
+    ends with the same status. Do not wait for a preview: where a picture takes
+    one step, or is there already, none comes before it.
     """
     WatchGeneration: _grpc.UnaryStreamMultiCallable[_generation_pb2.WatchGenerationRequest, _generation_pb2.WatchGenerationResponse]
     """Watches a generation that exists: resumes a lost stream or opens a second
@@ -69,7 +72,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Generate: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
     """Starts a generation and watches it: previews from the first denoising step
     on, then the finished pictures, then `Finished`. After `Finished` the call
-    ends with the same status.
+    ends with the same status. Do not wait for a preview: where a picture takes
+    one step, or is there already, none comes before it.
     """
     WatchGeneration: _aio.UnaryStreamMultiCallable[_generation_pb2.WatchGenerationRequest, _generation_pb2.WatchGenerationResponse]  # type: ignore[assignment]
     """Watches a generation that exists: resumes a lost stream or opens a second
@@ -97,7 +101,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateResponse], _abc.AsyncIterator[_generation_pb2.GenerateResponse]]:
         """Starts a generation and watches it: previews from the first denoising step
         on, then the finished pictures, then `Finished`. After `Finished` the call
-        ends with the same status.
+        ends with the same status. Do not wait for a preview: where a picture takes
+        one step, or is there already, none comes before it.
         """
 
     @_abc_1.abstractmethod

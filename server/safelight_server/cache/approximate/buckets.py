@@ -7,8 +7,7 @@ Vectors are encrypted because they reveal something of the prompts.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -56,7 +55,7 @@ class RedisBuckets:
 
     async def add(self, item: str, buckets: Sequence[str], vector: Halves) -> None:
         """Puts an item with its vector (D,) into its buckets. Nothing happens if Redis fails."""
-        now = time.time()
+        now = self._sealer.now()
         sealed = self._sealer.seal(item, Entry(vector.tobytes()), now + self._ttl_s)
         keys = [ITEMS, f"{PREFIX}vector:{item}", f"{PREFIX}of:{item}", *(f"{PREFIX}in:{bucket}" for bucket in buckets)]
         arguments: list[str | bytes | float] = [
@@ -93,7 +92,7 @@ class RedisBuckets:
         try:
             while True:
                 cursor, found = await self._ask(lambda at=cursor: self._redis.zscan(ITEMS, at, count=LOOKED_AT))  # type: ignore[misc]
-                for item in [item.decode() for item, _ in found]:
+                for item in _names(item for item, _ in found):
                     if goes(item):
                         await self._ask(lambda item=item: self._removed(item))  # type: ignore[misc]
                 if not cursor:
@@ -105,7 +104,7 @@ class RedisBuckets:
         """Returns at most `limit` items of the buckets, in no useful order, and their vectors (N, `dimension`)."""
         keys = [f"{PREFIX}in:{bucket}" for bucket in buckets]
         found: set[bytes] = await self._call(lambda: self._redis.sunion(keys), set())
-        items = sorted(item.decode() for item in found)[:limit]
+        items = sorted(_names(found))[:limit]
         opened = await self._vectors(items) if items else {}
         packed = b"".join(opened.values())
         return list(opened), np.frombuffer(packed, np.float16).reshape(-1, dimension)
@@ -124,7 +123,7 @@ class RedisBuckets:
             entry, expires_at = self._sealer.open(item, value)
         except (CorruptError, UnreadableError):
             return None
-        return entry.data if expires_at > time.time() else None
+        return entry.data if expires_at > self._sealer.now() else None
 
     async def _call(self, work: Callable[[], Awaitable[T]], otherwise: T) -> T:
         try:
@@ -138,3 +137,8 @@ class RedisBuckets:
                 return await work()
 
         return await self._breaker.call(translating)
+
+
+def _names(found: Iterable[bytes]) -> list[str]:
+    """The items' names. What is no ASCII was put there by no server, and is passed over."""
+    return [item.decode() for item in found if item.isascii()]

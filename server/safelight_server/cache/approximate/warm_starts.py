@@ -31,6 +31,7 @@ from safelight_server.cache.namespaces import CacheKeys, Namespace
 from safelight_server.catalog.catalog import Pipeline
 from safelight_server.engine.latents import Snapshot
 from safelight_server.storage.purge import EntryOwner, PurgeScope
+from safelight_server.telemetry.background import log_failure
 
 MAX_INDEXES = 64
 MAX_NAMESPACES = 4096
@@ -201,3 +202,4 @@ class WarmStarts:
         task = asyncio.create_task(work)
         self._rebuilding.add(task)
         task.add_done_callback(self._rebuilding.discard)
+        task.add_done_callback(log_failure)

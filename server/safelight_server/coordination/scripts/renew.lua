@@ -1,12 +1,12 @@
 -- KEYS: lease, token, result. ARGV: holder, lease ttl ms, memory ttl ms.
--- Returns 1 where the lease is the holder's: held, or run out while nobody else held it. No token at all means that
--- Redis has lost its memory, and with it whatever another could have decided.
+-- Returns 1 where the lease is the holder's: held, or run out while nobody else held it; else 0. No token at all means
+-- that Redis has lost its memory, and with it whatever another could have decided: then 2.
 local held = redis.call('GET', KEYS[1])
+local newest = redis.call('GET', KEYS[2])
 if held and held ~= ARGV[1] then
   return 0
 end
 if not held then
-  local newest = redis.call('GET', KEYS[2])
   if (newest and newest ~= ARGV[1]) or redis.call('EXISTS', KEYS[3]) == 1 then
     return 0
   end
@@ -17,4 +17,4 @@ if held and redis.call('PEXPIRE', KEYS[2], ARGV[3]) == 1 then
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[3])
-return 1
+return newest and 1 or 2

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from safelight_server.cluster.records import EventRecord, GenerationRecord, parse
-from safelight_server.coordination.base import LeaderLostError, StreamEvent
+from safelight_server.coordination.base import LeaderLostError, StreamEvent, place_order
 from safelight_server.coordination.leadership import Leadership
 from safelight_server.domain.errors import NotFoundError, UnavailableError
 from safelight_server.domain.events import FinishReason, GenerationState
@@ -22,7 +22,7 @@ from safelight_server.generations.generation import Generation
 from safelight_server.generations.ownership.context import WANT, ClusterContext, GenerationHost
 from safelight_server.generations.ownership.owners import OwnedGeneration, Owners
 from safelight_server.generations.planner import OutputPlan, Planner
-from safelight_server.storage.base import StoreError
+from safelight_server.storage.base import MalformedValueError, StoreError
 from safelight_server.storage.sealed import CorruptError, UnreadableError
 
 log = structlog.get_logger(__name__)
@@ -44,6 +44,7 @@ class Mirror:
 
     Attributes:
         num_asking: calls that wait for an answer of the owner.
+        gone_since: when its record was found to be gone, on the monotonic clock.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Mirror:
     place: str
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     num_asking: int = 0
+    gone_since: float | None = None
     tending: asyncio.Task[None] | None = None
 
 
@@ -68,6 +70,7 @@ class Mirrors:
         self._me = me
         self._mirrors: dict[str, Mirror] = {}
         self._left: dict[str, float] = {}
+        self._passed_over: set[str] = set()
         self._retired = False
 
     def __len__(self) -> int:
@@ -220,11 +223,18 @@ class Mirrors:
             await self._follow(mirror)
         except PictureGoneError:  # who comes again learns that it is not kept any more
             log.warning("a finished picture is gone", generation=mirror.generation.name)
-            mirror.generation.leave()
-            self._host.moved(mirror.generation)
+            self._give_up(mirror)
+        except Exception:
+            log.exception("bug", generation=mirror.generation.name)
+            self._give_up(mirror)
         finally:
             if self._mirrors.get(mirror.record.identifier) is mirror:
                 del self._mirrors[mirror.record.identifier]
+
+    def _give_up(self, mirror: Mirror) -> None:
+        """Ends its streams here: who comes again gets another mirror, or learns why there is none."""
+        mirror.generation.leave()
+        self._host.moved(mirror.generation)
 
     async def _follow(self, mirror: Mirror) -> None:
         while not mirror.generation.ended:
@@ -253,29 +263,43 @@ class Mirrors:
         """
         if not self._can(mirror):
             return False
+        if not await self._context.coordinator.read(mirror.name):
+            return self._is_forgotten(mirror)
         leader = await Leadership.take(self._context.coordinator, mirror.name, self._context.ttl_s)
         if leader is None:
             return False
         generation = mirror.generation
         try:
             events = await self._context.coordinator.read(mirror.name)
-            if not events:  # its owner accepted it as LOCAL and has settled it since: it is nobody else's
+            if not events:
                 await leader.close()
-                generation.leave()
-                self._host.moved(generation)
-                return True
+                return self._is_forgotten(mirror)
+            mirror.gone_since = None
             for event in events:
-                if _later(event.place, mirror.place):
+                if place_order(event.place) > place_order(mirror.place):
                     await self._apply(mirror, event)
             own = OwnedGeneration(mirror.name, leader, await self._owners.claimed(generation))
         except BaseException:
             await leader.close()
             raise
         self._mirrors.pop(generation.identifier, None)
-        await self._owners.adopt(generation, own)
+        await self._owners.adopt(generation, own, [event.data for event in events])
         mirror.changed.set()
         if not generation.ended and self._host.owned(generation):
             await self._enter(generation, mirror.record.starts)
+        return True
+
+    def _is_forgotten(self, mirror: Mirror) -> bool:
+        """Gives up a generation whose record is gone, unless its owner may still write it again.
+
+        Either its owner accepted it as LOCAL and has settled it since: it is nobody else's. Or Redis has lost its
+        memory: then the owner writes it again when it renews its lease, which must be free for it.
+        """
+        now = time.monotonic()
+        mirror.gone_since = now if mirror.gone_since is None else mirror.gone_since
+        if now - mirror.gone_since < self._context.ttl_s:
+            return False
+        self._give_up(mirror)
         return True
 
     def resume(self, generation: Generation) -> None:
@@ -317,17 +341,41 @@ class Mirrors:
             try:
                 names = await self._context.coordinator.unowned()
                 self._left = {name: since for name, since in self._left.items() if name in names}
+                self._passed_over.intersection_update(names)
                 random.shuffle(names)
                 for name in names:
-                    await self._rescue(name)
+                    await self._look_after(name)
+            except MalformedValueError as error:
+                log.warning("the registry of generations cannot be read", why=str(error))
             except StoreError:
                 continue
+
+    async def _look_after(self, name: str) -> None:
+        """Takes over one, if it can be. Whatever is wrong with it does not keep the others from being taken over.
+
+        Raises:
+            StoreError: Redis cannot be asked, for others either.
+        """
+        try:
+            await self._rescue(name)
+        except MalformedValueError as error:
+            if name not in self._passed_over:
+                log.warning("a registered generation cannot be read and is passed over", name=name, why=str(error))
+            self._passed_over.add(name)
+        except StoreError:
+            raise
+        except Exception:
+            if name not in self._passed_over:
+                log.exception("bug", name=name)
+            self._passed_over.add(name)
 
     def retire(self) -> None:
         """Stops taking over generations that nobody watches here: this replica is drained."""
         self._retired = True
 
     async def _rescue(self, name: str) -> None:
+        if self._owners.leads(name):
+            return  # its lease has run out here: it is renewed unless another replica takes it
         mirror = await self._mirror(name)
         if mirror is not None and not mirror.generation.ended:
             if self._can(mirror) and (self._same_bits(mirror) or self._left_for_long(name)):
@@ -349,12 +397,3 @@ class Mirrors:
                 await self._context.coordinator.unregister(name)
             finally:
                 await leader.close()
-
-
-def _later(place: str, than: str) -> bool:
-    return _order(place) > _order(than)
-
-
-def _order(place: str) -> tuple[int, int]:
-    milliseconds, _, number = place.partition("-")
-    return int(milliseconds), int(number or 0)

@@ -100,7 +100,8 @@ class Owners:
         request, tenant = generation.request, generation.caller.tenant
         name = self._context.keyring.digest("request", tenant, request.request_id)
         facts = {"generation": generation.identifier, "digest": request.body_digest.hex()}
-        return name, self._context.sealer.seal(name, Entry(json.dumps(facts).encode()), time.time() + CLAIM_S)
+        sealer = self._context.sealer
+        return name, sealer.seal(name, Entry(json.dumps(facts).encode()), sealer.now() + CLAIM_S)
 
     async def claimed(self, generation: Generation) -> tuple[str, bytes] | None:
         """Returns the binding of the request id that an earlier owner made; None if there is none.
@@ -172,7 +173,7 @@ class Owners:
             generation.caller,
             generation.request,
             generation.create_time,
-            None if left is None else time.time() + left,
+            None if left is None else self._context.sealer.now() + left,
             tuple(plan.origin for plan in plans),
             starts,
             self._planner.numerics_id(generation),
@@ -182,13 +183,14 @@ class Owners:
             if not await self._planner.keep_starts(generation, plans):
                 return
             await self._context.coordinator.register(own.name)
-            if own.leader.lost.is_set() or not await own.leader.publish(dump(self._context.sealer, own.name, record)):
+            data = dump(self._context.sealer, own.name, record)
+            if own.leader.lost.is_set() or not await own.leader.publish(data):
                 if own.leader.lost.is_set():  # another runs this request by now
                     raise UnavailableError("another replica has taken its request; try again", retry_after_s=0.1)
                 await self._context.coordinator.unregister(own.name)
                 return
             generation.durability = Durability.REPLICATED
-            generation.journal = generation.log.journal = self.journal(generation, own)
+            generation.journal = generation.log.journal = self.journal(generation, own, [data])
 
     async def dismiss(self, generation: Generation) -> None:
         """Removes all traces of a generation that was refused."""
@@ -237,12 +239,27 @@ class Owners:
         own = self._own.pop(generation.identifier, None)
         self._wishes.pop(generation.identifier, None)
         generation.leave()
-        if own is not None and generation.journal is not None:
+        if own is None:
+            return
+        if generation.journal is not None:
             self._end(generation.journal, _nothing)
+        else:  # its record is there, though the answer was lost: another replica has found it
+            self._watch_end(self._context.start(self._give_back(own)))
 
     def owns(self, generation: Generation) -> bool:
         """Whether this replica decides what becomes of the generation."""
         return generation.identifier in self._own
+
+    async def has_record(self, identifier: str) -> bool:
+        """Whether anything is kept of a generation in Redis; true where that cannot be told now."""
+        try:
+            return bool(await self._context.coordinator.read(self._context.name(identifier)))
+        except StoreError:
+            return True
+
+    def leads(self, name: str) -> bool:
+        """Whether this replica owns the generation of a name in Redis, as far as it knows."""
+        return any(own.name == name for own in self._own.values())
 
     def wants(self, generation: Generation) -> bool:
         """Whether another replica has a stream for the generation."""
@@ -290,8 +307,18 @@ class Owners:
                 await asyncio.sleep(RETRY_S)
         await own.leader.close()
 
-    def journal(self, generation: Generation, own: OwnedGeneration) -> Journal:
-        """Returns the journal that the generation is written to from now on."""
+    def journal(self, generation: Generation, own: OwnedGeneration, written: Sequence[bytes]) -> Journal:
+        """Returns the journal that the generation is written to from now on.
+
+        Args:
+            written: its record and its events so far, as they are in Redis.
+        """
+
+        async def enrolled() -> bool:
+            await self._context.coordinator.register(own.name)
+            if own.claim is not None:
+                await self._context.coordinator.claim(*own.claim, CLAIM_S)
+            return True
 
         async def put(index: int, picture: EncodedPicture) -> bool:
             size = {"width": picture.width_px, "height": picture.height_px, "stride": picture.stride_bytes}
@@ -306,13 +333,16 @@ class Owners:
             put,
             lambda: (generation.state, generation.error),
             lambda: self._lose(generation),
+            [enrolled, *(functools.partial(own.leader.publish, data) for data in written)],
         )
         return own.journal
 
     def _lose(self, generation: Generation) -> None:
         """Gives up a generation that another replica has taken over. An end that was only decided here is void."""
         log.warning("another replica has taken over a generation", generation=generation.name)
-        if self._own.pop(generation.identifier, None) is not None:
+        own = self._own.get(generation.identifier)
+        if own is not None and own.journal is generation.journal:  # and not what was adopted since
+            del self._own[generation.identifier]
             generation.leave()
         self._host.moved(generation)
 
@@ -324,15 +354,19 @@ class Owners:
                 self._wishes.popitem(last=False)
             self._host.wanted(identifier)
 
-    async def adopt(self, generation: Generation, own: OwnedGeneration) -> None:
-        """Makes this replica the owner. A generation that has ended is only settled."""
+    async def adopt(self, generation: Generation, own: OwnedGeneration, written: Sequence[bytes]) -> None:
+        """Makes this replica the owner. A generation that has ended is only settled.
+
+        Args:
+            written: its record and its events so far, as they are in Redis.
+        """
         own.starts = self._planner.start_keys(generation, [output.starts for output in generation.outputs])
         if generation.ended:
             lost = isinstance(generation.error, UnavailableError)
             await self._close(own, self._settling(own, self._context.kept_s, retryable=lost))
             return
         self._own[generation.identifier] = own
-        generation.adopt(self.journal(generation, own), self._planner.numerics_id(generation))
+        generation.adopt(self.journal(generation, own, written), self._planner.numerics_id(generation))
 
     def _watch_end(self, task: asyncio.Task[None]) -> None:
         self._ending.add(task)
@@ -344,7 +378,7 @@ class Owners:
             await asyncio.wait(self._ending, timeout=CLOSE_S)
         for journal in list(self._journals):
             await journal.abandon()
-        for own in self._own.values():
+        for own in list(self._own.values()):  # a lease may be lost meanwhile
             await self._give_back(own)
 
 

@@ -33,6 +33,7 @@ from safelight_server.runtime.triton.endpoints import Backoff, CallTicket, Endpo
 from safelight_server.runtime.triton.models import ModelKey, ModelMismatch, models_of
 from safelight_server.runtime.triton.server import Server, SharedMemoryUse
 from safelight_server.sampler import VERSION as SAMPLER_VERSION
+from safelight_server.telemetry.background import keep_running
 
 log = structlog.get_logger(__name__)
 
@@ -125,7 +126,7 @@ class TritonRuntime:
                 await asyncio.sleep(START_PAUSE_S)
         self._numerics_id = await self._name_numerics()
         log.info("triton", live=self.num_live, of=self.num_instances, numerics=self._numerics_id)
-        self._tending = asyncio.create_task(self._tend())
+        self._tending = asyncio.create_task(keep_running(self._tend, "probes of Triton servers"))
 
     async def _measure(self, at: int, server: Server) -> None:
         """Verifies and measures every component on one server; ejects the server if that fails."""
@@ -282,6 +283,9 @@ class TritonRuntime:
             fingerprint = await server.probe(self._canary_limit_s())
         except (CallFailed, ModelMismatch) as failure:
             why = str(failure)
+        except Exception as bug:  # a server whose probe does not end is never asked again
+            log.exception("bug", url=server.url)
+            why = repr(bug)
         else:
             self._fingerprint = self._fingerprint or fingerprint
             if fingerprint != self._fingerprint:

@@ -1,0 +1,229 @@
+package safelight
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"net"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/uuid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/proto"
+
+	pb "github.com/safelight/safelight/clients/go/safelightv1"
+)
+
+const (
+	windowBytes    = 64 << 10 // previews wait at the server, where the newest wins, not here
+	connectTimeout = 5 * time.Second
+)
+
+// A Client is a connection to a server, or to several replicas of one. It is safe for use by several goroutines.
+type Client struct {
+	conns    []*grpc.ClientConn
+	apiKey   string
+	patience time.Duration
+	retries  int
+	at       atomic.Int64 // index of the server that new calls ask
+}
+
+type config struct {
+	apiKey      string
+	credentials credentials.TransportCredentials
+	patience    time.Duration
+	retries     int
+	dialOptions []grpc.DialOption
+}
+
+// An Option is an argument of [NewClient].
+type Option func(*config)
+
+// WithAPIKey sends a key as a bearer token.
+func WithAPIKey(key string) Option { return func(c *config) { c.apiKey = strings.TrimSpace(key) } }
+
+// WithTransportCredentials asks by TLS. Without it the connection is plain text.
+func WithTransportCredentials(credentials credentials.TransportCredentials) Option {
+	return func(c *config) { c.credentials = credentials }
+}
+
+// WithPatience says how long a generation whose connection is lost is asked for again, since its last event; 60
+// seconds by default. While nothing was received it is at most 5 seconds.
+func WithPatience(patience time.Duration) Option { return func(c *config) { c.patience = patience } }
+
+// WithRetries says how often a request is sent again that the server has refused with the time after which to retry;
+// 3 times by default. The client waits as long as the server says, within its patience and the deadline.
+func WithRetries(retries int) Option { return func(c *config) { c.retries = retries } }
+
+// WithDialOptions adds options of gRPC, such as interceptors.
+func WithDialOptions(options ...grpc.DialOption) Option {
+	return func(c *config) { c.dialOptions = append(c.dialOptions, options...) }
+}
+
+// NewClient makes a client of "host:port". Several replicas are separated by commas: when one is lost, the next one is
+// asked, and goes on with each generation that was accepted as replicated. Nothing is connected before the first call.
+func NewClient(target string, options ...Option) (*Client, error) {
+	c := config{credentials: insecure.NewCredentials(), patience: 60 * time.Second, retries: 3}
+	for _, option := range options {
+		option(&c)
+	}
+	if strings.ContainsFunc(c.apiKey, func(r rune) bool { return r < '!' || r > '~' }) {
+		return nil, errors.New("safelight: the API key must be visible ASCII characters")
+	}
+	client := &Client{apiKey: c.apiKey, patience: c.patience, retries: c.retries}
+	for one := range strings.SplitSeq(target, ",") {
+		one = strings.TrimSpace(one)
+		if one == "" {
+			client.Close()
+			return nil, fmt.Errorf("safelight: target %q names no server", target)
+		}
+		conn, err := grpc.NewClient(one, append(dialOptions(one, c.credentials), c.dialOptions...)...)
+		if err != nil {
+			client.Close()
+			return nil, fmt.Errorf("safelight: target %q: %w", one, err)
+		}
+		client.conns = append(client.conns, conn)
+	}
+	return client, nil
+}
+
+func dialOptions(target string, credentials credentials.TransportCredentials) []grpc.DialOption {
+	reconnect := backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second}
+	options := []grpc.DialOption{
+		grpc.WithTransportCredentials(credentials),
+		grpc.WithInitialWindowSize(windowBytes),
+		// While a stream is open, a server that is frozen is seen within 15 seconds.
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second}),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: reconnect, MinConnectTimeout: connectTimeout}),
+	}
+	if isLocal(target) {
+		options = append(options, grpc.WithNoProxy())
+	}
+	return options
+}
+
+// isLocal says whether a target is on this machine: a unix socket, localhost or a loopback address.
+func isLocal(target string) bool {
+	if strings.HasPrefix(target, "unix:") || strings.HasPrefix(target, "unix-abstract:") {
+		return true
+	}
+	for _, scheme := range []string{"dns:///", "dns:", "passthrough:///"} {
+		target = strings.TrimPrefix(target, scheme)
+	}
+	host, _, err := net.SplitHostPort(target)
+	if err != nil {
+		host = strings.Trim(target, "[]")
+	}
+	ip := net.ParseIP(host)
+	return host == "localhost" || strings.HasSuffix(host, ".localhost") || ip != nil && ip.IsLoopback()
+}
+
+// Close closes all connections.
+func (c *Client) Close() error {
+	var all []error
+	for _, conn := range c.conns {
+		all = append(all, conn.Close())
+	}
+	return errors.Join(all...)
+}
+
+// Conn is the connection to the current server, for stubs of other services.
+func (c *Client) Conn() grpc.ClientConnInterface { return c.conns[c.at.Load()] }
+
+// Generate starts a generation and watches it: [*Accepted], [*Progress], [*Preview] and [*Picture] as they come, then
+// [*Finished]. The error, an [*Error], is the last element of a sequence that did not finish.
+//
+// A request without a RequestId gets one, so that it can be sent again without running twice. A deadline of the context
+// is the deadline of the generation, over all connections. Leaving the loop ends the stream: the server suspends the
+// generation, and cancels it after its grace.
+func (c *Client) Generate(ctx context.Context, request *pb.GenerateRequest) iter.Seq2[Event, error] {
+	return func(yield func(Event, error) bool) {
+		sent := proto.CloneOf(request)
+		if sent.GetRequestId() == "" {
+			sent.RequestId = uuid.NewString()
+		}
+		c.develop(ctx, sent, &received{at: int(c.at.Load()), preview: sent.GetPreview()}, yield)
+	}
+}
+
+// Watch watches a generation that exists, "generations/ID", from its first event on; preview may be nil.
+func (c *Client) Watch(ctx context.Context, generation string, preview *pb.PreviewPolicy) iter.Seq2[Event, error] {
+	return func(yield func(Event, error) bool) {
+		c.develop(ctx, nil, &received{at: int(c.at.Load()), name: generation, preview: preview}, yield)
+	}
+}
+
+// Get is what is known of a generation.
+func (c *Client) Get(ctx context.Context, generation string) (*pb.Generation, error) {
+	response, err := ask(ctx, c, func(ctx context.Context, conn grpc.ClientConnInterface) (*pb.GetGenerationResponse, error) {
+		return pb.NewGenerationServiceClient(conn).GetGeneration(ctx, &pb.GetGenerationRequest{Name: generation})
+	})
+	return response.GetGeneration(), err
+}
+
+// Cancel stops a generation and returns it as it ended, with the step that each output had reached.
+func (c *Client) Cancel(ctx context.Context, generation string) (*pb.Generation, error) {
+	response, err := ask(ctx, c, func(ctx context.Context, conn grpc.ClientConnInterface) (*pb.CancelGenerationResponse, error) {
+		return pb.NewGenerationServiceClient(conn).CancelGeneration(ctx, &pb.CancelGenerationRequest{Name: generation})
+	})
+	return response.GetGeneration(), err
+}
+
+// Models are all models of the server.
+func (c *Client) Models(ctx context.Context) ([]*pb.Model, error) {
+	var models []*pb.Model
+	for token := ""; ; {
+		page, err := ask(ctx, c, func(ctx context.Context, conn grpc.ClientConnInterface) (*pb.ListModelsResponse, error) {
+			return pb.NewModelServiceClient(conn).ListModels(ctx, &pb.ListModelsRequest{PageToken: token})
+		})
+		if err != nil {
+			return nil, err
+		}
+		models = append(models, page.GetModels()...)
+		if token = page.GetNextPageToken(); token == "" {
+			return models, nil
+		}
+	}
+}
+
+// ask makes a call at the current server, and at each next one while one cannot be reached.
+func ask[Response any](
+	ctx context.Context, c *Client, call func(context.Context, grpc.ClientConnInterface) (Response, error),
+) (Response, error) {
+	for left := len(c.conns) - 1; ; left-- {
+		at := int(c.at.Load())
+		response, err := call(c.authorized(ctx), c.conns[at])
+		if err == nil {
+			return response, nil
+		}
+		failure := newError(err)
+		if failure.Code != codes.Unavailable || left == 0 {
+			return response, failure
+		}
+		c.next(at)
+	}
+}
+
+// next is the server to ask after one that failed. Generations that lose a server together step to the same next one;
+// new calls follow the first of them only.
+func (c *Client) next(failed int) int {
+	after := (failed + 1) % len(c.conns)
+	c.at.CompareAndSwap(int64(failed), int64(after))
+	return after
+}
+
+func (c *Client) authorized(ctx context.Context) context.Context {
+	if c.apiKey == "" {
+		return ctx
+	}
+	return metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+c.apiKey)
+}

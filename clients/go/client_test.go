@@ -1,0 +1,73 @@
+package safelight
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+)
+
+func TestTargetsOfThisMachine(t *testing.T) {
+	for target, local := range map[string]bool{
+		"127.0.0.1:8421": true, "localhost:8421": true, "[::1]:8421": true, "dns:///localhost:8421": true,
+		"unix:/run/safelight.sock": true, "a.localhost:1": true, "127.0.0.2": true,
+		"safelight.example:8421": false, "10.0.0.1:8421": false, "[2001:db8::1]:8421": false,
+	} {
+		if isLocal(target) != local {
+			t.Errorf("isLocal(%q) is %v", target, !local)
+		}
+	}
+}
+
+func TestArgumentsThatCannotBeUsed(t *testing.T) {
+	for _, target := range []string{"", " ", "a:1,"} {
+		if _, err := NewClient(target); err == nil {
+			t.Errorf("target %q is taken", target)
+		}
+	}
+	if _, err := NewClient("a:1", WithAPIKey("a b")); err == nil {
+		t.Error("a key with a blank is taken")
+	}
+}
+
+func TestGenerationsThatLoseAServerTogetherAskTheNextOne(t *testing.T) {
+	client, err := NewClient("a:1,b:1,c:1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	for range 24 {
+		if next := client.next(0); next != 1 {
+			t.Fatalf("one asks server %d", next)
+		}
+	}
+	if at := client.at.Load(); at != 1 {
+		t.Errorf("new calls ask server %d", at)
+	}
+}
+
+func TestErrorsAreReadable(t *testing.T) {
+	full, err := status.New(codes.ResourceExhausted, "the queue is full").WithDetails(
+		&errdetails.ErrorInfo{Reason: "QUEUE_FULL", Domain: "safelight"},
+		&errdetails.RetryInfo{RetryDelay: durationpb.New(3 * time.Second)},
+		&errdetails.BadRequest{FieldViolations: []*errdetails.BadRequest_FieldViolation{{Field: "spec.model", Description: "x"}}},
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	failure := newError(full.Err())
+	if failure.Reason != "QUEUE_FULL" || !failure.Retryable || failure.RetryAfter != 3*time.Second {
+		t.Errorf("%+v", failure)
+	}
+	if failure.FieldViolations["spec.model"] != "x" {
+		t.Errorf("%v", failure.FieldViolations)
+	}
+	if late := newError(context.DeadlineExceeded); !errors.Is(late, context.DeadlineExceeded) || late.Code != codes.DeadlineExceeded {
+		t.Errorf("%+v", late)
+	}
+}

@@ -1,0 +1,247 @@
+// The runner of the Go client: reads a case (JSON, a line), runs it, prints what came (JSON, a line).
+//
+// See clients/CONFORMANCE.md.
+package main
+
+import (
+	"bufio"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"log"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	safelight "github.com/safelight/safelight/clients/go"
+	pb "github.com/safelight/safelight/clients/go/safelightv1"
+)
+
+type conformanceCase struct {
+	Name         string            `json:"name"`
+	Targets      []string          `json:"targets"`
+	CAFile       string            `json:"ca_file"`
+	ServerName   string            `json:"server_name"`
+	APIKey       string            `json:"api_key"`
+	Requests     []json.RawMessage `json:"requests"`
+	TimeoutS     float64           `json:"timeout_s"`
+	PatienceS    float64           `json:"patience_s"`
+	Retries      int               `json:"retries"`
+	PauseS       float64           `json:"pause_s"`
+	CancelAtStep int32             `json:"cancel_at_step"`
+	WatchAgain   bool              `json:"watch_again"`
+}
+
+type report struct {
+	Case        string        `json:"case"`
+	Generations []*generation `json:"generations"`
+}
+
+type generation struct {
+	Code        string            `json:"code"`
+	Reason      string            `json:"reason"`
+	Violations  map[string]string `json:"violations"`
+	RetryAfterS *float64          `json:"retry_after_s"`
+	Message     string            `json:"message"`
+	Generation  string            `json:"generation"`
+	Reliable    []string          `json:"reliable"`
+	Steps       [][2]int32        `json:"steps"`
+	Previews    []image           `json:"previews"`
+	Pictures    []image           `json:"pictures"`
+	NumSteps    int64             `json:"num_steps"`
+	Cancelled   *cancelled        `json:"cancelled"`
+	Watched     *watched          `json:"watched"`
+}
+
+type image struct {
+	OutputIndex int    `json:"output_index"`
+	MediaType   string `json:"media_type"`
+	WidthPx     int    `json:"width_px"`
+	HeightPx    int    `json:"height_px"`
+	StrideBytes int    `json:"stride_bytes"`
+	Step        int    `json:"step"`
+	NumBytes    int    `json:"num_bytes"`
+	NumDropped  int    `json:"num_dropped"`
+	Seed        string `json:"seed"`
+	SHA256      string `json:"sha256"`
+}
+
+type cancelled struct {
+	State string  `json:"state"`
+	Steps []int32 `json:"steps"`
+}
+
+type watched struct {
+	Reliable []string `json:"reliable"`
+	SHA256   []string `json:"sha256"`
+	State    string   `json:"state"`
+	Models   []string `json:"models"`
+}
+
+func main() {
+	line, err := bufio.NewReader(os.Stdin).ReadBytes('\n')
+	check(err)
+	var given conformanceCase
+	check(json.Unmarshal(line, &given))
+	check(json.NewEncoder(os.Stdout).Encode(run(given)))
+}
+
+func run(given conformanceCase) report {
+	options := []safelight.Option{
+		safelight.WithAPIKey(given.APIKey),
+		safelight.WithPatience(seconds(given.PatienceS)),
+		safelight.WithRetries(given.Retries),
+	}
+	if given.CAFile != "" {
+		tls, err := credentials.NewClientTLSFromFile(given.CAFile, given.ServerName)
+		check(err)
+		options = append(options, safelight.WithTransportCredentials(tls))
+	}
+	client, err := safelight.NewClient(strings.Join(given.Targets, ","), options...)
+	check(err)
+	defer client.Close()
+	all := report{given.Name, make([]*generation, len(given.Requests))}
+	var group sync.WaitGroup
+	for index, raw := range given.Requests {
+		group.Add(1)
+		go func() {
+			defer group.Done()
+			request := &pb.GenerateRequest{}
+			check(protojson.Unmarshal(raw, request))
+			all.Generations[index] = generate(client, given, request)
+		}()
+	}
+	group.Wait()
+	return all
+}
+
+func generate(client *safelight.Client, given conformanceCase, request *pb.GenerateRequest) *generation {
+	ctx := context.Background()
+	if given.TimeoutS > 0 {
+		timed, cancel := context.WithTimeout(ctx, seconds(given.TimeoutS))
+		defer cancel()
+		ctx = timed
+	}
+	seen := &generation{
+		Code: "OK", Violations: map[string]string{}, Reliable: []string{}, Steps: [][2]int32{}, Previews: []image{}, Pictures: []image{},
+	}
+	for event, err := range client.Generate(ctx, request) {
+		if err != nil {
+			seen.fail(err)
+			break
+		}
+		switch event := event.(type) {
+		case *safelight.Accepted:
+			seen.Generation = event.Generation
+			seen.Reliable = append(seen.Reliable, "accepted")
+		case *safelight.Progress:
+			seen.Steps = append(seen.Steps, [2]int32{event.GetOutputIndex(), event.GetStep()})
+			if given.CancelAtStep > 0 && event.GetStep() >= given.CancelAtStep && seen.Cancelled == nil {
+				ended, err := client.Cancel(ctx, seen.Generation)
+				check(err)
+				seen.Cancelled = &cancelled{State: ended.GetState().String()}
+				for _, output := range ended.GetOutputs() {
+					seen.Cancelled.Steps = append(seen.Cancelled.Steps, output.GetStep())
+				}
+			}
+		case *safelight.Preview:
+			seen.Previews = append(seen.Previews, image{
+				OutputIndex: int(event.GetOutputIndex()), MediaType: event.GetMediaType(), WidthPx: int(event.GetWidthPx()),
+				HeightPx: int(event.GetHeightPx()), StrideBytes: int(event.GetStrideBytes()), Step: int(event.GetStep()),
+				NumBytes: len(event.GetData()), NumDropped: int(event.GetNumDropped()),
+			})
+			time.Sleep(seconds(given.PauseS))
+		case *safelight.Picture:
+			sum := sha256.Sum256(event.Data)
+			seen.Reliable = append(seen.Reliable, "picture")
+			seen.Pictures = append(seen.Pictures, image{
+				OutputIndex: event.OutputIndex, MediaType: event.MediaType, WidthPx: event.WidthPx, HeightPx: event.HeightPx,
+				StrideBytes: event.StrideBytes, Seed: strconv.FormatUint(event.Seed, 10), SHA256: hex.EncodeToString(sum[:]),
+			})
+		case *safelight.Finished:
+			seen.Reliable = append(seen.Reliable, "finished")
+			seen.NumSteps = event.GetUsage().GetNumSteps()
+		}
+	}
+	if given.WatchAgain && seen.Code == "OK" {
+		seen.Watched = watchAgain(ctx, client, seen.Generation)
+	}
+	return seen
+}
+
+// watchAgain is what a second screen sees, and what the server says of the generation and of its models.
+func watchAgain(ctx context.Context, client *safelight.Client, name string) *watched {
+	again := &watched{}
+	sums := map[int]string{}
+	for event, err := range client.Watch(ctx, name, &pb.PreviewPolicy{Method: pb.PreviewMethod_PREVIEW_METHOD_NONE}) {
+		check(err)
+		switch event := event.(type) {
+		case *safelight.Accepted:
+			again.Reliable = append(again.Reliable, "accepted")
+		case *safelight.Picture:
+			again.Reliable = append(again.Reliable, "picture")
+			sum := sha256.Sum256(event.Data)
+			sums[event.OutputIndex] = hex.EncodeToString(sum[:])
+		case *safelight.Finished:
+			again.Reliable = append(again.Reliable, "finished")
+		}
+	}
+	for index := range len(sums) {
+		again.SHA256 = append(again.SHA256, sums[index])
+	}
+	generation, err := client.Get(ctx, name)
+	check(err)
+	again.State = generation.GetState().String()
+	models, err := client.Models(ctx)
+	check(err)
+	for _, model := range models {
+		again.Models = append(again.Models, model.GetName())
+	}
+	return again
+}
+
+func (seen *generation) fail(err error) {
+	var failure *safelight.Error
+	if !errors.As(err, &failure) {
+		log.Fatal(err)
+	}
+	seen.Code, seen.Reason, seen.Message = codeName(failure.Code), failure.Reason, failure.Message
+	if failure.FieldViolations != nil {
+		seen.Violations = failure.FieldViolations
+	}
+	if failure.Retryable {
+		after := failure.RetryAfter.Seconds()
+		seen.RetryAfterS = &after
+	}
+}
+
+// codeName is the name of the specification, "RESOURCE_EXHAUSTED", where Go says ResourceExhausted.
+func codeName(code codes.Code) string {
+	if code == codes.Canceled {
+		return "CANCELLED"
+	}
+	var name strings.Builder
+	for index, letter := range code.String() {
+		if index > 0 && letter >= 'A' && letter <= 'Z' {
+			name.WriteByte('_')
+		}
+		name.WriteRune(letter)
+	}
+	return strings.ToUpper(name.String())
+}
+
+func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
+
+func check(err error) {
+	if err != nil {
+		log.Fatal(err)
+	}
+}

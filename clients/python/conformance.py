@@ -1,0 +1,105 @@
+"""The runner of the Python client: reads a case (JSON, a line), runs it, prints what came (JSON, a line).
+
+See clients/CONFORMANCE.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc
+import safelight
+from google.protobuf import json_format
+from safelight.v1 import generation_pb2 as pb
+
+
+async def run(case: dict[str, Any]) -> dict[str, Any]:
+    """Sends all requests of a case at once; what came of each, in their order."""
+    ca_file = case["ca_file"]
+    roots = Path(ca_file).read_bytes() if ca_file else None  # noqa: ASYNC240  # nothing else runs yet
+    client = safelight.Client(
+        case["targets"],
+        api_key=case["api_key"],
+        credentials=grpc.ssl_channel_credentials(roots) if roots else None,
+        server_name=case["server_name"],
+        patience_s=case["patience_s"],
+        retries=case["retries"],
+    )
+    async with client:
+        generations = await asyncio.gather(*(generate(client, case, request) for request in case["requests"]))
+    return {"case": case["name"], "generations": generations}
+
+
+async def generate(client: safelight.Client, case: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+    """Sends one request."""
+    seen: dict[str, Any] = {"code": "OK", "reason": "", "violations": {}, "retry_after_s": None}
+    seen |= {"generation": "", "reliable": [], "steps": [], "previews": [], "pictures": [], "cancelled": None}
+    seen["watched"] = None
+    message = json_format.ParseDict(request, pb.GenerateRequest())
+    try:
+        async for event in client.develop(message, timeout_s=case["timeout_s"] or None):
+            await take(client, case, event, seen)
+        if case["watch_again"]:
+            seen["watched"] = await watch_again(client, seen["generation"])
+    except safelight.GenerationError as error:
+        seen |= {"code": error.code.name, "reason": error.reason, "violations": error.violations}
+        seen |= {"retry_after_s": error.retry_after_s, "message": str(error)}
+    return seen
+
+
+async def watch_again(client: safelight.Client, name: str) -> dict[str, Any]:
+    """What a second screen sees, and what the server says of the generation and of its models."""
+    kinds = {safelight.Accepted: "accepted", safelight.Picture: "picture", safelight.Finished: "finished"}
+    events = [event async for event in client.watch(name, previews=False) if type(event) in kinds]
+    pictures = [event for event in events if isinstance(event, safelight.Picture)]
+    return {
+        "reliable": [kinds[type(event)] for event in events],
+        "sha256": [hashlib.sha256(picture.data).hexdigest() for picture in sorted(pictures, key=by_output)],
+        "state": pb.Generation.State.Name((await client.get(name)).state),
+        "models": [model.name for model in await client.models()],
+    }
+
+
+def by_output(picture: safelight.Picture) -> int:
+    return picture.output_index
+
+
+async def take(client: safelight.Client, case: dict[str, Any], event: safelight.Event, seen: dict[str, Any]) -> None:
+    """Notes an event."""
+    match event:
+        case safelight.Accepted():
+            seen["generation"] = event.generation
+            seen["reliable"].append("accepted")
+        case safelight.Progress():
+            seen["steps"].append([event.output_index, event.step])
+            if case["cancel_at_step"] and event.step >= case["cancel_at_step"] and seen["cancelled"] is None:
+                ended = await client.cancel(seen["generation"])
+                state = pb.Generation.State.Name(ended.state)
+                seen["cancelled"] = {"state": state, "steps": [output.step for output in ended.outputs]}
+        case safelight.Preview():
+            seen["previews"].append(
+                image(event) | {"step": event.step, "num_bytes": len(event.data), "num_dropped": event.num_dropped}
+            )
+            await asyncio.sleep(case["pause_s"])
+        case safelight.Picture():
+            seen["reliable"].append("picture")
+            digest = hashlib.sha256(event.data).hexdigest()
+            seen["pictures"].append(image(event) | {"seed": str(event.seed), "sha256": digest})
+        case safelight.Finished():
+            seen["reliable"].append("finished")
+            seen["num_steps"] = event.usage.num_steps
+
+
+def image(event: safelight.Preview | safelight.Picture) -> dict[str, Any]:
+    """What a preview and a picture have in common."""
+    names = ("output_index", "media_type", "width_px", "height_px", "stride_bytes")
+    return {name: getattr(event, name) for name in names}
+
+
+if __name__ == "__main__":
+    print(json.dumps(asyncio.run(run(json.loads(sys.stdin.readline())))))

@@ -1,0 +1,149 @@
+"""What a client receives of a generation: its events, in the order in which they come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from safelight import pixels
+from safelight.v1 import generation_pb2 as pb
+
+if TYPE_CHECKING:
+    import numpy as np
+    import PIL.Image
+    from numpy.typing import NDArray
+
+
+class EncodedImage:
+    """The pixels of a preview or a picture, for programs that have numpy or Pillow (the extra `safelight[images]`)."""
+
+    __slots__ = ()
+    media_type: str
+    width_px: int
+    height_px: int
+    data: bytes
+    stride_bytes: int
+    bottom_up: bool
+
+    def image(self) -> PIL.Image.Image:
+        """Decodes to a Pillow image, its top row first.
+
+        Raises:
+            ModuleNotFoundError: Pillow is not installed.
+        """
+        return pixels.to_image(self)
+
+    def array(self) -> NDArray[np.uint8]:
+        """Decodes to (height, width, 4) uint8: red, green, blue, alpha; the top row first.
+
+        Raises:
+            ModuleNotFoundError: numpy is not installed, or Pillow, which all but raw pixels need.
+        """
+        return pixels.to_array(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The request was admitted; the first event.
+
+    Attributes:
+        generation: its name, "generations/ID", for `Client.watch` and `Client.cancel`.
+        seeds: one for each output, also where the request left the choice to the server.
+        numerics_id: equal specs and seeds give equal pixels wherever this is equal.
+        durable: another replica goes on with the generation if the server dies.
+        warnings: reason -> text, of what did not stop the request.
+    """
+
+    generation: str
+    seeds: tuple[int, ...]
+    numerics_id: str
+    durable: bool
+    warnings: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """An output has finished a denoising step."""
+
+    output_index: int
+    step: int
+    num_steps: int
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preview(EncodedImage):
+    """A preview of an output after `step` steps, encoded as `media_type`.
+
+    Attributes:
+        stride_bytes: from one row to the next for raw pixels, else 0.
+        bottom_up: the first of the raw rows is the lowest one.
+        num_dropped: previews that were passed over since the one before, because the reader was not ready.
+    """
+
+    output_index: int
+    step: int
+    media_type: str
+    width_px: int
+    height_px: int
+    data: bytes
+    stride_bytes: int = 0
+    bottom_up: bool = False
+    num_dropped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Picture(EncodedImage):
+    """A finished picture, encoded as `media_type`. Its SHA-256 has been checked.
+
+    Attributes:
+        stride_bytes: from one row to the next for raw pixels, else 0.
+        bottom_up: the first of the raw rows is the lowest one.
+    """
+
+    output_index: int
+    media_type: str
+    width_px: int
+    height_px: int
+    seed: int
+    data: bytes
+    stride_bytes: int = 0
+    bottom_up: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a picture came from.
+
+    Attributes:
+        disposition: "miss" (computed in full), "coalesced" (shared with an identical output that was being computed),
+            "exact" (cached, identical), "similar" (cached, for a similar prompt or another seed), "latent" (computed
+            from the cached latent of a similar prompt) or "branched" (computed from the step of `branch`).
+        similarity: cosine similarity of the prompts, for "similar" and "latent".
+        source: the generation that computed the picture, for "exact" and "similar".
+        num_steps_skipped: denoising steps that were not run for this picture.
+        numerics_id: of the replica that continued the generation, where it differs from the one in `Accepted`.
+    """
+
+    disposition: str
+    similarity: float = 0.0
+    source: str = ""
+    num_steps_skipped: int = 0
+    numerics_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The generation has succeeded; the last event.
+
+    Attributes:
+        origins: where each picture came from, in the order of the outputs.
+    """
+
+    generation: str
+    usage: pb.Usage
+    timings: pb.Timings
+    origins: tuple[Origin, ...] = ()
+
+
+Event = Accepted | Progress | Preview | Picture | Finished

@@ -1,0 +1,152 @@
+"""From plain arguments to the request message of the contract."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypedDict, Unpack
+
+from safelight.v1 import generation_pb2 as pb
+
+CacheMode = Literal["default", "bypass", "latent", "similar"]
+CACHE_MODES: Mapping[CacheMode, pb.CachePolicy.Mode.ValueType] = {
+    "default": pb.CachePolicy.MODE_DEFAULT,
+    "bypass": pb.CachePolicy.MODE_BYPASS,
+    "latent": pb.CachePolicy.MODE_ALLOW_LATENT,
+    "similar": pb.CachePolicy.MODE_ALLOW_SIMILAR,
+}
+"""Which cached results may answer a request; see `CachePolicy` in the proto."""
+
+
+class PreviewOptions(TypedDict, total=False):
+    """Which previews a stream wants. Absent: JPEG after every step, as fast as they are read.
+
+    Attributes:
+        previews: False: none.
+        preview_media_type: such as "image/webp" or "application/x-raw-rgba8"; several: the first that the server has.
+        preview_every: after every so many steps, and after the first.
+        preview_max_edge: longest edge in pixels; larger previews are scaled down.
+        preview: all of it as a message, in place of the other options.
+    """
+
+    previews: bool
+    preview_media_type: str | Sequence[str]
+    preview_every: int
+    preview_max_edge: int
+    preview: pb.PreviewPolicy | None
+
+
+class GenerateOptions(PreviewOptions, total=False):
+    """What may be said beside the prompt; None and absent mean the server's or the model's default.
+
+    Attributes:
+        negative_prompt: what guidance leads away from.
+        model: its id.
+        width, height: of the pictures in pixels, both or none; one of the model's sizes.
+        seed: of the only picture. Absent: random.
+        seeds: one for each picture, in place of `seed`.
+        steps: denoising steps.
+        guidance_scale: 1 is without guidance.
+        sampler: its name, such as "ddim" or "euler".
+        media_type: of the pictures. Absent: "image/png".
+        encoding: of the pictures as a message, in place of `media_type`: quality, or alignment and order of raw rows.
+        priority: how urgent it is.
+        labels: the caller's own, returned by `Client.get`.
+        cache: which cached results may be used. "default": those of an identical request; "bypass": none; "latent":
+            also the latent of a similar prompt, to start from; "similar": also a finished picture for a prompt with
+            the same meaning.
+        min_similarity: least cosine similarity for "similar", above 0 and at most 1.
+        branch: start from this step of an older generation; for one output, with the same model, size, number of steps
+            and sampler.
+        timeout_s: deadline of the generation, across all connections; the server ends the generation then.
+        request_id: a UUID; equal requests with one id are one generation. Absent: a new one.
+    """
+
+    negative_prompt: str
+    model: str
+    width: int | None
+    height: int | None
+    seed: int | None
+    seeds: Sequence[int] | None
+    steps: int | None
+    guidance_scale: float | None
+    sampler: str
+    media_type: str
+    encoding: pb.PixelEncoding | None
+    priority: pb.Priority.ValueType
+    labels: Mapping[str, str] | None
+    cache: CacheMode
+    min_similarity: float | None
+    branch: pb.Branch | None
+    timeout_s: float | None
+    request_id: str
+
+
+def preview_policy(options: PreviewOptions) -> pb.PreviewPolicy | None:
+    """The message of the preview options; None where all are absent.
+
+    Raises:
+        ValueError: `preview` is there beside other options.
+    """
+    given = {name for name in PreviewOptions.__annotations__ if options.get(name) is not None} - {"preview"}
+    policy = options.get("preview")
+    if policy is not None:
+        if given:
+            raise ValueError(f"preview: already says what {', '.join(sorted(given))} would")
+        return policy
+    if not given:
+        return None
+    media_types = options.get("preview_media_type") or ()
+    accept = [media_types] if isinstance(media_types, str) else media_types
+    policy = pb.PreviewPolicy(
+        accept=[pb.PixelEncoding(media_type=media_type) for media_type in accept],
+        max_edge_px=options.get("preview_max_edge"),
+    )
+    if (every := options.get("preview_every")) is not None:
+        policy.every_n_steps = every
+    if not options.get("previews", True):
+        policy.method = pb.PREVIEW_METHOD_NONE
+    return policy
+
+
+def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
+    """The message of `Client.generate`'s arguments, all but `timeout_s`.
+
+    Raises:
+        TypeError: there is no such argument.
+        ValueError: two arguments say the same thing, or a value does not fit its field.
+    """
+    if unknown := sorted(options.keys() - GenerateOptions.__annotations__.keys()):
+        raise TypeError(
+            f"there is no argument {', '.join(unknown)}; there are {', '.join(GenerateOptions.__annotations__)}"
+        )
+    for one, other in (("seed", "seeds"), ("media_type", "encoding")):
+        if options.get(one) is not None and options.get(other) is not None:
+            raise ValueError(f"{one}: already said by {other}")
+    model, seed = options.get("model"), options.get("seed")
+    spec = pb.GenerationSpec(
+        prompt=prompt,
+        model=f"models/{model}" if model else "",
+        width_px=options.get("width"),
+        height_px=options.get("height"),
+        num_inference_steps=options.get("steps"),
+        guidance_scale=options.get("guidance_scale"),
+    )
+    if negative_prompt := options.get("negative_prompt"):
+        spec.prompts.add(role=pb.Prompt.ROLE_NEGATIVE, text=negative_prompt)
+    if sampler := options.get("sampler"):
+        spec.sampler.name = sampler
+    for value in options.get("seeds") or ([] if seed is None else [seed]):
+        spec.outputs.add(seed=value)
+    return pb.GenerateRequest(
+        request_id=options.get("request_id") or str(uuid.uuid4()),
+        spec=spec,
+        preview=preview_policy(options),
+        encoding=options.get("encoding") or pb.PixelEncoding(media_type=options.get("media_type") or "image/png"),
+        scheduling=pb.Scheduling(priority=options.get("priority", pb.PRIORITY_UNSPECIFIED)),
+        labels=options.get("labels") or {},
+        cache=pb.CachePolicy(
+            mode=CACHE_MODES[options.get("cache", "default")], min_similarity=options.get("min_similarity")
+        ),
+        branch=options.get("branch"),
+    )

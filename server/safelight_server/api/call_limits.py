@@ -1,0 +1,236 @@
+"""Bounds the calls that no caller's quota counts: those whose request has not come, and the streams that need no key.
+
+gRPC waits for a request without end, and calls a handler only when it is there. `CallLimits` is in front of every
+handler: it takes a call over when its headers come, reads the request within a limited time, and then calls the
+handler. It also turns the errors that a handler raises, and calls of unknown methods, into statuses with an ErrorInfo.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+from collections import Counter
+from collections.abc import AsyncGenerator, Collection, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any, TypeAlias, cast
+from urllib.parse import unquote
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from safelight_server import wire
+from safelight_server.domain.errors import (
+    DeadlineExceededError,
+    FieldViolation,
+    InvalidRequestError,
+    QueueFullError,
+    SafelightError,
+    UnavailableError,
+    UnimplementedError,
+)
+from safelight_server.telemetry import Metrics
+
+MAX_AWAITED = 1024
+"""Calls whose request has not come. One more ends the oldest: requests that come with their headers wait for
+milliseconds, so those of a flood of headers are ended first."""
+RETRY_S = 1.0
+"""A guess, as nobody knows when a stream will be closed; long enough that retries are no load."""
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class KeylessQuota:
+    """Counts the open streams that need no key, in all and by the address of their client. Pure.
+
+    Args:
+        max_all: how many may be open.
+        max_each: how many of one address, or of one IPv6 network of 64 bits, as that belongs to one client.
+    """
+
+    def __init__(self, max_all: int, max_each: int) -> None:
+        self._max_all = max_all
+        self._max_each = max_each
+        self._open: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return self._open.total()
+
+    @contextmanager
+    def stream(self, peer: str) -> Iterator[None]:
+        """Counts a stream of a client, whose address is as gRPC gives it, while the block runs.
+
+        Raises:
+            QueueFullError: as many are open as may be.
+        """
+        address = _address(peer)
+        for subject, num_open, limit in (
+            (f"address {address}", self._open[address], self._max_each),
+            ("this server", self._open.total(), self._max_all),
+        ):
+            if num_open >= limit:
+                raise QueueFullError(
+                    f"{subject} has {limit} streams of health and reflection open, as many as it may have",
+                    reason="TOO_MANY_STREAMS",
+                    metadata={"bound": "keyless streams", "subject": subject, "limit": str(limit)},
+                    retry_after_s=RETRY_S,
+                )
+        self._open[address] += 1
+        try:
+            yield
+        finally:
+            self._open[address] -= 1
+            if not self._open[address]:
+                del self._open[address]
+
+
+class CallLimits:
+    """The limits of all calls of a server.
+
+    Args:
+        request_wait_s: seconds for the request to come; on a stream of requests, for each.
+        keyless: full names of the services that need no key.
+        quota: bounds the streams of these services.
+        metrics: counts the calls that are refused here.
+    """
+
+    def __init__(self, request_wait_s: float, keyless: Collection[str], quota: KeylessQuota, metrics: Metrics) -> None:
+        self._request_wait_s = request_wait_s
+        self._keyless = keyless
+        self._quota = quota
+        self._metrics = metrics
+        self._awaited: dict[Context, None] = {}  # the oldest first
+        self._ending: set[asyncio.Task[None]] = set()
+
+    @property
+    def num_awaited(self) -> int:
+        """Calls whose request, or next request, has not come."""
+        return len(self._awaited)
+
+    def end_awaited(self) -> None:
+        """Ends the calls whose request has not come, with UNAVAILABLE."""
+        for context in list(self._awaited):
+            self._end(context, UnavailableError("the server is draining; ask another", reason="DRAINING"))
+
+    def limited(self, service: str, handler: Handler) -> Handler:
+        """A handler that reads the requests within the limits and calls `handler`, of a method of `service`, with them.
+
+        To gRPC it has a stream of requests, which is the same on the wire; else gRPC would read the request.
+        """
+        keyless = service in self._keyless
+        codec = handler.request_deserializer, handler.response_serializer
+        one_to_one, one_to_many, many_to_many = (
+            cast(Any, each) for each in (handler.unary_unary, handler.unary_stream, handler.stream_stream)
+        )
+
+        async def answer(_requests: object, context: Context) -> Any:
+            try:
+                return await one_to_one(await self._request(context), context)
+            except SafelightError as error:
+                await self._refuse(context, error)
+
+        async def stream(_requests: object, context: Context) -> None:
+            try:
+                with self._quota.stream(context.peer()) if keyless else contextlib.nullcontext():
+                    if handler.request_streaming:
+                        responses = many_to_many(self._requests(context), context)
+                    else:
+                        responses = one_to_many(await self._request(context), context)
+                    async with aclosing(responses):
+                        async for response in responses:
+                            await context.write(response)
+            except SafelightError as error:
+                await self._refuse(context, error)
+
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(stream, *codec)
+        return grpc.stream_unary_rpc_method_handler(answer, *codec)
+
+    def unknown(self) -> Handler:
+        """A handler for the methods that the server does not have."""
+        error = UnimplementedError("the server has no method of this name; reflection lists those there are")
+
+        async def refuse(_requests: object, context: Context) -> None:
+            await self._refuse(context, error)
+
+        return grpc.stream_unary_rpc_method_handler(refuse)
+
+    # --- requests ---
+
+    async def _request(self, context: Context) -> Any:
+        """The one request of a call.
+
+        Raises:
+            InvalidRequestError: it ended without one, or sent something else.
+        """
+        if (request := await self._read(context)) is grpc.aio.EOF:
+            raise InvalidRequestError([FieldViolation("request", "is missing: the call ended without one")])
+        return request
+
+    async def _requests(self, context: Context) -> AsyncGenerator[Any, None]:
+        """The requests of a call; ends where the client says that it was the last.
+
+        Raises:
+            InvalidRequestError: the client sent something else.
+        """
+        while (request := await self._read(context)) is not grpc.aio.EOF:
+            yield request
+
+    async def _read(self, context: Context) -> Any:
+        """The next request of a call, or EOF. Ends the call if that takes too long, or if too many calls wait."""
+        timer = asyncio.get_running_loop().call_later(self._request_wait_s, self._end_late, context)
+        self._awaited[context] = None
+        if len(self._awaited) > MAX_AWAITED:
+            self._end_oldest()
+        try:
+            return await context.read()
+        except DecodeError as error:
+            raise InvalidRequestError([FieldViolation("request", f"cannot be parsed: {error}")]) from None
+        finally:
+            timer.cancel()
+            self._awaited.pop(context, None)
+
+    def _end_late(self, context: Context) -> None:
+        what = f"no request came within {self._request_wait_s:g} s"
+        self._end(context, DeadlineExceededError(what, reason="NO_REQUEST"))
+
+    def _end_oldest(self) -> None:
+        oldest = next(iter(self._awaited))
+        del self._awaited[oldest]
+        what = f"more than {MAX_AWAITED} calls wait for their requests, and this one waits longest"
+        self._end(oldest, QueueFullError(what, reason="TOO_MANY_CALLS"))
+
+    # --- ends ---
+
+    def _end(self, context: Context, error: SafelightError) -> None:
+        """Ends a call from outside of its handler. What the handler awaits of its context then fails."""
+        ending = asyncio.create_task(self._refuse_quietly(context, error))
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+
+    async def _refuse_quietly(self, context: Context, error: SafelightError) -> None:
+        with contextlib.suppress(grpc.aio.BaseError, asyncio.CancelledError):
+            await self._refuse(context, error)
+
+    async def _refuse(self, context: Context, error: SafelightError) -> None:
+        self._metrics.refused(error.reason)
+        try:
+            await context.abort(error.status, error.message, wire.trailing_metadata(error))
+        except grpc.aio.InternalError:  # the client has left
+            raise asyncio.CancelledError from None
+
+
+def _address(peer: str) -> str:
+    """The host in a peer such as "ipv4:127.0.0.1:5", the network of 64 bits of an IPv6 one; other peers as they are."""
+    kind, _, rest = peer.partition(":")
+    host = unquote(rest).rpartition(":")[0].strip("[]")
+    if kind == "ipv4":
+        return host
+    if kind == "ipv6":
+        try:
+            address = ipaddress.IPv6Address(host.partition("%")[0])
+        except ValueError:
+            return host
+        return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
+    return peer

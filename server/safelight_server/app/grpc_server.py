@@ -1,0 +1,91 @@
+"""Makes the gRPC server: its options, its limits, and a request loop that no path ends.
+
+In the loop that takes up all calls grpc.aio (1.85) decodes the path of a call as UTF-8, unless its method is
+registered. A path that is no UTF-8, which anyone can send, ends that loop and with it the server. `_AnyPath` keeps
+paths away from the decoder; record 0019 has the alternatives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import grpc
+from grpc._cython import cygrpc
+from grpc.aio._server import Server
+
+from safelight_server.api.call_limits import CallLimits, Handler
+from safelight_server.settings import Settings
+
+UNKNOWN = b"/safelight/unknown"
+"""The registered method that stands for all that the server does not have."""
+REQUEST_BYTES = 64 << 10
+"""Bytes that a request may have beside its two prompts."""
+OPTIONS = [
+    ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # a frozen peer is not seen by keepalive_timeout_ms alone
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # a connection that says nothing ends, by default after 120 s
+]
+
+
+def make_server(
+    settings: Settings, limits: CallLimits, services: Mapping[str, Mapping[str, Handler]]
+) -> grpc.aio.Server:
+    """A gRPC server that is not started and has no address yet.
+
+    Args:
+        limits: in front of every call.
+        services: the handlers, by full name of the service and name of the method.
+    """
+    largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four UTF-8 bytes a character
+    options = [
+        *OPTIONS,
+        ("grpc.max_receive_message_length", largest),
+        ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+    ]
+    server = cast(grpc.aio.Server, _Server(options))
+    for service, handlers in services.items():
+        limited = {method: limits.limited(service, handler) for method, handler in handlers.items()}
+        server.add_registered_method_handlers(service, limited)
+    server.add_generic_rpc_handlers((_AnyMethod(limits.unknown()),))
+    return server
+
+
+class _Server(Server):
+    def __init__(self, options: Sequence[tuple[str, int]]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._server = _AnyPath(self._loop, None, (), (), tuple(options), None)
+        self._server.add_registered_method_handlers({UNKNOWN.decode(): None})
+
+
+class _AnyPath(cygrpc.AioServer):  # type: ignore[misc]  # grpc's own has no types
+    """A server of registered methods that takes calls of any other path as calls of the method `UNKNOWN`.
+
+    The request loop knows the name of a registered method from the future that it has waited for, and decodes the path
+    only where that future is the one for all other paths. So the two futures change places. (A call of the very path of
+    `UNKNOWN` has an empty name then.)
+    """
+
+    def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[object]:
+        if method is None:
+            method = UNKNOWN
+        elif method == UNKNOWN:
+            method = None
+        future: asyncio.Future[object] = super()._make_request_call_future(method)
+        return future
+
+
+class _AnyMethod(grpc.GenericRpcHandler):
+    """Has the same handler for every method that is not registered, and for `UNKNOWN`, which has none of its own."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    def service(self, _call: grpc.HandlerCallDetails) -> Handler:
+        return self._handler

@@ -1,0 +1,93 @@
+"""Bounds the memory of what clients have not read yet: pictures of generations that run or are watched, and messages.
+
+Finished generations that nobody watches have a bound of their own
+(`finished.py`). Beyond the bound here the tenant that holds most loses, by
+shares (`tenant_shares.py`): first, of its streams that still deliver what has
+ended, the one whose client has left a message untaken for longest, which can be
+resumed; then the oldest of its suspended generations. While neither helps, it is
+refused new generations and further streams. The only generation of a tenant loses nothing, so that
+large pictures can always be delivered.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from safelight_server.domain.caller import Caller
+from safelight_server.domain.errors import QueueFullError
+from safelight_server.generations.generation import Generation
+from safelight_server.generations.open_streams import OpenStreams
+from safelight_server.generations.suspended import SuspendedGenerations
+from safelight_server.generations.tenant_shares import TenantShares
+from safelight_server.stream import Watcher
+
+RETRY_S = 1.0
+"""Suggested to a tenant that is refused; nothing says when its clients will read."""
+
+
+class UnreadBytes:
+    """What unfinished and watched generations hold, and the messages that gRPC holds for clients that do not read.
+
+    Args:
+        max_bytes: bound on all of it together; kept at each `relieve`.
+        end: ends a stream of this server so that it can be resumed.
+    """
+
+    def __init__(
+        self, max_bytes: int, streams: OpenStreams, suspended: SuspendedGenerations, end: Callable[[Watcher], None]
+    ) -> None:
+        self._max_bytes = max_bytes
+        self._streams = streams
+        self._suspended = suspended
+        self._end = end
+        self._refused: str | None = None
+
+    def check(self, caller: Caller) -> None:
+        """Refuses more to the tenant that holds most, while the bound is exceeded.
+
+        Raises:
+            QueueFullError: it is that tenant's.
+        """
+        if caller.tenant == self._refused:
+            subject, limit = f"tenant {caller.tenant}", str(self._max_bytes)
+            raise QueueFullError(
+                f"what {subject} has not read fills the server's memory for it; read its streams, or close them",
+                reason="TOO_MANY_UNREAD_BYTES",
+                metadata={"bound": "unread_bytes", "subject": subject, "limit": limit},
+                retry_after_s=RETRY_S,
+            )
+
+    def relieve(self, live: Iterable[Generation], now: float) -> None:
+        """Ends streams and suspended generations until the bound is kept, or nothing more can be ended.
+
+        Args:
+            live: the generations that have not ended.
+            now: on the clock of the streams.
+        """
+        self._refused = None
+        generations = {*live, *self._streams.watched()}
+        messages = list(self._streams.messages())
+        total = sum(generation.held_bytes for generation in generations) + sum(size for _, _, size in messages)
+        if total <= self._max_bytes:
+            return
+        shares: TenantShares[Generation | Watcher] = TenantShares(self._max_bytes)
+        for generation in generations:
+            shares.add(generation.caller.tenant, generation, generation.held_bytes)
+        for reader, watcher, size in messages:
+            shares.add(reader, watcher, size)
+        number = Counter(generation.caller.tenant for generation in generations)
+        late, lost = self._streams.late(now), self._suspended.by_tenant()
+        while (tenant := shares.loser()) is not None:
+            if number[tenant] > 1 and late.get(tenant):
+                watcher, generation = late[tenant].pop()
+                self._end(watcher)
+            elif number[tenant] > 1 and lost.get(tenant):
+                generation = lost[tenant].pop(0)
+                self._suspended.abandon(generation, "its tenant holds too many unread bytes")
+            else:
+                self._refused = tenant
+                return
+            if generation.ended and not generation.log.watchers and generation in shares.held(tenant):
+                shares.remove(tenant, generation)
+                number[tenant] -= 1

@@ -1,0 +1,67 @@
+"""One Unix time for all replicas: that of their Redis.
+
+The clocks of machines differ, and may be set while a server runs. So whatever replicas write for each other (deadlines,
+expiries, times of ends) is in the time of the Redis that they share. Each replica measures that time when it connects
+and every few seconds, and adds the seconds of its own monotonic clock in between.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+MAX_OFFSET_S = 1.0
+"""Difference of this machine's clock from Redis' beyond which the log has a warning."""
+MAX_ROUND_TRIP_S = 0.5
+"""A slower answer says too little about the time at which it was made; only the first one is used all the same."""
+
+
+class SharedClock:
+    """Unix seconds of Redis; until the first measurement, and without Redis, those of this machine.
+
+    Args:
+        wall: this machine's Unix seconds.
+        monotonic: seconds that nobody sets.
+        on_offset: called after each measurement with the seconds by which `wall` is ahead of Redis.
+    """
+
+    def __init__(
+        self,
+        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        on_offset: Callable[[float], None] = lambda _seconds: None,
+    ) -> None:
+        self._wall = wall
+        self._monotonic = monotonic
+        self._on_offset = on_offset
+        self._ahead_s: float | None = None
+        self._differs = False
+
+    def now(self) -> float:
+        """The time in Unix seconds."""
+        return self._wall() if self._ahead_s is None else self._monotonic() + self._ahead_s
+
+    async def measure(self, ask: Callable[[], Awaitable[float]]) -> None:
+        """Sets the clock by the time that `ask` returns, in Unix seconds, taken as read halfway through the call.
+
+        Raises:
+            StoreError: as `ask` does.
+        """
+        asked_at = self._monotonic()
+        answer = await ask()
+        round_trip_s = self._monotonic() - asked_at
+        if round_trip_s > MAX_ROUND_TRIP_S and self._ahead_s is not None:
+            return
+        self._ahead_s = answer - (asked_at + round_trip_s / 2)
+        offset_s = self._wall() - self.now()
+        self._on_offset(offset_s)
+        differs = abs(offset_s) > MAX_OFFSET_S
+        if differs and not self._differs:
+            log.warning("this machine's clock differs from Redis'; replicas use Redis'", offset_s=round(offset_s, 3))
+        elif self._differs and not differs:
+            log.info("this machine's clock agrees with Redis' again", offset_s=round(offset_s, 3))
+        self._differs = differs

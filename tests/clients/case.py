@@ -1,0 +1,182 @@
+"""A case of clients/conformance/cases.json: its servers, its network, and what a runner is told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import urllib.request
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import serving_here
+from tests.support.certificates import self_signed
+from tests.support.redis_server import RedisServer
+from tests.support.relay import Relay
+from tests.support.replicas import Replica, free_port, replicas
+
+ROOT = Path(__file__).parent.parent.parent
+CASES: list[dict[str, Any]] = json.loads((ROOT / "clients/conformance/cases.json").read_text())
+NAME = "safelight.example"
+KEYS = {"good": "a-key-of-this-test", "wrong": "another-key", "missing": ""}
+SIMULATED = {"runtime": "simulated", "simulated_base_ms": 20, "simulated_row_ms": 0}
+BOUND_S = 100.0
+"""A runner that takes longer hangs: every case ends by itself in a third of this."""
+DEAD_PROXY = "http://127.0.0.1:9"
+"""Nothing listens there: a client that asks a server on this machine through it fails every case."""
+
+
+@dataclass(slots=True)
+class Setting:
+    """What a case takes place in.
+
+    Attributes:
+        targets: where the client asks, in its order.
+        relay: in front of the first server.
+        metrics_port: of the first server, where the case looks at its metrics.
+        refused: reasons of the requests that the first server has refused, when the case had ended.
+    """
+
+    targets: list[str]
+    relay: Relay | None = None
+    ca_file: str = ""
+    server_name: str = ""
+    metrics_port: int = 0
+    refused: frozenset[str] = frozenset()
+
+
+async def run(case: dict[str, Any], runner: Sequence[str], folder: Path) -> tuple[dict[str, Any], Setting]:
+    """Runs a case with a runner; what the runner printed, and the setting as it was then."""
+    async with set_up(case, folder) as setting:
+        line = json.dumps(told(case, setting)).encode() + b"\n"
+        # In a thread: uvloop forks, and then gRPC's handlers stop the threads that serve this case's server.
+        process = await asyncio.to_thread(
+            subprocess.run,
+            runner,
+            input=line,
+            capture_output=True,
+            timeout=BOUND_S,  # TimeoutExpired: the client hangs
+            env=os.environ | dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY", "grpc_proxy"), DEAD_PROXY),
+        )
+        assert process.returncode == 0, process.stderr.decode()
+        if setting.metrics_port:
+            setting.refused = await asyncio.to_thread(_refused, setting.metrics_port)
+    [printed] = process.stdout.decode().splitlines()
+    return json.loads(printed), setting
+
+
+def told(case: dict[str, Any], setting: Setting) -> dict[str, Any]:
+    """What the runner is told: the case without what it must not know."""
+    client = {
+        "timeout_s": 0,
+        "patience_s": 60,
+        "retries": 3,
+        "pause_s": 0,
+        "cancel_at_step": 0,
+        "watch_again": False,
+    } | case.get("client", {})
+    key = KEYS[case["key"]] if "key" in case else ""
+    connection = {"targets": setting.targets, "ca_file": setting.ca_file, "server_name": setting.server_name}
+    return {"name": case["name"], "requests": requests(case), "api_key": key} | connection | client
+
+
+def requests(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a case. Copies have different seeds, unless they have one request id."""
+    made = []
+    request_id = str(uuid.uuid4())
+    for index in range(case.get("copies", 1)):
+        request = copy.deepcopy(case["request"])
+        same = case.get("same_request_id")
+        request["requestId"] = request_id if same else str(uuid.uuid4())
+        for output in request["spec"].get("outputs", []):
+            output["seed"] += 0 if same else index
+        if size := case.get("long_prompt_bytes"):
+            request["spec"]["prompt"] = "x" * size
+        made.append(request)
+    return made
+
+
+@contextlib.asynccontextmanager
+async def set_up(case: dict[str, Any], folder: Path) -> AsyncIterator[Setting]:
+    """Starts the servers of a case and the relay before the first one."""
+    settings = SIMULATED | case.get("settings", {})
+    async with contextlib.AsyncExitStack() as ends:
+        if (count := case.get("servers", 1)) == 0:
+            relay = await Relay.start("127.0.0.1:1")
+            relay.cut()
+            yield Setting([relay.address])
+            return
+        tls = _tls(case, folder, settings)
+        if "key" in case:
+            settings["api_key_file"] = folder / "keys.json"
+            entry = {"sha256": hashlib.sha256(KEYS["good"].encode()).hexdigest(), "caller": "game", "tenant": "studio"}
+            settings["api_key_file"].write_text(json.dumps({"keys": [entry]}))
+        metrics_port = 0
+        if any("refused" in outcome for outcome in case["expect"]):
+            settings["metrics_port"] = metrics_port = free_port()
+        running: list[Replica] = []
+        if count > 1:
+            redis = RedisServer(folder)
+            redis.start()
+            ends.callback(redis.kill)
+            running = await ends.enter_async_context(replicas(redis.url, folder, count, **settings))
+        elif case.get("own_process"):
+            running = await ends.enter_async_context(replicas("", folder, 1, **settings))
+        if running:
+            addresses = [replica.address for replica in running]
+        else:
+            addresses = [(await ends.enter_async_context(serving_here(**settings))).address]
+        relay = await Relay.start(addresses[0])
+        ends.callback(relay.cut)
+        _forecast(case.get("weather", {}), relay, running)
+        yield Setting([relay.address, *addresses[1:]], relay, *tls, metrics_port)
+
+
+def _tls(case: dict[str, Any], folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
+    """Gives the server its certificate; the file of the authority and the server's name that the client uses."""
+    match case.get("tls"):
+        case None:
+            return "", ""
+        case "client_only":
+            return str(self_signed(folder, NAME)[0]), NAME
+        case kind:
+            settings["tls_cert_file"], settings["tls_key_file"] = own = self_signed(folder, NAME)
+            trusted = self_signed(folder, "other.example") if kind == "untrusted" else own
+            known = {"trusted": NAME, "untrusted": NAME, "other_name": "other.example"}
+            return (str(trusted[0]), known[kind]) if kind in known else ("", "")
+
+
+def _forecast(weather: dict[str, Any], relay: Relay, running: list[Replica]) -> None:
+    """What will happen between the client and the first server."""
+    relay.delay_s = weather.get("delay_s", 0.0)
+    if "do" not in weather:
+        return
+
+    async def happen() -> None:
+        match weather["do"]:
+            case "cut":
+                relay.reset()
+            case "truncate":
+                relay.end()
+            case "kill":
+                running[0].signal(signal.SIGKILL)
+            case "freeze":
+                running[0].signal(signal.SIGSTOP)
+            case "drain":
+                running[0].signal(signal.SIGTERM)
+
+    relay.after(weather["after_bytes"], happen)
+
+
+def _refused(metrics_port: int) -> frozenset[str]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics") as page:
+        return frozenset(re.findall(r'safelight_refused_total{reason="(\w+)"} [1-9]', page.read().decode()))

@@ -1,0 +1,50 @@
+"""The runners of all languages, each built once."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.clients.case import ROOT
+
+CLIENTS = ROOT / "clients"
+LANGUAGES = ("python", "go")
+
+
+def is_here(language: str) -> bool:
+    """Whether the machine has the toolchain of a language."""
+    return language == "python" or shutil.which(language) is not None
+
+
+def require_go() -> None:
+    """Skips the test where there is no Go."""
+    if not is_here("go"):
+        pytest.skip("no Go on this machine")
+
+
+@pytest.fixture(scope="session")
+def runners(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
+    """The command of a language's runner. Skips the test where the machine lacks the toolchain."""
+
+    @functools.cache
+    def command(language: str) -> list[str]:
+        match language:
+            case "python":
+                return [sys.executable, str(CLIENTS / "python/conformance.py")]
+            case "go":
+                require_go()
+                return [str(build_go(tmp_path_factory.mktemp("go") / "conformance"))]
+            case _:
+                raise ValueError(language)
+
+    def build_go(program: Path) -> Path:
+        subprocess.run(["go", "build", "-o", program, "./internal/conformance"], cwd=CLIENTS / "go", check=True)
+        return program
+
+    return command

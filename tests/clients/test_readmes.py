@@ -1,0 +1,69 @@
+"""The programs of the clients' READMEs, run as they stand there."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.clients.case import ROOT
+from tests.clients.conftest import require_go
+
+ADDRESS = "127.0.0.1:8421"
+
+
+def programs(language: str, fence: str) -> list[str]:
+    """The programs of a client's README that are whole; others show a few lines."""
+    found = re.findall(rf"```{fence}\n(.*?)```", (ROOT / f"clients/{language}/README.md").read_text(), re.DOTALL)
+    return [program for program in found if ADDRESS in program]
+
+
+async def run(folder: Path, *command: str, **environment: str) -> str:
+    """Runs a command in `folder`; what it printed."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        cwd=folder,
+        env=os.environ | environment,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said, _ = await process.communicate()
+    assert process.returncode == 0, said.decode()
+    return said.decode()
+
+
+async def test_python(start, tmp_path: Path) -> None:
+    asynchronous, synchronous = programs("python", "python")
+    async with start() as running:
+        said = await run(tmp_path, sys.executable, "-c", asynchronous.replace(ADDRESS, running.address))
+        assert re.match(r"step \d+: \d+ bytes\n", said)
+        assert (tmp_path / "potion.png").read_bytes().startswith(b"\x89PNG")
+        said = await run(tmp_path, sys.executable, "-c", synchronous.replace(ADDRESS, running.address))
+    size, accepted, *_, finished = said.split("\n")[:-1]
+    assert (size, accepted, finished) == ("(128, 128)", "Accepted", "Finished")
+
+
+@pytest.mark.timeout(180)
+async def test_go(start, tmp_path: Path) -> None:
+    require_go()
+    [program] = programs("go", "go")
+    source, binary = tmp_path / "main.go", tmp_path / "program"
+    async with start() as running:
+        source.write_text(program.replace(ADDRESS, running.address))
+        await run(ROOT / "clients/go", "go", "build", "-o", str(binary), str(source))
+        said = await run(tmp_path, str(binary))
+    assert re.match(r"step \d+: \d+ bytes of image/jpeg\n", said)
+    assert (tmp_path / "potion.png").read_bytes().startswith(b"\x89PNG")
+
+
+async def test_the_go_client_is_formatted_and_vetted() -> None:
+    require_go()
+    module = ROOT / "clients/go"
+    assert await run(module, "gofmt", "-l", ".") == ""
+    await run(module, "go", "vet", "./...")
+    await run(module, "go", "mod", "verify")
+    await run(module, "go", "test", "./...")
