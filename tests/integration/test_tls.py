@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import grpc
+import httpx2
 import pytest
 import structlog
 from safelight import Client, Finished, GenerationError
 from safelight_server.app.certificate import CertificateError, ServerCertificate
 
 from tests.support.certificates import NAME, new_pair, self_signed
+from tests.support.http import GENERATIONS, body, free_port, server_sent
 
 
 @pytest.fixture
@@ -39,6 +41,53 @@ async def test_a_client_with_the_certificate_is_served_and_one_without_is_not(se
         async with Client(server.address, **without) as client:
             with pytest.raises(GenerationError):
                 await client.models()
+
+
+async def test_http_has_the_same_certificate(start, pair):
+    address, trusting = f"127.0.0.1:{free_port()}", ssl.create_default_context(cafile=pair[0])
+    tls = {"tls_cert_file": pair[0], "tls_key_file": pair[1], "http_port": int(address.rpartition(":")[2])}
+    async with start(runtime="simulated", simulated_base_ms=1.0, **tls):
+        async with httpx2.AsyncClient(verify=trusting, trust_env=False) as http:
+            at = {"sni_hostname": NAME}
+            response = await http.get(f"https://{address}/v1/models", extensions=at)
+            assert (response.status_code, response.json()["object"]) == (200, "list")
+            asked = body(stream=True, partial_images=3)
+            response = await http.post(f"https://{address}{GENERATIONS}", json=asked, extensions=at)
+            assert server_sent(response.text)[-1][0] == "image_generation.completed"
+            with pytest.raises(httpx2.TransportError):
+                await http.get(f"http://{address}/v1/models")
+        async with httpx2.AsyncClient(trust_env=False) as http:
+            with pytest.raises(httpx2.ConnectError):
+                await http.get(f"https://{address}/v1/models")
+
+
+async def test_http_presents_the_certificate_that_is_there(start, pair, tmp_path):
+    port = free_port()
+
+    async def presented() -> bytes:
+        anyone = ssl.create_default_context()
+        anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
+        _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=anyone)
+        der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        writer.transport.abort()
+        return der
+
+    def der(cert_file: Path) -> bytes:
+        return ssl.PEM_cert_to_DER_cert(cert_file.read_text())
+
+    tls = {"tls_cert_file": pair[0], "tls_key_file": pair[1], "http_port": port}
+    async with start(runtime="simulated", simulated_base_ms=1.0, **tls):
+        first = der(pair[0])
+        assert await presented() == first
+        key = pair[1].read_bytes()
+        self_signed(tmp_path, NAME)
+        new_key = pair[1].read_bytes()
+        pair[1].write_bytes(key)  # half of the pair is not there yet
+        assert await presented() == first
+        pair[1].write_bytes(new_key)
+        assert await presented() == der(pair[0]) != first
+        pair[0].unlink()
+        assert await presented() != first
 
 
 async def test_the_command_line_asks_by_tls(server, pair):

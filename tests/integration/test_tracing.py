@@ -22,6 +22,7 @@ from safelight_server.runtime.simulated import SimulatedRuntime
 from safelight_server.telemetry import Tracing
 
 from tests.conftest import eventually
+from tests.support.http import GENERATIONS, body, client, http_server
 from tests.support.spans import GENERATE, UNSAMPLED, WATCH, Spans, follow, from_sdk, traceparent
 
 SIMULATED = {"runtime": "simulated", "simulated_base_ms": 2.0, "simulated_row_ms": 0.1, "num_instances": 1}
@@ -296,6 +297,32 @@ async def test_a_deadline_that_passes_and_a_refusal(start, recorder) -> None:
     root = spans.of(late).one(GENERATE)
     assert (root.attributes["rpc.grpc.status_code"], root.error) == (4, "DEADLINE_EXCEEDED")
     assert [span.error for span in spans.of(late).named("output")] == ["DEADLINE_EXCEEDED"] * 2
+    root = spans.of(refused).one(GENERATE)
+    assert (root.attributes["rpc.grpc.status_code"], root.error) == (3, "")
+    assert root.attributes["safelight.reason"] == "INVALID_REQUEST"
+
+
+async def test_a_request_over_http_is_the_root_of_the_same_stages(recorder) -> None:
+    good, late, refused = (secrets.token_hex(16) for _ in range(3))
+    async with http_server() as running, client(running) as http:
+
+        async def post(trace_id: str, **parameters: object) -> None:
+            await http.post(GENERATIONS, json=body(**parameters), headers=dict(traceparent(trace_id)))
+
+        await post(good)
+        posting = asyncio.create_task(post(late, num_inference_steps=1000))
+        await eventually(lambda: bool(running.generations._live))
+        [generation] = running.generations._live.values()
+        generation.expire()
+        await posting
+        await post(refused, num_inference_steps=1001)
+        spans = await recorder.settle()
+    root = spans.of(good).one(GENERATE)
+    assert (root.attributes["rpc.grpc.status_code"], root.error) == (0, "")
+    paths = {spans.path(span) for span in spans.of(good).all}
+    assert {f"{GENERATE} > {stage}" for stage in ("resolve", "lookup", "admission", "output")} < paths
+    root = spans.of(late).one(GENERATE)
+    assert (root.attributes["rpc.grpc.status_code"], root.error) == (4, "DEADLINE_EXCEEDED")
     root = spans.of(refused).one(GENERATE)
     assert (root.attributes["rpc.grpc.status_code"], root.error) == (3, "")
     assert root.attributes["safelight.reason"] == "INVALID_REQUEST"

@@ -28,6 +28,7 @@ from safelight_server.app.address import BindError, bind, sole_listener
 from safelight_server.app.backends import Backends, CredentialsError, open_backends
 from safelight_server.app.certificate import CertificateError, ServerCertificate
 from safelight_server.app.grpc_server import make_server
+from safelight_server.app.http_server import HttpPort
 from safelight_server.cache.admin import CacheAdmin
 from safelight_server.cache.approximate.buckets import RedisBuckets
 from safelight_server.cache.approximate.eviction import LeastBenefit
@@ -88,6 +89,7 @@ class Running:
     Attributes:
         address: HOST:PORT or unix:PATH that it listens on, with the port that it got where 0 was asked for.
         drain: starts a shutdown that gives generations so many seconds; a second call with fewer shortens the first.
+        http_address: HOST:PORT of HTTP; empty where that is off.
     """
 
     address: str
@@ -99,6 +101,7 @@ class Running:
     quotas: Quotas
     limits: CallLimits
     drain: Callable[[float], asyncio.Task[None]]
+    http_address: str
 
 
 def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
@@ -197,6 +200,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         )
         streams = StreamQuota(settings.max_streams_per_caller)
         service = Service(identity, catalog, runtime, generations, caches, limits, streams, quotas, metrics, tracer)
+        http = HttpPort(settings, service, catalog, identity, metrics)
         _watch_queue(metrics, engine)
         works = [generations.tick, purges.keep_up, *identity.works, *quotas.works]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
@@ -212,14 +216,17 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         await ends.enter_async_context(_serving_metrics(metrics, settings))
         keyless = KeylessQuota(settings.max_keyless_streams, settings.max_keyless_streams_per_address)
         call_limits = CallLimits(settings.request_wait_s, (HEALTH_SERVICE, *REFLECTION_SERVICES), keyless, metrics)
-        async with _listening(settings, service, call_limits, engine, generations, works) as (address, drain):
-            yield Running(address, catalog, runtime, cache, generations, streams, quotas, call_limits, drain)
+        async with _listening(settings, service, http, call_limits, engine, generations, works) as (address, drain):
+            yield Running(
+                address, catalog, runtime, cache, generations, streams, quotas, call_limits, drain, http.address
+            )
 
 
 @contextlib.asynccontextmanager
 async def _listening(
     settings: Settings,
     service: Service,
+    http: HttpPort,
     limits: CallLimits,
     engine: Engine,
     generations: Generations,
@@ -234,12 +241,16 @@ async def _listening(
         address = bind(server, settings.host, settings.port, _credentials(settings))
     except (BindError, CertificateError) as error:
         raise StartError(str(error)) from None
+    draining: list[asyncio.Task[None]] = []
+    try:
+        await http.start(lambda: not draining and not engine.outage.beyond_grace)
+    except OSError as error:
+        raise StartError(f"http_port {settings.http_port} of {settings.host}: {error.strerror}") from None
     await server.start()
     names = ("", *services)
     health.set(names, health_pb2.HealthCheckResponse.SERVING)
     background = [_begin(work) for work in works]
     following = _begin(functools.partial(_follow_health, health, names, engine))
-    draining: list[asyncio.Task[None]] = []
 
     async def drain(grace_s: float) -> None:
         until = time.monotonic() + grace_s
@@ -248,7 +259,8 @@ async def _listening(
         await generations.drain(grace_s)
         health.end_watches()
         limits.end_awaited()
-        await server.stop(max(LAST_WORDS_S, until - time.monotonic()))  # gRPC may still be sending
+        left_s = max(LAST_WORDS_S, until - time.monotonic())  # both may still be sending
+        await asyncio.gather(server.stop(left_s), http.stop(left_s))
 
     def start_drain(grace_s: float) -> asyncio.Task[None]:
         """Starts a drain; a second one with a shorter grace cuts the first one short."""

@@ -92,6 +92,7 @@ def options(
 def serve_command(
     host: Annotated[str | None, typer.Option(help=Settings.model_fields["host"].description)] = None,
     port: Annotated[int | None, typer.Option(help=Settings.model_fields["port"].description)] = None,
+    http_port: Annotated[int | None, typer.Option(help=Settings.model_fields["http_port"].description)] = None,
     insecure: Annotated[bool, typer.Option(help=Settings.model_fields["insecure"].description)] = False,
     models_dir: Annotated[Path | None, typer.Option(help=Settings.model_fields["models_dir"].description)] = None,
     runtime: Annotated[str | None, typer.Option(help=Settings.model_fields["runtime"].description)] = None,
@@ -105,6 +106,7 @@ def serve_command(
     settings = settings_module.load(
         host=host,
         port=port,
+        http_port=http_port,
         insecure=insecure or None,
         models_dir=models_dir,
         runtime=runtime,
@@ -123,6 +125,8 @@ def serve_command(
 def _summary(running: Running, settings: Settings) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_row("Safelight", f"listens on {running.address}")
+    if running.http_address:
+        table.add_row("HTTP", f"listens on {running.http_address}")
     table.add_row("runtime", f"{running.runtime.name}, {running.runtime.num_instances} instances")
     for pipeline in running.catalog.pipelines.values():
         manifest = pipeline.manifest
