@@ -31,10 +31,12 @@ from safelight_server.api.identity import new_key
 
 from load_tests.bench import processes
 from load_tests.bench.runner import facts
-from load_tests.soak.hostile import ATTACKS, Metadata
+from load_tests.soak.hostile import ATTACKS, Metadata, attack_all
 
 BASE_MS, ROW_MS, MAX_ROWS = 20.0, 1.0, 64
 RATE_PER_S = 2.0
+REQUESTS = {"per_s": 50, "burst": 50}
+"""What each tenant may ask for: without quotas, the processor of a small machine is what a flood takes first."""
 SAMPLE_S = 5.0
 STRETCH, GROWTH = 2.0, 1.10
 
@@ -47,17 +49,18 @@ class Seen:
     failures: Counter[str] = field(default_factory=Counter)
 
 
-async def main(minutes: float, out: Path) -> int:
+async def main(minutes: float, out: Path, attacks: list[str]) -> int:
     """Runs both phases, prints and writes the figures."""
     console = Console(width=140)
     with tempfile.TemporaryDirectory(prefix="safelight-soak-") as folder:
         keys, good = _key_file(Path(folder) / "keys.json")
+        (Path(folder) / "quotas.json").write_text(json.dumps({"default": {"requests": REQUESTS}}))
         settings = {
             "runtime": "simulated", "simulated_base_ms": BASE_MS, "simulated_row_ms": ROW_MS, "num_instances": 1,
-            "api_key_file": str(Path(folder) / "keys.json"),
+            "api_key_file": str(Path(folder) / "keys.json"), "quota_file": str(Path(folder) / "quotas.json"),
         }  # fmt: skip
         with processes.child(processes.serve, settings) as server:
-            return await _soak(server, server.first(), good, keys, minutes * 60, out, console)
+            return await _soak(server, server.first(), good, keys, minutes * 60, out, attacks, console)
 
 
 async def _soak(
@@ -67,6 +70,7 @@ async def _soak(
     hostile: list[Metadata],
     seconds: float,
     out: Path,
+    attacks: list[str],
     console: Console,
 ) -> int:
     seen, refused = Seen(), Counter[str]()
@@ -81,14 +85,13 @@ async def _soak(
         tasks.append(asyncio.create_task(_sample(server, began, resident)))
         try:
             await asyncio.sleep(seconds / 10)
-            phase[0] = "beside"
-            tasks += [
-                asyncio.create_task(attack(address, hostile[number % len(hostile)], refused))
-                for number, attack in enumerate(ATTACKS)
-            ]
-            done, _ = await asyncio.wait(tasks, timeout=seconds * 9 / 10, return_when=asyncio.FIRST_EXCEPTION)
-            for task in done:
-                task.result()
+            with processes.child(attack_all, address, hostile, attacks) as attackers:
+                await asyncio.to_thread(attackers.first)
+                phase[0] = "beside"
+                done, _ = await asyncio.wait(tasks, timeout=seconds * 9 / 10, return_when=asyncio.FIRST_EXCEPTION)
+                for task in done:
+                    task.result()
+                refused.update(await asyncio.to_thread(attackers.ask))
         finally:
             for task in tasks:
                 task.cancel()
@@ -205,6 +208,9 @@ def _key_file(path: Path) -> tuple[list[Metadata], Metadata]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
+    names = ", ".join(attack.__name__ for attack in ATTACKS)
+    parser.add_argument("--only", default="", help=f"of {names}, with commas; empty: all")
     parser.add_argument("--out", type=Path, default=Path("out/soak"))
     options = parser.parse_args()
-    sys.exit(asyncio.run(main(options.minutes, options.out)))
+    chosen = options.only.split(",") if options.only else [attack.__name__ for attack in ATTACKS]
+    sys.exit(asyncio.run(main(options.minutes, options.out, chosen)))

@@ -9,14 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
+from multiprocessing.connection import Connection
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
+
+from load_tests.bench import processes
 
 NO_PREVIEWS = pb.PreviewPolicy(method=pb.PREVIEW_METHOD_NONE)
 RAW = pb.PixelEncoding(media_type="application/x-raw-rgba8")
@@ -40,8 +44,7 @@ async def hog(address: str, key: Metadata, seen: Counter[str]) -> None:
             )
             scheduling = pb.Scheduling(priority=pb.PRIORITY_BATCH)
             request = pb.GenerateRequest(spec=spec, preview=NO_PREVIEWS, scheduling=scheduling)
-            call = stub.Generate(request, metadata=key, timeout=60)
-            await _counted("hog", seen, _drained(call))
+            await _counted("hog", seen, _first_minute(stub.Generate(request, metadata=key)))
 
 
 async def leaver(address: str, key: Metadata, seen: Counter[str]) -> None:
@@ -134,9 +137,38 @@ def _spec(prompt: str, seed: int, steps: int) -> pb.GenerationSpec:
     return pb.GenerationSpec(prompt=prompt, num_inference_steps=steps, outputs=[pb.OutputSpec(seed=seed)])
 
 
+async def _first_minute(call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]) -> None:
+    """Reads for a minute, then cancels."""
+    try:
+        async with asyncio.timeout(60):
+            await _drained(call)
+    except TimeoutError:
+        call.cancel()
+
+
 async def _drained(call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]) -> None:
     async for _ in call:
         pass
+
+
+async def attack_all(pipe: Connection, address: str, keys: list[Metadata], names: list[str]) -> None:
+    """A process of hostile callers; each question is answered with how their calls have ended so far.
+
+    It yields the processor to the server and to those that measure: real attackers would have machines of their own.
+    """
+    os.nice(10)
+    seen: Counter[str] = Counter()
+    chosen = [attack for attack in ATTACKS if attack.__name__ in names]
+    tasks = [asyncio.create_task(attack(address, keys[at % len(keys)], seen)) for at, attack in enumerate(chosen)]
+
+    async def counts() -> dict[str, int]:
+        for task in tasks:
+            if task.done():
+                task.result()
+        return dict(seen)
+
+    pipe.send("ready")
+    await processes.answer(pipe, counts)
 
 
 async def _counted(who: str, seen: Counter[str], work: Awaitable[object]) -> None:
