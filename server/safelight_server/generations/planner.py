@@ -285,7 +285,9 @@ class Planner:
         self, generation: Generation, output: Output, plan: OutputPlan, key: CacheKeys | None, again: bool
     ) -> ExecutionTicket:
         """Identical outputs share one name; any other has a name of its own, for whoever goes on with it."""
-        namespace, whose = plan.wanted.name.namespace, (generation.caller.tenant, generation.name, plan.wanted.revision)
+        namespace = plan.wanted.name.namespace
+        disposition = plan.origin.disposition.value
+        whose = generation.caller.tenant, generation.name, plan.wanted.revision, disposition
         if key is not None:
             at = (namespace.name, key.exact)
             return ExecutionTicket(f"{namespace.prefix}.{key.exact}", pointer(key), at, *whose, again)
