@@ -86,7 +86,7 @@ test-triton: setup .venv-triton/.installed .tools/.installed ## Run the tests ag
 	$(PY) -m pytest -q --timeout 180 tests/triton
 
 .PHONY: test-tools
-test-tools: setup .tools/.installed ## Run the tests with grpcurl, ghz and Jaeger (1 min)
+test-tools: setup .tools/.installed node_modules/.installed ## Run the tests with grpcurl, ghz, Jaeger and Node (1 min)
 	$(PY) -m pytest -q --timeout 180 tests/tools
 
 .PHONY: test-clients
