@@ -1,0 +1,81 @@
+"""The load tests run: every scenario of ghz and the users of locust, for seconds, against both runtimes that need nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safelight_server.api.identity import new_key
+from safelight_server.telemetry.figures import by_label
+
+from load_tests.ghz.run import SCENARIOS
+from tests.conftest import Start
+from tests.support.certificates import self_signed
+from tests.triton.support import ROOT
+
+RUNTIMES = {"embedded": {}, "simulated": {"runtime": "simulated", "simulated_base_ms": 5.0}}
+
+
+async def printed(*command: str | Path, env: dict[str, str] | None = None) -> str:
+    """What a command prints that ends well, from the root of the repository."""
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=ROOT, env=os.environ | (env or {}), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, err = await process.communicate()
+    assert process.returncode == 0, out.decode() + err.decode()
+    return out.decode()
+
+
+async def ghz(address: str, out: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
+    """The table, and the reports by scenario."""
+    command = [sys.executable, "-m", "load_tests.ghz.run", "--target", address, "--out", str(out), *arguments]
+    text = await printed(*command)
+    return text, reports(out)
+
+
+def reports(folder: Path) -> dict[str, Any]:
+    """By scenario."""
+    return {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+async def test_ghz_runs_every_scenario(start: Start, tmp_path: Path, runtime: str) -> None:
+    async with start(**RUNTIMES[runtime]) as running:
+        text, found = await ghz(running.address, tmp_path, "--time-scale", "0.01", "--rate-scale", "0.5")
+    assert set(found) == set(SCENARIOS)
+    assert all(scenario in text for scenario in SCENARIOS)
+    assert set(found["cancel-storm"]["statusCodeDistribution"]) == {"Canceled"}
+
+
+async def test_ghz_reads_slowly_where_a_scenario_says_so(start: Start, tmp_path: Path) -> None:
+    async with start(runtime="simulated", simulated_base_ms=1.0) as running:
+        _, found = await ghz(running.address, tmp_path, "--only", "slow-readers", "--time-scale", "0.001")
+    picture_bytes, bytes_per_second = 128 * 128 * 4, 20_000
+    assert found["slow-readers"]["fastest"] >= 1e9 * picture_bytes / bytes_per_second  # the relay's pace, not a speed
+
+
+async def test_a_request_id_that_ghz_sends_again_runs_once(start: Start, tmp_path: Path) -> None:
+    async with start(runtime="simulated", simulated_base_ms=1.0) as running:
+        scenario = ("--only", "idempotent-retries", "--time-scale", "0.05")
+        _, found = await ghz(running.address, tmp_path, *scenario)
+        [(status, count)] = by_label(running.generations._metrics._outcomes, "status").items()
+    assert status == "OK"
+    assert 1 < count <= found["idempotent-retries"]["count"] / 3 + 2  # the first and the last id come fewer times
+
+
+async def test_ghz_sends_a_key_over_tls_and_does_not_report_it(start: Start, tmp_path: Path) -> None:
+    cert, private = self_signed(tmp_path, "safelight.example")
+    key, record = new_key("tester", "studio")
+    (tmp_path / "keys.json").write_text(f'{{"keys": [{record}]}}')
+    settings = {"tls_cert_file": cert, "tls_key_file": private, "api_key_file": tmp_path / "keys.json"}
+    async with start(runtime="simulated", simulated_base_ms=1.0, **settings) as running:
+        how = ("--ca-file", str(cert), "--server-name", "safelight.example", "--api-key", key)
+        for scenario in ("steady", "slow-readers"):
+            _, found = await ghz(running.address, tmp_path / "out", *how, "--only", scenario, "--time-scale", "0.02")
+            assert set(found[scenario]["statusCodeDistribution"]) == {"OK"}
+    assert key not in "".join(file.read_text() for file in (tmp_path / "out").iterdir())
