@@ -46,7 +46,7 @@ def reports(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("runtime", RUNTIMES)
 async def test_ghz_runs_every_scenario(start: Start, tmp_path: Path, runtime: str) -> None:
     async with start(**RUNTIMES[runtime]) as running:
-        text, found = await ghz(running.address, tmp_path, "--time-scale", "0.01", "--rate-scale", "0.5")
+        text, found = await ghz(running.address, tmp_path, "--time-scale", "0.03")
     assert set(found) == set(SCENARIOS)
     assert all(scenario in text for scenario in SCENARIOS)
     assert set(found["cancel-storm"]["statusCodeDistribution"]) == {"Canceled"}
@@ -79,3 +79,44 @@ async def test_ghz_sends_a_key_over_tls_and_does_not_report_it(start: Start, tmp
             _, found = await ghz(running.address, tmp_path / "out", *how, "--only", scenario, "--time-scale", "0.02")
             assert set(found[scenario]["statusCodeDistribution"]) == {"OK"}
     assert key not in "".join(file.read_text() for file in (tmp_path / "out").iterdir())
+
+
+USERS = (".venv-locust/bin/locust", "-f", "load_tests/locust/locustfile.py", "--headless", "--skip-log", "--json")
+
+
+async def locust(address: str, *arguments: str) -> dict[str, int]:
+    """How many measurements each metric has; a request that failed fails the command."""
+    command = (ROOT / USERS[0], *USERS[1:], "--host", address, "--spawn-rate", "10", *arguments)
+    text = await printed(*command, env={"PYTHONPATH": f"{ROOT / 'clients/python'}:{ROOT}"})
+    return {row["name"]: row["num_requests"] for row in json.loads(text)}
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+async def test_users_measure_what_people_notice(start: Start, runtime: str) -> None:
+    async with start(**RUNTIMES[runtime]) as running:
+        patience = ("--run-time", "6s", "--stop-timeout", "20", "--think", "0.1")  # a picture that began is awaited
+        counts = await locust(running.address, "--users", "4", *patience, "--seeds", "1", "--cancels", "0.3")
+    pictures = counts["picture (computed)"]
+    assert counts["first recognisable preview"] == pictures > 0
+    assert counts["first preview"] >= pictures
+    assert counts["preview gap"] > 0
+    assert counts["picture (cached)"] > 0, "some prompts are far more popular, and their seeds are few"
+    assert counts["cancel"] > 0
+
+
+async def test_users_take_refusals_for_what_they_are_and_use_their_own_prompts(start: Start, tmp_path: Path) -> None:
+    cert, private = self_signed(tmp_path, "safelight.example")
+    key, record = new_key("tester", "studio")
+    (tmp_path / "keys.json").write_text(f'{{"keys": [{record}]}}')
+    (tmp_path / "quotas.json").write_text('{"default": {"requests": {"per_s": 1, "burst": 1}}}')
+    (tmp_path / "prompts").write_text("a red potion\n")
+    files = {"tls_cert_file": cert, "tls_key_file": private, "api_key_file": tmp_path / "keys.json"}
+    files["quota_file"] = tmp_path / "quotas.json"
+    async with start(runtime="simulated", simulated_base_ms=1.0, **files) as running:
+        how = ("--ca-file", str(cert), "--server-name", "safelight.example", "--api-key", key)
+        asked = ("--prompts", str(tmp_path / "prompts"), "--steps", "2", "--cancels", "0", "--think", "0")
+        counts = await locust(running.address, "--users", "3", "--run-time", "4s", "--stop-timeout", "10", *how, *asked)
+    assert counts["refused REQUEST_RATE_EXCEEDED"] > 0
+    assert counts["picture (computed)"] > 0
+    assert "cancel" not in counts
+    assert "preview gap" not in counts, "two steps have one preview"
