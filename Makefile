@@ -91,7 +91,7 @@ test-triton: setup .venv-triton/.installed .tools/.installed ## Run the tests ag
 	$(PY) -m pytest -q --timeout 180 tests/triton
 
 .PHONY: test-tools
-test-tools: setup .tools/.installed .venv-locust/.installed ## Run the tests with grpcurl, ghz, locust and Jaeger (2 min)
+test-tools: setup .tools/.installed .venv-locust/.installed node_modules/.installed ## Run the tests with grpcurl, ghz, locust, Jaeger and Node (2 min)
 	$(PY) -m pytest -q --timeout 180 tests/tools
 
 .PHONY: test-clients

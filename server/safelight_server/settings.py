@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -35,8 +36,19 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to bind. Beyond loopback TLS and keys are needed, or insecure.")
     port: int = Field(8421, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
+    http_port: int = Field(
+        0, ge=0, le=65535, description="Port of HTTP on `host`: the OpenAI-compatible API (docs/http.md). 0: off."
+    )
+    http_max_connections: int = Field(
+        1024, gt=0, le=65_536, description="HTTP connections that may be open; one more is closed at once."
+    )
+    http_cors_origins: str = Field(
+        "", description="Origins whose pages may call HTTP, separated by commas: https://HOST, or * for all."
+    )
     insecure: bool = Field(False, description="Allow a bind beyond loopback without TLS or without keys.")
-    tls_cert_file: Path | None = Field(None, description="PEM chain of the server; with tls_key_file.")
+    tls_cert_file: Path | None = Field(
+        None, description="PEM chain of the server, read again when it changes; with tls_key_file."
+    )
     tls_key_file: Path | None = Field(None, description="PEM key of the server.")
     api_key_file: Path | None = Field(None, description="Keys of the callers (docs/operations/keys.md). None: no keys.")
     quota_file: Path | None = Field(
@@ -219,6 +231,12 @@ class Settings(BaseSettings):
     trace_ratio: float = Field(
         1.0, ge=0, le=1, description="Share of traces recorded where the client's traceparent does not decide."
     )
+    trace_requested_per_s: float = Field(
+        100.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Traces per second that known callers may have recorded by the flag of their traceparent.",
+    )
 
     @model_validator(mode="after")
     def _safe(self) -> Self:
@@ -230,6 +248,10 @@ class Settings(BaseSettings):
                 faults.append(f"{self.host} is not loopback: give tls_cert_file and tls_key_file, or insecure")
             if self.api_key_file is None:
                 faults.append(f"{self.host} is not loopback: give api_key_file, or insecure")
+        if self.http_port and self.host.startswith("unix:"):
+            faults.append("http_port needs a host that is no unix socket")
+        if any(origin != "*" and not _is_origin(origin) for origin in self.cors_origins):
+            faults.append("http_cors_origins must be http[s]://HOST[:PORT] or *, separated by commas")
         if self.runtime == "triton" and not self.triton_urls:
             faults.append("triton_url names no server")
         if len(set(self.triton_urls)) < len(self.triton_urls):
@@ -261,6 +283,11 @@ class Settings(BaseSettings):
         return tuple(url.strip() for url in self.triton_url.split(",") if url.strip())
 
     @property
+    def cors_origins(self) -> tuple[str, ...]:
+        """The origins of `http_cors_origins`."""
+        return tuple(origin.strip() for origin in self.http_cors_origins.split(",") if origin.strip())
+
+    @property
     def otlp_header_pairs(self) -> dict[str, str]:
         """The headers of `otlp_headers`, names in lower case as gRPC wants them."""
         return {name: value for name, _, value in self._otlp_headers()}
@@ -276,6 +303,11 @@ def _is_url(text: str) -> bool:
         return text.startswith(("http://", "https://")) and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
+
+
+def _is_origin(text: str) -> bool:
+    """Whether it is what browsers send as Origin: a scheme, a host and perhaps a port."""
+    return _is_url(text) and text == text.lower() and not re.search(r"[/?#@*]", text.partition("://")[2])
 
 
 def load(**given: object) -> Settings:

@@ -26,6 +26,8 @@ from safelight_server.telemetry.figures import by_label
 from tests.conftest import eventually, serving_here
 from tests.integration.test_cache import kept
 from tests.integration.test_requests import SIMULATED, refusal, request
+from tests.support.http import GENERATIONS, body, free_port
+from tests.support.http import client as http_client
 from tests.unit.test_token_buckets import Clock
 
 TENANTS = ("studio", "lab")
@@ -218,3 +220,18 @@ async def test_the_command_prints_a_row_for_each_limit(tmp_path: Path) -> None:
         rows = {tuple(line.replace("│", " ").split()[:4]) for line in out.splitlines()}
         assert {("studio", "requests", "0.5", "3"), ("studio", "compute", "2", "s")} <= rows
         assert ("lab", "no", "limits") in rows
+
+
+async def test_requests_over_http_count_for_the_same_quota(tmp_path: Path) -> None:
+    quotas = {"tenants": {"studio": {"requests": {"per_s": 0.01, "burst": 2}}}}
+    async with opened(tmp_path, quotas, http_port=free_port()) as studios, http_client(studios.running) as http:
+        assert (await studios.finish("studio")).status.code == 0
+        statuses = []
+        for tenant in ("studio", "studio", "lab"):
+            headers = {"authorization": f"Bearer {studios.keys[tenant]}"}
+            response = await http.post(GENERATIONS, json=body(), headers=headers)
+            statuses.append(response.status_code)
+            if response.status_code == 429:
+                assert response.json()["error"]["code"] == "REQUEST_RATE_EXCEEDED"
+                assert 0 < int(response.headers["retry-after"]) <= 101
+        assert statuses == [200, 429, 200]

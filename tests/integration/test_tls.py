@@ -1,24 +1,28 @@
-"""TLS from end to end: the server's certificate, the client library and the command line."""
+"""TLS from end to end: the server's certificate and its renewal, the client library and the command line."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
 import sys
 from pathlib import Path
 
 import grpc
+import httpx2
 import pytest
+import structlog
 from safelight import Client, Finished, GenerationError
+from safelight_server.app.certificate import CertificateError, ServerCertificate
 
-from tests.support.certificates import self_signed
-
-NAME = "safelight.example"
+from tests.support.certificates import NAME, new_pair, self_signed
+from tests.support.http import GENERATIONS, body, free_port, server_sent
 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
     """A certificate that signs itself, and its key."""
-    return self_signed(tmp_path, NAME)
+    return self_signed(tmp_path)
 
 
 @pytest.fixture
@@ -39,6 +43,53 @@ async def test_a_client_with_the_certificate_is_served_and_one_without_is_not(se
                 await client.models()
 
 
+async def test_http_has_the_same_certificate(start, pair):
+    address, trusting = f"127.0.0.1:{free_port()}", ssl.create_default_context(cafile=pair[0])
+    tls = {"tls_cert_file": pair[0], "tls_key_file": pair[1], "http_port": int(address.rpartition(":")[2])}
+    async with start(runtime="simulated", simulated_base_ms=1.0, **tls):
+        async with httpx2.AsyncClient(verify=trusting, trust_env=False) as http:
+            at = {"sni_hostname": NAME}
+            response = await http.get(f"https://{address}/v1/models", extensions=at)
+            assert (response.status_code, response.json()["object"]) == (200, "list")
+            asked = body(stream=True, partial_images=3)
+            response = await http.post(f"https://{address}{GENERATIONS}", json=asked, extensions=at)
+            assert server_sent(response.text)[-1][0] == "image_generation.completed"
+            with pytest.raises(httpx2.TransportError):
+                await http.get(f"http://{address}/v1/models")
+        async with httpx2.AsyncClient(trust_env=False) as http:
+            with pytest.raises(httpx2.ConnectError):
+                await http.get(f"https://{address}/v1/models")
+
+
+async def test_http_presents_the_certificate_that_is_there(start, pair, tmp_path):
+    port = free_port()
+
+    async def presented() -> bytes:
+        anyone = ssl.create_default_context()
+        anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
+        _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=anyone)
+        der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        writer.transport.abort()
+        return der
+
+    def der(cert_file: Path) -> bytes:
+        return ssl.PEM_cert_to_DER_cert(cert_file.read_text())
+
+    tls = {"tls_cert_file": pair[0], "tls_key_file": pair[1], "http_port": port}
+    async with start(runtime="simulated", simulated_base_ms=1.0, **tls):
+        first = der(pair[0])
+        assert await presented() == first
+        key = pair[1].read_bytes()
+        self_signed(tmp_path, NAME)
+        new_key = pair[1].read_bytes()
+        pair[1].write_bytes(key)  # half of the pair is not there yet
+        assert await presented() == first
+        pair[1].write_bytes(new_key)
+        assert await presented() == der(pair[0]) != first
+        pair[0].unlink()
+        assert await presented() != first
+
+
 async def test_the_command_line_asks_by_tls(server, pair):
     """As a container's health check has to."""
 
@@ -49,3 +100,63 @@ async def test_the_command_line_asks_by_tls(server, pair):
 
     assert await health("--ca-file", str(pair[0]), "--server-name", NAME) == 0
     assert await health() == 2
+
+
+async def presented(address: str) -> bytes:
+    """The certificate, in PEM, that a new connection is shown."""
+
+    def ask() -> bytes:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.set_alpn_protocols(["h2"])
+        host, port = address.split(":")
+        with socket.create_connection((host, int(port))) as connection, context.wrap_socket(connection) as tls:
+            return ssl.DER_cert_to_PEM_cert(tls.getpeercert(binary_form=True) or b"").encode()
+
+    return await asyncio.to_thread(ask)
+
+
+async def test_a_new_connection_sees_a_renewed_certificate_and_an_old_one_lives_on(server, pair):
+    cert_file, key_file = pair
+    credentials = grpc.ssl_channel_credentials(cert_file.read_bytes())
+    cert, key = new_pair(days=2)
+    async with Client(server.address, credentials=credentials, server_name=NAME) as client:
+        events = client.generate("x", steps=50)
+        await anext(events)
+        cert_file.write_bytes(cert)
+        key_file.write_bytes(key)
+        assert await presented(server.address) == cert
+        assert isinstance([event async for event in events][-1], Finished)
+    credentials = grpc.ssl_channel_credentials(cert)
+    async with Client(server.address, credentials=credentials, server_name=NAME) as client:
+        assert await client.models()
+
+
+async def test_a_pair_that_cannot_be_used_is_told_once_and_changes_nothing(server, pair):
+    cert_file, key_file = pair
+    before = cert_file.read_bytes(), key_file.read_bytes()
+    cert, key = new_pair()
+    with structlog.testing.capture_logs() as logs:
+        for half_written in (cert, cert[:100]):
+            cert_file.write_bytes(half_written)
+            for _ in range(3):
+                assert await presented(server.address) == before[0]
+        cert_file.unlink()
+        assert await presented(server.address) == before[0]
+        cert_file.write_bytes(cert)
+        key_file.write_bytes(key)
+        assert await presented(server.address) == cert
+    assert [line["event"] for line in logs] == ["certificate_not_reloaded"] * 3 + ["certificate_reloaded"]
+    assert "is not the key of" in logs[0]["error"]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_at_start_it_is_an_error_that_names_the_file(pair, at):
+    for content, says in ((b"not PEM", "in PEM"), (new_pair()[at], "is not the key of"), (None, "No such file")):
+        if content is None:
+            pair[at].unlink()
+        else:
+            pair[at].write_bytes(content)
+        with pytest.raises(CertificateError, match=says) as caught:
+            ServerCertificate(*pair)
+        assert str(pair[at]) in str(caught.value)

@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from safelight import Client
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
+from safelight_server.api.identity import new_key
 from safelight_server.app import server
 from safelight_server.domain.component import Component
 from safelight_server.runtime.base import RuntimeFailure
@@ -21,6 +22,7 @@ from safelight_server.runtime.simulated import SimulatedRuntime
 from safelight_server.telemetry import Tracing
 
 from tests.conftest import eventually
+from tests.support.http import GENERATIONS, body, client, http_server
 from tests.support.spans import GENERATE, UNSAMPLED, WATCH, Spans, follow, from_sdk, traceparent
 
 SIMULATED = {"runtime": "simulated", "simulated_base_ms": 2.0, "simulated_row_ms": 0.1, "num_instances": 1}
@@ -152,6 +154,34 @@ async def test_what_the_root_does_not_sample_is_recorded_nowhere(start, recorder
     assert spans.all
 
 
+async def test_callers_without_a_key_have_nothing_recorded(start, recorder, monkeypatch, tmp_path) -> None:
+    recorder.tracing = Tracing(ratio=0.0, processor=recorder, requested_per_s=3)
+    monkeypatch.setattr(server, "Tracing", lambda *_: recorder.tracing)
+    key, entry = new_key("ann", "studio")
+    key_file = tmp_path / "keys.json"
+    key_file.write_text(f'{{"keys": [{entry}]}}')
+    authorization = (("authorization", f"Bearer {key}"),)
+    async with (
+        start(api_key_file=key_file, **SIMULATED) as running,
+        grpc.aio.insecure_channel(running.address) as channel,
+    ):
+        stub = stubs.GenerationServiceStub(channel)
+
+        async def ask(key: tuple[tuple[str, str], ...]) -> None:
+            metadata = (*traceparent(secrets.token_hex(16)), *key)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.GetGeneration(pb.GetGenerationRequest(name="generations/x"), metadata=metadata)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.WatchGeneration(pb.WatchGenerationRequest(name="generations/x"), metadata=metadata).read()
+
+        for _ in range(20):
+            await ask(())
+        assert not recorder.spans().all
+        await ask(authorization)
+        spans = await recorder.settle()
+    assert [span.name for span in spans.all] == ["safelight.v1.GenerationService/GetGeneration", WATCH]
+
+
 async def test_a_traced_generation_beside_others_that_are_not(start, recorder) -> None:
     trace_id = secrets.token_hex(16)
     async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
@@ -267,6 +297,32 @@ async def test_a_deadline_that_passes_and_a_refusal(start, recorder) -> None:
     root = spans.of(late).one(GENERATE)
     assert (root.attributes["rpc.grpc.status_code"], root.error) == (4, "DEADLINE_EXCEEDED")
     assert [span.error for span in spans.of(late).named("output")] == ["DEADLINE_EXCEEDED"] * 2
+    root = spans.of(refused).one(GENERATE)
+    assert (root.attributes["rpc.grpc.status_code"], root.error) == (3, "")
+    assert root.attributes["safelight.reason"] == "INVALID_REQUEST"
+
+
+async def test_a_request_over_http_is_the_root_of_the_same_stages(recorder) -> None:
+    good, late, refused = (secrets.token_hex(16) for _ in range(3))
+    async with http_server() as running, client(running) as http:
+
+        async def post(trace_id: str, **parameters: object) -> None:
+            await http.post(GENERATIONS, json=body(**parameters), headers=dict(traceparent(trace_id)))
+
+        await post(good)
+        posting = asyncio.create_task(post(late, num_inference_steps=1000))
+        await eventually(lambda: bool(running.generations._live))
+        [generation] = running.generations._live.values()
+        generation.expire()
+        await posting
+        await post(refused, num_inference_steps=1001)
+        spans = await recorder.settle()
+    root = spans.of(good).one(GENERATE)
+    assert (root.attributes["rpc.grpc.status_code"], root.error) == (0, "")
+    paths = {spans.path(span) for span in spans.of(good).all}
+    assert {f"{GENERATE} > {stage}" for stage in ("resolve", "lookup", "admission", "output")} < paths
+    root = spans.of(late).one(GENERATE)
+    assert (root.attributes["rpc.grpc.status_code"], root.error) == (4, "DEADLINE_EXCEEDED")
     root = spans.of(refused).one(GENERATE)
     assert (root.attributes["rpc.grpc.status_code"], root.error) == (3, "")
     assert root.attributes["safelight.reason"] == "INVALID_REQUEST"

@@ -10,6 +10,7 @@ from google.protobuf.descriptor import Descriptor, EnumDescriptor
 from safelight.v1 import cache_pb2, generation_pb2, models_pb2
 from safelight_server.domain.events import GenerationState
 from safelight_server.scheduler.types import TRANSITIONS
+from safelight_server.settings import Settings
 
 from tools import api_reference
 
@@ -88,3 +89,10 @@ def test_the_api_reference_links_to_sections_that_exist():
     for stem, text in pages.items():
         for page, anchor in re.findall(r"\]\((?:(\w+)\.md)?#([\w-]+)\)", text):
             assert anchor in anchors[page or stem], f"{stem} links to {page}#{anchor}"
+
+
+def test_every_bound_is_on_the_page_of_limits() -> None:
+    page = (ROOT / "docs" / "operations" / "limits.md").read_text()
+    named = set(re.findall(r"`(\w+)`", page))
+    bounds = {name for name in Settings.model_fields if name.startswith("max_")}
+    assert not bounds - named, "a row for each"

@@ -38,6 +38,11 @@ def test_all_bad_values_are_named(monkeypatch):
     [
         ("max_prompt_chars", 1_000_000, 1_000_001),
         ("max_running_outputs", 65_536, 65_537),
+        ("http_cors_origins", "https://a.example, http://localhost:3000", "https://a.example/"),
+        ("http_cors_origins", "*", "a.example"),
+        ("http_cors_origins", "", "https://*.example"),
+        ("http_port", 8080, 65_536),
+        ("http_max_connections", 1, 0),
         ("simulated_base_ms", 1e6, float("inf")),
         ("simulated_row_ms", 0.0, float("inf")),
         ("otlp_endpoint", "http://127.0.0.1:4317", "127.0.0.1:4317"),
@@ -63,6 +68,12 @@ def test_beyond_loopback_needs_tls_and_keys_or_insecure():
         load(host="0.0.0.0")
     assert load(host="0.0.0.0", insecure=True).insecure
     assert load(host="127.0.0.1").host == "127.0.0.1"
+
+
+def test_http_is_not_served_on_a_unix_socket():
+    assert load(host="unix:/tmp/x").http_port == 0
+    with pytest.raises(SettingsError, match="http_port"):
+        load(host="unix:/tmp/x", http_port=8080)
 
 
 @pytest.mark.parametrize(

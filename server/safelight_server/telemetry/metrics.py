@@ -69,6 +69,9 @@ class Metrics:
         self._parked = Gauge("safelight_parked_outputs", "Outputs whose slots others have", registry=registry)
         self._outcomes = Counter("safelight_generations", "Generations that ended", ["status"], registry=registry)
         self._refused = Counter("safelight_refused", "Requests that were refused", ["reason"], registry=registry)
+        self._http_requests = Counter(
+            "safelight_http_requests", "HTTP requests that were answered", ["route", "status"], registry=registry
+        )
         self.first_preview = Histogram(
             "safelight_first_preview_seconds", "Acceptance to first preview", buckets=WAIT_S, registry=registry
         )
@@ -120,6 +123,10 @@ class Metrics:
     def refused(self, reason: str) -> None:
         """Counts a request that was refused before it became a generation."""
         self._refused.labels(reason).inc()
+
+    def http_request(self, route: str, status: int) -> None:
+        """Counts an HTTP request: its route, such as "/v1/models/{model}", and the status code that it got."""
+        self._http_requests.labels(route, str(status)).inc()
 
 
 class TierMetrics:

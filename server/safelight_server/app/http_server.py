@@ -1,0 +1,72 @@
+"""Builds the HTTP side of the server from its settings, and serves it beside gRPC where it has a port."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from safelight_server.api.identity import Identity
+from safelight_server.api.service import Service
+from safelight_server.catalog.catalog import Catalog
+from safelight_server.http.app import build_app
+from safelight_server.http.calls import Calls
+from safelight_server.http.certificate import RenewableCertificate
+from safelight_server.http.context import Rpcs
+from safelight_server.http.server import HttpLimits, HttpServer, bind
+from safelight_server.settings import Settings, is_loopback
+from safelight_server.telemetry import Metrics
+
+REQUEST_BYTES = 64 << 10
+"""Bytes that a request may have beside its two prompts."""
+CHARACTER_BYTES = 12
+"""Most bytes of a character of a prompt, as an escape of JSON."""
+
+
+class HttpPort:
+    """HTTP on the port of the settings; without one it does nothing.
+
+    Attributes:
+        address: HOST:PORT; empty before `start`, and where HTTP is off.
+    """
+
+    def __init__(
+        self, settings: Settings, service: Service, catalog: Catalog, identity: Identity, metrics: Metrics
+    ) -> None:
+        self.address = ""
+        self._settings = settings
+        self._rpcs = Rpcs(service.handlers())
+        self._catalog = catalog
+        most = REQUEST_BYTES + 2 * CHARACTER_BYTES * settings.max_prompt_chars
+        self._calls = Calls(identity, metrics, most)
+        self._server: HttpServer | None = None
+
+    async def start(self, healthy: Callable[[], bool]) -> None:
+        """Begins to serve, with the TLS files of gRPC, which were checked when gRPC was bound.
+
+        Args:
+            healthy: whether the server takes work.
+
+        Raises:
+            OSError: the port is taken, or the address not this machine's.
+        """
+        settings = self._settings
+        if not settings.http_port:
+            return
+        app = build_app(
+            self._rpcs,
+            self._catalog,
+            self._calls,
+            healthy,
+            cors_origins=settings.cors_origins,
+            only_loopback=settings.api_key_file is None and is_loopback(settings.host),
+        )
+        tls = None
+        if settings.tls_cert_file and settings.tls_key_file:
+            tls = RenewableCertificate(settings.tls_cert_file, settings.tls_key_file).context
+        limits = HttpLimits(settings.http_max_connections, settings.watcher_stall_s)
+        self._server = await HttpServer.start(app, bind(settings.host, settings.http_port), limits, tls)
+        self.address = self._server.address
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no more connections and lets answers be sent for `grace_s`; a second call may shorten that."""
+        if self._server is not None:
+            await self._server.stop(grace_s)

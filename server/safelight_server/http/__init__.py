@@ -1,0 +1,11 @@
+"""HTTP for callers without gRPC: the OpenAI-compatible image API and gRPC-Web, in the same process and event loop.
+
+`server.py` listens: uvicorn, with bounds on connections and on slow clients;
+`certificate.py` has its certificate.
+`app.py` has the routes and what holds for all of them. `calls.py` runs one
+request. `context.py` lets it call the handlers of the gRPC services, in this
+process. `images.py` answers requests for pictures, `images_request.py` checks
+them and makes a GenerateRequest of each. `models.py` lists the models,
+`errors.py` turns statuses into responses. `grpc_web.py` has the methods of gRPC
+for pages in browsers.
+"""

@@ -1,0 +1,121 @@
+"""The routes of HTTP, and what holds for all of them: who may call, from which pages, and errors in one form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from email.utils import formatdate
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from safelight_server.api.service import GENERATION_SERVICE, MODEL_SERVICE
+from safelight_server.catalog.catalog import Catalog
+from safelight_server.http.calls import Calls, Endpoint, Fail, Method, respond_error
+from safelight_server.http.context import Rpcs
+from safelight_server.http.errors import refusal_response
+from safelight_server.http.grpc_web import GrpcWebMethod, send_status
+from safelight_server.http.images import ImageGenerations, send_error
+from safelight_server.http.models import ModelListing
+from safelight_server.settings import is_loopback
+
+WEB_SERVICES = (GENERATION_SERVICE, MODEL_SERVICE)
+"""What pages may call by gRPC-Web: what administrators do is not among it."""
+EXPOSED = ("retry-after", "x-should-retry")
+"""Headers of answers that pages of other origins may read."""
+
+
+def build_app(
+    rpcs: Rpcs,
+    catalog: Catalog,
+    calls: Calls,
+    healthy: Callable[[], bool],
+    *,
+    cors_origins: Sequence[str] = (),
+    only_loopback: bool = False,
+) -> ASGIApp:
+    """The ASGI application.
+
+    Args:
+        healthy: whether the server takes work, for load balancers.
+        cors_origins: origins whose pages may call; "*" for all.
+        only_loopback: whether requests that name another host are refused.
+    """
+    images, models = ImageGenerations(rpcs, catalog), ModelListing(rpcs)
+
+    async def health(_request: Request) -> Response:
+        well = healthy()
+        return JSONResponse({"status": "serving" if well else "not serving"}, 200 if well else 503)
+
+    def route(verb: str, path: str, method: Method, fail: Fail = respond_error) -> Route:
+        return Route(path, Endpoint(calls, path, method, fail), methods=[verb])
+
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=cors_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        allow_private_network=True,  # a page that may call may call loopback too
+        expose_headers=EXPOSED,
+    )
+    app = Starlette(
+        routes=[
+            Route("/healthz", health, methods=["GET"]),
+            route("GET", "/v1/models", models.list_models),
+            route("GET", "/v1/models/{model}", models.get_model),
+            route("POST", "/v1/images/generations", images.generate, send_error),
+            *(
+                route("POST", f"/{service}/{name}", GrpcWebMethod(handler), send_status)
+                for service in WEB_SERVICES
+                for name, handler in rpcs.of(service).items()
+            ),
+        ],
+        middleware=[cors] if cors_origins else [],
+        exception_handlers={HTTPException: _refused},
+    )
+    return Front(app, only_loopback)
+
+
+class Front:
+    """An ASGI application around another: dates every answer, and refuses requests for other hosts.
+
+    Args:
+        only_loopback: a server that trusts all callers of its machine must not trust a page that had its own name
+            resolved to that machine (DNS rebinding). So it answers only where it is called by a name of that machine.
+    """
+
+    def __init__(self, app: ASGIApp, only_loopback: bool) -> None:
+        self._app = app
+        self._only_loopback = only_loopback
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def dated(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"date", formatdate(usegmt=True).encode())]
+            await send(message)
+
+        if self._only_loopback and not _names_loopback(Request(scope)):
+            what = (
+                "this server has no keys and answers to localhost alone; give it an api_key_file to call it otherwise"
+            )
+            await refusal_response(HTTPException(421, what))(scope, receive, dated)
+            return
+        await self._app(scope, receive, dated)
+
+
+def _names_loopback(request: Request) -> bool:
+    try:
+        return is_loopback(urlsplit(f"//{request.headers.get('host', '')}").hostname or "")
+    except ValueError:  # what is no address
+        return False
+
+
+async def _refused(_request: Request, refusal: Exception) -> Response:
+    assert isinstance(refusal, HTTPException)
+    return refusal_response(refusal)

@@ -1,0 +1,203 @@
+"""POST /v1/images/generations: pictures as OpenAI's image API sends them, at once or as server-sent events.
+
+A stream has `image_generation.partial_image` for each preview, in the encoding
+of the picture, then `image_generation.completed`, or `error`. It asks for the
+next preview only when its client's connection takes more: a slow reader gets
+fewer and newer ones. What OpenAI's API has no word for is in the object
+`safelight` of the answer.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from contextlib import aclosing
+from typing import Any
+
+from google.rpc import status_pb2
+from safelight.v1 import generation_pb2 as pb
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from safelight_server.api.service import GENERATION_SERVICE
+from safelight_server.catalog.catalog import Catalog, Pipeline
+from safelight_server.http.calls import CLOSE, HttpCall
+from safelight_server.http.context import CallAbortError, Rpcs
+from safelight_server.http.errors import error_body, error_response
+from safelight_server.http.images_request import ImageParameters, generate_request, in_parameters, parse
+
+PARTIAL, COMPLETED, ERROR = "image_generation.partial_image", "image_generation.completed", "error"
+EVENT_STREAM: Mapping[str, str] = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # nginx would keep the events back
+}
+SILENCE_S, COMMENT = 15.0, b":\n\n"
+"""After so long without an event a stream gets a comment, so that no proxy takes it for dead."""
+
+
+class ImageAnswer:
+    """What has come of a generation so far: its outputs as they arrive, and what is said of them.
+
+    Args:
+        parameters: what was asked for.
+        pipeline: of the model that makes the pictures.
+    """
+
+    def __init__(self, parameters: ImageParameters, pipeline: Pipeline) -> None:
+        self._parameters = parameters
+        self._pipeline = pipeline
+        self._accepted = pb.Accepted()
+        self._data: dict[int, bytearray] = {}
+        self._num_partial = 0
+
+    def accept(self, accepted: pb.Accepted) -> None:
+        """Takes the first event of a generation."""
+        self._accepted = accepted
+
+    def add(self, chunk: pb.ArtifactChunk) -> None:
+        """Takes a piece of a picture."""
+        self._data.setdefault(chunk.output_index, bytearray()).extend(chunk.data)
+
+    def partial(self, event: pb.GenerationEvent) -> dict[str, Any] | None:
+        """The event for a preview; None where as many as were asked for have been sent."""
+        if self._num_partial == (self._parameters.partial_images or 0):
+            return None
+        self._num_partial += 1
+        data = _base64(event.preview.data)
+        return self._event(PARTIAL, event, data) | {"partial_image_index": self._num_partial - 1}
+
+    def completed(self, event: pb.GenerationEvent) -> dict[str, Any]:
+        """The last event of a stream that has one picture."""
+        data = _base64(self._data[0])
+        return self._event(COMPLETED, event, data) | {"usage": self._usage(), "safelight": self._more(event)}
+
+    def answer(self, event: pb.GenerationEvent) -> dict[str, Any]:
+        """The answer to a request without a stream: all pictures, in the order of their outputs."""
+        return {
+            "created": event.event_time.seconds,
+            "data": [{"b64_json": _base64(self._data[index])} for index in sorted(self._data)],
+            "background": "opaque",
+            "output_format": self._parameters.format,
+            "size": self._size,
+            "usage": self._usage(),
+            "safelight": self._more(event),
+        }
+
+    @property
+    def _size(self) -> str:
+        return f"{self._accepted.spec.width_px}x{self._accepted.spec.height_px}"
+
+    def _event(self, kind: str, event: pb.GenerationEvent, data: str) -> dict[str, Any]:
+        return {
+            "type": kind,
+            "b64_json": data,
+            "created_at": event.event_time.seconds,
+            "size": self._size,
+            "quality": "auto",
+            "background": "opaque",
+            "output_format": self._parameters.format,
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        """Tokens: of text, those of the prompt; of images, the places of the latents of all pictures."""
+        spec, tokenizer = self._accepted.spec, self._pipeline.tokenizer
+        assert tokenizer is not None  # else the request would not have been accepted
+        text = min(tokenizer.encode(spec.prompt).num_tokens, tokenizer.max_tokens)
+        _, height, width = self._pipeline.latent_shape(spec.width_px, spec.height_px)
+        images = height * width * len(spec.outputs)
+        return {
+            "input_tokens": text,
+            "input_tokens_details": {"text_tokens": text, "image_tokens": 0},
+            "output_tokens": images,
+            "output_tokens_details": {"text_tokens": 0, "image_tokens": images},
+            "total_tokens": text + images,
+        }
+
+    def _more(self, event: pb.GenerationEvent) -> dict[str, Any]:
+        """What OpenAI's answer has no place for. Equal seeds give equal pictures where `numerics_id` is equal."""
+        accepted, finished = self._accepted, event.finished
+        spec, dispositions = accepted.spec, pb.CacheResult.Disposition
+        return {
+            "generation": event.generation,
+            "trace_id": accepted.trace_id,
+            "model": spec.model.removeprefix("models/"),
+            "model_revision": accepted.model_revision,
+            "numerics_id": accepted.numerics_id,
+            "seeds": [output.seed for output in spec.outputs],
+            "num_inference_steps": spec.num_inference_steps,
+            "guidance_scale": round(spec.guidance_scale, 6),
+            "cache": [
+                dispositions.Name(result.disposition).removeprefix("DISPOSITION_") for result in finished.cache_results
+            ],
+            "compute_seconds": finished.usage.compute_time.ToTimedelta().total_seconds(),
+            "warnings": [{"code": warning.reason, "message": warning.message} for warning in accepted.warnings],
+        }
+
+
+class ImageGenerations:
+    """Answers requests for pictures, by the handler of GenerationService.Generate."""
+
+    def __init__(self, rpcs: Rpcs, catalog: Catalog) -> None:
+        self._handler = rpcs.find(GENERATION_SERVICE, "Generate")
+        self._catalog = catalog
+
+    async def generate(self, call: HttpCall) -> Response | None:
+        """Makes the pictures of a request; sends events, or returns the answer with all pictures."""
+        _check_json(call)
+        parameters = parse(call.body)
+        message, pipeline = generate_request(parameters, self._catalog)
+        pictures, last = ImageAnswer(parameters, pipeline), None
+        try:
+            async with aclosing(call.context.stream(self._handler, message)) as events:
+                async for data in events:
+                    event = pb.GenerateResponse.FromString(data).event
+                    match event.WhichOneof("event"):
+                        case "accepted":
+                            pictures.accept(event.accepted)
+                            if parameters.stream:
+                                await call.start(EVENT_STREAM)
+                        case "preview":
+                            if (partial := pictures.partial(event)) is not None:
+                                await call.write(_server_sent(PARTIAL, partial))
+                        case "queued" | "progress":
+                            if call.started and call.silent_s > SILENCE_S:
+                                await call.write(COMMENT)
+                        case "artifact_chunk":
+                            pictures.add(event.artifact_chunk)
+                        case "finished":
+                            last = event
+        except CallAbortError as error:
+            raise CallAbortError(in_parameters(error.status)) from None
+        if last is None:  # it was ended from outside, which the context says
+            return None
+        if not parameters.stream:
+            return JSONResponse(pictures.answer(last))
+        await call.write(_server_sent(COMPLETED, pictures.completed(last)))
+        await call.finish()
+        return None
+
+
+async def send_error(call: HttpCall, status: status_pb2.Status) -> None:
+    """Answers with an error, or ends a stream of events with one, which OpenAI's clients raise."""
+    if not call.started:
+        await call.respond(error_response(status))
+        return
+    await call.write(_server_sent(ERROR, {"type": ERROR} | error_body(status)))
+    await call.finish()
+
+
+def _check_json(call: HttpCall) -> None:
+    """Refuses other bodies. A page of another origin cannot send JSON without being asked about (CORS)."""
+    kind = call.request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise HTTPException(415, "send content-type: application/json", CLOSE)
+
+
+def _server_sent(kind: str, data: Mapping[str, Any]) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), json.dumps(data, separators=(",", ":")).encode())
+
+
+def _base64(data: bytes | bytearray) -> str:
+    return base64.b64encode(data).decode("ascii")

@@ -1,0 +1,189 @@
+"""Checks the body of POST /v1/images/generations, and makes a GenerateRequest of it.
+
+The parameters are those of OpenAI's API and, with names that Safelight adds,
+`seed`, `num_inference_steps`, `guidance_scale` and `negative_prompt`. What the
+models cannot do is refused by the name of its parameter, never passed over. The
+GenerateRequest is then checked like any other; `in_parameters` gives the faults
+found there the names of the parameters. Pure, but for random seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+from safelight.v1 import generation_pb2 as pb
+
+from safelight_server.catalog.catalog import Catalog, Pipeline
+from safelight_server.domain.errors import FieldViolation, InvalidRequestError
+from safelight_server.validation import find_model
+from safelight_server.validation.violations import Violations
+from safelight_server.wire.statuses import status_of
+
+SEED_BITS = 53
+"""Random seeds have so many bits, as many as are exact in a number of JavaScript."""
+MAX_SEED = 2**64 - 1
+MAX_INT32 = 2**31 - 1
+MAX_USER_CHARS = 255
+MAX_NAME_CHARS = 64
+"""What is shown of a parameter that there is not."""
+NO_QUALITY = "a model has one quality; leave it out, or choose num_inference_steps"
+UNSUPPORTED: Mapping[str, str] = {
+    "style": "models have no styles; leave it out, and describe the style in the prompt",
+    "input_fidelity": "pictures are not made from pictures; leave it out",
+    "image": "pictures are not made from pictures; leave it out",
+    "mask": "pictures are not made from pictures; leave it out",
+}
+"""Parameters of OpenAI's API that are refused, and what to do."""
+ONLY: Mapping[str, str] = {
+    "quality": f"must be auto or standard: {NO_QUALITY}",
+    "background": "must be auto or opaque: pictures have no transparency",
+    "moderation": "must be auto: the server filters nothing",
+    "response_format": "must be b64_json: pictures are sent in the answer and not kept under a URL",
+    "output_format": "must be png, jpeg or webp",
+    "size": 'must be auto or WIDTHxHEIGHT, such as "64x64"',
+}
+"""What may be said of parameters with few values."""
+PARAMETERS: Mapping[str, str] = {
+    "spec.prompts[0].text": "negative_prompt",
+    "spec.width_px": "size",
+    "spec.height_px": "size",
+    "spec.sampler": "num_inference_steps",
+    "spec.outputs": "n",
+    "encoding.quality": "output_compression",
+    "labels": "user",
+}
+"""The parameter for a path in a GenerateRequest, where that is not its last part."""
+
+
+class ImageParameters(BaseModel):
+    """The parameters of a request; None: as if it were not there."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    prompt: str
+    model: str | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    size: Annotated[str, Field(pattern=r"^(auto|[0-9]{1,6}x[0-9]{1,6})$")] | None = None
+    quality: Literal["auto", "standard"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto"] | None = None
+    response_format: Literal["b64_json"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
+    user: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    num_inference_steps: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+
+    @property
+    def format(self) -> str:
+        """The encoding of the pictures: png, jpeg or webp."""
+        return self.output_format or "png"
+
+
+def parse(body: bytes) -> ImageParameters:
+    """Reads the body of a request.
+
+    Raises:
+        InvalidRequestError: with every parameter that is unknown, of the wrong type or out of its bounds.
+    """
+    faults = Violations()
+    try:
+        parameters = ImageParameters.model_validate_json(body)
+    except ValidationError as error:
+        for fault in error.errors(include_url=False, include_input=False):
+            faults.add(*_named(fault))
+        faults.done()
+        raise
+    one = not parameters.stream or (parameters.n or 1) == 1
+    faults.check(one, "n", "must be 1 with stream, which has no place for several pictures")
+    faults.check(parameters.stream is True or not parameters.partial_images, "partial_images", "only with stream: true")
+    lossy = parameters.output_compression is None or parameters.format != "png"
+    faults.check(lossy, "output_compression", "png has none; leave it out, or choose jpeg or webp")
+    faults.done()
+    return parameters
+
+
+def generate_request(parameters: ImageParameters, catalog: Catalog) -> tuple[pb.GenerateRequest, Pipeline]:
+    """The GenerateRequest of the parameters, and the pipeline that it asks for.
+
+    A client that leaves cannot come back to its generation, which is therefore cancelled at once.
+
+    Raises:
+        NotFoundError: there is no such model.
+    """
+    pipeline = _pipeline(parameters.model or "", catalog)
+    request = pb.GenerateRequest()
+    spec = request.spec
+    spec.model, spec.prompt = f"models/{pipeline.name}", parameters.prompt
+    if parameters.negative_prompt is not None:
+        spec.prompts.add(role=pb.Prompt.ROLE_NEGATIVE, text=parameters.negative_prompt)
+    if parameters.size not in (None, "auto"):
+        spec.width_px, spec.height_px = map(int, parameters.size.split("x"))
+    if parameters.num_inference_steps is not None:
+        spec.num_inference_steps = parameters.num_inference_steps
+    if parameters.guidance_scale is not None:
+        spec.guidance_scale = parameters.guidance_scale
+    first = parameters.seed
+    too_many = pipeline.manifest.limits.max_outputs + 1  # is refused as well as any larger number
+    for index in range(min(parameters.n or 1, too_many)):
+        seed = secrets.randbits(SEED_BITS) if first is None else (first + index) % (MAX_SEED + 1)
+        spec.outputs.add(seed=seed)
+    request.encoding.media_type = f"image/{parameters.format}"
+    if parameters.output_compression is not None:
+        request.encoding.quality = max(1, parameters.output_compression)
+    _set_previews(request, parameters, pipeline)
+    request.disconnect.resume_grace.SetInParent()
+    if parameters.user:
+        request.labels["user"] = parameters.user
+    return request, pipeline
+
+
+def _set_previews(request: pb.GenerateRequest, parameters: ImageParameters, pipeline: Pipeline) -> None:
+    """The first partial image after the first step, the others evenly over the rest; encoded as the picture."""
+    if not parameters.partial_images:
+        request.preview.method = pb.PREVIEW_METHOD_NONE
+        return
+    num_steps = parameters.num_inference_steps or pipeline.manifest.defaults.num_inference_steps
+    request.preview.every_n_steps = math.ceil(num_steps / parameters.partial_images)
+    request.preview.accept.append(request.encoding)
+
+
+def _pipeline(name: str, catalog: Catalog) -> Pipeline:
+    """The pipeline of a model's id or of its resource name; an empty name is the default."""
+    full = f"models/{name}" if name and not name.startswith("models/") else name
+    return find_model(full, catalog, "model")
+
+
+def in_parameters(status: status_pb2.Status) -> status_pb2.Status:
+    """The status with the names of the parameters in place of the paths in the GenerateRequest."""
+    bad = error_details_pb2.BadRequest()
+    if status.code != code_pb2.INVALID_ARGUMENT or not any(detail.Unpack(bad) for detail in status.details):
+        return status
+    violations = [FieldViolation(_parameter(one.field), one.description) for one in bad.field_violations]
+    return status_of(InvalidRequestError(violations))
+
+
+def _parameter(field: str) -> str:
+    return PARAMETERS.get(field) or field.rpartition(".")[2]
+
+
+def _named(fault: ErrorDetails) -> tuple[str, str]:
+    """The parameter that pydantic finds at fault, and what to change."""
+    name, kind = str(fault["loc"][0])[:MAX_NAME_CHARS] if fault["loc"] else "body", fault["type"]
+    if kind == "extra_forbidden":
+        return name, UNSUPPORTED.get(name, "is no parameter of this server; leave it out")
+    if kind in ("literal_error", "string_pattern_mismatch"):
+        return name, ONLY[name]
+    if kind == "missing":
+        return name, "must say what the picture shows"
+    return name, fault["msg"].replace("Input should", "must")

@@ -1,0 +1,105 @@
+"""The official OpenAI package for Python works unchanged against HTTP."""
+
+from __future__ import annotations
+
+import base64
+
+import httpx2
+import openai
+import pytest
+from openai import AsyncOpenAI
+
+from tests.conftest import eventually
+from tests.support.http import http_server
+
+PNG, WEBP = b"\x89PNG", b"RIFF"
+
+
+@pytest.fixture
+async def server():
+    async with http_server() as running:
+        yield running
+
+
+@pytest.fixture
+async def client(server):
+    without_proxy = httpx2.AsyncClient(trust_env=False)
+    url = f"http://{server.http_address}/v1"
+    async with AsyncOpenAI(base_url=url, api_key="none", http_client=without_proxy, max_retries=0) as client:
+        yield client
+
+
+async def test_pictures(client):
+    answer = await client.images.generate(
+        prompt="a red potion",
+        model="simulated",
+        n=2,
+        size="128x128",
+        quality="auto",
+        background="auto",
+        output_format="webp",
+        output_compression=80,
+        response_format="b64_json",
+        user="ann",
+        extra_body={"seed": 7, "num_inference_steps": 4, "negative_prompt": "rust", "guidance_scale": 1.5},
+    )
+    assert len(answer.data) == 2
+    assert all(base64.b64decode(picture.b64_json).startswith(WEBP) for picture in answer.data)
+    assert (answer.output_format, answer.background, answer.size) == ("webp", "opaque", "128x128")
+    assert answer.created > 1_700_000_000
+    assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
+    assert answer.safelight["seeds"] == [7, 8]
+
+
+async def test_a_stream(client):
+    stream = await client.images.generate(
+        prompt="a red potion", model="simulated", stream=True, partial_images=2, extra_body={"num_inference_steps": 40}
+    )
+    events = [event async for event in stream]
+    *partial, completed = events
+    assert [event.type for event in partial] == ["image_generation.partial_image"] * len(partial)
+    assert [event.partial_image_index for event in partial] == list(range(len(partial)))
+    assert partial
+    assert completed.type == "image_generation.completed"
+    assert completed.usage.input_tokens_details.text_tokens == completed.usage.input_tokens
+    for event in events:
+        assert base64.b64decode(event.b64_json).startswith(PNG)
+        assert (event.output_format, event.quality, event.background) == ("png", "auto", "opaque")
+        assert event.created_at > 1_700_000_000
+
+
+async def test_errors_are_those_of_the_package(client):
+    with pytest.raises(openai.BadRequestError) as refused:
+        await client.images.generate(prompt="x", style="vivid")
+    assert (refused.value.param, refused.value.code, refused.value.type) == (
+        "style",
+        "INVALID_REQUEST",
+        "invalid_request_error",
+    )
+    with pytest.raises(openai.NotFoundError) as unknown:
+        await client.images.generate(prompt="x", model="gpt-image-1", stream=True)
+    assert unknown.value.code == "MODEL_NOT_FOUND"
+
+
+async def test_a_stream_that_fails_raises(client, server):
+    stream = await client.images.generate(prompt="x", stream=True, extra_body={"num_inference_steps": 1000})
+    [generation] = server.generations._live.values()
+    generation.expire()
+    with pytest.raises(openai.APIError) as failed:
+        [_ async for _ in stream]
+    assert failed.value.code == "DEADLINE_EXCEEDED"
+
+
+async def test_a_stream_that_is_closed_cancels(client, server):
+    stream = await client.images.generate(
+        prompt="x", stream=True, partial_images=3, extra_body={"num_inference_steps": 1000}
+    )
+    await anext(aiter(stream))
+    await stream.close()
+    await eventually(lambda: not server.generations._live)
+
+
+async def test_models(client):
+    assert [model.id async for model in client.models.list()] == ["simulated"]
+    model = await client.models.retrieve("simulated")
+    assert (model.object, model.owned_by) == ("model", "safelight")

@@ -1,0 +1,81 @@
+"""A server with HTTP on a free port, a client for it, and requests that are written byte by byte."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx2
+from safelight_server.app.server import Running
+
+from tests.conftest import serving_here
+
+GENERATIONS = "/v1/images/generations"
+SIMULATED = {"runtime": "simulated", "num_instances": 1, "simulated_base_ms": 3.0, "simulated_row_ms": 0.0}
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
+@asynccontextmanager
+async def http_server(**settings: object) -> AsyncIterator[Running]:
+    """A simulated server of this process with HTTP; settings as keywords."""
+    async with serving_here(**SIMULATED | {"http_port": free_port()} | settings) as running:
+        yield running
+
+
+def client(running: Running, **options: Any) -> httpx2.AsyncClient:
+    """A client of the server's HTTP."""
+    return httpx2.AsyncClient(base_url=f"http://{running.http_address}", trust_env=False, timeout=30, **options)
+
+
+def body(**parameters: object) -> dict[str, object]:
+    """The parameters of a short generation."""
+    return {"prompt": "a red potion", "num_inference_steps": 4} | parameters
+
+
+def server_sent(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """The events of a stream, by their names."""
+    events = []
+    for block in text.strip().split("\n\n"):
+        if block == ":":
+            continue  # a comment
+        name, data = block.split("\n")
+        events.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return events
+
+
+@asynccontextmanager
+async def raw_connection(
+    running: Running, receive_bytes: int | None = None
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection of which the test reads and writes the bytes; `receive_bytes` bounds what the kernel takes for it."""
+    host, port = running.http_address.rsplit(":", 1)
+    connection = socket.socket()
+    if receive_bytes is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    connection.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_connect(connection, (host, int(port)))
+    except OSError:
+        connection.close()
+        raise
+    reader, writer = await asyncio.open_connection(sock=connection, limit=receive_bytes or 1 << 16)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+
+
+def post(running: Running, parameters: dict[str, object]) -> bytes:
+    """The bytes of a request for pictures."""
+    data = json.dumps(parameters).encode()
+    head = f"POST {GENERATIONS} HTTP/1.1\r\nhost: {running.http_address}\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data
