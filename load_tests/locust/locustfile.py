@@ -45,17 +45,18 @@ COMPUTED = {pb.CacheResult.DISPOSITION_MISS, pb.CacheResult.DISPOSITION_LATENT, 
 def add_options(parser: LocustArgumentParser) -> None:
     """Adds the options of these users to those of locust."""
     group = parser.add_argument_group("Safelight's users")
-    group.add_argument(
-        "--prompts", type=Path, default=PROMPTS, help="file of prompts, one a line, the most popular first"
-    )
+    # Paths as text: locust sends the options to the workers of --processes, and takes plain values only.
+    group.add_argument("--prompts", default=str(PROMPTS), help="file of prompts, one a line, the most popular first")
     group.add_argument("--zipf", type=float, default=1.0, help="exponent of their popularity; 0: all alike")
     group.add_argument("--seeds", type=int, default=0, help="seeds a prompt; 0: always a new one, so nothing is cached")
     group.add_argument("--think", type=float, default=5.0, help="mean seconds between a user's requests, exponential")
     group.add_argument("--cancels", type=float, default=0.05, help="share of the requests that are cancelled")
     group.add_argument("--steps", type=int, help="denoising steps; the model's default where absent")
-    group.add_argument("--ca-file", type=Path, help="PEM of who signed the server's certificate: asks by TLS")
+    group.add_argument("--ca-file", help="PEM of who signed the server's certificate: asks by TLS")
     group.add_argument("--server-name", default="", help="in the certificate, if it is not the host's")
-    group.add_argument("--api-key", default=os.environ.get("SAFELIGHT_API_KEY"), help="or SAFELIGHT_API_KEY")
+    parser.add_argument(
+        "--api-key", default=os.environ.get("SAFELIGHT_API_KEY"), is_secret=True, help="or SAFELIGHT_API_KEY"
+    )
 
 
 @events.init.add_listener  # type: ignore[untyped-decorator]  # likewise
@@ -70,7 +71,7 @@ def check_options(environment: Environment, **_: object) -> None:
     if options.think < 0 or not 0 <= options.cancels <= 1:
         raise SystemExit("--think must be at least 0, --cancels from 0 to 1")
     try:
-        SafelightUser.prompts = Prompts(options.prompts, options.zipf, options.seeds)
+        SafelightUser.prompts = Prompts(Path(options.prompts), options.zipf, options.seeds)
         SafelightUser.channel = channel(environment)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--prompts, --zipf, --seeds or --ca-file: {error}") from None
@@ -83,7 +84,7 @@ def channel(environment: Environment) -> grpc.Channel:
     if options.ca_file is None:
         return grpc.insecure_channel(target)
     name = [("grpc.ssl_target_name_override", options.server_name)] if options.server_name else []
-    return grpc.secure_channel(target, grpc.ssl_channel_credentials(options.ca_file.read_bytes()), name)
+    return grpc.secure_channel(target, grpc.ssl_channel_credentials(Path(options.ca_file).read_bytes()), name)
 
 
 @dataclass(slots=True)

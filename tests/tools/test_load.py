@@ -92,16 +92,26 @@ async def locust(address: str, *arguments: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-async def test_users_measure_what_people_notice(start: Start, runtime: str) -> None:
+async def test_users_measure_what_people_notice(start: Start, tmp_path: Path, runtime: str) -> None:
+    (tmp_path / "prompts").write_text("a red potion\n")
     async with start(**RUNTIMES[runtime]) as running:
-        patience = ("--run-time", "6s", "--stop-timeout", "20", "--think", "0.1")  # a picture that began is awaited
-        counts = await locust(running.address, "--users", "4", *patience, "--seeds", "1", "--cancels", "0.3")
-    pictures = counts["picture (computed)"]
-    assert counts["first recognisable preview"] == pictures > 0
-    assert counts["first preview"] >= pictures
+        alike = ("--prompts", str(tmp_path / "prompts"), "--seeds", "1", "--cancels", "0", "--think", "0.5")
+        length = ("--run-time", "4s", "--stop-timeout", "60")  # a picture that began is awaited
+        counts = await locust(running.address, "--users", "4", *length, *alike)
+    assert counts["first recognisable preview"] == counts["picture (computed)"] == 1
+    assert counts["picture (cached)"] > 0
+    assert counts["first preview"] > 0
     assert counts["preview gap"] > 0
-    assert counts["picture (cached)"] > 0, "some prompts are far more popular, and their seeds are few"
+    assert "cancel" not in counts
+
+
+async def test_users_cancel_as_often_as_they_are_told(start: Start) -> None:
+    async with start(runtime="simulated", simulated_base_ms=50.0) as running:
+        length = ("--run-time", "4s", "--stop-timeout", "20", "--processes", "2", "--think", "0.5")
+        counts = await locust(running.address, "--users", "4", *length, "--cancels", "1")
     assert counts["cancel"] > 0
+    assert counts["first preview"] >= counts["cancel"]
+    assert "picture (computed)" not in counts
 
 
 async def test_users_take_refusals_for_what_they_are_and_use_their_own_prompts(start: Start, tmp_path: Path) -> None:
