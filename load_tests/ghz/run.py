@@ -29,11 +29,11 @@ from load_tests.ghz.slow_reader import slow_reader
 FOLDER = Path(__file__).parent
 GHZ = FOLDER.parents[1] / ".tools/ghz"
 SCENARIOS = ("steady", "ramp", "burst", "recovery", "slow-readers", "cancel-storm", "idempotent-retries")
-"""In the order in which they run: `recovery` is the rate of `steady`, at once after `burst`."""
+"""In the order in which they run: `recovery` is the rate of `steady`, once the calls of `burst` have ended."""
 DURATIONS = ("duration", "load-step-duration", "load-max-duration")
 RATES = ("rps", "load-start", "load-step", "load-end")
 PERCENTILES = (50, 95, 99)
-REFUSED, CANCELLED = "ResourceExhausted", "Canceled"
+REFUSED, TOO_LATE, CANCELLED = "ResourceExhausted", "DeadlineExceeded", "Canceled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +78,20 @@ def table(reports: Sequence[Mapping[str, Any]]) -> Table:
     """One row for each report; latencies are of calls that ended OK, in `cancel-storm` of all."""
     made = Table(title="Generate, from the call to its end")
     made.add_column("scenario")
-    for column in ("calls", "calls/s", "OK", "refused", "cancelled", "other", *(f"p{at} ms" for at in PERCENTILES)):
+    for column in (
+        "calls",
+        "calls/s",
+        "OK",
+        "refused",
+        "too late",
+        "cancelled",
+        "other",
+        *(f"p{at} ms" for at in PERCENTILES),
+    ):
         made.add_column(column, justify="right")
     for report in reports:
         statuses = dict(report["statusCodeDistribution"])
-        named = [statuses.pop(status, 0) for status in ("OK", REFUSED, CANCELLED)]
+        named = [statuses.pop(status, 0) for status in ("OK", REFUSED, TOO_LATE, CANCELLED)]
         latencies = {entry["percentage"]: entry["latency"] for entry in report["latencyDistribution"] or ()}
         shown = [f"{latencies[at] / 1e6:.0f}" if latencies.get(at) else "" for at in PERCENTILES]
         counts = [str(count) for count in (*named, sum(statuses.values()))]

@@ -17,7 +17,7 @@ def test_there_is_a_file_for_each_scenario_and_no_other():
 def test_a_scenario_is_named_for_its_file_and_expects_something(scenario):
     config = json.loads((run.FOLDER / f"{scenario}.json").read_text())
     assert config["name"] == scenario
-    assert set(config["tags"]["expect"].split(",")) <= {"OK", run.REFUSED, run.CANCELLED}
+    assert set(config["tags"]["expect"].split(",")) <= {"OK", run.REFUSED, run.TOO_LATE, run.CANCELLED}
 
 
 def test_a_burst_is_five_times_the_steady_rate_for_two_minutes():
