@@ -90,7 +90,7 @@ test-tools: setup .tools/.installed node_modules/.installed ## Run the tests wit
 	$(PY) -m pytest -q --timeout 180 tests/tools
 
 .PHONY: test-clients
-test-clients: setup ## Run the clients of all languages whose toolchains are here against real servers (4 min)
+test-clients: setup node_modules/.installed ## Run the clients of all languages whose toolchains are here against real servers (4 min)
 	tools/install-system-packages
 	$(PY) -m pytest -q --timeout 180 tests/clients
 
@@ -107,7 +107,7 @@ test-rest: test-tools test-clients test-redis test-triton test-training test-pee
 test-all: test test-rest ## Run all tests (30 min)
 
 .PHONY: check
-check: setup .tools/protoc-gen-go-grpc ## Format, lint, types, import rules, generated code, mutations apply, proto lint (1 min)
+check: setup .tools/protoc-gen-go-grpc node_modules/.installed ## Format, lint, types, import rules, generated code, mutations apply, proto lint (1 min)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
@@ -123,7 +123,7 @@ format: setup ## Format the sources
 	.venv/bin/ruff check --fix .
 
 .PHONY: generate
-generate: setup .tools/protoc-gen-go-grpc ## Generate the stubs of all clients from proto/, and the settings page
+generate: setup .tools/protoc-gen-go-grpc node_modules/.installed ## Generate the stubs of all clients from proto/, and the settings page
 	tools/generate-stubs .
 	$(PY) tools/settings_page.py > docs/operations/settings.md
 
