@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,13 @@ def start() -> Start:
     """Starts a real server of this process on a free port; settings as keywords."""
 
     return serving_here
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """An empty folder whose path leaves room for the name of a unix socket: both have 107 bytes at most."""
+    with tempfile.TemporaryDirectory(prefix="safelight-", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 @asynccontextmanager

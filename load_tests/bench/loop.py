@@ -20,7 +20,8 @@ import grpc
 import numpy as np
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
-from safelight_server.app.server import Running, serving, settle
+from safelight_server.app.process import settle
+from safelight_server.app.server import Running, serving
 from safelight_server.domain.component import Component
 from safelight_server.runtime import simulated
 from safelight_server.settings import load

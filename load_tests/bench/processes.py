@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from safelight_server.app.server import serving, settle
+from safelight_server.app.process import settle
+from safelight_server.app.server import serving
 from safelight_server.settings import load
 from safelight_server.telemetry import configure_logging
 

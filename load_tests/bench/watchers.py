@@ -17,7 +17,8 @@ import grpc
 import numpy as np
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
-from safelight_server.app.server import serving, settle
+from safelight_server.app.process import settle
+from safelight_server.app.server import serving
 from safelight_server.settings import load
 from safelight_server.telemetry import configure_logging
 

@@ -46,7 +46,9 @@ class Settings(BaseSettings):
         "", description="Origins whose pages may call HTTP, separated by commas: https://HOST, or * for all."
     )
     insecure: bool = Field(False, description="Allow a bind beyond loopback without TLS or without keys.")
-    tls_cert_file: Path | None = Field(None, description="PEM chain of the server; with tls_key_file.")
+    tls_cert_file: Path | None = Field(
+        None, description="PEM chain of the server, read again when it changes; with tls_key_file."
+    )
     tls_key_file: Path | None = Field(None, description="PEM key of the server.")
     api_key_file: Path | None = Field(None, description="Keys of the callers (docs/operations/keys.md). None: no keys.")
     quota_file: Path | None = Field(
@@ -228,6 +230,12 @@ class Settings(BaseSettings):
     )
     trace_ratio: float = Field(
         1.0, ge=0, le=1, description="Share of traces recorded where the client's traceparent does not decide."
+    )
+    trace_requested_per_s: float = Field(
+        100.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Traces per second that known callers may have recorded by the flag of their traceparent.",
     )
 
     @model_validator(mode="after")

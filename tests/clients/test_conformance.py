@@ -25,27 +25,20 @@ def test_its_runner_is_built(language: str, runners) -> None:
     runners(language)
 
 
-def batches() -> list[list[dict[str, Any]]]:
-    """Cases that run at once: those in which something freezes, since they wait; each other one is alone."""
-    freezing = [case for case in CASES if case.get("weather", {}).get("do") == "freeze"]
-    return [*([case] for case in CASES if case not in freezing), freezing]
-
-
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("cases", batches(), ids=lambda cases: "+".join(case["name"] for case in cases))
-async def test_case(cases: list[dict[str, Any]], runners, tmp_path: Path) -> None:
-    """All languages at once, each with servers of its own."""
-    pairs = [(case, language) for case in cases for language in LANGUAGES if is_here(language)]
-    folders = [tmp_path / f"{case['name']}-{language}" for case, language in pairs]
-    for folder in folders:
-        folder.mkdir()
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+async def test_case(case: dict[str, Any], runners, tmp_path: Path) -> None:
+    """All languages at once, each with servers of its own: the longer cases wait most of their time."""
+    languages = [language for language in LANGUAGES if is_here(language)]
+    for language in languages:
+        (tmp_path / language).mkdir()
     done = await asyncio.gather(
-        *(run_and_check(*pair, runners(pair[1]), folder) for pair, folder in zip(pairs, folders, strict=True)),
+        *(run_and_check(case, language, runners(language), tmp_path / language) for language in languages),
         return_exceptions=True,
     )
-    failures = {folder.name: error for folder, error in zip(folders, done, strict=True) if error is not None}
+    failures = {language: error for language, error in zip(languages, done, strict=True) if error is not None}
     if failures:
-        raise ExceptionGroup(", ".join(failures), list(failures.values()))
+        raise ExceptionGroup(f"{case['name']}: {', '.join(failures)}", list(failures.values()))
 
 
 async def run_and_check(case: dict[str, Any], language: str, runner: list[str], folder: Path) -> None:

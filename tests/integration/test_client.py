@@ -201,7 +201,7 @@ async def test_generations_that_lose_a_server_together_all_ask_the_next_one(monk
     ],
 )
 def test_what_is_on_this_machine_is_asked_without_a_proxy(target, local, monkeypatch):
-    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+    monkeypatch.setenv("http_proxy", "http://user:secret@proxy.example:3128")
     for name in ("grpc_proxy", "https_proxy", "no_grpc_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     assert proxies.is_local(target) is local

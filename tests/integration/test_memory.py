@@ -86,16 +86,6 @@ async def test_those_whose_streams_end_with_an_error_go_at_once(start, no_collec
         await eventually(lambda: num_held(Generation) - before == 1)
 
 
-async def test_those_that_are_refused_go_at_once(start, no_collector):
-    async with start(**SIMULATED, max_waiting_per_caller=1) as running:
-        before = num_held(Generation)
-        async with grpc.aio.insecure_channel(running.address) as channel:
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await develop(stubs.GenerationServiceStub(channel), 1, outputs=3)
-            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        await eventually(lambda: num_held(Generation) == before)
-
-
 async def test_an_unread_stream_that_was_ended_keeps_no_pictures(start, no_collector):
     """Its call lasts as long as its connection, since gRPC cannot end it."""
     raw = pb.PixelEncoding(media_type="application/x-raw-rgba8")

@@ -1,8 +1,9 @@
-"""TLS from end to end: the server's certificate, the client library and the command line."""
+"""TLS from end to end: the server's certificate and its renewal, the client library and the command line."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 import sys
 from pathlib import Path
@@ -10,18 +11,18 @@ from pathlib import Path
 import grpc
 import httpx2
 import pytest
+import structlog
 from safelight import Client, Finished, GenerationError
+from safelight_server.app.certificate import CertificateError, ServerCertificate
 
-from tests.support.certificates import self_signed
+from tests.support.certificates import NAME, new_pair, self_signed
 from tests.support.http import GENERATIONS, body, free_port, server_sent
-
-NAME = "safelight.example"
 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
     """A certificate that signs itself, and its key."""
-    return self_signed(tmp_path, NAME)
+    return self_signed(tmp_path)
 
 
 @pytest.fixture
@@ -99,3 +100,63 @@ async def test_the_command_line_asks_by_tls(server, pair):
 
     assert await health("--ca-file", str(pair[0]), "--server-name", NAME) == 0
     assert await health() == 2
+
+
+async def presented(address: str) -> bytes:
+    """The certificate, in PEM, that a new connection is shown."""
+
+    def ask() -> bytes:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.set_alpn_protocols(["h2"])
+        host, port = address.split(":")
+        with socket.create_connection((host, int(port))) as connection, context.wrap_socket(connection) as tls:
+            return ssl.DER_cert_to_PEM_cert(tls.getpeercert(binary_form=True) or b"").encode()
+
+    return await asyncio.to_thread(ask)
+
+
+async def test_a_new_connection_sees_a_renewed_certificate_and_an_old_one_lives_on(server, pair):
+    cert_file, key_file = pair
+    credentials = grpc.ssl_channel_credentials(cert_file.read_bytes())
+    cert, key = new_pair(days=2)
+    async with Client(server.address, credentials=credentials, server_name=NAME) as client:
+        events = client.generate("x", steps=50)
+        await anext(events)
+        cert_file.write_bytes(cert)
+        key_file.write_bytes(key)
+        assert await presented(server.address) == cert
+        assert isinstance([event async for event in events][-1], Finished)
+    credentials = grpc.ssl_channel_credentials(cert)
+    async with Client(server.address, credentials=credentials, server_name=NAME) as client:
+        assert await client.models()
+
+
+async def test_a_pair_that_cannot_be_used_is_told_once_and_changes_nothing(server, pair):
+    cert_file, key_file = pair
+    before = cert_file.read_bytes(), key_file.read_bytes()
+    cert, key = new_pair()
+    with structlog.testing.capture_logs() as logs:
+        for half_written in (cert, cert[:100]):
+            cert_file.write_bytes(half_written)
+            for _ in range(3):
+                assert await presented(server.address) == before[0]
+        cert_file.unlink()
+        assert await presented(server.address) == before[0]
+        cert_file.write_bytes(cert)
+        key_file.write_bytes(key)
+        assert await presented(server.address) == cert
+    assert [line["event"] for line in logs] == ["certificate_not_reloaded"] * 3 + ["certificate_reloaded"]
+    assert "is not the key of" in logs[0]["error"]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_at_start_it_is_an_error_that_names_the_file(pair, at):
+    for content, says in ((b"not PEM", "in PEM"), (new_pair()[at], "is not the key of"), (None, "No such file")):
+        if content is None:
+            pair[at].unlink()
+        else:
+            pair[at].write_bytes(content)
+        with pytest.raises(CertificateError, match=says) as caught:
+            ServerCertificate(*pair)
+        assert str(pair[at]) in str(caught.value)

@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from safelight import Client
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
+from safelight_server.api.identity import new_key
 from safelight_server.app import server
 from safelight_server.domain.component import Component
 from safelight_server.runtime.base import RuntimeFailure
@@ -151,6 +152,34 @@ async def test_what_the_root_does_not_sample_is_recorded_nowhere(start, recorder
     assert events[0].accepted.trace_id == trace_id  # logs carry it
     assert not spans.of(trace_id).all
     assert spans.all
+
+
+async def test_callers_without_a_key_have_nothing_recorded(start, recorder, monkeypatch, tmp_path) -> None:
+    recorder.tracing = Tracing(ratio=0.0, processor=recorder, requested_per_s=3)
+    monkeypatch.setattr(server, "Tracing", lambda *_: recorder.tracing)
+    key, entry = new_key("ann", "studio")
+    key_file = tmp_path / "keys.json"
+    key_file.write_text(f'{{"keys": [{entry}]}}')
+    authorization = (("authorization", f"Bearer {key}"),)
+    async with (
+        start(api_key_file=key_file, **SIMULATED) as running,
+        grpc.aio.insecure_channel(running.address) as channel,
+    ):
+        stub = stubs.GenerationServiceStub(channel)
+
+        async def ask(key: tuple[tuple[str, str], ...]) -> None:
+            metadata = (*traceparent(secrets.token_hex(16)), *key)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.GetGeneration(pb.GetGenerationRequest(name="generations/x"), metadata=metadata)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.WatchGeneration(pb.WatchGenerationRequest(name="generations/x"), metadata=metadata).read()
+
+        for _ in range(20):
+            await ask(())
+        assert not recorder.spans().all
+        await ask(authorization)
+        spans = await recorder.settle()
+    assert [span.name for span in spans.all] == ["safelight.v1.GenerationService/GetGeneration", WATCH]
 
 
 async def test_a_traced_generation_beside_others_that_are_not(start, recorder) -> None:

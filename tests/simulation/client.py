@@ -280,7 +280,7 @@ class Client:
         """The whole story anew, by the request id: the same generation with the same end."""
         self.ended, self.durable = False, False
         await self.call(replica, patience_s)
-        if not self.ended and not self.name:  # what it stood for is forgotten
+        if not self.ended:  # what it stood for is forgotten, or has moved without this replica's knowing it until now
             await self.call(replica, patience_s)
 
     async def cancel(self, replica: Replica, patience_s: float) -> None:

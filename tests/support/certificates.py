@@ -1,4 +1,4 @@
-"""A certificate that signs itself, for tests of TLS."""
+"""Certificates that sign themselves, for tests of TLS."""
 
 from __future__ import annotations
 
@@ -9,19 +9,27 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+NAME = "safelight.example"
 
-def self_signed(folder: Path, name: str) -> tuple[Path, Path]:
-    """Writes a certificate of this name and its key into `folder`; their files."""
+
+def new_pair(name: str = NAME, days: int = 1) -> tuple[bytes, bytes]:
+    """A certificate of this name that is valid for so many days, and its key, both in PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)
     builder = x509.CertificateBuilder().issuer_name(subject).subject_name(subject).public_key(key.public_key())
     builder = builder.serial_number(x509.random_serial_number())
-    builder = builder.not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
+    builder = builder.not_valid_before(now).not_valid_after(now + datetime.timedelta(days=days))
     names = x509.SubjectAlternativeName([x509.DNSName(name)])
     cert = builder.add_extension(names, critical=False).sign(key, hashes.SHA256())
-    cert_file, key_file = folder / f"{name}.pem", folder / f"{name}.key"
-    cert_file.write_bytes(cert.public_bytes(serialization.Encoding.PEM))
     plain, no_password = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    key_file.write_bytes(key.private_bytes(serialization.Encoding.PEM, plain, no_password))
-    return cert_file, key_file
+    key_pem = key.private_bytes(serialization.Encoding.PEM, plain, no_password)
+    return cert.public_bytes(serialization.Encoding.PEM), key_pem
+
+
+def self_signed(folder: Path, name: str = NAME) -> tuple[Path, Path]:
+    """Writes a certificate of this name and its key into `folder`; their files."""
+    files = folder / f"{name}.pem", folder / f"{name}.key"
+    for file, pem in zip(files, new_pair(name), strict=True):
+        file.write_bytes(pem)
+    return files

@@ -59,7 +59,9 @@ class Replica:
     def stub(self) -> stubs.GenerationServiceStub:
         """A stub on this replica's channel."""
         if self.channel is None:
-            self.channel = grpc.aio.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1)])
+            # It is asked from before it listens, and on a busy machine it takes long to start.
+            options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 1000)]
+            self.channel = grpc.aio.insecure_channel(self.address, options)
         return stubs.GenerationServiceStub(self.channel)
 
     async def start(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import tritonclient.grpc.aio as triton_grpc
 from tritonclient.utils import InferenceServerException
 
 from tests.conftest import eventually
-from tests.triton.support import REPOSITORY, TritonServer, triton_server, triton_servers
+from tests.triton.support import READY_S, REPOSITORY, TritonServer, triton_server, triton_servers
 from tests.triton.test_backend import ask, example, same
 
 
@@ -41,6 +42,44 @@ async def test_kill_9_in_the_middle_of_a_call_leaves_no_stub_and_no_shared_memor
         assert not triton.shared_memory()
         triton.restart()
         await eventually(triton.ready, 50)
+
+
+def leftovers(triton: TritonServer) -> list[Path]:
+    """Temporary files of the server; those in /tmp, whose names do not say whose they are, when no server runs."""
+    found = list(Path(tempfile.gettempdir()).glob(f"safelight-triton-{triton.grpc_port}-*"))
+    names = {file.read_text().strip() for file in Path("/proc").glob("[0-9]*/comm")}
+    if "tritonserver" not in names:
+        found += [folder for folder in Path("/tmp").glob("python_env_*") if folder.stat().st_uid == os.getuid()]
+    return found
+
+
+async def test_no_end_leaves_temporary_files() -> None:
+    with triton_server() as triton:
+        assert leftovers(triton)
+        triton.kill()
+        assert not leftovers(triton)
+        triton.start()
+        triton.wait_ready()
+        pid = triton.pid
+        triton.supervisor.kill()
+        triton.supervisor.wait(10)
+        await eventually(lambda: gone([pid]))
+        assert leftovers(triton)  # the next start on this port removes them
+        triton.start()
+        triton.wait_ready()
+        triton.supervisor.terminate()
+        assert triton.supervisor.wait(20) == 0
+        assert not leftovers(triton)
+
+
+def test_it_becomes_ready_where_a_proxy_is_set(monkeypatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with triton_server(wait=False) as triton:
+        until = time.monotonic() + READY_S
+        while "serve: ready" not in triton.log():
+            assert time.monotonic() < until
+            time.sleep(0.02)
 
 
 async def test_sigterm_ends_it_in_order() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-from safelight_server.app.server import GC_THRESHOLDS, settle
+from safelight_server.app.process import GC_THRESHOLDS, settle
 
 
 def test_what_start_up_made_is_spared_from_garbage_collection() -> None:

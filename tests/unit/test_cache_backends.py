@@ -1,5 +1,6 @@
 """What the settings open."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from safelight_server.coordination.redis import RedisCoordinator
 from safelight_server.settings import SettingsError, load
 from safelight_server.storage.disk import DiskStoreError
 from safelight_server.storage.keyring import KeyringError, new_key_file
+from safelight_server.storage.objects import ObjectStore, open_bucket
 from safelight_server.storage.sealed import Entry
 
 from tests.support.stores import TTL_S, Numbers, key
@@ -52,6 +54,23 @@ async def test_all_of_it_though_nothing_answers(tmp_path: Path) -> None:
     found = await again.tiers.get(key(1))
     assert found is not None and (found.entry.data, found.tier) == (b"x", "disk")
     await again.close()
+
+
+async def test_a_bucket_on_this_machine_is_asked_without_the_proxy_of_the_environment(monkeypatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\nlast-modified: Sun, 29 Nov 2026 09:00:00 GMT\r\n\r\nx")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        for host in ("127.0.0.1", "localhost"):
+            bucket = ObjectStore(open_bucket("s3://b", f"http://{host}:{port}", credentials=("id", "secret")))
+            assert await bucket.get("key") == b"x"
 
 
 async def test_files_that_cannot_be_used_are_errors_at_start(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from safelight_server.storage.base import StoreUnavailableError
-from safelight_server.storage.clock import MAX_OFFSET_S, MAX_ROUND_TRIP_S, SharedClock
+from safelight_server.storage.clock import MAX_OFFSET_S, SharedClock
 from structlog.testing import capture_logs
 
 REDIS_AT_0 = 1_800_000_000.0
@@ -52,19 +52,35 @@ async def test_a_clock_that_is_set_changes_nothing() -> None:
     assert bench.clock.now() == pytest.approx(bench.real)
 
 
-async def test_an_answer_that_took_long_is_not_used_unless_it_is_the_only_one() -> None:
+@pytest.mark.parametrize("read_at", [0.0, 0.3, 1.0])
+async def test_a_slow_answer_changes_nothing_where_the_clock_may_be_right(read_at: float) -> None:
     bench = Bench(300.0)
-    bench.delay_s = 4 * MAX_ROUND_TRIP_S
+    await bench.measure()
+
+    async def slow() -> float:
+        bench.seconds += 4.0 * read_at
+        there = bench.real
+        bench.seconds += 4.0 * (1.0 - read_at)
+        return there
+
+    await bench.clock.measure(slow)
+    assert bench.clock.now() == pytest.approx(bench.real, abs=1e-3)
+    assert len(bench.offsets) == 2
+
+
+async def test_a_clock_that_is_certainly_wrong_is_set() -> None:
+    bench = Bench()
+    bench.delay_s = 4.0
+    await bench.measure()
+    bench.clock._ahead_s = (bench.clock._ahead_s or 0.0) + 3.0
     await bench.measure()
     assert bench.clock.now() == pytest.approx(bench.real)
-    bench.offsets.clear()
-
-    async def late() -> float:
-        bench.seconds += 2 * MAX_ROUND_TRIP_S
-        return bench.real + 100.0
-
-    await bench.clock.measure(late)
-    assert bench.clock.now() == pytest.approx(bench.real) and not bench.offsets
+    bench.clock._ahead_s += 1.0
+    await bench.measure()
+    assert bench.clock.now() == pytest.approx(bench.real + 1.0), "it may be, by so slow an answer"
+    bench.delay_s = 0.01
+    await bench.measure()
+    assert bench.clock.now() == pytest.approx(bench.real)
 
 
 async def test_what_fails_leaves_the_clock_as_it_was() -> None:

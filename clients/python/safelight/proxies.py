@@ -37,14 +37,18 @@ def channel_options(target: str) -> list[tuple[str, int]]:
 
 
 def proxy_of(target: str) -> str:
-    """The environment variable whose proxy gRPC uses for `target`, as "NAME=VALUE"; empty where it uses none."""
+    """The environment variable whose proxy gRPC uses for `target`, as "NAME=VALUE"; empty where it uses none.
+
+    A user and a password in the value are left out.
+    """
     if is_local(target):
         return ""
     name = _first_set(VARIABLES)
     exceptions = os.environ.get(_first_set(EXCEPTIONS), "")
     if not name or proxy_bypass_environment(_host(target), {"no": exceptions}):
         return ""
-    return f"{name}={os.environ[name]}"
+    scheme, separator, rest = os.environ[name].rpartition("://")
+    return f"{name}={scheme}{separator}{rest.rpartition('@')[2]}"
 
 
 def _first_set(names: tuple[str, ...]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import TypeAlias, TypeVar
 
@@ -236,12 +236,15 @@ class Service:
     ) -> Handler:
         async def handler(data: bytes, context: Context) -> AsyncGenerator[bytes, None]:
             metadata = context.invocation_metadata() or ()
-            stage = self._tracer.server_call(_service_of(request_type), name, metadata)
+            caller = self._recognize(metadata, context.peer())
+            known = isinstance(caller, Caller)
+            stage = self._tracer.server_call(_service_of(request_type), name, metadata, known=known)
             stage.enter()
             stream = _Stream(context, stage)
             failure: SafelightError | None = None
             try:
-                caller = self._identity.recognize(metadata, context.peer())
+                if isinstance(caller, SafelightError):
+                    raise caller
                 with self._streams.stream(caller):
                     watcher = await method(_parse(request_type, data), caller, stream)
                     async with aclosing(self._events(watcher)) as events:
@@ -251,7 +254,7 @@ class Service:
                                 yield event
                             stream.waiting_bytes = 0
             except SafelightError as error:
-                failure = error.with_traceback(None)  # a traceback would keep frames, and those the generation, alive
+                failure = error.with_traceback(None)  # a traceback would keep the frames of this call
             except (asyncio.CancelledError, GeneratorExit):
                 stream.end_span_given_up()
                 raise
@@ -271,10 +274,13 @@ class Service:
     ) -> Handler:
         async def handler(data: bytes, context: Context) -> bytes:
             metadata = context.invocation_metadata() or ()
-            stage = self._tracer.server_call(_service_of(request_type), name, metadata)
+            caller = self._recognize(metadata, context.peer())
+            known = isinstance(caller, Caller)
+            stage = self._tracer.server_call(_service_of(request_type), name, metadata, known=known)
             stage.enter()
             try:
-                caller = self._identity.recognize(metadata, context.peer())
+                if isinstance(caller, SafelightError):
+                    raise caller
                 result = await method(_parse(request_type, data), caller)
             except SafelightError as error:
                 _end_span(stage, error)
@@ -292,6 +298,13 @@ class Service:
             return result.SerializeToString()
 
         return grpc.unary_unary_rpc_method_handler(handler)
+
+    def _recognize(self, metadata: Iterable[tuple[str, str | bytes]], peer: str) -> Caller | SafelightError:
+        """The caller, or why it is refused. Known before the span begins, as only known callers decide about traces."""
+        try:
+            return self._identity.recognize(metadata, peer)
+        except SafelightError as error:
+            return error.with_traceback(None)
 
     async def _abort(self, context: Context, error: SafelightError, started: bool = False) -> None:
         if not started:

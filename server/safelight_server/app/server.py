@@ -8,15 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import gc
 import os
-import signal
-import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 import structlog
@@ -28,7 +24,9 @@ from safelight_server.api.identity import Identity
 from safelight_server.api.quota import StreamQuota
 from safelight_server.api.reflection import REFLECTION_SERVICES, Reflection
 from safelight_server.api.service import CACHE_SERVICE, GENERATION_SERVICE, MODEL_SERVICE, QUOTA_SERVICE, Service
+from safelight_server.app.address import BindError, bind, sole_listener
 from safelight_server.app.backends import Backends, CredentialsError, open_backends
+from safelight_server.app.certificate import CertificateError, ServerCertificate
 from safelight_server.app.grpc_server import make_server
 from safelight_server.app.http_server import HttpPort
 from safelight_server.cache.admin import CacheAdmin
@@ -51,7 +49,6 @@ from safelight_server.cluster.bulletin import Bulletin
 from safelight_server.cluster.leased_runners import LeasedRunners
 from safelight_server.coordination.buckets import SharedTokenBuckets
 from safelight_server.engine.engine import Engine
-from safelight_server.files import read_regular_file
 from safelight_server.generations.execution import Executions
 from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
@@ -75,10 +72,6 @@ HEALTH_PERIOD_S = 0.25
 """Pause between two checks of the runtime for the health service."""
 LAST_WORDS_S = 1.0
 """Shortest time that open streams get at shutdown to send their last message."""
-GC_THRESHOLDS = 1_000, 10, 100
-"""`gc.set_threshold`: net new objects before a collection of generation 0; collections of 0 before one of 1, of 1
-before one of 2. `settle` says why they are not the defaults."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StartError(Exception):
@@ -149,7 +142,9 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
     """
     async with contextlib.AsyncExitStack() as ends:  # closes parts in the reverse order of their start
         clock = time.monotonic
-        metrics, tracer = Metrics(), Tracing(settings.otlp_endpoint, settings.trace_ratio, settings.otlp_header_pairs)
+        metrics = Metrics()
+        headers, requested_per_s = settings.otlp_header_pairs, settings.trace_requested_per_s
+        tracer = Tracing(settings.otlp_endpoint, settings.trace_ratio, headers, requested_per_s)
         ends.push_async_callback(asyncio.to_thread, tracer.close)
         identity = Identity(settings.api_key_file, all_admins=is_loopback(settings.host))
         limits_of_tenants = None if settings.quota_file is None else watch(settings.quota_file)
@@ -157,9 +152,10 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         catalog, runtime = build_runtime(settings)
         ends.push_async_callback(runtime.close)
         try:
+            ends.enter_context(sole_listener(settings.host))
             await runtime.start()
             backends = await open_backends(settings, metrics.tiers, wall)
-        except (RuntimeStartError, KeyringError, DiskStoreError, CredentialsError, ValueError) as error:
+        except (BindError, RuntimeStartError, KeyringError, DiskStoreError, CredentialsError, ValueError) as error:
             raise StartError(str(error)) from None
         ends.push_async_callback(backends.close)
         shared = None if backends.redis is None else SharedTokenBuckets(*backends.redis)
@@ -241,7 +237,10 @@ async def _listening(
     services = (GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, QUOTA_SERVICE, HEALTH_SERVICE)
     handlers = service.handlers() | health.handlers() | Reflection(services).handlers()
     server = make_server(settings, limits, handlers)
-    address = _bind(server, settings)
+    try:
+        address = bind(server, settings.host, settings.port, _credentials(settings))
+    except (BindError, CertificateError) as error:
+        raise StartError(str(error)) from None
     draining: list[asyncio.Task[None]] = []
     try:
         await http.start(lambda: not draining and not engine.outage.beyond_grace)
@@ -355,41 +354,11 @@ def _watch_queue(metrics: Metrics, engine: Engine) -> None:
     )
 
 
-def _bind(server: grpc.aio.Server, settings: Settings) -> str:
-    """Binds the listening address, with TLS where it is configured; returns HOST:PORT or unix:PATH.
-
-    Raises:
-        StartError: the address is taken or not this machine's, or the certificate cannot be used.
-    """
-    host = f"[{settings.host}]" if ":" in settings.host and not settings.host.startswith("unix:") else settings.host
-    where = settings.host if settings.host.startswith("unix:") else f"{host}:{settings.port}"
-    credentials = None
-    if settings.tls_cert_file and settings.tls_key_file:
-        credentials = _credentials(settings.tls_cert_file, settings.tls_key_file)
-    try:
-        port = server.add_secure_port(where, credentials) if credentials else server.add_insecure_port(where)
-    except RuntimeError:
-        raise StartError(f"cannot bind {where}: is it an address of this machine, and no other server there?") from None
-    return where if where.startswith("unix:") else f"{host}:{port}"
-
-
-def _credentials(cert_file: Path, key_file: Path) -> grpc.ServerCredentials:
-    """Loads the server's certificate and key.
-
-    Raises:
-        StartError: a file cannot be read, is no PEM, or the key does not belong to the certificate.
-    """
-    try:
-        pair = read_regular_file(key_file), read_regular_file(cert_file)
-        # gRPC itself would not say what is wrong with a file, so Python's ssl loads both first
-        checked = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        checked.load_cert_chain(cert_file, key_file, password="")
-    except ssl.SSLError as error:
-        what = error.reason or "no PEM"
-        raise StartError(f"tls_cert_file {cert_file} with tls_key_file {key_file}: {what}") from None
-    except OSError as error:
-        raise StartError(f"{error.filename}: {error.strerror}") from None
-    return grpc.ssl_server_credentials([pair])
+def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    """What TLS needs; None where it is not configured."""
+    if settings.tls_cert_file is None or settings.tls_key_file is None:
+        return None
+    return ServerCertificate(settings.tls_cert_file, settings.tls_key_file).credentials()
 
 
 @contextlib.asynccontextmanager
@@ -410,42 +379,3 @@ async def _serving_metrics(metrics: Metrics, settings: Settings) -> AsyncIterato
         except OSError as error:
             raise StartError(f"metrics_port {settings.metrics_port} of {host}: {error.strerror}") from None
         yield
-
-
-def settle() -> None:
-    """Tunes the garbage collector so that a collection does not stop the event loop for 50 ms and more.
-
-    Objects made at start-up are exempt from collection (`gc.freeze`). Full collections, which would walk all kept
-    results although reference counts free those, come only after 1,000 x 10 x 100 net new objects.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
-
-
-async def serve(settings: Settings, started: Callable[[Running], None]) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the drain.
-
-    Raises:
-        StartError: the server cannot start, or a signal came before it had started.
-        ManifestError, ConfigFileError: as for `serving`.
-    """
-    loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
-    starting = asyncio.current_task()
-    assert starting is not None
-    for number in SIGNALS:
-        loop.add_signal_handler(number, starting.cancel)
-    async with contextlib.AsyncExitStack() as ends:
-        try:
-            running = await ends.enter_async_context(serving(settings))
-        except asyncio.CancelledError:
-            raise StartError("a signal has ended it before it had started") from None
-        for number in SIGNALS:
-            loop.add_signal_handler(number, signals.put_nowait, number)
-        settle()
-        started(running)
-        await signals.get()
-        drained = running.drain(settings.drain_grace_s)
-        again = asyncio.create_task(signals.get())
-        await asyncio.wait([drained, again], return_when=asyncio.FIRST_COMPLETED)
-        again.cancel()

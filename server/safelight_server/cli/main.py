@@ -5,6 +5,7 @@ Exit codes: 1 the server's error, 2 a fault in what the user gave or in the set-
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
@@ -22,7 +23,8 @@ from safelight import Branch, CacheMode, Client, GenerationError, GetCacheStatsR
 from safelight_server import __version__
 from safelight_server import settings as settings_module
 from safelight_server.api.identity import new_key
-from safelight_server.app.server import Running, StartError, serve
+from safelight_server.app.process import serve
+from safelight_server.app.server import Running, StartError
 from safelight_server.catalog import export as repositories
 from safelight_server.catalog.catalog import ManifestError
 from safelight_server.catalog.export import Accelerator, RepositoryError
@@ -40,6 +42,7 @@ app.add_typer(keys, name="keys")
 caches = typer.Typer(no_args_is_help=True, help="The caches of a running server; needs an administrator's key.")
 app.add_typer(caches, name="cache")
 console = Console()
+log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 DEFAULT_TARGET = "127.0.0.1:8421"
@@ -115,7 +118,7 @@ def serve_command(
     )
     configure_logging(settings.log_format, settings.log_level)
     for variable, meant in settings_module.misspelt().items():
-        structlog.get_logger(__name__).warning("no setting has this name", variable=variable, meant=meant)
+        log.warning("no setting has this name", variable=variable, meant=meant)
     uvloop.run(serve(settings, lambda running: _summary(running, settings)))
 
 
@@ -133,7 +136,12 @@ def _summary(running: Running, settings: Settings) -> None:
     table.add_row("limits", limits)
     trusted = "callers on this machine are" if is_loopback(settings.host) else "whoever reaches it is"
     table.add_row("keys", f"none: {trusted} trusted" if settings.api_key_file is None else "asked for")
-    console.print(table)
+    try:
+        console.print(table)
+    except (OSError, ValueError) as error:  # the disk is full, the terminal has gone, or it cannot show a letter
+        log.warning("summary_not_printed", error=str(error), address=running.address)
+        with Path(os.devnull).open("wb") as nowhere:  # else Python fails at its end, when it flushes what is left
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 MEDIA_TYPES = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -392,6 +400,7 @@ def _run(work: Coroutine[object, object, T]) -> T:
 
 def main() -> None:
     """Runs the command line; prints every expected error as one line on stderr."""
+    _open_standard_files()
     try:
         app()
     except GenerationError as error:
@@ -409,6 +418,20 @@ def main() -> None:
         _die(str(error), 2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _open_standard_files() -> None:
+    """Opens /dev/null in place of each standard file that is closed, as some daemonizers leave them.
+
+    Otherwise the next socket would get its number, and be sent what a library writes to stderr.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115  # both stay open until the end
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _die(message: str, code: int) -> None:

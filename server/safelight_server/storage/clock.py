@@ -16,8 +16,6 @@ log = structlog.get_logger(__name__)
 
 MAX_OFFSET_S = 1.0
 """Difference of this machine's clock from Redis' beyond which the log has a warning."""
-MAX_ROUND_TRIP_S = 0.5
-"""A slower answer says too little about the time at which it was made; only the first one is used all the same."""
 
 
 class SharedClock:
@@ -46,17 +44,19 @@ class SharedClock:
         return self._wall() if self._ahead_s is None else self._monotonic() + self._ahead_s
 
     async def measure(self, ask: Callable[[], Awaitable[float]]) -> None:
-        """Sets the clock by the time that `ask` returns, in Unix seconds, taken as read halfway through the call.
+        """Sets the clock by the time that `ask` returns, in Unix seconds, unless it may be right as it is.
+
+        The answer was made at some moment of the call. A slow call so leaves much open: it changes nothing unless the
+        clock is wrong whenever that was. A clock that is wrong is set as if it was halfway through the call.
 
         Raises:
             StoreError: as `ask` does.
         """
         asked_at = self._monotonic()
         answer = await ask()
-        round_trip_s = self._monotonic() - asked_at
-        if round_trip_s > MAX_ROUND_TRIP_S and self._ahead_s is not None:
-            return
-        self._ahead_s = answer - (asked_at + round_trip_s / 2)
+        least, most = answer - self._monotonic(), answer - asked_at
+        if self._ahead_s is None or not least <= self._ahead_s <= most:
+            self._ahead_s = (least + most) / 2
         offset_s = self._wall() - self.now()
         self._on_offset(offset_s)
         differs = abs(offset_s) > MAX_OFFSET_S

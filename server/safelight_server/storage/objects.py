@@ -9,13 +9,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
+from safelight.proxies import is_local
 
 from safelight_server.storage.base import HEADER_BYTES, StoreUnavailableError, StoreUsage, check_key
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig  # there at run time is nothing of this name
 
 
 @contextlib.contextmanager
@@ -118,9 +123,18 @@ def open_bucket(
             "timeout": timedelta(seconds=timeout_s),
             "connect_timeout": timedelta(seconds=timeout_s),
             "allow_http": endpoint.startswith("http://"),
+            **_without_proxy(endpoint),
         },
         retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=timeout_s)},
     )
+
+
+def _without_proxy(endpoint: str) -> ClientConfig:
+    """Options without which a server on this machine would be asked through the proxy of the environment."""
+    parts = urlsplit(endpoint)
+    if not endpoint or not is_local(parts.netloc):
+        return {}
+    return {"proxy_url": endpoint, "proxy_excludes": parts.hostname or ""}  # a proxy of its own, for other hosts only
 
 
 def _folder(prefix: str) -> str | None:

@@ -2,7 +2,7 @@
 
 Spans wait in a bounded queue and a thread of their own sends them; spans that
 find the queue full are dropped. The loss of the collector is logged once, and
-its return once.
+its return once. A collector on this machine is never asked through a proxy.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from urllib.parse import urlsplit
 
 import structlog
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from safelight.proxies import channel_options, proxy_of
 
 log = structlog.get_logger(__name__)
 
@@ -36,6 +38,7 @@ def otlp_processor(endpoint: str, headers: Mapping[str, str]) -> SpanProcessor:
         insecure=not endpoint.startswith("https://"),
         headers=tuple(headers.items()),
         timeout=EXPORT_TIMEOUT_S,
+        channel_options=tuple(channel_options(urlsplit(endpoint).netloc)),  # type: ignore[arg-type]  # any options
     )
     return BatchSpanProcessor(Reporting(exporter, endpoint), max_queue_size=QUEUE_SPANS, schedule_delay_millis=DELAY_MS)
 
@@ -53,7 +56,8 @@ class Reporting(SpanExporter):
         result = self._exporter.export(spans)
         lost = result is not SpanExportResult.SUCCESS
         if lost and not self._lost:
-            log.warning("traces_cannot_be_exported", endpoint=self._endpoint)
+            through = {"proxy": proxy} if (proxy := proxy_of(urlsplit(self._endpoint).netloc)) else {}
+            log.warning("traces_cannot_be_exported", endpoint=self._endpoint, **through)
         elif self._lost and not lost:
             log.info("traces_are_exported_again", endpoint=self._endpoint)
         self._lost = lost

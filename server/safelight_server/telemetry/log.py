@@ -1,60 +1,98 @@
-"""Sets up structured logging: readable lines on a console, JSON elsewhere, with trace and generation ids.
+"""Sets up logging: every line on stderr is one JSON object, or on a console one readable line, whoever logs it.
 
-Invariant: logging never raises. A line that cannot be written is dropped.
+What libraries log or warn of, and exceptions that nobody caught, go the way of the server's own lines. So text that a
+client sent, in whatever message it turns up, cannot begin a line of its own.
+
+Invariant: logging never raises. A line that cannot be written or formatted is dropped.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import re
 import sys
+import threading
 from collections.abc import MutableMapping
-from typing import TextIO
+from types import TracebackType
 
 import structlog
 from opentelemetry import trace
+from structlog.stdlib import ProcessorFormatter
+from structlog.typing import Processor
 
-
-class Lossy:
-    """Wraps a text file so that a closed pipe or a full disk loses log lines instead of raising."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-
-    def write(self, text: str) -> int:
-        """Writes the text, or drops it where the file takes none; returns its length either way."""
-        with contextlib.suppress(OSError, ValueError):  # ValueError: the file is closed
-            self._file.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flushes the file, if it can be written."""
-        with contextlib.suppress(OSError, ValueError):
-            self._file.flush()
+Event = MutableMapping[str, object]
+OWN = "safelight"
+"""The one logger, of Python's `logging`, through which all lines of the server go."""
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""Characters that end a line or command a terminal."""
+TRACEBACKS = ("exception", "stack")
+"""Keys whose values have lines of their own on a console."""
 
 
 def configure_logging(log_format: str, level: str) -> None:
-    """Sets up structlog for the process, on stderr. `log_format` is auto, console or json; `level` such as "info"."""
-    json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
-    renderer = structlog.processors.JSONRenderer() if json else structlog.dev.ConsoleRenderer()
+    """Sets up logging for the process, on stderr.
+
+    Args:
+        log_format: auto, console or json; auto is console on a terminal.
+        level: lowest level of the server's own lines, such as "info". Of libraries only warnings and errors are shown.
+    """
+    lowest = logging.getLevelNamesMapping()[level.upper()]
+    to_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
+    chain: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        _add_trace_id,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    console: list[Processor] = [
+        _escape_control,
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+    ]
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        ProcessorFormatter(
+            processors=[
+                ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                *([structlog.processors.JSONRenderer()] if to_json else console),
+            ],
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *chain],
+            use_get_message=True,
+        )
+    )
+    logging.raiseExceptions = False  # else `logging` prints a traceback where it cannot write or format a line
+    root, own = logging.getLogger(), logging.getLogger(OWN)
+    root.handlers[:] = [handler]
+    root.setLevel(max(lowest, logging.WARNING))
+    own.setLevel(lowest)
+    logging.captureWarnings(True)
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            _add_trace_id,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(Lossy(sys.stderr)),  # type: ignore[arg-type]  # all it needs
+        processors=[*chain, ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(lowest),
+        logger_factory=lambda *_: own,
         cache_logger_on_first_use=True,
     )
+    sys.excepthook = _uncaught
+    threading.excepthook = lambda args: _uncaught(args.exc_type, args.exc_value, args.exc_traceback)
+    sys.unraisablehook = lambda args: _uncaught(args.exc_type, args.exc_value, args.exc_traceback)
 
 
-def _add_trace_id(_logger: object, _method: str, event: MutableMapping[str, object]) -> MutableMapping[str, object]:
+def _uncaught(kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None) -> None:
+    structlog.get_logger(__name__).error("uncaught_exception", exc_info=(kind, error, traceback))
+
+
+def _add_trace_id(_logger: object, _method: str, event: Event) -> Event:
     """A structlog processor: adds the id of the current trace, 32 hexadecimal digits, where there is one."""
     context = trace.get_current_span().get_span_context()
     if context.is_valid:
         event.setdefault("trace_id", format(context.trace_id, "032x"))
+    return event
+
+
+def _escape_control(_logger: object, _method: str, event: Event) -> Event:
+    """A structlog processor: writes control characters as escapes, in tracebacks all but the ends of their lines."""
+    for key, value in event.items():
+        if isinstance(value, str):
+            lines = value.split("\n") if key in TRACEBACKS else [value]
+            event[key] = "\n".join(CONTROL.sub(lambda found: repr(found[0])[1:-1], line) for line in lines)
     return event

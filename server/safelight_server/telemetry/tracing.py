@@ -7,12 +7,13 @@ for; a runtime finds the span of its call as OpenTelemetry's own current span,
 which is invalid where no recorded trace takes part in the call.
 
 `trail.py` has the stages of one output and the spans of calls that outputs
-share, `export.py` the exporter.
+share, `sampling.py` what is recorded, `export.py` the exporter.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 
@@ -20,16 +21,19 @@ from opentelemetry import context as contexts
 from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
-from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from safelight_server.telemetry.export import close_within, otlp_processor
+from safelight_server.telemetry.sampling import build_sampler
 
 CLOSE_S = 3.0
 """How long shutdown waits for the collector to take the last spans."""
 FAULTS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 """gRPC statuses that are the server's faults; callers cause the others (OpenTelemetry's conventions for gRPC)."""
+TRACE_STATE_CHARS = 512
+"""Longest `tracestate` that is passed on, as W3C Trace Context asks for at least."""
+logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)  # warns of each tracestate that is malformed
 _PROPAGATOR = TraceContextTextMapPropagator()
 _NOTHING: Mapping[str, str | int | float] = {}
 
@@ -41,6 +45,7 @@ class Tracing:
         endpoint: URL of an OTLP gRPC collector, http:// or https://; empty: nothing is recorded.
         ratio: share (0 to 1) of the traces recorded about which the client's `traceparent` decides nothing.
         headers: sent with every export, such as the collector's key.
+        requested_per_s: traces that known callers may have recorded by their flag, per second; `ratio` beyond that.
         processor: takes the spans in place of an exporter to `endpoint`; for tests.
 
     Attributes:
@@ -52,25 +57,34 @@ class Tracing:
         endpoint: str = "",
         ratio: float = 1.0,
         headers: Mapping[str, str] | None = None,
+        requested_per_s: float = 100.0,
         processor: SpanProcessor | None = None,
     ) -> None:
         self.num_trails = 0
         self._provider: TracerProvider | None = None
         if endpoint or processor is not None:
             resource = Resource.create({"service.name": "safelight"})
-            sampler = ParentBased(TraceIdRatioBased(ratio))
+            sampler = build_sampler(ratio, requested_per_s)
             self._provider = TracerProvider(resource=resource, sampler=sampler, shutdown_on_exit=False)
             self._provider.add_span_processor(processor or otlp_processor(endpoint, headers or {}))
         provider: trace.TracerProvider = self._provider or trace.NoOpTracerProvider()
         self.tracer = provider.get_tracer("safelight")
 
-    def server_call(self, service: str, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> Stage:
-        """Starts the span of an incoming call, as a child of the span in the client's `traceparent`, if it sent one."""
-        carrier = {key: value for key, value in metadata if key in ("traceparent", "tracestate")}
+    def server_call(
+        self, service: str, method: str, metadata: Iterable[tuple[str, str | bytes]], *, known: bool
+    ) -> Stage:
+        """Starts the span of an incoming call: for a known caller as a child of the span in its `traceparent`.
+
+        Args:
+            known: whether the server knows the caller. What an unknown one says of traces is ignored: its call begins a
+                trace of its own.
+        """
+        carrier = {key: value for key, value in metadata if key in ("traceparent", "tracestate")} if known else {}
+        if len(carrier.get("tracestate", "")) > TRACE_STATE_CHARS:
+            del carrier["tracestate"]
         attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
-        span = self.tracer.start_span(
-            f"{service}/{method}", _PROPAGATOR.extract(carrier), kind=SpanKind.SERVER, attributes=attributes
-        )
+        parent = _PROPAGATOR.extract(carrier, contexts.Context())
+        span = self.tracer.start_span(f"{service}/{method}", parent, kind=SpanKind.SERVER, attributes=attributes)
         return Stage(self, span)
 
     def close(self) -> None:
