@@ -14,7 +14,9 @@ import pytest
 from tests.clients.case import ROOT
 
 CLIENTS = ROOT / "clients"
-LANGUAGES = ("python", "go", "typescript")
+WEB = "typescript-web"
+"""The TypeScript client for pages, run by Node."""
+LANGUAGES = ("python", "go", "typescript", WEB)
 TSC = ROOT / "node_modules/.bin/tsc"
 
 
@@ -23,7 +25,7 @@ def is_here(language: str) -> bool:
     match language:
         case "python":
             return True
-        case "typescript":
+        case "typescript" | "typescript-web":
             return shutil.which("node") is not None and TSC.exists()
         case _:
             return shutil.which(language) is not None
@@ -57,6 +59,8 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[st
                 require_typescript()
                 subprocess.run([TSC, "--project", CLIENTS / "typescript"], check=True)
                 return ["node", str(CLIENTS / "typescript/dist/conformance.js")]
+            case "typescript-web":
+                return [*command("typescript"), "--web"]
             case _:
                 raise ValueError(language)
 

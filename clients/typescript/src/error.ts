@@ -41,8 +41,7 @@ export class SafelightError extends Error {
     const failure = ConnectError.from(error);
     const fromServer = failure.metadata.has("grpc-status");
     if (signal?.aborted && !fromServer) return SafelightError.aborted(signal);
-    const lost = !fromServer && LOST.has(failure.code) && !failure.rawMessage.startsWith("HTTP ");
-    return new SafelightError(failure.rawMessage, lost ? Code.Unavailable : failure.code, failure);
+    return new SafelightError(failure.rawMessage, fromServer ? failure.code : codeOfTransport(failure), failure);
   }
 
   /** The error of a call that the caller's signal has ended. */
@@ -52,4 +51,11 @@ export class SafelightError extends Error {
       ? new SafelightError("the caller's signal timed out", Code.DeadlineExceeded, signal.reason)
       : new SafelightError("the caller aborted the call", Code.Canceled, signal.reason);
   }
+}
+
+/** The code of an error that the server has not given as a status. */
+function codeOfTransport(failure: ConnectError): Code {
+  if (failure.rawMessage === "HTTP 413") return Code.ResourceExhausted;
+  const answered = failure.rawMessage.startsWith("HTTP "); // by something that speaks no gRPC-Web
+  return LOST.has(failure.code) && !answered ? Code.Unavailable : failure.code;
 }
