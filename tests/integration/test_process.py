@@ -82,8 +82,14 @@ def begin(
     command = [sys.executable, "-m", "safelight_server", "serve", "--host", host, "--port", port]
     env = {"PYTHONPATH": f"{ROOT}/server:{ROOT}/clients/python", "PATH": "/usr/bin", "SAFELIGHT_RUNTIME": "simulated"}
     env |= {"SAFELIGHT_LOG_FORMAT": "json", "SAFELIGHT_SIMULATED_BASE_MS": "5"} | environment
+
+    def prepare() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which servers inherit
+        if before is not None:
+            before()
+
     with log.open("wb") as stderr, stdout.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=stderr, env=env, preexec_fn=before)
+        process = subprocess.Popen(command, stdout=out, stderr=stderr, env=env, preexec_fn=prepare)
     return Served(process, target, log)
 
 

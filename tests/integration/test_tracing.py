@@ -85,7 +85,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
 
 async def test_one_trace_holds_all_stages_under_their_parents(start, recorder) -> None:
     trace_id = secrets.token_hex(16)
-    message = request()
+    message = request(steps=16)  # enough that a preview is decoded between two of them on any machine
     message.preview.CopyFrom(pb.PreviewPolicy(method=pb.PREVIEW_METHOD_TINY_DECODER))
     async with start(num_instances=1) as running, grpc.aio.insecure_channel(running.address) as channel:
         [events] = await follow(stubs.GenerationServiceStub(channel), [message], [trace_id])
@@ -105,8 +105,8 @@ async def test_one_trace_holds_all_stages_under_their_parents(start, recorder) -
     root = spans.one(GENERATE)
     assert root.parent_id == "00f067aa0ba902b7"
     assert root.attributes["rpc.grpc.status_code"] == 0
-    assert root.attributes["safelight.steps"] == 4
-    assert [span.attributes["safelight.step"] for span in spans.named("step")] == [1, 2, 3, 4]
+    assert root.attributes["safelight.steps"] == 16
+    assert [span.attributes["safelight.step"] for span in spans.named("step")] == list(range(1, 17))
     assert spans.one("output").attributes["safelight.finish_reason"] == "completed"
     assert {span.attributes["safelight.batch.rows"] for span in spans.named("batch")} == {1, 2}
     assert not [span for span in spans.all if span.error]
