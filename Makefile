@@ -29,6 +29,11 @@ help: ## List the targets, and how long each takes
 	.venv/bin/uv pip sync --quiet --python .venv-bench/bin/python --require-hashes requirements-bench.lock
 	@touch $@
 
+.venv-locust/.installed: .venv/.uv requirements-locust.lock
+	python3 -m venv .venv-locust
+	.venv/bin/uv pip sync --quiet --python .venv-locust/bin/python --require-hashes requirements-locust.lock
+	@touch $@
+
 .venv-triton/.installed: .venv/.uv requirements-triton.lock
 	python3 -m venv .venv-triton
 	.venv/bin/uv pip sync --quiet --python $(TRITON_PY) --require-hashes requirements-triton.lock
@@ -86,7 +91,7 @@ test-triton: setup .venv-triton/.installed .tools/.installed ## Run the tests ag
 	$(PY) -m pytest -q --timeout 180 tests/triton
 
 .PHONY: test-tools
-test-tools: setup .tools/.installed node_modules/.installed ## Run the tests with grpcurl, ghz, Jaeger and Node (1 min)
+test-tools: setup .tools/.installed .venv-locust/.installed node_modules/.installed ## Run the tests with grpcurl, ghz, locust, Jaeger and Node (2 min)
 	$(PY) -m pytest -q --timeout 180 tests/tools
 
 .PHONY: test-clients
@@ -150,6 +155,8 @@ lock: .venv/.uv ## Pin all dependencies anew
 	  deploy/triton/requirements.in -o requirements-triton.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
 	  --group docs -c requirements-dev.lock -o requirements-docs.lock
+	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
+	  --group locust -c requirements-dev.lock -o requirements-locust.lock
 
 .PHONY: mutate
 mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name; 6 min)
@@ -187,7 +194,7 @@ evaluate: .venv-training/.installed ## Score the shipped weights; fails below th
 
 .PHONY: clean
 clean: ## Remove what was built and measured
-	rm -rf .venv .venv-training .venv-bench .venv-triton .venv-docs .tools node_modules tools/site/node_modules out
+	rm -rf .venv .venv-training .venv-bench .venv-triton .venv-docs .venv-locust .tools node_modules tools/site/node_modules out
 
 .venv-docs/.installed: .venv/.uv requirements-docs.lock
 	python3 -m venv .venv-docs
@@ -210,3 +217,11 @@ test-examples: setup ## Run the examples (a minute; the one with Redis needs red
 .PHONY: bench-server
 bench-server: setup ## Put load on a running server and print what its clients see (BENCH_ARGS="--target HOST:PORT ...")
 	$(PY) -m load_tests.bench.running_server $(BENCH_ARGS)
+
+.PHONY: ghz
+ghz: setup .tools/.installed ## Run the scenarios of docs/load-testing.md on a running server (8 min; GHZ_ARGS="--time-scale 0.1 ...")
+	$(PY) -m load_tests.ghz.run $(GHZ_ARGS)
+
+.PHONY: locust
+locust: .venv-locust/.installed ## Let users ask a running server until Ctrl-C (LOCUST_ARGS="--users 8 --run-time 60s ...")
+	PYTHONPATH=clients/python:. .venv-locust/bin/locust -f load_tests/locust/locustfile.py --headless $(LOCUST_ARGS)

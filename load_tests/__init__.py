@@ -1,4 +1,6 @@
-"""Benchmarks (`bench/`) and the calibration of the approximate caches (`calibration/`).
+"""Scenarios for ghz (`ghz/`), users for locust (`locust/`), benchmarks (`bench/`), soak test, calibration of caches.
+
+docs/load-testing.md is about `ghz/` and `locust/`, which need a running server.
 
 `make bench` runs all parts of `bench/`, `make bench ONLY=latency` one of them;
 docs/benchmarks.md says how to read the results. Each part has a `Plan` of how

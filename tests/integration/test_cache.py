@@ -59,8 +59,7 @@ def pictures(events: list[pb.GenerationEvent]) -> list[bytes]:
 
 async def kept(running) -> None:
     """Everything that is to be kept is."""
-    executions = running.generations._planner._executions
-    await eventually(lambda: not (running.generations._live or executions._tasks or running.cache._writes))
+    await eventually(lambda: not (running.inspect().live or running.inspect().keeping))
 
 
 async def test_an_identical_request_gets_the_very_picture_without_a_denoiser_row(server, seed):
@@ -129,7 +128,7 @@ async def test_a_full_queue_never_refuses_what_is_there(start):
         await collect(stub.Generate(request()))
         await kept(running)
         calls = [asyncio.create_task(collect(stub.Generate(request(seed, steps=50)))) for seed in (1, 2)]
-        await eventually(lambda: len(running.generations._live) == 2)
+        await eventually(lambda: running.inspect().live == 2)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await collect(stub.Generate(request(3)))
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -412,7 +411,7 @@ async def test_a_prompt_is_read_and_compared_once_for_a_request(server, seed, mo
     monkeypatch.setattr(prompts, "vector", counted(vectors, vector))
     await collect(stub.Generate(ask(f"a blue sword {seed}", seed + 1, SIMILAR)))
     await kept(running)
-    await eventually(lambda: not running.generations._planner._executions._tasks)
+    await eventually(lambda: not running.inspect().keeping)
     assert (len(reads), len(vectors)) == (2, 1), "the prompt and the negative prompt; and nothing when it is kept"
 
 

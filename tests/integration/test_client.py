@@ -75,7 +75,7 @@ async def test_whoever_looks_away_lets_the_server_know(simulated):
         held = client.generate("x", steps=900)
         assert await anext(held)
         await held.aclose()
-        await eventually(lambda: len(simulated.generations._suspended) == 2)
+        await eventually(lambda: simulated.inspect().suspended == 2)
 
 
 NOTHING = grpc.aio.Metadata()

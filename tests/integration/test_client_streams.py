@@ -81,7 +81,7 @@ async def test_a_program_without_asyncio(simulated):
             assert list(caught.value.violations) == ["spec.num_inference_steps"]
 
     await asyncio.to_thread(program)
-    await eventually(lambda: len(simulated.generations._suspended) == 1)
+    await eventually(lambda: simulated.inspect().suspended == 1)
 
 
 NOTHING = grpc.aio.Metadata()

@@ -70,7 +70,7 @@ async def server(shared_server):
     running, stub = shared_server
     for name in list(running.generations._live):
         await stub.CancelGeneration(pb.CancelGenerationRequest(name=f"generations/{name}"))
-    await eventually(lambda: not running.generations._live)
+    await eventually(lambda: not running.inspect().live)
 
 
 async def test_a_prompt_alone_is_enough(server):
@@ -156,7 +156,7 @@ async def test_cancel_stops_at_a_step_and_ends_the_stream_as_cancelled(server):
     assert caught.value.code() is grpc.StatusCode.CANCELLED
     assert events[-1].finished.status.code == grpc.StatusCode.CANCELLED.value[0]
     assert events[-1].finished.usage.num_steps < 20
-    assert not running.generations._live
+    assert not running.inspect().live
 
 
 async def test_a_lost_stream_is_resumed_from_its_step_with_the_same_pixels(server):
@@ -205,7 +205,7 @@ async def test_detached_it_runs_to_the_end_and_can_be_watched_again(server):
         name = response.event.generation
         break
     call.cancel()
-    await eventually(lambda: not running.generations._live)
+    await eventually(lambda: not running.inspect().live)
     events = await collect(stub.WatchGeneration(pb.WatchGenerationRequest(name=name)))
     assert kinds(events) == ["accepted", "artifact_chunk", "output_finished", "finished"]
 
@@ -268,8 +268,8 @@ async def test_tenants_do_not_share(start, tmp_path):
         stub = stubs.GenerationServiceStub(channel)
         metadata = [(("authorization", f"Bearer {value}"),) for value in (ann, bob)]
         calls = [asyncio.create_task(collect(stub.Generate(request(steps=50), metadata=who))) for who in metadata]
-        await eventually(lambda: len(running.generations._live) == 2)
-        assert running.generations._engine.scheduler.num_outputs == 2
+        await eventually(lambda: running.inspect().live == 2)
+        assert running.inspect().outputs == 2
         for events in await asyncio.gather(*calls):
             assert events[-1].finished.cache_results[0].disposition == pb.CacheResult.DISPOSITION_MISS
 
@@ -279,7 +279,7 @@ async def test_a_deadline_that_cannot_be_met_is_refused_before_anything_is_compu
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await collect(stub.Generate(request(steps=50), timeout=0.02))
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert not running.generations._live
+    assert not running.inspect().live
 
 
 async def test_a_full_queue_says_when_to_come_back(start):
@@ -287,7 +287,7 @@ async def test_a_full_queue_says_when_to_come_back(start):
     async with start(**limits) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
         calls = [asyncio.create_task(collect(stub.Generate(request(seed, steps=50)))) for seed in (1, 2)]
-        await eventually(lambda: len(running.generations._live) == 2)
+        await eventually(lambda: running.inspect().live == 2)
         message = request()
         message.spec.outputs.extend([pb.OutputSpec(seed=8)])
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -302,7 +302,7 @@ async def test_draining_admits_nothing_and_lets_what_runs_finish(start):
     async with start() as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
         call = asyncio.create_task(collect(stub.Generate(request(steps=25))))
-        await eventually(lambda: bool(running.generations._live))
+        await eventually(lambda: bool(running.inspect().live))
         drained = running.drain(20.0)
         await asyncio.sleep(0)
         await eventually(lambda: running.generations._draining)
@@ -365,8 +365,8 @@ async def test_identical_requests_are_developed_once_and_each_keeps_what_is_its_
     for message in (first, second, request(steps=30)):
         calls.append(stub.Generate(message))
         streams.append(asyncio.create_task(collect(calls[-1])))
-        await eventually(lambda: len(running.generations._live) == len(calls))
-    assert running.generations._engine.scheduler.num_outputs == 1
+        await eventually(lambda: running.inspect().live == len(calls))
+    assert running.inspect().outputs == 1
     await eventually(lambda: any(g.outputs[0].step > 2 for g in running.generations._live.values()))
     calls[0].cancel()  # the one that began it
     *_, done, again = await asyncio.gather(*streams, return_exceptions=True)
@@ -387,8 +387,8 @@ async def test_bypass_neither_joins_nor_is_joined(server):
     running, stub = server
     alone = request(steps=20, cache=BYPASS)
     calls = [asyncio.create_task(collect(stub.Generate(r))) for r in (alone, request(steps=20), alone)]
-    await eventually(lambda: len(running.generations._live) == 3)
-    assert running.generations._engine.scheduler.num_outputs == 3
+    await eventually(lambda: running.inspect().live == 3)
+    assert running.inspect().outputs == 3
     results = await asyncio.gather(*calls)
     assert all(np.array_equal(pixels(results[0]), pixels(other)) for other in results[1:])
 
@@ -397,7 +397,7 @@ async def test_a_shared_generation_that_is_lost_comes_back_to_what_others_have_m
     running, stub = server
     call, other = stub.Generate(request(steps=40)), asyncio.create_task(collect(stub.Generate(request(steps=40))))
     name = (await anext(aiter(call))).event.generation
-    await eventually(lambda: len(running.generations._live) == 2)
+    await eventually(lambda: running.inspect().live == 2)
     call.cancel()
     lost = running.generations._live[name.partition("/")[2]]
     await eventually(lambda: lost.state.name == "SUSPENDED")

@@ -66,7 +66,7 @@ async def test_a_picture_is_the_one_that_grpc_gives(server):
     assert answer["usage"]["total_tokens"] == answer["usage"]["input_tokens"] + 2 * 16 * 16
     more = answer["safelight"]
     assert (more["seeds"], more["cache"], more["model"]) == ([7, 8], ["MISS", "MISS"], "simulated")
-    assert not server.generations._live
+    assert not server.inspect().live
     assert len(server.streams) == 0
 
 
@@ -200,14 +200,14 @@ async def test_a_full_queue_says_when_to_come_back():
             asyncio.create_task(http.post(GENERATIONS, json=body(num_inference_steps=100, prompt=text)))
             for text in "ab"
         ]
-        await eventually(lambda: len(running.generations._live) == 2)
+        await eventually(lambda: running.inspect().live == 2)
         response = await http.post(GENERATIONS, json=body(prompt="c"))
         assert response.status_code == 429
         assert error_of(response)["code"] == "QUEUE_FULL"
         assert int(response.headers["retry-after"]) >= 1
         for one in asked:
             one.cancel()
-        await eventually(lambda: not running.generations._live)
+        await eventually(lambda: not running.inspect().live)
 
 
 async def test_streams_of_a_caller_are_bounded_with_those_of_grpc():
@@ -239,7 +239,7 @@ async def test_a_deadline_that_passes_ends_the_request_and_its_work(server, stre
     asked = body(num_inference_steps=100, stream=stream)
     async with client(server) as http:
         task = asyncio.create_task(http.post(GENERATIONS, json=asked, headers={"grpc-timeout": "2S"}))
-        await eventually(lambda: bool(server.generations._live))
+        await eventually(lambda: bool(server.inspect().live))
         [generation] = server.generations._live.values()
         generation.expire()
         response = await task
@@ -248,14 +248,14 @@ async def test_a_deadline_that_passes_ends_the_request_and_its_work(server, stre
         assert (name, event["error"]["code"]) == ("error", "DEADLINE_EXCEEDED")
     else:
         assert (response.status_code, error_of(response)["code"]) == (504, "DEADLINE_EXCEEDED")
-    await eventually(lambda: not server.generations._live)
+    await eventually(lambda: not server.inspect().live)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_leaves_cancels(server, stream):
     async with raw_connection(server) as (_, writer):
         writer.write(post(server, body(num_inference_steps=1000, stream=stream)))
-        await eventually(lambda: bool(server.generations._live))
+        await eventually(lambda: bool(server.inspect().live))
         [generation] = server.generations._live.values()
     await eventually(lambda: generation.ended)
     assert generation.error.reason == "GENERATION_CANCELLED"
@@ -274,7 +274,7 @@ async def test_one_that_does_not_read_gets_newer_previews_and_no_backlog(server,
     asked = body(num_inference_steps=60, stream=True, partial_images=3, seed=1)
     async with raw_connection(server, receive_bytes=8192) as (reader, writer):
         writer.write(post(server, asked))
-        await eventually(lambda: bool(server.generations._live))
+        await eventually(lambda: bool(server.inspect().live))
         [generation] = server.generations._live.values()
         await eventually(lambda: generation.ended)
         assert generation.log.num_previews == 1
@@ -290,7 +290,7 @@ async def test_one_that_never_reads_is_closed_and_cancels(large_previews):
     stall = http_server(watcher_stall_s=0.3)
     async with stall as running, raw_connection(running, receive_bytes=8192) as (reader, writer):
         writer.write(post(running, body(num_inference_steps=1000, stream=True, partial_images=3)))
-        await eventually(lambda: bool(running.generations._live))
+        await eventually(lambda: bool(running.inspect().live))
         [generation] = running.generations._live.values()
         await eventually(lambda: generation.ended)
         assert generation.error.reason == "GENERATION_CANCELLED"
@@ -362,7 +362,7 @@ async def test_a_drain_delivers_what_runs_and_refuses_what_comes(server):
             asyncio.create_task(http.post(GENERATIONS, json=body(num_inference_steps=300, stream=s, seed=int(s))))
             for s in (False, True)
         ]
-        await eventually(lambda: len(server.generations._live) == 2)
+        await eventually(lambda: server.inspect().live == 2)
         drained = server.drain(20.0)
         assert (await other.get("/healthz")).status_code == 503
         response = await other.post(GENERATIONS, json=body())
@@ -380,7 +380,7 @@ async def test_a_drain_delivers_what_runs_and_refuses_what_comes(server):
 async def test_a_drain_without_time_ends_what_runs(server):
     async with client(server) as http:
         task = asyncio.create_task(http.post(GENERATIONS, json=body(num_inference_steps=1000)))
-        await eventually(lambda: bool(server.generations._live))
+        await eventually(lambda: bool(server.inspect().live))
         await server.drain(0.0)
         response = await task
     assert (response.status_code, error_of(response)["code"]) == (503, "DRAINING")

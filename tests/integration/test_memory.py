@@ -98,7 +98,7 @@ async def test_an_unread_stream_that_was_ended_keeps_no_pictures(start, no_colle
                 call = stubs.GenerationServiceStub(connection).Generate(pb.GenerateRequest(spec=spec, encoding=raw))
                 calls.append(call)
                 await call.read()
-            await eventually(lambda: len(running.streams) == 4 and not len(running.generations._streams))
+            await eventually(lambda: len(running.streams) == 4 and not running.inspect().streams)
             await develop(stubs.GenerationServiceStub(healthy), 1)
             await eventually(lambda: all(num_held(kind) - before[kind] == 1 for kind in before))
             assert len(running.streams) == 4, "the calls are still there"

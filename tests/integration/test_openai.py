@@ -96,7 +96,7 @@ async def test_a_stream_that_is_closed_cancels(client, server):
     )
     await anext(aiter(stream))
     await stream.close()
-    await eventually(lambda: not server.generations._live)
+    await eventually(lambda: not server.inspect().live)
 
 
 async def test_models(client):

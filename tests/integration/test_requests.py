@@ -60,8 +60,8 @@ def fields(found: dict[str, Message]) -> list[str]:
 
 
 def nothing_ran(running) -> bool:
-    at = running.generations
-    return not at._live and not at._finished and at._engine.scheduler.num_outputs == 0
+    held = running.inspect()
+    return not (held.live or held.finished or held.outputs)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ async def test_a_full_queue_names_its_bound_and_the_time_to_come_back(start):
     async with start(**SIMULATED, **limits) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
         calls = [stub.Generate(request(num_inference_steps=500)) for _ in range(3)]
-        await eventually(lambda: len(running.generations._live) == 3)
+        await eventually(lambda: running.inspect().live == 3)
         code, found = await refusal(stub.Generate(request()))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert found["ErrorInfo"].reason == "QUEUE_FULL"
@@ -164,7 +164,7 @@ async def test_a_full_queue_names_its_bound_and_the_time_to_come_back(start):
         # one of three generations of 2.5 s must end first
         assert 1 < found["RetryInfo"].retry_delay.ToSeconds() < 5
         other = stub.Generate(request(), metadata=(("safelight-caller", "someone-else"),))
-        await eventually(lambda: len(running.generations._live) == 4)
+        await eventually(lambda: running.inspect().live == 4)
         for call in (*calls, other):
             call.cancel()
 
@@ -245,7 +245,7 @@ async def test_a_bug_at_the_start_leaves_no_request_id_behind(server):
     planner.plan = plan
     events = [response.event async for response in stub.Generate(message)]
     assert events[-1].finished.status.code == 0
-    assert not running.generations._starting
+    assert not running.inspect().starting
 
 
 async def test_the_time_that_looking_takes_counts_against_the_deadline(start):
@@ -276,7 +276,7 @@ async def test_an_outcome_that_is_no_longer_kept_is_not_computed_again(start):
         message.request_id = str(uuid.uuid4())
         for sent in (message, request()):
             assert [response.event async for response in stub.Generate(sent)]
-        await eventually(lambda: len(running.generations._finished) == 1)
+        await eventually(lambda: running.inspect().finished == 1)
         code, found = await refusal(stub.Generate(message))
         assert code is grpc.StatusCode.FAILED_PRECONDITION
         assert found["ErrorInfo"].reason == "OUTCOME_EXPIRED"
@@ -304,7 +304,7 @@ async def test_a_lost_generation_that_is_not_resumed_by_its_deadline_is_late_and
     names = [(await call.read()).event.generation for call in calls]
     for call in calls:
         call.cancel()
-    await eventually(lambda: not running.generations._live)
+    await eventually(lambda: not running.inspect().live)
     ended = [running.generations._finished.get(name.partition("/")[2]) for name in names]
     assert {generation.error.reason for generation in ended} == {"DEADLINE_EXCEEDED"}
 
@@ -359,7 +359,7 @@ async def undelivered(running, channel):
     async for response in call:
         if response.event.HasField("artifact_chunk"):
             break
-    await eventually(lambda: not running.generations._live)
+    await eventually(lambda: not running.inspect().live)
     return call
 
 
@@ -372,11 +372,11 @@ async def finishes(call) -> bool:
 async def test_a_generation_ends_although_its_end_cannot_be_logged(server):
     running, channel = server
     call = stubs.GenerationServiceStub(channel).Generate(request(num_inference_steps=100))
-    await eventually(lambda: bool(running.generations._live))
+    await eventually(lambda: bool(running.inspect().live))
     [generation] = running.generations._live.values()
     generation._logger = Mock(info=Mock(side_effect=BrokenPipeError))
     assert await finishes(call)
-    assert generation._logger.info.called and not running.generations._live
+    assert generation._logger.info.called and not running.inspect().live
 
 
 def small(address: str) -> grpc.aio.Channel:
@@ -445,7 +445,7 @@ async def test_lost_generations_are_bounded(start):
             lost = min(number + 1, 2)
             await eventually(
                 lambda lost=lost, name=names[-1].partition("/")[2]: (
-                    len(running.generations._suspended) == lost and name in running.generations._suspended
+                    running.inspect().suspended == lost and name in running.generations._suspended
                 )
             )
         states = [(await stub.GetGeneration(pb.GetGenerationRequest(name=name))).generation.state for name in names]

@@ -311,7 +311,7 @@ async def test_a_request_over_http_is_the_root_of_the_same_stages(recorder) -> N
 
         await post(good)
         posting = asyncio.create_task(post(late, num_inference_steps=1000))
-        await eventually(lambda: bool(running.generations._live))
+        await eventually(lambda: bool(running.inspect().live))
         [generation] = running.generations._live.values()
         generation.expire()
         await posting

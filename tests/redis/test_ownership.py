@@ -98,11 +98,11 @@ async def test_what_shares_nothing_moves_too(redis_server: RedisServer, tmp_path
         call = one.stub.Generate(request(2, STEPS, cache=BYPASS))
         before = await until_step(call, 8)
         call.cancel()
-        await eventually(lambda: bool(one.running.generations._suspended))
+        await eventually(lambda: bool(one.running.inspect().suspended))
         name = before[0].generation
         after = await collect(other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1)))
         assert sequences(after) == [2, 3]
-        assert not one.running.generations._live, "it went where its stream is"
+        assert not one.running.inspect().live, "it went where its stream is"
         assert picture(after) == await undisturbed(other, 2)
         assert [bill["generation"] for bill in await bills(redis_server.url, tmp_path)].count(name) == 1
 

@@ -28,7 +28,7 @@ async def moved(one: Server, other: Server, message: pb.GenerateRequest) -> tupl
     call = one.stub.Generate(message)
     name = (await until_step(call, 2))[0].generation
     call.cancel()
-    await eventually(lambda: bool(one.running.generations._suspended))
+    await eventually(lambda: bool(one.running.inspect().suspended))
     watching = other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1))
     live = other.running.generations._live
     await asyncio.gather(watching.wait_for_connection(), eventually(lambda: name.partition("/")[2] in live))
@@ -79,7 +79,7 @@ async def test_a_stream_that_is_lost_again_suspends_it_again(redis_server: Redis
         assert generation.state is GenerationState.RUNNING
         watching.cancel()
         await eventually(lambda: generation.state is GenerationState.SUSPENDED)
-        await eventually(lambda: not other.running.generations._engine.scheduler.num_outputs)
+        await eventually(lambda: not other.running.inspect().outputs)
         await eventually(lambda: generation.state is GenerationState.CANCELLED)
 
 
@@ -108,14 +108,14 @@ async def test_a_drained_replica_develops_nothing_that_it_has_shown_for_another(
         call = one.stub.Generate(request(5, 1000, cache=BYPASS))
         name = (await until_step(call, 2))[0].generation
         call.cancel()
-        await eventually(lambda: bool(one.running.generations._suspended))
+        await eventually(lambda: bool(one.running.inspect().suspended))
         watching = other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1))
         await until_step(watching, 6)
         await other.running.drain(0.0)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await collect(watching)
         assert reason_of(caught.value) == "MOVED"
-        assert not other.running.generations._engine.scheduler.num_outputs
+        assert not other.running.inspect().outputs
 
 
 async def test_a_cancel_is_answered_though_its_caller_looks_no_more(redis_server: RedisServer, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ async def test_a_cancel_is_answered_though_its_caller_looks_no_more(redis_server
         cancelling = other.stub.CancelGeneration(pb.CancelGenerationRequest(name=name))
         await heard.wait()
         watching.cancel()
-        await eventually(lambda: not len(other.running.generations._streams))
+        await eventually(lambda: not other.running.inspect().streams)
         hear(name.partition("/")[2], {})
         assert (await cancelling).generation.state == pb.Generation.STATE_CANCELLED
         assert not len(other.running.generations.ownership.mirrors)

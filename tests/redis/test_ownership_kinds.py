@@ -85,7 +85,7 @@ async def test_a_stream_is_sent_to_where_it_goes_on(redis_server: RedisServer, t
         call = one.stub.Generate(request(2, STEPS))
         name = (await until_step(call, 4))[0].generation
         call.cancel()
-        await eventually(lambda: bool(one.running.generations._suspended))
+        await eventually(lambda: bool(one.running.inspect().suspended))
         watch = pb.WatchGenerationRequest(name=name, after_sequence=1)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await collect(other.stub.WatchGeneration(watch))
@@ -138,7 +138,7 @@ async def test_one_with_other_numerics_goes_on_with_it_and_says_so(redis_server:
         call = one.stub.Generate(request(7, STEPS))
         name = (await until_step(call, 2))[0].generation
         call.cancel()
-        await eventually(lambda: bool(one.running.generations._suspended))
+        await eventually(lambda: bool(one.running.inspect().suspended))
         shown = await collect(other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1)))
         assert picture(shown)
         assert [result.numerics_id for result in shown[-1].finished.cache_results] == ["others"]
@@ -184,7 +184,7 @@ async def test_who_fails_to_go_on_with_it_leaves_it_to_others(
         call = one.stub.Generate(request(5, STEPS))
         name = (await until_step(call, 4))[0].generation
         call.cancel()
-        await eventually(lambda: bool(one.running.generations._suspended))
+        await eventually(lambda: bool(one.running.inspect().suspended))
         enter = planner.enter
 
         failed = list[Generation]()

@@ -46,7 +46,7 @@ async def let_go(server: Server, message: pb.GenerateRequest) -> pb.WatchGenerat
     call = server.stub.Generate(message)
     name = (await until_step(call, BRANCHED_AT + 3))[0].generation
     call.cancel()
-    await eventually(lambda: bool(server.running.generations._suspended))
+    await eventually(lambda: bool(server.running.inspect().suspended))
     return pb.WatchGenerationRequest(name=name, after_sequence=1)
 
 

@@ -77,7 +77,7 @@ async def test_nothing_is_left_of_what_was_finished_suspended_and_branched(
             call = one.stub.Generate(message)
             events = await until_step(call, 5)
             call.cancel()
-        await eventually(lambda: len(one.running.generations._suspended) == 2)
+        await eventually(lambda: one.running.inspect().suspended == 2)
         assert {"artifact", "checkpoint", "picture", "start"} <= set(await kept_s(one))
         what = {"tenant": "default", "model_revision": revision(events)}[by]
         assert not (await purge(one, **{by: what})).failed_tiers
@@ -103,7 +103,7 @@ async def test_what_an_output_begins_from_goes_with_its_record(redis_server: Red
         call = one.stub.Generate(message)
         name = (await until_step(call, 5))[0].generation
         call.cancel()
-        await eventually(lambda: bool(one.running.generations._suspended))
+        await eventually(lambda: bool(one.running.inspect().suspended))
         assert "start" in await kept_s(one), "another replica goes on from it"
         await collect(other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name)))
         assert "start" not in await kept_s(other)

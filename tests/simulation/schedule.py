@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import structlog
-from safelight_server.cluster.commit import BILL
+from safelight_server.cluster.bills import BILL
 from safelight_server.domain.caller import Caller
 from safelight_server.domain.request import CacheMode, CachePolicy, DisconnectPolicy, Request
 from safelight_server.scheduler import Priority

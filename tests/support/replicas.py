@@ -17,7 +17,7 @@ from pathlib import Path
 import grpc
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
-from safelight_server.cluster.commit import BILL
+from safelight_server.cluster.bills import BILL
 from safelight_server.coordination.redis import RedisCoordinator
 from safelight_server.storage.breaker import Breaker
 from safelight_server.storage.keyring import Keyring, new_key_file

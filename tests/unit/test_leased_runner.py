@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry
 from safelight_server.cache.checkpoints import CheckpointPolicy, Checkpoints
 from safelight_server.cache.pictures import PictureFacts, Pictures
 from safelight_server.cluster import commit as commit_module
+from safelight_server.cluster.bills import BILL
 from safelight_server.cluster.bulletin import Bulletin
-from safelight_server.cluster.commit import BILL
 from safelight_server.cluster.leased_runner import LeasedRunner
 from safelight_server.cluster.leased_runners import ExecutionTicket, LeasedRunners
 from safelight_server.coordination.base import CommitOutcome, Lease
@@ -79,7 +79,7 @@ class Replica:
         pipeline = simulated_pipeline()
         table = compile_table(SamplerSpec("ddim", "trailing"), pipeline.schedule, "v_prediction", STEPS)
         job = Job(0, "me", Priority.STANDARD, pipeline, LATENT, table, 7, 1.0, ((1, 2),))
-        ticket = ExecutionTicket(NAME, POINTER, ("t", "exact"), "tenant", generation, "model/1", again)
+        ticket = ExecutionTicket(NAME, POINTER, ("t", "exact"), "tenant", generation, "model/1", "miss", again)
 
         async def keep(pixels: Pixels, compute_s: float) -> bool:
             return await self.pictures.put(POINTER, pixels, FACTS, replicate=True)

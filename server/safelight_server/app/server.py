@@ -50,6 +50,7 @@ from safelight_server.cluster.leased_runners import LeasedRunners
 from safelight_server.coordination.buckets import SharedTokenBuckets
 from safelight_server.engine.engine import Engine
 from safelight_server.generations.execution import Executions
+from safelight_server.generations.inspection import Inspection
 from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
 from safelight_server.quotas.limits import watch
@@ -102,6 +103,10 @@ class Running:
     limits: CallLimits
     drain: Callable[[float], asyncio.Task[None]]
     http_address: str
+
+    def inspect(self) -> Inspection:
+        """Counts what the server holds now."""
+        return self.generations.inspect()
 
 
 def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:

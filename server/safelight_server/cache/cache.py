@@ -234,6 +234,11 @@ class Cache:
         """Returns the owner by which purges find its entries."""
         return self.namespaces.owner(wanted.name.namespace, wanted.revision, wanted.generation)
 
+    @property
+    def num_writes(self) -> int:
+        """Writes in the background that are in progress."""
+        return len(self._writes)
+
     def write(self, work: Coroutine[None, None, None]) -> None:
         """Runs a write in the background, unless `MAX_WRITES` are in progress."""
         if len(self._writes) >= MAX_WRITES:

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
 
 import structlog
 
+from safelight_server.cluster.bills import BilledWork, sealed_bill
 from safelight_server.cluster.leased_runners import ExecutionTicket, LeasedRunners
 from safelight_server.coordination.base import CommitOutcome
 from safelight_server.coordination.leadership import Leadership
 from safelight_server.domain.picture import Pixels
 from safelight_server.storage.base import StoreError
-from safelight_server.storage.sealed import Entry
 
 log = structlog.get_logger(__name__)
 
@@ -32,21 +30,9 @@ GIVE_UP_S = 120.0
 MAX_LATE = 256
 """Results kept for that."""
 RETRY_S = 0.5
-BILL = "bill"
-BILL_S = 400 * 86_400.0
-"""How long bills can be opened."""
 
 KeepPicture = Callable[[Pixels, float], Awaitable[bool]]
 """Puts pixels where the ticket points, with the compute they took; whether a shared tier has them."""
-
-
-@dataclass(slots=True)
-class BilledWork:
-    """The work of an execution that its bill lists."""
-
-    rows: int = 0
-    steps: int = 0
-    compute_s: float = 0.0
 
 
 async def committed_picture(leased_runners: LeasedRunners, name: str) -> Pixels | None:
@@ -101,7 +87,7 @@ async def _commit(
     this waits until there is a result or the lease is free. The bill is the same at each attempt: if the answer of a
     commit was lost and its result was forgotten since, the bill is not written again.
     """
-    until, late, bill = time.monotonic() + GIVE_UP_S, False, _bill(leased_runners, ticket, work)
+    until, late, bill = time.monotonic() + GIVE_UP_S, False, sealed_bill(leased_runners.sealer, ticket, work)
     try:
         while time.monotonic() < until:
             with contextlib.suppress(StoreError):
@@ -129,11 +115,6 @@ async def _commit(
         _decide(decided, None)
         if leader is not None:
             await leader.close()
-
-
-def _bill(leased_runners: LeasedRunners, ticket: ExecutionTicket, work: BilledWork) -> bytes:
-    facts = {"tenant": ticket.tenant, "generation": ticket.generation} | asdict(work)
-    return leased_runners.sealer.seal(BILL, Entry(json.dumps(facts).encode()), leased_runners.sealer.now() + BILL_S)
 
 
 def _decide(decided: asyncio.Future[Pixels | None], pixels: Pixels | None) -> None:

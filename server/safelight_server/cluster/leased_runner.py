@@ -24,7 +24,8 @@ import numpy as np
 import structlog
 
 from safelight_server.catalog.pixels import NotFiniteError, to_pixels
-from safelight_server.cluster.commit import BilledWork, KeepPicture, commit_result, committed_picture
+from safelight_server.cluster.bills import BilledWork
+from safelight_server.cluster.commit import KeepPicture, commit_result, committed_picture
 from safelight_server.cluster.leased_runners import FOLLOW, ExecutionTicket, LeasedRunners
 from safelight_server.coordination.base import BEGINNING, LeaderLostError
 from safelight_server.coordination.leadership import Leadership

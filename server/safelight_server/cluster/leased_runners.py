@@ -40,7 +40,8 @@ class ExecutionTicket:
         pointer: the key of its pixels in the tiers.
         checkpoints: tenant and execution of its checkpoints; None if it has none.
         tenant, generation: who is billed.
-        revision: of the model; purges by revision and by generation use it.
+        revision: "MODEL/REVISION"; purges and the bill use it.
+        disposition: where it begins, for the bill: "miss", "latent" or "branched".
         again: a replica that is gone may have made steps of it already.
     """
 
@@ -50,6 +51,7 @@ class ExecutionTicket:
     tenant: str
     generation: str
     revision: str
+    disposition: str
     again: bool = False
 
 

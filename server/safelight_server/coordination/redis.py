@@ -64,7 +64,7 @@ class RedisCoordinator:
         connection: shared with the tier in Redis, and so is
         breaker: around it.
         max_events: of one stream, about.
-        max_bills: of the stream of bills, about.
+        max_bills: of the stream of bills, about: the oldest are dropped (docs/operations/billing.md).
         memory_s: how long names, results and events are remembered.
     """
 
@@ -210,7 +210,7 @@ class RedisCoordinator:
     async def bills(self, after: str = BEGINNING, limit: int = 1000) -> list[StreamEvent]:
         """See `Coordinator`."""
         found = await self._call(lambda: self._redis.xrange(BILLS, min=f"({after}", count=limit))
-        return [StreamEvent(place.decode(), fields[b"d"]) for place, fields in found]
+        return [StreamEvent(place.decode(), fields.get(b"d", b"")) for place, fields in found]
 
     async def read(self, name: str) -> list[StreamEvent]:
         """See `Coordinator`."""

@@ -111,6 +111,11 @@ class Batches:
         self._departed: set[int] = set()
         self._previews: dict[int, dict[str, PendingPreview]] = {}  # by output and key; also of outputs elsewhere
 
+    @property
+    def num_latents(self) -> int:
+        """Slots of latents in use, of all keys."""
+        return sum(latents.num_used for latents in self._latents.values())
+
     def gather(self, batch: Batch) -> PreparedCall:
         """Collects the inputs of a batch."""
         key = self.keys[batch.key]

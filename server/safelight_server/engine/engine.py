@@ -156,6 +156,11 @@ class Engine:
         at = self._batches.keys[key]
         return self._runtime.max_rows(at.pipeline.name, at.component)
 
+    @property
+    def num_latents(self) -> int:
+        """Slots of latents in use."""
+        return self._batches.num_latents
+
     # --- what generations ask ---
 
     def submit(self, job: Job, observer: ExecutionObserver) -> None:

@@ -72,6 +72,11 @@ class Latents:
         self._guidance = np.ones(capacity, np.float32)
         self._noise_seed: list[int | None] = [None] * capacity
 
+    @property
+    def num_used(self) -> int:
+        """Slots that are not free: of outputs, and of ended ones whose batch is in flight."""
+        return len(self._in_flight) - len(self._free)
+
     def claim(
         self,
         table: SamplerTable,

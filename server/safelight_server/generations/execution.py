@@ -341,6 +341,11 @@ class Executions:
     def __len__(self) -> int:
         return len(self._by_key)
 
+    @property
+    def num_ending(self) -> int:
+        """Executions whose pixels are computed and whose picture is not yet made and kept."""
+        return len(self._tasks)
+
     def find(self, key: Hashable) -> Execution | None:
         """The execution of a key, if one is on its way; with None as key there is none."""
         return None if key is None else self._by_key.get(key)

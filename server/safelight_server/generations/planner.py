@@ -88,6 +88,16 @@ class Planner:
         self._limits = limits
         self._leased_runners = leased_runners
 
+    @property
+    def num_executions(self) -> int:
+        """Executions that an identical output could join."""
+        return len(self._executions)
+
+    @property
+    def num_keeping(self) -> int:
+        """Pictures that executions are ending with, and writes of the cache in progress."""
+        return self._executions.num_ending + self._cache.num_writes
+
     def numerics_id(self, generation: Generation) -> str:
         """What decides the bits of its pictures beside the spec and the pipeline."""
         return self._runtime.numerics_id(generation.request.spec.model)
@@ -285,7 +295,9 @@ class Planner:
         self, generation: Generation, output: Output, plan: OutputPlan, key: CacheKeys | None, again: bool
     ) -> ExecutionTicket:
         """Identical outputs share one name; any other has a name of its own, for whoever goes on with it."""
-        namespace, whose = plan.wanted.name.namespace, (generation.caller.tenant, generation.name, plan.wanted.revision)
+        namespace = plan.wanted.name.namespace
+        disposition = plan.origin.disposition.value
+        whose = generation.caller.tenant, generation.name, plan.wanted.revision, disposition
         if key is not None:
             at = (namespace.name, key.exact)
             return ExecutionTicket(f"{namespace.prefix}.{key.exact}", pointer(key), at, *whose, again)

@@ -39,6 +39,7 @@ from safelight_server.generations.execution import Executions
 from safelight_server.generations.finished import FinishedGenerations
 from safelight_server.generations.generation import DECIDE_RETRY_S, Generation
 from safelight_server.generations.idempotency import Idempotency
+from safelight_server.generations.inspection import Inspection
 from safelight_server.generations.open_streams import End, OpenStreams
 from safelight_server.generations.ownership import CANCEL, PRIORITY, ClusterContext, Ownership
 from safelight_server.generations.planner import Planner
@@ -112,6 +113,24 @@ class Generations:
         self._streams = OpenStreams()
         self._turns = SendTurns()
         self._unread = UnreadBytes(settings.max_unread_bytes, self._streams, self._suspended, self._end_stalled)
+
+    def inspect(self) -> Inspection:
+        """Counts what is held now."""
+        scheduler = self._engine.scheduler
+        return Inspection(
+            starting=len(self._starting),
+            live=len(self._live),
+            suspended=len(self._suspended),
+            finished=len(self._finished),
+            streams=len(self._streams),
+            outputs=scheduler.num_outputs,
+            waiting=scheduler.num_waiting(),
+            running=scheduler.num_running,
+            parked=scheduler.num_parked,
+            latents=self._engine.num_latents,
+            executions=self._planner.num_executions,
+            keeping=self._planner.num_keeping,
+        )
 
     # --- starting ---
 

@@ -1,0 +1,140 @@
+"""`safelight bills`: sums of what was billed. Reads the bills in Redis itself, so that no server need run.
+
+Bills name tenants, so reading them takes the key file that sealed them; no key of a caller is enough.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from safelight_server.cluster.bills import Bill, read_bills
+from safelight_server.coordination.redis import RedisCoordinator
+from safelight_server.storage.base import StoreError
+from safelight_server.storage.breaker import Breaker
+from safelight_server.storage.clock import SharedClock
+from safelight_server.storage.keyring import Keyring, KeyringError
+from safelight_server.storage.redis import RedisConnection
+from safelight_server.storage.sealed import Sealer
+from safelight_server.telemetry import configure_logging
+
+TIMEOUT_S = 5.0
+"""How long one read of Redis may take."""
+COLUMNS = ("tenant", "model_revision", "disposition", "pictures", "rows", "steps", "compute_s")
+
+
+class BillsError(Exception):
+    """The bills cannot be read, or not all of them; the message says why."""
+
+
+class BillFormat(StrEnum):
+    """How the sums are printed."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+
+
+@dataclass(slots=True)
+class BilledSum:
+    """The bills of one tenant, model revision and disposition, added up."""
+
+    tenant: str
+    model_revision: str
+    disposition: str
+    pictures: int = 0
+    rows: int = 0
+    steps: int = 0
+    compute_s: float = 0.0
+
+    def add(self, bill: Bill) -> None:
+        """Adds a bill."""
+        self.pictures += 1
+        self.rows += bill.rows
+        self.steps += bill.steps
+        self.compute_s += bill.compute_s
+
+
+def bills(
+    redis_url: Annotated[str, typer.Option(envvar="SAFELIGHT_REDIS_URL", help="Redis of the replicas.")],
+    cache_key_file: Annotated[Path, typer.Option(envvar="SAFELIGHT_CACHE_KEY_FILE", help="Keys that seal the bills.")],
+    since: Annotated[datetime | None, typer.Option(help="First moment (UTC); all where absent.")] = None,
+    until: Annotated[datetime | None, typer.Option(help="First moment that no longer counts (UTC).")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Of this tenant alone.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="CSV with a header.")] = False,
+) -> None:
+    """Sum up what was billed, by tenant, model and where the work began (docs/operations/billing.md)."""
+    if as_json and as_csv:
+        raise BillsError("--json, --csv: give one of them")
+    if since is not None and until is not None and since >= until:
+        raise BillsError("--until: must be after --since")
+    configure_logging("console", "warning")
+    sums, num_sealed = uvloop.run(_add_up(redis_url, cache_key_file, since, until, tenant))
+    _print(sums, BillFormat.JSON if as_json else BillFormat.CSV if as_csv else BillFormat.TABLE)
+    if num_sealed:
+        raise BillsError(f"{num_sealed} bills are missing above: --cache-key-file {cache_key_file} does not open them")
+
+
+async def _add_up(
+    redis_url: str, key_file: Path, since: datetime | None, until: datetime | None, tenant: str | None
+) -> tuple[list[BilledSum], int]:
+    """Returns the sums in the order of tenant and model, and the number of bills that cannot be opened."""
+    clock = SharedClock()
+    try:
+        sealer = Sealer(Keyring.load(key_file), clock.now)
+        connection = RedisConnection(redis_url, TIMEOUT_S, clock)
+    except KeyringError as error:
+        raise BillsError(f"--cache-key-file / SAFELIGHT_CACHE_KEY_FILE: {error}") from None
+    except ValueError as error:
+        raise BillsError(f"--redis-url / SAFELIGHT_REDIS_URL: {error}") from None
+    sums: dict[tuple[str, str, str], BilledSum] = {}
+    num_sealed = 0
+    coordinator = RedisCoordinator(connection, Breaker("redis", TIMEOUT_S))
+    since_ms = 0 if since is None else _unix_ms(since)
+    until_ms = None if until is None else _unix_ms(until)
+    try:
+        async for bill in read_bills(coordinator, sealer, since_ms, until_ms):
+            if bill is None:
+                num_sealed += 1
+            elif tenant in (None, bill.tenant):
+                kind = bill.tenant, bill.model_revision, bill.disposition
+                sums.setdefault(kind, BilledSum(*kind)).add(bill)
+    except StoreError as error:
+        raise BillsError(f"--redis-url / SAFELIGHT_REDIS_URL: {error}") from None
+    finally:
+        await coordinator.close()
+        await connection.close()
+    return [sums[kind] for kind in sorted(sums)], num_sealed
+
+
+def _unix_ms(moment: datetime) -> int:
+    return int(moment.replace(tzinfo=UTC).timestamp() * 1000)
+
+
+def _print(sums: Iterable[BilledSum], form: BillFormat) -> None:
+    rows = [asdict(one) | {"compute_s": round(one.compute_s, 6)} for one in sums]
+    if form is BillFormat.JSON:
+        for row in rows:
+            typer.echo(json.dumps(row))
+    elif form is BillFormat.CSV:
+        writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        table = Table("tenant", "model", "began", "pictures", "rows", "steps", "compute")
+        for row in rows:
+            table.add_row(*(str(row[name]) for name in COLUMNS[:-1]), f"{row['compute_s']:.1f} s")
+        Console().print(table)

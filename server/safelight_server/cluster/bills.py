@@ -1,0 +1,100 @@
+"""Bills: what the computing of one committed picture is charged to, sealed in a stream in Redis.
+
+`commit.py` writes a bill in the same script as the result. `safelight bills` (`cli/bills.py`) reads them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass, fields
+
+from safelight_server.cluster.leased_runners import ExecutionTicket
+from safelight_server.coordination.base import BEGINNING, Coordinator, place_order
+from safelight_server.storage.sealed import CorruptError, Entry, Sealer, UnreadableError
+
+BILL = "bill"
+"""The key that bills are sealed under."""
+BILL_S = 400 * 86_400.0
+"""How long bills can be opened."""
+UNKNOWN = "unknown"
+"""Stands for what bills of earlier versions do not say."""
+LAST_OF_MS = 2**64 - 1
+"""Largest number that Redis gives to an entry of a stream within one millisecond."""
+
+
+@dataclass(slots=True)
+class BilledWork:
+    """The work of an execution that its bill lists."""
+
+    rows: int = 0
+    steps: int = 0
+    compute_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """The bill of one committed picture.
+
+    Attributes:
+        tenant, generation: who asked first for the picture.
+        model_revision: "MODEL/REVISION".
+        disposition: where the work began: "miss" from noise, "latent" or "branched" from an earlier latent.
+        rows: denoiser rows computed; with guidance a step has two.
+        steps: denoising steps.
+        compute_s: seconds of runtime calls.
+    """
+
+    tenant: str
+    generation: str
+    rows: int
+    steps: int
+    compute_s: float
+    model_revision: str = UNKNOWN
+    disposition: str = UNKNOWN
+
+
+KNOWN = frozenset(field.name for field in fields(Bill))
+"""Facts that are read from a bill; a later version may write more."""
+
+
+def sealed_bill(sealer: Sealer, ticket: ExecutionTicket, work: BilledWork) -> bytes:
+    """Returns the bill of an execution, encrypted."""
+    facts = Bill(
+        ticket.tenant,
+        ticket.generation,
+        **asdict(work),
+        model_revision=ticket.revision,
+        disposition=ticket.disposition,
+    )
+    return sealer.seal(BILL, Entry(json.dumps(asdict(facts)).encode()), sealer.now() + BILL_S)
+
+
+async def read_bills(
+    coordinator: Coordinator, sealer: Sealer, since_ms: int = 0, until_ms: int | None = None
+) -> AsyncIterator[Bill | None]:
+    """Yields the bills that were committed in a time, oldest first; None for one that cannot be opened.
+
+    Bills older than `BILL_S` are left out.
+
+    Args:
+        since_ms: Unix milliseconds of the first ones, by the clock of Redis.
+        until_ms: Unix milliseconds before which they were committed; None: all.
+
+    Raises:
+        StoreError: Redis cannot be asked.
+    """
+    after = f"{since_ms - 1}-{LAST_OF_MS}" if since_ms > 0 else BEGINNING
+    while page := await coordinator.bills(after):
+        for entry in page:
+            if until_ms is not None and place_order(entry.place)[0] >= until_ms:
+                return
+            try:
+                opened, expires_at = sealer.open(BILL, entry.data)
+            except (CorruptError, UnreadableError):
+                yield None
+                continue
+            if expires_at > sealer.now():
+                facts = json.loads(opened.data)
+                yield Bill(**{name: value for name, value in facts.items() if name in KNOWN})
+        after = page[-1].place

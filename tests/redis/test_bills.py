@@ -1,0 +1,190 @@
+"""`safelight bills`: what two tenants are billed, as the replicas' Redis has it."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import os
+import sys
+from asyncio.subprocess import PIPE
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import redis
+from safelight.v1 import generation_pb2 as pb
+from safelight_server.api.identity import new_key
+from safelight_server.cli import bills as commands
+from safelight_server.cli.main import main
+from safelight_server.coordination.redis import BILLS
+from safelight_server.storage.keyring import Keyring
+from safelight_server.storage.sealed import Entry, Sealer
+
+from tests.redis.test_ownership import servers
+from tests.redis.test_replicas import BYPASS, request
+from tests.support.redis_server import RedisServer
+from tests.support.replicas import bills, collect, key_file
+
+STEPS = 3
+DAY_MS = 86_400_000
+AT_MS = 1_767_225_600_000
+"""2026-01-01, UTC."""
+
+
+@dataclass
+class Ran:
+    """What a command left."""
+
+    code: int
+    out: str
+    errors: str
+
+    def rows(self) -> list[dict[str, object]]:
+        assert (self.code, self.errors) == (0, "")
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+Command = Callable[..., Ran]
+
+
+@pytest.fixture
+def command(redis_server, tmp_path, monkeypatch, capfd) -> Command:
+    """Runs `safelight bills` in this process."""
+    given = {"SAFELIGHT_REDIS_URL": redis_server.url, "SAFELIGHT_CACHE_KEY_FILE": key_file(tmp_path), "COLUMNS": 120}
+    for name, value in given.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(commands, "configure_logging", lambda *_: None)  # the logs of the other tests are not its own
+
+    def run(*arguments: str) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["safelight", "bills", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert isinstance(ended.value.code, int)
+        return Ran(ended.value.code, *capfd.readouterr())
+
+    return run
+
+
+class Stream:
+    """Writes bills at times of its own choice."""
+
+    def __init__(self, server: RedisServer, keys: Path) -> None:
+        self.client = redis.Redis.from_url(server.url)
+        self.keys = keys
+
+    def add(self, at_ms: int, tenant: str, until_s: float = 4e9, keys: Path | None = None, **facts: object) -> None:
+        bill = {"tenant": tenant, "generation": "generations/a", "rows": 2, "steps": 1, "compute_s": 0.5} | facts
+        sealed = Sealer(Keyring.load(keys or self.keys)).seal("bill", Entry(json.dumps(bill).encode()), until_s)
+        self.client.xadd(BILLS, {"d": sealed}, id=f"{at_ms}-*")
+
+
+@pytest.fixture
+def stream(redis_server: RedisServer, tmp_path: Path) -> Iterator[Stream]:
+    made = Stream(redis_server, key_file(tmp_path))
+    yield made
+    made.client.close()
+
+
+async def test_the_bills_of_a_server_are_summed_by_tenant_model_and_beginning(redis_server, tmp_path):
+    made = {tenant: new_key(tenant, tenant) for tenant in ("lab", "studio")}
+    callers = tmp_path / "callers.json"
+    callers.write_text(f'{{"keys": [{", ".join(entry for _, entry in made.values())}]}}')
+    async with servers(redis_server.url, tmp_path, count=1, api_key_file=callers) as [server]:
+
+        async def finish(tenant: str, message: pb.GenerateRequest) -> pb.GenerationEvent:
+            metadata = (("authorization", f"Bearer {made[tenant][0]}"),)
+            return (await collect(server.stub.Generate(message, metadata=metadata)))[-1]
+
+        first = await finish("studio", request(1, STEPS))
+        branched = request(2, STEPS, branch=pb.Branch(generation=first.generation, step=1))
+        for tenant, message in (
+            ("studio", request(1, STEPS)),  # from the cache: no bill
+            ("studio", request(1, STEPS, cache=BYPASS)),
+            ("studio", branched),
+            ("lab", request(1, STEPS)),
+        ):
+            await finish(tenant, message)
+    environment = {"SAFELIGHT_REDIS_URL": redis_server.url, "SAFELIGHT_CACHE_KEY_FILE": str(key_file(tmp_path))}
+    ran = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "safelight_server.cli.main", "bills", "--json"),
+        env=os.environ | environment,
+        stdout=PIPE,
+        stderr=PIPE,
+    )
+    out, errors = (part.decode() for part in await ran.communicate())
+    found = Ran(ran.returncode or 0, out, errors).rows()
+    assert {one["model_revision"] for one in found} == {"simulated/1"}
+    assert [(one["tenant"], one["disposition"], one["pictures"], one["steps"]) for one in found] == [
+        ("lab", "miss", 1, STEPS),
+        ("studio", "branched", 1, STEPS - 1),
+        ("studio", "miss", 2, 2 * STEPS),
+    ]
+    written = sum(float(str(bill["compute_s"])) for bill in await bills(redis_server.url, tmp_path))
+    assert sum(float(str(one["compute_s"])) for one in found) == pytest.approx(written, abs=1e-5)
+
+
+def test_models_are_apart_and_a_bill_without_one_is_of_an_unknown_model(command, stream):
+    for model in ("icons/1", "icons/2", "icons/2"):
+        stream.add(AT_MS, "studio", model_revision=model, disposition="miss", of_a_later_version=1)
+    stream.add(AT_MS, "studio")
+    found = command("--json").rows()
+    assert [(one["model_revision"], one["disposition"], one["pictures"]) for one in found] == [
+        ("icons/1", "miss", 1), ("icons/2", "miss", 2), ("unknown", "unknown", 1)
+    ]  # fmt: skip
+    assert found[1] | {"rows": 4, "steps": 2, "compute_s": 1.0} == found[1]
+    lines = list(csv.DictReader(command("--csv").out.splitlines()))
+    assert [{name: str(value) for name, value in one.items()} for one in found] == lines
+    shown = command().out
+    assert ["studio", "icons/2", "miss", "2", "4", "2", "1.0", "s"] in [
+        line.replace("│", " ").split() for line in shown.splitlines()
+    ]
+
+
+def test_a_time_has_its_first_moment_and_not_its_last(command, stream):
+    for at_ms in (AT_MS - 1, AT_MS, AT_MS + DAY_MS - 1, AT_MS + DAY_MS):
+        stream.add(at_ms, "studio")
+
+    def pictures(*arguments: str) -> int:
+        return sum(int(str(one["pictures"])) for one in command("--json", *arguments).rows())
+
+    assert pictures("--since", "2026-01-01", "--until", "2026-01-02") == 2
+    assert pictures("--since", "2026-01-02") == 1
+    assert pictures("--until", "2026-01-01T00:00:00") == 1
+    assert pictures("--tenant", "lab") == 0
+
+
+def test_more_bills_than_a_page_are_all_counted_and_expired_ones_are_not(command, stream):
+    for number in range(2100):
+        stream.add(AT_MS + number, "studio")
+    stream.add(AT_MS + 3000, "studio", until_s=1.0)
+    assert [one["pictures"] for one in command("--json").rows()] == [2100]
+
+
+def test_bills_that_cannot_be_opened_are_counted_and_the_others_are_shown(command, stream, tmp_path):
+    (tmp_path / "others").mkdir()
+    stream.add(AT_MS, "lab", keys=key_file(tmp_path / "others"))
+    stream.client.xadd(BILLS, {"x": b"no server wrote this"})
+    stream.add(4 * AT_MS, "studio")
+    ran = command("--json")
+    assert (ran.code, json.loads(ran.out)["tenant"]) == (2, "studio")
+    assert ran.errors.startswith("safelight: 2 bills are missing above: ")
+
+
+def test_what_is_wrong_is_said_in_one_line(command, stream, tmp_path):
+    empty = tmp_path / "empty.keys"
+    empty.touch()
+    stream.client.set(BILLS, "no stream")
+    for arguments, said in (
+        (("--json", "--csv"), "--json, --csv: give one of them"),
+        (("--since", "2026-01-02", "--until", "2026-01-02"), "--until: must be after --since"),
+        (("--cache-key-file", str(tmp_path / "absent")), "--cache-key-file / SAFELIGHT_CACHE_KEY_FILE: "),
+        (("--cache-key-file", str(empty)), "--cache-key-file / SAFELIGHT_CACHE_KEY_FILE: "),
+        (("--redis-url", "127.0.0.1"), "--redis-url / SAFELIGHT_REDIS_URL: Redis URL must specify"),
+        (("--redis-url", "redis://127.0.0.1:1/0"), "--redis-url / SAFELIGHT_REDIS_URL: redis: Error 111"),
+        ((), "--redis-url / SAFELIGHT_REDIS_URL: redis: WRONGTYPE"),
+    ):
+        ran = command(*arguments)
+        assert (ran.code, ran.out, ran.errors.count("\n")) == (2, "", 1), ran.errors
+        assert ran.errors.startswith(f"safelight: {said}")
