@@ -100,7 +100,7 @@ test-browser: setup node_modules/.installed ## Run the tests of the contact shee
 	$(PY) -m pytest -q --timeout 120 tests/browser
 
 .PHONY: test-clients
-test-clients: setup ## Run the clients of all languages whose toolchains are here against real servers (4 min)
+test-clients: setup node_modules/.installed ## Run the clients of all languages whose toolchains are here against real servers (4 min)
 	tools/install-system-packages
 	$(PY) -m pytest -q --timeout 180 tests/clients
 
@@ -117,7 +117,7 @@ test-rest: test-tools test-browser test-clients test-redis test-triton test-trai
 test-all: test test-rest ## Run all tests (30 min)
 
 .PHONY: check
-check: setup .tools/protoc-gen-go-grpc ## Format, lint, types, import rules, generated code, mutations apply, proto lint (1 min)
+check: setup .tools/protoc-gen-go-grpc node_modules/.installed ## Format, lint, types, import rules, generated code, mutations apply, proto lint (1 min)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
@@ -133,7 +133,7 @@ format: setup ## Format the sources
 	.venv/bin/ruff check --fix .
 
 .PHONY: generate
-generate: setup .tools/protoc-gen-go-grpc ## Generate the stubs of all clients and the page's field numbers from proto/, and the settings page
+generate: setup .tools/protoc-gen-go-grpc node_modules/.installed ## Generate the stubs of all clients and the page's field numbers from proto/, and the settings page
 	tools/generate-stubs .
 	$(PY) tools/settings_page.py > docs/operations/settings.md
 	$(PY) tools/page_messages.py > server/safelight_server/http/page/messages.js

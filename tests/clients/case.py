@@ -54,9 +54,21 @@ class Setting:
     refused: frozenset[str] = frozenset()
 
 
-async def run(case: dict[str, Any], runner: Sequence[str], folder: Path) -> tuple[dict[str, Any], Setting]:
-    """Runs a case with a runner; what the runner printed, and the setting as it was then."""
-    async with set_up(case, folder) as setting:
+def is_of_http(case: dict[str, Any]) -> bool:
+    """Whether the case is one for pages too, over gRPC-Web at the server's HTTP port.
+
+    A page is given no authority, does not see by itself that a server is frozen, and has no window of its own: what it
+    has not read waits in the buffers of the network.
+    """
+    reads_slowly = "pause_s" in case.get("client", {})
+    return case.get("servers", 1) == 1 and not case.get("own_process") and "tls" not in case and not reads_slowly
+
+
+async def run(
+    case: dict[str, Any], runner: Sequence[str], folder: Path, *, http: bool = False
+) -> tuple[dict[str, Any], Setting]:
+    """Runs a case with a runner; what the runner printed, and the setting as it was then. `http`: at the HTTP port."""
+    async with set_up(case, folder, http=http) as setting:
         line = json.dumps(told(case, setting)).encode() + b"\n"
         # In a thread: uvloop forks, and then gRPC's handlers stop the threads that serve this case's server.
         process = await asyncio.to_thread(
@@ -106,7 +118,7 @@ def requests(case: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @contextlib.asynccontextmanager
-async def set_up(case: dict[str, Any], folder: Path) -> AsyncIterator[Setting]:
+async def set_up(case: dict[str, Any], folder: Path, *, http: bool = False) -> AsyncIterator[Setting]:
     """Starts the servers of a case and the relay before the first one."""
     settings = SIMULATED | case.get("settings", {})
     async with contextlib.AsyncExitStack() as ends:
@@ -134,7 +146,10 @@ async def set_up(case: dict[str, Any], folder: Path) -> AsyncIterator[Setting]:
         if running:
             addresses = [replica.address for replica in running]
         else:
-            addresses = [(await ends.enter_async_context(serving_here(**settings))).address]
+            here = await ends.enter_async_context(
+                serving_here(**settings | ({"http_port": free_port()} if http else {}))
+            )
+            addresses = [here.http_address if http else here.address]
         relay = await Relay.start(addresses[0])
         ends.callback(relay.cut)
         _forecast(case.get("weather", {}), relay, running)

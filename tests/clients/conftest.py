@@ -14,18 +14,33 @@ import pytest
 from tests.clients.case import ROOT
 
 CLIENTS = ROOT / "clients"
-LANGUAGES = ("python", "go")
+WEB = "typescript-web"
+"""The TypeScript client for pages, run by Node."""
+LANGUAGES = ("python", "go", "typescript", WEB)
+TSC = ROOT / "node_modules/.bin/tsc"
 
 
 def is_here(language: str) -> bool:
     """Whether the machine has the toolchain of a language."""
-    return language == "python" or shutil.which(language) is not None
+    match language:
+        case "python":
+            return True
+        case "typescript" | "typescript-web":
+            return shutil.which("node") is not None and TSC.exists()
+        case _:
+            return shutil.which(language) is not None
 
 
 def require_go() -> None:
     """Skips the test where there is no Go."""
     if not is_here("go"):
         pytest.skip("no Go on this machine")
+
+
+def require_typescript() -> None:
+    """Skips the test where Node or its packages are missing."""
+    if not is_here("typescript"):
+        pytest.skip("no Node with the packages of package.json here (make node_modules/.installed)")
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +55,12 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[st
             case "go":
                 require_go()
                 return [str(build_go(tmp_path_factory.mktemp("go") / "conformance"))]
+            case "typescript":
+                require_typescript()
+                subprocess.run([TSC, "--project", CLIENTS / "typescript"], check=True)
+                return ["node", str(CLIENTS / "typescript/dist/conformance.js")]
+            case "typescript-web":
+                return [*command("typescript"), "--web"]
             case _:
                 raise ValueError(language)
 

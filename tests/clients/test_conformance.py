@@ -13,8 +13,8 @@ import safelight
 from google.protobuf import json_format
 from safelight.v1 import generation_pb2 as pb
 
-from tests.clients.case import CASES, SIMULATED, Setting, requests, run
-from tests.clients.conftest import LANGUAGES, is_here
+from tests.clients.case import CASES, SIMULATED, Setting, is_of_http, requests, run
+from tests.clients.conftest import LANGUAGES, WEB, is_here
 from tests.conftest import serving_here
 
 RAW = "application/x-raw-rgba8"
@@ -29,7 +29,7 @@ def test_its_runner_is_built(language: str, runners) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 async def test_case(case: dict[str, Any], runners, tmp_path: Path) -> None:
     """All languages at once, each with servers of its own: the longer cases wait most of their time."""
-    languages = [language for language in LANGUAGES if is_here(language)]
+    languages = [language for language in LANGUAGES if is_here(language) and (language != WEB or is_of_http(case))]
     for language in languages:
         (tmp_path / language).mkdir()
     done = await asyncio.gather(
@@ -42,7 +42,7 @@ async def test_case(case: dict[str, Any], runners, tmp_path: Path) -> None:
 
 
 async def run_and_check(case: dict[str, Any], language: str, runner: list[str], folder: Path) -> None:
-    report, setting = await run(case, runner, folder)
+    report, setting = await run(case, runner, folder, http=language == WEB)
     assert report["case"] == case["name"]
     assert len(report["generations"]) == case.get("copies", 1)
     unseen = list(case["expect"])

@@ -67,3 +67,40 @@ async def test_the_go_client_is_formatted_and_vetted() -> None:
     await run(module, "go", "vet", "./...")
     await run(module, "go", "mod", "verify")
     await run(module, "go", "test", "./...")
+
+
+@pytest.mark.timeout(180)
+async def test_typescript(start, runners, tmp_path: Path) -> None:
+    runners("typescript")
+    [program] = programs("typescript", "js")
+    installed = tmp_path / "node_modules/@safelight/client"
+    installed.parent.mkdir(parents=True)
+    installed.symlink_to(ROOT / "clients/typescript")
+    async with start() as running:
+        (tmp_path / "program.mjs").write_text(program.replace(ADDRESS, running.address))
+        said = await run(tmp_path, "node", "program.mjs")
+    assert re.match(r"step \d+: \d+ bytes of image/jpeg\n", said)
+    assert (tmp_path / "potion.png").read_bytes().startswith(b"\x89PNG")
+
+
+async def test_the_typescript_client_passes_its_own_tests(runners) -> None:
+    runners("typescript")
+    await run(ROOT / "clients/typescript", "node", "--test", "dist/client.test.js")
+
+
+def test_the_typescript_client_for_pages_imports_nothing_of_node(runners) -> None:
+    runners("typescript")
+    modules = [ROOT / "clients/typescript/dist/web.js"]
+    packages = set()
+    for module in modules:
+        for name in re.findall(r'^(?:import|export)\b[^;]*?\bfrom "([^"]+)";', module.read_text(), re.MULTILINE):
+            if not name.startswith("."):
+                packages.add(name)
+            elif (imported := (module.parent / name).resolve()) not in modules:
+                modules.append(imported)
+    assert len(modules) > 8
+    assert {name for name in packages if not name.startswith("@bufbuild/protobuf")} == {
+        "@connectrpc/connect",
+        "@connectrpc/connect-web",
+        "@noble/hashes/sha2.js",
+    }

@@ -1,0 +1,125 @@
+/**
+ * The runner of the TypeScript client: reads a case (JSON, a line), runs it, prints what came (JSON, a line). With
+ * `--web` the client is the one for browsers. See clients/CONFORMANCE.md.
+ */
+import { createHash } from "node:crypto";
+import { readFileSync } from "node:fs";
+import { setTimeout as sleep } from "node:timers/promises";
+import { fromJson } from "@bufbuild/protobuf";
+import type { JsonValue } from "@bufbuild/protobuf";
+import * as node from "./node.js";
+import { Generation_StateSchema, GenerateRequestSchema } from "./stubs/safelight/v1/generation_pb.js";
+import * as web from "./web.js";
+
+interface Case {
+  name: string;
+  targets: string[];
+  ca_file: string;
+  server_name: string;
+  api_key: string;
+  requests: JsonValue[];
+  timeout_s: number;
+  patience_s: number;
+  retries: number;
+  pause_s: number;
+  cancel_at_step: number;
+  watch_again: boolean;
+}
+
+type Client = node.Client | web.Client;
+
+function clientOf(given: Case): Client {
+  const options = { apiKey: given.api_key, patienceMs: given.patience_s * 1000, retries: given.retries };
+  if (process.argv.includes("--web")) return new web.Client(given.targets.map((target) => `http://${target}`), options);
+  const tls = given.ca_file ? { ca: readFileSync(given.ca_file), serverName: given.server_name } : false;
+  return new node.Client(given.targets, { ...options, tls });
+}
+
+async function generate(client: Client, given: Case, request: JsonValue) {
+  const limits = given.timeout_s ? { timeoutMs: given.timeout_s * 1000 } : {};
+  const seen = {
+    code: "OK",
+    reason: "",
+    message: "",
+    violations: {},
+    retry_after_s: null as number | null,
+    generation: "",
+    reliable: [] as string[],
+    steps: [] as [number, number][],
+    previews: [] as object[],
+    pictures: [] as object[],
+    num_steps: 0,
+    cancelled: null as { state: string; steps: number[] } | null,
+    watched: null as object | null,
+  };
+  try {
+    for await (const event of client.develop(fromJson(GenerateRequestSchema, request), limits)) {
+      switch (event.type) {
+        case "accepted":
+          seen.generation = event.generation;
+          seen.reliable.push(event.type);
+          break;
+        case "progress":
+          seen.steps.push([event.outputIndex, event.step]);
+          if (given.cancel_at_step && event.step >= given.cancel_at_step && !seen.cancelled) {
+            const ended = await client.cancel(seen.generation);
+            seen.cancelled = { state: stateName(ended.state), steps: ended.outputs.map((output) => output.step) };
+          }
+          break;
+        case "preview":
+          seen.previews.push({ ...image(event), step: event.step, num_bytes: event.data.length, num_dropped: event.numDropped });
+          await sleep(given.pause_s * 1000);
+          break;
+        case "picture":
+          seen.reliable.push(event.type);
+          seen.pictures.push({ ...image(event), seed: String(event.seed), sha256: digest(event) });
+          break;
+        case "finished":
+          seen.reliable.push(event.type);
+          seen.num_steps = Number(event.usage?.numSteps);
+      }
+    }
+  } catch (error) {
+    if (!(error instanceof node.SafelightError)) throw error;
+    const { message, reason, fieldViolations: violations, retryAfterMs } = error;
+    Object.assign(seen, { code: codeName(error.code), message, reason, violations });
+    if (retryAfterMs !== undefined) seen.retry_after_s = retryAfterMs / 1000;
+  }
+  if (given.watch_again && seen.code === "OK") seen.watched = await watchAgain(client, seen.generation);
+  return seen;
+}
+
+/** What a second screen sees, and what the server says of the generation and of its models. */
+async function watchAgain(client: Client, name: string) {
+  const reliable: string[] = [];
+  const sha256: string[] = [];
+  for await (const event of client.watch(name, { preview: false })) {
+    if (event.type === "picture") sha256[event.outputIndex] = digest(event);
+    if (event.type !== "progress" && event.type !== "preview") reliable.push(event.type);
+  }
+  const state = stateName((await client.get(name)).state);
+  return { reliable, sha256, state, models: (await client.models()).map((model) => model.name) };
+}
+
+function image({ outputIndex, mediaType, widthPx, heightPx, strideBytes }: node.Preview | node.Picture) {
+  return { output_index: outputIndex, media_type: mediaType, width_px: widthPx, height_px: heightPx, stride_bytes: strideBytes };
+}
+
+function digest(picture: node.Picture): string {
+  return createHash("sha256").update(picture.data).digest("hex");
+}
+
+function stateName(state: node.Generation_State): string {
+  return Generation_StateSchema.value[state]!.name;
+}
+
+/** The name of the specification, "RESOURCE_EXHAUSTED", where Connect says ResourceExhausted. */
+function codeName(code: node.Code): string {
+  return code === node.Code.Canceled ? "CANCELLED" : node.Code[code].replace(/(?<!^)([A-Z])/g, "_$1").toUpperCase();
+}
+
+const given = JSON.parse(readFileSync(0, "utf8")) as Case;
+const client = clientOf(given);
+const generations = await Promise.all(given.requests.map((request) => generate(client, given, request)));
+console.log(JSON.stringify({ case: given.name, generations }));
+if (client instanceof node.Client) client.close();

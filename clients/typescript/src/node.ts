@@ -1,0 +1,58 @@
+/** Safelight's client for Node, over gRPC. */
+import type { SecureContextOptions } from "node:tls";
+import { createGrpcTransport, Http2SessionManager } from "@connectrpc/connect-node";
+import { BaseClient, targetsOf } from "./client.js";
+import type { ClientOptions } from "./client.js";
+
+export * from "./index.js";
+
+/** How a server's certificate is checked, and what this client shows of its own. */
+export interface TlsOptions extends Pick<SecureContextOptions, "ca" | "cert" | "key"> {
+  /** The name in the certificate, where it is not the target's. */
+  serverName?: string;
+}
+
+export interface NodeClientOptions extends ClientOptions {
+  /** Ask by TLS: true with the authorities that Node knows. Absent: plain text. */
+  tls?: boolean | TlsOptions;
+}
+
+/** A connection to a server, or to several replicas of one. Nothing is connected before the first call. */
+export class Client extends BaseClient {
+  readonly #sessions: Http2SessionManager[];
+
+  /**
+   * `targets`: "host:port". Of several replicas, the next one is asked when one is lost, and goes on with each generation
+   * that was accepted as replicated. node:http2 knows no proxies, so none is ever asked.
+   */
+  constructor(targets: string | readonly string[], options: NodeClientOptions = {}) {
+    const { tls } = options;
+    const scheme = tls ? "https" : "http";
+    const given = typeof tls === "object" ? tls : {};
+    const nodeOptions = {
+      ca: given.ca,
+      cert: given.cert,
+      key: given.key,
+      ...(given.serverName ? { servername: given.serverName } : {}),
+    };
+    const sessions = targetsOf(targets).map((target) => {
+      if (!/^[^/@]+:\d+$/.test(target) || !URL.canParse(`${scheme}://${target}`)) {
+        throw new TypeError(`targets: ${JSON.stringify(target)} is not "host:port"`);
+      }
+      // A server may take 5 s to answer a connection. While a stream is open, one that is frozen is seen within 15 s.
+      const keepalive = { connectTimeoutMs: 5_000, pingIntervalMs: 10_000, pingTimeoutMs: 5_000 };
+      return new Http2SessionManager(`${scheme}://${target}`, keepalive, nodeOptions);
+    });
+    // Node's window for a stream is 64 KiB: previews wait at the server, where the newest wins, not here.
+    super(
+      sessions.map((session) => createGrpcTransport({ baseUrl: session.authority, sessionManager: session })),
+      options,
+    );
+    this.#sessions = sessions;
+  }
+
+  /** Closes all connections, and with them the streams that are open. */
+  close(): void {
+    for (const session of this.#sessions) session.abort();
+  }
+}
