@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import ExitStack
+from unittest.mock import AsyncMock, Mock
 
+import grpc
 import pytest
-from safelight_server.api.call_limits import KeylessQuota
+from safelight_server.api.call_limits import CallLimits, KeylessQuota
 from safelight_server.domain.errors import QueueFullError
 
 
@@ -48,3 +51,16 @@ def test_all_together_are_bounded_and_an_end_makes_room():
         assert subject_of_the_refusal(quota, "ipv4:10.0.0.9:1") == "this server"
     assert len(quota) == 0
     assert not quota._open
+
+
+async def test_a_client_that_leaves_while_it_is_written_to_is_no_bug():
+    """What gRPC's write raises then would be logged as an error of the server, as often as a client likes."""
+
+    async def events(_request, _context):
+        yield b"one"
+
+    limits = CallLimits(1.0, (), KeylessQuota(1, 1), Mock())
+    stream = limits.limited("service", grpc.unary_stream_rpc_method_handler(events)).stream_stream
+    context = Mock(read=AsyncMock(return_value=b"request"), write=AsyncMock(side_effect=grpc.aio.InternalError()))
+    with pytest.raises(asyncio.CancelledError):
+        await stream(None, context)

@@ -142,6 +142,8 @@ class CallLimits:
                             await context.write(response)
             except SafelightError as error:
                 await self._refuse(context, error)
+            except grpc.aio.InternalError:  # the client left just before a write
+                raise asyncio.CancelledError from None
 
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(stream, *codec)
