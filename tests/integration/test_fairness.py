@@ -63,9 +63,10 @@ async def test_a_parked_output_can_be_cancelled(start):
     async with start(**settings) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
         scheduler = running.generations._engine.scheduler
-        hog, mine = (stub.Generate(request(900, [1, 2, 3], which)) for which in (BATCH, INTERACTIVE))
+        hog = stub.Generate(request(900, [1, 2, 3], BATCH))
         await hog.read()
         await eventually(lambda: scheduler.num_running == 3)
+        mine = stub.Generate(request(900, [1, 2, 3], INTERACTIVE))
         await mine.read()
         await eventually(lambda: scheduler.num_parked == 2)
         hog.cancel()

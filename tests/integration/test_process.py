@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,14 +55,14 @@ async def served(
     folder: Path,
     target: str = "",
     stdout: Path = Path(os.devnull),
-    before: Callable[[], None] | None = None,
+    before: str = "",
     **environment: str,
 ) -> AsyncIterator[Served]:
     """Runs `safelight serve`, and waits until it serves.
 
     Args:
         target: HOST:PORT; empty: a unix socket in `folder`.
-        before: is called in the new process before the command starts.
+        before: statements that the new process runs before it becomes the server.
     """
     target = target or f"unix:{folder}/socket"
     server = begin(target, folder / "log", stdout, before, environment)
@@ -75,21 +75,17 @@ async def served(
         server.process.wait()
 
 
-def begin(
-    target: str, log: Path, stdout: Path, before: Callable[[], None] | None, environment: dict[str, str]
-) -> Served:
+def begin(target: str, log: Path, stdout: Path, before: str, environment: dict[str, str]) -> Served:
     host, port = (target, "0") if target.startswith("unix:") else target.split(":")
-    command = [sys.executable, "-m", "safelight_server", "serve", "--host", host, "--port", port]
+    # a process that becomes the server, in place of code between fork and exec: gRPC's fork handlers may abort there;
+    # the tests themselves may run under nohup, which servers inherit
+    launch = f"import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); {before}\nos.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", launch, sys.executable]
+    command += ["-m", "safelight_server", "serve", "--host", host, "--port", port]
     env = {"PYTHONPATH": f"{ROOT}/server:{ROOT}/clients/python", "PATH": "/usr/bin", "SAFELIGHT_RUNTIME": "simulated"}
     env |= {"SAFELIGHT_LOG_FORMAT": "json", "SAFELIGHT_SIMULATED_BASE_MS": "5"} | environment
-
-    def prepare() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which servers inherit
-        if before is not None:
-            before()
-
     with log.open("wb") as stderr, stdout.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=stderr, env=env, preexec_fn=prepare)
+        process = subprocess.Popen(command, stdout=out, stderr=stderr, env=env)
     return Served(process, target, log)
 
 
@@ -115,9 +111,7 @@ async def test_a_signal_lets_what_runs_finish(short_path, number):
 
 
 async def test_a_second_signal_ends_a_drain_and_nohup_ignores_sighup(short_path):
-    def as_nohup_does() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
+    as_nohup_does = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
     slow = {"SAFELIGHT_SIMULATED_BASE_MS": "2000"}
     async with served(short_path, before=as_nohup_does, **slow) as server, Client(server.target) as client:
         server.process.send_signal(signal.SIGHUP)
@@ -133,10 +127,7 @@ async def test_a_second_signal_ends_a_drain_and_nohup_ignores_sighup(short_path)
 @pytest.mark.parametrize("closed", [(2,), (0, 1, 2)])
 @pytest.mark.parametrize("log_format", ["auto", "json"])
 async def test_it_serves_where_it_can_write_to_nobody(short_path, closed, log_format):
-    def close() -> None:
-        for number in closed:
-            os.close(number)
-
+    close = "; ".join(f"os.close({number})" for number in closed)
     async with served(short_path, stdout=FULL, before=close, SAFELIGHT_LOG_FORMAT=log_format) as server:
         async with Client(server.target) as client:
             assert [event async for event in client.generate("x", steps=2)]
