@@ -20,7 +20,7 @@ Bounds:
   instance time. So no key waits for work that came later.
 - Wait for a batch, between classes: while a class has rows ready, another one
   (weight v) gets at most v / w of the instance time that this one (weight w)
-  gets, plus one call of each.
+  gets, plus one call of each; INTERACTIVE may be four of the longest calls ahead.
 - Duration of a call: the rows of lower classes in it at most double it.
 - Batch size: at most `max_rows` rows. After a failure each member runs in
   batches of at most half of the failed batch's members, until it succeeds.
