@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.clients import cpp
 from tests.clients.case import ROOT
 
 CLIENTS = ROOT / "clients"
 WEB = "typescript-web"
 """The TypeScript client for pages, run by Node."""
-LANGUAGES = ("python", "go", "typescript", WEB)
+LANGUAGES = ("python", "go", "typescript", WEB, "cpp")
 TSC = ROOT / "node_modules/.bin/tsc"
 
 
@@ -27,6 +28,8 @@ def is_here(language: str) -> bool:
             return True
         case "typescript" | "typescript-web":
             return shutil.which("node") is not None and TSC.exists()
+        case "cpp":
+            return cpp.is_here()
         case _:
             return shutil.which(language) is not None
 
@@ -61,6 +64,9 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[st
                 return ["node", str(CLIENTS / "typescript/dist/conformance.js")]
             case "typescript-web":
                 return [*command("typescript"), "--web"]
+            case "cpp":
+                cpp.require()
+                return [str(cpp.build() / "conformance")]
             case _:
                 raise ValueError(language)
 
