@@ -13,6 +13,8 @@ from tests.clients.case import ROOT
 
 SOURCE = ROOT / "clients/cpp"
 BUILD = ROOT / "out/cpp"
+ENGINES = {"GSTREAMER": ("gstreamer-base-1.0", "gstreamer-video-1.0"), "SDL": ("sdl2",)}
+"""Parts of the build that need more packages."""
 
 
 def is_here() -> bool:
@@ -29,12 +31,21 @@ def require() -> None:
         )
 
 
+def lacks(*packages: str) -> list[str]:
+    """Those of some packages that pkg-config does not find."""
+    return [name for name in packages if subprocess.run(["pkg-config", "--exists", name]).returncode]
+
+
 @functools.cache
-def build(*options: str, folder: str = "all") -> Path:
-    """Configures and builds with the tests; where the programs and libraries are."""
-    where = BUILD / folder
-    run("cmake", "-S", SOURCE, "-B", where, "-DSAFELIGHT_BUILD_TESTS=ON", "-DCMAKE_BUILD_TYPE=Release", *options)
-    run("cmake", "--build", where, "--parallel", "2")
+def build(sanitizers: str = "") -> Path:
+    """Builds all that the machine can; with sanitizers the test of the C client alone. Where it lies."""
+    where = BUILD / (sanitizers.partition(",")[0] or "all")
+    options = [f"-DSAFELIGHT_SANITIZE={sanitizers}", "-DSAFELIGHT_BUILD_TESTS=ON", "-DCMAKE_BUILD_TYPE=Release"]
+    options += [
+        f"-DSAFELIGHT_BUILD_{engine}={'OFF' if lacks(*packages) else 'ON'}" for engine, packages in ENGINES.items()
+    ]
+    run("cmake", "-S", SOURCE, "-B", where, *options)
+    run("cmake", "--build", where, "--parallel", "2", "--target", "c_test" if sanitizers else "all")
     return where
 
 

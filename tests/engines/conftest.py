@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,12 @@ import pytest
 from tests.clients import cpp
 
 
-def require(programs: tuple[str, ...], packages: tuple[str, ...]) -> None:
-    """Skips the test where a program, or what pkg-config should find, is missing."""
+def require(program: str, engine: str) -> None:
+    """Skips the test where a program is missing, or what pkg-config should find for an engine."""
     cpp.require()
-    missing = [name for name in programs if shutil.which(name) is None]
-    missing += [name for name in packages if subprocess.run(["pkg-config", "--exists", name]).returncode]
+    missing = cpp.lacks(*cpp.ENGINES[engine])
+    if shutil.which(program) is None:
+        missing.append(program)
     if missing:
         pytest.skip(f"not here: {', '.join(missing)} (tools/install-system-packages engines)")
 
@@ -23,12 +23,12 @@ def require(programs: tuple[str, ...], packages: tuple[str, ...]) -> None:
 @pytest.fixture(scope="session")
 def gstreamer() -> Path:
     """The folder of the plug-in."""
-    require(("gst-launch-1.0",), ("gstreamer-base-1.0", "gstreamer-video-1.0"))
-    return cpp.build("-DSAFELIGHT_BUILD_GSTREAMER=ON", folder="gstreamer")
+    require("gst-launch-1.0", "GSTREAMER")
+    return cpp.build()
 
 
 @pytest.fixture(scope="session")
 def sprite_sheet() -> Path:
     """The SDL2 program."""
-    require(("Xvfb",), ("sdl2",))
-    return cpp.build("-DSAFELIGHT_BUILD_SDL=ON", folder="sdl") / "sprite_sheet"
+    require("Xvfb", "SDL")
+    return cpp.build() / "sprite_sheet"

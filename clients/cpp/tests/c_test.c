@@ -28,7 +28,7 @@ static safelight_request *request_of(const char *prompt, int32_t steps, uint64_t
 static void test_polling(safelight_client *client, const char *file) {
   static unsigned char texture[PITCH * HEIGHT], flipped[4 * WIDTH * HEIGHT];
   safelight_error *error = NULL;
-  safelight_request *request = request_of("a red potion", 12, 7);
+  safelight_request *request = request_of("a red potion", 40, 7);
   safelight_generation *generation = safelight_generate(client, request, 60, &error);
   int32_t width = 0, height = 0, step = -1, last_step = 0, num_steps = 0, num_previews = 0, row, copied;
   const safelight_image *picture;
@@ -53,7 +53,7 @@ static void test_polling(safelight_client *client, const char *file) {
   CHECK(safelight_generation_error(generation) == NULL);
   CHECK(strncmp(safelight_generation_name(generation), "generations/", 12) == 0);
   CHECK(num_previews > 0 && step == 0 && width == WIDTH && height == HEIGHT);
-  CHECK(safelight_generation_step(generation, 0, &num_steps) == 12 && num_steps == 12);
+  CHECK(safelight_generation_step(generation, 0, &num_steps) == 40 && num_steps == 40);
   CHECK(safelight_generation_step(generation, 1, NULL) == 0);
   CHECK(safelight_generation_poll_rgba8(generation, 0, texture, sizeof texture, 0, 0, NULL, NULL, NULL) ==
         SAFELIGHT_NOTHING_NEW);
