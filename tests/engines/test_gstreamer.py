@@ -47,7 +47,8 @@ async def test_frames_of_the_development(gstreamer: Path, start, tmp_path: Path)
     frames = [np.asarray(PIL.Image.open(file).convert("RGB"), float) for file in written(tmp_path)]
     assert len(frames) >= 3
     assert np.array_equal(frames[-1], np.asarray(picture)), "the last frame is the picture, to the pixel"
-    distances = [np.abs(frame - frames[-1]).mean() for frame in frames if frame.shape == frames[-1].shape]
+    assert len({frame.shape for frame in frames}) == 1
+    distances = [np.abs(frame - frames[-1]).mean() for frame in frames]
     assert distances[0] > distances[-2] > 0, "it comes nearer"
 
 
@@ -91,5 +92,5 @@ async def test_its_properties_are_described(gstreamer: Path, tmp_path: Path) -> 
 async def test_arguments_that_cannot_be_used(gstreamer: Path, tmp_path: Path, given: str, says: bytes) -> None:
     process = await launch(gstreamer, tmp_path, f"safelightsrc prompt=potion {given} ! fakesink")
     said, _ = await asyncio.wait_for(process.communicate(), 60)
-    assert process.returncode == 1
+    assert process.returncode not in (0, None)
     assert says in said

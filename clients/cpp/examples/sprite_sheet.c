@@ -31,8 +31,8 @@ static int fail(const char *what, const char *why) {
 static int update(SDL_Texture *texture, safelight_generation *generation, int index) {
   const SDL_Rect place = {index % COLUMNS * SPRITE, index / COLUMNS * SPRITE, SPRITE, SPRITE};
   const size_t begin = (size_t)place.y * PITCH + 4 * (size_t)place.x;
-  if (safelight_generation_poll_rgba8(generation, 0, sheet + begin, sizeof sheet - begin, PITCH, 0, NULL, NULL, NULL) !=
-      SAFELIGHT_COPIED) {
+  if (safelight_generation_poll_scaled_rgba8(generation, 0, sheet + begin, sizeof sheet - begin, PITCH, 0, SPRITE, SPRITE,
+                                             NULL) != SAFELIGHT_COPIED) {
     return 0;
   }
   SDL_UpdateTexture(texture, &place, sheet + begin, PITCH);

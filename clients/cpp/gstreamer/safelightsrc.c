@@ -183,13 +183,13 @@ static gboolean is_seekable(GstBaseSrc *base) {
   return FALSE;
 }
 
-/* The frames of a picture have one size: previews that are smaller, of models whose previews are, cannot be told before
- * the picture comes, so the caps follow the image that is there. */
-static gboolean negotiate_for(SafelightSrc *self, const safelight_image *image) {
-  const gint width = safelight_image_width_px(image), height = safelight_image_height_px(image);
+/* All frames have the size of the picture: encoders do not take others in mid-stream, and previews may be smaller. */
+static gboolean negotiate(SafelightSrc *self) {
+  gint32 width, height;
   GstCaps *caps;
   gboolean taken;
-  if (GST_VIDEO_INFO_WIDTH(&self->info) == width && GST_VIDEO_INFO_HEIGHT(&self->info) == height) return TRUE;
+  if (GST_VIDEO_INFO_FORMAT(&self->info) == GST_VIDEO_FORMAT_RGBA) return TRUE;
+  if (!safelight_generation_size(self->generation, &width, &height)) return FALSE;
   if (!gst_video_info_set_format(&self->info, GST_VIDEO_FORMAT_RGBA, (guint)width, (guint)height)) return FALSE;
   GST_VIDEO_INFO_FPS_N(&self->info) = 0; /* frames come when they come */
   GST_VIDEO_INFO_FPS_D(&self->info) = 1;
@@ -202,10 +202,11 @@ static gboolean negotiate_for(SafelightSrc *self, const safelight_image *image) 
 static GstFlowReturn push_image(SafelightSrc *self, const safelight_image *image, GstBuffer **buffer) {
   GstMapInfo map;
   gint32 copied;
-  if (!negotiate_for(self, image)) return GST_FLOW_NOT_NEGOTIATED;
+  if (!negotiate(self)) return GST_FLOW_NOT_NEGOTIATED;
   *buffer = gst_buffer_new_allocate(NULL, GST_VIDEO_INFO_SIZE(&self->info), NULL);
   if (!*buffer || !gst_buffer_map(*buffer, &map, GST_MAP_WRITE)) return GST_FLOW_ERROR;
-  copied = safelight_image_copy_rgba8(image, map.data, map.size, (gsize)GST_VIDEO_INFO_PLANE_STRIDE(&self->info, 0), 0);
+  copied = safelight_image_scale_rgba8(image, map.data, map.size, (gsize)GST_VIDEO_INFO_PLANE_STRIDE(&self->info, 0), 0,
+                                       GST_VIDEO_INFO_WIDTH(&self->info), GST_VIDEO_INFO_HEIGHT(&self->info));
   gst_buffer_unmap(*buffer, &map);
   if (copied == SAFELIGHT_COPIED) return GST_FLOW_OK;
   gst_clear_buffer(buffer);

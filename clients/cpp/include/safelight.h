@@ -141,6 +141,9 @@ SAFELIGHT_API safelight_state safelight_generation_state(const safelight_generat
 SAFELIGHT_API safelight_state safelight_generation_wait(safelight_generation *generation, double timeout_s);
 /* Its name, "generations/ID"; "" before it was accepted. */
 SAFELIGHT_API const char *safelight_generation_name(const safelight_generation *generation);
+/* The size of its pictures. Returns 1; 0 before it was accepted. */
+SAFELIGHT_API int32_t safelight_generation_size(const safelight_generation *generation, int32_t *width_px,
+                                                int32_t *height_px);
 /* Why it failed; NULL while it has not. */
 SAFELIGHT_API const safelight_error *safelight_generation_error(const safelight_generation *generation);
 /* Steps that an output has made, and in all; `num_steps` may be NULL. */
@@ -164,11 +167,18 @@ SAFELIGHT_API void safelight_generation_free(safelight_generation *generation);
  *
  * Returns SAFELIGHT_COPIED; SAFELIGHT_NOTHING_NEW where this function has copied the newest one before or there is none;
  * SAFELIGHT_TOO_SMALL where the buffer or the pitch does not hold the image, which is not passed over; or
- * SAFELIGHT_NOT_RAW where its encoding is another one. */
+ * SAFELIGHT_NOT_RAW where its encoding is another one. The size of a preview may differ from the picture's: what is
+ * beside it in the buffer stays. */
 enum { SAFELIGHT_NOTHING_NEW = 0, SAFELIGHT_COPIED = 1, SAFELIGHT_TOO_SMALL = -1, SAFELIGHT_NOT_RAW = -2 };
 SAFELIGHT_API int32_t safelight_generation_poll_rgba8(safelight_generation *generation, int32_t output_index,
                                                       void *pixels, size_t num_bytes, size_t row_pitch, int32_t flip,
                                                       int32_t *width_px, int32_t *height_px, int32_t *step);
+
+/* The same, scaled to the size that the caller wants (bilinear): previews may be smaller than the picture. */
+SAFELIGHT_API int32_t safelight_generation_poll_scaled_rgba8(safelight_generation *generation, int32_t output_index,
+                                                             void *pixels, size_t num_bytes, size_t row_pitch,
+                                                             int32_t flip, int32_t width_px, int32_t height_px,
+                                                             int32_t *step);
 
 /* ---- Images ---- */
 
@@ -191,6 +201,9 @@ SAFELIGHT_API uint64_t safelight_image_seed(const safelight_image *image);
 /* Copies raw pixels, with arguments and results as above. */
 SAFELIGHT_API int32_t safelight_image_copy_rgba8(const safelight_image *image, void *pixels, size_t num_bytes,
                                                  size_t row_pitch, int32_t flip);
+/* The same, scaled to the size that the caller wants. */
+SAFELIGHT_API int32_t safelight_image_scale_rgba8(const safelight_image *image, void *pixels, size_t num_bytes,
+                                                  size_t row_pitch, int32_t flip, int32_t width_px, int32_t height_px);
 
 /* ---- Events: for programs that want all that happens, in its order ---- */
 

@@ -288,6 +288,13 @@ const char* safelight_generation_name(const safelight_generation* generation) {
   return generation->name.empty() ? "" : generation->name.c_str();  // the address of an empty one would not last
 }
 
+int32_t safelight_generation_size(const safelight_generation* generation, int32_t* width_px, int32_t* height_px) {
+  std::lock_guard lock(generation->mutex);
+  if (width_px) *width_px = generation->width_px;
+  if (height_px) *height_px = generation->height_px;
+  return generation->width_px > 0;
+}
+
 const safelight_error* safelight_generation_error(const safelight_generation* generation) {
   std::lock_guard lock(generation->mutex);
   return generation->error.get();
@@ -313,7 +320,14 @@ void safelight_generation_free(safelight_generation* generation) { delete genera
 int32_t safelight_generation_poll_rgba8(safelight_generation* generation, int32_t output_index, void* pixels,
                                         size_t num_bytes, size_t row_pitch, int32_t flip, int32_t* width_px,
                                         int32_t* height_px, int32_t* step) {
-  return generation->poll_rgba8(output_index, pixels, num_bytes, row_pitch, flip != 0, width_px, height_px, step);
+  return generation->poll_rgba8(output_index, {pixels, num_bytes, row_pitch, flip != 0}, width_px, height_px, step);
+}
+
+int32_t safelight_generation_poll_scaled_rgba8(safelight_generation* generation, int32_t output_index, void* pixels,
+                                               size_t num_bytes, size_t row_pitch, int32_t flip, int32_t width_px,
+                                               int32_t height_px, int32_t* step) {
+  const safelight::Target target{pixels, num_bytes, row_pitch, flip != 0, width_px, height_px};
+  return generation->poll_rgba8(output_index, target, nullptr, nullptr, step);
 }
 
 // Images.
@@ -333,7 +347,11 @@ const uint8_t* safelight_image_data(const safelight_image* image, size_t* num_by
 uint64_t safelight_image_seed(const safelight_image* image) { return image->seed; }
 int32_t safelight_image_copy_rgba8(const safelight_image* image, void* pixels, size_t num_bytes, size_t row_pitch,
                                    int32_t flip) {
-  return safelight::copy_rgba8(image->image, pixels, num_bytes, row_pitch, flip != 0);
+  return safelight::copy_rgba8(image->image, {pixels, num_bytes, row_pitch, flip != 0});
+}
+int32_t safelight_image_scale_rgba8(const safelight_image* image, void* pixels, size_t num_bytes, size_t row_pitch,
+                                    int32_t flip, int32_t width_px, int32_t height_px) {
+  return safelight::copy_rgba8(image->image, {pixels, num_bytes, row_pitch, flip != 0, width_px, height_px});
 }
 
 // Events.

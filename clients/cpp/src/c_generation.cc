@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 
 #include "c_handles.h"
 
@@ -21,28 +20,6 @@ void wait_for(std::condition_variable& changed, std::unique_lock<std::mutex>& lo
 bool has_ended(safelight_state state) { return state >= SAFELIGHT_STATE_SUCCEEDED; }
 
 }  // namespace
-
-namespace safelight {
-
-int32_t copy_rgba8(const Image& image, void* pixels, std::size_t num_bytes, std::size_t row_pitch, bool flip) {
-  if (image.stride_bytes <= 0 || image.width_px <= 0 || image.height_px <= 0) return SAFELIGHT_NOT_RAW;
-  const std::size_t row_bytes = 4 * static_cast<std::size_t>(image.width_px);
-  const std::size_t stride = static_cast<std::size_t>(image.stride_bytes);
-  const std::size_t last = static_cast<std::size_t>(image.height_px) - 1;
-  if (stride < row_bytes || image.data.size() < last * stride + row_bytes) return SAFELIGHT_NOT_RAW;
-  const std::size_t pitch = row_pitch ? row_pitch : row_bytes;
-  // Divided, not multiplied: a pitch from outside may be so large that a product wraps.
-  if (!pixels || pitch < row_bytes || num_bytes < row_bytes || (last && (num_bytes - row_bytes) / last < pitch)) {
-    return SAFELIGHT_TOO_SMALL;
-  }
-  for (std::size_t row = 0; row <= last; ++row) {
-    const std::size_t from = image.bottom_up != flip ? last - row : row;
-    std::memcpy(static_cast<char*>(pixels) + row * pitch, image.data.data() + from * stride, row_bytes);
-  }
-  return SAFELIGHT_COPIED;
-}
-
-}  // namespace safelight
 
 safelight_generation::safelight_generation(std::shared_ptr<safelight::Client> of, safelight::Stream stream)
     : client(std::move(of)), stream_(std::move(stream)), thread_([this] { receive(); }) {}
@@ -102,6 +79,8 @@ void safelight_generation::take(safelight::Event& event) {
   std::lock_guard lock(mutex);
   if (told->kind == SAFELIGHT_EVENT_ACCEPTED) {
     if (name.empty()) name = std::get<safelight::Accepted>(event).generation;
+    width_px = std::get<safelight::Accepted>(event).details.spec().width_px();
+    height_px = std::get<safelight::Accepted>(event).details.spec().height_px();
     state = SAFELIGHT_STATE_ACCEPTED;
   } else if (told->kind == SAFELIGHT_EVENT_FINISHED) {
     state = SAFELIGHT_STATE_SUCCEEDED;
@@ -155,14 +134,14 @@ safelight_generation::Output safelight_generation::output(int32_t index) const {
   return found == outputs_.end() ? Output() : found->second;
 }
 
-int32_t safelight_generation::poll_rgba8(int32_t index, void* pixels, std::size_t num_bytes, std::size_t row_pitch,
-                                         bool flip, int32_t* width_px, int32_t* height_px, int32_t* step) {
+int32_t safelight_generation::poll_rgba8(int32_t index, const safelight::Target& target, int32_t* width, int32_t* height,
+                                         int32_t* step) {
   const Output known = output(index);
   if (known.polled) return SAFELIGHT_NOTHING_NEW;
-  if (width_px) *width_px = known.newest->image.width_px;
-  if (height_px) *height_px = known.newest->image.height_px;
+  if (width) *width = known.newest->image.width_px;
+  if (height) *height = known.newest->image.height_px;
   if (step) *step = known.newest->step;
-  const int32_t result = safelight::copy_rgba8(known.newest->image, pixels, num_bytes, row_pitch, flip);  // unlocked
+  const int32_t result = safelight::copy_rgba8(known.newest->image, target);  // unlocked: it may take milliseconds
   if (result == SAFELIGHT_COPIED) {
     std::lock_guard lock(mutex);
     Output& now = outputs_[index];

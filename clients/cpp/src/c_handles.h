@@ -57,7 +57,16 @@ namespace safelight {
 void tell(safelight_error** error) noexcept;
 safelight_error* make_error(const Error& failure);
 
-int32_t copy_rgba8(const Image& image, void* pixels, std::size_t num_bytes, std::size_t row_pitch, bool flip);
+/// A buffer of the caller's, for rows of RGBA8. No width: that of the image.
+struct Target {
+  void* pixels;
+  std::size_t num_bytes, row_pitch;
+  bool flip;
+  int32_t width_px = 0, height_px = 0;
+};
+
+/// Copies raw pixels, scaled where the target has another size. One of SAFELIGHT_COPIED, TOO_SMALL and NOT_RAW.
+int32_t copy_rgba8(const Image& image, const Target& target);
 std::string to_json(const google::protobuf::Message& message);
 char* copied(const std::string& text);
 
@@ -90,8 +99,8 @@ struct safelight_generation {
   void close();
   std::unique_ptr<safelight_event> next(double timeout_s);
   safelight_state wait(double timeout_s);
-  int32_t poll_rgba8(int32_t index, void* pixels, std::size_t num_bytes, std::size_t row_pitch, bool flip,
-                     int32_t* width_px, int32_t* height_px, int32_t* step);
+  int32_t poll_rgba8(int32_t index, const safelight::Target& target, int32_t* width_px, int32_t* height_px,
+                     int32_t* step);
   /// A copy of what is known of an output.
   Output output(int32_t index) const;
 
@@ -100,6 +109,7 @@ struct safelight_generation {
   mutable std::mutex mutex;  // of all below but the stream and the thread
   std::condition_variable changed;
   safelight_state state = SAFELIGHT_STATE_ASKED;
+  int32_t width_px = 0, height_px = 0;
   std::string name;  // set once: its address may be given away
   std::unique_ptr<safelight_error> error;
 

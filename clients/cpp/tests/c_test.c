@@ -24,6 +24,23 @@ static safelight_request *request_of(const char *prompt, int32_t steps, uint64_t
   return request;
 }
 
+static void test_scaling(const safelight_image *picture) {
+  static unsigned char small[4], large[4 * 256 * 256], same[4 * WIDTH * HEIGHT];
+  size_t num_bytes, i;
+  const unsigned char *pixels = safelight_image_data(picture, &num_bytes);
+  CHECK(safelight_image_scale_rgba8(picture, large, sizeof large, 0, 0, 256, 256) == SAFELIGHT_COPIED);
+  for (i = 0; i < 4; ++i) { /* the corners are those of the picture */
+    CHECK(large[i] == pixels[i]);
+    CHECK(large[sizeof large - 4 + i] == pixels[num_bytes - 4 + i]);
+    CHECK(abs(large[4 + i] - (3 * pixels[i] + pixels[4 + i]) / 4) <= 1); /* a quarter of the way */
+  }
+  CHECK(safelight_image_scale_rgba8(picture, same, sizeof same, 0, 0, WIDTH, HEIGHT) == SAFELIGHT_COPIED);
+  CHECK(memcmp(same, pixels, sizeof same) == 0);
+  CHECK(safelight_image_scale_rgba8(picture, small, sizeof small, 0, 1, 1, 1) == SAFELIGHT_COPIED && small[3] == 255);
+  CHECK(safelight_image_scale_rgba8(picture, large, sizeof large, 0, 0, 257, 256) == SAFELIGHT_TOO_SMALL);
+  CHECK(safelight_image_scale_rgba8(picture, large, sizeof large, 0, 0, -1, 256) == SAFELIGHT_TOO_SMALL);
+}
+
 /* A game's loop: it never waits for the server, and has the picture in the end. */
 static void test_polling(safelight_client *client, const char *file) {
   static unsigned char texture[PITCH * HEIGHT], flipped[4 * WIDTH * HEIGHT];
@@ -55,6 +72,7 @@ static void test_polling(safelight_client *client, const char *file) {
   CHECK(num_previews > 0 && step == 0 && width == WIDTH && height == HEIGHT);
   CHECK(safelight_generation_step(generation, 0, &num_steps) == 40 && num_steps == 40);
   CHECK(safelight_generation_step(generation, 1, NULL) == 0);
+  CHECK(safelight_generation_size(generation, &width, &height) && width == WIDTH && height == HEIGHT);
   CHECK(safelight_generation_poll_rgba8(generation, 0, texture, sizeof texture, 0, 0, NULL, NULL, NULL) ==
         SAFELIGHT_NOTHING_NEW);
   CHECK(texture[4 * WIDTH] == 0xEE && texture[PITCH - 1] == 0xEE); /* between the rows nothing is written */
@@ -73,6 +91,8 @@ static void test_polling(safelight_client *client, const char *file) {
     CHECK(fwrite(texture + row * PITCH, 4, WIDTH, written) == WIDTH);
   }
   CHECK(fclose(written) == 0);
+
+  test_scaling(picture);
 
   /* Buffers and pitches that do not hold it, also such that their product wraps. */
   CHECK(safelight_image_copy_rgba8(picture, flipped, sizeof flipped - 1, 0, 0) == SAFELIGHT_TOO_SMALL);
