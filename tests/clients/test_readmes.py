@@ -105,7 +105,13 @@ async def test_c(start, installed: Path, tmp_path: Path) -> None:
         (tmp_path / "main.c").write_text(program.replace(ADDRESS, running.address))
         await run(tmp_path, "cc", "-std=c99", "-pedantic", "-Wall", "-Werror", "main.c", "-o", "program", *options)
         said = await run(tmp_path, "./program", LD_LIBRARY_PATH=libraries(installed))
-    assert re.match(r"step \d+: 128 x 128 pixels to upload\n", said)
+    assert re.match(r"step \d+: \d+ x \d+ pixels to upload\n", said)
+
+
+@pytest.mark.timeout(400)
+async def test_the_cpp_client_passes_its_own_tests(tmp_path: Path) -> None:
+    cpp.require()
+    assert await run(tmp_path, str(cpp.build() / "client_test")) == "ok\n"
 
 
 @pytest.mark.timeout(400)

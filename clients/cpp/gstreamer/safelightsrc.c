@@ -319,5 +319,6 @@ static gboolean plugin_init(GstPlugin *plugin) {
 }
 
 #define PACKAGE "safelight"
+/* The licence is Apache-2.0, which GStreamer's list of names does not have. */
 GST_PLUGIN_DEFINE(GST_VERSION_MAJOR, GST_VERSION_MINOR, safelight, "Pictures from a Safelight server", plugin_init,
-                  SAFELIGHT_VERSION, "Apache-2.0", "safelight", "https://github.com/safelight/safelight")
+                  SAFELIGHT_VERSION, GST_LICENSE_UNKNOWN, "safelight", "https://github.com/safelight/safelight")
