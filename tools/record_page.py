@@ -94,7 +94,7 @@ async def record(path: Path) -> None:
     async with serving_here(http_port=free_port()) as running:
         shots = await frames(running)
     write(shots, path)
-    print(f"{path}: {len(shots)} frames, {path.stat().st_size / 1000:.0f} kB")
+    print(f"{path}: {len(shots)} frames")
 
 
 if __name__ == "__main__":
