@@ -182,7 +182,7 @@ bench: setup $(BENCH_ENV)/.installed $(BENCH_TRITON) ## Measure: tables, and JSO
 
 .PHONY: record
 record: setup ## Record the contact sheet for the README, from a real browser (1 min)
-	PYTHONPATH=.:server:clients/python $(PY) tools/record_page.py
+	PYTHONPATH=server:clients/python $(PY) tools/record_page.py
 
 .PHONY: soak
 soak: setup ## Good callers beside hostile ones for MINUTES=30; memory must stay flat (30 min)

@@ -19,13 +19,12 @@ import tempfile
 from pathlib import Path
 
 from PIL import Image
-from playwright.async_api import Page, async_playwright
-from safelight_server.app.server import Running
+from playwright.async_api import FloatRect, Page, ViewportSize, async_playwright
+from safelight_server.app.server import Running, serving
+from safelight_server.settings import load
 
-from tests.conftest import serving_here
-from tests.support.http import free_port
-
-VIEW = {"width": 1180, "height": 900}
+HTTP_PORT = 8080
+VIEW: ViewportSize = {"width": 1180, "height": 900}
 PROMPTS = (
     "a golden key on a dark background",
     "a steel sword on a dark background",
@@ -64,7 +63,7 @@ async def _develop(page: Page) -> list[bytes]:
         await page.get_by_label("Prompt").fill(prompt)
         await page.get_by_role("button", name="Develop", exact=True).click()
     top = await page.locator("#sheet").evaluate("sheet => sheet.getBoundingClientRect().top")
-    clip = {"x": 0.0, "y": top - MARGIN_PX, "width": VIEW["width"], "height": HEIGHT_PX}
+    clip: FloatRect = {"x": 0.0, "y": top - MARGIN_PX, "width": VIEW["width"], "height": HEIGHT_PX}
     shots = []
     for _ in range(MAX_FRAMES):
         shots.append(await page.screenshot(clip=clip))
@@ -91,7 +90,7 @@ def write(shots: list[bytes], path: Path) -> None:
 
 async def record(path: Path) -> None:
     """Makes the recording."""
-    async with serving_here(http_port=free_port()) as running:
+    async with serving(load(port=0, http_port=HTTP_PORT)) as running:
         shots = await frames(running)
     write(shots, path)
     print(f"{path}: {len(shots)} frames")
