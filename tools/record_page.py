@@ -46,7 +46,7 @@ async def frames(running: Running) -> list[bytes]:
     with tempfile.TemporaryDirectory(prefix="safelight-", dir="/tmp") as folder:
         async with async_playwright() as playwright:
             browser = await playwright.chromium.launch(
-                executable_path=chromium, args=["--no-sandbox"], env=os.environ | {"TMPDIR": folder}
+                executable_path=chromium, args=["--no-sandbox"], env={**os.environ, "TMPDIR": folder}
             )
             page = await browser.new_page(viewport=VIEW, color_scheme="dark")
             await page.goto(f"http://{running.http_address}/")
