@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import grpc
 import structlog
 from grpc_health.v1 import health_pb2
 
@@ -205,7 +204,8 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         )
         streams = StreamQuota(settings.max_streams_per_caller)
         service = Service(identity, catalog, runtime, generations, caches, limits, streams, quotas, metrics, tracer)
-        http = HttpPort(settings, service, catalog, identity, metrics)
+        certificate = _certificate(settings)
+        http = HttpPort(settings, service, catalog, identity, metrics, certificate)
         _watch_queue(metrics, engine)
         works = [generations.tick, purges.keep_up, *identity.works, *quotas.works]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
@@ -221,7 +221,8 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         await ends.enter_async_context(_serving_metrics(metrics, settings))
         keyless = KeylessQuota(settings.max_keyless_streams, settings.max_keyless_streams_per_address)
         call_limits = CallLimits(settings.request_wait_s, (HEALTH_SERVICE, *REFLECTION_SERVICES), keyless, metrics)
-        async with _listening(settings, service, http, call_limits, engine, generations, works) as (address, drain):
+        listening = _listening(settings, certificate, service, http, call_limits, engine, generations, works)
+        async with listening as (address, drain):
             yield Running(
                 address, catalog, runtime, cache, generations, streams, quotas, call_limits, drain, http.address
             )
@@ -230,6 +231,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
 @contextlib.asynccontextmanager
 async def _listening(
     settings: Settings,
+    certificate: ServerCertificate | None,
     service: Service,
     http: HttpPort,
     limits: CallLimits,
@@ -242,13 +244,16 @@ async def _listening(
     services = (GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, QUOTA_SERVICE, HEALTH_SERVICE)
     handlers = service.handlers() | health.handlers() | Reflection(services).handlers()
     server = make_server(settings, limits, handlers)
+    credentials = None if certificate is None else certificate.credentials()
     try:
-        address = bind(server, settings.host, settings.port, _credentials(settings))
-    except (BindError, CertificateError) as error:
+        address = bind(server, settings.host, settings.port, credentials)
+    except BindError as error:
         raise StartError(str(error)) from None
     draining: list[asyncio.Task[None]] = []
     try:
         await http.start(lambda: not draining and not engine.outage.beyond_grace)
+    except CertificateError as error:
+        raise StartError(str(error)) from None
     except OSError as error:
         raise StartError(f"http_port {settings.http_port} of {settings.host}: {error.strerror}") from None
     await server.start()
@@ -359,11 +364,18 @@ def _watch_queue(metrics: Metrics, engine: Engine) -> None:
     )
 
 
-def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """What TLS needs; None where it is not configured."""
+def _certificate(settings: Settings) -> ServerCertificate | None:
+    """The certificate of TLS; None where it is not configured.
+
+    Raises:
+        StartError: it cannot be used.
+    """
     if settings.tls_cert_file is None or settings.tls_key_file is None:
         return None
-    return ServerCertificate(settings.tls_cert_file, settings.tls_key_file).credentials()
+    try:
+        return ServerCertificate(settings.tls_cert_file, settings.tls_key_file)
+    except CertificateError as error:
+        raise StartError(str(error)) from None
 
 
 @contextlib.asynccontextmanager
