@@ -107,7 +107,7 @@ test-clients: setup node_modules/.installed ## Run the clients of all languages 
 .PHONY: test-simulation
 SCHEDULES := 100000
 SEED := 1
-test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds (SCHEDULES=100000 SEED=1; 50 min)
+test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds (SCHEDULES=100000 SEED=1; 15 min)
 	PYTHONPATH=server:clients/python:. $(PY) -m tests.simulation --schedules $(SCHEDULES) --seed $(SEED)
 
 .PHONY: test-rest
