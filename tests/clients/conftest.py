@@ -16,8 +16,14 @@ from tests.clients.case import ROOT
 CLIENTS = ROOT / "clients"
 WEB = "typescript-web"
 """The TypeScript client for pages, run by Node."""
-LANGUAGES = ("python", "go", "typescript", WEB)
+LANGUAGES = ("python", "go", "typescript", WEB, "java")
 TSC = ROOT / "node_modules/.bin/tsc"
+JAVA = CLIENTS / "java"
+MAVEN_REPOSITORY = ROOT / ".tools/maven"
+JAVA_OPTIONS = (
+    *("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"),  # it lives for seconds
+    *("-Dhttps.proxyHost=127.0.0.1", "-Dhttps.proxyPort=9", "-Dhttp.nonProxyHosts="),  # Java's form of DEAD_PROXY
+)
 
 
 def is_here(language: str) -> bool:
@@ -27,6 +33,8 @@ def is_here(language: str) -> bool:
             return True
         case "typescript" | "typescript-web":
             return shutil.which("node") is not None and TSC.exists()
+        case "java":
+            return shutil.which("javac") is not None and shutil.which("mvn") is not None
         case _:
             return shutil.which(language) is not None
 
@@ -41,6 +49,35 @@ def require_typescript() -> None:
     """Skips the test where Node or its packages are missing."""
     if not is_here("typescript"):
         pytest.skip("no Node with the packages of package.json here (make node_modules/.installed)")
+
+
+def require_java() -> None:
+    """Skips the test where there is no JDK or no Maven."""
+    if not is_here("java"):
+        pytest.skip("no JDK with Maven on this machine")
+
+
+@functools.cache
+def build_java() -> str:
+    """Builds the Java client, its jars and its documentation, and runs its tests, once; what Maven said.
+
+    Maven keeps what it downloads in the checkout and not in the home directory, so that a later build needs no network.
+    """
+    command = ["mvn", "--batch-mode", "--no-transfer-progress", f"-Dmaven.repo.local={MAVEN_REPOSITORY}"]
+    goals = ["clean", "verify", "dependency:copy-dependencies", "-DoutputDirectory=target/lib"]
+    done = subprocess.run([*command, *goals], cwd=JAVA, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def run_java(main: str) -> list[str]:
+    """The command that runs a class, or a source file, with the client that `build_java` has built."""
+    classes = [
+        JAVA / "target/test-classes",
+        *(JAVA / "target").glob("safelight-client-*[0-9].jar"),
+        JAVA / "target/lib/*",
+    ]
+    return ["java", *JAVA_OPTIONS, "-cp", ":".join(map(str, classes)), main]
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +98,10 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[st
                 return ["node", str(CLIENTS / "typescript/dist/conformance.js")]
             case "typescript-web":
                 return [*command("typescript"), "--web"]
+            case "java":
+                require_java()
+                build_java()
+                return run_java("io.github.safelight.Conformance")
             case _:
                 raise ValueError(language)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.clients.case import ROOT
-from tests.clients.conftest import require_go
+from tests.clients.conftest import JAVA, build_java, require_go, require_java, run_java
 
 ADDRESS = "127.0.0.1:8421"
 
@@ -104,3 +104,37 @@ def test_the_typescript_client_for_pages_imports_nothing_of_node(runners) -> Non
         "@connectrpc/connect-web",
         "@noble/hashes/sha2.js",
     }
+
+
+@pytest.mark.timeout(400)
+def test_the_java_client_builds_without_warnings_and_passes_its_own_tests() -> None:
+    require_java()
+    said = build_java()
+    assert "[WARNING]" not in said
+    assert re.search(r"Tests run: [1-9]\d*, Failures: 0, Errors: 0, Skipped: 0", said)
+    made = {re.sub(r"[\d.]+\d", "VERSION", file.stem) for file in (JAVA / "target").glob("*.jar")}
+    assert made == {f"safelight-client-VERSION{kind}" for kind in ("", "-sources", "-javadoc")}
+
+
+@pytest.mark.timeout(400)
+async def test_java(start, tmp_path: Path) -> None:
+    require_java()
+    await asyncio.to_thread(build_java)
+    [program] = programs("java", "java")
+    async with start() as running:
+        source = tmp_path / "Potion.java"
+        source.write_text(program.replace(ADDRESS, running.address))
+        said = await run(tmp_path, *run_java(str(source)))
+    assert re.match(r"step \d+: \d+ bytes of image/jpeg\n", said)
+    assert (tmp_path / "potion.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.timeout(400)
+async def test_kotlin(start, tmp_path: Path) -> None:
+    require_java()
+    await asyncio.to_thread(build_java)
+    assert programs("java", "kotlin") == [(JAVA / "src/test/kotlin/Potion.kt").read_text()]
+    async with start() as running:
+        said = await run(tmp_path, *run_java("PotionKt"), running.address)
+    assert re.match(r"step \d+: \d+ bytes of image/jpeg\n", said)
+    assert (tmp_path / "potion.png").read_bytes().startswith(b"\x89PNG")
