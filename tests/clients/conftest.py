@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,16 @@ from tests.clients.case import ROOT
 CLIENTS = ROOT / "clients"
 WEB = "typescript-web"
 """The TypeScript client for pages, run by Node."""
-LANGUAGES = ("python", "go", "typescript", WEB)
+LANGUAGES = ("python", "go", "typescript", WEB, "rust")
 TSC = ROOT / "node_modules/.bin/tsc"
+CARGO = ROOT / "tools/cargo"
+CARGO_ENVIRONMENT = {
+    "CARGO_TARGET_DIR": str(ROOT / "out/rust"),
+    "CARGO_INCREMENTAL": "0",
+    "CARGO_PROFILE_DEV_DEBUG": "0",
+    "CARGO_TERM_COLOR": "never",
+}
+"""One folder for all that the tests build, so that dependencies are built once, and as quickly as may be."""
 
 
 def is_here(language: str) -> bool:
@@ -27,6 +36,8 @@ def is_here(language: str) -> bool:
             return True
         case "typescript" | "typescript-web":
             return shutil.which("node") is not None and TSC.exists()
+        case "rust":
+            return subprocess.run([CARGO, "--version"], capture_output=True).returncode == 0
         case _:
             return shutil.which(language) is not None
 
@@ -41,6 +52,12 @@ def require_typescript() -> None:
     """Skips the test where Node or its packages are missing."""
     if not is_here("typescript"):
         pytest.skip("no Node with the packages of package.json here (make node_modules/.installed)")
+
+
+def require_rust() -> None:
+    """Skips the test where there is no Rust."""
+    if not is_here("rust"):
+        pytest.skip("no Rust on this machine")
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +78,9 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[st
                 return ["node", str(CLIENTS / "typescript/dist/conformance.js")]
             case "typescript-web":
                 return [*command("typescript"), "--web"]
+            case "rust":
+                require_rust()
+                return [str(build_rust()), str(descriptors(tmp_path_factory.mktemp("rust") / "safelight.binpb"))]
             case _:
                 raise ValueError(language)
 
@@ -68,4 +88,19 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[st
         subprocess.run(["go", "build", "-o", program, "./internal/conformance"], cwd=CLIENTS / "go", check=True)
         return program
 
+    def build_rust() -> Path:
+        environment = os.environ | CARGO_ENVIRONMENT
+        build = [CARGO, "build", "--quiet", "--example", "conformance"]
+        subprocess.run(build, cwd=CLIENTS / "rust", env=environment, check=True)
+        return Path(CARGO_ENVIRONMENT["CARGO_TARGET_DIR"], "debug/examples/conformance")
+
     return command
+
+
+def descriptors(file: Path) -> Path:
+    """Writes the contract as a descriptor set, for runners whose language has no JSON of messages built in."""
+    protos = [str(path.relative_to(ROOT / "proto")) for path in (ROOT / "proto/safelight").rglob("*.proto")]
+    includes = ["-Iproto", "-Iproto/third_party"]
+    protoc = [sys.executable, "-m", "grpc_tools.protoc", *includes, "--include_imports", f"--descriptor_set_out={file}"]
+    subprocess.run([*protoc, *protos], cwd=ROOT, check=True)
+    return file
