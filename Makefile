@@ -108,7 +108,7 @@ test-clients: setup node_modules/.installed ## Run the clients of all languages 
 	$(PY) -m pytest -q --timeout 180 tests/clients
 
 .PHONY: test-engines
-test-engines: setup ## Run the C client in GStreamer and in an SDL2 program, headless (2 min)
+test-engines: setup ## Run the C client in GStreamer, in LÖVE and in an SDL2 program, headless (2 min)
 	$(PY) -m pytest -q --timeout 400 tests/engines
 
 .PHONY: test-simulation
