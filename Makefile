@@ -24,11 +24,6 @@ help: ## List the targets, and how long each takes
 	.venv/bin/uv pip sync --quiet --python $(TRAIN_PY) --require-hashes requirements-training.lock
 	@touch $@
 
-.venv-bench/.installed: .venv/.uv requirements-bench.lock
-	python3 -m venv .venv-bench
-	.venv/bin/uv pip sync --quiet --python .venv-bench/bin/python --require-hashes requirements-bench.lock
-	@touch $@
-
 .venv-locust/.installed: .venv/.uv requirements-locust.lock
 	python3 -m venv .venv-locust
 	.venv/bin/uv pip sync --quiet --python .venv-locust/bin/python --require-hashes requirements-locust.lock
@@ -81,8 +76,8 @@ test-training: .venv-training/.installed ## Run the tests against torch and diff
 	  -W ignore::UserWarning --timeout 600 tests/training  # warnings of torch and diffusers are not ours to mend
 
 .PHONY: test-peers
-test-peers: .venv-bench/.installed ## Run the tests of the latency benchmark, with its peers (1 min)
-	PYTHONPATH=server:clients/python:. .venv-bench/bin/python -m pytest -q -p no:cacheprovider --timeout 400 tests/peers
+test-peers: .venv-training/.installed ## Run the tests of the latency benchmark, with its peers (1 min)
+	PYTHONPATH=server:clients/python:. $(TRAIN_PY) -m pytest -q -p no:cacheprovider --timeout 400 tests/peers
 
 .PHONY: test-redis
 test-redis: setup ## Run the tests against a real Redis and an S3 server, which they start themselves (3 min)
@@ -158,8 +153,6 @@ lock: .venv/.uv ## Pin all dependencies anew
 	  pyproject.toml clients/python/pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --no-emit-package safelight \
 	  pyproject.toml clients/python/pyproject.toml --extra training -c requirements.lock -o requirements-training.lock
-	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --no-emit-package safelight \
-	  pyproject.toml clients/python/pyproject.toml --extra bench -c requirements-training.lock -o requirements-bench.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
 	  deploy/triton/requirements.in -o requirements-triton.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
@@ -172,10 +165,10 @@ mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name
 	tools/install-system-packages
 	$(PY) tools/mutate.py $(ONLY)
 
-# Only latency has peers, with an environment of their own; only two parts need Triton, one Redis.
+# Only latency has peers, which need torch; only two parts need Triton, one Redis.
 comma := ,
 PARTS := $(subst $(comma), ,$(ONLY))
-BENCH_ENV := $(if $(filter latency,$(or $(PARTS),latency)),.venv-bench,.venv)
+BENCH_ENV := $(if $(filter latency,$(or $(PARTS),latency)),.venv-training,.venv)
 BENCH_TRITON := $(if $(filter triton merging,$(or $(PARTS),triton)),.venv-triton/.installed)
 BENCH_REDIS := $(if $(filter tiers,$(or $(PARTS),tiers)),tools/install-system-packages)
 .PHONY: bench
@@ -192,9 +185,9 @@ soak: setup ## Good callers beside hostile ones for MINUTES=30; memory must stay
 	PYTHONPATH=server:clients/python $(PY) -m load_tests.soak --minutes $(or $(MINUTES),30)
 
 .PHONY: bench-smoke
-bench-smoke: setup .venv-bench/.installed .venv-triton/.installed ## Run all benchmarks for seconds, to see that they work (minutes)
+bench-smoke: setup .venv-training/.installed .venv-triton/.installed ## Run all benchmarks for seconds, to see that they work (minutes)
 	tools/install-system-packages
-	PYTHONPATH=server:clients/python .venv-bench/bin/python -m load_tests.bench --smoke --out out/bench/smoke
+	PYTHONPATH=server:clients/python $(TRAIN_PY) -m load_tests.bench --smoke --out out/bench/smoke
 
 .PHONY: train
 train: .venv-training/.installed ## Train the embedded model from a seed (says how long it takes; resumes)
@@ -208,7 +201,7 @@ evaluate: .venv-training/.installed ## Score the shipped weights; fails below th
 
 .PHONY: clean
 clean: ## Remove what was built and measured
-	rm -rf .venv .venv-training .venv-bench .venv-triton .venv-docs .venv-locust .tools node_modules tools/site/node_modules out
+	rm -rf .venv .venv-training .venv-triton .venv-docs .venv-locust .tools node_modules tools/site/node_modules out
 
 .venv-docs/.installed: .venv/.uv requirements-docs.lock
 	python3 -m venv .venv-docs

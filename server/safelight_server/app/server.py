@@ -341,8 +341,8 @@ def _build_cache(
         most = settings.cache_similar_items
         buckets = RedisBuckets(*backends.redis, backends.sealer, ttl_s=ttl_s, max_items=most)
     similar = SimilarPictures(pictures, buckets, INDEXED_ITEMS, settings.cache_similar_uses, metrics.cache.rejected)
-    books = LeastBenefit(settings.cache_latent_bytes)
-    warm_starts = WarmStarts(checkpoints, Vectors(tiers, ttl_s), skip_policy, books, INDEXED_ITEMS)
+    eviction = LeastBenefit(settings.cache_latent_bytes)
+    warm_starts = WarmStarts(checkpoints, Vectors(tiers, ttl_s), skip_policy, eviction, INDEXED_ITEMS)
     namespaces = Namespaces(keyring, settings.cache_pools)
     prompts = Prompts(tiers, engine.encode, ttl_s)
     shared = backends.redis is not None
@@ -352,13 +352,13 @@ def _build_cache(
 
 async def _follow_health(health: Health, names: Sequence[str], engine: Engine) -> None:
     """Keeps the health service up to date: NOT_SERVING once the runtime has been away for longer than its grace."""
-    said = health_pb2.HealthCheckResponse.SERVING
+    current = health_pb2.HealthCheckResponse.SERVING
     while True:
         status = health_pb2.HealthCheckResponse
         now = status.NOT_SERVING if engine.outage.beyond_grace else status.SERVING
-        if now is not said:
+        if now is not current:
             health.set(names, now)
-            said = now
+            current = now
         await asyncio.sleep(HEALTH_PERIOD_S)
 
 
