@@ -102,6 +102,11 @@ test-clients: setup node_modules/.installed ## Run the clients of all languages 
 	tools/install-system-packages
 	$(PY) -m pytest -q --timeout 180 tests/clients
 
+.PHONY: test-bevy
+test-bevy: setup ## Run the Bevy plugin against a real server, rendering in software (first 10 min of building, then 1 min; not in CI)
+	tools/install-system-packages bevy
+	$(PY) -m pytest -q --timeout 180 tests/bevy
+
 .PHONY: test-simulation
 SCHEDULES := 100000
 SEED := 1
