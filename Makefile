@@ -106,6 +106,9 @@ test-clients: setup node_modules/.installed ## Run the clients of all languages 
 test-bevy: setup ## Run the Bevy plugin against a real server, rendering in software (first 10 min of building, then 1 min; not in CI)
 	tools/install-system-packages bevy
 	$(PY) -m pytest -q --timeout 180 tests/bevy
+.PHONY: test-engines
+test-engines: setup ## Run the C client in GStreamer and in an SDL2 program, headless (2 min)
+	$(PY) -m pytest -q --timeout 400 tests/engines
 
 .PHONY: test-simulation
 SCHEDULES := 100000
@@ -114,7 +117,7 @@ test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds 
 	PYTHONPATH=server:clients/python:. $(PY) -m tests.simulation --schedules $(SCHEDULES) --seed $(SEED)
 
 .PHONY: test-rest
-test-rest: test-tools test-browser test-clients test-redis test-triton test-training test-peers test-simulation mutate ## Run the groups that need more than `make test` does (20 min)
+test-rest: test-tools test-browser test-clients test-engines test-redis test-triton test-training test-peers test-simulation mutate ## Run the groups that need more than `make test` does (20 min)
 
 .PHONY: test-all
 test-all: test test-rest ## Run all tests (30 min)
