@@ -27,7 +27,7 @@ from safelight_server.api.service import CACHE_SERVICE, GENERATION_SERVICE, MODE
 from safelight_server.app.address import BindError, bind, sole_listener
 from safelight_server.app.backends import Backends, CredentialsError, open_backends
 from safelight_server.app.certificate import CertificateError, ServerCertificate
-from safelight_server.app.grpc_server import make_server
+from safelight_server.app.grpc_server import make_server, probe_server
 from safelight_server.app.http_server import HttpPort
 from safelight_server.cache.admin import CacheAdmin
 from safelight_server.cache.approximate.buckets import RedisBuckets
@@ -244,6 +244,7 @@ async def _listening(
     server = make_server(settings, limits, handlers)
     try:
         address = bind(server, settings.host, settings.port, _credentials(settings))
+        probed = probe_server(settings, limits, health.handlers())
     except (BindError, CertificateError) as error:
         raise StartError(str(error)) from None
     draining: list[asyncio.Task[None]] = []
@@ -251,11 +252,14 @@ async def _listening(
         await http.start(lambda: not draining and not engine.outage.beyond_grace)
     except OSError as error:
         raise StartError(f"http_port {settings.http_port} of {settings.host}: {error.strerror}") from None
-    await server.start()
+    servers = [server] if probed is None else [server, probed]
+    for each in servers:
+        await each.start()
     names = ("", *services)
     health.set(names, health_pb2.HealthCheckResponse.SERVING)
     background = [_begin(work) for work in works]
-    following = _begin(functools.partial(_follow_health, health, names, engine))
+    follow = [name for name in names if name != HEALTH_SERVICE]  # that one says whether this process lives
+    following = _begin(functools.partial(_follow_health, health, follow, engine))
 
     async def drain(grace_s: float) -> None:
         until = time.monotonic() + grace_s
@@ -265,7 +269,7 @@ async def _listening(
         health.end_watches()
         limits.end_awaited()
         left_s = max(LAST_WORDS_S, until - time.monotonic())  # both may still be sending
-        await asyncio.gather(server.stop(left_s), http.stop(left_s))
+        await asyncio.gather(*(each.stop(left_s) for each in servers), http.stop(left_s))
 
     def start_drain(grace_s: float) -> asyncio.Task[None]:
         """Starts a drain; a second one with a shorter grace cuts the first one short."""
@@ -368,7 +372,9 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
 
 @contextlib.asynccontextmanager
 async def _serving_metrics(metrics: Metrics, settings: Settings) -> AsyncIterator[None]:
-    """Serves Prometheus metrics: on loopback, or on `host` with `insecure`, since they have neither TLS nor keys.
+    """Serves Prometheus metrics: on `metrics_host`; else on loopback, or on `host` with `insecure`.
+
+    They have neither TLS nor keys.
 
     Raises:
         StartError: the address is taken or not this machine's.
@@ -377,7 +383,7 @@ async def _serving_metrics(metrics: Metrics, settings: Settings) -> AsyncIterato
         yield
         return
     beyond = settings.insecure and not settings.host.startswith("unix:")
-    host = settings.host if beyond else "127.0.0.1"
+    host = settings.metrics_host or (settings.host if beyond else "127.0.0.1")
     async with contextlib.AsyncExitStack() as ends:
         try:
             await ends.enter_async_context(MetricsServer(metrics.registry).listening(host, settings.metrics_port))
