@@ -11,12 +11,12 @@ WORKDIR /src
 RUN python3 -m venv /opt/pip
 
 FROM tools AS gateway-build
-COPY requirements.lock requirements-dev.lock ./
+COPY requirements.lock requirements-build.lock ./
 # No pip in the result. Tests that packages bring are left out; nothing imports them.
 RUN python3 -m venv --without-pip /opt/safelight \
     && /opt/pip/bin/pip --python /opt/safelight/bin/python install --require-hashes --requirement requirements.lock \
     && find /opt/safelight -type d -name tests -prune -exec rm -r {} + \
-    && /opt/pip/bin/pip install --constraint requirements-dev.lock hatchling
+    && /opt/pip/bin/pip install --require-hashes --requirement requirements-build.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY clients/python ./clients/python
 COPY server ./server
