@@ -19,7 +19,15 @@ from tests.support.http import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 OUT = ROOT / "out" / "image"
-RESTRICTED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--tmpfs=/tmp")
+RESTRICTED = (
+    "--ulimit=nofile=4096:4096",
+    "--ulimit=nproc=4096:4096",
+    "--no-healthcheck",
+    "--read-only",
+    "--cap-drop=ALL",
+    "--security-opt=no-new-privileges",
+    "--tmpfs=/tmp",
+)
 GLOBAL = ("--runtime", "runc", "--cgroup-manager", "cgroupfs", "--events-backend", "none")
 START_S = 100.0
 pytestmark = pytest.mark.timeout(300)

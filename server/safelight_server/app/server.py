@@ -258,8 +258,7 @@ async def _listening(
     names = ("", *services)
     health.set(names, health_pb2.HealthCheckResponse.SERVING)
     background = [_begin(work) for work in works]
-    follow = [name for name in names if name != HEALTH_SERVICE]  # that one says whether this process lives
-    following = _begin(functools.partial(_follow_health, health, follow, engine))
+    following = _begin(functools.partial(follow_health, health, names, engine))
 
     async def drain(grace_s: float) -> None:
         until = time.monotonic() + grace_s
@@ -342,8 +341,12 @@ def _build_cache(
     return cache, Purges(tiers, backends.coordinator, (similar, warm_starts, checkpoints))
 
 
-async def _follow_health(health: Health, names: Sequence[str], engine: Engine) -> None:
-    """Keeps the health service up to date: NOT_SERVING once the runtime has been away for longer than its grace."""
+async def follow_health(health: Health, names: Sequence[str], engine: Engine) -> None:
+    """Keeps the health service up to date: NOT_SERVING once the runtime has been away for longer than its grace.
+
+    `HEALTH_SERVICE` is left out: it says whether this process answers, for whoever would start it anew if it did not.
+    """
+    names = [name for name in names if name != HEALTH_SERVICE]
     said = health_pb2.HealthCheckResponse.SERVING
     while True:
         status = health_pb2.HealthCheckResponse
