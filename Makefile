@@ -132,7 +132,7 @@ test-image: image ## Run the images with podman and develop a picture in them (4
 test-kubernetes: image .tools/helm .tools/kubernetes/.installed ## Install, upgrade, drain and kill on a real cluster (first 30 min of Go, then 15; needs root)
 	tools/install-system-packages kubernetes
 	deploy/image/pack out/image/gateway.tar out/image/triton.tar
-	SAFELIGHT_TEST_CLUSTER=unshared unshare --net --mount --pid --fork --kill-child --mount-proc \
+	SAFELIGHT_TEST_CLUSTER=unshared unshare --net --mount --pid --fork --kill-child --mount-proc catatonit -- \
 	  $(PY) -m pytest -q -s tests/kubernetes
 
 .PHONY: test-simulation

@@ -31,6 +31,7 @@ HOST = "10.99.0.1"
 DNS = "10.96.0.10"
 NODES = ("n1", "n2")
 TOKEN = "this-cluster-lives-for-minutes"
+HOSTS_OWN = ("/proc/sys/vm", "/proc/sys/kernel")
 CGROUPS = Path("/sys/fs/cgroup")
 READY_S = 180.0
 
@@ -237,6 +238,9 @@ class Cluster:
             ["ip", "address", "replace", f"{DNS}/32", "dev", "lo"],
             ["ip", "route", "replace", "default", "dev", "lo"],  # some parts look for one
             ["mount", "--make-rshared", "/"],
+            # The kubelet would set how this machine's kernel panics and overcommits; that is nothing of a test's.
+            *(["mount", "--bind", part, part] for part in HOSTS_OWN),
+            *(["mount", "-o", "remount,bind,ro", part] for part in HOSTS_OWN),
         ):
             subprocess.run(command, check=True)
         Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
@@ -290,6 +294,7 @@ class Cluster:
                 "evictionHard": {"nodefs.available": "1%", "imagefs.available": "1%", "memory.available": "100Mi"},
                 "localStorageCapacityIsolation": False,
                 "podLogsDir": str(place / "logs"),
+                "featureGates": {"KubeletInUserNamespace": True},  # what it may not set is no fault
                 "nodeStatusUpdateFrequency": "4s",
             }  # fmt: skip
             (place / "kubelet.yaml").write_text(yaml.safe_dump(kubelet))
@@ -385,6 +390,7 @@ address = "{f}/containerd.sock"
 [plugins."io.containerd.grpc.v1.cri"]
 sandbox_image = "localhost/pause:1"
 disable_apparmor = true
+restrict_oom_score_adj = true
 stream_server_port = "0"
 [plugins."io.containerd.grpc.v1.cri".cni]
 bin_dir = "/usr/lib/cni"
