@@ -30,8 +30,7 @@ CHARTS_OWN = {
     ),
     *("tls_cert_file", "tls_key_file", "api_key_file", "quota_file", "models_dir", "redis_url", "num_instances"),
     *("triton_url", "triton_shared_memory", "triton_instances", "otlp_endpoint", "otlp_headers"),
-    *("cache_key_file", "cache_disk_dir", "cache_s3_url", "cache_s3_endpoint", "cache_s3_region"),
-    "cache_s3_credentials_file",
+    *("cache_key_file", "cache_disk_dir", "cache_disk_bytes", "cache_s3_url"),
 }
 """Settings that the chart's other values decide."""
 HEAD = """# The chart safelight

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safelight_server.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
 CHART = ROOT / "deploy" / "helm" / "safelight"
@@ -146,15 +147,35 @@ def test_models_are_fetched_with_their_digests(tmp_path):
 
 
 def test_settings_and_secrets_reach_the_server(tmp_path):
-    objects = rendered(tmp_path, "gpu", settings={"max_waiting_batch": 4096, "log_level": "debug"})
+    objects = rendered(tmp_path, "gpu", settings={"max_waiting_outputs": 1024, "log_level": "debug"})
     [spec, _] = pod_specs(objects)
     found = environment(spec["containers"][0])
-    assert found["SAFELIGHT_MAX_WAITING_BATCH"] == "4096"
+    assert found["SAFELIGHT_MAX_WAITING_OUTPUTS"] == "1024"
     assert found["SAFELIGHT_LOG_LEVEL"] == "debug"
     assert found["SAFELIGHT_REDIS_URL"] == {"secretKeyRef": {"name": "safelight-redis", "key": "url"}}
     assert found["SAFELIGHT_OTLP_ENDPOINT"] == "http://otel-collector.observability:4317"
     assert found["SAFELIGHT_INSECURE"] == "false"
     assert len(found) == len(spec["containers"][0]["env"]), "no variable is there twice"
+
+
+def test_the_bucket_and_the_disk_reach_the_server(tmp_path):
+    s3 = {"url": "s3://b/p", "endpoint": "http://minio:9000", "region": "eu", "credentialsSecret": "s3"}
+    [spec, _] = pod_specs(rendered(tmp_path, "cpu", cache={"keySecret": "k", "diskGiB": 16, "s3": s3}))
+    found = environment(spec["containers"][0])
+    given_url = (
+        "s3://b/p?region=eu&endpoint_url=http%3A%2F%2Fminio%3A9000&credentials_file=/etc/safelight/s3/credentials"
+    )
+    assert found["SAFELIGHT_CACHE_S3_URL"] == given_url
+    assert found["SAFELIGHT_CACHE_DISK_BYTES"] == str(16 << 30)
+    [volume] = [each for each in spec["volumes"] if each["name"] == "cache"]
+    assert volume["emptyDir"]["sizeLimit"] == "19Gi"
+
+
+def test_all_settings_that_the_chart_writes_are_the_servers(tmp_path):
+    names = {f"SAFELIGHT_{name.upper()}" for name in Settings.model_fields}
+    for profile in PROFILES:
+        [spec, _] = pod_specs(rendered(tmp_path, profile))
+        assert environment(spec["containers"][0]).keys() <= names
 
 
 def test_the_route_has_the_services_and_not_health(tmp_path):
@@ -175,7 +196,7 @@ def test_the_route_has_the_services_and_not_health(tmp_path):
     [
         ({"image": {"repository": "x", "digest": "latest"}}, "digest"),
         ({"replica": 3}, "replica"),
-        ({"settings": {"max_waiting_bach": 1}}, "max_waiting_bach"),
+        ({"settings": {"max_waiting_output": 1}}, "max_waiting_output"),
         ({"settings": {"tls_cert_file": "x"}}, "tls_cert_file"),
         ({"resources": {"request": {}}}, "request"),
         ({"tls": {"secret": ""}}, "give tls.secret and apiKeys.secret, or insecure: true"),

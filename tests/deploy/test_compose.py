@@ -121,7 +121,7 @@ def test_the_commands_make_a_picture_a_trace_and_metrics(tmp_path):
         services.enter_context(running("gateway", paths, tmp_path / "gateway.log"))
         until("the gateway is healthy", lambda: urllib.request.urlopen("http://127.0.0.1:8080/healthz", timeout=5))
         with SyncClient("127.0.0.1:8421") as client:
-            assert client.generate("a red potion", seed=7).image().size == (64, 64)
+            assert client.generate("a red potion", seed=7).image().size == (128, 128)
             assert client.models()[0].runtime == "triton"
 
         def found(query: str) -> Any:

@@ -38,7 +38,7 @@ def test_the_commands_lead_to_a_picture(cluster, images, redis, tmp_path):
         assert ended.returncode == 0, ended.stdout + ended.stderr
         assert "/tmp/picture.png" in ended.stdout, "helm test"
         with Image.open(tmp_path / "potion.png") as picture:
-            assert picture.size == (64, 64)
+            assert picture.size == (128, 128)
         assert (tmp_path / "fetched-models" / "pipelines" / "icons" / "1.0" / "pipeline.json").exists()
     finally:
         cluster.helm("uninstall", "safelight", "--namespace", "pictures", "--ignore-not-found")

@@ -38,19 +38,16 @@
 {{- if $v.cache.keySecret }}
 - {name: SAFELIGHT_CACHE_KEY_FILE, value: {{ print "/etc/safelight/cache-key/" $v.cache.keySecretKey | quote }}}
 {{- end }}
-{{- if $v.cache.diskSize }}
+{{- if $v.cache.diskGiB }}
 - {name: SAFELIGHT_CACHE_DISK_DIR, value: /var/cache/safelight/entries}
+- {name: SAFELIGHT_CACHE_DISK_BYTES, value: {{ mul $v.cache.diskGiB 1073741824 | quote }}}
 {{- end }}
 {{- with $v.cache.s3 }}
 {{- if .url }}
-- {name: SAFELIGHT_CACHE_S3_URL, value: {{ .url | quote }}}
-- {name: SAFELIGHT_CACHE_S3_REGION, value: {{ .region | quote }}}
-{{- with .endpoint }}
-- {name: SAFELIGHT_CACHE_S3_ENDPOINT, value: {{ . | quote }}}
-{{- end }}
-{{- if .credentialsSecret }}
-- {name: SAFELIGHT_CACHE_S3_CREDENTIALS_FILE, value: {{ print "/etc/safelight/s3/" .credentialsSecretKey | quote }}}
-{{- end }}
+{{- $options := list (print "region=" (urlquery .region)) }}
+{{- with .endpoint }}{{ $options = append $options (print "endpoint_url=" (urlquery .)) }}{{ end }}
+{{- if .credentialsSecret }}{{ $options = append $options (print "credentials_file=/etc/safelight/s3/" .credentialsSecretKey) }}{{ end }}
+- {name: SAFELIGHT_CACHE_S3_URL, value: {{ print .url "?" (join "&" $options) | quote }}}
 {{- end }}
 {{- end }}
 {{- with $v.otlp }}

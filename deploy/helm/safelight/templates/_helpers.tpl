@@ -42,8 +42,8 @@ seccompProfile: {type: RuntimeDefault}
 {{- if and (not $v.insecure) (or (not $v.tls.secret) (not $v.apiKeys.secret)) }}
 {{- fail "give tls.secret and apiKeys.secret, or insecure: true" }}
 {{- end }}
-{{- if and (or $v.redis.url $v.redis.secret $v.cache.s3.url $v.cache.diskSize) (not $v.cache.keySecret) }}
-{{- fail "redis, cache.s3 and cache.diskSize need cache.keySecret: everything kept there is sealed" }}
+{{- if and (or $v.redis.url $v.redis.secret $v.cache.s3.url $v.cache.diskGiB) (not $v.cache.keySecret) }}
+{{- fail "redis, cache.s3 and cache.diskGiB need cache.keySecret: everything kept there is sealed" }}
 {{- end }}
 {{- if and $v.redis.url $v.redis.secret }}
 {{- fail "redis.url and redis.secret exclude each other" }}
