@@ -119,6 +119,7 @@ test-bevy: setup ## Run the Bevy plugin against a real server, rendering in soft
 test-engines: setup ## Run the C client in GStreamer and in an SDL2 program, headless (2 min)
 	tools/install-system-packages cpp engines
 	$(PY) -m pytest -q --timeout 400 tests/engines
+
 # In a network namespace of its own: compose.yaml's ports stay as they are, and nothing is reached from outside.
 .PHONY: test-deploy
 test-deploy: setup .tools/.installed .tools/helm .venv-triton/.installed ## Check the chart's profiles and compose.yaml, whose commands are run (1 min)

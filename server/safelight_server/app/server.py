@@ -359,7 +359,7 @@ async def follow_health(health: Health, names: Sequence[str], engine: Engine) ->
     `HEALTH_SERVICE` is left out: it says whether this process answers, for whoever would start it anew if it did not.
     """
     names = [name for name in names if name != HEALTH_SERVICE]
-    said = health_pb2.HealthCheckResponse.SERVING
+    current = health_pb2.HealthCheckResponse.SERVING
     while True:
         status = health_pb2.HealthCheckResponse
         now = status.NOT_SERVING if engine.outage.beyond_grace else status.SERVING
