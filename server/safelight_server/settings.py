@@ -222,6 +222,9 @@ class Settings(BaseSettings):
     metrics_port: int = Field(
         0, ge=0, le=65535, description="Port of Prometheus metrics: of loopback, or with insecure of host. 0: off."
     )
+    quality_sample_ratio: float = Field(
+        0.05, ge=0, le=1, description="Share of developed pictures that are measured for the quality metrics."
+    )
     otlp_endpoint: str = Field(
         "", description="OTLP gRPC endpoint for traces, such as http://127.0.0.1:4317. Empty: off."
     )

@@ -96,6 +96,7 @@ async def open_backends(settings: Settings, metrics: TierMetrics, wall: Callable
             settings.breaker_failures,
             settings.breaker_open_s,
             lambda state: metrics.breaker(name, int(state)),
+            lambda: metrics.service_failed(name),
         )
 
     clock = SharedClock(wall, on_offset=metrics.clock_offset)

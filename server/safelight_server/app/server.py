@@ -53,6 +53,7 @@ from safelight_server.generations.execution import Executions
 from safelight_server.generations.inspection import Inspection
 from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
+from safelight_server.quality import QualityProbe
 from safelight_server.quotas.limits import watch
 from safelight_server.quotas.quotas import Quotas
 from safelight_server.runtime.base import Runtime, RuntimeStartError
@@ -179,11 +180,17 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         )
         cache, purges = _build_cache(settings, backends, engine, pool, metrics)
         ends.push_async_callback(cache.close)
-        executions = Executions(engine, pool)
+        probe = QualityProbe(settings.quality_sample_ratio, metrics.quality, pool)
+        executions = Executions(engine, pool, probe)
         ends.push_async_callback(executions.close)
         ends.push_async_callback(engine.close)
         caches = CacheAdmin(cache.namespaces, backends.keyring, backends.tiers, purges, metrics)
         leased_runners, context = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
+
+        def charge(tenant: str, model: str, seconds: float) -> None:
+            quotas.charge(tenant, seconds)
+            metrics.tenants.computed(tenant, model, seconds)
+
         generations = Generations(
             settings,
             catalog,
@@ -195,7 +202,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
             metrics,
             leased_runners,
             context,
-            quotas.charge,
+            charge,
         )
         limits = RequestLimits(
             settings.max_prompt_chars,
@@ -207,6 +214,8 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         service = Service(identity, catalog, runtime, generations, caches, limits, streams, quotas, metrics, tracer)
         http = HttpPort(settings, service, catalog, identity, metrics)
         _watch_queue(metrics, engine)
+        metrics.watch_instances(runtime.num_instances, lambda: runtime.num_live)
+        metrics.watch_streams(lambda: generations.num_streams)
         works = [generations.tick, purges.keep_up, *identity.works, *quotas.works]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
             ends.push_async_callback(leased_runners.close)
@@ -355,7 +364,10 @@ def _watch_queue(metrics: Metrics, engine: Engine) -> None:
     scheduler = engine.scheduler
     classes = {priority.name.lower(): priority for priority in Priority}
     metrics.watch_queue(
-        lambda name: scheduler.num_waiting(classes[name]), lambda: scheduler.num_running, lambda: scheduler.num_parked
+        lambda name: scheduler.num_waiting(classes[name]),
+        lambda: scheduler.num_running,
+        lambda: scheduler.num_parked,
+        scheduler.backlog_s,
     )
 
 

@@ -391,6 +391,7 @@ class Engine:
                 observer.computed(seconds * rows / len(batch.rows), steps)
 
     def _fail(self, batch: Batch, failure: RuntimeFailure) -> None:
+        self._metrics.failed_call(batch.kind.value, failure.fault.value)
         log.warning("batch_failed", **_about(batch), error=str(failure))
         given_up = self._attempts.failed(batch, failure.fault, retryable=failure.retryable)
         error = UnavailableError("the runtime failed; try again", reason="RUNTIME_FAILED", retry_after_s=1.0)

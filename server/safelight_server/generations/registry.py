@@ -64,7 +64,7 @@ class Generations:
 
     Args:
         clock: monotonic seconds.
-        charge: is told of compute that was made for a tenant: its name and seconds.
+        charge: is told of compute that was made for a tenant: its name, the model and seconds.
         leased_runners: None: this replica is alone.
         context: what it shares with the other replicas; None: it is alone.
     """
@@ -81,7 +81,7 @@ class Generations:
         metrics: Metrics,
         leased_runners: LeasedRunners | None = None,
         context: ClusterContext | None = None,
-        charge: Callable[[str, float], None] = lambda _tenant, _seconds: None,
+        charge: Callable[[str, str, float], None] = lambda _tenant, _model, _seconds: None,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
@@ -131,6 +131,11 @@ class Generations:
             executions=self._planner.num_executions,
             keeping=self._planner.num_keeping,
         )
+
+    @property
+    def num_streams(self) -> int:
+        """Open streams."""
+        return len(self._streams)
 
     # --- starting ---
 
@@ -232,7 +237,7 @@ class Generations:
             stage,
             deadline=None if time_left_s is None else self._clock() + time_left_s,
             late=self._engine.outage.late,
-            charge=functools.partial(self._charge, caller.tenant),
+            charge=functools.partial(self._charge, caller.tenant, request.spec.model),
             on_end=self._ended,
             now=self._now,
         )
@@ -472,7 +477,7 @@ class Generations:
         while True:
             began = loop.time()
             await asyncio.sleep(TICK_S)
-            self._metrics.loop_lag.set(max(0.0, loop.time() - began - TICK_S))
+            self._metrics.loop_lag.observe(max(0.0, loop.time() - began - TICK_S))
             self._publish_queue_positions()
             now = self._clock()
             for watcher in self._streams.stalled(now, self._settings.watcher_stall_s):
@@ -534,12 +539,13 @@ def _count_outcome(generation: Generation, metrics: Metrics) -> None:
     events, times = generation.log, generation.times
     assert times.ended is not None
     code = "OK" if generation.error is None else generation.error.status.name
-    metrics.ended(code, times.ended - times.accepted)
+    priority = generation.priority.name.lower()
+    metrics.ended(code, times.ended - times.accepted, generation.caller.tenant, priority)
     for origin in generation.origins:
         if origin is not None and origin.disposition is not Disposition.MISS:
             metrics.cache.served(origin.disposition.value, origin.num_steps_skipped, origin.compute_s_saved)
     waited = None if events.first_preview_at is None else events.first_preview_at - times.accepted
-    metrics.previews(events.num_previews, events.preview_bytes, events.num_dropped, waited)
+    metrics.previews(events.num_previews, events.preview_bytes, events.num_dropped, waited, priority)
 
 
 def _drained(generation: Generation) -> UnavailableError:
