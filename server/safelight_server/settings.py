@@ -54,6 +54,11 @@ class Settings(BaseSettings):
     quota_file: Path | None = Field(
         None, description="Rates of requests and of compute, by tenant (docs/operations/quotas.md). None: no limits."
     )
+    price_file: Path | None = Field(
+        None,
+        description="Prices of machines, for `Usage.cost` (docs/operations/cost.md); with instance_type. None: off.",
+    )
+    instance_type: str = Field("", description="Which machine of price_file this is.")
 
     models_dir: Path = Field(Path("models"), description="Folder with repository/ and pipelines/.")
     default_model: str = Field("", description="Model of requests that name none. Empty: the first by name.")
@@ -246,6 +251,8 @@ class Settings(BaseSettings):
         faults = []
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
             faults.append("tls_cert_file and tls_key_file go together")
+        if (self.price_file is None) != (not self.instance_type):
+            faults.append("price_file and instance_type go together")
         if not is_loopback(self.host) and not self.insecure:
             if self.tls_cert_file is None:
                 faults.append(f"{self.host} is not loopback: give tls_cert_file and tls_key_file, or insecure")

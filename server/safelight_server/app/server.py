@@ -53,6 +53,7 @@ from safelight_server.generations.execution import Executions
 from safelight_server.generations.inspection import Inspection
 from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
+from safelight_server.prices import compute_price
 from safelight_server.quality import QualityProbe
 from safelight_server.quotas.limits import watch
 from safelight_server.quotas.quotas import Quotas
@@ -144,7 +145,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
     Raises:
         StartError: the runtime, the storage or the address cannot be used.
         ManifestError: a model's files are missing or malformed.
-        ConfigFileError: the file of the callers' keys or that of the quotas cannot be used.
+        ConfigFileError: the file of the callers' keys, of the quotas or of the prices cannot be used.
     """
     async with contextlib.AsyncExitStack() as ends:  # closes parts in the reverse order of their start
         clock = time.monotonic
@@ -154,6 +155,9 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         ends.push_async_callback(asyncio.to_thread, tracer.close)
         identity = Identity(settings.api_key_file, all_admins=is_loopback(settings.host))
         limits_of_tenants = None if settings.quota_file is None else watch(settings.quota_file)
+        price = None if settings.price_file is None else compute_price(settings.price_file, settings.instance_type)
+        if price is not None:
+            metrics.price(price.currency, price.per_s, price.machine_per_hour)
         pool = ends.enter_context(ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))), thread_name_prefix="pixels"))
         catalog, runtime = build_runtime(settings)
         ends.push_async_callback(runtime.close)
@@ -203,6 +207,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
             leased_runners,
             context,
             charge,
+            price,
         )
         limits = RequestLimits(
             settings.max_prompt_chars,

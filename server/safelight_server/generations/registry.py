@@ -45,6 +45,7 @@ from safelight_server.generations.ownership import CANCEL, PRIORITY, ClusterCont
 from safelight_server.generations.planner import Planner
 from safelight_server.generations.suspended import SuspendedGenerations
 from safelight_server.generations.unread_bytes import UnreadBytes
+from safelight_server.prices import ComputePrice
 from safelight_server.runtime.base import Runtime
 from safelight_server.scheduler import Priority
 from safelight_server.settings import Settings
@@ -65,6 +66,7 @@ class Generations:
     Args:
         clock: monotonic seconds.
         charge: is told of compute that was made for a tenant: its name, the model and seconds.
+        price: of compute; None: nothing has a cost.
         leased_runners: None: this replica is alone.
         context: what it shares with the other replicas; None: it is alone.
     """
@@ -82,6 +84,7 @@ class Generations:
         leased_runners: LeasedRunners | None = None,
         context: ClusterContext | None = None,
         charge: Callable[[str, str, float], None] = lambda _tenant, _model, _seconds: None,
+        price: ComputePrice | None = None,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
@@ -90,6 +93,7 @@ class Generations:
         self._now = time.time if context is None else context.sealer.now
         self._metrics = metrics
         self._charge = charge
+        self._price = price
         waiting = {
             Priority.INTERACTIVE: settings.max_waiting_interactive,
             Priority.STANDARD: settings.max_waiting_standard,
@@ -238,6 +242,7 @@ class Generations:
             deadline=None if time_left_s is None else self._clock() + time_left_s,
             late=self._engine.outage.late,
             charge=functools.partial(self._charge, caller.tenant, request.spec.model),
+            price=self._price,
             on_end=self._ended,
             now=self._now,
         )

@@ -29,7 +29,7 @@ def distances(one: Pixels, others: Pixels) -> npt.NDArray[np.float64]:
     Returns:
         (N,): mean absolute difference over pixels and channels; 0 for equal ones, 1 for black and white.
     """
-    difference = np.abs(others.astype(np.int16) - one.astype(np.int16))
+    difference = np.maximum(others, one) - np.minimum(others, one)  # in bytes: a quarter of the time
     means: npt.NDArray[np.float64] = difference.reshape(len(others), -1).mean(axis=1)
     return means / 255
 

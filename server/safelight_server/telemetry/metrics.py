@@ -32,6 +32,7 @@ REFUSALS = (
 """Likewise, reasons of refusals."""
 FAULTS = ("rows", "instance", "nobody")
 """Likewise, origins of failed calls (`runtime.base.FaultOrigin`)."""
+OUTCOMES = ("hit", "miss", "expired", "corrupt", "unreadable")
 TIER_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
 
 
@@ -76,6 +77,12 @@ class Metrics:
         self._calls = {kind: calls.labels(kind) for kind in KINDS}
         self._waiting = Gauge(
             "safelight_waiting_outputs", "Outputs that have not started", ["class"], registry=registry
+        )
+        self._compute_price = Gauge(
+            "safelight_compute_price", "Price of a second of compute", ["currency"], registry=registry
+        )
+        self._machine_price = Gauge(
+            "safelight_machine_price_per_hour", "Price of this machine", ["currency"], registry=registry
         )
         self._backlog = Gauge(
             "safelight_backlog_seconds", "Time that all instances need for all outputs accepted", registry=registry
@@ -140,6 +147,11 @@ class Metrics:
         self._rows[kind].observe(rows)
         self._calls[kind].observe(seconds)
         self.compute_seconds.inc(seconds)
+
+    def price(self, currency: str, compute_s: float, machine_per_hour: float) -> None:
+        """Sets what a second of compute and an hour of this machine cost."""
+        self._compute_price.labels(currency).set(compute_s)
+        self._machine_price.labels(currency).set(machine_per_hour)
 
     def failed_call(self, kind: str, fault: str) -> None:
         """Counts a runtime call that failed; `fault` is what caused it: rows, instance or nobody (it was full)."""
@@ -241,6 +253,8 @@ class TierMetrics:
         """Records a lookup in a tier; `outcome` is hit, miss, expired, corrupt or unreadable."""
         at = (tier, outcome)
         if (resolved := self._got.get(at)) is None:
+            for known in OUTCOMES:  # so that the first corrupt entry is seen as an increase
+                self._gets.labels(tier, known)
             resolved = self._got[at] = (self._gets.labels(*at), self._seconds.labels(tier))
         resolved[0].inc()
         resolved[1].observe(seconds)

@@ -16,7 +16,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file safelight/v1/models.proto.
  */
 export const file_safelight_v1_models: GenFile = /*@__PURE__*/
-  fileDesc("ChlzYWZlbGlnaHQvdjEvbW9kZWxzLnByb3RvEgxzYWZlbGlnaHQudjEiOgoRTGlzdE1vZGVsc1JlcXVlc3QSEQoJcGFnZV9zaXplGAEgASgFEhIKCnBhZ2VfdG9rZW4YAiABKAkiUgoSTGlzdE1vZGVsc1Jlc3BvbnNlEiMKBm1vZGVscxgBIAMoCzITLnNhZmVsaWdodC52MS5Nb2RlbBIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkiHwoPR2V0TW9kZWxSZXF1ZXN0EgwKBG5hbWUYASABKAkiNgoQR2V0TW9kZWxSZXNwb25zZRIiCgVtb2RlbBgBIAEoCzITLnNhZmVsaWdodC52MS5Nb2RlbCKpAwoFTW9kZWwSDAoEbmFtZRgBIAEoCRIQCghyZXZpc2lvbhgCIAEoCRITCgtkZXNjcmlwdGlvbhgDIAEoCRIPCgdsaWNlbnNlGAQgASgJEg8KB3J1bnRpbWUYBSABKAkSEwoLbnVtZXJpY3NfaWQYBiABKAkSEgoKaXNfZGVmYXVsdBgHIAEoCBIhCgVzaXplcxgIIAMoCzISLnNhZmVsaWdodC52MS5TaXplEiwKCHNhbXBsZXJzGAkgAygLMhouc2FmZWxpZ2h0LnYxLlNhbXBsZXJPZmZlchI0Cg9wcmV2aWV3X21ldGhvZHMYCiADKA4yGy5zYWZlbGlnaHQudjEuUHJldmlld01ldGhvZBITCgttZWRpYV90eXBlcxgLIAMoCRItCghkZWZhdWx0cxgMIAEoCzIbLnNhZmVsaWdodC52MS5Nb2RlbERlZmF1bHRzEikKBmxpbWl0cxgNIAEoCzIZLnNhZmVsaWdodC52MS5Nb2RlbExpbWl0cxIqCgpzdGVwX3RpbWVzGA4gAygLMhYuc2FmZWxpZ2h0LnYxLlN0ZXBUaW1lIisKBFNpemUSEAoId2lkdGhfcHgYASABKAUSEQoJaGVpZ2h0X3B4GAIgASgFIoMBCgxTYW1wbGVyT2ZmZXISDAoEbmFtZRgBIAEoCRI0Cg9zaWdtYV9zY2hlZHVsZXMYAiADKA4yGy5zYWZlbGlnaHQudjEuU2lnbWFTY2hlZHVsZRIvCghzcGFjaW5ncxgDIAMoDjIdLnNhZmVsaWdodC52MS5UaW1lc3RlcFNwYWNpbmcicAoNTW9kZWxEZWZhdWx0cxIbChNudW1faW5mZXJlbmNlX3N0ZXBzGAEgASgFEhYKDmd1aWRhbmNlX3NjYWxlGAIgASgCEioKB3NhbXBsZXIYAyABKAsyGS5zYWZlbGlnaHQudjEuU2FtcGxlclNwZWMiegoLTW9kZWxMaW1pdHMSHwoXbWF4X251bV9pbmZlcmVuY2Vfc3RlcHMYASABKAUSGgoSbWF4X2d1aWRhbmNlX3NjYWxlGAIgASgCEhMKC21heF9vdXRwdXRzGAMgASgFEhkKEW1heF9wcm9tcHRfdG9rZW5zGAQgASgFIkkKCFN0ZXBUaW1lEhAKCG51bV9yb3dzGAEgASgFEisKCGR1cmF0aW9uGAIgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uMqoBCgxNb2RlbFNlcnZpY2USTwoKTGlzdE1vZGVscxIfLnNhZmVsaWdodC52MS5MaXN0TW9kZWxzUmVxdWVzdBogLnNhZmVsaWdodC52MS5MaXN0TW9kZWxzUmVzcG9uc2USSQoIR2V0TW9kZWwSHS5zYWZlbGlnaHQudjEuR2V0TW9kZWxSZXF1ZXN0Gh4uc2FmZWxpZ2h0LnYxLkdldE1vZGVsUmVzcG9uc2ViBnByb3RvMw", [file_google_protobuf_duration, file_safelight_v1_generation]);
+  fileDesc("ChlzYWZlbGlnaHQvdjEvbW9kZWxzLnByb3RvEgxzYWZlbGlnaHQudjEiOgoRTGlzdE1vZGVsc1JlcXVlc3QSEQoJcGFnZV9zaXplGAEgASgFEhIKCnBhZ2VfdG9rZW4YAiABKAkiUgoSTGlzdE1vZGVsc1Jlc3BvbnNlEiMKBm1vZGVscxgBIAMoCzITLnNhZmVsaWdodC52MS5Nb2RlbBIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkiHwoPR2V0TW9kZWxSZXF1ZXN0EgwKBG5hbWUYASABKAkiNgoQR2V0TW9kZWxSZXNwb25zZRIiCgVtb2RlbBgBIAEoCzITLnNhZmVsaWdodC52MS5Nb2RlbCLfAwoFTW9kZWwSDAoEbmFtZRgBIAEoCRIQCghyZXZpc2lvbhgCIAEoCRITCgtkZXNjcmlwdGlvbhgDIAEoCRIPCgdsaWNlbnNlGAQgASgJEg8KB3J1bnRpbWUYBSABKAkSEwoLbnVtZXJpY3NfaWQYBiABKAkSEgoKaXNfZGVmYXVsdBgHIAEoCBIhCgVzaXplcxgIIAMoCzISLnNhZmVsaWdodC52MS5TaXplEiwKCHNhbXBsZXJzGAkgAygLMhouc2FmZWxpZ2h0LnYxLlNhbXBsZXJPZmZlchI0Cg9wcmV2aWV3X21ldGhvZHMYCiADKA4yGy5zYWZlbGlnaHQudjEuUHJldmlld01ldGhvZBITCgttZWRpYV90eXBlcxgLIAMoCRItCghkZWZhdWx0cxgMIAEoCzIbLnNhZmVsaWdodC52MS5Nb2RlbERlZmF1bHRzEikKBmxpbWl0cxgNIAEoCzIZLnNhZmVsaWdodC52MS5Nb2RlbExpbWl0cxIqCgpzdGVwX3RpbWVzGA4gAygLMhYuc2FmZWxpZ2h0LnYxLlN0ZXBUaW1lEjQKD2NvbXBvbmVudF90aW1lcxgPIAMoCzIbLnNhZmVsaWdodC52MS5Db21wb25lbnRUaW1lIisKBFNpemUSEAoId2lkdGhfcHgYASABKAUSEQoJaGVpZ2h0X3B4GAIgASgFIoMBCgxTYW1wbGVyT2ZmZXISDAoEbmFtZRgBIAEoCRI0Cg9zaWdtYV9zY2hlZHVsZXMYAiADKA4yGy5zYWZlbGlnaHQudjEuU2lnbWFTY2hlZHVsZRIvCghzcGFjaW5ncxgDIAMoDjIdLnNhZmVsaWdodC52MS5UaW1lc3RlcFNwYWNpbmcicAoNTW9kZWxEZWZhdWx0cxIbChNudW1faW5mZXJlbmNlX3N0ZXBzGAEgASgFEhYKDmd1aWRhbmNlX3NjYWxlGAIgASgCEioKB3NhbXBsZXIYAyABKAsyGS5zYWZlbGlnaHQudjEuU2FtcGxlclNwZWMiegoLTW9kZWxMaW1pdHMSHwoXbWF4X251bV9pbmZlcmVuY2Vfc3RlcHMYASABKAUSGgoSbWF4X2d1aWRhbmNlX3NjYWxlGAIgASgCEhMKC21heF9vdXRwdXRzGAMgASgFEhkKEW1heF9wcm9tcHRfdG9rZW5zGAQgASgFIkkKDUNvbXBvbmVudFRpbWUSEQoJY29tcG9uZW50GAEgASgJEiUKBXRpbWVzGAIgAygLMhYuc2FmZWxpZ2h0LnYxLlN0ZXBUaW1lIkkKCFN0ZXBUaW1lEhAKCG51bV9yb3dzGAEgASgFEisKCGR1cmF0aW9uGAIgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uMqoBCgxNb2RlbFNlcnZpY2USTwoKTGlzdE1vZGVscxIfLnNhZmVsaWdodC52MS5MaXN0TW9kZWxzUmVxdWVzdBogLnNhZmVsaWdodC52MS5MaXN0TW9kZWxzUmVzcG9uc2USSQoIR2V0TW9kZWwSHS5zYWZlbGlnaHQudjEuR2V0TW9kZWxSZXF1ZXN0Gh4uc2FmZWxpZ2h0LnYxLkdldE1vZGVsUmVzcG9uc2ViBnByb3RvMw", [file_google_protobuf_duration, file_safelight_v1_generation]);
 
 /**
  * Asks for a page of models.
@@ -219,6 +219,13 @@ export type Model = Message<"safelight.v1.Model"> & {
    * @generated from field: repeated safelight.v1.StepTime step_times = 14;
    */
   stepTimes: StepTime[];
+
+  /**
+   * Measured time of one call of the other components, by rows.
+   *
+   * @generated from field: repeated safelight.v1.ComponentTime component_times = 15;
+   */
+  componentTimes: ComponentTime[];
 };
 
 /**
@@ -369,6 +376,34 @@ export const ModelLimitsSchema: GenMessage<ModelLimits> = /*@__PURE__*/
   messageDesc(file_safelight_v1_models, 8);
 
 /**
+ * Times of calls of a component.
+ *
+ * @generated from message safelight.v1.ComponentTime
+ */
+export type ComponentTime = Message<"safelight.v1.ComponentTime"> & {
+  /**
+   * "text_encoder", "decoder" or "preview_decoder".
+   *
+   * @generated from field: string component = 1;
+   */
+  component: string;
+
+  /**
+   * By rows.
+   *
+   * @generated from field: repeated safelight.v1.StepTime times = 2;
+   */
+  times: StepTime[];
+};
+
+/**
+ * Describes the message safelight.v1.ComponentTime.
+ * Use `create(ComponentTimeSchema)` to create a new message.
+ */
+export const ComponentTimeSchema: GenMessage<ComponentTime> = /*@__PURE__*/
+  messageDesc(file_safelight_v1_models, 9);
+
+/**
  * Time of one denoiser call.
  *
  * @generated from message safelight.v1.StepTime
@@ -394,7 +429,7 @@ export type StepTime = Message<"safelight.v1.StepTime"> & {
  * Use `create(StepTimeSchema)` to create a new message.
  */
 export const StepTimeSchema: GenMessage<StepTime> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 9);
+  messageDesc(file_safelight_v1_models, 10);
 
 /**
  * Lists the models.
