@@ -125,7 +125,8 @@ async def watched(folder: Path) -> AsyncIterator[tuple[Watched, Any]]:
         async with serving_here(**settings) as running:
             with prometheus(folder, config) as server:
                 clients = {name: Client(running.address, api_key=key, retries=0) for name, (key, _) in made.items()}
-                load = asyncio.create_task(ask_again_and_again(clients, running.http_address))
+                key = {"authorization": f"Bearer {made[TENANTS[0]][0]}"}
+                load = asyncio.create_task(ask_again_and_again(clients, running.http_address, key))
                 try:
                     yield Watched(server, triton is not None), load
                 finally:
@@ -135,7 +136,7 @@ async def watched(folder: Path) -> AsyncIterator[tuple[Watched, Any]]:
                         await client.close()
 
 
-async def ask_again_and_again(clients: dict[str, Client], http_address: str) -> None:
+async def ask_again_and_again(clients: dict[str, Client], http_address: str, key: dict[str, str]) -> None:
     """A little load: pictures, the same again, similar ones, what a quota refuses, and HTTP."""
     number = 0
     async with http_client_of(http_address) as http:
@@ -146,7 +147,7 @@ async def ask_again_and_again(clients: dict[str, Client], http_address: str) -> 
             await clients["studio"].generate("a red potion", seed=1, cache="similar", **options).pictures()
             with contextlib.suppress(GenerationError):
                 await clients["lab"].generate("a blue potion", seed=number, steps=2).pictures()
-            await http.get("/healthz")
+            await http.get("/v1/models", headers=key)
             await asyncio.sleep(0.2)
 
 

@@ -33,6 +33,7 @@ REFUSALS = (
 FAULTS = ("rows", "instance", "nobody")
 """Likewise, origins of failed calls (`runtime.base.FaultOrigin`)."""
 OUTCOMES = ("hit", "miss", "expired", "corrupt", "unreadable")
+TIER_ERRORS = ("unavailable", "left_alone", "full", "too_large")
 TIER_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
 
 
@@ -253,8 +254,11 @@ class TierMetrics:
         """Records a lookup in a tier; `outcome` is hit, miss, expired, corrupt or unreadable."""
         at = (tier, outcome)
         if (resolved := self._got.get(at)) is None:
-            for known in OUTCOMES:  # so that the first corrupt entry is seen as an increase
+            for known in OUTCOMES:  # all series of a tier, so that its first fault is seen as an increase
                 self._gets.labels(tier, known)
+            for reason in TIER_ERRORS:
+                self._errors.labels(tier, reason)
+            self._dropped.labels(tier)
             resolved = self._got[at] = (self._gets.labels(*at), self._seconds.labels(tier))
         resolved[0].inc()
         resolved[1].observe(seconds)
