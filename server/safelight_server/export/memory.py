@@ -18,6 +18,8 @@ import numpy as np
 
 from safelight_server.export.source import ExportError
 
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
 FEW, MANY = 1, 3
 LEAST = 1 << 20
 
@@ -53,7 +55,6 @@ def _environment() -> dict[str, str]:
 
 
 def _measure(model: str, inputs: str) -> int:
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import, see runtime/onnx.py
     import onnxruntime  # here, so that the exporter's own process keeps its memory for torch
 
     options = onnxruntime.SessionOptions()
