@@ -28,7 +28,7 @@ from safelight_server.catalog.catalog import ManifestError, load_pipeline
 from safelight_server.catalog.digest import sha256
 from safelight_server.export import loading, manifest, memory, plan
 from safelight_server.export.components import Decoder, Denoiser, TextEncoder, decoder_of
-from safelight_server.export.onnx_file import check_parity, write_onnx
+from safelight_server.export.onnx_file import check_parity, num_values, write_onnx
 from safelight_server.export.plan import ROLES, ExportOptions, ExportPlan
 from safelight_server.export.repository import write_config
 from safelight_server.export.source import ExportError
@@ -121,10 +121,11 @@ def _export_component(
     sizes = made.latent_sizes if role != "text_encoder" else made.latent_sizes[:1]
     examples = [example_inputs(role, pipeline, made, size) for size in sizes]
     target = place / str(version) / "model.onnx"
-    data = write_onnx(module, examples, module.outputs, target)
+    multiple = made.multiple if role == "denoiser" else 1
+    data = write_onnx(module, examples, module.outputs, target, multiple)
     worst = check_parity(module, examples, module.outputs, target)
     write_config(place / "config.pbtxt", place.name, made.max_rows(role), examples, module)
-    row_bytes = memory.row_bytes(target, max(examples, key=lambda at: sum(tensor.numel() for tensor in at.values())))
+    row_bytes = memory.row_bytes(target, max(examples, key=num_values))
     num_bytes = target.stat().st_size + (data.stat().st_size if data else 0)
     report(f"{place.name}: {num_bytes / 2**20:.2f} MiB, off by at most {worst:.1e}, {row_bytes / 2**20:.1f} MiB a row")
     entry = {"model": place.name, "version": version, "sha256": sha256(target), "row_bytes": row_bytes}

@@ -29,14 +29,17 @@ PARITY = 2e-4
 EXTERNAL_BYTES = 1 << 30
 """Weights of more bytes go to a file beside the model: protobuf holds no 2 GiB."""
 ALIGNMENT = 4096
-MAX_EDGE = 1024
-"""Largest edge of a latent that a network of several sizes takes."""
 
 Inputs = Mapping[str, Tensor]
 
 
-def write_onnx(module: nn.Module, examples: Sequence[Inputs], outputs: Sequence[str], path: Path) -> Path | None:
+def write_onnx(
+    module: nn.Module, examples: Sequence[Inputs], outputs: Sequence[str], path: Path, multiple: int = 1
+) -> Path | None:
     """Exports `module` with a free batch axis; axes in which the examples differ are free too.
+
+    Args:
+        multiple: what free axes are multiples of: how often the network halves them.
 
     Returns:
         The file with the weights, if they are many.
@@ -45,10 +48,12 @@ def write_onnx(module: nn.Module, examples: Sequence[Inputs], outputs: Sequence[
         warnings.simplefilter("ignore")  # of torch about its own internals
         program = torch.onnx.export(
             module,
-            tuple(examples[0].values()),
+            tuple(
+                max(examples, key=num_values).values()
+            ),  # not an edge of one multiple, which torch takes for a constant
             input_names=list(examples[0]),
             output_names=list(outputs),
-            dynamic_shapes=free_axes(examples),
+            dynamic_shapes=free_axes(examples, multiple),
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -64,7 +69,12 @@ def write_onnx(module: nn.Module, examples: Sequence[Inputs], outputs: Sequence[
     return data
 
 
-def free_axes(examples: Sequence[Inputs]) -> tuple[dict[int, Any], ...]:
+def num_values(inputs: Inputs) -> int:
+    """How large an example is."""
+    return sum(tensor.numel() for tensor in inputs.values())
+
+
+def free_axes(examples: Sequence[Inputs], multiple: int) -> tuple[dict[int, Any], ...]:
     """torch.export's dynamic shapes: the batch, and height and width where the examples have several."""
     batch = torch.export.Dim("batch", min=1, max=1024)
     shapes = []
@@ -73,9 +83,7 @@ def free_axes(examples: Sequence[Inputs]) -> tuple[dict[int, Any], ...]:
         for axis in range(1, examples[0][name].ndim):
             sizes = {int(example[name].shape[axis]) for example in examples}
             if len(sizes) > 1:
-                multiple = int(np.gcd.reduce(list(sizes)))
-                multiple = min(multiple & -multiple, 64)  # the largest power of two: as often may a network halve it
-                edge = torch.export.Dim(f"edge{axis}", min=1, max=MAX_EDGE // multiple)
+                edge = torch.export.Dim(f"edge{axis}")
                 free[axis] = multiple * edge if multiple > 1 else edge
         shapes.append(free)
     return tuple(shapes)

@@ -98,6 +98,11 @@ class ExportPlan:
         """(h, w) of the latent at each size."""
         return [(height // self.factor, width // self.factor) for width, height in self.options.sizes]
 
+    @property
+    def multiple(self) -> int:
+        """What the edges of a latent must be multiples of, where there are several sizes."""
+        return _multiple(self.source.configs["unet"])
+
     def max_rows(self, role: str) -> int:
         """Largest batch of a component."""
         return self.options.max_rows if role == "denoiser" else max(1, self.options.max_rows // 4)
@@ -228,12 +233,17 @@ def _weights(folder: Path, checkpoint: Path | None, variant: str, findings: Find
     return {}
 
 
+def _multiple(unet: Mapping[str, Any]) -> int:
+    """A UNet halves its latent at each level but the last."""
+    return int(2 ** (len(unet.get("block_out_channels") or (0,) * 4) - 1))
+
+
 def _sizes(
     unet: Mapping[str, Any], factor: int, wanted: tuple[tuple[int, int], ...], findings: Findings
 ) -> tuple[tuple[int, int], ...]:
     """The sizes in pixels: those wanted, or the one that the UNet was trained at."""
     if wanted:
-        multiple = factor * 2 ** (len(unet.get("block_out_channels") or (0,) * 4) - 1)
+        multiple = factor * _multiple(unet)
         for width, height in wanted:
             if min(width, height) < 1 or width % multiple or height % multiple:
                 findings.faults.append(f"--sizes {width}x{height}: must be multiples of {multiple}")
