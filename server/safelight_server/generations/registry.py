@@ -96,7 +96,7 @@ class Generations:
             Priority.BATCH: settings.max_waiting_batch,
         }
         limits = AdmissionLimits(waiting, settings.max_waiting_per_caller)
-        self._planner = Planner(catalog, runtime, engine, executions, cache, limits, leased_runners)
+        self._planner = Planner(catalog, runtime, engine, executions, cache, limits, metrics.requested, leased_runners)
         self._ownership = None if context is None else Ownership(context, self, self._planner)
         if self._ownership is not None:
             self._ownership.bulletin.subscribe(CANCEL, self._asked_to_cancel)
