@@ -59,7 +59,7 @@ def read(path: Path, mean: float = 6.0, seed: int = 0) -> NDArray[np.float64]:
 def bins(demand: NDArray[np.float64], step_s: int) -> NDArray[np.float64]:
     """Means over bins of `step_s`."""
     size = step_s // TICK_S
-    return demand[: len(demand) // size * size].reshape(-1, size).mean(axis=1)
+    return np.asarray(demand[: len(demand) // size * size].reshape(-1, size).mean(axis=1), dtype=np.float64)
 
 
 def _arrivals(rng: np.random.Generator, rate: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -72,7 +72,7 @@ def _slow_noise(rng: np.random.Generator, num_ticks: int, hours: float = 3.0) ->
     keep = np.exp(-0.25 / hours)
     drawn = rng.normal(0, np.sqrt(1 - keep**2), -(-num_ticks // per))
     values: NDArray[np.float64] = np.fromiter(_summed(drawn, keep), dtype=np.float64, count=len(drawn))
-    return values.repeat(per)[:num_ticks]
+    return np.asarray(np.repeat(values, per), dtype=np.float64)[:num_ticks]
 
 
 def _summed(drawn: NDArray[np.float64], keep: float) -> Iterator[float]:
