@@ -228,7 +228,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         service = Service(identity, catalog, runtime, generations, caches, limits, streams, quotas, metrics, tracer)
         certificate = _certificate(settings)
         http = HttpPort(settings, service, catalog, identity, metrics, certificate)
-        _watch_queue(metrics, engine)
+        _watch_queue(metrics, engine, clock)
         metrics.watch_instances(runtime.num_instances, lambda: runtime.num_live)
         metrics.watch_streams(lambda: generations.num_streams)
         works = [generations.tick, purges.keep_up, *identity.works, *quotas.works]
@@ -385,7 +385,7 @@ async def follow_health(health: Health, names: Sequence[str], engine: Engine) ->
         await asyncio.sleep(HEALTH_PERIOD_S)
 
 
-def _watch_queue(metrics: Metrics, engine: Engine) -> None:
+def _watch_queue(metrics: Metrics, engine: Engine, clock: Callable[[], float]) -> None:
     """Lets the gauges of waiting and running outputs read the scheduler when they are scraped."""
     scheduler = engine.scheduler
     classes = {priority.name.lower(): priority for priority in Priority}
@@ -394,6 +394,9 @@ def _watch_queue(metrics: Metrics, engine: Engine) -> None:
         lambda: scheduler.num_running,
         lambda: scheduler.num_parked,
         scheduler.backlog_s,
+    )
+    metrics.watch_demand(
+        lambda name: scheduler.left_by_class_s()[classes[name]], lambda within_s: scheduler.due_s(clock() + within_s)
     )
 
 

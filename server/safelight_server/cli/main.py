@@ -33,10 +33,11 @@ from safelight_server.catalog.export import Accelerator, RepositoryError
 from safelight_server.catalog.export import Target as RepositoryTarget
 from safelight_server.cli import demo as demos
 from safelight_server.cli.bills import BillsError, bills
+from safelight_server.cli.export import export
 from safelight_server.cli.fetch import FetchError, fetch
 from safelight_server.cli.plan import PlanError, plan
-from safelight_server.cli.export import export
 from safelight_server.cli.quotas import quota_table
+from safelight_server.cli.scaler import scaler
 from safelight_server.export.source import ExportError
 from safelight_server.files import ConfigFileError
 from safelight_server.settings import Settings, SettingsError, is_loopback
@@ -52,6 +53,7 @@ app.command()(bills)
 app.command()(fetch)
 app.command()(plan)
 app.command()(export)
+app.command()(scaler)
 console = Console()
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
