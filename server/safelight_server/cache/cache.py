@@ -263,9 +263,9 @@ class Cache:
 
 def facts_of(wanted: CacheQuery, compute_s: float) -> PictureFacts:
     """Returns the facts that are stored beside the pixels of an output."""
-    return PictureFacts(
-        wanted.spec.prompt, wanted.generation, wanted.revision, wanted.spec.num_inference_steps, compute_s
-    )
+    spec = wanted.spec
+    num_steps = spec.num_inference_steps - spec.first_step
+    return PictureFacts(spec.prompt, wanted.generation, wanted.revision, num_steps, compute_s)
 
 
 class CacheRecorder(ExecutionObserver):

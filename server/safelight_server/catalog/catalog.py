@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from safelight_server.catalog import config_pbtxt, revisions
 from safelight_server.catalog.tokenizer import Tokenizer, Tokens
-from safelight_server.domain.component import Component
+from safelight_server.domain.component import OPTIONAL, Component
 from safelight_server.domain.errors import NotFoundError
 from safelight_server.sampler import VERSION as SAMPLER_VERSION
 from safelight_server.sampler import NoiseSchedule, SamplerSpec, refusal
@@ -221,6 +221,11 @@ class Pipeline:
         """Whether TINY_DECODER previews are offered."""
         return Component.PREVIEW_DECODER in self.manifest.components
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether development can start from a picture."""
+        return Component.ENCODER in self.manifest.components
+
     def latent_shape(self, width_px: int, height_px: int) -> tuple[int, int, int]:
         """(C, h, w) for a picture size that is offered."""
         first, latent = self.manifest.sizes[0], self.manifest.latent
@@ -282,7 +287,7 @@ def load_pipeline(path: Path, repository: Path) -> Pipeline:
         role: repository / component.model / str(component.version) / "model.onnx"
         for role, component in manifest.components.items()
     }
-    faults = [f"components: {role} is missing" for role in Component if role not in files and role != "preview_decoder"]
+    faults = [f"components: {role} is missing" for role in Component if role not in files and role not in OPTIONAL]
     for role, file in files.items():
         faults += _check_file(file, manifest.components[role].sha256)
     text = path.parent / manifest.tokenizer.file
@@ -391,13 +396,17 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
             Component.DENOISER: {"sample": latent, "timestep": (1,), "encoder_hidden_states": (tokens, -1)},
             Component.DECODER: {"latent": latent},
             Component.PREVIEW_DECODER: {"latent": latent},
+            Component.ENCODER: {"image": (3, size.height_px, size.width_px)},
         }
         outputs: dict[Component, dict[str, tuple[int, ...]]] = {
             Component.TEXT_ENCODER: {"last_hidden_state": (tokens, -1)},
             Component.DENOISER: {"prediction": latent},
             Component.DECODER: {"image": (3, size.height_px, size.width_px)},
             Component.PREVIEW_DECODER: {"image": (3, -1, -1)},
+            Component.ENCODER: {"mean": latent},
         }
+        if "std" in (encoder.outputs if (encoder := configs.get(Component.ENCODER)) else ()):
+            outputs[Component.ENCODER]["std"] = latent
         for role, at in configs.items():
             wrong = config_pbtxt.mismatches(at.inputs, inputs[role])
             wrong += config_pbtxt.mismatches(at.outputs, outputs[role])

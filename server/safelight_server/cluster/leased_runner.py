@@ -23,7 +23,7 @@ from dataclasses import replace
 import numpy as np
 import structlog
 
-from safelight_server.catalog.pixels import NotFiniteError, to_pixels
+from safelight_server.catalog.pixels import NotFiniteError
 from safelight_server.cluster.bills import BilledWork
 from safelight_server.cluster.commit import KeepPicture, commit_result, committed_picture
 from safelight_server.cluster.leased_runners import FOLLOW, ExecutionTicket, LeasedRunners
@@ -215,7 +215,7 @@ class LeasedRunner(ExecutionObserver):
                 self._leaving = self._leased_runners.start(leader.close())
             raise
         assert self._job is not None
-        self._step = start.step if start else 0
+        self._step = replace(self._job, start=start).first_step
         self._aloft = True
         self._leased_runners.leads(self)
         self._leased_runners.engine.submit(replace(self._job, start=start), self)
@@ -306,8 +306,10 @@ class LeasedRunner(ExecutionObserver):
         self._leased_runners.start(self._decoded(image, self._told()))
 
     async def _decoded(self, image: FloatArray, listener: ExecutionObserver) -> None:
+        job = self._job
+        assert job is not None
         try:
-            pixels = await asyncio.get_running_loop().run_in_executor(self._leased_runners.pool, to_pixels, image)
+            pixels = await asyncio.get_running_loop().run_in_executor(self._leased_runners.pool, job.finish, image)
         except NotFiniteError:
             log.error("image_not_finite", generation=self.ticket.generation)
             self._landing = False

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from safelight_server.catalog.catalog import Pipeline
-from safelight_server.catalog.pixels import decoder_latent
+from safelight_server.catalog.pixels import decoder_latent, encoder_image
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import FloatArray
+from safelight_server.engine.jobs import EncoderInput, InitImage
 from safelight_server.engine.latents import Latents, Slots, Snapshot
 from safelight_server.runtime.base import Inputs
 from safelight_server.sampler import SamplerTable
@@ -48,6 +49,7 @@ class OutputTensors:
 
     Attributes:
         conditioning: ids of its embeddings: the prompt's and, with guidance, the negative prompt's.
+        init_image: the picture that it starts from; None: it starts from noise, or from `start` alone.
         embeddings: those of them that are known already, (T, D), by id.
         key: of its denoiser batches.
         slot: its slot in the latents of its key, once it takes steps.
@@ -64,6 +66,7 @@ class OutputTensors:
     start: Snapshot | None
     step: int
     key: str
+    init_image: InitImage | None = None
     slot: int | None = None
     image: FloatArray | None = None
 
@@ -105,7 +108,7 @@ class Batches:
         self._capacity = capacity
         self.outputs: dict[int, OutputTensors] = {}
         self.keys: dict[str, BatchKey] = {}
-        self.token_ids: dict[str, tuple[int, ...]] = {}
+        self.encoder_inputs: dict[str, EncoderInput] = {}
         self._embeddings: dict[str, FloatArray] = {}
         self._latents: dict[str, Latents] = {}
         self._departed: set[int] = set()
@@ -120,8 +123,10 @@ class Batches:
         """Collects the inputs of a batch."""
         key = self.keys[batch.key]
         if batch.kind is Kind.ENCODE:
-            ids = [self.token_ids[row.conditioning_id] for row in batch.rows]
-            return PreparedCall(key, {"input_ids": np.array(ids, np.int64)}, 0)
+            given = [self.encoder_inputs[row.conditioning_id] for row in batch.rows]
+            if key.component is Component.ENCODER:
+                return PreparedCall(key, {"image": np.stack([encoder_image(np.asarray(one)) for one in given])}, 0)
+            return PreparedCall(key, {"input_ids": np.array(given, np.int64)}, 0)
         if batch.kind is Kind.DENOISE:
             return self._gather_steps(batch, key)
         if batch.kind is Kind.DECODE:
@@ -179,8 +184,8 @@ class Batches:
     def keep(self, batch: Batch, call: PreparedCall, results: Mapping[str, FloatArray]) -> None:
         """Stores the results of a batch for the next stage; those of outputs that have ended are dropped."""
         if batch.kind is Kind.ENCODE:
-            for row, embedding in zip(batch.rows, results["last_hidden_state"], strict=True):
-                if row.conditioning_id in self.token_ids:
+            for row, embedding in zip(batch.rows, _embeddings(call.key.component, results), strict=True):
+                if row.conditioning_id in self.encoder_inputs:
                     self._embeddings[row.conditioning_id] = embedding
         elif batch.kind is Kind.DENOISE:
             assert call.slots is not None and call.parts is not None
@@ -245,12 +250,12 @@ class Batches:
         return self._latents_of(output_id).snapshot(output.slot, output.step)
 
     def embedding(self, conditioning_id: str) -> FloatArray:
-        """A prompt's embedding (T, D), which an output needs or `Engine.encode` has asked for."""
+        """An embedding that an output needs or `Engine.encode` has asked for: of a prompt (T, D)."""
         return self._embeddings[conditioning_id]
 
     def release(self, conditioning_id: str) -> None:
         """Frees an embedding that nothing needs any more."""
-        self.token_ids.pop(conditioning_id, None)
+        self.encoder_inputs.pop(conditioning_id, None)
         self._embeddings.pop(conditioning_id, None)
 
     def forget(self, output_id: int) -> None:
@@ -301,4 +306,17 @@ class Batches:
             tokens, width = context[0].shape
             steps = output.pipeline.manifest.limits.max_num_inference_steps
             self._latents[key] = Latents(self._capacity, output.latent_shape, (tokens, width), steps)
-        output.slot = self._latents[key].claim(output.table, output.seed, output.guidance_scale, context, output.start)
+        picture = None
+        if (image := output.init_image) is not None:
+            encoding = self._embeddings[image.name(output.pipeline)]
+            picture = image.clean_latent(output.pipeline, encoding, output.seed)
+        output.slot = self._latents[key].claim(
+            output.table, output.seed, output.guidance_scale, context, output.start, picture
+        )
+
+
+def _embeddings(component: Component, results: Mapping[str, FloatArray]) -> FloatArray:
+    """What an encoder gives for each row: of a prompt (T, D), of a picture (1 or 2, C, h, w)."""
+    if component is Component.ENCODER:
+        return np.stack([results[name] for name in ("mean", "std") if name in results], axis=1)
+    return results["last_hidden_state"]

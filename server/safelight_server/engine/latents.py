@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from safelight_server.domain.tensors import Array, FloatArray
 from safelight_server.runtime.base import StableRows
-from safelight_server.sampler import SamplerTable, advance, gaussian, guide
+from safelight_server.sampler import INITIAL, STEP, SamplerTable, advance, gaussian, guide, keep_outside, noised
 
 Slots = npt.NDArray[np.intp]
 COND, UNCOND = 0, 1
@@ -42,6 +42,32 @@ class Snapshot:
     step: int
     x: FloatArray
     denoised: FloatArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CleanLatent:
+    """The latent of a picture that an output starts from.
+
+    Attributes:
+        clean: without noise, (C, h, w) float32.
+        mask: (h, w) float32: 1 where it is developed anew, 0 where it is kept; None: 1 everywhere.
+    """
+
+    clean: FloatArray
+    mask: FloatArray | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Inpainting:
+    """What a slot's latent is outside of its mask: before step n the clean latent with the noise of `levels[n]`."""
+
+    clean: FloatArray
+    mask: FloatArray
+    noise: FloatArray
+    levels: FloatArray
+
+    def kept(self, step: int) -> FloatArray:
+        return noised(self.clean, self.noise, self.levels[step])
 
 
 class Latents:
@@ -71,6 +97,7 @@ class Latents:
         self._timesteps = np.zeros((capacity, max_steps), np.float32)
         self._guidance = np.ones(capacity, np.float32)
         self._noise_seed: list[int | None] = [None] * capacity
+        self._inpainting: dict[int, _Inpainting] = {}
 
     @property
     def num_used(self) -> int:
@@ -84,11 +111,13 @@ class Latents:
         guidance_scale: float,
         context: Sequence[FloatArray],
         start: Snapshot | None = None,
+        picture: CleanLatent | None = None,
     ) -> int:
         """Takes a slot for an output and fills it; from fresh noise, or from where `start` stopped.
 
         Args:
             context: the embeddings (T, D) of the prompt and, with guidance, of the negative prompt.
+            picture: what it starts from in place of pure noise.
         """
         slot = self._free[-1]
         steps = table.num_steps
@@ -100,17 +129,24 @@ class Latents:
         first = slot * 2
         self._context[first : first + len(context)] = context
         self._context_versions[first : first + 2] = next(_VERSIONS), next(_VERSIONS)
-        if start is None:
-            self._x[slot] = np.float32(table.init_scale) * gaussian(seed, 0, 0, self.shape)
-            self._denoised[slot] = 0.0
-        else:
+        noise = gaussian(seed, INITIAL, 0, self.shape) if start is None or picture is not None else None
+        if start is not None:
             self._x[slot] = start.x
             self._denoised[slot] = start.denoised
+        else:
+            assert noise is not None
+            self._x[slot] = _first(table, noise, picture)
+            self._denoised[slot] = 0.0
+        self._inpainting.pop(slot, None)
+        if picture is not None and picture.mask is not None:
+            assert noise is not None
+            self._inpainting[slot] = _Inpainting(picture.clean, picture.mask, noise, table.levels)
         self._free.pop()
         return slot
 
     def release(self, slot: int) -> None:
         """Frees a slot; if a batch in flight uses it, as soon as that batch is back."""
+        self._inpainting.pop(slot, None)
         if self._in_flight[slot]:
             self._abandoned.add(slot)
         else:
@@ -166,6 +202,9 @@ class Latents:
             self._noise(slots, steps),
             self._coefficients[slots, steps],
         )
+        for row, (slot, step) in enumerate(zip(slots.tolist(), steps.tolist(), strict=True)):
+            if (inpainting := self._inpainting.get(slot)) is not None:
+                x[row] = keep_outside(x[row], inpainting.kept(step + 1), inpainting.mask)
         self._x[slots] = x
         self._denoised[slots] = denoised
         return np.array([bool(np.isfinite(row).all()) for row in x])
@@ -177,7 +216,7 @@ class Latents:
         noise = np.zeros((len(slots), *self.shape), np.float32)
         for row, (seed, step) in enumerate(zip(seeds, steps.tolist(), strict=True)):
             if seed is not None:
-                noise[row] = gaussian(seed, 1, step, self.shape)
+                noise[row] = gaussian(seed, STEP, step, self.shape)
         return noise
 
     def latent(self, slots: Slots) -> FloatArray:
@@ -191,3 +230,10 @@ class Latents:
     def snapshot(self, slot: int, step: int) -> Snapshot:
         """A copy of what the output in `slot` needs to go on from `step`."""
         return Snapshot(step, self._x[slot].copy(), self._denoised[slot].copy())
+
+
+def _first(table: SamplerTable, noise: FloatArray, picture: CleanLatent | None) -> FloatArray:
+    """The latent before the first step; within a mask that gives up the whole picture it is pure noise."""
+    if picture is None or (picture.mask is not None and table.first_step == 0):
+        return np.float32(table.init_scale) * noise
+    return noised(picture.clean, noise, table.levels[table.first_step])

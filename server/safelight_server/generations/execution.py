@@ -20,7 +20,7 @@ from typing import Protocol
 
 import structlog
 
-from safelight_server.catalog.pixels import NotFiniteError, to_pixels
+from safelight_server.catalog.pixels import NotFiniteError
 from safelight_server.domain.component import Component
 from safelight_server.domain.errors import InternalError, SafelightError
 from safelight_server.domain.picture import FinishedPicture, Pixels
@@ -108,7 +108,7 @@ class Execution(ExecutionObserver):
         tasks: set[asyncio.Task[None]],
     ) -> None:
         self.key = key
-        self.step = job.start.step if job.start else 0
+        self.step = job.first_step
         self.feed = FrameFeed(job.pipeline, _decoding(weakref.ref(self)), runner.load, pool)
         self.job = job
         self._runner = runner
@@ -278,7 +278,7 @@ class Execution(ExecutionObserver):
 
     async def _finish(self, image: FloatArray) -> None:
         try:
-            pixels = await asyncio.get_running_loop().run_in_executor(self._pool, to_pixels, image)
+            pixels = await asyncio.get_running_loop().run_in_executor(self._pool, self.job.finish, image)
         except NotFiniteError:
             log.error("image_not_finite", output_id=self.job.output_id)
             self.failed(InternalError())

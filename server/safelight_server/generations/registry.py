@@ -39,6 +39,7 @@ from safelight_server.generations.execution import Executions
 from safelight_server.generations.finished import FinishedGenerations
 from safelight_server.generations.generation import DECIDE_RETRY_S, Generation
 from safelight_server.generations.idempotency import Idempotency
+from safelight_server.generations.init_images import InitImages
 from safelight_server.generations.inspection import Inspection
 from safelight_server.generations.open_streams import End, OpenStreams
 from safelight_server.generations.ownership import CANCEL, PRIORITY, ClusterContext, Ownership
@@ -79,6 +80,7 @@ class Generations:
         executions: Executions,
         clock: Callable[[], float],
         metrics: Metrics,
+        images: InitImages,
         leased_runners: LeasedRunners | None = None,
         context: ClusterContext | None = None,
         charge: Callable[[str, float], None] = lambda _tenant, _seconds: None,
@@ -96,7 +98,7 @@ class Generations:
             Priority.BATCH: settings.max_waiting_batch,
         }
         limits = AdmissionLimits(waiting, settings.max_waiting_per_caller)
-        self._planner = Planner(catalog, runtime, engine, executions, cache, limits, leased_runners)
+        self._planner = Planner(catalog, runtime, engine, executions, cache, limits, images, leased_runners)
         self._ownership = None if context is None else Ownership(context, self, self._planner)
         if self._ownership is not None:
             self._ownership.bulletin.subscribe(CANCEL, self._asked_to_cancel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 
 from safelight_server.scheduler.batching import MAX_STRETCH
@@ -53,7 +54,8 @@ class Estimates:
         step_s = min(joint_s, own_s * (MAX_STRETCH if lower else 1.0))
         seconds = (output.num_steps - output.first_step) * step_s
         seconds += self._cost.seconds(Kind.DECODE, keys[Kind.DECODE], math.ceil(together / num_instances))
-        seconds += self._cost.seconds(Kind.ENCODE, keys[Kind.ENCODE], len(output.conditioning))
+        for key, count in Counter(map(output.encoder_key, output.conditioning)).items():
+            seconds += self._cost.seconds(Kind.ENCODE, key, count)
         seconds *= math.ceil(num_outputs / own_slots) * math.ceil(len(callers) / slots)
         if len(own) + num_outputs > own_slots:
             seconds += min(

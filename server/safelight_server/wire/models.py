@@ -57,4 +57,8 @@ def model_message(pipeline: Pipeline, runtime: Runtime, is_default: bool) -> mod
             models_pb2.StepTime(num_rows=rows, duration=duration(seconds))
             for rows, seconds in zip(cost.rows, cost.seconds, strict=True)
         ],
+        tasks=[
+            models_pb2.TASK_TEXT_TO_IMAGE,
+            *((models_pb2.TASK_IMAGE_TO_IMAGE, models_pb2.TASK_INPAINTING) if pipeline.has_encoder else ()),
+        ],
     )

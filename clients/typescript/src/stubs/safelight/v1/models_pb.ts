@@ -4,8 +4,8 @@
 // @generated from file safelight/v1/models.proto (package safelight.v1, syntax proto3)
 /* eslint-disable */
 
-import type { GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
-import { fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
+import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
+import { enumDesc, fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
 import type { Duration } from "@bufbuild/protobuf/wkt";
 import { file_google_protobuf_duration } from "@bufbuild/protobuf/wkt";
 import type { PreviewMethod, SamplerSpec, SigmaSchedule, TimestepSpacing } from "./generation_pb.js";
@@ -16,7 +16,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file safelight/v1/models.proto.
  */
 export const file_safelight_v1_models: GenFile = /*@__PURE__*/
-  fileDesc("ChlzYWZlbGlnaHQvdjEvbW9kZWxzLnByb3RvEgxzYWZlbGlnaHQudjEiOgoRTGlzdE1vZGVsc1JlcXVlc3QSEQoJcGFnZV9zaXplGAEgASgFEhIKCnBhZ2VfdG9rZW4YAiABKAkiUgoSTGlzdE1vZGVsc1Jlc3BvbnNlEiMKBm1vZGVscxgBIAMoCzITLnNhZmVsaWdodC52MS5Nb2RlbBIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkiHwoPR2V0TW9kZWxSZXF1ZXN0EgwKBG5hbWUYASABKAkiNgoQR2V0TW9kZWxSZXNwb25zZRIiCgVtb2RlbBgBIAEoCzITLnNhZmVsaWdodC52MS5Nb2RlbCKpAwoFTW9kZWwSDAoEbmFtZRgBIAEoCRIQCghyZXZpc2lvbhgCIAEoCRITCgtkZXNjcmlwdGlvbhgDIAEoCRIPCgdsaWNlbnNlGAQgASgJEg8KB3J1bnRpbWUYBSABKAkSEwoLbnVtZXJpY3NfaWQYBiABKAkSEgoKaXNfZGVmYXVsdBgHIAEoCBIhCgVzaXplcxgIIAMoCzISLnNhZmVsaWdodC52MS5TaXplEiwKCHNhbXBsZXJzGAkgAygLMhouc2FmZWxpZ2h0LnYxLlNhbXBsZXJPZmZlchI0Cg9wcmV2aWV3X21ldGhvZHMYCiADKA4yGy5zYWZlbGlnaHQudjEuUHJldmlld01ldGhvZBITCgttZWRpYV90eXBlcxgLIAMoCRItCghkZWZhdWx0cxgMIAEoCzIbLnNhZmVsaWdodC52MS5Nb2RlbERlZmF1bHRzEikKBmxpbWl0cxgNIAEoCzIZLnNhZmVsaWdodC52MS5Nb2RlbExpbWl0cxIqCgpzdGVwX3RpbWVzGA4gAygLMhYuc2FmZWxpZ2h0LnYxLlN0ZXBUaW1lIisKBFNpemUSEAoId2lkdGhfcHgYASABKAUSEQoJaGVpZ2h0X3B4GAIgASgFIoMBCgxTYW1wbGVyT2ZmZXISDAoEbmFtZRgBIAEoCRI0Cg9zaWdtYV9zY2hlZHVsZXMYAiADKA4yGy5zYWZlbGlnaHQudjEuU2lnbWFTY2hlZHVsZRIvCghzcGFjaW5ncxgDIAMoDjIdLnNhZmVsaWdodC52MS5UaW1lc3RlcFNwYWNpbmcicAoNTW9kZWxEZWZhdWx0cxIbChNudW1faW5mZXJlbmNlX3N0ZXBzGAEgASgFEhYKDmd1aWRhbmNlX3NjYWxlGAIgASgCEioKB3NhbXBsZXIYAyABKAsyGS5zYWZlbGlnaHQudjEuU2FtcGxlclNwZWMiegoLTW9kZWxMaW1pdHMSHwoXbWF4X251bV9pbmZlcmVuY2Vfc3RlcHMYASABKAUSGgoSbWF4X2d1aWRhbmNlX3NjYWxlGAIgASgCEhMKC21heF9vdXRwdXRzGAMgASgFEhkKEW1heF9wcm9tcHRfdG9rZW5zGAQgASgFIkkKCFN0ZXBUaW1lEhAKCG51bV9yb3dzGAEgASgFEisKCGR1cmF0aW9uGAIgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uMqoBCgxNb2RlbFNlcnZpY2USTwoKTGlzdE1vZGVscxIfLnNhZmVsaWdodC52MS5MaXN0TW9kZWxzUmVxdWVzdBogLnNhZmVsaWdodC52MS5MaXN0TW9kZWxzUmVzcG9uc2USSQoIR2V0TW9kZWwSHS5zYWZlbGlnaHQudjEuR2V0TW9kZWxSZXF1ZXN0Gh4uc2FmZWxpZ2h0LnYxLkdldE1vZGVsUmVzcG9uc2ViBnByb3RvMw", [file_google_protobuf_duration, file_safelight_v1_generation]);
+  fileDesc("ChlzYWZlbGlnaHQvdjEvbW9kZWxzLnByb3RvEgxzYWZlbGlnaHQudjEiOgoRTGlzdE1vZGVsc1JlcXVlc3QSEQoJcGFnZV9zaXplGAEgASgFEhIKCnBhZ2VfdG9rZW4YAiABKAkiUgoSTGlzdE1vZGVsc1Jlc3BvbnNlEiMKBm1vZGVscxgBIAMoCzITLnNhZmVsaWdodC52MS5Nb2RlbBIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkiHwoPR2V0TW9kZWxSZXF1ZXN0EgwKBG5hbWUYASABKAkiNgoQR2V0TW9kZWxSZXNwb25zZRIiCgVtb2RlbBgBIAEoCzITLnNhZmVsaWdodC52MS5Nb2RlbCLMAwoFTW9kZWwSDAoEbmFtZRgBIAEoCRIQCghyZXZpc2lvbhgCIAEoCRITCgtkZXNjcmlwdGlvbhgDIAEoCRIPCgdsaWNlbnNlGAQgASgJEg8KB3J1bnRpbWUYBSABKAkSEwoLbnVtZXJpY3NfaWQYBiABKAkSEgoKaXNfZGVmYXVsdBgHIAEoCBIhCgVzaXplcxgIIAMoCzISLnNhZmVsaWdodC52MS5TaXplEiwKCHNhbXBsZXJzGAkgAygLMhouc2FmZWxpZ2h0LnYxLlNhbXBsZXJPZmZlchI0Cg9wcmV2aWV3X21ldGhvZHMYCiADKA4yGy5zYWZlbGlnaHQudjEuUHJldmlld01ldGhvZBITCgttZWRpYV90eXBlcxgLIAMoCRItCghkZWZhdWx0cxgMIAEoCzIbLnNhZmVsaWdodC52MS5Nb2RlbERlZmF1bHRzEikKBmxpbWl0cxgNIAEoCzIZLnNhZmVsaWdodC52MS5Nb2RlbExpbWl0cxIqCgpzdGVwX3RpbWVzGA4gAygLMhYuc2FmZWxpZ2h0LnYxLlN0ZXBUaW1lEiEKBXRhc2tzGA8gAygOMhIuc2FmZWxpZ2h0LnYxLlRhc2siKwoEU2l6ZRIQCgh3aWR0aF9weBgBIAEoBRIRCgloZWlnaHRfcHgYAiABKAUigwEKDFNhbXBsZXJPZmZlchIMCgRuYW1lGAEgASgJEjQKD3NpZ21hX3NjaGVkdWxlcxgCIAMoDjIbLnNhZmVsaWdodC52MS5TaWdtYVNjaGVkdWxlEi8KCHNwYWNpbmdzGAMgAygOMh0uc2FmZWxpZ2h0LnYxLlRpbWVzdGVwU3BhY2luZyJwCg1Nb2RlbERlZmF1bHRzEhsKE251bV9pbmZlcmVuY2Vfc3RlcHMYASABKAUSFgoOZ3VpZGFuY2Vfc2NhbGUYAiABKAISKgoHc2FtcGxlchgDIAEoCzIZLnNhZmVsaWdodC52MS5TYW1wbGVyU3BlYyJ6CgtNb2RlbExpbWl0cxIfChdtYXhfbnVtX2luZmVyZW5jZV9zdGVwcxgBIAEoBRIaChJtYXhfZ3VpZGFuY2Vfc2NhbGUYAiABKAISEwoLbWF4X291dHB1dHMYAyABKAUSGQoRbWF4X3Byb21wdF90b2tlbnMYBCABKAUiSQoIU3RlcFRpbWUSEAoIbnVtX3Jvd3MYASABKAUSKwoIZHVyYXRpb24YAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24qYgoEVGFzaxIUChBUQVNLX1VOU1BFQ0lGSUVEEAASFgoSVEFTS19URVhUX1RPX0lNQUdFEAESFwoTVEFTS19JTUFHRV9UT19JTUFHRRACEhMKD1RBU0tfSU5QQUlOVElORxADMqoBCgxNb2RlbFNlcnZpY2USTwoKTGlzdE1vZGVscxIfLnNhZmVsaWdodC52MS5MaXN0TW9kZWxzUmVxdWVzdBogLnNhZmVsaWdodC52MS5MaXN0TW9kZWxzUmVzcG9uc2USSQoIR2V0TW9kZWwSHS5zYWZlbGlnaHQudjEuR2V0TW9kZWxSZXF1ZXN0Gh4uc2FmZWxpZ2h0LnYxLkdldE1vZGVsUmVzcG9uc2ViBnByb3RvMw", [file_google_protobuf_duration, file_safelight_v1_generation]);
 
 /**
  * Asks for a page of models.
@@ -219,6 +219,13 @@ export type Model = Message<"safelight.v1.Model"> & {
    * @generated from field: repeated safelight.v1.StepTime step_times = 14;
    */
   stepTimes: StepTime[];
+
+  /**
+   * What it can be asked for.
+   *
+   * @generated from field: repeated safelight.v1.Task tasks = 15;
+   */
+  tasks: Task[];
 };
 
 /**
@@ -395,6 +402,47 @@ export type StepTime = Message<"safelight.v1.StepTime"> & {
  */
 export const StepTimeSchema: GenMessage<StepTime> = /*@__PURE__*/
   messageDesc(file_safelight_v1_models, 9);
+
+/**
+ * What a model can be asked for.
+ *
+ * @generated from enum safelight.v1.Task
+ */
+export enum Task {
+  /**
+   * Not a task.
+   *
+   * @generated from enum value: TASK_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * A picture from a prompt.
+   *
+   * @generated from enum value: TASK_TEXT_TO_IMAGE = 1;
+   */
+  TEXT_TO_IMAGE = 1,
+
+  /**
+   * A picture from a prompt and another picture: `GenerationSpec.init_image`.
+   *
+   * @generated from enum value: TASK_IMAGE_TO_IMAGE = 2;
+   */
+  IMAGE_TO_IMAGE = 2,
+
+  /**
+   * A part of a picture anew: `GenerationSpec.mask`.
+   *
+   * @generated from enum value: TASK_INPAINTING = 3;
+   */
+  INPAINTING = 3,
+}
+
+/**
+ * Describes the enum safelight.v1.Task.
+ */
+export const TaskSchema: GenEnum<Task> = /*@__PURE__*/
+  enumDesc(file_safelight_v1_models, 0);
 
 /**
  * Lists the models.
