@@ -191,7 +191,7 @@ bench-smoke: setup .venv-bench/.installed .venv-triton/.installed ## Run all ben
 .PHONY: train
 train: .venv-training/.installed ## Train the embedded model from a seed (says how long it takes; resumes)
 	$(TRAIN_PY) -m training.train
-	$(TRAIN_PY) -m training.export out/training/pipeline --models out/training/models --revision trained --replace
+	PYTHONPATH=server $(TRAIN_PY) -m safelight_server.export.exporter out/training/pipeline --models out/training/models --revision trained --replace
 	PYTHONPATH=server $(TRAIN_PY) -m training.evaluate --models out/training/models
 
 .PHONY: evaluate

@@ -19,12 +19,13 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from safelight_server.export import manifest, onnx_file
+from safelight_server.export.exporter import export, round_weights
 from safelight_server.sampler import NoiseSchedule, SamplerSpec, refusal
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from training import manifest, networks, onnx_file
-from training.export import export, round_weights
+from training import networks
 from training.recipe import RECIPE
 
 pytestmark = [
@@ -238,8 +239,8 @@ def test_a_revision_in_use_is_replaced_only_when_told_to(
         path.parent.mkdir(parents=True)
         path.write_text("another network")
 
-    monkeypatch.setattr("training.export.write_onnx", write)
-    monkeypatch.setattr("training.export.check_parity", lambda *args: 0.0)
+    monkeypatch.setattr("safelight_server.export.exporter.write_onnx", write)
+    monkeypatch.setattr("safelight_server.export.exporter.check_parity", lambda *args: 0.0)
     models, folder = tmp_path / "models", tmp_path / "folder"
     shutil.copytree(small / "models", models)
     shutil.copytree(small / "folder", folder, ignore=shutil.ignore_patterns("preview_decoder"))

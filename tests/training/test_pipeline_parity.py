@@ -15,10 +15,10 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from safelight_server.export.exporter import export
 from safelight_server.sampler import SamplerSpec, gaussian
 
 from training import networks
-from training.export import export
 from training.icons import caption, sample_spec
 from training.recipe import RECIPE
 from training.sample import Sampler

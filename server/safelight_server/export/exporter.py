@@ -1,4 +1,6 @@
-"""`python -m training.export FOLDER`: a diffusers folder becomes a Triton model repository and a pipeline manifest.
+"""Exports a diffusers folder as a Triton model repository and a pipeline manifest.
+
+`python -m safelight_server.export.exporter FOLDER` does it.
 
 For any `StableDiffusionPipeline` of CLIPTextModel, UNet2DConditionModel and
 AutoencoderTiny or AutoencoderKL; a folder `preview_decoder/` (AutoencoderTiny)
@@ -24,10 +26,10 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionM
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from training import manifest
-from training.components import Decoder, Denoiser, TextEncoder, decoder_of
-from training.onnx_file import check_parity, sha256, write_onnx
-from training.repository import write_config
+from safelight_server.export import manifest
+from safelight_server.export.components import Decoder, Denoiser, TextEncoder, decoder_of
+from safelight_server.export.onnx_file import check_parity, sha256, write_onnx
+from safelight_server.export.repository import write_config
 
 MAX_ROWS = {"text_encoder": 16, "denoiser": 64, "decoder": 16, "preview_decoder": 16}
 KNOWN = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from diffusers import (
 )
 from torch import nn
 
-from training.onnx_file import sha256
+from safelight_server.export.onnx_file import sha256
 
 DEFAULT_SAMPLERS = {
     DDIMScheduler: "ddim",
@@ -69,10 +70,12 @@ def prediction_type(pipeline: StableDiffusionPipeline) -> str:
     return found
 
 
-def samplers(zero_terminal_snr: bool) -> list[dict[str, object]]:
+def samplers(zero_terminal_snr: bool) -> list[dict[str, Any]]:
     """What can be offered: a pipeline of zero terminal SNR starts at its last timestep, so only trailing will do."""
     if zero_terminal_snr:
-        cells = {name: ("default",) for name in ("ddim", "euler", "euler_ancestral", "dpmpp_2m")}
+        cells: dict[str, tuple[str, ...]] = {
+            name: ("default",) for name in ("ddim", "euler", "euler_ancestral", "dpmpp_2m")
+        }
         spacings = ["trailing"]
     else:
         both = ("default", "karras")
@@ -81,7 +84,7 @@ def samplers(zero_terminal_snr: bool) -> list[dict[str, object]]:
     return [{"name": name, "spacings": spacings, "sigma_schedules": list(sigmas)} for name, sigmas in cells.items()]
 
 
-def default_sampler(pipeline: StableDiffusionPipeline, offered: list[dict[str, object]]) -> dict[str, object]:
+def default_sampler(pipeline: StableDiffusionPipeline, offered: list[dict[str, Any]]) -> dict[str, object]:
     """What the folder was saved with, where it is offered, else the nearest that is."""
     wanted = DEFAULT_SAMPLERS.get(type(pipeline.scheduler), "euler")
     cells = next((cell for cell in offered if cell["name"] == wanted), offered[0])
