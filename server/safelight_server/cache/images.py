@@ -1,6 +1,6 @@
 """Keeps the pictures that clients upload, each under the SHA-256 of its file, for the tenant that sent it.
 
-They lie in the storage tiers beside what is cached, sealed like that, under the tenant's own prefix and never in a pool.
+They lie in the storage tiers beside what is cached, sealed like that, under the tenant's own prefix, never in a pool.
 Where replicas share a tier, an upload has ended only when that tier has it, so that every replica finds it. A picture
 goes when its time is over, when newer ones of its tenant need the room, or when a tier needs it; whoever still wants
 it sends it again.

@@ -54,6 +54,46 @@ class Decoder(nn.Module):
         return image
 
 
+class Encoder(nn.Module):
+    """image (B, 3, H, W) in [-1, 1] -> mean (B, C, h, w), and std (B, C, h, w) where `vae` encodes to a distribution.
+
+    The latents are those of the autoencoder: the pipeline's scaling factor is not in them.
+    """
+
+    def __init__(self, vae: AutoencoderTiny | AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+        self.outputs = ("mean", "std") if isinstance(vae, AutoencoderKL) else ("mean",)
+
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        encoded = self.vae.encode(image, return_dict=False)[0]
+        if isinstance(encoded, Tensor):
+            return encoded
+        return encoded.mean, encoded.std
+
+
+class PatchEncoder(nn.Module):
+    """A linear encoder of patches of pixels: image (B, 3, H, W) in [-1, 1] -> mean (B, C, H / p, W / p).
+
+    Args:
+        weight: (C, 3, p, p).
+        bias: (C,).
+    """
+
+    outputs = ("mean",)
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        channels, _, patch_px, _ = weight.shape
+        self.patches = nn.Conv2d(3, channels, patch_px, stride=patch_px)
+        self.patches.weight = nn.Parameter(weight, requires_grad=False)
+        self.patches.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        mean: Tensor = self.patches(image)
+        return mean
+
+
 def decoder_of(vae: nn.Module) -> Decoder:
     """The decoder of an autoencoder class that is known to keep the contract."""
     if not isinstance(vae, AutoencoderTiny | AutoencoderKL):

@@ -4,7 +4,8 @@
 
 For any `StableDiffusionPipeline` of CLIPTextModel, UNet2DConditionModel and
 AutoencoderTiny or AutoencoderKL; a folder `preview_decoder/` (AutoencoderTiny)
-and the files `linear_preview.npz` and `prompts.json` beside them are used where they are there.
+and the files `encoder.npz` (a linear encoder in place of the autoencoder's own),
+`linear_preview.npz` and `prompts.json` beside them are used where they are there.
 Weights are stored as float16 and cast at load; the arithmetic is float32. The
 same folder gives the same bytes. Nothing in `--models` changes before every
 component was written and found equal to its torch module.
@@ -21,17 +22,18 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from safelight_server.export import manifest
-from safelight_server.export.components import Decoder, Denoiser, TextEncoder, decoder_of
+from safelight_server.export.components import Decoder, Denoiser, Encoder, PatchEncoder, TextEncoder, decoder_of
 from safelight_server.export.onnx_file import check_parity, sha256, write_onnx
 from safelight_server.export.repository import write_config
 
-MAX_ROWS = {"text_encoder": 16, "denoiser": 64, "decoder": 16, "preview_decoder": 16}
+MAX_ROWS = {"text_encoder": 16, "denoiser": 64, "decoder": 16, "preview_decoder": 16, "encoder": 16}
 KNOWN = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
 
 
@@ -134,7 +136,16 @@ def _components(pipeline: StableDiffusionPipeline, folder: Path) -> dict[str, nn
         preview = AutoencoderTiny.from_pretrained(folder / "preview_decoder", local_files_only=True)
         scale = pipeline.vae.config.scaling_factor / preview.config.scaling_factor
         components["preview_decoder"] = Decoder(preview, scale)
+    components["encoder"] = _encoder(pipeline, folder / "encoder.npz")
     return components
+
+
+def _encoder(pipeline: StableDiffusionPipeline, given: Path) -> nn.Module:
+    """The linear encoder of `given`, an npz of weight (C, 3, p, p) and bias (C,), else the autoencoder's."""
+    if not given.exists():
+        return Encoder(pipeline.vae)
+    with np.load(given) as arrays:
+        return PatchEncoder(torch.from_numpy(arrays["weight"]), torch.from_numpy(arrays["bias"]))
 
 
 def _export_component(
@@ -161,6 +172,9 @@ def _example_inputs(role: str, pipeline: StableDiffusionPipeline) -> Mapping[str
     if role == "denoiser":
         context = torch.randn(rows, tokens, text.hidden_size, generator=generator)
         return {"sample": latent, "timestep": torch.tensor([999.0, 12.0]), "encoder_hidden_states": context}
+    if role == "encoder":
+        scale = pipeline.vae_scale_factor
+        return {"image": torch.rand(rows, 3, height * scale, width * scale, generator=generator) * 2 - 1}
     return {"latent": latent / pipeline.vae.config.scaling_factor}
 
 
