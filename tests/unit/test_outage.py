@@ -222,7 +222,7 @@ async def test_an_embedding_that_is_asked_for_while_its_last_output_ends_is_enco
     engine.cancel(1)
     runtime.set_live(0)
     assert (await asked).ndim == 2
-    assert not engine._batches.token_ids
+    assert not engine._batches.encoder_inputs
 
 
 async def test_a_deadline_that_passes_while_instances_are_there_is_a_deadline(stage, clock):

@@ -253,11 +253,15 @@ class Client:
     async def _upload_missing(self, images: Mapping[str, ImageFile], received: Received) -> None:
         """Uploads what the server that is asked next does not have; asks the next server where it cannot be reached."""
         for left in reversed(range(len(self._channels))):
+            file = None
             try:
-                await upload_missing(self._channels[received.at], self._metadata, images)
+                for file in images.values():
+                    await upload_missing(self._channels[received.at], self._metadata, file)
                 return
             except grpc.aio.AioRpcError as error:
                 failure = GenerationError(error, proxies.proxy_of(self._targets[received.at]))
+            if failure.violations and file is not None:
+                failure.violations = {file.field: "; ".join(failure.violations.values())}
             if failure.code is not grpc.StatusCode.UNAVAILABLE or not left:
                 raise failure
             received.at = self._next(received.at)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -75,19 +75,16 @@ async def upload(channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...
     return answer.image
 
 
-async def upload_missing(
-    channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...], files: Mapping[str, ImageFile]
-) -> None:
-    """Uploads those of the files, by name, that the server does not have.
+async def upload_missing(channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...], file: ImageFile) -> None:
+    """Uploads a file where the server does not have it.
 
     Raises:
         grpc.aio.AioRpcError: as `upload`.
     """
-    stub = images_pb2_grpc.ImageServiceStub(channel)
-    for name, file in files.items():
-        try:
-            await stub.GetImage(images_pb2.GetImageRequest(name=name), metadata=metadata)
-        except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.NOT_FOUND:
-                raise
-            await upload(channel, metadata, file)
+    request = images_pb2.GetImageRequest(name=file.name)
+    try:
+        await images_pb2_grpc.ImageServiceStub(channel).GetImage(request, metadata=metadata)
+    except grpc.aio.AioRpcError as error:
+        if error.code() is not grpc.StatusCode.NOT_FOUND:
+            raise
+        await upload(channel, metadata, file)

@@ -101,6 +101,7 @@ class Running:
         address: HOST:PORT or unix:PATH that it listens on, with the port that it got where 0 was asked for.
         drain: starts a shutdown that gives generations so many seconds; a second call with fewer shortens the first.
         http_address: HOST:PORT of HTTP; empty where that is off.
+        uploads: those that are under way.
     """
 
     address: str
@@ -113,6 +114,7 @@ class Running:
     limits: CallLimits
     drain: Callable[[float], asyncio.Task[None]]
     http_address: str
+    uploads: UploadSlots
 
     def inspect(self) -> Inspection:
         """Counts what the server holds now."""
@@ -246,7 +248,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         call_limits = CallLimits(settings.request_wait_s, (HEALTH_SERVICE, *REFLECTION_SERVICES), keyless, metrics)
         async with _listening(settings, service, http, call_limits, engine, generations, works) as (address, drain):
             yield Running(
-                address, catalog, runtime, cache, generations, streams, quotas, call_limits, drain, http.address
+                address, catalog, runtime, cache, generations, streams, quotas, call_limits, drain, http.address, slots
             )
 
 

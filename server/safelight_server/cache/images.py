@@ -8,6 +8,7 @@ it sends it again.
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -101,7 +102,8 @@ class Images:
                 taken.move_to_end(digest)
             if image.expires_at - self._tiers.now() < self._ttl_s / 2:
                 image = UploadedImage(digest, image.facts, image.data, self._tiers.now() + self._ttl_s)
-                await self._write(tenant, image)
+                with contextlib.suppress(UnavailableError):  # then it goes sooner, and is there now
+                    await self._write(tenant, image)
         return image
 
     async def _write(self, tenant: str, image: UploadedImage) -> None:

@@ -77,7 +77,7 @@ def decode_mask(data: bytes, max_pixels: int, width_px: int, height_px: int) -> 
 
 def _opened(data: bytes, max_pixels: int) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "MPO", "WEBP"))
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
         width, height = image.size
         frames = getattr(image, "n_frames", 1)
     except _FAULTS:
