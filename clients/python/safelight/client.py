@@ -216,7 +216,7 @@ class Client:
         give_up_at = loop.time() + min(FIRST_PATIENCE_S, self._patience_s)
         while True:
             if images and not received.name:
-                await self._upload_missing(images, received)
+                await self._upload_missing(images, received, None if until is None else until - loop.time())
             call = self._call(request, received, None if until is None else until - loop.time(), metadata)
             try:
                 async for response in call:
@@ -250,13 +250,15 @@ class Client:
                 received.at = self._next(received.at)
             await asyncio.sleep(wait_s)
 
-    async def _upload_missing(self, images: Mapping[str, ImageFile], received: Received) -> None:
+    async def _upload_missing(
+        self, images: Mapping[str, ImageFile], received: Received, timeout_s: float | None
+    ) -> None:
         """Uploads what the server that is asked next does not have; asks the next server where it cannot be reached."""
         for left in reversed(range(len(self._channels))):
             file = None
             try:
                 for file in images.values():
-                    await upload_missing(self._channels[received.at], self._metadata, file)
+                    await upload_missing(self._channels[received.at], self._metadata, file, timeout_s)
                 return
             except grpc.aio.AioRpcError as error:
                 failure = GenerationError(error, proxies.proxy_of(self._targets[received.at]))

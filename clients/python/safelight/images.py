@@ -14,6 +14,7 @@ from safelight.v1 import images_pb2, images_pb2_grpc
 CHUNK_BYTES = 32 << 10
 """What a server takes in one message."""
 
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
 ImageSource: TypeAlias = str | bytes | Path
 """A picture: its file as bytes or by its path, or the name "images/SHA256" of one that was uploaded."""
 
@@ -60,7 +61,9 @@ def image_file(source: ImageSource, field: str) -> ImageFile | None:
         raise ValueError(f"{field}: {source}: {error.strerror}") from None
 
 
-async def upload(channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...], file: ImageFile) -> images_pb2.Image:
+async def upload(
+    channel: grpc.aio.Channel, metadata: Metadata, file: ImageFile, timeout_s: float | None = None
+) -> images_pb2.Image:
     """Uploads a file, whether or not the server has it.
 
     Raises:
@@ -71,11 +74,13 @@ async def upload(channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...
         for piece in file.pieces():
             yield piece
 
-    answer = await images_pb2_grpc.ImageServiceStub(channel).UploadImage(pieces(), metadata=metadata)
+    answer = await images_pb2_grpc.ImageServiceStub(channel).UploadImage(pieces(), metadata=metadata, timeout=timeout_s)
     return answer.image
 
 
-async def upload_missing(channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...], file: ImageFile) -> None:
+async def upload_missing(
+    channel: grpc.aio.Channel, metadata: Metadata, file: ImageFile, timeout_s: float | None
+) -> None:
     """Uploads a file where the server does not have it.
 
     Raises:
@@ -83,8 +88,8 @@ async def upload_missing(channel: grpc.aio.Channel, metadata: tuple[tuple[str, s
     """
     request = images_pb2.GetImageRequest(name=file.name)
     try:
-        await images_pb2_grpc.ImageServiceStub(channel).GetImage(request, metadata=metadata)
+        await images_pb2_grpc.ImageServiceStub(channel).GetImage(request, metadata=metadata, timeout=timeout_s)
     except grpc.aio.AioRpcError as error:
         if error.code() is not grpc.StatusCode.NOT_FOUND:
             raise
-        await upload(channel, metadata, file)
+        await upload(channel, metadata, file, timeout_s)

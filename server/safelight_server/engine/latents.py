@@ -137,7 +137,6 @@ class Latents:
             assert noise is not None
             self._x[slot] = _first(table, noise, picture)
             self._denoised[slot] = 0.0
-        self._inpainting.pop(slot, None)
         if picture is not None and picture.mask is not None:
             assert noise is not None
             self._inpainting[slot] = _Inpainting(picture.clean, picture.mask, noise, table.levels)
