@@ -180,10 +180,15 @@ bench: setup $(BENCH_ENV)/.installed $(BENCH_TRITON) ## Measure: tables, and JSO
 	$(BENCH_REDIS)
 	PYTHONPATH=server:clients/python $(BENCH_ENV)/bin/python -m load_tests.bench --only "$(ONLY)"
 
-.PHONY: bench-smoke
+.PHONY: record
+record: setup ## Record the contact sheet for the README, from a real browser (1 min)
+	PYTHONPATH=server:clients/python $(PY) tools/record_page.py
+
+.PHONY: soak
 soak: setup ## Good callers beside hostile ones for MINUTES=30; memory must stay flat (30 min)
 	PYTHONPATH=server:clients/python $(PY) -m load_tests.soak --minutes $(or $(MINUTES),30)
 
+.PHONY: bench-smoke
 bench-smoke: setup .venv-bench/.installed .venv-triton/.installed ## Run all benchmarks for seconds, to see that they work (minutes)
 	tools/install-system-packages
 	PYTHONPATH=server:clients/python .venv-bench/bin/python -m load_tests.bench --smoke --out out/bench/smoke

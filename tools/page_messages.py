@@ -14,6 +14,8 @@ from safelight.v1 import generation_pb2, models_pb2
 ROOTS = (
     generation_pb2.GenerateRequest,
     generation_pb2.GenerateResponse,
+    generation_pb2.WatchGenerationRequest,
+    generation_pb2.WatchGenerationResponse,
     generation_pb2.CancelGenerationRequest,
     generation_pb2.CancelGenerationResponse,
     models_pb2.ListModelsRequest,

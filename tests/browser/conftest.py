@@ -74,13 +74,13 @@ class Visit:
 
 
 @asynccontextmanager
-async def visit(browser: Browser, running: Running, **options: Any) -> AsyncIterator[Visit]:
-    """Opens the page of a server in a profile of its own. It must ask no other host and cause no complaint."""
+async def visit(browser: Browser, address: str, **options: Any) -> AsyncIterator[Visit]:
+    """Opens the page of the server at an address (HOST:PORT) in a profile of its own. It must ask no other host and cause no complaint."""
     context = await browser.new_context(**options)
     context.set_default_timeout(PAGE_TIMEOUT_MS)
     try:
         page = await context.new_page()
-        origin = f"http://{running.http_address}"
+        origin = f"http://{address}"
         seen = Visit(page, origin)
         await page.goto(f"{origin}/")
         yield seen

@@ -14,6 +14,7 @@ from safelight_server.api.identity import new_key
 
 from tests.browser.conftest import visit
 from tests.support.http import http_server
+from tests.support.relay import Relay
 
 pytestmark = pytest.mark.asyncio(loop_scope="package")
 AXE = Path(__file__).parent.parent.parent / "node_modules" / "axe-core" / "axe.min.js"
@@ -28,7 +29,7 @@ async def finished(card, state: str = "Finished") -> None:
 
 
 async def test_pictures_develop_side_by_side(browser, server):
-    async with visit(browser, server) as seen:
+    async with visit(browser, server.http_address) as seen:
         await seen.develop(POTION, 3, steps="12", seed="100")
         await expect(seen.page.locator("#sheet > li")).to_have_count(3)
         for at in range(3):
@@ -46,7 +47,7 @@ async def test_pictures_develop_side_by_side(browser, server):
 
 
 async def test_one_is_cancelled_and_the_others_go_on(browser):
-    async with http_server(**SLOW) as slow, visit(browser, slow) as seen:
+    async with http_server(**SLOW) as slow, visit(browser, slow.http_address) as seen:
         await seen.develop(POTION, 3, steps="40")
         await expect(seen.card(1).locator(".state")).to_contain_text("of 40")
         await seen.card(1).get_by_role("button", name="Cancel").click()
@@ -59,7 +60,7 @@ async def test_one_is_cancelled_and_the_others_go_on(browser):
 
 
 async def test_what_waits_in_the_page_can_be_cancelled_and_one_connection_is_left_for_that(browser):
-    async with http_server(**SLOW) as slow, visit(browser, slow) as seen:
+    async with http_server(**SLOW) as slow, visit(browser, slow.http_address) as seen:
         await seen.develop(POTION, 4, steps="40")
         await seen.develop(POTION, 4, steps="40")
         waits = seen.page.locator("#sheet > li", has_text="Waits to be sent")
@@ -73,7 +74,7 @@ async def test_what_waits_in_the_page_can_be_cancelled_and_one_connection_is_lef
 
 
 async def test_steps_are_scrubbed_and_one_is_branched_from(browser, server):
-    async with visit(browser, server) as seen:
+    async with visit(browser, server.http_address) as seen:
         await seen.develop(POTION, 1, steps="10")
         first = seen.card(0)
         await finished(first)
@@ -98,7 +99,7 @@ async def test_steps_are_scrubbed_and_one_is_branched_from(browser, server):
 
 
 async def test_a_pinned_seed_gives_the_same_picture_and_saves_its_steps(browser, server):
-    async with visit(browser, server) as seen:
+    async with visit(browser, server.http_address) as seen:
         await seen.develop(POTION, 1, steps="6")
         await finished(seen.card(0))
         await seen.card(0).get_by_role("button", name="Pin seed").click()
@@ -113,7 +114,7 @@ async def test_a_pinned_seed_gives_the_same_picture_and_saves_its_steps(browser,
 
 
 async def test_the_keyboard_is_enough(browser, server):
-    async with visit(browser, server) as seen:
+    async with visit(browser, server.http_address) as seen:
         page, press = seen.page, seen.page.keyboard.press
 
         async def tab_to(selector: str) -> None:
@@ -154,7 +155,7 @@ async def test_the_keyboard_is_enough(browser, server):
 
 
 async def test_the_focus_stays_on_a_picture_that_was_cancelled(browser):
-    async with http_server(**SLOW) as slow, visit(browser, slow) as seen:
+    async with http_server(**SLOW) as slow, visit(browser, slow.http_address) as seen:
         await seen.develop(POTION, 1, steps="40")
         await expect(seen.card(0).locator(".state")).to_contain_text("of 40")
         await seen.card(0).get_by_role("button", name="Cancel").focus()
@@ -165,7 +166,7 @@ async def test_the_focus_stays_on_a_picture_that_was_cancelled(browser):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_axe_finds_nothing(browser, server, scheme):
-    async with visit(browser, server, color_scheme=scheme) as seen:
+    async with visit(browser, server.http_address, color_scheme=scheme) as seen:
         await seen.develop(POTION, 2, steps="4")
         await finished(seen.card(0))
         await finished(seen.card(1))
@@ -184,7 +185,9 @@ async def test_axe_finds_nothing(browser, server, scheme):
 
 async def test_a_phone_needs_no_scrolling_sideways(browser, server):
     long = "a" * 120 + " potion"
-    async with visit(browser, server, viewport={"width": 320, "height": 640}, has_touch=True, is_mobile=True) as seen:
+    async with visit(
+        browser, server.http_address, viewport={"width": 320, "height": 640}, has_touch=True, is_mobile=True
+    ) as seen:
         await seen.develop(long, 2, steps="6", seed=str(2**64 - 2))
         await finished(seen.card(0))
         await finished(seen.card(1))
@@ -197,7 +200,7 @@ async def test_a_phone_needs_no_scrolling_sideways(browser, server):
 async def test_a_refusal_says_why_and_when_to_come_back(browser, tmp_path):
     quotas = tmp_path / "quotas.json"
     quotas.write_text(json.dumps({"tenants": {"default": {"requests": {"per_s": 0.01, "burst": 1}}}}))
-    async with http_server(quota_file=quotas) as limited, visit(browser, limited) as seen:
+    async with http_server(quota_file=quotas) as limited, visit(browser, limited.http_address) as seen:
         await seen.develop(POTION, 2, steps="2")
         refused = seen.page.get_by_role("alert").filter(visible=True)
         await expect(refused).to_have_count(1)
@@ -207,7 +210,7 @@ async def test_a_refusal_says_why_and_when_to_come_back(browser, tmp_path):
 
 
 async def test_faults_are_named_by_their_fields(browser, server):
-    async with visit(browser, server) as seen:
+    async with visit(browser, server.http_address) as seen:
         await seen.page.locator("#steps").evaluate("steps => { steps.max = 9999; }")
         await seen.develop(POTION, 1, steps="9000")
         await expect(seen.card(0).get_by_role("alert")).to_contain_text("spec.num_inference_steps: ")
@@ -218,7 +221,7 @@ async def test_a_key_is_asked_for_and_kept_in_the_tab_alone(browser, tmp_path):
     key, entry = new_key("ann", "studio")
     keys = tmp_path / "keys.json"
     keys.write_text(f'{{"keys": [{entry}]}}')
-    async with http_server(api_key_file=keys) as guarded, visit(browser, guarded) as seen:
+    async with http_server(api_key_file=keys) as guarded, visit(browser, guarded.http_address) as seen:
         field = seen.page.get_by_label("Key of this server")
         await expect(field).to_be_visible()
         await seen.develop(POTION, 1, steps="2")
@@ -235,7 +238,7 @@ async def test_a_key_is_asked_for_and_kept_in_the_tab_alone(browser, tmp_path):
 
 
 async def test_a_server_that_is_gone_is_said_in_words(browser):
-    async with http_server(**SLOW) as running, visit(browser, running) as seen:
+    async with http_server(**SLOW) as running, visit(browser, running.http_address) as seen:
         await seen.page.route("**/Generate", lambda route: route.abort())
         await seen.develop(POTION, 1)
         await expect(seen.card(0).get_by_role("alert")).to_contain_text("The server cannot be reached (UNAVAILABLE).")
@@ -243,6 +246,26 @@ async def test_a_server_that_is_gone_is_said_in_words(browser):
         await seen.card(0).get_by_role("button", name="Try again").click()
         await finished(seen.card(0))
         seen.complaints.clear()  # of the request that failed
+
+
+async def test_a_lost_connection_is_resumed_where_it_stopped(browser):
+    async with http_server(**SLOW) as running:
+        relay = await Relay.start(running.http_address)
+        try:
+            async with visit(browser, relay.address) as seen:
+                await seen.develop(POTION, 2, steps="40", seed="7")
+                for at in range(2):
+                    await expect(seen.card(at).locator(".state")).to_contain_text("of 40")
+                relay.reset()
+                for at in range(2):
+                    await finished(seen.card(at))
+                    await expect(seen.card(at).locator("dl")).to_contain_text("Steps saved0 of 40")
+                    await expect(seen.card(at).locator("dt", has_text="Seed")).to_have_count(1)
+                calls = [url.rpartition("/")[2] for method, url in seen.requests if method == "POST"]
+                assert (calls.count("Generate"), calls.count("WatchGeneration")) == (2, 2)
+                seen.complaints.clear()  # of the connections that were reset
+        finally:
+            relay.cut()
 
 
 async def test_the_codec_reads_and_writes_what_protobuf_does(browser, server):
@@ -263,7 +286,7 @@ async def test_the_codec_reads_and_writes_what_protobuf_does(browser, server):
     answer = pb.GenerateResponse(
         event=pb.GenerationEvent(sequence=2**53 + 1, preview=pb.Preview(step=3, data=bytes(range(256)) * 3))
     )
-    async with visit(browser, server) as seen:
+    async with visit(browser, server.http_address) as seen:
         for message in (request, status, answer):
             again = await seen.page.evaluate(
                 """async ([name, data]) => {
@@ -278,7 +301,7 @@ async def test_the_codec_reads_and_writes_what_protobuf_does(browser, server):
 
 async def test_the_codec_refuses_what_ends_early(browser, server):
     data = pb.GenerateResponse(event=pb.GenerationEvent(preview=pb.Preview(data=b"abc"))).SerializeToString()
-    async with visit(browser, server) as seen:
+    async with visit(browser, server.http_address) as seen:
         refused = await seen.page.evaluate(
             """async ([name, data]) => {
                 const { decode } = await import("/page/protobuf.js");

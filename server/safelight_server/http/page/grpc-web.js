@@ -5,13 +5,17 @@ import { decode, encode } from "./protobuf.js";
 const HEAD_BYTES = 5;
 const TRAILERS = 0x80;
 
-/** Why a call has failed, in words. `reason` is the server's; `retryAfter` the seconds after which a retry makes sense. */
+/**
+ * Why a call has failed, in words. `reason` is the server's; `retryAfter` the seconds after which a retry makes sense;
+ * `lost` says that the connection failed, which tells nothing of the generation.
+ */
 export class CallError extends Error {
-  constructor(message, { reason = "", retryAfter, violations = [] } = {}) {
+  constructor(message, { reason = "", retryAfter, violations = [], lost = false } = {}) {
     super(message);
     this.reason = reason;
     this.retryAfter = retryAfter;
     this.violations = violations;
+    this.lost = lost;
   }
 }
 
@@ -117,5 +121,5 @@ async function refusal(response) {
 
 function lost(error, message) {
   if (error instanceof CallError || error?.name === "AbortError") return error;
-  return new CallError(message, { reason: "UNAVAILABLE" });
+  return new CallError(message, { reason: "UNAVAILABLE", lost: true });
 }

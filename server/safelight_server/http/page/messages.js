@@ -64,6 +64,10 @@ export const MESSAGES = {
     data: [8, "bytes"],
     sha256: [9, "bytes"],
   },
+  "safelight.v1.ArtifactOffset": {
+    output_index: [1, "int32"],
+    offset: [2, "int64"],
+  },
   "safelight.v1.Branch": {
     generation: [1, "string"],
     output_index: [2, "int32"],
@@ -287,6 +291,15 @@ export const MESSAGES = {
   "safelight.v1.Warning": {
     reason: [1, "string"],
     message: [2, "string"],
+  },
+  "safelight.v1.WatchGenerationRequest": {
+    name: [1, "string"],
+    after_sequence: [2, "uint64"],
+    artifact_offsets: [3, "safelight.v1.ArtifactOffset", "repeated"],
+    preview: [4, "safelight.v1.PreviewPolicy"],
+  },
+  "safelight.v1.WatchGenerationResponse": {
+    event: [1, "safelight.v1.GenerationEvent"],
   },
 };
 

@@ -1,4 +1,5 @@
 // One picture of the sheet: the call that develops it, what is seen of it, and what its buttons do.
+import { follow } from "./follow.js";
 import { CallError, call, errorOf, seconds } from "./grpc-web.js";
 import { ENUMS } from "./messages.js";
 
@@ -108,6 +109,7 @@ export class Picture {
 
   /** Frees what it holds. It is not used afterwards. */
   remove() {
+    if (!this.ended) this.cancel();  // else the server would keep its state for who comes back
     this.leaving.abort();
     for (const { url } of this.frames) URL.revokeObjectURL(url);
     this.frames = [];
@@ -135,9 +137,9 @@ export class Picture {
   }
 
   async #follow(signal) {
-    const types = ["safelight.v1.GenerateRequest", "safelight.v1.GenerateResponse"];
     this.sentAt = performance.now();
-    for await (const { event } of call("GenerationService", "Generate", types, this.#request(), { apiKey: this.sheet.apiKey(), signal })) {
+    const lost = () => this.#state("The connection was lost; it is resumed");
+    for await (const event of follow(this.#request(), { apiKey: this.sheet.apiKey, signal, lost })) {
       if (event.accepted) this.#accepted(event.generation, event.accepted);
       else if (event.queued) this.#state(`Waits: ${event.queued.position} ahead of it`);
       else if (event.progress) this.#progress(event.progress);
@@ -153,7 +155,8 @@ export class Picture {
     return {
       spec: { model, prompt, num_inference_steps: steps, outputs: [{ seed }] },
       scheduling: { priority: ENUMS["safelight.v1.Priority"].PRIORITY_INTERACTIVE },
-      disconnect: { action: ENUMS["safelight.v1.DisconnectPolicy.Action"].ACTION_CANCEL, resume_grace: { seconds: 0n } },
+      // Work stops at once when the connection is lost; follow.js comes back within the server's default grace.
+      disconnect: { action: ENUMS["safelight.v1.DisconnectPolicy.Action"].ACTION_CANCEL },
       cache: { mode: MODES[mode] },
       branch: branch && { generation: branch.generation, output_index: 0, step: branch.step },
     };
@@ -177,6 +180,7 @@ export class Picture {
   }
 
   #preview(preview) {
+    if (preview.step <= (this.frames.at(-1)?.step ?? 0)) return;  // resumed from a step before it
     if (!this.frames.length) this.#fact("First preview", duration((performance.now() - this.sentAt) / 1000));
     this.#frame(preview.step, preview.data, preview.media_type);
   }
