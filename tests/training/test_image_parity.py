@@ -82,17 +82,27 @@ class Served:
         return size.width_px, size.height_px
 
     def pictures(
-        self, prompt: str, seeds: list[int], guidance: float, sampler: str, strength: float, init: bytes, mask: bytes
+        self,
+        prompt: str,
+        seeds: list[int],
+        guidance: float,
+        sampler: str,
+        strength: float,
+        init: bytes = b"",
+        mask: bytes = b"",
+        negative: str = "",
+        spacing: str = "trailing",
     ) -> list[Pixels]:
         """The finished pictures of all seeds, which share batches."""
-        spec, manifest = SamplerSpec(sampler), self.pipeline.manifest
+        spec, manifest = SamplerSpec(sampler, spacing), self.pipeline.manifest
         first = steps_left_out(STEPS, strength)
         table = compile_table(spec, self.pipeline.schedule, manifest.prediction_type, STEPS, first)
-        tokens = tuple(self.pipeline.tokenizer.encode(text).ids for text in (prompt, "")[: 1 + (guidance != 1)])
+        tokens = tuple(self.pipeline.tokenizer.encode(text).ids for text in (prompt, negative)[: 1 + (guidance != 1)])
         whole = 1 << 24
-        image = InitImage("init", decode_picture(init, whole, *self.size), None)
-        if mask:
-            image = InitImage("init", image.pixels, decode_mask(mask, whole, *self.size))
+        image = None
+        if init:
+            painted = decode_mask(mask, whole, *self.size) if mask else None
+            image = InitImage("init", decode_picture(init, whole, *self.size), painted)
         jobs = [
             Job(
                 number,

@@ -168,15 +168,32 @@ class GuardWords(_Strict):
         return self
 
 
+HIDDEN_STATE = "last_hidden_state"
+"""The output of the text encoder that every pipeline has: the embedding (T, D), by which prompts are compared."""
+ENCODER_SOURCE = "encoder:"
+LATENT_SOURCE, TIMESTEP_SOURCE, SIZE_IDS_SOURCE = "latent", "timestep", "size_ids"
+STABLE_DIFFUSION_INPUTS = {
+    "sample": LATENT_SOURCE,
+    "timestep": TIMESTEP_SOURCE,
+    "encoder_hidden_states": ENCODER_SOURCE + HIDDEN_STATE,
+}
+
+
 class Manifest(_Strict):
-    """The contents of pipeline.json. `guard` and `example_prompts` help the approximate caches and may be left out."""
+    """The contents of pipeline.json. `guard` and `example_prompts` help the approximate caches and may be left out.
+
+    Attributes:
+        inputs: the inputs of the denoiser by name, each with what it is given: "latent", "timestep", "encoder:OUTPUT"
+            (an output of the text encoder, by prompt), or "size_ids" (the picture's height and width, a crop of none,
+            and height and width again: SDXL's micro-conditioning, Podell et al. 2023, section 2.2).
+    """
 
     format: Literal[1]
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
     revision: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
     description: str
     license: str
-    family: Literal["stable-diffusion"]
+    family: Literal["stable-diffusion", "stable-diffusion-xl"]
     components: Mapping[Component, ComponentFile]
     tokenizer: TokenizerFile
     latent: Latent
@@ -189,6 +206,9 @@ class Manifest(_Strict):
     linear_preview: LinearPreview
     guard: GuardWords | None = None
     example_prompts: tuple[str, ...] = ()
+    inputs: Mapping[str, Annotated[str, Field(pattern=r"^(latent|timestep|size_ids|encoder:[A-Za-z0-9_]+)$")]] = (
+        STABLE_DIFFUSION_INPUTS
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,6 +245,19 @@ class Pipeline:
     def has_encoder(self) -> bool:
         """Whether development can start from a picture."""
         return Component.ENCODER in self.manifest.components
+
+    @property
+    def embedding_outputs(self) -> tuple[str, ...]:
+        """The outputs of the text encoder that are kept of a prompt: what the denoiser is given, hidden state first."""
+        sources = self.manifest.inputs.values()
+        bound = [at.removeprefix(ENCODER_SOURCE) for at in sources if at.startswith(ENCODER_SOURCE)]
+        return tuple(dict.fromkeys([HIDDEN_STATE, *bound]))
+
+    def size_ids(self, latent_shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
+        """The input "size_ids" of the pictures that have a latent shape, (6,)."""
+        first, latent = self.manifest.sizes[0], self.manifest.latent
+        size = latent_shape[1] * first.height_px // latent.height, latent_shape[2] * first.width_px // latent.width
+        return np.array([*size, 0, 0, *size], np.float32)
 
     def latent_shape(self, width_px: int, height_px: int) -> tuple[int, int, int]:
         """(C, h, w) for a picture size that is offered."""
@@ -323,6 +356,10 @@ def _digest(manifest: Manifest) -> str:
         mode="json",
         include={"family", "components", "tokenizer", "latent", "prediction_type", "noise_schedule"},
     )
+    if (
+        dict(manifest.inputs) != STABLE_DIFFUSION_INPUTS
+    ):  # else the digest is that of a manifest from before there were any
+        decides["inputs"] = dict(manifest.inputs)
     canonical = json.dumps([SAMPLER_VERSION, decides], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -389,11 +426,20 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
         f"components.{role}: max_batch_size must be at least 1" for role, at in configs.items() if at.max_rows < 1
     ]
     tokens = manifest.tokenizer.max_tokens
+    encoder = configs.get(Component.TEXT_ENCODER)
+    made = {} if encoder is None else encoder.outputs
+    faults += [
+        f"inputs: the text encoder has no output {name}; it has {', '.join(made)}"
+        for name in pipeline.embedding_outputs
+        if encoder is not None and name not in made
+    ]
     for size in manifest.sizes:
         latent = pipeline.latent_shape(size.width_px, size.height_px)
+        shapes = {ENCODER_SOURCE + name: shape for name, shape in made.items()}
+        shapes |= {LATENT_SOURCE: latent, TIMESTEP_SOURCE: (1,), SIZE_IDS_SOURCE: (6,)}
         inputs: dict[Component, dict[str, tuple[int, ...]]] = {
             Component.TEXT_ENCODER: {"input_ids": (tokens,)},
-            Component.DENOISER: {"sample": latent, "timestep": (1,), "encoder_hidden_states": (tokens, -1)},
+            Component.DENOISER: {name: shapes.get(at, (tokens, -1)) for name, at in manifest.inputs.items()},
             Component.DECODER: {"latent": latent},
             Component.PREVIEW_DECODER: {"latent": latent},
             Component.ENCODER: {"image": (3, size.height_px, size.width_px)},
@@ -405,8 +451,11 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
             Component.PREVIEW_DECODER: {"image": (3, -1, -1)},
             Component.ENCODER: {"mean": latent},
         }
-        if "std" in (encoder.outputs if (encoder := configs.get(Component.ENCODER)) else ()):
+        if Component.ENCODER in configs and "std" in configs[Component.ENCODER].outputs:
             outputs[Component.ENCODER]["std"] = latent
+        denoiser = configs.get(Component.DENOISER)
+        unbound = () if denoiser is None else denoiser.inputs.keys() - manifest.inputs.keys()
+        faults += [f"inputs: {name} of the denoiser is bound to nothing" for name in sorted(unbound)]
         for role, at in configs.items():
             wrong = config_pbtxt.mismatches(at.inputs, inputs[role])
             wrong += config_pbtxt.mismatches(at.outputs, outputs[role])

@@ -32,7 +32,7 @@ from safelight_server.coordination.leadership import Leadership
 from safelight_server.domain.component import Component
 from safelight_server.domain.errors import InternalError, SafelightError
 from safelight_server.domain.picture import Pixels
-from safelight_server.domain.tensors import FloatArray
+from safelight_server.domain.tensors import Embedding, FloatArray
 from safelight_server.engine.jobs import Job
 from safelight_server.engine.latents import Snapshot
 from safelight_server.engine.observer import ExecutionObserver
@@ -296,7 +296,7 @@ class LeasedRunner(ExecutionObserver):
         """Forwards to the execution."""
         self._told().checkpoint(snapshot)
 
-    def encoded(self, row: int, embedding: FloatArray) -> None:
+    def encoded(self, row: int, embedding: Embedding) -> None:
         """Forwards to the execution."""
         self._told().encoded(row, embedding)
 

@@ -18,7 +18,7 @@ import numpy as np
 from safelight_server.catalog.catalog import Pipeline
 from safelight_server.catalog.pixels import decoder_latent, encoder_image
 from safelight_server.domain.component import Component
-from safelight_server.domain.tensors import FloatArray
+from safelight_server.domain.tensors import Embedding, FloatArray
 from safelight_server.engine.jobs import EncoderInput, InitImage
 from safelight_server.engine.latents import Latents, Slots, Snapshot
 from safelight_server.runtime.base import Inputs
@@ -50,7 +50,7 @@ class OutputTensors:
     Attributes:
         conditioning: ids of its embeddings: the prompt's and, with guidance, the negative prompt's.
         init_image: the picture that it starts from; None: it starts from noise, or from `start` alone.
-        embeddings: those of them that are known already, (T, D), by id.
+        embeddings: those of them that are known already, by id.
         key: of its denoiser batches.
         slot: its slot in the latents of its key, once it takes steps.
         image: the decoded picture, (3, H, W).
@@ -62,7 +62,7 @@ class OutputTensors:
     seed: int
     guidance_scale: float
     conditioning: tuple[str, ...]
-    embeddings: Mapping[str, FloatArray]
+    embeddings: Mapping[str, Embedding]
     start: Snapshot | None
     step: int
     key: str
@@ -109,7 +109,7 @@ class Batches:
         self.outputs: dict[int, OutputTensors] = {}
         self.keys: dict[str, BatchKey] = {}
         self.encoder_inputs: dict[str, EncoderInput] = {}
-        self._embeddings: dict[str, FloatArray] = {}
+        self._embeddings: dict[str, Embedding] = {}
         self._latents: dict[str, Latents] = {}
         self._departed: set[int] = set()
         self._previews: dict[int, dict[str, PendingPreview]] = {}  # by output and key; also of outputs elsewhere
@@ -184,7 +184,7 @@ class Batches:
     def keep(self, batch: Batch, call: PreparedCall, results: Mapping[str, FloatArray]) -> None:
         """Stores the results of a batch for the next stage; those of outputs that have ended are dropped."""
         if batch.kind is Kind.ENCODE:
-            for row, embedding in zip(batch.rows, _embeddings(call.key.component, results), strict=True):
+            for row, embedding in zip(batch.rows, _embeddings(call.key, results), strict=True):
                 if row.conditioning_id in self.encoder_inputs:
                     self._embeddings[row.conditioning_id] = embedding
         elif batch.kind is Kind.DENOISE:
@@ -249,8 +249,8 @@ class Batches:
             return output.start
         return self._latents_of(output_id).snapshot(output.slot, output.step)
 
-    def embedding(self, conditioning_id: str) -> FloatArray:
-        """An embedding that an output needs or `Engine.encode` has asked for: of a prompt (T, D)."""
+    def embedding(self, conditioning_id: str) -> Embedding:
+        """An embedding that an output needs or `Engine.encode` has asked for."""
         return self._embeddings[conditioning_id]
 
     def release(self, conditioning_id: str) -> None:
@@ -303,9 +303,11 @@ class Batches:
         known = output.embeddings
         context = [known[i] if i in known else self._embeddings[i] for i in output.conditioning]
         if key not in self._latents:
-            tokens, width = context[0].shape
-            steps = output.pipeline.manifest.limits.max_num_inference_steps
-            self._latents[key] = Latents(self._capacity, output.latent_shape, (tokens, width), steps)
+            pipeline, shape = output.pipeline, output.latent_shape
+            steps, inputs = pipeline.manifest.limits.max_num_inference_steps, pipeline.manifest.inputs
+            context_shapes = {name: context[0][name].shape for name in pipeline.embedding_outputs}
+            size_ids = pipeline.size_ids(shape)
+            self._latents[key] = Latents(self._capacity, shape, context_shapes, steps, inputs, size_ids)
         picture = None
         if (image := output.init_image) is not None:
             encoding = self._embeddings[image.name(output.pipeline)]
@@ -315,8 +317,8 @@ class Batches:
         )
 
 
-def _embeddings(component: Component, results: Mapping[str, FloatArray]) -> FloatArray:
-    """What an encoder gives for each row: of a prompt (T, D), of a picture (1 or 2, C, h, w)."""
-    if component is Component.ENCODER:
-        return np.stack([results[name] for name in ("mean", "std") if name in results], axis=1)
-    return results["last_hidden_state"]
+def _embeddings(key: BatchKey, results: Mapping[str, FloatArray]) -> list[Embedding]:
+    """What an encoder gives for each row."""
+    of_text = key.component is Component.TEXT_ENCODER
+    names = key.pipeline.embedding_outputs if of_text else [name for name in ("mean", "std") if name in results]
+    return [dict(zip(names, row, strict=True)) for row in zip(*(results[name] for name in names), strict=True)]

@@ -29,7 +29,7 @@ import structlog
 from safelight_server.catalog.catalog import Pipeline
 from safelight_server.domain.component import Component
 from safelight_server.domain.errors import InternalError, SafelightError, UnavailableError
-from safelight_server.domain.tensors import FloatArray
+from safelight_server.domain.tensors import Embedding, FloatArray
 from safelight_server.engine.batches import Batches, OutputTensors, PreparedCall
 from safelight_server.engine.deferred import DeferredCallbacks
 from safelight_server.engine.embeddings import EmbeddingWaiters
@@ -244,8 +244,8 @@ class Engine:
         self.scheduler.drop_previews(output_id)
         self._batches.drop_previews(output_id)
 
-    async def encode(self, pipeline: Pipeline, token_ids: Sequence[int]) -> FloatArray:
-        """The embedding (T, D) of a prompt, encoded between the steps; those who ask for the same share it.
+    async def encode(self, pipeline: Pipeline, token_ids: Sequence[int]) -> Embedding:
+        """The embedding of a prompt, encoded between the steps; those who ask for the same share it.
 
         Raises:
             UnavailableError: the runtime cannot.

@@ -11,7 +11,7 @@ from safelight_server.catalog.catalog import Pipeline
 from safelight_server.catalog.pixels import denoiser_latent, shrunk_mask, to_pixels
 from safelight_server.domain.component import Component
 from safelight_server.domain.picture import Pixels
-from safelight_server.domain.tensors import FloatArray
+from safelight_server.domain.tensors import Embedding, FloatArray
 from safelight_server.engine.latents import CleanLatent, Snapshot
 from safelight_server.sampler import POSTERIOR, SamplerTable, gaussian
 from safelight_server.scheduler import Kind, Priority, ScheduledOutput
@@ -46,15 +46,15 @@ class InitImage:
         height, width, _ = self.pixels.shape
         return f"{pipeline.manifest.components[Component.ENCODER].sha256}:{self.digest}:{width}x{height}"
 
-    def clean_latent(self, pipeline: Pipeline, encoding: FloatArray, seed: int) -> CleanLatent:
+    def clean_latent(self, pipeline: Pipeline, encoding: Embedding, seed: int) -> CleanLatent:
         """Its latent for an output.
 
         Args:
-            encoding: mean and, where the encoder gives one, standard deviation, (1 or 2, C, h, w).
+            encoding: `mean` and, where the encoder gives one, `std`, (C, h, w).
         """
-        latent = encoding[0]
-        if len(encoding) == 2:
-            latent = latent + encoding[1] * gaussian(seed, POSTERIOR, 0, latent.shape)
+        latent = encoding["mean"]
+        if "std" in encoding:
+            latent = latent + encoding["std"] * gaussian(seed, POSTERIOR, 0, latent.shape)
         mask = None if self.mask is None else shrunk_mask(self.mask, latent.shape[1:])
         return CleanLatent(denoiser_latent(pipeline, latent), mask)
 
@@ -74,7 +74,7 @@ class Job:
         token_ids: of the prompt and, with guidance, of the negative prompt; each (T,).
         deadline: on the engine's clock.
         start: where it stopped, when it goes on after `suspend`; or where it begins in place of noise.
-        embeddings: of `token_ids`, (T, D), where they are known already; may be shorter.
+        embeddings: of `token_ids`, where they are known already; may be shorter.
         image: what it starts from in place of noise; also where `start` is given, for its mask.
     """
 
@@ -89,7 +89,7 @@ class Job:
     token_ids: tuple[tuple[int, ...], ...]
     deadline: float | None = None
     start: Snapshot | None = None
-    embeddings: tuple[FloatArray | None, ...] = ()
+    embeddings: tuple[Embedding | None, ...] = ()
     image: InitImage | None = None
 
     @property
@@ -117,8 +117,8 @@ class Job:
         return inputs
 
     @property
-    def known(self) -> dict[str, FloatArray]:
-        """Embeddings (T, D) that are known already, by name."""
+    def known(self) -> dict[str, Embedding]:
+        """Embeddings that are known already, by name."""
         pairs = zip(self.conditioning, self.embeddings, strict=False)
         return {name: embedding for name, embedding in pairs if embedding is not None}
 

@@ -10,13 +10,20 @@ never changes the bits of another.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from safelight_server.domain.tensors import Array, FloatArray
+from safelight_server.catalog.catalog import (
+    ENCODER_SOURCE,
+    LATENT_SOURCE,
+    SIZE_IDS_SOURCE,
+    STABLE_DIFFUSION_INPUTS,
+    TIMESTEP_SOURCE,
+)
+from safelight_server.domain.tensors import Array, Embedding, FloatArray
 from safelight_server.runtime.base import StableRows
 from safelight_server.sampler import INITIAL, STEP, SamplerTable, advance, gaussian, guide, keep_outside, noised
 
@@ -76,21 +83,33 @@ class Latents:
     Args:
         capacity: slots; outputs that run plus those that ended while their batch was in flight.
         shape: (C, h, w) of a latent.
-        context_shape: (T, D) of a prompt's embedding.
+        context_shapes: of a prompt's embedding, by output of the text encoder.
         max_steps: longest table.
+        inputs: the denoiser's inputs, each with its source (`Manifest.inputs`).
+        size_ids: what inputs of that source are given, (6,).
     """
 
     def __init__(
-        self, capacity: int, shape: tuple[int, int, int], context_shape: tuple[int, int], max_steps: int
+        self,
+        capacity: int,
+        shape: tuple[int, int, int],
+        context_shapes: Mapping[str, tuple[int, ...]],
+        max_steps: int,
+        inputs: Mapping[str, str] = STABLE_DIFFUSION_INPUTS,
+        size_ids: FloatArray | None = None,
     ) -> None:
         self.shape = shape
+        self._inputs = inputs
+        self._size_ids = size_ids
         self._free = list(range(capacity))[::-1]
         self._in_flight = [0] * capacity
         self._abandoned: set[int] = set()
         self._x = np.zeros((capacity, *shape), np.float32)
         self._denoised = np.zeros_like(self._x)
         self._prediction = np.zeros((capacity, 2, *shape), np.float32)
-        self._context = np.zeros((capacity * 2, *context_shape), np.float32)
+        self._context = {
+            name: np.zeros((capacity * 2, *context_shape), np.float32) for name, context_shape in context_shapes.items()
+        }
         self._context_versions = np.zeros(capacity * 2, np.int64)
         self._coefficients = np.zeros((capacity, max_steps, NUM_COEFFICIENTS), np.float32)
         self._in_scale = np.zeros((capacity, max_steps), np.float32)
@@ -109,14 +128,14 @@ class Latents:
         table: SamplerTable,
         seed: int,
         guidance_scale: float,
-        context: Sequence[FloatArray],
+        context: Sequence[Embedding],
         start: Snapshot | None = None,
         picture: CleanLatent | None = None,
     ) -> int:
         """Takes a slot for an output and fills it; from fresh noise, or from where `start` stopped.
 
         Args:
-            context: the embeddings (T, D) of the prompt and, with guidance, of the negative prompt.
+            context: the embeddings of the prompt and, with guidance, of the negative prompt.
             picture: what it starts from in place of pure noise.
         """
         slot = self._free[-1]
@@ -127,7 +146,8 @@ class Latents:
         self._guidance[slot] = guidance_scale
         self._noise_seed[slot] = seed if table.uses_noise else None
         first = slot * 2
-        self._context[first : first + len(context)] = context
+        for name, rows in self._context.items():
+            rows[first : first + len(context)] = [embedding[name] for embedding in context]
         self._context_versions[first : first + 2] = next(_VERSIONS), next(_VERSIONS)
         noise = gaussian(seed, INITIAL, 0, self.shape) if start is None or picture is not None else None
         if start is not None:
@@ -167,12 +187,20 @@ class Latents:
     def rows(self, slots: Slots, parts: Slots, steps: Slots) -> dict[str, Array | StableRows]:
         """Denoiser inputs for one row per entry: the output's slot, cond or uncond, and its step."""
         context = slots * 2 + parts
-        scale = self._in_scale[slots, steps][:, None, None, None]
-        return {
-            "sample": self._x[slots] * scale,
-            "timestep": self._timesteps[slots, steps],
-            "encoder_hidden_states": StableRows(self._context, context, self._context_versions[context]),
-        }
+        return {name: self._input(source, slots, context, steps) for name, source in self._inputs.items()}
+
+    def _input(self, source: str, slots: Slots, context: Slots, steps: Slots) -> Array | StableRows:
+        if source == LATENT_SOURCE:
+            scaled: FloatArray = self._x[slots] * self._in_scale[slots, steps][:, None, None, None]
+            return scaled
+        if source == TIMESTEP_SOURCE:
+            timesteps: FloatArray = self._timesteps[slots, steps]
+            return timesteps
+        if source == SIZE_IDS_SOURCE:
+            assert self._size_ids is not None
+            return np.tile(self._size_ids, (len(slots), 1))
+        rows = self._context[source.removeprefix(ENCODER_SOURCE)]
+        return StableRows(rows, context, self._context_versions[context])
 
     def put(self, slots: Slots, parts: Slots, prediction: FloatArray) -> None:
         """Keeps the predictions (B, C, h, w) of rows until all rows of their steps are back."""

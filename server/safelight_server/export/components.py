@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 
 class TextEncoder(nn.Module):
@@ -19,6 +20,66 @@ class TextEncoder(nn.Module):
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         result = self.model(input_ids=input_ids)
         return result.last_hidden_state, result.pooler_output
+
+
+class TextEncoders(nn.Module):
+    """Both text encoders of SDXL: input_ids (B, T) int64 -> last_hidden_state (B, T, D1 + D2), pooled_output (B, P).
+
+    The hidden states are those before the last layer, side by side; the pooled output is the second encoder's
+    projection (Podell et al. 2023, section 2.1). Both tokenizers have one vocabulary and differ in what they pad with.
+
+    Args:
+        eos_id: of the tokenizers.
+        pad_id: of the second tokenizer.
+        zeros_for_empty: an empty prompt has zeros in place of an embedding, as diffusers' pipeline does where it is
+            given no negative prompt.
+    """
+
+    outputs = ("last_hidden_state", "pooled_output")
+
+    def __init__(
+        self,
+        first: CLIPTextModel,
+        second: CLIPTextModelWithProjection,
+        eos_id: int,
+        pad_id: int,
+        zeros_for_empty: bool,
+    ) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.eos_id, self.pad_id = eos_id, pad_id
+        self.zeros_for_empty = zeros_for_empty
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        is_end = (input_ids == self.eos_id).int()
+        behind = is_end.cumsum(1) - is_end > 0  # the first end of text
+        padded = input_ids.masked_fill(behind, self.pad_id)
+        one = self.first(input_ids=input_ids, output_hidden_states=True)
+        two = self.second(input_ids=padded, output_hidden_states=True)
+        hidden = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
+        if not self.zeros_for_empty:
+            return hidden, two.text_embeds
+        there = (input_ids[:, 1] != self.eos_id).float()[:, None]
+        return hidden * there[..., None], two.text_embeds * there
+
+
+class DenoiserXL(nn.Module):
+    """SDXL's: beside `Denoiser`'s inputs text_embeds (B, P) and time_ids (B, 6)."""
+
+    outputs = ("prediction",)
+
+    def __init__(self, model: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor
+    ) -> Tensor:
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        prediction: Tensor = self.model(
+            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
+        )[0]
+        return prediction
 
 
 class Denoiser(nn.Module):

@@ -24,7 +24,7 @@ from safelight_server.catalog.pixels import NotFiniteError
 from safelight_server.domain.component import Component
 from safelight_server.domain.errors import InternalError, SafelightError
 from safelight_server.domain.picture import FinishedPicture, Pixels
-from safelight_server.domain.tensors import FloatArray
+from safelight_server.domain.tensors import Embedding, FloatArray
 from safelight_server.engine.engine import Engine
 from safelight_server.engine.jobs import Job
 from safelight_server.engine.latents import Snapshot
@@ -245,7 +245,7 @@ class Execution(ExecutionObserver):
         """Gives the recorder the state after a step."""
         self._recorder.checkpoint(snapshot)
 
-    def encoded(self, row: int, embedding: FloatArray) -> None:
+    def encoded(self, row: int, embedding: Embedding) -> None:
         """Gives the recorder an embedding."""
         self._recorder.encoded(row, embedding)
 

@@ -32,7 +32,7 @@ from safelight_server.domain.errors import (
 from safelight_server.domain.events import Disposition, FinishReason, Origin
 from safelight_server.domain.picture import EncodedPicture, Pixels
 from safelight_server.domain.request import CacheMode, Spec
-from safelight_server.domain.tensors import FloatArray
+from safelight_server.domain.tensors import Embedding
 from safelight_server.engine.engine import Engine
 from safelight_server.engine.jobs import InitImage, Job
 from safelight_server.engine.latents import Snapshot
@@ -70,7 +70,7 @@ class OutputPlan:
     origin: Origin = MISS
     picture: EncodedPicture | None = None
     start: Snapshot | None = None
-    embeddings: tuple[FloatArray | None, ...] = ()
+    embeddings: tuple[Embedding | None, ...] = ()
     gone: bool = False
     image: InitImage | None = None
     fault: SafelightError | None = None
