@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,22 @@ from tests.clients.case import ROOT
 CLIENTS = ROOT / "clients"
 WEB = "typescript-web"
 """The TypeScript client for pages, run by Node."""
-LANGUAGES = ("python", "go", "typescript", WEB)
+LANGUAGES = ("python", "go", "typescript", WEB, "java", "rust")
 TSC = ROOT / "node_modules/.bin/tsc"
+JAVA = CLIENTS / "java"
+MAVEN_REPOSITORY = ROOT / ".tools/maven"
+JAVA_OPTIONS = (
+    *("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"),  # it lives for seconds
+    *("-Dhttps.proxyHost=127.0.0.1", "-Dhttps.proxyPort=9", "-Dhttp.nonProxyHosts="),  # Java's form of DEAD_PROXY
+)
+CARGO = ROOT / "tools/cargo"
+CARGO_ENVIRONMENT = {
+    "CARGO_TARGET_DIR": str(ROOT / "out/rust"),
+    "CARGO_INCREMENTAL": "0",
+    "CARGO_PROFILE_DEV_DEBUG": "0",
+    "CARGO_TERM_COLOR": "never",
+}
+"""One folder for all that the tests build, so that dependencies are built once, and as quickly as may be."""
 
 
 def is_here(language: str) -> bool:
@@ -27,6 +42,10 @@ def is_here(language: str) -> bool:
             return True
         case "typescript" | "typescript-web":
             return shutil.which("node") is not None and TSC.exists()
+        case "java":
+            return shutil.which("javac") is not None and shutil.which("mvn") is not None
+        case "rust":
+            return subprocess.run([CARGO, "--version"], capture_output=True).returncode == 0
         case _:
             return shutil.which(language) is not None
 
@@ -41,6 +60,41 @@ def require_typescript() -> None:
     """Skips the test where Node or its packages are missing."""
     if not is_here("typescript"):
         pytest.skip("no Node with the packages of package.json here (make node_modules/.installed)")
+
+
+def require_java() -> None:
+    """Skips the test where there is no JDK or no Maven."""
+    if not is_here("java"):
+        pytest.skip("no JDK with Maven on this machine")
+
+
+@functools.cache
+def build_java() -> str:
+    """Builds the Java client, its jars and its documentation, and runs its tests, once; what Maven said.
+
+    Maven keeps what it downloads in the checkout and not in the home directory, so that a later build needs no network.
+    """
+    command = ["mvn", "--batch-mode", "--no-transfer-progress", f"-Dmaven.repo.local={MAVEN_REPOSITORY}"]
+    goals = ["clean", "verify", "dependency:copy-dependencies", "-DoutputDirectory=target/lib"]
+    done = subprocess.run([*command, *goals], cwd=JAVA, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def run_java(main: str) -> list[str]:
+    """The command that runs a class, or a source file, with the client that `build_java` has built."""
+    classes = [
+        JAVA / "target/test-classes",
+        *(JAVA / "target").glob("safelight-client-*[0-9].jar"),
+        JAVA / "target/lib/*",
+    ]
+    return ["java", *JAVA_OPTIONS, "-cp", ":".join(map(str, classes)), main]
+
+
+def require_rust() -> None:
+    """Skips the test where there is no Rust."""
+    if not is_here("rust"):
+        pytest.skip("no Rust on this machine")
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +115,13 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[st
                 return ["node", str(CLIENTS / "typescript/dist/conformance.js")]
             case "typescript-web":
                 return [*command("typescript"), "--web"]
+            case "java":
+                require_java()
+                build_java()
+                return run_java("io.github.safelight.Conformance")
+            case "rust":
+                require_rust()
+                return [str(build_rust()), str(descriptors(tmp_path_factory.mktemp("rust") / "safelight.binpb"))]
             case _:
                 raise ValueError(language)
 
@@ -68,4 +129,19 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[st
         subprocess.run(["go", "build", "-o", program, "./internal/conformance"], cwd=CLIENTS / "go", check=True)
         return program
 
+    def build_rust() -> Path:
+        environment = os.environ | CARGO_ENVIRONMENT
+        build = [CARGO, "build", "--quiet", "--example", "conformance"]
+        subprocess.run(build, cwd=CLIENTS / "rust", env=environment, check=True)
+        return Path(CARGO_ENVIRONMENT["CARGO_TARGET_DIR"], "debug/examples/conformance")
+
     return command
+
+
+def descriptors(file: Path) -> Path:
+    """Writes the contract as a descriptor set, for runners whose language has no JSON of messages built in."""
+    protos = [str(path.relative_to(ROOT / "proto")) for path in (ROOT / "proto/safelight").rglob("*.proto")]
+    includes = ["-Iproto", "-Iproto/third_party"]
+    protoc = [sys.executable, "-m", "grpc_tools.protoc", *includes, "--include_imports", f"--descriptor_set_out={file}"]
+    subprocess.run([*protoc, *protos], cwd=ROOT, check=True)
+    return file

@@ -20,6 +20,7 @@ from tests.conftest import serving_here
 RAW = "application/x-raw-rgba8"
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_its_runner_is_built(language: str, runners) -> None:
     runners(language)

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from tests.clients.case import ROOT
-from tests.clients.conftest import require_go
+from tests.clients.conftest import (
+    CARGO,
+    CARGO_ENVIRONMENT,
+    JAVA,
+    build_java,
+    require_go,
+    require_java,
+    require_rust,
+    run_java,
+)
 
 ADDRESS = "127.0.0.1:8421"
 
@@ -69,6 +78,41 @@ async def test_the_go_client_is_formatted_and_vetted() -> None:
     await run(module, "go", "test", "./...")
 
 
+@pytest.mark.timeout(240)
+async def test_rust(start, runners, tmp_path: Path) -> None:
+    """In a copy of the crate, with the dependencies of the runner."""
+    runners("rust")
+    [program] = programs("rust", "rust,no_run")
+    crate = ROOT / "clients/rust"
+    for part in ("Cargo.toml", "Cargo.lock", "README.md", "src"):
+        (tmp_path / part).symlink_to(crate / part)
+    source = tmp_path / "examples/readme.rs"
+    source.parent.mkdir()
+    async with start() as running:
+        source.write_text(program.replace(ADDRESS, running.address))
+        said = await run(tmp_path, str(CARGO), "run", "--quiet", "--example", "readme", **CARGO_ENVIRONMENT)
+    assert re.match(r"step \d+: \d+ bytes\n", said)
+    assert (tmp_path / "potion.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "command",
+    [
+        "fmt --check",
+        "clippy --quiet --all-targets -- -D warnings",
+        "test --quiet",
+        "doc --quiet --no-deps",
+        "package --quiet --no-verify --allow-dirty",
+    ],
+    ids=lambda command: command.split()[0],
+)
+async def test_the_rust_client_passes_its_own_checks(command: str) -> None:
+    require_rust()
+    environment = CARGO_ENVIRONMENT | {"RUSTDOCFLAGS": "-D warnings"}
+    await run(ROOT / "clients/rust", str(CARGO), *command.split(), **environment)
+
+
 @pytest.mark.timeout(180)
 async def test_typescript(start, runners, tmp_path: Path) -> None:
     runners("typescript")
@@ -104,3 +148,37 @@ def test_the_typescript_client_for_pages_imports_nothing_of_node(runners) -> Non
         "@connectrpc/connect-web",
         "@noble/hashes/sha2.js",
     }
+
+
+@pytest.mark.timeout(400)
+def test_the_java_client_builds_without_warnings_and_passes_its_own_tests() -> None:
+    require_java()
+    said = build_java()
+    assert "[WARNING]" not in said
+    assert re.search(r"Tests run: [1-9]\d*, Failures: 0, Errors: 0, Skipped: 0", said)
+    made = {re.sub(r"[\d.]+\d", "VERSION", file.stem) for file in (JAVA / "target").glob("*.jar")}
+    assert made == {f"safelight-client-VERSION{kind}" for kind in ("", "-sources", "-javadoc")}
+
+
+@pytest.mark.timeout(400)
+async def test_java(start, tmp_path: Path) -> None:
+    require_java()
+    await asyncio.to_thread(build_java)
+    [program] = programs("java", "java")
+    async with start() as running:
+        source = tmp_path / "Potion.java"
+        source.write_text(program.replace(ADDRESS, running.address))
+        said = await run(tmp_path, *run_java(str(source)))
+    assert re.match(r"step \d+: \d+ bytes of image/jpeg\n", said)
+    assert (tmp_path / "potion.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.timeout(400)
+async def test_kotlin(start, tmp_path: Path) -> None:
+    require_java()
+    await asyncio.to_thread(build_java)
+    assert programs("java", "kotlin") == [(JAVA / "src/test/kotlin/Potion.kt").read_text()]
+    async with start() as running:
+        said = await run(tmp_path, *run_java("PotionKt"), running.address)
+    assert re.match(r"step \d+: \d+ bytes of image/jpeg\n", said)
+    assert (tmp_path / "potion.png").read_bytes().startswith(b"\x89PNG")

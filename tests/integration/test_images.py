@@ -235,9 +235,10 @@ async def test_pictures_are_their_tenant_s_own(tmp_path):
         await collect(generations.Generate(message, metadata=theirs))
 
 
-async def test_uploads_are_bounded_by_tenant(tmp_path):
+async def test_uploads_are_bounded_by_tenant(monkeypatch):
+    monkeypatch.setattr("safelight_server.app.server.MAX_UPLOADS", 4)
     async with (
-        serving_here(**SIMULATED, max_uploads=4) as running,
+        serving_here(**SIMULATED) as running,
         grpc.aio.insecure_channel(running.address) as channel,
     ):
         stub = images_pb2_grpc.ImageServiceStub(channel)

@@ -32,6 +32,8 @@ from safelight_server.validation import check_upload, resolve_image
 
 UPLOAD_S = 120.0
 """How long an upload may take: 16 MiB at 1.2 Mbit/s."""
+MAX_UPLOADS = 16
+"""Uploads at once, each with at most `max_image_bytes` in memory; one tenant may have a quarter of them."""
 RETRY_S = 1.0
 
 

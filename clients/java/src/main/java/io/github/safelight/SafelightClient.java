@@ -1,0 +1,309 @@
+package io.github.safelight;
+
+import io.github.safelight.v1.CancelGenerationRequest;
+import io.github.safelight.v1.GenerateRequest;
+import io.github.safelight.v1.Generation;
+import io.github.safelight.v1.GenerationServiceGrpc;
+import io.github.safelight.v1.GenerationSpec;
+import io.github.safelight.v1.GetGenerationRequest;
+import io.github.safelight.v1.ListModelsRequest;
+import io.github.safelight.v1.ListModelsResponse;
+import io.github.safelight.v1.Model;
+import io.github.safelight.v1.ModelServiceGrpc;
+import io.github.safelight.v1.PreviewPolicy;
+import io.grpc.Channel;
+import io.grpc.ChannelCredentials;
+import io.grpc.ClientInterceptor;
+import io.grpc.InsecureChannelCredentials;
+import io.grpc.ManagedChannel;
+import io.grpc.Metadata;
+import io.grpc.netty.shaded.io.grpc.netty.NettyChannelBuilder;
+import io.grpc.netty.shaded.io.netty.channel.ChannelOption;
+import io.grpc.stub.MetadataUtils;
+import java.time.Duration;
+import java.util.ArrayList;
+import java.util.List;
+import java.util.UUID;
+import java.util.concurrent.TimeUnit;
+import org.jspecify.annotations.Nullable;
+
+/**
+ * A connection to a server, or to several replicas of one. It is safe for use by several threads.
+ *
+ * <p>Its methods throw a {@link SafelightException} where the server refuses a call or cannot be reached.
+ */
+public final class SafelightClient implements AutoCloseable {
+    /** Previews wait at the server, where the newest one replaces the others, and not here. */
+    private static final int WINDOW_BYTES = 64 << 10;
+
+    private static final int CONNECT_TIMEOUT_MS = 5_000;
+
+    private final Servers servers;
+    private final EventSubscription.Persistence persistence;
+
+    SafelightClient(Servers servers, EventSubscription.Persistence persistence) {
+        this.servers = servers;
+        this.persistence = persistence;
+    }
+
+    /**
+     * Makes a client without TLS and keys.
+     *
+     * @param target see {@link #builder}
+     * @return the client; nothing is connected before the first call
+     * @throws IllegalArgumentException if the target names no server
+     */
+    public static SafelightClient create(String target) {
+        return builder(target).build();
+    }
+
+    /**
+     * Begins a client.
+     *
+     * @param target {@code "host:port"}. Several replicas are separated by commas: when one is lost, the next one is
+     *     asked, and goes on with each generation that was accepted as replicated
+     * @return what takes the other arguments
+     */
+    public static Builder builder(String target) {
+        return new Builder(target);
+    }
+
+    /** {@return the development of a prompt, with the default model and a random seed} */
+    public Development generate(String prompt) {
+        return generate(GenerateRequest.newBuilder()
+                .setSpec(GenerationSpec.newBuilder().setPrompt(prompt))
+                .build());
+    }
+
+    /**
+     * Develops one or more pictures. A request without a request id gets one, so that it can be sent again without
+     * running twice.
+     *
+     * @return its events; the server is asked when they are read
+     */
+    public Development generate(GenerateRequest request) {
+        return generate(request, null);
+    }
+
+    /**
+     * Develops one or more pictures within a time.
+     *
+     * @param timeout from the moment when reading begins, over all connections; null: none
+     * @return its events; the server is asked when they are read
+     */
+    public Development generate(GenerateRequest request, @Nullable Duration timeout) {
+        GenerateRequest sent = request.getRequestId().isEmpty()
+                ? request.toBuilder().setRequestId(UUID.randomUUID().toString()).build()
+                : request;
+        PreviewPolicy preview = request.hasPreview() ? request.getPreview() : null;
+        return new Development(subscriber -> new EventSubscription(
+                servers, persistence, sent, new Received("", preview), timeout, subscriber));
+    }
+
+    /**
+     * Watches a generation that exists, from its first event on.
+     *
+     * @param generation its name, {@code "generations/ID"}
+     * @return its events; the server is asked when they are read
+     */
+    public Development watch(String generation) {
+        return watch(generation, null);
+    }
+
+    /**
+     * Watches a generation that exists, from its first event on.
+     *
+     * @param generation its name, {@code "generations/ID"}
+     * @param preview which previews to send; null: the server's default
+     * @return its events; the server is asked when they are read
+     */
+    public Development watch(String generation, @Nullable PreviewPolicy preview) {
+        return new Development(subscriber -> new EventSubscription(
+                servers, persistence, null, new Received(generation, preview), null, subscriber));
+    }
+
+    /** {@return what is known of a generation, {@code "generations/ID"}} */
+    public Generation get(String generation) {
+        var request = GetGenerationRequest.newBuilder().setName(generation).build();
+        return servers.ask(server -> GenerationServiceGrpc.newBlockingStub(server).getGeneration(request))
+                .getGeneration();
+    }
+
+    /**
+     * Stops a generation.
+     *
+     * @param generation its name, {@code "generations/ID"}
+     * @return it as it ended, with the step that each output had reached
+     */
+    public Generation cancel(String generation) {
+        var request = CancelGenerationRequest.newBuilder().setName(generation).build();
+        return servers.ask(server -> GenerationServiceGrpc.newBlockingStub(server).cancelGeneration(request))
+                .getGeneration();
+    }
+
+    /** {@return all models of the server} */
+    public List<Model> models() {
+        List<Model> models = new ArrayList<>();
+        String token = "";
+        do {
+            var request = ListModelsRequest.newBuilder().setPageToken(token).build();
+            ListModelsResponse page =
+                    servers.ask(server -> ModelServiceGrpc.newBlockingStub(server).listModels(request));
+            models.addAll(page.getModelsList());
+            token = page.getNextPageToken();
+        } while (!token.isEmpty());
+        return List.copyOf(models);
+    }
+
+    /** {@return the connection to the current server, for the stubs of {@code io.github.safelight.v1}} */
+    public Channel channel() {
+        return servers.awake(servers.at());
+    }
+
+    /** Closes all connections. What is being read ends with an error. */
+    @Override
+    public void close() {
+        servers.close();
+    }
+
+    /** The arguments of a client. */
+    public static final class Builder {
+        private final String target;
+        private final List<ClientInterceptor> interceptors = new ArrayList<>();
+        private ChannelCredentials credentials = InsecureChannelCredentials.create();
+        private @Nullable String serverName;
+        private String apiKey = "";
+        private Duration patience = Duration.ofSeconds(60);
+        private int retries = 3;
+        private int maxMessageBytes = 4 << 20;
+
+        private Builder(String target) {
+            this.target = target;
+        }
+
+        /**
+         * Sends a key as a bearer token; empty: none.
+         *
+         * @return this
+         */
+        public Builder apiKey(String key) {
+            apiKey = key.strip();
+            return this;
+        }
+
+        /**
+         * Asks by TLS, with {@code io.grpc.TlsChannelCredentials}. Without it the connection is plain text.
+         *
+         * @return this
+         */
+        public Builder credentials(ChannelCredentials given) {
+            credentials = given;
+            return this;
+        }
+
+        /**
+         * The name in the server's certificate, where it is not that of the target.
+         *
+         * @return this
+         */
+        public Builder serverName(String name) {
+            serverName = name;
+            return this;
+        }
+
+        /**
+         * How long a generation whose connection is lost is asked for again, since its last event; 60 seconds by
+         * default. While nothing was received it is at most 5 seconds.
+         *
+         * @return this
+         */
+        public Builder patience(Duration time) {
+            patience = time;
+            return this;
+        }
+
+        /**
+         * How often a request is sent again that the server has refused with the time after which to retry; 3 times by
+         * default. The client waits as long as the server says, within its patience and the deadline.
+         *
+         * @return this
+         */
+        public Builder retries(int times) {
+            retries = times;
+            return this;
+        }
+
+        /**
+         * The largest message that is received, in bytes; 4 MiB by default.
+         *
+         * @return this
+         */
+        public Builder maxMessageBytes(int bytes) {
+            maxMessageBytes = bytes;
+            return this;
+        }
+
+        /**
+         * Adds an interceptor of gRPC, such as one for traces.
+         *
+         * @return this
+         */
+        public Builder intercept(ClientInterceptor interceptor) {
+            interceptors.add(interceptor);
+            return this;
+        }
+
+        /**
+         * Makes the client. Nothing is connected before the first call.
+         *
+         * @return the client
+         * @throws IllegalArgumentException if an argument cannot be used
+         */
+        public SafelightClient build() {
+            if (!apiKey.chars().allMatch(letter -> letter >= '!' && letter <= '~')) {
+                throw new IllegalArgumentException("the API key must be visible ASCII characters");
+            }
+            List<String> targets = List.of(target.split(",", -1)).stream().map(String::strip).toList();
+            if (targets.contains("")) {
+                throw new IllegalArgumentException("target \"" + target + "\" names no server");
+            }
+            var servers = new Servers(targets.stream().map(this::connect).toList());
+            return new SafelightClient(servers, new EventSubscription.Persistence(patience, retries));
+        }
+
+        private ManagedChannel connect(String one) {
+            NettyChannelBuilder channel = NettyChannelBuilder.forTarget(one, credentials)
+                    .flowControlWindow(WINDOW_BYTES)
+                    .maxInboundMessageSize(maxMessageBytes)
+                    // While a stream is open, a server that is frozen is seen within 15 seconds.
+                    .keepAliveTime(10, TimeUnit.SECONDS)
+                    .keepAliveTimeout(5, TimeUnit.SECONDS)
+                    .withOption(ChannelOption.CONNECT_TIMEOUT_MILLIS, CONNECT_TIMEOUT_MS)
+                    .disableServiceConfigLookUp()
+                    .intercept(interceptors);
+            if (serverName != null && !serverName.isEmpty()) {
+                channel.overrideAuthority(serverName);
+            }
+            if (!apiKey.isEmpty()) {
+                var headers = new Metadata();
+                headers.put(Metadata.Key.of("authorization", Metadata.ASCII_STRING_MARSHALLER), "Bearer " + apiKey);
+                channel.intercept(MetadataUtils.newAttachHeadersInterceptor(headers));
+            }
+            if (isLocal(one)) {
+                channel.proxyDetector(address -> null);
+            }
+            return channel.build();
+        }
+    }
+
+    /** Whether a target is on this machine: a Unix socket, localhost or a loopback address. */
+    static boolean isLocal(String target) {
+        if (target.startsWith("unix:")) {
+            return true;
+        }
+        String address = target.replaceFirst("^dns:(//[^/]*/)?", "");
+        String host = address.startsWith("[") ? address.replaceFirst("\\].*", "]") : address.replaceFirst(":.*", "");
+        return host.equals("localhost") || host.endsWith(".localhost") || host.equals("[::1]")
+                || host.matches("127(\\.\\d{1,3}){3}");
+    }
+}
