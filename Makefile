@@ -199,7 +199,9 @@ bench-smoke: setup .venv-bench/.installed .venv-triton/.installed ## Run all ben
 .PHONY: train
 train: .venv-training/.installed ## Train the embedded model from a seed (says how long it takes; resumes)
 	$(TRAIN_PY) -m training.train
-	PYTHONPATH=server $(TRAIN_PY) -m safelight_server.export.exporter out/training/pipeline --models out/training/models --revision trained --replace
+	PYTHONPATH=server:clients/python $(TRAIN_PY) -m safelight_server export out/training/pipeline --name icons --revision trained \
+	  --licence Apache-2.0 --description "Game item icons from plain words" --steps 20 --guidance-scale 3 \
+	  --models-dir out/training/models --replace
 	PYTHONPATH=server $(TRAIN_PY) -m training.evaluate --models out/training/models
 
 .PHONY: evaluate

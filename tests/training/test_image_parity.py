@@ -31,6 +31,7 @@ from safelight_server.engine.engine import Engine
 from safelight_server.engine.jobs import InitImage, Job
 from safelight_server.engine.observer import ExecutionObserver
 from safelight_server.export.exporter import export
+from safelight_server.export.plan import ExportOptions
 from safelight_server.runtime.onnx import OnnxRuntime
 from safelight_server.sampler import SamplerSpec, compile_table, gaussian, steps_left_out
 from safelight_server.scheduler import Priority
@@ -138,7 +139,7 @@ def both(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     pipeline = build(request.param)
     pipeline.save_pretrained(folder / "pipeline")
-    export(folder / "pipeline", folder / "models", "tiny", "1", 1, "random weights", "Apache-2.0")
+    export(folder / "pipeline", folder / "models", ExportOptions("tiny", licence="CC0-1.0"))
     return pipeline, Served(folder / "models")
 
 

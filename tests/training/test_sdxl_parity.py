@@ -18,8 +18,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safelight_server.catalog.digest import sha256
 from safelight_server.export.components import DenoiserXL, Encoder, TextEncoders, decoder_of
-from safelight_server.export.onnx_file import sha256, write_onnx
+from safelight_server.export.onnx_file import write_onnx
 from safelight_server.export.repository import write_config
 from safelight_server.sampler import gaussian, steps_left_out
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -125,8 +126,8 @@ def write(pipeline: StableDiffusionXLPipeline, models: Path) -> None:
     bound = {}
     for role, (module, inputs) in components.items():
         place = models / "repository" / f"tiny_{role}"
-        write_onnx(module.eval(), inputs, module.outputs, place / "1" / "model.onnx")
-        write_config(place / "config.pbtxt", place.name, 8, inputs, module)
+        write_onnx(module.eval(), [inputs], module.outputs, place / "1" / "model.onnx")
+        write_config(place / "config.pbtxt", place.name, 8, [inputs], module)
         bound[role] = {"model": place.name, "version": 1, "sha256": sha256(place / "1" / "model.onnx")}
     folder = models / "pipelines" / "tiny" / "1"
     folder.mkdir(parents=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safelight_server.cache.namespaces import Namespaces
 from safelight_server.cache.prompts import Prompts
-from safelight_server.catalog.catalog import STABLE_DIFFUSION_INPUTS
+from safelight_server.catalog.manifest import STABLE_DIFFUSION_INPUTS
 from safelight_server.storage.keyring import Keyring
 from safelight_server.storage.memory import MemoryStore
 from safelight_server.storage.purge import EntryOwner

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from safelight_server.catalog import catalog
-from safelight_server.catalog.catalog import STABLE_DIFFUSION_INPUTS
+from safelight_server.catalog.manifest import STABLE_DIFFUSION_INPUTS
 from safelight_server.domain.component import Component
 from safelight_server.runtime import onnx, verification
 from safelight_server.runtime.base import CostCurve, RuntimeFailure, RuntimeStartError
@@ -218,7 +218,9 @@ async def test_a_component_that_cannot_be_run_keeps_the_server_from_starting(ico
 
 async def test_a_model_with_an_open_dimension_is_refused_by_its_name(icons, monkeypatch):
     monkeypatch.setattr(
-        onnx.onnxruntime.InferenceSession, "get_inputs", lambda _: [SimpleNamespace(name="sample", shape=["b", 4, "h"])]
+        onnx.onnxruntime.InferenceSession,
+        "get_inputs",
+        lambda _: [SimpleNamespace(name="sample", shape=["b", 4, "h"], type="tensor(float)")],
     )
     runtime = OnnxRuntime(icons, num_instances=1)
     with pytest.raises(RuntimeStartError, match="sample has an open dimension"):

@@ -137,7 +137,7 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
             max(1, settings.num_instances), settings.simulated_base_ms / 1e3, settings.simulated_row_ms / 1e3
         )
         return Catalog([simulated_pipeline()], settings.default_model), runtime
-    catalog = catalogs.load(settings.models_dir, settings.default_model)
+    catalog = catalogs.load(settings.models_dir, settings.default_model, require_all=settings.require_all_models)
     if settings.runtime == "triton":
         options = TritonOptions(
             urls=settings.triton_urls,
@@ -178,6 +178,8 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         try:
             ends.enter_context(sole_listener(settings.host))
             await runtime.start()
+            for left_out in catalog.unavailable.values():
+                log.error("model_left_out", model=left_out.name, revision=left_out.revision, reason=left_out.reason)
             backends = await open_backends(settings, metrics.tiers, wall)
         except (BindError, RuntimeStartError, KeyringError, DiskStoreError, CredentialsError, ValueError) as error:
             raise StartError(str(error)) from None

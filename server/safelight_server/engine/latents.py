@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from safelight_server.catalog.catalog import (
+from safelight_server.catalog.manifest import (
     ENCODER_SOURCE,
     LATENT_SOURCE,
     SIZE_IDS_SOURCE,

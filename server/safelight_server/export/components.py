@@ -7,6 +7,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from safelight_server.export.source import ExportError
+
 
 class TextEncoder(nn.Module):
     """input_ids (B, T) int64 -> last_hidden_state (B, T, D), pooled_output (B, P)."""
@@ -158,5 +160,5 @@ class PatchEncoder(nn.Module):
 def decoder_of(vae: nn.Module) -> Decoder:
     """The decoder of an autoencoder class that is known to keep the contract."""
     if not isinstance(vae, AutoencoderTiny | AutoencoderKL):
-        raise SystemExit(f"no decoder for {type(vae).__name__}; AutoencoderTiny and AutoencoderKL are known")
+        raise ExportError(f"no decoder for {type(vae).__name__}; AutoencoderTiny and AutoencoderKL are known")
     return Decoder(vae)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import models_pb2
 
-from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.catalog import Pipeline, UnavailablePipeline
 from safelight_server.domain.component import Component
 from safelight_server.domain.request import MediaType
 from safelight_server.runtime.base import Runtime
@@ -53,6 +53,7 @@ def model_message(pipeline: Pipeline, runtime: Runtime, is_default: bool) -> mod
             max_outputs=manifest.limits.max_outputs,
             max_prompt_tokens=manifest.tokenizer.max_tokens,
         ),
+        notes=manifest.notes,
         step_times=[
             models_pb2.StepTime(num_rows=rows, duration=duration(seconds))
             for rows, seconds in zip(cost.rows, cost.seconds, strict=True)
@@ -62,3 +63,8 @@ def model_message(pipeline: Pipeline, runtime: Runtime, is_default: bool) -> mod
             *((models_pb2.TASK_IMAGE_TO_IMAGE, models_pb2.TASK_INPAINTING) if pipeline.has_encoder else ()),
         ],
     )
+
+
+def unavailable_model(at: UnavailablePipeline) -> models_pb2.UnavailableModel:
+    """A pipeline that cannot be served, and why."""
+    return models_pb2.UnavailableModel(name=f"models/{at.name}", revision=at.revision, reason=at.reason)

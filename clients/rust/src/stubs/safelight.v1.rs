@@ -1900,6 +1900,22 @@ pub struct ListModelsResponse {
     /// Asks for the page that follows. Empty: there is none.
     #[prost(string, tag = "2")]
     pub next_page_token: ::prost::alloc::string::String,
+    /// On the first page: the models that are there and cannot be served.
+    #[prost(message, repeated, tag = "3")]
+    pub unavailable: ::prost::alloc::vec::Vec<UnavailableModel>,
+}
+/// A model that is there and cannot be served.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UnavailableModel {
+    /// "models/{model}".
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Revision of its weights.
+    #[prost(string, tag = "2")]
+    pub revision: ::prost::alloc::string::String,
+    /// What is wrong with it.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
 }
 /// Asks for a model.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1963,6 +1979,9 @@ pub struct Model {
     /// What it can be asked for.
     #[prost(enumeration = "Task", repeated, tag = "15")]
     pub tasks: ::prost::alloc::vec::Vec<i32>,
+    /// What differs from the pipeline that it was exported from: substitutes for what this server does not have.
+    #[prost(string, repeated, tag = "16")]
+    pub notes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// A picture size.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
