@@ -235,10 +235,9 @@ async def test_pictures_are_their_tenant_s_own(tmp_path):
         await collect(generations.Generate(message, metadata=theirs))
 
 
-async def test_uploads_are_bounded_by_tenant(monkeypatch):
-    monkeypatch.setattr("safelight_server.app.server.MAX_UPLOADS", 4)
+async def test_uploads_are_bounded_by_tenant():
     async with (
-        serving_here(**SIMULATED) as running,
+        serving_here(**SIMULATED, max_image_bytes=len(PHOTO)) as running,
         grpc.aio.insecure_channel(running.address) as channel,
     ):
         stub = images_pb2_grpc.ImageServiceStub(channel)
@@ -250,19 +249,20 @@ async def test_uploads_are_bounded_by_tenant(monkeypatch):
             for piece in pieces(PHOTO)[1:]:
                 yield piece
 
-        first = stub.UploadImage(slow())
-        await eventually(lambda: len(running.uploads) == 1)
+        under_way = [stub.UploadImage(slow()) for _ in range(4)]
+        await eventually(lambda: running.uploads.num_bytes == 4 * len(PHOTO))
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await upload(channel, PHOTO)
         assert reason_of(refused.value) == "TOO_MANY_UPLOADS"
+        async with Client(running.address, retries=1) as client:
+            sent = asyncio.create_task(client.generate("x", init_image=PHOTO, steps=1, strength=1.0).picture())
+            under_way.pop().cancel()
+            await eventually(lambda: running.uploads.num_bytes == 3 * len(PHOTO))
+            assert (await sent).data, "the client asks again"
         waits.set()
-        assert (await first).image.name == name_of(PHOTO)
-        left = stub.UploadImage(slow())
-        waits.clear()
-        await eventually(lambda: len(running.uploads) == 1)
-        left.cancel()
-        await eventually(lambda: len(running.uploads) == 0)
-        await upload(channel, PHOTO)
+        for call in under_way:
+            assert (await call).image.name == name_of(PHOTO)
+        assert running.uploads.num_bytes == 0
 
 
 async def test_the_client_uploads_what_the_server_lacks(server, tmp_path):

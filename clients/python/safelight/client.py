@@ -254,7 +254,8 @@ class Client:
         self, images: Mapping[str, ImageFile], received: Received, timeout_s: float | None
     ) -> None:
         """Uploads what the server that is asked next does not have; asks the next server where it cannot be reached."""
-        for left in reversed(range(len(self._channels))):
+        left, refusals = len(self._channels), 0
+        while True:
             file = None
             try:
                 for file in images.values():
@@ -264,6 +265,15 @@ class Client:
                 failure = GenerationError(error, proxies.proxy_of(self._targets[received.at]))
             if failure.violations and file is not None:
                 failure.violations = {file.field: "; ".join(failure.violations.values())}
+            if (
+                failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+                and failure.retry_after_s
+                and refusals < self._retries
+            ):
+                refusals += 1
+                await asyncio.sleep(failure.retry_after_s * random.uniform(1.0, 1.2))
+                continue
+            left -= 1
             if failure.code is not grpc.StatusCode.UNAVAILABLE or not left:
                 raise failure
             received.at = self._next(received.at)

@@ -26,57 +26,59 @@ from safelight_server.domain.errors import (
     QueueFullError,
     UnavailableError,
 )
-from safelight_server.domain.uploads import PictureFileError, check_picture
+from safelight_server.domain.uploads import PictureFile, PictureFileError, check_picture
 from safelight_server.storage.base import StoreError
 from safelight_server.validation import check_upload, resolve_image
 
 UPLOAD_S = 120.0
 """How long an upload may take: 16 MiB at 1.2 Mbit/s."""
-MAX_UPLOADS = 16
-"""Uploads at once, each with at most `max_image_bytes` in memory; one tenant may have a quarter of them."""
+MOST_AT_ONCE = 16
+"""Uploads of the largest size that there is memory for at once; of smaller ones there may be more."""
 RETRY_S = 1.0
 
 
-class UploadSlots:
-    """Counts the uploads that are under way, in all and by tenant. Pure.
+class UploadRoom:
+    """Counts the bytes of the uploads that are under way, in all and by tenant. Pure.
 
     Args:
-        max_uploads: in all; a tenant may have a quarter of them.
+        max_image_bytes: of one upload. There is room for `MOST_AT_ONCE` of these, and for a quarter of them a tenant.
     """
 
-    def __init__(self, max_uploads: int) -> None:
-        self._max_all = max_uploads
-        self._max_each = max(1, max_uploads // 4)
-        self._open: Counter[str] = Counter()
+    def __init__(self, max_image_bytes: int) -> None:
+        self._max_all = MOST_AT_ONCE * max_image_bytes
+        self._max_each = self._max_all // 4
+        self._bytes: Counter[str] = Counter()
 
-    def __len__(self) -> int:
-        return self._open.total()
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the uploads under way have announced."""
+        return self._bytes.total()
 
     @contextmanager
-    def upload(self, tenant: str) -> Iterator[None]:
-        """Counts an upload of a tenant while the block runs.
+    def upload(self, tenant: str, num_bytes: int) -> Iterator[None]:
+        """Keeps room for an upload of a tenant while the block runs.
 
         Raises:
-            QueueFullError: as many are under way as may be.
+            QueueFullError: there is none.
         """
-        for subject, num_open, limit in (
-            (f"tenant {tenant}", self._open[tenant], self._max_each),
-            ("this server", self._open.total(), self._max_all),
+        for subject, taken, limit in (
+            (f"tenant {tenant}", self._bytes[tenant], self._max_each),
+            ("this server", self._bytes.total(), self._max_all),
         ):
-            if num_open >= limit:
+            if taken + num_bytes > limit:
                 raise QueueFullError(
-                    f"{subject} has {limit} uploads under way, as many as it may have",
+                    f"{subject} has uploads of {taken} bytes under way, and may have {limit}",
                     reason="TOO_MANY_UPLOADS",
-                    metadata={"bound": "uploads", "subject": subject, "limit": str(limit)},
+                    metadata={"bound": "bytes of uploads", "subject": subject, "limit": str(limit)},
                     retry_after_s=RETRY_S,
                 )
-        self._open[tenant] += 1
+        self._bytes[tenant] += num_bytes
         try:
             yield
         finally:
-            self._open[tenant] -= 1
-            if not self._open[tenant]:
-                del self._open[tenant]
+            self._bytes[tenant] -= num_bytes
+            if not self._bytes[tenant]:
+                del self._bytes[tenant]
 
 
 class ImageCalls:
@@ -88,9 +90,9 @@ class ImageCalls:
         max_pixels: of a picture.
     """
 
-    def __init__(self, images: Images, slots: UploadSlots, pool: Executor, max_bytes: int, max_pixels: int) -> None:
+    def __init__(self, images: Images, room: UploadRoom, pool: Executor, max_bytes: int, max_pixels: int) -> None:
         self._images = images
-        self._slots = slots
+        self._room = room
         self._pool = pool
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
@@ -100,37 +102,21 @@ class ImageCalls:
         self, pieces: AsyncIterator[images_pb2.UploadImageRequest], caller: Caller
     ) -> images_pb2.UploadImageResponse:
         """Takes a picture, looks whether it can be decoded, and keeps it."""
-        with self._slots.upload(caller.tenant):
+        first = await anext(pieces, None)
+        if first is None:
+            raise InvalidRequestError([FieldViolation("data", "is missing: send the file")])
+        digest, total_bytes = check_upload(first, self._max_bytes)
+        with self._room.upload(caller.tenant, total_bytes):
             try:
                 async with asyncio.timeout(UPLOAD_S):
-                    digest, data = await self._receive(pieces)
+                    data = await _received(first, pieces, total_bytes)
             except TimeoutError:
                 raise DeadlineExceededError(f"the picture did not come within {UPLOAD_S:g} s") from None
-            try:
-                async with self._one:
-                    loop = asyncio.get_running_loop()
-                    facts = await loop.run_in_executor(self._pool, check_picture, data, self._max_pixels)
-            except PictureFileError as error:
-                raise InvalidRequestError([FieldViolation("data", str(error))]) from None
+            async with self._one:
+                loop = asyncio.get_running_loop()
+                facts = await loop.run_in_executor(self._pool, _checked, data, digest, self._max_pixels)
             image = await self._images.put(caller.tenant, digest.hex(), data, facts)
         return images_pb2.UploadImageResponse(image=wire.image_message(image))
-
-    async def _receive(self, pieces: AsyncIterator[images_pb2.UploadImageRequest]) -> tuple[bytes, bytes]:
-        """The digest and the bytes of a file."""
-        data = bytearray()
-        digest, total_bytes = b"", 0
-        async for piece in pieces:
-            if not digest:
-                digest, total_bytes = check_upload(piece, self._max_bytes)
-            data += piece.data
-            if len(data) > total_bytes:
-                break
-        if not digest or len(data) != total_bytes:
-            what = f"has {'more' if len(data) > total_bytes else len(data)} bytes where {total_bytes} were announced"
-            raise InvalidRequestError([FieldViolation("data", what if digest else "is missing: send the file")])
-        if hashlib.sha256(data).digest() != digest:
-            raise InvalidRequestError([FieldViolation("sha256", "is not that of the bytes that came")])
-        return digest, bytes(data)
 
     async def get_image(self, request: images_pb2.GetImageRequest, caller: Caller) -> images_pb2.GetImageResponse:
         """Returns what is known of a picture of the caller's tenant."""
@@ -142,3 +128,28 @@ class ImageCalls:
         if image is None:
             raise NotFoundError(f"there is no images/{digest}", reason="IMAGE_NOT_FOUND")
         return images_pb2.GetImageResponse(image=wire.image_message(image))
+
+
+def _checked(data: bytes, digest: bytes, max_pixels: int) -> PictureFile:
+    """What is known of a file whose bytes are those that were announced. Slow enough for a thread."""
+    if hashlib.sha256(data).digest() != digest:
+        raise InvalidRequestError([FieldViolation("sha256", "is not that of the bytes that came")])
+    try:
+        return check_picture(data, max_pixels)
+    except PictureFileError as error:
+        raise InvalidRequestError([FieldViolation("data", str(error))]) from None
+
+
+async def _received(
+    first: images_pb2.UploadImageRequest, pieces: AsyncIterator[images_pb2.UploadImageRequest], total_bytes: int
+) -> bytes:
+    """The bytes of a file, no more than were announced."""
+    data = bytearray(first.data)
+    async for piece in pieces:
+        data += piece.data
+        if len(data) > total_bytes:
+            break
+    if len(data) != total_bytes:
+        found = "more" if len(data) > total_bytes else f"{len(data)}"
+        raise InvalidRequestError([FieldViolation("data", f"has {found} bytes where {total_bytes} were announced")])
+    return bytes(data)

@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2
 from safelight_server.api.call_limits import CallLimits, KeylessQuota
 from safelight_server.api.health import HEALTH_SERVICE, Health
 from safelight_server.api.identity import Identity
-from safelight_server.api.images import MAX_UPLOADS, ImageCalls, UploadSlots
+from safelight_server.api.images import ImageCalls, UploadRoom
 from safelight_server.api.quota import StreamQuota
 from safelight_server.api.reflection import REFLECTION_SERVICES, Reflection
 from safelight_server.api.service import (
@@ -110,7 +110,7 @@ class Running:
         address: HOST:PORT or unix:PATH that it listens on, with the port that it got where 0 was asked for.
         drain: starts a shutdown that gives generations so many seconds; a second call with fewer shortens the first.
         http_address: HOST:PORT of HTTP; empty where that is off.
-        uploads: those that are under way.
+        uploads: the room that those under way take.
     """
 
     address: str
@@ -123,7 +123,7 @@ class Running:
     limits: CallLimits
     drain: Callable[[float], asyncio.Task[None]]
     http_address: str
-    uploads: UploadSlots
+    uploads: UploadRoom
 
     def inspect(self) -> Inspection:
         """Counts what the server holds now."""
@@ -234,8 +234,8 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
             settings.max_resume_grace_s,
         )
         streams = StreamQuota(settings.max_streams_per_caller)
-        slots, most = UploadSlots(MAX_UPLOADS), (settings.max_image_bytes, settings.max_image_pixels)
-        image_calls = ImageCalls(images, slots, pool, *most)
+        uploads = UploadRoom(settings.max_image_bytes)
+        image_calls = ImageCalls(images, uploads, pool, settings.max_image_bytes, settings.max_image_pixels)
         service = Service(
             identity, catalog, runtime, generations, caches, limits, streams, quotas, image_calls, metrics, tracer
         )
@@ -259,7 +259,17 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         listening = _listening(settings, certificate, service, http, call_limits, engine, generations, works)
         async with listening as (address, drain):
             yield Running(
-                address, catalog, runtime, cache, generations, streams, quotas, call_limits, drain, http.address, slots
+                address,
+                catalog,
+                runtime,
+                cache,
+                generations,
+                streams,
+                quotas,
+                call_limits,
+                drain,
+                http.address,
+                uploads,
             )
 
 
