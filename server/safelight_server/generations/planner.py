@@ -253,8 +253,10 @@ class Planner:
         image, fault = None, None
         try:
             image = await self._images.load(generation.caller.tenant, generation.request.spec)
-        except (NotFoundError, InvalidRequestError) as error:
+        except NotFoundError as error:
             fault = error
+        except InvalidRequestError as error:  # the bounds of this replica are others
+            fault = NotFoundError(error.message, reason="IMAGE_NOT_FOUND")
         for output, started in zip(generation.outputs, starts, strict=True):
             wanted = self._wanted(generation, output.seed)
             start, gone = None, False
