@@ -32,6 +32,7 @@ from safelight_server.catalog.export import Target as RepositoryTarget
 from safelight_server.cli import demo as demos
 from safelight_server.cli.bills import BillsError, bills
 from safelight_server.cli.export import export
+from safelight_server.cli.fetch import FetchError, fetch
 from safelight_server.cli.quotas import quota_table
 from safelight_server.export.source import ExportError
 from safelight_server.files import ConfigFileError
@@ -46,6 +47,7 @@ caches = typer.Typer(no_args_is_help=True, help="The caches of a running server;
 app.add_typer(caches, name="cache")
 app.command()(bills)
 app.command()(export)
+app.command()(fetch)
 console = Console()
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -438,6 +440,7 @@ def main() -> None:
         demos.DemoError,
         BillsError,
         ExportError,
+        FetchError,
     ) as error:
         _die(str(error), 2)
     except KeyboardInterrupt:
