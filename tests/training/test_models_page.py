@@ -102,8 +102,6 @@ async def test_pictures_of_each_size_are_those_of_diffusers(
         PROMPT, height=height, width=width, num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=noise
     ).images[0]
     async with Client(address) as client:
-        ours = await client.generate(
-            PROMPT, seed=SEED, width_px=width, height_px=height, num_inference_steps=STEPS
-        ).image()
+        ours = await client.generate(PROMPT, seed=SEED, width=width, height=height, steps=STEPS).image()
     assert ours.size == theirs.size == size
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
