@@ -261,6 +261,7 @@ def test_a_revision_in_use_is_replaced_only_when_told_to(
     assert sorted(path.name for path in (models / "repository").iterdir()) == [
         "small_decoder",
         "small_denoiser",
+        "small_encoder",
         "small_text_encoder",
     ]
 

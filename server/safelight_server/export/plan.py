@@ -20,7 +20,7 @@ from safelight_server.export import networks, schedulers, weights
 from safelight_server.export.schedulers import SamplerOffer
 from safelight_server.export.source import CHECKPOINTS, ExportError, Findings, Source, read, scheduler_class
 
-ROLES = ("text_encoder", "denoiser", "decoder", "preview_decoder")
+ROLES = ("text_encoder", "denoiser", "decoder", "encoder", "preview_decoder")
 NETWORKS = ("text_encoder", "unet", "vae")
 MAX_ROWS = 64
 """Largest batch of a denoiser that is offered, unless the user says; other components get a quarter of it."""
