@@ -242,7 +242,9 @@ bench-smoke: setup .venv-training/.installed .venv-triton/.installed ## Run all 
 .PHONY: train
 train: .venv-training/.installed ## Train the embedded model from a seed (says how long it takes; resumes)
 	$(TRAIN_PY) -m training.train
-	$(TRAIN_PY) -m training.export out/training/pipeline --models out/training/models --revision trained --replace
+	PYTHONPATH=server:clients/python $(TRAIN_PY) -m safelight_server export out/training/pipeline --name icons --revision trained \
+	  --licence Apache-2.0 --description "Game item icons from plain words" --steps 20 --guidance-scale 3 \
+	  --models-dir out/training/models --replace
 	PYTHONPATH=server $(TRAIN_PY) -m training.evaluate --models out/training/models
 
 .PHONY: evaluate

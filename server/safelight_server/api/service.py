@@ -198,7 +198,12 @@ class Service:
     ) -> models_pb2.ListModelsResponse:
         """Returns a page of the models, in the order of their names."""
         names, following = page(list(self._catalog.pipelines), request.page_size, request.page_token)
-        return models_pb2.ListModelsResponse(models=[self._model(name) for name in names], next_page_token=following)
+        unavailable = [] if request.page_token else self._catalog.unavailable.values()
+        return models_pb2.ListModelsResponse(
+            models=[self._model(name) for name in names],
+            next_page_token=following,
+            unavailable=[wire.unavailable_model(at) for at in unavailable],
+        )
 
     async def get_model(self, request: models_pb2.GetModelRequest, _caller: Caller) -> models_pb2.GetModelResponse:
         """Returns a model."""

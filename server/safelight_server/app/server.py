@@ -127,7 +127,7 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
             max(1, settings.num_instances), settings.simulated_base_ms / 1e3, settings.simulated_row_ms / 1e3
         )
         return Catalog([simulated_pipeline()], settings.default_model), runtime
-    catalog = catalogs.load(settings.models_dir, settings.default_model)
+    catalog = catalogs.load(settings.models_dir, settings.default_model, require_all=settings.require_all_models)
     if settings.runtime == "triton":
         options = TritonOptions(
             urls=settings.triton_urls,
@@ -171,6 +171,8 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         try:
             ends.enter_context(sole_listener(settings.host))
             await runtime.start()
+            for left_out in catalog.unavailable.values():
+                log.error("model_left_out", model=left_out.name, revision=left_out.revision, reason=left_out.reason)
             backends = await open_backends(settings, metrics.tiers, wall)
         except (BindError, RuntimeStartError, KeyringError, DiskStoreError, CredentialsError, ValueError) as error:
             raise StartError(str(error)) from None
@@ -226,7 +228,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         service = Service(identity, catalog, runtime, generations, caches, limits, streams, quotas, metrics, tracer)
         certificate = _certificate(settings)
         http = HttpPort(settings, service, catalog, identity, metrics, certificate)
-        _watch_queue(metrics, engine)
+        _watch_queue(metrics, engine, clock)
         metrics.watch_instances(runtime.num_instances, lambda: runtime.num_live)
         metrics.watch_streams(lambda: generations.num_streams)
         works = [generations.tick, purges.keep_up, *identity.works, *quotas.works]
@@ -383,7 +385,7 @@ async def follow_health(health: Health, names: Sequence[str], engine: Engine) ->
         await asyncio.sleep(HEALTH_PERIOD_S)
 
 
-def _watch_queue(metrics: Metrics, engine: Engine) -> None:
+def _watch_queue(metrics: Metrics, engine: Engine, clock: Callable[[], float]) -> None:
     """Lets the gauges of waiting and running outputs read the scheduler when they are scraped."""
     scheduler = engine.scheduler
     classes = {priority.name.lower(): priority for priority in Priority}
@@ -392,6 +394,9 @@ def _watch_queue(metrics: Metrics, engine: Engine) -> None:
         lambda: scheduler.num_running,
         lambda: scheduler.num_parked,
         scheduler.backlog_s,
+    )
+    metrics.watch_demand(
+        lambda name: scheduler.left_by_class_s()[classes[name]], lambda within_s: scheduler.due_s(clock() + within_s)
     )
 
 

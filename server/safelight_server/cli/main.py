@@ -33,9 +33,12 @@ from safelight_server.catalog.export import Accelerator, RepositoryError
 from safelight_server.catalog.export import Target as RepositoryTarget
 from safelight_server.cli import demo as demos
 from safelight_server.cli.bills import BillsError, bills
+from safelight_server.cli.export import export
 from safelight_server.cli.fetch import FetchError, fetch
 from safelight_server.cli.plan import PlanError, plan
 from safelight_server.cli.quotas import quota_table
+from safelight_server.cli.scaler import scaler
+from safelight_server.export.source import ExportError
 from safelight_server.files import ConfigFileError
 from safelight_server.settings import Settings, SettingsError, is_loopback
 from safelight_server.storage.keyring import write_key_file
@@ -49,6 +52,8 @@ app.add_typer(caches, name="cache")
 app.command()(bills)
 app.command()(fetch)
 app.command()(plan)
+app.command()(export)
+app.command()(scaler)
 console = Console()
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -140,6 +145,8 @@ def _summary(running: Running, settings: Settings) -> None:
         manifest = pipeline.manifest
         sizes = ", ".join(f"{size.width_px}x{size.height_px}" for size in manifest.sizes)
         table.add_row("model", f"models/{pipeline.name} {manifest.revision} ({sizes}): {manifest.description}")
+    for left_out in running.catalog.unavailable.values():
+        table.add_row("left out", f"models/{left_out.name} {left_out.revision}: {left_out.reason}")
     limits = f"{settings.max_running_outputs} outputs run, {settings.max_waiting_outputs} may wait in class STANDARD"
     table.add_row("limits", limits)
     trusted = "callers on this machine are" if is_loopback(settings.host) else "whoever reaches it is"
@@ -247,6 +254,15 @@ def models(
                 mark = "  (default)" if model.is_default else ""
                 console.print(f"{model.name}  {model.revision}  on {model.runtime}{mark}", highlight=False)
                 console.print(f"    {model.description}; {sizes}; samplers {samplers}", highlight=False, soft_wrap=True)
+                for note in model.notes:
+                    console.print(f"    note: {note}", highlight=False, soft_wrap=True, markup=False)
+            for left_out in await client.unavailable_models():
+                console.print(
+                    f"{left_out.name}  {left_out.revision}  NOT SERVED: {left_out.reason}",
+                    highlight=False,
+                    soft_wrap=True,
+                    markup=False,
+                )
 
     _run(ask())
 
@@ -436,6 +452,7 @@ def main() -> None:
         BillsError,
         FetchError,
         PlanError,
+        ExportError,
     ) as error:
         _die(str(error), 2)
     except KeyboardInterrupt:

@@ -97,7 +97,7 @@ class Generations:
         most = settings.max_waiting_outputs
         waiting = dict.fromkeys(Priority, most) | {Priority.BATCH: BATCH_ROOM * most}
         limits = AdmissionLimits(waiting, settings.max_waiting_per_caller)
-        self._planner = Planner(catalog, runtime, engine, executions, cache, limits, leased_runners)
+        self._planner = Planner(catalog, runtime, engine, executions, cache, limits, metrics.requested, leased_runners)
         self._ownership = None if context is None else Ownership(context, self, self._planner)
         if self._ownership is not None:
             self._ownership.bulletin.subscribe(CANCEL, self._asked_to_cancel)

@@ -22,6 +22,8 @@ KINDS = ("encode", "denoise", "preview", "decode")
 HITS = ("exact", "similar", "latent", "coalesced", "branched")
 LOOKUPS = ("exact", "approximate")
 CLASSES = ("interactive", "standard", "batch")
+DUE_WITHIN_S = (5, 15, 60, 300)
+"""Spans to a deadline, in seconds, for which `safelight_due_compute_seconds` is given."""
 LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 STATUSES = ("OK", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE")
 """Ends of generations that have a series from the start, so that the first one is seen as an increase."""
@@ -88,6 +90,24 @@ class Metrics:
         self._backlog = Gauge(
             "safelight_backlog_seconds", "Time that all instances need for all outputs accepted", registry=registry
         )
+        self._left = Gauge(
+            "safelight_left_compute_seconds",
+            "Time of one instance, in full batches, for what is left of the outputs accepted",
+            ["class"],
+            registry=registry,
+        )
+        self._due = Gauge(
+            "safelight_due_compute_seconds",
+            "The same of those outputs whose deadline is so many seconds away, or less",
+            ["within"],
+            registry=registry,
+        )
+        self._requested = Counter(
+            "safelight_requested_compute_seconds",
+            "Time of one instance, in full batches, for what was asked for and not in a cache, refused or not",
+            ["class"],
+            registry=registry,
+        )
         self._live = Gauge("safelight_live_instances", "Instances that take calls", registry=registry)
         self._instances = Gauge("safelight_instances", "Instances when all are live", registry=registry)
         self._streams = Gauge("safelight_open_streams", "Open streams of generations", registry=registry)
@@ -134,6 +154,7 @@ class Metrics:
         for reason in REFUSALS:
             self._refused.labels(reason)
         for name in CLASSES:
+            self._requested.labels(name)
             self._first_preview.labels(name)
             self._duration.labels(name)
         for kind in KINDS:
@@ -157,6 +178,22 @@ class Metrics:
     def failed_call(self, kind: str, fault: str) -> None:
         """Counts a runtime call that failed; `fault` is what caused it: rows, instance or nobody (it was full)."""
         self._failed_calls.labels(kind, fault).inc()
+
+    def requested(self, priority: str, compute_s: float) -> None:
+        """Counts compute, in seconds of one instance, that was asked for in a class."""
+        self._requested.labels(priority).inc(compute_s)
+
+    def watch_demand(self, left_s: Callable[[str], float], due_s: Callable[[float], float]) -> None:
+        """Sets the functions that are asked at a scrape, in seconds of one instance in full batches.
+
+        Args:
+            left_s: what is left of the outputs of a class.
+            due_s: what is left of the outputs whose deadline is within some seconds.
+        """
+        for name in CLASSES:
+            self._left.labels(name).set_function(functools.partial(left_s, name))
+        for within_s in DUE_WITHIN_S:
+            self._due.labels(f"{within_s:g}").set_function(functools.partial(due_s, within_s))
 
     def watch_instances(self, num_instances: int, live: Callable[[], float]) -> None:
         """Sets the number of instances, and the function that gives the live ones at a scrape."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import models_pb2
 
-from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.catalog import Pipeline, UnavailablePipeline
 from safelight_server.domain.component import Component
 from safelight_server.domain.request import MediaType
 from safelight_server.runtime.base import CostCurve, Runtime
@@ -52,6 +52,7 @@ def model_message(pipeline: Pipeline, runtime: Runtime, is_default: bool) -> mod
             max_outputs=manifest.limits.max_outputs,
             max_prompt_tokens=manifest.tokenizer.max_tokens,
         ),
+        notes=manifest.notes,
         step_times=_times(runtime.cost(pipeline.name, Component.DENOISER)),
         component_times=[
             models_pb2.ComponentTime(component=component.value, times=_times(runtime.cost(pipeline.name, component)))
@@ -60,6 +61,11 @@ def model_message(pipeline: Pipeline, runtime: Runtime, is_default: bool) -> mod
             and (component is not Component.PREVIEW_DECODER or pipeline.has_preview_decoder)
         ],
     )
+
+
+def unavailable_model(at: UnavailablePipeline) -> models_pb2.UnavailableModel:
+    """A pipeline that cannot be served, and why."""
+    return models_pb2.UnavailableModel(name=f"models/{at.name}", revision=at.revision, reason=at.reason)
 
 
 def _times(cost: CostCurve) -> list[models_pb2.StepTime]:

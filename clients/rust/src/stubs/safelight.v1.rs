@@ -1751,6 +1751,22 @@ pub struct ListModelsResponse {
     /// Asks for the page that follows. Empty: there is none.
     #[prost(string, tag = "2")]
     pub next_page_token: ::prost::alloc::string::String,
+    /// On the first page: the models that are there and cannot be served.
+    #[prost(message, repeated, tag = "3")]
+    pub unavailable: ::prost::alloc::vec::Vec<UnavailableModel>,
+}
+/// A model that is there and cannot be served.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UnavailableModel {
+    /// "models/{model}".
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Revision of its weights.
+    #[prost(string, tag = "2")]
+    pub revision: ::prost::alloc::string::String,
+    /// What is wrong with it.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
 }
 /// Asks for a model.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1814,6 +1830,9 @@ pub struct Model {
     /// Measured time of one call of the other components, by rows.
     #[prost(message, repeated, tag = "15")]
     pub component_times: ::prost::alloc::vec::Vec<ComponentTime>,
+    /// What differs from the pipeline that it was exported from: substitutes for what this server does not have.
+    #[prost(string, repeated, tag = "16")]
+    pub notes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// A picture size.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

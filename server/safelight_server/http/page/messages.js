@@ -173,6 +173,7 @@ export const MESSAGES = {
   "safelight.v1.ListModelsResponse": {
     models: [1, "safelight.v1.Model", "repeated"],
     next_page_token: [2, "string"],
+    unavailable: [3, "safelight.v1.UnavailableModel", "repeated"],
   },
   "safelight.v1.Model": {
     name: [1, "string"],
@@ -190,6 +191,7 @@ export const MESSAGES = {
     limits: [13, "safelight.v1.ModelLimits"],
     step_times: [14, "safelight.v1.StepTime", "repeated"],
     component_times: [15, "safelight.v1.ComponentTime", "repeated"],
+    notes: [16, "string", "repeated"],
   },
   "safelight.v1.ModelDefaults": {
     num_inference_steps: [1, "int32"],
@@ -286,6 +288,11 @@ export const MESSAGES = {
     denoise: [3, "google.protobuf.Duration"],
     decode: [4, "google.protobuf.Duration"],
     total: [5, "google.protobuf.Duration"],
+  },
+  "safelight.v1.UnavailableModel": {
+    name: [1, "string"],
+    revision: [2, "string"],
+    reason: [3, "string"],
   },
   "safelight.v1.Usage": {
     compute_time: [1, "google.protobuf.Duration"],
