@@ -61,7 +61,8 @@ class HttpPort:
         )
         tls = None
         if settings.tls_cert_file and settings.tls_key_file:
-            tls = RenewableCertificate(settings.tls_cert_file, settings.tls_key_file).context
+            files = settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file
+            tls = RenewableCertificate(*files).context
         limits = HttpLimits(settings.http_max_connections, settings.watcher_stall_s)
         self._server = await HttpServer.start(app, bind(settings.host, settings.http_port), limits, tls)
         self.address = self._server.address

@@ -363,7 +363,8 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
     """What TLS needs; None where it is not configured."""
     if settings.tls_cert_file is None or settings.tls_key_file is None:
         return None
-    return ServerCertificate(settings.tls_cert_file, settings.tls_key_file).credentials()
+    files = settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file
+    return ServerCertificate(*files).credentials()
 
 
 @contextlib.asynccontextmanager

@@ -13,7 +13,7 @@ _Stamp = tuple[tuple[int, ...], ...]
 
 
 class RenewableCertificate:
-    """A certificate and its key in PEM files. Each handshake has the pair that is there.
+    """A certificate and its key in PEM files, and who signs those of clients. Each handshake has what is there.
 
     A pair that cannot be used, such as one that is half written, is logged once, and the pair before it stays.
 
@@ -24,8 +24,9 @@ class RenewableCertificate:
         OSError, ssl.SSLError: the files cannot be used.
     """
 
-    def __init__(self, cert_file: Path, key_file: Path) -> None:
-        self._files = cert_file, key_file
+    def __init__(self, cert_file: Path, key_file: Path, client_ca_file: Path | None = None) -> None:
+        self._pair = cert_file, key_file
+        self._client_ca_file = client_ca_file
         self._stamp = self._stamps()
         self._newest = self._load()
         self.context = self._load()
@@ -49,10 +50,14 @@ class RenewableCertificate:
 
     def _load(self) -> ssl.SSLContext:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(*self._files, password="")  # without one, OpenSSL would ask a terminal
+        context.load_cert_chain(*self._pair, password="")  # without one, OpenSSL would ask a terminal
+        if self._client_ca_file is not None:
+            context.load_verify_locations(self._client_ca_file)
+            context.verify_mode = ssl.CERT_REQUIRED
         context.set_alpn_protocols(["http/1.1"])
         return context
 
     def _stamps(self) -> _Stamp:
-        statuses = [file.stat() for file in self._files]
+        files = self._pair if self._client_ca_file is None else (*self._pair, self._client_ca_file)
+        statuses = [file.stat() for file in files]
         return tuple((status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino) for status in statuses)
