@@ -46,6 +46,9 @@ help: ## List the targets, and how long each takes
 .tools/protoc-gen-go-grpc: tools/install-protoc-plugins
 	tools/install-protoc-plugins
 
+.tools/safelight-generate: tools/install-rust-generator clients/rust/generate/Cargo.toml clients/rust/generate/src/main.rs
+	tools/install-rust-generator
+
 .PHONY: setup
 setup: .venv/.installed ## Make the virtual environment from the lock file (10 s)
 
@@ -107,7 +110,7 @@ test-clients: setup node_modules/.installed ## Run the clients of all languages 
 .PHONY: test-simulation
 SCHEDULES := 100000
 SEED := 1
-test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds (SCHEDULES=100000 SEED=1; 50 min)
+test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds (SCHEDULES=100000 SEED=1; 15 min)
 	PYTHONPATH=server:clients/python:. $(PY) -m tests.simulation --schedules $(SCHEDULES) --seed $(SEED)
 
 .PHONY: test-rest
@@ -117,7 +120,7 @@ test-rest: test-tools test-browser test-clients test-redis test-triton test-trai
 test-all: test test-rest ## Run all tests (30 min)
 
 .PHONY: check
-check: setup .tools/protoc-gen-go-grpc node_modules/.installed ## Format, lint, types, import rules, generated code, mutations apply, proto lint (1 min)
+check: setup .tools/protoc-gen-go-grpc .tools/safelight-generate node_modules/.installed ## Format, lint, types, import rules, generated code, mutations apply, proto lint (1 min)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
@@ -133,7 +136,7 @@ format: setup ## Format the sources
 	.venv/bin/ruff check --fix .
 
 .PHONY: generate
-generate: setup .tools/protoc-gen-go-grpc node_modules/.installed ## Generate the stubs of all clients and the page's field numbers from proto/, and the settings page
+generate: setup .tools/protoc-gen-go-grpc .tools/safelight-generate node_modules/.installed ## Generate the stubs of all clients and the page's field numbers from proto/, and the settings page
 	tools/generate-stubs .
 	$(PY) tools/settings_page.py > docs/operations/settings.md
 	$(PY) tools/page_messages.py > server/safelight_server/http/page/messages.js

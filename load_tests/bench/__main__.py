@@ -29,10 +29,11 @@ PARTS = (
     "eviction",
     "tiers",
     "index",
+    "similar",
     "replay",
 )
 """Modules with `Plan` (all of it), `SMOKE` (a tiny plan) and `measure(plan)`."""
-CALIBRATION = frozenset({"eviction", "index", "replay"})
+CALIBRATION = frozenset({"eviction", "index", "replay", "similar"})
 """Parts that the caches' constants were chosen by; they are in `load_tests.calibration`."""
 LONG = frozenset({"index", "replay"})
 """Take most of an hour: measured only when named."""

@@ -78,7 +78,7 @@ def measure(plan: Plan) -> Report:
 def _settings(plan: Plan, base_ms: float, row_ms: float) -> dict[str, object]:
     return {
         "runtime": "simulated", "num_instances": 1, "simulated_base_ms": base_ms, "simulated_row_ms": row_ms,
-        "max_running_outputs": max(plan.num_generations), "max_waiting_per_caller": 1024, "max_waiting_standard": 1024,
+        "max_running_outputs": max(plan.num_generations), "max_waiting_per_caller": 1024, "max_waiting_outputs": 1024,
     }  # fmt: skip
 
 

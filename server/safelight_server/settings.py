@@ -81,14 +81,11 @@ class Settings(BaseSettings):
         le=64,
         description="Triton: calls that a server is given at once; as many as its denoiser has instances.",
     )
-    triton_timeout_factor: float = Field(
-        10.0, ge=2, description="Triton: a call fails after this many times its measured duration ..."
-    )
     triton_timeout_floor_s: float = Field(
-        2.0, ge=0.05, description="... but not before this; also the limit of every readiness check."
-    )
-    triton_probe_max_s: float = Field(
-        0.25, ge=0.05, description="Triton: longest wait between two probes of a server that is down."
+        2.0,
+        ge=0.05,
+        description="Triton: a call fails after ten times its measured duration, but not before this; also the limit "
+        "of every readiness check.",
     )
     triton_start_s: Seconds = Field(60.0, description="Triton: how long the start waits for the first server.")
     runtime_wait_s: Seconds = Field(
@@ -101,17 +98,14 @@ class Settings(BaseSettings):
     max_running_outputs: int = Field(
         64, gt=0, le=65_536, description="Outputs that take steps at once; each holds its latents."
     )
-    max_parked_outputs: Count = Field(
-        256, description="Outputs that keep their latents while others have their slots; beyond it none is preempted."
-    )
     max_request_rows: Count = Field(
         131_072, description="Denoiser rows that one request may cost: outputs x steps, x 2 with guidance."
     )
-    max_waiting_interactive: Count = Field(
-        256, description="Outputs that may wait in class INTERACTIVE; a tenant alone fills at most two thirds."
+    max_waiting_outputs: Count = Field(
+        256,
+        description="Outputs that may wait in class INTERACTIVE, and in STANDARD; four times as many in BATCH. "
+        "A tenant alone fills at most two thirds of a class.",
     )
-    max_waiting_standard: Count = Field(256, description="Outputs that may wait in class STANDARD.")
-    max_waiting_batch: Count = Field(1024, description="Outputs that may wait in class BATCH.")
     max_waiting_per_caller: Count = Field(128, description="Outputs of one caller that may wait.")
     max_prompt_chars: int = Field(
         2000, gt=0, le=1_000_000, description="Longest prompt that is accepted, in characters."
@@ -121,15 +115,14 @@ class Settings(BaseSettings):
     watcher_stall_s: Seconds = Field(30.0, description="A stream whose client takes no event for this long is ended.")
     max_streams_per_caller: Count = Field(1024, description="Streams that one caller may have open.")
     max_connections: Count = Field(4096, description="Connections that are open at once; more are not accepted.")
-    max_streams_per_connection: Count = Field(
-        2048, description="Calls that one connection may have open; its client lets more wait."
-    )
     request_wait_s: float = Field(
         10.0, gt=0, description="How long an opened call may take to send its request, or the next one of a stream."
     )
-    max_keyless_streams: Count = Field(1024, description="Streams of health and reflection, which need no key, in all.")
     max_keyless_streams_per_address: Count = Field(
-        64, description="Such streams of one client address, or of one IPv6 network of 64 bits."
+        64,
+        le=1024,
+        description="Streams of health and reflection, which need no key, of one client address, or of one IPv6 "
+        "network of 64 bits.",
     )
     max_watchers: Count = Field(64, description="Streams that may watch one generation.")
     chunk_bytes: int = Field(
@@ -174,11 +167,11 @@ class Settings(BaseSettings):
         le=300,
         description="Lease time: other replicas take over the work of one that is silent for this long.",
     )
-    breaker_failures: Count = Field(
-        3, description="Circuit breaker: failures in a row after which Redis, disk or S3 is not called."
-    )
     breaker_open_s: float = Field(
-        2.0, ge=0.1, le=600, description="Circuit breaker: how long it is not called; then one call tries again."
+        2.0,
+        ge=0.1,
+        le=600,
+        description="How long Redis, disk or S3 is not called after three failures in a row; then one call tries.",
     )
     cache_key_file: Path | None = Field(
         None, description="Keys that seal what is cached (docs/operations/cache-storage.md). None: memory only."
@@ -190,17 +183,10 @@ class Settings(BaseSettings):
     )
     cache_disk_dir: Path | None = Field(None, description="Folder of cached entries, for this process only. None: off.")
     cache_disk_bytes: Count = Field(8 << 30, description="Bytes of cached entries in that folder.")
-    cache_disk_timeout_ms: int = Field(
-        1000, ge=1, le=60_000, description="A read or write on that disk that takes longer counts as failed."
-    )
-    cache_s3_url: str = Field("", description="Bucket for entries that memory and disk push out: s3://BUCKET/PREFIX.")
-    cache_s3_endpoint: str = Field("", description="Server of the bucket, where it is not AWS.")
-    cache_s3_region: str = Field("us-east-1", description="Region of the bucket.")
-    cache_s3_credentials_file: Path | None = Field(
-        None, description="One line, ACCESS_KEY_ID SECRET. None: the role of the machine or the AWS variables."
-    )
-    cache_s3_timeout_ms: int = Field(
-        2000, ge=1, le=60_000, description="A call of S3 that takes longer counts as failed."
+    cache_s3_url: str = Field(
+        "",
+        description="Bucket for entries that memory and disk push out: s3://BUCKET/PREFIX, then ? and, with & between, "
+        "endpoint_url, region, credentials_file, timeout_ms (docs/operations/cache-storage.md).",
     )
     cache_pools: Mapping[str, tuple[str, ...]] = Field(
         {}, description='Tenants that share what is cached, by pool, as JSON: {"studio": ["ann", "bob"]}.'
@@ -209,10 +195,6 @@ class Settings(BaseSettings):
     cache_similar_uses: Count = Field(
         16,
         description="How often one replica serves a picture as similar; then it generates a new one in its place.",
-    )
-    cache_latent_items: Count = Field(
-        10_000,
-        description="Outputs of a tenant whose latents others may start from; its newest pictures that are scanned.",
     )
     cache_latent_bytes: Count = Field(256 << 20, description="Bytes of these latents, all together.")
     checkpoint_every_n_steps: Count = Field(
@@ -316,12 +298,35 @@ def _is_origin(text: str) -> bool:
     return _is_url(text) and text == text.lower() and not re.search(r"[/?#@*]", text.partition("://")[2])
 
 
+REMOVED = {
+    "triton_timeout_factor": "it is always 10",
+    "triton_probe_max_s": "it is always 0.25 s",
+    "max_parked_outputs": "it is 256, or four times max_running_outputs where that is more",
+    "max_waiting_interactive": "use max_waiting_outputs",
+    "max_waiting_standard": "use max_waiting_outputs",
+    "max_waiting_batch": "it is four times max_waiting_outputs",
+    "max_streams_per_connection": "it is always 2048",
+    "max_keyless_streams": "it is always 1024",
+    "breaker_failures": "it is always 3",
+    "cache_disk_timeout_ms": "it is always 1000 ms",
+    "cache_s3_endpoint": "use ?endpoint_url=... in cache_s3_url",
+    "cache_s3_region": "use ?region=... in cache_s3_url",
+    "cache_s3_credentials_file": "use ?credentials_file=... in cache_s3_url",
+    "cache_s3_timeout_ms": "use ?timeout_ms=... in cache_s3_url",
+    "cache_latent_items": "it is always 10,000",
+}
+"""Settings of earlier versions and what became of them. A variable that had no effect would be a surprise."""
+
+
 def load(**given: object) -> Settings:
     """Settings from the environment, overridden by what is `given`.
 
     Raises:
         SettingsError: listing all that is wrong.
     """
+    gone = [f"{name} is gone: {what}" for name, what in REMOVED.items() if os.environ.get(PREFIX + name.upper())]
+    if gone:
+        raise SettingsError("\n".join(gone))
     try:
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return Settings(**chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from tests.clients.case import ROOT
 CLIENTS = ROOT / "clients"
 WEB = "typescript-web"
 """The TypeScript client for pages, run by Node."""
-LANGUAGES = ("python", "go", "typescript", WEB, "java")
+LANGUAGES = ("python", "go", "typescript", WEB, "java", "rust")
 TSC = ROOT / "node_modules/.bin/tsc"
 JAVA = CLIENTS / "java"
 MAVEN_REPOSITORY = ROOT / ".tools/maven"
@@ -24,6 +25,14 @@ JAVA_OPTIONS = (
     *("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"),  # it lives for seconds
     *("-Dhttps.proxyHost=127.0.0.1", "-Dhttps.proxyPort=9", "-Dhttp.nonProxyHosts="),  # Java's form of DEAD_PROXY
 )
+CARGO = ROOT / "tools/cargo"
+CARGO_ENVIRONMENT = {
+    "CARGO_TARGET_DIR": str(ROOT / "out/rust"),
+    "CARGO_INCREMENTAL": "0",
+    "CARGO_PROFILE_DEV_DEBUG": "0",
+    "CARGO_TERM_COLOR": "never",
+}
+"""One folder for all that the tests build, so that dependencies are built once, and as quickly as may be."""
 
 
 def is_here(language: str) -> bool:
@@ -35,6 +44,8 @@ def is_here(language: str) -> bool:
             return shutil.which("node") is not None and TSC.exists()
         case "java":
             return shutil.which("javac") is not None and shutil.which("mvn") is not None
+        case "rust":
+            return subprocess.run([CARGO, "--version"], capture_output=True).returncode == 0
         case _:
             return shutil.which(language) is not None
 
@@ -80,6 +91,12 @@ def run_java(main: str) -> list[str]:
     return ["java", *JAVA_OPTIONS, "-cp", ":".join(map(str, classes)), main]
 
 
+def require_rust() -> None:
+    """Skips the test where there is no Rust."""
+    if not is_here("rust"):
+        pytest.skip("no Rust on this machine")
+
+
 @pytest.fixture(scope="session")
 def runners(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
     """The command of a language's runner. Skips the test where the machine lacks the toolchain."""
@@ -102,6 +119,9 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[st
                 require_java()
                 build_java()
                 return run_java("io.github.safelight.Conformance")
+            case "rust":
+                require_rust()
+                return [str(build_rust()), str(descriptors(tmp_path_factory.mktemp("rust") / "safelight.binpb"))]
             case _:
                 raise ValueError(language)
 
@@ -109,4 +129,19 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[st
         subprocess.run(["go", "build", "-o", program, "./internal/conformance"], cwd=CLIENTS / "go", check=True)
         return program
 
+    def build_rust() -> Path:
+        environment = os.environ | CARGO_ENVIRONMENT
+        build = [CARGO, "build", "--quiet", "--example", "conformance"]
+        subprocess.run(build, cwd=CLIENTS / "rust", env=environment, check=True)
+        return Path(CARGO_ENVIRONMENT["CARGO_TARGET_DIR"], "debug/examples/conformance")
+
     return command
+
+
+def descriptors(file: Path) -> Path:
+    """Writes the contract as a descriptor set, for runners whose language has no JSON of messages built in."""
+    protos = [str(path.relative_to(ROOT / "proto")) for path in (ROOT / "proto/safelight").rglob("*.proto")]
+    includes = ["-Iproto", "-Iproto/third_party"]
+    protoc = [sys.executable, "-m", "grpc_tools.protoc", *includes, "--include_imports", f"--descriptor_set_out={file}"]
+    subprocess.run([*protoc, *protos], cwd=ROOT, check=True)
+    return file

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 from safelight.v1 import models_pb2, models_pb2_grpc
 from safelight_server.api import call_limits
+from safelight_server.app import grpc_server
 
 from tests.conftest import eventually
 from tests.integration.test_requests import SIMULATED, details
@@ -162,8 +163,11 @@ async def test_the_streams_of_an_address_that_need_no_key_are_bounded(start):
         assert not again.done(), "a stream that has ended makes room"
 
 
-async def test_a_connection_opens_a_bounded_number_of_calls(start):
-    async with start(**SIMULATED, max_streams_per_connection=1) as running:
+async def test_a_connection_opens_a_bounded_number_of_calls(start, monkeypatch):
+    monkeypatch.setattr(
+        grpc_server, "OPTIONS", [*(dict(grpc_server.OPTIONS) | {"grpc.max_concurrent_streams": 1}).items()]
+    )
+    async with start(**SIMULATED) as running:
         own = (("grpc.use_local_subchannel_pool", 1),)
         async with (
             grpc.aio.insecure_channel(running.address, options=own) as channel,

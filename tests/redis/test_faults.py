@@ -8,7 +8,7 @@ from moto.server import ThreadedMotoServer
 from safelight_server.storage.breaker import Breaker, BreakerState
 from safelight_server.storage.keyring import Keyring
 from safelight_server.storage.memory import MemoryStore
-from safelight_server.storage.objects import ObjectStore, open_bucket
+from safelight_server.storage.objects import BucketUrl, ObjectStore, open_bucket
 from safelight_server.storage.redis import RedisConnection, RedisStore
 from safelight_server.storage.sealed import Entry, Sealer
 from safelight_server.storage.tiers import Tier, Tiers
@@ -203,7 +203,7 @@ async def test_s3_down_and_back() -> None:
     make_bucket(endpoint)
     numbers = Numbers()
     memory = MemoryStore(1 << 20)
-    store = ObjectStore(open_bucket(f"s3://{BUCKET}/x", endpoint, credentials=CREDENTIALS))
+    store = ObjectStore(open_bucket(BucketUrl(BUCKET, "x", endpoint), CREDENTIALS))
     breaker = Breaker("objects", 5.0, FAILURES, 0.05)
     tiers = Tiers(
         [Tier(memory), Tier(store, breaker, eager=False, shared=True)], Sealer(Keyring.random()), numbers.metrics

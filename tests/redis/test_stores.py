@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 from safelight_server.storage.base import MalformedValueError, StoreFullError, StoreUnavailableError
-from safelight_server.storage.objects import ObjectStore, open_bucket
+from safelight_server.storage.objects import BucketUrl, ObjectStore, open_bucket
 from safelight_server.storage.redis import RedisConnection, RedisStore
 
 from tests.redis.conftest import BUCKET, CREDENTIALS
@@ -30,7 +30,7 @@ class TestRedis(StoreRules):
 class TestObjects(StoreRules):
     @pytest.fixture
     def store(self, s3_server: str) -> ObjectStore:
-        return ObjectStore(open_bucket(f"s3://{BUCKET}/safelight/cache", s3_server, credentials=CREDENTIALS))
+        return ObjectStore(open_bucket(BucketUrl(BUCKET, "safelight/cache", s3_server), CREDENTIALS))
 
 
 async def test_redis_forgets_by_time(redis_server: RedisServer, connect: Connect) -> None:
@@ -64,16 +64,14 @@ async def test_a_key_of_another_type_is_no_crash(redis_server: RedisServer, conn
 
 
 async def test_prefixes_of_a_bucket_do_not_mix(s3_server: str) -> None:
-    one, other = (
-        ObjectStore(open_bucket(f"s3://{BUCKET}/{prefix}", s3_server, credentials=CREDENTIALS)) for prefix in ("a", "b")
-    )
+    one, other = (ObjectStore(open_bucket(BucketUrl(BUCKET, prefix, s3_server), CREDENTIALS)) for prefix in ("a", "b"))
     await one.put(key(1), b"x", TTL_S)
     assert await other.get(key(1)) is None
     assert await keys_of(other) == []
 
 
 async def test_a_bucket_that_is_not_there(s3_server: str) -> None:
-    store = ObjectStore(open_bucket("s3://nowhere", s3_server, credentials=CREDENTIALS))
+    store = ObjectStore(open_bucket(BucketUrl("nowhere", "", s3_server), CREDENTIALS))
     with pytest.raises(StoreUnavailableError):
         await store.put(key(1), b"x", TTL_S)
 

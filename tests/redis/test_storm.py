@@ -35,7 +35,7 @@ def message(seed: int) -> pb.GenerateRequest:
 
 @pytest.mark.timeout(900)
 async def test_none_lost_none_doubled_all_bit_identical(redis_server: RedisServer, tmp_path: Path) -> None:
-    limits = {"max_waiting_standard": 10_000, "max_waiting_per_caller": 10_000, "simulated_base_ms": 10}
+    limits = {"max_waiting_outputs": 10_000, "max_waiting_per_caller": 10_000, "simulated_base_ms": 10}
     async with replicas(redis_server.url, tmp_path, **limits) as both:
         room = asyncio.Semaphore(AT_ONCE)
         done = 0

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 
 from tests.simulation.schedule import Result, run, run_many
 
 SLICE = 200
+"""Schedules of one process. It frees nothing (140 MB at its end) and exits, which is quicker than the collector."""
 
 
 def main() -> int:
@@ -29,22 +30,25 @@ def main() -> int:
         return bool(result.wrong)
     began, failed = time.perf_counter(), []
     starts = range(given.seed, given.seed + given.schedules, SLICE)
-    counts = [min(SLICE, given.seed + given.schedules - start) for start in starts]
+    slices = [(start, min(SLICE, given.seed + given.schedules - start)) for start in starts]
     done = 0
-    with ProcessPoolExecutor(given.processes) as pool:
-        for count, results in zip(counts, pool.map(run_many, starts, counts), strict=True):
+    with multiprocessing.get_context("fork").Pool(given.processes, maxtasksperchild=1) as pool:  # its end ends all
+        for (_, count), results in zip(slices, pool.imap(_run_slice, slices), strict=True):
             done += count
             failed += results
             for result in results:
                 _print(result)
             if len(failed) >= given.max_failures:
-                pool.shutdown(wait=False, cancel_futures=True)
                 break
     seconds = time.perf_counter() - began
     print(
         f"{done} schedules from seed {given.seed} on in {seconds:.1f} s ({done / seconds * 60:.0f} a minute); {len(failed)} failed"
     )
     return bool(failed)
+
+
+def _run_slice(slice_: tuple[int, int]) -> list[Result]:
+    return run_many(*slice_, collect=False)
 
 
 def _print(result: Result) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -323,6 +324,7 @@ async def find_as_stranger(client: Client, replica: Replica, ledger: Ledger) -> 
         ledger.fault(f"{name} is shown to another tenant at {replica.host.name}")
 
 
+@functools.cache
 def _picture(seed: int) -> bytes:
     pixels = to_pixels(image(seed))
     rows = [b"".join(bytes(pixel) + b"\xff" for pixel in row) for row in pixels]

@@ -13,7 +13,8 @@ import heapq
 import random
 import secrets
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextvars import Context, ContextVar, copy_context
 from typing import Any
 
@@ -38,17 +39,44 @@ class Host:
         self.name = name
         self.skew_s = skew_s
         self.dead = False
-        self.held: list[asyncio.Handle] | None = None
+        self.held: list[Callback] | None = None
         self.context = copy_context()
         self.context.run(HOST.set, self)
 
 
+class Callback:
+    """What `call_soon`, `call_later` and `call_at` return: as `asyncio.TimerHandle`, at a third of its time."""
+
+    __slots__ = ("args", "call", "context", "when_s")
+
+    def __init__(self, call: Callable[..., object], args: tuple[Any, ...], context: Context, when_s: float) -> None:
+        self.call: Callable[..., object] | None = call
+        self.args = args
+        self.context = context
+        self.when_s = when_s
+
+    def cancel(self) -> None:
+        """It is not called."""
+        self.call, self.args = None, ()
+
+    def cancelled(self) -> bool:
+        """Whether it is not called any more."""
+        return self.call is None
+
+    def when(self) -> float:
+        """The time at which it is due."""
+        return self.when_s
+
+
 class VirtualLoop(asyncio.BaseEventLoop):
-    """See the module."""
+    """See the module. Of two callbacks that are due at one time, the one that was scheduled first is called first."""
 
     def __init__(self) -> None:
         super().__init__()
         self._now = 0.0
+        self._due: deque[Callback] = deque()
+        self._timers: list[tuple[float, int, Callback]] = []
+        self._num_timers = 0
 
     def time(self) -> float:
         """Seconds since the schedule began."""
@@ -61,32 +89,60 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def thaw(self, host: Host) -> None:
         """As SIGCONT: what has become due meanwhile runs at once, late."""
         held, host.held = host.held, None
-        self._ready.extend(held or ())  # type: ignore[attr-defined]  # of BaseEventLoop
+        self._due.extend(held or ())
+
+    def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> Any:
+        """See `asyncio.loop`."""
+        handle = Callback(callback, args, copy_context() if context is None else context, self._now)
+        self._due.append(handle)
+        return handle
+
+    call_soon_threadsafe = call_soon  # there is one thread
+
+    def call_later(self, delay: float, callback: Any, *args: Any, context: Context | None = None) -> Any:
+        """See `asyncio.loop`."""
+        return self.call_at(self._now + delay, callback, *args, context=context)
+
+    def call_at(self, when: float, callback: Any, *args: Any, context: Context | None = None) -> Any:
+        """See `asyncio.loop`."""
+        handle = Callback(callback, args, copy_context() if context is None else context, when)
+        self._num_timers += 1
+        heapq.heappush(self._timers, (when, self._num_timers, handle))
+        return handle
+
+    def create_task(self, coro: Any, *, name: object = None, context: Context | None = None) -> Any:
+        """See `asyncio.loop`."""
+        task: Any = asyncio.Task(coro, loop=self, name=name, context=context)  # type: ignore[arg-type]
+        task._log_destroy_pending = False  # at the end of a schedule all tasks are dropped as they are
+        return task
+
+    def forget_all(self) -> None:
+        """Drops what still waits without calling it."""
+        self._due.clear()
+        self._timers.clear()
 
     def _run_once(self) -> None:
-        ready, scheduled = self._ready, self._scheduled  # type: ignore[attr-defined]  # of BaseEventLoop
-        if not ready:
-            while scheduled and scheduled[0]._cancelled:
-                heapq.heappop(scheduled)._scheduled = False
-            if not scheduled:
+        due, timers = self._due, self._timers
+        if not due:
+            while timers and timers[0][2].call is None:
+                heapq.heappop(timers)
+            if not timers:
                 raise StuckError
-            self._now = max(self._now, scheduled[0]._when)
-        while scheduled and scheduled[0]._when <= self._now:
-            handle = heapq.heappop(scheduled)
-            handle._scheduled = False
-            ready.append(handle)
-        for _ in range(len(ready)):
-            handle = ready.popleft()
-            if handle._cancelled:
+            self._now = max(self._now, timers[0][0])
+        while timers and timers[0][0] <= self._now:
+            due.append(heapq.heappop(timers)[2])
+        for _ in range(len(due)):
+            handle = due.popleft()
+            if handle.call is None:
                 continue
-            host = handle._context.get(HOST)
+            host = handle.context.get(HOST)
             if host is not None and host.held is not None:
                 host.held.append(handle)
                 continue
-            handle._run()
-
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        pass
+            try:
+                handle.context.run(handle.call, *handle.args)
+            except Exception as error:  # noqa: BLE001  # as every event loop does
+                self.call_exception_handler({"message": f"Exception in callback {handle.call}", "exception": error})
 
     def _check_closed(self) -> None:
         pass  # what is dropped at the end of a schedule may still try to cancel its timers

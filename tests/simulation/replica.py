@@ -58,9 +58,12 @@ Say = Callable[[str, object], None]
 """Takes what a stream is sent: "event" with its bytes, "error" with the SafelightError, or "end"."""
 
 
+@functools.cache
 def image(seed: int) -> FloatArray:
     """The picture of a seed, as a decoder gives it."""
-    return np.full((3, SIZE_PX, SIZE_PX), (seed % 251) / 125.0 - 1.0, np.float32)
+    pixels = np.full((3, SIZE_PX, SIZE_PX), (seed % 251) / 125.0 - 1.0, np.float32)
+    pixels.flags.writeable = False
+    return pixels
 
 
 class CountingEngine:
@@ -123,8 +126,10 @@ class CountingEngine:
         return 0.0
 
 
+@functools.cache
 def _snapshot(step: int) -> Snapshot:
     latent = np.full(LATENT, step, np.float32)
+    latent.flags.writeable = False
     return Snapshot(step, latent, latent)
 
 

@@ -9,9 +9,11 @@ of Redis' connections are.
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 from safelight_server.coordination.base import (
@@ -197,25 +199,31 @@ class Network:
             raise StoreUnavailableError("out")
         answer: asyncio.Future[T] = self._loop.create_future()
         lost = (host is not None and host.name in self.cut) or draw < self.p_lost
+        deaf = late = False
+        give_up = functools.partial(
+            self._loop.call_at, self._loop.time() + timeout_s, _give_up, answer, context=copy_context()
+        )
         if not lost:
             draw -= self.p_lost
             deaf = draw < self.p_deaf
             late = not deaf and draw - self.p_deaf < self.p_late
             delay_s = self._chance.uniform(0.3, 4.0) if late else self._chance.uniform(0.0002, 0.002)
-            execute = self._executing(work, None if deaf else answer)
+            execute = self._executing(work, None if deaf else answer, give_up)
             self._loop.call_later(delay_s, execute, context=SERVICE)
-        timer = self._loop.call_later(timeout_s, _give_up, answer)
-        try:
-            return await answer
-        finally:
-            timer.cancel()
+        if lost or deaf or late:  # else the answer comes in time, unless a pause begins in between
+            give_up()
+        return await answer
 
     def _executing(
-        self, work: Callable[[], Coroutine[Any, Any, T]], answer: asyncio.Future[T] | None
+        self,
+        work: Callable[[], Coroutine[Any, Any, T]],
+        answer: asyncio.Future[T] | None,
+        give_up: Callable[[], object],
     ) -> Callable[[], None]:
         def execute() -> None:
             if self.paused:
                 self._waiting.append(execute)
+                give_up()
                 return
             coroutine = work()
             try:

@@ -72,7 +72,7 @@ async def test_kill_9_under_load_and_back_in_rotation(start, undisturbed):
 
 async def test_a_hung_server_is_given_up_and_its_late_answer_spoils_nothing(start, undisturbed):
     with triton_servers(2, "--restart") as (one, other):  # one that goes on again may abort: see deploy/triton/serve
-        settings = {"triton_timeout_floor_s": 1.0, "triton_timeout_factor": 4.0, "triton_shared_memory": "on"}
+        settings = {"triton_timeout_floor_s": 1.0, "triton_shared_memory": "on"}
         gate = gateway(start, (one, other), **settings)
         async with gate as running, grpc.aio.insecure_channel(running.address) as channel:
             await both_up(running)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
 import logging
 import os
@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import structlog
 from safelight_server.telemetry import configure_logging
+from safelight_server.telemetry.log import OWN
+from safelight_server.telemetry.stderr_handler import StderrHandler
 
 ROOT = Path(__file__).parent.parent.parent
 LOGS = """
@@ -27,14 +29,11 @@ print("all logged")
 """
 
 
-class Broken(io.StringIO):
-    """A file that fails when it is flushed, and takes lines again later."""
-
-    error: Exception | None = None
-
-    def flush(self) -> None:
-        if self.error is not None:
-            raise self.error
+def close_handler() -> None:
+    """Waits until all lines are written."""
+    for handler in (*logging.getLogger().handlers, *logging.getLogger(OWN).handlers):
+        if isinstance(handler, StderrHandler):
+            handler.close()
 
 
 @pytest.fixture
@@ -50,26 +49,127 @@ def restored(monkeypatch):
         yield
         logging.captureWarnings(False)
     structlog.configure(**before)
+    close_handler()
     root.handlers[:] = handlers
     root.setLevel(level)
 
 
+@contextlib.contextmanager
+def stderr_is(file: int):
+    """While the block runs, what is written to stderr goes to another file."""
+    before = os.dup(2)
+    os.dup2(file, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
 @pytest.mark.parametrize("log_format", ["json", "console"])
-@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "No space left on device"), ValueError("closed")])
+@pytest.mark.parametrize("where", ["a pipe without a reader", "/dev/full"])
 @pytest.mark.usefixtures("restored")
-def test_a_line_that_cannot_be_written_changes_nothing_for_who_logs(monkeypatch, log_format, error):
-    stderr = Broken()
-    monkeypatch.setattr(sys, "stderr", stderr)
-    configure_logging(log_format, "info")
+def test_a_line_that_cannot_be_written_changes_nothing_for_who_logs(tmp_path, log_format, where):
+    if where == "/dev/full":
+        broken = os.open(where, os.O_WRONLY)
+    else:
+        reader, broken = os.pipe()
+        os.close(reader)
     log = structlog.get_logger()
-    stderr.error = error
-    log.info("dropped")
-    stderr.error = None
-    log.info("written")
-    assert "written" in stderr.getvalue()
-    assert "Traceback" not in stderr.getvalue()
-    stderr.close()
-    log.info("dropped as well")
+    with stderr_is(broken):
+        configure_logging(log_format, "info")
+        log.info("dropped")
+        close_handler()
+        log.info("dropped as well, after the thread has ended")
+    with (tmp_path / "log").open("wb") as file, stderr_is(file.fileno()):
+        log.info("written")
+    os.close(broken)
+    text = (tmp_path / "log").read_text()
+    assert "written" in text
+    assert "dropped" not in text
+    assert "Traceback" not in text
+
+
+def full_pipe() -> tuple[int, int]:
+    """A pipe that takes not one byte more. Returns its two ends."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    for size in (1 << 16, 1):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(write, b"x" * size)
+    os.set_blocking(write, True)
+    return read, write
+
+
+FILLS = """
+import sys
+import structlog
+from safelight_server.telemetry import configure_logging, stderr_handler
+stderr_handler.MAX_LINES = 100
+stderr_handler.LAST_LINES_S = float(sys.argv[1])
+configure_logging("json", "info")
+for number in range(150):
+    structlog.get_logger().info("a line", number=number)
+print("all logged", flush=True)
+if sys.stdin.readline():
+    structlog.get_logger().info("the last line")
+"""
+
+
+@contextlib.contextmanager
+def logging_into_a_full_pipe(last_lines_s: float):
+    """A process that logs 150 lines where 100 may wait. Yields it and the end of the pipe from which they are read."""
+    read, write = full_pipe()
+    env = os.environ | {"PYTHONPATH": f"{ROOT}/server:{ROOT}/clients/python"}
+    command = [sys.executable, "-c", FILLS, str(last_lines_s)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, stderr=write, text=True, env=env, **pipes) as process:
+        os.close(write)
+        try:
+            yield process, read
+        finally:
+            process.kill()
+            os.close(read)
+
+
+def test_a_pipe_that_nobody_reads_stops_nobody_who_logs():
+    with logging_into_a_full_pipe(0.0) as (process, _):
+        assert process.communicate(timeout=20)[0] == "all logged\n"
+        assert process.returncode == 0
+
+
+def test_the_process_ends_after_its_last_lines():
+    with logging_into_a_full_pipe(20.0) as (process, read):
+        process.stdin.close()
+        assert process.stdout.readline() == "all logged\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        text = b""
+        while more := os.read(read, 1 << 20):
+            text += more
+        assert process.wait(20) == 0
+    assert len(text.lstrip(b"x").splitlines()) in (100, 101)
+
+
+def test_lines_beyond_the_bound_are_dropped_and_counted():
+    with logging_into_a_full_pipe(20.0) as (process, read):
+        assert process.stdout.readline() == "all logged\n"
+        text = b""
+        while b'"number": 99,' not in text:  # there is room again
+            text += os.read(read, 1 << 20)
+        process.stdin.write("\n")
+        process.stdin.close()
+        while more := os.read(read, 1 << 20):
+            text += more
+        assert process.wait(20) == 0
+    lines = [json.loads(line) for line in text.lstrip(b"x").splitlines()]
+    numbers = [line["number"] for line in lines if line["event"] == "a line"]
+    dropped, last = lines[-2:]
+    assert numbers == list(range(len(numbers)))
+    assert len(numbers) in (100, 101)  # one may have been on its way already
+    assert (dropped["event"], dropped["num_lines"]) == ("log_lines_dropped", 150 - len(numbers))
+    assert last["event"] == "the last line"
 
 
 def test_nor_for_the_end_of_the_process():
@@ -115,12 +215,11 @@ def write_all_kinds() -> None:
 
 
 @pytest.mark.usefixtures("restored")
-def test_whoever_logs_writes_one_object_a_line(monkeypatch):
-    stderr = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stderr)
+def test_whoever_logs_writes_one_object_a_line(capfd):
     configure_logging("json", "info")
     write_all_kinds()
-    lines = [json.loads(line) for line in stderr.getvalue().splitlines()]
+    close_handler()
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
     refused, bad_value, warned, *faults = lines
     assert (refused["event"], refused["level"]) == ("refused", "info")
     assert (bad_value["event"], bad_value["logger"]) == (f"bad value {FORGED}", "a.library")
@@ -130,13 +229,12 @@ def test_whoever_logs_writes_one_object_a_line(monkeypatch):
 
 
 @pytest.mark.usefixtures("restored")
-def test_on_a_console_nobody_moves_the_cursor_or_begins_a_line(monkeypatch):
-    stderr = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stderr)
+def test_on_a_console_nobody_moves_the_cursor_or_begins_a_line(capfd, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     configure_logging("console", "info")
     write_all_kinds()
-    text = stderr.getvalue()
+    close_handler()
+    text = capfd.readouterr().err
     assert "\x1b[2J" not in text
     assert "\u2028" not in text
     [bad_value] = [line for line in text.splitlines() if "bad value" in line]

@@ -13,7 +13,7 @@ from safelight_server import __version__
 from safelight_server.app.server import StartError, build_runtime, serving
 from safelight_server.catalog.catalog import ManifestError
 from safelight_server.runtime.simulated import SimulatedRuntime
-from safelight_server.settings import Settings, SettingsError, is_loopback, load, misspelt
+from safelight_server.settings import REMOVED, Settings, SettingsError, is_loopback, load, misspelt
 from safelight_server.storage.keyring import new_key_file
 
 ROOT = Path(__file__).parent.parent.parent
@@ -55,6 +55,19 @@ def test_what_could_not_work_is_refused(name, good, bad):
     assert getattr(load(**{name: good}), name) == good
     with pytest.raises(SettingsError, match=name):
         load(**{name: bad})
+
+
+def test_a_setting_that_is_gone_is_refused_and_says_what_to_use(monkeypatch):
+    monkeypatch.setenv("SAFELIGHT_CACHE_S3_ENDPOINT", "http://127.0.0.1:9000")
+    monkeypatch.setenv("SAFELIGHT_MAX_WAITING_STANDARD", "10")
+    monkeypatch.setenv("SAFELIGHT_BREAKER_FAILURES", "")
+    with pytest.raises(SettingsError) as caught:
+        load()
+    assert str(caught.value) == (
+        "max_waiting_standard is gone: use max_waiting_outputs\n"
+        "cache_s3_endpoint is gone: use ?endpoint_url=... in cache_s3_url"
+    )
+    assert not REMOVED.keys() & Settings.model_fields.keys()
 
 
 def test_a_default_model_that_is_not_there_is_refused_by_the_simulated_runtime_too():

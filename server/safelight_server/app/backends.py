@@ -23,7 +23,7 @@ from safelight_server.storage.clock import SharedClock
 from safelight_server.storage.disk import DiskStore
 from safelight_server.storage.keyring import Keyring
 from safelight_server.storage.memory import MemoryStore
-from safelight_server.storage.objects import ObjectStore, open_bucket
+from safelight_server.storage.objects import BucketUrl, ObjectStore, open_bucket
 from safelight_server.storage.redis import RedisConnection, RedisStore
 from safelight_server.storage.sealed import Sealer
 from safelight_server.storage.tiers import Tier, Tiers
@@ -33,6 +33,8 @@ log = structlog.get_logger(__name__)
 
 FLUSH_S = 10.0
 """How long shutdown waits for cache entries that are still to be written."""
+DISK_TIMEOUT_MS = 1000
+"""A read or write on the disk that takes longer counts as failed; a disk that is often slower is no cache."""
 MEMORY_S = 86_400.0
 """Shortest time for which Redis keeps records of executions and purges; `cache_ttl_s` where that is longer."""
 
@@ -93,9 +95,8 @@ async def open_backends(settings: Settings, metrics: TierMetrics, wall: Callable
         return Breaker(
             name,
             timeout_ms / 1000,
-            settings.breaker_failures,
-            settings.breaker_open_s,
-            lambda state: metrics.breaker(name, int(state)),
+            open_s=settings.breaker_open_s,
+            on_state=lambda state: metrics.breaker(name, int(state)),
         )
 
     clock = SharedClock(wall, on_offset=metrics.clock_offset)
@@ -104,7 +105,7 @@ async def open_backends(settings: Settings, metrics: TierMetrics, wall: Callable
     coordinator: Coordinator | None = None
     if settings.cache_disk_dir is not None:
         disk = await DiskStore.open(settings.cache_disk_dir, settings.cache_disk_bytes)
-        tiers.append(Tier(disk, breaker("disk", settings.cache_disk_timeout_ms)))
+        tiers.append(Tier(disk, breaker("disk", DISK_TIMEOUT_MS)))
     if settings.redis_url is not None:
         connection = RedisConnection(settings.redis_url.get_secret_value(), settings.redis_timeout_ms / 1000, clock)
         around = breaker("redis", settings.redis_timeout_ms)
@@ -113,15 +114,12 @@ async def open_backends(settings: Settings, metrics: TierMetrics, wall: Callable
         if settings.cache_redis:
             tiers.append(Tier(RedisStore(connection), around, shared=True))
     if settings.cache_s3_url:
-        bucket = open_bucket(
-            settings.cache_s3_url,
-            settings.cache_s3_endpoint,
-            settings.cache_s3_region,
-            _credentials(settings.cache_s3_credentials_file),
-            settings.cache_s3_timeout_ms / 1000,
-        )
-        around = breaker("objects", settings.cache_s3_timeout_ms)
-        tiers.append(Tier(ObjectStore(bucket), around, eager=False, shared=True))
+        try:
+            bucket = BucketUrl.parse(settings.cache_s3_url)
+        except ValueError as error:
+            raise ValueError(f"cache_s3_url: {error}") from None
+        store = ObjectStore(open_bucket(bucket, _credentials(bucket.credentials_file)))
+        tiers.append(Tier(store, breaker("objects", bucket.timeout_ms), eager=False, shared=True))
     sealer = Sealer(keyring, clock.now)
     return Backends(keyring, sealer, Tiers(tiers, sealer, metrics), coordinator, redis)
 

@@ -1,13 +1,15 @@
-"""The server's TLS certificate and the authorities of its clients, which are read again when their files change.
+"""The server's TLS certificate and the authorities of its clients, for gRPC and for HTTP; read again when files change.
 
-gRPC asks for them before each handshake. The files are small, so they are read and compared each time: beside a
+They are asked for before each handshake. The files are small, so they are read and compared each time: beside a
 handshake that costs nothing. A new pair that cannot be used, such as one of which only one file has been written yet,
 is logged once, and the pair in force stays. Connections that are open keep the certificate that they began with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import ssl
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +29,7 @@ class PemFiles(NamedTuple):
     """What the files hold.
 
     Attributes:
-        client_ca: the authorities of clients; None where clients are not asked for a certificate.
+        client_ca: the authorities of clients; None where clients are asked for no certificate.
     """
 
     key: bytes
@@ -56,33 +58,74 @@ class ServerCertificate:
         self._cert_file = cert_file
         self._key_file = key_file
         self._client_ca_file = client_ca_file
-        self._lock = threading.Lock()  # gRPC asks from threads of its own
+        self._lock = threading.Lock()  # gRPC asks from threads of its own, HTTP from the event loop
         self._files = self._read()
         self._check(self._files)
         self._fault = ""
 
     def credentials(self) -> grpc.ServerCredentials:
         """Credentials for a gRPC server that presents the newest usable certificate to each new connection."""
-        first, asks_clients = _configuration(self._files), self._client_ca_file is not None
-        return grpc.dynamic_ssl_server_credentials(first, self.renewed, asks_clients)  # type: ignore[arg-type]  # None: no change
+        first = shown = self._files
+        asks_clients = self._client_ca_file is not None
 
-    def renewed(self) -> grpc.ServerCertificateConfiguration | None:
-        """Reads the files again. Returns what they hold if it is new and can be used, else None."""
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            """gRPC calls it before each handshake; None: the pair that it has is still the newest."""
+            nonlocal shown
+            if (newest := self.newest()) is shown:
+                return None
+            shown = newest
+            return _configuration(shown)
+
+        return grpc.dynamic_ssl_server_credentials(_configuration(first), changed, asks_clients)  # type: ignore[arg-type]
+
+    def context(self) -> ssl.SSLContext:
+        """A context with which an HTTP server presents the newest usable certificate to each new connection.
+
+        Raises:
+            CertificateError: the files cannot be used any more.
+        """
+        shown, current = self.newest(), self._load()
+
+        def choose(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+            """OpenSSL calls it at the beginning of each handshake, whether the client names a server or not."""
+            nonlocal shown, current
+            if (newest := self.newest()) is not shown:
+                with contextlib.suppress(CertificateError):  # replaced in this moment: the next handshake has it
+                    shown, current = newest, self._load()
+            connection.context = current
+
+        context = self._load()
+        context.sni_callback = choose
+        return context
+
+    def newest(self) -> PemFiles:
+        """Reads the files again. Returns what they hold, or where that cannot be used, what they held before."""
         with self._lock:
             try:
                 files = self._read()
-                if files == self._files:
-                    self._fault = ""
-                    return None
-                expires = self._check(files)
+                if files != self._files:
+                    expires = self._check(files)
+                    log.info("certificate_reloaded", expires=expires.isoformat())
+                    self._files = files
+                self._fault = ""
             except CertificateError as error:
                 if str(error) != self._fault:
                     log.error("certificate_not_reloaded", error=str(error))
                 self._fault = str(error)
-                return None
-            self._files, self._fault = files, ""
-        log.info("certificate_reloaded", expires=expires.isoformat())
-        return _configuration(files)
+            return self._files
+
+    def _load(self) -> ssl.SSLContext:
+        """A context of the files as they are: Python takes a certificate only from files."""
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.set_alpn_protocols(["http/1.1"])
+        try:
+            context.load_cert_chain(self._cert_file, self._key_file, password="")  # without one it asks a terminal
+            if self._client_ca_file is not None:
+                context.load_verify_locations(self._client_ca_file)
+                context.verify_mode = ssl.CERT_REQUIRED
+        except OSError as error:  # ssl.SSLError is one
+            raise CertificateError(f"tls_cert_file {self._cert_file}: {error}") from None
+        return context
 
     def _read(self) -> PemFiles:
         try:

@@ -30,6 +30,7 @@ OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.server_handshake_timeout_ms", 10_000),  # a connection that says nothing ends, by default after 120 s
+    ("grpc.max_concurrent_streams", 2048),  # of a connection; a client lets more wait, or opens another connection
 ]
 
 
@@ -46,7 +47,6 @@ def make_server(
     options = [
         *OPTIONS,
         ("grpc.max_receive_message_length", largest),
-        ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
         ("grpc.max_allowed_incoming_connections", settings.max_connections),
     ]
     server = cast(grpc.aio.Server, _Server(options))

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from safelight_server.api.identity import Identity
 from safelight_server.api.service import Service
+from safelight_server.app.certificate import ServerCertificate
 from safelight_server.catalog.catalog import Catalog
 from safelight_server.http.app import build_app
 from safelight_server.http.calls import Calls
-from safelight_server.http.certificate import RenewableCertificate
 from safelight_server.http.context import Rpcs
 from safelight_server.http.server import HttpLimits, HttpServer, bind
 from safelight_server.settings import Settings, is_loopback
@@ -29,23 +29,31 @@ class HttpPort:
     """
 
     def __init__(
-        self, settings: Settings, service: Service, catalog: Catalog, identity: Identity, metrics: Metrics
+        self,
+        settings: Settings,
+        service: Service,
+        catalog: Catalog,
+        identity: Identity,
+        metrics: Metrics,
+        certificate: ServerCertificate | None,
     ) -> None:
         self.address = ""
         self._settings = settings
         self._rpcs = Rpcs(service.handlers())
         self._catalog = catalog
+        self._certificate = certificate
         most = REQUEST_BYTES + 2 * CHARACTER_BYTES * settings.max_prompt_chars
         self._calls = Calls(identity, metrics, most)
         self._server: HttpServer | None = None
 
     async def start(self, healthy: Callable[[], bool]) -> None:
-        """Begins to serve, with the TLS files of gRPC, which were checked when gRPC was bound.
+        """Begins to serve.
 
         Args:
             healthy: whether the server takes work.
 
         Raises:
+            CertificateError: the certificate cannot be used any more.
             OSError: the port is taken, or the address not this machine's.
         """
         settings = self._settings
@@ -59,10 +67,7 @@ class HttpPort:
             cors_origins=settings.cors_origins,
             only_loopback=settings.api_key_file is None and is_loopback(settings.host),
         )
-        tls = None
-        if settings.tls_cert_file and settings.tls_key_file:
-            files = settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file
-            tls = RenewableCertificate(*files).context
+        tls = None if self._certificate is None else self._certificate.context()
         limits = HttpLimits(settings.http_max_connections, settings.watcher_stall_s)
         self._server = await HttpServer.start(app, bind(settings.host, settings.http_port), limits, tls)
         self.address = self._server.address

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import grpc
 import structlog
 from grpc_health.v1 import health_pb2
 
@@ -75,6 +74,16 @@ LAST_WORDS_S = 1.0
 """Shortest time that open streams get at shutdown to send their last message."""
 
 
+LEAST_PARKED, PARKED_PER_RUNNING = 256, 4
+"""Outputs that keep their latents while others have their slots; beyond them none is preempted (record 0016). With
+fewer, a burst of a higher class would have to wait; each costs the memory of its latents."""
+MAX_KEYLESS_STREAMS = 1024
+"""Streams of health and reflection, which need no key, in all: 20 MB, and many more than probes and tools open."""
+INDEXED_ITEMS = 10_000
+"""Outputs of a namespace whose latents others may start from, and its newest pictures that are scanned for similar
+ones. The time of a scan grows with them; record 0014 has figures."""
+
+
 class StartError(Exception):
     """The server cannot start; the message says why."""
 
@@ -122,9 +131,7 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
             urls=settings.triton_urls,
             shared_memory=settings.triton_shared_memory,
             calls_each=settings.triton_instances,
-            timeout_factor=settings.triton_timeout_factor,
             timeout_floor_s=settings.triton_timeout_floor_s,
-            probe_max_s=settings.triton_probe_max_s,
             start_s=settings.triton_start_s,
         )
         return catalog, TritonRuntime(catalog, options)
@@ -171,7 +178,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
             clock,
             metrics,
             max_running=settings.max_running_outputs,
-            max_parked=settings.max_parked_outputs,
+            max_parked=max(LEAST_PARKED, PARKED_PER_RUNNING * settings.max_running_outputs),
             preview_share=settings.preview_share,
             runtime_wait_s=settings.runtime_wait_s,
             runtime_grace_s=settings.runtime_grace_s,
@@ -205,7 +212,8 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         )
         streams = StreamQuota(settings.max_streams_per_caller)
         service = Service(identity, catalog, runtime, generations, caches, limits, streams, quotas, metrics, tracer)
-        http = HttpPort(settings, service, catalog, identity, metrics)
+        certificate = _certificate(settings)
+        http = HttpPort(settings, service, catalog, identity, metrics, certificate)
         _watch_queue(metrics, engine)
         works = [generations.tick, purges.keep_up, *identity.works, *quotas.works]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
@@ -219,9 +227,10 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
                 ownership.mirrors.sweep,
             ]
         await ends.enter_async_context(_serving_metrics(metrics, settings))
-        keyless = KeylessQuota(settings.max_keyless_streams, settings.max_keyless_streams_per_address)
+        keyless = KeylessQuota(MAX_KEYLESS_STREAMS, settings.max_keyless_streams_per_address)
         call_limits = CallLimits(settings.request_wait_s, (HEALTH_SERVICE, *REFLECTION_SERVICES), keyless, metrics)
-        async with _listening(settings, service, http, call_limits, engine, generations, works) as (address, drain):
+        listening = _listening(settings, certificate, service, http, call_limits, engine, generations, works)
+        async with listening as (address, drain):
             yield Running(
                 address, catalog, runtime, cache, generations, streams, quotas, call_limits, drain, http.address
             )
@@ -230,6 +239,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
 @contextlib.asynccontextmanager
 async def _listening(
     settings: Settings,
+    certificate: ServerCertificate | None,
     service: Service,
     http: HttpPort,
     limits: CallLimits,
@@ -242,13 +252,16 @@ async def _listening(
     services = (GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, QUOTA_SERVICE, HEALTH_SERVICE)
     handlers = service.handlers() | health.handlers() | Reflection(services).handlers()
     server = make_server(settings, limits, handlers)
+    credentials = None if certificate is None else certificate.credentials()
     try:
-        address = bind(server, settings.host, settings.port, _credentials(settings))
-    except (BindError, CertificateError) as error:
+        address = bind(server, settings.host, settings.port, credentials)
+    except BindError as error:
         raise StartError(str(error)) from None
     draining: list[asyncio.Task[None]] = []
     try:
         await http.start(lambda: not draining and not engine.outage.beyond_grace)
+    except CertificateError as error:
+        raise StartError(str(error)) from None
     except OSError as error:
         raise StartError(f"http_port {settings.http_port} of {settings.host}: {error.strerror}") from None
     await server.start()
@@ -327,10 +340,9 @@ def _build_cache(
     if backends.redis is not None:
         most = settings.cache_similar_items
         buckets = RedisBuckets(*backends.redis, backends.sealer, ttl_s=ttl_s, max_items=most)
-    scanned, uses = settings.cache_latent_items, settings.cache_similar_uses
-    similar = SimilarPictures(pictures, buckets, scanned, uses, metrics.cache.rejected)
+    similar = SimilarPictures(pictures, buckets, INDEXED_ITEMS, settings.cache_similar_uses, metrics.cache.rejected)
     books = LeastBenefit(settings.cache_latent_bytes)
-    warm_starts = WarmStarts(checkpoints, Vectors(tiers, ttl_s), skip_policy, books, settings.cache_latent_items)
+    warm_starts = WarmStarts(checkpoints, Vectors(tiers, ttl_s), skip_policy, books, INDEXED_ITEMS)
     namespaces = Namespaces(keyring, settings.cache_pools)
     prompts = Prompts(tiers, engine.encode, ttl_s)
     shared = backends.redis is not None
@@ -359,12 +371,18 @@ def _watch_queue(metrics: Metrics, engine: Engine) -> None:
     )
 
 
-def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """What TLS needs; None where it is not configured."""
+def _certificate(settings: Settings) -> ServerCertificate | None:
+    """The certificate of TLS; None where it is not configured.
+
+    Raises:
+        StartError: it cannot be used.
+    """
     if settings.tls_cert_file is None or settings.tls_key_file is None:
         return None
-    files = settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file
-    return ServerCertificate(*files).credentials()
+    try:
+        return ServerCertificate(settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
+    except CertificateError as error:
+        raise StartError(str(error)) from None
 
 
 @contextlib.asynccontextmanager

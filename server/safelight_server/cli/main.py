@@ -142,7 +142,7 @@ def _summary(running: Running, settings: Settings) -> None:
         manifest = pipeline.manifest
         sizes = ", ".join(f"{size.width_px}x{size.height_px}" for size in manifest.sizes)
         table.add_row("model", f"models/{pipeline.name} {manifest.revision} ({sizes}): {manifest.description}")
-    limits = f"{settings.max_running_outputs} outputs run, {settings.max_waiting_standard} may wait in class STANDARD"
+    limits = f"{settings.max_running_outputs} outputs run, {settings.max_waiting_outputs} may wait in class STANDARD"
     table.add_row("limits", limits)
     trusted = "callers on this machine are" if is_loopback(settings.host) else "whoever reaches it is"
     table.add_row("keys", f"none: {trusted} trusted" if settings.api_key_file is None else "asked for")

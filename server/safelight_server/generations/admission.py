@@ -21,6 +21,8 @@ from safelight_server.domain.errors import DeadlineUnreachableError, QueueFullEr
 from safelight_server.scheduler import WEIGHTS, Priority, ScheduledOutput
 
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 300.0
+BATCH_ROOM = 4
+"""How many times the outputs of another class may wait in class BATCH, whose callers mind waiting least."""
 ALPHA = 2
 """How many times the room that it leaves free a tenant, or a caller of a tenant, may hold."""
 

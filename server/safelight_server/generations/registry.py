@@ -34,7 +34,7 @@ from safelight_server.domain.errors import (
 from safelight_server.domain.events import Disposition, FinishReason, GenerationState, Queued
 from safelight_server.domain.request import PreviewPolicy, Request
 from safelight_server.engine.engine import Engine
-from safelight_server.generations.admission import AdmissionLimits
+from safelight_server.generations.admission import BATCH_ROOM, AdmissionLimits
 from safelight_server.generations.execution import Executions
 from safelight_server.generations.finished import FinishedGenerations
 from safelight_server.generations.generation import DECIDE_RETRY_S, Generation
@@ -90,11 +90,8 @@ class Generations:
         self._now = time.time if context is None else context.sealer.now
         self._metrics = metrics
         self._charge = charge
-        waiting = {
-            Priority.INTERACTIVE: settings.max_waiting_interactive,
-            Priority.STANDARD: settings.max_waiting_standard,
-            Priority.BATCH: settings.max_waiting_batch,
-        }
+        most = settings.max_waiting_outputs
+        waiting = dict.fromkeys(Priority, most) | {Priority.BATCH: BATCH_ROOM * most}
         limits = AdmissionLimits(waiting, settings.max_waiting_per_caller)
         self._planner = Planner(catalog, runtime, engine, executions, cache, limits, leased_runners)
         self._ownership = None if context is None else Ownership(context, self, self._planner)

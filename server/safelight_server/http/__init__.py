@@ -1,7 +1,6 @@
 """HTTP for callers without gRPC: the OpenAI-compatible image API and gRPC-Web, in the same process and event loop.
 
-`server.py` listens: uvicorn, with bounds on connections and on slow clients;
-`certificate.py` has its certificate.
+`server.py` listens: uvicorn, with bounds on connections and on slow clients.
 `app.py` has the routes and what holds for all of them. `calls.py` runs one
 request. `context.py` lets it call the handlers of the gRPC services, in this
 process. `images.py` answers requests for pictures, `images_request.py` checks

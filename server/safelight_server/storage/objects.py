@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import obstore
 from obstore.exceptions import BaseError
@@ -92,40 +94,85 @@ class ObjectStore:
         """Does nothing: there is nothing to close."""
 
 
-def open_bucket(
-    url: str, endpoint: str = "", region: str = "", credentials: tuple[str, str] | None = None, timeout_s: float = 2.0
-) -> S3Store:
+@dataclass(frozen=True, slots=True)
+class BucketUrl:
+    """A bucket and how to reach it: s3://BUCKET/PREFIX?endpoint_url=http://HOST:PORT&region=REGION and so on.
+
+    Attributes:
+        endpoint_url: of an S3 server other than AWS's; http:// is allowed. Empty: AWS.
+        credentials_file: with one line, ACCESS_KEY_ID SECRET. None: those of the environment, role or instance.
+        timeout_ms: of a call; there are no retries.
+    """
+
+    bucket: str
+    prefix: str = ""
+    endpoint_url: str = ""
+    region: str = "us-east-1"
+    credentials_file: Path | None = None
+    timeout_ms: int = 2000
+
+    @classmethod
+    def parse(cls, url: str) -> BucketUrl:
+        """Reads a URL.
+
+        Raises:
+            ValueError: it is no such URL; the message says what is wrong.
+        """
+        parts = urlsplit(url)
+        if parts.scheme != "s3" or not parts.hostname or "@" in parts.netloc or parts.fragment:
+            raise ValueError(
+                "want s3://BUCKET/PREFIX?endpoint_url=...&region=..."
+            )  # not the URL: it may have a password
+        pairs = parse_qsl(parts.query, keep_blank_values=True)
+        given = dict(pairs)
+        if len(given) < len(pairs):
+            raise ValueError("an option is given twice")
+        if unknown := given.keys() - {"endpoint_url", "region", "credentials_file", "timeout_ms"}:
+            raise ValueError(
+                f"unknown: {', '.join(sorted(unknown))}; there are endpoint_url, region, credentials_file, timeout_ms"
+            )
+        if empty := [name for name, value in given.items() if not value]:
+            raise ValueError(f"{empty[0]} is empty")
+        endpoint = given.get("endpoint_url", "")
+        if endpoint and not (endpoint.startswith(("http://", "https://")) and urlsplit(endpoint).hostname):
+            raise ValueError("endpoint_url must be http://HOST:PORT or https://HOST:PORT")
+        timeout = given.get("timeout_ms", "2000")
+        if not timeout.isdecimal() or not 1 <= int(timeout) <= 60_000:
+            raise ValueError("timeout_ms must be from 1 to 60000")
+        file = given.get("credentials_file")
+        return cls(
+            parts.netloc,
+            parts.path.strip("/"),
+            endpoint,
+            given.get("region", "us-east-1"),
+            None if file is None else Path(file),
+            int(timeout),
+        )
+
+
+def open_bucket(url: BucketUrl, credentials: tuple[str, str] | None = None) -> S3Store:
     """Opens an S3 bucket.
 
     Args:
-        url: s3://BUCKET/PREFIX.
-        endpoint: URL of an S3 server other than AWS's; http:// is allowed.
-        region: of the bucket; empty: us-east-1.
         credentials: access key id and secret; None: those of the environment, role or instance.
-        timeout_s: per request; there are no retries.
-
-    Raises:
-        ValueError: the URL is not s3://BUCKET/PREFIX.
     """
-    parts = urlsplit(url)
-    if parts.scheme != "s3" or not parts.netloc:
-        raise ValueError(f"want s3://BUCKET/PREFIX, not {url!r}")
-    config: dict[str, object] = {"region": region or "us-east-1"}
-    if endpoint:
-        config |= {"endpoint": endpoint, "virtual_hosted_style_request": False}
+    config: dict[str, object] = {"region": url.region}
+    if url.endpoint_url:
+        config |= {"endpoint": url.endpoint_url, "virtual_hosted_style_request": False}
     if credentials is not None:
         config |= {"access_key_id": credentials[0], "secret_access_key": credentials[1]}
+    timeout = timedelta(milliseconds=url.timeout_ms)
     return S3Store(
-        parts.netloc,
-        prefix=parts.path.strip("/") or None,
+        url.bucket,
+        prefix=url.prefix or None,
         config=config,  # type: ignore[arg-type]  # a TypedDict by its keys
         client_options={
-            "timeout": timedelta(seconds=timeout_s),
-            "connect_timeout": timedelta(seconds=timeout_s),
-            "allow_http": endpoint.startswith("http://"),
-            **_without_proxy(endpoint),
+            "timeout": timeout,
+            "connect_timeout": timeout,
+            "allow_http": url.endpoint_url.startswith("http://"),
+            **_without_proxy(url.endpoint_url),
         },
-        retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=timeout_s)},
+        retry_config={"max_retries": 0, "retry_timeout": timeout},
     )
 
 

@@ -3,7 +3,7 @@
 What libraries log or warn of, and exceptions that nobody caught, go the way of the server's own lines. So text that a
 client sent, in whatever message it turns up, cannot begin a line of its own.
 
-Invariant: logging never raises. A line that cannot be written or formatted is dropped.
+Invariants: logging never raises, and never waits for stderr. A line that cannot be written or formatted is dropped.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import structlog
 from opentelemetry import trace
 from structlog.stdlib import ProcessorFormatter
 from structlog.typing import Processor
+
+from safelight_server.telemetry.stderr_handler import StderrHandler
 
 Event = MutableMapping[str, object]
 OWN = "safelight"
@@ -48,7 +50,7 @@ def configure_logging(log_format: str, level: str) -> None:
         _escape_control,
         structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
     ]
-    handler = logging.StreamHandler(sys.stderr)
+    handler = StderrHandler()
     handler.setFormatter(
         ProcessorFormatter(
             processors=[
@@ -62,6 +64,9 @@ def configure_logging(log_format: str, level: str) -> None:
     )
     logging.raiseExceptions = False  # else `logging` prints a traceback where it cannot write or format a line
     root, own = logging.getLogger(), logging.getLogger(OWN)
+    for earlier in root.handlers:
+        if isinstance(earlier, StderrHandler):
+            earlier.close()
     root.handlers[:] = [handler]
     root.setLevel(max(lowest, logging.WARNING))
     own.setLevel(lowest)

@@ -1,0 +1,307 @@
+use std::fmt;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use futures_core::Stream;
+use tokio::time::{Instant, sleep, timeout_at};
+use tonic::{Code, Request, Streaming};
+
+use crate::received::Received;
+use crate::v1::generation_service_client::GenerationServiceClient;
+use crate::{Client, Error, Event, Picture, v1};
+
+const FIRST_PATIENCE: Duration = Duration::from_secs(5); // whoever asks where no server is learns it soon
+const FIRST_WAIT: Duration = Duration::from_millis(100);
+const MAX_WAIT: Duration = Duration::from_secs(2);
+/// After these reasons the same generation can be resumed; a lost connection has none.
+const RESUMABLE: [Option<&str>; 4] = [
+    None,
+    Some("WATCHER_STALLED"),
+    Some("MOVED"),
+    Some("OTHER_MODEL"),
+];
+/// After these the same call can succeed at another replica.
+const ELSEWHERE: [Option<&str>; 2] = [Some("DRAINING"), Some("UNAVAILABLE")];
+
+type Item = Result<Event, Error>;
+type Step = dyn Future<Output = (Box<Follower>, Option<Item>)> + Send;
+
+/// The events of one generation: `Accepted`, `Progress`, `Preview` and `Picture` as they come, then `Finished`.
+///
+/// An error is the last element of a stream that does not finish. Dropping the stream lets the server know: it suspends
+/// a generation that nobody watches, and cancels it after its grace.
+#[must_use = "nothing is sent before the stream is polled"]
+pub struct GenerationStream {
+    /// `None` while a step is under way.
+    follower: Option<Box<Follower>>,
+    step: Option<Pin<Box<Step>>>,
+}
+
+impl GenerationStream {
+    pub(crate) fn new(
+        client: Client,
+        request: Option<v1::GenerateRequest>,
+        received: Received,
+    ) -> Self {
+        let follower = Follower {
+            give_up_at: Instant::now() + FIRST_PATIENCE.min(client.patience()),
+            client,
+            request,
+            received,
+            deadline: None,
+            connection: None,
+            tries: 0,
+            refusals: 0,
+            num_events: 0,
+            ended: false,
+        };
+        Self {
+            follower: Some(Box::new(follower)),
+            step: None,
+        }
+    }
+
+    /// Ends the generation with `DeadlineExceeded` after this time from now, over all connections. To be called before
+    /// the stream is polled.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        if let Some(follower) = &mut self.follower {
+            follower.deadline = Instant::now().checked_add(timeout);
+        }
+        self
+    }
+
+    /// The next event, as `StreamExt::next` gives it. Nothing is lost where its future is dropped.
+    pub async fn next(&mut self) -> Option<Item> {
+        poll_fn(|context| Pin::new(&mut *self).poll_next(context)).await
+    }
+
+    /// Waits for all pictures, in the order of the outputs.
+    ///
+    /// # Errors
+    ///
+    /// The request was refused, the generation failed, or it could not be resumed.
+    pub async fn pictures(mut self) -> Result<Vec<Picture>, Error> {
+        let mut pictures = Vec::new();
+        while let Some(event) = self.next().await {
+            if let Event::Picture(picture) = event? {
+                pictures.push(picture);
+            }
+        }
+        pictures.sort_by_key(|picture| picture.output_index);
+        Ok(pictures)
+    }
+
+    /// Waits for all pictures and returns the first.
+    ///
+    /// # Errors
+    ///
+    /// The request was refused, the generation failed, or it could not be resumed.
+    pub async fn picture(self) -> Result<Picture, Error> {
+        let pictures = self.pictures().await?;
+        let none = || Error::new(Code::DataLoss, "the generation finished without a picture");
+        pictures.into_iter().next().ok_or_else(none)
+    }
+}
+
+impl Stream for GenerationStream {
+    type Item = Item;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Item>> {
+        let this = self.get_mut();
+        let step = this.step.get_or_insert_with(|| {
+            let mut follower = this.follower.take().expect("it is there between steps");
+            Box::pin(async move {
+                let item = follower.next().await;
+                (follower, item)
+            })
+        });
+        let (follower, item) = ready!(step.as_mut().poll(context));
+        this.step = None;
+        this.follower = Some(follower);
+        Poll::Ready(item)
+    }
+}
+
+impl fmt::Debug for GenerationStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GenerationStream").finish_non_exhaustive()
+    }
+}
+
+/// Follows a generation over as many connections as it takes.
+struct Follower {
+    client: Client,
+    /// `None` only watches.
+    request: Option<v1::GenerateRequest>,
+    received: Received,
+    deadline: Option<Instant>,
+    connection: Option<Connection>,
+    give_up_at: Instant,
+    tries: u32,
+    refusals: u32,
+    /// Events that had been received when a connection was lost.
+    num_events: u64,
+    ended: bool,
+}
+
+enum Connection {
+    Generate(Streaming<v1::GenerateResponse>),
+    Watch(Streaming<v1::WatchGenerationResponse>),
+}
+
+impl Follower {
+    async fn next(&mut self) -> Option<Item> {
+        while !self.ended {
+            let failure = match self.receive().await {
+                Ok(Some(message)) => match self.received.take(message) {
+                    Ok(None) => continue,
+                    Ok(Some(event)) => return Some(Ok(event)),
+                    Err(damage) => return self.end(Some(damage)),
+                },
+                Ok(None) if self.received.finished => return self.end(None),
+                Ok(None) => self.unfinished(),
+                Err(failure) => failure,
+            };
+            self.connection = None;
+            if let Err(failure) = self.wait(failure).await {
+                return self.end(Some(failure));
+            }
+        }
+        None
+    }
+
+    fn end(&mut self, failure: Option<Error>) -> Option<Item> {
+        self.ended = true;
+        self.connection = None;
+        failure.map(Err)
+    }
+
+    /// The next message; `None` at the end of the call.
+    async fn receive(&mut self) -> Result<Option<v1::GenerationEvent>, Error> {
+        let Some(deadline) = self.deadline else {
+            return self.receive_at_leisure().await;
+        };
+        match timeout_at(deadline, self.receive_at_leisure()).await {
+            // tonic counts the time too, and calls it a lost connection.
+            Ok(Err(failure)) if failure.reason().is_none() && Instant::now() >= deadline => {
+                Err(late())
+            }
+            Ok(received) => received,
+            Err(_) => Err(late()),
+        }
+    }
+
+    async fn receive_at_leisure(&mut self) -> Result<Option<v1::GenerationEvent>, Error> {
+        if self.connection.is_none() {
+            self.connection = Some(self.open().await?);
+        }
+        match self.connection.as_mut().expect("it was opened") {
+            Connection::Generate(stream) => {
+                let response = stream.message().await?;
+                Ok(response.map(|response| response.event.unwrap_or_default()))
+            }
+            Connection::Watch(stream) => {
+                let response = stream.message().await?;
+                Ok(response.map(|response| response.event.unwrap_or_default()))
+            }
+        }
+    }
+
+    /// Starts the generation, or watches it where it has a name.
+    async fn open(&self) -> Result<Connection, Error> {
+        let mut service = GenerationServiceClient::new(self.client.server_at(self.received.at))
+            .max_decoding_message_size(self.client.max_message_bytes());
+        Ok(match &self.request {
+            Some(request) if self.received.name.is_empty() => {
+                let call = service.generate(self.timed(request.clone()));
+                Connection::Generate(call.await?.into_inner())
+            }
+            _ => {
+                let call = service.watch_generation(self.timed(self.received.watch()));
+                Connection::Watch(call.await?.into_inner())
+            }
+        })
+    }
+
+    fn timed<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        if let Some(deadline) = self.deadline {
+            request.set_timeout(deadline.saturating_duration_since(Instant::now()));
+        }
+        request
+    }
+
+    /// Waits until the generation can be asked for again; the failure where it cannot.
+    async fn wait(&mut self, failure: Error) -> Result<(), Error> {
+        if self.received.num_events > self.num_events {
+            self.num_events = self.received.num_events;
+            (self.tries, self.refusals) = (0, 0);
+            self.give_up_at = Instant::now() + self.client.patience();
+        }
+        let replicated = self.received.durable || self.received.name.is_empty();
+        let movable = self.client.num_servers() > 1 && replicated;
+        let pause = if is_resumable(&failure, movable) {
+            let doubled = FIRST_WAIT * 2_u32.pow(self.tries.min(10));
+            self.tries += 1;
+            scaled(doubled.min(MAX_WAIT), 0.5, 1.0)
+        } else if let Some(after) = self.refused_for_now(&failure)
+            && self.refusals < self.client.retries()
+        {
+            if self.refusals == 0 {
+                self.give_up_at = Instant::now() + self.client.patience();
+            }
+            self.refusals += 1;
+            scaled(after, 1.0, 1.2) // not all at the same moment
+        } else {
+            return Err(failure);
+        };
+        let again = Instant::now() + pause;
+        let too_late = self.deadline.is_some_and(|deadline| again > deadline);
+        if again > self.give_up_at || too_late && failure.retry_after().is_some() {
+            return Err(failure);
+        }
+        if movable && failure.reason() != Some("WATCHER_STALLED") {
+            self.received.at = self.client.next(self.received.at);
+        }
+        let sleeping = sleep(pause);
+        match self.deadline {
+            None => sleeping.await,
+            Some(deadline) => timeout_at(deadline, sleeping).await.map_err(|_| late())?,
+        }
+        Ok(())
+    }
+
+    /// The time after which the server wants to be asked again, where nothing has started.
+    fn refused_for_now(&self, failure: &Error) -> Option<Duration> {
+        let asked_for_more = failure.code() == Code::ResourceExhausted;
+        failure
+            .retry_after()
+            .filter(|_| asked_for_more || self.received.name.is_empty())
+    }
+
+    fn unfinished(&self) -> Error {
+        let name = match self.received.name.as_str() {
+            "" => "the generation",
+            name => name,
+        };
+        let message = format!("the stream of {name} ended before the generation had finished");
+        Error::new(Code::Unavailable, message)
+    }
+}
+
+fn late() -> Error {
+    Error::new(Code::DeadlineExceeded, "the deadline has passed")
+}
+
+/// Whether asking again can go on with the same generation. `movable`: another server can go on with it.
+fn is_resumable(failure: &Error, movable: bool) -> bool {
+    let reason = failure.reason();
+    failure.code() == Code::Unavailable
+        && (RESUMABLE.contains(&reason) || movable && ELSEWHERE.contains(&reason))
+}
+
+fn scaled(wait: Duration, least: f64, most: f64) -> Duration {
+    wait.mul_f64(least + (most - least) * fastrand::f64())
+}

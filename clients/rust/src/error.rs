@@ -1,0 +1,159 @@
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+/// Why the server refused a call, why a generation failed, or that no server could be reached.
+#[derive(Clone, Debug)]
+pub struct Error(Box<Inner>);
+
+#[derive(Clone, Debug)]
+struct Inner {
+    status: Status,
+    reason: Option<String>,
+    violations: BTreeMap<String, String>,
+    retry_after: Option<Duration>,
+}
+
+impl Error {
+    /// The code of gRPC.
+    pub fn code(&self) -> Code {
+        self.0.status.code()
+    }
+
+    /// The text for people.
+    pub fn message(&self) -> &str {
+        self.0.status.message()
+    }
+
+    /// A stable name for programs, such as "QUEUE_FULL"; `None` where the server sent none.
+    pub fn reason(&self) -> Option<&str> {
+        self.0.reason.as_deref()
+    }
+
+    /// For an invalid request what to change: the path of each field and a description.
+    pub fn violations(&self) -> &BTreeMap<String, String> {
+        &self.0.violations
+    }
+
+    /// The time after which the server asks to retry; `None` where it sent none.
+    pub fn retry_after(&self) -> Option<Duration> {
+        self.0.retry_after
+    }
+
+    /// The whole status, with all its details.
+    pub fn status(&self) -> &Status {
+        &self.0.status
+    }
+
+    pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
+        Status::new(code, message).into()
+    }
+}
+
+impl From<Status> for Error {
+    /// A connection that is lost has several codes in tonic; here it is `Unavailable`, as in other languages. A message
+    /// over the client's limit is `ResourceExhausted`, as gRPC has it.
+    fn from(status: Status) -> Self {
+        let status = if is_lost(&status) {
+            Status::unavailable(causes(&status))
+        } else if status.code() == Code::OutOfRange && status.details().is_empty() {
+            Status::resource_exhausted(status.message()) // tonic's own: every error of the server has details
+        } else {
+            status
+        };
+        let mut violations = BTreeMap::new();
+        for violation in status
+            .get_details_bad_request()
+            .into_iter()
+            .flat_map(|fault| fault.field_violations)
+        {
+            violations.insert(violation.field, violation.description);
+        }
+        Self(Box::new(Inner {
+            reason: status.get_details_error_info().map(|info| info.reason),
+            retry_after: status
+                .get_details_retry_info()
+                .and_then(|info| info.retry_delay),
+            violations,
+            status,
+        }))
+    }
+}
+
+/// Whether the server did not say this. What tonic finds wrong with a connection has a source. A stream that ended
+/// within a message, or without a status, has none: these two codes, and no details, which every error of Safelight has.
+fn is_lost(status: &Status) -> bool {
+    let broken =
+        matches!(status.code(), Code::Unknown | Code::Internal) && status.details().is_empty();
+    broken || std::error::Error::source(status).is_some()
+}
+
+/// The message of a status and of all that caused it.
+fn causes(status: &Status) -> String {
+    let mut said = status.message().to_owned();
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !said.contains(&next) {
+            said = format!("{said}: {next}");
+        }
+        cause = error.source();
+    }
+    said
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "safelight: {:?}: {}", self.code(), self.message())
+    }
+}
+
+impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use tonic_types::ErrorDetails;
+
+    use super::*;
+
+    #[test]
+    fn errors_are_readable() {
+        let mut details = ErrorDetails::with_error_info(
+            "QUEUE_FULL",
+            "safelight",
+            std::collections::HashMap::new(),
+        );
+        details.set_retry_info(Some(Duration::from_secs(3)));
+        details.add_bad_request_violation("spec.model", "name one that is there");
+        let status =
+            Status::with_error_details(Code::ResourceExhausted, "the queue is full", details);
+        let error = Error::from(status);
+        assert_eq!(error.code(), Code::ResourceExhausted);
+        assert_eq!(error.reason(), Some("QUEUE_FULL"));
+        assert_eq!(error.retry_after(), Some(Duration::from_secs(3)));
+        assert_eq!(error.violations()["spec.model"], "name one that is there");
+        assert_eq!(
+            error.to_string(),
+            "safelight: ResourceExhausted: the queue is full"
+        );
+    }
+
+    #[test]
+    fn what_the_server_did_not_say_is_a_lost_connection() {
+        let reset = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
+        for lost in [
+            Status::from_error(Box::new(reset)),
+            Status::internal("Unexpected EOF decoding stream."),
+        ] {
+            let error = Error::from(lost);
+            assert_eq!((error.code(), error.reason()), (Code::Unavailable, None));
+        }
+        let too_large = Error::from(Status::out_of_range("decoded message length too large"));
+        assert_eq!(too_large.code(), Code::ResourceExhausted);
+        let said = Status::resource_exhausted("Received message larger than max");
+        assert_eq!(Error::from(said).code(), Code::ResourceExhausted);
+    }
+}
