@@ -56,6 +56,10 @@ class Settings(BaseSettings):
         None, description="PEM chain of the server, read again when it changes; with tls_key_file."
     )
     tls_key_file: Path | None = Field(None, description="PEM key of the server.")
+    tls_client_ca_file: Path | None = Field(
+        None,
+        description="PEM of the authorities by which each client must have a certificate (mTLS). None: not asked for.",
+    )
     api_key_file: Path | None = Field(None, description="Keys of the callers (docs/operations/keys.md). None: no keys.")
     quota_file: Path | None = Field(
         None, description="Rates of requests and of compute, by tenant (docs/operations/quotas.md). None: no limits."
@@ -264,6 +268,8 @@ class Settings(BaseSettings):
                 faults.append(f"{self.host} is not loopback: give tls_cert_file and tls_key_file, or insecure")
             if self.api_key_file is None:
                 faults.append(f"{self.host} is not loopback: give api_key_file, or insecure")
+        if self.tls_client_ca_file is not None and self.tls_cert_file is None:
+            faults.append("tls_client_ca_file needs tls_cert_file and tls_key_file")
         if self.http_port and self.host.startswith("unix:"):
             faults.append("http_port needs a host that is no unix socket")
         if self.probe_port and self.host.startswith("unix:"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import grpc
 
-from safelight.client import PATIENCE_S, RETRIES, Client
+from safelight.client import MAX_MESSAGE_BYTES, PATIENCE_S, RETRIES, Client
 from safelight.events import Event, Picture
 from safelight.request import GenerateOptions, PreviewOptions
 from safelight.stream import GenerationStream
@@ -100,6 +100,7 @@ class SyncClient:
         server_name: str = "",
         patience_s: float = PATIENCE_S,
         retries: int = RETRIES,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         async def connect() -> Client:  # on the loop that its channels belong to
             return Client(
@@ -109,6 +110,7 @@ class SyncClient:
                 server_name=server_name,
                 patience_s=patience_s,
                 retries=retries,
+                max_message_bytes=max_message_bytes,
             )
 
         self._client = _run(connect())

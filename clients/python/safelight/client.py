@@ -49,6 +49,8 @@ FIRST_WAIT_S, MAX_WAIT_S = 0.1, 2.0
 """Waits between two tries: doubled from the first to the longest, of which 50 to 100 % are waited, by chance."""
 RETRIES = 3
 """How often a request is sent again that was refused with the time after which to retry."""
+MAX_MESSAGE_BYTES = 4 << 20
+"""Above every message of a server, and what gRPC takes by default."""
 RESUMABLE = ("", "WATCHER_STALLED", "MOVED", "OTHER_MODEL")
 """Error reasons after which the same generation can be resumed; "" is a lost connection."""
 ELSEWHERE = ("DRAINING", "UNAVAILABLE")
@@ -75,6 +77,7 @@ class Client:
         patience_s: how long a generation whose connection is lost is asked for again, since its last event.
         retries: how often a request is sent again that the server has refused with the time after which to retry
             (RetryInfo): it waits as long as the server says, within patience_s and its deadline.
+        max_message_bytes: the largest message that is received; a larger one is RESOURCE_EXHAUSTED.
 
     Raises:
         ValueError: "ARGUMENT: WHAT", for a target or an api_key that cannot be used.
@@ -89,6 +92,7 @@ class Client:
         server_name: str = "",
         patience_s: float = PATIENCE_S,
         retries: int = RETRIES,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         targets = [one.strip() for one in (target.split(",") if isinstance(target, str) else target)]
         if not targets or not all(targets):
@@ -97,7 +101,7 @@ class Client:
         if not all("!" <= character <= "~" for character in key):
             raise ValueError("api_key: must be visible ASCII characters")
         self._targets = targets
-        self._channels = [_channel(one, credentials, server_name) for one in targets]
+        self._channels = [_channel(one, credentials, server_name, max_message_bytes) for one in targets]
         self._patience_s = patience_s
         self._retries = retries
         self._at = 0
@@ -394,8 +398,11 @@ class Client:
         raise AssertionError("there is always a server")
 
 
-def _channel(target: str, credentials: grpc.ChannelCredentials | None, server_name: str) -> grpc.aio.Channel:
-    options = [*CHANNEL_OPTIONS, *proxies.channel_options(target)]
+def _channel(
+    target: str, credentials: grpc.ChannelCredentials | None, server_name: str, max_message_bytes: int
+) -> grpc.aio.Channel:
+    longest = ("grpc.max_receive_message_length", max_message_bytes)
+    options = [*CHANNEL_OPTIONS, longest, *proxies.channel_options(target)]
     if credentials is None:
         return grpc.aio.insecure_channel(target, options)
     named = [("grpc.ssl_target_name_override", server_name)] if server_name else []

@@ -444,7 +444,7 @@ def _certificate(settings: Settings) -> ServerCertificate | None:
     if settings.tls_cert_file is None or settings.tls_key_file is None:
         return None
     try:
-        return ServerCertificate(settings.tls_cert_file, settings.tls_key_file)
+        return ServerCertificate(settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
     except CertificateError as error:
         raise StartError(str(error)) from None
 
