@@ -45,6 +45,12 @@ class Settings(BaseSettings):
     http_cors_origins: str = Field(
         "", description="Origins whose pages may call HTTP, separated by commas: https://HOST, or * for all."
     )
+    probe_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Port of gRPC health alone, without TLS, on `host`: for probes of an orchestrator. 0: off.",
+    )
     insecure: bool = Field(False, description="Allow a bind beyond loopback without TLS or without keys.")
     tls_cert_file: Path | None = Field(
         None, description="PEM chain of the server, read again when it changes; with tls_key_file."
@@ -201,8 +207,10 @@ class Settings(BaseSettings):
         "auto", description="auto: console on a terminal, else JSON."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
-    metrics_port: int = Field(
-        0, ge=0, le=65535, description="Port of Prometheus metrics: of loopback, or with insecure of host. 0: off."
+    metrics_port: int = Field(0, ge=0, le=65535, description="Port of Prometheus metrics. 0: off.")
+    metrics_host: str = Field(
+        "",
+        description="Address of metrics, which have no TLS and no keys. Empty: loopback, or with insecure host.",
     )
     otlp_endpoint: str = Field(
         "", description="OTLP gRPC endpoint for traces, such as http://127.0.0.1:4317. Empty: off."
@@ -232,6 +240,10 @@ class Settings(BaseSettings):
                 faults.append(f"{self.host} is not loopback: give api_key_file, or insecure")
         if self.http_port and self.host.startswith("unix:"):
             faults.append("http_port needs a host that is no unix socket")
+        if self.probe_port and self.host.startswith("unix:"):
+            faults.append("probe_port needs a host that is no unix socket")
+        if self.probe_port and self.probe_port in (self.port, self.http_port):
+            faults.append("probe_port must be another one than port and http_port")
         if any(origin != "*" and not _is_origin(origin) for origin in self.cors_origins):
             faults.append("http_cors_origins must be http[s]://HOST[:PORT] or *, separated by commas")
         if self.runtime == "triton" and not self.triton_urls:

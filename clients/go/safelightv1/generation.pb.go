@@ -320,7 +320,7 @@ func (Prompt_Role) EnumDescriptor() ([]byte, []int) {
 	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{3, 0}
 }
 
-// Order of the rows of raw pixels.
+// Order of the rows of raw pixels and of textures.
 type PixelEncoding_RowOrder int32
 
 const (
@@ -373,6 +373,60 @@ func (PixelEncoding_RowOrder) EnumDescriptor() ([]byte, []int) {
 	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6, 0}
 }
 
+// How the blocks of a texture are compressed.
+type PixelEncoding_TextureFormat int32
+
+const (
+	// BC1.
+	PixelEncoding_TEXTURE_FORMAT_UNSPECIFIED PixelEncoding_TextureFormat = 0
+	// 4 bits a pixel, without alpha. Made faster than a JPEG.
+	PixelEncoding_TEXTURE_FORMAT_BC1 PixelEncoding_TextureFormat = 1
+	// 8 bits a pixel, nearly without loss. Takes about fifty times as long as a
+	// JPEG: for finished pictures alone, not for previews.
+	PixelEncoding_TEXTURE_FORMAT_BC7 PixelEncoding_TextureFormat = 2
+)
+
+// Enum value maps for PixelEncoding_TextureFormat.
+var (
+	PixelEncoding_TextureFormat_name = map[int32]string{
+		0: "TEXTURE_FORMAT_UNSPECIFIED",
+		1: "TEXTURE_FORMAT_BC1",
+		2: "TEXTURE_FORMAT_BC7",
+	}
+	PixelEncoding_TextureFormat_value = map[string]int32{
+		"TEXTURE_FORMAT_UNSPECIFIED": 0,
+		"TEXTURE_FORMAT_BC1":         1,
+		"TEXTURE_FORMAT_BC7":         2,
+	}
+)
+
+func (x PixelEncoding_TextureFormat) Enum() *PixelEncoding_TextureFormat {
+	p := new(PixelEncoding_TextureFormat)
+	*p = x
+	return p
+}
+
+func (x PixelEncoding_TextureFormat) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (PixelEncoding_TextureFormat) Descriptor() protoreflect.EnumDescriptor {
+	return file_safelight_v1_generation_proto_enumTypes[6].Descriptor()
+}
+
+func (PixelEncoding_TextureFormat) Type() protoreflect.EnumType {
+	return &file_safelight_v1_generation_proto_enumTypes[6]
+}
+
+func (x PixelEncoding_TextureFormat) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use PixelEncoding_TextureFormat.Descriptor instead.
+func (PixelEncoding_TextureFormat) EnumDescriptor() ([]byte, []int) {
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6, 1}
+}
+
 // What may serve a request.
 type CachePolicy_Mode int32
 
@@ -422,11 +476,11 @@ func (x CachePolicy_Mode) String() string {
 }
 
 func (CachePolicy_Mode) Descriptor() protoreflect.EnumDescriptor {
-	return file_safelight_v1_generation_proto_enumTypes[6].Descriptor()
+	return file_safelight_v1_generation_proto_enumTypes[7].Descriptor()
 }
 
 func (CachePolicy_Mode) Type() protoreflect.EnumType {
-	return &file_safelight_v1_generation_proto_enumTypes[6]
+	return &file_safelight_v1_generation_proto_enumTypes[7]
 }
 
 func (x CachePolicy_Mode) Number() protoreflect.EnumNumber {
@@ -476,11 +530,11 @@ func (x DisconnectPolicy_Action) String() string {
 }
 
 func (DisconnectPolicy_Action) Descriptor() protoreflect.EnumDescriptor {
-	return file_safelight_v1_generation_proto_enumTypes[7].Descriptor()
+	return file_safelight_v1_generation_proto_enumTypes[8].Descriptor()
 }
 
 func (DisconnectPolicy_Action) Type() protoreflect.EnumType {
-	return &file_safelight_v1_generation_proto_enumTypes[7]
+	return &file_safelight_v1_generation_proto_enumTypes[8]
 }
 
 func (x DisconnectPolicy_Action) Number() protoreflect.EnumNumber {
@@ -531,11 +585,11 @@ func (x Accepted_Durability) String() string {
 }
 
 func (Accepted_Durability) Descriptor() protoreflect.EnumDescriptor {
-	return file_safelight_v1_generation_proto_enumTypes[8].Descriptor()
+	return file_safelight_v1_generation_proto_enumTypes[9].Descriptor()
 }
 
 func (Accepted_Durability) Type() protoreflect.EnumType {
-	return &file_safelight_v1_generation_proto_enumTypes[8]
+	return &file_safelight_v1_generation_proto_enumTypes[9]
 }
 
 func (x Accepted_Durability) Number() protoreflect.EnumNumber {
@@ -592,11 +646,11 @@ func (x OutputFinished_FinishReason) String() string {
 }
 
 func (OutputFinished_FinishReason) Descriptor() protoreflect.EnumDescriptor {
-	return file_safelight_v1_generation_proto_enumTypes[9].Descriptor()
+	return file_safelight_v1_generation_proto_enumTypes[10].Descriptor()
 }
 
 func (OutputFinished_FinishReason) Type() protoreflect.EnumType {
-	return &file_safelight_v1_generation_proto_enumTypes[9]
+	return &file_safelight_v1_generation_proto_enumTypes[10]
 }
 
 func (x OutputFinished_FinishReason) Number() protoreflect.EnumNumber {
@@ -661,11 +715,11 @@ func (x CacheResult_Disposition) String() string {
 }
 
 func (CacheResult_Disposition) Descriptor() protoreflect.EnumDescriptor {
-	return file_safelight_v1_generation_proto_enumTypes[10].Descriptor()
+	return file_safelight_v1_generation_proto_enumTypes[11].Descriptor()
 }
 
 func (CacheResult_Disposition) Type() protoreflect.EnumType {
-	return &file_safelight_v1_generation_proto_enumTypes[10]
+	return &file_safelight_v1_generation_proto_enumTypes[11]
 }
 
 func (x CacheResult_Disposition) Number() protoreflect.EnumNumber {
@@ -730,11 +784,11 @@ func (x Generation_State) String() string {
 }
 
 func (Generation_State) Descriptor() protoreflect.EnumDescriptor {
-	return file_safelight_v1_generation_proto_enumTypes[11].Descriptor()
+	return file_safelight_v1_generation_proto_enumTypes[12].Descriptor()
 }
 
 func (Generation_State) Type() protoreflect.EnumType {
-	return &file_safelight_v1_generation_proto_enumTypes[11]
+	return &file_safelight_v1_generation_proto_enumTypes[12]
 }
 
 func (x Generation_State) Number() protoreflect.EnumNumber {
@@ -1222,16 +1276,20 @@ func (x *OutputSpec) GetSeed() uint64 {
 // How pixels travel: sRGB, straight alpha.
 type PixelEncoding struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// image/jpeg, image/webp, image/png or application/x-raw-rgba8 (four bytes a
-	// pixel, alpha 255).
+	// image/jpeg, image/webp, image/png, application/x-raw-rgba8 (four bytes a
+	// pixel, alpha 255) or image/ktx2 (a block-compressed texture in a KTX 2.0
+	// file: sRGB, one level, no supercompression).
 	MediaType string `protobuf:"bytes,1,opt,name=media_type,json=mediaType,proto3" json:"media_type,omitempty"`
 	// 1 to 100, for image/jpeg and image/webp only. Absent: 85.
 	Quality *int32 `protobuf:"varint,2,opt,name=quality,proto3,oneof" json:"quality,omitempty"`
 	// Rows of raw pixels start at multiples of this many bytes: a power of two
 	// from 4 to 4096. Absent: 4. Only for application/x-raw-rgba8.
 	RowAlignmentBytes *int32 `protobuf:"varint,3,opt,name=row_alignment_bytes,json=rowAlignmentBytes,proto3,oneof" json:"row_alignment_bytes,omitempty"`
-	// Only for application/x-raw-rgba8.
-	RowOrder      PixelEncoding_RowOrder `protobuf:"varint,4,opt,name=row_order,json=rowOrder,proto3,enum=safelight.v1.PixelEncoding_RowOrder" json:"row_order,omitempty"`
+	// Only for application/x-raw-rgba8 and image/ktx2, which says it as
+	// KTXorientation "rd" or "ru".
+	RowOrder PixelEncoding_RowOrder `protobuf:"varint,4,opt,name=row_order,json=rowOrder,proto3,enum=safelight.v1.PixelEncoding_RowOrder" json:"row_order,omitempty"`
+	// Only for image/ktx2.
+	TextureFormat PixelEncoding_TextureFormat `protobuf:"varint,5,opt,name=texture_format,json=textureFormat,proto3,enum=safelight.v1.PixelEncoding_TextureFormat" json:"texture_format,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1292,6 +1350,13 @@ func (x *PixelEncoding) GetRowOrder() PixelEncoding_RowOrder {
 		return x.RowOrder
 	}
 	return PixelEncoding_ROW_ORDER_UNSPECIFIED
+}
+
+func (x *PixelEncoding) GetTextureFormat() PixelEncoding_TextureFormat {
+	if x != nil {
+		return x.TextureFormat
+	}
+	return PixelEncoding_TEXTURE_FORMAT_UNSPECIFIED
 }
 
 // Which previews a stream wants. A preview is made only when its stream is
@@ -3523,17 +3588,22 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\n" +
 	"OutputSpec\x12\x17\n" +
 	"\x04seed\x18\x01 \x01(\x04H\x00R\x04seed\x88\x01\x01B\a\n" +
-	"\x05_seed\"\xc1\x02\n" +
+	"\x05_seed\"\xf4\x03\n" +
 	"\rPixelEncoding\x12\x1d\n" +
 	"\n" +
 	"media_type\x18\x01 \x01(\tR\tmediaType\x12\x1d\n" +
 	"\aquality\x18\x02 \x01(\x05H\x00R\aquality\x88\x01\x01\x123\n" +
 	"\x13row_alignment_bytes\x18\x03 \x01(\x05H\x01R\x11rowAlignmentBytes\x88\x01\x01\x12A\n" +
-	"\trow_order\x18\x04 \x01(\x0e2$.safelight.v1.PixelEncoding.RowOrderR\browOrder\"V\n" +
+	"\trow_order\x18\x04 \x01(\x0e2$.safelight.v1.PixelEncoding.RowOrderR\browOrder\x12P\n" +
+	"\x0etexture_format\x18\x05 \x01(\x0e2).safelight.v1.PixelEncoding.TextureFormatR\rtextureFormat\"V\n" +
 	"\bRowOrder\x12\x19\n" +
 	"\x15ROW_ORDER_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ROW_ORDER_TOP_DOWN\x10\x01\x12\x17\n" +
-	"\x13ROW_ORDER_BOTTOM_UP\x10\x02B\n" +
+	"\x13ROW_ORDER_BOTTOM_UP\x10\x02\"_\n" +
+	"\rTextureFormat\x12\x1e\n" +
+	"\x1aTEXTURE_FORMAT_UNSPECIFIED\x10\x00\x12\x16\n" +
+	"\x12TEXTURE_FORMAT_BC1\x10\x01\x12\x16\n" +
+	"\x12TEXTURE_FORMAT_BC7\x10\x02B\n" +
 	"\n" +
 	"\b_qualityB\x16\n" +
 	"\x14_row_alignment_bytes\"\xee\x02\n" +
@@ -3793,7 +3863,7 @@ func file_safelight_v1_generation_proto_rawDescGZIP() []byte {
 	return file_safelight_v1_generation_proto_rawDescData
 }
 
-var file_safelight_v1_generation_proto_enumTypes = make([]protoimpl.EnumInfo, 12)
+var file_safelight_v1_generation_proto_enumTypes = make([]protoimpl.EnumInfo, 13)
 var file_safelight_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
 var file_safelight_v1_generation_proto_goTypes = []any{
 	(SigmaSchedule)(0),               // 0: safelight.v1.SigmaSchedule
@@ -3802,138 +3872,140 @@ var file_safelight_v1_generation_proto_goTypes = []any{
 	(Priority)(0),                    // 3: safelight.v1.Priority
 	(Prompt_Role)(0),                 // 4: safelight.v1.Prompt.Role
 	(PixelEncoding_RowOrder)(0),      // 5: safelight.v1.PixelEncoding.RowOrder
-	(CachePolicy_Mode)(0),            // 6: safelight.v1.CachePolicy.Mode
-	(DisconnectPolicy_Action)(0),     // 7: safelight.v1.DisconnectPolicy.Action
-	(Accepted_Durability)(0),         // 8: safelight.v1.Accepted.Durability
-	(OutputFinished_FinishReason)(0), // 9: safelight.v1.OutputFinished.FinishReason
-	(CacheResult_Disposition)(0),     // 10: safelight.v1.CacheResult.Disposition
-	(Generation_State)(0),            // 11: safelight.v1.Generation.State
-	(*GenerateRequest)(nil),          // 12: safelight.v1.GenerateRequest
-	(*GenerateResponse)(nil),         // 13: safelight.v1.GenerateResponse
-	(*GenerationSpec)(nil),           // 14: safelight.v1.GenerationSpec
-	(*Prompt)(nil),                   // 15: safelight.v1.Prompt
-	(*SamplerSpec)(nil),              // 16: safelight.v1.SamplerSpec
-	(*OutputSpec)(nil),               // 17: safelight.v1.OutputSpec
-	(*PixelEncoding)(nil),            // 18: safelight.v1.PixelEncoding
-	(*PreviewPolicy)(nil),            // 19: safelight.v1.PreviewPolicy
-	(*Scheduling)(nil),               // 20: safelight.v1.Scheduling
-	(*CachePolicy)(nil),              // 21: safelight.v1.CachePolicy
-	(*Branch)(nil),                   // 22: safelight.v1.Branch
-	(*DisconnectPolicy)(nil),         // 23: safelight.v1.DisconnectPolicy
-	(*GenerationEvent)(nil),          // 24: safelight.v1.GenerationEvent
-	(*Accepted)(nil),                 // 25: safelight.v1.Accepted
-	(*Warning)(nil),                  // 26: safelight.v1.Warning
-	(*Queued)(nil),                   // 27: safelight.v1.Queued
-	(*Progress)(nil),                 // 28: safelight.v1.Progress
-	(*Preview)(nil),                  // 29: safelight.v1.Preview
-	(*ArtifactChunk)(nil),            // 30: safelight.v1.ArtifactChunk
-	(*OutputFinished)(nil),           // 31: safelight.v1.OutputFinished
-	(*Finished)(nil),                 // 32: safelight.v1.Finished
-	(*CacheResult)(nil),              // 33: safelight.v1.CacheResult
-	(*Usage)(nil),                    // 34: safelight.v1.Usage
-	(*Timings)(nil),                  // 35: safelight.v1.Timings
-	(*WatchGenerationRequest)(nil),   // 36: safelight.v1.WatchGenerationRequest
-	(*ArtifactOffset)(nil),           // 37: safelight.v1.ArtifactOffset
-	(*WatchGenerationResponse)(nil),  // 38: safelight.v1.WatchGenerationResponse
-	(*UpdateGenerationRequest)(nil),  // 39: safelight.v1.UpdateGenerationRequest
-	(*UpdateGenerationResponse)(nil), // 40: safelight.v1.UpdateGenerationResponse
-	(*CancelGenerationRequest)(nil),  // 41: safelight.v1.CancelGenerationRequest
-	(*CancelGenerationResponse)(nil), // 42: safelight.v1.CancelGenerationResponse
-	(*GetGenerationRequest)(nil),     // 43: safelight.v1.GetGenerationRequest
-	(*GetGenerationResponse)(nil),    // 44: safelight.v1.GetGenerationResponse
-	(*Generation)(nil),               // 45: safelight.v1.Generation
-	(*OutputState)(nil),              // 46: safelight.v1.OutputState
-	nil,                              // 47: safelight.v1.GenerateRequest.LabelsEntry
-	nil,                              // 48: safelight.v1.Generation.LabelsEntry
-	(*durationpb.Duration)(nil),      // 49: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),    // 50: google.protobuf.Timestamp
-	(*status.Status)(nil),            // 51: google.rpc.Status
+	(PixelEncoding_TextureFormat)(0), // 6: safelight.v1.PixelEncoding.TextureFormat
+	(CachePolicy_Mode)(0),            // 7: safelight.v1.CachePolicy.Mode
+	(DisconnectPolicy_Action)(0),     // 8: safelight.v1.DisconnectPolicy.Action
+	(Accepted_Durability)(0),         // 9: safelight.v1.Accepted.Durability
+	(OutputFinished_FinishReason)(0), // 10: safelight.v1.OutputFinished.FinishReason
+	(CacheResult_Disposition)(0),     // 11: safelight.v1.CacheResult.Disposition
+	(Generation_State)(0),            // 12: safelight.v1.Generation.State
+	(*GenerateRequest)(nil),          // 13: safelight.v1.GenerateRequest
+	(*GenerateResponse)(nil),         // 14: safelight.v1.GenerateResponse
+	(*GenerationSpec)(nil),           // 15: safelight.v1.GenerationSpec
+	(*Prompt)(nil),                   // 16: safelight.v1.Prompt
+	(*SamplerSpec)(nil),              // 17: safelight.v1.SamplerSpec
+	(*OutputSpec)(nil),               // 18: safelight.v1.OutputSpec
+	(*PixelEncoding)(nil),            // 19: safelight.v1.PixelEncoding
+	(*PreviewPolicy)(nil),            // 20: safelight.v1.PreviewPolicy
+	(*Scheduling)(nil),               // 21: safelight.v1.Scheduling
+	(*CachePolicy)(nil),              // 22: safelight.v1.CachePolicy
+	(*Branch)(nil),                   // 23: safelight.v1.Branch
+	(*DisconnectPolicy)(nil),         // 24: safelight.v1.DisconnectPolicy
+	(*GenerationEvent)(nil),          // 25: safelight.v1.GenerationEvent
+	(*Accepted)(nil),                 // 26: safelight.v1.Accepted
+	(*Warning)(nil),                  // 27: safelight.v1.Warning
+	(*Queued)(nil),                   // 28: safelight.v1.Queued
+	(*Progress)(nil),                 // 29: safelight.v1.Progress
+	(*Preview)(nil),                  // 30: safelight.v1.Preview
+	(*ArtifactChunk)(nil),            // 31: safelight.v1.ArtifactChunk
+	(*OutputFinished)(nil),           // 32: safelight.v1.OutputFinished
+	(*Finished)(nil),                 // 33: safelight.v1.Finished
+	(*CacheResult)(nil),              // 34: safelight.v1.CacheResult
+	(*Usage)(nil),                    // 35: safelight.v1.Usage
+	(*Timings)(nil),                  // 36: safelight.v1.Timings
+	(*WatchGenerationRequest)(nil),   // 37: safelight.v1.WatchGenerationRequest
+	(*ArtifactOffset)(nil),           // 38: safelight.v1.ArtifactOffset
+	(*WatchGenerationResponse)(nil),  // 39: safelight.v1.WatchGenerationResponse
+	(*UpdateGenerationRequest)(nil),  // 40: safelight.v1.UpdateGenerationRequest
+	(*UpdateGenerationResponse)(nil), // 41: safelight.v1.UpdateGenerationResponse
+	(*CancelGenerationRequest)(nil),  // 42: safelight.v1.CancelGenerationRequest
+	(*CancelGenerationResponse)(nil), // 43: safelight.v1.CancelGenerationResponse
+	(*GetGenerationRequest)(nil),     // 44: safelight.v1.GetGenerationRequest
+	(*GetGenerationResponse)(nil),    // 45: safelight.v1.GetGenerationResponse
+	(*Generation)(nil),               // 46: safelight.v1.Generation
+	(*OutputState)(nil),              // 47: safelight.v1.OutputState
+	nil,                              // 48: safelight.v1.GenerateRequest.LabelsEntry
+	nil,                              // 49: safelight.v1.Generation.LabelsEntry
+	(*durationpb.Duration)(nil),      // 50: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 51: google.protobuf.Timestamp
+	(*status.Status)(nil),            // 52: google.rpc.Status
 }
 var file_safelight_v1_generation_proto_depIdxs = []int32{
-	14, // 0: safelight.v1.GenerateRequest.spec:type_name -> safelight.v1.GenerationSpec
-	19, // 1: safelight.v1.GenerateRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	18, // 2: safelight.v1.GenerateRequest.encoding:type_name -> safelight.v1.PixelEncoding
-	20, // 3: safelight.v1.GenerateRequest.scheduling:type_name -> safelight.v1.Scheduling
-	23, // 4: safelight.v1.GenerateRequest.disconnect:type_name -> safelight.v1.DisconnectPolicy
-	47, // 5: safelight.v1.GenerateRequest.labels:type_name -> safelight.v1.GenerateRequest.LabelsEntry
-	21, // 6: safelight.v1.GenerateRequest.cache:type_name -> safelight.v1.CachePolicy
-	22, // 7: safelight.v1.GenerateRequest.branch:type_name -> safelight.v1.Branch
-	24, // 8: safelight.v1.GenerateResponse.event:type_name -> safelight.v1.GenerationEvent
-	15, // 9: safelight.v1.GenerationSpec.prompts:type_name -> safelight.v1.Prompt
-	16, // 10: safelight.v1.GenerationSpec.sampler:type_name -> safelight.v1.SamplerSpec
-	17, // 11: safelight.v1.GenerationSpec.outputs:type_name -> safelight.v1.OutputSpec
+	15, // 0: safelight.v1.GenerateRequest.spec:type_name -> safelight.v1.GenerationSpec
+	20, // 1: safelight.v1.GenerateRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	19, // 2: safelight.v1.GenerateRequest.encoding:type_name -> safelight.v1.PixelEncoding
+	21, // 3: safelight.v1.GenerateRequest.scheduling:type_name -> safelight.v1.Scheduling
+	24, // 4: safelight.v1.GenerateRequest.disconnect:type_name -> safelight.v1.DisconnectPolicy
+	48, // 5: safelight.v1.GenerateRequest.labels:type_name -> safelight.v1.GenerateRequest.LabelsEntry
+	22, // 6: safelight.v1.GenerateRequest.cache:type_name -> safelight.v1.CachePolicy
+	23, // 7: safelight.v1.GenerateRequest.branch:type_name -> safelight.v1.Branch
+	25, // 8: safelight.v1.GenerateResponse.event:type_name -> safelight.v1.GenerationEvent
+	16, // 9: safelight.v1.GenerationSpec.prompts:type_name -> safelight.v1.Prompt
+	17, // 10: safelight.v1.GenerationSpec.sampler:type_name -> safelight.v1.SamplerSpec
+	18, // 11: safelight.v1.GenerationSpec.outputs:type_name -> safelight.v1.OutputSpec
 	4,  // 12: safelight.v1.Prompt.role:type_name -> safelight.v1.Prompt.Role
 	0,  // 13: safelight.v1.SamplerSpec.sigma_schedule:type_name -> safelight.v1.SigmaSchedule
 	1,  // 14: safelight.v1.SamplerSpec.spacing:type_name -> safelight.v1.TimestepSpacing
 	5,  // 15: safelight.v1.PixelEncoding.row_order:type_name -> safelight.v1.PixelEncoding.RowOrder
-	18, // 16: safelight.v1.PreviewPolicy.accept:type_name -> safelight.v1.PixelEncoding
-	49, // 17: safelight.v1.PreviewPolicy.min_interval:type_name -> google.protobuf.Duration
-	2,  // 18: safelight.v1.PreviewPolicy.method:type_name -> safelight.v1.PreviewMethod
-	3,  // 19: safelight.v1.Scheduling.priority:type_name -> safelight.v1.Priority
-	6,  // 20: safelight.v1.CachePolicy.mode:type_name -> safelight.v1.CachePolicy.Mode
-	7,  // 21: safelight.v1.DisconnectPolicy.action:type_name -> safelight.v1.DisconnectPolicy.Action
-	49, // 22: safelight.v1.DisconnectPolicy.resume_grace:type_name -> google.protobuf.Duration
-	50, // 23: safelight.v1.GenerationEvent.event_time:type_name -> google.protobuf.Timestamp
-	25, // 24: safelight.v1.GenerationEvent.accepted:type_name -> safelight.v1.Accepted
-	27, // 25: safelight.v1.GenerationEvent.queued:type_name -> safelight.v1.Queued
-	28, // 26: safelight.v1.GenerationEvent.progress:type_name -> safelight.v1.Progress
-	29, // 27: safelight.v1.GenerationEvent.preview:type_name -> safelight.v1.Preview
-	30, // 28: safelight.v1.GenerationEvent.artifact_chunk:type_name -> safelight.v1.ArtifactChunk
-	31, // 29: safelight.v1.GenerationEvent.output_finished:type_name -> safelight.v1.OutputFinished
-	32, // 30: safelight.v1.GenerationEvent.finished:type_name -> safelight.v1.Finished
-	14, // 31: safelight.v1.Accepted.spec:type_name -> safelight.v1.GenerationSpec
-	18, // 32: safelight.v1.Accepted.encoding:type_name -> safelight.v1.PixelEncoding
-	49, // 33: safelight.v1.Accepted.estimated_duration:type_name -> google.protobuf.Duration
-	26, // 34: safelight.v1.Accepted.warnings:type_name -> safelight.v1.Warning
-	8,  // 35: safelight.v1.Accepted.durability:type_name -> safelight.v1.Accepted.Durability
-	50, // 36: safelight.v1.Queued.estimated_start_time:type_name -> google.protobuf.Timestamp
-	49, // 37: safelight.v1.Progress.estimated_remaining:type_name -> google.protobuf.Duration
-	2,  // 38: safelight.v1.Preview.method:type_name -> safelight.v1.PreviewMethod
-	9,  // 39: safelight.v1.OutputFinished.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
-	51, // 40: safelight.v1.Finished.status:type_name -> google.rpc.Status
-	34, // 41: safelight.v1.Finished.usage:type_name -> safelight.v1.Usage
-	35, // 42: safelight.v1.Finished.timings:type_name -> safelight.v1.Timings
-	33, // 43: safelight.v1.Finished.cache_results:type_name -> safelight.v1.CacheResult
-	10, // 44: safelight.v1.CacheResult.disposition:type_name -> safelight.v1.CacheResult.Disposition
-	49, // 45: safelight.v1.Usage.compute_time:type_name -> google.protobuf.Duration
-	49, // 46: safelight.v1.Timings.queue:type_name -> google.protobuf.Duration
-	49, // 47: safelight.v1.Timings.first_preview:type_name -> google.protobuf.Duration
-	49, // 48: safelight.v1.Timings.denoise:type_name -> google.protobuf.Duration
-	49, // 49: safelight.v1.Timings.decode:type_name -> google.protobuf.Duration
-	49, // 50: safelight.v1.Timings.total:type_name -> google.protobuf.Duration
-	37, // 51: safelight.v1.WatchGenerationRequest.artifact_offsets:type_name -> safelight.v1.ArtifactOffset
-	19, // 52: safelight.v1.WatchGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	24, // 53: safelight.v1.WatchGenerationResponse.event:type_name -> safelight.v1.GenerationEvent
-	19, // 54: safelight.v1.UpdateGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	20, // 55: safelight.v1.UpdateGenerationRequest.scheduling:type_name -> safelight.v1.Scheduling
-	45, // 56: safelight.v1.UpdateGenerationResponse.generation:type_name -> safelight.v1.Generation
-	45, // 57: safelight.v1.CancelGenerationResponse.generation:type_name -> safelight.v1.Generation
-	45, // 58: safelight.v1.GetGenerationResponse.generation:type_name -> safelight.v1.Generation
-	11, // 59: safelight.v1.Generation.state:type_name -> safelight.v1.Generation.State
-	14, // 60: safelight.v1.Generation.spec:type_name -> safelight.v1.GenerationSpec
-	46, // 61: safelight.v1.Generation.outputs:type_name -> safelight.v1.OutputState
-	3,  // 62: safelight.v1.Generation.priority:type_name -> safelight.v1.Priority
-	48, // 63: safelight.v1.Generation.labels:type_name -> safelight.v1.Generation.LabelsEntry
-	50, // 64: safelight.v1.Generation.create_time:type_name -> google.protobuf.Timestamp
-	50, // 65: safelight.v1.Generation.finish_time:type_name -> google.protobuf.Timestamp
-	51, // 66: safelight.v1.Generation.status:type_name -> google.rpc.Status
-	34, // 67: safelight.v1.Generation.usage:type_name -> safelight.v1.Usage
-	9,  // 68: safelight.v1.OutputState.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
-	12, // 69: safelight.v1.GenerationService.Generate:input_type -> safelight.v1.GenerateRequest
-	36, // 70: safelight.v1.GenerationService.WatchGeneration:input_type -> safelight.v1.WatchGenerationRequest
-	39, // 71: safelight.v1.GenerationService.UpdateGeneration:input_type -> safelight.v1.UpdateGenerationRequest
-	41, // 72: safelight.v1.GenerationService.CancelGeneration:input_type -> safelight.v1.CancelGenerationRequest
-	43, // 73: safelight.v1.GenerationService.GetGeneration:input_type -> safelight.v1.GetGenerationRequest
-	13, // 74: safelight.v1.GenerationService.Generate:output_type -> safelight.v1.GenerateResponse
-	38, // 75: safelight.v1.GenerationService.WatchGeneration:output_type -> safelight.v1.WatchGenerationResponse
-	40, // 76: safelight.v1.GenerationService.UpdateGeneration:output_type -> safelight.v1.UpdateGenerationResponse
-	42, // 77: safelight.v1.GenerationService.CancelGeneration:output_type -> safelight.v1.CancelGenerationResponse
-	44, // 78: safelight.v1.GenerationService.GetGeneration:output_type -> safelight.v1.GetGenerationResponse
-	74, // [74:79] is the sub-list for method output_type
-	69, // [69:74] is the sub-list for method input_type
-	69, // [69:69] is the sub-list for extension type_name
-	69, // [69:69] is the sub-list for extension extendee
-	0,  // [0:69] is the sub-list for field type_name
+	6,  // 16: safelight.v1.PixelEncoding.texture_format:type_name -> safelight.v1.PixelEncoding.TextureFormat
+	19, // 17: safelight.v1.PreviewPolicy.accept:type_name -> safelight.v1.PixelEncoding
+	50, // 18: safelight.v1.PreviewPolicy.min_interval:type_name -> google.protobuf.Duration
+	2,  // 19: safelight.v1.PreviewPolicy.method:type_name -> safelight.v1.PreviewMethod
+	3,  // 20: safelight.v1.Scheduling.priority:type_name -> safelight.v1.Priority
+	7,  // 21: safelight.v1.CachePolicy.mode:type_name -> safelight.v1.CachePolicy.Mode
+	8,  // 22: safelight.v1.DisconnectPolicy.action:type_name -> safelight.v1.DisconnectPolicy.Action
+	50, // 23: safelight.v1.DisconnectPolicy.resume_grace:type_name -> google.protobuf.Duration
+	51, // 24: safelight.v1.GenerationEvent.event_time:type_name -> google.protobuf.Timestamp
+	26, // 25: safelight.v1.GenerationEvent.accepted:type_name -> safelight.v1.Accepted
+	28, // 26: safelight.v1.GenerationEvent.queued:type_name -> safelight.v1.Queued
+	29, // 27: safelight.v1.GenerationEvent.progress:type_name -> safelight.v1.Progress
+	30, // 28: safelight.v1.GenerationEvent.preview:type_name -> safelight.v1.Preview
+	31, // 29: safelight.v1.GenerationEvent.artifact_chunk:type_name -> safelight.v1.ArtifactChunk
+	32, // 30: safelight.v1.GenerationEvent.output_finished:type_name -> safelight.v1.OutputFinished
+	33, // 31: safelight.v1.GenerationEvent.finished:type_name -> safelight.v1.Finished
+	15, // 32: safelight.v1.Accepted.spec:type_name -> safelight.v1.GenerationSpec
+	19, // 33: safelight.v1.Accepted.encoding:type_name -> safelight.v1.PixelEncoding
+	50, // 34: safelight.v1.Accepted.estimated_duration:type_name -> google.protobuf.Duration
+	27, // 35: safelight.v1.Accepted.warnings:type_name -> safelight.v1.Warning
+	9,  // 36: safelight.v1.Accepted.durability:type_name -> safelight.v1.Accepted.Durability
+	51, // 37: safelight.v1.Queued.estimated_start_time:type_name -> google.protobuf.Timestamp
+	50, // 38: safelight.v1.Progress.estimated_remaining:type_name -> google.protobuf.Duration
+	2,  // 39: safelight.v1.Preview.method:type_name -> safelight.v1.PreviewMethod
+	10, // 40: safelight.v1.OutputFinished.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
+	52, // 41: safelight.v1.Finished.status:type_name -> google.rpc.Status
+	35, // 42: safelight.v1.Finished.usage:type_name -> safelight.v1.Usage
+	36, // 43: safelight.v1.Finished.timings:type_name -> safelight.v1.Timings
+	34, // 44: safelight.v1.Finished.cache_results:type_name -> safelight.v1.CacheResult
+	11, // 45: safelight.v1.CacheResult.disposition:type_name -> safelight.v1.CacheResult.Disposition
+	50, // 46: safelight.v1.Usage.compute_time:type_name -> google.protobuf.Duration
+	50, // 47: safelight.v1.Timings.queue:type_name -> google.protobuf.Duration
+	50, // 48: safelight.v1.Timings.first_preview:type_name -> google.protobuf.Duration
+	50, // 49: safelight.v1.Timings.denoise:type_name -> google.protobuf.Duration
+	50, // 50: safelight.v1.Timings.decode:type_name -> google.protobuf.Duration
+	50, // 51: safelight.v1.Timings.total:type_name -> google.protobuf.Duration
+	38, // 52: safelight.v1.WatchGenerationRequest.artifact_offsets:type_name -> safelight.v1.ArtifactOffset
+	20, // 53: safelight.v1.WatchGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	25, // 54: safelight.v1.WatchGenerationResponse.event:type_name -> safelight.v1.GenerationEvent
+	20, // 55: safelight.v1.UpdateGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	21, // 56: safelight.v1.UpdateGenerationRequest.scheduling:type_name -> safelight.v1.Scheduling
+	46, // 57: safelight.v1.UpdateGenerationResponse.generation:type_name -> safelight.v1.Generation
+	46, // 58: safelight.v1.CancelGenerationResponse.generation:type_name -> safelight.v1.Generation
+	46, // 59: safelight.v1.GetGenerationResponse.generation:type_name -> safelight.v1.Generation
+	12, // 60: safelight.v1.Generation.state:type_name -> safelight.v1.Generation.State
+	15, // 61: safelight.v1.Generation.spec:type_name -> safelight.v1.GenerationSpec
+	47, // 62: safelight.v1.Generation.outputs:type_name -> safelight.v1.OutputState
+	3,  // 63: safelight.v1.Generation.priority:type_name -> safelight.v1.Priority
+	49, // 64: safelight.v1.Generation.labels:type_name -> safelight.v1.Generation.LabelsEntry
+	51, // 65: safelight.v1.Generation.create_time:type_name -> google.protobuf.Timestamp
+	51, // 66: safelight.v1.Generation.finish_time:type_name -> google.protobuf.Timestamp
+	52, // 67: safelight.v1.Generation.status:type_name -> google.rpc.Status
+	35, // 68: safelight.v1.Generation.usage:type_name -> safelight.v1.Usage
+	10, // 69: safelight.v1.OutputState.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
+	13, // 70: safelight.v1.GenerationService.Generate:input_type -> safelight.v1.GenerateRequest
+	37, // 71: safelight.v1.GenerationService.WatchGeneration:input_type -> safelight.v1.WatchGenerationRequest
+	40, // 72: safelight.v1.GenerationService.UpdateGeneration:input_type -> safelight.v1.UpdateGenerationRequest
+	42, // 73: safelight.v1.GenerationService.CancelGeneration:input_type -> safelight.v1.CancelGenerationRequest
+	44, // 74: safelight.v1.GenerationService.GetGeneration:input_type -> safelight.v1.GetGenerationRequest
+	14, // 75: safelight.v1.GenerationService.Generate:output_type -> safelight.v1.GenerateResponse
+	39, // 76: safelight.v1.GenerationService.WatchGeneration:output_type -> safelight.v1.WatchGenerationResponse
+	41, // 77: safelight.v1.GenerationService.UpdateGeneration:output_type -> safelight.v1.UpdateGenerationResponse
+	43, // 78: safelight.v1.GenerationService.CancelGeneration:output_type -> safelight.v1.CancelGenerationResponse
+	45, // 79: safelight.v1.GenerationService.GetGeneration:output_type -> safelight.v1.GetGenerationResponse
+	75, // [75:80] is the sub-list for method output_type
+	70, // [70:75] is the sub-list for method input_type
+	70, // [70:70] is the sub-list for extension type_name
+	70, // [70:70] is the sub-list for extension extendee
+	0,  // [0:70] is the sub-list for field type_name
 }
 
 func init() { file_safelight_v1_generation_proto_init() }
@@ -3964,7 +4036,7 @@ func file_safelight_v1_generation_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_safelight_v1_generation_proto_rawDesc), len(file_safelight_v1_generation_proto_rawDesc)),
-			NumEnums:      12,
+			NumEnums:      13,
 			NumMessages:   37,
 			NumExtensions: 0,
 			NumServices:   1,

@@ -26,7 +26,7 @@ from safelight_server.api.service import CACHE_SERVICE, GENERATION_SERVICE, MODE
 from safelight_server.app.address import BindError, bind, sole_listener
 from safelight_server.app.backends import Backends, CredentialsError, open_backends
 from safelight_server.app.certificate import CertificateError, ServerCertificate
-from safelight_server.app.grpc_server import make_server
+from safelight_server.app.grpc_server import make_server, probe_server
 from safelight_server.app.http_server import HttpPort
 from safelight_server.cache.admin import CacheAdmin
 from safelight_server.cache.approximate.buckets import RedisBuckets
@@ -255,6 +255,7 @@ async def _listening(
     credentials = None if certificate is None else certificate.credentials()
     try:
         address = bind(server, settings.host, settings.port, credentials)
+        probed = probe_server(settings, limits, health.handlers())
     except BindError as error:
         raise StartError(str(error)) from None
     draining: list[asyncio.Task[None]] = []
@@ -264,11 +265,13 @@ async def _listening(
         raise StartError(str(error)) from None
     except OSError as error:
         raise StartError(f"http_port {settings.http_port} of {settings.host}: {error.strerror}") from None
-    await server.start()
+    servers = [server] if probed is None else [server, probed]
+    for each in servers:
+        await each.start()
     names = ("", *services)
     health.set(names, health_pb2.HealthCheckResponse.SERVING)
     background = [_begin(work) for work in works]
-    following = _begin(functools.partial(_follow_health, health, names, engine))
+    following = _begin(functools.partial(follow_health, health, names, engine))
 
     async def drain(grace_s: float) -> None:
         until = time.monotonic() + grace_s
@@ -278,7 +281,7 @@ async def _listening(
         health.end_watches()
         limits.end_awaited()
         left_s = max(LAST_WORDS_S, until - time.monotonic())  # both may still be sending
-        await asyncio.gather(server.stop(left_s), http.stop(left_s))
+        await asyncio.gather(*(each.stop(left_s) for each in servers), http.stop(left_s))
 
     def start_drain(grace_s: float) -> asyncio.Task[None]:
         """Starts a drain; a second one with a shorter grace cuts the first one short."""
@@ -341,8 +344,8 @@ def _build_cache(
         most = settings.cache_similar_items
         buckets = RedisBuckets(*backends.redis, backends.sealer, ttl_s=ttl_s, max_items=most)
     similar = SimilarPictures(pictures, buckets, INDEXED_ITEMS, settings.cache_similar_uses, metrics.cache.rejected)
-    books = LeastBenefit(settings.cache_latent_bytes)
-    warm_starts = WarmStarts(checkpoints, Vectors(tiers, ttl_s), skip_policy, books, INDEXED_ITEMS)
+    eviction = LeastBenefit(settings.cache_latent_bytes)
+    warm_starts = WarmStarts(checkpoints, Vectors(tiers, ttl_s), skip_policy, eviction, INDEXED_ITEMS)
     namespaces = Namespaces(keyring, settings.cache_pools)
     prompts = Prompts(tiers, engine.encode, ttl_s)
     shared = backends.redis is not None
@@ -350,15 +353,19 @@ def _build_cache(
     return cache, Purges(tiers, backends.coordinator, (similar, warm_starts, checkpoints))
 
 
-async def _follow_health(health: Health, names: Sequence[str], engine: Engine) -> None:
-    """Keeps the health service up to date: NOT_SERVING once the runtime has been away for longer than its grace."""
-    said = health_pb2.HealthCheckResponse.SERVING
+async def follow_health(health: Health, names: Sequence[str], engine: Engine) -> None:
+    """Keeps the health service up to date: NOT_SERVING once the runtime has been away for longer than its grace.
+
+    `HEALTH_SERVICE` is left out: it says whether this process answers, for whoever would start it anew if it did not.
+    """
+    names = [name for name in names if name != HEALTH_SERVICE]
+    current = health_pb2.HealthCheckResponse.SERVING
     while True:
         status = health_pb2.HealthCheckResponse
         now = status.NOT_SERVING if engine.outage.beyond_grace else status.SERVING
-        if now is not said:
+        if now is not current:
             health.set(names, now)
-            said = now
+            current = now
         await asyncio.sleep(HEALTH_PERIOD_S)
 
 
@@ -387,7 +394,9 @@ def _certificate(settings: Settings) -> ServerCertificate | None:
 
 @contextlib.asynccontextmanager
 async def _serving_metrics(metrics: Metrics, settings: Settings) -> AsyncIterator[None]:
-    """Serves Prometheus metrics: on loopback, or on `host` with `insecure`, since they have neither TLS nor keys.
+    """Serves Prometheus metrics: on `metrics_host`; else on loopback, or on `host` with `insecure`.
+
+    They have neither TLS nor keys.
 
     Raises:
         StartError: the address is taken or not this machine's.
@@ -396,7 +405,7 @@ async def _serving_metrics(metrics: Metrics, settings: Settings) -> AsyncIterato
         yield
         return
     beyond = settings.insecure and not settings.host.startswith("unix:")
-    host = settings.host if beyond else "127.0.0.1"
+    host = settings.metrics_host or (settings.host if beyond else "127.0.0.1")
     async with contextlib.AsyncExitStack() as ends:
         try:
             await ends.enter_async_context(MetricsServer(metrics.registry).listening(host, settings.metrics_port))

@@ -31,6 +31,7 @@ from safelight_server.catalog.export import Accelerator, RepositoryError
 from safelight_server.catalog.export import Target as RepositoryTarget
 from safelight_server.cli import demo as demos
 from safelight_server.cli.bills import BillsError, bills
+from safelight_server.cli.fetch import FetchError, fetch
 from safelight_server.cli.quotas import quota_table
 from safelight_server.files import ConfigFileError
 from safelight_server.settings import Settings, SettingsError, is_loopback
@@ -43,6 +44,7 @@ app.add_typer(keys, name="keys")
 caches = typer.Typer(no_args_is_help=True, help="The caches of a running server; needs an administrator's key.")
 app.add_typer(caches, name="cache")
 app.command()(bills)
+app.command()(fetch)
 console = Console()
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -417,6 +419,7 @@ def main() -> None:
         RepositoryError,
         demos.DemoError,
         BillsError,
+        FetchError,
     ) as error:
         _die(str(error), 2)
     except KeyboardInterrupt:

@@ -407,8 +407,9 @@ pub struct OutputSpec {
 /// How pixels travel: sRGB, straight alpha.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PixelEncoding {
-    /// image/jpeg, image/webp, image/png or application/x-raw-rgba8 (four bytes a
-    /// pixel, alpha 255).
+    /// image/jpeg, image/webp, image/png, application/x-raw-rgba8 (four bytes a
+    /// pixel, alpha 255) or image/ktx2 (a block-compressed texture in a KTX 2.0
+    /// file: sRGB, one level, no supercompression).
     #[prost(string, tag = "1")]
     pub media_type: ::prost::alloc::string::String,
     /// 1 to 100, for image/jpeg and image/webp only. Absent: 85.
@@ -418,13 +419,17 @@ pub struct PixelEncoding {
     /// from 4 to 4096. Absent: 4. Only for application/x-raw-rgba8.
     #[prost(int32, optional, tag = "3")]
     pub row_alignment_bytes: ::core::option::Option<i32>,
-    /// Only for application/x-raw-rgba8.
+    /// Only for application/x-raw-rgba8 and image/ktx2, which says it as
+    /// KTXorientation "rd" or "ru".
     #[prost(enumeration = "pixel_encoding::RowOrder", tag = "4")]
     pub row_order: i32,
+    /// Only for image/ktx2.
+    #[prost(enumeration = "pixel_encoding::TextureFormat", tag = "5")]
+    pub texture_format: i32,
 }
 /// Nested message and enum types in `PixelEncoding`.
 pub mod pixel_encoding {
-    /// Order of the rows of raw pixels.
+    /// Order of the rows of raw pixels and of textures.
     #[derive(
         Clone,
         Copy,
@@ -463,6 +468,50 @@ pub mod pixel_encoding {
                 "ROW_ORDER_UNSPECIFIED" => Some(Self::Unspecified),
                 "ROW_ORDER_TOP_DOWN" => Some(Self::TopDown),
                 "ROW_ORDER_BOTTOM_UP" => Some(Self::BottomUp),
+                _ => None,
+            }
+        }
+    }
+    /// How the blocks of a texture are compressed.
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum TextureFormat {
+        /// BC1.
+        Unspecified = 0,
+        /// 4 bits a pixel, without alpha. Made faster than a JPEG.
+        Bc1 = 1,
+        /// 8 bits a pixel, nearly without loss. Takes about fifty times as long as a
+        /// JPEG: for finished pictures alone, not for previews.
+        Bc7 = 2,
+    }
+    impl TextureFormat {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Unspecified => "TEXTURE_FORMAT_UNSPECIFIED",
+                Self::Bc1 => "TEXTURE_FORMAT_BC1",
+                Self::Bc7 => "TEXTURE_FORMAT_BC7",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "TEXTURE_FORMAT_UNSPECIFIED" => Some(Self::Unspecified),
+                "TEXTURE_FORMAT_BC1" => Some(Self::Bc1),
+                "TEXTURE_FORMAT_BC7" => Some(Self::Bc7),
                 _ => None,
             }
         }
