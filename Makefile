@@ -24,11 +24,6 @@ help: ## List the targets, and how long each takes
 	.venv/bin/uv pip sync --quiet --python $(TRAIN_PY) --require-hashes requirements-training.lock
 	@touch $@
 
-.venv-bench/.installed: .venv/.uv requirements-bench.lock
-	python3 -m venv .venv-bench
-	.venv/bin/uv pip sync --quiet --python .venv-bench/bin/python --require-hashes requirements-bench.lock
-	@touch $@
-
 .venv-locust/.installed: .venv/.uv requirements-locust.lock
 	python3 -m venv .venv-locust
 	.venv/bin/uv pip sync --quiet --python .venv-locust/bin/python --require-hashes requirements-locust.lock
@@ -90,8 +85,8 @@ test-training: .venv-training/.installed ## Run the tests against torch and diff
 	  -W ignore::UserWarning --timeout 600 tests/training  # warnings of torch and diffusers are not ours to mend
 
 .PHONY: test-peers
-test-peers: .venv-bench/.installed ## Run the tests of the latency benchmark, with its peers (1 min)
-	PYTHONPATH=server:clients/python:. .venv-bench/bin/python -m pytest -q -p no:cacheprovider --timeout 400 tests/peers
+test-peers: .venv-training/.installed ## Run the tests of the latency benchmark, with its peers (1 min)
+	PYTHONPATH=server:clients/python:. $(TRAIN_PY) -m pytest -q -p no:cacheprovider --timeout 400 tests/peers
 
 .PHONY: test-redis
 test-redis: setup ## Run the tests against a real Redis and an S3 server, which they start themselves (3 min)
@@ -111,10 +106,25 @@ test-browser: setup node_modules/.installed ## Run the tests of the contact shee
 	tools/install-system-packages
 	$(PY) -m pytest -q --timeout 120 tests/browser
 
+.PHONY: test-watching
+test-watching: setup ## Run the tests of rules, alerts and dashboards against a real Prometheus, and Triton where it is (1 min)
+	tools/install-system-packages
+	$(PY) -m pytest -q --timeout 120 tests/watching
+
 .PHONY: test-clients
 test-clients: setup node_modules/.installed ## Run the clients of all languages whose toolchains are here against real servers (4 min)
 	tools/install-system-packages
 	$(PY) -m pytest -q --timeout 180 tests/clients
+
+.PHONY: test-bevy
+test-bevy: setup ## Run the Bevy plugin against a real server, rendering in software (first 10 min of building, then 1 min; not in CI)
+	tools/install-system-packages bevy
+	$(PY) -m pytest -q --timeout 180 tests/bevy
+
+.PHONY: test-engines
+test-engines: setup ## Run the C client in GStreamer and in an SDL2 program, headless (2 min)
+	tools/install-system-packages cpp engines
+	$(PY) -m pytest -q --timeout 400 tests/engines
 
 # In a network namespace of its own: compose.yaml's ports stay as they are, and nothing is reached from outside.
 .PHONY: test-deploy
@@ -146,7 +156,7 @@ test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds 
 	PYTHONPATH=server:clients/python:. $(PY) -m tests.simulation --schedules $(SCHEDULES) --seed $(SEED)
 
 .PHONY: test-rest
-test-rest: test-tools test-browser test-clients test-redis test-triton test-training test-peers test-simulation mutate ## Run the groups that need more than `make test` does (20 min)
+test-rest: test-tools test-browser test-watching test-clients test-engines test-redis test-triton test-training test-peers test-simulation mutate ## Run the groups that need more than `make test` does (20 min)
 
 .PHONY: test-all
 test-all: test test-rest ## Run all tests (30 min)
@@ -172,6 +182,7 @@ generate: setup .tools/protoc-gen-go-grpc .tools/safelight-generate node_modules
 	tools/generate-stubs .
 	$(PY) tools/settings_page.py > docs/operations/settings.md
 	$(PY) tools/chart_files.py
+	$(PY) tools/dashboards.py deploy/grafana
 	$(PY) tools/page_messages.py > server/safelight_server/http/page/messages.js
 
 node_modules/.installed: package.json package-lock.json
@@ -191,8 +202,6 @@ lock: .venv/.uv ## Pin all dependencies anew
 	  pyproject.toml clients/python/pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --no-emit-package safelight \
 	  pyproject.toml clients/python/pyproject.toml --extra training -c requirements.lock -o requirements-training.lock
-	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --no-emit-package safelight \
-	  pyproject.toml clients/python/pyproject.toml --extra bench -c requirements-training.lock -o requirements-bench.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
 	  deploy/triton/requirements.in -o requirements-triton.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
@@ -207,10 +216,10 @@ mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name
 	tools/install-system-packages
 	$(PY) tools/mutate.py $(ONLY)
 
-# Only latency has peers, with an environment of their own; only two parts need Triton, one Redis.
+# Only latency has peers, which need torch; only two parts need Triton, one Redis.
 comma := ,
 PARTS := $(subst $(comma), ,$(ONLY))
-BENCH_ENV := $(if $(filter latency,$(or $(PARTS),latency)),.venv-bench,.venv)
+BENCH_ENV := $(if $(filter latency,$(or $(PARTS),latency)),.venv-training,.venv)
 BENCH_TRITON := $(if $(filter triton merging,$(or $(PARTS),triton)),.venv-triton/.installed)
 BENCH_REDIS := $(if $(filter tiers,$(or $(PARTS),tiers)),tools/install-system-packages)
 .PHONY: bench
@@ -227,14 +236,16 @@ soak: setup ## Good callers beside hostile ones for MINUTES=30; memory must stay
 	PYTHONPATH=server:clients/python $(PY) -m load_tests.soak --minutes $(or $(MINUTES),30)
 
 .PHONY: bench-smoke
-bench-smoke: setup .venv-bench/.installed .venv-triton/.installed ## Run all benchmarks for seconds, to see that they work (minutes)
+bench-smoke: setup .venv-training/.installed .venv-triton/.installed ## Run all benchmarks for seconds, to see that they work (minutes)
 	tools/install-system-packages
-	PYTHONPATH=server:clients/python .venv-bench/bin/python -m load_tests.bench --smoke --out out/bench/smoke
+	PYTHONPATH=server:clients/python $(TRAIN_PY) -m load_tests.bench --smoke --out out/bench/smoke
 
 .PHONY: train
 train: .venv-training/.installed ## Train the embedded model from a seed (says how long it takes; resumes)
 	$(TRAIN_PY) -m training.train
-	$(TRAIN_PY) -m training.export out/training/pipeline --models out/training/models --revision trained --replace
+	PYTHONPATH=server:clients/python $(TRAIN_PY) -m safelight_server export out/training/pipeline --name icons --revision trained \
+	  --licence Apache-2.0 --description "Game item icons from plain words" --steps 20 --guidance-scale 3 \
+	  --models-dir out/training/models --replace
 	PYTHONPATH=server $(TRAIN_PY) -m training.evaluate --models out/training/models
 
 .PHONY: evaluate
@@ -243,7 +254,7 @@ evaluate: .venv-training/.installed ## Score the shipped weights; fails below th
 
 .PHONY: clean
 clean: ## Remove what was built and measured
-	rm -rf .venv .venv-training .venv-bench .venv-triton .venv-docs .venv-locust .tools node_modules tools/site/node_modules out
+	rm -rf .venv .venv-training .venv-triton .venv-docs .venv-locust .tools node_modules tools/site/node_modules out
 
 .venv-docs/.installed: .venv/.uv requirements-docs.lock
 	python3 -m venv .venv-docs
