@@ -42,8 +42,9 @@ help: ## List the targets, and how long each takes
 	cd tools/helm && go build -trimpath -ldflags '-s -w' -o ../../.tools/ tool
 	@touch $@
 
-.tools/kubernetes/.installed: tools/kubernetes/go.mod tools/kubernetes/go.sum tools/kubernetes/coredns/main.go
-	cd tools/kubernetes && go build -trimpath -ldflags '-s -w' -o ../../.tools/kubernetes/ tool ./coredns
+.tools/kubernetes/.installed: tools/kubernetes/go.mod tools/kubernetes/go.sum tools/coredns/go.mod tools/coredns/main.go
+	cd tools/kubernetes && go build -trimpath -ldflags '-s -w' -o ../../.tools/kubernetes/ tool
+	cd tools/coredns && go build -trimpath -ldflags '-s -w' -o ../../.tools/kubernetes/ .
 	@touch $@
 
 .tools/protoc-gen-go-grpc: tools/install-protoc-plugins

@@ -91,7 +91,7 @@ def test_replicas_find_each_other_by_the_headless_service(cluster, release):
 def test_the_api_server_accepts_every_profile(cluster, access, images, tmp_path, profile):
     crd = json.loads(
         subprocess.run(
-            ["go", "mod", "download", "-json", "sigs.k8s.io/gateway-api"],
+            ["go", "mod", "download", "-json", "sigs.k8s.io/gateway-api@v1.3.0"],
             cwd=ROOT / "tools" / "kubernetes", check=True, capture_output=True, text=True,
         ).stdout
     )  # fmt: skip
