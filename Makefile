@@ -24,11 +24,6 @@ help: ## List the targets, and how long each takes
 	.venv/bin/uv pip sync --quiet --python $(TRAIN_PY) --require-hashes requirements-training.lock
 	@touch $@
 
-.venv-bench/.installed: .venv/.uv requirements-bench.lock
-	python3 -m venv .venv-bench
-	.venv/bin/uv pip sync --quiet --python .venv-bench/bin/python --require-hashes requirements-bench.lock
-	@touch $@
-
 .venv-locust/.installed: .venv/.uv requirements-locust.lock
 	python3 -m venv .venv-locust
 	.venv/bin/uv pip sync --quiet --python .venv-locust/bin/python --require-hashes requirements-locust.lock
@@ -41,6 +36,14 @@ help: ## List the targets, and how long each takes
 
 .tools/.installed: tools/go.mod tools/go.sum
 	cd tools && go build -o ../.tools/ tool
+	@touch $@
+
+.tools/helm: tools/helm/go.mod tools/helm/go.sum
+	cd tools/helm && go build -trimpath -ldflags '-s -w' -o ../../.tools/ tool
+	@touch $@
+
+.tools/kubernetes/.installed: tools/kubernetes/go.mod tools/kubernetes/go.sum tools/kubernetes/coredns/main.go
+	cd tools/kubernetes && go build -trimpath -ldflags '-s -w' -o ../../.tools/kubernetes/ tool ./coredns
 	@touch $@
 
 .tools/protoc-gen-go-grpc: tools/install-protoc-plugins
@@ -81,8 +84,8 @@ test-training: .venv-training/.installed ## Run the tests against torch and diff
 	  -W ignore::UserWarning --timeout 600 tests/training  # warnings of torch and diffusers are not ours to mend
 
 .PHONY: test-peers
-test-peers: .venv-bench/.installed ## Run the tests of the latency benchmark, with its peers (1 min)
-	PYTHONPATH=server:clients/python:. .venv-bench/bin/python -m pytest -q -p no:cacheprovider --timeout 400 tests/peers
+test-peers: .venv-training/.installed ## Run the tests of the latency benchmark, with its peers (1 min)
+	PYTHONPATH=server:clients/python:. $(TRAIN_PY) -m pytest -q -p no:cacheprovider --timeout 400 tests/peers
 
 .PHONY: test-redis
 test-redis: setup ## Run the tests against a real Redis and an S3 server, which they start themselves (3 min)
@@ -102,10 +105,48 @@ test-browser: setup node_modules/.installed ## Run the tests of the contact shee
 	tools/install-system-packages
 	$(PY) -m pytest -q --timeout 120 tests/browser
 
+.PHONY: test-watching
+test-watching: setup ## Run the tests of rules, alerts and dashboards against a real Prometheus, and Triton where it is (1 min)
+	tools/install-system-packages
+	$(PY) -m pytest -q --timeout 120 tests/watching
+
 .PHONY: test-clients
 test-clients: setup node_modules/.installed ## Run the clients of all languages whose toolchains are here against real servers (4 min)
 	tools/install-system-packages
 	$(PY) -m pytest -q --timeout 180 tests/clients
+
+.PHONY: test-bevy
+test-bevy: setup ## Run the Bevy plugin against a real server, rendering in software (first 10 min of building, then 1 min; not in CI)
+	tools/install-system-packages bevy
+	$(PY) -m pytest -q --timeout 180 tests/bevy
+
+.PHONY: test-engines
+test-engines: setup ## Run the C client in GStreamer and in an SDL2 program, headless (2 min)
+	tools/install-system-packages cpp engines
+	$(PY) -m pytest -q --timeout 400 tests/engines
+
+# In a network namespace of its own: compose.yaml's ports stay as they are, and nothing is reached from outside.
+.PHONY: test-deploy
+test-deploy: setup .tools/.installed .tools/helm .venv-triton/.installed ## Check the chart's profiles and compose.yaml, whose commands are run (1 min)
+	tools/install-system-packages
+	unshare --net bash -c 'ip link set lo up && SAFELIGHT_TEST_NETWORK=unshared exec $(PY) -m pytest -q --timeout 120 tests/deploy'
+
+.PHONY: image
+image: setup ## Build the images `gateway` and `triton` with buildah, and their bills of material (3 min; needs root)
+	tools/install-system-packages images
+	deploy/image/build
+
+.PHONY: test-image
+test-image: image ## Run the images with podman and develop a picture in them (4 min with `image`)
+	$(PY) -m pytest -q tests/image
+
+# In network, mount and process namespaces of its own: when make ends, nothing of the cluster is left.
+.PHONY: test-kubernetes
+test-kubernetes: image .tools/helm .tools/kubernetes/.installed ## Install, upgrade, drain and kill on a real cluster (first 30 min of Go, then 15; needs root)
+	tools/install-system-packages kubernetes
+	deploy/image/pack out/image/gateway.tar out/image/triton.tar
+	SAFELIGHT_TEST_CLUSTER=unshared unshare --net --mount --pid --fork --kill-child --mount-proc catatonit -- \
+	  $(PY) -m pytest -q -s tests/kubernetes
 
 .PHONY: test-simulation
 SCHEDULES := 100000
@@ -114,7 +155,7 @@ test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds 
 	PYTHONPATH=server:clients/python:. $(PY) -m tests.simulation --schedules $(SCHEDULES) --seed $(SEED)
 
 .PHONY: test-rest
-test-rest: test-tools test-browser test-clients test-redis test-triton test-training test-peers test-simulation mutate ## Run the groups that need more than `make test` does (20 min)
+test-rest: test-tools test-browser test-watching test-clients test-engines test-redis test-triton test-training test-peers test-simulation mutate ## Run the groups that need more than `make test` does (20 min)
 
 .PHONY: test-all
 test-all: test test-rest ## Run all tests (30 min)
@@ -139,6 +180,8 @@ format: setup ## Format the sources
 generate: setup .tools/protoc-gen-go-grpc .tools/safelight-generate node_modules/.installed ## Generate the stubs of all clients and the page's field numbers from proto/, and the settings page
 	tools/generate-stubs .
 	$(PY) tools/settings_page.py > docs/operations/settings.md
+	$(PY) tools/chart_files.py
+	$(PY) tools/dashboards.py deploy/grafana
 	$(PY) tools/page_messages.py > server/safelight_server/http/page/messages.js
 
 node_modules/.installed: package.json package-lock.json
@@ -158,10 +201,10 @@ lock: .venv/.uv ## Pin all dependencies anew
 	  pyproject.toml clients/python/pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --no-emit-package safelight \
 	  pyproject.toml clients/python/pyproject.toml --extra training -c requirements.lock -o requirements-training.lock
-	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --no-emit-package safelight \
-	  pyproject.toml clients/python/pyproject.toml --extra bench -c requirements-training.lock -o requirements-bench.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
 	  deploy/triton/requirements.in -o requirements-triton.lock
+	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
+	  --group build -c requirements-dev.lock -o requirements-build.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
 	  --group docs -c requirements-dev.lock -o requirements-docs.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
@@ -172,10 +215,10 @@ mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name
 	tools/install-system-packages
 	$(PY) tools/mutate.py $(ONLY)
 
-# Only latency has peers, with an environment of their own; only two parts need Triton, one Redis.
+# Only latency has peers, which need torch; only two parts need Triton, one Redis.
 comma := ,
 PARTS := $(subst $(comma), ,$(ONLY))
-BENCH_ENV := $(if $(filter latency,$(or $(PARTS),latency)),.venv-bench,.venv)
+BENCH_ENV := $(if $(filter latency,$(or $(PARTS),latency)),.venv-training,.venv)
 BENCH_TRITON := $(if $(filter triton merging,$(or $(PARTS),triton)),.venv-triton/.installed)
 BENCH_REDIS := $(if $(filter tiers,$(or $(PARTS),tiers)),tools/install-system-packages)
 .PHONY: bench
@@ -192,9 +235,9 @@ soak: setup ## Good callers beside hostile ones for MINUTES=30; memory must stay
 	PYTHONPATH=server:clients/python $(PY) -m load_tests.soak --minutes $(or $(MINUTES),30)
 
 .PHONY: bench-smoke
-bench-smoke: setup .venv-bench/.installed .venv-triton/.installed ## Run all benchmarks for seconds, to see that they work (minutes)
+bench-smoke: setup .venv-training/.installed .venv-triton/.installed ## Run all benchmarks for seconds, to see that they work (minutes)
 	tools/install-system-packages
-	PYTHONPATH=server:clients/python .venv-bench/bin/python -m load_tests.bench --smoke --out out/bench/smoke
+	PYTHONPATH=server:clients/python $(TRAIN_PY) -m load_tests.bench --smoke --out out/bench/smoke
 
 .PHONY: train
 train: .venv-training/.installed ## Train the embedded model from a seed (says how long it takes; resumes)
@@ -210,7 +253,7 @@ evaluate: .venv-training/.installed ## Score the shipped weights; fails below th
 
 .PHONY: clean
 clean: ## Remove what was built and measured
-	rm -rf .venv .venv-training .venv-bench .venv-triton .venv-docs .venv-locust .tools node_modules tools/site/node_modules out
+	rm -rf .venv .venv-training .venv-triton .venv-docs .venv-locust .tools node_modules tools/site/node_modules out
 
 .venv-docs/.installed: .venv/.uv requirements-docs.lock
 	python3 -m venv .venv-docs

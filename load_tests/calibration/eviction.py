@@ -80,7 +80,7 @@ class Replay:
 
     def __init__(
         self,
-        books: Eviction,
+        eviction: Eviction,
         skip_policy: SkipPolicy = SKIP_POLICY,
         *,
         approximate: bool = True,
@@ -88,7 +88,7 @@ class Replay:
         keep_approximate: bool = True,
         max_uses: int = MAX_USES,
     ) -> None:
-        self._books = books
+        self._eviction = eviction
         self._skip_policy = skip_policy
         self._approximate = approximate
         self._min_similarity = min_similarity
@@ -120,32 +120,32 @@ class Replay:
     ) -> tuple[str, int]:
         if request.seed is not None:
             source = self._exact.get((request.prompt, request.seed))
-            if source is not None and _picture(source) in self._books:
-                self._books.hit(_picture(source))
+            if source is not None and _picture(source) in self._eviction:
+                self._eviction.hit(_picture(source))
                 return "exact", NUM_STEPS
         if not self._approximate:
             return "miss", 0
         for source, cosine in _nearest(self._pictures, stored, vectors[number]):
             same = cosine >= self._min_similarity and facts[source] == facts[number]
-            if same and _picture(source) in self._books:
+            if same and _picture(source) in self._eviction:
                 self._uses[source] += 1
                 if self._uses[source] > self._max_uses:
                     self._pictures.remove(source)
                     return "miss", 0
-                self._books.hit(_picture(source))
+                self._eviction.hit(_picture(source))
                 return "similar", NUM_STEPS
         return self._latent(_nearest(self._latents, stored, vectors[number]))
 
     def _latent(self, nearest: list[tuple[int, float]]) -> tuple[str, int]:
         best, key = 0, ""
         for source, cosine in nearest:
-            there = [step for step in self._kept_steps if _latent(source, step) in self._books]
+            there = [step for step in self._kept_steps if _latent(source, step) in self._eviction]
             start = self._skip_policy.start_step(cosine, NUM_STEPS, there)
             if start > best:
                 best, key = start, _latent(source, start)
         if not best:
             return "miss", 0
-        self._books.hit(key)
+        self._eviction.hit(key)
         return "latent", best
 
     def _admit(self, number: int, request: Asked) -> None:
@@ -158,7 +158,7 @@ class Replay:
     def _keep(self, number: int, entries: tuple[tuple[str, int, int], ...]) -> None:
         self._pictures.append(number)
         for key, num_bytes, benefit in entries:
-            self._books.add(key, num_bytes, benefit)
+            self._eviction.add(key, num_bytes, benefit)
             self.result.admitted_bytes += num_bytes
 
 

@@ -45,6 +45,12 @@ class Settings(BaseSettings):
     http_cors_origins: str = Field(
         "", description="Origins whose pages may call HTTP, separated by commas: https://HOST, or * for all."
     )
+    probe_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Port of gRPC health alone, without TLS, on `host`: for probes of an orchestrator. 0: off.",
+    )
     insecure: bool = Field(False, description="Allow a bind beyond loopback without TLS or without keys.")
     tls_cert_file: Path | None = Field(
         None, description="PEM chain of the server, read again when it changes; with tls_key_file."
@@ -54,6 +60,11 @@ class Settings(BaseSettings):
     quota_file: Path | None = Field(
         None, description="Rates of requests and of compute, by tenant (docs/operations/quotas.md). None: no limits."
     )
+    price_file: Path | None = Field(
+        None,
+        description="Prices of machines, for `Usage.cost` (docs/operations/cost.md); with instance_type. None: off.",
+    )
+    instance_type: str = Field("", description="Which machine of price_file this is.")
 
     models_dir: Path = Field(Path("models"), description="Folder with repository/ and pipelines/.")
     default_model: str = Field("", description="Model of requests that name none. Empty: the first by name.")
@@ -204,8 +215,13 @@ class Settings(BaseSettings):
         "auto", description="auto: console on a terminal, else JSON."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
-    metrics_port: int = Field(
-        0, ge=0, le=65535, description="Port of Prometheus metrics: of loopback, or with insecure of host. 0: off."
+    metrics_port: int = Field(0, ge=0, le=65535, description="Port of Prometheus metrics. 0: off.")
+    metrics_host: str = Field(
+        "",
+        description="Address of metrics, which have no TLS and no keys. Empty: loopback, or with insecure host.",
+    )
+    quality_sample_ratio: float = Field(
+        0.05, ge=0, le=1, description="Share of developed pictures that are measured for the quality metrics."
     )
     otlp_endpoint: str = Field(
         "", description="OTLP gRPC endpoint for traces, such as http://127.0.0.1:4317. Empty: off."
@@ -228,6 +244,8 @@ class Settings(BaseSettings):
         faults = []
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
             faults.append("tls_cert_file and tls_key_file go together")
+        if (self.price_file is None) != (not self.instance_type):
+            faults.append("price_file and instance_type go together")
         if not is_loopback(self.host) and not self.insecure:
             if self.tls_cert_file is None:
                 faults.append(f"{self.host} is not loopback: give tls_cert_file and tls_key_file, or insecure")
@@ -235,6 +253,10 @@ class Settings(BaseSettings):
                 faults.append(f"{self.host} is not loopback: give api_key_file, or insecure")
         if self.http_port and self.host.startswith("unix:"):
             faults.append("http_port needs a host that is no unix socket")
+        if self.probe_port and self.host.startswith("unix:"):
+            faults.append("probe_port needs a host that is no unix socket")
+        if self.probe_port and self.probe_port in (self.port, self.http_port):
+            faults.append("probe_port must be another one than port and http_port")
         if any(origin != "*" and not _is_origin(origin) for origin in self.cors_origins):
             faults.append("http_cors_origins must be http[s]://HOST[:PORT] or *, separated by commas")
         if self.runtime == "triton" and not self.triton_urls:

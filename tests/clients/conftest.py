@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.clients import cpp
 from tests.clients.case import ROOT
 
 CLIENTS = ROOT / "clients"
 WEB = "typescript-web"
 """The TypeScript client for pages, run by Node."""
-LANGUAGES = ("python", "go", "typescript", WEB, "java", "rust")
+LANGUAGES = ("python", "go", "typescript", WEB, "java", "rust", "cpp")
 TSC = ROOT / "node_modules/.bin/tsc"
 JAVA = CLIENTS / "java"
 MAVEN_REPOSITORY = ROOT / ".tools/maven"
@@ -42,6 +43,8 @@ def is_here(language: str) -> bool:
             return True
         case "typescript" | "typescript-web":
             return shutil.which("node") is not None and TSC.exists()
+        case "cpp":
+            return cpp.is_here()
         case "java":
             return shutil.which("javac") is not None and shutil.which("mvn") is not None
         case "rust":
@@ -115,6 +118,9 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[st
                 return ["node", str(CLIENTS / "typescript/dist/conformance.js")]
             case "typescript-web":
                 return [*command("typescript"), "--web"]
+            case "cpp":
+                cpp.require()
+                return [str(cpp.build() / "conformance")]
             case "java":
                 require_java()
                 build_java()

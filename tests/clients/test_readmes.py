@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.clients import cpp
 from tests.clients.case import ROOT
 from tests.clients.conftest import (
     CARGO,
@@ -67,6 +69,68 @@ async def test_go(start, tmp_path: Path) -> None:
         said = await run(tmp_path, str(binary))
     assert re.match(r"step \d+: \d+ bytes of image/jpeg\n", said)
     assert (tmp_path / "potion.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ and the C client, installed where nothing else is."""
+    cpp.require()
+    prefix = tmp_path_factory.mktemp("cpp") / "installed"
+    cpp.run("cmake", "--install", cpp.build(), "--prefix", prefix)
+    return prefix
+
+
+def libraries(prefix: Path) -> str:
+    return str(next(prefix.rglob("libsafelight.so")).parent)
+
+
+def pkg_config(prefix: Path, package: str) -> list[str]:
+    search = os.environ | {"PKG_CONFIG_PATH": str(next(prefix.rglob("pkgconfig")))}
+    command = ["pkg-config", f"--define-variable=prefix={prefix}", "--cflags", "--libs", package]
+    return subprocess.run(command, env=search, check=True, capture_output=True, text=True).stdout.split()
+
+
+@pytest.mark.timeout(400)
+async def test_cpp(start, installed: Path, tmp_path: Path) -> None:
+    [program] = programs("cpp", "cpp")
+    [lines] = re.findall(r"```cmake\n(.*?)```", (ROOT / "clients/cpp/README.md").read_text(), re.DOTALL)
+    async with start() as running:
+        (tmp_path / "main.cc").write_text(program.replace(ADDRESS, running.address))
+        (tmp_path / "CMakeLists.txt").write_text(
+            "cmake_minimum_required(VERSION 3.18)\nproject(stranger CXX)\nadd_executable(program main.cc)\n" + lines
+        )
+        await run(tmp_path, "cmake", "-S", ".", "-B", "build", f"-DCMAKE_PREFIX_PATH={installed}")
+        await run(tmp_path, "cmake", "--build", "build")
+        said = await run(tmp_path, "build/program")
+    assert re.match(r"step \d+: \d+ bytes of image/jpeg\n", said)
+    assert (tmp_path / "potion.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.timeout(400)
+async def test_c(start, installed: Path, tmp_path: Path) -> None:
+    [program] = programs("cpp", "c")
+    options = pkg_config(installed, "safelight")
+    async with start() as running:
+        (tmp_path / "main.c").write_text(program.replace(ADDRESS, running.address))
+        await run(tmp_path, "cc", "-std=c99", "-pedantic", "-Wall", "-Werror", "main.c", "-o", "program", *options)
+        said = await run(tmp_path, "./program", LD_LIBRARY_PATH=libraries(installed))
+    assert re.match(r"step \d+: \d+ x \d+ pixels to upload\n", said)
+
+
+@pytest.mark.timeout(400)
+async def test_the_cpp_client_passes_its_own_tests(tmp_path: Path) -> None:
+    cpp.require()
+    assert await run(tmp_path, str(cpp.build() / "client_test")) == "ok\n"
+
+
+@pytest.mark.timeout(400)
+async def test_cpp_by_pkg_config(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "main.cc").write_text(
+        '#include <safelight/client.h>\nint main() { safelight::Client client("a:1"); }\n'
+    )
+    options = pkg_config(installed, "safelight-cpp")
+    await run(tmp_path, "c++", "-std=c++17", "main.cc", "-o", "program", *options)
+    await run(tmp_path, "./program", LD_LIBRARY_PATH=libraries(installed))
 
 
 async def test_the_go_client_is_formatted_and_vetted() -> None:

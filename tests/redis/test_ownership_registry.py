@@ -1,4 +1,4 @@
-"""The roll of generations that someone should own: what is on it, and who may take it off."""
+"""The registry of generations that someone should own: what is in it, and who may remove it."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 from safelight.v1 import generation_pb2 as pb
 from safelight_server.cache.approximate.buckets import PREFIX as BUCKETS
 from safelight_server.cluster.bulletin import STREAM
-from safelight_server.coordination.redis import PREFIX, ROLL, RedisCoordinator
+from safelight_server.coordination.redis import PREFIX, REGISTRY, RedisCoordinator
 from safelight_server.storage.base import MalformedValueError
 from safelight_server.storage.breaker import BreakerState
 from safelight_server.storage.redis import PREFIX as ENTRIES
@@ -43,9 +43,9 @@ async def test_an_odd_name_is_struck_off_the_registry(
 ) -> None:
     coordinator = replicas(redis_server.url)
     await coordinator.register("a generation")
-    await redis.sadd(ROLL, ODD)
+    await redis.sadd(REGISTRY, ODD)
     assert await coordinator.unowned() == ["a generation"]
-    assert await redis.smembers(ROLL) == {b"a generation"}
+    assert await redis.smembers(REGISTRY) == {b"a generation"}
 
 
 async def test_a_key_of_another_kind_is_no_outage(redis_server: RedisServer, replicas: Replicas, redis: Redis) -> None:
@@ -143,11 +143,11 @@ async def test_odd_keys_of_the_cache_are_passed_over(
 
 async def odd_generations(redis: Redis) -> None:
     """Registers what the sweep cannot do anything with, and what kills it where it is not careful."""
-    await redis.sadd(ROLL, ODD, "no such generation", "no stream", "of another kind")
+    await redis.sadd(REGISTRY, ODD, "no such generation", "no stream", "of another kind")
     await redis.set(f"{PREFIX}events:no stream", "x")
     await redis.rpush(f"{PREFIX}lease:of another kind", "x")
     await redis.xadd(f"{PREFIX}events:unreadable", {"d": "x"})
-    await redis.sadd(ROLL, "unreadable")
+    await redis.sadd(REGISTRY, "unreadable")
 
 
 async def test_what_is_odd_keeps_no_generation_from_being_taken_over(
@@ -184,7 +184,7 @@ async def test_what_is_odd_keeps_no_generation_from_being_taken_over(
         passed = "a registered generation cannot be read and is passed over"
         told = [entry.get("name") for entry in logs if entry["event"] in (passed, "bug")]
         assert sorted(str(name) for name in told) == ["no stream", "no such generation", "of another kind"], "once each"
-        left = await redis.smembers(ROLL)
+        left = await redis.smembers(REGISTRY)
         assert ODD not in left and left >= {b"no stream", b"of another kind", b"unreadable"}
 
 

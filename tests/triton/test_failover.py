@@ -120,6 +120,8 @@ async def test_with_no_server_left_generations_wait_and_go_on_from_the_same_step
             async for answer in health.Watch(health_pb2.HealthCheckRequest()):
                 seen.append(answer.status)
                 if answer.status == status.NOT_SERVING:
+                    alive = health_pb2.HealthCheckRequest(service="grpc.health.v1.Health")
+                    assert (await health.Check(alive)).status == status.SERVING, "to start it anew would help nobody"
                     only.restart()
                 elif status.NOT_SERVING in seen:
                     break

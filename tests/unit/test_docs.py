@@ -15,7 +15,13 @@ from safelight_server.settings import Settings
 from tools import api_reference
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("clients/**/*.md")]
+PAGES = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/**/*.md"),
+    *ROOT.glob("examples/*.md"),
+    *ROOT.glob("clients/**/*.md"),
+    *ROOT.glob("deploy/**/*.md"),
+]
 FILE = re.compile(r"`((?:server|clients|tests|tools|proto|training|models|load_tests|deploy|examples|docs)/[\w./-]+)`")
 """Paths in backticks, from the root."""
 PLACEHOLDER = re.compile(r"NAME|PART|REVISION")

@@ -1,4 +1,4 @@
-"""The books never exceed their bound, and what goes is what the policy says."""
+"""Policies never exceed their bound, and what goes is what the policy says."""
 
 from __future__ import annotations
 
@@ -21,73 +21,73 @@ OPERATIONS = st.lists(
 
 @pytest.mark.parametrize("policy", POLICIES)
 @given(operations=OPERATIONS)
-def test_books_and_bound_hold_whatever_happens(policy, operations):
-    books: Eviction = policy(MAX_BYTES)
+def test_counts_and_bound_hold_whatever_happens(policy, operations):
+    eviction: Eviction = policy(MAX_BYTES)
     kept: dict[str, int] = {}
     for what, key, *rest in operations:
         if what == "add":
             size, benefit = rest
             kept[key] = size
-            gone = books.add(key, size, float(benefit))
+            gone = eviction.add(key, size, float(benefit))
             assert len(set(gone)) == len(gone)
             assert (key in gone) == (size > MAX_BYTES)
             for each in gone:
                 del kept[each]
         elif what == "hit":
-            books.hit(key)
+            eviction.hit(key)
         else:
-            books.remove(key)
+            eviction.remove(key)
             kept.pop(key, None)
-        assert books.num_bytes == sum(kept.values()) <= MAX_BYTES
-        assert len(books) == len(kept)
-        assert all((key in books) == (key in kept) for key in "abcdefgh")
+        assert eviction.num_bytes == sum(kept.values()) <= MAX_BYTES
+        assert len(eviction) == len(kept)
+        assert all((key in eviction) == (key in kept) for key in "abcdefgh")
 
 
 @given(operations=OPERATIONS)
 def test_what_goes_was_not_used_for_longest(operations):
-    books = LeastRecentlyUsed(MAX_BYTES)
+    eviction = LeastRecentlyUsed(MAX_BYTES)
     used: list[str] = []
     for what, key, *rest in operations:
         if what == "add":
             used = [other for other in used if other != key]
-            gone = books.add(key, rest[0], 1.0)
+            gone = eviction.add(key, rest[0], 1.0)
             if gone != [key]:
                 assert gone == used[: len(gone)]
                 used = [*used[len(gone) :], key]
         elif what == "hit" and key in used:
-            books.hit(key)
+            eviction.hit(key)
             used = [other for other in used if other != key] + [key]
         elif what == "remove":
-            books.remove(key)
+            eviction.remove(key)
             used = [other for other in used if other != key]
 
 
 def test_what_goes_has_the_least_benefit_times_uses_per_byte():
-    books = LeastBenefit(40, ageing=False)
+    eviction = LeastBenefit(40, ageing=False)
     for key, benefit in (("a", 4), ("b", 2), ("c", 3), ("d", 9)):
-        assert books.add(key, 10, benefit) == []
+        assert eviction.add(key, 10, benefit) == []
     for _ in range(4):
-        books.hit("b")
-    assert books.add("e", 10, 5) == ["c"]
-    assert books.add("f", 20, 12) == ["a", "e"]
+        eviction.hit("b")
+    assert eviction.add("e", 10, 5) == ["c"]
+    assert eviction.add("f", 20, 12) == ["a", "e"]
 
 
 def test_what_was_popular_once_goes_in_the_end_where_scores_age():
     for ageing, stays in ((False, True), (True, False)):
-        books = LeastBenefit(20, ageing=ageing)
-        books.add("old", 10, 1)
+        eviction = LeastBenefit(20, ageing=ageing)
+        eviction.add("old", 10, 1)
         for _ in range(20):
-            books.hit("old")
+            eviction.hit("old")
         for number in range(100):
-            books.add(f"new {number}", 10, 1)
-        assert ("old" in books) == stays
+            eviction.add(f"new {number}", 10, 1)
+        assert ("old" in eviction) == stays
 
 
 def test_an_entry_that_is_made_anew_keeps_its_uses():
-    books = LeastBenefit(20, ageing=False)
-    books.add("a", 10, 1)
+    eviction = LeastBenefit(20, ageing=False)
+    eviction.add("a", 10, 1)
     for _ in range(5):
-        books.hit("a")
-    books.add("a", 10, 1)
-    books.add("b", 10, 2)
-    assert books.add("c", 10, 1) == ["b"]
+        eviction.hit("a")
+    eviction.add("a", 10, 1)
+    eviction.add("b", 10, 2)
+    assert eviction.add("c", 10, 1) == ["b"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
+
 import pytest
 from grpc_health.v1 import health_pb2
-from safelight_server.api.health import Health
+from safelight_server.api.health import HEALTH_SERVICE, Health
+from safelight_server.app.server import follow_health
 from safelight_server.domain.errors import NotFoundError, UnavailableError
 
 SERVING, NOT_SERVING, UNKNOWN = (
@@ -54,3 +58,15 @@ async def test_a_drain_is_told_and_is_final():
     for each in (watch, health.watch(ask(), None)):
         with pytest.raises(UnavailableError):
             await anext(each)
+
+
+async def test_the_process_is_said_to_live_while_its_runtime_is_away():
+    health, names = Health(), ("", HEALTH_SERVICE)
+    health.set(names, SERVING)
+    engine = SimpleNamespace(outage=SimpleNamespace(beyond_grace=True))
+    following = asyncio.create_task(follow_health(health, names, engine))
+    watch = health.watch(ask(), None)
+    while await status_of(watch) != NOT_SERVING:
+        pass
+    assert (await health.check(ask(HEALTH_SERVICE), None)).status == SERVING
+    following.cancel()

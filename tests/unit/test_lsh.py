@@ -125,7 +125,7 @@ async def test_items_are_bounded_and_buckets_left_empty_are_gone():
     store = MemoryBuckets(100)
     made, vectors = await filled(300, store=store)
     assert len(store) == 100
-    assert len(store._shelves[DIMENSION].vectors) <= 2 * 100, "rows that are free are used again"
+    assert len(store._rows_by_dimension[DIMENSION].vectors) <= 2 * 100, "rows that are free are used again"
     assert await made.search("scope", vectors[0], 0.9) == []
     assert await made.search("scope", vectors[299], 0.9)
     for number in range(300):

@@ -102,3 +102,15 @@ async def test_a_server_serves_its_metrics_and_frees_the_port_at_its_end(start):
             status, body = await exchange(port, SCRAPE)
             assert status == b"HTTP/1.0 200 OK"
             assert b"safelight_waiting_outputs" in body
+
+
+async def test_metrics_have_an_address_of_their_own(start):
+    with socket.create_server(("127.0.0.2", 0)) as probe:
+        port = probe.getsockname()[1]
+    async with start(runtime="simulated", metrics_port=port, metrics_host="127.0.0.2"):
+        reader, writer = await asyncio.open_connection("127.0.0.2", port)
+        writer.write(SCRAPE)
+        assert (await reader.readline()).startswith(b"HTTP/1.0 200")
+        writer.close()
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", port)

@@ -50,7 +50,7 @@ def test_scopes_never_meet_and_go_when_empty():
     made.add("other", "it", vectors[0])
     assert [match.item for match in made.search("other", vectors[0], -1)] == ["it"]
     made.remove("it")
-    assert list(made._shelves) == ["scope"]
+    assert list(made._rows_by_scope) == ["scope"]
 
 
 def test_the_oldest_goes_and_is_named_and_what_was_found_stays():

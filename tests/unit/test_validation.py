@@ -41,7 +41,7 @@ from tests.support.pipelines import BOS, EOS, MANIFEST, MAX_TOKENS, PAD, small_c
 
 LIMITS = RequestLimits(max_prompt_chars=100, max_request_rows=131_072, resume_grace_s=30.0, max_resume_grace_s=600.0)
 RAW = "application/x-raw-rgba8"
-ALL_MEDIA = "image/jpeg, image/webp, image/png, application/x-raw-rgba8"
+ALL_MEDIA = "image/jpeg, image/webp, image/png, application/x-raw-rgba8, image/ktx2"
 UUID = "6F1C0A52-9b3e-4d0f-8a55-2f0c7d1e9b64"
 
 
@@ -232,6 +232,24 @@ FAULTS: list[tuple[str, pb.GenerateRequest, str, str]] = [
         "row order of PNG",
         encoding(media_type="image/png", row_order=pb.PixelEncoding.ROW_ORDER_TOP_DOWN),
         "encoding.row_order",
+        f"only {RAW}, image/ktx2 have it; leave it out",
+    ),
+    (
+        "texture format of PNG",
+        encoding(media_type="image/png", texture_format=pb.PixelEncoding.TEXTURE_FORMAT_BC1),
+        "encoding.texture_format",
+        "only image/ktx2 has it; leave it out",
+    ),
+    (
+        "texture format 9",
+        encoding(media_type="image/ktx2", texture_format=9),
+        "encoding.texture_format",
+        "must be TEXTURE_FORMAT_BC1 or TEXTURE_FORMAT_BC7",
+    ),
+    (
+        "alignment of a texture",
+        encoding(media_type="image/ktx2", row_alignment_bytes=4),
+        "encoding.row_alignment_bytes",
         ONLY_RAW,
     ),
     (
@@ -245,6 +263,12 @@ FAULTS: list[tuple[str, pb.GenerateRequest, str, str]] = [
         preview(accept=[pb.PixelEncoding(media_type="image/avif"), pb.PixelEncoding()]),
         "preview.accept",
         f"none of these is offered; there is {ALL_MEDIA}",
+    ),
+    (
+        "a texture that takes long, of previews",
+        preview(accept=[pb.PixelEncoding(media_type="image/ktx2", texture_format=pb.PixelEncoding.TEXTURE_FORMAT_BC7)]),
+        "preview.accept[0].texture_format",
+        "takes too long to make for previews; use TEXTURE_FORMAT_BC1",
     ),
     (
         "faulty second choice",

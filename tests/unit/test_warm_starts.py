@@ -50,9 +50,9 @@ class Replica:
         self.namespaces = Namespaces(keyring, {})
         self.checkpoints = Checkpoints(tiers, keyring, CheckpointPolicy(5))
         self.clock = Clock()
-        books = LeastBenefit(max_bytes)
+        eviction = LeastBenefit(max_bytes)
         self.starts = WarmStarts(
-            self.checkpoints, Vectors(tiers, 60.0), SkipPolicy(), books, max_items=100, clock=self.clock
+            self.checkpoints, Vectors(tiers, 60.0), SkipPolicy(), eviction, max_items=100, clock=self.clock
         )
 
     def name(self, tenant: str, exact: str) -> CacheKeys:

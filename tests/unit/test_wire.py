@@ -24,6 +24,7 @@ from safelight_server.domain.errors import (
     QueueFullError,
     SafelightError,
 )
+from safelight_server.domain.ktx2 import TextureFormat
 from safelight_server.domain.request import MediaType, PixelEncoding, PreviewMethod
 from safelight_server.runtime.base import CostCurve
 from safelight_server.runtime.simulated import SimulatedRuntime
@@ -139,6 +140,7 @@ def test_a_spec_sent_again_is_the_same_spec(tmp_path: Path) -> None:
         quality=st.integers(1, 100),
         row_alignment_bytes=st.sampled_from([4, 64, 4096]),
         bottom_up=st.booleans(),
+        texture_format=st.sampled_from(TextureFormat),
     )
 )
 def test_an_encoding_tells_what_counts_for_it(encoding: PixelEncoding) -> None:
@@ -146,8 +148,11 @@ def test_an_encoding_tells_what_counts_for_it(encoding: PixelEncoding) -> None:
     assert message.media_type == encoding.media_type.value
     lossy, raw = encoding.media_type in (MediaType.JPEG, MediaType.WEBP), encoding.media_type is MediaType.RAW_RGBA8
     assert message.HasField("quality") == lossy
-    assert message.HasField("row_alignment_bytes") == raw == (message.row_order != 0)
-    if raw:
+    texture = encoding.media_type is MediaType.KTX2
+    assert message.HasField("row_alignment_bytes") == raw
+    assert (message.texture_format != 0) == texture
+    assert (message.row_order != 0) == (raw or texture)
+    if raw or texture:
         assert (message.row_order == pb.PixelEncoding.ROW_ORDER_BOTTOM_UP) == encoding.bottom_up
 
 
@@ -155,6 +160,7 @@ def test_every_enum_of_the_contract_has_our_word() -> None:
     for ours, enum in (
         (enums.PRIORITIES, pb.Priority.DESCRIPTOR),
         (enums.PREVIEW_METHODS, pb.PreviewMethod.DESCRIPTOR),
+        (enums.TEXTURE_FORMATS, pb.PixelEncoding.TextureFormat.DESCRIPTOR),
         (enums.SPACINGS, pb.TimestepSpacing.DESCRIPTOR),
         (enums.SIGMA_SCHEDULES, pb.SigmaSchedule.DESCRIPTOR),
         (enums.ROLES, pb.Prompt.Role.DESCRIPTOR),

@@ -20,16 +20,29 @@ sys.path.insert(0, str(ROOT))
 
 from tools import api_reference  # noqa: E402  # after the path: mkdocs does not start in the root's environment
 
-FROM_ROOT = {"ARCHITECTURE.md": "architecture.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+FROM_ROOT = {
+    "ARCHITECTURE.md": "architecture.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "deploy/README.md": "deploy.md",
+    "deploy/helm/safelight/README.md": "chart.md",
+}
 MERMAID = ROOT / "tools/site/node_modules/@mermaid-js/tiny/dist/mermaid.tiny.js"
 LINK = re.compile(r"\[([^\]]+)\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)")
 
 
 def on_config(config: Any) -> None:
-    """Lists all decision records in the navigation."""
+    """Lists all decision records and runbooks in the navigation."""
     for section in config.nav:
         if "Decisions" in section:
-            section["Decisions"] = [f"decisions/{path.name}" for path in sorted((ROOT / "docs/decisions").glob("*.md"))]
+            section["Decisions"] = _pages("decisions")
+        for entry in section.get("Operate", ()) if isinstance(section, dict) else ():
+            if isinstance(entry, dict) and "Runbooks" in entry:
+                entry["Runbooks"] = _pages("operations/runbooks")
+
+
+def _pages(folder: str) -> list[str]:
+    return [f"{folder}/{path.name}" for path in sorted((ROOT / "docs" / folder).glob("*.md"))]
 
 
 def on_files(files: Files, *, config: Any) -> None:

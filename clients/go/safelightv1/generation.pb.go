@@ -320,7 +320,7 @@ func (Prompt_Role) EnumDescriptor() ([]byte, []int) {
 	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{3, 0}
 }
 
-// Order of the rows of raw pixels.
+// Order of the rows of raw pixels and of textures.
 type PixelEncoding_RowOrder int32
 
 const (
@@ -373,6 +373,60 @@ func (PixelEncoding_RowOrder) EnumDescriptor() ([]byte, []int) {
 	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6, 0}
 }
 
+// How the blocks of a texture are compressed.
+type PixelEncoding_TextureFormat int32
+
+const (
+	// BC1.
+	PixelEncoding_TEXTURE_FORMAT_UNSPECIFIED PixelEncoding_TextureFormat = 0
+	// 4 bits a pixel, without alpha. Made faster than a JPEG.
+	PixelEncoding_TEXTURE_FORMAT_BC1 PixelEncoding_TextureFormat = 1
+	// 8 bits a pixel, nearly without loss. Takes about fifty times as long as a
+	// JPEG: for finished pictures alone, not for previews.
+	PixelEncoding_TEXTURE_FORMAT_BC7 PixelEncoding_TextureFormat = 2
+)
+
+// Enum value maps for PixelEncoding_TextureFormat.
+var (
+	PixelEncoding_TextureFormat_name = map[int32]string{
+		0: "TEXTURE_FORMAT_UNSPECIFIED",
+		1: "TEXTURE_FORMAT_BC1",
+		2: "TEXTURE_FORMAT_BC7",
+	}
+	PixelEncoding_TextureFormat_value = map[string]int32{
+		"TEXTURE_FORMAT_UNSPECIFIED": 0,
+		"TEXTURE_FORMAT_BC1":         1,
+		"TEXTURE_FORMAT_BC7":         2,
+	}
+)
+
+func (x PixelEncoding_TextureFormat) Enum() *PixelEncoding_TextureFormat {
+	p := new(PixelEncoding_TextureFormat)
+	*p = x
+	return p
+}
+
+func (x PixelEncoding_TextureFormat) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (PixelEncoding_TextureFormat) Descriptor() protoreflect.EnumDescriptor {
+	return file_safelight_v1_generation_proto_enumTypes[6].Descriptor()
+}
+
+func (PixelEncoding_TextureFormat) Type() protoreflect.EnumType {
+	return &file_safelight_v1_generation_proto_enumTypes[6]
+}
+
+func (x PixelEncoding_TextureFormat) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use PixelEncoding_TextureFormat.Descriptor instead.
+func (PixelEncoding_TextureFormat) EnumDescriptor() ([]byte, []int) {
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6, 1}
+}
+
 // What may serve a request.
 type CachePolicy_Mode int32
 
@@ -422,11 +476,11 @@ func (x CachePolicy_Mode) String() string {
 }
 
 func (CachePolicy_Mode) Descriptor() protoreflect.EnumDescriptor {
-	return file_safelight_v1_generation_proto_enumTypes[6].Descriptor()
+	return file_safelight_v1_generation_proto_enumTypes[7].Descriptor()
 }
 
 func (CachePolicy_Mode) Type() protoreflect.EnumType {
-	return &file_safelight_v1_generation_proto_enumTypes[6]
+	return &file_safelight_v1_generation_proto_enumTypes[7]
 }
 
 func (x CachePolicy_Mode) Number() protoreflect.EnumNumber {
@@ -476,11 +530,11 @@ func (x DisconnectPolicy_Action) String() string {
 }
 
 func (DisconnectPolicy_Action) Descriptor() protoreflect.EnumDescriptor {
-	return file_safelight_v1_generation_proto_enumTypes[7].Descriptor()
+	return file_safelight_v1_generation_proto_enumTypes[8].Descriptor()
 }
 
 func (DisconnectPolicy_Action) Type() protoreflect.EnumType {
-	return &file_safelight_v1_generation_proto_enumTypes[7]
+	return &file_safelight_v1_generation_proto_enumTypes[8]
 }
 
 func (x DisconnectPolicy_Action) Number() protoreflect.EnumNumber {
@@ -531,11 +585,11 @@ func (x Accepted_Durability) String() string {
 }
 
 func (Accepted_Durability) Descriptor() protoreflect.EnumDescriptor {
-	return file_safelight_v1_generation_proto_enumTypes[8].Descriptor()
+	return file_safelight_v1_generation_proto_enumTypes[9].Descriptor()
 }
 
 func (Accepted_Durability) Type() protoreflect.EnumType {
-	return &file_safelight_v1_generation_proto_enumTypes[8]
+	return &file_safelight_v1_generation_proto_enumTypes[9]
 }
 
 func (x Accepted_Durability) Number() protoreflect.EnumNumber {
@@ -592,11 +646,11 @@ func (x OutputFinished_FinishReason) String() string {
 }
 
 func (OutputFinished_FinishReason) Descriptor() protoreflect.EnumDescriptor {
-	return file_safelight_v1_generation_proto_enumTypes[9].Descriptor()
+	return file_safelight_v1_generation_proto_enumTypes[10].Descriptor()
 }
 
 func (OutputFinished_FinishReason) Type() protoreflect.EnumType {
-	return &file_safelight_v1_generation_proto_enumTypes[9]
+	return &file_safelight_v1_generation_proto_enumTypes[10]
 }
 
 func (x OutputFinished_FinishReason) Number() protoreflect.EnumNumber {
@@ -661,11 +715,11 @@ func (x CacheResult_Disposition) String() string {
 }
 
 func (CacheResult_Disposition) Descriptor() protoreflect.EnumDescriptor {
-	return file_safelight_v1_generation_proto_enumTypes[10].Descriptor()
+	return file_safelight_v1_generation_proto_enumTypes[11].Descriptor()
 }
 
 func (CacheResult_Disposition) Type() protoreflect.EnumType {
-	return &file_safelight_v1_generation_proto_enumTypes[10]
+	return &file_safelight_v1_generation_proto_enumTypes[11]
 }
 
 func (x CacheResult_Disposition) Number() protoreflect.EnumNumber {
@@ -730,11 +784,11 @@ func (x Generation_State) String() string {
 }
 
 func (Generation_State) Descriptor() protoreflect.EnumDescriptor {
-	return file_safelight_v1_generation_proto_enumTypes[11].Descriptor()
+	return file_safelight_v1_generation_proto_enumTypes[12].Descriptor()
 }
 
 func (Generation_State) Type() protoreflect.EnumType {
-	return &file_safelight_v1_generation_proto_enumTypes[11]
+	return &file_safelight_v1_generation_proto_enumTypes[12]
 }
 
 func (x Generation_State) Number() protoreflect.EnumNumber {
@@ -743,7 +797,7 @@ func (x Generation_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Generation_State.Descriptor instead.
 func (Generation_State) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{33, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34, 0}
 }
 
 // Asks for one or more pictures. Only a prompt is needed.
@@ -1222,16 +1276,20 @@ func (x *OutputSpec) GetSeed() uint64 {
 // How pixels travel: sRGB, straight alpha.
 type PixelEncoding struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// image/jpeg, image/webp, image/png or application/x-raw-rgba8 (four bytes a
-	// pixel, alpha 255).
+	// image/jpeg, image/webp, image/png, application/x-raw-rgba8 (four bytes a
+	// pixel, alpha 255) or image/ktx2 (a block-compressed texture in a KTX 2.0
+	// file: sRGB, one level, no supercompression).
 	MediaType string `protobuf:"bytes,1,opt,name=media_type,json=mediaType,proto3" json:"media_type,omitempty"`
 	// 1 to 100, for image/jpeg and image/webp only. Absent: 85.
 	Quality *int32 `protobuf:"varint,2,opt,name=quality,proto3,oneof" json:"quality,omitempty"`
 	// Rows of raw pixels start at multiples of this many bytes: a power of two
 	// from 4 to 4096. Absent: 4. Only for application/x-raw-rgba8.
 	RowAlignmentBytes *int32 `protobuf:"varint,3,opt,name=row_alignment_bytes,json=rowAlignmentBytes,proto3,oneof" json:"row_alignment_bytes,omitempty"`
-	// Only for application/x-raw-rgba8.
-	RowOrder      PixelEncoding_RowOrder `protobuf:"varint,4,opt,name=row_order,json=rowOrder,proto3,enum=safelight.v1.PixelEncoding_RowOrder" json:"row_order,omitempty"`
+	// Only for application/x-raw-rgba8 and image/ktx2, which says it as
+	// KTXorientation "rd" or "ru".
+	RowOrder PixelEncoding_RowOrder `protobuf:"varint,4,opt,name=row_order,json=rowOrder,proto3,enum=safelight.v1.PixelEncoding_RowOrder" json:"row_order,omitempty"`
+	// Only for image/ktx2.
+	TextureFormat PixelEncoding_TextureFormat `protobuf:"varint,5,opt,name=texture_format,json=textureFormat,proto3,enum=safelight.v1.PixelEncoding_TextureFormat" json:"texture_format,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1292,6 +1350,13 @@ func (x *PixelEncoding) GetRowOrder() PixelEncoding_RowOrder {
 		return x.RowOrder
 	}
 	return PixelEncoding_ROW_ORDER_UNSPECIFIED
+}
+
+func (x *PixelEncoding) GetTextureFormat() PixelEncoding_TextureFormat {
+	if x != nil {
+		return x.TextureFormat
+	}
+	return PixelEncoding_TEXTURE_FORMAT_UNSPECIFIED
 }
 
 // Which previews a stream wants. A preview is made only when its stream is
@@ -2628,7 +2693,10 @@ type Usage struct {
 	// Previews sent over all streams.
 	NumPreviews int64 `protobuf:"varint,4,opt,name=num_previews,json=numPreviews,proto3" json:"num_previews,omitempty"`
 	// Bytes of these previews.
-	PreviewBytes  int64 `protobuf:"varint,5,opt,name=preview_bytes,json=previewBytes,proto3" json:"preview_bytes,omitempty"`
+	PreviewBytes int64 `protobuf:"varint,5,opt,name=preview_bytes,json=previewBytes,proto3" json:"preview_bytes,omitempty"`
+	// What the compute costs by the operator's price table; absent where the
+	// server has none.
+	Cost          *Cost `protobuf:"bytes,6,opt,name=cost,proto3" json:"cost,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2698,6 +2766,68 @@ func (x *Usage) GetPreviewBytes() int64 {
 	return 0
 }
 
+func (x *Usage) GetCost() *Cost {
+	if x != nil {
+		return x.Cost
+	}
+	return nil
+}
+
+// An amount of money.
+type Cost struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// ISO 4217, such as "USD".
+	CurrencyCode string `protobuf:"bytes,1,opt,name=currency_code,json=currencyCode,proto3" json:"currency_code,omitempty"`
+	// Billionths of a unit of the currency.
+	Nanos         int64 `protobuf:"varint,2,opt,name=nanos,proto3" json:"nanos,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Cost) Reset() {
+	*x = Cost{}
+	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Cost) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Cost) ProtoMessage() {}
+
+func (x *Cost) ProtoReflect() protoreflect.Message {
+	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Cost.ProtoReflect.Descriptor instead.
+func (*Cost) Descriptor() ([]byte, []int) {
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *Cost) GetCurrencyCode() string {
+	if x != nil {
+		return x.CurrencyCode
+	}
+	return ""
+}
+
+func (x *Cost) GetNanos() int64 {
+	if x != nil {
+		return x.Nanos
+	}
+	return 0
+}
+
 // Where the time of a generation went. Stages overlap: they do not add up.
 type Timings struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2718,7 +2848,7 @@ type Timings struct {
 
 func (x *Timings) Reset() {
 	*x = Timings{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	mi := &file_safelight_v1_generation_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2730,7 +2860,7 @@ func (x *Timings) String() string {
 func (*Timings) ProtoMessage() {}
 
 func (x *Timings) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	mi := &file_safelight_v1_generation_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2743,7 +2873,7 @@ func (x *Timings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Timings.ProtoReflect.Descriptor instead.
 func (*Timings) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Timings) GetQueue() *durationpb.Duration {
@@ -2798,7 +2928,7 @@ type WatchGenerationRequest struct {
 
 func (x *WatchGenerationRequest) Reset() {
 	*x = WatchGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[24]
+	mi := &file_safelight_v1_generation_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2810,7 +2940,7 @@ func (x *WatchGenerationRequest) String() string {
 func (*WatchGenerationRequest) ProtoMessage() {}
 
 func (x *WatchGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[24]
+	mi := &file_safelight_v1_generation_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2823,7 +2953,7 @@ func (x *WatchGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGenerationRequest.ProtoReflect.Descriptor instead.
 func (*WatchGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *WatchGenerationRequest) GetName() string {
@@ -2867,7 +2997,7 @@ type ArtifactOffset struct {
 
 func (x *ArtifactOffset) Reset() {
 	*x = ArtifactOffset{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[25]
+	mi := &file_safelight_v1_generation_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2879,7 +3009,7 @@ func (x *ArtifactOffset) String() string {
 func (*ArtifactOffset) ProtoMessage() {}
 
 func (x *ArtifactOffset) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[25]
+	mi := &file_safelight_v1_generation_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2892,7 +3022,7 @@ func (x *ArtifactOffset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArtifactOffset.ProtoReflect.Descriptor instead.
 func (*ArtifactOffset) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{25}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ArtifactOffset) GetOutputIndex() int32 {
@@ -2920,7 +3050,7 @@ type WatchGenerationResponse struct {
 
 func (x *WatchGenerationResponse) Reset() {
 	*x = WatchGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[26]
+	mi := &file_safelight_v1_generation_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2932,7 +3062,7 @@ func (x *WatchGenerationResponse) String() string {
 func (*WatchGenerationResponse) ProtoMessage() {}
 
 func (x *WatchGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[26]
+	mi := &file_safelight_v1_generation_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2945,7 +3075,7 @@ func (x *WatchGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGenerationResponse.ProtoReflect.Descriptor instead.
 func (*WatchGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{26}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *WatchGenerationResponse) GetEvent() *GenerationEvent {
@@ -2970,7 +3100,7 @@ type UpdateGenerationRequest struct {
 
 func (x *UpdateGenerationRequest) Reset() {
 	*x = UpdateGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[27]
+	mi := &file_safelight_v1_generation_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2982,7 +3112,7 @@ func (x *UpdateGenerationRequest) String() string {
 func (*UpdateGenerationRequest) ProtoMessage() {}
 
 func (x *UpdateGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[27]
+	mi := &file_safelight_v1_generation_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2995,7 +3125,7 @@ func (x *UpdateGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateGenerationRequest.ProtoReflect.Descriptor instead.
 func (*UpdateGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{27}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *UpdateGenerationRequest) GetName() string {
@@ -3030,7 +3160,7 @@ type UpdateGenerationResponse struct {
 
 func (x *UpdateGenerationResponse) Reset() {
 	*x = UpdateGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[28]
+	mi := &file_safelight_v1_generation_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3042,7 +3172,7 @@ func (x *UpdateGenerationResponse) String() string {
 func (*UpdateGenerationResponse) ProtoMessage() {}
 
 func (x *UpdateGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[28]
+	mi := &file_safelight_v1_generation_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3055,7 +3185,7 @@ func (x *UpdateGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateGenerationResponse.ProtoReflect.Descriptor instead.
 func (*UpdateGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{28}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *UpdateGenerationResponse) GetGeneration() *Generation {
@@ -3076,7 +3206,7 @@ type CancelGenerationRequest struct {
 
 func (x *CancelGenerationRequest) Reset() {
 	*x = CancelGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[29]
+	mi := &file_safelight_v1_generation_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3088,7 +3218,7 @@ func (x *CancelGenerationRequest) String() string {
 func (*CancelGenerationRequest) ProtoMessage() {}
 
 func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[29]
+	mi := &file_safelight_v1_generation_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3101,7 +3231,7 @@ func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationRequest.ProtoReflect.Descriptor instead.
 func (*CancelGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{29}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CancelGenerationRequest) GetName() string {
@@ -3122,7 +3252,7 @@ type CancelGenerationResponse struct {
 
 func (x *CancelGenerationResponse) Reset() {
 	*x = CancelGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[30]
+	mi := &file_safelight_v1_generation_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3134,7 +3264,7 @@ func (x *CancelGenerationResponse) String() string {
 func (*CancelGenerationResponse) ProtoMessage() {}
 
 func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[30]
+	mi := &file_safelight_v1_generation_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3147,7 +3277,7 @@ func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationResponse.ProtoReflect.Descriptor instead.
 func (*CancelGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{30}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CancelGenerationResponse) GetGeneration() *Generation {
@@ -3168,7 +3298,7 @@ type GetGenerationRequest struct {
 
 func (x *GetGenerationRequest) Reset() {
 	*x = GetGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[31]
+	mi := &file_safelight_v1_generation_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3180,7 +3310,7 @@ func (x *GetGenerationRequest) String() string {
 func (*GetGenerationRequest) ProtoMessage() {}
 
 func (x *GetGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[31]
+	mi := &file_safelight_v1_generation_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3193,7 +3323,7 @@ func (x *GetGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGenerationRequest.ProtoReflect.Descriptor instead.
 func (*GetGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{31}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *GetGenerationRequest) GetName() string {
@@ -3214,7 +3344,7 @@ type GetGenerationResponse struct {
 
 func (x *GetGenerationResponse) Reset() {
 	*x = GetGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[32]
+	mi := &file_safelight_v1_generation_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3226,7 +3356,7 @@ func (x *GetGenerationResponse) String() string {
 func (*GetGenerationResponse) ProtoMessage() {}
 
 func (x *GetGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[32]
+	mi := &file_safelight_v1_generation_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3239,7 +3369,7 @@ func (x *GetGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGenerationResponse.ProtoReflect.Descriptor instead.
 func (*GetGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{32}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *GetGenerationResponse) GetGeneration() *Generation {
@@ -3280,7 +3410,7 @@ type Generation struct {
 
 func (x *Generation) Reset() {
 	*x = Generation{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[33]
+	mi := &file_safelight_v1_generation_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3292,7 +3422,7 @@ func (x *Generation) String() string {
 func (*Generation) ProtoMessage() {}
 
 func (x *Generation) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[33]
+	mi := &file_safelight_v1_generation_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3305,7 +3435,7 @@ func (x *Generation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generation.ProtoReflect.Descriptor instead.
 func (*Generation) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{33}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Generation) GetName() string {
@@ -3404,7 +3534,7 @@ type OutputState struct {
 
 func (x *OutputState) Reset() {
 	*x = OutputState{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[34]
+	mi := &file_safelight_v1_generation_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3416,7 +3546,7 @@ func (x *OutputState) String() string {
 func (*OutputState) ProtoMessage() {}
 
 func (x *OutputState) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[34]
+	mi := &file_safelight_v1_generation_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3429,7 +3559,7 @@ func (x *OutputState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputState.ProtoReflect.Descriptor instead.
 func (*OutputState) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *OutputState) GetOutputIndex() int32 {
@@ -3523,17 +3653,22 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\n" +
 	"OutputSpec\x12\x17\n" +
 	"\x04seed\x18\x01 \x01(\x04H\x00R\x04seed\x88\x01\x01B\a\n" +
-	"\x05_seed\"\xc1\x02\n" +
+	"\x05_seed\"\xf4\x03\n" +
 	"\rPixelEncoding\x12\x1d\n" +
 	"\n" +
 	"media_type\x18\x01 \x01(\tR\tmediaType\x12\x1d\n" +
 	"\aquality\x18\x02 \x01(\x05H\x00R\aquality\x88\x01\x01\x123\n" +
 	"\x13row_alignment_bytes\x18\x03 \x01(\x05H\x01R\x11rowAlignmentBytes\x88\x01\x01\x12A\n" +
-	"\trow_order\x18\x04 \x01(\x0e2$.safelight.v1.PixelEncoding.RowOrderR\browOrder\"V\n" +
+	"\trow_order\x18\x04 \x01(\x0e2$.safelight.v1.PixelEncoding.RowOrderR\browOrder\x12P\n" +
+	"\x0etexture_format\x18\x05 \x01(\x0e2).safelight.v1.PixelEncoding.TextureFormatR\rtextureFormat\"V\n" +
 	"\bRowOrder\x12\x19\n" +
 	"\x15ROW_ORDER_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12ROW_ORDER_TOP_DOWN\x10\x01\x12\x17\n" +
-	"\x13ROW_ORDER_BOTTOM_UP\x10\x02B\n" +
+	"\x13ROW_ORDER_BOTTOM_UP\x10\x02\"_\n" +
+	"\rTextureFormat\x12\x1e\n" +
+	"\x1aTEXTURE_FORMAT_UNSPECIFIED\x10\x00\x12\x16\n" +
+	"\x12TEXTURE_FORMAT_BC1\x10\x01\x12\x16\n" +
+	"\x12TEXTURE_FORMAT_BC7\x10\x02B\n" +
 	"\n" +
 	"\b_qualityB\x16\n" +
 	"\x14_row_alignment_bytes\"\xee\x02\n" +
@@ -3674,13 +3809,17 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x11DISPOSITION_EXACT\x10\x03\x12\x17\n" +
 	"\x13DISPOSITION_SIMILAR\x10\x04\x12\x16\n" +
 	"\x12DISPOSITION_LATENT\x10\x05\x12\x18\n" +
-	"\x14DISPOSITION_BRANCHED\x10\x06\"\xc5\x01\n" +
+	"\x14DISPOSITION_BRANCHED\x10\x06\"\xed\x01\n" +
 	"\x05Usage\x12<\n" +
 	"\fcompute_time\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\vcomputeTime\x12\x19\n" +
 	"\bnum_rows\x18\x02 \x01(\x03R\anumRows\x12\x1b\n" +
 	"\tnum_steps\x18\x03 \x01(\x03R\bnumSteps\x12!\n" +
 	"\fnum_previews\x18\x04 \x01(\x03R\vnumPreviews\x12#\n" +
-	"\rpreview_bytes\x18\x05 \x01(\x03R\fpreviewBytes\"\x93\x02\n" +
+	"\rpreview_bytes\x18\x05 \x01(\x03R\fpreviewBytes\x12&\n" +
+	"\x04cost\x18\x06 \x01(\v2\x12.safelight.v1.CostR\x04cost\"A\n" +
+	"\x04Cost\x12#\n" +
+	"\rcurrency_code\x18\x01 \x01(\tR\fcurrencyCode\x12\x14\n" +
+	"\x05nanos\x18\x02 \x01(\x03R\x05nanos\"\x93\x02\n" +
 	"\aTimings\x12/\n" +
 	"\x05queue\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x05queue\x12>\n" +
 	"\rfirst_preview\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\ffirstPreview\x123\n" +
@@ -3793,8 +3932,8 @@ func file_safelight_v1_generation_proto_rawDescGZIP() []byte {
 	return file_safelight_v1_generation_proto_rawDescData
 }
 
-var file_safelight_v1_generation_proto_enumTypes = make([]protoimpl.EnumInfo, 12)
-var file_safelight_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
+var file_safelight_v1_generation_proto_enumTypes = make([]protoimpl.EnumInfo, 13)
+var file_safelight_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_safelight_v1_generation_proto_goTypes = []any{
 	(SigmaSchedule)(0),               // 0: safelight.v1.SigmaSchedule
 	(TimestepSpacing)(0),             // 1: safelight.v1.TimestepSpacing
@@ -3802,138 +3941,142 @@ var file_safelight_v1_generation_proto_goTypes = []any{
 	(Priority)(0),                    // 3: safelight.v1.Priority
 	(Prompt_Role)(0),                 // 4: safelight.v1.Prompt.Role
 	(PixelEncoding_RowOrder)(0),      // 5: safelight.v1.PixelEncoding.RowOrder
-	(CachePolicy_Mode)(0),            // 6: safelight.v1.CachePolicy.Mode
-	(DisconnectPolicy_Action)(0),     // 7: safelight.v1.DisconnectPolicy.Action
-	(Accepted_Durability)(0),         // 8: safelight.v1.Accepted.Durability
-	(OutputFinished_FinishReason)(0), // 9: safelight.v1.OutputFinished.FinishReason
-	(CacheResult_Disposition)(0),     // 10: safelight.v1.CacheResult.Disposition
-	(Generation_State)(0),            // 11: safelight.v1.Generation.State
-	(*GenerateRequest)(nil),          // 12: safelight.v1.GenerateRequest
-	(*GenerateResponse)(nil),         // 13: safelight.v1.GenerateResponse
-	(*GenerationSpec)(nil),           // 14: safelight.v1.GenerationSpec
-	(*Prompt)(nil),                   // 15: safelight.v1.Prompt
-	(*SamplerSpec)(nil),              // 16: safelight.v1.SamplerSpec
-	(*OutputSpec)(nil),               // 17: safelight.v1.OutputSpec
-	(*PixelEncoding)(nil),            // 18: safelight.v1.PixelEncoding
-	(*PreviewPolicy)(nil),            // 19: safelight.v1.PreviewPolicy
-	(*Scheduling)(nil),               // 20: safelight.v1.Scheduling
-	(*CachePolicy)(nil),              // 21: safelight.v1.CachePolicy
-	(*Branch)(nil),                   // 22: safelight.v1.Branch
-	(*DisconnectPolicy)(nil),         // 23: safelight.v1.DisconnectPolicy
-	(*GenerationEvent)(nil),          // 24: safelight.v1.GenerationEvent
-	(*Accepted)(nil),                 // 25: safelight.v1.Accepted
-	(*Warning)(nil),                  // 26: safelight.v1.Warning
-	(*Queued)(nil),                   // 27: safelight.v1.Queued
-	(*Progress)(nil),                 // 28: safelight.v1.Progress
-	(*Preview)(nil),                  // 29: safelight.v1.Preview
-	(*ArtifactChunk)(nil),            // 30: safelight.v1.ArtifactChunk
-	(*OutputFinished)(nil),           // 31: safelight.v1.OutputFinished
-	(*Finished)(nil),                 // 32: safelight.v1.Finished
-	(*CacheResult)(nil),              // 33: safelight.v1.CacheResult
-	(*Usage)(nil),                    // 34: safelight.v1.Usage
-	(*Timings)(nil),                  // 35: safelight.v1.Timings
-	(*WatchGenerationRequest)(nil),   // 36: safelight.v1.WatchGenerationRequest
-	(*ArtifactOffset)(nil),           // 37: safelight.v1.ArtifactOffset
-	(*WatchGenerationResponse)(nil),  // 38: safelight.v1.WatchGenerationResponse
-	(*UpdateGenerationRequest)(nil),  // 39: safelight.v1.UpdateGenerationRequest
-	(*UpdateGenerationResponse)(nil), // 40: safelight.v1.UpdateGenerationResponse
-	(*CancelGenerationRequest)(nil),  // 41: safelight.v1.CancelGenerationRequest
-	(*CancelGenerationResponse)(nil), // 42: safelight.v1.CancelGenerationResponse
-	(*GetGenerationRequest)(nil),     // 43: safelight.v1.GetGenerationRequest
-	(*GetGenerationResponse)(nil),    // 44: safelight.v1.GetGenerationResponse
-	(*Generation)(nil),               // 45: safelight.v1.Generation
-	(*OutputState)(nil),              // 46: safelight.v1.OutputState
-	nil,                              // 47: safelight.v1.GenerateRequest.LabelsEntry
-	nil,                              // 48: safelight.v1.Generation.LabelsEntry
-	(*durationpb.Duration)(nil),      // 49: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),    // 50: google.protobuf.Timestamp
-	(*status.Status)(nil),            // 51: google.rpc.Status
+	(PixelEncoding_TextureFormat)(0), // 6: safelight.v1.PixelEncoding.TextureFormat
+	(CachePolicy_Mode)(0),            // 7: safelight.v1.CachePolicy.Mode
+	(DisconnectPolicy_Action)(0),     // 8: safelight.v1.DisconnectPolicy.Action
+	(Accepted_Durability)(0),         // 9: safelight.v1.Accepted.Durability
+	(OutputFinished_FinishReason)(0), // 10: safelight.v1.OutputFinished.FinishReason
+	(CacheResult_Disposition)(0),     // 11: safelight.v1.CacheResult.Disposition
+	(Generation_State)(0),            // 12: safelight.v1.Generation.State
+	(*GenerateRequest)(nil),          // 13: safelight.v1.GenerateRequest
+	(*GenerateResponse)(nil),         // 14: safelight.v1.GenerateResponse
+	(*GenerationSpec)(nil),           // 15: safelight.v1.GenerationSpec
+	(*Prompt)(nil),                   // 16: safelight.v1.Prompt
+	(*SamplerSpec)(nil),              // 17: safelight.v1.SamplerSpec
+	(*OutputSpec)(nil),               // 18: safelight.v1.OutputSpec
+	(*PixelEncoding)(nil),            // 19: safelight.v1.PixelEncoding
+	(*PreviewPolicy)(nil),            // 20: safelight.v1.PreviewPolicy
+	(*Scheduling)(nil),               // 21: safelight.v1.Scheduling
+	(*CachePolicy)(nil),              // 22: safelight.v1.CachePolicy
+	(*Branch)(nil),                   // 23: safelight.v1.Branch
+	(*DisconnectPolicy)(nil),         // 24: safelight.v1.DisconnectPolicy
+	(*GenerationEvent)(nil),          // 25: safelight.v1.GenerationEvent
+	(*Accepted)(nil),                 // 26: safelight.v1.Accepted
+	(*Warning)(nil),                  // 27: safelight.v1.Warning
+	(*Queued)(nil),                   // 28: safelight.v1.Queued
+	(*Progress)(nil),                 // 29: safelight.v1.Progress
+	(*Preview)(nil),                  // 30: safelight.v1.Preview
+	(*ArtifactChunk)(nil),            // 31: safelight.v1.ArtifactChunk
+	(*OutputFinished)(nil),           // 32: safelight.v1.OutputFinished
+	(*Finished)(nil),                 // 33: safelight.v1.Finished
+	(*CacheResult)(nil),              // 34: safelight.v1.CacheResult
+	(*Usage)(nil),                    // 35: safelight.v1.Usage
+	(*Cost)(nil),                     // 36: safelight.v1.Cost
+	(*Timings)(nil),                  // 37: safelight.v1.Timings
+	(*WatchGenerationRequest)(nil),   // 38: safelight.v1.WatchGenerationRequest
+	(*ArtifactOffset)(nil),           // 39: safelight.v1.ArtifactOffset
+	(*WatchGenerationResponse)(nil),  // 40: safelight.v1.WatchGenerationResponse
+	(*UpdateGenerationRequest)(nil),  // 41: safelight.v1.UpdateGenerationRequest
+	(*UpdateGenerationResponse)(nil), // 42: safelight.v1.UpdateGenerationResponse
+	(*CancelGenerationRequest)(nil),  // 43: safelight.v1.CancelGenerationRequest
+	(*CancelGenerationResponse)(nil), // 44: safelight.v1.CancelGenerationResponse
+	(*GetGenerationRequest)(nil),     // 45: safelight.v1.GetGenerationRequest
+	(*GetGenerationResponse)(nil),    // 46: safelight.v1.GetGenerationResponse
+	(*Generation)(nil),               // 47: safelight.v1.Generation
+	(*OutputState)(nil),              // 48: safelight.v1.OutputState
+	nil,                              // 49: safelight.v1.GenerateRequest.LabelsEntry
+	nil,                              // 50: safelight.v1.Generation.LabelsEntry
+	(*durationpb.Duration)(nil),      // 51: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 52: google.protobuf.Timestamp
+	(*status.Status)(nil),            // 53: google.rpc.Status
 }
 var file_safelight_v1_generation_proto_depIdxs = []int32{
-	14, // 0: safelight.v1.GenerateRequest.spec:type_name -> safelight.v1.GenerationSpec
-	19, // 1: safelight.v1.GenerateRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	18, // 2: safelight.v1.GenerateRequest.encoding:type_name -> safelight.v1.PixelEncoding
-	20, // 3: safelight.v1.GenerateRequest.scheduling:type_name -> safelight.v1.Scheduling
-	23, // 4: safelight.v1.GenerateRequest.disconnect:type_name -> safelight.v1.DisconnectPolicy
-	47, // 5: safelight.v1.GenerateRequest.labels:type_name -> safelight.v1.GenerateRequest.LabelsEntry
-	21, // 6: safelight.v1.GenerateRequest.cache:type_name -> safelight.v1.CachePolicy
-	22, // 7: safelight.v1.GenerateRequest.branch:type_name -> safelight.v1.Branch
-	24, // 8: safelight.v1.GenerateResponse.event:type_name -> safelight.v1.GenerationEvent
-	15, // 9: safelight.v1.GenerationSpec.prompts:type_name -> safelight.v1.Prompt
-	16, // 10: safelight.v1.GenerationSpec.sampler:type_name -> safelight.v1.SamplerSpec
-	17, // 11: safelight.v1.GenerationSpec.outputs:type_name -> safelight.v1.OutputSpec
+	15, // 0: safelight.v1.GenerateRequest.spec:type_name -> safelight.v1.GenerationSpec
+	20, // 1: safelight.v1.GenerateRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	19, // 2: safelight.v1.GenerateRequest.encoding:type_name -> safelight.v1.PixelEncoding
+	21, // 3: safelight.v1.GenerateRequest.scheduling:type_name -> safelight.v1.Scheduling
+	24, // 4: safelight.v1.GenerateRequest.disconnect:type_name -> safelight.v1.DisconnectPolicy
+	49, // 5: safelight.v1.GenerateRequest.labels:type_name -> safelight.v1.GenerateRequest.LabelsEntry
+	22, // 6: safelight.v1.GenerateRequest.cache:type_name -> safelight.v1.CachePolicy
+	23, // 7: safelight.v1.GenerateRequest.branch:type_name -> safelight.v1.Branch
+	25, // 8: safelight.v1.GenerateResponse.event:type_name -> safelight.v1.GenerationEvent
+	16, // 9: safelight.v1.GenerationSpec.prompts:type_name -> safelight.v1.Prompt
+	17, // 10: safelight.v1.GenerationSpec.sampler:type_name -> safelight.v1.SamplerSpec
+	18, // 11: safelight.v1.GenerationSpec.outputs:type_name -> safelight.v1.OutputSpec
 	4,  // 12: safelight.v1.Prompt.role:type_name -> safelight.v1.Prompt.Role
 	0,  // 13: safelight.v1.SamplerSpec.sigma_schedule:type_name -> safelight.v1.SigmaSchedule
 	1,  // 14: safelight.v1.SamplerSpec.spacing:type_name -> safelight.v1.TimestepSpacing
 	5,  // 15: safelight.v1.PixelEncoding.row_order:type_name -> safelight.v1.PixelEncoding.RowOrder
-	18, // 16: safelight.v1.PreviewPolicy.accept:type_name -> safelight.v1.PixelEncoding
-	49, // 17: safelight.v1.PreviewPolicy.min_interval:type_name -> google.protobuf.Duration
-	2,  // 18: safelight.v1.PreviewPolicy.method:type_name -> safelight.v1.PreviewMethod
-	3,  // 19: safelight.v1.Scheduling.priority:type_name -> safelight.v1.Priority
-	6,  // 20: safelight.v1.CachePolicy.mode:type_name -> safelight.v1.CachePolicy.Mode
-	7,  // 21: safelight.v1.DisconnectPolicy.action:type_name -> safelight.v1.DisconnectPolicy.Action
-	49, // 22: safelight.v1.DisconnectPolicy.resume_grace:type_name -> google.protobuf.Duration
-	50, // 23: safelight.v1.GenerationEvent.event_time:type_name -> google.protobuf.Timestamp
-	25, // 24: safelight.v1.GenerationEvent.accepted:type_name -> safelight.v1.Accepted
-	27, // 25: safelight.v1.GenerationEvent.queued:type_name -> safelight.v1.Queued
-	28, // 26: safelight.v1.GenerationEvent.progress:type_name -> safelight.v1.Progress
-	29, // 27: safelight.v1.GenerationEvent.preview:type_name -> safelight.v1.Preview
-	30, // 28: safelight.v1.GenerationEvent.artifact_chunk:type_name -> safelight.v1.ArtifactChunk
-	31, // 29: safelight.v1.GenerationEvent.output_finished:type_name -> safelight.v1.OutputFinished
-	32, // 30: safelight.v1.GenerationEvent.finished:type_name -> safelight.v1.Finished
-	14, // 31: safelight.v1.Accepted.spec:type_name -> safelight.v1.GenerationSpec
-	18, // 32: safelight.v1.Accepted.encoding:type_name -> safelight.v1.PixelEncoding
-	49, // 33: safelight.v1.Accepted.estimated_duration:type_name -> google.protobuf.Duration
-	26, // 34: safelight.v1.Accepted.warnings:type_name -> safelight.v1.Warning
-	8,  // 35: safelight.v1.Accepted.durability:type_name -> safelight.v1.Accepted.Durability
-	50, // 36: safelight.v1.Queued.estimated_start_time:type_name -> google.protobuf.Timestamp
-	49, // 37: safelight.v1.Progress.estimated_remaining:type_name -> google.protobuf.Duration
-	2,  // 38: safelight.v1.Preview.method:type_name -> safelight.v1.PreviewMethod
-	9,  // 39: safelight.v1.OutputFinished.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
-	51, // 40: safelight.v1.Finished.status:type_name -> google.rpc.Status
-	34, // 41: safelight.v1.Finished.usage:type_name -> safelight.v1.Usage
-	35, // 42: safelight.v1.Finished.timings:type_name -> safelight.v1.Timings
-	33, // 43: safelight.v1.Finished.cache_results:type_name -> safelight.v1.CacheResult
-	10, // 44: safelight.v1.CacheResult.disposition:type_name -> safelight.v1.CacheResult.Disposition
-	49, // 45: safelight.v1.Usage.compute_time:type_name -> google.protobuf.Duration
-	49, // 46: safelight.v1.Timings.queue:type_name -> google.protobuf.Duration
-	49, // 47: safelight.v1.Timings.first_preview:type_name -> google.protobuf.Duration
-	49, // 48: safelight.v1.Timings.denoise:type_name -> google.protobuf.Duration
-	49, // 49: safelight.v1.Timings.decode:type_name -> google.protobuf.Duration
-	49, // 50: safelight.v1.Timings.total:type_name -> google.protobuf.Duration
-	37, // 51: safelight.v1.WatchGenerationRequest.artifact_offsets:type_name -> safelight.v1.ArtifactOffset
-	19, // 52: safelight.v1.WatchGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	24, // 53: safelight.v1.WatchGenerationResponse.event:type_name -> safelight.v1.GenerationEvent
-	19, // 54: safelight.v1.UpdateGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	20, // 55: safelight.v1.UpdateGenerationRequest.scheduling:type_name -> safelight.v1.Scheduling
-	45, // 56: safelight.v1.UpdateGenerationResponse.generation:type_name -> safelight.v1.Generation
-	45, // 57: safelight.v1.CancelGenerationResponse.generation:type_name -> safelight.v1.Generation
-	45, // 58: safelight.v1.GetGenerationResponse.generation:type_name -> safelight.v1.Generation
-	11, // 59: safelight.v1.Generation.state:type_name -> safelight.v1.Generation.State
-	14, // 60: safelight.v1.Generation.spec:type_name -> safelight.v1.GenerationSpec
-	46, // 61: safelight.v1.Generation.outputs:type_name -> safelight.v1.OutputState
-	3,  // 62: safelight.v1.Generation.priority:type_name -> safelight.v1.Priority
-	48, // 63: safelight.v1.Generation.labels:type_name -> safelight.v1.Generation.LabelsEntry
-	50, // 64: safelight.v1.Generation.create_time:type_name -> google.protobuf.Timestamp
-	50, // 65: safelight.v1.Generation.finish_time:type_name -> google.protobuf.Timestamp
-	51, // 66: safelight.v1.Generation.status:type_name -> google.rpc.Status
-	34, // 67: safelight.v1.Generation.usage:type_name -> safelight.v1.Usage
-	9,  // 68: safelight.v1.OutputState.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
-	12, // 69: safelight.v1.GenerationService.Generate:input_type -> safelight.v1.GenerateRequest
-	36, // 70: safelight.v1.GenerationService.WatchGeneration:input_type -> safelight.v1.WatchGenerationRequest
-	39, // 71: safelight.v1.GenerationService.UpdateGeneration:input_type -> safelight.v1.UpdateGenerationRequest
-	41, // 72: safelight.v1.GenerationService.CancelGeneration:input_type -> safelight.v1.CancelGenerationRequest
-	43, // 73: safelight.v1.GenerationService.GetGeneration:input_type -> safelight.v1.GetGenerationRequest
-	13, // 74: safelight.v1.GenerationService.Generate:output_type -> safelight.v1.GenerateResponse
-	38, // 75: safelight.v1.GenerationService.WatchGeneration:output_type -> safelight.v1.WatchGenerationResponse
-	40, // 76: safelight.v1.GenerationService.UpdateGeneration:output_type -> safelight.v1.UpdateGenerationResponse
-	42, // 77: safelight.v1.GenerationService.CancelGeneration:output_type -> safelight.v1.CancelGenerationResponse
-	44, // 78: safelight.v1.GenerationService.GetGeneration:output_type -> safelight.v1.GetGenerationResponse
-	74, // [74:79] is the sub-list for method output_type
-	69, // [69:74] is the sub-list for method input_type
-	69, // [69:69] is the sub-list for extension type_name
-	69, // [69:69] is the sub-list for extension extendee
-	0,  // [0:69] is the sub-list for field type_name
+	6,  // 16: safelight.v1.PixelEncoding.texture_format:type_name -> safelight.v1.PixelEncoding.TextureFormat
+	19, // 17: safelight.v1.PreviewPolicy.accept:type_name -> safelight.v1.PixelEncoding
+	51, // 18: safelight.v1.PreviewPolicy.min_interval:type_name -> google.protobuf.Duration
+	2,  // 19: safelight.v1.PreviewPolicy.method:type_name -> safelight.v1.PreviewMethod
+	3,  // 20: safelight.v1.Scheduling.priority:type_name -> safelight.v1.Priority
+	7,  // 21: safelight.v1.CachePolicy.mode:type_name -> safelight.v1.CachePolicy.Mode
+	8,  // 22: safelight.v1.DisconnectPolicy.action:type_name -> safelight.v1.DisconnectPolicy.Action
+	51, // 23: safelight.v1.DisconnectPolicy.resume_grace:type_name -> google.protobuf.Duration
+	52, // 24: safelight.v1.GenerationEvent.event_time:type_name -> google.protobuf.Timestamp
+	26, // 25: safelight.v1.GenerationEvent.accepted:type_name -> safelight.v1.Accepted
+	28, // 26: safelight.v1.GenerationEvent.queued:type_name -> safelight.v1.Queued
+	29, // 27: safelight.v1.GenerationEvent.progress:type_name -> safelight.v1.Progress
+	30, // 28: safelight.v1.GenerationEvent.preview:type_name -> safelight.v1.Preview
+	31, // 29: safelight.v1.GenerationEvent.artifact_chunk:type_name -> safelight.v1.ArtifactChunk
+	32, // 30: safelight.v1.GenerationEvent.output_finished:type_name -> safelight.v1.OutputFinished
+	33, // 31: safelight.v1.GenerationEvent.finished:type_name -> safelight.v1.Finished
+	15, // 32: safelight.v1.Accepted.spec:type_name -> safelight.v1.GenerationSpec
+	19, // 33: safelight.v1.Accepted.encoding:type_name -> safelight.v1.PixelEncoding
+	51, // 34: safelight.v1.Accepted.estimated_duration:type_name -> google.protobuf.Duration
+	27, // 35: safelight.v1.Accepted.warnings:type_name -> safelight.v1.Warning
+	9,  // 36: safelight.v1.Accepted.durability:type_name -> safelight.v1.Accepted.Durability
+	52, // 37: safelight.v1.Queued.estimated_start_time:type_name -> google.protobuf.Timestamp
+	51, // 38: safelight.v1.Progress.estimated_remaining:type_name -> google.protobuf.Duration
+	2,  // 39: safelight.v1.Preview.method:type_name -> safelight.v1.PreviewMethod
+	10, // 40: safelight.v1.OutputFinished.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
+	53, // 41: safelight.v1.Finished.status:type_name -> google.rpc.Status
+	35, // 42: safelight.v1.Finished.usage:type_name -> safelight.v1.Usage
+	37, // 43: safelight.v1.Finished.timings:type_name -> safelight.v1.Timings
+	34, // 44: safelight.v1.Finished.cache_results:type_name -> safelight.v1.CacheResult
+	11, // 45: safelight.v1.CacheResult.disposition:type_name -> safelight.v1.CacheResult.Disposition
+	51, // 46: safelight.v1.Usage.compute_time:type_name -> google.protobuf.Duration
+	36, // 47: safelight.v1.Usage.cost:type_name -> safelight.v1.Cost
+	51, // 48: safelight.v1.Timings.queue:type_name -> google.protobuf.Duration
+	51, // 49: safelight.v1.Timings.first_preview:type_name -> google.protobuf.Duration
+	51, // 50: safelight.v1.Timings.denoise:type_name -> google.protobuf.Duration
+	51, // 51: safelight.v1.Timings.decode:type_name -> google.protobuf.Duration
+	51, // 52: safelight.v1.Timings.total:type_name -> google.protobuf.Duration
+	39, // 53: safelight.v1.WatchGenerationRequest.artifact_offsets:type_name -> safelight.v1.ArtifactOffset
+	20, // 54: safelight.v1.WatchGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	25, // 55: safelight.v1.WatchGenerationResponse.event:type_name -> safelight.v1.GenerationEvent
+	20, // 56: safelight.v1.UpdateGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	21, // 57: safelight.v1.UpdateGenerationRequest.scheduling:type_name -> safelight.v1.Scheduling
+	47, // 58: safelight.v1.UpdateGenerationResponse.generation:type_name -> safelight.v1.Generation
+	47, // 59: safelight.v1.CancelGenerationResponse.generation:type_name -> safelight.v1.Generation
+	47, // 60: safelight.v1.GetGenerationResponse.generation:type_name -> safelight.v1.Generation
+	12, // 61: safelight.v1.Generation.state:type_name -> safelight.v1.Generation.State
+	15, // 62: safelight.v1.Generation.spec:type_name -> safelight.v1.GenerationSpec
+	48, // 63: safelight.v1.Generation.outputs:type_name -> safelight.v1.OutputState
+	3,  // 64: safelight.v1.Generation.priority:type_name -> safelight.v1.Priority
+	50, // 65: safelight.v1.Generation.labels:type_name -> safelight.v1.Generation.LabelsEntry
+	52, // 66: safelight.v1.Generation.create_time:type_name -> google.protobuf.Timestamp
+	52, // 67: safelight.v1.Generation.finish_time:type_name -> google.protobuf.Timestamp
+	53, // 68: safelight.v1.Generation.status:type_name -> google.rpc.Status
+	35, // 69: safelight.v1.Generation.usage:type_name -> safelight.v1.Usage
+	10, // 70: safelight.v1.OutputState.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
+	13, // 71: safelight.v1.GenerationService.Generate:input_type -> safelight.v1.GenerateRequest
+	38, // 72: safelight.v1.GenerationService.WatchGeneration:input_type -> safelight.v1.WatchGenerationRequest
+	41, // 73: safelight.v1.GenerationService.UpdateGeneration:input_type -> safelight.v1.UpdateGenerationRequest
+	43, // 74: safelight.v1.GenerationService.CancelGeneration:input_type -> safelight.v1.CancelGenerationRequest
+	45, // 75: safelight.v1.GenerationService.GetGeneration:input_type -> safelight.v1.GetGenerationRequest
+	14, // 76: safelight.v1.GenerationService.Generate:output_type -> safelight.v1.GenerateResponse
+	40, // 77: safelight.v1.GenerationService.WatchGeneration:output_type -> safelight.v1.WatchGenerationResponse
+	42, // 78: safelight.v1.GenerationService.UpdateGeneration:output_type -> safelight.v1.UpdateGenerationResponse
+	44, // 79: safelight.v1.GenerationService.CancelGeneration:output_type -> safelight.v1.CancelGenerationResponse
+	46, // 80: safelight.v1.GenerationService.GetGeneration:output_type -> safelight.v1.GetGenerationResponse
+	76, // [76:81] is the sub-list for method output_type
+	71, // [71:76] is the sub-list for method input_type
+	71, // [71:71] is the sub-list for extension type_name
+	71, // [71:71] is the sub-list for extension extendee
+	0,  // [0:71] is the sub-list for field type_name
 }
 
 func init() { file_safelight_v1_generation_proto_init() }
@@ -3964,8 +4107,8 @@ func file_safelight_v1_generation_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_safelight_v1_generation_proto_rawDesc), len(file_safelight_v1_generation_proto_rawDesc)),
-			NumEnums:      12,
-			NumMessages:   37,
+			NumEnums:      13,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

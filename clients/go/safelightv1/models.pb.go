@@ -330,6 +330,8 @@ type Model struct {
 	Limits *ModelLimits `protobuf:"bytes,13,opt,name=limits,proto3" json:"limits,omitempty"`
 	// Measured time of one denoiser call, by rows.
 	StepTimes []*StepTime `protobuf:"bytes,14,rep,name=step_times,json=stepTimes,proto3" json:"step_times,omitempty"`
+	// Measured time of one call of the other components, by rows.
+	ComponentTimes []*ComponentTime `protobuf:"bytes,15,rep,name=component_times,json=componentTimes,proto3" json:"component_times,omitempty"`
 	// What differs from the pipeline that it was exported from: substitutes for what this server does not have.
 	Notes         []string `protobuf:"bytes,16,rep,name=notes,proto3" json:"notes,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -460,6 +462,13 @@ func (x *Model) GetLimits() *ModelLimits {
 func (x *Model) GetStepTimes() []*StepTime {
 	if x != nil {
 		return x.StepTimes
+	}
+	return nil
+}
+
+func (x *Model) GetComponentTimes() []*ComponentTime {
+	if x != nil {
+		return x.ComponentTimes
 	}
 	return nil
 }
@@ -727,6 +736,61 @@ func (x *ModelLimits) GetMaxPromptTokens() int32 {
 	return 0
 }
 
+// Times of calls of a component.
+type ComponentTime struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "text_encoder", "decoder" or "preview_decoder".
+	Component string `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"`
+	// By rows.
+	Times         []*StepTime `protobuf:"bytes,2,rep,name=times,proto3" json:"times,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ComponentTime) Reset() {
+	*x = ComponentTime{}
+	mi := &file_safelight_v1_models_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ComponentTime) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ComponentTime) ProtoMessage() {}
+
+func (x *ComponentTime) ProtoReflect() protoreflect.Message {
+	mi := &file_safelight_v1_models_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ComponentTime.ProtoReflect.Descriptor instead.
+func (*ComponentTime) Descriptor() ([]byte, []int) {
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ComponentTime) GetComponent() string {
+	if x != nil {
+		return x.Component
+	}
+	return ""
+}
+
+func (x *ComponentTime) GetTimes() []*StepTime {
+	if x != nil {
+		return x.Times
+	}
+	return nil
+}
+
 // Time of one denoiser call.
 type StepTime struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -740,7 +804,7 @@ type StepTime struct {
 
 func (x *StepTime) Reset() {
 	*x = StepTime{}
-	mi := &file_safelight_v1_models_proto_msgTypes[10]
+	mi := &file_safelight_v1_models_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -752,7 +816,7 @@ func (x *StepTime) String() string {
 func (*StepTime) ProtoMessage() {}
 
 func (x *StepTime) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[10]
+	mi := &file_safelight_v1_models_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -765,7 +829,7 @@ func (x *StepTime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StepTime.ProtoReflect.Descriptor instead.
 func (*StepTime) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{10}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *StepTime) GetNumRows() int32 {
@@ -802,7 +866,7 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\x0fGetModelRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"=\n" +
 	"\x10GetModelResponse\x12)\n" +
-	"\x05model\x18\x01 \x01(\v2\x13.safelight.v1.ModelR\x05model\"\xcf\x04\n" +
+	"\x05model\x18\x01 \x01(\v2\x13.safelight.v1.ModelR\x05model\"\x95\x05\n" +
 	"\x05Model\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\tR\brevision\x12 \n" +
@@ -822,7 +886,8 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\bdefaults\x18\f \x01(\v2\x1b.safelight.v1.ModelDefaultsR\bdefaults\x121\n" +
 	"\x06limits\x18\r \x01(\v2\x19.safelight.v1.ModelLimitsR\x06limits\x125\n" +
 	"\n" +
-	"step_times\x18\x0e \x03(\v2\x16.safelight.v1.StepTimeR\tstepTimes\x12\x14\n" +
+	"step_times\x18\x0e \x03(\v2\x16.safelight.v1.StepTimeR\tstepTimes\x12D\n" +
+	"\x0fcomponent_times\x18\x0f \x03(\v2\x1b.safelight.v1.ComponentTimeR\x0ecomponentTimes\x12\x14\n" +
 	"\x05notes\x18\x10 \x03(\tR\x05notes\">\n" +
 	"\x04Size\x12\x19\n" +
 	"\bwidth_px\x18\x01 \x01(\x05R\awidthPx\x12\x1b\n" +
@@ -840,7 +905,10 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\x12max_guidance_scale\x18\x02 \x01(\x02R\x10maxGuidanceScale\x12\x1f\n" +
 	"\vmax_outputs\x18\x03 \x01(\x05R\n" +
 	"maxOutputs\x12*\n" +
-	"\x11max_prompt_tokens\x18\x04 \x01(\x05R\x0fmaxPromptTokens\"\\\n" +
+	"\x11max_prompt_tokens\x18\x04 \x01(\x05R\x0fmaxPromptTokens\"[\n" +
+	"\rComponentTime\x12\x1c\n" +
+	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12,\n" +
+	"\x05times\x18\x02 \x03(\v2\x16.safelight.v1.StepTimeR\x05times\"\\\n" +
 	"\bStepTime\x12\x19\n" +
 	"\bnum_rows\x18\x01 \x01(\x05R\anumRows\x125\n" +
 	"\bduration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bduration2\xaa\x01\n" +
@@ -861,7 +929,7 @@ func file_safelight_v1_models_proto_rawDescGZIP() []byte {
 	return file_safelight_v1_models_proto_rawDescData
 }
 
-var file_safelight_v1_models_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_safelight_v1_models_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_safelight_v1_models_proto_goTypes = []any{
 	(*ListModelsRequest)(nil),   // 0: safelight.v1.ListModelsRequest
 	(*ListModelsResponse)(nil),  // 1: safelight.v1.ListModelsResponse
@@ -873,12 +941,13 @@ var file_safelight_v1_models_proto_goTypes = []any{
 	(*SamplerOffer)(nil),        // 7: safelight.v1.SamplerOffer
 	(*ModelDefaults)(nil),       // 8: safelight.v1.ModelDefaults
 	(*ModelLimits)(nil),         // 9: safelight.v1.ModelLimits
-	(*StepTime)(nil),            // 10: safelight.v1.StepTime
-	(PreviewMethod)(0),          // 11: safelight.v1.PreviewMethod
-	(SigmaSchedule)(0),          // 12: safelight.v1.SigmaSchedule
-	(TimestepSpacing)(0),        // 13: safelight.v1.TimestepSpacing
-	(*SamplerSpec)(nil),         // 14: safelight.v1.SamplerSpec
-	(*durationpb.Duration)(nil), // 15: google.protobuf.Duration
+	(*ComponentTime)(nil),       // 10: safelight.v1.ComponentTime
+	(*StepTime)(nil),            // 11: safelight.v1.StepTime
+	(PreviewMethod)(0),          // 12: safelight.v1.PreviewMethod
+	(SigmaSchedule)(0),          // 13: safelight.v1.SigmaSchedule
+	(TimestepSpacing)(0),        // 14: safelight.v1.TimestepSpacing
+	(*SamplerSpec)(nil),         // 15: safelight.v1.SamplerSpec
+	(*durationpb.Duration)(nil), // 16: google.protobuf.Duration
 }
 var file_safelight_v1_models_proto_depIdxs = []int32{
 	5,  // 0: safelight.v1.ListModelsResponse.models:type_name -> safelight.v1.Model
@@ -886,23 +955,25 @@ var file_safelight_v1_models_proto_depIdxs = []int32{
 	5,  // 2: safelight.v1.GetModelResponse.model:type_name -> safelight.v1.Model
 	6,  // 3: safelight.v1.Model.sizes:type_name -> safelight.v1.Size
 	7,  // 4: safelight.v1.Model.samplers:type_name -> safelight.v1.SamplerOffer
-	11, // 5: safelight.v1.Model.preview_methods:type_name -> safelight.v1.PreviewMethod
+	12, // 5: safelight.v1.Model.preview_methods:type_name -> safelight.v1.PreviewMethod
 	8,  // 6: safelight.v1.Model.defaults:type_name -> safelight.v1.ModelDefaults
 	9,  // 7: safelight.v1.Model.limits:type_name -> safelight.v1.ModelLimits
-	10, // 8: safelight.v1.Model.step_times:type_name -> safelight.v1.StepTime
-	12, // 9: safelight.v1.SamplerOffer.sigma_schedules:type_name -> safelight.v1.SigmaSchedule
-	13, // 10: safelight.v1.SamplerOffer.spacings:type_name -> safelight.v1.TimestepSpacing
-	14, // 11: safelight.v1.ModelDefaults.sampler:type_name -> safelight.v1.SamplerSpec
-	15, // 12: safelight.v1.StepTime.duration:type_name -> google.protobuf.Duration
-	0,  // 13: safelight.v1.ModelService.ListModels:input_type -> safelight.v1.ListModelsRequest
-	3,  // 14: safelight.v1.ModelService.GetModel:input_type -> safelight.v1.GetModelRequest
-	1,  // 15: safelight.v1.ModelService.ListModels:output_type -> safelight.v1.ListModelsResponse
-	4,  // 16: safelight.v1.ModelService.GetModel:output_type -> safelight.v1.GetModelResponse
-	15, // [15:17] is the sub-list for method output_type
-	13, // [13:15] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	11, // 8: safelight.v1.Model.step_times:type_name -> safelight.v1.StepTime
+	10, // 9: safelight.v1.Model.component_times:type_name -> safelight.v1.ComponentTime
+	13, // 10: safelight.v1.SamplerOffer.sigma_schedules:type_name -> safelight.v1.SigmaSchedule
+	14, // 11: safelight.v1.SamplerOffer.spacings:type_name -> safelight.v1.TimestepSpacing
+	15, // 12: safelight.v1.ModelDefaults.sampler:type_name -> safelight.v1.SamplerSpec
+	11, // 13: safelight.v1.ComponentTime.times:type_name -> safelight.v1.StepTime
+	16, // 14: safelight.v1.StepTime.duration:type_name -> google.protobuf.Duration
+	0,  // 15: safelight.v1.ModelService.ListModels:input_type -> safelight.v1.ListModelsRequest
+	3,  // 16: safelight.v1.ModelService.GetModel:input_type -> safelight.v1.GetModelRequest
+	1,  // 17: safelight.v1.ModelService.ListModels:output_type -> safelight.v1.ListModelsResponse
+	4,  // 18: safelight.v1.ModelService.GetModel:output_type -> safelight.v1.GetModelResponse
+	17, // [17:19] is the sub-list for method output_type
+	15, // [15:17] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_safelight_v1_models_proto_init() }
@@ -917,7 +988,7 @@ func file_safelight_v1_models_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_safelight_v1_models_proto_rawDesc), len(file_safelight_v1_models_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

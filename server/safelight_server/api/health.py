@@ -64,12 +64,12 @@ class Health:
         self, request: health_pb2.HealthCheckRequest, _context: object
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
         """The status of a service and its changes, until the client leaves; SERVICE_UNKNOWN where there is none."""
-        told = None
+        sent = None
         while not self._over:
             changed = self._changed
             status = self._statuses.get(request.service, Response.SERVICE_UNKNOWN)
-            if status != told:
-                told = status
+            if status != sent:
+                sent = status
                 yield Response(status=status)
             else:
                 await changed.wait()

@@ -16,6 +16,7 @@ from grpc._cython import cygrpc
 from grpc.aio._server import Server
 
 from safelight_server.api.call_limits import CallLimits, Handler
+from safelight_server.app.address import BindError, bind
 from safelight_server.settings import Settings
 
 UNKNOWN = b"/safelight/unknown"
@@ -54,6 +55,26 @@ def make_server(
         limited = {method: limits.limited(service, handler) for method, handler in handlers.items()}
         server.add_registered_method_handlers(service, limited)
     server.add_generic_rpc_handlers((_AnyMethod(limits.unknown()),))
+    return server
+
+
+def probe_server(
+    settings: Settings, limits: CallLimits, health: Mapping[str, Mapping[str, Handler]]
+) -> grpc.aio.Server | None:
+    """The server of `probe_port`, bound and not started; None where that is off.
+
+    It has the health service alone and no TLS, because the gRPC probes of Kubernetes speak none.
+
+    Raises:
+        BindError: the address is taken or not this machine's.
+    """
+    if not settings.probe_port:
+        return None
+    server = make_server(settings, limits, health)
+    try:
+        bind(server, settings.host, settings.probe_port, None)
+    except BindError as error:
+        raise BindError(f"probe_port: {error}") from None
     return server
 
 

@@ -26,7 +26,7 @@ from safelight_server.api.service import CACHE_SERVICE, GENERATION_SERVICE, MODE
 from safelight_server.app.address import BindError, bind, sole_listener
 from safelight_server.app.backends import Backends, CredentialsError, open_backends
 from safelight_server.app.certificate import CertificateError, ServerCertificate
-from safelight_server.app.grpc_server import make_server
+from safelight_server.app.grpc_server import make_server, probe_server
 from safelight_server.app.http_server import HttpPort
 from safelight_server.cache.admin import CacheAdmin
 from safelight_server.cache.approximate.buckets import RedisBuckets
@@ -52,6 +52,8 @@ from safelight_server.generations.execution import Executions
 from safelight_server.generations.inspection import Inspection
 from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
+from safelight_server.prices import compute_price
+from safelight_server.quality import QualityProbe
 from safelight_server.quotas.limits import watch
 from safelight_server.quotas.quotas import Quotas
 from safelight_server.runtime.base import Runtime, RuntimeStartError
@@ -150,7 +152,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
     Raises:
         StartError: the runtime, the storage or the address cannot be used.
         ManifestError: a model's files are missing or malformed.
-        ConfigFileError: the file of the callers' keys or that of the quotas cannot be used.
+        ConfigFileError: the file of the callers' keys, of the quotas or of the prices cannot be used.
     """
     async with contextlib.AsyncExitStack() as ends:  # closes parts in the reverse order of their start
         clock = time.monotonic
@@ -160,6 +162,9 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         ends.push_async_callback(asyncio.to_thread, tracer.close)
         identity = Identity(settings.api_key_file, all_admins=is_loopback(settings.host))
         limits_of_tenants = None if settings.quota_file is None else watch(settings.quota_file)
+        price = None if settings.price_file is None else compute_price(settings.price_file, settings.instance_type)
+        if price is not None:
+            metrics.price(price.currency, price.per_s, price.machine_per_hour)
         pool = ends.enter_context(ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))), thread_name_prefix="pixels"))
         catalog, runtime = build_runtime(settings)
         ends.push_async_callback(runtime.close)
@@ -188,11 +193,17 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         )
         cache, purges = _build_cache(settings, backends, engine, pool, metrics)
         ends.push_async_callback(cache.close)
-        executions = Executions(engine, pool)
+        probe = QualityProbe(settings.quality_sample_ratio, metrics.quality, pool)
+        executions = Executions(engine, pool, probe)
         ends.push_async_callback(executions.close)
         ends.push_async_callback(engine.close)
         caches = CacheAdmin(cache.namespaces, backends.keyring, backends.tiers, purges, metrics)
         leased_runners, context = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
+
+        def charge(tenant: str, model: str, seconds: float) -> None:
+            quotas.charge(tenant, seconds)
+            metrics.tenants.computed(tenant, model, seconds)
+
         generations = Generations(
             settings,
             catalog,
@@ -204,7 +215,8 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
             metrics,
             leased_runners,
             context,
-            quotas.charge,
+            charge,
+            price,
         )
         limits = RequestLimits(
             settings.max_prompt_chars,
@@ -216,7 +228,9 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         service = Service(identity, catalog, runtime, generations, caches, limits, streams, quotas, metrics, tracer)
         certificate = _certificate(settings)
         http = HttpPort(settings, service, catalog, identity, metrics, certificate)
-        _watch_queue(metrics, engine)
+        _watch_queue(metrics, engine, clock)
+        metrics.watch_instances(runtime.num_instances, lambda: runtime.num_live)
+        metrics.watch_streams(lambda: generations.num_streams)
         works = [generations.tick, purges.keep_up, *identity.works, *quotas.works]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
             ends.push_async_callback(leased_runners.close)
@@ -257,6 +271,7 @@ async def _listening(
     credentials = None if certificate is None else certificate.credentials()
     try:
         address = bind(server, settings.host, settings.port, credentials)
+        probed = probe_server(settings, limits, health.handlers())
     except BindError as error:
         raise StartError(str(error)) from None
     draining: list[asyncio.Task[None]] = []
@@ -266,11 +281,13 @@ async def _listening(
         raise StartError(str(error)) from None
     except OSError as error:
         raise StartError(f"http_port {settings.http_port} of {settings.host}: {error.strerror}") from None
-    await server.start()
+    servers = [server] if probed is None else [server, probed]
+    for each in servers:
+        await each.start()
     names = ("", *services)
     health.set(names, health_pb2.HealthCheckResponse.SERVING)
     background = [_begin(work) for work in works]
-    following = _begin(functools.partial(_follow_health, health, names, engine))
+    following = _begin(functools.partial(follow_health, health, names, engine))
 
     async def drain(grace_s: float) -> None:
         until = time.monotonic() + grace_s
@@ -280,7 +297,7 @@ async def _listening(
         health.end_watches()
         limits.end_awaited()
         left_s = max(LAST_WORDS_S, until - time.monotonic())  # both may still be sending
-        await asyncio.gather(server.stop(left_s), http.stop(left_s))
+        await asyncio.gather(*(each.stop(left_s) for each in servers), http.stop(left_s))
 
     def start_drain(grace_s: float) -> asyncio.Task[None]:
         """Starts a drain; a second one with a shorter grace cuts the first one short."""
@@ -343,8 +360,8 @@ def _build_cache(
         most = settings.cache_similar_items
         buckets = RedisBuckets(*backends.redis, backends.sealer, ttl_s=ttl_s, max_items=most)
     similar = SimilarPictures(pictures, buckets, INDEXED_ITEMS, settings.cache_similar_uses, metrics.cache.rejected)
-    books = LeastBenefit(settings.cache_latent_bytes)
-    warm_starts = WarmStarts(checkpoints, Vectors(tiers, ttl_s), skip_policy, books, INDEXED_ITEMS)
+    eviction = LeastBenefit(settings.cache_latent_bytes)
+    warm_starts = WarmStarts(checkpoints, Vectors(tiers, ttl_s), skip_policy, eviction, INDEXED_ITEMS)
     namespaces = Namespaces(keyring, settings.cache_pools)
     prompts = Prompts(tiers, engine.encode, ttl_s)
     shared = backends.redis is not None
@@ -352,24 +369,34 @@ def _build_cache(
     return cache, Purges(tiers, backends.coordinator, (similar, warm_starts, checkpoints))
 
 
-async def _follow_health(health: Health, names: Sequence[str], engine: Engine) -> None:
-    """Keeps the health service up to date: NOT_SERVING once the runtime has been away for longer than its grace."""
-    said = health_pb2.HealthCheckResponse.SERVING
+async def follow_health(health: Health, names: Sequence[str], engine: Engine) -> None:
+    """Keeps the health service up to date: NOT_SERVING once the runtime has been away for longer than its grace.
+
+    `HEALTH_SERVICE` is left out: it says whether this process answers, for whoever would start it anew if it did not.
+    """
+    names = [name for name in names if name != HEALTH_SERVICE]
+    current = health_pb2.HealthCheckResponse.SERVING
     while True:
         status = health_pb2.HealthCheckResponse
         now = status.NOT_SERVING if engine.outage.beyond_grace else status.SERVING
-        if now is not said:
+        if now is not current:
             health.set(names, now)
-            said = now
+            current = now
         await asyncio.sleep(HEALTH_PERIOD_S)
 
 
-def _watch_queue(metrics: Metrics, engine: Engine) -> None:
+def _watch_queue(metrics: Metrics, engine: Engine, clock: Callable[[], float]) -> None:
     """Lets the gauges of waiting and running outputs read the scheduler when they are scraped."""
     scheduler = engine.scheduler
     classes = {priority.name.lower(): priority for priority in Priority}
     metrics.watch_queue(
-        lambda name: scheduler.num_waiting(classes[name]), lambda: scheduler.num_running, lambda: scheduler.num_parked
+        lambda name: scheduler.num_waiting(classes[name]),
+        lambda: scheduler.num_running,
+        lambda: scheduler.num_parked,
+        scheduler.backlog_s,
+    )
+    metrics.watch_demand(
+        lambda name: scheduler.left_by_class_s()[classes[name]], lambda within_s: scheduler.due_s(clock() + within_s)
     )
 
 
@@ -389,7 +416,9 @@ def _certificate(settings: Settings) -> ServerCertificate | None:
 
 @contextlib.asynccontextmanager
 async def _serving_metrics(metrics: Metrics, settings: Settings) -> AsyncIterator[None]:
-    """Serves Prometheus metrics: on loopback, or on `host` with `insecure`, since they have neither TLS nor keys.
+    """Serves Prometheus metrics: on `metrics_host`; else on loopback, or on `host` with `insecure`.
+
+    They have neither TLS nor keys.
 
     Raises:
         StartError: the address is taken or not this machine's.
@@ -398,7 +427,7 @@ async def _serving_metrics(metrics: Metrics, settings: Settings) -> AsyncIterato
         yield
         return
     beyond = settings.insecure and not settings.host.startswith("unix:")
-    host = settings.host if beyond else "127.0.0.1"
+    host = settings.metrics_host or (settings.host if beyond else "127.0.0.1")
     async with contextlib.AsyncExitStack() as ends:
         try:
             await ends.enter_async_context(MetricsServer(metrics.registry).listening(host, settings.metrics_port))

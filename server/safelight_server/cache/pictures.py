@@ -140,6 +140,8 @@ def _variant(encoding: PixelEncoding) -> str:
     match encoding.media_type:
         case MediaType.RAW_RGBA8:
             return f"raw.{encoding.row_alignment_bytes}.{'up' if encoding.bottom_up else 'down'}"
+        case MediaType.KTX2:
+            return f"ktx2.{encoding.texture_format.value}.{'up' if encoding.bottom_up else 'down'}"
         case MediaType.PNG:
             return "png"
         case media_type:

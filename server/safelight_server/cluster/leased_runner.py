@@ -62,8 +62,8 @@ class LeasedRunner(ExecutionObserver):
         self._task: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
         self._leader: Leadership | None = None
-        self._aloft = False
-        self._landing = False
+        self._submitted = False
+        self._committing = False
         self._again = ticket.again
         self._place = BEGINNING
         self._step = 0
@@ -77,20 +77,20 @@ class LeasedRunner(ExecutionObserver):
     def submit(self, job: Job, listener: ExecutionObserver) -> None:
         """Starts the job. The observer is told of everything that happens."""
         self._job, self._listener = job, listener
-        if not self._landing:
-            self._task = self._leased_runners.start(self._fly(job, listener))
+        if not self._committing:
+            self._task = self._leased_runners.start(self._run(job, listener))
 
     def suspend(self, output_id: int) -> Snapshot | None:
         """Stops the job. Checkpoints stay for this replica and for others."""
         snapshot = self._job.start if self._job else None
-        if self._landing:
+        if self._committing:
             return snapshot
         if self._task is not None:
             self._task.cancel()
-        if self._aloft:
+        if self._submitted:
             snapshot = self._leased_runners.engine.suspend(output_id) or snapshot
-            if not self._landing:
-                self._aloft = False
+            if not self._committing:
+                self._submitted = False
                 self._leaving = self._leased_runners.start(self._leave(snapshot))
         return snapshot
 
@@ -98,7 +98,7 @@ class LeasedRunner(ExecutionObserver):
         """Changes class and deadline in the engine, if the job runs here."""
         assert self._job is not None
         self._job = replace(self._job, priority=type(self._job.priority)(priority), deadline=deadline)
-        if self._aloft:
+        if self._submitted:
             self._leased_runners.engine.reschedule(output_id, self._job.priority, deadline)
 
     async def preview(self, job: Job, denoised: FloatArray, component: Component) -> FloatArray | None:
@@ -111,7 +111,7 @@ class LeasedRunner(ExecutionObserver):
 
     # --- who computes ---
 
-    async def _fly(self, job: Job, listener: ExecutionObserver) -> None:
+    async def _run(self, job: Job, listener: ExecutionObserver) -> None:
         self._leased_runners.asking[self] = job
         try:
             await self._find_place(job, listener)
@@ -206,17 +206,17 @@ class LeasedRunner(ExecutionObserver):
                     pixels, facts = kept
                     steps = facts.num_steps
                     self._work = BilledWork(steps * len(job.token_ids), steps, facts.compute_s)
-                    self._landing = True
-                    await self._land(pixels, listener)
+                    self._committing = True
+                    await self._commit(pixels, listener)
                     return
             start = await self._newest(job.start)
         except asyncio.CancelledError:
-            if leader is not None and not self._landing:
+            if leader is not None and not self._committing:
                 self._leaving = self._leased_runners.start(leader.close())
             raise
         assert self._job is not None
         self._step = start.step if start else 0
-        self._aloft = True
+        self._submitted = True
         self._leased_runners.leads(self)
         self._leased_runners.engine.submit(replace(self._job, start=start), self)
 
@@ -247,34 +247,34 @@ class LeasedRunner(ExecutionObserver):
 
     def trails(self) -> Sequence[Trail]:
         """The traces of the execution."""
-        return self._told().trails()
+        return self._observer().trails()
 
     def started(self) -> None:
         """Forwards to the execution."""
-        self._told().started()
+        self._observer().started()
 
     def computed(self, seconds: float, rows: int) -> None:
         """Forwards to the execution, and adds to the bill."""
         self._work.compute_s += seconds
         self._work.rows += rows
-        self._told().computed(seconds, rows)
+        self._observer().computed(seconds, rows)
 
     def stepped(self, step: int, batch_size: int) -> None:
         """Forwards to the execution, and publishes the step with its frame to followers."""
         self._step = step
         self._work.steps += 1
         self._batch_size = batch_size
-        self._told().stepped(step, batch_size)
+        self._observer().stepped(step, batch_size)
 
     @property
     def next_due(self) -> float:
         """The next step whose frame is wanted: every step while another replica follows, else as the execution says."""
-        return 0 if self.followed else self._told().next_due
+        return 0 if self.followed else self._observer().next_due
 
     def frame(self, step: int, denoised: FloatArray) -> None:
         """Hands a frame to the execution and to followers."""
-        if step >= self._told().next_due:
-            self._told().frame(step, denoised)
+        if step >= self._observer().next_due:
+            self._observer().frame(step, denoised)
         if self.followed and self._leader is not None:
             facts = {"step": str(step), "batch": str(self._batch_size)}
             entry = Entry(np.ascontiguousarray(denoised, np.float32).tobytes(), facts)
@@ -290,52 +290,52 @@ class LeasedRunner(ExecutionObserver):
 
     def wants_checkpoint(self, step: int) -> bool:
         """Forwards to the execution."""
-        return self._told().wants_checkpoint(step)
+        return self._observer().wants_checkpoint(step)
 
     def checkpoint(self, snapshot: Snapshot) -> None:
         """Forwards to the execution."""
-        self._told().checkpoint(snapshot)
+        self._observer().checkpoint(snapshot)
 
     def encoded(self, row: int, embedding: FloatArray) -> None:
         """Forwards to the execution."""
-        self._told().encoded(row, embedding)
+        self._observer().encoded(row, embedding)
 
     def decoded(self, image: FloatArray) -> None:
         """Stores and commits the picture, then hands it to the execution."""
-        self._landing, self._aloft = True, False
-        self._leased_runners.start(self._decoded(image, self._told()))
+        self._committing, self._submitted = True, False
+        self._leased_runners.start(self._decoded(image, self._observer()))
 
     async def _decoded(self, image: FloatArray, listener: ExecutionObserver) -> None:
         try:
             pixels = await asyncio.get_running_loop().run_in_executor(self._leased_runners.pool, to_pixels, image)
         except NotFiniteError:
             log.error("image_not_finite", generation=self.ticket.generation)
-            self._landing = False
+            self._committing = False
             self.failed(InternalError())
         except Exception:
             log.exception("bug", generation=self.ticket.generation)
-            self._landing = False
+            self._committing = False
             self.failed(InternalError())
         else:
-            await self._land(pixels, listener)
+            await self._commit(pixels, listener)
 
     def failed(self, error: SafelightError) -> None:
         """Forwards to the execution. Followers try the job themselves."""
-        self._aloft = False
+        self._submitted = False
         self._leaving = self._leased_runners.start(self._leave(None))
-        self._told().failed(error)
+        self._observer().failed(error)
 
     def expired(self) -> None:
         """Forwards to the execution."""
-        self._aloft = False
+        self._submitted = False
         self._leaving = self._leased_runners.start(self._leave(None))
-        self._told().expired()
+        self._observer().expired()
 
-    def _told(self) -> ExecutionObserver:
+    def _observer(self) -> ExecutionObserver:
         assert self._listener is not None
         return self._listener
 
-    async def _land(self, pixels: Pixels, listener: ExecutionObserver) -> None:
+    async def _commit(self, pixels: Pixels, listener: ExecutionObserver) -> None:
         leader, self._leader = self._leader, None
         try:
             listener.found(

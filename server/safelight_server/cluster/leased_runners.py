@@ -26,7 +26,7 @@ from safelight_server.storage.sealed import Sealer
 log = structlog.get_logger(__name__)
 
 FOLLOW = "follow"
-MAX_WISHES = 4096
+MAX_FOLLOW_REQUESTS = 4096
 TAKEOVER_LEASES = 4
 """Leases within which whoever takes over has found a result: two until it begins, the others for looking."""
 
@@ -100,10 +100,10 @@ class LeasedRunners:
         self.away = asyncio.Event()
         self.num_late = 0
         self.asking: dict[object, Job] = {}
-        self._wishes: OrderedDict[str, None] = OrderedDict()
+        self._follow_requests: OrderedDict[str, None] = OrderedDict()
         self._leading: dict[str, LocalRunner] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        bulletin.subscribe(FOLLOW, lambda name, _facts: self._wish(name))
+        bulletin.subscribe(FOLLOW, lambda name, _facts: self._on_follow(name))
 
     @property
     def private_s(self) -> float:
@@ -128,7 +128,7 @@ class LeasedRunners:
     def leads(self, leased_runner: LocalRunner) -> None:
         """Registers a runner that leads here."""
         self._leading[leased_runner.ticket.name] = leased_runner
-        if self._wishes.pop(leased_runner.ticket.name, 0) is None:
+        if self._follow_requests.pop(leased_runner.ticket.name, 0) is None:
             leased_runner.followed = True
 
     def ends(self, leased_runner: LocalRunner) -> None:
@@ -136,13 +136,13 @@ class LeasedRunners:
         if self._leading.get(leased_runner.ticket.name) is leased_runner:
             del self._leading[leased_runner.ticket.name]
 
-    def _wish(self, name: str) -> None:
+    def _on_follow(self, name: str) -> None:
         if (leased_runner := self._leading.get(name)) is not None:
             leased_runner.followed = True
             return
-        self._wishes[name] = None
-        if len(self._wishes) > MAX_WISHES:
-            self._wishes.popitem(last=False)
+        self._follow_requests[name] = None
+        if len(self._follow_requests) > MAX_FOLLOW_REQUESTS:
+            self._follow_requests.popitem(last=False)
 
     async def watch_service(self) -> None:
         """Keeps the shared clock. Sets `away` while Redis was not reached for longer than a lease. Never returns."""

@@ -43,7 +43,7 @@ T = TypeVar("T")
 PREFIX = "safelight:run:"
 FENCE = f"{PREFIX}fence"
 BILLS = f"{PREFIX}bills"
-ROLL = f"{PREFIX}roll"
+REGISTRY = f"{PREFIX}roll"  # a name that replicas of earlier versions use as well
 SCRIPTS = ("acquire", "renew", "release", "publish", "commit", "forget", "claim", "unclaim")
 BLOCK_S = 0.1
 """How long one read waits for events; someone who begins to follow waits as long at most."""
@@ -231,20 +231,20 @@ class RedisCoordinator:
 
     async def register(self, name: str) -> None:
         """See `Coordinator`."""
-        await self._call(lambda: self._redis.sadd(ROLL, name))
+        await self._call(lambda: self._redis.sadd(REGISTRY, name))
 
     async def unregister(self, name: str) -> None:
         """See `Coordinator`."""
-        await self._call(lambda: self._redis.srem(ROLL, name))
+        await self._call(lambda: self._redis.srem(REGISTRY, name))
 
     async def unowned(self) -> list[str]:
         """See `Coordinator`."""
-        registered = await self._call(lambda: self._redis.smembers(ROLL))
+        registered = await self._call(lambda: self._redis.smembers(REGISTRY))
         if odd := [name for name in registered if not name.isascii()]:  # no server has put it there
             log.warning(
                 "what is no name of a generation is struck off the registry", names=[repr(name) for name in odd]
             )
-            await self._call(lambda: self._redis.srem(ROLL, *odd))
+            await self._call(lambda: self._redis.srem(REGISTRY, *odd))
         names = [name.decode() for name in registered if name.isascii()]
         if not names:
             return []

@@ -1,4 +1,7 @@
-"""Encodes pixels as JPEG, WebP, PNG or raw RGBA. The encoders release the GIL, so threads run them in parallel."""
+"""Encodes pixels as JPEG, WebP, PNG, raw RGBA or a texture.
+
+The encoders release the GIL, so threads run them in parallel.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
+from safelight_server.domain.ktx2 import ktx2
 from safelight_server.domain.request import MediaType, PixelEncoding
 
 Pixels = npt.NDArray[np.uint8]
@@ -60,6 +64,8 @@ def encode(pixels: Pixels, encoding: PixelEncoding) -> EncodedPicture:
             data = _pillow(pixels, "PNG", compress_level=1)
         case MediaType.RAW_RGBA8:
             data, stride = _raw(pixels, encoding)
+        case MediaType.KTX2:
+            data = ktx2(pixels, encoding.texture_format, bottom_up=encoding.bottom_up)
     return EncodedPicture(encoding.media_type, width, height, stride, data)
 
 

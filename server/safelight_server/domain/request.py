@@ -11,6 +11,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from safelight_server.domain.ktx2 import TextureFormat
 from safelight_server.sampler import SamplerSpec
 from safelight_server.scheduler import Priority
 
@@ -27,6 +28,7 @@ class MediaType(enum.StrEnum):
     WEBP = "image/webp"
     PNG = "image/png"
     RAW_RGBA8 = "application/x-raw-rgba8"
+    KTX2 = "image/ktx2"
 
 
 class PreviewMethod(enum.Enum):
@@ -41,12 +43,20 @@ class PreviewMethod(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class PixelEncoding:
-    """How pixels are encoded. `quality` is for JPEG and WebP, the last two fields are for raw RGBA8."""
+    """How pixels are encoded.
+
+    Attributes:
+        quality: of JPEG and WebP.
+        row_alignment_bytes: of raw RGBA8.
+        bottom_up: of raw RGBA8 and KTX2: the bottom row comes first.
+        texture_format: of KTX2.
+    """
 
     media_type: MediaType = MediaType.PNG
     quality: int = 85
     row_alignment_bytes: int = 4
     bottom_up: bool = False
+    texture_format: TextureFormat = TextureFormat.BC1
 
 
 @dataclass(frozen=True, slots=True)

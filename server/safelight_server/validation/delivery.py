@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from safelight.v1 import generation_pb2 as pb
 
 from safelight_server.catalog.catalog import Pipeline
+from safelight_server.domain.ktx2 import TextureFormat
 from safelight_server.domain.request import DisconnectPolicy, MediaType, PixelEncoding, PreviewMethod, PreviewPolicy
 from safelight_server.validation.violations import Violations, listed, shown
-from safelight_server.wire.enums import BOTTOM_UP, DETACH, PREVIEW_METHODS, from_number
+from safelight_server.wire.enums import BOTTOM_UP, DETACH, PREVIEW_METHODS, TEXTURE_FORMATS, from_number
 from safelight_server.wire.times import seconds
 
 MIN_EDGE_PX = 8
@@ -17,6 +18,7 @@ MIN_BYTES_PER_SECOND = 1024
 MAX_ROW_ALIGNMENT = 4096
 MAX_ACCEPTED = 16
 LOSSY = (MediaType.JPEG, MediaType.WEBP)
+ROWS = (MediaType.RAW_RGBA8, MediaType.KTX2)
 
 
 def check_encoding(message: pb.PixelEncoding, field: str, faults: Violations) -> PixelEncoding:
@@ -43,15 +45,22 @@ def check_encoding(message: pb.PixelEncoding, field: str, faults: Violations) ->
                 f"must be a power of two from 4 to {MAX_ROW_ALIGNMENT}",
             )
     bottom_up = from_number(BOTTOM_UP, message.row_order, default=False)
-    if message.row_order and faults.check(is_raw, f"{field}.row_order", only_raw):
+    ordered = f"only {listed(ROWS)} have it; leave it out"
+    if message.row_order and faults.check(media_type in ROWS, f"{field}.row_order", ordered):
         known = bottom_up is not None
         faults.check(known, f"{field}.row_order", "must be ROW_ORDER_TOP_DOWN or ROW_ORDER_BOTTOM_UP")
+    texture_format = from_number(TEXTURE_FORMATS, message.texture_format, default=TextureFormat.BC1)
+    only_ktx = f"only {MediaType.KTX2} has it; leave it out"
+    if message.texture_format and faults.check(media_type is MediaType.KTX2, f"{field}.texture_format", only_ktx):
+        known = texture_format is not None
+        faults.check(known, f"{field}.texture_format", "must be TEXTURE_FORMAT_BC1 or TEXTURE_FORMAT_BC7")
     default = PixelEncoding(media_type)
     return PixelEncoding(
         media_type,
         default.quality if quality is None else quality,
         default.row_alignment_bytes if row_alignment_bytes is None else row_alignment_bytes,
         bottom_up is True,
+        texture_format or TextureFormat.BC1,
     )
 
 
@@ -119,6 +128,10 @@ def _first_offered(accept: Sequence[pb.PixelEncoding], faults: Violations) -> Pi
     offered = [index for index, entry in enumerate(accept) if _media_type(entry.media_type) is not None]
     faults.check(bool(offered), "preview.accept", f"none of these is offered; there is {listed(MediaType)}")
     encodings = [check_encoding(accept[index], f"preview.accept[{index}]", faults) for index in offered]
+    for index, encoding in zip(offered, encodings, strict=True):
+        quick = encoding.texture_format is not TextureFormat.BC7
+        field = f"preview.accept[{index}].texture_format"
+        faults.check(quick, field, "takes too long to make for previews; use TEXTURE_FORMAT_BC1")
     return encodings[0] if encodings else default
 
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 from safelight.v1 import generation_pb2 as pb
 
 from safelight_server.domain.events import Disposition, Durability, FinishReason, GenerationState
+from safelight_server.domain.ktx2 import TextureFormat
 from safelight_server.domain.request import CacheMode, PreviewMethod
 from safelight_server.domain.roles import Role
 from safelight_server.scheduler import Priority
@@ -47,6 +48,10 @@ SPACINGS = {
 SIGMA_SCHEDULES = {"default": pb.SIGMA_SCHEDULE_DEFAULT, "karras": pb.SIGMA_SCHEDULE_KARRAS}
 ROLES = {Role.POSITIVE: pb.Prompt.ROLE_POSITIVE, Role.NEGATIVE: pb.Prompt.ROLE_NEGATIVE}
 BOTTOM_UP = {False: pb.PixelEncoding.ROW_ORDER_TOP_DOWN, True: pb.PixelEncoding.ROW_ORDER_BOTTOM_UP}
+TEXTURE_FORMATS = {
+    TextureFormat.BC1: pb.PixelEncoding.TEXTURE_FORMAT_BC1,
+    TextureFormat.BC7: pb.PixelEncoding.TEXTURE_FORMAT_BC7,
+}
 DETACH = {False: pb.DisconnectPolicy.ACTION_CANCEL, True: pb.DisconnectPolicy.ACTION_DETACH}
 CACHE_MODES = {
     CacheMode.DEFAULT: pb.CachePolicy.MODE_DEFAULT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from safelight.v1 import generation_pb2 as pb
 
 from safelight_server.domain.request import MediaType, PixelEncoding, Spec
-from safelight_server.wire.enums import BOTTOM_UP, SIGMA_SCHEDULES, SPACINGS
+from safelight_server.wire.enums import BOTTOM_UP, SIGMA_SCHEDULES, SPACINGS, TEXTURE_FORMATS
 
 
 def spec_message(spec: Spec) -> pb.GenerationSpec:
@@ -40,4 +40,7 @@ def encoding_message(encoding: PixelEncoding) -> pb.PixelEncoding:
     elif encoding.media_type is MediaType.RAW_RGBA8:
         message.row_alignment_bytes = encoding.row_alignment_bytes
         message.row_order = BOTTOM_UP[encoding.bottom_up]
+    elif encoding.media_type is MediaType.KTX2:
+        message.row_order = BOTTOM_UP[encoding.bottom_up]
+        message.texture_format = TEXTURE_FORMATS[encoding.texture_format]
     return message

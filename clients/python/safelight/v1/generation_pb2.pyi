@@ -493,7 +493,7 @@ class PixelEncoding(_message.Message):
         """First row is the bottom one (OpenGL textures)."""
 
     class RowOrder(_RowOrder, metaclass=_RowOrderEnumTypeWrapper):
-        """Order of the rows of raw pixels."""
+        """Order of the rows of raw pixels and of textures."""
 
     ROW_ORDER_UNSPECIFIED: PixelEncoding.RowOrder.ValueType  # 0
     """TOP_DOWN."""
@@ -502,13 +502,42 @@ class PixelEncoding(_message.Message):
     ROW_ORDER_BOTTOM_UP: PixelEncoding.RowOrder.ValueType  # 2
     """First row is the bottom one (OpenGL textures)."""
 
+    class _TextureFormat:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _TextureFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[PixelEncoding._TextureFormat.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        TEXTURE_FORMAT_UNSPECIFIED: PixelEncoding._TextureFormat.ValueType  # 0
+        """BC1."""
+        TEXTURE_FORMAT_BC1: PixelEncoding._TextureFormat.ValueType  # 1
+        """4 bits a pixel, without alpha. Made faster than a JPEG."""
+        TEXTURE_FORMAT_BC7: PixelEncoding._TextureFormat.ValueType  # 2
+        """8 bits a pixel, nearly without loss. Takes about fifty times as long as a
+        JPEG: for finished pictures alone, not for previews.
+        """
+
+    class TextureFormat(_TextureFormat, metaclass=_TextureFormatEnumTypeWrapper):
+        """How the blocks of a texture are compressed."""
+
+    TEXTURE_FORMAT_UNSPECIFIED: PixelEncoding.TextureFormat.ValueType  # 0
+    """BC1."""
+    TEXTURE_FORMAT_BC1: PixelEncoding.TextureFormat.ValueType  # 1
+    """4 bits a pixel, without alpha. Made faster than a JPEG."""
+    TEXTURE_FORMAT_BC7: PixelEncoding.TextureFormat.ValueType  # 2
+    """8 bits a pixel, nearly without loss. Takes about fifty times as long as a
+    JPEG: for finished pictures alone, not for previews.
+    """
+
     MEDIA_TYPE_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
     ROW_ALIGNMENT_BYTES_FIELD_NUMBER: _builtins.int
     ROW_ORDER_FIELD_NUMBER: _builtins.int
+    TEXTURE_FORMAT_FIELD_NUMBER: _builtins.int
     media_type: _builtins.str
-    """image/jpeg, image/webp, image/png or application/x-raw-rgba8 (four bytes a
-    pixel, alpha 255).
+    """image/jpeg, image/webp, image/png, application/x-raw-rgba8 (four bytes a
+    pixel, alpha 255) or image/ktx2 (a block-compressed texture in a KTX 2.0
+    file: sRGB, one level, no supercompression).
     """
     quality: _builtins.int
     """1 to 100, for image/jpeg and image/webp only. Absent: 85."""
@@ -517,7 +546,11 @@ class PixelEncoding(_message.Message):
     from 4 to 4096. Absent: 4. Only for application/x-raw-rgba8.
     """
     row_order: Global___PixelEncoding.RowOrder.ValueType
-    """Only for application/x-raw-rgba8."""
+    """Only for application/x-raw-rgba8 and image/ktx2, which says it as
+    KTXorientation "rd" or "ru".
+    """
+    texture_format: Global___PixelEncoding.TextureFormat.ValueType
+    """Only for image/ktx2."""
     def __init__(
         self,
         *,
@@ -525,10 +558,11 @@ class PixelEncoding(_message.Message):
         quality: _builtins.int | None = ...,
         row_alignment_bytes: _builtins.int | None = ...,
         row_order: Global___PixelEncoding.RowOrder.ValueType = ...,
+        texture_format: Global___PixelEncoding.TextureFormat.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "_row_alignment_bytes", b"_row_alignment_bytes", "quality", b"quality", "row_alignment_bytes", b"row_alignment_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "_row_alignment_bytes", b"_row_alignment_bytes", "media_type", b"media_type", "quality", b"quality", "row_alignment_bytes", b"row_alignment_bytes", "row_order", b"row_order"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_quality", b"_quality", "_row_alignment_bytes", b"_row_alignment_bytes", "media_type", b"media_type", "quality", b"quality", "row_alignment_bytes", b"row_alignment_bytes", "row_order", b"row_order", "texture_format", b"texture_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__quality: _TypeAlias = _typing.Literal["quality"]  # noqa: Y015
     _WhichOneofArgType__quality: _TypeAlias = _typing.Literal["_quality", b"_quality"]  # noqa: Y015
@@ -1372,6 +1406,7 @@ class Usage(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _builtins.int
     NUM_PREVIEWS_FIELD_NUMBER: _builtins.int
     PREVIEW_BYTES_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
     num_rows: _builtins.int
     """Denoiser rows computed."""
     num_steps: _builtins.int
@@ -1384,6 +1419,12 @@ class Usage(_message.Message):
     def compute_time(self) -> _duration_pb2.Duration:
         """Share of the batches' run time, by rows."""
 
+    @_builtins.property
+    def cost(self) -> Global___Cost:
+        """What the compute costs by the operator's price table; absent where the
+        server has none.
+        """
+
     def __init__(
         self,
         *,
@@ -1392,14 +1433,41 @@ class Usage(_message.Message):
         num_steps: _builtins.int = ...,
         num_previews: _builtins.int = ...,
         preview_bytes: _builtins.int = ...,
+        cost: Global___Cost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["compute_time", b"compute_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compute_time", b"compute_time", "cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_time", b"compute_time", "num_previews", b"num_previews", "num_rows", b"num_rows", "num_steps", b"num_steps", "preview_bytes", b"preview_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_time", b"compute_time", "cost", b"cost", "num_previews", b"num_previews", "num_rows", b"num_rows", "num_steps", b"num_steps", "preview_bytes", b"preview_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
+class Cost(_message.Message):
+    """An amount of money."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CURRENCY_CODE_FIELD_NUMBER: _builtins.int
+    NANOS_FIELD_NUMBER: _builtins.int
+    currency_code: _builtins.str
+    """ISO 4217, such as "USD"."""
+    nanos: _builtins.int
+    """Billionths of a unit of the currency."""
+    def __init__(
+        self,
+        *,
+        currency_code: _builtins.str = ...,
+        nanos: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency_code", b"currency_code", "nanos", b"nanos"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cost: _TypeAlias = Cost  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):

@@ -407,8 +407,9 @@ pub struct OutputSpec {
 /// How pixels travel: sRGB, straight alpha.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PixelEncoding {
-    /// image/jpeg, image/webp, image/png or application/x-raw-rgba8 (four bytes a
-    /// pixel, alpha 255).
+    /// image/jpeg, image/webp, image/png, application/x-raw-rgba8 (four bytes a
+    /// pixel, alpha 255) or image/ktx2 (a block-compressed texture in a KTX 2.0
+    /// file: sRGB, one level, no supercompression).
     #[prost(string, tag = "1")]
     pub media_type: ::prost::alloc::string::String,
     /// 1 to 100, for image/jpeg and image/webp only. Absent: 85.
@@ -418,13 +419,17 @@ pub struct PixelEncoding {
     /// from 4 to 4096. Absent: 4. Only for application/x-raw-rgba8.
     #[prost(int32, optional, tag = "3")]
     pub row_alignment_bytes: ::core::option::Option<i32>,
-    /// Only for application/x-raw-rgba8.
+    /// Only for application/x-raw-rgba8 and image/ktx2, which says it as
+    /// KTXorientation "rd" or "ru".
     #[prost(enumeration = "pixel_encoding::RowOrder", tag = "4")]
     pub row_order: i32,
+    /// Only for image/ktx2.
+    #[prost(enumeration = "pixel_encoding::TextureFormat", tag = "5")]
+    pub texture_format: i32,
 }
 /// Nested message and enum types in `PixelEncoding`.
 pub mod pixel_encoding {
-    /// Order of the rows of raw pixels.
+    /// Order of the rows of raw pixels and of textures.
     #[derive(
         Clone,
         Copy,
@@ -463,6 +468,50 @@ pub mod pixel_encoding {
                 "ROW_ORDER_UNSPECIFIED" => Some(Self::Unspecified),
                 "ROW_ORDER_TOP_DOWN" => Some(Self::TopDown),
                 "ROW_ORDER_BOTTOM_UP" => Some(Self::BottomUp),
+                _ => None,
+            }
+        }
+    }
+    /// How the blocks of a texture are compressed.
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum TextureFormat {
+        /// BC1.
+        Unspecified = 0,
+        /// 4 bits a pixel, without alpha. Made faster than a JPEG.
+        Bc1 = 1,
+        /// 8 bits a pixel, nearly without loss. Takes about fifty times as long as a
+        /// JPEG: for finished pictures alone, not for previews.
+        Bc7 = 2,
+    }
+    impl TextureFormat {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Unspecified => "TEXTURE_FORMAT_UNSPECIFIED",
+                Self::Bc1 => "TEXTURE_FORMAT_BC1",
+                Self::Bc7 => "TEXTURE_FORMAT_BC7",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "TEXTURE_FORMAT_UNSPECIFIED" => Some(Self::Unspecified),
+                "TEXTURE_FORMAT_BC1" => Some(Self::Bc1),
+                "TEXTURE_FORMAT_BC7" => Some(Self::Bc7),
                 _ => None,
             }
         }
@@ -1055,7 +1104,7 @@ pub mod cache_result {
 }
 /// What a generation has used so far. Work that several generations share counts
 /// for the one that came first and is still there.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Usage {
     /// Share of the batches' run time, by rows.
     #[prost(message, optional, tag = "1")]
@@ -1072,6 +1121,20 @@ pub struct Usage {
     /// Bytes of these previews.
     #[prost(int64, tag = "5")]
     pub preview_bytes: i64,
+    /// What the compute costs by the operator's price table; absent where the
+    /// server has none.
+    #[prost(message, optional, tag = "6")]
+    pub cost: ::core::option::Option<Cost>,
+}
+/// An amount of money.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Cost {
+    /// ISO 4217, such as "USD".
+    #[prost(string, tag = "1")]
+    pub currency_code: ::prost::alloc::string::String,
+    /// Billionths of a unit of the currency.
+    #[prost(int64, tag = "2")]
+    pub nanos: i64,
 }
 /// Where the time of a generation went. Stages overlap: they do not add up.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1764,6 +1827,9 @@ pub struct Model {
     /// Measured time of one denoiser call, by rows.
     #[prost(message, repeated, tag = "14")]
     pub step_times: ::prost::alloc::vec::Vec<StepTime>,
+    /// Measured time of one call of the other components, by rows.
+    #[prost(message, repeated, tag = "15")]
+    pub component_times: ::prost::alloc::vec::Vec<ComponentTime>,
     /// What differs from the pipeline that it was exported from: substitutes for what this server does not have.
     #[prost(string, repeated, tag = "16")]
     pub notes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
@@ -1819,6 +1885,16 @@ pub struct ModelLimits {
     /// Tokens of the text encoder's context; longer prompts are cut with a warning.
     #[prost(int32, tag = "4")]
     pub max_prompt_tokens: i32,
+}
+/// Times of calls of a component.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ComponentTime {
+    /// "text_encoder", "decoder" or "preview_decoder".
+    #[prost(string, tag = "1")]
+    pub component: ::prost::alloc::string::String,
+    /// By rows.
+    #[prost(message, repeated, tag = "2")]
+    pub times: ::prost::alloc::vec::Vec<StepTime>,
 }
 /// Time of one denoiser call.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -43,7 +43,7 @@ class SketchIndex:
         self._planes = rng.standard_normal((num_bits, dimension), np.float32)
         self._max_items = max_items
         self._num_ranked = num_ranked
-        self._shelves: dict[str, _SketchRows] = {}
+        self._rows_by_scope: dict[str, _SketchRows] = {}
         self._scopes: OrderedDict[str, str] = OrderedDict()
 
     def __len__(self) -> int:
@@ -69,9 +69,9 @@ class SketchIndex:
             oldest = next(iter(self._scopes))
             self.remove(oldest)
             gone.append(oldest)
-        if scope not in self._shelves:
-            self._shelves[scope] = _SketchRows(*self._planes.shape)
-        self._shelves[scope].put(item, self._code(vector), vector)
+        if scope not in self._rows_by_scope:
+            self._rows_by_scope[scope] = _SketchRows(*self._planes.shape)
+        self._rows_by_scope[scope].put(item, self._code(vector), vector)
         self._scopes[item] = scope
         return gone
 
@@ -79,10 +79,10 @@ class SketchIndex:
         """Removes an item. An absent item is no error."""
         scope = self._scopes.pop(item, None)
         if scope is not None:
-            shelf = self._shelves[scope]
-            shelf.take(item)
-            if not shelf.rows:
-                del self._shelves[scope]
+            stored = self._rows_by_scope[scope]
+            stored.take(item)
+            if not stored.rows:
+                del self._rows_by_scope[scope]
 
     def discard(self, goes: Callable[[str], bool]) -> None:
         """Removes all items for which `goes` returns true."""
@@ -91,10 +91,10 @@ class SketchIndex:
 
     def search(self, scope: str, vector: Floats, min_cosine: float, limit: int = 8) -> list[Match]:
         """Returns the nearest items found in `scope` with at least `min_cosine`, nearest first."""
-        shelf = self._shelves.get(scope)
-        if shelf is None:
+        stored = self._rows_by_scope.get(scope)
+        if stored is None:
             return []
-        found = shelf.nearest(self._code(vector), vector, self._num_ranked, min_cosine, limit)
+        found = stored.nearest(self._code(vector), vector, self._num_ranked, min_cosine, limit)
         for match in found:
             self._scopes.move_to_end(match.item)
         return found

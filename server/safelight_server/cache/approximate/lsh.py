@@ -174,7 +174,7 @@ class MemoryBuckets:
         self._max_members = max_members
         self._buckets: dict[str, array[int]] = {}
         self._items: OrderedDict[str, tuple[Sequence[str], _VectorRows, int]] = OrderedDict()
-        self._shelves: dict[int, _VectorRows] = {}
+        self._rows_by_dimension: dict[int, _VectorRows] = {}
 
     def __len__(self) -> int:
         """Number of items."""
@@ -185,11 +185,11 @@ class MemoryBuckets:
         self._drop(item)
         while len(self._items) >= self._max_items:
             self._drop(next(iter(self._items)))
-        if len(vector) not in self._shelves:
-            self._shelves[len(vector)] = _VectorRows(len(vector))
-        shelf = self._shelves[len(vector)]
-        row = shelf.put(item, vector)
-        self._items[item] = (buckets, shelf, row)
+        if len(vector) not in self._rows_by_dimension:
+            self._rows_by_dimension[len(vector)] = _VectorRows(len(vector))
+        stored = self._rows_by_dimension[len(vector)]
+        row = stored.put(item, vector)
+        self._items[item] = (buckets, stored, row)
         for bucket in buckets:
             members = self._buckets.setdefault(bucket, array(ROW))
             if len(members) >= self._max_members:
@@ -208,8 +208,8 @@ class MemoryBuckets:
 
     async def find(self, buckets: Sequence[str], limit: int, dimension: int) -> tuple[Sequence[str], Halves]:
         """Returns at most `limit` items in the order of the buckets, and their vectors (N, `dimension`)."""
-        shelf = self._shelves.get(dimension)
-        if shelf is None:
+        stored = self._rows_by_dimension.get(dimension)
+        if stored is None:
             return (), np.empty((0, dimension), np.float16)
         gathered: list[array[int]] = []
         num_gathered, enough = 0, limit
@@ -226,13 +226,13 @@ class MemoryBuckets:
         else:
             rows = _rows(gathered)
         rows = rows[:limit]
-        return [shelf.names[row] for row in rows.tolist()], shelf.vectors[rows]
+        return [stored.names[row] for row in rows.tolist()], stored.vectors[rows]
 
     def _drop(self, item: str) -> None:
         if item not in self._items:
             return
-        buckets, shelf, row = self._items.pop(item)
-        shelf.free.append(row)
+        buckets, stored, row = self._items.pop(item)
+        stored.free.append(row)
         for bucket in buckets:
             members = self._buckets.get(bucket, array(ROW))
             with contextlib.suppress(ValueError):  # a full bucket has dropped the item before

@@ -64,7 +64,7 @@ class WarmStarts:
 
     Args:
         skip_policy: how many steps to skip at a cosine.
-        books: the eviction policy that bounds the bytes of all checkpoints.
+        eviction: the eviction policy that bounds the bytes of all checkpoints.
         max_items: most outputs in one index.
         clock: monotonic, in seconds.
     """
@@ -74,7 +74,7 @@ class WarmStarts:
         checkpoints: Checkpoints,
         vectors: Vectors,
         skip_policy: SkipPolicy,
-        books: Eviction,
+        eviction: Eviction,
         max_items: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -84,7 +84,7 @@ class WarmStarts:
         self._looked: OrderedDict[str, float] = OrderedDict()
         self._rebuilding: set[asyncio.Task[None]] = set()
         self._skip_policy = skip_policy
-        self._books = books
+        self._eviction = eviction
         self._max_items = max_items
         self._indexes: OrderedDict[tuple[str, str], SketchIndex] = OrderedDict()
         self._place: dict[str, _StartLocation] = {}
@@ -107,7 +107,7 @@ class WarmStarts:
         gone = index.add(name.comparable, name.exact, kept.vector)
         self._place[name.exact] = _StartLocation(name.namespace, at, kept.owner)
         most = self._skip_policy.steps(kept.num_steps)
-        gone += self._books.add(name.exact, kept.num_bytes, float(most[-1]) if most else 0.0)
+        gone += self._eviction.add(name.exact, kept.num_bytes, float(most[-1]) if most else 0.0)
         for item in gone:
             await self._drop(item)
 
@@ -155,7 +155,7 @@ class WarmStarts:
                 continue
             if snapshot is not None:
                 excluded.add(match.item)
-                self._books.hit(match.item)
+                self._eviction.hit(match.item)
                 return WarmStart(snapshot, match.cosine)
             if not steps and await self._checkpoints.gone(name.namespace.name, match.item):
                 await self._drop(match.item)
@@ -174,7 +174,7 @@ class WarmStarts:
             await self._vectors.forget(place.namespace, item)
 
     def _forget(self, item: str) -> _StartLocation | None:
-        self._books.remove(item)
+        self._eviction.remove(item)
         place = self._place.pop(item, None)
         if place is not None and (index := self._indexes.get(place.index)) is not None:
             index.remove(item)

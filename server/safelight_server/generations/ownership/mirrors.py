@@ -188,17 +188,17 @@ class Mirrors:
 
     async def _apply(self, mirror: Mirror, event: StreamEvent) -> None:
         """Applies one event to the mirror. If it raises `StoreError`, the event can be applied again."""
-        told = self._parse(mirror.name, event)
-        if isinstance(told, EventRecord):
+        record = self._parse(mirror.name, event)
+        if isinstance(record, EventRecord):
             picture = None
-            if told.kind == "output" and told.sequence > mirror.generation.log.last_sequence:
-                picture = await self._artifact(mirror.generation, told.output_index)
-                gone = picture is None and told.reason is FinishReason.COMPLETED
+            if record.kind == "output" and record.sequence > mirror.generation.log.last_sequence:
+                picture = await self._artifact(mirror.generation, record.output_index)
+                gone = picture is None and record.reason is FinishReason.COMPLETED
                 if gone and mirror.generation.log.watchers:
                     raise PictureGoneError
-            mirror.generation.hear(told, picture)
+            mirror.generation.hear(record, picture)
             mirror.changed.set()
-            if told.state is GenerationState.SUSPENDED and mirror.generation.log.watchers:
+            if record.state is GenerationState.SUSPENDED and mirror.generation.log.watchers:
                 # its owner may be a new one, that has not heard yet that there is a stream here
                 self._context.bulletin.publish(WANT, mirror.generation.identifier, by=self._me)
         mirror.place = event.place

@@ -31,7 +31,7 @@ CLAIM_S = 86_400.0
 """How long a request id is bound to a generation that has not ended, at most."""
 LOOK_S = 0.05
 PATIENCE_S = 5.0
-MAX_WISHES = 4096
+MAX_WANTED = 4096
 CLOSE_S = 2.0
 FORGET_S = 0.001
 
@@ -64,7 +64,7 @@ class Owners:
         self._planner = planner
         self._me = me
         self._own: dict[str, OwnedGeneration] = {}
-        self._wishes: OrderedDict[str, None] = OrderedDict()
+        self._wanted_elsewhere: OrderedDict[str, None] = OrderedDict()
         self._ending: set[asyncio.Task[None]] = set()
         self._journals: set[Journal] = set()
 
@@ -237,7 +237,7 @@ class Owners:
     def let_go(self, generation: Generation) -> None:
         """Releases a generation for the replica that wants it, or for whichever finds it first."""
         own = self._own.pop(generation.identifier, None)
-        self._wishes.pop(generation.identifier, None)
+        self._wanted_elsewhere.pop(generation.identifier, None)
         generation.leave()
         if own is None:
             return
@@ -263,7 +263,7 @@ class Owners:
 
     def wants(self, generation: Generation) -> bool:
         """Whether another replica has a stream for the generation."""
-        return generation.journal is not None and generation.identifier in self._wishes
+        return generation.journal is not None and generation.identifier in self._wanted_elsewhere
 
     async def settle_record(self, own: OwnedGeneration, kept_s: float, claimed_s: float) -> None:
         """Limits the life of the events and of the request id, and deletes the latents that its outputs began from.
@@ -349,9 +349,9 @@ class Owners:
     def hear_want(self, identifier: str, facts: Mapping[str, str]) -> None:
         """Notes that another replica has a stream for a generation that is owned here."""
         if facts["by"] != self._me and identifier in self._own:
-            self._wishes[identifier] = None
-            if len(self._wishes) > MAX_WISHES:
-                self._wishes.popitem(last=False)
+            self._wanted_elsewhere[identifier] = None
+            if len(self._wanted_elsewhere) > MAX_WANTED:
+                self._wanted_elsewhere.popitem(last=False)
             self._host.wanted(identifier)
 
     async def adopt(self, generation: Generation, own: OwnedGeneration, written: Sequence[bytes]) -> None:

@@ -90,6 +90,14 @@ export const MESSAGES = {
   "safelight.v1.CancelGenerationResponse": {
     generation: [1, "safelight.v1.Generation"],
   },
+  "safelight.v1.ComponentTime": {
+    component: [1, "string"],
+    times: [2, "safelight.v1.StepTime", "repeated"],
+  },
+  "safelight.v1.Cost": {
+    currency_code: [1, "string"],
+    nanos: [2, "int64"],
+  },
   "safelight.v1.DisconnectPolicy": {
     action: [1, "int32"],
     resume_grace: [2, "google.protobuf.Duration"],
@@ -182,6 +190,7 @@ export const MESSAGES = {
     defaults: [12, "safelight.v1.ModelDefaults"],
     limits: [13, "safelight.v1.ModelLimits"],
     step_times: [14, "safelight.v1.StepTime", "repeated"],
+    component_times: [15, "safelight.v1.ComponentTime", "repeated"],
     notes: [16, "string", "repeated"],
   },
   "safelight.v1.ModelDefaults": {
@@ -215,6 +224,7 @@ export const MESSAGES = {
     quality: [2, "int32", "optional"],
     row_alignment_bytes: [3, "int32", "optional"],
     row_order: [4, "int32"],
+    texture_format: [5, "int32"],
   },
   "safelight.v1.Preview": {
     output_index: [1, "int32"],
@@ -290,6 +300,7 @@ export const MESSAGES = {
     num_steps: [3, "int64"],
     num_previews: [4, "int64"],
     preview_bytes: [5, "int64"],
+    cost: [6, "safelight.v1.Cost"],
   },
   "safelight.v1.Warning": {
     reason: [1, "string"],
@@ -314,6 +325,7 @@ export const ENUMS = {
   "safelight.v1.Generation.State": { STATE_UNSPECIFIED: 0, STATE_QUEUED: 1, STATE_RUNNING: 2, STATE_SUSPENDED: 3, STATE_SUCCEEDED: 4, STATE_CANCELLED: 5, STATE_FAILED: 6 },
   "safelight.v1.OutputFinished.FinishReason": { FINISH_REASON_UNSPECIFIED: 0, FINISH_REASON_COMPLETED: 1, FINISH_REASON_CANCELLED: 2, FINISH_REASON_DEADLINE_EXCEEDED: 3, FINISH_REASON_FAILED: 4 },
   "safelight.v1.PixelEncoding.RowOrder": { ROW_ORDER_UNSPECIFIED: 0, ROW_ORDER_TOP_DOWN: 1, ROW_ORDER_BOTTOM_UP: 2 },
+  "safelight.v1.PixelEncoding.TextureFormat": { TEXTURE_FORMAT_UNSPECIFIED: 0, TEXTURE_FORMAT_BC1: 1, TEXTURE_FORMAT_BC7: 2 },
   "safelight.v1.PreviewMethod": { PREVIEW_METHOD_UNSPECIFIED: 0, PREVIEW_METHOD_AUTO: 1, PREVIEW_METHOD_LINEAR: 2, PREVIEW_METHOD_TINY_DECODER: 3, PREVIEW_METHOD_FULL_DECODER: 4, PREVIEW_METHOD_NONE: 5 },
   "safelight.v1.Priority": { PRIORITY_UNSPECIFIED: 0, PRIORITY_INTERACTIVE: 1, PRIORITY_STANDARD: 2, PRIORITY_BATCH: 3 },
   "safelight.v1.Prompt.Role": { ROLE_UNSPECIFIED: 0, ROLE_POSITIVE: 1, ROLE_NEGATIVE: 2 },

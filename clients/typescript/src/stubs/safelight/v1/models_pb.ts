@@ -16,7 +16,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file safelight/v1/models.proto.
  */
 export const file_safelight_v1_models: GenFile = /*@__PURE__*/
-  fileDesc("ChlzYWZlbGlnaHQvdjEvbW9kZWxzLnByb3RvEgxzYWZlbGlnaHQudjEiOgoRTGlzdE1vZGVsc1JlcXVlc3QSEQoJcGFnZV9zaXplGAEgASgFEhIKCnBhZ2VfdG9rZW4YAiABKAkihwEKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5zYWZlbGlnaHQudjEuTW9kZWwSFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJEjMKC3VuYXZhaWxhYmxlGAMgAygLMh4uc2FmZWxpZ2h0LnYxLlVuYXZhaWxhYmxlTW9kZWwiQgoQVW5hdmFpbGFibGVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEg4KBnJlYXNvbhgDIAEoCSIfCg9HZXRNb2RlbFJlcXVlc3QSDAoEbmFtZRgBIAEoCSI2ChBHZXRNb2RlbFJlc3BvbnNlEiIKBW1vZGVsGAEgASgLMhMuc2FmZWxpZ2h0LnYxLk1vZGVsIrgDCgVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEhMKC2Rlc2NyaXB0aW9uGAMgASgJEg8KB2xpY2Vuc2UYBCABKAkSDwoHcnVudGltZRgFIAEoCRITCgtudW1lcmljc19pZBgGIAEoCRISCgppc19kZWZhdWx0GAcgASgIEiEKBXNpemVzGAggAygLMhIuc2FmZWxpZ2h0LnYxLlNpemUSLAoIc2FtcGxlcnMYCSADKAsyGi5zYWZlbGlnaHQudjEuU2FtcGxlck9mZmVyEjQKD3ByZXZpZXdfbWV0aG9kcxgKIAMoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEhMKC21lZGlhX3R5cGVzGAsgAygJEi0KCGRlZmF1bHRzGAwgASgLMhsuc2FmZWxpZ2h0LnYxLk1vZGVsRGVmYXVsdHMSKQoGbGltaXRzGA0gASgLMhkuc2FmZWxpZ2h0LnYxLk1vZGVsTGltaXRzEioKCnN0ZXBfdGltZXMYDiADKAsyFi5zYWZlbGlnaHQudjEuU3RlcFRpbWUSDQoFbm90ZXMYECADKAkiKwoEU2l6ZRIQCgh3aWR0aF9weBgBIAEoBRIRCgloZWlnaHRfcHgYAiABKAUigwEKDFNhbXBsZXJPZmZlchIMCgRuYW1lGAEgASgJEjQKD3NpZ21hX3NjaGVkdWxlcxgCIAMoDjIbLnNhZmVsaWdodC52MS5TaWdtYVNjaGVkdWxlEi8KCHNwYWNpbmdzGAMgAygOMh0uc2FmZWxpZ2h0LnYxLlRpbWVzdGVwU3BhY2luZyJwCg1Nb2RlbERlZmF1bHRzEhsKE251bV9pbmZlcmVuY2Vfc3RlcHMYASABKAUSFgoOZ3VpZGFuY2Vfc2NhbGUYAiABKAISKgoHc2FtcGxlchgDIAEoCzIZLnNhZmVsaWdodC52MS5TYW1wbGVyU3BlYyJ6CgtNb2RlbExpbWl0cxIfChdtYXhfbnVtX2luZmVyZW5jZV9zdGVwcxgBIAEoBRIaChJtYXhfZ3VpZGFuY2Vfc2NhbGUYAiABKAISEwoLbWF4X291dHB1dHMYAyABKAUSGQoRbWF4X3Byb21wdF90b2tlbnMYBCABKAUiSQoIU3RlcFRpbWUSEAoIbnVtX3Jvd3MYASABKAUSKwoIZHVyYXRpb24YAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24yqgEKDE1vZGVsU2VydmljZRJPCgpMaXN0TW9kZWxzEh8uc2FmZWxpZ2h0LnYxLkxpc3RNb2RlbHNSZXF1ZXN0GiAuc2FmZWxpZ2h0LnYxLkxpc3RNb2RlbHNSZXNwb25zZRJJCghHZXRNb2RlbBIdLnNhZmVsaWdodC52MS5HZXRNb2RlbFJlcXVlc3QaHi5zYWZlbGlnaHQudjEuR2V0TW9kZWxSZXNwb25zZWIGcHJvdG8z", [file_google_protobuf_duration, file_safelight_v1_generation]);
+  fileDesc("ChlzYWZlbGlnaHQvdjEvbW9kZWxzLnByb3RvEgxzYWZlbGlnaHQudjEiOgoRTGlzdE1vZGVsc1JlcXVlc3QSEQoJcGFnZV9zaXplGAEgASgFEhIKCnBhZ2VfdG9rZW4YAiABKAkihwEKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5zYWZlbGlnaHQudjEuTW9kZWwSFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJEjMKC3VuYXZhaWxhYmxlGAMgAygLMh4uc2FmZWxpZ2h0LnYxLlVuYXZhaWxhYmxlTW9kZWwiQgoQVW5hdmFpbGFibGVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEg4KBnJlYXNvbhgDIAEoCSIfCg9HZXRNb2RlbFJlcXVlc3QSDAoEbmFtZRgBIAEoCSI2ChBHZXRNb2RlbFJlc3BvbnNlEiIKBW1vZGVsGAEgASgLMhMuc2FmZWxpZ2h0LnYxLk1vZGVsIu4DCgVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEhMKC2Rlc2NyaXB0aW9uGAMgASgJEg8KB2xpY2Vuc2UYBCABKAkSDwoHcnVudGltZRgFIAEoCRITCgtudW1lcmljc19pZBgGIAEoCRISCgppc19kZWZhdWx0GAcgASgIEiEKBXNpemVzGAggAygLMhIuc2FmZWxpZ2h0LnYxLlNpemUSLAoIc2FtcGxlcnMYCSADKAsyGi5zYWZlbGlnaHQudjEuU2FtcGxlck9mZmVyEjQKD3ByZXZpZXdfbWV0aG9kcxgKIAMoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEhMKC21lZGlhX3R5cGVzGAsgAygJEi0KCGRlZmF1bHRzGAwgASgLMhsuc2FmZWxpZ2h0LnYxLk1vZGVsRGVmYXVsdHMSKQoGbGltaXRzGA0gASgLMhkuc2FmZWxpZ2h0LnYxLk1vZGVsTGltaXRzEioKCnN0ZXBfdGltZXMYDiADKAsyFi5zYWZlbGlnaHQudjEuU3RlcFRpbWUSNAoPY29tcG9uZW50X3RpbWVzGA8gAygLMhsuc2FmZWxpZ2h0LnYxLkNvbXBvbmVudFRpbWUSDQoFbm90ZXMYECADKAkiKwoEU2l6ZRIQCgh3aWR0aF9weBgBIAEoBRIRCgloZWlnaHRfcHgYAiABKAUigwEKDFNhbXBsZXJPZmZlchIMCgRuYW1lGAEgASgJEjQKD3NpZ21hX3NjaGVkdWxlcxgCIAMoDjIbLnNhZmVsaWdodC52MS5TaWdtYVNjaGVkdWxlEi8KCHNwYWNpbmdzGAMgAygOMh0uc2FmZWxpZ2h0LnYxLlRpbWVzdGVwU3BhY2luZyJwCg1Nb2RlbERlZmF1bHRzEhsKE251bV9pbmZlcmVuY2Vfc3RlcHMYASABKAUSFgoOZ3VpZGFuY2Vfc2NhbGUYAiABKAISKgoHc2FtcGxlchgDIAEoCzIZLnNhZmVsaWdodC52MS5TYW1wbGVyU3BlYyJ6CgtNb2RlbExpbWl0cxIfChdtYXhfbnVtX2luZmVyZW5jZV9zdGVwcxgBIAEoBRIaChJtYXhfZ3VpZGFuY2Vfc2NhbGUYAiABKAISEwoLbWF4X291dHB1dHMYAyABKAUSGQoRbWF4X3Byb21wdF90b2tlbnMYBCABKAUiSQoNQ29tcG9uZW50VGltZRIRCgljb21wb25lbnQYASABKAkSJQoFdGltZXMYAiADKAsyFi5zYWZlbGlnaHQudjEuU3RlcFRpbWUiSQoIU3RlcFRpbWUSEAoIbnVtX3Jvd3MYASABKAUSKwoIZHVyYXRpb24YAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24yqgEKDE1vZGVsU2VydmljZRJPCgpMaXN0TW9kZWxzEh8uc2FmZWxpZ2h0LnYxLkxpc3RNb2RlbHNSZXF1ZXN0GiAuc2FmZWxpZ2h0LnYxLkxpc3RNb2RlbHNSZXNwb25zZRJJCghHZXRNb2RlbBIdLnNhZmVsaWdodC52MS5HZXRNb2RlbFJlcXVlc3QaHi5zYWZlbGlnaHQudjEuR2V0TW9kZWxSZXNwb25zZWIGcHJvdG8z", [file_google_protobuf_duration, file_safelight_v1_generation]);
 
 /**
  * Asks for a page of models.
@@ -263,6 +263,13 @@ export type Model = Message<"safelight.v1.Model"> & {
   stepTimes: StepTime[];
 
   /**
+   * Measured time of one call of the other components, by rows.
+   *
+   * @generated from field: repeated safelight.v1.ComponentTime component_times = 15;
+   */
+  componentTimes: ComponentTime[];
+
+  /**
    * What differs from the pipeline that it was exported from: substitutes for what this server does not have.
    *
    * @generated from field: repeated string notes = 16;
@@ -418,6 +425,34 @@ export const ModelLimitsSchema: GenMessage<ModelLimits> = /*@__PURE__*/
   messageDesc(file_safelight_v1_models, 9);
 
 /**
+ * Times of calls of a component.
+ *
+ * @generated from message safelight.v1.ComponentTime
+ */
+export type ComponentTime = Message<"safelight.v1.ComponentTime"> & {
+  /**
+   * "text_encoder", "decoder" or "preview_decoder".
+   *
+   * @generated from field: string component = 1;
+   */
+  component: string;
+
+  /**
+   * By rows.
+   *
+   * @generated from field: repeated safelight.v1.StepTime times = 2;
+   */
+  times: StepTime[];
+};
+
+/**
+ * Describes the message safelight.v1.ComponentTime.
+ * Use `create(ComponentTimeSchema)` to create a new message.
+ */
+export const ComponentTimeSchema: GenMessage<ComponentTime> = /*@__PURE__*/
+  messageDesc(file_safelight_v1_models, 10);
+
+/**
  * Time of one denoiser call.
  *
  * @generated from message safelight.v1.StepTime
@@ -443,7 +478,7 @@ export type StepTime = Message<"safelight.v1.StepTime"> & {
  * Use `create(StepTimeSchema)` to create a new message.
  */
 export const StepTimeSchema: GenMessage<StepTime> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 10);
+  messageDesc(file_safelight_v1_models, 11);
 
 /**
  * Lists the models.

@@ -1,0 +1,243 @@
+/*
+ * C client of a Safelight server: text to image, with previews while the picture is computed.
+ *
+ * For programs that call C: engines, plug-ins and other languages. All types are opaque. No function calls back, and
+ * none throws. Handles may be used by several threads, except that the one that frees a handle must be the last to use
+ * it. Texts are UTF-8 and end with a zero byte. A text or an image that is not said to be the caller's belongs to the
+ * handle that it was asked of, and lives as long.
+ *
+ * A function that can fail has a last argument `error`, which may be NULL. Where it fails, it returns NULL, and `*error`
+ * is the caller's, to be freed with safelight_error_free().
+ */
+#ifndef SAFELIGHT_H
+#define SAFELIGHT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define SAFELIGHT_API __attribute__((visibility("default")))
+#else
+#define SAFELIGHT_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The version of this header. Functions are added with a new minor version (the lower 16 bits) and changed or taken
+ * away with a new major one (the upper 16 bits): a library serves a program with the same major and no later minor. */
+#define SAFELIGHT_ABI_VERSION 0x00010000u
+
+/* The version that the library was built with. */
+SAFELIGHT_API uint32_t safelight_abi_version(void);
+
+/* ---- Errors ---- */
+
+typedef struct safelight_error safelight_error;
+
+/* The code of gRPC, such as 3, INVALID_ARGUMENT; never 0. What the library itself refuses is 3 too. */
+SAFELIGHT_API int32_t safelight_error_code(const safelight_error *error);
+/* The code's name, such as "INVALID_ARGUMENT". */
+SAFELIGHT_API const char *safelight_error_code_name(const safelight_error *error);
+/* A stable name for programs, such as "QUEUE_FULL"; "" where there is none. */
+SAFELIGHT_API const char *safelight_error_reason(const safelight_error *error);
+/* For people. */
+SAFELIGHT_API const char *safelight_error_message(const safelight_error *error);
+/* Seconds after which to retry; -1 where the server named none. */
+SAFELIGHT_API double safelight_error_retry_after_s(const safelight_error *error);
+/* What to change of an invalid request: the path of a field and a description. "" beyond the last. */
+SAFELIGHT_API int32_t safelight_error_num_violations(const safelight_error *error);
+SAFELIGHT_API const char *safelight_error_violation_field(const safelight_error *error, int32_t index);
+SAFELIGHT_API const char *safelight_error_violation_description(const safelight_error *error, int32_t index);
+SAFELIGHT_API void safelight_error_free(safelight_error *error);
+
+/* ---- Options of a client; each has a default ---- */
+
+typedef struct safelight_options safelight_options;
+
+SAFELIGHT_API safelight_options *safelight_options_new(void);
+/* Sent as a bearer token. Visible ASCII characters. */
+SAFELIGHT_API void safelight_options_set_api_key(safelight_options *options, const char *api_key);
+/* Asks by TLS. `ca_pem`: the authorities to trust, as PEM; NULL or "": those of the system. `server_name`: the name in
+ * the certificate, where it differs from the target's; NULL or "": it does not. */
+SAFELIGHT_API void safelight_options_set_tls(safelight_options *options, const char *ca_pem, const char *server_name);
+/* The client's own certificate and key, as PEM, for a server that asks for them. Only with TLS. */
+SAFELIGHT_API void safelight_options_set_certificate(safelight_options *options, const char *certificate_pem,
+                                                     const char *key_pem);
+/* How long a generation whose connection is lost is asked for again, since its last event: 60 s. */
+SAFELIGHT_API void safelight_options_set_patience_s(safelight_options *options, double patience_s);
+/* How often a request is sent again that was refused with the time after which to retry: 3. */
+SAFELIGHT_API void safelight_options_set_retries(safelight_options *options, int32_t retries);
+SAFELIGHT_API void safelight_options_free(safelight_options *options);
+
+/* ---- Client ---- */
+
+typedef struct safelight_client safelight_client;
+
+/* A connection to "host:port". Several replicas are separated by commas; when one is lost, the next one is asked.
+ * Nothing is connected before the first request. `options` may be NULL, and may be freed afterwards. */
+SAFELIGHT_API safelight_client *safelight_client_new(const char *target, const safelight_options *options,
+                                                     safelight_error **error);
+/* Its generations go on. */
+SAFELIGHT_API void safelight_client_free(safelight_client *client);
+
+/* The server's models, a state of a generation, and a generation as it ended when it was cancelled, with the step that
+ * each output had reached: ListModelsResponse and Generation of the contract, as JSON. These three wait for the server.
+ * The text is the caller's, to be freed with safelight_text_free(). */
+SAFELIGHT_API char *safelight_client_models(safelight_client *client, safelight_error **error);
+SAFELIGHT_API char *safelight_client_get(safelight_client *client, const char *generation, safelight_error **error);
+SAFELIGHT_API char *safelight_client_cancel(safelight_client *client, const char *generation, safelight_error **error);
+SAFELIGHT_API void safelight_text_free(char *text);
+
+/* ---- Request ---- */
+
+typedef struct safelight_request safelight_request;
+
+/* Asks for one picture, as the model's defaults have it. Previews and picture are raw RGBA8, so that they can be
+ * copied into a texture. */
+SAFELIGHT_API safelight_request *safelight_request_new(const char *prompt);
+/* A GenerateRequest of the contract, as JSON: {"spec": {"prompt": "a red potion"}}. Nothing is added to it. */
+SAFELIGHT_API safelight_request *safelight_request_from_json(const char *json, safelight_error **error);
+/* "models/NAME"; "" or NULL: the server's default. */
+SAFELIGHT_API void safelight_request_set_model(safelight_request *request, const char *model);
+SAFELIGHT_API void safelight_request_set_negative_prompt(safelight_request *request, const char *prompt);
+SAFELIGHT_API void safelight_request_set_size(safelight_request *request, int32_t width_px, int32_t height_px);
+SAFELIGHT_API void safelight_request_set_num_inference_steps(safelight_request *request, int32_t steps);
+SAFELIGHT_API void safelight_request_set_guidance_scale(safelight_request *request, double scale);
+/* One more picture, with this seed. */
+SAFELIGHT_API void safelight_request_add_output(safelight_request *request, uint64_t seed);
+/* The longest edge of previews; larger ones are scaled down. */
+SAFELIGHT_API void safelight_request_set_preview_max_edge(safelight_request *request, int32_t max_edge_px);
+/* A preview after every n-th step. */
+SAFELIGHT_API void safelight_request_set_preview_every_n_steps(safelight_request *request, int32_t n);
+/* The encoding of the picture, such as "image/png". */
+SAFELIGHT_API void safelight_request_set_picture_media_type(safelight_request *request, const char *media_type);
+SAFELIGHT_API void safelight_request_free(safelight_request *request);
+
+/* ---- Generation ---- */
+
+typedef struct safelight_generation safelight_generation;
+
+typedef enum safelight_state {
+  SAFELIGHT_STATE_ASKED = 0,     /* The server has not answered yet. */
+  SAFELIGHT_STATE_ACCEPTED = 1,  /* It was admitted: it waits, or it is computed. */
+  SAFELIGHT_STATE_SUCCEEDED = 2, /* All pictures are here. */
+  SAFELIGHT_STATE_FAILED = 3,    /* safelight_generation_error() says why; CANCELLED (1) is one of the codes. */
+  SAFELIGHT_STATE_CLOSED = 4     /* safelight_generation_close() was called before its end. */
+} safelight_state;
+
+/* Starts a generation; returns at once. A thread of the library receives it and keeps the newest preview of each
+ * output, and all pictures. `timeout_s`: its deadline, over all connections; 0: none. The request may be freed. */
+SAFELIGHT_API safelight_generation *safelight_generate(safelight_client *client, const safelight_request *request,
+                                                       double timeout_s, safelight_error **error);
+/* Watches "generations/ID", which exists: a second screen. `request` says which previews; NULL: none. */
+SAFELIGHT_API safelight_generation *safelight_watch(safelight_client *client, const char *generation,
+                                                    const safelight_request *request, double timeout_s,
+                                                    safelight_error **error);
+
+SAFELIGHT_API safelight_state safelight_generation_state(const safelight_generation *generation);
+/* Waits until it has ended, for `timeout_s` at most; negative: as long as it takes. The state then. */
+SAFELIGHT_API safelight_state safelight_generation_wait(safelight_generation *generation, double timeout_s);
+/* Its name, "generations/ID"; "" before it was accepted. */
+SAFELIGHT_API const char *safelight_generation_name(const safelight_generation *generation);
+/* The size of its pictures. Returns 1; 0 before it was accepted. */
+SAFELIGHT_API int32_t safelight_generation_size(const safelight_generation *generation, int32_t *width_px,
+                                                int32_t *height_px);
+/* Why it failed; NULL while it has not. */
+SAFELIGHT_API const safelight_error *safelight_generation_error(const safelight_generation *generation);
+/* Steps that an output has made, and in all; `num_steps` may be NULL. */
+SAFELIGHT_API int32_t safelight_generation_step(const safelight_generation *generation, int32_t output_index,
+                                                int32_t *num_steps);
+
+/* Asks the server to stop it, and waits for the answer, as safelight_client_cancel() does. NULL with an error where it
+ * was not accepted yet: then safelight_generation_close() is enough. */
+SAFELIGHT_API char *safelight_generation_cancel(safelight_generation *generation, safelight_error **error);
+/* Looks away: the server suspends the generation, and cancels it after its grace. Does not wait. */
+SAFELIGHT_API void safelight_generation_close(safelight_generation *generation);
+/* Closes it, and frees it with all that belongs to it. */
+SAFELIGHT_API void safelight_generation_free(safelight_generation *generation);
+
+/* Copies the newest image of an output into the caller's buffer: a preview, in the end the picture. For game loops:
+ * never waits.
+ *
+ * `pixels`: RGBA8, sRGB, straight alpha. Rows begin `row_pitch` bytes apart; 0: four times the width. `flip`: not 0:
+ * the lowest row first. `num_bytes`: size of the buffer. `width_px`, `height_px` and `step` are set to those of the
+ * image; `step` is 0 for the picture. Each may be NULL.
+ *
+ * Returns SAFELIGHT_COPIED; SAFELIGHT_NOTHING_NEW where this function has copied the newest one before or there is none;
+ * SAFELIGHT_TOO_SMALL where the buffer or the pitch does not hold the image, which is not passed over; or
+ * SAFELIGHT_NOT_RAW where its encoding is another one. The size of a preview may differ from the picture's: what is
+ * beside it in the buffer stays. */
+enum { SAFELIGHT_NOTHING_NEW = 0, SAFELIGHT_COPIED = 1, SAFELIGHT_TOO_SMALL = -1, SAFELIGHT_NOT_RAW = -2 };
+SAFELIGHT_API int32_t safelight_generation_poll_rgba8(safelight_generation *generation, int32_t output_index,
+                                                      void *pixels, size_t num_bytes, size_t row_pitch, int32_t flip,
+                                                      int32_t *width_px, int32_t *height_px, int32_t *step);
+
+/* The same, scaled to the size that the caller wants (bilinear): previews may be smaller than the picture. */
+SAFELIGHT_API int32_t safelight_generation_poll_scaled_rgba8(safelight_generation *generation, int32_t output_index,
+                                                             void *pixels, size_t num_bytes, size_t row_pitch,
+                                                             int32_t flip, int32_t width_px, int32_t height_px,
+                                                             int32_t *step);
+
+/* ---- Images ---- */
+
+typedef struct safelight_image safelight_image;
+
+/* The finished picture of an output; NULL before. Its SHA-256 has been checked. */
+SAFELIGHT_API const safelight_image *safelight_generation_picture(const safelight_generation *generation,
+                                                                  int32_t output_index);
+SAFELIGHT_API const char *safelight_image_media_type(const safelight_image *image);
+SAFELIGHT_API int32_t safelight_image_width_px(const safelight_image *image);
+SAFELIGHT_API int32_t safelight_image_height_px(const safelight_image *image);
+/* From one row to the next for raw pixels, else 0. */
+SAFELIGHT_API int32_t safelight_image_stride_bytes(const safelight_image *image);
+/* 1 where the first of the raw rows is the lowest one. */
+SAFELIGHT_API int32_t safelight_image_bottom_up(const safelight_image *image);
+/* The encoded bytes. */
+SAFELIGHT_API const uint8_t *safelight_image_data(const safelight_image *image, size_t *num_bytes);
+/* Of pictures: the seed. */
+SAFELIGHT_API uint64_t safelight_image_seed(const safelight_image *image);
+/* Copies raw pixels, with arguments and results as above. */
+SAFELIGHT_API int32_t safelight_image_copy_rgba8(const safelight_image *image, void *pixels, size_t num_bytes,
+                                                 size_t row_pitch, int32_t flip);
+/* The same, scaled to the size that the caller wants. */
+SAFELIGHT_API int32_t safelight_image_scale_rgba8(const safelight_image *image, void *pixels, size_t num_bytes,
+                                                  size_t row_pitch, int32_t flip, int32_t width_px, int32_t height_px);
+
+/* ---- Events: for programs that want all that happens, in its order ---- */
+
+typedef struct safelight_event safelight_event;
+
+typedef enum safelight_event_kind {
+  SAFELIGHT_EVENT_ACCEPTED = 1,
+  SAFELIGHT_EVENT_PROGRESS = 2,
+  SAFELIGHT_EVENT_PREVIEW = 3,
+  SAFELIGHT_EVENT_PICTURE = 4,
+  SAFELIGHT_EVENT_FINISHED = 5
+} safelight_event_kind;
+
+/* The next event, the caller's. Waits for `timeout_s` at most; negative: as long as it takes; 0: not at all. NULL where
+ * none came, and after the end: safelight_generation_state() then says which. Of progress and previews that were not
+ * taken, only the newest of each output is left. Independent of safelight_generation_poll_rgba8(). */
+SAFELIGHT_API safelight_event *safelight_generation_next(safelight_generation *generation, double timeout_s);
+SAFELIGHT_API safelight_event_kind safelight_event_get_kind(const safelight_event *event);
+/* Of PROGRESS, PREVIEW and PICTURE; else 0. */
+SAFELIGHT_API int32_t safelight_event_output_index(const safelight_event *event);
+/* Of PROGRESS and PREVIEW; else 0. */
+SAFELIGHT_API int32_t safelight_event_step(const safelight_event *event);
+/* Of PROGRESS: in all; else 0. */
+SAFELIGHT_API int32_t safelight_event_num_steps(const safelight_event *event);
+/* Of PREVIEW: how many were passed over since the one before, at the server and here; else 0. */
+SAFELIGHT_API int32_t safelight_event_num_dropped(const safelight_event *event);
+/* Of PREVIEW and PICTURE; else NULL. */
+SAFELIGHT_API const safelight_image *safelight_event_image(const safelight_event *event);
+/* Of ACCEPTED and FINISHED: the message of the contract, as JSON; else "". */
+SAFELIGHT_API const char *safelight_event_json(const safelight_event *event);
+SAFELIGHT_API void safelight_event_free(safelight_event *event);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

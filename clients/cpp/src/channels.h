@@ -1,0 +1,41 @@
+/// The channels of a client and the server that it asks now.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <grpcpp/grpcpp.h>
+
+#include "safelight/client.h"
+
+namespace safelight {
+
+/// Whether a gRPC target is on this machine: a unix socket, localhost or a loopback address.
+bool is_local(std::string target);
+
+class Client::Impl {
+ public:
+  Impl(const std::string& target, ClientOptions options);
+
+  std::size_t size() const { return channels_.size(); }
+  std::size_t at() const { return at_; }
+  const std::shared_ptr<grpc::Channel>& channel(std::size_t index) const { return channels_[index]; }
+  std::chrono::nanoseconds patience() const { return options_.patience; }
+  int retries() const { return options_.retries; }
+
+  /// The server to ask after one that failed. Generations that lose a server together step to the same next one; new
+  /// calls follow the first of them only.
+  std::size_t next(std::size_t failed);
+
+  void authorize(grpc::ClientContext& context) const;
+
+ private:
+  ClientOptions options_;
+  std::vector<std::shared_ptr<grpc::Channel>> channels_;
+  std::atomic<std::size_t> at_{0};
+};
+
+}  // namespace safelight

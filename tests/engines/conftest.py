@@ -1,0 +1,34 @@
+"""The plug-in and the program, built once."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.clients import cpp
+
+
+def require(program: str, engine: str) -> None:
+    """Skips the test where a program is missing, or what pkg-config should find for an engine."""
+    cpp.require()
+    missing = cpp.lacks(*cpp.ENGINES[engine])
+    if shutil.which(program) is None:
+        missing.append(program)
+    if missing:
+        pytest.skip(f"not here: {', '.join(missing)} (tools/install-system-packages engines)")
+
+
+@pytest.fixture(scope="session")
+def gstreamer() -> Path:
+    """The folder of the plug-in."""
+    require("gst-launch-1.0", "GSTREAMER")
+    return cpp.build()
+
+
+@pytest.fixture(scope="session")
+def sprite_sheet() -> Path:
+    """The SDL2 program."""
+    require("Xvfb", "SDL")
+    return cpp.build() / "sprite_sheet"
