@@ -43,7 +43,8 @@ help: ## List the targets, and how long each takes
 	@touch $@
 
 .tools/kubernetes/.installed: tools/kubernetes/go.mod tools/kubernetes/go.sum tools/coredns/go.mod tools/coredns/main.go
-	cd tools/kubernetes && go build -trimpath -ldflags '-s -w' -o ../../.tools/kubernetes/ tool
+	cd tools/kubernetes && go build -trimpath -ldflags '-s -w -X k8s.io/component-base/version.gitVersion=v1.33.4' \
+	  -o ../../.tools/kubernetes/ tool
 	cd tools/coredns && go build -trimpath -ldflags '-s -w' -o ../../.tools/kubernetes/ .
 	@touch $@
 
