@@ -29,6 +29,7 @@ PARTS = (
     "overhead",
     "eviction",
     "tiers",
+    "scaling",
     "index",
     "similar",
     "replay",

@@ -387,10 +387,12 @@ type Model struct {
 	Limits *ModelLimits `protobuf:"bytes,13,opt,name=limits,proto3" json:"limits,omitempty"`
 	// Measured time of one denoiser call, by rows.
 	StepTimes []*StepTime `protobuf:"bytes,14,rep,name=step_times,json=stepTimes,proto3" json:"step_times,omitempty"`
-	// What it can be asked for.
-	Tasks []Task `protobuf:"varint,15,rep,packed,name=tasks,proto3,enum=safelight.v1.Task" json:"tasks,omitempty"`
+	// Measured time of one call of the other components, by rows.
+	ComponentTimes []*ComponentTime `protobuf:"bytes,15,rep,name=component_times,json=componentTimes,proto3" json:"component_times,omitempty"`
 	// What differs from the pipeline that it was exported from: substitutes for what this server does not have.
-	Notes         []string `protobuf:"bytes,16,rep,name=notes,proto3" json:"notes,omitempty"`
+	Notes []string `protobuf:"bytes,16,rep,name=notes,proto3" json:"notes,omitempty"`
+	// What it can be asked for.
+	Tasks         []Task `protobuf:"varint,17,rep,packed,name=tasks,proto3,enum=safelight.v1.Task" json:"tasks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -523,9 +525,9 @@ func (x *Model) GetStepTimes() []*StepTime {
 	return nil
 }
 
-func (x *Model) GetTasks() []Task {
+func (x *Model) GetComponentTimes() []*ComponentTime {
 	if x != nil {
-		return x.Tasks
+		return x.ComponentTimes
 	}
 	return nil
 }
@@ -533,6 +535,13 @@ func (x *Model) GetTasks() []Task {
 func (x *Model) GetNotes() []string {
 	if x != nil {
 		return x.Notes
+	}
+	return nil
+}
+
+func (x *Model) GetTasks() []Task {
+	if x != nil {
+		return x.Tasks
 	}
 	return nil
 }
@@ -793,6 +802,61 @@ func (x *ModelLimits) GetMaxPromptTokens() int32 {
 	return 0
 }
 
+// Times of calls of a component.
+type ComponentTime struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "text_encoder", "decoder" or "preview_decoder".
+	Component string `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"`
+	// By rows.
+	Times         []*StepTime `protobuf:"bytes,2,rep,name=times,proto3" json:"times,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ComponentTime) Reset() {
+	*x = ComponentTime{}
+	mi := &file_safelight_v1_models_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ComponentTime) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ComponentTime) ProtoMessage() {}
+
+func (x *ComponentTime) ProtoReflect() protoreflect.Message {
+	mi := &file_safelight_v1_models_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ComponentTime.ProtoReflect.Descriptor instead.
+func (*ComponentTime) Descriptor() ([]byte, []int) {
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ComponentTime) GetComponent() string {
+	if x != nil {
+		return x.Component
+	}
+	return ""
+}
+
+func (x *ComponentTime) GetTimes() []*StepTime {
+	if x != nil {
+		return x.Times
+	}
+	return nil
+}
+
 // Time of one denoiser call.
 type StepTime struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -806,7 +870,7 @@ type StepTime struct {
 
 func (x *StepTime) Reset() {
 	*x = StepTime{}
-	mi := &file_safelight_v1_models_proto_msgTypes[10]
+	mi := &file_safelight_v1_models_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -818,7 +882,7 @@ func (x *StepTime) String() string {
 func (*StepTime) ProtoMessage() {}
 
 func (x *StepTime) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[10]
+	mi := &file_safelight_v1_models_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -831,7 +895,7 @@ func (x *StepTime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StepTime.ProtoReflect.Descriptor instead.
 func (*StepTime) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{10}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *StepTime) GetNumRows() int32 {
@@ -868,7 +932,7 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\x0fGetModelRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"=\n" +
 	"\x10GetModelResponse\x12)\n" +
-	"\x05model\x18\x01 \x01(\v2\x13.safelight.v1.ModelR\x05model\"\xf9\x04\n" +
+	"\x05model\x18\x01 \x01(\v2\x13.safelight.v1.ModelR\x05model\"\xbf\x05\n" +
 	"\x05Model\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\tR\brevision\x12 \n" +
@@ -888,9 +952,10 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\bdefaults\x18\f \x01(\v2\x1b.safelight.v1.ModelDefaultsR\bdefaults\x121\n" +
 	"\x06limits\x18\r \x01(\v2\x19.safelight.v1.ModelLimitsR\x06limits\x125\n" +
 	"\n" +
-	"step_times\x18\x0e \x03(\v2\x16.safelight.v1.StepTimeR\tstepTimes\x12(\n" +
-	"\x05tasks\x18\x0f \x03(\x0e2\x12.safelight.v1.TaskR\x05tasks\x12\x14\n" +
-	"\x05notes\x18\x10 \x03(\tR\x05notes\">\n" +
+	"step_times\x18\x0e \x03(\v2\x16.safelight.v1.StepTimeR\tstepTimes\x12D\n" +
+	"\x0fcomponent_times\x18\x0f \x03(\v2\x1b.safelight.v1.ComponentTimeR\x0ecomponentTimes\x12\x14\n" +
+	"\x05notes\x18\x10 \x03(\tR\x05notes\x12(\n" +
+	"\x05tasks\x18\x11 \x03(\x0e2\x12.safelight.v1.TaskR\x05tasks\">\n" +
 	"\x04Size\x12\x19\n" +
 	"\bwidth_px\x18\x01 \x01(\x05R\awidthPx\x12\x1b\n" +
 	"\theight_px\x18\x02 \x01(\x05R\bheightPx\"\xa3\x01\n" +
@@ -907,7 +972,10 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\x12max_guidance_scale\x18\x02 \x01(\x02R\x10maxGuidanceScale\x12\x1f\n" +
 	"\vmax_outputs\x18\x03 \x01(\x05R\n" +
 	"maxOutputs\x12*\n" +
-	"\x11max_prompt_tokens\x18\x04 \x01(\x05R\x0fmaxPromptTokens\"\\\n" +
+	"\x11max_prompt_tokens\x18\x04 \x01(\x05R\x0fmaxPromptTokens\"[\n" +
+	"\rComponentTime\x12\x1c\n" +
+	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12,\n" +
+	"\x05times\x18\x02 \x03(\v2\x16.safelight.v1.StepTimeR\x05times\"\\\n" +
 	"\bStepTime\x12\x19\n" +
 	"\bnum_rows\x18\x01 \x01(\x05R\anumRows\x125\n" +
 	"\bduration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bduration*b\n" +
@@ -934,7 +1002,7 @@ func file_safelight_v1_models_proto_rawDescGZIP() []byte {
 }
 
 var file_safelight_v1_models_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_safelight_v1_models_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_safelight_v1_models_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_safelight_v1_models_proto_goTypes = []any{
 	(Task)(0),                   // 0: safelight.v1.Task
 	(*ListModelsRequest)(nil),   // 1: safelight.v1.ListModelsRequest
@@ -947,12 +1015,13 @@ var file_safelight_v1_models_proto_goTypes = []any{
 	(*SamplerOffer)(nil),        // 8: safelight.v1.SamplerOffer
 	(*ModelDefaults)(nil),       // 9: safelight.v1.ModelDefaults
 	(*ModelLimits)(nil),         // 10: safelight.v1.ModelLimits
-	(*StepTime)(nil),            // 11: safelight.v1.StepTime
-	(PreviewMethod)(0),          // 12: safelight.v1.PreviewMethod
-	(SigmaSchedule)(0),          // 13: safelight.v1.SigmaSchedule
-	(TimestepSpacing)(0),        // 14: safelight.v1.TimestepSpacing
-	(*SamplerSpec)(nil),         // 15: safelight.v1.SamplerSpec
-	(*durationpb.Duration)(nil), // 16: google.protobuf.Duration
+	(*ComponentTime)(nil),       // 11: safelight.v1.ComponentTime
+	(*StepTime)(nil),            // 12: safelight.v1.StepTime
+	(PreviewMethod)(0),          // 13: safelight.v1.PreviewMethod
+	(SigmaSchedule)(0),          // 14: safelight.v1.SigmaSchedule
+	(TimestepSpacing)(0),        // 15: safelight.v1.TimestepSpacing
+	(*SamplerSpec)(nil),         // 16: safelight.v1.SamplerSpec
+	(*durationpb.Duration)(nil), // 17: google.protobuf.Duration
 }
 var file_safelight_v1_models_proto_depIdxs = []int32{
 	6,  // 0: safelight.v1.ListModelsResponse.models:type_name -> safelight.v1.Model
@@ -960,24 +1029,26 @@ var file_safelight_v1_models_proto_depIdxs = []int32{
 	6,  // 2: safelight.v1.GetModelResponse.model:type_name -> safelight.v1.Model
 	7,  // 3: safelight.v1.Model.sizes:type_name -> safelight.v1.Size
 	8,  // 4: safelight.v1.Model.samplers:type_name -> safelight.v1.SamplerOffer
-	12, // 5: safelight.v1.Model.preview_methods:type_name -> safelight.v1.PreviewMethod
+	13, // 5: safelight.v1.Model.preview_methods:type_name -> safelight.v1.PreviewMethod
 	9,  // 6: safelight.v1.Model.defaults:type_name -> safelight.v1.ModelDefaults
 	10, // 7: safelight.v1.Model.limits:type_name -> safelight.v1.ModelLimits
-	11, // 8: safelight.v1.Model.step_times:type_name -> safelight.v1.StepTime
-	0,  // 9: safelight.v1.Model.tasks:type_name -> safelight.v1.Task
-	13, // 10: safelight.v1.SamplerOffer.sigma_schedules:type_name -> safelight.v1.SigmaSchedule
-	14, // 11: safelight.v1.SamplerOffer.spacings:type_name -> safelight.v1.TimestepSpacing
-	15, // 12: safelight.v1.ModelDefaults.sampler:type_name -> safelight.v1.SamplerSpec
-	16, // 13: safelight.v1.StepTime.duration:type_name -> google.protobuf.Duration
-	1,  // 14: safelight.v1.ModelService.ListModels:input_type -> safelight.v1.ListModelsRequest
-	4,  // 15: safelight.v1.ModelService.GetModel:input_type -> safelight.v1.GetModelRequest
-	2,  // 16: safelight.v1.ModelService.ListModels:output_type -> safelight.v1.ListModelsResponse
-	5,  // 17: safelight.v1.ModelService.GetModel:output_type -> safelight.v1.GetModelResponse
-	16, // [16:18] is the sub-list for method output_type
-	14, // [14:16] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	12, // 8: safelight.v1.Model.step_times:type_name -> safelight.v1.StepTime
+	11, // 9: safelight.v1.Model.component_times:type_name -> safelight.v1.ComponentTime
+	0,  // 10: safelight.v1.Model.tasks:type_name -> safelight.v1.Task
+	14, // 11: safelight.v1.SamplerOffer.sigma_schedules:type_name -> safelight.v1.SigmaSchedule
+	15, // 12: safelight.v1.SamplerOffer.spacings:type_name -> safelight.v1.TimestepSpacing
+	16, // 13: safelight.v1.ModelDefaults.sampler:type_name -> safelight.v1.SamplerSpec
+	12, // 14: safelight.v1.ComponentTime.times:type_name -> safelight.v1.StepTime
+	17, // 15: safelight.v1.StepTime.duration:type_name -> google.protobuf.Duration
+	1,  // 16: safelight.v1.ModelService.ListModels:input_type -> safelight.v1.ListModelsRequest
+	4,  // 17: safelight.v1.ModelService.GetModel:input_type -> safelight.v1.GetModelRequest
+	2,  // 18: safelight.v1.ModelService.ListModels:output_type -> safelight.v1.ListModelsResponse
+	5,  // 19: safelight.v1.ModelService.GetModel:output_type -> safelight.v1.GetModelResponse
+	18, // [18:20] is the sub-list for method output_type
+	16, // [16:18] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_safelight_v1_models_proto_init() }
@@ -992,7 +1063,7 @@ func file_safelight_v1_models_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_safelight_v1_models_proto_rawDesc), len(file_safelight_v1_models_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   11,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

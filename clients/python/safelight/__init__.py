@@ -17,6 +17,7 @@ from safelight.stream import GenerationStream
 from safelight.v1.cache_pb2 import GetCacheStatsResponse, PurgeCacheResponse
 from safelight.v1.generation_pb2 import Branch, CachePolicy, PixelEncoding, PreviewPolicy
 from safelight.v1.images_pb2 import Image
+from safelight.v1.models_pb2 import Model, StepTime
 from safelight.v1.quotas_pb2 import TenantQuota, TokenBucket
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Image",
     "ImageFile",
     "ImageSource",
+    "Model",
     "Origin",
     "Picture",
     "PixelEncoding",
@@ -42,6 +44,7 @@ __all__ = [
     "PreviewPolicy",
     "Progress",
     "PurgeCacheResponse",
+    "StepTime",
     "SyncClient",
     "SyncStream",
     "TenantQuota",

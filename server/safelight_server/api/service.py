@@ -278,7 +278,7 @@ class Service:
             if stream.ending is not None:
                 await stream.ending  # returning before the abort would end the call as OK
             elif failure is not None:
-                await self._abort(context, failure, started=stream.watcher is not None)
+                await self._abort(context, failure, caller, started=stream.watcher is not None)
 
         return grpc.unary_stream_rpc_method_handler(handler)
 
@@ -318,7 +318,7 @@ class Service:
             result = await method(caller)
         except SafelightError as error:
             _end_span(stage, error)
-            await self._abort(context, error)
+            await self._abort(context, error, caller)
             raise AssertionError from error
         except asyncio.CancelledError:
             _end_span(stage, GenerationCancelledError("the call was given up"))
@@ -326,7 +326,7 @@ class Service:
         except Exception:  # the one mapping of bugs to a status
             log.exception("bug", rpc=name)
             _end_span(stage, InternalError())
-            await self._abort(context, InternalError())
+            await self._abort(context, InternalError(), caller)
             raise
         _end_span(stage, None)
         return result.SerializeToString()
@@ -338,9 +338,11 @@ class Service:
         except SafelightError as error:
             return error.with_traceback(None)
 
-    async def _abort(self, context: Context, error: SafelightError, started: bool = False) -> None:
+    async def _abort(
+        self, context: Context, error: SafelightError, caller: object = None, *, started: bool = False
+    ) -> None:
         if not started:
-            self._metrics.refused(error.reason)
+            self._metrics.refused(error.reason, caller.tenant if isinstance(caller, Caller) else None)
             log.info("refused", reason=error.reason, message=error.message)
         try:
             await context.abort(error.status, error.message, wire.trailing_metadata(error))

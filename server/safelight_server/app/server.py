@@ -62,6 +62,8 @@ from safelight_server.generations.init_images import InitImages
 from safelight_server.generations.inspection import Inspection
 from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
+from safelight_server.prices import compute_price
+from safelight_server.quality import QualityProbe
 from safelight_server.quotas.limits import watch
 from safelight_server.quotas.quotas import Quotas
 from safelight_server.runtime.base import Runtime, RuntimeStartError
@@ -162,7 +164,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
     Raises:
         StartError: the runtime, the storage or the address cannot be used.
         ManifestError: a model's files are missing or malformed.
-        ConfigFileError: the file of the callers' keys or that of the quotas cannot be used.
+        ConfigFileError: the file of the callers' keys, of the quotas or of the prices cannot be used.
     """
     async with contextlib.AsyncExitStack() as ends:  # closes parts in the reverse order of their start
         clock = time.monotonic
@@ -172,6 +174,9 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         ends.push_async_callback(asyncio.to_thread, tracer.close)
         identity = Identity(settings.api_key_file, all_admins=is_loopback(settings.host))
         limits_of_tenants = None if settings.quota_file is None else watch(settings.quota_file)
+        price = None if settings.price_file is None else compute_price(settings.price_file, settings.instance_type)
+        if price is not None:
+            metrics.price(price.currency, price.per_s, price.machine_per_hour)
         pool = ends.enter_context(ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))), thread_name_prefix="pixels"))
         catalog, runtime = build_runtime(settings)
         ends.push_async_callback(runtime.close)
@@ -200,7 +205,8 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         )
         cache, purges = _build_cache(settings, backends, engine, pool, metrics)
         ends.push_async_callback(cache.close)
-        executions = Executions(engine, pool)
+        probe = QualityProbe(settings.quality_sample_ratio, metrics.quality, pool)
+        executions = Executions(engine, pool, probe)
         ends.push_async_callback(executions.close)
         ends.push_async_callback(engine.close)
         caches = CacheAdmin(cache.namespaces, backends.keyring, backends.tiers, purges, metrics)
@@ -213,6 +219,11 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
             shared=backends.redis is not None,
         )
         leased_runners, context = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
+
+        def charge(tenant: str, model: str, seconds: float) -> None:
+            quotas.charge(tenant, seconds)
+            metrics.tenants.computed(tenant, model, seconds)
+
         generations = Generations(
             settings,
             catalog,
@@ -225,7 +236,8 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
             InitImages(images, pool, settings.max_image_pixels),
             leased_runners,
             context,
-            quotas.charge,
+            charge,
+            price,
         )
         limits = RequestLimits(
             settings.max_prompt_chars,
@@ -241,7 +253,9 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         )
         certificate = _certificate(settings)
         http = HttpPort(settings, service, catalog, identity, metrics, certificate)
-        _watch_queue(metrics, engine)
+        _watch_queue(metrics, engine, clock)
+        metrics.watch_instances(runtime.num_instances, lambda: runtime.num_live)
+        metrics.watch_streams(lambda: generations.num_streams)
         works = [generations.tick, purges.keep_up, *identity.works, *quotas.works]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
             ends.push_async_callback(leased_runners.close)
@@ -406,12 +420,18 @@ async def follow_health(health: Health, names: Sequence[str], engine: Engine) ->
         await asyncio.sleep(HEALTH_PERIOD_S)
 
 
-def _watch_queue(metrics: Metrics, engine: Engine) -> None:
+def _watch_queue(metrics: Metrics, engine: Engine, clock: Callable[[], float]) -> None:
     """Lets the gauges of waiting and running outputs read the scheduler when they are scraped."""
     scheduler = engine.scheduler
     classes = {priority.name.lower(): priority for priority in Priority}
     metrics.watch_queue(
-        lambda name: scheduler.num_waiting(classes[name]), lambda: scheduler.num_running, lambda: scheduler.num_parked
+        lambda name: scheduler.num_waiting(classes[name]),
+        lambda: scheduler.num_running,
+        lambda: scheduler.num_parked,
+        scheduler.backlog_s,
+    )
+    metrics.watch_demand(
+        lambda name: scheduler.left_by_class_s()[classes[name]], lambda within_s: scheduler.due_s(clock() + within_s)
     )
 
 

@@ -5,6 +5,7 @@ Exit codes: 1 the server's error, 2 a fault in what the user gave or in the set-
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Coroutine, Mapping
@@ -15,6 +16,7 @@ import grpc
 import structlog
 import typer
 import uvloop
+from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +35,9 @@ from safelight_server.cli import demo as demos
 from safelight_server.cli.bills import BillsError, bills
 from safelight_server.cli.export import export
 from safelight_server.cli.fetch import FetchError, fetch
+from safelight_server.cli.plan import PlanError, plan
 from safelight_server.cli.quotas import quota_table
+from safelight_server.cli.scaler import scaler
 from safelight_server.export.source import ExportError
 from safelight_server.files import ConfigFileError
 from safelight_server.settings import Settings, SettingsError, is_loopback
@@ -46,8 +50,10 @@ app.add_typer(keys, name="keys")
 caches = typer.Typer(no_args_is_help=True, help="The caches of a running server; needs an administrator's key.")
 app.add_typer(caches, name="cache")
 app.command()(bills)
-app.command()(export)
 app.command()(fetch)
+app.command()(plan)
+app.command()(export)
+app.command()(scaler)
 console = Console()
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -230,14 +236,25 @@ def demo(
 
 @app.command()
 def models(
-    target: Target = DEFAULT_TARGET, api_key: ApiKey = None, ca_file: CaFile = None, server_name: ServerName = ""
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+    ca_file: CaFile = None,
+    server_name: ServerName = "",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="As JSON, with the measured times that `safelight plan` reads.")
+    ] = False,
 ) -> None:
     """List what a server offers."""
     connect = _connect(target, api_key, ca_file, server_name)
 
     async def ask() -> None:
         async with connect() as client:
-            for model in await client.models():
+            listed = await client.models()
+            if as_json:
+                found = {"models": [json_format.MessageToDict(model) for model in listed]}
+                typer.echo(json.dumps(found, indent=1))
+                return
+            for model in listed:
                 sizes = ", ".join(f"{size.width_px}x{size.height_px}" for size in model.sizes)
                 samplers = ", ".join(sampler.name for sampler in model.samplers)
                 mark = "  (default)" if model.is_default else ""
@@ -439,8 +456,9 @@ def main() -> None:
         RepositoryError,
         demos.DemoError,
         BillsError,
-        ExportError,
         FetchError,
+        PlanError,
+        ExportError,
     ) as error:
         _die(str(error), 2)
     except KeyboardInterrupt:

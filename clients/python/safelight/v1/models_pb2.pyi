@@ -205,8 +205,9 @@ class Model(_message.Message):
     DEFAULTS_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     STEP_TIMES_FIELD_NUMBER: _builtins.int
-    TASKS_FIELD_NUMBER: _builtins.int
+    COMPONENT_TIMES_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"models/{model}"."""
     revision: _builtins.str
@@ -250,12 +251,16 @@ class Model(_message.Message):
         """Measured time of one denoiser call, by rows."""
 
     @_builtins.property
-    def tasks(self) -> _containers.RepeatedScalarFieldContainer[Global___Task.ValueType]:
-        """What it can be asked for."""
+    def component_times(self) -> _containers.RepeatedCompositeFieldContainer[Global___ComponentTime]:
+        """Measured time of one call of the other components, by rows."""
 
     @_builtins.property
     def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What differs from the pipeline that it was exported from: substitutes for what this server does not have."""
+
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedScalarFieldContainer[Global___Task.ValueType]:
+        """What it can be asked for."""
 
     def __init__(
         self,
@@ -274,12 +279,13 @@ class Model(_message.Message):
         defaults: Global___ModelDefaults | None = ...,
         limits: Global___ModelLimits | None = ...,
         step_times: _abc.Iterable[Global___StepTime] | None = ...,
-        tasks: _abc.Iterable[Global___Task.ValueType] | None = ...,
+        component_times: _abc.Iterable[Global___ComponentTime] | None = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
+        tasks: _abc.Iterable[Global___Task.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "description", b"description", "is_default", b"is_default", "license", b"license", "limits", b"limits", "media_types", b"media_types", "name", b"name", "notes", b"notes", "numerics_id", b"numerics_id", "preview_methods", b"preview_methods", "revision", b"revision", "runtime", b"runtime", "samplers", b"samplers", "sizes", b"sizes", "step_times", b"step_times", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["component_times", b"component_times", "defaults", b"defaults", "description", b"description", "is_default", b"is_default", "license", b"license", "limits", b"limits", "media_types", b"media_types", "name", b"name", "notes", b"notes", "numerics_id", b"numerics_id", "preview_methods", b"preview_methods", "revision", b"revision", "runtime", b"runtime", "samplers", b"samplers", "sizes", b"sizes", "step_times", b"step_times", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -410,6 +416,34 @@ class ModelLimits(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelLimits: _TypeAlias = ModelLimits  # noqa: Y015
+
+@_typing.final
+class ComponentTime(_message.Message):
+    """Times of calls of a component."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPONENT_FIELD_NUMBER: _builtins.int
+    TIMES_FIELD_NUMBER: _builtins.int
+    component: _builtins.str
+    """"text_encoder", "decoder" or "preview_decoder"."""
+    @_builtins.property
+    def times(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepTime]:
+        """By rows."""
+
+    def __init__(
+        self,
+        *,
+        component: _builtins.str = ...,
+        times: _abc.Iterable[Global___StepTime] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["component", b"component", "times", b"times"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ComponentTime: _TypeAlias = ComponentTime  # noqa: Y015
 
 @_typing.final
 class StepTime(_message.Message):

@@ -90,6 +90,14 @@ export const MESSAGES = {
   "safelight.v1.CancelGenerationResponse": {
     generation: [1, "safelight.v1.Generation"],
   },
+  "safelight.v1.ComponentTime": {
+    component: [1, "string"],
+    times: [2, "safelight.v1.StepTime", "repeated"],
+  },
+  "safelight.v1.Cost": {
+    currency_code: [1, "string"],
+    nanos: [2, "int64"],
+  },
   "safelight.v1.DisconnectPolicy": {
     action: [1, "int32"],
     resume_grace: [2, "google.protobuf.Duration"],
@@ -185,8 +193,9 @@ export const MESSAGES = {
     defaults: [12, "safelight.v1.ModelDefaults"],
     limits: [13, "safelight.v1.ModelLimits"],
     step_times: [14, "safelight.v1.StepTime", "repeated"],
-    tasks: [15, "int32", "repeated"],
+    component_times: [15, "safelight.v1.ComponentTime", "repeated"],
     notes: [16, "string", "repeated"],
+    tasks: [17, "int32", "repeated"],
   },
   "safelight.v1.ModelDefaults": {
     num_inference_steps: [1, "int32"],
@@ -295,6 +304,7 @@ export const MESSAGES = {
     num_steps: [3, "int64"],
     num_previews: [4, "int64"],
     preview_bytes: [5, "int64"],
+    cost: [6, "safelight.v1.Cost"],
   },
   "safelight.v1.Warning": {
     reason: [1, "string"],

@@ -16,7 +16,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file safelight/v1/models.proto.
  */
 export const file_safelight_v1_models: GenFile = /*@__PURE__*/
-  fileDesc("ChlzYWZlbGlnaHQvdjEvbW9kZWxzLnByb3RvEgxzYWZlbGlnaHQudjEiOgoRTGlzdE1vZGVsc1JlcXVlc3QSEQoJcGFnZV9zaXplGAEgASgFEhIKCnBhZ2VfdG9rZW4YAiABKAkihwEKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5zYWZlbGlnaHQudjEuTW9kZWwSFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJEjMKC3VuYXZhaWxhYmxlGAMgAygLMh4uc2FmZWxpZ2h0LnYxLlVuYXZhaWxhYmxlTW9kZWwiQgoQVW5hdmFpbGFibGVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEg4KBnJlYXNvbhgDIAEoCSIfCg9HZXRNb2RlbFJlcXVlc3QSDAoEbmFtZRgBIAEoCSI2ChBHZXRNb2RlbFJlc3BvbnNlEiIKBW1vZGVsGAEgASgLMhMuc2FmZWxpZ2h0LnYxLk1vZGVsItsDCgVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEhMKC2Rlc2NyaXB0aW9uGAMgASgJEg8KB2xpY2Vuc2UYBCABKAkSDwoHcnVudGltZRgFIAEoCRITCgtudW1lcmljc19pZBgGIAEoCRISCgppc19kZWZhdWx0GAcgASgIEiEKBXNpemVzGAggAygLMhIuc2FmZWxpZ2h0LnYxLlNpemUSLAoIc2FtcGxlcnMYCSADKAsyGi5zYWZlbGlnaHQudjEuU2FtcGxlck9mZmVyEjQKD3ByZXZpZXdfbWV0aG9kcxgKIAMoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEhMKC21lZGlhX3R5cGVzGAsgAygJEi0KCGRlZmF1bHRzGAwgASgLMhsuc2FmZWxpZ2h0LnYxLk1vZGVsRGVmYXVsdHMSKQoGbGltaXRzGA0gASgLMhkuc2FmZWxpZ2h0LnYxLk1vZGVsTGltaXRzEioKCnN0ZXBfdGltZXMYDiADKAsyFi5zYWZlbGlnaHQudjEuU3RlcFRpbWUSIQoFdGFza3MYDyADKA4yEi5zYWZlbGlnaHQudjEuVGFzaxINCgVub3RlcxgQIAMoCSIrCgRTaXplEhAKCHdpZHRoX3B4GAEgASgFEhEKCWhlaWdodF9weBgCIAEoBSKDAQoMU2FtcGxlck9mZmVyEgwKBG5hbWUYASABKAkSNAoPc2lnbWFfc2NoZWR1bGVzGAIgAygOMhsuc2FmZWxpZ2h0LnYxLlNpZ21hU2NoZWR1bGUSLwoIc3BhY2luZ3MYAyADKA4yHS5zYWZlbGlnaHQudjEuVGltZXN0ZXBTcGFjaW5nInAKDU1vZGVsRGVmYXVsdHMSGwoTbnVtX2luZmVyZW5jZV9zdGVwcxgBIAEoBRIWCg5ndWlkYW5jZV9zY2FsZRgCIAEoAhIqCgdzYW1wbGVyGAMgASgLMhkuc2FmZWxpZ2h0LnYxLlNhbXBsZXJTcGVjInoKC01vZGVsTGltaXRzEh8KF21heF9udW1faW5mZXJlbmNlX3N0ZXBzGAEgASgFEhoKEm1heF9ndWlkYW5jZV9zY2FsZRgCIAEoAhITCgttYXhfb3V0cHV0cxgDIAEoBRIZChFtYXhfcHJvbXB0X3Rva2VucxgEIAEoBSJJCghTdGVwVGltZRIQCghudW1fcm93cxgBIAEoBRIrCghkdXJhdGlvbhgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbipiCgRUYXNrEhQKEFRBU0tfVU5TUEVDSUZJRUQQABIWChJUQVNLX1RFWFRfVE9fSU1BR0UQARIXChNUQVNLX0lNQUdFX1RPX0lNQUdFEAISEwoPVEFTS19JTlBBSU5USU5HEAMyqgEKDE1vZGVsU2VydmljZRJPCgpMaXN0TW9kZWxzEh8uc2FmZWxpZ2h0LnYxLkxpc3RNb2RlbHNSZXF1ZXN0GiAuc2FmZWxpZ2h0LnYxLkxpc3RNb2RlbHNSZXNwb25zZRJJCghHZXRNb2RlbBIdLnNhZmVsaWdodC52MS5HZXRNb2RlbFJlcXVlc3QaHi5zYWZlbGlnaHQudjEuR2V0TW9kZWxSZXNwb25zZWIGcHJvdG8z", [file_google_protobuf_duration, file_safelight_v1_generation]);
+  fileDesc("ChlzYWZlbGlnaHQvdjEvbW9kZWxzLnByb3RvEgxzYWZlbGlnaHQudjEiOgoRTGlzdE1vZGVsc1JlcXVlc3QSEQoJcGFnZV9zaXplGAEgASgFEhIKCnBhZ2VfdG9rZW4YAiABKAkihwEKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5zYWZlbGlnaHQudjEuTW9kZWwSFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJEjMKC3VuYXZhaWxhYmxlGAMgAygLMh4uc2FmZWxpZ2h0LnYxLlVuYXZhaWxhYmxlTW9kZWwiQgoQVW5hdmFpbGFibGVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEg4KBnJlYXNvbhgDIAEoCSIfCg9HZXRNb2RlbFJlcXVlc3QSDAoEbmFtZRgBIAEoCSI2ChBHZXRNb2RlbFJlc3BvbnNlEiIKBW1vZGVsGAEgASgLMhMuc2FmZWxpZ2h0LnYxLk1vZGVsIpEECgVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEhMKC2Rlc2NyaXB0aW9uGAMgASgJEg8KB2xpY2Vuc2UYBCABKAkSDwoHcnVudGltZRgFIAEoCRITCgtudW1lcmljc19pZBgGIAEoCRISCgppc19kZWZhdWx0GAcgASgIEiEKBXNpemVzGAggAygLMhIuc2FmZWxpZ2h0LnYxLlNpemUSLAoIc2FtcGxlcnMYCSADKAsyGi5zYWZlbGlnaHQudjEuU2FtcGxlck9mZmVyEjQKD3ByZXZpZXdfbWV0aG9kcxgKIAMoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEhMKC21lZGlhX3R5cGVzGAsgAygJEi0KCGRlZmF1bHRzGAwgASgLMhsuc2FmZWxpZ2h0LnYxLk1vZGVsRGVmYXVsdHMSKQoGbGltaXRzGA0gASgLMhkuc2FmZWxpZ2h0LnYxLk1vZGVsTGltaXRzEioKCnN0ZXBfdGltZXMYDiADKAsyFi5zYWZlbGlnaHQudjEuU3RlcFRpbWUSNAoPY29tcG9uZW50X3RpbWVzGA8gAygLMhsuc2FmZWxpZ2h0LnYxLkNvbXBvbmVudFRpbWUSDQoFbm90ZXMYECADKAkSIQoFdGFza3MYESADKA4yEi5zYWZlbGlnaHQudjEuVGFzayIrCgRTaXplEhAKCHdpZHRoX3B4GAEgASgFEhEKCWhlaWdodF9weBgCIAEoBSKDAQoMU2FtcGxlck9mZmVyEgwKBG5hbWUYASABKAkSNAoPc2lnbWFfc2NoZWR1bGVzGAIgAygOMhsuc2FmZWxpZ2h0LnYxLlNpZ21hU2NoZWR1bGUSLwoIc3BhY2luZ3MYAyADKA4yHS5zYWZlbGlnaHQudjEuVGltZXN0ZXBTcGFjaW5nInAKDU1vZGVsRGVmYXVsdHMSGwoTbnVtX2luZmVyZW5jZV9zdGVwcxgBIAEoBRIWCg5ndWlkYW5jZV9zY2FsZRgCIAEoAhIqCgdzYW1wbGVyGAMgASgLMhkuc2FmZWxpZ2h0LnYxLlNhbXBsZXJTcGVjInoKC01vZGVsTGltaXRzEh8KF21heF9udW1faW5mZXJlbmNlX3N0ZXBzGAEgASgFEhoKEm1heF9ndWlkYW5jZV9zY2FsZRgCIAEoAhITCgttYXhfb3V0cHV0cxgDIAEoBRIZChFtYXhfcHJvbXB0X3Rva2VucxgEIAEoBSJJCg1Db21wb25lbnRUaW1lEhEKCWNvbXBvbmVudBgBIAEoCRIlCgV0aW1lcxgCIAMoCzIWLnNhZmVsaWdodC52MS5TdGVwVGltZSJJCghTdGVwVGltZRIQCghudW1fcm93cxgBIAEoBRIrCghkdXJhdGlvbhgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbipiCgRUYXNrEhQKEFRBU0tfVU5TUEVDSUZJRUQQABIWChJUQVNLX1RFWFRfVE9fSU1BR0UQARIXChNUQVNLX0lNQUdFX1RPX0lNQUdFEAISEwoPVEFTS19JTlBBSU5USU5HEAMyqgEKDE1vZGVsU2VydmljZRJPCgpMaXN0TW9kZWxzEh8uc2FmZWxpZ2h0LnYxLkxpc3RNb2RlbHNSZXF1ZXN0GiAuc2FmZWxpZ2h0LnYxLkxpc3RNb2RlbHNSZXNwb25zZRJJCghHZXRNb2RlbBIdLnNhZmVsaWdodC52MS5HZXRNb2RlbFJlcXVlc3QaHi5zYWZlbGlnaHQudjEuR2V0TW9kZWxSZXNwb25zZWIGcHJvdG8z", [file_google_protobuf_duration, file_safelight_v1_generation]);
 
 /**
  * Asks for a page of models.
@@ -263,11 +263,11 @@ export type Model = Message<"safelight.v1.Model"> & {
   stepTimes: StepTime[];
 
   /**
-   * What it can be asked for.
+   * Measured time of one call of the other components, by rows.
    *
-   * @generated from field: repeated safelight.v1.Task tasks = 15;
+   * @generated from field: repeated safelight.v1.ComponentTime component_times = 15;
    */
-  tasks: Task[];
+  componentTimes: ComponentTime[];
 
   /**
    * What differs from the pipeline that it was exported from: substitutes for what this server does not have.
@@ -275,6 +275,13 @@ export type Model = Message<"safelight.v1.Model"> & {
    * @generated from field: repeated string notes = 16;
    */
   notes: string[];
+
+  /**
+   * What it can be asked for.
+   *
+   * @generated from field: repeated safelight.v1.Task tasks = 17;
+   */
+  tasks: Task[];
 };
 
 /**
@@ -425,6 +432,34 @@ export const ModelLimitsSchema: GenMessage<ModelLimits> = /*@__PURE__*/
   messageDesc(file_safelight_v1_models, 9);
 
 /**
+ * Times of calls of a component.
+ *
+ * @generated from message safelight.v1.ComponentTime
+ */
+export type ComponentTime = Message<"safelight.v1.ComponentTime"> & {
+  /**
+   * "text_encoder", "decoder" or "preview_decoder".
+   *
+   * @generated from field: string component = 1;
+   */
+  component: string;
+
+  /**
+   * By rows.
+   *
+   * @generated from field: repeated safelight.v1.StepTime times = 2;
+   */
+  times: StepTime[];
+};
+
+/**
+ * Describes the message safelight.v1.ComponentTime.
+ * Use `create(ComponentTimeSchema)` to create a new message.
+ */
+export const ComponentTimeSchema: GenMessage<ComponentTime> = /*@__PURE__*/
+  messageDesc(file_safelight_v1_models, 10);
+
+/**
  * Time of one denoiser call.
  *
  * @generated from message safelight.v1.StepTime
@@ -450,7 +485,7 @@ export type StepTime = Message<"safelight.v1.StepTime"> & {
  * Use `create(StepTimeSchema)` to create a new message.
  */
 export const StepTimeSchema: GenMessage<StepTime> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 10);
+  messageDesc(file_safelight_v1_models, 11);
 
 /**
  * What a model can be asked for.
