@@ -389,10 +389,10 @@ type Model struct {
 	StepTimes []*StepTime `protobuf:"bytes,14,rep,name=step_times,json=stepTimes,proto3" json:"step_times,omitempty"`
 	// Measured time of one call of the other components, by rows.
 	ComponentTimes []*ComponentTime `protobuf:"bytes,15,rep,name=component_times,json=componentTimes,proto3" json:"component_times,omitempty"`
-	// What it can be asked for.
-	Tasks []Task `protobuf:"varint,17,rep,packed,name=tasks,proto3,enum=safelight.v1.Task" json:"tasks,omitempty"`
 	// What differs from the pipeline that it was exported from: substitutes for what this server does not have.
-	Notes         []string `protobuf:"bytes,16,rep,name=notes,proto3" json:"notes,omitempty"`
+	Notes []string `protobuf:"bytes,16,rep,name=notes,proto3" json:"notes,omitempty"`
+	// What it can be asked for.
+	Tasks         []Task `protobuf:"varint,17,rep,packed,name=tasks,proto3,enum=safelight.v1.Task" json:"tasks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -532,16 +532,16 @@ func (x *Model) GetComponentTimes() []*ComponentTime {
 	return nil
 }
 
-func (x *Model) GetTasks() []Task {
+func (x *Model) GetNotes() []string {
 	if x != nil {
-		return x.Tasks
+		return x.Notes
 	}
 	return nil
 }
 
-func (x *Model) GetNotes() []string {
+func (x *Model) GetTasks() []Task {
 	if x != nil {
-		return x.Notes
+		return x.Tasks
 	}
 	return nil
 }
@@ -953,9 +953,9 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\x06limits\x18\r \x01(\v2\x19.safelight.v1.ModelLimitsR\x06limits\x125\n" +
 	"\n" +
 	"step_times\x18\x0e \x03(\v2\x16.safelight.v1.StepTimeR\tstepTimes\x12D\n" +
-	"\x0fcomponent_times\x18\x0f \x03(\v2\x1b.safelight.v1.ComponentTimeR\x0ecomponentTimes\x12(\n" +
-	"\x05tasks\x18\x11 \x03(\x0e2\x12.safelight.v1.TaskR\x05tasks\x12\x14\n" +
-	"\x05notes\x18\x10 \x03(\tR\x05notes\">\n" +
+	"\x0fcomponent_times\x18\x0f \x03(\v2\x1b.safelight.v1.ComponentTimeR\x0ecomponentTimes\x12\x14\n" +
+	"\x05notes\x18\x10 \x03(\tR\x05notes\x12(\n" +
+	"\x05tasks\x18\x11 \x03(\x0e2\x12.safelight.v1.TaskR\x05tasks\">\n" +
 	"\x04Size\x12\x19\n" +
 	"\bwidth_px\x18\x01 \x01(\x05R\awidthPx\x12\x1b\n" +
 	"\theight_px\x18\x02 \x01(\x05R\bheightPx\"\xa3\x01\n" +

@@ -54,7 +54,7 @@ class Estimates:
         step_s = min(joint_s, own_s * (MAX_STRETCH if lower else 1.0))
         seconds = (output.num_steps - output.first_step) * step_s
         seconds += self._cost.seconds(Kind.DECODE, keys[Kind.DECODE], math.ceil(together / num_instances))
-        for key, count in Counter(map(output.encoder_key, output.conditioning)).items():
+        for key, count in self._encodings(output).items():
             seconds += self._cost.seconds(Kind.ENCODE, key, count)
         seconds *= math.ceil(num_outputs / own_slots) * math.ceil(len(callers) / slots)
         if len(own) + num_outputs > own_slots:
@@ -71,16 +71,22 @@ class Estimates:
 
         What a loaded server spends on it: `num_instances` such seconds are done in a second.
         """
-        calls = [(Kind.DENOISE, output.keys[Kind.DENOISE], (output.num_steps - step) * output.rows_per_step)]
-        calls.append((Kind.DECODE, output.keys[Kind.DECODE], 1))
+        calls = {
+            (Kind.DENOISE, output.keys[Kind.DENOISE]): (output.num_steps - step) * output.rows_per_step,
+            (Kind.DECODE, output.keys[Kind.DECODE]): 1,
+        }
         if step == output.first_step:
-            keys = Counter(map(output.encoder_key, output.conditioning))
-            calls += [(Kind.ENCODE, key, count) for key, count in keys.items()]
+            calls |= {(Kind.ENCODE, key): count for key, count in self._encodings(output).items()}
         seconds = 0.0
-        for kind, key, num_rows in calls:
+        for (kind, key), num_rows in calls.items():
             full = max(1, self._limits.max_rows(kind, key))
             seconds += num_rows * self._cost.seconds(kind, key, full) / full
         return seconds
+
+    @staticmethod
+    def _encodings(output: ScheduledOutput) -> Counter[str]:
+        """How many embeddings an output needs under each batch key."""
+        return Counter(map(output.encoder_key, output.conditioning))
 
     def left_by_class_s(self) -> Mapping[Priority, float]:
         """Seconds of one instance, in full batches, for what is left of all outputs, by class."""

@@ -206,8 +206,8 @@ class Model(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     STEP_TIMES_FIELD_NUMBER: _builtins.int
     COMPONENT_TIMES_FIELD_NUMBER: _builtins.int
-    TASKS_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"models/{model}"."""
     revision: _builtins.str
@@ -255,12 +255,12 @@ class Model(_message.Message):
         """Measured time of one call of the other components, by rows."""
 
     @_builtins.property
-    def tasks(self) -> _containers.RepeatedScalarFieldContainer[Global___Task.ValueType]:
-        """What it can be asked for."""
-
-    @_builtins.property
     def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What differs from the pipeline that it was exported from: substitutes for what this server does not have."""
+
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedScalarFieldContainer[Global___Task.ValueType]:
+        """What it can be asked for."""
 
     def __init__(
         self,
@@ -280,8 +280,8 @@ class Model(_message.Message):
         limits: Global___ModelLimits | None = ...,
         step_times: _abc.Iterable[Global___StepTime] | None = ...,
         component_times: _abc.Iterable[Global___ComponentTime] | None = ...,
-        tasks: _abc.Iterable[Global___Task.ValueType] | None = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
+        tasks: _abc.Iterable[Global___Task.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

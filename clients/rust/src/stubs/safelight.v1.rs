@@ -2042,12 +2042,12 @@ pub struct Model {
     /// Measured time of one call of the other components, by rows.
     #[prost(message, repeated, tag = "15")]
     pub component_times: ::prost::alloc::vec::Vec<ComponentTime>,
-    /// What it can be asked for.
-    #[prost(enumeration = "Task", repeated, tag = "17")]
-    pub tasks: ::prost::alloc::vec::Vec<i32>,
     /// What differs from the pipeline that it was exported from: substitutes for what this server does not have.
     #[prost(string, repeated, tag = "16")]
     pub notes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// What it can be asked for.
+    #[prost(enumeration = "Task", repeated, tag = "17")]
+    pub tasks: ::prost::alloc::vec::Vec<i32>,
 }
 /// A picture size.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -194,8 +194,8 @@ export const MESSAGES = {
     limits: [13, "safelight.v1.ModelLimits"],
     step_times: [14, "safelight.v1.StepTime", "repeated"],
     component_times: [15, "safelight.v1.ComponentTime", "repeated"],
-    tasks: [17, "int32", "repeated"],
     notes: [16, "string", "repeated"],
+    tasks: [17, "int32", "repeated"],
   },
   "safelight.v1.ModelDefaults": {
     num_inference_steps: [1, "int32"],
