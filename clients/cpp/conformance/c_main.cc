@@ -136,6 +136,13 @@ json run(const json& given) {
   if (const std::string file = given["ca_file"]; !file.empty()) {
     safelight_options_set_tls(options.get(), runner::contents(file).c_str(),
                               given["server_name"].get<std::string>().c_str());
+    if (const std::string cert = given["cert_file"]; !cert.empty()) {
+      safelight_options_set_certificate(options.get(), runner::contents(cert).c_str(),
+                                        runner::contents(given["key_file"]).c_str());
+    }
+  }
+  if (const std::int32_t bytes = given["max_message_bytes"]; bytes > 0) {
+    safelight_options_set_max_message_bytes(options.get(), bytes);
   }
   const auto client = held(safelight_client_new(runner::targets(given).c_str(), options.get(), nullptr),
                            safelight_client_free);

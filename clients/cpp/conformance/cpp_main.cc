@@ -105,9 +105,14 @@ json run(const json& given) {
   options.api_key = given["api_key"];
   options.patience = seconds(given["patience_s"]);
   options.retries = given["retries"];
+  if (const int bytes = given["max_message_bytes"]; bytes > 0) options.max_message_bytes = bytes;
   if (const std::string file = given["ca_file"]; !file.empty()) {
     grpc::SslCredentialsOptions tls;
     tls.pem_root_certs = runner::contents(file);
+    if (const std::string cert = given["cert_file"]; !cert.empty()) {
+      tls.pem_cert_chain = runner::contents(cert);
+      tls.pem_private_key = runner::contents(given["key_file"]);
+    }
     options.credentials = grpc::SslCredentials(tls);
     options.server_name = given["server_name"];
   }
