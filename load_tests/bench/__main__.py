@@ -28,6 +28,7 @@ PARTS = (
     "overhead",
     "eviction",
     "tiers",
+    "scaling",
     "index",
     "similar",
     "replay",

@@ -64,9 +64,17 @@ class Settings(BaseSettings):
     quota_file: Path | None = Field(
         None, description="Rates of requests and of compute, by tenant (docs/operations/quotas.md). None: no limits."
     )
+    price_file: Path | None = Field(
+        None,
+        description="Prices of machines, for `Usage.cost` (docs/operations/cost.md); with instance_type. None: off.",
+    )
+    instance_type: str = Field("", description="Which machine of price_file this is.")
 
     models_dir: Path = Field(Path("models"), description="Folder with repository/ and pipelines/.")
     default_model: str = Field("", description="Model of requests that name none. Empty: the first by name.")
+    require_all_models: bool = Field(
+        False, description="Do not start if a model cannot be served. False: leave it out, log why, serve the others."
+    )
     runtime: Literal["onnx", "triton", "simulated"] = Field("onnx", description="What executes the models.")
     num_instances: int = Field(0, ge=0, le=256, description="Calls that run at once. 0: one for each core.")
     simulated_base_ms: float = Field(20.0, ge=0, allow_inf_nan=False, description="Simulated: cost of a denoiser call.")
@@ -216,6 +224,9 @@ class Settings(BaseSettings):
         "",
         description="Address of metrics, which have no TLS and no keys. Empty: loopback, or with insecure host.",
     )
+    quality_sample_ratio: float = Field(
+        0.05, ge=0, le=1, description="Share of developed pictures that are measured for the quality metrics."
+    )
     otlp_endpoint: str = Field(
         "", description="OTLP gRPC endpoint for traces, such as http://127.0.0.1:4317. Empty: off."
     )
@@ -237,6 +248,8 @@ class Settings(BaseSettings):
         faults = []
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
             faults.append("tls_cert_file and tls_key_file go together")
+        if (self.price_file is None) != (not self.instance_type):
+            faults.append("price_file and instance_type go together")
         if not is_loopback(self.host) and not self.insecure:
             if self.tls_cert_file is None:
                 faults.append(f"{self.host} is not loopback: give tls_cert_file and tls_key_file, or insecure")

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from safelight_server.catalog.catalog import Catalog, Manifest, Pipeline, assemble
+from safelight_server.catalog.catalog import Catalog, Pipeline, assemble
+from safelight_server.catalog.manifest import Manifest
 from safelight_server.catalog.tokenizer import Tokenizer
 from tokenizers import models, pre_tokenizers
 

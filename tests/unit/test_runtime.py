@@ -190,7 +190,9 @@ async def test_a_component_that_cannot_be_run_keeps_the_server_from_starting(ico
 
 async def test_a_model_with_an_open_dimension_is_refused_by_its_name(icons, monkeypatch):
     monkeypatch.setattr(
-        onnx.onnxruntime.InferenceSession, "get_inputs", lambda _: [SimpleNamespace(name="sample", shape=["b", 4, "h"])]
+        onnx.onnxruntime.InferenceSession,
+        "get_inputs",
+        lambda _: [SimpleNamespace(name="sample", shape=["b", 4, "h"], type="tensor(float)")],
     )
     runtime = OnnxRuntime(icons, num_instances=1)
     with pytest.raises(RuntimeStartError, match="sample has an open dimension"):

@@ -15,6 +15,7 @@ from safelight.request import CacheMode, GenerateOptions, PreviewOptions
 from safelight.stream import GenerationStream
 from safelight.v1.cache_pb2 import GetCacheStatsResponse, PurgeCacheResponse
 from safelight.v1.generation_pb2 import Branch, CachePolicy, PixelEncoding, PreviewPolicy
+from safelight.v1.models_pb2 import Model, StepTime
 from safelight.v1.quotas_pb2 import TenantQuota, TokenBucket
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "GenerationError",
     "GenerationStream",
     "GetCacheStatsResponse",
+    "Model",
     "Origin",
     "Picture",
     "PixelEncoding",
@@ -37,6 +39,7 @@ __all__ = [
     "PreviewPolicy",
     "Progress",
     "PurgeCacheResponse",
+    "StepTime",
     "SyncClient",
     "SyncStream",
     "TenantQuota",

@@ -279,6 +279,18 @@ class Client:
             if not request.page_token:
                 return models
 
+    async def unavailable_models(self) -> list[models_pb2.UnavailableModel]:
+        """Returns the models that the server has and cannot serve, with the reasons.
+
+        Raises:
+            GenerationError: the call was refused.
+        """
+        request = models_pb2.ListModelsRequest(page_size=1)
+        page = await self._ask(
+            lambda: models_pb2_grpc.ModelServiceStub(self.channel).ListModels(request, metadata=self._metadata)
+        )
+        return list(page.unavailable)
+
     async def cache_stats(self) -> cache_pb2.GetCacheStatsResponse:
         """Returns what the server's caches hold and have saved. For administrators.
 

@@ -198,7 +198,12 @@ class Service:
     ) -> models_pb2.ListModelsResponse:
         """Returns a page of the models, in the order of their names."""
         names, following = page(list(self._catalog.pipelines), request.page_size, request.page_token)
-        return models_pb2.ListModelsResponse(models=[self._model(name) for name in names], next_page_token=following)
+        unavailable = [] if request.page_token else self._catalog.unavailable.values()
+        return models_pb2.ListModelsResponse(
+            models=[self._model(name) for name in names],
+            next_page_token=following,
+            unavailable=[wire.unavailable_model(at) for at in unavailable],
+        )
 
     async def get_model(self, request: models_pb2.GetModelRequest, _caller: Caller) -> models_pb2.GetModelResponse:
         """Returns a model."""
@@ -265,7 +270,7 @@ class Service:
             if stream.ending is not None:
                 await stream.ending  # returning before the abort would end the call as OK
             elif failure is not None:
-                await self._abort(context, failure, started=stream.watcher is not None)
+                await self._abort(context, failure, caller, started=stream.watcher is not None)
 
         return grpc.unary_stream_rpc_method_handler(handler)
 
@@ -284,7 +289,7 @@ class Service:
                 result = await method(_parse(request_type, data), caller)
             except SafelightError as error:
                 _end_span(stage, error)
-                await self._abort(context, error)
+                await self._abort(context, error, caller)
                 raise AssertionError from error
             except asyncio.CancelledError:
                 _end_span(stage, GenerationCancelledError("the call was given up"))
@@ -292,7 +297,7 @@ class Service:
             except Exception:  # the one mapping of bugs to a status
                 log.exception("bug", rpc=name)
                 _end_span(stage, InternalError())
-                await self._abort(context, InternalError())
+                await self._abort(context, InternalError(), caller)
                 raise
             _end_span(stage, None)
             return result.SerializeToString()
@@ -306,9 +311,11 @@ class Service:
         except SafelightError as error:
             return error.with_traceback(None)
 
-    async def _abort(self, context: Context, error: SafelightError, started: bool = False) -> None:
+    async def _abort(
+        self, context: Context, error: SafelightError, caller: object = None, *, started: bool = False
+    ) -> None:
         if not started:
-            self._metrics.refused(error.reason)
+            self._metrics.refused(error.reason, caller.tenant if isinstance(caller, Caller) else None)
             log.info("refused", reason=error.reason, message=error.message)
         try:
             await context.abort(error.status, error.message, wire.trailing_metadata(error))

@@ -52,6 +52,8 @@ from safelight_server.generations.execution import Executions
 from safelight_server.generations.inspection import Inspection
 from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
+from safelight_server.prices import compute_price
+from safelight_server.quality import QualityProbe
 from safelight_server.quotas.limits import watch
 from safelight_server.quotas.quotas import Quotas
 from safelight_server.runtime.base import Runtime, RuntimeStartError
@@ -125,7 +127,7 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
             max(1, settings.num_instances), settings.simulated_base_ms / 1e3, settings.simulated_row_ms / 1e3
         )
         return Catalog([simulated_pipeline()], settings.default_model), runtime
-    catalog = catalogs.load(settings.models_dir, settings.default_model)
+    catalog = catalogs.load(settings.models_dir, settings.default_model, require_all=settings.require_all_models)
     if settings.runtime == "triton":
         options = TritonOptions(
             urls=settings.triton_urls,
@@ -150,7 +152,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
     Raises:
         StartError: the runtime, the storage or the address cannot be used.
         ManifestError: a model's files are missing or malformed.
-        ConfigFileError: the file of the callers' keys or that of the quotas cannot be used.
+        ConfigFileError: the file of the callers' keys, of the quotas or of the prices cannot be used.
     """
     async with contextlib.AsyncExitStack() as ends:  # closes parts in the reverse order of their start
         clock = time.monotonic
@@ -160,12 +162,17 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         ends.push_async_callback(asyncio.to_thread, tracer.close)
         identity = Identity(settings.api_key_file, all_admins=is_loopback(settings.host))
         limits_of_tenants = None if settings.quota_file is None else watch(settings.quota_file)
+        price = None if settings.price_file is None else compute_price(settings.price_file, settings.instance_type)
+        if price is not None:
+            metrics.price(price.currency, price.per_s, price.machine_per_hour)
         pool = ends.enter_context(ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))), thread_name_prefix="pixels"))
         catalog, runtime = build_runtime(settings)
         ends.push_async_callback(runtime.close)
         try:
             ends.enter_context(sole_listener(settings.host))
             await runtime.start()
+            for left_out in catalog.unavailable.values():
+                log.error("model_left_out", model=left_out.name, revision=left_out.revision, reason=left_out.reason)
             backends = await open_backends(settings, metrics.tiers, wall)
         except (BindError, RuntimeStartError, KeyringError, DiskStoreError, CredentialsError, ValueError) as error:
             raise StartError(str(error)) from None
@@ -186,11 +193,17 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         )
         cache, purges = _build_cache(settings, backends, engine, pool, metrics)
         ends.push_async_callback(cache.close)
-        executions = Executions(engine, pool)
+        probe = QualityProbe(settings.quality_sample_ratio, metrics.quality, pool)
+        executions = Executions(engine, pool, probe)
         ends.push_async_callback(executions.close)
         ends.push_async_callback(engine.close)
         caches = CacheAdmin(cache.namespaces, backends.keyring, backends.tiers, purges, metrics)
         leased_runners, context = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
+
+        def charge(tenant: str, model: str, seconds: float) -> None:
+            quotas.charge(tenant, seconds)
+            metrics.tenants.computed(tenant, model, seconds)
+
         generations = Generations(
             settings,
             catalog,
@@ -202,7 +215,8 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
             metrics,
             leased_runners,
             context,
-            quotas.charge,
+            charge,
+            price,
         )
         limits = RequestLimits(
             settings.max_prompt_chars,
@@ -214,7 +228,9 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         service = Service(identity, catalog, runtime, generations, caches, limits, streams, quotas, metrics, tracer)
         certificate = _certificate(settings)
         http = HttpPort(settings, service, catalog, identity, metrics, certificate)
-        _watch_queue(metrics, engine)
+        _watch_queue(metrics, engine, clock)
+        metrics.watch_instances(runtime.num_instances, lambda: runtime.num_live)
+        metrics.watch_streams(lambda: generations.num_streams)
         works = [generations.tick, purges.keep_up, *identity.works, *quotas.works]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
             ends.push_async_callback(leased_runners.close)
@@ -369,12 +385,18 @@ async def follow_health(health: Health, names: Sequence[str], engine: Engine) ->
         await asyncio.sleep(HEALTH_PERIOD_S)
 
 
-def _watch_queue(metrics: Metrics, engine: Engine) -> None:
+def _watch_queue(metrics: Metrics, engine: Engine, clock: Callable[[], float]) -> None:
     """Lets the gauges of waiting and running outputs read the scheduler when they are scraped."""
     scheduler = engine.scheduler
     classes = {priority.name.lower(): priority for priority in Priority}
     metrics.watch_queue(
-        lambda name: scheduler.num_waiting(classes[name]), lambda: scheduler.num_running, lambda: scheduler.num_parked
+        lambda name: scheduler.num_waiting(classes[name]),
+        lambda: scheduler.num_running,
+        lambda: scheduler.num_parked,
+        scheduler.backlog_s,
+    )
+    metrics.watch_demand(
+        lambda name: scheduler.left_by_class_s()[classes[name]], lambda within_s: scheduler.due_s(clock() + within_s)
     )
 
 

@@ -5,6 +5,7 @@ Exit codes: 1 the server's error, 2 a fault in what the user gave or in the set-
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Coroutine, Mapping
@@ -15,6 +16,7 @@ import grpc
 import structlog
 import typer
 import uvloop
+from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
@@ -31,8 +33,12 @@ from safelight_server.catalog.export import Accelerator, RepositoryError
 from safelight_server.catalog.export import Target as RepositoryTarget
 from safelight_server.cli import demo as demos
 from safelight_server.cli.bills import BillsError, bills
+from safelight_server.cli.export import export
 from safelight_server.cli.fetch import FetchError, fetch
+from safelight_server.cli.plan import PlanError, plan
 from safelight_server.cli.quotas import quota_table
+from safelight_server.cli.scaler import scaler
+from safelight_server.export.source import ExportError
 from safelight_server.files import ConfigFileError
 from safelight_server.settings import Settings, SettingsError, is_loopback
 from safelight_server.storage.keyring import write_key_file
@@ -45,6 +51,9 @@ caches = typer.Typer(no_args_is_help=True, help="The caches of a running server;
 app.add_typer(caches, name="cache")
 app.command()(bills)
 app.command()(fetch)
+app.command()(plan)
+app.command()(export)
+app.command()(scaler)
 console = Console()
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -144,6 +153,8 @@ def _summary(running: Running, settings: Settings) -> None:
         manifest = pipeline.manifest
         sizes = ", ".join(f"{size.width_px}x{size.height_px}" for size in manifest.sizes)
         table.add_row("model", f"models/{pipeline.name} {manifest.revision} ({sizes}): {manifest.description}")
+    for left_out in running.catalog.unavailable.values():
+        table.add_row("left out", f"models/{left_out.name} {left_out.revision}: {left_out.reason}")
     limits = f"{settings.max_running_outputs} outputs run, {settings.max_waiting_outputs} may wait in class STANDARD"
     table.add_row("limits", limits)
     trusted = "callers on this machine are" if is_loopback(settings.host) else "whoever reaches it is"
@@ -235,18 +246,35 @@ def models(
     ca_file: CaFile = None,
     client_cert: ClientCert = None,
     server_name: ServerName = "",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="As JSON, with the measured times that `safelight plan` reads.")
+    ] = False,
 ) -> None:
     """List what a server offers."""
     connect = _connect(target, api_key, ca_file, client_cert, server_name)
 
     async def ask() -> None:
         async with connect() as client:
-            for model in await client.models():
+            listed = await client.models()
+            if as_json:
+                found = {"models": [json_format.MessageToDict(model) for model in listed]}
+                typer.echo(json.dumps(found, indent=1))
+                return
+            for model in listed:
                 sizes = ", ".join(f"{size.width_px}x{size.height_px}" for size in model.sizes)
                 samplers = ", ".join(sampler.name for sampler in model.samplers)
                 mark = "  (default)" if model.is_default else ""
                 console.print(f"{model.name}  {model.revision}  on {model.runtime}{mark}", highlight=False)
                 console.print(f"    {model.description}; {sizes}; samplers {samplers}", highlight=False, soft_wrap=True)
+                for note in model.notes:
+                    console.print(f"    note: {note}", highlight=False, soft_wrap=True, markup=False)
+            for left_out in await client.unavailable_models():
+                console.print(
+                    f"{left_out.name}  {left_out.revision}  NOT SERVED: {left_out.reason}",
+                    highlight=False,
+                    soft_wrap=True,
+                    markup=False,
+                )
 
     _run(ask())
 
@@ -454,6 +482,8 @@ def main() -> None:
         demos.DemoError,
         BillsError,
         FetchError,
+        PlanError,
+        ExportError,
     ) as error:
         _die(str(error), 2)
     except KeyboardInterrupt:

@@ -352,7 +352,10 @@ class Engine:
         # Outputs that fill a batch without those of this one need not wait for its sampler step. Measured on the
         # simulated runtime (one instance, batches of 64, latents 4x64x64): without this the instance stands idle for
         # 14 % of the time in place of 7 % with 128 and 192 outputs, and makes 7 and 6 % fewer steps a second.
-        self._dispatch(returned, full_only=True)
+        # Those whose prompts a call has encoded are about to take their first step. Others that went ahead would keep
+        # them waiting for a whole call: measured, half of all first previews came 0.24 s later at 0.27 s a step.
+        if batch.kind is not Kind.ENCODE:
+            self._dispatch(returned, full_only=True)
         if overlapped := batch.instance in self._busy:
             await asyncio.sleep(0)  # the call that was just dispatched starts before the work on these results
         self._batches.returned(batch, call)
@@ -391,6 +394,7 @@ class Engine:
                 observer.computed(seconds * rows / len(batch.rows), steps)
 
     def _fail(self, batch: Batch, failure: RuntimeFailure) -> None:
+        self._metrics.failed_call(batch.kind.value, failure.fault.value)
         log.warning("batch_failed", **_about(batch), error=str(failure))
         given_up = self._attempts.failed(batch, failure.fault, retryable=failure.retryable)
         error = UnavailableError("the runtime failed; try again", reason="RUNTIME_FAILED", retry_after_s=1.0)

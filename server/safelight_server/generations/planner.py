@@ -9,7 +9,7 @@ what is there or on its way. Neighbours: `cache`, `execution`, `admission`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from safelight_server.cache.approximate.similar import SimilarPicture
@@ -67,6 +67,8 @@ class Planner:
     """Looks up, admits and starts the outputs of generations.
 
     Args:
+        requested: is told of the class of what must be computed, and of the seconds of one instance that it takes,
+            before it is admitted or refused.
         leased_runners: None: this replica is alone.
     """
 
@@ -78,6 +80,7 @@ class Planner:
         executions: Executions,
         cache: Cache,
         limits: AdmissionLimits,
+        requested: Callable[[str, float], None],
         leased_runners: LeasedRunners | None = None,
     ) -> None:
         self._catalog = catalog
@@ -86,6 +89,7 @@ class Planner:
         self._executions = executions
         self._cache = cache
         self._limits = limits
+        self._requested = requested
         self._leased_runners = leased_runners
 
     @property
@@ -264,8 +268,9 @@ class Planner:
         return f"{wanted.name.namespace.prefix}/start/{self._cache.namespaces.private(generation.name, output.index)}"
 
     def _admit(self, new: Sequence[Execution], time_left_s: float | None) -> float:
-        self._engine.outage.check()
         output = self._engine.output(new[0].job)
+        self._requested(output.priority.name.lower(), self._engine.scheduler.compute_s(output) * len(new))
+        self._engine.outage.check()
         load = self._engine.scheduler if self._leased_runners is None else LoadWithPending(self._leased_runners)
         if self._engine.outage.is_on:
             time_left_s = None  # nobody knows when an instance will be back; the deadline itself will say

@@ -7,7 +7,7 @@ for `validation/`.
 """
 
 from safelight_server.wire.cache import purged_message, stats_message
-from safelight_server.wire.models import model_message
+from safelight_server.wire.models import model_message, unavailable_model
 from safelight_server.wire.quotas import quotas_message
 from safelight_server.wire.specs import encoding_message, spec_message
 from safelight_server.wire.statuses import status_of, trailing_metadata
@@ -24,4 +24,5 @@ __all__ = [
     "stats_message",
     "status_of",
     "trailing_metadata",
+    "unavailable_model",
 ]

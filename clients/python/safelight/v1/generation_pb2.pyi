@@ -1406,6 +1406,7 @@ class Usage(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _builtins.int
     NUM_PREVIEWS_FIELD_NUMBER: _builtins.int
     PREVIEW_BYTES_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
     num_rows: _builtins.int
     """Denoiser rows computed."""
     num_steps: _builtins.int
@@ -1418,6 +1419,12 @@ class Usage(_message.Message):
     def compute_time(self) -> _duration_pb2.Duration:
         """Share of the batches' run time, by rows."""
 
+    @_builtins.property
+    def cost(self) -> Global___Cost:
+        """What the compute costs by the operator's price table; absent where the
+        server has none.
+        """
+
     def __init__(
         self,
         *,
@@ -1426,14 +1433,41 @@ class Usage(_message.Message):
         num_steps: _builtins.int = ...,
         num_previews: _builtins.int = ...,
         preview_bytes: _builtins.int = ...,
+        cost: Global___Cost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["compute_time", b"compute_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compute_time", b"compute_time", "cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_time", b"compute_time", "num_previews", b"num_previews", "num_rows", b"num_rows", "num_steps", b"num_steps", "preview_bytes", b"preview_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_time", b"compute_time", "cost", b"cost", "num_previews", b"num_previews", "num_rows", b"num_rows", "num_steps", b"num_steps", "preview_bytes", b"preview_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
+class Cost(_message.Message):
+    """An amount of money."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CURRENCY_CODE_FIELD_NUMBER: _builtins.int
+    NANOS_FIELD_NUMBER: _builtins.int
+    currency_code: _builtins.str
+    """ISO 4217, such as "USD"."""
+    nanos: _builtins.int
+    """Billionths of a unit of the currency."""
+    def __init__(
+        self,
+        *,
+        currency_code: _builtins.str = ...,
+        nanos: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency_code", b"currency_code", "nanos", b"nanos"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cost: _TypeAlias = Cost  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):

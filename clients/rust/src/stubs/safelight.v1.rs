@@ -1104,7 +1104,7 @@ pub mod cache_result {
 }
 /// What a generation has used so far. Work that several generations share counts
 /// for the one that came first and is still there.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Usage {
     /// Share of the batches' run time, by rows.
     #[prost(message, optional, tag = "1")]
@@ -1121,6 +1121,20 @@ pub struct Usage {
     /// Bytes of these previews.
     #[prost(int64, tag = "5")]
     pub preview_bytes: i64,
+    /// What the compute costs by the operator's price table; absent where the
+    /// server has none.
+    #[prost(message, optional, tag = "6")]
+    pub cost: ::core::option::Option<Cost>,
+}
+/// An amount of money.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Cost {
+    /// ISO 4217, such as "USD".
+    #[prost(string, tag = "1")]
+    pub currency_code: ::prost::alloc::string::String,
+    /// Billionths of a unit of the currency.
+    #[prost(int64, tag = "2")]
+    pub nanos: i64,
 }
 /// Where the time of a generation went. Stages overlap: they do not add up.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1737,6 +1751,22 @@ pub struct ListModelsResponse {
     /// Asks for the page that follows. Empty: there is none.
     #[prost(string, tag = "2")]
     pub next_page_token: ::prost::alloc::string::String,
+    /// On the first page: the models that are there and cannot be served.
+    #[prost(message, repeated, tag = "3")]
+    pub unavailable: ::prost::alloc::vec::Vec<UnavailableModel>,
+}
+/// A model that is there and cannot be served.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UnavailableModel {
+    /// "models/{model}".
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Revision of its weights.
+    #[prost(string, tag = "2")]
+    pub revision: ::prost::alloc::string::String,
+    /// What is wrong with it.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
 }
 /// Asks for a model.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1797,6 +1827,12 @@ pub struct Model {
     /// Measured time of one denoiser call, by rows.
     #[prost(message, repeated, tag = "14")]
     pub step_times: ::prost::alloc::vec::Vec<StepTime>,
+    /// Measured time of one call of the other components, by rows.
+    #[prost(message, repeated, tag = "15")]
+    pub component_times: ::prost::alloc::vec::Vec<ComponentTime>,
+    /// What differs from the pipeline that it was exported from: substitutes for what this server does not have.
+    #[prost(string, repeated, tag = "16")]
+    pub notes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// A picture size.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1849,6 +1885,16 @@ pub struct ModelLimits {
     /// Tokens of the text encoder's context; longer prompts are cut with a warning.
     #[prost(int32, tag = "4")]
     pub max_prompt_tokens: i32,
+}
+/// Times of calls of a component.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ComponentTime {
+    /// "text_encoder", "decoder" or "preview_decoder".
+    #[prost(string, tag = "1")]
+    pub component: ::prost::alloc::string::String,
+    /// By rows.
+    #[prost(message, repeated, tag = "2")]
+    pub times: ::prost::alloc::vec::Vec<StepTime>,
 }
 /// Time of one denoiser call.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

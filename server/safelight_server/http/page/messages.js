@@ -90,6 +90,14 @@ export const MESSAGES = {
   "safelight.v1.CancelGenerationResponse": {
     generation: [1, "safelight.v1.Generation"],
   },
+  "safelight.v1.ComponentTime": {
+    component: [1, "string"],
+    times: [2, "safelight.v1.StepTime", "repeated"],
+  },
+  "safelight.v1.Cost": {
+    currency_code: [1, "string"],
+    nanos: [2, "int64"],
+  },
   "safelight.v1.DisconnectPolicy": {
     action: [1, "int32"],
     resume_grace: [2, "google.protobuf.Duration"],
@@ -165,6 +173,7 @@ export const MESSAGES = {
   "safelight.v1.ListModelsResponse": {
     models: [1, "safelight.v1.Model", "repeated"],
     next_page_token: [2, "string"],
+    unavailable: [3, "safelight.v1.UnavailableModel", "repeated"],
   },
   "safelight.v1.Model": {
     name: [1, "string"],
@@ -181,6 +190,8 @@ export const MESSAGES = {
     defaults: [12, "safelight.v1.ModelDefaults"],
     limits: [13, "safelight.v1.ModelLimits"],
     step_times: [14, "safelight.v1.StepTime", "repeated"],
+    component_times: [15, "safelight.v1.ComponentTime", "repeated"],
+    notes: [16, "string", "repeated"],
   },
   "safelight.v1.ModelDefaults": {
     num_inference_steps: [1, "int32"],
@@ -278,12 +289,18 @@ export const MESSAGES = {
     decode: [4, "google.protobuf.Duration"],
     total: [5, "google.protobuf.Duration"],
   },
+  "safelight.v1.UnavailableModel": {
+    name: [1, "string"],
+    revision: [2, "string"],
+    reason: [3, "string"],
+  },
   "safelight.v1.Usage": {
     compute_time: [1, "google.protobuf.Duration"],
     num_rows: [2, "int64"],
     num_steps: [3, "int64"],
     num_previews: [4, "int64"],
     preview_bytes: [5, "int64"],
+    cost: [6, "safelight.v1.Cost"],
   },
   "safelight.v1.Warning": {
     reason: [1, "string"],

@@ -6,6 +6,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from safelight_server.export.source import ExportError
+
 
 class TextEncoder(nn.Module):
     """input_ids (B, T) int64 -> last_hidden_state (B, T, D), pooled_output (B, P)."""
@@ -57,5 +59,5 @@ class Decoder(nn.Module):
 def decoder_of(vae: nn.Module) -> Decoder:
     """The decoder of an autoencoder class that is known to keep the contract."""
     if not isinstance(vae, AutoencoderTiny | AutoencoderKL):
-        raise SystemExit(f"no decoder for {type(vae).__name__}; AutoencoderTiny and AutoencoderKL are known")
+        raise ExportError(f"no decoder for {type(vae).__name__}; AutoencoderTiny and AutoencoderKL are known")
     return Decoder(vae)
