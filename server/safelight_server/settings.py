@@ -124,6 +124,19 @@ class Settings(BaseSettings):
     max_prompt_chars: int = Field(
         2000, gt=0, le=1_000_000, description="Longest prompt that is accepted, in characters."
     )
+    image_ttl_s: float = Field(
+        3600.0, gt=0, description="How long an uploaded picture is kept after it was sent or used for the last time."
+    )
+    max_image_bytes: int = Field(16 << 20, gt=0, le=256 << 20, description="Largest file that may be uploaded.")
+    max_image_pixels: int = Field(
+        32 << 20,
+        gt=0,
+        le=1 << 28,
+        description="Most pixels of an uploaded picture; it takes 8 bytes each for a moment.",
+    )
+    max_images_bytes_per_tenant: Count = Field(
+        64 << 20, description="Bytes of uploaded pictures that a replica keeps of one tenant; beyond it the oldest go."
+    )
     preview_share: float = Field(0.1, ge=0, le=0.5, description="Share of compute that previews may take from steps.")
 
     watcher_stall_s: Seconds = Field(30.0, description="A stream whose client takes no event for this long is ended.")
@@ -275,6 +288,8 @@ class Settings(BaseSettings):
             faults.append("otlp_headers must be NAME=VALUE, separated by commas")
         if self.resume_grace_s > self.max_resume_grace_s:
             faults.append("resume_grace_s is above max_resume_grace_s")
+        if self.max_images_bytes_per_tenant < self.max_image_bytes:
+            faults.append("max_images_bytes_per_tenant is below max_image_bytes")
         if self.redis_url is not None and not self.cache_redis and not self.cache_s3_url:
             faults.append("redis_url with cache_redis=false needs cache_s3_url: what replicas share must lie somewhere")
         if self.cache_key_file is None:

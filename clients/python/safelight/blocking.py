@@ -6,6 +6,7 @@ import asyncio
 import functools
 import threading
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
@@ -16,7 +17,7 @@ from safelight.events import Event, Picture
 from safelight.request import GenerateOptions, PreviewOptions
 from safelight.stream import GenerationStream
 from safelight.v1 import generation_pb2 as pb
-from safelight.v1 import models_pb2
+from safelight.v1 import images_pb2, models_pb2
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -143,6 +144,10 @@ class SyncClient:
     def cancel(self, generation: str) -> pb.Generation:
         """Stops a generation and returns it as it ended; see `Client.cancel`."""
         return _run(self._client.cancel(generation))
+
+    def upload_image(self, source: bytes | Path) -> images_pb2.Image:
+        """Uploads a picture; see `Client.upload_image`."""
+        return _run(self._client.upload_image(source))
 
     def models(self) -> list[models_pb2.Model]:
         """Returns all models of the server; see `Client.models`."""

@@ -20,10 +20,10 @@ use crate::{Error, v1};
 
 const WINDOW_BYTES: u32 = 64 << 10; // previews wait at the server, where the newest wins, not here
 const CONNECTION_WINDOW_BYTES: u32 = 1 << 30; // streams that nobody reads never hold up the others
-
 const MAX_MESSAGE_BYTES: usize = 4 << 20; // above every message of a server, and what gRPC takes by default
 
-/// A connection to a server, or to several replicas of one. Clones share it.
+/// A connection to a server, or to several replicas of one. Clones share it. Its connections live in the Tokio runtime of
+/// the first call.
 #[derive(Clone)]
 pub struct Client(Arc<Inner>);
 

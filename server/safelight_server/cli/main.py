@@ -183,6 +183,9 @@ def generate(
     timeout_s: Annotated[float | None, typer.Option("--timeout", min=0.001, help="Deadline in seconds.")] = None,
     cache: Annotated[CacheMode, typer.Option(help="What may serve it beside its own development.")] = "default",
     branch: Annotated[str, typer.Option(metavar="generations/ID@STEP", help="Where to start from.")] = "",
+    init: Annotated[Path | None, typer.Option(help="Picture to start from: PNG, JPEG or WebP.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of it is given up, to 1. Default: 0.8.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Where it is developed anew: white, or transparent.")] = None,
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
     ca_file: CaFile = None,
@@ -208,6 +211,9 @@ def generate(
         timeout_s,
         cache,
         _branch(branch) if branch else None,
+        init,
+        strength,
+        mask,
     )
     picture, developed = _run(
         demos.generate_one(_connect(target, api_key, ca_file, client_cert, server_name), order, console)
