@@ -18,7 +18,7 @@ from tests.clients.case import ROOT
 CLIENTS = ROOT / "clients"
 WEB = "typescript-web"
 """The TypeScript client for pages, run by Node."""
-LANGUAGES = ("python", "go", "typescript", WEB, "java", "rust", "cpp")
+LANGUAGES = ("python", "go", "typescript", WEB, "java", "rust", "cpp", "c")
 TSC = ROOT / "node_modules/.bin/tsc"
 JAVA = CLIENTS / "java"
 MAVEN_REPOSITORY = ROOT / ".tools/maven"
@@ -44,7 +44,7 @@ def is_here(language: str) -> bool:
             return True
         case "typescript" | "typescript-web":
             return shutil.which("node") is not None and TSC.exists()
-        case "cpp":
+        case "cpp" | "c":
             return cpp.is_here()
         case "java":
             return shutil.which("javac") is not None and shutil.which("mvn") is not None
@@ -135,9 +135,9 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[st
                 return ["node", str(CLIENTS / "typescript/dist/conformance.js")]
             case "typescript-web":
                 return [*command("typescript"), "--web"]
-            case "cpp":
+            case "cpp" | "c":
                 cpp.require()
-                return [str(cpp.build() / "conformance")]
+                return [str(cpp.build() / f"conformance_{language}")]
             case "java":
                 require_java()
                 build_java()
