@@ -123,7 +123,7 @@ test-bevy: setup ## Run the Bevy plugin against a real server, rendering in soft
 	$(PY) -m pytest -q --timeout 180 tests/bevy
 
 .PHONY: test-engines
-test-engines: setup ## Run the C client in GStreamer and in an SDL2 program, headless (2 min)
+test-engines: setup ## Run the C client in GStreamer, in LÖVE and in an SDL2 program, headless (2 min)
 	tools/install-system-packages cpp engines
 	$(PY) -m pytest -q --timeout 400 tests/engines
 

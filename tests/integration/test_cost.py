@@ -13,6 +13,7 @@ from safelight_server.files import ConfigFileError
 from typer.testing import CliRunner
 
 from tests.conftest import serving_here
+from tests.support.http import GENERATIONS, body, client, http_server
 
 SIMULATED = {"runtime": "simulated", "num_instances": 1, "simulated_base_ms": 3.0}
 PRICES = 'currency = "EUR"\n[instance_types.small]\nper_hour = 7.2\ninstances = 2\nutilization = 0.5\n'
@@ -37,6 +38,15 @@ async def test_a_generation_costs_its_compute_and_what_the_cache_serves_costs_no
         assert usage.cost.currency_code == "EUR"
         assert usage.cost.nanos == pytest.approx(compute_s * NANOS_PER_S, abs=2) and compute_s > 0
         assert (await finished(client)).usage.cost == pb.Cost(currency_code="EUR", nanos=0)
+
+
+async def test_the_cost_is_in_the_answer_over_http(tmp_path: Path) -> None:
+    (tmp_path / "prices.toml").write_text(PRICES)
+    settings = {"price_file": tmp_path / "prices.toml", "instance_type": "small"}
+    async with http_server(**settings) as running, client(running) as http:
+        answer = (await http.post(GENERATIONS, json=body())).json()["safelight"]
+    assert answer["cost"]["currency"] == "EUR"
+    assert answer["cost"]["nanos"] == pytest.approx(answer["compute_seconds"] * NANOS_PER_S, abs=3)
 
 
 async def test_without_a_price_there_is_no_cost() -> None:

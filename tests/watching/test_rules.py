@@ -60,6 +60,15 @@ def test_prometheus_takes_the_rules_and_the_configuration() -> None:
     promtool("check", "config", "deploy/prometheus/prometheus.yml")
 
 
+def test_the_compose_file_gives_prometheus_the_rules() -> None:
+    configuration = yaml.safe_load((ROOT / "deploy/compose/prometheus.yml").read_text())
+    example = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+    assert configuration["rule_files"] == [f"/etc/prometheus/rules/{name}" for name in example["rule_files"]]
+    service = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())["services"]["prometheus"]
+    assert "./prometheus:/etc/prometheus/rules:ro" in service["volumes"]
+    assert "--storage.tsdb.retention.time=35d" in service["command"], "seasons.yml looks four weeks back"
+
+
 @pytest.mark.parametrize("file", TESTS, ids=lambda file: file.stem)
 def test_the_rules_do_what_their_tests_say(file: Path) -> None:
     promtool("test", "rules", str(file))

@@ -12,7 +12,7 @@ from load_tests.seasons.traffic import EVENTS
 def test_the_seasonal_alerts_see_what_happens_with_fewer_false_alarms_than_static_thresholds() -> None:
     scores = evaluate([1])
     seasonal = scores["seasonal"]
-    assert seasonal["false_hours_per_week"] <= 1
+    assert seasonal["false_hours_per_week"] <= 2
     assert sum(seasonal["seen"].values()) >= len(EVENTS) - 2, "all but one of those in the last two weeks"
     for name in STATIC:
         assert sum(scores[name]["seen"].values()) < sum(seasonal["seen"].values())

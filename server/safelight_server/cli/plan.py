@@ -14,7 +14,7 @@ from google.protobuf import json_format
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safelight import Model, StepTime
 
-from safelight_server.cli.planning import CallTimes, ModelTimes, PlannedLoad, Replicas, replicas
+from safelight_server.cli.planning import MAX_REPLICAS, CallTimes, ModelTimes, PlannedLoad, Replicas, replicas
 from safelight_server.files import ConfigFileError, faulty, read_regular_file
 from safelight_server.prices import MachinePrice, PriceTable, read_prices
 
@@ -81,7 +81,7 @@ def plan(
         for option in options:
             typer.echo("\n".join(_arithmetic(option, wanted, table.currency)) + "\n")
     if not possible:
-        raise PlanError("no number of these machines meets first_preview_p99_s: the first step alone takes too long")
+        raise PlanError(f"no number of these machines, up to {MAX_REPLICAS}, meets first_preview_p99_s")
     if not as_json:
         best = possible[0]
         assert best.replicas is not None
@@ -185,7 +185,7 @@ def _arithmetic(option: Option, wanted: LoadFile, currency: str) -> list[str]:
         f" {expected.outputs:.1f} pictures at once on an instance, {1e3 * expected.step_s:.1f} ms a step",
         f"  with {found.spare} spare: {found.count} replicas x {currency} {machine.per_hour:g}"
         f" = {currency} {option.per_hour:.2f} an hour,"
-        f" {currency} {1000 * option.per_hour / 3600 / pictures:.4f} for 1000 pictures",
+        f" {currency} {1000 * option.per_hour / 3600 / pictures:.4f} for 1000 pictures, cached ones included",
     ]
 
 

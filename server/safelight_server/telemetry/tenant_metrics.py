@@ -23,6 +23,7 @@ class TenantMetrics:
             "safelight_tenant_compute_seconds", "Compute as billed", ["tenant", "model"], registry=registry
         )
         self._known: set[str] = set()
+        self._resolved: dict[tuple[str, str], Counter] = {}  # of compute, as each call of the runtime adds to some
 
     def ended(self, tenant: str, status: str) -> None:
         """Counts a generation that ended with this status."""
@@ -34,7 +35,10 @@ class TenantMetrics:
 
     def computed(self, tenant: str, model: str, seconds: float) -> None:
         """Adds compute that was made for a tenant."""
-        self._compute.labels(self._label(tenant), model).inc(seconds)
+        at = self._label(tenant), model
+        if (counter := self._resolved.get(at)) is None:
+            counter = self._resolved[at] = self._compute.labels(*at)
+        counter.inc(seconds)
 
     def _label(self, tenant: str) -> str:
         if tenant not in self._known:
