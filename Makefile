@@ -42,8 +42,10 @@ help: ## List the targets, and how long each takes
 	cd tools/helm && go build -trimpath -ldflags '-s -w' -o ../../.tools/ tool
 	@touch $@
 
-.tools/kubernetes/.installed: tools/kubernetes/go.mod tools/kubernetes/go.sum tools/kubernetes/coredns/main.go
-	cd tools/kubernetes && go build -trimpath -ldflags '-s -w' -o ../../.tools/kubernetes/ tool ./coredns
+.tools/kubernetes/.installed: tools/kubernetes/go.mod tools/kubernetes/go.sum tools/coredns/go.mod tools/coredns/main.go
+	cd tools/kubernetes && go build -trimpath -ldflags '-s -w -X k8s.io/component-base/version.gitVersion=v1.33.4' \
+	  -o ../../.tools/kubernetes/ tool
+	cd tools/coredns && go build -trimpath -ldflags '-s -w' -o ../../.tools/kubernetes/ .
 	@touch $@
 
 .tools/protoc-gen-go-grpc: tools/install-protoc-plugins
@@ -121,7 +123,7 @@ test-bevy: setup ## Run the Bevy plugin against a real server, rendering in soft
 	$(PY) -m pytest -q --timeout 180 tests/bevy
 
 .PHONY: test-engines
-test-engines: setup ## Run the C client in GStreamer and in an SDL2 program, headless (2 min)
+test-engines: setup ## Run the C client in GStreamer, in LÖVE and in an SDL2 program, headless (2 min)
 	tools/install-system-packages cpp engines
 	$(PY) -m pytest -q --timeout 400 tests/engines
 

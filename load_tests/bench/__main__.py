@@ -24,6 +24,7 @@ PARTS = (
     "loop",
     "triton",
     "merging",
+    "pictures",
     "hits",
     "overhead",
     "eviction",

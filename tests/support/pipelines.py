@@ -24,7 +24,7 @@ MANIFEST: dict[str, Any] = {
     "family": "stable-diffusion",
     "components": {
         role: {"model": f"small_{role}", "version": 1, "sha256": "0" * 64}
-        for role in ("text_encoder", "denoiser", "decoder")
+        for role in ("text_encoder", "denoiser", "decoder", "encoder")
     },
     "tokenizer": {
         "file": "tokenizer.json",

@@ -184,6 +184,7 @@ def test_the_manifest_names_what_is_there_and_offers_what_the_server_can_run(
             "model": f"{which}_{role}",
             "version": 1,
             "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "row_bytes": 1 << 20,  # the least that is said
         }
         assert not onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
         assert b"/home" not in file.read_bytes() and b"site-packages" not in file.read_bytes()
@@ -244,12 +245,13 @@ def test_the_same_folder_gives_the_same_bytes(small: Path, tmp_path: Path) -> No
 def test_a_revision_in_use_is_replaced_only_when_told_to(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(module: nn.Module, inputs: object, outputs: object, path: Path) -> None:
+    def write(module: nn.Module, inputs: object, outputs: object, path: Path, multiple: int) -> None:
         path.parent.mkdir(parents=True)
         path.write_text("another network")
 
     monkeypatch.setattr("safelight_server.export.exporter.write_onnx", write)
     monkeypatch.setattr("safelight_server.export.exporter.check_parity", lambda *args: 0.0)
+    monkeypatch.setattr("safelight_server.export.exporter.memory.row_bytes", lambda *args: 0)
     models, folder = tmp_path / "models", tmp_path / "folder"
     shutil.copytree(small / "models", models)
     shutil.copytree(small / "folder", folder, ignore=shutil.ignore_patterns("preview_decoder"))
@@ -261,6 +263,7 @@ def test_a_revision_in_use_is_replaced_only_when_told_to(
     assert sorted(path.name for path in (models / "repository").iterdir()) == [
         "small_decoder",
         "small_denoiser",
+        "small_encoder",
         "small_text_encoder",
     ]
 

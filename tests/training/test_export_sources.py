@@ -132,3 +132,20 @@ def test_many_weights_are_in_a_file_of_their_own(tmp_path: Path, monkeypatch: py
     first = data.read_bytes() + file.read_bytes()
     onnx_file.write_onnx(Wide(), inputs, Wide.outputs, file)
     assert data.read_bytes() + file.read_bytes() == first
+
+
+class Undecided(nn.Module):
+    """Its path depends on its input, which a graph cannot express."""
+
+    outputs = ("y",)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_what_torch_cannot_export_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="undecided: torch cannot export this network: ") as caught:
+        onnx_file.write_onnx(
+            Undecided(), [{"x": torch.ones(2, 3)}], ("y",), tmp_path / "undecided" / "1" / "model.onnx"
+        )
+    assert "\n" not in str(caught.value)

@@ -233,6 +233,10 @@ def test_options_are_judged_by_the_servers_own_rules(folder: Folder, options: di
 def test_all_faults_are_said_at_once(folder: Folder) -> None:
     said = fault(folder("EDMEulerScheduler", {}, unet={"in_channels": 9}, vae={"latents_mean": [1.0]}), max_rows=0)
     assert all(word in said for word in ("EDMEulerScheduler", "in_channels 9", "latents_mean", "--max-rows"))
+    place = folder(unet={"in_channels": 9})
+    (place / "README.md").unlink()
+    said = fault(place, name="X", steps=0)
+    assert all(word in said for word in ("in_channels 9", "--licence", "--name", "--steps"))
 
 
 def test_there_is_no_default_licence(folder: Folder) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from safelight_server.cluster import journal as journals
+from safelight_server.cluster import journal_rules
 from safelight_server.cluster.journal import Journal
 from safelight_server.cluster.records import EventRecord, parse
 from safelight_server.coordination.leadership import Leadership
@@ -62,7 +62,7 @@ class Desk:
 
 @pytest.fixture
 async def desk(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Desk]:
-    monkeypatch.setattr(journals, "RETRY_S", 0.005)
+    monkeypatch.setattr(journal_rules, "RETRY_S", 0.005)
     coordinator = Outages()
     leader = await Leadership.take(coordinator, NAME, 0.06)
     assert leader is not None
@@ -95,7 +95,7 @@ async def test_an_outage_holds_nothing_up_and_loses_nothing(desk: Desk) -> None:
 
 
 async def test_in_an_outage_nothing_waits_for_the_next_try(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journals, "RETRY_S", 600.0)
+    monkeypatch.setattr(journal_rules, "RETRY_S", 600.0)
     desk.coordinator.out = True
     desk.event(1)
     await eventually(lambda: desk.shown == [1])
@@ -130,7 +130,7 @@ async def test_one_who_was_replaced_writes_and_shows_nothing_more(desk: Desk) ->
 async def test_a_long_outage_leaves_no_gap_and_what_has_ended_is_given_up(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journals, "GIVE_UP_S", 0.0)
+    monkeypatch.setattr(journal_rules, "GIVE_UP_S", -1.0)  # at the first try
     desk.coordinator.out = True
     desk.event(1)
     await eventually(lambda: desk.shown == [1])
@@ -151,7 +151,7 @@ async def test_what_cannot_be_written_at_all_is_given_up_and_the_lease_with_it(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An exception that nobody has thought of; else the lease would be renewed for ever."""
-    monkeypatch.setattr(journals, "GIVE_UP_S", 0.05)
+    monkeypatch.setattr(journal_rules, "GIVE_UP_S", 0.05)
 
     async def put(index: int, picture: EncodedPicture) -> bool:
         raise ValueError(index)

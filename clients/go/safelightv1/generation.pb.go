@@ -997,7 +997,21 @@ type GenerationSpec struct {
 	Sampler *SamplerSpec `protobuf:"bytes,8,opt,name=sampler,proto3" json:"sampler,omitempty"`
 	// One entry per picture, up to the model's limit. Absent: one picture with a
 	// random seed.
-	Outputs       []*OutputSpec `protobuf:"bytes,9,rep,name=outputs,proto3" json:"outputs,omitempty"`
+	Outputs []*OutputSpec `protobuf:"bytes,9,rep,name=outputs,proto3" json:"outputs,omitempty"`
+	// A picture to start from in place of noise: "images/{sha256}", as UploadImage
+	// returns it. Of another size or shape than the pictures it is cut at its
+	// longer sides to their shape, and scaled. Transparent parts count as white.
+	// Only for models with TASK_IMAGE_TO_IMAGE.
+	InitImage string `protobuf:"bytes,10,opt,name=init_image,json=initImage,proto3" json:"init_image,omitempty"`
+	// How much of `init_image` is given up, above 0 and at most 1: the share of
+	// the steps that are made, the last ones; all the others are left out. Absent:
+	// 0.8. Only with `init_image`.
+	Strength *float32 `protobuf:"fixed32,11,opt,name=strength,proto3,oneof" json:"strength,omitempty"`
+	// Which part of `init_image` is developed anew: "images/{sha256}", cut and
+	// scaled as that. White is developed, black is kept, and grey is a soft edge
+	// between both. Where the picture has an alpha channel that alone counts:
+	// transparent is developed, opaque is kept. Only with `init_image`.
+	Mask          string `protobuf:"bytes,12,opt,name=mask,proto3" json:"mask,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1093,6 +1107,27 @@ func (x *GenerationSpec) GetOutputs() []*OutputSpec {
 		return x.Outputs
 	}
 	return nil
+}
+
+func (x *GenerationSpec) GetInitImage() string {
+	if x != nil {
+		return x.InitImage
+	}
+	return ""
+}
+
+func (x *GenerationSpec) GetStrength() float32 {
+	if x != nil && x.Strength != nil {
+		return *x.Strength
+	}
+	return 0
+}
+
+func (x *GenerationSpec) GetMask() string {
+	if x != nil {
+		return x.Mask
+	}
+	return ""
 }
 
 // A text that guides the denoiser.
@@ -3621,7 +3656,7 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"G\n" +
 	"\x10GenerateResponse\x123\n" +
-	"\x05event\x18\x01 \x01(\v2\x1d.safelight.v1.GenerationEventR\x05event\"\xc0\x03\n" +
+	"\x05event\x18\x01 \x01(\v2\x1d.safelight.v1.GenerationEventR\x05event\"\xa1\x04\n" +
 	"\x0eGenerationSpec\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x16\n" +
 	"\x06prompt\x18\x02 \x01(\tR\x06prompt\x12.\n" +
@@ -3631,12 +3666,18 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x13num_inference_steps\x18\x06 \x01(\x05H\x02R\x11numInferenceSteps\x88\x01\x01\x12*\n" +
 	"\x0eguidance_scale\x18\a \x01(\x02H\x03R\rguidanceScale\x88\x01\x01\x123\n" +
 	"\asampler\x18\b \x01(\v2\x19.safelight.v1.SamplerSpecR\asampler\x122\n" +
-	"\aoutputs\x18\t \x03(\v2\x18.safelight.v1.OutputSpecR\aoutputsB\v\n" +
+	"\aoutputs\x18\t \x03(\v2\x18.safelight.v1.OutputSpecR\aoutputs\x12\x1d\n" +
+	"\n" +
+	"init_image\x18\n" +
+	" \x01(\tR\tinitImage\x12\x1f\n" +
+	"\bstrength\x18\v \x01(\x02H\x04R\bstrength\x88\x01\x01\x12\x12\n" +
+	"\x04mask\x18\f \x01(\tR\x04maskB\v\n" +
 	"\t_width_pxB\f\n" +
 	"\n" +
 	"_height_pxB\x16\n" +
 	"\x14_num_inference_stepsB\x11\n" +
-	"\x0f_guidance_scale\"\x8f\x01\n" +
+	"\x0f_guidance_scaleB\v\n" +
+	"\t_strength\"\x8f\x01\n" +
 	"\x06Prompt\x12-\n" +
 	"\x04role\x18\x01 \x01(\x0e2\x19.safelight.v1.Prompt.RoleR\x04role\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\"B\n" +

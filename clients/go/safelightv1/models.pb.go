@@ -24,6 +24,63 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// What a model can be asked for.
+type Task int32
+
+const (
+	// Not a task.
+	Task_TASK_UNSPECIFIED Task = 0
+	// A picture from a prompt.
+	Task_TASK_TEXT_TO_IMAGE Task = 1
+	// A picture from a prompt and another picture: `GenerationSpec.init_image`.
+	Task_TASK_IMAGE_TO_IMAGE Task = 2
+	// A part of a picture anew: `GenerationSpec.mask`.
+	Task_TASK_INPAINTING Task = 3
+)
+
+// Enum value maps for Task.
+var (
+	Task_name = map[int32]string{
+		0: "TASK_UNSPECIFIED",
+		1: "TASK_TEXT_TO_IMAGE",
+		2: "TASK_IMAGE_TO_IMAGE",
+		3: "TASK_INPAINTING",
+	}
+	Task_value = map[string]int32{
+		"TASK_UNSPECIFIED":    0,
+		"TASK_TEXT_TO_IMAGE":  1,
+		"TASK_IMAGE_TO_IMAGE": 2,
+		"TASK_INPAINTING":     3,
+	}
+)
+
+func (x Task) Enum() *Task {
+	p := new(Task)
+	*p = x
+	return p
+}
+
+func (x Task) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Task) Descriptor() protoreflect.EnumDescriptor {
+	return file_safelight_v1_models_proto_enumTypes[0].Descriptor()
+}
+
+func (Task) Type() protoreflect.EnumType {
+	return &file_safelight_v1_models_proto_enumTypes[0]
+}
+
+func (x Task) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Task.Descriptor instead.
+func (Task) EnumDescriptor() ([]byte, []int) {
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{0}
+}
+
 // Asks for a page of models.
 type ListModelsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -333,7 +390,9 @@ type Model struct {
 	// Measured time of one call of the other components, by rows.
 	ComponentTimes []*ComponentTime `protobuf:"bytes,15,rep,name=component_times,json=componentTimes,proto3" json:"component_times,omitempty"`
 	// What differs from the pipeline that it was exported from: substitutes for what this server does not have.
-	Notes         []string `protobuf:"bytes,16,rep,name=notes,proto3" json:"notes,omitempty"`
+	Notes []string `protobuf:"bytes,16,rep,name=notes,proto3" json:"notes,omitempty"`
+	// What it can be asked for.
+	Tasks         []Task `protobuf:"varint,17,rep,packed,name=tasks,proto3,enum=safelight.v1.Task" json:"tasks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -476,6 +535,13 @@ func (x *Model) GetComponentTimes() []*ComponentTime {
 func (x *Model) GetNotes() []string {
 	if x != nil {
 		return x.Notes
+	}
+	return nil
+}
+
+func (x *Model) GetTasks() []Task {
+	if x != nil {
+		return x.Tasks
 	}
 	return nil
 }
@@ -866,7 +932,7 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\x0fGetModelRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"=\n" +
 	"\x10GetModelResponse\x12)\n" +
-	"\x05model\x18\x01 \x01(\v2\x13.safelight.v1.ModelR\x05model\"\x95\x05\n" +
+	"\x05model\x18\x01 \x01(\v2\x13.safelight.v1.ModelR\x05model\"\xbf\x05\n" +
 	"\x05Model\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\tR\brevision\x12 \n" +
@@ -888,7 +954,8 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\n" +
 	"step_times\x18\x0e \x03(\v2\x16.safelight.v1.StepTimeR\tstepTimes\x12D\n" +
 	"\x0fcomponent_times\x18\x0f \x03(\v2\x1b.safelight.v1.ComponentTimeR\x0ecomponentTimes\x12\x14\n" +
-	"\x05notes\x18\x10 \x03(\tR\x05notes\">\n" +
+	"\x05notes\x18\x10 \x03(\tR\x05notes\x12(\n" +
+	"\x05tasks\x18\x11 \x03(\x0e2\x12.safelight.v1.TaskR\x05tasks\">\n" +
 	"\x04Size\x12\x19\n" +
 	"\bwidth_px\x18\x01 \x01(\x05R\awidthPx\x12\x1b\n" +
 	"\theight_px\x18\x02 \x01(\x05R\bheightPx\"\xa3\x01\n" +
@@ -911,7 +978,12 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\x05times\x18\x02 \x03(\v2\x16.safelight.v1.StepTimeR\x05times\"\\\n" +
 	"\bStepTime\x12\x19\n" +
 	"\bnum_rows\x18\x01 \x01(\x05R\anumRows\x125\n" +
-	"\bduration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bduration2\xaa\x01\n" +
+	"\bduration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bduration*b\n" +
+	"\x04Task\x12\x14\n" +
+	"\x10TASK_UNSPECIFIED\x10\x00\x12\x16\n" +
+	"\x12TASK_TEXT_TO_IMAGE\x10\x01\x12\x17\n" +
+	"\x13TASK_IMAGE_TO_IMAGE\x10\x02\x12\x13\n" +
+	"\x0fTASK_INPAINTING\x10\x032\xaa\x01\n" +
 	"\fModelService\x12O\n" +
 	"\n" +
 	"ListModels\x12\x1f.safelight.v1.ListModelsRequest\x1a .safelight.v1.ListModelsResponse\x12I\n" +
@@ -929,51 +1001,54 @@ func file_safelight_v1_models_proto_rawDescGZIP() []byte {
 	return file_safelight_v1_models_proto_rawDescData
 }
 
+var file_safelight_v1_models_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
 var file_safelight_v1_models_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_safelight_v1_models_proto_goTypes = []any{
-	(*ListModelsRequest)(nil),   // 0: safelight.v1.ListModelsRequest
-	(*ListModelsResponse)(nil),  // 1: safelight.v1.ListModelsResponse
-	(*UnavailableModel)(nil),    // 2: safelight.v1.UnavailableModel
-	(*GetModelRequest)(nil),     // 3: safelight.v1.GetModelRequest
-	(*GetModelResponse)(nil),    // 4: safelight.v1.GetModelResponse
-	(*Model)(nil),               // 5: safelight.v1.Model
-	(*Size)(nil),                // 6: safelight.v1.Size
-	(*SamplerOffer)(nil),        // 7: safelight.v1.SamplerOffer
-	(*ModelDefaults)(nil),       // 8: safelight.v1.ModelDefaults
-	(*ModelLimits)(nil),         // 9: safelight.v1.ModelLimits
-	(*ComponentTime)(nil),       // 10: safelight.v1.ComponentTime
-	(*StepTime)(nil),            // 11: safelight.v1.StepTime
-	(PreviewMethod)(0),          // 12: safelight.v1.PreviewMethod
-	(SigmaSchedule)(0),          // 13: safelight.v1.SigmaSchedule
-	(TimestepSpacing)(0),        // 14: safelight.v1.TimestepSpacing
-	(*SamplerSpec)(nil),         // 15: safelight.v1.SamplerSpec
-	(*durationpb.Duration)(nil), // 16: google.protobuf.Duration
+	(Task)(0),                   // 0: safelight.v1.Task
+	(*ListModelsRequest)(nil),   // 1: safelight.v1.ListModelsRequest
+	(*ListModelsResponse)(nil),  // 2: safelight.v1.ListModelsResponse
+	(*UnavailableModel)(nil),    // 3: safelight.v1.UnavailableModel
+	(*GetModelRequest)(nil),     // 4: safelight.v1.GetModelRequest
+	(*GetModelResponse)(nil),    // 5: safelight.v1.GetModelResponse
+	(*Model)(nil),               // 6: safelight.v1.Model
+	(*Size)(nil),                // 7: safelight.v1.Size
+	(*SamplerOffer)(nil),        // 8: safelight.v1.SamplerOffer
+	(*ModelDefaults)(nil),       // 9: safelight.v1.ModelDefaults
+	(*ModelLimits)(nil),         // 10: safelight.v1.ModelLimits
+	(*ComponentTime)(nil),       // 11: safelight.v1.ComponentTime
+	(*StepTime)(nil),            // 12: safelight.v1.StepTime
+	(PreviewMethod)(0),          // 13: safelight.v1.PreviewMethod
+	(SigmaSchedule)(0),          // 14: safelight.v1.SigmaSchedule
+	(TimestepSpacing)(0),        // 15: safelight.v1.TimestepSpacing
+	(*SamplerSpec)(nil),         // 16: safelight.v1.SamplerSpec
+	(*durationpb.Duration)(nil), // 17: google.protobuf.Duration
 }
 var file_safelight_v1_models_proto_depIdxs = []int32{
-	5,  // 0: safelight.v1.ListModelsResponse.models:type_name -> safelight.v1.Model
-	2,  // 1: safelight.v1.ListModelsResponse.unavailable:type_name -> safelight.v1.UnavailableModel
-	5,  // 2: safelight.v1.GetModelResponse.model:type_name -> safelight.v1.Model
-	6,  // 3: safelight.v1.Model.sizes:type_name -> safelight.v1.Size
-	7,  // 4: safelight.v1.Model.samplers:type_name -> safelight.v1.SamplerOffer
-	12, // 5: safelight.v1.Model.preview_methods:type_name -> safelight.v1.PreviewMethod
-	8,  // 6: safelight.v1.Model.defaults:type_name -> safelight.v1.ModelDefaults
-	9,  // 7: safelight.v1.Model.limits:type_name -> safelight.v1.ModelLimits
-	11, // 8: safelight.v1.Model.step_times:type_name -> safelight.v1.StepTime
-	10, // 9: safelight.v1.Model.component_times:type_name -> safelight.v1.ComponentTime
-	13, // 10: safelight.v1.SamplerOffer.sigma_schedules:type_name -> safelight.v1.SigmaSchedule
-	14, // 11: safelight.v1.SamplerOffer.spacings:type_name -> safelight.v1.TimestepSpacing
-	15, // 12: safelight.v1.ModelDefaults.sampler:type_name -> safelight.v1.SamplerSpec
-	11, // 13: safelight.v1.ComponentTime.times:type_name -> safelight.v1.StepTime
-	16, // 14: safelight.v1.StepTime.duration:type_name -> google.protobuf.Duration
-	0,  // 15: safelight.v1.ModelService.ListModels:input_type -> safelight.v1.ListModelsRequest
-	3,  // 16: safelight.v1.ModelService.GetModel:input_type -> safelight.v1.GetModelRequest
-	1,  // 17: safelight.v1.ModelService.ListModels:output_type -> safelight.v1.ListModelsResponse
-	4,  // 18: safelight.v1.ModelService.GetModel:output_type -> safelight.v1.GetModelResponse
-	17, // [17:19] is the sub-list for method output_type
-	15, // [15:17] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	6,  // 0: safelight.v1.ListModelsResponse.models:type_name -> safelight.v1.Model
+	3,  // 1: safelight.v1.ListModelsResponse.unavailable:type_name -> safelight.v1.UnavailableModel
+	6,  // 2: safelight.v1.GetModelResponse.model:type_name -> safelight.v1.Model
+	7,  // 3: safelight.v1.Model.sizes:type_name -> safelight.v1.Size
+	8,  // 4: safelight.v1.Model.samplers:type_name -> safelight.v1.SamplerOffer
+	13, // 5: safelight.v1.Model.preview_methods:type_name -> safelight.v1.PreviewMethod
+	9,  // 6: safelight.v1.Model.defaults:type_name -> safelight.v1.ModelDefaults
+	10, // 7: safelight.v1.Model.limits:type_name -> safelight.v1.ModelLimits
+	12, // 8: safelight.v1.Model.step_times:type_name -> safelight.v1.StepTime
+	11, // 9: safelight.v1.Model.component_times:type_name -> safelight.v1.ComponentTime
+	0,  // 10: safelight.v1.Model.tasks:type_name -> safelight.v1.Task
+	14, // 11: safelight.v1.SamplerOffer.sigma_schedules:type_name -> safelight.v1.SigmaSchedule
+	15, // 12: safelight.v1.SamplerOffer.spacings:type_name -> safelight.v1.TimestepSpacing
+	16, // 13: safelight.v1.ModelDefaults.sampler:type_name -> safelight.v1.SamplerSpec
+	12, // 14: safelight.v1.ComponentTime.times:type_name -> safelight.v1.StepTime
+	17, // 15: safelight.v1.StepTime.duration:type_name -> google.protobuf.Duration
+	1,  // 16: safelight.v1.ModelService.ListModels:input_type -> safelight.v1.ListModelsRequest
+	4,  // 17: safelight.v1.ModelService.GetModel:input_type -> safelight.v1.GetModelRequest
+	2,  // 18: safelight.v1.ModelService.ListModels:output_type -> safelight.v1.ListModelsResponse
+	5,  // 19: safelight.v1.ModelService.GetModel:output_type -> safelight.v1.GetModelResponse
+	18, // [18:20] is the sub-list for method output_type
+	16, // [16:18] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_safelight_v1_models_proto_init() }
@@ -987,13 +1062,14 @@ func file_safelight_v1_models_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_safelight_v1_models_proto_rawDesc), len(file_safelight_v1_models_proto_rawDesc)),
-			NumEnums:      0,
+			NumEnums:      1,
 			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_safelight_v1_models_proto_goTypes,
 		DependencyIndexes: file_safelight_v1_models_proto_depIdxs,
+		EnumInfos:         file_safelight_v1_models_proto_enumTypes,
 		MessageInfos:      file_safelight_v1_models_proto_msgTypes,
 	}.Build()
 	File_safelight_v1_models_proto = out.File

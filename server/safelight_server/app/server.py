@@ -20,9 +20,17 @@ from grpc_health.v1 import health_pb2
 from safelight_server.api.call_limits import CallLimits, KeylessQuota
 from safelight_server.api.health import HEALTH_SERVICE, Health
 from safelight_server.api.identity import Identity
+from safelight_server.api.images import ImageCalls, UploadRoom
 from safelight_server.api.quota import StreamQuota
 from safelight_server.api.reflection import REFLECTION_SERVICES, Reflection
-from safelight_server.api.service import CACHE_SERVICE, GENERATION_SERVICE, MODEL_SERVICE, QUOTA_SERVICE, Service
+from safelight_server.api.service import (
+    CACHE_SERVICE,
+    GENERATION_SERVICE,
+    IMAGE_SERVICE,
+    MODEL_SERVICE,
+    QUOTA_SERVICE,
+    Service,
+)
 from safelight_server.app.address import BindError, bind, sole_listener
 from safelight_server.app.backends import Backends, CredentialsError, open_backends
 from safelight_server.app.certificate import CertificateError, ServerCertificate
@@ -38,6 +46,7 @@ from safelight_server.cache.approximate.vectors import Vectors
 from safelight_server.cache.approximate.warm_starts import WarmStarts
 from safelight_server.cache.cache import Cache
 from safelight_server.cache.checkpoints import CheckpointPolicy, Checkpoints
+from safelight_server.cache.images import Images
 from safelight_server.cache.namespaces import Namespaces
 from safelight_server.cache.pictures import Pictures
 from safelight_server.cache.prompts import Prompts
@@ -49,6 +58,7 @@ from safelight_server.cluster.leased_runners import LeasedRunners
 from safelight_server.coordination.buckets import SharedTokenBuckets
 from safelight_server.engine.engine import Engine
 from safelight_server.generations.execution import Executions
+from safelight_server.generations.init_images import InitImages
 from safelight_server.generations.inspection import Inspection
 from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
@@ -102,6 +112,7 @@ class Running:
         address: HOST:PORT or unix:PATH that it listens on, with the port that it got where 0 was asked for.
         drain: starts a shutdown that gives generations so many seconds; a second call with fewer shortens the first.
         http_address: HOST:PORT of HTTP; empty where that is off.
+        uploads: the room that those under way take.
     """
 
     address: str
@@ -114,6 +125,7 @@ class Running:
     limits: CallLimits
     drain: Callable[[float], asyncio.Task[None]]
     http_address: str
+    uploads: UploadRoom
 
     def inspect(self) -> Inspection:
         """Counts what the server holds now."""
@@ -198,6 +210,14 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         ends.push_async_callback(executions.close)
         ends.push_async_callback(engine.close)
         caches = CacheAdmin(cache.namespaces, backends.keyring, backends.tiers, purges, metrics)
+        images = Images(
+            backends.tiers,
+            backends.keyring,
+            cache.namespaces,
+            ttl_s=settings.image_ttl_s,
+            max_tenant_bytes=settings.max_images_bytes_per_tenant,
+            shared=backends.redis is not None,
+        )
         leased_runners, context = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
 
         def charge(tenant: str, model: str, seconds: float) -> None:
@@ -213,6 +233,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
             executions,
             clock,
             metrics,
+            InitImages(images, pool, settings.max_image_pixels),
             leased_runners,
             context,
             charge,
@@ -225,7 +246,11 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
             settings.max_resume_grace_s,
         )
         streams = StreamQuota(settings.max_streams_per_caller)
-        service = Service(identity, catalog, runtime, generations, caches, limits, streams, quotas, metrics, tracer)
+        uploads = UploadRoom(settings.max_image_bytes)
+        image_calls = ImageCalls(images, uploads, pool, settings.max_image_bytes, settings.max_image_pixels)
+        service = Service(
+            identity, catalog, runtime, generations, caches, limits, streams, quotas, image_calls, metrics, tracer
+        )
         certificate = _certificate(settings)
         http = HttpPort(settings, service, catalog, identity, metrics, certificate)
         _watch_queue(metrics, engine, clock)
@@ -248,7 +273,17 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         listening = _listening(settings, certificate, service, http, call_limits, engine, generations, works)
         async with listening as (address, drain):
             yield Running(
-                address, catalog, runtime, cache, generations, streams, quotas, call_limits, drain, http.address
+                address,
+                catalog,
+                runtime,
+                cache,
+                generations,
+                streams,
+                quotas,
+                call_limits,
+                drain,
+                http.address,
+                uploads,
             )
 
 
@@ -265,7 +300,7 @@ async def _listening(
 ) -> AsyncIterator[tuple[str, Callable[[float], asyncio.Task[None]]]]:
     """Accepts calls and runs the background works while the block runs; yields the address and the drain function."""
     health = Health()
-    services = (GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, QUOTA_SERVICE, HEALTH_SERVICE)
+    services = (GENERATION_SERVICE, MODEL_SERVICE, IMAGE_SERVICE, CACHE_SERVICE, QUOTA_SERVICE, HEALTH_SERVICE)
     handlers = service.handlers() | health.handlers() | Reflection(services).handlers()
     server = make_server(settings, limits, handlers)
     credentials = None if certificate is None else certificate.credentials()
@@ -409,7 +444,7 @@ def _certificate(settings: Settings) -> ServerCertificate | None:
     if settings.tls_cert_file is None or settings.tls_key_file is None:
         return None
     try:
-        return ServerCertificate(settings.tls_cert_file, settings.tls_key_file)
+        return ServerCertificate(settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
     except CertificateError as error:
         raise StartError(str(error)) from None
 

@@ -20,9 +20,17 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from safelight_server.catalog import config_pbtxt, digest, revisions
-from safelight_server.catalog.manifest import Manifest
+from safelight_server.catalog.manifest import (
+    ENCODER_SOURCE,
+    HIDDEN_STATE,
+    LATENT_SOURCE,
+    SIZE_IDS_SOURCE,
+    STABLE_DIFFUSION_INPUTS,
+    TIMESTEP_SOURCE,
+    Manifest,
+)
 from safelight_server.catalog.tokenizer import Tokenizer, Tokens
-from safelight_server.domain.component import Component
+from safelight_server.domain.component import OPTIONAL, Component
 from safelight_server.domain.errors import NotFoundError
 from safelight_server.sampler import VERSION as SAMPLER_VERSION
 from safelight_server.sampler import NoiseSchedule, SamplerSpec, refusal
@@ -75,6 +83,24 @@ class Pipeline:
     def has_preview_decoder(self) -> bool:
         """Whether TINY_DECODER previews are offered."""
         return Component.PREVIEW_DECODER in self.manifest.components
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether development can start from a picture."""
+        return Component.ENCODER in self.manifest.components
+
+    @property
+    def embedding_outputs(self) -> tuple[str, ...]:
+        """The outputs of the text encoder that are kept of a prompt: what the denoiser is given, hidden state first."""
+        sources = self.manifest.inputs.values()
+        bound = [at.removeprefix(ENCODER_SOURCE) for at in sources if at.startswith(ENCODER_SOURCE)]
+        return tuple(dict.fromkeys([HIDDEN_STATE, *bound]))
+
+    def size_ids(self, latent_shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
+        """The input "size_ids" of the pictures that have a latent shape, (6,)."""
+        first, latent = self.manifest.sizes[0], self.manifest.latent
+        size = latent_shape[1] * first.height_px // latent.height, latent_shape[2] * first.width_px // latent.width
+        return np.array([*size, 0, 0, *size], np.float32)
 
     def latent_shape(self, width_px: int, height_px: int) -> tuple[int, int, int]:
         """(C, h, w) for a picture size that is offered."""
@@ -195,7 +221,7 @@ def load_pipeline(path: Path, repository: Path) -> Pipeline:
         role: repository / component.model / str(component.version) / "model.onnx"
         for role, component in manifest.components.items()
     }
-    faults = [f"components: {role} is missing" for role in Component if role not in files and role != "preview_decoder"]
+    faults = [f"components: {role} is missing" for role in Component if role not in files and role not in OPTIONAL]
     for role, file in files.items():
         component = manifest.components[role]
         faults += _check_file(file, component.sha256)
@@ -241,6 +267,10 @@ def _digest(manifest: Manifest) -> str:
     for component in decides["components"].values():
         if component["data_sha256"] is None:
             del component["data_sha256"]
+    if (
+        dict(manifest.inputs) != STABLE_DIFFUSION_INPUTS
+    ):  # else it is the digest of a manifest from before there were any
+        decides["inputs"] = dict(manifest.inputs)
     canonical = json.dumps([SAMPLER_VERSION, decides], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -311,20 +341,36 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
         f"components.{role}: max_batch_size must be at least 1" for role, at in configs.items() if at.max_rows < 1
     ]
     tokens = manifest.tokenizer.max_tokens
+    encoder = configs.get(Component.TEXT_ENCODER)
+    made = {} if encoder is None else encoder.outputs
+    faults += [
+        f"inputs: the text encoder has no output {name}; it has {', '.join(made)}"
+        for name in pipeline.embedding_outputs
+        if encoder is not None and name not in made
+    ]
     for size in manifest.sizes:
         latent = pipeline.latent_shape(size.width_px, size.height_px)
+        shapes = {ENCODER_SOURCE + name: shape for name, shape in made.items()}
+        shapes |= {LATENT_SOURCE: latent, TIMESTEP_SOURCE: (1,), SIZE_IDS_SOURCE: (6,)}
         inputs: dict[Component, dict[str, tuple[int, ...]]] = {
             Component.TEXT_ENCODER: {"input_ids": (tokens,)},
-            Component.DENOISER: {"sample": latent, "timestep": (1,), "encoder_hidden_states": (tokens, -1)},
+            Component.DENOISER: {name: shapes.get(at, (tokens, -1)) for name, at in manifest.inputs.items()},
             Component.DECODER: {"latent": latent},
             Component.PREVIEW_DECODER: {"latent": latent},
+            Component.ENCODER: {"image": (3, size.height_px, size.width_px)},
         }
         outputs: dict[Component, dict[str, tuple[int, ...]]] = {
             Component.TEXT_ENCODER: {"last_hidden_state": (tokens, -1)},
             Component.DENOISER: {"prediction": latent},
             Component.DECODER: {"image": (3, size.height_px, size.width_px)},
             Component.PREVIEW_DECODER: {"image": (3, -1, -1)},
+            Component.ENCODER: {"mean": latent},
         }
+        if Component.ENCODER in configs and "std" in configs[Component.ENCODER].outputs:
+            outputs[Component.ENCODER]["std"] = latent
+        denoiser = configs.get(Component.DENOISER)
+        unbound = () if denoiser is None else denoiser.inputs.keys() - manifest.inputs.keys()
+        faults += [f"inputs: {name} of the denoiser is bound to nothing" for name in sorted(unbound)]
         for role, at in configs.items():
             wrong = config_pbtxt.mismatches(at.inputs, inputs[role])
             wrong += config_pbtxt.mismatches(at.outputs, outputs[role])

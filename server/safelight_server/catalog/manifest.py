@@ -143,10 +143,25 @@ class GuardWords(_Strict):
         return self
 
 
+HIDDEN_STATE = "last_hidden_state"
+"""The output of the text encoder that every pipeline has: the embedding (T, D), by which prompts are compared."""
+ENCODER_SOURCE = "encoder:"
+LATENT_SOURCE, TIMESTEP_SOURCE, SIZE_IDS_SOURCE = "latent", "timestep", "size_ids"
+STABLE_DIFFUSION_INPUTS = {
+    "sample": LATENT_SOURCE,
+    "timestep": TIMESTEP_SOURCE,
+    "encoder_hidden_states": ENCODER_SOURCE + HIDDEN_STATE,
+}
+
+
 class Manifest(_Strict):
     """The contents of pipeline.json. `guard` and `example_prompts` help the approximate caches and may be left out.
 
-    `notes` say what differs from the pipeline that was exported: substitutes for what the server does not have.
+    Attributes:
+        notes: what differs from the pipeline that was exported: substitutes for what the server does not have.
+        inputs: the inputs of the denoiser by name, each with what it is given: "latent", "timestep", "encoder:OUTPUT"
+            (an output of the text encoder, by prompt), or "size_ids" (the picture's height and width, a crop of none,
+            and height and width again: SDXL's micro-conditioning, Podell et al. 2023, section 2.2).
     """
 
     format: Literal[1]
@@ -154,7 +169,7 @@ class Manifest(_Strict):
     revision: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
     description: str
     license: str
-    family: Literal["stable-diffusion"]
+    family: Literal["stable-diffusion", "stable-diffusion-xl"]
     components: Mapping[Component, ComponentFile]
     tokenizer: TokenizerFile
     latent: Latent
@@ -168,3 +183,6 @@ class Manifest(_Strict):
     guard: GuardWords | None = None
     example_prompts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    inputs: Mapping[str, Annotated[str, Field(pattern=r"^(latent|timestep|size_ids|encoder:[A-Za-z0-9_]+)$")]] = (
+        STABLE_DIFFUSION_INPUTS
+    )

@@ -70,6 +70,14 @@ CaFile = Annotated[
         "--ca-file", envvar="SAFELIGHT_CA_FILE", help="PEM of who signed the server's certificate: asks by TLS."
     ),
 ]
+ClientCert = Annotated[
+    Path | None,
+    typer.Option(
+        "--client-cert-file",
+        envvar="SAFELIGHT_CLIENT_CERT_FILE",
+        help="PEM of the caller's own certificate and its key, for a server that asks for one.",
+    ),
+]
 ServerName = Annotated[
     str,
     typer.Option(
@@ -175,9 +183,13 @@ def generate(
     timeout_s: Annotated[float | None, typer.Option("--timeout", min=0.001, help="Deadline in seconds.")] = None,
     cache: Annotated[CacheMode, typer.Option(help="What may serve it beside its own development.")] = "default",
     branch: Annotated[str, typer.Option(metavar="generations/ID@STEP", help="Where to start from.")] = "",
+    init: Annotated[Path | None, typer.Option(help="Picture to start from: PNG, JPEG or WebP.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of it is given up, to 1. Default: 0.8.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Where it is developed anew: white, or transparent.")] = None,
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
     ca_file: CaFile = None,
+    client_cert: ClientCert = None,
     server_name: ServerName = "",
 ) -> None:
     """Ask a running server for one picture and watch it develop."""
@@ -199,8 +211,13 @@ def generate(
         timeout_s,
         cache,
         _branch(branch) if branch else None,
+        init,
+        strength,
+        mask,
     )
-    picture, developed = _run(demos.generate_one(_connect(target, api_key, ca_file, server_name), order, console))
+    picture, developed = _run(
+        demos.generate_one(_connect(target, api_key, ca_file, client_cert, server_name), order, console)
+    )
     try:
         out.write_bytes(picture.data)
     except OSError as error:
@@ -233,13 +250,14 @@ def models(
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
     ca_file: CaFile = None,
+    client_cert: ClientCert = None,
     server_name: ServerName = "",
     as_json: Annotated[
         bool, typer.Option("--json", help="As JSON, with the measured times that `safelight plan` reads.")
     ] = False,
 ) -> None:
     """List what a server offers."""
-    connect = _connect(target, api_key, ca_file, server_name)
+    connect = _connect(target, api_key, ca_file, client_cert, server_name)
 
     async def ask() -> None:
         async with connect() as client:
@@ -268,9 +286,14 @@ def models(
 
 
 @app.command()
-def health(target: Target = DEFAULT_TARGET, ca_file: CaFile = None, server_name: ServerName = "") -> None:
+def health(
+    target: Target = DEFAULT_TARGET,
+    ca_file: CaFile = None,
+    client_cert: ClientCert = None,
+    server_name: ServerName = "",
+) -> None:
     """Exit with 0 where a server is serving; for container health checks."""
-    connect = _connect(target, None, ca_file, server_name)
+    connect = _connect(target, None, ca_file, client_cert, server_name)
 
     async def ask() -> int:
         async with connect() as client:
@@ -336,10 +359,14 @@ def keys_cache(
 
 @app.command()
 def quotas(
-    target: Target = DEFAULT_TARGET, api_key: ApiKey = None, ca_file: CaFile = None, server_name: ServerName = ""
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+    ca_file: CaFile = None,
+    client_cert: ClientCert = None,
+    server_name: ServerName = "",
 ) -> None:
     """What tenants may ask for and compute, and what is left of it; needs an administrator's key."""
-    connect = _connect(target, api_key, ca_file, server_name)
+    connect = _connect(target, api_key, ca_file, client_cert, server_name)
 
     async def ask() -> list[TenantQuota]:
         async with connect() as client:
@@ -350,10 +377,14 @@ def quotas(
 
 @caches.command("stats")
 def cache_stats(
-    target: Target = DEFAULT_TARGET, api_key: ApiKey = None, ca_file: CaFile = None, server_name: ServerName = ""
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+    ca_file: CaFile = None,
+    client_cert: ClientCert = None,
+    server_name: ServerName = "",
 ) -> None:
     """What the caches of a replica hold and save."""
-    connect = _connect(target, api_key, ca_file, server_name)
+    connect = _connect(target, api_key, ca_file, client_cert, server_name)
 
     async def ask() -> GetCacheStatsResponse:
         async with connect() as client:
@@ -384,10 +415,11 @@ def cache_purge(
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
     ca_file: CaFile = None,
+    client_cert: ClientCert = None,
     server_name: ServerName = "",
 ) -> None:
     """Delete what agrees with everything that is given, from all tiers and on all replicas."""
-    connect = _connect(target, api_key, ca_file, server_name)
+    connect = _connect(target, api_key, ca_file, client_cert, server_name)
 
     async def ask() -> PurgeCacheResponse:
         async with connect() as client:
@@ -400,14 +432,19 @@ def cache_purge(
         raise CommandError(f"could not be cleared, purge again when they work: {', '.join(purged.failed_tiers)}")
 
 
-def _connect(target: str, api_key: str | None, ca_file: Path | None, server_name: str) -> Callable[[], Client]:
+def _connect(
+    target: str, api_key: str | None, ca_file: Path | None, client_cert: Path | None, server_name: str
+) -> Callable[[], Client]:
     """Checks the connection options; returns a function that makes the client, to be called in the event loop."""
+    if client_cert is not None and ca_file is None:
+        raise CommandError("--client-cert-file / SAFELIGHT_CLIENT_CERT_FILE: needs --ca-file / SAFELIGHT_CA_FILE")
     credentials = None
     try:
         if ca_file is not None:
-            credentials = grpc.ssl_channel_credentials(ca_file.read_bytes())
+            own = None if client_cert is None else client_cert.read_bytes()  # gRPC finds the key and the chain in it
+            credentials = grpc.ssl_channel_credentials(ca_file.read_bytes(), own, own)
     except OSError as error:
-        raise CommandError(f"{ca_file}: {error.strerror}") from None
+        raise CommandError(f"{error.filename}: {error.strerror}") from None
 
     def connect() -> Client:
         try:

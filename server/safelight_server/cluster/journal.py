@@ -1,9 +1,9 @@
 """Writes a generation's state events and pictures where other replicas find them, before any stream sees them.
 
-So a sequence number means the same on all replicas. While Redis cannot be
-reached, events are shown at once and written later. Where Redis has lost its
-memory, all is written again. Invariants: what is written
-is in order and has no gap; an owner that was replaced writes and shows nothing.
+So a sequence number means the same on all replicas. What is written, shown and
+dropped when is decided in `journal_rules.py`; this module writes. Invariants:
+what is written is in order and has no gap; an owner that was replaced writes and
+shows nothing.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import math
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import structlog
 
+from safelight_server.cluster import journal_rules
+from safelight_server.cluster.journal_rules import JournalLines
 from safelight_server.cluster.records import JournalEntry, dump, event_record
 from safelight_server.coordination.leadership import Leadership
 from safelight_server.domain.errors import SafelightError
@@ -30,11 +30,6 @@ from safelight_server.storage.sealed import Sealer
 from safelight_server.telemetry.background import log_failure
 
 log = structlog.get_logger(__name__)
-
-RETRY_S = 0.5
-GIVE_UP_S = 300.0
-"""After the end; as long as it goes on a generation holds what it could not write."""
-
 
 Write = Callable[[], Awaitable[bool]]
 """Writes something to Redis; whether it is there. May be called again: what is written twice counts once."""
@@ -71,17 +66,11 @@ class Journal:
         self._put = put
         self._standing = standing
         self._on_lost = on_lost
-        self._lines: deque[_JournalLine] = deque()
-        self._history = [_JournalLine(write, None) for write in before]
-        self._state: _JournalLine | None = None
+        self._lines = JournalLines(_JournalLine(write, None) for write in before)
         self._task: asyncio.Task[None] | None = None
         self._watching = asyncio.create_task(self._watch())
         self._watching.add_done_callback(log_failure)
         self._settle: Callable[[], Awaitable[None]] | None = None
-        self._ended_at = math.inf
-        self._over = False
-        self._away_since: float | None = None
-        self._tried_at = -math.inf
         leader.on_forgotten = self._write_again
         if leader.forgotten:  # before there was a journal; what was written until then may be gone
             self._write_again()
@@ -107,7 +96,7 @@ class Journal:
     def end(self, settle: Callable[[], Awaitable[None]]) -> None:
         """Runs `settle` and releases the lease once everything is written or was given up."""
         self._settle = settle
-        self._ended_at = time.monotonic()
+        self._lines.end(time.monotonic())
         self._go_on()
 
     @property
@@ -127,7 +116,7 @@ class Journal:
 
     async def abandon(self) -> None:
         """Drops what is not written and releases the lease."""
-        self._over = True
+        self._lines.close()
         tasks = {task for task in (self._watching, self._task) if task is not None}
         for task in tasks:
             task.cancel()
@@ -135,25 +124,16 @@ class Journal:
         await self._leader.close()
 
     def _take(self, write: Write, show: Callable[[], None] | None) -> None:
-        if self._over:
-            if show is not None and not self._leader.lost.is_set():
-                show()
-            return
+        if self.lost and not self._lines.open:
+            self._lines.replaced()  # after it was settled
         line = _JournalLine(write, show)
-        self._lines.append(line)
-        if show is None:  # a change of state: only the newest counts
-            self._history = [earlier for earlier in self._history if earlier is not self._state]
-            self._state = line
-        self._history.append(line)
-        # away as of a moment ago: a process that has slept since must ask first, another may own the generation
-        if self._away_since is not None and (self.held or time.monotonic() - self._tried_at < 2 * RETRY_S):
-            self._show(line)
-        self._go_on()
+        self._show(self._lines.take(line, time.monotonic(), held=self.held, replaceable=show is None))
+        if self._lines.open:
+            self._go_on()
 
     def _write_again(self) -> None:
-        if not self._over:
+        if self._lines.forgotten():
             log.warning("Redis has lost its memory; a generation is written again")
-            self._lines = deque(self._history)
             self._go_on()
 
     def _go_on(self) -> None:
@@ -162,38 +142,30 @@ class Journal:
             self._task.add_done_callback(log_failure)
 
     async def _run(self) -> None:
-        while not self._over and (self._lines or self._settle is not None):
-            if not self._lines:
-                settle, self._settle = self._settle, None
-                assert settle is not None
-                self._over = True
-                self._watching.cancel()
-                with contextlib.suppress(StoreError):
-                    await settle()
-                await self._leader.close()
+        while self._lines.open and (self._lines.first is not None or self._settle is not None):
+            if (line := self._lines.first) is None:
+                await self._close()
                 return
-            first = self._lines[0]
             began = time.monotonic()
-            if await self._written(first):
-                if self._lines and self._lines[0] is first:
-                    self._lines.popleft()
-                self._show(first)
-                self._away_since = None
+            if await self._written(line):
+                self._show(self._lines.written(line))
                 continue
-            if self._leader.lost.is_set():
+            if self.lost:
                 return  # it was refused, since another owns the generation: what is shown of it is that one's
-            self._tried_at = time.monotonic()
-            self._away_since = self._away_since or self._tried_at
-            # a call that lasted so long may have slept with its process: asked again before anything is shown
-            if self.held or self._tried_at - began < 2 * RETRY_S:
-                for line in self._lines:
-                    self._show(line)
-            if time.monotonic() - max(self._away_since, self._ended_at) > GIVE_UP_S:  # nothing comes after: no gap
+            self._show(self._lines.failed(began, time.monotonic(), held=self.held))
+            if self._lines.first is None:
                 log.warning("what was not written of a generation in time is given up")
-                self._lines.clear()
-                self._away_since = None
                 continue
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(journal_rules.RETRY_S)
+
+    async def _close(self) -> None:
+        settle, self._settle = self._settle, None
+        assert settle is not None
+        self._lines.close()
+        self._watching.cancel()
+        with contextlib.suppress(StoreError):
+            await settle()
+        await self._leader.close()
 
     @staticmethod
     async def _written(line: _JournalLine) -> bool:
@@ -207,13 +179,13 @@ class Journal:
 
     async def _watch(self) -> None:
         await self._leader.lost.wait()
-        self._over = True
-        self._lines.clear()  # not shown: the new owner decides what becomes of it, and may have decided otherwise
+        self._lines.replaced()
         await self._leader.close()
         self._on_lost()
 
     @staticmethod
-    def _show(line: _JournalLine) -> None:
-        if line.show is not None:
-            show, line.show = line.show, None
-            show()
+    def _show(lines: Sequence[_JournalLine]) -> None:
+        for line in lines:
+            if line.show is not None:
+                show, line.show = line.show, None
+                show()

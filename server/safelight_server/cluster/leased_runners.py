@@ -15,7 +15,7 @@ import structlog
 from safelight_server.cache.checkpoints import Checkpoints
 from safelight_server.cache.pictures import Pictures
 from safelight_server.cluster.bulletin import Bulletin
-from safelight_server.cluster.journal import GIVE_UP_S
+from safelight_server.cluster.journal_rules import GIVE_UP_S
 from safelight_server.coordination.base import Coordinator
 from safelight_server.engine.engine import Engine
 from safelight_server.engine.jobs import Job

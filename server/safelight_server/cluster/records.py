@@ -20,6 +20,7 @@ from safelight_server.domain.errors import (
     FailedPreconditionError,
     GenerationCancelledError,
     InternalError,
+    NotFoundError,
     SafelightError,
     UnavailableError,
 )
@@ -40,7 +41,13 @@ KEPT_S = 7 * 86_400.0
 """How long a sealed event can be opened; Redis forgets it much earlier."""
 ERRORS: dict[str, type[SafelightError]] = {
     error.__name__: error
-    for error in (DeadlineExceededError, FailedPreconditionError, GenerationCancelledError, UnavailableError)
+    for error in (
+        DeadlineExceededError,
+        FailedPreconditionError,
+        GenerationCancelledError,
+        NotFoundError,
+        UnavailableError,
+    )
 }
 
 

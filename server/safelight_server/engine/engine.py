@@ -29,7 +29,7 @@ import structlog
 from safelight_server.catalog.catalog import Pipeline
 from safelight_server.domain.component import Component
 from safelight_server.domain.errors import InternalError, SafelightError, UnavailableError
-from safelight_server.domain.tensors import FloatArray
+from safelight_server.domain.tensors import Embedding, FloatArray
 from safelight_server.engine.batches import Batches, OutputTensors, PreparedCall
 from safelight_server.engine.deferred import DeferredCallbacks
 from safelight_server.engine.embeddings import EmbeddingWaiters
@@ -166,8 +166,8 @@ class Engine:
     def submit(self, job: Job, observer: ExecutionObserver) -> None:
         """Queues a job; it runs when the scheduler says so, and `observer` is told of its progress and its end."""
         output = self.output(job)
-        ids = dict(zip(job.conditioning, job.token_ids, strict=True))
-        self._batches.token_ids.update((needed, ids[needed]) for needed in output.conditioning)
+        inputs = job.encoder_inputs
+        self._batches.encoder_inputs.update((needed, inputs[needed]) for needed in output.conditioning)
         self._batches.outputs[job.output_id] = OutputTensors(
             job.pipeline,
             job.latent_shape,
@@ -179,6 +179,7 @@ class Engine:
             job.start,
             output.first_step,
             output.keys[Kind.DENOISE],
+            job.image if job.encoded_image else None,
         )
         self._observers[job.output_id] = observer
         self._unstarted.add(job.output_id)
@@ -243,8 +244,8 @@ class Engine:
         self.scheduler.drop_previews(output_id)
         self._batches.drop_previews(output_id)
 
-    async def encode(self, pipeline: Pipeline, token_ids: Sequence[int]) -> FloatArray:
-        """The embedding (T, D) of a prompt, encoded between the steps; those who ask for the same share it.
+    async def encode(self, pipeline: Pipeline, token_ids: Sequence[int]) -> Embedding:
+        """The embedding of a prompt, encoded between the steps; those who ask for the same share it.
 
         Raises:
             UnavailableError: the runtime cannot.
@@ -260,7 +261,7 @@ class Engine:
         return await self._embedding_waiters.get(name)
 
     def _want_embedding(self, name: str, token_ids: tuple[int, ...], key: str) -> None:
-        self._batches.token_ids[name] = token_ids  # not before: who else needs the prompt may release it until now
+        self._batches.encoder_inputs[name] = token_ids  # not before: who else needs the prompt may release it until now
         self._apply(self.scheduler.want_embedding(name, key))
         self._pump()
 
@@ -474,7 +475,7 @@ class Engine:
         for output_id, observer in self._observers.items():
             output = self._batches.outputs[output_id]
             for row, name in enumerate(output.conditioning):
-                if name in encoded and name in self._batches.token_ids:
+                if name in encoded and name in self._batches.encoder_inputs:
                     embedding = self._batches.embedding(name)
                     self._deferred.defer(functools.partial(observer.encoded, row, embedding))
 

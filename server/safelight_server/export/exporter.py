@@ -2,7 +2,8 @@
 
 For any `StableDiffusionPipeline` of CLIPTextModel, UNet2DConditionModel and
 AutoencoderTiny or AutoencoderKL; a folder `preview_decoder/` (AutoencoderTiny)
-and the files `linear_preview.npz` and `prompts.json` beside them are used where they are there.
+and the files `encoder.npz` (a linear encoder in place of the autoencoder's own),
+`linear_preview.npz` and `prompts.json` beside them are used where they are there.
 Weights are stored as float16 and cast at load; the arithmetic is float32. The
 same folder gives the same bytes. Nothing in the folder of models changes before
 every component was written, found equal to its torch module, and loaded by the
@@ -20,6 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from safelight_server.catalog.catalog import ManifestError, load_pipeline
 from safelight_server.catalog.digest import sha256
 from safelight_server.export import loading, manifest, memory, plan
-from safelight_server.export.components import Decoder, Denoiser, TextEncoder, decoder_of
+from safelight_server.export.components import Decoder, Denoiser, Encoder, PatchEncoder, TextEncoder, decoder_of
 from safelight_server.export.onnx_file import check_parity, num_values, write_onnx
 from safelight_server.export.plan import ROLES, ExportOptions, ExportPlan
 from safelight_server.export.repository import write_config
@@ -110,7 +112,16 @@ def _components(pipeline: StableDiffusionPipeline, made: ExportPlan) -> dict[str
         preview = AutoencoderTiny.from_pretrained(made.source.folder / "preview_decoder", local_files_only=True)
         scale = pipeline.vae.config.scaling_factor / preview.config.scaling_factor
         components["preview_decoder"] = Decoder(preview, scale)
+    components["encoder"] = _encoder(pipeline, made.source.folder / "encoder.npz")
     return components
+
+
+def _encoder(pipeline: StableDiffusionPipeline, given: Path) -> nn.Module:
+    """The linear encoder of `given`, an npz of weight (C, 3, p, p) and bias (C,), else the autoencoder's."""
+    if not given.exists():
+        return Encoder(pipeline.vae)
+    with np.load(given) as arrays:
+        return PatchEncoder(torch.from_numpy(arrays["weight"]), torch.from_numpy(arrays["bias"]))
 
 
 def _export_component(
@@ -121,7 +132,7 @@ def _export_component(
     sizes = made.latent_sizes if role != "text_encoder" else made.latent_sizes[:1]
     examples = [example_inputs(role, pipeline, made, size) for size in sizes]
     target = place / str(version) / "model.onnx"
-    multiple = made.multiple if role == "denoiser" else 1
+    multiple = {"denoiser": made.multiple, "encoder": made.factor}.get(role, 1)
     data = write_onnx(module, examples, module.outputs, target, multiple)
     worst = check_parity(module, examples, module.outputs, target)
     write_config(place / "config.pbtxt", place.name, made.max_rows(role), examples, module)
@@ -144,6 +155,9 @@ def example_inputs(
     if role == "denoiser":
         context = torch.randn(rows, tokens, text.hidden_size, generator=generator)
         return {"sample": latent, "timestep": torch.tensor([999.0, 12.0]), "encoder_hidden_states": context}
+    if role == "encoder":
+        edges = [made.factor * edge for edge in size]
+        return {"image": torch.rand(rows, 3, *edges, generator=generator) * 2 - 1}
     return {"latent": latent / pipeline.vae.config.scaling_factor}
 
 

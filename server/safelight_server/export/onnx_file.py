@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def write_onnx(
     Returns:
         The file with the weights, if they are many.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _refusals(path.parent.parent.name):
         warnings.simplefilter("ignore")  # of torch about its own internals
         program = torch.onnx.export(
             module,
@@ -67,6 +68,16 @@ def write_onnx(
     path.write_bytes(model.SerializeToString(deterministic=True))
     onnx.checker.check_model(path)
     return data
+
+
+@contextlib.contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """Turns what torch says of a network that it cannot export into one line."""
+    try:
+        yield
+    except torch.onnx.errors.OnnxExporterError as error:
+        why = str(error.__cause__ or error).splitlines()[0]
+        raise ExportError(f"{name}: torch cannot export this network: {why}") from error
 
 
 def num_values(inputs: Inputs) -> int:

@@ -20,7 +20,7 @@ from safelight_server.export import networks, schedulers, weights
 from safelight_server.export.schedulers import SamplerOffer
 from safelight_server.export.source import CHECKPOINTS, ExportError, Findings, Source, read, scheduler_class
 
-ROLES = ("text_encoder", "denoiser", "decoder", "preview_decoder")
+ROLES = ("text_encoder", "denoiser", "decoder", "encoder", "preview_decoder")
 NETWORKS = ("text_encoder", "unet", "vae")
 MAX_ROWS = 64
 """Largest batch of a denoiser that is offered, unless the user says; other components get a quarter of it."""
@@ -133,12 +133,17 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
     sizes = _sizes(configs["unet"], factor, options.sizes, findings)
     if options.max_rows < 1:
         findings.faults.append(f"--max-rows {options.max_rows}: must be at least 1")
-    findings.require()
-    assert offer is not None
+    licence = options.licence or source.licence
+    if not licence:
+        findings.faults.append(
+            "--licence: say what the weights' licence is (SPDX); the folder has no model card that does"
+        )
+    if offer is None:
+        raise ExportError("; ".join(findings.faults))
     made = ExportPlan(
         source=source,
         checkpoint=checkpoint,
-        options=_completed(source, checkpoint, options, sizes, offer),
+        options=_completed(source, checkpoint, replace(options, licence=licence), sizes, offer),
         factor=factor,
         shape=(int(configs["unet"].get("in_channels", 4)), sizes[0][1] // factor, sizes[0][0] // factor),
         offer=offer,
@@ -269,13 +274,10 @@ def _completed(
     offer: SamplerOffer,
 ) -> ExportOptions:
     """The options with every choice made."""
-    licence = options.licence or source.licence
-    if not licence:
-        raise ExportError("--licence: say what the weights' licence is (SPDX); the folder has no model card that does")
     distilled = offer.default["name"] == "lcm"
     steps = options.steps if options.steps is not None else (DISTILLED_STEPS if distilled else STEPS)
     scale = options.guidance_scale
     if scale is None:
         scale = DISTILLED_GUIDANCE_SCALE if distilled else GUIDANCE_SCALE
     described = options.description or f"{source.index['_class_name']} from {(checkpoint or source.folder).name}"
-    return replace(options, licence=licence, steps=steps, guidance_scale=scale, sizes=sizes, description=described)
+    return replace(options, steps=steps, guidance_scale=scale, sizes=sizes, description=described)

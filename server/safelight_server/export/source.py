@@ -73,6 +73,8 @@ def read(folder: Path, findings: Findings) -> Source:
     Raises:
         ExportError: it is no diffusers folder, a file is missing or not JSON, or a class cannot be exported.
     """
+    if not folder.exists():
+        raise ExportError(f"there is no {folder}")
     if folder.is_file():
         raise ExportError(f"{folder} is a file; a checkpoint in one file ends with {', '.join(CHECKPOINTS)}")
     if not (folder / "model_index.json").is_file():

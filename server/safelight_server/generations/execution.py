@@ -20,11 +20,11 @@ from typing import Protocol
 
 import structlog
 
-from safelight_server.catalog.pixels import NotFiniteError, to_pixels
+from safelight_server.catalog.pixels import NotFiniteError
 from safelight_server.domain.component import Component
 from safelight_server.domain.errors import InternalError, SafelightError
 from safelight_server.domain.picture import FinishedPicture, Pixels
-from safelight_server.domain.tensors import FloatArray
+from safelight_server.domain.tensors import Embedding, FloatArray
 from safelight_server.engine.engine import Engine
 from safelight_server.engine.jobs import Job
 from safelight_server.engine.latents import Snapshot
@@ -111,7 +111,7 @@ class Execution(ExecutionObserver):
         sample: DevelopmentSample | None = None,
     ) -> None:
         self.key = key
-        self.step = job.start.step if job.start else 0
+        self.step = job.first_step
         seen = None if sample is None else sample.preview
         self.feed = FrameFeed(job.pipeline, _decoding(weakref.ref(self)), runner.load, pool, seen)
         self.job = job
@@ -250,7 +250,7 @@ class Execution(ExecutionObserver):
         """Gives the recorder the state after a step."""
         self._recorder.checkpoint(snapshot)
 
-    def encoded(self, row: int, embedding: FloatArray) -> None:
+    def encoded(self, row: int, embedding: Embedding) -> None:
         """Gives the recorder an embedding."""
         self._recorder.encoded(row, embedding)
 
@@ -283,7 +283,7 @@ class Execution(ExecutionObserver):
 
     async def _finish(self, image: FloatArray) -> None:
         try:
-            pixels = await asyncio.get_running_loop().run_in_executor(self._pool, to_pixels, image)
+            pixels = await asyncio.get_running_loop().run_in_executor(self._pool, self.job.finish, image)
         except NotFiniteError:
             log.error("image_not_finite", output_id=self.job.output_id)
             self.failed(InternalError())

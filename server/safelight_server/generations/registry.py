@@ -39,6 +39,7 @@ from safelight_server.generations.execution import Executions
 from safelight_server.generations.finished import FinishedGenerations
 from safelight_server.generations.generation import DECIDE_RETRY_S, Generation
 from safelight_server.generations.idempotency import Idempotency
+from safelight_server.generations.init_images import InitImages
 from safelight_server.generations.inspection import Inspection
 from safelight_server.generations.open_streams import End, OpenStreams
 from safelight_server.generations.ownership import CANCEL, PRIORITY, ClusterContext, Ownership
@@ -81,6 +82,7 @@ class Generations:
         executions: Executions,
         clock: Callable[[], float],
         metrics: Metrics,
+        images: InitImages,
         leased_runners: LeasedRunners | None = None,
         context: ClusterContext | None = None,
         charge: Callable[[str, str, float], None] = lambda _tenant, _model, _seconds: None,
@@ -97,7 +99,9 @@ class Generations:
         most = settings.max_waiting_outputs
         waiting = dict.fromkeys(Priority, most) | {Priority.BATCH: BATCH_ROOM * most}
         limits = AdmissionLimits(waiting, settings.max_waiting_per_caller)
-        self._planner = Planner(catalog, runtime, engine, executions, cache, limits, metrics.requested, leased_runners)
+        self._planner = Planner(
+            catalog, runtime, engine, executions, cache, limits, images, metrics.requested, leased_runners
+        )
         self._ownership = None if context is None else Ownership(context, self, self._planner)
         if self._ownership is not None:
             self._ownership.bulletin.subscribe(CANCEL, self._asked_to_cancel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from safelight_server.scheduler.batching import MAX_STRETCH
@@ -53,7 +54,8 @@ class Estimates:
         step_s = min(joint_s, own_s * (MAX_STRETCH if lower else 1.0))
         seconds = (output.num_steps - output.first_step) * step_s
         seconds += self._cost.seconds(Kind.DECODE, keys[Kind.DECODE], math.ceil(together / num_instances))
-        seconds += self._cost.seconds(Kind.ENCODE, keys[Kind.ENCODE], len(output.conditioning))
+        for key, count in self._encodings(output).items():
+            seconds += self._cost.seconds(Kind.ENCODE, key, count)
         seconds *= math.ceil(num_outputs / own_slots) * math.ceil(len(callers) / slots)
         if len(own) + num_outputs > own_slots:
             seconds += min(
@@ -69,15 +71,22 @@ class Estimates:
 
         What a loaded server spends on it: `num_instances` such seconds are done in a second.
         """
-        kinds = {Kind.DENOISE: (output.num_steps - step) * output.rows_per_step, Kind.DECODE: 1}
+        calls = {
+            (Kind.DENOISE, output.keys[Kind.DENOISE]): (output.num_steps - step) * output.rows_per_step,
+            (Kind.DECODE, output.keys[Kind.DECODE]): 1,
+        }
         if step == output.first_step:
-            kinds[Kind.ENCODE] = len(output.conditioning)
+            calls |= {(Kind.ENCODE, key): count for key, count in self._encodings(output).items()}
         seconds = 0.0
-        for kind, num_rows in kinds.items():
-            key = output.keys[kind]
+        for (kind, key), num_rows in calls.items():
             full = max(1, self._limits.max_rows(kind, key))
             seconds += num_rows * self._cost.seconds(kind, key, full) / full
         return seconds
+
+    @staticmethod
+    def _encodings(output: ScheduledOutput) -> Counter[str]:
+        """How many embeddings an output needs under each batch key."""
+        return Counter(map(output.encoder_key, output.conditioning))
 
     def left_by_class_s(self) -> Mapping[Priority, float]:
         """Seconds of one instance, in full batches, for what is left of all outputs, by class."""

@@ -60,6 +60,10 @@ def model_message(pipeline: Pipeline, runtime: Runtime, is_default: bool) -> mod
             if component is not Component.DENOISER
             and (component is not Component.PREVIEW_DECODER or pipeline.has_preview_decoder)
         ],
+        tasks=[
+            models_pb2.TASK_TEXT_TO_IMAGE,
+            *((models_pb2.TASK_IMAGE_TO_IMAGE, models_pb2.TASK_INPAINTING) if pipeline.has_encoder else ()),
+        ],
     )
 
 

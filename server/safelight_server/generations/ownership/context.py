@@ -11,7 +11,7 @@ import structlog
 
 from safelight_server.cache.namespaces import Namespaces
 from safelight_server.cluster.bulletin import Bulletin
-from safelight_server.cluster.journal import GIVE_UP_S
+from safelight_server.cluster.journal_rules import GIVE_UP_S
 from safelight_server.cluster.records import GenerationRecord
 from safelight_server.coordination.base import Coordinator
 from safelight_server.generations.generation import Generation

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import structlog
 
-from safelight_server.cluster.journal import GIVE_UP_S, RETRY_S, Journal
+from safelight_server.cluster.journal import Journal
+from safelight_server.cluster.journal_rules import GIVE_UP_S, RETRY_S
 from safelight_server.cluster.records import GenerationRecord, dump
 from safelight_server.coordination.leadership import Leadership
 from safelight_server.domain.errors import AlreadyExistsError, UnavailableError

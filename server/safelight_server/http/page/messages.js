@@ -165,6 +165,9 @@ export const MESSAGES = {
     guidance_scale: [7, "float", "optional"],
     sampler: [8, "safelight.v1.SamplerSpec"],
     outputs: [9, "safelight.v1.OutputSpec", "repeated"],
+    init_image: [10, "string"],
+    strength: [11, "float", "optional"],
+    mask: [12, "string"],
   },
   "safelight.v1.ListModelsRequest": {
     page_size: [1, "int32"],
@@ -192,6 +195,7 @@ export const MESSAGES = {
     step_times: [14, "safelight.v1.StepTime", "repeated"],
     component_times: [15, "safelight.v1.ComponentTime", "repeated"],
     notes: [16, "string", "repeated"],
+    tasks: [17, "int32", "repeated"],
   },
   "safelight.v1.ModelDefaults": {
     num_inference_steps: [1, "int32"],
@@ -330,5 +334,6 @@ export const ENUMS = {
   "safelight.v1.Priority": { PRIORITY_UNSPECIFIED: 0, PRIORITY_INTERACTIVE: 1, PRIORITY_STANDARD: 2, PRIORITY_BATCH: 3 },
   "safelight.v1.Prompt.Role": { ROLE_UNSPECIFIED: 0, ROLE_POSITIVE: 1, ROLE_NEGATIVE: 2 },
   "safelight.v1.SigmaSchedule": { SIGMA_SCHEDULE_UNSPECIFIED: 0, SIGMA_SCHEDULE_DEFAULT: 1, SIGMA_SCHEDULE_KARRAS: 2 },
+  "safelight.v1.Task": { TASK_UNSPECIFIED: 0, TASK_TEXT_TO_IMAGE: 1, TASK_IMAGE_TO_IMAGE: 2, TASK_INPAINTING: 3 },
   "safelight.v1.TimestepSpacing": { TIMESTEP_SPACING_UNSPECIFIED: 0, TIMESTEP_SPACING_LEADING: 1, TIMESTEP_SPACING_TRAILING: 2, TIMESTEP_SPACING_LINSPACE: 3 },
 };

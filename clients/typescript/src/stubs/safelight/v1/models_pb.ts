@@ -4,8 +4,8 @@
 // @generated from file safelight/v1/models.proto (package safelight.v1, syntax proto3)
 /* eslint-disable */
 
-import type { GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
-import { fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
+import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
+import { enumDesc, fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
 import type { Duration } from "@bufbuild/protobuf/wkt";
 import { file_google_protobuf_duration } from "@bufbuild/protobuf/wkt";
 import type { PreviewMethod, SamplerSpec, SigmaSchedule, TimestepSpacing } from "./generation_pb.js";
@@ -16,7 +16,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file safelight/v1/models.proto.
  */
 export const file_safelight_v1_models: GenFile = /*@__PURE__*/
-  fileDesc("ChlzYWZlbGlnaHQvdjEvbW9kZWxzLnByb3RvEgxzYWZlbGlnaHQudjEiOgoRTGlzdE1vZGVsc1JlcXVlc3QSEQoJcGFnZV9zaXplGAEgASgFEhIKCnBhZ2VfdG9rZW4YAiABKAkihwEKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5zYWZlbGlnaHQudjEuTW9kZWwSFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJEjMKC3VuYXZhaWxhYmxlGAMgAygLMh4uc2FmZWxpZ2h0LnYxLlVuYXZhaWxhYmxlTW9kZWwiQgoQVW5hdmFpbGFibGVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEg4KBnJlYXNvbhgDIAEoCSIfCg9HZXRNb2RlbFJlcXVlc3QSDAoEbmFtZRgBIAEoCSI2ChBHZXRNb2RlbFJlc3BvbnNlEiIKBW1vZGVsGAEgASgLMhMuc2FmZWxpZ2h0LnYxLk1vZGVsIu4DCgVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEhMKC2Rlc2NyaXB0aW9uGAMgASgJEg8KB2xpY2Vuc2UYBCABKAkSDwoHcnVudGltZRgFIAEoCRITCgtudW1lcmljc19pZBgGIAEoCRISCgppc19kZWZhdWx0GAcgASgIEiEKBXNpemVzGAggAygLMhIuc2FmZWxpZ2h0LnYxLlNpemUSLAoIc2FtcGxlcnMYCSADKAsyGi5zYWZlbGlnaHQudjEuU2FtcGxlck9mZmVyEjQKD3ByZXZpZXdfbWV0aG9kcxgKIAMoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEhMKC21lZGlhX3R5cGVzGAsgAygJEi0KCGRlZmF1bHRzGAwgASgLMhsuc2FmZWxpZ2h0LnYxLk1vZGVsRGVmYXVsdHMSKQoGbGltaXRzGA0gASgLMhkuc2FmZWxpZ2h0LnYxLk1vZGVsTGltaXRzEioKCnN0ZXBfdGltZXMYDiADKAsyFi5zYWZlbGlnaHQudjEuU3RlcFRpbWUSNAoPY29tcG9uZW50X3RpbWVzGA8gAygLMhsuc2FmZWxpZ2h0LnYxLkNvbXBvbmVudFRpbWUSDQoFbm90ZXMYECADKAkiKwoEU2l6ZRIQCgh3aWR0aF9weBgBIAEoBRIRCgloZWlnaHRfcHgYAiABKAUigwEKDFNhbXBsZXJPZmZlchIMCgRuYW1lGAEgASgJEjQKD3NpZ21hX3NjaGVkdWxlcxgCIAMoDjIbLnNhZmVsaWdodC52MS5TaWdtYVNjaGVkdWxlEi8KCHNwYWNpbmdzGAMgAygOMh0uc2FmZWxpZ2h0LnYxLlRpbWVzdGVwU3BhY2luZyJwCg1Nb2RlbERlZmF1bHRzEhsKE251bV9pbmZlcmVuY2Vfc3RlcHMYASABKAUSFgoOZ3VpZGFuY2Vfc2NhbGUYAiABKAISKgoHc2FtcGxlchgDIAEoCzIZLnNhZmVsaWdodC52MS5TYW1wbGVyU3BlYyJ6CgtNb2RlbExpbWl0cxIfChdtYXhfbnVtX2luZmVyZW5jZV9zdGVwcxgBIAEoBRIaChJtYXhfZ3VpZGFuY2Vfc2NhbGUYAiABKAISEwoLbWF4X291dHB1dHMYAyABKAUSGQoRbWF4X3Byb21wdF90b2tlbnMYBCABKAUiSQoNQ29tcG9uZW50VGltZRIRCgljb21wb25lbnQYASABKAkSJQoFdGltZXMYAiADKAsyFi5zYWZlbGlnaHQudjEuU3RlcFRpbWUiSQoIU3RlcFRpbWUSEAoIbnVtX3Jvd3MYASABKAUSKwoIZHVyYXRpb24YAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24yqgEKDE1vZGVsU2VydmljZRJPCgpMaXN0TW9kZWxzEh8uc2FmZWxpZ2h0LnYxLkxpc3RNb2RlbHNSZXF1ZXN0GiAuc2FmZWxpZ2h0LnYxLkxpc3RNb2RlbHNSZXNwb25zZRJJCghHZXRNb2RlbBIdLnNhZmVsaWdodC52MS5HZXRNb2RlbFJlcXVlc3QaHi5zYWZlbGlnaHQudjEuR2V0TW9kZWxSZXNwb25zZWIGcHJvdG8z", [file_google_protobuf_duration, file_safelight_v1_generation]);
+  fileDesc("ChlzYWZlbGlnaHQvdjEvbW9kZWxzLnByb3RvEgxzYWZlbGlnaHQudjEiOgoRTGlzdE1vZGVsc1JlcXVlc3QSEQoJcGFnZV9zaXplGAEgASgFEhIKCnBhZ2VfdG9rZW4YAiABKAkihwEKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5zYWZlbGlnaHQudjEuTW9kZWwSFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJEjMKC3VuYXZhaWxhYmxlGAMgAygLMh4uc2FmZWxpZ2h0LnYxLlVuYXZhaWxhYmxlTW9kZWwiQgoQVW5hdmFpbGFibGVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEg4KBnJlYXNvbhgDIAEoCSIfCg9HZXRNb2RlbFJlcXVlc3QSDAoEbmFtZRgBIAEoCSI2ChBHZXRNb2RlbFJlc3BvbnNlEiIKBW1vZGVsGAEgASgLMhMuc2FmZWxpZ2h0LnYxLk1vZGVsIpEECgVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEhMKC2Rlc2NyaXB0aW9uGAMgASgJEg8KB2xpY2Vuc2UYBCABKAkSDwoHcnVudGltZRgFIAEoCRITCgtudW1lcmljc19pZBgGIAEoCRISCgppc19kZWZhdWx0GAcgASgIEiEKBXNpemVzGAggAygLMhIuc2FmZWxpZ2h0LnYxLlNpemUSLAoIc2FtcGxlcnMYCSADKAsyGi5zYWZlbGlnaHQudjEuU2FtcGxlck9mZmVyEjQKD3ByZXZpZXdfbWV0aG9kcxgKIAMoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEhMKC21lZGlhX3R5cGVzGAsgAygJEi0KCGRlZmF1bHRzGAwgASgLMhsuc2FmZWxpZ2h0LnYxLk1vZGVsRGVmYXVsdHMSKQoGbGltaXRzGA0gASgLMhkuc2FmZWxpZ2h0LnYxLk1vZGVsTGltaXRzEioKCnN0ZXBfdGltZXMYDiADKAsyFi5zYWZlbGlnaHQudjEuU3RlcFRpbWUSNAoPY29tcG9uZW50X3RpbWVzGA8gAygLMhsuc2FmZWxpZ2h0LnYxLkNvbXBvbmVudFRpbWUSDQoFbm90ZXMYECADKAkSIQoFdGFza3MYESADKA4yEi5zYWZlbGlnaHQudjEuVGFzayIrCgRTaXplEhAKCHdpZHRoX3B4GAEgASgFEhEKCWhlaWdodF9weBgCIAEoBSKDAQoMU2FtcGxlck9mZmVyEgwKBG5hbWUYASABKAkSNAoPc2lnbWFfc2NoZWR1bGVzGAIgAygOMhsuc2FmZWxpZ2h0LnYxLlNpZ21hU2NoZWR1bGUSLwoIc3BhY2luZ3MYAyADKA4yHS5zYWZlbGlnaHQudjEuVGltZXN0ZXBTcGFjaW5nInAKDU1vZGVsRGVmYXVsdHMSGwoTbnVtX2luZmVyZW5jZV9zdGVwcxgBIAEoBRIWCg5ndWlkYW5jZV9zY2FsZRgCIAEoAhIqCgdzYW1wbGVyGAMgASgLMhkuc2FmZWxpZ2h0LnYxLlNhbXBsZXJTcGVjInoKC01vZGVsTGltaXRzEh8KF21heF9udW1faW5mZXJlbmNlX3N0ZXBzGAEgASgFEhoKEm1heF9ndWlkYW5jZV9zY2FsZRgCIAEoAhITCgttYXhfb3V0cHV0cxgDIAEoBRIZChFtYXhfcHJvbXB0X3Rva2VucxgEIAEoBSJJCg1Db21wb25lbnRUaW1lEhEKCWNvbXBvbmVudBgBIAEoCRIlCgV0aW1lcxgCIAMoCzIWLnNhZmVsaWdodC52MS5TdGVwVGltZSJJCghTdGVwVGltZRIQCghudW1fcm93cxgBIAEoBRIrCghkdXJhdGlvbhgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbipiCgRUYXNrEhQKEFRBU0tfVU5TUEVDSUZJRUQQABIWChJUQVNLX1RFWFRfVE9fSU1BR0UQARIXChNUQVNLX0lNQUdFX1RPX0lNQUdFEAISEwoPVEFTS19JTlBBSU5USU5HEAMyqgEKDE1vZGVsU2VydmljZRJPCgpMaXN0TW9kZWxzEh8uc2FmZWxpZ2h0LnYxLkxpc3RNb2RlbHNSZXF1ZXN0GiAuc2FmZWxpZ2h0LnYxLkxpc3RNb2RlbHNSZXNwb25zZRJJCghHZXRNb2RlbBIdLnNhZmVsaWdodC52MS5HZXRNb2RlbFJlcXVlc3QaHi5zYWZlbGlnaHQudjEuR2V0TW9kZWxSZXNwb25zZWIGcHJvdG8z", [file_google_protobuf_duration, file_safelight_v1_generation]);
 
 /**
  * Asks for a page of models.
@@ -275,6 +275,13 @@ export type Model = Message<"safelight.v1.Model"> & {
    * @generated from field: repeated string notes = 16;
    */
   notes: string[];
+
+  /**
+   * What it can be asked for.
+   *
+   * @generated from field: repeated safelight.v1.Task tasks = 17;
+   */
+  tasks: Task[];
 };
 
 /**
@@ -479,6 +486,47 @@ export type StepTime = Message<"safelight.v1.StepTime"> & {
  */
 export const StepTimeSchema: GenMessage<StepTime> = /*@__PURE__*/
   messageDesc(file_safelight_v1_models, 11);
+
+/**
+ * What a model can be asked for.
+ *
+ * @generated from enum safelight.v1.Task
+ */
+export enum Task {
+  /**
+   * Not a task.
+   *
+   * @generated from enum value: TASK_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * A picture from a prompt.
+   *
+   * @generated from enum value: TASK_TEXT_TO_IMAGE = 1;
+   */
+  TEXT_TO_IMAGE = 1,
+
+  /**
+   * A picture from a prompt and another picture: `GenerationSpec.init_image`.
+   *
+   * @generated from enum value: TASK_IMAGE_TO_IMAGE = 2;
+   */
+  IMAGE_TO_IMAGE = 2,
+
+  /**
+   * A part of a picture anew: `GenerationSpec.mask`.
+   *
+   * @generated from enum value: TASK_INPAINTING = 3;
+   */
+  INPAINTING = 3,
+}
+
+/**
+ * Describes the enum safelight.v1.Task.
+ */
+export const TaskSchema: GenEnum<Task> = /*@__PURE__*/
+  enumDesc(file_safelight_v1_models, 0);
 
 /**
  * Lists the models.

@@ -1,38 +1,22 @@
 // The runner of the C++ client: reads a case (JSON, a line), runs it, prints what came (JSON, a line).
 //
 // See clients/CONFORMANCE.md.
-#include <fstream>
-#include <future>
-#include <iomanip>
 #include <iostream>
 #include <map>
-#include <sstream>
 #include <thread>
 
 #include <google/protobuf/util/json_util.h>
-#include <nlohmann/json.hpp>
-#include <openssl/evp.h>
 
+#include "runner.h"
 #include "safelight/client.h"
 
 namespace {
 
 using nlohmann::json;
 using safelight::Client;
+using runner::seconds;
+using runner::sha256;
 namespace v1 = safelight::v1;
-
-std::chrono::milliseconds seconds(const json& s) {
-  return std::chrono::milliseconds(static_cast<long>(s.get<double>() * 1000));
-}
-
-std::string sha256(const std::string& data) {
-  unsigned char digest[EVP_MAX_MD_SIZE];
-  unsigned int size = 0;
-  EVP_Digest(data.data(), data.size(), digest, &size, EVP_sha256(), nullptr);
-  std::ostringstream text;
-  for (unsigned int i = 0; i < size; ++i) text << std::hex << std::setw(2) << std::setfill('0') << int{digest[i]};
-  return text.str();
-}
 
 v1::GenerateRequest parsed(const json& request) {
   v1::GenerateRequest message;
@@ -75,10 +59,7 @@ json watched_again(Client& client, const std::string& name) {
 }
 
 json generate(Client& client, const json& given, const json& request) {
-  json seen = {{"code", "OK"},           {"reason", ""},           {"violations", json::object()},
-               {"retry_after_s", nullptr}, {"generation", ""},       {"reliable", json::array()},
-               {"steps", json::array()}, {"previews", json::array()}, {"pictures", json::array()},
-               {"num_steps", 0},         {"cancelled", nullptr},   {"watched", nullptr}};
+  json seen = runner::nothing_seen();
   std::optional<std::chrono::nanoseconds> timeout;
   if (given["timeout_s"] > 0) timeout = seconds(given["timeout_s"]);
   const int cancel_at = given["cancel_at_step"];
@@ -124,23 +105,19 @@ json run(const json& given) {
   options.api_key = given["api_key"];
   options.patience = seconds(given["patience_s"]);
   options.retries = given["retries"];
+  if (const int bytes = given["max_message_bytes"]; bytes > 0) options.max_message_bytes = bytes;
   if (const std::string file = given["ca_file"]; !file.empty()) {
-    std::ifstream opened(file);
     grpc::SslCredentialsOptions tls;
-    tls.pem_root_certs.assign(std::istreambuf_iterator<char>(opened), {});
+    tls.pem_root_certs = runner::contents(file);
+    if (const std::string cert = given["cert_file"]; !cert.empty()) {
+      tls.pem_cert_chain = runner::contents(cert);
+      tls.pem_private_key = runner::contents(given["key_file"]);
+    }
     options.credentials = grpc::SslCredentials(tls);
     options.server_name = given["server_name"];
   }
-  std::string targets;
-  for (const std::string one : given["targets"]) targets += (targets.empty() ? "" : ",") + one;
-  Client client(targets, options);
-  std::vector<std::future<json>> all;
-  for (const json& request : given["requests"]) {
-    all.push_back(std::async(std::launch::async, [&] { return generate(client, given, request); }));
-  }
-  json generations = json::array();
-  for (auto& one : all) generations.push_back(one.get());
-  return {{"case", given["name"]}, {"generations", generations}};
+  Client client(runner::targets(given), options);
+  return runner::all_at_once(given, [&](const json& request) { return generate(client, given, request); });
 }
 
 }  // namespace

@@ -1,0 +1,190 @@
+"""Decides which lines of a generation's journal are written, shown and dropped by its owner. Pure: no clock, no Redis.
+
+A line is an event, a picture or a change of state. It is shown to this replica's streams once it is written. In an
+outage of Redis it is shown at once and written later, but only by a replica that still owns the generation for
+certain. `TRANSITIONS` has all of it; `journal.py` does the writing.
+
+Invariants: lines are written in their order; after LOST only what had been written is shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Generic, TypeVar
+
+RETRY_S = 0.5
+"""Pause before a write that failed is tried again. A try that began or ended at most twice as long ago is recent."""
+GIVE_UP_S = 300.0
+"""After the end; as long as it goes on a generation holds what it could not write."""
+
+Line = TypeVar("Line")
+
+
+class JournalState(Enum):
+    """What is known of Redis and of the lease."""
+
+    WRITING = "lines are written"
+    AWAY = "the last write failed"
+    CLOSED = "settled or abandoned"
+    LOST = "another replica owns it"
+
+
+class JournalInput(Enum):
+    """What happens to a journal. CERTAIN: the lease is held for certain, or the last try to write was recent."""
+
+    TAKEN = "a line comes"
+    TAKEN_CERTAIN = "a line comes, certain"
+    WRITTEN = "the first line is written"
+    FAILED = "a write failed"
+    FAILED_CERTAIN = "a write failed, certain"
+    GIVEN_UP = "writes failed for too long after the end"
+    FORGOTTEN = "Redis has lost its memory"
+    REPLACED = "the lease is lost"
+    CLOSING = "all is written and settled, or abandoned"
+
+
+class JournalAction(Enum):
+    """What is done about it."""
+
+    QUEUE = "write it later"
+    QUEUE_AND_SHOW = "show it, write it later"
+    SHOW = "show it"
+    SHOW_FIRST = "show it, write the next one"
+    SHOW_ALL = "show all that waits, try again"
+    RETRY = "try again"
+    DROP = "drop what waits"
+    REWRITE = "write all lines again"
+    NOTHING = "nothing"
+
+
+_S, _I, _A = JournalState, JournalInput, JournalAction
+TRANSITIONS: Mapping[tuple[JournalState, JournalInput], tuple[JournalState, JournalAction]] = {
+    (_S.WRITING, _I.TAKEN): (_S.WRITING, _A.QUEUE),
+    (_S.WRITING, _I.TAKEN_CERTAIN): (_S.WRITING, _A.QUEUE),
+    (_S.WRITING, _I.WRITTEN): (_S.WRITING, _A.SHOW_FIRST),
+    (_S.WRITING, _I.FAILED): (_S.AWAY, _A.RETRY),
+    (_S.WRITING, _I.FAILED_CERTAIN): (_S.AWAY, _A.SHOW_ALL),
+    (_S.WRITING, _I.FORGOTTEN): (_S.WRITING, _A.REWRITE),
+    (_S.WRITING, _I.REPLACED): (_S.LOST, _A.DROP),
+    (_S.WRITING, _I.CLOSING): (_S.CLOSED, _A.NOTHING),
+    (_S.AWAY, _I.TAKEN): (_S.AWAY, _A.QUEUE),  # this process may have slept: it must ask first
+    (_S.AWAY, _I.TAKEN_CERTAIN): (_S.AWAY, _A.QUEUE_AND_SHOW),
+    (_S.AWAY, _I.WRITTEN): (_S.WRITING, _A.SHOW_FIRST),
+    (_S.AWAY, _I.FAILED): (_S.AWAY, _A.RETRY),
+    (_S.AWAY, _I.FAILED_CERTAIN): (_S.AWAY, _A.SHOW_ALL),
+    (_S.AWAY, _I.GIVEN_UP): (_S.WRITING, _A.DROP),  # nothing comes after: no gap
+    (_S.AWAY, _I.FORGOTTEN): (_S.AWAY, _A.REWRITE),
+    (_S.AWAY, _I.REPLACED): (_S.LOST, _A.DROP),  # the new owner decides, and may have decided otherwise
+    (_S.AWAY, _I.CLOSING): (_S.CLOSED, _A.NOTHING),
+    (_S.CLOSED, _I.TAKEN): (_S.CLOSED, _A.SHOW),
+    (_S.CLOSED, _I.TAKEN_CERTAIN): (_S.CLOSED, _A.SHOW),
+    (_S.CLOSED, _I.WRITTEN): (_S.CLOSED, _A.SHOW_FIRST),
+    (_S.CLOSED, _I.FORGOTTEN): (_S.CLOSED, _A.NOTHING),
+    (_S.CLOSED, _I.REPLACED): (_S.LOST, _A.DROP),
+    (_S.CLOSED, _I.CLOSING): (_S.CLOSED, _A.NOTHING),
+    (_S.LOST, _I.TAKEN): (_S.LOST, _A.NOTHING),
+    (_S.LOST, _I.TAKEN_CERTAIN): (_S.LOST, _A.NOTHING),
+    (_S.LOST, _I.WRITTEN): (_S.LOST, _A.SHOW_FIRST),  # before the lease was lost: the new owner knows of it
+    (_S.LOST, _I.FORGOTTEN): (_S.LOST, _A.NOTHING),
+    (_S.LOST, _I.REPLACED): (_S.LOST, _A.NOTHING),
+    (_S.LOST, _I.CLOSING): (_S.LOST, _A.NOTHING),
+}
+"""The next state and what is done, by state and input. Inputs that a state has not are faults of the caller."""
+
+
+class JournalLines(Generic[Line]):
+    """The lines of one journal that wait to be written, and those that were.
+
+    Each method returns the lines that are to be shown now; the caller shows each line once.
+
+    Args:
+        before: what was written before there was this journal.
+    """
+
+    def __init__(self, before: Iterable[Line] = ()) -> None:
+        self.state = JournalState.WRITING
+        self._waiting: deque[Line] = deque()
+        self._history = list(before)
+        self._newest_state: Line | None = None
+        self._away_since = 0.0
+        self._tried_at = -math.inf
+        self._ended_at = math.inf
+
+    @property
+    def open(self) -> bool:
+        """Whether lines are still written."""
+        return self.state in (JournalState.WRITING, JournalState.AWAY)
+
+    @property
+    def first(self) -> Line | None:
+        """The line that is to be written next; None: none waits."""
+        return self._waiting[0] if self._waiting else None
+
+    @property
+    def waiting(self) -> tuple[Line, ...]:
+        """The lines that are still to be written, in order."""
+        return tuple(self._waiting)
+
+    def take(self, line: Line, now_s: float, *, held: bool, replaceable: bool) -> list[Line]:
+        """A line comes.
+
+        Args:
+            held: whether the lease is held for certain.
+            replaceable: a change of state: of these only the newest is written again where Redis loses its memory.
+        """
+        certain = held or now_s - self._tried_at < 2 * RETRY_S
+        action = self._change(JournalInput.TAKEN_CERTAIN if certain else JournalInput.TAKEN)
+        if action in (JournalAction.QUEUE, JournalAction.QUEUE_AND_SHOW):
+            self._waiting.append(line)
+            if replaceable:
+                self._history = [earlier for earlier in self._history if earlier is not self._newest_state]
+                self._newest_state = line
+            self._history.append(line)
+        return [line] if action in (JournalAction.SHOW, JournalAction.QUEUE_AND_SHOW) else []
+
+    def written(self, line: Line) -> list[Line]:
+        """A line is written: the first one, unless all were put back meanwhile."""
+        self._change(JournalInput.WRITTEN)
+        if self._waiting and self._waiting[0] is line:
+            self._waiting.popleft()
+        return [line]
+
+    def failed(self, began_s: float, now_s: float, *, held: bool) -> list[Line]:
+        """A write that began at `began_s` failed. The caller tries again after `RETRY_S` if a line waits still."""
+        if self.state is JournalState.WRITING:
+            self._away_since = now_s
+        self._tried_at = now_s
+        certain = held or now_s - began_s < 2 * RETRY_S  # a longer call may have slept with its process
+        action = self._change(JournalInput.FAILED_CERTAIN if certain else JournalInput.FAILED)
+        shown = list(self._waiting) if action is JournalAction.SHOW_ALL else []
+        if now_s - max(self._away_since, self._ended_at) > GIVE_UP_S:
+            self._change(JournalInput.GIVEN_UP)
+            self._waiting.clear()
+        return shown
+
+    def end(self, now_s: float) -> None:
+        """The generation has ended: no line comes any more."""
+        self._ended_at = now_s
+
+    def forgotten(self) -> bool:
+        """Redis has lost its memory. True: all lines wait again."""
+        if self._change(JournalInput.FORGOTTEN) is not JournalAction.REWRITE:
+            return False
+        self._waiting = deque(self._history)
+        return True
+
+    def replaced(self) -> None:
+        """Another replica owns the generation: what waits is neither written nor shown."""
+        self._change(JournalInput.REPLACED)
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """Nothing is written any more."""
+        self._change(JournalInput.CLOSING)
+
+    def _change(self, what: JournalInput) -> JournalAction:
+        self.state, action = TRANSITIONS[self.state, what]
+        return action
