@@ -108,7 +108,7 @@ test-browser: setup node_modules/.installed ## Run the tests of the contact shee
 	$(PY) -m pytest -q --timeout 120 tests/browser
 
 .PHONY: test-watching
-test-watching: setup ## Run the tests of rules, alerts and dashboards against a real Prometheus, and Triton where it is (1 min)
+test-watching: setup ## Run the tests of rules, alerts and dashboards against a real Prometheus, and Triton where it is (2 min)
 	tools/install-system-packages
 	$(PY) -m pytest -q --timeout 120 tests/watching
 
