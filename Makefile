@@ -42,8 +42,10 @@ help: ## List the targets, and how long each takes
 	cd tools/helm && go build -trimpath -ldflags '-s -w' -o ../../.tools/ tool
 	@touch $@
 
-.tools/kubernetes/.installed: tools/kubernetes/go.mod tools/kubernetes/go.sum tools/kubernetes/coredns/main.go
-	cd tools/kubernetes && go build -trimpath -ldflags '-s -w' -o ../../.tools/kubernetes/ tool ./coredns
+.tools/kubernetes/.installed: tools/kubernetes/go.mod tools/kubernetes/go.sum tools/coredns/go.mod tools/coredns/main.go
+	cd tools/kubernetes && go build -trimpath -ldflags '-s -w -X k8s.io/component-base/version.gitVersion=v1.33.4' \
+	  -o ../../.tools/kubernetes/ tool
+	cd tools/coredns && go build -trimpath -ldflags '-s -w' -o ../../.tools/kubernetes/ .
 	@touch $@
 
 .tools/protoc-gen-go-grpc: tools/install-protoc-plugins
@@ -105,6 +107,11 @@ test-browser: setup node_modules/.installed ## Run the tests of the contact shee
 	tools/install-system-packages
 	$(PY) -m pytest -q --timeout 120 tests/browser
 
+.PHONY: test-watching
+test-watching: setup ## Run the tests of rules, alerts and dashboards against a real Prometheus, and Triton where it is (1 min)
+	tools/install-system-packages
+	$(PY) -m pytest -q --timeout 120 tests/watching
+
 .PHONY: test-clients
 test-clients: setup node_modules/.installed ## Run the clients of all languages whose toolchains are here against real servers (4 min)
 	tools/install-system-packages
@@ -116,7 +123,7 @@ test-bevy: setup ## Run the Bevy plugin against a real server, rendering in soft
 	$(PY) -m pytest -q --timeout 180 tests/bevy
 
 .PHONY: test-engines
-test-engines: setup ## Run the C client in GStreamer and in an SDL2 program, headless (2 min)
+test-engines: setup ## Run the C client in GStreamer, in LÖVE and in an SDL2 program, headless (2 min)
 	tools/install-system-packages cpp engines
 	$(PY) -m pytest -q --timeout 400 tests/engines
 
@@ -150,7 +157,7 @@ test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds 
 	PYTHONPATH=server:clients/python:. $(PY) -m tests.simulation --schedules $(SCHEDULES) --seed $(SEED)
 
 .PHONY: test-rest
-test-rest: test-tools test-browser test-clients test-engines test-redis test-triton test-training test-peers test-simulation mutate ## Run the groups that need more than `make test` does (20 min)
+test-rest: test-tools test-browser test-watching test-clients test-engines test-redis test-triton test-training test-peers test-simulation mutate ## Run the groups that need more than `make test` does (20 min)
 
 .PHONY: test-all
 test-all: test test-rest ## Run all tests (30 min)
@@ -176,6 +183,7 @@ generate: setup .tools/protoc-gen-go-grpc .tools/safelight-generate node_modules
 	tools/generate-stubs .
 	$(PY) tools/settings_page.py > docs/operations/settings.md
 	$(PY) tools/chart_files.py
+	$(PY) tools/dashboards.py deploy/grafana
 	$(PY) tools/page_messages.py > server/safelight_server/http/page/messages.js
 
 node_modules/.installed: package.json package-lock.json
@@ -236,7 +244,9 @@ bench-smoke: setup .venv-training/.installed .venv-triton/.installed ## Run all 
 .PHONY: train
 train: .venv-training/.installed ## Train the embedded model from a seed (says how long it takes; resumes)
 	$(TRAIN_PY) -m training.train
-	$(TRAIN_PY) -m training.export out/training/pipeline --models out/training/models --revision trained --replace
+	PYTHONPATH=server:clients/python $(TRAIN_PY) -m safelight_server export out/training/pipeline --name icons --revision trained \
+	  --licence Apache-2.0 --description "Game item icons from plain words" --steps 20 --guidance-scale 3 \
+	  --models-dir out/training/models --replace
 	PYTHONPATH=server $(TRAIN_PY) -m training.evaluate --models out/training/models
 
 .PHONY: evaluate

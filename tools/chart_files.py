@@ -28,7 +28,16 @@ CHARTS_OWN = {
         "drain_grace_s",
         "runtime",
     ),
-    *("tls_cert_file", "tls_key_file", "api_key_file", "quota_file", "models_dir", "redis_url", "num_instances"),
+    *(
+        "tls_cert_file",
+        "tls_key_file",
+        "tls_client_ca_file",
+        "api_key_file",
+        "quota_file",
+        "models_dir",
+        "redis_url",
+        "num_instances",
+    ),
     *("triton_url", "triton_shared_memory", "triton_instances", "otlp_endpoint", "otlp_headers"),
     *("cache_key_file", "cache_disk_dir", "cache_disk_bytes", "cache_s3_url"),
 }

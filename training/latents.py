@@ -40,6 +40,16 @@ class Projection:
         latents = (patches - self.mean) @ (self.basis * self.scale)
         return np.ascontiguousarray(latents.transpose(0, 3, 1, 2))
 
+    def convolution(self, scaling_factor: float) -> tuple[Floats, Floats]:
+        """`encode` as a convolution of a picture in [-1, 1] (3, S, S), to latents as the decoder takes them.
+
+        Returns:
+            weight (C, 3, p, p) and bias (C,).
+        """
+        columns = self.basis * self.scale / np.float32(scaling_factor)
+        weight = columns.reshape(self.patch_px, self.patch_px, 3, -1).transpose(3, 2, 0, 1)
+        return np.ascontiguousarray(weight), -(self.mean @ columns)
+
     def linear_preview(self, block: int) -> tuple[Floats, Floats]:
         """The best linear way back, averaged to `block` x `block` pixels per latent pixel.
 

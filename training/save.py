@@ -37,6 +37,8 @@ def save_pipeline(
     pipeline.save_pretrained(partial)
     preview = networks.autoencoder(recipe, recipe.preview_channels, recipe.preview_blocks)
     _decoder(folder, "preview_decoder", preview).save_pretrained(partial / "preview_decoder")
+    weight, bias = encoder.convolution(recipe.scaling_factor)
+    np.savez(partial / "encoder.npz", weight=weight, bias=bias)
     weights, bias = encoder.linear_preview(recipe.linear_block)
     np.savez(partial / "linear_preview.npz", weights=weights, bias=bias)
     (partial / "prompts.json").write_text(json.dumps(prompts.about(), indent=1))

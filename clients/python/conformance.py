@@ -15,24 +15,32 @@ from typing import Any
 import grpc
 import safelight
 from google.protobuf import json_format
+from safelight.client import MAX_MESSAGE_BYTES
 from safelight.v1 import generation_pb2 as pb
 
 
 async def run(case: dict[str, Any]) -> dict[str, Any]:
     """Sends all requests of a case at once; what came of each, in their order."""
-    ca_file = case["ca_file"]
-    roots = Path(ca_file).read_bytes() if ca_file else None  # noqa: ASYNC240  # nothing else runs yet
     client = safelight.Client(
         case["targets"],
         api_key=case["api_key"],
-        credentials=grpc.ssl_channel_credentials(roots) if roots else None,
+        credentials=credentials(case),
         server_name=case["server_name"],
         patience_s=case["patience_s"],
         retries=case["retries"],
+        max_message_bytes=case["max_message_bytes"] or MAX_MESSAGE_BYTES,
     )
     async with client:
         generations = await asyncio.gather(*(generate(client, case, request) for request in case["requests"]))
     return {"case": case["name"], "generations": generations}
+
+
+def credentials(case: dict[str, Any]) -> grpc.ChannelCredentials | None:
+    """Those of TLS, or None for plain text."""
+    roots, cert, key = (
+        Path(case[name]).read_bytes() if case[name] else None for name in ("ca_file", "cert_file", "key_file")
+    )
+    return grpc.ssl_channel_credentials(roots, key, cert) if roots else None
 
 
 async def generate(client: safelight.Client, case: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:

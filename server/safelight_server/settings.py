@@ -56,13 +56,25 @@ class Settings(BaseSettings):
         None, description="PEM chain of the server, read again when it changes; with tls_key_file."
     )
     tls_key_file: Path | None = Field(None, description="PEM key of the server.")
+    tls_client_ca_file: Path | None = Field(
+        None,
+        description="PEM of the authorities by which each client must have a certificate (mTLS). None: not asked for.",
+    )
     api_key_file: Path | None = Field(None, description="Keys of the callers (docs/operations/keys.md). None: no keys.")
     quota_file: Path | None = Field(
         None, description="Rates of requests and of compute, by tenant (docs/operations/quotas.md). None: no limits."
     )
+    price_file: Path | None = Field(
+        None,
+        description="Prices of machines, for `Usage.cost` (docs/operations/cost.md); with instance_type. None: off.",
+    )
+    instance_type: str = Field("", description="Which machine of price_file this is.")
 
     models_dir: Path = Field(Path("models"), description="Folder with repository/ and pipelines/.")
     default_model: str = Field("", description="Model of requests that name none. Empty: the first by name.")
+    require_all_models: bool = Field(
+        False, description="Do not start if a model cannot be served. False: leave it out, log why, serve the others."
+    )
     runtime: Literal["onnx", "triton", "simulated"] = Field("onnx", description="What executes the models.")
     num_instances: int = Field(0, ge=0, le=256, description="Calls that run at once. 0: one for each core.")
     simulated_base_ms: float = Field(20.0, ge=0, allow_inf_nan=False, description="Simulated: cost of a denoiser call.")
@@ -111,6 +123,19 @@ class Settings(BaseSettings):
     max_waiting_per_caller: Count = Field(128, description="Outputs of one caller that may wait.")
     max_prompt_chars: int = Field(
         2000, gt=0, le=1_000_000, description="Longest prompt that is accepted, in characters."
+    )
+    image_ttl_s: float = Field(
+        3600.0, gt=0, description="How long an uploaded picture is kept after it was sent or used for the last time."
+    )
+    max_image_bytes: int = Field(16 << 20, gt=0, le=256 << 20, description="Largest file that may be uploaded.")
+    max_image_pixels: int = Field(
+        32 << 20,
+        gt=0,
+        le=1 << 28,
+        description="Most pixels of an uploaded picture; it takes 8 bytes each for a moment.",
+    )
+    max_images_bytes_per_tenant: Count = Field(
+        64 << 20, description="Bytes of uploaded pictures that a replica keeps of one tenant; beyond it the oldest go."
     )
     preview_share: float = Field(0.1, ge=0, le=0.5, description="Share of compute that previews may take from steps.")
 
@@ -212,6 +237,9 @@ class Settings(BaseSettings):
         "",
         description="Address of metrics, which have no TLS and no keys. Empty: loopback, or with insecure host.",
     )
+    quality_sample_ratio: float = Field(
+        0.05, ge=0, le=1, description="Share of developed pictures that are measured for the quality metrics."
+    )
     otlp_endpoint: str = Field(
         "", description="OTLP gRPC endpoint for traces, such as http://127.0.0.1:4317. Empty: off."
     )
@@ -233,11 +261,15 @@ class Settings(BaseSettings):
         faults = []
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
             faults.append("tls_cert_file and tls_key_file go together")
+        if (self.price_file is None) != (not self.instance_type):
+            faults.append("price_file and instance_type go together")
         if not is_loopback(self.host) and not self.insecure:
             if self.tls_cert_file is None:
                 faults.append(f"{self.host} is not loopback: give tls_cert_file and tls_key_file, or insecure")
             if self.api_key_file is None:
                 faults.append(f"{self.host} is not loopback: give api_key_file, or insecure")
+        if self.tls_client_ca_file is not None and self.tls_cert_file is None:
+            faults.append("tls_client_ca_file needs tls_cert_file and tls_key_file")
         if self.http_port and self.host.startswith("unix:"):
             faults.append("http_port needs a host that is no unix socket")
         if self.probe_port and self.host.startswith("unix:"):
@@ -256,6 +288,8 @@ class Settings(BaseSettings):
             faults.append("otlp_headers must be NAME=VALUE, separated by commas")
         if self.resume_grace_s > self.max_resume_grace_s:
             faults.append("resume_grace_s is above max_resume_grace_s")
+        if self.max_images_bytes_per_tenant < self.max_image_bytes:
+            faults.append("max_images_bytes_per_tenant is below max_image_bytes")
         if self.redis_url is not None and not self.cache_redis and not self.cache_s3_url:
             faults.append("redis_url with cache_redis=false needs cache_s3_url: what replicas share must lie somewhere")
         if self.cache_key_file is None:

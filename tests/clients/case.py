@@ -14,7 +14,7 @@ import subprocess
 import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,22 @@ DEAD_PROXY = "http://127.0.0.1:9"
 """Nothing listens there: a client that asks a server on this machine through it fails every case."""
 
 
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """What the client is given; all empty: plain text.
+
+    Attributes:
+        ca_file: the authority that the client trusts.
+        server_name: the name that it expects in the server's certificate.
+        cert_file, key_file: its own certificate.
+    """
+
+    ca_file: str = ""
+    server_name: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+
+
 @dataclass(slots=True)
 class Setting:
     """What a case takes place in.
@@ -48,8 +64,7 @@ class Setting:
 
     targets: list[str]
     relay: Relay | None = None
-    ca_file: str = ""
-    server_name: str = ""
+    tls: Tls = field(default_factory=lambda: Tls())
     metrics_port: int = 0
     refused: frozenset[str] = frozenset()
 
@@ -57,11 +72,11 @@ class Setting:
 def is_of_http(case: dict[str, Any]) -> bool:
     """Whether the case is one for pages too, over gRPC-Web at the server's HTTP port.
 
-    A page is given no authority, does not see by itself that a server is frozen, and has no window of its own: what it
-    has not read waits in the buffers of the network.
+    A page is given no authority, does not see by itself that a server is frozen, and has no window and no limit of its
+    own: what it has not read waits in the buffers of the network.
     """
-    reads_slowly = "pause_s" in case.get("client", {})
-    return case.get("servers", 1) == 1 and not case.get("own_process") and "tls" not in case and not reads_slowly
+    of_grpc = {"pause_s", "max_message_bytes"} & set(case.get("client", {}))
+    return case.get("servers", 1) == 1 and not case.get("own_process") and "tls" not in case and not of_grpc
 
 
 async def run(
@@ -92,13 +107,14 @@ def told(case: dict[str, Any], setting: Setting) -> dict[str, Any]:
         "timeout_s": 0,
         "patience_s": 60,
         "retries": 3,
+        "max_message_bytes": 0,
         "pause_s": 0,
         "cancel_at_step": 0,
         "watch_again": False,
     } | case.get("client", {})
     key = KEYS[case["key"]] if "key" in case else ""
-    connection = {"targets": setting.targets, "ca_file": setting.ca_file, "server_name": setting.server_name}
-    return {"name": case["name"], "requests": requests(case), "api_key": key} | connection | client
+    connection = {"targets": setting.targets, "api_key": key} | asdict(setting.tls)
+    return {"name": case["name"], "requests": requests(case)} | connection | client
 
 
 def requests(case: dict[str, Any]) -> list[dict[str, Any]]:
@@ -153,21 +169,33 @@ async def set_up(case: dict[str, Any], folder: Path, *, http: bool = False) -> A
         relay = await Relay.start(addresses[0])
         ends.callback(relay.cut)
         _forecast(case.get("weather", {}), relay, running)
-        yield Setting([relay.address, *addresses[1:]], relay, *tls, metrics_port)
+        yield Setting([relay.address, *addresses[1:]], relay, tls, metrics_port)
 
 
-def _tls(case: dict[str, Any], folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
-    """Gives the server its certificate; the file of the authority and the server's name that the client uses."""
-    match case.get("tls"):
-        case None:
-            return "", ""
-        case "client_only":
-            return str(self_signed(folder, NAME)[0]), NAME
-        case kind:
-            settings["tls_cert_file"], settings["tls_key_file"] = own = self_signed(folder, NAME)
-            trusted = self_signed(folder, "other.example") if kind == "untrusted" else own
-            known = {"trusted": NAME, "untrusted": NAME, "other_name": "other.example"}
-            return (str(trusted[0]), known[kind]) if kind in known else ("", "")
+def _tls(case: dict[str, Any], folder: Path, settings: dict[str, Any]) -> Tls:
+    """Gives the server its certificate; what the client is given."""
+    if "tls" not in case:
+        return Tls()
+    own, other = (tuple(map(str, self_signed(folder, name))) for name in (NAME, "other.example"))
+    if case["tls"] != "client_only":
+        settings["tls_cert_file"], settings["tls_key_file"] = own
+    if case["tls"].startswith("mutual"):
+        settings["tls_client_ca_file"] = other[0]
+    match case["tls"]:
+        case "trusted" | "client_only" | "mutual_without":
+            return Tls(own[0], NAME)
+        case "untrusted":
+            return Tls(other[0], NAME)
+        case "other_name":
+            return Tls(own[0], "other.example")
+        case "mutual":
+            return Tls(own[0], NAME, *other)
+        case "mutual_untrusted":
+            return Tls(own[0], NAME, *own)
+        case "server_only":
+            return Tls()
+        case unknown:
+            raise ValueError(unknown)
 
 
 def _forecast(weather: dict[str, Any], relay: Relay, running: list[Replica]) -> None:

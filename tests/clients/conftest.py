@@ -18,7 +18,7 @@ from tests.clients.case import ROOT
 CLIENTS = ROOT / "clients"
 WEB = "typescript-web"
 """The TypeScript client for pages, run by Node."""
-LANGUAGES = ("python", "go", "typescript", WEB, "java", "rust", "cpp")
+LANGUAGES = ("python", "go", "typescript", WEB, "java", "rust", "cpp", "c")
 TSC = ROOT / "node_modules/.bin/tsc"
 JAVA = CLIENTS / "java"
 MAVEN_REPOSITORY = ROOT / ".tools/maven"
@@ -36,6 +36,7 @@ CARGO_ENVIRONMENT = {
 """One folder for all that the tests build, so that dependencies are built once, and as quickly as may be."""
 
 
+@functools.cache
 def is_here(language: str) -> bool:
     """Whether the machine has the toolchain of a language."""
     match language:
@@ -43,7 +44,7 @@ def is_here(language: str) -> bool:
             return True
         case "typescript" | "typescript-web":
             return shutil.which("node") is not None and TSC.exists()
-        case "cpp":
+        case "cpp" | "c":
             return cpp.is_here()
         case "java":
             return shutil.which("javac") is not None and shutil.which("mvn") is not None
@@ -100,6 +101,22 @@ def require_rust() -> None:
         pytest.skip("no Rust on this machine")
 
 
+def build_rust_example(crate: Path, name: str) -> Path:
+    """Builds an example of the Rust client, or of a copy of it."""
+    build = [CARGO, "build", "--quiet", "--example", name]
+    subprocess.run(build, cwd=crate, env=os.environ | CARGO_ENVIRONMENT, check=True)
+    return Path(CARGO_ENVIRONMENT["CARGO_TARGET_DIR"], "debug/examples", name)
+
+
+def build_rust_program(folder: Path, source: str) -> Path:
+    """Builds a program with the Rust client and the dependencies of its runner, which was built before."""
+    for part in ("Cargo.toml", "Cargo.lock", "README.md", "src"):
+        (folder / part).symlink_to(CLIENTS / "rust" / part)
+    (folder / "examples").mkdir()
+    (folder / "examples/program.rs").write_text(source)
+    return build_rust_example(folder, "program")
+
+
 @pytest.fixture(scope="session")
 def runners(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
     """The command of a language's runner. Skips the test where the machine lacks the toolchain."""
@@ -118,28 +135,25 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[st
                 return ["node", str(CLIENTS / "typescript/dist/conformance.js")]
             case "typescript-web":
                 return [*command("typescript"), "--web"]
-            case "cpp":
+            case "cpp" | "c":
                 cpp.require()
-                return [str(cpp.build() / "conformance")]
+                return [str(cpp.build() / f"conformance_{language}")]
             case "java":
                 require_java()
                 build_java()
                 return run_java("io.github.safelight.Conformance")
             case "rust":
                 require_rust()
-                return [str(build_rust()), str(descriptors(tmp_path_factory.mktemp("rust") / "safelight.binpb"))]
+                return [
+                    str(build_rust_example(CLIENTS / "rust", "conformance")),
+                    str(descriptors(tmp_path_factory.mktemp("rust") / "safelight.binpb")),
+                ]
             case _:
                 raise ValueError(language)
 
     def build_go(program: Path) -> Path:
         subprocess.run(["go", "build", "-o", program, "./internal/conformance"], cwd=CLIENTS / "go", check=True)
         return program
-
-    def build_rust() -> Path:
-        environment = os.environ | CARGO_ENVIRONMENT
-        build = [CARGO, "build", "--quiet", "--example", "conformance"]
-        subprocess.run(build, cwd=CLIENTS / "rust", env=environment, check=True)
-        return Path(CARGO_ENVIRONMENT["CARGO_TARGET_DIR"], "debug/examples/conformance")
 
     return command
 

@@ -10,10 +10,10 @@ import pytest
 from tests.clients import cpp
 
 
-def require(program: str, engine: str) -> None:
+def require(program: str, engine: str = "") -> None:
     """Skips the test where a program is missing, or what pkg-config should find for an engine."""
     cpp.require()
-    missing = cpp.lacks(*cpp.ENGINES[engine])
+    missing = cpp.lacks(*cpp.ENGINES.get(engine, ()))
     if shutil.which(program) is None:
         missing.append(program)
     if missing:
@@ -32,3 +32,11 @@ def sprite_sheet() -> Path:
     """The SDL2 program."""
     require("Xvfb", "SDL")
     return cpp.build() / "sprite_sheet"
+
+
+@pytest.fixture(scope="session")
+def love() -> Path:
+    """The folder of the C client's library, where there are LÖVE and a virtual screen."""
+    require("Xvfb")
+    require("love")
+    return cpp.build()

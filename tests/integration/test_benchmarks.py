@@ -12,7 +12,7 @@ import pytest
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.catalog import catalog
 
-from load_tests.bench import hits, latency, loop, overhead, running_server, scheduler, throughput, watchers
+from load_tests.bench import hits, latency, loop, overhead, pictures, running_server, scheduler, throughput, watchers
 from load_tests.bench.bare import BareLoop
 from load_tests.bench.clients import PROMPT, request
 from load_tests.calibration import eviction, index, replay
@@ -95,6 +95,13 @@ def test_latency_without_peers():
         assert row["pictures"] >= 1
         assert 0 < row["first_pixel_ms_p50"] <= row["picture_ms_p50"]
     assert report.targets == []
+
+
+def test_pictures():
+    rows = only_table(pictures.measure(dataclasses.replace(pictures.SMOKE, models=MODELS)))
+    assert [row["kind"] for row in rows] == ["text", "img2img", "inpainting", "mixed"]
+    assert rows[0]["of_text"] == 1
+    assert all(row["pictures_per_s"] > 0 and row["cpu_ms_per_picture"] > 0 for row in rows)
 
 
 def test_hits():

@@ -9,6 +9,7 @@ from contextlib import aclosing
 
 import grpc
 import pytest
+from PIL import Image
 from safelight import Branch, Client, Finished, GenerationError, Picture, proxies
 from safelight.v1.generation_pb2 import GenerateRequest, GenerateResponse, GenerationEvent
 from safelight_server.cli.main import main
@@ -249,6 +250,38 @@ async def test_the_command_line_asks_and_tells_the_same(server, tmp_path):
     assert (tmp_path / "picture.png").stat().st_size
 
 
+@pytest.mark.timeout(180)
+async def test_the_command_line_starts_from_a_picture(server, tmp_path):
+    running, _ = server
+    init, mask, out = (tmp_path / f"{name}.png" for name in ("init", "mask", "out"))
+    Image.new("RGB", (128, 128), "teal").save(init)
+    half = Image.new("L", (128, 128), 0)
+    half.paste(255, (0, 0, 64, 128))
+    half.save(mask)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "safelight_server.cli.main", "generate", "a blue potion", "--steps", "4"),
+        *(
+            "--init",
+            str(init),
+            "--strength",
+            "0.5",
+            "--mask",
+            str(mask),
+            "--out",
+            str(out),
+            "--target",
+            running.address,
+        ),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, fault = await process.communicate()
+    assert (process.returncode, fault) == (0, b"")
+    with Image.open(out) as picture:
+        assert picture.convert("RGB").crop((64, 0, 128, 128)).getcolors() == [(64 * 128, (0, 128, 128))]
+        assert len(picture.convert("RGB").crop((0, 0, 64, 128)).getcolors(1 << 14)) > 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -256,6 +289,7 @@ async def test_the_command_line_asks_and_tells_the_same(server, tmp_path):
         (("--branch", "generations/x@-1"), "must be generations/ID@STEP"),
         (("--cache", "everything"), "everything"),
         (("--steps", "3000000000"), "--steps"),
+        (("--init", "/nowhere.png"), "init_image: /nowhere.png: No such file or directory"),
         (("--model", "\udcff"), "--model: is not UTF-8"),
         (("--negative", "\udcff"), "--negative: is not UTF-8"),
         (("--sampler", "\udcff"), "--sampler: is not UTF-8"),

@@ -217,7 +217,7 @@ def _nothing_is_left(running) -> None:
         and not engine._embedding_waiters
     )
     batches = engine._batches
-    assert not batches.outputs and not batches.token_ids and not batches._embeddings and not batches._departed
+    assert not batches.outputs and not batches.encoder_inputs and not batches._embeddings and not batches._departed
     for latents in batches._latents.values():
         assert sorted(latents._free) == list(range(len(latents._in_flight)))
         assert not latents._abandoned and not any(latents._in_flight)

@@ -43,6 +43,71 @@ async def test_a_client_with_the_certificate_is_served_and_one_without_is_not(se
                 await client.models()
 
 
+@pytest.fixture
+async def mutual(start, pair, tmp_path):
+    """A server that asks clients for a certificate, on gRPC and HTTP, and a pair that is signed as it wants."""
+    own = self_signed(tmp_path, "client.example")
+    tls = {"tls_cert_file": pair[0], "tls_key_file": pair[1], "tls_client_ca_file": own[0], "http_port": free_port()}
+    async with start(runtime="simulated", simulated_base_ms=1.0, **tls) as running:
+        yield running, own
+
+
+async def test_a_server_that_asks_for_certificates_serves_only_those_by_its_authority(mutual, pair):
+    running, own = mutual
+    trusted = pair[0].read_bytes()
+
+    async def serves(*key_and_chain: bytes) -> bool:
+        credentials = grpc.ssl_channel_credentials(trusted, *key_and_chain)
+        client = Client(running.address, credentials=credentials, server_name=NAME)
+        async with client:
+            try:
+                return bool(await client.models())
+            except GenerationError as error:
+                assert error.code is grpc.StatusCode.UNAVAILABLE
+                return False
+
+    other, other_key = new_pair("other.example")
+    assert await serves(own[1].read_bytes(), own[0].read_bytes())
+    assert not await serves()
+    assert not await serves(other_key, other)
+    own[0].write_bytes(own[0].read_bytes() + other)  # another authority is added while the server runs
+    assert await serves(other_key, other)
+
+
+async def test_http_asks_for_certificates_too(mutual, pair):
+    running, own = mutual
+
+    async def answers(context: ssl.SSLContext) -> bool:
+        async with httpx2.AsyncClient(verify=context, trust_env=False) as http:
+            try:
+                url = f"https://{running.http_address}/v1/models"
+                return (await http.get(url, extensions={"sni_hostname": NAME})).status_code == 200
+            except httpx2.TransportError:
+                return False
+
+    def trusting() -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=pair[0])
+
+    with_own, with_other = trusting(), trusting()
+    with_own.load_cert_chain(*own)
+    with_other.load_cert_chain(*pair)
+    assert await answers(with_own)
+    assert not await answers(trusting())
+    assert not await answers(with_other)
+    own[0].write_bytes(own[0].read_bytes() + pair[0].read_bytes())  # an authority is added while the server runs
+    assert await answers(with_other)
+
+
+async def test_the_command_line_shows_its_certificate(mutual, pair, tmp_path):
+    running, own = mutual
+    both = tmp_path / "both.pem"
+    both.write_bytes(own[0].read_bytes() + own[1].read_bytes())
+    trusting = ("--ca-file", str(pair[0]), "--server-name", NAME)
+    assert await health(running.address, *trusting, "--client-cert-file", str(both)) == 0
+    assert await health(running.address, *trusting) == 2
+    assert await health(running.address, "--client-cert-file", str(both)) == 2
+
+
 async def test_http_has_the_same_certificate(start, pair):
     address, trusting = f"127.0.0.1:{free_port()}", ssl.create_default_context(cafile=pair[0])
     tls = {"tls_cert_file": pair[0], "tls_key_file": pair[1], "http_port": int(address.rpartition(":")[2])}
@@ -92,14 +157,15 @@ async def test_http_presents_the_certificate_that_is_there(start, pair, tmp_path
 
 async def test_the_command_line_asks_by_tls(server, pair):
     """As a container's health check has to."""
+    assert await health(server.address, "--ca-file", str(pair[0]), "--server-name", NAME) == 0
+    assert await health(server.address) == 2
 
-    async def health(*arguments: str) -> int | None:
-        command = (sys.executable, "-m", "safelight_server.cli.main", "health", "--target", server.address, *arguments)
-        process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
-        return await process.wait()
 
-    assert await health("--ca-file", str(pair[0]), "--server-name", NAME) == 0
-    assert await health() == 2
+async def health(address: str, *arguments: str) -> int:
+    """What `safelight health` exits with."""
+    command = (sys.executable, "-m", "safelight_server.cli.main", "health", "--target", address, *arguments)
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
+    return await process.wait()
 
 
 async def presented(address: str) -> bytes:
@@ -160,3 +226,12 @@ def test_at_start_it_is_an_error_that_names_the_file(pair, at):
         with pytest.raises(CertificateError, match=says) as caught:
             ServerCertificate(*pair)
         assert str(pair[at]) in str(caught.value)
+
+
+def test_authorities_of_clients_that_cannot_be_used_are_an_error_that_names_the_file(pair, tmp_path):
+    authorities = tmp_path / "clients.pem"
+    with pytest.raises(CertificateError, match=r"clients\.pem: No such file"):
+        ServerCertificate(*pair, authorities)
+    authorities.write_bytes(b"not PEM")
+    with pytest.raises(CertificateError, match=r"tls_client_ca_file .*clients\.pem: has no certificate in PEM"):
+        ServerCertificate(*pair, authorities)

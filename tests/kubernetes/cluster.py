@@ -31,7 +31,11 @@ HOST = "10.99.0.1"
 DNS = "10.96.0.10"
 NODES = ("n1", "n2")
 TOKEN = "this-cluster-lives-for-minutes"
-HOSTS_OWN = ("/proc/sys/vm", "/proc/sys/kernel")
+KERNEL_SETTINGS = (
+    *("vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops"),
+    *("kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes"),
+)
+"""What a kubelet sets for the whole machine; that is nothing of a test's."""
 CGROUPS = Path("/sys/fs/cgroup")
 READY_S = 180.0
 
@@ -238,12 +242,13 @@ class Cluster:
             ["ip", "address", "replace", f"{DNS}/32", "dev", "lo"],
             ["ip", "route", "replace", "default", "dev", "lo"],  # some parts look for one
             ["mount", "--make-rshared", "/"],
-            # The kubelet would set how this machine's kernel panics and overcommits; that is nothing of a test's.
-            *(["mount", "--bind", part, part] for part in HOSTS_OWN),
-            *(["mount", "-o", "remount,bind,ro", part] for part in HOSTS_OWN),
         ):
             subprocess.run(command, check=True)
         Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+        for name in KERNEL_SETTINGS:  # the kubelets see and write files in their place
+            setting, copy = Path("/proc/sys", name), self._folder / name.replace("/", ".")
+            copy.write_text(setting.read_text())
+            subprocess.run(["mount", "--bind", str(copy), str(setting)], check=True)
 
     def _write_files(self) -> None:
         f = self._folder

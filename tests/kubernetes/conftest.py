@@ -37,15 +37,22 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         made.stop()
 
 
+def _imported(cluster: Cluster, target: str) -> dict[str, str]:
+    name = f"localhost/safelight/{target}"
+    digest = cluster.import_image(ROOT / "out" / "image" / f"{target}.tar", name)
+    return {"repository": name, "digest": digest}
+
+
 @pytest.fixture(scope="session")
-def images(cluster: Cluster) -> dict[str, dict[str, str]]:
-    """The project's images on both nodes: repository and digest, as the chart takes them."""
-    made = {}
-    for target in ("gateway", "triton"):
-        name = f"localhost/safelight/{target}"
-        digest = cluster.import_image(ROOT / "out" / "image" / f"{target}.tar", name)
-        made[target] = {"repository": name, "digest": digest}
-    return made
+def gateway(cluster: Cluster) -> dict[str, str]:
+    """The gateway's image on both nodes: repository and digest, as the chart takes them."""
+    return _imported(cluster, "gateway")
+
+
+@pytest.fixture(scope="session")
+def triton(cluster: Cluster) -> dict[str, str]:
+    """The same of Triton's image."""
+    return _imported(cluster, "triton")
 
 
 @pytest.fixture(scope="session")
@@ -100,11 +107,11 @@ def access(cluster: Cluster, redis: str, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def release(
-    cluster: Cluster, images: dict[str, dict[str, str]], access: Access, tmp_path_factory: pytest.TempPathFactory
+    cluster: Cluster, gateway: dict[str, str], access: Access, tmp_path_factory: pytest.TempPathFactory
 ) -> list[str]:
     """The chart's CPU profile, installed as `safelight`; the arguments of `helm upgrade` that change nothing."""
     profile = ["--values", str(CHART / "profiles" / "cpu.yaml")]
-    small = values(tmp_path_factory.mktemp("values"), image=images["gateway"], resources=SMALL, drainSeconds=30)
+    small = values(tmp_path_factory.mktemp("values"), image=gateway, resources=SMALL, drainSeconds=30)
     arguments = ["safelight", str(CHART), "--namespace", NAMESPACE, *profile, *small, "--wait", "--timeout", "300s"]
     cluster.helm("install", *arguments)
     return arguments

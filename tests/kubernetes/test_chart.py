@@ -88,10 +88,10 @@ def test_replicas_find_each_other_by_the_headless_service(cluster, release):
 
 
 @pytest.mark.parametrize("profile", sorted(path.stem for path in (CHART / "profiles").glob("*.yaml")))
-def test_the_api_server_accepts_every_profile(cluster, access, images, tmp_path, profile):
+def test_the_api_server_accepts_every_profile(cluster, access, gateway, tmp_path, profile):
     crd = json.loads(
         subprocess.run(
-            ["go", "mod", "download", "-json", "sigs.k8s.io/gateway-api"],
+            ["go", "mod", "download", "-json", "sigs.k8s.io/gateway-api@v1.3.0"],
             cwd=ROOT / "tools" / "kubernetes", check=True, capture_output=True, text=True,
         ).stdout
     )  # fmt: skip
@@ -99,9 +99,9 @@ def test_the_api_server_accepts_every_profile(cluster, access, images, tmp_path,
         "apply", "--server-side", "-f", crd["Dir"] + "/config/crd/standard/gateway.networking.k8s.io_grpcroutes.yaml"
     )
     cluster.kubectl("wait", "--for=condition=Established", "crd/grpcroutes.gateway.networking.k8s.io")
-    given = {"image": images["gateway"]}
+    given = {"image": gateway}
     if profile == "triton-cpu":
-        given["triton"] = {"image": images["triton"]}
+        given["triton"] = {"image": gateway}
     file = ["--values", str(CHART / "profiles" / f"{profile}.yaml"), *values(tmp_path, **given)]
     rendered = cluster.helm("template", "other", str(CHART), "--namespace", NAMESPACE, *file)
     kinds = {document["kind"] for document in yaml.safe_load_all(rendered) if document}
@@ -120,9 +120,9 @@ async def test_an_upgrade_under_load_loses_no_generation_and_no_bit(cluster, rel
     print(f"{load.pictures} pictures, {load.previews} previews")
 
 
-async def test_a_broken_revision_is_rolled_back(cluster, release, access, expected, images, tmp_path):
+async def test_a_broken_revision_is_rolled_back(cluster, release, access, expected, gateway, tmp_path):
     before = {pod["metadata"]["name"] for pod in pods(cluster)}
-    broken = values(tmp_path, image=images["gateway"] | {"digest": "sha256:" + "0" * 64})
+    broken = values(tmp_path, image=gateway | {"digest": "sha256:" + "0" * 64})
     arguments = [*release, *broken, "--rollback-on-failure", "--timeout", "30s"]
     async with under_load(access, service(cluster), expected) as load:
         with pytest.raises(subprocess.CalledProcessError):
@@ -177,11 +177,13 @@ async def test_the_budget_keeps_the_second_pod(cluster, release):
     await all_ready(cluster, 2)
 
 
-async def test_triton_beside_the_gateway_gives_the_same_bits(cluster, release, access, expected, images, tmp_path):
+async def test_triton_beside_the_gateway_gives_the_same_bits(
+    cluster, release, access, expected, gateway, triton, tmp_path
+):
     small = {"requests": {"cpu": "200m", "memory": "300Mi"}, "limits": {"memory": "1Gi"}}
     given = values(
-        Path(tmp_path), image=images["gateway"], replicas=1, resources=small, drainSeconds=10,
-        triton={"image": images["triton"], "resources": small},
+        Path(tmp_path), image=gateway, replicas=1, resources=small, drainSeconds=10,
+        triton={"image": triton, "resources": small},
     )  # fmt: skip
     profile = ["--values", str(CHART / "profiles" / "triton-cpu.yaml")]
     cluster.helm(

@@ -17,7 +17,7 @@ BOXES = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.timeout(700)
-def test_the_commands_lead_to_a_picture(cluster, images, redis, tmp_path):
+def test_the_commands_lead_to_a_picture(cluster, gateway, redis, tmp_path):
     boxes = BOXES.findall((ROOT / "deploy" / "README.md").read_text())
     assert boxes.pop(0) == "make image\n", "`make test-kubernetes` has run it"
     for name in (".venv", "deploy"):
@@ -27,8 +27,8 @@ def test_the_commands_lead_to_a_picture(cluster, images, redis, tmp_path):
         "KUBECONFIG": str(cluster.kubeconfig),
         "PATH": f"{PROGRAMS}:{PROGRAMS.parent}:{os.environ['PATH']}",
         "REDIS_URL": redis,
-        "REPOSITORY": images["gateway"]["repository"],
-        "DIGEST": images["gateway"]["digest"],
+        "REPOSITORY": gateway["repository"],
+        "DIGEST": gateway["digest"],
     }
     script = "set -euo pipefail\n" + "\n".join(boxes)
     ended = subprocess.run(

@@ -142,6 +142,23 @@ def test_models_are_apart_and_a_bill_without_one_is_of_an_unknown_model(command,
     ]
 
 
+def test_bills_are_told_apart_by_what_is_asked_for_and_priced(command, stream, tmp_path):
+    for tenant, model, began in (("lab", "a/1", "miss"), ("lab", "b/1", "latent"), ("studio", "a/1", "miss")):
+        stream.add(AT_MS, tenant, model_revision=model, disposition=began)
+    assert command("--json", "--by", "disposition").rows() == [
+        {"disposition": "latent", "pictures": 1, "rows": 2, "steps": 1, "compute_s": 0.5},
+        {"disposition": "miss", "pictures": 2, "rows": 4, "steps": 2, "compute_s": 1.0},
+    ]
+    prices = tmp_path / "prices.toml"
+    prices.write_text('currency = "USD"\n[instance_types.gpu]\nper_hour = 3.6\n')
+    by_model = command("--json", "--by", "model_revision", "--price-file", str(prices), "--instance-type", "gpu").rows()
+    assert [(one["model_revision"], one["cost"], one["currency"]) for one in by_model] == [
+        ("a/1", 0.001, "USD"), ("b/1", 0.0005, "USD")
+    ]  # fmt: skip
+    assert "--by colour: must be of tenant, model_revision, disposition" in command("--by", "colour").errors
+    assert "go together" in command("--price-file", str(prices)).errors
+
+
 def test_a_time_has_its_first_moment_and_not_its_last(command, stream):
     for at_ms in (AT_MS - 1, AT_MS, AT_MS + DAY_MS - 1, AT_MS + DAY_MS):
         stream.add(at_ms, "studio")

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from safelight.v1 import generation_pb2 as pb
+from safelight.v1 import images_pb2_grpc
 
 from tests.conftest import eventually
+from tests.integration.test_images import MASK, PHOTO, name_of, pieces
 from tests.support.redis_server import RedisServer
 from tests.support.replicas import Replica, Resuming, billed_by_seed, collect, picture, replicas
 
@@ -22,10 +24,14 @@ SEEDS = 6
 
 
 def message(seed: int) -> pb.GenerateRequest:
-    """Of different lengths, so that they end at different times."""
+    """Of different lengths, so that they end at different times; some from a picture, some of these with a mask."""
     spec = pb.GenerationSpec(prompt=PROMPTS[seed % 3], num_inference_steps=8 + 4 * (seed % SEEDS))
     spec.sampler.name = SAMPLERS[seed % 2]
     spec.outputs.add(seed=seed)
+    if seed % 3:
+        spec.init_image, spec.strength = name_of(PHOTO), 0.8
+    if seed % 3 == 2:
+        spec.mask = name_of(MASK)
     return pb.GenerateRequest(spec=spec, preview=pb.PreviewPolicy(method=pb.PREVIEW_METHOD_NONE))
 
 
@@ -49,6 +55,8 @@ async def test_pictures_are_bit_identical_whichever_replica_is_killed(
     redis_server: RedisServer, tmp_path: Path
 ) -> None:
     async with replicas(redis_server.url, tmp_path, runtime="onnx") as both:
+        for data in (PHOTO, MASK):
+            await images_pb2_grpc.ImageServiceStub(both[0].open()).UploadImage(iter(pieces(data)))
         clients = await disturbed(both, both[0], range(SEEDS))
         await both[0].start()
         clients += await disturbed(both, both[1], range(SEEDS, 2 * SEEDS))

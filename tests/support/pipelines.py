@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from safelight_server.catalog.catalog import Catalog, Manifest, Pipeline, assemble
+from safelight_server.catalog.catalog import Catalog, Pipeline, assemble
+from safelight_server.catalog.manifest import Manifest
 from safelight_server.catalog.tokenizer import Tokenizer
 from tokenizers import models, pre_tokenizers
 
@@ -23,7 +24,7 @@ MANIFEST: dict[str, Any] = {
     "family": "stable-diffusion",
     "components": {
         role: {"model": f"small_{role}", "version": 1, "sha256": "0" * 64}
-        for role in ("text_encoder", "denoiser", "decoder")
+        for role in ("text_encoder", "denoiser", "decoder", "encoder")
     },
     "tokenizer": {
         "file": "tokenizer.json",

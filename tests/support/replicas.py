@@ -58,11 +58,15 @@ class Replica:
     @property
     def stub(self) -> stubs.GenerationServiceStub:
         """A stub on this replica's channel."""
+        return stubs.GenerationServiceStub(self.open())
+
+    def open(self) -> grpc.aio.Channel:
+        """This replica's channel."""
         if self.channel is None:
             # It is asked from before it listens, and on a busy machine it takes long to start.
             options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 1000)]
             self.channel = grpc.aio.insecure_channel(self.address, options)
-        return stubs.GenerationServiceStub(self.channel)
+        return self.channel
 
     async def start(self) -> None:
         """Starts the process and waits until it accepts calls."""

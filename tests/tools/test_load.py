@@ -64,7 +64,8 @@ async def test_a_request_id_that_ghz_sends_again_runs_once(start: Start, tmp_pat
     async with start(runtime="simulated", simulated_base_ms=1.0) as running:
         scenario = ("--only", "idempotent-retries", "--time-scale", "0.05")
         _, found = await ghz(running.address, tmp_path, *scenario)
-        [(status, count)] = by_label(running.generations._metrics._outcomes, "status").items()
+        outcomes = by_label(running.generations._metrics._outcomes, "status")
+        [(status, count)] = [(status, count) for status, count in outcomes.items() if count]
     assert status == "OK"
     assert 1 < count <= found["idempotent-retries"]["count"] / 3 + 2  # the first and the last id come fewer times
 

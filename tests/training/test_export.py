@@ -19,12 +19,15 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from safelight_server.export import exporter, manifest, onnx_file
+from safelight_server.export.exporter import round_weights
+from safelight_server.export.plan import ExportOptions
+from safelight_server.export.source import ExportError
 from safelight_server.sampler import NoiseSchedule, SamplerSpec, refusal
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from training import manifest, networks, onnx_file
-from training.export import export, round_weights
+from training import networks
 from training.recipe import RECIPE
 
 pytestmark = [
@@ -34,6 +37,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 TOKENS = 8
+
+
+def export(folder: Path, models: Path, name: str, revision: str, **options: object) -> None:
+    options = {"licence": "CC0-1.0", "guidance_scale": 3.0} | options
+    exporter.export(folder, models, ExportOptions(name, revision, **options))
+
+
 GUARD = {"groups": {"object": [["potion", "elixir"], ["sword"]]}, "ignored": ["a"], "closed": True}
 
 
@@ -174,6 +184,7 @@ def test_the_manifest_names_what_is_there_and_offers_what_the_server_can_run(
             "model": f"{which}_{role}",
             "version": 1,
             "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "row_bytes": 1 << 20,  # the least that is said
         }
         assert not onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map
         assert b"/home" not in file.read_bytes() and b"site-packages" not in file.read_bytes()
@@ -234,16 +245,17 @@ def test_the_same_folder_gives_the_same_bytes(small: Path, tmp_path: Path) -> No
 def test_a_revision_in_use_is_replaced_only_when_told_to(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(module: nn.Module, inputs: object, outputs: object, path: Path) -> None:
+    def write(module: nn.Module, inputs: object, outputs: object, path: Path, multiple: int) -> None:
         path.parent.mkdir(parents=True)
         path.write_text("another network")
 
-    monkeypatch.setattr("training.export.write_onnx", write)
-    monkeypatch.setattr("training.export.check_parity", lambda *args: 0.0)
+    monkeypatch.setattr("safelight_server.export.exporter.write_onnx", write)
+    monkeypatch.setattr("safelight_server.export.exporter.check_parity", lambda *args: 0.0)
+    monkeypatch.setattr("safelight_server.export.exporter.memory.row_bytes", lambda *args: 0)
     models, folder = tmp_path / "models", tmp_path / "folder"
     shutil.copytree(small / "models", models)
     shutil.copytree(small / "folder", folder, ignore=shutil.ignore_patterns("preview_decoder"))
-    with pytest.raises(SystemExit, match="--replace removes that revision"):
+    with pytest.raises(ExportError, match="--replace removes that revision"):
         export(folder, models, "small", "r2")
     assert read(models, "small")["revision"] == "r1"
     export(folder, models, "small", "r2", replace=True)
@@ -251,6 +263,7 @@ def test_a_revision_in_use_is_replaced_only_when_told_to(
     assert sorted(path.name for path in (models / "repository").iterdir()) == [
         "small_decoder",
         "small_denoiser",
+        "small_encoder",
         "small_text_encoder",
     ]
 
@@ -259,7 +272,7 @@ def test_disagreement_with_torch_stops_the_export_and_changes_nothing(
     classic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnx_file, "PARITY", -1.0)
-    with pytest.raises(SystemExit, match="ONNX Runtime is off by"):
+    with pytest.raises(ExportError, match="ONNX Runtime is off by"):
         export(classic / "folder", tmp_path, "classic", "r1")
     assert list(tmp_path.iterdir()) == []
 
@@ -271,25 +284,25 @@ def test_not_a_number_is_not_parity(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.sqrt()
 
-    inputs, file = {"x": torch.ones(2, 3)}, tmp_path / "root" / "1" / "model.onnx"
-    onnx_file.write_onnx(Root(), inputs, Root.outputs, file)
+    inputs, file = [{"x": torch.ones(2, 3)}], tmp_path / "root" / "1" / "model.onnx"
+    assert onnx_file.write_onnx(Root(), inputs, Root.outputs, file) is None
     assert onnx_file.check_parity(Root(), inputs, Root.outputs, file) == 0.0
-    with pytest.raises(SystemExit, match="off by nan"):
-        onnx_file.check_parity(Root(), {"x": -torch.ones(2, 3)}, Root.outputs, file)
+    with pytest.raises(ExportError, match="off by nan"):
+        onnx_file.check_parity(Root(), [{"x": -torch.ones(2, 3)}], Root.outputs, file)
 
 
 def test_weights_beyond_float16_are_refused() -> None:
     layer = nn.Linear(2, 2)
     layer.weight.data[0, 0] = 1e6
-    with pytest.raises(SystemExit, match="weight has values that float16 cannot hold"):
+    with pytest.raises(ExportError, match="weight has values that float16 cannot hold"):
         round_weights(layer)
 
 
 def test_folders_that_cannot_be_exported_are_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="it has no model_index"):
+    with pytest.raises(ExportError, match="it has no model_index"):
         export(tmp_path, tmp_path / "models", "x", "r1")
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(SystemExit, match="is a StableDiffusionXLPipeline"):
+    with pytest.raises(ExportError, match="is a StableDiffusionXLPipeline"):
         export(tmp_path, tmp_path / "models", "x", "r1")
     assert not (tmp_path / "models").exists()
 

@@ -15,10 +15,11 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from safelight_server.export.exporter import export
+from safelight_server.export.plan import ExportOptions
 from safelight_server.sampler import SamplerSpec, gaussian
 
 from training import networks
-from training.export import export
 from training.icons import caption, sample_spec
 from training.recipe import RECIPE
 from training.sample import Sampler
@@ -86,7 +87,7 @@ def both(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     pipeline = build(request.param)
     pipeline.save_pretrained(folder / "pipeline")
-    export(folder / "pipeline", folder / "models", "tiny", "1", 1, "random weights", "Apache-2.0")
+    export(folder / "pipeline", folder / "models", ExportOptions("tiny", licence="CC0-1.0"))
     sampler = Sampler(folder / "models" / "pipelines" / "tiny" / "1" / "pipeline.json")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, sampler

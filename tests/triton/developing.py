@@ -10,6 +10,9 @@ import grpc
 import numpy as np
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
+from safelight.v1 import images_pb2_grpc
+
+from tests.integration.test_images import MASK, PHOTO, name_of, pieces
 
 PROMPTS = ("a red potion on a dark background", "a golden sword", "a blue shield with a star", "a wooden bow")
 KINDS = (("ddim", 3.0), ("euler", 1.0), ("dpmpp_2m", 2.0), ("ddim", 1.0), ("euler_ancestral", 3.0))
@@ -32,7 +35,10 @@ class Seen:
 
 
 def mixed(count: int, steps: Sequence[int] = (9, 12, 16)) -> list[pb.GenerateRequest]:
-    """Requests of several samplers and lengths, with and without guidance, whose pictures are computed each time."""
+    """Requests of several samplers and lengths, with and without guidance, whose pictures are computed each time.
+
+    Some start from `PHOTO`, some of these with `MASK`; strength 1 makes all steps.
+    """
     cache = pb.CachePolicy(mode=pb.CachePolicy.MODE_BYPASS)
     requests = []
     for number in range(count):
@@ -44,6 +50,10 @@ def mixed(count: int, steps: Sequence[int] = (9, 12, 16)) -> list[pb.GenerateReq
             guidance_scale=guidance,
             sampler=pb.SamplerSpec(name=name),
         )
+        if number % 3:
+            spec.init_image, spec.strength = name_of(PHOTO), 1.0
+        if number % 3 == 2:
+            spec.mask = name_of(MASK)
         requests.append(
             pb.GenerateRequest(spec=spec, cache=cache, encoding=pb.PixelEncoding(media_type="application/x-raw-rgba8"))
         )
@@ -77,19 +87,31 @@ async def develop(
 async def develop_all(address: str, requests: Sequence[pb.GenerateRequest]) -> list[Seen]:
     """All at once."""
     async with grpc.aio.insecure_channel(address) as channel:
+        await upload_all(channel)
         stub = stubs.GenerationServiceStub(channel)
         return list(await asyncio.gather(*(develop(stub, request) for request in requests)))
+
+
+async def upload_all(channel: grpc.aio.Channel) -> None:
+    """Uploads what the requests of `mixed` start from."""
+    for data in (PHOTO, MASK):
+        await images_pb2_grpc.ImageServiceStub(channel).UploadImage(iter(pieces(data)))
 
 
 class Load:
     """Generations under way, whose watchers a test can look at."""
 
     def __init__(self, channel: grpc.aio.Channel, requests: Sequence[pb.GenerateRequest]) -> None:
-        stub = stubs.GenerationServiceStub(channel)
         self.requests = requests
         self.seen = [Seen() for _ in requests]
+        uploading = asyncio.create_task(upload_all(channel))
+
+        async def call(request: pb.GenerateRequest, seen: Seen) -> None:
+            await uploading
+            await develop(stubs.GenerationServiceStub(channel), request, seen)
+
         self._calls = [
-            asyncio.create_task(develop(stub, request, seen)) for request, seen in zip(requests, self.seen, strict=True)
+            asyncio.create_task(call(request, seen)) for request, seen in zip(requests, self.seen, strict=True)
         ]
 
     def reached(self, step: int) -> Callable[[], bool]:
@@ -105,7 +127,8 @@ class Load:
 
     async def finish(self) -> list[Seen]:
         """Waits for all; raises what any of them ended with."""
-        return list(await asyncio.gather(*self._calls))
+        await asyncio.gather(*self._calls)
+        return self.seen
 
 
 def assert_exact(requests: Sequence[pb.GenerateRequest], seen: Sequence[Seen], undisturbed: Sequence[Seen]) -> None:

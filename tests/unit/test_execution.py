@@ -84,8 +84,10 @@ class GatedRuntime(SimulatedRuntime):
         self.decodes = asyncio.Event()
         self.decodes.set()
         self.fail: RuntimeFailure | None = None
+        self.calls: list[tuple[Component, int]] = []
 
     async def run(self, instance, model, component, inputs):  # type: ignore[no-untyped-def]  # as the protocol
+        self.calls.append((component, len(next(iter(inputs.values())))))
         if component is Component.DENOISER:
             await self.gate.acquire()
             if self.fail is not None:
@@ -102,11 +104,15 @@ class Stage:
         self.executions = Executions(self.engine, Here())
 
     def execution(
-        self, key: str | None = "same", seed: int = 7, recorder: ExecutionObserver | None = None
+        self,
+        key: str | None = "same",
+        seed: int = 7,
+        recorder: ExecutionObserver | None = None,
+        token_ids: tuple[int, ...] = (1, 2),
     ) -> Execution:
         pipeline = simulated_pipeline()
         table = compile_table(SamplerSpec("ddim", "trailing"), pipeline.schedule, "v_prediction", STEPS)
-        job = Job(0, "me", Priority.STANDARD, pipeline, LATENT, table, seed, 1.0, ((1, 2),))
+        job = Job(0, "me", Priority.STANDARD, pipeline, LATENT, table, seed, 1.0, (token_ids,))
         execution = self.executions.create(job, key, recorder)
         self.executions.publish(execution)
         return execution
@@ -125,6 +131,17 @@ async def stage():
     for _ in range(100):
         made.runtime.gate.release()
     await made.engine.close()
+
+
+async def test_a_newcomer_takes_its_first_step_in_the_call_after_its_prompt_is_encoded(stage: Stage) -> None:
+    first = stage.execution("first")
+    first.join(Member())
+    await eventually(lambda: stage.runtime.calls[-1:] == [(Component.DENOISER, 1)])
+    second = stage.execution("second", token_ids=(3, 4))
+    second.join(Member())
+    await stage.step(first, 1)
+    await eventually(lambda: stage.runtime.calls[-1][0] is Component.DENOISER and len(stage.runtime.calls) == 4)
+    assert stage.runtime.calls[2:] == [(Component.TEXT_ENCODER, 1), (Component.DENOISER, 2)]
 
 
 async def test_a_second_member_shares_the_work_and_joins_where_it_is(stage: Stage) -> None:

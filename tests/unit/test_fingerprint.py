@@ -50,6 +50,9 @@ OTHERS = {
     "num_inference_steps": 21,
     "guidance_scale": 3.0000000000000004,
     "sampler": SamplerSpec("euler", "trailing", "default", 0.25),
+    "init_image": "ab" * 32,
+    "strength": 0.5,
+    "mask": "cd" * 32,
 }
 """Another value for each field that decides pixels."""
 SILENT = {"model", "revision", "prompt", "negative_prompt"}
@@ -78,6 +81,37 @@ def test_every_field_of_a_spec_is_in_the_fingerprint_or_known_to_be_silent():
     assert exact("other", "numerics", SPEC, 7) != whole
     assert exact("digest", "other", SPEC, 7) != whole
     assert exact("digest", "numerics", SPEC, 8) != whole
+
+
+IMAGE = f"images/{'ab' * 32}"
+FIELDS = {
+    "prompt": pb.GenerationSpec(prompt="blue potion"),
+    "prompts": pb.GenerationSpec(prompts=[pb.Prompt(role=pb.Prompt.ROLE_NEGATIVE, text="blue")]),
+    "height_px": pb.GenerationSpec(height_px=96),
+    "num_inference_steps": pb.GenerationSpec(num_inference_steps=7),
+    "guidance_scale": pb.GenerationSpec(guidance_scale=7),
+    "sampler": pb.GenerationSpec(sampler=pb.SamplerSpec(name="euler")),
+    "outputs": pb.GenerationSpec(outputs=[pb.OutputSpec(seed=8)]),
+    "init_image": pb.GenerationSpec(init_image=IMAGE.replace("ab", "ef")),
+    "strength": pb.GenerationSpec(strength=0.5),
+    "mask": pb.GenerationSpec(mask=IMAGE),
+}
+"""A change of each field of the contract; the model is in the pipeline's digest, and the width goes with the height."""
+
+
+def test_every_field_of_the_contract_changes_the_fingerprint(catalog):
+    assert set(FIELDS) | {"model", "width_px"} == {field.name for field in pb.GenerationSpec.DESCRIPTOR.fields}
+    base = pb.GenerationSpec(prompt="red potion", outputs=[pb.OutputSpec(seed=3)], init_image=IMAGE)
+    names = set()
+    for change in (pb.GenerationSpec(), *FIELDS.values()):
+        message = pb.GenerationSpec()
+        message.CopyFrom(base)
+        if change.outputs:
+            message.ClearField("outputs")
+        message.MergeFrom(change)
+        spec = spec_of(catalog, message)
+        names.add(exact("d", "n", spec, spec.seeds[0]))
+    assert len(names) == len(FIELDS) + 1
 
 
 def test_outputs_of_one_request_differ_by_their_seed_alone():
@@ -151,11 +185,11 @@ def test_numbers_have_one_form():
 
 def test_the_encoding_is_canonical_json_and_does_not_change_unseen():
     assert exact("d", "n", SPEC, 2**64 - 1) == (
-        b'{"guidance_scale":3.0,"negative_tokens":[1,5,2,0],"numerics":"n","pipeline":"d",'
-        b'"sampler":["ddim","trailing","default",0.25],"seed":18446744073709551615,"size_px":[64,96],"steps":20,'
-        b'"tokens":[1,4,6,2],"version":1}'
+        b'{"numerics":"n","pipeline":"d","seed":18446744073709551615,"spec":{"guidance_scale":3,"height_px":96,'
+        b'"init_image":"","mask":"","negative_token_ids":[1,5,2,0],"num_inference_steps":20,'
+        b'"sampler":["ddim","trailing","default",0.25],"strength":1,"width_px":64},"tokens":[1,4,6,2],"version":2}'
     )
-    assert json.loads(embedding("e", (1, 2))) == {"encoder": "e", "tokens": [1, 2], "version": 1}
+    assert json.loads(embedding("e", (1, 2))) == {"encoder": "e", "tokens": [1, 2], "version": 2}
 
 
 @given(a=st.text(), b=st.text(), content=st.binary(max_size=50))

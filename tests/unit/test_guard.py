@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from safelight_server.cache.approximate.guard import Guard, words
-from safelight_server.catalog.catalog import GuardWords, load
+from safelight_server.catalog.catalog import load
+from safelight_server.catalog.manifest import GuardWords
 
 from tests.conftest import MODELS
 from training.icons import BACKGROUNDS, COLOURS, OBJECTS, Spec, caption, sample_spec

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
-from safelight_server.engine.latents import Latents
-from safelight_server.sampler import NoiseSchedule, SamplerSpec, compile_table
+from safelight_server.engine.latents import CleanLatent, Latents
+from safelight_server.sampler import NoiseSchedule, SamplerSpec, compile_table, gaussian
 
 SHAPE, CONTEXT = (2, 4, 4), (3, 5)
+CONTEXTS = {"last_hidden_state": CONTEXT}
 SCHEDULE = NoiseSchedule(rescale_zero_terminal_snr=True)
 
 
-def table(name="dpmpp_2m", steps=6):
-    return compile_table(SamplerSpec(name), SCHEDULE, "v_prediction", steps)
+def table(name="dpmpp_2m", steps=6, first_step=0):
+    return compile_table(SamplerSpec(name), SCHEDULE, "v_prediction", steps, first_step)
 
 
 def context(value):
-    return np.full(CONTEXT, value, np.float32)
+    return {"last_hidden_state": np.full(CONTEXT, value, np.float32)}
 
 
 def predict(sample, timestep):
@@ -32,7 +33,7 @@ def step(latents, slots, at, parts=(0,)):
 
 
 def test_outputs_in_a_batch_are_as_alone():
-    together, alone = Latents(4, SHAPE, CONTEXT, 50), Latents(4, SHAPE, CONTEXT, 50)
+    together, alone = Latents(4, SHAPE, CONTEXTS, 50), Latents(4, SHAPE, CONTEXTS, 50)
     kinds = [("ddim", 6), ("euler_ancestral", 8), ("dpmpp_2m", 7)]
     slots = [together.claim(table(*kind), seed, 1.0, [context(seed)]) for seed, kind in enumerate(kinds)]
     for at in range(6):
@@ -48,7 +49,7 @@ def test_how_many_are_stepped_together_changes_no_bits(monkeypatch):
     kinds = [("ddim", 1.0), ("euler_ancestral", 3.0), ("dpmpp_2m", 1.0), ("euler", 2.0), ("euler_ancestral", 1.0)]
 
     def develop():
-        latents = Latents(5, SHAPE, CONTEXT, 50)
+        latents = Latents(5, SHAPE, CONTEXTS, 50)
         slots = [latents.claim(table(name), 7, scale, [context(1), context(0)]) for name, scale in kinds]
         finite = [step(latents, slots, [at] * 5, parts=(0, 1)) for at in range(6)]
         return latents.latent(np.array(slots)), np.array(finite)
@@ -61,7 +62,7 @@ def test_how_many_are_stepped_together_changes_no_bits(monkeypatch):
 
 
 def test_guidance_combines_both_rows():
-    latents = Latents(2, SHAPE, CONTEXT, 50)
+    latents = Latents(2, SHAPE, CONTEXTS, 50)
     guided = latents.claim(table(), 1, 3.0, [context(1), context(0)])
     plain = latents.claim(table(), 1, 1.0, [context(1)])
     step(latents, [guided], [0], parts=(0, 1))
@@ -70,7 +71,7 @@ def test_guidance_combines_both_rows():
 
 
 def test_a_snapshot_goes_on_with_the_same_bits():
-    latents = Latents(3, SHAPE, CONTEXT, 50)
+    latents = Latents(3, SHAPE, CONTEXTS, 50)
     whole = latents.claim(table(), 9, 1.0, [context(1)])
     for at in range(6):
         step(latents, [whole], [at])
@@ -86,7 +87,7 @@ def test_a_snapshot_goes_on_with_the_same_bits():
 
 
 def test_a_slot_in_flight_is_not_handed_out_again():
-    latents = Latents(2, SHAPE, CONTEXT, 50)
+    latents = Latents(2, SHAPE, CONTEXTS, 50)
     slot = latents.claim(table(), 1, 1.0, [context(1)])
     latents.depart(np.array([slot]))
     latents.release(slot)
@@ -96,9 +97,103 @@ def test_a_slot_in_flight_is_not_handed_out_again():
 
 
 def test_a_latent_that_is_not_finite_is_seen():
-    latents = Latents(2, SHAPE, CONTEXT, 50)
+    latents = Latents(2, SHAPE, CONTEXTS, 50)
     slots = np.array([latents.claim(table(), seed, 1.0, [context(1)]) for seed in (1, 2)])
     bad = np.zeros((2, *SHAPE), np.float32)
     bad[1, 0, 0, 0] = np.nan
     latents.put(slots, np.zeros(2, np.intp), bad)
     assert latents.advance(slots, np.zeros(2, np.intp)).tolist() == [True, False]
+
+
+CLEAN = np.linspace(-1, 1, 32, dtype=np.float32).reshape(SHAPE)
+MASK = np.linspace(0, 1, 16, dtype=np.float32).reshape(SHAPE[1:])
+
+
+def test_what_starts_from_a_picture_is_as_alone_in_a_batch_with_others():
+    kinds = [
+        (table("dpmpp_2m", 6, 2), CleanLatent(CLEAN, None)),
+        (table("euler_ancestral", 6, 2), CleanLatent(CLEAN, MASK)),
+        (table("ddim", 6), None),
+        (table("euler", 6, 2), CleanLatent(CLEAN, MASK)),
+    ]
+
+    def developed(kinds):
+        latents = Latents(6, SHAPE, CONTEXTS, 50)
+        slots = [latents.claim(kind, 7, 1.0, [context(1)], picture=picture) for kind, picture in kinds]
+        for at in range(6):
+            due = [slot for slot, (kind, _) in zip(slots, kinds) if at >= kind.first_step]
+            if due:
+                step(latents, due, [at] * len(due))
+        return latents.latent(np.array(slots))
+
+    together = developed(kinds)
+    for place, kind in enumerate(kinds):
+        assert np.array_equal(together[place], developed([kind])[0])
+
+
+def test_a_picture_is_noised_to_the_level_of_the_first_step():
+    for name in ("ddim", "euler", "dpmpp_2m", "euler_ancestral"):
+        made, latents = table(name, 6, 4), Latents(1, SHAPE, CONTEXTS, 50)
+        slot = latents.claim(made, 7, 1.0, [context(1)], picture=CleanLatent(CLEAN, None))
+        signal, noise = made.levels[4]
+        assert np.array_equal(latents.latent(np.array([slot]))[0], signal * CLEAN + noise * gaussian(7, 0, 0, SHAPE))
+
+
+def test_the_first_step_that_is_made_follows_no_step_before_it():
+    whole, late = table("dpmpp_2m", 6), table("dpmpp_2m", 6, 3)
+    assert whole.coefficients[3, 2] != 0
+    assert late.coefficients[3, 2] == 0
+    assert np.array_equal(whole.coefficients[4:], late.coefficients[4:])
+    assert np.array_equal(table("ddim", 6).coefficients, table("ddim", 6, 3).coefficients)
+
+
+def test_outside_of_the_mask_the_picture_is_what_it_was():
+    latents, hard = Latents(2, SHAPE, CONTEXTS, 50), np.array(MASK > 0.5, np.float32)
+    made = table("ddim", 6, 2)
+    slot = latents.claim(made, 7, 1.0, [context(1)], picture=CleanLatent(CLEAN, hard))
+    outside = np.broadcast_to(hard == 0, SHAPE)
+    for at in range(2, 6):
+        step(latents, [slot], [at])
+        signal, noise = made.levels[at + 1]
+        kept = signal * CLEAN + noise * gaussian(7, 0, 0, SHAPE)
+        assert np.array_equal(latents.latent(np.array([slot]))[0][outside], kept[outside])
+    assert np.array_equal(latents.latent(np.array([slot]))[0][outside], CLEAN[outside])
+
+
+def test_a_mask_goes_with_its_slot_and_with_its_snapshot():
+    latents, made = Latents(1, SHAPE, CONTEXTS, 50), table("ddim", 6, 2)
+    picture = CleanLatent(CLEAN, MASK)
+
+    def rest(slot, first):
+        for at in range(first, 6):
+            step(latents, [slot], [at])
+        x = latents.latent(np.array([slot]))[0]
+        latents.release(slot)
+        return x
+
+    slot = latents.claim(made, 7, 1.0, [context(1)], picture=picture)
+    for at in (2, 3):
+        step(latents, [slot], [at])
+    snapshot = latents.snapshot(slot, 4)
+    whole = rest(slot, 4)
+    assert np.array_equal(rest(latents.claim(made, 7, 1.0, [context(1)], snapshot, picture), 4), whole)
+    plain = rest(latents.claim(table("ddim", 6), 7, 1.0, [context(1)]), 0)
+    assert np.array_equal(rest(latents.claim(table("ddim", 6), 7, 1.0, [context(1)]), 0), plain)
+    assert not np.array_equal(rest(latents.claim(made, 7, 1.0, [context(1)], snapshot), 4), whole)
+
+
+def test_each_input_of_a_denoiser_has_its_source():
+    inputs = {"x": "latent", "t": "timestep", "context": "encoder:last_hidden_state"}
+    inputs |= {"pooled": "encoder:pooled_output", "ids": "size_ids"}
+    shapes, size_ids = CONTEXTS | {"pooled_output": (2,)}, np.array([64, 96, 0, 0, 64, 96], np.float32)
+    latents = Latents(3, SHAPE, shapes, 50, inputs, size_ids)
+    made, embeddings = table(), [context(n) | {"pooled_output": np.full(2, 10 * n, np.float32)} for n in range(2)]
+    latents.claim(made, 1, 1.0, embeddings)
+    slot = latents.claim(made, 2, 3.0, embeddings)
+    rows = latents.rows(np.array([slot, slot]), np.array([0, 1]), np.array([4, 4]))
+    assert rows.keys() == inputs.keys()
+    assert rows["t"].tolist() == [made.timesteps[4]] * 2
+    assert rows["ids"].tolist() == [size_ids.tolist()] * 2
+    assert rows["context"].array()[:, 0, 0].tolist() == [0, 1]
+    assert rows["pooled"].array().tolist() == [[0, 0], [10, 10]]
+    assert np.array_equal(rows["x"], latents.latent(np.array([slot, slot])) * made.in_scale[4])

@@ -36,3 +36,8 @@ def test_blocks_of_the_linear_preview_lie_in_rows_and_columns(tmp_path):
     assert image[0, :2, :2].tolist() == [[0, 1], [2, 3]]
     assert image[2, :2, :2].tolist() == [[8, 9], [10, 11]]
     assert image[0, 2:, 4:].tolist() == [[100, 1], [2, 3]]
+
+
+def test_size_ids_are_height_and_width_of_the_picture(tmp_path):
+    pipeline = small_pipeline(tmp_path)
+    assert pipeline.size_ids(pipeline.latent_shape(64, 96)).tolist() == [96, 64, 0, 0, 96, 64]

@@ -129,3 +129,18 @@ def test_a_record_counts_in_its_own_stream_only() -> None:
     sealer = Sealer(Keyring.random())
     with pytest.raises(CorruptError):
         parse(sealer, "other", dump(sealer, "name", RECORD))
+
+
+def test_a_cost_is_kept_and_a_server_that_knows_none_can_read_what_has_none() -> None:
+    sealer = Sealer(Keyring.random())
+
+    def usage_facts(usage: Usage) -> dict[str, object]:
+        finished = event_record(Finished(None, usage, Timings()), 1, b"", GenerationState.SUCCEEDED, None, NOW)
+        data = dump(sealer, "name", finished)
+        found = parse(sealer, "name", data)
+        assert isinstance(found, EventRecord) and found.usage == usage
+        facts: dict[str, object] = json.loads(sealer.open("name", data)[0].metadata["facts"])["usage"]
+        return facts
+
+    assert usage_facts(replace(USAGE, cost_nanos=7, currency="EUR"))["cost_nanos"] == 7
+    assert not {"cost_nanos", "currency"} & usage_facts(USAGE).keys()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from safelight_server.catalog import catalog
+from safelight_server.catalog.manifest import STABLE_DIFFUSION_INPUTS
 from safelight_server.domain.component import Component
 from safelight_server.runtime import onnx, verification
 from safelight_server.runtime.base import CostCurve, RuntimeFailure, RuntimeStartError
@@ -52,6 +53,23 @@ def test_the_shipped_models_load_and_weigh_at_most_25_mib(icons):
         (lambda m: m["limits"].update(max_guidance_scale=1.0), "defaults.guidance_scale: above"),
         (lambda m: m.update(revision="2.0"), "icons/2.0 is not the folder's"),
         (lambda m: m["components"]["decoder"].update(model="../elsewhere"), "components.decoder.model"),
+        (lambda m: m.update(inputs={"sample": "noise"}), "inputs.sample"),
+        (
+            lambda m: m.update(inputs=STABLE_DIFFUSION_INPUTS | {"text_embeds": "encoder:pooled"}),
+            "inputs: the text encoder has no output pooled; it has last_hidden_state, pooled_output",
+        ),
+        (
+            lambda m: m.update(inputs=STABLE_DIFFUSION_INPUTS | {"time_ids": "size_ids"}),
+            "denoiser: config.pbtxt: time_ids is missing",
+        ),
+        (
+            lambda m: m.update(inputs=STABLE_DIFFUSION_INPUTS | {"encoder_hidden_states": "encoder:pooled_output"}),
+            r"encoder_hidden_states is \[32, 128\], the manifest needs \[128\]",
+        ),
+        (
+            lambda m: m.update(inputs={"sample": "latent", "timestep": "timestep"}),
+            "inputs: encoder_hidden_states of the denoiser is bound to nothing",
+        ),
     ],
 )
 def test_a_manifest_that_is_not_right_says_what(tmp_path, change, named):
@@ -62,6 +80,16 @@ def test_a_manifest_that_is_not_right_says_what(tmp_path, change, named):
     path.write_text(json.dumps(manifest))
     with pytest.raises(catalog.ManifestError, match=named):
         catalog.load(tmp_path / "models")
+
+
+def test_inputs_decide_pixels_and_the_usual_ones_may_be_left_out(icons):
+    """The digest of a manifest from before there were named inputs is what it was: caches and replicas go on."""
+    manifest = icons.get("").manifest
+    spelled = manifest.model_copy(update={"inputs": dict(reversed(STABLE_DIFFUSION_INPUTS.items()))})
+    assert catalog.assemble(spelled, {}).digest == icons.get("").digest
+    other = manifest.model_copy(update={"inputs": STABLE_DIFFUSION_INPUTS | {"pooled": "encoder:pooled_output"}})
+    assert catalog.assemble(other, {}).digest != icons.get("").digest
+    assert catalog.assemble(other, {}).embedding_outputs == ("last_hidden_state", "pooled_output")
 
 
 def test_of_several_revisions_the_newest_is_served(tmp_path):
@@ -190,7 +218,9 @@ async def test_a_component_that_cannot_be_run_keeps_the_server_from_starting(ico
 
 async def test_a_model_with_an_open_dimension_is_refused_by_its_name(icons, monkeypatch):
     monkeypatch.setattr(
-        onnx.onnxruntime.InferenceSession, "get_inputs", lambda _: [SimpleNamespace(name="sample", shape=["b", 4, "h"])]
+        onnx.onnxruntime.InferenceSession,
+        "get_inputs",
+        lambda _: [SimpleNamespace(name="sample", shape=["b", 4, "h"], type="tensor(float)")],
     )
     runtime = OnnxRuntime(icons, num_instances=1)
     with pytest.raises(RuntimeStartError, match="sample has an open dimension"):

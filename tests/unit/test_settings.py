@@ -76,6 +76,12 @@ def test_a_default_model_that_is_not_there_is_refused_by_the_simulated_runtime_t
         build_runtime(load(runtime="simulated", default_model="icons"))
 
 
+def test_certificates_of_clients_need_one_of_the_server():
+    with pytest.raises(SettingsError, match="tls_client_ca_file needs tls_cert_file and tls_key_file"):
+        load(tls_client_ca_file="clients.pem")
+    assert load(tls_client_ca_file="clients.pem", tls_cert_file="a", tls_key_file="b").tls_client_ca_file
+
+
 def test_beyond_loopback_needs_tls_and_keys_or_insecure():
     with pytest.raises(SettingsError, match=r"tls_cert_file.*api_key_file"):
         load(host="0.0.0.0")
@@ -107,7 +113,14 @@ def test_an_empty_variable_is_none_at_all(monkeypatch):
 def test_a_variable_that_is_almost_a_settings_is_told_and_others_are_left_alone():
     """The command line's own, those of tests, and what Kubernetes sets for a Service of this name."""
     given = ["SAFELIGHT_MODEL_DIR", "SAFELIGHT_REDISURL", "SAFELIGHT_PORT", "SAFELIGHT_TARGET", "SAFELIGHT_API_KEY"]
-    given += ["SAFELIGHT_CA_FILE", "SAFELIGHT_SERVER_NAME", "SAFELIGHT_STORM", "SAFELIGHT_SERVICE_HOST", "HOSTS"]
+    given += [
+        "SAFELIGHT_CA_FILE",
+        "SAFELIGHT_CLIENT_CERT_FILE",
+        "SAFELIGHT_SERVER_NAME",
+        "SAFELIGHT_STORM",
+        "SAFELIGHT_SERVICE_HOST",
+        "HOSTS",
+    ]
     given += ["SAFELIGHT_SERVICE_PORT", "SAFELIGHT_PORT_8421_TCP_ADDR", "SAFELIGHT_SERVICE_PORT_GRPC"]
     assert misspelt(dict.fromkeys(given, "")) == {
         "SAFELIGHT_MODEL_DIR": "SAFELIGHT_MODELS_DIR",

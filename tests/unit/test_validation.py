@@ -6,6 +6,7 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,9 @@ STEPS = "must be from 1 to 50"
 GUIDANCE = "must be a number from 1 (without guidance) to 20"
 SIZES = "models/small makes 64x64, 64x96"
 ONLY_RAW = f"only {RAW} has it; leave it out"
+IMAGE = f"images/{'ab' * 32}"
+NOT_AN_IMAGE = "must be images/SHA256 with 64 hexadecimal digits, as UploadImage returns it"
+STRENGTH = "must be above 0 and at most 1"
 NOT_UUID = "must be a UUID such as 6f1c0a52-9b3e-4d0f-8a55-2f0c7d1e9b64, and not all zeros"
 GRACE = "must be a Duration from 0 to 600 s"
 INTERVAL = "must be a Duration of more than 0"
@@ -185,6 +189,20 @@ FAULTS: list[tuple[str, pb.GenerateRequest, str, str]] = [
         sampler(name="euler", sigma_schedule=9),
         "spec.sampler.sigma_schedule",
         "euler is offered with default, karras only",
+    ),
+    ("no image name", request(init_image="photo.png"), "spec.init_image", NOT_AN_IMAGE),
+    ("image name in capitals", request(init_image=IMAGE.upper()), "spec.init_image", NOT_AN_IMAGE),
+    ("mask name", request(init_image=IMAGE, mask="images/1"), "spec.mask", NOT_AN_IMAGE),
+    ("mask alone", request(mask=IMAGE), "spec.mask", "goes with init_image, which it is the mask of; leave it out"),
+    ("strength alone", request(strength=0.5), "spec.strength", "goes with init_image; leave it out"),
+    ("strength 0", request(init_image=IMAGE, strength=0.0), "spec.strength", STRENGTH),
+    ("strength 1.1", request(init_image=IMAGE, strength=1.1), "spec.strength", STRENGTH),
+    ("strength NaN", request(init_image=IMAGE, strength=math.nan), "spec.strength", STRENGTH),
+    (
+        "no step left",
+        request(init_image=IMAGE, strength=0.04),
+        "spec.strength",
+        "leaves none of 20 steps; must be at least 0.05",
     ),
     ("eta", sampler(name="euler", eta=0.0), "spec.sampler.eta", "only ddim has it, euler has not; leave it out"),
     ("eta 1.5", sampler(eta=1.5), "spec.sampler.eta", "must be from 0 to 1"),
@@ -686,3 +704,25 @@ def leaves(message: Descriptor, prefix: str) -> Iterator[str]:
             yield prefix + field.name
         else:
             yield from leaves(inner, f"{prefix}{field.name}.")
+
+
+@pytest.mark.parametrize(("strength", "left_out"), [(0.7, 3), (0.3, 7), (0.1, 9), (1.0, 0), (None, 2), (0.58, 5)])
+def test_strength_is_the_share_of_the_steps_as_it_was_meant(catalog: Catalog, strength: float, left_out: int) -> None:
+    """0.7 as a float32 is less than 0.7, and 10 steps of that were 6."""
+    message = request(init_image=IMAGE, strength=strength, num_inference_steps=10)
+    assert resolve_request(message, catalog, LIMITS).spec.first_step == left_out
+
+
+def test_steps_that_are_left_out_cost_no_rows(catalog: Catalog) -> None:
+    few = replace(LIMITS, max_request_rows=10)
+    message = request(init_image=IMAGE, strength=0.5, num_inference_steps=10, guidance_scale=3)
+    assert resolve_request(message, catalog, few).spec.first_step == 5
+    message.spec.strength = 0.6
+    with pytest.raises(InvalidRequestError, match="costs 12 denoiser rows"):
+        resolve_request(message, catalog, few)
+
+
+def test_a_model_without_an_encoder_starts_from_no_picture(tmp_path: Path) -> None:
+    without = {role: at for role, at in MANIFEST["components"].items() if role != "encoder"}
+    with pytest.raises(InvalidRequestError, match=r"spec\.init_image: models/small cannot start from a picture"):
+        resolve_request(request(init_image=IMAGE), small_catalog(tmp_path, components=without), LIMITS)

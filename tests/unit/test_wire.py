@@ -120,6 +120,9 @@ def test_a_spec_sent_again_is_the_same_spec(tmp_path: Path) -> None:
             guidance_scale=2.5,
             sampler=pb.SamplerSpec(eta=0.3, spacing=pb.TIMESTEP_SPACING_LEADING),
             outputs=[pb.OutputSpec(), pb.OutputSpec(seed=7)],
+            init_image=f"images/{'ab' * 32}",
+            strength=0.7,
+            mask=f"images/{'cd' * 32}",
         )
     )
     first = resolve_request(sent, catalog, LIMITS).spec

@@ -32,10 +32,17 @@ LINK = re.compile(r"\[([^\]]+)\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)")
 
 
 def on_config(config: Any) -> None:
-    """Lists all decision records in the navigation."""
+    """Lists all decision records and runbooks in the navigation."""
     for section in config.nav:
         if "Decisions" in section:
-            section["Decisions"] = [f"decisions/{path.name}" for path in sorted((ROOT / "docs/decisions").glob("*.md"))]
+            section["Decisions"] = _pages("decisions")
+        for entry in section.get("Operate", ()) if isinstance(section, dict) else ():
+            if isinstance(entry, dict) and "Runbooks" in entry:
+                entry["Runbooks"] = _pages("operations/runbooks")
+
+
+def _pages(folder: str) -> list[str]:
+    return [f"{folder}/{path.name}" for path in sorted((ROOT / "docs" / folder).glob("*.md"))]
 
 
 def on_files(files: Files, *, config: Any) -> None:

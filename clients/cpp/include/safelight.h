@@ -69,6 +69,8 @@ SAFELIGHT_API void safelight_options_set_certificate(safelight_options *options,
 SAFELIGHT_API void safelight_options_set_patience_s(safelight_options *options, double patience_s);
 /* How often a request is sent again that was refused with the time after which to retry: 3. */
 SAFELIGHT_API void safelight_options_set_retries(safelight_options *options, int32_t retries);
+/* The longest message that is taken, in bytes; a longer one is the error RESOURCE_EXHAUSTED: 4 MiB. */
+SAFELIGHT_API void safelight_options_set_max_message_bytes(safelight_options *options, int32_t num_bytes);
 SAFELIGHT_API void safelight_options_free(safelight_options *options);
 
 /* ---- Client ---- */

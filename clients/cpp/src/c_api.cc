@@ -143,6 +143,9 @@ void safelight_options_set_patience_s(safelight_options* options, double patienc
   options->patience_s = patience_s;
 }
 void safelight_options_set_retries(safelight_options* options, int32_t retries) { options->retries = retries; }
+void safelight_options_set_max_message_bytes(safelight_options* options, int32_t num_bytes) {
+  options->max_message_bytes = num_bytes;
+}
 void safelight_options_free(safelight_options* options) { delete options; }
 
 // Client.
@@ -155,6 +158,8 @@ safelight_client* safelight_client_new(const char* target, const safelight_optio
       if (!(options->patience_s >= 0)) throw std::invalid_argument("patience_s must be 0 or more");
       given.patience = std::chrono::duration_cast<std::chrono::milliseconds>(seconds(options->patience_s));
       given.retries = options->retries;
+      if (options->max_message_bytes < 1) throw std::invalid_argument("max_message_bytes must be 1 or more");
+      given.max_message_bytes = options->max_message_bytes;
       if (options->tls) given.credentials = grpc::SslCredentials(options->pem);
       given.server_name = options->server_name;
     }

@@ -28,6 +28,7 @@ struct safelight_options {
   std::string server_name;
   double patience_s = 60;
   int32_t retries = 3;
+  int32_t max_message_bytes = safelight::ClientOptions{}.max_message_bytes;
 };
 
 struct safelight_client {

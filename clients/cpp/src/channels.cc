@@ -43,6 +43,7 @@ grpc::ChannelArguments arguments(const std::string& target, const ClientOptions&
   given.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
   given.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 5'000);  // also how long a server may take to answer
   given.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 2'000);
+  given.SetMaxReceiveMessageSize(options.max_message_bytes);
   if (is_local(target)) given.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   if (options.credentials && !options.server_name.empty()) given.SetSslTargetNameOverride(options.server_name);
   return given;

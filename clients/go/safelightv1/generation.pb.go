@@ -797,7 +797,7 @@ func (x Generation_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Generation_State.Descriptor instead.
 func (Generation_State) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{33, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34, 0}
 }
 
 // Asks for one or more pictures. Only a prompt is needed.
@@ -997,7 +997,21 @@ type GenerationSpec struct {
 	Sampler *SamplerSpec `protobuf:"bytes,8,opt,name=sampler,proto3" json:"sampler,omitempty"`
 	// One entry per picture, up to the model's limit. Absent: one picture with a
 	// random seed.
-	Outputs       []*OutputSpec `protobuf:"bytes,9,rep,name=outputs,proto3" json:"outputs,omitempty"`
+	Outputs []*OutputSpec `protobuf:"bytes,9,rep,name=outputs,proto3" json:"outputs,omitempty"`
+	// A picture to start from in place of noise: "images/{sha256}", as UploadImage
+	// returns it. Of another size or shape than the pictures it is cut at its
+	// longer sides to their shape, and scaled. Transparent parts count as white.
+	// Only for models with TASK_IMAGE_TO_IMAGE.
+	InitImage string `protobuf:"bytes,10,opt,name=init_image,json=initImage,proto3" json:"init_image,omitempty"`
+	// How much of `init_image` is given up, above 0 and at most 1: the share of
+	// the steps that are made, the last ones; all the others are left out. Absent:
+	// 0.8. Only with `init_image`.
+	Strength *float32 `protobuf:"fixed32,11,opt,name=strength,proto3,oneof" json:"strength,omitempty"`
+	// Which part of `init_image` is developed anew: "images/{sha256}", cut and
+	// scaled as that. White is developed, black is kept, and grey is a soft edge
+	// between both. Where the picture has an alpha channel that alone counts:
+	// transparent is developed, opaque is kept. Only with `init_image`.
+	Mask          string `protobuf:"bytes,12,opt,name=mask,proto3" json:"mask,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1093,6 +1107,27 @@ func (x *GenerationSpec) GetOutputs() []*OutputSpec {
 		return x.Outputs
 	}
 	return nil
+}
+
+func (x *GenerationSpec) GetInitImage() string {
+	if x != nil {
+		return x.InitImage
+	}
+	return ""
+}
+
+func (x *GenerationSpec) GetStrength() float32 {
+	if x != nil && x.Strength != nil {
+		return *x.Strength
+	}
+	return 0
+}
+
+func (x *GenerationSpec) GetMask() string {
+	if x != nil {
+		return x.Mask
+	}
+	return ""
 }
 
 // A text that guides the denoiser.
@@ -2693,7 +2728,10 @@ type Usage struct {
 	// Previews sent over all streams.
 	NumPreviews int64 `protobuf:"varint,4,opt,name=num_previews,json=numPreviews,proto3" json:"num_previews,omitempty"`
 	// Bytes of these previews.
-	PreviewBytes  int64 `protobuf:"varint,5,opt,name=preview_bytes,json=previewBytes,proto3" json:"preview_bytes,omitempty"`
+	PreviewBytes int64 `protobuf:"varint,5,opt,name=preview_bytes,json=previewBytes,proto3" json:"preview_bytes,omitempty"`
+	// What the compute costs by the operator's price table; absent where the
+	// server has none.
+	Cost          *Cost `protobuf:"bytes,6,opt,name=cost,proto3" json:"cost,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2763,6 +2801,68 @@ func (x *Usage) GetPreviewBytes() int64 {
 	return 0
 }
 
+func (x *Usage) GetCost() *Cost {
+	if x != nil {
+		return x.Cost
+	}
+	return nil
+}
+
+// An amount of money.
+type Cost struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// ISO 4217, such as "USD".
+	CurrencyCode string `protobuf:"bytes,1,opt,name=currency_code,json=currencyCode,proto3" json:"currency_code,omitempty"`
+	// Billionths of a unit of the currency.
+	Nanos         int64 `protobuf:"varint,2,opt,name=nanos,proto3" json:"nanos,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Cost) Reset() {
+	*x = Cost{}
+	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Cost) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Cost) ProtoMessage() {}
+
+func (x *Cost) ProtoReflect() protoreflect.Message {
+	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Cost.ProtoReflect.Descriptor instead.
+func (*Cost) Descriptor() ([]byte, []int) {
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *Cost) GetCurrencyCode() string {
+	if x != nil {
+		return x.CurrencyCode
+	}
+	return ""
+}
+
+func (x *Cost) GetNanos() int64 {
+	if x != nil {
+		return x.Nanos
+	}
+	return 0
+}
+
 // Where the time of a generation went. Stages overlap: they do not add up.
 type Timings struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2783,7 +2883,7 @@ type Timings struct {
 
 func (x *Timings) Reset() {
 	*x = Timings{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	mi := &file_safelight_v1_generation_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2795,7 +2895,7 @@ func (x *Timings) String() string {
 func (*Timings) ProtoMessage() {}
 
 func (x *Timings) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	mi := &file_safelight_v1_generation_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2808,7 +2908,7 @@ func (x *Timings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Timings.ProtoReflect.Descriptor instead.
 func (*Timings) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Timings) GetQueue() *durationpb.Duration {
@@ -2863,7 +2963,7 @@ type WatchGenerationRequest struct {
 
 func (x *WatchGenerationRequest) Reset() {
 	*x = WatchGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[24]
+	mi := &file_safelight_v1_generation_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2875,7 +2975,7 @@ func (x *WatchGenerationRequest) String() string {
 func (*WatchGenerationRequest) ProtoMessage() {}
 
 func (x *WatchGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[24]
+	mi := &file_safelight_v1_generation_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2888,7 +2988,7 @@ func (x *WatchGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGenerationRequest.ProtoReflect.Descriptor instead.
 func (*WatchGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *WatchGenerationRequest) GetName() string {
@@ -2932,7 +3032,7 @@ type ArtifactOffset struct {
 
 func (x *ArtifactOffset) Reset() {
 	*x = ArtifactOffset{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[25]
+	mi := &file_safelight_v1_generation_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2944,7 +3044,7 @@ func (x *ArtifactOffset) String() string {
 func (*ArtifactOffset) ProtoMessage() {}
 
 func (x *ArtifactOffset) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[25]
+	mi := &file_safelight_v1_generation_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2957,7 +3057,7 @@ func (x *ArtifactOffset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArtifactOffset.ProtoReflect.Descriptor instead.
 func (*ArtifactOffset) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{25}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ArtifactOffset) GetOutputIndex() int32 {
@@ -2985,7 +3085,7 @@ type WatchGenerationResponse struct {
 
 func (x *WatchGenerationResponse) Reset() {
 	*x = WatchGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[26]
+	mi := &file_safelight_v1_generation_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2997,7 +3097,7 @@ func (x *WatchGenerationResponse) String() string {
 func (*WatchGenerationResponse) ProtoMessage() {}
 
 func (x *WatchGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[26]
+	mi := &file_safelight_v1_generation_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3010,7 +3110,7 @@ func (x *WatchGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGenerationResponse.ProtoReflect.Descriptor instead.
 func (*WatchGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{26}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *WatchGenerationResponse) GetEvent() *GenerationEvent {
@@ -3035,7 +3135,7 @@ type UpdateGenerationRequest struct {
 
 func (x *UpdateGenerationRequest) Reset() {
 	*x = UpdateGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[27]
+	mi := &file_safelight_v1_generation_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3047,7 +3147,7 @@ func (x *UpdateGenerationRequest) String() string {
 func (*UpdateGenerationRequest) ProtoMessage() {}
 
 func (x *UpdateGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[27]
+	mi := &file_safelight_v1_generation_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3060,7 +3160,7 @@ func (x *UpdateGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateGenerationRequest.ProtoReflect.Descriptor instead.
 func (*UpdateGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{27}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *UpdateGenerationRequest) GetName() string {
@@ -3095,7 +3195,7 @@ type UpdateGenerationResponse struct {
 
 func (x *UpdateGenerationResponse) Reset() {
 	*x = UpdateGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[28]
+	mi := &file_safelight_v1_generation_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3107,7 +3207,7 @@ func (x *UpdateGenerationResponse) String() string {
 func (*UpdateGenerationResponse) ProtoMessage() {}
 
 func (x *UpdateGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[28]
+	mi := &file_safelight_v1_generation_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3120,7 +3220,7 @@ func (x *UpdateGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateGenerationResponse.ProtoReflect.Descriptor instead.
 func (*UpdateGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{28}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *UpdateGenerationResponse) GetGeneration() *Generation {
@@ -3141,7 +3241,7 @@ type CancelGenerationRequest struct {
 
 func (x *CancelGenerationRequest) Reset() {
 	*x = CancelGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[29]
+	mi := &file_safelight_v1_generation_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3153,7 +3253,7 @@ func (x *CancelGenerationRequest) String() string {
 func (*CancelGenerationRequest) ProtoMessage() {}
 
 func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[29]
+	mi := &file_safelight_v1_generation_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3166,7 +3266,7 @@ func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationRequest.ProtoReflect.Descriptor instead.
 func (*CancelGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{29}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CancelGenerationRequest) GetName() string {
@@ -3187,7 +3287,7 @@ type CancelGenerationResponse struct {
 
 func (x *CancelGenerationResponse) Reset() {
 	*x = CancelGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[30]
+	mi := &file_safelight_v1_generation_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3199,7 +3299,7 @@ func (x *CancelGenerationResponse) String() string {
 func (*CancelGenerationResponse) ProtoMessage() {}
 
 func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[30]
+	mi := &file_safelight_v1_generation_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3212,7 +3312,7 @@ func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationResponse.ProtoReflect.Descriptor instead.
 func (*CancelGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{30}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CancelGenerationResponse) GetGeneration() *Generation {
@@ -3233,7 +3333,7 @@ type GetGenerationRequest struct {
 
 func (x *GetGenerationRequest) Reset() {
 	*x = GetGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[31]
+	mi := &file_safelight_v1_generation_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3245,7 +3345,7 @@ func (x *GetGenerationRequest) String() string {
 func (*GetGenerationRequest) ProtoMessage() {}
 
 func (x *GetGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[31]
+	mi := &file_safelight_v1_generation_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3258,7 +3358,7 @@ func (x *GetGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGenerationRequest.ProtoReflect.Descriptor instead.
 func (*GetGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{31}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *GetGenerationRequest) GetName() string {
@@ -3279,7 +3379,7 @@ type GetGenerationResponse struct {
 
 func (x *GetGenerationResponse) Reset() {
 	*x = GetGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[32]
+	mi := &file_safelight_v1_generation_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3291,7 +3391,7 @@ func (x *GetGenerationResponse) String() string {
 func (*GetGenerationResponse) ProtoMessage() {}
 
 func (x *GetGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[32]
+	mi := &file_safelight_v1_generation_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3304,7 +3404,7 @@ func (x *GetGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGenerationResponse.ProtoReflect.Descriptor instead.
 func (*GetGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{32}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *GetGenerationResponse) GetGeneration() *Generation {
@@ -3345,7 +3445,7 @@ type Generation struct {
 
 func (x *Generation) Reset() {
 	*x = Generation{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[33]
+	mi := &file_safelight_v1_generation_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3357,7 +3457,7 @@ func (x *Generation) String() string {
 func (*Generation) ProtoMessage() {}
 
 func (x *Generation) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[33]
+	mi := &file_safelight_v1_generation_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3370,7 +3470,7 @@ func (x *Generation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generation.ProtoReflect.Descriptor instead.
 func (*Generation) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{33}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Generation) GetName() string {
@@ -3469,7 +3569,7 @@ type OutputState struct {
 
 func (x *OutputState) Reset() {
 	*x = OutputState{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[34]
+	mi := &file_safelight_v1_generation_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3481,7 +3581,7 @@ func (x *OutputState) String() string {
 func (*OutputState) ProtoMessage() {}
 
 func (x *OutputState) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[34]
+	mi := &file_safelight_v1_generation_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3494,7 +3594,7 @@ func (x *OutputState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputState.ProtoReflect.Descriptor instead.
 func (*OutputState) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *OutputState) GetOutputIndex() int32 {
@@ -3556,7 +3656,7 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"G\n" +
 	"\x10GenerateResponse\x123\n" +
-	"\x05event\x18\x01 \x01(\v2\x1d.safelight.v1.GenerationEventR\x05event\"\xc0\x03\n" +
+	"\x05event\x18\x01 \x01(\v2\x1d.safelight.v1.GenerationEventR\x05event\"\xa1\x04\n" +
 	"\x0eGenerationSpec\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x16\n" +
 	"\x06prompt\x18\x02 \x01(\tR\x06prompt\x12.\n" +
@@ -3566,12 +3666,18 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x13num_inference_steps\x18\x06 \x01(\x05H\x02R\x11numInferenceSteps\x88\x01\x01\x12*\n" +
 	"\x0eguidance_scale\x18\a \x01(\x02H\x03R\rguidanceScale\x88\x01\x01\x123\n" +
 	"\asampler\x18\b \x01(\v2\x19.safelight.v1.SamplerSpecR\asampler\x122\n" +
-	"\aoutputs\x18\t \x03(\v2\x18.safelight.v1.OutputSpecR\aoutputsB\v\n" +
+	"\aoutputs\x18\t \x03(\v2\x18.safelight.v1.OutputSpecR\aoutputs\x12\x1d\n" +
+	"\n" +
+	"init_image\x18\n" +
+	" \x01(\tR\tinitImage\x12\x1f\n" +
+	"\bstrength\x18\v \x01(\x02H\x04R\bstrength\x88\x01\x01\x12\x12\n" +
+	"\x04mask\x18\f \x01(\tR\x04maskB\v\n" +
 	"\t_width_pxB\f\n" +
 	"\n" +
 	"_height_pxB\x16\n" +
 	"\x14_num_inference_stepsB\x11\n" +
-	"\x0f_guidance_scale\"\x8f\x01\n" +
+	"\x0f_guidance_scaleB\v\n" +
+	"\t_strength\"\x8f\x01\n" +
 	"\x06Prompt\x12-\n" +
 	"\x04role\x18\x01 \x01(\x0e2\x19.safelight.v1.Prompt.RoleR\x04role\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\"B\n" +
@@ -3744,13 +3850,17 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x11DISPOSITION_EXACT\x10\x03\x12\x17\n" +
 	"\x13DISPOSITION_SIMILAR\x10\x04\x12\x16\n" +
 	"\x12DISPOSITION_LATENT\x10\x05\x12\x18\n" +
-	"\x14DISPOSITION_BRANCHED\x10\x06\"\xc5\x01\n" +
+	"\x14DISPOSITION_BRANCHED\x10\x06\"\xed\x01\n" +
 	"\x05Usage\x12<\n" +
 	"\fcompute_time\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\vcomputeTime\x12\x19\n" +
 	"\bnum_rows\x18\x02 \x01(\x03R\anumRows\x12\x1b\n" +
 	"\tnum_steps\x18\x03 \x01(\x03R\bnumSteps\x12!\n" +
 	"\fnum_previews\x18\x04 \x01(\x03R\vnumPreviews\x12#\n" +
-	"\rpreview_bytes\x18\x05 \x01(\x03R\fpreviewBytes\"\x93\x02\n" +
+	"\rpreview_bytes\x18\x05 \x01(\x03R\fpreviewBytes\x12&\n" +
+	"\x04cost\x18\x06 \x01(\v2\x12.safelight.v1.CostR\x04cost\"A\n" +
+	"\x04Cost\x12#\n" +
+	"\rcurrency_code\x18\x01 \x01(\tR\fcurrencyCode\x12\x14\n" +
+	"\x05nanos\x18\x02 \x01(\x03R\x05nanos\"\x93\x02\n" +
 	"\aTimings\x12/\n" +
 	"\x05queue\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x05queue\x12>\n" +
 	"\rfirst_preview\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\ffirstPreview\x123\n" +
@@ -3864,7 +3974,7 @@ func file_safelight_v1_generation_proto_rawDescGZIP() []byte {
 }
 
 var file_safelight_v1_generation_proto_enumTypes = make([]protoimpl.EnumInfo, 13)
-var file_safelight_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
+var file_safelight_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_safelight_v1_generation_proto_goTypes = []any{
 	(SigmaSchedule)(0),               // 0: safelight.v1.SigmaSchedule
 	(TimestepSpacing)(0),             // 1: safelight.v1.TimestepSpacing
@@ -3902,23 +4012,24 @@ var file_safelight_v1_generation_proto_goTypes = []any{
 	(*Finished)(nil),                 // 33: safelight.v1.Finished
 	(*CacheResult)(nil),              // 34: safelight.v1.CacheResult
 	(*Usage)(nil),                    // 35: safelight.v1.Usage
-	(*Timings)(nil),                  // 36: safelight.v1.Timings
-	(*WatchGenerationRequest)(nil),   // 37: safelight.v1.WatchGenerationRequest
-	(*ArtifactOffset)(nil),           // 38: safelight.v1.ArtifactOffset
-	(*WatchGenerationResponse)(nil),  // 39: safelight.v1.WatchGenerationResponse
-	(*UpdateGenerationRequest)(nil),  // 40: safelight.v1.UpdateGenerationRequest
-	(*UpdateGenerationResponse)(nil), // 41: safelight.v1.UpdateGenerationResponse
-	(*CancelGenerationRequest)(nil),  // 42: safelight.v1.CancelGenerationRequest
-	(*CancelGenerationResponse)(nil), // 43: safelight.v1.CancelGenerationResponse
-	(*GetGenerationRequest)(nil),     // 44: safelight.v1.GetGenerationRequest
-	(*GetGenerationResponse)(nil),    // 45: safelight.v1.GetGenerationResponse
-	(*Generation)(nil),               // 46: safelight.v1.Generation
-	(*OutputState)(nil),              // 47: safelight.v1.OutputState
-	nil,                              // 48: safelight.v1.GenerateRequest.LabelsEntry
-	nil,                              // 49: safelight.v1.Generation.LabelsEntry
-	(*durationpb.Duration)(nil),      // 50: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),    // 51: google.protobuf.Timestamp
-	(*status.Status)(nil),            // 52: google.rpc.Status
+	(*Cost)(nil),                     // 36: safelight.v1.Cost
+	(*Timings)(nil),                  // 37: safelight.v1.Timings
+	(*WatchGenerationRequest)(nil),   // 38: safelight.v1.WatchGenerationRequest
+	(*ArtifactOffset)(nil),           // 39: safelight.v1.ArtifactOffset
+	(*WatchGenerationResponse)(nil),  // 40: safelight.v1.WatchGenerationResponse
+	(*UpdateGenerationRequest)(nil),  // 41: safelight.v1.UpdateGenerationRequest
+	(*UpdateGenerationResponse)(nil), // 42: safelight.v1.UpdateGenerationResponse
+	(*CancelGenerationRequest)(nil),  // 43: safelight.v1.CancelGenerationRequest
+	(*CancelGenerationResponse)(nil), // 44: safelight.v1.CancelGenerationResponse
+	(*GetGenerationRequest)(nil),     // 45: safelight.v1.GetGenerationRequest
+	(*GetGenerationResponse)(nil),    // 46: safelight.v1.GetGenerationResponse
+	(*Generation)(nil),               // 47: safelight.v1.Generation
+	(*OutputState)(nil),              // 48: safelight.v1.OutputState
+	nil,                              // 49: safelight.v1.GenerateRequest.LabelsEntry
+	nil,                              // 50: safelight.v1.Generation.LabelsEntry
+	(*durationpb.Duration)(nil),      // 51: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 52: google.protobuf.Timestamp
+	(*status.Status)(nil),            // 53: google.rpc.Status
 }
 var file_safelight_v1_generation_proto_depIdxs = []int32{
 	15, // 0: safelight.v1.GenerateRequest.spec:type_name -> safelight.v1.GenerationSpec
@@ -3926,7 +4037,7 @@ var file_safelight_v1_generation_proto_depIdxs = []int32{
 	19, // 2: safelight.v1.GenerateRequest.encoding:type_name -> safelight.v1.PixelEncoding
 	21, // 3: safelight.v1.GenerateRequest.scheduling:type_name -> safelight.v1.Scheduling
 	24, // 4: safelight.v1.GenerateRequest.disconnect:type_name -> safelight.v1.DisconnectPolicy
-	48, // 5: safelight.v1.GenerateRequest.labels:type_name -> safelight.v1.GenerateRequest.LabelsEntry
+	49, // 5: safelight.v1.GenerateRequest.labels:type_name -> safelight.v1.GenerateRequest.LabelsEntry
 	22, // 6: safelight.v1.GenerateRequest.cache:type_name -> safelight.v1.CachePolicy
 	23, // 7: safelight.v1.GenerateRequest.branch:type_name -> safelight.v1.Branch
 	25, // 8: safelight.v1.GenerateResponse.event:type_name -> safelight.v1.GenerationEvent
@@ -3939,13 +4050,13 @@ var file_safelight_v1_generation_proto_depIdxs = []int32{
 	5,  // 15: safelight.v1.PixelEncoding.row_order:type_name -> safelight.v1.PixelEncoding.RowOrder
 	6,  // 16: safelight.v1.PixelEncoding.texture_format:type_name -> safelight.v1.PixelEncoding.TextureFormat
 	19, // 17: safelight.v1.PreviewPolicy.accept:type_name -> safelight.v1.PixelEncoding
-	50, // 18: safelight.v1.PreviewPolicy.min_interval:type_name -> google.protobuf.Duration
+	51, // 18: safelight.v1.PreviewPolicy.min_interval:type_name -> google.protobuf.Duration
 	2,  // 19: safelight.v1.PreviewPolicy.method:type_name -> safelight.v1.PreviewMethod
 	3,  // 20: safelight.v1.Scheduling.priority:type_name -> safelight.v1.Priority
 	7,  // 21: safelight.v1.CachePolicy.mode:type_name -> safelight.v1.CachePolicy.Mode
 	8,  // 22: safelight.v1.DisconnectPolicy.action:type_name -> safelight.v1.DisconnectPolicy.Action
-	50, // 23: safelight.v1.DisconnectPolicy.resume_grace:type_name -> google.protobuf.Duration
-	51, // 24: safelight.v1.GenerationEvent.event_time:type_name -> google.protobuf.Timestamp
+	51, // 23: safelight.v1.DisconnectPolicy.resume_grace:type_name -> google.protobuf.Duration
+	52, // 24: safelight.v1.GenerationEvent.event_time:type_name -> google.protobuf.Timestamp
 	26, // 25: safelight.v1.GenerationEvent.accepted:type_name -> safelight.v1.Accepted
 	28, // 26: safelight.v1.GenerationEvent.queued:type_name -> safelight.v1.Queued
 	29, // 27: safelight.v1.GenerationEvent.progress:type_name -> safelight.v1.Progress
@@ -3955,57 +4066,58 @@ var file_safelight_v1_generation_proto_depIdxs = []int32{
 	33, // 31: safelight.v1.GenerationEvent.finished:type_name -> safelight.v1.Finished
 	15, // 32: safelight.v1.Accepted.spec:type_name -> safelight.v1.GenerationSpec
 	19, // 33: safelight.v1.Accepted.encoding:type_name -> safelight.v1.PixelEncoding
-	50, // 34: safelight.v1.Accepted.estimated_duration:type_name -> google.protobuf.Duration
+	51, // 34: safelight.v1.Accepted.estimated_duration:type_name -> google.protobuf.Duration
 	27, // 35: safelight.v1.Accepted.warnings:type_name -> safelight.v1.Warning
 	9,  // 36: safelight.v1.Accepted.durability:type_name -> safelight.v1.Accepted.Durability
-	51, // 37: safelight.v1.Queued.estimated_start_time:type_name -> google.protobuf.Timestamp
-	50, // 38: safelight.v1.Progress.estimated_remaining:type_name -> google.protobuf.Duration
+	52, // 37: safelight.v1.Queued.estimated_start_time:type_name -> google.protobuf.Timestamp
+	51, // 38: safelight.v1.Progress.estimated_remaining:type_name -> google.protobuf.Duration
 	2,  // 39: safelight.v1.Preview.method:type_name -> safelight.v1.PreviewMethod
 	10, // 40: safelight.v1.OutputFinished.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
-	52, // 41: safelight.v1.Finished.status:type_name -> google.rpc.Status
+	53, // 41: safelight.v1.Finished.status:type_name -> google.rpc.Status
 	35, // 42: safelight.v1.Finished.usage:type_name -> safelight.v1.Usage
-	36, // 43: safelight.v1.Finished.timings:type_name -> safelight.v1.Timings
+	37, // 43: safelight.v1.Finished.timings:type_name -> safelight.v1.Timings
 	34, // 44: safelight.v1.Finished.cache_results:type_name -> safelight.v1.CacheResult
 	11, // 45: safelight.v1.CacheResult.disposition:type_name -> safelight.v1.CacheResult.Disposition
-	50, // 46: safelight.v1.Usage.compute_time:type_name -> google.protobuf.Duration
-	50, // 47: safelight.v1.Timings.queue:type_name -> google.protobuf.Duration
-	50, // 48: safelight.v1.Timings.first_preview:type_name -> google.protobuf.Duration
-	50, // 49: safelight.v1.Timings.denoise:type_name -> google.protobuf.Duration
-	50, // 50: safelight.v1.Timings.decode:type_name -> google.protobuf.Duration
-	50, // 51: safelight.v1.Timings.total:type_name -> google.protobuf.Duration
-	38, // 52: safelight.v1.WatchGenerationRequest.artifact_offsets:type_name -> safelight.v1.ArtifactOffset
-	20, // 53: safelight.v1.WatchGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	25, // 54: safelight.v1.WatchGenerationResponse.event:type_name -> safelight.v1.GenerationEvent
-	20, // 55: safelight.v1.UpdateGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	21, // 56: safelight.v1.UpdateGenerationRequest.scheduling:type_name -> safelight.v1.Scheduling
-	46, // 57: safelight.v1.UpdateGenerationResponse.generation:type_name -> safelight.v1.Generation
-	46, // 58: safelight.v1.CancelGenerationResponse.generation:type_name -> safelight.v1.Generation
-	46, // 59: safelight.v1.GetGenerationResponse.generation:type_name -> safelight.v1.Generation
-	12, // 60: safelight.v1.Generation.state:type_name -> safelight.v1.Generation.State
-	15, // 61: safelight.v1.Generation.spec:type_name -> safelight.v1.GenerationSpec
-	47, // 62: safelight.v1.Generation.outputs:type_name -> safelight.v1.OutputState
-	3,  // 63: safelight.v1.Generation.priority:type_name -> safelight.v1.Priority
-	49, // 64: safelight.v1.Generation.labels:type_name -> safelight.v1.Generation.LabelsEntry
-	51, // 65: safelight.v1.Generation.create_time:type_name -> google.protobuf.Timestamp
-	51, // 66: safelight.v1.Generation.finish_time:type_name -> google.protobuf.Timestamp
-	52, // 67: safelight.v1.Generation.status:type_name -> google.rpc.Status
-	35, // 68: safelight.v1.Generation.usage:type_name -> safelight.v1.Usage
-	10, // 69: safelight.v1.OutputState.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
-	13, // 70: safelight.v1.GenerationService.Generate:input_type -> safelight.v1.GenerateRequest
-	37, // 71: safelight.v1.GenerationService.WatchGeneration:input_type -> safelight.v1.WatchGenerationRequest
-	40, // 72: safelight.v1.GenerationService.UpdateGeneration:input_type -> safelight.v1.UpdateGenerationRequest
-	42, // 73: safelight.v1.GenerationService.CancelGeneration:input_type -> safelight.v1.CancelGenerationRequest
-	44, // 74: safelight.v1.GenerationService.GetGeneration:input_type -> safelight.v1.GetGenerationRequest
-	14, // 75: safelight.v1.GenerationService.Generate:output_type -> safelight.v1.GenerateResponse
-	39, // 76: safelight.v1.GenerationService.WatchGeneration:output_type -> safelight.v1.WatchGenerationResponse
-	41, // 77: safelight.v1.GenerationService.UpdateGeneration:output_type -> safelight.v1.UpdateGenerationResponse
-	43, // 78: safelight.v1.GenerationService.CancelGeneration:output_type -> safelight.v1.CancelGenerationResponse
-	45, // 79: safelight.v1.GenerationService.GetGeneration:output_type -> safelight.v1.GetGenerationResponse
-	75, // [75:80] is the sub-list for method output_type
-	70, // [70:75] is the sub-list for method input_type
-	70, // [70:70] is the sub-list for extension type_name
-	70, // [70:70] is the sub-list for extension extendee
-	0,  // [0:70] is the sub-list for field type_name
+	51, // 46: safelight.v1.Usage.compute_time:type_name -> google.protobuf.Duration
+	36, // 47: safelight.v1.Usage.cost:type_name -> safelight.v1.Cost
+	51, // 48: safelight.v1.Timings.queue:type_name -> google.protobuf.Duration
+	51, // 49: safelight.v1.Timings.first_preview:type_name -> google.protobuf.Duration
+	51, // 50: safelight.v1.Timings.denoise:type_name -> google.protobuf.Duration
+	51, // 51: safelight.v1.Timings.decode:type_name -> google.protobuf.Duration
+	51, // 52: safelight.v1.Timings.total:type_name -> google.protobuf.Duration
+	39, // 53: safelight.v1.WatchGenerationRequest.artifact_offsets:type_name -> safelight.v1.ArtifactOffset
+	20, // 54: safelight.v1.WatchGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	25, // 55: safelight.v1.WatchGenerationResponse.event:type_name -> safelight.v1.GenerationEvent
+	20, // 56: safelight.v1.UpdateGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	21, // 57: safelight.v1.UpdateGenerationRequest.scheduling:type_name -> safelight.v1.Scheduling
+	47, // 58: safelight.v1.UpdateGenerationResponse.generation:type_name -> safelight.v1.Generation
+	47, // 59: safelight.v1.CancelGenerationResponse.generation:type_name -> safelight.v1.Generation
+	47, // 60: safelight.v1.GetGenerationResponse.generation:type_name -> safelight.v1.Generation
+	12, // 61: safelight.v1.Generation.state:type_name -> safelight.v1.Generation.State
+	15, // 62: safelight.v1.Generation.spec:type_name -> safelight.v1.GenerationSpec
+	48, // 63: safelight.v1.Generation.outputs:type_name -> safelight.v1.OutputState
+	3,  // 64: safelight.v1.Generation.priority:type_name -> safelight.v1.Priority
+	50, // 65: safelight.v1.Generation.labels:type_name -> safelight.v1.Generation.LabelsEntry
+	52, // 66: safelight.v1.Generation.create_time:type_name -> google.protobuf.Timestamp
+	52, // 67: safelight.v1.Generation.finish_time:type_name -> google.protobuf.Timestamp
+	53, // 68: safelight.v1.Generation.status:type_name -> google.rpc.Status
+	35, // 69: safelight.v1.Generation.usage:type_name -> safelight.v1.Usage
+	10, // 70: safelight.v1.OutputState.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
+	13, // 71: safelight.v1.GenerationService.Generate:input_type -> safelight.v1.GenerateRequest
+	38, // 72: safelight.v1.GenerationService.WatchGeneration:input_type -> safelight.v1.WatchGenerationRequest
+	41, // 73: safelight.v1.GenerationService.UpdateGeneration:input_type -> safelight.v1.UpdateGenerationRequest
+	43, // 74: safelight.v1.GenerationService.CancelGeneration:input_type -> safelight.v1.CancelGenerationRequest
+	45, // 75: safelight.v1.GenerationService.GetGeneration:input_type -> safelight.v1.GetGenerationRequest
+	14, // 76: safelight.v1.GenerationService.Generate:output_type -> safelight.v1.GenerateResponse
+	40, // 77: safelight.v1.GenerationService.WatchGeneration:output_type -> safelight.v1.WatchGenerationResponse
+	42, // 78: safelight.v1.GenerationService.UpdateGeneration:output_type -> safelight.v1.UpdateGenerationResponse
+	44, // 79: safelight.v1.GenerationService.CancelGeneration:output_type -> safelight.v1.CancelGenerationResponse
+	46, // 80: safelight.v1.GenerationService.GetGeneration:output_type -> safelight.v1.GetGenerationResponse
+	76, // [76:81] is the sub-list for method output_type
+	71, // [71:76] is the sub-list for method input_type
+	71, // [71:71] is the sub-list for extension type_name
+	71, // [71:71] is the sub-list for extension extendee
+	0,  // [0:71] is the sub-list for field type_name
 }
 
 func init() { file_safelight_v1_generation_proto_init() }
@@ -4037,7 +4149,7 @@ func file_safelight_v1_generation_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_safelight_v1_generation_proto_rawDesc), len(file_safelight_v1_generation_proto_rawDesc)),
 			NumEnums:      13,
-			NumMessages:   37,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -24,6 +24,63 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// What a model can be asked for.
+type Task int32
+
+const (
+	// Not a task.
+	Task_TASK_UNSPECIFIED Task = 0
+	// A picture from a prompt.
+	Task_TASK_TEXT_TO_IMAGE Task = 1
+	// A picture from a prompt and another picture: `GenerationSpec.init_image`.
+	Task_TASK_IMAGE_TO_IMAGE Task = 2
+	// A part of a picture anew: `GenerationSpec.mask`.
+	Task_TASK_INPAINTING Task = 3
+)
+
+// Enum value maps for Task.
+var (
+	Task_name = map[int32]string{
+		0: "TASK_UNSPECIFIED",
+		1: "TASK_TEXT_TO_IMAGE",
+		2: "TASK_IMAGE_TO_IMAGE",
+		3: "TASK_INPAINTING",
+	}
+	Task_value = map[string]int32{
+		"TASK_UNSPECIFIED":    0,
+		"TASK_TEXT_TO_IMAGE":  1,
+		"TASK_IMAGE_TO_IMAGE": 2,
+		"TASK_INPAINTING":     3,
+	}
+)
+
+func (x Task) Enum() *Task {
+	p := new(Task)
+	*p = x
+	return p
+}
+
+func (x Task) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Task) Descriptor() protoreflect.EnumDescriptor {
+	return file_safelight_v1_models_proto_enumTypes[0].Descriptor()
+}
+
+func (Task) Type() protoreflect.EnumType {
+	return &file_safelight_v1_models_proto_enumTypes[0]
+}
+
+func (x Task) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Task.Descriptor instead.
+func (Task) EnumDescriptor() ([]byte, []int) {
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{0}
+}
+
 // Asks for a page of models.
 type ListModelsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -86,6 +143,8 @@ type ListModelsResponse struct {
 	Models []*Model `protobuf:"bytes,1,rep,name=models,proto3" json:"models,omitempty"`
 	// Asks for the page that follows. Empty: there is none.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	// On the first page: the models that are there and cannot be served.
+	Unavailable   []*UnavailableModel `protobuf:"bytes,3,rep,name=unavailable,proto3" json:"unavailable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -134,6 +193,77 @@ func (x *ListModelsResponse) GetNextPageToken() string {
 	return ""
 }
 
+func (x *ListModelsResponse) GetUnavailable() []*UnavailableModel {
+	if x != nil {
+		return x.Unavailable
+	}
+	return nil
+}
+
+// A model that is there and cannot be served.
+type UnavailableModel struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "models/{model}".
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Revision of its weights.
+	Revision string `protobuf:"bytes,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	// What is wrong with it.
+	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnavailableModel) Reset() {
+	*x = UnavailableModel{}
+	mi := &file_safelight_v1_models_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnavailableModel) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnavailableModel) ProtoMessage() {}
+
+func (x *UnavailableModel) ProtoReflect() protoreflect.Message {
+	mi := &file_safelight_v1_models_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnavailableModel.ProtoReflect.Descriptor instead.
+func (*UnavailableModel) Descriptor() ([]byte, []int) {
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *UnavailableModel) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *UnavailableModel) GetRevision() string {
+	if x != nil {
+		return x.Revision
+	}
+	return ""
+}
+
+func (x *UnavailableModel) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 // Asks for a model.
 type GetModelRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -145,7 +275,7 @@ type GetModelRequest struct {
 
 func (x *GetModelRequest) Reset() {
 	*x = GetModelRequest{}
-	mi := &file_safelight_v1_models_proto_msgTypes[2]
+	mi := &file_safelight_v1_models_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -157,7 +287,7 @@ func (x *GetModelRequest) String() string {
 func (*GetModelRequest) ProtoMessage() {}
 
 func (x *GetModelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[2]
+	mi := &file_safelight_v1_models_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -170,7 +300,7 @@ func (x *GetModelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetModelRequest.ProtoReflect.Descriptor instead.
 func (*GetModelRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{2}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *GetModelRequest) GetName() string {
@@ -191,7 +321,7 @@ type GetModelResponse struct {
 
 func (x *GetModelResponse) Reset() {
 	*x = GetModelResponse{}
-	mi := &file_safelight_v1_models_proto_msgTypes[3]
+	mi := &file_safelight_v1_models_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -203,7 +333,7 @@ func (x *GetModelResponse) String() string {
 func (*GetModelResponse) ProtoMessage() {}
 
 func (x *GetModelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[3]
+	mi := &file_safelight_v1_models_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -216,7 +346,7 @@ func (x *GetModelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetModelResponse.ProtoReflect.Descriptor instead.
 func (*GetModelResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{3}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *GetModelResponse) GetModel() *Model {
@@ -256,14 +386,20 @@ type Model struct {
 	// What is refused.
 	Limits *ModelLimits `protobuf:"bytes,13,opt,name=limits,proto3" json:"limits,omitempty"`
 	// Measured time of one denoiser call, by rows.
-	StepTimes     []*StepTime `protobuf:"bytes,14,rep,name=step_times,json=stepTimes,proto3" json:"step_times,omitempty"`
+	StepTimes []*StepTime `protobuf:"bytes,14,rep,name=step_times,json=stepTimes,proto3" json:"step_times,omitempty"`
+	// Measured time of one call of the other components, by rows.
+	ComponentTimes []*ComponentTime `protobuf:"bytes,15,rep,name=component_times,json=componentTimes,proto3" json:"component_times,omitempty"`
+	// What differs from the pipeline that it was exported from: substitutes for what this server does not have.
+	Notes []string `protobuf:"bytes,16,rep,name=notes,proto3" json:"notes,omitempty"`
+	// What it can be asked for.
+	Tasks         []Task `protobuf:"varint,17,rep,packed,name=tasks,proto3,enum=safelight.v1.Task" json:"tasks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Model) Reset() {
 	*x = Model{}
-	mi := &file_safelight_v1_models_proto_msgTypes[4]
+	mi := &file_safelight_v1_models_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -275,7 +411,7 @@ func (x *Model) String() string {
 func (*Model) ProtoMessage() {}
 
 func (x *Model) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[4]
+	mi := &file_safelight_v1_models_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -288,7 +424,7 @@ func (x *Model) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Model.ProtoReflect.Descriptor instead.
 func (*Model) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{4}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Model) GetName() string {
@@ -389,6 +525,27 @@ func (x *Model) GetStepTimes() []*StepTime {
 	return nil
 }
 
+func (x *Model) GetComponentTimes() []*ComponentTime {
+	if x != nil {
+		return x.ComponentTimes
+	}
+	return nil
+}
+
+func (x *Model) GetNotes() []string {
+	if x != nil {
+		return x.Notes
+	}
+	return nil
+}
+
+func (x *Model) GetTasks() []Task {
+	if x != nil {
+		return x.Tasks
+	}
+	return nil
+}
+
 // A picture size.
 type Size struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -402,7 +559,7 @@ type Size struct {
 
 func (x *Size) Reset() {
 	*x = Size{}
-	mi := &file_safelight_v1_models_proto_msgTypes[5]
+	mi := &file_safelight_v1_models_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -414,7 +571,7 @@ func (x *Size) String() string {
 func (*Size) ProtoMessage() {}
 
 func (x *Size) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[5]
+	mi := &file_safelight_v1_models_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -427,7 +584,7 @@ func (x *Size) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Size.ProtoReflect.Descriptor instead.
 func (*Size) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{5}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Size) GetWidthPx() int32 {
@@ -459,7 +616,7 @@ type SamplerOffer struct {
 
 func (x *SamplerOffer) Reset() {
 	*x = SamplerOffer{}
-	mi := &file_safelight_v1_models_proto_msgTypes[6]
+	mi := &file_safelight_v1_models_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -471,7 +628,7 @@ func (x *SamplerOffer) String() string {
 func (*SamplerOffer) ProtoMessage() {}
 
 func (x *SamplerOffer) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[6]
+	mi := &file_safelight_v1_models_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -484,7 +641,7 @@ func (x *SamplerOffer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SamplerOffer.ProtoReflect.Descriptor instead.
 func (*SamplerOffer) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{6}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *SamplerOffer) GetName() string {
@@ -523,7 +680,7 @@ type ModelDefaults struct {
 
 func (x *ModelDefaults) Reset() {
 	*x = ModelDefaults{}
-	mi := &file_safelight_v1_models_proto_msgTypes[7]
+	mi := &file_safelight_v1_models_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -535,7 +692,7 @@ func (x *ModelDefaults) String() string {
 func (*ModelDefaults) ProtoMessage() {}
 
 func (x *ModelDefaults) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[7]
+	mi := &file_safelight_v1_models_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -548,7 +705,7 @@ func (x *ModelDefaults) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelDefaults.ProtoReflect.Descriptor instead.
 func (*ModelDefaults) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{7}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ModelDefaults) GetNumInferenceSteps() int32 {
@@ -589,7 +746,7 @@ type ModelLimits struct {
 
 func (x *ModelLimits) Reset() {
 	*x = ModelLimits{}
-	mi := &file_safelight_v1_models_proto_msgTypes[8]
+	mi := &file_safelight_v1_models_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -601,7 +758,7 @@ func (x *ModelLimits) String() string {
 func (*ModelLimits) ProtoMessage() {}
 
 func (x *ModelLimits) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[8]
+	mi := &file_safelight_v1_models_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -614,7 +771,7 @@ func (x *ModelLimits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelLimits.ProtoReflect.Descriptor instead.
 func (*ModelLimits) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{8}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ModelLimits) GetMaxNumInferenceSteps() int32 {
@@ -645,6 +802,61 @@ func (x *ModelLimits) GetMaxPromptTokens() int32 {
 	return 0
 }
 
+// Times of calls of a component.
+type ComponentTime struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "text_encoder", "decoder" or "preview_decoder".
+	Component string `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"`
+	// By rows.
+	Times         []*StepTime `protobuf:"bytes,2,rep,name=times,proto3" json:"times,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ComponentTime) Reset() {
+	*x = ComponentTime{}
+	mi := &file_safelight_v1_models_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ComponentTime) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ComponentTime) ProtoMessage() {}
+
+func (x *ComponentTime) ProtoReflect() protoreflect.Message {
+	mi := &file_safelight_v1_models_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ComponentTime.ProtoReflect.Descriptor instead.
+func (*ComponentTime) Descriptor() ([]byte, []int) {
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ComponentTime) GetComponent() string {
+	if x != nil {
+		return x.Component
+	}
+	return ""
+}
+
+func (x *ComponentTime) GetTimes() []*StepTime {
+	if x != nil {
+		return x.Times
+	}
+	return nil
+}
+
 // Time of one denoiser call.
 type StepTime struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -658,7 +870,7 @@ type StepTime struct {
 
 func (x *StepTime) Reset() {
 	*x = StepTime{}
-	mi := &file_safelight_v1_models_proto_msgTypes[9]
+	mi := &file_safelight_v1_models_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -670,7 +882,7 @@ func (x *StepTime) String() string {
 func (*StepTime) ProtoMessage() {}
 
 func (x *StepTime) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[9]
+	mi := &file_safelight_v1_models_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -683,7 +895,7 @@ func (x *StepTime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StepTime.ProtoReflect.Descriptor instead.
 func (*StepTime) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{9}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *StepTime) GetNumRows() int32 {
@@ -708,14 +920,19 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\x11ListModelsRequest\x12\x1b\n" +
 	"\tpage_size\x18\x01 \x01(\x05R\bpageSize\x12\x1d\n" +
 	"\n" +
-	"page_token\x18\x02 \x01(\tR\tpageToken\"i\n" +
+	"page_token\x18\x02 \x01(\tR\tpageToken\"\xab\x01\n" +
 	"\x12ListModelsResponse\x12+\n" +
 	"\x06models\x18\x01 \x03(\v2\x13.safelight.v1.ModelR\x06models\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"%\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\x12@\n" +
+	"\vunavailable\x18\x03 \x03(\v2\x1e.safelight.v1.UnavailableModelR\vunavailable\"Z\n" +
+	"\x10UnavailableModel\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\tR\brevision\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"%\n" +
 	"\x0fGetModelRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"=\n" +
 	"\x10GetModelResponse\x12)\n" +
-	"\x05model\x18\x01 \x01(\v2\x13.safelight.v1.ModelR\x05model\"\xb9\x04\n" +
+	"\x05model\x18\x01 \x01(\v2\x13.safelight.v1.ModelR\x05model\"\xbf\x05\n" +
 	"\x05Model\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\tR\brevision\x12 \n" +
@@ -735,7 +952,10 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\bdefaults\x18\f \x01(\v2\x1b.safelight.v1.ModelDefaultsR\bdefaults\x121\n" +
 	"\x06limits\x18\r \x01(\v2\x19.safelight.v1.ModelLimitsR\x06limits\x125\n" +
 	"\n" +
-	"step_times\x18\x0e \x03(\v2\x16.safelight.v1.StepTimeR\tstepTimes\">\n" +
+	"step_times\x18\x0e \x03(\v2\x16.safelight.v1.StepTimeR\tstepTimes\x12D\n" +
+	"\x0fcomponent_times\x18\x0f \x03(\v2\x1b.safelight.v1.ComponentTimeR\x0ecomponentTimes\x12\x14\n" +
+	"\x05notes\x18\x10 \x03(\tR\x05notes\x12(\n" +
+	"\x05tasks\x18\x11 \x03(\x0e2\x12.safelight.v1.TaskR\x05tasks\">\n" +
 	"\x04Size\x12\x19\n" +
 	"\bwidth_px\x18\x01 \x01(\x05R\awidthPx\x12\x1b\n" +
 	"\theight_px\x18\x02 \x01(\x05R\bheightPx\"\xa3\x01\n" +
@@ -752,10 +972,18 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\x12max_guidance_scale\x18\x02 \x01(\x02R\x10maxGuidanceScale\x12\x1f\n" +
 	"\vmax_outputs\x18\x03 \x01(\x05R\n" +
 	"maxOutputs\x12*\n" +
-	"\x11max_prompt_tokens\x18\x04 \x01(\x05R\x0fmaxPromptTokens\"\\\n" +
+	"\x11max_prompt_tokens\x18\x04 \x01(\x05R\x0fmaxPromptTokens\"[\n" +
+	"\rComponentTime\x12\x1c\n" +
+	"\tcomponent\x18\x01 \x01(\tR\tcomponent\x12,\n" +
+	"\x05times\x18\x02 \x03(\v2\x16.safelight.v1.StepTimeR\x05times\"\\\n" +
 	"\bStepTime\x12\x19\n" +
 	"\bnum_rows\x18\x01 \x01(\x05R\anumRows\x125\n" +
-	"\bduration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bduration2\xaa\x01\n" +
+	"\bduration\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\bduration*b\n" +
+	"\x04Task\x12\x14\n" +
+	"\x10TASK_UNSPECIFIED\x10\x00\x12\x16\n" +
+	"\x12TASK_TEXT_TO_IMAGE\x10\x01\x12\x17\n" +
+	"\x13TASK_IMAGE_TO_IMAGE\x10\x02\x12\x13\n" +
+	"\x0fTASK_INPAINTING\x10\x032\xaa\x01\n" +
 	"\fModelService\x12O\n" +
 	"\n" +
 	"ListModels\x12\x1f.safelight.v1.ListModelsRequest\x1a .safelight.v1.ListModelsResponse\x12I\n" +
@@ -773,46 +1001,54 @@ func file_safelight_v1_models_proto_rawDescGZIP() []byte {
 	return file_safelight_v1_models_proto_rawDescData
 }
 
-var file_safelight_v1_models_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_safelight_v1_models_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_safelight_v1_models_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_safelight_v1_models_proto_goTypes = []any{
-	(*ListModelsRequest)(nil),   // 0: safelight.v1.ListModelsRequest
-	(*ListModelsResponse)(nil),  // 1: safelight.v1.ListModelsResponse
-	(*GetModelRequest)(nil),     // 2: safelight.v1.GetModelRequest
-	(*GetModelResponse)(nil),    // 3: safelight.v1.GetModelResponse
-	(*Model)(nil),               // 4: safelight.v1.Model
-	(*Size)(nil),                // 5: safelight.v1.Size
-	(*SamplerOffer)(nil),        // 6: safelight.v1.SamplerOffer
-	(*ModelDefaults)(nil),       // 7: safelight.v1.ModelDefaults
-	(*ModelLimits)(nil),         // 8: safelight.v1.ModelLimits
-	(*StepTime)(nil),            // 9: safelight.v1.StepTime
-	(PreviewMethod)(0),          // 10: safelight.v1.PreviewMethod
-	(SigmaSchedule)(0),          // 11: safelight.v1.SigmaSchedule
-	(TimestepSpacing)(0),        // 12: safelight.v1.TimestepSpacing
-	(*SamplerSpec)(nil),         // 13: safelight.v1.SamplerSpec
-	(*durationpb.Duration)(nil), // 14: google.protobuf.Duration
+	(Task)(0),                   // 0: safelight.v1.Task
+	(*ListModelsRequest)(nil),   // 1: safelight.v1.ListModelsRequest
+	(*ListModelsResponse)(nil),  // 2: safelight.v1.ListModelsResponse
+	(*UnavailableModel)(nil),    // 3: safelight.v1.UnavailableModel
+	(*GetModelRequest)(nil),     // 4: safelight.v1.GetModelRequest
+	(*GetModelResponse)(nil),    // 5: safelight.v1.GetModelResponse
+	(*Model)(nil),               // 6: safelight.v1.Model
+	(*Size)(nil),                // 7: safelight.v1.Size
+	(*SamplerOffer)(nil),        // 8: safelight.v1.SamplerOffer
+	(*ModelDefaults)(nil),       // 9: safelight.v1.ModelDefaults
+	(*ModelLimits)(nil),         // 10: safelight.v1.ModelLimits
+	(*ComponentTime)(nil),       // 11: safelight.v1.ComponentTime
+	(*StepTime)(nil),            // 12: safelight.v1.StepTime
+	(PreviewMethod)(0),          // 13: safelight.v1.PreviewMethod
+	(SigmaSchedule)(0),          // 14: safelight.v1.SigmaSchedule
+	(TimestepSpacing)(0),        // 15: safelight.v1.TimestepSpacing
+	(*SamplerSpec)(nil),         // 16: safelight.v1.SamplerSpec
+	(*durationpb.Duration)(nil), // 17: google.protobuf.Duration
 }
 var file_safelight_v1_models_proto_depIdxs = []int32{
-	4,  // 0: safelight.v1.ListModelsResponse.models:type_name -> safelight.v1.Model
-	4,  // 1: safelight.v1.GetModelResponse.model:type_name -> safelight.v1.Model
-	5,  // 2: safelight.v1.Model.sizes:type_name -> safelight.v1.Size
-	6,  // 3: safelight.v1.Model.samplers:type_name -> safelight.v1.SamplerOffer
-	10, // 4: safelight.v1.Model.preview_methods:type_name -> safelight.v1.PreviewMethod
-	7,  // 5: safelight.v1.Model.defaults:type_name -> safelight.v1.ModelDefaults
-	8,  // 6: safelight.v1.Model.limits:type_name -> safelight.v1.ModelLimits
-	9,  // 7: safelight.v1.Model.step_times:type_name -> safelight.v1.StepTime
-	11, // 8: safelight.v1.SamplerOffer.sigma_schedules:type_name -> safelight.v1.SigmaSchedule
-	12, // 9: safelight.v1.SamplerOffer.spacings:type_name -> safelight.v1.TimestepSpacing
-	13, // 10: safelight.v1.ModelDefaults.sampler:type_name -> safelight.v1.SamplerSpec
-	14, // 11: safelight.v1.StepTime.duration:type_name -> google.protobuf.Duration
-	0,  // 12: safelight.v1.ModelService.ListModels:input_type -> safelight.v1.ListModelsRequest
-	2,  // 13: safelight.v1.ModelService.GetModel:input_type -> safelight.v1.GetModelRequest
-	1,  // 14: safelight.v1.ModelService.ListModels:output_type -> safelight.v1.ListModelsResponse
-	3,  // 15: safelight.v1.ModelService.GetModel:output_type -> safelight.v1.GetModelResponse
-	14, // [14:16] is the sub-list for method output_type
-	12, // [12:14] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	6,  // 0: safelight.v1.ListModelsResponse.models:type_name -> safelight.v1.Model
+	3,  // 1: safelight.v1.ListModelsResponse.unavailable:type_name -> safelight.v1.UnavailableModel
+	6,  // 2: safelight.v1.GetModelResponse.model:type_name -> safelight.v1.Model
+	7,  // 3: safelight.v1.Model.sizes:type_name -> safelight.v1.Size
+	8,  // 4: safelight.v1.Model.samplers:type_name -> safelight.v1.SamplerOffer
+	13, // 5: safelight.v1.Model.preview_methods:type_name -> safelight.v1.PreviewMethod
+	9,  // 6: safelight.v1.Model.defaults:type_name -> safelight.v1.ModelDefaults
+	10, // 7: safelight.v1.Model.limits:type_name -> safelight.v1.ModelLimits
+	12, // 8: safelight.v1.Model.step_times:type_name -> safelight.v1.StepTime
+	11, // 9: safelight.v1.Model.component_times:type_name -> safelight.v1.ComponentTime
+	0,  // 10: safelight.v1.Model.tasks:type_name -> safelight.v1.Task
+	14, // 11: safelight.v1.SamplerOffer.sigma_schedules:type_name -> safelight.v1.SigmaSchedule
+	15, // 12: safelight.v1.SamplerOffer.spacings:type_name -> safelight.v1.TimestepSpacing
+	16, // 13: safelight.v1.ModelDefaults.sampler:type_name -> safelight.v1.SamplerSpec
+	12, // 14: safelight.v1.ComponentTime.times:type_name -> safelight.v1.StepTime
+	17, // 15: safelight.v1.StepTime.duration:type_name -> google.protobuf.Duration
+	1,  // 16: safelight.v1.ModelService.ListModels:input_type -> safelight.v1.ListModelsRequest
+	4,  // 17: safelight.v1.ModelService.GetModel:input_type -> safelight.v1.GetModelRequest
+	2,  // 18: safelight.v1.ModelService.ListModels:output_type -> safelight.v1.ListModelsResponse
+	5,  // 19: safelight.v1.ModelService.GetModel:output_type -> safelight.v1.GetModelResponse
+	18, // [18:20] is the sub-list for method output_type
+	16, // [16:18] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_safelight_v1_models_proto_init() }
@@ -826,13 +1062,14 @@ func file_safelight_v1_models_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_safelight_v1_models_proto_rawDesc), len(file_safelight_v1_models_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   10,
+			NumEnums:      1,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_safelight_v1_models_proto_goTypes,
 		DependencyIndexes: file_safelight_v1_models_proto_depIdxs,
+		EnumInfos:         file_safelight_v1_models_proto_enumTypes,
 		MessageInfos:      file_safelight_v1_models_proto_msgTypes,
 	}.Build()
 	File_safelight_v1_models_proto = out.File

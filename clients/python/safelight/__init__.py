@@ -11,10 +11,13 @@ from safelight.blocking import SyncClient, SyncStream
 from safelight.client import Client
 from safelight.errors import GenerationError
 from safelight.events import Accepted, Event, Finished, Origin, Picture, Preview, Progress
+from safelight.images import ImageFile, ImageSource
 from safelight.request import CacheMode, GenerateOptions, PreviewOptions
 from safelight.stream import GenerationStream
 from safelight.v1.cache_pb2 import GetCacheStatsResponse, PurgeCacheResponse
 from safelight.v1.generation_pb2 import Branch, CachePolicy, PixelEncoding, PreviewPolicy
+from safelight.v1.images_pb2 import Image
+from safelight.v1.models_pb2 import Model, StepTime
 from safelight.v1.quotas_pb2 import TenantQuota, TokenBucket
 
 __all__ = [
@@ -29,6 +32,10 @@ __all__ = [
     "GenerationError",
     "GenerationStream",
     "GetCacheStatsResponse",
+    "Image",
+    "ImageFile",
+    "ImageSource",
+    "Model",
     "Origin",
     "Picture",
     "PixelEncoding",
@@ -37,6 +44,7 @@ __all__ = [
     "PreviewPolicy",
     "Progress",
     "PurgeCacheResponse",
+    "StepTime",
     "SyncClient",
     "SyncStream",
     "TenantQuota",

@@ -6,17 +6,18 @@ import asyncio
 import functools
 import threading
 from collections.abc import Coroutine, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import grpc
 
-from safelight.client import PATIENCE_S, RETRIES, Client
+from safelight.client import MAX_MESSAGE_BYTES, PATIENCE_S, RETRIES, Client
 from safelight.events import Event, Picture
 from safelight.request import GenerateOptions, PreviewOptions
 from safelight.stream import GenerationStream
 from safelight.v1 import generation_pb2 as pb
-from safelight.v1 import models_pb2
+from safelight.v1 import images_pb2, models_pb2
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -99,6 +100,7 @@ class SyncClient:
         server_name: str = "",
         patience_s: float = PATIENCE_S,
         retries: int = RETRIES,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         async def connect() -> Client:  # on the loop that its channels belong to
             return Client(
@@ -108,6 +110,7 @@ class SyncClient:
                 server_name=server_name,
                 patience_s=patience_s,
                 retries=retries,
+                max_message_bytes=max_message_bytes,
             )
 
         self._client = _run(connect())
@@ -141,6 +144,10 @@ class SyncClient:
     def cancel(self, generation: str) -> pb.Generation:
         """Stops a generation and returns it as it ended; see `Client.cancel`."""
         return _run(self._client.cancel(generation))
+
+    def upload_image(self, source: bytes | Path) -> images_pb2.Image:
+        """Uploads a picture; see `Client.upload_image`."""
+        return _run(self._client.upload_image(source))
 
     def models(self) -> list[models_pb2.Model]:
         """Returns all models of the server; see `Client.models`."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from types import TracebackType
+from pathlib import Path
+from types import MappingProxyType, TracebackType
 from typing import Self, TypeAlias, TypeVar, Unpack
 
 import grpc
@@ -14,13 +15,15 @@ import grpc
 from safelight import proxies, tracing
 from safelight.errors import GenerationError
 from safelight.events import Event
+from safelight.images import ImageFile, image_file, upload, upload_missing
 from safelight.received import Received
-from safelight.request import GenerateOptions, PreviewOptions, generate_request, preview_policy
+from safelight.request import GenerateOptions, PreviewOptions, generate_request, image_files, preview_policy
 from safelight.stream import GenerationStream
 from safelight.v1 import (
     cache_pb2,
     cache_pb2_grpc,
     generation_pb2_grpc,
+    images_pb2,
     models_pb2,
     models_pb2_grpc,
     quotas_pb2,
@@ -46,6 +49,8 @@ FIRST_WAIT_S, MAX_WAIT_S = 0.1, 2.0
 """Waits between two tries: doubled from the first to the longest, of which 50 to 100 % are waited, by chance."""
 RETRIES = 3
 """How often a request is sent again that was refused with the time after which to retry."""
+MAX_MESSAGE_BYTES = 4 << 20
+"""Above every message of a server, and what gRPC takes by default."""
 RESUMABLE = ("", "WATCHER_STALLED", "MOVED", "OTHER_MODEL")
 """Error reasons after which the same generation can be resumed; "" is a lost connection."""
 ELSEWHERE = ("DRAINING", "UNAVAILABLE")
@@ -72,6 +77,7 @@ class Client:
         patience_s: how long a generation whose connection is lost is asked for again, since its last event.
         retries: how often a request is sent again that the server has refused with the time after which to retry
             (RetryInfo): it waits as long as the server says, within patience_s and its deadline.
+        max_message_bytes: the largest message that is received; a larger one is RESOURCE_EXHAUSTED.
 
     Raises:
         ValueError: "ARGUMENT: WHAT", for a target or an api_key that cannot be used.
@@ -86,6 +92,7 @@ class Client:
         server_name: str = "",
         patience_s: float = PATIENCE_S,
         retries: int = RETRIES,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         targets = [one.strip() for one in (target.split(",") if isinstance(target, str) else target)]
         if not targets or not all(targets):
@@ -94,11 +101,11 @@ class Client:
         if not all("!" <= character <= "~" for character in key):
             raise ValueError("api_key: must be visible ASCII characters")
         self._targets = targets
-        self._channels = [_channel(one, credentials, server_name) for one in targets]
+        self._channels = [_channel(one, credentials, server_name, max_message_bytes) for one in targets]
         self._patience_s = patience_s
         self._retries = retries
         self._at = 0
-        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
+        self._metadata: tuple[tuple[str, str], ...] = (("authorization", f"Bearer {key}"),) if key else ()
 
     @property
     def channel(self) -> grpc.aio.Channel:
@@ -160,8 +167,8 @@ class Client:
             GenerationError: while it is iterated: the request was refused, the generation failed, or it could not be
                 resumed.
         """
-        request = generate_request(prompt, **options)
-        return GenerationStream(self.develop(request, timeout_s=options.get("timeout_s")))
+        request, images = generate_request(prompt, **options), image_files(options)
+        return GenerationStream(self.develop(request, timeout_s=options.get("timeout_s"), images=images))
 
     def watch(
         self, generation: str, *, timeout_s: float | None = None, **options: Unpack[PreviewOptions]
@@ -178,27 +185,42 @@ class Client:
             GenerationError: while it is iterated: there is no such generation, it failed, or it cannot be reached.
         """
         received = Received(self._at, preview_policy(options), generation)
-        return GenerationStream(self._develop(pb.GenerateRequest(), received, timeout_s, list(self._metadata)))
+        return GenerationStream(self._develop(pb.GenerateRequest(), received, timeout_s, list(self._metadata), {}))
 
     async def develop(
-        self, request: pb.GenerateRequest, *, timeout_s: float | None = None
+        self,
+        request: pb.GenerateRequest,
+        *,
+        timeout_s: float | None = None,
+        images: Mapping[str, ImageFile] = MappingProxyType({}),
     ) -> AsyncGenerator[Event, None]:
-        """Like `generate`, for a whole request message. Without a request_id it is never sent a second time."""
+        """Like `generate`, for a whole request message. Without a request_id it is never sent a second time.
+
+        Args:
+            images: files of pictures that the request names, by their names; uploaded where they are missing.
+        """
         metadata = list(self._metadata)
         received = Received(self._at, request.preview if request.HasField("preview") else None)
         with tracing.client_span(request, metadata):
-            async with aclosing(self._develop(request, received, timeout_s, metadata)) as events:
+            async with aclosing(self._develop(request, received, timeout_s, metadata, images)) as events:
                 async for event in events:
                     yield event
 
     async def _develop(
-        self, request: pb.GenerateRequest, received: Received, timeout_s: float | None, metadata: Metadata
+        self,
+        request: pb.GenerateRequest,
+        received: Received,
+        timeout_s: float | None,
+        metadata: Metadata,
+        images: Mapping[str, ImageFile],
     ) -> AsyncGenerator[Event, None]:
         loop = asyncio.get_running_loop()
         until = None if timeout_s is None else loop.time() + timeout_s
         tries, refusals, num_events = 0, 0, 0
         give_up_at = loop.time() + min(FIRST_PATIENCE_S, self._patience_s)
         while True:
+            if images and not received.name:
+                await self._upload_missing(images, received, None if until is None else until - loop.time())
             call = self._call(request, received, None if until is None else until - loop.time(), metadata)
             try:
                 async for response in call:
@@ -231,6 +253,46 @@ class Client:
             if movable and failure.reason != "WATCHER_STALLED":
                 received.at = self._next(received.at)
             await asyncio.sleep(wait_s)
+
+    async def _upload_missing(
+        self, images: Mapping[str, ImageFile], received: Received, timeout_s: float | None
+    ) -> None:
+        """Uploads what the server that is asked next does not have; asks the next server where it cannot be reached."""
+        left, refusals = len(self._channels), 0
+        while True:
+            file = None
+            try:
+                for file in images.values():
+                    await upload_missing(self._channels[received.at], self._metadata, file, timeout_s)
+                return
+            except grpc.aio.AioRpcError as error:
+                failure = GenerationError(error, proxies.proxy_of(self._targets[received.at]))
+            if failure.violations and file is not None:
+                failure.violations = {file.field: "; ".join(failure.violations.values())}
+            if (
+                failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+                and failure.retry_after_s
+                and refusals < self._retries
+            ):
+                refusals += 1
+                await asyncio.sleep(failure.retry_after_s * random.uniform(1.0, 1.2))
+                continue
+            left -= 1
+            if failure.code is not grpc.StatusCode.UNAVAILABLE or not left:
+                raise failure
+            received.at = self._next(received.at)
+
+    async def upload_image(self, source: bytes | Path) -> images_pb2.Image:
+        """Uploads a picture, PNG, JPEG or WebP. Its name can be given as `init_image` or `mask` from then on.
+
+        Raises:
+            ValueError: the file cannot be read.
+            GenerationError: the server has refused it.
+        """
+        file = image_file(source, "source")
+        if file is None:
+            raise ValueError("source: must be bytes or a pathlib.Path")
+        return await self._ask(lambda: upload(self.channel, self._metadata, file))
 
     def _call(
         self, request: pb.GenerateRequest, received: Received, timeout_s: float | None, metadata: Metadata
@@ -274,6 +336,18 @@ class Client:
             request.page_token = page.next_page_token
             if not request.page_token:
                 return models
+
+    async def unavailable_models(self) -> list[models_pb2.UnavailableModel]:
+        """Returns the models that the server has and cannot serve, with the reasons.
+
+        Raises:
+            GenerationError: the call was refused.
+        """
+        request = models_pb2.ListModelsRequest(page_size=1)
+        page = await self._ask(
+            lambda: models_pb2_grpc.ModelServiceStub(self.channel).ListModels(request, metadata=self._metadata)
+        )
+        return list(page.unavailable)
 
     async def cache_stats(self) -> cache_pb2.GetCacheStatsResponse:
         """Returns what the server's caches hold and have saved. For administrators.
@@ -324,8 +398,11 @@ class Client:
         raise AssertionError("there is always a server")
 
 
-def _channel(target: str, credentials: grpc.ChannelCredentials | None, server_name: str) -> grpc.aio.Channel:
-    options = [*CHANNEL_OPTIONS, *proxies.channel_options(target)]
+def _channel(
+    target: str, credentials: grpc.ChannelCredentials | None, server_name: str, max_message_bytes: int
+) -> grpc.aio.Channel:
+    longest = ("grpc.max_receive_message_length", max_message_bytes)
+    options = [*CHANNEL_OPTIONS, longest, *proxies.channel_options(target)]
     if credentials is None:
         return grpc.aio.insecure_channel(target, options)
     named = [("grpc.ssl_target_name_override", server_name)] if server_name else []

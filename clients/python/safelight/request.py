@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict, Unpack
 
+from safelight.images import ImageFile, ImageSource, image_file
 from safelight.v1 import generation_pb2 as pb
 
 CacheMode = Literal["default", "bypass", "latent", "similar"]
@@ -45,6 +46,9 @@ class GenerateOptions(PreviewOptions, total=False):
         width, height: of the pictures in pixels, both or none; one of the model's sizes.
         seed: of the only picture. Absent: random.
         seeds: one for each picture, in place of `seed`.
+        init_image: a picture to start from; see `ImageSource`. It is uploaded where the server does not have it.
+        strength: how much of `init_image` is given up, above 0 and at most 1.
+        mask: where `init_image` is developed anew: white, or transparent if it has an alpha channel.
         steps: denoising steps.
         guidance_scale: 1 is without guidance.
         sampler: its name, such as "ddim" or "euler".
@@ -68,6 +72,9 @@ class GenerateOptions(PreviewOptions, total=False):
     height: int | None
     seed: int | None
     seeds: Sequence[int] | None
+    init_image: ImageSource | None
+    strength: float | None
+    mask: ImageSource | None
     steps: int | None
     guidance_scale: float | None
     sampler: str
@@ -109,6 +116,24 @@ def preview_policy(options: PreviewOptions) -> pb.PreviewPolicy | None:
     return policy
 
 
+def image_files(options: GenerateOptions) -> dict[str, ImageFile]:
+    """The files that the options bring, by their names at the server.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    given = {"init_image": options.get("init_image"), "mask": options.get("mask")}
+    files = [image_file(source, field) for field, source in given.items() if source is not None]
+    return {file.name: file for file in files if file is not None}
+
+
+def _image_name(source: ImageSource | None, field: str) -> str:
+    if source is None:
+        return ""
+    file = image_file(source, field)
+    return str(source) if file is None else file.name
+
+
 def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:
     """The message of `Client.generate`'s arguments, all but `timeout_s`.
 
@@ -131,6 +156,9 @@ def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> pb.Gene
         height_px=options.get("height"),
         num_inference_steps=options.get("steps"),
         guidance_scale=options.get("guidance_scale"),
+        init_image=_image_name(options.get("init_image"), "init_image"),
+        strength=options.get("strength"),
+        mask=_image_name(options.get("mask"), "mask"),
     )
     if negative_prompt := options.get("negative_prompt"):
         spec.prompts.add(role=pb.Prompt.ROLE_NEGATIVE, text=negative_prompt)

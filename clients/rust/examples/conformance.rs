@@ -53,11 +53,21 @@ fn client(case: &Value) -> Run<Client> {
         .retries(u32::try_from(case["retries"].as_u64().unwrap_or_default())?);
     if !text(&case["ca_file"]).is_empty() {
         let authority = safelight::Certificate::from_pem(fs::read(text(&case["ca_file"]))?);
-        let tls = safelight::ClientTlsConfig::new();
-        builder = builder.tls(
-            tls.ca_certificate(authority)
-                .domain_name(text(&case["server_name"])),
-        );
+        let mut tls = safelight::ClientTlsConfig::new()
+            .ca_certificate(authority)
+            .domain_name(text(&case["server_name"]));
+        if !text(&case["cert_file"]).is_empty() {
+            let (cert, key) = (text(&case["cert_file"]), text(&case["key_file"]));
+            tls = tls.identity(safelight::Identity::from_pem(
+                fs::read(cert)?,
+                fs::read(key)?,
+            ));
+        }
+        builder = builder.tls(tls);
+    }
+    match usize::try_from(case["max_message_bytes"].as_u64().unwrap_or_default())? {
+        0 => {}
+        bytes => builder = builder.max_message_bytes(bytes),
     }
     Ok(builder.build()?)
 }

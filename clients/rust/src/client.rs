@@ -20,8 +20,10 @@ use crate::{Error, v1};
 
 const WINDOW_BYTES: u32 = 64 << 10; // previews wait at the server, where the newest wins, not here
 const CONNECTION_WINDOW_BYTES: u32 = 1 << 30; // streams that nobody reads never hold up the others
+const MAX_MESSAGE_BYTES: usize = 4 << 20; // above every message of a server, and what gRPC takes by default
 
-/// A connection to a server, or to several replicas of one. Clones share it.
+/// A connection to a server, or to several replicas of one. Clones share it. Its connections live in the Tokio runtime of
+/// the first call.
 #[derive(Clone)]
 pub struct Client(Arc<Inner>);
 
@@ -30,6 +32,7 @@ struct Inner {
     key: Authorization,
     patience: Duration,
     retries: u32,
+    max_message_bytes: usize,
     /// Index of the server that new calls ask.
     at: AtomicUsize,
 }
@@ -63,6 +66,7 @@ pub struct Builder {
     api_key: String,
     patience: Duration,
     retries: u32,
+    max_message_bytes: usize,
     #[cfg(feature = "tls")]
     tls: Option<ClientTlsConfig>,
 }
@@ -96,6 +100,12 @@ impl Builder {
         self
     }
 
+    /// The largest message that is received, 4 MiB by default; a larger one is `ResourceExhausted`.
+    pub fn max_message_bytes(mut self, bytes: usize) -> Self {
+        self.max_message_bytes = bytes;
+        self
+    }
+
     /// Makes the client. Nothing is connected before the first call.
     ///
     /// # Errors
@@ -117,6 +127,7 @@ impl Builder {
             key: Authorization(key),
             patience: self.patience,
             retries: self.retries,
+            max_message_bytes: self.max_message_bytes,
             at: AtomicUsize::new(0),
         })))
     }
@@ -180,6 +191,7 @@ impl Client {
             api_key: String::new(),
             patience: Duration::from_secs(60),
             retries: 3,
+            max_message_bytes: MAX_MESSAGE_BYTES,
             #[cfg(feature = "tls")]
             tls: None,
         }
@@ -304,6 +316,10 @@ impl Client {
 
     pub(crate) fn patience(&self) -> Duration {
         self.0.patience
+    }
+
+    pub(crate) fn max_message_bytes(&self) -> usize {
+        self.0.max_message_bytes
     }
 
     pub(crate) fn retries(&self) -> u32 {

@@ -211,7 +211,8 @@ impl Follower {
 
     /// Starts the generation, or watches it where it has a name.
     async fn open(&self) -> Result<Connection, Error> {
-        let mut service = GenerationServiceClient::new(self.client.server_at(self.received.at));
+        let mut service = GenerationServiceClient::new(self.client.server_at(self.received.at))
+            .max_decoding_message_size(self.client.max_message_bytes());
         Ok(match &self.request {
             Some(request) if self.received.name.is_empty() => {
                 let call = service.generate(self.timed(request.clone()));

@@ -54,10 +54,13 @@ impl Error {
 }
 
 impl From<Status> for Error {
-    /// A connection that is lost has several codes in tonic; here it is `Unavailable`, as in other languages.
+    /// A connection that is lost has several codes in tonic; here it is `Unavailable`, as in other languages. A message
+    /// over the client's limit is `ResourceExhausted`, as gRPC has it.
     fn from(status: Status) -> Self {
         let status = if is_lost(&status) {
             Status::unavailable(causes(&status))
+        } else if status.code() == Code::OutOfRange && status.details().is_empty() {
+            Status::resource_exhausted(status.message()) // tonic's own: every error of the server has details
         } else {
             status
         };
@@ -148,6 +151,8 @@ mod tests {
             let error = Error::from(lost);
             assert_eq!((error.code(), error.reason()), (Code::Unavailable, None));
         }
+        let too_large = Error::from(Status::out_of_range("decoded message length too large"));
+        assert_eq!(too_large.code(), Code::ResourceExhausted);
         let said = Status::resource_exhausted("Received message larger than max");
         assert_eq!(Error::from(said).code(), Code::ResourceExhausted);
     }

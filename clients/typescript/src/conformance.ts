@@ -15,12 +15,15 @@ interface Case {
   name: string;
   targets: string[];
   ca_file: string;
+  cert_file: string;
+  key_file: string;
   server_name: string;
   api_key: string;
   requests: JsonValue[];
   timeout_s: number;
   patience_s: number;
   retries: number;
+  max_message_bytes: number;
   pause_s: number;
   cancel_at_step: number;
   watch_again: boolean;
@@ -31,8 +34,10 @@ type Client = node.Client | web.Client;
 function clientOf(given: Case): Client {
   const options = { apiKey: given.api_key, patienceMs: given.patience_s * 1000, retries: given.retries };
   if (process.argv.includes("--web")) return new web.Client(given.targets.map((target) => `http://${target}`), options);
-  const tls = given.ca_file ? { ca: readFileSync(given.ca_file), serverName: given.server_name } : false;
-  return new node.Client(given.targets, { ...options, tls });
+  const own = given.cert_file ? { cert: readFileSync(given.cert_file), key: readFileSync(given.key_file) } : {};
+  const tls = given.ca_file ? { ca: readFileSync(given.ca_file), ...own, serverName: given.server_name } : false;
+  const limit = given.max_message_bytes ? { maxMessageBytes: given.max_message_bytes } : {};
+  return new node.Client(given.targets, { ...options, ...limit, tls });
 }
 
 async function generate(client: Client, given: Case, request: JsonValue) {

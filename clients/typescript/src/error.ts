@@ -56,6 +56,7 @@ export class SafelightError extends Error {
 /** The code of an error that the server has not given as a status. */
 function codeOfTransport(failure: ConnectError): Code {
   if (failure.rawMessage === "HTTP 413") return Code.ResourceExhausted;
+  if (/ larger than configured readMaxBytes /.test(failure.rawMessage)) return failure.code;
   const answered = failure.rawMessage.startsWith("HTTP "); // by something that speaks no gRPC-Web
   return LOST.has(failure.code) && !answered ? Code.Unavailable : failure.code;
 }

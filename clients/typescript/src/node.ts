@@ -15,6 +15,8 @@ export interface TlsOptions extends Pick<SecureContextOptions, "ca" | "cert" | "
 export interface NodeClientOptions extends ClientOptions {
   /** Ask by TLS: true with the authorities that Node knows. Absent: plain text. */
   tls?: boolean | TlsOptions;
+  /** The largest message that is received; a larger one is `Code.ResourceExhausted`. Default: 4 MiB. */
+  maxMessageBytes?: number;
 }
 
 /** A connection to a server, or to several replicas of one. Nothing is connected before the first call. */
@@ -45,7 +47,10 @@ export class Client extends BaseClient {
     });
     // Node's window for a stream is 64 KiB: previews wait at the server, where the newest wins, not here.
     super(
-      sessions.map((session) => createGrpcTransport({ baseUrl: session.authority, sessionManager: session })),
+      sessions.map((session) => {
+        const readMaxBytes = options.maxMessageBytes ?? 4 << 20;
+        return createGrpcTransport({ baseUrl: session.authority, sessionManager: session, readMaxBytes });
+      }),
       options,
     );
     this.#sessions = sessions;

@@ -120,12 +120,13 @@ class CallLimits:
         """
         keyless = service in self._keyless
         codec = handler.request_deserializer, handler.response_serializer
-        one_to_one, one_to_many, many_to_many = (
-            cast(Any, each) for each in (handler.unary_unary, handler.unary_stream, handler.stream_stream)
-        )
+        one_to_one, many_to_one = cast(Any, handler.unary_unary), cast(Any, handler.stream_unary)
+        one_to_many, many_to_many = cast(Any, handler.unary_stream), cast(Any, handler.stream_stream)
 
         async def answer(_requests: object, context: Context) -> Any:
             try:
+                if handler.request_streaming:
+                    return await many_to_one(self._requests(context), context)
                 return await one_to_one(await self._request(context), context)
             except SafelightError as error:
                 await self._refuse(context, error)

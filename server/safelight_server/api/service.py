@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import TypeAlias, TypeVar
 
 import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
-from safelight.v1 import cache_pb2, models_pb2, quotas_pb2
+from safelight.v1 import cache_pb2, images_pb2, models_pb2, quotas_pb2
 from safelight.v1 import generation_pb2 as pb
 
 from safelight_server import wire
 from safelight_server.api.identity import Identity
+from safelight_server.api.images import ImageCalls
 from safelight_server.api.paging import page
 from safelight_server.api.quota import StreamQuota
 from safelight_server.cache.admin import CacheAdmin
@@ -59,6 +60,7 @@ GENERATION_SERVICE = "safelight.v1.GenerationService"
 MODEL_SERVICE = "safelight.v1.ModelService"
 CACHE_SERVICE = "safelight.v1.CacheService"
 QUOTA_SERVICE = "safelight.v1.QuotaService"
+IMAGE_SERVICE = "safelight.v1.ImageService"
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[bytes, bytes]"
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
@@ -67,7 +69,7 @@ Out = TypeVar("Out", bound=Message)
 
 
 class Service:
-    """GenerationService, ModelService, CacheService and QuotaService.
+    """All services of the contract.
 
     Args:
         limits: the server's limits on requests, beside those of the models.
@@ -85,6 +87,7 @@ class Service:
         limits: RequestLimits,
         streams: StreamQuota,
         quotas: Quotas,
+        images: ImageCalls,
         metrics: Metrics,
         tracer: Tracing,
     ) -> None:
@@ -96,6 +99,7 @@ class Service:
         self._limits = limits
         self._streams = streams
         self._quotas = quotas
+        self._images = images
         self._metrics = metrics
         self._tracer = tracer
 
@@ -117,6 +121,10 @@ class Service:
             CACHE_SERVICE: {
                 "GetCacheStats": unary("GetCacheStats", self.get_cache_stats, cache_pb2.GetCacheStatsRequest),
                 "PurgeCache": unary("PurgeCache", self.purge_cache, cache_pb2.PurgeCacheRequest),
+            },
+            IMAGE_SERVICE: {
+                "UploadImage": self._upload_handler(),
+                "GetImage": unary("GetImage", self._images.get_image, images_pb2.GetImageRequest),
             },
             QUOTA_SERVICE: {"ListQuotas": unary("ListQuotas", self.list_quotas, quotas_pb2.ListQuotasRequest)},
         }
@@ -198,7 +206,12 @@ class Service:
     ) -> models_pb2.ListModelsResponse:
         """Returns a page of the models, in the order of their names."""
         names, following = page(list(self._catalog.pipelines), request.page_size, request.page_token)
-        return models_pb2.ListModelsResponse(models=[self._model(name) for name in names], next_page_token=following)
+        unavailable = [] if request.page_token else self._catalog.unavailable.values()
+        return models_pb2.ListModelsResponse(
+            models=[self._model(name) for name in names],
+            next_page_token=following,
+            unavailable=[wire.unavailable_model(at) for at in unavailable],
+        )
 
     async def get_model(self, request: models_pb2.GetModelRequest, _caller: Caller) -> models_pb2.GetModelResponse:
         """Returns a model."""
@@ -265,7 +278,7 @@ class Service:
             if stream.ending is not None:
                 await stream.ending  # returning before the abort would end the call as OK
             elif failure is not None:
-                await self._abort(context, failure, started=stream.watcher is not None)
+                await self._abort(context, failure, caller, started=stream.watcher is not None)
 
         return grpc.unary_stream_rpc_method_handler(handler)
 
@@ -273,31 +286,50 @@ class Service:
         self, name: str, method: Callable[[In, Caller], Awaitable[Out]], request_type: type[In]
     ) -> Handler:
         async def handler(data: bytes, context: Context) -> bytes:
-            metadata = context.invocation_metadata() or ()
-            caller = self._recognize(metadata, context.peer())
-            known = isinstance(caller, Caller)
-            stage = self._tracer.server_call(_service_of(request_type), name, metadata, known=known)
-            stage.enter()
-            try:
-                if isinstance(caller, SafelightError):
-                    raise caller
-                result = await method(_parse(request_type, data), caller)
-            except SafelightError as error:
-                _end_span(stage, error)
-                await self._abort(context, error)
-                raise AssertionError from error
-            except asyncio.CancelledError:
-                _end_span(stage, GenerationCancelledError("the call was given up"))
-                raise
-            except Exception:  # the one mapping of bugs to a status
-                log.exception("bug", rpc=name)
-                _end_span(stage, InternalError())
-                await self._abort(context, InternalError())
-                raise
-            _end_span(stage, None)
-            return result.SerializeToString()
+            return await self._answer(
+                name, request_type, context, lambda caller: method(_parse(request_type, data), caller)
+            )
 
         return grpc.unary_unary_rpc_method_handler(handler)
+
+    def _upload_handler(self) -> Handler:
+        name, request_type = "UploadImage", images_pb2.UploadImageRequest
+
+        async def handler(pieces: AsyncIterator[bytes], context: Context) -> bytes:
+            parsed = (_parse(request_type, data) async for data in pieces)
+            return await self._answer(
+                name, request_type, context, lambda caller: self._images.upload_image(parsed, caller)
+            )
+
+        return grpc.stream_unary_rpc_method_handler(handler)
+
+    async def _answer(
+        self, name: str, request_type: type[Message], context: Context, method: Callable[[Caller], Awaitable[Out]]
+    ) -> bytes:
+        """Runs a method that has one answer, in a span of its own."""
+        metadata = context.invocation_metadata() or ()
+        caller = self._recognize(metadata, context.peer())
+        known = isinstance(caller, Caller)
+        stage = self._tracer.server_call(_service_of(request_type), name, metadata, known=known)
+        stage.enter()
+        try:
+            if isinstance(caller, SafelightError):
+                raise caller
+            result = await method(caller)
+        except SafelightError as error:
+            _end_span(stage, error)
+            await self._abort(context, error, caller)
+            raise AssertionError from error
+        except asyncio.CancelledError:
+            _end_span(stage, GenerationCancelledError("the call was given up"))
+            raise
+        except Exception:  # the one mapping of bugs to a status
+            log.exception("bug", rpc=name)
+            _end_span(stage, InternalError())
+            await self._abort(context, InternalError(), caller)
+            raise
+        _end_span(stage, None)
+        return result.SerializeToString()
 
     def _recognize(self, metadata: Iterable[tuple[str, str | bytes]], peer: str) -> Caller | SafelightError:
         """The caller, or why it is refused. Known before the span begins, as only known callers decide about traces."""
@@ -306,9 +338,11 @@ class Service:
         except SafelightError as error:
             return error.with_traceback(None)
 
-    async def _abort(self, context: Context, error: SafelightError, started: bool = False) -> None:
+    async def _abort(
+        self, context: Context, error: SafelightError, caller: object = None, *, started: bool = False
+    ) -> None:
         if not started:
-            self._metrics.refused(error.reason)
+            self._metrics.refused(error.reason, caller.tenant if isinstance(caller, Caller) else None)
             log.info("refused", reason=error.reason, message=error.message)
         try:
             await context.abort(error.status, error.message, wire.trailing_metadata(error))

@@ -97,6 +97,7 @@ async def open_backends(settings: Settings, metrics: TierMetrics, wall: Callable
             timeout_ms / 1000,
             open_s=settings.breaker_open_s,
             on_state=lambda state: metrics.breaker(name, int(state)),
+            on_failure=lambda: metrics.service_failed(name),
         )
 
     clock = SharedClock(wall, on_offset=metrics.clock_offset)

@@ -1,6 +1,6 @@
-"""The server's TLS certificate, for gRPC and for HTTP, which is read again when its files change.
+"""The server's TLS certificate and the authorities of its clients, for gRPC and for HTTP; read again when files change.
 
-It is asked for before each handshake. The two files are small, so they are read and compared each time: beside a
+They are asked for before each handshake. The files are small, so they are read and compared each time: beside a
 handshake that costs nothing. A new pair that cannot be used, such as one of which only one file has been written yet,
 is logged once, and the pair in force stays. Connections that are open keep the certificate that they began with.
 """
@@ -12,7 +12,7 @@ import datetime
 import ssl
 import threading
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple
 
 import grpc
 import structlog
@@ -24,8 +24,17 @@ from safelight_server.files import read_regular_file
 
 log = structlog.get_logger(__name__)
 
-PemPair: TypeAlias = tuple[bytes, bytes]
-"""The contents of the key file and of the certificate file, in the order in which gRPC takes them."""
+
+class PemFiles(NamedTuple):
+    """What the files hold.
+
+    Attributes:
+        client_ca: the authorities of clients; None where clients are asked for no certificate.
+    """
+
+    key: bytes
+    cert: bytes
+    client_ca: bytes | None
 
 
 class CertificateError(Exception):
@@ -38,22 +47,26 @@ class ServerCertificate:
     Args:
         cert_file: the chain; the server's own certificate comes first.
         key_file: the key of that certificate, without a password.
+        client_ca_file: the authorities of clients, each of which must have a certificate by one of them. None: clients
+            need no certificate.
 
     Raises:
         CertificateError: a file cannot be read or is no PEM, or the key does not belong to the certificate.
     """
 
-    def __init__(self, cert_file: Path, key_file: Path) -> None:
+    def __init__(self, cert_file: Path, key_file: Path, client_ca_file: Path | None = None) -> None:
         self._cert_file = cert_file
         self._key_file = key_file
+        self._client_ca_file = client_ca_file
         self._lock = threading.Lock()  # gRPC asks from threads of its own, HTTP from the event loop
-        self._pair = self._read()
-        self._check(self._pair)
+        self._files = self._read()
+        self._check(self._files)
         self._fault = ""
 
     def credentials(self) -> grpc.ServerCredentials:
         """Credentials for a gRPC server that presents the newest usable certificate to each new connection."""
-        first = shown = self._pair
+        first = shown = self._files
+        asks_clients = self._client_ca_file is not None
 
         def changed() -> grpc.ServerCertificateConfiguration | None:
             """gRPC calls it before each handshake; None: the pair that it has is still the newest."""
@@ -63,7 +76,7 @@ class ServerCertificate:
             shown = newest
             return _configuration(shown)
 
-        return grpc.dynamic_ssl_server_credentials(_configuration(first), changed)  # type: ignore[arg-type]
+        return grpc.dynamic_ssl_server_credentials(_configuration(first), changed, asks_clients)  # type: ignore[arg-type]
 
     def context(self) -> ssl.SSLContext:
         """A context with which an HTTP server presents the newest usable certificate to each new connection.
@@ -85,21 +98,21 @@ class ServerCertificate:
         context.sni_callback = choose
         return context
 
-    def newest(self) -> PemPair:
+    def newest(self) -> PemFiles:
         """Reads the files again. Returns what they hold, or where that cannot be used, what they held before."""
         with self._lock:
             try:
-                pair = self._read()
-                if pair != self._pair:
-                    expires = self._check(pair)
+                files = self._read()
+                if files != self._files:
+                    expires = self._check(files)
                     log.info("certificate_reloaded", expires=expires.isoformat())
-                    self._pair = pair
+                    self._files = files
                 self._fault = ""
             except CertificateError as error:
                 if str(error) != self._fault:
                     log.error("certificate_not_reloaded", error=str(error))
                 self._fault = str(error)
-            return self._pair
+            return self._files
 
     def _load(self) -> ssl.SSLContext:
         """A context of the files as they are: Python takes a certificate only from files."""
@@ -107,24 +120,33 @@ class ServerCertificate:
         context.set_alpn_protocols(["http/1.1"])
         try:
             context.load_cert_chain(self._cert_file, self._key_file, password="")  # without one it asks a terminal
+            if self._client_ca_file is not None:
+                context.load_verify_locations(self._client_ca_file)
+                context.verify_mode = ssl.CERT_REQUIRED
         except OSError as error:  # ssl.SSLError is one
             raise CertificateError(f"tls_cert_file {self._cert_file}: {error}") from None
         return context
 
-    def _read(self) -> PemPair:
+    def _read(self) -> PemFiles:
         try:
-            return read_regular_file(self._key_file), read_regular_file(self._cert_file)
+            client_ca = read_regular_file(self._client_ca_file) if self._client_ca_file is not None else None
+            return PemFiles(read_regular_file(self._key_file), read_regular_file(self._cert_file), client_ca)
         except OSError as error:
             raise CertificateError(f"{error.filename}: {error.strerror}") from None
 
-    def _check(self, pair: PemPair) -> datetime.datetime:
+    def _check(self, files: PemFiles) -> datetime.datetime:
         """Returns when the certificate expires. gRPC itself would not say what is wrong with a file."""
         try:
-            cert = x509.load_pem_x509_certificates(pair[1])[0]
+            cert = x509.load_pem_x509_certificates(files.cert)[0]
         except ValueError:
             raise CertificateError(f"tls_cert_file {self._cert_file}: has no certificate in PEM") from None
         try:
-            key = load_pem_private_key(pair[0], password=None)
+            if files.client_ca is not None:
+                x509.load_pem_x509_certificates(files.client_ca)
+        except ValueError:
+            raise CertificateError(f"tls_client_ca_file {self._client_ca_file}: has no certificate in PEM") from None
+        try:
+            key = load_pem_private_key(files.key, password=None)
         except TypeError:
             raise CertificateError(f"tls_key_file {self._key_file}: must be a key without a password") from None
         except (ValueError, UnsupportedAlgorithm):
@@ -134,5 +156,5 @@ class ServerCertificate:
         return cert.not_valid_after_utc
 
 
-def _configuration(pair: PemPair) -> grpc.ServerCertificateConfiguration:
-    return grpc.ssl_server_certificate_configuration([pair])
+def _configuration(files: PemFiles) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(files.key, files.cert)], files.client_ca)

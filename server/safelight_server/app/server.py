@@ -20,9 +20,17 @@ from grpc_health.v1 import health_pb2
 from safelight_server.api.call_limits import CallLimits, KeylessQuota
 from safelight_server.api.health import HEALTH_SERVICE, Health
 from safelight_server.api.identity import Identity
+from safelight_server.api.images import ImageCalls, UploadRoom
 from safelight_server.api.quota import StreamQuota
 from safelight_server.api.reflection import REFLECTION_SERVICES, Reflection
-from safelight_server.api.service import CACHE_SERVICE, GENERATION_SERVICE, MODEL_SERVICE, QUOTA_SERVICE, Service
+from safelight_server.api.service import (
+    CACHE_SERVICE,
+    GENERATION_SERVICE,
+    IMAGE_SERVICE,
+    MODEL_SERVICE,
+    QUOTA_SERVICE,
+    Service,
+)
 from safelight_server.app.address import BindError, bind, sole_listener
 from safelight_server.app.backends import Backends, CredentialsError, open_backends
 from safelight_server.app.certificate import CertificateError, ServerCertificate
@@ -38,6 +46,7 @@ from safelight_server.cache.approximate.vectors import Vectors
 from safelight_server.cache.approximate.warm_starts import WarmStarts
 from safelight_server.cache.cache import Cache
 from safelight_server.cache.checkpoints import CheckpointPolicy, Checkpoints
+from safelight_server.cache.images import Images
 from safelight_server.cache.namespaces import Namespaces
 from safelight_server.cache.pictures import Pictures
 from safelight_server.cache.prompts import Prompts
@@ -49,9 +58,12 @@ from safelight_server.cluster.leased_runners import LeasedRunners
 from safelight_server.coordination.buckets import SharedTokenBuckets
 from safelight_server.engine.engine import Engine
 from safelight_server.generations.execution import Executions
+from safelight_server.generations.init_images import InitImages
 from safelight_server.generations.inspection import Inspection
 from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
+from safelight_server.prices import compute_price
+from safelight_server.quality import QualityProbe
 from safelight_server.quotas.limits import watch
 from safelight_server.quotas.quotas import Quotas
 from safelight_server.runtime.base import Runtime, RuntimeStartError
@@ -100,6 +112,7 @@ class Running:
         address: HOST:PORT or unix:PATH that it listens on, with the port that it got where 0 was asked for.
         drain: starts a shutdown that gives generations so many seconds; a second call with fewer shortens the first.
         http_address: HOST:PORT of HTTP; empty where that is off.
+        uploads: the room that those under way take.
     """
 
     address: str
@@ -112,6 +125,7 @@ class Running:
     limits: CallLimits
     drain: Callable[[float], asyncio.Task[None]]
     http_address: str
+    uploads: UploadRoom
 
     def inspect(self) -> Inspection:
         """Counts what the server holds now."""
@@ -125,7 +139,7 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
             max(1, settings.num_instances), settings.simulated_base_ms / 1e3, settings.simulated_row_ms / 1e3
         )
         return Catalog([simulated_pipeline()], settings.default_model), runtime
-    catalog = catalogs.load(settings.models_dir, settings.default_model)
+    catalog = catalogs.load(settings.models_dir, settings.default_model, require_all=settings.require_all_models)
     if settings.runtime == "triton":
         options = TritonOptions(
             urls=settings.triton_urls,
@@ -150,7 +164,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
     Raises:
         StartError: the runtime, the storage or the address cannot be used.
         ManifestError: a model's files are missing or malformed.
-        ConfigFileError: the file of the callers' keys or that of the quotas cannot be used.
+        ConfigFileError: the file of the callers' keys, of the quotas or of the prices cannot be used.
     """
     async with contextlib.AsyncExitStack() as ends:  # closes parts in the reverse order of their start
         clock = time.monotonic
@@ -160,12 +174,17 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         ends.push_async_callback(asyncio.to_thread, tracer.close)
         identity = Identity(settings.api_key_file, all_admins=is_loopback(settings.host))
         limits_of_tenants = None if settings.quota_file is None else watch(settings.quota_file)
+        price = None if settings.price_file is None else compute_price(settings.price_file, settings.instance_type)
+        if price is not None:
+            metrics.price(price.currency, price.per_s, price.machine_per_hour)
         pool = ends.enter_context(ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))), thread_name_prefix="pixels"))
         catalog, runtime = build_runtime(settings)
         ends.push_async_callback(runtime.close)
         try:
             ends.enter_context(sole_listener(settings.host))
             await runtime.start()
+            for left_out in catalog.unavailable.values():
+                log.error("model_left_out", model=left_out.name, revision=left_out.revision, reason=left_out.reason)
             backends = await open_backends(settings, metrics.tiers, wall)
         except (BindError, RuntimeStartError, KeyringError, DiskStoreError, CredentialsError, ValueError) as error:
             raise StartError(str(error)) from None
@@ -186,11 +205,25 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         )
         cache, purges = _build_cache(settings, backends, engine, pool, metrics)
         ends.push_async_callback(cache.close)
-        executions = Executions(engine, pool)
+        probe = QualityProbe(settings.quality_sample_ratio, metrics.quality, pool)
+        executions = Executions(engine, pool, probe)
         ends.push_async_callback(executions.close)
         ends.push_async_callback(engine.close)
         caches = CacheAdmin(cache.namespaces, backends.keyring, backends.tiers, purges, metrics)
+        images = Images(
+            backends.tiers,
+            backends.keyring,
+            cache.namespaces,
+            ttl_s=settings.image_ttl_s,
+            max_tenant_bytes=settings.max_images_bytes_per_tenant,
+            shared=backends.redis is not None,
+        )
         leased_runners, context = _build_replicas(settings, backends, cache, engine, pool) or (None, None)
+
+        def charge(tenant: str, model: str, seconds: float) -> None:
+            quotas.charge(tenant, seconds)
+            metrics.tenants.computed(tenant, model, seconds)
+
         generations = Generations(
             settings,
             catalog,
@@ -200,9 +233,11 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
             executions,
             clock,
             metrics,
+            InitImages(images, pool, settings.max_image_pixels),
             leased_runners,
             context,
-            quotas.charge,
+            charge,
+            price,
         )
         limits = RequestLimits(
             settings.max_prompt_chars,
@@ -211,10 +246,16 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
             settings.max_resume_grace_s,
         )
         streams = StreamQuota(settings.max_streams_per_caller)
-        service = Service(identity, catalog, runtime, generations, caches, limits, streams, quotas, metrics, tracer)
+        uploads = UploadRoom(settings.max_image_bytes)
+        image_calls = ImageCalls(images, uploads, pool, settings.max_image_bytes, settings.max_image_pixels)
+        service = Service(
+            identity, catalog, runtime, generations, caches, limits, streams, quotas, image_calls, metrics, tracer
+        )
         certificate = _certificate(settings)
         http = HttpPort(settings, service, catalog, identity, metrics, certificate)
-        _watch_queue(metrics, engine)
+        _watch_queue(metrics, engine, clock)
+        metrics.watch_instances(runtime.num_instances, lambda: runtime.num_live)
+        metrics.watch_streams(lambda: generations.num_streams)
         works = [generations.tick, purges.keep_up, *identity.works, *quotas.works]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
             ends.push_async_callback(leased_runners.close)
@@ -232,7 +273,17 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         listening = _listening(settings, certificate, service, http, call_limits, engine, generations, works)
         async with listening as (address, drain):
             yield Running(
-                address, catalog, runtime, cache, generations, streams, quotas, call_limits, drain, http.address
+                address,
+                catalog,
+                runtime,
+                cache,
+                generations,
+                streams,
+                quotas,
+                call_limits,
+                drain,
+                http.address,
+                uploads,
             )
 
 
@@ -249,7 +300,7 @@ async def _listening(
 ) -> AsyncIterator[tuple[str, Callable[[float], asyncio.Task[None]]]]:
     """Accepts calls and runs the background works while the block runs; yields the address and the drain function."""
     health = Health()
-    services = (GENERATION_SERVICE, MODEL_SERVICE, CACHE_SERVICE, QUOTA_SERVICE, HEALTH_SERVICE)
+    services = (GENERATION_SERVICE, MODEL_SERVICE, IMAGE_SERVICE, CACHE_SERVICE, QUOTA_SERVICE, HEALTH_SERVICE)
     handlers = service.handlers() | health.handlers() | Reflection(services).handlers()
     server = make_server(settings, limits, handlers)
     credentials = None if certificate is None else certificate.credentials()
@@ -369,12 +420,18 @@ async def follow_health(health: Health, names: Sequence[str], engine: Engine) ->
         await asyncio.sleep(HEALTH_PERIOD_S)
 
 
-def _watch_queue(metrics: Metrics, engine: Engine) -> None:
+def _watch_queue(metrics: Metrics, engine: Engine, clock: Callable[[], float]) -> None:
     """Lets the gauges of waiting and running outputs read the scheduler when they are scraped."""
     scheduler = engine.scheduler
     classes = {priority.name.lower(): priority for priority in Priority}
     metrics.watch_queue(
-        lambda name: scheduler.num_waiting(classes[name]), lambda: scheduler.num_running, lambda: scheduler.num_parked
+        lambda name: scheduler.num_waiting(classes[name]),
+        lambda: scheduler.num_running,
+        lambda: scheduler.num_parked,
+        scheduler.backlog_s,
+    )
+    metrics.watch_demand(
+        lambda name: scheduler.left_by_class_s()[classes[name]], lambda within_s: scheduler.due_s(clock() + within_s)
     )
 
 
@@ -387,7 +444,7 @@ def _certificate(settings: Settings) -> ServerCertificate | None:
     if settings.tls_cert_file is None or settings.tls_key_file is None:
         return None
     try:
-        return ServerCertificate(settings.tls_cert_file, settings.tls_key_file)
+        return ServerCertificate(settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
     except CertificateError as error:
         raise StartError(str(error)) from None
 

@@ -31,7 +31,7 @@ from safelight_server.catalog.catalog import Pipeline
 from safelight_server.domain.errors import UnavailableError
 from safelight_server.domain.picture import FinishedPicture, Pixels
 from safelight_server.domain.request import CacheMode, CachePolicy, PixelEncoding, Spec
-from safelight_server.domain.tensors import FloatArray
+from safelight_server.domain.tensors import Embedding
 from safelight_server.engine.latents import Snapshot
 from safelight_server.engine.observer import ExecutionObserver
 from safelight_server.storage.purge import EntryOwner
@@ -74,7 +74,7 @@ class CacheQuery:
     encoding: PixelEncoding
     policy: CachePolicy
     generation: str
-    embedding: FloatArray | None = None
+    embedding: Embedding | None = None
     vector: Floats | None = None
     replaces: str | None = None
     excluded: set[str] = field(default_factory=set)
@@ -152,7 +152,7 @@ class Cache:
                 return similar
         return await self._warm_starts.find(name, pipeline, vector, spec.num_inference_steps, wanted.excluded)
 
-    async def embeddings(self, wanted: CacheQuery) -> tuple[FloatArray | None, ...]:
+    async def embeddings(self, wanted: CacheQuery) -> tuple[Embedding | None, ...]:
         """Finds the embeddings of its prompts, one per row; None for each that is not cached."""
         namespace, pipeline, spec = wanted.name.namespace, wanted.pipeline, wanted.spec
         met, wanted.embedding = wanted.embedding, None  # freed now: the output may wait long in the queue
@@ -171,7 +171,7 @@ class Cache:
         """Returns an observer that stores what an execution makes."""
         return CacheRecorder(self, wanted, keep)
 
-    async def keep_embedding(self, wanted: CacheQuery, token_ids: Sequence[int], embedding: FloatArray) -> None:
+    async def keep_embedding(self, wanted: CacheQuery, token_ids: Sequence[int], embedding: Embedding) -> None:
         """Stores the embedding of one of its prompts."""
         kept = await self._prompts.keep(
             wanted.name.namespace, wanted.pipeline, token_ids, embedding, self.owner(wanted)
@@ -263,9 +263,9 @@ class Cache:
 
 def facts_of(wanted: CacheQuery, compute_s: float) -> PictureFacts:
     """Returns the facts that are stored beside the pixels of an output."""
-    return PictureFacts(
-        wanted.spec.prompt, wanted.generation, wanted.revision, wanted.spec.num_inference_steps, compute_s
-    )
+    spec = wanted.spec
+    num_steps = spec.num_inference_steps - spec.first_step
+    return PictureFacts(spec.prompt, wanted.generation, wanted.revision, num_steps, compute_s)
 
 
 class CacheRecorder(ExecutionObserver):
@@ -281,7 +281,7 @@ class CacheRecorder(ExecutionObserver):
         self._what = keep
         self.there = False
 
-    def encoded(self, row: int, embedding: FloatArray) -> None:
+    def encoded(self, row: int, embedding: Embedding) -> None:
         """Stores the embedding of one of its prompts."""
         ids = self._wanted.spec.token_ids_by_row[row]
         self._cache.write(self._cache.keep_embedding(self._wanted, ids, embedding))

@@ -11,6 +11,7 @@ pool, so two tenants have different keys for the same picture, and a key cannot 
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import hashlib
 import hmac
@@ -20,8 +21,12 @@ from dataclasses import dataclass
 
 from safelight_server.domain.request import Spec
 
-VERSION = 1
+VERSION = 2
 """Increased whenever the format or content changes, so that old entries are no longer found."""
+
+STAND_INS = frozenset({"model", "revision", "prompt", "negative_prompt"})
+"""Fields of a spec that decide nothing themselves: the pipeline's digest and the token ids do. All others are in a
+fingerprint by themselves, so that a new field cannot be forgotten."""
 
 
 class IndexKind(enum.StrEnum):
@@ -81,21 +86,18 @@ def embedding(encoder_digest: str, token_ids: Sequence[int]) -> bytes:
 
 
 def _comparable(pipeline_digest: str, numerics_id: str, spec: Spec) -> dict[str, object]:
-    sampler = spec.sampler
-    return {
-        "pipeline": pipeline_digest,
-        "numerics": numerics_id,
-        "negative_tokens": None if spec.negative_token_ids is None else list(spec.negative_token_ids),
-        "size_px": [spec.width_px, spec.height_px],
-        "steps": spec.num_inference_steps,
-        "guidance_scale": _number(spec.guidance_scale),
-        "sampler": [sampler.name, sampler.spacing, sampler.sigma_schedule, _number(sampler.eta)],
-    }
+    decides = {field.name for field in dataclasses.fields(spec)} - STAND_INS - {"seeds", "token_ids"}
+    fields = {name: _plain(getattr(spec, name)) for name in decides}
+    return {"pipeline": pipeline_digest, "numerics": numerics_id, "spec": fields}
 
 
-def _number(value: float) -> float:
-    """Makes equal numbers equal in JSON: 3 and 3.0, 0.0 and -0.0."""
-    return float(value) + 0.0
+def _plain(value: object) -> object:
+    """A value as JSON has it; equal numbers are equal there: 3 and 3.0, 0.0 and -0.0."""
+    if dataclasses.is_dataclass(value):
+        return [_plain(getattr(value, field.name)) for field in dataclasses.fields(value)]
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _canonical(content: dict[str, object]) -> bytes:

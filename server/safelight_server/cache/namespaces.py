@@ -86,15 +86,17 @@ class Namespaces:
             namespace = self._namespaces[name] = Namespace(name, self._keyring.tenant(name), key)
         return namespace
 
+    def own_prefix(self, tenant: str) -> str:
+        """Returns the first part of the store keys of what a tenant shares with no pool."""
+        return self._keyring.tenant(_own(tenant))
+
     def prefixes(self, tenant: str) -> list[str]:
         """Returns the prefixes of all store keys that may belong to a tenant.
 
         For a tenant in a pool, these are its own prefix, from before it joined, and that of the whole pool, because
         entries in a pool do not say which tenant made them.
         """
-        return list(
-            dict.fromkeys(f"{prefix}/" for prefix in (self._keyring.tenant(_own(tenant)), self.of(tenant).prefix))
-        )
+        return list(dict.fromkeys(f"{prefix}/" for prefix in (self.own_prefix(tenant), self.of(tenant).prefix)))
 
     def owner(self, namespace: Namespace, revision: str, generation: str) -> EntryOwner:
         """Returns the owner of an entry, by the names of its model revision and generation."""

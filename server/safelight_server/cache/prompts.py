@@ -6,6 +6,8 @@ The engine encodes prompts that are not cached; `approximate.embedding` turns em
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
@@ -15,20 +17,21 @@ from safelight_server.cache.approximate.embedding import EXAMPLE_PROMPTS, Floats
 from safelight_server.cache.fingerprint import IndexKind
 from safelight_server.cache.namespaces import Namespace
 from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.manifest import HIDDEN_STATE
 from safelight_server.domain.component import Component
-from safelight_server.domain.tensors import FloatArray
+from safelight_server.domain.tensors import Embedding
 from safelight_server.storage.purge import EntryOwner
 from safelight_server.storage.sealed import Entry
 from safelight_server.storage.tiers import Tiers
 
-Encode = Callable[[Pipeline, Sequence[int]], Awaitable[FloatArray]]
+Encode = Callable[[Pipeline, Sequence[int]], Awaitable[Embedding]]
 
 
 class Prompts:
     """Stores and reads prompt embeddings.
 
     Args:
-        encode: runs the text encoder on token ids (T,); returns the embedding (T, D).
+        encode: runs the text encoder on token ids (T,); returns the embedding.
         ttl_s: seconds until an embedding expires.
     """
 
@@ -38,45 +41,45 @@ class Prompts:
         self._ttl_s = ttl_s
         self._means: dict[str, asyncio.Task[Floats]] = {}
 
-    async def known(self, namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int]) -> FloatArray | None:
-        """Returns the cached embedding (T, D), or None."""
+    async def known(self, namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int]) -> Embedding | None:
+        """Returns the cached embedding, or None."""
         found = await self._tiers.get(_key(namespace, pipeline, token_ids))
-        if found is None:
-            return None
-        return np.frombuffer(found.entry.data, np.float32).reshape(len(token_ids), -1)
+        return None if found is None else _parsed(found.entry, pipeline, len(token_ids))
 
     async def keep(
         self,
         namespace: Namespace,
         pipeline: Pipeline,
         token_ids: Sequence[int],
-        embedding: FloatArray,
+        embedding: Embedding,
         owner: EntryOwner,
     ) -> bool:
-        """Stores an embedding (T, D). False if it is not finite. `owner`: by which purges find it."""
-        if not np.isfinite(embedding).all():
+        """Stores an embedding. False if it is not finite. `owner`: by which purges find it."""
+        arrays = [np.ascontiguousarray(embedding[name], np.float32) for name in pipeline.embedding_outputs]
+        if not all(np.isfinite(array).all() for array in arrays):
             return False
-        data = np.ascontiguousarray(embedding, np.float32).tobytes()
-        entry = Entry(data, {}, owner.revision, owner.generation)
+        shapes = {name: list(array.shape) for name, array in zip(pipeline.embedding_outputs, arrays, strict=True)}
+        facts = {"shapes": json.dumps(shapes)} if len(shapes) > 1 else {}
+        entry = Entry(b"".join(array.tobytes() for array in arrays), facts, owner.revision, owner.generation)
         await self._tiers.put(_key(namespace, pipeline, token_ids), entry, self._ttl_s)
         return True
 
     async def get(
         self, namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int], owner: EntryOwner
-    ) -> FloatArray:
-        """Returns the embedding (T, D), from the cache or else from the text encoder."""
+    ) -> Embedding:
+        """Returns the embedding, from the cache or else from the text encoder."""
         embedding = await self.known(namespace, pipeline, token_ids)
         if embedding is None:
             embedding = await self._encode(pipeline, token_ids)
             await self.keep(namespace, pipeline, token_ids, embedding, owner)
         return embedding
 
-    async def vector(self, pipeline: Pipeline, token_ids: Sequence[int], embedding: FloatArray) -> Floats:
+    async def vector(self, pipeline: Pipeline, token_ids: Sequence[int], embedding: Embedding) -> Floats:
         """Returns the prompt vector for similarity search: (D,) float32, centred, of length 1."""
         if (task := self._means.get(pipeline.digest)) is None or (task.done() and task.exception() is not None):
             task = self._means[pipeline.digest] = asyncio.create_task(self._mean(pipeline))
         mean = await asyncio.shield(task)
-        return centred(prompt_vector(embedding, token_ids, pipeline.manifest.tokenizer.eos_id), mean)
+        return centred(prompt_vector(embedding[HIDDEN_STATE], token_ids, pipeline.manifest.tokenizer.eos_id), mean)
 
     async def _mean(self, pipeline: Pipeline) -> Floats:
         """Returns the mean vector of the pipeline's example prompts, which centring subtracts."""
@@ -87,8 +90,21 @@ class Prompts:
         tokens = [tokenizer.encode(prompt).ids for prompt in prompts]
         embeddings = await asyncio.gather(*(self._encode(pipeline, ids) for ids in tokens))
         eos_id = pipeline.manifest.tokenizer.eos_id
-        vectors = [prompt_vector(e, ids, eos_id) for e, ids in zip(embeddings, tokens, strict=True)]
+        vectors = [prompt_vector(e[HIDDEN_STATE], ids, eos_id) for e, ids in zip(embeddings, tokens, strict=True)]
         return np.asarray(np.mean(vectors, axis=0), np.float32)
+
+
+def _parsed(entry: Entry, pipeline: Pipeline, num_tokens: int) -> Embedding | None:
+    """The embedding of an entry; None where it lacks an output that the pipeline is given now."""
+    flat = np.frombuffer(entry.data, np.float32)
+    if "shapes" not in entry.metadata:
+        embedding = {HIDDEN_STATE: flat.reshape(num_tokens, -1)}
+    else:
+        embedding, first = {}, 0
+        for name, shape in json.loads(entry.metadata["shapes"]).items():
+            embedding[name] = flat[first : first + math.prod(shape)].reshape(shape)
+            first += math.prod(shape)
+    return embedding if embedding.keys() >= set(pipeline.embedding_outputs) else None
 
 
 def _key(namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int]) -> str:

@@ -10,23 +10,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, Self
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
-from safelight_server.catalog import config_pbtxt, revisions
+from safelight_server.catalog import config_pbtxt, digest, revisions
+from safelight_server.catalog.manifest import (
+    ENCODER_SOURCE,
+    HIDDEN_STATE,
+    LATENT_SOURCE,
+    SIZE_IDS_SOURCE,
+    STABLE_DIFFUSION_INPUTS,
+    TIMESTEP_SOURCE,
+    Manifest,
+)
 from safelight_server.catalog.tokenizer import Tokenizer, Tokens
-from safelight_server.domain.component import Component
+from safelight_server.domain.component import OPTIONAL, Component
 from safelight_server.domain.errors import NotFoundError
 from safelight_server.sampler import VERSION as SAMPLER_VERSION
 from safelight_server.sampler import NoiseSchedule, SamplerSpec, refusal
 
-Positive = Annotated[int, Field(gt=0)]
+DATA_FILE = "model.onnx.data"
+"""Holds the weights of a model.onnx that would be larger than protobuf's 2 GiB with them."""
 
 
 class PromptTokenizer(Protocol):
@@ -42,153 +52,6 @@ class PromptTokenizer(Protocol):
 
 class ManifestError(Exception):
     """A manifest, or a file that it names, is invalid; the message names the file and every fault."""
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ComponentFile(_Strict):
-    """The model of a component in the Triton repository, with version and digest."""
-
-    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-    version: Positive
-    sha256: str
-
-
-class TokenizerFile(_Strict):
-    """A `tokenizers` file beside the manifest, and CLIP's special tokens."""
-
-    file: str
-    sha256: str
-    max_tokens: Positive
-    pad_id: int
-    bos_id: int
-    eos_id: int
-
-
-class Latent(_Strict):
-    """Latent shape at the first picture size; the decoder takes latent / scaling_factor + shift_factor."""
-
-    channels: Positive
-    height: Positive
-    width: Positive
-    scaling_factor: Annotated[float, Field(gt=0)]
-    shift_factor: float = 0.0
-
-
-class SizeOffer(_Strict):
-    """A picture size in pixels that the model offers."""
-
-    width_px: Positive
-    height_px: Positive
-
-
-class Noise(_Strict):
-    """The noise schedule that the model was trained with (`sampler.NoiseSchedule`)."""
-
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    num_train_timesteps: Positive = 1000
-    rescale_zero_terminal_snr: bool = False
-    steps_offset: int = 0
-    set_alpha_to_one: bool = True
-    shift: float = 1.0
-
-
-class SamplerCells(_Strict):
-    """A sampler with the spacings and sigma schedules that it is offered with, the default first."""
-
-    name: str
-    spacings: Annotated[tuple[str, ...], Field(min_length=1)]
-    sigma_schedules: Annotated[tuple[str, ...], Field(min_length=1)]
-
-
-class SamplerDefault(_Strict):
-    """The sampler for requests that name none (`sampler.SamplerSpec`)."""
-
-    name: str
-    spacing: str
-    sigma_schedule: str = "default"
-    eta: float = 0.0
-
-
-class Defaults(_Strict):
-    """Default values of request fields."""
-
-    num_inference_steps: Positive
-    guidance_scale: Annotated[float, Field(ge=1)]
-    sampler: SamplerDefault
-
-
-class ModelLimits(_Strict):
-    """Largest values of request fields; requests with larger ones are refused."""
-
-    max_num_inference_steps: Positive
-    max_guidance_scale: Annotated[float, Field(ge=1)]
-    max_outputs: Annotated[int, Field(gt=0, le=256)]
-
-
-class LinearPreview(_Strict):
-    """The linear map from a latent to preview pixels (`Pipeline.linear_weights`)."""
-
-    block: Positive
-    weights: tuple[tuple[float, ...], ...]
-    bias: tuple[float, ...]
-
-    @model_validator(mode="after")
-    def _rectangular(self) -> Self:
-        if len({len(row) for row in self.weights}) != 1:
-            raise ValueError("the rows of weights differ in length")
-        return self
-
-
-class GuardWords(_Strict):
-    """Words in which two prompts must agree before the picture of one may answer the other; see the approximate cache.
-
-    Attributes:
-        groups: values by group name, each with the phrases that mean it; the longest match at a word counts.
-        ignored: words that do not matter to the picture.
-        closed: whether all words outside the groups must agree too, except the ignored ones.
-    """
-
-    groups: Mapping[str, tuple[tuple[str, ...], ...]]
-    ignored: tuple[str, ...] = ()
-    closed: bool = False
-
-    @model_validator(mode="after")
-    def _unambiguous(self) -> Self:
-        phrases = [phrase for values in self.groups.values() for value in values for phrase in value]
-        plain = [" ".join(phrase.casefold().split()) for phrase in phrases]
-        if twice := {phrase for phrase in plain if plain.count(phrase) > 1}:
-            raise ValueError(f"stand for two values: {', '.join(sorted(twice))}")
-        if not all(any(c.isalnum() for c in phrase) for phrase in plain):
-            raise ValueError("a phrase has no word")
-        return self
-
-
-class Manifest(_Strict):
-    """The contents of pipeline.json. `guard` and `example_prompts` help the approximate caches and may be left out."""
-
-    format: Literal[1]
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
-    revision: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
-    description: str
-    license: str
-    family: Literal["stable-diffusion"]
-    components: Mapping[Component, ComponentFile]
-    tokenizer: TokenizerFile
-    latent: Latent
-    sizes: Annotated[tuple[SizeOffer, ...], Field(min_length=1)]
-    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"]
-    noise_schedule: Noise
-    samplers: Annotated[tuple[SamplerCells, ...], Field(min_length=1)]
-    defaults: Defaults
-    limits: ModelLimits
-    linear_preview: LinearPreview
-    guard: GuardWords | None = None
-    example_prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,6 +84,24 @@ class Pipeline:
         """Whether TINY_DECODER previews are offered."""
         return Component.PREVIEW_DECODER in self.manifest.components
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether development can start from a picture."""
+        return Component.ENCODER in self.manifest.components
+
+    @property
+    def embedding_outputs(self) -> tuple[str, ...]:
+        """The outputs of the text encoder that are kept of a prompt: what the denoiser is given, hidden state first."""
+        sources = self.manifest.inputs.values()
+        bound = [at.removeprefix(ENCODER_SOURCE) for at in sources if at.startswith(ENCODER_SOURCE)]
+        return tuple(dict.fromkeys([HIDDEN_STATE, *bound]))
+
+    def size_ids(self, latent_shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
+        """The input "size_ids" of the pictures that have a latent shape, (6,)."""
+        first, latent = self.manifest.sizes[0], self.manifest.latent
+        size = latent_shape[1] * first.height_px // latent.height, latent_shape[2] * first.width_px // latent.width
+        return np.array([*size, 0, 0, *size], np.float32)
+
     def latent_shape(self, width_px: int, height_px: int) -> tuple[int, int, int]:
         """(C, h, w) for a picture size that is offered."""
         first, latent = self.manifest.sizes[0], self.manifest.latent
@@ -231,16 +112,61 @@ class Pipeline:
         )
 
 
-class Catalog:
-    """All pipelines by name, one of which is the default."""
+@dataclass(frozen=True, slots=True)
+class UnavailablePipeline:
+    """A pipeline that is there and cannot be served. Clients see `reason`: its paths begin at the folder of models."""
 
-    def __init__(self, pipelines: list[Pipeline], default: str = "") -> None:
+    name: str
+    revision: str
+    reason: str
+
+
+class Catalog:
+    """All pipelines by name, one of which is the default; and those that are left out, because something is wrong.
+
+    Args:
+        require_all: whether a pipeline that cannot be served is an error.
+
+    Attributes:
+        unavailable: what is left out, by name.
+    """
+
+    def __init__(
+        self,
+        pipelines: list[Pipeline],
+        default: str = "",
+        unavailable: Iterable[UnavailablePipeline] = (),
+        *,
+        require_all: bool = True,
+    ) -> None:
         self.pipelines = {pipeline.name: pipeline for pipeline in sorted(pipelines, key=lambda p: p.name)}
-        self.default = default or next(iter(self.pipelines), "")
-        if self.default not in self.pipelines:
-            raise ManifestError(
-                f"the default model {self.default!r} is not there; there is {', '.join(self.pipelines)}"
-            )
+        self.unavailable = {at.name: at for at in sorted(unavailable, key=lambda at: at.name)}
+        self._wanted = default
+        self._require_all = require_all
+        self.default = self._find_default()
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Serves all pipelines but `name` from now on. A runtime calls it while it starts.
+
+        Raises:
+            ManifestError: all are required, `name` is the default by setting, or no pipeline is left.
+        """
+        if self._require_all:
+            raise ManifestError(reason)
+        pipeline = self.pipelines.pop(name)
+        self.unavailable[name] = UnavailablePipeline(name, pipeline.manifest.revision, reason)
+        self.default = self._find_default()
+
+    def _find_default(self) -> str:
+        default = self._wanted or next(iter(self.pipelines), "")
+        if default in self.pipelines:
+            return default
+        if default in self.unavailable:
+            raise ManifestError(f"the default model {default!r} cannot be served: {self.unavailable[default].reason}")
+        if self.unavailable and not self.pipelines:
+            reasons = "; ".join(f"{at.name}: {at.reason}" for at in self.unavailable.values())
+            raise ManifestError(f"no model can be served: {reasons}")
+        raise ManifestError(f"the default model {default!r} is not there; there is {', '.join(self.pipelines)}")
 
     def get(self, name: str) -> Pipeline:
         """The pipeline of that name; empty means the default.
@@ -255,17 +181,28 @@ class Catalog:
         return pipeline
 
 
-def load(models: Path, default: str = "") -> Catalog:
+def load(models: Path, default: str = "", *, require_all: bool = True) -> Catalog:
     """Loads every pipeline below `models`; of several revisions the newest (`revisions.order`).
 
+    Args:
+        require_all: whether an invalid pipeline is an error. If not, it is left out, and the others are served.
+
     Raises:
-        ManifestError: there is no pipeline, or one is invalid.
+        ManifestError: there is no pipeline, or one that is required is invalid.
     """
     found = sorted(models.glob("pipelines/*/*/pipeline.json"))
     newest = {path.parent.parent.name: path for path in sorted(found, key=lambda at: revisions.order(at.parent.name))}
     if not newest:
         raise ManifestError(f"no pipelines/*/*/pipeline.json in {models}")
-    return Catalog([load_pipeline(path, models / "repository") for _, path in sorted(newest.items())], default)
+    loaded, unavailable = [], []
+    for name, path in sorted(newest.items()):
+        try:
+            loaded.append(load_pipeline(path, models / "repository"))
+        except ManifestError as error:
+            if require_all:
+                raise
+            unavailable.append(UnavailablePipeline(name, path.parent.name, str(error).replace(f"{models}/", "")))
+    return Catalog(loaded, default, unavailable, require_all=require_all)
 
 
 def load_pipeline(path: Path, repository: Path) -> Pipeline:
@@ -278,17 +215,22 @@ def load_pipeline(path: Path, repository: Path) -> Pipeline:
         manifest = Manifest.model_validate(json.loads(path.read_bytes()))
     except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path}: {_faults(error)}") from None
+    except OSError as error:
+        raise ManifestError(f"{path}: {error.strerror}") from None
     files = {
         role: repository / component.model / str(component.version) / "model.onnx"
         for role, component in manifest.components.items()
     }
-    faults = [f"components: {role} is missing" for role in Component if role not in files and role != "preview_decoder"]
+    faults = [f"components: {role} is missing" for role in Component if role not in files and role not in OPTIONAL]
     for role, file in files.items():
-        faults += _check_file(file, manifest.components[role].sha256)
+        component = manifest.components[role]
+        faults += _check_file(file, component.sha256)
+        if component.data_sha256 is not None:
+            faults += _check_file(file.with_name(DATA_FILE), component.data_sha256)
     text = path.parent / manifest.tokenizer.file
     faults += _check_file(text, manifest.tokenizer.sha256)
     pipeline = assemble(manifest, files)
-    faults += _check(pipeline)
+    faults += check(manifest)
     configs, unread = _read_configs(manifest, repository)
     faults += unread + _check_configs(pipeline, configs)
     if (manifest.name, manifest.revision) != (path.parent.parent.name, path.parent.name):
@@ -296,7 +238,10 @@ def load_pipeline(path: Path, repository: Path) -> Pipeline:
     if faults:
         raise ManifestError(f"{path}: " + "; ".join(faults))
     at = manifest.tokenizer
-    tokenizer = Tokenizer(text, at.max_tokens, at.pad_id, at.bos_id, at.eos_id)
+    try:
+        tokenizer = Tokenizer(text, at.max_tokens, at.pad_id, at.bos_id, at.eos_id)
+    except Exception as error:  # noqa: BLE001  # what tokenizers raises is an Exception and nothing more
+        raise ManifestError(f"{text}: {error}") from None
     return replace(pipeline, tokenizer=tokenizer, max_rows={role: at.max_rows for role, at in configs.items()})
 
 
@@ -317,7 +262,15 @@ def _digest(manifest: Manifest) -> str:
     decides = manifest.model_dump(
         mode="json",
         include={"family", "components", "tokenizer", "latent", "prediction_type", "noise_schedule"},
+        exclude={"components": {"__all__": {"row_bytes"}}},
     )
+    for component in decides["components"].values():
+        if component["data_sha256"] is None:
+            del component["data_sha256"]
+    if (
+        dict(manifest.inputs) != STABLE_DIFFUSION_INPUTS
+    ):  # else it is the digest of a manifest from before there were any
+        decides["inputs"] = dict(manifest.inputs)
     canonical = json.dumps([SAMPLER_VERSION, decides], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -331,12 +284,16 @@ def _faults(error: ValidationError | json.JSONDecodeError | UnicodeDecodeError) 
 def _check_file(file: Path, sha256: str) -> list[str]:
     if not file.is_file():
         return [f"{file} is missing"]
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    try:
+        found = digest.sha256(file)
+    except OSError as error:
+        return [f"{file}: {error.strerror}"]
     return [] if found == sha256 else [f"{file}: sha256 is {found[:12]}…, the manifest says {sha256[:12]}…"]
 
 
-def _check(pipeline: Pipeline) -> list[str]:
-    manifest = pipeline.manifest
+def check(manifest: Manifest) -> list[str]:
+    """What is wrong with a manifest that its types do not show: each fault begins with the field it is about."""
+    pipeline = assemble(manifest, {})
     first, latent, preview = manifest.sizes[0], manifest.latent, manifest.linear_preview
     faults = [
         f"sizes: {size.width_px}x{size.height_px} is no multiple of the latent's pixels"
@@ -384,20 +341,36 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
         f"components.{role}: max_batch_size must be at least 1" for role, at in configs.items() if at.max_rows < 1
     ]
     tokens = manifest.tokenizer.max_tokens
+    encoder = configs.get(Component.TEXT_ENCODER)
+    made = {} if encoder is None else encoder.outputs
+    faults += [
+        f"inputs: the text encoder has no output {name}; it has {', '.join(made)}"
+        for name in pipeline.embedding_outputs
+        if encoder is not None and name not in made
+    ]
     for size in manifest.sizes:
         latent = pipeline.latent_shape(size.width_px, size.height_px)
+        shapes = {ENCODER_SOURCE + name: shape for name, shape in made.items()}
+        shapes |= {LATENT_SOURCE: latent, TIMESTEP_SOURCE: (1,), SIZE_IDS_SOURCE: (6,)}
         inputs: dict[Component, dict[str, tuple[int, ...]]] = {
             Component.TEXT_ENCODER: {"input_ids": (tokens,)},
-            Component.DENOISER: {"sample": latent, "timestep": (1,), "encoder_hidden_states": (tokens, -1)},
+            Component.DENOISER: {name: shapes.get(at, (tokens, -1)) for name, at in manifest.inputs.items()},
             Component.DECODER: {"latent": latent},
             Component.PREVIEW_DECODER: {"latent": latent},
+            Component.ENCODER: {"image": (3, size.height_px, size.width_px)},
         }
         outputs: dict[Component, dict[str, tuple[int, ...]]] = {
             Component.TEXT_ENCODER: {"last_hidden_state": (tokens, -1)},
             Component.DENOISER: {"prediction": latent},
             Component.DECODER: {"image": (3, size.height_px, size.width_px)},
             Component.PREVIEW_DECODER: {"image": (3, -1, -1)},
+            Component.ENCODER: {"mean": latent},
         }
+        if Component.ENCODER in configs and "std" in configs[Component.ENCODER].outputs:
+            outputs[Component.ENCODER]["std"] = latent
+        denoiser = configs.get(Component.DENOISER)
+        unbound = () if denoiser is None else denoiser.inputs.keys() - manifest.inputs.keys()
+        faults += [f"inputs: {name} of the denoiser is bound to nothing" for name in sorted(unbound)]
         for role, at in configs.items():
             wrong = config_pbtxt.mismatches(at.inputs, inputs[role])
             wrong += config_pbtxt.mismatches(at.outputs, outputs[role])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -22,6 +22,7 @@ from rich.table import Table
 
 from safelight_server.cluster.bills import Bill, read_bills
 from safelight_server.coordination.redis import RedisCoordinator
+from safelight_server.prices import NANO, ComputePrice, compute_price
 from safelight_server.storage.base import StoreError
 from safelight_server.storage.breaker import Breaker
 from safelight_server.storage.clock import SharedClock
@@ -32,7 +33,10 @@ from safelight_server.telemetry import configure_logging
 
 TIMEOUT_S = 5.0
 """How long one read of Redis may take."""
-COLUMNS = ("tenant", "model_revision", "disposition", "pictures", "rows", "steps", "compute_s")
+KINDS = ("tenant", "model_revision", "disposition")
+"""What bills can be added up by, in the order of the columns."""
+SUMS = ("pictures", "rows", "steps", "compute_s")
+HEADINGS = {"model_revision": "model", "disposition": "began", "compute_s": "compute"}
 
 
 class BillsError(Exception):
@@ -49,7 +53,7 @@ class BillFormat(StrEnum):
 
 @dataclass(slots=True)
 class BilledSum:
-    """The bills of one tenant, model revision and disposition, added up."""
+    """Bills added up; what they are not told apart by is empty."""
 
     tenant: str
     model_revision: str
@@ -73,25 +77,45 @@ def bills(
     since: Annotated[datetime | None, typer.Option(help="First moment (UTC); all where absent.")] = None,
     until: Annotated[datetime | None, typer.Option(help="First moment that no longer counts (UTC).")] = None,
     tenant: Annotated[str | None, typer.Option(help="Of this tenant alone.")] = None,
+    by: Annotated[
+        str, typer.Option(help="What to tell apart, separated by commas: tenant, model_revision, disposition.")
+    ] = ",".join(KINDS),
+    price_file: Annotated[
+        Path | None, typer.Option(envvar="SAFELIGHT_PRICE_FILE", help="Prices of machines: adds the cost.")
+    ] = None,
+    instance_type: Annotated[
+        str, typer.Option(envvar="SAFELIGHT_INSTANCE_TYPE", help="Which machine of the price file computed it.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV with a header.")] = False,
 ) -> None:
     """Sum up what was billed, by tenant, model and where the work began (docs/operations/billing.md)."""
+    told = tuple(name.strip() for name in by.split(","))
+    if unknown := [name for name in told if name not in KINDS]:
+        raise BillsError(f"--by {', '.join(unknown)}: must be of {', '.join(KINDS)}")
+    if (price_file is None) != (not instance_type):
+        raise BillsError("--price-file and --instance-type go together")
+    price = None if price_file is None else compute_price(price_file, instance_type)
     if as_json and as_csv:
         raise BillsError("--json, --csv: give one of them")
     if since is not None and until is not None and since >= until:
         raise BillsError("--until: must be after --since")
     configure_logging("console", "warning")
-    sums, num_sealed = uvloop.run(_add_up(redis_url, cache_key_file, since, until, tenant))
-    _print(sums, BillFormat.JSON if as_json else BillFormat.CSV if as_csv else BillFormat.TABLE)
+    sums, num_sealed = uvloop.run(_add_up(redis_url, cache_key_file, since, until, tenant, told))
+    _print(sums, told, price, BillFormat.JSON if as_json else BillFormat.CSV if as_csv else BillFormat.TABLE)
     if num_sealed:
         raise BillsError(f"{num_sealed} bills are missing above: --cache-key-file {cache_key_file} does not open them")
 
 
 async def _add_up(
-    redis_url: str, key_file: Path, since: datetime | None, until: datetime | None, tenant: str | None
+    redis_url: str,
+    key_file: Path,
+    since: datetime | None,
+    until: datetime | None,
+    tenant: str | None,
+    told: Sequence[str],
 ) -> tuple[list[BilledSum], int]:
-    """Returns the sums in the order of tenant and model, and the number of bills that cannot be opened."""
+    """Returns the sums in the order of what they are told apart by, and the number of bills that cannot be opened."""
     clock = SharedClock()
     try:
         sealer = Sealer(Keyring.load(key_file), clock.now)
@@ -110,7 +134,8 @@ async def _add_up(
             if bill is None:
                 num_sealed += 1
             elif tenant in (None, bill.tenant):
-                kind = bill.tenant, bill.model_revision, bill.disposition
+                tenant_told, model, began = (getattr(bill, name) if name in told else "" for name in KINDS)
+                kind = tenant_told, model, began
                 sums.setdefault(kind, BilledSum(*kind)).add(bill)
     except StoreError as error:
         raise BillsError(f"--redis-url / SAFELIGHT_REDIS_URL: {error}") from None
@@ -124,17 +149,26 @@ def _unix_ms(moment: datetime) -> int:
     return int(moment.replace(tzinfo=UTC).timestamp() * 1000)
 
 
-def _print(sums: Iterable[BilledSum], form: BillFormat) -> None:
-    rows = [asdict(one) | {"compute_s": round(one.compute_s, 6)} for one in sums]
+def _print(sums: Iterable[BilledSum], told: Sequence[str], price: ComputePrice | None, form: BillFormat) -> None:
+    columns = [*(name for name in KINDS if name in told), *SUMS, *(() if price is None else ("cost", "currency"))]
+    rows = []
+    for one in sums:
+        row = asdict(one) | {"compute_s": round(one.compute_s, 6)}
+        if price is not None:
+            row |= {"cost": price.of(one.compute_s) / NANO, "currency": price.currency}
+        rows.append({name: row[name] for name in columns})
     if form is BillFormat.JSON:
         for row in rows:
             typer.echo(json.dumps(row))
     elif form is BillFormat.CSV:
-        writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     else:
-        table = Table("tenant", "model", "began", "pictures", "rows", "steps", "compute")
+        table = Table(*(HEADINGS.get(name, name) for name in columns))
         for row in rows:
-            table.add_row(*(str(row[name]) for name in COLUMNS[:-1]), f"{row['compute_s']:.1f} s")
+            shown = row | {"compute_s": f"{row['compute_s']:.1f} s"}
+            if price is not None:
+                shown["cost"] = f"{row['cost']:.6f}"
+            table.add_row(*(str(shown[name]) for name in columns))
         Console().print(table)

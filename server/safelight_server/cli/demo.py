@@ -65,6 +65,9 @@ class DemoRequest:
     timeout_s: float | None = None
     cache: CacheMode = "default"
     branch: Branch | None = None
+    init_image: Path | None = None
+    strength: float | None = None
+    mask: Path | None = None
 
 
 @dataclass(slots=True)
@@ -197,6 +200,9 @@ async def _develop_shown(client: Client, developing: Sequence[LivePicture], cons
             timeout_s=order.timeout_s,
             cache=order.cache,
             branch=order.branch,
+            init_image=order.init_image,
+            strength=order.strength,
+            mask=order.mask,
             preview=PreviewPolicy(accept=[PixelEncoding(media_type="image/png")]),
         )
         async for event in events:

@@ -5,6 +5,7 @@ Exit codes: 1 the server's error, 2 a fault in what the user gave or in the set-
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Coroutine, Mapping
@@ -15,6 +16,7 @@ import grpc
 import structlog
 import typer
 import uvloop
+from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
@@ -31,8 +33,12 @@ from safelight_server.catalog.export import Accelerator, RepositoryError
 from safelight_server.catalog.export import Target as RepositoryTarget
 from safelight_server.cli import demo as demos
 from safelight_server.cli.bills import BillsError, bills
+from safelight_server.cli.export import export
 from safelight_server.cli.fetch import FetchError, fetch
+from safelight_server.cli.plan import PlanError, plan
 from safelight_server.cli.quotas import quota_table
+from safelight_server.cli.scaler import scaler
+from safelight_server.export.source import ExportError
 from safelight_server.files import ConfigFileError
 from safelight_server.settings import Settings, SettingsError, is_loopback
 from safelight_server.storage.keyring import write_key_file
@@ -45,6 +51,9 @@ caches = typer.Typer(no_args_is_help=True, help="The caches of a running server;
 app.add_typer(caches, name="cache")
 app.command()(bills)
 app.command()(fetch)
+app.command()(plan)
+app.command()(export)
+app.command()(scaler)
 console = Console()
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -59,6 +68,14 @@ CaFile = Annotated[
     Path | None,
     typer.Option(
         "--ca-file", envvar="SAFELIGHT_CA_FILE", help="PEM of who signed the server's certificate: asks by TLS."
+    ),
+]
+ClientCert = Annotated[
+    Path | None,
+    typer.Option(
+        "--client-cert-file",
+        envvar="SAFELIGHT_CLIENT_CERT_FILE",
+        help="PEM of the caller's own certificate and its key, for a server that asks for one.",
     ),
 ]
 ServerName = Annotated[
@@ -136,6 +153,8 @@ def _summary(running: Running, settings: Settings) -> None:
         manifest = pipeline.manifest
         sizes = ", ".join(f"{size.width_px}x{size.height_px}" for size in manifest.sizes)
         table.add_row("model", f"models/{pipeline.name} {manifest.revision} ({sizes}): {manifest.description}")
+    for left_out in running.catalog.unavailable.values():
+        table.add_row("left out", f"models/{left_out.name} {left_out.revision}: {left_out.reason}")
     limits = f"{settings.max_running_outputs} outputs run, {settings.max_waiting_outputs} may wait in class STANDARD"
     table.add_row("limits", limits)
     trusted = "callers on this machine are" if is_loopback(settings.host) else "whoever reaches it is"
@@ -164,9 +183,13 @@ def generate(
     timeout_s: Annotated[float | None, typer.Option("--timeout", min=0.001, help="Deadline in seconds.")] = None,
     cache: Annotated[CacheMode, typer.Option(help="What may serve it beside its own development.")] = "default",
     branch: Annotated[str, typer.Option(metavar="generations/ID@STEP", help="Where to start from.")] = "",
+    init: Annotated[Path | None, typer.Option(help="Picture to start from: PNG, JPEG or WebP.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much of it is given up, to 1. Default: 0.8.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Where it is developed anew: white, or transparent.")] = None,
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
     ca_file: CaFile = None,
+    client_cert: ClientCert = None,
     server_name: ServerName = "",
 ) -> None:
     """Ask a running server for one picture and watch it develop."""
@@ -188,8 +211,13 @@ def generate(
         timeout_s,
         cache,
         _branch(branch) if branch else None,
+        init,
+        strength,
+        mask,
     )
-    picture, developed = _run(demos.generate_one(_connect(target, api_key, ca_file, server_name), order, console))
+    picture, developed = _run(
+        demos.generate_one(_connect(target, api_key, ca_file, client_cert, server_name), order, console)
+    )
     try:
         out.write_bytes(picture.data)
     except OSError as error:
@@ -219,27 +247,53 @@ def demo(
 
 @app.command()
 def models(
-    target: Target = DEFAULT_TARGET, api_key: ApiKey = None, ca_file: CaFile = None, server_name: ServerName = ""
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+    ca_file: CaFile = None,
+    client_cert: ClientCert = None,
+    server_name: ServerName = "",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="As JSON, with the measured times that `safelight plan` reads.")
+    ] = False,
 ) -> None:
     """List what a server offers."""
-    connect = _connect(target, api_key, ca_file, server_name)
+    connect = _connect(target, api_key, ca_file, client_cert, server_name)
 
     async def ask() -> None:
         async with connect() as client:
-            for model in await client.models():
+            listed = await client.models()
+            if as_json:
+                found = {"models": [json_format.MessageToDict(model) for model in listed]}
+                typer.echo(json.dumps(found, indent=1))
+                return
+            for model in listed:
                 sizes = ", ".join(f"{size.width_px}x{size.height_px}" for size in model.sizes)
                 samplers = ", ".join(sampler.name for sampler in model.samplers)
                 mark = "  (default)" if model.is_default else ""
                 console.print(f"{model.name}  {model.revision}  on {model.runtime}{mark}", highlight=False)
                 console.print(f"    {model.description}; {sizes}; samplers {samplers}", highlight=False, soft_wrap=True)
+                for note in model.notes:
+                    console.print(f"    note: {note}", highlight=False, soft_wrap=True, markup=False)
+            for left_out in await client.unavailable_models():
+                console.print(
+                    f"{left_out.name}  {left_out.revision}  NOT SERVED: {left_out.reason}",
+                    highlight=False,
+                    soft_wrap=True,
+                    markup=False,
+                )
 
     _run(ask())
 
 
 @app.command()
-def health(target: Target = DEFAULT_TARGET, ca_file: CaFile = None, server_name: ServerName = "") -> None:
+def health(
+    target: Target = DEFAULT_TARGET,
+    ca_file: CaFile = None,
+    client_cert: ClientCert = None,
+    server_name: ServerName = "",
+) -> None:
     """Exit with 0 where a server is serving; for container health checks."""
-    connect = _connect(target, None, ca_file, server_name)
+    connect = _connect(target, None, ca_file, client_cert, server_name)
 
     async def ask() -> int:
         async with connect() as client:
@@ -305,10 +359,14 @@ def keys_cache(
 
 @app.command()
 def quotas(
-    target: Target = DEFAULT_TARGET, api_key: ApiKey = None, ca_file: CaFile = None, server_name: ServerName = ""
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+    ca_file: CaFile = None,
+    client_cert: ClientCert = None,
+    server_name: ServerName = "",
 ) -> None:
     """What tenants may ask for and compute, and what is left of it; needs an administrator's key."""
-    connect = _connect(target, api_key, ca_file, server_name)
+    connect = _connect(target, api_key, ca_file, client_cert, server_name)
 
     async def ask() -> list[TenantQuota]:
         async with connect() as client:
@@ -319,10 +377,14 @@ def quotas(
 
 @caches.command("stats")
 def cache_stats(
-    target: Target = DEFAULT_TARGET, api_key: ApiKey = None, ca_file: CaFile = None, server_name: ServerName = ""
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+    ca_file: CaFile = None,
+    client_cert: ClientCert = None,
+    server_name: ServerName = "",
 ) -> None:
     """What the caches of a replica hold and save."""
-    connect = _connect(target, api_key, ca_file, server_name)
+    connect = _connect(target, api_key, ca_file, client_cert, server_name)
 
     async def ask() -> GetCacheStatsResponse:
         async with connect() as client:
@@ -353,10 +415,11 @@ def cache_purge(
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
     ca_file: CaFile = None,
+    client_cert: ClientCert = None,
     server_name: ServerName = "",
 ) -> None:
     """Delete what agrees with everything that is given, from all tiers and on all replicas."""
-    connect = _connect(target, api_key, ca_file, server_name)
+    connect = _connect(target, api_key, ca_file, client_cert, server_name)
 
     async def ask() -> PurgeCacheResponse:
         async with connect() as client:
@@ -369,14 +432,19 @@ def cache_purge(
         raise CommandError(f"could not be cleared, purge again when they work: {', '.join(purged.failed_tiers)}")
 
 
-def _connect(target: str, api_key: str | None, ca_file: Path | None, server_name: str) -> Callable[[], Client]:
+def _connect(
+    target: str, api_key: str | None, ca_file: Path | None, client_cert: Path | None, server_name: str
+) -> Callable[[], Client]:
     """Checks the connection options; returns a function that makes the client, to be called in the event loop."""
+    if client_cert is not None and ca_file is None:
+        raise CommandError("--client-cert-file / SAFELIGHT_CLIENT_CERT_FILE: needs --ca-file / SAFELIGHT_CA_FILE")
     credentials = None
     try:
         if ca_file is not None:
-            credentials = grpc.ssl_channel_credentials(ca_file.read_bytes())
+            own = None if client_cert is None else client_cert.read_bytes()  # gRPC finds the key and the chain in it
+            credentials = grpc.ssl_channel_credentials(ca_file.read_bytes(), own, own)
     except OSError as error:
-        raise CommandError(f"{ca_file}: {error.strerror}") from None
+        raise CommandError(f"{error.filename}: {error.strerror}") from None
 
     def connect() -> Client:
         try:
@@ -420,6 +488,8 @@ def main() -> None:
         demos.DemoError,
         BillsError,
         FetchError,
+        PlanError,
+        ExportError,
     ) as error:
         _die(str(error), 2)
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from dataclasses import replace
 import numpy as np
 import structlog
 
-from safelight_server.catalog.pixels import NotFiniteError, to_pixels
+from safelight_server.catalog.pixels import NotFiniteError
 from safelight_server.cluster.bills import BilledWork
 from safelight_server.cluster.commit import KeepPicture, commit_result, committed_picture
 from safelight_server.cluster.leased_runners import FOLLOW, ExecutionTicket, LeasedRunners
@@ -32,7 +32,7 @@ from safelight_server.coordination.leadership import Leadership
 from safelight_server.domain.component import Component
 from safelight_server.domain.errors import InternalError, SafelightError
 from safelight_server.domain.picture import Pixels
-from safelight_server.domain.tensors import FloatArray
+from safelight_server.domain.tensors import Embedding, FloatArray
 from safelight_server.engine.jobs import Job
 from safelight_server.engine.latents import Snapshot
 from safelight_server.engine.observer import ExecutionObserver
@@ -215,7 +215,7 @@ class LeasedRunner(ExecutionObserver):
                 self._leaving = self._leased_runners.start(leader.close())
             raise
         assert self._job is not None
-        self._step = start.step if start else 0
+        self._step = replace(self._job, start=start).first_step
         self._submitted = True
         self._leased_runners.leads(self)
         self._leased_runners.engine.submit(replace(self._job, start=start), self)
@@ -296,7 +296,7 @@ class LeasedRunner(ExecutionObserver):
         """Forwards to the execution."""
         self._observer().checkpoint(snapshot)
 
-    def encoded(self, row: int, embedding: FloatArray) -> None:
+    def encoded(self, row: int, embedding: Embedding) -> None:
         """Forwards to the execution."""
         self._observer().encoded(row, embedding)
 
@@ -306,8 +306,10 @@ class LeasedRunner(ExecutionObserver):
         self._leased_runners.start(self._decoded(image, self._observer()))
 
     async def _decoded(self, image: FloatArray, listener: ExecutionObserver) -> None:
+        job = self._job
+        assert job is not None
         try:
-            pixels = await asyncio.get_running_loop().run_in_executor(self._leased_runners.pool, to_pixels, image)
+            pixels = await asyncio.get_running_loop().run_in_executor(self._leased_runners.pool, job.finish, image)
         except NotFiniteError:
             log.error("image_not_finite", generation=self.ticket.generation)
             self._committing = False

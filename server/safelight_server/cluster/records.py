@@ -7,9 +7,9 @@ returns what `dump` was given.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass as checked
@@ -20,6 +20,7 @@ from safelight_server.domain.errors import (
     FailedPreconditionError,
     GenerationCancelledError,
     InternalError,
+    NotFoundError,
     SafelightError,
     UnavailableError,
 )
@@ -35,11 +36,18 @@ from safelight_server.domain.events import (
 from safelight_server.domain.request import Request
 from safelight_server.storage.sealed import CorruptError, Entry, Sealer
 
+_USAGE = frozenset(one.name for one in fields(Usage))
 KEPT_S = 7 * 86_400.0
 """How long a sealed event can be opened; Redis forgets it much earlier."""
 ERRORS: dict[str, type[SafelightError]] = {
     error.__name__: error
-    for error in (DeadlineExceededError, FailedPreconditionError, GenerationCancelledError, UnavailableError)
+    for error in (
+        DeadlineExceededError,
+        FailedPreconditionError,
+        GenerationCancelledError,
+        NotFoundError,
+        UnavailableError,
+    )
 }
 
 
@@ -119,7 +127,7 @@ def dump(sealer: Sealer, name: str, written: JournalEntry) -> bytes:
             facts: dict[str, object] = {"sequence": written.sequence, "output": written.output_index}
             facts["step"] = written.step
             facts |= {"reason": written.reason and written.reason.value, "state": written.state and written.state.value}
-            facts |= {"error": _error(written.error), "usage": asdict(written.usage)}
+            facts |= {"error": _error(written.error), "usage": _usage_facts(written.usage)}
             facts["finish_time"] = written.finish_time and written.finish_time.isoformat()
             entry = Entry(written.data, {"kind": written.kind, "facts": json.dumps(facts)})
     return sealer.seal(name, entry, sealer.now() + KEPT_S)
@@ -152,9 +160,18 @@ def _parsed(entry: Entry) -> JournalEntry:
         facts["step"],
         GenerationState(facts["state"]) if facts["state"] else None,
         _revive(facts["error"]),
-        Usage(**facts["usage"]),
+        _usage(facts["usage"]),
         datetime.fromisoformat(facts["finish_time"]) if facts["finish_time"] else None,
     )
+
+
+def _usage_facts(usage: Usage) -> dict[str, object]:
+    """Without the cost where there is none: servers of versions that know of none can then read it."""
+    return {name: value for name, value in asdict(usage).items() if value or name not in ("cost_nanos", "currency")}
+
+
+def _usage(facts: dict[str, Any]) -> Usage:
+    return Usage(**{name: value for name, value in facts.items() if name in _USAGE})
 
 
 def _error(error: SafelightError | None) -> dict[str, object] | None:

@@ -12,9 +12,16 @@ class Component(enum.StrEnum):
     denoiser:         sample (B, C, h, w), timestep (B,), encoder_hidden_states (B, T, D) -> prediction (B, C, h, w)
     decoder:          latent (B, C, h, w), divided by the scaling factor -> image (B, 3, H, W) in [-1, 1], unclamped
     preview_decoder:  as the decoder, smaller and cheaper; its image may be smaller too
+    encoder:          image (B, 3, H, W) in [-1, 1] -> mean (B, C, h, w), and std (B, C, h, w) where it encodes to a
+                      distribution; on the decoder's scale
     """
 
     TEXT_ENCODER = "text_encoder"
     DENOISER = "denoiser"
     DECODER = "decoder"
     PREVIEW_DECODER = "preview_decoder"
+    ENCODER = "encoder"
+
+
+OPTIONAL = frozenset({Component.PREVIEW_DECODER, Component.ENCODER})
+"""What a pipeline may lack, and with it what the component is for: small previews, pictures to start from."""

@@ -88,13 +88,20 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a generation has used: compute time (its share of each batch), denoiser rows, steps, previews sent."""
+    """What a generation has used: compute time (its share of each batch), denoiser rows, steps, previews sent.
+
+    Attributes:
+        cost_nanos: billionths of a unit of `currency` that the compute costs.
+        currency: ISO 4217; empty: the server has no price.
+    """
 
     compute_s: float = 0.0
     num_rows: int = 0
     num_steps: int = 0
     num_previews: int = 0
     preview_bytes: int = 0
+    cost_nanos: int = 0
+    currency: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from safelight_server.domain.ktx2 import TextureFormat
-from safelight_server.sampler import SamplerSpec
+from safelight_server.sampler import SamplerSpec, steps_left_out
 from safelight_server.scheduler import Priority
 
 TEXT_BYTES = 100
@@ -120,6 +120,8 @@ class Spec:
         token_ids: of the prompt, padded to the text encoder's context length.
         negative_token_ids: None when guidance_scale is 1 (one row a step).
         seeds: one per output, each 0 to 2**64 - 1.
+        init_image: SHA-256 of the picture to start from, in hexadecimal; "": none, and then `strength` is 1.
+        mask: SHA-256 of the picture that says where it is developed anew; "": everywhere.
     """
 
     model: str
@@ -134,6 +136,14 @@ class Spec:
     guidance_scale: float
     sampler: SamplerSpec
     seeds: tuple[int, ...]
+    init_image: str = ""
+    strength: float = 1.0
+    mask: str = ""
+
+    @property
+    def first_step(self) -> int:
+        """The first step that is made; above 0 where development starts from a picture."""
+        return steps_left_out(self.num_inference_steps, self.strength)
 
     @property
     def model_revision(self) -> str:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from safelight_server.catalog.catalog import Pipeline
-from safelight_server.catalog.pixels import decoder_latent
+from safelight_server.catalog.pixels import decoder_latent, encoder_image
 from safelight_server.domain.component import Component
-from safelight_server.domain.tensors import FloatArray
+from safelight_server.domain.tensors import Embedding, FloatArray
+from safelight_server.engine.jobs import EncoderInput, InitImage
 from safelight_server.engine.latents import Latents, Slots, Snapshot
 from safelight_server.runtime.base import Inputs
 from safelight_server.sampler import SamplerTable
@@ -48,7 +49,8 @@ class OutputTensors:
 
     Attributes:
         conditioning: ids of its embeddings: the prompt's and, with guidance, the negative prompt's.
-        embeddings: those of them that are known already, (T, D), by id.
+        init_image: the picture that it starts from; None: it starts from noise, or from `start` alone.
+        embeddings: those of them that are known already, by id.
         key: of its denoiser batches.
         slot: its slot in the latents of its key, once it takes steps.
         image: the decoded picture, (3, H, W).
@@ -60,10 +62,11 @@ class OutputTensors:
     seed: int
     guidance_scale: float
     conditioning: tuple[str, ...]
-    embeddings: Mapping[str, FloatArray]
+    embeddings: Mapping[str, Embedding]
     start: Snapshot | None
     step: int
     key: str
+    init_image: InitImage | None = None
     slot: int | None = None
     image: FloatArray | None = None
 
@@ -105,8 +108,8 @@ class Batches:
         self._capacity = capacity
         self.outputs: dict[int, OutputTensors] = {}
         self.keys: dict[str, BatchKey] = {}
-        self.token_ids: dict[str, tuple[int, ...]] = {}
-        self._embeddings: dict[str, FloatArray] = {}
+        self.encoder_inputs: dict[str, EncoderInput] = {}
+        self._embeddings: dict[str, Embedding] = {}
         self._latents: dict[str, Latents] = {}
         self._departed: set[int] = set()
         self._previews: dict[int, dict[str, PendingPreview]] = {}  # by output and key; also of outputs elsewhere
@@ -120,8 +123,10 @@ class Batches:
         """Collects the inputs of a batch."""
         key = self.keys[batch.key]
         if batch.kind is Kind.ENCODE:
-            ids = [self.token_ids[row.conditioning_id] for row in batch.rows]
-            return PreparedCall(key, {"input_ids": np.array(ids, np.int64)}, 0)
+            given = [self.encoder_inputs[row.conditioning_id] for row in batch.rows]
+            if key.component is Component.ENCODER:
+                return PreparedCall(key, {"image": np.stack([encoder_image(np.asarray(one)) for one in given])}, 0)
+            return PreparedCall(key, {"input_ids": np.array(given, np.int64)}, 0)
         if batch.kind is Kind.DENOISE:
             return self._gather_steps(batch, key)
         if batch.kind is Kind.DECODE:
@@ -179,8 +184,8 @@ class Batches:
     def keep(self, batch: Batch, call: PreparedCall, results: Mapping[str, FloatArray]) -> None:
         """Stores the results of a batch for the next stage; those of outputs that have ended are dropped."""
         if batch.kind is Kind.ENCODE:
-            for row, embedding in zip(batch.rows, results["last_hidden_state"], strict=True):
-                if row.conditioning_id in self.token_ids:
+            for row, embedding in zip(batch.rows, _embeddings(call.key, results), strict=True):
+                if row.conditioning_id in self.encoder_inputs:
                     self._embeddings[row.conditioning_id] = embedding
         elif batch.kind is Kind.DENOISE:
             assert call.slots is not None and call.parts is not None
@@ -244,13 +249,13 @@ class Batches:
             return output.start
         return self._latents_of(output_id).snapshot(output.slot, output.step)
 
-    def embedding(self, conditioning_id: str) -> FloatArray:
-        """A prompt's embedding (T, D), which an output needs or `Engine.encode` has asked for."""
+    def embedding(self, conditioning_id: str) -> Embedding:
+        """An embedding that an output needs or `Engine.encode` has asked for."""
         return self._embeddings[conditioning_id]
 
     def release(self, conditioning_id: str) -> None:
         """Frees an embedding that nothing needs any more."""
-        self.token_ids.pop(conditioning_id, None)
+        self.encoder_inputs.pop(conditioning_id, None)
         self._embeddings.pop(conditioning_id, None)
 
     def forget(self, output_id: int) -> None:
@@ -298,7 +303,22 @@ class Batches:
         known = output.embeddings
         context = [known[i] if i in known else self._embeddings[i] for i in output.conditioning]
         if key not in self._latents:
-            tokens, width = context[0].shape
-            steps = output.pipeline.manifest.limits.max_num_inference_steps
-            self._latents[key] = Latents(self._capacity, output.latent_shape, (tokens, width), steps)
-        output.slot = self._latents[key].claim(output.table, output.seed, output.guidance_scale, context, output.start)
+            pipeline, shape = output.pipeline, output.latent_shape
+            steps, inputs = pipeline.manifest.limits.max_num_inference_steps, pipeline.manifest.inputs
+            context_shapes = {name: context[0][name].shape for name in pipeline.embedding_outputs}
+            size_ids = pipeline.size_ids(shape)
+            self._latents[key] = Latents(self._capacity, shape, context_shapes, steps, inputs, size_ids)
+        picture = None
+        if (image := output.init_image) is not None:
+            encoding = self._embeddings[image.name(output.pipeline)]
+            picture = image.clean_latent(output.pipeline, encoding, output.seed)
+        output.slot = self._latents[key].claim(
+            output.table, output.seed, output.guidance_scale, context, output.start, picture
+        )
+
+
+def _embeddings(key: BatchKey, results: Mapping[str, FloatArray]) -> list[Embedding]:
+    """What an encoder gives for each row."""
+    of_text = key.component is Component.TEXT_ENCODER
+    names = key.pipeline.embedding_outputs if of_text else [name for name in ("mean", "std") if name in results]
+    return [dict(zip(names, row, strict=True)) for row in zip(*(results[name] for name in names), strict=True)]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 
 from safelight_server.domain.errors import SafelightError
-from safelight_server.domain.tensors import FloatArray
+from safelight_server.domain.tensors import Embedding
 
 
 class EmbeddingWaiters:
     """Futures by prompt name; calls that wait for the same prompt share one."""
 
     def __init__(self) -> None:
-        self._futures: dict[str, asyncio.Future[FloatArray]] = {}
+        self._futures: dict[str, asyncio.Future[Embedding]] = {}
 
     def __len__(self) -> int:
         return len(self._futures)
@@ -24,15 +24,15 @@ class EmbeddingWaiters:
         """Adds a future for a prompt that no call waits for yet."""
         self._futures[name] = asyncio.get_running_loop().create_future()
 
-    async def get(self, name: str) -> FloatArray:
-        """Waits for the embedding (T, D).
+    async def get(self, name: str) -> Embedding:
+        """Waits for the embedding.
 
         Raises:
             SafelightError: the error given to `refuse`.
         """
         return await asyncio.shield(self._futures[name])
 
-    def answer(self, name: str, embedding: FloatArray) -> None:
+    def answer(self, name: str, embedding: Embedding) -> None:
         """Gives the embedding to all calls that wait for it."""
         future = self._futures.pop(name)
         if not future.done():

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.pixels import denoiser_latent, shrunk_mask, to_pixels
 from safelight_server.domain.component import Component
-from safelight_server.domain.tensors import FloatArray
-from safelight_server.engine.latents import Snapshot
-from safelight_server.sampler import SamplerTable
+from safelight_server.domain.picture import Pixels
+from safelight_server.domain.tensors import Embedding, FloatArray
+from safelight_server.engine.latents import CleanLatent, Snapshot
+from safelight_server.sampler import POSTERIOR, SamplerTable, gaussian
 from safelight_server.scheduler import Kind, Priority, ScheduledOutput
 
 COMPONENTS = {
@@ -17,6 +21,49 @@ COMPONENTS = {
     Kind.DENOISE: Component.DENOISER,
     Kind.DECODE: Component.DECODER,
 }
+
+
+EncoderInput = tuple[int, ...] | Pixels
+"""What an embedding is computed from: token ids (T,), or the pixels of a picture (H, W, 3)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InitImage:
+    """A picture that outputs start from, at their size.
+
+    Attributes:
+        digest: equal for pictures whose pixels are equal.
+        pixels: (H, W, 3) uint8 sRGB.
+        mask: (H, W) uint8: 255 where it is developed anew, 0 where it is kept; None: 255 everywhere.
+    """
+
+    digest: str
+    pixels: Pixels
+    mask: Pixels | None = None
+
+    def name(self, pipeline: Pipeline) -> str:
+        """The name of its encoding, equal for equal encodings."""
+        height, width, _ = self.pixels.shape
+        return f"{pipeline.manifest.components[Component.ENCODER].sha256}:{self.digest}:{width}x{height}"
+
+    def clean_latent(self, pipeline: Pipeline, encoding: Embedding, seed: int) -> CleanLatent:
+        """Its latent for an output.
+
+        Args:
+            encoding: `mean` and, where the encoder gives one, `std`, (C, h, w).
+        """
+        latent = encoding["mean"]
+        if "std" in encoding:
+            latent = latent + encoding["std"] * gaussian(seed, POSTERIOR, 0, latent.shape)
+        mask = None if self.mask is None else shrunk_mask(self.mask, latent.shape[1:])
+        return CleanLatent(denoiser_latent(pipeline, latent), mask)
+
+    def finish(self, pixels: Pixels) -> Pixels:
+        """The finished picture: outside of the mask the pixels are those of the picture that it started from."""
+        if self.mask is None:
+            return pixels
+        share = (self.mask.astype(np.float32) / 255)[..., None]
+        return np.round(share * pixels + (1 - share) * self.pixels).astype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +74,8 @@ class Job:
         token_ids: of the prompt and, with guidance, of the negative prompt; each (T,).
         deadline: on the engine's clock.
         start: where it stopped, when it goes on after `suspend`; or where it begins in place of noise.
-        embeddings: of `token_ids`, (T, D), where they are known already; may be shorter.
+        embeddings: of `token_ids`, where they are known already; may be shorter.
+        image: what it starts from in place of noise; also where `start` is given, for its mask.
     """
 
     output_id: int
@@ -41,7 +89,19 @@ class Job:
     token_ids: tuple[tuple[int, ...], ...]
     deadline: float | None = None
     start: Snapshot | None = None
-    embeddings: tuple[FloatArray | None, ...] = ()
+    embeddings: tuple[Embedding | None, ...] = ()
+    image: InitImage | None = None
+
+    @property
+    def first_step(self) -> int:
+        """Steps that it does not make, as it starts behind them."""
+        return self.table.first_step if self.start is None else self.start.step
+
+    @property
+    def encoded_image(self) -> str:
+        """The name of the encoding of its picture; "": it needs none, or none any more."""
+        needed = self.image is not None and (self.start is None or self.image.mask is not None)
+        return self.image.name(self.pipeline) if self.image is not None and needed else ""
 
     @property
     def conditioning(self) -> tuple[str, ...]:
@@ -49,15 +109,34 @@ class Job:
         return tuple(prompt_name(self.pipeline, ids) for ids in self.token_ids)
 
     @property
-    def known(self) -> dict[str, FloatArray]:
-        """Embeddings (T, D) that are known already, by name."""
+    def encoder_inputs(self) -> dict[str, EncoderInput]:
+        """What its embeddings are computed from, by name."""
+        inputs: dict[str, EncoderInput] = dict(zip(self.conditioning, self.token_ids, strict=True))
+        if self.image is not None and (name := self.encoded_image):
+            inputs[name] = self.image.pixels
+        return inputs
+
+    @property
+    def known(self) -> dict[str, Embedding]:
+        """Embeddings that are known already, by name."""
         pairs = zip(self.conditioning, self.embeddings, strict=False)
         return {name: embedding for name, embedding in pairs if embedding is not None}
+
+    def finish(self, image: FloatArray) -> Pixels:
+        """The finished picture (H, W, 3) of the decoded image (3, H, W). Slow enough for a thread.
+
+        Raises:
+            NotFiniteError: a value is infinite or NaN.
+        """
+        pixels = to_pixels(image)
+        return pixels if self.image is None else self.image.finish(pixels)
 
     def as_output(self, key: Callable[[Pipeline, Component, tuple[int, int, int]], str]) -> ScheduledOutput:
         """Converts the job to what the scheduler needs of it. `key`: the batch key of a component (`Batches.key`)."""
         known = self.known
         keys = {kind: key(self.pipeline, component, self.latent_shape) for kind, component in COMPONENTS.items()}
+        conditioning, image = [name for name in self.conditioning if name not in known], self.encoded_image
+        encoder_keys = {image: key(self.pipeline, Component.ENCODER, self.latent_shape)} if image else {}
         return ScheduledOutput(
             output_id=self.output_id,
             caller=self.caller,
@@ -65,9 +144,10 @@ class Job:
             num_steps=self.table.num_steps,
             rows_per_step=len(self.token_ids),
             keys=keys,
-            conditioning=tuple(name for name in self.conditioning if name not in known),
+            conditioning=(*conditioning, *encoder_keys),
+            encoder_keys=encoder_keys,
             deadline=self.deadline,
-            first_step=self.start.step if self.start else 0,
+            first_step=self.first_step,
         )
 
 

@@ -10,15 +10,22 @@ never changes the bits of another.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from safelight_server.domain.tensors import Array, FloatArray
+from safelight_server.catalog.manifest import (
+    ENCODER_SOURCE,
+    LATENT_SOURCE,
+    SIZE_IDS_SOURCE,
+    STABLE_DIFFUSION_INPUTS,
+    TIMESTEP_SOURCE,
+)
+from safelight_server.domain.tensors import Array, Embedding, FloatArray
 from safelight_server.runtime.base import StableRows
-from safelight_server.sampler import SamplerTable, advance, gaussian, guide
+from safelight_server.sampler import INITIAL, STEP, SamplerTable, advance, gaussian, guide, keep_outside, noised
 
 Slots = npt.NDArray[np.intp]
 COND, UNCOND = 0, 1
@@ -44,33 +51,72 @@ class Snapshot:
     denoised: FloatArray
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class CleanLatent:
+    """The latent of a picture that an output starts from.
+
+    Attributes:
+        clean: without noise, (C, h, w) float32.
+        mask: (h, w) float32: 1 where it is developed anew, 0 where it is kept; None: 1 everywhere.
+    """
+
+    clean: FloatArray
+    mask: FloatArray | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Inpainting:
+    """What a slot's latent is outside of its mask: before step n the clean latent with the noise of `levels[n]`."""
+
+    clean: FloatArray
+    mask: FloatArray
+    noise: FloatArray
+    levels: FloatArray
+
+    def kept(self, step: int) -> FloatArray:
+        return noised(self.clean, self.noise, self.levels[step])
+
+
 class Latents:
     """Slots for the running outputs of one batch key.
 
     Args:
         capacity: slots; outputs that run plus those that ended while their batch was in flight.
         shape: (C, h, w) of a latent.
-        context_shape: (T, D) of a prompt's embedding.
+        context_shapes: of a prompt's embedding, by output of the text encoder.
         max_steps: longest table.
+        inputs: the denoiser's inputs, each with its source (`Manifest.inputs`).
+        size_ids: what inputs of that source are given, (6,).
     """
 
     def __init__(
-        self, capacity: int, shape: tuple[int, int, int], context_shape: tuple[int, int], max_steps: int
+        self,
+        capacity: int,
+        shape: tuple[int, int, int],
+        context_shapes: Mapping[str, tuple[int, ...]],
+        max_steps: int,
+        inputs: Mapping[str, str] = STABLE_DIFFUSION_INPUTS,
+        size_ids: FloatArray | None = None,
     ) -> None:
         self.shape = shape
+        self._inputs = inputs
+        self._size_ids = size_ids
         self._free = list(range(capacity))[::-1]
         self._in_flight = [0] * capacity
         self._abandoned: set[int] = set()
         self._x = np.zeros((capacity, *shape), np.float32)
         self._denoised = np.zeros_like(self._x)
         self._prediction = np.zeros((capacity, 2, *shape), np.float32)
-        self._context = np.zeros((capacity * 2, *context_shape), np.float32)
+        self._context = {
+            name: np.zeros((capacity * 2, *context_shape), np.float32) for name, context_shape in context_shapes.items()
+        }
         self._context_versions = np.zeros(capacity * 2, np.int64)
         self._coefficients = np.zeros((capacity, max_steps, NUM_COEFFICIENTS), np.float32)
         self._in_scale = np.zeros((capacity, max_steps), np.float32)
         self._timesteps = np.zeros((capacity, max_steps), np.float32)
         self._guidance = np.ones(capacity, np.float32)
         self._noise_seed: list[int | None] = [None] * capacity
+        self._inpainting: dict[int, _Inpainting] = {}
 
     @property
     def num_used(self) -> int:
@@ -82,13 +128,15 @@ class Latents:
         table: SamplerTable,
         seed: int,
         guidance_scale: float,
-        context: Sequence[FloatArray],
+        context: Sequence[Embedding],
         start: Snapshot | None = None,
+        picture: CleanLatent | None = None,
     ) -> int:
         """Takes a slot for an output and fills it; from fresh noise, or from where `start` stopped.
 
         Args:
-            context: the embeddings (T, D) of the prompt and, with guidance, of the negative prompt.
+            context: the embeddings of the prompt and, with guidance, of the negative prompt.
+            picture: what it starts from in place of pure noise.
         """
         slot = self._free[-1]
         steps = table.num_steps
@@ -98,19 +146,26 @@ class Latents:
         self._guidance[slot] = guidance_scale
         self._noise_seed[slot] = seed if table.uses_noise else None
         first = slot * 2
-        self._context[first : first + len(context)] = context
+        for name, rows in self._context.items():
+            rows[first : first + len(context)] = [embedding[name] for embedding in context]
         self._context_versions[first : first + 2] = next(_VERSIONS), next(_VERSIONS)
-        if start is None:
-            self._x[slot] = np.float32(table.init_scale) * gaussian(seed, 0, 0, self.shape)
-            self._denoised[slot] = 0.0
-        else:
+        noise = gaussian(seed, INITIAL, 0, self.shape) if start is None or picture is not None else None
+        if start is not None:
             self._x[slot] = start.x
             self._denoised[slot] = start.denoised
+        else:
+            assert noise is not None
+            self._x[slot] = _first(table, noise, picture)
+            self._denoised[slot] = 0.0
+        if picture is not None and picture.mask is not None:
+            assert noise is not None
+            self._inpainting[slot] = _Inpainting(picture.clean, picture.mask, noise, table.levels)
         self._free.pop()
         return slot
 
     def release(self, slot: int) -> None:
         """Frees a slot; if a batch in flight uses it, as soon as that batch is back."""
+        self._inpainting.pop(slot, None)
         if self._in_flight[slot]:
             self._abandoned.add(slot)
         else:
@@ -132,12 +187,20 @@ class Latents:
     def rows(self, slots: Slots, parts: Slots, steps: Slots) -> dict[str, Array | StableRows]:
         """Denoiser inputs for one row per entry: the output's slot, cond or uncond, and its step."""
         context = slots * 2 + parts
-        scale = self._in_scale[slots, steps][:, None, None, None]
-        return {
-            "sample": self._x[slots] * scale,
-            "timestep": self._timesteps[slots, steps],
-            "encoder_hidden_states": StableRows(self._context, context, self._context_versions[context]),
-        }
+        return {name: self._input(source, slots, context, steps) for name, source in self._inputs.items()}
+
+    def _input(self, source: str, slots: Slots, context: Slots, steps: Slots) -> Array | StableRows:
+        if source == LATENT_SOURCE:
+            scaled: FloatArray = self._x[slots] * self._in_scale[slots, steps][:, None, None, None]
+            return scaled
+        if source == TIMESTEP_SOURCE:
+            timesteps: FloatArray = self._timesteps[slots, steps]
+            return timesteps
+        if source == SIZE_IDS_SOURCE:
+            assert self._size_ids is not None
+            return np.tile(self._size_ids, (len(slots), 1))
+        rows = self._context[source.removeprefix(ENCODER_SOURCE)]
+        return StableRows(rows, context, self._context_versions[context])
 
     def put(self, slots: Slots, parts: Slots, prediction: FloatArray) -> None:
         """Keeps the predictions (B, C, h, w) of rows until all rows of their steps are back."""
@@ -166,6 +229,9 @@ class Latents:
             self._noise(slots, steps),
             self._coefficients[slots, steps],
         )
+        for row, (slot, step) in enumerate(zip(slots.tolist(), steps.tolist(), strict=True)):
+            if (inpainting := self._inpainting.get(slot)) is not None:
+                x[row] = keep_outside(x[row], inpainting.kept(step + 1), inpainting.mask)
         self._x[slots] = x
         self._denoised[slots] = denoised
         return np.array([bool(np.isfinite(row).all()) for row in x])
@@ -177,7 +243,7 @@ class Latents:
         noise = np.zeros((len(slots), *self.shape), np.float32)
         for row, (seed, step) in enumerate(zip(seeds, steps.tolist(), strict=True)):
             if seed is not None:
-                noise[row] = gaussian(seed, 1, step, self.shape)
+                noise[row] = gaussian(seed, STEP, step, self.shape)
         return noise
 
     def latent(self, slots: Slots) -> FloatArray:
@@ -191,3 +257,10 @@ class Latents:
     def snapshot(self, slot: int, step: int) -> Snapshot:
         """A copy of what the output in `slot` needs to go on from `step`."""
         return Snapshot(step, self._x[slot].copy(), self._denoised[slot].copy())
+
+
+def _first(table: SamplerTable, noise: FloatArray, picture: CleanLatent | None) -> FloatArray:
+    """The latent before the first step; within a mask that gives up the whole picture it is pure noise."""
+    if picture is None or (picture.mask is not None and table.first_step == 0):
+        return np.float32(table.init_scale) * noise
+    return noised(picture.clean, noise, table.levels[table.first_step])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from safelight_server.domain.errors import SafelightError
 from safelight_server.domain.picture import FinishedPicture, Pixels
-from safelight_server.domain.tensors import FloatArray
+from safelight_server.domain.tensors import Embedding, FloatArray
 from safelight_server.engine.latents import Snapshot
 from safelight_server.telemetry import Trail
 
@@ -50,8 +50,8 @@ class ExecutionObserver:
     def checkpoint(self, snapshot: Snapshot) -> None:
         """The state after `snapshot.step` steps, a copy."""
 
-    def encoded(self, row: int, embedding: FloatArray) -> None:
-        """The embedding (T, D) of prompt number `row` of the job (`Job.token_ids`) was computed."""
+    def encoded(self, row: int, embedding: Embedding) -> None:
+        """The embedding of prompt number `row` of the job (`Job.token_ids`) was computed."""
 
     def decoded(self, image: FloatArray) -> None:
         """The finished image (3, H, W) in [-1, 1], unclamped. The output has ended."""

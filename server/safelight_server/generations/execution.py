@@ -20,16 +20,17 @@ from typing import Protocol
 
 import structlog
 
-from safelight_server.catalog.pixels import NotFiniteError, to_pixels
+from safelight_server.catalog.pixels import NotFiniteError
 from safelight_server.domain.component import Component
 from safelight_server.domain.errors import InternalError, SafelightError
 from safelight_server.domain.picture import FinishedPicture, Pixels
-from safelight_server.domain.tensors import FloatArray
+from safelight_server.domain.tensors import Embedding, FloatArray
 from safelight_server.engine.engine import Engine
 from safelight_server.engine.jobs import Job
 from safelight_server.engine.latents import Snapshot
 from safelight_server.engine.observer import ExecutionObserver
 from safelight_server.preview import Decode, FrameFeed
+from safelight_server.quality import DevelopmentSample, QualityProbe
 from safelight_server.scheduler import Priority
 from safelight_server.telemetry import Trail
 
@@ -95,6 +96,7 @@ class Execution(ExecutionObserver):
         recorder: None: nothing is kept.
         on_end: called once, when it will never run again.
         tasks: the set that holds its tasks (converting and keeping the picture) while they run.
+        sample: measures what it looks like; None: it is not sampled.
     """
 
     def __init__(
@@ -106,16 +108,19 @@ class Execution(ExecutionObserver):
         recorder: ExecutionObserver | None,
         on_end: Callable[[Execution], None],
         tasks: set[asyncio.Task[None]],
+        sample: DevelopmentSample | None = None,
     ) -> None:
         self.key = key
-        self.step = job.start.step if job.start else 0
-        self.feed = FrameFeed(job.pipeline, _decoding(weakref.ref(self)), runner.load, pool)
+        self.step = job.first_step
+        seen = None if sample is None else sample.preview
+        self.feed = FrameFeed(job.pipeline, _decoding(weakref.ref(self)), runner.load, pool, seen)
         self.job = job
         self._runner = runner
         self._pool = pool
         self._recorder = recorder or ExecutionObserver()
         self._on_end = on_end
         self._tasks = tasks
+        self._sample = sample
         self.compute_s = 0.0
         self._members: list[Member] = []
         self._num_away = 0
@@ -245,7 +250,7 @@ class Execution(ExecutionObserver):
         """Gives the recorder the state after a step."""
         self._recorder.checkpoint(snapshot)
 
-    def encoded(self, row: int, embedding: FloatArray) -> None:
+    def encoded(self, row: int, embedding: Embedding) -> None:
         """Gives the recorder an embedding."""
         self._recorder.encoded(row, embedding)
 
@@ -278,11 +283,13 @@ class Execution(ExecutionObserver):
 
     async def _finish(self, image: FloatArray) -> None:
         try:
-            pixels = await asyncio.get_running_loop().run_in_executor(self._pool, to_pixels, image)
+            pixels = await asyncio.get_running_loop().run_in_executor(self._pool, self.job.finish, image)
         except NotFiniteError:
             log.error("image_not_finite", output_id=self.job.output_id)
             self.failed(InternalError())
         else:
+            if self._sample is not None:
+                self._sample.finish(pixels)
             await self._publish(pixels)
 
     async def _publish(self, pixels: Pixels) -> None:
@@ -332,9 +339,10 @@ def _decoding(execution: weakref.ref[Execution]) -> Decode:
 class Executions:
     """The executions that identical outputs can join, by key (single flight)."""
 
-    def __init__(self, engine: Engine, pool: Executor) -> None:
+    def __init__(self, engine: Engine, pool: Executor, probe: QualityProbe | None = None) -> None:
         self._engine = engine
         self._pool = pool
+        self._probe = probe
         self._by_key: dict[Hashable, Execution] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -360,7 +368,10 @@ class Executions:
             recorder: keeps embeddings, checkpoints and the picture for later; None: nothing is kept.
             runner: None: the engine.
         """
-        return Execution(job, runner or self._engine, self._pool, key, recorder, self._forget, self._tasks)
+        sample = None
+        if self._probe is not None:
+            sample = self._probe.begin(job.pipeline.name, job.table.num_steps, (job.seed, job.token_ids))
+        return Execution(job, runner or self._engine, self._pool, key, recorder, self._forget, self._tasks, sample)
 
     def publish(self, execution: Execution) -> None:
         """Lets identical outputs find an execution until it has ended."""

@@ -12,7 +12,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import structlog
@@ -39,6 +39,7 @@ from safelight_server.domain.picture import EncodedPicture, FinishedPicture
 from safelight_server.domain.request import Request
 from safelight_server.generations.execution import Execution
 from safelight_server.generations.output import ComputedWork, Output
+from safelight_server.prices import ComputePrice
 from safelight_server.scheduler import Priority
 from safelight_server.stream import EventLog, serialization
 from safelight_server.telemetry import Stage, tracing
@@ -72,6 +73,7 @@ class Generation:
         deadline: on the engine's clock.
         late: makes the error with which it ends when the deadline has passed.
         charge: is told of the compute that counts for it, in seconds.
+        price: of compute; None: it has no cost.
         on_end: called once, after Finished.
         now: Unix seconds, by the clock that all replicas share.
 
@@ -95,6 +97,7 @@ class Generation:
         on_end: Callable[[Generation], None],
         now: Callable[[], float] = time.time,
         charge: Callable[[float], None] = lambda _seconds: None,
+        price: ComputePrice | None = None,
     ) -> None:
         self.identifier = identifier
         self.caller = caller
@@ -109,6 +112,7 @@ class Generation:
         self.error: SafelightError | None = None
         self.work = ComputedWork()
         self.charge = charge
+        self._price = price
         self.times = GenerationTimes(clock())
         self._now = now
         self.create_time = datetime.fromtimestamp(now(), UTC)
@@ -395,7 +399,10 @@ class Generation:
         work, log_of = self.work, self.log
         if not self.owned and self.ended:
             return self._usage_of_owner
-        return Usage(work.compute_s, work.num_rows, work.num_steps, log_of.num_previews, log_of.preview_bytes)
+        usage = Usage(work.compute_s, work.num_rows, work.num_steps, log_of.num_previews, log_of.preview_bytes)
+        if self._price is None:
+            return usage
+        return replace(usage, cost_nanos=self._price.of(work.compute_s), currency=self._price.currency)
 
     def _timings(self) -> Timings:
         times = self.times

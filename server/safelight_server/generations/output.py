@@ -103,14 +103,19 @@ class Output(Member):
             return None
         match self.origin.disposition:
             case Disposition.MISS if not self._counted:  # another replica has developed it
-                return Origin(Disposition.COALESCED, num_steps_skipped=self.step)
+                return Origin(Disposition.COALESCED, num_steps_skipped=self._all_steps)
             case Disposition.COALESCED:
-                skipped = self.step - self._counted
+                skipped = self._all_steps - self._counted
                 return replace(self.origin, num_steps_skipped=skipped, compute_s_saved=self._others_s)
             case Disposition.LATENT | Disposition.BRANCHED:
                 seconds_per_step = self._compute_s / max(1, self._counted)
                 return replace(self.origin, compute_s_saved=seconds_per_step * self.origin.num_steps_skipped)
         return self.origin
+
+    @property
+    def _all_steps(self) -> int:
+        """Steps that were made of it, by whomever."""
+        return self.step - self._generation.request.spec.first_step
 
     # --- joining and leaving executions ---
 

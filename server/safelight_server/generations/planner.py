@@ -9,7 +9,7 @@ what is there or on its way. Neighbours: `cache`, `execution`, `admission`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from safelight_server.cache.approximate.similar import SimilarPicture
@@ -21,19 +21,28 @@ from safelight_server.catalog.catalog import Catalog
 from safelight_server.catalog.pixels import sampler_table
 from safelight_server.cluster.leased_runner import LeasedRunner
 from safelight_server.cluster.leased_runners import ExecutionTicket, LeasedRunners, LoadWithPending
-from safelight_server.domain.errors import FailedPreconditionError, FieldViolation, InvalidRequestError
+from safelight_server.domain.errors import (
+    FailedPreconditionError,
+    FieldViolation,
+    InvalidRequestError,
+    NotFoundError,
+    SafelightError,
+    UnavailableError,
+)
 from safelight_server.domain.events import Disposition, FinishReason, Origin
 from safelight_server.domain.picture import EncodedPicture, Pixels
 from safelight_server.domain.request import CacheMode, Spec
-from safelight_server.domain.tensors import FloatArray
+from safelight_server.domain.tensors import Embedding
 from safelight_server.engine.engine import Engine
-from safelight_server.engine.jobs import Job
+from safelight_server.engine.jobs import InitImage, Job
 from safelight_server.engine.latents import Snapshot
 from safelight_server.generations.admission import AdmissionLimits, admit
 from safelight_server.generations.execution import Execution, Executions
 from safelight_server.generations.generation import Generation
+from safelight_server.generations.init_images import InitImages
 from safelight_server.generations.output import Output
 from safelight_server.runtime.base import Runtime
+from safelight_server.storage.base import StoreError
 
 MISS = Origin()
 KEPT = {Disposition.LATENT: Retention.AS_SIMILAR, Disposition.BRANCHED: Retention.EMBEDDINGS}
@@ -53,20 +62,26 @@ class OutputPlan:
         start: the latent that it begins from in place of noise.
         embeddings: those of its prompts, where they are known.
         gone: the latent that it began from at another replica is not kept any more.
+        image: the picture that it starts from.
+        fault: why it cannot be developed here: the picture is not kept any more.
     """
 
     wanted: CacheQuery
     origin: Origin = MISS
     picture: EncodedPicture | None = None
     start: Snapshot | None = None
-    embeddings: tuple[FloatArray | None, ...] = ()
+    embeddings: tuple[Embedding | None, ...] = ()
     gone: bool = False
+    image: InitImage | None = None
+    fault: SafelightError | None = None
 
 
 class Planner:
     """Looks up, admits and starts the outputs of generations.
 
     Args:
+        requested: is told of the class of what must be computed, and of the seconds of one instance that it takes,
+            before it is admitted or refused.
         leased_runners: None: this replica is alone.
     """
 
@@ -78,6 +93,8 @@ class Planner:
         executions: Executions,
         cache: Cache,
         limits: AdmissionLimits,
+        images: InitImages,
+        requested: Callable[[str, float], None],
         leased_runners: LeasedRunners | None = None,
     ) -> None:
         self._catalog = catalog
@@ -86,6 +103,8 @@ class Planner:
         self._executions = executions
         self._cache = cache
         self._limits = limits
+        self._images = images
+        self._requested = requested
         self._leased_runners = leased_runners
 
     @property
@@ -120,7 +139,17 @@ class Planner:
 
         Raises:
             InvalidRequestError, FailedPreconditionError: there can be no such branch.
+            NotFoundError: its tenant has no such picture to start from.
+            UnavailableError: nobody can say now whether it has.
         """
+        try:
+            image = await self._images.load(generation.caller.tenant, generation.request.spec)
+        except StoreError:
+            what = "uploaded pictures cannot be read now; try again"
+            raise UnavailableError(what, retry_after_s=1.0) from None
+        return [replace(plan, image=image) for plan in await self._plan(generation, branched_from)]
+
+    async def _plan(self, generation: Generation, branched_from: Generation | None) -> list[OutputPlan]:
         if branched_from is not None:
             return [await self._branch(generation, branched_from)]
         wanted = [self._wanted(generation, output.seed) for output in generation.outputs]
@@ -142,7 +171,9 @@ class Planner:
                     return OutputPlan(wanted, origin, similar.kept.picture)
                 case WarmStart() as start:
                     step = start.snapshot.step
-                    origin = Origin(Disposition.LATENT, start.similarity, num_steps_skipped=step)
+                    origin = Origin(
+                        Disposition.LATENT, start.similarity, num_steps_skipped=step - wanted.spec.first_step
+                    )
                     return OutputPlan(wanted, origin, None, start.snapshot, await self._cache.embeddings(wanted))
         return OutputPlan(wanted, embeddings=await self._cache.embeddings(wanted))
 
@@ -168,7 +199,7 @@ class Planner:
             what = f"no step of {source.name} up to {branch.step} is kept"
             raise FailedPreconditionError(what, reason="CHECKPOINT_GONE")
         embeddings = await self._cache.embeddings(wanted)
-        origin = Origin(Disposition.BRANCHED, num_steps_skipped=snapshot.step)
+        origin = Origin(Disposition.BRANCHED, num_steps_skipped=snapshot.step - spec.first_step)
         return OutputPlan(wanted, origin, None, snapshot, embeddings)
 
     def _wanted(self, generation: Generation, seed: int) -> CacheQuery:
@@ -219,10 +250,17 @@ class Planner:
         """Looks up what is known of each output of a generation that another replica has accepted.
 
         Raises:
-            StoreError: what one began from cannot be read now.
+            StoreError: what one began from, or its picture, cannot be read now.
         """
         plans, numerics = [], self.numerics_id(generation)
         others = "" if generation.numerics_id in ("", numerics) else numerics
+        image, fault = None, None
+        try:
+            image = await self._images.load(generation.caller.tenant, generation.request.spec)
+        except NotFoundError as error:
+            fault = error
+        except InvalidRequestError as error:  # the bounds of this replica are others
+            fault = NotFoundError(error.message, reason="IMAGE_NOT_FOUND")
         for output, started in zip(generation.outputs, starts, strict=True):
             wanted = self._wanted(generation, output.seed)
             start, gone = None, False
@@ -231,7 +269,8 @@ class Planner:
                 gone = start is None
             anew = gone or output.origin.disposition in SERVED
             origin = replace(MISS if anew else output.origin, numerics_id=others)
-            plans.append(OutputPlan(wanted, origin, None, start, await self._cache.embeddings(wanted), gone))
+            embeddings = await self._cache.embeddings(wanted)
+            plans.append(OutputPlan(wanted, origin, None, start, embeddings, gone, image, fault))
         return plans
 
     def enter(self, generation: Generation, plans: Sequence[OutputPlan]) -> None:
@@ -240,7 +279,11 @@ class Planner:
         One that began from a latent that is gone begins from noise, and is a MISS; a branch fails.
         """
         for output, plan in zip(generation.outputs, plans, strict=True):
-            if not output.idle or (plan.gone and not generation.owned):  # what is gone here its owner may have
+            missing = plan.gone or plan.fault is not None
+            if not output.idle or (missing and not generation.owned):  # what is gone here its owner may have
+                continue
+            if plan.fault is not None:
+                generation.on_output_ended(output, FinishReason.FAILED, plan.fault)
                 continue
             if plan.gone and output.origin.disposition is Disposition.BRANCHED:
                 what = f"output {output.index} branched from steps that are kept no more"
@@ -264,8 +307,9 @@ class Planner:
         return f"{wanted.name.namespace.prefix}/start/{self._cache.namespaces.private(generation.name, output.index)}"
 
     def _admit(self, new: Sequence[Execution], time_left_s: float | None) -> float:
-        self._engine.outage.check()
         output = self._engine.output(new[0].job)
+        self._requested(output.priority.name.lower(), self._engine.scheduler.compute_s(output) * len(new))
+        self._engine.outage.check()
         load = self._engine.scheduler if self._leased_runners is None else LoadWithPending(self._leased_runners)
         if self._engine.outage.is_on:
             time_left_s = None  # nobody knows when an instance will be back; the deadline itself will say
@@ -327,6 +371,7 @@ def _job(generation: Generation, output: Output, plan: OutputPlan) -> Job:
         deadline=generation.deadline,
         start=plan.start,
         embeddings=plan.embeddings,
+        image=plan.image,
     )
 
 
@@ -342,5 +387,9 @@ def _unlike(one: Spec, other: Spec) -> list[str]:
         "size": ((one.width_px, one.height_px), (other.width_px, other.height_px)),
         "steps": (one.num_inference_steps, other.num_inference_steps),
         "sampler": (one.sampler, other.sampler),
+        "init_image, strength and mask": (
+            (one.init_image, one.strength, one.mask),
+            (other.init_image, other.strength, other.mask),
+        ),
     }
     return [name for name, (mine, theirs) in facts.items() if mine != theirs]

@@ -39,12 +39,14 @@ from safelight_server.generations.execution import Executions
 from safelight_server.generations.finished import FinishedGenerations
 from safelight_server.generations.generation import DECIDE_RETRY_S, Generation
 from safelight_server.generations.idempotency import Idempotency
+from safelight_server.generations.init_images import InitImages
 from safelight_server.generations.inspection import Inspection
 from safelight_server.generations.open_streams import End, OpenStreams
 from safelight_server.generations.ownership import CANCEL, PRIORITY, ClusterContext, Ownership
 from safelight_server.generations.planner import Planner
 from safelight_server.generations.suspended import SuspendedGenerations
 from safelight_server.generations.unread_bytes import UnreadBytes
+from safelight_server.prices import ComputePrice
 from safelight_server.runtime.base import Runtime
 from safelight_server.scheduler import Priority
 from safelight_server.settings import Settings
@@ -64,7 +66,8 @@ class Generations:
 
     Args:
         clock: monotonic seconds.
-        charge: is told of compute that was made for a tenant: its name and seconds.
+        charge: is told of compute that was made for a tenant: its name, the model and seconds.
+        price: of compute; None: nothing has a cost.
         leased_runners: None: this replica is alone.
         context: what it shares with the other replicas; None: it is alone.
     """
@@ -79,9 +82,11 @@ class Generations:
         executions: Executions,
         clock: Callable[[], float],
         metrics: Metrics,
+        images: InitImages,
         leased_runners: LeasedRunners | None = None,
         context: ClusterContext | None = None,
-        charge: Callable[[str, float], None] = lambda _tenant, _seconds: None,
+        charge: Callable[[str, str, float], None] = lambda _tenant, _model, _seconds: None,
+        price: ComputePrice | None = None,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
@@ -90,10 +95,13 @@ class Generations:
         self._now = time.time if context is None else context.sealer.now
         self._metrics = metrics
         self._charge = charge
+        self._price = price
         most = settings.max_waiting_outputs
         waiting = dict.fromkeys(Priority, most) | {Priority.BATCH: BATCH_ROOM * most}
         limits = AdmissionLimits(waiting, settings.max_waiting_per_caller)
-        self._planner = Planner(catalog, runtime, engine, executions, cache, limits, leased_runners)
+        self._planner = Planner(
+            catalog, runtime, engine, executions, cache, limits, images, metrics.requested, leased_runners
+        )
         self._ownership = None if context is None else Ownership(context, self, self._planner)
         if self._ownership is not None:
             self._ownership.bulletin.subscribe(CANCEL, self._asked_to_cancel)
@@ -128,6 +136,11 @@ class Generations:
             executions=self._planner.num_executions,
             keeping=self._planner.num_keeping,
         )
+
+    @property
+    def num_streams(self) -> int:
+        """Open streams."""
+        return len(self._streams)
 
     # --- starting ---
 
@@ -229,7 +242,8 @@ class Generations:
             stage,
             deadline=None if time_left_s is None else self._clock() + time_left_s,
             late=self._engine.outage.late,
-            charge=functools.partial(self._charge, caller.tenant),
+            charge=functools.partial(self._charge, caller.tenant, request.spec.model),
+            price=self._price,
             on_end=self._ended,
             now=self._now,
         )
@@ -469,7 +483,7 @@ class Generations:
         while True:
             began = loop.time()
             await asyncio.sleep(TICK_S)
-            self._metrics.loop_lag.set(max(0.0, loop.time() - began - TICK_S))
+            self._metrics.loop_lag.observe(max(0.0, loop.time() - began - TICK_S))
             self._publish_queue_positions()
             now = self._clock()
             for watcher in self._streams.stalled(now, self._settings.watcher_stall_s):
@@ -531,12 +545,13 @@ def _count_outcome(generation: Generation, metrics: Metrics) -> None:
     events, times = generation.log, generation.times
     assert times.ended is not None
     code = "OK" if generation.error is None else generation.error.status.name
-    metrics.ended(code, times.ended - times.accepted)
+    priority = generation.priority.name.lower()
+    metrics.ended(code, times.ended - times.accepted, generation.caller.tenant, priority)
     for origin in generation.origins:
         if origin is not None and origin.disposition is not Disposition.MISS:
             metrics.cache.served(origin.disposition.value, origin.num_steps_skipped, origin.compute_s_saved)
     waited = None if events.first_preview_at is None else events.first_preview_at - times.accepted
-    metrics.previews(events.num_previews, events.preview_bytes, events.num_dropped, waited)
+    metrics.previews(events.num_previews, events.preview_bytes, events.num_dropped, waited, priority)
 
 
 def _drained(generation: Generation) -> UnavailableError:

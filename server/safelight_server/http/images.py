@@ -133,7 +133,13 @@ class ImageAnswer:
             ],
             "compute_seconds": finished.usage.compute_time.ToTimedelta().total_seconds(),
             "warnings": [{"code": warning.reason, "message": warning.message} for warning in accepted.warnings],
-        }
+        } | self._cost(finished.usage)
+
+    def _cost(self, usage: pb.Usage) -> dict[str, Any]:
+        """The cost of the compute, where the server has a price."""
+        if not usage.HasField("cost"):
+            return {}
+        return {"cost": {"currency": usage.cost.currency_code, "nanos": usage.cost.nanos}}
 
 
 class ImageGenerations:

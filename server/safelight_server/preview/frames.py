@@ -23,7 +23,7 @@ import structlog
 from safelight_server.catalog.catalog import Pipeline
 from safelight_server.catalog.pixels import linear_image, to_pixels
 from safelight_server.domain.component import Component
-from safelight_server.domain.picture import EncodedPicture, encode_within, shrink
+from safelight_server.domain.picture import EncodedPicture, Pixels, encode_within, shrink
 from safelight_server.domain.request import PixelEncoding, PreviewMethod
 from safelight_server.domain.tensors import FloatArray
 from safelight_server.preview.policy import choose_method
@@ -85,6 +85,7 @@ class FrameFeed:
         decode: runs a decoder between the steps; None where a newer frame took its place.
         load: share of instance time asked for: 0 idle, 1 all of it, more when work waits.
         pool: threads for scaling and encoding.
+        on_pixels: gets the step and the pixels (H, W, 3) of each preview, in the thread that makes it.
 
     Attributes:
         newest: None: no subscriber has needed one yet.
@@ -93,7 +94,14 @@ class FrameFeed:
         num_rendered: previews made so far.
     """
 
-    def __init__(self, pipeline: Pipeline, decode: Decode, load: Callable[[], float], pool: Executor) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        decode: Decode,
+        load: Callable[[], float],
+        pool: Executor,
+        on_pixels: Callable[[int, Pixels], None] | None = None,
+    ) -> None:
         self.newest: Frame | None = None
         self.next_due = math.inf
         self.num_rendered = 0
@@ -101,6 +109,7 @@ class FrameFeed:
         self._decode = decode
         self._load = load
         self._pool = pool
+        self._on_pixels = on_pixels
         self._subscribers: dict[Hashable, Callable[[int], float]] = {}
         self._decoded_step: dict[PreviewMethod, int] = {}
 
@@ -177,7 +186,10 @@ class FrameFeed:
     ) -> EncodedPicture:
         if image is None:
             image = linear_image(self._pipeline, frame.denoised)
-        return encode_within(shrink(to_pixels(image), max_edge_px), encoding, MAX_PREVIEW_BYTES)
+        pixels = to_pixels(image)
+        if self._on_pixels is not None:
+            self._on_pixels(frame.step, pixels)
+        return encode_within(shrink(pixels, max_edge_px), encoding, MAX_PREVIEW_BYTES)
 
 
 def _log_failure(task: asyncio.Task[RenderedPreview | None]) -> None:

@@ -1,8 +1,9 @@
-"""The `onnx` runtime: runs components in this process on ONNX Runtime, one single-threaded session per instance.
+"""The `onnx` runtime: runs components in this process on ONNX Runtime, one thread per instance.
 
-With one thread per session and a fixed optimisation level, the bits of a row do
-not depend on the other rows of its batch; `start` verifies this for every batch
-size that it offers.
+Each component has one session, whose weights all instances share; a call runs
+on the thread that makes it. With no threads of its own and a fixed optimisation
+level, the bits of a row do not depend on the other rows of its batch; `start`
+verifies this for every batch size that it offers.
 
 Import this module only where a model is run: importing onnxruntime takes time
 and starts its telemetry, which this module switches off.
@@ -28,10 +29,10 @@ import onnxruntime
 import structlog
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
-from safelight_server.catalog.catalog import Catalog, ManifestError
+from safelight_server.catalog.catalog import Catalog, ManifestError, Pipeline
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Array, FloatArray
-from safelight_server.runtime import verification
+from safelight_server.runtime import memory, verification
 from safelight_server.runtime.base import CostCurve, Inputs, RuntimeFailure, RuntimeStartError, StableRows
 from safelight_server.runtime.verification import InputSpec
 from safelight_server.sampler import VERSION as SAMPLER_VERSION
@@ -46,7 +47,7 @@ class OnnxRuntime:
     """Executes components on the CPU of this process; implements `runtime.base.Runtime`.
 
     Args:
-        num_instances: sessions per component, each with its own thread; 0 means one for each core of this process.
+        num_instances: threads that run calls; 0 means one for each core of this process.
     """
 
     name = "onnx"
@@ -55,36 +56,52 @@ class OnnxRuntime:
         self.num_instances = num_instances or _num_cores()
         self._catalog = catalog
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"onnx-{i}") for i in range(self.num_instances)]
-        self._sessions: dict[tuple[str, Component], list[onnxruntime.InferenceSession]] = {}
+        self._sessions: dict[tuple[str, Component], onnxruntime.InferenceSession] = {}
         self._costs: dict[tuple[str, Component], CostCurve] = {}
 
     async def start(self) -> None:
-        """Loads, verifies and measures every component of every pipeline.
+        """Loads, verifies and measures every component of every pipeline; leaves out pipelines where that fails.
 
         Raises:
-            RuntimeStartError: a component cannot be loaded or run, or does not give the same bits twice.
+            RuntimeStartError: a component cannot be loaded or run, takes more memory than there is, or does not give
+                the same bits twice; and its pipeline may not be left out.
         """
-        loop = asyncio.get_running_loop()
-        for pipeline in self._catalog.pipelines.values():
-            for component, file in pipeline.files.items():
-                at = (pipeline.name, component)
-                loads = [loop.run_in_executor(thread, _session, file) for thread in self._threads]
-                self._sessions[at] = list(await asyncio.gather(*loads))
-                bound = pipeline.max_rows.get(component, verification.WARM_UP_ROWS[-1])
+        for pipeline in list(self._catalog.pipelines.values()):
+            try:
+                for component, file in pipeline.files.items():
+                    await self._start_component(pipeline, component, file)
+            except (RuntimeFailure, RuntimeStartError, ManifestError) as error:
+                for component in pipeline.files:
+                    self._sessions.pop((pipeline.name, component), None)
                 try:
-                    await self._warm_up(pipeline.name, component, bound)
-                except (RuntimeFailure, RuntimeStartError, ManifestError) as error:
-                    raise RuntimeStartError(f"{file}: {error}") from None
+                    self._catalog.leave_out(pipeline.name, str(error))
+                except ManifestError as refused:
+                    raise RuntimeStartError(str(refused)) from None
 
-    async def _warm_up(self, model: str, component: Component, bound: int) -> None:
+    async def _start_component(self, pipeline: Pipeline, component: Component, file: Path) -> None:
+        place = "/".join(file.parts[-3:])
+        try:
+            memory.check_load(file)
+            loop = asyncio.get_running_loop()
+            session = await loop.run_in_executor(self._threads[0], _session, file)
+            self._sessions[pipeline.name, component] = session
+            bound = pipeline.max_rows.get(component, verification.WARM_UP_ROWS[-1])
+            row_bytes = pipeline.manifest.components[component].row_bytes
+            await self._warm_up(pipeline, component, memory.bound_rows(bound, row_bytes, self.num_instances))
+        except (RuntimeFailure, RuntimeStartError, ManifestError) as error:
+            what = str(error).replace(f"{file}: ", "").replace(str(file), file.name)  # clients may see it
+            raise RuntimeStartError(f"{place}: {what}") from None
+
+    async def _warm_up(self, pipeline: Pipeline, component: Component, bound: int) -> None:
         """Verifies and measures a component on the first instance, then runs it once on each other instance."""
-        inputs = _inputs(self._sessions[model, component][0])
-        cost = await verification.warm_up(functools.partial(self.run, 0, model, component), inputs, bound)
+        model = pipeline.name
+        inputs = verification.at_sizes(_inputs(self._sessions[model, component]), pipeline)
+        cost = await verification.warm_up_sizes(functools.partial(self.run, 0, model, component), inputs, bound)
         if cost is None:
             raise RuntimeStartError("the same row gives other bits when it is run again")
         self._costs[model, component] = cost
         for instance in range(1, self.num_instances):
-            await self.run(instance, model, component, verification.example(inputs, 1))
+            await self.run(instance, model, component, verification.example(inputs[0], 1))
         log.debug("component_ready", model=model, component=component.value, cost=cost)
 
     @property
@@ -101,7 +118,7 @@ class OnnxRuntime:
 
     async def run(self, instance: int, model: str, component: Component, inputs: Inputs) -> Mapping[str, FloatArray]:
         """Runs one batch on the instance's own thread."""
-        session = self._sessions[model, component][instance]
+        session = self._sessions[model, component]
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads[instance], _call, session, inputs)
 
@@ -134,7 +151,7 @@ def fingerprint(file: Path) -> str:
     """Digest of a model file's outputs for fixed inputs (`verification.fingerprint`), in a session of its own.
 
     Raises:
-        ManifestError: the file cannot be loaded, or an input has a dimension of unknown size.
+        ManifestError: the file cannot be loaded.
         RuntimeFailure: the model cannot be run.
     """
     session = _session(file)
@@ -170,10 +187,12 @@ def _call(session: onnxruntime.InferenceSession, inputs: Inputs) -> dict[str, Fl
 
 
 def _inputs(session: onnxruntime.InferenceSession) -> list[InputSpec]:
-    for at in session.get_inputs():
-        if not all(isinstance(size, int) for size in at.shape[1:]):
-            raise ManifestError(f"input {at.name} has an open dimension: {at.shape}")
-    return [InputSpec(at.name, tuple(at.shape[1:]), at.type == "tensor(int64)") for at in session.get_inputs()]
+    return [
+        InputSpec(
+            at.name, tuple(size if isinstance(size, int) else -1 for size in at.shape[1:]), at.type == "tensor(int64)"
+        )
+        for at in session.get_inputs()
+    ]
 
 
 def _num_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

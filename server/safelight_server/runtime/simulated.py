@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 import structlog
 
-from safelight_server.catalog.catalog import Manifest, Pipeline, assemble
+from safelight_server.catalog.catalog import Pipeline, assemble
+from safelight_server.catalog.manifest import Manifest
 from safelight_server.catalog.tokenizer import Tokens
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Array, FloatArray
@@ -118,6 +119,8 @@ class SimulatedRuntime:
                 return {"image": _enlarged(_array(inputs["latent"]), SIZE_PX // LATENT[1])}
             case Component.PREVIEW_DECODER:
                 return {"image": _enlarged(_array(inputs["latent"]), SIZE_PX // 2 // LATENT[1])}
+            case Component.ENCODER:
+                return {"mean": _reduced(_array(inputs["image"]), SIZE_PX // LATENT[1])}
 
     def max_rows(self, model: str, component: Component) -> int:
         """Largest batch, the same for every component."""
@@ -143,3 +146,11 @@ def _enlarged(latent: FloatArray, factor: int) -> FloatArray:
     """Three channels of a latent (B, C, h, w) as an image (B, 3, H, W)."""
     image = latent[:, :3]
     return image.repeat(factor, axis=2).repeat(factor, axis=3)
+
+
+def _reduced(image: FloatArray, factor: int) -> FloatArray:
+    """An image (B, 3, H, W) as a latent (B, 4, h, w), whose fourth channel is 0."""
+    rows, channels, height, width = image.shape
+    blocks = image.reshape(rows, channels, height // factor, factor, width // factor, factor)
+    latent: FloatArray = blocks.mean(axis=(3, 5), dtype=np.float32)
+    return np.concatenate([latent, np.zeros_like(latent[:, :1])], axis=1)

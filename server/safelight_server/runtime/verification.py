@@ -15,11 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import structlog
 
+from safelight_server.catalog.catalog import ManifestError, Pipeline
 from safelight_server.domain.tensors import Array, FloatArray
 from safelight_server.runtime.base import CostCurve
 
 log = structlog.get_logger(__name__)
 
+CANARY_EDGE = 8
+"""Length of an open axis in a fingerprint."""
 WARM_UP_ROWS = (1, 2, 4, 8, 16, 32, 64)
 ALWAYS_ROWS = 16
 """Batches up to this are verified however long it takes, so that a busy start does not change what is offered."""
@@ -38,13 +41,36 @@ class InputSpec:
     """Name, shape and type of an input of a component.
 
     Attributes:
-        shape: shape of one row.
+        shape: shape of one row; -1 is an axis that differs with the size of the picture.
         is_ids: whether it holds int64 token ids; float32 otherwise.
     """
 
     name: str
     shape: tuple[int, ...]
     is_ids: bool = False
+
+
+def at_sizes(inputs: Sequence[InputSpec], pipeline: Pipeline) -> list[list[InputSpec]]:
+    """The inputs with their shapes at each size of the pipeline, the default first; one list where no axis is open.
+
+    Raises:
+        ManifestError: an open axis is neither a latent's nor a picture's.
+    """
+    if all(-1 not in spec.shape for spec in inputs):
+        return [list(inputs)]
+    found = []
+    for size in pipeline.manifest.sizes:
+        latent = pipeline.latent_shape(size.width_px, size.height_px)
+        picture = (3, size.height_px, size.width_px)
+        found.append([_at_size(spec, picture if spec.name == "image" else latent) for spec in inputs])
+    return found
+
+
+def _at_size(spec: InputSpec, shape: tuple[int, int, int]) -> InputSpec:
+    fits = len(spec.shape) == len(shape) and all(a in (-1, b) for a, b in zip(spec.shape, shape, strict=True))
+    if -1 in spec.shape and not fits:
+        raise ManifestError(f"input {spec.name} has an open dimension: {list(spec.shape)}")
+    return InputSpec(spec.name, shape, spec.is_ids) if -1 in spec.shape else spec
 
 
 def sizes(bound: int) -> list[int]:
@@ -57,7 +83,7 @@ def example(inputs: Sequence[InputSpec], rows: int) -> dict[str, Array]:
     rng = np.random.default_rng(rows)
     made: dict[str, Array] = {}
     for spec in sorted(inputs, key=lambda spec: spec.name):
-        shape = (rows, *spec.shape)
+        shape = (rows, *(CANARY_EDGE if axis < 0 else axis for axis in spec.shape))
         if spec.is_ids:
             made[spec.name] = rng.integers(0, SMALL_VOCABULARY, shape)
         elif not spec.shape:
@@ -65,6 +91,23 @@ def example(inputs: Sequence[InputSpec], rows: int) -> dict[str, Array]:
         else:
             made[spec.name] = rng.standard_normal(shape, dtype=np.float32)
     return made
+
+
+async def warm_up_sizes(call: Call, inputs: Sequence[Sequence[InputSpec]], bound: int) -> CostCurve | None:
+    """Like `warm_up`, with the inputs at several sizes of pictures: what is offered was verified at each of them.
+
+    Returns:
+        The cost curve at the first size; None if a size does not give the same bits when it is run again.
+    """
+    curves = []
+    for one in inputs:
+        curve = await warm_up(call, one, bound)
+        if curve is None:
+            return None
+        curves.append(curve)
+        bound = min(bound, curve.rows[-1])
+    rows = [at for at in curves[0].rows if at <= bound]
+    return CostCurve(tuple(rows), curves[0].seconds[: len(rows)])
 
 
 async def warm_up(call: Call, inputs: Sequence[InputSpec], bound: int) -> CostCurve | None:

@@ -8,7 +8,7 @@ applies a row of the table to a batch.
 
 from safelight_server.sampler.cells import SAMPLERS
 from safelight_server.sampler.schedule import NoiseSchedule, SamplerSpec
-from safelight_server.sampler.step import advance, gaussian, guide
+from safelight_server.sampler.step import INITIAL, POSTERIOR, STEP, advance, gaussian, guide, keep_outside, noised
 from safelight_server.sampler.table import (
     VERSION,
     Cell,
@@ -16,11 +16,15 @@ from safelight_server.sampler.table import (
     UnsupportedSamplerError,
     compile_table,
     refusal,
+    steps_left_out,
     supported_cells,
 )
 
 __all__ = [
+    "INITIAL",
+    "POSTERIOR",
     "SAMPLERS",
+    "STEP",
     "VERSION",
     "Cell",
     "NoiseSchedule",
@@ -31,6 +35,9 @@ __all__ = [
     "compile_table",
     "gaussian",
     "guide",
+    "keep_outside",
+    "noised",
     "refusal",
+    "steps_left_out",
     "supported_cells",
 ]

@@ -6,6 +6,7 @@ The values need not be finite: `table.py` refuses combinations whose values are 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,16 +28,39 @@ LCM_ORIGINAL_STEPS = 50
 LCM_TIMESTEP_SCALING = 10.0
 LCM_SIGMA_DATA = 0.5
 
-Rows = tuple[Doubles, Doubles, Doubles, float]
-"""timesteps (N,), in_scale (N,), coefficients (N, 6), init_scale."""
 
-Compiler = Callable[[SamplerSpec, NoiseSchedule, str, int], Rows]
+class Rows(NamedTuple):
+    """What a formula computes; see `table.SamplerTable`.
+
+    Attributes:
+        levels: (N + 1, 2) columns signal and noise.
+    """
+
+    timesteps: Doubles
+    in_scale: Doubles
+    coefficients: Doubles
+    init_scale: float
+    levels: Doubles
 
 
-def _table(timesteps: Doubles, in_scale: Doubles | float, init_scale: float, **columns: Doubles | float) -> Rows:
+Compiler = Callable[[SamplerSpec, NoiseSchedule, str, int, int], Rows]
+"""Arguments: sampler, schedule, prediction type, number of steps N, and the first step that is made."""
+
+
+def _table(
+    timesteps: Doubles,
+    in_scale: Doubles | float,
+    init_scale: float,
+    signal: Doubles | float,
+    noise: Doubles,
+    **columns: Doubles | float,
+) -> Rows:
+    """`signal` and `noise` are those before each step, (N,); after the last one they are 1 and 0."""
     count = len(timesteps)
     stacked = np.stack([np.broadcast_to(np.asarray(columns.get(name, 0.0)), count) for name in "abcdef"], axis=1)
-    return timesteps, np.broadcast_to(np.asarray(in_scale), count), stacked, float(init_scale)
+    levels = np.stack([np.broadcast_to(np.asarray(signal), count), noise], axis=1)
+    scale = np.broadcast_to(np.asarray(in_scale), count)
+    return Rows(timesteps, scale, stacked, float(init_scale), np.concatenate([levels, [[1.0, 0.0]]]))
 
 
 def _variance_preserving(prediction_type: str, alpha: Doubles, sigma: Doubles) -> tuple[Doubles, Doubles]:
@@ -70,16 +94,20 @@ def _euler_sigmas(spec: SamplerSpec, schedule: NoiseSchedule, num_steps: int) ->
     return timesteps, sigmas, top if spec.spacing != "leading" else np.sqrt(top**2 + 1)
 
 
-def euler(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int) -> Rows:
+def euler(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int, first_step: int) -> Rows:
     """Euler method (Karras et al. 2022, algorithm 1 without churn)."""
     timesteps, sigmas, init_scale = _euler_sigmas(spec, schedule, num_steps)
     sigma, following = sigmas[:-1], sigmas[1:]
     e, f = _variance_exploding(prediction_type, sigma)
     pull = 1 - following / sigma  # x_next = x + (following - sigma) (x - denoised) / sigma
-    return _table(timesteps, 1 / np.sqrt(sigma**2 + 1), init_scale, a=1 - pull + pull * e, b=pull * f, e=e, f=f)
+    return _table(
+        timesteps, 1 / np.sqrt(sigma**2 + 1), init_scale, 1.0, sigma, a=1 - pull + pull * e, b=pull * f, e=e, f=f
+    )
 
 
-def euler_ancestral(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int) -> Rows:
+def euler_ancestral(
+    spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int, first_step: int
+) -> Rows:
     """k-diffusion's ancestral Euler: steps down further, then adds noise up to the next level."""
     timesteps, sigmas, init_scale = _euler_sigmas(spec, schedule, num_steps)
     sigma, following = sigmas[:-1], sigmas[1:]
@@ -87,10 +115,21 @@ def euler_ancestral(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type:
     down = np.sqrt(np.maximum(following**2 - up**2, 0.0))
     e, f = _variance_exploding(prediction_type, sigma)
     pull = 1 - down / sigma
-    return _table(timesteps, 1 / np.sqrt(sigma**2 + 1), init_scale, a=1 - pull + pull * e, b=pull * f, d=up, e=e, f=f)
+    return _table(
+        timesteps,
+        1 / np.sqrt(sigma**2 + 1),
+        init_scale,
+        1.0,
+        sigma,
+        a=1 - pull + pull * e,
+        b=pull * f,
+        d=up,
+        e=e,
+        f=f,
+    )
 
 
-def ddim(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int) -> Rows:
+def ddim(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int, first_step: int) -> Rows:
     """DDIM (Song et al. 2020, equations 12 and 16)."""
     alphas = alphas_cumprod(schedule)
     timesteps = np.round(timesteps_of(schedule, spec.spacing, num_steps, endpoint=True)).astype(np.int64)
@@ -111,6 +150,8 @@ def ddim(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_s
         timesteps.astype(np.float64),
         1.0,
         1.0,
+        alpha,
+        sigma,
         a=root * e + direction * noise_x,
         b=root * f + direction * noise_p,
         d=spread,
@@ -129,8 +170,8 @@ def _ddim_noise(eta: float, bar: Doubles, bar_previous: Doubles) -> tuple[Double
     return spread, np.where(kept < DDIM_LEAST_KEPT, 0.0, np.sqrt(np.maximum(kept, 0.0)))
 
 
-def dpmpp_2m(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int) -> Rows:
-    """DPM-Solver++ 2M, midpoint (Lu et al. 2022, algorithm 2), first order at both ends."""
+def dpmpp_2m(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int, first_step: int) -> Rows:
+    """DPM-Solver++ 2M, midpoint (Lu et al. 2022, algorithm 2), first order at `first_step` and at the end."""
     levels = sigmas_of(alphas_cumprod(schedule), floor=schedule.rescale_zero_terminal_snr)
     if spec.sigma_schedule == "karras":
         sigmas = karras(levels[-1], levels[0], num_steps)
@@ -149,12 +190,15 @@ def dpmpp_2m(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, n
     pull = alpha[1:] * -np.expm1(-h)
     back = np.zeros_like(h)  # 1 / (2 r): how far the slope of the last two estimates is followed
     back[1:-1] = 0.5 * h[1:-1] / h[:-2]
+    back[first_step] = 0.0  # the step before it is not made
     e, f = _variance_preserving(prediction_type, alpha[:-1], sigma[:-1])
     gain = pull * (1 + back)
     return _table(
         timesteps,
         1.0,
         1.0,
+        alpha[:-1],
+        sigma[:-1],
         a=sigma[1:] / sigma[:-1] + gain * e,
         b=gain * f,
         c=-pull * back,
@@ -163,7 +207,7 @@ def dpmpp_2m(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, n
     )
 
 
-def lcm(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int) -> Rows:
+def lcm(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int, first_step: int) -> Rows:
     """Multistep consistency sampling (Luo et al. 2023, algorithm 3)."""
     alphas = alphas_cumprod(schedule)
     stride = schedule.num_train_timesteps // LCM_ORIGINAL_STEPS
@@ -180,6 +224,8 @@ def lcm(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_st
         timesteps.astype(np.float64),
         1.0,
         1.0,
+        np.sqrt(bar),
+        np.sqrt(1 - bar),
         a=following * e,
         b=following * f,
         d=np.append(np.sqrt(1 - bar[1:]), 0.0),
@@ -188,7 +234,9 @@ def lcm(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_st
     )
 
 
-def flow_match_euler(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int) -> Rows:
+def flow_match_euler(
+    spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int, first_step: int
+) -> Rows:
     """Euler along the straight path of rectified flow (Esser et al. 2024, equations 9 and 13)."""
     total, shift = schedule.num_train_timesteps, schedule.shift
 
@@ -199,4 +247,4 @@ def flow_match_euler(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type
     sigmas = shifted(np.linspace(ends[0] * total, ends[1] * total, num_steps) / total)
     sigmas = np.append(sigmas, 0.0).astype(np.float32).astype(np.float64)
     sigma, following = sigmas[:-1], sigmas[1:]
-    return _table(sigma * total, 1.0, 1.0, a=1.0, b=following - sigma, e=1.0, f=-sigma)
+    return _table(sigma * total, 1.0, 1.0, 1 - sigma, sigma, a=1.0, b=following - sigma, e=1.0, f=-sigma)

@@ -7,8 +7,8 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 
-INITIAL, STEP = 0, 1
-"""Noise streams of an output: for the first latent, and for the steps."""
+INITIAL, STEP, POSTERIOR = 0, 1, 2
+"""Noise streams of an output: for the first latent, for the steps, and for the encoding of its picture."""
 
 
 def advance(
@@ -38,6 +38,17 @@ def advance(
 def guide(cond: Floats, uncond: Floats, scale: Floats) -> Floats:
     """Classifier-free guidance (Ho & Salimans 2022, equation 6): (B, C, h, w) twice and (B,) -> (B, C, h, w)."""
     return uncond + scale[:, None, None, None] * (cond - uncond)
+
+
+def noised(clean: Floats, noise: Floats, level: Floats) -> Floats:
+    """A clean latent (C, h, w) as it is before a step: `level` (2,) has the shares of signal and noise."""
+    x: Floats = level[0] * clean + level[1] * noise
+    return x
+
+
+def keep_outside(x: Floats, kept: Floats, mask: Floats) -> Floats:
+    """`x` where `mask` (h, w) is 1, `kept` where it is 0, and a mixture between: (C, h, w) each."""
+    return mask * x + (1 - mask) * kept
 
 
 def gaussian(seed: int, stream: int, step: int, shape: tuple[int, ...]) -> Floats:

@@ -44,12 +44,17 @@ class SamplerTable:
         in_scale: (N,) factor of the denoiser's input.
         coefficients: (N, 6) columns a, b, c, d, e, f.
         init_scale: x before the first step is this times unit noise.
+        levels: (N + 1, 2) columns signal and noise: x before step n of a clean latent z is signal z + noise (unit
+            noise); after the last step 1 and 0.
+        first_step: the first step that is made; those before it are left out.
     """
 
     timesteps: Floats
     in_scale: Floats
     coefficients: Floats
     init_scale: float
+    levels: Floats
+    first_step: int = 0
 
     @property
     def num_steps(self) -> int:
@@ -73,8 +78,13 @@ class Cell(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def compile_table(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int) -> SamplerTable:
+def compile_table(
+    spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int, first_step: int = 0
+) -> SamplerTable:
     """Compiles a sampler for a number of steps.
+
+    Args:
+        first_step: less than `num_steps`; above 0 where development begins from a picture.
 
     Raises:
         UnsupportedSamplerError: the combination is not offered.
@@ -83,14 +93,18 @@ def compile_table(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: s
     if why is not None:
         raise UnsupportedSamplerError(why)
     with np.errstate(all="ignore"):
-        timesteps, in_scale, coefficients, init_scale = SAMPLERS[spec.name].compile(
-            spec, schedule, prediction_type, num_steps
-        )
-    table = SamplerTable(_frozen(timesteps), _frozen(in_scale), _frozen(coefficients), init_scale)
+        rows = SAMPLERS[spec.name].compile(spec, schedule, prediction_type, num_steps, first_step)
+    arrays = _frozen(rows.timesteps), _frozen(rows.in_scale), _frozen(rows.coefficients)
+    table = SamplerTable(*arrays, rows.init_scale, _frozen(rows.levels), first_step)
     why = _refused_by_value(table, spec, schedule, prediction_type, num_steps)
     if why is not None:
         raise UnsupportedSamplerError(why)
     return table
+
+
+def steps_left_out(num_steps: int, strength: float) -> int:
+    """How many steps are not made where a picture is given up by `strength`, 0 to 1, as diffusers counts them."""
+    return num_steps - min(int(num_steps * strength), num_steps)
 
 
 def refusal(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int) -> str | None:

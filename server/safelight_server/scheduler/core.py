@@ -33,7 +33,7 @@ running outputs are bounded.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from safelight_server.scheduler import invariants
 from safelight_server.scheduler.batching import Batching
@@ -248,6 +248,18 @@ class Scheduler:
         `NO_INSTANCE_S` while no instance is live.
         """
         return self._estimates.estimate_s(output, num_outputs, self.num_instances)
+
+    def compute_s(self, output: ScheduledOutput) -> float:
+        """Seconds of one instance that an output takes in full batches, whether it was added or not."""
+        return self._estimates.compute_s(output, output.first_step)
+
+    def left_by_class_s(self) -> Mapping[Priority, float]:
+        """Seconds of one instance, in full batches, that are left to do for the outputs of each class."""
+        return self._estimates.left_by_class_s()
+
+    def due_s(self, before: float) -> float:
+        """Seconds of one instance, in full batches, for outputs whose deadline comes before `before`."""
+        return self._estimates.left_due_s(self._deadlines.passed(before))
 
     def check_invariants(self) -> None:
         """Checks every invariant of `invariants.py`; for tests.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from safelight_server.scheduler.batching import MAX_STRETCH
 from safelight_server.scheduler.lives import Denoising, Life, Lives
@@ -53,7 +54,8 @@ class Estimates:
         step_s = min(joint_s, own_s * (MAX_STRETCH if lower else 1.0))
         seconds = (output.num_steps - output.first_step) * step_s
         seconds += self._cost.seconds(Kind.DECODE, keys[Kind.DECODE], math.ceil(together / num_instances))
-        seconds += self._cost.seconds(Kind.ENCODE, keys[Kind.ENCODE], len(output.conditioning))
+        for key, count in self._encodings(output).items():
+            seconds += self._cost.seconds(Kind.ENCODE, key, count)
         seconds *= math.ceil(num_outputs / own_slots) * math.ceil(len(callers) / slots)
         if len(own) + num_outputs > own_slots:
             seconds += min(
@@ -63,6 +65,40 @@ class Estimates:
         ahead = (life for one in higher for life in classes[one])
         share_of_higher = seconds * sum(WEIGHTS[one] for one in higher) / WEIGHTS[priority]
         return seconds + min(share_of_higher, self._left_s(ahead, num_instances))
+
+    def compute_s(self, output: ScheduledOutput, step: int = 0) -> float:
+        """Seconds of one instance, in full batches, for an output's prompts, its steps after `step`, and its decoding.
+
+        What a loaded server spends on it: `num_instances` such seconds are done in a second.
+        """
+        calls = {
+            (Kind.DENOISE, output.keys[Kind.DENOISE]): (output.num_steps - step) * output.rows_per_step,
+            (Kind.DECODE, output.keys[Kind.DECODE]): 1,
+        }
+        if step == output.first_step:
+            calls |= {(Kind.ENCODE, key): count for key, count in self._encodings(output).items()}
+        seconds = 0.0
+        for (kind, key), num_rows in calls.items():
+            full = max(1, self._limits.max_rows(kind, key))
+            seconds += num_rows * self._cost.seconds(kind, key, full) / full
+        return seconds
+
+    @staticmethod
+    def _encodings(output: ScheduledOutput) -> Counter[str]:
+        """How many embeddings an output needs under each batch key."""
+        return Counter(map(output.encoder_key, output.conditioning))
+
+    def left_by_class_s(self) -> Mapping[Priority, float]:
+        """Seconds of one instance, in full batches, for what is left of all outputs, by class."""
+        left = dict.fromkeys(Priority, 0.0)
+        for life in self._lives.of.values():
+            left[life.priority] += self.compute_s(life.output, life.step)
+        return left
+
+    def left_due_s(self, output_ids: Iterable[int]) -> float:
+        """The same of some outputs."""
+        lives = map(self._lives.of.__getitem__, output_ids)
+        return sum(self.compute_s(life.output, life.step) for life in lives)
 
     def _left_s(self, lives: Iterable[Life], num_instances: int) -> float:
         """Seconds that all instances need for the steps left of some outputs."""

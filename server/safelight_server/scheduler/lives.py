@@ -139,7 +139,9 @@ class Lives:
         self._waiting.push(output, life.priority, output.deadline, life.arrival)
         self._deadlines.set(output.output_id, output.deadline)
         for conditioning_id in output.conditioning:
-            prompt = self.prompts.setdefault(conditioning_id, Prompt(output.keys[Kind.ENCODE], life.priority))
+            prompt = self.prompts.setdefault(
+                conditioning_id, Prompt(output.encoder_key(conditioning_id), life.priority)
+            )
             prompt.wanted_by.add(output.output_id)
 
     def start(self, output_id: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -57,7 +57,8 @@ class ScheduledOutput:
         caller: who asked for it, as TENANT/NAME; callers of one class take turns.
         rows_per_step: 1, or 2 with classifier-free guidance.
         keys: batch key by kind: rows of equal keys (component version and shapes) can share a batch.
-        conditioning: ids of the prompt embeddings that it needs; outputs with the same id share one encoding.
+        conditioning: ids of the embeddings that it needs; outputs with the same id share one encoding.
+        encoder_keys: batch keys by conditioning id, of those whose key is not `keys[Kind.ENCODE]`.
         deadline: seconds on the caller's clock, after which the output expires. `Scheduler.set_deadline` changes it.
         first_step: steps made before; above 0 if it is resumed, `num_steps` if only its decoding is left.
     """
@@ -71,6 +72,11 @@ class ScheduledOutput:
     conditioning: tuple[str, ...]
     deadline: float | None = None
     first_step: int = 0
+    encoder_keys: Mapping[str, str] = field(default_factory=dict)
+
+    def encoder_key(self, conditioning_id: str) -> str:
+        """The batch key that an embedding of its own is computed under."""
+        return self.encoder_keys.get(conditioning_id, self.keys[Kind.ENCODE])
 
     @property
     def tenant(self) -> str:

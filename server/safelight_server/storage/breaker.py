@@ -44,6 +44,7 @@ class Breaker:
         max_failures: failures in a row that open the breaker.
         open_s: seconds without calls after the breaker has opened.
         on_state: called with each new state.
+        on_failure: called for each call that failed.
         clock: monotonic, in seconds.
     """
 
@@ -54,6 +55,7 @@ class Breaker:
         max_failures: int = 3,
         open_s: float = 2.0,
         on_state: Callable[[BreakerState], None] = lambda _state: None,
+        on_failure: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
@@ -62,6 +64,7 @@ class Breaker:
         self._max_failures = max_failures
         self._open_s = open_s
         self._on_state = on_state
+        self._on_failure = on_failure
         self._clock = clock
         self._failures = 0
         self._opened_at = 0.0
@@ -113,6 +116,7 @@ class Breaker:
 
     def _failed(self, probe: bool, why: str) -> None:
         self._failures += 1
+        self._on_failure()
         if probe:
             self._open()
         elif self.state is BreakerState.CLOSED and self._failures >= self._max_failures:

@@ -9,9 +9,11 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from safelight_server.telemetry.figures import Distribution, by_label, distributions, value
+from safelight_server.telemetry.quality_metrics import QualityMetrics
+from safelight_server.telemetry.tenant_metrics import TenantMetrics
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 CALL_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -20,6 +22,20 @@ KINDS = ("encode", "denoise", "preview", "decode")
 HITS = ("exact", "similar", "latent", "coalesced", "branched")
 LOOKUPS = ("exact", "approximate")
 CLASSES = ("interactive", "standard", "batch")
+DUE_WITHIN_S = (5, 15, 60, 300)
+"""Spans to a deadline, in seconds, for which `safelight_due_compute_seconds` is given."""
+LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+STATUSES = ("OK", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE")
+"""Ends of generations that have a series from the start, so that the first one is seen as an increase."""
+REFUSALS = (
+    *("QUEUE_FULL", "DEADLINE_UNREACHABLE", "REQUEST_RATE_EXCEEDED", "COMPUTE_QUOTA_EXCEEDED", "TOO_MANY_STREAMS"),
+    *("TOO_MANY_UNREAD_BYTES", "RUNTIME_UNAVAILABLE", "DRAINING", "INTERNAL", "UNAUTHENTICATED", "INVALID_REQUEST"),
+)
+"""Likewise, reasons of refusals."""
+FAULTS = ("rows", "instance", "nobody")
+"""Likewise, origins of failed calls (`runtime.base.FaultOrigin`)."""
+OUTCOMES = ("hit", "miss", "expired", "corrupt", "unreadable")
+TIER_ERRORS = ("unavailable", "left_alone", "full", "too_large")
 TIER_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
 
 
@@ -65,6 +81,39 @@ class Metrics:
         self._waiting = Gauge(
             "safelight_waiting_outputs", "Outputs that have not started", ["class"], registry=registry
         )
+        self._compute_price = Gauge(
+            "safelight_compute_price", "Price of a second of compute", ["currency"], registry=registry
+        )
+        self._machine_price = Gauge(
+            "safelight_machine_price_per_hour", "Price of this machine", ["currency"], registry=registry
+        )
+        self._backlog = Gauge(
+            "safelight_backlog_seconds", "Time that all instances need for all outputs accepted", registry=registry
+        )
+        self._left = Gauge(
+            "safelight_left_compute_seconds",
+            "Time of one instance, in full batches, for what is left of the outputs accepted",
+            ["class"],
+            registry=registry,
+        )
+        self._due = Gauge(
+            "safelight_due_compute_seconds",
+            "The same of those outputs whose deadline is so many seconds away, or less",
+            ["within"],
+            registry=registry,
+        )
+        self._requested = Counter(
+            "safelight_requested_compute_seconds",
+            "Time of one instance, in full batches, for what was asked for and not in a cache, refused or not",
+            ["class"],
+            registry=registry,
+        )
+        self._live = Gauge("safelight_live_instances", "Instances that take calls", registry=registry)
+        self._instances = Gauge("safelight_instances", "Instances when all are live", registry=registry)
+        self._streams = Gauge("safelight_open_streams", "Open streams of generations", registry=registry)
+        self._failed_calls = Counter(
+            "safelight_failed_calls", "Calls of the runtime that failed", ["kind", "fault"], registry=registry
+        )
         self._running = Gauge("safelight_running_outputs", "Outputs that take steps", registry=registry)
         self._parked = Gauge("safelight_parked_outputs", "Outputs whose slots others have", registry=registry)
         self._outcomes = Counter("safelight_generations", "Generations that ended", ["status"], registry=registry)
@@ -72,11 +121,15 @@ class Metrics:
         self._http_requests = Counter(
             "safelight_http_requests", "HTTP requests that were answered", ["route", "status"], registry=registry
         )
-        self.first_preview = Histogram(
-            "safelight_first_preview_seconds", "Acceptance to first preview", buckets=WAIT_S, registry=registry
+        self._first_preview = Histogram(
+            "safelight_first_preview_seconds",
+            "Acceptance to first preview",
+            ["class"],
+            buckets=WAIT_S,
+            registry=registry,
         )
-        self.duration = Histogram(
-            "safelight_generation_seconds", "Acceptance to the end", buckets=WAIT_S, registry=registry
+        self._duration = Histogram(
+            "safelight_generation_seconds", "Acceptance to the end", ["class"], buckets=WAIT_S, registry=registry
         )
         self.previews_sent = Counter("safelight_previews_sent", "Previews handed to streams", registry=registry)
         self.preview_bytes = Counter("safelight_preview_bytes", "Bytes of these previews", registry=registry)
@@ -88,9 +141,28 @@ class Metrics:
         self.sampler_seconds = Counter("safelight_sampler_seconds", "Time of sampler steps", registry=registry)
         self.tiers = TierMetrics(registry)
         self.cache = CacheMetrics(registry)
-        self.loop_lag = Gauge(
-            "safelight_loop_lag_seconds", "How late the event loop ran its last tick", registry=registry
+        self.tenants = TenantMetrics(registry)
+        self.quality = QualityMetrics(registry)
+        self.loop_lag = Histogram(
+            "safelight_loop_lag_seconds",
+            "How late the event loop runs its ticks, of which there are four a second",
+            buckets=LAG_S,
+            registry=registry,
         )
+        for status in STATUSES:
+            self._outcomes.labels(status)
+        for reason in REFUSALS:
+            self._refused.labels(reason)
+        for name in CLASSES:
+            self._requested.labels(name)
+            self._first_preview.labels(name)
+            self._duration.labels(name)
+        for kind in KINDS:
+            for fault in FAULTS:
+                self._failed_calls.labels(kind, fault)
+        ProcessCollector(
+            registry=registry
+        )  # process_cpu_seconds_total, process_resident_memory_bytes, process_open_fds
 
     def batch(self, kind: str, rows: int, seconds: float) -> None:
         """Records a finished runtime call: its kind, its rows, and its duration in seconds."""
@@ -98,31 +170,80 @@ class Metrics:
         self._calls[kind].observe(seconds)
         self.compute_seconds.inc(seconds)
 
+    def price(self, currency: str, compute_s: float, machine_per_hour: float) -> None:
+        """Sets what a second of compute and an hour of this machine cost."""
+        self._compute_price.labels(currency).set(compute_s)
+        self._machine_price.labels(currency).set(machine_per_hour)
+
+    def failed_call(self, kind: str, fault: str) -> None:
+        """Counts a runtime call that failed; `fault` is what caused it: rows, instance or nobody (it was full)."""
+        self._failed_calls.labels(kind, fault).inc()
+
+    def requested(self, priority: str, compute_s: float) -> None:
+        """Counts compute, in seconds of one instance, that was asked for in a class."""
+        self._requested.labels(priority).inc(compute_s)
+
+    def watch_demand(self, left_s: Callable[[str], float], due_s: Callable[[float], float]) -> None:
+        """Sets the functions that are asked at a scrape, in seconds of one instance in full batches.
+
+        Args:
+            left_s: what is left of the outputs of a class.
+            due_s: what is left of the outputs whose deadline is within some seconds.
+        """
+        for name in CLASSES:
+            self._left.labels(name).set_function(functools.partial(left_s, name))
+        for within_s in DUE_WITHIN_S:
+            self._due.labels(f"{within_s:g}").set_function(functools.partial(due_s, within_s))
+
+    def watch_instances(self, num_instances: int, live: Callable[[], float]) -> None:
+        """Sets the number of instances, and the function that gives the live ones at a scrape."""
+        self._instances.set(num_instances)
+        self._live.set_function(live)
+
+    def watch_streams(self, streams: Callable[[], float]) -> None:
+        """Sets the function that gives the open streams at a scrape."""
+        self._streams.set_function(streams)
+
     def watch_queue(
-        self, waiting: Callable[[str], float], running: Callable[[], float], parked: Callable[[], float]
+        self,
+        waiting: Callable[[str], float],
+        running: Callable[[], float],
+        parked: Callable[[], float],
+        backlog_s: Callable[[], float],
     ) -> None:
-        """Sets the functions that give the queue's depth by class, the running and the parked outputs, at a scrape."""
+        """Sets the functions that are asked at a scrape.
+
+        Args:
+            waiting: outputs of a class that have not started.
+            running: outputs that take steps.
+            parked: outputs whose slots others have.
+            backlog_s: seconds that all instances need for all outputs.
+        """
+        self._backlog.set_function(backlog_s)
         for name in CLASSES:
             self._waiting.labels(name).set_function(functools.partial(waiting, name))
         self._running.set_function(running)
         self._parked.set_function(parked)
 
-    def ended(self, status: str, seconds: float) -> None:
-        """Counts a generation that ended with this status, so many seconds after its acceptance."""
+    def ended(self, status: str, seconds: float, tenant: str, priority: str) -> None:
+        """Counts a generation of a tenant and class that ended with this status, so long after its acceptance."""
         self._outcomes.labels(status).inc()
-        self.duration.observe(seconds)
+        self._duration.labels(priority).observe(seconds)
+        self.tenants.ended(tenant, status)
 
-    def previews(self, num_sent: int, num_bytes: int, num_dropped: int, first_s: float | None) -> None:
+    def previews(self, num_sent: int, num_bytes: int, num_dropped: int, first_s: float | None, priority: str) -> None:
         """Counts a generation's previews; the first was sent `first_s` seconds after acceptance (None: none was)."""
         self.previews_sent.inc(num_sent)
         self.preview_bytes.inc(num_bytes)
         self.previews_dropped.inc(num_dropped)
         if first_s is not None:
-            self.first_preview.observe(first_s)
+            self._first_preview.labels(priority).observe(first_s)
 
-    def refused(self, reason: str) -> None:
-        """Counts a request that was refused before it became a generation."""
+    def refused(self, reason: str, tenant: str | None = None) -> None:
+        """Counts a request that was refused before it became a generation; None: of a tenant that is not known."""
         self._refused.labels(reason).inc()
+        if tenant is not None:
+            self.tenants.refused(tenant, reason)
 
     def http_request(self, route: str, status: int) -> None:
         """Counts an HTTP request: its route, such as "/v1/models/{model}", and the status code that it got."""
@@ -152,6 +273,12 @@ class TierMetrics:
         )
         self._bytes = Gauge("safelight_cache_bytes", "Bytes in a tier", ["tier"], registry=registry)
         self._entries = Gauge("safelight_cache_entries", "Entries of a tier", ["tier"], registry=registry)
+        self._failures = Counter(
+            "safelight_service_failures",
+            "Calls of Redis, disk or S3 that failed or were too slow",
+            ["service"],
+            registry=registry,
+        )
         self._breakers = Gauge(
             "safelight_breaker_state", "0 closed, 1 half-open, 2 open: left alone", ["service"], registry=registry
         )
@@ -164,6 +291,11 @@ class TierMetrics:
         """Records a lookup in a tier; `outcome` is hit, miss, expired, corrupt or unreadable."""
         at = (tier, outcome)
         if (resolved := self._got.get(at)) is None:
+            for known in OUTCOMES:  # all series of a tier, so that its first fault is seen as an increase
+                self._gets.labels(tier, known)
+            for reason in TIER_ERRORS:
+                self._errors.labels(tier, reason)
+            self._dropped.labels(tier)
             resolved = self._got[at] = (self._gets.labels(*at), self._seconds.labels(tier))
         resolved[0].inc()
         resolved[1].observe(seconds)
@@ -190,8 +322,13 @@ class TierMetrics:
         """Sets how far this machine's clock is ahead of Redis'."""
         self._clock_offset.set(seconds)
 
+    def service_failed(self, service: str) -> None:
+        """Counts a call of a service that failed or was too slow."""
+        self._failures.labels(service).inc()
+
     def breaker(self, service: str, state: int) -> None:
         """Sets the state of a circuit breaker: 0 closed, 1 half-open, 2 open."""
+        self._failures.labels(service)  # so that its first failure is seen as an increase
         self._breakers.labels(service).set(state)
 
 

@@ -5,11 +5,13 @@ to the engine and is not checked again. Any other ends as InvalidRequestError
 with one violation for each faulty field, or as NotFoundError.
 
 `request.py` checks a whole GenerateRequest: `spec.py` what to generate,
-`delivery.py` how the pixels are sent. `purge.py` checks PurgeCacheRequest.
+`delivery.py` how the pixels are sent. `purge.py` checks PurgeCacheRequest,
+`images.py` what is said of uploads.
 `violations.py` collects the faults. All of it is pure, and its cost is bounded
 by the limits here, however many entries a client sends.
 """
 
+from safelight_server.validation.images import check_upload, resolve_image
 from safelight_server.validation.purge import resolve_purge
 from safelight_server.validation.request import (
     RequestLimits,
@@ -24,7 +26,9 @@ from safelight_server.validation.request import (
 __all__ = [
     "RequestLimits",
     "body_digest",
+    "check_upload",
     "find_model",
+    "resolve_image",
     "resolve_name",
     "resolve_preview",
     "resolve_priority",

@@ -5,17 +5,20 @@ from __future__ import annotations
 import secrets
 import unicodedata
 
+import numpy as np
 from safelight.v1 import generation_pb2 as pb
 
 from safelight_server.catalog.catalog import Pipeline
 from safelight_server.domain.request import Notice, Spec
 from safelight_server.domain.roles import Role
-from safelight_server.sampler import SamplerSpec, refusal
+from safelight_server.sampler import SamplerSpec, refusal, steps_left_out
+from safelight_server.validation.images import image_digest
 from safelight_server.validation.violations import Violations, listed, shown
 from safelight_server.wire.enums import ROLES, SIGMA_SCHEDULES, SPACINGS, from_number
 
 MAX_PROMPTS = 4
 LINE_BREAKS = "\t\n\r"
+DEFAULT_STRENGTH = 0.8
 
 
 def check_spec(
@@ -37,10 +40,11 @@ def check_spec(
     width, height = _size(message, pipeline, faults)
     sampler = _sampler(message.sampler, pipeline, steps if steps_good else None, faults)
     seeds = _seeds(message, manifest.limits.max_outputs, faults)
+    init_image, strength, mask = _init_image(message, pipeline, steps if steps_good else None, faults)
     if faults:
         return None
     guided = guidance != 1.0
-    rows = len(seeds) * steps * (2 if guided else 1)
+    rows = len(seeds) * (steps - steps_left_out(steps, strength)) * (2 if guided else 1)
     if not faults.check(
         rows <= max_request_rows,
         "spec.num_inference_steps",
@@ -64,6 +68,9 @@ def check_spec(
         guidance_scale=guidance,
         sampler=sampler,
         seeds=seeds,
+        init_image=init_image,
+        strength=strength,
+        mask=mask,
     )
 
 
@@ -168,6 +175,27 @@ def _eta(message: pb.SamplerSpec, sampler: str, default: float, faults: Violatio
     good = faults.check(sampler == "ddim", "spec.sampler.eta", f"only ddim has it, {sampler} has not; leave it out")
     good = good and faults.check(0 <= message.eta <= 1, "spec.sampler.eta", "must be from 0 to 1")
     return message.eta if good else None
+
+
+def _init_image(
+    message: pb.GenerationSpec, pipeline: Pipeline, steps: int | None, faults: Violations
+) -> tuple[str, float, str]:
+    """The digest of the picture to start from, how much of it is given up, and the digest of its mask."""
+    if not message.init_image:
+        faults.check(not message.HasField("strength"), "spec.strength", "goes with init_image; leave it out")
+        faults.check(not message.mask, "spec.mask", "goes with init_image, which it is the mask of; leave it out")
+        return "", 1.0, ""
+    what = f"models/{pipeline.name} cannot start from a picture: it has no encoder; ListModels shows which models can"
+    faults.check(pipeline.has_encoder, "spec.init_image", what)
+    init_image = image_digest(message.init_image, "spec.init_image", faults)
+    mask = image_digest(message.mask, "spec.mask", faults) if message.mask else ""
+    strength = DEFAULT_STRENGTH
+    if message.HasField("strength"):
+        strength = float(str(np.float32(message.strength)))  # 0.7 as it was meant: 10 steps of it are 7
+    if faults.check(0 < strength <= 1, "spec.strength", "must be above 0 and at most 1") and steps is not None:
+        enough = steps_left_out(steps, strength) < steps
+        faults.check(enough, "spec.strength", f"leaves none of {steps} steps; must be at least {1 / steps:.2g}")
+    return init_image, strength, mask
 
 
 def _seeds(message: pb.GenerationSpec, max_outputs: int, faults: Violations) -> tuple[int, ...]:

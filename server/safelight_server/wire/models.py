@@ -5,10 +5,10 @@ from __future__ import annotations
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import models_pb2
 
-from safelight_server.catalog.catalog import Pipeline
+from safelight_server.catalog.catalog import Pipeline, UnavailablePipeline
 from safelight_server.domain.component import Component
 from safelight_server.domain.request import MediaType
-from safelight_server.runtime.base import Runtime
+from safelight_server.runtime.base import CostCurve, Runtime
 from safelight_server.wire.enums import SIGMA_SCHEDULES, SPACINGS
 from safelight_server.wire.specs import sampler_message
 from safelight_server.wire.times import duration
@@ -20,7 +20,6 @@ def model_message(pipeline: Pipeline, runtime: Runtime, is_default: bool) -> mod
     methods = [pb.PREVIEW_METHOD_LINEAR, pb.PREVIEW_METHOD_FULL_DECODER]
     if pipeline.has_preview_decoder:
         methods.insert(1, pb.PREVIEW_METHOD_TINY_DECODER)
-    cost = runtime.cost(pipeline.name, Component.DENOISER)
     at = defaults.sampler
     ordered = sorted(manifest.samplers, key=lambda cells: cells.name != at.name)
     return models_pb2.Model(
@@ -53,8 +52,28 @@ def model_message(pipeline: Pipeline, runtime: Runtime, is_default: bool) -> mod
             max_outputs=manifest.limits.max_outputs,
             max_prompt_tokens=manifest.tokenizer.max_tokens,
         ),
-        step_times=[
-            models_pb2.StepTime(num_rows=rows, duration=duration(seconds))
-            for rows, seconds in zip(cost.rows, cost.seconds, strict=True)
+        notes=manifest.notes,
+        step_times=_times(runtime.cost(pipeline.name, Component.DENOISER)),
+        component_times=[
+            models_pb2.ComponentTime(component=component.value, times=_times(runtime.cost(pipeline.name, component)))
+            for component in Component
+            if component is not Component.DENOISER
+            and (component is not Component.PREVIEW_DECODER or pipeline.has_preview_decoder)
+        ],
+        tasks=[
+            models_pb2.TASK_TEXT_TO_IMAGE,
+            *((models_pb2.TASK_IMAGE_TO_IMAGE, models_pb2.TASK_INPAINTING) if pipeline.has_encoder else ()),
         ],
     )
+
+
+def unavailable_model(at: UnavailablePipeline) -> models_pb2.UnavailableModel:
+    """A pipeline that cannot be served, and why."""
+    return models_pb2.UnavailableModel(name=f"models/{at.name}", revision=at.revision, reason=at.reason)
+
+
+def _times(cost: CostCurve) -> list[models_pb2.StepTime]:
+    return [
+        models_pb2.StepTime(num_rows=rows, duration=duration(seconds))
+        for rows, seconds in zip(cost.rows, cost.seconds, strict=True)
+    ]

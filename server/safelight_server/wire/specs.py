@@ -24,7 +24,16 @@ def spec_message(spec: Spec) -> pb.GenerationSpec:
         message.sampler.eta = spec.sampler.eta
     if spec.negative_prompt:
         message.prompts.add(role=pb.Prompt.ROLE_NEGATIVE, text=spec.negative_prompt)
+    if spec.init_image:
+        message.init_image, message.strength = image_name(spec.init_image), spec.strength
+    if spec.mask:
+        message.mask = image_name(spec.mask)
     return message
+
+
+def image_name(digest: str) -> str:
+    """The resource name of an uploaded picture."""
+    return f"images/{digest}"
 
 
 def sampler_message(name: str, spacing: str, sigma_schedule: str) -> pb.SamplerSpec:

@@ -69,12 +69,14 @@ def generation_message(view: GenerationView) -> pb.Generation:
 
 def usage_message(usage: Usage) -> pb.Usage:
     """What a generation has used, as a message."""
+    cost = pb.Cost(currency_code=usage.currency, nanos=usage.cost_nanos) if usage.currency else None
     return pb.Usage(
         compute_time=duration(usage.compute_s),
         num_rows=usage.num_rows,
         num_steps=usage.num_steps,
         num_previews=usage.num_previews,
         preview_bytes=usage.preview_bytes,
+        cost=cost,
     )
 
 

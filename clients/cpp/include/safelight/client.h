@@ -31,6 +31,8 @@ struct ClientOptions {
   /// How often a request is sent again that the server has refused with the time after which to retry. The client
   /// waits as long as the server says, within its patience and the deadline.
   int retries = 3;
+  /// The largest message that is received; a larger one is RESOURCE_EXHAUSTED.
+  int max_message_bytes = 4 << 20;
 };
 
 /// The events of one generation, in order: Accepted, Progress, Preview and Picture as they come, then Finished.

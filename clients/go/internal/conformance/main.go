@@ -7,6 +7,8 @@ import (
 	"bufio"
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -17,6 +19,7 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -29,12 +32,15 @@ type conformanceCase struct {
 	Name         string            `json:"name"`
 	Targets      []string          `json:"targets"`
 	CAFile       string            `json:"ca_file"`
+	CertFile     string            `json:"cert_file"`
+	KeyFile      string            `json:"key_file"`
 	ServerName   string            `json:"server_name"`
 	APIKey       string            `json:"api_key"`
 	Requests     []json.RawMessage `json:"requests"`
 	TimeoutS     float64           `json:"timeout_s"`
 	PatienceS    float64           `json:"patience_s"`
 	Retries      int               `json:"retries"`
+	MaxBytes     int               `json:"max_message_bytes"`
 	PauseS       float64           `json:"pause_s"`
 	CancelAtStep int32             `json:"cancel_at_step"`
 	WatchAgain   bool              `json:"watch_again"`
@@ -101,9 +107,11 @@ func run(given conformanceCase) report {
 		safelight.WithRetries(given.Retries),
 	}
 	if given.CAFile != "" {
-		tls, err := credentials.NewClientTLSFromFile(given.CAFile, given.ServerName)
-		check(err)
-		options = append(options, safelight.WithTransportCredentials(tls))
+		options = append(options, safelight.WithTransportCredentials(credentials.NewTLS(tlsConfig(given))))
+	}
+	if given.MaxBytes > 0 {
+		limit := grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(given.MaxBytes))
+		options = append(options, safelight.WithDialOptions(limit))
 	}
 	client, err := safelight.NewClient(strings.Join(given.Targets, ","), options...)
 	check(err)
@@ -121,6 +129,19 @@ func run(given conformanceCase) report {
 	}
 	group.Wait()
 	return all
+}
+
+func tlsConfig(given conformanceCase) *tls.Config {
+	config := &tls.Config{ServerName: given.ServerName, RootCAs: x509.NewCertPool()}
+	authority, err := os.ReadFile(given.CAFile)
+	check(err)
+	config.RootCAs.AppendCertsFromPEM(authority)
+	if given.CertFile != "" {
+		pair, err := tls.LoadX509KeyPair(given.CertFile, given.KeyFile)
+		check(err)
+		config.Certificates = []tls.Certificate{pair}
+	}
+	return config
 }
 
 func generate(client *safelight.Client, given conformanceCase, request *pb.GenerateRequest) *generation {

@@ -292,6 +292,9 @@ class GenerationSpec(_message.Message):
     GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     SAMPLER_FIELD_NUMBER: _builtins.int
     OUTPUTS_FIELD_NUMBER: _builtins.int
+    INIT_IMAGE_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's resource name, "models/{model}". Empty: the server's default."""
     prompt: _builtins.str
@@ -307,6 +310,23 @@ class GenerationSpec(_message.Message):
     guidance_scale: _builtins.float
     """Classifier-free guidance: 1 is without guidance (one denoiser row a step
     instead of two); more follows the prompt more closely.
+    """
+    init_image: _builtins.str
+    """A picture to start from in place of noise: "images/{sha256}", as UploadImage
+    returns it. Of another size or shape than the pictures it is cut at its
+    longer sides to their shape, and scaled. Transparent parts count as white.
+    Only for models with TASK_IMAGE_TO_IMAGE.
+    """
+    strength: _builtins.float
+    """How much of `init_image` is given up, above 0 and at most 1: the share of
+    the steps that are made, the last ones; all the others are left out. Absent:
+    0.8. Only with `init_image`.
+    """
+    mask: _builtins.str
+    """Which part of `init_image` is developed anew: "images/{sha256}", cut and
+    scaled as that. White is developed, black is kept, and grey is a soft edge
+    between both. Where the picture has an alpha channel that alone counts:
+    transparent is developed, opaque is kept. Only with `init_image`.
     """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prompt]:
@@ -334,10 +354,13 @@ class GenerationSpec(_message.Message):
         guidance_scale: _builtins.float | None = ...,
         sampler: Global___SamplerSpec | None = ...,
         outputs: _abc.Iterable[Global___OutputSpec] | None = ...,
+        init_image: _builtins.str = ...,
+        strength: _builtins.float | None = ...,
+        mask: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_inference_steps", b"_num_inference_steps", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "num_inference_steps", b"num_inference_steps", "sampler", b"sampler", "width_px", b"width_px"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_inference_steps", b"_num_inference_steps", "_strength", b"_strength", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "num_inference_steps", b"num_inference_steps", "sampler", b"sampler", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_inference_steps", b"_num_inference_steps", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "model", b"model", "num_inference_steps", b"num_inference_steps", "outputs", b"outputs", "prompt", b"prompt", "prompts", b"prompts", "sampler", b"sampler", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_inference_steps", b"_num_inference_steps", "_strength", b"_strength", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "init_image", b"init_image", "mask", b"mask", "model", b"model", "num_inference_steps", b"num_inference_steps", "outputs", b"outputs", "prompt", b"prompt", "prompts", b"prompts", "sampler", b"sampler", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -345,6 +368,8 @@ class GenerationSpec(_message.Message):
     _WhichOneofArgType__height_px: _TypeAlias = _typing.Literal["_height_px", b"_height_px"]  # noqa: Y015
     _WhichOneofReturnType__num_inference_steps: _TypeAlias = _typing.Literal["num_inference_steps"]  # noqa: Y015
     _WhichOneofArgType__num_inference_steps: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps"]  # noqa: Y015
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
     _WhichOneofReturnType__width_px: _TypeAlias = _typing.Literal["width_px"]  # noqa: Y015
     _WhichOneofArgType__width_px: _TypeAlias = _typing.Literal["_width_px", b"_width_px"]  # noqa: Y015
     @_typing.overload
@@ -353,6 +378,8 @@ class GenerationSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__height_px) -> _WhichOneofReturnType__height_px | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_inference_steps) -> _WhichOneofReturnType__num_inference_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__width_px) -> _WhichOneofReturnType__width_px | None: ...
 
@@ -1406,6 +1433,7 @@ class Usage(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _builtins.int
     NUM_PREVIEWS_FIELD_NUMBER: _builtins.int
     PREVIEW_BYTES_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
     num_rows: _builtins.int
     """Denoiser rows computed."""
     num_steps: _builtins.int
@@ -1418,6 +1446,12 @@ class Usage(_message.Message):
     def compute_time(self) -> _duration_pb2.Duration:
         """Share of the batches' run time, by rows."""
 
+    @_builtins.property
+    def cost(self) -> Global___Cost:
+        """What the compute costs by the operator's price table; absent where the
+        server has none.
+        """
+
     def __init__(
         self,
         *,
@@ -1426,14 +1460,41 @@ class Usage(_message.Message):
         num_steps: _builtins.int = ...,
         num_previews: _builtins.int = ...,
         preview_bytes: _builtins.int = ...,
+        cost: Global___Cost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["compute_time", b"compute_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compute_time", b"compute_time", "cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_time", b"compute_time", "num_previews", b"num_previews", "num_rows", b"num_rows", "num_steps", b"num_steps", "preview_bytes", b"preview_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_time", b"compute_time", "cost", b"cost", "num_previews", b"num_previews", "num_rows", b"num_rows", "num_steps", b"num_steps", "preview_bytes", b"preview_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
+class Cost(_message.Message):
+    """An amount of money."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CURRENCY_CODE_FIELD_NUMBER: _builtins.int
+    NANOS_FIELD_NUMBER: _builtins.int
+    currency_code: _builtins.str
+    """ISO 4217, such as "USD"."""
+    nanos: _builtins.int
+    """Billionths of a unit of the currency."""
+    def __init__(
+        self,
+        *,
+        currency_code: _builtins.str = ...,
+        nanos: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["currency_code", b"currency_code", "nanos", b"nanos"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cost: _TypeAlias = Cost  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):

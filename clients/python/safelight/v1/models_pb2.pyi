@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from safelight.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
@@ -19,6 +20,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Task:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TaskEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Task.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TASK_UNSPECIFIED: _Task.ValueType  # 0
+    """Not a task."""
+    TASK_TEXT_TO_IMAGE: _Task.ValueType  # 1
+    """A picture from a prompt."""
+    TASK_IMAGE_TO_IMAGE: _Task.ValueType  # 2
+    """A picture from a prompt and another picture: `GenerationSpec.init_image`."""
+    TASK_INPAINTING: _Task.ValueType  # 3
+    """A part of a picture anew: `GenerationSpec.mask`."""
+
+class Task(_Task, metaclass=_TaskEnumTypeWrapper):
+    """What a model can be asked for."""
+
+TASK_UNSPECIFIED: Task.ValueType  # 0
+"""Not a task."""
+TASK_TEXT_TO_IMAGE: Task.ValueType  # 1
+"""A picture from a prompt."""
+TASK_IMAGE_TO_IMAGE: Task.ValueType  # 2
+"""A picture from a prompt and another picture: `GenerationSpec.init_image`."""
+TASK_INPAINTING: Task.ValueType  # 3
+"""A part of a picture anew: `GenerationSpec.mask`."""
+Global___Task: _TypeAlias = Task  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):
@@ -54,25 +83,61 @@ class ListModelsResponse(_message.Message):
 
     MODELS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    UNAVAILABLE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Asks for the page that follows. Empty: there is none."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
         """The models."""
 
+    @_builtins.property
+    def unavailable(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnavailableModel]:
+        """On the first page: the models that are there and cannot be served."""
+
     def __init__(
         self,
         *,
         models: _abc.Iterable[Global___Model] | None = ...,
         next_page_token: _builtins.str = ...,
+        unavailable: _abc.Iterable[Global___UnavailableModel] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "next_page_token", b"next_page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "next_page_token", b"next_page_token", "unavailable", b"unavailable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
+
+@_typing.final
+class UnavailableModel(_message.Message):
+    """A model that is there and cannot be served."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"models/{model}"."""
+    revision: _builtins.str
+    """Revision of its weights."""
+    reason: _builtins.str
+    """What is wrong with it."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnavailableModel: _TypeAlias = UnavailableModel  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):
@@ -140,6 +205,9 @@ class Model(_message.Message):
     DEFAULTS_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     STEP_TIMES_FIELD_NUMBER: _builtins.int
+    COMPONENT_TIMES_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"models/{model}"."""
     revision: _builtins.str
@@ -182,6 +250,18 @@ class Model(_message.Message):
     def step_times(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepTime]:
         """Measured time of one denoiser call, by rows."""
 
+    @_builtins.property
+    def component_times(self) -> _containers.RepeatedCompositeFieldContainer[Global___ComponentTime]:
+        """Measured time of one call of the other components, by rows."""
+
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What differs from the pipeline that it was exported from: substitutes for what this server does not have."""
+
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedScalarFieldContainer[Global___Task.ValueType]:
+        """What it can be asked for."""
+
     def __init__(
         self,
         *,
@@ -199,10 +279,13 @@ class Model(_message.Message):
         defaults: Global___ModelDefaults | None = ...,
         limits: Global___ModelLimits | None = ...,
         step_times: _abc.Iterable[Global___StepTime] | None = ...,
+        component_times: _abc.Iterable[Global___ComponentTime] | None = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
+        tasks: _abc.Iterable[Global___Task.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "description", b"description", "is_default", b"is_default", "license", b"license", "limits", b"limits", "media_types", b"media_types", "name", b"name", "numerics_id", b"numerics_id", "preview_methods", b"preview_methods", "revision", b"revision", "runtime", b"runtime", "samplers", b"samplers", "sizes", b"sizes", "step_times", b"step_times"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["component_times", b"component_times", "defaults", b"defaults", "description", b"description", "is_default", b"is_default", "license", b"license", "limits", b"limits", "media_types", b"media_types", "name", b"name", "notes", b"notes", "numerics_id", b"numerics_id", "preview_methods", b"preview_methods", "revision", b"revision", "runtime", b"runtime", "samplers", b"samplers", "sizes", b"sizes", "step_times", b"step_times", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -333,6 +416,34 @@ class ModelLimits(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelLimits: _TypeAlias = ModelLimits  # noqa: Y015
+
+@_typing.final
+class ComponentTime(_message.Message):
+    """Times of calls of a component."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPONENT_FIELD_NUMBER: _builtins.int
+    TIMES_FIELD_NUMBER: _builtins.int
+    component: _builtins.str
+    """"text_encoder", "decoder" or "preview_decoder"."""
+    @_builtins.property
+    def times(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepTime]:
+        """By rows."""
+
+    def __init__(
+        self,
+        *,
+        component: _builtins.str = ...,
+        times: _abc.Iterable[Global___StepTime] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["component", b"component", "times", b"times"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ComponentTime: _TypeAlias = ComponentTime  # noqa: Y015
 
 @_typing.final
 class StepTime(_message.Message):

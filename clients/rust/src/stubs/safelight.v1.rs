@@ -320,6 +320,23 @@ pub struct GenerationSpec {
     /// random seed.
     #[prost(message, repeated, tag = "9")]
     pub outputs: ::prost::alloc::vec::Vec<OutputSpec>,
+    /// A picture to start from in place of noise: "images/{sha256}", as UploadImage
+    /// returns it. Of another size or shape than the pictures it is cut at its
+    /// longer sides to their shape, and scaled. Transparent parts count as white.
+    /// Only for models with TASK_IMAGE_TO_IMAGE.
+    #[prost(string, tag = "10")]
+    pub init_image: ::prost::alloc::string::String,
+    /// How much of `init_image` is given up, above 0 and at most 1: the share of
+    /// the steps that are made, the last ones; all the others are left out. Absent:
+    /// 0.8. Only with `init_image`.
+    #[prost(float, optional, tag = "11")]
+    pub strength: ::core::option::Option<f32>,
+    /// Which part of `init_image` is developed anew: "images/{sha256}", cut and
+    /// scaled as that. White is developed, black is kept, and grey is a soft edge
+    /// between both. Where the picture has an alpha channel that alone counts:
+    /// transparent is developed, opaque is kept. Only with `init_image`.
+    #[prost(string, tag = "12")]
+    pub mask: ::prost::alloc::string::String,
 }
 /// A text that guides the denoiser.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1104,7 +1121,7 @@ pub mod cache_result {
 }
 /// What a generation has used so far. Work that several generations share counts
 /// for the one that came first and is still there.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Usage {
     /// Share of the batches' run time, by rows.
     #[prost(message, optional, tag = "1")]
@@ -1121,6 +1138,20 @@ pub struct Usage {
     /// Bytes of these previews.
     #[prost(int64, tag = "5")]
     pub preview_bytes: i64,
+    /// What the compute costs by the operator's price table; absent where the
+    /// server has none.
+    #[prost(message, optional, tag = "6")]
+    pub cost: ::core::option::Option<Cost>,
+}
+/// An amount of money.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Cost {
+    /// ISO 4217, such as "USD".
+    #[prost(string, tag = "1")]
+    pub currency_code: ::prost::alloc::string::String,
+    /// Billionths of a unit of the currency.
+    #[prost(int64, tag = "2")]
+    pub nanos: i64,
 }
 /// Where the time of a generation went. Stages overlap: they do not add up.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1718,6 +1749,201 @@ pub mod generation_service_client {
         }
     }
 }
+/// A piece of a picture's file. The pieces come in order.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UploadImageRequest {
+    /// SHA-256 of the whole file, 32 bytes; on the first piece only.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub sha256: ::prost::bytes::Bytes,
+    /// Size of the whole file; on the first piece only.
+    #[prost(int64, tag = "2")]
+    pub total_bytes: i64,
+    /// The bytes that follow those of the piece before; at most 32 KiB.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub data: ::prost::bytes::Bytes,
+}
+/// The picture as it is kept.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UploadImageResponse {
+    /// The picture.
+    #[prost(message, optional, tag = "1")]
+    pub image: ::core::option::Option<Image>,
+}
+/// Asks for a picture.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetImageRequest {
+    /// "images/{sha256}".
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+}
+/// The picture that was asked for.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GetImageResponse {
+    /// The picture.
+    #[prost(message, optional, tag = "1")]
+    pub image: ::core::option::Option<Image>,
+}
+/// A picture that a client has sent.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Image {
+    /// "images/{sha256}", the digest as 64 hexadecimal digits.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// image/png, image/jpeg or image/webp.
+    #[prost(string, tag = "2")]
+    pub media_type: ::prost::alloc::string::String,
+    /// Width, turned as the file's EXIF orientation says.
+    #[prost(int32, tag = "3")]
+    pub width_px: i32,
+    /// Height, turned likewise.
+    #[prost(int32, tag = "4")]
+    pub height_px: i32,
+    /// Size of the file.
+    #[prost(int64, tag = "5")]
+    pub total_bytes: i64,
+    /// When it is forgotten unless it is used or sent again. It may be gone sooner,
+    /// where newer pictures of the tenant or other entries need the room.
+    #[prost(message, optional, tag = "6")]
+    pub expire_time: ::core::option::Option<::prost_types::Timestamp>,
+}
+/// Generated client implementations.
+pub mod image_service_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// Keeps pictures for a while. A picture is known by the SHA-256 of its file, so
+    /// that it is sent once, and only to the tenant that has sent it.
+    #[derive(Debug, Clone)]
+    pub struct ImageServiceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> ImageServiceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> ImageServiceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            ImageServiceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Sends a picture: PNG, JPEG or WebP, no animation. Sending it again keeps it
+        /// longer. A picture that cannot be used is INVALID_ARGUMENT, which says why.
+        pub async fn upload_image(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<
+                Message = super::UploadImageRequest,
+            >,
+        ) -> std::result::Result<
+            tonic::Response<super::UploadImageResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/safelight.v1.ImageService/UploadImage",
+            );
+            let mut req = request.into_streaming_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("safelight.v1.ImageService", "UploadImage"));
+            self.inner.client_streaming(req, path, codec).await
+        }
+        /// Returns a picture that is kept; NOT_FOUND where there is none of this name or
+        /// it is another tenant's. It tells a client whether it has to send it.
+        pub async fn get_image(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GetImageRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::GetImageResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/safelight.v1.ImageService/GetImage",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("safelight.v1.ImageService", "GetImage"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
 /// Asks for a page of models.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListModelsRequest {
@@ -1737,6 +1963,22 @@ pub struct ListModelsResponse {
     /// Asks for the page that follows. Empty: there is none.
     #[prost(string, tag = "2")]
     pub next_page_token: ::prost::alloc::string::String,
+    /// On the first page: the models that are there and cannot be served.
+    #[prost(message, repeated, tag = "3")]
+    pub unavailable: ::prost::alloc::vec::Vec<UnavailableModel>,
+}
+/// A model that is there and cannot be served.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UnavailableModel {
+    /// "models/{model}".
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Revision of its weights.
+    #[prost(string, tag = "2")]
+    pub revision: ::prost::alloc::string::String,
+    /// What is wrong with it.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
 }
 /// Asks for a model.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1797,6 +2039,15 @@ pub struct Model {
     /// Measured time of one denoiser call, by rows.
     #[prost(message, repeated, tag = "14")]
     pub step_times: ::prost::alloc::vec::Vec<StepTime>,
+    /// Measured time of one call of the other components, by rows.
+    #[prost(message, repeated, tag = "15")]
+    pub component_times: ::prost::alloc::vec::Vec<ComponentTime>,
+    /// What differs from the pipeline that it was exported from: substitutes for what this server does not have.
+    #[prost(string, repeated, tag = "16")]
+    pub notes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// What it can be asked for.
+    #[prost(enumeration = "Task", repeated, tag = "17")]
+    pub tasks: ::prost::alloc::vec::Vec<i32>,
 }
 /// A picture size.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1850,6 +2101,16 @@ pub struct ModelLimits {
     #[prost(int32, tag = "4")]
     pub max_prompt_tokens: i32,
 }
+/// Times of calls of a component.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ComponentTime {
+    /// "text_encoder", "decoder" or "preview_decoder".
+    #[prost(string, tag = "1")]
+    pub component: ::prost::alloc::string::String,
+    /// By rows.
+    #[prost(message, repeated, tag = "2")]
+    pub times: ::prost::alloc::vec::Vec<StepTime>,
+}
 /// Time of one denoiser call.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StepTime {
@@ -1859,6 +2120,43 @@ pub struct StepTime {
     /// Median at start-up on one instance.
     #[prost(message, optional, tag = "2")]
     pub duration: ::core::option::Option<::prost_types::Duration>,
+}
+/// What a model can be asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Task {
+    /// Not a task.
+    Unspecified = 0,
+    /// A picture from a prompt.
+    TextToImage = 1,
+    /// A picture from a prompt and another picture: `GenerationSpec.init_image`.
+    ImageToImage = 2,
+    /// A part of a picture anew: `GenerationSpec.mask`.
+    Inpainting = 3,
+}
+impl Task {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "TASK_UNSPECIFIED",
+            Self::TextToImage => "TASK_TEXT_TO_IMAGE",
+            Self::ImageToImage => "TASK_IMAGE_TO_IMAGE",
+            Self::Inpainting => "TASK_INPAINTING",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "TASK_UNSPECIFIED" => Some(Self::Unspecified),
+            "TASK_TEXT_TO_IMAGE" => Some(Self::TextToImage),
+            "TASK_IMAGE_TO_IMAGE" => Some(Self::ImageToImage),
+            "TASK_INPAINTING" => Some(Self::Inpainting),
+            _ => None,
+        }
+    }
 }
 /// Generated client implementations.
 pub mod model_service_client {

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from safelight_server.catalog.catalog import GuardWords
+from safelight_server.catalog.manifest import GuardWords
 
 _COLOUR_WORDS = (
     "red orange yellow green cyan teal blue navy indigo purple magenta pink brown tan beige cream white black grey"

@@ -90,6 +90,14 @@ export const MESSAGES = {
   "safelight.v1.CancelGenerationResponse": {
     generation: [1, "safelight.v1.Generation"],
   },
+  "safelight.v1.ComponentTime": {
+    component: [1, "string"],
+    times: [2, "safelight.v1.StepTime", "repeated"],
+  },
+  "safelight.v1.Cost": {
+    currency_code: [1, "string"],
+    nanos: [2, "int64"],
+  },
   "safelight.v1.DisconnectPolicy": {
     action: [1, "int32"],
     resume_grace: [2, "google.protobuf.Duration"],
@@ -157,6 +165,9 @@ export const MESSAGES = {
     guidance_scale: [7, "float", "optional"],
     sampler: [8, "safelight.v1.SamplerSpec"],
     outputs: [9, "safelight.v1.OutputSpec", "repeated"],
+    init_image: [10, "string"],
+    strength: [11, "float", "optional"],
+    mask: [12, "string"],
   },
   "safelight.v1.ListModelsRequest": {
     page_size: [1, "int32"],
@@ -165,6 +176,7 @@ export const MESSAGES = {
   "safelight.v1.ListModelsResponse": {
     models: [1, "safelight.v1.Model", "repeated"],
     next_page_token: [2, "string"],
+    unavailable: [3, "safelight.v1.UnavailableModel", "repeated"],
   },
   "safelight.v1.Model": {
     name: [1, "string"],
@@ -181,6 +193,9 @@ export const MESSAGES = {
     defaults: [12, "safelight.v1.ModelDefaults"],
     limits: [13, "safelight.v1.ModelLimits"],
     step_times: [14, "safelight.v1.StepTime", "repeated"],
+    component_times: [15, "safelight.v1.ComponentTime", "repeated"],
+    notes: [16, "string", "repeated"],
+    tasks: [17, "int32", "repeated"],
   },
   "safelight.v1.ModelDefaults": {
     num_inference_steps: [1, "int32"],
@@ -278,12 +293,18 @@ export const MESSAGES = {
     decode: [4, "google.protobuf.Duration"],
     total: [5, "google.protobuf.Duration"],
   },
+  "safelight.v1.UnavailableModel": {
+    name: [1, "string"],
+    revision: [2, "string"],
+    reason: [3, "string"],
+  },
   "safelight.v1.Usage": {
     compute_time: [1, "google.protobuf.Duration"],
     num_rows: [2, "int64"],
     num_steps: [3, "int64"],
     num_previews: [4, "int64"],
     preview_bytes: [5, "int64"],
+    cost: [6, "safelight.v1.Cost"],
   },
   "safelight.v1.Warning": {
     reason: [1, "string"],
@@ -313,5 +334,6 @@ export const ENUMS = {
   "safelight.v1.Priority": { PRIORITY_UNSPECIFIED: 0, PRIORITY_INTERACTIVE: 1, PRIORITY_STANDARD: 2, PRIORITY_BATCH: 3 },
   "safelight.v1.Prompt.Role": { ROLE_UNSPECIFIED: 0, ROLE_POSITIVE: 1, ROLE_NEGATIVE: 2 },
   "safelight.v1.SigmaSchedule": { SIGMA_SCHEDULE_UNSPECIFIED: 0, SIGMA_SCHEDULE_DEFAULT: 1, SIGMA_SCHEDULE_KARRAS: 2 },
+  "safelight.v1.Task": { TASK_UNSPECIFIED: 0, TASK_TEXT_TO_IMAGE: 1, TASK_IMAGE_TO_IMAGE: 2, TASK_INPAINTING: 3 },
   "safelight.v1.TimestepSpacing": { TIMESTEP_SPACING_UNSPECIFIED: 0, TIMESTEP_SPACING_LEADING: 1, TIMESTEP_SPACING_TRAILING: 2, TIMESTEP_SPACING_LINSPACE: 3 },
 };

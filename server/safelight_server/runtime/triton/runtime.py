@@ -139,11 +139,12 @@ class TritonRuntime:
                     key = (pipeline.name, component)
                     call = functools.partial(server.run, key, limit_s=limit_s)
                     model = server.served(key)
-                    cost = await verification.warm_up(call, model.specs(), model.max_rows)
+                    at_sizes = verification.at_sizes(model.specs(), pipeline)
+                    cost = await verification.warm_up_sizes(call, at_sizes, model.max_rows)
                     if cost is None:
                         raise ModelMismatch(f"{key[0]}/{component}: the same row gives other bits when it is run again")
                     costs[key] = cost
-        except (CallFailed, ModelMismatch) as failure:
+        except (CallFailed, ModelMismatch, ManifestError) as failure:
             self._why_down[at] = str(failure)
             self.endpoints.eject(ticket, self._clock())
             if not self.num_live:

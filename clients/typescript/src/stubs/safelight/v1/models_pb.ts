@@ -4,8 +4,8 @@
 // @generated from file safelight/v1/models.proto (package safelight.v1, syntax proto3)
 /* eslint-disable */
 
-import type { GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
-import { fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
+import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
+import { enumDesc, fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
 import type { Duration } from "@bufbuild/protobuf/wkt";
 import { file_google_protobuf_duration } from "@bufbuild/protobuf/wkt";
 import type { PreviewMethod, SamplerSpec, SigmaSchedule, TimestepSpacing } from "./generation_pb.js";
@@ -16,7 +16,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file safelight/v1/models.proto.
  */
 export const file_safelight_v1_models: GenFile = /*@__PURE__*/
-  fileDesc("ChlzYWZlbGlnaHQvdjEvbW9kZWxzLnByb3RvEgxzYWZlbGlnaHQudjEiOgoRTGlzdE1vZGVsc1JlcXVlc3QSEQoJcGFnZV9zaXplGAEgASgFEhIKCnBhZ2VfdG9rZW4YAiABKAkiUgoSTGlzdE1vZGVsc1Jlc3BvbnNlEiMKBm1vZGVscxgBIAMoCzITLnNhZmVsaWdodC52MS5Nb2RlbBIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkiHwoPR2V0TW9kZWxSZXF1ZXN0EgwKBG5hbWUYASABKAkiNgoQR2V0TW9kZWxSZXNwb25zZRIiCgVtb2RlbBgBIAEoCzITLnNhZmVsaWdodC52MS5Nb2RlbCKpAwoFTW9kZWwSDAoEbmFtZRgBIAEoCRIQCghyZXZpc2lvbhgCIAEoCRITCgtkZXNjcmlwdGlvbhgDIAEoCRIPCgdsaWNlbnNlGAQgASgJEg8KB3J1bnRpbWUYBSABKAkSEwoLbnVtZXJpY3NfaWQYBiABKAkSEgoKaXNfZGVmYXVsdBgHIAEoCBIhCgVzaXplcxgIIAMoCzISLnNhZmVsaWdodC52MS5TaXplEiwKCHNhbXBsZXJzGAkgAygLMhouc2FmZWxpZ2h0LnYxLlNhbXBsZXJPZmZlchI0Cg9wcmV2aWV3X21ldGhvZHMYCiADKA4yGy5zYWZlbGlnaHQudjEuUHJldmlld01ldGhvZBITCgttZWRpYV90eXBlcxgLIAMoCRItCghkZWZhdWx0cxgMIAEoCzIbLnNhZmVsaWdodC52MS5Nb2RlbERlZmF1bHRzEikKBmxpbWl0cxgNIAEoCzIZLnNhZmVsaWdodC52MS5Nb2RlbExpbWl0cxIqCgpzdGVwX3RpbWVzGA4gAygLMhYuc2FmZWxpZ2h0LnYxLlN0ZXBUaW1lIisKBFNpemUSEAoId2lkdGhfcHgYASABKAUSEQoJaGVpZ2h0X3B4GAIgASgFIoMBCgxTYW1wbGVyT2ZmZXISDAoEbmFtZRgBIAEoCRI0Cg9zaWdtYV9zY2hlZHVsZXMYAiADKA4yGy5zYWZlbGlnaHQudjEuU2lnbWFTY2hlZHVsZRIvCghzcGFjaW5ncxgDIAMoDjIdLnNhZmVsaWdodC52MS5UaW1lc3RlcFNwYWNpbmcicAoNTW9kZWxEZWZhdWx0cxIbChNudW1faW5mZXJlbmNlX3N0ZXBzGAEgASgFEhYKDmd1aWRhbmNlX3NjYWxlGAIgASgCEioKB3NhbXBsZXIYAyABKAsyGS5zYWZlbGlnaHQudjEuU2FtcGxlclNwZWMiegoLTW9kZWxMaW1pdHMSHwoXbWF4X251bV9pbmZlcmVuY2Vfc3RlcHMYASABKAUSGgoSbWF4X2d1aWRhbmNlX3NjYWxlGAIgASgCEhMKC21heF9vdXRwdXRzGAMgASgFEhkKEW1heF9wcm9tcHRfdG9rZW5zGAQgASgFIkkKCFN0ZXBUaW1lEhAKCG51bV9yb3dzGAEgASgFEisKCGR1cmF0aW9uGAIgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uMqoBCgxNb2RlbFNlcnZpY2USTwoKTGlzdE1vZGVscxIfLnNhZmVsaWdodC52MS5MaXN0TW9kZWxzUmVxdWVzdBogLnNhZmVsaWdodC52MS5MaXN0TW9kZWxzUmVzcG9uc2USSQoIR2V0TW9kZWwSHS5zYWZlbGlnaHQudjEuR2V0TW9kZWxSZXF1ZXN0Gh4uc2FmZWxpZ2h0LnYxLkdldE1vZGVsUmVzcG9uc2ViBnByb3RvMw", [file_google_protobuf_duration, file_safelight_v1_generation]);
+  fileDesc("ChlzYWZlbGlnaHQvdjEvbW9kZWxzLnByb3RvEgxzYWZlbGlnaHQudjEiOgoRTGlzdE1vZGVsc1JlcXVlc3QSEQoJcGFnZV9zaXplGAEgASgFEhIKCnBhZ2VfdG9rZW4YAiABKAkihwEKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5zYWZlbGlnaHQudjEuTW9kZWwSFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJEjMKC3VuYXZhaWxhYmxlGAMgAygLMh4uc2FmZWxpZ2h0LnYxLlVuYXZhaWxhYmxlTW9kZWwiQgoQVW5hdmFpbGFibGVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEg4KBnJlYXNvbhgDIAEoCSIfCg9HZXRNb2RlbFJlcXVlc3QSDAoEbmFtZRgBIAEoCSI2ChBHZXRNb2RlbFJlc3BvbnNlEiIKBW1vZGVsGAEgASgLMhMuc2FmZWxpZ2h0LnYxLk1vZGVsIpEECgVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEhMKC2Rlc2NyaXB0aW9uGAMgASgJEg8KB2xpY2Vuc2UYBCABKAkSDwoHcnVudGltZRgFIAEoCRITCgtudW1lcmljc19pZBgGIAEoCRISCgppc19kZWZhdWx0GAcgASgIEiEKBXNpemVzGAggAygLMhIuc2FmZWxpZ2h0LnYxLlNpemUSLAoIc2FtcGxlcnMYCSADKAsyGi5zYWZlbGlnaHQudjEuU2FtcGxlck9mZmVyEjQKD3ByZXZpZXdfbWV0aG9kcxgKIAMoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEhMKC21lZGlhX3R5cGVzGAsgAygJEi0KCGRlZmF1bHRzGAwgASgLMhsuc2FmZWxpZ2h0LnYxLk1vZGVsRGVmYXVsdHMSKQoGbGltaXRzGA0gASgLMhkuc2FmZWxpZ2h0LnYxLk1vZGVsTGltaXRzEioKCnN0ZXBfdGltZXMYDiADKAsyFi5zYWZlbGlnaHQudjEuU3RlcFRpbWUSNAoPY29tcG9uZW50X3RpbWVzGA8gAygLMhsuc2FmZWxpZ2h0LnYxLkNvbXBvbmVudFRpbWUSDQoFbm90ZXMYECADKAkSIQoFdGFza3MYESADKA4yEi5zYWZlbGlnaHQudjEuVGFzayIrCgRTaXplEhAKCHdpZHRoX3B4GAEgASgFEhEKCWhlaWdodF9weBgCIAEoBSKDAQoMU2FtcGxlck9mZmVyEgwKBG5hbWUYASABKAkSNAoPc2lnbWFfc2NoZWR1bGVzGAIgAygOMhsuc2FmZWxpZ2h0LnYxLlNpZ21hU2NoZWR1bGUSLwoIc3BhY2luZ3MYAyADKA4yHS5zYWZlbGlnaHQudjEuVGltZXN0ZXBTcGFjaW5nInAKDU1vZGVsRGVmYXVsdHMSGwoTbnVtX2luZmVyZW5jZV9zdGVwcxgBIAEoBRIWCg5ndWlkYW5jZV9zY2FsZRgCIAEoAhIqCgdzYW1wbGVyGAMgASgLMhkuc2FmZWxpZ2h0LnYxLlNhbXBsZXJTcGVjInoKC01vZGVsTGltaXRzEh8KF21heF9udW1faW5mZXJlbmNlX3N0ZXBzGAEgASgFEhoKEm1heF9ndWlkYW5jZV9zY2FsZRgCIAEoAhITCgttYXhfb3V0cHV0cxgDIAEoBRIZChFtYXhfcHJvbXB0X3Rva2VucxgEIAEoBSJJCg1Db21wb25lbnRUaW1lEhEKCWNvbXBvbmVudBgBIAEoCRIlCgV0aW1lcxgCIAMoCzIWLnNhZmVsaWdodC52MS5TdGVwVGltZSJJCghTdGVwVGltZRIQCghudW1fcm93cxgBIAEoBRIrCghkdXJhdGlvbhgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbipiCgRUYXNrEhQKEFRBU0tfVU5TUEVDSUZJRUQQABIWChJUQVNLX1RFWFRfVE9fSU1BR0UQARIXChNUQVNLX0lNQUdFX1RPX0lNQUdFEAISEwoPVEFTS19JTlBBSU5USU5HEAMyqgEKDE1vZGVsU2VydmljZRJPCgpMaXN0TW9kZWxzEh8uc2FmZWxpZ2h0LnYxLkxpc3RNb2RlbHNSZXF1ZXN0GiAuc2FmZWxpZ2h0LnYxLkxpc3RNb2RlbHNSZXNwb25zZRJJCghHZXRNb2RlbBIdLnNhZmVsaWdodC52MS5HZXRNb2RlbFJlcXVlc3QaHi5zYWZlbGlnaHQudjEuR2V0TW9kZWxSZXNwb25zZWIGcHJvdG8z", [file_google_protobuf_duration, file_safelight_v1_generation]);
 
 /**
  * Asks for a page of models.
@@ -65,6 +65,13 @@ export type ListModelsResponse = Message<"safelight.v1.ListModelsResponse"> & {
    * @generated from field: string next_page_token = 2;
    */
   nextPageToken: string;
+
+  /**
+   * On the first page: the models that are there and cannot be served.
+   *
+   * @generated from field: repeated safelight.v1.UnavailableModel unavailable = 3;
+   */
+  unavailable: UnavailableModel[];
 };
 
 /**
@@ -73,6 +80,41 @@ export type ListModelsResponse = Message<"safelight.v1.ListModelsResponse"> & {
  */
 export const ListModelsResponseSchema: GenMessage<ListModelsResponse> = /*@__PURE__*/
   messageDesc(file_safelight_v1_models, 1);
+
+/**
+ * A model that is there and cannot be served.
+ *
+ * @generated from message safelight.v1.UnavailableModel
+ */
+export type UnavailableModel = Message<"safelight.v1.UnavailableModel"> & {
+  /**
+   * "models/{model}".
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * Revision of its weights.
+   *
+   * @generated from field: string revision = 2;
+   */
+  revision: string;
+
+  /**
+   * What is wrong with it.
+   *
+   * @generated from field: string reason = 3;
+   */
+  reason: string;
+};
+
+/**
+ * Describes the message safelight.v1.UnavailableModel.
+ * Use `create(UnavailableModelSchema)` to create a new message.
+ */
+export const UnavailableModelSchema: GenMessage<UnavailableModel> = /*@__PURE__*/
+  messageDesc(file_safelight_v1_models, 2);
 
 /**
  * Asks for a model.
@@ -93,7 +135,7 @@ export type GetModelRequest = Message<"safelight.v1.GetModelRequest"> & {
  * Use `create(GetModelRequestSchema)` to create a new message.
  */
 export const GetModelRequestSchema: GenMessage<GetModelRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 2);
+  messageDesc(file_safelight_v1_models, 3);
 
 /**
  * The model that was asked for.
@@ -114,7 +156,7 @@ export type GetModelResponse = Message<"safelight.v1.GetModelResponse"> & {
  * Use `create(GetModelResponseSchema)` to create a new message.
  */
 export const GetModelResponseSchema: GenMessage<GetModelResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 3);
+  messageDesc(file_safelight_v1_models, 4);
 
 /**
  * A pipeline that the server offers.
@@ -219,6 +261,27 @@ export type Model = Message<"safelight.v1.Model"> & {
    * @generated from field: repeated safelight.v1.StepTime step_times = 14;
    */
   stepTimes: StepTime[];
+
+  /**
+   * Measured time of one call of the other components, by rows.
+   *
+   * @generated from field: repeated safelight.v1.ComponentTime component_times = 15;
+   */
+  componentTimes: ComponentTime[];
+
+  /**
+   * What differs from the pipeline that it was exported from: substitutes for what this server does not have.
+   *
+   * @generated from field: repeated string notes = 16;
+   */
+  notes: string[];
+
+  /**
+   * What it can be asked for.
+   *
+   * @generated from field: repeated safelight.v1.Task tasks = 17;
+   */
+  tasks: Task[];
 };
 
 /**
@@ -226,7 +289,7 @@ export type Model = Message<"safelight.v1.Model"> & {
  * Use `create(ModelSchema)` to create a new message.
  */
 export const ModelSchema: GenMessage<Model> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 4);
+  messageDesc(file_safelight_v1_models, 5);
 
 /**
  * A picture size.
@@ -254,7 +317,7 @@ export type Size = Message<"safelight.v1.Size"> & {
  * Use `create(SizeSchema)` to create a new message.
  */
 export const SizeSchema: GenMessage<Size> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 5);
+  messageDesc(file_safelight_v1_models, 6);
 
 /**
  * A sampler with what it can be combined with.
@@ -289,7 +352,7 @@ export type SamplerOffer = Message<"safelight.v1.SamplerOffer"> & {
  * Use `create(SamplerOfferSchema)` to create a new message.
  */
 export const SamplerOfferSchema: GenMessage<SamplerOffer> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 6);
+  messageDesc(file_safelight_v1_models, 7);
 
 /**
  * What absent fields mean.
@@ -324,7 +387,7 @@ export type ModelDefaults = Message<"safelight.v1.ModelDefaults"> & {
  * Use `create(ModelDefaultsSchema)` to create a new message.
  */
 export const ModelDefaultsSchema: GenMessage<ModelDefaults> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 7);
+  messageDesc(file_safelight_v1_models, 8);
 
 /**
  * What is refused.
@@ -366,7 +429,35 @@ export type ModelLimits = Message<"safelight.v1.ModelLimits"> & {
  * Use `create(ModelLimitsSchema)` to create a new message.
  */
 export const ModelLimitsSchema: GenMessage<ModelLimits> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 8);
+  messageDesc(file_safelight_v1_models, 9);
+
+/**
+ * Times of calls of a component.
+ *
+ * @generated from message safelight.v1.ComponentTime
+ */
+export type ComponentTime = Message<"safelight.v1.ComponentTime"> & {
+  /**
+   * "text_encoder", "decoder" or "preview_decoder".
+   *
+   * @generated from field: string component = 1;
+   */
+  component: string;
+
+  /**
+   * By rows.
+   *
+   * @generated from field: repeated safelight.v1.StepTime times = 2;
+   */
+  times: StepTime[];
+};
+
+/**
+ * Describes the message safelight.v1.ComponentTime.
+ * Use `create(ComponentTimeSchema)` to create a new message.
+ */
+export const ComponentTimeSchema: GenMessage<ComponentTime> = /*@__PURE__*/
+  messageDesc(file_safelight_v1_models, 10);
 
 /**
  * Time of one denoiser call.
@@ -394,7 +485,48 @@ export type StepTime = Message<"safelight.v1.StepTime"> & {
  * Use `create(StepTimeSchema)` to create a new message.
  */
 export const StepTimeSchema: GenMessage<StepTime> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 9);
+  messageDesc(file_safelight_v1_models, 11);
+
+/**
+ * What a model can be asked for.
+ *
+ * @generated from enum safelight.v1.Task
+ */
+export enum Task {
+  /**
+   * Not a task.
+   *
+   * @generated from enum value: TASK_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * A picture from a prompt.
+   *
+   * @generated from enum value: TASK_TEXT_TO_IMAGE = 1;
+   */
+  TEXT_TO_IMAGE = 1,
+
+  /**
+   * A picture from a prompt and another picture: `GenerationSpec.init_image`.
+   *
+   * @generated from enum value: TASK_IMAGE_TO_IMAGE = 2;
+   */
+  IMAGE_TO_IMAGE = 2,
+
+  /**
+   * A part of a picture anew: `GenerationSpec.mask`.
+   *
+   * @generated from enum value: TASK_INPAINTING = 3;
+   */
+  INPAINTING = 3,
+}
+
+/**
+ * Describes the enum safelight.v1.Task.
+ */
+export const TaskSchema: GenEnum<Task> = /*@__PURE__*/
+  enumDesc(file_safelight_v1_models, 0);
 
 /**
  * Lists the models.

@@ -1,0 +1,95 @@
+"""Pictures that generations start from: named by the SHA-256 of their files, and uploaded where they are not yet."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TypeAlias
+
+import grpc
+
+from safelight.v1 import images_pb2, images_pb2_grpc
+
+CHUNK_BYTES = 32 << 10
+"""What a server takes in one message."""
+
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
+ImageSource: TypeAlias = str | bytes | Path
+"""A picture: its file as bytes or by its path, or the name "images/SHA256" of one that was uploaded."""
+
+
+class ImageFile:
+    """The file of a picture.
+
+    Attributes:
+        field: the argument that it was given for.
+        name: its name at every server, "images/SHA256".
+    """
+
+    def __init__(self, data: bytes, field: str = "") -> None:
+        self.data = data
+        self.field = field
+        self.sha256 = hashlib.sha256(data).digest()
+        self.name = f"images/{self.sha256.hex()}"
+
+    def pieces(self) -> list[images_pb2.UploadImageRequest]:
+        """The messages of its upload."""
+        first = images_pb2.UploadImageRequest(sha256=self.sha256, total_bytes=len(self.data))
+        pieces = [
+            images_pb2.UploadImageRequest(data=self.data[start : start + CHUNK_BYTES])
+            for start in range(0, len(self.data), CHUNK_BYTES)
+        ]
+        return [first, *pieces]
+
+
+def image_file(source: ImageSource, field: str) -> ImageFile | None:
+    """The file of an argument; None for one that is a name.
+
+    Raises:
+        ValueError: it is neither a name nor a file that can be read.
+    """
+    if isinstance(source, str):
+        if not source.startswith("images/"):
+            raise ValueError(f"{field}: must be bytes, a pathlib.Path, or a name that begins with images/")
+        return None
+    if isinstance(source, bytes):
+        return ImageFile(source, field)
+    try:
+        return ImageFile(source.read_bytes(), field)
+    except OSError as error:
+        raise ValueError(f"{field}: {source}: {error.strerror}") from None
+
+
+async def upload(
+    channel: grpc.aio.Channel, metadata: Metadata, file: ImageFile, timeout_s: float | None = None
+) -> images_pb2.Image:
+    """Uploads a file, whether or not the server has it.
+
+    Raises:
+        grpc.aio.AioRpcError: the server has refused it, or cannot be reached.
+    """
+
+    async def pieces() -> AsyncIterator[images_pb2.UploadImageRequest]:
+        for piece in file.pieces():
+            yield piece
+
+    answer = await images_pb2_grpc.ImageServiceStub(channel).UploadImage(pieces(), metadata=metadata, timeout=timeout_s)
+    return answer.image
+
+
+async def upload_missing(
+    channel: grpc.aio.Channel, metadata: Metadata, file: ImageFile, timeout_s: float | None
+) -> None:
+    """Uploads a file where the server does not have it.
+
+    Raises:
+        grpc.aio.AioRpcError: as `upload`.
+    """
+    request = images_pb2.GetImageRequest(name=file.name)
+    try:
+        await images_pb2_grpc.ImageServiceStub(channel).GetImage(request, metadata=metadata, timeout=timeout_s)
+    except grpc.aio.AioRpcError as error:
+        if error.code() is not grpc.StatusCode.NOT_FOUND:
+            raise
+        await upload(channel, metadata, file, timeout_s)

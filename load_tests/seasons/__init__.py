@@ -1,0 +1,1 @@
+"""How many false alarms the seasonal baselines give on made-up traffic, beside static thresholds."""

@@ -1,0 +1,188 @@
+"""The contents of pipeline.json, with the rules that its types can show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from safelight_server.domain.component import Component
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ComponentFile(_Strict):
+    """The model of a component in the Triton repository, with version and digest.
+
+    Attributes:
+        data_sha256: digest of `model.onnx.data`, where the weights are in a file of their own.
+        row_bytes: memory that each row of a call takes at the largest size, measured by the exporter; 0: not known.
+    """
+
+    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+    version: Positive
+    sha256: str
+    data_sha256: str | None = None
+    row_bytes: Annotated[int, Field(ge=0)] = 0
+
+
+class TokenizerFile(_Strict):
+    """A `tokenizers` file beside the manifest, and CLIP's special tokens."""
+
+    file: str
+    sha256: str
+    max_tokens: Positive
+    pad_id: int
+    bos_id: int
+    eos_id: int
+
+
+class Latent(_Strict):
+    """Latent shape at the first picture size; the decoder takes latent / scaling_factor + shift_factor."""
+
+    channels: Positive
+    height: Positive
+    width: Positive
+    scaling_factor: Annotated[float, Field(gt=0)]
+    shift_factor: float = 0.0
+
+
+class SizeOffer(_Strict):
+    """A picture size in pixels that the model offers."""
+
+    width_px: Positive
+    height_px: Positive
+
+
+class Noise(_Strict):
+    """The noise schedule that the model was trained with (`sampler.NoiseSchedule`)."""
+
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    num_train_timesteps: Positive = 1000
+    rescale_zero_terminal_snr: bool = False
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
+    shift: float = 1.0
+
+
+class SamplerCells(_Strict):
+    """A sampler with the spacings and sigma schedules that it is offered with, the default first."""
+
+    name: str
+    spacings: Annotated[tuple[str, ...], Field(min_length=1)]
+    sigma_schedules: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class SamplerDefault(_Strict):
+    """The sampler for requests that name none (`sampler.SamplerSpec`)."""
+
+    name: str
+    spacing: str
+    sigma_schedule: str = "default"
+    eta: float = 0.0
+
+
+class Defaults(_Strict):
+    """Default values of request fields."""
+
+    num_inference_steps: Positive
+    guidance_scale: Annotated[float, Field(ge=1)]
+    sampler: SamplerDefault
+
+
+class ModelLimits(_Strict):
+    """Largest values of request fields; requests with larger ones are refused."""
+
+    max_num_inference_steps: Positive
+    max_guidance_scale: Annotated[float, Field(ge=1)]
+    max_outputs: Annotated[int, Field(gt=0, le=256)]
+
+
+class LinearPreview(_Strict):
+    """The linear map from a latent to preview pixels (`Pipeline.linear_weights`)."""
+
+    block: Positive
+    weights: tuple[tuple[float, ...], ...]
+    bias: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _rectangular(self) -> Self:
+        if len({len(row) for row in self.weights}) != 1:
+            raise ValueError("the rows of weights differ in length")
+        return self
+
+
+class GuardWords(_Strict):
+    """Words in which two prompts must agree before the picture of one may answer the other; see the approximate cache.
+
+    Attributes:
+        groups: values by group name, each with the phrases that mean it; the longest match at a word counts.
+        ignored: words that do not matter to the picture.
+        closed: whether all words outside the groups must agree too, except the ignored ones.
+    """
+
+    groups: Mapping[str, tuple[tuple[str, ...], ...]]
+    ignored: tuple[str, ...] = ()
+    closed: bool = False
+
+    @model_validator(mode="after")
+    def _unambiguous(self) -> Self:
+        phrases = [phrase for values in self.groups.values() for value in values for phrase in value]
+        plain = [" ".join(phrase.casefold().split()) for phrase in phrases]
+        if twice := {phrase for phrase in plain if plain.count(phrase) > 1}:
+            raise ValueError(f"stand for two values: {', '.join(sorted(twice))}")
+        if not all(any(c.isalnum() for c in phrase) for phrase in plain):
+            raise ValueError("a phrase has no word")
+        return self
+
+
+HIDDEN_STATE = "last_hidden_state"
+"""The output of the text encoder that every pipeline has: the embedding (T, D), by which prompts are compared."""
+ENCODER_SOURCE = "encoder:"
+LATENT_SOURCE, TIMESTEP_SOURCE, SIZE_IDS_SOURCE = "latent", "timestep", "size_ids"
+STABLE_DIFFUSION_INPUTS = {
+    "sample": LATENT_SOURCE,
+    "timestep": TIMESTEP_SOURCE,
+    "encoder_hidden_states": ENCODER_SOURCE + HIDDEN_STATE,
+}
+
+
+class Manifest(_Strict):
+    """The contents of pipeline.json. `guard` and `example_prompts` help the approximate caches and may be left out.
+
+    Attributes:
+        notes: what differs from the pipeline that was exported: substitutes for what the server does not have.
+        inputs: the inputs of the denoiser by name, each with what it is given: "latent", "timestep", "encoder:OUTPUT"
+            (an output of the text encoder, by prompt), or "size_ids" (the picture's height and width, a crop of none,
+            and height and width again: SDXL's micro-conditioning, Podell et al. 2023, section 2.2).
+    """
+
+    format: Literal[1]
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
+    revision: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
+    description: str
+    license: str
+    family: Literal["stable-diffusion", "stable-diffusion-xl"]
+    components: Mapping[Component, ComponentFile]
+    tokenizer: TokenizerFile
+    latent: Latent
+    sizes: Annotated[tuple[SizeOffer, ...], Field(min_length=1)]
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"]
+    noise_schedule: Noise
+    samplers: Annotated[tuple[SamplerCells, ...], Field(min_length=1)]
+    defaults: Defaults
+    limits: ModelLimits
+    linear_preview: LinearPreview
+    guard: GuardWords | None = None
+    example_prompts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    inputs: Mapping[str, Annotated[str, Field(pattern=r"^(latent|timestep|size_ids|encoder:[A-Za-z0-9_]+)$")]] = (
+        STABLE_DIFFUSION_INPUTS
+    )

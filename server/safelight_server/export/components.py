@@ -1,0 +1,164 @@
+"""Wraps the networks so that names and shapes of inputs and outputs are those of the server's components."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from safelight_server.export.source import ExportError
+
+
+class TextEncoder(nn.Module):
+    """input_ids (B, T) int64 -> last_hidden_state (B, T, D), pooled_output (B, P)."""
+
+    outputs = ("last_hidden_state", "pooled_output")
+
+    def __init__(self, model: CLIPTextModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        result = self.model(input_ids=input_ids)
+        return result.last_hidden_state, result.pooler_output
+
+
+class TextEncoders(nn.Module):
+    """Both text encoders of SDXL: input_ids (B, T) int64 -> last_hidden_state (B, T, D1 + D2), pooled_output (B, P).
+
+    The hidden states are those before the last layer, side by side; the pooled output is the second encoder's
+    projection (Podell et al. 2023, section 2.1). Both tokenizers have one vocabulary and differ in what they pad with.
+
+    Args:
+        eos_id: of the tokenizers.
+        pad_id: of the second tokenizer.
+        zeros_for_empty: an empty prompt has zeros in place of an embedding, as diffusers' pipeline does where it is
+            given no negative prompt.
+    """
+
+    outputs = ("last_hidden_state", "pooled_output")
+
+    def __init__(
+        self,
+        first: CLIPTextModel,
+        second: CLIPTextModelWithProjection,
+        eos_id: int,
+        pad_id: int,
+        zeros_for_empty: bool,
+    ) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.eos_id, self.pad_id = eos_id, pad_id
+        self.zeros_for_empty = zeros_for_empty
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        is_end = (input_ids == self.eos_id).int()
+        behind = is_end.cumsum(1) - is_end > 0  # the first end of text
+        padded = input_ids.masked_fill(behind, self.pad_id)
+        one = self.first(input_ids=input_ids, output_hidden_states=True)
+        two = self.second(input_ids=padded, output_hidden_states=True)
+        hidden = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
+        if not self.zeros_for_empty:
+            return hidden, two.text_embeds
+        there = (input_ids[:, 1] != self.eos_id).float()[:, None]
+        return hidden * there[..., None], two.text_embeds * there
+
+
+class DenoiserXL(nn.Module):
+    """SDXL's: beside `Denoiser`'s inputs text_embeds (B, P) and time_ids (B, 6)."""
+
+    outputs = ("prediction",)
+
+    def __init__(self, model: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor
+    ) -> Tensor:
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        prediction: Tensor = self.model(
+            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
+        )[0]
+        return prediction
+
+
+class Denoiser(nn.Module):
+    """sample (B, C, h, w), timestep (B,), encoder_hidden_states (B, T, D) -> prediction (B, C, h, w)."""
+
+    outputs = ("prediction",)
+
+    def __init__(self, model: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        prediction: Tensor = self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+        return prediction
+
+
+class Decoder(nn.Module):
+    """latent (B, C, h, w), divided by the scaling factor -> image (B, 3, H, W) in [-1, 1], unclamped.
+
+    A preview decoder may count on a scaling factor of its own: `scale` is the pipeline's by its.
+    """
+
+    outputs = ("image",)
+
+    def __init__(self, vae: AutoencoderTiny | AutoencoderKL, scale: float = 1.0) -> None:
+        super().__init__()
+        self.vae = vae
+        self.scale = scale
+
+    def forward(self, latent: Tensor) -> Tensor:
+        scaled = latent if self.scale == 1.0 else latent * self.scale
+        image: Tensor = self.vae.decode(scaled, return_dict=False)[0]
+        return image
+
+
+class Encoder(nn.Module):
+    """image (B, 3, H, W) in [-1, 1] -> mean (B, C, h, w), and std (B, C, h, w) where `vae` encodes to a distribution.
+
+    The latents are those of the autoencoder: the pipeline's scaling factor is not in them.
+    """
+
+    def __init__(self, vae: AutoencoderTiny | AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+        self.outputs = ("mean", "std") if isinstance(vae, AutoencoderKL) else ("mean",)
+
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        encoded = self.vae.encode(image, return_dict=False)[0]
+        if isinstance(encoded, Tensor):
+            return encoded
+        return encoded.mean, encoded.std
+
+
+class PatchEncoder(nn.Module):
+    """A linear encoder of patches of pixels: image (B, 3, H, W) in [-1, 1] -> mean (B, C, H / p, W / p).
+
+    Args:
+        weight: (C, 3, p, p).
+        bias: (C,).
+    """
+
+    outputs = ("mean",)
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        channels, _, patch_px, _ = weight.shape
+        self.patches = nn.Conv2d(3, channels, patch_px, stride=patch_px)
+        self.patches.weight = nn.Parameter(weight, requires_grad=False)
+        self.patches.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        mean: Tensor = self.patches(image)
+        return mean
+
+
+def decoder_of(vae: nn.Module) -> Decoder:
+    """The decoder of an autoencoder class that is known to keep the contract."""
+    if not isinstance(vae, AutoencoderTiny | AutoencoderKL):
+        raise ExportError(f"no decoder for {type(vae).__name__}; AutoencoderTiny and AutoencoderKL are known")
+    return Decoder(vae)

@@ -1,0 +1,215 @@
+"""Exports a diffusers folder, or a checkpoint in one file, as a Triton model repository and a pipeline manifest.
+
+For any `StableDiffusionPipeline` of CLIPTextModel, UNet2DConditionModel and
+AutoencoderTiny or AutoencoderKL; a folder `preview_decoder/` (AutoencoderTiny)
+and the files `encoder.npz` (a linear encoder in place of the autoencoder's own),
+`linear_preview.npz` and `prompts.json` beside them are used where they are there.
+Weights are stored as float16 and cast at load; the arithmetic is float32. The
+same folder gives the same bytes. Nothing in the folder of models changes before
+every component was written, found equal to its torch module, and loaded by the
+server's own catalog.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from torch import Tensor, nn
+
+from safelight_server.catalog.catalog import ManifestError, load_pipeline
+from safelight_server.catalog.digest import sha256
+from safelight_server.export import loading, manifest, memory, plan
+from safelight_server.export.components import Decoder, Denoiser, Encoder, PatchEncoder, TextEncoder, decoder_of
+from safelight_server.export.onnx_file import check_parity, num_values, write_onnx
+from safelight_server.export.plan import ROLES, ExportOptions, ExportPlan
+from safelight_server.export.repository import write_config
+from safelight_server.export.source import ExportError
+
+Report = Callable[[str], None]
+
+
+def export(folder: Path, models: Path, options: ExportOptions, report: Report = lambda line: None) -> ExportPlan:
+    """Judges the folder, writes the components, then the manifest that binds them.
+
+    Args:
+        folder: a diffusers folder, or a checkpoint in one file.
+        models: the folder with repository/ and pipelines/.
+        report: is given a line for each step of the work.
+
+    Raises:
+        ExportError: the folder cannot be exported, ONNX Runtime does not agree with torch, or another revision uses
+            the files that would be overwritten.
+    """
+    made = plan.make(folder, options)
+    if not options.replace:
+        refuse_to_break(models, made)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", module="torch|copyreg")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        report("reading the weights")
+        pipeline = loading.load(made)
+        components = _components(pipeline, made)
+        for module in components.values():
+            round_weights(module.eval())
+        models.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=models, prefix=".export-") as scratch:
+            _write(made, pipeline, components, Path(scratch), report)
+            _install(Path(scratch), models, made)
+    return made
+
+
+def _write(
+    made: ExportPlan,
+    pipeline: StableDiffusionPipeline,
+    components: Mapping[str, nn.Module],
+    staged: Path,
+    report: Report,
+) -> None:
+    """Writes everything below `staged`, laid out like a folder of models, and loads it with the server's catalog."""
+    name, revision, folder = made.options.name, made.options.revision, made.source.folder
+    bound = {}
+    for number, (role, module) in enumerate(components.items(), 1):
+        report(f"{role} ({number} of {len(components)}): {_count(module):,} weights")
+        place = staged / "repository" / f"{name}_{role}"
+        bound[role] = _export_component(role, module, pipeline, place, made, report)
+    place = staged / "pipelines" / name / revision
+    place.mkdir(parents=True)
+    pipeline.tokenizer._tokenizer.save(str(place / "tokenizer.json"))
+    report("checking the tokenizer, fitting the linear preview")
+    whole = {
+        **plan.draft(made),
+        "components": bound,
+        "tokenizer": manifest.tokenizer(pipeline.tokenizer, pipeline.text_encoder, place / "tokenizer.json"),
+        "linear_preview": manifest.linear_preview(made, folder / "linear_preview.npz", components["decoder"]),
+        **manifest.prompts(folder / "prompts.json"),
+    }
+    (place / "pipeline.json").write_text(manifest.readable(whole))
+    if (folder / "training.json").exists():
+        shutil.copy(folder / "training.json", place / "training.json")
+    try:
+        load_pipeline(place / "pipeline.json", staged / "repository")
+    except ManifestError as error:
+        raise ExportError(f"the server would refuse what was made: {error}") from None
+
+
+def _components(pipeline: StableDiffusionPipeline, made: ExportPlan) -> dict[str, nn.Module]:
+    components: dict[str, nn.Module] = {
+        "text_encoder": TextEncoder(pipeline.text_encoder),
+        "denoiser": Denoiser(pipeline.unet),
+        "decoder": decoder_of(pipeline.vae),
+    }
+    if "preview_decoder" in made.roles():
+        preview = AutoencoderTiny.from_pretrained(made.source.folder / "preview_decoder", local_files_only=True)
+        scale = pipeline.vae.config.scaling_factor / preview.config.scaling_factor
+        components["preview_decoder"] = Decoder(preview, scale)
+    components["encoder"] = _encoder(pipeline, made.source.folder / "encoder.npz")
+    return components
+
+
+def _encoder(pipeline: StableDiffusionPipeline, given: Path) -> nn.Module:
+    """The linear encoder of `given`, an npz of weight (C, 3, p, p) and bias (C,), else the autoencoder's."""
+    if not given.exists():
+        return Encoder(pipeline.vae)
+    with np.load(given) as arrays:
+        return PatchEncoder(torch.from_numpy(arrays["weight"]), torch.from_numpy(arrays["bias"]))
+
+
+def _export_component(
+    role: str, module: nn.Module, pipeline: StableDiffusionPipeline, place: Path, made: ExportPlan, report: Report
+) -> dict[str, Any]:
+    """Writes one component below `place`; returns what the manifest says of it."""
+    version = made.options.version
+    sizes = made.latent_sizes if role != "text_encoder" else made.latent_sizes[:1]
+    examples = [example_inputs(role, pipeline, made, size) for size in sizes]
+    target = place / str(version) / "model.onnx"
+    multiple = {"denoiser": made.multiple, "encoder": made.factor}.get(role, 1)
+    data = write_onnx(module, examples, module.outputs, target, multiple)
+    worst = check_parity(module, examples, module.outputs, target)
+    write_config(place / "config.pbtxt", place.name, made.max_rows(role), examples, module)
+    row_bytes = memory.row_bytes(target, max(examples, key=num_values))
+    num_bytes = target.stat().st_size + (data.stat().st_size if data else 0)
+    report(f"{place.name}: {num_bytes / 2**20:.2f} MiB, off by at most {worst:.1e}, {row_bytes / 2**20:.1f} MiB a row")
+    entry = {"model": place.name, "version": version, "sha256": sha256(target), "row_bytes": row_bytes}
+    return entry | ({"data_sha256": sha256(data)} if data else {})
+
+
+def example_inputs(
+    role: str, pipeline: StableDiffusionPipeline, made: ExportPlan, size: tuple[int, int]
+) -> Mapping[str, Tensor]:
+    """Two rows of what a component is given, for a latent of (h, w)."""
+    tokens, text = manifest.max_tokens(pipeline.tokenizer, pipeline.text_encoder), pipeline.text_encoder.config
+    generator, rows = torch.Generator().manual_seed(0), 2
+    latent = torch.randn(rows, made.shape[0], *size, generator=generator)
+    if role == "text_encoder":
+        return {"input_ids": torch.randint(0, text.vocab_size, (rows, tokens), generator=generator)}
+    if role == "denoiser":
+        context = torch.randn(rows, tokens, text.hidden_size, generator=generator)
+        return {"sample": latent, "timestep": torch.tensor([999.0, 12.0]), "encoder_hidden_states": context}
+    if role == "encoder":
+        edges = [made.factor * edge for edge in size]
+        return {"image": torch.rand(rows, 3, *edges, generator=generator) * 2 - 1}
+    return {"latent": latent / pipeline.vae.config.scaling_factor}
+
+
+def round_weights(module: nn.Module) -> None:
+    """Rounds to what float16 can hold: exported and reference weights are then the same numbers.
+
+    Raises:
+        ExportError: a weight is too large for float16, or is no number.
+    """
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_floating_point():
+            half = tensor.data.half()
+            if not half.isfinite().all():
+                raise ExportError(f"{name} has values that float16 cannot hold")
+            tensor.data = half.float()
+
+
+def refuse_to_break(models: Path, made: ExportPlan) -> None:
+    """Other revisions must keep the files that they name.
+
+    Raises:
+        ExportError: one would lose them.
+    """
+    options = made.options
+    overwritten = {f"{options.name}_{role}" for role in made.roles()}
+    for path in sorted(models.glob(f"pipelines/{options.name}/*/pipeline.json")):
+        used = json.loads(path.read_text())["components"].values()
+        if path.parent.name != options.revision and any(
+            at["model"] in overwritten and at["version"] == options.version for at in used
+        ):
+            raise ExportError(
+                f"{path} uses the files that would be overwritten: --replace removes that revision, --version keeps it"
+            )
+
+
+def _install(staged: Path, models: Path, made: ExportPlan) -> None:
+    """Moves everything to its place, the manifest last; no manifest ever names files that are not its own."""
+    name, revision, replace = made.options.name, made.options.revision, made.options.replace
+    repository, pipelines = models / "repository", models / "pipelines" / name
+    shutil.rmtree(pipelines if replace else pipelines / revision, ignore_errors=True)
+    for role in ROLES if replace else ():
+        shutil.rmtree(repository / f"{name}_{role}", ignore_errors=True)
+    for component in sorted((staged / "repository").iterdir()):
+        for item in component.iterdir():
+            target = repository / component.name / item.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            item.replace(target)
+    pipelines.mkdir(parents=True, exist_ok=True)
+    (staged / "pipelines" / name / revision).replace(pipelines / revision)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in module.parameters())

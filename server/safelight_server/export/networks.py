@@ -1,0 +1,110 @@
+"""Judges the configurations of the networks: what the server cannot honour, and keys that nobody here knows. Pure.
+
+Most keys only shape a network, and what is exported is the network as diffusers
+builds it. A key that is in none of the tables is refused by its name: it may
+mean anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from safelight_server.export.source import Config, Findings
+
+
+def _keys(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+Rules = Mapping[str, tuple[tuple[Any, ...], str]]
+"""By key the values that can be exported, the default first, and what others would need."""
+
+UNET_SHAPE = _keys(
+    """
+    sample_size in_channels out_channels center_input_sample flip_sin_to_cos freq_shift down_block_types
+    mid_block_type up_block_types only_cross_attention block_out_channels layers_per_block downsample_padding
+    mid_block_scale_factor dropout act_fn norm_num_groups norm_eps cross_attention_dim
+    transformer_layers_per_block reverse_transformer_layers_per_block attention_head_dim num_attention_heads
+    dual_cross_attention use_linear_projection upcast_attention resnet_time_scale_shift resnet_skip_time_act
+    resnet_out_scale_factor time_embedding_type time_embedding_dim time_embedding_act_fn timestep_post_act
+    conv_in_kernel conv_out_kernel class_embeddings_concat mid_block_only_cross_attention cross_attention_norm
+    addition_embed_type_num_heads addition_time_embed_dim projection_class_embeddings_input_dim
+    encoder_hid_dim
+    """
+)
+UNET_RULES: Rules = {
+    "time_cond_proj_dim": ((None,), "the denoiser would need the guidance scale as an input"),
+    "class_embed_type": ((None,), "the denoiser would need a class as an input"),
+    "num_class_embeds": ((None,), "the denoiser would need a class as an input"),
+    "addition_embed_type": ((None,), "the denoiser would need a second condition as an input"),
+    "encoder_hid_dim_type": ((None,), "the denoiser would need a condition other than the prompt's"),
+    "attention_type": (("default",), "the denoiser would need boxes as an input"),
+}
+KL_SHAPE = _keys(
+    """
+    in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block act_fn
+    latent_channels norm_num_groups sample_size scaling_factor force_upcast use_quant_conv use_post_quant_conv
+    mid_block_add_attention
+    """
+)
+TINY_SHAPE = _keys(
+    """
+    in_channels out_channels encoder_block_out_channels decoder_block_out_channels act_fn upsample_fn
+    latent_channels num_encoder_blocks num_decoder_blocks latent_magnitude latent_shift force_upcast
+    scaling_factor block_out_channels
+    """
+)
+VAE_RULES: Rules = {
+    "latents_mean": ((None,), "the server scales latents by one factor for all channels"),
+    "latents_std": ((None,), "the server scales latents by one factor for all channels"),
+    "shift_factor": ((None, 0, 0.0), "StableDiffusionPipeline ignores it"),
+    "upsampling_scaling_factor": ((2,), "diffusers counts on 2 when it computes sizes"),
+    "out_channels": ((3,), "a picture has three channels"),
+}
+TEXT_SHAPE = _keys(
+    """
+    vocab_size hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads
+    max_position_embeddings hidden_act layer_norm_eps attention_dropout dropout initializer_range
+    initializer_factor pad_token_id bos_token_id eos_token_id model_type architectures torch_dtype dtype
+    transformers_version output_hidden_states output_attentions return_dict chunk_size_feed_forward id2label
+    label2id problem_type is_encoder_decoder tie_word_embeddings
+    """
+)
+TEXT_RULES: Rules = {"use_attention_mask": ((None, False), "the text encoder would need the padding as an input")}
+
+
+def judge(unet: Config, vae: Config, vae_class: str, text: Config, findings: Findings) -> None:
+    """Adds to `findings` what cannot be exported."""
+    tiny = vae_class == "AutoencoderTiny"
+    _check("unet/config.json", unet, UNET_SHAPE, UNET_RULES, findings)
+    _check("vae/config.json", vae, TINY_SHAPE if tiny else KL_SHAPE, VAE_RULES, findings)
+    _check("text_encoder/config.json", text, TEXT_SHAPE, TEXT_RULES, findings)
+    latents, inputs, outputs = vae.get("latent_channels", 4), unet.get("in_channels", 4), unet.get("out_channels", 4)
+    if inputs != latents:
+        kind = {2 * latents + 1: "an inpainting UNet", 2 * latents: "a UNet that edits pictures"}.get(inputs, "a UNet")
+        findings.faults.append(
+            f"unet/config.json: in_channels {inputs}: {kind}; the server gives the denoiser the {latents} channels of"
+            " the latent and nothing else"
+        )
+    elif outputs != inputs:
+        findings.faults.append(f"unet/config.json: out_channels {outputs} is not in_channels {inputs}")
+    width, hidden = unet.get("cross_attention_dim", 1280), text.get("hidden_size", 512)
+    if width != hidden and unet.get("encoder_hid_dim_type") is None:
+        findings.faults.append(f"unet/config.json: cross_attention_dim {width} is not the text encoder's {hidden}")
+
+
+def latent_factor(vae: Config) -> int:
+    """Pixels of a picture along one edge of a latent's pixel, as diffusers computes it."""
+    channels = vae.get("block_out_channels") or vae.get("decoder_block_out_channels") or (64,) * 4
+    return int(2 ** (len(channels) - 1))
+
+
+def _check(file: str, config: Config, known: Collection[str], rules: Rules, findings: Findings) -> None:
+    for key, value in config.items():
+        if key in rules:
+            values, why = rules[key]
+            if value not in values:
+                findings.faults.append(f"{file}: {key} {value!r} cannot be exported: {why}")
+        elif key not in known and not key.startswith("_"):
+            findings.faults.append(f"{file}: {key} is not known to this exporter")

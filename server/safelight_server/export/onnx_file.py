@@ -1,0 +1,170 @@
+"""Writes a network as an ONNX file of float16 weights and float32 arithmetic, and checks it against torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import helper, numpy_helper
+from onnx.external_data_helper import set_external_data
+from torch import Tensor, nn
+
+from safelight_server.catalog.catalog import DATA_FILE
+from safelight_server.export.source import ExportError
+
+OPSET = 18
+SMALL = 64
+"""Weights of fewer values stay float32: a cast would cost more than it saves."""
+PARITY = 2e-4
+"""Largest deviation, relative to the largest value, of ONNX Runtime from torch in float32."""
+EXTERNAL_BYTES = 1 << 30
+"""Weights of more bytes go to a file beside the model: protobuf holds no 2 GiB."""
+ALIGNMENT = 4096
+
+Inputs = Mapping[str, Tensor]
+
+
+def write_onnx(
+    module: nn.Module, examples: Sequence[Inputs], outputs: Sequence[str], path: Path, multiple: int = 1
+) -> Path | None:
+    """Exports `module` with a free batch axis; axes in which the examples differ are free too.
+
+    Args:
+        multiple: what free axes are multiples of: how often the network halves them.
+
+    Returns:
+        The file with the weights, if they are many.
+    """
+    with warnings.catch_warnings(), _refusals(path.parent.parent.name):
+        warnings.simplefilter("ignore")  # of torch about its own internals
+        program = torch.onnx.export(
+            module,
+            tuple(
+                max(examples, key=num_values).values()
+            ),  # not an edge of one multiple, which torch takes for a constant
+            input_names=list(examples[0]),
+            output_names=list(outputs),
+            dynamic_shapes=free_axes(examples, multiple),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    model = program.model_proto
+    del program
+    _strip(model)
+    _store_half(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = _move_weights(model, path.with_name(DATA_FILE))
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    onnx.checker.check_model(path)
+    return data
+
+
+@contextlib.contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """Turns what torch says of a network that it cannot export into one line."""
+    try:
+        yield
+    except torch.onnx.errors.OnnxExporterError as error:
+        why = str(error.__cause__ or error).splitlines()[0]
+        raise ExportError(f"{name}: torch cannot export this network: {why}") from error
+
+
+def num_values(inputs: Inputs) -> int:
+    """How large an example is."""
+    return sum(tensor.numel() for tensor in inputs.values())
+
+
+def free_axes(examples: Sequence[Inputs], multiple: int) -> tuple[dict[int, Any], ...]:
+    """torch.export's dynamic shapes: the batch, and height and width where the examples have several."""
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    shapes = []
+    for name in examples[0]:
+        free: dict[int, Any] = {0: batch}
+        for axis in range(1, examples[0][name].ndim):
+            sizes = {int(example[name].shape[axis]) for example in examples}
+            if len(sizes) > 1:
+                edge = torch.export.Dim(f"edge{axis}")
+                free[axis] = multiple * edge if multiple > 1 else edge
+        shapes.append(free)
+    return tuple(shapes)
+
+
+def check_parity(module: nn.Module, examples: Sequence[Inputs], outputs: Sequence[str], path: Path) -> float:
+    """Runs file and module on batches of 1 and 3 of each example and returns the worst deviation.
+
+    Raises:
+        ExportError: it is above `PARITY`.
+    """
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for inputs in examples:
+        for rows in (1, 3):
+            batch = {name: torch.cat([tensor, tensor])[:rows] for name, tensor in inputs.items()}
+            expected = module(**batch)
+            expected = expected if isinstance(expected, tuple) else (expected,)
+            results = session.run(list(outputs), {name: tensor.numpy() for name, tensor in batch.items()})
+            for result, reference in zip(results, expected, strict=True):
+                reference = reference.numpy()
+                worst = float(np.maximum(worst, np.abs(result - reference).max() / np.abs(reference).max()))
+    if not worst <= PARITY:  # also where it is no number
+        raise ExportError(f"{path.parent.parent.name}: ONNX Runtime is off by {worst:.1e}, more than {PARITY}")
+    return worst
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Removes what the exporter notes about source files: a megabyte, and a path of the machine."""
+    del model.metadata_props[:]
+    model.doc_string = ""
+    graph = model.graph
+    del graph.metadata_props[:], graph.value_info[:]
+    graph.doc_string = ""
+    for item in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+        del item.metadata_props[:]
+        item.doc_string = ""
+    for function in model.functions:
+        del function.metadata_props[:]
+        for node in function.node:
+            del node.metadata_props[:]
+
+
+def _store_half(model: onnx.ModelProto) -> None:
+    casts = []
+    for initializer in model.graph.initializer:
+        values = numpy_helper.to_array(initializer)
+        if values.dtype != np.float32 or values.size < SMALL:
+            continue
+        half = values.astype(np.float16)
+        if not np.array_equal(half.astype(np.float32), values):
+            continue  # a constant of the graph, not a rounded weight
+        name = initializer.name
+        initializer.CopyFrom(numpy_helper.from_array(half, name + ".half"))
+        casts.append(helper.make_node("Cast", [name + ".half"], [name], name=name + ".cast", to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _move_weights(model: onnx.ModelProto, path: Path) -> Path | None:
+    """Moves the weights to a file of their own, if they are many."""
+    large = [tensor for tensor in model.graph.initializer if len(tensor.raw_data) >= ALIGNMENT]
+    if sum(len(tensor.raw_data) for tensor in large) <= EXTERNAL_BYTES:
+        return None
+    with path.open("wb") as stream:
+        for tensor in large:
+            stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
+            set_external_data(tensor, path.name, stream.tell(), len(tensor.raw_data))
+            stream.write(tensor.raw_data)
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+    return path

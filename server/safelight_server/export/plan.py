@@ -1,0 +1,283 @@
+"""Judges a pipeline before any network is loaded: reads its configurations, and says everything that is wrong at once.
+
+No torch here: a dry run takes as long as it takes to read a few JSON files and
+the headers of the weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from safelight_server.catalog.catalog import check
+from safelight_server.catalog.manifest import Manifest
+from safelight_server.export import networks, schedulers, weights
+from safelight_server.export.schedulers import SamplerOffer
+from safelight_server.export.source import CHECKPOINTS, ExportError, Findings, Source, read, scheduler_class
+
+ROLES = ("text_encoder", "denoiser", "decoder", "encoder", "preview_decoder")
+NETWORKS = ("text_encoder", "unet", "vae")
+MAX_ROWS = 64
+"""Largest batch of a denoiser that is offered, unless the user says; other components get a quarter of it."""
+MAX_GUIDANCE_SCALE = 20.0
+MAX_OUTPUTS = 8
+STEPS, DISTILLED_STEPS = 20, 4
+GUIDANCE_SCALE, DISTILLED_GUIDANCE_SCALE = 7.5, 1.0
+OPTION_OF = {
+    "name": "--name",
+    "revision": "--revision",
+    "license": "--licence",
+    "description": "--description",
+    "defaults.num_inference_steps": "--steps",
+    "defaults.guidance_scale": "--guidance-scale",
+    "sizes": "--sizes",
+}
+"""The option that sets a field of the manifest, for messages."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the user chooses; an empty value leaves the choice to the folder.
+
+    Attributes:
+        version: Triton's version folder of the components.
+        replace: whether all other revisions of the name are removed.
+        licence: SPDX identifier of the weights' licence; empty takes what the folder's model card says.
+        steps: default num_inference_steps.
+        sizes: pictures' (width, height) in pixels, the default first.
+        max_rows: largest batch of the denoiser.
+        variant: of the files of weights, such as "fp16".
+        sampler: the default sampler.
+        config: for a checkpoint in one file, a diffusers folder of the same architecture.
+    """
+
+    name: str
+    revision: str = "1"
+    version: int = 1
+    replace: bool = False
+    description: str = ""
+    licence: str = ""
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
+    max_rows: int = MAX_ROWS
+    variant: str = ""
+    sampler: str = ""
+    config: Path | None = None
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What will be exported; everything that can be judged without the weights has been.
+
+    Attributes:
+        checkpoint: the file, where the weights are in one; else None.
+        options: with every choice made.
+        factor: pixels of a picture along one edge of a latent's pixel.
+        shape: (C, h, w) of the latent at the first size.
+        num_values: numbers in the weights of each network; 0 where the headers do not say.
+        notes: what will differ from diffusers.
+    """
+
+    source: Source
+    checkpoint: Path | None
+    options: ExportOptions
+    factor: int
+    shape: tuple[int, int, int]
+    offer: SamplerOffer
+    num_values: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def latent_sizes(self) -> list[tuple[int, int]]:
+        """(h, w) of the latent at each size."""
+        return [(height // self.factor, width // self.factor) for width, height in self.options.sizes]
+
+    @property
+    def multiple(self) -> int:
+        """What the edges of a latent must be multiples of, where there are several sizes."""
+        return _multiple(self.source.configs["unet"])
+
+    def max_rows(self, role: str) -> int:
+        """Largest batch of a component."""
+        return self.options.max_rows if role == "denoiser" else max(1, self.options.max_rows // 4)
+
+    def roles(self) -> tuple[str, ...]:
+        """The components that will be written."""
+        return ROLES if (self.source.folder / "preview_decoder").is_dir() else ROLES[:-1]
+
+
+def make(folder: Path, options: ExportOptions) -> ExportPlan:
+    """Judges a folder, or a checkpoint in one file, with the options.
+
+    Raises:
+        ExportError: it cannot be exported; the message has every fault.
+    """
+    findings, checkpoint = Findings(), None
+    if folder.is_file() and folder.suffix in CHECKPOINTS:
+        checkpoint, folder = folder, _configuration_for(folder, options)
+    elif options.config is not None:
+        raise ExportError(f"--config is for a checkpoint in one file; {folder} has its own configuration")
+    source = read(folder, findings)
+    configs = source.configs
+    vae_class = str(source.index["vae"][1])
+    networks.judge(configs["unet"], configs["vae"], vae_class, configs["text_encoder"], findings)
+    offer = schedulers.judge(scheduler_class(source), configs["scheduler"], options.sampler, options.steps, findings)
+    found = _weights(source.folder, checkpoint, options.variant, findings)
+    factor = networks.latent_factor(configs["vae"])
+    sizes = _sizes(configs["unet"], factor, options.sizes, findings)
+    if options.max_rows < 1:
+        findings.faults.append(f"--max-rows {options.max_rows}: must be at least 1")
+    licence = options.licence or source.licence
+    if not licence:
+        findings.faults.append(
+            "--licence: say what the weights' licence is (SPDX); the folder has no model card that does"
+        )
+    if offer is None:
+        raise ExportError("; ".join(findings.faults))
+    made = ExportPlan(
+        source=source,
+        checkpoint=checkpoint,
+        options=_completed(source, checkpoint, replace(options, licence=licence), sizes, offer),
+        factor=factor,
+        shape=(int(configs["unet"].get("in_channels", 4)), sizes[0][1] // factor, sizes[0][0] // factor),
+        offer=offer,
+        num_values=found,
+        notes=tuple(findings.notes),
+    )
+    findings.faults += faults_of(draft(made))
+    findings.require()
+    return made
+
+
+def draft(plan: ExportPlan) -> dict[str, Any]:
+    """The manifest as far as it is known before the export; digests and the tokenizer's ids are placeholders."""
+    options, offer, (channels, height, width) = plan.options, plan.offer, plan.shape
+    schedule, vae = offer.schedule, plan.source.configs["vae"]
+    tiny = plan.source.index["vae"][1] == "AutoencoderTiny"
+    nothing = {"sha256": "0" * 64}
+    return {
+        "format": 1,
+        "name": options.name,
+        "revision": options.revision,
+        "description": options.description,
+        "license": options.licence,
+        "family": "stable-diffusion",
+        "components": {
+            role: {"model": f"{options.name}_{role}", "version": options.version, **nothing} for role in plan.roles()
+        },
+        "tokenizer": {"file": "tokenizer.json", **nothing, "max_tokens": 77, "pad_id": 0, "bos_id": 0, "eos_id": 0},
+        "latent": {
+            "channels": channels,
+            "height": height,
+            "width": width,
+            "scaling_factor": vae.get("scaling_factor", 1.0 if tiny else 0.18215),
+            "shift_factor": 0.0,
+        },
+        "sizes": [{"width_px": width, "height_px": height} for width, height in options.sizes],
+        "prediction_type": offer.prediction_type,
+        "noise_schedule": {
+            "beta_schedule": schedule.beta_schedule,
+            "beta_start": schedule.beta_start,
+            "beta_end": schedule.beta_end,
+            "num_train_timesteps": schedule.num_train_timesteps,
+            "rescale_zero_terminal_snr": schedule.rescale_zero_terminal_snr,
+            "steps_offset": schedule.steps_offset,
+            "set_alpha_to_one": schedule.set_alpha_to_one,
+        },
+        "samplers": offer.cells,
+        "defaults": {
+            "num_inference_steps": options.steps,
+            "guidance_scale": options.guidance_scale,
+            "sampler": offer.default,
+        },
+        "limits": {
+            "max_num_inference_steps": offer.max_steps,
+            "max_guidance_scale": MAX_GUIDANCE_SCALE,
+            "max_outputs": MAX_OUTPUTS,
+        },
+        "linear_preview": {"block": 1, "weights": [[0.0] * 3] * channels, "bias": [0.0] * 3},
+        **({"notes": list(plan.notes)} if plan.notes else {}),
+    }
+
+
+def faults_of(manifest: Mapping[str, Any]) -> list[str]:
+    """What the server's catalog will find wrong with a manifest, named by the options that set it."""
+    try:
+        made = Manifest.model_validate(manifest)
+    except ValidationError as error:
+        places = [(".".join(str(part) for part in at["loc"]), at["msg"]) for at in error.errors()]
+        return [f"{_option(place)}: {what}" for place, what in places]
+    return [f"{_option(place)}: {what}" for place, _, what in (fault.partition(": ") for fault in check(made))]
+
+
+def _option(place: str) -> str:
+    return OPTION_OF.get(place, OPTION_OF.get(place.partition(".")[0], place))
+
+
+def _configuration_for(checkpoint: Path, options: ExportOptions) -> Path:
+    if options.config is None:
+        raise ExportError(
+            f"{checkpoint} is a checkpoint in one file, which has no configuration: say --config FOLDER, a diffusers"
+            " folder of the same architecture (its weights are not needed)"
+        )
+    return options.config
+
+
+def _weights(folder: Path, checkpoint: Path | None, variant: str, findings: Findings) -> dict[str, int]:
+    if checkpoint is None:
+        return {name: weights.find(folder / name, variant, findings).num_values for name in NETWORKS}
+    fault, _ = weights.check(checkpoint)
+    if fault:
+        findings.faults.append(f"{checkpoint} {fault}")
+    return {}
+
+
+def _multiple(unet: Mapping[str, Any]) -> int:
+    """A UNet halves its latent at each level but the last."""
+    return int(2 ** (len(unet.get("block_out_channels") or (0,) * 4) - 1))
+
+
+def _sizes(
+    unet: Mapping[str, Any], factor: int, wanted: tuple[tuple[int, int], ...], findings: Findings
+) -> tuple[tuple[int, int], ...]:
+    """The sizes in pixels: those wanted, or the one that the UNet was trained at."""
+    if wanted:
+        multiple = factor * _multiple(unet)
+        for width, height in wanted:
+            if min(width, height) < 1 or width % multiple or height % multiple:
+                findings.faults.append(f"--sizes {width}x{height}: must be multiples of {multiple}")
+        if len(set(wanted)) < len(wanted):
+            findings.faults.append("--sizes: names a size twice")
+        return wanted
+    size = unet.get("sample_size")
+    version = re.match(r"0\.([0-9]+)\.", str(unet.get("_diffusers_version", "")))
+    if isinstance(size, int) and size < 64 and version and int(version[1]) < 9:
+        size = 64  # StableDiffusionPipeline mends files of that time so
+    if size is None:
+        findings.faults.append("unet/config.json: sample_size is null: say --sizes WIDTHxHEIGHT")
+        return ((factor, factor),)
+    height, width = (size, size) if isinstance(size, int) else size
+    return ((width * factor, height * factor),)
+
+
+def _completed(
+    source: Source,
+    checkpoint: Path | None,
+    options: ExportOptions,
+    sizes: tuple[tuple[int, int], ...],
+    offer: SamplerOffer,
+) -> ExportOptions:
+    """The options with every choice made."""
+    distilled = offer.default["name"] == "lcm"
+    steps = options.steps if options.steps is not None else (DISTILLED_STEPS if distilled else STEPS)
+    scale = options.guidance_scale
+    if scale is None:
+        scale = DISTILLED_GUIDANCE_SCALE if distilled else GUIDANCE_SCALE
+    described = options.description or f"{source.index['_class_name']} from {(checkpoint or source.folder).name}"
+    return replace(options, steps=steps, guidance_scale=scale, sizes=sizes, description=described)

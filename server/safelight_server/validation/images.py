@@ -1,0 +1,47 @@
+"""Checks what is said of pictures that clients upload, before any of it is read."""
+
+from __future__ import annotations
+
+import re
+
+from safelight.v1 import images_pb2
+
+from safelight_server.domain.errors import FieldViolation, InvalidRequestError
+from safelight_server.validation.violations import Violations
+
+IMAGE_NAME = re.compile("images/([0-9a-f]{64})")
+NOT_A_NAME = "must be images/SHA256 with 64 hexadecimal digits, as UploadImage returns it"
+DIGEST_BYTES = 32
+
+
+def image_digest(name: str, field: str, faults: Violations) -> str:
+    """The digest in the name of a picture that stands at the path `field` of a request."""
+    found = IMAGE_NAME.fullmatch(name)
+    faults.check(found is not None, field, NOT_A_NAME)
+    return "" if found is None else found[1]
+
+
+def resolve_image(name: str) -> str:
+    """The digest in the name of a picture.
+
+    Raises:
+        InvalidRequestError: the name has another form.
+    """
+    found = IMAGE_NAME.fullmatch(name)
+    if found is None:
+        raise InvalidRequestError([FieldViolation("name", NOT_A_NAME)])
+    return found[1]
+
+
+def check_upload(piece: images_pb2.UploadImageRequest, max_bytes: int) -> tuple[bytes, int]:
+    """The digest and the size that the first piece of an upload announces.
+
+    Raises:
+        InvalidRequestError: with all faults.
+    """
+    faults = Violations()
+    size = f"must be the SHA-256 of the file, {DIGEST_BYTES} bytes"
+    faults.check(len(piece.sha256) == DIGEST_BYTES, "sha256", size)
+    faults.check(0 < piece.total_bytes <= max_bytes, "total_bytes", f"must be from 1 to {max_bytes}")
+    faults.done()
+    return piece.sha256, piece.total_bytes

@@ -1,0 +1,107 @@
+"""A program with a sheet of eight sprites on a virtual screen: watched while it develops, and compared at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import struct
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import safelight
+from numpy.typing import NDArray
+
+from tests.clients.case import ROOT
+from tests.conftest import Start
+
+SPRITE, COLUMNS, ROWS = 128, 4, 2
+WIDTH, HEIGHT = SPRITE * COLUMNS, SPRITE * ROWS
+SCREENSHOTS = ROOT / "out/engines"
+
+
+@dataclass(slots=True)
+class Screen:
+    """A virtual screen: its name for X11, and the file that has its pixels at any time, in the format of xwd."""
+
+    display: str
+    framebuffer: Path
+
+    def pixels(self) -> NDArray[np.uint8]:
+        """Its top left corner, (HEIGHT, WIDTH, 3) uint8 RGB."""
+        data = self.framebuffer.read_bytes()
+        header = struct.unpack(">25I", data[:100])
+        size, stride, num_colors = header[0], header[12], header[19]
+        begin = size + 12 * num_colors
+        rows = np.frombuffer(data, np.uint8, header[5] * stride, begin).reshape(header[5], stride)
+        return rows[:HEIGHT, : 4 * WIDTH].reshape(HEIGHT, WIDTH, 4)[:, :, 2::-1]  # blue comes first
+
+
+@contextlib.asynccontextmanager
+async def screen(folder: Path) -> AsyncIterator[Screen]:
+    """Starts Xvfb on a display that is free."""
+    read, write = os.pipe()
+    command = [
+        "Xvfb",
+        "-displayfd",
+        str(write),
+        "-screen",
+        "0",
+        "640x480x24",
+        "-fbdir",
+        str(folder),
+        "-nolisten",
+        "tcp",
+    ]
+    server = await asyncio.create_subprocess_exec(*command, pass_fds=[write], stderr=asyncio.subprocess.DEVNULL)
+    os.close(write)
+    try:
+        with os.fdopen(read) as pipe:
+            number = await asyncio.wait_for(asyncio.to_thread(pipe.readline), 30)
+        yield Screen(f":{number.strip()}", folder / "Xvfb_screen0")
+    finally:
+        server.terminate()
+        await server.wait()
+
+
+async def develop(
+    start: Start, folder: Path, name: str, prompts: Sequence[str], *command: str | Path, **environment: str
+) -> None:
+    """Runs a program with the address of a server of the model in the box, until it says that it has `8 sprites`.
+
+    Their prompts are those given, their seeds 0 to 7. Keeps screenshots in `out/engines` to be looked at.
+    """
+    seen: dict[bytes, NDArray[np.uint8]] = {}
+    async with start() as running, screen(folder) as shown, safelight.Client(running.address) as client:
+        program = await asyncio.create_subprocess_exec(
+            *command,
+            running.address,
+            env=os.environ | {"DISPLAY": shown.display} | environment,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        try:
+            assert program.stdout is not None
+            finished = asyncio.ensure_future(program.stdout.readline())
+            while not finished.done():
+                pixels = await asyncio.to_thread(shown.pixels)
+                seen.setdefault(pixels.tobytes(), pixels)
+                await asyncio.wait([finished], timeout=0.02)
+            assert finished.result() == b"8 sprites\n"
+            last = shown.pixels()
+        finally:
+            program.terminate()
+            await program.wait()
+        pictures = [client.generate(prompt, seed=seed) for seed, prompt in enumerate(prompts)]
+        expected = [np.asarray((await picture.image()).convert("RGB")) for picture in pictures]
+    frames = list(seen.values())
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    for part, pixels in (("middle", frames[len(frames) // 2]), ("end", last)):
+        PIL.Image.fromarray(pixels).save(SCREENSHOTS / f"{name}-{part}.png")
+    assert len(frames) > 5, "it is seen while it develops"
+    for index, picture in enumerate(expected):
+        row, column = divmod(index, COLUMNS)
+        tile = last[row * SPRITE : (row + 1) * SPRITE, column * SPRITE : (column + 1) * SPRITE]
+        assert np.array_equal(tile, picture), prompts[index]

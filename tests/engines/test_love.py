@@ -1,0 +1,34 @@
+"""The game engine LÖVE with `clients/cpp/love`, LuaJIT on the C client, on a virtual screen."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tests.clients import cpp
+from tests.clients.case import ROOT
+from tests.conftest import Start
+from tests.engines.sheet import develop
+
+GAME = ROOT / "clients/cpp/love"
+
+
+async def test_a_sprite_sheet_develops(love: Path, start: Start, tmp_path: Path) -> None:
+    [listed] = re.findall(r"prompts = \{(.*?)\n\}", (GAME / "main.lua").read_text(), re.DOTALL)
+    prompts = re.findall(r'"(.*?)"', listed)
+    assert len(prompts) == 8
+    library = str(love / "libsafelight.so.1")
+    await develop(start, tmp_path, "love", prompts, "love", GAME, SAFELIGHT_LIBRARY=library, LIBGL_ALWAYS_SOFTWARE="1")
+
+
+def test_its_declarations_are_those_of_the_header() -> None:
+    """LuaJIT takes a C declaration on trust: a wrong one is a crash."""
+
+    def declared(text: str) -> set[str]:
+        functions = re.findall(r"^(?:SAFELIGHT_API )?([\w *]+?\w+\([^;{]*?\));", text, re.MULTILINE)
+        return {" ".join(one.replace("safelight_state ", "int ").split()) for one in functions}
+
+    [lua] = re.findall(r"ffi\.cdef \[\[(.*?)\]\]", (GAME / "safelight.lua").read_text(), re.DOTALL)
+    header = declared((cpp.SOURCE / "include/safelight.h").read_text())
+    assert len(declared(lua)) > 20
+    assert declared(lua) <= header

@@ -1,0 +1,99 @@
+"""Small random pipelines of Stable Diffusion's classes, as diffusers saves them, with CLIP's real vocabulary."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+NUM_MERGES = 49152 - 256 - 2
+MAX_TOKENS = 77
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """The tokenizer of Stable Diffusion 1.5, from the file of byte pairs that the package open_clip has."""
+    [package] = importlib.util.find_spec("open_clip").submodule_search_locations
+    with gzip.open(Path(package) / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as stream:
+        merges = [tuple(line.split()) for line in stream.read().split("\n")[1 : NUM_MERGES + 1]]
+    letters = byte_letters()
+    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(merge) for merge in merges), START, END]
+    vocab = {word: number for number, word in enumerate(words)}
+    made = CLIPTokenizer(vocab=vocab, merges=merges, unk_token=END, bos_token=START, eos_token=END, pad_token=END)
+    made.model_max_length = MAX_TOKENS
+    return made
+
+
+def byte_letters() -> list[str]:
+    """The letters that stand for the 256 bytes, as in GPT-2: printable ones for themselves, first."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return [chr(byte) for byte in plain] + [chr(256 + number) for number in range(len(others))]
+
+
+def unet(**changes: Any) -> UNet2DConditionModel:
+    """A denoiser of 4 channels at 4 x 4, seeded."""
+    torch.manual_seed(5)
+    shape: dict[str, Any] = {
+        "sample_size": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**(shape | changes)).eval()
+
+
+def vae() -> AutoencoderKL:
+    """An autoencoder of factor 2, seeded."""
+    torch.manual_seed(6)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+    ).eval()
+
+
+def text_encoder() -> CLIPTextModel:
+    """A text encoder of width 16, seeded."""
+    torch.manual_seed(7)
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=49408,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=49406,
+            eos_token_id=49407,
+            pad_token_id=49407,
+        )
+    ).eval()
+
+
+def pipeline(**parts: Any) -> StableDiffusionPipeline:
+    """A whole pipeline like Stable Diffusion 1.5's, with its scheduler; `parts` replace components."""
+    scheduler = PNDMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1
+    )
+    whole: dict[str, Any] = {
+        "vae": vae(),
+        "text_encoder": text_encoder(),
+        "tokenizer": clip_tokenizer(),
+        "unet": unet(),
+        "scheduler": scheduler,
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+    return StableDiffusionPipeline(**(whole | parts))

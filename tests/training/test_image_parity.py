@@ -1,0 +1,249 @@
+"""Development from a picture, and of a part of it, against diffusers' own pipelines: same noise, to 1/255.
+
+The server's side is its engine on ONNX Runtime, from the picture's file to the finished pixels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+)
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from safelight_server.catalog import catalog
+from safelight_server.domain.errors import SafelightError
+from safelight_server.domain.uploads import decode_mask, decode_picture
+from safelight_server.engine.engine import Engine
+from safelight_server.engine.jobs import InitImage, Job
+from safelight_server.engine.observer import ExecutionObserver
+from safelight_server.export.exporter import export
+from safelight_server.export.plan import ExportOptions
+from safelight_server.runtime.onnx import OnnxRuntime
+from safelight_server.sampler import SamplerSpec, compile_table, gaussian, steps_left_out
+from safelight_server.scheduler import Priority
+from safelight_server.telemetry import Metrics
+
+from tests.training.test_pipeline_parity import build, prompts
+from training import networks
+
+STEPS = 10
+SAMPLERS = {
+    "ddim": None,
+    "euler": EulerDiscreteScheduler,
+    "dpmpp_2m": DPMSolverMultistepScheduler,
+    "euler_ancestral": EulerAncestralDiscreteScheduler,
+    "lcm": LCMScheduler,
+}
+Pixels = npt.NDArray[np.uint8]
+
+
+class Picture(ExecutionObserver):
+    """Waits for the end of an output."""
+
+    def __init__(self) -> None:
+        self.image: asyncio.Future[npt.NDArray[np.float32]] = asyncio.get_running_loop().create_future()
+
+    def decoded(self, image: npt.NDArray[np.float32]) -> None:
+        self.image.set_result(image)
+
+    def failed(self, error: SafelightError) -> None:
+        self.image.set_exception(error)
+
+
+class Served:
+    """An exported pipeline behind the server's engine."""
+
+    def __init__(self, models: Path) -> None:
+        self.catalog = catalog.load(models)
+        self.pipeline = self.catalog.get("tiny")
+        self.runtime = OnnxRuntime(self.catalog, 1)
+        asyncio.run(self.runtime.start())
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.pipeline.latent_shape(*self.size)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        size = self.pipeline.manifest.sizes[0]
+        return size.width_px, size.height_px
+
+    def pictures(
+        self,
+        prompt: str,
+        seeds: list[int],
+        guidance: float,
+        sampler: str,
+        strength: float,
+        init: bytes = b"",
+        mask: bytes = b"",
+        negative: str = "",
+        spacing: str = "trailing",
+    ) -> list[Pixels]:
+        """The finished pictures of all seeds, which share batches."""
+        spec, manifest = SamplerSpec(sampler, spacing), self.pipeline.manifest
+        first = steps_left_out(STEPS, strength)
+        table = compile_table(spec, self.pipeline.schedule, manifest.prediction_type, STEPS, first)
+        tokens = tuple(self.pipeline.tokenizer.encode(text).ids for text in (prompt, negative)[: 1 + (guidance != 1)])
+        whole = 1 << 24
+        image = None
+        if init:
+            painted = decode_mask(mask, whole, *self.size) if mask else None
+            image = InitImage("init", decode_picture(init, whole, *self.size), painted)
+        jobs = [
+            Job(
+                number,
+                "a/b",
+                Priority.STANDARD,
+                self.pipeline,
+                self.latent_shape,
+                table,
+                seed,
+                guidance,
+                tokens,
+                image=image,
+            )
+            for number, seed in enumerate(seeds)
+        ]
+
+        async def develop() -> list[Pixels]:
+            engine = Engine(self.runtime, time.monotonic, Metrics(), max_running=8)
+            observers = [Picture() for _ in jobs]
+            for job, observer in zip(jobs, observers, strict=True):
+                engine.submit(job, observer)
+            images = [await observer.image for observer in observers]
+            await engine.close()
+            return [job.finish(image) for job, image in zip(jobs, images, strict=True)]
+
+        return asyncio.run(develop())
+
+
+@pytest.fixture(scope="module", params=["icons", "sd15"])
+def both(request, tmp_path_factory):
+    """The components in torch, and the same served."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp(request.param)
+    pipeline = build(request.param)
+    pipeline.save_pretrained(folder / "pipeline")
+    export(folder / "pipeline", folder / "models", ExportOptions("tiny", licence="CC0-1.0"))
+    return pipeline, Served(folder / "models")
+
+
+@pytest.fixture
+def theirs(both, monkeypatch):
+    """Makes diffusers' pipeline of a class with a sampler, drawing the noise of an output of ours."""
+    pipeline, served = both
+
+    def make(kind: type, sampler: str, seed: int, strength: float, **more: object):
+        config = networks.noise_schedule().config
+        scheduler = networks.noise_schedule() if SAMPLERS[sampler] is None else SAMPLERS[sampler].from_config(config)
+        made = kind(**pipeline.components | {"scheduler": scheduler}, requires_safety_checker=False)
+        made.set_progress_bar_config(disable=True)
+        shape = served.latent_shape
+        steps = iter(range(steps_left_out(STEPS, strength), STEPS))
+
+        def drawn(stream: int):
+            def noise(*_args: object, **_kwargs: object) -> torch.Tensor:
+                step = next(steps) if stream == 1 else 0
+                return torch.from_numpy(gaussian(seed, stream, step, shape))[None]
+
+            return noise
+
+        for module, stream in (
+            ("pipelines.stable_diffusion.pipeline_stable_diffusion_img2img", 0),
+            ("pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint", 0),
+            ("schedulers.scheduling_euler_ancestral_discrete", 1),
+            ("schedulers.scheduling_lcm", 1),
+            ("models.autoencoders.vae", 2),
+        ):
+            monkeypatch.setattr(f"diffusers.{module}.randn_tensor", drawn(stream))
+        return made
+
+    return make
+
+
+def picture_of(size: tuple[int, int]) -> Image.Image:
+    """A picture with edges and colours."""
+    width, height = size
+    across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    pixels = np.stack([across, down, 255 - across], axis=2).astype(np.uint8)
+    pixels[height // 4 : height // 2, width // 4 : width // 2] = (250, 240, 20)
+    return Image.fromarray(pixels)
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def off(ours: Pixels, reference: Image.Image) -> int:
+    """The largest difference of two pictures, in 255ths."""
+    return int(np.abs(ours.astype(int) - np.asarray(reference).astype(int)).max())
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.7, 1.0])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_development_from_a_picture_is_that_of_diffusers(both, theirs, sampler, strength):
+    _, served = both
+    prompt, init = prompts(1)[0], picture_of(served.size)
+    seeds, guidance = [3, 4], 1.0 if sampler == "lcm" else 3.0
+    ours = served.pictures(prompt, seeds, guidance, sampler, strength, png(init), b"")
+    for seed, picture in zip(seeds, ours, strict=True):
+        pipeline = theirs(StableDiffusionImg2ImgPipeline, sampler, seed, strength)
+        reference = pipeline(
+            prompt, init, strength=strength, num_inference_steps=STEPS, guidance_scale=guidance
+        ).images[0]
+        assert off(picture, reference) <= 1, seed
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_part_developed_anew_is_that_of_diffusers(both, theirs, sampler, strength, soft):
+    torch_pipeline, served = both
+    if torch_pipeline.unet.config.in_channels != 4:
+        pytest.skip("diffusers inpaints with UNets of 4 channels alone")
+    prompt, init = prompts(1)[0], picture_of(served.size)
+    _, height, width = served.latent_shape
+    shares = np.zeros((height, width), np.uint8)
+    shares[height // 4 :, : width // 2] = 255
+    if soft:
+        shares[height // 2] = 102
+    mask = Image.fromarray(shares).resize(served.size, Image.Resampling.NEAREST)
+    guidance = 1.0 if sampler == "lcm" else 3.0
+    [picture] = served.pictures(prompt, [5], guidance, sampler, strength, png(init), png(mask))
+    pipeline = theirs(StableDiffusionInpaintPipeline, sampler, 5, strength)
+    if soft:
+        pipeline.mask_processor = VaeImageProcessor(
+            vae_scale_factor=pipeline.vae_scale_factor, do_normalize=False, do_convert_grayscale=True
+        )
+    reference = pipeline(
+        prompt,
+        init,
+        mask,
+        strength=strength,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
+        height=served.size[1],
+        width=served.size[0],
+    ).images[0]
+    share = np.asarray(mask).astype(float)[..., None] / 255
+    whole = share * np.asarray(reference) + (1 - share) * np.asarray(init)  # as the pipeline's apply_overlay
+    assert off(picture, Image.fromarray(np.round(whole).astype(np.uint8))) <= 1
+    kept = np.asarray(mask) == 0
+    assert np.array_equal(picture[kept], np.asarray(init)[kept])

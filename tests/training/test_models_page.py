@@ -1,0 +1,107 @@
+"""docs/models.md, walked: each of its commands, from a diffusers folder and a file to a picture; and that picture."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from PIL import Image
+from safelight import Client
+from safelight_server.app.server import serving
+from safelight_server.export.exporter import round_weights
+from safelight_server.sampler import gaussian
+from safelight_server.settings import load
+
+from tests.support.http import free_port
+from tests.training import folders
+from tests.training.checkpoints import save_checkpoint
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
+PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+COMMANDS = [shlex.split(line) for line in re.findall(r"^    (safelight .*)$", PAGE, re.MULTILINE)]
+SIZES = ((16, 16), (32, 16))
+PROMPT, SEED, STEPS, GUIDANCE = "a red potion", 7, 4, 7.5
+
+
+def safelight(folder: Path, *arguments: str) -> str:
+    """Runs a command in `folder`; its output."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-W", "ignore", "-m", "safelight_server", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """The folder in which the page's exports were run, with two sizes, and what the last one said."""
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("models-page")
+    pipeline = folders.pipeline()
+    pipeline.save_pretrained(place / "my-model")
+    save_checkpoint(pipeline, place / "my-model.safetensors")
+    said = {}
+    for _, verb, *arguments in COMMANDS:
+        if verb == "export":
+            more = () if "--dry-run" in arguments else ("--sizes", ",".join(f"{w}x{h}" for w, h in SIZES))
+            licence = () if "--licence" in arguments else ("--licence", "CC0-1.0")
+            said[" ".join(arguments)] = safelight(place, verb, *arguments, *more, *licence)
+    assert sum("--dry-run" in line for line in said) == 2
+    [export] = [text for line, text in said.items() if "--dry-run" not in line]
+    yield place, export
+
+
+@pytest.fixture
+async def address(walked: tuple[Path, str]) -> AsyncIterator[str]:
+    async with serving(load(port=free_port(), models_dir=walked[0] / "served", num_instances=2)) as running:
+        yield running.address
+
+
+def test_an_export_shows_what_it_does(walked: tuple[Path, str]) -> None:
+    said = walked[1]
+    assert "note: scheduler PNDMScheduler is not served: euler is the default in its place" in said
+    for step in ("reading the weights", "text_encoder (1 of 3)", "denoiser (2 of 3)", "decoder (3 of 3)"):
+        assert step in said
+    assert said.rstrip().endswith("wrote models/my-model 1 to served")
+
+
+async def test_the_commands_for_the_server_work(walked: tuple[Path, str], address: str) -> None:
+    place, _ = walked
+    said = ""
+    for _, verb, *arguments in COMMANDS:
+        if verb in ("models", "generate"):
+            said += await asyncio.to_thread(safelight, place, verb, *arguments, "--target", address)
+    assert "models/my-model  1  on onnx  (default)" in said
+    assert "16x16, 32x16" in said
+    assert "note: scheduler PNDMScheduler is not served" in said
+    assert Image.open(place / "potion.png").size == SIZES[0]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+async def test_pictures_of_each_size_are_those_of_diffusers(
+    walked: tuple[Path, str], address: str, size: tuple[int, int]
+) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(walked[0] / "my-model", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="leading")
+    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        round_weights(network)
+    width, height = size
+    noise = torch.from_numpy(gaussian(SEED, 0, 0, (4, height // 2, width // 2)))[None]
+    theirs = pipeline(
+        PROMPT, height=height, width=width, num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=noise
+    ).images[0]
+    async with Client(address) as client:
+        ours = await client.generate(PROMPT, seed=SEED, width=width, height=height, steps=STEPS).image()
+    assert ours.size == theirs.size == size
+    assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1

@@ -1,0 +1,339 @@
+"""What `safelight export` says of a folder before it loads a network: every kind of fault by name, every substitute."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safelight_server.export import schedulers
+from safelight_server.export.plan import ExportOptions, ExportPlan, make
+from safelight_server.export.source import ExportError
+
+UNET = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "cross_attention_dim": 768,
+    "block_out_channels": [8] * 4,
+}
+KL = {"latent_channels": 4, "out_channels": 3, "block_out_channels": [8] * 4, "scaling_factor": 0.18215}
+TEXT = {"hidden_size": 768, "max_position_embeddings": 77, "model_type": "clip_text_model"}
+PNDM = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "skip_prk_steps": True}
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+}
+CARD = "---\nlicense: creativeml-openrail-m\ntags:\n- x\n---\n# A model\n"
+
+
+def safetensors(file: Path, num_values: int = 3, cut: int = 0) -> None:
+    header = {"weight": {"dtype": "F16", "shape": [num_values], "data_offsets": [0, 2 * num_values]}}
+    text = json.dumps(header).encode()
+    data = len(text).to_bytes(8, "little") + text + b"\0" * 2 * num_values
+    file.write_bytes(data[: len(data) - cut])
+
+
+class Folder:
+    """A diffusers folder without real weights; keyword arguments change its configurations."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __call__(
+        self, scheduler_class: str = "PNDMScheduler", scheduler: dict[str, Any] | None = None, **changes: dict[str, Any]
+    ) -> Path:
+        configs = {"unet": UNET, "vae": KL, "text_encoder": TEXT}
+        for name, config in configs.items():
+            self.write(name, "config.json", config | changes.get(name, {}))
+            if name != "text_encoder":
+                safetensors(self.place / name / "diffusion_pytorch_model.safetensors")
+        safetensors(self.place / "text_encoder" / "model.safetensors")
+        self.write("scheduler", "scheduler_config.json", PNDM if scheduler is None else scheduler)
+        index = INDEX | {"scheduler": ["diffusers", scheduler_class]} | changes.get("index", {})
+        self.write("", "model_index.json", index)
+        (self.place / "README.md").write_text(CARD)
+        return self.place
+
+    def write(self, name: str, file: str, content: dict[str, Any]) -> None:
+        (self.place / name).mkdir(parents=True, exist_ok=True)
+        (self.place / name / file).write_text(json.dumps(content))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path / "folder")
+
+
+def plan(place: Path, **options: Any) -> ExportPlan:
+    return make(place, ExportOptions(**({"name": "sd15"} | options)))
+
+
+def fault(place: Path, **options: Any) -> str:
+    with pytest.raises(ExportError) as caught:
+        plan(place, **options)
+    return str(caught.value)
+
+
+def test_the_folder_of_stable_diffusion_is_planned_in_full(folder: Folder) -> None:
+    made = plan(folder())
+    assert made.options.sizes == ((512, 512),)
+    assert made.shape == (4, 64, 64)
+    assert made.options.licence == "creativeml-openrail-m"
+    assert (made.options.steps, made.options.guidance_scale) == (20, 7.5)
+    assert made.offer.schedule.set_alpha_to_one is False, "PNDM's own default"
+    assert made.notes == ("scheduler PNDMScheduler is not served: euler is the default in its place",)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "wanted"),
+    [
+        ("unet", "time_cond_proj_dim", 256, "guidance scale as an input"),
+        ("unet", "class_embed_type", "timestep", "a class as an input"),
+        ("unet", "addition_embed_type", "text_time", "a second condition"),
+        ("unet", "encoder_hid_dim_type", "text_image_proj", "other than the prompt's"),
+        ("unet", "attention_type", "gated", "boxes"),
+        ("unet", "in_channels", 9, "an inpainting UNet"),
+        ("unet", "in_channels", 8, "a UNet that edits pictures"),
+        ("unet", "out_channels", 8, "out_channels 8 is not in_channels 4"),
+        ("unet", "cross_attention_dim", 1024, "is not the text encoder's 768"),
+        ("unet", "sample_size", None, "sample_size is null: say --sizes"),
+        ("vae", "latents_mean", [0.1] * 4, "one factor for all channels"),
+        ("vae", "latents_std", [0.1] * 4, "one factor for all channels"),
+        ("vae", "shift_factor", 0.1, "ignores it"),
+        ("text_encoder", "use_attention_mask", True, "padding as an input"),
+        ("unet", "wavelet_order", 3, "unet/config.json: wavelet_order is not known to this exporter"),
+        ("vae", "wavelet_order", 3, "vae/config.json: wavelet_order is not known to this exporter"),
+        ("text_encoder", "rope_theta", 3, "text_encoder/config.json: rope_theta is not known to this exporter"),
+        ("index", "refiner", ["diffusers", "UNet2DConditionModel"], "model_index.json: refiner is not known"),
+        ("index", "unet", ["diffusers", "UNetMotionModel"], "unet is a UNetMotionModel"),
+        ("index", "_class_name", "StableDiffusionXLPipeline", "is a StableDiffusionXLPipeline"),
+    ],
+)
+def test_what_the_server_cannot_honour_is_refused_by_its_key(
+    folder: Folder, part: str, key: str, value: object, wanted: str
+) -> None:
+    assert wanted in fault(folder(**{part: {key: value}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "wanted"),
+    [
+        ("DDIMScheduler", {"thresholding": True}, "thresholding True cannot be served"),
+        ("DDIMScheduler", {"trained_betas": [0.1, 0.2]}, "trained_betas [0.1, 0.2] cannot be served"),
+        ("DDIMScheduler", {"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid' cannot be served"),
+        ("DDIMScheduler", {"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction'"),
+        ("DDPMScheduler", {"variance_type": "learned_range"}, "variance_type 'learned_range'"),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "timestep_type 'continuous'"),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas True"),
+        ("LCMScheduler", {"original_inference_steps": 100}, "original_inference_steps 100"),
+        ("LCMScheduler", {"timestep_scaling": 1.0}, "timestep_scaling 1.0"),
+        ("EDMEulerScheduler", {"sigma_data": 0.5}, "scheduler EDMEulerScheduler cannot be served"),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "FlowMatchEulerDiscreteScheduler cannot be served"),
+        (
+            "TCDScheduler",
+            {},
+            "scheduler TCDScheduler has no counterpart in the server: choose a default with --sampler",
+        ),
+        ("DDIMScheduler", {"momentum": 0.9}, "scheduler DDIMScheduler: momentum is not known to this exporter"),
+    ],
+)
+def test_schedulers_that_no_sampler_can_stand_for_are_refused(
+    folder: Folder, name: str, config: dict[str, object], wanted: str
+) -> None:
+    assert wanted in fault(folder(name, PNDM | config))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "sampler", "note"),
+    [
+        ("DDIMScheduler", {"timestep_spacing": "leading"}, "ddim", None),
+        (
+            "DDIMScheduler",
+            {"use_karras_sigmas": True},
+            "ddim",
+            None,
+        ),  # not a key of its class: diffusers ignores it too
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "euler", None),
+        ("EulerDiscreteScheduler", {"use_exponential_sigmas": True}, "euler", "use_exponential_sigmas True"),
+        ("EulerDiscreteScheduler", {"sigma_max": 14.0}, "euler", "sigma_max 14.0 is not served"),
+        ("EulerAncestralDiscreteScheduler", {}, "euler_ancestral", None),
+        ("DPMSolverMultistepScheduler", {}, "dpmpp_2m", None),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "dpmpp_2m", "solver_order 3 is not served"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m", "'sde-dpmsolver++' is not"),
+        ("DPMSolverMultistepScheduler", {"euler_at_final": True}, "dpmpp_2m", "euler_at_final True"),
+        ("LCMScheduler", {"timestep_spacing": "leading"}, "lcm", None),
+        ("UniPCMultistepScheduler", {}, "dpmpp_2m", "UniPCMultistepScheduler is not served: dpmpp_2m"),
+        ("HeunDiscreteScheduler", {}, "euler", "HeunDiscreteScheduler is not served: euler"),
+        ("DDPMScheduler", {"variance_type": "fixed_small"}, "euler_ancestral", "DDPMScheduler is not served"),
+        ("PNDMScheduler", {}, "euler", "PNDMScheduler is not served: euler is the default in its place"),
+    ],
+)
+def test_a_substitute_is_never_silent(
+    folder: Folder, name: str, config: dict[str, object], sampler: str, note: str | None
+) -> None:
+    made = plan(folder(name, PNDM | config))
+    assert made.offer.default["name"] == sampler
+    assert sampler in {cell["name"] for cell in made.offer.cells}
+    if note is None:
+        assert made.notes == ()
+    else:
+        [found] = made.notes
+        assert note in found
+
+
+def test_a_distilled_model_has_its_own_sampler_alone_and_its_few_steps(folder: Folder) -> None:
+    made = plan(folder("LCMScheduler", {}))
+    assert [cell["name"] for cell in made.offer.cells] == ["lcm"]
+    assert (made.options.steps, made.options.guidance_scale) == (4, 1.0)
+    assert made.offer.schedule.beta_schedule == "scaled_linear", "LCMScheduler's own default"
+
+
+def test_a_default_may_be_chosen_where_none_may_be_taken_unasked(folder: Folder) -> None:
+    made = plan(folder("TCDScheduler", {}), sampler="euler")
+    assert made.notes == ("scheduler TCDScheduler is not served: euler is the default in its place",)
+    assert "--sampler heun: not among those of this model" in fault(folder(), sampler="heun")
+
+
+def test_only_what_works_is_offered(folder: Folder) -> None:
+    made = plan(folder("DDIMScheduler", PNDM | {"prediction_type": "sample"}))
+    assert "euler_ancestral" not in {cell["name"] for cell in made.offer.cells}
+    short = plan(folder("DDIMScheduler", PNDM | {"num_train_timesteps": 30}))
+    assert short.offer.max_steps == 30
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"name": "SD15"}, "--name: String should match"),
+        ({"revision": "Version 2"}, "--revision: String should match"),
+        ({"steps": 0}, "--steps: Input should be greater than 0"),
+        ({"guidance_scale": 0.0}, "--guidance-scale: Input should be greater than or equal to 1"),
+        ({"guidance_scale": 50.0}, "--guidance-scale: above the limit"),
+        ({"guidance_scale": float("nan")}, "--guidance-scale: Input should be a finite number"),
+        ({"sizes": ((500, 512),)}, "--sizes 500x512: must be multiples of 64"),
+        ({"sizes": ((512, 512), (512, 512))}, "--sizes: names a size twice"),
+        ({"max_rows": 0}, "--max-rows 0: must be at least 1"),
+        ({"config": Path("elsewhere")}, "--config is for a checkpoint in one file"),
+    ],
+)
+def test_options_are_judged_by_the_servers_own_rules(folder: Folder, options: dict[str, Any], wanted: str) -> None:
+    assert wanted in fault(folder(), **options)
+
+
+def test_all_faults_are_said_at_once(folder: Folder) -> None:
+    said = fault(folder("EDMEulerScheduler", {}, unet={"in_channels": 9}, vae={"latents_mean": [1.0]}), max_rows=0)
+    assert all(word in said for word in ("EDMEulerScheduler", "in_channels 9", "latents_mean", "--max-rows"))
+    place = folder(unet={"in_channels": 9})
+    (place / "README.md").unlink()
+    said = fault(place, name="X", steps=0)
+    assert all(word in said for word in ("in_channels 9", "--licence", "--name", "--steps"))
+
+
+def test_there_is_no_default_licence(folder: Folder) -> None:
+    place = folder()
+    (place / "README.md").write_text("# A model without front matter\nlicense: mit\n")
+    assert "--licence: say what" in fault(place)
+    assert plan(place, licence="MIT").options.licence == "MIT"
+    (place / "README.md").write_text("---\nlicense: other\nlicense_name: flux-dev\n---\n")
+    assert plan(place).options.licence == "flux-dev"
+
+
+def test_several_sizes_are_planned_as_latents(folder: Folder) -> None:
+    made = plan(folder(unet={"sample_size": None}), sizes=((512, 768), (768, 512)))
+    assert made.shape == (4, 96, 64)
+    assert made.latent_sizes == [(96, 64), (64, 96)]
+
+
+def test_files_of_old_diffusers_are_read_as_diffusers_mends_them(folder: Folder) -> None:
+    assert plan(folder(unet={"sample_size": 32, "_diffusers_version": "0.6.0"})).options.sizes == ((512, 512),)
+    assert plan(folder(unet={"sample_size": 32, "_diffusers_version": "0.21.4"})).options.sizes == ((256, 256),)
+
+
+def test_weights_are_looked_at_before_anything_is_loaded(folder: Folder) -> None:
+    place = folder()
+    file = place / "unet" / "diffusion_pytorch_model.safetensors"
+    safetensors(file, cut=2)
+    assert "unet: diffusion_pytorch_model.safetensors is cut off: 2 bytes are missing" in fault(place)
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "is a pointer of git-lfs" in fault(place)
+    file.write_bytes(b"not at all")
+    assert "is no safetensors file" in fault(place)
+    file.unlink()
+    assert "unet: no weights" in fault(place)
+    safetensors(place / "unet" / "diffusion_pytorch_model.fp16.safetensors", num_values=5)
+    assert "say --variant fp16" in fault(place)
+
+
+def test_a_variant_is_taken_where_it_is_asked_for(folder: Folder) -> None:
+    place = folder()
+    for name, stem in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        (place / name / f"{stem}.safetensors").rename(place / name / f"{stem}.fp16.safetensors")
+    assert plan(place, variant="fp16").num_values == {"text_encoder": 3, "unet": 3, "vae": 3}
+
+
+def test_weights_in_parts_are_all_needed(folder: Folder) -> None:
+    place = folder()
+    file = place / "unet" / "diffusion_pytorch_model.safetensors"
+    shards = [file.with_name(f"diffusion_pytorch_model-0000{part}-of-00002.safetensors") for part in (1, 2)]
+    file.unlink()
+    safetensors(shards[0])
+    index = {"weight_map": {f"w{number}": shard.name for number, shard in enumerate(shards)}}
+    file.with_name("diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    assert "-00002-of-00002.safetensors is missing" in fault(place)
+
+
+def test_a_checkpoint_in_one_file_needs_a_configuration(folder: Folder, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    safetensors(file)
+    assert "say --config FOLDER" in fault(file)
+    assert plan(file, config=folder()).checkpoint == file
+    only = tmp_path / "only"
+    only.mkdir()
+    safetensors(only / "v1-5.safetensors")
+    assert "v1-5.safetensors in it is a checkpoint: give that file" in fault(only)
+
+
+def test_files_that_are_no_json_are_named(folder: Folder) -> None:
+    place = folder()
+    (place / "vae" / "config.json").write_text("{")
+    assert "vae/config.json is not JSON" in fault(place)
+    (place / "vae" / "config.json").unlink()
+    assert "vae/config.json cannot be read" in fault(place)
+
+
+def test_a_safety_checker_is_not_left_out_in_silence(folder: Folder) -> None:
+    made = plan(folder(index={"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}))
+    assert any("safety_checker (StableDiffusionSafetyChecker) is not exported" in note for note in made.notes)
+
+
+def test_a_dry_run_says_all_and_loads_no_torch(folder: Folder) -> None:
+    place = folder()
+    code = (
+        "import sys\nfrom safelight_server.cli.main import app\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "assert not {'torch', 'diffusers', 'transformers', 'onnx', 'onnxruntime'} & set(sys.modules)\n"
+    )
+    command = [sys.executable, "-c", code, "export", str(place), "--dry-run", "--sizes", "512x512,768x512"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert said.returncode == 0, said.stderr
+    assert "models/folder 1: StableDiffusionPipeline from folder; licence creativeml-openrail-m" in said.stdout
+    assert "pictures of 512x512, 768x512; latents of 4x64x64; at most 64 rows a call" in said.stdout
+    assert "note: scheduler PNDMScheduler is not served: euler is the default in its place" in said.stdout
+
+
+def test_each_scheduler_knows_its_own_keys() -> None:
+    assert all(set(known.exactly) <= known.keys for known in schedulers.SCHEDULERS.values())

@@ -1,0 +1,167 @@
+"""Pictures from anyone: what cannot be used says why, and the rest has the right pixels."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safelight_server.domain.uploads import PictureFileError, check_picture, decode_mask, decode_picture
+
+WHOLE = 1 << 20
+RED, BLUE, GREEN, WHITE = (200, 30, 20), (10, 20, 210), (20, 180, 40), (255, 255, 255)
+
+
+def quarters(mode: str = "RGB") -> Image.Image:
+    """16 x 16 pixels: red and blue above green and white."""
+    image = Image.new("RGB", (16, 16))
+    for place, colour in enumerate((RED, BLUE, GREEN, WHITE)):
+        image.paste(colour, (8 * (place % 2), 8 * (place // 2), 8 * (place % 2) + 8, 8 * (place // 2) + 8))
+    return image.convert(mode)
+
+
+def file_of(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of few bytes that says it has so many pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 64)), (b"IEND", b""))
+    pieces = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(pieces)
+
+
+def animation(kind: str) -> bytes:
+    return file_of(quarters(), kind, save_all=True, append_images=[Image.new("RGB", (16, 16))])
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "is no picture that can be read; PNG, JPEG and WebP are taken"),
+        (b"not a picture", "is no picture that can be read"),
+        (file_of(quarters(), "GIF"), "is no picture that can be read"),
+        (file_of(quarters(), "TIFF"), "is no picture that can be read"),
+        (file_of(quarters(), "BMP"), "is no picture that can be read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no picture that can be read"),
+        (file_of(NOISE)[:3000], "is damaged or cut off"),
+        (file_of(NOISE, "JPEG")[:1500], "is damaged or cut off"),
+        (file_of(NOISE, "WEBP")[:1500], "is (damaged or cut off|no picture that can be read)"),
+        (bomb(10_000, 10_000), "has 10000x10000 pixels; at most 1048576 are taken"),
+        (bomb(1, (1 << 20) + 1), "has 1x1048577 pixels"),
+        (bomb(2**31 - 1, 2**31 - 1), "is no picture|pixels; at most"),
+        (animation("PNG"), "is animated, with 2 frames; send one of them"),
+        (animation("WEBP"), "is animated, with 2 frames; send one of them"),
+    ],
+)
+def test_what_cannot_be_used_says_why(data, why):
+    for read in (lambda: check_picture(data, WHOLE), lambda: decode_picture(data, WHOLE, 8, 8)):
+        with pytest.raises(PictureFileError, match=why):
+            read()
+
+
+@given(data=st.data())
+def test_a_damaged_file_is_a_picture_or_an_error_of_ours(data):
+    file = bytearray(file_of(quarters(), data.draw(st.sampled_from(["PNG", "JPEG", "WEBP"]))))
+    for _ in range(data.draw(st.integers(1, 6))):
+        file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        pixels = decode_picture(bytes(file), WHOLE, 16, 16)
+    except PictureFileError:
+        return
+    assert pixels.shape == (16, 16, 3)
+
+
+def corners(pixels: np.ndarray) -> list[tuple[int, ...]]:
+    """The colours of the four quarters."""
+    at = pixels.shape[0] // 4
+    return [tuple(int(value) for value in pixels[row, column]) for row in (at, -at) for column in (at, -at)]
+
+
+def near(pixels: np.ndarray, *colours: tuple[int, ...], by: int = 2) -> None:
+    for found, wanted in zip(corners(pixels), colours, strict=True):
+        assert np.abs(np.array(found) - np.array(wanted)).max() <= by, (found, wanted)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_a_picture_of_the_right_size_keeps_every_pixel(kind):
+    pixels = decode_picture(file_of(NOISE, kind, lossless=True), WHOLE, 64, 64)
+    assert np.array_equal(pixels, np.asarray(NOISE))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_turned_as_its_camera_was_held(orientation):
+    turns = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # what undoes Image.transpose's methods
+    stored = quarters() if turns[orientation] is None else quarters().transpose(Image.Transpose(turns[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = file_of(stored, "JPEG", quality=100, subsampling=0, exif=exif)
+    near(decode_picture(data, WHOLE, 16, 16), RED, BLUE, GREEN, WHITE, by=6)
+    tall = file_of(Image.new("RGB", (20, 10)), "JPEG", exif=exif)
+    facts = check_picture(tall, WHOLE)
+    assert (facts.width_px, facts.height_px) == ((20, 10) if orientation < 5 else (10, 20))
+
+
+def test_grey_of_16_bits_is_scaled_and_not_cut_off():
+    ramp = np.linspace(0, 65_535, 256).astype(np.uint16).reshape(16, 16)
+    pixels = decode_picture(file_of(Image.fromarray(ramp)), WHOLE, 16, 16)
+    assert np.abs(pixels[..., 0].astype(int) - ramp / 257).max() <= 1
+
+
+def test_cmyk_becomes_colours():
+    data = file_of(quarters("CMYK"), "JPEG", quality=100, subsampling=0)
+    near(decode_picture(data, WHOLE, 16, 16), RED, BLUE, GREEN, WHITE, by=8)
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "1", "LA", "RGBA", "I;16"])
+def test_every_mode_of_a_png_is_taken(mode):
+    assert decode_picture(file_of(Image.new(mode, (9, 9))), WHOLE, 8, 8).shape == (8, 8, 3)
+
+
+def test_transparent_parts_count_as_white():
+    image = quarters("RGBA")
+    alpha = Image.new("L", (16, 16), 255)
+    alpha.paste(0, (0, 0, 8, 8))
+    alpha.paste(128, (8, 0, 16, 8))
+    image.putalpha(alpha)
+    half = tuple(round((255 - 128) / 255 * 255 + 128 / 255 * value) for value in BLUE)
+    near(decode_picture(file_of(image), WHOLE, 16, 16), WHITE, half, GREEN, WHITE)
+    palette = quarters().quantize(8)
+    near(
+        decode_picture(file_of(palette, transparency=palette.getpixel((1, 1))), WHOLE, 16, 16),
+        WHITE,
+        BLUE,
+        GREEN,
+        WHITE,
+    )
+
+
+def test_another_shape_is_cut_in_the_middle_and_scaled():
+    wide = Image.new("RGB", (64, 16), RED)
+    wide.paste(quarters(), (24, 0))
+    near(decode_picture(file_of(wide), WHOLE, 32, 32), RED, BLUE, GREEN, WHITE, by=12)
+    assert decode_picture(file_of(wide), WHOLE, 8, 24).shape == (24, 8, 3)
+
+
+def test_a_mask_is_white_or_transparent_where_it_is_developed_anew():
+    grey = Image.new("L", (16, 16), 0)
+    grey.paste(255, (0, 0, 8, 16))
+    grey.paste(102, (0, 0, 8, 8))
+    for image in (grey, grey.convert("RGB")):
+        assert decode_mask(file_of(image), WHOLE, 16, 16)[[4, 12, 4], [4, 4, 12]].tolist() == [102, 255, 0]
+    image = Image.new("RGBA", (16, 16), "white")
+    image.putalpha(grey.point(lambda value: 255 - value))
+    assert np.array_equal(decode_mask(file_of(image), WHOLE, 16, 16), np.asarray(grey))
