@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients import cpp
+from tests.clients import cpp, csharp
 from tests.clients.case import ROOT
 
 CLIENTS = ROOT / "clients"
 WEB = "typescript-web"
 """The TypeScript client for pages, run by Node."""
-LANGUAGES = ("python", "go", "typescript", WEB, "java", "rust", "cpp", "c")
+LANGUAGES = ("python", "go", "typescript", WEB, "java", "rust", "cpp", "c", "csharp")
 TSC = ROOT / "node_modules/.bin/tsc"
 JAVA = CLIENTS / "java"
 MAVEN_REPOSITORY = ROOT / ".tools/maven"
@@ -48,6 +48,8 @@ def is_here(language: str) -> bool:
             return cpp.is_here()
         case "java":
             return shutil.which("javac") is not None and shutil.which("mvn") is not None
+        case "csharp":
+            return csharp.is_here()
         case "rust":
             return subprocess.run([CARGO, "--version"], capture_output=True).returncode == 0
         case _:
@@ -138,6 +140,9 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[st
             case "cpp" | "c":
                 cpp.require()
                 return [str(cpp.build() / f"conformance_{language}")]
+            case "csharp":
+                csharp.require()
+                return csharp.command(csharp.runner())
             case "java":
                 require_java()
                 build_java()

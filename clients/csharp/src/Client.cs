@@ -1,0 +1,116 @@
+using System;
+using System.Collections.Generic;
+using System.Linq;
+using System.Threading;
+using System.Threading.Tasks;
+using System.Xml.Linq;
+
+namespace Safelight
+{
+    /// <summary>A connection to a Safelight server. May be used by several threads.</summary>
+    public sealed class Client : IDisposable
+    {
+        private readonly ClientHandle handle;
+
+        /// <param name="target">"host:port". Several replicas are separated by commas; when one is lost, the next one is
+        /// asked. Nothing is connected before the first request.</param>
+        /// <param name="options">null: the defaults.</param>
+        /// <exception cref="DllNotFoundException">libsafelight is not where the system looks for libraries.</exception>
+        /// <exception cref="NotSupportedException">It is of another version.</exception>
+        public Client(string target, ClientOptions options = null)
+        {
+            if (target == null) throw new ArgumentNullException(nameof(target));
+            uint found = Native.safelight_abi_version();
+            if (found >> 16 != Native.AbiVersion >> 16 || found < Native.AbiVersion)
+            {
+                throw new NotSupportedException(
+                    $"libsafelight has the ABI {found:x8}; this client needs {Native.AbiVersion:x8} or a later minor version");
+            }
+            using (OptionsHandle native = (options ?? new ClientOptions()).ToNative())
+            {
+                handle = Native.safelight_client_new(Native.Utf8(target), native, out ErrorHandle error);
+                if (handle.IsInvalid) throw SafelightException.Take(error);
+            }
+        }
+
+        /// <summary>Starts a generation; returns at once.</summary>
+        /// <param name="timeout">Its deadline, over all connections; null: none.</param>
+        public Generation Generate(GenerateRequest request, TimeSpan? timeout = null)
+        {
+            if (request == null) throw new ArgumentNullException(nameof(request));
+            using (RequestHandle native = request.ToNative())
+            {
+                GenerationHandle started = Native.safelight_generate(handle, native, Seconds(timeout), out ErrorHandle error);
+                if (started.IsInvalid) throw SafelightException.Take(error);
+                return new Generation(started);
+            }
+        }
+
+        /// <summary>Starts a generation of one picture, as the model's defaults have it.</summary>
+        public Generation Generate(string prompt, TimeSpan? timeout = null) =>
+            Generate(new GenerateRequest(prompt), timeout);
+
+        /// <summary>The first picture of a request, for programs that show no previews.</summary>
+        /// <param name="cancellation">Cancels the generation.</param>
+        public async Task<Picture> PictureAsync(
+            GenerateRequest request, TimeSpan? timeout = null, CancellationToken cancellation = default(CancellationToken))
+        {
+            using (Generation generation = Generate(request, timeout))
+            {
+                return await generation.PictureAsync(0, cancellation).ConfigureAwait(false);
+            }
+        }
+
+        /// <summary>Watches a generation that exists: a second screen.</summary>
+        /// <param name="previews">Says which previews; null: none.</param>
+        public Generation Watch(string generation, GenerateRequest previews = null, TimeSpan? timeout = null)
+        {
+            if (generation == null) throw new ArgumentNullException(nameof(generation));
+            using (RequestHandle native = previews == null ? new RequestHandle() : previews.ToNative())
+            {
+                GenerationHandle started = Native.safelight_watch(
+                    handle, Native.Utf8(generation), native, Seconds(timeout), out ErrorHandle error);
+                if (started.IsInvalid) throw SafelightException.Take(error);
+                return new Generation(started);
+            }
+        }
+
+        /// <summary>The server's models. Waits for the answer, as the next two do.</summary>
+        public IReadOnlyList<Model> Models()
+        {
+            string json = Take(Native.safelight_client_models(handle, out ErrorHandle error), error);
+            return Json.Parse(json).Elements("models").Elements("item").Select(model => new Model(model)).ToList();
+        }
+
+        /// <summary>What the server knows of "generations/ID".</summary>
+        public GenerationInfo Get(string generation)
+        {
+            if (generation == null) throw new ArgumentNullException(nameof(generation));
+            byte[] name = Native.Utf8(generation);
+            return new GenerationInfo(Take(Native.safelight_client_get(handle, name, out ErrorHandle error), error));
+        }
+
+        /// <summary>Stops "generations/ID"; the answer has the step that each output had reached.</summary>
+        public GenerationInfo Cancel(string generation)
+        {
+            if (generation == null) throw new ArgumentNullException(nameof(generation));
+            byte[] name = Native.Utf8(generation);
+            return new GenerationInfo(Take(Native.safelight_client_cancel(handle, name, out ErrorHandle error), error));
+        }
+
+        /// <summary>Its generations go on.</summary>
+        public void Dispose() => handle.Dispose();
+
+        internal static string Take(TextHandle text, ErrorHandle error)
+        {
+            if (text.IsInvalid) throw SafelightException.Take(error);
+            using (text) return text.While(Native.Text);
+        }
+
+        private static double Seconds(TimeSpan? timeout)
+        {
+            if (timeout <= TimeSpan.Zero) throw new ArgumentOutOfRangeException(nameof(timeout), "more than 0, or null for none");
+            return timeout?.TotalSeconds ?? 0;
+        }
+    }
+}

@@ -1,0 +1,66 @@
+using System.Collections.Generic;
+using System.Linq;
+using System.Xml.Linq;
+
+namespace Safelight
+{
+    /// <summary>A model that the server has.</summary>
+    public sealed class Model
+    {
+        internal Model(XElement message)
+        {
+            Name = Json.Text(message, "name");
+            Revision = Json.Text(message, "revision");
+            Description = Json.Text(message, "description");
+            License = Json.Text(message, "license");
+            IsDefault = Json.Text(message, "isDefault") == "true";
+        }
+
+        /// <summary>"models/NAME".</summary>
+        public string Name { get; }
+
+        public string Revision { get; }
+        public string Description { get; }
+        public string License { get; }
+        public bool IsDefault { get; }
+    }
+
+    /// <summary>How far an output has come.</summary>
+    public sealed class OutputState
+    {
+        internal OutputState(XElement message)
+        {
+            OutputIndex = (int)Json.Number(message, "outputIndex");
+            Step = (int)Json.Number(message, "step");
+            NumSteps = (int)Json.Number(message, "numSteps");
+        }
+
+        public int OutputIndex { get; }
+        public int Step { get; }
+        public int NumSteps { get; }
+    }
+
+    /// <summary>What the server knows of a generation.</summary>
+    public sealed class GenerationInfo
+    {
+        internal GenerationInfo(string json)
+        {
+            XElement message = Safelight.Json.Parse(json);
+            Json = json;
+            Name = Safelight.Json.Text(message, "name");
+            State = Safelight.Json.Text(message, "state");
+            Outputs = message.Elements("outputs").Elements("item").Select(output => new OutputState(output)).ToList();
+        }
+
+        /// <summary>"generations/ID".</summary>
+        public string Name { get; }
+
+        /// <summary>As the contract has it, such as "STATE_CANCELLED".</summary>
+        public string State { get; }
+
+        public IReadOnlyList<OutputState> Outputs { get; }
+
+        /// <summary>The whole message, Generation of the contract.</summary>
+        public string Json { get; }
+    }
+}
