@@ -34,25 +34,39 @@ def require() -> None:
         )
 
 
-def compile_(program: Path, *sources: Path, library: Path | None = None) -> Path:
-    """Compiles C# 7, without warnings: a program with the library, or the library itself."""
-    program.parent.mkdir(parents=True, exist_ok=True)
-    kind = "-target:library" if library is None else f"-r:{library}"
+def compile_library(assembly: Path, *sources: Path, uses: Path | None = None) -> Path:
+    """Compiles sources into an assembly."""
+    # -doc: what the comments refer to must exist. 1573 and 1591: what its name explains has no comment.
+    return _compile(assembly, "-target:library", f"-doc:{assembly}.xml", "-nowarn:1573,1591", *_used(uses), *sources)
+
+
+def compile_program(program: Path, source: Path) -> Path:
+    """Compiles a program of the client."""
+    return _compile(program, *_used(build()), source)
+
+
+def _used(assembly: Path | None) -> list[str]:
+    return [f"-r:{assembly}"] if assembly else []
+
+
+def _compile(assembly: Path, *arguments: str | Path) -> Path:
+    """C# 7, where a warning is an error."""
+    assembly.parent.mkdir(parents=True, exist_ok=True)
     references = [f"-r:{name}" for name in ASSEMBLIES]
-    cpp.run("mcs", "-langversion:7", "-warn:4", "-warnaserror", kind, *references, f"-out:{program}", *sources)
-    return program
+    cpp.run("mcs", "-langversion:7", "-warn:4", "-warnaserror", f"-out:{assembly}", *references, *arguments)
+    return assembly
 
 
 @functools.cache
 def build() -> Path:
     """The client's assembly."""
-    return compile_(BUILD / "Safelight.dll", *sorted((SOURCE / "src").glob("*.cs")))
+    return compile_library(BUILD / "Safelight.dll", *sorted((SOURCE / "src").glob("*.cs")))
 
 
 @functools.cache
 def runner() -> Path:
     """The runner of the conformance suite."""
-    return compile_(BUILD / "conformance.exe", SOURCE / "conformance/Program.cs", library=build())
+    return compile_program(BUILD / "conformance.exe", SOURCE / "conformance/Program.cs")
 
 
 def command(program: Path) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients import cpp
+from tests.clients import cpp, csharp
 from tests.clients.case import ROOT
 from tests.clients.conftest import (
     JAVA,
@@ -113,6 +113,23 @@ async def test_c(start, installed: Path, tmp_path: Path) -> None:
         await run(tmp_path, "cc", "-std=c99", "-pedantic", "-Wall", "-Werror", "main.c", "-o", "program", *options)
         said = await run(tmp_path, "./program", LD_LIBRARY_PATH=libraries(installed))
     assert re.match(r"step \d+: \d+ x \d+ pixels to upload\n", said)
+
+
+@pytest.mark.timeout(400)
+async def test_csharp(start, tmp_path: Path) -> None:
+    """The commands too."""
+    csharp.require()
+    (tmp_path / "build").symlink_to(await asyncio.to_thread(cpp.build))
+    (tmp_path / "clients").symlink_to(ROOT / "clients")
+    [program] = programs("csharp", "csharp")
+    text = (ROOT / "clients/csharp/README.md").read_text()
+    commands = re.findall(r"^    ((?:mcs|LD_LIBRARY_PATH=).*)", text, re.MULTILINE)
+    async with start() as running:
+        (tmp_path / "Potion.cs").write_text(program.replace(ADDRESS, running.address))
+        said = [await run(tmp_path, "bash", "-c", command) for command in commands]
+    assert len(commands) == 3
+    assert re.match(r"step \d+: \d+ bytes of application/x-raw-rgba8\n", said[-1])
+    assert (tmp_path / "potion.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.timeout(400)

@@ -51,7 +51,7 @@ namespace Safelight
             Generate(new GenerateRequest(prompt), timeout);
 
         /// <summary>The first picture of a request, for programs that show no previews.</summary>
-        /// <param name="cancellation">Cancels the generation.</param>
+        /// <param name="cancellation">Closes the generation; the task is cancelled.</param>
         public async Task<Picture> PictureAsync(
             GenerateRequest request, TimeSpan? timeout = null, CancellationToken cancellation = default(CancellationToken))
         {

@@ -97,7 +97,7 @@ namespace Safelight
         public State Wait(TimeSpan? timeout = null) => Native.safelight_generation_wait(handle, timeout?.TotalSeconds ?? -1);
 
         /// <summary>The picture of an output, when all are finished.</summary>
-        /// <param name="cancellation">Cancels the generation.</param>
+        /// <param name="cancellation">Closes the generation; the task is cancelled.</param>
         /// <exception cref="SafelightException">The generation failed.</exception>
         public async Task<Picture> PictureAsync(
             int outputIndex = 0, CancellationToken cancellation = default(CancellationToken))
@@ -144,10 +144,11 @@ namespace Safelight
         public PollResult PollRgba8(
             int outputIndex, byte[] pixels, int rowPitch, bool flip, out int widthPx, out int heightPx, out int step)
         {
+            if (pixels == null) throw new ArgumentNullException(nameof(pixels));
             GCHandle pinned = GCHandle.Alloc(pixels, GCHandleType.Pinned);
             try
             {
-                return PollRgba8(outputIndex, pinned.AddrOfPinnedObject(), pixels?.Length ?? 0, rowPitch, flip,
+                return PollRgba8(outputIndex, pinned.AddrOfPinnedObject(), pixels.Length, rowPitch, flip,
                     out widthPx, out heightPx, out step);
             }
             finally
@@ -170,10 +171,11 @@ namespace Safelight
         public PollResult PollScaledRgba8(
             int outputIndex, byte[] pixels, int rowPitch, bool flip, int widthPx, int heightPx, out int step)
         {
+            if (pixels == null) throw new ArgumentNullException(nameof(pixels));
             GCHandle pinned = GCHandle.Alloc(pixels, GCHandleType.Pinned);
             try
             {
-                return PollScaledRgba8(outputIndex, pinned.AddrOfPinnedObject(), pixels?.Length ?? 0, rowPitch, flip,
+                return PollScaledRgba8(outputIndex, pinned.AddrOfPinnedObject(), pixels.Length, rowPitch, flip,
                     widthPx, heightPx, out step);
             }
             finally
