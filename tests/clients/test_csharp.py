@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
+import subprocess
+from ctypes.util import find_library
 from pathlib import Path
 
 import numpy as np
@@ -92,11 +95,23 @@ async def test_its_test_program(start, tmp_path: Path) -> None:
     async with start(**SIMULATED | {"simulated_base_ms": 10}) as running:
         said = await run(tmp_path, *csharp.command(program), running.address, "pixels")
         async with safelight.Client(running.address) as client:
-            image = await client.generate("a red potion", steps=40, seed=7).picture()
+            image = await client.generate("a red potion", steps=100, seed=7).picture()
     assert said == "ok\n"
     assert np.array_equal(
         np.frombuffer((tmp_path / "pixels").read_bytes(), np.uint8).reshape(128, 128, 4), image.array()
     )
+
+
+@pytest.mark.skipif(find_library("safelight") is not None, reason="libsafelight is installed on this machine")
+def test_a_missing_library_is_named(tmp_path: Path) -> None:
+    csharp.require()
+    source = tmp_path / "Alone.cs"
+    source.write_text('class Alone { static void Main() { new Safelight.Client("localhost:1"); } }')
+    alone = csharp.compile_program(tmp_path / "Alone.exe", source)
+    shutil.copy(csharp.build(), tmp_path)
+    done = subprocess.run(["mono", alone], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "DllNotFoundException: libsafelight, or a library that it needs, was not found" in done.stderr
 
 
 def test_the_program_for_unity_compiles(tmp_path: Path) -> None:

@@ -20,12 +20,7 @@ namespace Safelight
         public Client(string target, ClientOptions options = null)
         {
             if (target == null) throw new ArgumentNullException(nameof(target));
-            uint found = Native.safelight_abi_version();
-            if (found >> 16 != Native.AbiVersion >> 16 || found < Native.AbiVersion)
-            {
-                throw new NotSupportedException(
-                    $"libsafelight has the ABI {found:x8}; this client needs {Native.AbiVersion:x8} or a later minor version");
-            }
+            CheckLibrary();
             using (OptionsHandle native = (options ?? new ClientOptions()).ToNative())
             {
                 handle = Native.safelight_client_new(Native.Utf8(target), native, out ErrorHandle error);
@@ -105,6 +100,26 @@ namespace Safelight
         {
             if (text.IsInvalid) throw SafelightException.Take(error);
             using (text) return text.While(Native.Text);
+        }
+
+        private static void CheckLibrary()
+        {
+            uint found;
+            try
+            {
+                found = Native.safelight_abi_version();
+            }
+            catch (DllNotFoundException missing)
+            {
+                throw new DllNotFoundException(
+                    "libsafelight, or a library that it needs, was not found: build clients/cpp, and install it or name its "
+                    + "folder in LD_LIBRARY_PATH (Linux) or PATH (Windows)", missing);
+            }
+            if (found >> 16 != Native.AbiVersion >> 16 || found < Native.AbiVersion)
+            {
+                throw new NotSupportedException(
+                    $"libsafelight has the ABI {found:x8}; this client needs {Native.AbiVersion:x8} or a later minor version");
+            }
         }
 
         private static double Seconds(TimeSpan? timeout)

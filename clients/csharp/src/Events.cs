@@ -8,11 +8,11 @@ namespace Safelight
     {
         internal Event() { }
 
-        internal static Event Read(EventHandle happened, string generation)
+        internal static Event Read(EventHandle happened, Generation generation)
         {
             switch (Native.safelight_event_get_kind(happened))
             {
-                case EventKind.Accepted: return new Accepted(generation, JsonOf(happened));
+                case EventKind.Accepted: return new Accepted(generation.Name, JsonOf(happened));
                 case EventKind.Progress: return new Progress(happened);
                 case EventKind.Preview: return new Preview(happened);
                 case EventKind.Picture:

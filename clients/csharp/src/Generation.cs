@@ -87,7 +87,7 @@ namespace Safelight
                 using (EventHandle next = Native.safelight_generation_next(handle, timeout?.TotalSeconds ?? -1))
                 {
                     if (next.IsInvalid) return null;
-                    if (Event.Read(next, Name) is Event known) return known;
+                    if (Event.Read(next, this) is Event known) return known;
                 }
             }
         }

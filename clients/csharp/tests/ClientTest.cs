@@ -36,7 +36,7 @@ internal static class ClientTest
     {
         byte[] texture = Enumerable.Repeat((byte)0xEE, Pitch * Height).ToArray();
         int numPreviews = 0, lastStep = 0, width, height, step;
-        using (Generation generation = client.Generate(Request(40, 7), TimeSpan.FromSeconds(60)))
+        using (Generation generation = client.Generate(Request(100, 7), TimeSpan.FromSeconds(60)))
         {
             while (generation.Wait(TimeSpan.FromSeconds(1.0 / 60)) < State.Succeeded)
             {
@@ -48,7 +48,7 @@ internal static class ClientTest
             Check(generation.State == State.Succeeded && generation.Error == null, "it succeeds");
             Check(numPreviews > 0, "previews come");
             Check(generation.TryGetSize(out width, out height) && width == Width && height == Height, "the size");
-            Check(generation.Step(0, out int numSteps) == 40 && numSteps == 40, "the steps");
+            Check(generation.Step(0, out int numSteps) == 100 && numSteps == 100, "the steps");
             var flipped = new byte[4 * Width * Height];
             PollResult last = generation.PollRgba8(0, texture, Pitch, false, out width, out height, out step);
             Check(last == PollResult.NothingNew || step == 0, "the picture is last");
