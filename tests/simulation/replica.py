@@ -217,10 +217,11 @@ class Replica:
         )
         context = ClusterContext(coordinator, sealer, KEYS, tiers, cache.namespaces, bulletin, TTL_S, 600.0, 600.0)
         runtime: Any = ModelRuntime()
+        images: Any = None  # no request begins from one
         executions = Executions(engine, Here())
         catalog = Catalog([PIPELINE], "")
         self.generations = Generations(
-            SETTINGS, catalog, runtime, engine, cache, executions, loop.time, METRICS, runners, context
+            SETTINGS, catalog, runtime, engine, cache, executions, loop.time, METRICS, images, runners, context
         )
         self.generations._planner._admit = lambda *_: 0.0  # type: ignore[method-assign]  # there is always room
         ownership = self.generations.ownership
