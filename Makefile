@@ -118,7 +118,7 @@ test-clients: setup node_modules/.installed ## Run the clients of all languages 
 	$(PY) -m pytest -q --timeout 180 tests/clients
 
 .PHONY: test-bevy
-test-bevy: setup ## Run the Bevy plugin against a real server, rendering in software (first 10 min of building, then 1 min; not in CI)
+test-bevy: setup ## Run the Bevy plugin against a real server, rendering in software (6 min, of which 5 compile Bevy; not in CI)
 	tools/install-system-packages bevy
 	$(PY) -m pytest -q --timeout 180 tests/bevy
 
