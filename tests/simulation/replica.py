@@ -66,6 +66,13 @@ def image(seed: int) -> FloatArray:
     return pixels
 
 
+class NoImages:
+    """No request begins from a picture."""
+
+    async def load(self, _tenant: str, _spec: object) -> None:
+        """There is none."""
+
+
 class CountingEngine:
     """Makes the steps of jobs on time and the picture of their seed, and computes nothing; see `Engine`."""
 
@@ -217,10 +224,11 @@ class Replica:
         )
         context = ClusterContext(coordinator, sealer, KEYS, tiers, cache.namespaces, bulletin, TTL_S, 600.0, 600.0)
         runtime: Any = ModelRuntime()
+        images: Any = NoImages()
         executions = Executions(engine, Here())
         catalog = Catalog([PIPELINE], "")
         self.generations = Generations(
-            SETTINGS, catalog, runtime, engine, cache, executions, loop.time, METRICS, runners, context
+            SETTINGS, catalog, runtime, engine, cache, executions, loop.time, METRICS, images, runners, context
         )
         self.generations._planner._admit = lambda *_: 0.0  # type: ignore[method-assign]  # there is always room
         ownership = self.generations.ownership
