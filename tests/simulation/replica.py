@@ -140,6 +140,13 @@ class ModelRuntime:
         return "simulated"
 
 
+class NoImages:
+    """Of requests that begin from no picture; see `InitImages`."""
+
+    async def load(self, *_: object) -> None:
+        return None
+
+
 class CountingRecorder(ExecutionObserver):
     """Keeps checkpoints, as the cache does."""
 
@@ -219,8 +226,9 @@ class Replica:
         runtime: Any = ModelRuntime()
         executions = Executions(engine, Here())
         catalog = Catalog([PIPELINE], "")
+        images: Any = NoImages()
         self.generations = Generations(
-            SETTINGS, catalog, runtime, engine, cache, executions, loop.time, METRICS, runners, context
+            SETTINGS, catalog, runtime, engine, cache, executions, loop.time, METRICS, images, runners, context
         )
         self.generations._planner._admit = lambda *_: 0.0  # type: ignore[method-assign]  # there is always room
         ownership = self.generations.ownership
