@@ -108,7 +108,7 @@ test-browser: setup node_modules/.installed ## Run the tests of the contact shee
 	$(PY) -m pytest -q --timeout 120 tests/browser
 
 .PHONY: test-watching
-test-watching: setup ## Run the tests of rules, alerts and dashboards against a real Prometheus, and Triton where it is (1 min)
+test-watching: setup ## Run the tests of rules, alerts and dashboards against a real Prometheus, and Triton where it is (2 min)
 	tools/install-system-packages
 	$(PY) -m pytest -q --timeout 120 tests/watching
 
@@ -118,7 +118,7 @@ test-clients: setup node_modules/.installed ## Run the clients of all languages 
 	$(PY) -m pytest -q --timeout 180 tests/clients
 
 .PHONY: test-bevy
-test-bevy: setup ## Run the Bevy plugin against a real server, rendering in software (first 10 min of building, then 1 min; not in CI)
+test-bevy: setup ## Run the Bevy plugin against a real server, rendering in software (6 min, of which 5 compile Bevy; not in CI)
 	tools/install-system-packages bevy
 	$(PY) -m pytest -q --timeout 180 tests/bevy
 

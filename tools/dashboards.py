@@ -117,6 +117,12 @@ SERVICE: Rows = {
                 "parked": f"sum(safelight_parked_outputs{{{J}}})",
             },
         ),
+        Panel(
+            "Compute asked for",
+            "short",
+            {"{{class}}": rate("safelight_requested_compute_seconds_total", "class")},
+            "Seconds a second: instances that would be busy with it. What the scaler forecasts.",
+        ),
         Panel("Open streams", "short", {"{{instance}}": f"safelight_open_streams{{{J}}}"}),
         Panel(
             "Previews",
