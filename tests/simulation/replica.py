@@ -147,6 +147,13 @@ class ModelRuntime:
         return "simulated"
 
 
+class NoImages:
+    """Of requests that begin from no picture; see `InitImages`."""
+
+    async def load(self, *_: object) -> None:
+        return None
+
+
 class CountingRecorder(ExecutionObserver):
     """Keeps checkpoints, as the cache does."""
 
@@ -227,6 +234,7 @@ class Replica:
         images: Any = NoImages()
         executions = Executions(engine, Here())
         catalog = Catalog([PIPELINE], "")
+        images: Any = NoImages()
         self.generations = Generations(
             SETTINGS, catalog, runtime, engine, cache, executions, loop.time, METRICS, images, runners, context
         )
