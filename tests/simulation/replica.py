@@ -67,7 +67,7 @@ def image(seed: int) -> FloatArray:
 
 
 class NoImages:
-    """No request begins from a picture."""
+    """No request begins from a picture; see `InitImages`."""
 
     async def load(self, _tenant: str, _spec: object) -> None:
         """There is none."""
@@ -147,13 +147,6 @@ class ModelRuntime:
         return "simulated"
 
 
-class NoImages:
-    """Of requests that begin from no picture; see `InitImages`."""
-
-    async def load(self, *_: object) -> None:
-        return None
-
-
 class CountingRecorder(ExecutionObserver):
     """Keeps checkpoints, as the cache does."""
 
@@ -231,7 +224,6 @@ class Replica:
         )
         context = ClusterContext(coordinator, sealer, KEYS, tiers, cache.namespaces, bulletin, TTL_S, 600.0, 600.0)
         runtime: Any = ModelRuntime()
-        images: Any = NoImages()
         executions = Executions(engine, Here())
         catalog = Catalog([PIPELINE], "")
         images: Any = NoImages()
