@@ -82,13 +82,17 @@ async def test_whoever_looks_away_lets_the_server_know(simulated):
 NOTHING = grpc.aio.Metadata()
 
 
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+
+
 class Stub:
     """A server whose calls end at once, lost or well; `deadlines` are what they were given."""
 
-    def __init__(self, *events: GenerationEvent, lost: bool = True) -> None:
+    def __init__(self, *events: GenerationEvent, lost: bool = True, code: grpc.StatusCode = UNAVAILABLE) -> None:
         self.deadlines: list[float | None] = []
         self._events = events
         self._lost = lost
+        self._code = code
 
     def Generate(self, _request, *, timeout, metadata):  # noqa: N802  # gRPC's name
         self.deadlines.append(timeout)
@@ -99,13 +103,14 @@ class Stub:
         return self._call()
 
     def _call(self):
-        return Call(list(self._events), self._lost)
+        return Call(list(self._events), self._lost, self._code)
 
 
 class Call:
-    def __init__(self, events: list[GenerationEvent], lost: bool) -> None:
+    def __init__(self, events: list[GenerationEvent], lost: bool, code: grpc.StatusCode) -> None:
         self._events = events
         self._lost = lost
+        self._code = code
 
     def __aiter__(self):
         return self
@@ -115,7 +120,7 @@ class Call:
             return GenerateResponse(event=self._events.pop(0))
         await asyncio.sleep(0.01)  # so that all who ask at once are under way
         if self._lost:
-            raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, NOTHING, NOTHING, "lost")
+            raise grpc.aio.AioRpcError(self._code, NOTHING, NOTHING, "lost")
         raise StopAsyncIteration
 
     def cancel(self) -> None:
@@ -142,6 +147,12 @@ async def test_all_connections_of_a_generation_share_one_deadline(monkeypatch):
     assert len(stub.deadlines) > 2
     assert stub.deadlines == sorted(set(stub.deadlines), reverse=True)
     assert all(0 < deadline <= 10.0 for deadline in stub.deadlines)
+
+
+async def test_a_call_that_a_stopping_server_has_cancelled_is_sent_again(monkeypatch):
+    stub = Stub(code=grpc.StatusCode.CANCELLED)
+    await lose(monkeypatch, stub, request_id=REQUEST_ID)
+    assert len(stub.deadlines) > 2
 
 
 async def test_what_has_no_request_id_is_never_sent_again(monkeypatch):

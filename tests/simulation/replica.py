@@ -66,6 +66,13 @@ def image(seed: int) -> FloatArray:
     return pixels
 
 
+class NoImages:
+    """No request begins from a picture; see `InitImages`."""
+
+    async def load(self, _tenant: str, _spec: object) -> None:
+        """There is none."""
+
+
 class CountingEngine:
     """Makes the steps of jobs on time and the picture of their seed, and computes nothing; see `Engine`."""
 
@@ -219,8 +226,9 @@ class Replica:
         runtime: Any = ModelRuntime()
         executions = Executions(engine, Here())
         catalog = Catalog([PIPELINE], "")
+        images: Any = NoImages()
         self.generations = Generations(
-            SETTINGS, catalog, runtime, engine, cache, executions, loop.time, METRICS, runners, context
+            SETTINGS, catalog, runtime, engine, cache, executions, loop.time, METRICS, images, runners, context
         )
         self.generations._planner._admit = lambda *_: 0.0  # type: ignore[method-assign]  # there is always room
         ownership = self.generations.ownership

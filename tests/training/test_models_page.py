@@ -70,7 +70,7 @@ async def address(walked: tuple[Path, str]) -> AsyncIterator[str]:
 def test_an_export_shows_what_it_does(walked: tuple[Path, str]) -> None:
     said = walked[1]
     assert "note: scheduler PNDMScheduler is not served: euler is the default in its place" in said
-    for step in ("reading the weights", "text_encoder (1 of 3)", "denoiser (2 of 3)", "decoder (3 of 3)"):
+    for step in ("reading the weights", "text_encoder (1 of 4)", "denoiser (2 of 4)", "decoder (3 of 4)"):
         assert step in said
     assert said.rstrip().endswith("wrote models/my-model 1 to served")
 

@@ -233,7 +233,7 @@ def test_development_from_a_picture_is_that_of_diffusers(both, monkeypatch, samp
     prompt, init = prompts(1)[0], picture_of(served.size)
     [picture] = served.pictures(prompt, [5], 5.0, sampler, 0.7, png(init), spacing="leading")
     noisy(monkeypatch, 5, steps_left_out(STEPS, 0.7))
-    reference = made(prompt, init, strength=0.7, num_inference_steps=STEPS, guidance_scale=5.0).images[0]
+    reference = made(prompt, image=init, strength=0.7, num_inference_steps=STEPS, guidance_scale=5.0).images[0]
     assert off(picture, reference) <= 1
 
 

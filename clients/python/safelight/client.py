@@ -411,7 +411,11 @@ def _channel(
 
 def _is_resumable(failure: GenerationError, received: Received, request: pb.GenerateRequest, movable: bool) -> bool:
     """Whether asking again can go on with the same generation; `movable`: another server can go on with it."""
-    if failure.code is not grpc.StatusCode.UNAVAILABLE or not (received.name or request.request_id):
+    # A server that stops cancels a call that has just come, without a reason. Who looks away here gets no status.
+    lost = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED
+    if failure.code not in lost or not (received.name or request.request_id):
+        return False
+    if failure.code is grpc.StatusCode.CANCELLED and failure.reason:
         return False
     return failure.reason in RESUMABLE or (movable and failure.reason in ELSEWHERE)
 
