@@ -59,7 +59,7 @@ async def executions(client: triton_grpc.InferenceServerClient, model: str) -> i
 
 
 async def test_the_server_and_every_model_are_ready(client: triton_grpc.InferenceServerClient) -> None:
-    assert len(MODELS) == 4
+    assert len(MODELS) == 5
     assert await client.is_server_ready()
     for model in MODELS:
         assert await client.is_model_ready(model, "1")

@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 from tests.conftest import eventually
 from tests.triton.support import READY_S, REPOSITORY, TritonServer, triton_server, triton_servers
-from tests.triton.test_backend import ask, example, same
+from tests.triton.test_backend import MODELS, ask, example, same
 
 
 def gone(pids: list[int]) -> bool:
@@ -27,7 +27,7 @@ def gone(pids: list[int]) -> bool:
 async def test_kill_9_in_the_middle_of_a_call_leaves_no_stub_and_no_shared_memory() -> None:
     with triton_server() as triton:
         stubs = triton.stubs()
-        assert len(stubs) == 4
+        assert len(stubs) == len(MODELS)
         assert triton.shared_memory()
         async with triton_grpc.InferenceServerClient(triton.grpc_url) as client:
             feed = example("icons_denoiser", 64)
@@ -201,7 +201,7 @@ async def test_explicit_control_unloads_and_loads_a_model() -> None:
 
 async def test_more_instances_without_another_repository() -> None:
     with triton_server("--instances", "2") as triton:
-        assert len(triton.stubs()) == 8
+        assert len(triton.stubs()) == 2 * len(MODELS)
         async with triton_grpc.InferenceServerClient(triton.grpc_url) as client:
             config = await client.get_model_config("icons_denoiser")
             assert config.config.instance_group[0].count == 2
