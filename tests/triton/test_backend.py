@@ -79,10 +79,13 @@ async def test_requests_that_triton_joins_get_their_own_rows(
     client: triton_grpc.InferenceServerClient, model: str
 ) -> None:
     feeds = [example(model, rows) for rows in (1, 2, 3, 1, 2, 1, 3, 2)]
-    before = await executions(client, model)
-    answers = await asyncio.gather(*(ask(client, model, feed) for feed in feeds))
-    assert await executions(client, model) - before < len(feeds), "nothing was joined: the test proves nothing"
-    assert all(same(answer, model, feed) for answer, feed in zip(answers, feeds, strict=True))
+    for _ in range(20):  # on a busy machine requests may come one by one, and a quick model joins none of them
+        before = await executions(client, model)
+        answers = await asyncio.gather(*(ask(client, model, feed) for feed in feeds))
+        assert all(same(answer, model, feed) for answer, feed in zip(answers, feeds, strict=True))
+        if await executions(client, model) - before < len(feeds):
+            return
+    raise AssertionError("nothing was joined: the test proves nothing")
 
 
 async def test_only_the_outputs_asked_for_come_back(client: triton_grpc.InferenceServerClient) -> None:
