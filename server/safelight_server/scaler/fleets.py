@@ -12,7 +12,7 @@ import structlog
 
 from safelight_server.scaler.demand import Need, needed
 from safelight_server.scaler.forecast import STEP_S, Forecast, Seasons, forecast, seasons
-from safelight_server.scaler.prometheus import Prometheus
+from safelight_server.scaler.prometheus import Prometheus, PrometheusError
 from safelight_server.scaler.trigger import Trigger
 
 log = structlog.get_logger(__name__)
@@ -75,7 +75,11 @@ class Fleets:
         end = int(self._clock() // STEP_S)
         if kept.end == end:
             return kept.made
-        history = await self._prometheus.history(selector, end)
+        try:
+            history = await self._prometheus.history(selector, end)
+        except PrometheusError as error:  # four weeks may be more than it answers; the load now is known all the same
+            log.warning("history_unknown", selector=selector, error=str(error))
+            return None
         if (end - kept.fitted_at) * STEP_S >= REFIT_S and kept.fitting is None:
             kept.fitted_at = end
 
