@@ -81,7 +81,7 @@ test: setup ## Run the tests that need nothing but the virtual environment (4 to
 	$(PY) -m pytest -q tests/unit tests/integration
 
 .PHONY: test-training
-test-training: .venv-training/.installed ## Run the tests against torch and diffusers (3 to 6 min)
+test-training: .venv-training/.installed ## Run the tests against torch and diffusers (16 min)
 	$(TRAIN_PY) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -W ignore::FutureWarning \
 	  -W ignore::UserWarning --timeout 600 tests/training  # warnings of torch and diffusers are not ours to mend
 
@@ -108,12 +108,12 @@ test-browser: setup node_modules/.installed ## Run the tests of the contact shee
 	$(PY) -m pytest -q --timeout 120 tests/browser
 
 .PHONY: test-watching
-test-watching: setup ## Run the tests of rules, alerts and dashboards against a real Prometheus, and Triton where it is (2 min)
+test-watching: setup ## Run the tests of rules, alerts and dashboards against a real Prometheus, and Triton where it is (1 min)
 	tools/install-system-packages
 	$(PY) -m pytest -q --timeout 120 tests/watching
 
 .PHONY: test-clients
-test-clients: setup node_modules/.installed ## Run the clients of all languages whose toolchains are here against real servers (4 min)
+test-clients: setup node_modules/.installed ## Run the clients of all languages whose toolchains are here against real servers (12 min)
 	tools/install-system-packages
 	$(PY) -m pytest -q --timeout 180 tests/clients
 
@@ -123,7 +123,7 @@ test-bevy: setup ## Run the Bevy plugin against a real server, rendering in soft
 	$(PY) -m pytest -q --timeout 180 tests/bevy
 
 .PHONY: test-engines
-test-engines: setup ## Run the C client in GStreamer, in LÖVE and in an SDL2 program, headless (2 min)
+test-engines: setup ## Run the C client in GStreamer, in LÖVE and in an SDL2 program, headless (1 min)
 	tools/install-system-packages cpp engines
 	$(PY) -m pytest -q --timeout 400 tests/engines
 
@@ -157,10 +157,10 @@ test-simulation: setup ## Run fleets of replicas on a virtual clock, from seeds 
 	PYTHONPATH=server:clients/python:. $(PY) -m tests.simulation --schedules $(SCHEDULES) --seed $(SEED)
 
 .PHONY: test-rest
-test-rest: test-tools test-browser test-watching test-clients test-engines test-redis test-triton test-training test-peers test-simulation mutate ## Run the groups that need more than `make test` does (20 min)
+test-rest: test-tools test-browser test-watching test-clients test-engines test-redis test-triton test-training test-peers test-simulation mutate ## Run the groups that need more than `make test` does (50 min)
 
 .PHONY: test-all
-test-all: test test-rest ## Run all tests (30 min)
+test-all: test test-rest ## Run all tests (1 h)
 
 .PHONY: check
 check: setup .tools/protoc-gen-go-grpc .tools/safelight-generate node_modules/.installed ## Format, lint, types, import rules, generated code, mutations apply, proto lint (1 min)
@@ -213,7 +213,7 @@ lock: .venv/.uv ## Pin all dependencies anew
 	  --group locust -c requirements-dev.lock -o requirements-locust.lock
 
 .PHONY: mutate
-mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name; 6 min)
+mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name; 13 min)
 	tools/install-system-packages
 	$(PY) tools/mutate.py $(ONLY)
 
