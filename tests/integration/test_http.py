@@ -102,6 +102,73 @@ async def test_the_next_generation_comes_over_the_same_connection(server):
             assert (await http.post(GENERATIONS, json=body(stream=stream))).status_code == 200
 
 
+async def test_a_stream_may_have_several_pictures(server):
+    """Each has its place, and the usages of all events are together that of the answer without a stream."""
+    asked = body(n=3, seed=7, num_inference_steps=30)
+    async with client(server) as http:
+        answer = (await http.post(GENERATIONS, json=asked)).json()
+        events = server_sent((await http.post(GENERATIONS, json=asked | {"stream": True, "partial_images": 1})).text)
+    for index in range(3):
+        [completed] = [e for name, e in events if name == "image_generation.completed" and e["image_index"] == index]
+        assert completed["b64_json"] == answer["data"][index]["b64_json"]
+        partial = [e for name, e in events if name == "image_generation.partial_image" and e["image_index"] == index]
+        assert [event["partial_image_index"] for event in partial] == list(range(len(partial)))
+        assert len(partial) <= 1
+    usages = [event["usage"] for name, event in events if name == "image_generation.completed"]
+    for count in ("input_tokens", "output_tokens", "total_tokens"):
+        assert sum(usage[count] for usage in usages) == answer["usage"][count]
+    assert ["safelight" in event for name, event in events if name == "image_generation.completed"] == [
+        False,
+        False,
+        True,
+    ]
+
+
+# --- the same request, sent again ---
+
+
+async def test_the_same_key_attaches_to_the_same_generation(server):
+    """Without a seed, too, which the server chooses."""
+    key = {"idempotency-key": "order 66"}
+    async with client(server) as http:
+        one, other = await asyncio.gather(*(http.post(GENERATIONS, json=body(n=2), headers=key) for _ in range(2)))
+        late = await http.post(GENERATIONS, json=body(n=2), headers=key)
+        first = one.json()
+        for again in (other.json(), late.json()):
+            assert again["data"] == first["data"]
+            assert again["safelight"]["generation"] == first["safelight"]["generation"]
+        assert max(first["safelight"]["seeds"]) < 2**53
+        plain = (await http.post(GENERATIONS, json=body(n=2))).json()
+        assert plain["safelight"]["seeds"] != first["safelight"]["seeds"]
+    assert server.inspect().finished == 2
+
+
+async def test_a_key_of_another_request_is_refused(server):
+    async with client(server) as http:
+        key = {"idempotency-key": "k" * 255}
+        assert (await http.post(GENERATIONS, json=body(), headers=key)).status_code == 200
+        response = await http.post(GENERATIONS, json=body(prompt="a blue sword"), headers=key)
+        assert (response.status_code, error_of(response)["code"]) == (409, "REQUEST_ID_REUSED")
+        assert "Idempotency-Key" in error_of(response)["message"]
+        assert response.headers["x-should-retry"] == "false"
+        for bad in ("", "k" * 256):
+            response = await http.post(GENERATIONS, json=body(), headers={"idempotency-key": bad})
+            assert (response.status_code, error_of(response)["param"]) == (400, "header idempotency-key")
+
+
+async def test_who_leaves_with_a_key_may_come_back(server):
+    """What was made until then is kept; without a key it would be cancelled at once."""
+    asked, key = body(num_inference_steps=300, seed=3), "idempotency-key: back\r\n"
+    async with raw_connection(server) as (_, writer):
+        writer.write(post(server, asked).replace(b"content-type", key.encode() + b"content-type", 1))
+        await eventually(lambda: bool(server.inspect().live))
+    await eventually(lambda: server.inspect().suspended == 1)
+    async with client(server) as http:
+        response = await http.post(GENERATIONS, json=asked, headers={"idempotency-key": "back"})
+    assert base64.b64decode(response.json()["data"][0]["b64_json"]).startswith(PNG)
+    assert server.inspect().finished == 1
+
+
 # --- refusals ---
 
 
@@ -152,7 +219,7 @@ async def test_keys_are_those_of_grpc(tmp_path):
     keys.write_text(f'{{"keys": [{entry}]}}')
     async with http_server(api_key_file=keys) as running, client(running) as http:
         for headers in ({}, {"authorization": "Bearer no"}, {"authorization": f"Basic {key}"}):
-            for path in ("/v1/models", GENERATIONS):
+            for path in ("/v1/models", GENERATIONS, "/v1/images/edits"):
                 method = "GET" if path == "/v1/models" else "POST"
                 response = await http.request(method, path, headers=headers)
                 assert (response.status_code, error_of(response)["code"]) == (401, "UNAUTHENTICATED")

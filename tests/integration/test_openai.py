@@ -10,6 +10,8 @@ import pytest
 from openai import AsyncOpenAI
 
 from tests.conftest import eventually
+from tests.integration.test_edits import CLEAR
+from tests.integration.test_images import PHOTO
 from tests.support.http import http_server
 
 PNG, WEBP = b"\x89PNG", b"RIFF"
@@ -66,6 +68,53 @@ async def test_a_stream(client):
         assert base64.b64decode(event.b64_json).startswith(PNG)
         assert (event.output_format, event.quality, event.background) == ("png", "auto", "opaque")
         assert event.created_at > 1_700_000_000
+
+
+async def test_an_edit(client):
+    answer = await client.images.edit(
+        image=("photo.png", PHOTO),
+        mask=CLEAR,
+        prompt="a red potion",
+        model="simulated",
+        n=2,
+        size="128x128",
+        output_format="webp",
+        output_compression=80,
+        response_format="b64_json",
+        user="ann",
+        extra_body={"strength": 0.6, "seed": 7, "num_inference_steps": 10, "negative_prompt": "rust"},
+    )
+    assert all(base64.b64decode(picture.b64_json).startswith(WEBP) for picture in answer.data)
+    assert (len(answer.data), answer.output_format, answer.safelight["seeds"]) == (2, "webp", [7, 8])
+    assert answer.safelight["strength"] == 0.6
+    assert answer.usage.input_tokens_details.image_tokens == 16 * 16
+
+
+async def test_a_stream_of_an_edit(client):
+    stream = await client.images.edit(
+        image=PHOTO, prompt="x", stream=True, partial_images=2, n=2, extra_body={"num_inference_steps": 40}
+    )
+    events = [event async for event in stream]
+    kinds = [event.type for event in events]
+    assert set(kinds) == {"image_edit.partial_image", "image_edit.completed"}
+    assert kinds.count("image_edit.completed") == 2
+    assert all(base64.b64decode(event.b64_json).startswith(PNG) for event in events)
+    assert sorted(event.image_index for event in events if event.type == "image_edit.completed") == [0, 1]
+
+
+async def test_several_pictures_to_edit_are_refused_by_name(client):
+    with pytest.raises(openai.BadRequestError) as refused:
+        await client.images.edit(image=[PHOTO, CLEAR], prompt="x")
+    assert refused.value.param == "image"
+    assert "is there 2 times" in refused.value.message
+
+
+async def test_a_key_of_the_package_attaches(client):
+    headers = {"Idempotency-Key": "one"}
+    one, other = [await client.images.generate(prompt="x", extra_headers=headers) for _ in range(2)]
+    assert one.safelight["generation"] == other.safelight["generation"]
+    with pytest.raises(openai.ConflictError):
+        await client.images.generate(prompt="y", extra_headers=headers)
 
 
 async def test_errors_are_those_of_the_package(client):

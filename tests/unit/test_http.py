@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 
 import pytest
 from hypothesis import given
@@ -12,10 +13,21 @@ from safelight_server.catalog.catalog import Catalog
 from safelight_server.domain import errors
 from safelight_server.domain.errors import FieldViolation, InvalidRequestError, NotFoundError, SafelightError
 from safelight_server.http.errors import STATUS_CODES, error_body, error_response
-from safelight_server.http.images_request import ImageParameters, generate_request, in_parameters, parse
+from safelight_server.http.form import Form
+from safelight_server.http.images_request import (
+    EditParameters,
+    ImageParameters,
+    edit_request,
+    generate_request,
+    in_parameters,
+    parse,
+    parse_edit,
+)
 from safelight_server.runtime.simulated import simulated_pipeline
 from safelight_server.validation import RequestLimits, resolve_request
 from safelight_server.wire.statuses import status_of
+
+from tests.support.pipelines import MANIFEST, small_pipeline
 
 CATALOG = Catalog([simulated_pipeline()])
 LIMITS = RequestLimits(max_prompt_chars=2000, max_request_rows=131_072, resume_grace_s=30.0, max_resume_grace_s=600.0)
@@ -89,7 +101,6 @@ def test_what_cannot_be_done_is_refused_by_name(name, value):
 
 
 def test_parameters_that_contradict_each_other_are_named():
-    assert list(refused(stream=True, n=2)) == ["n"]
     assert list(refused(style="vivid", quality="hd", n=0, foo=1)) == ["n", "quality", "style", "foo"]
     assert len(refused(**{f"unknown_{number}": 1 for number in range(100)})) == 16
 
@@ -174,6 +185,73 @@ def test_whatever_is_sent_is_taken_or_refused_with_names(sent):
         resolve_request(generate_request(parse(body), CATALOG)[0], CATALOG, LIMITS)
     except (InvalidRequestError, NotFoundError) as error:
         assert set(named(error)) <= {*ImageParameters.model_fields, "style", "x", "body"}
+
+
+def test_a_key_decides_what_the_server_chooses():
+    """So the same request is the same message when it is sent again."""
+
+    def keyed(key: str, **parameters: object) -> pb.GenerateRequest:
+        return generate_request(parse(json.dumps({"prompt": "x", "n": 3} | parameters).encode()), CATALOG, key)[0]
+
+    assert keyed("a") == keyed("a")
+    assert keyed("a").request_id != keyed("b").request_id
+    assert uuid.UUID(keyed("a").request_id).version == 5
+    seeds = [output.seed for output in keyed("a").spec.outputs]
+    assert len(set(seeds)) == 3
+    assert max(seeds) < 2**53
+    assert seeds != [output.seed for output in keyed("b").spec.outputs]
+    assert [output.seed for output in keyed("a", seed=7).spec.outputs] == [7, 8, 9]
+    assert resolve_request(keyed("a"), CATALOG, LIMITS).disconnect.resume_grace_s == 30.0
+
+
+def edit(catalog: Catalog = CATALOG, **texts: str) -> pb.GenerateRequest:
+    form = Form({name: [text] for name, text in ({"prompt": "x"} | texts).items()}, {"image": [b"picture"]})
+    return edit_request(parse_edit(form).parameters, catalog)[0]
+
+
+def test_each_text_of_an_edit_has_its_field():
+    wanted = edit(
+        strength="0.5",
+        n="2",
+        stream="true",
+        guidance_scale="2.5",
+        size="128x128",
+        output_compression="50",
+        output_format="webp",
+    )
+    assert (wanted.spec.strength, wanted.spec.guidance_scale, len(wanted.spec.outputs)) == (0.5, 2.5, 2)
+    assert wanted.encoding == pb.PixelEncoding(media_type="image/webp", quality=50)
+    assert not edit().spec.HasField("strength")
+
+
+@pytest.mark.parametrize(("strength", "every"), [("1", 10), ("0.5", 5), ("0.1", 1)])
+def test_partial_images_of_an_edit_are_spread_over_the_steps_that_are_made(strength, every):
+    wanted = edit(strength=strength, stream="true", partial_images="2", num_inference_steps="20")
+    assert wanted.preview.every_n_steps == every
+
+
+def test_a_model_that_starts_from_no_picture_is_refused_with_those_that_do(tmp_path):
+    without = {name: entry for name, entry in MANIFEST["components"].items() if name != "encoder"}
+    text_alone = small_pipeline(tmp_path, components=without)
+    for catalog, told in [
+        (Catalog([text_alone, simulated_pipeline()]), "simulated can"),
+        (Catalog([text_alone]), "no model"),
+    ]:
+        with pytest.raises(InvalidRequestError, match=told) as caught:
+            edit(catalog, model="small")
+        assert [one.field for one in caught.value.violations] == ["model"]
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*EditParameters.model_fields, "image", "x"]), st.lists(st.text(), min_size=1, max_size=2)
+    )
+)
+def test_whatever_a_form_has_is_taken_or_refused_with_names(texts):
+    try:
+        edit_request(parse_edit(Form(texts, {"image": [b"picture"]})).parameters, CATALOG)
+    except (InvalidRequestError, NotFoundError) as error:
+        assert set(named(error)) <= {*EditParameters.model_fields, "image", "x"}
 
 
 def every_error() -> list[SafelightError]:

@@ -7,9 +7,10 @@ byte of it is kept.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 
@@ -26,7 +27,7 @@ from safelight_server.domain.errors import (
     QueueFullError,
     UnavailableError,
 )
-from safelight_server.domain.uploads import PictureFile, PictureFileError, check_picture
+from safelight_server.domain.uploads import PictureFile, PictureFileError, check_picture, has_alpha
 from safelight_server.storage.base import StoreError
 from safelight_server.validation import check_upload, resolve_image
 
@@ -82,19 +83,23 @@ class UploadRoom:
 
 
 class ImageCalls:
-    """ImageService.
+    """ImageService, and what else brings pictures of clients.
 
     Args:
         pool: threads for decoding.
         max_bytes: of a file.
         max_pixels: of a picture.
+
+    Attributes:
+        room: for the uploads that are under way.
+        max_bytes: of a file.
     """
 
     def __init__(self, images: Images, room: UploadRoom, pool: Executor, max_bytes: int, max_pixels: int) -> None:
+        self.room = room
+        self.max_bytes = max_bytes
         self._images = images
-        self._room = room
         self._pool = pool
-        self._max_bytes = max_bytes
         self._max_pixels = max_pixels
         self._one = asyncio.Semaphore(1)  # a large picture takes much memory while it is decoded
 
@@ -105,18 +110,40 @@ class ImageCalls:
         first = await anext(pieces, None)
         if first is None:
             raise InvalidRequestError([FieldViolation("data", "is missing: send the file")])
-        digest, total_bytes = check_upload(first, self._max_bytes)
-        with self._room.upload(caller.tenant, total_bytes):
+        digest, total_bytes = check_upload(first, self.max_bytes)
+        with self.room.upload(caller.tenant, total_bytes):
             try:
                 async with asyncio.timeout(UPLOAD_S):
                     data = await _received(first, pieces, total_bytes)
             except TimeoutError:
                 raise DeadlineExceededError(f"the picture did not come within {UPLOAD_S:g} s") from None
-            async with self._one:
-                loop = asyncio.get_running_loop()
-                facts = await loop.run_in_executor(self._pool, _checked, data, digest, self._max_pixels)
-            image = await self._images.put(caller.tenant, digest.hex(), data, facts)
-        return images_pb2.UploadImageResponse(image=wire.image_message(image))
+            image = await self._keep(caller, data, functools.partial(_announced, digest=digest))
+        return images_pb2.UploadImageResponse(image=image)
+
+    async def keep(self, caller: Caller, data: bytes, field: str, *, transparent: bool = False) -> images_pb2.Image:
+        """Looks whether a file that has come in another way can be decoded, and keeps it like one that was uploaded.
+
+        Args:
+            field: names it in errors.
+            transparent: it must be a PNG with an alpha channel.
+
+        Raises:
+            InvalidRequestError: it is too large, no picture, or none with such a channel.
+            UnavailableError: it cannot be kept now.
+        """
+        if len(data) > self.max_bytes:
+            what = f"has {len(data)} bytes; at most {self.max_bytes} are taken"
+            raise InvalidRequestError([FieldViolation(field, what)])
+        check = _check_transparent if transparent else check_picture
+        return await self._keep(caller, data, functools.partial(_checked, field=field, check=check))
+
+    async def _keep(
+        self, caller: Caller, data: bytes, check: Callable[[bytes, int], tuple[str, PictureFile]]
+    ) -> images_pb2.Image:
+        async with self._one:
+            loop = asyncio.get_running_loop()
+            digest, facts = await loop.run_in_executor(self._pool, check, data, self._max_pixels)
+        return wire.image_message(await self._images.put(caller.tenant, digest, data, facts))
 
     async def get_image(self, request: images_pb2.GetImageRequest, caller: Caller) -> images_pb2.GetImageResponse:
         """Returns what is known of a picture of the caller's tenant."""
@@ -130,14 +157,29 @@ class ImageCalls:
         return images_pb2.GetImageResponse(image=wire.image_message(image))
 
 
-def _checked(data: bytes, digest: bytes, max_pixels: int) -> PictureFile:
-    """What is known of a file whose bytes are those that were announced. Slow enough for a thread."""
+def _announced(data: bytes, max_pixels: int, *, digest: bytes) -> tuple[str, PictureFile]:
+    """As `_checked`, of a file whose bytes must be those that were announced. Slow enough for a thread."""
     if hashlib.sha256(data).digest() != digest:
         raise InvalidRequestError([FieldViolation("sha256", "is not that of the bytes that came")])
+    return _checked(data, max_pixels, field="data", check=check_picture)
+
+
+def _checked(
+    data: bytes, max_pixels: int, *, field: str, check: Callable[[bytes, int], PictureFile]
+) -> tuple[str, PictureFile]:
+    """The digest of a file and what is known of it. Slow enough for a thread."""
     try:
-        return check_picture(data, max_pixels)
+        return hashlib.sha256(data).hexdigest(), check(data, max_pixels)
     except PictureFileError as error:
-        raise InvalidRequestError([FieldViolation("data", str(error))]) from None
+        raise InvalidRequestError([FieldViolation(field, str(error))]) from None
+
+
+def _check_transparent(data: bytes, max_pixels: int) -> PictureFile:
+    """Checks a mask in the form of OpenAI's API, in which what is transparent is developed anew."""
+    facts = check_picture(data, max_pixels)
+    if facts.media_type != "image/png" or not has_alpha(data):
+        raise PictureFileError("must be a PNG with an alpha channel: what is transparent is developed anew")
+    return facts
 
 
 async def _received(

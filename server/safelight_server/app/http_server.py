@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from safelight_server.api.identity import Identity
+from safelight_server.api.images import ImageCalls
 from safelight_server.api.service import Service
 from safelight_server.app.certificate import ServerCertificate
 from safelight_server.catalog.catalog import Catalog
@@ -36,14 +37,16 @@ class HttpPort:
         identity: Identity,
         metrics: Metrics,
         certificate: ServerCertificate | None,
+        uploads: ImageCalls,
     ) -> None:
         self.address = ""
         self._settings = settings
         self._rpcs = Rpcs(service.handlers())
         self._catalog = catalog
         self._certificate = certificate
-        most = REQUEST_BYTES + 2 * CHARACTER_BYTES * settings.max_prompt_chars
-        self._calls = Calls(identity, metrics, most)
+        self._uploads = uploads
+        self._max_body_bytes = REQUEST_BYTES + 2 * CHARACTER_BYTES * settings.max_prompt_chars
+        self._calls = Calls(identity, metrics, self._max_body_bytes)
         self._server: HttpServer | None = None
 
     async def start(self, healthy: Callable[[], bool]) -> None:
@@ -63,7 +66,9 @@ class HttpPort:
             self._rpcs,
             self._catalog,
             self._calls,
+            self._uploads,
             healthy,
+            max_text_bytes=self._max_body_bytes,
             cors_origins=settings.cors_origins,
             only_loopback=settings.api_key_file is None and is_loopback(settings.host),
         )

@@ -252,7 +252,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
             identity, catalog, runtime, generations, caches, limits, streams, quotas, image_calls, metrics, tracer
         )
         certificate = _certificate(settings)
-        http = HttpPort(settings, service, catalog, identity, metrics, certificate)
+        http = HttpPort(settings, service, catalog, identity, metrics, certificate, image_calls)
         _watch_queue(metrics, engine, clock)
         metrics.watch_instances(runtime.num_instances, lambda: runtime.num_live)
         metrics.watch_streams(lambda: generations.num_streams)

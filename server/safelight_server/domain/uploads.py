@@ -50,6 +50,11 @@ def check_picture(data: bytes, max_pixels: int) -> PictureFile:
     return PictureFile(media_type, upright.width, upright.height)
 
 
+def has_alpha(data: bytes) -> bool:
+    """Whether a file that `check_picture` has taken says what is transparent; decodes no pixel."""
+    return Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")).has_transparency_data
+
+
 def decode_picture(data: bytes, max_pixels: int, width_px: int, height_px: int) -> Pixels:
     """The picture, (H, W, 3) uint8, cut at its longer sides to the shape of the size and scaled; over white.
 

@@ -15,10 +15,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from safelight_server.api.images import ImageCalls
 from safelight_server.api.service import GENERATION_SERVICE, MODEL_SERVICE
 from safelight_server.catalog.catalog import Catalog
-from safelight_server.http.calls import Calls, Endpoint, Fail, Method, respond_error
+from safelight_server.http.calls import BodyReader, Calls, Endpoint, Fail, Method, respond_error
 from safelight_server.http.context import Rpcs
+from safelight_server.http.edits import EditReader, ImageEdits
 from safelight_server.http.errors import refusal_response
 from safelight_server.http.grpc_web import GrpcWebMethod, send_status
 from safelight_server.http.images import ImageGenerations, send_error
@@ -36,8 +38,10 @@ def build_app(
     rpcs: Rpcs,
     catalog: Catalog,
     calls: Calls,
+    uploads: ImageCalls,
     healthy: Callable[[], bool],
     *,
+    max_text_bytes: int,
     cors_origins: Sequence[str] = (),
     only_loopback: bool = False,
 ) -> ASGIApp:
@@ -45,17 +49,22 @@ def build_app(
 
     Args:
         healthy: whether the server takes work, for load balancers.
+        uploads: takes the pictures that requests bring.
+        max_text_bytes: bound on what a form has beside its files.
         cors_origins: origins whose pages may call; "*" for all.
         only_loopback: whether requests that name another host are refused.
     """
     images, models = ImageGenerations(rpcs, catalog), ModelListing(rpcs)
+    edits, edit_reader = ImageEdits(images, uploads, catalog), EditReader(uploads, max_text_bytes, cors_origins)
 
     async def health(_request: Request) -> Response:
         well = healthy()
         return JSONResponse({"status": "serving" if well else "not serving"}, 200 if well else 503)
 
-    def route(verb: str, path: str, method: Method, fail: Fail = respond_error) -> Route:
-        return Route(path, Endpoint(calls, path, method, fail), methods=[verb])
+    def route(
+        verb: str, path: str, method: Method, fail: Fail = respond_error, reader: BodyReader | None = None
+    ) -> Route:
+        return Route(path, Endpoint(calls, path, method, fail, reader), methods=[verb])
 
     cors = Middleware(
         CORSMiddleware,
@@ -72,6 +81,7 @@ def build_app(
             route("GET", "/v1/models", models.list_models),
             route("GET", "/v1/models/{model}", models.get_model),
             route("POST", "/v1/images/generations", images.generate, send_error),
+            route("POST", "/v1/images/edits", edits.edit, send_error, edit_reader),
             *(
                 route("POST", f"/{service}/{name}", GrpcWebMethod(handler), send_status)
                 for service in WEB_SERVICES

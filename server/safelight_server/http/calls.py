@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 
 import structlog
 from google.rpc import status_pb2
@@ -18,9 +18,11 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from safelight_server.api.identity import Identity
+from safelight_server.domain.caller import Caller
 from safelight_server.domain.errors import InternalError, SafelightError
 from safelight_server.http.context import CallAbortError, HttpContext
 from safelight_server.http.errors import CLIENT_CLOSED_REQUEST, error_response, refusal_response
+from safelight_server.http.form import Form
 from safelight_server.telemetry import Metrics
 from safelight_server.wire.statuses import status_of
 
@@ -28,6 +30,8 @@ log = structlog.get_logger(__name__)
 
 BODY_S = 30.0
 """How long a client may take to send its request, after the headers."""
+DISCARD_S, DISCARDED_BYTES = 1.0, 1 << 20
+"""What is read of a body that is refused."""
 CLOSE = {"connection": "close"}
 """With an answer that comes before the whole request was read."""
 
@@ -38,17 +42,28 @@ class HttpCall:
     Attributes:
         request: its headers and path.
         context: with which it calls methods of gRPC.
-        body: of the request; empty until it was read.
+        caller: who sends it.
+        body: of the request; empty until it was read, and where `form` has it.
+        form: the body of a request that is a form.
+        held: what is kept for the body while it is in memory, such as room among the uploads.
         status: the status code that was sent; 0 before.
     """
 
     def __init__(self, request: Request, send: Send) -> None:
         self.request = request
         self.context = HttpContext(request)
+        self.caller = Caller("", "")
         self.body = b""
+        self.form = Form()
+        self.held = contextlib.ExitStack()
         self.status = 0
         self._send = send
         self._written_at = 0.0
+
+    def drop_body(self) -> None:
+        """Frees the body, which is needed no more, and what was held for it. May be called twice."""
+        self.body, self.form = b"", Form()
+        self.held.close()
 
     @property
     def started(self) -> bool:
@@ -97,11 +112,16 @@ async def respond_error(call: HttpCall, status: status_pb2.Status) -> None:
         await call.respond(error_response(status))
 
 
+BodyReader = Callable[[HttpCall, Caller], Awaitable[None]]
+"""Reads the body of a request from a known caller into its call, within bounds of number and of time. Raises an
+HTTPException or a SafelightError where it is refused."""
+
+
 class Calls:
     """Runs the requests of all routes.
 
     Args:
-        max_body_bytes: bound on the body of a request.
+        max_body_bytes: bound on the body of a request, of routes that have no reader of their own.
     """
 
     def __init__(self, identity: Identity, metrics: Metrics, max_body_bytes: int) -> None:
@@ -109,11 +129,13 @@ class Calls:
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
 
-    async def run(self, call: HttpCall, route: str, method: Method, fail: Fail) -> None:
-        """Runs one request. `route` is the pattern of its path, for the metrics."""
+    async def run(
+        self, call: HttpCall, route: str, method: Method, fail: Fail, reader: BodyReader | None = None
+    ) -> None:
+        """Runs one request. `route` is the pattern of its path, for the metrics; `reader` reads its body."""
         failure: status_pb2.Status | None = None
         try:
-            response = await self._answer(call, method)
+            response = await self._answer(call, method, reader or self._read_whole)
             if response is not None:
                 await call.respond(response)
         except HTTPException as refusal:
@@ -142,45 +164,94 @@ class Calls:
             log.exception("bug", route=route)
             raise
 
-    async def _answer(self, call: HttpCall, method: Method) -> Response | None:
+    async def _answer(self, call: HttpCall, method: Method, read: BodyReader) -> Response | None:
         # a handler asks again; here it is for the body, which is not read from strangers
-        self._identity.recognize(call.context.invocation_metadata(), call.context.peer())
-        call.body = await self._read(call.request)
-        async with call.context.calling():
-            return await method(call)
-
-    async def _read(self, request: Request) -> bytes:
-        """Reads the whole body, within its bounds.
-
-        Raises:
-            HTTPException: it is too large or comes too slowly.
-            ClientDisconnect: the client has left.
-        """
-        most = self._max_body_bytes
-        too_large = HTTPException(413, f"the body has more than {most} bytes; send less", CLOSE)
-        if int(request.headers.get("content-length", "0")) > most:  # h11 has checked that it is a number
-            raise too_large
-        pieces, num_bytes = [], 0
+        call.caller = self._identity.recognize(call.context.invocation_metadata(), call.context.peer())
         try:
-            async with asyncio.timeout(BODY_S), contextlib.aclosing(request.stream()) as body:
-                async for piece in body:
-                    pieces.append(piece)
-                    num_bytes += len(piece)
-                    if num_bytes > most:
-                        raise too_large
-        except TimeoutError:
-            raise HTTPException(408, f"the body did not come within {BODY_S:g} s", CLOSE) from None
-        return b"".join(pieces)
+            await read(call, call.caller)
+            async with call.context.calling():
+                return await method(call)
+        finally:
+            call.drop_body()
+
+    async def _read_whole(self, call: HttpCall, _caller: Caller) -> None:
+        pieces = []
+        async with timely(BODY_S), contextlib.aclosing(bounded(call.request, self._max_body_bytes)) as body:
+            async for piece in body:
+                pieces.append(piece)
+        call.body = b"".join(pieces)
+
+
+async def bounded(request: Request, most: int) -> AsyncGenerator[bytes, None]:
+    """The pieces of a body.
+
+    Raises:
+        HTTPException: it has more bytes than `most`.
+        ClientDisconnect: the client has left.
+    """
+    num_bytes = 0
+    num_announced(request, most)
+    async with contextlib.aclosing(request.stream()) as body:
+        async for piece in body:
+            num_bytes += len(piece)
+            if num_bytes > most:
+                raise _too_large(most)
+            yield piece
+
+
+def num_announced(request: Request, most: int) -> int:
+    """The size of a body by its header; `most` where none says it.
+
+    Raises:
+        HTTPException: it is larger than `most`.
+    """
+    announced = int(request.headers.get("content-length", most))  # h11 has checked that it is a number
+    if announced > most:
+        raise _too_large(most)
+    return announced
+
+
+def _too_large(most: int) -> HTTPException:
+    return HTTPException(413, f"the body has more than {most} bytes; send less", CLOSE)
+
+
+async def discard(request: Request) -> None:
+    """Reads what is left of a body that is refused, if that is little: else its client may lose the answer.
+
+    A connection that is closed while there are bytes to be read is reset.
+    """
+    with contextlib.suppress(TimeoutError, HTTPException, ClientDisconnect):
+        async with asyncio.timeout(DISCARD_S), contextlib.aclosing(bounded(request, DISCARDED_BYTES)) as pieces:
+            async for _ in pieces:
+                pass
+
+
+@contextlib.asynccontextmanager
+async def timely(seconds: float) -> AsyncIterator[None]:
+    """Bounds the time in which a body is read.
+
+    Raises:
+        HTTPException: it has passed.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not come within {seconds:g} s", CLOSE) from None
 
 
 class Endpoint:
     """An ASGI application for one route, whose path has the pattern `path`."""
 
-    def __init__(self, calls: Calls, path: str, method: Method, fail: Fail = respond_error) -> None:
+    def __init__(
+        self, calls: Calls, path: str, method: Method, fail: Fail = respond_error, reader: BodyReader | None = None
+    ) -> None:
         self._calls = calls
         self._path = path
         self._method = method
         self._fail = fail
+        self._reader = reader
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._calls.run(HttpCall(Request(scope, receive), send), self._path, self._method, self._fail)
+        call = HttpCall(Request(scope, receive), send)
+        await self._calls.run(call, self._path, self._method, self._fail, self._reader)

@@ -1,10 +1,10 @@
 """POST /v1/images/generations: pictures as OpenAI's image API sends them, at once or as server-sent events.
 
 A stream has `image_generation.partial_image` for each preview, in the encoding
-of the picture, then `image_generation.completed`, or `error`. It asks for the
-next preview only when its client's connection takes more: a slow reader gets
-fewer and newer ones. What OpenAI's API has no word for is in the object
-`safelight` of the answer.
+of the picture, then `image_generation.completed` for each picture, or `error`.
+It asks for the next preview only when its client's connection takes more: a slow
+reader gets fewer and newer ones. What OpenAI's API has no word for is in the
+object `safelight` of the answer. `edits.py` answers in the same way.
 """
 
 from __future__ import annotations
@@ -25,9 +25,17 @@ from safelight_server.catalog.catalog import Catalog, Pipeline
 from safelight_server.http.calls import CLOSE, HttpCall
 from safelight_server.http.context import CallAbortError, Rpcs
 from safelight_server.http.errors import error_body, error_response
-from safelight_server.http.images_request import ImageParameters, generate_request, in_parameters, parse
+from safelight_server.http.images_request import (
+    ImageParameters,
+    generate_request,
+    idempotency_key,
+    in_parameters,
+    parse,
+)
 
-PARTIAL, COMPLETED, ERROR = "image_generation.partial_image", "image_generation.completed", "error"
+GENERATION = "image_generation"
+"""How the events of a stream are called, before the dot."""
+ERROR = "error"
 EVENT_STREAM: Mapping[str, str] = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -43,14 +51,17 @@ class ImageAnswer:
     Args:
         parameters: what was asked for.
         pipeline: of the model that makes the pictures.
+        kind: how the events of its stream are called, before the dot.
     """
 
-    def __init__(self, parameters: ImageParameters, pipeline: Pipeline) -> None:
+    def __init__(self, parameters: ImageParameters, pipeline: Pipeline, kind: str = GENERATION) -> None:
         self._parameters = parameters
         self._pipeline = pipeline
+        self._kind = kind
         self._accepted = pb.Accepted()
         self._data: dict[int, bytearray] = {}
-        self._num_partial = 0
+        self._num_partial: dict[int, int] = {}
+        self._num_ended = 0
 
     def accept(self, accepted: pb.Accepted) -> None:
         """Takes the first event of a generation."""
@@ -61,17 +72,29 @@ class ImageAnswer:
         self._data.setdefault(chunk.output_index, bytearray()).extend(chunk.data)
 
     def partial(self, event: pb.GenerationEvent) -> dict[str, Any] | None:
-        """The event for a preview; None where as many as were asked for have been sent."""
-        if self._num_partial == (self._parameters.partial_images or 0):
+        """The event for a preview; None where as many of its picture as were asked for have been sent."""
+        index = event.preview.output_index
+        number = self._num_partial.get(index, 0)
+        if number == (self._parameters.partial_images or 0):
             return None
-        self._num_partial += 1
+        self._num_partial[index] = number + 1
         data = _base64(event.preview.data)
-        return self._event(PARTIAL, event, data) | {"partial_image_index": self._num_partial - 1}
+        return self._event("partial_image", event, index, data) | {"partial_image_index": number}
 
-    def completed(self, event: pb.GenerationEvent) -> dict[str, Any]:
-        """The last event of a stream that has one picture."""
-        data = _base64(self._data[0])
-        return self._event(COMPLETED, event, data) | {"usage": self._usage(), "safelight": self._more(event)}
+    def completed(self, event: pb.GenerationEvent) -> dict[str, Any] | None:
+        """The event for an output that has ended with a picture; None for the last one, which `last` sends."""
+        ended = event.output_finished
+        self._num_ended += 1
+        if self._num_ended == len(self._accepted.spec.outputs) or ended.output_index not in self._data:
+            return None
+        data = _base64(self._data.pop(ended.output_index))
+        return self._event("completed", event, ended.output_index, data) | {"usage": self._usage(0, 1)}
+
+    def last(self, event: pb.GenerationEvent) -> dict[str, Any]:
+        """The last event of a stream, with the picture that came last and what is said of the whole request."""
+        [(index, data)] = self._data.items()
+        more = {"usage": self._usage(1, 1), "safelight": self._more(event)}
+        return self._event("completed", event, index, _base64(data)) | more
 
     def answer(self, event: pb.GenerationEvent) -> dict[str, Any]:
         """The answer to a request without a stream: all pictures, in the order of their outputs."""
@@ -81,7 +104,7 @@ class ImageAnswer:
             "background": "opaque",
             "output_format": self._parameters.format,
             "size": self._size,
-            "usage": self._usage(),
+            "usage": self._usage(1, len(self._accepted.spec.outputs)),
             "safelight": self._more(event),
         }
 
@@ -89,9 +112,11 @@ class ImageAnswer:
     def _size(self) -> str:
         return f"{self._accepted.spec.width_px}x{self._accepted.spec.height_px}"
 
-    def _event(self, kind: str, event: pb.GenerationEvent, data: str) -> dict[str, Any]:
+    def _event(self, what: str, event: pb.GenerationEvent, index: int, data: str) -> dict[str, Any]:
+        """An event of a stream. `image_index` is not OpenAI's, whose events have no place for several pictures."""
         return {
-            "type": kind,
+            "type": f"{self._kind}.{what}",
+            "image_index": index,
             "b64_json": data,
             "created_at": event.event_time.seconds,
             "size": self._size,
@@ -100,26 +125,30 @@ class ImageAnswer:
             "output_format": self._parameters.format,
         }
 
-    def _usage(self) -> dict[str, Any]:
-        """Tokens: of text, those of the prompt; of images, the places of the latents of all pictures."""
+    def _usage(self, num_inputs: int, num_images: int) -> dict[str, Any]:
+        """Tokens: of text, those of the prompt; of images, the places of their latents.
+
+        The usages of the events of a stream are together that of the answer without one: the input counts once.
+        """
         spec, tokenizer = self._accepted.spec, self._pipeline.tokenizer
         assert tokenizer is not None  # else the request would not have been accepted
-        text = min(tokenizer.encode(spec.prompt).num_tokens, tokenizer.max_tokens)
+        text = num_inputs * min(tokenizer.encode(spec.prompt).num_tokens, tokenizer.max_tokens)
         _, height, width = self._pipeline.latent_shape(spec.width_px, spec.height_px)
-        images = height * width * len(spec.outputs)
+        given = num_inputs * height * width if spec.init_image else 0
+        images = height * width * num_images
         return {
-            "input_tokens": text,
-            "input_tokens_details": {"text_tokens": text, "image_tokens": 0},
+            "input_tokens": text + given,
+            "input_tokens_details": {"text_tokens": text, "image_tokens": given},
             "output_tokens": images,
             "output_tokens_details": {"text_tokens": 0, "image_tokens": images},
-            "total_tokens": text + images,
+            "total_tokens": text + given + images,
         }
 
     def _more(self, event: pb.GenerationEvent) -> dict[str, Any]:
         """What OpenAI's answer has no place for. Equal seeds give equal pictures where `numerics_id` is equal."""
         accepted, finished = self._accepted, event.finished
         spec, dispositions = accepted.spec, pb.CacheResult.Disposition
-        return {
+        more = {
             "generation": event.generation,
             "trace_id": accepted.trace_id,
             "model": spec.model.removeprefix("models/"),
@@ -133,7 +162,10 @@ class ImageAnswer:
             ],
             "compute_seconds": finished.usage.compute_time.ToTimedelta().total_seconds(),
             "warnings": [{"code": warning.reason, "message": warning.message} for warning in accepted.warnings],
-        } | self._cost(finished.usage)
+        }
+        if spec.init_image:
+            more["strength"] = round(spec.strength, 6)
+        return more | self._cost(finished.usage)
 
     def _cost(self, usage: pb.Usage) -> dict[str, Any]:
         """The cost of the compute, where the server has a price."""
@@ -153,8 +185,14 @@ class ImageGenerations:
         """Makes the pictures of a request; sends events, or returns the answer with all pictures."""
         _check_json(call)
         parameters = parse(call.body)
-        message, pipeline = generate_request(parameters, self._catalog)
-        pictures, last = ImageAnswer(parameters, pipeline), None
+        message, pipeline = generate_request(parameters, self._catalog, idempotency_key(call.request.headers))
+        return await self.develop(call, parameters, message, ImageAnswer(parameters, pipeline))
+
+    async def develop(
+        self, call: HttpCall, parameters: ImageParameters, message: pb.GenerateRequest, pictures: ImageAnswer
+    ) -> Response | None:
+        """Makes the pictures of a message; sends events, or returns the answer with all pictures."""
+        last = None
         try:
             async with aclosing(call.context.stream(self._handler, message)) as events:
                 async for data in events:
@@ -165,22 +203,23 @@ class ImageGenerations:
                             if parameters.stream:
                                 await call.start(EVENT_STREAM)
                         case "preview":
-                            if (partial := pictures.partial(event)) is not None:
-                                await call.write(_server_sent(PARTIAL, partial))
+                            await _send(call, pictures.partial(event))
                         case "queued" | "progress":
                             if call.started and call.silent_s > SILENCE_S:
                                 await call.write(COMMENT)
                         case "artifact_chunk":
                             pictures.add(event.artifact_chunk)
+                        case "output_finished" if parameters.stream:
+                            await _send(call, pictures.completed(event))
                         case "finished":
                             last = event
         except CallAbortError as error:
-            raise CallAbortError(in_parameters(error.status)) from None
+            raise CallAbortError(in_parameters(error.status, message.request_id)) from None
         if last is None:  # it was ended from outside, which the context says
             return None
         if not parameters.stream:
             return JSONResponse(pictures.answer(last))
-        await call.write(_server_sent(COMPLETED, pictures.completed(last)))
+        await _send(call, pictures.last(last))
         await call.finish()
         return None
 
@@ -190,7 +229,7 @@ async def send_error(call: HttpCall, status: status_pb2.Status) -> None:
     if not call.started:
         await call.respond(error_response(status))
         return
-    await call.write(_server_sent(ERROR, {"type": ERROR} | error_body(status)))
+    await _send(call, {"type": ERROR} | error_body(status))
     await call.finish()
 
 
@@ -201,8 +240,11 @@ def _check_json(call: HttpCall) -> None:
         raise HTTPException(415, "send content-type: application/json", CLOSE)
 
 
-def _server_sent(kind: str, data: Mapping[str, Any]) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (kind.encode(), json.dumps(data, separators=(",", ":")).encode())
+async def _send(call: HttpCall, event: Mapping[str, Any] | None) -> None:
+    """Sends an event of a stream, which has the name of its type."""
+    if event is not None:
+        data = json.dumps(event, separators=(",", ":")).encode()
+        await call.write(b"event: %b\ndata: %b\n\n" % (event["type"].encode(), data))
 
 
 def _base64(data: bytes | bytearray) -> str:

@@ -1,28 +1,35 @@
-"""Checks the body of POST /v1/images/generations, and makes a GenerateRequest of it.
+"""Checks the parameters of requests for pictures, and makes a GenerateRequest of them.
 
 The parameters are those of OpenAI's API and, with names that Safelight adds,
-`seed`, `num_inference_steps`, `guidance_scale` and `negative_prompt`. What the
-models cannot do is refused by the name of its parameter, never passed over. The
-GenerateRequest is then checked like any other; `in_parameters` gives the faults
-found there the names of the parameters. Pure, but for random seeds.
+`seed`, `num_inference_steps`, `guidance_scale` and `negative_prompt`; edits have
+`strength` too. What the models cannot do is refused by the name of its
+parameter, never passed over. The GenerateRequest is then checked like any other;
+`in_parameters` gives the faults found there the names of the parameters. Pure,
+but for random seeds.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import secrets
+import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 from safelight.v1 import generation_pb2 as pb
+from starlette.datastructures import Headers
 
 from safelight_server.catalog.catalog import Catalog, Pipeline
 from safelight_server.domain.errors import FieldViolation, InvalidRequestError
-from safelight_server.validation import find_model
-from safelight_server.validation.violations import Violations
+from safelight_server.http.form import Form
+from safelight_server.sampler import steps_left_out
+from safelight_server.validation import DEFAULT_STRENGTH, find_model
+from safelight_server.validation.violations import Violations, listed
 from safelight_server.wire.statuses import status_of
 
 SEED_BITS = 53
@@ -32,12 +39,17 @@ MAX_INT32 = 2**31 - 1
 MAX_USER_CHARS = 255
 MAX_NAME_CHARS = 64
 """What is shown of a parameter that there is not."""
+KEY_HEADER, MAX_KEY_CHARS = "idempotency-key", 255
+REQUEST_IDS = uuid.UUID("5d1f6c4e-8a0b-5f57-9e55-3f0f6a2f4b71")
+"""Names request ids that are made of keys (UUIDs of version 5)."""
 NO_QUALITY = "a model has one quality; leave it out, or choose num_inference_steps"
+TO_EDITS = "goes with POST /v1/images/edits, which makes pictures from pictures"
 UNSUPPORTED: Mapping[str, str] = {
     "style": "models have no styles; leave it out, and describe the style in the prompt",
-    "input_fidelity": "pictures are not made from pictures; leave it out",
-    "image": "pictures are not made from pictures; leave it out",
-    "mask": "pictures are not made from pictures; leave it out",
+    "input_fidelity": "leave it out; strength, of POST /v1/images/edits, says how much of the picture is given up",
+    "image": TO_EDITS,
+    "mask": TO_EDITS,
+    "strength": TO_EDITS,
 }
 """Parameters of OpenAI's API that are refused, and what to do."""
 ONLY: Mapping[str, str] = {
@@ -55,6 +67,7 @@ PARAMETERS: Mapping[str, str] = {
     "spec.height_px": "size",
     "spec.sampler": "num_inference_steps",
     "spec.outputs": "n",
+    "spec.init_image": "image",
     "encoding.quality": "output_compression",
     "labels": "user",
 }
@@ -90,8 +103,23 @@ class ImageParameters(BaseModel):
         return self.output_format or "png"
 
 
+class EditParameters(ImageParameters):
+    """The parameters of an edit, beside its pictures."""
+
+    strength: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageEdit:
+    """A request for pictures from a picture: its parameters, and the files of the picture and of its mask."""
+
+    parameters: EditParameters
+    image: bytes
+    mask: bytes | None
+
+
 def parse(body: bytes) -> ImageParameters:
-    """Reads the body of a request.
+    """Reads the body of a request for pictures.
 
     Raises:
         InvalidRequestError: with every parameter that is unknown, of the wrong type or out of its bounds.
@@ -100,23 +128,88 @@ def parse(body: bytes) -> ImageParameters:
     try:
         parameters = ImageParameters.model_validate_json(body)
     except ValidationError as error:
-        for fault in error.errors(include_url=False, include_input=False):
-            faults.add(*_named(fault))
+        _add(error, faults)
         faults.done()
         raise
-    one = not parameters.stream or (parameters.n or 1) == 1
-    faults.check(one, "n", "must be 1 with stream, which has no place for several pictures")
-    faults.check(parameters.stream is True or not parameters.partial_images, "partial_images", "only with stream: true")
-    lossy = parameters.output_compression is None or parameters.format != "png"
-    faults.check(lossy, "output_compression", "png has none; leave it out, or choose jpeg or webp")
+    _check_together(parameters, faults)
     faults.done()
     return parameters
 
 
-def generate_request(parameters: ImageParameters, catalog: Catalog) -> tuple[pb.GenerateRequest, Pipeline]:
+def parse_edit(form: Form) -> ImageEdit:
+    """Reads the form of a request for pictures from a picture.
+
+    Raises:
+        InvalidRequestError: as `parse`.
+    """
+    faults = Violations()
+    texts = {name: values[0] for name, values in form.texts.items() if name not in ("image", "image[]", "mask")}
+    for name, values in form.texts.items():
+        shown = name[:MAX_NAME_CHARS]
+        if name not in texts:
+            faults.add(shown.removesuffix("[]"), "must be a file, with a filename")
+        elif len(values) > 1:
+            faults.add(shown, f"is there {len(values)} times; send it once")
+    files = dict(form.files)
+    images = [*files.pop("image", ()), *files.pop("image[]", ())]
+    masks = files.pop("mask", ())
+    for name in files:
+        known = name in EditParameters.model_fields
+        what = "must be a text, without a filename" if known else "is no parameter of this server; leave it out"
+        faults.add(name[:MAX_NAME_CHARS], what)
+    if not {"image", "image[]"} & form.texts.keys():
+        many = f"is there {len(images)} times; pictures are made from one"
+        faults.check(bool(images), "image", "is missing: send the file of the picture to start from")
+        faults.check(len(images) < 2, "image", many)
+    faults.check(len(masks) < 2, "mask", f"is there {len(masks)} times; send it once")
+    parameters = None
+    try:
+        parameters = EditParameters.model_validate_strings(texts)
+    except ValidationError as error:
+        _add(error, faults)
+    else:
+        _check_together(parameters, faults)
+    faults.done()
+    if parameters is None:
+        raise ValueError("the parameters were refused and left no fault")
+    return ImageEdit(parameters, images[0], masks[0] if masks else None)
+
+
+def _add(error: ValidationError, faults: Violations) -> None:
+    for fault in error.errors(include_url=False, include_input=False):
+        faults.add(*_named(fault))
+
+
+def _check_together(parameters: ImageParameters, faults: Violations) -> None:
+    """Checks what is right or wrong only beside other parameters."""
+    faults.check(parameters.stream is True or not parameters.partial_images, "partial_images", "only with stream: true")
+    lossy = parameters.output_compression is None or parameters.format != "png"
+    faults.check(lossy, "output_compression", "png has none; leave it out, or choose jpeg or webp")
+
+
+def idempotency_key(headers: Headers) -> str:
+    """The Idempotency-Key of a request; "" where it has none.
+
+    Raises:
+        InvalidRequestError: it is empty or too long.
+    """
+    key = headers.get(KEY_HEADER)
+    if key is None:
+        return ""
+    if not 0 < len(key) <= MAX_KEY_CHARS:
+        what = f"must have 1 to {MAX_KEY_CHARS} characters, such as a UUID; or leave it out"
+        raise InvalidRequestError([FieldViolation(f"header {KEY_HEADER}", what)])
+    return key
+
+
+def generate_request(
+    parameters: ImageParameters, catalog: Catalog, key: str = ""
+) -> tuple[pb.GenerateRequest, Pipeline]:
     """The GenerateRequest of the parameters, and the pipeline that it asks for.
 
-    A client that leaves cannot come back to its generation, which is therefore cancelled at once.
+    A client that leaves cannot come back to its generation, which is therefore cancelled at once; unless the request
+    has an idempotency key. That is its request id and decides its seeds, so that the same request gives the same
+    message when it is sent again.
 
     Raises:
         NotFoundError: there is no such model.
@@ -136,16 +229,46 @@ def generate_request(parameters: ImageParameters, catalog: Catalog) -> tuple[pb.
     first = parameters.seed
     too_many = pipeline.manifest.limits.max_outputs + 1  # is refused as well as any larger number
     for index in range(min(parameters.n or 1, too_many)):
-        seed = secrets.randbits(SEED_BITS) if first is None else (first + index) % (MAX_SEED + 1)
+        seed = _chosen_seed(key, index) if first is None else (first + index) % (MAX_SEED + 1)
         spec.outputs.add(seed=seed)
     request.encoding.media_type = f"image/{parameters.format}"
     if parameters.output_compression is not None:
         request.encoding.quality = max(1, parameters.output_compression)
     _set_previews(request, parameters, pipeline)
-    request.disconnect.resume_grace.SetInParent()
+    if key:
+        request.request_id = str(uuid.uuid5(REQUEST_IDS, key))
+    else:
+        request.disconnect.resume_grace.SetInParent()
     if parameters.user:
         request.labels["user"] = parameters.user
     return request, pipeline
+
+
+def edit_request(parameters: EditParameters, catalog: Catalog, key: str = "") -> tuple[pb.GenerateRequest, Pipeline]:
+    """The GenerateRequest of an edit but for its pictures, and the pipeline that it asks for.
+
+    Raises:
+        NotFoundError: there is no such model.
+        InvalidRequestError: it cannot start from pictures.
+    """
+    request, pipeline = generate_request(parameters, catalog, key)
+    if not pipeline.has_encoder:
+        able = listed(name for name, other in catalog.pipelines.items() if other.has_encoder)
+        what = f"{pipeline.name} cannot start from a picture: it has no encoder; " + (
+            f"{able} can" if able else "no model of this server can"
+        )
+        raise InvalidRequestError([FieldViolation("model", what)])
+    if parameters.strength is not None:
+        request.spec.strength = parameters.strength
+    return request, pipeline
+
+
+def _chosen_seed(key: str, index: int) -> int:
+    """A seed that nobody has asked for: random, or by the idempotency key."""
+    if not key:
+        return secrets.randbits(SEED_BITS)
+    digest = hashlib.sha256(f"{index} {key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> (64 - SEED_BITS)
 
 
 def _set_previews(request: pb.GenerateRequest, parameters: ImageParameters, pipeline: Pipeline) -> None:
@@ -154,7 +277,10 @@ def _set_previews(request: pb.GenerateRequest, parameters: ImageParameters, pipe
         request.preview.method = pb.PREVIEW_METHOD_NONE
         return
     num_steps = parameters.num_inference_steps or pipeline.manifest.defaults.num_inference_steps
-    request.preview.every_n_steps = math.ceil(num_steps / parameters.partial_images)
+    if isinstance(parameters, EditParameters):  # whose first steps are left out
+        strength = DEFAULT_STRENGTH if parameters.strength is None else parameters.strength
+        num_steps -= steps_left_out(num_steps, min(1.0, max(0.0, strength)))
+    request.preview.every_n_steps = max(1, math.ceil(num_steps / parameters.partial_images))
     request.preview.accept.append(request.encoding)
 
 
@@ -164,9 +290,18 @@ def _pipeline(name: str, catalog: Catalog) -> Pipeline:
     return find_model(full, catalog, "model")
 
 
-def in_parameters(status: status_pb2.Status) -> status_pb2.Status:
-    """The status with the names of the parameters in place of the paths in the GenerateRequest."""
+def in_parameters(status: status_pb2.Status, request_id: str = "") -> status_pb2.Status:
+    """The status with the names of the parameters in place of the paths in the GenerateRequest.
+
+    Args:
+        request_id: made of an idempotency key, which then stands in its place.
+    """
     bad = error_details_pb2.BadRequest()
+    if request_id and request_id in status.message:
+        told = status_pb2.Status()
+        told.CopyFrom(status)
+        told.message = status.message.replace(f"request_id {request_id}", "this Idempotency-Key")
+        return told
     if status.code != code_pb2.INVALID_ARGUMENT or not any(detail.Unpack(bad) for detail in status.details):
         return status
     violations = [FieldViolation(_parameter(one.field), one.description) for one in bad.field_violations]

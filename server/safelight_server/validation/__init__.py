@@ -22,8 +22,10 @@ from safelight_server.validation.request import (
     resolve_priority,
     resolve_request,
 )
+from safelight_server.validation.spec import DEFAULT_STRENGTH
 
 __all__ = [
+    "DEFAULT_STRENGTH",
     "RequestLimits",
     "body_digest",
     "check_upload",

@@ -1,0 +1,104 @@
+"""POST /v1/images/edits: pictures from a picture, as OpenAI's image API has it. Answers as `images.py` does.
+
+The files of the form are kept as ImageService keeps what clients upload, and
+named in the GenerateRequest. The room for them is that of the uploads.
+Invariant: no page of another origin makes the server work, which may send a form
+without being asked about (CORS).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from safelight.v1 import generation_pb2 as pb
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from safelight_server.api.images import UPLOAD_S, ImageCalls
+from safelight_server.catalog.catalog import Catalog
+from safelight_server.domain.caller import Caller
+from safelight_server.domain.errors import FieldViolation, InvalidRequestError, SafelightError
+from safelight_server.http.calls import CLOSE, HttpCall, bounded, discard, num_announced, timely
+from safelight_server.http.form import CONTENT_TYPE, read_form
+from safelight_server.http.images import ImageAnswer, ImageGenerations
+from safelight_server.http.images_request import EditParameters, edit_request, idempotency_key, parse_edit
+
+EDIT = "image_edit"
+"""How the events of a stream are called, before the dot."""
+NUM_FILES = 2
+
+
+class EditReader:
+    """Reads the form of an edit, within the bounds of uploads.
+
+    Args:
+        max_text_bytes: bound on what the form has beside its files, and on each text of it.
+        cors_origins: origins whose pages may send forms; "*" for all.
+    """
+
+    def __init__(self, uploads: ImageCalls, max_text_bytes: int, cors_origins: Sequence[str]) -> None:
+        self._uploads = uploads
+        self._max_text_bytes = max_text_bytes
+        self._cors_origins = cors_origins
+
+    async def __call__(self, call: HttpCall, caller: Caller) -> None:
+        """Reads it; keeps room among the uploads of the caller's tenant until the body is dropped."""
+        request = call.request
+        most = NUM_FILES * self._uploads.max_bytes + self._max_text_bytes
+        try:
+            self._check_kind(call)
+            call.held.enter_context(self._uploads.room.upload(caller.tenant, num_announced(request, most)))
+        except (HTTPException, SafelightError):
+            await discard(request)
+            raise
+        async with timely(UPLOAD_S), contextlib.aclosing(bounded(request, most)) as pieces:
+            call.form = await read_form(request.headers, pieces, self._max_text_bytes)
+
+    def _check_kind(self, call: HttpCall) -> None:
+        kind, _, more = call.request.headers.get("content-type", "").lower().partition(";")
+        if kind.strip() != CONTENT_TYPE or "boundary=" not in more:
+            raise HTTPException(415, f"send content-type: {CONTENT_TYPE}; boundary=…", CLOSE)
+        origin, own = call.request.headers.get("origin"), call.request.headers.get("host", "")
+        if origin is None or origin in self._cors_origins or "*" in self._cors_origins:
+            return
+        if urlsplit(origin).netloc != own:
+            what = f"pages of {origin[:256]} may not send forms here; http_cors_origins says whose may"
+            raise HTTPException(403, what, CLOSE)
+
+
+class ImageEdits:
+    """Answers requests for pictures from a picture.
+
+    Args:
+        generations: develops and answers.
+    """
+
+    def __init__(self, generations: ImageGenerations, uploads: ImageCalls, catalog: Catalog) -> None:
+        self._generations = generations
+        self._uploads = uploads
+        self._catalog = catalog
+
+    async def edit(self, call: HttpCall) -> Response | None:
+        """Makes the pictures of a request; sends events, or returns the answer with all pictures."""
+        parameters, message, pictures = await self._take(call)
+        call.drop_body()
+        return await self._generations.develop(call, parameters, message, pictures)
+
+    async def _take(self, call: HttpCall) -> tuple[EditParameters, pb.GenerateRequest, ImageAnswer]:
+        """Checks the form and keeps its files."""
+        asked = parse_edit(call.form)
+        message, pipeline = edit_request(asked.parameters, self._catalog, idempotency_key(call.request.headers))
+        image = await self._uploads.keep(call.caller, asked.image, "image")
+        message.spec.init_image = image.name
+        if asked.mask is not None:
+            mask = await self._uploads.keep(call.caller, asked.mask, "mask", transparent=True)
+            if (mask.width_px, mask.height_px) != (image.width_px, image.height_px):
+                what = (
+                    f"has {mask.width_px}x{mask.height_px} pixels where the picture has "
+                    f"{image.width_px}x{image.height_px}; both must have the same size"
+                )
+                raise InvalidRequestError([FieldViolation("mask", what)])
+            message.spec.mask = mask.name
+        return asked.parameters, message, ImageAnswer(asked.parameters, pipeline, EDIT)
