@@ -49,6 +49,9 @@ async def generate(client: safelight.Client, case: dict[str, Any], request: dict
     seen |= {"generation": "", "reliable": [], "steps": [], "previews": [], "pictures": [], "cancelled": None}
     seen["watched"] = None
     message = json_format.ParseDict(request, pb.GenerateRequest())
+    if case["init_image_file"]:
+        init_image, mask = [await client.upload_image(Path(case[name])) for name in ("init_image_file", "mask_file")]
+        message.spec.init_image, message.spec.mask = init_image.name, mask.name
     try:
         async for event in client.develop(message, timeout_s=case["timeout_s"] or None):
             await take(client, case, event, seen)

@@ -74,3 +74,19 @@ async def test_what_is_taken_over_without_its_picture_fails(redis_server: RedisS
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await collect(server.stub.WatchGeneration(watch))
             assert (caught.value.code(), reason_of(caught.value)) == (grpc.StatusCode.NOT_FOUND, "IMAGE_NOT_FOUND")
+
+
+async def test_an_output_of_one_replica_is_a_picture_to_start_from_at_the_other(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    """It becomes a picture of the tenant, which whoever goes on with the generation reads."""
+    async with servers(redis_server.url, tmp_path) as (one, other):
+        first = await collect(one.stub.Generate(request(4, STEPS, cache=BYPASS)))
+        message = request(5, STEPS, cache=BYPASS)
+        message.spec.init_image = f"{first[0].generation}/outputs/0"
+        there = await collect(other.stub.Generate(message))
+        assert there[0].accepted.spec.init_image == name_of(picture(first))
+        expected = picture(there)
+        assert picture(await collect(one.stub.Generate(message))) == expected
+        watch = await let_go(other, message)
+        assert picture(await collect(one.stub.WatchGeneration(watch))) == expected

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safelight_server.domain.picture import encode, encode_within, shrink
+from safelight_server.domain.picture import encode, encode_within, picture_file, shrink
 from safelight_server.domain.request import MediaType, PixelEncoding
 
 
@@ -30,6 +30,8 @@ def test_raw_rows_are_aligned_and_in_order(height, width, align, bottom_up):
     texels = rows[:, : 4 * width].reshape(height, width, 4)
     assert (texels[..., 3] == 255).all()
     assert np.array_equal(texels[::-1, :, :3] if bottom_up else texels[..., :3], image)
+    file = picture_file(encoded, bottom_up=bottom_up)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(file.data))), image)
 
 
 @pytest.mark.parametrize("media_type", [MediaType.JPEG, MediaType.WEBP, MediaType.PNG])

@@ -103,7 +103,9 @@ GUIDANCE = "must be a number from 1 (without guidance) to 20"
 SIZES = "models/small makes 64x64, 64x96"
 ONLY_RAW = f"only {RAW} has it; leave it out"
 IMAGE = f"images/{'ab' * 32}"
-NOT_AN_IMAGE = "must be images/SHA256 with 64 hexadecimal digits, as UploadImage returns it"
+NOT_AN_IMAGE = (
+    "must be images/SHA256 with 64 hexadecimal digits, as UploadImage returns it, or generations/ID/outputs/INDEX"
+)
 STRENGTH = "must be above 0 and at most 1"
 NOT_UUID = "must be a UUID such as 6f1c0a52-9b3e-4d0f-8a55-2f0c7d1e9b64, and not all zeros"
 GRACE = "must be a Duration from 0 to 600 s"
@@ -193,6 +195,9 @@ FAULTS: list[tuple[str, pb.GenerateRequest, str, str]] = [
     ("no image name", request(init_image="photo.png"), "spec.init_image", NOT_AN_IMAGE),
     ("image name in capitals", request(init_image=IMAGE.upper()), "spec.init_image", NOT_AN_IMAGE),
     ("mask name", request(init_image=IMAGE, mask="images/1"), "spec.mask", NOT_AN_IMAGE),
+    ("a whole generation", request(init_image="generations/x"), "spec.init_image", NOT_AN_IMAGE),
+    ("output without a number", request(init_image="generations/x/outputs/"), "spec.init_image", NOT_AN_IMAGE),
+    ("output in a folder", request(init_image="generations/x/y/outputs/0"), "spec.init_image", NOT_AN_IMAGE),
     ("mask alone", request(mask=IMAGE), "spec.mask", "goes with init_image, which it is the mask of; leave it out"),
     ("strength alone", request(strength=0.5), "spec.strength", "goes with init_image; leave it out"),
     ("strength 0", request(init_image=IMAGE, strength=0.0), "spec.strength", STRENGTH),

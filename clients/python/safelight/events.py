@@ -99,6 +99,7 @@ class Picture(EncodedImage):
     Attributes:
         stride_bytes: from one row to the next for raw pixels, else 0.
         bottom_up: the first of the raw rows is the lowest one.
+        generation: that it came from, "generations/ID".
     """
 
     output_index: int
@@ -109,6 +110,12 @@ class Picture(EncodedImage):
     data: bytes
     stride_bytes: int = 0
     bottom_up: bool = False
+    generation: str = ""
+
+    @property
+    def name(self) -> str:
+        """By which other generations can start from it, "generations/ID/outputs/INDEX"."""
+        return f"{self.generation}/outputs/{self.output_index}"
 
 
 @dataclass(frozen=True, slots=True)

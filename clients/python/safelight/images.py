@@ -9,14 +9,18 @@ from typing import TypeAlias
 
 import grpc
 
+from safelight.events import Picture
+from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import images_pb2, images_pb2_grpc
 
 CHUNK_BYTES = 32 << 10
 """What a server takes in one message."""
 
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
-ImageSource: TypeAlias = str | bytes | Path
-"""A picture: its file as bytes or by its path, or the name "images/SHA256" of one that was uploaded."""
+ImageSource: TypeAlias = str | bytes | Path | Picture | pb.Generation
+"""A picture: its file as bytes or by its path, or the name "images/SHA256" of one that was uploaded. Or the picture of
+another generation: as it came, its name "generations/ID/outputs/INDEX", or a generation, or its name, for its first
+output."""
 
 
 class ImageFile:
@@ -44,14 +48,18 @@ class ImageFile:
 
 
 def image_file(source: ImageSource, field: str) -> ImageFile | None:
-    """The file of an argument; None for one that is a name.
+    """The file of an argument; None for one that the server has: a name, a picture of a generation, or a generation.
 
     Raises:
-        ValueError: it is neither a name nor a file that can be read.
+        ValueError: it is neither such a one nor a file that can be read.
     """
+    if isinstance(source, Picture):
+        return None if source.generation else ImageFile(source.data, field)
+    if isinstance(source, pb.Generation):
+        return None
     if isinstance(source, str):
-        if not source.startswith("images/"):
-            raise ValueError(f"{field}: must be bytes, a pathlib.Path, or a name that begins with images/")
+        if not source.startswith(("images/", "generations/")):
+            raise ValueError(f"{field}: must be bytes, a pathlib.Path, a picture, or a name that begins with images/")
         return None
     if isinstance(source, bytes):
         return ImageFile(source, field)
@@ -59,6 +67,22 @@ def image_file(source: ImageSource, field: str) -> ImageFile | None:
         return ImageFile(source.read_bytes(), field)
     except OSError as error:
         raise ValueError(f"{field}: {source}: {error.strerror}") from None
+
+
+def image_name(source: ImageSource, field: str) -> str:
+    """The name that the picture of an argument has at the server.
+
+    Raises:
+        ValueError: as `image_file`.
+    """
+    file = image_file(source, field)
+    if file is not None:
+        return file.name
+    if isinstance(source, Picture):
+        return source.name
+    name = source.name if isinstance(source, pb.Generation) else str(source)
+    whole = name.startswith("generations/") and "/outputs/" not in name
+    return f"{name}/outputs/0" if whole else name
 
 
 async def upload(

@@ -103,7 +103,8 @@ class Received:
             raise ValueError(f"output {index} arrived damaged")
         seed = self.seeds[index] if index < len(self.seeds) else 0
         sizes = (chunk.width_px, chunk.height_px)
-        return Picture(index, chunk.media_type, *sizes, seed, bytes(part), chunk.stride_bytes, self.bottom_up)
+        stride, data = chunk.stride_bytes, bytes(part)
+        return Picture(index, chunk.media_type, *sizes, seed, data, stride, self.bottom_up, self.name)
 
 
 def _is_bottom_up(encoding: pb.PixelEncoding) -> bool:

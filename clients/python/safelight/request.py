@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict, Unpack
 
-from safelight.images import ImageFile, ImageSource, image_file
+from safelight.images import ImageFile, ImageSource, image_file, image_name
 from safelight.v1 import generation_pb2 as pb
 
 CacheMode = Literal["default", "bypass", "latent", "similar"]
@@ -46,7 +46,8 @@ class GenerateOptions(PreviewOptions, total=False):
         width, height: of the pictures in pixels, both or none; one of the model's sizes.
         seed: of the only picture. Absent: random.
         seeds: one for each picture, in place of `seed`.
-        init_image: a picture to start from; see `ImageSource`. It is uploaded where the server does not have it.
+        init_image: a picture to start from, such as a file or the picture of another generation; see `ImageSource`. A
+            file is uploaded where the server does not have it.
         strength: how much of `init_image` is given up, above 0 and at most 1.
         mask: where `init_image` is developed anew: white, or transparent if it has an alpha channel.
         steps: denoising steps.
@@ -128,10 +129,7 @@ def image_files(options: GenerateOptions) -> dict[str, ImageFile]:
 
 
 def _image_name(source: ImageSource | None, field: str) -> str:
-    if source is None:
-        return ""
-    file = image_file(source, field)
-    return str(source) if file is None else file.name
+    return "" if source is None else image_name(source, field)
 
 
 def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> pb.GenerateRequest:

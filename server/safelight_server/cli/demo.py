@@ -65,9 +65,9 @@ class DemoRequest:
     timeout_s: float | None = None
     cache: CacheMode = "default"
     branch: Branch | None = None
-    init_image: Path | None = None
+    init_image: Path | str | None = None
     strength: float | None = None
-    mask: Path | None = None
+    mask: Path | str | None = None
 
 
 @dataclass(slots=True)

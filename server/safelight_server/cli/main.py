@@ -183,9 +183,11 @@ def generate(
     timeout_s: Annotated[float | None, typer.Option("--timeout", min=0.001, help="Deadline in seconds.")] = None,
     cache: Annotated[CacheMode, typer.Option(help="What may serve it beside its own development.")] = "default",
     branch: Annotated[str, typer.Option(metavar="generations/ID@STEP", help="Where to start from.")] = "",
-    init: Annotated[Path | None, typer.Option(help="Picture to start from: PNG, JPEG or WebP.")] = None,
+    init: Annotated[
+        str, typer.Option(metavar="FILE", help="Picture to start from: PNG, JPEG or WebP, or generations/ID.")
+    ] = "",
     strength: Annotated[float | None, typer.Option(help="How much of it is given up, to 1. Default: 0.8.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="Where it is developed anew: white, or transparent.")] = None,
+    mask: Annotated[str, typer.Option(metavar="FILE", help="Where it is developed anew: white, or transparent.")] = "",
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
     ca_file: CaFile = None,
@@ -211,9 +213,9 @@ def generate(
         timeout_s,
         cache,
         _branch(branch) if branch else None,
-        init,
+        _picture(init),
         strength,
-        mask,
+        _picture(mask),
     )
     picture, developed = _run(
         demos.generate_one(_connect(target, api_key, ca_file, client_cert, server_name), order, console)
@@ -225,6 +227,11 @@ def generate(
     size = f"{picture.width_px}x{picture.height_px}"
     console.print(f"{out}  {size}  seed {picture.seed}  {developed.figures()}", highlight=False, soft_wrap=True)
     console.print(developed.origin(), highlight=False, soft_wrap=True)
+
+
+def _picture(source: str) -> Path | str | None:
+    """The file of an argument, or the name of a picture that the server has."""
+    return source if source.startswith(("generations/", "images/")) else Path(source) if source else None
 
 
 def _branch(text: str) -> Branch:

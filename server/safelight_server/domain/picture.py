@@ -78,6 +78,15 @@ def encode_within(pixels: Pixels, encoding: PixelEncoding, max_bytes: int) -> En
     return encoded
 
 
+def picture_file(picture: EncodedPicture, *, bottom_up: bool) -> EncodedPicture:
+    """A picture as a file that decoders read: itself, or raw pixels, whose lowest row may come first, as a PNG."""
+    if picture.media_type is not MediaType.RAW_RGBA8:
+        return picture
+    rows = np.frombuffer(picture.data, np.uint8).reshape(picture.height_px, picture.stride_bytes)
+    pixels = rows[:, : 4 * picture.width_px].reshape(picture.height_px, picture.width_px, 4)[..., :3]
+    return encode(np.ascontiguousarray(pixels[::-1] if bottom_up else pixels), PixelEncoding(MediaType.PNG))
+
+
 def shrink(pixels: Pixels, max_edge_px: int | None) -> Pixels:
     """Scales pixels down, keeping the aspect, until no edge is longer than `max_edge_px`. Never scales up."""
     height, width, _ = pixels.shape

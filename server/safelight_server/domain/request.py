@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from safelight_server.domain.ktx2 import TextureFormat
 from safelight_server.sampler import SamplerSpec, steps_left_out
@@ -120,8 +120,9 @@ class Spec:
         token_ids: of the prompt, padded to the text encoder's context length.
         negative_token_ids: None when guidance_scale is 1 (one row a step).
         seeds: one per output, each 0 to 2**64 - 1.
-        init_image: SHA-256 of the picture to start from, in hexadecimal; "": none, and then `strength` is 1.
-        mask: SHA-256 of the picture that says where it is developed anew; "": everywhere.
+        init_image: SHA-256 of the picture to start from, in hexadecimal; "": none, and then `strength` is 1. Until its
+            generation begins it may be the name of an output, "generations/ID/outputs/INDEX".
+        mask: likewise of the picture that says where it is developed anew; "": everywhere.
     """
 
     model: str
@@ -144,6 +145,15 @@ class Spec:
     def first_step(self) -> int:
         """The first step that is made; above 0 where development starts from a picture."""
         return steps_left_out(self.num_inference_steps, self.strength)
+
+    @property
+    def named_outputs(self) -> dict[str, str]:
+        """The pictures that are outputs of other generations, as far as that was not resolved: their names by field."""
+        return {field: name for field, name in (("init_image", self.init_image), ("mask", self.mask)) if "/" in name}
+
+    def with_images(self, digests: Mapping[str, str]) -> Spec:
+        """The same with the digests of the pictures that `named_outputs` has, by field."""
+        return replace(self, init_image=digests.get("init_image", self.init_image), mask=digests.get("mask", self.mask))
 
     @property
     def model_revision(self) -> str:

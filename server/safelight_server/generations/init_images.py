@@ -1,17 +1,30 @@
-"""Loads the pictures that generations start from: from the uploads of their tenant to pixels at their size."""
+"""Loads the pictures that generations start from: from the uploads of their tenant to pixels at their size.
+
+An output of another generation becomes an upload of its tenant first. So what
+decides about a picture is the content of what it started from, and any replica
+can read that again.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import Executor
 
 from safelight_server.cache.images import Images
-from safelight_server.domain.errors import FieldViolation, InvalidRequestError, NotFoundError
-from safelight_server.domain.picture import Pixels
-from safelight_server.domain.request import Spec
-from safelight_server.domain.uploads import PictureFileError, decode_mask, decode_picture
+from safelight_server.domain.errors import (
+    FailedPreconditionError,
+    FieldViolation,
+    InvalidRequestError,
+    NotFoundError,
+)
+from safelight_server.domain.events import FinishReason
+from safelight_server.domain.picture import EncodedPicture, Pixels, picture_file
+from safelight_server.domain.request import MediaType, Spec
+from safelight_server.domain.uploads import PictureFile, PictureFileError, decode_mask, decode_picture
 from safelight_server.engine.jobs import InitImage
+from safelight_server.generations.generation import Generation
 
 
 class InitImages:
@@ -44,6 +57,39 @@ class InitImages:
             mask = await self._decoded(tenant, spec.mask, "spec.mask", decode_mask, spec)
         return InitImage(spec.init_image, pixels, mask)
 
+    async def keep_output(self, source: Generation, index: int, field: str) -> str:
+        """Keeps the picture of an output as if its client had uploaded it. Returns its digest.
+
+        Args:
+            field: where the request names it.
+
+        Raises:
+            InvalidRequestError: there is no such output, or its picture is a texture.
+            FailedPreconditionError: it has no picture, or not yet.
+            NotFoundError: the picture is not kept any more.
+            UnavailableError: it cannot be kept now.
+        """
+        name = f"{source.name}/outputs/{index}"
+        if index >= len(source.outputs):
+            what = f"{source.name} has {len(source.outputs)} outputs, from 0 on"
+            raise InvalidRequestError([FieldViolation(field, what)])
+        output, picture = source.outputs[index], source.log.picture(index)
+        if output.reason is None or (picture is None and source.owned and output.reason is FinishReason.COMPLETED):
+            what = f"{name} is not finished; wait for it, then ask again"
+            raise _no_picture(what, "OUTPUT_NOT_FINISHED", field)
+        if output.reason is not FinishReason.COMPLETED:
+            what = f"{name} has no picture: it ended as {output.reason.name}"
+            raise _no_picture(what, "OUTPUT_HAS_NO_PICTURE", field)
+        if picture is None:
+            raise output_not_found(name, field)
+        if picture.media_type is MediaType.KTX2:
+            what = f"{name} is a texture, which nothing can start from; take one of another encoding, such as image/png"
+            raise InvalidRequestError([FieldViolation(field, what)])
+        bottom_up = source.request.encoding.bottom_up
+        digest, data, facts = await asyncio.get_running_loop().run_in_executor(self._pool, _file, picture, bottom_up)
+        await self._images.put(source.caller.tenant, digest, data, facts)
+        return digest
+
     async def _decoded(
         self, tenant: str, digest: str, field: str, decode: Callable[[bytes, int, int, int], Pixels], spec: Spec
     ) -> Pixels:
@@ -60,5 +106,24 @@ class InitImages:
 
 def image_not_found(digest: str, field: str) -> NotFoundError:
     """There is no such picture of the tenant's, or none any more."""
-    what = f"there is no images/{digest}; upload it, or upload it again"
+    return _not_found(f"there is no images/{digest}; upload it, or upload it again", field)
+
+
+def output_not_found(name: str, field: str) -> NotFoundError:
+    """There is no such output of the tenant's, or none any more."""
+    return _not_found(f"there is no {name}, or none any more; upload the picture that came of it", field)
+
+
+def _not_found(what: str, field: str) -> NotFoundError:
     return NotFoundError(what, reason="IMAGE_NOT_FOUND", violations=[FieldViolation(field, what)])
+
+
+def _no_picture(what: str, reason: str, field: str) -> FailedPreconditionError:
+    return FailedPreconditionError(what, reason=reason, violations=[FieldViolation(field, what)])
+
+
+def _file(picture: EncodedPicture, bottom_up: bool) -> tuple[str, bytes, PictureFile]:
+    """The digest, the bytes and the facts of a picture's file. Slow enough for a thread."""
+    file = picture_file(picture, bottom_up=bottom_up)
+    facts = PictureFile(file.media_type.value, file.width_px, file.height_px)
+    return hashlib.sha256(file.data).hexdigest(), file.data, facts

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import secrets
 import time
@@ -39,7 +40,7 @@ from safelight_server.generations.execution import Executions
 from safelight_server.generations.finished import FinishedGenerations
 from safelight_server.generations.generation import DECIDE_RETRY_S, Generation
 from safelight_server.generations.idempotency import Idempotency
-from safelight_server.generations.init_images import InitImages
+from safelight_server.generations.init_images import InitImages, output_not_found
 from safelight_server.generations.inspection import Inspection
 from safelight_server.generations.open_streams import End, OpenStreams
 from safelight_server.generations.ownership import CANCEL, PRIORITY, ClusterContext, Ownership
@@ -96,6 +97,7 @@ class Generations:
         self._metrics = metrics
         self._charge = charge
         self._price = price
+        self._images = images
         most = settings.max_waiting_outputs
         waiting = dict.fromkeys(Priority, most) | {Priority.BATCH: BATCH_ROOM * most}
         limits = AdmissionLimits(waiting, settings.max_waiting_per_caller)
@@ -192,6 +194,7 @@ class Generations:
         if request.branch is not None:
             branched_from = await self.find(generation.caller, request.branch.generation_id, tend=False)
         with generation.stage.within("lookup"):
+            await self._keep_outputs(generation)
             plans = await self._planner.plan(generation, branched_from)
         self._refuse_while_draining()
         if self._ownership is not None:
@@ -201,6 +204,23 @@ class Generations:
         with generation.stage.within("admission"):
             self._planner.submit(generation, plans, generation.left_s)
         return None
+
+    async def _keep_outputs(self, generation: Generation) -> None:
+        """Keeps the outputs that it starts from as pictures of its tenant, which its request then names.
+
+        Raises:
+            NotFoundError, FailedPreconditionError, InvalidRequestError, UnavailableError: one of them cannot be used.
+        """
+        request, digests = generation.request, dict[str, str]()
+        for field, name in request.spec.named_outputs.items():
+            _, identifier, _, index = name.split("/")
+            try:
+                source = await self.find(generation.caller, identifier, tend=False)
+            except NotFoundError:
+                raise output_not_found(name, f"spec.{field}") from None
+            digests[field] = await self._images.keep_output(source, int(index), f"spec.{field}")
+        if digests:
+            generation.request = dataclasses.replace(request, spec=request.spec.with_images(digests))
 
     def _refuse_while_draining(self) -> None:
         if self._draining:

@@ -99,6 +99,13 @@ class EventLog:
         else:
             self.journal.picture(output_index, picture, functools.partial(self._show, item))
 
+    def picture(self, output_index: int) -> EncodedPicture | None:
+        """The finished picture of an output; None where streams have not been shown one."""
+        for item in self._shared.items:
+            if isinstance(item, SerializedArtifact) and item.output_index == output_index:
+                return item.picture()
+        return None
+
     def replay(self, item: SerializedEvent) -> None:
         """Adds a state event that the replica which owns the generation has published."""
         self.last_sequence = item.sequence

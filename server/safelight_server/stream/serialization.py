@@ -14,6 +14,7 @@ from safelight.v1 import generation_pb2 as pb
 
 from safelight_server.domain.events import Event
 from safelight_server.domain.picture import EncodedPicture
+from safelight_server.domain.request import MediaType
 from safelight_server.preview import RenderedPreview
 from safelight_server.wire import event_message
 from safelight_server.wire.enums import PREVIEW_METHODS
@@ -65,6 +66,13 @@ class SerializedArtifact:
         chunk.data = chunk.data[offset - chunk.offset :]
         chunk.offset = offset
         return response.SerializeToString()
+
+    def picture(self) -> EncodedPicture:
+        """The picture, put together again."""
+        chunks = [pb.GenerateResponse.FromString(piece).event.artifact_chunk for piece in self.pieces]
+        first = chunks[0]
+        data = b"".join(chunk.data for chunk in chunks)
+        return EncodedPicture(MediaType(first.media_type), first.width_px, first.height_px, first.stride_bytes, data)
 
 
 def serialize(generation: str, event: Event, sequence: int = 0) -> bytes:

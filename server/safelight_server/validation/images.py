@@ -1,4 +1,4 @@
-"""Checks what is said of pictures that clients upload, before any of it is read."""
+"""Checks what is said of pictures that clients upload, before any of it is read, and of pictures to start from."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ import re
 from safelight.v1 import images_pb2
 
 from safelight_server.domain.errors import FieldViolation, InvalidRequestError
-from safelight_server.validation.violations import Violations
+from safelight_server.validation.violations import NAME, Violations
 
 IMAGE_NAME = re.compile("images/([0-9a-f]{64})")
+OUTPUT_NAME = re.compile(f"generations/{NAME}/outputs/[0-9]{{1,9}}")
 NOT_A_NAME = "must be images/SHA256 with 64 hexadecimal digits, as UploadImage returns it"
 DIGEST_BYTES = 32
 
 
-def image_digest(name: str, field: str, faults: Violations) -> str:
-    """The digest in the name of a picture that stands at the path `field` of a request."""
-    found = IMAGE_NAME.fullmatch(name)
-    faults.check(found is not None, field, NOT_A_NAME)
-    return "" if found is None else found[1]
+def source_image(name: str, field: str, faults: Violations) -> str:
+    """What a picture to start from, whose name stands at the path `field` of a request, is known by.
+
+    Returns:
+        The digest of one that was uploaded, or the name of an output as it is; "" for a name of another form.
+    """
+    if (found := IMAGE_NAME.fullmatch(name)) is not None:
+        return found[1]
+    good = OUTPUT_NAME.fullmatch(name) is not None
+    faults.check(good, field, f"{NOT_A_NAME}, or generations/ID/outputs/INDEX")
+    return name if good else ""
 
 
 def resolve_image(name: str) -> str:

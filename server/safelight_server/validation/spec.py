@@ -12,7 +12,7 @@ from safelight_server.catalog.catalog import Pipeline
 from safelight_server.domain.request import Notice, Spec
 from safelight_server.domain.roles import Role
 from safelight_server.sampler import SamplerSpec, refusal, steps_left_out
-from safelight_server.validation.images import image_digest
+from safelight_server.validation.images import source_image
 from safelight_server.validation.violations import Violations, listed, shown
 from safelight_server.wire.enums import ROLES, SIGMA_SCHEDULES, SPACINGS, from_number
 
@@ -180,15 +180,15 @@ def _eta(message: pb.SamplerSpec, sampler: str, default: float, faults: Violatio
 def _init_image(
     message: pb.GenerationSpec, pipeline: Pipeline, steps: int | None, faults: Violations
 ) -> tuple[str, float, str]:
-    """The digest of the picture to start from, how much of it is given up, and the digest of its mask."""
+    """The picture to start from, how much of it is given up, and its mask."""
     if not message.init_image:
         faults.check(not message.HasField("strength"), "spec.strength", "goes with init_image; leave it out")
         faults.check(not message.mask, "spec.mask", "goes with init_image, which it is the mask of; leave it out")
         return "", 1.0, ""
     what = f"models/{pipeline.name} cannot start from a picture: it has no encoder; ListModels shows which models can"
     faults.check(pipeline.has_encoder, "spec.init_image", what)
-    init_image = image_digest(message.init_image, "spec.init_image", faults)
-    mask = image_digest(message.mask, "spec.mask", faults) if message.mask else ""
+    init_image = source_image(message.init_image, "spec.init_image", faults)
+    mask = source_image(message.mask, "spec.mask", faults) if message.mask else ""
     strength = DEFAULT_STRENGTH
     if message.HasField("strength"):
         strength = float(str(np.float32(message.strength)))  # 0.7 as it was meant: 10 steps of it are 7

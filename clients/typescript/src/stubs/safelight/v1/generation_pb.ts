@@ -209,9 +209,13 @@ export type GenerationSpec = Message<"safelight.v1.GenerationSpec"> & {
 
   /**
    * A picture to start from in place of noise: "images/{sha256}", as UploadImage
-   * returns it. Of another size or shape than the pictures it is cut at its
-   * longer sides to their shape, and scaled. Transparent parts count as white.
-   * Only for models with TASK_IMAGE_TO_IMAGE.
+   * returns it, or "generations/{generation}/outputs/{output_index}", the picture
+   * of an output that is complete. That is kept as if it had been uploaded, and
+   * `Accepted.spec` has its name as such. Of another size or shape than the
+   * pictures it is cut at its longer sides to their shape, and scaled.
+   * Transparent parts count as white. Only for models with TASK_IMAGE_TO_IMAGE.
+   * NOT_FOUND where there is none of this name, or none any more, or it is
+   * another tenant's; FAILED_PRECONDITION where the output is not finished.
    *
    * @generated from field: string init_image = 10;
    */
@@ -227,7 +231,7 @@ export type GenerationSpec = Message<"safelight.v1.GenerationSpec"> & {
   strength?: number | undefined;
 
   /**
-   * Which part of `init_image` is developed anew: "images/{sha256}", cut and
+   * Which part of `init_image` is developed anew: named as that, cut and
    * scaled as that. White is developed, black is kept, and grey is a soft edge
    * between both. Where the picture has an alpha channel that alone counts:
    * transparent is developed, opaque is kept. Only with `init_image`.
