@@ -2,10 +2,13 @@ package safelight
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"net"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -26,6 +29,7 @@ import (
 const (
 	windowBytes    = 64 << 10 // previews wait at the server, where the newest wins, not here
 	connectTimeout = 5 * time.Second
+	pieceBytes     = 32 << 10 // of a picture, in one message
 )
 
 // A Client is a connection to a server, or to several replicas of one. It is safe for use by several goroutines.
@@ -176,6 +180,32 @@ func (c *Client) Cancel(ctx context.Context, generation string) (*pb.Generation,
 		return pb.NewGenerationServiceClient(conn).CancelGeneration(ctx, &pb.CancelGenerationRequest{Name: generation})
 	})
 	return response.GetGeneration(), err
+}
+
+// UploadImage sends a picture: PNG, JPEG or WebP. Its name can then be the InitImage or the Mask of a spec, for as long as
+// the server keeps it.
+func (c *Client) UploadImage(ctx context.Context, data []byte) (*pb.Image, error) {
+	digest := sha256.Sum256(data)
+	response, err := ask(ctx, c, func(ctx context.Context, conn grpc.ClientConnInterface) (*pb.UploadImageResponse, error) {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		upload, err := pb.NewImageServiceClient(conn).UploadImage(ctx)
+		if err != nil {
+			return nil, err
+		}
+		err = upload.Send(&pb.UploadImageRequest{Sha256: digest[:], TotalBytes: int64(len(data))})
+		for piece := range slices.Chunk(data, pieceBytes) {
+			if err != nil {
+				break
+			}
+			err = upload.Send(&pb.UploadImageRequest{Data: piece})
+		}
+		if err != nil && !errors.Is(err, io.EOF) { // EOF: the server has answered already
+			return nil, err
+		}
+		return upload.CloseAndRecv()
+	})
+	return response.GetImage(), err
 }
 
 // Models are all models of the server.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import serving_here
+from tests.integration.test_images import MASK, PHOTO
 from tests.support.certificates import self_signed
 from tests.support.redis_server import RedisServer
 from tests.support.relay import Relay
@@ -60,6 +61,7 @@ class Setting:
         relay: in front of the first server.
         metrics_port: of the first server, where the case looks at its metrics.
         refused: reasons of the requests that the first server has refused, when the case had ended.
+        init_image_file, mask_file: pictures that the client uploads; empty: none.
     """
 
     targets: list[str]
@@ -67,16 +69,19 @@ class Setting:
     tls: Tls = field(default_factory=lambda: Tls())
     metrics_port: int = 0
     refused: frozenset[str] = frozenset()
+    init_image_file: str = ""
+    mask_file: str = ""
 
 
 def is_of_http(case: dict[str, Any]) -> bool:
     """Whether the case is one for pages too, over gRPC-Web at the server's HTTP port.
 
-    A page is given no authority, does not see by itself that a server is frozen, and has no window and no limit of its
+    A page is given no authority, does not see by itself that a server is frozen, cannot upload, and has no window and no limit of its
     own: what it has not read waits in the buffers of the network.
     """
     of_grpc = {"pause_s", "max_message_bytes"} & set(case.get("client", {}))
-    return case.get("servers", 1) == 1 and not case.get("own_process") and "tls" not in case and not of_grpc
+    elsewhere = case.get("own_process") or case.get("init_image") or "tls" in case
+    return case.get("servers", 1) == 1 and not elsewhere and not of_grpc
 
 
 async def run(
@@ -111,6 +116,8 @@ def told(case: dict[str, Any], setting: Setting) -> dict[str, Any]:
         "pause_s": 0,
         "cancel_at_step": 0,
         "watch_again": False,
+        "init_image_file": setting.init_image_file,
+        "mask_file": setting.mask_file,
     } | case.get("client", {})
     key = KEYS[case["key"]] if "key" in case else ""
     connection = {"targets": setting.targets, "api_key": key} | asdict(setting.tls)
@@ -169,7 +176,13 @@ async def set_up(case: dict[str, Any], folder: Path, *, http: bool = False) -> A
         relay = await Relay.start(addresses[0])
         ends.callback(relay.cut)
         _forecast(case.get("weather", {}), relay, running)
-        yield Setting([relay.address, *addresses[1:]], relay, tls, metrics_port)
+        setting = Setting([relay.address, *addresses[1:]], relay, tls, metrics_port)
+        if case.get("init_image"):
+            photo, mask = folder / "photo.png", folder / "mask.png"
+            photo.write_bytes(PHOTO)
+            mask.write_bytes(MASK)
+            setting.init_image_file, setting.mask_file = str(photo), str(mask)
+        yield setting
 
 
 def _tls(case: dict[str, Any], folder: Path, settings: dict[str, Any]) -> Tls:

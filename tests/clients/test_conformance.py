@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safelight.v1 import generation_pb2 as pb
 from tests.clients.case import CASES, SIMULATED, Setting, is_of_http, requests, run
 from tests.clients.conftest import LANGUAGES, WEB, is_here
 from tests.conftest import serving_here
+from tests.integration.test_images import MASK, PHOTO
 
 RAW = "application/x-raw-rgba8"
 
@@ -111,7 +113,10 @@ async def reference(case: dict[str, Any], request: dict[str, Any]) -> list[str]:
     """SHA-256 of the bytes that the pictures of a request must have; raw rows are laid out anew from the PNG's pixels."""
     message = json_format.ParseDict(request, pb.GenerateRequest())
     runtime = case.get("settings", {}).get("runtime", "simulated")
-    files = await pngs(runtime, message.spec.SerializeToString(deterministic=True))
+    pictures = [safelight.ImageFile(data) for data in (PHOTO, MASK)] if case.get("init_image") else []
+    if pictures:
+        message.spec.init_image, message.spec.mask = (picture.name for picture in pictures)
+    files = await pngs(runtime, message.spec.SerializeToString(deterministic=True), pictures)
     encoding = message.encoding
     if encoding.media_type != RAW:
         return [hashlib.sha256(file.data).hexdigest() for file in files]
@@ -130,11 +135,12 @@ async def reference(case: dict[str, Any], request: dict[str, Any]) -> list[str]:
 KNOWN: dict[tuple[str, bytes], list[safelight.Picture]] = {}
 
 
-async def pngs(runtime: str, spec: bytes) -> list[safelight.Picture]:
+async def pngs(runtime: str, spec: bytes, pictures: Sequence[safelight.ImageFile] = ()) -> list[safelight.Picture]:
     """The pictures of a spec, from a server that no case uses."""
     if (runtime, spec) not in KNOWN:
         settings = SIMULATED | {"simulated_base_ms": 0} if runtime == "simulated" else {"runtime": runtime}
         request = pb.GenerateRequest(spec=pb.GenerationSpec.FromString(spec), encoding={"media_type": "image/png"})
         async with serving_here(**settings) as running, safelight.Client(running.address) as client:
-            KNOWN[runtime, spec] = await safelight.GenerationStream(client.develop(request)).pictures()
+            named = {picture.name: picture for picture in pictures}
+            KNOWN[runtime, spec] = await safelight.GenerationStream(client.develop(request, images=named)).pictures()
     return KNOWN[runtime, spec]

@@ -105,9 +105,24 @@ void see(json& seen, const safelight_event* event, const json& given, safelight_
   }
 }
 
+/// Sends the picture in a file; its name.
+std::string uploaded(safelight_client* client, const std::string& file) {
+  const std::string data = runner::contents(file);
+  const auto* bytes = reinterpret_cast<const std::uint8_t*>(data.data());
+  char* name = safelight_client_upload_image(client, bytes, data.size(), nullptr);
+  if (!name) throw std::runtime_error("the server did not take the picture");
+  const std::string copy = name;
+  safelight_text_free(name);
+  return copy;
+}
+
 json generate(safelight_client* client, const json& given, const json& request) {
   json seen = runner::nothing_seen();
   const auto message = held(safelight_request_from_json(request.dump().c_str(), nullptr), safelight_request_free);
+  if (const std::string file = given["init_image_file"]; !file.empty()) {
+    safelight_request_set_init_image(message.get(), uploaded(client, file).c_str());
+    safelight_request_set_mask(message.get(), uploaded(client, given["mask_file"]).c_str());
+  }
   const auto generation =
       held(safelight_generate(client, message.get(), given["timeout_s"], nullptr), safelight_generation_free);
   while (safelight_event* next = safelight_generation_next(generation.get(), -1)) {

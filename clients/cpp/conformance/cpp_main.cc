@@ -64,7 +64,12 @@ json generate(Client& client, const json& given, const json& request) {
   if (given["timeout_s"] > 0) timeout = seconds(given["timeout_s"]);
   const int cancel_at = given["cancel_at_step"];
   try {
-    for (const safelight::Event& event : client.generate(parsed(request), timeout)) {
+    v1::GenerateRequest message = parsed(request);
+    if (const std::string file = given["init_image_file"]; !file.empty()) {
+      message.mutable_spec()->set_init_image(client.upload_image(runner::contents(file)).name());
+      message.mutable_spec()->set_mask(client.upload_image(runner::contents(given["mask_file"])).name());
+    }
+    for (const safelight::Event& event : client.generate(message, timeout)) {
       if (const auto* accepted = std::get_if<safelight::Accepted>(&event)) {
         seen["generation"] = accepted->generation;
         seen["reliable"].push_back("accepted");

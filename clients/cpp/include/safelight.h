@@ -27,7 +27,7 @@ extern "C" {
 
 /* The version of this header. Functions are added with a new minor version (the lower 16 bits) and changed or taken
  * away with a new major one (the upper 16 bits): a library serves a program with the same major and no later minor. */
-#define SAFELIGHT_ABI_VERSION 0x00010000u
+#define SAFELIGHT_ABI_VERSION 0x00010001u
 
 /* The version that the library was built with. */
 SAFELIGHT_API uint32_t safelight_abi_version(void);
@@ -92,6 +92,12 @@ SAFELIGHT_API char *safelight_client_get(safelight_client *client, const char *g
 SAFELIGHT_API char *safelight_client_cancel(safelight_client *client, const char *generation, safelight_error **error);
 SAFELIGHT_API void safelight_text_free(char *text);
 
+/* Sends a picture to start from: the bytes of a PNG, JPEG or WebP file. Returns its name, "images/SHA256", for
+ * safelight_request_set_init_image(); the server keeps it for a while. Waits for the server. The text is the caller's, as
+ * above. Since 1.1. */
+SAFELIGHT_API char *safelight_client_upload_image(safelight_client *client, const uint8_t *data, size_t num_bytes,
+                                                  safelight_error **error);
+
 /* ---- Request ---- */
 
 typedef struct safelight_request safelight_request;
@@ -107,6 +113,13 @@ SAFELIGHT_API void safelight_request_set_negative_prompt(safelight_request *requ
 SAFELIGHT_API void safelight_request_set_size(safelight_request *request, int32_t width_px, int32_t height_px);
 SAFELIGHT_API void safelight_request_set_num_inference_steps(safelight_request *request, int32_t steps);
 SAFELIGHT_API void safelight_request_set_guidance_scale(safelight_request *request, double scale);
+/* A picture to start from: the name of one that was uploaded, or "generations/ID/outputs/INDEX", the picture of another
+ * generation. Since 1.1, as the next two. */
+SAFELIGHT_API void safelight_request_set_init_image(safelight_request *request, const char *image);
+/* How much of it is given up, above 0 and at most 1: 0.8. */
+SAFELIGHT_API void safelight_request_set_strength(safelight_request *request, double strength);
+/* Which part of it is developed anew: white, or transparent if it has an alpha channel. Named as that. */
+SAFELIGHT_API void safelight_request_set_mask(safelight_request *request, const char *image);
 /* One more picture, with this seed. */
 SAFELIGHT_API void safelight_request_add_output(safelight_request *request, uint64_t seed);
 /* The longest edge of previews; larger ones are scaled down. */

@@ -183,6 +183,14 @@ char* safelight_client_get(safelight_client* client, const char* generation, saf
   });
 }
 
+char* safelight_client_upload_image(safelight_client* client, const uint8_t* data, size_t num_bytes,
+                                    safelight_error** error) {
+  return guarded(error, static_cast<char*>(nullptr), [&] {
+    const std::string file(reinterpret_cast<const char*>(&required(data, "data")), num_bytes);
+    return safelight::copied(required(client, "client").client->upload_image(file).name());
+  });
+}
+
 char* safelight_client_cancel(safelight_client* client, const char* generation, safelight_error** error) {
   return guarded(error, static_cast<char*>(nullptr), [&] {
     return safelight::copied(safelight::to_json(required(client, "client").client->cancel(text(generation))));
@@ -236,6 +244,15 @@ void safelight_request_set_num_inference_steps(safelight_request* request, int32
 }
 void safelight_request_set_guidance_scale(safelight_request* request, double scale) {
   quietly([&] { spec_of(request).set_guidance_scale(static_cast<float>(scale)); });
+}
+void safelight_request_set_init_image(safelight_request* request, const char* image) {
+  quietly([&] { spec_of(request).set_init_image(text(image)); });
+}
+void safelight_request_set_strength(safelight_request* request, double strength) {
+  quietly([&] { spec_of(request).set_strength(static_cast<float>(strength)); });
+}
+void safelight_request_set_mask(safelight_request* request, const char* image) {
+  quietly([&] { spec_of(request).set_mask(text(image)); });
 }
 void safelight_request_add_output(safelight_request* request, uint64_t seed) {
   quietly([&] { spec_of(request).add_outputs()->set_seed(seed); });

@@ -2,10 +2,13 @@
 
 #include <openssl/rand.h>
 
+#include <algorithm>
 #include <cstdio>
 
 #include "channels.h"
+#include "digest.h"
 #include "safelight/v1/generation.grpc.pb.h"
+#include "safelight/v1/images.grpc.pb.h"
 #include "safelight/v1/models.grpc.pb.h"
 #include "stream.h"
 
@@ -79,6 +82,25 @@ v1::Generation Client::cancel(const std::string& generation) {
   return ask<v1::CancelGenerationResponse>(*impl_, [&](auto channel, auto* context, auto* response) {
            return v1::GenerationService::NewStub(channel)->CancelGeneration(context, request, response);
          }).generation();
+}
+
+v1::Image Client::upload_image(const std::string& data) {
+  constexpr std::size_t kPieceBytes = 32 << 10;  // what a server takes in one message
+  v1::UploadImageRequest first;
+  first.set_sha256(sha256(data));
+  first.set_total_bytes(static_cast<std::int64_t>(data.size()));
+  return ask<v1::UploadImageResponse>(*impl_, [&](auto channel, auto* context, auto* response) {
+           const auto stub = v1::ImageService::NewStub(channel);
+           const auto upload = stub->UploadImage(context, response);
+           bool open = upload->Write(first);  // not where the server has answered already
+           for (std::size_t start = 0; open && start < data.size(); start += kPieceBytes) {
+             v1::UploadImageRequest piece;
+             piece.set_data(data.substr(start, kPieceBytes));
+             open = upload->Write(piece);
+           }
+           upload->WritesDone();
+           return upload->Finish();
+         }).image();
 }
 
 std::vector<v1::Model> Client::models() {

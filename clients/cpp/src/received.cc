@@ -4,21 +4,11 @@
 
 #include <algorithm>
 
+#include "digest.h"
 #include "safelight/error.h"
 
 namespace safelight {
 namespace {
-
-std::string sha256(const std::string& data) {
-  std::string digest(EVP_MAX_MD_SIZE, '\0');
-  unsigned int size = 0;
-  if (EVP_Digest(data.data(), data.size(), reinterpret_cast<unsigned char*>(digest.data()), &size, EVP_sha256(),
-                 nullptr) != 1) {
-    throw std::runtime_error("this OpenSSL has no SHA-256");
-  }
-  digest.resize(size);
-  return digest;
-}
 
 template <typename Message>
 void fill(Image& image, Message& message) {
@@ -30,6 +20,17 @@ void fill(Image& image, Message& message) {
 }
 
 }  // namespace
+
+std::string sha256(const std::string& data) {
+  std::string digest(EVP_MAX_MD_SIZE, '\0');
+  unsigned int size = 0;
+  if (EVP_Digest(data.data(), data.size(), reinterpret_cast<unsigned char*>(digest.data()), &size, EVP_sha256(),
+                 nullptr) != 1) {
+    throw std::runtime_error("this OpenSSL has no SHA-256");
+  }
+  digest.resize(size);
+  return digest;
+}
 
 v1::WatchGenerationRequest Received::watch() const {
   v1::WatchGenerationRequest request;

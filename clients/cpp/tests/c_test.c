@@ -245,6 +245,30 @@ static void test_errors(safelight_client *client) {
   safelight_generation_free(NULL);
 }
 
+/* Pictures to start from: the picture of another generation, and a file that is none. */
+static void test_pictures(safelight_client *client) {
+  static const uint8_t no_picture[] = "no picture";
+  safelight_error *error = NULL;
+  safelight_request *request = request_of("a red potion", 4, 13);
+  safelight_generation *first = safelight_generate(client, request, 60, &error), *second;
+  char name[128];
+  CHECK(!error && safelight_generation_wait(first, -1) == SAFELIGHT_STATE_SUCCEEDED);
+  snprintf(name, sizeof name, "%s/outputs/0", safelight_generation_name(first));
+  safelight_request_set_init_image(request, name);
+  safelight_request_set_mask(request, name);
+  safelight_request_set_strength(request, 0.5);
+  second = safelight_generate(client, request, 60, &error);
+  CHECK(!error && safelight_generation_wait(second, -1) == SAFELIGHT_STATE_SUCCEEDED);
+  CHECK(safelight_generation_picture(second, 0));
+  CHECK(!safelight_client_upload_image(client, no_picture, sizeof no_picture, &error));
+  CHECK(safelight_error_code(error) == 3 && strcmp(safelight_error_violation_field(error, 0), "data") == 0);
+  safelight_error_free(error);
+  CHECK(!safelight_client_upload_image(client, NULL, 0, NULL));
+  safelight_generation_free(second);
+  safelight_generation_free(first);
+  safelight_request_free(request);
+}
+
 int main(int argc, char **argv) {
   safelight_error *error = NULL;
   safelight_client *client;
@@ -257,6 +281,7 @@ int main(int argc, char **argv) {
   test_cancel(client);
   test_leaving(argv[1]);
   test_errors(client);
+  test_pictures(client);
   safelight_client_free(client);
   puts("ok");
   return 0;

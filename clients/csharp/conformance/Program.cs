@@ -132,8 +132,14 @@ internal static class Program
     {
         var seen = new Seen();
         TimeSpan timeout = Seconds(given, "timeout_s");
+        GenerateRequest message = GenerateRequest.FromJson(request);
+        if (given.Element("init_image_file").Value is string file && file != "")
+        {
+            message.InitImage = client.UploadImage(File.ReadAllBytes(file));
+            message.Mask = client.UploadImage(File.ReadAllBytes(given.Element("mask_file").Value));
+        }
         using (Generation generation = client.Generate(
-            GenerateRequest.FromJson(request), timeout > TimeSpan.Zero ? timeout : (TimeSpan?)null))
+            message, timeout > TimeSpan.Zero ? timeout : (TimeSpan?)null))
         {
             try
             {

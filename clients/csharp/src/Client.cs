@@ -1,6 +1,7 @@
 using System;
 using System.Collections.Generic;
 using System.Linq;
+using System.Runtime.InteropServices;
 using System.Threading;
 using System.Threading.Tasks;
 using System.Xml.Linq;
@@ -91,6 +92,25 @@ namespace Safelight
             if (generation == null) throw new ArgumentNullException(nameof(generation));
             byte[] name = Native.Utf8(generation);
             return new GenerationInfo(Take(Native.safelight_client_cancel(handle, name, out ErrorHandle error), error));
+        }
+
+        /// <summary>Sends a picture to start from: the bytes of a PNG, JPEG or WebP file. Waits for the answer.</summary>
+        /// <returns>Its name, for <see cref="GenerateRequest.InitImage"/>; the server keeps it for a while.</returns>
+        public string UploadImage(byte[] data)
+        {
+            if (data == null) throw new ArgumentNullException(nameof(data));
+            if (data.Length == 0) throw new ArgumentException("has no bytes", nameof(data));
+            GCHandle pinned = GCHandle.Alloc(data, GCHandleType.Pinned);
+            try
+            {
+                TextHandle name = Native.safelight_client_upload_image(
+                    handle, pinned.AddrOfPinnedObject(), (UIntPtr)data.Length, out ErrorHandle error);
+                return Take(name, error);
+            }
+            finally
+            {
+                pinned.Free();
+            }
         }
 
         /// <summary>Its generations go on.</summary>

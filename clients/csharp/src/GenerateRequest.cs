@@ -39,6 +39,17 @@ namespace Safelight
         public int? NumInferenceSteps { get; set; }
         public double? GuidanceScale { get; set; }
 
+        /// <summary>A picture to start from: the name that <see cref="Client.UploadImage"/> gave, or
+        /// "generations/ID/outputs/INDEX", the picture of another generation.</summary>
+        public string InitImage { get; set; }
+
+        /// <summary>How much of <see cref="InitImage"/> is given up, above 0 and at most 1.</summary>
+        public double? Strength { get; set; }
+
+        /// <summary>Which part of <see cref="InitImage"/> is developed anew: white, or transparent if it has an alpha channel.
+        /// Named as that.</summary>
+        public string Mask { get; set; }
+
         /// <summary>One picture for each; none: one picture, with a seed of the server's.</summary>
         public IList<ulong> Seeds { get; } = new List<ulong>();
 
@@ -69,6 +80,9 @@ namespace Safelight
             if (WidthPx is int width && HeightPx is int height) Native.safelight_request_set_size(request, width, height);
             if (NumInferenceSteps is int steps) Native.safelight_request_set_num_inference_steps(request, steps);
             if (GuidanceScale is double scale) Native.safelight_request_set_guidance_scale(request, scale);
+            if (InitImage != null) Native.safelight_request_set_init_image(request, Native.Utf8(InitImage));
+            if (Strength is double strength) Native.safelight_request_set_strength(request, strength);
+            if (Mask != null) Native.safelight_request_set_mask(request, Native.Utf8(Mask));
             foreach (ulong seed in Seeds) Native.safelight_request_add_output(request, seed);
             if (PreviewMaxEdgePx is int edge) Native.safelight_request_set_preview_max_edge(request, edge);
             if (PreviewEveryNSteps is int n) Native.safelight_request_set_preview_every_n_steps(request, n);

@@ -13,7 +13,7 @@ namespace Safelight
         private const CallingConvention C = CallingConvention.Cdecl;
 
         /// <summary>The version of the header that these declarations are of.</summary>
-        internal const uint AbiVersion = 0x00010000;
+        internal const uint AbiVersion = 0x00010001;
 
         [DllImport(Library, CallingConvention = C)] internal static extern uint safelight_abi_version();
 
@@ -42,6 +42,7 @@ namespace Safelight
         [DllImport(Library, CallingConvention = C)] internal static extern TextHandle safelight_client_get(ClientHandle client, byte[] generation, out ErrorHandle error);
         [DllImport(Library, CallingConvention = C)] internal static extern TextHandle safelight_client_cancel(ClientHandle client, byte[] generation, out ErrorHandle error);
         [DllImport(Library, CallingConvention = C)] internal static extern void safelight_text_free(IntPtr text);
+        [DllImport(Library, CallingConvention = C)] internal static extern TextHandle safelight_client_upload_image(ClientHandle client, IntPtr data, UIntPtr num_bytes, out ErrorHandle error);
 
         [DllImport(Library, CallingConvention = C)] internal static extern RequestHandle safelight_request_new(byte[] prompt);
         [DllImport(Library, CallingConvention = C)] internal static extern RequestHandle safelight_request_from_json(byte[] json, out ErrorHandle error);
@@ -50,6 +51,9 @@ namespace Safelight
         [DllImport(Library, CallingConvention = C)] internal static extern void safelight_request_set_size(RequestHandle request, int width_px, int height_px);
         [DllImport(Library, CallingConvention = C)] internal static extern void safelight_request_set_num_inference_steps(RequestHandle request, int steps);
         [DllImport(Library, CallingConvention = C)] internal static extern void safelight_request_set_guidance_scale(RequestHandle request, double scale);
+        [DllImport(Library, CallingConvention = C)] internal static extern void safelight_request_set_init_image(RequestHandle request, byte[] image);
+        [DllImport(Library, CallingConvention = C)] internal static extern void safelight_request_set_strength(RequestHandle request, double strength);
+        [DllImport(Library, CallingConvention = C)] internal static extern void safelight_request_set_mask(RequestHandle request, byte[] image);
         [DllImport(Library, CallingConvention = C)] internal static extern void safelight_request_add_output(RequestHandle request, ulong seed);
         [DllImport(Library, CallingConvention = C)] internal static extern void safelight_request_set_preview_max_edge(RequestHandle request, int max_edge_px);
         [DllImport(Library, CallingConvention = C)] internal static extern void safelight_request_set_preview_every_n_steps(RequestHandle request, int n);

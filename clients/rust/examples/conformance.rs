@@ -78,7 +78,26 @@ fn request_of(pool: &DescriptorPool, request: &Value) -> Run<v1::GenerateRequest
     Ok(DynamicMessage::deserialize(descriptor, request)?.transcode_to()?)
 }
 
-async fn generate(client: &Client, case: &Value, request: v1::GenerateRequest) -> Run<Value> {
+/// Sends the pictures of a case and names them in a request.
+async fn start_from_pictures(
+    client: &Client,
+    case: &Value,
+    request: &mut v1::GenerateRequest,
+) -> Run<()> {
+    if let Some(spec) = request.spec.as_mut().filter(|_| !text(&case["init_image_file"]).is_empty()) {
+        let (init_image, mask) = (text(&case["init_image_file"]), text(&case["mask_file"]));
+        spec.init_image = client.upload_image(fs::read(init_image)?).await?.name;
+        spec.mask = client.upload_image(fs::read(mask)?).await?.name;
+    }
+    Ok(())
+}
+
+async fn generate(
+    client: &Client,
+    case: &Value,
+    mut request: v1::GenerateRequest,
+) -> Run<Value> {
+    start_from_pictures(client, case, &mut request).await?;
     let mut seen = json!({
         "code": "OK", "reason": "", "violations": {}, "retry_after_s": null, "generation": "", "num_steps": 0,
         "cancelled": null, "watched": null,

@@ -3,6 +3,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use prost::bytes::Bytes;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -14,7 +15,9 @@ use tonic::{Code, Request, Response, Status};
 use crate::connect::{CONNECT_TIMEOUT, Connector};
 use crate::develop::GenerationStream;
 use crate::received::Received;
+use crate::upload::Pieces;
 use crate::v1::generation_service_client::GenerationServiceClient;
+use crate::v1::image_service_client::ImageServiceClient;
 use crate::v1::model_service_client::ModelServiceClient;
 use crate::{Error, v1};
 
@@ -249,6 +252,21 @@ impl Client {
                 .await
         };
         Ok(self.ask(call).await?.generation.unwrap_or_default())
+    }
+
+    /// Sends a picture: PNG, JPEG or WebP. Its name can then be the `init_image` or the `mask` of a spec, for as long as
+    /// the server keeps it.
+    ///
+    /// # Errors
+    ///
+    /// Where the server refuses the picture or no server can be reached.
+    pub async fn upload_image(&self, data: impl Into<Bytes>) -> Result<v1::Image, Error> {
+        let data = data.into();
+        let call = async |server| {
+            let pieces = Pieces::new(data.clone());
+            ImageServiceClient::new(server).upload_image(pieces).await
+        };
+        Ok(self.ask(call).await?.image.unwrap_or_default())
     }
 
     /// All models of the server.

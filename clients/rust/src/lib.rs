@@ -31,6 +31,7 @@ mod develop;
 mod error;
 mod event;
 mod received;
+mod upload;
 
 pub use client::{Authorization, Builder, Client, Server};
 pub use develop::GenerationStream;

@@ -1,7 +1,7 @@
 import { create, toBinary } from "@bufbuild/protobuf";
 import type { MessageInitShape } from "@bufbuild/protobuf";
 import { Code, createClient } from "@connectrpc/connect";
-import type { Transport } from "@connectrpc/connect";
+import type { CallOptions, Transport } from "@connectrpc/connect";
 import { develop, Servers } from "./develop.js";
 import type { Limits } from "./develop.js";
 import { SafelightError } from "./error.js";
@@ -111,6 +111,11 @@ export class BaseClient {
       createClient(GenerationService, transport).cancelGeneration({ name: generation }, options),
     );
     return response.generation!;
+  }
+
+  /** Makes a call at the current server, and at each next one while one cannot be reached. */
+  protected ask<Response>(limits: Limits, call: (transport: Transport, options: CallOptions) => Promise<Response>): Promise<Response> {
+    return this.#servers.ask(limits, call);
   }
 
   /** All models of the server. */

@@ -27,6 +27,8 @@ interface Case {
   pause_s: number;
   cancel_at_step: number;
   watch_again: boolean;
+  init_image_file: string;
+  mask_file: string;
 }
 
 type Client = node.Client | web.Client;
@@ -40,7 +42,12 @@ function clientOf(given: Case): Client {
   return new node.Client(given.targets, { ...options, ...limit, tls });
 }
 
-async function generate(client: Client, given: Case, request: JsonValue) {
+async function generate(client: Client, given: Case, json: JsonValue) {
+  const request = fromJson(GenerateRequestSchema, json);
+  if (given.init_image_file && client instanceof node.Client) {
+    request.spec!.initImage = (await client.uploadImage(readFileSync(given.init_image_file))).name;
+    request.spec!.mask = (await client.uploadImage(readFileSync(given.mask_file))).name;
+  }
   const limits = given.timeout_s ? { timeoutMs: given.timeout_s * 1000 } : {};
   const seen = {
     code: "OK",
@@ -58,7 +65,7 @@ async function generate(client: Client, given: Case, request: JsonValue) {
     watched: null as object | null,
   };
   try {
-    for await (const event of client.develop(fromJson(GenerateRequestSchema, request), limits)) {
+    for await (const event of client.develop(request, limits)) {
       switch (event.type) {
         case "accepted":
           seen.generation = event.generation;

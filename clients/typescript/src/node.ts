@@ -1,10 +1,19 @@
 /** Safelight's client for Node, over gRPC. */
+import { createHash } from "node:crypto";
 import type { SecureContextOptions } from "node:tls";
+import type { MessageInitShape } from "@bufbuild/protobuf";
+import { createClient } from "@connectrpc/connect";
 import { createGrpcTransport, Http2SessionManager } from "@connectrpc/connect-node";
 import { BaseClient, targetsOf } from "./client.js";
 import type { ClientOptions } from "./client.js";
+import type { Limits } from "./develop.js";
+import { ImageService } from "./stubs/safelight/v1/images_pb.js";
+import type { Image, UploadImageRequestSchema } from "./stubs/safelight/v1/images_pb.js";
 
 export * from "./index.js";
+export type { Image } from "./stubs/safelight/v1/images_pb.js";
+
+const PIECE_BYTES = 32 << 10; // what a server takes in one message
 
 /** How a server's certificate is checked, and what this client shows of its own. */
 export interface TlsOptions extends Pick<SecureContextOptions, "ca" | "cert" | "key"> {
@@ -56,8 +65,25 @@ export class Client extends BaseClient {
     this.#sessions = sessions;
   }
 
+  /**
+   * Sends a picture: PNG, JPEG or WebP. Its name can then be `initImage` or `mask`, for as long as the server keeps it. Pages
+   * cannot: gRPC-Web streams in one direction only.
+   */
+  async uploadImage(data: Uint8Array, limits: Limits = {}): Promise<Image> {
+    const response = await this.ask(limits, (transport, options) =>
+      createClient(ImageService, transport).uploadImage(pieces(data), options),
+    );
+    return response.image!;
+  }
+
   /** Closes all connections, and with them the streams that are open. */
   close(): void {
     for (const session of this.#sessions) session.abort();
   }
+}
+
+/** The messages of an upload: the digest and the size of a picture, then its bytes. */
+async function* pieces(data: Uint8Array): AsyncGenerator<MessageInitShape<typeof UploadImageRequestSchema>> {
+  yield { sha256: createHash("sha256").update(data).digest(), totalBytes: BigInt(data.length) };
+  for (let start = 0; start < data.length; start += PIECE_BYTES) yield { data: data.subarray(start, start + PIECE_BYTES) };
 }

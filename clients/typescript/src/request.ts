@@ -43,6 +43,15 @@ export interface GenerateOptions extends Limits {
   seed?: number | bigint;
   /** One for each picture, in place of `seed`. */
   seeds?: readonly (number | bigint)[];
+  /**
+   * A picture to start from, by its name: "images/SHA256" of one that was uploaded (by `uploadImage`, in Node), or
+   * "generations/ID/outputs/INDEX", the picture of another generation.
+   */
+  initImage?: string;
+  /** How much of `initImage` is given up, above 0 and at most 1. */
+  strength?: number;
+  /** Where `initImage` is developed anew: white, or transparent if it has an alpha channel. Named as that. */
+  mask?: string;
   /** Denoising steps. */
   steps?: number;
   /** 1 is without guidance. */
@@ -101,6 +110,9 @@ export function generateRequest(options: GenerateOptions): MessageInitShape<type
       heightPx: options.height,
       numInferenceSteps: options.steps,
       guidanceScale: options.guidanceScale,
+      initImage: options.initImage,
+      strength: options.strength,
+      mask: options.mask,
       sampler: options.sampler ? { name: options.sampler } : undefined,
       outputs: seeds.map((seed) => ({ seed: BigInt(seed) })),
     },

@@ -14,6 +14,7 @@
 
 #include "safelight/error.h"
 #include "safelight/event.h"
+#include "safelight/v1/images.pb.h"
 #include "safelight/v1/models.pb.h"
 
 namespace safelight {
@@ -106,11 +107,15 @@ class Client {
   Stream watch(std::string generation, std::optional<v1::PreviewPolicy> preview = {},
                std::optional<std::chrono::nanoseconds> timeout = {});
 
-  /// What is known of a generation. Throws Error, as the two below do.
+  /// What is known of a generation. Throws Error, as those below do.
   v1::Generation get(const std::string& generation);
 
   /// Stops a generation. Returns it as it ended, with the step that each output had reached.
   v1::Generation cancel(const std::string& generation);
+
+  /// Sends a picture: PNG, JPEG or WebP. Its name can then be the init_image or the mask of a spec, for as long as the
+  /// server keeps it.
+  v1::Image upload_image(const std::string& data);
 
   /// All models of the server.
   std::vector<v1::Model> models();

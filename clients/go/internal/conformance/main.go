@@ -44,6 +44,8 @@ type conformanceCase struct {
 	PauseS       float64           `json:"pause_s"`
 	CancelAtStep int32             `json:"cancel_at_step"`
 	WatchAgain   bool              `json:"watch_again"`
+	InitFile     string            `json:"init_image_file"`
+	MaskFile     string            `json:"mask_file"`
 }
 
 type report struct {
@@ -144,6 +146,15 @@ func tlsConfig(given conformanceCase) *tls.Config {
 	return config
 }
 
+// upload sends the picture in a file and says its name.
+func upload(ctx context.Context, client *safelight.Client, file string) string {
+	data, err := os.ReadFile(file)
+	check(err)
+	image, err := client.UploadImage(ctx, data)
+	check(err)
+	return image.GetName()
+}
+
 func generate(client *safelight.Client, given conformanceCase, request *pb.GenerateRequest) *generation {
 	ctx := context.Background()
 	if given.TimeoutS > 0 {
@@ -153,6 +164,10 @@ func generate(client *safelight.Client, given conformanceCase, request *pb.Gener
 	}
 	seen := &generation{
 		Code: "OK", Violations: map[string]string{}, Reliable: []string{}, Steps: [][2]int32{}, Previews: []image{}, Pictures: []image{},
+	}
+	if given.InitFile != "" {
+		request.Spec.InitImage = upload(ctx, client, given.InitFile)
+		request.Spec.Mask = upload(ctx, client, given.MaskFile)
 	}
 	for event, err := range client.Generate(ctx, request) {
 		if err != nil {

@@ -6,24 +6,32 @@ import io.github.safelight.v1.Generation;
 import io.github.safelight.v1.GenerationServiceGrpc;
 import io.github.safelight.v1.GenerationSpec;
 import io.github.safelight.v1.GetGenerationRequest;
+import io.github.safelight.v1.Image;
+import io.github.safelight.v1.ImageServiceGrpc;
 import io.github.safelight.v1.ListModelsRequest;
 import io.github.safelight.v1.ListModelsResponse;
 import io.github.safelight.v1.Model;
 import io.github.safelight.v1.ModelServiceGrpc;
 import io.github.safelight.v1.PreviewPolicy;
+import io.github.safelight.v1.UploadImageRequest;
+import io.github.safelight.v1.UploadImageResponse;
 import io.grpc.Channel;
 import io.grpc.ChannelCredentials;
 import io.grpc.ClientInterceptor;
 import io.grpc.InsecureChannelCredentials;
 import io.grpc.ManagedChannel;
 import io.grpc.Metadata;
+import io.grpc.Status;
 import io.grpc.netty.shaded.io.grpc.netty.NettyChannelBuilder;
 import io.grpc.netty.shaded.io.netty.channel.ChannelOption;
 import io.grpc.stub.MetadataUtils;
+import io.grpc.stub.StreamObserver;
 import java.time.Duration;
 import java.util.ArrayList;
 import java.util.List;
 import java.util.UUID;
+import java.util.concurrent.CompletableFuture;
+import java.util.concurrent.CompletionException;
 import java.util.concurrent.TimeUnit;
 import org.jspecify.annotations.Nullable;
 
@@ -139,6 +147,43 @@ public final class SafelightClient implements AutoCloseable {
         var request = CancelGenerationRequest.newBuilder().setName(generation).build();
         return servers.ask(server -> GenerationServiceGrpc.newBlockingStub(server).cancelGeneration(request))
                 .getGeneration();
+    }
+
+    /**
+     * Sends a picture: PNG, JPEG or WebP.
+     *
+     * @return what the server says of it. Its name can then be the {@code init_image} or the {@code mask} of a spec, for as
+     *     long as the server keeps it
+     */
+    public Image uploadImage(byte[] data) {
+        List<UploadImageRequest> pieces = Uploads.pieces(data);
+        return servers.ask(server -> {
+            var answer = new CompletableFuture<Image>();
+            var upload = ImageServiceGrpc.newStub(server).uploadImage(new StreamObserver<UploadImageResponse>() {
+                @Override
+                public void onNext(UploadImageResponse response) {
+                    answer.complete(response.getImage());
+                }
+
+                @Override
+                public void onError(Throwable failure) {
+                    answer.completeExceptionally(failure);
+                }
+
+                @Override
+                public void onCompleted() {
+                    answer.completeExceptionally(Status.INTERNAL.withDescription("no answer").asRuntimeException());
+                }
+            });
+            pieces.forEach(upload::onNext);
+            upload.onCompleted();
+            try {
+                return answer.join();
+            } catch (CompletionException failure) {
+                throw Status.fromThrowable(failure.getCause())
+                        .asRuntimeException(Status.trailersFromThrowable(failure.getCause()));
+            }
+        });
     }
 
     /** {@return all models of the server} */

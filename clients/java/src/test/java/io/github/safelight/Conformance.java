@@ -16,6 +16,8 @@ import java.io.BufferedReader;
 import java.io.File;
 import java.io.InputStreamReader;
 import java.nio.charset.StandardCharsets;
+import java.nio.file.Files;
+import java.nio.file.Path;
 import java.security.MessageDigest;
 import java.time.Duration;
 import java.util.ArrayList;
@@ -36,7 +38,8 @@ final class Conformance {
     record Case(
             String name, List<String> targets, String caFile, String certFile, String keyFile, String serverName,
             String apiKey, List<JsonObject> requests, double timeoutS, double patienceS, int retries,
-            int maxMessageBytes, double pauseS, int cancelAtStep, boolean watchAgain) {}
+            int maxMessageBytes, double pauseS, int cancelAtStep, boolean watchAgain, String initImageFile,
+            String maskFile) {}
 
     record Report(@com.google.gson.annotations.SerializedName("case") String name, List<Seen> generations) {}
 
@@ -119,6 +122,9 @@ final class Conformance {
     private Seen generate(JsonObject message) throws Exception {
         var request = GenerateRequest.newBuilder();
         JsonFormat.parser().merge(message.toString(), request);
+        if (!given.initImageFile().isEmpty()) {
+            request.getSpecBuilder().setInitImage(upload(given.initImageFile())).setMask(upload(given.maskFile()));
+        }
         var seen = new Seen();
         Duration timeout = given.timeoutS() > 0 ? seconds(given.timeoutS()) : null;
         try (Development development = client.generate(request.build(), timeout)) {
@@ -132,6 +138,11 @@ final class Conformance {
             seen.watched = watchAgain(seen.generation);
         }
         return seen;
+    }
+
+    /** Sends the picture in a file; its name. */
+    private String upload(String file) throws Exception {
+        return client.uploadImage(Files.readAllBytes(Path.of(file))).getName();
     }
 
     private void see(Event event, Seen seen) throws Exception {

@@ -1,0 +1,11 @@
+/// SHA-256.
+#pragma once
+
+#include <string>
+
+namespace safelight {
+
+/// The SHA-256 of bytes, 32 bytes. Throws std::runtime_error: this OpenSSL has none.
+std::string sha256(const std::string& data);
+
+}  // namespace safelight
