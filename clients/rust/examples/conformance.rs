@@ -84,7 +84,11 @@ async fn start_from_pictures(
     case: &Value,
     request: &mut v1::GenerateRequest,
 ) -> Run<()> {
-    if let Some(spec) = request.spec.as_mut().filter(|_| !text(&case["init_image_file"]).is_empty()) {
+    if let Some(spec) = request
+        .spec
+        .as_mut()
+        .filter(|_| !text(&case["init_image_file"]).is_empty())
+    {
         let (init_image, mask) = (text(&case["init_image_file"]), text(&case["mask_file"]));
         spec.init_image = client.upload_image(fs::read(init_image)?).await?.name;
         spec.mask = client.upload_image(fs::read(mask)?).await?.name;
@@ -92,11 +96,7 @@ async fn start_from_pictures(
     Ok(())
 }
 
-async fn generate(
-    client: &Client,
-    case: &Value,
-    mut request: v1::GenerateRequest,
-) -> Run<Value> {
+async fn generate(client: &Client, case: &Value, mut request: v1::GenerateRequest) -> Run<Value> {
     start_from_pictures(client, case, &mut request).await?;
     let mut seen = json!({
         "code": "OK", "reason": "", "violations": {}, "retry_after_s": null, "generation": "", "num_steps": 0,
