@@ -93,6 +93,8 @@ class Served:
         mask: bytes = b"",
         negative: str = "",
         spacing: str = "trailing",
+        guided_steps: range | None = None,
+        guidance_rescale: float = 0.0,
     ) -> list[Pixels]:
         """The finished pictures of all seeds, which share batches."""
         spec, manifest = SamplerSpec(sampler, spacing), self.pipeline.manifest
@@ -116,6 +118,8 @@ class Served:
                 guidance,
                 tokens,
                 image=image,
+                guided_steps=guided_steps,
+                guidance_rescale=guidance_rescale,
             )
             for number, seed in enumerate(seeds)
         ]

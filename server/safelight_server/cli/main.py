@@ -186,6 +186,12 @@ def generate(
     init: Annotated[Path | None, typer.Option(help="Picture to start from: PNG, JPEG or WebP.")] = None,
     strength: Annotated[float | None, typer.Option(help="How much of it is given up, to 1. Default: 0.8.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Where it is developed anew: white, or transparent.")] = None,
+    guidance_rescale: Annotated[
+        float | None, typer.Option(help="How much of the contrast of guidance is taken back, 0 to 1.")
+    ] = None,
+    guidance_interval: Annotated[
+        str, typer.Option(metavar="START:END", help="Guidance in these steps alone, as shares: 0.2:0.8.")
+    ] = "",
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
     ca_file: CaFile = None,
@@ -214,6 +220,8 @@ def generate(
         init,
         strength,
         mask,
+        guidance_rescale,
+        _interval(guidance_interval) if guidance_interval else None,
     )
     picture, developed = _run(
         demos.generate_one(_connect(target, api_key, ca_file, client_cert, server_name), order, console)
@@ -225,6 +233,14 @@ def generate(
     size = f"{picture.width_px}x{picture.height_px}"
     console.print(f"{out}  {size}  seed {picture.seed}  {developed.figures()}", highlight=False, soft_wrap=True)
     console.print(developed.origin(), highlight=False, soft_wrap=True)
+
+
+def _interval(text: str) -> tuple[float, float]:
+    start, _, end = text.partition(":")
+    try:
+        return float(start), float(end)
+    except ValueError:
+        raise CommandError(f"--guidance-interval {text}: must be START:END, such as 0.2:0.8") from None
 
 
 def _branch(text: str) -> Branch:

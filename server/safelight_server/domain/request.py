@@ -12,13 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from safelight_server.domain.ktx2 import TextureFormat
-from safelight_server.sampler import SamplerSpec, steps_left_out
+from safelight_server.sampler import SamplerSpec, guided_steps, steps_left_out
 from safelight_server.scheduler import Priority
 
 TEXT_BYTES = 100
 """What a short text takes beside its characters: CPython's object and its place in a dict."""
 TOKEN_BYTES = 36
 """What a token id takes: an int and its place in a tuple."""
+EVERY_STEP = (0.0, 1.0)
+"""The guidance interval that limits nothing."""
 
 
 class MediaType(enum.StrEnum):
@@ -122,6 +124,8 @@ class Spec:
         seeds: one per output, each 0 to 2**64 - 1.
         init_image: SHA-256 of the picture to start from, in hexadecimal; "": none, and then `strength` is 1.
         mask: SHA-256 of the picture that says where it is developed anew; "": everywhere.
+        guidance_rescale: share of the contrast of guidance that is taken back, 0 to 1 (`sampler.rescale`).
+        guidance_interval: start and end of guidance as shares of all steps; `EVERY_STEP`: there is no limit.
     """
 
     model: str
@@ -139,11 +143,18 @@ class Spec:
     init_image: str = ""
     strength: float = 1.0
     mask: str = ""
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = EVERY_STEP
 
     @property
     def first_step(self) -> int:
         """The first step that is made; above 0 where development starts from a picture."""
         return steps_left_out(self.num_inference_steps, self.strength)
+
+    @property
+    def guided_steps(self) -> range:
+        """The steps, from 0, that have guidance where the spec has any."""
+        return guided_steps(self.num_inference_steps, *self.guidance_interval)
 
     @property
     def model_revision(self) -> str:
