@@ -217,10 +217,10 @@ mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name
 	tools/install-system-packages
 	$(PY) tools/mutate.py $(ONLY)
 
-# Only latency has peers, which need torch; only two parts need Triton, one Redis.
+# Only latency (its peers) and cheaper (its judge) need torch; only two parts need Triton, one Redis.
 comma := ,
 PARTS := $(subst $(comma), ,$(ONLY))
-BENCH_ENV := $(if $(filter latency,$(or $(PARTS),latency)),.venv-training,.venv)
+BENCH_ENV := $(if $(filter latency cheaper,$(or $(PARTS),latency)),.venv-training,.venv)
 BENCH_TRITON := $(if $(filter triton merging,$(or $(PARTS),triton)),.venv-triton/.installed)
 BENCH_REDIS := $(if $(filter tiers,$(or $(PARTS),tiers)),tools/install-system-packages)
 .PHONY: bench

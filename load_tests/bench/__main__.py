@@ -25,6 +25,7 @@ PARTS = (
     "triton",
     "merging",
     "pictures",
+    "cheaper",
     "hits",
     "overhead",
     "eviction",

@@ -12,7 +12,18 @@ import pytest
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.catalog import catalog
 
-from load_tests.bench import hits, latency, loop, overhead, pictures, running_server, scheduler, throughput, watchers
+from load_tests.bench import (
+    cheaper,
+    hits,
+    latency,
+    loop,
+    overhead,
+    pictures,
+    running_server,
+    scheduler,
+    throughput,
+    watchers,
+)
 from load_tests.bench.bare import BareLoop
 from load_tests.bench.clients import PROMPT, request
 from load_tests.calibration import eviction, index, replay
@@ -102,6 +113,22 @@ def test_pictures():
     assert [row["kind"] for row in rows] == ["text", "img2img", "inpainting", "mixed"]
     assert rows[0]["of_text"] == 1
     assert all(row["pictures_per_s"] > 0 and row["cpu_ms_per_picture"] > 0 for row in rows)
+
+
+def test_cheaper():
+    rows = only_table(cheaper.measure(dataclasses.replace(cheaper.SMOKE, models=MODELS)))
+    assert [(row["way"], row["rows"], row["rows_skipped"]) for row in rows] == [
+        (cheaper.PLAIN, 8, 0),
+        ("interval 0:0.5", 6, 0.25),
+    ]
+    assert rows[0]["cpu_of_plain"] == rows[0]["wall_of_plain"] == 1
+    assert 10 < rows[1]["psnr_db"] < 100
+
+
+def test_the_psnr_of_pictures():
+    black = np.zeros((2, 2, 4), np.uint8)
+    assert cheaper.psnr(black, black) == 100
+    assert cheaper.psnr(black, black + np.uint8(255)) == 0
 
 
 def test_hits():

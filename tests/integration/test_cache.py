@@ -96,15 +96,23 @@ async def test_defaults_spelled_out_and_other_encodings_find_the_same_picture(se
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"steps": 7}, {"guidance_scale": 2.0}, {"prompt": "a blue potion"}, {"sampler": "euler"}],
+    [
+        {"seed": 1},
+        {"steps": 7},
+        {"guidance_scale": 2.0},
+        {"guidance_rescale": 0.5},
+        {"guidance_interval": pb.GuidanceInterval(start=0.34)},
+        {"prompt": "a blue potion"},
+        {"sampler": "euler"},
+    ],
 )
 async def test_anything_that_decides_pixels_makes_it_another_picture(server, seed, change):
     running, stub = server
     await collect(stub.Generate(request(seed, steps=3)))
     await kept(running)
     other = request(seed=seed + change.get("seed", 0), steps=change.get("steps", 3))
-    if "guidance_scale" in change:
-        other.spec.guidance_scale = change["guidance_scale"]
+    guidance = {name: value for name, value in change.items() if name.startswith("guidance")}
+    other.spec.MergeFrom(pb.GenerationSpec(**guidance))
     other.spec.prompt = change.get("prompt", other.spec.prompt)
     other.spec.sampler.name = change.get("sampler", "")
     assert result(await collect(stub.Generate(other))).disposition == R.DISPOSITION_MISS

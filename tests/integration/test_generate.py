@@ -108,9 +108,11 @@ async def test_the_same_spec_gives_the_same_pixels_alone_and_in_any_batch(server
     _, stub = server
     alone = await collect(stub.Generate(request(seed=7, steps=8, cache=BYPASS)))
     others = [request(seed=100 + n, steps=3 + n, cache=BYPASS) for n in range(6)]
+    others[1].spec.guidance_interval.start, others[1].spec.guidance_interval.end = 0.25, 0.75
     others[2].spec.guidance_scale = 1.0
     others[3].spec.sampler.name = "euler_ancestral"
     others[4].spec.sampler.name = "dpmpp_2m"
+    others[5].spec.guidance_interval.end, others[5].spec.guidance_rescale = 0.5, 0.7
     crowd = await asyncio.gather(
         *(collect(stub.Generate(r)) for r in [*others, request(seed=7, steps=8, cache=BYPASS)])
     )
@@ -121,6 +123,27 @@ async def test_the_same_spec_gives_the_same_pixels_alone_and_in_any_batch(server
     assert np.array_equal(pixels(alone), pixels(await collect(stub.Generate(replay))))
     for first, message in zip(crowd, others, strict=False):
         assert np.array_equal(pixels(first), pixels(await collect(stub.Generate(message))))
+
+
+async def test_steps_outside_of_the_guidance_interval_cost_one_row(server):
+    _, stub = server
+
+    async def develop(**spec: object) -> list[pb.GenerationEvent]:
+        message = request(seed=12, steps=10, cache=BYPASS)
+        message.spec.MergeFrom(pb.GenerationSpec(**spec))
+        return await collect(stub.Generate(message))
+
+    plain = await develop()
+    limited = await develop(guidance_interval=pb.GuidanceInterval(start=0.2, end=0.8))
+    whole = await develop(guidance_interval=pb.GuidanceInterval(start=0, end=1), guidance_rescale=0)
+    rescaled = await develop(guidance_rescale=0.7)
+    usages = [events[-1].finished.usage for events in (plain, limited, whole, rescaled)]
+    assert [(u.num_rows, u.num_rows_skipped) for u in usages] == [(20, 0), (16, 4), (20, 0), (20, 0)]
+    assert limited[0].accepted.spec.guidance_interval == pb.GuidanceInterval(start=0.2, end=0.8)
+    assert not whole[0].accepted.spec.HasField("guidance_interval")
+    assert np.array_equal(pixels(plain), pixels(whole))
+    assert not np.array_equal(pixels(plain), pixels(limited))
+    assert not np.array_equal(pixels(plain), pixels(rescaled))
 
 
 async def test_several_outputs_come_whole(server):
@@ -161,8 +184,11 @@ async def test_cancel_stops_at_a_step_and_ends_the_stream_as_cancelled(server):
 
 async def test_a_lost_stream_is_resumed_from_its_step_with_the_same_pixels(server):
     running, stub = server
-    undisturbed = pixels(await collect(stub.Generate(request(seed=3, steps=30, cache=BYPASS))))
-    call = stub.Generate(request(seed=3, steps=30))
+    message = request(seed=3, steps=30, cache=BYPASS)
+    message.spec.guidance_interval.end = 0.5
+    undisturbed = pixels(await collect(stub.Generate(message)))
+    message.ClearField("cache")
+    call = stub.Generate(message)
     name, sequence = "", 0
     async for response in call:
         name, sequence = response.event.generation, max(sequence, response.event.sequence)

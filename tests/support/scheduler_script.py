@@ -1,6 +1,6 @@
 """Runs the scheduler's golden scripts: blocks of commands, a line `----`, and the output that they must give.
 
-A command is a word, ids and options (`add 1..3 steps=2 rows=2`). The output names rows as output/step, with `c` or
+A command is a word, ids and options (`add 1..3 steps=2 rows=2 guided=0..1`). The output names rows as output/step, with `c` or
 `u` for the conditional and the unconditional row of a guided step. The scheduler's invariants are checked after every
 command.
 """
@@ -88,6 +88,7 @@ class Player:
                 tuple(f"{prompt}{key}" for prompt in prompts[:rows]),
                 float(options["deadline"]) if "deadline" in options else None,
                 int(options.get("first_step", 0)),
+                guided_steps=guided(options["guided"]) if "guided" in options else None,
             )
             if rows == 2:
                 self._guided.add(output_id)
@@ -178,6 +179,12 @@ class Player:
             return " ".join(str(row.output_id) for row in batch.rows)
         parts = [("cu"[row.part] if row.output_id in self._guided else "") for row in batch.rows]
         return " ".join(f"{row.output_id}/{row.step}{part}" for row, part in zip(batch.rows, parts, strict=True))
+
+
+def guided(text: str) -> range:
+    """The steps with guidance, from 0: `2..5` is 2 to 5, `none` is none."""
+    first, _, last = text.partition("..")
+    return range(0) if text == "none" else range(int(first), int(last or first) + 1)
 
 
 def spread(ids: list[str]) -> list[int]:

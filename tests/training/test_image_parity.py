@@ -1,4 +1,4 @@
-"""Development from a picture, and of a part of it, against diffusers' own pipelines: same noise, to 1/255.
+"""Development from a picture, of a part of it, and by kinds of guidance, against diffusers' own pipelines, to 1/255.
 
 The server's side is its engine on ONNX Runtime, from the picture's file to the finished pixels.
 """
@@ -21,7 +21,9 @@ from diffusers import (
     LCMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
 )
+from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from safelight_server.catalog import catalog
@@ -34,6 +36,7 @@ from safelight_server.export.exporter import export
 from safelight_server.export.plan import ExportOptions
 from safelight_server.runtime.onnx import OnnxRuntime
 from safelight_server.sampler import SamplerSpec, compile_table, gaussian, steps_left_out
+from safelight_server.sampler import guided_steps as steps_of_interval
 from safelight_server.scheduler import Priority
 from safelight_server.telemetry import Metrics
 
@@ -93,6 +96,8 @@ class Served:
         mask: bytes = b"",
         negative: str = "",
         spacing: str = "trailing",
+        guided_steps: range | None = None,
+        guidance_rescale: float = 0.0,
     ) -> list[Pixels]:
         """The finished pictures of all seeds, which share batches."""
         spec, manifest = SamplerSpec(sampler, spacing), self.pipeline.manifest
@@ -116,6 +121,8 @@ class Served:
                 guidance,
                 tokens,
                 image=image,
+                guided_steps=guided_steps,
+                guidance_rescale=guidance_rescale,
             )
             for number, seed in enumerate(seeds)
         ]
@@ -247,3 +254,56 @@ def test_a_part_developed_anew_is_that_of_diffusers(both, theirs, sampler, stren
     assert off(picture, Image.fromarray(np.round(whole).astype(np.uint8))) <= 1
     kept = np.asarray(mask) == 0
     assert np.array_equal(picture[kept], np.asarray(init)[kept])
+
+
+SCALE, NEGATIVE = 7.5, "a blue gem"
+
+
+def guided_reference(pipeline: StableDiffusionPipeline, seed: int, guided: range, rescale: float) -> Image.Image:
+    """Diffusers' picture with guidance in some steps alone: a callback turns it on and off between the steps."""
+    prompt, shape = prompts(1)[0], (pipeline.unet.config.in_channels, *[pipeline.unet.config.sample_size] * 2)
+    with torch.no_grad():
+        positive, negative = pipeline.encode_prompt(prompt, "cpu", 1, True, NEGATIVE)
+
+    def switch(running: StableDiffusionPipeline, step: int, *_: object) -> dict[str, torch.Tensor]:
+        on = step + 1 in guided
+        running._guidance_scale = SCALE if on else 1.0
+        return {"prompt_embeds": torch.cat([negative, positive]) if on else positive}
+
+    return pipeline(
+        prompt,
+        negative_prompt=NEGATIVE,
+        num_inference_steps=STEPS,
+        guidance_scale=SCALE if 0 in guided else 1.0,
+        guidance_rescale=rescale,
+        latents=torch.from_numpy(gaussian(seed, 0, 0, shape))[None],
+        callback_on_step_end=switch,
+    ).images[0]
+
+
+@pytest.mark.parametrize(
+    ("interval", "rescale"), [((0, 1), 0.7), ((0, 1), 1.0), ((0.2, 0.8), 0.0), ((0, 0.5), 0.0), ((0.5, 1), 0.7)]
+)
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+def test_kinds_of_guidance_are_those_of_diffusers(both, theirs, sampler, interval, rescale):
+    torch_pipeline, served = both
+    if torch_pipeline.unet.config.in_channels != 4:
+        pytest.skip("its random decoder makes black pictures, whatever the latent")
+    guided = steps_of_interval(STEPS, *interval)
+    [ours] = served.pictures(
+        prompts(1)[0], [5], SCALE, sampler, 1.0, negative=NEGATIVE, guided_steps=guided, guidance_rescale=rescale
+    )
+    pipeline = theirs(StableDiffusionPipeline, sampler, 5, 1.0)
+    assert off(ours, guided_reference(pipeline, 5, guided, rescale)) <= 1
+    assert off(ours, guided_reference(pipeline, 5, range(STEPS), 0.0)) > 1, "the reference can tell"
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.8), (0.29, 0.58), (0.7, 1.0), (0.05, 0.06)])
+def test_the_steps_of_an_interval_are_those_of_diffusers_guiders(interval):
+    guider = ClassifierFreeGuidance(start=interval[0], stop=interval[1])
+    for num_steps in (1, 3, 10, 50, 100):
+        theirs = []
+        for step in range(num_steps):
+            guider.set_state(step, num_steps, torch.tensor(0))
+            theirs += [step] if guider._is_cfg_enabled() else []
+        assert list(steps_of_interval(num_steps, *interval)) == theirs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
@@ -227,3 +227,25 @@ def test_ones_own_work_comes_first() -> None:
     for number in range(64):
         at.add(ScheduledOutput(number, "lab/me", Priority.STANDARD, 1000, 2, KEYS, ("q", "n")), 0.0)
     assert at.estimate_s(ours) > 0.9 * at.backlog_s()
+
+
+def test_rows_that_are_not_evaluated_are_in_no_estimate() -> None:
+    """Guidance in 12 of 20 steps: 12 calls of two rows and 8 of one. A row of a full batch of 8 takes 3.5."""
+    limited = replace(output(), guided_steps=range(4, 16))
+    at = scheduler()
+    assert at.estimate_s(limited) == pytest.approx(22 + 12 * 22 + 8 * 21 + 21)
+    assert at.compute_s(limited) == pytest.approx((2 + 32 + 1) * 3.5)
+    assert at.compute_s(replace(limited, first_step=10)) == pytest.approx((2 + 16 + 1) * 3.5)
+    at.add(limited, 0.0)
+    assert at.backlog_s() == pytest.approx(12 * 22 + 8 * 21)
+    assert at.left_by_class_s()[Priority.STANDARD] == pytest.approx(at.compute_s(limited))
+
+
+def test_an_estimate_counts_the_rows_that_others_have_now() -> None:
+    """Beside an output in a step of one row, a call has three rows; with two rows it would have four."""
+    for guided, rows in ((range(10, 20), 3), (None, 4)):
+        at = scheduler()
+        beside = ScheduledOutput(7, "lab/you", Priority.STANDARD, 20, 2, KEYS, (), guided_steps=guided)
+        at.add(beside, 0.0)
+        at.schedule(0.0, [0])
+        assert at.estimate_s(output()) == pytest.approx(22 + 20 * (20 + rows) + 21)

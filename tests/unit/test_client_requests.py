@@ -27,6 +27,8 @@ def test_plain_arguments_fill_the_message():
         height=96,
         seeds=[3, 4],
         steps=5,
+        guidance_rescale=0.5,
+        guidance_interval=(0.25, 0.75),
         preview_media_type=["image/webp", "image/jpeg"],
         preview_every=2,
         preview_max_edge=32,
@@ -35,6 +37,7 @@ def test_plain_arguments_fill_the_message():
     spec = request.spec
     assert (spec.model, spec.width_px, spec.height_px, spec.num_inference_steps) == ("models/icons", 64, 96, 5)
     assert [output.seed for output in spec.outputs] == [3, 4]
+    assert (spec.guidance_rescale, spec.guidance_interval) == (0.5, pb.GuidanceInterval(start=0.25, end=0.75))
     assert [accepted.media_type for accepted in request.preview.accept] == ["image/webp", "image/jpeg"]
     assert (request.preview.every_n_steps, request.preview.max_edge_px) == (2, 32)
     assert (request.encoding.media_type, dict(request.labels)) == ("image/png", {"a": "b"})
@@ -43,8 +46,8 @@ def test_plain_arguments_fill_the_message():
 def test_what_is_not_said_is_not_sent():
     request = generate_request("x")
     assert not request.HasField("preview")
-    absent = ("width_px", "height_px", "num_inference_steps", "guidance_scale", "sampler")
-    assert not any(request.spec.HasField(name) for name in absent)
+    absent = ("width_px", "height_px", "num_inference_steps", "guidance_scale", "sampler", "guidance_rescale")
+    assert not any(request.spec.HasField(name) for name in (*absent, "guidance_interval"))
     assert not request.spec.outputs
     assert len(request.request_id) == 36
     assert generate_request("x", seed=0).spec.outputs[0].HasField("seed"), "0 is a seed"
@@ -63,6 +66,7 @@ def test_no_previews():
         ({"seed": 1, "seeds": [1]}, ValueError),
         ({"media_type": "image/png", "encoding": PixelEncoding()}, ValueError),
         ({"seed": -1}, ValueError),
+        ({"guidance_interval": (0.2, 0.5, 0.8)}, ValueError),
         ({"sed": 1}, TypeError),
     ],
 )

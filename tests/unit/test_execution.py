@@ -40,6 +40,7 @@ class Member:
     error: SafelightError | None = None
     rows: int = 0
     counted: int = 0
+    skipped: int = 0
 
     def started(self) -> None:
         self.heard.append("started")
@@ -58,9 +59,10 @@ class Member:
         self.frames.append(self.feed.newest)
         return step + 1
 
-    def used(self, seconds: float, rows: int, steps: int) -> None:
+    def used(self, seconds: float, rows: int, steps: int, rows_skipped: int) -> None:
         self.rows += rows
         self.counted += steps
+        self.skipped += rows_skipped
 
     def stepped(self, step: int, batch_size: int) -> None:
         self.steps.append(step)
@@ -109,10 +111,12 @@ class Stage:
         seed: int = 7,
         recorder: ExecutionObserver | None = None,
         token_ids: tuple[int, ...] = (1, 2),
+        guided_steps: range | None = None,
     ) -> Execution:
         pipeline = simulated_pipeline()
         table = compile_table(SamplerSpec("ddim", "trailing"), pipeline.schedule, "v_prediction", STEPS)
-        job = Job(0, "me", Priority.STANDARD, pipeline, LATENT, table, seed, 1.0, (token_ids,))
+        scale, prompts = (1.0, (token_ids,)) if guided_steps is None else (3.0, (token_ids, (9, 9)))
+        job = Job(0, "me", Priority.STANDARD, pipeline, LATENT, table, seed, scale, prompts, guided_steps=guided_steps)
         execution = self.executions.create(job, key, recorder)
         self.executions.publish(execution)
         return execution
@@ -175,6 +179,15 @@ async def test_work_counts_once_for_the_member_that_came_first_and_is_still_ther
     assert first.rows + second.rows == STEPS
     assert first.picture is None
     assert first.steps == [1, 2]
+
+
+async def test_rows_outside_of_the_guidance_interval_are_skipped_and_counted(stage: Stage) -> None:
+    member, execution = Member(), stage.execution(guided_steps=range(1, 3))
+    execution.join(member)
+    await stage.step(execution, STEPS)
+    await eventually(lambda: member.picture is not None)
+    assert [rows for component, rows in stage.runtime.calls if component is Component.DENOISER] == [1, 2, 2, 1, 1]
+    assert (member.rows, member.skipped) == (STEPS + 2, STEPS - 2)
 
 
 async def test_it_stops_only_when_the_last_member_leaves(stage: Stage) -> None:

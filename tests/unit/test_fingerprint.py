@@ -53,6 +53,8 @@ OTHERS = {
     "init_image": "ab" * 32,
     "strength": 0.5,
     "mask": "cd" * 32,
+    "guidance_rescale": 0.7,
+    "guidance_interval": (0.2, 0.8),
 }
 """Another value for each field that decides pixels."""
 SILENT = {"model", "revision", "prompt", "negative_prompt"}
@@ -95,6 +97,8 @@ FIELDS = {
     "init_image": pb.GenerationSpec(init_image=IMAGE.replace("ab", "ef")),
     "strength": pb.GenerationSpec(strength=0.5),
     "mask": pb.GenerationSpec(mask=IMAGE),
+    "guidance_rescale": pb.GenerationSpec(guidance_rescale=0.7),
+    "guidance_interval": pb.GenerationSpec(guidance_interval=pb.GuidanceInterval(start=0.2, end=0.8)),
 }
 """A change of each field of the contract; the model is in the pipeline's digest, and the width goes with the height."""
 
@@ -136,6 +140,8 @@ DEFAULTS = {
     "height_px": 64,
     "num_inference_steps": 20,
     "guidance_scale": 3.0,
+    "guidance_rescale": 0.0,
+    "guidance_interval": pb.GuidanceInterval(start=0, end=1),
     "sampler": pb.SamplerSpec(
         name="ddim",
         spacing=pb.TIMESTEP_SPACING_TRAILING,
@@ -185,11 +191,12 @@ def test_numbers_have_one_form():
 
 def test_the_encoding_is_canonical_json_and_does_not_change_unseen():
     assert exact("d", "n", SPEC, 2**64 - 1) == (
-        b'{"numerics":"n","pipeline":"d","seed":18446744073709551615,"spec":{"guidance_scale":3,"height_px":96,'
+        b'{"numerics":"n","pipeline":"d","seed":18446744073709551615,"spec":{"guidance_interval":[0,1],'
+        b'"guidance_rescale":0,"guidance_scale":3,"height_px":96,'
         b'"init_image":"","mask":"","negative_token_ids":[1,5,2,0],"num_inference_steps":20,'
-        b'"sampler":["ddim","trailing","default",0.25],"strength":1,"width_px":64},"tokens":[1,4,6,2],"version":2}'
+        b'"sampler":["ddim","trailing","default",0.25],"strength":1,"width_px":64},"tokens":[1,4,6,2],"version":3}'
     )
-    assert json.loads(embedding("e", (1, 2))) == {"encoder": "e", "tokens": [1, 2], "version": 2}
+    assert json.loads(embedding("e", (1, 2))) == {"encoder": "e", "tokens": [1, 2], "version": 3}
 
 
 @given(a=st.text(), b=st.text(), content=st.binary(max_size=50))

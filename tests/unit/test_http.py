@@ -91,6 +91,12 @@ def named(error: SafelightError) -> dict[str, str]:
         ("guidance_scale", 0.5),
         ("guidance_scale", 1e300),
         ("guidance_scale", "7"),
+        ("guidance_rescale", 1.5),
+        ("guidance_interval", 0.5),
+        ("guidance_interval", [0.5]),
+        ("guidance_interval", [0.8, 0.2]),
+        ("guidance_interval", [-1, 0.5]),
+        ("guidance_interval", ["0", 1]),
         ("negative_prompt", "a\u0000b"),
         ("mask", "x"),
         ("foo", None),
@@ -146,10 +152,13 @@ def test_each_parameter_has_its_field():
         seed=2**64 - 2,
         num_inference_steps=7,
         guidance_scale=2.5,
+        guidance_rescale=0.5,
+        guidance_interval=[0.25, 1],
         negative_prompt="rust",
     )
     spec = wanted.spec
     assert (spec.width_px, spec.height_px, spec.num_inference_steps, spec.guidance_scale) == (128, 128, 7, 2.5)
+    assert (spec.guidance_rescale, spec.guidance_interval) == (0.5, pb.GuidanceInterval(start=0.25, end=1))
     assert [output.seed for output in spec.outputs] == [2**64 - 2, 2**64 - 1, 0], "each picture has the next seed"
     assert list(spec.prompts) == [pb.Prompt(role=pb.Prompt.ROLE_NEGATIVE, text="rust")]
     assert wanted.encoding == pb.PixelEncoding(media_type="image/webp", quality=1)

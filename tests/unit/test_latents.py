@@ -197,3 +197,49 @@ def test_each_input_of_a_denoiser_has_its_source():
     assert rows["context"].array()[:, 0, 0].tolist() == [0, 1]
     assert rows["pooled"].array().tolist() == [[0, 0], [10, 10]]
     assert np.array_equal(rows["x"], latents.latent(np.array([slot, slot])) * made.in_scale[4])
+
+
+def develop_together(kinds, steps=6):
+    """The latents after all steps, of outputs with these arguments of `claim` that share their batches."""
+    latents = Latents(len(kinds), SHAPE, CONTEXTS, 50)
+    slots = [latents.claim(table("ddim"), 7, 5.0, [context(1), context(0)], **kind) for kind in kinds]
+    for at in range(steps):
+        step(latents, slots, [at] * len(slots), parts=(0, 1))
+    return list(latents.latent(np.array(slots)))
+
+
+RESCALED = {"guidance_rescale": 0.7}
+LIMITED = {"guided_steps": range(2, 4)}
+
+
+def test_kinds_of_guidance_in_one_batch_are_as_alone():
+    kinds = [{}, LIMITED, RESCALED, LIMITED | RESCALED, {"guided_steps": range(6)}, {"guided_steps": range(1)}]
+    together = develop_together(kinds)
+    for kind, latent in zip(kinds, together, strict=True):
+        assert np.array_equal(develop_together([kind])[0], latent)
+    assert np.array_equal(together[0], together[4]), "an interval of all steps is none"
+    assert len({latent.tobytes() for latent in together}) == 5
+
+
+def test_a_step_outside_of_the_interval_is_one_without_guidance():
+    """Whatever the unconditional row of the slot holds from an earlier step."""
+    latents = Latents(2, SHAPE, CONTEXTS, 50)
+    limited = latents.claim(table(), 1, 3.0, [context(1), context(0)], guided_steps=range(1))
+    plain = latents.claim(table(), 1, 3.0, [context(1), context(0)])
+    step(latents, [limited, plain], [0, 0], parts=(0, 1))
+    snapshot = latents.snapshot(plain, 1)
+    latents.release(plain)
+    plain = latents.claim(table(), 1, 1.0, [context(1)], snapshot)
+    for at in range(1, 6):
+        step(latents, [limited, plain], [at, at])
+    first, second = latents.latent(np.array([limited, plain]))
+    assert np.array_equal(first, second)
+
+
+def test_guidance_does_not_stay_in_a_slot():
+    latents = Latents(1, SHAPE, CONTEXTS, 50)
+    latents.release(latents.claim(table("ddim"), 1, 9.0, [context(1), context(0)], **RESCALED))
+    slot = latents.claim(table("ddim"), 7, 5.0, [context(1), context(0)], **LIMITED)
+    for at in range(6):
+        step(latents, [slot], [at], parts=(0, 1))
+    assert np.array_equal(latents.latent(np.array([slot]))[0], develop_together([LIMITED])[0])

@@ -75,10 +75,13 @@ class Replica:
         self.tasks = [asyncio.create_task(work) for work in (bulletin.listen(), bulletin.talk())]
         self.leased_runner: LeasedRunner | None = None
 
-    def execution(self, *, again: bool = False, generation: str = "generations/a") -> Execution:
+    def execution(
+        self, *, again: bool = False, generation: str = "generations/a", guided_steps: range | None = None
+    ) -> Execution:
         pipeline = simulated_pipeline()
         table = compile_table(SamplerSpec("ddim", "trailing"), pipeline.schedule, "v_prediction", STEPS)
-        job = Job(0, "me", Priority.STANDARD, pipeline, LATENT, table, 7, 1.0, ((1, 2),))
+        scale, prompts = (1.0, ((1, 2),)) if guided_steps is None else (3.0, ((1, 2), (9, 9)))
+        job = Job(0, "me", Priority.STANDARD, pipeline, LATENT, table, 7, scale, prompts, guided_steps=guided_steps)
         ticket = ExecutionTicket(NAME, POINTER, ("t", "exact"), "tenant", generation, "model/1", "miss", again)
 
         async def keep(pixels: Pixels, compute_s: float) -> bool:
@@ -204,15 +207,18 @@ async def test_a_dead_leader_is_replaced_from_the_newest_checkpoint(pair: Pair) 
     assert len(await pair.bills()) == 1
 
 
-async def test_a_leader_that_died_between_picture_and_commit_is_billed_for(pair: Pair) -> None:
+@pytest.mark.parametrize(("guided_steps", "rows"), [(None, STEPS), (range(1, 3), STEPS + 2), (range(STEPS), 2 * STEPS)])
+async def test_a_leader_that_died_between_picture_and_commit_is_billed_for(
+    pair: Pair, guided_steps: range | None, rows: int
+) -> None:
     pixels = await alone()
     await pair.one.pictures.put(POINTER, pixels, FACTS, replicate=True)
-    member, execution = Member(), pair.other.execution(again=True)
+    member, execution = Member(), pair.other.execution(again=True, guided_steps=guided_steps)
     execution.join(member)
     await eventually(lambda: member.picture is not None)
     assert member.counted == 0, "no step was made"
     [bill] = await pair.bills()
-    assert (bill["steps"], bill["rows"]) == (STEPS, STEPS)
+    assert (bill["steps"], bill["rows"]) == (STEPS, rows)
 
 
 async def test_without_the_service_it_runs_here_and_commits_later(pair: Pair) -> None:

@@ -119,6 +119,13 @@ def test_the_plan_shows_its_arithmetic_and_the_cheapest_machine(desk: Desk) -> N
     assert "cheapest: 2 x small, USD 2.00 an hour" in text
 
 
+def test_a_guidance_interval_needs_fewer_rows(desk: Desk) -> None:
+    desk.write("load.toml", "[[mix]]\nimages_per_s = 10\nguidance_interval = [0.2, 0.8]\n")
+    text, fault = desk.plan()
+    assert fault is None, text
+    assert "10 pictures/s x 20 steps x 1.6 rows = 320 rows/s" in text
+
+
 def test_the_plan_as_json(desk: Desk) -> None:
     text, fault = desk.plan("--json")
     assert fault is None, text
@@ -133,6 +140,7 @@ def test_the_plan_as_json(desk: Desk) -> None:
         ("load.toml", "[[mix]]\nimages_per_s = 0\n", "mix.0.images_per_s"),
         ("load.toml", "mix = []\n", "mix"),
         ("load.toml", "[[mix]]\nimages_per_s = 1\nmodel = 'none'\n", "mix.0.model: none is none of"),
+        ("load.toml", "[[mix]]\nimages_per_s = 1\nguidance_interval = [0.8, 0.1]\n", "mix.0.guidance_interval"),
         ("load.toml", "first_preview_p99_s = 0.001\n[[mix]]\nimages_per_s = 1\n", "first_preview_p99_s"),
         ("curves.json", "{}", "is not what `safelight models --json` prints"),
         ("curves.json", json.dumps({"models": [MODEL | {"stepTimes": []}]}), "no times of calls of one row"),

@@ -47,7 +47,15 @@ from tests.support.streams import RAW, SPEC
 
 NOW = datetime(2026, 11, 25, 3, 0, 0, 123456, tzinfo=UTC)
 REQUEST = Request(
-    replace(SPEC, seeds=(0, 2**64 - 1), guidance_scale=0.1, negative_token_ids=(1, 2), prompt="a \u2603 \U0001f9ea"),
+    replace(
+        SPEC,
+        seeds=(0, 2**64 - 1),
+        guidance_scale=0.1,
+        negative_token_ids=(1, 2),
+        prompt="a \u2603 \U0001f9ea",
+        guidance_rescale=0.7,
+        guidance_interval=(0.1, 0.9),
+    ),
     PreviewPolicy(PixelEncoding(MediaType.JPEG, 3), PreviewMethod.LINEAR, 64, 3, 0.1, 1000),
     PixelEncoding(MediaType.RAW_RGBA8, 85, 256, True),
     Priority.BATCH,
@@ -89,8 +97,11 @@ def test_a_record_of_an_older_server_says_no_kind() -> None:
     entry, _ = sealer.open("name", dump(sealer, "name", RECORD))
     facts = json.loads(entry.data)
     del facts["numerics_id"], facts["pipeline"]
+    spec = facts["request"]["spec"]
+    del spec["guidance_rescale"], spec["guidance_interval"]
     older = sealer.seal("name", replace(entry, data=json.dumps(facts).encode()), time.time() + 60.0)
-    assert parse(sealer, "name", older) == replace(RECORD, numerics_id="", pipeline="")
+    plain = replace(REQUEST, spec=replace(REQUEST.spec, guidance_rescale=0.0, guidance_interval=(0.0, 1.0)))
+    assert parse(sealer, "name", older) == replace(RECORD, numerics_id="", pipeline="", request=plain)
 
 
 @pytest.mark.parametrize(
@@ -143,4 +154,5 @@ def test_a_cost_is_kept_and_a_server_that_knows_none_can_read_what_has_none() ->
         return facts
 
     assert usage_facts(replace(USAGE, cost_nanos=7, currency="EUR"))["cost_nanos"] == 7
-    assert not {"cost_nanos", "currency"} & usage_facts(USAGE).keys()
+    assert usage_facts(replace(USAGE, num_rows_skipped=8))["num_rows_skipped"] == 8
+    assert not {"cost_nanos", "currency", "num_rows_skipped"} & usage_facts(USAGE).keys()

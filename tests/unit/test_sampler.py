@@ -19,7 +19,9 @@ from safelight_server.sampler import (
     compile_table,
     gaussian,
     guide,
+    guided_steps,
     refusal,
+    rescale,
     supported_cells,
 )
 
@@ -95,6 +97,34 @@ def test_a_row_has_the_same_bits_in_any_batch_at_any_place(rows, seed, place, or
     guided = guide(x, p, scale)
     assert bits(guided[one]) == bits(guide(x[one], p[one], scale[one]))
     assert bits(guided[places]) == bits(guide(x[places], p[places], scale[places]))
+    share = (rng.random(rows) * (rng.random(rows) < 0.7)).astype(np.float32)
+    rescaled = rescale(guided, x, share)
+    assert bits(rescaled[one]) == bits(rescale(guided[one], x[one], share[one]))
+    assert bits(rescaled[places]) == bits(rescale(guided[places], x[places], share[places]))
+
+
+def test_rescale_gives_a_row_the_contrast_of_its_conditional_prediction():
+    rng = np.random.default_rng(1)
+    cond, uncond = rng.standard_normal((2, 3, *SHAPE), dtype=np.float32)
+    guided = guide(cond, uncond, np.full(3, 7, np.float32))
+    rescaled = rescale(guided, cond, np.array([0, 0.5, 1], np.float32))
+    wanted, found = cond.std(axis=(1, 2, 3)), guided.std(axis=(1, 2, 3))
+    assert bits(rescaled[0]) == bits(guided[0])
+    assert rescaled[1].std() == pytest.approx((wanted[1] + found[1]) / 2, rel=1e-5)
+    assert rescaled[2].std() == pytest.approx(wanted[2], rel=1e-5)
+
+
+def test_a_prediction_without_contrast_is_left_as_it_is():
+    flat = np.full((1, *SHAPE), 0.25, np.float32)
+    assert bits(rescale(flat, np.zeros_like(flat), np.ones(1, np.float32))) == bits(flat)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "start", "end", "steps"),
+    [(10, 0.2, 0.8, range(2, 8)), (10, 0.7, 1.0, range(7, 10)), (3, 0.34, 0.66, range(1, 1)), (1, 0.0, 1.0, range(1))],
+)
+def test_a_guidance_interval_is_counted_in_whole_steps(num_steps, start, end, steps):
+    assert guided_steps(num_steps, start, end) == steps
 
 
 def test_no_sign_of_zero_tells_of_other_rows():

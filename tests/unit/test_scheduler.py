@@ -278,3 +278,31 @@ def test_what_has_made_all_its_steps_is_only_decoded():
     assert run(s, [batch])[-1] == OutputDecoded(1)
     with pytest.raises(ValueError, match="beyond"):
         s.add(output(2, steps=3, first_step=4), 0)
+
+
+def test_steps_outside_of_the_guidance_interval_have_one_row():
+    s = scheduler()
+    s.add(output(1, rows=2, steps=5, guided_steps=range(1, 3)), 0)
+    rows = []
+    [batch] = encode(s)
+    while batch.kind is Kind.DENOISE:
+        rows.append([row.part for row in batch.rows])
+        run(s, [batch])
+        [batch] = s.schedule(0, [0])
+    assert rows == [[0], [0, 1], [0, 1], [0], [0]]
+
+
+def test_the_steps_left_are_told_by_their_rows():
+    for guided in (None, range(0), range(1, 3), range(4), range(2, 9)):
+        one = output(1, rows=2, steps=4, guided_steps=guided)
+        for step in range(5):
+            counted = Counter(one.num_rows(at) for at in range(step, 4))
+            assert dict(one.steps_by_rows(step)) == counted, (guided, step)
+
+
+def test_instances_share_the_rows_where_outputs_have_different_numbers_of_them():
+    s = scheduler(instances=2)
+    for identifier in range(16):
+        s.add(output(identifier, rows=2, guided_steps=range(2) if identifier == 3 else range(0)), 0)
+    batches = encode(s, (0, 1))
+    assert sorted(len(batch.rows) for batch in batches) == [7, 10]

@@ -59,8 +59,9 @@ class Machine(RuleBasedStateMachine):
         prompt=st.sampled_from("pqr"),
         wait=st.one_of(st.none(), st.floats(0, 60)),
         done=st.integers(0, 3),
+        guided=st.one_of(st.none(), st.builds(range, st.integers(0, 4), st.integers(0, 4))),
     )
-    def add(self, caller, priority, steps, rows, key, prompt, wait, done) -> None:
+    def add(self, caller, priority, steps, rows, key, prompt, wait, done, guided) -> None:
         output = ScheduledOutput(
             self.next_id,
             caller,
@@ -71,6 +72,7 @@ class Machine(RuleBasedStateMachine):
             tuple(f"{key}{prompt}{part}" for part in range(rows)),
             None if wait is None else self.now + wait,
             min(done, steps),
+            guided_steps=guided,
         )
         self.scheduler.add(output, self.now)
         self.alive[output.output_id] = output
@@ -138,6 +140,7 @@ class Machine(RuleBasedStateMachine):
                 if batch.kind is Kind.DENOISE:
                     assert row.step == self.steps[row.output_id], "a step is run twice or skipped"
                     assert self.alive[row.output_id].keys[Kind.DENOISE] == batch.key
+                    assert row.part < self.alive[row.output_id].num_rows(row.step), "a row that the step does not have"
             self.flying[batch.batch_id] = batch
             self.judge(batch)
 

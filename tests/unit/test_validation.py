@@ -25,6 +25,7 @@ from safelight_server.domain.request import (
     PreviewMethod,
     PreviewPolicy,
     Request,
+    Spec,
 )
 from safelight_server.sampler import SamplerSpec, refusal
 from safelight_server.scheduler import Priority
@@ -97,6 +98,10 @@ def sampler(**given: object) -> pb.GenerateRequest:
     return request(sampler=pb.SamplerSpec(**given))
 
 
+def interval(start: float | None = None, end: float | None = None, **changes: object) -> pb.GenerateRequest:
+    return request(guidance_interval=pb.GuidanceInterval(start=start, end=end), **changes)
+
+
 POSITIVE, NEGATIVE = pb.Prompt.ROLE_POSITIVE, pb.Prompt.ROLE_NEGATIVE
 STEPS = "must be from 1 to 50"
 GUIDANCE = "must be a number from 1 (without guidance) to 20"
@@ -107,6 +112,8 @@ NOT_AN_IMAGE = (
     "must be images/SHA256 with 64 hexadecimal digits, as UploadImage returns it, or generations/ID/outputs/INDEX"
 )
 STRENGTH = "must be above 0 and at most 1"
+FROM = "must be from 0 to below 1, a share of the steps"
+TO = "must be above 0 and at most 1, a share of the steps"
 NOT_UUID = "must be a UUID such as 6f1c0a52-9b3e-4d0f-8a55-2f0c7d1e9b64, and not all zeros"
 GRACE = "must be a Duration from 0 to 600 s"
 INTERVAL = "must be a Duration of more than 0"
@@ -160,6 +167,45 @@ FAULTS: list[tuple[str, pb.GenerateRequest, str, str]] = [
     ("guidance 0.99", request(guidance_scale=0.99), "spec.guidance_scale", GUIDANCE),
     ("guidance -3", request(guidance_scale=-3.0), "spec.guidance_scale", GUIDANCE),
     ("guidance 20.5", request(guidance_scale=20.5), "spec.guidance_scale", GUIDANCE),
+    ("rescale 1.1", request(guidance_rescale=1.1), "spec.guidance_rescale", "must be from 0 (none) to 1"),
+    ("rescale -0.1", request(guidance_rescale=-0.1), "spec.guidance_rescale", "must be from 0 (none) to 1"),
+    ("rescale NaN", request(guidance_rescale=math.nan), "spec.guidance_rescale", "must be from 0 (none) to 1"),
+    (
+        "rescale of nothing",
+        request(guidance_rescale=0.7, guidance_scale=1.0),
+        "spec.guidance_rescale",
+        "goes with guidance; leave it out, or ask for a guidance_scale above 1",
+    ),
+    ("interval from 1", interval(start=1.0), "spec.guidance_interval.start", FROM),
+    ("interval from -0.1", interval(start=-0.1), "spec.guidance_interval.start", FROM),
+    ("interval from NaN", interval(start=math.nan), "spec.guidance_interval.start", FROM),
+    ("interval to 0", interval(end=0.0), "spec.guidance_interval.end", TO),
+    ("interval to 1.1", interval(end=1.1), "spec.guidance_interval.end", TO),
+    ("interval to NaN", interval(end=math.nan), "spec.guidance_interval.end", TO),
+    (
+        "interval backwards",
+        interval(start=0.8, end=0.2),
+        "spec.guidance_interval",
+        "must end after it starts; 0.8 to 0.2 is empty",
+    ),
+    (
+        "interval of nothing",
+        interval(end=0.5, guidance_scale=1.0),
+        "spec.guidance_interval",
+        "goes with guidance; leave it out, or ask for a guidance_scale above 1",
+    ),
+    (
+        "interval within a step",
+        interval(start=0.51, end=0.54),
+        "spec.guidance_interval",
+        "leaves none of 20 steps with guidance; widen it, or set guidance_scale to 1 and leave it out",
+    ),
+    (
+        "interval before the first step that is made",
+        interval(end=0.5, init_image=IMAGE, strength=0.5),
+        "spec.guidance_interval",
+        "leaves none of 10 steps with guidance; widen it, or set guidance_scale to 1 and leave it out",
+    ),
     ("outputs", request(outputs=[pb.OutputSpec()] * 5), "spec.outputs", "at most 4 pictures a request"),
     (
         "sampler unknown",
@@ -604,6 +650,8 @@ SPECS = st.builds(
     height_px=maybe(INTS | st.just(96)),
     num_inference_steps=maybe(INTS),
     guidance_scale=maybe(FLOATS),
+    guidance_rescale=maybe(FLOATS),
+    guidance_interval=maybe(st.builds(pb.GuidanceInterval, start=maybe(FLOATS), end=maybe(FLOATS))),
     sampler=st.builds(
         pb.SamplerSpec,
         name=st.sampled_from(["", "ddim", "euler", "dpmpp_2m", "lcm", "x" * 1000]),
@@ -660,6 +708,9 @@ def check_within_limits(resolved: Request, catalog: Catalog) -> None:
     assert 1 <= spec.num_inference_steps <= limits.max_num_inference_steps
     assert 1 <= spec.guidance_scale <= limits.max_guidance_scale
     assert (spec.negative_token_ids is None) == (spec.guidance_scale == 1)
+    assert 0 <= spec.guidance_rescale <= 1
+    assert spec.guidance_interval[0] < spec.guidance_interval[1]
+    assert range(spec.num_inference_steps)[spec.guided_steps.start : spec.guided_steps.stop]
     assert 1 <= len(spec.seeds) <= limits.max_outputs
     assert (spec.width_px, spec.height_px) in ((64, 64), (64, 96))
     assert len(spec.token_ids) == MAX_TOKENS
@@ -731,3 +782,42 @@ def test_a_model_without_an_encoder_starts_from_no_picture(tmp_path: Path) -> No
     without = {role: at for role, at in MANIFEST["components"].items() if role != "encoder"}
     with pytest.raises(InvalidRequestError, match=r"spec\.init_image: models/small cannot start from a picture"):
         resolve_request(request(init_image=IMAGE), small_catalog(tmp_path, components=without), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "steps", "guided"),
+    [
+        (0.2, 0.8, 10, range(2, 8)),
+        (0.7, None, 10, range(7, 10)),
+        (None, 0.3, 10, range(3)),
+        (0.25, 0.75, 5, range(1, 3)),
+        (0.0, 1.0, 7, range(7)),
+        (None, None, 7, range(7)),
+        (0.99, 1.0, 50, range(49, 50)),
+    ],
+)
+def test_an_interval_is_counted_in_whole_steps(
+    catalog: Catalog, start: float | None, end: float | None, steps: int, guided: range
+) -> None:
+    """As diffusers counts them; 0.7 as it was meant, not as a float32."""
+    spec = resolve_request(interval(start, end, num_inference_steps=steps), catalog, LIMITS).spec
+    assert spec.guided_steps == guided
+    assert (spec == replace(plain_spec(catalog, steps), seeds=spec.seeds)) == (guided == range(steps))
+
+
+def plain_spec(catalog: Catalog, steps: int) -> Spec:
+    return resolve_request(request(num_inference_steps=steps), catalog, LIMITS).spec
+
+
+def test_what_says_nothing_of_guidance_may_be_said_without_guidance(catalog: Catalog) -> None:
+    message = interval(0.0, 1.0, guidance_rescale=0.0, guidance_scale=1.0)
+    assert resolve_request(message, catalog, LIMITS).spec.negative_token_ids is None
+
+
+def test_steps_outside_of_the_interval_cost_one_row(catalog: Catalog) -> None:
+    few = replace(LIMITS, max_request_rows=32)
+    message = interval(0.2, 0.8, num_inference_steps=10, outputs=[pb.OutputSpec(), pb.OutputSpec()])
+    assert resolve_request(message, catalog, few).spec.guided_steps == range(2, 8)
+    message.spec.guidance_interval.end = 0.9
+    with pytest.raises(InvalidRequestError, match="with 2 outputs costs 34 denoiser rows"):
+        resolve_request(message, catalog, few)

@@ -118,6 +118,8 @@ def test_a_spec_sent_again_is_the_same_spec(tmp_path: Path) -> None:
             prompts=[pb.Prompt(role=pb.Prompt.ROLE_NEGATIVE, text="blue")],
             height_px=96,
             guidance_scale=2.5,
+            guidance_rescale=0.7,
+            guidance_interval=pb.GuidanceInterval(start=0.1, end=0.9),
             sampler=pb.SamplerSpec(eta=0.3, spacing=pb.TIMESTEP_SPACING_LEADING),
             outputs=[pb.OutputSpec(), pb.OutputSpec(seed=7)],
             init_image=f"images/{'ab' * 32}",

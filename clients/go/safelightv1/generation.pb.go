@@ -317,7 +317,7 @@ func (x Prompt_Role) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Prompt_Role.Descriptor instead.
 func (Prompt_Role) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{3, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{4, 0}
 }
 
 // Order of the rows of raw pixels and of textures.
@@ -370,7 +370,7 @@ func (x PixelEncoding_RowOrder) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PixelEncoding_RowOrder.Descriptor instead.
 func (PixelEncoding_RowOrder) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7, 0}
 }
 
 // How the blocks of a texture are compressed.
@@ -424,7 +424,7 @@ func (x PixelEncoding_TextureFormat) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PixelEncoding_TextureFormat.Descriptor instead.
 func (PixelEncoding_TextureFormat) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6, 1}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7, 1}
 }
 
 // What may serve a request.
@@ -489,7 +489,7 @@ func (x CachePolicy_Mode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CachePolicy_Mode.Descriptor instead.
 func (CachePolicy_Mode) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{9, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{10, 0}
 }
 
 // What happens when the last stream is lost.
@@ -543,7 +543,7 @@ func (x DisconnectPolicy_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use DisconnectPolicy_Action.Descriptor instead.
 func (DisconnectPolicy_Action) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{11, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{12, 0}
 }
 
 // What is promised of a generation that was accepted.
@@ -598,7 +598,7 @@ func (x Accepted_Durability) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Accepted_Durability.Descriptor instead.
 func (Accepted_Durability) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{13, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{14, 0}
 }
 
 // Why an output ended.
@@ -659,7 +659,7 @@ func (x OutputFinished_FinishReason) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use OutputFinished_FinishReason.Descriptor instead.
 func (OutputFinished_FinishReason) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{19, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{20, 0}
 }
 
 // Where a picture came from.
@@ -728,7 +728,7 @@ func (x CacheResult_Disposition) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CacheResult_Disposition.Descriptor instead.
 func (CacheResult_Disposition) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{21, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{22, 0}
 }
 
 // Where a generation is in its life.
@@ -797,7 +797,7 @@ func (x Generation_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Generation_State.Descriptor instead.
 func (Generation_State) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{35, 0}
 }
 
 // Asks for one or more pictures. Only a prompt is needed.
@@ -1015,9 +1015,16 @@ type GenerationSpec struct {
 	// scaled as that. White is developed, black is kept, and grey is a soft edge
 	// between both. Where the picture has an alpha channel that alone counts:
 	// transparent is developed, opaque is kept. Only with `init_image`.
-	Mask          string `protobuf:"bytes,12,opt,name=mask,proto3" json:"mask,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Mask string `protobuf:"bytes,12,opt,name=mask,proto3" json:"mask,omitempty"`
+	// How much of the contrast that guidance adds is taken back, from 0 (none) to
+	// 1: phi of Lin et al. 2023, equations 15 and 16. Absent: 0. Only with
+	// guidance.
+	GuidanceRescale *float32 `protobuf:"fixed32,13,opt,name=guidance_rescale,json=guidanceRescale,proto3,oneof" json:"guidance_rescale,omitempty"`
+	// Guidance in a part of the steps alone: each of the others has one denoiser
+	// row instead of two. Absent: in all steps. Only with guidance.
+	GuidanceInterval *GuidanceInterval `protobuf:"bytes,14,opt,name=guidance_interval,json=guidanceInterval,proto3" json:"guidance_interval,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *GenerationSpec) Reset() {
@@ -1134,6 +1141,79 @@ func (x *GenerationSpec) GetMask() string {
 	return ""
 }
 
+func (x *GenerationSpec) GetGuidanceRescale() float32 {
+	if x != nil && x.GuidanceRescale != nil {
+		return *x.GuidanceRescale
+	}
+	return 0
+}
+
+func (x *GenerationSpec) GetGuidanceInterval() *GuidanceInterval {
+	if x != nil {
+		return x.GuidanceInterval
+	}
+	return nil
+}
+
+// The steps that have guidance (Kynkäänniemi et al. 2024), as shares of all
+// steps from 0, before the first one, to 1, after the last one. Of N steps those
+// from floor(start * N) on, counted from 0, to the one before floor(end * N), as
+// diffusers counts them: 0.2 to 0.8 of 10 steps are steps 3 to 8. At least one
+// step that is made must be among them.
+type GuidanceInterval struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Where guidance begins, from 0 to below 1. Absent: 0.
+	Start *float32 `protobuf:"fixed32,1,opt,name=start,proto3,oneof" json:"start,omitempty"`
+	// Where it ends, above `start` and at most 1. Absent: 1.
+	End           *float32 `protobuf:"fixed32,2,opt,name=end,proto3,oneof" json:"end,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GuidanceInterval) Reset() {
+	*x = GuidanceInterval{}
+	mi := &file_safelight_v1_generation_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GuidanceInterval) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GuidanceInterval) ProtoMessage() {}
+
+func (x *GuidanceInterval) ProtoReflect() protoreflect.Message {
+	mi := &file_safelight_v1_generation_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GuidanceInterval.ProtoReflect.Descriptor instead.
+func (*GuidanceInterval) Descriptor() ([]byte, []int) {
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *GuidanceInterval) GetStart() float32 {
+	if x != nil && x.Start != nil {
+		return *x.Start
+	}
+	return 0
+}
+
+func (x *GuidanceInterval) GetEnd() float32 {
+	if x != nil && x.End != nil {
+		return *x.End
+	}
+	return 0
+}
+
 // A text that guides the denoiser.
 type Prompt struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1149,7 +1229,7 @@ type Prompt struct {
 
 func (x *Prompt) Reset() {
 	*x = Prompt{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[3]
+	mi := &file_safelight_v1_generation_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1161,7 +1241,7 @@ func (x *Prompt) String() string {
 func (*Prompt) ProtoMessage() {}
 
 func (x *Prompt) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[3]
+	mi := &file_safelight_v1_generation_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1174,7 +1254,7 @@ func (x *Prompt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Prompt.ProtoReflect.Descriptor instead.
 func (*Prompt) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{3}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Prompt) GetRole() Prompt_Role {
@@ -1210,7 +1290,7 @@ type SamplerSpec struct {
 
 func (x *SamplerSpec) Reset() {
 	*x = SamplerSpec{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[4]
+	mi := &file_safelight_v1_generation_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1222,7 +1302,7 @@ func (x *SamplerSpec) String() string {
 func (*SamplerSpec) ProtoMessage() {}
 
 func (x *SamplerSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[4]
+	mi := &file_safelight_v1_generation_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1235,7 +1315,7 @@ func (x *SamplerSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SamplerSpec.ProtoReflect.Descriptor instead.
 func (*SamplerSpec) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{4}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *SamplerSpec) GetName() string {
@@ -1277,7 +1357,7 @@ type OutputSpec struct {
 
 func (x *OutputSpec) Reset() {
 	*x = OutputSpec{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[5]
+	mi := &file_safelight_v1_generation_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1289,7 +1369,7 @@ func (x *OutputSpec) String() string {
 func (*OutputSpec) ProtoMessage() {}
 
 func (x *OutputSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[5]
+	mi := &file_safelight_v1_generation_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1302,7 +1382,7 @@ func (x *OutputSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputSpec.ProtoReflect.Descriptor instead.
 func (*OutputSpec) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{5}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *OutputSpec) GetSeed() uint64 {
@@ -1335,7 +1415,7 @@ type PixelEncoding struct {
 
 func (x *PixelEncoding) Reset() {
 	*x = PixelEncoding{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[6]
+	mi := &file_safelight_v1_generation_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1347,7 +1427,7 @@ func (x *PixelEncoding) String() string {
 func (*PixelEncoding) ProtoMessage() {}
 
 func (x *PixelEncoding) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[6]
+	mi := &file_safelight_v1_generation_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1360,7 +1440,7 @@ func (x *PixelEncoding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PixelEncoding.ProtoReflect.Descriptor instead.
 func (*PixelEncoding) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *PixelEncoding) GetMediaType() string {
@@ -1430,7 +1510,7 @@ type PreviewPolicy struct {
 
 func (x *PreviewPolicy) Reset() {
 	*x = PreviewPolicy{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[7]
+	mi := &file_safelight_v1_generation_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1442,7 +1522,7 @@ func (x *PreviewPolicy) String() string {
 func (*PreviewPolicy) ProtoMessage() {}
 
 func (x *PreviewPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[7]
+	mi := &file_safelight_v1_generation_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1455,7 +1535,7 @@ func (x *PreviewPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreviewPolicy.ProtoReflect.Descriptor instead.
 func (*PreviewPolicy) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PreviewPolicy) GetAccept() []*PixelEncoding {
@@ -1540,7 +1620,7 @@ type Scheduling struct {
 
 func (x *Scheduling) Reset() {
 	*x = Scheduling{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[8]
+	mi := &file_safelight_v1_generation_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1552,7 +1632,7 @@ func (x *Scheduling) String() string {
 func (*Scheduling) ProtoMessage() {}
 
 func (x *Scheduling) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[8]
+	mi := &file_safelight_v1_generation_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1565,7 +1645,7 @@ func (x *Scheduling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Scheduling.ProtoReflect.Descriptor instead.
 func (*Scheduling) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{8}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Scheduling) GetPriority() Priority {
@@ -1594,7 +1674,7 @@ type CachePolicy struct {
 
 func (x *CachePolicy) Reset() {
 	*x = CachePolicy{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[9]
+	mi := &file_safelight_v1_generation_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1606,7 +1686,7 @@ func (x *CachePolicy) String() string {
 func (*CachePolicy) ProtoMessage() {}
 
 func (x *CachePolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[9]
+	mi := &file_safelight_v1_generation_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1619,7 +1699,7 @@ func (x *CachePolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CachePolicy.ProtoReflect.Descriptor instead.
 func (*CachePolicy) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{9}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CachePolicy) GetMode() CachePolicy_Mode {
@@ -1652,7 +1732,7 @@ type Branch struct {
 
 func (x *Branch) Reset() {
 	*x = Branch{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[10]
+	mi := &file_safelight_v1_generation_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1664,7 +1744,7 @@ func (x *Branch) String() string {
 func (*Branch) ProtoMessage() {}
 
 func (x *Branch) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[10]
+	mi := &file_safelight_v1_generation_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1677,7 +1757,7 @@ func (x *Branch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Branch.ProtoReflect.Descriptor instead.
 func (*Branch) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{10}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Branch) GetGeneration() string {
@@ -1714,7 +1794,7 @@ type DisconnectPolicy struct {
 
 func (x *DisconnectPolicy) Reset() {
 	*x = DisconnectPolicy{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[11]
+	mi := &file_safelight_v1_generation_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1726,7 +1806,7 @@ func (x *DisconnectPolicy) String() string {
 func (*DisconnectPolicy) ProtoMessage() {}
 
 func (x *DisconnectPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[11]
+	mi := &file_safelight_v1_generation_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1739,7 +1819,7 @@ func (x *DisconnectPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectPolicy.ProtoReflect.Descriptor instead.
 func (*DisconnectPolicy) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{11}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DisconnectPolicy) GetAction() DisconnectPolicy_Action {
@@ -1787,7 +1867,7 @@ type GenerationEvent struct {
 
 func (x *GenerationEvent) Reset() {
 	*x = GenerationEvent{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[12]
+	mi := &file_safelight_v1_generation_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1799,7 +1879,7 @@ func (x *GenerationEvent) String() string {
 func (*GenerationEvent) ProtoMessage() {}
 
 func (x *GenerationEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[12]
+	mi := &file_safelight_v1_generation_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1812,7 +1892,7 @@ func (x *GenerationEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerationEvent.ProtoReflect.Descriptor instead.
 func (*GenerationEvent) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{12}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *GenerationEvent) GetSequence() uint64 {
@@ -1986,7 +2066,7 @@ type Accepted struct {
 
 func (x *Accepted) Reset() {
 	*x = Accepted{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[13]
+	mi := &file_safelight_v1_generation_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1998,7 +2078,7 @@ func (x *Accepted) String() string {
 func (*Accepted) ProtoMessage() {}
 
 func (x *Accepted) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[13]
+	mi := &file_safelight_v1_generation_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2011,7 +2091,7 @@ func (x *Accepted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Accepted.ProtoReflect.Descriptor instead.
 func (*Accepted) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{13}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Accepted) GetSpec() *GenerationSpec {
@@ -2083,7 +2163,7 @@ type Warning struct {
 
 func (x *Warning) Reset() {
 	*x = Warning{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[14]
+	mi := &file_safelight_v1_generation_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2095,7 +2175,7 @@ func (x *Warning) String() string {
 func (*Warning) ProtoMessage() {}
 
 func (x *Warning) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[14]
+	mi := &file_safelight_v1_generation_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2108,7 +2188,7 @@ func (x *Warning) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Warning.ProtoReflect.Descriptor instead.
 func (*Warning) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{14}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Warning) GetReason() string {
@@ -2138,7 +2218,7 @@ type Queued struct {
 
 func (x *Queued) Reset() {
 	*x = Queued{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[15]
+	mi := &file_safelight_v1_generation_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2150,7 +2230,7 @@ func (x *Queued) String() string {
 func (*Queued) ProtoMessage() {}
 
 func (x *Queued) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[15]
+	mi := &file_safelight_v1_generation_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2163,7 +2243,7 @@ func (x *Queued) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Queued.ProtoReflect.Descriptor instead.
 func (*Queued) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{15}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Queued) GetPosition() int32 {
@@ -2199,7 +2279,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[16]
+	mi := &file_safelight_v1_generation_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2211,7 +2291,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[16]
+	mi := &file_safelight_v1_generation_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2224,7 +2304,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{16}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Progress) GetOutputIndex() int32 {
@@ -2290,7 +2370,7 @@ type Preview struct {
 
 func (x *Preview) Reset() {
 	*x = Preview{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[17]
+	mi := &file_safelight_v1_generation_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2302,7 +2382,7 @@ func (x *Preview) String() string {
 func (*Preview) ProtoMessage() {}
 
 func (x *Preview) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[17]
+	mi := &file_safelight_v1_generation_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2315,7 +2395,7 @@ func (x *Preview) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Preview.ProtoReflect.Descriptor instead.
 func (*Preview) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{17}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Preview) GetOutputIndex() int32 {
@@ -2408,7 +2488,7 @@ type ArtifactChunk struct {
 
 func (x *ArtifactChunk) Reset() {
 	*x = ArtifactChunk{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[18]
+	mi := &file_safelight_v1_generation_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2420,7 +2500,7 @@ func (x *ArtifactChunk) String() string {
 func (*ArtifactChunk) ProtoMessage() {}
 
 func (x *ArtifactChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[18]
+	mi := &file_safelight_v1_generation_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2433,7 +2513,7 @@ func (x *ArtifactChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArtifactChunk.ProtoReflect.Descriptor instead.
 func (*ArtifactChunk) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{18}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ArtifactChunk) GetOutputIndex() int32 {
@@ -2514,7 +2594,7 @@ type OutputFinished struct {
 
 func (x *OutputFinished) Reset() {
 	*x = OutputFinished{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[19]
+	mi := &file_safelight_v1_generation_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2526,7 +2606,7 @@ func (x *OutputFinished) String() string {
 func (*OutputFinished) ProtoMessage() {}
 
 func (x *OutputFinished) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[19]
+	mi := &file_safelight_v1_generation_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2539,7 +2619,7 @@ func (x *OutputFinished) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputFinished.ProtoReflect.Descriptor instead.
 func (*OutputFinished) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{19}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *OutputFinished) GetOutputIndex() int32 {
@@ -2580,7 +2660,7 @@ type Finished struct {
 
 func (x *Finished) Reset() {
 	*x = Finished{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[20]
+	mi := &file_safelight_v1_generation_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2592,7 +2672,7 @@ func (x *Finished) String() string {
 func (*Finished) ProtoMessage() {}
 
 func (x *Finished) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[20]
+	mi := &file_safelight_v1_generation_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2605,7 +2685,7 @@ func (x *Finished) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finished.ProtoReflect.Descriptor instead.
 func (*Finished) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{20}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Finished) GetStatus() *status.Status {
@@ -2656,7 +2736,7 @@ type CacheResult struct {
 
 func (x *CacheResult) Reset() {
 	*x = CacheResult{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[21]
+	mi := &file_safelight_v1_generation_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2668,7 +2748,7 @@ func (x *CacheResult) String() string {
 func (*CacheResult) ProtoMessage() {}
 
 func (x *CacheResult) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[21]
+	mi := &file_safelight_v1_generation_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2681,7 +2761,7 @@ func (x *CacheResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheResult.ProtoReflect.Descriptor instead.
 func (*CacheResult) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{21}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CacheResult) GetDisposition() CacheResult_Disposition {
@@ -2735,14 +2815,17 @@ type Usage struct {
 	PreviewBytes int64 `protobuf:"varint,5,opt,name=preview_bytes,json=previewBytes,proto3" json:"preview_bytes,omitempty"`
 	// What the compute costs by the operator's price table; absent where the
 	// server has none.
-	Cost          *Cost `protobuf:"bytes,6,opt,name=cost,proto3" json:"cost,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Cost *Cost `protobuf:"bytes,6,opt,name=cost,proto3" json:"cost,omitempty"`
+	// Denoiser rows that were not computed, as their steps are outside of
+	// `GenerationSpec.guidance_interval`.
+	NumRowsSkipped int64 `protobuf:"varint,7,opt,name=num_rows_skipped,json=numRowsSkipped,proto3" json:"num_rows_skipped,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Usage) Reset() {
 	*x = Usage{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[22]
+	mi := &file_safelight_v1_generation_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2754,7 +2837,7 @@ func (x *Usage) String() string {
 func (*Usage) ProtoMessage() {}
 
 func (x *Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[22]
+	mi := &file_safelight_v1_generation_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2767,7 +2850,7 @@ func (x *Usage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Usage.ProtoReflect.Descriptor instead.
 func (*Usage) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{22}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Usage) GetComputeTime() *durationpb.Duration {
@@ -2812,6 +2895,13 @@ func (x *Usage) GetCost() *Cost {
 	return nil
 }
 
+func (x *Usage) GetNumRowsSkipped() int64 {
+	if x != nil {
+		return x.NumRowsSkipped
+	}
+	return 0
+}
+
 // An amount of money.
 type Cost struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2825,7 +2915,7 @@ type Cost struct {
 
 func (x *Cost) Reset() {
 	*x = Cost{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	mi := &file_safelight_v1_generation_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2837,7 +2927,7 @@ func (x *Cost) String() string {
 func (*Cost) ProtoMessage() {}
 
 func (x *Cost) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	mi := &file_safelight_v1_generation_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2850,7 +2940,7 @@ func (x *Cost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cost.ProtoReflect.Descriptor instead.
 func (*Cost) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Cost) GetCurrencyCode() string {
@@ -2887,7 +2977,7 @@ type Timings struct {
 
 func (x *Timings) Reset() {
 	*x = Timings{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[24]
+	mi := &file_safelight_v1_generation_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2899,7 +2989,7 @@ func (x *Timings) String() string {
 func (*Timings) ProtoMessage() {}
 
 func (x *Timings) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[24]
+	mi := &file_safelight_v1_generation_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2912,7 +3002,7 @@ func (x *Timings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Timings.ProtoReflect.Descriptor instead.
 func (*Timings) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Timings) GetQueue() *durationpb.Duration {
@@ -2967,7 +3057,7 @@ type WatchGenerationRequest struct {
 
 func (x *WatchGenerationRequest) Reset() {
 	*x = WatchGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[25]
+	mi := &file_safelight_v1_generation_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2979,7 +3069,7 @@ func (x *WatchGenerationRequest) String() string {
 func (*WatchGenerationRequest) ProtoMessage() {}
 
 func (x *WatchGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[25]
+	mi := &file_safelight_v1_generation_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2992,7 +3082,7 @@ func (x *WatchGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGenerationRequest.ProtoReflect.Descriptor instead.
 func (*WatchGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{25}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *WatchGenerationRequest) GetName() string {
@@ -3036,7 +3126,7 @@ type ArtifactOffset struct {
 
 func (x *ArtifactOffset) Reset() {
 	*x = ArtifactOffset{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[26]
+	mi := &file_safelight_v1_generation_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3048,7 +3138,7 @@ func (x *ArtifactOffset) String() string {
 func (*ArtifactOffset) ProtoMessage() {}
 
 func (x *ArtifactOffset) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[26]
+	mi := &file_safelight_v1_generation_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3061,7 +3151,7 @@ func (x *ArtifactOffset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArtifactOffset.ProtoReflect.Descriptor instead.
 func (*ArtifactOffset) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{26}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ArtifactOffset) GetOutputIndex() int32 {
@@ -3089,7 +3179,7 @@ type WatchGenerationResponse struct {
 
 func (x *WatchGenerationResponse) Reset() {
 	*x = WatchGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[27]
+	mi := &file_safelight_v1_generation_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3101,7 +3191,7 @@ func (x *WatchGenerationResponse) String() string {
 func (*WatchGenerationResponse) ProtoMessage() {}
 
 func (x *WatchGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[27]
+	mi := &file_safelight_v1_generation_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3114,7 +3204,7 @@ func (x *WatchGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGenerationResponse.ProtoReflect.Descriptor instead.
 func (*WatchGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{27}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *WatchGenerationResponse) GetEvent() *GenerationEvent {
@@ -3139,7 +3229,7 @@ type UpdateGenerationRequest struct {
 
 func (x *UpdateGenerationRequest) Reset() {
 	*x = UpdateGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[28]
+	mi := &file_safelight_v1_generation_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3151,7 +3241,7 @@ func (x *UpdateGenerationRequest) String() string {
 func (*UpdateGenerationRequest) ProtoMessage() {}
 
 func (x *UpdateGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[28]
+	mi := &file_safelight_v1_generation_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3164,7 +3254,7 @@ func (x *UpdateGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateGenerationRequest.ProtoReflect.Descriptor instead.
 func (*UpdateGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{28}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *UpdateGenerationRequest) GetName() string {
@@ -3199,7 +3289,7 @@ type UpdateGenerationResponse struct {
 
 func (x *UpdateGenerationResponse) Reset() {
 	*x = UpdateGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[29]
+	mi := &file_safelight_v1_generation_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3211,7 +3301,7 @@ func (x *UpdateGenerationResponse) String() string {
 func (*UpdateGenerationResponse) ProtoMessage() {}
 
 func (x *UpdateGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[29]
+	mi := &file_safelight_v1_generation_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3224,7 +3314,7 @@ func (x *UpdateGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateGenerationResponse.ProtoReflect.Descriptor instead.
 func (*UpdateGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{29}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *UpdateGenerationResponse) GetGeneration() *Generation {
@@ -3245,7 +3335,7 @@ type CancelGenerationRequest struct {
 
 func (x *CancelGenerationRequest) Reset() {
 	*x = CancelGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[30]
+	mi := &file_safelight_v1_generation_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3257,7 +3347,7 @@ func (x *CancelGenerationRequest) String() string {
 func (*CancelGenerationRequest) ProtoMessage() {}
 
 func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[30]
+	mi := &file_safelight_v1_generation_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3270,7 +3360,7 @@ func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationRequest.ProtoReflect.Descriptor instead.
 func (*CancelGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{30}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CancelGenerationRequest) GetName() string {
@@ -3291,7 +3381,7 @@ type CancelGenerationResponse struct {
 
 func (x *CancelGenerationResponse) Reset() {
 	*x = CancelGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[31]
+	mi := &file_safelight_v1_generation_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3303,7 +3393,7 @@ func (x *CancelGenerationResponse) String() string {
 func (*CancelGenerationResponse) ProtoMessage() {}
 
 func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[31]
+	mi := &file_safelight_v1_generation_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3316,7 +3406,7 @@ func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationResponse.ProtoReflect.Descriptor instead.
 func (*CancelGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{31}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *CancelGenerationResponse) GetGeneration() *Generation {
@@ -3337,7 +3427,7 @@ type GetGenerationRequest struct {
 
 func (x *GetGenerationRequest) Reset() {
 	*x = GetGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[32]
+	mi := &file_safelight_v1_generation_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3349,7 +3439,7 @@ func (x *GetGenerationRequest) String() string {
 func (*GetGenerationRequest) ProtoMessage() {}
 
 func (x *GetGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[32]
+	mi := &file_safelight_v1_generation_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3362,7 +3452,7 @@ func (x *GetGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGenerationRequest.ProtoReflect.Descriptor instead.
 func (*GetGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{32}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *GetGenerationRequest) GetName() string {
@@ -3383,7 +3473,7 @@ type GetGenerationResponse struct {
 
 func (x *GetGenerationResponse) Reset() {
 	*x = GetGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[33]
+	mi := &file_safelight_v1_generation_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3395,7 +3485,7 @@ func (x *GetGenerationResponse) String() string {
 func (*GetGenerationResponse) ProtoMessage() {}
 
 func (x *GetGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[33]
+	mi := &file_safelight_v1_generation_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3408,7 +3498,7 @@ func (x *GetGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGenerationResponse.ProtoReflect.Descriptor instead.
 func (*GetGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{33}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *GetGenerationResponse) GetGeneration() *Generation {
@@ -3449,7 +3539,7 @@ type Generation struct {
 
 func (x *Generation) Reset() {
 	*x = Generation{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[34]
+	mi := &file_safelight_v1_generation_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3461,7 +3551,7 @@ func (x *Generation) String() string {
 func (*Generation) ProtoMessage() {}
 
 func (x *Generation) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[34]
+	mi := &file_safelight_v1_generation_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3474,7 +3564,7 @@ func (x *Generation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generation.ProtoReflect.Descriptor instead.
 func (*Generation) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Generation) GetName() string {
@@ -3573,7 +3663,7 @@ type OutputState struct {
 
 func (x *OutputState) Reset() {
 	*x = OutputState{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[35]
+	mi := &file_safelight_v1_generation_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3585,7 +3675,7 @@ func (x *OutputState) String() string {
 func (*OutputState) ProtoMessage() {}
 
 func (x *OutputState) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[35]
+	mi := &file_safelight_v1_generation_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3598,7 +3688,7 @@ func (x *OutputState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputState.ProtoReflect.Descriptor instead.
 func (*OutputState) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{35}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *OutputState) GetOutputIndex() int32 {
@@ -3660,7 +3750,7 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"G\n" +
 	"\x10GenerateResponse\x123\n" +
-	"\x05event\x18\x01 \x01(\v2\x1d.safelight.v1.GenerationEventR\x05event\"\xa1\x04\n" +
+	"\x05event\x18\x01 \x01(\v2\x1d.safelight.v1.GenerationEventR\x05event\"\xb3\x05\n" +
 	"\x0eGenerationSpec\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x16\n" +
 	"\x06prompt\x18\x02 \x01(\tR\x06prompt\x12.\n" +
@@ -3675,13 +3765,21 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"init_image\x18\n" +
 	" \x01(\tR\tinitImage\x12\x1f\n" +
 	"\bstrength\x18\v \x01(\x02H\x04R\bstrength\x88\x01\x01\x12\x12\n" +
-	"\x04mask\x18\f \x01(\tR\x04maskB\v\n" +
+	"\x04mask\x18\f \x01(\tR\x04mask\x12.\n" +
+	"\x10guidance_rescale\x18\r \x01(\x02H\x05R\x0fguidanceRescale\x88\x01\x01\x12K\n" +
+	"\x11guidance_interval\x18\x0e \x01(\v2\x1e.safelight.v1.GuidanceIntervalR\x10guidanceIntervalB\v\n" +
 	"\t_width_pxB\f\n" +
 	"\n" +
 	"_height_pxB\x16\n" +
 	"\x14_num_inference_stepsB\x11\n" +
 	"\x0f_guidance_scaleB\v\n" +
-	"\t_strength\"\x8f\x01\n" +
+	"\t_strengthB\x13\n" +
+	"\x11_guidance_rescale\"V\n" +
+	"\x10GuidanceInterval\x12\x19\n" +
+	"\x05start\x18\x01 \x01(\x02H\x00R\x05start\x88\x01\x01\x12\x15\n" +
+	"\x03end\x18\x02 \x01(\x02H\x01R\x03end\x88\x01\x01B\b\n" +
+	"\x06_startB\x06\n" +
+	"\x04_end\"\x8f\x01\n" +
 	"\x06Prompt\x12-\n" +
 	"\x04role\x18\x01 \x01(\x0e2\x19.safelight.v1.Prompt.RoleR\x04role\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\"B\n" +
@@ -3854,14 +3952,15 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x11DISPOSITION_EXACT\x10\x03\x12\x17\n" +
 	"\x13DISPOSITION_SIMILAR\x10\x04\x12\x16\n" +
 	"\x12DISPOSITION_LATENT\x10\x05\x12\x18\n" +
-	"\x14DISPOSITION_BRANCHED\x10\x06\"\xed\x01\n" +
+	"\x14DISPOSITION_BRANCHED\x10\x06\"\x97\x02\n" +
 	"\x05Usage\x12<\n" +
 	"\fcompute_time\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\vcomputeTime\x12\x19\n" +
 	"\bnum_rows\x18\x02 \x01(\x03R\anumRows\x12\x1b\n" +
 	"\tnum_steps\x18\x03 \x01(\x03R\bnumSteps\x12!\n" +
 	"\fnum_previews\x18\x04 \x01(\x03R\vnumPreviews\x12#\n" +
 	"\rpreview_bytes\x18\x05 \x01(\x03R\fpreviewBytes\x12&\n" +
-	"\x04cost\x18\x06 \x01(\v2\x12.safelight.v1.CostR\x04cost\"A\n" +
+	"\x04cost\x18\x06 \x01(\v2\x12.safelight.v1.CostR\x04cost\x12(\n" +
+	"\x10num_rows_skipped\x18\a \x01(\x03R\x0enumRowsSkipped\"A\n" +
 	"\x04Cost\x12#\n" +
 	"\rcurrency_code\x18\x01 \x01(\tR\fcurrencyCode\x12\x14\n" +
 	"\x05nanos\x18\x02 \x01(\x03R\x05nanos\"\x93\x02\n" +
@@ -3978,7 +4077,7 @@ func file_safelight_v1_generation_proto_rawDescGZIP() []byte {
 }
 
 var file_safelight_v1_generation_proto_enumTypes = make([]protoimpl.EnumInfo, 13)
-var file_safelight_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_safelight_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
 var file_safelight_v1_generation_proto_goTypes = []any{
 	(SigmaSchedule)(0),               // 0: safelight.v1.SigmaSchedule
 	(TimestepSpacing)(0),             // 1: safelight.v1.TimestepSpacing
@@ -3996,132 +4095,134 @@ var file_safelight_v1_generation_proto_goTypes = []any{
 	(*GenerateRequest)(nil),          // 13: safelight.v1.GenerateRequest
 	(*GenerateResponse)(nil),         // 14: safelight.v1.GenerateResponse
 	(*GenerationSpec)(nil),           // 15: safelight.v1.GenerationSpec
-	(*Prompt)(nil),                   // 16: safelight.v1.Prompt
-	(*SamplerSpec)(nil),              // 17: safelight.v1.SamplerSpec
-	(*OutputSpec)(nil),               // 18: safelight.v1.OutputSpec
-	(*PixelEncoding)(nil),            // 19: safelight.v1.PixelEncoding
-	(*PreviewPolicy)(nil),            // 20: safelight.v1.PreviewPolicy
-	(*Scheduling)(nil),               // 21: safelight.v1.Scheduling
-	(*CachePolicy)(nil),              // 22: safelight.v1.CachePolicy
-	(*Branch)(nil),                   // 23: safelight.v1.Branch
-	(*DisconnectPolicy)(nil),         // 24: safelight.v1.DisconnectPolicy
-	(*GenerationEvent)(nil),          // 25: safelight.v1.GenerationEvent
-	(*Accepted)(nil),                 // 26: safelight.v1.Accepted
-	(*Warning)(nil),                  // 27: safelight.v1.Warning
-	(*Queued)(nil),                   // 28: safelight.v1.Queued
-	(*Progress)(nil),                 // 29: safelight.v1.Progress
-	(*Preview)(nil),                  // 30: safelight.v1.Preview
-	(*ArtifactChunk)(nil),            // 31: safelight.v1.ArtifactChunk
-	(*OutputFinished)(nil),           // 32: safelight.v1.OutputFinished
-	(*Finished)(nil),                 // 33: safelight.v1.Finished
-	(*CacheResult)(nil),              // 34: safelight.v1.CacheResult
-	(*Usage)(nil),                    // 35: safelight.v1.Usage
-	(*Cost)(nil),                     // 36: safelight.v1.Cost
-	(*Timings)(nil),                  // 37: safelight.v1.Timings
-	(*WatchGenerationRequest)(nil),   // 38: safelight.v1.WatchGenerationRequest
-	(*ArtifactOffset)(nil),           // 39: safelight.v1.ArtifactOffset
-	(*WatchGenerationResponse)(nil),  // 40: safelight.v1.WatchGenerationResponse
-	(*UpdateGenerationRequest)(nil),  // 41: safelight.v1.UpdateGenerationRequest
-	(*UpdateGenerationResponse)(nil), // 42: safelight.v1.UpdateGenerationResponse
-	(*CancelGenerationRequest)(nil),  // 43: safelight.v1.CancelGenerationRequest
-	(*CancelGenerationResponse)(nil), // 44: safelight.v1.CancelGenerationResponse
-	(*GetGenerationRequest)(nil),     // 45: safelight.v1.GetGenerationRequest
-	(*GetGenerationResponse)(nil),    // 46: safelight.v1.GetGenerationResponse
-	(*Generation)(nil),               // 47: safelight.v1.Generation
-	(*OutputState)(nil),              // 48: safelight.v1.OutputState
-	nil,                              // 49: safelight.v1.GenerateRequest.LabelsEntry
-	nil,                              // 50: safelight.v1.Generation.LabelsEntry
-	(*durationpb.Duration)(nil),      // 51: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),    // 52: google.protobuf.Timestamp
-	(*status.Status)(nil),            // 53: google.rpc.Status
+	(*GuidanceInterval)(nil),         // 16: safelight.v1.GuidanceInterval
+	(*Prompt)(nil),                   // 17: safelight.v1.Prompt
+	(*SamplerSpec)(nil),              // 18: safelight.v1.SamplerSpec
+	(*OutputSpec)(nil),               // 19: safelight.v1.OutputSpec
+	(*PixelEncoding)(nil),            // 20: safelight.v1.PixelEncoding
+	(*PreviewPolicy)(nil),            // 21: safelight.v1.PreviewPolicy
+	(*Scheduling)(nil),               // 22: safelight.v1.Scheduling
+	(*CachePolicy)(nil),              // 23: safelight.v1.CachePolicy
+	(*Branch)(nil),                   // 24: safelight.v1.Branch
+	(*DisconnectPolicy)(nil),         // 25: safelight.v1.DisconnectPolicy
+	(*GenerationEvent)(nil),          // 26: safelight.v1.GenerationEvent
+	(*Accepted)(nil),                 // 27: safelight.v1.Accepted
+	(*Warning)(nil),                  // 28: safelight.v1.Warning
+	(*Queued)(nil),                   // 29: safelight.v1.Queued
+	(*Progress)(nil),                 // 30: safelight.v1.Progress
+	(*Preview)(nil),                  // 31: safelight.v1.Preview
+	(*ArtifactChunk)(nil),            // 32: safelight.v1.ArtifactChunk
+	(*OutputFinished)(nil),           // 33: safelight.v1.OutputFinished
+	(*Finished)(nil),                 // 34: safelight.v1.Finished
+	(*CacheResult)(nil),              // 35: safelight.v1.CacheResult
+	(*Usage)(nil),                    // 36: safelight.v1.Usage
+	(*Cost)(nil),                     // 37: safelight.v1.Cost
+	(*Timings)(nil),                  // 38: safelight.v1.Timings
+	(*WatchGenerationRequest)(nil),   // 39: safelight.v1.WatchGenerationRequest
+	(*ArtifactOffset)(nil),           // 40: safelight.v1.ArtifactOffset
+	(*WatchGenerationResponse)(nil),  // 41: safelight.v1.WatchGenerationResponse
+	(*UpdateGenerationRequest)(nil),  // 42: safelight.v1.UpdateGenerationRequest
+	(*UpdateGenerationResponse)(nil), // 43: safelight.v1.UpdateGenerationResponse
+	(*CancelGenerationRequest)(nil),  // 44: safelight.v1.CancelGenerationRequest
+	(*CancelGenerationResponse)(nil), // 45: safelight.v1.CancelGenerationResponse
+	(*GetGenerationRequest)(nil),     // 46: safelight.v1.GetGenerationRequest
+	(*GetGenerationResponse)(nil),    // 47: safelight.v1.GetGenerationResponse
+	(*Generation)(nil),               // 48: safelight.v1.Generation
+	(*OutputState)(nil),              // 49: safelight.v1.OutputState
+	nil,                              // 50: safelight.v1.GenerateRequest.LabelsEntry
+	nil,                              // 51: safelight.v1.Generation.LabelsEntry
+	(*durationpb.Duration)(nil),      // 52: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 53: google.protobuf.Timestamp
+	(*status.Status)(nil),            // 54: google.rpc.Status
 }
 var file_safelight_v1_generation_proto_depIdxs = []int32{
 	15, // 0: safelight.v1.GenerateRequest.spec:type_name -> safelight.v1.GenerationSpec
-	20, // 1: safelight.v1.GenerateRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	19, // 2: safelight.v1.GenerateRequest.encoding:type_name -> safelight.v1.PixelEncoding
-	21, // 3: safelight.v1.GenerateRequest.scheduling:type_name -> safelight.v1.Scheduling
-	24, // 4: safelight.v1.GenerateRequest.disconnect:type_name -> safelight.v1.DisconnectPolicy
-	49, // 5: safelight.v1.GenerateRequest.labels:type_name -> safelight.v1.GenerateRequest.LabelsEntry
-	22, // 6: safelight.v1.GenerateRequest.cache:type_name -> safelight.v1.CachePolicy
-	23, // 7: safelight.v1.GenerateRequest.branch:type_name -> safelight.v1.Branch
-	25, // 8: safelight.v1.GenerateResponse.event:type_name -> safelight.v1.GenerationEvent
-	16, // 9: safelight.v1.GenerationSpec.prompts:type_name -> safelight.v1.Prompt
-	17, // 10: safelight.v1.GenerationSpec.sampler:type_name -> safelight.v1.SamplerSpec
-	18, // 11: safelight.v1.GenerationSpec.outputs:type_name -> safelight.v1.OutputSpec
-	4,  // 12: safelight.v1.Prompt.role:type_name -> safelight.v1.Prompt.Role
-	0,  // 13: safelight.v1.SamplerSpec.sigma_schedule:type_name -> safelight.v1.SigmaSchedule
-	1,  // 14: safelight.v1.SamplerSpec.spacing:type_name -> safelight.v1.TimestepSpacing
-	5,  // 15: safelight.v1.PixelEncoding.row_order:type_name -> safelight.v1.PixelEncoding.RowOrder
-	6,  // 16: safelight.v1.PixelEncoding.texture_format:type_name -> safelight.v1.PixelEncoding.TextureFormat
-	19, // 17: safelight.v1.PreviewPolicy.accept:type_name -> safelight.v1.PixelEncoding
-	51, // 18: safelight.v1.PreviewPolicy.min_interval:type_name -> google.protobuf.Duration
-	2,  // 19: safelight.v1.PreviewPolicy.method:type_name -> safelight.v1.PreviewMethod
-	3,  // 20: safelight.v1.Scheduling.priority:type_name -> safelight.v1.Priority
-	7,  // 21: safelight.v1.CachePolicy.mode:type_name -> safelight.v1.CachePolicy.Mode
-	8,  // 22: safelight.v1.DisconnectPolicy.action:type_name -> safelight.v1.DisconnectPolicy.Action
-	51, // 23: safelight.v1.DisconnectPolicy.resume_grace:type_name -> google.protobuf.Duration
-	52, // 24: safelight.v1.GenerationEvent.event_time:type_name -> google.protobuf.Timestamp
-	26, // 25: safelight.v1.GenerationEvent.accepted:type_name -> safelight.v1.Accepted
-	28, // 26: safelight.v1.GenerationEvent.queued:type_name -> safelight.v1.Queued
-	29, // 27: safelight.v1.GenerationEvent.progress:type_name -> safelight.v1.Progress
-	30, // 28: safelight.v1.GenerationEvent.preview:type_name -> safelight.v1.Preview
-	31, // 29: safelight.v1.GenerationEvent.artifact_chunk:type_name -> safelight.v1.ArtifactChunk
-	32, // 30: safelight.v1.GenerationEvent.output_finished:type_name -> safelight.v1.OutputFinished
-	33, // 31: safelight.v1.GenerationEvent.finished:type_name -> safelight.v1.Finished
-	15, // 32: safelight.v1.Accepted.spec:type_name -> safelight.v1.GenerationSpec
-	19, // 33: safelight.v1.Accepted.encoding:type_name -> safelight.v1.PixelEncoding
-	51, // 34: safelight.v1.Accepted.estimated_duration:type_name -> google.protobuf.Duration
-	27, // 35: safelight.v1.Accepted.warnings:type_name -> safelight.v1.Warning
-	9,  // 36: safelight.v1.Accepted.durability:type_name -> safelight.v1.Accepted.Durability
-	52, // 37: safelight.v1.Queued.estimated_start_time:type_name -> google.protobuf.Timestamp
-	51, // 38: safelight.v1.Progress.estimated_remaining:type_name -> google.protobuf.Duration
-	2,  // 39: safelight.v1.Preview.method:type_name -> safelight.v1.PreviewMethod
-	10, // 40: safelight.v1.OutputFinished.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
-	53, // 41: safelight.v1.Finished.status:type_name -> google.rpc.Status
-	35, // 42: safelight.v1.Finished.usage:type_name -> safelight.v1.Usage
-	37, // 43: safelight.v1.Finished.timings:type_name -> safelight.v1.Timings
-	34, // 44: safelight.v1.Finished.cache_results:type_name -> safelight.v1.CacheResult
-	11, // 45: safelight.v1.CacheResult.disposition:type_name -> safelight.v1.CacheResult.Disposition
-	51, // 46: safelight.v1.Usage.compute_time:type_name -> google.protobuf.Duration
-	36, // 47: safelight.v1.Usage.cost:type_name -> safelight.v1.Cost
-	51, // 48: safelight.v1.Timings.queue:type_name -> google.protobuf.Duration
-	51, // 49: safelight.v1.Timings.first_preview:type_name -> google.protobuf.Duration
-	51, // 50: safelight.v1.Timings.denoise:type_name -> google.protobuf.Duration
-	51, // 51: safelight.v1.Timings.decode:type_name -> google.protobuf.Duration
-	51, // 52: safelight.v1.Timings.total:type_name -> google.protobuf.Duration
-	39, // 53: safelight.v1.WatchGenerationRequest.artifact_offsets:type_name -> safelight.v1.ArtifactOffset
-	20, // 54: safelight.v1.WatchGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	25, // 55: safelight.v1.WatchGenerationResponse.event:type_name -> safelight.v1.GenerationEvent
-	20, // 56: safelight.v1.UpdateGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	21, // 57: safelight.v1.UpdateGenerationRequest.scheduling:type_name -> safelight.v1.Scheduling
-	47, // 58: safelight.v1.UpdateGenerationResponse.generation:type_name -> safelight.v1.Generation
-	47, // 59: safelight.v1.CancelGenerationResponse.generation:type_name -> safelight.v1.Generation
-	47, // 60: safelight.v1.GetGenerationResponse.generation:type_name -> safelight.v1.Generation
-	12, // 61: safelight.v1.Generation.state:type_name -> safelight.v1.Generation.State
-	15, // 62: safelight.v1.Generation.spec:type_name -> safelight.v1.GenerationSpec
-	48, // 63: safelight.v1.Generation.outputs:type_name -> safelight.v1.OutputState
-	3,  // 64: safelight.v1.Generation.priority:type_name -> safelight.v1.Priority
-	50, // 65: safelight.v1.Generation.labels:type_name -> safelight.v1.Generation.LabelsEntry
-	52, // 66: safelight.v1.Generation.create_time:type_name -> google.protobuf.Timestamp
-	52, // 67: safelight.v1.Generation.finish_time:type_name -> google.protobuf.Timestamp
-	53, // 68: safelight.v1.Generation.status:type_name -> google.rpc.Status
-	35, // 69: safelight.v1.Generation.usage:type_name -> safelight.v1.Usage
-	10, // 70: safelight.v1.OutputState.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
-	13, // 71: safelight.v1.GenerationService.Generate:input_type -> safelight.v1.GenerateRequest
-	38, // 72: safelight.v1.GenerationService.WatchGeneration:input_type -> safelight.v1.WatchGenerationRequest
-	41, // 73: safelight.v1.GenerationService.UpdateGeneration:input_type -> safelight.v1.UpdateGenerationRequest
-	43, // 74: safelight.v1.GenerationService.CancelGeneration:input_type -> safelight.v1.CancelGenerationRequest
-	45, // 75: safelight.v1.GenerationService.GetGeneration:input_type -> safelight.v1.GetGenerationRequest
-	14, // 76: safelight.v1.GenerationService.Generate:output_type -> safelight.v1.GenerateResponse
-	40, // 77: safelight.v1.GenerationService.WatchGeneration:output_type -> safelight.v1.WatchGenerationResponse
-	42, // 78: safelight.v1.GenerationService.UpdateGeneration:output_type -> safelight.v1.UpdateGenerationResponse
-	44, // 79: safelight.v1.GenerationService.CancelGeneration:output_type -> safelight.v1.CancelGenerationResponse
-	46, // 80: safelight.v1.GenerationService.GetGeneration:output_type -> safelight.v1.GetGenerationResponse
-	76, // [76:81] is the sub-list for method output_type
-	71, // [71:76] is the sub-list for method input_type
-	71, // [71:71] is the sub-list for extension type_name
-	71, // [71:71] is the sub-list for extension extendee
-	0,  // [0:71] is the sub-list for field type_name
+	21, // 1: safelight.v1.GenerateRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	20, // 2: safelight.v1.GenerateRequest.encoding:type_name -> safelight.v1.PixelEncoding
+	22, // 3: safelight.v1.GenerateRequest.scheduling:type_name -> safelight.v1.Scheduling
+	25, // 4: safelight.v1.GenerateRequest.disconnect:type_name -> safelight.v1.DisconnectPolicy
+	50, // 5: safelight.v1.GenerateRequest.labels:type_name -> safelight.v1.GenerateRequest.LabelsEntry
+	23, // 6: safelight.v1.GenerateRequest.cache:type_name -> safelight.v1.CachePolicy
+	24, // 7: safelight.v1.GenerateRequest.branch:type_name -> safelight.v1.Branch
+	26, // 8: safelight.v1.GenerateResponse.event:type_name -> safelight.v1.GenerationEvent
+	17, // 9: safelight.v1.GenerationSpec.prompts:type_name -> safelight.v1.Prompt
+	18, // 10: safelight.v1.GenerationSpec.sampler:type_name -> safelight.v1.SamplerSpec
+	19, // 11: safelight.v1.GenerationSpec.outputs:type_name -> safelight.v1.OutputSpec
+	16, // 12: safelight.v1.GenerationSpec.guidance_interval:type_name -> safelight.v1.GuidanceInterval
+	4,  // 13: safelight.v1.Prompt.role:type_name -> safelight.v1.Prompt.Role
+	0,  // 14: safelight.v1.SamplerSpec.sigma_schedule:type_name -> safelight.v1.SigmaSchedule
+	1,  // 15: safelight.v1.SamplerSpec.spacing:type_name -> safelight.v1.TimestepSpacing
+	5,  // 16: safelight.v1.PixelEncoding.row_order:type_name -> safelight.v1.PixelEncoding.RowOrder
+	6,  // 17: safelight.v1.PixelEncoding.texture_format:type_name -> safelight.v1.PixelEncoding.TextureFormat
+	20, // 18: safelight.v1.PreviewPolicy.accept:type_name -> safelight.v1.PixelEncoding
+	52, // 19: safelight.v1.PreviewPolicy.min_interval:type_name -> google.protobuf.Duration
+	2,  // 20: safelight.v1.PreviewPolicy.method:type_name -> safelight.v1.PreviewMethod
+	3,  // 21: safelight.v1.Scheduling.priority:type_name -> safelight.v1.Priority
+	7,  // 22: safelight.v1.CachePolicy.mode:type_name -> safelight.v1.CachePolicy.Mode
+	8,  // 23: safelight.v1.DisconnectPolicy.action:type_name -> safelight.v1.DisconnectPolicy.Action
+	52, // 24: safelight.v1.DisconnectPolicy.resume_grace:type_name -> google.protobuf.Duration
+	53, // 25: safelight.v1.GenerationEvent.event_time:type_name -> google.protobuf.Timestamp
+	27, // 26: safelight.v1.GenerationEvent.accepted:type_name -> safelight.v1.Accepted
+	29, // 27: safelight.v1.GenerationEvent.queued:type_name -> safelight.v1.Queued
+	30, // 28: safelight.v1.GenerationEvent.progress:type_name -> safelight.v1.Progress
+	31, // 29: safelight.v1.GenerationEvent.preview:type_name -> safelight.v1.Preview
+	32, // 30: safelight.v1.GenerationEvent.artifact_chunk:type_name -> safelight.v1.ArtifactChunk
+	33, // 31: safelight.v1.GenerationEvent.output_finished:type_name -> safelight.v1.OutputFinished
+	34, // 32: safelight.v1.GenerationEvent.finished:type_name -> safelight.v1.Finished
+	15, // 33: safelight.v1.Accepted.spec:type_name -> safelight.v1.GenerationSpec
+	20, // 34: safelight.v1.Accepted.encoding:type_name -> safelight.v1.PixelEncoding
+	52, // 35: safelight.v1.Accepted.estimated_duration:type_name -> google.protobuf.Duration
+	28, // 36: safelight.v1.Accepted.warnings:type_name -> safelight.v1.Warning
+	9,  // 37: safelight.v1.Accepted.durability:type_name -> safelight.v1.Accepted.Durability
+	53, // 38: safelight.v1.Queued.estimated_start_time:type_name -> google.protobuf.Timestamp
+	52, // 39: safelight.v1.Progress.estimated_remaining:type_name -> google.protobuf.Duration
+	2,  // 40: safelight.v1.Preview.method:type_name -> safelight.v1.PreviewMethod
+	10, // 41: safelight.v1.OutputFinished.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
+	54, // 42: safelight.v1.Finished.status:type_name -> google.rpc.Status
+	36, // 43: safelight.v1.Finished.usage:type_name -> safelight.v1.Usage
+	38, // 44: safelight.v1.Finished.timings:type_name -> safelight.v1.Timings
+	35, // 45: safelight.v1.Finished.cache_results:type_name -> safelight.v1.CacheResult
+	11, // 46: safelight.v1.CacheResult.disposition:type_name -> safelight.v1.CacheResult.Disposition
+	52, // 47: safelight.v1.Usage.compute_time:type_name -> google.protobuf.Duration
+	37, // 48: safelight.v1.Usage.cost:type_name -> safelight.v1.Cost
+	52, // 49: safelight.v1.Timings.queue:type_name -> google.protobuf.Duration
+	52, // 50: safelight.v1.Timings.first_preview:type_name -> google.protobuf.Duration
+	52, // 51: safelight.v1.Timings.denoise:type_name -> google.protobuf.Duration
+	52, // 52: safelight.v1.Timings.decode:type_name -> google.protobuf.Duration
+	52, // 53: safelight.v1.Timings.total:type_name -> google.protobuf.Duration
+	40, // 54: safelight.v1.WatchGenerationRequest.artifact_offsets:type_name -> safelight.v1.ArtifactOffset
+	21, // 55: safelight.v1.WatchGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	26, // 56: safelight.v1.WatchGenerationResponse.event:type_name -> safelight.v1.GenerationEvent
+	21, // 57: safelight.v1.UpdateGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	22, // 58: safelight.v1.UpdateGenerationRequest.scheduling:type_name -> safelight.v1.Scheduling
+	48, // 59: safelight.v1.UpdateGenerationResponse.generation:type_name -> safelight.v1.Generation
+	48, // 60: safelight.v1.CancelGenerationResponse.generation:type_name -> safelight.v1.Generation
+	48, // 61: safelight.v1.GetGenerationResponse.generation:type_name -> safelight.v1.Generation
+	12, // 62: safelight.v1.Generation.state:type_name -> safelight.v1.Generation.State
+	15, // 63: safelight.v1.Generation.spec:type_name -> safelight.v1.GenerationSpec
+	49, // 64: safelight.v1.Generation.outputs:type_name -> safelight.v1.OutputState
+	3,  // 65: safelight.v1.Generation.priority:type_name -> safelight.v1.Priority
+	51, // 66: safelight.v1.Generation.labels:type_name -> safelight.v1.Generation.LabelsEntry
+	53, // 67: safelight.v1.Generation.create_time:type_name -> google.protobuf.Timestamp
+	53, // 68: safelight.v1.Generation.finish_time:type_name -> google.protobuf.Timestamp
+	54, // 69: safelight.v1.Generation.status:type_name -> google.rpc.Status
+	36, // 70: safelight.v1.Generation.usage:type_name -> safelight.v1.Usage
+	10, // 71: safelight.v1.OutputState.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
+	13, // 72: safelight.v1.GenerationService.Generate:input_type -> safelight.v1.GenerateRequest
+	39, // 73: safelight.v1.GenerationService.WatchGeneration:input_type -> safelight.v1.WatchGenerationRequest
+	42, // 74: safelight.v1.GenerationService.UpdateGeneration:input_type -> safelight.v1.UpdateGenerationRequest
+	44, // 75: safelight.v1.GenerationService.CancelGeneration:input_type -> safelight.v1.CancelGenerationRequest
+	46, // 76: safelight.v1.GenerationService.GetGeneration:input_type -> safelight.v1.GetGenerationRequest
+	14, // 77: safelight.v1.GenerationService.Generate:output_type -> safelight.v1.GenerateResponse
+	41, // 78: safelight.v1.GenerationService.WatchGeneration:output_type -> safelight.v1.WatchGenerationResponse
+	43, // 79: safelight.v1.GenerationService.UpdateGeneration:output_type -> safelight.v1.UpdateGenerationResponse
+	45, // 80: safelight.v1.GenerationService.CancelGeneration:output_type -> safelight.v1.CancelGenerationResponse
+	47, // 81: safelight.v1.GenerationService.GetGeneration:output_type -> safelight.v1.GetGenerationResponse
+	77, // [77:82] is the sub-list for method output_type
+	72, // [72:77] is the sub-list for method input_type
+	72, // [72:72] is the sub-list for extension type_name
+	72, // [72:72] is the sub-list for extension extendee
+	0,  // [0:72] is the sub-list for field type_name
 }
 
 func init() { file_safelight_v1_generation_proto_init() }
@@ -4130,15 +4231,16 @@ func file_safelight_v1_generation_proto_init() {
 		return
 	}
 	file_safelight_v1_generation_proto_msgTypes[2].OneofWrappers = []any{}
-	file_safelight_v1_generation_proto_msgTypes[4].OneofWrappers = []any{}
+	file_safelight_v1_generation_proto_msgTypes[3].OneofWrappers = []any{}
 	file_safelight_v1_generation_proto_msgTypes[5].OneofWrappers = []any{}
 	file_safelight_v1_generation_proto_msgTypes[6].OneofWrappers = []any{}
-	file_safelight_v1_generation_proto_msgTypes[7].OneofWrappers = []any{
+	file_safelight_v1_generation_proto_msgTypes[7].OneofWrappers = []any{}
+	file_safelight_v1_generation_proto_msgTypes[8].OneofWrappers = []any{
 		(*PreviewPolicy_EveryNSteps)(nil),
 		(*PreviewPolicy_MinInterval)(nil),
 	}
-	file_safelight_v1_generation_proto_msgTypes[9].OneofWrappers = []any{}
-	file_safelight_v1_generation_proto_msgTypes[12].OneofWrappers = []any{
+	file_safelight_v1_generation_proto_msgTypes[10].OneofWrappers = []any{}
+	file_safelight_v1_generation_proto_msgTypes[13].OneofWrappers = []any{
 		(*GenerationEvent_Accepted)(nil),
 		(*GenerationEvent_Queued)(nil),
 		(*GenerationEvent_Progress)(nil),
@@ -4153,7 +4255,7 @@ func file_safelight_v1_generation_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_safelight_v1_generation_proto_rawDesc), len(file_safelight_v1_generation_proto_rawDesc)),
 			NumEnums:      13,
-			NumMessages:   38,
+			NumMessages:   39,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

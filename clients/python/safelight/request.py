@@ -52,6 +52,8 @@ class GenerateOptions(PreviewOptions, total=False):
         mask: where `init_image` is developed anew: white, or transparent if it has an alpha channel.
         steps: denoising steps.
         guidance_scale: 1 is without guidance.
+        guidance_rescale: how much of the contrast that guidance adds is taken back, 0 to 1.
+        guidance_interval: where guidance begins and ends, as shares of the steps: (0.2, 0.8). Other steps cost half.
         sampler: its name, such as "ddim" or "euler".
         media_type: of the pictures. Absent: "image/png".
         encoding: of the pictures as a message, in place of `media_type`: quality, or alignment and order of raw rows.
@@ -78,6 +80,8 @@ class GenerateOptions(PreviewOptions, total=False):
     mask: ImageSource | None
     steps: int | None
     guidance_scale: float | None
+    guidance_rescale: float | None
+    guidance_interval: tuple[float, float] | None
     sampler: str
     media_type: str
     encoding: pb.PixelEncoding | None
@@ -154,10 +158,15 @@ def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> pb.Gene
         height_px=options.get("height"),
         num_inference_steps=options.get("steps"),
         guidance_scale=options.get("guidance_scale"),
+        guidance_rescale=options.get("guidance_rescale"),
         init_image=_image_name(options.get("init_image"), "init_image"),
         strength=options.get("strength"),
         mask=_image_name(options.get("mask"), "mask"),
     )
+    if (interval := options.get("guidance_interval")) is not None:
+        if len(interval) != 2:
+            raise ValueError("guidance_interval: must be (start, end), such as (0.2, 0.8)")
+        spec.guidance_interval.start, spec.guidance_interval.end = interval
     if negative_prompt := options.get("negative_prompt"):
         spec.prompts.add(role=pb.Prompt.ROLE_NEGATIVE, text=negative_prompt)
     if sampler := options.get("sampler"):

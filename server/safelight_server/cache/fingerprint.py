@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from safelight_server.domain.request import Spec
 
-VERSION = 2
+VERSION = 3
 """Increased whenever the format or content changes, so that old entries are no longer found."""
 
 STAND_INS = frozenset({"model", "revision", "prompt", "negative_prompt"})

@@ -68,6 +68,8 @@ class DemoRequest:
     init_image: Path | str | None = None
     strength: float | None = None
     mask: Path | str | None = None
+    guidance_rescale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
 
 
 @dataclass(slots=True)
@@ -117,6 +119,8 @@ class LivePicture:
         figures = [] if self.first_preview_s is None else [f"first preview {1e3 * self.first_preview_s:.0f} ms"]
         if self.progress and total and self.finished:
             figures.append(f"{self.finished.usage.num_steps / total:.1f} steps/s")
+        if self.finished and (skipped := self.finished.usage.num_rows_skipped):
+            figures.append(f"{skipped} of {self.finished.usage.num_rows + skipped} rows skipped")
         return ", ".join([*figures, f"total {total:.2f} s"])
 
     def origin(self) -> str:
@@ -195,6 +199,8 @@ async def _develop_shown(client: Client, developing: Sequence[LivePicture], cons
             seed=order.seed,
             steps=order.steps,
             guidance_scale=order.guidance_scale,
+            guidance_rescale=order.guidance_rescale,
+            guidance_interval=order.guidance_interval,
             sampler=order.sampler,
             media_type=order.media_type,
             timeout_s=order.timeout_s,

@@ -188,6 +188,12 @@ def generate(
     ] = "",
     strength: Annotated[float | None, typer.Option(help="How much of it is given up, to 1. Default: 0.8.")] = None,
     mask: Annotated[str, typer.Option(metavar="FILE", help="Where it is developed anew: white, or transparent.")] = "",
+    guidance_rescale: Annotated[
+        float | None, typer.Option(help="How much of the contrast of guidance is taken back, 0 to 1.")
+    ] = None,
+    guidance_interval: Annotated[
+        str, typer.Option(metavar="START:END", help="Guidance in these steps alone, as shares: 0.2:0.8.")
+    ] = "",
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
     ca_file: CaFile = None,
@@ -216,6 +222,8 @@ def generate(
         _picture(init),
         strength,
         _picture(mask),
+        guidance_rescale,
+        _interval(guidance_interval) if guidance_interval else None,
     )
     picture, developed = _run(
         demos.generate_one(_connect(target, api_key, ca_file, client_cert, server_name), order, console)
@@ -232,6 +240,14 @@ def generate(
 def _picture(source: str) -> Path | str | None:
     """The file of an argument, or the name of a picture that the server has."""
     return source if source.startswith(("generations/", "images/")) else Path(source) if source else None
+
+
+def _interval(text: str) -> tuple[float, float]:
+    start, _, end = text.partition(":")
+    try:
+        return float(start), float(end)
+    except ValueError:
+        raise CommandError(f"--guidance-interval {text}: must be START:END, such as 0.2:0.8") from None
 
 
 def _branch(text: str) -> Branch:

@@ -17,8 +17,10 @@ from safelight import Model, StepTime
 from safelight_server.cli.planning import MAX_REPLICAS, CallTimes, ModelTimes, PlannedLoad, Replicas, replicas
 from safelight_server.files import ConfigFileError, faulty, read_regular_file
 from safelight_server.prices import MachinePrice, PriceTable, read_prices
+from safelight_server.sampler import guided_steps
 
 Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class PlanError(Exception):
@@ -33,6 +35,7 @@ class LoadEntry(BaseModel):
     images_per_s: Positive
     num_inference_steps: Annotated[int, Field(gt=0, le=10_000)] | None = None
     guidance: bool | None = None
+    guidance_interval: tuple[Share, Share] | None = None
     cached: Annotated[float, Field(ge=0, lt=1)] = 0.0
     step_cost: Positive = 1.0
 
@@ -123,12 +126,16 @@ def _option(wanted: LoadFile, table: PriceTable, instance_type: str, path: Path)
         name = model.name.removeprefix("models/")
         times[name] = _times(model, path)
         guidance = model.defaults.guidance_scale != 1.0 if entry.guidance is None else entry.guidance
+        num_steps = entry.num_inference_steps or model.defaults.num_inference_steps
+        guided = guided_steps(num_steps, *(entry.guidance_interval or (0.0, 1.0)))
+        if not guided:
+            raise PlanError(f"mix.{number}.guidance_interval: has none of the {num_steps} steps")
         loads.append(
             PlannedLoad(
                 name,
                 entry.images_per_s * (1 - entry.cached),
-                entry.num_inference_steps or model.defaults.num_inference_steps,
-                2 if guidance else 1,
+                num_steps,
+                1 + len(guided) / num_steps if guidance else 1.0,
                 entry.step_cost,
             )
         )
@@ -166,7 +173,7 @@ def _arithmetic(option: Option, wanted: LoadFile, currency: str) -> list[str]:
         times = option.times[load.model]
         best = times.denoiser.rows_per_s / load.step_cost
         lines += [
-            f"  {load.model}: {load.images_per_s:g} pictures/s x {load.num_steps} steps x {load.rows_per_step} rows"
+            f"  {load.model}: {load.images_per_s:g} pictures/s x {load.num_steps} steps x {load.rows_per_step:g} rows"
             f" = {load.rows_per_s:g} rows/s",
             f"    an instance makes {best:.1f} rows/s at most; {load.rows_per_s:g} / {best:.1f}"
             f" = {load.rows_per_s / best:.2f} instances for steps, {load.images_per_s:g} x {1e3 * times.other_s:.1f} ms"

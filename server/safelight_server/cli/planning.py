@@ -75,14 +75,14 @@ class PlannedLoad:
 
     Attributes:
         images_per_s: that are developed; those that caches serve do not count.
-        rows_per_step: 2 with guidance, else 1.
+        rows_per_step: 2 with guidance, else 1; with a guidance interval the mean over the steps.
         step_cost: of a step, as a multiple of one of the size that was measured.
     """
 
     model: str
     images_per_s: float
     num_steps: int
-    rows_per_step: int
+    rows_per_step: float
     step_cost: float = 1.0
 
     @property

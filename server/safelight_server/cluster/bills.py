@@ -40,7 +40,7 @@ class Bill:
         tenant, generation: who asked first for the picture.
         model_revision: "MODEL/REVISION".
         disposition: where the work began: "miss" from noise, "latent" or "branched" from an earlier latent.
-        rows: denoiser rows computed; with guidance a step has two.
+        rows: denoiser rows computed; with guidance a step has two, outside of the guidance interval one.
         steps: denoising steps.
         compute_s: seconds of runtime calls.
     """

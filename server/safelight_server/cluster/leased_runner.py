@@ -205,7 +205,9 @@ class LeasedRunner(ExecutionObserver):
                 if kept is not None:  # its leader died between picture and commit
                     pixels, facts = kept
                     steps = facts.num_steps
-                    self._work = BilledWork(steps * len(job.token_ids), steps, facts.compute_s)
+                    rows = steps * len(job.token_ids)
+                    rows -= job.num_rows_skipped(range(job.table.num_steps - steps, job.table.num_steps))
+                    self._work = BilledWork(rows, steps, facts.compute_s)
                     self._committing = True
                     await self._commit(pixels, listener)
                     return

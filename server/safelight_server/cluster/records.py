@@ -37,6 +37,8 @@ from safelight_server.domain.request import Request
 from safelight_server.storage.sealed import CorruptError, Entry, Sealer
 
 _USAGE = frozenset(one.name for one in fields(Usage))
+LATER = frozenset({"cost_nanos", "currency", "num_rows_skipped"})
+"""Facts of a usage that the first versions did not know."""
 KEPT_S = 7 * 86_400.0
 """How long a sealed event can be opened; Redis forgets it much earlier."""
 ERRORS: dict[str, type[SafelightError]] = {
@@ -166,8 +168,8 @@ def _parsed(entry: Entry) -> JournalEntry:
 
 
 def _usage_facts(usage: Usage) -> dict[str, object]:
-    """Without the cost where there is none: servers of versions that know of none can then read it."""
-    return {name: value for name, value in asdict(usage).items() if value or name not in ("cost_nanos", "currency")}
+    """Without what is 0 or empty and came later: servers of versions that know nothing of it can then read it."""
+    return {name: value for name, value in asdict(usage).items() if value or name not in LATER}
 
 
 def _usage(facts: dict[str, Any]) -> Usage:

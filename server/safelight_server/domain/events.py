@@ -93,6 +93,7 @@ class Usage:
     Attributes:
         cost_nanos: billionths of a unit of `currency` that the compute costs.
         currency: ISO 4217; empty: the server has no price.
+        num_rows_skipped: denoiser rows that were not computed, as their steps are outside of the guidance interval.
     """
 
     compute_s: float = 0.0
@@ -102,6 +103,7 @@ class Usage:
     preview_bytes: int = 0
     cost_nanos: int = 0
     currency: str = ""
+    num_rows_skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from safelight_server.domain.ktx2 import TextureFormat
-from safelight_server.sampler import SamplerSpec, steps_left_out
+from safelight_server.sampler import SamplerSpec, guided_steps, steps_left_out
 from safelight_server.scheduler import Priority
 
 TEXT_BYTES = 100
 """What a short text takes beside its characters: CPython's object and its place in a dict."""
 TOKEN_BYTES = 36
 """What a token id takes: an int and its place in a tuple."""
+EVERY_STEP = (0.0, 1.0)
+"""The guidance interval that limits nothing."""
 
 
 class MediaType(enum.StrEnum):
@@ -123,6 +125,8 @@ class Spec:
         init_image: SHA-256 of the picture to start from, in hexadecimal; "": none, and then `strength` is 1. Until its
             generation begins it may be the name of an output, "generations/ID/outputs/INDEX".
         mask: likewise of the picture that says where it is developed anew; "": everywhere.
+        guidance_rescale: share of the contrast of guidance that is taken back, 0 to 1 (`sampler.rescale`).
+        guidance_interval: start and end of guidance as shares of all steps; `EVERY_STEP`: there is no limit.
     """
 
     model: str
@@ -140,6 +144,8 @@ class Spec:
     init_image: str = ""
     strength: float = 1.0
     mask: str = ""
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = EVERY_STEP
 
     @property
     def first_step(self) -> int:
@@ -154,6 +160,11 @@ class Spec:
     def with_images(self, digests: Mapping[str, str]) -> Spec:
         """The same with the digests of the pictures that `named_outputs` has, by field."""
         return replace(self, init_image=digests.get("init_image", self.init_image), mask=digests.get("mask", self.mask))
+
+    @property
+    def guided_steps(self) -> range:
+        """The steps, from 0, that have guidance where the spec has any."""
+        return guided_steps(self.num_inference_steps, *self.guidance_interval)
 
     @property
     def model_revision(self) -> str:

@@ -50,6 +50,7 @@ class OutputTensors:
     Attributes:
         conditioning: ids of its embeddings: the prompt's and, with guidance, the negative prompt's.
         init_image: the picture that it starts from; None: it starts from noise, or from `start` alone.
+        guided_steps: those with guidance; None: all.
         embeddings: those of them that are known already, by id.
         key: of its denoiser batches.
         slot: its slot in the latents of its key, once it takes steps.
@@ -67,6 +68,8 @@ class OutputTensors:
     step: int
     key: str
     init_image: InitImage | None = None
+    guided_steps: range | None = None
+    guidance_rescale: float = 0.0
     slot: int | None = None
     image: FloatArray | None = None
 
@@ -313,7 +316,14 @@ class Batches:
             encoding = self._embeddings[image.name(output.pipeline)]
             picture = image.clean_latent(output.pipeline, encoding, output.seed)
         output.slot = self._latents[key].claim(
-            output.table, output.seed, output.guidance_scale, context, output.start, picture
+            output.table,
+            output.seed,
+            output.guidance_scale,
+            context,
+            output.start,
+            picture,
+            output.guided_steps,
+            output.guidance_rescale,
         )
 
 

@@ -180,6 +180,8 @@ class Engine:
             output.first_step,
             output.keys[Kind.DENOISE],
             job.image if job.encoded_image else None,
+            guided_steps=job.guided_steps,
+            guidance_rescale=job.guidance_rescale,
         )
         self._observers[job.output_id] = observer
         self._unstarted.add(job.output_id)

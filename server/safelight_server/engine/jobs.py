@@ -76,6 +76,8 @@ class Job:
         start: where it stopped, when it goes on after `suspend`; or where it begins in place of noise.
         embeddings: of `token_ids`, where they are known already; may be shorter.
         image: what it starts from in place of noise; also where `start` is given, for its mask.
+        guided_steps: those with guidance; each of the others has one row. None: all, if it has guidance.
+        guidance_rescale: see `sampler.rescale`.
     """
 
     output_id: int
@@ -91,11 +93,19 @@ class Job:
     start: Snapshot | None = None
     embeddings: tuple[Embedding | None, ...] = ()
     image: InitImage | None = None
+    guided_steps: range | None = None
+    guidance_rescale: float = 0.0
 
     @property
     def first_step(self) -> int:
         """Steps that it does not make, as it starts behind them."""
         return self.table.first_step if self.start is None else self.start.step
+
+    def num_rows_skipped(self, steps: range) -> int:
+        """Denoiser rows that these steps, from 0, do not need, as they are outside of the guidance interval."""
+        if self.guided_steps is None:
+            return 0
+        return (len(self.token_ids) - 1) * sum(step not in self.guided_steps for step in steps)
 
     @property
     def encoded_image(self) -> str:
@@ -105,7 +115,7 @@ class Job:
 
     @property
     def conditioning(self) -> tuple[str, ...]:
-        """Names of its prompts, one per row; see `prompt_name`."""
+        """Names of its prompts, one per row of a step; see `prompt_name`."""
         return tuple(prompt_name(self.pipeline, ids) for ids in self.token_ids)
 
     @property
@@ -143,6 +153,7 @@ class Job:
             priority=self.priority,
             num_steps=self.table.num_steps,
             rows_per_step=len(self.token_ids),
+            guided_steps=self.guided_steps,
             keys=keys,
             conditioning=(*conditioning, *encoder_keys),
             encoder_keys=encoder_keys,

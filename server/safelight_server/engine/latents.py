@@ -25,7 +25,17 @@ from safelight_server.catalog.manifest import (
 )
 from safelight_server.domain.tensors import Array, Embedding, FloatArray
 from safelight_server.runtime.base import StableRows
-from safelight_server.sampler import INITIAL, STEP, SamplerTable, advance, gaussian, guide, keep_outside, noised
+from safelight_server.sampler import (
+    INITIAL,
+    STEP,
+    SamplerTable,
+    advance,
+    gaussian,
+    guide,
+    keep_outside,
+    noised,
+    rescale,
+)
 
 Slots = npt.NDArray[np.intp]
 COND, UNCOND = 0, 1
@@ -114,7 +124,8 @@ class Latents:
         self._coefficients = np.zeros((capacity, max_steps, NUM_COEFFICIENTS), np.float32)
         self._in_scale = np.zeros((capacity, max_steps), np.float32)
         self._timesteps = np.zeros((capacity, max_steps), np.float32)
-        self._guidance = np.ones(capacity, np.float32)
+        self._guidance = np.ones((capacity, max_steps), np.float32)
+        self._rescale = np.zeros(capacity, np.float32)
         self._noise_seed: list[int | None] = [None] * capacity
         self._inpainting: dict[int, _Inpainting] = {}
 
@@ -131,19 +142,26 @@ class Latents:
         context: Sequence[Embedding],
         start: Snapshot | None = None,
         picture: CleanLatent | None = None,
+        guided_steps: range | None = None,
+        guidance_rescale: float = 0.0,
     ) -> int:
         """Takes a slot for an output and fills it; from fresh noise, or from where `start` stopped.
 
         Args:
             context: the embeddings of the prompt and, with guidance, of the negative prompt.
             picture: what it starts from in place of pure noise.
+            guided_steps: those with guidance; the others need no prediction for the negative prompt. None: all.
+            guidance_rescale: see `sampler.rescale`.
         """
         slot = self._free[-1]
         steps = table.num_steps
         self._coefficients[slot, :steps] = table.coefficients
         self._in_scale[slot, :steps] = table.in_scale
         self._timesteps[slot, :steps] = table.timesteps
-        self._guidance[slot] = guidance_scale
+        self._guidance[slot, :steps] = 1.0
+        guided = range(steps) if guided_steps is None else guided_steps
+        self._guidance[slot, guided.start : guided.stop] = guidance_scale
+        self._rescale[slot] = guidance_rescale
         self._noise_seed[slot] = seed if table.uses_noise else None
         first = slot * 2
         for name, rows in self._context.items():
@@ -218,10 +236,12 @@ class Latents:
 
     def _advance(self, slots: Slots, steps: Slots) -> npt.NDArray[np.bool_]:
         prediction = self._prediction[slots, COND]
-        guided = np.flatnonzero(self._guidance[slots] != 1.0)
+        scale = self._guidance[slots, steps]
+        guided = np.flatnonzero(scale != 1.0)
         if guided.size:
-            at = slots[guided]
-            prediction[guided] = guide(prediction[guided], self._prediction[at, UNCOND], self._guidance[at])
+            at, cond = slots[guided], prediction[guided]
+            combined = guide(cond, self._prediction[at, UNCOND], scale[guided])
+            prediction[guided] = rescale(combined, cond, self._rescale[at])
         x, denoised = advance(
             self._x[slots],
             prediction,

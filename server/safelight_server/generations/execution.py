@@ -60,8 +60,12 @@ class Member(ExecutionObserver):
     def joined(self, step: int) -> None:
         """It has joined after `step` steps were made."""
 
-    def used(self, seconds: float, rows: int, steps: int) -> None:
-        """Compute that counts for this member and for no other."""
+    def used(self, seconds: float, rows: int, steps: int, rows_skipped: int) -> None:
+        """Compute that counts for this member and for no other.
+
+        Args:
+            rows_skipped: denoiser rows that the steps did not need, as they are outside of the guidance interval.
+        """
 
     def developed(self, picture: FinishedPicture) -> None:
         """The finished picture. The execution has ended."""
@@ -224,12 +228,12 @@ class Execution(ExecutionObserver):
     def computed(self, seconds: float, rows: int) -> None:
         """Counts the compute for the member that came first, so that nothing counts twice."""
         self.compute_s += seconds
-        self._members[0].used(seconds, rows, 0)
+        self._members[0].used(seconds, rows, 0, 0)
 
     def stepped(self, step: int, batch_size: int) -> None:
         """Tells all members of a step, which counts for the first one only."""
         self.step = step
-        self._members[0].used(0.0, 0, 1)
+        self._members[0].used(0.0, 0, 1, self.job.num_rows_skipped(range(step - 1, step)))
         for member in list(self._members):
             member.stepped(step, batch_size)
 

@@ -399,7 +399,14 @@ class Generation:
         work, log_of = self.work, self.log
         if not self.owned and self.ended:
             return self._usage_of_owner
-        usage = Usage(work.compute_s, work.num_rows, work.num_steps, log_of.num_previews, log_of.preview_bytes)
+        usage = Usage(
+            work.compute_s,
+            work.num_rows,
+            work.num_steps,
+            log_of.num_previews,
+            log_of.preview_bytes,
+            num_rows_skipped=work.num_rows_skipped,
+        )
         if self._price is None:
             return usage
         return replace(usage, cost_nanos=self._price.of(work.compute_s), currency=self._price.currency)

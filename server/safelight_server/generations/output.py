@@ -31,6 +31,7 @@ class ComputedWork:
     compute_s: float = 0.0
     num_rows: int = 0
     num_steps: int = 0
+    num_rows_skipped: int = 0
 
 
 class Output(Member):
@@ -198,13 +199,14 @@ class Output(Member):
         self.step = step
         self._began = (self._clock(), step)
 
-    def used(self, seconds: float, rows: int, steps: int) -> None:
+    def used(self, seconds: float, rows: int, steps: int, rows_skipped: int) -> None:
         """Adds the compute to its generation's and its own, and charges its tenant."""
         work = self._generation.work
         self._generation.charge(seconds)
         work.compute_s += seconds
         work.num_rows += rows
         work.num_steps += steps
+        work.num_rows_skipped += rows_skipped
         self._counted += steps
         self._compute_s += seconds
 

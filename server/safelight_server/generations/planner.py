@@ -372,6 +372,8 @@ def _job(generation: Generation, output: Output, plan: OutputPlan) -> Job:
         start=plan.start,
         embeddings=plan.embeddings,
         image=plan.image,
+        guided_steps=spec.guided_steps,
+        guidance_rescale=spec.guidance_rescale,
     )
 
 

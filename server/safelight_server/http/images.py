@@ -161,6 +161,7 @@ class ImageAnswer:
                 dispositions.Name(result.disposition).removeprefix("DISPOSITION_") for result in finished.cache_results
             ],
             "compute_seconds": finished.usage.compute_time.ToTimedelta().total_seconds(),
+            "num_rows_skipped": finished.usage.num_rows_skipped,
             "warnings": [{"code": warning.reason, "message": warning.message} for warning in accepted.warnings],
         }
         if spec.init_image:

@@ -1,11 +1,11 @@
 """Checks the parameters of requests for pictures, and makes a GenerateRequest of them.
 
 The parameters are those of OpenAI's API and, with names that Safelight adds,
-`seed`, `num_inference_steps`, `guidance_scale` and `negative_prompt`; edits have
-`strength` too. What the models cannot do is refused by the name of its
-parameter, never passed over. The GenerateRequest is then checked like any other;
-`in_parameters` gives the faults found there the names of the parameters. Pure,
-but for random seeds.
+`seed`, `num_inference_steps`, `guidance_scale`, `guidance_rescale`,
+`guidance_interval` and `negative_prompt`; edits have `strength` too. What the
+models cannot do is refused by the name of its parameter, never passed over. The
+GenerateRequest is then checked like any other; `in_parameters` gives the faults
+found there the names of the parameters. Pure, but for random seeds.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ ONLY: Mapping[str, str] = {
 """What may be said of parameters with few values."""
 PARAMETERS: Mapping[str, str] = {
     "spec.prompts[0].text": "negative_prompt",
+    "spec.guidance_interval.start": "guidance_interval",
+    "spec.guidance_interval.end": "guidance_interval",
     "spec.width_px": "size",
     "spec.height_px": "size",
     "spec.sampler": "num_inference_steps",
@@ -95,6 +97,8 @@ class ImageParameters(BaseModel):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     num_inference_steps: Annotated[int, Field(ge=1, le=MAX_INT32)] | None = None
     guidance_scale: float | None = None
+    guidance_rescale: float | None = None
+    guidance_interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     negative_prompt: str | None = None
 
     @property
@@ -226,6 +230,10 @@ def generate_request(
         spec.num_inference_steps = parameters.num_inference_steps
     if parameters.guidance_scale is not None:
         spec.guidance_scale = parameters.guidance_scale
+    if parameters.guidance_rescale is not None:
+        spec.guidance_rescale = parameters.guidance_rescale
+    if parameters.guidance_interval is not None:
+        spec.guidance_interval.start, spec.guidance_interval.end = parameters.guidance_interval
     first = parameters.seed
     too_many = pipeline.manifest.limits.max_outputs + 1  # is refused as well as any larger number
     for index in range(min(parameters.n or 1, too_many)):

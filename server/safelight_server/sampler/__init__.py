@@ -8,13 +8,24 @@ applies a row of the table to a batch.
 
 from safelight_server.sampler.cells import SAMPLERS
 from safelight_server.sampler.schedule import NoiseSchedule, SamplerSpec
-from safelight_server.sampler.step import INITIAL, POSTERIOR, STEP, advance, gaussian, guide, keep_outside, noised
+from safelight_server.sampler.step import (
+    INITIAL,
+    POSTERIOR,
+    STEP,
+    advance,
+    gaussian,
+    guide,
+    keep_outside,
+    noised,
+    rescale,
+)
 from safelight_server.sampler.table import (
     VERSION,
     Cell,
     SamplerTable,
     UnsupportedSamplerError,
     compile_table,
+    guided_steps,
     refusal,
     steps_left_out,
     supported_cells,
@@ -35,9 +46,11 @@ __all__ = [
     "compile_table",
     "gaussian",
     "guide",
+    "guided_steps",
     "keep_outside",
     "noised",
     "refusal",
+    "rescale",
     "steps_left_out",
     "supported_cells",
 ]

@@ -40,6 +40,25 @@ def guide(cond: Floats, uncond: Floats, scale: Floats) -> Floats:
     return uncond + scale[:, None, None, None] * (cond - uncond)
 
 
+def rescale(guided: Floats, cond: Floats, share: Floats) -> Floats:
+    """Guidance rescale: gives each row back the contrast that guidance has changed (Lin et al. 2023, eq. 15 and 16).
+
+    Args:
+        guided: predictions after guidance, (B, C, h, w).
+        cond: the conditional predictions, whose standard deviation is the aim, (B, C, h, w).
+        share: (B,) how much of it, 0 (none) to 1: phi in the paper.
+    """
+    if not share.any():
+        return guided
+    factors = np.ones(len(share), np.float32)
+    for row in np.flatnonzero(share):  # one by one: sums over several rows might round differently in other batches
+        wanted, found = (float(one[row].astype(np.float64).std()) for one in (cond, guided))
+        if found:  # a prediction without contrast has none to scale
+            factors[row] = share[row] * (wanted / found) + (1 - share[row])
+    scaled: Floats = guided * factors[:, None, None, None]
+    return scaled
+
+
 def noised(clean: Floats, noise: Floats, level: Floats) -> Floats:
     """A clean latent (C, h, w) as it is before a step: `level` (2,) has the shares of signal and noise."""
     x: Floats = level[0] * clean + level[1] * noise

@@ -107,6 +107,14 @@ def steps_left_out(num_steps: int, strength: float) -> int:
     return num_steps - min(int(num_steps * strength), num_steps)
 
 
+def guided_steps(num_steps: int, start: float, end: float) -> range:
+    """The steps, from 0, that have guidance where it is limited to the shares from `start` to `end` of all steps.
+
+    Counted as the guiders of diffusers do (`BaseGuidance`, `start` and `stop`).
+    """
+    return range(int(start * num_steps), int(end * num_steps))
+
+
 def refusal(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int) -> str | None:
     """Why a combination is not offered, or None where it is."""
     try:

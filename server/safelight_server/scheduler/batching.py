@@ -217,8 +217,9 @@ class Batching:
         outputs, rows = tally.num_outputs, tally.num_rows
         instances = self.num_instances
         if outputs >= instances:
-            per_output = math.ceil(rows / outputs)
-            return max(per_output, min(limit, math.ceil(outputs / instances) * per_output)), limit >= per_output
+            per_output = math.ceil(rows / outputs)  # where some have one row and others two, counted as two
+            share = math.ceil(rows / (instances * per_output)) * per_output
+            return max(per_output, min(limit, share)), limit >= per_output
         split = math.ceil(rows / instances)
         gains = self._cost.seconds(Kind.DENOISE, key, split) < self._cost.seconds(Kind.DENOISE, key, min(rows, limit))
         if num_free > 1 and gains:

@@ -49,10 +49,12 @@ class Estimates:
         own = [life for life in classes[priority] if life.output.caller == output.caller]
         together = min(num_outputs, own_slots)
 
-        joint_s = self._step_s(output, together, self._lives.denoising(keys[Kind.DENOISE]), num_instances)
-        own_s = self._step_s(output, together, self._lives.denoising(keys[Kind.DENOISE], priority), num_instances)
-        step_s = min(joint_s, own_s * (MAX_STRETCH if lower else 1.0))
-        seconds = (output.num_steps - output.first_step) * step_s
+        all_beside, own_beside = (self._lives.denoising(keys[Kind.DENOISE], one) for one in (None, priority))
+        seconds = 0.0
+        for num_rows, num_steps in output.steps_by_rows(output.first_step):
+            joint_s = self._step_s(output, num_rows, together, all_beside, num_instances)
+            own_s = self._step_s(output, num_rows, together, own_beside, num_instances)
+            seconds += num_steps * min(joint_s, own_s * (MAX_STRETCH if lower else 1.0))
         seconds += self._cost.seconds(Kind.DECODE, keys[Kind.DECODE], math.ceil(together / num_instances))
         for key, count in self._encodings(output).items():
             seconds += self._cost.seconds(Kind.ENCODE, key, count)
@@ -72,7 +74,7 @@ class Estimates:
         What a loaded server spends on it: `num_instances` such seconds are done in a second.
         """
         calls = {
-            (Kind.DENOISE, output.keys[Kind.DENOISE]): (output.num_steps - step) * output.rows_per_step,
+            (Kind.DENOISE, output.keys[Kind.DENOISE]): sum(math.prod(pair) for pair in output.steps_by_rows(step)),
             (Kind.DECODE, output.keys[Kind.DECODE]): 1,
         }
         if step == output.first_step:
@@ -108,21 +110,28 @@ class Estimates:
         together = min(self._limits.max_running, len(self._lives.of))
         seconds = 0.0
         for life in lives:
-            steps = life.output.num_steps - life.step
-            seconds += self._work_s(life.output, steps, math.ceil(together * life.output.rows_per_step / num_instances))
+            for num_rows, num_steps in life.output.steps_by_rows(life.step):
+                share = math.ceil(together * num_rows / num_instances)
+                seconds += self._work_s(life.output, num_steps * num_rows, share)
         return seconds / num_instances
 
-    def _step_s(self, output: ScheduledOutput, together: int, beside: Denoising, num_instances: int) -> float:
-        """Seconds of one step of so many outputs like this one and of those `beside` them, over all instances."""
+    def _step_s(
+        self, output: ScheduledOutput, num_rows: int, together: int, beside: Denoising, num_instances: int
+    ) -> float:
+        """Seconds, over all instances, of a step of so many outputs like this one and of those `beside` them.
+
+        Args:
+            num_rows: of the step of each.
+        """
         key = output.keys[Kind.DENOISE]
         outputs = beside.num_outputs + together
-        spread = min(num_instances, outputs if outputs > 1 else output.rows_per_step)
-        batch = max(1, math.ceil((beside.num_rows + together * output.rows_per_step) / spread))
+        spread = min(num_instances, outputs if outputs > 1 else num_rows)
+        batch = max(1, math.ceil((beside.num_rows + together * num_rows) / spread))
         turns = math.ceil(batch / self._limits.max_rows(Kind.DENOISE, key))
         return turns * self._cost.seconds(Kind.DENOISE, key, math.ceil(batch / turns))
 
-    def _work_s(self, output: ScheduledOutput, steps: int, share: int) -> float:
-        """Seconds of one instance for `steps` steps of an output, in calls of `share` rows, at most `max_rows`."""
+    def _work_s(self, output: ScheduledOutput, num_rows: int, share: int) -> float:
+        """Seconds of one instance for `num_rows` rows of an output, in calls of `share` rows, at most `max_rows`."""
         key = output.keys[Kind.DENOISE]
         rows = max(1, min(self._limits.max_rows(Kind.DENOISE, key), share))
-        return steps * output.rows_per_step * self._cost.seconds(Kind.DENOISE, key, rows) / rows
+        return num_rows * self._cost.seconds(Kind.DENOISE, key, rows) / rows

@@ -83,6 +83,10 @@ def _check_outputs(
             _require(bool(life.todo or life.in_flight), f"output {output.output_id} is forgotten")
             in_line = ready.contains(Queue(kind, output.keys[kind], life.priority), output.output_id)
             _require(in_line == bool(life.todo), f"output {output.output_id} is not in line")
+            num_rows = life.num_rows if life.state is OutputState.DENOISING else 1
+            _require(
+                {*life.todo, *life.in_flight} <= set(range(num_rows)), f"output {output.output_id} has rows too many"
+            )
     for conditioning_id, prompt in lives.prompts.items():
         _require(bool(prompt.wanted_by) or prompt.asked, f"prompt {conditioning_id} is kept for nobody")
         wanted = prompt.asked or any(
@@ -96,7 +100,7 @@ def _check_outputs(
         members = [life.output for life in running if life.output.keys[Kind.DENOISE] == key]
         members = [output for output in members if lives.of[output.output_id].state is OutputState.DENOISING]
         tally = lives.denoising(key)
-        rows = sum(output.rows_per_step for output in members)
+        rows = sum(output.num_rows(lives.of[output.output_id].step) for output in members)
         _require((tally.num_outputs, tally.num_rows) == (len(members), rows), "rows that take steps")
 
 

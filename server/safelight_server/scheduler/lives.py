@@ -68,6 +68,11 @@ class Life:
     todo: list[int] = field(default_factory=list)
     in_flight: set[int] = field(default_factory=set)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the current step."""
+        return self.output.num_rows(self.step)
+
 
 @dataclass(slots=True)
 class Prompt:
@@ -92,7 +97,7 @@ class Prompt:
 
 @dataclass(slots=True)
 class Denoising:
-    """How many outputs are DENOISING under one key, and how many rows one step of all of them has."""
+    """How many outputs are DENOISING under one key, and how many rows their current steps have together."""
 
     num_outputs: int = 0
     num_rows: int = 0
@@ -250,7 +255,7 @@ class Lives:
         life.in_flight.discard(part)
         if life.todo or life.in_flight:
             return []
-        life.step += 1
+        self._next_step(life)
         last = life.step == life.output.num_steps
         if last:
             self._ready_to_decode(life)
@@ -327,10 +332,16 @@ class Lives:
             prompt.priority = priority
         self._ready.push(queue._replace(priority=prompt.priority), conditioning_id)
 
+    def _next_step(self, life: Life) -> None:
+        """Counts a step that was made; the next one may have another number of rows."""
+        before = life.num_rows
+        life.step += 1
+        self._denoising[life.output.keys[Kind.DENOISE], life.priority].num_rows += life.num_rows - before
+
     def _ready_to_step(self, life: Life) -> None:
         if life.state is not OutputState.DENOISING:
             self._move(life, OutputState.DENOISING)
-        life.todo = list(range(life.output.rows_per_step))
+        life.todo = list(range(life.num_rows))
         self._ready.push(self._queue(life, Kind.DENOISE), life.output.output_id)
 
     def _ready_to_decode(self, life: Life) -> None:
@@ -361,7 +372,7 @@ class Lives:
             at = (output.keys[Kind.DENOISE], priority)
             tally = self._denoising.setdefault(at, Denoising())
             tally.num_outputs += change
-            tally.num_rows += change * output.rows_per_step
+            tally.num_rows += change * life.num_rows
             if not tally.num_outputs:
                 del self._denoising[at]
 

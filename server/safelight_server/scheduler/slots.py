@@ -129,7 +129,7 @@ def _made(life: Life) -> int:
 
 def _movable(life: Life, fewest: int) -> bool:
     """Whether an output is between two steps, and has made at least `fewest` since it got its slot."""
-    between = life.state is OutputState.DENOISING and len(life.todo) == life.output.rows_per_step
+    between = life.state is OutputState.DENOISING and len(life.todo) == life.num_rows
     return between and _made(life) >= fewest
 
 

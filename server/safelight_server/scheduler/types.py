@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -56,6 +56,7 @@ class ScheduledOutput:
     Attributes:
         caller: who asked for it, as TENANT/NAME; callers of one class take turns.
         rows_per_step: 1, or 2 with classifier-free guidance.
+        guided_steps: the steps, from 0, of `rows_per_step` rows; others have the conditional row alone. None: all.
         keys: batch key by kind: rows of equal keys (component version and shapes) can share a batch.
         conditioning: ids of the embeddings that it needs; outputs with the same id share one encoding.
         encoder_keys: batch keys by conditioning id, of those whose key is not `keys[Kind.ENCODE]`.
@@ -73,6 +74,19 @@ class ScheduledOutput:
     deadline: float | None = None
     first_step: int = 0
     encoder_keys: Mapping[str, str] = field(default_factory=dict)
+    guided_steps: range | None = None
+
+    def num_rows(self, step: int) -> int:
+        """Rows of the step that is made after `step` steps."""
+        return self.rows_per_step if self.guided_steps is None or step in self.guided_steps else 1
+
+    def steps_by_rows(self, step: int) -> Sequence[tuple[int, int]]:
+        """The steps left after `step` steps: pairs of the rows that a step has, and how many steps have so many."""
+        left = num_full = self.num_steps - step
+        if self.guided_steps is not None:
+            guided = self.guided_steps
+            num_full = len(range(max(step, guided.start), min(self.num_steps, guided.stop)))
+        return [(rows, count) for rows, count in ((self.rows_per_step, num_full), (1, left - num_full)) if count]
 
     def encoder_key(self, conditioning_id: str) -> str:
         """The batch key that an embedding of its own is computed under."""

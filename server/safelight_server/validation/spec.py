@@ -9,9 +9,9 @@ import numpy as np
 from safelight.v1 import generation_pb2 as pb
 
 from safelight_server.catalog.catalog import Pipeline
-from safelight_server.domain.request import Notice, Spec
+from safelight_server.domain.request import EVERY_STEP, Notice, Spec
 from safelight_server.domain.roles import Role
-from safelight_server.sampler import SamplerSpec, refusal, steps_left_out
+from safelight_server.sampler import SamplerSpec, guided_steps, refusal, steps_left_out
 from safelight_server.validation.images import source_image
 from safelight_server.validation.violations import Violations, listed, shown
 from safelight_server.wire.enums import ROLES, SIGMA_SCHEDULES, SPACINGS, from_number
@@ -19,6 +19,7 @@ from safelight_server.wire.enums import ROLES, SIGMA_SCHEDULES, SPACINGS, from_n
 MAX_PROMPTS = 4
 LINE_BREAKS = "\t\n\r"
 DEFAULT_STRENGTH = 0.8
+WITHOUT_GUIDANCE = "goes with guidance; leave it out, or ask for a guidance_scale above 1"
 
 
 def check_spec(
@@ -37,6 +38,8 @@ def check_spec(
         steps = message.num_inference_steps
     steps_good = faults.check(1 <= steps <= most, "spec.num_inference_steps", f"must be from 1 to {most}")
     guidance = _guidance_scale(message, pipeline, faults)
+    rescale = _guidance_rescale(message, guidance, faults)
+    interval = _guidance_interval(message.guidance_interval, guidance, faults)
     width, height = _size(message, pipeline, faults)
     sampler = _sampler(message.sampler, pipeline, steps if steps_good else None, faults)
     seeds = _seeds(message, manifest.limits.max_outputs, faults)
@@ -44,8 +47,12 @@ def check_spec(
     if faults:
         return None
     guided = guidance != 1.0
-    rows = len(seeds) * (steps - steps_left_out(steps, strength)) * (2 if guided else 1)
-    if not faults.check(
+    made = range(steps_left_out(steps, strength), steps)
+    num_guided = sum(step in guided_steps(steps, *interval) for step in made) if guided else 0
+    what = f"leaves none of {len(made)} steps with guidance; widen it, or set guidance_scale to 1 and leave it out"
+    fits = faults.check(num_guided > 0 or not guided, "spec.guidance_interval", what)
+    rows = len(seeds) * (len(made) + num_guided)
+    if not fits or not faults.check(
         rows <= max_request_rows,
         "spec.num_inference_steps",
         f"with {len(seeds)} outputs costs {rows} denoiser rows{' with guidance' if guided else ''}; "
@@ -71,6 +78,8 @@ def check_spec(
         init_image=init_image,
         strength=strength,
         mask=mask,
+        guidance_rescale=rescale,
+        guidance_interval=interval,
     )
 
 
@@ -123,6 +132,30 @@ def _guidance_scale(message: pb.GenerationSpec, pipeline: Pipeline, faults: Viol
     scale, most = message.guidance_scale, pipeline.manifest.limits.max_guidance_scale
     faults.check(1 <= scale <= most, "spec.guidance_scale", f"must be a number from 1 (without guidance) to {most:g}")
     return scale
+
+
+def _guidance_rescale(message: pb.GenerationSpec, guidance: float, faults: Violations) -> float:
+    share = _meant(message.guidance_rescale)
+    if faults.check(0 <= share <= 1, "spec.guidance_rescale", "must be from 0 (none) to 1"):
+        faults.check(not share or guidance != 1, "spec.guidance_rescale", WITHOUT_GUIDANCE)
+    return share
+
+
+def _guidance_interval(message: pb.GuidanceInterval, guidance: float, faults: Violations) -> tuple[float, float]:
+    """Start and end of guidance as shares of the steps."""
+    start = _meant(message.start) if message.HasField("start") else EVERY_STEP[0]
+    end = _meant(message.end) if message.HasField("end") else EVERY_STEP[1]
+    field, of = "spec.guidance_interval", "a share of the steps"
+    good = faults.check(0 <= start < 1, f"{field}.start", f"must be from 0 to below 1, {of}")
+    good = faults.check(0 < end <= 1, f"{field}.end", f"must be above 0 and at most 1, {of}") and good
+    if good and faults.check(start < end, field, f"must end after it starts; {start:g} to {end:g} is empty"):
+        faults.check((start, end) == EVERY_STEP or guidance != 1, field, WITHOUT_GUIDANCE)
+    return start, end
+
+
+def _meant(value: float) -> float:
+    """A float32 of a message as it was meant: 0.7, not 0.699999988, which would be 6 of 10 steps."""
+    return float(str(np.float32(value)))
 
 
 def _size(message: pb.GenerationSpec, pipeline: Pipeline, faults: Violations) -> tuple[int, int]:
@@ -191,7 +224,7 @@ def _init_image(
     mask = source_image(message.mask, "spec.mask", faults) if message.mask else ""
     strength = DEFAULT_STRENGTH
     if message.HasField("strength"):
-        strength = float(str(np.float32(message.strength)))  # 0.7 as it was meant: 10 steps of it are 7
+        strength = _meant(message.strength)
     if faults.check(0 < strength <= 1, "spec.strength", "must be above 0 and at most 1") and steps is not None:
         enough = steps_left_out(steps, strength) < steps
         faults.check(enough, "spec.strength", f"leaves none of {steps} steps; must be at least {1 / steps:.2g}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from safelight.v1 import generation_pb2 as pb
 
-from safelight_server.domain.request import MediaType, PixelEncoding, Spec
+from safelight_server.domain.request import EVERY_STEP, MediaType, PixelEncoding, Spec
 from safelight_server.wire.enums import BOTTOM_UP, SIGMA_SCHEDULES, SPACINGS, TEXTURE_FORMATS
 
 
@@ -24,6 +24,10 @@ def spec_message(spec: Spec) -> pb.GenerationSpec:
         message.sampler.eta = spec.sampler.eta
     if spec.negative_prompt:
         message.prompts.add(role=pb.Prompt.ROLE_NEGATIVE, text=spec.negative_prompt)
+    if spec.guidance_rescale:
+        message.guidance_rescale = spec.guidance_rescale
+    if spec.guidance_interval != EVERY_STEP:
+        message.guidance_interval.start, message.guidance_interval.end = spec.guidance_interval
     if spec.init_image:
         message.init_image, message.strength = image_name(spec.init_image), spec.strength
     if spec.mask:

@@ -77,6 +77,7 @@ def usage_message(usage: Usage) -> pb.Usage:
         num_previews=usage.num_previews,
         preview_bytes=usage.preview_bytes,
         cost=cost,
+        num_rows_skipped=usage.num_rows_skipped,
     )
 
 

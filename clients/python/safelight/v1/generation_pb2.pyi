@@ -295,6 +295,8 @@ class GenerationSpec(_message.Message):
     INIT_IMAGE_FIELD_NUMBER: _builtins.int
     STRENGTH_FIELD_NUMBER: _builtins.int
     MASK_FIELD_NUMBER: _builtins.int
+    GUIDANCE_RESCALE_FIELD_NUMBER: _builtins.int
+    GUIDANCE_INTERVAL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's resource name, "models/{model}". Empty: the server's default."""
     prompt: _builtins.str
@@ -332,6 +334,11 @@ class GenerationSpec(_message.Message):
     between both. Where the picture has an alpha channel that alone counts:
     transparent is developed, opaque is kept. Only with `init_image`.
     """
+    guidance_rescale: _builtins.float
+    """How much of the contrast that guidance adds is taken back, from 0 (none) to
+    1: phi of Lin et al. 2023, equations 15 and 16. Absent: 0. Only with
+    guidance.
+    """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prompt]:
         """Prompts by role: at most one of each."""
@@ -344,6 +351,12 @@ class GenerationSpec(_message.Message):
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutputSpec]:
         """One entry per picture, up to the model's limit. Absent: one picture with a
         random seed.
+        """
+
+    @_builtins.property
+    def guidance_interval(self) -> Global___GuidanceInterval:
+        """Guidance in a part of the steps alone: each of the others has one denoiser
+        row instead of two. Absent: in all steps. Only with guidance.
         """
 
     def __init__(
@@ -361,11 +374,15 @@ class GenerationSpec(_message.Message):
         init_image: _builtins.str = ...,
         strength: _builtins.float | None = ...,
         mask: _builtins.str = ...,
+        guidance_rescale: _builtins.float | None = ...,
+        guidance_interval: Global___GuidanceInterval | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_inference_steps", b"_num_inference_steps", "_strength", b"_strength", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "num_inference_steps", b"num_inference_steps", "sampler", b"sampler", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_inference_steps", b"_num_inference_steps", "_strength", b"_strength", "_width_px", b"_width_px", "guidance_interval", b"guidance_interval", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "num_inference_steps", b"num_inference_steps", "sampler", b"sampler", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_inference_steps", b"_num_inference_steps", "_strength", b"_strength", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "init_image", b"init_image", "mask", b"mask", "model", b"model", "num_inference_steps", b"num_inference_steps", "outputs", b"outputs", "prompt", b"prompt", "prompts", b"prompts", "sampler", b"sampler", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_inference_steps", b"_num_inference_steps", "_strength", b"_strength", "_width_px", b"_width_px", "guidance_interval", b"guidance_interval", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "init_image", b"init_image", "mask", b"mask", "model", b"model", "num_inference_steps", b"num_inference_steps", "outputs", b"outputs", "prompt", b"prompt", "prompts", b"prompts", "sampler", b"sampler", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__guidance_rescale: _TypeAlias = _typing.Literal["guidance_rescale"]  # noqa: Y015
+    _WhichOneofArgType__guidance_rescale: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale"]  # noqa: Y015
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
     _WhichOneofReturnType__height_px: _TypeAlias = _typing.Literal["height_px"]  # noqa: Y015
@@ -376,6 +393,8 @@ class GenerationSpec(_message.Message):
     _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
     _WhichOneofReturnType__width_px: _TypeAlias = _typing.Literal["width_px"]  # noqa: Y015
     _WhichOneofArgType__width_px: _TypeAlias = _typing.Literal["_width_px", b"_width_px"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_rescale) -> _WhichOneofReturnType__guidance_rescale | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
     @_typing.overload
@@ -388,6 +407,44 @@ class GenerationSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__width_px) -> _WhichOneofReturnType__width_px | None: ...
 
 Global___GenerationSpec: _TypeAlias = GenerationSpec  # noqa: Y015
+
+@_typing.final
+class GuidanceInterval(_message.Message):
+    """The steps that have guidance (Kynkäänniemi et al. 2024), as shares of all
+    steps from 0, before the first one, to 1, after the last one. Of N steps those
+    from floor(start * N) on, counted from 0, to the one before floor(end * N), as
+    diffusers counts them: 0.2 to 0.8 of 10 steps are steps 3 to 8. At least one
+    step that is made must be among them.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    start: _builtins.float
+    """Where guidance begins, from 0 to below 1. Absent: 0."""
+    end: _builtins.float
+    """Where it ends, above `start` and at most 1. Absent: 1."""
+    def __init__(
+        self,
+        *,
+        start: _builtins.float | None = ...,
+        end: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_start", b"_start", "end", b"end", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_start", b"_start", "end", b"end", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
+    _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015
+    _WhichOneofReturnType__start: _TypeAlias = _typing.Literal["start"]  # noqa: Y015
+    _WhichOneofArgType__start: _TypeAlias = _typing.Literal["_start", b"_start"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end) -> _WhichOneofReturnType__end | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start) -> _WhichOneofReturnType__start | None: ...
+
+Global___GuidanceInterval: _TypeAlias = GuidanceInterval  # noqa: Y015
 
 @_typing.final
 class Prompt(_message.Message):
@@ -1438,6 +1495,7 @@ class Usage(_message.Message):
     NUM_PREVIEWS_FIELD_NUMBER: _builtins.int
     PREVIEW_BYTES_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
+    NUM_ROWS_SKIPPED_FIELD_NUMBER: _builtins.int
     num_rows: _builtins.int
     """Denoiser rows computed."""
     num_steps: _builtins.int
@@ -1446,6 +1504,10 @@ class Usage(_message.Message):
     """Previews sent over all streams."""
     preview_bytes: _builtins.int
     """Bytes of these previews."""
+    num_rows_skipped: _builtins.int
+    """Denoiser rows that were not computed, as their steps are outside of
+    `GenerationSpec.guidance_interval`.
+    """
     @_builtins.property
     def compute_time(self) -> _duration_pb2.Duration:
         """Share of the batches' run time, by rows."""
@@ -1465,10 +1527,11 @@ class Usage(_message.Message):
         num_previews: _builtins.int = ...,
         preview_bytes: _builtins.int = ...,
         cost: Global___Cost | None = ...,
+        num_rows_skipped: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["compute_time", b"compute_time", "cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_time", b"compute_time", "cost", b"cost", "num_previews", b"num_previews", "num_rows", b"num_rows", "num_steps", b"num_steps", "preview_bytes", b"preview_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_time", b"compute_time", "cost", b"cost", "num_previews", b"num_previews", "num_rows", b"num_rows", "num_rows_skipped", b"num_rows_skipped", "num_steps", b"num_steps", "preview_bytes", b"preview_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

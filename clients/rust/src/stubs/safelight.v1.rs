@@ -341,6 +341,29 @@ pub struct GenerationSpec {
     /// transparent is developed, opaque is kept. Only with `init_image`.
     #[prost(string, tag = "12")]
     pub mask: ::prost::alloc::string::String,
+    /// How much of the contrast that guidance adds is taken back, from 0 (none) to
+    /// 1: phi of Lin et al. 2023, equations 15 and 16. Absent: 0. Only with
+    /// guidance.
+    #[prost(float, optional, tag = "13")]
+    pub guidance_rescale: ::core::option::Option<f32>,
+    /// Guidance in a part of the steps alone: each of the others has one denoiser
+    /// row instead of two. Absent: in all steps. Only with guidance.
+    #[prost(message, optional, tag = "14")]
+    pub guidance_interval: ::core::option::Option<GuidanceInterval>,
+}
+/// The steps that have guidance (Kynkäänniemi et al. 2024), as shares of all
+/// steps from 0, before the first one, to 1, after the last one. Of N steps those
+/// from floor(start * N) on, counted from 0, to the one before floor(end * N), as
+/// diffusers counts them: 0.2 to 0.8 of 10 steps are steps 3 to 8. At least one
+/// step that is made must be among them.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct GuidanceInterval {
+    /// Where guidance begins, from 0 to below 1. Absent: 0.
+    #[prost(float, optional, tag = "1")]
+    pub start: ::core::option::Option<f32>,
+    /// Where it ends, above `start` and at most 1. Absent: 1.
+    #[prost(float, optional, tag = "2")]
+    pub end: ::core::option::Option<f32>,
 }
 /// A text that guides the denoiser.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1146,6 +1169,10 @@ pub struct Usage {
     /// server has none.
     #[prost(message, optional, tag = "6")]
     pub cost: ::core::option::Option<Cost>,
+    /// Denoiser rows that were not computed, as their steps are outside of
+    /// `GenerationSpec.guidance_interval`.
+    #[prost(int64, tag = "7")]
+    pub num_rows_skipped: i64,
 }
 /// An amount of money.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

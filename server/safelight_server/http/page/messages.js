@@ -168,6 +168,12 @@ export const MESSAGES = {
     init_image: [10, "string"],
     strength: [11, "float", "optional"],
     mask: [12, "string"],
+    guidance_rescale: [13, "float", "optional"],
+    guidance_interval: [14, "safelight.v1.GuidanceInterval"],
+  },
+  "safelight.v1.GuidanceInterval": {
+    start: [1, "float", "optional"],
+    end: [2, "float", "optional"],
   },
   "safelight.v1.ListModelsRequest": {
     page_size: [1, "int32"],
@@ -305,6 +311,7 @@ export const MESSAGES = {
     num_previews: [4, "int64"],
     preview_bytes: [5, "int64"],
     cost: [6, "safelight.v1.Cost"],
+    num_rows_skipped: [7, "int64"],
   },
   "safelight.v1.Warning": {
     reason: [1, "string"],

@@ -25,7 +25,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file safelight/v1/generation.proto.
  */
 export const file_safelight_v1_generation: GenFile = /*@__PURE__*/
-  fileDesc("Ch1zYWZlbGlnaHQvdjEvZ2VuZXJhdGlvbi5wcm90bxIMc2FmZWxpZ2h0LnYxIsoDCg9HZW5lcmF0ZVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIqCgRzcGVjGAIgASgLMhwuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25TcGVjEiwKB3ByZXZpZXcYAyABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeRItCghlbmNvZGluZxgEIAEoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEiwKCnNjaGVkdWxpbmcYBSABKAsyGC5zYWZlbGlnaHQudjEuU2NoZWR1bGluZxIyCgpkaXNjb25uZWN0GAYgASgLMh4uc2FmZWxpZ2h0LnYxLkRpc2Nvbm5lY3RQb2xpY3kSOQoGbGFiZWxzGAcgAygLMikuc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVxdWVzdC5MYWJlbHNFbnRyeRIoCgVjYWNoZRgIIAEoCzIZLnNhZmVsaWdodC52MS5DYWNoZVBvbGljeRIkCgZicmFuY2gYCSABKAsyFC5zYWZlbGlnaHQudjEuQnJhbmNoGi0KC0xhYmVsc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiQAoQR2VuZXJhdGVSZXNwb25zZRIsCgVldmVudBgBIAEoCzIdLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uRXZlbnQipwMKDkdlbmVyYXRpb25TcGVjEg0KBW1vZGVsGAEgASgJEg4KBnByb21wdBgCIAEoCRIlCgdwcm9tcHRzGAMgAygLMhQuc2FmZWxpZ2h0LnYxLlByb21wdBIVCgh3aWR0aF9weBgEIAEoBUgAiAEBEhYKCWhlaWdodF9weBgFIAEoBUgBiAEBEiAKE251bV9pbmZlcmVuY2Vfc3RlcHMYBiABKAVIAogBARIbCg5ndWlkYW5jZV9zY2FsZRgHIAEoAkgDiAEBEioKB3NhbXBsZXIYCCABKAsyGS5zYWZlbGlnaHQudjEuU2FtcGxlclNwZWMSKQoHb3V0cHV0cxgJIAMoCzIYLnNhZmVsaWdodC52MS5PdXRwdXRTcGVjEhIKCmluaXRfaW1hZ2UYCiABKAkSFQoIc3RyZW5ndGgYCyABKAJIBIgBARIMCgRtYXNrGAwgASgJQgsKCV93aWR0aF9weEIMCgpfaGVpZ2h0X3B4QhYKFF9udW1faW5mZXJlbmNlX3N0ZXBzQhEKD19ndWlkYW5jZV9zY2FsZUILCglfc3RyZW5ndGgigwEKBlByb21wdBInCgRyb2xlGAEgASgOMhkuc2FmZWxpZ2h0LnYxLlByb21wdC5Sb2xlEgwKBHRleHQYAiABKAkiQgoEUm9sZRIUChBST0xFX1VOU1BFQ0lGSUVEEAASEQoNUk9MRV9QT1NJVElWRRABEhEKDVJPTEVfTkVHQVRJVkUQAiKaAQoLU2FtcGxlclNwZWMSDAoEbmFtZRgBIAEoCRIzCg5zaWdtYV9zY2hlZHVsZRgCIAEoDjIbLnNhZmVsaWdodC52MS5TaWdtYVNjaGVkdWxlEi4KB3NwYWNpbmcYAyABKA4yHS5zYWZlbGlnaHQudjEuVGltZXN0ZXBTcGFjaW5nEhAKA2V0YRgEIAEoAkgAiAEBQgYKBF9ldGEiKAoKT3V0cHV0U3BlYxIRCgRzZWVkGAEgASgESACIAQFCBwoFX3NlZWQitAMKDVBpeGVsRW5jb2RpbmcSEgoKbWVkaWFfdHlwZRgBIAEoCRIUCgdxdWFsaXR5GAIgASgFSACIAQESIAoTcm93X2FsaWdubWVudF9ieXRlcxgDIAEoBUgBiAEBEjcKCXJvd19vcmRlchgEIAEoDjIkLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nLlJvd09yZGVyEkEKDnRleHR1cmVfZm9ybWF0GAUgASgOMikuc2FmZWxpZ2h0LnYxLlBpeGVsRW5jb2RpbmcuVGV4dHVyZUZvcm1hdCJWCghSb3dPcmRlchIZChVST1dfT1JERVJfVU5TUEVDSUZJRUQQABIWChJST1dfT1JERVJfVE9QX0RPV04QARIXChNST1dfT1JERVJfQk9UVE9NX1VQEAIiXwoNVGV4dHVyZUZvcm1hdBIeChpURVhUVVJFX0ZPUk1BVF9VTlNQRUNJRklFRBAAEhYKElRFWFRVUkVfRk9STUFUX0JDMRABEhYKElRFWFRVUkVfRk9STUFUX0JDNxACQgoKCF9xdWFsaXR5QhYKFF9yb3dfYWxpZ25tZW50X2J5dGVzIqYCCg1QcmV2aWV3UG9saWN5EisKBmFjY2VwdBgBIAMoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEhgKC21heF9lZGdlX3B4GAIgASgFSAGIAQESFwoNZXZlcnlfbl9zdGVwcxgDIAEoBUgAEjEKDG1pbl9pbnRlcnZhbBgEIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbkgAEisKBm1ldGhvZBgFIAEoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEiEKFG1heF9ieXRlc19wZXJfc2Vjb25kGAYgASgDSAKIAQFCCQoHY2FkZW5jZUIOCgxfbWF4X2VkZ2VfcHhCFwoVX21heF9ieXRlc19wZXJfc2Vjb25kIjYKClNjaGVkdWxpbmcSKAoIcHJpb3JpdHkYASABKA4yFi5zYWZlbGlnaHQudjEuUHJpb3JpdHki2wEKC0NhY2hlUG9saWN5EiwKBG1vZGUYASABKA4yHi5zYWZlbGlnaHQudjEuQ2FjaGVQb2xpY3kuTW9kZRIbCg5taW5fc2ltaWxhcml0eRgCIAEoAkgAiAEBIm4KBE1vZGUSFAoQTU9ERV9VTlNQRUNJRklFRBAAEhAKDE1PREVfREVGQVVMVBABEg8KC01PREVfQllQQVNTEAISFQoRTU9ERV9BTExPV19MQVRFTlQQAxIWChJNT0RFX0FMTE9XX1NJTUlMQVIQBEIRCg9fbWluX3NpbWlsYXJpdHkiQAoGQnJhbmNoEhIKCmdlbmVyYXRpb24YASABKAkSFAoMb3V0cHV0X2luZGV4GAIgASgFEgwKBHN0ZXAYAyABKAUiwgEKEERpc2Nvbm5lY3RQb2xpY3kSNQoGYWN0aW9uGAEgASgOMiUuc2FmZWxpZ2h0LnYxLkRpc2Nvbm5lY3RQb2xpY3kuQWN0aW9uEi8KDHJlc3VtZV9ncmFjZRgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiJGCgZBY3Rpb24SFgoSQUNUSU9OX1VOU1BFQ0lGSUVEEAASEQoNQUNUSU9OX0NBTkNFTBABEhEKDUFDVElPTl9ERVRBQ0gQAiK2AwoPR2VuZXJhdGlvbkV2ZW50EhAKCHNlcXVlbmNlGAEgASgEEi4KCmV2ZW50X3RpbWUYAiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEhIKCmdlbmVyYXRpb24YAyABKAkSKgoIYWNjZXB0ZWQYBCABKAsyFi5zYWZlbGlnaHQudjEuQWNjZXB0ZWRIABImCgZxdWV1ZWQYBSABKAsyFC5zYWZlbGlnaHQudjEuUXVldWVkSAASKgoIcHJvZ3Jlc3MYBiABKAsyFi5zYWZlbGlnaHQudjEuUHJvZ3Jlc3NIABIoCgdwcmV2aWV3GAcgASgLMhUuc2FmZWxpZ2h0LnYxLlByZXZpZXdIABI1Cg5hcnRpZmFjdF9jaHVuaxgIIAEoCzIbLnNhZmVsaWdodC52MS5BcnRpZmFjdENodW5rSAASNwoPb3V0cHV0X2ZpbmlzaGVkGAkgASgLMhwuc2FmZWxpZ2h0LnYxLk91dHB1dEZpbmlzaGVkSAASKgoIZmluaXNoZWQYCiABKAsyFi5zYWZlbGlnaHQudjEuRmluaXNoZWRIAEIHCgVldmVudCKWAwoIQWNjZXB0ZWQSKgoEc3BlYxgBIAEoCzIcLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uU3BlYxIWCg5tb2RlbF9yZXZpc2lvbhgCIAEoCRITCgtudW1lcmljc19pZBgDIAEoCRItCghlbmNvZGluZxgEIAEoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEjUKEmVzdGltYXRlZF9kdXJhdGlvbhgFIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIQCgh0cmFjZV9pZBgGIAEoCRInCgh3YXJuaW5ncxgHIAMoCzIVLnNhZmVsaWdodC52MS5XYXJuaW5nEjUKCmR1cmFiaWxpdHkYCCABKA4yIS5zYWZlbGlnaHQudjEuQWNjZXB0ZWQuRHVyYWJpbGl0eSJZCgpEdXJhYmlsaXR5EhoKFkRVUkFCSUxJVFlfVU5TUEVDSUZJRUQQABIUChBEVVJBQklMSVRZX0xPQ0FMEAESGQoVRFVSQUJJTElUWV9SRVBMSUNBVEVEEAIiKgoHV2FybmluZxIOCgZyZWFzb24YASABKAkSDwoHbWVzc2FnZRgCIAEoCSJUCgZRdWV1ZWQSEAoIcG9zaXRpb24YASABKAUSOAoUZXN0aW1hdGVkX3N0YXJ0X3RpbWUYAiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wIo0BCghQcm9ncmVzcxIUCgxvdXRwdXRfaW5kZXgYASABKAUSDAoEc3RlcBgCIAEoBRIRCgludW1fc3RlcHMYAyABKAUSEgoKYmF0Y2hfc2l6ZRgEIAEoBRI2ChNlc3RpbWF0ZWRfcmVtYWluaW5nGAUgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uIswBCgdQcmV2aWV3EhQKDG91dHB1dF9pbmRleBgBIAEoBRIMCgRzdGVwGAIgASgFEhIKCm1lZGlhX3R5cGUYAyABKAkSEAoId2lkdGhfcHgYBCABKAUSEQoJaGVpZ2h0X3B4GAUgASgFEhQKDHN0cmlkZV9ieXRlcxgGIAEoBRIrCgZtZXRob2QYByABKA4yGy5zYWZlbGlnaHQudjEuUHJldmlld01ldGhvZBITCgtudW1fZHJvcHBlZBgIIAEoBRIMCgRkYXRhGAkgASgMIrcBCg1BcnRpZmFjdENodW5rEhQKDG91dHB1dF9pbmRleBgBIAEoBRISCgptZWRpYV90eXBlGAIgASgJEhAKCHdpZHRoX3B4GAMgASgFEhEKCWhlaWdodF9weBgEIAEoBRIUCgxzdHJpZGVfYnl0ZXMYBSABKAUSDgoGb2Zmc2V0GAYgASgDEhMKC3RvdGFsX2J5dGVzGAcgASgDEgwKBGRhdGEYCCABKAwSDgoGc2hhMjU2GAkgASgMIp8CCg5PdXRwdXRGaW5pc2hlZBIUCgxvdXRwdXRfaW5kZXgYASABKAUSQAoNZmluaXNoX3JlYXNvbhgCIAEoDjIpLnNhZmVsaWdodC52MS5PdXRwdXRGaW5pc2hlZC5GaW5pc2hSZWFzb24SDAoEc3RlcBgDIAEoBSKmAQoMRmluaXNoUmVhc29uEh0KGUZJTklTSF9SRUFTT05fVU5TUEVDSUZJRUQQABIbChdGSU5JU0hfUkVBU09OX0NPTVBMRVRFRBABEhsKF0ZJTklTSF9SRUFTT05fQ0FOQ0VMTEVEEAISIwofRklOSVNIX1JFQVNPTl9ERUFETElORV9FWENFRURFRBADEhgKFEZJTklTSF9SRUFTT05fRkFJTEVEEAQirAEKCEZpbmlzaGVkEiIKBnN0YXR1cxgBIAEoCzISLmdvb2dsZS5ycGMuU3RhdHVzEiIKBXVzYWdlGAIgASgLMhMuc2FmZWxpZ2h0LnYxLlVzYWdlEiYKB3RpbWluZ3MYAyABKAsyFS5zYWZlbGlnaHQudjEuVGltaW5ncxIwCg1jYWNoZV9yZXN1bHRzGAQgAygLMhkuc2FmZWxpZ2h0LnYxLkNhY2hlUmVzdWx0It0CCgtDYWNoZVJlc3VsdBI6CgtkaXNwb3NpdGlvbhgBIAEoDjIlLnNhZmVsaWdodC52MS5DYWNoZVJlc3VsdC5EaXNwb3NpdGlvbhISCgpzaW1pbGFyaXR5GAIgASgCEg4KBnNvdXJjZRgDIAEoCRIZChFudW1fc3RlcHNfc2tpcHBlZBgEIAEoBRITCgtudW1lcmljc19pZBgFIAEoCSK9AQoLRGlzcG9zaXRpb24SGwoXRElTUE9TSVRJT05fVU5TUEVDSUZJRUQQABIUChBESVNQT1NJVElPTl9NSVNTEAESGQoVRElTUE9TSVRJT05fQ09BTEVTQ0VEEAISFQoRRElTUE9TSVRJT05fRVhBQ1QQAxIXChNESVNQT1NJVElPTl9TSU1JTEFSEAQSFgoSRElTUE9TSVRJT05fTEFURU5UEAUSGAoURElTUE9TSVRJT05fQlJBTkNIRUQQBiKsAQoFVXNhZ2USLwoMY29tcHV0ZV90aW1lGAEgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEhAKCG51bV9yb3dzGAIgASgDEhEKCW51bV9zdGVwcxgDIAEoAxIUCgxudW1fcHJldmlld3MYBCABKAMSFQoNcHJldmlld19ieXRlcxgFIAEoAxIgCgRjb3N0GAYgASgLMhIuc2FmZWxpZ2h0LnYxLkNvc3QiLAoEQ29zdBIVCg1jdXJyZW5jeV9jb2RlGAEgASgJEg0KBW5hbm9zGAIgASgDIuYBCgdUaW1pbmdzEigKBXF1ZXVlGAEgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEjAKDWZpcnN0X3ByZXZpZXcYAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKgoHZGVub2lzZRgDIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIpCgZkZWNvZGUYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKAoFdG90YWwYBSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24ipAEKFldhdGNoR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCRIWCg5hZnRlcl9zZXF1ZW5jZRgCIAEoBBI2ChBhcnRpZmFjdF9vZmZzZXRzGAMgAygLMhwuc2FmZWxpZ2h0LnYxLkFydGlmYWN0T2Zmc2V0EiwKB3ByZXZpZXcYBCABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeSI2Cg5BcnRpZmFjdE9mZnNldBIUCgxvdXRwdXRfaW5kZXgYASABKAUSDgoGb2Zmc2V0GAIgASgDIkcKF1dhdGNoR2VuZXJhdGlvblJlc3BvbnNlEiwKBWV2ZW50GAEgASgLMh0uc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25FdmVudCKDAQoXVXBkYXRlR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCRIsCgdwcmV2aWV3GAIgASgLMhsuc2FmZWxpZ2h0LnYxLlByZXZpZXdQb2xpY3kSLAoKc2NoZWR1bGluZxgDIAEoCzIYLnNhZmVsaWdodC52MS5TY2hlZHVsaW5nIkgKGFVwZGF0ZUdlbmVyYXRpb25SZXNwb25zZRIsCgpnZW5lcmF0aW9uGAEgASgLMhguc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24iJwoXQ2FuY2VsR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCSJIChhDYW5jZWxHZW5lcmF0aW9uUmVzcG9uc2USLAoKZ2VuZXJhdGlvbhgBIAEoCzIYLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uIiQKFEdldEdlbmVyYXRpb25SZXF1ZXN0EgwKBG5hbWUYASABKAkiRQoVR2V0R2VuZXJhdGlvblJlc3BvbnNlEiwKCmdlbmVyYXRpb24YASABKAsyGC5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbiKIBQoKR2VuZXJhdGlvbhIMCgRuYW1lGAEgASgJEi0KBXN0YXRlGAIgASgOMh4uc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24uU3RhdGUSKgoEc3BlYxgDIAEoCzIcLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uU3BlYxIqCgdvdXRwdXRzGAQgAygLMhkuc2FmZWxpZ2h0LnYxLk91dHB1dFN0YXRlEigKCHByaW9yaXR5GAUgASgOMhYuc2FmZWxpZ2h0LnYxLlByaW9yaXR5EjQKBmxhYmVscxgGIAMoCzIkLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uLkxhYmVsc0VudHJ5Ei8KC2NyZWF0ZV90aW1lGAcgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIvCgtmaW5pc2hfdGltZRgIIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASIgoGc3RhdHVzGAkgASgLMhIuZ29vZ2xlLnJwYy5TdGF0dXMSIgoFdXNhZ2UYCiABKAsyEy5zYWZlbGlnaHQudjEuVXNhZ2USFQoNbGFzdF9zZXF1ZW5jZRgLIAEoBBotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIpQBCgVTdGF0ZRIVChFTVEFURV9VTlNQRUNJRklFRBAAEhAKDFNUQVRFX1FVRVVFRBABEhEKDVNUQVRFX1JVTk5JTkcQAhITCg9TVEFURV9TVVNQRU5ERUQQAxITCg9TVEFURV9TVUNDRUVERUQQBBITCg9TVEFURV9DQU5DRUxMRUQQBRIQCgxTVEFURV9GQUlMRUQQBiKbAQoLT3V0cHV0U3RhdGUSFAoMb3V0cHV0X2luZGV4GAEgASgFEgwKBHN0ZXAYAiABKAUSEQoJbnVtX3N0ZXBzGAMgASgFEkAKDWZpbmlzaF9yZWFzb24YBCABKA4yKS5zYWZlbGlnaHQudjEuT3V0cHV0RmluaXNoZWQuRmluaXNoUmVhc29uEhMKC3RvdGFsX2J5dGVzGAUgASgDKmYKDVNpZ21hU2NoZWR1bGUSHgoaU0lHTUFfU0NIRURVTEVfVU5TUEVDSUZJRUQQABIaChZTSUdNQV9TQ0hFRFVMRV9ERUZBVUxUEAESGQoVU0lHTUFfU0NIRURVTEVfS0FSUkFTEAIqjwEKD1RpbWVzdGVwU3BhY2luZxIgChxUSU1FU1RFUF9TUEFDSU5HX1VOU1BFQ0lGSUVEEAASHAoYVElNRVNURVBfU1BBQ0lOR19MRUFESU5HEAESHQoZVElNRVNURVBfU1BBQ0lOR19UUkFJTElORxACEh0KGVRJTUVTVEVQX1NQQUNJTkdfTElOU1BBQ0UQAyq+AQoNUHJldmlld01ldGhvZBIeChpQUkVWSUVXX01FVEhPRF9VTlNQRUNJRklFRBAAEhcKE1BSRVZJRVdfTUVUSE9EX0FVVE8QARIZChVQUkVWSUVXX01FVEhPRF9MSU5FQVIQAhIfChtQUkVWSUVXX01FVEhPRF9USU5ZX0RFQ09ERVIQAxIfChtQUkVWSUVXX01FVEhPRF9GVUxMX0RFQ09ERVIQBBIXChNQUkVWSUVXX01FVEhPRF9OT05FEAUqaQoIUHJpb3JpdHkSGAoUUFJJT1JJVFlfVU5TUEVDSUZJRUQQABIYChRQUklPUklUWV9JTlRFUkFDVElWRRABEhUKEVBSSU9SSVRZX1NUQU5EQVJEEAISEgoOUFJJT1JJVFlfQkFUQ0gQAzLiAwoRR2VuZXJhdGlvblNlcnZpY2USSwoIR2VuZXJhdGUSHS5zYWZlbGlnaHQudjEuR2VuZXJhdGVSZXF1ZXN0Gh4uc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVzcG9uc2UwARJgCg9XYXRjaEdlbmVyYXRpb24SJC5zYWZlbGlnaHQudjEuV2F0Y2hHZW5lcmF0aW9uUmVxdWVzdBolLnNhZmVsaWdodC52MS5XYXRjaEdlbmVyYXRpb25SZXNwb25zZTABEmEKEFVwZGF0ZUdlbmVyYXRpb24SJS5zYWZlbGlnaHQudjEuVXBkYXRlR2VuZXJhdGlvblJlcXVlc3QaJi5zYWZlbGlnaHQudjEuVXBkYXRlR2VuZXJhdGlvblJlc3BvbnNlEmEKEENhbmNlbEdlbmVyYXRpb24SJS5zYWZlbGlnaHQudjEuQ2FuY2VsR2VuZXJhdGlvblJlcXVlc3QaJi5zYWZlbGlnaHQudjEuQ2FuY2VsR2VuZXJhdGlvblJlc3BvbnNlElgKDUdldEdlbmVyYXRpb24SIi5zYWZlbGlnaHQudjEuR2V0R2VuZXJhdGlvblJlcXVlc3QaIy5zYWZlbGlnaHQudjEuR2V0R2VuZXJhdGlvblJlc3BvbnNlYgZwcm90bzM", [file_google_protobuf_duration, file_google_protobuf_timestamp, file_google_rpc_status]);
+  fileDesc("Ch1zYWZlbGlnaHQvdjEvZ2VuZXJhdGlvbi5wcm90bxIMc2FmZWxpZ2h0LnYxIsoDCg9HZW5lcmF0ZVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIqCgRzcGVjGAIgASgLMhwuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25TcGVjEiwKB3ByZXZpZXcYAyABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeRItCghlbmNvZGluZxgEIAEoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEiwKCnNjaGVkdWxpbmcYBSABKAsyGC5zYWZlbGlnaHQudjEuU2NoZWR1bGluZxIyCgpkaXNjb25uZWN0GAYgASgLMh4uc2FmZWxpZ2h0LnYxLkRpc2Nvbm5lY3RQb2xpY3kSOQoGbGFiZWxzGAcgAygLMikuc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVxdWVzdC5MYWJlbHNFbnRyeRIoCgVjYWNoZRgIIAEoCzIZLnNhZmVsaWdodC52MS5DYWNoZVBvbGljeRIkCgZicmFuY2gYCSABKAsyFC5zYWZlbGlnaHQudjEuQnJhbmNoGi0KC0xhYmVsc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiQAoQR2VuZXJhdGVSZXNwb25zZRIsCgVldmVudBgBIAEoCzIdLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uRXZlbnQilgQKDkdlbmVyYXRpb25TcGVjEg0KBW1vZGVsGAEgASgJEg4KBnByb21wdBgCIAEoCRIlCgdwcm9tcHRzGAMgAygLMhQuc2FmZWxpZ2h0LnYxLlByb21wdBIVCgh3aWR0aF9weBgEIAEoBUgAiAEBEhYKCWhlaWdodF9weBgFIAEoBUgBiAEBEiAKE251bV9pbmZlcmVuY2Vfc3RlcHMYBiABKAVIAogBARIbCg5ndWlkYW5jZV9zY2FsZRgHIAEoAkgDiAEBEioKB3NhbXBsZXIYCCABKAsyGS5zYWZlbGlnaHQudjEuU2FtcGxlclNwZWMSKQoHb3V0cHV0cxgJIAMoCzIYLnNhZmVsaWdodC52MS5PdXRwdXRTcGVjEhIKCmluaXRfaW1hZ2UYCiABKAkSFQoIc3RyZW5ndGgYCyABKAJIBIgBARIMCgRtYXNrGAwgASgJEh0KEGd1aWRhbmNlX3Jlc2NhbGUYDSABKAJIBYgBARI5ChFndWlkYW5jZV9pbnRlcnZhbBgOIAEoCzIeLnNhZmVsaWdodC52MS5HdWlkYW5jZUludGVydmFsQgsKCV93aWR0aF9weEIMCgpfaGVpZ2h0X3B4QhYKFF9udW1faW5mZXJlbmNlX3N0ZXBzQhEKD19ndWlkYW5jZV9zY2FsZUILCglfc3RyZW5ndGhCEwoRX2d1aWRhbmNlX3Jlc2NhbGUiSgoQR3VpZGFuY2VJbnRlcnZhbBISCgVzdGFydBgBIAEoAkgAiAEBEhAKA2VuZBgCIAEoAkgBiAEBQggKBl9zdGFydEIGCgRfZW5kIoMBCgZQcm9tcHQSJwoEcm9sZRgBIAEoDjIZLnNhZmVsaWdodC52MS5Qcm9tcHQuUm9sZRIMCgR0ZXh0GAIgASgJIkIKBFJvbGUSFAoQUk9MRV9VTlNQRUNJRklFRBAAEhEKDVJPTEVfUE9TSVRJVkUQARIRCg1ST0xFX05FR0FUSVZFEAIimgEKC1NhbXBsZXJTcGVjEgwKBG5hbWUYASABKAkSMwoOc2lnbWFfc2NoZWR1bGUYAiABKA4yGy5zYWZlbGlnaHQudjEuU2lnbWFTY2hlZHVsZRIuCgdzcGFjaW5nGAMgASgOMh0uc2FmZWxpZ2h0LnYxLlRpbWVzdGVwU3BhY2luZxIQCgNldGEYBCABKAJIAIgBAUIGCgRfZXRhIigKCk91dHB1dFNwZWMSEQoEc2VlZBgBIAEoBEgAiAEBQgcKBV9zZWVkIrQDCg1QaXhlbEVuY29kaW5nEhIKCm1lZGlhX3R5cGUYASABKAkSFAoHcXVhbGl0eRgCIAEoBUgAiAEBEiAKE3Jvd19hbGlnbm1lbnRfYnl0ZXMYAyABKAVIAYgBARI3Cglyb3dfb3JkZXIYBCABKA4yJC5zYWZlbGlnaHQudjEuUGl4ZWxFbmNvZGluZy5Sb3dPcmRlchJBCg50ZXh0dXJlX2Zvcm1hdBgFIAEoDjIpLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nLlRleHR1cmVGb3JtYXQiVgoIUm93T3JkZXISGQoVUk9XX09SREVSX1VOU1BFQ0lGSUVEEAASFgoSUk9XX09SREVSX1RPUF9ET1dOEAESFwoTUk9XX09SREVSX0JPVFRPTV9VUBACIl8KDVRleHR1cmVGb3JtYXQSHgoaVEVYVFVSRV9GT1JNQVRfVU5TUEVDSUZJRUQQABIWChJURVhUVVJFX0ZPUk1BVF9CQzEQARIWChJURVhUVVJFX0ZPUk1BVF9CQzcQAkIKCghfcXVhbGl0eUIWChRfcm93X2FsaWdubWVudF9ieXRlcyKmAgoNUHJldmlld1BvbGljeRIrCgZhY2NlcHQYASADKAsyGy5zYWZlbGlnaHQudjEuUGl4ZWxFbmNvZGluZxIYCgttYXhfZWRnZV9weBgCIAEoBUgBiAEBEhcKDWV2ZXJ5X25fc3RlcHMYAyABKAVIABIxCgxtaW5faW50ZXJ2YWwYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb25IABIrCgZtZXRob2QYBSABKA4yGy5zYWZlbGlnaHQudjEuUHJldmlld01ldGhvZBIhChRtYXhfYnl0ZXNfcGVyX3NlY29uZBgGIAEoA0gCiAEBQgkKB2NhZGVuY2VCDgoMX21heF9lZGdlX3B4QhcKFV9tYXhfYnl0ZXNfcGVyX3NlY29uZCI2CgpTY2hlZHVsaW5nEigKCHByaW9yaXR5GAEgASgOMhYuc2FmZWxpZ2h0LnYxLlByaW9yaXR5ItsBCgtDYWNoZVBvbGljeRIsCgRtb2RlGAEgASgOMh4uc2FmZWxpZ2h0LnYxLkNhY2hlUG9saWN5Lk1vZGUSGwoObWluX3NpbWlsYXJpdHkYAiABKAJIAIgBASJuCgRNb2RlEhQKEE1PREVfVU5TUEVDSUZJRUQQABIQCgxNT0RFX0RFRkFVTFQQARIPCgtNT0RFX0JZUEFTUxACEhUKEU1PREVfQUxMT1dfTEFURU5UEAMSFgoSTU9ERV9BTExPV19TSU1JTEFSEARCEQoPX21pbl9zaW1pbGFyaXR5IkAKBkJyYW5jaBISCgpnZW5lcmF0aW9uGAEgASgJEhQKDG91dHB1dF9pbmRleBgCIAEoBRIMCgRzdGVwGAMgASgFIsIBChBEaXNjb25uZWN0UG9saWN5EjUKBmFjdGlvbhgBIAEoDjIlLnNhZmVsaWdodC52MS5EaXNjb25uZWN0UG9saWN5LkFjdGlvbhIvCgxyZXN1bWVfZ3JhY2UYAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24iRgoGQWN0aW9uEhYKEkFDVElPTl9VTlNQRUNJRklFRBAAEhEKDUFDVElPTl9DQU5DRUwQARIRCg1BQ1RJT05fREVUQUNIEAIitgMKD0dlbmVyYXRpb25FdmVudBIQCghzZXF1ZW5jZRgBIAEoBBIuCgpldmVudF90aW1lGAIgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBISCgpnZW5lcmF0aW9uGAMgASgJEioKCGFjY2VwdGVkGAQgASgLMhYuc2FmZWxpZ2h0LnYxLkFjY2VwdGVkSAASJgoGcXVldWVkGAUgASgLMhQuc2FmZWxpZ2h0LnYxLlF1ZXVlZEgAEioKCHByb2dyZXNzGAYgASgLMhYuc2FmZWxpZ2h0LnYxLlByb2dyZXNzSAASKAoHcHJldmlldxgHIAEoCzIVLnNhZmVsaWdodC52MS5QcmV2aWV3SAASNQoOYXJ0aWZhY3RfY2h1bmsYCCABKAsyGy5zYWZlbGlnaHQudjEuQXJ0aWZhY3RDaHVua0gAEjcKD291dHB1dF9maW5pc2hlZBgJIAEoCzIcLnNhZmVsaWdodC52MS5PdXRwdXRGaW5pc2hlZEgAEioKCGZpbmlzaGVkGAogASgLMhYuc2FmZWxpZ2h0LnYxLkZpbmlzaGVkSABCBwoFZXZlbnQilgMKCEFjY2VwdGVkEioKBHNwZWMYASABKAsyHC5zYWZlbGlnaHQudjEuR2VuZXJhdGlvblNwZWMSFgoObW9kZWxfcmV2aXNpb24YAiABKAkSEwoLbnVtZXJpY3NfaWQYAyABKAkSLQoIZW5jb2RpbmcYBCABKAsyGy5zYWZlbGlnaHQudjEuUGl4ZWxFbmNvZGluZxI1ChJlc3RpbWF0ZWRfZHVyYXRpb24YBSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SEAoIdHJhY2VfaWQYBiABKAkSJwoId2FybmluZ3MYByADKAsyFS5zYWZlbGlnaHQudjEuV2FybmluZxI1CgpkdXJhYmlsaXR5GAggASgOMiEuc2FmZWxpZ2h0LnYxLkFjY2VwdGVkLkR1cmFiaWxpdHkiWQoKRHVyYWJpbGl0eRIaChZEVVJBQklMSVRZX1VOU1BFQ0lGSUVEEAASFAoQRFVSQUJJTElUWV9MT0NBTBABEhkKFURVUkFCSUxJVFlfUkVQTElDQVRFRBACIioKB1dhcm5pbmcSDgoGcmVhc29uGAEgASgJEg8KB21lc3NhZ2UYAiABKAkiVAoGUXVldWVkEhAKCHBvc2l0aW9uGAEgASgFEjgKFGVzdGltYXRlZF9zdGFydF90aW1lGAIgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcCKNAQoIUHJvZ3Jlc3MSFAoMb3V0cHV0X2luZGV4GAEgASgFEgwKBHN0ZXAYAiABKAUSEQoJbnVtX3N0ZXBzGAMgASgFEhIKCmJhdGNoX3NpemUYBCABKAUSNgoTZXN0aW1hdGVkX3JlbWFpbmluZxgFIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiLMAQoHUHJldmlldxIUCgxvdXRwdXRfaW5kZXgYASABKAUSDAoEc3RlcBgCIAEoBRISCgptZWRpYV90eXBlGAMgASgJEhAKCHdpZHRoX3B4GAQgASgFEhEKCWhlaWdodF9weBgFIAEoBRIUCgxzdHJpZGVfYnl0ZXMYBiABKAUSKwoGbWV0aG9kGAcgASgOMhsuc2FmZWxpZ2h0LnYxLlByZXZpZXdNZXRob2QSEwoLbnVtX2Ryb3BwZWQYCCABKAUSDAoEZGF0YRgJIAEoDCK3AQoNQXJ0aWZhY3RDaHVuaxIUCgxvdXRwdXRfaW5kZXgYASABKAUSEgoKbWVkaWFfdHlwZRgCIAEoCRIQCgh3aWR0aF9weBgDIAEoBRIRCgloZWlnaHRfcHgYBCABKAUSFAoMc3RyaWRlX2J5dGVzGAUgASgFEg4KBm9mZnNldBgGIAEoAxITCgt0b3RhbF9ieXRlcxgHIAEoAxIMCgRkYXRhGAggASgMEg4KBnNoYTI1NhgJIAEoDCKfAgoOT3V0cHV0RmluaXNoZWQSFAoMb3V0cHV0X2luZGV4GAEgASgFEkAKDWZpbmlzaF9yZWFzb24YAiABKA4yKS5zYWZlbGlnaHQudjEuT3V0cHV0RmluaXNoZWQuRmluaXNoUmVhc29uEgwKBHN0ZXAYAyABKAUipgEKDEZpbmlzaFJlYXNvbhIdChlGSU5JU0hfUkVBU09OX1VOU1BFQ0lGSUVEEAASGwoXRklOSVNIX1JFQVNPTl9DT01QTEVURUQQARIbChdGSU5JU0hfUkVBU09OX0NBTkNFTExFRBACEiMKH0ZJTklTSF9SRUFTT05fREVBRExJTkVfRVhDRUVERUQQAxIYChRGSU5JU0hfUkVBU09OX0ZBSUxFRBAEIqwBCghGaW5pc2hlZBIiCgZzdGF0dXMYASABKAsyEi5nb29nbGUucnBjLlN0YXR1cxIiCgV1c2FnZRgCIAEoCzITLnNhZmVsaWdodC52MS5Vc2FnZRImCgd0aW1pbmdzGAMgASgLMhUuc2FmZWxpZ2h0LnYxLlRpbWluZ3MSMAoNY2FjaGVfcmVzdWx0cxgEIAMoCzIZLnNhZmVsaWdodC52MS5DYWNoZVJlc3VsdCLdAgoLQ2FjaGVSZXN1bHQSOgoLZGlzcG9zaXRpb24YASABKA4yJS5zYWZlbGlnaHQudjEuQ2FjaGVSZXN1bHQuRGlzcG9zaXRpb24SEgoKc2ltaWxhcml0eRgCIAEoAhIOCgZzb3VyY2UYAyABKAkSGQoRbnVtX3N0ZXBzX3NraXBwZWQYBCABKAUSEwoLbnVtZXJpY3NfaWQYBSABKAkivQEKC0Rpc3Bvc2l0aW9uEhsKF0RJU1BPU0lUSU9OX1VOU1BFQ0lGSUVEEAASFAoQRElTUE9TSVRJT05fTUlTUxABEhkKFURJU1BPU0lUSU9OX0NPQUxFU0NFRBACEhUKEURJU1BPU0lUSU9OX0VYQUNUEAMSFwoTRElTUE9TSVRJT05fU0lNSUxBUhAEEhYKEkRJU1BPU0lUSU9OX0xBVEVOVBAFEhgKFERJU1BPU0lUSU9OX0JSQU5DSEVEEAYixgEKBVVzYWdlEi8KDGNvbXB1dGVfdGltZRgBIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIQCghudW1fcm93cxgCIAEoAxIRCgludW1fc3RlcHMYAyABKAMSFAoMbnVtX3ByZXZpZXdzGAQgASgDEhUKDXByZXZpZXdfYnl0ZXMYBSABKAMSIAoEY29zdBgGIAEoCzISLnNhZmVsaWdodC52MS5Db3N0EhgKEG51bV9yb3dzX3NraXBwZWQYByABKAMiLAoEQ29zdBIVCg1jdXJyZW5jeV9jb2RlGAEgASgJEg0KBW5hbm9zGAIgASgDIuYBCgdUaW1pbmdzEigKBXF1ZXVlGAEgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEjAKDWZpcnN0X3ByZXZpZXcYAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKgoHZGVub2lzZRgDIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIpCgZkZWNvZGUYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKAoFdG90YWwYBSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24ipAEKFldhdGNoR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCRIWCg5hZnRlcl9zZXF1ZW5jZRgCIAEoBBI2ChBhcnRpZmFjdF9vZmZzZXRzGAMgAygLMhwuc2FmZWxpZ2h0LnYxLkFydGlmYWN0T2Zmc2V0EiwKB3ByZXZpZXcYBCABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeSI2Cg5BcnRpZmFjdE9mZnNldBIUCgxvdXRwdXRfaW5kZXgYASABKAUSDgoGb2Zmc2V0GAIgASgDIkcKF1dhdGNoR2VuZXJhdGlvblJlc3BvbnNlEiwKBWV2ZW50GAEgASgLMh0uc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25FdmVudCKDAQoXVXBkYXRlR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCRIsCgdwcmV2aWV3GAIgASgLMhsuc2FmZWxpZ2h0LnYxLlByZXZpZXdQb2xpY3kSLAoKc2NoZWR1bGluZxgDIAEoCzIYLnNhZmVsaWdodC52MS5TY2hlZHVsaW5nIkgKGFVwZGF0ZUdlbmVyYXRpb25SZXNwb25zZRIsCgpnZW5lcmF0aW9uGAEgASgLMhguc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24iJwoXQ2FuY2VsR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCSJIChhDYW5jZWxHZW5lcmF0aW9uUmVzcG9uc2USLAoKZ2VuZXJhdGlvbhgBIAEoCzIYLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uIiQKFEdldEdlbmVyYXRpb25SZXF1ZXN0EgwKBG5hbWUYASABKAkiRQoVR2V0R2VuZXJhdGlvblJlc3BvbnNlEiwKCmdlbmVyYXRpb24YASABKAsyGC5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbiKIBQoKR2VuZXJhdGlvbhIMCgRuYW1lGAEgASgJEi0KBXN0YXRlGAIgASgOMh4uc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24uU3RhdGUSKgoEc3BlYxgDIAEoCzIcLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uU3BlYxIqCgdvdXRwdXRzGAQgAygLMhkuc2FmZWxpZ2h0LnYxLk91dHB1dFN0YXRlEigKCHByaW9yaXR5GAUgASgOMhYuc2FmZWxpZ2h0LnYxLlByaW9yaXR5EjQKBmxhYmVscxgGIAMoCzIkLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uLkxhYmVsc0VudHJ5Ei8KC2NyZWF0ZV90aW1lGAcgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIvCgtmaW5pc2hfdGltZRgIIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASIgoGc3RhdHVzGAkgASgLMhIuZ29vZ2xlLnJwYy5TdGF0dXMSIgoFdXNhZ2UYCiABKAsyEy5zYWZlbGlnaHQudjEuVXNhZ2USFQoNbGFzdF9zZXF1ZW5jZRgLIAEoBBotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIpQBCgVTdGF0ZRIVChFTVEFURV9VTlNQRUNJRklFRBAAEhAKDFNUQVRFX1FVRVVFRBABEhEKDVNUQVRFX1JVTk5JTkcQAhITCg9TVEFURV9TVVNQRU5ERUQQAxITCg9TVEFURV9TVUNDRUVERUQQBBITCg9TVEFURV9DQU5DRUxMRUQQBRIQCgxTVEFURV9GQUlMRUQQBiKbAQoLT3V0cHV0U3RhdGUSFAoMb3V0cHV0X2luZGV4GAEgASgFEgwKBHN0ZXAYAiABKAUSEQoJbnVtX3N0ZXBzGAMgASgFEkAKDWZpbmlzaF9yZWFzb24YBCABKA4yKS5zYWZlbGlnaHQudjEuT3V0cHV0RmluaXNoZWQuRmluaXNoUmVhc29uEhMKC3RvdGFsX2J5dGVzGAUgASgDKmYKDVNpZ21hU2NoZWR1bGUSHgoaU0lHTUFfU0NIRURVTEVfVU5TUEVDSUZJRUQQABIaChZTSUdNQV9TQ0hFRFVMRV9ERUZBVUxUEAESGQoVU0lHTUFfU0NIRURVTEVfS0FSUkFTEAIqjwEKD1RpbWVzdGVwU3BhY2luZxIgChxUSU1FU1RFUF9TUEFDSU5HX1VOU1BFQ0lGSUVEEAASHAoYVElNRVNURVBfU1BBQ0lOR19MRUFESU5HEAESHQoZVElNRVNURVBfU1BBQ0lOR19UUkFJTElORxACEh0KGVRJTUVTVEVQX1NQQUNJTkdfTElOU1BBQ0UQAyq+AQoNUHJldmlld01ldGhvZBIeChpQUkVWSUVXX01FVEhPRF9VTlNQRUNJRklFRBAAEhcKE1BSRVZJRVdfTUVUSE9EX0FVVE8QARIZChVQUkVWSUVXX01FVEhPRF9MSU5FQVIQAhIfChtQUkVWSUVXX01FVEhPRF9USU5ZX0RFQ09ERVIQAxIfChtQUkVWSUVXX01FVEhPRF9GVUxMX0RFQ09ERVIQBBIXChNQUkVWSUVXX01FVEhPRF9OT05FEAUqaQoIUHJpb3JpdHkSGAoUUFJJT1JJVFlfVU5TUEVDSUZJRUQQABIYChRQUklPUklUWV9JTlRFUkFDVElWRRABEhUKEVBSSU9SSVRZX1NUQU5EQVJEEAISEgoOUFJJT1JJVFlfQkFUQ0gQAzLiAwoRR2VuZXJhdGlvblNlcnZpY2USSwoIR2VuZXJhdGUSHS5zYWZlbGlnaHQudjEuR2VuZXJhdGVSZXF1ZXN0Gh4uc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVzcG9uc2UwARJgCg9XYXRjaEdlbmVyYXRpb24SJC5zYWZlbGlnaHQudjEuV2F0Y2hHZW5lcmF0aW9uUmVxdWVzdBolLnNhZmVsaWdodC52MS5XYXRjaEdlbmVyYXRpb25SZXNwb25zZTABEmEKEFVwZGF0ZUdlbmVyYXRpb24SJS5zYWZlbGlnaHQudjEuVXBkYXRlR2VuZXJhdGlvblJlcXVlc3QaJi5zYWZlbGlnaHQudjEuVXBkYXRlR2VuZXJhdGlvblJlc3BvbnNlEmEKEENhbmNlbEdlbmVyYXRpb24SJS5zYWZlbGlnaHQudjEuQ2FuY2VsR2VuZXJhdGlvblJlcXVlc3QaJi5zYWZlbGlnaHQudjEuQ2FuY2VsR2VuZXJhdGlvblJlc3BvbnNlElgKDUdldEdlbmVyYXRpb24SIi5zYWZlbGlnaHQudjEuR2V0R2VuZXJhdGlvblJlcXVlc3QaIy5zYWZlbGlnaHQudjEuR2V0R2VuZXJhdGlvblJlc3BvbnNlYgZwcm90bzM", [file_google_protobuf_duration, file_google_protobuf_timestamp, file_google_rpc_status]);
 
 /**
  * Asks for one or more pictures. Only a prompt is needed.
@@ -239,6 +239,23 @@ export type GenerationSpec = Message<"safelight.v1.GenerationSpec"> & {
    * @generated from field: string mask = 12;
    */
   mask: string;
+
+  /**
+   * How much of the contrast that guidance adds is taken back, from 0 (none) to
+   * 1: phi of Lin et al. 2023, equations 15 and 16. Absent: 0. Only with
+   * guidance.
+   *
+   * @generated from field: optional float guidance_rescale = 13;
+   */
+  guidanceRescale?: number | undefined;
+
+  /**
+   * Guidance in a part of the steps alone: each of the others has one denoiser
+   * row instead of two. Absent: in all steps. Only with guidance.
+   *
+   * @generated from field: safelight.v1.GuidanceInterval guidance_interval = 14;
+   */
+  guidanceInterval?: GuidanceInterval | undefined;
 };
 
 /**
@@ -247,6 +264,38 @@ export type GenerationSpec = Message<"safelight.v1.GenerationSpec"> & {
  */
 export const GenerationSpecSchema: GenMessage<GenerationSpec> = /*@__PURE__*/
   messageDesc(file_safelight_v1_generation, 2);
+
+/**
+ * The steps that have guidance (Kynkäänniemi et al. 2024), as shares of all
+ * steps from 0, before the first one, to 1, after the last one. Of N steps those
+ * from floor(start * N) on, counted from 0, to the one before floor(end * N), as
+ * diffusers counts them: 0.2 to 0.8 of 10 steps are steps 3 to 8. At least one
+ * step that is made must be among them.
+ *
+ * @generated from message safelight.v1.GuidanceInterval
+ */
+export type GuidanceInterval = Message<"safelight.v1.GuidanceInterval"> & {
+  /**
+   * Where guidance begins, from 0 to below 1. Absent: 0.
+   *
+   * @generated from field: optional float start = 1;
+   */
+  start?: number | undefined;
+
+  /**
+   * Where it ends, above `start` and at most 1. Absent: 1.
+   *
+   * @generated from field: optional float end = 2;
+   */
+  end?: number | undefined;
+};
+
+/**
+ * Describes the message safelight.v1.GuidanceInterval.
+ * Use `create(GuidanceIntervalSchema)` to create a new message.
+ */
+export const GuidanceIntervalSchema: GenMessage<GuidanceInterval> = /*@__PURE__*/
+  messageDesc(file_safelight_v1_generation, 3);
 
 /**
  * A text that guides the denoiser.
@@ -276,7 +325,7 @@ export type Prompt = Message<"safelight.v1.Prompt"> & {
  * Use `create(PromptSchema)` to create a new message.
  */
 export const PromptSchema: GenMessage<Prompt> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 3);
+  messageDesc(file_safelight_v1_generation, 4);
 
 /**
  * What the text is for.
@@ -310,7 +359,7 @@ export enum Prompt_Role {
  * Describes the enum safelight.v1.Prompt.Role.
  */
 export const Prompt_RoleSchema: GenEnum<Prompt_Role> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 3, 0);
+  enumDesc(file_safelight_v1_generation, 4, 0);
 
 /**
  * The numerics that turn noise predictions into the next latent.
@@ -354,7 +403,7 @@ export type SamplerSpec = Message<"safelight.v1.SamplerSpec"> & {
  * Use `create(SamplerSpecSchema)` to create a new message.
  */
 export const SamplerSpecSchema: GenMessage<SamplerSpec> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 4);
+  messageDesc(file_safelight_v1_generation, 5);
 
 /**
  * One picture to develop.
@@ -375,7 +424,7 @@ export type OutputSpec = Message<"safelight.v1.OutputSpec"> & {
  * Use `create(OutputSpecSchema)` to create a new message.
  */
 export const OutputSpecSchema: GenMessage<OutputSpec> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 5);
+  messageDesc(file_safelight_v1_generation, 6);
 
 /**
  * How pixels travel: sRGB, straight alpha.
@@ -428,7 +477,7 @@ export type PixelEncoding = Message<"safelight.v1.PixelEncoding"> & {
  * Use `create(PixelEncodingSchema)` to create a new message.
  */
 export const PixelEncodingSchema: GenMessage<PixelEncoding> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 6);
+  messageDesc(file_safelight_v1_generation, 7);
 
 /**
  * Order of the rows of raw pixels and of textures.
@@ -462,7 +511,7 @@ export enum PixelEncoding_RowOrder {
  * Describes the enum safelight.v1.PixelEncoding.RowOrder.
  */
 export const PixelEncoding_RowOrderSchema: GenEnum<PixelEncoding_RowOrder> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 6, 0);
+  enumDesc(file_safelight_v1_generation, 7, 0);
 
 /**
  * How the blocks of a texture are compressed.
@@ -497,7 +546,7 @@ export enum PixelEncoding_TextureFormat {
  * Describes the enum safelight.v1.PixelEncoding.TextureFormat.
  */
 export const PixelEncoding_TextureFormatSchema: GenEnum<PixelEncoding_TextureFormat> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 6, 1);
+  enumDesc(file_safelight_v1_generation, 7, 1);
 
 /**
  * Which previews a stream wants. A preview is made only when its stream is
@@ -570,7 +619,7 @@ export type PreviewPolicy = Message<"safelight.v1.PreviewPolicy"> & {
  * Use `create(PreviewPolicySchema)` to create a new message.
  */
 export const PreviewPolicySchema: GenMessage<PreviewPolicy> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 7);
+  messageDesc(file_safelight_v1_generation, 8);
 
 /**
  * How urgent a generation is.
@@ -591,7 +640,7 @@ export type Scheduling = Message<"safelight.v1.Scheduling"> & {
  * Use `create(SchedulingSchema)` to create a new message.
  */
 export const SchedulingSchema: GenMessage<Scheduling> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 8);
+  messageDesc(file_safelight_v1_generation, 9);
 
 /**
  * Whether work that was done before, or is being done, may serve a request.
@@ -625,7 +674,7 @@ export type CachePolicy = Message<"safelight.v1.CachePolicy"> & {
  * Use `create(CachePolicySchema)` to create a new message.
  */
 export const CachePolicySchema: GenMessage<CachePolicy> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 9);
+  messageDesc(file_safelight_v1_generation, 10);
 
 /**
  * What may serve a request.
@@ -677,7 +726,7 @@ export enum CachePolicy_Mode {
  * Describes the enum safelight.v1.CachePolicy.Mode.
  */
 export const CachePolicy_ModeSchema: GenEnum<CachePolicy_Mode> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 9, 0);
+  enumDesc(file_safelight_v1_generation, 10, 0);
 
 /**
  * A point in the development of another output.
@@ -713,7 +762,7 @@ export type Branch = Message<"safelight.v1.Branch"> & {
  * Use `create(BranchSchema)` to create a new message.
  */
 export const BranchSchema: GenMessage<Branch> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 10);
+  messageDesc(file_safelight_v1_generation, 11);
 
 /**
  * What happens when the last stream of a generation is lost.
@@ -741,7 +790,7 @@ export type DisconnectPolicy = Message<"safelight.v1.DisconnectPolicy"> & {
  * Use `create(DisconnectPolicySchema)` to create a new message.
  */
 export const DisconnectPolicySchema: GenMessage<DisconnectPolicy> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 11);
+  messageDesc(file_safelight_v1_generation, 12);
 
 /**
  * What happens when the last stream is lost.
@@ -776,7 +825,7 @@ export enum DisconnectPolicy_Action {
  * Describes the enum safelight.v1.DisconnectPolicy.Action.
  */
 export const DisconnectPolicy_ActionSchema: GenEnum<DisconnectPolicy_Action> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 11, 0);
+  enumDesc(file_safelight_v1_generation, 12, 0);
 
 /**
  * What happened to a generation. Reliable events are Accepted, ArtifactChunk,
@@ -878,7 +927,7 @@ export type GenerationEvent = Message<"safelight.v1.GenerationEvent"> & {
  * Use `create(GenerationEventSchema)` to create a new message.
  */
 export const GenerationEventSchema: GenMessage<GenerationEvent> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 12);
+  messageDesc(file_safelight_v1_generation, 13);
 
 /**
  * The request was admitted.
@@ -950,7 +999,7 @@ export type Accepted = Message<"safelight.v1.Accepted"> & {
  * Use `create(AcceptedSchema)` to create a new message.
  */
 export const AcceptedSchema: GenMessage<Accepted> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 13);
+  messageDesc(file_safelight_v1_generation, 14);
 
 /**
  * What is promised of a generation that was accepted.
@@ -986,7 +1035,7 @@ export enum Accepted_Durability {
  * Describes the enum safelight.v1.Accepted.Durability.
  */
 export const Accepted_DurabilitySchema: GenEnum<Accepted_Durability> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 13, 0);
+  enumDesc(file_safelight_v1_generation, 14, 0);
 
 /**
  * Something the caller should know that did not stop the request.
@@ -1014,7 +1063,7 @@ export type Warning = Message<"safelight.v1.Warning"> & {
  * Use `create(WarningSchema)` to create a new message.
  */
 export const WarningSchema: GenMessage<Warning> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 14);
+  messageDesc(file_safelight_v1_generation, 15);
 
 /**
  * The generation waits for its turn.
@@ -1042,7 +1091,7 @@ export type Queued = Message<"safelight.v1.Queued"> & {
  * Use `create(QueuedSchema)` to create a new message.
  */
 export const QueuedSchema: GenMessage<Queued> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 15);
+  messageDesc(file_safelight_v1_generation, 16);
 
 /**
  * An output has made a step.
@@ -1091,7 +1140,7 @@ export type Progress = Message<"safelight.v1.Progress"> & {
  * Use `create(ProgressSchema)` to create a new message.
  */
 export const ProgressSchema: GenMessage<Progress> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 16);
+  messageDesc(file_safelight_v1_generation, 17);
 
 /**
  * How an output looks at a step: its denoised estimate, decoded.
@@ -1169,7 +1218,7 @@ export type Preview = Message<"safelight.v1.Preview"> & {
  * Use `create(PreviewSchema)` to create a new message.
  */
 export const PreviewSchema: GenMessage<Preview> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 17);
+  messageDesc(file_safelight_v1_generation, 18);
 
 /**
  * A piece of a finished picture. Pieces of one output come in order.
@@ -1246,7 +1295,7 @@ export type ArtifactChunk = Message<"safelight.v1.ArtifactChunk"> & {
  * Use `create(ArtifactChunkSchema)` to create a new message.
  */
 export const ArtifactChunkSchema: GenMessage<ArtifactChunk> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 18);
+  messageDesc(file_safelight_v1_generation, 19);
 
 /**
  * An output has ended.
@@ -1281,7 +1330,7 @@ export type OutputFinished = Message<"safelight.v1.OutputFinished"> & {
  * Use `create(OutputFinishedSchema)` to create a new message.
  */
 export const OutputFinishedSchema: GenMessage<OutputFinished> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 19);
+  messageDesc(file_safelight_v1_generation, 20);
 
 /**
  * Why an output ended.
@@ -1329,7 +1378,7 @@ export enum OutputFinished_FinishReason {
  * Describes the enum safelight.v1.OutputFinished.FinishReason.
  */
 export const OutputFinished_FinishReasonSchema: GenEnum<OutputFinished_FinishReason> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 19, 0);
+  enumDesc(file_safelight_v1_generation, 20, 0);
 
 /**
  * The generation has ended. The call then ends with the same status.
@@ -1371,7 +1420,7 @@ export type Finished = Message<"safelight.v1.Finished"> & {
  * Use `create(FinishedSchema)` to create a new message.
  */
 export const FinishedSchema: GenMessage<Finished> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 20);
+  messageDesc(file_safelight_v1_generation, 21);
 
 /**
  * Where a picture came from.
@@ -1421,7 +1470,7 @@ export type CacheResult = Message<"safelight.v1.CacheResult"> & {
  * Use `create(CacheResultSchema)` to create a new message.
  */
 export const CacheResultSchema: GenMessage<CacheResult> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 21);
+  messageDesc(file_safelight_v1_generation, 22);
 
 /**
  * Where a picture came from.
@@ -1483,7 +1532,7 @@ export enum CacheResult_Disposition {
  * Describes the enum safelight.v1.CacheResult.Disposition.
  */
 export const CacheResult_DispositionSchema: GenEnum<CacheResult_Disposition> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 21, 0);
+  enumDesc(file_safelight_v1_generation, 22, 0);
 
 /**
  * What a generation has used so far. Work that several generations share counts
@@ -1534,6 +1583,14 @@ export type Usage = Message<"safelight.v1.Usage"> & {
    * @generated from field: safelight.v1.Cost cost = 6;
    */
   cost?: Cost | undefined;
+
+  /**
+   * Denoiser rows that were not computed, as their steps are outside of
+   * `GenerationSpec.guidance_interval`.
+   *
+   * @generated from field: int64 num_rows_skipped = 7;
+   */
+  numRowsSkipped: bigint;
 };
 
 /**
@@ -1541,7 +1598,7 @@ export type Usage = Message<"safelight.v1.Usage"> & {
  * Use `create(UsageSchema)` to create a new message.
  */
 export const UsageSchema: GenMessage<Usage> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 22);
+  messageDesc(file_safelight_v1_generation, 23);
 
 /**
  * An amount of money.
@@ -1569,7 +1626,7 @@ export type Cost = Message<"safelight.v1.Cost"> & {
  * Use `create(CostSchema)` to create a new message.
  */
 export const CostSchema: GenMessage<Cost> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 23);
+  messageDesc(file_safelight_v1_generation, 24);
 
 /**
  * Where the time of a generation went. Stages overlap: they do not add up.
@@ -1619,7 +1676,7 @@ export type Timings = Message<"safelight.v1.Timings"> & {
  * Use `create(TimingsSchema)` to create a new message.
  */
 export const TimingsSchema: GenMessage<Timings> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 24);
+  messageDesc(file_safelight_v1_generation, 25);
 
 /**
  * Asks to watch a generation.
@@ -1661,7 +1718,7 @@ export type WatchGenerationRequest = Message<"safelight.v1.WatchGenerationReques
  * Use `create(WatchGenerationRequestSchema)` to create a new message.
  */
 export const WatchGenerationRequestSchema: GenMessage<WatchGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 25);
+  messageDesc(file_safelight_v1_generation, 26);
 
 /**
  * How much of a picture the client already has.
@@ -1689,7 +1746,7 @@ export type ArtifactOffset = Message<"safelight.v1.ArtifactOffset"> & {
  * Use `create(ArtifactOffsetSchema)` to create a new message.
  */
 export const ArtifactOffsetSchema: GenMessage<ArtifactOffset> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 26);
+  messageDesc(file_safelight_v1_generation, 27);
 
 /**
  * One event of the generation.
@@ -1710,7 +1767,7 @@ export type WatchGenerationResponse = Message<"safelight.v1.WatchGenerationRespo
  * Use `create(WatchGenerationResponseSchema)` to create a new message.
  */
 export const WatchGenerationResponseSchema: GenMessage<WatchGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 27);
+  messageDesc(file_safelight_v1_generation, 28);
 
 /**
  * Asks to change a generation. Absent fields stay as they are.
@@ -1745,7 +1802,7 @@ export type UpdateGenerationRequest = Message<"safelight.v1.UpdateGenerationRequ
  * Use `create(UpdateGenerationRequestSchema)` to create a new message.
  */
 export const UpdateGenerationRequestSchema: GenMessage<UpdateGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 28);
+  messageDesc(file_safelight_v1_generation, 29);
 
 /**
  * The generation as it is now.
@@ -1766,7 +1823,7 @@ export type UpdateGenerationResponse = Message<"safelight.v1.UpdateGenerationRes
  * Use `create(UpdateGenerationResponseSchema)` to create a new message.
  */
 export const UpdateGenerationResponseSchema: GenMessage<UpdateGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 29);
+  messageDesc(file_safelight_v1_generation, 30);
 
 /**
  * Asks to stop a generation.
@@ -1787,7 +1844,7 @@ export type CancelGenerationRequest = Message<"safelight.v1.CancelGenerationRequ
  * Use `create(CancelGenerationRequestSchema)` to create a new message.
  */
 export const CancelGenerationRequestSchema: GenMessage<CancelGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 30);
+  messageDesc(file_safelight_v1_generation, 31);
 
 /**
  * The generation as it ended.
@@ -1808,7 +1865,7 @@ export type CancelGenerationResponse = Message<"safelight.v1.CancelGenerationRes
  * Use `create(CancelGenerationResponseSchema)` to create a new message.
  */
 export const CancelGenerationResponseSchema: GenMessage<CancelGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 31);
+  messageDesc(file_safelight_v1_generation, 32);
 
 /**
  * Asks for a generation.
@@ -1829,7 +1886,7 @@ export type GetGenerationRequest = Message<"safelight.v1.GetGenerationRequest"> 
  * Use `create(GetGenerationRequestSchema)` to create a new message.
  */
 export const GetGenerationRequestSchema: GenMessage<GetGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 32);
+  messageDesc(file_safelight_v1_generation, 33);
 
 /**
  * The generation as it is now.
@@ -1850,7 +1907,7 @@ export type GetGenerationResponse = Message<"safelight.v1.GetGenerationResponse"
  * Use `create(GetGenerationResponseSchema)` to create a new message.
  */
 export const GetGenerationResponseSchema: GenMessage<GetGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 33);
+  messageDesc(file_safelight_v1_generation, 34);
 
 /**
  * What is known of a generation.
@@ -1941,7 +1998,7 @@ export type Generation = Message<"safelight.v1.Generation"> & {
  * Use `create(GenerationSchema)` to create a new message.
  */
 export const GenerationSchema: GenMessage<Generation> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 34);
+  messageDesc(file_safelight_v1_generation, 35);
 
 /**
  * Where a generation is in its life.
@@ -2003,7 +2060,7 @@ export enum Generation_State {
  * Describes the enum safelight.v1.Generation.State.
  */
 export const Generation_StateSchema: GenEnum<Generation_State> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 34, 0);
+  enumDesc(file_safelight_v1_generation, 35, 0);
 
 /**
  * What is known of an output.
@@ -2052,7 +2109,7 @@ export type OutputState = Message<"safelight.v1.OutputState"> & {
  * Use `create(OutputStateSchema)` to create a new message.
  */
 export const OutputStateSchema: GenMessage<OutputState> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 35);
+  messageDesc(file_safelight_v1_generation, 36);
 
 /**
  * How noise levels are spread over the steps.

@@ -1,0 +1,186 @@
+"""Cheaper steps on `icons`: what guidance intervals, and fewer steps, save and what they cost in the pictures.
+
+The same captions and seeds are developed in every way, in chunks that take turns. `rows` are denoiser rows a picture,
+as the server counts them; CPU is the server's. Pictures are compared with those of all rows: the median of PSNR, and
+what the judge of `training/evaluate.py` recognises in them. The judge is trained on first use, which takes minutes, and
+kept in out/evaluate; it needs the training environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import math
+import random
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+from safelight.v1 import generation_pb2 as pb
+from safelight.v1 import generation_pb2_grpc as stubs
+
+from load_tests.bench import processes
+from load_tests.bench.clients import COMPUTE, RAW
+from load_tests.bench.processes import Usage
+from load_tests.bench.runner import Report, Row
+from training.icons import Spec, caption, sample_spec
+
+PLAIN = "all rows"
+NONE = pb.PreviewPolicy(method=pb.PREVIEW_METHOD_NONE)
+JUDGED = ("object", "colour", "background")
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def _interval(start: float, end: float) -> pb.GenerationSpec:
+    return pb.GenerationSpec(guidance_interval=pb.GuidanceInterval(start=start, end=end))
+
+
+WAYS: Mapping[str, pb.GenerationSpec] = {
+    PLAIN: pb.GenerationSpec(),
+    "interval 0:0.8": _interval(0, 0.8),
+    "interval 0:0.5": _interval(0, 0.5),
+    "interval 0:0.25": _interval(0, 0.25),
+    "interval 0.2:1": _interval(0.2, 1),
+    "interval 0.2:0.8": _interval(0.2, 0.8),
+    "interval 0.5:1": _interval(0.5, 1),
+    "no guidance": pb.GenerationSpec(guidance_scale=1),
+    "16 steps": pb.GenerationSpec(num_inference_steps=16),
+    "15 steps": pb.GenerationSpec(num_inference_steps=15),
+    "rescale 0.7": pb.GenerationSpec(guidance_rescale=0.7),
+    "guidance 7": pb.GenerationSpec(guidance_scale=7),
+    "guidance 7, rescale 0.7": pb.GenerationSpec(guidance_scale=7, guidance_rescale=0.7),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much to measure; `num_captions` in each way, in chunks of `chunk`."""
+
+    num_captions: int = 200
+    chunk: int = 40
+    num_steps: int = 20
+    num_clients: int = 16
+    ways: tuple[str, ...] = tuple(WAYS)
+    judge: bool = True
+    models: Path = Path("models")
+
+
+SMOKE = Plan(2, 1, 4, 1, (PLAIN, "interval 0:0.5"), judge=False)
+
+
+class Developed(NamedTuple):
+    """One picture, (H, W, 4), and its denoiser rows."""
+
+    pixels: Pixels
+    num_rows: int
+    num_rows_skipped: int
+
+
+@dataclass
+class Way:
+    """What was measured of one way to develop."""
+
+    developed: list[Developed] = field(default_factory=list)
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+
+def measure(plan: Plan) -> Report:
+    """One table, a row for each way."""
+    rng = random.Random("cheaper")
+    icons = [sample_spec(rng) for _ in range(plan.num_captions)]
+    prompts = [caption(icon, rng, full=True) for icon in icons]
+    ways = {name: Way() for name in plan.ways}
+    settings: dict[str, object] = {"models_dir": plan.models}
+    with processes.child(processes.obey) as clients, processes.child(processes.serve, settings) as server:
+        clients.first()
+        address = server.first()
+        clients.ask(develop, address, plan, WAYS[PLAIN].SerializeToString(), prompts[:1], 0)  # warms up
+        for first in range(0, plan.num_captions, plan.chunk):
+            for name, way in ways.items():
+                before: Usage = server.ask()
+                asked = address, plan, WAYS[name].SerializeToString(), prompts[first : first + plan.chunk], first
+                seconds, developed = clients.ask(develop, *asked)
+                way.cpu_s += server.ask().cpu_s - before.cpu_s
+                way.wall_s += seconds
+                way.developed += developed
+    right = judged(ways, icons) if plan.judge else {}
+    rows: list[Row] = [{**_row(name, way, ways[PLAIN]), **right.get(name, {})} for name, way in ways.items()]
+    return Report("cheaper", {f"Cheaper steps, {plan.num_captions} captions": rows})
+
+
+async def develop(
+    address: str, plan: Plan, way: bytes, prompts: Sequence[str], first_seed: int
+) -> tuple[float, list[Developed]]:
+    """Clients that ask for one picture after another; seconds until all are there, and the pictures in order."""
+    numbers = iter(range(len(prompts)))
+    developed: dict[int, Developed] = {}
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = stubs.GenerationServiceStub(channel)
+
+        async def client() -> None:
+            for number in numbers:
+                spec = pb.GenerationSpec(prompt=prompts[number], num_inference_steps=plan.num_steps)
+                spec.MergeFromString(way)
+                spec.outputs.add(seed=first_seed + number)
+                request = pb.GenerateRequest(spec=spec, preview=NONE, encoding=RAW, cache=COMPUTE)
+                developed[number] = await _picture(stub, request)
+
+        began = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(plan.num_clients)))
+        return time.perf_counter() - began, [developed[number] for number in range(len(prompts))]
+
+
+async def _picture(stub: stubs.GenerationServiceAsyncStub, request: pb.GenerateRequest) -> Developed:
+    data, width = b"", 0
+    async for response in stub.Generate(request):
+        event = response.event
+        if event.HasField("artifact_chunk"):
+            data += event.artifact_chunk.data
+            width = event.artifact_chunk.width_px
+        usage = event.finished.usage
+    pixels = np.frombuffer(data, np.uint8).reshape(-1, width, 4)
+    return Developed(pixels, usage.num_rows, usage.num_rows_skipped)
+
+
+def judged(ways: Mapping[str, Way], icons: Sequence[Spec]) -> dict[str, dict[str, float]]:
+    """The share of pictures in which the judge finds the object, colour and background that were asked for."""
+    # they have torch, which the other parts do without
+    classifier, evaluate = (importlib.import_module(f"training.{name}") for name in ("classifier", "evaluate"))
+    judge, _ = evaluate.trained_judge(Path("out/evaluate"))
+    wanted = np.array([classifier.labels(icon) for icon in icons])
+    right: dict[str, dict[str, float]] = {}
+    for name, way in ways.items():
+        pictures = np.stack([one.pixels[..., :3] for one in way.developed])
+        found = evaluate.shares(wanted, classifier.predict(judge, classifier.shrink(pictures)))
+        right[name] = {f"right_{head}": found[head] for head in JUDGED}
+    return right
+
+
+def _row(name: str, way: Way, plain: Way) -> dict[str, float | int | str]:
+    count = len(way.developed)
+    num_rows = sum(one.num_rows for one in way.developed)
+    skipped = sum(one.num_rows_skipped for one in way.developed)
+    pairs = zip(way.developed, plain.developed, strict=True)
+    return {
+        "way": name,
+        "rows": num_rows / count,
+        "rows_skipped": skipped / (num_rows + skipped),
+        "cpu_ms_per_picture": 1e3 * way.cpu_s / count,
+        "cpu_of_plain": way.cpu_s / plain.cpu_s,
+        "wall_of_plain": way.wall_s / plain.wall_s,
+        "psnr_db": "" if way is plain else statistics.median(psnr(one.pixels, other.pixels) for one, other in pairs),
+    }
+
+
+def psnr(one: Pixels, other: Pixels) -> float:
+    """Peak signal-to-noise ratio of two pictures in dB, at most 100, which equal ones have."""
+    error = float(np.mean((one[..., :3].astype(np.float64) - other[..., :3]) ** 2))
+    return min(100.0, 10 * math.log10(255**2 / error)) if error else 100.0
