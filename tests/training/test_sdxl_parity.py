@@ -62,9 +62,9 @@ def noisy(monkeypatch: pytest.MonkeyPatch) -> Any:
         shape, steps = (4, size[1] // 2, size[0] // 2), iter(range(first_step, STEPS))
 
         def drawn(stream: int) -> Any:
-            return lambda *_, **__: torch.from_numpy(
-                gaussian(seed, stream, next(steps) if stream == 1 else 0, shape)
-            )[None]
+            return lambda *_, **__: torch.from_numpy(gaussian(seed, stream, next(steps) if stream == 1 else 0, shape))[
+                None
+            ]
 
         for module, stream in (
             ("pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", 0),

@@ -154,7 +154,12 @@ class Folder:
 class SdxlFolder(Folder):
     """A folder of SDXL's base model, without real weights."""
 
-    configs = {"unet": SDXL_UNET, "vae": SDXL_KL, "text_encoder": TEXT, "text_encoder_2": SDXL_TEXT_2}
+    configs: Mapping[str, dict[str, Any]] = {
+        "unet": SDXL_UNET,
+        "vae": SDXL_KL,
+        "text_encoder": TEXT,
+        "text_encoder_2": SDXL_TEXT_2,
+    }
     index = SDXL_INDEX
     scheduler = SDXL_EULER
 

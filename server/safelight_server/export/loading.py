@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from safelight_server.export.plan import ExportPlan
 from safelight_server.export.source import ExportError
 
-WITHOUT = {
+WITHOUT: Mapping[str, Mapping[str, object]] = {
     "StableDiffusionPipeline": {"safety_checker": None},
     "StableDiffusionXLPipeline": {"add_watermarker": False},
 }
