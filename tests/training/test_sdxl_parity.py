@@ -17,7 +17,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
-from safelight_server.export.exporter import export, round_weights
+from safelight_server.export.exporter import export, round_weights, text_encoder_of, token_ids
 from safelight_server.export.plan import ExportOptions
 from safelight_server.sampler import gaussian, steps_left_out
 
@@ -133,17 +133,24 @@ def test_a_distilled_model_is_drawn_without_guidance_as_diffusers_does(both, noi
         assert off(picture, theirs(pipeline, noisy, seed, 0.0, SIZES[0], None)) <= 1
 
 
-def test_an_empty_negative_prompt_has_an_embedding_where_the_folder_says_so(both, noisy, tmp_path):
-    """force_zeros_for_empty_prompt: false. A scheduler of consistency models besides, whose sampler stands alone."""
-    pipeline = folders.sdxl_pipeline(latent=(12, 8), force_zeros_for_empty_prompt=False)
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_consistency_model_is_drawn_as_diffusers_does(both, noisy, guidance):
+    pipeline, served = both
     pipeline.scheduler = LCMScheduler.from_config(folders.SDXL_SCHEDULER)
-    pipeline, served = exported(tmp_path, pipeline)
-    assert [cells.name for cells in served.pipeline.manifest.samplers] == ["lcm"]
-    [ours] = served.pictures(PROMPT, SEEDS[:1], 2.0, "lcm", 1.0, spacing="trailing")
-    reference = theirs(pipeline, noisy, SEEDS[0], 2.0, SIZES[0], None)
-    assert off(ours, reference) <= 1
-    [zeros] = both[1].pictures(PROMPT, SEEDS[:1], 2.0, "lcm", 1.0, spacing="trailing")
-    assert off(zeros, reference) > 1
+    ours = served.pictures(PROMPT, SEEDS, guidance, "lcm", 1.0, spacing="trailing", size=SIZES[1])
+    for seed, picture in zip(SEEDS, ours, strict=True):
+        assert off(picture, theirs(pipeline, noisy, seed, guidance, SIZES[1], None)) <= 1
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@torch.no_grad()
+def test_an_empty_negative_prompt_is_what_the_folder_says(zeros):
+    pipeline = folders.sdxl_pipeline(force_zeros_for_empty_prompt=zeros)
+    hidden, pooled = text_encoder_of(pipeline)(token_ids(pipeline, [PROMPT, ""]))
+    prompt, negative, pooled_prompt, pooled_negative = pipeline.encode_prompt(PROMPT)
+    torch.testing.assert_close(hidden, torch.cat([prompt, negative]))
+    torch.testing.assert_close(pooled, torch.cat([pooled_prompt, pooled_negative]))
+    assert bool(negative.any()) is not zeros
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -129,24 +129,25 @@ def _write_tokenizers(pipeline: DiffusionPipeline, folder: Path) -> dict[str, An
 
 
 def _components(pipeline: DiffusionPipeline, made: ExportPlan) -> dict[str, nn.Module]:
-    components: dict[str, nn.Module] = {}
-    if _is_sdxl(pipeline):
-        components["text_encoder"] = TextEncoders(
-            pipeline.text_encoder,
-            pipeline.text_encoder_2,
-            token_ids(pipeline, [""])[0] if pipeline.config.force_zeros_for_empty_prompt else None,
-        )
-        components["denoiser"] = DenoiserXL(pipeline.unet)
-    else:
-        components["text_encoder"] = TextEncoder(pipeline.text_encoder)
-        components["denoiser"] = Denoiser(pipeline.unet)
-    components["decoder"] = decoder_of(pipeline.vae)
+    components: dict[str, nn.Module] = {
+        "text_encoder": text_encoder_of(pipeline),
+        "denoiser": DenoiserXL(pipeline.unet) if _is_sdxl(pipeline) else Denoiser(pipeline.unet),
+        "decoder": decoder_of(pipeline.vae),
+    }
     if "preview_decoder" in made.roles():
         preview = AutoencoderTiny.from_pretrained(made.source.folder / "preview_decoder", local_files_only=True)
         scale = pipeline.vae.config.scaling_factor / preview.config.scaling_factor
         components["preview_decoder"] = Decoder(preview, scale)
     components["encoder"] = _encoder(pipeline, made.source.folder / "encoder.npz")
     return components
+
+
+def text_encoder_of(pipeline: DiffusionPipeline) -> nn.Module:
+    """The text encoder of a pipeline, or both."""
+    if not _is_sdxl(pipeline):
+        return TextEncoder(pipeline.text_encoder)
+    empty_ids = token_ids(pipeline, [""])[0] if pipeline.config.force_zeros_for_empty_prompt else None
+    return TextEncoders(pipeline.text_encoder, pipeline.text_encoder_2, empty_ids)
 
 
 def _is_sdxl(pipeline: DiffusionPipeline) -> bool:
