@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from PIL import Image
-from safelight import Client, GenerationError
+from safelight import Client, GenerationError, Preview
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight.v1 import images_pb2, images_pb2_grpc
 from safelight_server.api.identity import new_key
+from safelight_server.domain.picture import scaled
 
 from tests.conftest import eventually, serving_here
 from tests.integration.test_generate import collect, pixels, reason_of, request
@@ -287,3 +288,18 @@ async def test_the_client_uploads_what_the_server_lacks(server, tmp_path):
         for wrong in ("photo.png", tmp_path / "absent.png"):
             with pytest.raises(ValueError, match="init_image: "):
                 client.generate("a red potion", init_image=wrong)
+
+
+async def test_previews_keep_what_the_picture_keeps(server):
+    running, _ = server
+    photo, mask = (np.asarray(Image.open(io.BytesIO(data))) for data in (PHOTO, MASK))
+    options = {"seed": 3, "steps": 20, "strength": 1.0, "cache": "bypass", "preview_media_type": "image/png"}
+    async with Client(running.address) as client:
+        events = [event async for event in client.generate("a red potion", init_image=PHOTO, mask=MASK, **options)]
+    previews = [np.asarray(event.image()) for event in events if isinstance(event, Preview)]
+    assert previews
+    for preview in previews:
+        height, width, _ = preview.shape
+        kept = scaled(mask, width, height) == 0
+        assert np.array_equal(preview[kept], scaled(photo, width, height)[kept])
+        assert not np.array_equal(preview[~kept], scaled(photo, width, height)[~kept])

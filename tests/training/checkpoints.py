@@ -1,11 +1,13 @@
-"""Saves a pipeline as a checkpoint in one file, with the names of the original Stable Diffusion."""
+"""Saves a pipeline as a checkpoint in one file, with the names of the original Stable Diffusion, or of SDXL."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +22,8 @@ RESNET = {
 WHOLE = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -27,17 +31,20 @@ WHOLE = {
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def save_checkpoint(pipeline: StableDiffusionPipeline, file: Path) -> None:
-    """Writes all three networks to one file."""
+def save_checkpoint(pipeline: DiffusionPipeline, file: Path) -> None:
+    """Writes all networks to one file."""
     unet, vae, text = (getattr(pipeline, name).state_dict() for name in ("unet", "vae", "text_encoder"))
     layers, levels = pipeline.unet.config.layers_per_block, len(pipeline.vae.config.block_out_channels)
     tensors: dict[str, Tensor] = {}
     tensors |= {f"model.diffusion_model.{unet_name(key, layers)}": tensor for key, tensor in unet.items()}
     tensors |= {f"first_stage_model.{vae_name(key, levels)}": tensor for key, tensor in vae.items()}
-    prefix = "cond_stage_model.transformer." + (
+    is_sdxl = isinstance(pipeline, StableDiffusionXLPipeline)
+    prefix = ("conditioner.embedders.0.transformer." if is_sdxl else "cond_stage_model.transformer.") + (
         "" if any(key.startswith("text_model.") for key in text) else "text_model."
     )
     tensors |= {f"{prefix}{key}": tensor for key, tensor in text.items()}
+    if is_sdxl:
+        tensors |= open_clip(pipeline.text_encoder_2.state_dict(), "conditioner.embedders.1.model.")
     save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, file)
 
 
@@ -79,3 +86,33 @@ def vae_name(key: str, levels: int) -> str:
     name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", name)
     name = re.sub(r"up_blocks\.(\d+)\.resnets", lambda at: f"up.{levels - 1 - int(at[1])}.block", name)
     return re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda at: f"up.{levels - 1 - int(at[1])}.upsample", name)
+
+
+OPEN_CLIP = {
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.final_layer_norm.weight": "ln_final.weight",
+    "text_model.final_layer_norm.bias": "ln_final.bias",
+}
+OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+def open_clip(text: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """A text encoder with a projection by the names of open_clip, which has one matrix for q, k and v."""
+    tensors = {prefix + theirs: text[ours] for ours, theirs in OPEN_CLIP.items()}
+    tensors[f"{prefix}text_projection"] = text["text_projection.weight"].T
+    layers = {found[1] for key in text if (found := re.match(r"text_model\.encoder\.layers\.(\d+)\.", key))}
+    for layer in layers:
+        ours, theirs = f"text_model.encoder.layers.{layer}.", f"{prefix}transformer.resblocks.{layer}."
+        for kind in ("weight", "bias"):
+            for our_part, their_part in OPEN_CLIP_LAYER.items():
+                tensors[f"{theirs}{their_part}.{kind}"] = text[f"{ours}{our_part}.{kind}"]
+            parts = [text[f"{ours}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            tensors[f"{theirs}attn.in_proj_{kind}"] = torch.cat(parts)
+    return tensors

@@ -1,4 +1,4 @@
-"""Small random pipelines of Stable Diffusion's classes, as diffusers saves them, with CLIP's real vocabulary."""
+"""Small random pipelines of Stable Diffusion and SDXL, as diffusers saves them, with CLIP's real vocabulary."""
 
 from __future__ import annotations
 
@@ -8,23 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 NUM_MERGES = 49152 - 256 - 2
 MAX_TOKENS = 77
 
 
-def clip_tokenizer() -> CLIPTokenizer:
-    """The tokenizer of Stable Diffusion 1.5, from the file of byte pairs that the package open_clip has."""
+def clip_tokenizer(pad: str = END) -> CLIPTokenizer:
+    """The tokenizer of Stable Diffusion 1.5 (SDXL's second one pads with "!"), from the file of byte pairs that the package open_clip has."""
     [package] = importlib.util.find_spec("open_clip").submodule_search_locations
     with gzip.open(Path(package) / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as stream:
         merges = [tuple(line.split()) for line in stream.read().split("\n")[1 : NUM_MERGES + 1]]
     letters = byte_letters()
     words = [*letters, *(letter + "</w>" for letter in letters), *("".join(merge) for merge in merges), START, END]
     vocab = {word: number for number, word in enumerate(words)}
-    made = CLIPTokenizer(vocab=vocab, merges=merges, unk_token=END, bos_token=START, eos_token=END, pad_token=END)
+    made = CLIPTokenizer(vocab=vocab, merges=merges, unk_token=END, bos_token=START, eos_token=END, pad_token=pad)
     made.model_max_length = MAX_TOKENS
     return made
 
@@ -97,3 +104,62 @@ def pipeline(**parts: Any) -> StableDiffusionPipeline:
         "requires_safety_checker": False,
     }
     return StableDiffusionPipeline(**(whole | parts))
+
+
+SDXL_SCHEDULER = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+}
+"""As SDXL's own folder has it: with keys of other classes, which `from_config` passes on to these."""
+
+
+def sdxl_text_config(width: int, projection: int) -> CLIPTextConfig:
+    """Two layers, and the special tokens that SDXL's files name, which are not those of its tokenizers."""
+    return CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=projection,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+
+
+def sdxl_pipeline(latent: tuple[int, int] = (4, 4), **options: Any) -> StableDiffusionXLPipeline:
+    """A whole pipeline like SDXL's, trained at a latent of (h, w), with its scheduler; `options` are its own."""
+    denoiser = unet(
+        sample_size=latent,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),
+        cross_attention_dim=16 + 24,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=20 + 6 * 8,
+    )
+    autoencoder = vae()
+    autoencoder.register_to_config(scaling_factor=0.13025, force_upcast=True)
+    torch.manual_seed(7)
+    return StableDiffusionXLPipeline(
+        vae=autoencoder,
+        text_encoder=CLIPTextModel(sdxl_text_config(16, 16)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(sdxl_text_config(24, 20)).eval(),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(pad="!"),
+        unet=denoiser,
+        scheduler=EulerDiscreteScheduler.from_config(SDXL_SCHEDULER),
+        add_watermarker=False,
+        **options,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def weights(pipeline: Any) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{key}": tensor
-        for name in ("unet", "vae", "text_encoder")
+        for name in ("unet", "vae", "text_encoder", "text_encoder_2")
+        if hasattr(pipeline, name)
         for key, tensor in getattr(pipeline, name).state_dict().items()
     }
 
@@ -46,6 +48,31 @@ def test_a_checkpoint_in_one_file_has_the_weights_of_its_folder(folder: Path, tm
     ours, theirs = weights(found), weights(expected)
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_checkpoint_of_sdxl_in_one_file_has_the_weights_of_its_folder(tmp_path: Path) -> None:
+    folders.sdxl_pipeline().save_pretrained(tmp_path / "xl")
+    expected = loading.load(plan.make(tmp_path / "xl", OPTIONS))
+    save_checkpoint(expected, tmp_path / "one.safetensors")
+    options = ExportOptions("small", licence="CC0-1.0", config=tmp_path / "xl")
+    found = loading.load(plan.make(tmp_path / "one.safetensors", options))
+    ours, theirs = weights(found), weights(expected)
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_file_that_lacks_a_network_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
+    pipeline = loading.load(plan.make(folder, OPTIONS))
+    save_checkpoint(pipeline, tmp_path / "one.safetensors")
+    tensors = load_file(tmp_path / "one.safetensors")
+    rest = {key: tensor for key, tensor in tensors.items() if not key.startswith("cond_stage_model.")}
+    save_file(rest, tmp_path / "one.safetensors")
+    config = tmp_path / "config"
+    shutil.copytree(folder, config)
+    (config / "text_encoder" / "model.safetensors").unlink()
+    options = ExportOptions("small", licence="CC0-1.0", config=config)
+    with pytest.raises(ExportError, match="cannot be read: Failed to load CLIPTextModel"):
+        loading.load(plan.make(tmp_path / "one.safetensors", options))
 
 
 def test_weights_that_are_not_there_are_not_made_up(folder: Path, tmp_path: Path) -> None:
@@ -82,6 +109,8 @@ def test_the_keys_and_defaults_of_a_scheduler_are_those_of_diffusers(name: str) 
     theirs = signature(kind)
     assert known.keys | schedulers._NOISE == set(theirs)
     assert known.betas == tuple(theirs[key].default for key in ("beta_schedule", "beta_start", "beta_end"))
+    if known.same and "clip_sample" in theirs:
+        assert known.clips == theirs["clip_sample"].default
     if "set_alpha_to_one" in theirs:
         assert known.set_alpha_to_one == theirs["set_alpha_to_one"].default
     if "timestep_spacing" in theirs:

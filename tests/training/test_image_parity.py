@@ -98,24 +98,26 @@ class Served:
         spacing: str = "trailing",
         guided_steps: range | None = None,
         guidance_rescale: float = 0.0,
+        size: tuple[int, int] | None = None,
     ) -> list[Pixels]:
         """The finished pictures of all seeds, which share batches."""
         spec, manifest = SamplerSpec(sampler, spacing), self.pipeline.manifest
+        size = size or self.size
         first = steps_left_out(STEPS, strength)
         table = compile_table(spec, self.pipeline.schedule, manifest.prediction_type, STEPS, first)
         tokens = tuple(self.pipeline.tokenizer.encode(text).ids for text in (prompt, negative)[: 1 + (guidance != 1)])
         whole = 1 << 24
         image = None
         if init:
-            painted = decode_mask(mask, whole, *self.size) if mask else None
-            image = InitImage("init", decode_picture(init, whole, *self.size), painted)
+            painted = decode_mask(mask, whole, *size) if mask else None
+            image = InitImage("init", decode_picture(init, whole, *size), painted)
         jobs = [
             Job(
                 number,
                 "a/b",
                 Priority.STANDARD,
                 self.pipeline,
-                self.latent_shape,
+                self.pipeline.latent_shape(*size),
                 table,
                 seed,
                 guidance,

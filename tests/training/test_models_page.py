@@ -49,6 +49,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
     place = tmp_path_factory.mktemp("models-page")
     pipeline = folders.pipeline()
     pipeline.save_pretrained(place / "my-model")
+    folders.sdxl_pipeline().save_pretrained(place / "my-sdxl")
     save_checkpoint(pipeline, place / "my-model.safetensors")
     said = {}
     for _, verb, *arguments in COMMANDS:
@@ -56,7 +57,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
             more = () if "--dry-run" in arguments else ("--sizes", ",".join(f"{w}x{h}" for w, h in SIZES))
             licence = () if "--licence" in arguments else ("--licence", "CC0-1.0")
             said[" ".join(arguments)] = safelight(place, verb, *arguments, *more, *licence)
-    assert sum("--dry-run" in line for line in said) == 2
+    assert sum("--dry-run" in line for line in said) == 3
     [export] = [text for line, text in said.items() if "--dry-run" not in line]
     yield place, export
 

@@ -1,248 +1,173 @@
-"""SDXL behind the server's engine against diffusers' own pipeline: two text encoders, a pooled one, size ids."""
+"""An exported SDXL folder behind the server's engine against diffusers' own pipeline: the same noise, to 1/255."""
 
 from __future__ import annotations
 
-import copy
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
-from safelight_server.catalog.digest import sha256
-from safelight_server.export.components import DenoiserXL, Encoder, TextEncoders, decoder_of
-from safelight_server.export.onnx_file import write_onnx
-from safelight_server.export.repository import write_config
+from safelight_server.export.exporter import export, round_weights, text_encoder_of, token_ids
+from safelight_server.export.plan import ExportOptions
 from safelight_server.sampler import gaussian, steps_left_out
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from tests.training import folders
 from tests.training.test_image_parity import STEPS, Served, off, picture_of, png
-from tests.training.test_pipeline_parity import half, prompts
-from training import networks
-from training.recipe import RECIPE
 
+pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 SAMPLERS = {
     "ddim": DDIMScheduler,
     "euler": EulerDiscreteScheduler,
     "dpmpp_2m": DPMSolverMultistepScheduler,
     "euler_ancestral": EulerAncestralDiscreteScheduler,
 }
-SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
-SHAPE = (4, 12, 8)
-POOLED, TIME = 24, 8
+SIZES = ((16, 24), (32, 16))
+"""Of pictures; the first is that of the training."""
+PROMPT, OTHER = "A red potion, wow! 8k!!", "blurry, ugly!"
+SEEDS = [5, 6]
 
 
-def build() -> StableDiffusionXLPipeline:
-    """A random pipeline of SDXL's classes, small, for pictures that are no squares."""
-    networks.seed_everything(0)
-    tokens = networks.tokenizer(RECIPE, prompts(200))
-    other = copy.deepcopy(tokens)
-    other.pad_token = "!"
-
-    def text(width: int) -> CLIPTextConfig:
-        return CLIPTextConfig(
-            vocab_size=len(tokens),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            projection_dim=POOLED,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=RECIPE.max_tokens,
-            bos_token_id=tokens.bos_token_id,
-            eos_token_id=tokens.eos_token_id,
-            pad_token_id=tokens.pad_token_id,
-        )
-
-    unet = UNet2DConditionModel(
-        sample_size=SHAPE[1:],
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
-        attention_head_dim=(4, 8),
-        cross_attention_dim=32 + 40,
-        use_linear_projection=True,
-        norm_num_groups=8,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=TIME,
-        projection_class_embeddings_input_dim=POOLED + 6 * TIME,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=8,
-        scaling_factor=0.13025,
-    )
-    return StableDiffusionXLPipeline(
-        vae=half(vae),
-        text_encoder=half(CLIPTextModel(text(32))),
-        text_encoder_2=half(CLIPTextModelWithProjection(text(40))),
-        tokenizer=tokens,
-        tokenizer_2=other,
-        unet=half(unet),
-        scheduler=EulerDiscreteScheduler(**SCHEDULE),
-        add_watermarker=False,
-    )
-
-
-@torch.no_grad()
-def write(pipeline: StableDiffusionXLPipeline, models: Path) -> None:
-    """The pipeline as a folder of models."""
-    tokens, second = pipeline.tokenizer, pipeline.tokenizer_2
-    text = TextEncoders(pipeline.text_encoder, pipeline.text_encoder_2, tokens.eos_token_id, second.pad_token_id, True)
-    generator = torch.Generator().manual_seed(0)
-    latent = torch.randn(2, *SHAPE, generator=generator)
-    ids = torch.randint(2, len(tokens), (2, RECIPE.max_tokens), generator=generator)
-    hidden, pooled = text.eval()(ids)
-    size = {"height_px": 2 * SHAPE[1], "width_px": 2 * SHAPE[2]}
-    components = {
-        "text_encoder": (text, {"input_ids": ids}),
-        "denoiser": (
-            DenoiserXL(pipeline.unet),
-            {
-                "sample": latent,
-                "timestep": torch.tensor([999.0, 12.0]),
-                "encoder_hidden_states": hidden,
-                "text_embeds": pooled,
-                "time_ids": torch.tensor([[24.0, 16, 0, 0, 24, 16]] * 2),
-            },
-        ),
-        "decoder": (decoder_of(pipeline.vae), {"latent": latent}),
-        "encoder": (Encoder(pipeline.vae), {"image": torch.rand(2, 3, size["height_px"], size["width_px"])}),
-    }
-    bound = {}
-    for role, (module, inputs) in components.items():
-        place = models / "repository" / f"tiny_{role}"
-        write_onnx(module.eval(), [inputs], module.outputs, place / "1" / "model.onnx")
-        write_config(place / "config.pbtxt", place.name, 8, [inputs], module)
-        bound[role] = {"model": place.name, "version": 1, "sha256": sha256(place / "1" / "model.onnx")}
-    folder = models / "pipelines" / "tiny" / "1"
-    folder.mkdir(parents=True)
-    tokens._tokenizer.save(str(folder / "tokenizer.json"))
-    spacings = ["leading", "trailing", "linspace"]
-    whole = {
-        "format": 1,
-        "name": "tiny",
-        "revision": "1",
-        "description": "random weights",
-        "license": "Apache-2.0",
-        "family": "stable-diffusion-xl",
-        "components": bound,
-        "inputs": {
-            "sample": "latent",
-            "timestep": "timestep",
-            "encoder_hidden_states": "encoder:last_hidden_state",
-            "text_embeds": "encoder:pooled_output",
-            "time_ids": "size_ids",
-        },
-        "tokenizer": {
-            "file": "tokenizer.json",
-            "sha256": sha256(folder / "tokenizer.json"),
-            "max_tokens": RECIPE.max_tokens,
-            "pad_id": tokens.pad_token_id,
-            "bos_id": tokens.bos_token_id,
-            "eos_id": tokens.eos_token_id,
-        },
-        "latent": {"channels": SHAPE[0], "height": SHAPE[1], "width": SHAPE[2], "scaling_factor": 0.13025},
-        "sizes": [size],
-        "prediction_type": "epsilon",
-        "noise_schedule": SCHEDULE,
-        "samplers": [{"name": name, "spacings": spacings, "sigma_schedules": ["default"]} for name in SAMPLERS],
-        "defaults": {
-            "num_inference_steps": 10,
-            "guidance_scale": 5.0,
-            "sampler": {"name": "euler", "spacing": "leading"},
-        },
-        "limits": {"max_num_inference_steps": 50, "max_guidance_scale": 20.0, "max_outputs": 8},
-        "linear_preview": {"block": 1, "weights": [[0.2] * 3] * 4, "bias": [0.0] * 3},
-    }
-    (folder / "pipeline.json").write_text(json.dumps(whole))
+def exported(place: Path, pipeline: StableDiffusionXLPipeline) -> tuple[StableDiffusionXLPipeline, Served]:
+    """The pipeline in torch, and its export behind the server's engine."""
+    torch.set_num_threads(1)
+    pipeline.save_pretrained(place / "folder")
+    export(place / "folder", place / "models", ExportOptions("tiny", licence="CC0-1.0", sizes=SIZES))
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        round_weights(getattr(pipeline, name))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, Served(place / "models")
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """The pipeline in torch, and the same served."""
-    torch.set_num_threads(1)
-    models, pipeline = tmp_path_factory.mktemp("sdxl"), build()
-    write(pipeline, models)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline, Served(models)
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[StableDiffusionXLPipeline, Served]:
+    """SDXL's folder: an absent negative prompt has zeros in place of an embedding."""
+    return exported(tmp_path_factory.mktemp("sdxl"), folders.sdxl_pipeline(latent=(12, 8)))
 
 
-def noisy(monkeypatch, seed: int, first_step: int) -> None:
+@pytest.fixture
+def noisy(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Lets diffusers draw the noise of an output of ours."""
-    steps = iter(range(first_step, STEPS))
 
-    def drawn(stream: int):
-        return lambda *_, **__: torch.from_numpy(gaussian(seed, stream, next(steps) if stream == 1 else 0, SHAPE))[None]
+    def draw(seed: int, first_step: int, size: tuple[int, int]) -> None:
+        shape, steps = (4, size[1] // 2, size[0] // 2), iter(range(first_step, STEPS))
 
-    for module, stream in (
-        ("pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", 0),
-        ("pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img", 0),
-        ("schedulers.scheduling_euler_ancestral_discrete", 1),
-        ("models.autoencoders.vae", 2),
-    ):
-        monkeypatch.setattr(f"diffusers.{module}.randn_tensor", drawn(stream))
+        def drawn(stream: int) -> Any:
+            return lambda *_, **__: torch.from_numpy(gaussian(seed, stream, next(steps) if stream == 1 else 0, shape))[
+                None
+            ]
+
+        for module, stream in (
+            ("pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", 0),
+            ("pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img", 0),
+            ("schedulers.scheduling_euler_ancestral_discrete", 1),
+            ("schedulers.scheduling_lcm", 1),
+            ("models.autoencoders.vae", 2),
+        ):
+            monkeypatch.setattr(f"diffusers.{module}.randn_tensor", drawn(stream))
+
+    return draw
 
 
+def test_the_manifest_is_that_of_sdxl(both: tuple[StableDiffusionXLPipeline, Served]) -> None:
+    _, served = both
+    manifest = served.pipeline.manifest
+    assert manifest.family == "stable-diffusion-xl"
+    assert manifest.inputs["text_embeds"] == "encoder:pooled_output"
+    assert manifest.inputs["time_ids"] == "size_ids"
+    assert (manifest.tokenizer.pad_id, manifest.second_tokenizer.pad_id) == (49407, 0)
+    assert (manifest.latent.height, manifest.latent.width, manifest.latent.scaling_factor) == (12, 8, 0.13025)
+    assert manifest.noise_schedule.steps_offset == 1
+    assert manifest.noise_schedule.set_alpha_to_one is False
+    assert manifest.defaults.guidance_scale == 5.0
+    assert manifest.defaults.sampler.name == "euler"
+    assert manifest.notes == ()
+    assert [served.pipeline.size_ids((4, height // 2, width // 2)).tolist() for width, height in SIZES] == [
+        [24, 16, 0, 0, 24, 16],
+        [16, 32, 0, 0, 16, 32],
+    ]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_generation_is_that_of_diffusers(both, monkeypatch, sampler, spacing, guidance):
+def test_a_generation_is_that_of_diffusers(both, noisy, sampler, guidance, size):
     pipeline, served = both
-    pipeline.scheduler = SAMPLERS[sampler](**SCHEDULE, timestep_spacing=spacing, **_more(sampler))
-    asked, seeds = prompts(3), [5, 6]
-    for prompt, negative in zip(asked, ("", "", asked[0]), strict=True):
-        if negative and guidance == 1.0:
-            continue
-        ours = served.pictures(prompt, seeds, guidance, sampler, 1.0, negative=negative, spacing=spacing)
-        for seed, picture in zip(seeds, ours, strict=True):
-            noisy(monkeypatch, seed, 0)
-            reference = pipeline(
-                prompt,
-                negative_prompt=negative or None,
-                num_inference_steps=STEPS,
-                guidance_scale=guidance,
-                width=2 * SHAPE[2],
-                height=2 * SHAPE[1],
-            ).images[0]
-            assert off(picture, reference) <= 1, (prompt, negative, seed)
+    for spacing, negative in (("leading", ""), ("trailing", OTHER)):
+        pipeline.scheduler = SAMPLERS[sampler].from_config(folders.SDXL_SCHEDULER, timestep_spacing=spacing)
+        ours = served.pictures(PROMPT, SEEDS, guidance, sampler, 1.0, negative=negative, spacing=spacing, size=size)
+        for seed, picture in zip(SEEDS, ours, strict=True):
+            assert off(picture, theirs(pipeline, noisy, seed, guidance, size, negative or None)) <= 1, negative
+
+
+def theirs(pipeline, noisy, seed: int, guidance: float, size: tuple[int, int], negative: str | None):
+    """The picture of diffusers' pipeline."""
+    noisy(seed, 0, size)
+    return pipeline(
+        PROMPT,
+        negative_prompt=negative,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
+        width=size[0],
+        height=size[1],
+    ).images[0]
+
+
+def test_a_distilled_model_is_drawn_without_guidance_as_diffusers_does(both, noisy):
+    """SDXL Turbo: diffusers' guidance scale of 0 is 1 here."""
+    pipeline, served = both
+    pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(
+        folders.SDXL_SCHEDULER, timestep_spacing="trailing"
+    )
+    ours = served.pictures(PROMPT, SEEDS, 1.0, "euler_ancestral", 1.0, spacing="trailing", size=SIZES[0])
+    for seed, picture in zip(SEEDS, ours, strict=True):
+        assert off(picture, theirs(pipeline, noisy, seed, 0.0, SIZES[0], None)) <= 1
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_consistency_model_is_drawn_as_diffusers_does(both, noisy, guidance):
+    pipeline, served = both
+    pipeline.scheduler = LCMScheduler.from_config(folders.SDXL_SCHEDULER)
+    ours = served.pictures(PROMPT, SEEDS, guidance, "lcm", 1.0, spacing="trailing", size=SIZES[1])
+    for seed, picture in zip(SEEDS, ours, strict=True):
+        assert off(picture, theirs(pipeline, noisy, seed, guidance, SIZES[1], None)) <= 1
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@torch.no_grad()
+def test_an_empty_negative_prompt_is_what_the_folder_says(zeros):
+    pipeline = folders.sdxl_pipeline(force_zeros_for_empty_prompt=zeros)
+    hidden, pooled = text_encoder_of(pipeline)(token_ids(pipeline, [PROMPT, ""]))
+    prompt, negative, pooled_prompt, pooled_negative = pipeline.encode_prompt(PROMPT)
+    torch.testing.assert_close(hidden, torch.cat([prompt, negative]))
+    torch.testing.assert_close(pooled, torch.cat([pooled_prompt, pooled_negative]))
+    assert bool(negative.any()) is not zeros
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_development_from_a_picture_is_that_of_diffusers(both, monkeypatch, sampler):
+def test_development_from_a_picture_is_that_of_diffusers(both, noisy, sampler):
     pipeline, served = both
     made = StableDiffusionXLImg2ImgPipeline(**pipeline.components, add_watermarker=False)
-    made.scheduler = SAMPLERS[sampler](**SCHEDULE, timestep_spacing="leading", **_more(sampler))
+    made.scheduler = SAMPLERS[sampler].from_config(folders.SDXL_SCHEDULER)
     made.set_progress_bar_config(disable=True)
-    prompt, init = prompts(1)[0], picture_of(served.size)
-    [picture] = served.pictures(prompt, [5], 5.0, sampler, 0.7, png(init), spacing="leading")
-    noisy(monkeypatch, 5, steps_left_out(STEPS, 0.7))
-    reference = made(prompt, image=init, strength=0.7, num_inference_steps=STEPS, guidance_scale=5.0).images[0]
+    init = picture_of(served.size)
+    [picture] = served.pictures(PROMPT, SEEDS[:1], 5.0, sampler, 0.7, png(init), spacing="leading")
+    noisy(SEEDS[0], steps_left_out(STEPS, 0.7), served.size)
+    reference = made(PROMPT, image=init, strength=0.7, num_inference_steps=STEPS, guidance_scale=5.0).images[0]
     assert off(picture, reference) <= 1
 
 
 def test_two_prompts_of_one_word_more_differ(both):
     """The pooled output and both encoders reach the denoiser."""
     _, served = both
-    one, other = (served.pictures(prompt, [5], 1.0, "euler", 1.0)[0] for prompt in prompts(2))
+    one, other = (served.pictures(prompt, [5], 1.0, "euler", 1.0)[0] for prompt in ("a potion", "a red potion"))
     assert not np.array_equal(one, other)
-
-
-def _more(sampler: str) -> dict[str, object]:
-    return {"clip_sample": False, "set_alpha_to_one": True} if sampler == "ddim" else {}

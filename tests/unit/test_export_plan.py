@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safelight_server.export import schedulers
-from safelight_server.export.plan import ExportOptions, ExportPlan, make
+from safelight_server.export.plan import ExportOptions, ExportPlan, draft, make
 from safelight_server.export.source import ExportError
 
 UNET = {
@@ -33,6 +34,84 @@ INDEX = {
     "safety_checker": [None, None],
     "feature_extractor": [None, None],
 }
+SDXL_INDEX = INDEX | {
+    "_class_name": "StableDiffusionXLPipeline",
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    "image_encoder": [None, None],
+    "force_zeros_for_empty_prompt": True,
+    "add_watermarker": None,
+}
+SDXL_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.19.0.dev0",
+    "act_fn": "silu",
+    "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_dim": 2048,
+    "cross_attention_norm": None,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "out_channels": 4,
+    "projection_class_embeddings_input_dim": 2816,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "sample_size": 128,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "upcast_attention": None,
+    "use_linear_projection": True,
+}
+"""The configuration of SDXL's base model, as the one after it."""
+SDXL_EULER = {
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+}
+SDXL_KL = KL | {"scaling_factor": 0.13025, "force_upcast": True, "sample_size": 1024, "norm_num_groups": 32}
+SDXL_TEXT_2 = TEXT | {"hidden_size": 1280, "projection_dim": 1280, "bos_token_id": 0, "eos_token_id": 2}
 CARD = "---\nlicense: creativeml-openrail-m\ntags:\n- x\n---\n# A model\n"
 
 
@@ -46,20 +125,23 @@ def safetensors(file: Path, num_values: int = 3, cut: int = 0) -> None:
 class Folder:
     """A diffusers folder without real weights; keyword arguments change its configurations."""
 
+    configs: Mapping[str, dict[str, Any]] = {"unet": UNET, "vae": KL, "text_encoder": TEXT}
+    index: Mapping[str, Any] = INDEX
+    scheduler: Mapping[str, Any] = PNDM
+
     def __init__(self, place: Path) -> None:
         self.place = place
 
     def __call__(
-        self, scheduler_class: str = "PNDMScheduler", scheduler: dict[str, Any] | None = None, **changes: dict[str, Any]
+        self, scheduler_class: str = "", scheduler: dict[str, Any] | None = None, **changes: dict[str, Any]
     ) -> Path:
-        configs = {"unet": UNET, "vae": KL, "text_encoder": TEXT}
-        for name, config in configs.items():
+        for name, config in self.configs.items():
             self.write(name, "config.json", config | changes.get(name, {}))
-            if name != "text_encoder":
-                safetensors(self.place / name / "diffusion_pytorch_model.safetensors")
-        safetensors(self.place / "text_encoder" / "model.safetensors")
-        self.write("scheduler", "scheduler_config.json", PNDM if scheduler is None else scheduler)
-        index = INDEX | {"scheduler": ["diffusers", scheduler_class]} | changes.get("index", {})
+            stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+            safetensors(self.place / name / f"{stem}.safetensors")
+        self.write("scheduler", "scheduler_config.json", self.scheduler if scheduler is None else scheduler)
+        named = {"scheduler": ["diffusers", scheduler_class]} if scheduler_class else {}
+        index = self.index | named | changes.get("index", {})
         self.write("", "model_index.json", index)
         (self.place / "README.md").write_text(CARD)
         return self.place
@@ -67,6 +149,24 @@ class Folder:
     def write(self, name: str, file: str, content: dict[str, Any]) -> None:
         (self.place / name).mkdir(parents=True, exist_ok=True)
         (self.place / name / file).write_text(json.dumps(content))
+
+
+class SdxlFolder(Folder):
+    """A folder of SDXL's base model, without real weights."""
+
+    configs: Mapping[str, dict[str, Any]] = {
+        "unet": SDXL_UNET,
+        "vae": SDXL_KL,
+        "text_encoder": TEXT,
+        "text_encoder_2": SDXL_TEXT_2,
+    }
+    index = SDXL_INDEX
+    scheduler = SDXL_EULER
+
+
+@pytest.fixture
+def sdxl(tmp_path: Path) -> SdxlFolder:
+    return SdxlFolder(tmp_path / "xl")
 
 
 @pytest.fixture
@@ -116,7 +216,8 @@ def test_the_folder_of_stable_diffusion_is_planned_in_full(folder: Folder) -> No
         ("text_encoder", "rope_theta", 3, "text_encoder/config.json: rope_theta is not known to this exporter"),
         ("index", "refiner", ["diffusers", "UNet2DConditionModel"], "model_index.json: refiner is not known"),
         ("index", "unet", ["diffusers", "UNetMotionModel"], "unet is a UNetMotionModel"),
-        ("index", "_class_name", "StableDiffusionXLPipeline", "is a StableDiffusionXLPipeline"),
+        ("index", "_class_name", "StableDiffusion3Pipeline", "is a StableDiffusion3Pipeline; what can be exported: "),
+        ("index", "_class_name", "StableDiffusionXLPipeline", "text_encoder_2 is missing; what can be exported: CLIP"),
     ],
 )
 def test_what_the_server_cannot_honour_is_refused_by_its_key(
@@ -218,6 +319,7 @@ def test_only_what_works_is_offered(folder: Folder) -> None:
         ({"revision": "Version 2"}, "--revision: String should match"),
         ({"steps": 0}, "--steps: Input should be greater than 0"),
         ({"guidance_scale": 0.0}, "--guidance-scale: Input should be greater than or equal to 1"),
+        ({"guidance_scale": 0.0}, "--guidance-scale 0: what diffusers calls 0, a model without guidance, is 1 here"),
         ({"guidance_scale": 50.0}, "--guidance-scale: above the limit"),
         ({"guidance_scale": float("nan")}, "--guidance-scale: Input should be a finite number"),
         ({"sizes": ((500, 512),)}, "--sizes 500x512: must be multiples of 64"),
@@ -337,3 +439,121 @@ def test_a_dry_run_says_all_and_loads_no_torch(folder: Folder) -> None:
 
 def test_each_scheduler_knows_its_own_keys() -> None:
     assert all(set(known.exactly) <= known.keys for known in schedulers.SCHEDULERS.values())
+
+
+def test_the_folder_of_sdxl_is_planned_in_full(sdxl: SdxlFolder) -> None:
+    made = plan(sdxl())
+    assert made.notes == ()
+    assert made.options.sizes == ((1024, 1024),)
+    assert made.shape == (4, 128, 128)
+    assert (made.options.steps, made.options.guidance_scale) == (20, 5.0)
+    assert (made.offer.default["name"], made.offer.default["spacing"]) == ("euler", "leading")
+    assert set(made.num_values) == {"text_encoder", "text_encoder_2", "unet", "vae"}
+    written = draft(made)
+    assert written["family"] == "stable-diffusion-xl"
+    assert written["inputs"]["time_ids"] == "size_ids"
+    assert written["latent"]["scaling_factor"] == 0.13025
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "wanted"),
+    [
+        ("index", "requires_aesthetics_score", True, "the server does not run SDXL's refiner"),
+        ("index", "_class_name", "StableDiffusionXLImg2ImgPipeline", "(the server does not run SDXL's refiner)"),
+        ("index", "_class_name", "StableDiffusionXLInpaintPipeline", "its UNet may need a mask as an input"),
+        ("index", "text_encoder", [None, None], "text_encoder is missing; what can be exported: CLIPTextModel"),
+        ("index", "text_encoder_2", ["transformers", "CLIPTextModel"], "text_encoder_2 is a CLIPTextModel"),
+        ("index", "text_encoder_3", ["transformers", "T5EncoderModel"], "text_encoder_3 is not known"),
+        ("unet", "addition_embed_type", "image", "is given the prompt's pooled output and the size"),
+        ("unet", "addition_time_embed_dim", None, "6 times the addition_time_embed_dim None"),
+        ("unet", "projection_class_embeddings_input_dim", 2560, "input_dim 2560 is not the 1280 of the pooled output"),
+        ("unet", "cross_attention_dim", 1280, "is not that of the text encoders, 768 + 1280"),
+        ("unet", "time_cond_proj_dim", 256, "guidance scale as an input"),
+        ("unet", "in_channels", 9, "an inpainting UNet"),
+        ("text_encoder_2", "rope_theta", 3, "text_encoder_2/config.json: rope_theta is not known to this exporter"),
+        ("vae", "latents_mean", [0.1] * 4, "one factor for all channels"),
+    ],
+)
+def test_what_the_server_cannot_honour_of_sdxl_is_refused_by_its_key(
+    sdxl: SdxlFolder, part: str, key: str, value: object, wanted: str
+) -> None:
+    assert wanted in fault(sdxl(**{part: {key: value}}))
+
+
+def test_an_sdxl_denoiser_without_its_second_condition_is_refused(sdxl: SdxlFolder) -> None:
+    unet = {key: value for key, value in SDXL_UNET.items() if not key.startswith("addition")}
+    place = sdxl()
+    sdxl.write("unet", "config.json", unet)
+    said = fault(place)
+    assert "addition_embed_type is missing: SDXL's is text_time" in said
+    assert "projection_class_embeddings_input_dim 2816" in said
+
+
+def test_the_pipeline_of_sdxl_does_not_mend_its_scheduler(sdxl: SdxlFolder, folder: Folder) -> None:
+    unsaid = {key: value for key, value in SDXL_EULER.items() if key not in ("steps_offset", "set_alpha_to_one")}
+    schedule = plan(sdxl(scheduler=unsaid)).offer.schedule
+    assert (schedule.steps_offset, schedule.set_alpha_to_one) == (0, True)
+    schedule = plan(sdxl()).offer.schedule
+    assert (schedule.steps_offset, schedule.set_alpha_to_one) == (1, False)
+    assert plan(folder(scheduler=PNDM | {"steps_offset": 0})).offer.schedule.steps_offset == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "note"),
+    [
+        ("DDIMScheduler", {"clip_sample": True}, "clip_sample is not served: no sampler clips what is predicted"),
+        ("LCMScheduler", {"clip_sample": True}, "clip_sample is not served: no sampler clips what is predicted"),
+        ("UniPCMultistepScheduler", {}, "UniPCMultistepScheduler is not served: dpmpp_2m"),
+        ("DDIMScheduler", {}, None),
+    ],
+)
+def test_a_substitute_in_sdxl_is_never_silent(
+    sdxl: SdxlFolder, name: str, config: dict[str, object], note: str | None
+) -> None:
+    made = plan(sdxl(name, SDXL_EULER | config))
+    assert len(made.notes) == (note is not None)
+    assert all(note in found for found in made.notes if note)
+
+
+def test_a_scheduler_clips_where_diffusers_does_unasked(sdxl: SdxlFolder, folder: Folder) -> None:
+    unsaid = {key: value for key, value in SDXL_EULER.items() if key != "clip_sample"}
+    assert any("clip_sample" in note for note in plan(sdxl("DDIMScheduler", unsaid)).notes)
+    assert plan(folder("DDIMScheduler", unsaid)).notes == (), "StableDiffusionPipeline sets it"
+
+
+def test_a_watermark_is_not_left_out_in_silence(sdxl: SdxlFolder) -> None:
+    assert plan(sdxl(index={"add_watermarker": True})).notes == (
+        "add_watermarker is not served: pictures have no watermark",
+    )
+
+
+@pytest.mark.parametrize(
+    ("scheduler_class", "scheduler", "saved_as", "why"),
+    [
+        ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}, None, "its timesteps are trailing"),
+        ("", {}, "ByteDance/SDXL-Lightning", "its name says lightning"),
+        ("", {}, "stabilityai/sdxl-turbo", "its name says turbo"),
+        ("", {}, "someone/turbine-xl", ""),
+        ("EulerDiscreteScheduler", {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}, None, ""),
+    ],
+)
+def test_a_distilled_model_of_sdxl_draws_in_few_steps_without_guidance(
+    sdxl: SdxlFolder, scheduler_class: str, scheduler: dict[str, object], saved_as: str | None, why: str
+) -> None:
+    place = sdxl(scheduler_class, SDXL_EULER | scheduler, index={"_name_or_path": saved_as})
+    made = plan(place)
+    chosen = (made.options.steps, made.options.guidance_scale)
+    if not why:
+        assert (chosen, made.notes) == ((20, 5.0), ())
+        return
+    assert chosen == (4, 1.0)
+    [note] = made.notes
+    assert note.startswith(f"taken for a distilled model, as {why}: 4 steps without guidance")
+    assert plan(place, steps=8, guidance_scale=2.0).notes == ()
+
+
+def test_a_checkpoint_of_sdxl_in_one_file_is_planned_by_its_name(sdxl: SdxlFolder, tmp_path: Path) -> None:
+    file = tmp_path / "sd_xl_turbo_1.0.safetensors"
+    safetensors(file)
+    made = plan(file, config=sdxl())
+    assert (made.checkpoint, made.options.steps) == (file, 4)

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safelight_server.catalog.pixels import to_pixels
 from safelight_server.domain.component import Component
+from safelight_server.domain.picture import encode, scaled
 from safelight_server.domain.request import MediaType, PixelEncoding, PreviewMethod, PreviewPolicy
+from safelight_server.engine.jobs import InitImage
 from safelight_server.preview import Budget, Cadence, Frame, FrameFeed, choose_method
 from safelight_server.preview.frames import MAX_PREVIEW_BYTES
 from safelight_server.runtime.simulated import LATENT, SIZE_PX, simulated_pipeline
@@ -195,6 +198,26 @@ async def test_only_the_smallest_linear_previews_are_made_on_the_loop(method, ed
         rendered = await feed.render(seen, method, JPEG, None)
         assert rendered.method is method
         assert pool.count == handed_over
+
+
+async def test_a_preview_is_mixed_with_the_picture_that_is_kept_as_the_finished_one_is():
+    rng, decoder = np.random.default_rng(0), Decoder()
+    photo, mask = rng.integers(0, 256, (SIZE_PX, SIZE_PX, 3), np.uint8), np.zeros((SIZE_PX, SIZE_PX), np.uint8)
+    mask[:, SIZE_PX // 2 :], mask[:8] = 255, 100
+    init, seen = InitImage("photo", photo, mask), []
+    with ThreadPoolExecutor(1) as pool:
+        feed = FrameFeed(
+            simulated_pipeline(), decoder, lambda: 0.0, pool, lambda _, pixels: seen.append(pixels), init.finish
+        )
+        full = await feed.render(frame(), FULL, RAW, None)
+        await feed.render(frame(), LINEAR, RAW, None)
+    assert full.picture == encode(init.finish(to_pixels(decoder.image)), RAW)
+    assert np.array_equal(seen[0][8:, : SIZE_PX // 2], photo[8:, : SIZE_PX // 2])
+    small = seen[1]
+    assert small.shape == (LATENT[1], LATENT[2], 3)
+    kept = scaled(mask, LATENT[2], LATENT[1]) == 0
+    assert kept.any()
+    assert np.array_equal(small[kept], scaled(photo, LATENT[2], LATENT[1])[kept])
 
 
 async def test_a_superseded_frame_gives_nothing(made):

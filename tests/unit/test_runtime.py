@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safelight_server.catalog import catalog
 from safelight_server.catalog.manifest import STABLE_DIFFUSION_INPUTS
+from safelight_server.catalog.tokenizer import Tokenizer, TokenizerPair
 from safelight_server.domain.component import Component
 from safelight_server.runtime import onnx, verification
 from safelight_server.runtime.base import CostCurve, RuntimeFailure, RuntimeStartError
@@ -47,6 +48,12 @@ def test_the_shipped_models_load_and_weigh_at_most_25_mib(icons):
         (lambda m: m["linear_preview"].update(bias=[0.0]), "linear_preview"),
         (lambda m: m["tokenizer"].update(file="gone.json"), "gone.json is missing"),
         (lambda m: m["tokenizer"].update(max_tokens=33), "text_encoder: config.pbtxt: input_ids is"),
+        (
+            lambda m: m.update(second_tokenizer=m["tokenizer"] | {"max_tokens": 33}),
+            "second_tokenizer.max_tokens: 33 is not the first tokenizer's",
+        ),
+        (lambda m: m.update(second_tokenizer=m["tokenizer"]), r"input_ids is \[32\].*\[64\]"),
+        (lambda m: m.update(second_tokenizer=m["tokenizer"] | {"file": "gone.json"}), "gone.json is missing"),
         (lambda m: m["latent"].update(height=16), "denoiser: config.pbtxt: sample is"),
         (lambda m: m["linear_preview"]["weights"][0].pop(), "differ in length"),
         (lambda m: m["latent"].update(scaling_factor=float("nan")), "latent.scaling_factor"),
@@ -159,6 +166,27 @@ def test_prompts_are_cut_to_the_context_and_say_so(icons):
     assert long.num_tokens > tokenizer.max_tokens
     assert short.ids == tokenizer.encode("a red potion").ids
     assert long.ids[0] == short.ids[0]
+
+
+def test_a_second_tokenizer_decides_pixels(icons):
+    manifest = icons.get("").manifest
+    pair = manifest.model_copy(update={"second_tokenizer": manifest.tokenizer})
+    assert catalog.assemble(pair, {}).digest != icons.get("").digest
+
+
+def test_the_ids_of_two_tokenizers_stand_one_after_the_other(icons):
+    """SDXL's pad differently, and the second takes words of its own for padding."""
+    at = icons.get("icons").manifest.tokenizer
+    [file] = MODELS.glob(f"pipelines/icons/*/{at.file}")
+    first = Tokenizer(file, at.max_tokens, at.pad_id, at.bos_id, at.eos_id)
+    second = Tokenizer(file, at.max_tokens, 7, at.bos_id, at.eos_id)
+    pair = TokenizerPair(first, second)
+    assert pair.max_tokens == at.max_tokens
+    short, long = pair.encode("a red potion"), pair.encode("red potion " * 60)
+    assert short.ids == first.encode("a red potion").ids + second.encode("a red potion").ids
+    assert short.ids[-1] == 7
+    assert (short.num_tokens, short.truncated) == (first.encode("a red potion").num_tokens, False)
+    assert long.truncated
 
 
 async def test_rows_have_the_same_bits_in_every_verified_batch(icons):

@@ -28,8 +28,9 @@ from safelight_server.catalog.manifest import (
     STABLE_DIFFUSION_INPUTS,
     TIMESTEP_SOURCE,
     Manifest,
+    TokenizerFile,
 )
-from safelight_server.catalog.tokenizer import Tokenizer, Tokens
+from safelight_server.catalog.tokenizer import Tokenizer, TokenizerPair, Tokens
 from safelight_server.domain.component import OPTIONAL, Component
 from safelight_server.domain.errors import NotFoundError
 from safelight_server.sampler import VERSION as SAMPLER_VERSION
@@ -44,10 +45,10 @@ class PromptTokenizer(Protocol):
 
     @property
     def max_tokens(self) -> int:
-        """Length of the context: every prompt becomes this many token ids."""
+        """Length T of a text encoder's context, in which every prompt is cut."""
 
     def encode(self, text: str) -> Tokens:
-        """Token ids of `text`, (T,), cut to the context."""
+        """Token ids of `text` as the text encoder takes them, (T,); of two tokenizers one after the other, (2 T,)."""
 
 
 class ManifestError(Exception):
@@ -227,8 +228,8 @@ def load_pipeline(path: Path, repository: Path) -> Pipeline:
         faults += _check_file(file, component.sha256)
         if component.data_sha256 is not None:
             faults += _check_file(file.with_name(DATA_FILE), component.data_sha256)
-    text = path.parent / manifest.tokenizer.file
-    faults += _check_file(text, manifest.tokenizer.sha256)
+    for at in filter(None, (manifest.tokenizer, manifest.second_tokenizer)):
+        faults += _check_file(path.parent / at.file, at.sha256)
     pipeline = assemble(manifest, files)
     faults += check(manifest)
     configs, unread = _read_configs(manifest, repository)
@@ -237,12 +238,26 @@ def load_pipeline(path: Path, repository: Path) -> Pipeline:
         faults.append(f"name, revision: {manifest.name}/{manifest.revision} is not the folder's")
     if faults:
         raise ManifestError(f"{path}: " + "; ".join(faults))
-    at = manifest.tokenizer
+    return replace(
+        pipeline,
+        tokenizer=_read_tokenizer(manifest, path.parent),
+        max_rows={role: at.max_rows for role, at in configs.items()},
+    )
+
+
+def _read_tokenizer(manifest: Manifest, folder: Path) -> PromptTokenizer:
+    first = _open_tokenizer(manifest.tokenizer, folder)
+    if manifest.second_tokenizer is None:
+        return first
+    return TokenizerPair(first, _open_tokenizer(manifest.second_tokenizer, folder))
+
+
+def _open_tokenizer(at: TokenizerFile, folder: Path) -> Tokenizer:
+    file = folder / at.file
     try:
-        tokenizer = Tokenizer(text, at.max_tokens, at.pad_id, at.bos_id, at.eos_id)
+        return Tokenizer(file, at.max_tokens, at.pad_id, at.bos_id, at.eos_id)
     except Exception as error:  # noqa: BLE001  # what tokenizers raises is an Exception and nothing more
-        raise ManifestError(f"{text}: {error}") from None
-    return replace(pipeline, tokenizer=tokenizer, max_rows={role: at.max_rows for role, at in configs.items()})
+        raise ManifestError(f"{file}: {error}") from None
 
 
 def assemble(manifest: Manifest, files: Mapping[Component, Path], tokenizer: PromptTokenizer | None = None) -> Pipeline:
@@ -261,9 +276,19 @@ def assemble(manifest: Manifest, files: Mapping[Component, Path], tokenizer: Pro
 def _digest(manifest: Manifest) -> str:
     decides = manifest.model_dump(
         mode="json",
-        include={"family", "components", "tokenizer", "latent", "prediction_type", "noise_schedule"},
+        include={
+            "family",
+            "components",
+            "tokenizer",
+            "second_tokenizer",
+            "latent",
+            "prediction_type",
+            "noise_schedule",
+        },
         exclude={"components": {"__all__": {"row_bytes"}}},
     )
+    if decides["second_tokenizer"] is None:  # else it is the digest of a manifest from before there were any
+        del decides["second_tokenizer"]
     for component in decides["components"].values():
         if component["data_sha256"] is None:
             del component["data_sha256"]
@@ -303,6 +328,9 @@ def check(manifest: Manifest) -> list[str]:
     columns = 3 * preview.block**2
     if pipeline.linear_weights.shape != (latent.channels, columns) or pipeline.linear_bias.shape != (columns,):
         faults.append(f"linear_preview: weights must be {latent.channels} x {columns} and bias {columns}")
+    second = manifest.second_tokenizer
+    if second is not None and second.max_tokens != manifest.tokenizer.max_tokens:
+        faults.append(f"second_tokenizer.max_tokens: {second.max_tokens} is not the first tokenizer's")
     if manifest.defaults.num_inference_steps > manifest.limits.max_num_inference_steps:
         faults.append("defaults.num_inference_steps: above the limit")
     if manifest.defaults.guidance_scale > manifest.limits.max_guidance_scale:
@@ -340,7 +368,7 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
     faults = [
         f"components.{role}: max_batch_size must be at least 1" for role, at in configs.items() if at.max_rows < 1
     ]
-    tokens = manifest.tokenizer.max_tokens
+    tokens, second = manifest.tokenizer.max_tokens, manifest.second_tokenizer
     encoder = configs.get(Component.TEXT_ENCODER)
     made = {} if encoder is None else encoder.outputs
     faults += [
@@ -353,7 +381,7 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
         shapes = {ENCODER_SOURCE + name: shape for name, shape in made.items()}
         shapes |= {LATENT_SOURCE: latent, TIMESTEP_SOURCE: (1,), SIZE_IDS_SOURCE: (6,)}
         inputs: dict[Component, dict[str, tuple[int, ...]]] = {
-            Component.TEXT_ENCODER: {"input_ids": (tokens,)},
+            Component.TEXT_ENCODER: {"input_ids": (tokens if second is None else 2 * tokens,)},
             Component.DENOISER: {name: shapes.get(at, (tokens, -1)) for name, at in manifest.inputs.items()},
             Component.DECODER: {"latent": latent},
             Component.PREVIEW_DECODER: {"latent": latent},

@@ -145,6 +145,7 @@ class GuardWords(_Strict):
 
 HIDDEN_STATE = "last_hidden_state"
 """The output of the text encoder that every pipeline has: the embedding (T, D), by which prompts are compared."""
+POOLED_OUTPUT = "pooled_output"
 ENCODER_SOURCE = "encoder:"
 LATENT_SOURCE, TIMESTEP_SOURCE, SIZE_IDS_SOURCE = "latent", "timestep", "size_ids"
 STABLE_DIFFUSION_INPUTS = {
@@ -152,12 +153,18 @@ STABLE_DIFFUSION_INPUTS = {
     "timestep": TIMESTEP_SOURCE,
     "encoder_hidden_states": ENCODER_SOURCE + HIDDEN_STATE,
 }
+STABLE_DIFFUSION_XL_INPUTS = {
+    **STABLE_DIFFUSION_INPUTS,
+    "text_embeds": ENCODER_SOURCE + POOLED_OUTPUT,
+    "time_ids": SIZE_IDS_SOURCE,
+}
 
 
 class Manifest(_Strict):
     """The contents of pipeline.json. `guard` and `example_prompts` help the approximate caches and may be left out.
 
     Attributes:
+        second_tokenizer: of a second text encoder; its ids stand behind those of the first in `input_ids`.
         notes: what differs from the pipeline that was exported: substitutes for what the server does not have.
         inputs: the inputs of the denoiser by name, each with what it is given: "latent", "timestep", "encoder:OUTPUT"
             (an output of the text encoder, by prompt), or "size_ids" (the picture's height and width, a crop of none,
@@ -172,6 +179,7 @@ class Manifest(_Strict):
     family: Literal["stable-diffusion", "stable-diffusion-xl"]
     components: Mapping[Component, ComponentFile]
     tokenizer: TokenizerFile
+    second_tokenizer: TokenizerFile | None = None
     latent: Latent
     sizes: Annotated[tuple[SizeOffer, ...], Field(min_length=1)]
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"]

@@ -40,3 +40,17 @@ class Tokenizer:
         kept = [self._bos_id, *ids[:room], self._eos_id]
         padding = [self._pad_id] * (self.max_tokens - len(kept))
         return Tokens((*kept, *padding), len(ids) + 2, len(ids) > room)
+
+
+class TokenizerPair:
+    """The tokenizers of a pipeline with two text encoders: the ids of the second stand behind those of the first."""
+
+    def __init__(self, first: Tokenizer, second: Tokenizer) -> None:
+        self._first, self._second = first, second
+        self.max_tokens = first.max_tokens
+
+    def encode(self, text: str) -> Tokens:
+        """Token ids of `text`, (2 T,); the tokens are counted by the tokenizer that makes more of them."""
+        first, second = self._first.encode(text), self._second.encode(text)
+        num_tokens = max(first.num_tokens, second.num_tokens)
+        return Tokens(first.ids + second.ids, num_tokens, first.truncated or second.truncated)

@@ -21,7 +21,7 @@ EXTRA = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 def export(
     folder: Annotated[
-        Path, typer.Argument(help="A StableDiffusionPipeline saved by diffusers, or a checkpoint in one file.")
+        Path, typer.Argument(help="A Stable Diffusion or SDXL pipeline of diffusers, or a checkpoint in one file.")
     ],
     name: Annotated[str, typer.Option(help="Id of the model; absent: from the folder's name.")] = "",
     revision: Annotated[str, typer.Option(help="Revision of the weights; the newest is served.")] = "1",

@@ -93,8 +93,12 @@ def shrink(pixels: Pixels, max_edge_px: int | None) -> Pixels:
     if max_edge_px is None or max(height, width) <= max_edge_px:
         return pixels
     scale = max_edge_px / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
+    return scaled(pixels, max(1, round(width * scale)), max(1, round(height * scale)))
+
+
+def scaled(pixels: Pixels, width_px: int, height_px: int) -> Pixels:
+    """Pixels, (H, W, 3) or (H, W), at another size: each is the mean of those that it covers."""
+    return np.asarray(Image.fromarray(pixels).resize((width_px, height_px), Image.Resampling.BOX))
 
 
 def _pillow(pixels: Pixels, kind: str, **options: int) -> bytes:

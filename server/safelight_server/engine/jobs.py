@@ -10,7 +10,7 @@ import numpy as np
 from safelight_server.catalog.catalog import Pipeline
 from safelight_server.catalog.pixels import denoiser_latent, shrunk_mask, to_pixels
 from safelight_server.domain.component import Component
-from safelight_server.domain.picture import Pixels
+from safelight_server.domain.picture import Pixels, scaled
 from safelight_server.domain.tensors import Embedding, FloatArray
 from safelight_server.engine.latents import CleanLatent, Snapshot
 from safelight_server.sampler import POSTERIOR, SamplerTable, gaussian
@@ -59,11 +59,19 @@ class InitImage:
         return CleanLatent(denoiser_latent(pipeline, latent), mask)
 
     def finish(self, pixels: Pixels) -> Pixels:
-        """The finished picture: outside of the mask the pixels are those of the picture that it started from."""
+        """The picture that is shown: outside of the mask the pixels are those of the picture that it started from.
+
+        Args:
+            pixels: (H, W, 3) uint8; of a preview they may be fewer, to which mask and picture are then scaled.
+        """
         if self.mask is None:
             return pixels
-        share = (self.mask.astype(np.float32) / 255)[..., None]
-        return np.round(share * pixels + (1 - share) * self.pixels).astype(np.uint8)
+        mask, kept = self.mask, self.pixels
+        if pixels.shape != kept.shape:
+            height, width, _ = pixels.shape
+            mask, kept = scaled(mask, width, height), scaled(kept, width, height)
+        share = (mask.astype(np.float32) / 255)[..., None]
+        return np.round(share * pixels + (1 - share) * kept).astype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)

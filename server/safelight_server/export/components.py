@@ -25,43 +25,34 @@ class TextEncoder(nn.Module):
 
 
 class TextEncoders(nn.Module):
-    """Both text encoders of SDXL: input_ids (B, T) int64 -> last_hidden_state (B, T, D1 + D2), pooled_output (B, P).
+    """Both text encoders of SDXL: input_ids (B, 2 T) int64 -> last_hidden_state (B, T, D1 + D2), pooled_output (B, P).
 
-    The hidden states are those before the last layer, side by side; the pooled output is the second encoder's
-    projection (Podell et al. 2023, section 2.1). Both tokenizers have one vocabulary and differ in what they pad with.
+    The ids are those of the first tokenizer and behind them those of the second. The hidden states are those before
+    the last layer, side by side; the pooled output is the second encoder's projection (Podell et al. 2023, section
+    2.1).
 
     Args:
-        eos_id: of the tokenizers.
-        pad_id: of the second tokenizer.
-        zeros_for_empty: an empty prompt has zeros in place of an embedding, as diffusers' pipeline does where it is
-            given no negative prompt.
+        empty_ids: (2 T,), of an empty prompt, which has zeros in place of an embedding, as in diffusers' pipeline where
+            it is given no negative prompt; None: it has an embedding.
     """
 
     outputs = ("last_hidden_state", "pooled_output")
 
     def __init__(
-        self,
-        first: CLIPTextModel,
-        second: CLIPTextModelWithProjection,
-        eos_id: int,
-        pad_id: int,
-        zeros_for_empty: bool,
+        self, first: CLIPTextModel, second: CLIPTextModelWithProjection, empty_ids: Tensor | None = None
     ) -> None:
         super().__init__()
         self.first, self.second = first, second
-        self.eos_id, self.pad_id = eos_id, pad_id
-        self.zeros_for_empty = zeros_for_empty
+        self.register_buffer("empty_ids", empty_ids)
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        is_end = (input_ids == self.eos_id).int()
-        behind = is_end.cumsum(1) - is_end > 0  # the first end of text
-        padded = input_ids.masked_fill(behind, self.pad_id)
-        one = self.first(input_ids=input_ids, output_hidden_states=True)
-        two = self.second(input_ids=padded, output_hidden_states=True)
+        first_ids, second_ids = input_ids.chunk(2, dim=1)
+        one = self.first(input_ids=first_ids, output_hidden_states=True)
+        two = self.second(input_ids=second_ids, output_hidden_states=True)
         hidden = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
-        if not self.zeros_for_empty:
+        if self.empty_ids is None:
             return hidden, two.text_embeds
-        there = (input_ids[:, 1] != self.eos_id).float()[:, None]
+        there = (input_ids != self.empty_ids).any(1).float()[:, None]
         return hidden * there[..., None], two.text_embeds * there
 
 

@@ -1,7 +1,8 @@
 """Exports a diffusers folder, or a checkpoint in one file, as a Triton model repository and a pipeline manifest.
 
 For any `StableDiffusionPipeline` of CLIPTextModel, UNet2DConditionModel and
-AutoencoderTiny or AutoencoderKL; a folder `preview_decoder/` (AutoencoderTiny)
+AutoencoderTiny or AutoencoderKL, and any `StableDiffusionXLPipeline` with a
+CLIPTextModelWithProjection beside these; a folder `preview_decoder/` (AutoencoderTiny)
 and the files `encoder.npz` (a linear encoder in place of the autoencoder's own),
 `linear_preview.npz` and `prompts.json` beside them are used where they are there.
 Weights are stored as float16 and cast at load; the arithmetic is float32. The
@@ -12,30 +13,43 @@ server's own catalog.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from safelight_server.catalog.catalog import ManifestError, load_pipeline
 from safelight_server.catalog.digest import sha256
 from safelight_server.export import loading, manifest, memory, plan
-from safelight_server.export.components import Decoder, Denoiser, Encoder, PatchEncoder, TextEncoder, decoder_of
+from safelight_server.export.components import (
+    Decoder,
+    Denoiser,
+    DenoiserXL,
+    Encoder,
+    PatchEncoder,
+    TextEncoder,
+    TextEncoders,
+    decoder_of,
+)
 from safelight_server.export.onnx_file import check_parity, num_values, write_onnx
 from safelight_server.export.plan import ROLES, ExportOptions, ExportPlan
 from safelight_server.export.repository import write_config
 from safelight_server.export.source import ExportError
 
 Report = Callable[[str], None]
+UNSHARED = ("text_encoder", "denoiser")
+"""Components whose weights no other component has."""
+EXAMPLES = ("a red potion", "")
 
 
 def export(folder: Path, models: Path, options: ExportOptions, report: Report = lambda line: None) -> ExportPlan:
@@ -58,54 +72,66 @@ def export(folder: Path, models: Path, options: ExportOptions, report: Report = 
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         report("reading the weights")
         pipeline = loading.load(made)
-        components = _components(pipeline, made)
-        for module in components.values():
-            round_weights(module.eval())
         models.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=models, prefix=".export-") as scratch:
-            _write(made, pipeline, components, Path(scratch), report)
+            _write(made, pipeline, Path(scratch), report)
             _install(Path(scratch), models, made)
     return made
 
 
-def _write(
-    made: ExportPlan,
-    pipeline: StableDiffusionPipeline,
-    components: Mapping[str, nn.Module],
-    staged: Path,
-    report: Report,
-) -> None:
+def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: Report) -> None:
     """Writes everything below `staged`, laid out like a folder of models, and loads it with the server's catalog."""
     name, revision, folder = made.options.name, made.options.revision, made.source.folder
+    pipeline_folder = staged / "pipelines" / name / revision
+    pipeline_folder.mkdir(parents=True)
+    report("checking the tokenizers")
+    tokenizers = _write_tokenizers(pipeline, pipeline_folder)
+    components = _components(pipeline, made)
+    for module in components.values():
+        round_weights(module.eval())
     bound = {}
     for number, (role, module) in enumerate(components.items(), 1):
         report(f"{role} ({number} of {len(components)}): {_count(module):,} weights")
         place = staged / "repository" / f"{name}_{role}"
         bound[role] = _export_component(role, module, pipeline, place, made, report)
-    place = staged / "pipelines" / name / revision
-    place.mkdir(parents=True)
-    pipeline.tokenizer._tokenizer.save(str(place / "tokenizer.json"))
-    report("checking the tokenizer, fitting the linear preview")
+    report("fitting the linear preview")
     whole = {
         **plan.draft(made),
         "components": bound,
-        "tokenizer": manifest.tokenizer(pipeline.tokenizer, pipeline.text_encoder, place / "tokenizer.json"),
+        **tokenizers,
         "linear_preview": manifest.linear_preview(made, folder / "linear_preview.npz", components["decoder"]),
         **manifest.prompts(folder / "prompts.json"),
     }
-    (place / "pipeline.json").write_text(manifest.readable(whole))
+    (pipeline_folder / "pipeline.json").write_text(manifest.readable(whole))
     if (folder / "training.json").exists():
-        shutil.copy(folder / "training.json", place / "training.json")
+        shutil.copy(folder / "training.json", pipeline_folder / "training.json")
     try:
-        load_pipeline(place / "pipeline.json", staged / "repository")
+        load_pipeline(pipeline_folder / "pipeline.json", staged / "repository")
     except ManifestError as error:
         raise ExportError(f"the server would refuse what was made: {error}") from None
 
 
-def _components(pipeline: StableDiffusionPipeline, made: ExportPlan) -> dict[str, nn.Module]:
+def _tokenizers(pipeline: DiffusionPipeline) -> list[tuple[Any, Any]]:
+    """The tokenizers, each with its text encoder."""
+    first = pipeline.tokenizer, pipeline.text_encoder
+    return [first, (pipeline.tokenizer_2, pipeline.text_encoder_2)] if _is_sdxl(pipeline) else [first]
+
+
+def _write_tokenizers(pipeline: DiffusionPipeline, folder: Path) -> dict[str, Any]:
+    """Writes the tokenizers; returns what the manifest says of them."""
+    files = {"tokenizer": "tokenizer.json", "second_tokenizer": "second_tokenizer.json"}
+    pairs = zip(files.items(), _tokenizers(pipeline), strict=False)
+    made = {key: manifest.tokenizer(*given, folder / file) for (key, file), given in pairs}
+    lengths = {entry["max_tokens"] for entry in made.values()}
+    if len(lengths) > 1:
+        raise ExportError(f"the tokenizers cut texts at {' and '.join(map(str, sorted(lengths)))} tokens")
+    return made
+
+
+def _components(pipeline: DiffusionPipeline, made: ExportPlan) -> dict[str, nn.Module]:
     components: dict[str, nn.Module] = {
-        "text_encoder": TextEncoder(pipeline.text_encoder),
-        "denoiser": Denoiser(pipeline.unet),
+        "text_encoder": text_encoder_of(pipeline),
+        "denoiser": DenoiserXL(pipeline.unet) if _is_sdxl(pipeline) else Denoiser(pipeline.unet),
         "decoder": decoder_of(pipeline.vae),
     }
     if "preview_decoder" in made.roles():
@@ -116,7 +142,19 @@ def _components(pipeline: StableDiffusionPipeline, made: ExportPlan) -> dict[str
     return components
 
 
-def _encoder(pipeline: StableDiffusionPipeline, given: Path) -> nn.Module:
+def text_encoder_of(pipeline: DiffusionPipeline) -> nn.Module:
+    """The text encoder of a pipeline, or both."""
+    if not _is_sdxl(pipeline):
+        return TextEncoder(pipeline.text_encoder)
+    empty_ids = token_ids(pipeline, [""])[0] if pipeline.config.force_zeros_for_empty_prompt else None
+    return TextEncoders(pipeline.text_encoder, pipeline.text_encoder_2, empty_ids)
+
+
+def _is_sdxl(pipeline: DiffusionPipeline) -> bool:
+    return isinstance(pipeline, StableDiffusionXLPipeline)
+
+
+def _encoder(pipeline: DiffusionPipeline, given: Path) -> nn.Module:
     """The linear encoder of `given`, an npz of weight (C, 3, p, p) and bias (C,), else the autoencoder's."""
     if not given.exists():
         return Encoder(pipeline.vae)
@@ -125,7 +163,7 @@ def _encoder(pipeline: StableDiffusionPipeline, given: Path) -> nn.Module:
 
 
 def _export_component(
-    role: str, module: nn.Module, pipeline: StableDiffusionPipeline, place: Path, made: ExportPlan, report: Report
+    role: str, module: nn.Module, pipeline: DiffusionPipeline, place: Path, made: ExportPlan, report: Report
 ) -> dict[str, Any]:
     """Writes one component below `place`; returns what the manifest says of it."""
     version = made.options.version
@@ -136,6 +174,9 @@ def _export_component(
     data = write_onnx(module, examples, module.outputs, target, multiple)
     worst = check_parity(module, examples, module.outputs, target)
     write_config(place / "config.pbtxt", place.name, made.max_rows(role), examples, module)
+    if role in UNSHARED:
+        module.to("meta")  # gives up the memory of weights that nobody needs any more
+        gc.collect()
     row_bytes = memory.row_bytes(target, max(examples, key=num_values))
     num_bytes = target.stat().st_size + (data.stat().st_size if data else 0)
     report(f"{place.name}: {num_bytes / 2**20:.2f} MiB, off by at most {worst:.1e}, {row_bytes / 2**20:.1f} MiB a row")
@@ -144,21 +185,37 @@ def _export_component(
 
 
 def example_inputs(
-    role: str, pipeline: StableDiffusionPipeline, made: ExportPlan, size: tuple[int, int]
+    role: str, pipeline: DiffusionPipeline, made: ExportPlan, size: tuple[int, int]
 ) -> Mapping[str, Tensor]:
     """Two rows of what a component is given, for a latent of (h, w)."""
-    tokens, text = manifest.max_tokens(pipeline.tokenizer, pipeline.text_encoder), pipeline.text_encoder.config
+    tokens = manifest.max_tokens(pipeline.tokenizer, pipeline.text_encoder)
     generator, rows = torch.Generator().manual_seed(0), 2
     latent = torch.randn(rows, made.shape[0], *size, generator=generator)
     if role == "text_encoder":
-        return {"input_ids": torch.randint(0, text.vocab_size, (rows, tokens), generator=generator)}
+        return {"input_ids": token_ids(pipeline, EXAMPLES)}
     if role == "denoiser":
-        context = torch.randn(rows, tokens, text.hidden_size, generator=generator)
-        return {"sample": latent, "timestep": torch.tensor([999.0, 12.0]), "encoder_hidden_states": context}
+        context = torch.randn(rows, tokens, pipeline.unet.config.cross_attention_dim, generator=generator)
+        inputs = {"sample": latent, "timestep": torch.tensor([999.0, 12.0]), "encoder_hidden_states": context}
+        if _is_sdxl(pipeline):
+            pooled = pipeline.text_encoder_2.config.projection_dim
+            size_px = [float(made.factor * edge) for edge in size]
+            inputs["text_embeds"] = torch.randn(rows, pooled, generator=generator)
+            inputs["time_ids"] = torch.tensor([[*size_px, 0.0, 0.0, *size_px]] * rows)
+        return inputs
     if role == "encoder":
         edges = [made.factor * edge for edge in size]
         return {"image": torch.rand(rows, 3, *edges, generator=generator) * 2 - 1}
     return {"latent": latent / pipeline.vae.config.scaling_factor}
+
+
+def token_ids(pipeline: DiffusionPipeline, texts: Sequence[str]) -> Tensor:
+    """What the text encoder is given for texts: (B, T), and where there are two tokenizers (B, 2 T)."""
+    found = []
+    for tokenizer, text_encoder in _tokenizers(pipeline):
+        length = manifest.max_tokens(tokenizer, text_encoder)
+        cut = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+        found.append(tokenizer(list(texts), **cut).input_ids)
+    return torch.cat(found, dim=1)
 
 
 def round_weights(module: nn.Module) -> None:

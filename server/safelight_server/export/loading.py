@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+import transformers
+from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from torch import nn
-from transformers import CLIPTextModel
 
 from safelight_server.export.plan import ExportPlan
 from safelight_server.export.source import ExportError
 
+WITHOUT: Mapping[str, Mapping[str, object]] = {
+    "StableDiffusionPipeline": {"safety_checker": None},
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
+}
+"""By class the parts of a pipeline that are not exported."""
 
-def load(made: ExportPlan) -> StableDiffusionPipeline:
+
+def load(made: ExportPlan) -> DiffusionPipeline:
     """The pipeline, on the CPU in float32.
 
     Raises:
@@ -27,18 +35,21 @@ def load(made: ExportPlan) -> StableDiffusionPipeline:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         return _from_file(made) if made.checkpoint else _from_folder(made)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SingleFileComponentError) as error:
         raise ExportError(f"{made.checkpoint or made.source.folder} cannot be read: {_first_line(error)}") from None
 
 
-def _from_folder(made: ExportPlan) -> StableDiffusionPipeline:
-    folder, variant = made.source.folder, made.options.variant or None
-    vae = getattr(diffusers, made.source.index["vae"][1])
-    classes: dict[str, type[Any]] = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": vae}
-    loaded = {name: _network(kind, folder / name, variant) for name, kind in classes.items()}
-    return StableDiffusionPipeline.from_pretrained(
-        folder, **loaded, safety_checker=None, local_files_only=True, dtype=torch.float32
+def _from_folder(made: ExportPlan) -> DiffusionPipeline:
+    folder, variant, index = made.source.folder, made.options.variant or None, made.source.index
+    loaded = {}
+    for name in made.source.family.networks:
+        library = transformers if name in made.source.family.text_encoders else diffusers
+        loaded[name] = _network(getattr(library, index[name][1]), folder / name, variant)
+    kind = index["_class_name"]
+    pipeline: DiffusionPipeline = getattr(diffusers, kind).from_pretrained(
+        folder, **loaded, **WITHOUT[kind], local_files_only=True, dtype=torch.float32
     )
+    return pipeline
 
 
 def _network(kind: type[Any], folder: Path, variant: str | None) -> nn.Module:
@@ -52,15 +63,16 @@ def _network(kind: type[Any], folder: Path, variant: str | None) -> nn.Module:
     return network
 
 
-def _from_file(made: ExportPlan) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_single_file(
+def _from_file(made: ExportPlan) -> DiffusionPipeline:
+    kind = made.source.index["_class_name"]
+    pipeline: DiffusionPipeline = getattr(diffusers, kind).from_single_file(
         str(made.checkpoint),
         config=str(made.source.folder),
         local_files_only=True,
-        safety_checker=None,
+        **WITHOUT[kind],
         dtype=torch.float32,
     )
-    for name in ("text_encoder", "unet", "vae"):
+    for name in made.source.family.networks:
         for key, tensor in getattr(pipeline, name).named_parameters():
             if tensor.is_meta:
                 raise ExportError(f"{made.checkpoint} lacks weights of {name}, such as {key}")

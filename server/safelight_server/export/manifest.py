@@ -29,8 +29,10 @@ PROBES = (
     "don't  stop\n42%",
     "龍の剣 🗡️",
     "x " * 200,
+    "wow! !",
+    "a<|endoftext|> b",
 )
-"""Texts that both tokenizers must cut into the same ids."""
+"""Texts that both tokenizers must cut into the same ids: SDXL's second one takes an exclamation mark for padding."""
 
 
 def max_tokens(tokenizer: Any, text_encoder: Any) -> int:
@@ -39,11 +41,12 @@ def max_tokens(tokenizer: Any, text_encoder: Any) -> int:
 
 
 def tokenizer(given: Any, text_encoder: Any, file: Path) -> dict[str, Any]:
-    """What the manifest says of the tokenizer, which was saved to `file`.
+    """Saves a tokenizer to `file`; returns what the manifest says of it.
 
     Raises:
         ExportError: the server's tokenizer would make other ids of a text than transformers does.
     """
+    given._tokenizer.save(str(file))
     length = max_tokens(given, text_encoder)
     entry = {
         "file": file.name,
@@ -54,14 +57,14 @@ def tokenizer(given: Any, text_encoder: Any, file: Path) -> dict[str, Any]:
         "eos_id": given.eos_token_id,
     }
     if None in entry.values():
-        raise ExportError("tokenizer: it lacks a token for the begin, for the end, or for padding")
+        raise ExportError(f"{file.stem}: it lacks a token for the begin, for the end, or for padding")
     ours = Tokenizer(file, length, given.pad_token_id, given.bos_token_id, given.eos_token_id)
     for text in PROBES:
         theirs = given(text, padding="max_length", truncation=True, max_length=length).input_ids
         if list(ours.encode(text).ids) != theirs:
-            raise ExportError(f"tokenizer: the server would make other tokens of {text!r} than transformers does")
+            raise ExportError(f"{file.stem}: the server would make other tokens of {text!r} than transformers does")
         if max(theirs) >= text_encoder.config.vocab_size:
-            raise ExportError(f"tokenizer: {text!r} has a token that the text encoder does not know")
+            raise ExportError(f"{file.stem}: {text!r} has a token that the text encoder does not know")
     return entry
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from safelight_server.export.source import Config, Findings
+from safelight_server.export.source import Config, Findings, Source
 
 
 def _keys(text: str) -> frozenset[str]:
@@ -41,6 +41,12 @@ UNET_RULES: Rules = {
     "encoder_hid_dim_type": ((None,), "the denoiser would need a condition other than the prompt's"),
     "attention_type": (("default",), "the denoiser would need boxes as an input"),
 }
+SDXL_UNET_RULES: Rules = {
+    **UNET_RULES,
+    "addition_embed_type": (("text_time",), "SDXL's denoiser is given the prompt's pooled output and the size"),
+}
+NUM_SIZE_IDS = 6
+"""Numbers of the size that SDXL's denoiser is given; its refiner has 5, of which one is an aesthetic score."""
 KL_SHAPE = _keys(
     """
     in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block act_fn
@@ -74,12 +80,15 @@ TEXT_SHAPE = _keys(
 TEXT_RULES: Rules = {"use_attention_mask": ((None, False), "the text encoder would need the padding as an input")}
 
 
-def judge(unet: Config, vae: Config, vae_class: str, text: Config, findings: Findings) -> None:
+def judge(source: Source, findings: Findings) -> None:
     """Adds to `findings` what cannot be exported."""
-    tiny = vae_class == "AutoencoderTiny"
-    _check("unet/config.json", unet, UNET_SHAPE, UNET_RULES, findings)
-    _check("vae/config.json", vae, TINY_SHAPE if tiny else KL_SHAPE, VAE_RULES, findings)
-    _check("text_encoder/config.json", text, TEXT_SHAPE, TEXT_RULES, findings)
+    configs, is_sdxl = source.configs, source.family.name == "stable-diffusion-xl"
+    unet, vae = configs["unet"], configs["vae"]
+    vae_shape = TINY_SHAPE if source.index["vae"][1] == "AutoencoderTiny" else KL_SHAPE
+    _check("unet/config.json", unet, UNET_SHAPE, SDXL_UNET_RULES if is_sdxl else UNET_RULES, findings)
+    _check("vae/config.json", vae, vae_shape, VAE_RULES, findings)
+    for name in source.family.text_encoders:
+        _check(f"{name}/config.json", configs[name], TEXT_SHAPE, TEXT_RULES, findings)
     latents, inputs, outputs = vae.get("latent_channels", 4), unet.get("in_channels", 4), unet.get("out_channels", 4)
     if inputs != latents:
         kind = {2 * latents + 1: "an inpainting UNet", 2 * latents: "a UNet that edits pictures"}.get(inputs, "a UNet")
@@ -89,9 +98,27 @@ def judge(unet: Config, vae: Config, vae_class: str, text: Config, findings: Fin
         )
     elif outputs != inputs:
         findings.faults.append(f"unet/config.json: out_channels {outputs} is not in_channels {inputs}")
-    width, hidden = unet.get("cross_attention_dim", 1280), text.get("hidden_size", 512)
-    if width != hidden and unet.get("encoder_hid_dim_type") is None:
-        findings.faults.append(f"unet/config.json: cross_attention_dim {width} is not the text encoder's {hidden}")
+    hidden = [configs[name].get("hidden_size", 512) for name in source.family.text_encoders]
+    width = unet.get("cross_attention_dim", 1280)
+    if width != sum(hidden) and unet.get("encoder_hid_dim_type") is None:
+        whose = "the text encoder's" if len(hidden) == 1 else "that of the text encoders,"
+        findings.faults.append(
+            f"unet/config.json: cross_attention_dim {width} is not {whose} {' + '.join(map(str, hidden))}"
+        )
+    if is_sdxl:
+        _judge_added(unet, configs["text_encoder_2"].get("projection_dim", 512), findings)
+
+
+def _judge_added(unet: Config, pooled: int, findings: Findings) -> None:
+    """Judges what SDXL's denoiser is given beside the prompt's hidden states: the pooled output, and the size."""
+    if "addition_embed_type" not in unet:
+        findings.faults.append("unet/config.json: addition_embed_type is missing: SDXL's is text_time")
+    time, width = unet.get("addition_time_embed_dim"), unet.get("projection_class_embeddings_input_dim")
+    if not isinstance(time, int) or width != pooled + NUM_SIZE_IDS * time:
+        findings.faults.append(
+            f"unet/config.json: projection_class_embeddings_input_dim {width} is not the {pooled} of the pooled output"
+            f" and {NUM_SIZE_IDS} times the addition_time_embed_dim {time}; a refiner, which is not served, has 5 times"
+        )
 
 
 def latent_factor(vae: Config) -> int:

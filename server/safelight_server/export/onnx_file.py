@@ -12,11 +12,12 @@ from typing import Any
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import numpy as np
+import numpy.typing as npt
 import onnx
+import onnx_ir
 import onnxruntime
 import torch
 from onnx import helper, numpy_helper
-from onnx.external_data_helper import set_external_data
 from torch import Tensor, nn
 
 from safelight_server.catalog.catalog import DATA_FILE
@@ -32,6 +33,7 @@ EXTERNAL_BYTES = 1 << 30
 ALIGNMENT = 4096
 
 Inputs = Mapping[str, Tensor]
+Values = npt.NDArray[Any]
 
 
 def write_onnx(
@@ -59,12 +61,12 @@ def write_onnx(
             dynamo=True,
             verbose=False,
         )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = _move_weights(program.model, path.with_name(DATA_FILE))
     model = program.model_proto
     del program
     _strip(model)
     _store_half(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = _move_weights(model, path.with_name(DATA_FILE))
     path.write_bytes(model.SerializeToString(deterministic=True))
     onnx.checker.check_model(path)
     return data
@@ -138,33 +140,55 @@ def _strip(model: onnx.ModelProto) -> None:
             del node.metadata_props[:]
 
 
+def _stored(values: Values) -> Values:
+    """Weights as they are stored: float16, except few of them, and constants of the graph that float16 cannot hold."""
+    if values.dtype != np.float32 or values.size < SMALL:
+        return values
+    half = values.astype(np.float16)
+    return half if np.array_equal(half.astype(np.float32), values) else values
+
+
+def _move_weights(model: onnx_ir.Model, path: Path) -> Path | None:
+    """Moves the weights to a file of their own, if they are many; one at a time, as a copy of all may not fit."""
+    large = {
+        name: value.const_value
+        for name, value in model.graph.initializers.items()
+        if value.const_value.dtype == onnx_ir.DataType.FLOAT and value.const_value.nbytes >= 2 * ALIGNMENT
+    }
+    if sum(tensor.nbytes for tensor in large.values()) // 2 <= EXTERNAL_BYTES:
+        return None
+    with path.open("wb") as stream:
+        for name, tensor in large.items():
+            stored = np.ascontiguousarray(_stored(tensor.numpy()))
+            stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
+            model.graph.initializers[name].const_value = onnx_ir.ExternalTensor(
+                path.name,
+                stream.tell(),
+                stored.nbytes,
+                onnx_ir.DataType.from_numpy(stored.dtype),
+                shape=onnx_ir.Shape(stored.shape),
+                name=name,
+            )
+            stream.write(stored.data)
+    return path
+
+
 def _store_half(model: onnx.ModelProto) -> None:
+    """Stores weights as float16, and casts them where they are used; those in a file of their own are float16 there."""
     casts = []
     for initializer in model.graph.initializer:
-        values = numpy_helper.to_array(initializer)
-        if values.dtype != np.float32 or values.size < SMALL:
-            continue
-        half = values.astype(np.float16)
-        if not np.array_equal(half.astype(np.float32), values):
-            continue  # a constant of the graph, not a rounded weight
         name = initializer.name
-        initializer.CopyFrom(numpy_helper.from_array(half, name + ".half"))
+        if initializer.data_location == onnx.TensorProto.EXTERNAL:
+            if initializer.data_type != onnx.TensorProto.FLOAT16:
+                continue
+            initializer.name = name + ".half"
+        else:
+            values = numpy_helper.to_array(initializer)
+            stored = _stored(values)
+            if stored is values:
+                continue
+            initializer.CopyFrom(numpy_helper.from_array(stored, name + ".half"))
         casts.append(helper.make_node("Cast", [name + ".half"], [name], name=name + ".cast", to=onnx.TensorProto.FLOAT))
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-
-
-def _move_weights(model: onnx.ModelProto, path: Path) -> Path | None:
-    """Moves the weights to a file of their own, if they are many."""
-    large = [tensor for tensor in model.graph.initializer if len(tensor.raw_data) >= ALIGNMENT]
-    if sum(len(tensor.raw_data) for tensor in large) <= EXTERNAL_BYTES:
-        return None
-    with path.open("wb") as stream:
-        for tensor in large:
-            stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
-            set_external_data(tensor, path.name, stream.tell(), len(tensor.raw_data))
-            stream.write(tensor.raw_data)
-            tensor.ClearField("raw_data")
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-    return path

@@ -15,19 +15,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from safelight_server.catalog.catalog import check
-from safelight_server.catalog.manifest import Manifest
+from safelight_server.catalog.manifest import STABLE_DIFFUSION_INPUTS, Manifest
 from safelight_server.export import networks, schedulers, weights
 from safelight_server.export.schedulers import SamplerOffer
 from safelight_server.export.source import CHECKPOINTS, ExportError, Findings, Source, read, scheduler_class
 
 ROLES = ("text_encoder", "denoiser", "decoder", "encoder", "preview_decoder")
-NETWORKS = ("text_encoder", "unet", "vae")
 MAX_ROWS = 64
 """Largest batch of a denoiser that is offered, unless the user says; other components get a quarter of it."""
 MAX_GUIDANCE_SCALE = 20.0
 MAX_OUTPUTS = 8
 STEPS, DISTILLED_STEPS = 20, 4
-GUIDANCE_SCALE, DISTILLED_GUIDANCE_SCALE = 7.5, 1.0
+DISTILLED_GUIDANCE_SCALE = 1.0
+DISTILLED = re.compile(r"(?<![a-z])(turbo|lightning|lcm|dmd2?|hyper-?sd(xl)?)(?![a-z])")
+"""What distilled models are called."""
 OPTION_OF = {
     "name": "--name",
     "revision": "--revision",
@@ -125,12 +126,20 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         raise ExportError(f"--config is for a checkpoint in one file; {folder} has its own configuration")
     source = read(folder, findings)
     configs = source.configs
-    vae_class = str(source.index["vae"][1])
-    networks.judge(configs["unet"], configs["vae"], vae_class, configs["text_encoder"], findings)
-    offer = schedulers.judge(scheduler_class(source), configs["scheduler"], options.sampler, options.steps, findings)
-    found = _weights(source.folder, checkpoint, options.variant, findings)
+    networks.judge(source, findings)
+    offer = schedulers.judge(
+        scheduler_class(source),
+        configs["scheduler"],
+        options.sampler,
+        options.steps,
+        source.family.mends_scheduler,
+        findings,
+    )
+    found = _weights(source, checkpoint, options.variant, findings)
     factor = networks.latent_factor(configs["vae"])
     sizes = _sizes(configs["unet"], factor, options.sizes, findings)
+    if options.guidance_scale == 0:
+        findings.faults.append("--guidance-scale 0: what diffusers calls 0, a model without guidance, is 1 here")
     if options.max_rows < 1:
         findings.faults.append(f"--max-rows {options.max_rows}: must be at least 1")
     licence = options.licence or source.licence
@@ -140,10 +149,16 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         )
     if offer is None:
         raise ExportError("; ".join(findings.faults))
+    distilled = _distilled(source, checkpoint, offer)
+    if distilled and offer.default["name"] != "lcm" and None in (options.steps, options.guidance_scale):
+        findings.notes.append(
+            f"taken for a distilled model, as {distilled}: {DISTILLED_STEPS} steps without guidance are the default"
+            " where --steps and --guidance-scale do not say otherwise"
+        )
     made = ExportPlan(
         source=source,
         checkpoint=checkpoint,
-        options=_completed(source, checkpoint, replace(options, licence=licence), sizes, offer),
+        options=_completed(source, checkpoint, replace(options, licence=licence), sizes, bool(distilled)),
         factor=factor,
         shape=(int(configs["unet"].get("in_channels", 4)), sizes[0][1] // factor, sizes[0][0] // factor),
         offer=offer,
@@ -160,18 +175,21 @@ def draft(plan: ExportPlan) -> dict[str, Any]:
     options, offer, (channels, height, width) = plan.options, plan.offer, plan.shape
     schedule, vae = offer.schedule, plan.source.configs["vae"]
     tiny = plan.source.index["vae"][1] == "AutoencoderTiny"
-    nothing = {"sha256": "0" * 64}
+    family, nothing = plan.source.family, {"sha256": "0" * 64}
+    tokenizer = {"file": "tokenizer.json", **nothing, "max_tokens": 77, "pad_id": 0, "bos_id": 0, "eos_id": 0}
     return {
         "format": 1,
         "name": options.name,
         "revision": options.revision,
         "description": options.description,
         "license": options.licence,
-        "family": "stable-diffusion",
+        "family": family.name,
         "components": {
             role: {"model": f"{options.name}_{role}", "version": options.version, **nothing} for role in plan.roles()
         },
-        "tokenizer": {"file": "tokenizer.json", **nothing, "max_tokens": 77, "pad_id": 0, "bos_id": 0, "eos_id": 0},
+        **({} if family.inputs == STABLE_DIFFUSION_INPUTS else {"inputs": dict(family.inputs)}),
+        "tokenizer": tokenizer,
+        **({"second_tokenizer": tokenizer} if len(family.tokenizers) > 1 else {}),
         "latent": {
             "channels": channels,
             "height": height,
@@ -229,9 +247,10 @@ def _configuration_for(checkpoint: Path, options: ExportOptions) -> Path:
     return options.config
 
 
-def _weights(folder: Path, checkpoint: Path | None, variant: str, findings: Findings) -> dict[str, int]:
+def _weights(source: Source, checkpoint: Path | None, variant: str, findings: Findings) -> dict[str, int]:
     if checkpoint is None:
-        return {name: weights.find(folder / name, variant, findings).num_values for name in NETWORKS}
+        found = {name: weights.find(source.folder / name, variant, findings) for name in source.family.networks}
+        return {name: files.num_values for name, files in found.items()}
     fault, _ = weights.check(checkpoint)
     if fault:
         findings.faults.append(f"{checkpoint} {fault}")
@@ -266,18 +285,32 @@ def _sizes(
     return ((width * factor, height * factor),)
 
 
+def _distilled(source: Source, checkpoint: Path | None, offer: SamplerOffer) -> str:
+    """Why a model is taken for a distilled one, which draws in few steps and without guidance; empty: it is not.
+
+    Turbo's scheduler is the sign of it: trailing timesteps are otherwise the choice for zero terminal SNR alone.
+    """
+    default = offer.default
+    if default["name"] == "lcm":
+        return "its scheduler is LCM's"
+    saved_as = str(source.index.get("_name_or_path") or "").rpartition("/")[2]
+    if found := DISTILLED.search(f"{(checkpoint or source.folder.resolve()).name} {saved_as}".lower()):
+        return f"its name says {found[1]}"
+    is_trailing = default["name"] in ("euler", "euler_ancestral") and default["spacing"] == "trailing"
+    return "its timesteps are trailing" if is_trailing and not offer.schedule.rescale_zero_terminal_snr else ""
+
+
 def _completed(
     source: Source,
     checkpoint: Path | None,
     options: ExportOptions,
     sizes: tuple[tuple[int, int], ...],
-    offer: SamplerOffer,
+    distilled: bool,
 ) -> ExportOptions:
     """The options with every choice made."""
-    distilled = offer.default["name"] == "lcm"
     steps = options.steps if options.steps is not None else (DISTILLED_STEPS if distilled else STEPS)
     scale = options.guidance_scale
     if scale is None:
-        scale = DISTILLED_GUIDANCE_SCALE if distilled else GUIDANCE_SCALE
+        scale = DISTILLED_GUIDANCE_SCALE if distilled else source.family.guidance_scale
     described = options.description or f"{source.index['_class_name']} from {(checkpoint or source.folder).name}"
     return replace(options, steps=steps, guidance_scale=scale, sizes=sizes, description=described)

@@ -54,6 +54,7 @@ class SchedulerClass:
         exactly: by key the values with which the sampler computes the same.
         betas: (schedule, start, end) where a file does not say.
         set_alpha_to_one: likewise.
+        clips: whether it clips what it predicts, where a file does not say (clip_sample).
     """
 
     sampler: str | None
@@ -63,6 +64,7 @@ class SchedulerClass:
     betas: tuple[str, float, float] = ("linear", 0.0001, 0.02)
     set_alpha_to_one: bool = True
     spacing: str = "linspace"
+    clips: bool = False
 
 
 _DDIM = _PLACED | _ZERO_SNR | _CLIP | _THRESHOLD | {"set_alpha_to_one"}
@@ -73,8 +75,8 @@ _LATER = ("linear", 0.00085, 0.012)
 _SCALED = ("scaled_linear", 0.00085, 0.012)
 
 SCHEDULERS = {
-    "DDIMScheduler": SchedulerClass("ddim", True, _DDIM, spacing="leading"),
-    "DDIMParallelScheduler": SchedulerClass("ddim", True, _DDIM, spacing="leading"),
+    "DDIMScheduler": SchedulerClass("ddim", True, _DDIM, spacing="leading", clips=True),
+    "DDIMParallelScheduler": SchedulerClass("ddim", True, _DDIM, spacing="leading", clips=True),
     "EulerDiscreteScheduler": SchedulerClass(
         "euler",
         True,
@@ -165,13 +167,14 @@ class SamplerOffer:
 
 
 def judge(
-    class_name: str, config: Config, wanted: str, num_steps: int | None, findings: Findings
+    class_name: str, config: Config, wanted: str, num_steps: int | None, mends: bool, findings: Findings
 ) -> SamplerOffer | None:
     """What the folder's scheduler comes to; None where it cannot be served, which `findings` then say.
 
     Args:
         wanted: the sampler that the user asks for as the default; empty leaves it to the folder.
         num_steps: the default number of steps, if the user gave it.
+        mends: as `Family.mends_scheduler`.
     """
     what, known = f"scheduler {class_name}", SCHEDULERS.get(class_name)
     if known is None:
@@ -191,7 +194,7 @@ def judge(
         findings.faults.append(f"{what} has no counterpart in the server: choose a default with --sampler")
     if len(findings.faults) > faults:
         return None
-    schedule = _noise_schedule(known, config)
+    schedule = _noise_schedule(known, config, mends)
     prediction = str(config.get("prediction_type", "epsilon"))
     most = min(max(MAX_STEPS, num_steps or 0), schedule.num_train_timesteps)
     if class_name == "LCMScheduler":
@@ -205,6 +208,8 @@ def judge(
         findings.faults.append(f"--sampler {wanted}: not among those of this model: {', '.join(names)}")
         return None
     default = _default(what, known, config, cells, wanted, findings)
+    if known.same and not mends and "clip_sample" in known.keys and config.get("clip_sample", known.clips):
+        findings.notes.append(f"{what}: clip_sample is not served: no sampler clips what is predicted")
     return SamplerOffer(schedule, prediction, cells, default, most)
 
 
@@ -215,17 +220,18 @@ def _servable(class_name: str, key: str, value: Any) -> tuple[Any, ...]:
     return REFUSED[key][0]
 
 
-def _noise_schedule(known: SchedulerClass, config: Config) -> NoiseSchedule:
+def _noise_schedule(known: SchedulerClass, config: Config, mends: bool) -> NoiseSchedule:
     kind, start, end = known.betas
     zero = "rescale_betas_zero_snr" in known.keys and bool(config.get("rescale_betas_zero_snr", False))
-    alpha = config.get("set_alpha_to_one", known.set_alpha_to_one) if "set_alpha_to_one" in known.keys else True
+    # of another class too, as `from_config` keeps what a class does not know for the next one
+    alpha = config.get("set_alpha_to_one", known.set_alpha_to_one)
     return NoiseSchedule(
         beta_schedule=str(config.get("beta_schedule", kind)),
         beta_start=float(config.get("beta_start", start)),
         beta_end=float(config.get("beta_end", end)),
         num_train_timesteps=int(config.get("num_train_timesteps", 1000)),
         rescale_zero_terminal_snr=zero,
-        steps_offset=1,  # StableDiffusionPipeline sets it, whatever the file says
+        steps_offset=1 if mends else int(config.get("steps_offset", 0)),
         set_alpha_to_one=bool(alpha),
     )
 

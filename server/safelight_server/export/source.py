@@ -9,19 +9,89 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safelight_server.catalog.manifest import STABLE_DIFFUSION_INPUTS, STABLE_DIFFUSION_XL_INPUTS
+
 Config = Mapping[str, Any]
 
-PIPELINES = ("StableDiffusionPipeline",)
-"""The pipeline classes that can be exported."""
-COMPONENTS = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+
+@dataclass(frozen=True)
+class Family:
+    """A family of pipelines that can be exported.
+
+    Attributes:
+        name: as in the manifest.
+        components: by name in model_index.json the classes that can be exported.
+        inputs: of the denoiser, each with its source, as in the manifest.
+        guidance_scale: default of requests.
+        mends_scheduler: whether the pipeline's class sets steps_offset to 1 and clip_sample to False, whatever the
+            scheduler's file says.
+    """
+
+    name: str
+    components: Mapping[str, tuple[str, ...]]
+    inputs: Mapping[str, str]
+    guidance_scale: float
+    mends_scheduler: bool
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The names of the text encoders."""
+        return tuple(name for name in self.components if name.startswith("text_encoder"))
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """The names of the tokenizers."""
+        return tuple(name for name in self.components if name.startswith("tokenizer"))
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The names of the components that have weights."""
+        return (*self.text_encoders, "unet", "vae")
+
+
+_NETWORKS = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderTiny")}
+_TOKENIZER = ("CLIPTokenizer", "CLIPTokenizerFast")
+
+FAMILIES: Mapping[str, Family] = {
+    "StableDiffusionPipeline": Family(
+        name="stable-diffusion",
+        components={**_NETWORKS, "text_encoder": ("CLIPTextModel",), "tokenizer": _TOKENIZER},
+        inputs=STABLE_DIFFUSION_INPUTS,
+        guidance_scale=7.5,
+        mends_scheduler=True,
+    ),
+    "StableDiffusionXLPipeline": Family(
+        name="stable-diffusion-xl",
+        components={
+            **_NETWORKS,
+            "text_encoder": ("CLIPTextModel",),
+            "text_encoder_2": ("CLIPTextModelWithProjection",),
+            "tokenizer": _TOKENIZER,
+            "tokenizer_2": _TOKENIZER,
+        },
+        inputs=STABLE_DIFFUSION_XL_INPUTS,
+        guidance_scale=5.0,
+        mends_scheduler=False,
+    ),
 }
-"""The classes of a pipeline's components that can be exported."""
+"""The pipeline classes that can be exported."""
+REFINER = "the server does not run SDXL's refiner"
+WHY_NOT = {
+    "StableDiffusionXLImg2ImgPipeline": REFINER,
+    "StableDiffusionInpaintPipeline": "its UNet may need a mask as an input",
+    "StableDiffusionXLInpaintPipeline": "its UNet may need a mask as an input",
+}
+"""What is to be said of classes that look as if they could be exported."""
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
-INDEX_KEYS = {*COMPONENTS, *NOT_EXPORTED, "scheduler", "requires_safety_checker", "force_zeros_for_empty_prompt"}
+INDEX_KEYS = {
+    *NOT_EXPORTED,
+    "scheduler",
+    "requires_safety_checker",
+    "force_zeros_for_empty_prompt",
+    "add_watermarker",
+    "requires_aesthetics_score",
+}
+"""Keys of model_index.json beside the components."""
 CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -56,12 +126,14 @@ class Source:
     """A diffusers folder.
 
     Attributes:
+        family: what its class belongs to.
         index: model_index.json.
         configs: the configuration of each component by its name there.
         licence: what the model card in the folder says, such as "apache-2.0"; empty where it says nothing.
     """
 
     folder: Path
+    family: Family
     index: Config
     configs: Mapping[str, Config]
     licence: str = ""
@@ -83,31 +155,34 @@ def read(folder: Path, findings: Findings) -> Source:
             + "".join(f"; {file.name} in it is a checkpoint: give that file" for file in _checkpoints(folder)[:1])
         )
     index = _json(folder / "model_index.json")
-    found = index.get("_class_name")
-    if found not in PIPELINES:
-        raise ExportError(f"{folder} is a {found}; what can be exported: {', '.join(PIPELINES)}")
+    family = _family(folder, index)
     for key in index:
-        if not key.startswith("_") and key not in INDEX_KEYS:
+        if not key.startswith("_") and key not in family.components and key not in INDEX_KEYS:
             findings.faults.append(f"model_index.json: {key} is not known to this exporter")
-    configs = {}
-    for name, classes in COMPONENTS.items():
-        found = _class_of(index, name)
+    for name, classes in family.components.items():
+        found = _class_of(index, name) or "missing"
         if found not in classes:
-            findings.faults.append(f"model_index.json: {name} is a {found}; what can be exported: {', '.join(classes)}")
+            what = found if found == "missing" else f"a {found}"
+            findings.faults.append(f"model_index.json: {name} is {what}; what can be exported: {', '.join(classes)}")
+    if index.get("requires_aesthetics_score"):
+        findings.faults.append(f"model_index.json: requires_aesthetics_score: {REFINER}")
     findings.require()
-    for name, file in {
-        "unet": "config.json",
-        "vae": "config.json",
-        "text_encoder": "config.json",
-        "scheduler": "scheduler_config.json",
-    }.items():
-        configs[name] = _json(folder / name / file)
-    optional = folder / "tokenizer" / "tokenizer_config.json"
-    configs["tokenizer"] = _json(optional) if optional.is_file() else {}
+    configs = {name: _json(folder / name / "config.json") for name in family.networks}
+    configs["scheduler"] = _json(folder / "scheduler" / "scheduler_config.json")
     for name in NOT_EXPORTED:
         if name != "feature_extractor" and _class_of(index, name):
             findings.notes.append(f"{name} ({_class_of(index, name)}) is not exported: pictures do not pass through it")
-    return Source(folder, index, configs, licence_of(folder / "README.md"))
+    if index.get("add_watermarker"):
+        findings.notes.append("add_watermarker is not served: pictures have no watermark")
+    return Source(folder, family, index, configs, licence_of(folder / "README.md"))
+
+
+def _family(folder: Path, index: Config) -> Family:
+    found = str(index.get("_class_name"))
+    if found not in FAMILIES:
+        why = f" ({WHY_NOT[found]})" if found in WHY_NOT else ""
+        raise ExportError(f"{folder} is a {found}{why}; what can be exported: {', '.join(FAMILIES)}")
+    return FAMILIES[found]
 
 
 def scheduler_class(source: Source) -> str:

@@ -117,7 +117,8 @@ class Execution(ExecutionObserver):
         self.key = key
         self.step = job.first_step
         seen = None if sample is None else sample.preview
-        self.feed = FrameFeed(job.pipeline, _decoding(weakref.ref(self)), runner.load, pool, seen)
+        composite = None if job.image is None or job.image.mask is None else job.image.finish
+        self.feed = FrameFeed(job.pipeline, _decoding(weakref.ref(self)), runner.load, pool, seen, composite)
         self.job = job
         self._runner = runner
         self._pool = pool

@@ -86,6 +86,8 @@ class FrameFeed:
         load: share of instance time asked for: 0 idle, 1 all of it, more when work waits.
         pool: threads for scaling and encoding.
         on_pixels: gets the step and the pixels (H, W, 3) of each preview, in the thread that makes it.
+        composite: makes of the pixels (H, W, 3) of a preview those that are shown, in a thread; None: they are as they
+            should be.
 
     Attributes:
         newest: None: no subscriber has needed one yet.
@@ -101,6 +103,7 @@ class FrameFeed:
         load: Callable[[], float],
         pool: Executor,
         on_pixels: Callable[[int, Pixels], None] | None = None,
+        composite: Callable[[Pixels], Pixels] | None = None,
     ) -> None:
         self.newest: Frame | None = None
         self.next_due = math.inf
@@ -110,6 +113,7 @@ class FrameFeed:
         self._load = load
         self._pool = pool
         self._on_pixels = on_pixels
+        self._composite = composite
         self._subscribers: dict[Hashable, Callable[[int], float]] = {}
         self._decoded_step: dict[PreviewMethod, int] = {}
 
@@ -163,7 +167,7 @@ class FrameFeed:
                 return None
         self.num_rendered += 1
         with tracing.current().within("encode"):
-            if image is None and self._num_linear_px(frame.denoised) <= SMALL_PX:
+            if image is None and self._composite is None and self._num_linear_px(frame.denoised) <= SMALL_PX:
                 picture = self._encode(frame, None, encoding, max_edge_px)
             else:
                 loop = asyncio.get_running_loop()
@@ -187,6 +191,8 @@ class FrameFeed:
         if image is None:
             image = linear_image(self._pipeline, frame.denoised)
         pixels = to_pixels(image)
+        if self._composite is not None:
+            pixels = self._composite(pixels)
         if self._on_pixels is not None:
             self._on_pixels(frame.step, pixels)
         return encode_within(shrink(pixels, max_edge_px), encoding, MAX_PREVIEW_BYTES)
