@@ -216,7 +216,7 @@ async def test_whoever_asks_for_the_next_picture_while_the_server_stops_is_told_
     async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = stubs.GenerationServiceStub(channel)
         call = stub.Generate(request())
-        await call.read()
+        await anext(aiter(call))
         drained = running.drain(60.0)
         assert await finishes(call)
         for _ in range(20):

@@ -254,9 +254,7 @@ class Client:
                 received.at = self._next(received.at)
             await asyncio.sleep(wait_s)
 
-    async def _upload_missing(
-        self, images: Mapping[str, ImageFile], received: Received, until: float | None
-    ) -> None:
+    async def _upload_missing(self, images: Mapping[str, ImageFile], received: Received, until: float | None) -> None:
         """Uploads what the server that is asked next does not have; asks the next server where it cannot be reached.
 
         Args:

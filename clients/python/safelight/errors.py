@@ -12,8 +12,7 @@ class GenerationError(Exception):
     """The server refused a call, or a generation failed.
 
     Attributes:
-        code: the gRPC status code. A call that is CANCELLED without a reason, as a server that stops does, is UNAVAILABLE:
-            a lost connection.
+        code: the gRPC status code. A CANCELLED without a reason, as of a server that stops, is UNAVAILABLE here.
         reason: a stable name for programs, such as "QUEUE_FULL"; empty where the server sent none.
         violations: for an invalid request, what to change: path of the field -> description.
         retry_after_s: seconds after which to retry; None where the server sent none.

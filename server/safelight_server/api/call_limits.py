@@ -141,7 +141,7 @@ class CallLimits:
                 self._end(context, error, task)
 
     async def quiet(self, within_s: float, hurry: Callable[[], bool]) -> None:
-        """Waits until no call has begun or ended for `QUIET_S`, for `within_s` seconds at most and not when in a `hurry`.
+        """Waits until no call has begun or ended for `QUIET_S`; for `within_s` seconds at most, and not in a `hurry`.
 
         When a gRPC server stops, calls that it has not taken up and calls that come before the client hears of it end
         as CANCELLED without a reason (grpc/grpc#41785). After this wait there are none, unless clients never pause.
@@ -279,6 +279,8 @@ class CallLimits:
         ending.add_done_callback(self._ending.discard)
 
     async def _refuse_quietly(self, context: Context, error: SafelightError, task: asyncio.Task[Any] | None) -> None:
+        if context not in self._open:  # its handler has ended meanwhile, and grpc has freed the call
+            return
         with contextlib.suppress(grpc.aio.BaseError, asyncio.CancelledError):
             await self._refuse(context, error)
         if task is not None:
