@@ -244,8 +244,9 @@ async def given_up(*_given: object, **_named: object) -> None:
     await nothing
 
 
-def get_generation(channel):
-    return stubs.GenerationServiceStub(channel).GetGeneration(pb.GetGenerationRequest(name="generations/" + "0" * 32))
+def get_generation(channel, timeout_s: float | None = None):
+    missing = pb.GetGenerationRequest(name="generations/" + "0" * 32)
+    return stubs.GenerationServiceStub(channel).GetGeneration(missing, timeout=timeout_s)
 
 
 async def test_a_call_that_outlasts_a_drain_is_told_that_the_server_stops(start, monkeypatch):
@@ -262,11 +263,11 @@ async def test_a_call_that_outlasts_a_drain_is_told_that_the_server_stops(start,
         await eventually(lambda: not running.limits.num_open)
 
 
-async def test_a_call_that_is_given_up_within_the_server_is_no_cancelled_one(start, monkeypatch):
+async def test_a_call_that_is_given_up_within_the_server_ends_with_a_reason(start, monkeypatch):
     monkeypatch.setattr(Generations, "find", given_up)
     async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await get_generation(channel)
+            await get_generation(channel, timeout_s=3.0)  # where grpc would let it wait for ever
         assert caught.value.code() is grpc.StatusCode.INTERNAL
         assert details(caught.value)["ErrorInfo"].reason == "INTERNAL"
         assert not running.limits.num_open

@@ -3,8 +3,8 @@
 gRPC waits for a request without end, and calls a handler only when it is there. `CallLimits` is in front of every
 handler: it takes a call over when its headers come, reads the request within a limited time, and then calls the
 handler. It also turns the errors that a handler raises, and calls of unknown methods, into statuses with an ErrorInfo.
-It knows the open calls: what gRPC ends by itself, when the server stops or a handler gives up, is a CANCELLED without a
-reason to the client.
+It knows the open calls, as gRPC leaves some without a reason: a call that is open when the server stops is cut, and one
+whose handler is cancelled from within never ends for its client.
 """
 
 from __future__ import annotations
