@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	pb "github.com/safelight/safelight/clients/go/safelightv1"
@@ -39,6 +40,7 @@ type Client struct {
 	patience time.Duration
 	retries  int
 	at       atomic.Int64 // index of the server that new calls ask
+	closed   atomic.Bool
 }
 
 type config struct {
@@ -133,6 +135,7 @@ func isLocal(target string) bool {
 
 // Close closes all connections.
 func (c *Client) Close() error {
+	c.closed.Store(true)
 	var all []error
 	for _, conn := range c.conns {
 		all = append(all, conn.Close())
@@ -235,12 +238,22 @@ func ask[Response any](
 		if err == nil {
 			return response, nil
 		}
-		failure := newError(err)
+		failure := c.failure(ctx, err)
 		if failure.Code != codes.Unavailable || left == 0 {
 			return response, failure
 		}
 		c.next(at)
 	}
+}
+
+// failure is why a call with a context failed. One that is Canceled without a reason, as a server that stops does, was lost,
+// unless its caller has canceled it or closed the client.
+func (c *Client) failure(ctx context.Context, err error) *Error {
+	failure := newError(err)
+	if failure.Code != codes.Canceled || failure.Reason != "" || ctx.Err() != nil || c.closed.Load() {
+		return failure
+	}
+	return newError(status.Errorf(codes.Unavailable, "the call was canceled, and not by its caller: %s", failure.Message))
 }
 
 // next is the server to ask after one that failed. Generations that lose a server together step to the same next one;

@@ -71,3 +71,30 @@ func TestErrorsAreReadable(t *testing.T) {
 		t.Errorf("%+v", late)
 	}
 }
+
+func TestACallThatNobodyHasCancelledIsLost(t *testing.T) {
+	client, err := NewClient("a:1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	bare := status.Error(codes.Canceled, "CANCELLED")
+	if failure := client.failure(t.Context(), bare); failure.Code != codes.Unavailable {
+		t.Errorf("%+v", failure)
+	}
+	said, err := status.New(codes.Canceled, "it was cancelled").WithDetails(&errdetails.ErrorInfo{Reason: "GENERATION_CANCELLED"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if failure := client.failure(t.Context(), said.Err()); failure.Code != codes.Canceled {
+		t.Errorf("%+v", failure)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if failure := client.failure(ctx, bare); failure.Code != codes.Canceled {
+		t.Errorf("%+v", failure)
+	}
+	client.Close()
+	if failure := client.failure(t.Context(), bare); failure.Code != codes.Canceled {
+		t.Errorf("%+v", failure)
+	}
+}

@@ -95,7 +95,7 @@ func (c *Client) follow(
 		}
 	}
 	if !errors.Is(err, io.EOF) {
-		return newError(err), false
+		return c.failure(ctx, err), false
 	}
 	if !r.finished {
 		return unfinished(r.name), false

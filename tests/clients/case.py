@@ -76,12 +76,13 @@ class Setting:
 def is_of_http(case: dict[str, Any]) -> bool:
     """Whether the case is one for pages too, over gRPC-Web at the server's HTTP port.
 
-    A page is given no authority, does not see by itself that a server is frozen, cannot upload, and has no window and no limit of its
-    own: what it has not read waits in the buffers of the network.
+    A page is given no authority, does not see by itself that a server is frozen, cannot upload, and has no window and no
+    limit of its own: what it has not read waits in the buffers of the network. The frames of a cancelled call are of HTTP/2.
     """
     of_grpc = {"pause_s", "max_message_bytes"} & set(case.get("client", {}))
     elsewhere = case.get("own_process") or case.get("init_image") or "tls" in case
-    return case.get("servers", 1) == 1 and not elsewhere and not of_grpc
+    cancelled = case.get("weather", {}).get("do") == "cancel"
+    return case.get("servers", 1) == 1 and not elsewhere and not cancelled and not of_grpc
 
 
 async def run(
@@ -215,6 +216,9 @@ def _forecast(weather: dict[str, Any], relay: Relay, running: list[Replica]) -> 
     """What will happen between the client and the first server."""
     relay.delay_s = weather.get("delay_s", 0.0)
     if "do" not in weather:
+        return
+    if weather["do"] == "cancel":
+        relay.cancel_after(weather["after_bytes"])
         return
 
     async def happen() -> None:

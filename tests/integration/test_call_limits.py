@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import struct
 
 import grpc
 import pytest
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
+from safelight.v1 import generation_pb2 as pb
+from safelight.v1 import generation_pb2_grpc as stubs
 from safelight.v1 import models_pb2, models_pb2_grpc
 from safelight_server.api import call_limits
 from safelight_server.app import grpc_server
+from safelight_server.app import server as composition
+from safelight_server.generations.registry import Generations
 
 from tests.conftest import eventually
-from tests.integration.test_requests import SIMULATED, details
+from tests.integration.test_requests import SIMULATED, details, finishes, request
+from tests.support.http2 import frame, header
 
 GENERATE = "/safelight.v1.GenerationService/Generate"
 WATCH = "/grpc.health.v1.Health/Watch"
@@ -118,16 +122,11 @@ async def test_a_method_that_is_not_there_is_told_with_a_reason(start, path):
         assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.UNIMPLEMENTED, "UNKNOWN_METHOD")
 
 
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """A frame of HTTP/2."""
-    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
-
-
 def headers_of(path: bytes) -> bytes:
     """The headers of a call, each as a literal that is not indexed."""
     pairs = {b":method": b"POST", b":scheme": b"http", b":path": path, b":authority": b"x", b"te": b"trailers"}
     pairs[b"content-type"] = b"application/grpc"
-    return b"".join(b"\0" + bytes([len(k)]) + k + bytes([len(v)]) + v for k, v in pairs.items())
+    return b"".join(header(name, value) for name, value in pairs.items())
 
 
 @pytest.mark.parametrize("path", [b"/a/\xff\xfe", b"/\xc3(", b"", b"/\0", b"nothing", b"/safelight/unknown"])
@@ -207,6 +206,71 @@ async def test_a_drain_ends_calls_whose_request_has_not_come(start):
         code, found = await end_of(watching)
         assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
         await drained
+
+
+async def test_whoever_asks_for_the_next_picture_while_the_server_stops_is_told_so(start, monkeypatch):
+    """gRPC ends a call that comes after it has stopped as CANCELLED, without a reason."""
+    monkeypatch.setattr(call_limits, "QUIET_S", 600.0)
+    monkeypatch.setattr(call_limits, "QUIET_PARTS", 60_000)
+    monkeypatch.setattr(composition, "LAST_WORDS_S", 60.0)
+    async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
+        stub = stubs.GenerationServiceStub(channel)
+        call = stub.Generate(request())
+        await anext(aiter(call))
+        drained = running.drain(60.0)
+        assert await finishes(call)
+        for _ in range(20):
+            code, found = await end_of(stub.Generate(request()))
+            assert (code, found["ErrorInfo"].reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+            await asyncio.sleep(0.01)
+        await asyncio.gather(drained, running.drain(0.0))
+
+
+async def test_a_server_that_nobody_asks_stops_without_a_wait(start, monkeypatch):
+    monkeypatch.setattr(call_limits, "QUIET_S", 600.0)
+    monkeypatch.setattr(composition, "LAST_WORDS_S", 60.0)
+    async with start(**SIMULATED) as running, asyncio.timeout(30):
+        await running.drain(3600.0)
+
+
+async def forever(*_given: object, **_named: object) -> None:
+    await asyncio.Event().wait()
+
+
+async def given_up(*_given: object, **_named: object) -> None:
+    """As if something that it shares with other calls had been cancelled."""
+    nothing = asyncio.get_running_loop().create_future()
+    nothing.cancel()
+    await nothing
+
+
+def get_generation(channel, timeout_s: float | None = None):
+    missing = pb.GetGenerationRequest(name="generations/" + "0" * 32)
+    return stubs.GenerationServiceStub(channel).GetGeneration(missing, timeout=timeout_s)
+
+
+async def test_a_call_that_outlasts_a_drain_is_told_that_the_server_stops(start, monkeypatch):
+    monkeypatch.setattr(Generations, "find", forever)
+    async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
+        call = get_generation(channel)
+        await eventually(lambda: running.limits.num_open == 1)
+        drained = running.drain(0.0)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert details(caught.value)["ErrorInfo"].reason == "DRAINING"
+        await drained
+        await eventually(lambda: not running.limits.num_open)
+
+
+async def test_a_call_that_is_given_up_within_the_server_ends_with_a_reason(start, monkeypatch):
+    monkeypatch.setattr(Generations, "find", given_up)
+    async with start(**SIMULATED) as running, grpc.aio.insecure_channel(running.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await get_generation(channel, timeout_s=3.0)  # where grpc would let it wait for ever
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert details(caught.value)["ErrorInfo"].reason == "INTERNAL"
+        assert not running.limits.num_open
 
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])

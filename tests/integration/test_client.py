@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 from safelight import Branch, Client, Finished, GenerationError, Picture, proxies
 from safelight.v1.generation_pb2 import GenerateRequest, GenerateResponse, GenerationEvent
+from safelight_server import wire
 from safelight_server.cli.main import main
+from safelight_server.domain.errors import QueueFullError
 
 from tests.conftest import eventually
 from tests.integration.test_cache import kept
@@ -151,8 +153,31 @@ async def test_all_connections_of_a_generation_share_one_deadline(monkeypatch):
 
 async def test_a_call_that_a_stopping_server_has_cancelled_is_sent_again(monkeypatch):
     stub = Stub(code=grpc.StatusCode.CANCELLED)
-    await lose(monkeypatch, stub, request_id=REQUEST_ID)
+    failure = await lose(monkeypatch, stub, request_id=REQUEST_ID)
     assert len(stub.deadlines) > 2
+    assert failure.code is UNAVAILABLE, "nobody has cancelled it"
+
+
+async def test_a_wait_before_an_upload_ends_with_the_deadline(monkeypatch):
+    """With the error that says when to come back, at once: a wait that would outlast the deadline is not begun."""
+    full = QueueFullError(
+        "as many uploads as may be",
+        reason="TOO_MANY_UPLOADS",
+        metadata={"bound": "uploads", "subject": "tenant", "limit": "4"},
+        retry_after_s=3600.0,
+    )
+    asked: list[float | None] = []
+
+    async def refuse(_channel: object, _metadata: object, _file: object, timeout_s: float | None) -> None:
+        asked.append(timeout_s)
+        trailers = grpc.aio.Metadata(*wire.trailing_metadata(full))
+        raise grpc.aio.AioRpcError(full.status, NOTHING, trailers, full.message)
+
+    monkeypatch.setattr("safelight.client.upload_missing", refuse)
+    async with Client("127.0.0.1:1", patience_s=7200.0) as client, asyncio.timeout(30):
+        with pytest.raises(GenerationError) as caught:
+            await client.generate("x", init_image=b"a picture", timeout_s=5.0).picture()
+    assert (caught.value.reason, len(asked)) == ("TOO_MANY_UPLOADS", 1)
 
 
 async def test_what_has_no_request_id_is_never_sent_again(monkeypatch):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from tests.support import http2
+
 CHUNK_BYTES = 1 << 16
 
 
@@ -30,6 +32,7 @@ class Relay:
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._event: tuple[int, Callable[[], Awaitable[None]]] | None = None
+        self._cancels: list[tuple[int, Callable[[int], bytes]]] = []
 
     @classmethod
     async def start(cls, target: str) -> Relay:
@@ -54,6 +57,14 @@ class Relay:
         relay.address = f"127.0.0.1:{relay._server.sockets[0].getsockname()[1]}"
         return relay
 
+    def cancel_after(self, num_bytes: int) -> None:
+        """Once clients have got so many bytes, ends the call as a server does that gives it up, with the connection.
+
+        The call is reset with CANCEL, within its messages; once they have got as many again, the next one ends with the
+        status CANCELLED and no details. For clients of gRPC in plain text.
+        """
+        self._cancels = [(num_bytes, http2.reset), (2 * num_bytes, http2.cancelled)]
+
     def after(self, num_bytes: int, happen: Callable[[], Awaitable[None]]) -> None:
         """Once clients have got exactly so many bytes, awaits `happen` before they get any more."""
         self._event = (num_bytes, happen)
@@ -77,6 +88,7 @@ class Relay:
         self._writers.clear()
 
     async def _pass_on(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, from_client: bool) -> None:
+        messages = http2.Messages()
         try:
             while data := await source.read(CHUNK_BYTES):
                 self.num_passed += from_client
@@ -84,6 +96,9 @@ class Relay:
                     self.num_under_way += 1
                     await asyncio.sleep(self.delay_s)
                     self.num_under_way -= 1
+                if not from_client and self._cancels and (end := self._cancel(messages, data)) is not None:
+                    sink.write(end)
+                    break
                 if not from_client:
                     data = await self._count(data, sink)
                 if sink.is_closing():
@@ -94,6 +109,16 @@ class Relay:
                 sink.write_eof()
         except OSError:
             sink.transport.abort()
+
+    def _cancel(self, messages: http2.Messages, data: bytes) -> bytes | None:
+        """What a connection ends with where its call is to be cancelled now; else None."""
+        num_bytes, frame_of = self._cancels[0]
+        for end, stream in messages.ends(data):
+            if self.num_bytes + end > num_bytes:
+                self.num_bytes += end
+                del self._cancels[0]
+                return data[:end] + frame_of(stream)
+        return None
 
     async def _count(self, data: bytes, sink: asyncio.StreamWriter) -> bytes:
         """Passes on what comes before the awaited event and awaits the event; returns what comes after it."""

@@ -37,7 +37,8 @@ Response ask(Client::Impl& client, Ask call) {
     Response response;
     const grpc::Status status = call(client.channel(at), &context, &response);
     if (status.ok()) return response;
-    if (status.error_code() != grpc::UNAVAILABLE || left == 1) throw Error(status);
+    const Error failure(status);
+    if (failure.code() != grpc::UNAVAILABLE || left == 1) throw failure;
     client.next(at);
   }
 }

@@ -13,9 +13,22 @@ const char* code_name(grpc::StatusCode code) {
   return code >= 0 && code <= grpc::UNAUTHENTICATED ? names[code] : "UNKNOWN";
 }
 
-Error::Error(grpc::Status status)
-    : std::runtime_error(std::string(code_name(status.error_code())) + ": " + status.error_message()),
-      status_(std::move(status)) {
+namespace {
+
+/// A call that is CANCELLED without details, as a server that stops does, is a lost connection: whoever closes a stream
+/// here gets no error.
+grpc::Status as_lost(const grpc::Status& status) {
+  if (status.error_code() != grpc::CANCELLED || !status.error_details().empty()) return status;
+  return {grpc::UNAVAILABLE, "the call was cancelled, and not by its caller: " + status.error_message()};
+}
+
+std::string text(const grpc::Status& status) {
+  return std::string(code_name(status.error_code())) + ": " + status.error_message();
+}
+
+}  // namespace
+
+Error::Error(grpc::Status status) : std::runtime_error(text(as_lost(status))), status_(as_lost(status)) {
   google::rpc::Status whole;
   if (!whole.ParseFromString(status_.error_details())) return;  // a proxy's: the code and the message have to do
   google::rpc::ErrorInfo info;

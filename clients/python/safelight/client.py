@@ -220,7 +220,7 @@ class Client:
         give_up_at = loop.time() + min(FIRST_PATIENCE_S, self._patience_s)
         while True:
             if images and not received.name:
-                await self._upload_missing(images, received, None if until is None else until - loop.time())
+                await self._upload_missing(images, received, until)
             call = self._call(request, received, None if until is None else until - loop.time(), metadata)
             try:
                 async for response in call:
@@ -254,15 +254,21 @@ class Client:
                 received.at = self._next(received.at)
             await asyncio.sleep(wait_s)
 
-    async def _upload_missing(
-        self, images: Mapping[str, ImageFile], received: Received, timeout_s: float | None
-    ) -> None:
-        """Uploads what the server that is asked next does not have; asks the next server where it cannot be reached."""
+    async def _upload_missing(self, images: Mapping[str, ImageFile], received: Received, until: float | None) -> None:
+        """Uploads what the server that is asked next does not have; asks the next server where it cannot be reached.
+
+        Args:
+            until: the deadline, on the clock of the event loop.
+        """
+        loop = asyncio.get_running_loop()
         left, refusals = len(self._channels), 0
+        give_up_at = loop.time() + self._patience_s
+        ends = give_up_at if until is None else min(give_up_at, until)
         while True:
             file = None
             try:
                 for file in images.values():
+                    timeout_s = None if until is None else until - loop.time()
                     await upload_missing(self._channels[received.at], self._metadata, file, timeout_s)
                 return
             except grpc.aio.AioRpcError as error:
@@ -275,7 +281,10 @@ class Client:
                 and refusals < self._retries
             ):
                 refusals += 1
-                await asyncio.sleep(failure.retry_after_s * random.uniform(1.0, 1.2))
+                wait_s = failure.retry_after_s * random.uniform(1.0, 1.2)
+                if loop.time() + wait_s > ends:
+                    raise failure
+                await asyncio.sleep(wait_s)
                 continue
             left -= 1
             if failure.code is not grpc.StatusCode.UNAVAILABLE or not left:
@@ -411,11 +420,7 @@ def _channel(
 
 def _is_resumable(failure: GenerationError, received: Received, request: pb.GenerateRequest, movable: bool) -> bool:
     """Whether asking again can go on with the same generation; `movable`: another server can go on with it."""
-    # A server that stops cancels a call that has just come, without a reason. Who looks away here gets no status.
-    lost = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED
-    if failure.code not in lost or not (received.name or request.request_id):
-        return False
-    if failure.code is grpc.StatusCode.CANCELLED and failure.reason:
+    if failure.code is not grpc.StatusCode.UNAVAILABLE or not (received.name or request.request_id):
         return False
     return failure.reason in RESUMABLE or (movable and failure.reason in ELSEWHERE)
 

@@ -12,7 +12,7 @@ class GenerationError(Exception):
     """The server refused a call, or a generation failed.
 
     Attributes:
-        code: the gRPC status code.
+        code: the gRPC status code. A CANCELLED without a reason, as of a server that stops, is UNAVAILABLE here.
         reason: a stable name for programs, such as "QUEUE_FULL"; empty where the server sent none.
         violations: for an invalid request, what to change: path of the field -> description.
         retry_after_s: seconds after which to retry; None where the server sent none.
@@ -22,9 +22,6 @@ class GenerationError(Exception):
     """
 
     def __init__(self, error: grpc.aio.AioRpcError, proxy: str = "") -> None:
-        through = f" (asked through the proxy of {proxy}; list the server in no_proxy to ask it directly)"
-        lost = proxy and error.code() is grpc.StatusCode.UNAVAILABLE
-        super().__init__(f"{error.code().name}: {error.details()}{through if lost else ''}")
         self.code = error.code()
         self.reason = ""
         self.violations: dict[str, str] = {}
@@ -32,6 +29,12 @@ class GenerationError(Exception):
         for key, value in error.trailing_metadata() or ():
             if key == "grpc-status-details-bin" and isinstance(value, bytes):
                 self._read(status_pb2.Status.FromString(value))
+        said = error.details()
+        if self.code is grpc.StatusCode.CANCELLED and not self.reason:  # whoever cancels a call here gets no error
+            self.code, said = grpc.StatusCode.UNAVAILABLE, f"the call was cancelled, and not by its caller: {said}"
+        if proxy and self.code is grpc.StatusCode.UNAVAILABLE:
+            said = f"{said} (asked through the proxy of {proxy}; list the server in no_proxy to ask it directly)"
+        super().__init__(f"{self.code.name}: {said}")
 
     @classmethod
     def unfinished(cls, generation: str) -> Self:

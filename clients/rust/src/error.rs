@@ -84,10 +84,11 @@ impl From<Status> for Error {
 }
 
 /// Whether the server did not say this. What tonic finds wrong with a connection has a source. A stream that ended
-/// within a message, or without a status, has none: these two codes, and no details, which every error of Safelight has.
+/// within a message, or without a status, has none, nor has a call that a stopping server cancels: these codes, and no
+/// details, which every error of Safelight has.
 fn is_lost(status: &Status) -> bool {
-    let broken =
-        matches!(status.code(), Code::Unknown | Code::Internal) && status.details().is_empty();
+    let codes = [Code::Cancelled, Code::Unknown, Code::Internal];
+    let broken = codes.contains(&status.code()) && status.details().is_empty();
     broken || std::error::Error::source(status).is_some()
 }
 
@@ -147,6 +148,7 @@ mod tests {
         for lost in [
             Status::from_error(Box::new(reset)),
             Status::internal("Unexpected EOF decoding stream."),
+            Status::cancelled("CANCELLED"),
         ] {
             let error = Error::from(lost);
             assert_eq!((error.code(), error.reason()), (Code::Unavailable, None));

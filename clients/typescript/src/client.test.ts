@@ -103,6 +103,13 @@ test("the deadline and the caller's signal end a wait between two tries", async 
   await assert.rejects(timedOut, { code: node.Code.DeadlineExceeded });
 });
 
+test("a call that its server has cancelled without a reason is lost", () => {
+  const cancelled = new ConnectError("CANCELLED", node.Code.Canceled, { "grpc-status": "1" });
+  assert.equal(node.SafelightError.from(cancelled).code, node.Code.Unavailable);
+  const aborted = node.SafelightError.from(new ConnectError("aborted", node.Code.Canceled), AbortSignal.abort());
+  assert.equal(aborted.code, node.Code.Canceled);
+});
+
 test("what cannot be sent is an error at once, of its own kind", () => {
   const client = new FakeClient(() => picture(new Uint8Array(1)));
   assert.throws(() => client.generate({ prompt: "a potion", seed: -1 }), /seed/);

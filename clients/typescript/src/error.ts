@@ -41,7 +41,8 @@ export class SafelightError extends Error {
     const failure = ConnectError.from(error);
     const fromServer = failure.metadata.has("grpc-status");
     if (signal?.aborted && !fromServer) return SafelightError.aborted(signal);
-    return new SafelightError(failure.rawMessage, fromServer ? failure.code : codeOfTransport(failure), failure);
+    const code = fromServer ? codeOfServer(failure) : codeOfTransport(failure);
+    return new SafelightError(failure.rawMessage, code, failure);
   }
 
   /** The error of a call that the caller's signal has ended. */
@@ -51,6 +52,12 @@ export class SafelightError extends Error {
       ? new SafelightError("the caller's signal timed out", Code.DeadlineExceeded, signal.reason)
       : new SafelightError("the caller aborted the call", Code.Canceled, signal.reason);
   }
+}
+
+/** The code of a status. One that says Canceled and gives no reason is of a server that stops: the connection is lost. */
+function codeOfServer(failure: ConnectError): Code {
+  const bare = failure.findDetails(ErrorInfoSchema).length === 0;
+  return failure.code === Code.Canceled && bare ? Code.Unavailable : failure.code;
 }
 
 /** The code of an error that the server has not given as a status. */

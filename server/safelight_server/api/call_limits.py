@@ -1,8 +1,10 @@
-"""Bounds the calls that no caller's quota counts: those whose request has not come, and the streams that need no key.
+"""Is in front of every call: bounds those that no caller's quota counts, and gives each a status with a reason.
 
 gRPC waits for a request without end, and calls a handler only when it is there. `CallLimits` is in front of every
 handler: it takes a call over when its headers come, reads the request within a limited time, and then calls the
 handler. It also turns the errors that a handler raises, and calls of unknown methods, into statuses with an ErrorInfo.
+It knows the open calls, as gRPC leaves some without a reason: a call that is open when the server stops is cut, and one
+whose handler is cancelled from within never ends for its client.
 """
 
 from __future__ import annotations
@@ -10,19 +12,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import math
 from collections import Counter
-from collections.abc import AsyncGenerator, Collection, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, TypeAlias, cast
 from urllib.parse import unquote
 
 import grpc
+import structlog
 from google.protobuf.message import DecodeError
 
 from safelight_server import wire
 from safelight_server.domain.errors import (
     DeadlineExceededError,
     FieldViolation,
+    InternalError,
     InvalidRequestError,
     QueueFullError,
     SafelightError,
@@ -31,11 +36,18 @@ from safelight_server.domain.errors import (
 )
 from safelight_server.telemetry import Metrics
 
+log = structlog.get_logger(__name__)
+
 MAX_AWAITED = 1024
 """Calls whose request has not come. One more ends the oldest: requests that come with their headers wait for
 milliseconds, so those of a flood of headers are ended first."""
 RETRY_S = 1.0
 """A guess, as nobody knows when a stream will be closed; long enough that retries are no load."""
+QUIET_S = 0.2
+"""A server that stops waits for so long without a call that begins or ends. A client that has its picture asks for the
+next one within milliseconds, and is told after which time to come back: 1 s and more."""
+QUIET_PARTS = 4
+"""A pause of the event loop alone is no quiet: after each part of the time it takes up what has come."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -101,6 +113,9 @@ class CallLimits:
         self._quota = quota
         self._metrics = metrics
         self._awaited: dict[Context, None] = {}  # the oldest first
+        self._open: dict[Context, asyncio.Task[Any]] = {}
+        self._num_changes = 0
+        self._changed_at = -math.inf
         self._ending: set[asyncio.Task[None]] = set()
 
     @property
@@ -108,10 +123,36 @@ class CallLimits:
         """Calls whose request, or next request, has not come."""
         return len(self._awaited)
 
+    @property
+    def num_open(self) -> int:
+        """Calls that are being answered."""
+        return len(self._open)
+
     def end_awaited(self) -> None:
         """Ends the calls whose request has not come, with UNAVAILABLE."""
         for context in list(self._awaited):
             self._end(context, UnavailableError("the server is draining; ask another", reason="DRAINING"))
+
+    def end_open(self) -> None:
+        """Ends all calls, with UNAVAILABLE where they have no status yet."""
+        for context, task in list(self._open.items()):
+            if not context.done():
+                error = UnavailableError("the server is draining; ask another", reason="DRAINING")
+                self._end(context, error, task)
+
+    async def quiet(self, within_s: float, hurry: Callable[[], bool]) -> None:
+        """Waits until no call has begun or ended for `QUIET_S`; for `within_s` seconds at most, and not in a `hurry`.
+
+        When a gRPC server stops, calls that it has not taken up and calls that come before the client hears of it end
+        as CANCELLED without a reason (grpc/grpc#41785). After this wait there are none, unless clients never pause.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + within_s
+        num_quiet = QUIET_PARTS if loop.time() - self._changed_at > QUIET_S else 0
+        while num_quiet < QUIET_PARTS and loop.time() < until and not hurry():
+            seen = self._num_changes
+            await asyncio.sleep(QUIET_S / QUIET_PARTS)
+            num_quiet = num_quiet + 1 if self._num_changes == seen else 0
 
     def limited(self, service: str, handler: Handler) -> Handler:
         """A handler that reads the requests within the limits and calls `handler`, of a method of `service`, with them.
@@ -124,15 +165,13 @@ class CallLimits:
         one_to_many, many_to_many = cast(Any, handler.unary_stream), cast(Any, handler.stream_stream)
 
         async def answer(_requests: object, context: Context) -> Any:
-            try:
+            async with self._answering(context):
                 if handler.request_streaming:
                     return await many_to_one(self._requests(context), context)
                 return await one_to_one(await self._request(context), context)
-            except SafelightError as error:
-                await self._refuse(context, error)
 
         async def stream(_requests: object, context: Context) -> None:
-            try:
+            async with self._answering(context):
                 with self._quota.stream(context.peer()) if keyless else contextlib.nullcontext():
                     if handler.request_streaming:
                         responses = many_to_many(self._requests(context), context)
@@ -141,10 +180,6 @@ class CallLimits:
                     async with aclosing(responses):
                         async for response in responses:
                             await context.write(response)
-            except SafelightError as error:
-                await self._refuse(context, error)
-            except grpc.aio.InternalError:  # the client left just before a write
-                raise asyncio.CancelledError from None
 
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(stream, *codec)
@@ -155,9 +190,36 @@ class CallLimits:
         error = UnimplementedError("the server has no method of this name; reflection lists those there are")
 
         async def refuse(_requests: object, context: Context) -> None:
-            await self._refuse(context, error)
+            async with self._answering(context):
+                raise error
 
         return grpc.stream_unary_rpc_method_handler(refuse)
+
+    @asynccontextmanager
+    async def _answering(self, context: Context) -> AsyncGenerator[None, None]:
+        """Counts a call while the block answers it, and turns the errors of the block into statuses."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._open[context] = task
+        self._note_change()
+        try:
+            yield
+        except SafelightError as error:
+            await self._refuse(context, error)
+        except grpc.aio.InternalError:  # the client left just before a write
+            raise asyncio.CancelledError from None
+        except asyncio.CancelledError:
+            if task.cancelling() or context.done():  # by gRPC, as the client has left; or it has its status
+                raise
+            log.exception("bug: a call was given up although its client waits")
+            await self._refuse(context, InternalError())
+        finally:
+            del self._open[context]
+            self._note_change()
+
+    def _note_change(self) -> None:
+        self._num_changes += 1
+        self._changed_at = asyncio.get_running_loop().time()
 
     # --- requests ---
 
@@ -206,15 +268,23 @@ class CallLimits:
 
     # --- ends ---
 
-    def _end(self, context: Context, error: SafelightError) -> None:
-        """Ends a call from outside of its handler. What the handler awaits of its context then fails."""
-        ending = asyncio.create_task(self._refuse_quietly(context, error))
+    def _end(self, context: Context, error: SafelightError, task: asyncio.Task[Any] | None = None) -> None:
+        """Ends a call from outside of its handler. What the handler awaits of its context then fails.
+
+        Args:
+            task: of the handler; cancelled when the call has its status, which gRPC would not do.
+        """
+        ending = asyncio.create_task(self._refuse_quietly(context, error, task))
         self._ending.add(ending)
         ending.add_done_callback(self._ending.discard)
 
-    async def _refuse_quietly(self, context: Context, error: SafelightError) -> None:
+    async def _refuse_quietly(self, context: Context, error: SafelightError, task: asyncio.Task[Any] | None) -> None:
+        if context not in self._open:  # its handler has ended meanwhile, and grpc has freed the call
+            return
         with contextlib.suppress(grpc.aio.BaseError, asyncio.CancelledError):
             await self._refuse(context, error)
+        if task is not None:
+            task.cancel()
 
     async def _refuse(self, context: Context, error: SafelightError) -> None:
         self._metrics.refused(error.reason)

@@ -331,8 +331,12 @@ async def _listening(
         await generations.drain(grace_s)
         health.end_watches()
         limits.end_awaited()
+        if grace_s > 0:
+            await limits.quiet(LAST_WORDS_S, lambda: len(draining) > 1)
         left_s = max(LAST_WORDS_S, until - time.monotonic())  # both may still be sending
+        telling = asyncio.get_running_loop().call_later(left_s - LAST_WORDS_S / 2, limits.end_open)
         await asyncio.gather(*(each.stop(left_s) for each in servers), http.stop(left_s))
+        telling.cancel()
 
     def start_drain(grace_s: float) -> asyncio.Task[None]:
         """Starts a drain; a second one with a shorter grace cuts the first one short."""

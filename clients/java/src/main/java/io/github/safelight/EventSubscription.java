@@ -7,6 +7,7 @@ import io.github.safelight.v1.GenerationServiceGrpc;
 import io.github.safelight.v1.WatchGenerationResponse;
 import io.grpc.CallOptions;
 import io.grpc.ClientCall;
+import io.grpc.Context;
 import io.grpc.Deadline;
 import io.grpc.Metadata;
 import io.grpc.MethodDescriptor;
@@ -49,6 +50,7 @@ final class EventSubscription implements Flow.Subscription {
     private final Received received;
     private final CallOptions options;
     private final Flow.Subscriber<? super Event> subscriber;
+    private final Context context = Context.current();
 
     // Of the callbacks of connections, which follow one another.
     private int asked;
@@ -191,7 +193,7 @@ final class EventSubscription implements Flow.Subscription {
         if (misused != null) {
             end(misused);
         } else if (!status.isOk()) {
-            askAgain(SafelightException.of(status, trailers));
+            askAgain(SafelightException.of(SafelightException.lostOrSaid(status, trailers, context), trailers));
         } else if (received.isFinished()) {
             end(null);
         } else {

@@ -5,6 +5,7 @@ import com.google.protobuf.InvalidProtocolBufferException;
 import com.google.rpc.BadRequest;
 import com.google.rpc.ErrorInfo;
 import com.google.rpc.RetryInfo;
+import io.grpc.Context;
 import io.grpc.Metadata;
 import io.grpc.Status;
 import io.grpc.StatusRuntimeException;
@@ -57,7 +58,20 @@ public final class SafelightException extends RuntimeException {
     }
 
     static SafelightException of(StatusRuntimeException failure) {
-        return of(failure.getStatus().withCause(failure), failure.getTrailers());
+        Status said = lostOrSaid(failure.getStatus(), failure.getTrailers(), Context.current());
+        return of(said.withCause(failure), failure.getTrailers());
+    }
+
+    /**
+     * The status of a call as its caller is told it. One that is CANCELLED without a reason, as a server that stops does,
+     * is a lost connection, unless the call was ended here: by an exception or by the context that it began in.
+     */
+    static Status lostOrSaid(Status status, @Nullable Metadata trailers, Context context) {
+        boolean cancelled = status.getCode() == Status.Code.CANCELLED && of(status, trailers).reason.isEmpty();
+        return cancelled && status.getCause() == null && !context.isCancelled()
+                ? Status.UNAVAILABLE.withDescription(
+                        "the call was cancelled, and not by its caller: " + status.getDescription())
+                : status;
     }
 
     static SafelightException interrupted(InterruptedException cause) {

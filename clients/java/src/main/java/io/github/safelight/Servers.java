@@ -80,8 +80,9 @@ final class Servers implements AutoCloseable {
             try {
                 return call.apply(awake(asked));
             } catch (StatusRuntimeException failure) {
-                if (failure.getStatus().getCode() != Status.Code.UNAVAILABLE || left == 0) {
-                    throw SafelightException.of(failure);
+                SafelightException told = SafelightException.of(failure);
+                if (told.getCode() != Status.Code.UNAVAILABLE || left == 0) {
+                    throw told;
                 }
                 next(asked);
             }
