@@ -7,32 +7,28 @@ import contextlib
 import copy
 import hashlib
 import json
-import os
 import re
 import signal
-import subprocess
 import urllib.request
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.clients.runner import Runner
 from tests.conftest import serving_here
 from tests.support.certificates import self_signed
 from tests.support.redis_server import RedisServer
 from tests.support.relay import Relay
 from tests.support.replicas import Replica, free_port, replicas
+from tools.clients import runners
+from tools.clients.commands import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 CASES: list[dict[str, Any]] = json.loads((ROOT / "clients/conformance/cases.json").read_text())
 NAME = "safelight.example"
 KEYS = {"good": "a-key-of-this-test", "wrong": "another-key", "missing": ""}
 SIMULATED = {"runtime": "simulated", "simulated_base_ms": 20, "simulated_row_ms": 0}
-BOUND_S = 100.0
-"""A runner that takes longer hangs: every case ends by itself in a third of this."""
-DEAD_PROXY = "http://127.0.0.1:9"
-"""Nothing listens there: a client that asks a server on this machine through it fails every case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,41 +76,21 @@ def is_of_http(case: dict[str, Any]) -> bool:
 
 
 async def run(
-    case: dict[str, Any], runner: Sequence[str], folder: Path, *, http: bool = False
+    case: dict[str, Any], runner: Runner, folder: Path, *, http: bool = False
 ) -> tuple[dict[str, Any], Setting]:
     """Runs a case with a runner; what the runner printed, and the setting as it was then. `http`: at the HTTP port."""
     async with set_up(case, folder, http=http) as setting:
-        line = json.dumps(told(case, setting)).encode() + b"\n"
-        # In a thread: uvloop forks, and then gRPC's handlers stop the threads that serve this case's server.
-        process = await asyncio.to_thread(
-            subprocess.run,
-            runner,
-            input=line,
-            capture_output=True,
-            timeout=BOUND_S,  # TimeoutExpired: the client hangs
-            env=os.environ | dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY", "grpc_proxy"), DEAD_PROXY),
-        )
-        assert process.returncode == 0, process.stderr.decode()
+        report = await runner.run(told(case, setting))
         if setting.metrics_port:
             setting.refused = await asyncio.to_thread(_refused, setting.metrics_port)
-    [printed] = process.stdout.decode().splitlines()
-    return json.loads(printed), setting
+    return report, setting
 
 
 def told(case: dict[str, Any], setting: Setting) -> dict[str, Any]:
     """What the runner is told: the case without what it must not know."""
-    client = {
-        "timeout_s": 0,
-        "patience_s": 60,
-        "retries": 3,
-        "max_message_bytes": 0,
-        "pause_s": 0,
-        "cancel_at_step": 0,
-        "watch_again": False,
-    } | case.get("client", {})
     key = KEYS[case["key"]] if "key" in case else ""
-    connection = {"targets": setting.targets, "api_key": key} | asdict(setting.tls)
-    return {"name": case["name"], "requests": requests(case)} | connection | client
+    client = case.get("client", {})
+    return runners.told(case["name"], setting.targets, requests(case), api_key=key, **asdict(setting.tls), **client)
 
 
 def requests(case: dict[str, Any]) -> list[dict[str, Any]]:

@@ -14,8 +14,9 @@ from google.protobuf import json_format
 from safelight.v1 import generation_pb2 as pb
 
 from tests.clients.case import CASES, SIMULATED, Setting, is_of_http, requests, run
-from tests.clients.conftest import LANGUAGES, WEB, is_here
+from tests.clients.runner import Runner
 from tests.conftest import serving_here
+from tools.clients.runners import LANGUAGES, WEB, is_here
 
 RAW = "application/x-raw-rgba8"
 
@@ -42,7 +43,7 @@ async def test_case(case: dict[str, Any], runners, tmp_path: Path) -> None:
         raise ExceptionGroup(f"{case['name']}: {', '.join(failures)}", list(failures.values()))
 
 
-async def run_and_check(case: dict[str, Any], language: str, runner: list[str], folder: Path) -> None:
+async def run_and_check(case: dict[str, Any], language: str, runner: Runner, folder: Path) -> None:
     report, setting = await run(case, runner, folder, http=language == WEB)
     assert report["case"] == case["name"]
     assert len(report["generations"]) == case.get("copies", 1)
