@@ -1,9 +1,9 @@
 """Server-sent events beside gRPC: the same pictures with three previews each, from one server to a client in Python.
 
 The server is real, on the simulated runtime with the sizes of Stable Diffusion 1.5; a probe notes when it has
-serialized a preview. The request over gRPC is the one that the HTTP port makes of the JSON. By gRPC the client is the client
-library; by HTTP it does what OpenAI's package does: it splits lines, reads JSON and decodes base64. Both have one
-connection and ask for one picture after another.
+serialized a preview. The request over gRPC is the one that the HTTP port makes of the JSON. By gRPC the client is the
+client library; by HTTP it does what OpenAI's package does: it splits lines, reads JSON and decodes base64. Both have
+one connection and ask for one picture after another.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safelight_server.app.server import Running
+
 from tests.clients.runner import Runner
 from tests.conftest import serving_here
 from tests.support.certificates import self_signed
@@ -76,10 +78,15 @@ def is_of_http(case: dict[str, Any]) -> bool:
 
 
 async def run(
-    case: dict[str, Any], runner: Runner, folder: Path, *, http: bool = False
+    case: dict[str, Any], runner: Runner, folder: Path, *, http: bool = False, shared: Running | None = None
 ) -> tuple[dict[str, Any], Setting]:
-    """Runs a case with a runner; what the runner printed, and the setting as it was then. `http`: at the HTTP port."""
-    async with set_up(case, folder, http=http) as setting:
+    """Runs a case with a runner; what the runner printed, and the setting as it was then.
+
+    Args:
+        http: at the HTTP port.
+        shared: the server that all languages ask, where the case has one.
+    """
+    async with set_up(case, folder, http=http, shared=shared) as setting:
         report = await runner.run(told(case, setting))
         if setting.metrics_port:
             setting.refused = await asyncio.to_thread(_refused, setting.metrics_port)
@@ -110,7 +117,19 @@ def requests(case: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @contextlib.asynccontextmanager
-async def set_up(case: dict[str, Any], folder: Path, *, http: bool = False) -> AsyncIterator[Setting]:
+async def shared_server(case: dict[str, Any]) -> AsyncIterator[Running | None]:
+    """The server that all languages ask, of a case that has one: it takes long to start, and nothing happens to it."""
+    if not case.get("one_server_for_all"):
+        yield None
+        return
+    async with serving_here(**SIMULATED | case.get("settings", {}) | {"http_port": free_port()}) as running:
+        yield running
+
+
+@contextlib.asynccontextmanager
+async def set_up(
+    case: dict[str, Any], folder: Path, *, http: bool = False, shared: Running | None = None
+) -> AsyncIterator[Setting]:
     """Starts the servers of a case and the relay before the first one."""
     settings = SIMULATED | case.get("settings", {})
     async with contextlib.AsyncExitStack() as ends:
@@ -138,7 +157,7 @@ async def set_up(case: dict[str, Any], folder: Path, *, http: bool = False) -> A
         if running:
             addresses = [replica.address for replica in running]
         else:
-            here = await ends.enter_async_context(
+            here = shared or await ends.enter_async_context(
                 serving_here(**settings | ({"http_port": free_port()} if http else {}))
             )
             addresses = [here.http_address if http else here.address]
