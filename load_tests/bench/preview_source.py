@@ -47,7 +47,7 @@ class PreviewSource:
             yield preview
         yield _response(artifact_chunk=_picture())
         yield _response(2, output_finished=pb.OutputFinished(finish_reason=pb.OutputFinished.FINISH_REASON_COMPLETED))
-        yield _response(3, finished=pb.Finished())
+        yield _response(3, finished=pb.Finished(usage=pb.Usage(num_steps=request.spec.num_inference_steps)))
 
     async def written_us(self) -> list[int]:
         """Microseconds since 1970, by this machine's clock, of each preview of the newest stream."""
