@@ -30,12 +30,14 @@ from safelight_server.domain.uploads import decode_mask, decode_picture
 from safelight_server.engine.engine import Engine
 from safelight_server.engine.jobs import InitImage, Job
 from safelight_server.engine.observer import ExecutionObserver
+from safelight_server.export.exporter import export
+from safelight_server.export.plan import ExportOptions
 from safelight_server.runtime.onnx import OnnxRuntime
 from safelight_server.sampler import SamplerSpec, compile_table, gaussian, steps_left_out
 from safelight_server.scheduler import Priority
 from safelight_server.telemetry import Metrics
 
-from tests.training.test_pipeline_parity import prompts
+from tests.training.test_pipeline_parity import build, prompts
 from training import networks
 
 STEPS = 10
@@ -131,11 +133,14 @@ class Served:
 
 
 @pytest.fixture(scope="module", params=["icons", "sd15"])
-def both(request, exported):
+def both(request, tmp_path_factory):
     """The components in torch, and the same served."""
     torch.set_num_threads(1)
-    pipeline, models = exported(request.param)
-    return pipeline, Served(models)
+    folder = tmp_path_factory.mktemp(request.param)
+    pipeline = build(request.param)
+    pipeline.save_pretrained(folder / "pipeline")
+    export(folder / "pipeline", folder / "models", ExportOptions("tiny", licence="CC0-1.0"))
+    return pipeline, Served(folder / "models")
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from safelight_server.export.exporter import export
+from safelight_server.export.plan import ExportOptions
 from safelight_server.sampler import SamplerSpec, gaussian
 
 from training import networks
@@ -79,11 +81,14 @@ def build(kind: str) -> StableDiffusionPipeline:
 
 
 @pytest.fixture(scope="module", params=["icons", "sd15"])
-def both(request, exported):
+def both(request, tmp_path_factory):
     """The pipeline in torch, and the same exported."""
     torch.set_num_threads(1)
-    pipeline, models = exported(request.param)
-    sampler = Sampler(models / "pipelines" / "tiny" / "1" / "pipeline.json")
+    folder = tmp_path_factory.mktemp(request.param)
+    pipeline = build(request.param)
+    pipeline.save_pretrained(folder / "pipeline")
+    export(folder / "pipeline", folder / "models", ExportOptions("tiny", licence="CC0-1.0"))
+    sampler = Sampler(folder / "models" / "pipelines" / "tiny" / "1" / "pipeline.json")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, sampler
 
