@@ -112,10 +112,19 @@ test-watching: setup ## Run the tests of rules, alerts and dashboards against a 
 	tools/install-system-packages
 	$(PY) -m pytest -q --timeout 120 tests/watching
 
-.PHONY: test-clients
-test-clients: setup node_modules/.installed ## Run the clients of all languages whose toolchains are here against real servers (12 min)
+.PHONY: build-clients
+build-clients: setup node_modules/.installed ## Build what test-clients runs, which it does by itself where this was not done (6 min)
 	tools/install-system-packages
-	$(PY) -m pytest -q --timeout 180 tests/clients
+	PYTHONPATH=clients/python:. $(PY) -m tools.clients
+
+# Side by side: the cases wait for most of their time, the other tests compile and compute.
+CASES := tests/clients/test_conformance.py
+.PHONY: test-clients
+test-clients: build-clients ## Run the clients of all languages whose toolchains are here against real servers (10 min)
+	mkdir -p out
+	nice $(PY) -m pytest -q --timeout 400 tests/clients --ignore $(CASES) >out/test-clients.log 2>&1 & others=$$!; \
+	  $(PY) -m pytest -q --timeout 180 $(CASES); cases=$$?; \
+	  wait $$others; others=$$?; cat out/test-clients.log; exit $$((cases + others))
 
 .PHONY: test-bevy
 test-bevy: setup ## Run the Bevy plugin against a real server, rendering in software (6 min, of which 5 compile Bevy; not in CI)
@@ -223,8 +232,9 @@ PARTS := $(subst $(comma), ,$(ONLY))
 BENCH_ENV := $(if $(filter latency cheaper,$(or $(PARTS),latency)),.venv-training,.venv)
 BENCH_TRITON := $(if $(filter triton merging,$(or $(PARTS),triton)),.venv-triton/.installed)
 BENCH_REDIS := $(if $(filter tiers,$(or $(PARTS),tiers)),tools/install-system-packages)
+BENCH_CLIENTS := $(if $(filter clients,$(or $(PARTS),clients)),node_modules/.installed)
 .PHONY: bench
-bench: setup $(BENCH_ENV)/.installed $(BENCH_TRITON) ## Measure: tables, and JSON in out/bench. ONLY=parts of docs/benchmarks.md, with commas (minutes a part)
+bench: setup $(BENCH_ENV)/.installed $(BENCH_TRITON) $(BENCH_CLIENTS) ## Measure: tables, and JSON in out/bench. ONLY=parts of docs/benchmarks.md, with commas (minutes a part)
 	$(BENCH_REDIS)
 	PYTHONPATH=server:clients/python $(BENCH_ENV)/bin/python -m load_tests.bench --only "$(ONLY)"
 

@@ -44,9 +44,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRATCH = ROOT / "out" / "mutate"
 BASE = SCRATCH / "base"
 """A copy of the working tree, to which the trees of forks are linked: edits made meanwhile change no run."""
-COPIED = ("server", "clients", "tests", "training", "load_tests", "deploy", "pyproject.toml")
+COPIED = ("server", "clients", "tests", "tools/clients", "training", "load_tests", "deploy", "pyproject.toml")
 LINKED = ("models",)
-OURS = {"safelight", "safelight_server", "tests", "load_tests", "training"}
+OURS = {"safelight", "safelight_server", "tests", "tools", "load_tests", "training"}
 """Packages that a patch may change: each fork imports them from its own tree."""
 TESTED = ("server", "clients", "tests/unit", "tests/integration", "tests/redis", "tests/support")
 UNSAFE_BEFORE_FORK = {"onnxruntime"}  # starts a thread when it is imported, which no fork would have

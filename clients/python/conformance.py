@@ -1,6 +1,6 @@
-"""The runner of the Python client: reads a case (JSON, a line), runs it, prints what came (JSON, a line).
+"""The runner of the Python client: reads cases (JSON, a line each), runs them, prints what came (JSON, a line each).
 
-See clients/CONFORMANCE.md.
+With `--sync` it measures the client for programs without asyncio, and does nothing else. See clients/CONFORMANCE.md.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ async def generate(client: safelight.Client, case: dict[str, Any], request: dict
     """Sends one request."""
     seen: dict[str, Any] = {"code": "OK", "reason": "", "violations": {}, "retry_after_s": None}
     seen |= {"generation": "", "reliable": [], "steps": [], "previews": [], "pictures": [], "cancelled": None}
-    seen["watched"] = None
+    seen |= {"watched": None, "received_us": []}
     message = json_format.ParseDict(request, pb.GenerateRequest())
     if case["init_image_file"]:
         init_image, mask = [await client.upload_image(Path(case[name])) for name in ("init_image_file", "mask_file")]
@@ -92,6 +93,8 @@ async def take(client: safelight.Client, case: dict[str, Any], event: safelight.
                 ended = await client.cancel(seen["generation"])
                 state = pb.Generation.State.Name(ended.state)
                 seen["cancelled"] = {"state": state, "steps": [output.step for output in ended.outputs]}
+        case safelight.Preview() if case["measure"]:
+            seen["received_us"].append(now_us())
         case safelight.Preview():
             seen["previews"].append(
                 image(event) | {"step": event.step, "num_bytes": len(event.data), "num_dropped": event.num_dropped}
@@ -112,5 +115,27 @@ def image(event: safelight.Preview | safelight.Picture) -> dict[str, Any]:
     return {name: getattr(event, name) for name in names}
 
 
+def now_us() -> int:
+    """Microseconds since 1970, by this machine's clock."""
+    return time.time_ns() // 1000
+
+
+def measure_sync(case: dict[str, Any]) -> dict[str, Any]:
+    """Sends the only request of a case by the client for programs without asyncio, and notes when previews come."""
+    [request] = case["requests"]
+    message = json_format.ParseDict(request, pb.GenerateRequest())
+    received_us = []
+    with safelight.SyncClient(case["targets"]) as client:
+        spec = message.spec
+        with client.generate(spec.prompt, steps=spec.num_inference_steps, preview=message.preview) as events:
+            for event in events:
+                if isinstance(event, safelight.Preview):
+                    received_us.append(now_us())
+    return {"case": case["name"], "generations": [{"code": "OK", "received_us": received_us}]}
+
+
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(run(json.loads(sys.stdin.readline())))))
+    for line in sys.stdin:
+        case = json.loads(line)
+        report = measure_sync(case) if "--sync" in sys.argv else asyncio.run(run(case))
+        print(json.dumps(report), flush=True)

@@ -21,6 +21,7 @@ PARTS = (
     "latency",
     "scheduler",
     "watchers",
+    "clients",
     "loop",
     "triton",
     "merging",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from load_tests.bench.clients import NoPicture, Seen
+from load_tests.bench.requests import NoPicture, Seen
 
 Ask = Callable[[int], Awaitable[Seen]]
 """Asks for the picture of a seed; raises NoPicture."""

@@ -25,8 +25,8 @@ from safelight_server.catalog.pixels import decoder_latent, to_pixels
 from safelight_server.domain.component import Component
 from safelight_server.sampler import SamplerSpec, advance, compile_table, gaussian, guide
 
-from load_tests.bench.clients import PROMPT
 from load_tests.bench.processes import answer
+from load_tests.bench.requests import PROMPT
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -1,94 +1,156 @@
-"""Safelight clients of the benchmarks: send requests, receive raw pictures and note when their pixels arrived."""
+"""What a preview costs the client of each language, how many a second it takes, and how late its caller has them.
+
+Each client is its runner of clients/CONFORMANCE.md, a process of its own, which notes when its caller has each preview
+of the only stream of `preview_source`. CPU is the difference between a long run and a short one, by the previews by
+which they differ: so the start of the process and most of what a just-in-time compiler does are left out. A second
+table has server-sent events beside gRPC, from a real server.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+import resource
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-import grpc
+import numpy as np
+from google.protobuf import json_format
+from numpy.typing import NDArray
 from safelight.v1 import generation_pb2 as pb
-from safelight.v1 import generation_pb2_grpc as stubs
 
-PROMPT = "a red potion on a dark background"
-RAW = pb.PixelEncoding(media_type="application/x-raw-rgba8")
-COMPUTE = pb.CachePolicy(mode=pb.CachePolicy.MODE_BYPASS)
-METHODS = {
-    "none": pb.PREVIEW_METHOD_NONE,
-    "linear": pb.PREVIEW_METHOD_LINEAR,
-    "tiny": pb.PREVIEW_METHOD_TINY_DECODER,
-    "auto": pb.PREVIEW_METHOD_AUTO,
-}
-CHANNEL_OPTIONS = [
-    ("grpc.http2.bdp_probe", 0),  # with lookahead: previews wait at the server, where the newest wins
-    ("grpc.http2.lookahead_bytes", 65536),
-    ("grpc.use_local_subchannel_pool", 1),
-]
+from load_tests.bench import preview_source, processes, server_sent_events
+from load_tests.bench.processes import Child
+from load_tests.bench.requests import PROMPT, RAW
+from load_tests.bench.runner import Report, Row, median_by
+from tools.clients import runners
 
-
-class NoPicture(Exception):
-    """A server refused or failed; the message says what it said."""
+CLIENTS = ("python", runners.SYNC, "go", "typescript", "java", "rust", "cpp", "c", "csharp")
+RUN_ENDS_S = 300.0
+WARMED_UP = 0.2
+"""Of a run, this share of the previews comes before those that rates and lateness are taken of."""
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """When a client saw pixels, on `time.perf_counter`; without previews the first are the picture's."""
+class Plan:
+    """How much to measure.
 
-    first_pixel: float
-    picture: float
+    Attributes:
+        sizes: edge of the previews in pixels, and how many a short and a long run have.
+        paced: previews of the run that lateness is taken of, `per_s` a second.
+        optimized: runners are built as for production.
+    """
+
+    clients: tuple[str, ...] = CLIENTS
+    sizes: tuple[tuple[int, int, int], ...] = ((64, 2000, 12000), (256, 500, 3000))
+    paced: int = 400
+    per_s: int = 100
+    rounds: int = 3
+    optimized: bool = True
+    events: server_sent_events.Plan = field(default_factory=server_sent_events.Plan)
+
+
+SMOKE = Plan(
+    clients=("python",),  # nothing is compiled
+    sizes=((64, 5, 25),),
+    paced=10,
+    rounds=1,
+    optimized=False,
+    events=server_sent_events.Plan(num_pictures=2, step_ms=50.0, rounds=1),
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What a closed loop of clients saw."""
+class Run:
+    """One run of a runner: when previews were written and received, in microseconds, and the CPU of its process."""
 
-    wall_s: float
-    num_pictures: int
-    num_previews: int
-
-
-def request(seed: int, num_steps: int, previews: str) -> pb.GenerateRequest:
-    """One guided picture as raw RGBA8, with previews of every step as raw RGBA8, or none. It is always computed."""
-    policy = pb.PreviewPolicy(method=METHODS[previews], accept=[] if previews == "none" else [RAW])
-    spec = pb.GenerationSpec(prompt=PROMPT, num_inference_steps=num_steps, outputs=[pb.OutputSpec(seed=seed)])
-    return pb.GenerateRequest(spec=spec, preview=policy, encoding=RAW, cache=COMPUTE)
+    written_us: NDArray[np.int64]
+    received_us: NDArray[np.int64]
+    cpu_s: float
 
 
-async def closed_loop(address: str, num_clients: int, num_pictures: int, num_steps: int, previews: str) -> Asked:
-    """`num_clients` clients that ask one picture after another, until `num_pictures` were asked for."""
-    async with grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) as channel:
-        await channel.channel_ready()
-        stub = stubs.GenerationServiceStub(channel)
-        seeds = iter(range(num_pictures))
-        began = time.perf_counter()
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_client(stub, seeds, num_steps, previews)) for _ in range(num_clients)]
-        wall_s = time.perf_counter() - began
-    return Asked(wall_s, num_pictures, sum(task.result() for task in tasks))
+def measure(plan: Plan) -> Report:
+    """Both tables."""
+    here = [client for client in plan.clients if runners.is_here(client)]
+    commands = {client: runners.runner(client, optimized=plan.optimized) for client in here}
+    rows: list[Row] = []
+    with processes.child(preview_source.serve) as source:
+        address = source.first()
+        for _ in range(plan.rounds):
+            for size in plan.sizes:
+                rows += [_row(plan, client, commands[client], source, address, size) for client in here]
+    missing = [client for client in plan.clients if client not in here]
+    tables: dict[str, Sequence[Row]] = {
+        "One stream of raw previews, by client": median_by(rows, ("client", "preview_kib")),
+        "Pictures with three previews as JPEG, one after another": server_sent_events.rows(plan.events),
+    }
+    notes = [f"left out, their toolchains are not on this machine: {', '.join(missing)}"] if missing else []
+    return Report("clients", tables, notes=notes)
 
 
-async def _client(stub: stubs.GenerationServiceAsyncStub, seeds: Iterator[int], num_steps: int, previews: str) -> int:
-    num_previews = 0
-    for seed in seeds:
-        async for response in stub.Generate(request(seed, num_steps, previews)):
-            num_previews += response.event.HasField("preview")
-    return num_previews
+def _row(
+    plan: Plan, client: str, command: Sequence[str], source: Child, address: str, size: tuple[int, int, int]
+) -> Row:
+    edge_px, few, many = size
+    short = _run(command, source, address, _request(edge_px, few))
+    long = _run(command, source, address, _request(edge_px, many))
+    paced = _run(command, source, address, _request(edge_px, plan.paced, plan.per_s))
+    received_us = long.received_us[int(WARMED_UP * len(long.received_us)) :]
+    per_s = 1e6 * (len(received_us) - 1) / float(received_us[-1] - received_us[0])
+    cpu_us = 1e6 * (long.cpu_s - short.cpu_s) / (many - few)
+    return {
+        "client": client,
+        "preview_kib": 4 * edge_px * edge_px // 1024,
+        "previews_per_s": per_s,
+        "cpu_us_per_preview": cpu_us,
+        "cores": per_s * cpu_us / 1e6,
+        "had": len(long.received_us) / many,
+        "late_ms_p50": _late_ms(paced, 50),
+        "late_ms_p99": _late_ms(paced, 99),
+    }
 
 
-async def watch(stub: stubs.GenerationServiceAsyncStub, seed: int, num_steps: int) -> Seen:
-    """One picture with AUTO previews.
+def _late_ms(run: Run, percent: float) -> float:
+    """A percentile; not a number where the client has passed over previews, and which is not known."""
+    if len(run.received_us) != len(run.written_us):
+        return float("nan")
+    late_us = (run.received_us - run.written_us)[int(WARMED_UP * len(run.written_us)) :]
+    return float(np.percentile(late_us, percent)) / 1e3
+
+
+def _request(edge_px: int, num_previews: int, per_s: int = 0) -> pb.GenerateRequest:
+    """Asks the source for previews, `per_s` a second; 0: as fast as they are taken."""
+    spec = pb.GenerationSpec(prompt=PROMPT, num_inference_steps=num_previews, outputs=[pb.OutputSpec(seed=1)])
+    request = pb.GenerateRequest(spec=spec, encoding=RAW, preview=pb.PreviewPolicy(accept=[RAW], max_edge_px=edge_px))
+    if per_s:
+        request.preview.min_interval.FromMicroseconds(1_000_000 // per_s)
+    return request
+
+
+def _run(command: Sequence[str], source: Child, address: str, request: pb.GenerateRequest) -> Run:
+    """Lets a runner watch one stream.
 
     Raises:
-        NoPicture: it was refused or failed.
+        RuntimeError: it failed, or had no previews.
     """
-    first = picture = 0.0
-    try:
-        async for response in stub.Generate(request(seed, num_steps, "auto")):
-            event = response.event
-            if event.HasField("preview") or event.HasField("artifact_chunk"):
-                picture = time.perf_counter()
-                first = first or picture
-    except grpc.aio.AioRpcError as error:
-        raise NoPicture(error.details()) from None
-    return Seen(first, picture)
+    told = runners.told("measure", [address], [json_format.MessageToDict(request)], measure=True)
+    before_s = _cpu_of_children_s()
+    done = subprocess.run(
+        command, input=json.dumps(told), capture_output=True, text=True, timeout=RUN_ENDS_S, check=False
+    )
+    cpu_s = _cpu_of_children_s() - before_s
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr[-4000:]}")
+    [seen] = json.loads(done.stdout)["generations"]
+    run = Run(np.array(source.ask()), np.array(seen["received_us"]), cpu_s)
+    if seen["code"] != "OK" or not 1 < len(run.received_us) <= len(run.written_us):
+        raise RuntimeError(
+            f"{' '.join(command)}: {len(run.received_us)} of {len(run.written_us)} previews; {seen['code']}"
+        )
+    return run
+
+
+def _cpu_of_children_s() -> float:
+    """CPU time of the processes that have ended, with all their threads."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

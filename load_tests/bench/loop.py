@@ -28,7 +28,7 @@ from safelight_server.settings import load
 from safelight_server.telemetry import configure_logging
 
 from load_tests.bench import processes, watchers
-from load_tests.bench.clients import CHANNEL_OPTIONS
+from load_tests.bench.requests import CHANNEL_OPTIONS
 from load_tests.bench.runner import Report, Row
 
 PROBE_S = 0.005

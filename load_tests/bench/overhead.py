@@ -23,8 +23,8 @@ from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 
 from load_tests.bench import processes
-from load_tests.bench.clients import RAW
 from load_tests.bench.processes import Child, Usage
+from load_tests.bench.requests import RAW
 from load_tests.bench.runner import Report, Row, Target, median_by
 
 MODES = {

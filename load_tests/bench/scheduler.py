@@ -18,8 +18,8 @@ from safelight.v1 import generation_pb2_grpc as stubs
 from safelight_server.runtime.simulated import MAX_ROWS
 
 from load_tests.bench import processes
-from load_tests.bench.clients import CHANNEL_OPTIONS, PROMPT
 from load_tests.bench.processes import Child, Usage
+from load_tests.bench.requests import CHANNEL_OPTIONS, PROMPT
 from load_tests.bench.runner import Report, Row, Target, median_by
 
 BASE_MS, ROW_MS = 20.0, 1.0

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from load_tests.bench import bare, processes
-from load_tests.bench.clients import Asked, closed_loop
 from load_tests.bench.processes import Child, Usage
+from load_tests.bench.requests import Asked, closed_loop
 from load_tests.bench.runner import Report, Target, median_by
 
 PREVIEWS = ("linear", "tiny", "auto")

@@ -23,8 +23,8 @@ from safelight_server.settings import load
 from safelight_server.telemetry import configure_logging
 
 from load_tests.bench import processes
-from load_tests.bench.clients import CHANNEL_OPTIONS, RAW
 from load_tests.bench.processes import Usage
+from load_tests.bench.requests import CHANNEL_OPTIONS, RAW
 from load_tests.bench.runner import Report, Row
 
 STREAMS_PER_GENERATION = 64

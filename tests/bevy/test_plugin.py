@@ -12,11 +12,12 @@ import safelight
 from safelight.v1 import generation_pb2 as pb
 
 from tests.clients.case import ROOT
-from tests.clients.conftest import CARGO, CARGO_ENVIRONMENT, require_rust
+from tests.clients.toolchains import require
+from tools.clients import rust
 
 CRATE = ROOT / "clients/bevy"
 LAVAPIPE = Path("/usr/share/vulkan/icd.d/lvp_icd.x86_64.json")
-ENVIRONMENT = CARGO_ENVIRONMENT | {"CARGO_TARGET_DIR": str(ROOT / "out/bevy"), "RUSTDOCFLAGS": "-D warnings"}
+ENVIRONMENT = rust.ENVIRONMENT | {"CARGO_TARGET_DIR": str(ROOT / "out/bevy"), "RUSTDOCFLAGS": "-D warnings"}
 """A folder of its own: Bevy's features change those of crates that the Rust client has too."""
 
 
@@ -47,21 +48,21 @@ async def run(*command: str | Path, **environment: str) -> str:
     ids=lambda command: command.split()[0],
 )
 async def test_it_builds_and_passes_its_own_checks(command: str) -> None:
-    require_rust()
-    await run(CARGO, *command.split(), **ENVIRONMENT)
+    require("rust")
+    await run(rust.CARGO, *command.split(), **ENVIRONMENT)
 
 
 @pytest.mark.timeout(3600)
 async def test_it_passes_its_own_tests_and_the_readme_compiles() -> None:
-    require_rust()
-    await run(CARGO, "test", "--quiet", **ENVIRONMENT)
+    require("rust")
+    await run(rust.CARGO, "test", "--quiet", **ENVIRONMENT)
 
 
 @pytest.mark.timeout(3600)
 async def test_images_develop_on_the_screen(start, tmp_path: Path) -> None:
-    require_rust()
+    require("rust")
     require_vulkan()
-    await run(CARGO, "build", "--quiet", "--example", "headless", **ENVIRONMENT)
+    await run(rust.CARGO, "build", "--quiet", "--example", "headless", **ENVIRONMENT)
     app = ROOT / "out/bevy/debug/examples/headless"
     async with start() as server, safelight.Client(server.address) as client:
         said = await run(app, server.address, tmp_path, VK_ICD_FILENAMES=str(LAVAPIPE), RUST_LOG="warn")

@@ -7,33 +7,31 @@ import contextlib
 import copy
 import hashlib
 import json
-import os
 import re
 import signal
-import subprocess
 import urllib.request
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safelight_server.app.server import Running
+
+from tests.clients.runner import Runner
 from tests.conftest import serving_here
 from tests.integration.test_images import MASK, PHOTO
 from tests.support.certificates import self_signed
 from tests.support.redis_server import RedisServer
 from tests.support.relay import Relay
 from tests.support.replicas import Replica, free_port, replicas
+from tools.clients import runners
+from tools.clients.commands import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 CASES: list[dict[str, Any]] = json.loads((ROOT / "clients/conformance/cases.json").read_text())
 NAME = "safelight.example"
 KEYS = {"good": "a-key-of-this-test", "wrong": "another-key", "missing": ""}
 SIMULATED = {"runtime": "simulated", "simulated_base_ms": 20, "simulated_row_ms": 0}
-BOUND_S = 100.0
-"""A runner that takes longer hangs: every case ends by itself in a third of this."""
-DEAD_PROXY = "http://127.0.0.1:9"
-"""Nothing listens there: a client that asks a server on this machine through it fails every case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,43 +84,27 @@ def is_of_http(case: dict[str, Any]) -> bool:
 
 
 async def run(
-    case: dict[str, Any], runner: Sequence[str], folder: Path, *, http: bool = False
+    case: dict[str, Any], runner: Runner, folder: Path, *, http: bool = False, shared: Running | None = None
 ) -> tuple[dict[str, Any], Setting]:
-    """Runs a case with a runner; what the runner printed, and the setting as it was then. `http`: at the HTTP port."""
-    async with set_up(case, folder, http=http) as setting:
-        line = json.dumps(told(case, setting)).encode() + b"\n"
-        # In a thread: uvloop forks, and then gRPC's handlers stop the threads that serve this case's server.
-        process = await asyncio.to_thread(
-            subprocess.run,
-            runner,
-            input=line,
-            capture_output=True,
-            timeout=BOUND_S,  # TimeoutExpired: the client hangs
-            env=os.environ | dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY", "grpc_proxy"), DEAD_PROXY),
-        )
-        assert process.returncode == 0, process.stderr.decode()
+    """Runs a case with a runner; what the runner printed, and the setting as it was then.
+
+    Args:
+        http: at the HTTP port.
+        shared: the server that all languages ask, where the case has one.
+    """
+    async with set_up(case, folder, http=http, shared=shared) as setting:
+        report = await runner.run(told(case, setting))
         if setting.metrics_port:
             setting.refused = await asyncio.to_thread(_refused, setting.metrics_port)
-    [printed] = process.stdout.decode().splitlines()
-    return json.loads(printed), setting
+    return report, setting
 
 
 def told(case: dict[str, Any], setting: Setting) -> dict[str, Any]:
     """What the runner is told: the case without what it must not know."""
-    client = {
-        "timeout_s": 0,
-        "patience_s": 60,
-        "retries": 3,
-        "max_message_bytes": 0,
-        "pause_s": 0,
-        "cancel_at_step": 0,
-        "watch_again": False,
-        "init_image_file": setting.init_image_file,
-        "mask_file": setting.mask_file,
-    } | case.get("client", {})
+    images = {"init_image_file": setting.init_image_file, "mask_file": setting.mask_file}
     key = KEYS[case["key"]] if "key" in case else ""
-    connection = {"targets": setting.targets, "api_key": key} | asdict(setting.tls)
-    return {"name": case["name"], "requests": requests(case)} | connection | client
+    client = images | case.get("client", {})
+    return runners.told(case["name"], setting.targets, requests(case), api_key=key, **asdict(setting.tls), **client)
 
 
 def requests(case: dict[str, Any]) -> list[dict[str, Any]]:
@@ -142,7 +124,19 @@ def requests(case: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @contextlib.asynccontextmanager
-async def set_up(case: dict[str, Any], folder: Path, *, http: bool = False) -> AsyncIterator[Setting]:
+async def shared_server(case: dict[str, Any]) -> AsyncIterator[Running | None]:
+    """The server that all languages ask, of a case that has one: it takes long to start, and nothing happens to it."""
+    if not case.get("one_server_for_all"):
+        yield None
+        return
+    async with serving_here(**SIMULATED | case.get("settings", {}) | {"http_port": free_port()}) as running:
+        yield running
+
+
+@contextlib.asynccontextmanager
+async def set_up(
+    case: dict[str, Any], folder: Path, *, http: bool = False, shared: Running | None = None
+) -> AsyncIterator[Setting]:
     """Starts the servers of a case and the relay before the first one."""
     settings = SIMULATED | case.get("settings", {})
     async with contextlib.AsyncExitStack() as ends:
@@ -170,7 +164,7 @@ async def set_up(case: dict[str, Any], folder: Path, *, http: bool = False) -> A
         if running:
             addresses = [replica.address for replica in running]
         else:
-            here = await ends.enter_async_context(
+            here = shared or await ends.enter_async_context(
                 serving_here(**settings | ({"http_port": free_port()} if http else {}))
             )
             addresses = [here.http_address if http else here.address]

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import safelight
 
-from tests.clients import cpp
 from tests.clients.case import SIMULATED
+from tests.clients.toolchains import require
+from tools.clients import cpp
+from tools.clients.commands import run
 
 SANITIZERS = {
     "plain": ("", {}),
@@ -24,8 +26,8 @@ SANITIZERS = {
 
 
 def test_it_exports_its_functions_and_nothing_else() -> None:
-    cpp.require()
-    symbols = cpp.run("nm", "-D", "--defined-only", cpp.build() / "libsafelight.so")
+    require("cpp")
+    symbols = run("nm", "-D", "--defined-only", cpp.build() / "libsafelight.so")
     exported = {line.split()[2].partition("@")[0] for line in symbols.splitlines()}
     header = (cpp.SOURCE / "include/safelight.h").read_text()
     declared = set(re.findall(r"^SAFELIGHT_API [^(]*?(\w+)\(", header, re.MULTILINE))
@@ -34,17 +36,17 @@ def test_it_exports_its_functions_and_nothing_else() -> None:
 
 
 def test_the_header_is_c99_and_cpp(tmp_path: Path) -> None:
-    cpp.require()
+    require("cpp")
     (tmp_path / "main.c").write_text("#include <safelight.h>\nint main(void) { return 0; }\n")
     strict = ("-pedantic", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-I", cpp.SOURCE / "include")
-    cpp.run("cc", "-std=c99", *strict, tmp_path / "main.c")
-    cpp.run("c++", "-std=c++17", *strict, "-x", "c++", tmp_path / "main.c")
+    run("cc", "-std=c99", *strict, tmp_path / "main.c")
+    run("c++", "-std=c++17", *strict, "-x", "c++", tmp_path / "main.c")
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("sanitizers", SANITIZERS)
 async def test_its_test_program(sanitizers: str, start, tmp_path: Path) -> None:
-    cpp.require()
+    require("cpp")
     flags, environment = SANITIZERS[sanitizers]
     built = await asyncio.to_thread(cpp.build, flags)
     async with start(**SIMULATED | {"simulated_base_ms": 10}) as running:

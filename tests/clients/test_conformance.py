@@ -13,13 +13,17 @@ import pytest
 import safelight
 from google.protobuf import json_format
 from safelight.v1 import generation_pb2 as pb
+from safelight_server.app.server import Running
 
-from tests.clients.case import CASES, SIMULATED, Setting, is_of_http, requests, run
-from tests.clients.conftest import LANGUAGES, WEB, is_here
+from tests.clients.case import CASES, SIMULATED, Setting, is_of_http, requests, run, shared_server
+from tests.clients.runner import Runner
 from tests.conftest import serving_here
 from tests.integration.test_images import MASK, PHOTO
+from tools.clients.runners import LANGUAGES, WEB, is_here
 
 RAW = "application/x-raw-rgba8"
+MANY_COPIES, FEW_AT_ONCE = 8, 3
+"""A case with more generations keeps the machine busy: so many languages take their turn together."""
 
 
 @pytest.mark.timeout(600)
@@ -31,21 +35,27 @@ def test_its_runner_is_built(language: str, runners) -> None:
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 async def test_case(case: dict[str, Any], runners, tmp_path: Path) -> None:
-    """All languages at once, each with servers of its own: the longer cases wait most of their time."""
+    """All languages at once, most with servers of their own: the longer cases wait most of their time."""
     languages = [language for language in LANGUAGES if is_here(language) and (language != WEB or is_of_http(case))]
     for language in languages:
         (tmp_path / language).mkdir()
-    done = await asyncio.gather(
-        *(run_and_check(case, language, runners(language), tmp_path / language) for language in languages),
-        return_exceptions=True,
-    )
+    turns = asyncio.Semaphore(FEW_AT_ONCE if case.get("copies", 1) > MANY_COPIES else len(languages))
+    async with shared_server(case) as shared:
+
+        async def run_one(language: str) -> None:
+            async with turns:
+                await run_and_check(case, language, runners(language), tmp_path / language, shared)
+
+        done = await asyncio.gather(*map(run_one, languages), return_exceptions=True)
     failures = {language: error for language, error in zip(languages, done, strict=True) if error is not None}
     if failures:
         raise ExceptionGroup(f"{case['name']}: {', '.join(failures)}", list(failures.values()))
 
 
-async def run_and_check(case: dict[str, Any], language: str, runner: list[str], folder: Path) -> None:
-    report, setting = await run(case, runner, folder, http=language == WEB)
+async def run_and_check(
+    case: dict[str, Any], language: str, runner: Runner, folder: Path, shared: Running | None
+) -> None:
+    report, setting = await run(case, runner, folder, http=language == WEB, shared=shared)
     assert report["case"] == case["name"]
     assert len(report["generations"]) == case.get("copies", 1)
     unseen = list(case["expect"])

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import safelight
 
-from tests.clients import cpp, csharp
 from tests.clients.case import SIMULATED
 from tests.clients.test_readmes import run
+from tests.clients.toolchains import require
+from tools.clients import cpp, csharp
 
 TYPES = {
     "void": "void",
@@ -89,7 +90,7 @@ def test_its_numbers_are_those_of_the_header() -> None:
 
 @pytest.mark.timeout(600)
 async def test_its_test_program(start, tmp_path: Path) -> None:
-    csharp.require()
+    require("csharp")
     source, program = csharp.SOURCE / "tests/ClientTest.cs", csharp.BUILD / "ClientTest.exe"
     await asyncio.to_thread(csharp.compile_program, program, source)
     async with start(**SIMULATED | {"simulated_base_ms": 10}) as running:
@@ -104,7 +105,7 @@ async def test_its_test_program(start, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(find_library("safelight") is not None, reason="libsafelight is installed on this machine")
 def test_a_missing_library_is_named(tmp_path: Path) -> None:
-    csharp.require()
+    require("csharp")
     source = tmp_path / "Alone.cs"
     source.write_text('class Alone { static void Main() { new Safelight.Client("localhost:1"); } }')
     alone = csharp.compile_program(tmp_path / "Alone.exe", source)
@@ -115,7 +116,7 @@ def test_a_missing_library_is_named(tmp_path: Path) -> None:
 
 
 def test_the_program_for_unity_compiles(tmp_path: Path) -> None:
-    csharp.require()
+    require("csharp")
     [program] = re.findall(
         r"```csharp\n(using[^`]*UnityEngine.*?)```", (csharp.SOURCE / "README.md").read_text(), re.DOTALL
     )

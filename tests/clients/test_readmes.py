@@ -11,16 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients import cpp, csharp
 from tests.clients.case import ROOT
-from tests.clients.conftest import (
-    JAVA,
-    build_java,
-    build_rust_program,
-    require_go,
-    require_java,
-    run_java,
-)
+from tests.clients.toolchains import require
+from tools.clients import commands, cpp, java, rust
 
 ADDRESS = "127.0.0.1:8421"
 
@@ -58,7 +51,7 @@ async def test_python(start, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(180)
 async def test_go(start, tmp_path: Path) -> None:
-    require_go()
+    require("go")
     [program] = programs("go", "go")
     source, binary = tmp_path / "main.go", tmp_path / "program"
     async with start() as running:
@@ -72,9 +65,9 @@ async def test_go(start, tmp_path: Path) -> None:
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The C++ and the C client, installed where nothing else is."""
-    cpp.require()
+    require("cpp")
     prefix = tmp_path_factory.mktemp("cpp") / "installed"
-    cpp.run("cmake", "--install", cpp.build(), "--prefix", prefix)
+    commands.run("cmake", "--install", cpp.build(), "--prefix", prefix)
     return prefix
 
 
@@ -118,7 +111,7 @@ async def test_c(start, installed: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(400)
 async def test_csharp(start, tmp_path: Path) -> None:
     """The commands too."""
-    csharp.require()
+    require("csharp")
     (tmp_path / "build").symlink_to(await asyncio.to_thread(cpp.build))
     (tmp_path / "clients").symlink_to(ROOT / "clients")
     [program] = programs("csharp", "csharp")
@@ -134,7 +127,7 @@ async def test_csharp(start, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(400)
 async def test_the_cpp_client_passes_its_own_tests(tmp_path: Path) -> None:
-    cpp.require()
+    require("cpp")
     assert await run(tmp_path, str(cpp.build() / "client_test")) == "ok\n"
 
 
@@ -149,7 +142,7 @@ async def test_cpp_by_pkg_config(installed: Path, tmp_path: Path) -> None:
 
 
 async def test_the_go_client_is_formatted_and_vetted() -> None:
-    require_go()
+    require("go")
     module = ROOT / "clients/go"
     assert await run(module, "gofmt", "-l", ".") == ""
     await run(module, "go", "vet", "./...")
@@ -162,7 +155,7 @@ async def test_rust(start, runners, tmp_path: Path) -> None:
     runners("rust")
     [program] = programs("rust", "rust,no_run")
     async with start() as running:
-        built = await asyncio.to_thread(build_rust_program, tmp_path, program.replace(ADDRESS, running.address))
+        built = await asyncio.to_thread(rust.build_program, tmp_path, program.replace(ADDRESS, running.address))
         said = await run(tmp_path, str(built))
     assert re.match(r"step \d+: \d+ bytes\n", said)
     assert (tmp_path / "potion.png").read_bytes().startswith(b"\x89PNG")
@@ -207,33 +200,33 @@ def test_the_typescript_client_for_pages_imports_nothing_of_node(runners) -> Non
 
 @pytest.mark.timeout(400)
 def test_the_java_client_builds_without_warnings_and_passes_its_own_tests() -> None:
-    require_java()
-    said = build_java()
+    require("java")
+    said = java.build()
     assert "[WARNING]" not in said
     assert re.search(r"Tests run: [1-9]\d*, Failures: 0, Errors: 0, Skipped: 0", said)
-    made = {re.sub(r"[\d.]+\d", "VERSION", file.stem) for file in (JAVA / "target").glob("*.jar")}
+    made = {re.sub(r"[\d.]+\d", "VERSION", file.stem) for file in java.TARGET.glob("*.jar")}
     assert made == {f"safelight-client-VERSION{kind}" for kind in ("", "-sources", "-javadoc")}
 
 
 @pytest.mark.timeout(400)
 async def test_java(start, tmp_path: Path) -> None:
-    require_java()
-    await asyncio.to_thread(build_java)
+    require("java")
+    await asyncio.to_thread(java.build)
     [program] = programs("java", "java")
     async with start() as running:
         source = tmp_path / "Potion.java"
         source.write_text(program.replace(ADDRESS, running.address))
-        said = await run(tmp_path, *run_java(str(source)))
+        said = await run(tmp_path, *java.command(str(source), *java.SHORT_LIVED))
     assert re.match(r"step \d+: \d+ bytes of image/jpeg\n", said)
     assert (tmp_path / "potion.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.timeout(400)
 async def test_kotlin(start, tmp_path: Path) -> None:
-    require_java()
-    await asyncio.to_thread(build_java)
-    assert programs("java", "kotlin") == [(JAVA / "src/test/kotlin/Potion.kt").read_text()]
+    require("java")
+    await asyncio.to_thread(java.build)
+    assert programs("java", "kotlin") == [(java.SOURCE / "src/test/kotlin/Potion.kt").read_text()]
     async with start() as running:
-        said = await run(tmp_path, *run_java("PotionKt"), running.address)
+        said = await run(tmp_path, *java.command("PotionKt", *java.SHORT_LIVED), running.address)
     assert re.match(r"step \d+: \d+ bytes of image/jpeg\n", said)
     assert (tmp_path / "potion.png").read_bytes().startswith(b"\x89PNG")

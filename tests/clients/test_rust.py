@@ -9,9 +9,9 @@ import pytest
 import safelight
 from safelight.v1 import generation_pb2 as pb
 
-from tests.clients.case import ROOT
-from tests.clients.conftest import CARGO, CARGO_ENVIRONMENT, build_rust_program, require_rust
 from tests.clients.test_readmes import run
+from tests.clients.toolchains import require
+from tools.clients import rust
 
 
 @pytest.mark.timeout(300)
@@ -27,16 +27,16 @@ from tests.clients.test_readmes import run
     ids=lambda command: command.split()[0],
 )
 async def test_it_passes_its_own_checks(command: str) -> None:
-    require_rust()
-    environment = CARGO_ENVIRONMENT | {"RUSTDOCFLAGS": "-D warnings"}
-    await run(ROOT / "clients/rust", str(CARGO), *command.split(), **environment)
+    require("rust")
+    environment = rust.ENVIRONMENT | {"RUSTDOCFLAGS": "-D warnings"}
+    await run(rust.SOURCE, str(rust.CARGO), *command.split(), **environment)
 
 
 @pytest.mark.timeout(300)
 async def test_streams_that_nobody_reads_hold_up_none_and_dropped_ones_suspend(start, runners, tmp_path: Path) -> None:
     runners("rust")
     source = Path(__file__).with_name("streams.rs").read_text()
-    program = await asyncio.to_thread(build_rust_program, tmp_path, source)
+    program = await asyncio.to_thread(rust.build_program, tmp_path, source)
     async with start(runtime="simulated") as server, safelight.Client(server.address) as client:
         process = await asyncio.create_subprocess_exec(
             program, server.address, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE

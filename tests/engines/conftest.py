@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients import cpp
+from tests.clients import toolchains
+from tools.clients import cpp
 
 
 def require(program: str, engine: str = "") -> None:
     """Skips the test where a program is missing, or what pkg-config should find for an engine."""
-    cpp.require()
+    toolchains.require("cpp")
     missing = cpp.lacks(*cpp.ENGINES.get(engine, ()))
     if shutil.which(program) is None:
         missing.append(program)

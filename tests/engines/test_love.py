@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.clients import cpp
 from tests.clients.case import ROOT
 from tests.conftest import Start
 from tests.engines.sheet import develop
+from tools.clients import cpp
 
 GAME = ROOT / "clients/cpp/love"
 

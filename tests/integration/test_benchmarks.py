@@ -14,6 +14,7 @@ from safelight_server.catalog import catalog
 
 from load_tests.bench import (
     cheaper,
+    clients,
     hits,
     latency,
     loop,
@@ -21,13 +22,15 @@ from load_tests.bench import (
     pictures,
     running_server,
     scheduler,
+    server_sent_events,
     throughput,
     watchers,
 )
 from load_tests.bench.bare import BareLoop
-from load_tests.bench.clients import PROMPT, request
+from load_tests.bench.requests import PROMPT, request
 from load_tests.calibration import eviction, index, replay
 from tests.conftest import MODELS
+from tools.clients import runners
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -93,6 +96,22 @@ def test_watchers():
     assert row["streams"] == watchers.SMOKE.num_streams
     assert row["healthy_events_per_s"] > row["slow_events_per_s"] > 0
     assert 0 <= row["late_ms_p50"] <= row["late_ms_p99"]
+
+
+def test_clients(monkeypatch):
+    monkeypatch.setattr(runners, "is_here", lambda language: language != "go")
+    report = clients.measure(dataclasses.replace(clients.SMOKE, clients=(*clients.SMOKE.clients, "go")))
+    by_client, by_way = report.tables.values()
+    assert [(row["client"], row["preview_kib"]) for row in by_client] == [("python", 16)]
+    for row in by_client:
+        assert row["previews_per_s"] > 0
+        assert row["late_ms_p50"] <= row["late_ms_p99"]
+    assert [row["way"] for row in by_way] == ["gRPC", "server-sent events"]
+    for row in by_way:
+        assert 0 < row["previews_a_picture"] <= server_sent_events.NUM_PREVIEWS
+        assert row["server_cpu_ms_a_picture"] > 0 and row["client_cpu_ms_a_picture"] > 0
+        assert 0 < row["late_ms_p50"] <= row["late_ms_p99"]
+    assert report.notes == ["left out, their toolchains are not on this machine: go"]
 
 
 def test_latency_without_peers():

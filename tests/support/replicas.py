@@ -8,8 +8,6 @@ import itertools
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -25,8 +23,8 @@ from safelight_server.storage.redis import RedisConnection
 from safelight_server.storage.sealed import Sealer
 
 from tests.conftest import MODELS
+from tests.support.warm_server import ServerProcess
 
-ROOT = Path(__file__).parent.parent.parent
 TTL_S = 1.5
 """Lease time: short, so that a dead replica is soon replaced, yet long enough for two busy cores."""
 
@@ -52,7 +50,7 @@ class Replica:
         } | settings
         self._environment = {f"SAFELIGHT_{name.upper()}": str(value) for name, value in given.items()}
         self._log = folder / f"replica-{self.port}.log"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ServerProcess | None = None
         self.channel: grpc.aio.Channel | None = None
 
     @property
@@ -71,13 +69,7 @@ class Replica:
     async def start(self) -> None:
         """Starts the process and waits until it accepts calls."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SAFELIGHT_")}
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(  # noqa: ASYNC220  # it begins at once, and its end is waited for
-                [sys.executable, "-m", "safelight_server.cli.main", "serve"],
-                env=environment | self._environment | {"PYTHONPATH": f"{ROOT / 'server'}:{ROOT / 'clients/python'}"},
-                stdout=log,
-                stderr=log,
-            )
+        self._process = ServerProcess(environment | self._environment, self._log)
         _ = self.stub
         assert self.channel is not None
         try:
@@ -97,7 +89,6 @@ class Replica:
             self.channel = None
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
             self._process = None
 
     def lines(self, event: str) -> list[dict[str, object]]:

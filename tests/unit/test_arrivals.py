@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from load_tests.bench.arrivals import capacity, poisson, schedule
-from load_tests.bench.clients import NoPicture, Seen
+from load_tests.bench.requests import NoPicture, Seen
 
 
 async def at_once(seed: int) -> Seen:

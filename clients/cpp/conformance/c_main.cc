@@ -86,6 +86,10 @@ void see(json& seen, const safelight_event* event, const json& given, safelight_
       }
       break;
     case SAFELIGHT_EVENT_PREVIEW:
+      if (given["measure"]) {
+        seen["received_us"].push_back(runner::now_us());
+        break;
+      }
       seen["previews"].push_back(described(image, index));
       seen["previews"].back().update({{"step", step},
                                       {"num_bytes", bytes_of(image).size()},
@@ -167,7 +171,5 @@ json run(const json& given) {
 }  // namespace
 
 int main() {
-  std::string line;
-  std::getline(std::cin, line);
-  std::cout << run(json::parse(line)).dump() << std::endl;
+  for (std::string line; std::getline(std::cin, line);) std::cout << run(json::parse(line)).dump() << std::endl;
 }

@@ -1,4 +1,4 @@
-// The runner of the C++ client: reads a case (JSON, a line), runs it, prints what came (JSON, a line).
+// The runner of the C++ client: reads cases (JSON, a line each), runs them, prints what came (JSON, a line each).
 //
 // See clients/CONFORMANCE.md.
 #include <iostream>
@@ -63,6 +63,8 @@ json generate(Client& client, const json& given, const json& request) {
   std::optional<std::chrono::nanoseconds> timeout;
   if (given["timeout_s"] > 0) timeout = seconds(given["timeout_s"]);
   const int cancel_at = given["cancel_at_step"];
+  const bool measures = given["measure"];
+  std::vector<std::int64_t> received_us;
   try {
     v1::GenerateRequest message = parsed(request);
     if (const std::string file = given["init_image_file"]; !file.empty()) {
@@ -78,6 +80,8 @@ json generate(Client& client, const json& given, const json& request) {
         if (cancel_at > 0 && progress->step() >= cancel_at && seen["cancelled"].is_null()) {
           seen["cancelled"] = cancelled(client, seen["generation"]);
         }
+      } else if (std::holds_alternative<safelight::Preview>(event) && measures) {
+        received_us.push_back(runner::now_us());
       } else if (const auto* preview = std::get_if<safelight::Preview>(&event)) {
         seen["previews"].push_back(described(*preview));
         seen["previews"].back().update(
@@ -102,6 +106,7 @@ json generate(Client& client, const json& given, const json& request) {
       seen["retry_after_s"] = std::chrono::duration<double>(*failure.retry_after()).count();
     }
   }
+  seen["received_us"] = received_us;
   return seen;
 }
 
@@ -128,7 +133,5 @@ json run(const json& given) {
 }  // namespace
 
 int main() {
-  std::string line;
-  std::getline(std::cin, line);
-  std::cout << run(json::parse(line)).dump() << std::endl;
+  for (std::string line; std::getline(std::cin, line);) std::cout << run(json::parse(line)).dump() << std::endl;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <cstdint>
 #include <fstream>
 #include <future>
 #include <iomanip>
@@ -19,6 +20,11 @@ using nlohmann::json;
 
 inline std::chrono::milliseconds seconds(const json& s) {
   return std::chrono::milliseconds(static_cast<long>(s.get<double>() * 1000));
+}
+
+/// Microseconds since 1970, by this machine's clock.
+inline std::int64_t now_us() {
+  return std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::system_clock::now().time_since_epoch()).count();
 }
 
 inline std::string sha256(const std::string& data) {
@@ -46,7 +52,8 @@ inline json nothing_seen() {
   return {{"code", "OK"},           {"reason", ""},           {"violations", json::object()},
           {"retry_after_s", nullptr}, {"generation", ""},       {"reliable", json::array()},
           {"steps", json::array()}, {"previews", json::array()}, {"pictures", json::array()},
-          {"num_steps", 0},         {"cancelled", nullptr},   {"watched", nullptr}};
+          {"num_steps", 0},         {"cancelled", nullptr},   {"watched", nullptr},
+          {"received_us", json::array()}};
 }
 
 /// Runs all requests of a case at once, each on a thread; what the runner prints.

@@ -67,6 +67,7 @@ internal sealed class Seen
     internal long NumSteps;
     internal XElement Cancelled = Written.Null("cancelled");
     internal XElement Watched = Written.Null("watched");
+    internal readonly List<long> ReceivedUs = new List<long>();
     internal SafelightException Error;
 
     internal XElement Write() => Written.Object(
@@ -84,14 +85,22 @@ internal sealed class Seen
         Written.Array("pictures", Pictures),
         Written.Number("num_steps", NumSteps),
         Cancelled,
-        Watched);
+        Watched,
+        Written.Array("received_us", ReceivedUs.Select(one => Written.Number("item", one))));
 }
 
 internal static class Program
 {
+    private static readonly DateTime Epoch = new DateTime(1970, 1, 1, 0, 0, 0, DateTimeKind.Utc);
+
     private static int Main()
     {
-        XElement given = Written.Parse(Console.In.ReadLine());
+        for (string line = Console.In.ReadLine(); line != null; line = Console.In.ReadLine()) Run(Written.Parse(line));
+        return 0;
+    }
+
+    private static void Run(XElement given)
+    {
         using (var client = new Client(string.Join(",", given.Element("targets").Elements().Select(one => one.Value)), Options(given)))
         {
             Task<XElement>[] all = given.Element("requests").Elements().Select(request => Task.Factory.StartNew(
@@ -100,7 +109,6 @@ internal static class Program
             Console.WriteLine(Written.Json(Written.Object(
                 "root", Written.Text("case", given.Element("name").Value), Written.Array("generations", all.Select(one => one.Result)))));
         }
-        return 0;
     }
 
     private static ClientOptions Options(XElement given)
@@ -143,7 +151,8 @@ internal static class Program
         {
             try
             {
-                foreach (Event next in generation) See(seen, next, generation, given);
+                bool measures = (bool)given.Element("measure");
+                foreach (Event next in generation) See(seen, next, generation, given, measures);
                 if ((bool)given.Element("watch_again")) seen.Watched = WatchAgain(client, seen.Generation);
             }
             catch (SafelightException error)
@@ -154,7 +163,7 @@ internal static class Program
         return seen.Write();
     }
 
-    private static void See(Seen seen, Event next, Generation generation, XElement given)
+    private static void See(Seen seen, Event next, Generation generation, XElement given, bool measures)
     {
         if (next is Accepted accepted)
         {
@@ -167,6 +176,10 @@ internal static class Program
                 Written.Number("item", progress.OutputIndex), Written.Number("item", progress.Step) }));
             int cancelAt = (int)given.Element("cancel_at_step");
             if (cancelAt > 0 && progress.Step >= cancelAt && seen.Cancelled.IsEmpty) seen.Cancelled = Cancel(generation);
+        }
+        else if (next is Preview && measures)
+        {
+            seen.ReceivedUs.Add((DateTime.UtcNow - Epoch).Ticks / 10);
         }
         else if (next is Preview preview)
         {

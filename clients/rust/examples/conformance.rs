@@ -1,17 +1,17 @@
-//! The runner of the Rust client: reads a case (JSON, a line), runs it, prints what came (JSON, a line).
+//! The runner of the Rust client: reads cases (JSON, a line each), runs them, prints what came (JSON, a line each).
 //!
 //! See clients/CONFORMANCE.md. Its argument is a descriptor set of the contract, which says what protobuf's JSON means.
 
 use std::collections::BTreeMap;
 use std::error::Error;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use std::{env, fs, io};
 
 use prost_reflect::{DescriptorPool, DynamicMessage};
 use safelight::{Client, Event, Picture, v1};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, spawn_blocking};
 use v1::generation::State;
 
 type Run<T> = Result<T, Box<dyn Error + Send + Sync>>;
@@ -22,13 +22,19 @@ async fn main() -> Run<()> {
         .nth(1)
         .ok_or("usage: conformance DESCRIPTOR_SET")?;
     let pool = DescriptorPool::decode(fs::read(descriptors)?.as_slice())?;
-    let mut line = String::new();
-    io::stdin().read_line(&mut line)?;
-    let case: Value = serde_json::from_str(&line)?;
-    let client = client(&case)?;
+    // Read in a thread, so that connections of the case before can end meanwhile.
+    while let Some(line) = spawn_blocking(|| io::stdin().lines().next()).await? {
+        let case: Value = serde_json::from_str(&line?)?;
+        println!("{}", run(&pool, &case).await?);
+    }
+    Ok(())
+}
+
+async fn run(pool: &DescriptorPool, case: &Value) -> Run<Value> {
+    let client = client(case)?;
     let mut runs = JoinSet::new();
     for (index, request) in array(&case["requests"]).iter().enumerate() {
-        let request = request_of(&pool, request)?;
+        let request = request_of(pool, request)?;
         let (client, case) = (client.clone(), case.clone());
         runs.spawn(async move { (index, generate(&client, &case, request).await) });
     }
@@ -38,11 +44,7 @@ async fn main() -> Run<()> {
         generations.insert(index, seen?);
     }
     let generations: Vec<Value> = generations.into_values().collect();
-    println!(
-        "{}",
-        json!({"case": case["name"], "generations": generations})
-    );
-    Ok(())
+    Ok(json!({"case": case["name"], "generations": generations}))
 }
 
 fn client(case: &Value) -> Run<Client> {
@@ -104,6 +106,7 @@ async fn generate(client: &Client, case: &Value, mut request: v1::GenerateReques
     });
     let (mut reliable, mut steps) = (vec![], vec![]);
     let (mut previews, mut pictures) = (vec![], vec![]);
+    let mut received_us = vec![];
     let cancel_at_step = case["cancel_at_step"].as_i64().unwrap_or_default();
     let mut stream = client.generate(request);
     if !seconds(&case["timeout_s"]).is_zero() {
@@ -124,6 +127,9 @@ async fn generate(client: &Client, case: &Value, mut request: v1::GenerateReques
                     let steps: Vec<i32> = ended.outputs.iter().map(|output| output.step).collect();
                     seen["cancelled"] = json!({"state": state(&ended), "steps": steps});
                 }
+            }
+            Ok(Event::Preview(_)) if case["measure"] == true => {
+                received_us.push(SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros());
             }
             Ok(Event::Preview(preview)) => {
                 previews.push(json!({
@@ -157,6 +163,7 @@ async fn generate(client: &Client, case: &Value, mut request: v1::GenerateReques
     seen["steps"] = json!(steps);
     seen["previews"] = previews.into();
     seen["pictures"] = pictures.into();
+    seen["received_us"] = json!(received_us);
     Ok(seen)
 }
 

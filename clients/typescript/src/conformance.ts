@@ -1,9 +1,10 @@
 /**
- * The runner of the TypeScript client: reads a case (JSON, a line), runs it, prints what came (JSON, a line). With
- * `--web` the client is the one for browsers. See clients/CONFORMANCE.md.
+ * The runner of the TypeScript client: reads cases (JSON, a line each), runs them, prints what came (JSON, a line each).
+ * With `--web` the client is the one for browsers. See clients/CONFORMANCE.md.
  */
 import { createHash } from "node:crypto";
 import { readFileSync } from "node:fs";
+import { createInterface } from "node:readline";
 import { setTimeout as sleep } from "node:timers/promises";
 import { fromJson } from "@bufbuild/protobuf";
 import type { JsonValue } from "@bufbuild/protobuf";
@@ -29,6 +30,7 @@ interface Case {
   watch_again: boolean;
   init_image_file: string;
   mask_file: string;
+  measure: boolean;
 }
 
 type Client = node.Client | web.Client;
@@ -63,6 +65,7 @@ async function generate(client: Client, given: Case, json: JsonValue) {
     num_steps: 0,
     cancelled: null as { state: string; steps: number[] } | null,
     watched: null as object | null,
+    received_us: [] as number[],
   };
   try {
     for await (const event of client.develop(request, limits)) {
@@ -79,6 +82,10 @@ async function generate(client: Client, given: Case, json: JsonValue) {
           }
           break;
         case "preview":
+          if (given.measure) {
+            seen.received_us.push(Math.round((performance.timeOrigin + performance.now()) * 1000));
+            break;
+          }
           seen.previews.push({ ...image(event), step: event.step, num_bytes: event.data.length, num_dropped: event.numDropped });
           await sleep(given.pause_s * 1000);
           break;
@@ -130,8 +137,10 @@ function codeName(code: node.Code): string {
   return code === node.Code.Canceled ? "CANCELLED" : node.Code[code].replace(/(?<!^)([A-Z])/g, "_$1").toUpperCase();
 }
 
-const given = JSON.parse(readFileSync(0, "utf8")) as Case;
-const client = clientOf(given);
-const generations = await Promise.all(given.requests.map((request) => generate(client, given, request)));
-console.log(JSON.stringify({ case: given.name, generations }));
-if (client instanceof node.Client) client.close();
+for await (const line of createInterface({ input: process.stdin })) {
+  const given = JSON.parse(line) as Case;
+  const client = clientOf(given);
+  const generations = await Promise.all(given.requests.map((request) => generate(client, given, request)));
+  console.log(JSON.stringify({ case: given.name, generations }));
+  if (client instanceof node.Client) client.close();
+}

@@ -11,9 +11,9 @@ from contextlib import AbstractAsyncContextManager
 import grpc
 from safelight.v1 import generation_pb2_grpc as stubs
 
-from load_tests.bench import arrivals, clients
+from load_tests.bench import arrivals, requests
 from load_tests.bench.arrivals import Ask, Latencies
-from load_tests.bench.clients import CHANNEL_OPTIONS, PROMPT, NoPicture, Seen
+from load_tests.bench.requests import CHANNEL_OPTIONS, PROMPT, NoPicture, Seen
 
 DIFFUSERS_METHOD = "/bench.Diffusers/Generate"
 
@@ -24,7 +24,7 @@ async def _safelight(address: str, num_steps: int) -> AsyncIterator[Ask]:
         stub = stubs.GenerationServiceStub(channel)
 
         async def ask(seed: int) -> Seen:
-            return await clients.watch(stub, seed, num_steps)
+            return await requests.watch(stub, seed, num_steps)
 
         yield ask
 

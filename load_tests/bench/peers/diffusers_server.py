@@ -18,9 +18,9 @@ import grpc
 import torch
 from diffusers import StableDiffusionPipeline
 
-from load_tests.bench.clients import PROMPT
 from load_tests.bench.peers.ask import DIFFUSERS_METHOD
 from load_tests.bench.peers.start import SERVING
+from load_tests.bench.requests import PROMPT
 from training import networks
 from training.recipe import RECIPE
 

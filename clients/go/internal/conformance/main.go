@@ -1,10 +1,9 @@
-// The runner of the Go client: reads a case (JSON, a line), runs it, prints what came (JSON, a line).
+// The runner of the Go client: reads cases (JSON, a line each), runs them, prints what came (JSON, a line each).
 //
 // See clients/CONFORMANCE.md.
 package main
 
 import (
-	"bufio"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -12,6 +11,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"io"
 	"log"
 	"os"
 	"strconv"
@@ -46,6 +46,7 @@ type conformanceCase struct {
 	WatchAgain   bool              `json:"watch_again"`
 	InitFile     string            `json:"init_image_file"`
 	MaskFile     string            `json:"mask_file"`
+	Measure      bool              `json:"measure"`
 }
 
 type report struct {
@@ -67,6 +68,7 @@ type generation struct {
 	NumSteps    int64             `json:"num_steps"`
 	Cancelled   *cancelled        `json:"cancelled"`
 	Watched     *watched          `json:"watched"`
+	ReceivedUs  []int64           `json:"received_us"`
 }
 
 type image struct {
@@ -95,11 +97,16 @@ type watched struct {
 }
 
 func main() {
-	line, err := bufio.NewReader(os.Stdin).ReadBytes('\n')
-	check(err)
-	var given conformanceCase
-	check(json.Unmarshal(line, &given))
-	check(json.NewEncoder(os.Stdout).Encode(run(given)))
+	cases := json.NewDecoder(os.Stdin)
+	for {
+		var given conformanceCase
+		err := cases.Decode(&given)
+		if err == io.EOF {
+			return
+		}
+		check(err)
+		check(json.NewEncoder(os.Stdout).Encode(run(given)))
+	}
 }
 
 func run(given conformanceCase) report {
@@ -189,6 +196,10 @@ func generate(client *safelight.Client, given conformanceCase, request *pb.Gener
 				}
 			}
 		case *safelight.Preview:
+			if given.Measure {
+				seen.ReceivedUs = append(seen.ReceivedUs, time.Now().UnixMicro())
+				continue
+			}
 			seen.Previews = append(seen.Previews, image{
 				OutputIndex: int(event.GetOutputIndex()), MediaType: event.GetMediaType(), WidthPx: int(event.GetWidthPx()),
 				HeightPx: int(event.GetHeightPx()), StrideBytes: int(event.GetStrideBytes()), Step: int(event.GetStep()),

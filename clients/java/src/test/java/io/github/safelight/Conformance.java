@@ -20,6 +20,8 @@ import java.nio.file.Files;
 import java.nio.file.Path;
 import java.security.MessageDigest;
 import java.time.Duration;
+import java.time.Instant;
+import java.time.temporal.ChronoUnit;
 import java.util.ArrayList;
 import java.util.HexFormat;
 import java.util.List;
@@ -30,7 +32,7 @@ import java.util.concurrent.Executors;
 import org.jspecify.annotations.Nullable;
 
 /**
- * The runner of the Java client: reads a case (JSON, a line), runs it, prints what came (JSON, a line).
+ * The runner of the Java client: reads cases (JSON, a line each), runs them, prints what came (JSON, a line each).
  *
  * <p>See clients/CONFORMANCE.md.
  */
@@ -39,7 +41,7 @@ final class Conformance {
             String name, List<String> targets, String caFile, String certFile, String keyFile, String serverName,
             String apiKey, List<JsonObject> requests, double timeoutS, double patienceS, int retries,
             int maxMessageBytes, double pauseS, int cancelAtStep, boolean watchAgain, String initImageFile,
-            String maskFile) {}
+            String maskFile, boolean measure) {}
 
     record Report(@com.google.gson.annotations.SerializedName("case") String name, List<Seen> generations) {}
 
@@ -66,6 +68,7 @@ final class Conformance {
         long numSteps;
         @Nullable Cancelled cancelled;
         @Nullable Watched watched;
+        List<Long> receivedUs = new ArrayList<>();
     }
 
     private final Case given;
@@ -82,7 +85,9 @@ final class Conformance {
                 .serializeNulls()
                 .create();
         var lines = new BufferedReader(new InputStreamReader(System.in, StandardCharsets.UTF_8));
-        System.out.println(json.toJson(run(json.fromJson(lines.readLine(), Case.class))));
+        for (String line = lines.readLine(); line != null; line = lines.readLine()) {
+            System.out.println(json.toJson(run(json.fromJson(line, Case.class))));
+        }
     }
 
     private static Report run(Case given) throws Exception {
@@ -156,6 +161,8 @@ final class Conformance {
                 List<Integer> steps = ended.getOutputsList().stream().map(OutputState::getStep).toList();
                 seen.cancelled = new Cancelled(ended.getState().name(), steps);
             }
+        } else if (event instanceof Event.Preview && given.measure()) {
+            seen.receivedUs.add(ChronoUnit.MICROS.between(Instant.EPOCH, Instant.now()));
         } else if (event instanceof Event.Preview preview) {
             seen.previews.add(image(preview, preview.step(), preview.numDropped(), 0));
             Thread.sleep((long) (1000 * given.pauseS()));

@@ -6,13 +6,11 @@ import functools
 import shutil
 from pathlib import Path
 
-import pytest
+from tools.clients import cpp
+from tools.clients.commands import CLIENTS, OUT, once, run
 
-from tests.clients import cpp
-from tests.clients.case import ROOT
-
-SOURCE = ROOT / "clients/csharp"
-BUILD = ROOT / "out/csharp"
+SOURCE = CLIENTS / "csharp"
+BUILD = OUT / "csharp"
 ASSEMBLIES = ("System.Core", "System.Runtime.Serialization", "System.Xml", "System.Xml.Linq")
 
 
@@ -23,15 +21,6 @@ def is_here() -> bool:
         and all(Path(f"/usr/lib/mono/4.5/{name}.dll").exists() for name in ASSEMBLIES)
         and cpp.is_here()
     )
-
-
-def require() -> None:
-    """Skips the test where something is missing."""
-    if not is_here():
-        pytest.skip(
-            "no mono-mcs, mono-runtime, libmono-system-runtime-serialization4.0-cil and libmono-system-xml-linq4.0-cil, "
-            "or no C++ toolchain here (tools/install-system-packages cpp csharp)"
-        )
 
 
 def compile_library(assembly: Path, *sources: Path, uses: Path | None = None) -> Path:
@@ -53,20 +42,25 @@ def _compile(assembly: Path, *arguments: str | Path) -> Path:
     """C# 7, where a warning is an error."""
     assembly.parent.mkdir(parents=True, exist_ok=True)
     references = [f"-r:{name}" for name in ASSEMBLIES]
-    cpp.run("mcs", "-langversion:7", "-warn:4", "-warnaserror", f"-out:{assembly}", *references, *arguments)
+    run("mcs", "-langversion:7", "-warn:4", "-warnaserror", f"-out:{assembly}", *references, *arguments)
     return assembly
 
 
 @functools.cache
 def build() -> Path:
     """The client's assembly."""
-    return compile_library(BUILD / "Safelight.dll", *sorted((SOURCE / "src").glob("*.cs")))
+    assembly = BUILD / "Safelight.dll"
+    sources = sorted((SOURCE / "src").glob("*.cs"))
+    once("csharp", assembly, [SOURCE / "src"], lambda: str(compile_library(assembly, *sources)))
+    return assembly
 
 
 @functools.cache
 def runner() -> Path:
     """The runner of the conformance suite."""
-    return compile_program(BUILD / "conformance.exe", SOURCE / "conformance/Program.cs")
+    program, source = BUILD / "conformance.exe", SOURCE / "conformance/Program.cs"
+    once("csharp-runner", program, [SOURCE / "src", source], lambda: str(compile_program(program, source)))
+    return program
 
 
 def command(program: Path) -> list[str]:

@@ -1,0 +1,100 @@
+"""A gRPC server that sends previews of a fixed size, as fast as its client takes them or at a pace.
+
+It computes nothing and passes nothing over, so that what is measured is the client. A request says how many previews
+(`num_inference_steps`), how large (`preview.max_edge_px` in both directions, raw RGBA8) and how far apart
+(`preview.min_interval`). All previews of a stream are the same bytes; a small picture follows them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import grpc
+from safelight.v1 import generation_pb2 as pb
+from safelight_server.api.service import GENERATION_SERVICE
+from safelight_server.app.grpc_server import OPTIONS
+from safelight_server.app.process import settle
+
+from load_tests.bench import processes
+from load_tests.bench.requests import RAW
+
+PICTURE_PX = 16
+
+
+class PreviewSource:
+    """Answers Generate, and remembers when it has handed the previews of the newest stream to gRPC."""
+
+    def __init__(self) -> None:
+        self._written_us: list[int] = []
+
+    async def generate(self, request: pb.GenerateRequest, _: object) -> AsyncIterator[bytes]:
+        """Accepted, the previews, the picture, and the end, as serialized responses."""
+        written_us = self._written_us = list[int]()
+        preview = _response(preview=_preview(request.preview.max_edge_px))
+        interval_s = request.preview.min_interval.ToNanoseconds() / 1e9
+        yield _response(1, accepted=pb.Accepted(spec=request.spec, encoding=RAW))
+        due = time.monotonic()
+        for _ in range(request.spec.num_inference_steps):
+            if interval_s:
+                due += interval_s
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+            written_us.append(time.time_ns() // 1000)
+            yield preview
+        yield _response(artifact_chunk=_picture())
+        yield _response(2, output_finished=pb.OutputFinished(finish_reason=pb.OutputFinished.FINISH_REASON_COMPLETED))
+        yield _response(3, finished=pb.Finished(usage=pb.Usage(num_steps=request.spec.num_inference_steps)))
+
+    async def written_us(self) -> list[int]:
+        """Microseconds since 1970, by this machine's clock, of each preview of the newest stream."""
+        return self._written_us
+
+
+async def serve(pipe: Connection) -> None:
+    """Says the address, then answers every question with the times of the newest stream."""
+    source = PreviewSource()
+    handler: grpc.RpcMethodHandler[Any, Any] = grpc.unary_stream_rpc_method_handler(
+        source.generate, pb.GenerateRequest.FromString
+    )
+    server = grpc.aio.server(options=OPTIONS)
+    server.add_registered_method_handlers(GENERATION_SERVICE, {"Generate": handler})
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    settle()
+    pipe.send(f"127.0.0.1:{port}")
+    await processes.answer(pipe, source.written_us)
+
+
+def _response(sequence: int = 0, **event: object) -> bytes:
+    happened = pb.GenerationEvent(sequence=sequence, generation="generations/measured", **event)  # type: ignore[arg-type]
+    happened.event_time.GetCurrentTime()
+    return pb.GenerateResponse(event=happened).SerializeToString()
+
+
+def _preview(edge_px: int) -> pb.Preview:
+    return pb.Preview(
+        step=1,
+        media_type=RAW.media_type,
+        width_px=edge_px,
+        height_px=edge_px,
+        stride_bytes=4 * edge_px,
+        method=pb.PREVIEW_METHOD_TINY_DECODER,
+        data=bytes(range(256)) * (edge_px * edge_px // 64),
+    )
+
+
+def _picture() -> pb.ArtifactChunk:
+    data = bytes(4 * PICTURE_PX * PICTURE_PX)
+    return pb.ArtifactChunk(
+        media_type=RAW.media_type,
+        width_px=PICTURE_PX,
+        height_px=PICTURE_PX,
+        stride_bytes=4 * PICTURE_PX,
+        total_bytes=len(data),
+        data=data,
+        sha256=hashlib.sha256(data).digest(),
+    )

@@ -1,0 +1,100 @@
+"""Starts `safelight serve` as forks of a process that has imported the server, which takes most of the CPU of a start.
+
+Each is a process of its own: it runs the command line in its environment, writes to its log, and is killed, frozen or
+told to end by signals. Those that are left when the tests end are killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class ServerProcess:
+    """A server in a process of its own, whose output is appended to `log`."""
+
+    def __init__(self, environment: Mapping[str, str], log: Path) -> None:
+        self.pid = _ask({"environment": dict(environment), "log": str(log)})
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal."""
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kills it and waits for its end. To be called once, also where it has ended."""
+        self.send_signal(signal.SIGKILL)
+        _ask({"wait": self.pid})
+
+
+@functools.cache
+def _imported() -> subprocess.Popen[str]:
+    """The process that has imported the server; it ends when its input does, with this process at the latest."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SAFELIGHT_")}
+    path = os.pathsep.join(map(str, (ROOT / "server", ROOT / "clients/python", ROOT)))
+    command = [sys.executable, "-m", "tests.support.warm_server"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment | {"PYTHONPATH": path}, text=True, **pipes)  # type: ignore[call-overload, no-any-return]
+
+
+def _ask(order: Mapping[str, Any]) -> int:
+    process = _imported()
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps(order) + "\n")
+    process.stdin.flush()
+    return int(process.stdout.readline())
+
+
+def main() -> None:
+    """Imports the server, then makes a fork for each order, which returns to here and serves."""
+    from safelight_server.cli.main import main as command
+
+    gc.freeze()
+    if _forked():
+        command()
+
+
+def _forked() -> bool:
+    """Does what it is asked until the input ends. Whether this is a fork, which has to serve."""
+    running = set()
+    for line in iter(sys.stdin.readline, ""):
+        order = json.loads(line)
+        if (pid := order.get("wait")) is not None:
+            os.waitpid(pid, 0)
+            running.discard(pid)
+        else:
+            pid = os.fork()
+            if not pid:
+                _become(**order)
+                return True
+            running.add(pid)
+        print(pid, flush=True)
+    for pid in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return False
+
+
+def _become(environment: Mapping[str, str], log: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv[1:] = ["serve"]
+    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for ours, standard in ((nothing, 0), (written, 1), (written, 2)):
+        os.dup2(ours, standard)
+        os.set_inheritable(standard, True)
+
+
+if __name__ == "__main__":
+    main()

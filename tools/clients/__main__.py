@@ -1,0 +1,48 @@
+"""Builds what `make test-clients` runs, for the languages whose toolchains are here: `make build-clients`.
+
+CI does it beside the groups that wait, so that the tests of the clients begin with what is built.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+from tools.clients import cpp, rust
+from tools.clients.commands import CLIENTS, run
+from tools.clients.runners import LANGUAGES, is_here, runner
+
+RUST_CHECKS = ("clippy --quiet --all-targets -- -D warnings", "test --quiet --no-run", "doc --quiet --no-deps")
+"""Commands of tests/clients/test_rust.py whose dependencies are compiled once."""
+
+
+def main() -> None:
+    """Builds, one after the other, and says how long each took.
+
+    Raises:
+        BuildError: something does not build.
+    """
+    for name, build in builds().items():
+        began = time.monotonic()
+        build()
+        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def builds() -> dict[str, Callable[[], object]]:
+    """What there is to build on this machine, by name."""
+    found: dict[str, Callable[[], object]] = {
+        f"runner of {language}": partial(runner, language) for language in LANGUAGES if is_here(language)
+    }
+    if is_here("cpp"):
+        found |= {f"C client with {one}": partial(cpp.build, one) for one in cpp.SANITIZERS}
+    if is_here("rust"):
+        command = partial(run, rust.CARGO, cwd=rust.SOURCE, environment=rust.ENVIRONMENT)
+        found |= {f"cargo {check.split()[0]}": partial(command, *check.split()) for check in RUST_CHECKS}
+    if is_here("go"):
+        found["go vet"] = partial(run, "go", "vet", "./...", cwd=CLIENTS / "go")
+    return found
+
+
+if __name__ == "__main__":
+    main()
