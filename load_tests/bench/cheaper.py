@@ -26,8 +26,8 @@ from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 
 from load_tests.bench import processes
-from load_tests.bench.clients import COMPUTE, RAW
 from load_tests.bench.processes import Usage
+from load_tests.bench.requests import COMPUTE, RAW
 from load_tests.bench.runner import Report, Row
 from training.icons import Spec, caption, sample_spec
 

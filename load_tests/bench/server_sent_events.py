@@ -22,7 +22,6 @@ import safelight
 from safelight_server.app.process import settle
 from safelight_server.app.server import serving
 from safelight_server.catalog.catalog import Catalog
-from safelight_server.http.images import PARTIAL
 from safelight_server.http.images_request import generate_request, parse
 from safelight_server.preview import RenderedPreview
 from safelight_server.runtime import simulated
@@ -113,7 +112,7 @@ async def by_http(address: str, seeds: range) -> tuple[list[int], int]:
     """As `by_grpc`, by the HTTP port."""
     received_us: list[int] = []
     num_bytes = 0
-    headers, partial = {"content-type": "application/json"}, f"event: {PARTIAL}"
+    headers, partial = {"content-type": "application/json"}, "event: image_generation.partial_image"
     async with httpx2.AsyncClient(base_url=f"http://{address}", headers=headers, trust_env=False) as client:
         for seed in seeds:
             async with client.stream("POST", "/v1/images/generations", content=_body(seed)) as response:
