@@ -50,7 +50,7 @@ def described(image, file):
         "packed": image.packed_file is not None,
         "colorspace": image.colorspace_settings.name,
         "fake_user": image.use_fake_user,
-        "properties": {key: image[key] for key in image.keys() if key.startswith("safelight_")},
+        "properties": {key: image[key] for key in image.keys() if key.startswith("safelight_")},  # noqa: SIM118  # it is no dict
     }
 
 
@@ -124,7 +124,7 @@ def refused(address, key="", ca_file=""):
     failure = developments.state.failure
     return {
         "texts": texts,
-        "images": len([image for image in bpy.data.images if "safelight_prompt" in image.keys()]),
+        "images": sum(image.get("safelight_prompt") is not None for image in bpy.data.images),
         "models": developments.state.models,
         "panel": failure.reason if failure else "",
     }

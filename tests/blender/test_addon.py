@@ -69,7 +69,9 @@ async def test_a_script_waits_and_starts_from_an_image(blender: Blender, start: 
     assert 0 <= waited["drawn"] < 2**31, "a seed that Blender can be given again"
 
 
-async def test_what_the_server_refuses_is_told_with_its_reason_by_tls_too(blender: Blender, start: Start, tmp_path: Path) -> None:
+async def test_what_the_server_refuses_is_told_with_its_reason_by_tls_too(
+    blender: Blender, start: Start, tmp_path: Path
+) -> None:
     keys = tmp_path / "keys.json"
     key, entry = new_key("blender", "studio")
     keys.write_text(f'{{"keys": [{entry}]}}')
@@ -82,7 +84,7 @@ async def test_what_the_server_refuses_is_told_with_its_reason_by_tls_too(blende
     assert developed == ""
     assert "INVALID_REQUEST" in too_many and "spec.num_inference_steps" in too_many
     assert "prompt: say" in empty
-    assert known["models"] == ["icons"] and known["panel"] == ""
+    assert known["models"] == ["simulated"] and known["panel"] == ""
     assert known["images"] == 1, "images without pixels are gone"
     assert all("UNAUTHENTICATED" in text for text in unknown["texts"][:2])
     assert unknown["models"] == [] and unknown["panel"] == "UNAUTHENTICATED" and unknown["images"] == 0

@@ -73,8 +73,8 @@ def start(server: Server, prompt: str, options: safelight.GenerateOptions) -> tu
     """Starts a generation and makes its image.
 
     Args:
-        options: a seed that is absent is drawn here: all of Blender's numbers have 32 bits, and one that the server draws
-            has 64, so that it could not be given again.
+        options: where the seed is absent, one is drawn here. Blender's numbers have 32 bits, and a seed that the
+            server draws has 64, so that it could not be given again.
     """
     options.setdefault("seed", random.getrandbits(31))
     width, height = options.get("width") or FIRST_SIZE_PX, options.get("height") or FIRST_SIZE_PX

@@ -32,7 +32,9 @@ class SafelightPreferences(bpy.types.AddonPreferences):
     api_key: StringProperty(name="API key", description="Empty: none", subtype="PASSWORD")
     tls: BoolProperty(name="TLS", description="Connect by TLS. A key that is sent without it can be read on its way")
     ca_file: StringProperty(
-        name="Authorities", description="A PEM file of the authorities to trust. Empty: those of gRPC", subtype="FILE_PATH"
+        name="Authorities",
+        description="A PEM file of the authorities to trust. Empty: those of gRPC",
+        subtype="FILE_PATH",
     )
     server_name: StringProperty(
         name="Server's name", description="The name in its certificate, where it differs from the address"

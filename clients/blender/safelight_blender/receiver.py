@@ -1,7 +1,7 @@
-"""Receives generations in one thread with an event loop. Knows nothing of Blender, whose data only its main thread may touch.
+"""Receives generations in one thread with an event loop.
 
-A `Generation` is written by that thread and read by any. It keeps the newest image alone: what the reader has not taken is
-replaced.
+Knows nothing of Blender, whose data only its main thread may touch. A `Generation` is written by that thread and read
+by any. It keeps the newest image alone: what the reader has not taken is replaced.
 """
 
 from __future__ import annotations
