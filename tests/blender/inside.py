@@ -74,16 +74,17 @@ def develop(address, folder):
     """Starts a development, looks at the image after each tick, and saves the file."""
     use(address)
     assert bpy.ops.safelight.develop(prompt=PROMPT, negative_prompt="blue", seed=7, steps=40) == {"FINISHED"}
-    image, seen = newest(), {}
+    image, seen, sizes = newest(), {}, set()
 
     def ended():
-        if running():
+        if running() and running()[0].num_images:
+            sizes.add(tuple(image.size))
             seen.setdefault(pixels(image).tobytes(), len(seen))
         return not running()
 
     tick_until(ended)
     bpy.ops.wm.save_as_mainfile(filepath=f"{folder}/saved.blend")
-    return described(image, f"{folder}/developed.npy") | {"seen": len(seen)}
+    return described(image, f"{folder}/developed.npy") | {"seen": len(seen), "sizes": sorted(sizes)}
 
 
 def reopen(folder):
@@ -172,6 +173,8 @@ def cancel(address, folder):
 
 def window(address, folder, num_steps):
     """In the window: develops in two editors at once, and counts the ticks of a timer of its own meanwhile."""
+    from safelight_blender import developments
+
     use(address)
     window, seen, ticks, developing = bpy.context.window_manager.windows[0], [], 0, []
     by_size = sorted(window.screen.areas, key=lambda area: area.width * area.height)
@@ -197,6 +200,8 @@ def window(address, folder, num_steps):
     def count():
         nonlocal ticks
         ticks += 1
+        if developing[0] not in bpy.data.images:
+            return answer({"failure": str(developments.state.failure)})
         shown = pixels(bpy.data.images[developing[0]]).tobytes()
         if not seen or seen[-1][1] != shown:
             seen.append((ticks, shown))
@@ -213,6 +218,15 @@ def window(address, folder, num_steps):
         answer(result)
 
     bpy.app.timers.register(press, first_interval=1)
+
+
+def leave(address):
+    """Blender's end while something develops."""
+    use(address)
+    bpy.ops.safelight.develop(prompt=PROMPT, steps=900)
+    [development] = running()
+    tick_until(lambda: development.num_images > 0)
+    return {"name": development.generation.name}
 
 
 def answer(result):

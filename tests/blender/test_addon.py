@@ -38,6 +38,7 @@ async def test_an_image_develops_and_is_saved(blender: Blender, start: Start, tm
         expected = await picture(running.address, negative_prompt="blue", seed=7, steps=40)
         reopened = await blender.run("reopen", tmp_path)
     assert developed.pop("seen") >= 3, "previews were seen, not only the picture"
+    assert developed.pop("sizes") == [[128, 128]], "smaller previews are scaled"
     assert np.array_equal(shown(tmp_path / "developed.npy"), expected), "the picture, to the pixel"
     assert np.array_equal(shown(tmp_path / "reopened.npy"), expected), "the file has it"
     properties = developed["properties"]
@@ -110,3 +111,10 @@ async def test_all_that_ends_a_development_reaches_the_server(blender: Blender, 
     assert "safelight" not in cancelled["threads"]
     unfinished = cancelled["unfinished"]
     assert unfinished["packed"] and unfinished["properties"]["safelight_unfinished"].startswith("GENERATION_CANCELLED")
+
+
+async def test_the_end_of_blender_reaches_the_server(blender: Blender, start: Start) -> None:
+    async with start(**SIMULATED | {"simulated_base_ms": 100}) as running:
+        left = await blender.run("leave", running.address)
+        async with safelight.Client(running.address) as client:
+            assert (await client.get(left["name"])).state == pb.Generation.STATE_CANCELLED

@@ -18,7 +18,8 @@ from tests.engines.sheet import screen
 
 SIZE = (1280, 800)
 SCREENSHOTS = ROOT / "out/blender"
-STEPS = 100
+STEPS = 50
+"""The most that the model takes."""
 
 
 @pytest.mark.timeout(400)
@@ -44,6 +45,7 @@ async def test_the_window_goes_on_while_an_image_develops(blender: Blender, star
     for part, pixels in (("middle", frames[len(frames) // 2]), ("end", last)):
         PIL.Image.fromarray(pixels).save(SCREENSHOTS / f"window-{part}.png")
     developed = json.loads(answer.read_text())
+    assert "failure" not in developed, developed
     assert np.array_equal(shown(tmp_path / "first.npy"), first), "the picture, to the pixel"
     assert np.array_equal(shown(tmp_path / "second.npy"), second)
     assert developed["in_editor"] == PROMPT, "the editor whose button was pressed shows it"

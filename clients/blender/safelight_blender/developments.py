@@ -25,7 +25,7 @@ ID = "safelight_id"
 """The property of an image that develops, by which it is found."""
 NAME_LENGTH = 40
 FIRST_SIZE_PX = 256
-"""Of an image whose size the model decides, until its first preview comes."""
+"""Of an image whose size the model decides, until the server has accepted its generation."""
 AREAS = ("IMAGE_EDITOR", "NODE_EDITOR", "VIEW_3D")
 """Areas of Blender that have the panel, or show images."""
 
@@ -164,8 +164,10 @@ def _advance(development: Development) -> None:
     if image is None and not ended:
         _receiver().cancel(generation)
     elif image is not None and (shown := generation.take()) is not None:
-        pixels.show(image, shown)
+        pixels.show(image, shown, generation.width_px, generation.height_px)
         development.num_images += 1
+    elif image is not None and generation.name and not development.num_images:
+        pixels.resize(image, generation.width_px, generation.height_px)
     if not ended:
         return
     state.running.remove(development)

@@ -16,17 +16,23 @@ PNG_COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
 """By the number of channels; see "IHDR" in the PNG specification."""
 
 
-def show(image: bpy.types.Image, pixels: NDArray[np.float32]) -> None:
-    """Puts pixels into an image, which takes their size.
+def show(image: bpy.types.Image, pixels: NDArray[np.float32], width: int, height: int) -> None:
+    """Puts pixels into an image, scaled to a size where they have another.
 
     Args:
-        pixels: (height, width, 4) float32 from 0 to 1 in the image's own colour space, the lowest row first.
+        pixels: (h, w, 4) float32 from 0 to 1 in the image's own colour space, the lowest row first.
+        width, height: of the image afterwards.
     """
-    height, width = pixels.shape[:2]
+    resize(image, pixels.shape[1], pixels.shape[0])
+    image.pixels.foreach_set(pixels.ravel())
+    resize(image, width, height)
+    image.update()
+
+
+def resize(image: bpy.types.Image, width: int, height: int) -> None:
+    """Has Blender scale an image, linearly."""
     if tuple(image.size) != (width, height):
         image.scale(width, height)
-    image.pixels.foreach_set(pixels.ravel())
-    image.update()
 
 
 def to_png(image: bpy.types.Image) -> bytes:

@@ -73,6 +73,7 @@ class Generation:
 
     Attributes:
         name: "generations/ID"; "" before it was accepted.
+        width_px, height_px: the size of its picture; 0 before it was accepted. Previews may be smaller.
         step, num_steps: how far it is; 0 before its first step.
         failure: why it ended without a picture; None while it runs, and where it has succeeded.
         ended: set when nothing more comes.
@@ -80,6 +81,8 @@ class Generation:
 
     def __init__(self) -> None:
         self.name = ""
+        self.width_px = 0
+        self.height_px = 0
         self.step = 0
         self.num_steps = 0
         self.failure: Failure | None = None
@@ -147,6 +150,7 @@ class Generation:
     def _take_in(self, event: safelight.Event) -> None:
         match event:
             case safelight.Accepted():
+                self.width_px, self.height_px = event.width_px, event.height_px
                 self.name = event.generation
                 self._accepted.set()
             case safelight.Progress():
