@@ -134,7 +134,7 @@ blender-addon: setup ## Pack the Blender add-on into out/blender (seconds; PLATF
 	$(PY) tools/blender_addon.py --platform $(PLATFORM) --python-version $(PYTHON_VERSION)
 
 .PHONY: test-blender
-test-blender: setup ## Run the add-on in Debian's Blender, also in its window on a virtual screen (1 min; 700 MB of packages: not in CI)
+test-blender: setup ## Run the add-on in Debian's Blender, also in its window on a virtual screen (2 min; downloads 170 MB of packages: not in CI)
 	tools/install-system-packages blender
 	$(PY) -m pytest -q --timeout 180 tests/blender
 

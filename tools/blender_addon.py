@@ -21,7 +21,7 @@ ADDON = ROOT / "clients/blender"
 PACKAGE = "safelight_blender"
 CLIENT = ROOT / "clients/python/safelight"
 LOCK = ROOT / "requirements-blender.lock"
-LEFT_OUT = {".pyi", ".pyc", ".lock"}
+LEFT_OUT = {".pyi", ".pyc"}
 
 
 def pack(platform: str, python_version: str, folder: Path) -> Path:
@@ -47,7 +47,8 @@ def pack(platform: str, python_version: str, folder: Path) -> Path:
 def files(folder: Path) -> Iterator[Path]:
     """What is packed of a folder."""
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and file.suffix not in LEFT_OUT and "bin" not in file.relative_to(folder).parts[:1]:
+        top = file.relative_to(folder).parts[0]
+        if file.is_file() and file.suffix not in LEFT_OUT and top not in ("bin", ".lock"):
             yield file
 
 
