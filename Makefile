@@ -136,6 +136,17 @@ test-engines: setup ## Run the C client in GStreamer, in LÖVE and in an SDL2 pr
 	tools/install-system-packages cpp engines
 	$(PY) -m pytest -q --timeout 400 tests/engines
 
+.PHONY: blender-addon
+PLATFORM := linux
+PYTHON_VERSION := 3.11
+blender-addon: setup ## Pack the Blender add-on into out/blender (seconds; PLATFORM=linux, windows or macos; PYTHON_VERSION=3.11, that of Blender)
+	$(PY) tools/blender_addon.py --platform $(PLATFORM) --python-version $(PYTHON_VERSION)
+
+.PHONY: test-blender
+test-blender: setup ## Run the add-on in Debian's Blender, also in its window on a virtual screen (2 min; downloads 170 MB of packages: not in CI)
+	tools/install-system-packages blender
+	$(PY) -m pytest -q --timeout 180 tests/blender
+
 # In a network namespace of its own: compose.yaml's ports stay as they are, and nothing is reached from outside.
 .PHONY: test-deploy
 test-deploy: setup .tools/.installed .tools/helm .venv-triton/.installed ## Check the chart's profiles and compose.yaml, whose commands are run (1 min)
@@ -220,6 +231,8 @@ lock: .venv/.uv ## Pin all dependencies anew
 	  --group docs -c requirements-dev.lock -o requirements-docs.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
 	  --group locust -c requirements-dev.lock -o requirements-locust.lock
+	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --universal --no-emit-package safelight \
+	  clients/python/pyproject.toml -c requirements.lock -o requirements-blender.lock
 
 .PHONY: mutate
 mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name; 13 min)

@@ -30,18 +30,19 @@ class Screen:
     display: str
     framebuffer: Path
 
-    def pixels(self) -> NDArray[np.uint8]:
-        """Its top left corner, (HEIGHT, WIDTH, 3) uint8 RGB."""
+    def pixels(self, size: tuple[int, int] = (WIDTH, HEIGHT)) -> NDArray[np.uint8]:
+        """Its top left corner of a width and a height, (height, width, 3) uint8 RGB."""
         data = self.framebuffer.read_bytes()
         header = struct.unpack(">25I", data[:100])
-        size, stride, num_colors = header[0], header[12], header[19]
-        begin = size + 12 * num_colors
+        header_bytes, stride, num_colors = header[0], header[12], header[19]
+        begin = header_bytes + 12 * num_colors
         rows = np.frombuffer(data, np.uint8, header[5] * stride, begin).reshape(header[5], stride)
-        return rows[:HEIGHT, : 4 * WIDTH].reshape(HEIGHT, WIDTH, 4)[:, :, 2::-1]  # blue comes first
+        width, height = size
+        return rows[:height, : 4 * width].reshape(height, width, 4)[:, :, 2::-1]  # blue comes first
 
 
 @contextlib.asynccontextmanager
-async def screen(folder: Path) -> AsyncIterator[Screen]:
+async def screen(folder: Path, size: tuple[int, int] = (640, 480)) -> AsyncIterator[Screen]:
     """Starts Xvfb on a display that is free."""
     read, write = os.pipe()
     command = [
@@ -50,7 +51,7 @@ async def screen(folder: Path) -> AsyncIterator[Screen]:
         str(write),
         "-screen",
         "0",
-        "640x480x24",
+        f"{size[0]}x{size[1]}x24",
         "-fbdir",
         str(folder),
         "-nolisten",

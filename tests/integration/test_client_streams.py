@@ -42,6 +42,7 @@ async def test_accepted_comes_first_and_names_the_generation(simulated):
         assert list(first.warnings) == ["PROMPT_TRUNCATED"]
         again = [event async for event in client.watch(first.generation, previews=False)]
         assert [type(event) for event in again] == [Accepted, Picture, Finished]
+        assert (first.width_px, first.height_px) == (again[1].width_px, again[1].height_px)
         assert (await client.get(first.generation)).state == pb.Generation.STATE_SUCCEEDED
         with pytest.raises(GenerationError) as caught:
             await client.get("generations/none")

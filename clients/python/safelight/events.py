@@ -52,6 +52,7 @@ class Accepted:
         numerics_id: equal specs and seeds give equal pixels wherever this is equal.
         durable: another replica goes on with the generation if the server dies.
         warnings: reason -> text, of what did not stop the request.
+        width_px, height_px: the size of its pictures; previews may be smaller.
     """
 
     generation: str
@@ -59,6 +60,8 @@ class Accepted:
     numerics_id: str
     durable: bool
     warnings: dict[str, str]
+    width_px: int
+    height_px: int
 
 
 @dataclass(frozen=True, slots=True)

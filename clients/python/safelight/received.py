@@ -74,7 +74,8 @@ class Received:
         self.durable = accepted.durability == pb.Accepted.DURABILITY_REPLICATED
         self.bottom_up = _is_bottom_up(accepted.encoding)
         warnings = {warning.reason: warning.message for warning in accepted.warnings}
-        return Accepted(self.name, self.seeds, accepted.numerics_id, self.durable, warnings)
+        size = accepted.spec.width_px, accepted.spec.height_px
+        return Accepted(self.name, self.seeds, accepted.numerics_id, self.durable, warnings, *size)
 
     def _preview(self, seen: pb.Preview) -> Preview:
         accept = self.preview.accept if self.preview is not None else ()
