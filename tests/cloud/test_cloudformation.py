@@ -1,0 +1,158 @@
+"""deploy/cloudformation: clean by cfn-lint, and deployed to moto. Its word that a stack is complete says nothing: it ignores types
+and properties that it does not know. So the services are asked what is there, by boto3 and by deploy/verify."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+
+from deploy.verify.cloudformation import READERS, not_compared, parsed, resolved, stack_drifts
+from deploy.verify.drift import ABSENT, PRESENT, UNRESOLVED
+
+ROOT = Path(__file__).parent.parent.parent
+TEMPLATE = ROOT / "deploy" / "cloudformation" / "core.yaml"
+CFN_LINT = ROOT / ".venv" / "bin" / "cfn-lint"
+NAME = "formed"
+MODELS, ARTIFACTS = f"{NAME}-models-123456789012", f"{NAME}-artifacts-123456789012"
+ISSUER = "oidc.eks.us-east-1.amazonaws.com/id/0123456789"
+PARAMETERS = {"Name": NAME, "OidcProviderArn": f"arn:aws:iam::123456789012:oidc-provider/{ISSUER}", "OidcIssuer": ISSUER}
+
+BY_HAND = {
+    ("Models", "VersioningConfiguration"),
+    ("Models", "PublicAccessBlockConfiguration"),
+    ("Models", "OwnershipControls"),
+    ("Models", "LifecycleConfiguration"),
+    ("ModelsPolicy", ""),
+    ("Artifacts", "PublicAccessBlockConfiguration"),
+    ("Artifacts", "OwnershipControls"),
+    ("Artifacts", "LifecycleConfiguration"),
+    ("ArtifactsPolicy", ""),
+}
+"""What moto's CloudFormation leaves out and its S3 has: the test makes it, as CloudFormation would."""
+LEFT_OUT = {("Engines", "KmsKeyId"), ("FlowLogs", "KmsKeyId")}
+"""What it leaves out, and no later call can set."""
+
+
+@pytest.fixture
+def stack(cloud, client) -> Iterator[dict[str, str]]:
+    """The stack, made by moto; physical ids by logical ones."""
+    formation = client("cloudformation")
+    given = [{"ParameterKey": name, "ParameterValue": value} for name, value in PARAMETERS.items()]
+    formation.create_stack(
+        StackName=NAME, TemplateBody=TEMPLATE.read_text(), Parameters=given, Capabilities=["CAPABILITY_NAMED_IAM"]
+    )
+    yield {
+        each["LogicalResourceId"]: each["PhysicalResourceId"]
+        for each in formation.describe_stack_resources(StackName=NAME)["StackResources"]
+    }
+    formation.delete_stack(StackName=NAME)
+
+
+def complete(s3) -> None:
+    """Makes what stands in BY_HAND, of the buckets themselves."""
+    declared = parsed(TEMPLATE.read_text())["Resources"]
+    for bucket, name in ((MODELS, "Models"), (ARTIFACTS, "Artifacts")):
+        properties = resolved(declared[name]["Properties"], {"ArtifactDays": 91})
+        s3.put_public_access_block(
+            Bucket=bucket, PublicAccessBlockConfiguration=properties["PublicAccessBlockConfiguration"]
+        )
+        s3.put_bucket_ownership_controls(Bucket=bucket, OwnershipControls=properties["OwnershipControls"])
+        [rule] = properties["LifecycleConfiguration"]["Rules"]
+        days = {"Days": rule["Transitions"][0]["TransitionInDays"], "StorageClass": rule["Transitions"][0]["StorageClass"]}
+        made = {"ID": "tiers", "Status": "Enabled", "Filter": {"Prefix": ""}, "Transitions": [days]}
+        made["AbortIncompleteMultipartUpload"] = rule["AbortIncompleteMultipartUpload"]
+        if name == "Artifacts":
+            made["Expiration"] = {"Days": rule["ExpirationInDays"]}
+        else:
+            made["NoncurrentVersionTransitions"] = [{"NoncurrentDays": 30, "StorageClass": "GLACIER_IR"}]
+            made["NoncurrentVersionExpiration"] = rule["NoncurrentVersionExpiration"]
+        s3.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration={"Rules": [made]})
+    s3.put_bucket_versioning(Bucket=MODELS, VersioningConfiguration={"Status": "Enabled"})
+
+
+def named() -> dict[tuple[str, str], tuple[object, object]]:
+    return {
+        (each.resource, each.attribute): (each.declared, each.deployed)
+        for each in stack_drifts(NAME, TEMPLATE, boto3.Session())
+    }
+
+
+def test_cfn_lint_finds_nothing():
+    linted = subprocess.run([CFN_LINT, "--regions", "us-east-1", "--", TEMPLATE], capture_output=True, text=True, check=False)
+    assert (linted.returncode, linted.stdout) == (0, ""), linted.stdout + linted.stderr
+
+
+def test_the_services_have_what_the_template_says(stack, client):
+    s3, kms, ec2, iam = map(client, ("s3", "kms", "ec2", "iam"))
+    for bucket in (MODELS, ARTIFACTS):
+        [rule] = s3.get_bucket_encryption(Bucket=bucket)["ServerSideEncryptionConfiguration"]["Rules"]
+        assert rule["ApplyServerSideEncryptionByDefault"]["SSEAlgorithm"] == "aws:kms"
+    assert kms.get_key_rotation_status(KeyId=stack["Key"])["KeyRotationEnabled"]
+    subnets = ec2.describe_subnets(SubnetIds=[stack["SubnetA"], stack["SubnetB"]])["Subnets"]
+    assert len({each["AvailabilityZone"] for each in subnets}) == 2
+    assert not any(each["MapPublicIpOnLaunch"] for each in subnets)
+    [engines] = client("efs").describe_file_systems(FileSystemId=stack["Engines"])["FileSystems"]
+    assert engines["Encrypted"] and engines["NumberOfMountTargets"] == 2
+    [statement] = iam.get_role(RoleName=f"{NAME}-server")["Role"]["AssumeRolePolicyDocument"]["Statement"]
+    assert statement["Condition"]["StringEquals"][f"{ISSUER}:sub"] == "system:serviceaccount:pictures:safelight"
+
+
+def test_what_moto_left_out_and_what_is_changed_by_hand_is_each_named(stack, client):
+    assert named().keys() == BY_HAND | LEFT_OUT, "moto says CREATE_COMPLETE of a stack without these"
+    s3, kms, ec2, iam, ecr = map(client, ("s3", "kms", "ec2", "iam", "ecr"))
+    complete(s3)
+    rest = {each for each in BY_HAND if each[0].endswith("Policy")} | LEFT_OUT
+    assert named().keys() == rest
+
+    kms.disable_key_rotation(KeyId=stack["Key"])
+    s3.delete_public_access_block(Bucket=MODELS)
+    s3.delete_bucket_lifecycle(Bucket=ARTIFACTS)
+    policy = json.dumps({"Version": "2012-10-17", "Statement": []})
+    iam.put_role_policy(RoleName=f"{NAME}-server", PolicyName="more", PolicyDocument=policy)
+    ec2.authorize_security_group_ingress(
+        GroupId=stack["EnginesGroup"], IpProtocol="tcp", FromPort=22, ToPort=22, CidrIp="0.0.0.0/0"
+    )
+    ecr.delete_repository(repositoryName=f"{NAME}/triton", force=True)
+    after = named()
+    assert after.keys() - rest == {
+        ("Key", "EnableKeyRotation"),
+        ("Models", "PublicAccessBlockConfiguration"),
+        ("Artifacts", "LifecycleConfiguration"),
+        ("ServerRole", "Policies.[more]"),
+        ("EnginesGroup", "SecurityGroupIngress"),
+        ("TritonRepository", ""),
+    }
+    assert after["Key", "EnableKeyRotation"] == (True, False)
+    assert after["TritonRepository", ""] == (PRESENT, ABSENT)
+
+
+def test_a_template_that_was_not_rolled_out_is_named(stack, tmp_path):
+    changed = tmp_path / "core.yaml"
+    changed.write_text(TEMPLATE.read_text().replace("ScanOnPush: true", "ScanOnPush: false"))
+    said = {(each.resource, each.attribute) for each in stack_drifts(NAME, changed, boto3.Session())}
+    assert ("template", "GatewayRepository.Properties.ImageScanningConfiguration.ScanOnPush") in said
+    assert ("GatewayRepository", "ImageScanningConfiguration.ScanOnPush") in said
+
+
+def test_what_no_reader_knows_is_said():
+    kinds = {each["Type"] for each in parsed(TEMPLATE.read_text())["Resources"].values()}
+    assert set(not_compared(TEMPLATE)) == kinds - READERS.keys()
+    assert {"AWS::S3::Bucket", "AWS::IAM::Role", "AWS::KMS::Key"} <= kinds & READERS.keys()
+
+
+def test_functions_of_templates():
+    template = parsed("a: !Ref X\nb: !GetAtt X.Arn\nc: !Sub '${X}-${X.Arn}'\nd: !Sub '${Y}'\ne: !Select [0, [x]]\nf: [{g: !Ref Y}]")
+    known = {"X": "x", "X.Arn": "arn"}
+    assert resolved(template, known) == {
+        "a": "x",
+        "b": "arn",
+        "c": "x-arn",
+        "d": UNRESOLVED,
+        "e": UNRESOLVED,
+        "f": [{"g": UNRESOLVED}],
+    }
