@@ -1,4 +1,4 @@
-"""The command line. Prints each difference on a line. Exit status: 0 there is none, 1 there are some, 2 it could not be compared."""
+"""The command line: a line for each difference. Exit status: 0 none, 1 there are some, 2 it cannot be compared."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ from deploy.verify.drift import Drift
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m deploy.verify",
-        description="Compares what is declared with what is deployed, and declarations with each other. Changes nothing. "
-        "Credentials, region and endpoint come from the environment, as for the AWS command line.",
+        description="Compares what is declared with what is deployed, and declarations with each other. "
+        "Changes nothing. Credentials, region and endpoint come from the environment, as for the AWS command line.",
     )
-    parser.add_argument("--terraform", type=Path, metavar="DIR", help="initialised root module, such as deploy/terraform/fleet")
+    parser.add_argument(
+        "--terraform", type=Path, metavar="DIR", help="initialised root module, such as deploy/terraform/fleet"
+    )
     parser.add_argument("--var-file", type=Path, action="append", default=[], help="for `terraform plan`")
     parser.add_argument("--stack", help="name of a CloudFormation stack; needs --template")
-    parser.add_argument("--template", type=Path, help="CloudFormation template, such as deploy/cloudformation/core.yaml")
-    parser.add_argument("--parameter", action="append", default=[], metavar="NAME=VALUE", help="of --template without --stack")
+    parser.add_argument(
+        "--template", type=Path, help="CloudFormation template, such as deploy/cloudformation/core.yaml"
+    )
+    parser.add_argument(
+        "--parameter", action="append", default=[], metavar="NAME=VALUE", help="of --template without --stack"
+    )
     parser.add_argument("--values", type=Path, action="append", default=[], help="values of the chart, in helm's order")
     parser.add_argument("--release", help="release of the chart in the cluster of kubectl's context; needs --values")
     parser.add_argument("--namespace", default="default", help="of --release")

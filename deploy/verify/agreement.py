@@ -43,7 +43,10 @@ SAME: tuple[tuple[str, str, str, str], ...] = (
         (f'{_STORAGE}s3_bucket_{kind}.this["{name}"]', ours, logical, theirs)
         for name, logical in (("models", "Models"), ("artifacts", "Artifacts"))
         for kind, ours, theirs in (
-            *(("public_access_block", flag, f"PublicAccessBlockConfiguration.{named}") for flag, named in _FLAGS.items()),
+            *(
+                ("public_access_block", flag, f"PublicAccessBlockConfiguration.{named}")
+                for flag, named in _FLAGS.items()
+            ),
             ("ownership_controls", "rule.0.object_ownership", "OwnershipControls.Rules.0.ObjectOwnership"),
             (
                 "server_side_encryption_configuration",
@@ -53,9 +56,19 @@ SAME: tuple[tuple[str, str, str, str], ...] = (
             ("server_side_encryption_configuration", "rule.*.bucket_key_enabled", f"{_ENCRYPTION}.BucketKeyEnabled"),
         )
     ),
-    (f"{_STORAGE}s3_bucket_versioning.models", "versioning_configuration.0.status", "Models", "VersioningConfiguration.Status"),
+    (
+        f"{_STORAGE}s3_bucket_versioning.models",
+        "versioning_configuration.0.status",
+        "Models",
+        "VersioningConfiguration.Status",
+    ),
     *(
-        (f"{_STORAGE}s3_bucket_lifecycle_configuration.{name}", f"rule.0.{ours}", logical, f"LifecycleConfiguration.Rules.0.{theirs}")
+        (
+            f"{_STORAGE}s3_bucket_lifecycle_configuration.{name}",
+            f"rule.0.{ours}",
+            logical,
+            f"LifecycleConfiguration.Rules.0.{theirs}",
+        )
         for name, logical, ours, theirs in (
             ("models", "Models", "transition.*.days", "Transitions.0.TransitionInDays"),
             ("models", "Models", "transition.*.storage_class", "Transitions.0.StorageClass"),
@@ -81,10 +94,12 @@ SAME: tuple[tuple[str, str, str, str], ...] = (
     (f"{_STORAGE}efs_access_point.engines", "posix_user.0.uid", "EnginesAccess", "PosixUser.Uid"),
     ("module.identity.module.server.aws_iam_role.this", "name", "ServerRole", "RoleName"),
 )
-"""What both declare: Terraform's address and attribute, CloudFormation's logical id and property. `*`: the only entry of a set."""
+"""What both declare: Terraform's address and attribute, CloudFormation's logical id and property. `*`: an entry."""
 
 
-def disagreements(planned: Sequence[Resource], template: Mapping[str, Any], given: Mapping[str, str]) -> Iterator[Drift]:
+def disagreements(
+    planned: Sequence[Resource], template: Mapping[str, Any], given: Mapping[str, str]
+) -> Iterator[Drift]:
     """What the two say differently. Of each, Terraform's word is `declared`, CloudFormation's is `deployed`.
 
     Args:
@@ -99,7 +114,9 @@ def disagreements(planned: Sequence[Resource], template: Mapping[str, Any], give
         other = ABSENT if resource is None else _at(resolved(resource["Properties"], known), theirs)
         for _, should, is_ in differences(declared, other):
             yield Drift(BETWEEN, f"{address} and {logical}", f"{ours} and {theirs}", should, is_)
-    declared = _actions(_at(by_address.get("module.identity.module.server.aws_iam_role_policy.this[\"use\"]", {}), "policy"))
+    declared = _actions(
+        _at(by_address.get('module.identity.module.server.aws_iam_role_policy.this["use"]', {}), "policy")
+    )
     other = _actions(_at(template["Resources"].get("ServerRole", {}), "Properties.Policies.0.PolicyDocument"))
     for path, should, is_ in differences(declared, other):
         yield Drift(BETWEEN, "role server and ServerRole", path, should, is_)

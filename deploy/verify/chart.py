@@ -38,7 +38,10 @@ def image_drifts(values: Mapping[str, Any], session: Any) -> Iterator[Drift]:
     """The images that the values name and that ECR does not have."""
     client = session.client("ecr")
     try:
-        for path, image in (("image", values.get("image", {})), ("triton.image", values.get("triton", {}).get("image", {}))):
+        for path, image in (
+            ("image", values.get("image", {})),
+            ("triton.image", values.get("triton", {}).get("image", {})),
+        ):
             registry, _, repository = image.get("repository", "").partition("/")
             if ".dkr.ecr." not in registry:
                 continue
@@ -47,8 +50,8 @@ def image_drifts(values: Mapping[str, Any], session: Any) -> Iterator[Drift]:
             except ClientError as error:
                 if error.response["Error"]["Code"] not in ("ImageNotFoundException", "RepositoryNotFoundException"):
                     raise
-                yield Drift("chart and registry", "values", path, f"{image['repository']}@{image.get('digest', '')}", ABSENT)
+                yield Drift(
+                    "chart and registry", "values", path, f"{image['repository']}@{image.get('digest', '')}", ABSENT
+                )
     finally:
         client.close()
-
-

@@ -1,7 +1,7 @@
 """A CloudFormation template against its stack, and against what the services themselves say.
 
-A stack's own status is not asked: it says what CloudFormation did, not what somebody did since. CloudFormation's drift detection
-says that on AWS; moto has none, and this reads the same properties from the services.
+A stack's own status is not asked: it says what CloudFormation did, not what somebody did since. CloudFormation's drift
+detection says that on AWS; moto has none, and this reads the same properties from the services.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from deploy.verify.drift import ABSENT, PRESENT, UNRESOLVED, Drift, differences
 REFERENCE = re.compile(r"\$\{([^}]+)\}")
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
     """YAML with CloudFormation's short forms: `!Ref X` is {"Ref": "X"}, `!Sub X` is {"Fn::Sub": "X"}."""
 
 
@@ -32,7 +32,7 @@ def _short_form(loader: _Loader, suffix: str, node: yaml.Node) -> Any:
         return {name: value.split(".", 1) if suffix == "GetAtt" else value}
     if isinstance(node, yaml.SequenceNode):
         return {name: loader.construct_sequence(node, deep=True)}
-    return {name: loader.construct_mapping(node, deep=True)}  # type: ignore[arg-type]
+    return {name: loader.construct_mapping(node, deep=True)}
 
 
 _Loader.add_multi_constructor("!", _short_form)
@@ -40,7 +40,7 @@ _Loader.add_multi_constructor("!", _short_form)
 
 def parsed(text: str) -> dict[str, Any]:
     """A template as nested maps and lists, its functions in their long form."""
-    template: dict[str, Any] = yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader
+    template: dict[str, Any] = yaml.load(text, Loader=_Loader)  # a SafeLoader
     return template
 
 
@@ -95,8 +95,12 @@ def stack_drifts(stack: str, template_file: Path, session: Any) -> Iterator[Drif
     rolled_out = parsed(body) if isinstance(body, str) else body
     for path, should, is_ in differences(template["Resources"], rolled_out["Resources"]):
         yield Drift(between, "template", path, should, is_)
-    physical = {each["LogicalResourceId"]: each["PhysicalResourceId"] for each in made if each.get("PhysicalResourceId")}
-    known = parameters(template, given) | physical | _pseudo(description["StackId"]) | _arns(template, physical, session)
+    physical = {
+        each["LogicalResourceId"]: each["PhysicalResourceId"] for each in made if each.get("PhysicalResourceId")
+    }
+    known = (
+        parameters(template, given) | physical | _pseudo(description["StackId"]) | _arns(template, physical, session)
+    )
     for name, resource in template["Resources"].items():
         read = READERS.get(resource["Type"])
         if read is None:
@@ -199,7 +203,9 @@ def _lifecycle_rule(rule: Mapping[str, Any]) -> dict[str, Any]:
     """A rule of S3 in the words of CloudFormation."""
     made: dict[str, Any] = {"Id": rule["ID"], "Status": rule["Status"]}
     if moves := rule.get("Transitions"):
-        made["Transitions"] = [{"TransitionInDays": each["Days"], "StorageClass": each["StorageClass"]} for each in moves]
+        made["Transitions"] = [
+            {"TransitionInDays": each["Days"], "StorageClass": each["StorageClass"]} for each in moves
+        ]
     if moves := rule.get("NoncurrentVersionTransitions"):
         made["NoncurrentVersionTransitions"] = [
             {"TransitionInDays": each["NoncurrentDays"], "StorageClass": each["StorageClass"]} for each in moves
@@ -250,7 +256,9 @@ def _role(session: Any, role: str) -> dict[str, Any]:
     policies = [
         {
             "PolicyName": name,
-            "PolicyDocument": _call(session, "iam", "get_role_policy", RoleName=role, PolicyName=name)["PolicyDocument"],
+            "PolicyDocument": _call(session, "iam", "get_role_policy", RoleName=role, PolicyName=name)[
+                "PolicyDocument"
+            ],
         }
         for name in names
     ]
@@ -271,8 +279,11 @@ def _repository(session: Any, repository: str) -> dict[str, Any]:
     encryption = found.get("encryptionConfiguration", {})
     return {
         "ImageTagMutability": found["imageTagMutability"],
-        "ImageScanningConfiguration": {"ScanOnPush": found["imageScanningConfiguration"]["scanOnPush"]},
-        "EncryptionConfiguration": {"EncryptionType": encryption.get("encryptionType"), "KmsKey": encryption.get("kmsKey")},
+        "ImageScanningConfiguration": {"ScanOnPush": found["imageScanningConfiguration"].get("scanOnPush", False)},
+        "EncryptionConfiguration": {
+            "EncryptionType": encryption.get("encryptionType"),
+            "KmsKey": encryption.get("kmsKey"),
+        },
     }
 
 

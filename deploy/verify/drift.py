@@ -44,7 +44,8 @@ class Drift:
 
     def __str__(self) -> str:
         attribute = f" {self.attribute}" if self.attribute else ""
-        return f"{self.between}: {self.resource}{attribute}: declared {_text(self.declared)}, deployed {_text(self.deployed)}"
+        said = f"declared {_text(self.declared)}, deployed {_text(self.deployed)}"
+        return f"{self.between}: {self.resource}{attribute}: {said}"
 
 
 def _text(value: Any) -> str:
@@ -54,8 +55,8 @@ def _text(value: Any) -> str:
 def differences(declared: Any, deployed: Any, path: str = "", *, whole: bool = True) -> Iterator[tuple[str, Any, Any]]:
     """The leaves in which two values differ: path, declared, deployed.
 
-    Lists are compared whatever their order; a text that is a JSON object is compared as one; a list of one text is that text, as
-    policies have it.
+    Lists are compared whatever their order; a text that is a JSON object is compared as one; a list of one text is that
+    text, as policies have it.
 
     Args:
         whole: also what only `deployed` has.
@@ -103,7 +104,9 @@ def _listed(value: Any) -> list[Any] | None:
 def _unlike(ours: list[Any], theirs: list[Any], whole: bool) -> bool:
     left = list(theirs)
     for mine in ours:
-        same = next((index for index, other in enumerate(left) if not list(differences(mine, other, whole=whole))), None)
+        same = next(
+            (index for index, other in enumerate(left) if not list(differences(mine, other, whole=whole))), None
+        )
         if same is None:
             return True
         del left[same]

@@ -1,11 +1,12 @@
 """Terraform's configuration and state against the cloud.
 
-Terraform reads what is deployed itself: a plan that would change something is a difference. What nothing declares, a plan
-does not see: rules, policies, routes and nodes that were added by hand are asked for here.
+Terraform reads what is deployed itself: a plan that would change something is a difference. What nothing declares, a
+plan does not see: rules, policies, routes and nodes that were added by hand are asked for here.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import tempfile
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.verify.drift import ABSENT, PRESENT, Drift, differences
+from deploy.verify.drift import ABSENT, PRESENT, UNRESOLVED, Drift, differences
 
 BETWEEN = "terraform"
 COPIES = {"tags_all"}
 """Attributes that say again what others say."""
+NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 
 class PlanError(Exception):
@@ -90,22 +92,44 @@ def planned_drifts(shown: Mapping[str, Any]) -> Iterator[Drift]:
 
 def _changed(address: str, change: Mapping[str, Any]) -> Iterator[Drift]:
     declared, deployed, unknown = change["after"], change["before"], change.get("after_unknown") or {}
-    secret = {
-        name for side in ("before_sensitive", "after_sensitive") for name in (change.get(side) or {}) if change[side][name]
-    }
+    marks = [change.get("before_sensitive") or {}, change.get("after_sensitive") or {}]
     for name in sorted(declared.keys() | deployed.keys()):
         if name in COPIES or unknown.get(name) is True:
             continue
-        for path, should, is_ in differences(_plain(declared.get(name)), _plain(deployed.get(name)), name):
-            if name in secret:
-                should, is_ = "(secret)", "(another secret)"
-            yield Drift(BETWEEN, address, path, should, is_)
+        should, is_ = _plain(_known(declared.get(name), unknown.get(name))), _plain(deployed.get(name))
+        if should in NOTHING and is_ in NOTHING:
+            continue
+        secret = any(_marked(side.get(name)) for side in marks if isinstance(side, dict))
+        for path, ours, theirs in differences(should, is_, name):
+            if secret:
+                ours, theirs = "(secret)", "(another secret)"
+            yield Drift(BETWEEN, address, path, ours, theirs)
+
+
+def _known(value: Any, unknown: Any) -> Any:
+    """A planned value, with `UNRESOLVED` for what is known only when it is applied."""
+    if unknown is True:
+        return UNRESOLVED
+    if isinstance(unknown, dict):
+        value = value or {}
+        return {name: _known(value.get(name), unknown.get(name)) for name in value.keys() | unknown.keys()}
+    if isinstance(unknown, list) and unknown:
+        value = value or []
+        return [_known(each, mark) for each, mark in itertools.zip_longest(value, unknown)]
+    return value
+
+
+def _marked(mark: Any) -> bool:
+    """Whether a value, or something in it, is marked as a secret."""
+    if isinstance(mark, dict):
+        return any(map(_marked, mark.values()))
+    return any(map(_marked, mark)) if isinstance(mark, list) else mark is True
 
 
 def _plain(value: Any) -> Any:
     """Terraform writes a block as a list of one, and nothing as null or as an empty one."""
     if isinstance(value, dict):
-        return {name: plain for name, each in value.items() if (plain := _plain(each)) not in (None, "", [], {})}
+        return {name: plain for name, each in value.items() if (plain := _plain(each)) not in NOTHING}
     if isinstance(value, list):
         if len(value) == 1 and isinstance(value[0], dict):
             return _plain(value[0])
@@ -128,7 +152,10 @@ def undeclared_drifts(state: Sequence[Resource], session: Any) -> Iterator[Drift
 
     ec2, iam, eks = (session.client(name) for name in ("ec2", "iam", "eks"))
     try:
-        rules = {each.values["id"] for each in of("aws_vpc_security_group_ingress_rule", "aws_vpc_security_group_egress_rule")}
+        rules = {
+            each.values["id"]
+            for each in of("aws_vpc_security_group_ingress_rule", "aws_vpc_security_group_egress_rule")
+        }
         for group in of("aws_security_group", "aws_default_security_group"):
             named = [{"Name": "group-id", "Values": [group.values["id"]]}]
             for rule in ec2.describe_security_group_rules(Filters=named)["SecurityGroupRules"]:
@@ -140,13 +167,21 @@ def undeclared_drifts(state: Sequence[Resource], session: Any) -> Iterator[Drift
             for policy in iam.list_role_policies(RoleName=name)["PolicyNames"]:
                 if policy not in inline:
                     yield Drift(BETWEEN, role.address, f"policy {policy}", ABSENT, PRESENT)
-            attached = {each.values["policy_arn"] for each in of("aws_iam_role_policy_attachment") if each.values["role"] == name}
+            attached = {
+                each.values["policy_arn"]
+                for each in of("aws_iam_role_policy_attachment")
+                if each.values["role"] == name
+            }
             for policy in iam.list_attached_role_policies(RoleName=name)["AttachedPolicies"]:
                 if policy["PolicyArn"] not in attached:
                     yield Drift(BETWEEN, role.address, f"policy {policy['PolicyArn']}", ABSENT, PRESENT)
         for cluster in of("aws_eks_cluster"):
             name = cluster.values["name"]
-            pools = {each.values["node_group_name"] for each in of("aws_eks_node_group") if each.values["cluster_name"] == name}
+            pools = {
+                each.values["node_group_name"]
+                for each in of("aws_eks_node_group")
+                if each.values["cluster_name"] == name
+            }
             for pool in eks.list_nodegroups(clusterName=name)["nodegroups"]:
                 if pool not in pools:
                     yield Drift(BETWEEN, cluster.address, f"node group {pool}", ABSENT, PRESENT)
@@ -165,7 +200,9 @@ def undeclared_drifts(state: Sequence[Resource], session: Any) -> Iterator[Drift
                 gateway = route.get("GatewayId", "")
                 if gateway != "local" and not gateway.startswith("vpce-"):  # those come with the VPC and its endpoints
                     to = route.get("DestinationCidrBlock") or route.get("DestinationIpv6CidrBlock") or "?"
-                    yield Drift(BETWEEN, table.address, f"route {to}", ABSENT, gateway or route.get("NatGatewayId") or PRESENT)
+                    yield Drift(
+                        BETWEEN, table.address, f"route {to}", ABSENT, gateway or route.get("NatGatewayId") or PRESENT
+                    )
     finally:
         for client in (ec2, iam, eks):
             client.close()

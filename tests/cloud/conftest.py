@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from tests.support.fleet import PLUGINS, Fleet, NoProviderError, moto_environment
 
 REGION = "us-east-1"
+SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(*server.get_host_and_port(), sep=":", flush=True)
+sys.stdin.read()
+server.stop()
+"""
+"""It says its address, and ends when nobody holds the other end of its standard input."""
 
 
 @pytest.fixture(scope="session")
 def endpoint() -> Iterator[str]:
-    """The address of moto's server, with the managed policies of AWS."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("MOTO_IAM_LOAD_MANAGED_POLICIES", "true")
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        yield f"http://{host}:{port}"
-        server.stop()
+    """The address of moto's server, with the managed policies of AWS. A process of its own: its warnings are no errors."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"MOTO_IAM_LOAD_MANAGED_POLICIES": "true"},
+    )
+    assert server.stdin is not None and server.stdout is not None
+    with server:
+        yield f"http://{server.stdout.readline().strip()}"
+        server.stdin.close()  # it ends
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +77,11 @@ def client(endpoint: str) -> Iterator[Callable[[str], Any]]:
     def of(service: str) -> Any:
         made.append(
             boto3.client(
-                service, endpoint_url=endpoint, region_name=REGION, aws_access_key_id="test", aws_secret_access_key="test"
+                service,
+                endpoint_url=endpoint,
+                region_name=REGION,
+                aws_access_key_id="test",
+                aws_secret_access_key="test",
             )
         )
         return made[-1]

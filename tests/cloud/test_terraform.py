@@ -35,11 +35,15 @@ def test_the_example_is_one(offline):
     """A name that there is no variable of is an error with -var-file on the command line; so is a value that is refused."""
     example = (offline.folder / "fleet.tfvars.example").read_text()
     names = {line.split("=")[0].strip() for line in example.splitlines() if "=" in line and not line.startswith("#")}
-    declared = {line.split('"')[1] for line in (offline.folder / "variables.tf").read_text().splitlines() if line.startswith("variable")}
+    declared = {
+        line.split('"')[1]
+        for line in (offline.folder / "variables.tf").read_text().splitlines()
+        if line.startswith("variable")
+    }
     assert names <= declared
     (offline.folder / "tests" / "example.tftest.hcl").write_text(
-        'mock_provider "aws" {}\n'
-        'variables { redis_auth_token = "0123456789abcdef0123456789abcdef" }\n'
+        (offline.folder / "tests" / "fleet.tftest.hcl").read_text().partition("variables {")[0]
+        + 'variables { redis_auth_token = "0123456789abcdef0123456789abcdef" }\n'
         'run "example" { command = plan }\n'
     )
     offline.succeed("test", "-no-color", "-filter=tests/example.tftest.hcl", "-var-file=fleet.tfvars.example")
@@ -79,7 +83,11 @@ def test_the_key_is_renewed_and_everything_uses_it(fleet, client):
     cluster = client("eks").describe_cluster(name="safelight")["cluster"]
     assert cluster["encryptionConfig"] == [{"resources": ["secrets"], "provider": {"keyArn": key}}]
     groups = {each["logGroupName"]: each for each in client("logs").describe_log_groups()["logGroups"]}
-    for name in ("/safelight/safelight/flow", "/aws/eks/safelight/cluster", "/aws/containerinsights/safelight/application"):
+    for name in (
+        "/safelight/safelight/flow",
+        "/aws/eks/safelight/cluster",
+        "/aws/containerinsights/safelight/application",
+    ):
         assert (groups[name]["kmsKeyId"], groups[name]["retentionInDays"]) == (key, 90)
 
 
@@ -98,10 +106,14 @@ def test_nothing_is_reached_from_outside(fleet, client):
     ]  # fmt: skip
     groups = ec2.describe_security_groups(Filters=here)["SecurityGroups"]
     sources = {
-        each["GroupName"]: {source["CidrIp"] for rule in each["IpPermissions"] for source in rule["IpRanges"]} for each in groups
+        each["GroupName"]: {source["CidrIp"] for rule in each["IpPermissions"] for source in rule["IpRanges"]}
+        for each in groups
     }
     assert sources == {"default": set(), "safelight-endpoints": {"10.64.0.0/16"}, "safelight-engines": {"10.64.0.0/16"}}
-    endpoints = {each["ServiceName"].rpartition("us-east-1.")[2] for each in ec2.describe_vpc_endpoints(Filters=here)["VpcEndpoints"]}
+    endpoints = {
+        each["ServiceName"].rpartition("us-east-1.")[2]
+        for each in ec2.describe_vpc_endpoints(Filters=here)["VpcEndpoints"]
+    }
     assert {"s3", "sts", "ecr.api", "ecr.dkr", "eks", "ec2", "elasticfilesystem", "logs"} <= endpoints
     [log] = ec2.describe_flow_logs(Filters=[{"Name": "resource-id", "Values": [vpc["VpcId"]]}])["FlowLogs"]
     assert log["TrafficType"] == "ALL"
@@ -122,7 +134,11 @@ def test_node_groups_are_of_their_machines(fleet, client):
         "gpu": "ON_DEMAND",
         "gpu-spot": "SPOT",
     }
-    for name, taints in (("cpu", set()), ("gpu", {"nvidia.com/gpu"}), ("gpu-spot", {"nvidia.com/gpu", "safelight/spot"})):
+    for name, taints in (
+        ("cpu", set()),
+        ("gpu", {"nvidia.com/gpu"}),
+        ("gpu-spot", {"nvidia.com/gpu", "safelight/spot"}),
+    ):
         assert {each["key"] for each in found[name].get("taints", [])} == taints
     ec2 = client("ec2")
     assert ec2.describe_subnets(SubnetIds=found["gpu"]["subnets"])["Subnets"][0]["AvailabilityZone"] == "us-east-1b"
@@ -153,7 +169,9 @@ def test_the_servers_role_is_the_service_accounts_and_may_only_what_the_server_d
         "KeepEntries": (["s3:GetObject", "s3:PutObject", "s3:DeleteObject"], f"arn:aws:s3:::{ARTIFACTS}/*"),
         "ListEntries": ("s3:ListBucket", f"arn:aws:s3:::{ARTIFACTS}"),
     }
-    nodes = {each["PolicyName"] for each in iam.list_attached_role_policies(RoleName="safelight-node")["AttachedPolicies"]}
+    nodes = {
+        each["PolicyName"] for each in iam.list_attached_role_policies(RoleName="safelight-node")["AttachedPolicies"]
+    }
     assert nodes == {"AmazonEKSWorkerNodePolicy", "AmazonEC2ContainerRegistryPullOnly"}
 
 
@@ -162,8 +180,24 @@ def test_the_chart_takes_its_values(fleet, tmp_path):
     values.write_text(fleet.succeed("output", "-raw", "helm_values"))
     sums = tmp_path / "SHA256SUMS"
     sums.write_text("0" * 64 + "  pipelines/icons/1.0/pipeline.json\n")
-    command = [HELM, "template", "safelight", CHART, "--namespace", "pictures", "--values", CHART / "profiles" / "gpu.yaml"]
-    more = ["--values", values, "--set", f"image.digest={DIGEST},triton.image.digest={DIGEST}", "--set-file", f"models.sha256sums={sums}"]
+    command = [
+        HELM,
+        "template",
+        "safelight",
+        CHART,
+        "--namespace",
+        "pictures",
+        "--values",
+        CHART / "profiles" / "gpu.yaml",
+    ]
+    more = [
+        "--values",
+        values,
+        "--set",
+        f"image.digest={DIGEST},triton.image.digest={DIGEST}",
+        "--set-file",
+        f"models.sha256sums={sums}",
+    ]
     made = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     objects = {each["kind"]: each for each in yaml.safe_load_all(made.stdout) if each and each["kind"] != "Pod"}

@@ -61,7 +61,12 @@ class Fleet:
     def terraform(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs terraform in the root module."""
         return subprocess.run(
-            ["terraform", *arguments], cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+            ["terraform", *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     def succeed(self, *arguments: str) -> str:
@@ -73,14 +78,18 @@ class Fleet:
     def init(self, *arguments: str) -> None:
         """Raises NoProviderError where the provider for AWS cannot be had."""
         folder = os.environ.get(PLUGINS)
-        ran = self.terraform("init", "-input=false", "-no-color", *([f"-plugin-dir={folder}"] if folder else []), *arguments)
+        ran = self.terraform(
+            "init", "-input=false", "-no-color", *([f"-plugin-dir={folder}"] if folder else []), *arguments
+        )
         if ran.returncode and any(text in ran.stderr + ran.stdout for text in NO_PROVIDER):
             raise NoProviderError(ran.stderr.strip().splitlines()[-1] if ran.stderr.strip() else "init failed")
         assert ran.returncode == 0, ran.stdout + ran.stderr
 
     def apply(self) -> None:
         """Makes it so."""
-        self.succeed("apply", "-input=false", "-auto-approve", "-no-color", "-compact-warnings", f"-var-file={self.variables}")
+        self.succeed(
+            "apply", "-input=false", "-auto-approve", "-no-color", "-compact-warnings", f"-var-file={self.variables}"
+        )
 
 
 def moto_environment(endpoint: str) -> dict[str, str]:
