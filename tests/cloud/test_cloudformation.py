@@ -3,11 +3,13 @@ and properties that it does not know. So the services are asked what is there, b
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -25,19 +27,30 @@ PARAMETERS = {
 }
 PSEUDO = {"AWS::Partition": "aws", "AWS::Region": "us-east-1", "AWS::AccountId": "123456789012"}
 
-BY_HAND = {
+BUCKET_KEY = "BucketEncryption.ServerSideEncryptionConfiguration.BucketKeyEnabled"
+COMPLETED = {
     ("Models", "VersioningConfiguration"),
-    ("Models", "PublicAccessBlockConfiguration"),
-    ("Models", "OwnershipControls"),
-    ("Models", "LifecycleConfiguration"),
-    ("ModelsPolicy", ""),
-    ("Artifacts", "PublicAccessBlockConfiguration"),
-    ("Artifacts", "OwnershipControls"),
-    ("Artifacts", "LifecycleConfiguration"),
-    ("ArtifactsPolicy", ""),
+    *((bucket, BUCKET_KEY) for bucket in ("Models", "Artifacts")),
+    *((bucket, "PublicAccessBlockConfiguration") for bucket in ("Models", "Artifacts")),
+    *((bucket, "OwnershipControls") for bucket in ("Models", "Artifacts")),
+    *((bucket, "LifecycleConfiguration") for bucket in ("Models", "Artifacts")),
+    ("GatewayRepository", "ImageScanningConfiguration.ScanOnPush"),
+    ("TritonRepository", "ImageScanningConfiguration.ScanOnPush"),
+    ("ServerRole", "Policies.[use].PolicyDocument"),
+    ("FlowLogsRole", "Policies.[write].PolicyDocument"),
 }
-"""What moto's CloudFormation leaves out and its S3 has: the test makes it, as CloudFormation would."""
-LEFT_OUT = {("Engines", "KmsKeyId"), ("FlowLogs", "KmsKeyId")}
+"""What moto's CloudFormation leaves out or keeps in another form, and `complete` makes."""
+LEFT_OUT = {
+    ("ModelsPolicy", ""),
+    ("ArtifactsPolicy", ""),
+    ("FlowLogs", "KmsKeyId"),
+    *((repository, "EncryptionConfiguration.KmsKey") for repository in ("GatewayRepository", "TritonRepository")),
+    *(
+        (repository, "EncryptionConfiguration.EncryptionType")
+        for repository in ("GatewayRepository", "TritonRepository")
+    ),
+    *((group, "SecurityGroupIngress.Description") for group in ("EndpointsGroup", "EnginesGroup")),
+}
 """What it leaves out, and no later call can set."""
 
 
@@ -79,21 +92,29 @@ def stack(cloud, client, request) -> Stack:
     return Stack(name, ids)
 
 
-def complete(s3, stack: Stack) -> None:
-    """Makes what stands in BY_HAND, of the buckets themselves."""
+def policy_of(iam, role: str) -> dict[str, Any]:
+    """The only policy of a role. moto's CloudFormation keeps it as Python prints it."""
+    [name] = iam.list_role_policies(RoleName=role)["PolicyNames"]
+    document = iam.get_role_policy(RoleName=role, PolicyName=name)["PolicyDocument"]
+    return ast.literal_eval(document) if isinstance(document, str) else document
+
+
+def complete(client, stack: Stack) -> None:
+    """Makes what stands in COMPLETED, as CloudFormation would."""
+    s3, ecr, iam = map(client, ("s3", "ecr", "iam"))
     declared = parsed(TEMPLATE.read_text())["Resources"]
     for bucket, name in ((stack.models, "Models"), (stack.artifacts, "Artifacts")):
         properties = resolved(declared[name]["Properties"], {"ArtifactDays": 91})
-        s3.put_public_access_block(
-            Bucket=bucket, PublicAccessBlockConfiguration=properties["PublicAccessBlockConfiguration"]
-        )
+        closed = properties["PublicAccessBlockConfiguration"]
+        s3.put_public_access_block(Bucket=bucket, PublicAccessBlockConfiguration=closed)
         s3.put_bucket_ownership_controls(Bucket=bucket, OwnershipControls=properties["OwnershipControls"])
+        encryption = s3.get_bucket_encryption(Bucket=bucket)["ServerSideEncryptionConfiguration"]
+        encryption["Rules"][0]["BucketKeyEnabled"] = True
+        s3.put_bucket_encryption(Bucket=bucket, ServerSideEncryptionConfiguration=encryption)
         [rule] = properties["LifecycleConfiguration"]["Rules"]
-        days = {
-            "Days": rule["Transitions"][0]["TransitionInDays"],
-            "StorageClass": rule["Transitions"][0]["StorageClass"],
-        }
-        made = {"ID": "tiers", "Status": "Enabled", "Filter": {"Prefix": ""}, "Transitions": [days]}
+        [move] = rule["Transitions"]
+        made = {"ID": "tiers", "Status": "Enabled", "Filter": {"Prefix": ""}}
+        made["Transitions"] = [{"Days": move["TransitionInDays"], "StorageClass": move["StorageClass"]}]
         made["AbortIncompleteMultipartUpload"] = rule["AbortIncompleteMultipartUpload"]
         if name == "Artifacts":
             made["Expiration"] = {"Days": rule["ExpirationInDays"]}
@@ -102,6 +123,12 @@ def complete(s3, stack: Stack) -> None:
             made["NoncurrentVersionExpiration"] = rule["NoncurrentVersionExpiration"]
         s3.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration={"Rules": [made]})
     s3.put_bucket_versioning(Bucket=stack.models, VersioningConfiguration={"Status": "Enabled"})
+    for repository in ("gateway", "triton"):
+        ecr.put_image_scanning_configuration(
+            repositoryName=f"{stack.name}/{repository}", imageScanningConfiguration={"scanOnPush": True}
+        )
+    for role, policy in ((stack.ids["ServerRole"], "use"), (stack.ids["FlowLogsRole"], "write")):
+        iam.put_role_policy(RoleName=role, PolicyName=policy, PolicyDocument=json.dumps(policy_of(iam, role)))
 
 
 def test_cfn_lint_finds_nothing():
@@ -122,28 +149,35 @@ def test_the_services_have_what_the_template_says(stack, client):
     assert not any(each["MapPublicIpOnLaunch"] for each in subnets)
     [engines] = client("efs").describe_file_systems(FileSystemId=stack.ids["Engines"])["FileSystems"]
     assert engines["Encrypted"] and engines["NumberOfMountTargets"] == 2
+    allowed = {each["Sid"]: each["Action"] for each in policy_of(iam, f"{stack.name}-server")["Statement"]}
+    assert allowed == {
+        "ReadModels": "s3:GetObject",
+        "KeepEntries": ["s3:GetObject", "s3:PutObject", "s3:DeleteObject"],
+        "ListEntries": "s3:ListBucket",
+        "UseTheKeyThroughS3": ["kms:Decrypt", "kms:GenerateDataKey"],
+    }
     [statement] = iam.get_role(RoleName=f"{stack.name}-server")["Role"]["AssumeRolePolicyDocument"]["Statement"]
     assert statement["Condition"]["StringEquals"][f"{ISSUER}:sub"] == "system:serviceaccount:pictures:safelight"
 
 
 def test_what_moto_left_out_and_what_is_changed_by_hand_is_each_named(stack, client):
-    assert stack.named().keys() == BY_HAND | LEFT_OUT, "moto says CREATE_COMPLETE of a stack without these"
-    s3, kms, ec2, iam, ecr = map(client, ("s3", "kms", "ec2", "iam", "ecr"))
-    complete(s3, stack)
-    rest = {each for each in BY_HAND if each[0].endswith("Policy")} | LEFT_OUT
-    assert stack.named().keys() == rest
+    assert stack.named().keys() == COMPLETED | LEFT_OUT, "moto says CREATE_COMPLETE of a stack without these"
+    complete(client, stack)
+    assert stack.named().keys() == LEFT_OUT
 
+    s3, kms, ec2, iam, ecr = map(client, ("s3", "kms", "ec2", "iam", "ecr"))
     kms.disable_key_rotation(KeyId=stack.ids["Key"])
     s3.delete_public_access_block(Bucket=stack.models)
     s3.delete_bucket_lifecycle(Bucket=stack.artifacts)
-    policy = json.dumps({"Version": "2012-10-17", "Statement": []})
+    statement = {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
     iam.put_role_policy(RoleName=f"{stack.name}-server", PolicyName="more", PolicyDocument=policy)
     ec2.authorize_security_group_ingress(
         GroupId=stack.ids["EnginesGroup"], IpProtocol="tcp", FromPort=22, ToPort=22, CidrIp="0.0.0.0/0"
     )
     ecr.delete_repository(repositoryName=f"{stack.name}/triton", force=True)
     after = stack.named()
-    assert after.keys() - rest == {
+    assert after.keys() - LEFT_OUT == {
         ("Key", "EnableKeyRotation"),
         ("Models", "PublicAccessBlockConfiguration"),
         ("Artifacts", "LifecycleConfiguration"),
