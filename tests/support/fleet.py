@@ -81,8 +81,9 @@ class Fleet:
         ran = self.terraform(
             "init", "-input=false", "-no-color", *([f"-plugin-dir={folder}"] if folder else []), *arguments
         )
-        if ran.returncode and any(text in ran.stderr + ran.stdout for text in NO_PROVIDER):
-            raise NoProviderError(ran.stderr.strip().splitlines()[-1] if ran.stderr.strip() else "init failed")
+        said = (ran.stderr + ran.stdout).splitlines()
+        if ran.returncode and (lines := [line for line in said if any(text in line for text in NO_PROVIDER)]):
+            raise NoProviderError(lines[0].strip("│╷ "))
         assert ran.returncode == 0, ran.stdout + ran.stderr
 
     def apply(self) -> None:
