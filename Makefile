@@ -153,6 +153,11 @@ test-deploy: setup .tools/.installed .tools/helm .venv-triton/.installed ## Chec
 	tools/install-system-packages
 	unshare --net bash -c 'ip link set lo up && SAFELIGHT_TEST_NETWORK=unshared exec $(PY) -m pytest -q --timeout 120 tests/deploy'
 
+# Without terraform and its provider what needs them is skipped; CONTRIBUTING.md says how they are found.
+.PHONY: test-cloud
+test-cloud: setup .tools/helm ## Apply deploy/terraform and deploy/cloudformation to moto, and find what is changed by hand (4 min; not in CI)
+	$(PY) -m pytest -q --timeout 600 tests/cloud
+
 .PHONY: image
 image: setup ## Build the images `gateway` and `triton` with buildah, and their bills of material (3 min; needs root)
 	tools/install-system-packages images

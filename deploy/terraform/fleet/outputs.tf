@@ -1,0 +1,93 @@
+locals {
+  # What the chart's profile gpu.yaml leaves open, or has placeholders for. `helm` merges it over the profile.
+  helm_values = {
+    image          = { repository = module.storage.repository_urls["gateway"] }
+    serviceAccount = { annotations = { "eks.amazonaws.com/role-arn" = module.identity.role_arns["server"] } }
+    nodeSelector   = local.gpu_labels
+    tolerations = concat(
+      [{ key = "nvidia.com/gpu", operator = "Exists", effect = "NoSchedule" }],
+      var.gpu_spot_pool.max > 0 ? [{ key = "safelight/spot", operator = "Exists", effect = "NoSchedule" }] : [],
+    )
+    triton = {
+      image        = { repository = module.storage.repository_urls["triton"] } # nodes reach no other registry
+      enginesClaim = local.engines_claim
+    }
+    cache    = { s3 = { url = "s3://${module.storage.buckets["artifacts"].name}/entries", region = var.region } }
+    settings = { cache_ttl_s = var.cache_days * 86400 }
+    # With models of one's own the list of digests is given to helm. Without, the profile's placeholder goes.
+    models = {
+      for key, value in {
+        url        = var.models_release == "" ? "" : "s3://${module.storage.buckets["models"].name}/${var.models_release}"
+        sha256sums = ""
+      } : key => value if key == "url" || var.models_release == ""
+    }
+  }
+
+  engines_claim = "safelight-engines-a100"
+  engines = [
+    {
+      apiVersion = "v1"
+      kind       = "PersistentVolume"
+      metadata   = { name = "${var.name}-engines" }
+      spec = {
+        capacity                      = { storage = "100Gi" } # EFS has no size; Kubernetes wants one
+        volumeMode                    = "Filesystem"
+        accessModes                   = ["ReadWriteMany"]
+        persistentVolumeReclaimPolicy = "Retain"
+        storageClassName              = ""
+        mountOptions                  = ["tls"]
+        claimRef                      = { namespace = var.namespace, name = local.engines_claim }
+        csi = {
+          driver       = "efs.csi.aws.com"
+          volumeHandle = "${module.storage.engines.file_system_id}::${module.storage.engines.access_point_id}"
+        }
+      }
+    },
+    {
+      apiVersion = "v1"
+      kind       = "PersistentVolumeClaim"
+      metadata   = { name = local.engines_claim, namespace = var.namespace }
+      spec = {
+        accessModes      = ["ReadWriteMany"]
+        storageClassName = ""
+        volumeName       = "${var.name}-engines"
+        resources        = { requests = { storage = "100Gi" } }
+      }
+    },
+  ]
+}
+
+output "helm_values" {
+  description = "Values for the chart, after its profile gpu.yaml: terraform output -raw helm_values > values.auto.yaml"
+  value       = yamlencode(local.helm_values)
+}
+
+output "engines_manifest" {
+  description = "The claim of TensorRT's engines: terraform output -raw engines_manifest | kubectl apply --filename -"
+  value       = join("---\n", [for each in local.engines : yamlencode(each)])
+}
+
+output "cluster_name" {
+  description = "For: aws eks update-kubeconfig --name"
+  value       = module.cluster.name
+}
+
+output "repository_urls" {
+  description = "Where to push the images gateway and triton."
+  value       = module.storage.repository_urls
+}
+
+output "models_bucket" {
+  description = "Where to put models."
+  value       = module.storage.buckets["models"].name
+}
+
+output "redis_address" {
+  description = "HOST:PORT of Redis; the Secret safelight-redis gets rediss://:TOKEN@HOST:PORT/0. Empty: it is your own."
+  value       = var.redis_node_type == "" ? "" : module.data[0].address
+}
+
+output "role_arns" {
+  description = "Roles of service accounts: server (in helm_values), autoscaler (kube-system/cluster-autoscaler)."
+  value       = module.identity.role_arns
+}

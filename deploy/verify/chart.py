@@ -1,0 +1,57 @@
+"""The values that the chart is installed with, against what Terraform says they must be, and against the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from botocore.exceptions import ClientError
+
+from deploy.verify.drift import ABSENT, Drift, differences
+
+BETWEEN = "terraform and chart"
+
+
+def merged(files: Sequence[Path]) -> dict[str, Any]:
+    """Values as helm merges its --values: maps are merged, all else is replaced by the later file's."""
+    values: dict[str, Any] = {}
+    for file in files:
+        values = _over(values, yaml.safe_load(file.read_text()) or {})
+    return values
+
+
+def _over(below: Any, above: Any) -> Any:
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {name: _over(below.get(name), value) for name, value in above.items()}
+
+
+def value_drifts(declared: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Drift]:
+    """Where the values differ from Terraform's output `helm_values`; what that does not name is the operator's."""
+    for path, should, is_ in differences(declared, values, whole=False):
+        yield Drift(BETWEEN, "values", path, should, is_)
+
+
+def image_drifts(values: Mapping[str, Any], session: Any) -> Iterator[Drift]:
+    """The images that the values name and that ECR does not have."""
+    client = session.client("ecr")
+    try:
+        for path, image in (
+            ("image", values.get("image", {})),
+            ("triton.image", values.get("triton", {}).get("image", {})),
+        ):
+            registry, _, repository = image.get("repository", "").partition("/")
+            if ".dkr.ecr." not in registry:
+                continue
+            try:
+                client.describe_images(repositoryName=repository, imageIds=[{"imageDigest": image.get("digest", "")}])
+            except ClientError as error:
+                if error.response["Error"]["Code"] not in ("ImageNotFoundException", "RepositoryNotFoundException"):
+                    raise
+                yield Drift(
+                    "chart and registry", "values", path, f"{image['repository']}@{image.get('digest', '')}", ABSENT
+                )
+    finally:
+        client.close()

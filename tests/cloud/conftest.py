@@ -1,0 +1,100 @@
+"""moto's server, and a fleet in it. Without terraform, or without its provider for AWS, the tests that need them are skipped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import boto3
+import pytest
+
+from tests.support.fleet import PLUGINS, Fleet, NoProviderError, moto_environment
+
+REGION = "us-east-1"
+SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(*server.get_host_and_port(), sep=":", flush=True)
+sys.stdin.read()
+server.stop()
+"""
+"""It says its address, and ends when nobody holds the other end of its standard input."""
+
+
+@pytest.fixture(scope="session")
+def endpoint() -> Iterator[str]:
+    """The address of moto's server, with the managed policies of AWS. A process of its own: its warnings are no errors."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"MOTO_IAM_LOAD_MANAGED_POLICIES": "true"},
+    )
+    assert server.stdin is not None and server.stdout is not None
+    with server:
+        yield f"http://{server.stdout.readline().strip()}"
+        server.stdin.close()  # it ends
+
+
+@pytest.fixture(scope="session")
+def initialised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Fleet]:
+    """Makes copies of the root module, initialised, for an endpoint; an empty one: for no cloud at all."""
+
+    def make(address: str) -> Fleet:
+        if shutil.which("terraform") is None:
+            pytest.skip("no terraform on PATH: CONTRIBUTING.md says what test-cloud needs")
+        fleet = Fleet(tmp_path_factory.mktemp("fleet"), address)
+        try:
+            fleet.init(*([] if address else ["-backend=false"]))
+        except NoProviderError as error:
+            pytest.skip(f"terraform has no provider for AWS, {PLUGINS} may name a folder with it: {error}")
+        return fleet
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fleet(initialised: Callable[[str], Fleet], endpoint: str) -> Fleet:
+    """A fleet, applied."""
+    made = initialised(endpoint)
+    made.apply()
+    return made
+
+
+@pytest.fixture
+def client(endpoint: str) -> Iterator[Callable[[str], Any]]:
+    """Makes clients of the services of moto."""
+    made = []
+
+    def of(service: str) -> Any:
+        made.append(
+            boto3.client(
+                service,
+                endpoint_url=endpoint,
+                region_name=REGION,
+                aws_access_key_id="test",
+                aws_secret_access_key="test",
+            )
+        )
+        return made[-1]
+
+    yield of
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def cloud(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of this process is such that boto3 and terraform reach moto."""
+    for name, value in moto_environment(endpoint).items():
+        monkeypatch.setenv(name, value)
+    if "TF_CLI_CONFIG_FILE" not in moto_environment(endpoint):
+        monkeypatch.delenv("TF_CLI_CONFIG_FILE", raising=False)
