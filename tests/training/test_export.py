@@ -301,8 +301,8 @@ def test_weights_beyond_float16_are_refused() -> None:
 def test_folders_that_cannot_be_exported_are_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="it has no model_index"):
         export(tmp_path, tmp_path / "models", "x", "r1")
-    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(ExportError, match="is a StableDiffusionXLPipeline"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    with pytest.raises(ExportError, match="is a StableDiffusion3Pipeline"):
         export(tmp_path, tmp_path / "models", "x", "r1")
     assert not (tmp_path / "models").exists()
 
