@@ -30,6 +30,7 @@ PARTS = (
     "eviction",
     "tiers",
     "scaling",
+    "surge",
     "index",
     "similar",
     "replay",

@@ -543,7 +543,7 @@ func (x DisconnectPolicy_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use DisconnectPolicy_Action.Descriptor instead.
 func (DisconnectPolicy_Action) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{11, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{12, 0}
 }
 
 // What is promised of a generation that was accepted.
@@ -598,7 +598,7 @@ func (x Accepted_Durability) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Accepted_Durability.Descriptor instead.
 func (Accepted_Durability) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{13, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{14, 0}
 }
 
 // Why an output ended.
@@ -659,7 +659,67 @@ func (x OutputFinished_FinishReason) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use OutputFinished_FinishReason.Descriptor instead.
 func (OutputFinished_FinishReason) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{19, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{20, 0}
+}
+
+// What was given up.
+type Degradation_Kind int32
+
+const (
+	// Not a kind.
+	Degradation_KIND_UNSPECIFIED Degradation_Kind = 0
+	// Denoising steps; `requested` and `applied` are numbers of steps.
+	Degradation_KIND_FEWER_STEPS Degradation_Kind = 1
+	// The method of previews; `requested` and `applied` are names of
+	// PreviewMethod, such as PREVIEW_METHOD_LINEAR.
+	Degradation_KIND_CHEAPER_PREVIEWS Degradation_Kind = 2
+	// The very picture, for one that is similar; `requested` and `applied` are
+	// similarities: the least that the request asked for without pressure, 1
+	// for an identical one, and that of the least similar picture served.
+	Degradation_KIND_SIMILAR_PICTURE Degradation_Kind = 3
+)
+
+// Enum value maps for Degradation_Kind.
+var (
+	Degradation_Kind_name = map[int32]string{
+		0: "KIND_UNSPECIFIED",
+		1: "KIND_FEWER_STEPS",
+		2: "KIND_CHEAPER_PREVIEWS",
+		3: "KIND_SIMILAR_PICTURE",
+	}
+	Degradation_Kind_value = map[string]int32{
+		"KIND_UNSPECIFIED":      0,
+		"KIND_FEWER_STEPS":      1,
+		"KIND_CHEAPER_PREVIEWS": 2,
+		"KIND_SIMILAR_PICTURE":  3,
+	}
+)
+
+func (x Degradation_Kind) Enum() *Degradation_Kind {
+	p := new(Degradation_Kind)
+	*p = x
+	return p
+}
+
+func (x Degradation_Kind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Degradation_Kind) Descriptor() protoreflect.EnumDescriptor {
+	return file_safelight_v1_generation_proto_enumTypes[11].Descriptor()
+}
+
+func (Degradation_Kind) Type() protoreflect.EnumType {
+	return &file_safelight_v1_generation_proto_enumTypes[11]
+}
+
+func (x Degradation_Kind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Degradation_Kind.Descriptor instead.
+func (Degradation_Kind) EnumDescriptor() ([]byte, []int) {
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{22, 0}
 }
 
 // Where a picture came from.
@@ -715,11 +775,11 @@ func (x CacheResult_Disposition) String() string {
 }
 
 func (CacheResult_Disposition) Descriptor() protoreflect.EnumDescriptor {
-	return file_safelight_v1_generation_proto_enumTypes[11].Descriptor()
+	return file_safelight_v1_generation_proto_enumTypes[12].Descriptor()
 }
 
 func (CacheResult_Disposition) Type() protoreflect.EnumType {
-	return &file_safelight_v1_generation_proto_enumTypes[11]
+	return &file_safelight_v1_generation_proto_enumTypes[12]
 }
 
 func (x CacheResult_Disposition) Number() protoreflect.EnumNumber {
@@ -728,7 +788,7 @@ func (x CacheResult_Disposition) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CacheResult_Disposition.Descriptor instead.
 func (CacheResult_Disposition) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{21, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23, 0}
 }
 
 // Where a generation is in its life.
@@ -784,11 +844,11 @@ func (x Generation_State) String() string {
 }
 
 func (Generation_State) Descriptor() protoreflect.EnumDescriptor {
-	return file_safelight_v1_generation_proto_enumTypes[12].Descriptor()
+	return file_safelight_v1_generation_proto_enumTypes[13].Descriptor()
 }
 
 func (Generation_State) Type() protoreflect.EnumType {
-	return &file_safelight_v1_generation_proto_enumTypes[12]
+	return &file_safelight_v1_generation_proto_enumTypes[13]
 }
 
 func (x Generation_State) Number() protoreflect.EnumNumber {
@@ -797,7 +857,7 @@ func (x Generation_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Generation_State.Descriptor instead.
 func (Generation_State) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{36, 0}
 }
 
 // Asks for one or more pictures. Only a prompt is needed.
@@ -829,7 +889,11 @@ type GenerateRequest struct {
 	// Start from a step of an older generation, with another prompt or guidance,
 	// in place of noise. For one output. FAILED_PRECONDITION when no such step is
 	// kept any more.
-	Branch        *Branch `protobuf:"bytes,9,opt,name=branch,proto3" json:"branch,omitempty"`
+	Branch *Branch `protobuf:"bytes,9,opt,name=branch,proto3" json:"branch,omitempty"`
+	// How far quality may go down under load. Only for PRIORITY_STANDARD and
+	// PRIORITY_BATCH, since someone waits for what is INTERACTIVE. Absent: it does
+	// not go down.
+	QualityFloor  *QualityFloor `protobuf:"bytes,10,opt,name=quality_floor,json=qualityFloor,proto3" json:"quality_floor,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -923,6 +987,13 @@ func (x *GenerateRequest) GetCache() *CachePolicy {
 func (x *GenerateRequest) GetBranch() *Branch {
 	if x != nil {
 		return x.Branch
+	}
+	return nil
+}
+
+func (x *GenerateRequest) GetQualityFloor() *QualityFloor {
+	if x != nil {
+		return x.QualityFloor
 	}
 	return nil
 }
@@ -1632,6 +1703,81 @@ func (x *CachePolicy) GetMinSimilarity() float32 {
 	return 0
 }
 
+// How far the quality of a request may go down while its class is under
+// pressure: while more is queued than is done in the time that the operator lets
+// the class wait. It is decided once, before `Accepted`, which shows the spec
+// that is developed; `Finished.degradations` says what was done. Nothing is done
+// to a request of which a picture, or an identical output on its way, is there.
+// Each field allows one thing.
+type QualityFloor struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Fewest denoising steps, from 1 to the steps of the spec; the sampler must
+	// work with them. Under pressure it is just these, so that equal requests
+	// still share one picture. Not with `branch`. Absent: no fewer steps.
+	MinNumSteps *int32 `protobuf:"varint,1,opt,name=min_num_steps,json=minNumSteps,proto3,oneof" json:"min_num_steps,omitempty"`
+	// Where `preview` asks for TINY_DECODER or FULL_DECODER, all streams of the
+	// generation may get LINEAR. AUTO follows the load without being told.
+	CheaperPreviews bool `protobuf:"varint,2,opt,name=cheaper_previews,json=cheaperPreviews,proto3" json:"cheaper_previews,omitempty"`
+	// A finished picture of another seed or wording may be served, as with
+	// MODE_ALLOW_SIMILAR, if it has at least this similarity, above 0 and at most 1
+	// (with MODE_ALLOW_SIMILAR: below `CachePolicy.min_similarity`). Not with
+	// `branch` and not with MODE_BYPASS. Absent: only as `cache` says.
+	MinSimilarity *float32 `protobuf:"fixed32,3,opt,name=min_similarity,json=minSimilarity,proto3,oneof" json:"min_similarity,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QualityFloor) Reset() {
+	*x = QualityFloor{}
+	mi := &file_safelight_v1_generation_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QualityFloor) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QualityFloor) ProtoMessage() {}
+
+func (x *QualityFloor) ProtoReflect() protoreflect.Message {
+	mi := &file_safelight_v1_generation_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QualityFloor.ProtoReflect.Descriptor instead.
+func (*QualityFloor) Descriptor() ([]byte, []int) {
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *QualityFloor) GetMinNumSteps() int32 {
+	if x != nil && x.MinNumSteps != nil {
+		return *x.MinNumSteps
+	}
+	return 0
+}
+
+func (x *QualityFloor) GetCheaperPreviews() bool {
+	if x != nil {
+		return x.CheaperPreviews
+	}
+	return false
+}
+
+func (x *QualityFloor) GetMinSimilarity() float32 {
+	if x != nil && x.MinSimilarity != nil {
+		return *x.MinSimilarity
+	}
+	return 0
+}
+
 // A point in the development of another output.
 type Branch struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1648,7 +1794,7 @@ type Branch struct {
 
 func (x *Branch) Reset() {
 	*x = Branch{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[10]
+	mi := &file_safelight_v1_generation_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1660,7 +1806,7 @@ func (x *Branch) String() string {
 func (*Branch) ProtoMessage() {}
 
 func (x *Branch) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[10]
+	mi := &file_safelight_v1_generation_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1673,7 +1819,7 @@ func (x *Branch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Branch.ProtoReflect.Descriptor instead.
 func (*Branch) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{10}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Branch) GetGeneration() string {
@@ -1710,7 +1856,7 @@ type DisconnectPolicy struct {
 
 func (x *DisconnectPolicy) Reset() {
 	*x = DisconnectPolicy{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[11]
+	mi := &file_safelight_v1_generation_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1722,7 +1868,7 @@ func (x *DisconnectPolicy) String() string {
 func (*DisconnectPolicy) ProtoMessage() {}
 
 func (x *DisconnectPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[11]
+	mi := &file_safelight_v1_generation_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1735,7 +1881,7 @@ func (x *DisconnectPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectPolicy.ProtoReflect.Descriptor instead.
 func (*DisconnectPolicy) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{11}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DisconnectPolicy) GetAction() DisconnectPolicy_Action {
@@ -1783,7 +1929,7 @@ type GenerationEvent struct {
 
 func (x *GenerationEvent) Reset() {
 	*x = GenerationEvent{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[12]
+	mi := &file_safelight_v1_generation_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1795,7 +1941,7 @@ func (x *GenerationEvent) String() string {
 func (*GenerationEvent) ProtoMessage() {}
 
 func (x *GenerationEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[12]
+	mi := &file_safelight_v1_generation_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1808,7 +1954,7 @@ func (x *GenerationEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerationEvent.ProtoReflect.Descriptor instead.
 func (*GenerationEvent) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{12}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *GenerationEvent) GetSequence() uint64 {
@@ -1982,7 +2128,7 @@ type Accepted struct {
 
 func (x *Accepted) Reset() {
 	*x = Accepted{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[13]
+	mi := &file_safelight_v1_generation_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1994,7 +2140,7 @@ func (x *Accepted) String() string {
 func (*Accepted) ProtoMessage() {}
 
 func (x *Accepted) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[13]
+	mi := &file_safelight_v1_generation_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2007,7 +2153,7 @@ func (x *Accepted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Accepted.ProtoReflect.Descriptor instead.
 func (*Accepted) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{13}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Accepted) GetSpec() *GenerationSpec {
@@ -2079,7 +2225,7 @@ type Warning struct {
 
 func (x *Warning) Reset() {
 	*x = Warning{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[14]
+	mi := &file_safelight_v1_generation_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2091,7 +2237,7 @@ func (x *Warning) String() string {
 func (*Warning) ProtoMessage() {}
 
 func (x *Warning) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[14]
+	mi := &file_safelight_v1_generation_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2104,7 +2250,7 @@ func (x *Warning) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Warning.ProtoReflect.Descriptor instead.
 func (*Warning) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{14}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Warning) GetReason() string {
@@ -2134,7 +2280,7 @@ type Queued struct {
 
 func (x *Queued) Reset() {
 	*x = Queued{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[15]
+	mi := &file_safelight_v1_generation_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2146,7 +2292,7 @@ func (x *Queued) String() string {
 func (*Queued) ProtoMessage() {}
 
 func (x *Queued) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[15]
+	mi := &file_safelight_v1_generation_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2159,7 +2305,7 @@ func (x *Queued) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Queued.ProtoReflect.Descriptor instead.
 func (*Queued) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{15}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Queued) GetPosition() int32 {
@@ -2195,7 +2341,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[16]
+	mi := &file_safelight_v1_generation_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2207,7 +2353,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[16]
+	mi := &file_safelight_v1_generation_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2220,7 +2366,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{16}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Progress) GetOutputIndex() int32 {
@@ -2286,7 +2432,7 @@ type Preview struct {
 
 func (x *Preview) Reset() {
 	*x = Preview{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[17]
+	mi := &file_safelight_v1_generation_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2298,7 +2444,7 @@ func (x *Preview) String() string {
 func (*Preview) ProtoMessage() {}
 
 func (x *Preview) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[17]
+	mi := &file_safelight_v1_generation_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2311,7 +2457,7 @@ func (x *Preview) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Preview.ProtoReflect.Descriptor instead.
 func (*Preview) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{17}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Preview) GetOutputIndex() int32 {
@@ -2404,7 +2550,7 @@ type ArtifactChunk struct {
 
 func (x *ArtifactChunk) Reset() {
 	*x = ArtifactChunk{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[18]
+	mi := &file_safelight_v1_generation_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2416,7 +2562,7 @@ func (x *ArtifactChunk) String() string {
 func (*ArtifactChunk) ProtoMessage() {}
 
 func (x *ArtifactChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[18]
+	mi := &file_safelight_v1_generation_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2429,7 +2575,7 @@ func (x *ArtifactChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArtifactChunk.ProtoReflect.Descriptor instead.
 func (*ArtifactChunk) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{18}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ArtifactChunk) GetOutputIndex() int32 {
@@ -2510,7 +2656,7 @@ type OutputFinished struct {
 
 func (x *OutputFinished) Reset() {
 	*x = OutputFinished{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[19]
+	mi := &file_safelight_v1_generation_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2522,7 +2668,7 @@ func (x *OutputFinished) String() string {
 func (*OutputFinished) ProtoMessage() {}
 
 func (x *OutputFinished) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[19]
+	mi := &file_safelight_v1_generation_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2535,7 +2681,7 @@ func (x *OutputFinished) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputFinished.ProtoReflect.Descriptor instead.
 func (*OutputFinished) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{19}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *OutputFinished) GetOutputIndex() int32 {
@@ -2569,14 +2715,16 @@ type Finished struct {
 	// Where the time went.
 	Timings *Timings `protobuf:"bytes,3,opt,name=timings,proto3" json:"timings,omitempty"`
 	// Where each picture came from, by its place in the spec.
-	CacheResults  []*CacheResult `protobuf:"bytes,4,rep,name=cache_results,json=cacheResults,proto3" json:"cache_results,omitempty"`
+	CacheResults []*CacheResult `protobuf:"bytes,4,rep,name=cache_results,json=cacheResults,proto3" json:"cache_results,omitempty"`
+	// What its quality floor gave up under load; empty: nothing.
+	Degradations  []*Degradation `protobuf:"bytes,5,rep,name=degradations,proto3" json:"degradations,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Finished) Reset() {
 	*x = Finished{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[20]
+	mi := &file_safelight_v1_generation_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2588,7 +2736,7 @@ func (x *Finished) String() string {
 func (*Finished) ProtoMessage() {}
 
 func (x *Finished) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[20]
+	mi := &file_safelight_v1_generation_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2601,7 +2749,7 @@ func (x *Finished) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finished.ProtoReflect.Descriptor instead.
 func (*Finished) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{20}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Finished) GetStatus() *status.Status {
@@ -2632,6 +2780,77 @@ func (x *Finished) GetCacheResults() []*CacheResult {
 	return nil
 }
 
+func (x *Finished) GetDegradations() []*Degradation {
+	if x != nil {
+		return x.Degradations
+	}
+	return nil
+}
+
+// One thing that a request gave up under load, as its quality floor allowed.
+type Degradation struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What was given up.
+	Kind Degradation_Kind `protobuf:"varint,1,opt,name=kind,proto3,enum=safelight.v1.Degradation_Kind" json:"kind,omitempty"`
+	// What the request asked for.
+	Requested string `protobuf:"bytes,2,opt,name=requested,proto3" json:"requested,omitempty"`
+	// What it got.
+	Applied       string `protobuf:"bytes,3,opt,name=applied,proto3" json:"applied,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Degradation) Reset() {
+	*x = Degradation{}
+	mi := &file_safelight_v1_generation_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Degradation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Degradation) ProtoMessage() {}
+
+func (x *Degradation) ProtoReflect() protoreflect.Message {
+	mi := &file_safelight_v1_generation_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Degradation.ProtoReflect.Descriptor instead.
+func (*Degradation) Descriptor() ([]byte, []int) {
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *Degradation) GetKind() Degradation_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return Degradation_KIND_UNSPECIFIED
+}
+
+func (x *Degradation) GetRequested() string {
+	if x != nil {
+		return x.Requested
+	}
+	return ""
+}
+
+func (x *Degradation) GetApplied() string {
+	if x != nil {
+		return x.Applied
+	}
+	return ""
+}
+
 // Where a picture came from.
 type CacheResult struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2652,7 +2871,7 @@ type CacheResult struct {
 
 func (x *CacheResult) Reset() {
 	*x = CacheResult{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[21]
+	mi := &file_safelight_v1_generation_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2664,7 +2883,7 @@ func (x *CacheResult) String() string {
 func (*CacheResult) ProtoMessage() {}
 
 func (x *CacheResult) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[21]
+	mi := &file_safelight_v1_generation_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2677,7 +2896,7 @@ func (x *CacheResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheResult.ProtoReflect.Descriptor instead.
 func (*CacheResult) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{21}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CacheResult) GetDisposition() CacheResult_Disposition {
@@ -2738,7 +2957,7 @@ type Usage struct {
 
 func (x *Usage) Reset() {
 	*x = Usage{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[22]
+	mi := &file_safelight_v1_generation_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2750,7 +2969,7 @@ func (x *Usage) String() string {
 func (*Usage) ProtoMessage() {}
 
 func (x *Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[22]
+	mi := &file_safelight_v1_generation_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2763,7 +2982,7 @@ func (x *Usage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Usage.ProtoReflect.Descriptor instead.
 func (*Usage) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{22}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Usage) GetComputeTime() *durationpb.Duration {
@@ -2821,7 +3040,7 @@ type Cost struct {
 
 func (x *Cost) Reset() {
 	*x = Cost{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	mi := &file_safelight_v1_generation_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2833,7 +3052,7 @@ func (x *Cost) String() string {
 func (*Cost) ProtoMessage() {}
 
 func (x *Cost) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	mi := &file_safelight_v1_generation_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2846,7 +3065,7 @@ func (x *Cost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cost.ProtoReflect.Descriptor instead.
 func (*Cost) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Cost) GetCurrencyCode() string {
@@ -2883,7 +3102,7 @@ type Timings struct {
 
 func (x *Timings) Reset() {
 	*x = Timings{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[24]
+	mi := &file_safelight_v1_generation_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2895,7 +3114,7 @@ func (x *Timings) String() string {
 func (*Timings) ProtoMessage() {}
 
 func (x *Timings) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[24]
+	mi := &file_safelight_v1_generation_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2908,7 +3127,7 @@ func (x *Timings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Timings.ProtoReflect.Descriptor instead.
 func (*Timings) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Timings) GetQueue() *durationpb.Duration {
@@ -2963,7 +3182,7 @@ type WatchGenerationRequest struct {
 
 func (x *WatchGenerationRequest) Reset() {
 	*x = WatchGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[25]
+	mi := &file_safelight_v1_generation_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2975,7 +3194,7 @@ func (x *WatchGenerationRequest) String() string {
 func (*WatchGenerationRequest) ProtoMessage() {}
 
 func (x *WatchGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[25]
+	mi := &file_safelight_v1_generation_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2988,7 +3207,7 @@ func (x *WatchGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGenerationRequest.ProtoReflect.Descriptor instead.
 func (*WatchGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{25}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *WatchGenerationRequest) GetName() string {
@@ -3032,7 +3251,7 @@ type ArtifactOffset struct {
 
 func (x *ArtifactOffset) Reset() {
 	*x = ArtifactOffset{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[26]
+	mi := &file_safelight_v1_generation_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3044,7 +3263,7 @@ func (x *ArtifactOffset) String() string {
 func (*ArtifactOffset) ProtoMessage() {}
 
 func (x *ArtifactOffset) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[26]
+	mi := &file_safelight_v1_generation_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3057,7 +3276,7 @@ func (x *ArtifactOffset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArtifactOffset.ProtoReflect.Descriptor instead.
 func (*ArtifactOffset) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{26}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ArtifactOffset) GetOutputIndex() int32 {
@@ -3085,7 +3304,7 @@ type WatchGenerationResponse struct {
 
 func (x *WatchGenerationResponse) Reset() {
 	*x = WatchGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[27]
+	mi := &file_safelight_v1_generation_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3097,7 +3316,7 @@ func (x *WatchGenerationResponse) String() string {
 func (*WatchGenerationResponse) ProtoMessage() {}
 
 func (x *WatchGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[27]
+	mi := &file_safelight_v1_generation_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3110,7 +3329,7 @@ func (x *WatchGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGenerationResponse.ProtoReflect.Descriptor instead.
 func (*WatchGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{27}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *WatchGenerationResponse) GetEvent() *GenerationEvent {
@@ -3135,7 +3354,7 @@ type UpdateGenerationRequest struct {
 
 func (x *UpdateGenerationRequest) Reset() {
 	*x = UpdateGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[28]
+	mi := &file_safelight_v1_generation_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3147,7 +3366,7 @@ func (x *UpdateGenerationRequest) String() string {
 func (*UpdateGenerationRequest) ProtoMessage() {}
 
 func (x *UpdateGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[28]
+	mi := &file_safelight_v1_generation_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3160,7 +3379,7 @@ func (x *UpdateGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateGenerationRequest.ProtoReflect.Descriptor instead.
 func (*UpdateGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{28}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *UpdateGenerationRequest) GetName() string {
@@ -3195,7 +3414,7 @@ type UpdateGenerationResponse struct {
 
 func (x *UpdateGenerationResponse) Reset() {
 	*x = UpdateGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[29]
+	mi := &file_safelight_v1_generation_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3207,7 +3426,7 @@ func (x *UpdateGenerationResponse) String() string {
 func (*UpdateGenerationResponse) ProtoMessage() {}
 
 func (x *UpdateGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[29]
+	mi := &file_safelight_v1_generation_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3220,7 +3439,7 @@ func (x *UpdateGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateGenerationResponse.ProtoReflect.Descriptor instead.
 func (*UpdateGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{29}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *UpdateGenerationResponse) GetGeneration() *Generation {
@@ -3241,7 +3460,7 @@ type CancelGenerationRequest struct {
 
 func (x *CancelGenerationRequest) Reset() {
 	*x = CancelGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[30]
+	mi := &file_safelight_v1_generation_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3253,7 +3472,7 @@ func (x *CancelGenerationRequest) String() string {
 func (*CancelGenerationRequest) ProtoMessage() {}
 
 func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[30]
+	mi := &file_safelight_v1_generation_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3266,7 +3485,7 @@ func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationRequest.ProtoReflect.Descriptor instead.
 func (*CancelGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{30}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *CancelGenerationRequest) GetName() string {
@@ -3287,7 +3506,7 @@ type CancelGenerationResponse struct {
 
 func (x *CancelGenerationResponse) Reset() {
 	*x = CancelGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[31]
+	mi := &file_safelight_v1_generation_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3299,7 +3518,7 @@ func (x *CancelGenerationResponse) String() string {
 func (*CancelGenerationResponse) ProtoMessage() {}
 
 func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[31]
+	mi := &file_safelight_v1_generation_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3312,7 +3531,7 @@ func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationResponse.ProtoReflect.Descriptor instead.
 func (*CancelGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{31}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *CancelGenerationResponse) GetGeneration() *Generation {
@@ -3333,7 +3552,7 @@ type GetGenerationRequest struct {
 
 func (x *GetGenerationRequest) Reset() {
 	*x = GetGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[32]
+	mi := &file_safelight_v1_generation_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3345,7 +3564,7 @@ func (x *GetGenerationRequest) String() string {
 func (*GetGenerationRequest) ProtoMessage() {}
 
 func (x *GetGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[32]
+	mi := &file_safelight_v1_generation_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3358,7 +3577,7 @@ func (x *GetGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGenerationRequest.ProtoReflect.Descriptor instead.
 func (*GetGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{32}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *GetGenerationRequest) GetName() string {
@@ -3379,7 +3598,7 @@ type GetGenerationResponse struct {
 
 func (x *GetGenerationResponse) Reset() {
 	*x = GetGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[33]
+	mi := &file_safelight_v1_generation_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3391,7 +3610,7 @@ func (x *GetGenerationResponse) String() string {
 func (*GetGenerationResponse) ProtoMessage() {}
 
 func (x *GetGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[33]
+	mi := &file_safelight_v1_generation_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3404,7 +3623,7 @@ func (x *GetGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGenerationResponse.ProtoReflect.Descriptor instead.
 func (*GetGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{33}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *GetGenerationResponse) GetGeneration() *Generation {
@@ -3438,14 +3657,16 @@ type Generation struct {
 	// What it has used so far.
 	Usage *Usage `protobuf:"bytes,10,opt,name=usage,proto3" json:"usage,omitempty"`
 	// Newest sequence of its state events.
-	LastSequence  uint64 `protobuf:"varint,11,opt,name=last_sequence,json=lastSequence,proto3" json:"last_sequence,omitempty"`
+	LastSequence uint64 `protobuf:"varint,11,opt,name=last_sequence,json=lastSequence,proto3" json:"last_sequence,omitempty"`
+	// What its quality floor gave up under load; empty: nothing.
+	Degradations  []*Degradation `protobuf:"bytes,12,rep,name=degradations,proto3" json:"degradations,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Generation) Reset() {
 	*x = Generation{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[34]
+	mi := &file_safelight_v1_generation_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3457,7 +3678,7 @@ func (x *Generation) String() string {
 func (*Generation) ProtoMessage() {}
 
 func (x *Generation) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[34]
+	mi := &file_safelight_v1_generation_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3470,7 +3691,7 @@ func (x *Generation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generation.ProtoReflect.Descriptor instead.
 func (*Generation) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Generation) GetName() string {
@@ -3550,6 +3771,13 @@ func (x *Generation) GetLastSequence() uint64 {
 	return 0
 }
 
+func (x *Generation) GetDegradations() []*Degradation {
+	if x != nil {
+		return x.Degradations
+	}
+	return nil
+}
+
 // What is known of an output.
 type OutputState struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -3569,7 +3797,7 @@ type OutputState struct {
 
 func (x *OutputState) Reset() {
 	*x = OutputState{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[35]
+	mi := &file_safelight_v1_generation_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3581,7 +3809,7 @@ func (x *OutputState) String() string {
 func (*OutputState) ProtoMessage() {}
 
 func (x *OutputState) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[35]
+	mi := &file_safelight_v1_generation_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3594,7 +3822,7 @@ func (x *OutputState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputState.ProtoReflect.Descriptor instead.
 func (*OutputState) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{35}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *OutputState) GetOutputIndex() int32 {
@@ -3636,7 +3864,7 @@ var File_safelight_v1_generation_proto protoreflect.FileDescriptor
 
 const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\n" +
-	"\x1dsafelight/v1/generation.proto\x12\fsafelight.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xa9\x04\n" +
+	"\x1dsafelight/v1/generation.proto\x12\fsafelight.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xea\x04\n" +
 	"\x0fGenerateRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x120\n" +
@@ -3651,7 +3879,9 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"disconnect\x12A\n" +
 	"\x06labels\x18\a \x03(\v2).safelight.v1.GenerateRequest.LabelsEntryR\x06labels\x12/\n" +
 	"\x05cache\x18\b \x01(\v2\x19.safelight.v1.CachePolicyR\x05cache\x12,\n" +
-	"\x06branch\x18\t \x01(\v2\x14.safelight.v1.BranchR\x06branch\x1a9\n" +
+	"\x06branch\x18\t \x01(\v2\x14.safelight.v1.BranchR\x06branch\x12?\n" +
+	"\rquality_floor\x18\n" +
+	" \x01(\v2\x1a.safelight.v1.QualityFloorR\fqualityFloor\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"G\n" +
@@ -3735,6 +3965,12 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\vMODE_BYPASS\x10\x02\x12\x15\n" +
 	"\x11MODE_ALLOW_LATENT\x10\x03\x12\x16\n" +
 	"\x12MODE_ALLOW_SIMILAR\x10\x04B\x11\n" +
+	"\x0f_min_similarity\"\xb3\x01\n" +
+	"\fQualityFloor\x12'\n" +
+	"\rmin_num_steps\x18\x01 \x01(\x05H\x00R\vminNumSteps\x88\x01\x01\x12)\n" +
+	"\x10cheaper_previews\x18\x02 \x01(\bR\x0fcheaperPreviews\x12*\n" +
+	"\x0emin_similarity\x18\x03 \x01(\x02H\x01R\rminSimilarity\x88\x01\x01B\x10\n" +
+	"\x0e_min_num_stepsB\x11\n" +
 	"\x0f_min_similarity\"_\n" +
 	"\x06Branch\x12\x1e\n" +
 	"\n" +
@@ -3828,12 +4064,22 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x17FINISH_REASON_COMPLETED\x10\x01\x12\x1b\n" +
 	"\x17FINISH_REASON_CANCELLED\x10\x02\x12#\n" +
 	"\x1fFINISH_REASON_DEADLINE_EXCEEDED\x10\x03\x12\x18\n" +
-	"\x14FINISH_REASON_FAILED\x10\x04\"\xd2\x01\n" +
+	"\x14FINISH_REASON_FAILED\x10\x04\"\x91\x02\n" +
 	"\bFinished\x12*\n" +
 	"\x06status\x18\x01 \x01(\v2\x12.google.rpc.StatusR\x06status\x12)\n" +
 	"\x05usage\x18\x02 \x01(\v2\x13.safelight.v1.UsageR\x05usage\x12/\n" +
 	"\atimings\x18\x03 \x01(\v2\x15.safelight.v1.TimingsR\atimings\x12>\n" +
-	"\rcache_results\x18\x04 \x03(\v2\x19.safelight.v1.CacheResultR\fcacheResults\"\x9b\x03\n" +
+	"\rcache_results\x18\x04 \x03(\v2\x19.safelight.v1.CacheResultR\fcacheResults\x12=\n" +
+	"\fdegradations\x18\x05 \x03(\v2\x19.safelight.v1.DegradationR\fdegradations\"\xe2\x01\n" +
+	"\vDegradation\x122\n" +
+	"\x04kind\x18\x01 \x01(\x0e2\x1e.safelight.v1.Degradation.KindR\x04kind\x12\x1c\n" +
+	"\trequested\x18\x02 \x01(\tR\trequested\x12\x18\n" +
+	"\aapplied\x18\x03 \x01(\tR\aapplied\"g\n" +
+	"\x04Kind\x12\x14\n" +
+	"\x10KIND_UNSPECIFIED\x10\x00\x12\x14\n" +
+	"\x10KIND_FEWER_STEPS\x10\x01\x12\x19\n" +
+	"\x15KIND_CHEAPER_PREVIEWS\x10\x02\x12\x18\n" +
+	"\x14KIND_SIMILAR_PICTURE\x10\x03\"\x9b\x03\n" +
 	"\vCacheResult\x12G\n" +
 	"\vdisposition\x18\x01 \x01(\x0e2%.safelight.v1.CacheResult.DispositionR\vdisposition\x12\x1e\n" +
 	"\n" +
@@ -3898,7 +4144,7 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x15GetGenerationResponse\x128\n" +
 	"\n" +
 	"generation\x18\x01 \x01(\v2\x18.safelight.v1.GenerationR\n" +
-	"generation\"\xf7\x05\n" +
+	"generation\"\xb6\x06\n" +
 	"\n" +
 	"Generation\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x124\n" +
@@ -3914,7 +4160,8 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x06status\x18\t \x01(\v2\x12.google.rpc.StatusR\x06status\x12)\n" +
 	"\x05usage\x18\n" +
 	" \x01(\v2\x13.safelight.v1.UsageR\x05usage\x12#\n" +
-	"\rlast_sequence\x18\v \x01(\x04R\flastSequence\x1a9\n" +
+	"\rlast_sequence\x18\v \x01(\x04R\flastSequence\x12=\n" +
+	"\fdegradations\x18\f \x03(\v2\x19.safelight.v1.DegradationR\fdegradations\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x94\x01\n" +
@@ -3973,8 +4220,8 @@ func file_safelight_v1_generation_proto_rawDescGZIP() []byte {
 	return file_safelight_v1_generation_proto_rawDescData
 }
 
-var file_safelight_v1_generation_proto_enumTypes = make([]protoimpl.EnumInfo, 13)
-var file_safelight_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_safelight_v1_generation_proto_enumTypes = make([]protoimpl.EnumInfo, 14)
+var file_safelight_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_safelight_v1_generation_proto_goTypes = []any{
 	(SigmaSchedule)(0),               // 0: safelight.v1.SigmaSchedule
 	(TimestepSpacing)(0),             // 1: safelight.v1.TimestepSpacing
@@ -3987,137 +4234,144 @@ var file_safelight_v1_generation_proto_goTypes = []any{
 	(DisconnectPolicy_Action)(0),     // 8: safelight.v1.DisconnectPolicy.Action
 	(Accepted_Durability)(0),         // 9: safelight.v1.Accepted.Durability
 	(OutputFinished_FinishReason)(0), // 10: safelight.v1.OutputFinished.FinishReason
-	(CacheResult_Disposition)(0),     // 11: safelight.v1.CacheResult.Disposition
-	(Generation_State)(0),            // 12: safelight.v1.Generation.State
-	(*GenerateRequest)(nil),          // 13: safelight.v1.GenerateRequest
-	(*GenerateResponse)(nil),         // 14: safelight.v1.GenerateResponse
-	(*GenerationSpec)(nil),           // 15: safelight.v1.GenerationSpec
-	(*Prompt)(nil),                   // 16: safelight.v1.Prompt
-	(*SamplerSpec)(nil),              // 17: safelight.v1.SamplerSpec
-	(*OutputSpec)(nil),               // 18: safelight.v1.OutputSpec
-	(*PixelEncoding)(nil),            // 19: safelight.v1.PixelEncoding
-	(*PreviewPolicy)(nil),            // 20: safelight.v1.PreviewPolicy
-	(*Scheduling)(nil),               // 21: safelight.v1.Scheduling
-	(*CachePolicy)(nil),              // 22: safelight.v1.CachePolicy
-	(*Branch)(nil),                   // 23: safelight.v1.Branch
-	(*DisconnectPolicy)(nil),         // 24: safelight.v1.DisconnectPolicy
-	(*GenerationEvent)(nil),          // 25: safelight.v1.GenerationEvent
-	(*Accepted)(nil),                 // 26: safelight.v1.Accepted
-	(*Warning)(nil),                  // 27: safelight.v1.Warning
-	(*Queued)(nil),                   // 28: safelight.v1.Queued
-	(*Progress)(nil),                 // 29: safelight.v1.Progress
-	(*Preview)(nil),                  // 30: safelight.v1.Preview
-	(*ArtifactChunk)(nil),            // 31: safelight.v1.ArtifactChunk
-	(*OutputFinished)(nil),           // 32: safelight.v1.OutputFinished
-	(*Finished)(nil),                 // 33: safelight.v1.Finished
-	(*CacheResult)(nil),              // 34: safelight.v1.CacheResult
-	(*Usage)(nil),                    // 35: safelight.v1.Usage
-	(*Cost)(nil),                     // 36: safelight.v1.Cost
-	(*Timings)(nil),                  // 37: safelight.v1.Timings
-	(*WatchGenerationRequest)(nil),   // 38: safelight.v1.WatchGenerationRequest
-	(*ArtifactOffset)(nil),           // 39: safelight.v1.ArtifactOffset
-	(*WatchGenerationResponse)(nil),  // 40: safelight.v1.WatchGenerationResponse
-	(*UpdateGenerationRequest)(nil),  // 41: safelight.v1.UpdateGenerationRequest
-	(*UpdateGenerationResponse)(nil), // 42: safelight.v1.UpdateGenerationResponse
-	(*CancelGenerationRequest)(nil),  // 43: safelight.v1.CancelGenerationRequest
-	(*CancelGenerationResponse)(nil), // 44: safelight.v1.CancelGenerationResponse
-	(*GetGenerationRequest)(nil),     // 45: safelight.v1.GetGenerationRequest
-	(*GetGenerationResponse)(nil),    // 46: safelight.v1.GetGenerationResponse
-	(*Generation)(nil),               // 47: safelight.v1.Generation
-	(*OutputState)(nil),              // 48: safelight.v1.OutputState
-	nil,                              // 49: safelight.v1.GenerateRequest.LabelsEntry
-	nil,                              // 50: safelight.v1.Generation.LabelsEntry
-	(*durationpb.Duration)(nil),      // 51: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),    // 52: google.protobuf.Timestamp
-	(*status.Status)(nil),            // 53: google.rpc.Status
+	(Degradation_Kind)(0),            // 11: safelight.v1.Degradation.Kind
+	(CacheResult_Disposition)(0),     // 12: safelight.v1.CacheResult.Disposition
+	(Generation_State)(0),            // 13: safelight.v1.Generation.State
+	(*GenerateRequest)(nil),          // 14: safelight.v1.GenerateRequest
+	(*GenerateResponse)(nil),         // 15: safelight.v1.GenerateResponse
+	(*GenerationSpec)(nil),           // 16: safelight.v1.GenerationSpec
+	(*Prompt)(nil),                   // 17: safelight.v1.Prompt
+	(*SamplerSpec)(nil),              // 18: safelight.v1.SamplerSpec
+	(*OutputSpec)(nil),               // 19: safelight.v1.OutputSpec
+	(*PixelEncoding)(nil),            // 20: safelight.v1.PixelEncoding
+	(*PreviewPolicy)(nil),            // 21: safelight.v1.PreviewPolicy
+	(*Scheduling)(nil),               // 22: safelight.v1.Scheduling
+	(*CachePolicy)(nil),              // 23: safelight.v1.CachePolicy
+	(*QualityFloor)(nil),             // 24: safelight.v1.QualityFloor
+	(*Branch)(nil),                   // 25: safelight.v1.Branch
+	(*DisconnectPolicy)(nil),         // 26: safelight.v1.DisconnectPolicy
+	(*GenerationEvent)(nil),          // 27: safelight.v1.GenerationEvent
+	(*Accepted)(nil),                 // 28: safelight.v1.Accepted
+	(*Warning)(nil),                  // 29: safelight.v1.Warning
+	(*Queued)(nil),                   // 30: safelight.v1.Queued
+	(*Progress)(nil),                 // 31: safelight.v1.Progress
+	(*Preview)(nil),                  // 32: safelight.v1.Preview
+	(*ArtifactChunk)(nil),            // 33: safelight.v1.ArtifactChunk
+	(*OutputFinished)(nil),           // 34: safelight.v1.OutputFinished
+	(*Finished)(nil),                 // 35: safelight.v1.Finished
+	(*Degradation)(nil),              // 36: safelight.v1.Degradation
+	(*CacheResult)(nil),              // 37: safelight.v1.CacheResult
+	(*Usage)(nil),                    // 38: safelight.v1.Usage
+	(*Cost)(nil),                     // 39: safelight.v1.Cost
+	(*Timings)(nil),                  // 40: safelight.v1.Timings
+	(*WatchGenerationRequest)(nil),   // 41: safelight.v1.WatchGenerationRequest
+	(*ArtifactOffset)(nil),           // 42: safelight.v1.ArtifactOffset
+	(*WatchGenerationResponse)(nil),  // 43: safelight.v1.WatchGenerationResponse
+	(*UpdateGenerationRequest)(nil),  // 44: safelight.v1.UpdateGenerationRequest
+	(*UpdateGenerationResponse)(nil), // 45: safelight.v1.UpdateGenerationResponse
+	(*CancelGenerationRequest)(nil),  // 46: safelight.v1.CancelGenerationRequest
+	(*CancelGenerationResponse)(nil), // 47: safelight.v1.CancelGenerationResponse
+	(*GetGenerationRequest)(nil),     // 48: safelight.v1.GetGenerationRequest
+	(*GetGenerationResponse)(nil),    // 49: safelight.v1.GetGenerationResponse
+	(*Generation)(nil),               // 50: safelight.v1.Generation
+	(*OutputState)(nil),              // 51: safelight.v1.OutputState
+	nil,                              // 52: safelight.v1.GenerateRequest.LabelsEntry
+	nil,                              // 53: safelight.v1.Generation.LabelsEntry
+	(*durationpb.Duration)(nil),      // 54: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 55: google.protobuf.Timestamp
+	(*status.Status)(nil),            // 56: google.rpc.Status
 }
 var file_safelight_v1_generation_proto_depIdxs = []int32{
-	15, // 0: safelight.v1.GenerateRequest.spec:type_name -> safelight.v1.GenerationSpec
-	20, // 1: safelight.v1.GenerateRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	19, // 2: safelight.v1.GenerateRequest.encoding:type_name -> safelight.v1.PixelEncoding
-	21, // 3: safelight.v1.GenerateRequest.scheduling:type_name -> safelight.v1.Scheduling
-	24, // 4: safelight.v1.GenerateRequest.disconnect:type_name -> safelight.v1.DisconnectPolicy
-	49, // 5: safelight.v1.GenerateRequest.labels:type_name -> safelight.v1.GenerateRequest.LabelsEntry
-	22, // 6: safelight.v1.GenerateRequest.cache:type_name -> safelight.v1.CachePolicy
-	23, // 7: safelight.v1.GenerateRequest.branch:type_name -> safelight.v1.Branch
-	25, // 8: safelight.v1.GenerateResponse.event:type_name -> safelight.v1.GenerationEvent
-	16, // 9: safelight.v1.GenerationSpec.prompts:type_name -> safelight.v1.Prompt
-	17, // 10: safelight.v1.GenerationSpec.sampler:type_name -> safelight.v1.SamplerSpec
-	18, // 11: safelight.v1.GenerationSpec.outputs:type_name -> safelight.v1.OutputSpec
-	4,  // 12: safelight.v1.Prompt.role:type_name -> safelight.v1.Prompt.Role
-	0,  // 13: safelight.v1.SamplerSpec.sigma_schedule:type_name -> safelight.v1.SigmaSchedule
-	1,  // 14: safelight.v1.SamplerSpec.spacing:type_name -> safelight.v1.TimestepSpacing
-	5,  // 15: safelight.v1.PixelEncoding.row_order:type_name -> safelight.v1.PixelEncoding.RowOrder
-	6,  // 16: safelight.v1.PixelEncoding.texture_format:type_name -> safelight.v1.PixelEncoding.TextureFormat
-	19, // 17: safelight.v1.PreviewPolicy.accept:type_name -> safelight.v1.PixelEncoding
-	51, // 18: safelight.v1.PreviewPolicy.min_interval:type_name -> google.protobuf.Duration
-	2,  // 19: safelight.v1.PreviewPolicy.method:type_name -> safelight.v1.PreviewMethod
-	3,  // 20: safelight.v1.Scheduling.priority:type_name -> safelight.v1.Priority
-	7,  // 21: safelight.v1.CachePolicy.mode:type_name -> safelight.v1.CachePolicy.Mode
-	8,  // 22: safelight.v1.DisconnectPolicy.action:type_name -> safelight.v1.DisconnectPolicy.Action
-	51, // 23: safelight.v1.DisconnectPolicy.resume_grace:type_name -> google.protobuf.Duration
-	52, // 24: safelight.v1.GenerationEvent.event_time:type_name -> google.protobuf.Timestamp
-	26, // 25: safelight.v1.GenerationEvent.accepted:type_name -> safelight.v1.Accepted
-	28, // 26: safelight.v1.GenerationEvent.queued:type_name -> safelight.v1.Queued
-	29, // 27: safelight.v1.GenerationEvent.progress:type_name -> safelight.v1.Progress
-	30, // 28: safelight.v1.GenerationEvent.preview:type_name -> safelight.v1.Preview
-	31, // 29: safelight.v1.GenerationEvent.artifact_chunk:type_name -> safelight.v1.ArtifactChunk
-	32, // 30: safelight.v1.GenerationEvent.output_finished:type_name -> safelight.v1.OutputFinished
-	33, // 31: safelight.v1.GenerationEvent.finished:type_name -> safelight.v1.Finished
-	15, // 32: safelight.v1.Accepted.spec:type_name -> safelight.v1.GenerationSpec
-	19, // 33: safelight.v1.Accepted.encoding:type_name -> safelight.v1.PixelEncoding
-	51, // 34: safelight.v1.Accepted.estimated_duration:type_name -> google.protobuf.Duration
-	27, // 35: safelight.v1.Accepted.warnings:type_name -> safelight.v1.Warning
-	9,  // 36: safelight.v1.Accepted.durability:type_name -> safelight.v1.Accepted.Durability
-	52, // 37: safelight.v1.Queued.estimated_start_time:type_name -> google.protobuf.Timestamp
-	51, // 38: safelight.v1.Progress.estimated_remaining:type_name -> google.protobuf.Duration
-	2,  // 39: safelight.v1.Preview.method:type_name -> safelight.v1.PreviewMethod
-	10, // 40: safelight.v1.OutputFinished.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
-	53, // 41: safelight.v1.Finished.status:type_name -> google.rpc.Status
-	35, // 42: safelight.v1.Finished.usage:type_name -> safelight.v1.Usage
-	37, // 43: safelight.v1.Finished.timings:type_name -> safelight.v1.Timings
-	34, // 44: safelight.v1.Finished.cache_results:type_name -> safelight.v1.CacheResult
-	11, // 45: safelight.v1.CacheResult.disposition:type_name -> safelight.v1.CacheResult.Disposition
-	51, // 46: safelight.v1.Usage.compute_time:type_name -> google.protobuf.Duration
-	36, // 47: safelight.v1.Usage.cost:type_name -> safelight.v1.Cost
-	51, // 48: safelight.v1.Timings.queue:type_name -> google.protobuf.Duration
-	51, // 49: safelight.v1.Timings.first_preview:type_name -> google.protobuf.Duration
-	51, // 50: safelight.v1.Timings.denoise:type_name -> google.protobuf.Duration
-	51, // 51: safelight.v1.Timings.decode:type_name -> google.protobuf.Duration
-	51, // 52: safelight.v1.Timings.total:type_name -> google.protobuf.Duration
-	39, // 53: safelight.v1.WatchGenerationRequest.artifact_offsets:type_name -> safelight.v1.ArtifactOffset
-	20, // 54: safelight.v1.WatchGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	25, // 55: safelight.v1.WatchGenerationResponse.event:type_name -> safelight.v1.GenerationEvent
-	20, // 56: safelight.v1.UpdateGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	21, // 57: safelight.v1.UpdateGenerationRequest.scheduling:type_name -> safelight.v1.Scheduling
-	47, // 58: safelight.v1.UpdateGenerationResponse.generation:type_name -> safelight.v1.Generation
-	47, // 59: safelight.v1.CancelGenerationResponse.generation:type_name -> safelight.v1.Generation
-	47, // 60: safelight.v1.GetGenerationResponse.generation:type_name -> safelight.v1.Generation
-	12, // 61: safelight.v1.Generation.state:type_name -> safelight.v1.Generation.State
-	15, // 62: safelight.v1.Generation.spec:type_name -> safelight.v1.GenerationSpec
-	48, // 63: safelight.v1.Generation.outputs:type_name -> safelight.v1.OutputState
-	3,  // 64: safelight.v1.Generation.priority:type_name -> safelight.v1.Priority
-	50, // 65: safelight.v1.Generation.labels:type_name -> safelight.v1.Generation.LabelsEntry
-	52, // 66: safelight.v1.Generation.create_time:type_name -> google.protobuf.Timestamp
-	52, // 67: safelight.v1.Generation.finish_time:type_name -> google.protobuf.Timestamp
-	53, // 68: safelight.v1.Generation.status:type_name -> google.rpc.Status
-	35, // 69: safelight.v1.Generation.usage:type_name -> safelight.v1.Usage
-	10, // 70: safelight.v1.OutputState.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
-	13, // 71: safelight.v1.GenerationService.Generate:input_type -> safelight.v1.GenerateRequest
-	38, // 72: safelight.v1.GenerationService.WatchGeneration:input_type -> safelight.v1.WatchGenerationRequest
-	41, // 73: safelight.v1.GenerationService.UpdateGeneration:input_type -> safelight.v1.UpdateGenerationRequest
-	43, // 74: safelight.v1.GenerationService.CancelGeneration:input_type -> safelight.v1.CancelGenerationRequest
-	45, // 75: safelight.v1.GenerationService.GetGeneration:input_type -> safelight.v1.GetGenerationRequest
-	14, // 76: safelight.v1.GenerationService.Generate:output_type -> safelight.v1.GenerateResponse
-	40, // 77: safelight.v1.GenerationService.WatchGeneration:output_type -> safelight.v1.WatchGenerationResponse
-	42, // 78: safelight.v1.GenerationService.UpdateGeneration:output_type -> safelight.v1.UpdateGenerationResponse
-	44, // 79: safelight.v1.GenerationService.CancelGeneration:output_type -> safelight.v1.CancelGenerationResponse
-	46, // 80: safelight.v1.GenerationService.GetGeneration:output_type -> safelight.v1.GetGenerationResponse
-	76, // [76:81] is the sub-list for method output_type
-	71, // [71:76] is the sub-list for method input_type
-	71, // [71:71] is the sub-list for extension type_name
-	71, // [71:71] is the sub-list for extension extendee
-	0,  // [0:71] is the sub-list for field type_name
+	16, // 0: safelight.v1.GenerateRequest.spec:type_name -> safelight.v1.GenerationSpec
+	21, // 1: safelight.v1.GenerateRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	20, // 2: safelight.v1.GenerateRequest.encoding:type_name -> safelight.v1.PixelEncoding
+	22, // 3: safelight.v1.GenerateRequest.scheduling:type_name -> safelight.v1.Scheduling
+	26, // 4: safelight.v1.GenerateRequest.disconnect:type_name -> safelight.v1.DisconnectPolicy
+	52, // 5: safelight.v1.GenerateRequest.labels:type_name -> safelight.v1.GenerateRequest.LabelsEntry
+	23, // 6: safelight.v1.GenerateRequest.cache:type_name -> safelight.v1.CachePolicy
+	25, // 7: safelight.v1.GenerateRequest.branch:type_name -> safelight.v1.Branch
+	24, // 8: safelight.v1.GenerateRequest.quality_floor:type_name -> safelight.v1.QualityFloor
+	27, // 9: safelight.v1.GenerateResponse.event:type_name -> safelight.v1.GenerationEvent
+	17, // 10: safelight.v1.GenerationSpec.prompts:type_name -> safelight.v1.Prompt
+	18, // 11: safelight.v1.GenerationSpec.sampler:type_name -> safelight.v1.SamplerSpec
+	19, // 12: safelight.v1.GenerationSpec.outputs:type_name -> safelight.v1.OutputSpec
+	4,  // 13: safelight.v1.Prompt.role:type_name -> safelight.v1.Prompt.Role
+	0,  // 14: safelight.v1.SamplerSpec.sigma_schedule:type_name -> safelight.v1.SigmaSchedule
+	1,  // 15: safelight.v1.SamplerSpec.spacing:type_name -> safelight.v1.TimestepSpacing
+	5,  // 16: safelight.v1.PixelEncoding.row_order:type_name -> safelight.v1.PixelEncoding.RowOrder
+	6,  // 17: safelight.v1.PixelEncoding.texture_format:type_name -> safelight.v1.PixelEncoding.TextureFormat
+	20, // 18: safelight.v1.PreviewPolicy.accept:type_name -> safelight.v1.PixelEncoding
+	54, // 19: safelight.v1.PreviewPolicy.min_interval:type_name -> google.protobuf.Duration
+	2,  // 20: safelight.v1.PreviewPolicy.method:type_name -> safelight.v1.PreviewMethod
+	3,  // 21: safelight.v1.Scheduling.priority:type_name -> safelight.v1.Priority
+	7,  // 22: safelight.v1.CachePolicy.mode:type_name -> safelight.v1.CachePolicy.Mode
+	8,  // 23: safelight.v1.DisconnectPolicy.action:type_name -> safelight.v1.DisconnectPolicy.Action
+	54, // 24: safelight.v1.DisconnectPolicy.resume_grace:type_name -> google.protobuf.Duration
+	55, // 25: safelight.v1.GenerationEvent.event_time:type_name -> google.protobuf.Timestamp
+	28, // 26: safelight.v1.GenerationEvent.accepted:type_name -> safelight.v1.Accepted
+	30, // 27: safelight.v1.GenerationEvent.queued:type_name -> safelight.v1.Queued
+	31, // 28: safelight.v1.GenerationEvent.progress:type_name -> safelight.v1.Progress
+	32, // 29: safelight.v1.GenerationEvent.preview:type_name -> safelight.v1.Preview
+	33, // 30: safelight.v1.GenerationEvent.artifact_chunk:type_name -> safelight.v1.ArtifactChunk
+	34, // 31: safelight.v1.GenerationEvent.output_finished:type_name -> safelight.v1.OutputFinished
+	35, // 32: safelight.v1.GenerationEvent.finished:type_name -> safelight.v1.Finished
+	16, // 33: safelight.v1.Accepted.spec:type_name -> safelight.v1.GenerationSpec
+	20, // 34: safelight.v1.Accepted.encoding:type_name -> safelight.v1.PixelEncoding
+	54, // 35: safelight.v1.Accepted.estimated_duration:type_name -> google.protobuf.Duration
+	29, // 36: safelight.v1.Accepted.warnings:type_name -> safelight.v1.Warning
+	9,  // 37: safelight.v1.Accepted.durability:type_name -> safelight.v1.Accepted.Durability
+	55, // 38: safelight.v1.Queued.estimated_start_time:type_name -> google.protobuf.Timestamp
+	54, // 39: safelight.v1.Progress.estimated_remaining:type_name -> google.protobuf.Duration
+	2,  // 40: safelight.v1.Preview.method:type_name -> safelight.v1.PreviewMethod
+	10, // 41: safelight.v1.OutputFinished.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
+	56, // 42: safelight.v1.Finished.status:type_name -> google.rpc.Status
+	38, // 43: safelight.v1.Finished.usage:type_name -> safelight.v1.Usage
+	40, // 44: safelight.v1.Finished.timings:type_name -> safelight.v1.Timings
+	37, // 45: safelight.v1.Finished.cache_results:type_name -> safelight.v1.CacheResult
+	36, // 46: safelight.v1.Finished.degradations:type_name -> safelight.v1.Degradation
+	11, // 47: safelight.v1.Degradation.kind:type_name -> safelight.v1.Degradation.Kind
+	12, // 48: safelight.v1.CacheResult.disposition:type_name -> safelight.v1.CacheResult.Disposition
+	54, // 49: safelight.v1.Usage.compute_time:type_name -> google.protobuf.Duration
+	39, // 50: safelight.v1.Usage.cost:type_name -> safelight.v1.Cost
+	54, // 51: safelight.v1.Timings.queue:type_name -> google.protobuf.Duration
+	54, // 52: safelight.v1.Timings.first_preview:type_name -> google.protobuf.Duration
+	54, // 53: safelight.v1.Timings.denoise:type_name -> google.protobuf.Duration
+	54, // 54: safelight.v1.Timings.decode:type_name -> google.protobuf.Duration
+	54, // 55: safelight.v1.Timings.total:type_name -> google.protobuf.Duration
+	42, // 56: safelight.v1.WatchGenerationRequest.artifact_offsets:type_name -> safelight.v1.ArtifactOffset
+	21, // 57: safelight.v1.WatchGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	27, // 58: safelight.v1.WatchGenerationResponse.event:type_name -> safelight.v1.GenerationEvent
+	21, // 59: safelight.v1.UpdateGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	22, // 60: safelight.v1.UpdateGenerationRequest.scheduling:type_name -> safelight.v1.Scheduling
+	50, // 61: safelight.v1.UpdateGenerationResponse.generation:type_name -> safelight.v1.Generation
+	50, // 62: safelight.v1.CancelGenerationResponse.generation:type_name -> safelight.v1.Generation
+	50, // 63: safelight.v1.GetGenerationResponse.generation:type_name -> safelight.v1.Generation
+	13, // 64: safelight.v1.Generation.state:type_name -> safelight.v1.Generation.State
+	16, // 65: safelight.v1.Generation.spec:type_name -> safelight.v1.GenerationSpec
+	51, // 66: safelight.v1.Generation.outputs:type_name -> safelight.v1.OutputState
+	3,  // 67: safelight.v1.Generation.priority:type_name -> safelight.v1.Priority
+	53, // 68: safelight.v1.Generation.labels:type_name -> safelight.v1.Generation.LabelsEntry
+	55, // 69: safelight.v1.Generation.create_time:type_name -> google.protobuf.Timestamp
+	55, // 70: safelight.v1.Generation.finish_time:type_name -> google.protobuf.Timestamp
+	56, // 71: safelight.v1.Generation.status:type_name -> google.rpc.Status
+	38, // 72: safelight.v1.Generation.usage:type_name -> safelight.v1.Usage
+	36, // 73: safelight.v1.Generation.degradations:type_name -> safelight.v1.Degradation
+	10, // 74: safelight.v1.OutputState.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
+	14, // 75: safelight.v1.GenerationService.Generate:input_type -> safelight.v1.GenerateRequest
+	41, // 76: safelight.v1.GenerationService.WatchGeneration:input_type -> safelight.v1.WatchGenerationRequest
+	44, // 77: safelight.v1.GenerationService.UpdateGeneration:input_type -> safelight.v1.UpdateGenerationRequest
+	46, // 78: safelight.v1.GenerationService.CancelGeneration:input_type -> safelight.v1.CancelGenerationRequest
+	48, // 79: safelight.v1.GenerationService.GetGeneration:input_type -> safelight.v1.GetGenerationRequest
+	15, // 80: safelight.v1.GenerationService.Generate:output_type -> safelight.v1.GenerateResponse
+	43, // 81: safelight.v1.GenerationService.WatchGeneration:output_type -> safelight.v1.WatchGenerationResponse
+	45, // 82: safelight.v1.GenerationService.UpdateGeneration:output_type -> safelight.v1.UpdateGenerationResponse
+	47, // 83: safelight.v1.GenerationService.CancelGeneration:output_type -> safelight.v1.CancelGenerationResponse
+	49, // 84: safelight.v1.GenerationService.GetGeneration:output_type -> safelight.v1.GetGenerationResponse
+	80, // [80:85] is the sub-list for method output_type
+	75, // [75:80] is the sub-list for method input_type
+	75, // [75:75] is the sub-list for extension type_name
+	75, // [75:75] is the sub-list for extension extendee
+	0,  // [0:75] is the sub-list for field type_name
 }
 
 func init() { file_safelight_v1_generation_proto_init() }
@@ -4134,7 +4388,8 @@ func file_safelight_v1_generation_proto_init() {
 		(*PreviewPolicy_MinInterval)(nil),
 	}
 	file_safelight_v1_generation_proto_msgTypes[9].OneofWrappers = []any{}
-	file_safelight_v1_generation_proto_msgTypes[12].OneofWrappers = []any{
+	file_safelight_v1_generation_proto_msgTypes[10].OneofWrappers = []any{}
+	file_safelight_v1_generation_proto_msgTypes[13].OneofWrappers = []any{
 		(*GenerationEvent_Accepted)(nil),
 		(*GenerationEvent_Queued)(nil),
 		(*GenerationEvent_Progress)(nil),
@@ -4148,8 +4403,8 @@ func file_safelight_v1_generation_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_safelight_v1_generation_proto_rawDesc), len(file_safelight_v1_generation_proto_rawDesc)),
-			NumEnums:      13,
-			NumMessages:   38,
+			NumEnums:      14,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -20,7 +20,16 @@ from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
-from safelight import Branch, CacheMode, Client, GenerationError, GetCacheStatsResponse, PurgeCacheResponse, TenantQuota
+from safelight import (
+    Branch,
+    CacheMode,
+    Client,
+    GenerationError,
+    GetCacheStatsResponse,
+    PurgeCacheResponse,
+    QualityFloor,
+    TenantQuota,
+)
 
 from safelight_server import __version__
 from safelight_server import settings as settings_module
@@ -186,6 +195,13 @@ def generate(
     init: Annotated[Path | None, typer.Option(help="Picture to start from: PNG, JPEG or WebP.")] = None,
     strength: Annotated[float | None, typer.Option(help="How much of it is given up, to 1. Default: 0.8.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Where it is developed anew: white, or transparent.")] = None,
+    floor_steps: Annotated[
+        int | None, typer.Option(min=-MAX_STEP, max=MAX_STEP, help="Under load: fewest steps that do.")
+    ] = None,
+    floor_previews: Annotated[bool, typer.Option("--floor-previews", help="Under load: coarse previews do.")] = False,
+    floor_similarity: Annotated[
+        float | None, typer.Option(help="Under load: a picture of a prompt so similar does, to 1.")
+    ] = None,
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
     ca_file: CaFile = None,
@@ -214,6 +230,7 @@ def generate(
         init,
         strength,
         mask,
+        _quality_floor(floor_steps, floor_previews, floor_similarity),
     )
     picture, developed = _run(
         demos.generate_one(_connect(target, api_key, ca_file, client_cert, server_name), order, console)
@@ -225,6 +242,12 @@ def generate(
     size = f"{picture.width_px}x{picture.height_px}"
     console.print(f"{out}  {size}  seed {picture.seed}  {developed.figures()}", highlight=False, soft_wrap=True)
     console.print(developed.origin(), highlight=False, soft_wrap=True)
+
+
+def _quality_floor(steps: int | None, previews: bool, similarity: float | None) -> QualityFloor | None:
+    if steps is None and not previews and similarity is None:
+        return None
+    return QualityFloor(min_num_steps=steps, cheaper_previews=previews, min_similarity=similarity)
 
 
 def _branch(text: str) -> Branch:

@@ -25,7 +25,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file safelight/v1/generation.proto.
  */
 export const file_safelight_v1_generation: GenFile = /*@__PURE__*/
-  fileDesc("Ch1zYWZlbGlnaHQvdjEvZ2VuZXJhdGlvbi5wcm90bxIMc2FmZWxpZ2h0LnYxIsoDCg9HZW5lcmF0ZVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIqCgRzcGVjGAIgASgLMhwuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25TcGVjEiwKB3ByZXZpZXcYAyABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeRItCghlbmNvZGluZxgEIAEoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEiwKCnNjaGVkdWxpbmcYBSABKAsyGC5zYWZlbGlnaHQudjEuU2NoZWR1bGluZxIyCgpkaXNjb25uZWN0GAYgASgLMh4uc2FmZWxpZ2h0LnYxLkRpc2Nvbm5lY3RQb2xpY3kSOQoGbGFiZWxzGAcgAygLMikuc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVxdWVzdC5MYWJlbHNFbnRyeRIoCgVjYWNoZRgIIAEoCzIZLnNhZmVsaWdodC52MS5DYWNoZVBvbGljeRIkCgZicmFuY2gYCSABKAsyFC5zYWZlbGlnaHQudjEuQnJhbmNoGi0KC0xhYmVsc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiQAoQR2VuZXJhdGVSZXNwb25zZRIsCgVldmVudBgBIAEoCzIdLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uRXZlbnQipwMKDkdlbmVyYXRpb25TcGVjEg0KBW1vZGVsGAEgASgJEg4KBnByb21wdBgCIAEoCRIlCgdwcm9tcHRzGAMgAygLMhQuc2FmZWxpZ2h0LnYxLlByb21wdBIVCgh3aWR0aF9weBgEIAEoBUgAiAEBEhYKCWhlaWdodF9weBgFIAEoBUgBiAEBEiAKE251bV9pbmZlcmVuY2Vfc3RlcHMYBiABKAVIAogBARIbCg5ndWlkYW5jZV9zY2FsZRgHIAEoAkgDiAEBEioKB3NhbXBsZXIYCCABKAsyGS5zYWZlbGlnaHQudjEuU2FtcGxlclNwZWMSKQoHb3V0cHV0cxgJIAMoCzIYLnNhZmVsaWdodC52MS5PdXRwdXRTcGVjEhIKCmluaXRfaW1hZ2UYCiABKAkSFQoIc3RyZW5ndGgYCyABKAJIBIgBARIMCgRtYXNrGAwgASgJQgsKCV93aWR0aF9weEIMCgpfaGVpZ2h0X3B4QhYKFF9udW1faW5mZXJlbmNlX3N0ZXBzQhEKD19ndWlkYW5jZV9zY2FsZUILCglfc3RyZW5ndGgigwEKBlByb21wdBInCgRyb2xlGAEgASgOMhkuc2FmZWxpZ2h0LnYxLlByb21wdC5Sb2xlEgwKBHRleHQYAiABKAkiQgoEUm9sZRIUChBST0xFX1VOU1BFQ0lGSUVEEAASEQoNUk9MRV9QT1NJVElWRRABEhEKDVJPTEVfTkVHQVRJVkUQAiKaAQoLU2FtcGxlclNwZWMSDAoEbmFtZRgBIAEoCRIzCg5zaWdtYV9zY2hlZHVsZRgCIAEoDjIbLnNhZmVsaWdodC52MS5TaWdtYVNjaGVkdWxlEi4KB3NwYWNpbmcYAyABKA4yHS5zYWZlbGlnaHQudjEuVGltZXN0ZXBTcGFjaW5nEhAKA2V0YRgEIAEoAkgAiAEBQgYKBF9ldGEiKAoKT3V0cHV0U3BlYxIRCgRzZWVkGAEgASgESACIAQFCBwoFX3NlZWQitAMKDVBpeGVsRW5jb2RpbmcSEgoKbWVkaWFfdHlwZRgBIAEoCRIUCgdxdWFsaXR5GAIgASgFSACIAQESIAoTcm93X2FsaWdubWVudF9ieXRlcxgDIAEoBUgBiAEBEjcKCXJvd19vcmRlchgEIAEoDjIkLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nLlJvd09yZGVyEkEKDnRleHR1cmVfZm9ybWF0GAUgASgOMikuc2FmZWxpZ2h0LnYxLlBpeGVsRW5jb2RpbmcuVGV4dHVyZUZvcm1hdCJWCghSb3dPcmRlchIZChVST1dfT1JERVJfVU5TUEVDSUZJRUQQABIWChJST1dfT1JERVJfVE9QX0RPV04QARIXChNST1dfT1JERVJfQk9UVE9NX1VQEAIiXwoNVGV4dHVyZUZvcm1hdBIeChpURVhUVVJFX0ZPUk1BVF9VTlNQRUNJRklFRBAAEhYKElRFWFRVUkVfRk9STUFUX0JDMRABEhYKElRFWFRVUkVfRk9STUFUX0JDNxACQgoKCF9xdWFsaXR5QhYKFF9yb3dfYWxpZ25tZW50X2J5dGVzIqYCCg1QcmV2aWV3UG9saWN5EisKBmFjY2VwdBgBIAMoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEhgKC21heF9lZGdlX3B4GAIgASgFSAGIAQESFwoNZXZlcnlfbl9zdGVwcxgDIAEoBUgAEjEKDG1pbl9pbnRlcnZhbBgEIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbkgAEisKBm1ldGhvZBgFIAEoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEiEKFG1heF9ieXRlc19wZXJfc2Vjb25kGAYgASgDSAKIAQFCCQoHY2FkZW5jZUIOCgxfbWF4X2VkZ2VfcHhCFwoVX21heF9ieXRlc19wZXJfc2Vjb25kIjYKClNjaGVkdWxpbmcSKAoIcHJpb3JpdHkYASABKA4yFi5zYWZlbGlnaHQudjEuUHJpb3JpdHki2wEKC0NhY2hlUG9saWN5EiwKBG1vZGUYASABKA4yHi5zYWZlbGlnaHQudjEuQ2FjaGVQb2xpY3kuTW9kZRIbCg5taW5fc2ltaWxhcml0eRgCIAEoAkgAiAEBIm4KBE1vZGUSFAoQTU9ERV9VTlNQRUNJRklFRBAAEhAKDE1PREVfREVGQVVMVBABEg8KC01PREVfQllQQVNTEAISFQoRTU9ERV9BTExPV19MQVRFTlQQAxIWChJNT0RFX0FMTE9XX1NJTUlMQVIQBEIRCg9fbWluX3NpbWlsYXJpdHkiQAoGQnJhbmNoEhIKCmdlbmVyYXRpb24YASABKAkSFAoMb3V0cHV0X2luZGV4GAIgASgFEgwKBHN0ZXAYAyABKAUiwgEKEERpc2Nvbm5lY3RQb2xpY3kSNQoGYWN0aW9uGAEgASgOMiUuc2FmZWxpZ2h0LnYxLkRpc2Nvbm5lY3RQb2xpY3kuQWN0aW9uEi8KDHJlc3VtZV9ncmFjZRgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiJGCgZBY3Rpb24SFgoSQUNUSU9OX1VOU1BFQ0lGSUVEEAASEQoNQUNUSU9OX0NBTkNFTBABEhEKDUFDVElPTl9ERVRBQ0gQAiK2AwoPR2VuZXJhdGlvbkV2ZW50EhAKCHNlcXVlbmNlGAEgASgEEi4KCmV2ZW50X3RpbWUYAiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEhIKCmdlbmVyYXRpb24YAyABKAkSKgoIYWNjZXB0ZWQYBCABKAsyFi5zYWZlbGlnaHQudjEuQWNjZXB0ZWRIABImCgZxdWV1ZWQYBSABKAsyFC5zYWZlbGlnaHQudjEuUXVldWVkSAASKgoIcHJvZ3Jlc3MYBiABKAsyFi5zYWZlbGlnaHQudjEuUHJvZ3Jlc3NIABIoCgdwcmV2aWV3GAcgASgLMhUuc2FmZWxpZ2h0LnYxLlByZXZpZXdIABI1Cg5hcnRpZmFjdF9jaHVuaxgIIAEoCzIbLnNhZmVsaWdodC52MS5BcnRpZmFjdENodW5rSAASNwoPb3V0cHV0X2ZpbmlzaGVkGAkgASgLMhwuc2FmZWxpZ2h0LnYxLk91dHB1dEZpbmlzaGVkSAASKgoIZmluaXNoZWQYCiABKAsyFi5zYWZlbGlnaHQudjEuRmluaXNoZWRIAEIHCgVldmVudCKWAwoIQWNjZXB0ZWQSKgoEc3BlYxgBIAEoCzIcLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uU3BlYxIWCg5tb2RlbF9yZXZpc2lvbhgCIAEoCRITCgtudW1lcmljc19pZBgDIAEoCRItCghlbmNvZGluZxgEIAEoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEjUKEmVzdGltYXRlZF9kdXJhdGlvbhgFIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIQCgh0cmFjZV9pZBgGIAEoCRInCgh3YXJuaW5ncxgHIAMoCzIVLnNhZmVsaWdodC52MS5XYXJuaW5nEjUKCmR1cmFiaWxpdHkYCCABKA4yIS5zYWZlbGlnaHQudjEuQWNjZXB0ZWQuRHVyYWJpbGl0eSJZCgpEdXJhYmlsaXR5EhoKFkRVUkFCSUxJVFlfVU5TUEVDSUZJRUQQABIUChBEVVJBQklMSVRZX0xPQ0FMEAESGQoVRFVSQUJJTElUWV9SRVBMSUNBVEVEEAIiKgoHV2FybmluZxIOCgZyZWFzb24YASABKAkSDwoHbWVzc2FnZRgCIAEoCSJUCgZRdWV1ZWQSEAoIcG9zaXRpb24YASABKAUSOAoUZXN0aW1hdGVkX3N0YXJ0X3RpbWUYAiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wIo0BCghQcm9ncmVzcxIUCgxvdXRwdXRfaW5kZXgYASABKAUSDAoEc3RlcBgCIAEoBRIRCgludW1fc3RlcHMYAyABKAUSEgoKYmF0Y2hfc2l6ZRgEIAEoBRI2ChNlc3RpbWF0ZWRfcmVtYWluaW5nGAUgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uIswBCgdQcmV2aWV3EhQKDG91dHB1dF9pbmRleBgBIAEoBRIMCgRzdGVwGAIgASgFEhIKCm1lZGlhX3R5cGUYAyABKAkSEAoId2lkdGhfcHgYBCABKAUSEQoJaGVpZ2h0X3B4GAUgASgFEhQKDHN0cmlkZV9ieXRlcxgGIAEoBRIrCgZtZXRob2QYByABKA4yGy5zYWZlbGlnaHQudjEuUHJldmlld01ldGhvZBITCgtudW1fZHJvcHBlZBgIIAEoBRIMCgRkYXRhGAkgASgMIrcBCg1BcnRpZmFjdENodW5rEhQKDG91dHB1dF9pbmRleBgBIAEoBRISCgptZWRpYV90eXBlGAIgASgJEhAKCHdpZHRoX3B4GAMgASgFEhEKCWhlaWdodF9weBgEIAEoBRIUCgxzdHJpZGVfYnl0ZXMYBSABKAUSDgoGb2Zmc2V0GAYgASgDEhMKC3RvdGFsX2J5dGVzGAcgASgDEgwKBGRhdGEYCCABKAwSDgoGc2hhMjU2GAkgASgMIp8CCg5PdXRwdXRGaW5pc2hlZBIUCgxvdXRwdXRfaW5kZXgYASABKAUSQAoNZmluaXNoX3JlYXNvbhgCIAEoDjIpLnNhZmVsaWdodC52MS5PdXRwdXRGaW5pc2hlZC5GaW5pc2hSZWFzb24SDAoEc3RlcBgDIAEoBSKmAQoMRmluaXNoUmVhc29uEh0KGUZJTklTSF9SRUFTT05fVU5TUEVDSUZJRUQQABIbChdGSU5JU0hfUkVBU09OX0NPTVBMRVRFRBABEhsKF0ZJTklTSF9SRUFTT05fQ0FOQ0VMTEVEEAISIwofRklOSVNIX1JFQVNPTl9ERUFETElORV9FWENFRURFRBADEhgKFEZJTklTSF9SRUFTT05fRkFJTEVEEAQirAEKCEZpbmlzaGVkEiIKBnN0YXR1cxgBIAEoCzISLmdvb2dsZS5ycGMuU3RhdHVzEiIKBXVzYWdlGAIgASgLMhMuc2FmZWxpZ2h0LnYxLlVzYWdlEiYKB3RpbWluZ3MYAyABKAsyFS5zYWZlbGlnaHQudjEuVGltaW5ncxIwCg1jYWNoZV9yZXN1bHRzGAQgAygLMhkuc2FmZWxpZ2h0LnYxLkNhY2hlUmVzdWx0It0CCgtDYWNoZVJlc3VsdBI6CgtkaXNwb3NpdGlvbhgBIAEoDjIlLnNhZmVsaWdodC52MS5DYWNoZVJlc3VsdC5EaXNwb3NpdGlvbhISCgpzaW1pbGFyaXR5GAIgASgCEg4KBnNvdXJjZRgDIAEoCRIZChFudW1fc3RlcHNfc2tpcHBlZBgEIAEoBRITCgtudW1lcmljc19pZBgFIAEoCSK9AQoLRGlzcG9zaXRpb24SGwoXRElTUE9TSVRJT05fVU5TUEVDSUZJRUQQABIUChBESVNQT1NJVElPTl9NSVNTEAESGQoVRElTUE9TSVRJT05fQ09BTEVTQ0VEEAISFQoRRElTUE9TSVRJT05fRVhBQ1QQAxIXChNESVNQT1NJVElPTl9TSU1JTEFSEAQSFgoSRElTUE9TSVRJT05fTEFURU5UEAUSGAoURElTUE9TSVRJT05fQlJBTkNIRUQQBiKsAQoFVXNhZ2USLwoMY29tcHV0ZV90aW1lGAEgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEhAKCG51bV9yb3dzGAIgASgDEhEKCW51bV9zdGVwcxgDIAEoAxIUCgxudW1fcHJldmlld3MYBCABKAMSFQoNcHJldmlld19ieXRlcxgFIAEoAxIgCgRjb3N0GAYgASgLMhIuc2FmZWxpZ2h0LnYxLkNvc3QiLAoEQ29zdBIVCg1jdXJyZW5jeV9jb2RlGAEgASgJEg0KBW5hbm9zGAIgASgDIuYBCgdUaW1pbmdzEigKBXF1ZXVlGAEgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEjAKDWZpcnN0X3ByZXZpZXcYAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKgoHZGVub2lzZRgDIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIpCgZkZWNvZGUYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKAoFdG90YWwYBSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24ipAEKFldhdGNoR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCRIWCg5hZnRlcl9zZXF1ZW5jZRgCIAEoBBI2ChBhcnRpZmFjdF9vZmZzZXRzGAMgAygLMhwuc2FmZWxpZ2h0LnYxLkFydGlmYWN0T2Zmc2V0EiwKB3ByZXZpZXcYBCABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeSI2Cg5BcnRpZmFjdE9mZnNldBIUCgxvdXRwdXRfaW5kZXgYASABKAUSDgoGb2Zmc2V0GAIgASgDIkcKF1dhdGNoR2VuZXJhdGlvblJlc3BvbnNlEiwKBWV2ZW50GAEgASgLMh0uc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25FdmVudCKDAQoXVXBkYXRlR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCRIsCgdwcmV2aWV3GAIgASgLMhsuc2FmZWxpZ2h0LnYxLlByZXZpZXdQb2xpY3kSLAoKc2NoZWR1bGluZxgDIAEoCzIYLnNhZmVsaWdodC52MS5TY2hlZHVsaW5nIkgKGFVwZGF0ZUdlbmVyYXRpb25SZXNwb25zZRIsCgpnZW5lcmF0aW9uGAEgASgLMhguc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24iJwoXQ2FuY2VsR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCSJIChhDYW5jZWxHZW5lcmF0aW9uUmVzcG9uc2USLAoKZ2VuZXJhdGlvbhgBIAEoCzIYLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uIiQKFEdldEdlbmVyYXRpb25SZXF1ZXN0EgwKBG5hbWUYASABKAkiRQoVR2V0R2VuZXJhdGlvblJlc3BvbnNlEiwKCmdlbmVyYXRpb24YASABKAsyGC5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbiKIBQoKR2VuZXJhdGlvbhIMCgRuYW1lGAEgASgJEi0KBXN0YXRlGAIgASgOMh4uc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24uU3RhdGUSKgoEc3BlYxgDIAEoCzIcLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uU3BlYxIqCgdvdXRwdXRzGAQgAygLMhkuc2FmZWxpZ2h0LnYxLk91dHB1dFN0YXRlEigKCHByaW9yaXR5GAUgASgOMhYuc2FmZWxpZ2h0LnYxLlByaW9yaXR5EjQKBmxhYmVscxgGIAMoCzIkLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uLkxhYmVsc0VudHJ5Ei8KC2NyZWF0ZV90aW1lGAcgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIvCgtmaW5pc2hfdGltZRgIIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASIgoGc3RhdHVzGAkgASgLMhIuZ29vZ2xlLnJwYy5TdGF0dXMSIgoFdXNhZ2UYCiABKAsyEy5zYWZlbGlnaHQudjEuVXNhZ2USFQoNbGFzdF9zZXF1ZW5jZRgLIAEoBBotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIpQBCgVTdGF0ZRIVChFTVEFURV9VTlNQRUNJRklFRBAAEhAKDFNUQVRFX1FVRVVFRBABEhEKDVNUQVRFX1JVTk5JTkcQAhITCg9TVEFURV9TVVNQRU5ERUQQAxITCg9TVEFURV9TVUNDRUVERUQQBBITCg9TVEFURV9DQU5DRUxMRUQQBRIQCgxTVEFURV9GQUlMRUQQBiKbAQoLT3V0cHV0U3RhdGUSFAoMb3V0cHV0X2luZGV4GAEgASgFEgwKBHN0ZXAYAiABKAUSEQoJbnVtX3N0ZXBzGAMgASgFEkAKDWZpbmlzaF9yZWFzb24YBCABKA4yKS5zYWZlbGlnaHQudjEuT3V0cHV0RmluaXNoZWQuRmluaXNoUmVhc29uEhMKC3RvdGFsX2J5dGVzGAUgASgDKmYKDVNpZ21hU2NoZWR1bGUSHgoaU0lHTUFfU0NIRURVTEVfVU5TUEVDSUZJRUQQABIaChZTSUdNQV9TQ0hFRFVMRV9ERUZBVUxUEAESGQoVU0lHTUFfU0NIRURVTEVfS0FSUkFTEAIqjwEKD1RpbWVzdGVwU3BhY2luZxIgChxUSU1FU1RFUF9TUEFDSU5HX1VOU1BFQ0lGSUVEEAASHAoYVElNRVNURVBfU1BBQ0lOR19MRUFESU5HEAESHQoZVElNRVNURVBfU1BBQ0lOR19UUkFJTElORxACEh0KGVRJTUVTVEVQX1NQQUNJTkdfTElOU1BBQ0UQAyq+AQoNUHJldmlld01ldGhvZBIeChpQUkVWSUVXX01FVEhPRF9VTlNQRUNJRklFRBAAEhcKE1BSRVZJRVdfTUVUSE9EX0FVVE8QARIZChVQUkVWSUVXX01FVEhPRF9MSU5FQVIQAhIfChtQUkVWSUVXX01FVEhPRF9USU5ZX0RFQ09ERVIQAxIfChtQUkVWSUVXX01FVEhPRF9GVUxMX0RFQ09ERVIQBBIXChNQUkVWSUVXX01FVEhPRF9OT05FEAUqaQoIUHJpb3JpdHkSGAoUUFJJT1JJVFlfVU5TUEVDSUZJRUQQABIYChRQUklPUklUWV9JTlRFUkFDVElWRRABEhUKEVBSSU9SSVRZX1NUQU5EQVJEEAISEgoOUFJJT1JJVFlfQkFUQ0gQAzLiAwoRR2VuZXJhdGlvblNlcnZpY2USSwoIR2VuZXJhdGUSHS5zYWZlbGlnaHQudjEuR2VuZXJhdGVSZXF1ZXN0Gh4uc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVzcG9uc2UwARJgCg9XYXRjaEdlbmVyYXRpb24SJC5zYWZlbGlnaHQudjEuV2F0Y2hHZW5lcmF0aW9uUmVxdWVzdBolLnNhZmVsaWdodC52MS5XYXRjaEdlbmVyYXRpb25SZXNwb25zZTABEmEKEFVwZGF0ZUdlbmVyYXRpb24SJS5zYWZlbGlnaHQudjEuVXBkYXRlR2VuZXJhdGlvblJlcXVlc3QaJi5zYWZlbGlnaHQudjEuVXBkYXRlR2VuZXJhdGlvblJlc3BvbnNlEmEKEENhbmNlbEdlbmVyYXRpb24SJS5zYWZlbGlnaHQudjEuQ2FuY2VsR2VuZXJhdGlvblJlcXVlc3QaJi5zYWZlbGlnaHQudjEuQ2FuY2VsR2VuZXJhdGlvblJlc3BvbnNlElgKDUdldEdlbmVyYXRpb24SIi5zYWZlbGlnaHQudjEuR2V0R2VuZXJhdGlvblJlcXVlc3QaIy5zYWZlbGlnaHQudjEuR2V0R2VuZXJhdGlvblJlc3BvbnNlYgZwcm90bzM", [file_google_protobuf_duration, file_google_protobuf_timestamp, file_google_rpc_status]);
+  fileDesc("Ch1zYWZlbGlnaHQvdjEvZ2VuZXJhdGlvbi5wcm90bxIMc2FmZWxpZ2h0LnYxIv0DCg9HZW5lcmF0ZVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIqCgRzcGVjGAIgASgLMhwuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25TcGVjEiwKB3ByZXZpZXcYAyABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeRItCghlbmNvZGluZxgEIAEoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEiwKCnNjaGVkdWxpbmcYBSABKAsyGC5zYWZlbGlnaHQudjEuU2NoZWR1bGluZxIyCgpkaXNjb25uZWN0GAYgASgLMh4uc2FmZWxpZ2h0LnYxLkRpc2Nvbm5lY3RQb2xpY3kSOQoGbGFiZWxzGAcgAygLMikuc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVxdWVzdC5MYWJlbHNFbnRyeRIoCgVjYWNoZRgIIAEoCzIZLnNhZmVsaWdodC52MS5DYWNoZVBvbGljeRIkCgZicmFuY2gYCSABKAsyFC5zYWZlbGlnaHQudjEuQnJhbmNoEjEKDXF1YWxpdHlfZmxvb3IYCiABKAsyGi5zYWZlbGlnaHQudjEuUXVhbGl0eUZsb29yGi0KC0xhYmVsc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiQAoQR2VuZXJhdGVSZXNwb25zZRIsCgVldmVudBgBIAEoCzIdLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uRXZlbnQipwMKDkdlbmVyYXRpb25TcGVjEg0KBW1vZGVsGAEgASgJEg4KBnByb21wdBgCIAEoCRIlCgdwcm9tcHRzGAMgAygLMhQuc2FmZWxpZ2h0LnYxLlByb21wdBIVCgh3aWR0aF9weBgEIAEoBUgAiAEBEhYKCWhlaWdodF9weBgFIAEoBUgBiAEBEiAKE251bV9pbmZlcmVuY2Vfc3RlcHMYBiABKAVIAogBARIbCg5ndWlkYW5jZV9zY2FsZRgHIAEoAkgDiAEBEioKB3NhbXBsZXIYCCABKAsyGS5zYWZlbGlnaHQudjEuU2FtcGxlclNwZWMSKQoHb3V0cHV0cxgJIAMoCzIYLnNhZmVsaWdodC52MS5PdXRwdXRTcGVjEhIKCmluaXRfaW1hZ2UYCiABKAkSFQoIc3RyZW5ndGgYCyABKAJIBIgBARIMCgRtYXNrGAwgASgJQgsKCV93aWR0aF9weEIMCgpfaGVpZ2h0X3B4QhYKFF9udW1faW5mZXJlbmNlX3N0ZXBzQhEKD19ndWlkYW5jZV9zY2FsZUILCglfc3RyZW5ndGgigwEKBlByb21wdBInCgRyb2xlGAEgASgOMhkuc2FmZWxpZ2h0LnYxLlByb21wdC5Sb2xlEgwKBHRleHQYAiABKAkiQgoEUm9sZRIUChBST0xFX1VOU1BFQ0lGSUVEEAASEQoNUk9MRV9QT1NJVElWRRABEhEKDVJPTEVfTkVHQVRJVkUQAiKaAQoLU2FtcGxlclNwZWMSDAoEbmFtZRgBIAEoCRIzCg5zaWdtYV9zY2hlZHVsZRgCIAEoDjIbLnNhZmVsaWdodC52MS5TaWdtYVNjaGVkdWxlEi4KB3NwYWNpbmcYAyABKA4yHS5zYWZlbGlnaHQudjEuVGltZXN0ZXBTcGFjaW5nEhAKA2V0YRgEIAEoAkgAiAEBQgYKBF9ldGEiKAoKT3V0cHV0U3BlYxIRCgRzZWVkGAEgASgESACIAQFCBwoFX3NlZWQitAMKDVBpeGVsRW5jb2RpbmcSEgoKbWVkaWFfdHlwZRgBIAEoCRIUCgdxdWFsaXR5GAIgASgFSACIAQESIAoTcm93X2FsaWdubWVudF9ieXRlcxgDIAEoBUgBiAEBEjcKCXJvd19vcmRlchgEIAEoDjIkLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nLlJvd09yZGVyEkEKDnRleHR1cmVfZm9ybWF0GAUgASgOMikuc2FmZWxpZ2h0LnYxLlBpeGVsRW5jb2RpbmcuVGV4dHVyZUZvcm1hdCJWCghSb3dPcmRlchIZChVST1dfT1JERVJfVU5TUEVDSUZJRUQQABIWChJST1dfT1JERVJfVE9QX0RPV04QARIXChNST1dfT1JERVJfQk9UVE9NX1VQEAIiXwoNVGV4dHVyZUZvcm1hdBIeChpURVhUVVJFX0ZPUk1BVF9VTlNQRUNJRklFRBAAEhYKElRFWFRVUkVfRk9STUFUX0JDMRABEhYKElRFWFRVUkVfRk9STUFUX0JDNxACQgoKCF9xdWFsaXR5QhYKFF9yb3dfYWxpZ25tZW50X2J5dGVzIqYCCg1QcmV2aWV3UG9saWN5EisKBmFjY2VwdBgBIAMoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEhgKC21heF9lZGdlX3B4GAIgASgFSAGIAQESFwoNZXZlcnlfbl9zdGVwcxgDIAEoBUgAEjEKDG1pbl9pbnRlcnZhbBgEIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbkgAEisKBm1ldGhvZBgFIAEoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEiEKFG1heF9ieXRlc19wZXJfc2Vjb25kGAYgASgDSAKIAQFCCQoHY2FkZW5jZUIOCgxfbWF4X2VkZ2VfcHhCFwoVX21heF9ieXRlc19wZXJfc2Vjb25kIjYKClNjaGVkdWxpbmcSKAoIcHJpb3JpdHkYASABKA4yFi5zYWZlbGlnaHQudjEuUHJpb3JpdHki2wEKC0NhY2hlUG9saWN5EiwKBG1vZGUYASABKA4yHi5zYWZlbGlnaHQudjEuQ2FjaGVQb2xpY3kuTW9kZRIbCg5taW5fc2ltaWxhcml0eRgCIAEoAkgAiAEBIm4KBE1vZGUSFAoQTU9ERV9VTlNQRUNJRklFRBAAEhAKDE1PREVfREVGQVVMVBABEg8KC01PREVfQllQQVNTEAISFQoRTU9ERV9BTExPV19MQVRFTlQQAxIWChJNT0RFX0FMTE9XX1NJTUlMQVIQBEIRCg9fbWluX3NpbWlsYXJpdHkihgEKDFF1YWxpdHlGbG9vchIaCg1taW5fbnVtX3N0ZXBzGAEgASgFSACIAQESGAoQY2hlYXBlcl9wcmV2aWV3cxgCIAEoCBIbCg5taW5fc2ltaWxhcml0eRgDIAEoAkgBiAEBQhAKDl9taW5fbnVtX3N0ZXBzQhEKD19taW5fc2ltaWxhcml0eSJACgZCcmFuY2gSEgoKZ2VuZXJhdGlvbhgBIAEoCRIUCgxvdXRwdXRfaW5kZXgYAiABKAUSDAoEc3RlcBgDIAEoBSLCAQoQRGlzY29ubmVjdFBvbGljeRI1CgZhY3Rpb24YASABKA4yJS5zYWZlbGlnaHQudjEuRGlzY29ubmVjdFBvbGljeS5BY3Rpb24SLwoMcmVzdW1lX2dyYWNlGAIgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uIkYKBkFjdGlvbhIWChJBQ1RJT05fVU5TUEVDSUZJRUQQABIRCg1BQ1RJT05fQ0FOQ0VMEAESEQoNQUNUSU9OX0RFVEFDSBACIrYDCg9HZW5lcmF0aW9uRXZlbnQSEAoIc2VxdWVuY2UYASABKAQSLgoKZXZlbnRfdGltZRgCIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASEgoKZ2VuZXJhdGlvbhgDIAEoCRIqCghhY2NlcHRlZBgEIAEoCzIWLnNhZmVsaWdodC52MS5BY2NlcHRlZEgAEiYKBnF1ZXVlZBgFIAEoCzIULnNhZmVsaWdodC52MS5RdWV1ZWRIABIqCghwcm9ncmVzcxgGIAEoCzIWLnNhZmVsaWdodC52MS5Qcm9ncmVzc0gAEigKB3ByZXZpZXcYByABKAsyFS5zYWZlbGlnaHQudjEuUHJldmlld0gAEjUKDmFydGlmYWN0X2NodW5rGAggASgLMhsuc2FmZWxpZ2h0LnYxLkFydGlmYWN0Q2h1bmtIABI3Cg9vdXRwdXRfZmluaXNoZWQYCSABKAsyHC5zYWZlbGlnaHQudjEuT3V0cHV0RmluaXNoZWRIABIqCghmaW5pc2hlZBgKIAEoCzIWLnNhZmVsaWdodC52MS5GaW5pc2hlZEgAQgcKBWV2ZW50IpYDCghBY2NlcHRlZBIqCgRzcGVjGAEgASgLMhwuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25TcGVjEhYKDm1vZGVsX3JldmlzaW9uGAIgASgJEhMKC251bWVyaWNzX2lkGAMgASgJEi0KCGVuY29kaW5nGAQgASgLMhsuc2FmZWxpZ2h0LnYxLlBpeGVsRW5jb2RpbmcSNQoSZXN0aW1hdGVkX2R1cmF0aW9uGAUgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEhAKCHRyYWNlX2lkGAYgASgJEicKCHdhcm5pbmdzGAcgAygLMhUuc2FmZWxpZ2h0LnYxLldhcm5pbmcSNQoKZHVyYWJpbGl0eRgIIAEoDjIhLnNhZmVsaWdodC52MS5BY2NlcHRlZC5EdXJhYmlsaXR5IlkKCkR1cmFiaWxpdHkSGgoWRFVSQUJJTElUWV9VTlNQRUNJRklFRBAAEhQKEERVUkFCSUxJVFlfTE9DQUwQARIZChVEVVJBQklMSVRZX1JFUExJQ0FURUQQAiIqCgdXYXJuaW5nEg4KBnJlYXNvbhgBIAEoCRIPCgdtZXNzYWdlGAIgASgJIlQKBlF1ZXVlZBIQCghwb3NpdGlvbhgBIAEoBRI4ChRlc3RpbWF0ZWRfc3RhcnRfdGltZRgCIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXAijQEKCFByb2dyZXNzEhQKDG91dHB1dF9pbmRleBgBIAEoBRIMCgRzdGVwGAIgASgFEhEKCW51bV9zdGVwcxgDIAEoBRISCgpiYXRjaF9zaXplGAQgASgFEjYKE2VzdGltYXRlZF9yZW1haW5pbmcYBSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24izAEKB1ByZXZpZXcSFAoMb3V0cHV0X2luZGV4GAEgASgFEgwKBHN0ZXAYAiABKAUSEgoKbWVkaWFfdHlwZRgDIAEoCRIQCgh3aWR0aF9weBgEIAEoBRIRCgloZWlnaHRfcHgYBSABKAUSFAoMc3RyaWRlX2J5dGVzGAYgASgFEisKBm1ldGhvZBgHIAEoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEhMKC251bV9kcm9wcGVkGAggASgFEgwKBGRhdGEYCSABKAwitwEKDUFydGlmYWN0Q2h1bmsSFAoMb3V0cHV0X2luZGV4GAEgASgFEhIKCm1lZGlhX3R5cGUYAiABKAkSEAoId2lkdGhfcHgYAyABKAUSEQoJaGVpZ2h0X3B4GAQgASgFEhQKDHN0cmlkZV9ieXRlcxgFIAEoBRIOCgZvZmZzZXQYBiABKAMSEwoLdG90YWxfYnl0ZXMYByABKAMSDAoEZGF0YRgIIAEoDBIOCgZzaGEyNTYYCSABKAwinwIKDk91dHB1dEZpbmlzaGVkEhQKDG91dHB1dF9pbmRleBgBIAEoBRJACg1maW5pc2hfcmVhc29uGAIgASgOMikuc2FmZWxpZ2h0LnYxLk91dHB1dEZpbmlzaGVkLkZpbmlzaFJlYXNvbhIMCgRzdGVwGAMgASgFIqYBCgxGaW5pc2hSZWFzb24SHQoZRklOSVNIX1JFQVNPTl9VTlNQRUNJRklFRBAAEhsKF0ZJTklTSF9SRUFTT05fQ09NUExFVEVEEAESGwoXRklOSVNIX1JFQVNPTl9DQU5DRUxMRUQQAhIjCh9GSU5JU0hfUkVBU09OX0RFQURMSU5FX0VYQ0VFREVEEAMSGAoURklOSVNIX1JFQVNPTl9GQUlMRUQQBCLdAQoIRmluaXNoZWQSIgoGc3RhdHVzGAEgASgLMhIuZ29vZ2xlLnJwYy5TdGF0dXMSIgoFdXNhZ2UYAiABKAsyEy5zYWZlbGlnaHQudjEuVXNhZ2USJgoHdGltaW5ncxgDIAEoCzIVLnNhZmVsaWdodC52MS5UaW1pbmdzEjAKDWNhY2hlX3Jlc3VsdHMYBCADKAsyGS5zYWZlbGlnaHQudjEuQ2FjaGVSZXN1bHQSLwoMZGVncmFkYXRpb25zGAUgAygLMhkuc2FmZWxpZ2h0LnYxLkRlZ3JhZGF0aW9uIsgBCgtEZWdyYWRhdGlvbhIsCgRraW5kGAEgASgOMh4uc2FmZWxpZ2h0LnYxLkRlZ3JhZGF0aW9uLktpbmQSEQoJcmVxdWVzdGVkGAIgASgJEg8KB2FwcGxpZWQYAyABKAkiZwoES2luZBIUChBLSU5EX1VOU1BFQ0lGSUVEEAASFAoQS0lORF9GRVdFUl9TVEVQUxABEhkKFUtJTkRfQ0hFQVBFUl9QUkVWSUVXUxACEhgKFEtJTkRfU0lNSUxBUl9QSUNUVVJFEAMi3QIKC0NhY2hlUmVzdWx0EjoKC2Rpc3Bvc2l0aW9uGAEgASgOMiUuc2FmZWxpZ2h0LnYxLkNhY2hlUmVzdWx0LkRpc3Bvc2l0aW9uEhIKCnNpbWlsYXJpdHkYAiABKAISDgoGc291cmNlGAMgASgJEhkKEW51bV9zdGVwc19za2lwcGVkGAQgASgFEhMKC251bWVyaWNzX2lkGAUgASgJIr0BCgtEaXNwb3NpdGlvbhIbChdESVNQT1NJVElPTl9VTlNQRUNJRklFRBAAEhQKEERJU1BPU0lUSU9OX01JU1MQARIZChVESVNQT1NJVElPTl9DT0FMRVNDRUQQAhIVChFESVNQT1NJVElPTl9FWEFDVBADEhcKE0RJU1BPU0lUSU9OX1NJTUlMQVIQBBIWChJESVNQT1NJVElPTl9MQVRFTlQQBRIYChRESVNQT1NJVElPTl9CUkFOQ0hFRBAGIqwBCgVVc2FnZRIvCgxjb21wdXRlX3RpbWUYASABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SEAoIbnVtX3Jvd3MYAiABKAMSEQoJbnVtX3N0ZXBzGAMgASgDEhQKDG51bV9wcmV2aWV3cxgEIAEoAxIVCg1wcmV2aWV3X2J5dGVzGAUgASgDEiAKBGNvc3QYBiABKAsyEi5zYWZlbGlnaHQudjEuQ29zdCIsCgRDb3N0EhUKDWN1cnJlbmN5X2NvZGUYASABKAkSDQoFbmFub3MYAiABKAMi5gEKB1RpbWluZ3MSKAoFcXVldWUYASABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SMAoNZmlyc3RfcHJldmlldxgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIqCgdkZW5vaXNlGAMgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEikKBmRlY29kZRgEIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIoCgV0b3RhbBgFIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiKkAQoWV2F0Y2hHZW5lcmF0aW9uUmVxdWVzdBIMCgRuYW1lGAEgASgJEhYKDmFmdGVyX3NlcXVlbmNlGAIgASgEEjYKEGFydGlmYWN0X29mZnNldHMYAyADKAsyHC5zYWZlbGlnaHQudjEuQXJ0aWZhY3RPZmZzZXQSLAoHcHJldmlldxgEIAEoCzIbLnNhZmVsaWdodC52MS5QcmV2aWV3UG9saWN5IjYKDkFydGlmYWN0T2Zmc2V0EhQKDG91dHB1dF9pbmRleBgBIAEoBRIOCgZvZmZzZXQYAiABKAMiRwoXV2F0Y2hHZW5lcmF0aW9uUmVzcG9uc2USLAoFZXZlbnQYASABKAsyHS5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbkV2ZW50IoMBChdVcGRhdGVHZW5lcmF0aW9uUmVxdWVzdBIMCgRuYW1lGAEgASgJEiwKB3ByZXZpZXcYAiABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeRIsCgpzY2hlZHVsaW5nGAMgASgLMhguc2FmZWxpZ2h0LnYxLlNjaGVkdWxpbmciSAoYVXBkYXRlR2VuZXJhdGlvblJlc3BvbnNlEiwKCmdlbmVyYXRpb24YASABKAsyGC5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbiInChdDYW5jZWxHZW5lcmF0aW9uUmVxdWVzdBIMCgRuYW1lGAEgASgJIkgKGENhbmNlbEdlbmVyYXRpb25SZXNwb25zZRIsCgpnZW5lcmF0aW9uGAEgASgLMhguc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24iJAoUR2V0R2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCSJFChVHZXRHZW5lcmF0aW9uUmVzcG9uc2USLAoKZ2VuZXJhdGlvbhgBIAEoCzIYLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uIrkFCgpHZW5lcmF0aW9uEgwKBG5hbWUYASABKAkSLQoFc3RhdGUYAiABKA4yHi5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbi5TdGF0ZRIqCgRzcGVjGAMgASgLMhwuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25TcGVjEioKB291dHB1dHMYBCADKAsyGS5zYWZlbGlnaHQudjEuT3V0cHV0U3RhdGUSKAoIcHJpb3JpdHkYBSABKA4yFi5zYWZlbGlnaHQudjEuUHJpb3JpdHkSNAoGbGFiZWxzGAYgAygLMiQuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24uTGFiZWxzRW50cnkSLwoLY3JlYXRlX3RpbWUYByABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEi8KC2ZpbmlzaF90aW1lGAggASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIiCgZzdGF0dXMYCSABKAsyEi5nb29nbGUucnBjLlN0YXR1cxIiCgV1c2FnZRgKIAEoCzITLnNhZmVsaWdodC52MS5Vc2FnZRIVCg1sYXN0X3NlcXVlbmNlGAsgASgEEi8KDGRlZ3JhZGF0aW9ucxgMIAMoCzIZLnNhZmVsaWdodC52MS5EZWdyYWRhdGlvbhotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIpQBCgVTdGF0ZRIVChFTVEFURV9VTlNQRUNJRklFRBAAEhAKDFNUQVRFX1FVRVVFRBABEhEKDVNUQVRFX1JVTk5JTkcQAhITCg9TVEFURV9TVVNQRU5ERUQQAxITCg9TVEFURV9TVUNDRUVERUQQBBITCg9TVEFURV9DQU5DRUxMRUQQBRIQCgxTVEFURV9GQUlMRUQQBiKbAQoLT3V0cHV0U3RhdGUSFAoMb3V0cHV0X2luZGV4GAEgASgFEgwKBHN0ZXAYAiABKAUSEQoJbnVtX3N0ZXBzGAMgASgFEkAKDWZpbmlzaF9yZWFzb24YBCABKA4yKS5zYWZlbGlnaHQudjEuT3V0cHV0RmluaXNoZWQuRmluaXNoUmVhc29uEhMKC3RvdGFsX2J5dGVzGAUgASgDKmYKDVNpZ21hU2NoZWR1bGUSHgoaU0lHTUFfU0NIRURVTEVfVU5TUEVDSUZJRUQQABIaChZTSUdNQV9TQ0hFRFVMRV9ERUZBVUxUEAESGQoVU0lHTUFfU0NIRURVTEVfS0FSUkFTEAIqjwEKD1RpbWVzdGVwU3BhY2luZxIgChxUSU1FU1RFUF9TUEFDSU5HX1VOU1BFQ0lGSUVEEAASHAoYVElNRVNURVBfU1BBQ0lOR19MRUFESU5HEAESHQoZVElNRVNURVBfU1BBQ0lOR19UUkFJTElORxACEh0KGVRJTUVTVEVQX1NQQUNJTkdfTElOU1BBQ0UQAyq+AQoNUHJldmlld01ldGhvZBIeChpQUkVWSUVXX01FVEhPRF9VTlNQRUNJRklFRBAAEhcKE1BSRVZJRVdfTUVUSE9EX0FVVE8QARIZChVQUkVWSUVXX01FVEhPRF9MSU5FQVIQAhIfChtQUkVWSUVXX01FVEhPRF9USU5ZX0RFQ09ERVIQAxIfChtQUkVWSUVXX01FVEhPRF9GVUxMX0RFQ09ERVIQBBIXChNQUkVWSUVXX01FVEhPRF9OT05FEAUqaQoIUHJpb3JpdHkSGAoUUFJJT1JJVFlfVU5TUEVDSUZJRUQQABIYChRQUklPUklUWV9JTlRFUkFDVElWRRABEhUKEVBSSU9SSVRZX1NUQU5EQVJEEAISEgoOUFJJT1JJVFlfQkFUQ0gQAzLiAwoRR2VuZXJhdGlvblNlcnZpY2USSwoIR2VuZXJhdGUSHS5zYWZlbGlnaHQudjEuR2VuZXJhdGVSZXF1ZXN0Gh4uc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVzcG9uc2UwARJgCg9XYXRjaEdlbmVyYXRpb24SJC5zYWZlbGlnaHQudjEuV2F0Y2hHZW5lcmF0aW9uUmVxdWVzdBolLnNhZmVsaWdodC52MS5XYXRjaEdlbmVyYXRpb25SZXNwb25zZTABEmEKEFVwZGF0ZUdlbmVyYXRpb24SJS5zYWZlbGlnaHQudjEuVXBkYXRlR2VuZXJhdGlvblJlcXVlc3QaJi5zYWZlbGlnaHQudjEuVXBkYXRlR2VuZXJhdGlvblJlc3BvbnNlEmEKEENhbmNlbEdlbmVyYXRpb24SJS5zYWZlbGlnaHQudjEuQ2FuY2VsR2VuZXJhdGlvblJlcXVlc3QaJi5zYWZlbGlnaHQudjEuQ2FuY2VsR2VuZXJhdGlvblJlc3BvbnNlElgKDUdldEdlbmVyYXRpb24SIi5zYWZlbGlnaHQudjEuR2V0R2VuZXJhdGlvblJlcXVlc3QaIy5zYWZlbGlnaHQudjEuR2V0R2VuZXJhdGlvblJlc3BvbnNlYgZwcm90bzM", [file_google_protobuf_duration, file_google_protobuf_timestamp, file_google_rpc_status]);
 
 /**
  * Asks for one or more pictures. Only a prompt is needed.
@@ -104,6 +104,15 @@ export type GenerateRequest = Message<"safelight.v1.GenerateRequest"> & {
    * @generated from field: safelight.v1.Branch branch = 9;
    */
   branch?: Branch | undefined;
+
+  /**
+   * How far quality may go down under load. Only for PRIORITY_STANDARD and
+   * PRIORITY_BATCH, since someone waits for what is INTERACTIVE. Absent: it does
+   * not go down.
+   *
+   * @generated from field: safelight.v1.QualityFloor quality_floor = 10;
+   */
+  qualityFloor?: QualityFloor | undefined;
 };
 
 /**
@@ -676,6 +685,52 @@ export const CachePolicy_ModeSchema: GenEnum<CachePolicy_Mode> = /*@__PURE__*/
   enumDesc(file_safelight_v1_generation, 9, 0);
 
 /**
+ * How far the quality of a request may go down while its class is under
+ * pressure: while more is queued than is done in the time that the operator lets
+ * the class wait. It is decided once, before `Accepted`, which shows the spec
+ * that is developed; `Finished.degradations` says what was done. Nothing is done
+ * to a request of which a picture, or an identical output on its way, is there.
+ * Each field allows one thing.
+ *
+ * @generated from message safelight.v1.QualityFloor
+ */
+export type QualityFloor = Message<"safelight.v1.QualityFloor"> & {
+  /**
+   * Fewest denoising steps, from 1 to the steps of the spec; the sampler must
+   * work with them. Under pressure it is just these, so that equal requests
+   * still share one picture. Not with `branch`. Absent: no fewer steps.
+   *
+   * @generated from field: optional int32 min_num_steps = 1;
+   */
+  minNumSteps?: number | undefined;
+
+  /**
+   * Where `preview` asks for TINY_DECODER or FULL_DECODER, all streams of the
+   * generation may get LINEAR. AUTO follows the load without being told.
+   *
+   * @generated from field: bool cheaper_previews = 2;
+   */
+  cheaperPreviews: boolean;
+
+  /**
+   * A finished picture of another seed or wording may be served, as with
+   * MODE_ALLOW_SIMILAR, if it has at least this similarity, above 0 and at most 1
+   * (with MODE_ALLOW_SIMILAR: below `CachePolicy.min_similarity`). Not with
+   * `branch` and not with MODE_BYPASS. Absent: only as `cache` says.
+   *
+   * @generated from field: optional float min_similarity = 3;
+   */
+  minSimilarity?: number | undefined;
+};
+
+/**
+ * Describes the message safelight.v1.QualityFloor.
+ * Use `create(QualityFloorSchema)` to create a new message.
+ */
+export const QualityFloorSchema: GenMessage<QualityFloor> = /*@__PURE__*/
+  messageDesc(file_safelight_v1_generation, 10);
+
+/**
  * A point in the development of another output.
  *
  * @generated from message safelight.v1.Branch
@@ -709,7 +764,7 @@ export type Branch = Message<"safelight.v1.Branch"> & {
  * Use `create(BranchSchema)` to create a new message.
  */
 export const BranchSchema: GenMessage<Branch> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 10);
+  messageDesc(file_safelight_v1_generation, 11);
 
 /**
  * What happens when the last stream of a generation is lost.
@@ -737,7 +792,7 @@ export type DisconnectPolicy = Message<"safelight.v1.DisconnectPolicy"> & {
  * Use `create(DisconnectPolicySchema)` to create a new message.
  */
 export const DisconnectPolicySchema: GenMessage<DisconnectPolicy> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 11);
+  messageDesc(file_safelight_v1_generation, 12);
 
 /**
  * What happens when the last stream is lost.
@@ -772,7 +827,7 @@ export enum DisconnectPolicy_Action {
  * Describes the enum safelight.v1.DisconnectPolicy.Action.
  */
 export const DisconnectPolicy_ActionSchema: GenEnum<DisconnectPolicy_Action> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 11, 0);
+  enumDesc(file_safelight_v1_generation, 12, 0);
 
 /**
  * What happened to a generation. Reliable events are Accepted, ArtifactChunk,
@@ -874,7 +929,7 @@ export type GenerationEvent = Message<"safelight.v1.GenerationEvent"> & {
  * Use `create(GenerationEventSchema)` to create a new message.
  */
 export const GenerationEventSchema: GenMessage<GenerationEvent> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 12);
+  messageDesc(file_safelight_v1_generation, 13);
 
 /**
  * The request was admitted.
@@ -946,7 +1001,7 @@ export type Accepted = Message<"safelight.v1.Accepted"> & {
  * Use `create(AcceptedSchema)` to create a new message.
  */
 export const AcceptedSchema: GenMessage<Accepted> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 13);
+  messageDesc(file_safelight_v1_generation, 14);
 
 /**
  * What is promised of a generation that was accepted.
@@ -982,7 +1037,7 @@ export enum Accepted_Durability {
  * Describes the enum safelight.v1.Accepted.Durability.
  */
 export const Accepted_DurabilitySchema: GenEnum<Accepted_Durability> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 13, 0);
+  enumDesc(file_safelight_v1_generation, 14, 0);
 
 /**
  * Something the caller should know that did not stop the request.
@@ -1010,7 +1065,7 @@ export type Warning = Message<"safelight.v1.Warning"> & {
  * Use `create(WarningSchema)` to create a new message.
  */
 export const WarningSchema: GenMessage<Warning> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 14);
+  messageDesc(file_safelight_v1_generation, 15);
 
 /**
  * The generation waits for its turn.
@@ -1038,7 +1093,7 @@ export type Queued = Message<"safelight.v1.Queued"> & {
  * Use `create(QueuedSchema)` to create a new message.
  */
 export const QueuedSchema: GenMessage<Queued> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 15);
+  messageDesc(file_safelight_v1_generation, 16);
 
 /**
  * An output has made a step.
@@ -1087,7 +1142,7 @@ export type Progress = Message<"safelight.v1.Progress"> & {
  * Use `create(ProgressSchema)` to create a new message.
  */
 export const ProgressSchema: GenMessage<Progress> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 16);
+  messageDesc(file_safelight_v1_generation, 17);
 
 /**
  * How an output looks at a step: its denoised estimate, decoded.
@@ -1165,7 +1220,7 @@ export type Preview = Message<"safelight.v1.Preview"> & {
  * Use `create(PreviewSchema)` to create a new message.
  */
 export const PreviewSchema: GenMessage<Preview> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 17);
+  messageDesc(file_safelight_v1_generation, 18);
 
 /**
  * A piece of a finished picture. Pieces of one output come in order.
@@ -1242,7 +1297,7 @@ export type ArtifactChunk = Message<"safelight.v1.ArtifactChunk"> & {
  * Use `create(ArtifactChunkSchema)` to create a new message.
  */
 export const ArtifactChunkSchema: GenMessage<ArtifactChunk> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 18);
+  messageDesc(file_safelight_v1_generation, 19);
 
 /**
  * An output has ended.
@@ -1277,7 +1332,7 @@ export type OutputFinished = Message<"safelight.v1.OutputFinished"> & {
  * Use `create(OutputFinishedSchema)` to create a new message.
  */
 export const OutputFinishedSchema: GenMessage<OutputFinished> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 19);
+  messageDesc(file_safelight_v1_generation, 20);
 
 /**
  * Why an output ended.
@@ -1325,7 +1380,7 @@ export enum OutputFinished_FinishReason {
  * Describes the enum safelight.v1.OutputFinished.FinishReason.
  */
 export const OutputFinished_FinishReasonSchema: GenEnum<OutputFinished_FinishReason> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 19, 0);
+  enumDesc(file_safelight_v1_generation, 20, 0);
 
 /**
  * The generation has ended. The call then ends with the same status.
@@ -1360,6 +1415,13 @@ export type Finished = Message<"safelight.v1.Finished"> & {
    * @generated from field: repeated safelight.v1.CacheResult cache_results = 4;
    */
   cacheResults: CacheResult[];
+
+  /**
+   * What its quality floor gave up under load; empty: nothing.
+   *
+   * @generated from field: repeated safelight.v1.Degradation degradations = 5;
+   */
+  degradations: Degradation[];
 };
 
 /**
@@ -1367,7 +1429,86 @@ export type Finished = Message<"safelight.v1.Finished"> & {
  * Use `create(FinishedSchema)` to create a new message.
  */
 export const FinishedSchema: GenMessage<Finished> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 20);
+  messageDesc(file_safelight_v1_generation, 21);
+
+/**
+ * One thing that a request gave up under load, as its quality floor allowed.
+ *
+ * @generated from message safelight.v1.Degradation
+ */
+export type Degradation = Message<"safelight.v1.Degradation"> & {
+  /**
+   * What was given up.
+   *
+   * @generated from field: safelight.v1.Degradation.Kind kind = 1;
+   */
+  kind: Degradation_Kind;
+
+  /**
+   * What the request asked for.
+   *
+   * @generated from field: string requested = 2;
+   */
+  requested: string;
+
+  /**
+   * What it got.
+   *
+   * @generated from field: string applied = 3;
+   */
+  applied: string;
+};
+
+/**
+ * Describes the message safelight.v1.Degradation.
+ * Use `create(DegradationSchema)` to create a new message.
+ */
+export const DegradationSchema: GenMessage<Degradation> = /*@__PURE__*/
+  messageDesc(file_safelight_v1_generation, 22);
+
+/**
+ * What was given up.
+ *
+ * @generated from enum safelight.v1.Degradation.Kind
+ */
+export enum Degradation_Kind {
+  /**
+   * Not a kind.
+   *
+   * @generated from enum value: KIND_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * Denoising steps; `requested` and `applied` are numbers of steps.
+   *
+   * @generated from enum value: KIND_FEWER_STEPS = 1;
+   */
+  FEWER_STEPS = 1,
+
+  /**
+   * The method of previews; `requested` and `applied` are names of
+   * PreviewMethod, such as PREVIEW_METHOD_LINEAR.
+   *
+   * @generated from enum value: KIND_CHEAPER_PREVIEWS = 2;
+   */
+  CHEAPER_PREVIEWS = 2,
+
+  /**
+   * The very picture, for one that is similar; `requested` and `applied` are
+   * similarities: the least that the request asked for without pressure, 1
+   * for an identical one, and that of the least similar picture served.
+   *
+   * @generated from enum value: KIND_SIMILAR_PICTURE = 3;
+   */
+  SIMILAR_PICTURE = 3,
+}
+
+/**
+ * Describes the enum safelight.v1.Degradation.Kind.
+ */
+export const Degradation_KindSchema: GenEnum<Degradation_Kind> = /*@__PURE__*/
+  enumDesc(file_safelight_v1_generation, 22, 0);
 
 /**
  * Where a picture came from.
@@ -1417,7 +1558,7 @@ export type CacheResult = Message<"safelight.v1.CacheResult"> & {
  * Use `create(CacheResultSchema)` to create a new message.
  */
 export const CacheResultSchema: GenMessage<CacheResult> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 21);
+  messageDesc(file_safelight_v1_generation, 23);
 
 /**
  * Where a picture came from.
@@ -1479,7 +1620,7 @@ export enum CacheResult_Disposition {
  * Describes the enum safelight.v1.CacheResult.Disposition.
  */
 export const CacheResult_DispositionSchema: GenEnum<CacheResult_Disposition> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 21, 0);
+  enumDesc(file_safelight_v1_generation, 23, 0);
 
 /**
  * What a generation has used so far. Work that several generations share counts
@@ -1537,7 +1678,7 @@ export type Usage = Message<"safelight.v1.Usage"> & {
  * Use `create(UsageSchema)` to create a new message.
  */
 export const UsageSchema: GenMessage<Usage> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 22);
+  messageDesc(file_safelight_v1_generation, 24);
 
 /**
  * An amount of money.
@@ -1565,7 +1706,7 @@ export type Cost = Message<"safelight.v1.Cost"> & {
  * Use `create(CostSchema)` to create a new message.
  */
 export const CostSchema: GenMessage<Cost> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 23);
+  messageDesc(file_safelight_v1_generation, 25);
 
 /**
  * Where the time of a generation went. Stages overlap: they do not add up.
@@ -1615,7 +1756,7 @@ export type Timings = Message<"safelight.v1.Timings"> & {
  * Use `create(TimingsSchema)` to create a new message.
  */
 export const TimingsSchema: GenMessage<Timings> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 24);
+  messageDesc(file_safelight_v1_generation, 26);
 
 /**
  * Asks to watch a generation.
@@ -1657,7 +1798,7 @@ export type WatchGenerationRequest = Message<"safelight.v1.WatchGenerationReques
  * Use `create(WatchGenerationRequestSchema)` to create a new message.
  */
 export const WatchGenerationRequestSchema: GenMessage<WatchGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 25);
+  messageDesc(file_safelight_v1_generation, 27);
 
 /**
  * How much of a picture the client already has.
@@ -1685,7 +1826,7 @@ export type ArtifactOffset = Message<"safelight.v1.ArtifactOffset"> & {
  * Use `create(ArtifactOffsetSchema)` to create a new message.
  */
 export const ArtifactOffsetSchema: GenMessage<ArtifactOffset> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 26);
+  messageDesc(file_safelight_v1_generation, 28);
 
 /**
  * One event of the generation.
@@ -1706,7 +1847,7 @@ export type WatchGenerationResponse = Message<"safelight.v1.WatchGenerationRespo
  * Use `create(WatchGenerationResponseSchema)` to create a new message.
  */
 export const WatchGenerationResponseSchema: GenMessage<WatchGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 27);
+  messageDesc(file_safelight_v1_generation, 29);
 
 /**
  * Asks to change a generation. Absent fields stay as they are.
@@ -1741,7 +1882,7 @@ export type UpdateGenerationRequest = Message<"safelight.v1.UpdateGenerationRequ
  * Use `create(UpdateGenerationRequestSchema)` to create a new message.
  */
 export const UpdateGenerationRequestSchema: GenMessage<UpdateGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 28);
+  messageDesc(file_safelight_v1_generation, 30);
 
 /**
  * The generation as it is now.
@@ -1762,7 +1903,7 @@ export type UpdateGenerationResponse = Message<"safelight.v1.UpdateGenerationRes
  * Use `create(UpdateGenerationResponseSchema)` to create a new message.
  */
 export const UpdateGenerationResponseSchema: GenMessage<UpdateGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 29);
+  messageDesc(file_safelight_v1_generation, 31);
 
 /**
  * Asks to stop a generation.
@@ -1783,7 +1924,7 @@ export type CancelGenerationRequest = Message<"safelight.v1.CancelGenerationRequ
  * Use `create(CancelGenerationRequestSchema)` to create a new message.
  */
 export const CancelGenerationRequestSchema: GenMessage<CancelGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 30);
+  messageDesc(file_safelight_v1_generation, 32);
 
 /**
  * The generation as it ended.
@@ -1804,7 +1945,7 @@ export type CancelGenerationResponse = Message<"safelight.v1.CancelGenerationRes
  * Use `create(CancelGenerationResponseSchema)` to create a new message.
  */
 export const CancelGenerationResponseSchema: GenMessage<CancelGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 31);
+  messageDesc(file_safelight_v1_generation, 33);
 
 /**
  * Asks for a generation.
@@ -1825,7 +1966,7 @@ export type GetGenerationRequest = Message<"safelight.v1.GetGenerationRequest"> 
  * Use `create(GetGenerationRequestSchema)` to create a new message.
  */
 export const GetGenerationRequestSchema: GenMessage<GetGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 32);
+  messageDesc(file_safelight_v1_generation, 34);
 
 /**
  * The generation as it is now.
@@ -1846,7 +1987,7 @@ export type GetGenerationResponse = Message<"safelight.v1.GetGenerationResponse"
  * Use `create(GetGenerationResponseSchema)` to create a new message.
  */
 export const GetGenerationResponseSchema: GenMessage<GetGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 33);
+  messageDesc(file_safelight_v1_generation, 35);
 
 /**
  * What is known of a generation.
@@ -1930,6 +2071,13 @@ export type Generation = Message<"safelight.v1.Generation"> & {
    * @generated from field: uint64 last_sequence = 11;
    */
   lastSequence: bigint;
+
+  /**
+   * What its quality floor gave up under load; empty: nothing.
+   *
+   * @generated from field: repeated safelight.v1.Degradation degradations = 12;
+   */
+  degradations: Degradation[];
 };
 
 /**
@@ -1937,7 +2085,7 @@ export type Generation = Message<"safelight.v1.Generation"> & {
  * Use `create(GenerationSchema)` to create a new message.
  */
 export const GenerationSchema: GenMessage<Generation> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 34);
+  messageDesc(file_safelight_v1_generation, 36);
 
 /**
  * Where a generation is in its life.
@@ -1999,7 +2147,7 @@ export enum Generation_State {
  * Describes the enum safelight.v1.Generation.State.
  */
 export const Generation_StateSchema: GenEnum<Generation_State> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 34, 0);
+  enumDesc(file_safelight_v1_generation, 36, 0);
 
 /**
  * What is known of an output.
@@ -2048,7 +2196,7 @@ export type OutputState = Message<"safelight.v1.OutputState"> & {
  * Use `create(OutputStateSchema)` to create a new message.
  */
 export const OutputStateSchema: GenMessage<OutputState> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 35);
+  messageDesc(file_safelight_v1_generation, 37);
 
 /**
  * How noise levels are spread over the steps.
