@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -70,6 +71,7 @@ class Outcome:
         phase: when it was due.
         refusals: of each refusal the wait that it was told, None: it was told none.
         admitted: it was let in, in the end.
+        failed: why it ended otherwise; empty: it did not.
     """
 
     phase: str
@@ -78,6 +80,7 @@ class Outcome:
     refusals: list[float | None] = field(default_factory=list)
     admitted: bool = False
     degraded: bool = False
+    failed: str = ""
     first_preview_s: float = 0.0
     picture_s: float = 0.0
 
@@ -97,8 +100,10 @@ def measure(plan: Plan) -> Report:
         targets.append(Target("share of refusals that say when", share, 1.0))
     rate = plan.load * CAPACITY
     note = f"{rate:.1f} requests a second, in the surge {plan.factor * rate:.1f}; the server can make {CAPACITY:.1f}"
+    failed = Counter(one.failed for one in outcomes if one.failed)
+    notes = (note, *(f"{count} failed: {why}" for why, count in failed.items()))
     tables: dict[str, Sequence[Row]] = {"By phase": by_phase, "In the surge, by class": seen}
-    return Report("surge", tables, targets, (note,))
+    return Report("surge", tables, targets, notes)
 
 
 def _settings() -> dict[str, object]:
@@ -168,7 +173,8 @@ async def _ask(
             return
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
-                raise
+                outcome.failed = f"{error.code().name}: {error.details()}"
+                return
             wait_s = _retry_after_s(error)
             outcome.refusals.append(wait_s)
             if wait_s is None:

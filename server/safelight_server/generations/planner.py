@@ -41,6 +41,7 @@ from safelight_server.generations.execution import Execution, Executions
 from safelight_server.generations.generation import Generation
 from safelight_server.generations.init_images import InitImages
 from safelight_server.generations.output import Output
+from safelight_server.generations.promises import Promises
 from safelight_server.runtime.base import Runtime
 from safelight_server.storage.base import StoreError
 
@@ -105,6 +106,7 @@ class Planner:
         self._limits = limits
         self._images = images
         self._requested = requested
+        self._promises = Promises()
         self._leased_runners = leased_runners
 
     @property
@@ -341,7 +343,9 @@ class Planner:
         load = self._engine.scheduler if self._leased_runners is None else LoadWithPending(self._leased_runners)
         if self._engine.outage.is_on:
             time_left_s = None  # nobody knows when an instance will be back; the deadline itself will say
-        return admit(load, self._limits, output, len(new), time_left_s)
+        request_id = generation.request.request_id
+        key = f"{output.caller} {request_id}" if request_id else ""
+        return admit(load, self._limits, output, len(new), time_left_s, self._promises, key, generation.times.accepted)
 
     def _create(
         self, generation: Generation, output: Output, plan: OutputPlan, key: CacheKeys | None, *, again: bool = False
