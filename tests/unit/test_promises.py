@@ -92,6 +92,7 @@ def test_who_comes_back_to_no_room_goes_to_no_ones_end() -> None:
     for number in range(5):
         room.ask(f"{number}", 0.0)
     assert room.ask("0", 1.0) == 1.0, "it is the next one"
+    assert room.ask("1", 2.0) == 2.0, "and this one comes after it"
 
 
 def test_room_is_kept_for_a_while_and_never_all_of_it() -> None:

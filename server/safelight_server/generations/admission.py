@@ -140,15 +140,17 @@ def _check_room(
     ):
         limit = max(limit, 0)
         too_many = waiting + would_wait - limit
-        held = 0 if is_back else min(promises.num_held(subject, now), int(HELD_SHARE * limit))
+        first, again = subject, f"{subject} again"  # who came when told and found no room is before all who did not
+        held = promises.num_held(first, now) + promises.num_held(again, now)
+        held = 0 if is_back else min(held, int(HELD_SHARE * limit))
         if too_many + held > 0:
             if promise is not None and not is_back:
                 retry_after_s: float | None = promise.due - now  # it has come too early
             else:
-                ahead = 0 if is_back else promises.num_ahead(subject, now)
+                ahead = promises.num_ahead(again, now) + (0 if is_back else promises.num_ahead(first, now))
                 retry_after_s = _retry_after_s(load, priority, too_many, ahead)
                 if retry_after_s is not None and key:
-                    promises.make(key, subject, would_wait, retry_after_s, now)
+                    promises.make(key, again if is_back else first, would_wait, retry_after_s, now)
             raise QueueFullError(
                 f"{waiting} of {limit} outputs of {subject} wait already, {would_wait} more would have to"
                 + (f"; {held} places are kept for those who were told to come" if held else ""),
