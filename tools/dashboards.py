@@ -123,6 +123,15 @@ SERVICE: Rows = {
             {"{{class}}": rate("safelight_requested_compute_seconds_total", "class")},
             "Seconds a second: instances that would be busy with it. What the scaler forecasts.",
         ),
+        Panel(
+            "Given up under load",
+            "ops",
+            {
+                "{{kind}}, {{class}}": f"sum by (kind, class) (rate(safelight_degradations_total{{{J}}}{RATE}))",
+            },
+            "Requests a second that got less, as their quality floors allow.",
+        ),
+        Panel("Classes that are late", "short", {"{{class}}": f"max by (class) (safelight_class_late{{{J}}})"}),
         Panel("Open streams", "short", {"{{instance}}": f"safelight_open_streams{{{J}}}"}),
         Panel(
             "Previews",

@@ -32,6 +32,7 @@ PARTS = (
     "eviction",
     "tiers",
     "scaling",
+    "surge",
     "index",
     "similar",
     "replay",

@@ -23,6 +23,7 @@ from pydantic_settings import SettingsError as UnreadableSettingError
 PREFIX = "SAFELIGHT_"
 Seconds = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class SettingsError(Exception):
@@ -137,6 +138,11 @@ class Settings(BaseSettings):
     max_images_bytes_per_tenant: Count = Field(
         64 << 20, description="Bytes of uploaded pictures that a replica keeps of one tenant; beyond it the oldest go."
     )
+    class_wait_s: Mapping[Literal["interactive", "standard", "batch"], PositiveSeconds] = Field(
+        {"interactive": 5.0, "standard": 60.0, "batch": 600.0},
+        description="How long the queue of a class may take, in seconds, as JSON. Beyond it requests with a quality "
+        "floor are degraded (docs/operations/degradation.md). {}: never.",
+    )
     preview_share: float = Field(0.1, ge=0, le=0.5, description="Share of compute that previews may take from steps.")
 
     watcher_stall_s: Seconds = Field(30.0, description="A stream whose client takes no event for this long is ended.")
@@ -180,6 +186,11 @@ class Settings(BaseSettings):
         description="Bytes of running and watched generations and unread messages; beyond that slow streams are ended.",
     )
     drain_grace_s: Seconds = Field(30.0, description="How long generations may finish and be delivered after SIGTERM.")
+    spot_notice: Literal["off", "aws"] = Field(
+        "off",
+        description="aws: drain when the metadata service says that this spot instance goes (docs/operations/spot.md).",
+    )
+    spot_notice_url: str = Field("http://169.254.169.254", description="Where that metadata service (IMDSv2) is.")
 
     redis_url: SecretStr | None = Field(
         None,
@@ -286,6 +297,8 @@ class Settings(BaseSettings):
             faults.append("otlp_endpoint must be http://HOST:PORT or https://HOST:PORT")
         if any(not name or not there for name, there, _ in self._otlp_headers()):
             faults.append("otlp_headers must be NAME=VALUE, separated by commas")
+        if not _is_url(self.spot_notice_url):
+            faults.append("spot_notice_url must be http://HOST or https://HOST")
         if self.resume_grace_s > self.max_resume_grace_s:
             faults.append("resume_grace_s is above max_resume_grace_s")
         if self.max_images_bytes_per_tenant < self.max_image_bytes:

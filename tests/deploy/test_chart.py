@@ -18,6 +18,8 @@ HELM = ROOT / ".tools" / "helm"
 VALIDATE = ROOT / ".venv" / "bin" / "kubernetes-validate"
 PROFILES = sorted(path.stem for path in (CHART / "profiles").glob("*.yaml"))
 IMAGE = {"repository": "registry.example/gateway", "digest": "sha256:" + "1" * 64}
+ON_TOP = ("critical", "spot")
+"""Profiles that are given after another one, here cpu."""
 TRITON = {"repository": "registry.example/triton", "digest": "sha256:" + "2" * 64}
 VERSIONS = ("1.30", "1.33", "1.36")
 
@@ -37,8 +39,9 @@ def given(folder: Path, profile: str, **changes: Any) -> list[str | Path]:
     changes = {"image": IMAGE} | changes
     if profile == "triton-cpu":
         changes = {"triton": {"image": TRITON}} | changes
-    profiled = CHART / "profiles" / f"{profile}.yaml"
-    return ["--namespace", "studio", "--values", profiled, "--values", values_file(folder, changes)]
+    names = ("cpu", profile) if profile in ON_TOP else (profile,)
+    profiles = [argument for name in names for argument in ("--values", CHART / "profiles" / f"{name}.yaml")]
+    return ["--namespace", "studio", *profiles, "--values", values_file(folder, changes)]
 
 
 def rendered(folder: Path, profile: str, **changes: Any) -> list[dict[str, Any]]:
@@ -119,6 +122,30 @@ def test_a_pod_goes_only_when_another_is_there_and_it_has_drained(tmp_path, prof
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert gateway[probe]["grpc"]["port"] == 8422
     assert gateway["livenessProbe"]["grpc"]["service"] == "grpc.health.v1.Health", "it lives while it drains"
+
+
+def test_what_may_wait_is_on_spot_nodes_and_hears_that_they_go(tmp_path):
+    [deployment] = [each for each in rendered(tmp_path, "spot") if each["kind"] == "Deployment"]
+    spec = deployment["spec"]["template"]["spec"]
+    assert spec["nodeSelector"] == {"capacity": "spot"}
+    assert spec["tolerations"][0]["value"] == "spot"
+    assert spec["priorityClassName"] == "pictures-deferrable"
+    [gateway] = spec["containers"]
+    assert environment(gateway)["SAFELIGHT_SPOT_NOTICE"] == "aws"
+    assert json.loads(environment(gateway)["SAFELIGHT_CLASS_WAIT_S"])["batch"] == 120
+    assert spec["terminationGracePeriodSeconds"] < 100, "of the 120 s that the node has"
+    [policy] = [each for each in rendered(tmp_path, "spot") if each["kind"] == "NetworkPolicy"]
+    ports = [port["port"] for rule in policy["spec"]["egress"] for port in rule.get("ports", ())]
+    assert {80, 6379} <= set(ports)
+
+
+def test_what_someone_waits_for_is_on_nodes_that_stay(tmp_path):
+    [deployment] = [each for each in rendered(tmp_path, "critical") if each["kind"] == "Deployment"]
+    spec = deployment["spec"]["template"]["spec"]
+    assert spec["nodeSelector"] == {"capacity": "on-demand"}
+    assert "tolerations" not in spec
+    assert spec["priorityClassName"] == "pictures-critical"
+    assert "SAFELIGHT_SPOT_NOTICE" not in environment(spec["containers"][0])
 
 
 def test_triton_outlives_the_gateway_and_is_reached_by_nobody_else(tmp_path):

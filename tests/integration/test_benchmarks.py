@@ -23,6 +23,7 @@ from load_tests.bench import (
     running_server,
     scheduler,
     server_sent_events,
+    surge,
     throughput,
     watchers,
 )
@@ -125,6 +126,16 @@ def test_latency_without_peers():
         assert row["pictures"] >= 1
         assert 0 < row["first_pixel_ms_p50"] <= row["picture_ms_p50"]
     assert report.targets == []
+
+
+def test_surge():
+    report = surge.measure(surge.SMOKE)
+    phases, classes = report.tables.values()
+    assert [row["phase"] for row in phases] == ["before", "surge", "after"]
+    assert all(row["requests"] > 0 for row in phases)
+    assert [row["class"] for row in classes] == ["interactive", "standard", "batch"]
+    assert sum(row["requests"] for row in classes) == phases[1]["requests"]
+    assert 0 < phases[1]["interactive_first_ms_p50"] <= phases[1]["interactive_first_ms_p99"]
 
 
 def test_pictures():

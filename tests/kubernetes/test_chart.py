@@ -102,7 +102,9 @@ def test_the_api_server_accepts_every_profile(cluster, access, gateway, tmp_path
     given = {"image": gateway}
     if profile == "triton-cpu":
         given["triton"] = {"image": gateway}
-    file = ["--values", str(CHART / "profiles" / f"{profile}.yaml"), *values(tmp_path, **given)]
+    names = ("cpu", profile) if profile in ("critical", "spot") else (profile,)
+    profiles = [argument for name in names for argument in ("--values", str(CHART / "profiles" / f"{name}.yaml"))]
+    file = [*profiles, *values(tmp_path, **given)]
     rendered = cluster.helm("template", "other", str(CHART), "--namespace", NAMESPACE, *file)
     kinds = {document["kind"] for document in yaml.safe_load_all(rendered) if document}
     assert "Deployment" in kinds

@@ -178,7 +178,7 @@ class SmallCache:
     async def exact(self, wanted: CacheQuery) -> CachedPicture | None:
         return await self.pictures.get(wanted.name, wanted.encoding)
 
-    async def approximate(self, wanted: CacheQuery) -> None:
+    async def approximate(self, wanted: CacheQuery, *, latents: bool = True) -> None:
         return None
 
     async def embeddings(self, wanted: CacheQuery) -> tuple[None, ...]:

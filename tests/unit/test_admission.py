@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safelight_server.domain.errors import DeadlineUnreachableError, QueueFullError
-from safelight_server.generations.admission import MAX_RETRY_S, MIN_RETRY_S, AdmissionLimits, admit
+from safelight_server.generations.admission import MAX_RETRY_S, MIN_RETRY_S, AdmissionLimits, Load
+from safelight_server.generations.admission import admit as admit_with
+from safelight_server.generations.promises import Promises
 from safelight_server.scheduler import Kind, Limits, Priority, ScheduledOutput, Scheduler
 
 KEYS = {Kind.ENCODE: "e", Kind.DENOISE: "u", Kind.DECODE: "d"}
@@ -28,6 +30,9 @@ class Moment:
     backlog: float = 20.0
     estimate: float = 3.0
 
+    def num_outputs_of(self, priority: Priority) -> int:
+        return self.waiting.get(priority, 0)
+
     def num_waiting(self, priority: Priority | None = None) -> int:
         return sum(self.waiting.values()) if priority is None else self.waiting.get(priority, 0)
 
@@ -44,6 +49,13 @@ class Moment:
 
     def estimate_s(self, output: ScheduledOutput, num_outputs: int = 1) -> float:
         return self.estimate * num_outputs
+
+
+def admit(
+    load: Load, limits: AdmissionLimits, output: ScheduledOutput, num_outputs: int, time_left_s: float | None
+) -> float:
+    """Nobody was told anything before."""
+    return admit_with(load, limits, output, num_outputs, time_left_s, Promises(), "", 0.0)
 
 
 def output(priority: Priority = Priority.STANDARD, steps: int = 20) -> ScheduledOutput:

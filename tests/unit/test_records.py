@@ -31,12 +31,15 @@ from safelight_server.domain.request import (
     Branch,
     CacheMode,
     CachePolicy,
+    Degradation,
+    DegradationKind,
     DisconnectPolicy,
     MediaType,
     Notice,
     PixelEncoding,
     PreviewMethod,
     PreviewPolicy,
+    QualityFloor,
     Request,
 )
 from safelight_server.scheduler import Priority
@@ -66,6 +69,8 @@ REQUEST = Request(
     bytes(range(256)),
     {"a": "b"},
     (Notice("PROMPT_TRUNCATED", "cut"),),
+    QualityFloor(8, True, 0.9),
+    (Degradation(DegradationKind.FEWER_STEPS, "50", "8"),),
 )
 RECORD = GenerationRecord(
     "0" * 32,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import subprocess
 import sys
@@ -134,6 +135,20 @@ def test_replicas_need_a_place_that_they_share(tmp_path):
         load(**given)
     assert load(**given, cache_s3_url="s3://pictures").cache_redis is False
     assert load(cache_redis=False).redis_url is None
+
+
+def test_times_that_classes_may_wait_are_positive_and_of_classes_that_there_are(monkeypatch):
+    monkeypatch.setenv("SAFELIGHT_CLASS_WAIT_S", '{"batch": 2.5}')
+    assert load().class_wait_s == {"batch": 2.5}
+    for wrong in ({"batch": 0}, {"urgent": 1.0}, {"standard": math.inf}):
+        with pytest.raises(SettingsError, match="class_wait_s"):
+            load(class_wait_s=wrong)
+
+
+def test_the_address_of_spot_notices_is_one():
+    for wrong in ("169.254.169.254", "ftp://169.254.169.254", ""):
+        with pytest.raises(SettingsError, match="spot_notice_url must be http"):
+            load(spot_notice_url=wrong)
 
 
 def test_a_variable_that_is_no_json_is_a_fault(monkeypatch):

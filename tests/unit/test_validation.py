@@ -82,6 +82,23 @@ def branch(**changes: object) -> pb.GenerateRequest:
     return pb.GenerateRequest(spec=pb.GenerationSpec(prompt="red"), branch=message)
 
 
+def floored(given: pb.QualityFloor, message: pb.GenerateRequest | None = None, **spec: object) -> pb.GenerateRequest:
+    message = message or request(**spec)
+    message.quality_floor.CopyFrom(given)
+    return message
+
+
+def interactive() -> pb.GenerateRequest:
+    scheduling = pb.Scheduling(priority=pb.PRIORITY_INTERACTIVE)
+    return pb.GenerateRequest(spec=pb.GenerationSpec(prompt="red"), scheduling=scheduling)
+
+
+def bypassing() -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        spec=pb.GenerationSpec(prompt="red"), cache=pb.CachePolicy(mode=pb.CachePolicy.MODE_BYPASS)
+    )
+
+
 def disconnect(**given: object) -> pb.GenerateRequest:
     message = request()
     message.disconnect.CopyFrom(pb.DisconnectPolicy(**given))
@@ -115,6 +132,8 @@ STRENGTH = "must be above 0 and at most 1"
 FROM = "must be from 0 to below 1, a share of the steps"
 TO = "must be above 0 and at most 1, a share of the steps"
 NOT_UUID = "must be a UUID such as 6f1c0a52-9b3e-4d0f-8a55-2f0c7d1e9b64, and not all zeros"
+FLOOR_STEPS = "must be from 1 to 20, the steps of the spec"
+SIMILARITY = "must be above 0 and at most 1"
 GRACE = "must be a Duration from 0 to 600 s"
 INTERVAL = "must be a Duration of more than 0"
 
@@ -391,6 +410,51 @@ FAULTS: list[tuple[str, pb.GenerateRequest, str, str]] = [
     ("branch at the end", branch(step=20), "branch.step", "must be from 1 to 19, one less than the steps"),
     ("branch of output -1", branch(output_index=-1), "branch.output_index", "must be at least 0"),
     ("branch of similar", cache(4, 0.9, branch().branch), "branch", "contradicts a cache mode that starts elsewhere"),
+    (
+        "floor of what is waited for",
+        floored(pb.QualityFloor(cheaper_previews=True), interactive()),
+        "quality_floor",
+        "goes with PRIORITY_STANDARD and PRIORITY_BATCH; leave one of them out",
+    ),
+    ("floor of 0 steps", floored(pb.QualityFloor(min_num_steps=0)), "quality_floor.min_num_steps", FLOOR_STEPS),
+    ("floor of 21 steps", floored(pb.QualityFloor(min_num_steps=21)), "quality_floor.min_num_steps", FLOOR_STEPS),
+    (
+        "floor of steps that strength leaves out",
+        floored(pb.QualityFloor(min_num_steps=4), init_image=IMAGE, strength=0.2),
+        "quality_floor.min_num_steps",
+        "of 4 steps strength leaves none; ask for more",
+    ),
+    (
+        "floor of steps of a branch",
+        floored(pb.QualityFloor(min_num_steps=4), branch()),
+        "quality_floor.min_num_steps",
+        "contradicts branch, which has the steps of what it begins from",
+    ),
+    ("floor of similarity 0", floored(pb.QualityFloor(min_similarity=0.0)), "quality_floor.min_similarity", SIMILARITY),
+    (
+        "floor of similarity NaN",
+        floored(pb.QualityFloor(min_similarity=math.nan)),
+        "quality_floor.min_similarity",
+        SIMILARITY,
+    ),
+    (
+        "floor of similarity of a branch",
+        floored(pb.QualityFloor(min_similarity=0.9), branch()),
+        "quality_floor.min_similarity",
+        "contradicts branch, which begins from a step of its own choice",
+    ),
+    (
+        "floor of similarity without a cache",
+        floored(pb.QualityFloor(min_similarity=0.9), bypassing()),
+        "quality_floor.min_similarity",
+        "contradicts MODE_BYPASS",
+    ),
+    (
+        "floor of similarity that is allowed",
+        floored(pb.QualityFloor(min_similarity=0.9), cache(4, 0.9)),
+        "quality_floor.min_similarity",
+        "must be below cache.min_similarity, which allows as much without pressure",
+    ),
     ("action 9", disconnect(action=9), "disconnect.action", "must be ACTION_CANCEL or ACTION_DETACH"),
     ("grace -1", disconnect(resume_grace={"seconds": -1}), "disconnect.resume_grace", GRACE),
     ("grace 601", disconnect(resume_grace={"seconds": 601}), "disconnect.resume_grace", GRACE),
@@ -669,6 +733,7 @@ PREVIEWS = st.builds(
     max_bytes_per_second=maybe(st.integers(-(2**63), 2**63 - 1)),
 )
 CADENCES = st.builds(pb.PreviewPolicy, every_n_steps=maybe(INTS)) | st.builds(pb.PreviewPolicy, min_interval=DURATIONS)
+FLOORS = st.builds(pb.QualityFloor, min_num_steps=maybe(INTS), min_similarity=maybe(st.floats(width=32)))
 REQUESTS = st.builds(
     pb.GenerateRequest,
     spec=SPECS,
@@ -678,6 +743,7 @@ REQUESTS = st.builds(
     disconnect=st.builds(pb.DisconnectPolicy, action=ENUMS, resume_grace=maybe(DURATIONS)),
     cache=st.builds(pb.CachePolicy, mode=ENUMS, min_similarity=maybe(st.floats(width=32))),
     branch=maybe(st.builds(pb.Branch, generation=st.sampled_from(["", "generations/1"]), output_index=INTS, step=INTS)),
+    quality_floor=maybe(FLOORS),
     request_id=st.sampled_from(["", UUID, "x", UUID + "\n"]),
     labels=st.dictionaries(st.text(max_size=70), st.text(max_size=260), max_size=18),
 )
@@ -725,6 +791,12 @@ def check_within_limits(resolved: Request, catalog: Catalog) -> None:
     assert preview_policy.max_edge_px is None or preview_policy.max_edge_px >= 8
     assert 0 <= resolved.disconnect.resume_grace_s <= LIMITS.max_resume_grace_s
     assert len(resolved.labels) <= 16
+    least = resolved.quality_floor.min_num_steps
+    if least is not None:
+        assert 1 <= least <= spec.num_inference_steps
+        assert refusal(spec.sampler, pipeline.schedule, "v_prediction", least) is None
+        assert replace(spec, num_inference_steps=least).first_step < least
+    assert 0 < (resolved.quality_floor.min_similarity or 1) <= 1
 
 
 @given(data=st.binary(max_size=200))
@@ -741,6 +813,7 @@ JUDGED_ELSEWHERE = {
     "spec.model",  # NotFoundError
     "spec.outputs.seed",  # any number of a uint64 is a seed
     "preview.accept",  # its fields are those of encoding
+    "quality_floor.cheaper_previews",  # either is good
 }
 
 

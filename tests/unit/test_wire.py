@@ -172,6 +172,7 @@ def test_every_enum_of_the_contract_has_our_word() -> None:
         (enums.BOTTOM_UP, pb.PixelEncoding.RowOrder.DESCRIPTOR),
         (enums.DETACH, pb.DisconnectPolicy.Action.DESCRIPTOR),
         (enums.CACHE_MODES, pb.CachePolicy.Mode.DESCRIPTOR),
+        (enums.DEGRADATIONS, pb.Degradation.Kind.DESCRIPTOR),
         (enums.STATES, pb.Generation.State.DESCRIPTOR),
         (enums.REASONS, pb.OutputFinished.FinishReason.DESCRIPTOR),
         (enums.DISPOSITIONS, pb.CacheResult.Disposition.DESCRIPTOR),

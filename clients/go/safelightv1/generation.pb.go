@@ -317,7 +317,7 @@ func (x Prompt_Role) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Prompt_Role.Descriptor instead.
 func (Prompt_Role) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{4, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{3, 0}
 }
 
 // Order of the rows of raw pixels and of textures.
@@ -370,7 +370,7 @@ func (x PixelEncoding_RowOrder) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PixelEncoding_RowOrder.Descriptor instead.
 func (PixelEncoding_RowOrder) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6, 0}
 }
 
 // How the blocks of a texture are compressed.
@@ -424,7 +424,7 @@ func (x PixelEncoding_TextureFormat) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PixelEncoding_TextureFormat.Descriptor instead.
 func (PixelEncoding_TextureFormat) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7, 1}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6, 1}
 }
 
 // What may serve a request.
@@ -489,7 +489,7 @@ func (x CachePolicy_Mode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CachePolicy_Mode.Descriptor instead.
 func (CachePolicy_Mode) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{10, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{9, 0}
 }
 
 // What happens when the last stream is lost.
@@ -662,6 +662,66 @@ func (OutputFinished_FinishReason) EnumDescriptor() ([]byte, []int) {
 	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{20, 0}
 }
 
+// What was given up.
+type Degradation_Kind int32
+
+const (
+	// Not a kind.
+	Degradation_KIND_UNSPECIFIED Degradation_Kind = 0
+	// Denoising steps; `requested` and `applied` are numbers of steps.
+	Degradation_KIND_FEWER_STEPS Degradation_Kind = 1
+	// The method of previews; `requested` and `applied` are names of
+	// PreviewMethod, such as PREVIEW_METHOD_LINEAR.
+	Degradation_KIND_CHEAPER_PREVIEWS Degradation_Kind = 2
+	// The very picture, for one that is similar; `requested` and `applied` are
+	// similarities: the least that the request asked for without pressure, 1
+	// for an identical one, and that of the least similar picture served.
+	Degradation_KIND_SIMILAR_PICTURE Degradation_Kind = 3
+)
+
+// Enum value maps for Degradation_Kind.
+var (
+	Degradation_Kind_name = map[int32]string{
+		0: "KIND_UNSPECIFIED",
+		1: "KIND_FEWER_STEPS",
+		2: "KIND_CHEAPER_PREVIEWS",
+		3: "KIND_SIMILAR_PICTURE",
+	}
+	Degradation_Kind_value = map[string]int32{
+		"KIND_UNSPECIFIED":      0,
+		"KIND_FEWER_STEPS":      1,
+		"KIND_CHEAPER_PREVIEWS": 2,
+		"KIND_SIMILAR_PICTURE":  3,
+	}
+)
+
+func (x Degradation_Kind) Enum() *Degradation_Kind {
+	p := new(Degradation_Kind)
+	*p = x
+	return p
+}
+
+func (x Degradation_Kind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Degradation_Kind) Descriptor() protoreflect.EnumDescriptor {
+	return file_safelight_v1_generation_proto_enumTypes[11].Descriptor()
+}
+
+func (Degradation_Kind) Type() protoreflect.EnumType {
+	return &file_safelight_v1_generation_proto_enumTypes[11]
+}
+
+func (x Degradation_Kind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Degradation_Kind.Descriptor instead.
+func (Degradation_Kind) EnumDescriptor() ([]byte, []int) {
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{22, 0}
+}
+
 // Where a picture came from.
 type CacheResult_Disposition int32
 
@@ -715,11 +775,11 @@ func (x CacheResult_Disposition) String() string {
 }
 
 func (CacheResult_Disposition) Descriptor() protoreflect.EnumDescriptor {
-	return file_safelight_v1_generation_proto_enumTypes[11].Descriptor()
+	return file_safelight_v1_generation_proto_enumTypes[12].Descriptor()
 }
 
 func (CacheResult_Disposition) Type() protoreflect.EnumType {
-	return &file_safelight_v1_generation_proto_enumTypes[11]
+	return &file_safelight_v1_generation_proto_enumTypes[12]
 }
 
 func (x CacheResult_Disposition) Number() protoreflect.EnumNumber {
@@ -728,7 +788,7 @@ func (x CacheResult_Disposition) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CacheResult_Disposition.Descriptor instead.
 func (CacheResult_Disposition) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{22, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23, 0}
 }
 
 // Where a generation is in its life.
@@ -784,11 +844,11 @@ func (x Generation_State) String() string {
 }
 
 func (Generation_State) Descriptor() protoreflect.EnumDescriptor {
-	return file_safelight_v1_generation_proto_enumTypes[12].Descriptor()
+	return file_safelight_v1_generation_proto_enumTypes[13].Descriptor()
 }
 
 func (Generation_State) Type() protoreflect.EnumType {
-	return &file_safelight_v1_generation_proto_enumTypes[12]
+	return &file_safelight_v1_generation_proto_enumTypes[13]
 }
 
 func (x Generation_State) Number() protoreflect.EnumNumber {
@@ -797,7 +857,7 @@ func (x Generation_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Generation_State.Descriptor instead.
 func (Generation_State) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{35, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{36, 0}
 }
 
 // Asks for one or more pictures. Only a prompt is needed.
@@ -829,7 +889,11 @@ type GenerateRequest struct {
 	// Start from a step of an older generation, with another prompt or guidance,
 	// in place of noise. For one output. FAILED_PRECONDITION when no such step is
 	// kept any more.
-	Branch        *Branch `protobuf:"bytes,9,opt,name=branch,proto3" json:"branch,omitempty"`
+	Branch *Branch `protobuf:"bytes,9,opt,name=branch,proto3" json:"branch,omitempty"`
+	// How far quality may go down under load. Only for PRIORITY_STANDARD and
+	// PRIORITY_BATCH, since someone waits for what is INTERACTIVE. Absent: it does
+	// not go down.
+	QualityFloor  *QualityFloor `protobuf:"bytes,10,opt,name=quality_floor,json=qualityFloor,proto3" json:"quality_floor,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -927,6 +991,13 @@ func (x *GenerateRequest) GetBranch() *Branch {
 	return nil
 }
 
+func (x *GenerateRequest) GetQualityFloor() *QualityFloor {
+	if x != nil {
+		return x.QualityFloor
+	}
+	return nil
+}
+
 // One event of the generation.
 type GenerateResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -999,32 +1070,21 @@ type GenerationSpec struct {
 	// random seed.
 	Outputs []*OutputSpec `protobuf:"bytes,9,rep,name=outputs,proto3" json:"outputs,omitempty"`
 	// A picture to start from in place of noise: "images/{sha256}", as UploadImage
-	// returns it, or "generations/{generation}/outputs/{output_index}", the picture
-	// of an output that is complete. That is kept as if it had been uploaded, and
-	// `Accepted.spec` has its name as such. Of another size or shape than the
-	// pictures it is cut at its longer sides to their shape, and scaled.
-	// Transparent parts count as white. Only for models with TASK_IMAGE_TO_IMAGE.
-	// NOT_FOUND where there is none of this name, or none any more, or it is
-	// another tenant's; FAILED_PRECONDITION where the output is not finished.
+	// returns it. Of another size or shape than the pictures it is cut at its
+	// longer sides to their shape, and scaled. Transparent parts count as white.
+	// Only for models with TASK_IMAGE_TO_IMAGE.
 	InitImage string `protobuf:"bytes,10,opt,name=init_image,json=initImage,proto3" json:"init_image,omitempty"`
 	// How much of `init_image` is given up, above 0 and at most 1: the share of
 	// the steps that are made, the last ones; all the others are left out. Absent:
 	// 0.8. Only with `init_image`.
 	Strength *float32 `protobuf:"fixed32,11,opt,name=strength,proto3,oneof" json:"strength,omitempty"`
-	// Which part of `init_image` is developed anew: named as that, cut and
+	// Which part of `init_image` is developed anew: "images/{sha256}", cut and
 	// scaled as that. White is developed, black is kept, and grey is a soft edge
 	// between both. Where the picture has an alpha channel that alone counts:
 	// transparent is developed, opaque is kept. Only with `init_image`.
-	Mask string `protobuf:"bytes,12,opt,name=mask,proto3" json:"mask,omitempty"`
-	// How much of the contrast that guidance adds is taken back, from 0 (none) to
-	// 1: phi of Lin et al. 2023, equations 15 and 16. Absent: 0. Only with
-	// guidance.
-	GuidanceRescale *float32 `protobuf:"fixed32,13,opt,name=guidance_rescale,json=guidanceRescale,proto3,oneof" json:"guidance_rescale,omitempty"`
-	// Guidance in a part of the steps alone: each of the others has one denoiser
-	// row instead of two. Absent: in all steps. Only with guidance.
-	GuidanceInterval *GuidanceInterval `protobuf:"bytes,14,opt,name=guidance_interval,json=guidanceInterval,proto3" json:"guidance_interval,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	Mask          string `protobuf:"bytes,12,opt,name=mask,proto3" json:"mask,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GenerationSpec) Reset() {
@@ -1141,79 +1201,6 @@ func (x *GenerationSpec) GetMask() string {
 	return ""
 }
 
-func (x *GenerationSpec) GetGuidanceRescale() float32 {
-	if x != nil && x.GuidanceRescale != nil {
-		return *x.GuidanceRescale
-	}
-	return 0
-}
-
-func (x *GenerationSpec) GetGuidanceInterval() *GuidanceInterval {
-	if x != nil {
-		return x.GuidanceInterval
-	}
-	return nil
-}
-
-// The steps that have guidance (Kynkäänniemi et al. 2024), as shares of all
-// steps from 0, before the first one, to 1, after the last one. Of N steps those
-// from floor(start * N) on, counted from 0, to the one before floor(end * N), as
-// diffusers counts them: 0.2 to 0.8 of 10 steps are steps 3 to 8. At least one
-// step that is made must be among them.
-type GuidanceInterval struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// Where guidance begins, from 0 to below 1. Absent: 0.
-	Start *float32 `protobuf:"fixed32,1,opt,name=start,proto3,oneof" json:"start,omitempty"`
-	// Where it ends, above `start` and at most 1. Absent: 1.
-	End           *float32 `protobuf:"fixed32,2,opt,name=end,proto3,oneof" json:"end,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *GuidanceInterval) Reset() {
-	*x = GuidanceInterval{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[3]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *GuidanceInterval) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*GuidanceInterval) ProtoMessage() {}
-
-func (x *GuidanceInterval) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[3]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use GuidanceInterval.ProtoReflect.Descriptor instead.
-func (*GuidanceInterval) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{3}
-}
-
-func (x *GuidanceInterval) GetStart() float32 {
-	if x != nil && x.Start != nil {
-		return *x.Start
-	}
-	return 0
-}
-
-func (x *GuidanceInterval) GetEnd() float32 {
-	if x != nil && x.End != nil {
-		return *x.End
-	}
-	return 0
-}
-
 // A text that guides the denoiser.
 type Prompt struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1229,7 +1216,7 @@ type Prompt struct {
 
 func (x *Prompt) Reset() {
 	*x = Prompt{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[4]
+	mi := &file_safelight_v1_generation_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1241,7 +1228,7 @@ func (x *Prompt) String() string {
 func (*Prompt) ProtoMessage() {}
 
 func (x *Prompt) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[4]
+	mi := &file_safelight_v1_generation_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1254,7 +1241,7 @@ func (x *Prompt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Prompt.ProtoReflect.Descriptor instead.
 func (*Prompt) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{4}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Prompt) GetRole() Prompt_Role {
@@ -1290,7 +1277,7 @@ type SamplerSpec struct {
 
 func (x *SamplerSpec) Reset() {
 	*x = SamplerSpec{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[5]
+	mi := &file_safelight_v1_generation_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1302,7 +1289,7 @@ func (x *SamplerSpec) String() string {
 func (*SamplerSpec) ProtoMessage() {}
 
 func (x *SamplerSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[5]
+	mi := &file_safelight_v1_generation_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1315,7 +1302,7 @@ func (x *SamplerSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SamplerSpec.ProtoReflect.Descriptor instead.
 func (*SamplerSpec) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{5}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *SamplerSpec) GetName() string {
@@ -1357,7 +1344,7 @@ type OutputSpec struct {
 
 func (x *OutputSpec) Reset() {
 	*x = OutputSpec{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[6]
+	mi := &file_safelight_v1_generation_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1369,7 +1356,7 @@ func (x *OutputSpec) String() string {
 func (*OutputSpec) ProtoMessage() {}
 
 func (x *OutputSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[6]
+	mi := &file_safelight_v1_generation_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1382,7 +1369,7 @@ func (x *OutputSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputSpec.ProtoReflect.Descriptor instead.
 func (*OutputSpec) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *OutputSpec) GetSeed() uint64 {
@@ -1415,7 +1402,7 @@ type PixelEncoding struct {
 
 func (x *PixelEncoding) Reset() {
 	*x = PixelEncoding{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[7]
+	mi := &file_safelight_v1_generation_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1427,7 +1414,7 @@ func (x *PixelEncoding) String() string {
 func (*PixelEncoding) ProtoMessage() {}
 
 func (x *PixelEncoding) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[7]
+	mi := &file_safelight_v1_generation_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1440,7 +1427,7 @@ func (x *PixelEncoding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PixelEncoding.ProtoReflect.Descriptor instead.
 func (*PixelEncoding) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *PixelEncoding) GetMediaType() string {
@@ -1510,7 +1497,7 @@ type PreviewPolicy struct {
 
 func (x *PreviewPolicy) Reset() {
 	*x = PreviewPolicy{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[8]
+	mi := &file_safelight_v1_generation_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1522,7 +1509,7 @@ func (x *PreviewPolicy) String() string {
 func (*PreviewPolicy) ProtoMessage() {}
 
 func (x *PreviewPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[8]
+	mi := &file_safelight_v1_generation_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1535,7 +1522,7 @@ func (x *PreviewPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreviewPolicy.ProtoReflect.Descriptor instead.
 func (*PreviewPolicy) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{8}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *PreviewPolicy) GetAccept() []*PixelEncoding {
@@ -1620,7 +1607,7 @@ type Scheduling struct {
 
 func (x *Scheduling) Reset() {
 	*x = Scheduling{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[9]
+	mi := &file_safelight_v1_generation_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1632,7 +1619,7 @@ func (x *Scheduling) String() string {
 func (*Scheduling) ProtoMessage() {}
 
 func (x *Scheduling) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[9]
+	mi := &file_safelight_v1_generation_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1645,7 +1632,7 @@ func (x *Scheduling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Scheduling.ProtoReflect.Descriptor instead.
 func (*Scheduling) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{9}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Scheduling) GetPriority() Priority {
@@ -1674,7 +1661,7 @@ type CachePolicy struct {
 
 func (x *CachePolicy) Reset() {
 	*x = CachePolicy{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[10]
+	mi := &file_safelight_v1_generation_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1686,7 +1673,7 @@ func (x *CachePolicy) String() string {
 func (*CachePolicy) ProtoMessage() {}
 
 func (x *CachePolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[10]
+	mi := &file_safelight_v1_generation_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1699,7 +1686,7 @@ func (x *CachePolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CachePolicy.ProtoReflect.Descriptor instead.
 func (*CachePolicy) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{10}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CachePolicy) GetMode() CachePolicy_Mode {
@@ -1710,6 +1697,81 @@ func (x *CachePolicy) GetMode() CachePolicy_Mode {
 }
 
 func (x *CachePolicy) GetMinSimilarity() float32 {
+	if x != nil && x.MinSimilarity != nil {
+		return *x.MinSimilarity
+	}
+	return 0
+}
+
+// How far the quality of a request may go down while its class is under
+// pressure: while more is queued than is done in the time that the operator lets
+// the class wait. It is decided once, before `Accepted`, which shows the spec
+// that is developed; `Finished.degradations` says what was done. Nothing is done
+// to a request of which a picture, or an identical output on its way, is there.
+// Each field allows one thing.
+type QualityFloor struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Fewest denoising steps, from 1 to the steps of the spec; the sampler must
+	// work with them. Under pressure it is just these, so that equal requests
+	// still share one picture. Not with `branch`. Absent: no fewer steps.
+	MinNumSteps *int32 `protobuf:"varint,1,opt,name=min_num_steps,json=minNumSteps,proto3,oneof" json:"min_num_steps,omitempty"`
+	// Where `preview` asks for TINY_DECODER or FULL_DECODER, all streams of the
+	// generation may get LINEAR. AUTO follows the load without being told.
+	CheaperPreviews bool `protobuf:"varint,2,opt,name=cheaper_previews,json=cheaperPreviews,proto3" json:"cheaper_previews,omitempty"`
+	// A finished picture of another seed or wording may be served, as with
+	// MODE_ALLOW_SIMILAR, if it has at least this similarity, above 0 and at most 1
+	// (with MODE_ALLOW_SIMILAR: below `CachePolicy.min_similarity`). Not with
+	// `branch` and not with MODE_BYPASS. Absent: only as `cache` says.
+	MinSimilarity *float32 `protobuf:"fixed32,3,opt,name=min_similarity,json=minSimilarity,proto3,oneof" json:"min_similarity,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QualityFloor) Reset() {
+	*x = QualityFloor{}
+	mi := &file_safelight_v1_generation_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QualityFloor) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QualityFloor) ProtoMessage() {}
+
+func (x *QualityFloor) ProtoReflect() protoreflect.Message {
+	mi := &file_safelight_v1_generation_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QualityFloor.ProtoReflect.Descriptor instead.
+func (*QualityFloor) Descriptor() ([]byte, []int) {
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *QualityFloor) GetMinNumSteps() int32 {
+	if x != nil && x.MinNumSteps != nil {
+		return *x.MinNumSteps
+	}
+	return 0
+}
+
+func (x *QualityFloor) GetCheaperPreviews() bool {
+	if x != nil {
+		return x.CheaperPreviews
+	}
+	return false
+}
+
+func (x *QualityFloor) GetMinSimilarity() float32 {
 	if x != nil && x.MinSimilarity != nil {
 		return *x.MinSimilarity
 	}
@@ -2653,7 +2715,9 @@ type Finished struct {
 	// Where the time went.
 	Timings *Timings `protobuf:"bytes,3,opt,name=timings,proto3" json:"timings,omitempty"`
 	// Where each picture came from, by its place in the spec.
-	CacheResults  []*CacheResult `protobuf:"bytes,4,rep,name=cache_results,json=cacheResults,proto3" json:"cache_results,omitempty"`
+	CacheResults []*CacheResult `protobuf:"bytes,4,rep,name=cache_results,json=cacheResults,proto3" json:"cache_results,omitempty"`
+	// What its quality floor gave up under load; empty: nothing.
+	Degradations  []*Degradation `protobuf:"bytes,5,rep,name=degradations,proto3" json:"degradations,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2716,6 +2780,77 @@ func (x *Finished) GetCacheResults() []*CacheResult {
 	return nil
 }
 
+func (x *Finished) GetDegradations() []*Degradation {
+	if x != nil {
+		return x.Degradations
+	}
+	return nil
+}
+
+// One thing that a request gave up under load, as its quality floor allowed.
+type Degradation struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What was given up.
+	Kind Degradation_Kind `protobuf:"varint,1,opt,name=kind,proto3,enum=safelight.v1.Degradation_Kind" json:"kind,omitempty"`
+	// What the request asked for.
+	Requested string `protobuf:"bytes,2,opt,name=requested,proto3" json:"requested,omitempty"`
+	// What it got.
+	Applied       string `protobuf:"bytes,3,opt,name=applied,proto3" json:"applied,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Degradation) Reset() {
+	*x = Degradation{}
+	mi := &file_safelight_v1_generation_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Degradation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Degradation) ProtoMessage() {}
+
+func (x *Degradation) ProtoReflect() protoreflect.Message {
+	mi := &file_safelight_v1_generation_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Degradation.ProtoReflect.Descriptor instead.
+func (*Degradation) Descriptor() ([]byte, []int) {
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *Degradation) GetKind() Degradation_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return Degradation_KIND_UNSPECIFIED
+}
+
+func (x *Degradation) GetRequested() string {
+	if x != nil {
+		return x.Requested
+	}
+	return ""
+}
+
+func (x *Degradation) GetApplied() string {
+	if x != nil {
+		return x.Applied
+	}
+	return ""
+}
+
 // Where a picture came from.
 type CacheResult struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2736,7 +2871,7 @@ type CacheResult struct {
 
 func (x *CacheResult) Reset() {
 	*x = CacheResult{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[22]
+	mi := &file_safelight_v1_generation_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2748,7 +2883,7 @@ func (x *CacheResult) String() string {
 func (*CacheResult) ProtoMessage() {}
 
 func (x *CacheResult) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[22]
+	mi := &file_safelight_v1_generation_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2761,7 +2896,7 @@ func (x *CacheResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheResult.ProtoReflect.Descriptor instead.
 func (*CacheResult) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{22}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CacheResult) GetDisposition() CacheResult_Disposition {
@@ -2815,17 +2950,14 @@ type Usage struct {
 	PreviewBytes int64 `protobuf:"varint,5,opt,name=preview_bytes,json=previewBytes,proto3" json:"preview_bytes,omitempty"`
 	// What the compute costs by the operator's price table; absent where the
 	// server has none.
-	Cost *Cost `protobuf:"bytes,6,opt,name=cost,proto3" json:"cost,omitempty"`
-	// Denoiser rows that were not computed, as their steps are outside of
-	// `GenerationSpec.guidance_interval`.
-	NumRowsSkipped int64 `protobuf:"varint,7,opt,name=num_rows_skipped,json=numRowsSkipped,proto3" json:"num_rows_skipped,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	Cost          *Cost `protobuf:"bytes,6,opt,name=cost,proto3" json:"cost,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Usage) Reset() {
 	*x = Usage{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	mi := &file_safelight_v1_generation_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2837,7 +2969,7 @@ func (x *Usage) String() string {
 func (*Usage) ProtoMessage() {}
 
 func (x *Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	mi := &file_safelight_v1_generation_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2850,7 +2982,7 @@ func (x *Usage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Usage.ProtoReflect.Descriptor instead.
 func (*Usage) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Usage) GetComputeTime() *durationpb.Duration {
@@ -2895,13 +3027,6 @@ func (x *Usage) GetCost() *Cost {
 	return nil
 }
 
-func (x *Usage) GetNumRowsSkipped() int64 {
-	if x != nil {
-		return x.NumRowsSkipped
-	}
-	return 0
-}
-
 // An amount of money.
 type Cost struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2915,7 +3040,7 @@ type Cost struct {
 
 func (x *Cost) Reset() {
 	*x = Cost{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[24]
+	mi := &file_safelight_v1_generation_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2927,7 +3052,7 @@ func (x *Cost) String() string {
 func (*Cost) ProtoMessage() {}
 
 func (x *Cost) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[24]
+	mi := &file_safelight_v1_generation_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2940,7 +3065,7 @@ func (x *Cost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cost.ProtoReflect.Descriptor instead.
 func (*Cost) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Cost) GetCurrencyCode() string {
@@ -2977,7 +3102,7 @@ type Timings struct {
 
 func (x *Timings) Reset() {
 	*x = Timings{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[25]
+	mi := &file_safelight_v1_generation_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2989,7 +3114,7 @@ func (x *Timings) String() string {
 func (*Timings) ProtoMessage() {}
 
 func (x *Timings) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[25]
+	mi := &file_safelight_v1_generation_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3002,7 +3127,7 @@ func (x *Timings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Timings.ProtoReflect.Descriptor instead.
 func (*Timings) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{25}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Timings) GetQueue() *durationpb.Duration {
@@ -3057,7 +3182,7 @@ type WatchGenerationRequest struct {
 
 func (x *WatchGenerationRequest) Reset() {
 	*x = WatchGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[26]
+	mi := &file_safelight_v1_generation_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3069,7 +3194,7 @@ func (x *WatchGenerationRequest) String() string {
 func (*WatchGenerationRequest) ProtoMessage() {}
 
 func (x *WatchGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[26]
+	mi := &file_safelight_v1_generation_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3082,7 +3207,7 @@ func (x *WatchGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGenerationRequest.ProtoReflect.Descriptor instead.
 func (*WatchGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{26}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *WatchGenerationRequest) GetName() string {
@@ -3126,7 +3251,7 @@ type ArtifactOffset struct {
 
 func (x *ArtifactOffset) Reset() {
 	*x = ArtifactOffset{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[27]
+	mi := &file_safelight_v1_generation_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3138,7 +3263,7 @@ func (x *ArtifactOffset) String() string {
 func (*ArtifactOffset) ProtoMessage() {}
 
 func (x *ArtifactOffset) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[27]
+	mi := &file_safelight_v1_generation_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3151,7 +3276,7 @@ func (x *ArtifactOffset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArtifactOffset.ProtoReflect.Descriptor instead.
 func (*ArtifactOffset) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{27}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ArtifactOffset) GetOutputIndex() int32 {
@@ -3179,7 +3304,7 @@ type WatchGenerationResponse struct {
 
 func (x *WatchGenerationResponse) Reset() {
 	*x = WatchGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[28]
+	mi := &file_safelight_v1_generation_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3191,7 +3316,7 @@ func (x *WatchGenerationResponse) String() string {
 func (*WatchGenerationResponse) ProtoMessage() {}
 
 func (x *WatchGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[28]
+	mi := &file_safelight_v1_generation_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3204,7 +3329,7 @@ func (x *WatchGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGenerationResponse.ProtoReflect.Descriptor instead.
 func (*WatchGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{28}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *WatchGenerationResponse) GetEvent() *GenerationEvent {
@@ -3229,7 +3354,7 @@ type UpdateGenerationRequest struct {
 
 func (x *UpdateGenerationRequest) Reset() {
 	*x = UpdateGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[29]
+	mi := &file_safelight_v1_generation_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3241,7 +3366,7 @@ func (x *UpdateGenerationRequest) String() string {
 func (*UpdateGenerationRequest) ProtoMessage() {}
 
 func (x *UpdateGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[29]
+	mi := &file_safelight_v1_generation_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3254,7 +3379,7 @@ func (x *UpdateGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateGenerationRequest.ProtoReflect.Descriptor instead.
 func (*UpdateGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{29}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *UpdateGenerationRequest) GetName() string {
@@ -3289,7 +3414,7 @@ type UpdateGenerationResponse struct {
 
 func (x *UpdateGenerationResponse) Reset() {
 	*x = UpdateGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[30]
+	mi := &file_safelight_v1_generation_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3301,7 +3426,7 @@ func (x *UpdateGenerationResponse) String() string {
 func (*UpdateGenerationResponse) ProtoMessage() {}
 
 func (x *UpdateGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[30]
+	mi := &file_safelight_v1_generation_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3314,7 +3439,7 @@ func (x *UpdateGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateGenerationResponse.ProtoReflect.Descriptor instead.
 func (*UpdateGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{30}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *UpdateGenerationResponse) GetGeneration() *Generation {
@@ -3335,7 +3460,7 @@ type CancelGenerationRequest struct {
 
 func (x *CancelGenerationRequest) Reset() {
 	*x = CancelGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[31]
+	mi := &file_safelight_v1_generation_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3347,7 +3472,7 @@ func (x *CancelGenerationRequest) String() string {
 func (*CancelGenerationRequest) ProtoMessage() {}
 
 func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[31]
+	mi := &file_safelight_v1_generation_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3360,7 +3485,7 @@ func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationRequest.ProtoReflect.Descriptor instead.
 func (*CancelGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{31}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *CancelGenerationRequest) GetName() string {
@@ -3381,7 +3506,7 @@ type CancelGenerationResponse struct {
 
 func (x *CancelGenerationResponse) Reset() {
 	*x = CancelGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[32]
+	mi := &file_safelight_v1_generation_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3393,7 +3518,7 @@ func (x *CancelGenerationResponse) String() string {
 func (*CancelGenerationResponse) ProtoMessage() {}
 
 func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[32]
+	mi := &file_safelight_v1_generation_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3406,7 +3531,7 @@ func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationResponse.ProtoReflect.Descriptor instead.
 func (*CancelGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{32}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *CancelGenerationResponse) GetGeneration() *Generation {
@@ -3427,7 +3552,7 @@ type GetGenerationRequest struct {
 
 func (x *GetGenerationRequest) Reset() {
 	*x = GetGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[33]
+	mi := &file_safelight_v1_generation_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3439,7 +3564,7 @@ func (x *GetGenerationRequest) String() string {
 func (*GetGenerationRequest) ProtoMessage() {}
 
 func (x *GetGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[33]
+	mi := &file_safelight_v1_generation_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3452,7 +3577,7 @@ func (x *GetGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGenerationRequest.ProtoReflect.Descriptor instead.
 func (*GetGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{33}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *GetGenerationRequest) GetName() string {
@@ -3473,7 +3598,7 @@ type GetGenerationResponse struct {
 
 func (x *GetGenerationResponse) Reset() {
 	*x = GetGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[34]
+	mi := &file_safelight_v1_generation_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3485,7 +3610,7 @@ func (x *GetGenerationResponse) String() string {
 func (*GetGenerationResponse) ProtoMessage() {}
 
 func (x *GetGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[34]
+	mi := &file_safelight_v1_generation_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3498,7 +3623,7 @@ func (x *GetGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGenerationResponse.ProtoReflect.Descriptor instead.
 func (*GetGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *GetGenerationResponse) GetGeneration() *Generation {
@@ -3532,14 +3657,16 @@ type Generation struct {
 	// What it has used so far.
 	Usage *Usage `protobuf:"bytes,10,opt,name=usage,proto3" json:"usage,omitempty"`
 	// Newest sequence of its state events.
-	LastSequence  uint64 `protobuf:"varint,11,opt,name=last_sequence,json=lastSequence,proto3" json:"last_sequence,omitempty"`
+	LastSequence uint64 `protobuf:"varint,11,opt,name=last_sequence,json=lastSequence,proto3" json:"last_sequence,omitempty"`
+	// What its quality floor gave up under load; empty: nothing.
+	Degradations  []*Degradation `protobuf:"bytes,12,rep,name=degradations,proto3" json:"degradations,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Generation) Reset() {
 	*x = Generation{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[35]
+	mi := &file_safelight_v1_generation_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3551,7 +3678,7 @@ func (x *Generation) String() string {
 func (*Generation) ProtoMessage() {}
 
 func (x *Generation) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[35]
+	mi := &file_safelight_v1_generation_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3564,7 +3691,7 @@ func (x *Generation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generation.ProtoReflect.Descriptor instead.
 func (*Generation) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{35}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Generation) GetName() string {
@@ -3644,6 +3771,13 @@ func (x *Generation) GetLastSequence() uint64 {
 	return 0
 }
 
+func (x *Generation) GetDegradations() []*Degradation {
+	if x != nil {
+		return x.Degradations
+	}
+	return nil
+}
+
 // What is known of an output.
 type OutputState struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -3663,7 +3797,7 @@ type OutputState struct {
 
 func (x *OutputState) Reset() {
 	*x = OutputState{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[36]
+	mi := &file_safelight_v1_generation_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3675,7 +3809,7 @@ func (x *OutputState) String() string {
 func (*OutputState) ProtoMessage() {}
 
 func (x *OutputState) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[36]
+	mi := &file_safelight_v1_generation_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3688,7 +3822,7 @@ func (x *OutputState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputState.ProtoReflect.Descriptor instead.
 func (*OutputState) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{36}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *OutputState) GetOutputIndex() int32 {
@@ -3730,7 +3864,7 @@ var File_safelight_v1_generation_proto protoreflect.FileDescriptor
 
 const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\n" +
-	"\x1dsafelight/v1/generation.proto\x12\fsafelight.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xa9\x04\n" +
+	"\x1dsafelight/v1/generation.proto\x12\fsafelight.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xea\x04\n" +
 	"\x0fGenerateRequest\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x120\n" +
@@ -3745,12 +3879,14 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"disconnect\x12A\n" +
 	"\x06labels\x18\a \x03(\v2).safelight.v1.GenerateRequest.LabelsEntryR\x06labels\x12/\n" +
 	"\x05cache\x18\b \x01(\v2\x19.safelight.v1.CachePolicyR\x05cache\x12,\n" +
-	"\x06branch\x18\t \x01(\v2\x14.safelight.v1.BranchR\x06branch\x1a9\n" +
+	"\x06branch\x18\t \x01(\v2\x14.safelight.v1.BranchR\x06branch\x12?\n" +
+	"\rquality_floor\x18\n" +
+	" \x01(\v2\x1a.safelight.v1.QualityFloorR\fqualityFloor\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"G\n" +
 	"\x10GenerateResponse\x123\n" +
-	"\x05event\x18\x01 \x01(\v2\x1d.safelight.v1.GenerationEventR\x05event\"\xb3\x05\n" +
+	"\x05event\x18\x01 \x01(\v2\x1d.safelight.v1.GenerationEventR\x05event\"\xa1\x04\n" +
 	"\x0eGenerationSpec\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x16\n" +
 	"\x06prompt\x18\x02 \x01(\tR\x06prompt\x12.\n" +
@@ -3765,21 +3901,13 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"init_image\x18\n" +
 	" \x01(\tR\tinitImage\x12\x1f\n" +
 	"\bstrength\x18\v \x01(\x02H\x04R\bstrength\x88\x01\x01\x12\x12\n" +
-	"\x04mask\x18\f \x01(\tR\x04mask\x12.\n" +
-	"\x10guidance_rescale\x18\r \x01(\x02H\x05R\x0fguidanceRescale\x88\x01\x01\x12K\n" +
-	"\x11guidance_interval\x18\x0e \x01(\v2\x1e.safelight.v1.GuidanceIntervalR\x10guidanceIntervalB\v\n" +
+	"\x04mask\x18\f \x01(\tR\x04maskB\v\n" +
 	"\t_width_pxB\f\n" +
 	"\n" +
 	"_height_pxB\x16\n" +
 	"\x14_num_inference_stepsB\x11\n" +
 	"\x0f_guidance_scaleB\v\n" +
-	"\t_strengthB\x13\n" +
-	"\x11_guidance_rescale\"V\n" +
-	"\x10GuidanceInterval\x12\x19\n" +
-	"\x05start\x18\x01 \x01(\x02H\x00R\x05start\x88\x01\x01\x12\x15\n" +
-	"\x03end\x18\x02 \x01(\x02H\x01R\x03end\x88\x01\x01B\b\n" +
-	"\x06_startB\x06\n" +
-	"\x04_end\"\x8f\x01\n" +
+	"\t_strength\"\x8f\x01\n" +
 	"\x06Prompt\x12-\n" +
 	"\x04role\x18\x01 \x01(\x0e2\x19.safelight.v1.Prompt.RoleR\x04role\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\"B\n" +
@@ -3837,6 +3965,12 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\vMODE_BYPASS\x10\x02\x12\x15\n" +
 	"\x11MODE_ALLOW_LATENT\x10\x03\x12\x16\n" +
 	"\x12MODE_ALLOW_SIMILAR\x10\x04B\x11\n" +
+	"\x0f_min_similarity\"\xb3\x01\n" +
+	"\fQualityFloor\x12'\n" +
+	"\rmin_num_steps\x18\x01 \x01(\x05H\x00R\vminNumSteps\x88\x01\x01\x12)\n" +
+	"\x10cheaper_previews\x18\x02 \x01(\bR\x0fcheaperPreviews\x12*\n" +
+	"\x0emin_similarity\x18\x03 \x01(\x02H\x01R\rminSimilarity\x88\x01\x01B\x10\n" +
+	"\x0e_min_num_stepsB\x11\n" +
 	"\x0f_min_similarity\"_\n" +
 	"\x06Branch\x12\x1e\n" +
 	"\n" +
@@ -3930,12 +4064,22 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x17FINISH_REASON_COMPLETED\x10\x01\x12\x1b\n" +
 	"\x17FINISH_REASON_CANCELLED\x10\x02\x12#\n" +
 	"\x1fFINISH_REASON_DEADLINE_EXCEEDED\x10\x03\x12\x18\n" +
-	"\x14FINISH_REASON_FAILED\x10\x04\"\xd2\x01\n" +
+	"\x14FINISH_REASON_FAILED\x10\x04\"\x91\x02\n" +
 	"\bFinished\x12*\n" +
 	"\x06status\x18\x01 \x01(\v2\x12.google.rpc.StatusR\x06status\x12)\n" +
 	"\x05usage\x18\x02 \x01(\v2\x13.safelight.v1.UsageR\x05usage\x12/\n" +
 	"\atimings\x18\x03 \x01(\v2\x15.safelight.v1.TimingsR\atimings\x12>\n" +
-	"\rcache_results\x18\x04 \x03(\v2\x19.safelight.v1.CacheResultR\fcacheResults\"\x9b\x03\n" +
+	"\rcache_results\x18\x04 \x03(\v2\x19.safelight.v1.CacheResultR\fcacheResults\x12=\n" +
+	"\fdegradations\x18\x05 \x03(\v2\x19.safelight.v1.DegradationR\fdegradations\"\xe2\x01\n" +
+	"\vDegradation\x122\n" +
+	"\x04kind\x18\x01 \x01(\x0e2\x1e.safelight.v1.Degradation.KindR\x04kind\x12\x1c\n" +
+	"\trequested\x18\x02 \x01(\tR\trequested\x12\x18\n" +
+	"\aapplied\x18\x03 \x01(\tR\aapplied\"g\n" +
+	"\x04Kind\x12\x14\n" +
+	"\x10KIND_UNSPECIFIED\x10\x00\x12\x14\n" +
+	"\x10KIND_FEWER_STEPS\x10\x01\x12\x19\n" +
+	"\x15KIND_CHEAPER_PREVIEWS\x10\x02\x12\x18\n" +
+	"\x14KIND_SIMILAR_PICTURE\x10\x03\"\x9b\x03\n" +
 	"\vCacheResult\x12G\n" +
 	"\vdisposition\x18\x01 \x01(\x0e2%.safelight.v1.CacheResult.DispositionR\vdisposition\x12\x1e\n" +
 	"\n" +
@@ -3952,15 +4096,14 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x11DISPOSITION_EXACT\x10\x03\x12\x17\n" +
 	"\x13DISPOSITION_SIMILAR\x10\x04\x12\x16\n" +
 	"\x12DISPOSITION_LATENT\x10\x05\x12\x18\n" +
-	"\x14DISPOSITION_BRANCHED\x10\x06\"\x97\x02\n" +
+	"\x14DISPOSITION_BRANCHED\x10\x06\"\xed\x01\n" +
 	"\x05Usage\x12<\n" +
 	"\fcompute_time\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\vcomputeTime\x12\x19\n" +
 	"\bnum_rows\x18\x02 \x01(\x03R\anumRows\x12\x1b\n" +
 	"\tnum_steps\x18\x03 \x01(\x03R\bnumSteps\x12!\n" +
 	"\fnum_previews\x18\x04 \x01(\x03R\vnumPreviews\x12#\n" +
 	"\rpreview_bytes\x18\x05 \x01(\x03R\fpreviewBytes\x12&\n" +
-	"\x04cost\x18\x06 \x01(\v2\x12.safelight.v1.CostR\x04cost\x12(\n" +
-	"\x10num_rows_skipped\x18\a \x01(\x03R\x0enumRowsSkipped\"A\n" +
+	"\x04cost\x18\x06 \x01(\v2\x12.safelight.v1.CostR\x04cost\"A\n" +
 	"\x04Cost\x12#\n" +
 	"\rcurrency_code\x18\x01 \x01(\tR\fcurrencyCode\x12\x14\n" +
 	"\x05nanos\x18\x02 \x01(\x03R\x05nanos\"\x93\x02\n" +
@@ -4001,7 +4144,7 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x15GetGenerationResponse\x128\n" +
 	"\n" +
 	"generation\x18\x01 \x01(\v2\x18.safelight.v1.GenerationR\n" +
-	"generation\"\xf7\x05\n" +
+	"generation\"\xb6\x06\n" +
 	"\n" +
 	"Generation\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x124\n" +
@@ -4017,7 +4160,8 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x06status\x18\t \x01(\v2\x12.google.rpc.StatusR\x06status\x12)\n" +
 	"\x05usage\x18\n" +
 	" \x01(\v2\x13.safelight.v1.UsageR\x05usage\x12#\n" +
-	"\rlast_sequence\x18\v \x01(\x04R\flastSequence\x1a9\n" +
+	"\rlast_sequence\x18\v \x01(\x04R\flastSequence\x12=\n" +
+	"\fdegradations\x18\f \x03(\v2\x19.safelight.v1.DegradationR\fdegradations\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x94\x01\n" +
@@ -4076,8 +4220,8 @@ func file_safelight_v1_generation_proto_rawDescGZIP() []byte {
 	return file_safelight_v1_generation_proto_rawDescData
 }
 
-var file_safelight_v1_generation_proto_enumTypes = make([]protoimpl.EnumInfo, 13)
-var file_safelight_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
+var file_safelight_v1_generation_proto_enumTypes = make([]protoimpl.EnumInfo, 14)
+var file_safelight_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_safelight_v1_generation_proto_goTypes = []any{
 	(SigmaSchedule)(0),               // 0: safelight.v1.SigmaSchedule
 	(TimestepSpacing)(0),             // 1: safelight.v1.TimestepSpacing
@@ -4090,12 +4234,12 @@ var file_safelight_v1_generation_proto_goTypes = []any{
 	(DisconnectPolicy_Action)(0),     // 8: safelight.v1.DisconnectPolicy.Action
 	(Accepted_Durability)(0),         // 9: safelight.v1.Accepted.Durability
 	(OutputFinished_FinishReason)(0), // 10: safelight.v1.OutputFinished.FinishReason
-	(CacheResult_Disposition)(0),     // 11: safelight.v1.CacheResult.Disposition
-	(Generation_State)(0),            // 12: safelight.v1.Generation.State
-	(*GenerateRequest)(nil),          // 13: safelight.v1.GenerateRequest
-	(*GenerateResponse)(nil),         // 14: safelight.v1.GenerateResponse
-	(*GenerationSpec)(nil),           // 15: safelight.v1.GenerationSpec
-	(*GuidanceInterval)(nil),         // 16: safelight.v1.GuidanceInterval
+	(Degradation_Kind)(0),            // 11: safelight.v1.Degradation.Kind
+	(CacheResult_Disposition)(0),     // 12: safelight.v1.CacheResult.Disposition
+	(Generation_State)(0),            // 13: safelight.v1.Generation.State
+	(*GenerateRequest)(nil),          // 14: safelight.v1.GenerateRequest
+	(*GenerateResponse)(nil),         // 15: safelight.v1.GenerateResponse
+	(*GenerationSpec)(nil),           // 16: safelight.v1.GenerationSpec
 	(*Prompt)(nil),                   // 17: safelight.v1.Prompt
 	(*SamplerSpec)(nil),              // 18: safelight.v1.SamplerSpec
 	(*OutputSpec)(nil),               // 19: safelight.v1.OutputSpec
@@ -4103,126 +4247,131 @@ var file_safelight_v1_generation_proto_goTypes = []any{
 	(*PreviewPolicy)(nil),            // 21: safelight.v1.PreviewPolicy
 	(*Scheduling)(nil),               // 22: safelight.v1.Scheduling
 	(*CachePolicy)(nil),              // 23: safelight.v1.CachePolicy
-	(*Branch)(nil),                   // 24: safelight.v1.Branch
-	(*DisconnectPolicy)(nil),         // 25: safelight.v1.DisconnectPolicy
-	(*GenerationEvent)(nil),          // 26: safelight.v1.GenerationEvent
-	(*Accepted)(nil),                 // 27: safelight.v1.Accepted
-	(*Warning)(nil),                  // 28: safelight.v1.Warning
-	(*Queued)(nil),                   // 29: safelight.v1.Queued
-	(*Progress)(nil),                 // 30: safelight.v1.Progress
-	(*Preview)(nil),                  // 31: safelight.v1.Preview
-	(*ArtifactChunk)(nil),            // 32: safelight.v1.ArtifactChunk
-	(*OutputFinished)(nil),           // 33: safelight.v1.OutputFinished
-	(*Finished)(nil),                 // 34: safelight.v1.Finished
-	(*CacheResult)(nil),              // 35: safelight.v1.CacheResult
-	(*Usage)(nil),                    // 36: safelight.v1.Usage
-	(*Cost)(nil),                     // 37: safelight.v1.Cost
-	(*Timings)(nil),                  // 38: safelight.v1.Timings
-	(*WatchGenerationRequest)(nil),   // 39: safelight.v1.WatchGenerationRequest
-	(*ArtifactOffset)(nil),           // 40: safelight.v1.ArtifactOffset
-	(*WatchGenerationResponse)(nil),  // 41: safelight.v1.WatchGenerationResponse
-	(*UpdateGenerationRequest)(nil),  // 42: safelight.v1.UpdateGenerationRequest
-	(*UpdateGenerationResponse)(nil), // 43: safelight.v1.UpdateGenerationResponse
-	(*CancelGenerationRequest)(nil),  // 44: safelight.v1.CancelGenerationRequest
-	(*CancelGenerationResponse)(nil), // 45: safelight.v1.CancelGenerationResponse
-	(*GetGenerationRequest)(nil),     // 46: safelight.v1.GetGenerationRequest
-	(*GetGenerationResponse)(nil),    // 47: safelight.v1.GetGenerationResponse
-	(*Generation)(nil),               // 48: safelight.v1.Generation
-	(*OutputState)(nil),              // 49: safelight.v1.OutputState
-	nil,                              // 50: safelight.v1.GenerateRequest.LabelsEntry
-	nil,                              // 51: safelight.v1.Generation.LabelsEntry
-	(*durationpb.Duration)(nil),      // 52: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),    // 53: google.protobuf.Timestamp
-	(*status.Status)(nil),            // 54: google.rpc.Status
+	(*QualityFloor)(nil),             // 24: safelight.v1.QualityFloor
+	(*Branch)(nil),                   // 25: safelight.v1.Branch
+	(*DisconnectPolicy)(nil),         // 26: safelight.v1.DisconnectPolicy
+	(*GenerationEvent)(nil),          // 27: safelight.v1.GenerationEvent
+	(*Accepted)(nil),                 // 28: safelight.v1.Accepted
+	(*Warning)(nil),                  // 29: safelight.v1.Warning
+	(*Queued)(nil),                   // 30: safelight.v1.Queued
+	(*Progress)(nil),                 // 31: safelight.v1.Progress
+	(*Preview)(nil),                  // 32: safelight.v1.Preview
+	(*ArtifactChunk)(nil),            // 33: safelight.v1.ArtifactChunk
+	(*OutputFinished)(nil),           // 34: safelight.v1.OutputFinished
+	(*Finished)(nil),                 // 35: safelight.v1.Finished
+	(*Degradation)(nil),              // 36: safelight.v1.Degradation
+	(*CacheResult)(nil),              // 37: safelight.v1.CacheResult
+	(*Usage)(nil),                    // 38: safelight.v1.Usage
+	(*Cost)(nil),                     // 39: safelight.v1.Cost
+	(*Timings)(nil),                  // 40: safelight.v1.Timings
+	(*WatchGenerationRequest)(nil),   // 41: safelight.v1.WatchGenerationRequest
+	(*ArtifactOffset)(nil),           // 42: safelight.v1.ArtifactOffset
+	(*WatchGenerationResponse)(nil),  // 43: safelight.v1.WatchGenerationResponse
+	(*UpdateGenerationRequest)(nil),  // 44: safelight.v1.UpdateGenerationRequest
+	(*UpdateGenerationResponse)(nil), // 45: safelight.v1.UpdateGenerationResponse
+	(*CancelGenerationRequest)(nil),  // 46: safelight.v1.CancelGenerationRequest
+	(*CancelGenerationResponse)(nil), // 47: safelight.v1.CancelGenerationResponse
+	(*GetGenerationRequest)(nil),     // 48: safelight.v1.GetGenerationRequest
+	(*GetGenerationResponse)(nil),    // 49: safelight.v1.GetGenerationResponse
+	(*Generation)(nil),               // 50: safelight.v1.Generation
+	(*OutputState)(nil),              // 51: safelight.v1.OutputState
+	nil,                              // 52: safelight.v1.GenerateRequest.LabelsEntry
+	nil,                              // 53: safelight.v1.Generation.LabelsEntry
+	(*durationpb.Duration)(nil),      // 54: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 55: google.protobuf.Timestamp
+	(*status.Status)(nil),            // 56: google.rpc.Status
 }
 var file_safelight_v1_generation_proto_depIdxs = []int32{
-	15, // 0: safelight.v1.GenerateRequest.spec:type_name -> safelight.v1.GenerationSpec
+	16, // 0: safelight.v1.GenerateRequest.spec:type_name -> safelight.v1.GenerationSpec
 	21, // 1: safelight.v1.GenerateRequest.preview:type_name -> safelight.v1.PreviewPolicy
 	20, // 2: safelight.v1.GenerateRequest.encoding:type_name -> safelight.v1.PixelEncoding
 	22, // 3: safelight.v1.GenerateRequest.scheduling:type_name -> safelight.v1.Scheduling
-	25, // 4: safelight.v1.GenerateRequest.disconnect:type_name -> safelight.v1.DisconnectPolicy
-	50, // 5: safelight.v1.GenerateRequest.labels:type_name -> safelight.v1.GenerateRequest.LabelsEntry
+	26, // 4: safelight.v1.GenerateRequest.disconnect:type_name -> safelight.v1.DisconnectPolicy
+	52, // 5: safelight.v1.GenerateRequest.labels:type_name -> safelight.v1.GenerateRequest.LabelsEntry
 	23, // 6: safelight.v1.GenerateRequest.cache:type_name -> safelight.v1.CachePolicy
-	24, // 7: safelight.v1.GenerateRequest.branch:type_name -> safelight.v1.Branch
-	26, // 8: safelight.v1.GenerateResponse.event:type_name -> safelight.v1.GenerationEvent
-	17, // 9: safelight.v1.GenerationSpec.prompts:type_name -> safelight.v1.Prompt
-	18, // 10: safelight.v1.GenerationSpec.sampler:type_name -> safelight.v1.SamplerSpec
-	19, // 11: safelight.v1.GenerationSpec.outputs:type_name -> safelight.v1.OutputSpec
-	16, // 12: safelight.v1.GenerationSpec.guidance_interval:type_name -> safelight.v1.GuidanceInterval
+	25, // 7: safelight.v1.GenerateRequest.branch:type_name -> safelight.v1.Branch
+	24, // 8: safelight.v1.GenerateRequest.quality_floor:type_name -> safelight.v1.QualityFloor
+	27, // 9: safelight.v1.GenerateResponse.event:type_name -> safelight.v1.GenerationEvent
+	17, // 10: safelight.v1.GenerationSpec.prompts:type_name -> safelight.v1.Prompt
+	18, // 11: safelight.v1.GenerationSpec.sampler:type_name -> safelight.v1.SamplerSpec
+	19, // 12: safelight.v1.GenerationSpec.outputs:type_name -> safelight.v1.OutputSpec
 	4,  // 13: safelight.v1.Prompt.role:type_name -> safelight.v1.Prompt.Role
 	0,  // 14: safelight.v1.SamplerSpec.sigma_schedule:type_name -> safelight.v1.SigmaSchedule
 	1,  // 15: safelight.v1.SamplerSpec.spacing:type_name -> safelight.v1.TimestepSpacing
 	5,  // 16: safelight.v1.PixelEncoding.row_order:type_name -> safelight.v1.PixelEncoding.RowOrder
 	6,  // 17: safelight.v1.PixelEncoding.texture_format:type_name -> safelight.v1.PixelEncoding.TextureFormat
 	20, // 18: safelight.v1.PreviewPolicy.accept:type_name -> safelight.v1.PixelEncoding
-	52, // 19: safelight.v1.PreviewPolicy.min_interval:type_name -> google.protobuf.Duration
+	54, // 19: safelight.v1.PreviewPolicy.min_interval:type_name -> google.protobuf.Duration
 	2,  // 20: safelight.v1.PreviewPolicy.method:type_name -> safelight.v1.PreviewMethod
 	3,  // 21: safelight.v1.Scheduling.priority:type_name -> safelight.v1.Priority
 	7,  // 22: safelight.v1.CachePolicy.mode:type_name -> safelight.v1.CachePolicy.Mode
 	8,  // 23: safelight.v1.DisconnectPolicy.action:type_name -> safelight.v1.DisconnectPolicy.Action
-	52, // 24: safelight.v1.DisconnectPolicy.resume_grace:type_name -> google.protobuf.Duration
-	53, // 25: safelight.v1.GenerationEvent.event_time:type_name -> google.protobuf.Timestamp
-	27, // 26: safelight.v1.GenerationEvent.accepted:type_name -> safelight.v1.Accepted
-	29, // 27: safelight.v1.GenerationEvent.queued:type_name -> safelight.v1.Queued
-	30, // 28: safelight.v1.GenerationEvent.progress:type_name -> safelight.v1.Progress
-	31, // 29: safelight.v1.GenerationEvent.preview:type_name -> safelight.v1.Preview
-	32, // 30: safelight.v1.GenerationEvent.artifact_chunk:type_name -> safelight.v1.ArtifactChunk
-	33, // 31: safelight.v1.GenerationEvent.output_finished:type_name -> safelight.v1.OutputFinished
-	34, // 32: safelight.v1.GenerationEvent.finished:type_name -> safelight.v1.Finished
-	15, // 33: safelight.v1.Accepted.spec:type_name -> safelight.v1.GenerationSpec
+	54, // 24: safelight.v1.DisconnectPolicy.resume_grace:type_name -> google.protobuf.Duration
+	55, // 25: safelight.v1.GenerationEvent.event_time:type_name -> google.protobuf.Timestamp
+	28, // 26: safelight.v1.GenerationEvent.accepted:type_name -> safelight.v1.Accepted
+	30, // 27: safelight.v1.GenerationEvent.queued:type_name -> safelight.v1.Queued
+	31, // 28: safelight.v1.GenerationEvent.progress:type_name -> safelight.v1.Progress
+	32, // 29: safelight.v1.GenerationEvent.preview:type_name -> safelight.v1.Preview
+	33, // 30: safelight.v1.GenerationEvent.artifact_chunk:type_name -> safelight.v1.ArtifactChunk
+	34, // 31: safelight.v1.GenerationEvent.output_finished:type_name -> safelight.v1.OutputFinished
+	35, // 32: safelight.v1.GenerationEvent.finished:type_name -> safelight.v1.Finished
+	16, // 33: safelight.v1.Accepted.spec:type_name -> safelight.v1.GenerationSpec
 	20, // 34: safelight.v1.Accepted.encoding:type_name -> safelight.v1.PixelEncoding
-	52, // 35: safelight.v1.Accepted.estimated_duration:type_name -> google.protobuf.Duration
-	28, // 36: safelight.v1.Accepted.warnings:type_name -> safelight.v1.Warning
+	54, // 35: safelight.v1.Accepted.estimated_duration:type_name -> google.protobuf.Duration
+	29, // 36: safelight.v1.Accepted.warnings:type_name -> safelight.v1.Warning
 	9,  // 37: safelight.v1.Accepted.durability:type_name -> safelight.v1.Accepted.Durability
-	53, // 38: safelight.v1.Queued.estimated_start_time:type_name -> google.protobuf.Timestamp
-	52, // 39: safelight.v1.Progress.estimated_remaining:type_name -> google.protobuf.Duration
+	55, // 38: safelight.v1.Queued.estimated_start_time:type_name -> google.protobuf.Timestamp
+	54, // 39: safelight.v1.Progress.estimated_remaining:type_name -> google.protobuf.Duration
 	2,  // 40: safelight.v1.Preview.method:type_name -> safelight.v1.PreviewMethod
 	10, // 41: safelight.v1.OutputFinished.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
-	54, // 42: safelight.v1.Finished.status:type_name -> google.rpc.Status
-	36, // 43: safelight.v1.Finished.usage:type_name -> safelight.v1.Usage
-	38, // 44: safelight.v1.Finished.timings:type_name -> safelight.v1.Timings
-	35, // 45: safelight.v1.Finished.cache_results:type_name -> safelight.v1.CacheResult
-	11, // 46: safelight.v1.CacheResult.disposition:type_name -> safelight.v1.CacheResult.Disposition
-	52, // 47: safelight.v1.Usage.compute_time:type_name -> google.protobuf.Duration
-	37, // 48: safelight.v1.Usage.cost:type_name -> safelight.v1.Cost
-	52, // 49: safelight.v1.Timings.queue:type_name -> google.protobuf.Duration
-	52, // 50: safelight.v1.Timings.first_preview:type_name -> google.protobuf.Duration
-	52, // 51: safelight.v1.Timings.denoise:type_name -> google.protobuf.Duration
-	52, // 52: safelight.v1.Timings.decode:type_name -> google.protobuf.Duration
-	52, // 53: safelight.v1.Timings.total:type_name -> google.protobuf.Duration
-	40, // 54: safelight.v1.WatchGenerationRequest.artifact_offsets:type_name -> safelight.v1.ArtifactOffset
-	21, // 55: safelight.v1.WatchGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	26, // 56: safelight.v1.WatchGenerationResponse.event:type_name -> safelight.v1.GenerationEvent
-	21, // 57: safelight.v1.UpdateGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	22, // 58: safelight.v1.UpdateGenerationRequest.scheduling:type_name -> safelight.v1.Scheduling
-	48, // 59: safelight.v1.UpdateGenerationResponse.generation:type_name -> safelight.v1.Generation
-	48, // 60: safelight.v1.CancelGenerationResponse.generation:type_name -> safelight.v1.Generation
-	48, // 61: safelight.v1.GetGenerationResponse.generation:type_name -> safelight.v1.Generation
-	12, // 62: safelight.v1.Generation.state:type_name -> safelight.v1.Generation.State
-	15, // 63: safelight.v1.Generation.spec:type_name -> safelight.v1.GenerationSpec
-	49, // 64: safelight.v1.Generation.outputs:type_name -> safelight.v1.OutputState
-	3,  // 65: safelight.v1.Generation.priority:type_name -> safelight.v1.Priority
-	51, // 66: safelight.v1.Generation.labels:type_name -> safelight.v1.Generation.LabelsEntry
-	53, // 67: safelight.v1.Generation.create_time:type_name -> google.protobuf.Timestamp
-	53, // 68: safelight.v1.Generation.finish_time:type_name -> google.protobuf.Timestamp
-	54, // 69: safelight.v1.Generation.status:type_name -> google.rpc.Status
-	36, // 70: safelight.v1.Generation.usage:type_name -> safelight.v1.Usage
-	10, // 71: safelight.v1.OutputState.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
-	13, // 72: safelight.v1.GenerationService.Generate:input_type -> safelight.v1.GenerateRequest
-	39, // 73: safelight.v1.GenerationService.WatchGeneration:input_type -> safelight.v1.WatchGenerationRequest
-	42, // 74: safelight.v1.GenerationService.UpdateGeneration:input_type -> safelight.v1.UpdateGenerationRequest
-	44, // 75: safelight.v1.GenerationService.CancelGeneration:input_type -> safelight.v1.CancelGenerationRequest
-	46, // 76: safelight.v1.GenerationService.GetGeneration:input_type -> safelight.v1.GetGenerationRequest
-	14, // 77: safelight.v1.GenerationService.Generate:output_type -> safelight.v1.GenerateResponse
-	41, // 78: safelight.v1.GenerationService.WatchGeneration:output_type -> safelight.v1.WatchGenerationResponse
-	43, // 79: safelight.v1.GenerationService.UpdateGeneration:output_type -> safelight.v1.UpdateGenerationResponse
-	45, // 80: safelight.v1.GenerationService.CancelGeneration:output_type -> safelight.v1.CancelGenerationResponse
-	47, // 81: safelight.v1.GenerationService.GetGeneration:output_type -> safelight.v1.GetGenerationResponse
-	77, // [77:82] is the sub-list for method output_type
-	72, // [72:77] is the sub-list for method input_type
-	72, // [72:72] is the sub-list for extension type_name
-	72, // [72:72] is the sub-list for extension extendee
-	0,  // [0:72] is the sub-list for field type_name
+	56, // 42: safelight.v1.Finished.status:type_name -> google.rpc.Status
+	38, // 43: safelight.v1.Finished.usage:type_name -> safelight.v1.Usage
+	40, // 44: safelight.v1.Finished.timings:type_name -> safelight.v1.Timings
+	37, // 45: safelight.v1.Finished.cache_results:type_name -> safelight.v1.CacheResult
+	36, // 46: safelight.v1.Finished.degradations:type_name -> safelight.v1.Degradation
+	11, // 47: safelight.v1.Degradation.kind:type_name -> safelight.v1.Degradation.Kind
+	12, // 48: safelight.v1.CacheResult.disposition:type_name -> safelight.v1.CacheResult.Disposition
+	54, // 49: safelight.v1.Usage.compute_time:type_name -> google.protobuf.Duration
+	39, // 50: safelight.v1.Usage.cost:type_name -> safelight.v1.Cost
+	54, // 51: safelight.v1.Timings.queue:type_name -> google.protobuf.Duration
+	54, // 52: safelight.v1.Timings.first_preview:type_name -> google.protobuf.Duration
+	54, // 53: safelight.v1.Timings.denoise:type_name -> google.protobuf.Duration
+	54, // 54: safelight.v1.Timings.decode:type_name -> google.protobuf.Duration
+	54, // 55: safelight.v1.Timings.total:type_name -> google.protobuf.Duration
+	42, // 56: safelight.v1.WatchGenerationRequest.artifact_offsets:type_name -> safelight.v1.ArtifactOffset
+	21, // 57: safelight.v1.WatchGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	27, // 58: safelight.v1.WatchGenerationResponse.event:type_name -> safelight.v1.GenerationEvent
+	21, // 59: safelight.v1.UpdateGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	22, // 60: safelight.v1.UpdateGenerationRequest.scheduling:type_name -> safelight.v1.Scheduling
+	50, // 61: safelight.v1.UpdateGenerationResponse.generation:type_name -> safelight.v1.Generation
+	50, // 62: safelight.v1.CancelGenerationResponse.generation:type_name -> safelight.v1.Generation
+	50, // 63: safelight.v1.GetGenerationResponse.generation:type_name -> safelight.v1.Generation
+	13, // 64: safelight.v1.Generation.state:type_name -> safelight.v1.Generation.State
+	16, // 65: safelight.v1.Generation.spec:type_name -> safelight.v1.GenerationSpec
+	51, // 66: safelight.v1.Generation.outputs:type_name -> safelight.v1.OutputState
+	3,  // 67: safelight.v1.Generation.priority:type_name -> safelight.v1.Priority
+	53, // 68: safelight.v1.Generation.labels:type_name -> safelight.v1.Generation.LabelsEntry
+	55, // 69: safelight.v1.Generation.create_time:type_name -> google.protobuf.Timestamp
+	55, // 70: safelight.v1.Generation.finish_time:type_name -> google.protobuf.Timestamp
+	56, // 71: safelight.v1.Generation.status:type_name -> google.rpc.Status
+	38, // 72: safelight.v1.Generation.usage:type_name -> safelight.v1.Usage
+	36, // 73: safelight.v1.Generation.degradations:type_name -> safelight.v1.Degradation
+	10, // 74: safelight.v1.OutputState.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
+	14, // 75: safelight.v1.GenerationService.Generate:input_type -> safelight.v1.GenerateRequest
+	41, // 76: safelight.v1.GenerationService.WatchGeneration:input_type -> safelight.v1.WatchGenerationRequest
+	44, // 77: safelight.v1.GenerationService.UpdateGeneration:input_type -> safelight.v1.UpdateGenerationRequest
+	46, // 78: safelight.v1.GenerationService.CancelGeneration:input_type -> safelight.v1.CancelGenerationRequest
+	48, // 79: safelight.v1.GenerationService.GetGeneration:input_type -> safelight.v1.GetGenerationRequest
+	15, // 80: safelight.v1.GenerationService.Generate:output_type -> safelight.v1.GenerateResponse
+	43, // 81: safelight.v1.GenerationService.WatchGeneration:output_type -> safelight.v1.WatchGenerationResponse
+	45, // 82: safelight.v1.GenerationService.UpdateGeneration:output_type -> safelight.v1.UpdateGenerationResponse
+	47, // 83: safelight.v1.GenerationService.CancelGeneration:output_type -> safelight.v1.CancelGenerationResponse
+	49, // 84: safelight.v1.GenerationService.GetGeneration:output_type -> safelight.v1.GetGenerationResponse
+	80, // [80:85] is the sub-list for method output_type
+	75, // [75:80] is the sub-list for method input_type
+	75, // [75:75] is the sub-list for extension type_name
+	75, // [75:75] is the sub-list for extension extendee
+	0,  // [0:75] is the sub-list for field type_name
 }
 
 func init() { file_safelight_v1_generation_proto_init() }
@@ -4231,14 +4380,14 @@ func file_safelight_v1_generation_proto_init() {
 		return
 	}
 	file_safelight_v1_generation_proto_msgTypes[2].OneofWrappers = []any{}
-	file_safelight_v1_generation_proto_msgTypes[3].OneofWrappers = []any{}
+	file_safelight_v1_generation_proto_msgTypes[4].OneofWrappers = []any{}
 	file_safelight_v1_generation_proto_msgTypes[5].OneofWrappers = []any{}
 	file_safelight_v1_generation_proto_msgTypes[6].OneofWrappers = []any{}
-	file_safelight_v1_generation_proto_msgTypes[7].OneofWrappers = []any{}
-	file_safelight_v1_generation_proto_msgTypes[8].OneofWrappers = []any{
+	file_safelight_v1_generation_proto_msgTypes[7].OneofWrappers = []any{
 		(*PreviewPolicy_EveryNSteps)(nil),
 		(*PreviewPolicy_MinInterval)(nil),
 	}
+	file_safelight_v1_generation_proto_msgTypes[9].OneofWrappers = []any{}
 	file_safelight_v1_generation_proto_msgTypes[10].OneofWrappers = []any{}
 	file_safelight_v1_generation_proto_msgTypes[13].OneofWrappers = []any{
 		(*GenerationEvent_Accepted)(nil),
@@ -4254,8 +4403,8 @@ func file_safelight_v1_generation_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_safelight_v1_generation_proto_rawDesc), len(file_safelight_v1_generation_proto_rawDesc)),
-			NumEnums:      13,
-			NumMessages:   39,
+			NumEnums:      14,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

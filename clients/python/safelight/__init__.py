@@ -10,12 +10,12 @@ async with safelight.Client("127.0.0.1:8421") as client:
 from safelight.blocking import SyncClient, SyncStream
 from safelight.client import Client
 from safelight.errors import GenerationError
-from safelight.events import Accepted, Event, Finished, Origin, Picture, Preview, Progress
+from safelight.events import Accepted, Degradation, Event, Finished, Origin, Picture, Preview, Progress
 from safelight.images import ImageFile, ImageSource
 from safelight.request import CacheMode, GenerateOptions, PreviewOptions
 from safelight.stream import GenerationStream
 from safelight.v1.cache_pb2 import GetCacheStatsResponse, PurgeCacheResponse
-from safelight.v1.generation_pb2 import Branch, CachePolicy, PixelEncoding, PreviewPolicy
+from safelight.v1.generation_pb2 import Branch, CachePolicy, PixelEncoding, PreviewPolicy, QualityFloor
 from safelight.v1.images_pb2 import Image
 from safelight.v1.models_pb2 import Model, StepTime
 from safelight.v1.quotas_pb2 import TenantQuota, TokenBucket
@@ -26,6 +26,7 @@ __all__ = [
     "CacheMode",
     "CachePolicy",
     "Client",
+    "Degradation",
     "Event",
     "Finished",
     "GenerateOptions",
@@ -44,6 +45,7 @@ __all__ = [
     "PreviewPolicy",
     "Progress",
     "PurgeCacheResponse",
+    "QualityFloor",
     "StepTime",
     "SyncClient",
     "SyncStream",

@@ -143,17 +143,34 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
+class Degradation:
+    """One thing that a generation gave up under load, as its `quality_floor` allowed.
+
+    Attributes:
+        kind: "fewer_steps", "cheaper_previews" or "similar_picture".
+        requested: what was asked for: a number of steps, a PreviewMethod, or the least similarity.
+        applied: what it got, in the same form.
+    """
+
+    kind: str
+    requested: str
+    applied: str
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The generation has succeeded; the last event.
 
     Attributes:
         origins: where each picture came from, in the order of the outputs.
+        degradations: what was given up under load; empty: nothing.
     """
 
     generation: str
     usage: pb.Usage
     timings: pb.Timings
     origins: tuple[Origin, ...] = ()
+    degradations: tuple[Degradation, ...] = ()
 
 
 Event = Accepted | Progress | Preview | Picture | Finished

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from safelight.events import Accepted, Event, Finished, Origin, Picture, Preview, Progress
+from safelight.events import Accepted, Degradation, Event, Finished, Origin, Picture, Preview, Progress
 from safelight.pixels import RAW
 from safelight.v1 import generation_pb2 as pb
 
@@ -66,7 +66,8 @@ class Received:
                 return self._artifact(event.artifact_chunk)
             case "finished" if not event.finished.status.code:
                 origins = tuple(_origin(result) for result in event.finished.cache_results)
-                return Finished(event.generation, event.finished.usage, event.finished.timings, origins)
+                given_up = tuple(map(_degradation, event.finished.degradations))
+                return Finished(event.generation, event.finished.usage, event.finished.timings, origins, given_up)
         return None
 
     def _accepted(self, accepted: pb.Accepted) -> Accepted:
@@ -115,3 +116,8 @@ def _is_bottom_up(encoding: pb.PixelEncoding) -> bool:
 def _origin(result: pb.CacheResult) -> Origin:
     name = pb.CacheResult.Disposition.Name(result.disposition).removeprefix("DISPOSITION_").lower()
     return Origin(name, result.similarity, result.source, result.num_steps_skipped, result.numerics_id)
+
+
+def _degradation(given_up: pb.Degradation) -> Degradation:
+    kind = pb.Degradation.Kind.Name(given_up.kind).removeprefix("KIND_").lower()
+    return Degradation(kind, given_up.requested, given_up.applied)

@@ -63,6 +63,8 @@ class GenerateOptions(PreviewOptions, total=False):
             also the latent of a similar prompt, to start from; "similar": also a finished picture for a prompt with
             the same meaning.
         min_similarity: least cosine similarity for "similar", above 0 and at most 1.
+        quality_floor: what may be given up under load, such as `QualityFloor(min_num_steps=8)`: steps, decoded
+            previews, the very picture. `Finished.degradations` says what was. Not for PRIORITY_INTERACTIVE.
         branch: start from this step of an older generation; for one output, with the same model, size, number of steps
             and sampler.
         timeout_s: deadline of the generation, across all connections; the server ends the generation then.
@@ -89,6 +91,7 @@ class GenerateOptions(PreviewOptions, total=False):
     labels: Mapping[str, str] | None
     cache: CacheMode
     min_similarity: float | None
+    quality_floor: pb.QualityFloor | None
     branch: pb.Branch | None
     timeout_s: float | None
     request_id: str
@@ -183,5 +186,6 @@ def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> pb.Gene
         cache=pb.CachePolicy(
             mode=CACHE_MODES[options.get("cache", "default")], min_similarity=options.get("min_similarity")
         ),
+        quality_floor=options.get("quality_floor"),
         branch=options.get("branch"),
     )

@@ -183,7 +183,7 @@ class Service:
         if request.HasField("scheduling"):
             priority = resolve_priority(request.scheduling)
         if policy is not None:  # after all checks, so that a faulty update changes nothing
-            generation.log.update_policy(policy)
+            generation.log.update_policy(generation.preview_policy(policy))
         if priority is not None:
             self._generations.set_priority(generation, priority)
         return pb.UpdateGenerationResponse(generation=wire.generation_message(generation.view()))

@@ -6,10 +6,16 @@ import asyncio
 import contextlib
 import gc
 import signal
+import time
 from collections.abc import Callable
 
+import structlog
+
 from safelight_server.app.server import Running, StartError, serving
+from safelight_server.app.spot import spot_notice
 from safelight_server.settings import Settings
+
+log = structlog.get_logger(__name__)
 
 GC_THRESHOLDS = 1_000, 10, 100
 """`gc.set_threshold`: net new objects before a collection of generation 0; collections of 0 before one of 1, of 1
@@ -29,7 +35,7 @@ def settle() -> None:
 
 
 async def serve(settings: Settings, started: Callable[[Running], None]) -> None:
-    """Serves until SIGTERM, SIGINT or SIGHUP, then drains; a second SIGTERM or SIGINT ends the drain.
+    """Serves until SIGTERM, SIGINT, SIGHUP or a spot notice, then drains; a SIGTERM or SIGINT during it ends the drain.
 
     Raises:
         StartError: the server cannot start, or a signal came before it had started.
@@ -51,11 +57,27 @@ async def serve(settings: Settings, started: Callable[[Running], None]) -> None:
             loop.add_signal_handler(number, signals.put_nowait, number)
         settle()
         started(running)
-        await signals.get()
-        drained = running.drain(settings.drain_grace_s)
+        drained = running.drain(await _reason_to_end(signals, settings))
         again = asyncio.create_task(_asked_again(signals))
         await asyncio.wait([drained, again], return_when=asyncio.FIRST_COMPLETED)
         again.cancel()
+
+
+async def _reason_to_end(signals: asyncio.Queue[signal.Signals], settings: Settings) -> float:
+    """Waits for a signal, or for the notice that this spot instance goes; returns the seconds that a drain may take."""
+    signalled = asyncio.create_task(signals.get())
+    if settings.spot_notice == "off":
+        await signalled
+        return settings.drain_grace_s
+    noticed = asyncio.create_task(spot_notice(settings.spot_notice_url, time.time))
+    await asyncio.wait([signalled, noticed], return_when=asyncio.FIRST_COMPLETED)
+    if not noticed.done():
+        noticed.cancel()
+        return settings.drain_grace_s
+    signalled.cancel()
+    notice = noticed.result()
+    log.warning("spot_notice", action=notice.action, left_s=round(notice.left_s, 1))
+    return notice.grace_s(settings.drain_grace_s)
 
 
 async def _asked_again(signals: asyncio.Queue[signal.Signals]) -> None:

@@ -123,17 +123,23 @@ class Cache:
         self._metrics.looked("exact", time.perf_counter() - began)
         return kept
 
-    async def approximate(self, wanted: CacheQuery) -> SimilarPicture | WarmStart | None:
-        """Finds a similar picture, or else a latent to start from, if the request allows them."""
+    async def approximate(self, wanted: CacheQuery, *, latents: bool = True) -> SimilarPicture | WarmStart | None:
+        """Finds a similar picture, or else a latent to start from, if the request allows them.
+
+        Args:
+            latents: False: a similar picture alone.
+        """
         mode = wanted.policy.mode
         if mode not in (CacheMode.ALLOW_SIMILAR, CacheMode.ALLOW_LATENT):
             return None
         began = time.perf_counter()
-        found = await self._approximate(wanted, pictures=mode is CacheMode.ALLOW_SIMILAR)
+        found = await self._approximate(wanted, pictures=mode is CacheMode.ALLOW_SIMILAR, latents=latents)
         self._metrics.looked("approximate", time.perf_counter() - began)
         return found
 
-    async def _approximate(self, wanted: CacheQuery, *, pictures: bool) -> SimilarPicture | WarmStart | None:
+    async def _approximate(
+        self, wanted: CacheQuery, *, pictures: bool, latents: bool
+    ) -> SimilarPicture | WarmStart | None:
         name, pipeline, spec = wanted.name, wanted.pipeline, wanted.spec
         try:
             embedding = await self._prompts.get(name.namespace, pipeline, spec.token_ids, self.owner(wanted))
@@ -150,6 +156,8 @@ class Cache:
                 return None
             if similar is not None:
                 return similar
+        if not latents:
+            return None
         return await self._warm_starts.find(name, pipeline, vector, spec.num_inference_steps, wanted.excluded)
 
     async def embeddings(self, wanted: CacheQuery) -> tuple[Embedding | None, ...]:

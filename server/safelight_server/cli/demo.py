@@ -29,6 +29,7 @@ from safelight import (
     Preview,
     PreviewPolicy,
     Progress,
+    QualityFloor,
 )
 
 from safelight_server.cli.terminal import PictureTile, bar, lines, show
@@ -70,6 +71,7 @@ class DemoRequest:
     mask: Path | str | None = None
     guidance_rescale: float | None = None
     guidance_interval: tuple[float, float] | None = None
+    quality_floor: QualityFloor | None = None
 
 
 @dataclass(slots=True)
@@ -140,7 +142,9 @@ class LivePicture:
             if origin.disposition == "miss" and not told
             else f"  {origin.disposition}" + (f" ({told})" if told else "")
         )
-        return f"{self.finished.generation}{how}"
+        given_up = self.finished.degradations
+        under_load = ", ".join(f"{one.kind.replace('_', ' ')} ({one.requested} to {one.applied})" for one in given_up)
+        return f"{self.finished.generation}{how}" + (f"  under load: {under_load}" if under_load else "")
 
 
 async def generate_one(
@@ -209,6 +213,7 @@ async def _develop_shown(client: Client, developing: Sequence[LivePicture], cons
             init_image=order.init_image,
             strength=order.strength,
             mask=order.mask,
+            quality_floor=order.quality_floor,
             preview=PreviewPolicy(accept=[PixelEncoding(media_type="image/png")]),
         )
         async for event in events:

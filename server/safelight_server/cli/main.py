@@ -20,7 +20,16 @@ from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
-from safelight import Branch, CacheMode, Client, GenerationError, GetCacheStatsResponse, PurgeCacheResponse, TenantQuota
+from safelight import (
+    Branch,
+    CacheMode,
+    Client,
+    GenerationError,
+    GetCacheStatsResponse,
+    PurgeCacheResponse,
+    QualityFloor,
+    TenantQuota,
+)
 
 from safelight_server import __version__
 from safelight_server import settings as settings_module
@@ -194,6 +203,13 @@ def generate(
     guidance_interval: Annotated[
         str, typer.Option(metavar="START:END", help="Guidance in these steps alone, as shares: 0.2:0.8.")
     ] = "",
+    floor_steps: Annotated[
+        int | None, typer.Option(min=-MAX_STEP, max=MAX_STEP, help="Under load: fewest steps that do.")
+    ] = None,
+    floor_previews: Annotated[bool, typer.Option("--floor-previews", help="Under load: coarse previews do.")] = False,
+    floor_similarity: Annotated[
+        float | None, typer.Option(help="Under load: a picture of a prompt so similar does, to 1.")
+    ] = None,
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
     ca_file: CaFile = None,
@@ -224,6 +240,7 @@ def generate(
         _picture(mask),
         guidance_rescale,
         _interval(guidance_interval) if guidance_interval else None,
+        _quality_floor(floor_steps, floor_previews, floor_similarity),
     )
     picture, developed = _run(
         demos.generate_one(_connect(target, api_key, ca_file, client_cert, server_name), order, console)
@@ -248,6 +265,12 @@ def _interval(text: str) -> tuple[float, float]:
         return float(start), float(end)
     except ValueError:
         raise CommandError(f"--guidance-interval {text}: must be START:END, such as 0.2:0.8") from None
+
+
+def _quality_floor(steps: int | None, previews: bool, similarity: float | None) -> QualityFloor | None:
+    if steps is None and not previews and similarity is None:
+        return None
+    return QualityFloor(min_num_steps=steps, cheaper_previews=previews, min_similarity=similarity)
 
 
 def _branch(text: str) -> Branch:

@@ -180,6 +180,10 @@ class LoadWithPending:
         """See `Load`."""
         return self._scheduler.num_outputs + len(self._asking)
 
+    def num_outputs_of(self, priority: Priority) -> int:
+        """See `Load`."""
+        return self._scheduler.num_outputs_of(priority) + sum(job.priority is priority for job in self._asking.values())
+
     @property
     def num_free(self) -> int:
         """See `Load`."""

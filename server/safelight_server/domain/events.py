@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from safelight_server.domain.errors import SafelightError
-from safelight_server.domain.request import Notice, PixelEncoding, Spec
+from safelight_server.domain.request import Degradation, Notice, PixelEncoding, Spec
 from safelight_server.scheduler import Priority
 
 
@@ -165,12 +165,14 @@ class Finished:
     Attributes:
         error: why it failed; None where it succeeded.
         origins: one for each output, in order; None for outputs that did not complete.
+        degradations: what its quality floor gave up under load.
     """
 
     error: SafelightError | None
     usage: Usage
     timings: Timings
     origins: tuple[Origin | None, ...] = ()
+    degradations: tuple[Degradation, ...] = ()
 
 
 StateEvent = Accepted | OutputFinished | Finished
@@ -204,3 +206,4 @@ class GenerationView:
     labels: Mapping[str, str] = field(default_factory=dict)
     finish_time: datetime | None = None
     error: SafelightError | None = None
+    degradations: tuple[Degradation, ...] = ()

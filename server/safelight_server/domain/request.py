@@ -178,6 +178,38 @@ class Spec:
 
 
 @dataclass(frozen=True, slots=True)
+class QualityFloor:
+    """How far quality may go down while the class of a request is under pressure; by default not at all.
+
+    Attributes:
+        min_num_steps: fewest denoising steps; None: no fewer than the spec has.
+        cheaper_previews: whether LINEAR previews may stand in for those of a decoder.
+        min_similarity: least similarity (cosine) of a picture that may be served in its place; None: none may.
+    """
+
+    min_num_steps: int | None = None
+    cheaper_previews: bool = False
+    min_similarity: float | None = None
+
+
+class DegradationKind(enum.Enum):
+    """What a request gave up under load."""
+
+    FEWER_STEPS = "fewer_steps"
+    CHEAPER_PREVIEWS = "cheaper_previews"
+    SIMILAR_PICTURE = "similar_picture"
+
+
+@dataclass(frozen=True, slots=True)
+class Degradation:
+    """One thing that a request gave up under load, with what it asked for and what it got, as the proto words them."""
+
+    kind: DegradationKind
+    requested: str
+    applied: str
+
+
+@dataclass(frozen=True, slots=True)
 class Notice:
     """A warning to the caller that did not stop the request."""
 
@@ -187,7 +219,13 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A valid request. `body_digest` covers all that the client sent but `request_id`; empty without that."""
+    """A valid request.
+
+    Attributes:
+        spec: what is developed; with fewer steps than the client sent where `degradations` says so.
+        body_digest: covers all that the client sent but `request_id`; empty without that.
+        degradations: what was decided to be given up under load, before it was accepted.
+    """
 
     spec: Spec
     preview: PreviewPolicy
@@ -200,6 +238,16 @@ class Request:
     body_digest: bytes = b""
     labels: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[Notice, ...] = ()
+    quality_floor: QualityFloor = QualityFloor()
+    degradations: tuple[Degradation, ...] = ()
+
+    @property
+    def requested_spec(self) -> Spec:
+        """The spec as the client sent it, with the steps that were given up since."""
+        for one in self.degradations:
+            if one.kind is DegradationKind.FEWER_STEPS:
+                return replace(self.spec, num_inference_steps=int(one.requested))
+        return self.spec
 
     @property
     def held_bytes(self) -> int:

@@ -2,7 +2,8 @@
 
 Outputs that find a free slot do not wait and are not counted as waiting. What
 is asked is answered from numbers of this moment (`Load`); what is refused is
-told which bound it hit, and when the measured throughput will have made room.
+told which bound it hit, and when the measured throughput will have made room
+for it and for those who were told before it (`promises`).
 
 No tenant can fill a class, and no caller what its tenant may have: each may hold
 so many times what it leaves free (dynamic thresholds; Choudhury & Hahne, IEEE/ACM
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from safelight_server.domain.errors import DeadlineUnreachableError, QueueFullError
+from safelight_server.generations.promises import Promises
 from safelight_server.scheduler import WEIGHTS, Priority, ScheduledOutput
 
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 300.0
@@ -25,6 +27,10 @@ BATCH_ROOM = 4
 """How many times the outputs of another class may wait in class BATCH, whose callers mind waiting least."""
 ALPHA = 2
 """How many times the room that it leaves free a tenant, or a caller of a tenant, may hold."""
+EARLY_S = 0.05
+"""How much sooner than told a client counts as back: clocks and timers are not exact."""
+HELD_SHARE = 0.5
+"""Share of a bound that may be kept for those who were told to come; newcomers find the rest, whoever stays away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,9 @@ class Load(Protocol):
     def num_free(self) -> int:
         """Slots that no output has and none waits for."""
 
+    def num_outputs_of(self, priority: Priority) -> int:
+        """Outputs of a class that have not ended."""
+
     def num_waiting(self, priority: Priority | None = None) -> int:
         """Outputs that have not started, of a class or of all."""
 
@@ -68,12 +77,22 @@ class Load(Protocol):
 
 
 def admit(
-    load: Load, limits: AdmissionLimits, output: ScheduledOutput, num_outputs: int, time_left_s: float | None
+    load: Load,
+    limits: AdmissionLimits,
+    output: ScheduledOutput,
+    num_outputs: int,
+    time_left_s: float | None,
+    promises: Promises,
+    key: str,
+    now: float,
 ) -> float:
     """Lets `num_outputs` outputs like `output` in, or raises.
 
     Args:
         time_left_s: to the deadline of the call; None: it has none.
+        promises: what those were told who were refused; what this one is told is added.
+        key: of the request in `promises`; empty: it has none.
+        now: seconds, on the clock of `promises`.
 
     Returns:
         Seconds until they are expected to be finished.
@@ -82,7 +101,7 @@ def admit(
         QueueFullError: no room; with the time in which the real backlog makes some.
         DeadlineUnreachableError: they cannot be finished in `time_left_s`.
     """
-    _check_room(load, limits, output, num_outputs)
+    _check_room(load, limits, output, num_outputs, promises, key, now)
     needed_s = load.estimate_s(output, num_outputs)
     if time_left_s is not None and needed_s > time_left_s:
         available_s = max(0.0, time_left_s)
@@ -90,14 +109,25 @@ def admit(
             f"about {needed_s:.2f} s are needed, the deadline leaves {available_s:.2f} s",
             metadata={"needed_s": f"{needed_s:.3f}", "available_s": f"{available_s:.3f}"},
         )
+    promises.forget(key)
     return needed_s
 
 
-def _check_room(load: Load, limits: AdmissionLimits, output: ScheduledOutput, num_outputs: int) -> None:
+def _check_room(
+    load: Load,
+    limits: AdmissionLimits,
+    output: ScheduledOutput,
+    num_outputs: int,
+    promises: Promises,
+    key: str,
+    now: float,
+) -> None:
     would_wait = max(0, num_outputs - load.num_free)
     if not would_wait:
         return
     priority, caller, tenant = output.priority, output.caller, output.tenant
+    promise = promises.of(key, now)
+    is_back = promise is not None and promise.due <= now + EARLY_S
     of_class, max_of_class = load.num_waiting(priority), limits.max_waiting[priority]
     of_tenant = load.num_waiting_of_tenant(tenant, priority)
     max_of_tenant = ALPHA * (max_of_class - of_class - would_wait) + 1
@@ -110,23 +140,34 @@ def _check_room(load: Load, limits: AdmissionLimits, output: ScheduledOutput, nu
     ):
         limit = max(limit, 0)
         too_many = waiting + would_wait - limit
-        if too_many > 0:
+        first, again = subject, f"{subject} again"  # who came when told and found no room is before all who did not
+        held = promises.num_held(first, now) + promises.num_held(again, now)
+        held = 0 if is_back else min(held, int(HELD_SHARE * limit))
+        if too_many + held > 0:
+            if promise is not None and not is_back:
+                retry_after_s: float | None = promise.due - now  # it has come too early
+            else:
+                ahead = promises.num_ahead(again, now) + (0 if is_back else promises.num_ahead(first, now))
+                retry_after_s = _retry_after_s(load, priority, too_many, ahead)
+                if retry_after_s is not None and key:
+                    promises.make(key, again if is_back else first, would_wait, retry_after_s, now)
             raise QueueFullError(
-                f"{waiting} of {limit} outputs of {subject} wait already, {would_wait} more would have to",
+                f"{waiting} of {limit} outputs of {subject} wait already, {would_wait} more would have to"
+                + (f"; {held} places are kept for those who were told to come" if held else ""),
                 metadata={"bound": bound, "subject": subject, "waiting": str(waiting), "limit": str(limit)},
-                retry_after_s=_retry_after_s(load, priority, too_many),
+                retry_after_s=retry_after_s,
             )
 
 
-def _retry_after_s(load: Load, priority: Priority, too_many: int) -> float | None:
-    """When there will be room; None: never, so many do not fit into an idle server.
+def _retry_after_s(load: Load, priority: Priority, too_many: int, ahead: int) -> float | None:
+    """When there will be room, after `ahead` others; None: never, so many do not fit into an idle server.
 
     Each output that ends lets one that waits start, or leaves a slot free. The server ends `num_outputs / backlog_s`
-    outputs a second; of the slots that this frees a class gets its weight among the classes in which someone waits.
+    outputs a second; of the slots that this frees a class gets its weight among the classes that have any.
     """
     if too_many > load.num_outputs:
         return None
-    competing = [other for other in Priority if other is priority or load.num_waiting(other)]
+    competing = [other for other in Priority if other is priority or load.num_outputs_of(other)]
     share = WEIGHTS[priority] / sum(WEIGHTS[other] for other in competing)
-    seconds = too_many * load.backlog_s() / load.num_outputs / share
+    seconds = max(1, too_many + ahead) * load.backlog_s() / max(1, load.num_outputs) / share
     return min(MAX_RETRY_S, max(MIN_RETRY_S, math.ceil(seconds * 10) / 10))

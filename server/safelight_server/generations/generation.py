@@ -23,6 +23,7 @@ from safelight_server.domain.caller import Caller
 from safelight_server.domain.errors import GenerationCancelledError, InternalError, SafelightError, UnavailableError
 from safelight_server.domain.events import (
     Accepted,
+    Disposition,
     Durability,
     Finished,
     FinishReason,
@@ -36,7 +37,7 @@ from safelight_server.domain.events import (
     Usage,
 )
 from safelight_server.domain.picture import EncodedPicture, FinishedPicture
-from safelight_server.domain.request import Request
+from safelight_server.domain.request import Degradation, DegradationKind, PreviewMethod, PreviewPolicy, Request
 from safelight_server.generations.execution import Execution
 from safelight_server.generations.output import ComputedWork, Output
 from safelight_server.prices import ComputePrice
@@ -154,6 +155,22 @@ class Generation:
     def whole(self) -> bool:
         """Whether all its finished pictures are in this process."""
         return all(o.total_bytes for o in self.outputs if o.reason is FinishReason.COMPLETED)
+
+    @property
+    def degradations(self) -> tuple[Degradation, ...]:
+        """What its quality floor gave up under load."""
+        similar = any(output.origin.disposition is Disposition.SIMILAR for output in self.outputs)
+        # whoever took it over may have found the similar picture gone, and has developed it
+        return tuple(
+            one for one in self.request.degradations if similar or one.kind is not DegradationKind.SIMILAR_PICTURE
+        )
+
+    def preview_policy(self, wanted: PreviewPolicy) -> PreviewPolicy:
+        """The previews that a stream of it gets which has asked for `wanted`."""
+        cheaper = any(one.kind is DegradationKind.CHEAPER_PREVIEWS for one in self.request.degradations)
+        if cheaper and wanted.method in (PreviewMethod.TINY_DECODER, PreviewMethod.FULL_DECODER):
+            return replace(wanted, method=PreviewMethod.LINEAR)
+        return wanted
 
     @property
     def held_bytes(self) -> int:
@@ -366,7 +383,7 @@ class Generation:
         else:
             self.state = GenerationState.FAILED
         self.origins = tuple(output.final_origin() for output in self.outputs)
-        self.log.publish(Finished(self.error, self._usage(), self._timings(), self.origins))
+        self.log.publish(Finished(self.error, self._usage(), self._timings(), self.origins, self.degradations))
         self._part()
         self._on_end(self)
         level = self._logger.error if isinstance(self.error, InternalError) else self._logger.info
@@ -393,6 +410,7 @@ class Generation:
             labels=self.request.labels,
             finish_time=self.finish_time,
             error=self.error,
+            degradations=self.degradations,
         )
 
     def _usage(self) -> Usage:

@@ -31,7 +31,7 @@ from safelight_server.domain.errors import (
 )
 from safelight_server.domain.events import Disposition, FinishReason, Origin
 from safelight_server.domain.picture import EncodedPicture, Pixels
-from safelight_server.domain.request import CacheMode, Spec
+from safelight_server.domain.request import CacheMode, CachePolicy, Spec
 from safelight_server.domain.tensors import Embedding
 from safelight_server.engine.engine import Engine
 from safelight_server.engine.jobs import InitImage, Job
@@ -41,6 +41,7 @@ from safelight_server.generations.execution import Execution, Executions
 from safelight_server.generations.generation import Generation
 from safelight_server.generations.init_images import InitImages
 from safelight_server.generations.output import Output
+from safelight_server.generations.promises import Promises
 from safelight_server.runtime.base import Runtime
 from safelight_server.storage.base import StoreError
 
@@ -105,6 +106,7 @@ class Planner:
         self._limits = limits
         self._images = images
         self._requested = requested
+        self._promises = Promises()
         self._leased_runners = leased_runners
 
     @property
@@ -177,6 +179,31 @@ class Planner:
                     return OutputPlan(wanted, origin, None, start.snapshot, await self._cache.embeddings(wanted))
         return OutputPlan(wanted, embeddings=await self._cache.embeddings(wanted))
 
+    def is_new(self, plans: Sequence[OutputPlan]) -> bool:
+        """Whether every output would be developed: no picture, no latent to begin from, none identical under way."""
+        return all(
+            plan.picture is None
+            and plan.origin.disposition is not Disposition.LATENT
+            and self._executions.find(self._key(plan)) is None
+            for plan in plans
+        )
+
+    async def plan_similar(self, plans: Sequence[OutputPlan], min_similarity: float) -> list[OutputPlan]:
+        """Looks for a similar picture for each output that has none, whatever the cache mode of the request is."""
+        policy = CachePolicy(CacheMode.ALLOW_SIMILAR, min_similarity)
+        return list(await asyncio.gather(*(self._find_similar(plan, policy) for plan in plans)))
+
+    async def _find_similar(self, plan: OutputPlan, policy: CachePolicy) -> OutputPlan:
+        if plan.picture is not None or plan.start is not None or self._executions.find(self._key(plan)) is not None:
+            return plan
+        query = replace(plan.wanted, policy=policy)
+        similar = await self._cache.approximate(query, latents=False)
+        if isinstance(similar, SimilarPicture):
+            origin = _origin(Disposition.SIMILAR, similar.kept, similar.similarity)
+            return replace(plan, wanted=query, origin=origin, picture=similar.kept.picture)
+        embeddings = await self._cache.embeddings(query)
+        return replace(plan, wanted=replace(query, policy=plan.wanted.policy), embeddings=embeddings)
+
     async def _branch(self, generation: Generation, source: Generation) -> OutputPlan:
         branch, spec = generation.request.branch, generation.request.spec
         assert branch is not None
@@ -230,7 +257,7 @@ class Planner:
             else:
                 execution = new[key or output] = self._create(generation, output, plan, key)
                 sources.append(execution)
-        estimate_s = self._admit(list(new.values()), time_left_s) if new else 0.0
+        estimate_s = self._admit(generation, list(new.values()), time_left_s) if new else 0.0
         for execution in new.values():
             self._executions.publish(execution)
         generation.accept(self.numerics_id(generation), estimate_s, sources)
@@ -306,14 +333,19 @@ class Planner:
     def _start_key(self, generation: Generation, output: Output, wanted: CacheQuery) -> str:
         return f"{wanted.name.namespace.prefix}/start/{self._cache.namespaces.private(generation.name, output.index)}"
 
-    def _admit(self, new: Sequence[Execution], time_left_s: float | None) -> float:
-        output = self._engine.output(new[0].job)
-        self._requested(output.priority.name.lower(), self._engine.scheduler.compute_s(output) * len(new))
+    def _admit(self, generation: Generation, new: Sequence[Execution], time_left_s: float | None) -> float:
+        output = requested = self._engine.output(new[0].job)
+        spec = generation.request.requested_spec
+        if spec is not generation.request.spec:  # a fleet that degrades is too small, and must not look large enough
+            requested = replace(output, num_steps=spec.num_inference_steps, first_step=spec.first_step)
+        self._requested(output.priority.name.lower(), self._engine.scheduler.compute_s(requested) * len(new))
         self._engine.outage.check()
         load = self._engine.scheduler if self._leased_runners is None else LoadWithPending(self._leased_runners)
         if self._engine.outage.is_on:
             time_left_s = None  # nobody knows when an instance will be back; the deadline itself will say
-        return admit(load, self._limits, output, len(new), time_left_s)
+        request_id = generation.request.request_id
+        key = f"{output.caller} {request_id}" if request_id else ""
+        return admit(load, self._limits, output, len(new), time_left_s, self._promises, key, generation.times.accepted)
 
     def _create(
         self, generation: Generation, output: Output, plan: OutputPlan, key: CacheKeys | None, *, again: bool = False

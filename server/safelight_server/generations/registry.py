@@ -36,6 +36,7 @@ from safelight_server.domain.events import Disposition, FinishReason, Generation
 from safelight_server.domain.request import PreviewPolicy, Request
 from safelight_server.engine.engine import Engine
 from safelight_server.generations.admission import BATCH_ROOM, AdmissionLimits
+from safelight_server.generations.degradation import degrade
 from safelight_server.generations.execution import Executions
 from safelight_server.generations.finished import FinishedGenerations
 from safelight_server.generations.generation import DECIDE_RETRY_S, Generation
@@ -45,6 +46,7 @@ from safelight_server.generations.inspection import Inspection
 from safelight_server.generations.open_streams import End, OpenStreams
 from safelight_server.generations.ownership import CANCEL, PRIORITY, ClusterContext, Ownership
 from safelight_server.generations.planner import Planner
+from safelight_server.generations.pressure import Pressure
 from safelight_server.generations.suspended import SuspendedGenerations
 from safelight_server.generations.unread_bytes import UnreadBytes
 from safelight_server.prices import ComputePrice
@@ -58,6 +60,8 @@ from safelight_server.telemetry.tracing import UNTRACED
 log = structlog.get_logger(__name__)
 
 TICK_S = 0.25
+TICKS_PER_PRESSURE = 4
+"""Once a second is soon enough for queues of seconds, and all outputs are looked at then."""
 ANSWER_S = 5.0
 """How long a client's wish waits for a lease to be renewed."""
 
@@ -101,6 +105,8 @@ class Generations:
         most = settings.max_waiting_outputs
         waiting = dict.fromkeys(Priority, most) | {Priority.BATCH: BATCH_ROOM * most}
         limits = AdmissionLimits(waiting, settings.max_waiting_per_caller)
+        wait_s = {Priority[name.upper()]: seconds for name, seconds in settings.class_wait_s.items()}
+        self._pressure = Pressure(wait_s, self._pressure_changed)
         self._planner = Planner(
             catalog, runtime, engine, executions, cache, limits, images, metrics.requested, leased_runners
         )
@@ -196,6 +202,8 @@ class Generations:
         with generation.stage.within("lookup"):
             await self._keep_outputs(generation)
             plans = await self._planner.plan(generation, branched_from)
+            if self._pressure.on(request.priority):
+                plans = await degrade(self._planner, generation, plans)
         self._refuse_while_draining()
         if self._ownership is not None:
             await self._ownership.owners.record(generation, plans)
@@ -203,6 +211,7 @@ class Generations:
         self._live[generation.identifier] = generation
         with generation.stage.within("admission"):
             self._planner.submit(generation, plans, generation.left_s)
+        self._count_degradations(generation)
         return None
 
     async def _keep_outputs(self, generation: Generation) -> None:
@@ -221,6 +230,22 @@ class Generations:
             digests[field] = await self._images.keep_output(source, int(index), f"spec.{field}")
         if digests:
             generation.request = dataclasses.replace(request, spec=request.spec.with_images(digests))
+
+    def _count_degradations(self, generation: Generation) -> None:
+        given_up = generation.degradations
+        for one in given_up:
+            self._metrics.degraded(one.kind.value, generation.request.priority.name.lower())
+        if given_up:
+            what = {one.kind.value: f"{one.requested} to {one.applied}" for one in given_up}
+            log.info("degraded", generation=generation.name, priority=generation.request.priority.name, **what)
+
+    def _pressure_changed(self, priority: Priority, late: bool, load: float) -> None:
+        self._metrics.pressure(priority.name.lower(), late)
+        log.info("pressure_began" if late else "pressure_ended", priority=priority.name, load=round(load, 2))
+
+    def under_pressure(self, priority: Priority) -> bool:
+        """Whether requests of a class are degraded now, as far as their quality floors allow."""
+        return self._pressure.on(priority)
 
     def _refuse_while_draining(self) -> None:
         if self._draining:
@@ -351,7 +376,7 @@ class Generations:
             self._check(generation)
             if generation.ended or generation.log.watchers:  # the first stream of one that runs adds nothing
                 self._unread.check(generation.caller)
-            watcher = generation.log.watch(policy, after_sequence, offsets)
+            watcher = generation.log.watch(generation.preview_policy(policy), after_sequence, offsets)
         except SafelightError:
             self._drop_unwatched(generation)
             raise
@@ -498,13 +523,18 @@ class Generations:
         return self._ownership
 
     async def tick(self) -> None:
-        """Every 0.25 s, until cancelled: publishes queue positions, ends stalled streams, drops old generations."""
+        """Every 0.25 s, until cancelled: queue positions, stalled streams, old generations. Every second: pressure."""
         loop = asyncio.get_running_loop()
+        num_ticks = 0
         while True:
             began = loop.time()
             await asyncio.sleep(TICK_S)
             self._metrics.loop_lag.observe(max(0.0, loop.time() - began - TICK_S))
             self._publish_queue_positions()
+            num_ticks += 1
+            if num_ticks % TICKS_PER_PRESSURE == 0:
+                scheduler = self._engine.scheduler
+                self._pressure.update(scheduler.left_by_class_s(), scheduler.num_instances)
             now = self._clock()
             for watcher in self._streams.stalled(now, self._settings.watcher_stall_s):
                 self._end_stalled(watcher)

@@ -213,6 +213,10 @@ class Scheduler:
         """Outputs that have not ended."""
         return len(self._lives.of)
 
+    def num_outputs_of(self, priority: Priority) -> int:
+        """Outputs of a class that have not ended."""
+        return sum(life.priority is priority for life in self._lives.of.values())
+
     @property
     def num_free(self) -> int:
         """Slots that are neither taken nor about to be taken by a waiting output."""

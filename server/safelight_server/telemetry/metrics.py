@@ -21,6 +21,7 @@ WAIT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 KINDS = ("encode", "denoise", "preview", "decode")
 HITS = ("exact", "similar", "latent", "coalesced", "branched")
 LOOKUPS = ("exact", "approximate")
+DEGRADATIONS = ("fewer_steps", "cheaper_previews", "similar_picture")
 CLASSES = ("interactive", "standard", "batch")
 DUE_WITHIN_S = (5, 15, 60, 300)
 """Spans to a deadline, in seconds, for which `safelight_due_compute_seconds` is given."""
@@ -108,6 +109,18 @@ class Metrics:
             ["class"],
             registry=registry,
         )
+        self._degradations = Counter(
+            "safelight_degradations",
+            "Requests that gave something up under load, as their quality floors allowed",
+            ["kind", "class"],
+            registry=registry,
+        )
+        self._pressure = Gauge(
+            "safelight_class_late",
+            "1 while more is queued for a class than is done in the time that it may wait",
+            ["class"],
+            registry=registry,
+        )
         self._live = Gauge("safelight_live_instances", "Instances that take calls", registry=registry)
         self._instances = Gauge("safelight_instances", "Instances when all are live", registry=registry)
         self._streams = Gauge("safelight_open_streams", "Open streams of generations", registry=registry)
@@ -155,6 +168,10 @@ class Metrics:
             self._refused.labels(reason)
         for name in CLASSES:
             self._requested.labels(name)
+            self._pressure.labels(name)
+            if name != "interactive":  # which is never degraded
+                for kind in DEGRADATIONS:
+                    self._degradations.labels(kind, name)
             self._first_preview.labels(name)
             self._duration.labels(name)
         for kind in KINDS:
@@ -182,6 +199,14 @@ class Metrics:
     def requested(self, priority: str, compute_s: float) -> None:
         """Counts compute, in seconds of one instance, that was asked for in a class."""
         self._requested.labels(priority).inc(compute_s)
+
+    def degraded(self, kind: str, priority: str) -> None:
+        """Counts a request of a class that gave something up; `kind` is one of `DEGRADATIONS`."""
+        self._degradations.labels(kind, priority).inc()
+
+    def pressure(self, priority: str, late: bool) -> None:
+        """Sets whether more is queued for a class than is done in the time that it may wait."""
+        self._pressure.labels(priority).set(late)
 
     def watch_demand(self, left_s: Callable[[str], float], due_s: Callable[[float], float]) -> None:
         """Sets the functions that are asked at a scrape, in seconds of one instance in full batches.

@@ -18,9 +18,11 @@ from safelight_server.domain.request import (
     Notice,
     PixelEncoding,
     PreviewPolicy,
+    QualityFloor,
     Request,
     Spec,
 )
+from safelight_server.sampler import refusal, steps_left_out
 from safelight_server.scheduler import Priority
 from safelight_server.validation.delivery import check_disconnect, check_encoding, check_preview
 from safelight_server.validation.spec import check_spec
@@ -62,6 +64,9 @@ def resolve_request(message: pb.GenerateRequest, catalog: Catalog, limits: Reque
     branch = None
     if message.HasField("branch") and spec is not None:
         branch = _branch(message.branch, spec, cache.mode, faults)
+    floor = QualityFloor()
+    if message.HasField("quality_floor") and spec is not None:
+        floor = _quality_floor(message, spec, pipeline, priority, cache, faults)
     request_id = _request_id(message.request_id, faults)
     _check_labels(message.labels, faults)
     faults.done()
@@ -79,6 +84,7 @@ def resolve_request(message: pb.GenerateRequest, catalog: Catalog, limits: Reque
         body_digest=body_digest(message),
         labels=dict(message.labels),
         warnings=tuple(notices),
+        quality_floor=floor,
     )
 
 
@@ -187,6 +193,38 @@ def _branch(message: pb.Branch, spec: Spec, mode: CacheMode, faults: Violations)
     exact_only = mode in (CacheMode.DEFAULT, CacheMode.BYPASS)
     faults.check(exact_only, "branch", "contradicts a cache mode that starts elsewhere")
     return Branch(identifier, message.output_index, message.step)
+
+
+def _quality_floor(
+    message: pb.GenerateRequest,
+    spec: Spec,
+    pipeline: Pipeline,
+    priority: Priority,
+    cache: CachePolicy,
+    faults: Violations,
+) -> QualityFloor:
+    floor, field = message.quality_floor, "quality_floor"
+    waited_for = priority is Priority.INTERACTIVE
+    faults.check(not waited_for, field, "goes with PRIORITY_STANDARD and PRIORITY_BATCH; leave one of them out")
+    branched = message.HasField("branch")
+    min_num_steps = min_similarity = None
+    if floor.HasField("min_num_steps"):
+        min_num_steps, at = floor.min_num_steps, f"{field}.min_num_steps"
+        faults.check(not branched, at, "contradicts branch, which has the steps of what it begins from")
+        most = spec.num_inference_steps
+        if faults.check(1 <= min_num_steps <= most, at, f"must be from 1 to {most}, the steps of the spec"):
+            why = refusal(spec.sampler, pipeline.schedule, pipeline.manifest.prediction_type, min_num_steps)
+            faults.check(why is None, at, f"{why}; ask for more")
+            enough = steps_left_out(min_num_steps, spec.strength) < min_num_steps
+            faults.check(enough, at, f"of {min_num_steps} steps strength leaves none; ask for more")
+    if floor.HasField("min_similarity"):
+        min_similarity, at = floor.min_similarity, f"{field}.min_similarity"
+        faults.check(not branched, at, "contradicts branch, which begins from a step of its own choice")
+        faults.check(cache.mode is not CacheMode.BYPASS, at, "contradicts MODE_BYPASS")
+        faults.check(0 < min_similarity <= 1, at, "must be above 0 and at most 1")
+        lower = cache.mode is not CacheMode.ALLOW_SIMILAR or min_similarity < cache.min_similarity
+        faults.check(lower, at, "must be below cache.min_similarity, which allows as much without pressure")
+    return QualityFloor(min_num_steps, floor.cheaper_previews, min_similarity)
 
 
 def _request_id(request_id: str, faults: Violations) -> str:

@@ -9,7 +9,7 @@ from safelight.v1 import generation_pb2 as pb
 
 from safelight_server.domain.events import Disposition, Durability, FinishReason, GenerationState
 from safelight_server.domain.ktx2 import TextureFormat
-from safelight_server.domain.request import CacheMode, PreviewMethod
+from safelight_server.domain.request import CacheMode, DegradationKind, PreviewMethod
 from safelight_server.domain.roles import Role
 from safelight_server.scheduler import Priority
 
@@ -80,6 +80,11 @@ DISPOSITIONS = {
     Disposition.SIMILAR: pb.CacheResult.DISPOSITION_SIMILAR,
     Disposition.LATENT: pb.CacheResult.DISPOSITION_LATENT,
     Disposition.BRANCHED: pb.CacheResult.DISPOSITION_BRANCHED,
+}
+DEGRADATIONS = {
+    DegradationKind.FEWER_STEPS: pb.Degradation.KIND_FEWER_STEPS,
+    DegradationKind.CHEAPER_PREVIEWS: pb.Degradation.KIND_CHEAPER_PREVIEWS,
+    DegradationKind.SIMILAR_PICTURE: pb.Degradation.KIND_SIMILAR_PICTURE,
 }
 DURABILITIES = {
     Durability.LOCAL: pb.Accepted.DURABILITY_LOCAL,

@@ -16,7 +16,8 @@ from safelight_server.domain.events import (
     Timings,
     Usage,
 )
-from safelight_server.wire.enums import DISPOSITIONS, DURABILITIES, PRIORITIES, REASONS, STATES
+from safelight_server.domain.request import Degradation
+from safelight_server.wire.enums import DEGRADATIONS, DISPOSITIONS, DURABILITIES, PRIORITIES, REASONS, STATES
 from safelight_server.wire.specs import encoding_message, spec_message
 from safelight_server.wire.statuses import OK, status_of
 from safelight_server.wire.times import duration, timestamp
@@ -52,6 +53,7 @@ def generation_message(view: GenerationView) -> pb.Generation:
         create_time=timestamp(view.create_time),
         usage=usage_message(view.usage),
         last_sequence=view.last_sequence,
+        degradations=map(_degradation, view.degradations),
     )
     for output in view.outputs:
         message.outputs.add(
@@ -110,6 +112,7 @@ def _finished(event: Finished) -> pb.Finished:
         usage=usage_message(event.usage),
         timings=_timings(event.timings),
         cache_results=[_cache_result(origin) for origin in event.origins],
+        degradations=map(_degradation, event.degradations),
     )
 
 
@@ -123,6 +126,11 @@ def _cache_result(origin: Origin | None) -> pb.CacheResult:
         num_steps_skipped=origin.num_steps_skipped,
         numerics_id=origin.numerics_id,
     )
+
+
+def _degradation(given_up: Degradation) -> pb.Degradation:
+    kind = DEGRADATIONS[given_up.kind]
+    return pb.Degradation(kind=kind, requested=given_up.requested, applied=given_up.applied)
 
 
 def _timings(timings: Timings) -> pb.Timings:

@@ -183,6 +183,7 @@ class GenerateRequest(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     BRANCH_FIELD_NUMBER: _builtins.int
+    QUALITY_FLOOR_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """A UUID chosen by the client. While the server remembers it, the same id
     with the same request attaches to the running generation or replays its
@@ -230,6 +231,13 @@ class GenerateRequest(_message.Message):
         kept any more.
         """
 
+    @_builtins.property
+    def quality_floor(self) -> Global___QualityFloor:
+        """How far quality may go down under load. Only for PRIORITY_STANDARD and
+        PRIORITY_BATCH, since someone waits for what is INTERACTIVE. Absent: it does
+        not go down.
+        """
+
     def __init__(
         self,
         *,
@@ -242,10 +250,11 @@ class GenerateRequest(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         cache: Global___CachePolicy | None = ...,
         branch: Global___Branch | None = ...,
+        quality_floor: Global___QualityFloor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "cache", b"cache", "disconnect", b"disconnect", "encoding", b"encoding", "preview", b"preview", "scheduling", b"scheduling", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "cache", b"cache", "disconnect", b"disconnect", "encoding", b"encoding", "preview", b"preview", "quality_floor", b"quality_floor", "scheduling", b"scheduling", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "cache", b"cache", "disconnect", b"disconnect", "encoding", b"encoding", "labels", b"labels", "preview", b"preview", "request_id", b"request_id", "scheduling", b"scheduling", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "cache", b"cache", "disconnect", b"disconnect", "encoding", b"encoding", "labels", b"labels", "preview", b"preview", "quality_floor", b"quality_floor", "request_id", b"request_id", "scheduling", b"scheduling", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -836,6 +845,58 @@ class CachePolicy(_message.Message):
 Global___CachePolicy: _TypeAlias = CachePolicy  # noqa: Y015
 
 @_typing.final
+class QualityFloor(_message.Message):
+    """How far the quality of a request may go down while its class is under
+    pressure: while more is queued than is done in the time that the operator lets
+    the class wait. It is decided once, before `Accepted`, which shows the spec
+    that is developed; `Finished.degradations` says what was done. Nothing is done
+    to a request of which a picture, or an identical output on its way, is there.
+    Each field allows one thing.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIN_NUM_STEPS_FIELD_NUMBER: _builtins.int
+    CHEAPER_PREVIEWS_FIELD_NUMBER: _builtins.int
+    MIN_SIMILARITY_FIELD_NUMBER: _builtins.int
+    min_num_steps: _builtins.int
+    """Fewest denoising steps, from 1 to the steps of the spec; the sampler must
+    work with them. Under pressure it is just these, so that equal requests
+    still share one picture. Not with `branch`. Absent: no fewer steps.
+    """
+    cheaper_previews: _builtins.bool
+    """Where `preview` asks for TINY_DECODER or FULL_DECODER, all streams of the
+    generation may get LINEAR. AUTO follows the load without being told.
+    """
+    min_similarity: _builtins.float
+    """A finished picture of another seed or wording may be served, as with
+    MODE_ALLOW_SIMILAR, if it has at least this similarity, above 0 and at most 1
+    (with MODE_ALLOW_SIMILAR: below `CachePolicy.min_similarity`). Not with
+    `branch` and not with MODE_BYPASS. Absent: only as `cache` says.
+    """
+    def __init__(
+        self,
+        *,
+        min_num_steps: _builtins.int | None = ...,
+        cheaper_previews: _builtins.bool = ...,
+        min_similarity: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_num_steps", b"_min_num_steps", "_min_similarity", b"_min_similarity", "min_num_steps", b"min_num_steps", "min_similarity", b"min_similarity"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_num_steps", b"_min_num_steps", "_min_similarity", b"_min_similarity", "cheaper_previews", b"cheaper_previews", "min_num_steps", b"min_num_steps", "min_similarity", b"min_similarity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__min_num_steps: _TypeAlias = _typing.Literal["min_num_steps"]  # noqa: Y015
+    _WhichOneofArgType__min_num_steps: _TypeAlias = _typing.Literal["_min_num_steps", b"_min_num_steps"]  # noqa: Y015
+    _WhichOneofReturnType__min_similarity: _TypeAlias = _typing.Literal["min_similarity"]  # noqa: Y015
+    _WhichOneofArgType__min_similarity: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_num_steps) -> _WhichOneofReturnType__min_num_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_similarity) -> _WhichOneofReturnType__min_similarity | None: ...
+
+Global___QualityFloor: _TypeAlias = QualityFloor  # noqa: Y015
+
+@_typing.final
 class Branch(_message.Message):
     """A point in the development of another output."""
 
@@ -1370,6 +1431,7 @@ class Finished(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     CACHE_RESULTS_FIELD_NUMBER: _builtins.int
+    DEGRADATIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def status(self) -> _status_pb2.Status:
         """OK, or why not, with its details."""
@@ -1386,6 +1448,10 @@ class Finished(_message.Message):
     def cache_results(self) -> _containers.RepeatedCompositeFieldContainer[Global___CacheResult]:
         """Where each picture came from, by its place in the spec."""
 
+    @_builtins.property
+    def degradations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Degradation]:
+        """What its quality floor gave up under load; empty: nothing."""
+
     def __init__(
         self,
         *,
@@ -1393,14 +1459,82 @@ class Finished(_message.Message):
         usage: Global___Usage | None = ...,
         timings: Global___Timings | None = ...,
         cache_results: _abc.Iterable[Global___CacheResult] | None = ...,
+        degradations: _abc.Iterable[Global___Degradation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_results", b"cache_results", "status", b"status", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_results", b"cache_results", "degradations", b"degradations", "status", b"status", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Finished: _TypeAlias = Finished  # noqa: Y015
+
+@_typing.final
+class Degradation(_message.Message):
+    """One thing that a request gave up under load, as its quality floor allowed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Degradation._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        KIND_UNSPECIFIED: Degradation._Kind.ValueType  # 0
+        """Not a kind."""
+        KIND_FEWER_STEPS: Degradation._Kind.ValueType  # 1
+        """Denoising steps; `requested` and `applied` are numbers of steps."""
+        KIND_CHEAPER_PREVIEWS: Degradation._Kind.ValueType  # 2
+        """The method of previews; `requested` and `applied` are names of
+        PreviewMethod, such as PREVIEW_METHOD_LINEAR.
+        """
+        KIND_SIMILAR_PICTURE: Degradation._Kind.ValueType  # 3
+        """The very picture, for one that is similar; `requested` and `applied` are
+        similarities: the least that the request asked for without pressure, 1
+        for an identical one, and that of the least similar picture served.
+        """
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
+        """What was given up."""
+
+    KIND_UNSPECIFIED: Degradation.Kind.ValueType  # 0
+    """Not a kind."""
+    KIND_FEWER_STEPS: Degradation.Kind.ValueType  # 1
+    """Denoising steps; `requested` and `applied` are numbers of steps."""
+    KIND_CHEAPER_PREVIEWS: Degradation.Kind.ValueType  # 2
+    """The method of previews; `requested` and `applied` are names of
+    PreviewMethod, such as PREVIEW_METHOD_LINEAR.
+    """
+    KIND_SIMILAR_PICTURE: Degradation.Kind.ValueType  # 3
+    """The very picture, for one that is similar; `requested` and `applied` are
+    similarities: the least that the request asked for without pressure, 1
+    for an identical one, and that of the least similar picture served.
+    """
+
+    KIND_FIELD_NUMBER: _builtins.int
+    REQUESTED_FIELD_NUMBER: _builtins.int
+    APPLIED_FIELD_NUMBER: _builtins.int
+    kind: Global___Degradation.Kind.ValueType
+    """What was given up."""
+    requested: _builtins.str
+    """What the request asked for."""
+    applied: _builtins.str
+    """What it got."""
+    def __init__(
+        self,
+        *,
+        kind: Global___Degradation.Kind.ValueType = ...,
+        requested: _builtins.str = ...,
+        applied: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "kind", b"kind", "requested", b"requested"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Degradation: _TypeAlias = Degradation  # noqa: Y015
 
 @_typing.final
 class CacheResult(_message.Message):
@@ -1927,6 +2061,7 @@ class Generation(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    DEGRADATIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"generations/{generation}"."""
     state: Global___Generation.State.ValueType
@@ -1963,6 +2098,10 @@ class Generation(_message.Message):
     def usage(self) -> Global___Usage:
         """What it has used so far."""
 
+    @_builtins.property
+    def degradations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Degradation]:
+        """What its quality floor gave up under load; empty: nothing."""
+
     def __init__(
         self,
         *,
@@ -1977,10 +2116,11 @@ class Generation(_message.Message):
         status: _status_pb2.Status | None = ...,
         usage: Global___Usage | None = ...,
         last_sequence: _builtins.int = ...,
+        degradations: _abc.Iterable[Global___Degradation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "finish_time", b"finish_time", "spec", b"spec", "status", b"status", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "finish_time", b"finish_time", "labels", b"labels", "last_sequence", b"last_sequence", "name", b"name", "outputs", b"outputs", "priority", b"priority", "spec", b"spec", "state", b"state", "status", b"status", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "degradations", b"degradations", "finish_time", b"finish_time", "labels", b"labels", "last_sequence", b"last_sequence", "name", b"name", "outputs", b"outputs", "priority", b"priority", "spec", b"spec", "state", b"state", "status", b"status", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

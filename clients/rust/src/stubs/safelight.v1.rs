@@ -278,6 +278,11 @@ pub struct GenerateRequest {
     /// kept any more.
     #[prost(message, optional, tag = "9")]
     pub branch: ::core::option::Option<Branch>,
+    /// How far quality may go down under load. Only for PRIORITY_STANDARD and
+    /// PRIORITY_BATCH, since someone waits for what is INTERACTIVE. Absent: it does
+    /// not go down.
+    #[prost(message, optional, tag = "10")]
+    pub quality_floor: ::core::option::Option<QualityFloor>,
 }
 /// One event of the generation.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -682,6 +687,30 @@ pub mod cache_policy {
         }
     }
 }
+/// How far the quality of a request may go down while its class is under
+/// pressure: while more is queued than is done in the time that the operator lets
+/// the class wait. It is decided once, before `Accepted`, which shows the spec
+/// that is developed; `Finished.degradations` says what was done. Nothing is done
+/// to a request of which a picture, or an identical output on its way, is there.
+/// Each field allows one thing.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct QualityFloor {
+    /// Fewest denoising steps, from 1 to the steps of the spec; the sampler must
+    /// work with them. Under pressure it is just these, so that equal requests
+    /// still share one picture. Not with `branch`. Absent: no fewer steps.
+    #[prost(int32, optional, tag = "1")]
+    pub min_num_steps: ::core::option::Option<i32>,
+    /// Where `preview` asks for TINY_DECODER or FULL_DECODER, all streams of the
+    /// generation may get LINEAR. AUTO follows the load without being told.
+    #[prost(bool, tag = "2")]
+    pub cheaper_previews: bool,
+    /// A finished picture of another seed or wording may be served, as with
+    /// MODE_ALLOW_SIMILAR, if it has at least this similarity, above 0 and at most 1
+    /// (with MODE_ALLOW_SIMILAR: below `CachePolicy.min_similarity`). Not with
+    /// `branch` and not with MODE_BYPASS. Absent: only as `cache` says.
+    #[prost(float, optional, tag = "3")]
+    pub min_similarity: ::core::option::Option<f32>,
+}
 /// A point in the development of another output.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Branch {
@@ -1063,6 +1092,75 @@ pub struct Finished {
     /// Where each picture came from, by its place in the spec.
     #[prost(message, repeated, tag = "4")]
     pub cache_results: ::prost::alloc::vec::Vec<CacheResult>,
+    /// What its quality floor gave up under load; empty: nothing.
+    #[prost(message, repeated, tag = "5")]
+    pub degradations: ::prost::alloc::vec::Vec<Degradation>,
+}
+/// One thing that a request gave up under load, as its quality floor allowed.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Degradation {
+    /// What was given up.
+    #[prost(enumeration = "degradation::Kind", tag = "1")]
+    pub kind: i32,
+    /// What the request asked for.
+    #[prost(string, tag = "2")]
+    pub requested: ::prost::alloc::string::String,
+    /// What it got.
+    #[prost(string, tag = "3")]
+    pub applied: ::prost::alloc::string::String,
+}
+/// Nested message and enum types in `Degradation`.
+pub mod degradation {
+    /// What was given up.
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum Kind {
+        /// Not a kind.
+        Unspecified = 0,
+        /// Denoising steps; `requested` and `applied` are numbers of steps.
+        FewerSteps = 1,
+        /// The method of previews; `requested` and `applied` are names of
+        /// PreviewMethod, such as PREVIEW_METHOD_LINEAR.
+        CheaperPreviews = 2,
+        /// The very picture, for one that is similar; `requested` and `applied` are
+        /// similarities: the least that the request asked for without pressure, 1
+        /// for an identical one, and that of the least similar picture served.
+        SimilarPicture = 3,
+    }
+    impl Kind {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Unspecified => "KIND_UNSPECIFIED",
+                Self::FewerSteps => "KIND_FEWER_STEPS",
+                Self::CheaperPreviews => "KIND_CHEAPER_PREVIEWS",
+                Self::SimilarPicture => "KIND_SIMILAR_PICTURE",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "KIND_UNSPECIFIED" => Some(Self::Unspecified),
+                "KIND_FEWER_STEPS" => Some(Self::FewerSteps),
+                "KIND_CHEAPER_PREVIEWS" => Some(Self::CheaperPreviews),
+                "KIND_SIMILAR_PICTURE" => Some(Self::SimilarPicture),
+                _ => None,
+            }
+        }
+    }
 }
 /// Where a picture came from.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1324,6 +1422,9 @@ pub struct Generation {
     /// Newest sequence of its state events.
     #[prost(uint64, tag = "11")]
     pub last_sequence: u64,
+    /// What its quality floor gave up under load; empty: nothing.
+    #[prost(message, repeated, tag = "12")]
+    pub degradations: ::prost::alloc::vec::Vec<Degradation>,
 }
 /// Nested message and enum types in `Generation`.
 pub mod generation {

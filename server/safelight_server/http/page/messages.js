@@ -98,6 +98,11 @@ export const MESSAGES = {
     currency_code: [1, "string"],
     nanos: [2, "int64"],
   },
+  "safelight.v1.Degradation": {
+    kind: [1, "int32"],
+    requested: [2, "string"],
+    applied: [3, "string"],
+  },
   "safelight.v1.DisconnectPolicy": {
     action: [1, "int32"],
     resume_grace: [2, "google.protobuf.Duration"],
@@ -107,6 +112,7 @@ export const MESSAGES = {
     usage: [2, "safelight.v1.Usage"],
     timings: [3, "safelight.v1.Timings"],
     cache_results: [4, "safelight.v1.CacheResult", "repeated"],
+    degradations: [5, "safelight.v1.Degradation", "repeated"],
   },
   "safelight.v1.GenerateRequest": {
     request_id: [1, "string"],
@@ -118,6 +124,7 @@ export const MESSAGES = {
     labels: [7, "safelight.v1.GenerateRequest.LabelsEntry", "repeated"],
     cache: [8, "safelight.v1.CachePolicy"],
     branch: [9, "safelight.v1.Branch"],
+    quality_floor: [10, "safelight.v1.QualityFloor"],
   },
   "safelight.v1.GenerateRequest.LabelsEntry": {
     key: [1, "string"],
@@ -138,6 +145,7 @@ export const MESSAGES = {
     status: [9, "google.rpc.Status"],
     usage: [10, "safelight.v1.Usage"],
     last_sequence: [11, "uint64"],
+    degradations: [12, "safelight.v1.Degradation", "repeated"],
   },
   "safelight.v1.Generation.LabelsEntry": {
     key: [1, "string"],
@@ -266,6 +274,11 @@ export const MESSAGES = {
     role: [1, "int32"],
     text: [2, "string"],
   },
+  "safelight.v1.QualityFloor": {
+    min_num_steps: [1, "int32", "optional"],
+    cheaper_previews: [2, "bool"],
+    min_similarity: [3, "float", "optional"],
+  },
   "safelight.v1.Queued": {
     position: [1, "int32"],
     estimated_start_time: [2, "google.protobuf.Timestamp"],
@@ -332,6 +345,7 @@ export const ENUMS = {
   "safelight.v1.Accepted.Durability": { DURABILITY_UNSPECIFIED: 0, DURABILITY_LOCAL: 1, DURABILITY_REPLICATED: 2 },
   "safelight.v1.CachePolicy.Mode": { MODE_UNSPECIFIED: 0, MODE_DEFAULT: 1, MODE_BYPASS: 2, MODE_ALLOW_LATENT: 3, MODE_ALLOW_SIMILAR: 4 },
   "safelight.v1.CacheResult.Disposition": { DISPOSITION_UNSPECIFIED: 0, DISPOSITION_MISS: 1, DISPOSITION_COALESCED: 2, DISPOSITION_EXACT: 3, DISPOSITION_SIMILAR: 4, DISPOSITION_LATENT: 5, DISPOSITION_BRANCHED: 6 },
+  "safelight.v1.Degradation.Kind": { KIND_UNSPECIFIED: 0, KIND_FEWER_STEPS: 1, KIND_CHEAPER_PREVIEWS: 2, KIND_SIMILAR_PICTURE: 3 },
   "safelight.v1.DisconnectPolicy.Action": { ACTION_UNSPECIFIED: 0, ACTION_CANCEL: 1, ACTION_DETACH: 2 },
   "safelight.v1.Generation.State": { STATE_UNSPECIFIED: 0, STATE_QUEUED: 1, STATE_RUNNING: 2, STATE_SUSPENDED: 3, STATE_SUCCEEDED: 4, STATE_CANCELLED: 5, STATE_FAILED: 6 },
   "safelight.v1.OutputFinished.FinishReason": { FINISH_REASON_UNSPECIFIED: 0, FINISH_REASON_COMPLETED: 1, FINISH_REASON_CANCELLED: 2, FINISH_REASON_DEADLINE_EXCEEDED: 3, FINISH_REASON_FAILED: 4 },

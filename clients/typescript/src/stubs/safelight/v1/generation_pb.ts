@@ -25,7 +25,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file safelight/v1/generation.proto.
  */
 export const file_safelight_v1_generation: GenFile = /*@__PURE__*/
-  fileDesc("Ch1zYWZlbGlnaHQvdjEvZ2VuZXJhdGlvbi5wcm90bxIMc2FmZWxpZ2h0LnYxIsoDCg9HZW5lcmF0ZVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIqCgRzcGVjGAIgASgLMhwuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25TcGVjEiwKB3ByZXZpZXcYAyABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeRItCghlbmNvZGluZxgEIAEoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEiwKCnNjaGVkdWxpbmcYBSABKAsyGC5zYWZlbGlnaHQudjEuU2NoZWR1bGluZxIyCgpkaXNjb25uZWN0GAYgASgLMh4uc2FmZWxpZ2h0LnYxLkRpc2Nvbm5lY3RQb2xpY3kSOQoGbGFiZWxzGAcgAygLMikuc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVxdWVzdC5MYWJlbHNFbnRyeRIoCgVjYWNoZRgIIAEoCzIZLnNhZmVsaWdodC52MS5DYWNoZVBvbGljeRIkCgZicmFuY2gYCSABKAsyFC5zYWZlbGlnaHQudjEuQnJhbmNoGi0KC0xhYmVsc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiQAoQR2VuZXJhdGVSZXNwb25zZRIsCgVldmVudBgBIAEoCzIdLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uRXZlbnQilgQKDkdlbmVyYXRpb25TcGVjEg0KBW1vZGVsGAEgASgJEg4KBnByb21wdBgCIAEoCRIlCgdwcm9tcHRzGAMgAygLMhQuc2FmZWxpZ2h0LnYxLlByb21wdBIVCgh3aWR0aF9weBgEIAEoBUgAiAEBEhYKCWhlaWdodF9weBgFIAEoBUgBiAEBEiAKE251bV9pbmZlcmVuY2Vfc3RlcHMYBiABKAVIAogBARIbCg5ndWlkYW5jZV9zY2FsZRgHIAEoAkgDiAEBEioKB3NhbXBsZXIYCCABKAsyGS5zYWZlbGlnaHQudjEuU2FtcGxlclNwZWMSKQoHb3V0cHV0cxgJIAMoCzIYLnNhZmVsaWdodC52MS5PdXRwdXRTcGVjEhIKCmluaXRfaW1hZ2UYCiABKAkSFQoIc3RyZW5ndGgYCyABKAJIBIgBARIMCgRtYXNrGAwgASgJEh0KEGd1aWRhbmNlX3Jlc2NhbGUYDSABKAJIBYgBARI5ChFndWlkYW5jZV9pbnRlcnZhbBgOIAEoCzIeLnNhZmVsaWdodC52MS5HdWlkYW5jZUludGVydmFsQgsKCV93aWR0aF9weEIMCgpfaGVpZ2h0X3B4QhYKFF9udW1faW5mZXJlbmNlX3N0ZXBzQhEKD19ndWlkYW5jZV9zY2FsZUILCglfc3RyZW5ndGhCEwoRX2d1aWRhbmNlX3Jlc2NhbGUiSgoQR3VpZGFuY2VJbnRlcnZhbBISCgVzdGFydBgBIAEoAkgAiAEBEhAKA2VuZBgCIAEoAkgBiAEBQggKBl9zdGFydEIGCgRfZW5kIoMBCgZQcm9tcHQSJwoEcm9sZRgBIAEoDjIZLnNhZmVsaWdodC52MS5Qcm9tcHQuUm9sZRIMCgR0ZXh0GAIgASgJIkIKBFJvbGUSFAoQUk9MRV9VTlNQRUNJRklFRBAAEhEKDVJPTEVfUE9TSVRJVkUQARIRCg1ST0xFX05FR0FUSVZFEAIimgEKC1NhbXBsZXJTcGVjEgwKBG5hbWUYASABKAkSMwoOc2lnbWFfc2NoZWR1bGUYAiABKA4yGy5zYWZlbGlnaHQudjEuU2lnbWFTY2hlZHVsZRIuCgdzcGFjaW5nGAMgASgOMh0uc2FmZWxpZ2h0LnYxLlRpbWVzdGVwU3BhY2luZxIQCgNldGEYBCABKAJIAIgBAUIGCgRfZXRhIigKCk91dHB1dFNwZWMSEQoEc2VlZBgBIAEoBEgAiAEBQgcKBV9zZWVkIrQDCg1QaXhlbEVuY29kaW5nEhIKCm1lZGlhX3R5cGUYASABKAkSFAoHcXVhbGl0eRgCIAEoBUgAiAEBEiAKE3Jvd19hbGlnbm1lbnRfYnl0ZXMYAyABKAVIAYgBARI3Cglyb3dfb3JkZXIYBCABKA4yJC5zYWZlbGlnaHQudjEuUGl4ZWxFbmNvZGluZy5Sb3dPcmRlchJBCg50ZXh0dXJlX2Zvcm1hdBgFIAEoDjIpLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nLlRleHR1cmVGb3JtYXQiVgoIUm93T3JkZXISGQoVUk9XX09SREVSX1VOU1BFQ0lGSUVEEAASFgoSUk9XX09SREVSX1RPUF9ET1dOEAESFwoTUk9XX09SREVSX0JPVFRPTV9VUBACIl8KDVRleHR1cmVGb3JtYXQSHgoaVEVYVFVSRV9GT1JNQVRfVU5TUEVDSUZJRUQQABIWChJURVhUVVJFX0ZPUk1BVF9CQzEQARIWChJURVhUVVJFX0ZPUk1BVF9CQzcQAkIKCghfcXVhbGl0eUIWChRfcm93X2FsaWdubWVudF9ieXRlcyKmAgoNUHJldmlld1BvbGljeRIrCgZhY2NlcHQYASADKAsyGy5zYWZlbGlnaHQudjEuUGl4ZWxFbmNvZGluZxIYCgttYXhfZWRnZV9weBgCIAEoBUgBiAEBEhcKDWV2ZXJ5X25fc3RlcHMYAyABKAVIABIxCgxtaW5faW50ZXJ2YWwYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb25IABIrCgZtZXRob2QYBSABKA4yGy5zYWZlbGlnaHQudjEuUHJldmlld01ldGhvZBIhChRtYXhfYnl0ZXNfcGVyX3NlY29uZBgGIAEoA0gCiAEBQgkKB2NhZGVuY2VCDgoMX21heF9lZGdlX3B4QhcKFV9tYXhfYnl0ZXNfcGVyX3NlY29uZCI2CgpTY2hlZHVsaW5nEigKCHByaW9yaXR5GAEgASgOMhYuc2FmZWxpZ2h0LnYxLlByaW9yaXR5ItsBCgtDYWNoZVBvbGljeRIsCgRtb2RlGAEgASgOMh4uc2FmZWxpZ2h0LnYxLkNhY2hlUG9saWN5Lk1vZGUSGwoObWluX3NpbWlsYXJpdHkYAiABKAJIAIgBASJuCgRNb2RlEhQKEE1PREVfVU5TUEVDSUZJRUQQABIQCgxNT0RFX0RFRkFVTFQQARIPCgtNT0RFX0JZUEFTUxACEhUKEU1PREVfQUxMT1dfTEFURU5UEAMSFgoSTU9ERV9BTExPV19TSU1JTEFSEARCEQoPX21pbl9zaW1pbGFyaXR5IkAKBkJyYW5jaBISCgpnZW5lcmF0aW9uGAEgASgJEhQKDG91dHB1dF9pbmRleBgCIAEoBRIMCgRzdGVwGAMgASgFIsIBChBEaXNjb25uZWN0UG9saWN5EjUKBmFjdGlvbhgBIAEoDjIlLnNhZmVsaWdodC52MS5EaXNjb25uZWN0UG9saWN5LkFjdGlvbhIvCgxyZXN1bWVfZ3JhY2UYAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24iRgoGQWN0aW9uEhYKEkFDVElPTl9VTlNQRUNJRklFRBAAEhEKDUFDVElPTl9DQU5DRUwQARIRCg1BQ1RJT05fREVUQUNIEAIitgMKD0dlbmVyYXRpb25FdmVudBIQCghzZXF1ZW5jZRgBIAEoBBIuCgpldmVudF90aW1lGAIgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBISCgpnZW5lcmF0aW9uGAMgASgJEioKCGFjY2VwdGVkGAQgASgLMhYuc2FmZWxpZ2h0LnYxLkFjY2VwdGVkSAASJgoGcXVldWVkGAUgASgLMhQuc2FmZWxpZ2h0LnYxLlF1ZXVlZEgAEioKCHByb2dyZXNzGAYgASgLMhYuc2FmZWxpZ2h0LnYxLlByb2dyZXNzSAASKAoHcHJldmlldxgHIAEoCzIVLnNhZmVsaWdodC52MS5QcmV2aWV3SAASNQoOYXJ0aWZhY3RfY2h1bmsYCCABKAsyGy5zYWZlbGlnaHQudjEuQXJ0aWZhY3RDaHVua0gAEjcKD291dHB1dF9maW5pc2hlZBgJIAEoCzIcLnNhZmVsaWdodC52MS5PdXRwdXRGaW5pc2hlZEgAEioKCGZpbmlzaGVkGAogASgLMhYuc2FmZWxpZ2h0LnYxLkZpbmlzaGVkSABCBwoFZXZlbnQilgMKCEFjY2VwdGVkEioKBHNwZWMYASABKAsyHC5zYWZlbGlnaHQudjEuR2VuZXJhdGlvblNwZWMSFgoObW9kZWxfcmV2aXNpb24YAiABKAkSEwoLbnVtZXJpY3NfaWQYAyABKAkSLQoIZW5jb2RpbmcYBCABKAsyGy5zYWZlbGlnaHQudjEuUGl4ZWxFbmNvZGluZxI1ChJlc3RpbWF0ZWRfZHVyYXRpb24YBSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SEAoIdHJhY2VfaWQYBiABKAkSJwoId2FybmluZ3MYByADKAsyFS5zYWZlbGlnaHQudjEuV2FybmluZxI1CgpkdXJhYmlsaXR5GAggASgOMiEuc2FmZWxpZ2h0LnYxLkFjY2VwdGVkLkR1cmFiaWxpdHkiWQoKRHVyYWJpbGl0eRIaChZEVVJBQklMSVRZX1VOU1BFQ0lGSUVEEAASFAoQRFVSQUJJTElUWV9MT0NBTBABEhkKFURVUkFCSUxJVFlfUkVQTElDQVRFRBACIioKB1dhcm5pbmcSDgoGcmVhc29uGAEgASgJEg8KB21lc3NhZ2UYAiABKAkiVAoGUXVldWVkEhAKCHBvc2l0aW9uGAEgASgFEjgKFGVzdGltYXRlZF9zdGFydF90aW1lGAIgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcCKNAQoIUHJvZ3Jlc3MSFAoMb3V0cHV0X2luZGV4GAEgASgFEgwKBHN0ZXAYAiABKAUSEQoJbnVtX3N0ZXBzGAMgASgFEhIKCmJhdGNoX3NpemUYBCABKAUSNgoTZXN0aW1hdGVkX3JlbWFpbmluZxgFIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiLMAQoHUHJldmlldxIUCgxvdXRwdXRfaW5kZXgYASABKAUSDAoEc3RlcBgCIAEoBRISCgptZWRpYV90eXBlGAMgASgJEhAKCHdpZHRoX3B4GAQgASgFEhEKCWhlaWdodF9weBgFIAEoBRIUCgxzdHJpZGVfYnl0ZXMYBiABKAUSKwoGbWV0aG9kGAcgASgOMhsuc2FmZWxpZ2h0LnYxLlByZXZpZXdNZXRob2QSEwoLbnVtX2Ryb3BwZWQYCCABKAUSDAoEZGF0YRgJIAEoDCK3AQoNQXJ0aWZhY3RDaHVuaxIUCgxvdXRwdXRfaW5kZXgYASABKAUSEgoKbWVkaWFfdHlwZRgCIAEoCRIQCgh3aWR0aF9weBgDIAEoBRIRCgloZWlnaHRfcHgYBCABKAUSFAoMc3RyaWRlX2J5dGVzGAUgASgFEg4KBm9mZnNldBgGIAEoAxITCgt0b3RhbF9ieXRlcxgHIAEoAxIMCgRkYXRhGAggASgMEg4KBnNoYTI1NhgJIAEoDCKfAgoOT3V0cHV0RmluaXNoZWQSFAoMb3V0cHV0X2luZGV4GAEgASgFEkAKDWZpbmlzaF9yZWFzb24YAiABKA4yKS5zYWZlbGlnaHQudjEuT3V0cHV0RmluaXNoZWQuRmluaXNoUmVhc29uEgwKBHN0ZXAYAyABKAUipgEKDEZpbmlzaFJlYXNvbhIdChlGSU5JU0hfUkVBU09OX1VOU1BFQ0lGSUVEEAASGwoXRklOSVNIX1JFQVNPTl9DT01QTEVURUQQARIbChdGSU5JU0hfUkVBU09OX0NBTkNFTExFRBACEiMKH0ZJTklTSF9SRUFTT05fREVBRExJTkVfRVhDRUVERUQQAxIYChRGSU5JU0hfUkVBU09OX0ZBSUxFRBAEIqwBCghGaW5pc2hlZBIiCgZzdGF0dXMYASABKAsyEi5nb29nbGUucnBjLlN0YXR1cxIiCgV1c2FnZRgCIAEoCzITLnNhZmVsaWdodC52MS5Vc2FnZRImCgd0aW1pbmdzGAMgASgLMhUuc2FmZWxpZ2h0LnYxLlRpbWluZ3MSMAoNY2FjaGVfcmVzdWx0cxgEIAMoCzIZLnNhZmVsaWdodC52MS5DYWNoZVJlc3VsdCLdAgoLQ2FjaGVSZXN1bHQSOgoLZGlzcG9zaXRpb24YASABKA4yJS5zYWZlbGlnaHQudjEuQ2FjaGVSZXN1bHQuRGlzcG9zaXRpb24SEgoKc2ltaWxhcml0eRgCIAEoAhIOCgZzb3VyY2UYAyABKAkSGQoRbnVtX3N0ZXBzX3NraXBwZWQYBCABKAUSEwoLbnVtZXJpY3NfaWQYBSABKAkivQEKC0Rpc3Bvc2l0aW9uEhsKF0RJU1BPU0lUSU9OX1VOU1BFQ0lGSUVEEAASFAoQRElTUE9TSVRJT05fTUlTUxABEhkKFURJU1BPU0lUSU9OX0NPQUxFU0NFRBACEhUKEURJU1BPU0lUSU9OX0VYQUNUEAMSFwoTRElTUE9TSVRJT05fU0lNSUxBUhAEEhYKEkRJU1BPU0lUSU9OX0xBVEVOVBAFEhgKFERJU1BPU0lUSU9OX0JSQU5DSEVEEAYixgEKBVVzYWdlEi8KDGNvbXB1dGVfdGltZRgBIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIQCghudW1fcm93cxgCIAEoAxIRCgludW1fc3RlcHMYAyABKAMSFAoMbnVtX3ByZXZpZXdzGAQgASgDEhUKDXByZXZpZXdfYnl0ZXMYBSABKAMSIAoEY29zdBgGIAEoCzISLnNhZmVsaWdodC52MS5Db3N0EhgKEG51bV9yb3dzX3NraXBwZWQYByABKAMiLAoEQ29zdBIVCg1jdXJyZW5jeV9jb2RlGAEgASgJEg0KBW5hbm9zGAIgASgDIuYBCgdUaW1pbmdzEigKBXF1ZXVlGAEgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEjAKDWZpcnN0X3ByZXZpZXcYAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKgoHZGVub2lzZRgDIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIpCgZkZWNvZGUYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKAoFdG90YWwYBSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24ipAEKFldhdGNoR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCRIWCg5hZnRlcl9zZXF1ZW5jZRgCIAEoBBI2ChBhcnRpZmFjdF9vZmZzZXRzGAMgAygLMhwuc2FmZWxpZ2h0LnYxLkFydGlmYWN0T2Zmc2V0EiwKB3ByZXZpZXcYBCABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeSI2Cg5BcnRpZmFjdE9mZnNldBIUCgxvdXRwdXRfaW5kZXgYASABKAUSDgoGb2Zmc2V0GAIgASgDIkcKF1dhdGNoR2VuZXJhdGlvblJlc3BvbnNlEiwKBWV2ZW50GAEgASgLMh0uc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25FdmVudCKDAQoXVXBkYXRlR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCRIsCgdwcmV2aWV3GAIgASgLMhsuc2FmZWxpZ2h0LnYxLlByZXZpZXdQb2xpY3kSLAoKc2NoZWR1bGluZxgDIAEoCzIYLnNhZmVsaWdodC52MS5TY2hlZHVsaW5nIkgKGFVwZGF0ZUdlbmVyYXRpb25SZXNwb25zZRIsCgpnZW5lcmF0aW9uGAEgASgLMhguc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24iJwoXQ2FuY2VsR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCSJIChhDYW5jZWxHZW5lcmF0aW9uUmVzcG9uc2USLAoKZ2VuZXJhdGlvbhgBIAEoCzIYLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uIiQKFEdldEdlbmVyYXRpb25SZXF1ZXN0EgwKBG5hbWUYASABKAkiRQoVR2V0R2VuZXJhdGlvblJlc3BvbnNlEiwKCmdlbmVyYXRpb24YASABKAsyGC5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbiKIBQoKR2VuZXJhdGlvbhIMCgRuYW1lGAEgASgJEi0KBXN0YXRlGAIgASgOMh4uc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24uU3RhdGUSKgoEc3BlYxgDIAEoCzIcLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uU3BlYxIqCgdvdXRwdXRzGAQgAygLMhkuc2FmZWxpZ2h0LnYxLk91dHB1dFN0YXRlEigKCHByaW9yaXR5GAUgASgOMhYuc2FmZWxpZ2h0LnYxLlByaW9yaXR5EjQKBmxhYmVscxgGIAMoCzIkLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uLkxhYmVsc0VudHJ5Ei8KC2NyZWF0ZV90aW1lGAcgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIvCgtmaW5pc2hfdGltZRgIIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASIgoGc3RhdHVzGAkgASgLMhIuZ29vZ2xlLnJwYy5TdGF0dXMSIgoFdXNhZ2UYCiABKAsyEy5zYWZlbGlnaHQudjEuVXNhZ2USFQoNbGFzdF9zZXF1ZW5jZRgLIAEoBBotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIpQBCgVTdGF0ZRIVChFTVEFURV9VTlNQRUNJRklFRBAAEhAKDFNUQVRFX1FVRVVFRBABEhEKDVNUQVRFX1JVTk5JTkcQAhITCg9TVEFURV9TVVNQRU5ERUQQAxITCg9TVEFURV9TVUNDRUVERUQQBBITCg9TVEFURV9DQU5DRUxMRUQQBRIQCgxTVEFURV9GQUlMRUQQBiKbAQoLT3V0cHV0U3RhdGUSFAoMb3V0cHV0X2luZGV4GAEgASgFEgwKBHN0ZXAYAiABKAUSEQoJbnVtX3N0ZXBzGAMgASgFEkAKDWZpbmlzaF9yZWFzb24YBCABKA4yKS5zYWZlbGlnaHQudjEuT3V0cHV0RmluaXNoZWQuRmluaXNoUmVhc29uEhMKC3RvdGFsX2J5dGVzGAUgASgDKmYKDVNpZ21hU2NoZWR1bGUSHgoaU0lHTUFfU0NIRURVTEVfVU5TUEVDSUZJRUQQABIaChZTSUdNQV9TQ0hFRFVMRV9ERUZBVUxUEAESGQoVU0lHTUFfU0NIRURVTEVfS0FSUkFTEAIqjwEKD1RpbWVzdGVwU3BhY2luZxIgChxUSU1FU1RFUF9TUEFDSU5HX1VOU1BFQ0lGSUVEEAASHAoYVElNRVNURVBfU1BBQ0lOR19MRUFESU5HEAESHQoZVElNRVNURVBfU1BBQ0lOR19UUkFJTElORxACEh0KGVRJTUVTVEVQX1NQQUNJTkdfTElOU1BBQ0UQAyq+AQoNUHJldmlld01ldGhvZBIeChpQUkVWSUVXX01FVEhPRF9VTlNQRUNJRklFRBAAEhcKE1BSRVZJRVdfTUVUSE9EX0FVVE8QARIZChVQUkVWSUVXX01FVEhPRF9MSU5FQVIQAhIfChtQUkVWSUVXX01FVEhPRF9USU5ZX0RFQ09ERVIQAxIfChtQUkVWSUVXX01FVEhPRF9GVUxMX0RFQ09ERVIQBBIXChNQUkVWSUVXX01FVEhPRF9OT05FEAUqaQoIUHJpb3JpdHkSGAoUUFJJT1JJVFlfVU5TUEVDSUZJRUQQABIYChRQUklPUklUWV9JTlRFUkFDVElWRRABEhUKEVBSSU9SSVRZX1NUQU5EQVJEEAISEgoOUFJJT1JJVFlfQkFUQ0gQAzLiAwoRR2VuZXJhdGlvblNlcnZpY2USSwoIR2VuZXJhdGUSHS5zYWZlbGlnaHQudjEuR2VuZXJhdGVSZXF1ZXN0Gh4uc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVzcG9uc2UwARJgCg9XYXRjaEdlbmVyYXRpb24SJC5zYWZlbGlnaHQudjEuV2F0Y2hHZW5lcmF0aW9uUmVxdWVzdBolLnNhZmVsaWdodC52MS5XYXRjaEdlbmVyYXRpb25SZXNwb25zZTABEmEKEFVwZGF0ZUdlbmVyYXRpb24SJS5zYWZlbGlnaHQudjEuVXBkYXRlR2VuZXJhdGlvblJlcXVlc3QaJi5zYWZlbGlnaHQudjEuVXBkYXRlR2VuZXJhdGlvblJlc3BvbnNlEmEKEENhbmNlbEdlbmVyYXRpb24SJS5zYWZlbGlnaHQudjEuQ2FuY2VsR2VuZXJhdGlvblJlcXVlc3QaJi5zYWZlbGlnaHQudjEuQ2FuY2VsR2VuZXJhdGlvblJlc3BvbnNlElgKDUdldEdlbmVyYXRpb24SIi5zYWZlbGlnaHQudjEuR2V0R2VuZXJhdGlvblJlcXVlc3QaIy5zYWZlbGlnaHQudjEuR2V0R2VuZXJhdGlvblJlc3BvbnNlYgZwcm90bzM", [file_google_protobuf_duration, file_google_protobuf_timestamp, file_google_rpc_status]);
+  fileDesc("Ch1zYWZlbGlnaHQvdjEvZ2VuZXJhdGlvbi5wcm90bxIMc2FmZWxpZ2h0LnYxIv0DCg9HZW5lcmF0ZVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIqCgRzcGVjGAIgASgLMhwuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25TcGVjEiwKB3ByZXZpZXcYAyABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeRItCghlbmNvZGluZxgEIAEoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEiwKCnNjaGVkdWxpbmcYBSABKAsyGC5zYWZlbGlnaHQudjEuU2NoZWR1bGluZxIyCgpkaXNjb25uZWN0GAYgASgLMh4uc2FmZWxpZ2h0LnYxLkRpc2Nvbm5lY3RQb2xpY3kSOQoGbGFiZWxzGAcgAygLMikuc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVxdWVzdC5MYWJlbHNFbnRyeRIoCgVjYWNoZRgIIAEoCzIZLnNhZmVsaWdodC52MS5DYWNoZVBvbGljeRIkCgZicmFuY2gYCSABKAsyFC5zYWZlbGlnaHQudjEuQnJhbmNoEjEKDXF1YWxpdHlfZmxvb3IYCiABKAsyGi5zYWZlbGlnaHQudjEuUXVhbGl0eUZsb29yGi0KC0xhYmVsc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiQAoQR2VuZXJhdGVSZXNwb25zZRIsCgVldmVudBgBIAEoCzIdLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uRXZlbnQipwMKDkdlbmVyYXRpb25TcGVjEg0KBW1vZGVsGAEgASgJEg4KBnByb21wdBgCIAEoCRIlCgdwcm9tcHRzGAMgAygLMhQuc2FmZWxpZ2h0LnYxLlByb21wdBIVCgh3aWR0aF9weBgEIAEoBUgAiAEBEhYKCWhlaWdodF9weBgFIAEoBUgBiAEBEiAKE251bV9pbmZlcmVuY2Vfc3RlcHMYBiABKAVIAogBARIbCg5ndWlkYW5jZV9zY2FsZRgHIAEoAkgDiAEBEioKB3NhbXBsZXIYCCABKAsyGS5zYWZlbGlnaHQudjEuU2FtcGxlclNwZWMSKQoHb3V0cHV0cxgJIAMoCzIYLnNhZmVsaWdodC52MS5PdXRwdXRTcGVjEhIKCmluaXRfaW1hZ2UYCiABKAkSFQoIc3RyZW5ndGgYCyABKAJIBIgBARIMCgRtYXNrGAwgASgJQgsKCV93aWR0aF9weEIMCgpfaGVpZ2h0X3B4QhYKFF9udW1faW5mZXJlbmNlX3N0ZXBzQhEKD19ndWlkYW5jZV9zY2FsZUILCglfc3RyZW5ndGgigwEKBlByb21wdBInCgRyb2xlGAEgASgOMhkuc2FmZWxpZ2h0LnYxLlByb21wdC5Sb2xlEgwKBHRleHQYAiABKAkiQgoEUm9sZRIUChBST0xFX1VOU1BFQ0lGSUVEEAASEQoNUk9MRV9QT1NJVElWRRABEhEKDVJPTEVfTkVHQVRJVkUQAiKaAQoLU2FtcGxlclNwZWMSDAoEbmFtZRgBIAEoCRIzCg5zaWdtYV9zY2hlZHVsZRgCIAEoDjIbLnNhZmVsaWdodC52MS5TaWdtYVNjaGVkdWxlEi4KB3NwYWNpbmcYAyABKA4yHS5zYWZlbGlnaHQudjEuVGltZXN0ZXBTcGFjaW5nEhAKA2V0YRgEIAEoAkgAiAEBQgYKBF9ldGEiKAoKT3V0cHV0U3BlYxIRCgRzZWVkGAEgASgESACIAQFCBwoFX3NlZWQitAMKDVBpeGVsRW5jb2RpbmcSEgoKbWVkaWFfdHlwZRgBIAEoCRIUCgdxdWFsaXR5GAIgASgFSACIAQESIAoTcm93X2FsaWdubWVudF9ieXRlcxgDIAEoBUgBiAEBEjcKCXJvd19vcmRlchgEIAEoDjIkLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nLlJvd09yZGVyEkEKDnRleHR1cmVfZm9ybWF0GAUgASgOMikuc2FmZWxpZ2h0LnYxLlBpeGVsRW5jb2RpbmcuVGV4dHVyZUZvcm1hdCJWCghSb3dPcmRlchIZChVST1dfT1JERVJfVU5TUEVDSUZJRUQQABIWChJST1dfT1JERVJfVE9QX0RPV04QARIXChNST1dfT1JERVJfQk9UVE9NX1VQEAIiXwoNVGV4dHVyZUZvcm1hdBIeChpURVhUVVJFX0ZPUk1BVF9VTlNQRUNJRklFRBAAEhYKElRFWFRVUkVfRk9STUFUX0JDMRABEhYKElRFWFRVUkVfRk9STUFUX0JDNxACQgoKCF9xdWFsaXR5QhYKFF9yb3dfYWxpZ25tZW50X2J5dGVzIqYCCg1QcmV2aWV3UG9saWN5EisKBmFjY2VwdBgBIAMoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEhgKC21heF9lZGdlX3B4GAIgASgFSAGIAQESFwoNZXZlcnlfbl9zdGVwcxgDIAEoBUgAEjEKDG1pbl9pbnRlcnZhbBgEIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbkgAEisKBm1ldGhvZBgFIAEoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEiEKFG1heF9ieXRlc19wZXJfc2Vjb25kGAYgASgDSAKIAQFCCQoHY2FkZW5jZUIOCgxfbWF4X2VkZ2VfcHhCFwoVX21heF9ieXRlc19wZXJfc2Vjb25kIjYKClNjaGVkdWxpbmcSKAoIcHJpb3JpdHkYASABKA4yFi5zYWZlbGlnaHQudjEuUHJpb3JpdHki2wEKC0NhY2hlUG9saWN5EiwKBG1vZGUYASABKA4yHi5zYWZlbGlnaHQudjEuQ2FjaGVQb2xpY3kuTW9kZRIbCg5taW5fc2ltaWxhcml0eRgCIAEoAkgAiAEBIm4KBE1vZGUSFAoQTU9ERV9VTlNQRUNJRklFRBAAEhAKDE1PREVfREVGQVVMVBABEg8KC01PREVfQllQQVNTEAISFQoRTU9ERV9BTExPV19MQVRFTlQQAxIWChJNT0RFX0FMTE9XX1NJTUlMQVIQBEIRCg9fbWluX3NpbWlsYXJpdHkihgEKDFF1YWxpdHlGbG9vchIaCg1taW5fbnVtX3N0ZXBzGAEgASgFSACIAQESGAoQY2hlYXBlcl9wcmV2aWV3cxgCIAEoCBIbCg5taW5fc2ltaWxhcml0eRgDIAEoAkgBiAEBQhAKDl9taW5fbnVtX3N0ZXBzQhEKD19taW5fc2ltaWxhcml0eSJACgZCcmFuY2gSEgoKZ2VuZXJhdGlvbhgBIAEoCRIUCgxvdXRwdXRfaW5kZXgYAiABKAUSDAoEc3RlcBgDIAEoBSLCAQoQRGlzY29ubmVjdFBvbGljeRI1CgZhY3Rpb24YASABKA4yJS5zYWZlbGlnaHQudjEuRGlzY29ubmVjdFBvbGljeS5BY3Rpb24SLwoMcmVzdW1lX2dyYWNlGAIgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uIkYKBkFjdGlvbhIWChJBQ1RJT05fVU5TUEVDSUZJRUQQABIRCg1BQ1RJT05fQ0FOQ0VMEAESEQoNQUNUSU9OX0RFVEFDSBACIrYDCg9HZW5lcmF0aW9uRXZlbnQSEAoIc2VxdWVuY2UYASABKAQSLgoKZXZlbnRfdGltZRgCIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASEgoKZ2VuZXJhdGlvbhgDIAEoCRIqCghhY2NlcHRlZBgEIAEoCzIWLnNhZmVsaWdodC52MS5BY2NlcHRlZEgAEiYKBnF1ZXVlZBgFIAEoCzIULnNhZmVsaWdodC52MS5RdWV1ZWRIABIqCghwcm9ncmVzcxgGIAEoCzIWLnNhZmVsaWdodC52MS5Qcm9ncmVzc0gAEigKB3ByZXZpZXcYByABKAsyFS5zYWZlbGlnaHQudjEuUHJldmlld0gAEjUKDmFydGlmYWN0X2NodW5rGAggASgLMhsuc2FmZWxpZ2h0LnYxLkFydGlmYWN0Q2h1bmtIABI3Cg9vdXRwdXRfZmluaXNoZWQYCSABKAsyHC5zYWZlbGlnaHQudjEuT3V0cHV0RmluaXNoZWRIABIqCghmaW5pc2hlZBgKIAEoCzIWLnNhZmVsaWdodC52MS5GaW5pc2hlZEgAQgcKBWV2ZW50IpYDCghBY2NlcHRlZBIqCgRzcGVjGAEgASgLMhwuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25TcGVjEhYKDm1vZGVsX3JldmlzaW9uGAIgASgJEhMKC251bWVyaWNzX2lkGAMgASgJEi0KCGVuY29kaW5nGAQgASgLMhsuc2FmZWxpZ2h0LnYxLlBpeGVsRW5jb2RpbmcSNQoSZXN0aW1hdGVkX2R1cmF0aW9uGAUgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEhAKCHRyYWNlX2lkGAYgASgJEicKCHdhcm5pbmdzGAcgAygLMhUuc2FmZWxpZ2h0LnYxLldhcm5pbmcSNQoKZHVyYWJpbGl0eRgIIAEoDjIhLnNhZmVsaWdodC52MS5BY2NlcHRlZC5EdXJhYmlsaXR5IlkKCkR1cmFiaWxpdHkSGgoWRFVSQUJJTElUWV9VTlNQRUNJRklFRBAAEhQKEERVUkFCSUxJVFlfTE9DQUwQARIZChVEVVJBQklMSVRZX1JFUExJQ0FURUQQAiIqCgdXYXJuaW5nEg4KBnJlYXNvbhgBIAEoCRIPCgdtZXNzYWdlGAIgASgJIlQKBlF1ZXVlZBIQCghwb3NpdGlvbhgBIAEoBRI4ChRlc3RpbWF0ZWRfc3RhcnRfdGltZRgCIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXAijQEKCFByb2dyZXNzEhQKDG91dHB1dF9pbmRleBgBIAEoBRIMCgRzdGVwGAIgASgFEhEKCW51bV9zdGVwcxgDIAEoBRISCgpiYXRjaF9zaXplGAQgASgFEjYKE2VzdGltYXRlZF9yZW1haW5pbmcYBSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24izAEKB1ByZXZpZXcSFAoMb3V0cHV0X2luZGV4GAEgASgFEgwKBHN0ZXAYAiABKAUSEgoKbWVkaWFfdHlwZRgDIAEoCRIQCgh3aWR0aF9weBgEIAEoBRIRCgloZWlnaHRfcHgYBSABKAUSFAoMc3RyaWRlX2J5dGVzGAYgASgFEisKBm1ldGhvZBgHIAEoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEhMKC251bV9kcm9wcGVkGAggASgFEgwKBGRhdGEYCSABKAwitwEKDUFydGlmYWN0Q2h1bmsSFAoMb3V0cHV0X2luZGV4GAEgASgFEhIKCm1lZGlhX3R5cGUYAiABKAkSEAoId2lkdGhfcHgYAyABKAUSEQoJaGVpZ2h0X3B4GAQgASgFEhQKDHN0cmlkZV9ieXRlcxgFIAEoBRIOCgZvZmZzZXQYBiABKAMSEwoLdG90YWxfYnl0ZXMYByABKAMSDAoEZGF0YRgIIAEoDBIOCgZzaGEyNTYYCSABKAwinwIKDk91dHB1dEZpbmlzaGVkEhQKDG91dHB1dF9pbmRleBgBIAEoBRJACg1maW5pc2hfcmVhc29uGAIgASgOMikuc2FmZWxpZ2h0LnYxLk91dHB1dEZpbmlzaGVkLkZpbmlzaFJlYXNvbhIMCgRzdGVwGAMgASgFIqYBCgxGaW5pc2hSZWFzb24SHQoZRklOSVNIX1JFQVNPTl9VTlNQRUNJRklFRBAAEhsKF0ZJTklTSF9SRUFTT05fQ09NUExFVEVEEAESGwoXRklOSVNIX1JFQVNPTl9DQU5DRUxMRUQQAhIjCh9GSU5JU0hfUkVBU09OX0RFQURMSU5FX0VYQ0VFREVEEAMSGAoURklOSVNIX1JFQVNPTl9GQUlMRUQQBCLdAQoIRmluaXNoZWQSIgoGc3RhdHVzGAEgASgLMhIuZ29vZ2xlLnJwYy5TdGF0dXMSIgoFdXNhZ2UYAiABKAsyEy5zYWZlbGlnaHQudjEuVXNhZ2USJgoHdGltaW5ncxgDIAEoCzIVLnNhZmVsaWdodC52MS5UaW1pbmdzEjAKDWNhY2hlX3Jlc3VsdHMYBCADKAsyGS5zYWZlbGlnaHQudjEuQ2FjaGVSZXN1bHQSLwoMZGVncmFkYXRpb25zGAUgAygLMhkuc2FmZWxpZ2h0LnYxLkRlZ3JhZGF0aW9uIsgBCgtEZWdyYWRhdGlvbhIsCgRraW5kGAEgASgOMh4uc2FmZWxpZ2h0LnYxLkRlZ3JhZGF0aW9uLktpbmQSEQoJcmVxdWVzdGVkGAIgASgJEg8KB2FwcGxpZWQYAyABKAkiZwoES2luZBIUChBLSU5EX1VOU1BFQ0lGSUVEEAASFAoQS0lORF9GRVdFUl9TVEVQUxABEhkKFUtJTkRfQ0hFQVBFUl9QUkVWSUVXUxACEhgKFEtJTkRfU0lNSUxBUl9QSUNUVVJFEAMi3QIKC0NhY2hlUmVzdWx0EjoKC2Rpc3Bvc2l0aW9uGAEgASgOMiUuc2FmZWxpZ2h0LnYxLkNhY2hlUmVzdWx0LkRpc3Bvc2l0aW9uEhIKCnNpbWlsYXJpdHkYAiABKAISDgoGc291cmNlGAMgASgJEhkKEW51bV9zdGVwc19za2lwcGVkGAQgASgFEhMKC251bWVyaWNzX2lkGAUgASgJIr0BCgtEaXNwb3NpdGlvbhIbChdESVNQT1NJVElPTl9VTlNQRUNJRklFRBAAEhQKEERJU1BPU0lUSU9OX01JU1MQARIZChVESVNQT1NJVElPTl9DT0FMRVNDRUQQAhIVChFESVNQT1NJVElPTl9FWEFDVBADEhcKE0RJU1BPU0lUSU9OX1NJTUlMQVIQBBIWChJESVNQT1NJVElPTl9MQVRFTlQQBRIYChRESVNQT1NJVElPTl9CUkFOQ0hFRBAGIqwBCgVVc2FnZRIvCgxjb21wdXRlX3RpbWUYASABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SEAoIbnVtX3Jvd3MYAiABKAMSEQoJbnVtX3N0ZXBzGAMgASgDEhQKDG51bV9wcmV2aWV3cxgEIAEoAxIVCg1wcmV2aWV3X2J5dGVzGAUgASgDEiAKBGNvc3QYBiABKAsyEi5zYWZlbGlnaHQudjEuQ29zdCIsCgRDb3N0EhUKDWN1cnJlbmN5X2NvZGUYASABKAkSDQoFbmFub3MYAiABKAMi5gEKB1RpbWluZ3MSKAoFcXVldWUYASABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SMAoNZmlyc3RfcHJldmlldxgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIqCgdkZW5vaXNlGAMgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEikKBmRlY29kZRgEIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIoCgV0b3RhbBgFIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiKkAQoWV2F0Y2hHZW5lcmF0aW9uUmVxdWVzdBIMCgRuYW1lGAEgASgJEhYKDmFmdGVyX3NlcXVlbmNlGAIgASgEEjYKEGFydGlmYWN0X29mZnNldHMYAyADKAsyHC5zYWZlbGlnaHQudjEuQXJ0aWZhY3RPZmZzZXQSLAoHcHJldmlldxgEIAEoCzIbLnNhZmVsaWdodC52MS5QcmV2aWV3UG9saWN5IjYKDkFydGlmYWN0T2Zmc2V0EhQKDG91dHB1dF9pbmRleBgBIAEoBRIOCgZvZmZzZXQYAiABKAMiRwoXV2F0Y2hHZW5lcmF0aW9uUmVzcG9uc2USLAoFZXZlbnQYASABKAsyHS5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbkV2ZW50IoMBChdVcGRhdGVHZW5lcmF0aW9uUmVxdWVzdBIMCgRuYW1lGAEgASgJEiwKB3ByZXZpZXcYAiABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeRIsCgpzY2hlZHVsaW5nGAMgASgLMhguc2FmZWxpZ2h0LnYxLlNjaGVkdWxpbmciSAoYVXBkYXRlR2VuZXJhdGlvblJlc3BvbnNlEiwKCmdlbmVyYXRpb24YASABKAsyGC5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbiInChdDYW5jZWxHZW5lcmF0aW9uUmVxdWVzdBIMCgRuYW1lGAEgASgJIkgKGENhbmNlbEdlbmVyYXRpb25SZXNwb25zZRIsCgpnZW5lcmF0aW9uGAEgASgLMhguc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24iJAoUR2V0R2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCSJFChVHZXRHZW5lcmF0aW9uUmVzcG9uc2USLAoKZ2VuZXJhdGlvbhgBIAEoCzIYLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uIrkFCgpHZW5lcmF0aW9uEgwKBG5hbWUYASABKAkSLQoFc3RhdGUYAiABKA4yHi5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbi5TdGF0ZRIqCgRzcGVjGAMgASgLMhwuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25TcGVjEioKB291dHB1dHMYBCADKAsyGS5zYWZlbGlnaHQudjEuT3V0cHV0U3RhdGUSKAoIcHJpb3JpdHkYBSABKA4yFi5zYWZlbGlnaHQudjEuUHJpb3JpdHkSNAoGbGFiZWxzGAYgAygLMiQuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24uTGFiZWxzRW50cnkSLwoLY3JlYXRlX3RpbWUYByABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEi8KC2ZpbmlzaF90aW1lGAggASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIiCgZzdGF0dXMYCSABKAsyEi5nb29nbGUucnBjLlN0YXR1cxIiCgV1c2FnZRgKIAEoCzITLnNhZmVsaWdodC52MS5Vc2FnZRIVCg1sYXN0X3NlcXVlbmNlGAsgASgEEi8KDGRlZ3JhZGF0aW9ucxgMIAMoCzIZLnNhZmVsaWdodC52MS5EZWdyYWRhdGlvbhotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIpQBCgVTdGF0ZRIVChFTVEFURV9VTlNQRUNJRklFRBAAEhAKDFNUQVRFX1FVRVVFRBABEhEKDVNUQVRFX1JVTk5JTkcQAhITCg9TVEFURV9TVVNQRU5ERUQQAxITCg9TVEFURV9TVUNDRUVERUQQBBITCg9TVEFURV9DQU5DRUxMRUQQBRIQCgxTVEFURV9GQUlMRUQQBiKbAQoLT3V0cHV0U3RhdGUSFAoMb3V0cHV0X2luZGV4GAEgASgFEgwKBHN0ZXAYAiABKAUSEQoJbnVtX3N0ZXBzGAMgASgFEkAKDWZpbmlzaF9yZWFzb24YBCABKA4yKS5zYWZlbGlnaHQudjEuT3V0cHV0RmluaXNoZWQuRmluaXNoUmVhc29uEhMKC3RvdGFsX2J5dGVzGAUgASgDKmYKDVNpZ21hU2NoZWR1bGUSHgoaU0lHTUFfU0NIRURVTEVfVU5TUEVDSUZJRUQQABIaChZTSUdNQV9TQ0hFRFVMRV9ERUZBVUxUEAESGQoVU0lHTUFfU0NIRURVTEVfS0FSUkFTEAIqjwEKD1RpbWVzdGVwU3BhY2luZxIgChxUSU1FU1RFUF9TUEFDSU5HX1VOU1BFQ0lGSUVEEAASHAoYVElNRVNURVBfU1BBQ0lOR19MRUFESU5HEAESHQoZVElNRVNURVBfU1BBQ0lOR19UUkFJTElORxACEh0KGVRJTUVTVEVQX1NQQUNJTkdfTElOU1BBQ0UQAyq+AQoNUHJldmlld01ldGhvZBIeChpQUkVWSUVXX01FVEhPRF9VTlNQRUNJRklFRBAAEhcKE1BSRVZJRVdfTUVUSE9EX0FVVE8QARIZChVQUkVWSUVXX01FVEhPRF9MSU5FQVIQAhIfChtQUkVWSUVXX01FVEhPRF9USU5ZX0RFQ09ERVIQAxIfChtQUkVWSUVXX01FVEhPRF9GVUxMX0RFQ09ERVIQBBIXChNQUkVWSUVXX01FVEhPRF9OT05FEAUqaQoIUHJpb3JpdHkSGAoUUFJJT1JJVFlfVU5TUEVDSUZJRUQQABIYChRQUklPUklUWV9JTlRFUkFDVElWRRABEhUKEVBSSU9SSVRZX1NUQU5EQVJEEAISEgoOUFJJT1JJVFlfQkFUQ0gQAzLiAwoRR2VuZXJhdGlvblNlcnZpY2USSwoIR2VuZXJhdGUSHS5zYWZlbGlnaHQudjEuR2VuZXJhdGVSZXF1ZXN0Gh4uc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVzcG9uc2UwARJgCg9XYXRjaEdlbmVyYXRpb24SJC5zYWZlbGlnaHQudjEuV2F0Y2hHZW5lcmF0aW9uUmVxdWVzdBolLnNhZmVsaWdodC52MS5XYXRjaEdlbmVyYXRpb25SZXNwb25zZTABEmEKEFVwZGF0ZUdlbmVyYXRpb24SJS5zYWZlbGlnaHQudjEuVXBkYXRlR2VuZXJhdGlvblJlcXVlc3QaJi5zYWZlbGlnaHQudjEuVXBkYXRlR2VuZXJhdGlvblJlc3BvbnNlEmEKEENhbmNlbEdlbmVyYXRpb24SJS5zYWZlbGlnaHQudjEuQ2FuY2VsR2VuZXJhdGlvblJlcXVlc3QaJi5zYWZlbGlnaHQudjEuQ2FuY2VsR2VuZXJhdGlvblJlc3BvbnNlElgKDUdldEdlbmVyYXRpb24SIi5zYWZlbGlnaHQudjEuR2V0R2VuZXJhdGlvblJlcXVlc3QaIy5zYWZlbGlnaHQudjEuR2V0R2VuZXJhdGlvblJlc3BvbnNlYgZwcm90bzM", [file_google_protobuf_duration, file_google_protobuf_timestamp, file_google_rpc_status]);
 
 /**
  * Asks for one or more pictures. Only a prompt is needed.
@@ -104,6 +104,15 @@ export type GenerateRequest = Message<"safelight.v1.GenerateRequest"> & {
    * @generated from field: safelight.v1.Branch branch = 9;
    */
   branch?: Branch | undefined;
+
+  /**
+   * How far quality may go down under load. Only for PRIORITY_STANDARD and
+   * PRIORITY_BATCH, since someone waits for what is INTERACTIVE. Absent: it does
+   * not go down.
+   *
+   * @generated from field: safelight.v1.QualityFloor quality_floor = 10;
+   */
+  qualityFloor?: QualityFloor | undefined;
 };
 
 /**
@@ -209,13 +218,9 @@ export type GenerationSpec = Message<"safelight.v1.GenerationSpec"> & {
 
   /**
    * A picture to start from in place of noise: "images/{sha256}", as UploadImage
-   * returns it, or "generations/{generation}/outputs/{output_index}", the picture
-   * of an output that is complete. That is kept as if it had been uploaded, and
-   * `Accepted.spec` has its name as such. Of another size or shape than the
-   * pictures it is cut at its longer sides to their shape, and scaled.
-   * Transparent parts count as white. Only for models with TASK_IMAGE_TO_IMAGE.
-   * NOT_FOUND where there is none of this name, or none any more, or it is
-   * another tenant's; FAILED_PRECONDITION where the output is not finished.
+   * returns it. Of another size or shape than the pictures it is cut at its
+   * longer sides to their shape, and scaled. Transparent parts count as white.
+   * Only for models with TASK_IMAGE_TO_IMAGE.
    *
    * @generated from field: string init_image = 10;
    */
@@ -231,7 +236,7 @@ export type GenerationSpec = Message<"safelight.v1.GenerationSpec"> & {
   strength?: number | undefined;
 
   /**
-   * Which part of `init_image` is developed anew: named as that, cut and
+   * Which part of `init_image` is developed anew: "images/{sha256}", cut and
    * scaled as that. White is developed, black is kept, and grey is a soft edge
    * between both. Where the picture has an alpha channel that alone counts:
    * transparent is developed, opaque is kept. Only with `init_image`.
@@ -239,23 +244,6 @@ export type GenerationSpec = Message<"safelight.v1.GenerationSpec"> & {
    * @generated from field: string mask = 12;
    */
   mask: string;
-
-  /**
-   * How much of the contrast that guidance adds is taken back, from 0 (none) to
-   * 1: phi of Lin et al. 2023, equations 15 and 16. Absent: 0. Only with
-   * guidance.
-   *
-   * @generated from field: optional float guidance_rescale = 13;
-   */
-  guidanceRescale?: number | undefined;
-
-  /**
-   * Guidance in a part of the steps alone: each of the others has one denoiser
-   * row instead of two. Absent: in all steps. Only with guidance.
-   *
-   * @generated from field: safelight.v1.GuidanceInterval guidance_interval = 14;
-   */
-  guidanceInterval?: GuidanceInterval | undefined;
 };
 
 /**
@@ -264,38 +252,6 @@ export type GenerationSpec = Message<"safelight.v1.GenerationSpec"> & {
  */
 export const GenerationSpecSchema: GenMessage<GenerationSpec> = /*@__PURE__*/
   messageDesc(file_safelight_v1_generation, 2);
-
-/**
- * The steps that have guidance (Kynkäänniemi et al. 2024), as shares of all
- * steps from 0, before the first one, to 1, after the last one. Of N steps those
- * from floor(start * N) on, counted from 0, to the one before floor(end * N), as
- * diffusers counts them: 0.2 to 0.8 of 10 steps are steps 3 to 8. At least one
- * step that is made must be among them.
- *
- * @generated from message safelight.v1.GuidanceInterval
- */
-export type GuidanceInterval = Message<"safelight.v1.GuidanceInterval"> & {
-  /**
-   * Where guidance begins, from 0 to below 1. Absent: 0.
-   *
-   * @generated from field: optional float start = 1;
-   */
-  start?: number | undefined;
-
-  /**
-   * Where it ends, above `start` and at most 1. Absent: 1.
-   *
-   * @generated from field: optional float end = 2;
-   */
-  end?: number | undefined;
-};
-
-/**
- * Describes the message safelight.v1.GuidanceInterval.
- * Use `create(GuidanceIntervalSchema)` to create a new message.
- */
-export const GuidanceIntervalSchema: GenMessage<GuidanceInterval> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 3);
 
 /**
  * A text that guides the denoiser.
@@ -325,7 +281,7 @@ export type Prompt = Message<"safelight.v1.Prompt"> & {
  * Use `create(PromptSchema)` to create a new message.
  */
 export const PromptSchema: GenMessage<Prompt> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 4);
+  messageDesc(file_safelight_v1_generation, 3);
 
 /**
  * What the text is for.
@@ -359,7 +315,7 @@ export enum Prompt_Role {
  * Describes the enum safelight.v1.Prompt.Role.
  */
 export const Prompt_RoleSchema: GenEnum<Prompt_Role> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 4, 0);
+  enumDesc(file_safelight_v1_generation, 3, 0);
 
 /**
  * The numerics that turn noise predictions into the next latent.
@@ -403,7 +359,7 @@ export type SamplerSpec = Message<"safelight.v1.SamplerSpec"> & {
  * Use `create(SamplerSpecSchema)` to create a new message.
  */
 export const SamplerSpecSchema: GenMessage<SamplerSpec> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 5);
+  messageDesc(file_safelight_v1_generation, 4);
 
 /**
  * One picture to develop.
@@ -424,7 +380,7 @@ export type OutputSpec = Message<"safelight.v1.OutputSpec"> & {
  * Use `create(OutputSpecSchema)` to create a new message.
  */
 export const OutputSpecSchema: GenMessage<OutputSpec> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 6);
+  messageDesc(file_safelight_v1_generation, 5);
 
 /**
  * How pixels travel: sRGB, straight alpha.
@@ -477,7 +433,7 @@ export type PixelEncoding = Message<"safelight.v1.PixelEncoding"> & {
  * Use `create(PixelEncodingSchema)` to create a new message.
  */
 export const PixelEncodingSchema: GenMessage<PixelEncoding> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 7);
+  messageDesc(file_safelight_v1_generation, 6);
 
 /**
  * Order of the rows of raw pixels and of textures.
@@ -511,7 +467,7 @@ export enum PixelEncoding_RowOrder {
  * Describes the enum safelight.v1.PixelEncoding.RowOrder.
  */
 export const PixelEncoding_RowOrderSchema: GenEnum<PixelEncoding_RowOrder> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 7, 0);
+  enumDesc(file_safelight_v1_generation, 6, 0);
 
 /**
  * How the blocks of a texture are compressed.
@@ -546,7 +502,7 @@ export enum PixelEncoding_TextureFormat {
  * Describes the enum safelight.v1.PixelEncoding.TextureFormat.
  */
 export const PixelEncoding_TextureFormatSchema: GenEnum<PixelEncoding_TextureFormat> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 7, 1);
+  enumDesc(file_safelight_v1_generation, 6, 1);
 
 /**
  * Which previews a stream wants. A preview is made only when its stream is
@@ -619,7 +575,7 @@ export type PreviewPolicy = Message<"safelight.v1.PreviewPolicy"> & {
  * Use `create(PreviewPolicySchema)` to create a new message.
  */
 export const PreviewPolicySchema: GenMessage<PreviewPolicy> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 8);
+  messageDesc(file_safelight_v1_generation, 7);
 
 /**
  * How urgent a generation is.
@@ -640,7 +596,7 @@ export type Scheduling = Message<"safelight.v1.Scheduling"> & {
  * Use `create(SchedulingSchema)` to create a new message.
  */
 export const SchedulingSchema: GenMessage<Scheduling> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 9);
+  messageDesc(file_safelight_v1_generation, 8);
 
 /**
  * Whether work that was done before, or is being done, may serve a request.
@@ -674,7 +630,7 @@ export type CachePolicy = Message<"safelight.v1.CachePolicy"> & {
  * Use `create(CachePolicySchema)` to create a new message.
  */
 export const CachePolicySchema: GenMessage<CachePolicy> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 10);
+  messageDesc(file_safelight_v1_generation, 9);
 
 /**
  * What may serve a request.
@@ -726,7 +682,53 @@ export enum CachePolicy_Mode {
  * Describes the enum safelight.v1.CachePolicy.Mode.
  */
 export const CachePolicy_ModeSchema: GenEnum<CachePolicy_Mode> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 10, 0);
+  enumDesc(file_safelight_v1_generation, 9, 0);
+
+/**
+ * How far the quality of a request may go down while its class is under
+ * pressure: while more is queued than is done in the time that the operator lets
+ * the class wait. It is decided once, before `Accepted`, which shows the spec
+ * that is developed; `Finished.degradations` says what was done. Nothing is done
+ * to a request of which a picture, or an identical output on its way, is there.
+ * Each field allows one thing.
+ *
+ * @generated from message safelight.v1.QualityFloor
+ */
+export type QualityFloor = Message<"safelight.v1.QualityFloor"> & {
+  /**
+   * Fewest denoising steps, from 1 to the steps of the spec; the sampler must
+   * work with them. Under pressure it is just these, so that equal requests
+   * still share one picture. Not with `branch`. Absent: no fewer steps.
+   *
+   * @generated from field: optional int32 min_num_steps = 1;
+   */
+  minNumSteps?: number | undefined;
+
+  /**
+   * Where `preview` asks for TINY_DECODER or FULL_DECODER, all streams of the
+   * generation may get LINEAR. AUTO follows the load without being told.
+   *
+   * @generated from field: bool cheaper_previews = 2;
+   */
+  cheaperPreviews: boolean;
+
+  /**
+   * A finished picture of another seed or wording may be served, as with
+   * MODE_ALLOW_SIMILAR, if it has at least this similarity, above 0 and at most 1
+   * (with MODE_ALLOW_SIMILAR: below `CachePolicy.min_similarity`). Not with
+   * `branch` and not with MODE_BYPASS. Absent: only as `cache` says.
+   *
+   * @generated from field: optional float min_similarity = 3;
+   */
+  minSimilarity?: number | undefined;
+};
+
+/**
+ * Describes the message safelight.v1.QualityFloor.
+ * Use `create(QualityFloorSchema)` to create a new message.
+ */
+export const QualityFloorSchema: GenMessage<QualityFloor> = /*@__PURE__*/
+  messageDesc(file_safelight_v1_generation, 10);
 
 /**
  * A point in the development of another output.
@@ -1413,6 +1415,13 @@ export type Finished = Message<"safelight.v1.Finished"> & {
    * @generated from field: repeated safelight.v1.CacheResult cache_results = 4;
    */
   cacheResults: CacheResult[];
+
+  /**
+   * What its quality floor gave up under load; empty: nothing.
+   *
+   * @generated from field: repeated safelight.v1.Degradation degradations = 5;
+   */
+  degradations: Degradation[];
 };
 
 /**
@@ -1421,6 +1430,85 @@ export type Finished = Message<"safelight.v1.Finished"> & {
  */
 export const FinishedSchema: GenMessage<Finished> = /*@__PURE__*/
   messageDesc(file_safelight_v1_generation, 21);
+
+/**
+ * One thing that a request gave up under load, as its quality floor allowed.
+ *
+ * @generated from message safelight.v1.Degradation
+ */
+export type Degradation = Message<"safelight.v1.Degradation"> & {
+  /**
+   * What was given up.
+   *
+   * @generated from field: safelight.v1.Degradation.Kind kind = 1;
+   */
+  kind: Degradation_Kind;
+
+  /**
+   * What the request asked for.
+   *
+   * @generated from field: string requested = 2;
+   */
+  requested: string;
+
+  /**
+   * What it got.
+   *
+   * @generated from field: string applied = 3;
+   */
+  applied: string;
+};
+
+/**
+ * Describes the message safelight.v1.Degradation.
+ * Use `create(DegradationSchema)` to create a new message.
+ */
+export const DegradationSchema: GenMessage<Degradation> = /*@__PURE__*/
+  messageDesc(file_safelight_v1_generation, 22);
+
+/**
+ * What was given up.
+ *
+ * @generated from enum safelight.v1.Degradation.Kind
+ */
+export enum Degradation_Kind {
+  /**
+   * Not a kind.
+   *
+   * @generated from enum value: KIND_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * Denoising steps; `requested` and `applied` are numbers of steps.
+   *
+   * @generated from enum value: KIND_FEWER_STEPS = 1;
+   */
+  FEWER_STEPS = 1,
+
+  /**
+   * The method of previews; `requested` and `applied` are names of
+   * PreviewMethod, such as PREVIEW_METHOD_LINEAR.
+   *
+   * @generated from enum value: KIND_CHEAPER_PREVIEWS = 2;
+   */
+  CHEAPER_PREVIEWS = 2,
+
+  /**
+   * The very picture, for one that is similar; `requested` and `applied` are
+   * similarities: the least that the request asked for without pressure, 1
+   * for an identical one, and that of the least similar picture served.
+   *
+   * @generated from enum value: KIND_SIMILAR_PICTURE = 3;
+   */
+  SIMILAR_PICTURE = 3,
+}
+
+/**
+ * Describes the enum safelight.v1.Degradation.Kind.
+ */
+export const Degradation_KindSchema: GenEnum<Degradation_Kind> = /*@__PURE__*/
+  enumDesc(file_safelight_v1_generation, 22, 0);
 
 /**
  * Where a picture came from.
@@ -1470,7 +1558,7 @@ export type CacheResult = Message<"safelight.v1.CacheResult"> & {
  * Use `create(CacheResultSchema)` to create a new message.
  */
 export const CacheResultSchema: GenMessage<CacheResult> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 22);
+  messageDesc(file_safelight_v1_generation, 23);
 
 /**
  * Where a picture came from.
@@ -1532,7 +1620,7 @@ export enum CacheResult_Disposition {
  * Describes the enum safelight.v1.CacheResult.Disposition.
  */
 export const CacheResult_DispositionSchema: GenEnum<CacheResult_Disposition> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 22, 0);
+  enumDesc(file_safelight_v1_generation, 23, 0);
 
 /**
  * What a generation has used so far. Work that several generations share counts
@@ -1583,14 +1671,6 @@ export type Usage = Message<"safelight.v1.Usage"> & {
    * @generated from field: safelight.v1.Cost cost = 6;
    */
   cost?: Cost | undefined;
-
-  /**
-   * Denoiser rows that were not computed, as their steps are outside of
-   * `GenerationSpec.guidance_interval`.
-   *
-   * @generated from field: int64 num_rows_skipped = 7;
-   */
-  numRowsSkipped: bigint;
 };
 
 /**
@@ -1598,7 +1678,7 @@ export type Usage = Message<"safelight.v1.Usage"> & {
  * Use `create(UsageSchema)` to create a new message.
  */
 export const UsageSchema: GenMessage<Usage> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 23);
+  messageDesc(file_safelight_v1_generation, 24);
 
 /**
  * An amount of money.
@@ -1626,7 +1706,7 @@ export type Cost = Message<"safelight.v1.Cost"> & {
  * Use `create(CostSchema)` to create a new message.
  */
 export const CostSchema: GenMessage<Cost> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 24);
+  messageDesc(file_safelight_v1_generation, 25);
 
 /**
  * Where the time of a generation went. Stages overlap: they do not add up.
@@ -1676,7 +1756,7 @@ export type Timings = Message<"safelight.v1.Timings"> & {
  * Use `create(TimingsSchema)` to create a new message.
  */
 export const TimingsSchema: GenMessage<Timings> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 25);
+  messageDesc(file_safelight_v1_generation, 26);
 
 /**
  * Asks to watch a generation.
@@ -1718,7 +1798,7 @@ export type WatchGenerationRequest = Message<"safelight.v1.WatchGenerationReques
  * Use `create(WatchGenerationRequestSchema)` to create a new message.
  */
 export const WatchGenerationRequestSchema: GenMessage<WatchGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 26);
+  messageDesc(file_safelight_v1_generation, 27);
 
 /**
  * How much of a picture the client already has.
@@ -1746,7 +1826,7 @@ export type ArtifactOffset = Message<"safelight.v1.ArtifactOffset"> & {
  * Use `create(ArtifactOffsetSchema)` to create a new message.
  */
 export const ArtifactOffsetSchema: GenMessage<ArtifactOffset> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 27);
+  messageDesc(file_safelight_v1_generation, 28);
 
 /**
  * One event of the generation.
@@ -1767,7 +1847,7 @@ export type WatchGenerationResponse = Message<"safelight.v1.WatchGenerationRespo
  * Use `create(WatchGenerationResponseSchema)` to create a new message.
  */
 export const WatchGenerationResponseSchema: GenMessage<WatchGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 28);
+  messageDesc(file_safelight_v1_generation, 29);
 
 /**
  * Asks to change a generation. Absent fields stay as they are.
@@ -1802,7 +1882,7 @@ export type UpdateGenerationRequest = Message<"safelight.v1.UpdateGenerationRequ
  * Use `create(UpdateGenerationRequestSchema)` to create a new message.
  */
 export const UpdateGenerationRequestSchema: GenMessage<UpdateGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 29);
+  messageDesc(file_safelight_v1_generation, 30);
 
 /**
  * The generation as it is now.
@@ -1823,7 +1903,7 @@ export type UpdateGenerationResponse = Message<"safelight.v1.UpdateGenerationRes
  * Use `create(UpdateGenerationResponseSchema)` to create a new message.
  */
 export const UpdateGenerationResponseSchema: GenMessage<UpdateGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 30);
+  messageDesc(file_safelight_v1_generation, 31);
 
 /**
  * Asks to stop a generation.
@@ -1844,7 +1924,7 @@ export type CancelGenerationRequest = Message<"safelight.v1.CancelGenerationRequ
  * Use `create(CancelGenerationRequestSchema)` to create a new message.
  */
 export const CancelGenerationRequestSchema: GenMessage<CancelGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 31);
+  messageDesc(file_safelight_v1_generation, 32);
 
 /**
  * The generation as it ended.
@@ -1865,7 +1945,7 @@ export type CancelGenerationResponse = Message<"safelight.v1.CancelGenerationRes
  * Use `create(CancelGenerationResponseSchema)` to create a new message.
  */
 export const CancelGenerationResponseSchema: GenMessage<CancelGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 32);
+  messageDesc(file_safelight_v1_generation, 33);
 
 /**
  * Asks for a generation.
@@ -1886,7 +1966,7 @@ export type GetGenerationRequest = Message<"safelight.v1.GetGenerationRequest"> 
  * Use `create(GetGenerationRequestSchema)` to create a new message.
  */
 export const GetGenerationRequestSchema: GenMessage<GetGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 33);
+  messageDesc(file_safelight_v1_generation, 34);
 
 /**
  * The generation as it is now.
@@ -1907,7 +1987,7 @@ export type GetGenerationResponse = Message<"safelight.v1.GetGenerationResponse"
  * Use `create(GetGenerationResponseSchema)` to create a new message.
  */
 export const GetGenerationResponseSchema: GenMessage<GetGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 34);
+  messageDesc(file_safelight_v1_generation, 35);
 
 /**
  * What is known of a generation.
@@ -1991,6 +2071,13 @@ export type Generation = Message<"safelight.v1.Generation"> & {
    * @generated from field: uint64 last_sequence = 11;
    */
   lastSequence: bigint;
+
+  /**
+   * What its quality floor gave up under load; empty: nothing.
+   *
+   * @generated from field: repeated safelight.v1.Degradation degradations = 12;
+   */
+  degradations: Degradation[];
 };
 
 /**
@@ -1998,7 +2085,7 @@ export type Generation = Message<"safelight.v1.Generation"> & {
  * Use `create(GenerationSchema)` to create a new message.
  */
 export const GenerationSchema: GenMessage<Generation> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 35);
+  messageDesc(file_safelight_v1_generation, 36);
 
 /**
  * Where a generation is in its life.
@@ -2060,7 +2147,7 @@ export enum Generation_State {
  * Describes the enum safelight.v1.Generation.State.
  */
 export const Generation_StateSchema: GenEnum<Generation_State> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 35, 0);
+  enumDesc(file_safelight_v1_generation, 36, 0);
 
 /**
  * What is known of an output.
@@ -2109,7 +2196,7 @@ export type OutputState = Message<"safelight.v1.OutputState"> & {
  * Use `create(OutputStateSchema)` to create a new message.
  */
 export const OutputStateSchema: GenMessage<OutputState> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 36);
+  messageDesc(file_safelight_v1_generation, 37);
 
 /**
  * How noise levels are spread over the steps.
