@@ -26,7 +26,7 @@ from safelight.v1 import generation_pb2_grpc as stubs
 
 from load_tests.bench import processes
 from load_tests.bench.arrivals import schedule
-from load_tests.bench.clients import CHANNEL_OPTIONS, COMPUTE, PROMPT, RAW
+from load_tests.bench.requests import CHANNEL_OPTIONS, COMPUTE, PROMPT, RAW
 from load_tests.bench.runner import Report, Row, Target
 
 BASE_MS, ROW_MS = 20.0, 1.0

@@ -317,7 +317,7 @@ func (x Prompt_Role) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Prompt_Role.Descriptor instead.
 func (Prompt_Role) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{3, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{4, 0}
 }
 
 // Order of the rows of raw pixels and of textures.
@@ -370,7 +370,7 @@ func (x PixelEncoding_RowOrder) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PixelEncoding_RowOrder.Descriptor instead.
 func (PixelEncoding_RowOrder) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7, 0}
 }
 
 // How the blocks of a texture are compressed.
@@ -424,7 +424,7 @@ func (x PixelEncoding_TextureFormat) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PixelEncoding_TextureFormat.Descriptor instead.
 func (PixelEncoding_TextureFormat) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6, 1}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7, 1}
 }
 
 // What may serve a request.
@@ -489,7 +489,7 @@ func (x CachePolicy_Mode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CachePolicy_Mode.Descriptor instead.
 func (CachePolicy_Mode) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{9, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{10, 0}
 }
 
 // What happens when the last stream is lost.
@@ -543,7 +543,7 @@ func (x DisconnectPolicy_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use DisconnectPolicy_Action.Descriptor instead.
 func (DisconnectPolicy_Action) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{12, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{13, 0}
 }
 
 // What is promised of a generation that was accepted.
@@ -598,7 +598,7 @@ func (x Accepted_Durability) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Accepted_Durability.Descriptor instead.
 func (Accepted_Durability) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{14, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{15, 0}
 }
 
 // Why an output ended.
@@ -659,7 +659,7 @@ func (x OutputFinished_FinishReason) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use OutputFinished_FinishReason.Descriptor instead.
 func (OutputFinished_FinishReason) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{20, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{21, 0}
 }
 
 // What was given up.
@@ -719,7 +719,7 @@ func (x Degradation_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Degradation_Kind.Descriptor instead.
 func (Degradation_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{22, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23, 0}
 }
 
 // Where a picture came from.
@@ -788,7 +788,7 @@ func (x CacheResult_Disposition) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CacheResult_Disposition.Descriptor instead.
 func (CacheResult_Disposition) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24, 0}
 }
 
 // Where a generation is in its life.
@@ -857,7 +857,7 @@ func (x Generation_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Generation_State.Descriptor instead.
 func (Generation_State) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{36, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{37, 0}
 }
 
 // Asks for one or more pictures. Only a prompt is needed.
@@ -1070,21 +1070,32 @@ type GenerationSpec struct {
 	// random seed.
 	Outputs []*OutputSpec `protobuf:"bytes,9,rep,name=outputs,proto3" json:"outputs,omitempty"`
 	// A picture to start from in place of noise: "images/{sha256}", as UploadImage
-	// returns it. Of another size or shape than the pictures it is cut at its
-	// longer sides to their shape, and scaled. Transparent parts count as white.
-	// Only for models with TASK_IMAGE_TO_IMAGE.
+	// returns it, or "generations/{generation}/outputs/{output_index}", the picture
+	// of an output that is complete. That is kept as if it had been uploaded, and
+	// `Accepted.spec` has its name as such. Of another size or shape than the
+	// pictures it is cut at its longer sides to their shape, and scaled.
+	// Transparent parts count as white. Only for models with TASK_IMAGE_TO_IMAGE.
+	// NOT_FOUND where there is none of this name, or none any more, or it is
+	// another tenant's; FAILED_PRECONDITION where the output is not finished.
 	InitImage string `protobuf:"bytes,10,opt,name=init_image,json=initImage,proto3" json:"init_image,omitempty"`
 	// How much of `init_image` is given up, above 0 and at most 1: the share of
 	// the steps that are made, the last ones; all the others are left out. Absent:
 	// 0.8. Only with `init_image`.
 	Strength *float32 `protobuf:"fixed32,11,opt,name=strength,proto3,oneof" json:"strength,omitempty"`
-	// Which part of `init_image` is developed anew: "images/{sha256}", cut and
+	// Which part of `init_image` is developed anew: named as that, cut and
 	// scaled as that. White is developed, black is kept, and grey is a soft edge
 	// between both. Where the picture has an alpha channel that alone counts:
 	// transparent is developed, opaque is kept. Only with `init_image`.
-	Mask          string `protobuf:"bytes,12,opt,name=mask,proto3" json:"mask,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Mask string `protobuf:"bytes,12,opt,name=mask,proto3" json:"mask,omitempty"`
+	// How much of the contrast that guidance adds is taken back, from 0 (none) to
+	// 1: phi of Lin et al. 2023, equations 15 and 16. Absent: 0. Only with
+	// guidance.
+	GuidanceRescale *float32 `protobuf:"fixed32,13,opt,name=guidance_rescale,json=guidanceRescale,proto3,oneof" json:"guidance_rescale,omitempty"`
+	// Guidance in a part of the steps alone: each of the others has one denoiser
+	// row instead of two. Absent: in all steps. Only with guidance.
+	GuidanceInterval *GuidanceInterval `protobuf:"bytes,14,opt,name=guidance_interval,json=guidanceInterval,proto3" json:"guidance_interval,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *GenerationSpec) Reset() {
@@ -1201,6 +1212,79 @@ func (x *GenerationSpec) GetMask() string {
 	return ""
 }
 
+func (x *GenerationSpec) GetGuidanceRescale() float32 {
+	if x != nil && x.GuidanceRescale != nil {
+		return *x.GuidanceRescale
+	}
+	return 0
+}
+
+func (x *GenerationSpec) GetGuidanceInterval() *GuidanceInterval {
+	if x != nil {
+		return x.GuidanceInterval
+	}
+	return nil
+}
+
+// The steps that have guidance (Kynkäänniemi et al. 2024), as shares of all
+// steps from 0, before the first one, to 1, after the last one. Of N steps those
+// from floor(start * N) on, counted from 0, to the one before floor(end * N), as
+// diffusers counts them: 0.2 to 0.8 of 10 steps are steps 3 to 8. At least one
+// step that is made must be among them.
+type GuidanceInterval struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Where guidance begins, from 0 to below 1. Absent: 0.
+	Start *float32 `protobuf:"fixed32,1,opt,name=start,proto3,oneof" json:"start,omitempty"`
+	// Where it ends, above `start` and at most 1. Absent: 1.
+	End           *float32 `protobuf:"fixed32,2,opt,name=end,proto3,oneof" json:"end,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GuidanceInterval) Reset() {
+	*x = GuidanceInterval{}
+	mi := &file_safelight_v1_generation_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GuidanceInterval) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GuidanceInterval) ProtoMessage() {}
+
+func (x *GuidanceInterval) ProtoReflect() protoreflect.Message {
+	mi := &file_safelight_v1_generation_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GuidanceInterval.ProtoReflect.Descriptor instead.
+func (*GuidanceInterval) Descriptor() ([]byte, []int) {
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *GuidanceInterval) GetStart() float32 {
+	if x != nil && x.Start != nil {
+		return *x.Start
+	}
+	return 0
+}
+
+func (x *GuidanceInterval) GetEnd() float32 {
+	if x != nil && x.End != nil {
+		return *x.End
+	}
+	return 0
+}
+
 // A text that guides the denoiser.
 type Prompt struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1216,7 +1300,7 @@ type Prompt struct {
 
 func (x *Prompt) Reset() {
 	*x = Prompt{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[3]
+	mi := &file_safelight_v1_generation_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1228,7 +1312,7 @@ func (x *Prompt) String() string {
 func (*Prompt) ProtoMessage() {}
 
 func (x *Prompt) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[3]
+	mi := &file_safelight_v1_generation_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1241,7 +1325,7 @@ func (x *Prompt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Prompt.ProtoReflect.Descriptor instead.
 func (*Prompt) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{3}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Prompt) GetRole() Prompt_Role {
@@ -1277,7 +1361,7 @@ type SamplerSpec struct {
 
 func (x *SamplerSpec) Reset() {
 	*x = SamplerSpec{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[4]
+	mi := &file_safelight_v1_generation_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1289,7 +1373,7 @@ func (x *SamplerSpec) String() string {
 func (*SamplerSpec) ProtoMessage() {}
 
 func (x *SamplerSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[4]
+	mi := &file_safelight_v1_generation_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1302,7 +1386,7 @@ func (x *SamplerSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SamplerSpec.ProtoReflect.Descriptor instead.
 func (*SamplerSpec) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{4}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *SamplerSpec) GetName() string {
@@ -1344,7 +1428,7 @@ type OutputSpec struct {
 
 func (x *OutputSpec) Reset() {
 	*x = OutputSpec{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[5]
+	mi := &file_safelight_v1_generation_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1356,7 +1440,7 @@ func (x *OutputSpec) String() string {
 func (*OutputSpec) ProtoMessage() {}
 
 func (x *OutputSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[5]
+	mi := &file_safelight_v1_generation_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1369,7 +1453,7 @@ func (x *OutputSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputSpec.ProtoReflect.Descriptor instead.
 func (*OutputSpec) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{5}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *OutputSpec) GetSeed() uint64 {
@@ -1402,7 +1486,7 @@ type PixelEncoding struct {
 
 func (x *PixelEncoding) Reset() {
 	*x = PixelEncoding{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[6]
+	mi := &file_safelight_v1_generation_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1414,7 +1498,7 @@ func (x *PixelEncoding) String() string {
 func (*PixelEncoding) ProtoMessage() {}
 
 func (x *PixelEncoding) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[6]
+	mi := &file_safelight_v1_generation_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1427,7 +1511,7 @@ func (x *PixelEncoding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PixelEncoding.ProtoReflect.Descriptor instead.
 func (*PixelEncoding) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *PixelEncoding) GetMediaType() string {
@@ -1497,7 +1581,7 @@ type PreviewPolicy struct {
 
 func (x *PreviewPolicy) Reset() {
 	*x = PreviewPolicy{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[7]
+	mi := &file_safelight_v1_generation_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1509,7 +1593,7 @@ func (x *PreviewPolicy) String() string {
 func (*PreviewPolicy) ProtoMessage() {}
 
 func (x *PreviewPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[7]
+	mi := &file_safelight_v1_generation_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1522,7 +1606,7 @@ func (x *PreviewPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreviewPolicy.ProtoReflect.Descriptor instead.
 func (*PreviewPolicy) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PreviewPolicy) GetAccept() []*PixelEncoding {
@@ -1607,7 +1691,7 @@ type Scheduling struct {
 
 func (x *Scheduling) Reset() {
 	*x = Scheduling{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[8]
+	mi := &file_safelight_v1_generation_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1619,7 +1703,7 @@ func (x *Scheduling) String() string {
 func (*Scheduling) ProtoMessage() {}
 
 func (x *Scheduling) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[8]
+	mi := &file_safelight_v1_generation_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1632,7 +1716,7 @@ func (x *Scheduling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Scheduling.ProtoReflect.Descriptor instead.
 func (*Scheduling) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{8}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Scheduling) GetPriority() Priority {
@@ -1661,7 +1745,7 @@ type CachePolicy struct {
 
 func (x *CachePolicy) Reset() {
 	*x = CachePolicy{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[9]
+	mi := &file_safelight_v1_generation_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1673,7 +1757,7 @@ func (x *CachePolicy) String() string {
 func (*CachePolicy) ProtoMessage() {}
 
 func (x *CachePolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[9]
+	mi := &file_safelight_v1_generation_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1686,7 +1770,7 @@ func (x *CachePolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CachePolicy.ProtoReflect.Descriptor instead.
 func (*CachePolicy) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{9}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CachePolicy) GetMode() CachePolicy_Mode {
@@ -1729,7 +1813,7 @@ type QualityFloor struct {
 
 func (x *QualityFloor) Reset() {
 	*x = QualityFloor{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[10]
+	mi := &file_safelight_v1_generation_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1741,7 +1825,7 @@ func (x *QualityFloor) String() string {
 func (*QualityFloor) ProtoMessage() {}
 
 func (x *QualityFloor) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[10]
+	mi := &file_safelight_v1_generation_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1754,7 +1838,7 @@ func (x *QualityFloor) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QualityFloor.ProtoReflect.Descriptor instead.
 func (*QualityFloor) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{10}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *QualityFloor) GetMinNumSteps() int32 {
@@ -1794,7 +1878,7 @@ type Branch struct {
 
 func (x *Branch) Reset() {
 	*x = Branch{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[11]
+	mi := &file_safelight_v1_generation_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1806,7 +1890,7 @@ func (x *Branch) String() string {
 func (*Branch) ProtoMessage() {}
 
 func (x *Branch) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[11]
+	mi := &file_safelight_v1_generation_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1819,7 +1903,7 @@ func (x *Branch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Branch.ProtoReflect.Descriptor instead.
 func (*Branch) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{11}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Branch) GetGeneration() string {
@@ -1856,7 +1940,7 @@ type DisconnectPolicy struct {
 
 func (x *DisconnectPolicy) Reset() {
 	*x = DisconnectPolicy{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[12]
+	mi := &file_safelight_v1_generation_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1868,7 +1952,7 @@ func (x *DisconnectPolicy) String() string {
 func (*DisconnectPolicy) ProtoMessage() {}
 
 func (x *DisconnectPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[12]
+	mi := &file_safelight_v1_generation_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1881,7 +1965,7 @@ func (x *DisconnectPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectPolicy.ProtoReflect.Descriptor instead.
 func (*DisconnectPolicy) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{12}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DisconnectPolicy) GetAction() DisconnectPolicy_Action {
@@ -1929,7 +2013,7 @@ type GenerationEvent struct {
 
 func (x *GenerationEvent) Reset() {
 	*x = GenerationEvent{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[13]
+	mi := &file_safelight_v1_generation_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1941,7 +2025,7 @@ func (x *GenerationEvent) String() string {
 func (*GenerationEvent) ProtoMessage() {}
 
 func (x *GenerationEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[13]
+	mi := &file_safelight_v1_generation_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1954,7 +2038,7 @@ func (x *GenerationEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerationEvent.ProtoReflect.Descriptor instead.
 func (*GenerationEvent) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{13}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *GenerationEvent) GetSequence() uint64 {
@@ -2128,7 +2212,7 @@ type Accepted struct {
 
 func (x *Accepted) Reset() {
 	*x = Accepted{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[14]
+	mi := &file_safelight_v1_generation_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2140,7 +2224,7 @@ func (x *Accepted) String() string {
 func (*Accepted) ProtoMessage() {}
 
 func (x *Accepted) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[14]
+	mi := &file_safelight_v1_generation_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2153,7 +2237,7 @@ func (x *Accepted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Accepted.ProtoReflect.Descriptor instead.
 func (*Accepted) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{14}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Accepted) GetSpec() *GenerationSpec {
@@ -2225,7 +2309,7 @@ type Warning struct {
 
 func (x *Warning) Reset() {
 	*x = Warning{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[15]
+	mi := &file_safelight_v1_generation_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2237,7 +2321,7 @@ func (x *Warning) String() string {
 func (*Warning) ProtoMessage() {}
 
 func (x *Warning) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[15]
+	mi := &file_safelight_v1_generation_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2250,7 +2334,7 @@ func (x *Warning) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Warning.ProtoReflect.Descriptor instead.
 func (*Warning) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{15}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Warning) GetReason() string {
@@ -2280,7 +2364,7 @@ type Queued struct {
 
 func (x *Queued) Reset() {
 	*x = Queued{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[16]
+	mi := &file_safelight_v1_generation_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2292,7 +2376,7 @@ func (x *Queued) String() string {
 func (*Queued) ProtoMessage() {}
 
 func (x *Queued) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[16]
+	mi := &file_safelight_v1_generation_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2305,7 +2389,7 @@ func (x *Queued) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Queued.ProtoReflect.Descriptor instead.
 func (*Queued) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{16}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Queued) GetPosition() int32 {
@@ -2341,7 +2425,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[17]
+	mi := &file_safelight_v1_generation_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2353,7 +2437,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[17]
+	mi := &file_safelight_v1_generation_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2366,7 +2450,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{17}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Progress) GetOutputIndex() int32 {
@@ -2432,7 +2516,7 @@ type Preview struct {
 
 func (x *Preview) Reset() {
 	*x = Preview{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[18]
+	mi := &file_safelight_v1_generation_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2444,7 +2528,7 @@ func (x *Preview) String() string {
 func (*Preview) ProtoMessage() {}
 
 func (x *Preview) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[18]
+	mi := &file_safelight_v1_generation_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2457,7 +2541,7 @@ func (x *Preview) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Preview.ProtoReflect.Descriptor instead.
 func (*Preview) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{18}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Preview) GetOutputIndex() int32 {
@@ -2550,7 +2634,7 @@ type ArtifactChunk struct {
 
 func (x *ArtifactChunk) Reset() {
 	*x = ArtifactChunk{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[19]
+	mi := &file_safelight_v1_generation_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2562,7 +2646,7 @@ func (x *ArtifactChunk) String() string {
 func (*ArtifactChunk) ProtoMessage() {}
 
 func (x *ArtifactChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[19]
+	mi := &file_safelight_v1_generation_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2575,7 +2659,7 @@ func (x *ArtifactChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArtifactChunk.ProtoReflect.Descriptor instead.
 func (*ArtifactChunk) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{19}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ArtifactChunk) GetOutputIndex() int32 {
@@ -2656,7 +2740,7 @@ type OutputFinished struct {
 
 func (x *OutputFinished) Reset() {
 	*x = OutputFinished{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[20]
+	mi := &file_safelight_v1_generation_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2668,7 +2752,7 @@ func (x *OutputFinished) String() string {
 func (*OutputFinished) ProtoMessage() {}
 
 func (x *OutputFinished) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[20]
+	mi := &file_safelight_v1_generation_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2681,7 +2765,7 @@ func (x *OutputFinished) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputFinished.ProtoReflect.Descriptor instead.
 func (*OutputFinished) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{20}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *OutputFinished) GetOutputIndex() int32 {
@@ -2724,7 +2808,7 @@ type Finished struct {
 
 func (x *Finished) Reset() {
 	*x = Finished{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[21]
+	mi := &file_safelight_v1_generation_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2736,7 +2820,7 @@ func (x *Finished) String() string {
 func (*Finished) ProtoMessage() {}
 
 func (x *Finished) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[21]
+	mi := &file_safelight_v1_generation_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2749,7 +2833,7 @@ func (x *Finished) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finished.ProtoReflect.Descriptor instead.
 func (*Finished) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{21}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Finished) GetStatus() *status.Status {
@@ -2802,7 +2886,7 @@ type Degradation struct {
 
 func (x *Degradation) Reset() {
 	*x = Degradation{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[22]
+	mi := &file_safelight_v1_generation_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2814,7 +2898,7 @@ func (x *Degradation) String() string {
 func (*Degradation) ProtoMessage() {}
 
 func (x *Degradation) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[22]
+	mi := &file_safelight_v1_generation_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2827,7 +2911,7 @@ func (x *Degradation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Degradation.ProtoReflect.Descriptor instead.
 func (*Degradation) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{22}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Degradation) GetKind() Degradation_Kind {
@@ -2871,7 +2955,7 @@ type CacheResult struct {
 
 func (x *CacheResult) Reset() {
 	*x = CacheResult{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	mi := &file_safelight_v1_generation_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2883,7 +2967,7 @@ func (x *CacheResult) String() string {
 func (*CacheResult) ProtoMessage() {}
 
 func (x *CacheResult) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	mi := &file_safelight_v1_generation_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2896,7 +2980,7 @@ func (x *CacheResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheResult.ProtoReflect.Descriptor instead.
 func (*CacheResult) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CacheResult) GetDisposition() CacheResult_Disposition {
@@ -2950,14 +3034,17 @@ type Usage struct {
 	PreviewBytes int64 `protobuf:"varint,5,opt,name=preview_bytes,json=previewBytes,proto3" json:"preview_bytes,omitempty"`
 	// What the compute costs by the operator's price table; absent where the
 	// server has none.
-	Cost          *Cost `protobuf:"bytes,6,opt,name=cost,proto3" json:"cost,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Cost *Cost `protobuf:"bytes,6,opt,name=cost,proto3" json:"cost,omitempty"`
+	// Denoiser rows that were not computed, as their steps are outside of
+	// `GenerationSpec.guidance_interval`.
+	NumRowsSkipped int64 `protobuf:"varint,7,opt,name=num_rows_skipped,json=numRowsSkipped,proto3" json:"num_rows_skipped,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Usage) Reset() {
 	*x = Usage{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[24]
+	mi := &file_safelight_v1_generation_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2969,7 +3056,7 @@ func (x *Usage) String() string {
 func (*Usage) ProtoMessage() {}
 
 func (x *Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[24]
+	mi := &file_safelight_v1_generation_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2982,7 +3069,7 @@ func (x *Usage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Usage.ProtoReflect.Descriptor instead.
 func (*Usage) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Usage) GetComputeTime() *durationpb.Duration {
@@ -3027,6 +3114,13 @@ func (x *Usage) GetCost() *Cost {
 	return nil
 }
 
+func (x *Usage) GetNumRowsSkipped() int64 {
+	if x != nil {
+		return x.NumRowsSkipped
+	}
+	return 0
+}
+
 // An amount of money.
 type Cost struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -3040,7 +3134,7 @@ type Cost struct {
 
 func (x *Cost) Reset() {
 	*x = Cost{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[25]
+	mi := &file_safelight_v1_generation_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3052,7 +3146,7 @@ func (x *Cost) String() string {
 func (*Cost) ProtoMessage() {}
 
 func (x *Cost) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[25]
+	mi := &file_safelight_v1_generation_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3065,7 +3159,7 @@ func (x *Cost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cost.ProtoReflect.Descriptor instead.
 func (*Cost) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{25}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Cost) GetCurrencyCode() string {
@@ -3102,7 +3196,7 @@ type Timings struct {
 
 func (x *Timings) Reset() {
 	*x = Timings{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[26]
+	mi := &file_safelight_v1_generation_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3114,7 +3208,7 @@ func (x *Timings) String() string {
 func (*Timings) ProtoMessage() {}
 
 func (x *Timings) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[26]
+	mi := &file_safelight_v1_generation_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3127,7 +3221,7 @@ func (x *Timings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Timings.ProtoReflect.Descriptor instead.
 func (*Timings) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{26}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Timings) GetQueue() *durationpb.Duration {
@@ -3182,7 +3276,7 @@ type WatchGenerationRequest struct {
 
 func (x *WatchGenerationRequest) Reset() {
 	*x = WatchGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[27]
+	mi := &file_safelight_v1_generation_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3194,7 +3288,7 @@ func (x *WatchGenerationRequest) String() string {
 func (*WatchGenerationRequest) ProtoMessage() {}
 
 func (x *WatchGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[27]
+	mi := &file_safelight_v1_generation_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3207,7 +3301,7 @@ func (x *WatchGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGenerationRequest.ProtoReflect.Descriptor instead.
 func (*WatchGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{27}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *WatchGenerationRequest) GetName() string {
@@ -3251,7 +3345,7 @@ type ArtifactOffset struct {
 
 func (x *ArtifactOffset) Reset() {
 	*x = ArtifactOffset{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[28]
+	mi := &file_safelight_v1_generation_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3263,7 +3357,7 @@ func (x *ArtifactOffset) String() string {
 func (*ArtifactOffset) ProtoMessage() {}
 
 func (x *ArtifactOffset) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[28]
+	mi := &file_safelight_v1_generation_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3276,7 +3370,7 @@ func (x *ArtifactOffset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArtifactOffset.ProtoReflect.Descriptor instead.
 func (*ArtifactOffset) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{28}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ArtifactOffset) GetOutputIndex() int32 {
@@ -3304,7 +3398,7 @@ type WatchGenerationResponse struct {
 
 func (x *WatchGenerationResponse) Reset() {
 	*x = WatchGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[29]
+	mi := &file_safelight_v1_generation_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3316,7 +3410,7 @@ func (x *WatchGenerationResponse) String() string {
 func (*WatchGenerationResponse) ProtoMessage() {}
 
 func (x *WatchGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[29]
+	mi := &file_safelight_v1_generation_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3329,7 +3423,7 @@ func (x *WatchGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGenerationResponse.ProtoReflect.Descriptor instead.
 func (*WatchGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{29}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *WatchGenerationResponse) GetEvent() *GenerationEvent {
@@ -3354,7 +3448,7 @@ type UpdateGenerationRequest struct {
 
 func (x *UpdateGenerationRequest) Reset() {
 	*x = UpdateGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[30]
+	mi := &file_safelight_v1_generation_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3366,7 +3460,7 @@ func (x *UpdateGenerationRequest) String() string {
 func (*UpdateGenerationRequest) ProtoMessage() {}
 
 func (x *UpdateGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[30]
+	mi := &file_safelight_v1_generation_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3379,7 +3473,7 @@ func (x *UpdateGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateGenerationRequest.ProtoReflect.Descriptor instead.
 func (*UpdateGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{30}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *UpdateGenerationRequest) GetName() string {
@@ -3414,7 +3508,7 @@ type UpdateGenerationResponse struct {
 
 func (x *UpdateGenerationResponse) Reset() {
 	*x = UpdateGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[31]
+	mi := &file_safelight_v1_generation_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3426,7 +3520,7 @@ func (x *UpdateGenerationResponse) String() string {
 func (*UpdateGenerationResponse) ProtoMessage() {}
 
 func (x *UpdateGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[31]
+	mi := &file_safelight_v1_generation_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3439,7 +3533,7 @@ func (x *UpdateGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateGenerationResponse.ProtoReflect.Descriptor instead.
 func (*UpdateGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{31}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *UpdateGenerationResponse) GetGeneration() *Generation {
@@ -3460,7 +3554,7 @@ type CancelGenerationRequest struct {
 
 func (x *CancelGenerationRequest) Reset() {
 	*x = CancelGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[32]
+	mi := &file_safelight_v1_generation_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3472,7 +3566,7 @@ func (x *CancelGenerationRequest) String() string {
 func (*CancelGenerationRequest) ProtoMessage() {}
 
 func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[32]
+	mi := &file_safelight_v1_generation_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3485,7 +3579,7 @@ func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationRequest.ProtoReflect.Descriptor instead.
 func (*CancelGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{32}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *CancelGenerationRequest) GetName() string {
@@ -3506,7 +3600,7 @@ type CancelGenerationResponse struct {
 
 func (x *CancelGenerationResponse) Reset() {
 	*x = CancelGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[33]
+	mi := &file_safelight_v1_generation_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3518,7 +3612,7 @@ func (x *CancelGenerationResponse) String() string {
 func (*CancelGenerationResponse) ProtoMessage() {}
 
 func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[33]
+	mi := &file_safelight_v1_generation_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3531,7 +3625,7 @@ func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationResponse.ProtoReflect.Descriptor instead.
 func (*CancelGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{33}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *CancelGenerationResponse) GetGeneration() *Generation {
@@ -3552,7 +3646,7 @@ type GetGenerationRequest struct {
 
 func (x *GetGenerationRequest) Reset() {
 	*x = GetGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[34]
+	mi := &file_safelight_v1_generation_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3564,7 +3658,7 @@ func (x *GetGenerationRequest) String() string {
 func (*GetGenerationRequest) ProtoMessage() {}
 
 func (x *GetGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[34]
+	mi := &file_safelight_v1_generation_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3577,7 +3671,7 @@ func (x *GetGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGenerationRequest.ProtoReflect.Descriptor instead.
 func (*GetGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *GetGenerationRequest) GetName() string {
@@ -3598,7 +3692,7 @@ type GetGenerationResponse struct {
 
 func (x *GetGenerationResponse) Reset() {
 	*x = GetGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[35]
+	mi := &file_safelight_v1_generation_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3610,7 +3704,7 @@ func (x *GetGenerationResponse) String() string {
 func (*GetGenerationResponse) ProtoMessage() {}
 
 func (x *GetGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[35]
+	mi := &file_safelight_v1_generation_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3623,7 +3717,7 @@ func (x *GetGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGenerationResponse.ProtoReflect.Descriptor instead.
 func (*GetGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{35}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *GetGenerationResponse) GetGeneration() *Generation {
@@ -3666,7 +3760,7 @@ type Generation struct {
 
 func (x *Generation) Reset() {
 	*x = Generation{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[36]
+	mi := &file_safelight_v1_generation_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3678,7 +3772,7 @@ func (x *Generation) String() string {
 func (*Generation) ProtoMessage() {}
 
 func (x *Generation) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[36]
+	mi := &file_safelight_v1_generation_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3691,7 +3785,7 @@ func (x *Generation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generation.ProtoReflect.Descriptor instead.
 func (*Generation) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{36}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Generation) GetName() string {
@@ -3797,7 +3891,7 @@ type OutputState struct {
 
 func (x *OutputState) Reset() {
 	*x = OutputState{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[37]
+	mi := &file_safelight_v1_generation_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3809,7 +3903,7 @@ func (x *OutputState) String() string {
 func (*OutputState) ProtoMessage() {}
 
 func (x *OutputState) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[37]
+	mi := &file_safelight_v1_generation_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3822,7 +3916,7 @@ func (x *OutputState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputState.ProtoReflect.Descriptor instead.
 func (*OutputState) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{37}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *OutputState) GetOutputIndex() int32 {
@@ -3886,7 +3980,7 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"G\n" +
 	"\x10GenerateResponse\x123\n" +
-	"\x05event\x18\x01 \x01(\v2\x1d.safelight.v1.GenerationEventR\x05event\"\xa1\x04\n" +
+	"\x05event\x18\x01 \x01(\v2\x1d.safelight.v1.GenerationEventR\x05event\"\xb3\x05\n" +
 	"\x0eGenerationSpec\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x16\n" +
 	"\x06prompt\x18\x02 \x01(\tR\x06prompt\x12.\n" +
@@ -3901,13 +3995,21 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"init_image\x18\n" +
 	" \x01(\tR\tinitImage\x12\x1f\n" +
 	"\bstrength\x18\v \x01(\x02H\x04R\bstrength\x88\x01\x01\x12\x12\n" +
-	"\x04mask\x18\f \x01(\tR\x04maskB\v\n" +
+	"\x04mask\x18\f \x01(\tR\x04mask\x12.\n" +
+	"\x10guidance_rescale\x18\r \x01(\x02H\x05R\x0fguidanceRescale\x88\x01\x01\x12K\n" +
+	"\x11guidance_interval\x18\x0e \x01(\v2\x1e.safelight.v1.GuidanceIntervalR\x10guidanceIntervalB\v\n" +
 	"\t_width_pxB\f\n" +
 	"\n" +
 	"_height_pxB\x16\n" +
 	"\x14_num_inference_stepsB\x11\n" +
 	"\x0f_guidance_scaleB\v\n" +
-	"\t_strength\"\x8f\x01\n" +
+	"\t_strengthB\x13\n" +
+	"\x11_guidance_rescale\"V\n" +
+	"\x10GuidanceInterval\x12\x19\n" +
+	"\x05start\x18\x01 \x01(\x02H\x00R\x05start\x88\x01\x01\x12\x15\n" +
+	"\x03end\x18\x02 \x01(\x02H\x01R\x03end\x88\x01\x01B\b\n" +
+	"\x06_startB\x06\n" +
+	"\x04_end\"\x8f\x01\n" +
 	"\x06Prompt\x12-\n" +
 	"\x04role\x18\x01 \x01(\x0e2\x19.safelight.v1.Prompt.RoleR\x04role\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\"B\n" +
@@ -4096,14 +4198,15 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x11DISPOSITION_EXACT\x10\x03\x12\x17\n" +
 	"\x13DISPOSITION_SIMILAR\x10\x04\x12\x16\n" +
 	"\x12DISPOSITION_LATENT\x10\x05\x12\x18\n" +
-	"\x14DISPOSITION_BRANCHED\x10\x06\"\xed\x01\n" +
+	"\x14DISPOSITION_BRANCHED\x10\x06\"\x97\x02\n" +
 	"\x05Usage\x12<\n" +
 	"\fcompute_time\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\vcomputeTime\x12\x19\n" +
 	"\bnum_rows\x18\x02 \x01(\x03R\anumRows\x12\x1b\n" +
 	"\tnum_steps\x18\x03 \x01(\x03R\bnumSteps\x12!\n" +
 	"\fnum_previews\x18\x04 \x01(\x03R\vnumPreviews\x12#\n" +
 	"\rpreview_bytes\x18\x05 \x01(\x03R\fpreviewBytes\x12&\n" +
-	"\x04cost\x18\x06 \x01(\v2\x12.safelight.v1.CostR\x04cost\"A\n" +
+	"\x04cost\x18\x06 \x01(\v2\x12.safelight.v1.CostR\x04cost\x12(\n" +
+	"\x10num_rows_skipped\x18\a \x01(\x03R\x0enumRowsSkipped\"A\n" +
 	"\x04Cost\x12#\n" +
 	"\rcurrency_code\x18\x01 \x01(\tR\fcurrencyCode\x12\x14\n" +
 	"\x05nanos\x18\x02 \x01(\x03R\x05nanos\"\x93\x02\n" +
@@ -4221,7 +4324,7 @@ func file_safelight_v1_generation_proto_rawDescGZIP() []byte {
 }
 
 var file_safelight_v1_generation_proto_enumTypes = make([]protoimpl.EnumInfo, 14)
-var file_safelight_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
+var file_safelight_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
 var file_safelight_v1_generation_proto_goTypes = []any{
 	(SigmaSchedule)(0),               // 0: safelight.v1.SigmaSchedule
 	(TimestepSpacing)(0),             // 1: safelight.v1.TimestepSpacing
@@ -4240,138 +4343,140 @@ var file_safelight_v1_generation_proto_goTypes = []any{
 	(*GenerateRequest)(nil),          // 14: safelight.v1.GenerateRequest
 	(*GenerateResponse)(nil),         // 15: safelight.v1.GenerateResponse
 	(*GenerationSpec)(nil),           // 16: safelight.v1.GenerationSpec
-	(*Prompt)(nil),                   // 17: safelight.v1.Prompt
-	(*SamplerSpec)(nil),              // 18: safelight.v1.SamplerSpec
-	(*OutputSpec)(nil),               // 19: safelight.v1.OutputSpec
-	(*PixelEncoding)(nil),            // 20: safelight.v1.PixelEncoding
-	(*PreviewPolicy)(nil),            // 21: safelight.v1.PreviewPolicy
-	(*Scheduling)(nil),               // 22: safelight.v1.Scheduling
-	(*CachePolicy)(nil),              // 23: safelight.v1.CachePolicy
-	(*QualityFloor)(nil),             // 24: safelight.v1.QualityFloor
-	(*Branch)(nil),                   // 25: safelight.v1.Branch
-	(*DisconnectPolicy)(nil),         // 26: safelight.v1.DisconnectPolicy
-	(*GenerationEvent)(nil),          // 27: safelight.v1.GenerationEvent
-	(*Accepted)(nil),                 // 28: safelight.v1.Accepted
-	(*Warning)(nil),                  // 29: safelight.v1.Warning
-	(*Queued)(nil),                   // 30: safelight.v1.Queued
-	(*Progress)(nil),                 // 31: safelight.v1.Progress
-	(*Preview)(nil),                  // 32: safelight.v1.Preview
-	(*ArtifactChunk)(nil),            // 33: safelight.v1.ArtifactChunk
-	(*OutputFinished)(nil),           // 34: safelight.v1.OutputFinished
-	(*Finished)(nil),                 // 35: safelight.v1.Finished
-	(*Degradation)(nil),              // 36: safelight.v1.Degradation
-	(*CacheResult)(nil),              // 37: safelight.v1.CacheResult
-	(*Usage)(nil),                    // 38: safelight.v1.Usage
-	(*Cost)(nil),                     // 39: safelight.v1.Cost
-	(*Timings)(nil),                  // 40: safelight.v1.Timings
-	(*WatchGenerationRequest)(nil),   // 41: safelight.v1.WatchGenerationRequest
-	(*ArtifactOffset)(nil),           // 42: safelight.v1.ArtifactOffset
-	(*WatchGenerationResponse)(nil),  // 43: safelight.v1.WatchGenerationResponse
-	(*UpdateGenerationRequest)(nil),  // 44: safelight.v1.UpdateGenerationRequest
-	(*UpdateGenerationResponse)(nil), // 45: safelight.v1.UpdateGenerationResponse
-	(*CancelGenerationRequest)(nil),  // 46: safelight.v1.CancelGenerationRequest
-	(*CancelGenerationResponse)(nil), // 47: safelight.v1.CancelGenerationResponse
-	(*GetGenerationRequest)(nil),     // 48: safelight.v1.GetGenerationRequest
-	(*GetGenerationResponse)(nil),    // 49: safelight.v1.GetGenerationResponse
-	(*Generation)(nil),               // 50: safelight.v1.Generation
-	(*OutputState)(nil),              // 51: safelight.v1.OutputState
-	nil,                              // 52: safelight.v1.GenerateRequest.LabelsEntry
-	nil,                              // 53: safelight.v1.Generation.LabelsEntry
-	(*durationpb.Duration)(nil),      // 54: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),    // 55: google.protobuf.Timestamp
-	(*status.Status)(nil),            // 56: google.rpc.Status
+	(*GuidanceInterval)(nil),         // 17: safelight.v1.GuidanceInterval
+	(*Prompt)(nil),                   // 18: safelight.v1.Prompt
+	(*SamplerSpec)(nil),              // 19: safelight.v1.SamplerSpec
+	(*OutputSpec)(nil),               // 20: safelight.v1.OutputSpec
+	(*PixelEncoding)(nil),            // 21: safelight.v1.PixelEncoding
+	(*PreviewPolicy)(nil),            // 22: safelight.v1.PreviewPolicy
+	(*Scheduling)(nil),               // 23: safelight.v1.Scheduling
+	(*CachePolicy)(nil),              // 24: safelight.v1.CachePolicy
+	(*QualityFloor)(nil),             // 25: safelight.v1.QualityFloor
+	(*Branch)(nil),                   // 26: safelight.v1.Branch
+	(*DisconnectPolicy)(nil),         // 27: safelight.v1.DisconnectPolicy
+	(*GenerationEvent)(nil),          // 28: safelight.v1.GenerationEvent
+	(*Accepted)(nil),                 // 29: safelight.v1.Accepted
+	(*Warning)(nil),                  // 30: safelight.v1.Warning
+	(*Queued)(nil),                   // 31: safelight.v1.Queued
+	(*Progress)(nil),                 // 32: safelight.v1.Progress
+	(*Preview)(nil),                  // 33: safelight.v1.Preview
+	(*ArtifactChunk)(nil),            // 34: safelight.v1.ArtifactChunk
+	(*OutputFinished)(nil),           // 35: safelight.v1.OutputFinished
+	(*Finished)(nil),                 // 36: safelight.v1.Finished
+	(*Degradation)(nil),              // 37: safelight.v1.Degradation
+	(*CacheResult)(nil),              // 38: safelight.v1.CacheResult
+	(*Usage)(nil),                    // 39: safelight.v1.Usage
+	(*Cost)(nil),                     // 40: safelight.v1.Cost
+	(*Timings)(nil),                  // 41: safelight.v1.Timings
+	(*WatchGenerationRequest)(nil),   // 42: safelight.v1.WatchGenerationRequest
+	(*ArtifactOffset)(nil),           // 43: safelight.v1.ArtifactOffset
+	(*WatchGenerationResponse)(nil),  // 44: safelight.v1.WatchGenerationResponse
+	(*UpdateGenerationRequest)(nil),  // 45: safelight.v1.UpdateGenerationRequest
+	(*UpdateGenerationResponse)(nil), // 46: safelight.v1.UpdateGenerationResponse
+	(*CancelGenerationRequest)(nil),  // 47: safelight.v1.CancelGenerationRequest
+	(*CancelGenerationResponse)(nil), // 48: safelight.v1.CancelGenerationResponse
+	(*GetGenerationRequest)(nil),     // 49: safelight.v1.GetGenerationRequest
+	(*GetGenerationResponse)(nil),    // 50: safelight.v1.GetGenerationResponse
+	(*Generation)(nil),               // 51: safelight.v1.Generation
+	(*OutputState)(nil),              // 52: safelight.v1.OutputState
+	nil,                              // 53: safelight.v1.GenerateRequest.LabelsEntry
+	nil,                              // 54: safelight.v1.Generation.LabelsEntry
+	(*durationpb.Duration)(nil),      // 55: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 56: google.protobuf.Timestamp
+	(*status.Status)(nil),            // 57: google.rpc.Status
 }
 var file_safelight_v1_generation_proto_depIdxs = []int32{
 	16, // 0: safelight.v1.GenerateRequest.spec:type_name -> safelight.v1.GenerationSpec
-	21, // 1: safelight.v1.GenerateRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	20, // 2: safelight.v1.GenerateRequest.encoding:type_name -> safelight.v1.PixelEncoding
-	22, // 3: safelight.v1.GenerateRequest.scheduling:type_name -> safelight.v1.Scheduling
-	26, // 4: safelight.v1.GenerateRequest.disconnect:type_name -> safelight.v1.DisconnectPolicy
-	52, // 5: safelight.v1.GenerateRequest.labels:type_name -> safelight.v1.GenerateRequest.LabelsEntry
-	23, // 6: safelight.v1.GenerateRequest.cache:type_name -> safelight.v1.CachePolicy
-	25, // 7: safelight.v1.GenerateRequest.branch:type_name -> safelight.v1.Branch
-	24, // 8: safelight.v1.GenerateRequest.quality_floor:type_name -> safelight.v1.QualityFloor
-	27, // 9: safelight.v1.GenerateResponse.event:type_name -> safelight.v1.GenerationEvent
-	17, // 10: safelight.v1.GenerationSpec.prompts:type_name -> safelight.v1.Prompt
-	18, // 11: safelight.v1.GenerationSpec.sampler:type_name -> safelight.v1.SamplerSpec
-	19, // 12: safelight.v1.GenerationSpec.outputs:type_name -> safelight.v1.OutputSpec
-	4,  // 13: safelight.v1.Prompt.role:type_name -> safelight.v1.Prompt.Role
-	0,  // 14: safelight.v1.SamplerSpec.sigma_schedule:type_name -> safelight.v1.SigmaSchedule
-	1,  // 15: safelight.v1.SamplerSpec.spacing:type_name -> safelight.v1.TimestepSpacing
-	5,  // 16: safelight.v1.PixelEncoding.row_order:type_name -> safelight.v1.PixelEncoding.RowOrder
-	6,  // 17: safelight.v1.PixelEncoding.texture_format:type_name -> safelight.v1.PixelEncoding.TextureFormat
-	20, // 18: safelight.v1.PreviewPolicy.accept:type_name -> safelight.v1.PixelEncoding
-	54, // 19: safelight.v1.PreviewPolicy.min_interval:type_name -> google.protobuf.Duration
-	2,  // 20: safelight.v1.PreviewPolicy.method:type_name -> safelight.v1.PreviewMethod
-	3,  // 21: safelight.v1.Scheduling.priority:type_name -> safelight.v1.Priority
-	7,  // 22: safelight.v1.CachePolicy.mode:type_name -> safelight.v1.CachePolicy.Mode
-	8,  // 23: safelight.v1.DisconnectPolicy.action:type_name -> safelight.v1.DisconnectPolicy.Action
-	54, // 24: safelight.v1.DisconnectPolicy.resume_grace:type_name -> google.protobuf.Duration
-	55, // 25: safelight.v1.GenerationEvent.event_time:type_name -> google.protobuf.Timestamp
-	28, // 26: safelight.v1.GenerationEvent.accepted:type_name -> safelight.v1.Accepted
-	30, // 27: safelight.v1.GenerationEvent.queued:type_name -> safelight.v1.Queued
-	31, // 28: safelight.v1.GenerationEvent.progress:type_name -> safelight.v1.Progress
-	32, // 29: safelight.v1.GenerationEvent.preview:type_name -> safelight.v1.Preview
-	33, // 30: safelight.v1.GenerationEvent.artifact_chunk:type_name -> safelight.v1.ArtifactChunk
-	34, // 31: safelight.v1.GenerationEvent.output_finished:type_name -> safelight.v1.OutputFinished
-	35, // 32: safelight.v1.GenerationEvent.finished:type_name -> safelight.v1.Finished
-	16, // 33: safelight.v1.Accepted.spec:type_name -> safelight.v1.GenerationSpec
-	20, // 34: safelight.v1.Accepted.encoding:type_name -> safelight.v1.PixelEncoding
-	54, // 35: safelight.v1.Accepted.estimated_duration:type_name -> google.protobuf.Duration
-	29, // 36: safelight.v1.Accepted.warnings:type_name -> safelight.v1.Warning
-	9,  // 37: safelight.v1.Accepted.durability:type_name -> safelight.v1.Accepted.Durability
-	55, // 38: safelight.v1.Queued.estimated_start_time:type_name -> google.protobuf.Timestamp
-	54, // 39: safelight.v1.Progress.estimated_remaining:type_name -> google.protobuf.Duration
-	2,  // 40: safelight.v1.Preview.method:type_name -> safelight.v1.PreviewMethod
-	10, // 41: safelight.v1.OutputFinished.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
-	56, // 42: safelight.v1.Finished.status:type_name -> google.rpc.Status
-	38, // 43: safelight.v1.Finished.usage:type_name -> safelight.v1.Usage
-	40, // 44: safelight.v1.Finished.timings:type_name -> safelight.v1.Timings
-	37, // 45: safelight.v1.Finished.cache_results:type_name -> safelight.v1.CacheResult
-	36, // 46: safelight.v1.Finished.degradations:type_name -> safelight.v1.Degradation
-	11, // 47: safelight.v1.Degradation.kind:type_name -> safelight.v1.Degradation.Kind
-	12, // 48: safelight.v1.CacheResult.disposition:type_name -> safelight.v1.CacheResult.Disposition
-	54, // 49: safelight.v1.Usage.compute_time:type_name -> google.protobuf.Duration
-	39, // 50: safelight.v1.Usage.cost:type_name -> safelight.v1.Cost
-	54, // 51: safelight.v1.Timings.queue:type_name -> google.protobuf.Duration
-	54, // 52: safelight.v1.Timings.first_preview:type_name -> google.protobuf.Duration
-	54, // 53: safelight.v1.Timings.denoise:type_name -> google.protobuf.Duration
-	54, // 54: safelight.v1.Timings.decode:type_name -> google.protobuf.Duration
-	54, // 55: safelight.v1.Timings.total:type_name -> google.protobuf.Duration
-	42, // 56: safelight.v1.WatchGenerationRequest.artifact_offsets:type_name -> safelight.v1.ArtifactOffset
-	21, // 57: safelight.v1.WatchGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	27, // 58: safelight.v1.WatchGenerationResponse.event:type_name -> safelight.v1.GenerationEvent
-	21, // 59: safelight.v1.UpdateGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	22, // 60: safelight.v1.UpdateGenerationRequest.scheduling:type_name -> safelight.v1.Scheduling
-	50, // 61: safelight.v1.UpdateGenerationResponse.generation:type_name -> safelight.v1.Generation
-	50, // 62: safelight.v1.CancelGenerationResponse.generation:type_name -> safelight.v1.Generation
-	50, // 63: safelight.v1.GetGenerationResponse.generation:type_name -> safelight.v1.Generation
-	13, // 64: safelight.v1.Generation.state:type_name -> safelight.v1.Generation.State
-	16, // 65: safelight.v1.Generation.spec:type_name -> safelight.v1.GenerationSpec
-	51, // 66: safelight.v1.Generation.outputs:type_name -> safelight.v1.OutputState
-	3,  // 67: safelight.v1.Generation.priority:type_name -> safelight.v1.Priority
-	53, // 68: safelight.v1.Generation.labels:type_name -> safelight.v1.Generation.LabelsEntry
-	55, // 69: safelight.v1.Generation.create_time:type_name -> google.protobuf.Timestamp
-	55, // 70: safelight.v1.Generation.finish_time:type_name -> google.protobuf.Timestamp
-	56, // 71: safelight.v1.Generation.status:type_name -> google.rpc.Status
-	38, // 72: safelight.v1.Generation.usage:type_name -> safelight.v1.Usage
-	36, // 73: safelight.v1.Generation.degradations:type_name -> safelight.v1.Degradation
-	10, // 74: safelight.v1.OutputState.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
-	14, // 75: safelight.v1.GenerationService.Generate:input_type -> safelight.v1.GenerateRequest
-	41, // 76: safelight.v1.GenerationService.WatchGeneration:input_type -> safelight.v1.WatchGenerationRequest
-	44, // 77: safelight.v1.GenerationService.UpdateGeneration:input_type -> safelight.v1.UpdateGenerationRequest
-	46, // 78: safelight.v1.GenerationService.CancelGeneration:input_type -> safelight.v1.CancelGenerationRequest
-	48, // 79: safelight.v1.GenerationService.GetGeneration:input_type -> safelight.v1.GetGenerationRequest
-	15, // 80: safelight.v1.GenerationService.Generate:output_type -> safelight.v1.GenerateResponse
-	43, // 81: safelight.v1.GenerationService.WatchGeneration:output_type -> safelight.v1.WatchGenerationResponse
-	45, // 82: safelight.v1.GenerationService.UpdateGeneration:output_type -> safelight.v1.UpdateGenerationResponse
-	47, // 83: safelight.v1.GenerationService.CancelGeneration:output_type -> safelight.v1.CancelGenerationResponse
-	49, // 84: safelight.v1.GenerationService.GetGeneration:output_type -> safelight.v1.GetGenerationResponse
-	80, // [80:85] is the sub-list for method output_type
-	75, // [75:80] is the sub-list for method input_type
-	75, // [75:75] is the sub-list for extension type_name
-	75, // [75:75] is the sub-list for extension extendee
-	0,  // [0:75] is the sub-list for field type_name
+	22, // 1: safelight.v1.GenerateRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	21, // 2: safelight.v1.GenerateRequest.encoding:type_name -> safelight.v1.PixelEncoding
+	23, // 3: safelight.v1.GenerateRequest.scheduling:type_name -> safelight.v1.Scheduling
+	27, // 4: safelight.v1.GenerateRequest.disconnect:type_name -> safelight.v1.DisconnectPolicy
+	53, // 5: safelight.v1.GenerateRequest.labels:type_name -> safelight.v1.GenerateRequest.LabelsEntry
+	24, // 6: safelight.v1.GenerateRequest.cache:type_name -> safelight.v1.CachePolicy
+	26, // 7: safelight.v1.GenerateRequest.branch:type_name -> safelight.v1.Branch
+	25, // 8: safelight.v1.GenerateRequest.quality_floor:type_name -> safelight.v1.QualityFloor
+	28, // 9: safelight.v1.GenerateResponse.event:type_name -> safelight.v1.GenerationEvent
+	18, // 10: safelight.v1.GenerationSpec.prompts:type_name -> safelight.v1.Prompt
+	19, // 11: safelight.v1.GenerationSpec.sampler:type_name -> safelight.v1.SamplerSpec
+	20, // 12: safelight.v1.GenerationSpec.outputs:type_name -> safelight.v1.OutputSpec
+	17, // 13: safelight.v1.GenerationSpec.guidance_interval:type_name -> safelight.v1.GuidanceInterval
+	4,  // 14: safelight.v1.Prompt.role:type_name -> safelight.v1.Prompt.Role
+	0,  // 15: safelight.v1.SamplerSpec.sigma_schedule:type_name -> safelight.v1.SigmaSchedule
+	1,  // 16: safelight.v1.SamplerSpec.spacing:type_name -> safelight.v1.TimestepSpacing
+	5,  // 17: safelight.v1.PixelEncoding.row_order:type_name -> safelight.v1.PixelEncoding.RowOrder
+	6,  // 18: safelight.v1.PixelEncoding.texture_format:type_name -> safelight.v1.PixelEncoding.TextureFormat
+	21, // 19: safelight.v1.PreviewPolicy.accept:type_name -> safelight.v1.PixelEncoding
+	55, // 20: safelight.v1.PreviewPolicy.min_interval:type_name -> google.protobuf.Duration
+	2,  // 21: safelight.v1.PreviewPolicy.method:type_name -> safelight.v1.PreviewMethod
+	3,  // 22: safelight.v1.Scheduling.priority:type_name -> safelight.v1.Priority
+	7,  // 23: safelight.v1.CachePolicy.mode:type_name -> safelight.v1.CachePolicy.Mode
+	8,  // 24: safelight.v1.DisconnectPolicy.action:type_name -> safelight.v1.DisconnectPolicy.Action
+	55, // 25: safelight.v1.DisconnectPolicy.resume_grace:type_name -> google.protobuf.Duration
+	56, // 26: safelight.v1.GenerationEvent.event_time:type_name -> google.protobuf.Timestamp
+	29, // 27: safelight.v1.GenerationEvent.accepted:type_name -> safelight.v1.Accepted
+	31, // 28: safelight.v1.GenerationEvent.queued:type_name -> safelight.v1.Queued
+	32, // 29: safelight.v1.GenerationEvent.progress:type_name -> safelight.v1.Progress
+	33, // 30: safelight.v1.GenerationEvent.preview:type_name -> safelight.v1.Preview
+	34, // 31: safelight.v1.GenerationEvent.artifact_chunk:type_name -> safelight.v1.ArtifactChunk
+	35, // 32: safelight.v1.GenerationEvent.output_finished:type_name -> safelight.v1.OutputFinished
+	36, // 33: safelight.v1.GenerationEvent.finished:type_name -> safelight.v1.Finished
+	16, // 34: safelight.v1.Accepted.spec:type_name -> safelight.v1.GenerationSpec
+	21, // 35: safelight.v1.Accepted.encoding:type_name -> safelight.v1.PixelEncoding
+	55, // 36: safelight.v1.Accepted.estimated_duration:type_name -> google.protobuf.Duration
+	30, // 37: safelight.v1.Accepted.warnings:type_name -> safelight.v1.Warning
+	9,  // 38: safelight.v1.Accepted.durability:type_name -> safelight.v1.Accepted.Durability
+	56, // 39: safelight.v1.Queued.estimated_start_time:type_name -> google.protobuf.Timestamp
+	55, // 40: safelight.v1.Progress.estimated_remaining:type_name -> google.protobuf.Duration
+	2,  // 41: safelight.v1.Preview.method:type_name -> safelight.v1.PreviewMethod
+	10, // 42: safelight.v1.OutputFinished.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
+	57, // 43: safelight.v1.Finished.status:type_name -> google.rpc.Status
+	39, // 44: safelight.v1.Finished.usage:type_name -> safelight.v1.Usage
+	41, // 45: safelight.v1.Finished.timings:type_name -> safelight.v1.Timings
+	38, // 46: safelight.v1.Finished.cache_results:type_name -> safelight.v1.CacheResult
+	37, // 47: safelight.v1.Finished.degradations:type_name -> safelight.v1.Degradation
+	11, // 48: safelight.v1.Degradation.kind:type_name -> safelight.v1.Degradation.Kind
+	12, // 49: safelight.v1.CacheResult.disposition:type_name -> safelight.v1.CacheResult.Disposition
+	55, // 50: safelight.v1.Usage.compute_time:type_name -> google.protobuf.Duration
+	40, // 51: safelight.v1.Usage.cost:type_name -> safelight.v1.Cost
+	55, // 52: safelight.v1.Timings.queue:type_name -> google.protobuf.Duration
+	55, // 53: safelight.v1.Timings.first_preview:type_name -> google.protobuf.Duration
+	55, // 54: safelight.v1.Timings.denoise:type_name -> google.protobuf.Duration
+	55, // 55: safelight.v1.Timings.decode:type_name -> google.protobuf.Duration
+	55, // 56: safelight.v1.Timings.total:type_name -> google.protobuf.Duration
+	43, // 57: safelight.v1.WatchGenerationRequest.artifact_offsets:type_name -> safelight.v1.ArtifactOffset
+	22, // 58: safelight.v1.WatchGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	28, // 59: safelight.v1.WatchGenerationResponse.event:type_name -> safelight.v1.GenerationEvent
+	22, // 60: safelight.v1.UpdateGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	23, // 61: safelight.v1.UpdateGenerationRequest.scheduling:type_name -> safelight.v1.Scheduling
+	51, // 62: safelight.v1.UpdateGenerationResponse.generation:type_name -> safelight.v1.Generation
+	51, // 63: safelight.v1.CancelGenerationResponse.generation:type_name -> safelight.v1.Generation
+	51, // 64: safelight.v1.GetGenerationResponse.generation:type_name -> safelight.v1.Generation
+	13, // 65: safelight.v1.Generation.state:type_name -> safelight.v1.Generation.State
+	16, // 66: safelight.v1.Generation.spec:type_name -> safelight.v1.GenerationSpec
+	52, // 67: safelight.v1.Generation.outputs:type_name -> safelight.v1.OutputState
+	3,  // 68: safelight.v1.Generation.priority:type_name -> safelight.v1.Priority
+	54, // 69: safelight.v1.Generation.labels:type_name -> safelight.v1.Generation.LabelsEntry
+	56, // 70: safelight.v1.Generation.create_time:type_name -> google.protobuf.Timestamp
+	56, // 71: safelight.v1.Generation.finish_time:type_name -> google.protobuf.Timestamp
+	57, // 72: safelight.v1.Generation.status:type_name -> google.rpc.Status
+	39, // 73: safelight.v1.Generation.usage:type_name -> safelight.v1.Usage
+	37, // 74: safelight.v1.Generation.degradations:type_name -> safelight.v1.Degradation
+	10, // 75: safelight.v1.OutputState.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
+	14, // 76: safelight.v1.GenerationService.Generate:input_type -> safelight.v1.GenerateRequest
+	42, // 77: safelight.v1.GenerationService.WatchGeneration:input_type -> safelight.v1.WatchGenerationRequest
+	45, // 78: safelight.v1.GenerationService.UpdateGeneration:input_type -> safelight.v1.UpdateGenerationRequest
+	47, // 79: safelight.v1.GenerationService.CancelGeneration:input_type -> safelight.v1.CancelGenerationRequest
+	49, // 80: safelight.v1.GenerationService.GetGeneration:input_type -> safelight.v1.GetGenerationRequest
+	15, // 81: safelight.v1.GenerationService.Generate:output_type -> safelight.v1.GenerateResponse
+	44, // 82: safelight.v1.GenerationService.WatchGeneration:output_type -> safelight.v1.WatchGenerationResponse
+	46, // 83: safelight.v1.GenerationService.UpdateGeneration:output_type -> safelight.v1.UpdateGenerationResponse
+	48, // 84: safelight.v1.GenerationService.CancelGeneration:output_type -> safelight.v1.CancelGenerationResponse
+	50, // 85: safelight.v1.GenerationService.GetGeneration:output_type -> safelight.v1.GetGenerationResponse
+	81, // [81:86] is the sub-list for method output_type
+	76, // [76:81] is the sub-list for method input_type
+	76, // [76:76] is the sub-list for extension type_name
+	76, // [76:76] is the sub-list for extension extendee
+	0,  // [0:76] is the sub-list for field type_name
 }
 
 func init() { file_safelight_v1_generation_proto_init() }
@@ -4380,16 +4485,17 @@ func file_safelight_v1_generation_proto_init() {
 		return
 	}
 	file_safelight_v1_generation_proto_msgTypes[2].OneofWrappers = []any{}
-	file_safelight_v1_generation_proto_msgTypes[4].OneofWrappers = []any{}
+	file_safelight_v1_generation_proto_msgTypes[3].OneofWrappers = []any{}
 	file_safelight_v1_generation_proto_msgTypes[5].OneofWrappers = []any{}
 	file_safelight_v1_generation_proto_msgTypes[6].OneofWrappers = []any{}
-	file_safelight_v1_generation_proto_msgTypes[7].OneofWrappers = []any{
+	file_safelight_v1_generation_proto_msgTypes[7].OneofWrappers = []any{}
+	file_safelight_v1_generation_proto_msgTypes[8].OneofWrappers = []any{
 		(*PreviewPolicy_EveryNSteps)(nil),
 		(*PreviewPolicy_MinInterval)(nil),
 	}
-	file_safelight_v1_generation_proto_msgTypes[9].OneofWrappers = []any{}
 	file_safelight_v1_generation_proto_msgTypes[10].OneofWrappers = []any{}
-	file_safelight_v1_generation_proto_msgTypes[13].OneofWrappers = []any{
+	file_safelight_v1_generation_proto_msgTypes[11].OneofWrappers = []any{}
+	file_safelight_v1_generation_proto_msgTypes[14].OneofWrappers = []any{
 		(*GenerationEvent_Accepted)(nil),
 		(*GenerationEvent_Queued)(nil),
 		(*GenerationEvent_Progress)(nil),
@@ -4404,7 +4510,7 @@ func file_safelight_v1_generation_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_safelight_v1_generation_proto_rawDesc), len(file_safelight_v1_generation_proto_rawDesc)),
 			NumEnums:      14,
-			NumMessages:   40,
+			NumMessages:   41,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
