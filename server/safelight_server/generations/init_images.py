@@ -76,10 +76,10 @@ class InitImages:
         output, picture = source.outputs[index], source.log.picture(index)
         if output.reason is None or (picture is None and source.owned and output.reason is FinishReason.COMPLETED):
             what = f"{name} is not finished; wait for it, then ask again"
-            raise _no_picture(what, "OUTPUT_NOT_FINISHED", field)
+            raise _no_picture(what, field, reason="OUTPUT_NOT_FINISHED")
         if output.reason is not FinishReason.COMPLETED:
             what = f"{name} has no picture: it ended as {output.reason.name}"
-            raise _no_picture(what, "OUTPUT_HAS_NO_PICTURE", field)
+            raise _no_picture(what, field, reason="OUTPUT_HAS_NO_PICTURE")
         if picture is None:
             raise output_not_found(name, field)
         if picture.media_type is MediaType.KTX2:
@@ -118,7 +118,7 @@ def _not_found(what: str, field: str) -> NotFoundError:
     return NotFoundError(what, reason="IMAGE_NOT_FOUND", violations=[FieldViolation(field, what)])
 
 
-def _no_picture(what: str, reason: str, field: str) -> FailedPreconditionError:
+def _no_picture(what: str, field: str, *, reason: str) -> FailedPreconditionError:
     return FailedPreconditionError(what, reason=reason, violations=[FieldViolation(field, what)])
 
 
