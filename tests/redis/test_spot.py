@@ -54,7 +54,7 @@ async def test_nothing_is_lost_when_a_spot_instance_goes(redis_server: RedisServ
             assert all(client.num_cut for client in clients)
             assert all(client.sequences == [1, 2, 3] for client in clients)
             assert doomed._process is not None
-            assert await asyncio.to_thread(doomed._process.wait, 30) == 0
+            assert await asyncio.to_thread(doomed._process.wait) == 0
             assert await health == [STATUS.SERVING, STATUS.NOT_SERVING]
             [told] = doomed.lines("spot_notice")
             assert told["action"] == "terminate"

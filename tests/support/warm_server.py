@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,23 @@ class ServerProcess:
 
     def __init__(self, environment: Mapping[str, str], log: Path) -> None:
         self.pid = _ask({"environment": dict(environment), "log": str(log)})
+        self._returncode: int | None = None
 
     def send_signal(self, number: int) -> None:
         """Sends a signal."""
         os.kill(self.pid, number)
 
+    def wait(self) -> int:
+        """Waits for its end. Returns its exit status, below 0 where a signal ended it."""
+        if self._returncode is None:
+            self._returncode = _ask({"wait": self.pid})
+        return self._returncode
+
     def kill(self) -> None:
-        """Kills it and waits for its end. To be called once, also where it has ended."""
-        self.send_signal(signal.SIGKILL)
-        _ask({"wait": self.pid})
+        """Kills it and waits for its end. Nothing happens where `wait` has seen the end."""
+        if self._returncode is None:
+            self.send_signal(signal.SIGKILL)
+            self.wait()
 
 
 @functools.cache
@@ -47,12 +56,16 @@ def _imported() -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment | {"PYTHONPATH": path}, text=True, **pipes)  # type: ignore[call-overload, no-any-return]
 
 
+_one_at_a_time = threading.Lock()
+
+
 def _ask(order: Mapping[str, Any]) -> int:
-    process = _imported()
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(json.dumps(order) + "\n")
-    process.stdin.flush()
-    return int(process.stdout.readline())
+    with _one_at_a_time:
+        process = _imported()
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
+        return int(process.stdout.readline())
 
 
 def main() -> None:
@@ -70,15 +83,16 @@ def _forked() -> bool:
     for line in iter(sys.stdin.readline, ""):
         order = json.loads(line)
         if (pid := order.get("wait")) is not None:
-            os.waitpid(pid, 0)
+            _, status = os.waitpid(pid, 0)
             running.discard(pid)
+            print(os.waitstatus_to_exitcode(status), flush=True)
         else:
             pid = os.fork()
             if not pid:
                 _become(**order)
                 return True
             running.add(pid)
-        print(pid, flush=True)
+            print(pid, flush=True)
     for pid in running:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

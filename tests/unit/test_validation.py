@@ -425,6 +425,16 @@ FAULTS: list[tuple[str, pb.GenerateRequest, str, str]] = [
         "of 4 steps strength leaves none; ask for more",
     ),
     (
+        "floor of steps without guidance",
+        floored(
+            pb.QualityFloor(min_num_steps=2),
+            guidance_scale=5.0,
+            guidance_interval=pb.GuidanceInterval(start=0.3, end=0.4),
+        ),
+        "quality_floor.min_num_steps",
+        "of 2 steps spec.guidance_interval has none; ask for more",
+    ),
+    (
         "floor of steps of a branch",
         floored(pb.QualityFloor(min_num_steps=4), branch()),
         "quality_floor.min_num_steps",

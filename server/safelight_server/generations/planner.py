@@ -337,7 +337,8 @@ class Planner:
         output = requested = self._engine.output(new[0].job)
         spec = generation.request.requested_spec
         if spec is not generation.request.spec:  # a fleet that degrades is too small, and must not look large enough
-            requested = replace(output, num_steps=spec.num_inference_steps, first_step=spec.first_step)
+            num_steps, guided = spec.num_inference_steps, spec.guided_steps
+            requested = replace(output, num_steps=num_steps, first_step=spec.first_step, guided_steps=guided)
         self._requested(output.priority.name.lower(), self._engine.scheduler.compute_s(requested) * len(new))
         self._engine.outage.check()
         load = self._engine.scheduler if self._leased_runners is None else LoadWithPending(self._leased_runners)

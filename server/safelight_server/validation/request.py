@@ -22,7 +22,7 @@ from safelight_server.domain.request import (
     Request,
     Spec,
 )
-from safelight_server.sampler import refusal, steps_left_out
+from safelight_server.sampler import guided_steps, refusal, steps_left_out
 from safelight_server.scheduler import Priority
 from safelight_server.validation.delivery import check_disconnect, check_encoding, check_preview
 from safelight_server.validation.spec import check_spec
@@ -215,8 +215,11 @@ def _quality_floor(
         if faults.check(1 <= min_num_steps <= most, at, f"must be from 1 to {most}, the steps of the spec"):
             why = refusal(spec.sampler, pipeline.schedule, pipeline.manifest.prediction_type, min_num_steps)
             faults.check(why is None, at, f"{why}; ask for more")
-            enough = steps_left_out(min_num_steps, spec.strength) < min_num_steps
-            faults.check(enough, at, f"of {min_num_steps} steps strength leaves none; ask for more")
+            made = range(steps_left_out(min_num_steps, spec.strength), min_num_steps)
+            faults.check(bool(made), at, f"of {min_num_steps} steps strength leaves none; ask for more")
+            guided = guided_steps(min_num_steps, *spec.guidance_interval)
+            enough = spec.negative_token_ids is None or not made or any(step in guided for step in made)
+            faults.check(enough, at, f"of {min_num_steps} steps spec.guidance_interval has none; ask for more")
     if floor.HasField("min_similarity"):
         min_similarity, at = floor.min_similarity, f"{field}.min_similarity"
         faults.check(not branched, at, "contradicts branch, which begins from a step of its own choice")
