@@ -81,7 +81,7 @@ test: setup ## Run the tests that need nothing but the virtual environment (4 to
 	$(PY) -m pytest -q tests/unit tests/integration
 
 .PHONY: test-training
-test-training: .venv-training/.installed ## Run the tests against torch and diffusers (16 min)
+test-training: .venv-training/.installed ## Run the tests against torch and diffusers (7 to 9 min)
 	$(TRAIN_PY) -m pytest -q -p no:cacheprovider -W ignore::DeprecationWarning -W ignore::FutureWarning \
 	  -W ignore::UserWarning --timeout 600 tests/training  # warnings of torch and diffusers are not ours to mend
 
@@ -90,12 +90,12 @@ test-peers: .venv-training/.installed ## Run the tests of the latency benchmark,
 	PYTHONPATH=server:clients/python:. $(TRAIN_PY) -m pytest -q -p no:cacheprovider --timeout 400 tests/peers
 
 .PHONY: test-redis
-test-redis: setup ## Run the tests against a real Redis and an S3 server, which they start themselves (3 min)
+test-redis: setup ## Run the tests against a real Redis and an S3 server, which they start themselves (4 min)
 	tools/install-system-packages
 	$(PY) -m pytest -q --timeout 120 tests/redis
 
 .PHONY: test-triton
-test-triton: setup .venv-triton/.installed .tools/.installed ## Run the tests against the real tritonserver (4 min)
+test-triton: setup .venv-triton/.installed .tools/.installed ## Run the tests against the real tritonserver (5 min)
 	$(PY) -m pytest -q --timeout 180 tests/triton
 
 .PHONY: test-tools
@@ -113,14 +113,14 @@ test-watching: setup ## Run the tests of rules, alerts and dashboards against a 
 	$(PY) -m pytest -q --timeout 120 tests/watching
 
 .PHONY: build-clients
-build-clients: setup node_modules/.installed ## Build what test-clients runs, which it does by itself where this was not done (6 min)
+build-clients: setup node_modules/.installed ## Build what test-clients runs, which it does by itself where this was not done (10 min beside tests)
 	tools/install-system-packages
 	PYTHONPATH=clients/python:. $(PY) -m tools.clients
 
 # Side by side: the cases wait for most of their time, the other tests compile and compute.
 CASES := tests/clients/test_conformance.py
 .PHONY: test-clients
-test-clients: build-clients ## Run the clients of all languages whose toolchains are here against real servers (10 min)
+test-clients: build-clients ## Run the clients of all languages whose toolchains are here against real servers (3 min, once built)
 	mkdir -p out
 	nice $(PY) -m pytest -q --timeout 400 tests/clients --ignore $(CASES) >out/test-clients.log 2>&1 & others=$$!; \
 	  $(PY) -m pytest -q --timeout 180 $(CASES); cases=$$?; \
@@ -240,7 +240,7 @@ lock: .venv/.uv ## Pin all dependencies anew
 	  clients/python/pyproject.toml -c requirements.lock -o requirements-blender.lock
 
 .PHONY: mutate
-mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name; 13 min)
+mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name; 9 to 11 min)
 	tools/install-system-packages
 	$(PY) tools/mutate.py $(ONLY)
 

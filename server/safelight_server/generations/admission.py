@@ -141,8 +141,8 @@ def _check_room(
         limit = max(limit, 0)
         too_many = waiting + would_wait - limit
         first, again = subject, f"{subject} again"  # who came when told and found no room is before all who did not
-        held = promises.num_held(first, now) + promises.num_held(again, now)
-        held = 0 if is_back else min(held, int(HELD_SHARE * limit))
+        most = 0 if is_back else int(HELD_SHARE * limit)
+        held = min(most, promises.num_held(first, now, most) + promises.num_held(again, now, most))
         if too_many + held > 0:
             if promise is not None and not is_back:
                 retry_after_s: float | None = promise.due - now  # it has come too early

@@ -64,15 +64,15 @@ class Promises:
         self._expire(subject, now)
         return self._lines[subject].num_outputs if subject in self._lines else 0
 
-    def num_held(self, subject: str, now: float) -> int:
-        """Outputs that were told to come by now and have not come yet."""
+    def num_held(self, subject: str, now: float, most: int) -> int:
+        """Outputs that were told to come by now and have not come yet; at most `most`, where counting ends."""
         self._expire(subject, now)
         held = 0
         for due, key in self._lines[subject].by_due if subject in self._lines else ():
-            if due > now:
+            if due > now or held >= most:
                 break
             held += self._by_key[key].num_outputs
-        return held
+        return min(held, most)
 
     def make(self, key: str, subject: str, num_outputs: int, wait_s: float, now: float) -> None:
         """A request of so many outputs is told to come back after `wait_s`."""
