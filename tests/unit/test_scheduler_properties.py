@@ -148,8 +148,8 @@ class Machine(RuleBasedStateMachine):
         """What is in line has let one more batch of its class go before it."""
         if batch.kind is Kind.PREVIEW:
             return
-        lives, first = self.scheduler._lives, batch.rows[0]
-        owner = lives.prompts[first.conditioning_id] if batch.kind is Kind.ENCODE else lives.of[first.output_id]
+        table, first = self.scheduler._table, batch.rows[0]
+        owner = table.prompts[first.conditioning_id] if batch.kind is Kind.ENCODE else table.of[first.output_id]
         for queue, member in list(self.turns_left):
             if (queue.kind, queue.key) == (batch.kind, batch.key) and member in batch.members:
                 del self.turns_left[queue, member]
@@ -159,7 +159,7 @@ class Machine(RuleBasedStateMachine):
 
     def in_line(self) -> list[tuple[Queue, Member, int]]:
         """Members that are ready for other than previews, first to last over all lines, and their rows."""
-        ready, lives = self.scheduler._ready, self.scheduler._lives
+        ready, table = self.scheduler._ready, self.scheduler._table
         lines = [
             (place.turn, number, queue, member)
             for queue in ready
@@ -167,7 +167,7 @@ class Machine(RuleBasedStateMachine):
             for number, (member, place) in enumerate(ready._lines[queue].items())
         ]
         return [
-            (queue, member, len(lives.of[member].todo) if isinstance(member, int) else 1)
+            (queue, member, len(table.of[member].todo) if isinstance(member, int) else 1)
             for _, _, queue, member in sorted(lines, key=lambda at: at[:2])
         ]
 

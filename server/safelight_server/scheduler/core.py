@@ -1,8 +1,8 @@
 """The scheduler's operations: outputs come in, batches go out. Pure: ids and numbers, no asyncio, clock or tensors.
 
 An output waits until it is granted one of `max_running` slots (`waiting.py`).
-Then its prompts are encoded, its steps are made and it is decoded (`lives.py`).
-Rows that are ready stand in queues (`ready.py`), and `batching.py` forms a batch
+Then its prompts are encoded, its steps are made and it is decoded (`output_table.py`).
+Rows that are ready stand in queues (`ready.py`), and `batch_builder.py` forms a batch
 of them for each free instance. Between two steps another output may get the
 slot (`slots.py`); then the output waits again.
 
@@ -36,10 +36,10 @@ import itertools
 from collections.abc import Container, Mapping, Sequence
 
 from safelight_server.scheduler import invariants
-from safelight_server.scheduler.batching import Batching
+from safelight_server.scheduler.batch_builder import BatchBuilder
 from safelight_server.scheduler.deadlines import Deadlines
 from safelight_server.scheduler.estimates import Estimates
-from safelight_server.scheduler.lives import Lives
+from safelight_server.scheduler.output_table import OutputTable
 from safelight_server.scheduler.ready import Queue, ReadyQueues
 from safelight_server.scheduler.slots import Slots
 from safelight_server.scheduler.types import (
@@ -65,10 +65,10 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._ready = ReadyQueues()
         self._deadlines = Deadlines()
-        self._lives = Lives(self._waiting, self._ready, self._deadlines)
-        self._slots = Slots(limits, self._waiting, self._lives)
-        self._batching = Batching(limits, cost, self._lives, self._ready, self._waiting)
-        self._estimates = Estimates(limits, cost, self._lives)
+        self._table = OutputTable(self._waiting, self._ready, self._deadlines)
+        self._slots = Slots(limits, self._waiting, self._table)
+        self._batch_builder = BatchBuilder(limits, cost, self._table, self._ready, self._waiting)
+        self._estimates = Estimates(limits, cost, self._table)
         self._in_flight: dict[int, Batch] = {}
         self._batch_ids = itertools.count()
 
@@ -80,29 +80,29 @@ class Scheduler:
         Raises:
             ValueError: the output's id is in use, or `first_step` is more than `num_steps`.
         """
-        if output.output_id in self._lives.of:
+        if output.output_id in self._table.of:
             raise ValueError(f"output {output.output_id} is already there")
         if not 0 <= output.first_step <= output.num_steps:
             raise ValueError(f"output {output.output_id} begins beyond its last step")
-        self._lives.add(output)
+        self._table.add(output)
 
     def cancel(self, output_id: int) -> list[Event]:
         """Ends an output at once. Its rows in flight are ignored when they come back. Unknown ids are ignored."""
-        return self._lives.end(output_id) if output_id in self._lives.of else []
+        return self._table.end(output_id) if output_id in self._table.of else []
 
     def expire(self, now: float) -> list[Event]:
         """Ends the outputs whose deadline has passed."""
         ids = self._deadlines.passed(now)
-        return [event for output_id in ids for event in (*self._lives.end(output_id), OutputExpired(output_id))]
+        return [event for output_id in ids for event in (*self._table.end(output_id), OutputExpired(output_id))]
 
     def set_priority(self, output_id: int, priority: Priority) -> None:
         """Moves an output to another priority class. Unknown ids are ignored."""
-        if output_id in self._lives.of:
-            self._lives.set_priority(output_id, priority)
+        if output_id in self._table.of:
+            self._table.set_priority(output_id, priority)
 
     def set_deadline(self, output_id: int, deadline: float | None) -> None:
         """Changes an output's deadline and, if it waits, its position in its caller's order. Ignores unknown ids."""
-        if output_id in self._lives.of:
+        if output_id in self._table.of:
             self._deadlines.set(output_id, deadline)
         if output_id in self._waiting:
             self._waiting.set_deadline(output_id, deadline)
@@ -113,19 +113,19 @@ class Scheduler:
         With none, nothing starts and nothing is scheduled; outputs stay until they expire. The caller ends a batch in
         flight on an instance that is gone with `fail`, like any other.
         """
-        self._batching.num_instances = num_instances
+        self._batch_builder.num_instances = num_instances
 
     def want_preview(self, output_id: int, key: str) -> None:
         """Queues one preview row of an output, of this server or another; no second one while the first is queued."""
-        self._lives.want_preview(output_id, key)
+        self._table.want_preview(output_id, key)
 
     def drop_previews(self, output_id: int) -> None:
         """Removes the queued previews of another server's output. For an output of this server, its end does so."""
-        self._lives.drop_previews(output_id)
+        self._table.drop_previews(output_id)
 
     def want_embedding(self, conditioning_id: str, key: str) -> list[Event]:
         """Has a prompt encoded for its embedding alone: one `EmbeddingReady` answers all callers that wait for it."""
-        return self._lives.ask(conditioning_id, key)
+        return self._table.ask(conditioning_id, key)
 
     # --- what goes out ---
 
@@ -141,14 +141,14 @@ class Scheduler:
         self._slots.grant()
         batches: list[Batch] = []
         for num_taken, instance in enumerate(free):
-            formed = self._batching.next(len(free) - num_taken, full_only)
+            formed = self._batch_builder.next(len(free) - num_taken, full_only)
             if formed is None:
                 break
             queue, rows = formed
             batch = Batch(next(self._batch_ids), queue.kind, queue.key, instance, rows)
             self._in_flight[batch.batch_id] = batch
             if batch.kind is Kind.ENCODE:
-                self._lives.encoding(batch)
+                self._table.encoding(batch)
             batches.append(batch)
         return batches
 
@@ -158,13 +158,13 @@ class Scheduler:
         events: list[Event] = []
         for row in batch.rows:
             if batch.kind is Kind.ENCODE:
-                events += self._lives.encoded(row.conditioning_id, batch_id)
-            elif row.output_id not in self._lives.of:
+                events += self._table.encoded(row.conditioning_id, batch_id)
+            elif row.output_id not in self._table.of:
                 continue
             elif batch.kind is Kind.DENOISE:
-                events += self._lives.stepped(row.output_id, row.part)
+                events += self._table.stepped(row.output_id, row.part)
             elif batch.kind is Kind.DECODE:
-                events += [*self._lives.end(row.output_id), OutputDecoded(row.output_id)]
+                events += [*self._table.end(row.output_id), OutputDecoded(row.output_id)]
         return events
 
     def fail(self, batch_id: int, given_up: Container[Member] = (), *, suspect: bool = True) -> list[Event]:
@@ -182,10 +182,10 @@ class Scheduler:
         events: list[Event] = []
         for member in batch.members:
             if member in given_up:
-                events += self._lives.give_up(member, batch_id)
+                events += self._table.give_up(member, batch_id)
         again: dict[Queue, list[Member]] = {}
         for member in batch.members:
-            if (queue := self._lives.take_back(member, batch)) is not None:
+            if (queue := self._table.take_back(member, batch)) is not None:
                 again.setdefault(queue, []).append(member)
         for queue, members in again.items():
             self._ready.push_first(queue, members, apart=suspect)
@@ -196,26 +196,26 @@ class Scheduler:
     @property
     def num_instances(self) -> int:
         """Instances that are live."""
-        return self._batching.num_instances
+        return self._batch_builder.num_instances
 
     @property
     def num_running(self) -> int:
         """Outputs that have a slot."""
-        return self._lives.num_running()
+        return self._table.num_running()
 
     @property
     def num_parked(self) -> int:
         """Outputs that wait in the middle of their steps, because others took their slots."""
-        return self._lives.num_parked
+        return self._table.num_parked
 
     @property
     def num_outputs(self) -> int:
         """Outputs that have not ended."""
-        return len(self._lives.of)
+        return len(self._table.of)
 
     def num_outputs_of(self, priority: Priority) -> int:
         """Outputs of a class that have not ended."""
-        return sum(life.priority is priority for life in self._lives.of.values())
+        return sum(entry.priority is priority for entry in self._table.of.values())
 
     @property
     def num_free(self) -> int:
@@ -271,4 +271,4 @@ class Scheduler:
         Raises:
             InvariantError: the scheduler contradicts itself.
         """
-        invariants.check(self._limits, self._waiting, self._lives, self._ready, self._in_flight.values())
+        invariants.check(self._limits, self._waiting, self._table, self._ready, self._in_flight.values())

@@ -6,8 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from safelight_server.scheduler.batching import MAX_STRETCH
-from safelight_server.scheduler.lives import Denoising, Life, Lives
+from safelight_server.scheduler.batch_builder import MAX_STRETCH
+from safelight_server.scheduler.output_table import Denoising, OutputEntry, OutputTable
 from safelight_server.scheduler.slots import entitlements
 from safelight_server.scheduler.types import WEIGHTS, CostModel, Kind, Limits, Priority, ScheduledOutput
 
@@ -18,14 +18,14 @@ NO_INSTANCE_S = 86_400.0
 class Estimates:
     """Estimates under the present load, in seconds; later arrivals are not foreseen."""
 
-    def __init__(self, limits: Limits, cost: CostModel, lives: Lives) -> None:
+    def __init__(self, limits: Limits, cost: CostModel, table: OutputTable) -> None:
         self._limits = limits
         self._cost = cost
-        self._lives = lives
+        self._table = table
 
     def backlog_s(self, num_instances: int) -> float:
         """Seconds that all instances need for the steps left of all outputs, in batches of as many as have slots."""
-        return self._left_s(self._lives.of.values(), num_instances)
+        return self._left_s(self._table.of.values(), num_instances)
 
     def estimate_s(self, output: ScheduledOutput, num_outputs: int, num_instances: int) -> float:
         """Seconds until `num_outputs` outputs like this one, if added now, would be finished.
@@ -36,20 +36,20 @@ class Estimates:
         if not num_instances:
             return NO_INSTANCE_S
         keys, priority = output.keys, output.priority
-        lives = self._lives.of.values()
-        classes = {one: [life for life in lives if life.priority is one] for one in Priority}
+        entries = self._table.of.values()
+        classes = {one: [entry for entry in entries if entry.priority is one] for one in Priority}
         higher = [one for one in Priority if one < priority and classes[one]]
         lower = [one for one in Priority if one > priority and classes[one]]
 
         wanted = {one: len(classes[one]) for one in Priority}
         wanted[priority] += num_outputs
         slots = max(1, entitlements(wanted, self._limits.max_running)[priority])
-        callers = {life.output.caller for life in classes[priority]} | {output.caller}
+        callers = {entry.output.caller for entry in classes[priority]} | {output.caller}
         own_slots = max(1, slots // len(callers))
-        own = [life for life in classes[priority] if life.output.caller == output.caller]
+        own = [entry for entry in classes[priority] if entry.output.caller == output.caller]
         together = min(num_outputs, own_slots)
 
-        all_beside, own_beside = (self._lives.denoising(keys[Kind.DENOISE], one) for one in (None, priority))
+        all_beside, own_beside = (self._table.denoising(keys[Kind.DENOISE], one) for one in (None, priority))
         seconds = 0.0
         for num_rows, num_steps in output.steps_by_rows(output.first_step):
             joint_s = self._step_s(output, num_rows, together, all_beside, num_instances)
@@ -64,7 +64,7 @@ class Estimates:
                 self._left_s(own, num_instances) * len(callers), self._left_s(classes[priority], num_instances)
             )
         seconds *= 1 + sum(WEIGHTS[one] for one in lower) / WEIGHTS[priority]
-        ahead = (life for one in higher for life in classes[one])
+        ahead = (entry for one in higher for entry in classes[one])
         share_of_higher = seconds * sum(WEIGHTS[one] for one in higher) / WEIGHTS[priority]
         return seconds + min(share_of_higher, self._left_s(ahead, num_instances))
 
@@ -93,26 +93,26 @@ class Estimates:
     def left_by_class_s(self) -> Mapping[Priority, float]:
         """Seconds of one instance, in full batches, for what is left of all outputs, by class."""
         left = dict.fromkeys(Priority, 0.0)
-        for life in self._lives.of.values():
-            left[life.priority] += self.compute_s(life.output, life.step)
+        for entry in self._table.of.values():
+            left[entry.priority] += self.compute_s(entry.output, entry.step)
         return left
 
     def left_due_s(self, output_ids: Iterable[int]) -> float:
         """The same of some outputs."""
-        lives = map(self._lives.of.__getitem__, output_ids)
-        return sum(self.compute_s(life.output, life.step) for life in lives)
+        entries = map(self._table.of.__getitem__, output_ids)
+        return sum(self.compute_s(entry.output, entry.step) for entry in entries)
 
-    def _left_s(self, lives: Iterable[Life], num_instances: int) -> float:
+    def _left_s(self, entries: Iterable[OutputEntry], num_instances: int) -> float:
         """Seconds that all instances need for the steps left of some outputs."""
-        lives = list(lives)
+        entries = list(entries)
         if not num_instances:
-            return NO_INSTANCE_S if lives else 0.0
-        together = min(self._limits.max_running, len(self._lives.of))
+            return NO_INSTANCE_S if entries else 0.0
+        together = min(self._limits.max_running, len(self._table.of))
         seconds = 0.0
-        for life in lives:
-            for num_rows, num_steps in life.output.steps_by_rows(life.step):
+        for entry in entries:
+            for num_rows, num_steps in entry.output.steps_by_rows(entry.step):
                 share = math.ceil(together * num_rows / num_instances)
-                seconds += self._work_s(life.output, num_steps * num_rows, share)
+                seconds += self._work_s(entry.output, num_steps * num_rows, share)
         return seconds / num_instances
 
     def _step_s(

@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from safelight_server.scheduler.lives import Life, Lives
+from safelight_server.scheduler.output_table import OutputEntry, OutputTable
 from safelight_server.scheduler.types import WEIGHTS, Limits, OutputState, Priority
 from safelight_server.scheduler.waiting import WaitingQueue
 
@@ -40,16 +40,16 @@ TURN_STEPS = 32
 class Slots:
     """Gives slots to outputs that wait."""
 
-    def __init__(self, limits: Limits, waiting: WaitingQueue, lives: Lives) -> None:
+    def __init__(self, limits: Limits, waiting: WaitingQueue, table: OutputTable) -> None:
         self._limits = limits
         self._waiting = waiting
-        self._lives = lives
+        self._table = table
 
     def grant(self) -> None:
         """Gives away every free slot, then moves slots as long as a rule asks for it."""
-        while self._lives.num_running() < self._limits.max_running and (output := self._waiting.pop()) is not None:
-            self._lives.start(output.output_id)
-        while len(self._waiting) and self._lives.num_parked < self._limits.max_parked:
+        while self._table.num_running() < self._limits.max_running and (output := self._waiting.pop()) is not None:
+            self._table.start(output.output_id)
+        while len(self._waiting) and self._table.num_parked < self._limits.max_parked:
             if not any(self._move_to(priority) for priority in Priority if self._waiting.count(priority)):
                 return
 
@@ -59,40 +59,40 @@ class Slots:
         victim = self._of_another_class(priority) or self._of_another_caller(priority, self._held(priority, caller))
         if victim is None:
             return False
-        self._lives.park(victim.output.output_id)
-        self._lives.start(self._waiting.pop_of(priority, caller).output_id)
+        self._table.park(victim.output.output_id)
+        self._table.start(self._waiting.pop_of(priority, caller).output_id)
         return True
 
-    def _of_another_class(self, priority: Priority) -> Life | None:
+    def _of_another_class(self, priority: Priority) -> OutputEntry | None:
         shares = entitlements(
-            {one: self._lives.num_running(one) + self._waiting.count(one) for one in Priority},
+            {one: self._table.num_running(one) + self._waiting.count(one) for one in Priority},
             self._limits.max_running,
         )
-        above = {one: self._lives.num_running(one) - shares[one] for one in Priority}
+        above = {one: self._table.num_running(one) - shares[one] for one in Priority}
         if above[priority] >= 0:
             return None
         fewest = 0 if self._limits.max_running >= len(Priority) else 1
         for donor in sorted((one for one in Priority if above[one] > 0), key=lambda one: (-above[one], -one)):
-            for lives in sorted(self._lives.running[donor].values(), key=len, reverse=True):
-                if (victim := _last(lives, fewest)) is not None:
+            for entries in sorted(self._table.running[donor].values(), key=len, reverse=True):
+                if (victim := _last(entries, fewest)) is not None:
                     return victim
         return None
 
-    def _of_another_caller(self, priority: Priority, held: int) -> Life | None:
+    def _of_another_caller(self, priority: Priority, held: int) -> OutputEntry | None:
         """An output of a caller with two slots more than `held`, or more; if that is 0, also one whose turn is over."""
-        callers = sorted(self._lives.running[priority].values(), key=len, reverse=True)
-        for lives in callers:
-            if len(lives) < held + 2:
+        callers = sorted(self._table.running[priority].values(), key=len, reverse=True)
+        for entries in callers:
+            if len(entries) < held + 2:
                 break
-            if (victim := _last(lives, 1)) is not None:
+            if (victim := _last(entries, 1)) is not None:
                 return victim
         if held:
             return None
-        turns = [life for lives in callers for life in lives.values() if _movable(life, TURN_STEPS)]
-        return max(turns, key=lambda life: (_made(life), life.arrival), default=None)
+        turns = [entry for entries in callers for entry in entries.values() if _movable(entry, TURN_STEPS)]
+        return max(turns, key=lambda entry: (_made(entry), entry.arrival), default=None)
 
     def _held(self, priority: Priority, caller: str) -> int:
-        return len(self._lives.running[priority].get(caller, ()))
+        return len(self._table.running[priority].get(caller, ()))
 
 
 def entitlements(wanted: Mapping[Priority, int], num_slots: int) -> dict[Priority, int]:
@@ -122,18 +122,18 @@ def entitlements(wanted: Mapping[Priority, int], num_slots: int) -> dict[Priorit
     return shares
 
 
-def _made(life: Life) -> int:
+def _made(entry: OutputEntry) -> int:
     """Steps that an output has made since it got its slot."""
-    return life.step - life.turn_step
+    return entry.step - entry.turn_step
 
 
-def _movable(life: Life, fewest: int) -> bool:
+def _movable(entry: OutputEntry, fewest: int) -> bool:
     """Whether an output is between two steps, and has made at least `fewest` since it got its slot."""
-    between = life.state is OutputState.DENOISING and len(life.todo) == life.num_rows
-    return between and _made(life) >= fewest
+    between = entry.state is OutputState.DENOISING and len(entry.todo) == entry.num_rows
+    return between and _made(entry) >= fewest
 
 
-def _last(lives: Mapping[int, Life], fewest: int) -> Life | None:
+def _last(entries: Mapping[int, OutputEntry], fewest: int) -> OutputEntry | None:
     """The youngest output of a caller that can be parked; `fewest`: see `_movable`."""
-    movable = [life for life in lives.values() if _movable(life, fewest)]
-    return max(movable, key=lambda life: life.arrival, default=None)
+    movable = [entry for entry in entries.values() if _movable(entry, fewest)]
+    return max(movable, key=lambda entry: entry.arrival, default=None)

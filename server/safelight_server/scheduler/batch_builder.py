@@ -27,7 +27,7 @@ import bisect
 import math
 from collections.abc import Sequence
 
-from safelight_server.scheduler.lives import Lives
+from safelight_server.scheduler.output_table import OutputTable
 from safelight_server.scheduler.ready import Queue, ReadyQueues
 from safelight_server.scheduler.types import WEIGHTS, CostModel, Kind, Limits, Member, Priority, Row
 from safelight_server.scheduler.waiting import WaitingQueue
@@ -40,7 +40,7 @@ MAX_STRETCH = 2.0
 """Rows of lower classes may make a call so many times as long as it would be without them."""
 
 
-class Batching:
+class BatchBuilder:
     """Forms batches from the ready queues.
 
     Attributes:
@@ -48,12 +48,12 @@ class Batching:
     """
 
     def __init__(
-        self, limits: Limits, cost: CostModel, lives: Lives, ready: ReadyQueues, waiting: WaitingQueue
+        self, limits: Limits, cost: CostModel, table: OutputTable, ready: ReadyQueues, waiting: WaitingQueue
     ) -> None:
         self.num_instances = limits.num_instances
         self._limits = limits
         self._cost = cost
-        self._lives = lives
+        self._table = table
         self._ready = ready
         self._waiting = waiting
         self._preview_credit_s = 0.0
@@ -113,9 +113,9 @@ class Batching:
         """
         if queue.kind is not Kind.DENOISE:
             return False
-        if any(self._waiting.count(one) or self._lives.num_running(one) for one in Priority if one < queue.priority):
+        if any(self._waiting.count(one) or self._table.num_running(one) for one in Priority if one < queue.priority):
             return False
-        tally, num_ready = self._lives.denoising(queue.key), self._ready.count(queue)
+        tally, num_ready = self._table.denoising(queue.key), self._ready.count(queue)
         if num_ready * tally.num_rows >= self._limits.max_rows(queue.kind, queue.key) * tally.num_outputs:
             return True
         share = math.ceil(tally.num_outputs / self.num_instances)
@@ -184,12 +184,12 @@ class Batching:
             return Row(-1, conditioning_id=str(member))
         output_id = int(member)
         if queue.kind is Kind.PREVIEW:
-            self._lives.preview_taken(output_id, queue.key)
+            self._table.preview_taken(output_id, queue.key)
             return Row(output_id)
-        life = self._lives.of[output_id]
-        life.todo.clear()
-        life.in_flight.add(0)
-        return Row(output_id, life.step)
+        entry = self._table.of[output_id]
+        entry.todo.clear()
+        entry.in_flight.add(0)
+        return Row(output_id, entry.step)
 
     def _take_steps(
         self, queue: Queue, members: list[Member], before: Sequence[Row], share: int, whole: bool, limit: int
@@ -198,14 +198,14 @@ class Batching:
         rows: list[Row] = []
         for member in members:
             output_id, taken = int(member), len(before) + len(rows)
-            life = self._lives.of[output_id]
-            if taken and taken + (len(life.todo) if whole else 1) > share:
+            entry = self._table.of[output_id]
+            if taken and taken + (len(entry.todo) if whole else 1) > share:
                 break
-            parts = life.todo[: max(1, min(len(life.todo), (limit if whole else share) - taken))]
-            life.todo = life.todo[len(parts) :]
-            life.in_flight.update(parts)
-            rows += [Row(output_id, life.step, part) for part in parts]
-            if not life.todo:
+            parts = entry.todo[: max(1, min(len(entry.todo), (limit if whole else share) - taken))]
+            entry.todo = entry.todo[len(parts) :]
+            entry.in_flight.update(parts)
+            rows += [Row(output_id, entry.step, part) for part in parts]
+            if not entry.todo:
                 self._ready.discard(queue, output_id)
             if len(before) + len(rows) >= share:
                 break
@@ -213,7 +213,7 @@ class Batching:
 
     def _share(self, key: str, num_free: int, limit: int) -> tuple[int, bool]:
         """Rows for one instance, and whether all rows of an output's step go into the same batch."""
-        tally = self._lives.denoising(key)
+        tally = self._table.denoising(key)
         outputs, rows = tally.num_outputs, tally.num_rows
         instances = self.num_instances
         if outputs >= instances:

@@ -10,7 +10,7 @@ Invariants:
   needs it any more.
 - An output that has ended is in no queue.
 
-Previews can also be queued for outputs of another server, which have no `Life`
+Previews can also be queued for outputs of another server, which have no `OutputEntry`
 here.
 """
 
@@ -43,7 +43,7 @@ RUNNING = frozenset({OutputState.ENCODING, OutputState.DENOISING, OutputState.DE
 
 
 @dataclass(slots=True)
-class Life:
+class OutputEntry:
     """The state of one output.
 
     Attributes:
@@ -82,7 +82,7 @@ class Prompt:
         key: the ENCODE key that it can share a batch under.
         priority: class of the queue in which it stands: the highest class of those that have asked so far.
         wanted_by: ids of the outputs that need it.
-        asked: whether a caller of `Lives.ask` waits for it.
+        asked: whether a caller of `OutputTable.ask` waits for it.
         encoded: whether the embedding has been computed.
         batch_id: the batch in flight that encodes it.
     """
@@ -103,7 +103,7 @@ class Denoising:
     num_rows: int = 0
 
 
-class Lives:
+class OutputTable:
     """The outputs that have not ended, by id.
 
     Attributes:
@@ -118,10 +118,10 @@ class Lives:
         self._waiting = waiting
         self._ready = ready
         self._deadlines = deadlines
-        self.of: dict[int, Life] = {}
+        self.of: dict[int, OutputEntry] = {}
         self.previews: dict[int, dict[str, Priority]] = {}
         self.prompts: dict[str, Prompt] = {}
-        self.running: dict[Priority, dict[str, dict[int, Life]]] = {priority: {} for priority in Priority}
+        self.running: dict[Priority, dict[str, dict[int, OutputEntry]]] = {priority: {} for priority in Priority}
         self.num_parked = 0
         self._num_running = dict.fromkeys(Priority, 0)
         self._denoising: dict[tuple[str, Priority], Denoising] = {}
@@ -139,65 +139,65 @@ class Lives:
 
     def add(self, output: ScheduledOutput) -> None:
         """Adds a new output to the waiting queue and notes which prompts it needs."""
-        life = Life(output, next(self._arrivals), output.priority, step=output.first_step)
-        self.of[output.output_id] = life
-        self._waiting.push(output, life.priority, output.deadline, life.arrival)
+        entry = OutputEntry(output, next(self._arrivals), output.priority, step=output.first_step)
+        self.of[output.output_id] = entry
+        self._waiting.push(output, entry.priority, output.deadline, entry.arrival)
         self._deadlines.set(output.output_id, output.deadline)
         for conditioning_id in output.conditioning:
             prompt = self.prompts.setdefault(
-                conditioning_id, Prompt(output.encoder_key(conditioning_id), life.priority)
+                conditioning_id, Prompt(output.encoder_key(conditioning_id), entry.priority)
             )
             prompt.wanted_by.add(output.output_id)
 
     def start(self, output_id: int) -> None:
         """Starts an output that has got a slot: queues its missing prompts, its first step or its decoding."""
-        life = self.of[output_id]
-        life.turn_step = life.step
-        if life.parked:
-            life.parked = False
+        entry = self.of[output_id]
+        entry.turn_step = entry.step
+        if entry.parked:
+            entry.parked = False
             self.num_parked -= 1
-        if life.step == life.output.num_steps:
-            self._ready_to_decode(life)
+        if entry.step == entry.output.num_steps:
+            self._ready_to_decode(entry)
             return
-        for conditioning_id in dict.fromkeys(life.output.conditioning):
+        for conditioning_id in dict.fromkeys(entry.output.conditioning):
             prompt = self.prompts[conditioning_id]
             if not prompt.encoded:
-                life.unencoded += 1
-                self._want(conditioning_id, prompt, life.priority)
-        if life.unencoded:
-            self._move(life, OutputState.ENCODING)
+                entry.unencoded += 1
+                self._want(conditioning_id, prompt, entry.priority)
+        if entry.unencoded:
+            self._move(entry, OutputState.ENCODING)
         else:
-            self._ready_to_step(life)
+            self._ready_to_step(entry)
 
     def park(self, output_id: int) -> None:
         """Takes the slot of an output that is between two steps; it waits again, in the middle of its steps."""
-        life = self.of[output_id]
-        self._ready.discard(self._queue(life, Kind.DENOISE), output_id)
-        life.todo.clear()
-        life.parked = True
+        entry = self.of[output_id]
+        self._ready.discard(self._queue(entry, Kind.DENOISE), output_id)
+        entry.todo.clear()
+        entry.parked = True
         self.num_parked += 1
-        self._move(life, OutputState.WAITING)
-        self._waiting.push(life.output, life.priority, self._deadlines.get(output_id), life.arrival)
+        self._move(entry, OutputState.WAITING)
+        self._waiting.push(entry.output, entry.priority, self._deadlines.get(output_id), entry.arrival)
 
     def set_priority(self, output_id: int, priority: Priority) -> None:
         """Moves an output to another class, with all that is queued of it."""
-        life = self.of[output_id]
-        if life.priority is priority:
+        entry = self.of[output_id]
+        if entry.priority is priority:
             return
-        if life.state is OutputState.WAITING:
+        if entry.state is OutputState.WAITING:
             self._waiting.set_priority(output_id, priority)
-            life.priority = priority
+            entry.priority = priority
             return
-        old = self._queue(life, Kind.DENOISE), self._queue(life, Kind.DECODE)
-        self._count(life, -1)
-        life.priority = priority
-        self._count(life, 1)
+        old = self._queue(entry, Kind.DENOISE), self._queue(entry, Kind.DECODE)
+        self._count(entry, -1)
+        entry.priority = priority
+        self._count(entry, 1)
         for queue in old:
             if self._ready.contains(queue, output_id):
                 self._ready.discard(queue, output_id)
                 self._ready.push(queue._replace(priority=priority), output_id)
-        if life.state is OutputState.ENCODING:
-            for conditioning_id in life.output.conditioning:
+        if entry.state is OutputState.ENCODING:
+            for conditioning_id in entry.output.conditioning:
                 if not (prompt := self.prompts[conditioning_id]).encoded:
                     self._want(conditioning_id, prompt, priority)
 
@@ -208,8 +208,8 @@ class Lives:
         """
         keys = self.previews.setdefault(output_id, {})
         if key not in keys:
-            life = self.of.get(output_id)
-            keys[key] = Priority.STANDARD if life is None else life.priority
+            entry = self.of.get(output_id)
+            keys[key] = Priority.STANDARD if entry is None else entry.priority
             self._ready.push(Queue(Kind.PREVIEW, key, keys[key]), output_id)
 
     def preview_taken(self, output_id: int, key: str) -> None:
@@ -243,25 +243,25 @@ class Lives:
         if prompt is None or prompt.batch_id != batch_id:
             return []  # released, or being encoded anew in another batch
         prompt.encoded, prompt.batch_id = True, None
-        for life in self._encoding(prompt):
-            life.unencoded -= 1
-            if not life.unencoded:
-                self._ready_to_step(life)
+        for entry in self._encoding(prompt):
+            entry.unencoded -= 1
+            if not entry.unencoded:
+                self._ready_to_step(entry)
         return self._answer(conditioning_id, failed=False)
 
     def stepped(self, output_id: int, part: int) -> list[Event]:
         """Records that a row of a step came back; after the last row, queues the next step or the decoding."""
-        life = self.of[output_id]
-        life.in_flight.discard(part)
-        if life.todo or life.in_flight:
+        entry = self.of[output_id]
+        entry.in_flight.discard(part)
+        if entry.todo or entry.in_flight:
             return []
-        self._next_step(life)
-        last = life.step == life.output.num_steps
+        self._next_step(entry)
+        last = entry.step == entry.output.num_steps
         if last:
-            self._ready_to_decode(life)
+            self._ready_to_decode(entry)
         else:
-            self._ready_to_step(life)
-        return [StepCompleted(output_id, life.step, last)]
+            self._ready_to_step(entry)
+        return [StepCompleted(output_id, entry.step, last)]
 
     def encoding(self, batch: Batch) -> None:
         """Notes which batch encodes its prompts."""
@@ -281,12 +281,12 @@ class Lives:
             prompt.batch_id = None
             wanted = prompt.asked or bool(self._encoding(prompt))
             return Queue(Kind.ENCODE, prompt.key, prompt.priority) if wanted else None
-        if (life := self.of.get(member)) is None:
+        if (entry := self.of.get(member)) is None:
             return None
         parts = {row.part for row in batch.rows if row.output_id == member}
-        life.in_flight -= parts
-        life.todo = sorted({*life.todo, *parts})
-        return self._queue(life, batch.kind)
+        entry.in_flight -= parts
+        entry.todo = sorted({*entry.todo, *parts})
+        return self._queue(entry, batch.kind)
 
     def give_up(self, member: Member, batch_id: int) -> list[Event]:
         """Ends an output without a picture; for a prompt, every started output that waits for its embedding."""
@@ -294,7 +294,7 @@ class Lives:
             prompt = self.prompts.get(member)
             if prompt is None or prompt.batch_id != batch_id:
                 return []
-            ids = [life.output.output_id for life in self._encoding(prompt)]
+            ids = [entry.output.output_id for entry in self._encoding(prompt)]
             answer = self._answer(member, failed=True)
         else:
             ids, answer = [member] if member in self.of else [], []
@@ -302,23 +302,23 @@ class Lives:
 
     def end(self, output_id: int) -> list[Event]:
         """Ends an output: removes it from every queue and releases the prompts that only it needed."""
-        life = self.of.pop(output_id)
-        if life.state is OutputState.WAITING:
+        entry = self.of.pop(output_id)
+        if entry.state is OutputState.WAITING:
             self._waiting.remove(output_id)
-            self.num_parked -= life.parked
-        self._move(life, OutputState.ENDED)
+            self.num_parked -= entry.parked
+        self._move(entry, OutputState.ENDED)
         self._deadlines.set(output_id, None)
         for kind in (Kind.DENOISE, Kind.DECODE):
-            self._ready.discard(self._queue(life, kind), output_id)
+            self._ready.discard(self._queue(entry, kind), output_id)
         self.drop_previews(output_id)
-        return self._release(life.output)
+        return self._release(entry.output)
 
-    def _encoding(self, prompt: Prompt) -> list[Life]:
-        lives = (self.of[output_id] for output_id in sorted(prompt.wanted_by))
-        return [life for life in lives if life.state is OutputState.ENCODING]
+    def _encoding(self, prompt: Prompt) -> list[OutputEntry]:
+        table = (self.of[output_id] for output_id in sorted(prompt.wanted_by))
+        return [entry for entry in table if entry.state is OutputState.ENCODING]
 
-    def _queue(self, life: Life, kind: Kind) -> Queue:
-        return Queue(kind, life.output.keys[kind], life.priority)
+    def _queue(self, entry: OutputEntry, kind: Kind) -> Queue:
+        return Queue(kind, entry.output.keys[kind], entry.priority)
 
     def _want(self, conditioning_id: str, prompt: Prompt, priority: Priority) -> None:
         """Queues a prompt that is in no batch, or moves it up to the class of who needs it now."""
@@ -332,47 +332,47 @@ class Lives:
             prompt.priority = priority
         self._ready.push(queue._replace(priority=prompt.priority), conditioning_id)
 
-    def _next_step(self, life: Life) -> None:
+    def _next_step(self, entry: OutputEntry) -> None:
         """Counts a step that was made; the next one may have another number of rows."""
-        before = life.num_rows
-        life.step += 1
-        self._denoising[life.output.keys[Kind.DENOISE], life.priority].num_rows += life.num_rows - before
+        before = entry.num_rows
+        entry.step += 1
+        self._denoising[entry.output.keys[Kind.DENOISE], entry.priority].num_rows += entry.num_rows - before
 
-    def _ready_to_step(self, life: Life) -> None:
-        if life.state is not OutputState.DENOISING:
-            self._move(life, OutputState.DENOISING)
-        life.todo = list(range(life.num_rows))
-        self._ready.push(self._queue(life, Kind.DENOISE), life.output.output_id)
+    def _ready_to_step(self, entry: OutputEntry) -> None:
+        if entry.state is not OutputState.DENOISING:
+            self._move(entry, OutputState.DENOISING)
+        entry.todo = list(range(entry.num_rows))
+        self._ready.push(self._queue(entry, Kind.DENOISE), entry.output.output_id)
 
-    def _ready_to_decode(self, life: Life) -> None:
-        self._move(life, OutputState.DECODING)
-        life.todo = [0]
-        self._ready.push(self._queue(life, Kind.DECODE), life.output.output_id)
+    def _ready_to_decode(self, entry: OutputEntry) -> None:
+        self._move(entry, OutputState.DECODING)
+        entry.todo = [0]
+        self._ready.push(self._queue(entry, Kind.DECODE), entry.output.output_id)
 
-    def _move(self, life: Life, state: OutputState) -> None:
-        if state not in TRANSITIONS[life.state]:
-            raise InvariantError(f"output {life.output.output_id}: {life.state} -> {state}")
-        self._count(life, -1)
-        life.state = state
-        self._count(life, 1)
+    def _move(self, entry: OutputEntry, state: OutputState) -> None:
+        if state not in TRANSITIONS[entry.state]:
+            raise InvariantError(f"output {entry.output.output_id}: {entry.state} -> {state}")
+        self._count(entry, -1)
+        entry.state = state
+        self._count(entry, 1)
 
-    def _count(self, life: Life, change: int) -> None:
+    def _count(self, entry: OutputEntry, change: int) -> None:
         """Adds an output to the counts of its class and state, or with `change` -1 takes it out."""
-        output, priority = life.output, life.priority
-        if life.state in RUNNING:
+        output, priority = entry.output, entry.priority
+        if entry.state in RUNNING:
             self._num_running[priority] += change
             callers = self.running[priority]
             if change > 0:
-                callers.setdefault(output.caller, {})[output.output_id] = life
+                callers.setdefault(output.caller, {})[output.output_id] = entry
             else:
                 del callers[output.caller][output.output_id]
                 if not callers[output.caller]:
                     del callers[output.caller]
-        if life.state is OutputState.DENOISING:
+        if entry.state is OutputState.DENOISING:
             at = (output.keys[Kind.DENOISE], priority)
             tally = self._denoising.setdefault(at, Denoising())
             tally.num_outputs += change
-            tally.num_rows += change * life.num_rows
+            tally.num_rows += change * entry.num_rows
             if not tally.num_outputs:
                 del self._denoising[at]
 
