@@ -222,6 +222,18 @@ def test_running_outputs_are_bounded():
         s.add(output(0), 0)
 
 
+def test_outputs_of_a_class_are_those_that_run_and_those_that_wait():
+    s = scheduler(running=2)
+    for identifier in range(5):
+        s.add(output(identifier), 0)
+    encode(s)
+    s.set_priority(0, Priority.BATCH)  # it runs
+    s.set_priority(4, Priority.BATCH)  # it waits
+    assert [s.num_outputs_of(priority) for priority in Priority] == [0, 3, 2]
+    s.cancel(0)
+    assert [s.num_outputs_of(priority) for priority in Priority] == [0, 3, 1]
+
+
 def test_a_resumed_output_goes_on_from_its_step():
     s = scheduler()
     s.add(output(1, steps=5, first_step=3), 0)

@@ -87,7 +87,9 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.alive)
     @rule(data=st.data(), priority=st.sampled_from(list(Priority)))
     def set_priority(self, data, priority) -> None:
-        self.scheduler.set_priority(data.draw(st.sampled_from(sorted(self.alive))), priority)
+        output_id = data.draw(st.sampled_from(sorted(self.alive)))
+        self.scheduler.set_priority(output_id, priority)
+        self.alive[output_id] = replace(self.alive[output_id], priority=priority)
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
@@ -223,6 +225,9 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         self.scheduler.check_invariants()
+        for priority in Priority:
+            of_class = [output for output in self.alive.values() if output.priority is priority]
+            assert self.scheduler.num_outputs_of(priority) == len(of_class)
         before = dict.fromkeys(Priority, 0)
         line = self.in_line()
         for queue, member, num_rows in line:

@@ -37,9 +37,10 @@ class Promise:
 
 @dataclass(slots=True)
 class _Line:
-    """The promises of one subject, by when they are due, with the outputs of all."""
+    """The promises of one subject, by when they are due and by how long they hold, with the outputs of all."""
 
     by_due: list[tuple[float, str]] = field(default_factory=list)
+    by_until: list[tuple[float, str]] = field(default_factory=list)
     num_outputs: int = 0
 
 
@@ -83,6 +84,7 @@ class Promises:
         self._by_key[key] = promise
         line = self._lines.setdefault(subject, _Line())
         bisect.insort(line.by_due, (promise.due, key))
+        bisect.insort(line.by_until, (promise.until, key))
         line.num_outputs += num_outputs
 
     def forget(self, key: str) -> None:
@@ -91,15 +93,16 @@ class Promises:
         if promise is None:
             return
         line = self._lines[promise.subject]
-        del line.by_due[bisect.bisect_left(line.by_due, (promise.due, key))]
+        for order, at in (line.by_due, promise.due), (line.by_until, promise.until):
+            del order[bisect.bisect_left(order, (at, key))]
         line.num_outputs -= promise.num_outputs
         if not line.by_due:
             del self._lines[promise.subject]
 
     def _expire(self, subject: str, now: float) -> None:
-        """Forgets those that have not come. Those due first are looked at; others may be kept a little longer."""
+        """Forgets those that have not come. One that is due later may end sooner: a short wait has a short grace."""
         while subject in self._lines:
-            key = self._lines[subject].by_due[0][1]
-            if self._by_key[key].until >= now:
+            until, key = self._lines[subject].by_until[0]
+            if until >= now:
                 return
             self.forget(key)

@@ -215,7 +215,7 @@ class Scheduler:
 
     def num_outputs_of(self, priority: Priority) -> int:
         """Outputs of a class that have not ended."""
-        return sum(entry.priority is priority for entry in self._table.of.values())
+        return self._waiting.count(priority) + self._table.num_running(priority)
 
     @property
     def num_free(self) -> int:

@@ -68,6 +68,8 @@ def _check_outputs(
     _require(len(running) == table.num_running() <= limits.max_running, "running outputs")
     _require(len(waiting) + table.num_running() == len(table.of), "outputs")
     for priority in Priority:
+        num_of_class = sum(entry.priority is priority for entry in table.of.values())
+        _require(waiting.count(priority) + table.num_running(priority) == num_of_class, "outputs of a class")
         of_class = {entry.output.output_id for entry in running if entry.priority is priority}
         listed = {output_id for of_caller in table.running[priority].values() for output_id in of_caller}
         _require(of_class == listed and len(listed) == table.num_running(priority), "slots of a class")
