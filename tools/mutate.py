@@ -4,7 +4,7 @@ A patch's first line names the test: `# test: tests/unit/test_x.py::test_name`.
 An argument (`make mutate ONLY=scheduler-`) runs the patches whose names contain it.
 
 Tests run in forks of this process, which has imported all third-party libraries
-and nothing of the server; two forks at once for each core. Each fork has a tree
+and nothing of the server; three forks at once for each core. Each fork has a tree
 of hard links of its own, in which only the patched files are copies. The tests
 first pass without a patch, a fork for each file; that measures the time that a
 test may take with a patch.
@@ -36,6 +36,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ BASE = SCRATCH / "base"
 """A copy of the working tree, to which the trees of forks are linked: edits made meanwhile change no run."""
 COPIED = ("server", "clients", "tests", "tools/clients", "training", "load_tests", "deploy", "pyproject.toml")
 LINKED = ("models",)
+LEFT_OUT = ("mutations", "node_modules", "target", "dist", "*.pyc.*")
+"""What no test of a patch reads, and what CI may be writing meanwhile: builds of clients, compiled files."""
 OURS = {"safelight", "safelight_server", "tests", "tools", "load_tests", "training"}
 """Packages that a patch may change: each fork imports them from its own tree."""
 TESTED = ("server", "clients", "tests/unit", "tests/integration", "tests/redis", "tests/support")
@@ -57,6 +60,7 @@ LIMIT_FACTOR = 5.0
 GREEN_LIMIT_S = 60.0
 GRACE_S = 45.0
 """A test whose time is up is cancelled, every ten seconds (tests/conftest.py); at last its fork is killed."""
+NUM_AT_ONCE = 3 * len(os.sched_getaffinity(0))
 TAIL = 4000
 """Characters of what a test printed that are shown where it is not red."""
 
@@ -136,7 +140,7 @@ def _run_patches(patches: list[Path]) -> int:
         by_test[_test_of(patch)].append(patch)
     unseen: list[Path] = []
     jobs = deque(_green_jobs(by_test))
-    for job, result in _run(jobs, 2 * len(os.sched_getaffinity(0))):  # many wait for what never comes true
+    for job, result in _run(jobs, NUM_AT_ONCE):  # many wait for what never comes true
         if job.patch is not None:
             _print(job, result)
             if result.outcome != "red":
@@ -209,6 +213,8 @@ def _run(jobs: deque[Job], num_at_once: int) -> Iterator[tuple[Job, Result]]:
             for pid in ended:
                 job, began = running.pop(pid)
                 yield job, _result(job, began, _end(pid))
+                if job.patch is None:
+                    _keep_compiled(job)
                 shutil.rmtree(job.tree, ignore_errors=True)
             if not ended:
                 time.sleep(0.01)
@@ -269,12 +275,13 @@ def _fork(job: Job) -> int:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         os.chdir(job.tree)
+        sys.dont_write_bytecode = job.patch is not None
         path = [str(job.tree / folder) for folder in ("server", "clients/python", ".")]
         sys.path[:0] = path
         os.environ["PYTHONPATH"] = ":".join(path)  # of servers that the test starts
         tempfile.tempdir = os.environ["TMPDIR"] = str(job.tree / "temporary")
         job.tree.joinpath("temporary").mkdir()
-        options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        options = ["-q", "-p", "no:cacheprovider", "-p", "no:anyio", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
         limits = ["--timeout", str(job.limit_s), "--basetemp", str(job.tree / "tmp")]
         plugins = [Durations(_durations(job))] if job.patch is None else []
         code = pytest.main([*options, *limits, *(["-x"] if job.patch else []), *job.tests], plugins)
@@ -291,7 +298,7 @@ def _copy_base() -> None:
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, BASE / name)
+            shutil.copytree(source, BASE / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
         else:
             shutil.copy2(source, BASE / name)
     for name in ("server", "clients", "load_tests"):
@@ -318,8 +325,19 @@ def _make_tree(job: Job) -> str | None:
     return applied.stdout + applied.stderr if applied.returncode else None
 
 
+def _keep_compiled(job: Job) -> None:
+    """Lets later forks have the tests as pytest has compiled them for this one."""
+    for compiled in (job.tree / "tests").rglob("*.pyc"):
+        kept = BASE / compiled.relative_to(job.tree)
+        kept.parent.mkdir(exist_ok=True)
+        if not kept.exists():
+            os.link(compiled, kept)
+
+
 def _import_third_party() -> None:
-    """Imports every third-party module that the server or its tests import, so that forks need not."""
+    """Imports the plugins of pytest, and every module that the server or its tests import, so that forks need not."""
+    for plugin in entry_points(group="pytest11"):
+        plugin.load()
     names = {name for folder in TESTED for path in (BASE / folder).rglob("*.py") for name in _imported(path)}
     for name in sorted(names):
         if name.split(".")[0] not in OURS | UNSAFE_BEFORE_FORK:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -25,6 +29,8 @@ from training.recipe import RECIPE
 from training.sample import Sampler
 
 STEPS = 8
+CONTRAST = 16.0
+"""With it a random decoder of `icons` uses most of the range from black to white, and clips nothing."""
 CASES = [("ddim", None), ("euler", EulerDiscreteScheduler), ("dpmpp_2m", DPMSolverMultistepScheduler),
          ("euler_ancestral", EulerAncestralDiscreteScheduler)]  # fmt: skip
 
@@ -42,12 +48,19 @@ def half(module: torch.nn.Module) -> torch.nn.Module:
     return module.eval()
 
 
+def show(decoder: AutoencoderTiny) -> None:
+    """Lets a random decoder draw pictures with content: its layers give about 0, and 0 is black."""
+    last = decoder.decoder.layers[-1]
+    last.weight.data *= CONTRAST
+    last.bias.data.fill_(0.5)
+
+
 def build(kind: str) -> StableDiffusionPipeline:
     """A random pipeline of the classes of `icons`, or of Stable Diffusion 1.5, small."""
     networks.seed_everything(0)
     tokens = networks.tokenizer(RECIPE, prompts(200))
     text, unet = networks.text_encoder(RECIPE, tokens), networks.denoiser(RECIPE)
-    vae: torch.nn.Module = networks.autoencoder(RECIPE, 8, (1, 1, 1, 1, 0))
+    vae: AutoencoderTiny | AutoencoderKL = networks.autoencoder(RECIPE, 8, (1, 1, 1, 1, 0))
     if kind == "sd15":
         unet = UNet2DConditionModel(
             sample_size=8,
@@ -68,6 +81,8 @@ def build(kind: str) -> StableDiffusionPipeline:
             latent_channels=4,
             norm_num_groups=8,
         )
+    else:
+        show(vae)
     return StableDiffusionPipeline(
         vae=half(vae),
         text_encoder=half(text),
@@ -80,17 +95,26 @@ def build(kind: str) -> StableDiffusionPipeline:
     )
 
 
-@pytest.fixture(scope="module", params=["icons", "sd15"])
-def both(request, tmp_path_factory):
-    """The pipeline in torch, and the same exported."""
+@functools.cache
+def exported(kind: str) -> tuple[StableDiffusionPipeline, Path]:
+    """What `build` makes, and the models folder that it is exported into: once for all tests of this process.
+
+    Its scheduler may be replaced; nothing else of it may be changed.
+    """
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp(request.param)
-    pipeline = build(request.param)
+    folder = Path(tempfile.mkdtemp(prefix=kind))  # it goes with all others when the tests end, see tests/conftest.py
+    pipeline = build(kind)
     pipeline.save_pretrained(folder / "pipeline")
     export(folder / "pipeline", folder / "models", ExportOptions("tiny", licence="CC0-1.0"))
-    sampler = Sampler(folder / "models" / "pipelines" / "tiny" / "1" / "pipeline.json")
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline, sampler
+    return pipeline, folder / "models"
+
+
+@pytest.fixture(scope="module", params=["icons", "sd15"])
+def both(request):
+    """The pipeline in torch, and the same exported."""
+    pipeline, models = exported(request.param)
+    return pipeline, Sampler(models / "pipelines" / "tiny" / "1" / "pipeline.json")
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
