@@ -31,6 +31,7 @@ from training.sample import Sampler
 STEPS = 8
 CONTRAST = 16.0
 """With it a random decoder of `icons` uses most of the range from black to white, and clips nothing."""
+ATTENTION = 8.0
 CASES = [("ddim", None), ("euler", EulerDiscreteScheduler), ("dpmpp_2m", DPMSolverMultistepScheduler),
          ("euler_ancestral", EulerAncestralDiscreteScheduler)]  # fmt: skip
 
@@ -48,11 +49,17 @@ def half(module: torch.nn.Module) -> torch.nn.Module:
     return module.eval()
 
 
-def show(decoder: AutoencoderTiny) -> None:
-    """Lets a random decoder draw pictures with content: its layers give about 0, and 0 is black."""
+def show(unet: UNet2DConditionModel, decoder: AutoencoderTiny) -> None:
+    """Lets random networks draw pictures with content, which depends on the prompt.
+
+    The decoder's layers give about 0, and 0 is black; the prompt moves what random cross-attention gives by little.
+    """
     last = decoder.decoder.layers[-1]
     last.weight.data *= CONTRAST
     last.bias.data.fill_(0.5)
+    for name, attention in unet.named_modules():
+        if name.endswith("attn2"):
+            attention.to_out[0].weight.data *= ATTENTION
 
 
 def build(kind: str) -> StableDiffusionPipeline:
@@ -82,7 +89,7 @@ def build(kind: str) -> StableDiffusionPipeline:
             norm_num_groups=8,
         )
     else:
-        show(vae)
+        show(unet, vae)
     return StableDiffusionPipeline(
         vae=half(vae),
         text_encoder=half(text),
