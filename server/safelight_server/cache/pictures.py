@@ -25,10 +25,10 @@ class PictureFacts:
     """What is stored beside the pixels of a picture.
 
     Attributes:
-        prompt: that the picture was computed for.
+        prompt: the prompt that the picture was computed for.
         generation: resource name of the generation that computed it.
-        revision: of the model.
-        num_steps: that its computation took.
+        revision: the model revision.
+        num_steps: number of steps that its computation took.
         compute_s: seconds that its computation took.
     """
 

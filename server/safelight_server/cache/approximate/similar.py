@@ -99,7 +99,7 @@ class SimilarPictures:
         index, item = self._index(name.namespace, pipeline, len(vector)), _item(name, owner)
         earlier = self._known.get(name.exact)
         known = (earlier, None if replaces is None else self._known.get(replaces))
-        gone = [one.item for one in known if one is not None and one.item != item]
+        gone = [indexed.item for indexed in known if indexed is not None and indexed.item != item]
         await index.tables.add(name.comparable, item, vector)
         index.newest.add(name.comparable, item, vector)
         for old in gone:

@@ -31,10 +31,15 @@ log = structlog.get_logger(__name__)
 CLAIM_S = 86_400.0
 """How long a request id is bound to a generation that has not ended, at most."""
 LOOK_S = 0.05
+"""Seconds between two looks whether another replica has accepted the request of an id."""
 PATIENCE_S = 5.0
+"""How long to wait for another replica that has bound a request id and accepted nothing yet."""
 MAX_WANTED = 4096
+"""Generations for which the wish of another replica is remembered, at most."""
 CLOSE_S = 2.0
+"""How long `close` waits for the writing of ends."""
 FORGET_S = 0.001
+"""Time to live of what is to be deleted: Redis takes no 0."""
 
 
 @dataclass(slots=True)
@@ -56,21 +61,21 @@ class Owners:
     """The generations that this replica owns.
 
     Args:
-        me: the name of this replica in messages on the bulletin.
+        replica_id: the name of this replica in messages on the bulletin.
     """
 
-    def __init__(self, context: ClusterContext, host: GenerationHost, planner: Planner, me: str) -> None:
+    def __init__(self, context: ClusterContext, host: GenerationHost, planner: Planner, replica_id: str) -> None:
         self._context = context
         self._host = host
         self._planner = planner
-        self._me = me
+        self._replica_id = replica_id
         self._own: dict[str, OwnedGeneration] = {}
         self._wanted_elsewhere: OrderedDict[str, None] = OrderedDict()
         self._ending: set[asyncio.Task[None]] = set()
         self._journals: set[Journal] = set()
 
     async def enroll(self, generation: Generation) -> str | None:
-        """Takes the lease and binds the request id. Returns another generation's id if the request id stands for it.
+        """Takes the lease and binds the request id. Returns another generation's id if the request id is bound to it.
 
         Raises:
             AlreadyExistsError: the request id was used with another request.
@@ -84,7 +89,7 @@ class Owners:
                 return None
             own = self._own[generation.identifier] = OwnedGeneration(name, leader)
             other = await self._claim(generation, own) if generation.request.request_id else None
-        except StoreError:  # what is not bound to its request id must not be found by others
+        except StoreError:  # other replicas must not find a generation whose request id is not bound
             own = self._own.pop(generation.identifier, None)
             if own is not None:
                 self._context.start(self._give_back(own))
@@ -105,7 +110,7 @@ class Owners:
         return name, sealer.seal(name, Entry(json.dumps(facts).encode()), sealer.now() + CLAIM_S)
 
     async def claimed(self, generation: Generation) -> tuple[str, bytes] | None:
-        """Returns the binding of the request id that an earlier owner made; None if there is none.
+        """The binding of the request id that an earlier owner made: its name and value in Redis. None: there is none.
 
         Raises:
             StoreError: it cannot be looked up.
@@ -147,7 +152,7 @@ class Owners:
                 try:
                     if await self._context.coordinator.read(self._context.name(other)):
                         return other
-                    # its replica died, or sleeps, before it accepted anything: now its lease is lost and it never will
+                    # the other replica died, or froze, before it accepted the request. Without its lease it never will
                     there = await self._context.coordinator.claim(name, mine, CLAIM_S, there)
                 finally:
                     await leader.close()
@@ -163,7 +168,7 @@ class Owners:
         return await Leadership.take(self._context.coordinator, self._context.name(identifier), self._context.ttl_s)
 
     async def record(self, generation: Generation, plans: Sequence[OutputPlan]) -> None:
-        """Writes the record from which another replica can continue; the generation is REPLICATED once that is done."""
+        """Writes the record from which another replica can continue. The generation is then REPLICATED."""
         own = self._own.get(generation.identifier)
         if own is None:
             return
@@ -186,7 +191,7 @@ class Owners:
             await self._context.coordinator.register(own.name)
             data = dump(self._context.sealer, own.name, record)
             if own.leader.lost.is_set() or not await own.leader.publish(data):
-                if own.leader.lost.is_set():  # another runs this request by now
+                if own.leader.lost.is_set():  # another replica runs this request by now
                     raise UnavailableError("another replica has taken its request; try again", retry_after_s=0.1)
                 await self._context.coordinator.unregister(own.name)
                 return
@@ -194,7 +199,7 @@ class Owners:
             generation.journal = generation.log.journal = self.journal(generation, own, [data])
 
     async def dismiss(self, generation: Generation) -> None:
-        """Removes all traces of a generation that was refused."""
+        """Removes everything that was written for a generation that is refused."""
         own = self._own.pop(generation.identifier, None)
         if own is None:
             return
@@ -207,7 +212,7 @@ class Owners:
         """Settles a generation that has ended here. Its events stay as long as it can be watched.
 
         Args:
-            retryable: the request id becomes free again.
+            retryable: whether the request id becomes free again.
         """
         own = self._own.pop(generation.identifier, None)
         if own is None:
@@ -215,7 +220,7 @@ class Owners:
         kept_s = self._context.kept_s if generation.journal is not None else FORGET_S
         settle = self._settling(own, kept_s, retryable=retryable)
         if generation.journal is not None:
-            self._end(generation.journal, settle)
+            self._end_journal(generation.journal, settle)
         else:
             self._watch_end(self._context.start(self._close_unwritten(generation, own, settle)))
 
@@ -224,8 +229,8 @@ class Owners:
     ) -> None:
         """Settles a generation without a journal.
 
-        Its record may have been written though the answer was lost. Then another replica can have adopted it, and
-        what that one wrote counts.
+        Its record may be in Redis although the answer to the write was lost. Then another replica may have adopted the
+        generation, and what that replica wrote counts.
         """
         await self._close(own, settle)
         if own.leader.lost.is_set():
@@ -236,23 +241,23 @@ class Owners:
         return functools.partial(self.settle_record, own, kept_s, claimed_s)
 
     def let_go(self, generation: Generation) -> None:
-        """Releases a generation for the replica that wants it, or for whichever finds it first."""
+        """Releases a generation, so that the replica with a stream for it, or any other, can take it over."""
         own = self._own.pop(generation.identifier, None)
         self._wanted_elsewhere.pop(generation.identifier, None)
         generation.leave()
         if own is None:
             return
         if generation.journal is not None:
-            self._end(generation.journal, _nothing)
-        else:  # its record is there, though the answer was lost: another replica has found it
+            self._end_journal(generation.journal, _no_op)
+        else:  # the record was written although the answer was lost, and another replica has found it
             self._watch_end(self._context.start(self._give_back(own)))
 
     def owns(self, generation: Generation) -> bool:
-        """Whether this replica decides what becomes of the generation."""
+        """Whether this replica owns the generation, as far as it knows."""
         return generation.identifier in self._own
 
     async def has_record(self, identifier: str) -> bool:
-        """Whether anything is kept of a generation in Redis; true where that cannot be told now."""
+        """Whether Redis has a record of a generation; true if Redis does not answer."""
         try:
             return bool(await self._context.coordinator.read(self._context.name(identifier)))
         except StoreError:
@@ -270,10 +275,10 @@ class Owners:
         """Limits the life of the events and of the request id, and deletes the latents that its outputs began from.
 
         Raises:
-            StoreError: Redis cannot be asked.
+            StoreError: Redis does not answer.
         """
         if not await own.leader.confirm():
-            return  # another owns it, or has: all that is kept of it is that one's
+            return  # another replica owns the generation, or did: what Redis keeps of it belongs to that replica
         for key in own.starts:
             await self._context.tiers.delete(key)
         await self._context.coordinator.expire(own.name, kept_s)
@@ -281,7 +286,7 @@ class Owners:
             await self._context.coordinator.unclaim(*own.claim, claimed_s)
         await self._context.coordinator.unregister(own.name)
 
-    def _end(self, journal: Journal, settle: Callable[[], Awaitable[None]]) -> None:
+    def _end_journal(self, journal: Journal, settle: Callable[[], Awaitable[None]]) -> None:
         journal.end(settle)
         self._journals.add(journal)
         self._watch_end(self._context.start(self._ended(journal)))
@@ -300,7 +305,7 @@ class Owners:
     @staticmethod
     async def _close(own: OwnedGeneration, settle: Callable[[], Awaitable[None]]) -> None:
         until = time.monotonic() + GIVE_UP_S
-        while time.monotonic() < until:  # its record may be there though the answer was lost: nobody may adopt it
+        while time.monotonic() < until:  # the record may be there although the answer was lost: nobody may adopt it
             try:
                 await settle()
                 break
@@ -339,17 +344,17 @@ class Owners:
         return own.journal
 
     def _lose(self, generation: Generation) -> None:
-        """Gives up a generation that another replica has taken over. An end that was only decided here is void."""
+        """Gives up a generation that another replica has taken over. An outcome that was only decided here is void."""
         log.warning("another replica has taken over a generation", generation=generation.name)
         own = self._own.get(generation.identifier)
-        if own is not None and own.journal is generation.journal:  # and not what was adopted since
+        if own is not None and own.journal is generation.journal:  # otherwise it was adopted again since
             del self._own[generation.identifier]
             generation.leave()
         self._host.moved(generation)
 
     def hear_want(self, identifier: str, facts: Mapping[str, str]) -> None:
         """Notes that another replica has a stream for a generation that is owned here."""
-        if facts["by"] != self._me and identifier in self._own:
+        if facts["by"] != self._replica_id and identifier in self._own:
             self._wanted_elsewhere[identifier] = None
             if len(self._wanted_elsewhere) > MAX_WANTED:
                 self._wanted_elsewhere.popitem(last=False)
@@ -374,14 +379,14 @@ class Owners:
         task.add_done_callback(self._ending.discard)
 
     async def close(self) -> None:
-        """Releases what is owned, as far as that is quick."""
+        """Releases all owned generations. Waits `CLOSE_S` for ends that are being written."""
         if self._ending:
             await asyncio.wait(self._ending, timeout=CLOSE_S)
         for journal in list(self._journals):
             await journal.abandon()
-        for own in list(self._own.values()):  # a lease may be lost meanwhile
+        for own in list(self._own.values()):  # a copy: a lease that is lost meanwhile removes its entry
             await self._give_back(own)
 
 
-async def _nothing() -> None:
+async def _no_op() -> None:
     pass
