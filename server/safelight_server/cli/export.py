@@ -95,9 +95,10 @@ def _summary(planned: ExportPlan) -> list[str]:
     sizes = ", ".join(f"{width}x{height}" for width, height in options.sizes)
     default = offer.default
     placed = f"{default['name']}, {default['spacing']}, sigmas {default['sigma_schedule']}"
+    shape = "x".join(map(str, planned.shape))
     lines = [
         f"models/{options.name} {options.revision}: {options.description}; licence {options.licence}",
-        f"    pictures of {sizes}; latents of {'x'.join(map(str, planned.shape))}; at most {options.max_rows} rows a call",
+        f"    pictures of {sizes}; latents of {shape}; at most {options.max_rows} rows a call",
         f"    {offer.prediction_type}; {options.steps} steps of {placed}; guidance {options.guidance_scale:g}",
         f"    samplers {', '.join(cell['name'] for cell in offer.cells)}",
     ]
