@@ -48,5 +48,5 @@ async def test_a_probe_port_that_cannot_be_had_is_named(start):
                 pass
     with pytest.raises(SettingsError, match="probe_port must be another one"):
         load(port=8421, probe_port=8421)
-    with pytest.raises(SettingsError, match="probe_port needs a host that is no unix socket"):
+    with pytest.raises(SettingsError, match="probe_port needs a host that is not a unix socket"):
         load(host="unix:/tmp/x", probe_port=8421)
