@@ -42,7 +42,7 @@ MAX_AWAITED = 1024
 """Bound on the calls whose request has not come; one more ends the oldest. Normal requests follow their headers within
 milliseconds, so a flood of mere headers loses its own calls first."""
 RETRY_S = 1.0
-"""A guess, as nobody knows when a stream will be closed; long enough that retries are no load."""
+"""RetryInfo of a refusal. Nothing says when a stream will be closed; retries at this interval are no load."""
 QUIET_S = 0.2
 """A server that stops waits until no call has begun or ended for so long. A client that has its picture sends its next
 request within milliseconds, and the refusal then says when to come back: after 1 s or more."""

@@ -131,7 +131,7 @@ class Service:
 
     async def generate(self, request: pb.GenerateRequest, caller: Caller, stream: _Stream) -> Watcher:
         """Starts a generation (or finds the one with this request id) and opens a stream of its events."""
-        if not self._generations.knows(caller, request.request_id):  # else it is the same request, sent again
+        if not self._generations.knows(caller, request.request_id):  # a known id is a repeated request
             await self._quotas.admit(caller.tenant)
         with stream.stage.within("resolve"):
             resolved = resolve_request(request, self._catalog, self._limits)

@@ -117,7 +117,7 @@ class Cache:
     # --- lookups ---
 
     async def exact(self, wanted: CacheQuery) -> CachedPicture | None:
-        """Finds the picture with the same fingerprint, in the encoding asked for."""
+        """Finds the picture with the same fingerprint, in the requested encoding."""
         began = time.perf_counter()
         kept = await self.pictures.get(wanted.name, wanted.encoding)
         self._metrics.looked("exact", time.perf_counter() - began)

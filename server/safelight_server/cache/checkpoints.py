@@ -138,7 +138,7 @@ class Checkpoints:
 
     @property
     def holds(self) -> bool:
-        """Whether to call `hold` in place of `keep`: snapshots stay in memory until the execution has its picture."""
+        """Whether to call `hold` instead of `keep`: snapshots stay in memory until the execution has its picture."""
         return not self.policy.every_n_steps
 
     def hold(self, tenant: str, execution: str, snapshot: Snapshot, owner: EntryOwner) -> bool:

@@ -1,4 +1,4 @@
-"""Stores finished pictures: their pixels, and an encoded variant for each encoding that was asked for.
+"""Stores finished pictures: their pixels, and an encoded variant for each encoding that was requested.
 
 An exact name holds only a picture that was computed from noise. A picture that began from another picture's latent is
 stored under a name of its own, which EXACT lookups never use (`Cache.keep_as_similar`).
@@ -41,7 +41,7 @@ class PictureFacts:
 
 @dataclass(frozen=True, slots=True)
 class CachedPicture:
-    """A cached picture in the encoding that was asked for."""
+    """A cached picture in the requested encoding."""
 
     picture: EncodedPicture
     facts: PictureFacts

@@ -292,9 +292,7 @@ def _digest(manifest: Manifest) -> str:
     for component in decides["components"].values():
         if component["data_sha256"] is None:
             del component["data_sha256"]
-    if (
-        dict(manifest.inputs) != STABLE_DIFFUSION_INPUTS
-    ):  # else it is the digest of a manifest from before there were any
+    if dict(manifest.inputs) != STABLE_DIFFUSION_INPUTS:  # keeps the digest of manifests that are older than this field
         decides["inputs"] = dict(manifest.inputs)
     canonical = json.dumps([SAMPLER_VERSION, decides], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -3,7 +3,7 @@
 For any `StableDiffusionPipeline` of CLIPTextModel, UNet2DConditionModel and
 AutoencoderTiny or AutoencoderKL, and any `StableDiffusionXLPipeline` with a
 CLIPTextModelWithProjection beside these; a folder `preview_decoder/` (AutoencoderTiny)
-and the files `encoder.npz` (a linear encoder in place of the autoencoder's own),
+and the files `encoder.npz` (a linear encoder instead of the autoencoder's own),
 `linear_preview.npz` and `prompts.json` beside them are used where they are there.
 Weights are stored as float16 and cast at load; the arithmetic is float32. The
 same folder gives the same bytes. Nothing in the folder of models changes before

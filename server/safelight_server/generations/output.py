@@ -99,7 +99,7 @@ class Output(Member):
         return (self._clock() - at) / max(1, self.step - step)
 
     def final_origin(self) -> Origin | None:
-        """Where its picture came from; None where there is none."""
+        """Where its picture came from; None: it has no picture."""
         if self.reason is not FinishReason.COMPLETED:
             return None
         match self.origin.disposition:

@@ -344,7 +344,7 @@ class Planner:
         self._engine.outage.check()
         load = self._engine.scheduler if self._leased_runners is None else LoadWithPending(self._leased_runners)
         if self._engine.outage.is_on:
-            time_left_s = None  # nobody knows when an instance will be back, so the deadline decides later
+            time_left_s = None  # an outage has no known end, so the deadline decides later
         request_id = generation.request.request_id
         key = f"{output.caller} {request_id}" if request_id else ""
         return admit(load, self._limits, output, len(new), time_left_s, self._promises, key, generation.times.accepted)

@@ -23,7 +23,7 @@ from safelight_server.generations.tenant_shares import TenantShares
 from safelight_server.stream import Watcher
 
 RETRY_S = 1.0
-"""RetryInfo of a refusal: nobody knows when the tenant's clients will read."""
+"""RetryInfo of a refusal. The time at which the tenant's clients will read is unknown."""
 
 
 class UnreadBytes:

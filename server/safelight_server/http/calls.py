@@ -103,7 +103,7 @@ class HttpCall:
 Method = Callable[[HttpCall], Awaitable[Response | None]]
 """Answers a request: returns the response, or has sent it by itself."""
 Fail = Callable[[HttpCall, status_pb2.Status], Awaitable[None]]
-"""Sends an error to the client, in place of a response or at the end of one that has begun."""
+"""Sends an error to the client, as the response or at the end of a response that has begun."""
 
 
 async def respond_error(call: HttpCall, status: status_pb2.Status) -> None:

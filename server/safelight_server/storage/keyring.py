@@ -25,7 +25,7 @@ KEY_ID = re.compile(r"^[a-z0-9]{1,8}$")
 NAMES = "names"
 TAG_BYTES = 8
 MAX_NAMES = 4096
-"""Size of the cache of computed HMACs: one request asks for the same names several times."""
+"""Size of the cache of computed HMACs: one request needs the same names several times."""
 
 
 class KeyringError(Exception):

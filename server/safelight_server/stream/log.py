@@ -18,7 +18,7 @@ from safelight_server.validation.violations import Violations
 
 QUEUED = ("queued", 0)
 RETRY_S = 1.0
-"""RetryInfo for a client that opens one stream too many: nobody knows when another stream will close."""
+"""RetryInfo for a client that opens one stream too many. The time at which another stream will close is unknown."""
 
 
 class DurableWriter(Protocol):

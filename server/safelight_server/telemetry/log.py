@@ -1,4 +1,4 @@
-"""Sets up logging: every line on stderr is one JSON object, or on a console one readable line, whoever logs it.
+"""Sets up logging: every record, also of libraries, is one JSON object on stderr, or one readable line on a console.
 
 Log records and warnings of libraries, and uncaught exceptions, are formatted like the server's own lines. So text that
 a client sent cannot begin a line of its own, in whatever message it appears.
