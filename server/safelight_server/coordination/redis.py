@@ -245,7 +245,7 @@ class RedisCoordinator:
         """See `Coordinator`."""
         registered = await self._call(lambda: self._redis.smembers(REGISTRY))
         if odd := [name for name in registered if not name.isascii()]:  # not written by any server
-            log.warning("removed from the registry what is no name of a generation", names=[repr(name) for name in odd])
+            log.warning("removed invalid names from the registry", names=[repr(name) for name in odd])
             await self._call(lambda: self._redis.srem(REGISTRY, *odd))
         names = [name.decode() for name in registered if name.isascii()]
         if not names:
