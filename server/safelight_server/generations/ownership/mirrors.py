@@ -7,7 +7,7 @@ import contextlib
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -21,6 +21,14 @@ from safelight_server.domain.request import MediaType
 from safelight_server.generations.generation import Generation
 from safelight_server.generations.ownership.context import WANT, ClusterContext, GenerationHost
 from safelight_server.generations.ownership.owners import OwnedGeneration, Owners
+from safelight_server.generations.ownership.rules import (
+    ListedAction,
+    ListedSeen,
+    MirrorAction,
+    decide_leased,
+    decide_listed,
+    decide_unowned,
+)
 from safelight_server.generations.planner import OutputPlan, Planner
 from safelight_server.storage.base import MalformedValueError, StoreError
 from safelight_server.storage.sealed import CorruptError, UnreadableError
@@ -30,8 +38,6 @@ log = structlog.get_logger(__name__)
 ANSWER_S = 5.0
 """How long an owner may take to answer, after its lease would have ended if it were dead."""
 RETRY_S = 0.5
-OTHERS_FIRST_LEASES = 3
-"""For this many lease times an unowned generation is left to replicas with the numerics that it was accepted with."""
 
 
 class PictureGoneError(Exception):
@@ -261,19 +267,23 @@ class Mirrors:
 
         False if another replica holds the lease or this replica cannot develop the generation.
         """
-        if not self._has_model(mirror):
-            return False
-        if not await self._context.coordinator.read(mirror.name):
-            return self._is_forgotten(mirror)
+        has_model = self._has_model(mirror)
+        recorded = has_model and bool(await self._context.coordinator.read(mirror.name))
+        gone_s = self._gone_s(mirror, recorded=recorded) if has_model else 0.0
+        action = decide_unowned(can_develop=has_model, recorded=recorded, gone_s=gone_s, lease_s=self._context.ttl_s)
+        if action is not MirrorAction.TAKE_LEASE:
+            return self._gives_up(mirror, action)
         leader = await Leadership.take(self._context.coordinator, mirror.name, self._context.ttl_s)
         if leader is None:
             return False
         generation = mirror.generation
         try:
             events = await self._context.coordinator.read(mirror.name)
-            if not events:
+            gone_s = self._gone_s(mirror, recorded=bool(events))
+            action = decide_leased(recorded=bool(events), gone_s=gone_s, lease_s=self._context.ttl_s)
+            if action is not MirrorAction.ADOPT:
                 await leader.close()
-                return self._is_forgotten(mirror)
+                return self._gives_up(mirror, action)
             mirror.gone_since = None
             for event in events:
                 if place_order(event.place) > place_order(mirror.place):
@@ -289,18 +299,24 @@ class Mirrors:
             await self._enter(generation, mirror.record.starts)
         return True
 
-    def _is_forgotten(self, mirror: Mirror) -> bool:
-        """Gives up a generation whose record is gone, unless its owner may still write it again.
+    @staticmethod
+    def _gone_s(mirror: Mirror, *, recorded: bool) -> float:
+        """For how long the record of a generation has been gone from Redis, as far as this replica has looked.
 
         Either its owner accepted it as LOCAL and has settled it since: then no other replica needs it. Or Redis has
         lost its memory: then the owner writes the record again when it renews its lease, which must be free for that.
         """
+        if recorded:
+            return 0.0
         now = time.monotonic()
         mirror.gone_since = now if mirror.gone_since is None else mirror.gone_since
-        if now - mirror.gone_since < self._context.ttl_s:
-            return False
-        self._give_up(mirror)
-        return True
+        return now - mirror.gone_since
+
+    def _gives_up(self, mirror: Mirror, action: MirrorAction) -> bool:
+        """Gives the generation up if that was decided. Returns whether it was."""
+        if action is MirrorAction.GIVE_UP:
+            self._give_up(mirror)
+        return action is MirrorAction.GIVE_UP
 
     def resume(self, generation: Generation) -> None:
         """Starts an adopted generation that had no stream until now."""
@@ -374,20 +390,29 @@ class Mirrors:
         self._retired = True
 
     async def _rescue(self, name: str) -> None:
-        if self._owners.leads(name):
-            return  # the lease has run out on this replica, which renews it unless another replica takes it
-        mirror = await self._mirror(name)
-        if mirror is not None and not mirror.generation.ended:
-            if self._has_model(mirror) and (self._same_bits(mirror) or self._is_unowned_for_long(name)):
+        owned_here = self._owners.leads(name)
+        mirror = None if owned_here else await self._mirror(name)
+        stored = owned_here or mirror is not None or bool(await self._context.coordinator.read(name))
+        seen = ListedSeen(owned_here=owned_here, stored=stored, readable=mirror is not None)
+        if mirror is not None:
+            has_model = self._has_model(mirror)
+            seen = replace(
+                seen,
+                ended=mirror.generation.ended,
+                can_develop=has_model,
+                same_numerics=has_model and self._same_bits(mirror),
+                unowned_s=self._unowned_s(name),
+            )
+        match decide_listed(seen, self._context.ttl_s):
+            case ListedAction.FOLLOW if mirror is not None:
                 self._keep(mirror)  # its task finds that nobody owns it
-        elif mirror is not None or not await self._context.coordinator.read(name):
-            await self._unregister(name)
-        # else the record cannot be read here: a replica with other keys, or of another version, may be able to
+            case ListedAction.UNREGISTER:
+                await self._unregister(name)
 
-    def _is_unowned_for_long(self, name: str) -> bool:
-        """Whether replicas with the same numerics have had enough time to take the generation over."""
+    def _unowned_s(self, name: str) -> float:
+        """For how long this replica has seen a registered generation without an owner."""
         now = time.monotonic()
-        return now - self._unowned_since.setdefault(name, now) >= OTHERS_FIRST_LEASES * self._context.ttl_s
+        return now - self._unowned_since.setdefault(name, now)
 
     async def _unregister(self, name: str) -> None:
         """Unregisters a generation that has ended or never began. Takes its lease first: it may be about to begin."""

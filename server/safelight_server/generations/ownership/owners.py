@@ -9,7 +9,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -22,6 +22,15 @@ from safelight_server.domain.events import Durability
 from safelight_server.domain.picture import EncodedPicture
 from safelight_server.generations.generation import Generation
 from safelight_server.generations.ownership.context import ClusterContext, GenerationHost
+from safelight_server.generations.ownership.rules import (
+    OWNER_TRANSITIONS,
+    ClaimAction,
+    ClaimSeen,
+    OwnerAction,
+    OwnerInput,
+    OwnerState,
+    decide_claim,
+)
 from safelight_server.generations.planner import OutputPlan, Planner
 from safelight_server.storage.base import StoreError
 from safelight_server.storage.sealed import CorruptError, Entry, UnreadableError
@@ -32,8 +41,6 @@ CLAIM_S = 86_400.0
 """How long a request id is bound to a generation that has not ended, at most."""
 LOOK_S = 0.05
 """Seconds between two looks whether another replica has accepted the request of an id."""
-PATIENCE_S = 5.0
-"""How long to wait for another replica that has bound a request id and accepted nothing yet."""
 MAX_WANTED = 4096
 """Generations for which the wish of another replica is remembered, at most."""
 CLOSE_S = 2.0
@@ -55,6 +62,12 @@ class OwnedGeneration:
     claim: tuple[str, bytes] | None = None
     journal: Journal | None = None
     starts: Sequence[str] = ()
+    state: OwnerState = OwnerState.CLAIMED
+
+    def decide(self, what: OwnerInput) -> OwnerAction:
+        """Changes the state by `OWNER_TRANSITIONS`. Returns what is to be done."""
+        self.state, action = OWNER_TRANSITIONS[self.state, what]
+        return action
 
 
 class Owners:
@@ -126,43 +139,57 @@ class Owners:
         return None
 
     async def _claim(self, generation: Generation, own: OwnedGeneration) -> str | None:
-        request, digest = generation.request, generation.request.body_digest.hex()
         name, mine = self._claim_of(generation)
-        replaced: bytes | None = None
-        until = time.monotonic() + PATIENCE_S
+        began = time.monotonic()
+        there = await self._context.coordinator.claim(name, mine, CLAIM_S)
         while True:
-            there = await self._context.coordinator.claim(name, mine, CLAIM_S, replaced)
-            if there == mine:
-                own.claim = (name, mine)
-                return None
+            other, seen = self._read_claim(generation, name, mine, there)
+            action = decide_claim(seen)
+            leader: Leadership | None = None
             try:
-                theirs = json.loads(self._context.sealer.open(name, there)[0].data)
-            except (CorruptError, UnreadableError):
-                replaced = there
-                continue
-            other = str(theirs["generation"])
-            if theirs["digest"] != digest:
-                raise AlreadyExistsError(
-                    f"request_id {request.request_id} was used with another request; choose a new one",
-                    metadata={"request_id": request.request_id, "generation": f"generations/{other}"},
-                )
-            if await self._context.coordinator.read(self._context.name(other)):
-                return other
-            if (leader := await self._take(other)) is not None:
-                try:
-                    if await self._context.coordinator.read(self._context.name(other)):
-                        return other
-                    # the other replica died, or froze, before it accepted the request. Without its lease it never will
+                if action is ClaimAction.READ:
+                    seen = replace(seen, recorded=await self._is_recorded(other))
+                    action = decide_claim(seen)
+                if action is ClaimAction.CONTEST:
+                    leader = await self._take(other)
+                    recorded = leader is not None and await self._is_recorded(other)  # it may have been written since
+                    waited_s = time.monotonic() - began
+                    seen = replace(seen, recorded=recorded, leased=leader is not None, waited_s=waited_s)
+                    action = decide_claim(seen)
+                if action is ClaimAction.REPLACE:  # under the other's lease, if it was taken
                     there = await self._context.coordinator.claim(name, mine, CLAIM_S, there)
-                finally:
+            finally:
+                if leader is not None:
                     await leader.close()
-                if there == mine:
+            match action:
+                case ClaimAction.KEEP:
                     own.claim = (name, mine)
                     return None
-                continue
-            if time.monotonic() > until:
-                raise UnavailableError("another replica is about to run it; try again", retry_after_s=1.0)
-            await asyncio.sleep(LOOK_S)
+                case ClaimAction.ATTACH:
+                    return other
+                case ClaimAction.REFUSE:
+                    request_id = generation.request.request_id
+                    raise AlreadyExistsError(
+                        f"request_id {request_id} was used with another request; choose a new one",
+                        metadata={"request_id": request_id, "generation": f"generations/{other}"},
+                    )
+                case ClaimAction.GIVE_UP:
+                    raise UnavailableError("another replica is about to run it; try again", retry_after_s=1.0)
+                case ClaimAction.WAIT:
+                    await asyncio.sleep(LOOK_S)
+                    there = await self._context.coordinator.claim(name, mine, CLAIM_S)
+
+    def _read_claim(self, generation: Generation, name: str, mine: bytes, there: bytes) -> tuple[str, ClaimSeen]:
+        """The generation that a request id is bound to, and what is known of that without asking Redis again."""
+        try:
+            facts = json.loads(self._context.sealer.open(name, there)[0].data)
+        except (CorruptError, UnreadableError):
+            return "", ClaimSeen(readable=False)
+        same_request = facts["digest"] == generation.request.body_digest.hex()
+        return str(facts["generation"]), ClaimSeen(mine=there == mine, same_request=same_request)
+
+    async def _is_recorded(self, identifier: str) -> bool:
+        return bool(await self._context.coordinator.read(self._context.name(identifier)))
 
     async def _take(self, identifier: str) -> Leadership | None:
         return await Leadership.take(self._context.coordinator, self._context.name(identifier), self._context.ttl_s)
@@ -193,8 +220,10 @@ class Owners:
             if own.leader.lost.is_set() or not await own.leader.publish(data):
                 if own.leader.lost.is_set():  # another replica runs this request by now
                     raise UnavailableError("another replica has taken its request; try again", retry_after_s=0.1)
+                own.decide(OwnerInput.UNRECORDED)
                 await self._context.coordinator.unregister(own.name)
                 return
+            own.decide(OwnerInput.RECORDED)
             generation.durability = Durability.REPLICATED
             generation.journal = generation.log.journal = self.journal(generation, own, [data])
 
@@ -203,6 +232,7 @@ class Owners:
         own = self._own.pop(generation.identifier, None)
         if own is None:
             return
+        own.decide(OwnerInput.REFUSED)
         generation.journal = generation.log.journal = None
         with contextlib.suppress(StoreError):
             await self.settle_record(own, FORGET_S, 0.0)
@@ -217,11 +247,10 @@ class Owners:
         own = self._own.pop(generation.identifier, None)
         if own is None:
             return
-        kept_s = self._context.kept_s if generation.journal is not None else FORGET_S
-        settle = self._settling(own, kept_s, retryable=retryable)
-        if generation.journal is not None:
-            self._end_journal(generation.journal, settle)
+        if own.decide(OwnerInput.ENDED) is OwnerAction.SETTLE_AFTER_JOURNAL and own.journal is not None:
+            self._end_journal(own.journal, self._settling(own, self._context.kept_s, retryable=retryable))
         else:
+            settle = self._settling(own, FORGET_S, retryable=retryable)
             self._watch_end(self._context.start(self._close_unwritten(generation, own, settle)))
 
     async def _close_unwritten(
@@ -234,7 +263,7 @@ class Owners:
         """
         await self._close(own, settle)
         if own.leader.lost.is_set():
-            self._lose(generation)
+            self._lose(generation, own)
 
     def _settling(self, own: OwnedGeneration, kept_s: float, *, retryable: bool) -> Callable[[], Awaitable[None]]:
         claimed_s = 0.0 if retryable else self._context.idempotency_ttl_s
@@ -247,9 +276,9 @@ class Owners:
         generation.leave()
         if own is None:
             return
-        if generation.journal is not None:
-            self._end_journal(generation.journal, _no_op)
-        else:  # the record was written although the answer was lost, and another replica has found it
+        if own.decide(OwnerInput.LET_GO) is OwnerAction.RELEASE_AFTER_JOURNAL and own.journal is not None:
+            self._end_journal(own.journal, _no_op)
+        else:
             self._watch_end(self._context.start(self._give_back(own)))
 
     def owns(self, generation: Generation) -> bool:
@@ -259,7 +288,7 @@ class Owners:
     async def has_record(self, identifier: str) -> bool:
         """Whether Redis has a record of a generation; true if Redis does not answer."""
         try:
-            return bool(await self._context.coordinator.read(self._context.name(identifier)))
+            return await self._is_recorded(identifier)
         except StoreError:
             return True
 
@@ -338,16 +367,16 @@ class Owners:
             self._context.sealer,
             put,
             lambda: (generation.state, generation.error),
-            lambda: self._lose(generation),
+            lambda: self._lose(generation, own),
             [enrolled, *(functools.partial(own.leader.publish, data) for data in written)],
         )
         return own.journal
 
-    def _lose(self, generation: Generation) -> None:
+    def _lose(self, generation: Generation, own: OwnedGeneration) -> None:
         """Gives up a generation that another replica has taken over. An outcome that was only decided here is void."""
         log.warning("another replica has taken over a generation", generation=generation.name)
-        own = self._own.get(generation.identifier)
-        if own is not None and own.journal is generation.journal:  # otherwise it was adopted again since
+        own.decide(OwnerInput.REPLACED)
+        if self._own.get(generation.identifier) is own:  # otherwise it has ended here, or was adopted again since
             del self._own[generation.identifier]
             generation.leave()
         self._host.moved(generation)
@@ -368,9 +397,11 @@ class Owners:
         """
         own.starts = self._planner.start_keys(generation, [output.starts for output in generation.outputs])
         if generation.ended:
+            own.decide(OwnerInput.ENDED)
             lost = isinstance(generation.error, UnavailableError)
             await self._close(own, self._settling(own, self._context.kept_s, retryable=lost))
             return
+        own.decide(OwnerInput.RECORDED)
         self._own[generation.identifier] = own
         generation.adopt(self.journal(generation, own, written), self._planner.numerics_id(generation))
 
