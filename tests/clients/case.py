@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safelight
 from safelight_server.app.server import Running
 
 from tests.clients.runner import Runner
@@ -32,6 +33,8 @@ CASES: list[dict[str, Any]] = json.loads((ROOT / "clients/conformance/cases.json
 NAME = "safelight.example"
 KEYS = {"good": "a-key-of-this-test", "wrong": "another-key", "missing": ""}
 SIMULATED = {"runtime": "simulated", "simulated_base_ms": 20, "simulated_row_ms": 0}
+DRAINS = {"drain_grace_s": 600.0, "simulated_base_ms": 250}
+"""Of a server that drains for longer than a case takes, at its slowest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +77,12 @@ class Setting:
 def is_of_http(case: dict[str, Any]) -> bool:
     """Whether the case is one for pages too, over gRPC-Web at the server's HTTP port.
 
-    A page is given no authority, does not see by itself that a server is frozen, cannot upload, and has no window and no
-    limit of its own: what it has not read waits in the buffers of the network. The frames of a cancelled call are of HTTP/2.
+    A page is given no authority, has no say in its connections, does not see by itself that a server is frozen, cannot
+    upload, and has no window and no limit of its own: what it has not read waits in the buffers of the network. The frames
+    of a cancelled call are of HTTP/2.
     """
     of_grpc = {"pause_s", "max_message_bytes"} & set(case.get("client", {}))
-    elsewhere = case.get("own_process") or case.get("init_image") or "tls" in case
+    elsewhere = case.get("own_process") or case.get("drains") or case.get("init_image") or "tls" in case
     cancelled = case.get("weather", {}).get("do") == "cancel"
     return case.get("servers", 1) == 1 and not elsewhere and not cancelled and not of_grpc
 
@@ -168,7 +172,8 @@ async def set_up(
                 serving_here(**settings | ({"http_port": free_port()} if http else {}))
             )
             addresses = [here.http_address if http else here.address]
-        relay = await Relay.start(addresses[0])
+        before = [(await ends.enter_async_context(draining(**settings))).address] if case.get("drains") else []
+        relay = await Relay.start(*before, addresses[0])
         ends.callback(relay.cut)
         _forecast(case.get("weather", {}), relay, running)
         setting = Setting([relay.address, *addresses[1:]], relay, tls, metrics_port)
@@ -178,6 +183,18 @@ async def set_up(
             mask.write_bytes(MASK)
             setting.init_image_file, setting.mask_file = str(photo), str(mask)
         yield setting
+
+
+@contextlib.asynccontextmanager
+async def draining(**settings: Any) -> AsyncIterator[Running]:
+    """A server that has begun to drain; a long generation keeps it from ending."""
+    async with serving_here(**settings | DRAINS) as running, safelight.Client(running.address) as client:
+        stream = client.generate("what it waits for", steps=1000)
+        assert isinstance(await anext(stream), safelight.Accepted)
+        ended = running.drain(DRAINS["drain_grace_s"])
+        yield running
+        assert not ended.done(), "it drained all the time"
+        await stream.aclose()
 
 
 def _tls(case: dict[str, Any], folder: Path, settings: dict[str, Any]) -> Tls:
