@@ -157,10 +157,20 @@ function codeName(code: node.Code): string {
   return code === node.Code.Canceled ? "CANCELLED" : node.Code[code].replace(/(?<!^)([A-Z])/g, "_$1").toUpperCase();
 }
 
+async function atOnce<Seen>(works: (() => Promise<Seen>)[]): Promise<Seen[]> {
+  return Promise.all(works.map((work) => work()));
+}
+
+async function inTurn<Seen>(works: (() => Promise<Seen>)[]): Promise<Seen[]> {
+  const all: Seen[] = [];
+  for (const work of works) all.push(await work());
+  return all;
+}
+
 for await (const line of createInterface({ input: process.stdin })) {
   const given = JSON.parse(line) as Case;
   const client = clientOf(given);
-  const generations = await Promise.all(given.requests.map((request) => generate(client, given, request)));
+  const generations = await (given.measure ? inTurn : atOnce)(given.requests.map((request) => () => generate(client, given, request)));
   console.log(JSON.stringify({ case: given.name, generations }));
   if (client instanceof node.Client) client.close();
 }
