@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safelight
 from safelight_server.app.server import Running
 
 from tests.clients.runner import Runner
 from tests.conftest import serving_here
 from tests.integration.test_images import MASK, PHOTO
 from tests.support.certificates import self_signed
+from tests.support.draining import draining
 from tests.support.redis_server import RedisServer
 from tests.support.relay import Relay
 from tests.support.replicas import Replica, free_port, replicas
@@ -33,8 +33,6 @@ CASES: list[dict[str, Any]] = json.loads((ROOT / "clients/conformance/cases.json
 NAME = "safelight.example"
 KEYS = {"good": "a-key-of-this-test", "wrong": "another-key", "missing": ""}
 SIMULATED = {"runtime": "simulated", "simulated_base_ms": 20, "simulated_row_ms": 0}
-DRAINS = {"drain_grace_s": 600.0, "simulated_base_ms": 250}
-"""Of a server that drains for longer than a case takes, at its slowest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,18 +181,6 @@ async def set_up(
             mask.write_bytes(MASK)
             setting.init_image_file, setting.mask_file = str(photo), str(mask)
         yield setting
-
-
-@contextlib.asynccontextmanager
-async def draining(**settings: Any) -> AsyncIterator[Running]:
-    """A server that has begun to drain; a long generation keeps it from ending."""
-    async with serving_here(**settings | DRAINS) as running, safelight.Client(running.address) as client:
-        stream = client.generate("what it waits for", steps=1000)
-        assert isinstance(await anext(stream), safelight.Accepted)
-        ended = running.drain(DRAINS["drain_grace_s"])
-        yield running
-        assert not ended.done(), "it drained all the time"
-        await stream.aclose()
 
 
 def _tls(case: dict[str, Any], folder: Path, settings: dict[str, Any]) -> Tls:

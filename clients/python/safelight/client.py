@@ -124,7 +124,10 @@ class Client:
     @property
     def generations(self) -> generation_pb2_grpc.GenerationServiceAsyncStub:
         """The generated stub of GenerationService at the current server."""
-        return generation_pb2_grpc.GenerationServiceStub(self.channel)
+        return self._generations(self._at)
+
+    def _generations(self, at: int) -> generation_pb2_grpc.GenerationServiceAsyncStub:
+        return generation_pb2_grpc.GenerationServiceStub(self._channels[at])
 
     @property
     def _quotas(self) -> quotas_pb2_grpc.QuotaServiceAsyncStub:
@@ -237,7 +240,7 @@ class Client:
             if images and not received.name:
                 await self._upload_missing(images, received, until)
             channel = self._channels[received.at]  # kept as long as the call: it may be given up meanwhile
-            call = _call(channel, request, received, None if until is None else until - loop.time(), metadata)
+            call = self._call(request, received, None if until is None else until - loop.time(), metadata)
             try:
                 async for response in call:
                     if (event := received.take(response.event)) is not None:
@@ -327,6 +330,14 @@ class Client:
         if file is None:
             raise ValueError("source: must be bytes or a pathlib.Path")
         return await self._ask(lambda: upload(self.channel, self._metadata, file))
+
+    def _call(
+        self, request: pb.GenerateRequest, received: Received, timeout_s: float | None, metadata: Metadata
+    ) -> Call:
+        generations = self._generations(received.at)
+        if not received.name:
+            return generations.Generate(request, timeout=timeout_s, metadata=metadata)
+        return generations.WatchGeneration(received.watch(), timeout=timeout_s, metadata=metadata)
 
     async def get(self, generation: str) -> pb.Generation:
         """Returns what is known of a generation.
@@ -433,20 +444,6 @@ def _channel(
         return grpc.aio.insecure_channel(target, options)
     named = [("grpc.ssl_target_name_override", server_name)] if server_name else []
     return grpc.aio.secure_channel(target, credentials, [*options, *named])
-
-
-def _call(
-    channel: grpc.aio.Channel,
-    request: pb.GenerateRequest,
-    received: Received,
-    timeout_s: float | None,
-    metadata: Metadata,
-) -> Call:
-    """Starts a generation, or goes on with one that has a name."""
-    generations = generation_pb2_grpc.GenerationServiceStub(channel)
-    if not received.name:
-        return generations.Generate(request, timeout=timeout_s, metadata=metadata)
-    return generations.WatchGeneration(received.watch(), timeout=timeout_s, metadata=metadata)
 
 
 def _is_resumable(failure: GenerationError, received: Received, request: pb.GenerateRequest, movable: bool) -> bool:
