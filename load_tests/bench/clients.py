@@ -124,7 +124,7 @@ def _row(
 
 
 def _late_ms(run: Run, percent: float) -> float:
-    """A percentile; not a number where the client has passed over previews, and which is not known."""
+    """A percentile of the previews' delay; NaN where the client has skipped previews, since it is not known which."""
     if len(run.received_us) != len(run.written_us):
         return float("nan")
     late_us = (run.received_us - run.written_us)[int(WARMED_UP * len(run.written_us)) :]
