@@ -35,7 +35,7 @@ const (
 
 // A Client is a connection to a server, or to several replicas of one. It is safe for use by several goroutines.
 type Client struct {
-	conns    []*grpc.ClientConn
+	servers  []*server
 	apiKey   string
 	patience time.Duration
 	retries  int
@@ -92,12 +92,12 @@ func NewClient(target string, options ...Option) (*Client, error) {
 			client.Close()
 			return nil, fmt.Errorf("safelight: target %q names no server", target)
 		}
-		conn, err := grpc.NewClient(one, append(dialOptions(one, c.credentials), c.dialOptions...)...)
+		server, err := newServer(one, append(dialOptions(one, c.credentials), c.dialOptions...))
 		if err != nil {
 			client.Close()
 			return nil, fmt.Errorf("safelight: target %q: %w", one, err)
 		}
-		client.conns = append(client.conns, conn)
+		client.servers = append(client.servers, server)
 	}
 	return client, nil
 }
@@ -137,14 +137,14 @@ func isLocal(target string) bool {
 func (c *Client) Close() error {
 	c.closed.Store(true)
 	var all []error
-	for _, conn := range c.conns {
-		all = append(all, conn.Close())
+	for _, server := range c.servers {
+		all = append(all, server.close())
 	}
 	return errors.Join(all...)
 }
 
-// Conn is the connection to the current server, for stubs of other services.
-func (c *Client) Conn() grpc.ClientConnInterface { return c.conns[c.at.Load()] }
+// Conn makes each call at the server that is current then, for stubs of other services.
+func (c *Client) Conn() grpc.ClientConnInterface { return current{c} }
 
 // Generate starts a generation and watches it: [*Accepted], [*Progress], [*Preview] and [*Picture] as they come, then
 // [*Finished]. The error, an [*Error], is the last element of a sequence that did not finish.
@@ -232,9 +232,11 @@ func (c *Client) Models(ctx context.Context) ([]*pb.Model, error) {
 func ask[Response any](
 	ctx context.Context, c *Client, call func(context.Context, grpc.ClientConnInterface) (Response, error),
 ) (Response, error) {
-	for left := len(c.conns) - 1; ; left-- {
+	for left := len(c.servers) - 1; ; left-- {
 		at := int(c.at.Load())
-		response, err := call(c.authorized(ctx), c.conns[at])
+		conn, release := c.servers[at].use()
+		response, err := call(c.authorized(ctx), conn)
+		release()
 		if err == nil {
 			return response, nil
 		}
@@ -259,7 +261,7 @@ func (c *Client) failure(ctx context.Context, err error) *Error {
 // next is the server to ask after one that failed. Generations that lose a server together step to the same next one;
 // new calls follow the first of them only.
 func (c *Client) next(failed int) int {
-	after := (failed + 1) % len(c.conns)
+	after := (failed + 1) % len(c.servers)
 	c.at.CompareAndSwap(int64(failed), int64(after))
 	return after
 }

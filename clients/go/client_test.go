@@ -8,6 +8,7 @@ import (
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 )
@@ -96,5 +97,34 @@ func TestACallThatNobodyHasCancelledIsLost(t *testing.T) {
 	client.Close()
 	if failure := client.failure(t.Context(), bare); failure.Code != codes.Canceled {
 		t.Errorf("%+v", failure)
+	}
+}
+
+func TestGenerationsThatAreRefusedTogetherReplaceTheirConnectionOnce(t *testing.T) {
+	client, err := NewClient("a:1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	server := client.servers[0]
+	draining, release := server.use()
+	server.giveUp(draining)
+	fresh, releaseFresh := server.use()
+	if fresh == draining {
+		t.Fatal("new calls use the connection that was given up")
+	}
+	server.giveUp(draining)
+	if again, releaseAgain := server.use(); again != fresh {
+		t.Error("it was replaced twice")
+	} else {
+		releaseAgain()
+	}
+	releaseFresh()
+	if state := draining.GetState(); state == connectivity.Shutdown {
+		t.Error("it is closed although a call is under way")
+	}
+	release()
+	for draining.GetState() != connectivity.Shutdown {
+		draining.WaitForStateChange(t.Context(), draining.GetState())
 	}
 }

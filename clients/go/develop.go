@@ -18,18 +18,19 @@ const (
 	firstPatience = 5 * time.Second // while no event was received: whoever asks where no server is learns it soon
 	firstWait     = 100 * time.Millisecond
 	maxWait       = 2 * time.Second
+	draining      = "DRAINING" // reason of a server that takes no more
 )
 
 var (
 	// After these reasons the same generation can be resumed; "" is a lost connection.
 	resumable = []string{"", "WATCHER_STALLED", "MOVED", "OTHER_MODEL"}
 	// After these the same call can succeed at another replica.
-	elsewhere = []string{"DRAINING", "UNAVAILABLE"}
+	elsewhere = []string{draining, "UNAVAILABLE"}
 )
 
 // develop follows a generation over as many connections as it takes. A nil request only watches.
 func (c *Client) develop(ctx context.Context, request *pb.GenerateRequest, r *received, yield func(Event, error) bool) {
-	tries, refusals, numEvents := 0, 0, 0
+	tries, refusals, drains, numEvents := 0, 0, 0, 0
 	giveUpAt := time.Now().Add(min(firstPatience, c.patience))
 	for {
 		failure, left := c.follow(ctx, request, r, yield)
@@ -37,15 +38,24 @@ func (c *Client) develop(ctx context.Context, request *pb.GenerateRequest, r *re
 			return
 		}
 		if r.numEvents > numEvents {
-			tries, refusals, numEvents = 0, 0, r.numEvents
+			tries, refusals, drains, numEvents = 0, 0, 0, r.numEvents
 			giveUpAt = time.Now().Add(c.patience)
 		}
-		movable := len(c.conns) > 1 && (r.durable || r.name == "")
+		goesOnElsewhere := r.durable || r.name == ""
+		movable := len(c.servers) > 1 && goesOnElsewhere
+		if failure.Reason == draining {
+			if drains == 0 {
+				giveUpAt = time.Now().Add(c.patience)
+			}
+			drains++
+		}
 		var wait time.Duration
 		switch {
 		case isResumable(failure, movable):
 			wait = scaled(min(maxWait, firstWait<<min(tries, 10)), 0.5, 1)
 			tries++
+		case failure.Reason == draining && goesOnElsewhere:
+			wait = scaled(max(failure.RetryAfter, firstWait), 1, 1.2)
 		case isRefusedForNow(failure, r) && refusals < c.retries:
 			if refusals == 0 {
 				giveUpAt = time.Now().Add(c.patience)
@@ -80,7 +90,9 @@ func (c *Client) follow(
 ) (failure *Error, left bool) {
 	ctx, cancel := context.WithCancel(c.authorized(ctx))
 	defer cancel() // whoever looks away lets the server know
-	receive, err := c.open(ctx, request, r)
+	conn, release := c.servers[r.at].use()
+	defer release()
+	receive, err := open(ctx, conn, request, r)
 	for err == nil {
 		var message *pb.GenerationEvent
 		if message, err = receive(); err != nil {
@@ -95,7 +107,11 @@ func (c *Client) follow(
 		}
 	}
 	if !errors.Is(err, io.EOF) {
-		return c.failure(ctx, err), false
+		failure = c.failure(ctx, err)
+		if failure.Reason == draining {
+			c.servers[r.at].giveUp(conn)
+		}
+		return failure, false
 	}
 	if !r.finished {
 		return unfinished(r.name), false
@@ -104,10 +120,10 @@ func (c *Client) follow(
 }
 
 // open starts the generation, or watches it where it has a name; the function returned receives its next event.
-func (c *Client) open(
-	ctx context.Context, request *pb.GenerateRequest, r *received,
+func open(
+	ctx context.Context, conn grpc.ClientConnInterface, request *pb.GenerateRequest, r *received,
 ) (func() (*pb.GenerationEvent, error), error) {
-	service := pb.NewGenerationServiceClient(c.conns[r.at])
+	service := pb.NewGenerationServiceClient(conn)
 	if r.name == "" {
 		stream, err := service.Generate(ctx, request)
 		return events(stream, err)

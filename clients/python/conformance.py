@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ async def generate(client: safelight.Client, case: dict[str, Any], request: dict
         init_image, mask = [await client.upload_image(Path(case[name])) for name in ("init_image_file", "mask_file")]
         message.spec.init_image, message.spec.mask = init_image.name, mask.name
     try:
-        async for event in client.develop(message, timeout_s=case["timeout_s"] or None):
+        async for event in asked(client, case, message):
             await take(client, case, event, seen)
         if case["watch_again"]:
             seen["watched"] = await watch_again(client, seen["generation"])
@@ -62,6 +63,29 @@ async def generate(client: safelight.Client, case: dict[str, Any], request: dict
         seen |= {"code": error.code.name, "reason": error.reason, "violations": error.violations}
         seen |= {"retry_after_s": error.retry_after_s, "message": str(error)}
     return seen
+
+
+def asked(
+    client: safelight.Client, case: dict[str, Any], message: pb.GenerateRequest
+) -> AsyncIterator[safelight.Event]:
+    """Sends a message as it is; or says it in plain arguments, where the case has some."""
+    spec, timeout_s = message.spec, case["timeout_s"] or None
+    plain: safelight.GenerateOptions = {}
+    if case["guidance_interval"]:
+        start, end = case["guidance_interval"]
+        plain |= {"guidance_interval": (start, end), "guidance_rescale": case["guidance_rescale"]}
+    if case["min_num_steps"]:
+        plain |= {"quality_floor": safelight.QualityFloor(min_num_steps=case["min_num_steps"])}
+    if not plain:
+        return client.develop(message, timeout_s=timeout_s)
+    if spec.HasField("guidance_scale"):
+        plain |= {"guidance_scale": spec.guidance_scale}
+    plain |= {
+        "steps": spec.num_inference_steps,
+        "seeds": [output.seed for output in spec.outputs],
+        "timeout_s": timeout_s,
+    }
+    return client.generate(spec.prompt, **plain)
 
 
 async def watch_again(client: safelight.Client, name: str) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """What a preview costs the client of each language, how many a second it takes, and how late its caller has them.
 
 Each client is its runner of clients/CONFORMANCE.md, a process of its own, which notes when its caller has each preview
-of the only stream of `preview_source`. CPU is the difference between a long run and a short one, by the previews by
-which they differ: so the start of the process and most of what a just-in-time compiler does are left out. A second
-table compares server-sent events with gRPC, from a real server.
+of the only stream of `preview_source`, by gRPC or, as pages do, by gRPC-Web. CPU is the difference between a long run
+and a short one, by the previews by which they differ: so the start of the process and most of what a just-in-time
+compiler does are left out. A second table has gRPC, gRPC-Web and server-sent events side by side, from a real server.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import resource
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import numpy as np
 from google.protobuf import json_format
 from numpy.typing import NDArray
 from safelight.v1 import generation_pb2 as pb
 
-from load_tests.bench import preview_source, processes, server_sent_events
+from load_tests.bench import preview_source, processes, transports
 from load_tests.bench.processes import Child
 from load_tests.bench.requests import PROMPT, RAW
 from load_tests.bench.runner import Report, Row, median_by
 from tools.clients import runners
 
-CLIENTS = ("python", runners.SYNC, "go", "typescript", "java", "rust", "cpp", "c", "csharp")
+CLIENTS = ("python", runners.SYNC, "go", "typescript", runners.WEB, "java", "rust", "cpp", "c", "csharp")
 RUN_ENDS_S = 300.0
 WARMED_UP = 0.2
 """Of a run, this share of the previews comes before those that rates and lateness are taken of."""
@@ -39,15 +40,17 @@ class Plan:
         sizes: edge of the previews in pixels, and how many a short and a long run have.
         paced: previews of the run that lateness is taken of, `per_s` a second.
         optimized: runners are built as for production.
+        about: how long it takes, once the runners are built.
     """
 
     clients: tuple[str, ...] = CLIENTS
-    sizes: tuple[tuple[int, int, int], ...] = ((64, 2000, 12000), (256, 500, 3000))
-    paced: int = 400
+    sizes: tuple[tuple[int, int, int], ...] = ((64, 1500, 9000), (256, 400, 2400))
+    paced: int = 200
     per_s: int = 100
     rounds: int = 3
     optimized: bool = True
-    events: server_sent_events.Plan = field(default_factory=server_sent_events.Plan)
+    about: str = "8 minutes on two cores that have nothing else to do"
+    transports: transports.Plan = field(default_factory=transports.Plan)
 
 
 SMOKE = Plan(
@@ -56,33 +59,42 @@ SMOKE = Plan(
     paced=10,
     rounds=1,
     optimized=False,
-    events=server_sent_events.Plan(num_pictures=2, step_ms=50.0, rounds=1),
+    about="seconds",
+    transports=transports.Plan(num_pictures=2, step_ms=50.0, rounds=1, typescript=False),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of a runner: when previews were written and received, in microseconds, and the CPU of its process."""
+    """One run of a runner: when previews were written and received, in microseconds, and the CPU of both processes."""
 
     written_us: NDArray[np.int64]
     received_us: NDArray[np.int64]
-    cpu_s: float
+    client_cpu_s: float
+    source_cpu_s: float
 
 
 def measure(plan: Plan) -> Report:
     """Both tables."""
     here = [client for client in plan.clients if runners.is_here(client)]
+    print(
+        f"clients: builds {len(here)} runners, which takes up to 20 minutes where none is built; then {plan.about}",
+        flush=True,
+    )
     commands = {client: runners.runner(client, optimized=plan.optimized) for client in here}
+    print(f"clients: all runners are built; measures from {datetime.now():%H:%M} on, for {plan.about}", flush=True)
     rows: list[Row] = []
     with processes.child(preview_source.serve) as source:
-        address = source.first()
+        grpc_address, web_address = source.first()
         for _ in range(plan.rounds):
             for size in plan.sizes:
-                rows += [_row(plan, client, commands[client], source, address, size) for client in here]
+                for client in here:
+                    address = web_address if client == runners.WEB else grpc_address
+                    rows.append(_row(plan, client, commands[client], source, address, size))
     missing = [client for client in plan.clients if client not in here]
     tables: dict[str, Sequence[Row]] = {
         "One stream of raw previews, by client": median_by(rows, ("client", "preview_kib")),
-        "Pictures with three previews as JPEG, one after another": server_sent_events.rows(plan.events),
+        "Pictures with three previews as JPEG, one after another": transports.rows(plan.transports),
     }
     notes = [f"left out, their toolchains are not on this machine: {', '.join(missing)}"] if missing else []
     return Report("clients", tables, notes=notes)
@@ -97,12 +109,13 @@ def _row(
     paced = _run(command, source, address, _request(edge_px, plan.paced, plan.per_s))
     received_us = long.received_us[int(WARMED_UP * len(long.received_us)) :]
     per_s = 1e6 * (len(received_us) - 1) / float(received_us[-1] - received_us[0])
-    cpu_us = 1e6 * (long.cpu_s - short.cpu_s) / (many - few)
+    cpu_us = 1e6 * (long.client_cpu_s - short.client_cpu_s) / (many - few)
     return {
         "client": client,
         "preview_kib": 4 * edge_px * edge_px // 1024,
         "previews_per_s": per_s,
         "cpu_us_per_preview": cpu_us,
+        "source_cpu_us_per_preview": 1e6 * (long.source_cpu_s - short.source_cpu_s) / (many - few),
         "cores": per_s * cpu_us / 1e6,
         "had": len(long.received_us) / many,
         "late_ms_p50": _late_ms(paced, 50),
@@ -134,6 +147,7 @@ def _run(command: Sequence[str], source: Child, address: str, request: pb.Genera
         RuntimeError: it failed, or had no previews.
     """
     told = runners.told("measure", [address], [json_format.MessageToDict(request)], measure=True)
+    source.ask()  # from here on its CPU counts
     before_s = _cpu_of_children_s()
     done = subprocess.run(
         command, input=json.dumps(told), capture_output=True, text=True, timeout=RUN_ENDS_S, check=False
@@ -142,7 +156,8 @@ def _run(command: Sequence[str], source: Child, address: str, request: pb.Genera
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr[-4000:]}")
     [seen] = json.loads(done.stdout)["generations"]
-    run = Run(np.array(source.ask()), np.array(seen["received_us"]), cpu_s)
+    written_us, source_cpu_s = source.ask()
+    run = Run(np.array(written_us), np.array(seen["received_us"]), cpu_s, source_cpu_s)
     if seen["code"] != "OK" or not 1 < len(run.received_us) <= len(run.written_us):
         raise RuntimeError(
             f"{' '.join(command)}: {len(run.received_us)} of {len(run.written_us)} previews; {seen['code']}"

@@ -1,4 +1,4 @@
-"""A gRPC server that sends previews of a fixed size, as fast as its client takes them or at a pace.
+"""A server of gRPC and gRPC-Web that sends previews of a fixed size, as fast as its client takes them or at a pace.
 
 It computes nothing and passes nothing over, so that what is measured is the client. A request says how many previews
 (`num_inference_steps`), how large (`preview.max_edge_px` in both directions, raw RGBA8) and how far apart
@@ -12,13 +12,17 @@ import hashlib
 import time
 from collections.abc import AsyncIterator
 from multiprocessing.connection import Connection
-from typing import Any
 
 import grpc
 from safelight.v1 import generation_pb2 as pb
-from safelight_server.api.service import GENERATION_SERVICE
+from safelight_server.api.service import GENERATION_SERVICE, Handler
 from safelight_server.app.grpc_server import OPTIONS
 from safelight_server.app.process import settle
+from safelight_server.http.calls import HttpCall
+from safelight_server.http.grpc_web import GrpcWebMethod
+from safelight_server.http.server import HttpLimits, HttpServer, bind
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from load_tests.bench import processes
 from load_tests.bench.requests import RAW
@@ -31,9 +35,11 @@ class PreviewSource:
 
     def __init__(self) -> None:
         self._written_us: list[int] = []
+        self._cpu_s = time.process_time()
 
-    async def generate(self, request: pb.GenerateRequest, _: object) -> AsyncIterator[bytes]:
+    async def generate(self, data: bytes, _: object) -> AsyncIterator[bytes]:
         """Accepted, the previews, the picture, and the end, as serialized responses."""
+        request = pb.GenerateRequest.FromString(data)
         written_us = self._written_us = list[int]()
         preview = _response(preview=_preview(request.preview.max_edge_px))
         interval_s = request.preview.min_interval.ToNanoseconds() / 1e9
@@ -49,24 +55,44 @@ class PreviewSource:
         yield _response(2, output_finished=pb.OutputFinished(finish_reason=pb.OutputFinished.FINISH_REASON_COMPLETED))
         yield _response(3, finished=pb.Finished(usage=pb.Usage(num_steps=request.spec.num_inference_steps)))
 
-    async def written_us(self) -> list[int]:
-        """Microseconds since 1970, by this machine's clock, of each preview of the newest stream."""
-        return self._written_us
+    async def told(self) -> tuple[list[int], float]:
+        """What is known of the newest stream, once a question.
+
+        Returns:
+            Microseconds since 1970, by this machine's clock, of each preview; and the CPU seconds of this process since
+            the question before.
+        """
+        before, self._cpu_s = self._cpu_s, time.process_time()
+        return self._written_us, self._cpu_s - before
 
 
 async def serve(pipe: Connection) -> None:
-    """Says the address, then answers every question with the times of the newest stream."""
+    """Says the addresses for gRPC and gRPC-Web, then answers questions with what is `told` of the newest stream."""
     source = PreviewSource()
-    handler: grpc.RpcMethodHandler[Any, Any] = grpc.unary_stream_rpc_method_handler(
-        source.generate, pb.GenerateRequest.FromString
-    )
+    handler: Handler = grpc.unary_stream_rpc_method_handler(source.generate)
     server = grpc.aio.server(options=OPTIONS)
     server.add_registered_method_handlers(GENERATION_SERVICE, {"Generate": handler})
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
+    web = await HttpServer.start(
+        _web(handler), bind("127.0.0.1", 0), HttpLimits(max_connections=16, stall_s=60.0), None
+    )
     settle()
-    pipe.send(f"127.0.0.1:{port}")
-    await processes.answer(pipe, source.written_us)
+    pipe.send((f"127.0.0.1:{port}", web.address))
+    await processes.answer(pipe, source.told)
+
+
+def _web(handler: Handler) -> ASGIApp:
+    """Answers every request by a handler, as the server's HTTP port does, without its routes and the identity."""
+    method = GrpcWebMethod(handler)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        call = HttpCall(Request(scope, receive), send)
+        call.body = await call.request.body()
+        async with call.context.calling():
+            await method(call)
+
+    return app
 
 
 def _response(sequence: int = 0, **event: object) -> bytes:

@@ -1,4 +1,4 @@
-"""Runs ghz's scenarios against a running server and prints one table: `make ghz`.
+"""Runs ghz's scenarios against a running server, or one that it starts, and prints one table: `make ghz`.
 
 Each scenario is a configuration file of ghz in this folder, which ghz also takes by itself. Two tags are read here:
 `expect`, the statuses that a call may end with, and `read-bytes-per-second`, how fast each connection is read.
@@ -16,7 +16,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from load_tests.bench import processes
 from load_tests.ghz.slow_reader import slow_reader
 
 FOLDER = Path(__file__).parent
@@ -31,6 +32,8 @@ GHZ = FOLDER.parents[1] / ".tools/ghz"
 SCENARIOS = ("steady", "ramp", "burst", "recovery", "slow-readers", "cancel-storm", "idempotent-retries")
 """In the order in which they run: `recovery` is the rate of `steady`, once the calls of `burst` have ended."""
 DURATIONS = ("duration", "load-step-duration", "load-max-duration")
+RUNTIMES = ("onnx", "simulated")
+"""Those that need nothing but this machine."""
 RATES = ("rps", "load-start", "load-step", "load-end")
 PERCENTILES = (50, 95, 99)
 REFUSED, TOO_LATE, CANCELLED = "ResourceExhausted", "DeadlineExceeded", "Canceled"
@@ -155,10 +158,19 @@ def _write(report: dict[str, Any], file: Path) -> None:
     file.write_text(json.dumps(report, indent=1))
 
 
+@contextlib.contextmanager
+def serving(runtime: str) -> Iterator[str]:
+    """A server of a runtime, a process of its own, while the block runs; yields its address."""
+    with processes.child(processes.serve, {"runtime": runtime}) as server:
+        yield server.first()
+
+
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(prog="python -m load_tests.ghz.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--target", default="127.0.0.1:8421", help="address of the server")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--target", default="127.0.0.1:8421", help="address of the server")
+    where.add_argument("--serve", choices=RUNTIMES, help="start a server of this runtime, on this machine, and ask it")
     parser.add_argument("--api-key", default=os.environ.get("SAFELIGHT_API_KEY"), help="or SAFELIGHT_API_KEY")
     parser.add_argument("--ca-file", type=Path, help="PEM of who signed the server's certificate: asks by TLS")
     parser.add_argument("--server-name", help="in the certificate, if it is not the target's")
@@ -184,5 +196,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     chosen = arguments()
-    reached = Access(chosen.target, chosen.api_key, chosen.ca_file, chosen.server_name)
-    sys.exit(asyncio.run(main(reached, chosen.only, chosen.time_scale, chosen.rate_scale, chosen.out)))
+    with serving(chosen.serve) if chosen.serve else contextlib.nullcontext(chosen.target) as address:
+        reached = Access(address, chosen.api_key, chosen.ca_file, chosen.server_name)
+        ended = asyncio.run(main(reached, chosen.only, chosen.time_scale, chosen.rate_scale, chosen.out))
+    sys.exit(ended)

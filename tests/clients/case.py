@@ -22,6 +22,7 @@ from tests.clients.runner import Runner
 from tests.conftest import serving_here
 from tests.integration.test_images import MASK, PHOTO
 from tests.support.certificates import self_signed
+from tests.support.draining import draining
 from tests.support.redis_server import RedisServer
 from tests.support.relay import Relay
 from tests.support.replicas import Replica, free_port, replicas
@@ -74,11 +75,12 @@ class Setting:
 def is_of_http(case: dict[str, Any]) -> bool:
     """Whether the case is one for pages too, over gRPC-Web at the server's HTTP port.
 
-    A page is given no authority, does not see by itself that a server is frozen, cannot upload, and has no window and no
-    limit of its own: what it has not read waits in the buffers of the network. The frames of a cancelled call are of HTTP/2.
+    A page is given no authority, has no say in its connections, does not see by itself that a server is frozen, cannot
+    upload, and has no window and no limit of its own: what it has not read waits in the buffers of the network. The frames
+    of a cancelled call are of HTTP/2.
     """
     of_grpc = {"pause_s", "max_message_bytes"} & set(case.get("client", {}))
-    elsewhere = case.get("own_process") or case.get("init_image") or "tls" in case
+    elsewhere = case.get("own_process") or case.get("drains") or case.get("init_image") or "tls" in case
     cancelled = case.get("weather", {}).get("do") == "cancel"
     return case.get("servers", 1) == 1 and not elsewhere and not cancelled and not of_grpc
 
@@ -168,7 +170,8 @@ async def set_up(
                 serving_here(**settings | ({"http_port": free_port()} if http else {}))
             )
             addresses = [here.http_address if http else here.address]
-        relay = await Relay.start(addresses[0])
+        before = [(await ends.enter_async_context(draining(**settings))).address] if case.get("drains") else []
+        relay = await Relay.start(*before, addresses[0])
         ends.callback(relay.cut)
         _forecast(case.get("weather", {}), relay, running)
         setting = Setting([relay.address, *addresses[1:]], relay, tls, metrics_port)

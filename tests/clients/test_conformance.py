@@ -123,6 +123,10 @@ async def reference(case: dict[str, Any], request: dict[str, Any]) -> list[str]:
     """SHA-256 of the bytes that the pictures of a request must have; raw rows are laid out anew from the PNG's pixels."""
     message = json_format.ParseDict(request, pb.GenerateRequest())
     runtime = case.get("settings", {}).get("runtime", "simulated")
+    client = case.get("client", {})
+    if "guidance_interval" in client:
+        message.spec.guidance_interval.start, message.spec.guidance_interval.end = client["guidance_interval"]
+        message.spec.guidance_rescale = client["guidance_rescale"]
     pictures = [safelight.ImageFile(data) for data in (PHOTO, MASK)] if case.get("init_image") else []
     if pictures:
         message.spec.init_image, message.spec.mask = (picture.name for picture in pictures)

@@ -22,9 +22,9 @@ from load_tests.bench import (
     pictures,
     running_server,
     scheduler,
-    server_sent_events,
     surge,
     throughput,
+    transports,
     watchers,
 )
 from load_tests.bench.bare import BareLoop
@@ -107,10 +107,10 @@ def test_clients(monkeypatch):
     for row in by_client:
         assert row["previews_per_s"] > 0
         assert row["late_ms_p50"] <= row["late_ms_p99"]
-    assert [row["way"] for row in by_way] == ["gRPC", "server-sent events"]
+    assert [row["way"] for row in by_way] == ["gRPC, Python", "server-sent events, Python"]
     for row in by_way:
-        assert 0 < row["previews_a_picture"] <= server_sent_events.NUM_PREVIEWS
-        assert row["server_cpu_ms_a_picture"] > 0 and row["client_cpu_ms_a_picture"] > 0
+        assert 0 < row["previews_a_picture"] <= transports.NUM_PREVIEWS
+        assert row["server_cpu_ms_a_preview"] > 0 and row["client_cpu_ms_a_preview"] > 0
         assert 0 < row["late_ms_p50"] <= row["late_ms_p99"]
     assert report.notes == ["left out, their toolchains are not on this machine: go"]
 

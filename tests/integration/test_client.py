@@ -18,6 +18,8 @@ from safelight_server.domain.errors import QueueFullError
 
 from tests.conftest import eventually
 from tests.integration.test_cache import kept
+from tests.support.draining import draining
+from tests.support.relay import Relay
 
 PROMPT = "a red potion on a dark background"
 
@@ -221,6 +223,17 @@ async def test_generations_that_lose_a_server_together_all_ask_the_next_one(monk
         ended = await asyncio.gather(*(ask() for _ in range(24)))
     assert all(isinstance(events[-1], Finished) for events in ended)
     assert (len(stubs[0].deadlines), len(finished.deadlines), len(stubs[2].deadlines)) == (24, 24, 0)
+
+
+async def test_who_is_refused_by_a_server_that_drains_makes_one_new_connection(simulated):
+    """A load balancer gives it to another server. No retry is left, so these tries are none."""
+    async with draining() as refusing:
+        relay = await Relay.start(refusing.address, simulated.address)
+        async with Client(relay.address, retries=0, patience_s=20.0) as client:
+            pictures = [client.generate(PROMPT, seed=seed, steps=2).picture() for seed in range(3)]
+            assert [picture.seed for picture in await asyncio.gather(*pictures)] == [0, 1, 2]
+        relay.cut()
+    assert relay.num_connections == 2
 
 
 @pytest.mark.parametrize(

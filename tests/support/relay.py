@@ -35,12 +35,15 @@ class Relay:
         self._cancels: list[tuple[int, Callable[[int], bytes]]] = []
 
     @classmethod
-    async def start(cls, target: str) -> Relay:
-        """Starts a relay to `target` (HOST:PORT) on a free loopback port."""
+    async def start(cls, *targets: str) -> Relay:
+        """Starts a relay on a free loopback port: the first connection to the first target (HOST:PORT), and so on.
+
+        What comes after as many connections as there are targets goes to the last one.
+        """
         relay = cls()
-        host, port = target.rsplit(":", 1)
 
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            host, port = targets[min(relay.num_connections, len(targets) - 1)].rsplit(":", 1)
             relay.num_connections += 1
             try:
                 there, back = await asyncio.open_connection(host, int(port), limit=CHUNK_BYTES)

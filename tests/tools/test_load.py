@@ -53,6 +53,13 @@ async def test_ghz_runs_every_scenario(start: Start, tmp_path: Path, runtime: st
     assert set(found["cancel-storm"]["statusCodeDistribution"]) == {"Canceled"}
 
 
+async def test_ghz_starts_a_server_where_it_is_told_to(tmp_path: Path) -> None:
+    serve = ("--serve", "simulated", "--only", "steady", "--time-scale", "0.01", "--out", str(tmp_path))
+    text = await printed(sys.executable, "-m", "load_tests.ghz.run", *serve)
+    assert "steady" in text
+    assert set(reports(tmp_path)["steady"]["statusCodeDistribution"]) == {"OK"}
+
+
 async def test_ghz_reads_slowly_where_a_scenario_says_so(start: Start, tmp_path: Path) -> None:
     async with start(runtime="simulated", simulated_base_ms=1.0) as running:
         _, found = await ghz(running.address, tmp_path, "--only", "slow-readers", "--time-scale", "0.001")

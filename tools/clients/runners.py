@@ -21,7 +21,9 @@ TSC = ROOT / "node_modules/.bin/tsc"
 DEFAULTS: Mapping[str, object] = {
     **dict.fromkeys(("ca_file", "server_name", "cert_file", "key_file", "api_key"), ""),
     **dict.fromkeys(("init_image_file", "mask_file"), ""),
-    **dict.fromkeys(("timeout_s", "max_message_bytes", "pause_s", "cancel_at_step"), 0),
+    **dict.fromkeys(("timeout_s", "max_message_bytes", "pause_s", "cancel_at_step", "guidance_rescale"), 0),
+    "guidance_interval": [],
+    "min_num_steps": 0,
     **dict.fromkeys(("watch_again", "measure"), False),
     "patience_s": 60,
     "retries": 3,

@@ -127,6 +127,11 @@ json generate(safelight_client* client, const json& given, const json& request) 
     safelight_request_set_init_image(message.get(), uploaded(client, file).c_str());
     safelight_request_set_mask(message.get(), uploaded(client, given["mask_file"]).c_str());
   }
+  if (const json& interval = given["guidance_interval"]; !interval.empty()) {
+    safelight_request_set_guidance_interval(message.get(), interval[0], interval[1]);
+    safelight_request_set_guidance_rescale(message.get(), given["guidance_rescale"]);
+  }
+  if (const int steps = given["min_num_steps"]; steps > 0) safelight_request_set_quality_floor(message.get(), steps, 0, 0);
   const auto generation =
       held(safelight_generate(client, message.get(), given["timeout_s"], nullptr), safelight_generation_free);
   while (safelight_event* next = safelight_generation_next(generation.get(), -1)) {

@@ -71,6 +71,12 @@ json generate(Client& client, const json& given, const json& request) {
       message.mutable_spec()->set_init_image(client.upload_image(runner::contents(file)).name());
       message.mutable_spec()->set_mask(client.upload_image(runner::contents(given["mask_file"])).name());
     }
+    if (const json& interval = given["guidance_interval"]; !interval.empty()) {
+      message.mutable_spec()->mutable_guidance_interval()->set_start(interval[0]);
+      message.mutable_spec()->mutable_guidance_interval()->set_end(interval[1]);
+      message.mutable_spec()->set_guidance_rescale(given["guidance_rescale"]);
+    }
+    if (const int steps = given["min_num_steps"]; steps > 0) message.mutable_quality_floor()->set_min_num_steps(steps);
     for (const safelight::Event& event : client.generate(message, timeout)) {
       if (const auto* accepted = std::get_if<safelight::Accepted>(&event)) {
         seen["generation"] = accepted->generation;

@@ -27,7 +27,7 @@ extern "C" {
 
 /* The version of this header. Functions are added with a new minor version (the lower 16 bits) and changed or taken
  * away with a new major one (the upper 16 bits): a library serves a program with the same major and no later minor. */
-#define SAFELIGHT_ABI_VERSION 0x00010001u
+#define SAFELIGHT_ABI_VERSION 0x00010002u
 
 /* The version that the library was built with. */
 SAFELIGHT_API uint32_t safelight_abi_version(void);
@@ -120,6 +120,14 @@ SAFELIGHT_API void safelight_request_set_init_image(safelight_request *request, 
 SAFELIGHT_API void safelight_request_set_strength(safelight_request *request, double strength);
 /* Which part of it is developed anew: white, or transparent if it has an alpha channel. Named as that. */
 SAFELIGHT_API void safelight_request_set_mask(safelight_request *request, const char *image);
+/* Guidance in a part of the steps alone, as shares of all steps: 0.2 to 0.8. Other steps cost half. Since 1.2, as the next two. */
+SAFELIGHT_API void safelight_request_set_guidance_interval(safelight_request *request, double start, double end);
+/* How much of the contrast that guidance adds is taken back, 0 to 1. */
+SAFELIGHT_API void safelight_request_set_guidance_rescale(safelight_request *request, double rescale);
+/* What may be given up under load, each if it is not 0: all steps but `min_num_steps`; decoded previews; the very picture, for a
+ * finished one of at least `min_similarity`, at most 1. */
+SAFELIGHT_API void safelight_request_set_quality_floor(safelight_request *request, int32_t min_num_steps,
+                                                       int32_t cheaper_previews, double min_similarity);
 /* One more picture, with this seed. */
 SAFELIGHT_API void safelight_request_add_output(safelight_request *request, uint64_t seed);
 /* The longest edge of previews; larger ones are scaled down. */

@@ -254,6 +254,26 @@ void safelight_request_set_strength(safelight_request* request, double strength)
 void safelight_request_set_mask(safelight_request* request, const char* image) {
   quietly([&] { spec_of(request).set_mask(text(image)); });
 }
+void safelight_request_set_guidance_interval(safelight_request* request, double start, double end) {
+  quietly([&] {
+    auto& interval = *spec_of(request).mutable_guidance_interval();
+    interval.set_start(static_cast<float>(start));
+    interval.set_end(static_cast<float>(end));
+  });
+}
+void safelight_request_set_guidance_rescale(safelight_request* request, double rescale) {
+  quietly([&] { spec_of(request).set_guidance_rescale(static_cast<float>(rescale)); });
+}
+void safelight_request_set_quality_floor(safelight_request* request, int32_t min_num_steps, int32_t cheaper_previews,
+                                         double min_similarity) {
+  quietly([&] {
+    auto& floor = *request->message.mutable_quality_floor();
+    floor.Clear();
+    if (min_num_steps != 0) floor.set_min_num_steps(min_num_steps);
+    floor.set_cheaper_previews(cheaper_previews != 0);
+    if (min_similarity != 0) floor.set_min_similarity(static_cast<float>(min_similarity));
+  });
+}
 void safelight_request_add_output(safelight_request* request, uint64_t seed) {
   quietly([&] { spec_of(request).add_outputs()->set_seed(seed); });
 }

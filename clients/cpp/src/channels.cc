@@ -43,6 +43,7 @@ grpc::ChannelArguments arguments(const std::string& target, const ClientOptions&
   given.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
   given.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 5'000);  // also how long a server may take to answer
   given.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 2'000);
+  given.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // a new channel is a new connection, not that of another one
   given.SetMaxReceiveMessageSize(options.max_message_bytes);
   if (is_local(target)) given.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   if (options.credentials && !options.server_name.empty()) given.SetSslTargetNameOverride(options.server_name);
@@ -66,17 +67,32 @@ Client::Impl::Impl(const std::string& target, ClientOptions options) : options_(
   for (const char letter : options_.api_key) {
     if (letter < '!' || letter > '~') throw std::invalid_argument("the API key must be visible ASCII characters");
   }
-  const auto credentials = options_.credentials ? options_.credentials : grpc::InsecureChannelCredentials();
   for (std::size_t begin = 0, end; begin <= target.size(); begin = end + 1) {
     end = std::min(target.find(',', begin), target.size());
     const std::string one = trimmed(target.substr(begin, end - begin));
     if (one.empty()) throw std::invalid_argument("target \"" + target + "\" names no server");
-    channels_.push_back(grpc::CreateCustomChannel(one, credentials, arguments(one, options_)));
+    targets_.push_back(one);
+    channels_.push_back(connect(one));
   }
 }
 
+std::shared_ptr<grpc::Channel> Client::Impl::connect(const std::string& target) const {
+  const auto credentials = options_.credentials ? options_.credentials : grpc::InsecureChannelCredentials();
+  return grpc::CreateCustomChannel(target, credentials, arguments(target, options_));
+}
+
+std::shared_ptr<grpc::Channel> Client::Impl::channel(std::size_t index) const {
+  std::lock_guard lock(mutex_);
+  return channels_[index];
+}
+
+void Client::Impl::give_up(std::size_t index, const std::shared_ptr<grpc::Channel>& old) {
+  std::lock_guard lock(mutex_);
+  if (channels_[index] == old) channels_[index] = connect(targets_[index]);
+}
+
 std::size_t Client::Impl::next(std::size_t failed) {
-  const std::size_t after = (failed + 1) % channels_.size();
+  const std::size_t after = (failed + 1) % size();
   at_.compare_exchange_strong(failed, after);
   return after;
 }

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -20,9 +21,9 @@ class Client::Impl {
  public:
   Impl(const std::string& target, ClientOptions options);
 
-  std::size_t size() const { return channels_.size(); }
+  std::size_t size() const { return targets_.size(); }
   std::size_t at() const { return at_; }
-  const std::shared_ptr<grpc::Channel>& channel(std::size_t index) const { return channels_[index]; }
+  std::shared_ptr<grpc::Channel> channel(std::size_t index) const;
   std::chrono::nanoseconds patience() const { return options_.patience; }
   int retries() const { return options_.retries; }
 
@@ -30,10 +31,19 @@ class Client::Impl {
   /// calls follow the first of them only.
   std::size_t next(std::size_t failed);
 
+  /// Makes new calls at a server use a new connection, which a load balancer may give to another server; calls that are under
+  /// way stay on the old one, which ends with the last of them. Generations that are refused together give up the same
+  /// connection: the first of them replaces it.
+  void give_up(std::size_t index, const std::shared_ptr<grpc::Channel>& old);
+
   void authorize(grpc::ClientContext& context) const;
 
  private:
+  std::shared_ptr<grpc::Channel> connect(const std::string& target) const;
+
   ClientOptions options_;
+  std::vector<std::string> targets_;
+  mutable std::mutex mutex_;  ///< Of the next one.
   std::vector<std::shared_ptr<grpc::Channel>> channels_;
   std::atomic<std::size_t> at_{0};
 };

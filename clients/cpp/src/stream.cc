@@ -21,6 +21,8 @@ constexpr nanoseconds kMaxWait = 2s;
 constexpr std::array<std::string_view, 4> kResumable = {"", "WATCHER_STALLED", "MOVED", "OTHER_MODEL"};
 // After these the same call can succeed at another replica.
 constexpr std::array<std::string_view, 2> kElsewhere = {"DRAINING", "UNAVAILABLE"};
+// Reason of a server that takes no more.
+constexpr std::string_view kDraining = "DRAINING";
 
 template <typename Names>
 bool contains(const Names& names, const std::string& name) {
@@ -125,7 +127,8 @@ void Stream::Impl::open() {
     call_ = std::move(fresh);  // before the call begins, which may wait for a connection: close() ends that too
     if (closed_) call.context.TryCancel();
   }
-  const auto stub = v1::GenerationService::NewStub(client_->channel(received_.at));
+  channel_ = client_->channel(received_.at);
+  const auto stub = v1::GenerationService::NewStub(channel_);
   if (received_.name.empty()) {
     read_with(call, stub->Generate(&call.context, *request_));
   } else {
@@ -145,15 +148,23 @@ grpc::Status Stream::Impl::finish() {
 /// Waits until the generation may be asked for again. Throws `failure` where that is not to be, or not in time.
 void Stream::Impl::wait_to_retry(const Error& failure) {
   if (received_.num_events > num_events_) {
-    tries_ = refusals_ = 0;
+    tries_ = refusals_ = drains_ = 0;
     num_events_ = received_.num_events;
     give_up_at_ = Clock::now() + client_->patience();
   }
-  const bool movable = client_->size() > 1 && (received_.durable || received_.name.empty());
+  const bool goes_on_elsewhere = received_.durable || received_.name.empty();
+  const bool movable = client_->size() > 1 && goes_on_elsewhere;
+  const bool draining = failure.reason() == kDraining;
+  if (draining) {
+    client_->give_up(received_.at, channel_);
+    if (drains_++ == 0) give_up_at_ = Clock::now() + client_->patience();
+  }
   nanoseconds wait{0};
   if (is_resumable(failure, movable)) {
     wait = scaled(std::min(kMaxWait, kFirstWait * (1 << std::min(tries_, 10))), 0.5, 1);
     ++tries_;
+  } else if (draining && goes_on_elsewhere) {
+    wait = scaled(failure.retry_after().value_or(kFirstWait), 1, 1.2);
   } else if (is_refused_for_now(failure, received_) && refusals_ < client_->retries()) {
     if (refusals_ == 0) give_up_at_ = Clock::now() + client_->patience();
     wait = scaled(*failure.retry_after(), 1, 1.2);  // not all at the same moment

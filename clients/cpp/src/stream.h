@@ -41,9 +41,11 @@ class Stream::Impl {
   const std::shared_ptr<Client::Impl> client_;
   const std::optional<v1::GenerateRequest> request_;
   Received received_;
+  std::shared_ptr<grpc::Channel> channel_;  ///< Of the present connection, or the last one.
   const std::optional<Clock::time_point> deadline_;
   int tries_ = 0;
   int refusals_ = 0;
+  int drains_ = 0;
   std::uint64_t num_events_ = 0;  ///< Received before the present connection.
   Clock::time_point give_up_at_;
   bool ended_ = false;

@@ -245,6 +245,26 @@ static void test_errors(safelight_client *client) {
   safelight_generation_free(NULL);
 }
 
+/* Guidance in a part of the steps, and a quality floor that allows all: of 0 fields none is said. */
+static void test_arguments(safelight_client *client) {
+  safelight_error *error = NULL;
+  safelight_request *request = request_of("a red potion", 4, 14);
+  safelight_generation *generation;
+  safelight_request_set_guidance_scale(request, 4);
+  safelight_request_set_guidance_interval(request, 0.25, 0.75);
+  safelight_request_set_guidance_rescale(request, 0.5);
+  safelight_request_set_quality_floor(request, 2, 1, 0.9);
+  generation = safelight_generate(client, request, 60, &error);
+  CHECK(!error && safelight_generation_wait(generation, -1) == SAFELIGHT_STATE_SUCCEEDED);
+  safelight_generation_free(generation);
+  safelight_request_set_quality_floor(request, 5, 0, 0);
+  generation = safelight_generate(client, request, 60, &error);
+  CHECK(!error && safelight_generation_wait(generation, -1) == SAFELIGHT_STATE_FAILED);
+  CHECK(strcmp(safelight_error_violation_field(safelight_generation_error(generation), 0), "quality_floor.min_num_steps") == 0);
+  safelight_generation_free(generation);
+  safelight_request_free(request);
+}
+
 /* Pictures to start from: the picture of another generation, and a file that is none. */
 static void test_pictures(safelight_client *client) {
   static const uint8_t no_picture[] = "no picture";
@@ -281,6 +301,7 @@ int main(int argc, char **argv) {
   test_cancel(client);
   test_leaving(argv[1]);
   test_errors(client);
+  test_arguments(client);
   test_pictures(client);
   safelight_client_free(client);
   puts("ok");

@@ -56,6 +56,16 @@ void test_generations_that_lose_a_server_together_ask_the_next_one() {
   CHECK(client.next(2) == 0 && client.at() == 1);
 }
 
+void test_generations_that_are_refused_together_replace_their_connection_once() {
+  safelight::Client::Impl client("a:1", {});
+  const auto draining = client.channel(0);
+  client.give_up(0, draining);
+  const auto fresh = client.channel(0);
+  CHECK(fresh != draining);
+  client.give_up(0, draining);
+  CHECK(client.channel(0) == fresh);
+}
+
 void test_errors_are_readable() {
   google::rpc::Status whole;
   google::rpc::ErrorInfo info;
@@ -112,6 +122,7 @@ int main() {
   test_targets_of_this_machine();
   test_arguments_that_cannot_be_used();
   test_generations_that_lose_a_server_together_ask_the_next_one();
+  test_generations_that_are_refused_together_replace_their_connection_once();
   test_errors_are_readable();
   test_pieces_of_a_picture();
   std::cout << "ok\n";

@@ -146,6 +146,14 @@ internal static class Program
             message.InitImage = client.UploadImage(File.ReadAllBytes(file));
             message.Mask = client.UploadImage(File.ReadAllBytes(given.Element("mask_file").Value));
         }
+        double[] interval = given.Element("guidance_interval").Elements().Select(share => (double)share).ToArray();
+        if (interval.Length > 0)
+        {
+            message.GuidanceInterval = new GuidanceInterval(interval[0], interval[1]);
+            message.GuidanceRescale = (double)given.Element("guidance_rescale");
+        }
+        int minNumSteps = (int)given.Element("min_num_steps");
+        if (minNumSteps > 0) message.QualityFloor = new QualityFloor { MinNumSteps = minNumSteps };
         using (Generation generation = client.Generate(
             message, timeout > TimeSpan.Zero ? timeout : (TimeSpan?)null))
         {

@@ -13,7 +13,7 @@ namespace Safelight
         private const CallingConvention C = CallingConvention.Cdecl;
 
         /// <summary>The version of the header that these declarations are of.</summary>
-        internal const uint AbiVersion = 0x00010001;
+        internal const uint AbiVersion = 0x00010002;
 
         [DllImport(Library, CallingConvention = C)] internal static extern uint safelight_abi_version();
 
@@ -54,6 +54,9 @@ namespace Safelight
         [DllImport(Library, CallingConvention = C)] internal static extern void safelight_request_set_init_image(RequestHandle request, byte[] image);
         [DllImport(Library, CallingConvention = C)] internal static extern void safelight_request_set_strength(RequestHandle request, double strength);
         [DllImport(Library, CallingConvention = C)] internal static extern void safelight_request_set_mask(RequestHandle request, byte[] image);
+        [DllImport(Library, CallingConvention = C)] internal static extern void safelight_request_set_guidance_interval(RequestHandle request, double start, double end);
+        [DllImport(Library, CallingConvention = C)] internal static extern void safelight_request_set_guidance_rescale(RequestHandle request, double rescale);
+        [DllImport(Library, CallingConvention = C)] internal static extern void safelight_request_set_quality_floor(RequestHandle request, int min_num_steps, int cheaper_previews, double min_similarity);
         [DllImport(Library, CallingConvention = C)] internal static extern void safelight_request_add_output(RequestHandle request, ulong seed);
         [DllImport(Library, CallingConvention = C)] internal static extern void safelight_request_set_preview_max_edge(RequestHandle request, int max_edge_px);
         [DllImport(Library, CallingConvention = C)] internal static extern void safelight_request_set_preview_every_n_steps(RequestHandle request, int n);

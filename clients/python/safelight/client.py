@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
+import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -40,6 +42,7 @@ CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 5_000),  # also how long a server may take to answer a new connection
     ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.use_local_subchannel_pool", 1),  # a new channel is a new connection, not that of another channel
 ]
 PATIENCE_S = 60.0
 """How long to try to resume a generation after its last event; longer than the restart of a server takes."""
@@ -53,7 +56,9 @@ MAX_MESSAGE_BYTES = 4 << 20
 """Larger than every message of a server; gRPC's own default."""
 RESUMABLE = ("", "WATCHER_STALLED", "MOVED", "OTHER_MODEL")
 """Error reasons after which the same generation can be resumed; "" is a lost connection."""
-ELSEWHERE = ("DRAINING", "UNAVAILABLE")
+DRAINING = "DRAINING"
+"""The server takes no more: the next call is made by a new connection, which a balancer may give to another server."""
+ELSEWHERE = (DRAINING, "UNAVAILABLE")
 """Error reasons after which the same call can succeed at another replica."""
 
 
@@ -101,7 +106,11 @@ class Client:
         if not all("!" <= character <= "~" for character in key):
             raise ValueError("api_key: must be visible ASCII characters")
         self._targets = targets
-        self._channels = [_channel(name, credentials, server_name, max_message_bytes) for name in targets]
+        self._connect = functools.partial(
+            _channel, credentials=credentials, server_name=server_name, max_message_bytes=max_message_bytes
+        )
+        self._channels = [self._connect(name) for name in targets]
+        self._given_up: weakref.WeakSet[grpc.aio.Channel] = weakref.WeakSet()
         self._patience_s = patience_s
         self._retries = retries
         self._at = 0
@@ -109,7 +118,7 @@ class Client:
 
     @property
     def channel(self) -> grpc.aio.Channel:
-        """The connection to the current server, for stubs of other services."""
+        """The connection to the current server, for stubs of other services; another one after a server has drained."""
         return self._channels[self._at]
 
     @property
@@ -139,6 +148,15 @@ class Client:
             self._at = after
         return after
 
+    def _give_up(self, at: int, channel: grpc.aio.Channel) -> None:
+        """Makes new calls at a server use a new connection; streams that are open stay on the old one.
+
+        Generations that are refused together give up the same connection: only the first of them replaces it.
+        """
+        if self._channels[at] is channel:
+            self._given_up.add(channel)
+            self._channels[at] = self._connect(self._targets[at])
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -149,7 +167,7 @@ class Client:
 
     async def close(self) -> None:
         """Closes all connections."""
-        for channel in self._channels:
+        for channel in [*self._channels, *self._given_up]:
             await channel.close()
 
     def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> GenerationStream:
@@ -216,11 +234,12 @@ class Client:
     ) -> AsyncGenerator[Event, None]:
         loop = asyncio.get_running_loop()
         until = None if timeout_s is None else loop.time() + timeout_s
-        tries, refusals, num_events = 0, 0, 0
+        tries, refusals, drains, num_events = 0, 0, 0, 0
         give_up_at = loop.time() + min(FIRST_PATIENCE_S, self._patience_s)
         while True:
             if images and not received.name:
                 await self._upload_missing(images, received, until)
+            channel = self._channels[received.at]  # kept as long as the call: it may be given up meanwhile
             call = self._call(request, received, None if until is None else until - loop.time(), metadata)
             try:
                 async for response in call:
@@ -234,12 +253,21 @@ class Client:
             finally:
                 call.cancel()  # if the caller stops iterating, the server's stream must end; harmless after the end
             if received.num_events > num_events:
-                tries, refusals, num_events = 0, 0, received.num_events
+                tries, refusals, drains, num_events = 0, 0, 0, received.num_events
                 give_up_at = loop.time() + self._patience_s
-            movable = len(self._channels) > 1 and (received.durable or not received.name)
+            goes_on_elsewhere = received.durable or not received.name
+            movable = len(self._channels) > 1 and goes_on_elsewhere
+            draining = failure.reason == DRAINING
+            if draining:
+                self._give_up(received.at, channel)
+                if not drains:
+                    give_up_at = loop.time() + self._patience_s
+                drains += 1
             if _is_resumable(failure, received, request, movable):
                 wait_s = min(MAX_WAIT_S, FIRST_WAIT_S * 2**tries) * random.uniform(0.5, 1.0)
                 tries += 1
+            elif draining and goes_on_elsewhere and (received.name or request.request_id):
+                wait_s = (failure.retry_after_s or FIRST_WAIT_S) * random.uniform(1.0, 1.2)
             elif _is_refused_for_now(failure, received, request) and refusals < self._retries:
                 if not refusals:
                     give_up_at = loop.time() + self._patience_s

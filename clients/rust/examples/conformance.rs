@@ -98,8 +98,32 @@ async fn start_from_pictures(
     Ok(())
 }
 
+/// Says in a request what a case has beside its message.
+fn add_arguments(case: &Value, request: &mut v1::GenerateRequest) -> Run<()> {
+    let interval = &case["guidance_interval"];
+    if let Some(spec) = request.spec.as_mut().filter(|_| !interval[0].is_null()) {
+        let share = |value: &Value| value.as_f64().map(|share| share as f32);
+        spec.guidance_interval = Some(v1::GuidanceInterval {
+            start: share(&interval[0]),
+            end: share(&interval[1]),
+        });
+        spec.guidance_rescale = share(&case["guidance_rescale"]);
+    }
+    match i32::try_from(case["min_num_steps"].as_i64().unwrap_or_default())? {
+        0 => {}
+        steps => {
+            request.quality_floor = Some(v1::QualityFloor {
+                min_num_steps: Some(steps),
+                ..Default::default()
+            });
+        }
+    }
+    Ok(())
+}
+
 async fn generate(client: &Client, case: &Value, mut request: v1::GenerateRequest) -> Run<Value> {
     start_from_pictures(client, case, &mut request).await?;
+    add_arguments(case, &mut request)?;
     let mut seen = json!({
         "code": "OK", "reason": "", "violations": {}, "retry_after_s": null, "generation": "", "num_steps": 0,
         "cancelled": null, "watched": null,

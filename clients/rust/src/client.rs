@@ -1,6 +1,6 @@
 use std::future::Future;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use prost::bytes::Bytes;
@@ -42,7 +42,23 @@ struct Inner {
 
 struct Replica {
     endpoint: Endpoint,
-    channel: OnceLock<Channel>,
+    connection: Mutex<Connection>,
+}
+
+#[derive(Default)]
+struct Connection {
+    /// Of connections that were given up.
+    number: usize,
+    /// `None`: no call has been made by it.
+    channel: Option<Channel>,
+}
+
+impl Replica {
+    fn connection(&self) -> MutexGuard<'_, Connection> {
+        self.connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// What the stubs of [`v1`] are made with: `CacheServiceClient::new(client.server())`.
@@ -159,7 +175,7 @@ impl Builder {
         };
         Ok(Replica {
             endpoint,
-            channel: OnceLock::new(),
+            connection: Mutex::default(),
         })
     }
 
@@ -295,20 +311,34 @@ impl Client {
         }
     }
 
-    /// The current server, for stubs of other services.
+    /// The current server, for stubs of other services; another connection after it has drained.
     pub fn server(&self) -> Server {
-        self.server_at(self.at())
+        self.server_at(self.at()).0
     }
 
-    pub(crate) fn server_at(&self, at: usize) -> Server {
+    /// A server, and the number of the connection to it.
+    pub(crate) fn server_at(&self, at: usize) -> (Server, usize) {
         let replica = &self.0.replicas[at];
+        let mut connection = replica.connection();
         let connect = || {
             replica
                 .endpoint
                 .connect_with_connector_lazy(Connector::default())
         };
-        let channel = replica.channel.get_or_init(connect).clone();
-        InterceptedService::new(channel, self.0.key.clone())
+        let channel = connection.channel.get_or_insert_with(connect).clone();
+        let server = InterceptedService::new(channel, self.0.key.clone());
+        (server, connection.number)
+    }
+
+    /// Makes new calls at a server use a new connection, which a load balancer may give to another server; calls that are
+    /// under way stay on the old one, which ends with the last of them. Generations that are refused together give up the
+    /// same connection: the first of them replaces it.
+    pub(crate) fn give_up(&self, at: usize, number: usize) {
+        let mut connection = self.0.replicas[at].connection();
+        if connection.number == number {
+            connection.number += 1;
+            connection.channel = None;
+        }
     }
 
     pub(crate) fn at(&self) -> usize {
@@ -352,7 +382,7 @@ impl Client {
         let mut left = self.num_servers() - 1;
         loop {
             let at = self.at();
-            let failure = match call(self.server_at(at)).await {
+            let failure = match call(self.server_at(at).0).await {
                 Ok(response) => return Ok(response.into_inner()),
                 Err(status) => Error::from(status),
             };
@@ -395,5 +425,15 @@ mod tests {
             assert_eq!(client.next(0), 1);
         }
         assert_eq!(client.at(), 1, "new calls ask it too");
+    }
+
+    #[test]
+    fn generations_that_are_refused_together_replace_their_connection_once() {
+        let client = Client::new("a:1,b:1").unwrap();
+        for _ in 0..24 {
+            client.give_up(0, 0);
+        }
+        assert_eq!(client.0.replicas[0].connection().number, 1);
+        assert_eq!(client.0.replicas[1].connection().number, 0);
     }
 }

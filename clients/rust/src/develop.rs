@@ -24,6 +24,8 @@ const RESUMABLE: [Option<&str>; 4] = [
 ];
 /// After these the same call can succeed at another replica.
 const ELSEWHERE: [Option<&str>; 2] = [Some("DRAINING"), Some("UNAVAILABLE")];
+/// The reason of a server that takes no more.
+const DRAINING: Option<&str> = Some("DRAINING");
 
 type Item = Result<Event, Error>;
 type Step = dyn Future<Output = (Box<Follower>, Option<Item>)> + Send;
@@ -52,8 +54,10 @@ impl GenerationStream {
             received,
             deadline: None,
             connection: None,
+            connection_number: 0,
             tries: 0,
             refusals: 0,
+            drains: 0,
             num_events: 0,
             ended: false,
         };
@@ -138,9 +142,12 @@ struct Follower {
     received: Received,
     deadline: Option<Instant>,
     connection: Option<Connection>,
+    /// Which of the connections to the server the last call was made by.
+    connection_number: usize,
     give_up_at: Instant,
     tries: u32,
     refusals: u32,
+    drains: u32,
     /// Events that had been received when a connection was lost.
     num_events: u64,
     ended: bool,
@@ -210,8 +217,10 @@ impl Follower {
     }
 
     /// Starts the generation, or watches it where it has a name.
-    async fn open(&self) -> Result<Connection, Error> {
-        let mut service = GenerationServiceClient::new(self.client.server_at(self.received.at))
+    async fn open(&mut self) -> Result<Connection, Error> {
+        let (server, number) = self.client.server_at(self.received.at);
+        self.connection_number = number;
+        let mut service = GenerationServiceClient::new(server)
             .max_decoding_message_size(self.client.max_message_bytes());
         Ok(match &self.request {
             Some(request) if self.received.name.is_empty() => {
@@ -237,15 +246,26 @@ impl Follower {
     async fn wait(&mut self, failure: Error) -> Result<(), Error> {
         if self.received.num_events > self.num_events {
             self.num_events = self.received.num_events;
-            (self.tries, self.refusals) = (0, 0);
+            (self.tries, self.refusals, self.drains) = (0, 0, 0);
             self.give_up_at = Instant::now() + self.client.patience();
         }
-        let replicated = self.received.durable || self.received.name.is_empty();
-        let movable = self.client.num_servers() > 1 && replicated;
+        let goes_on_elsewhere = self.received.durable || self.received.name.is_empty();
+        let movable = self.client.num_servers() > 1 && goes_on_elsewhere;
+        let draining = failure.reason() == DRAINING;
+        if draining {
+            self.client
+                .give_up(self.received.at, self.connection_number);
+            if self.drains == 0 {
+                self.give_up_at = Instant::now() + self.client.patience();
+            }
+            self.drains += 1;
+        }
         let pause = if is_resumable(&failure, movable) {
             let doubled = FIRST_WAIT * 2_u32.pow(self.tries.min(10));
             self.tries += 1;
             scaled(doubled.min(MAX_WAIT), 0.5, 1.0)
+        } else if draining && goes_on_elsewhere {
+            scaled(failure.retry_after().unwrap_or(FIRST_WAIT), 1.0, 1.2)
         } else if let Some(after) = self.refused_for_now(&failure)
             && self.refusals < self.client.retries()
         {

@@ -63,6 +63,19 @@ test("options become the fields of the request", async () => {
   assert.deepEqual(sent!.preview!.cadence, { case: "everyNSteps", value: 2 });
 });
 
+test("guidance of some steps and a quality floor are plain options", async () => {
+  let sent: GenerateRequest | undefined;
+  const client = new FakeClient((request) => {
+    sent = request;
+    return picture(new Uint8Array(1));
+  });
+  const guidance = { guidanceInterval: [0.25, 0.75], guidanceRescale: 0.5 } as const;
+  await client.generate({ prompt: "a potion", ...guidance, qualityFloor: { minNumSteps: 8 } }).pictures();
+  const { guidanceInterval: interval, guidanceRescale } = sent!.spec!;
+  assert.deepEqual([interval!.start, interval!.end, guidanceRescale], [0.25, 0.75, 0.5]);
+  assert.deepEqual([sent!.qualityFloor!.minNumSteps, sent!.qualityFloor!.cheaperPreviews], [8, false]);
+});
+
 test("the caller's signal ends the stream, and the server's too", async () => {
   const caller = new AbortController();
   let server: AbortSignal | undefined;

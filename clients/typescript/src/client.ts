@@ -62,14 +62,15 @@ export class GenerationStream implements AsyncIterable<Event> {
 export class BaseClient {
   readonly #servers: Servers;
 
-  protected constructor(transports: readonly Transport[], options: ClientOptions) {
+  /** `reconnect` makes a new connection to a server by its index. */
+  protected constructor(transports: readonly Transport[], options: ClientOptions, reconnect?: (at: number) => Transport) {
     const apiKey = options.apiKey?.trim() ?? "";
     if (!/^[!-~]*$/.test(apiKey)) throw new TypeError("apiKey: it must be visible ASCII characters");
     const headers: Record<string, string> = apiKey ? { authorization: `Bearer ${apiKey}` } : {};
-    this.#servers = new Servers(transports, headers, options.patienceMs ?? 60_000, options.retries ?? 3);
+    this.#servers = new Servers(transports, headers, options.patienceMs ?? 60_000, options.retries ?? 3, reconnect);
   }
 
-  /** The connection to the current server, for stubs of other services. */
+  /** The connection to the current server, for stubs of other services; another one after a server has drained. */
   get transport(): Transport {
     return this.#servers.transport();
   }

@@ -10,6 +10,7 @@ import { fromJson } from "@bufbuild/protobuf";
 import type { JsonValue } from "@bufbuild/protobuf";
 import * as node from "./node.js";
 import { Generation_StateSchema, GenerateRequestSchema } from "./stubs/safelight/v1/generation_pb.js";
+import type { GenerateRequest } from "./stubs/safelight/v1/generation_pb.js";
 import * as web from "./web.js";
 
 interface Case {
@@ -30,6 +31,9 @@ interface Case {
   watch_again: boolean;
   init_image_file: string;
   mask_file: string;
+  guidance_interval: [number, number] | [];
+  guidance_rescale: number;
+  min_num_steps: number;
   measure: boolean;
 }
 
@@ -68,7 +72,7 @@ async function generate(client: Client, given: Case, json: JsonValue) {
     received_us: [] as number[],
   };
   try {
-    for await (const event of client.develop(request, limits)) {
+    for await (const event of asked(client, given, request, limits)) {
       switch (event.type) {
         case "accepted":
           seen.generation = event.generation;
@@ -108,6 +112,22 @@ async function generate(client: Client, given: Case, json: JsonValue) {
   return seen;
 }
 
+/** Sends a message as it is; or says it in plain options, where the case has some. */
+function asked(client: Client, given: Case, request: GenerateRequest, limits: { timeoutMs?: number }): AsyncIterable<node.Event> {
+  const { guidance_interval: guidanceInterval, guidance_rescale: guidanceRescale, min_num_steps: minNumSteps } = given;
+  if (guidanceInterval.length === 0 && !minNumSteps) return client.develop(request, limits);
+  const spec = request.spec!;
+  return client.generate({
+    ...limits,
+    prompt: spec.prompt,
+    steps: spec.numInferenceSteps,
+    seeds: spec.outputs.map((output) => output.seed!),
+    guidanceScale: spec.guidanceScale,
+    ...(guidanceInterval.length === 2 ? { guidanceInterval, guidanceRescale } : {}),
+    ...(minNumSteps ? { qualityFloor: { minNumSteps } } : {}),
+  });
+}
+
 /** What a second screen sees, and what the server says of the generation and of its models. */
 async function watchAgain(client: Client, name: string) {
   const reliable: string[] = [];
@@ -137,10 +157,20 @@ function codeName(code: node.Code): string {
   return code === node.Code.Canceled ? "CANCELLED" : node.Code[code].replace(/(?<!^)([A-Z])/g, "_$1").toUpperCase();
 }
 
+async function atOnce<Seen>(works: (() => Promise<Seen>)[]): Promise<Seen[]> {
+  return Promise.all(works.map((work) => work()));
+}
+
+async function inTurn<Seen>(works: (() => Promise<Seen>)[]): Promise<Seen[]> {
+  const all: Seen[] = [];
+  for (const work of works) all.push(await work());
+  return all;
+}
+
 for await (const line of createInterface({ input: process.stdin })) {
   const given = JSON.parse(line) as Case;
   const client = clientOf(given);
-  const generations = await Promise.all(given.requests.map((request) => generate(client, given, request)));
+  const generations = await (given.measure ? inTurn : atOnce)(given.requests.map((request) => () => generate(client, given, request)));
   console.log(JSON.stringify({ case: given.name, generations }));
   if (client instanceof node.Client) client.close();
 }

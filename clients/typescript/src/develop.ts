@@ -10,11 +10,12 @@ const FIRST_PATIENCE_MS = 5_000; // while no event was received: whoever asks wh
 const FIRST_WAIT_MS = 100;
 const MAX_WAIT_MS = 2_000;
 const MAX_TIMEOUT_MS = 2 ** 31 - 1; // of setTimeout
+const DRAINING = "DRAINING"; // reason of a server that takes no more
 
 /** After these reasons the same generation can be resumed; "" is a lost connection. */
 const RESUMABLE = new Set(["", "WATCHER_STALLED", "MOVED", "OTHER_MODEL"]);
 /** After these the same call can succeed at another replica. */
-const ELSEWHERE = new Set(["DRAINING", "UNAVAILABLE"]);
+const ELSEWHERE = new Set([DRAINING, "UNAVAILABLE"]);
 
 /** When a call ends by itself or by its caller. */
 export interface Limits {
@@ -28,16 +29,33 @@ export interface Limits {
 export class Servers {
   /** Index of the server that new calls ask. */
   at = 0;
+  readonly #transports: Transport[];
 
+  /** `reconnect` makes a new connection to a server; absent where the connections are not the client's, as in pages. */
   constructor(
-    readonly transports: readonly Transport[],
+    transports: readonly Transport[],
     readonly headers: Record<string, string>,
     readonly patienceMs: number,
     readonly retries: number,
-  ) {}
+    readonly reconnect?: (at: number) => Transport,
+  ) {
+    this.#transports = [...transports];
+  }
+
+  get size(): number {
+    return this.#transports.length;
+  }
 
   transport(at: number = this.at): Transport {
-    return this.transports[at]!;
+    return this.#transports[at]!;
+  }
+
+  /**
+   * New calls at a server use a new connection, which a load balancer may give to another server; streams that are open stay
+   * on the old one. Generations that are refused together give up the same connection: the first of them replaces it.
+   */
+  giveUp(at: number, transport: Transport): void {
+    if (this.reconnect && this.#transports[at] === transport) this.#transports[at] = this.reconnect(at);
   }
 
   /**
@@ -45,7 +63,7 @@ export class Servers {
    * follow the first of them only.
    */
   next(failed: number): number {
-    const after = (failed + 1) % this.transports.length;
+    const after = (failed + 1) % this.size;
     if (this.at === failed) this.at = after;
     return after;
   }
@@ -53,7 +71,7 @@ export class Servers {
   /** Makes a call at the current server, and at each next one while one cannot be reached. */
   async ask<Response>(limits: Limits, call: (transport: Transport, options: CallOptions) => Promise<Response>): Promise<Response> {
     const deadline = deadlineOf(limits);
-    for (let left = this.transports.length - 1; ; left--) {
+    for (let left = this.size - 1; ; left--) {
       const at = this.at;
       try {
         return await call(this.transport(at), { ...this.options(deadline), signal: limits.signal });
@@ -78,26 +96,36 @@ export async function* develop(
   limits: Limits,
 ): AsyncGenerator<Event, void, void> {
   const deadline = deadlineOf(limits);
-  let [tries, refusals, numEvents] = [0, 0, 0];
+  let [tries, refusals, drains, numEvents] = [0, 0, 0, 0];
   let giveUpAt = performance.now() + Math.min(FIRST_PATIENCE_MS, servers.patienceMs);
   for (;;) {
     let failure: SafelightError;
+    const transport = servers.transport(received.at);
     try {
-      yield* follow(servers, request, received, deadline, limits.signal);
+      yield* follow(servers, transport, request, received, deadline, limits.signal);
       return;
     } catch (error) {
       if (!(error instanceof SafelightError)) throw error;
       failure = error;
     }
     if (received.numEvents > numEvents) {
-      [tries, refusals, numEvents] = [0, 0, received.numEvents];
+      [tries, refusals, drains, numEvents] = [0, 0, 0, received.numEvents];
       giveUpAt = performance.now() + servers.patienceMs;
     }
-    const movable = servers.transports.length > 1 && (received.replicated || !received.name);
+    const goesOnElsewhere = received.replicated || !received.name;
+    const movable = servers.size > 1 && goesOnElsewhere;
+    const draining = failure.reason === DRAINING;
+    if (draining) {
+      servers.giveUp(received.at, transport);
+      if (drains === 0) giveUpAt = performance.now() + servers.patienceMs;
+      drains++;
+    }
     let waitMs: number;
     if (isResumable(failure, movable)) {
       waitMs = scaled(Math.min(MAX_WAIT_MS, FIRST_WAIT_MS * 2 ** tries), 0.5, 1);
       tries++;
+    } else if (draining && goesOnElsewhere) {
+      waitMs = scaled(failure.retryAfterMs || FIRST_WAIT_MS, 1, 1.2);
     } else if (isRefusedForNow(failure, received) && refusals < servers.retries) {
       if (refusals === 0) giveUpAt = performance.now() + servers.patienceMs;
       waitMs = scaled(failure.retryAfterMs!, 1, 1.2); // not all at the same moment
@@ -115,6 +143,7 @@ export async function* develop(
 /** Follows one connection to its end. */
 async function* follow(
   servers: Servers,
+  transport: Transport,
   request: GenerateRequest | undefined,
   received: Received,
   deadline: number,
@@ -126,7 +155,7 @@ async function* follow(
   if (signal?.aborted) abort();
   try {
     const options = { ...servers.options(deadline), signal: stream.signal };
-    const events = open(servers.transport(received.at), request, received, options)[Symbol.asyncIterator]();
+    const events = open(transport, request, received, options)[Symbol.asyncIterator]();
     for (;;) {
       const next = await events.next().catch((error: unknown) => {
         throw SafelightError.from(error, signal);

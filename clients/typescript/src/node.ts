@@ -31,6 +31,7 @@ export interface NodeClientOptions extends ClientOptions {
 /** A connection to a server, or to several replicas of one. Nothing is connected before the first call. */
 export class Client extends BaseClient {
   readonly #sessions: Http2SessionManager[];
+  readonly #givenUp: Http2SessionManager[];
 
   /**
    * `targets`: "host:port". Of several replicas, the next one is asked when one is lost, and goes on with each generation
@@ -46,23 +47,29 @@ export class Client extends BaseClient {
       key: given.key,
       ...(given.serverName ? { servername: given.serverName } : {}),
     };
-    const sessions = targetsOf(targets).map((target) => {
+    const sessionOf = (target: string) => {
       if (!/^[^/@]+:\d+$/.test(target) || !URL.canParse(`${scheme}://${target}`)) {
         throw new TypeError(`targets: ${JSON.stringify(target)} is not "host:port"`);
       }
       // A server may take 5 s to answer a connection. While a stream is open, one that is frozen is seen within 15 s.
       const keepalive = { connectTimeoutMs: 5_000, pingIntervalMs: 10_000, pingTimeoutMs: 5_000 };
       return new Http2SessionManager(`${scheme}://${target}`, keepalive, nodeOptions);
-    });
+    };
     // Node's window for a stream is 64 KiB: previews wait at the server, where the newest wins, not here.
-    super(
-      sessions.map((session) => {
-        const readMaxBytes = options.maxMessageBytes ?? 4 << 20;
-        return createGrpcTransport({ baseUrl: session.authority, sessionManager: session, readMaxBytes });
-      }),
-      options,
-    );
+    const transportOf = (session: Http2SessionManager) =>
+      createGrpcTransport({ baseUrl: session.authority, sessionManager: session, readMaxBytes: options.maxMessageBytes ?? 4 << 20 });
+    const all = targetsOf(targets);
+    const sessions = all.map(sessionOf);
+    const givenUp: Http2SessionManager[] = [];
+    super(sessions.map(transportOf), options, (at) => {
+      // Its streams go on. It ends with its server, or once it was idle for 15 minutes.
+      const alive = givenUp.filter((one) => one.state() !== "closed" && one.state() !== "error");
+      givenUp.splice(0, givenUp.length, ...alive, sessions[at]!);
+      sessions[at] = sessionOf(all[at]!);
+      return transportOf(sessions[at]);
+    });
     this.#sessions = sessions;
+    this.#givenUp = givenUp;
   }
 
   /**
@@ -78,7 +85,7 @@ export class Client extends BaseClient {
 
   /** Closes all connections, and with them the streams that are open. */
   close(): void {
-    for (const session of this.#sessions) session.abort();
+    for (const session of [...this.#sessions, ...this.#givenUp]) session.abort();
   }
 }
 

@@ -7,6 +7,7 @@ import type {
   PixelEncodingSchema,
   PreviewPolicySchema,
   Priority,
+  QualityFloorSchema,
 } from "./stubs/safelight/v1/generation_pb.js";
 
 const CACHE_MODES = {
@@ -56,6 +57,10 @@ export interface GenerateOptions extends Limits {
   steps?: number;
   /** 1 is without guidance. */
   guidanceScale?: number;
+  /** How much of the contrast that guidance adds is taken back, 0 to 1. */
+  guidanceRescale?: number;
+  /** Where guidance begins and ends, as shares of the steps: [0.2, 0.8]. Other steps cost half. */
+  guidanceInterval?: readonly [start: number, end: number];
   /** Its name, such as "ddim" or "euler". */
   sampler?: string;
   /** Of the pictures. Absent: "image/png". */
@@ -71,6 +76,11 @@ export interface GenerateOptions extends Limits {
   cache?: keyof typeof CACHE_MODES;
   /** Least cosine similarity for "similar", above 0 and at most 1. */
   minSimilarity?: number;
+  /**
+   * What may be given up under load, such as `{ minNumSteps: 8 }`: steps, decoded previews, the very picture. The last event
+   * says what was. Not for Priority.INTERACTIVE.
+   */
+  qualityFloor?: MessageInitShape<typeof QualityFloorSchema>;
   /** Start from this step of an older generation. */
   branch?: MessageInitShape<typeof BranchSchema>;
   /** A UUID; equal requests with one id are one generation. Absent: a new one. */
@@ -99,6 +109,7 @@ export function previewPolicy(preview: PreviewOptions | false | undefined): Mess
 export function generateRequest(options: GenerateOptions): MessageInitShape<typeof GenerateRequestSchema> {
   if (options.seed !== undefined && options.seeds) throw new TypeError("seed: already said by seeds");
   if (options.mediaType !== undefined && options.encoding) throw new TypeError("mediaType: already said by encoding");
+  const interval = options.guidanceInterval;
   const seeds = options.seeds ?? (options.seed === undefined ? [] : [options.seed]);
   return {
     requestId: options.requestId,
@@ -110,6 +121,8 @@ export function generateRequest(options: GenerateOptions): MessageInitShape<type
       heightPx: options.height,
       numInferenceSteps: options.steps,
       guidanceScale: options.guidanceScale,
+      guidanceRescale: options.guidanceRescale,
+      guidanceInterval: interval && { start: interval[0], end: interval[1] },
       initImage: options.initImage,
       strength: options.strength,
       mask: options.mask,
@@ -121,6 +134,7 @@ export function generateRequest(options: GenerateOptions): MessageInitShape<type
     scheduling: { priority: options.priority },
     labels: options.labels,
     cache: { mode: CACHE_MODES[options.cache ?? "default"], minSimilarity: options.minSimilarity },
+    qualityFloor: options.qualityFloor,
     branch: options.branch,
   };
 }

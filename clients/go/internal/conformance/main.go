@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
 
 	safelight "github.com/safelight/safelight/clients/go"
 	pb "github.com/safelight/safelight/clients/go/safelightv1"
@@ -46,6 +47,9 @@ type conformanceCase struct {
 	WatchAgain   bool              `json:"watch_again"`
 	InitFile     string            `json:"init_image_file"`
 	MaskFile     string            `json:"mask_file"`
+	Interval     []float32         `json:"guidance_interval"`
+	Rescale      float32           `json:"guidance_rescale"`
+	MinNumSteps  int32             `json:"min_num_steps"`
 	Measure      bool              `json:"measure"`
 }
 
@@ -175,6 +179,13 @@ func generate(client *safelight.Client, given conformanceCase, request *pb.Gener
 	if given.InitFile != "" {
 		request.Spec.InitImage = upload(ctx, client, given.InitFile)
 		request.Spec.Mask = upload(ctx, client, given.MaskFile)
+	}
+	if len(given.Interval) > 0 {
+		request.Spec.GuidanceInterval = &pb.GuidanceInterval{Start: &given.Interval[0], End: &given.Interval[1]}
+		request.Spec.GuidanceRescale = proto.Float32(given.Rescale)
+	}
+	if given.MinNumSteps > 0 {
+		request.QualityFloor = &pb.QualityFloor{MinNumSteps: proto.Int32(given.MinNumSteps)}
 	}
 	for event, err := range client.Generate(ctx, request) {
 		if err != nil {

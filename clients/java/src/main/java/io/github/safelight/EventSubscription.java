@@ -6,6 +6,7 @@ import io.github.safelight.v1.GenerationEvent;
 import io.github.safelight.v1.GenerationServiceGrpc;
 import io.github.safelight.v1.WatchGenerationResponse;
 import io.grpc.CallOptions;
+import io.grpc.Channel;
 import io.grpc.ClientCall;
 import io.grpc.Context;
 import io.grpc.Deadline;
@@ -41,6 +42,9 @@ final class EventSubscription implements Flow.Subscription {
     /** After these the same call can succeed at another replica. */
     private static final Set<String> ELSEWHERE = Set.of("DRAINING", "UNAVAILABLE");
 
+    /** Reason of a server that takes no more. */
+    private static final String DRAINING = "DRAINING";
+
     /** How long and how often a client asks again. */
     record Persistence(Duration patience, int retries) {}
 
@@ -56,6 +60,7 @@ final class EventSubscription implements Flow.Subscription {
     private int asked;
     private int tries;
     private int refusals;
+    private int drains;
     private int numEvents;
     private long giveUpAt;
 
@@ -65,6 +70,7 @@ final class EventSubscription implements Flow.Subscription {
     private boolean ended;
     private @Nullable RuntimeException fault;
     private @Nullable ClientCall<?, ?> call;
+    private @Nullable Channel server;
 
     /** @param request null: only watches the generation that {@code received} names */
     EventSubscription(
@@ -135,7 +141,8 @@ final class EventSubscription implements Flow.Subscription {
                 return;
             }
             if (fault == null) {
-                ClientCall<Q, R> next = servers.awake(asked).newCall(method, options);
+                server = servers.awake(asked);
+                ClientCall<Q, R> next = server.newCall(method, options);
                 next.start(listener, new Metadata());
                 next.sendMessage(message);
                 next.halfClose();
@@ -211,15 +218,28 @@ final class EventSubscription implements Flow.Subscription {
         if (received.numEvents() > numEvents) {
             tries = 0;
             refusals = 0;
+            drains = 0;
             numEvents = received.numEvents();
             giveUpAt = now + persistence.patience().toNanos();
         }
-        boolean movable = servers.size() > 1 && (received.isDurable() || received.name().isEmpty());
+        boolean goesOnElsewhere = received.isDurable() || received.name().isEmpty();
+        boolean movable = servers.size() > 1 && goesOnElsewhere;
+        boolean draining = failure.getReason().equals(DRAINING);
+        if (draining) {
+            servers.giveUp(asked, usedServer());
+            if (drains == 0) {
+                giveUpAt = now + persistence.patience().toNanos();
+            }
+            drains++;
+        }
         long wait;
         if (isResumable(failure, movable)) {
             Duration longest = min(MAX_WAIT, FIRST_WAIT.multipliedBy(1L << Math.min(tries, 10)));
             wait = scaled(longest, 0.5, 1);
             tries++;
+        } else if (draining && goesOnElsewhere) {
+            Duration after = failure.getRetryAfter();
+            wait = scaled(after == null ? FIRST_WAIT : after, 1, 1.2);
         } else if (isRefusedForNow(failure) && refusals < persistence.retries()) {
             if (refusals == 0) {
                 giveUpAt = now + persistence.patience().toNanos();
@@ -232,7 +252,7 @@ final class EventSubscription implements Flow.Subscription {
         }
         Deadline deadline = options.getDeadline();
         long left = deadline == null ? Long.MAX_VALUE : Math.max(0, deadline.timeRemaining(TimeUnit.NANOSECONDS));
-        if (now + wait - giveUpAt > 0 || failure.getRetryAfter() != null && wait > left || servers.isClosed(asked)) {
+        if (now + wait - giveUpAt > 0 || failure.getRetryAfter() != null && wait > left || servers.isClosed()) {
             end(failure);
             return;
         }
@@ -242,6 +262,10 @@ final class EventSubscription implements Flow.Subscription {
         // On the timer's own thread, which starts the call and nothing of the caller's: a pool may be full of readers.
         CompletableFuture.delayedExecutor(Math.min(wait, left), TimeUnit.NANOSECONDS, Runnable::run)
                 .execute(this::open);
+    }
+
+    private synchronized @Nullable Channel usedServer() {
+        return server;
     }
 
     /** Whether asking again can go on with the same generation; {@code movable}: another server can go on with it. */

@@ -33,6 +33,7 @@ import java.util.UUID;
 import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.CompletionException;
 import java.util.concurrent.TimeUnit;
+import java.util.function.Supplier;
 import org.jspecify.annotations.Nullable;
 
 /**
@@ -200,7 +201,10 @@ public final class SafelightClient implements AutoCloseable {
         return List.copyOf(models);
     }
 
-    /** {@return the connection to the current server, for the stubs of {@code io.github.safelight.v1}} */
+    /**
+     * {@return the connection to the current server, for the stubs of {@code io.github.safelight.v1};
+     * another one after a server has drained}
+     */
     public Channel channel() {
         return servers.awake(servers.at());
     }
@@ -312,8 +316,21 @@ public final class SafelightClient implements AutoCloseable {
             if (targets.contains("")) {
                 throw new IllegalArgumentException("target \"" + target + "\" names no server");
             }
-            var servers = new Servers(targets.stream().map(this::connect).toList());
+            Builder given = copy(); // a connection may be made anew, after this builder has changed
+            var servers = new Servers(targets.stream()
+                    .<Supplier<ManagedChannel>>map(one -> () -> given.connect(one))
+                    .toList());
             return new SafelightClient(servers, new EventSubscription.Persistence(patience, retries));
+        }
+
+        private Builder copy() {
+            var copy = new Builder(target);
+            copy.interceptors.addAll(interceptors);
+            copy.credentials = credentials;
+            copy.serverName = serverName;
+            copy.apiKey = apiKey;
+            copy.maxMessageBytes = maxMessageBytes;
+            return copy;
         }
 
         private ManagedChannel connect(String one) {

@@ -15,33 +15,51 @@ import io.grpc.MethodDescriptor;
 import io.grpc.Status;
 import io.grpc.StatusRuntimeException;
 import java.time.Duration;
+import java.util.ArrayList;
+import java.util.HashSet;
 import java.util.List;
+import java.util.Set;
 import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.TimeUnit;
 import java.util.concurrent.atomic.AtomicInteger;
 import java.util.function.Function;
+import java.util.function.Supplier;
+import org.jspecify.annotations.Nullable;
 
 /** The replicas that a client asks, in their order, and which of them new calls ask. */
 final class Servers implements AutoCloseable {
     private static final Duration CONNECT_TIMEOUT = Duration.ofSeconds(5);
 
-    private final List<ManagedChannel> channels;
-    private final List<Channel> bounded;
+    private final List<Supplier<ManagedChannel>> connect;
+    private final Duration connectTimeout;
     private final AtomicInteger at = new AtomicInteger();
 
-    Servers(List<ManagedChannel> channels, Duration connectTimeout) {
-        this.channels = List.copyOf(channels);
-        this.bounded = channels.stream()
-                .map(channel -> ClientInterceptors.intercept(channel, new ConnectBound(channel, connectTimeout)))
-                .toList();
+    // Guarded by this.
+    private final List<Connection> connections;
+    private final Set<ManagedChannel> givenUp = new HashSet<>();
+    private boolean closed;
+
+    /** The connection to a server, and the same with a bound for the server's answer to it. */
+    private record Connection(ManagedChannel channel, Channel bounded) {}
+
+    /** @param connect makes the connection to each server, more than once where one is given up */
+    Servers(List<Supplier<ManagedChannel>> connect, Duration connectTimeout) {
+        this.connect = List.copyOf(connect);
+        this.connectTimeout = connectTimeout;
+        this.connections = new ArrayList<>(connect.stream().map(this::connection).toList());
     }
 
-    Servers(List<ManagedChannel> channels) {
-        this(channels, CONNECT_TIMEOUT);
+    Servers(List<Supplier<ManagedChannel>> connect) {
+        this(connect, CONNECT_TIMEOUT);
+    }
+
+    private Connection connection(Supplier<ManagedChannel> made) {
+        ManagedChannel channel = made.get();
+        return new Connection(channel, ClientInterceptors.intercept(channel, new ConnectBound(channel, connectTimeout)));
     }
 
     int size() {
-        return channels.size();
+        return connect.size();
     }
 
     /** The index of the server that new calls ask. */
@@ -50,17 +68,35 @@ final class Servers implements AutoCloseable {
     }
 
     /** A server for a call that begins now: it is connected to anew if it could not be reached before. */
-    Channel awake(int index) {
-        ManagedChannel channel = channels.get(index);
+    synchronized Channel awake(int index) {
+        Connection connection = connections.get(index);
         // gRPC would wait for up to two minutes before it connects again. This client has waiting times of its own.
-        if (channel.getState(false) == ConnectivityState.TRANSIENT_FAILURE) {
-            channel.enterIdle();
+        if (connection.channel().getState(false) == ConnectivityState.TRANSIENT_FAILURE) {
+            connection.channel().enterIdle();
         }
-        return bounded.get(index);
+        return connection.bounded();
     }
 
-    boolean isClosed(int index) {
-        return channels.get(index).isShutdown();
+    /**
+     * Makes new calls at a server use a new connection, which a load balancer may give to another server; calls that are
+     * under way stay on the old one. Generations that are refused together give up the same connection: the first of them
+     * replaces it.
+     *
+     * @param used what {@link #awake} gave
+     */
+    synchronized void giveUp(int index, @Nullable Channel used) {
+        Connection old = connections.get(index);
+        if (closed || old.bounded() != used) {
+            return;
+        }
+        connections.set(index, connection(connect.get(index)));
+        old.channel().shutdown();
+        givenUp.removeIf(ManagedChannel::isTerminated);
+        givenUp.add(old.channel());
+    }
+
+    synchronized boolean isClosed() {
+        return closed;
     }
 
     /**
@@ -91,7 +127,13 @@ final class Servers implements AutoCloseable {
 
     @Override
     public void close() {
-        channels.forEach(ManagedChannel::shutdownNow);
+        var all = new ArrayList<ManagedChannel>();
+        synchronized (this) {
+            closed = true;
+            connections.forEach(connection -> all.add(connection.channel()));
+            all.addAll(givenUp);
+        }
+        all.forEach(ManagedChannel::shutdownNow);
     }
 
     /**

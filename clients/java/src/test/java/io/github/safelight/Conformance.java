@@ -41,7 +41,7 @@ final class Conformance {
             String name, List<String> targets, String caFile, String certFile, String keyFile, String serverName,
             String apiKey, List<JsonObject> requests, double timeoutS, double patienceS, int retries,
             int maxMessageBytes, double pauseS, int cancelAtStep, boolean watchAgain, String initImageFile,
-            String maskFile, boolean measure) {}
+            String maskFile, List<Float> guidanceInterval, float guidanceRescale, int minNumSteps, boolean measure) {}
 
     record Report(@com.google.gson.annotations.SerializedName("case") String name, List<Seen> generations) {}
 
@@ -129,6 +129,16 @@ final class Conformance {
         JsonFormat.parser().merge(message.toString(), request);
         if (!given.initImageFile().isEmpty()) {
             request.getSpecBuilder().setInitImage(upload(given.initImageFile())).setMask(upload(given.maskFile()));
+        }
+        if (!given.guidanceInterval().isEmpty()) {
+            request.getSpecBuilder().setGuidanceRescale(given.guidanceRescale());
+            request.getSpecBuilder()
+                    .getGuidanceIntervalBuilder()
+                    .setStart(given.guidanceInterval().get(0))
+                    .setEnd(given.guidanceInterval().get(1));
+        }
+        if (given.minNumSteps() > 0) {
+            request.getQualityFloorBuilder().setMinNumSteps(given.minNumSteps());
         }
         var seen = new Seen();
         Duration timeout = given.timeoutS() > 0 ? seconds(given.timeoutS()) : null;

@@ -64,7 +64,7 @@ final class DevelopmentTest {
                 .start();
         var channel = InProcessChannelBuilder.forName(name).build();
         client = new SafelightClient(
-                new Servers(List.of(channel)), new EventSubscription.Persistence(java.time.Duration.ZERO, 0));
+                new Servers(List.of(() -> channel)), new EventSubscription.Persistence(java.time.Duration.ZERO, 0));
     }
 
     @AfterEach

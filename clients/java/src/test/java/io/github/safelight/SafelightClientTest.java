@@ -3,7 +3,9 @@ package io.github.safelight;
 import static org.junit.jupiter.api.Assertions.assertEquals;
 import static org.junit.jupiter.api.Assertions.assertFalse;
 import static org.junit.jupiter.api.Assertions.assertInstanceOf;
+import static org.junit.jupiter.api.Assertions.assertNotSame;
 import static org.junit.jupiter.api.Assertions.assertNull;
+import static org.junit.jupiter.api.Assertions.assertSame;
 import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
@@ -23,6 +25,7 @@ import java.net.InetAddress;
 import java.net.ServerSocket;
 import java.util.List;
 import java.util.Map;
+import java.util.function.Supplier;
 import java.util.stream.IntStream;
 import org.junit.jupiter.api.Test;
 
@@ -49,14 +52,28 @@ final class SafelightClientTest {
 
     @Test
     void generationsThatLoseAServerTogetherAskTheNextOne() {
-        List<ManagedChannel> channels = IntStream.range(0, 3)
-                .mapToObj(index -> InProcessChannelBuilder.forName("nobody-" + index).build())
+        List<Supplier<ManagedChannel>> connect = IntStream.range(0, 3)
+                .<Supplier<ManagedChannel>>mapToObj(
+                        index -> () -> InProcessChannelBuilder.forName("nobody-" + index).build())
                 .toList();
-        try (var servers = new Servers(channels)) {
+        try (var servers = new Servers(connect)) {
             for (int generation = 0; generation < 24; generation++) {
                 assertEquals(1, servers.next(0));
             }
             assertEquals(1, servers.at(), "new calls follow the first of them only");
+        }
+    }
+
+    @Test
+    void generationsThatAreRefusedTogetherReplaceTheirConnectionOnce() {
+        Supplier<ManagedChannel> connect = () -> InProcessChannelBuilder.forName("nobody").build();
+        try (var servers = new Servers(List.of(connect))) {
+            var draining = servers.awake(0);
+            servers.giveUp(0, draining);
+            var fresh = servers.awake(0);
+            assertNotSame(draining, fresh);
+            servers.giveUp(0, draining);
+            assertSame(fresh, servers.awake(0));
         }
     }
 
@@ -86,7 +103,7 @@ final class SafelightClientTest {
         try (var silent = new ServerSocket(0, 1, InetAddress.getLoopbackAddress())) {
             String target = "127.0.0.1:" + silent.getLocalPort();
             ManagedChannel channel = NettyChannelBuilder.forTarget(target).usePlaintext().build();
-            var servers = new Servers(List.of(channel), java.time.Duration.ofMillis(50));
+            var servers = new Servers(List.of(() -> channel), java.time.Duration.ofMillis(50));
             var brief = new EventSubscription.Persistence(java.time.Duration.ZERO, 0);
             try (var client = new SafelightClient(servers, brief)) {
                 var failure = assertThrows(SafelightException.class, client::models);
