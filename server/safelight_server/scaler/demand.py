@@ -2,14 +2,15 @@
 
 Work is counted in seconds of compute: the time that one instance takes for it in
 full batches, so that a replica does `instances` such seconds in each second.
-Three needs are looked at, and the largest counts:
+Four needs are looked at, and the largest counts:
 
 - arrivals: what is asked for now, and no more than `utilization` of the fleet;
 - queue: for each span, all that must be done within it is done within it (the
   demand bound of earliest-deadline-first; Baruah, Rosier and Howell 1990). The
   classes without a deadline have one each: how long their work may wait. A queue
   that is later than that is worked off beside what arrives meanwhile;
-- forecast: what will be asked for when a replica that is started now is ready.
+- forecast: what will be asked for when a replica that is started now is ready;
+- held: one replica, where calls wait for the first one. What they ask for is known once it has them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Demand:
         rate: seconds of compute that are asked for in a second, over the last minute.
         live_instances: instances that work now, over all replicas.
         forecast: the same as `rate`, the highest of the moments that were forecast; None: there is no forecast.
+        held: calls that the activator holds until there is a replica.
     """
 
     left_s: Mapping[str, float] = field(default_factory=dict)
@@ -39,11 +41,12 @@ class Demand:
     rate: float = 0.0
     live_instances: float = 0.0
     forecast: float | None = None
+    held: float = 0.0
 
     @property
     def is_idle(self) -> bool:
-        """Nothing is asked for and nothing is left."""
-        return self.rate <= 0 and not any(seconds > 0 for seconds in self.left_s.values())
+        """Nothing is asked for, nothing is held and nothing is left."""
+        return self.rate <= 0 and self.held <= 0 and not any(seconds > 0 for seconds in self.left_s.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class Need:
 
     Attributes:
         replicas: within the policy's bounds.
-        because: `arrivals`, `queue`, `forecast` or `idle`: what decided.
+        because: `arrivals`, `queue`, `forecast`, `held` or `idle`: what decided.
         by: replicas that each of them needs, not rounded.
     """
 
@@ -86,6 +89,7 @@ def needed(demand: Demand, policy: Policy) -> Need:
         "arrivals": demand.rate / policy.utilization / policy.instances,
         "queue": _queue(demand, policy) / policy.instances,
         "forecast": (demand.forecast or 0.0) / policy.utilization / policy.instances,
+        "held": float(demand.held > 0),
     }
     because = max(by, key=lambda name: by[name]) if not demand.is_idle or by["forecast"] >= 1 else "idle"
     wanted = 0 if because == "idle" else max(1, math.ceil(by[because] - 1e-9))
