@@ -1,5 +1,6 @@
 """KEDA's operator and metrics server, built of KEDA's own source, and the Prometheus that the scaler asks.
 
+Only the scalers of other systems are left out (tools/keda/without_scalers.py), since they are most of its build.
 They run beside the kubelets and not in pods, since there is no image of them; to the API server they are the same.
 """
 
@@ -78,14 +79,14 @@ def keda(cluster: Cluster, folder: Path) -> Iterator[None]:
         (certificates / name).write_bytes((cluster.kubeconfig.parent / of_the_cluster).read_bytes())
     environment = {"KUBECONFIG": str(cluster.kubeconfig), "POD_NAMESPACE": "keda", "WATCH_NAMESPACE": ""}
     operator = [
-        str(PROGRAMS / "keda-operator"),
+        str(PROGRAMS / "keda" / "operator"),
         f"--cert-dir={certificates}",
         "--metrics-bind-address=127.0.0.1:18080",
         "--health-probe-bind-address=127.0.0.1:18081",
         f"--metrics-service-bind-address={HOST}:9666",
     ]
     adapter = [
-        str(PROGRAMS / "keda-adapter"),
+        str(PROGRAMS / "keda" / "adapter"),
         f"--kubeconfig={cluster.kubeconfig}",
         f"--authentication-kubeconfig={cluster.kubeconfig}",
         f"--authorization-kubeconfig={cluster.kubeconfig}",
