@@ -120,7 +120,7 @@ async def test_no_more_calls_are_held_than_may_be():
         first = list_models(b"")
         await eventually(lambda: here.held() == 1)
         with pytest.raises(grpc.aio.AioRpcError, match="1 calls wait") as refused:
-            await list_models(b"")
+            await list_models(b"", timeout=5.0)
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         first.cancel()
 
