@@ -6,9 +6,11 @@ They run beside the kubelets and not in pods, since there is no image of them; t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,16 +22,10 @@ from tests.support.prometheus_server import PrometheusServer, prometheus
 ROOT = Path(__file__).parent.parent.parent
 METRICS_PORT = 16444
 SCRAPE = """
-global: {{scrape_interval: 1s}}
-scrape_configs:
-  - job_name: pictures
-    kubernetes_sd_configs:
-      - {{role: pod, kubeconfig_file: "{kubeconfig}", namespaces: {{names: ["{namespace}"]}}}}
-    relabel_configs:
-      - {{source_labels: [__meta_kubernetes_pod_container_port_name], regex: metrics, action: keep}}
-      - {{source_labels: [__meta_kubernetes_namespace], target_label: namespace}}
-      - {{source_labels: [__meta_kubernetes_pod_name], target_label: pod}}
+global: {scrape_interval: 1s}
+scrape_configs: [{job_name: pictures, file_sd_configs: [{files: [targets.json], refresh_interval: 1s}]}]
 """
+METRICS = 9464
 
 
 def source() -> Path:
@@ -77,7 +73,10 @@ def keda(cluster: Cluster, folder: Path) -> Iterator[None]:
     certificates.mkdir()
     for name, of_the_cluster in (("ca.crt", "ca.crt"), ("tls.crt", "api.crt"), ("tls.key", "api.key")):
         (certificates / name).write_bytes((cluster.kubeconfig.parent / of_the_cluster).read_bytes())
-    environment = {"KUBECONFIG": str(cluster.kubeconfig), "POD_NAMESPACE": "keda", "WATCH_NAMESPACE": ""}
+    environment = {
+        "KUBECONFIG": str(cluster.kubeconfig), "WATCH_NAMESPACE": "",
+        "POD_NAMESPACE": "keda", "KEDA_CLUSTER_OBJECT_NAMESPACE": "keda",
+    }  # fmt: skip
     operator = [
         str(PROGRAMS / "keda" / "operator"),
         f"--cert-dir={certificates}",
@@ -87,7 +86,7 @@ def keda(cluster: Cluster, folder: Path) -> Iterator[None]:
     ]
     adapter = [
         str(PROGRAMS / "keda" / "adapter"),
-        f"--kubeconfig={cluster.kubeconfig}",
+        f"--lister-kubeconfig={cluster.kubeconfig}",
         f"--authentication-kubeconfig={cluster.kubeconfig}",
         f"--authorization-kubeconfig={cluster.kubeconfig}",
         f"--bind-address={HOST}",
@@ -106,10 +105,9 @@ def keda(cluster: Cluster, folder: Path) -> Iterator[None]:
         cluster.apply(
             {"apiVersion": "v1", "kind": "Service", "metadata": service,
              "spec": {"ports": [{"name": "https", "port": 443, "targetPort": METRICS_PORT}]}},
-            {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-             "metadata": service | {"labels": {"kubernetes.io/service-name": service["name"]}},
-             "addressType": "IPv4", "ports": [port],
-             "endpoints": [{"addresses": [HOST], "conditions": {"ready": True}}]},
+            # Not an EndpointSlice: the API server looks for this one; the slice is made of it.
+            {"apiVersion": "v1", "kind": "Endpoints", "metadata": service,
+             "subsets": [{"addresses": [{"ip": HOST}], "ports": [port]}]},
             {"apiVersion": "apiregistration.k8s.io/v1", "kind": "APIService",
              "metadata": {"name": "v1beta1.external.metrics.k8s.io"},
              "spec": {"group": "external.metrics.k8s.io", "version": "v1beta1", "groupPriorityMinimum": 100,
@@ -128,9 +126,33 @@ def keda(cluster: Cluster, folder: Path) -> Iterator[None]:
             cluster.kubectl("delete", "apiservice", "v1beta1.external.metrics.k8s.io", "--ignore-not-found")
 
 
+def targets(cluster: Cluster, namespace: str) -> list[dict[str, Any]]:
+    """What Prometheus scrapes: the pods of a namespace that have metrics. Debian's cannot ask Kubernetes itself."""
+    found = []
+    for pod in cluster.get("pods", "-n", namespace)["items"]:
+        ports = [port["name"] for each in pod["spec"]["containers"] for port in each.get("ports", ())]
+        if "metrics" in ports and pod["status"].get("podIP"):
+            labels = {"namespace": namespace, "pod": pod["metadata"]["name"]}
+            found.append({"targets": [f"{pod['status']['podIP']}:{METRICS}"], "labels": labels})
+    return found
+
+
 @contextmanager
 def scraping(cluster: Cluster, folder: Path, namespace: str) -> Iterator[PrometheusServer]:
     """A Prometheus that scrapes the pods of a namespace; pods reach it too."""
-    config = SCRAPE.format(kubeconfig=cluster.kubeconfig, namespace=namespace)
-    with prometheus(folder, config, host=HOST) as server:
-        yield server
+    ended = threading.Event()
+
+    def follow() -> None:
+        while not ended.wait(1.0):
+            with contextlib.suppress(subprocess.SubprocessError):  # asked again
+                (folder / "targets.new").write_text(json.dumps(targets(cluster, namespace)))
+                (folder / "targets.new").replace(folder / "targets.json")
+
+    following = threading.Thread(target=follow)
+    following.start()
+    try:
+        with prometheus(folder, SCRAPE, host=HOST) as server:
+            yield server
+    finally:
+        ended.set()
+        following.join()
