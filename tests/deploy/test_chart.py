@@ -167,7 +167,7 @@ def test_calls_are_held_where_there_may_be_no_replica(tmp_path):
     fleet = one(objects, "Service", "safelight-headless")["spec"]["selector"].items()
     assert fleet <= replica["template"]["metadata"]["labels"].items()
     assert not fleet <= activator["metadata"]["labels"].items()
-    assert "--fleet=safelight-headless.studio.svc:8421" in activator["spec"]["containers"][0]["args"]
+    assert "--fleet=safelight-headless.studio.svc.cluster.local.:8421" in activator["spec"]["containers"][0]["args"]
     without = rendered(tmp_path, "to-zero", scaling={"scaler": {"image": SCALER}, "minReplicas": 1})
     assert not [each for each in without if each["metadata"]["name"] == "safelight-activator"]
     assert one(without, "Service")["spec"]["selector"] == dict(fleet), "the activator is with minReplicas: 0 alone"

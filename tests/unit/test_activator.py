@@ -21,6 +21,7 @@ from safelight_server.settings import Settings
 from safelight_server.telemetry import Metrics
 
 from tests.conftest import eventually, serving_here
+from tests.support.http import free_port
 
 HELD = "safelight_held_calls"
 
@@ -55,7 +56,9 @@ async def activation(
 ) -> AsyncIterator[Activation]:
     replicas, metrics, registry = Replicas(), Metrics(), CollectorRegistry()
     fleet = Fleet(replicas.resolve, look_every_s=0.01)
-    holder = Activator(fleet, Identity(key_file), connector(None), max_held=max_held, hold_s=hold_s, registry=registry)
+    holder = Activator(
+        fleet, Identity(key_file), connector(None), max_held=max_held, hold_s=hold_s, connect_s=0.2, registry=registry
+    )
     limits = CallLimits(10.0, (), KeylessQuota(1, 1), metrics)
     server = make_server(Settings(), limits, holder.handlers())
     port = server.add_insecure_port("127.0.0.1:0")
@@ -88,6 +91,17 @@ async def test_events_come_as_they_are_sent_and_errors_with_their_details():
         with pytest.raises(GenerationError) as refused:
             await client.generate("a key", steps=-1).picture()
         assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+
+
+async def test_a_replica_that_is_gone_is_not_asked():
+    """DNS may still name it."""
+    async with activation() as here, Client(here.address) as client, serving_here(runtime="simulated") as server:
+        here.replicas.addresses = frozenset({f"127.0.0.1:{free_port()}"})
+        await eventually(lambda: here.fleet.some_address() is not None)
+        asked = asyncio.create_task(client.generate("a red potion", steps=4, seed=1).picture())
+        await eventually(lambda: here.held() == 1 or asked.done())
+        here.replicas.addresses = frozenset({server.address})
+        assert (await asked).data
 
 
 async def test_who_has_no_key_is_not_held(tmp_path):
@@ -146,7 +160,7 @@ async def test_replicas_stay_known_while_dns_is_away():
     fleet = Fleet(replicas.resolve, look_every_s=0.0)
     following = asyncio.create_task(fleet.follow())
     replicas.addresses = frozenset({"10.0.0.1:8421"})
-    assert await fleet.replica() == "10.0.0.1:8421"
+    await eventually(lambda: fleet.some_address() == "10.0.0.1:8421")
     replicas.is_away = True
     for _ in range(10):
         await asyncio.sleep(0)

@@ -16,7 +16,7 @@ import grpc
 from google.protobuf import descriptor_pool
 from prometheus_client import CollectorRegistry, Gauge
 
-from safelight_server.activator.fleet import Fleet
+from safelight_server.activator.fleet import LOOK_EVERY_S, Fleet
 from safelight_server.api.identity import Identity
 from safelight_server.api.service import (
     CACHE_SERVICE,
@@ -29,6 +29,7 @@ from safelight_server.domain.errors import QueueFullError, UnavailableError
 
 SERVICES = (GENERATION_SERVICE, MODEL_SERVICE, IMAGE_SERVICE, CACHE_SERVICE, QUOTA_SERVICE)
 RETRY_S = 5.0
+CONNECT_S = 5.0
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),  # the server's answers are bounded by the server
     ("grpc.keepalive_time_ms", 20_000),
@@ -64,6 +65,7 @@ class Activator:
         connect: makes a channel to an address.
         max_held: calls that are held at once; more are refused.
         hold_s: seconds that a call is held.
+        connect_s: seconds that a connection to a replica may take.
         registry: gets the metric of held calls.
     """
 
@@ -75,6 +77,7 @@ class Activator:
         *,
         max_held: int,
         hold_s: float,
+        connect_s: float = CONNECT_S,
         registry: CollectorRegistry,
     ) -> None:
         self._fleet = fleet
@@ -82,6 +85,7 @@ class Activator:
         self._connect = connect
         self._max_held = max_held
         self._hold_s = hold_s
+        self._connect_s = connect_s
         self._held = 0
         self._draining = asyncio.Event()
         gauge = Gauge("safelight_held_calls", "Calls that wait for the first replica of a fleet.", registry=registry)
@@ -113,8 +117,7 @@ class Activator:
         async def forward(requests: AsyncIterator[bytes], context: Context) -> AsyncGenerator[bytes, None]:
             metadata = context.invocation_metadata() or ()
             self._identity.recognize(metadata, context.peer())
-            address = await self._replica()
-            async with self._connect(address) as channel:
+            async with self._replica() as channel:
                 call: Call = channel.stream_stream(path)(
                     metadata=_forwarded(metadata), timeout=context.time_remaining(), wait_for_ready=False
                 )
@@ -129,15 +132,37 @@ class Activator:
 
         return grpc.stream_stream_rpc_method_handler(forward)
 
-    async def _replica(self) -> str:
-        """The address of a replica; holds the call until there is one.
+    @asynccontextmanager
+    async def _replica(self) -> AsyncIterator[grpc.aio.Channel]:
+        """A connection to a replica while the block runs; until there is one the call is held.
 
         Raises:
             QueueFullError: as many calls are held as may be.
             UnavailableError: there was none in time, or the activator ends.
         """
-        if self._fleet.addresses:
-            return await self._fleet.replica()
+        channel = await self._connected() or await self._first_connection()
+        try:
+            yield channel
+        finally:
+            await channel.close()
+
+    async def _connected(self) -> grpc.aio.Channel | None:
+        """A connection to some replica; None if there is none, or if it does not answer, as DNS may lag."""
+        if (address := self._fleet.some_address()) is None:
+            return None
+        channel = self._connect(address)
+        try:
+            async with asyncio.timeout(self._connect_s):
+                await channel.channel_ready()
+        except TimeoutError:
+            await channel.close()
+            return None
+        except BaseException:
+            await channel.close()
+            raise
+        return channel
+
+    async def _first_connection(self) -> grpc.aio.Channel:
         if self._held >= self._max_held:
             raise QueueFullError(
                 f"{self._max_held} calls wait for a replica to start, as many as may",
@@ -145,20 +170,22 @@ class Activator:
                 retry_after_s=RETRY_S,
             )
         self._held += 1
-        waits = [asyncio.create_task(self._fleet.replica()), asyncio.create_task(self._draining.wait())]
         try:
-            await asyncio.wait(waits, timeout=self._hold_s, return_when=asyncio.FIRST_COMPLETED)
-            if waits[0].done():
-                return str(waits[0].result())
+            async with asyncio.timeout(self._hold_s):
+                while not self._draining.is_set():
+                    if channel := await self._connected():
+                        return channel
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._draining.wait(), LOOK_EVERY_S / 2)
+        except TimeoutError:
+            raise UnavailableError(
+                f"no replica has started within {self._hold_s:g} s",
+                reason="RUNTIME_UNAVAILABLE",
+                retry_after_s=RETRY_S,
+            ) from None
         finally:
             self._held -= 1
-            for wait in waits:
-                wait.cancel()
-        if self._draining.is_set():
-            raise UnavailableError("the server is draining; ask another", reason="DRAINING")
-        raise UnavailableError(
-            f"no replica has started within {self._hold_s:g} s", reason="RUNTIME_UNAVAILABLE", retry_after_s=RETRY_S
-        )
+        raise UnavailableError("the server is draining; ask another", reason="DRAINING")
 
 
 @asynccontextmanager

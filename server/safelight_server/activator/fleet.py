@@ -50,7 +50,6 @@ class Fleet:
         self._resolve = resolve
         self._look_every_s = look_every_s
         self._addresses: frozenset[str] = frozenset()
-        self._changed = asyncio.Event()
 
     @property
     def addresses(self) -> frozenset[str]:
@@ -72,12 +71,8 @@ class Fleet:
                 if found != self._addresses:
                     log.info("replicas", addresses=sorted(found))
                     self._addresses = found
-                    self._changed.set()
-                    self._changed = asyncio.Event()
             await asyncio.sleep(self._look_every_s)
 
-    async def replica(self) -> str:
-        """The address of some replica; waits until there is one."""
-        while not self._addresses:
-            await self._changed.wait()
-        return random.choice(sorted(self._addresses))
+    def some_address(self) -> str | None:
+        """The address of some replica; None if there is none."""
+        return random.choice(sorted(self._addresses)) if self._addresses else None
