@@ -1,4 +1,4 @@
-# The images: `gateway` is the server; `triton` is tritonserver on the CPU with the model repository.
+# The images: `gateway` is the server; `triton` is tritonserver on the CPU with the model repository; `scaler` is `safelight scaler`.
 # `make image` builds both where no registry is reached, on bases that deploy/image/base makes of Debian's packages.
 # Where one is: docker build --target gateway --build-arg BASE=python:3.11-slim-bookworm@sha256:... .
 ARG BASE=python:3.11-slim-bookworm
@@ -60,3 +60,23 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["safelight", "health"]
 ENTRYPOINT ["safelight"]
 CMD ["serve"]
+
+# What `safelight scaler` needs for a forecast; not part of the gateway, whose image it would make much larger. Last, since buildah
+# builds all stages before the one that is asked for.
+FROM gateway-build AS scaler-build
+COPY requirements-scaler.lock ./
+RUN /opt/pip/bin/pip --python /opt/safelight/bin/python install --require-hashes --requirement requirements-scaler.lock \
+    && find /opt/safelight -type d -name tests -prune -exec rm -r {} +
+
+FROM ${BASE} AS scaler
+RUN echo "safelight:x:10001:10001::/nonexistent:/usr/sbin/nologin" >> /etc/passwd \
+    && echo "safelight:x:10001:" >> /etc/group
+COPY --from=scaler-build /opt/safelight /opt/safelight
+ENV PATH=/opt/safelight/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+USER 10001:10001
+EXPOSE 8431
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["safelight"]
+CMD ["scaler"]

@@ -51,6 +51,13 @@ help: ## List the targets, and how long each takes
 	cd tools/coredns && go build -trimpath -ldflags '-s -w' -o ../../.tools/kubernetes/ .
 	@touch $@
 
+# KEDA by its own go.mod; tools/keda/go.sum says that its source is the one that was tried.
+.tools/kubernetes/keda/.installed: tools/keda/go.mod tools/keda/go.sum tools/keda/without_scalers.py
+	python3 tools/keda/without_scalers.py "$$(cd tools/keda && go mod download -json github.com/kedacore/keda/v2 | \
+	  sed -n 's/.*"Dir": "\(.*\)",/\1/p')" .tools/kubernetes/keda/source
+	cd .tools/kubernetes/keda/source && go build -trimpath -ldflags '-s -w' -o .. ./cmd/operator ./cmd/adapter
+	@touch $@
+
 .tools/protoc-gen-go-grpc: tools/install-protoc-plugins
 	tools/install-protoc-plugins
 
@@ -172,11 +179,13 @@ test-image: image ## Run the images with podman and develop a picture in them (4
 
 # In network, mount and process namespaces of its own: when make ends, nothing of the cluster is left.
 .PHONY: test-kubernetes
-test-kubernetes: image .tools/helm .tools/kubernetes/.installed ## Install, upgrade, drain and kill on a real cluster (first 30 min of Go, then 15; needs root)
+KUBERNETES_TESTS := tests/kubernetes
+test-kubernetes: image .tools/helm .tools/kubernetes/.installed .tools/kubernetes/keda/.installed ## Install, upgrade, drain, kill and scale on a real cluster (first 40 min of Go, then 20; needs root; KUBERNETES_TESTS=one file)
 	tools/install-system-packages kubernetes
-	deploy/image/pack out/image/gateway.tar out/image/triton.tar
+	deploy/image/build scaler
+	deploy/image/pack out/image/gateway.tar out/image/triton.tar out/image/scaler.tar
 	SAFELIGHT_TEST_CLUSTER=unshared unshare --net --mount --pid --fork --kill-child --mount-proc catatonit -- \
-	  $(PY) -m pytest -q -s tests/kubernetes
+	  $(PY) -m pytest -q -s $(KUBERNETES_TESTS)
 
 .PHONY: test-simulation
 SCHEDULES := 100000
@@ -231,6 +240,8 @@ lock: .venv/.uv ## Pin all dependencies anew
 	  pyproject.toml clients/python/pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --no-emit-package safelight \
 	  pyproject.toml clients/python/pyproject.toml --extra training -c requirements.lock -o requirements-training.lock
+	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 --no-emit-package safelight \
+	  pyproject.toml clients/python/pyproject.toml --extra scaler -c requirements-dev.lock -o requirements-scaler.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
 	  deploy/triton/requirements.in -o requirements-triton.lock
 	.venv/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \

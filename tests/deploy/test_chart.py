@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safelight_server.scaler.trigger import trigger as read_trigger
 from safelight_server.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
@@ -18,8 +19,12 @@ HELM = ROOT / ".tools" / "helm"
 VALIDATE = ROOT / ".venv" / "bin" / "kubernetes-validate"
 PROFILES = sorted(path.stem for path in (CHART / "profiles").glob("*.yaml"))
 IMAGE = {"repository": "registry.example/gateway", "digest": "sha256:" + "1" * 64}
-ON_TOP = ("critical", "spot")
+ON_TOP = ("critical", "spot", "to-zero")
 """Profiles that are given after another one, here cpu."""
+SCALER = {"repository": "registry.example/scaler", "digest": "sha256:" + "3" * 64}
+SCALING = {"enabled": True, "prometheus": "http://prometheus:9090", "scaler": {"image": SCALER}}
+UNKNOWN_KINDS = ("GRPCRoute", "ScaledObject")
+"""Kinds that are not Kubernetes' own: a real API server has their schemas (make test-kubernetes)."""
 TRITON = {"repository": "registry.example/triton", "digest": "sha256:" + "2" * 64}
 VERSIONS = ("1.30", "1.33", "1.36")
 
@@ -39,6 +44,8 @@ def given(folder: Path, profile: str, **changes: Any) -> list[str | Path]:
     changes = {"image": IMAGE} | changes
     if profile == "triton-cpu":
         changes = {"triton": {"image": TRITON}} | changes
+    if profile == "to-zero":
+        changes = {"scaling": {"scaler": {"image": SCALER}}} | changes
     names = ("cpu", profile) if profile in ON_TOP else (profile,)
     profiles = [argument for name in names for argument in ("--values", CHART / "profiles" / f"{name}.yaml")]
     return ["--namespace", "studio", *profiles, "--values", values_file(folder, changes)]
@@ -51,8 +58,8 @@ def rendered(folder: Path, profile: str, **changes: Any) -> list[dict[str, Any]]
     return [document for document in yaml.safe_load_all(made.stdout) if document]
 
 
-def one(objects: list[dict[str, Any]], kind: str) -> Any:
-    [found] = [each for each in objects if each["kind"] == kind]
+def one(objects: list[dict[str, Any]], kind: str, name: str = "safelight") -> Any:
+    [found] = [each for each in objects if (each["kind"], each["metadata"]["name"]) == (kind, name)]
     return found
 
 
@@ -77,7 +84,7 @@ def test_every_profile_is_linted_and_valid_in_every_version(tmp_path, profile):
     linted = helm("lint", "--strict", CHART, *given(tmp_path, profile))
     assert linted.returncode == 0, linted.stdout + linted.stderr
     objects = rendered(tmp_path, profile)
-    known = [each for each in objects if each["kind"] != "GRPCRoute"]  # a real API server has its schema
+    known = [each for each in objects if each["kind"] not in UNKNOWN_KINDS]
     manifest = tmp_path / "manifest.yaml"
     manifest.write_text(yaml.safe_dump_all(known))
     for version in VERSIONS:
@@ -93,7 +100,7 @@ def test_every_profile_is_linted_and_valid_in_every_version(tmp_path, profile):
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_pod_is_restricted_and_pinned(tmp_path, profile):
     specs = list(pod_specs(rendered(tmp_path, profile)))
-    assert len(specs) == 2
+    assert len(specs) == (4 if profile == "to-zero" else 2)
     for spec in specs:
         assert spec["automountServiceAccountToken"] is False
         assert spec["securityContext"]["runAsNonRoot"] is True
@@ -146,6 +153,69 @@ def test_what_someone_waits_for_is_on_nodes_that_stay(tmp_path):
     assert "tolerations" not in spec
     assert spec["priorityClassName"] == "pictures-critical"
     assert "SAFELIGHT_SPOT_NOTICE" not in environment(spec["containers"][0])
+
+
+def test_calls_are_held_where_there_may_be_no_replica(tmp_path):
+    """The service has the replicas and the activator; the fleet that the activator asks has the replicas alone."""
+    objects = rendered(tmp_path, "to-zero")
+    replica = one(objects, "Deployment")["spec"]
+    assert "replicas" not in replica, "KEDA's"
+    activator = one(objects, "Deployment", "safelight-activator")["spec"]["template"]
+    entry = one(objects, "Service")["spec"]["selector"].items()
+    for labels in (replica["template"]["metadata"]["labels"], activator["metadata"]["labels"]):
+        assert entry <= labels.items()
+    fleet = one(objects, "Service", "safelight-headless")["spec"]["selector"].items()
+    assert fleet <= replica["template"]["metadata"]["labels"].items()
+    assert not fleet <= activator["metadata"]["labels"].items()
+    assert "--fleet=safelight-headless.studio.svc.cluster.local.:8421" in activator["spec"]["containers"][0]["args"]
+    without = rendered(tmp_path, "to-zero", scaling={"scaler": {"image": SCALER}, "minReplicas": 1})
+    assert not [each for each in without if each["metadata"]["name"] == "safelight-activator"]
+    assert one(without, "Service")["spec"]["selector"] == dict(fleet), "the activator is with minReplicas: 0 alone"
+
+
+def test_keda_asks_the_scaler(tmp_path):
+    objects = rendered(tmp_path, "to-zero")
+    scaled = one(objects, "ScaledObject")["spec"]
+    assert (scaled["minReplicaCount"], scaled["maxReplicaCount"]) == (0, 4)
+    [trigger] = scaled["triggers"]
+    read = read_trigger(trigger["metadata"])
+    assert read.selector == 'namespace="studio"'
+    assert (read.policy.min_replicas, read.policy.max_replicas, read.policy.utilization) == (0, 4, 0.8)
+    host, _, port = trigger["metadata"]["scalerAddress"].partition(":")
+    service = one(objects, "Service", host.partition(".")[0])["spec"]
+    assert service["ports"][0]["port"] == int(port)
+    pod = one(objects, "Deployment", "safelight-scaler")["spec"]["template"]
+    assert service["selector"].items() <= pod["metadata"]["labels"].items()
+    [container] = pod["spec"]["containers"]
+    assert environment(container) == {"SAFELIGHT_SCALER_PROMETHEUS": "http://prometheus.observability:9090"}
+    policy = one(objects, "NetworkPolicy", "safelight-scaler")["spec"]
+    assert 9090 in [port["port"] for port in policy["egress"][0]["ports"]]
+
+
+def test_clients_show_a_certificate(tmp_path):
+    changes = {
+        "tls": {"secret": "safelight-tls", "clientCaSecret": "client-authority"},
+        "test": {"apiKeySecret": "safelight-test-key", "clientCertSecret": "test-client"},
+    }
+    gateway, test = pod_specs(rendered(tmp_path, "cpu", **changes))
+    found = environment(gateway["containers"][0])
+    assert found["SAFELIGHT_TLS_CLIENT_CA_FILE"] == "/etc/safelight/client-ca/ca.crt"
+    [mount] = [each for each in gateway["containers"][0]["volumeMounts"] if each["name"] == "client-ca"]
+    assert mount == {"name": "client-ca", "mountPath": "/etc/safelight/client-ca", "readOnly": True}
+    assert {"secretName": "client-authority", "defaultMode": 0o440} in [
+        each.get("secret") for each in gateway["volumes"]
+    ]
+    assert environment(test["containers"][0])["SAFELIGHT_CLIENT_CERT_FILE"] == "/etc/safelight/client/client.pem"
+    assert {"secretName": "test-client", "defaultMode": 0o440} in [each.get("secret") for each in test["volumes"]]
+
+
+def test_the_gpu_profile_is_for_the_nodes_that_terraform_makes(tmp_path):
+    """A p4d.24xlarge has A100 of 40 GB."""
+    [spec, _] = pod_specs(rendered(tmp_path, "gpu"))
+    fleet = (ROOT / "deploy" / "terraform" / "fleet" / "main.tf").read_text()
+    for label, value in spec["nodeSelector"].items():
+        assert f'"{label}" = "{value}"' in fleet
+    assert 'instance_types = ["p4d.24xlarge"]' in fleet
 
 
 def test_triton_outlives_the_gateway_and_is_reached_by_nobody_else(tmp_path):
@@ -201,8 +271,10 @@ def test_the_bucket_and_the_disk_reach_the_server(tmp_path):
 def test_all_settings_that_the_chart_writes_are_the_servers(tmp_path):
     names = {f"SAFELIGHT_{name.upper()}" for name in Settings.model_fields}
     for profile in PROFILES:
-        [spec, _] = pod_specs(rendered(tmp_path, profile))
-        assert environment(spec["containers"][0]).keys() <= names
+        for spec in pod_specs(rendered(tmp_path, profile)):
+            [container] = spec["containers"]
+            if container["name"] in ("gateway", "activator"):
+                assert environment(container).keys() <= names
 
 
 def test_the_route_has_the_services_and_not_health(tmp_path):
@@ -233,6 +305,14 @@ def test_the_route_has_the_services_and_not_health(tmp_path):
         ({"runtime": "triton"}, "needs triton.image"),
         ({"models": {"url": "s3://x/y"}}, "needs models.sha256sums"),
         ({"route": {"enabled": True}}, "needs route.parentRefs"),
+        ({"tls": {"secret": "", "clientCaSecret": "x"}, "insecure": True}, "tls.clientCaSecret needs tls.secret"),
+        ({"scaling": {"enabled": True}}, "scaling.enabled needs scaling.prometheus"),
+        ({"scaling": SCALING | {"minReplicas": 5}}, "scaling.maxReplicas must be at least"),
+        ({"scaling": SCALING, "redis": {"secret": ""}}, "scaling.maxReplicas above 1 needs redis"),
+        (
+            {"scaling": SCALING | {"minReplicas": 0}, "tls": {"secret": "x", "clientCaSecret": "y"}},
+            "exclude each other",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_it_is_installed(tmp_path, changes, fault):

@@ -106,6 +106,14 @@ class Cluster:
                     "kubelet-client-key": f / "client.key",
                     "kubelet-preferred-address-types": "InternalIP",
                     "profiling": "false",
+                    # For APIs of others, such as KEDA's metrics.
+                    "requestheader-client-ca-file": f / "ca.crt",
+                    "requestheader-username-headers": "X-Remote-User",
+                    "requestheader-group-headers": "X-Remote-Group",
+                    "requestheader-extra-headers-prefix": "X-Remote-Extra-",
+                    "proxy-client-cert-file": f / "client.crt",
+                    "proxy-client-key-file": f / "client.key",
+                    "enable-aggregator-routing": "true",
                 }
             ),
         )
@@ -122,6 +130,7 @@ class Cluster:
                     "cluster-signing-cert-file": f / "ca.crt",
                     "cluster-signing-key-file": f / "ca.key",
                     "secure-port": 10257,
+                    "horizontal-pod-autoscaler-sync-period": "5s",
                 }
             ),
         )

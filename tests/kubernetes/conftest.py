@@ -37,7 +37,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         made.stop()
 
 
-def _imported(cluster: Cluster, target: str) -> dict[str, str]:
+def imported(cluster: Cluster, target: str) -> dict[str, str]:
+    """An image on both nodes: repository and digest, as the chart takes them."""
     name = f"localhost/safelight/{target}"
     digest = cluster.import_image(ROOT / "out" / "image" / f"{target}.tar", name)
     return {"repository": name, "digest": digest}
@@ -46,13 +47,13 @@ def _imported(cluster: Cluster, target: str) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def gateway(cluster: Cluster) -> dict[str, str]:
     """The gateway's image on both nodes: repository and digest, as the chart takes them."""
-    return _imported(cluster, "gateway")
+    return imported(cluster, "gateway")
 
 
 @pytest.fixture(scope="session")
 def triton(cluster: Cluster) -> dict[str, str]:
     """The same of Triton's image."""
-    return _imported(cluster, "triton")
+    return imported(cluster, "triton")
 
 
 @pytest.fixture(scope="session")
@@ -86,23 +87,28 @@ def secret(name: str, namespace: str, kind: str = "Opaque", **data: bytes) -> di
     }
 
 
-@pytest.fixture(scope="session")
-def access(cluster: Cluster, redis: str, tmp_path_factory: pytest.TempPathFactory) -> Access:
-    """The namespace, under Pod Security `restricted`, with all the Secrets of the profiles; and a caller's key."""
+def prepare(cluster: Cluster, namespace: str, redis: str, folder: Path) -> Access:
+    """Makes a namespace, under Pod Security `restricted`, with all the Secrets of the profiles; and a caller's key."""
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": labels}})
+    cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}})
     certificate, key = new_pair("safelight")
     caller, entry = new_key("test", "studio", admin=False)
-    seals = tmp_path_factory.mktemp("keys") / "cache.keys"
+    seals = folder / "cache.keys"
     subprocess.run([ROOT / ".venv/bin/safelight", "keys", "cache", seals], check=True, stdout=subprocess.DEVNULL)
     cluster.apply(
-        secret("safelight-tls", NAMESPACE, "kubernetes.io/tls", tls_crt=certificate, tls_key=key, ca_crt=certificate),
-        secret("safelight-keys", NAMESPACE, keys_json=f'{{"keys": [{entry}]}}'.encode()),
-        secret("safelight-redis", NAMESPACE, url=redis.encode()),
-        secret("safelight-cache", NAMESPACE, cache_keys=seals.read_bytes()),
-        secret("safelight-test-key", NAMESPACE, key=caller.encode()),
+        secret("safelight-tls", namespace, "kubernetes.io/tls", tls_crt=certificate, tls_key=key, ca_crt=certificate),
+        secret("safelight-keys", namespace, keys_json=f'{{"keys": [{entry}]}}'.encode()),
+        secret("safelight-redis", namespace, url=redis.encode()),
+        secret("safelight-cache", namespace, cache_keys=seals.read_bytes()),
+        secret("safelight-test-key", namespace, key=caller.encode()),
     )
     return Access(certificate, caller)
+
+
+@pytest.fixture(scope="session")
+def access(cluster: Cluster, redis: str, tmp_path_factory: pytest.TempPathFactory) -> Access:
+    """The namespace of the release with its Secrets, and a caller's key."""
+    return prepare(cluster, NAMESPACE, redis, tmp_path_factory.mktemp("keys"))
 
 
 @pytest.fixture(scope="session")

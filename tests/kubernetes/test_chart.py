@@ -14,6 +14,7 @@ import yaml
 from tests.conftest import eventually
 from tests.kubernetes.cluster import NODES, Cluster
 from tests.kubernetes.conftest import CHART, NAMESPACE, ROOT, values
+from tests.kubernetes.keda import source
 from tests.kubernetes.load import SEEDS, Access, develop, under_load
 
 pytestmark = pytest.mark.timeout(900)
@@ -99,10 +100,15 @@ def test_the_api_server_accepts_every_profile(cluster, access, gateway, tmp_path
         "apply", "--server-side", "-f", crd["Dir"] + "/config/crd/standard/gateway.networking.k8s.io_grpcroutes.yaml"
     )
     cluster.kubectl("wait", "--for=condition=Established", "crd/grpcroutes.gateway.networking.k8s.io")
+    for definition in sorted((source() / "config" / "crd" / "bases").glob("*scaledobjects.yaml")):
+        cluster.kubectl("apply", "--server-side", "-f", str(definition))
+    cluster.kubectl("wait", "--for=condition=Established", "crd/scaledobjects.keda.sh")
     given = {"image": gateway}
     if profile == "triton-cpu":
         given["triton"] = {"image": gateway}
-    names = ("cpu", profile) if profile in ("critical", "spot") else (profile,)
+    if profile == "to-zero":
+        given["scaling"] = {"scaler": {"image": gateway}}
+    names = ("cpu", profile) if profile in ("critical", "spot", "to-zero") else (profile,)
     profiles = [argument for name in names for argument in ("--values", str(CHART / "profiles" / f"{name}.yaml"))]
     file = [*profiles, *values(tmp_path, **given)]
     rendered = cluster.helm("template", "other", str(CHART), "--namespace", NAMESPACE, *file)

@@ -20,14 +20,14 @@ READY_S = 60.0
 
 
 class PrometheusServer:
-    """Asks a Prometheus on a port of loopback.
+    """Asks a Prometheus on a port of this machine.
 
     Attributes:
         url: of its API.
     """
 
-    def __init__(self, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        self.url = f"http://{host}:{port}"
 
     def ready(self) -> bool:
         """Whether it answers queries."""
@@ -55,25 +55,25 @@ class PrometheusServer:
 
 
 @contextmanager
-def prometheus(folder: Path, config: str, *options: str) -> Iterator[PrometheusServer]:
+def prometheus(folder: Path, config: str, *options: str, host: str = "127.0.0.1") -> Iterator[PrometheusServer]:
     """Runs Prometheus with this configuration while the block runs; its data is in `folder`/data."""
     program = shutil.which("prometheus")
     assert program is not None, "no prometheus: tools/install-system-packages"
     (folder / "prometheus.yml").write_text(config)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with socket.create_server((host, 0)) as listening:
         port = listening.getsockname()[1]
     command = [
         program,
         f"--config.file={folder / 'prometheus.yml'}",
         f"--storage.tsdb.path={folder / 'data'}",
-        f"--web.listen-address=127.0.0.1:{port}",
+        f"--web.listen-address={host}:{port}",
         "--storage.tsdb.retention.time=10y",
         *options,
     ]
     with (folder / "prometheus.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        server, until = PrometheusServer(port), time.monotonic() + READY_S
+        server, until = PrometheusServer(port, host), time.monotonic() + READY_S
         while not server.ready():
             assert process.poll() is None and time.monotonic() < until, (folder / "prometheus.log").read_text()[-2000:]
             time.sleep(0.05)

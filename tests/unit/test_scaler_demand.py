@@ -28,6 +28,8 @@ POLICY = Policy(utilization=0.5, wait_s={"interactive": 5.0, "batch": 100.0}, mi
         (Demand(rate=1.0, forecast=4.0), 8, "forecast"),
         (Demand(forecast=0.2), 0, "idle"),
         (Demand(forecast=2.0), 4, "forecast"),
+        (Demand(held=3.0), 1, "held"),
+        (Demand(held=3.0, rate=2.0), 4, "arrivals"),
         (Demand(rate=1000.0), 50, "arrivals"),
     ],
 )

@@ -36,19 +36,24 @@ OPTIONS = [
 
 
 def make_server(
-    settings: Settings, limits: CallLimits, services: Mapping[str, Mapping[str, Handler]]
+    settings: Settings,
+    limits: CallLimits,
+    services: Mapping[str, Mapping[str, Handler]],
+    more_options: Sequence[tuple[str, int]] = (),
 ) -> grpc.aio.Server:
     """A gRPC server that is not started and has no address yet.
 
     Args:
         limits: wraps every call.
         services: the handlers, by full name of the service and name of the method.
+        more_options: of gRPC, beside `OPTIONS`.
     """
     largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four UTF-8 bytes a character
     options = [
         *OPTIONS,
         ("grpc.max_receive_message_length", largest),
         ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        *more_options,
     ]
     server = cast(grpc.aio.Server, _Server(options))
     for service, handlers in services.items():

@@ -268,7 +268,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
                 leased_runners.watch_service,
                 ownership.mirrors.sweep,
             ]
-        await ends.enter_async_context(_serving_metrics(metrics, settings))
+        await ends.enter_async_context(serving_metrics(metrics, settings))
         keyless = KeylessQuota(MAX_KEYLESS_STREAMS, settings.max_keyless_streams_per_address)
         call_limits = CallLimits(settings.request_wait_s, (HEALTH_SERVICE, *REFLECTION_SERVICES), keyless, metrics)
         listening = _listening(settings, certificate, service, http, call_limits, engine, generations, works)
@@ -455,7 +455,7 @@ def _certificate(settings: Settings) -> ServerCertificate | None:
 
 
 @contextlib.asynccontextmanager
-async def _serving_metrics(metrics: Metrics, settings: Settings) -> AsyncIterator[None]:
+async def serving_metrics(metrics: Metrics, settings: Settings) -> AsyncIterator[None]:
     """Serves Prometheus metrics on `metrics_host`; without it on loopback, or on `host` if `insecure` is set.
 
     There is neither TLS nor a check of keys.

@@ -41,6 +41,7 @@ from safelight_server.catalog.catalog import ManifestError
 from safelight_server.catalog.export import Accelerator, RepositoryError
 from safelight_server.catalog.export import Target as RepositoryTarget
 from safelight_server.cli import demo as demos
+from safelight_server.cli.activator import activator
 from safelight_server.cli.bills import BillsError, bills
 from safelight_server.cli.export import export
 from safelight_server.cli.fetch import FetchError, fetch
@@ -58,6 +59,7 @@ keys = typer.Typer(no_args_is_help=True, help="Make API keys for callers, and ke
 app.add_typer(keys, name="keys")
 caches = typer.Typer(no_args_is_help=True, help="The caches of a running server; needs an administrator's key.")
 app.add_typer(caches, name="cache")
+app.command()(activator)
 app.command()(bills)
 app.command()(fetch)
 app.command()(plan)

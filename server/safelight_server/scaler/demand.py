@@ -2,7 +2,7 @@
 
 Work is counted in seconds of compute: the time that one instance takes for it in
 full batches, so that a replica does `instances` such seconds in each second.
-Three needs are computed, and the largest counts:
+Four needs are computed, and the largest counts:
 
 - arrivals: the compute that is requested now may take at most `utilization` of the
   fleet;
@@ -11,7 +11,9 @@ Three needs are computed, and the largest counts:
   has such a span: how long its work may wait. If a queue is late, the work that arrives
   meanwhile is added;
 - forecast: the compute that will be requested when a replica that is started now is
-  ready.
+  ready;
+- held: one replica, if calls wait for the first one. What they request is known once the
+  replica has them.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class Demand:
         rate: seconds of compute that are requested per second, over the last minute.
         live_instances: live instances of all replicas.
         forecast: the highest forecast of `rate`; None: there is no forecast.
+        held: calls that the activator holds until there is a replica.
     """
 
     left_s: Mapping[str, float] = field(default_factory=dict)
@@ -41,11 +44,12 @@ class Demand:
     rate: float = 0.0
     live_instances: float = 0.0
     forecast: float | None = None
+    held: float = 0.0
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is requested and nothing is left to do."""
-        return self.rate <= 0 and not any(seconds > 0 for seconds in self.left_s.values())
+        """Whether nothing is requested, nothing is held and nothing is left to do."""
+        return self.rate <= 0 and self.held <= 0 and not any(seconds > 0 for seconds in self.left_s.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,7 @@ class Need:
 
     Attributes:
         replicas: within the policy's bounds.
-        because: the need that decided: `arrivals`, `queue`, `forecast` or `idle`.
+        because: the need that decided: `arrivals`, `queue`, `forecast`, `held` or `idle`.
         by: replicas that each need takes, not rounded.
     """
 
@@ -88,6 +92,7 @@ def needed(demand: Demand, policy: Policy) -> Need:
         "arrivals": demand.rate / policy.utilization / policy.instances,
         "queue": _queue(demand, policy) / policy.instances,
         "forecast": (demand.forecast or 0.0) / policy.utilization / policy.instances,
+        "held": float(demand.held > 0),
     }
     because = max(by, key=lambda name: by[name]) if not demand.is_idle or by["forecast"] >= 1 else "idle"
     wanted = 0 if because == "idle" else max(1, math.ceil(by[because] - 1e-9))

@@ -17,6 +17,7 @@ LEFT = "sum by (class) (safelight_left_compute_seconds{%s})"
 DUE = "sum by (within) (safelight_due_compute_seconds{%s})"
 RATE = "sum(rate(safelight_requested_compute_seconds_total{%s}[%s]))"
 LIVE = "sum(safelight_live_instances{%s})"
+HELD = "sum(safelight_held_calls{%s})"
 
 
 class PrometheusError(Exception):
@@ -48,11 +49,13 @@ class Prometheus:
         due = await self._by_label(DUE % selector, "within")
         rate = await self._by_label(RATE % (selector, "1m"), "")
         live = await self._by_label(LIVE % selector, "")
+        held = await self._by_label(HELD % selector, "")
         return Demand(
             left_s=left,
             due_s={float(within): seconds for within, seconds in due.items()},
             rate=rate.get("", 0.0),
             live_instances=live.get("", 0.0),
+            held=held.get("", 0.0),
         )
 
     async def history(self, selector: str, end: int) -> NDArray[np.float64]:

@@ -23,6 +23,9 @@
 - {name: SAFELIGHT_TLS_CERT_FILE, value: /etc/safelight/tls/tls.crt}
 - {name: SAFELIGHT_TLS_KEY_FILE, value: /etc/safelight/tls/tls.key}
 {{- end }}
+{{- if $v.tls.clientCaSecret }}
+- {name: SAFELIGHT_TLS_CLIENT_CA_FILE, value: {{ print "/etc/safelight/client-ca/" $v.tls.clientCaSecretKey | quote }}}
+{{- end }}
 {{- if $v.apiKeys.secret }}
 - {name: SAFELIGHT_API_KEY_FILE, value: {{ print "/etc/safelight/api-keys/" $v.apiKeys.key | quote }}}
 {{- end }}

@@ -48,7 +48,7 @@ seccompProfile: {type: RuntimeDefault}
 {{- if and $v.redis.url $v.redis.secret }}
 {{- fail "redis.url and redis.secret exclude each other" }}
 {{- end }}
-{{- if and (gt (int $v.replicas) 1) (not $v.redis.url) (not $v.redis.secret) }}
+{{- if and (not $v.scaling.enabled) (gt (int $v.replicas) 1) (not $v.redis.url) (not $v.redis.secret) }}
 {{- fail "replicas above 1 need redis.url or redis.secret: without Redis a stream can only be resumed at its own replica" }}
 {{- end }}
 {{- if and (eq $v.runtime "triton") (not $v.triton.image.digest) }}
@@ -57,7 +57,74 @@ seccompProfile: {type: RuntimeDefault}
 {{- if and $v.models.url (not $v.models.sha256sums) }}
 {{- fail "models.url needs models.sha256sums: no file is used whose digest is not given" }}
 {{- end }}
+{{- if and $v.tls.clientCaSecret (not $v.tls.secret) }}
+{{- fail "tls.clientCaSecret needs tls.secret" }}
+{{- end }}
+{{- with $v.scaling }}
+{{- if .enabled }}
+{{- if or (not .prometheus) (not .scaler.image.digest) (not $v.ports.metrics) }}
+{{- fail "scaling.enabled needs scaling.prometheus, scaling.scaler.image and ports.metrics" }}
+{{- end }}
+{{- if lt (int .maxReplicas) (int .minReplicas) }}
+{{- fail "scaling.maxReplicas must be at least scaling.minReplicas" }}
+{{- end }}
+{{- if and (gt (int .maxReplicas) 1) (not $v.redis.url) (not $v.redis.secret) }}
+{{- fail "scaling.maxReplicas above 1 needs redis.url or redis.secret: without Redis a stream can only be resumed at its own replica" }}
+{{- end }}
+{{- if and (eq (int .minReplicas) 0) $v.tls.clientCaSecret }}
+{{- fail "scaling.minReplicas: 0 and tls.clientCaSecret exclude each other: the activator has no certificate of the caller" }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- if and $v.route.enabled (not $v.route.parentRefs) }}
 {{- fail "route.enabled needs route.parentRefs" }}
 {{- end }}
+{{- end }}
+
+{{/* The label of the pods that the service sends calls to, where the activator is one of them. */}}
+{{- define "safelight.entry" -}}
+safelight/entry: {{ include "safelight.name" . }}
+{{- end }}
+
+{{/* Labels of what runs beside the replicas and is none: given (list . "scaler"). */}}
+{{- define "safelight.besideSelector" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: {{ $root.Chart.Name }}-{{ index . 1 }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+{{- end }}
+
+{{- define "safelight.besideLabels" -}}
+{{- $root := index . 0 -}}
+{{ include "safelight.besideSelector" . }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
+{{- end }}
+
+{{/* Of its pods: no token, no rights, on different nodes. They need no GPU, so the replicas' nodeSelector is not theirs. */}}
+{{- define "safelight.besidePod" -}}
+{{- $root := index . 0 -}}
+{{- $v := $root.Values -}}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext: {{- include "safelight.podSecurity" $root | nindent 2 }}
+{{- with $v.image.pullSecrets }}
+imagePullSecrets: {{- range . }}
+  - name: {{ . }}{{ end }}
+{{- end }}
+{{- with $v.scaling.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+topologySpreadConstraints:
+  - topologyKey: kubernetes.io/hostname
+    maxSkew: 1
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels: {{- include "safelight.besideSelector" . | nindent 8 }}
+{{- end }}
+
+{{/* The port of a URL. */}}
+{{- define "safelight.portOf" -}}
+{{- $host := (urlParse .).host -}}
+{{- if regexMatch ":[0-9]+$" $host }}{{ regexFind "[0-9]+$" $host }}{{ else if hasPrefix "https:" . }}443{{ else }}80{{ end }}
 {{- end }}
