@@ -12,7 +12,7 @@ import typer
 
 from safelight_server import settings as settings_module
 from safelight_server.export import plan
-from safelight_server.export.plan import MAX_ROWS, ExportOptions, ExportPlan
+from safelight_server.export.plan import MAX_ROWS, ExportFormat, ExportOptions, ExportPlan
 from safelight_server.export.source import ExportError
 from safelight_server.settings import Settings
 
@@ -40,6 +40,10 @@ def export(
     config: Annotated[
         Path | None, typer.Option(help="For a checkpoint in one file: a diffusers folder of the same architecture.")
     ] = None,
+    format: Annotated[
+        ExportFormat,
+        typer.Option(help="Files to write: onnx (also for Triton), torch (for runtime torch), or both."),
+    ] = ExportFormat.ONNX,
     version: Annotated[int, typer.Option(min=1, help="Triton's version folder of the components.")] = 1,
     replace: Annotated[bool, typer.Option("--replace", help="Remove all other revisions of the model.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, in seconds.")] = False,
@@ -60,6 +64,7 @@ def export(
         variant=variant,
         sampler=sampler,
         config=config,
+        format=format,
     )
     made = plan.make(folder, options)
     for line in _summary(made):

@@ -367,7 +367,8 @@ class Owners:
             await self._close(own, self._settling(own, self._context.kept_s, retryable=lost))
             return
         self._own[generation.identifier] = own
-        generation.adopt(self.journal(generation, own, written), self._planner.numerics_id(generation))
+        journal, planner = self.journal(generation, own, written), self._planner
+        generation.adopt(journal, planner.numerics_id(generation), planner.batch_tolerance(generation))
 
     def _watch_end(self, task: asyncio.Task[None]) -> None:
         self._ending.add(task)
