@@ -1,4 +1,7 @@
-"""Small pipelines of Stable Diffusion and SDXL on the torch runtime, through gRPC, beside diffusers and ONNX Runtime."""
+"""Small pipelines of Stable Diffusion and SDXL on the torch runtime, through gRPC, beside diffusers.
+
+test_models_page.py has ONNX Runtime and torch side by side, on one export.
+"""
 
 from __future__ import annotations
 
@@ -42,16 +45,16 @@ NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 @dataclass(frozen=True)
 class Exported:
-    """A pipeline of diffusers with the weights as they are exported, and its folder of models, in both formats."""
+    """A pipeline of diffusers with the weights as they are exported, and its folder of models, for torch alone."""
 
     pipeline: Any
     models: Path
 
 
-def made(kind: str, place: Path, formats: ExportFormat) -> Exported:
+def made(kind: str, place: Path) -> Exported:
     pipeline = folders.pipeline() if kind == "sd15" else folders.sdxl_pipeline(latent=(12, 8))
     pipeline.save_pretrained(place / "folder")
-    options = ExportOptions("tiny", licence="CC0-1.0", sizes=SIZES, format=formats, sampler="euler")
+    options = ExportOptions("tiny", licence="CC0-1.0", sizes=SIZES, format=ExportFormat.TORCH, sampler="euler")
     export(place / "folder", place / "models", options)
     for name in NETWORKS:
         if hasattr(pipeline, name):
@@ -64,32 +67,32 @@ def made(kind: str, place: Path, formats: ExportFormat) -> Exported:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """Like Stable Diffusion 1.5, in both formats."""
+    """Like Stable Diffusion 1.5."""
     torch.set_num_threads(1)
-    return made("sd15", tmp_path_factory.mktemp("sd15"), ExportFormat.BOTH)
+    return made("sd15", tmp_path_factory.mktemp("sd15"))
 
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """Like SDXL, for torch alone."""
+    """Like SDXL."""
     torch.set_num_threads(1)
-    return made("sdxl", tmp_path_factory.mktemp("sdxl"), ExportFormat.TORCH)
+    return made("sdxl", tmp_path_factory.mktemp("sdxl"))
 
 
-def served(exported: Exported, runtime: str, **settings: Any) -> Any:
-    given = {"port": 0, "models_dir": exported.models, "num_instances": 2, "log_level": "error"}
-    return serving(load(**given | {"runtime": runtime} | settings))
+def served(exported: Exported, **settings: Any) -> Any:
+    given = {"port": 0, "models_dir": exported.models, "runtime": "torch", "num_instances": 2, "log_level": "error"}
+    return serving(load(**given | settings))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def running(exported: Exported) -> AsyncIterator[Running]:
-    async with served(exported, "torch") as running:
+    async with served(exported) as running:
         yield running
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def running_sdxl(sdxl: Exported) -> AsyncIterator[Running]:
-    async with served(sdxl, "torch") as running:
+    async with served(sdxl) as running:
         yield running
 
 
@@ -106,17 +109,13 @@ def theirs(pipeline: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-async def test_a_picture_is_that_of_diffusers_and_of_onnx_runtime(exported, running, size):
+async def test_a_picture_is_that_of_diffusers(exported, running, size):
     wanted = {"width": size[0], "height": size[1]}
     async with Client(running.address) as client:
         ours = await picture(client, **wanted)
         [model] = await client.models()
     assert (model.runtime, model.name) == ("torch", "models/tiny")
     assert np.abs(ours - theirs(exported.pipeline, size)).max() <= 1
-    async with served(exported, "onnx") as other, Client(other.address) as client:
-        assert np.abs(ours - await picture(client, **wanted)).max() <= 1
-        [onnx] = await client.models()
-    assert onnx.numerics_id != model.numerics_id
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -268,7 +267,7 @@ def test_a_model_for_torch_alone_has_no_onnx_files(sdxl):
 )
 async def test_a_device_that_is_not_there_is_named(exported, device, named):
     with pytest.raises(StartError, match=f"torch_device: .*{named}"):
-        async with served(exported, "torch", torch_device=device):
+        async with served(exported, torch_device=device):
             pass
 
 
@@ -287,7 +286,7 @@ def test_files_that_are_not_those_of_the_manifest_are_refused(exported, tmp_path
 
 async def test_half_precision_is_near_and_has_another_name(exported):
     """bfloat16, which CPUs have."""
-    async with served(exported, "torch", torch_dtype="bfloat16") as running, Client(running.address) as client:
+    async with served(exported, torch_dtype="bfloat16") as running, Client(running.address) as client:
         ours = await picture(client, width=SIZES[0][0], height=SIZES[0][1])
         [model] = await client.models()
     assert "-bfloat16-within:0.05-" in model.numerics_id

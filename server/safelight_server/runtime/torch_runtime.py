@@ -354,7 +354,7 @@ def _on_gpu(instance: _Instance, network: _Network, inputs: Inputs) -> dict[str,
 
 def _array(rows: Array | StableRows) -> Array:
     array = rows.array() if isinstance(rows, StableRows) else rows
-    return array if array.flags.writeable and array.flags.c_contiguous else np.array(array)
+    return array if array.flags.writeable and array.flags.c_contiguous else array.copy()
 
 
 def _cast(network: _Network, name: str, given: Tensor) -> Tensor:
