@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.util
 import sys
 from pathlib import Path
@@ -10,15 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-FILE = Path(__file__).parents[2] / "deploy" / "gpu" / "check"
+FILE = Path(__file__).parents[2] / "deploy" / "gpu" / "check.py"
 
 
 @pytest.fixture(scope="module")
 def check():
-    loader = importlib.machinery.SourceFileLoader("gpu_check", str(FILE))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu_check", loader))
-    sys.modules["gpu_check"] = module
-    loader.exec_module(module)
+    spec = importlib.util.spec_from_file_location("gpu_check", FILE)
+    module = sys.modules["gpu_check"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     yield module
     del sys.modules["gpu_check"]
 
