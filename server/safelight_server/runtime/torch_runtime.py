@@ -254,7 +254,7 @@ def _devices(named: str) -> list[torch.device]:
     """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if named == "auto":
-        return [torch.device("cuda", index) for index in range(num_gpus)] or [torch.device("cpu")]
+        named = ",".join(f"cuda:{index}" for index in range(num_gpus)) or "cpu"
     found = []
     for name in filter(None, (part.strip() for part in named.split(","))):
         try:
