@@ -257,4 +257,4 @@ def test_a_signal_ends_a_start_that_takes_long():
         process.terminate()
         said = process.stderr.read()
         assert process.wait() == 2
-    assert said.strip() == "safelight: a signal has ended it before it had started"
+    assert said.strip() == "safelight: a signal came before the server had started"
