@@ -73,7 +73,7 @@ def test_a_setting_that_is_gone_is_refused_and_says_what_to_use(monkeypatch):
 
 def test_a_default_model_that_is_not_there_is_refused_by_the_simulated_runtime_too():
     assert build_runtime(load(runtime="simulated", default_model="simulated"))
-    with pytest.raises(ManifestError, match="the default model 'icons' is not there"):
+    with pytest.raises(ManifestError, match="there is no 'icons'"):
         build_runtime(load(runtime="simulated", default_model="icons"))
 
 
