@@ -6,9 +6,10 @@ tested. Run it on a GPU of the kind that will serve, with the TensorRT version
 of Triton's container (`pip install 'safelight-server[tensorrt]'`): a plan fits
 no other.
 
-For each model whose backend is "tensorrt": float16 kernels are allowed, inputs
-and outputs stay as the configuration says, one optimization profile covers
-every batch size, and timings are kept in REPOSITORY/../timings.cache so that a
+For each model whose backend is "tensorrt": float16 kernels are allowed
+(but for an autoencoder that overflows them), inputs
+and outputs stay as the configuration says, each size of
+pictures has an optimization profile for every batch size, and timings are kept in REPOSITORY/../timings.cache so that a
 second build is quick and chooses the same kernels.
 """
 
@@ -75,14 +76,15 @@ def build(config: ModelConfig, source: Path, plan: Path, timings: Path) -> None:
         raise RepositoryError(f"{source}: {faults}")
     options = builder.create_builder_config()
     options.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, export.WORKSPACE_BYTES)
-    options.set_flag(trt.BuilderFlag.FP16)
+    if config.parameters[export.PRECISION].string_value != "FP32":
+        options.set_flag(trt.BuilderFlag.FP16)
     cache = options.create_timing_cache(timings.read_bytes() if timings.exists() else b"")
     options.set_timing_cache(cache, ignore_mismatch=False)
-    chosen = builder.create_optimization_profile()
-    ends = export.profile(config)
-    for name, smallest in ends["min"].items():
-        chosen.set_shape(name, smallest, ends["opt"][name], ends["max"][name])
-    options.add_optimization_profile(chosen)
+    for ends in export.profiles(config):
+        chosen = builder.create_optimization_profile()
+        for name, smallest in ends["min"].items():
+            chosen.set_shape(name, smallest, ends["opt"][name], ends["max"][name])
+        options.add_optimization_profile(chosen)
     engine = builder.build_serialized_network(network, options)
     if engine is None:
         raise RepositoryError(f"{source}: TensorRT built no engine; its log says why")

@@ -76,8 +76,24 @@ class Settings(BaseSettings):
     require_all_models: bool = Field(
         False, description="Do not start if a model cannot be served. False: leave it out, log why, serve the others."
     )
-    runtime: Literal["onnx", "triton", "simulated"] = Field("onnx", description="What executes the models.")
-    num_instances: int = Field(0, ge=0, le=256, description="Calls that run at once. 0: one for each core.")
+    runtime: Literal["onnx", "torch", "triton", "simulated"] = Field("onnx", description="What executes the models.")
+    num_instances: int = Field(
+        0, ge=0, le=256, description="Calls that run at once. 0: one for each core, or (torch) for each GPU."
+    )
+    torch_device: str = Field(
+        "auto", description="Torch: auto (all GPUs, or else the CPU), cpu, or GPUs separated by commas: cuda:0,cuda:1."
+    )
+    torch_dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="Torch: of weights and arithmetic."
+    )
+    torch_batch_tolerance: float | None = Field(
+        None,
+        ge=0,
+        le=0.1,
+        description="Torch: how far a row may be from what it is alone, by its batch, relative to the largest value of "
+        "a network's result. 0: bit-equal, which mostly means batches of one. None: 1e-5 with float32, 0.01 with "
+        "float16, 0.05 with bfloat16.",
+    )
     simulated_base_ms: float = Field(20.0, ge=0, allow_inf_nan=False, description="Simulated: cost of a denoiser call.")
     simulated_row_ms: float = Field(
         1.0, ge=0, allow_inf_nan=False, description="Simulated: added cost of each batch row."

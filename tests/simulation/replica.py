@@ -146,6 +146,9 @@ class ModelRuntime:
     def numerics_id(self, model: str) -> str:
         return "simulated"
 
+    def batch_tolerance(self, model: str) -> float:
+        return 0.0
+
 
 class CountingRecorder(ExecutionObserver):
     """Keeps checkpoints, as the cache does."""

@@ -54,7 +54,8 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
     said = {}
     for _, verb, *arguments in COMMANDS:
         if verb == "export":
-            more = () if "--dry-run" in arguments else ("--sizes", ",".join(f"{w}x{h}" for w, h in SIZES))
+            sizes = ",".join(f"{w}x{h}" for w, h in SIZES)
+            more = () if "--dry-run" in arguments else ("--sizes", sizes, "--format", "both")
             licence = () if "--licence" in arguments else ("--licence", "CC0-1.0")
             said[" ".join(arguments)] = safelight(place, verb, *arguments, *more, *licence)
     assert sum("--dry-run" in line for line in said) == 3
@@ -106,3 +107,19 @@ async def test_pictures_of_each_size_are_those_of_diffusers(
         ours = await client.generate(PROMPT, seed=SEED, width=width, height=height, steps=STEPS).image()
     assert ours.size == theirs.size == size
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+
+
+async def test_the_torch_runtime_draws_the_pictures_of_onnx_runtime(walked: tuple[Path, str], address: str) -> None:
+    async def pictures(at: str) -> tuple[list[np.ndarray], str]:
+        async with Client(at) as client:
+            asked = [client.generate(PROMPT, seed=SEED, width=w, height=h, steps=STEPS) for w, h in SIZES]
+            images = [np.asarray(await one.image(), int) for one in asked]
+            return images, (await client.models())[0].numerics_id
+
+    ours, name = await pictures(address)
+    settings = load(port=free_port(), models_dir=walked[0] / "served", runtime="torch", num_instances=1)
+    async with serving(settings) as running:
+        theirs, other = await pictures(running.address)
+    for one, two in zip(ours, theirs, strict=True):
+        assert np.abs(one - two).max() <= 1
+    assert name != other

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -179,3 +181,55 @@ def test_the_plan_builder_finds_what_it_has_to_build(tmp_path):
     config, folder = found[0]
     with pytest.raises(RepositoryError, match="tensorrt"):
         builder.build(config, folder / "model.onnx", folder / "model.plan", tmp_path / "timings")
+
+
+@pytest.fixture
+def several_sizes(tmp_path) -> Path:
+    """A folder of models like one of SDXL's with two sizes: configurations and a manifest, without networks."""
+    for name in NAMES:
+        text = (SOURCE / name / "config.pbtxt").read_text()
+        text = re.sub(r"dims: \[32, 8, 8\]", "dims: [32, -1, -1]", text)
+        text = re.sub(r"dims: \[3, 128, 128\]", "dims: [3, -1, -1]", text)
+        (tmp_path / "models" / "repository" / name).mkdir(parents=True)
+        (tmp_path / "models" / "repository" / name / "config.pbtxt").write_text(text)
+    [path] = MODELS.glob("pipelines/icons/*/pipeline.json")
+    manifest = json.loads(path.read_text())
+    manifest["sizes"] = [{"width_px": 128, "height_px": 128}, {"width_px": 192, "height_px": 64}]
+    manifest["family"] = "stable-diffusion-xl"
+    place = tmp_path / "models" / "pipelines" / "icons" / path.parent.name
+    place.mkdir(parents=True)
+    (place / "pipeline.json").write_text(json.dumps(manifest))
+    return tmp_path / "models" / "repository"
+
+
+def test_a_plan_has_a_profile_for_each_size(several_sizes, tmp_path):
+    export.write(several_sizes, tmp_path / "gpu", Target.GPU, 2, Accelerator.PLAN)
+    configs = written(tmp_path / "gpu")
+    denoiser = configs["icons_denoiser"]
+    assert [list(group.profile) for group in denoiser.instance_group] == [["0", "1"]] * 2
+    small, wide = export.profiles(denoiser)
+    assert small["max"] == {"sample": (64, 32, 8, 8), "timestep": (64,), "encoder_hidden_states": (64, 32, 128)}
+    assert (wide["min"]["sample"], wide["opt"]["sample"]) == ((1, 32, 4, 12), (16, 32, 4, 12))
+    assert not configs["icons_text_encoder"].instance_group[0].profile
+    assert len({sample.name for sample in denoiser.model_warmup}) == len(denoiser.model_warmup)
+
+
+def test_in_the_onnxruntime_backend_one_profile_covers_all_sizes(several_sizes, tmp_path):
+    export.write(several_sizes, tmp_path / "gpu", Target.GPU)
+    config = written(tmp_path / "gpu")["icons_denoiser"]
+    (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
+    for end, shape in (("min", "1x32x4x8"), ("opt", "16x32x8x8"), ("max", "64x32x8x12")):
+        assert accelerator.parameters[f"trt_profile_{end}_shapes"].startswith(f"sample:{shape},timestep:")
+
+
+@pytest.mark.parametrize("accelerator", [Accelerator.TENSORRT, Accelerator.PLAN])
+def test_an_autoencoder_that_overflows_float16_stays_float32(several_sizes, tmp_path, accelerator):
+    export.write(several_sizes, tmp_path / "gpu", Target.GPU, 1, accelerator)
+    precisions = {}
+    for name, config in written(tmp_path / "gpu").items():
+        given = config.parameters[export.PRECISION].string_value
+        for made in config.optimization.execution_accelerators.gpu_execution_accelerator:
+            given = made.parameters["precision_mode"]
+        precisions[name.removeprefix("icons_")] = given
+    assert precisions == {role: "FP32" if role in ("decoder", "encoder") else "FP16" for role in precisions}
+    assert len(precisions) == len(NAMES)

@@ -196,7 +196,7 @@ def test_the_encoding_is_canonical_json_and_does_not_change_unseen():
         b'"init_image":"","mask":"","negative_token_ids":[1,5,2,0],"num_inference_steps":20,'
         b'"sampler":["ddim","trailing","default",0.25],"strength":1,"width_px":64},"tokens":[1,4,6,2],"version":3}'
     )
-    assert json.loads(embedding("e", (1, 2))) == {"encoder": "e", "tokens": [1, 2], "version": 3}
+    assert json.loads(embedding("e", "n", (1, 2))) == {"encoder": "e", "numerics": "n", "tokens": [1, 2], "version": 3}
 
 
 @given(a=st.text(), b=st.text(), content=st.binary(max_size=50))

@@ -85,6 +85,7 @@ class Replica:
         self.context = ClusterContext(coordinator, self.sealer, KEYS, self.tiers, Mock(), Mock(), TTL_S, 60.0, 60.0)
         planner = Mock(keep_starts=AsyncMock(return_value=True))
         planner.start_keys.return_value, planner.numerics_id.return_value, planner.digest.return_value = (), "", ""
+        planner.batch_tolerance.return_value = 0.0
         self.owners = Owners(self.context, self.host, planner, "me")
 
     def own(self, generation: Generation) -> OwnedGeneration:

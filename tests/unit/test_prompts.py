@@ -29,7 +29,7 @@ def cached(tmp_path):
     tiers = Tiers([Tier(MemoryStore(1 << 20))], Sealer(keyring), Numbers().metrics)
     inputs = STABLE_DIFFUSION_INPUTS | {"text_embeds": "encoder:pooled_output"}
     pipelines = small_pipeline(tmp_path), small_pipeline(tmp_path, inputs=inputs)
-    return Prompts(tiers, encode, 60.0), Namespaces(keyring, {}).of("ann"), *pipelines
+    return Prompts(tiers, encode, lambda _: "n", 60.0), Namespaces(keyring, {}).of("ann"), *pipelines
 
 
 async def encode(*_):
@@ -52,3 +52,11 @@ async def test_an_embedding_that_lacks_an_output_is_a_miss(cached):
     assert await prompts.known(namespace, both, TOKENS) is None
     found = await prompts.known(namespace, plain, TOKENS)
     assert found is not None and np.array_equal(found["last_hidden_state"], HIDDEN)
+
+
+async def test_an_embedding_of_other_numerics_is_not_found(cached):
+    """A runtime of other bits would put them into pictures that promise those of this one."""
+    prompts, namespace, plain, _ = cached
+    assert await prompts.keep(namespace, plain, TOKENS, {"last_hidden_state": HIDDEN}, OWNER)
+    others = Prompts(prompts._tiers, encode, lambda _: "other", 60.0)
+    assert await others.known(namespace, plain, TOKENS) is None

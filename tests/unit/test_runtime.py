@@ -9,14 +9,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safelight_server.app.server import build_runtime
 from safelight_server.catalog import catalog
 from safelight_server.catalog.manifest import STABLE_DIFFUSION_INPUTS
 from safelight_server.catalog.tokenizer import Tokenizer, TokenizerPair
 from safelight_server.domain.component import Component
-from safelight_server.runtime import onnx, verification
+from safelight_server.runtime import cores, onnx, verification
 from safelight_server.runtime.base import CostCurve, RuntimeFailure, RuntimeStartError
 from safelight_server.runtime.onnx import OnnxRuntime
 from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
+from safelight_server.runtime.torch_options import TorchOptions
+from safelight_server.settings import load
 
 MODELS = Path(__file__).parent.parent.parent / "models"
 
@@ -118,10 +121,10 @@ def test_a_model_that_takes_no_batches_is_refused(tmp_path):
         catalog.load(tmp_path / "models")
 
 
-@pytest.mark.parametrize(("text", "cores"), [("max 100000\n", None), ("50000 100000\n", 1), ("100000 100000\n", 1)])
-def test_instances_respect_the_quota_of_the_container(tmp_path, text, cores):
+@pytest.mark.parametrize(("text", "number"), [("max 100000\n", None), ("50000 100000\n", 1), ("100000 100000\n", 1)])
+def test_instances_respect_the_quota_of_the_container(tmp_path, text, number):
     (tmp_path / "cpu.max").write_text(text)
-    assert onnx._num_cores(tmp_path / "cpu.max") == (cores or onnx._num_cores(tmp_path / "none"))
+    assert cores.num_cores(tmp_path / "cpu.max") == (number or cores.num_cores(tmp_path / "none"))
 
 
 def test_batches_are_verified_up_to_the_bound_of_the_model():
@@ -254,3 +257,60 @@ async def test_a_model_with_an_open_dimension_is_refused_by_its_name(icons, monk
     with pytest.raises(RuntimeStartError, match="sample has an open dimension"):
         await runtime.start()
     await runtime.close()
+
+
+async def noisy_by_rows(inputs):
+    """As torch computes: what a row gives depends on its batch, by 1e-6 of the largest value."""
+    rows = len(inputs["latent"])
+    return {"image": 2 * inputs["latent"] * np.float32(1 + (rows > 1) * 1e-6)}
+
+
+@pytest.mark.parametrize(("tolerance", "offered"), [(0.0, (1,)), (1e-7, (1,)), (1e-5, (1, 2, 4, 8))])
+async def test_batches_are_offered_that_are_within_the_tolerance_of_single_rows(tolerance, offered):
+    specs = [verification.InputSpec("latent", (4,))]
+    curve = await verification.warm_up_sizes(noisy_by_rows, [specs], 8, tolerance)
+    assert curve is not None and curve.rows == offered
+
+
+async def test_a_row_alone_must_give_the_same_bits_again_whatever_the_tolerance():
+    calls = iter(range(100))
+
+    async def drifts(inputs):
+        return {"image": inputs["latent"] * np.float32(1 + 1e-6 * next(calls))}
+
+    assert await verification.warm_up(drifts, [verification.InputSpec("latent", (4,))], 8, 0.1) is None
+
+
+async def test_a_batch_that_is_no_number_is_within_no_tolerance():
+    async def call(inputs):
+        return {"image": inputs["latent"] * np.float32(1 if len(inputs["latent"]) == 1 else np.nan)}
+
+    curve = await verification.warm_up(call, [verification.InputSpec("latent", (4,))], 8, 0.1)
+    assert curve is not None and curve.rows == (1,)
+
+
+def test_the_name_of_torchs_numerics_tells_all_that_decides_bits():
+    names = [
+        TorchOptions(batch_tolerance=tolerance, dtype=dtype).numerics_id(version, device)
+        for tolerance in (0.0, 1e-5, 2e-5)
+        for dtype in ("float32", "bfloat16")
+        for version in ("2.13.0", "2.14.0")
+        for device in ("cpu-avx2", "cpu-avx512f")
+    ]
+    assert len(set(names)) == len(names)
+    assert "-exact-" in names[0]
+    assert [TorchOptions(dtype=dtype).tolerance for dtype in ("float32", "float16", "bfloat16")] == [1e-5, 0.01, 0.05]
+
+
+def test_a_model_without_files_for_torch_is_left_out_with_the_reason():
+    reason = "exported without files for the torch runtime: export it with --format torch or both"
+    with pytest.raises(catalog.ManifestError, match=reason):
+        catalog.load(MODELS, weights="torch")
+
+
+def test_torch_that_is_not_installed_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("torch", "diffusers") else object())
+    with pytest.raises(
+        RuntimeStartError, match=r"^torch, diffusers not installed: pip install 'safelight-server\[torch\]'"
+    ):
+        build_runtime(load(runtime="torch", models_dir=MODELS))

@@ -1045,7 +1045,7 @@ func (x *GenerateResponse) GetEvent() *GenerationEvent {
 }
 
 // What to develop. Equal specs with equal seeds give equal pixels wherever
-// `numerics_id` agrees.
+// `numerics_id` agrees, to the rounding that `Accepted.batch_tolerance` says.
 type GenerationSpec struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The model's resource name, "models/{model}". Empty: the server's default.
@@ -2189,7 +2189,8 @@ func (*GenerationEvent_Finished) isGenerationEvent_Event() {}
 type Accepted struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The spec with all defaults filled in and all seeds chosen: sent again it
-	// gives the same pixels wherever `numerics_id` agrees.
+	// gives the same pixels wherever `numerics_id` agrees, to the rounding that
+	// `batch_tolerance` says.
 	Spec *GenerationSpec `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"`
 	// Revision of the model.
 	ModelRevision string `protobuf:"bytes,2,opt,name=model_revision,json=modelRevision,proto3" json:"model_revision,omitempty"`
@@ -2205,9 +2206,15 @@ type Accepted struct {
 	// What the caller should know, such as a prompt cut to the model's context.
 	Warnings []*Warning `protobuf:"bytes,7,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	// What is promised.
-	Durability    Accepted_Durability `protobuf:"varint,8,opt,name=durability,proto3,enum=safelight.v1.Accepted_Durability" json:"durability,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Durability Accepted_Durability `protobuf:"varint,8,opt,name=durability,proto3,enum=safelight.v1.Accepted_Durability" json:"durability,omitempty"`
+	// How far a row of a batch may be from what it is alone, relative to the
+	// largest value that a network gives. 0: its bits are the same, so that a
+	// spec gives the same bytes again. Above 0 (runtime "torch"): pictures of a
+	// spec look the same, and differ by the rounding of a byte where they shared
+	// other batches. It is a part of `numerics_id`.
+	BatchTolerance float32 `protobuf:"fixed32,9,opt,name=batch_tolerance,json=batchTolerance,proto3" json:"batch_tolerance,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Accepted) Reset() {
@@ -2294,6 +2301,13 @@ func (x *Accepted) GetDurability() Accepted_Durability {
 		return x.Durability
 	}
 	return Accepted_DURABILITY_UNSPECIFIED
+}
+
+func (x *Accepted) GetBatchTolerance() float32 {
+	if x != nil {
+		return x.BatchTolerance
+	}
+	return 0
 }
 
 // Something the caller should know that did not stop the request.
@@ -4102,7 +4116,7 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x0foutput_finished\x18\t \x01(\v2\x1c.safelight.v1.OutputFinishedH\x00R\x0eoutputFinished\x124\n" +
 	"\bfinished\x18\n" +
 	" \x01(\v2\x16.safelight.v1.FinishedH\x00R\bfinishedB\a\n" +
-	"\x05event\"\xf3\x03\n" +
+	"\x05event\"\x9c\x04\n" +
 	"\bAccepted\x120\n" +
 	"\x04spec\x18\x01 \x01(\v2\x1c.safelight.v1.GenerationSpecR\x04spec\x12%\n" +
 	"\x0emodel_revision\x18\x02 \x01(\tR\rmodelRevision\x12\x1f\n" +
@@ -4114,7 +4128,8 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\bwarnings\x18\a \x03(\v2\x15.safelight.v1.WarningR\bwarnings\x12A\n" +
 	"\n" +
 	"durability\x18\b \x01(\x0e2!.safelight.v1.Accepted.DurabilityR\n" +
-	"durability\"Y\n" +
+	"durability\x12'\n" +
+	"\x0fbatch_tolerance\x18\t \x01(\x02R\x0ebatchTolerance\"Y\n" +
 	"\n" +
 	"Durability\x12\x1a\n" +
 	"\x16DURABILITY_UNSPECIFIED\x10\x00\x12\x14\n" +

@@ -367,7 +367,7 @@ type Model struct {
 	Description string `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
 	// SPDX identifier of the weights' licence.
 	License string `protobuf:"bytes,4,opt,name=license,proto3" json:"license,omitempty"`
-	// What executes it: "onnx", "simulated" (no real pictures), …
+	// What executes it: "onnx", "torch", "simulated" (no real pictures), …
 	Runtime string `protobuf:"bytes,5,opt,name=runtime,proto3" json:"runtime,omitempty"`
 	// See `Accepted.numerics_id`.
 	NumericsId string `protobuf:"bytes,6,opt,name=numerics_id,json=numericsId,proto3" json:"numerics_id,omitempty"`

@@ -49,10 +49,12 @@ class Accepted:
     Attributes:
         generation: its name, "generations/ID", for `Client.watch` and `Client.cancel`.
         seeds: one for each output, also if the request left the choice to the server.
-        numerics_id: equal specs and seeds give equal pixels on servers with equal ids.
+        numerics_id: equal specs and seeds give equal pixels on servers with equal ids, to `batch_tolerance`.
         durable: whether another replica continues the generation if the server dies.
         warnings: reason -> text, of faults that did not stop the request.
         width_px, height_px: the size of its pictures; previews may be smaller.
+        batch_tolerance: 0: a seed gives the same bytes again. Above 0: pictures of a seed differ by rounding, by the
+            rows that shared their batches; relative to the largest value that a network gives.
     """
 
     generation: str
@@ -62,6 +64,7 @@ class Accepted:
     warnings: dict[str, str]
     width_px: int
     height_px: int
+    batch_tolerance: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,8 @@ class Received:
         self.bottom_up = _is_bottom_up(accepted.encoding)
         warnings = {warning.reason: warning.message for warning in accepted.warnings}
         size = accepted.spec.width_px, accepted.spec.height_px
-        return Accepted(self.name, self.seeds, accepted.numerics_id, self.durable, warnings, *size)
+        name, tolerance = self.name, accepted.batch_tolerance
+        return Accepted(name, self.seeds, accepted.numerics_id, self.durable, warnings, *size, tolerance)
 
     def _preview(self, seen: pb.Preview) -> Preview:
         accept = self.preview.accept if self.preview is not None else ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import importlib.util
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -68,6 +69,7 @@ from safelight_server.quotas.limits import watch
 from safelight_server.quotas.quotas import Quotas
 from safelight_server.runtime.base import Runtime, RuntimeStartError
 from safelight_server.runtime.simulated import SimulatedRuntime, simulated_pipeline
+from safelight_server.runtime.torch_options import TorchOptions
 from safelight_server.runtime.triton import TritonOptions, TritonRuntime
 from safelight_server.scheduler import Priority
 from safelight_server.settings import Settings, is_loopback
@@ -92,6 +94,8 @@ the second times the running outputs. No output is preempted beyond it (decision
 burst of a higher class would have to wait; each parked output costs the memory of its latents."""
 MAX_KEYLESS_STREAMS = 1024
 """Bound on the open streams of health and reflection, which need no key: 20 MB, and far more than tools open."""
+TORCH = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
+"""What the extra `torch` installs and the runtime of that name imports."""
 INDEXED_ITEMS = 10_000
 """Per namespace: outputs whose latents others may start from, and newest pictures that are scanned for similar ones.
 The time of a scan grows with it; decision record 0014 has figures."""
@@ -134,13 +138,25 @@ class Running:
 
 
 def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
-    """Loads the catalog of models and builds the runtime that executes them: ONNX, Triton or simulated."""
+    """Loads the catalog of models and builds the runtime that executes them.
+
+    Raises:
+        ManifestError: a model's files are missing or malformed.
+        RuntimeStartError: what the runtime needs is not installed, or not on this machine.
+    """
     if settings.runtime == "simulated":
         runtime = SimulatedRuntime(
             max(1, settings.num_instances), settings.simulated_base_ms / 1e3, settings.simulated_row_ms / 1e3
         )
         return Catalog([simulated_pipeline()], settings.default_model), runtime
-    catalog = catalogs.load(settings.models_dir, settings.default_model, require_all=settings.require_all_models)
+    if settings.runtime == "torch" and (lacking := [name for name in TORCH if importlib.util.find_spec(name) is None]):
+        raise RuntimeStartError(f"{', '.join(lacking)} not installed: pip install 'safelight-server[torch]'")
+    catalog = catalogs.load(
+        settings.models_dir,
+        settings.default_model,
+        require_all=settings.require_all_models,
+        weights="torch" if settings.runtime == "torch" else "onnx",
+    )
     if settings.runtime == "triton":
         options = TritonOptions(
             urls=settings.triton_urls,
@@ -150,6 +166,13 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
             start_s=settings.triton_start_s,
         )
         return catalog, TritonRuntime(catalog, options)
+    if settings.runtime == "torch":
+        from safelight_server.runtime.torch_runtime import TorchRuntime  # imports torch
+
+        chosen = TorchOptions(
+            settings.torch_device, settings.torch_dtype, settings.torch_batch_tolerance, settings.num_instances
+        )
+        return catalog, TorchRuntime(catalog, chosen)
     from safelight_server.runtime.onnx import OnnxRuntime  # imported here: the other runtimes must not load onnxruntime
 
     return catalog, OnnxRuntime(catalog, settings.num_instances)
@@ -179,7 +202,10 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         if price is not None:
             metrics.price(price.currency, price.per_s, price.machine_per_hour)
         pool = ends.enter_context(ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))), thread_name_prefix="pixels"))
-        catalog, runtime = build_runtime(settings)
+        try:
+            catalog, runtime = build_runtime(settings)
+        except RuntimeStartError as error:
+            raise StartError(str(error)) from None
         ends.push_async_callback(runtime.close)
         try:
             ends.enter_context(sole_listener(settings.host))
@@ -204,7 +230,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
             runtime_grace_s=settings.runtime_grace_s,
             tracer=tracer,
         )
-        cache, purges = _build_cache(settings, backends, engine, pool, metrics)
+        cache, purges = _build_cache(settings, backends, engine, runtime, pool, metrics)
         ends.push_async_callback(cache.close)
         probe = QualityProbe(settings.quality_sample_ratio, metrics.quality, pool)
         executions = Executions(engine, pool, probe)
@@ -385,7 +411,12 @@ def _build_replicas(
 
 
 def _build_cache(
-    settings: Settings, backends: Backends, engine: Engine, pool: ThreadPoolExecutor, metrics: Metrics
+    settings: Settings,
+    backends: Backends,
+    engine: Engine,
+    runtime: Runtime,
+    pool: ThreadPoolExecutor,
+    metrics: Metrics,
 ) -> tuple[Cache, Purges]:
     """Builds the cache over the open tiers, and the purges that delete from it on every replica."""
     tiers, keyring, ttl_s = backends.tiers, backends.keyring, settings.cache_ttl_s
@@ -403,7 +434,7 @@ def _build_cache(
     eviction = LeastBenefit(settings.cache_latent_bytes)
     warm_starts = WarmStarts(checkpoints, Vectors(tiers, ttl_s), skip_policy, eviction, INDEXED_ITEMS)
     namespaces = Namespaces(keyring, settings.cache_pools)
-    prompts = Prompts(tiers, engine.encode, ttl_s)
+    prompts = Prompts(tiers, engine.encode, runtime.numerics_id, ttl_s)
     shared = backends.redis is not None
     cache = Cache(namespaces, pictures, prompts, checkpoints, similar, warm_starts, metrics.cache, shared=shared)
     return cache, Purges(tiers, backends.coordinator, (similar, warm_starts, checkpoints))

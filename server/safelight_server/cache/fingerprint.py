@@ -80,9 +80,9 @@ def compatible(pipeline_digest: str, numerics_id: str, spec: Spec) -> bytes:
     return _canonical(_comparable(pipeline_digest, numerics_id, spec))
 
 
-def embedding(encoder_digest: str, token_ids: Sequence[int]) -> bytes:
+def embedding(encoder_digest: str, numerics_id: str, token_ids: Sequence[int]) -> bytes:
     """Returns the fingerprint of a text encoder's output, for prompts and negative prompts alike."""
-    return _canonical({"encoder": encoder_digest, "tokens": list(token_ids)})
+    return _canonical({"encoder": encoder_digest, "numerics": numerics_id, "tokens": list(token_ids)})
 
 
 def _comparable(pipeline_digest: str, numerics_id: str, spec: Spec) -> dict[str, object]:

@@ -32,18 +32,20 @@ class Prompts:
 
     Args:
         encode: runs the text encoder on token ids (T,); returns the embedding.
+        numerics_id: of a model: what decides the bits of its embeddings beside its encoder and the tokens.
         ttl_s: seconds until an embedding expires.
     """
 
-    def __init__(self, tiers: Tiers, encode: Encode, ttl_s: float) -> None:
+    def __init__(self, tiers: Tiers, encode: Encode, numerics_id: Callable[[str], str], ttl_s: float) -> None:
         self._tiers = tiers
         self._encode = encode
+        self._numerics_id = numerics_id
         self._ttl_s = ttl_s
         self._means: dict[str, asyncio.Task[Floats]] = {}
 
     async def known(self, namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int]) -> Embedding | None:
         """Returns the cached embedding, or None."""
-        found = await self._tiers.get(_key(namespace, pipeline, token_ids))
+        found = await self._tiers.get(self._key(namespace, pipeline, token_ids))
         return None if found is None else _parsed(found.entry, pipeline, len(token_ids))
 
     async def keep(
@@ -61,7 +63,7 @@ class Prompts:
         shapes = {name: list(array.shape) for name, array in zip(pipeline.embedding_outputs, arrays, strict=True)}
         facts = {"shapes": json.dumps(shapes)} if len(shapes) > 1 else {}
         entry = Entry(b"".join(array.tobytes() for array in arrays), facts, owner.revision, owner.generation)
-        await self._tiers.put(_key(namespace, pipeline, token_ids), entry, self._ttl_s)
+        await self._tiers.put(self._key(namespace, pipeline, token_ids), entry, self._ttl_s)
         return True
 
     async def get(
@@ -93,6 +95,11 @@ class Prompts:
         vectors = [prompt_vector(e[HIDDEN_STATE], ids, eos_id) for e, ids in zip(embeddings, tokens, strict=True)]
         return np.asarray(np.mean(vectors, axis=0), np.float32)
 
+    def _key(self, namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int]) -> str:
+        encoder = pipeline.manifest.components[Component.TEXT_ENCODER].sha256 or pipeline.digest
+        what = fingerprint.embedding(encoder, self._numerics_id(pipeline.name), token_ids)
+        return f"{namespace.prefix}/prompt/{fingerprint.index_key(namespace.key, IndexKind.EMBEDDING, what)}"
+
 
 def _parsed(entry: Entry, pipeline: Pipeline, num_tokens: int) -> Embedding | None:
     """The embedding of an entry; None if it lacks an output of the encoder that the pipeline now uses."""
@@ -105,9 +112,3 @@ def _parsed(entry: Entry, pipeline: Pipeline, num_tokens: int) -> Embedding | No
             embedding[name] = flat[first : first + math.prod(shape)].reshape(shape)
             first += math.prod(shape)
     return embedding if embedding.keys() >= set(pipeline.embedding_outputs) else None
-
-
-def _key(namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int]) -> str:
-    encoder = pipeline.manifest.components[Component.TEXT_ENCODER].sha256
-    name = fingerprint.index_key(namespace.key, IndexKind.EMBEDDING, fingerprint.embedding(encoder, token_ids))
-    return f"{namespace.prefix}/prompt/{name}"

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,10 @@ DATA_FILE = "model.onnx.data"
 """The file with the weights of a model.onnx that would exceed protobuf's 2 GiB with them."""
 
 
+WeightKind = Literal["onnx", "torch"]
+"""The files in which weights lie: those of ONNX Runtime and Triton, or those of the `torch` runtime."""
+
+
 class PromptTokenizer(Protocol):
     """Turns prompts into token ids of a fixed context length."""
 
@@ -62,8 +66,9 @@ class Pipeline:
     Attributes:
         digest: SHA-256 of everything that decides pixels, apart from the request and the runtime.
         linear_weights: (C, 3 * k * k), maps a latent pixel to k x k pixels, in the order channel, row, column.
-        files: the ONNX file of each component.
+        files: the ONNX file of each component; none where it was loaded for the `torch` runtime.
         max_rows: the batch bound of each component, from its config.pbtxt.
+        torch_folder: what the `torch` runtime loads; None where it was loaded for another one.
     """
 
     manifest: Manifest
@@ -74,6 +79,7 @@ class Pipeline:
     files: Mapping[Component, Path] = field(default_factory=dict)
     tokenizer: PromptTokenizer | None = None
     max_rows: Mapping[Component, int] = field(default_factory=dict)
+    torch_folder: Path | None = None
 
     @property
     def name(self) -> str:
@@ -182,11 +188,12 @@ class Catalog:
         return pipeline
 
 
-def load(models: Path, default: str = "", *, require_all: bool = True) -> Catalog:
+def load(models: Path, default: str = "", *, require_all: bool = True, weights: WeightKind = "onnx") -> Catalog:
     """Loads every pipeline below `models`; of several revisions the newest (`revisions.order`).
 
     Args:
         require_all: whether an invalid pipeline is an error. If not, it is left out, and the others are served.
+        weights: which files of the weights are needed and checked.
 
     Raises:
         ManifestError: there is no pipeline, or one that is required is invalid.
@@ -198,7 +205,7 @@ def load(models: Path, default: str = "", *, require_all: bool = True) -> Catalo
     loaded, unavailable = [], []
     for name, path in sorted(newest.items()):
         try:
-            loaded.append(load_pipeline(path, models / "repository"))
+            loaded.append(load_pipeline(path, models / "repository", weights))
         except ManifestError as error:
             if require_all:
                 raise
@@ -206,8 +213,11 @@ def load(models: Path, default: str = "", *, require_all: bool = True) -> Catalo
     return Catalog(loaded, default, unavailable, require_all=require_all)
 
 
-def load_pipeline(path: Path, repository: Path) -> Pipeline:
+def load_pipeline(path: Path, repository: Path, weights: WeightKind = "onnx") -> Pipeline:
     """Loads one pipeline and checks its manifest and files.
+
+    Args:
+        weights: which files of the weights are needed and checked.
 
     Raises:
         ManifestError: the manifest or one of its files is invalid.
@@ -218,21 +228,21 @@ def load_pipeline(path: Path, repository: Path) -> Pipeline:
         raise ManifestError(f"{path}: {_faults(error)}") from None
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror}") from None
-    files = {
-        role: repository / component.model / str(component.version) / "model.onnx"
-        for role, component in manifest.components.items()
-    }
-    faults = [f"components: {role} is missing" for role in Component if role not in files and role not in OPTIONAL]
-    for role, file in files.items():
-        component = manifest.components[role]
-        faults += _check_file(file, component.sha256)
-        if component.data_sha256 is not None:
-            faults += _check_file(file.with_name(DATA_FILE), component.data_sha256)
+    roles = manifest.components
+    faults = [f"components: {role} is missing" for role in Component if role not in roles and role not in OPTIONAL]
+    if weights == "torch":
+        files: dict[Component, Path] = {}
+        configs_at = {role: path.parent / "torch" / "configs" / f"{role}.pbtxt" for role in roles}
+        faults += _check_torch(manifest, path)
+    else:
+        files = {role: repository / at.model / str(at.version) / "model.onnx" for role, at in roles.items()}
+        configs_at = {role: repository / at.model / "config.pbtxt" for role, at in roles.items()}
+        faults += _check_onnx(manifest, files, path)
     for at in filter(None, (manifest.tokenizer, manifest.second_tokenizer)):
         faults += _check_file(path.parent / at.file, at.sha256)
     pipeline = assemble(manifest, files)
     faults += check(manifest)
-    configs, unread = _read_configs(manifest, repository)
+    configs, unread = _read_configs(configs_at)
     faults += unread + _check_configs(pipeline, configs)
     if (manifest.name, manifest.revision) != (path.parent.parent.name, path.parent.name):
         faults.append(f"name, revision: {manifest.name}/{manifest.revision} is not the folder's")
@@ -242,7 +252,43 @@ def load_pipeline(path: Path, repository: Path) -> Pipeline:
         pipeline,
         tokenizer=_read_tokenizer(manifest, path.parent),
         max_rows={role: at.max_rows for role, at in configs.items()},
+        torch_folder=path.parent / "torch" if weights == "torch" else None,
     )
+
+
+def _check_onnx(manifest: Manifest, files: Mapping[Component, Path], path: Path) -> list[str]:
+    """Checks the digests of the ONNX files.
+
+    Raises:
+        ManifestError: the pipeline has none.
+    """
+    if not all(at.sha256 for at in manifest.components.values()):
+        what = "export it with --format onnx or both, or serve it with runtime torch"
+        raise ManifestError(f"{path}: it was exported for torch alone, without ONNX files: {what}")
+    faults = []
+    for role, file in files.items():
+        component = manifest.components[role]
+        faults += _check_file(file, component.sha256)
+        if component.data_sha256 is not None:
+            faults += _check_file(file.with_name(DATA_FILE), component.data_sha256)
+    return faults
+
+
+def _check_torch(manifest: Manifest, path: Path) -> list[str]:
+    """Checks the digests of the files of the `torch` runtime, and that there are no others.
+
+    Raises:
+        ManifestError: the pipeline has none.
+    """
+    if manifest.torch is None:
+        what = "export it with --format torch or both, or serve it with runtime onnx"
+        raise ManifestError(f"{path}: it was exported without files for the torch runtime: {what}")
+    folder, faults = path.parent / "torch", []
+    for name, sha256 in manifest.torch.files.items():
+        faults += _check_file(folder / name, sha256)
+    found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    others = sorted(found - manifest.torch.files.keys())
+    return faults + [f"torch: {folder / name} is not in the manifest" for name in others]
 
 
 def _read_tokenizer(manifest: Manifest, folder: Path) -> PromptTokenizer:
@@ -289,6 +335,8 @@ def _digest(manifest: Manifest) -> str:
     )
     if decides["second_tokenizer"] is None:  # keeps the digest of manifests that are older than this field
         del decides["second_tokenizer"]
+    if manifest.torch is not None:  # else likewise
+        decides["torch"] = dict(manifest.torch.files)
     for component in decides["components"].values():
         if component["data_sha256"] is None:
             del component["data_sha256"]
@@ -350,11 +398,11 @@ def check(manifest: Manifest) -> list[str]:
     return faults
 
 
-def _read_configs(manifest: Manifest, repository: Path) -> tuple[dict[Component, config_pbtxt.ModelConfig], list[str]]:
+def _read_configs(files: Mapping[Component, Path]) -> tuple[dict[Component, config_pbtxt.ModelConfig], list[str]]:
     configs, faults = {}, []
-    for role, component in manifest.components.items():
+    for role, file in files.items():
         try:
-            configs[role] = config_pbtxt.read(repository / component.model / "config.pbtxt")
+            configs[role] = config_pbtxt.read(file)
         except config_pbtxt.ConfigError as error:
             faults.append(str(error))
     return configs, faults

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from google.protobuf import text_format
@@ -23,11 +23,15 @@ class ModelConfig:
 
     Attributes:
         max_rows: largest batch, Triton's max_batch_size.
+        rows: shapes of the inputs as the network takes them, where clients may give an axis more (reshape).
+        ids: the inputs that hold token ids, int64.
     """
 
     max_rows: int
     inputs: Shapes
     outputs: Shapes
+    rows: Shapes = field(default_factory=dict)
+    ids: frozenset[str] = frozenset()
 
 
 def read(file: Path) -> ModelConfig:
@@ -42,7 +46,12 @@ def read(file: Path) -> ModelConfig:
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
         raise ConfigError(f"{file}: {error}") from None
     inputs, outputs = ({tensor.name: tuple(tensor.dims) for tensor in side} for side in (config.input, config.output))
-    return ModelConfig(config.max_batch_size, inputs, outputs)
+    rows = {
+        tensor.name: tuple(tensor.reshape.shape if tensor.HasField("reshape") else tensor.dims)
+        for tensor in config.input
+    }
+    ids = frozenset(tensor.name for tensor in config.input if tensor.data_type == pb.TYPE_INT64)
+    return ModelConfig(config.max_batch_size, inputs, outputs, rows, ids)
 
 
 def mismatches(found: Shapes, wanted: Shapes) -> list[str]:

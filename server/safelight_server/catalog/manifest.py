@@ -20,6 +20,7 @@ class ComponentFile(_Strict):
     """The model of a component in the Triton repository, with version and digest.
 
     Attributes:
+        sha256: digest of `model.onnx`; empty: there is none, as the pipeline was exported for torch alone.
         data_sha256: digest of `model.onnx.data`, if the weights are in a file of their own.
         row_bytes: memory of each row of a call at the largest size, measured by the exporter; 0: unknown.
     """
@@ -29,6 +30,16 @@ class ComponentFile(_Strict):
     sha256: str
     data_sha256: str | None = None
     row_bytes: Annotated[int, Field(ge=0)] = 0
+
+
+class TorchFiles(_Strict):
+    """What the `torch` runtime loads: a folder of diffusers, with a configuration of each component for Triton.
+
+    Attributes:
+        files: SHA-256 by path below `torch/` beside the manifest; there are no others.
+    """
+
+    files: Annotated[Mapping[str, str], Field(min_length=1)]
 
 
 class TokenizerFile(_Strict):
@@ -165,6 +176,7 @@ class Manifest(_Strict):
 
     Attributes:
         second_tokenizer: tokenizer of a second text encoder; its ids follow those of the first in `input_ids`.
+        torch: the files of the `torch` runtime; None: it was not exported for that.
         notes: differences from the exported pipeline: substitutes for parts that the server does not have.
         inputs: the inputs of the denoiser by name, each with its source: "latent", "timestep", "encoder:OUTPUT" (an
             output of the text encoder, by prompt), or "size_ids" (the picture's height and width, a crop of zero,
@@ -180,6 +192,7 @@ class Manifest(_Strict):
     components: Mapping[Component, ComponentFile]
     tokenizer: TokenizerFile
     second_tokenizer: TokenizerFile | None = None
+    torch: TorchFiles | None = None
     latent: Latent
     sizes: Annotated[tuple[SizeOffer, ...], Field(min_length=1)]
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"]

@@ -12,7 +12,7 @@ import typer
 
 from safelight_server import settings as settings_module
 from safelight_server.export import plan
-from safelight_server.export.plan import MAX_ROWS, ExportOptions, ExportPlan
+from safelight_server.export.plan import MAX_ROWS, ExportFormat, ExportOptions, ExportPlan
 from safelight_server.export.source import ExportError
 from safelight_server.settings import Settings
 
@@ -38,6 +38,10 @@ def export(
     config: Annotated[
         Path | None, typer.Option(help="For a checkpoint in one file: a diffusers folder of the same architecture.")
     ] = None,
+    format: Annotated[
+        ExportFormat,
+        typer.Option(help="Files to write: onnx (also for Triton), torch (for runtime torch), or both."),
+    ] = ExportFormat.ONNX,
     version: Annotated[int, typer.Option(min=1, help="Triton's version folder of the components.")] = 1,
     replace: Annotated[bool, typer.Option("--replace", help="Remove all other revisions of the model.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be done; takes seconds.")] = False,
@@ -58,6 +62,7 @@ def export(
         variant=variant,
         sampler=sampler,
         config=config,
+        format=format,
     )
     planned = plan.make(folder, options)
     for line in _summary(planned):

@@ -119,7 +119,11 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The request was admitted."""
+    """The request was admitted.
+
+    Attributes:
+        batch_tolerance: how far a row may be from what it is alone, by its batch; 0: not at all.
+    """
 
     spec: Spec
     numerics_id: str
@@ -128,6 +132,7 @@ class Accepted:
     trace_id: str = ""
     warnings: tuple[Notice, ...] = ()
     durability: Durability = Durability.LOCAL
+    batch_tolerance: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

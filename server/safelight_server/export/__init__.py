@@ -1,4 +1,4 @@
 """Exports a pipeline of diffusers as ONNX components with a manifest (extra `export`: torch, diffusers, transformers).
 
-Nothing else in the server imports these modules before `safelight export` runs.
+Beside `safelight export` the `torch` runtime imports these modules, and nothing else in the server.
 """

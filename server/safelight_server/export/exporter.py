@@ -5,7 +5,8 @@ AutoencoderTiny or AutoencoderKL, and any `StableDiffusionXLPipeline` with a
 CLIPTextModelWithProjection beside these; a folder `preview_decoder/` (AutoencoderTiny)
 and the files `encoder.npz` (a linear encoder instead of the autoencoder's own),
 `linear_preview.npz` and `prompts.json` beside them are used where they are there.
-Weights are stored as float16 and cast at load; the arithmetic is float32. The
+Weights are stored as float16 and cast at load; the arithmetic is float32. For the
+`torch` runtime the networks are written as safetensors (`ExportFormat`). The
 same folder gives the same bytes. Nothing in the folder of models changes before
 every component was written, found equal to its torch module, and loaded by the
 server's own catalog.
@@ -28,8 +29,9 @@ import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from safelight_server.catalog.catalog import ManifestError, load_pipeline
+from safelight_server.catalog.catalog import ManifestError, WeightKind, load_pipeline
 from safelight_server.catalog.digest import sha256
+from safelight_server.catalog.manifest import Manifest
 from safelight_server.export import loading, manifest, memory, plan
 from safelight_server.export.components import (
     Decoder,
@@ -42,7 +44,7 @@ from safelight_server.export.components import (
     decoder_of,
 )
 from safelight_server.export.onnx_file import check_parity, num_values, write_onnx
-from safelight_server.export.plan import ROLES, ExportOptions, ExportPlan
+from safelight_server.export.plan import ROLES, ExportFormat, ExportOptions, ExportPlan
 from safelight_server.export.repository import write_config
 from safelight_server.export.source import ExportError
 
@@ -50,6 +52,15 @@ Report = Callable[[str], None]
 UNSHARED = ("text_encoder", "denoiser")
 """Components whose weights no other component has."""
 EXAMPLES = ("a red potion", "")
+WRITTEN: Mapping[ExportFormat, tuple[WeightKind, ...]] = {
+    ExportFormat.ONNX: ("onnx",),
+    ExportFormat.TORCH: ("torch",),
+    ExportFormat.BOTH: ("onnx", "torch"),
+}
+TORCH_FOLDER = "torch"
+"""Beside the manifest: what the `torch` runtime loads."""
+BESIDE = ("preview_decoder", "encoder.npz")
+"""What belongs to the networks and is no part of a diffusers pipeline."""
 
 
 def export(folder: Path, models: Path, options: ExportOptions, report: Report = lambda line: None) -> ExportPlan:
@@ -81,7 +92,8 @@ def export(folder: Path, models: Path, options: ExportOptions, report: Report = 
 
 def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: Report) -> None:
     """Writes everything below `staged`, laid out like a folder of models, and loads it with the server's catalog."""
-    name, revision, folder = made.options.name, made.options.revision, made.source.folder
+    options, folder = made.options, made.source.folder
+    name, revision = options.name, options.revision
     pipeline_folder = staged / "pipelines" / name / revision
     pipeline_folder.mkdir(parents=True)
     report("checking the tokenizers")
@@ -89,11 +101,16 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
     components = _components(pipeline, made)
     for module in components.values():
         round_weights(module.eval())
+    (staged / "repository").mkdir()
+    torch_folder = pipeline_folder / TORCH_FOLDER
+    if options.format is not ExportFormat.ONNX:
+        report("writing safetensors")
+        _write_torch(pipeline, made, torch_folder)
     bound = {}
     for number, (role, module) in enumerate(components.items(), 1):
         report(f"{role} ({number} of {len(components)}): {_count(module):,} weights")
         place = staged / "repository" / f"{name}_{role}"
-        bound[role] = _export_component(role, module, pipeline, place, made, report)
+        bound[role] = _export_component(role, module, pipeline, place, made, report, torch_folder)
     report("fitting the linear preview")
     whole = {
         **plan.draft(made),
@@ -101,12 +118,14 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
         **tokenizers,
         "linear_preview": manifest.linear_preview(made, folder / "linear_preview.npz", components["decoder"]),
         **manifest.prompts(folder / "prompts.json"),
+        **({} if options.format is ExportFormat.ONNX else {"torch": {"files": _digests(torch_folder)}}),
     }
     (pipeline_folder / "pipeline.json").write_text(manifest.readable(whole))
     if (folder / "training.json").exists():
         shutil.copy(folder / "training.json", pipeline_folder / "training.json")
     try:
-        load_pipeline(pipeline_folder / "pipeline.json", staged / "repository")
+        for kind in WRITTEN[options.format]:
+            load_pipeline(pipeline_folder / "pipeline.json", staged / "repository", kind)
     except ManifestError as error:
         raise ExportError(f"the server would refuse what was made: {error}") from None
 
@@ -142,6 +161,48 @@ def _components(pipeline: DiffusionPipeline, made: ExportPlan) -> dict[str, nn.M
     return components
 
 
+def load_components(folder: Path, given: Manifest) -> dict[str, nn.Module]:
+    """The components of an exported folder of safetensors by role, on the CPU in float32, as they were exported.
+
+    Args:
+        folder: `torch/` beside the manifest `given`.
+
+    Raises:
+        ExportError: the folder cannot be read.
+    """
+    sizes = tuple((size.width_px, size.height_px) for size in given.sizes)
+    sampler = given.defaults.sampler.name
+    made = plan.make(folder, ExportOptions(given.name, licence=given.license, sizes=sizes, sampler=sampler))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", module="torch|copyreg")
+        components = _components(loading.load(made), made)
+        for module in components.values():
+            round_weights(module.eval().requires_grad_(False))
+    return components
+
+
+def _write_torch(pipeline: DiffusionPipeline, made: ExportPlan, folder: Path) -> None:
+    """Writes the pipeline as diffusers saves it, in float16, which the weights were rounded to."""
+    networks = [getattr(pipeline, name) for name in made.source.family.networks]
+    for network in networks:
+        network.half()
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for network in networks:
+        network.float()
+    for name in BESIDE:
+        given = made.source.folder / name
+        if given.is_dir():
+            shutil.copytree(given, folder / name)
+        elif given.exists():
+            shutil.copy(given, folder / name)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by path."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
+
+
 def text_encoder_of(pipeline: DiffusionPipeline) -> nn.Module:
     """The text encoder of a pipeline, or both."""
     if not _is_sdxl(pipeline):
@@ -163,12 +224,26 @@ def _encoder(pipeline: DiffusionPipeline, given: Path) -> nn.Module:
 
 
 def _export_component(
-    role: str, module: nn.Module, pipeline: DiffusionPipeline, place: Path, made: ExportPlan, report: Report
+    role: str,
+    module: nn.Module,
+    pipeline: DiffusionPipeline,
+    place: Path,
+    made: ExportPlan,
+    report: Report,
+    torch_folder: Path,
 ) -> dict[str, Any]:
     """Writes one component below `place`; returns what the manifest says of it."""
     version = made.options.version
     sizes = made.latent_sizes if role != "text_encoder" else made.latent_sizes[:1]
     examples = [example_inputs(role, pipeline, made, size) for size in sizes]
+    if made.options.format is not ExportFormat.ONNX:
+        file = torch_folder / "configs" / f"{role}.pbtxt"
+        file.parent.mkdir(exist_ok=True)
+        write_config(file, place.name, made.max_rows(role), examples, module)
+    if made.options.format is ExportFormat.TORCH:
+        row_bytes = memory.torch_row_bytes(module, max(examples, key=num_values))
+        report(f"{place.name}: {row_bytes / 2**20:.1f} MiB a row")
+        return {"model": place.name, "version": version, "sha256": "", "row_bytes": row_bytes}
     target = place / str(version) / "model.onnx"
     multiple = {"denoiser": made.multiple, "encoder": made.factor}.get(role, 1)
     data = write_onnx(module, examples, module.outputs, target, multiple)
@@ -239,11 +314,13 @@ def refuse_to_break(models: Path, made: ExportPlan) -> None:
         ExportError: a revision would lose a file.
     """
     options = made.options
+    if options.format is ExportFormat.TORCH:  # its files lie beside its manifest
+        return
     overwritten = {f"{options.name}_{role}" for role in made.roles()}
     for path in sorted(models.glob(f"pipelines/{options.name}/*/pipeline.json")):
         used = json.loads(path.read_text())["components"].values()
         if path.parent.name != options.revision and any(
-            at["model"] in overwritten and at["version"] == options.version for at in used
+            at["sha256"] and at["model"] in overwritten and at["version"] == options.version for at in used
         ):
             raise ExportError(
                 f"{path} uses the files that would be overwritten: --replace removes that revision, --version keeps it"

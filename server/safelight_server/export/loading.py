@@ -32,6 +32,7 @@ def load(made: ExportPlan) -> DiffusionPipeline:
     """
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         return _from_file(made) if made.checkpoint else _from_folder(made)

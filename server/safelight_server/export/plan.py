@@ -6,6 +6,7 @@ few JSON files and the headers of the weights.
 
 from __future__ import annotations
 
+import enum
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,14 @@ OPTION_OF = {
 """The option that sets a field of the manifest, for messages."""
 
 
+class ExportFormat(enum.StrEnum):
+    """What is written: ONNX files for the runtimes `onnx` and `triton`, safetensors for `torch`, or both."""
+
+    ONNX = "onnx"
+    TORCH = "torch"
+    BOTH = "both"
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """The user's choices. An empty value leaves the choice to the folder.
@@ -55,6 +64,7 @@ class ExportOptions:
         variant: of the files of weights, such as "fp16".
         sampler: the default sampler.
         config: for a checkpoint in one file, a diffusers folder of the same architecture.
+        format: which files are written.
     """
 
     name: str
@@ -70,6 +80,7 @@ class ExportOptions:
     variant: str = ""
     sampler: str = ""
     config: Path | None = None
+    format: ExportFormat = ExportFormat.ONNX
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,13 @@ class Generation:
 
     # --- commands ---
 
-    def accept(self, numerics_id: str, estimate_s: float, sources: Sequence[EncodedPicture | Execution]) -> None:
+    def accept(
+        self,
+        numerics_id: str,
+        estimate_s: float,
+        sources: Sequence[EncodedPicture | Execution],
+        batch_tolerance: float,
+    ) -> None:
         """Publishes Accepted, then gives each output its picture or lets it join its execution."""
         spec, self.numerics_id = self.request.spec, numerics_id
         self.log.publish(
@@ -191,6 +197,7 @@ class Generation:
                 self.stage.trace_id,
                 self.request.warnings,
                 self.durability,
+                batch_tolerance,
             )
         )
         self._logger.info("accepted", model=spec.model, outputs=len(self.outputs), caller=self.caller.name)
@@ -304,13 +311,13 @@ class Generation:
         if event.kind == "finished":
             self._on_end(self)
 
-    def adopt(self, journal: Journal, numerics_id: str) -> None:
+    def adopt(self, journal: Journal, numerics_id: str, batch_tolerance: float) -> None:
         """Takes over the ownership, and decides the outcomes that the outputs have held back until now."""
         self.owned, self.journal, self.log.journal = True, journal, journal
         self.durability = Durability.REPLICATED
         self._logger.info("adopted", steps=[output.step for output in self.outputs])
         if not self.log.last_sequence:
-            self.accept(numerics_id, 0.0, ())
+            self.accept(numerics_id, 0.0, (), batch_tolerance)
         else:
             self._watch_deadline()
         for output in self.outputs:

@@ -123,6 +123,10 @@ class Planner:
         """Identifies everything that decides the bits of its pictures, apart from the spec and the pipeline."""
         return self._runtime.numerics_id(generation.request.spec.model)
 
+    def batch_tolerance(self, generation: Generation) -> float:
+        """How far its pictures' rows may be from what they are alone (`Runtime.batch_tolerance`)."""
+        return self._runtime.batch_tolerance(generation.request.spec.model)
+
     def digest(self, generation: Generation) -> str:
         """The digest of the pipeline that develops it here.
 
@@ -261,7 +265,7 @@ class Planner:
         estimate_s = self._admit(generation, list(new.values()), time_left_s) if new else 0.0
         for execution in new.values():
             self._executions.publish(execution)
-        generation.accept(self.numerics_id(generation), estimate_s, sources)
+        generation.accept(self.numerics_id(generation), estimate_s, sources, self.batch_tolerance(generation))
 
     # --- taking over from another replica ---
 

@@ -1,6 +1,6 @@
 """The `Runtime` protocol: executes the components of a pipeline (text encoder, denoiser, decoders) in batches.
 
-`onnx`, `triton` and `simulated` implement it. A runtime has instances: ONNX
+`onnx`, `torch`, `triton` and `simulated` implement it. A runtime has instances: ONNX
 sessions in this process, or calls that a Triton server takes at once. An
 instance runs one call at a time; the engine never starts a second one on it.
 Instances may come and go: `usable` says which take calls now, and `watch`
@@ -99,7 +99,7 @@ class Runtime(Protocol):
     """Executes components of pipelines on a number of instances.
 
     Attributes:
-        name: "onnx", "triton" or "simulated"; shown to clients.
+        name: "onnx", "torch", "triton" or "simulated"; shown to clients.
         num_instances: calls that may run at once when all instances are live; they are numbered from 0.
     """
 
@@ -117,7 +117,7 @@ class Runtime(Protocol):
         """Sets the callback for changes: called on the event loop when an instance comes, goes or has room again."""
 
     async def start(self) -> None:
-        """Loads every component, verifies that batches are bit-equal to single rows and measures the cost curves.
+        """Loads every component, verifies that batches agree with single rows and measures the cost curves.
 
         Raises:
             RuntimeStartError: a component cannot be loaded, or does not give the same bits for the same row twice.
@@ -131,10 +131,16 @@ class Runtime(Protocol):
         """
 
     def max_rows(self, model: str, component: Component) -> int:
-        """Largest batch, in rows, that was verified to be bit-equal to single rows."""
+        """Largest batch, in rows, that was verified to agree with single rows, to `batch_tolerance`."""
 
     def cost(self, model: str, component: Component) -> CostCurve:
         """The cost curve that was measured at start-up."""
+
+    def batch_tolerance(self, model: str) -> float:
+        """How far a row may be from what it is alone, by the rows that share its call; 0: its bits are the same.
+
+        Relative to the largest value of a component's result. Above 0 it is part of `numerics_id`.
+        """
 
     def numerics_id(self, model: str) -> str:
         """Identifies what decides the bits of a result besides the request: library, build, precision, hardware."""

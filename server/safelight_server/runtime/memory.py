@@ -41,13 +41,20 @@ def check_load(file: Path, available: int | None = None) -> None:
     Raises:
         RuntimeStartError: they do not fit; the message has the arithmetic.
     """
-    available = available_bytes() if available is None else available
     data = file.with_name(DATA_FILE)
-    size = file.stat().st_size + (data.stat().st_size if data.is_file() else 0)
-    if available is not None and LOAD_FACTOR * size > available:
+    check_bytes(file.stat().st_size + (data.stat().st_size if data.is_file() else 0), available)
+
+
+def check_bytes(size: int, available: int | None = None, factor: int = LOAD_FACTOR) -> None:
+    """Refuses weights of `size` bytes where `factor` times as much is not free.
+
+    Raises:
+        RuntimeStartError: with the arithmetic.
+    """
+    available = available_bytes() if available is None else available
+    if available is not None and factor * size > available:
         raise RuntimeStartError(
-            f"loading takes {_mib(LOAD_FACTOR * size)} ({LOAD_FACTOR} x {_mib(size)} of weights),"
-            f" and {_mib(available)} are free"
+            f"loading takes {_mib(factor * size)} ({factor} x {_mib(size)} of weights), and {_mib(available)} are free"
         )
 
 

@@ -14,9 +14,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
-import math
 import os
-import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +30,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort
 from safelight_server.catalog.catalog import Catalog, ManifestError, Pipeline
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Array, FloatArray
-from safelight_server.runtime import memory, verification
+from safelight_server.runtime import cores, memory, verification
 from safelight_server.runtime.base import CostCurve, Inputs, RuntimeFailure, RuntimeStartError, StableRows
 from safelight_server.runtime.verification import InputSpec
 from safelight_server.sampler import VERSION as SAMPLER_VERSION
@@ -53,7 +51,7 @@ class OnnxRuntime:
     name = "onnx"
 
     def __init__(self, catalog: Catalog, num_instances: int = 0) -> None:
-        self.num_instances = num_instances or _num_cores()
+        self.num_instances = num_instances or cores.num_cores()
         self._catalog = catalog
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"onnx-{i}") for i in range(self.num_instances)]
         self._sessions: dict[tuple[str, Component], onnxruntime.InferenceSession] = {}
@@ -130,6 +128,10 @@ class OnnxRuntime:
         """The cost curve that was measured at start-up."""
         return self._costs[model, component]
 
+    def batch_tolerance(self, model: str) -> float:
+        """0: batches are bit-equal to single rows."""
+        return 0.0
+
     def numerics_id(self, model: str) -> str:
         """Names runtime version and build, precision, optimisation level, instruction set and sampler version."""
         return numerics_id()
@@ -144,7 +146,7 @@ class OnnxRuntime:
 def numerics_id() -> str:
     """Identifies what decides the bits of a result: build, precision, instruction set. The same for every model."""
     build = hashlib.sha256(onnxruntime.get_build_info().encode()).hexdigest()[:8]
-    return f"onnxruntime-{onnxruntime.__version__}-{build}-f32-all-{_instruction_set()}-s{SAMPLER_VERSION}"
+    return f"onnxruntime-{onnxruntime.__version__}-{build}-f32-all-{cores.instruction_set()}-s{SAMPLER_VERSION}"
 
 
 def fingerprint(file: Path) -> str:
@@ -193,22 +195,3 @@ def _inputs(session: onnxruntime.InferenceSession) -> list[InputSpec]:
         )
         for at in session.get_inputs()
     ]
-
-
-def _num_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores this process may use: its CPU affinity, or its cgroup's CPU quota if that is less."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = cpu_max.read_text().split()
-    except OSError:
-        return cores
-    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
-
-
-def _instruction_set() -> str:
-    try:
-        flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
-    except OSError:
-        return platform.machine()
-    best = [name for name in ("avx512_bf16", "avx512_vnni", "avx512f", "avx2", "asimd") if name in flags]
-    return "-".join([platform.machine(), *best[:1]])

@@ -130,6 +130,10 @@ class SimulatedRuntime:
         """The configured cost curve."""
         return self._denoiser if component is Component.DENOISER else self._other
 
+    def batch_tolerance(self, model: str) -> float:
+        """0: a row's result depends on that row alone."""
+        return 0.0
+
     def numerics_id(self, model: str) -> str:
         """A fixed name: nothing is computed."""
         return "simulated"

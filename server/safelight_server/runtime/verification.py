@@ -1,7 +1,8 @@
-"""Verifies at start that a component's batches are bit-equal to single rows, and measures its cost curve.
+"""Verifies at start that a component's batches agree with single rows, and measures its cost curve.
 
 Invariant: a batch size is offered only if every row in it has the same bits as
-when it is run alone. The example inputs depend on the shapes alone, so that the
+when it is run alone, or for a runtime with a batch tolerance nearly the same
+values. The example inputs depend on the shapes alone, so that the
 outputs of two runtimes can be compared (`fingerprint`).
 """
 
@@ -93,7 +94,9 @@ def example(inputs: Sequence[InputSpec], rows: int) -> dict[str, Array]:
     return made
 
 
-async def warm_up_sizes(call: Call, inputs: Sequence[Sequence[InputSpec]], bound: int) -> CostCurve | None:
+async def warm_up_sizes(
+    call: Call, inputs: Sequence[Sequence[InputSpec]], bound: int, tolerance: float = 0.0
+) -> CostCurve | None:
     """Like `warm_up` for several sizes of pictures: batch sizes are offered only if they were verified at each size.
 
     Returns:
@@ -101,7 +104,7 @@ async def warm_up_sizes(call: Call, inputs: Sequence[Sequence[InputSpec]], bound
     """
     curves = []
     for specs in inputs:
-        curve = await warm_up(call, specs, bound)
+        curve = await warm_up(call, specs, bound, tolerance)
         if curve is None:
             return None
         curves.append(curve)
@@ -110,8 +113,12 @@ async def warm_up_sizes(call: Call, inputs: Sequence[Sequence[InputSpec]], bound
     return CostCurve(tuple(rows), curves[0].seconds[: len(rows)])
 
 
-async def warm_up(call: Call, inputs: Sequence[InputSpec], bound: int) -> CostCurve | None:
-    """Measures batches of growing size until one is not bit-equal to single rows or the time is up.
+async def warm_up(call: Call, inputs: Sequence[InputSpec], bound: int, tolerance: float = 0.0) -> CostCurve | None:
+    """Measures batches of growing size until one does not agree with single rows or the time is up.
+
+    Args:
+        tolerance: largest deviation of a batch from single rows, relative to the largest value of the result; 0: the
+            bits must be equal. A single row must always give the same bits again.
 
     Returns:
         The cost curve; None if not even a single row gives the same bits when it is run again.
@@ -126,8 +133,8 @@ async def warm_up(call: Call, inputs: Sequence[InputSpec], bound: int) -> CostCu
             and time.perf_counter() - began + 2 * rows * seconds[-1] / rows_done[-1] > WARM_UP_BUDGET_S
         ):
             break
-        if not await _bit_equal(call, feed, rows):
-            log.warning("batch_not_bit_equal", rows=rows)
+        if not await _agree(call, feed, rows, tolerance if rows > 1 else 0.0):
+            log.warning("batch_not_equal_to_single_rows", rows=rows, tolerance=tolerance)
             break
         rows_done.append(rows)
         seconds.append(await _median_s(call, feed, REPETITIONS if rows < 8 else 1))
@@ -144,13 +151,19 @@ async def fingerprint(call: Call, inputs: Sequence[InputSpec]) -> str:
     return digest.hexdigest()
 
 
-async def _bit_equal(call: Call, feed: Mapping[str, Array], rows: int) -> bool:
+async def _agree(call: Call, feed: Mapping[str, Array], rows: int, tolerance: float) -> bool:
     batch = await call(feed)
     for row in range(rows):
         single = await call({name: array[row : row + 1] for name, array in feed.items()})
-        if any(not np.array_equal(batch[name][row : row + 1], single[name]) for name in batch):
+        if any(not _near(batch[name][row : row + 1], single[name], tolerance) for name in batch):
             return False
     return True
+
+
+def _near(found: FloatArray, wanted: FloatArray, tolerance: float) -> bool:
+    if not tolerance or found.shape != wanted.shape:
+        return np.array_equal(found, wanted)
+    return bool(np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max())  # also false where one is no number
 
 
 async def _median_s(call: Call, feed: Mapping[str, Array], repetitions: int) -> float:

@@ -52,7 +52,7 @@ def model_message(pipeline: Pipeline, runtime: Runtime, is_default: bool) -> mod
             max_outputs=manifest.limits.max_outputs,
             max_prompt_tokens=manifest.tokenizer.max_tokens,
         ),
-        notes=manifest.notes,
+        notes=[*manifest.notes, *_tolerance_note(runtime.batch_tolerance(pipeline.name))],
         step_times=_times(runtime.cost(pipeline.name, Component.DENOISER)),
         component_times=[
             models_pb2.ComponentTime(component=component.value, times=_times(runtime.cost(pipeline.name, component)))
@@ -65,6 +65,13 @@ def model_message(pipeline: Pipeline, runtime: Runtime, is_default: bool) -> mod
             *((models_pb2.TASK_IMAGE_TO_IMAGE, models_pb2.TASK_INPAINTING) if pipeline.has_encoder else ()),
         ],
     )
+
+
+def _tolerance_note(tolerance: float) -> list[str]:
+    if not tolerance:
+        return []
+    how = f"rows of a batch are within {tolerance:g} of what they are alone, relative to the largest value"
+    return [f"{how}: pictures of a spec look the same each time, and bytes may differ by their rounding"]
 
 
 def unavailable_model(at: UnavailablePipeline) -> models_pb2.UnavailableModel:

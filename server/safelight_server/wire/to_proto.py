@@ -93,6 +93,7 @@ def _accepted(event: Accepted) -> pb.Accepted:
         trace_id=event.trace_id,
         warnings=[pb.Warning(reason=notice.reason, message=notice.message) for notice in event.warnings],
         durability=DURABILITIES[event.durability],
+        batch_tolerance=event.batch_tolerance,
     )
 
 

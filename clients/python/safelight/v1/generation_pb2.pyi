@@ -287,7 +287,7 @@ Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 @_typing.final
 class GenerationSpec(_message.Message):
     """What to develop. Equal specs with equal seeds give equal pixels wherever
-    `numerics_id` agrees.
+    `numerics_id` agrees, to the rounding that `Accepted.batch_tolerance` says.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1108,6 +1108,7 @@ class Accepted(_message.Message):
     TRACE_ID_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     DURABILITY_FIELD_NUMBER: _builtins.int
+    BATCH_TOLERANCE_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
     """Revision of the model."""
     numerics_id: _builtins.str
@@ -1118,10 +1119,18 @@ class Accepted(_message.Message):
     """The trace of this generation, 32 hexadecimal digits; empty when not traced."""
     durability: Global___Accepted.Durability.ValueType
     """What is promised."""
+    batch_tolerance: _builtins.float
+    """How far a row of a batch may be from what it is alone, relative to the
+    largest value that a network gives. 0: its bits are the same, so that a
+    spec gives the same bytes again. Above 0 (runtime "torch"): pictures of a
+    spec look the same, and differ by the rounding of a byte where they shared
+    other batches. It is a part of `numerics_id`.
+    """
     @_builtins.property
     def spec(self) -> Global___GenerationSpec:
         """The spec with all defaults filled in and all seeds chosen: sent again it
-        gives the same pixels wherever `numerics_id` agrees.
+        gives the same pixels wherever `numerics_id` agrees, to the rounding that
+        `batch_tolerance` says.
         """
 
     @_builtins.property
@@ -1147,10 +1156,11 @@ class Accepted(_message.Message):
         trace_id: _builtins.str = ...,
         warnings: _abc.Iterable[Global___Warning] | None = ...,
         durability: Global___Accepted.Durability.ValueType = ...,
+        batch_tolerance: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding", "estimated_duration", b"estimated_duration", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "encoding", b"encoding", "estimated_duration", b"estimated_duration", "model_revision", b"model_revision", "numerics_id", b"numerics_id", "spec", b"spec", "trace_id", b"trace_id", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_tolerance", b"batch_tolerance", "durability", b"durability", "encoding", b"encoding", "estimated_duration", b"estimated_duration", "model_revision", b"model_revision", "numerics_id", b"numerics_id", "spec", b"spec", "trace_id", b"trace_id", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -217,7 +217,7 @@ class Model(_message.Message):
     license: _builtins.str
     """SPDX identifier of the weights' licence."""
     runtime: _builtins.str
-    """What executes it: "onnx", "simulated" (no real pictures), …"""
+    """What executes it: "onnx", "torch", "simulated" (no real pictures), …"""
     numerics_id: _builtins.str
     """See `Accepted.numerics_id`."""
     is_default: _builtins.bool

@@ -292,7 +292,7 @@ pub struct GenerateResponse {
     pub event: ::core::option::Option<GenerationEvent>,
 }
 /// What to develop. Equal specs with equal seeds give equal pixels wherever
-/// `numerics_id` agrees.
+/// `numerics_id` agrees, to the rounding that `Accepted.batch_tolerance` says.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GenerationSpec {
     /// The model's resource name, "models/{model}". Empty: the server's default.
@@ -834,7 +834,8 @@ pub mod generation_event {
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Accepted {
     /// The spec with all defaults filled in and all seeds chosen: sent again it
-    /// gives the same pixels wherever `numerics_id` agrees.
+    /// gives the same pixels wherever `numerics_id` agrees, to the rounding that
+    /// `batch_tolerance` says.
     #[prost(message, optional, tag = "1")]
     pub spec: ::core::option::Option<GenerationSpec>,
     /// Revision of the model.
@@ -859,6 +860,13 @@ pub struct Accepted {
     /// What is promised.
     #[prost(enumeration = "accepted::Durability", tag = "8")]
     pub durability: i32,
+    /// How far a row of a batch may be from what it is alone, relative to the
+    /// largest value that a network gives. 0: its bits are the same, so that a
+    /// spec gives the same bytes again. Above 0 (runtime "torch"): pictures of a
+    /// spec look the same, and differ by the rounding of a byte where they shared
+    /// other batches. It is a part of `numerics_id`.
+    #[prost(float, tag = "9")]
+    pub batch_tolerance: f32,
 }
 /// Nested message and enum types in `Accepted`.
 pub mod accepted {
@@ -2141,7 +2149,7 @@ pub struct Model {
     /// SPDX identifier of the weights' licence.
     #[prost(string, tag = "4")]
     pub license: ::prost::alloc::string::String,
-    /// What executes it: "onnx", "simulated" (no real pictures), …
+    /// What executes it: "onnx", "torch", "simulated" (no real pictures), …
     #[prost(string, tag = "5")]
     pub runtime: ::prost::alloc::string::String,
     /// See `Accepted.numerics_id`.

@@ -403,7 +403,8 @@ class Owners:
             return
         own.decide(OwnerInput.RECORDED)
         self._own[generation.identifier] = own
-        generation.adopt(self.journal(generation, own, written), self._planner.numerics_id(generation))
+        journal, planner = self.journal(generation, own, written), self._planner
+        generation.adopt(journal, planner.numerics_id(generation), planner.batch_tolerance(generation))
 
     def _watch_end(self, task: asyncio.Task[None]) -> None:
         self._ending.add(task)

@@ -52,6 +52,7 @@ export const MESSAGES = {
     trace_id: [6, "string"],
     warnings: [7, "safelight.v1.Warning", "repeated"],
     durability: [8, "int32"],
+    batch_tolerance: [9, "float"],
   },
   "safelight.v1.ArtifactChunk": {
     output_index: [1, "int32"],

@@ -201,6 +201,10 @@ class TritonRuntime:
         """The cost curve measured on the reference server, network time included."""
         return self._costs[model, component]
 
+    def batch_tolerance(self, model: str) -> float:
+        """0: batches are bit-equal to single rows."""
+        return 0.0
+
     def numerics_id(self, model: str) -> str:
         """The `onnx` runtime's id if the servers give the same bits, else Triton's version and a digest of the bits."""
         return self._numerics_id

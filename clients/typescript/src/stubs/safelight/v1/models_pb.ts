@@ -193,7 +193,7 @@ export type Model = Message<"safelight.v1.Model"> & {
   license: string;
 
   /**
-   * What executes it: "onnx", "simulated" (no real pictures), …
+   * What executes it: "onnx", "torch", "simulated" (no real pictures), …
    *
    * @generated from field: string runtime = 5;
    */
