@@ -54,6 +54,7 @@ class GenerateOptions(PreviewOptions, total=False):
         guidance_scale: 1 is without guidance.
         guidance_rescale: how much of the contrast that guidance adds is taken back, 0 to 1.
         guidance_interval: where guidance begins and ends, as shares of the steps: (0.2, 0.8). Other steps cost half.
+        adapters: the model's adapters (LoRA) that change it, with the factor of each: {"pixel": 0.8}.
         sampler: its name, such as "ddim" or "euler".
         media_type: of the pictures. Absent: "image/png".
         encoding: of the pictures as a message, in place of `media_type`: quality, or alignment and order of raw rows.
@@ -84,6 +85,7 @@ class GenerateOptions(PreviewOptions, total=False):
     guidance_scale: float | None
     guidance_rescale: float | None
     guidance_interval: tuple[float, float] | None
+    adapters: Mapping[str, float] | None
     sampler: str
     media_type: str
     encoding: pb.PixelEncoding | None
@@ -170,6 +172,8 @@ def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> pb.Gene
         if len(interval) != 2:
             raise ValueError("guidance_interval: must be (start, end), such as (0.2, 0.8)")
         spec.guidance_interval.start, spec.guidance_interval.end = interval
+    for name, scale in (options.get("adapters") or {}).items():
+        spec.adapters.add(name=name, scale=scale)
     if negative_prompt := options.get("negative_prompt"):
         spec.prompts.add(role=pb.Prompt.ROLE_NEGATIVE, text=negative_prompt)
     if sampler := options.get("sampler"):

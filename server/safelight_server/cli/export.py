@@ -40,6 +40,9 @@ def export(
     config: Annotated[
         Path | None, typer.Option(help="For a checkpoint in one file: a diffusers folder of the same architecture.")
     ] = None,
+    adapter_rank: Annotated[
+        int, typer.Option(help="Room for adapters (LoRA) in each row: their ranks together. 0: none.")
+    ] = 0,
     version: Annotated[int, typer.Option(min=1, help="Triton's version folder of the components.")] = 1,
     replace: Annotated[bool, typer.Option("--replace", help="Remove all other revisions of the model.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, in seconds.")] = False,
@@ -60,6 +63,7 @@ def export(
         variant=variant,
         sampler=sampler,
         config=config,
+        adapter_rank=adapter_rank,
     )
     made = plan.make(folder, options)
     for line in _summary(made):
@@ -103,6 +107,8 @@ def _summary(made: ExportPlan) -> list[str]:
         f"    {offer.prediction_type}; {options.steps} steps of {placed}; guidance {options.guidance_scale:g}",
         f"    samplers {', '.join(cell['name'] for cell in offer.cells)}",
     ]
+    if options.adapter_rank:
+        lines.append(f"    room for adapters of rank {options.adapter_rank} in each row")
     if total := sum(made.num_values.values()):
         lines.append(f"    {total:,} weights: {2 * total / 2**20:,.0f} MiB of files, twice that in memory")
     return lines + [f"    note: {note}" for note in made.notes]

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from safelight_server.catalog.catalog import ManifestError, load_pipeline
 from safelight_server.catalog.digest import sha256
 from safelight_server.export import loading, manifest, memory, plan
+from safelight_server.export.adapters import Adapters
 from safelight_server.export.components import (
     Decoder,
     Denoiser,
@@ -50,6 +51,7 @@ Report = Callable[[str], None]
 UNSHARED = ("text_encoder", "denoiser")
 """Components whose weights no other component has."""
 EXAMPLES = ("a red potion", "")
+EXAMPLE_ROWS = len(EXAMPLES)
 
 
 def export(folder: Path, models: Path, options: ExportOptions, report: Report = lambda line: None) -> ExportPlan:
@@ -87,6 +89,7 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
     report("checking the tokenizers")
     tokenizers = _write_tokenizers(pipeline, pipeline_folder)
     components = _components(pipeline, made)
+    adapters = _adapters_of(components["denoiser"])
     for module in components.values():
         round_weights(module.eval())
     bound = {}
@@ -101,6 +104,7 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
         **tokenizers,
         "linear_preview": manifest.linear_preview(made, folder / "linear_preview.npz", components["decoder"]),
         **manifest.prompts(folder / "prompts.json"),
+        **({} if adapters is None else {"adapters": adapters.room(made.options.adapter_rank)}),
     }
     (pipeline_folder / "pipeline.json").write_text(manifest.readable(whole))
     if (folder / "training.json").exists():
@@ -129,9 +133,10 @@ def _write_tokenizers(pipeline: DiffusionPipeline, folder: Path) -> dict[str, An
 
 
 def _components(pipeline: DiffusionPipeline, made: ExportPlan) -> dict[str, nn.Module]:
+    adapters = Adapters(pipeline.unet) if made.options.adapter_rank else None
     components: dict[str, nn.Module] = {
         "text_encoder": text_encoder_of(pipeline),
-        "denoiser": DenoiserXL(pipeline.unet) if _is_sdxl(pipeline) else Denoiser(pipeline.unet),
+        "denoiser": (DenoiserXL if _is_sdxl(pipeline) else Denoiser)(pipeline.unet, adapters),
         "decoder": decoder_of(pipeline.vae),
     }
     if "preview_decoder" in made.roles():
@@ -140,6 +145,10 @@ def _components(pipeline: DiffusionPipeline, made: ExportPlan) -> dict[str, nn.M
         components["preview_decoder"] = Decoder(preview, scale)
     components["encoder"] = _encoder(pipeline, made.source.folder / "encoder.npz")
     return components
+
+
+def _adapters_of(module: nn.Module) -> Adapters | None:
+    return module.adapters if isinstance(module, Denoiser | DenoiserXL) else None
 
 
 def text_encoder_of(pipeline: DiffusionPipeline) -> nn.Module:
@@ -169,6 +178,10 @@ def _export_component(
     version = made.options.version
     sizes = made.latent_sizes if role != "text_encoder" else made.latent_sizes[:1]
     examples = [example_inputs(role, pipeline, made, size) for size in sizes]
+    adapters = _adapters_of(module)
+    if adapters is not None:
+        own = adapters.examples(made.options.adapter_rank, EXAMPLE_ROWS)
+        examples = [{**example, **own} for example in examples]
     target = place / str(version) / "model.onnx"
     multiple = {"denoiser": made.multiple, "encoder": made.factor}.get(role, 1)
     data = write_onnx(module, examples, module.outputs, target, multiple)
@@ -187,9 +200,9 @@ def _export_component(
 def example_inputs(
     role: str, pipeline: DiffusionPipeline, made: ExportPlan, size: tuple[int, int]
 ) -> Mapping[str, Tensor]:
-    """Two rows of what a component is given, for a latent of (h, w)."""
+    """Two rows of what a component is given, adapters aside, for a latent of (h, w)."""
     tokens = manifest.max_tokens(pipeline.tokenizer, pipeline.text_encoder)
-    generator, rows = torch.Generator().manual_seed(0), 2
+    generator, rows = torch.Generator().manual_seed(0), EXAMPLE_ROWS
     latent = torch.randn(rows, made.shape[0], *size, generator=generator)
     if role == "text_encoder":
         return {"input_ids": token_ids(pipeline, EXAMPLES)}

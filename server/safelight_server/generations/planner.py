@@ -35,7 +35,8 @@ from safelight_server.domain.request import CacheMode, CachePolicy, Spec
 from safelight_server.domain.tensors import Embedding
 from safelight_server.engine.engine import Engine
 from safelight_server.engine.jobs import InitImage, Job
-from safelight_server.engine.latents import Snapshot
+from safelight_server.engine.latents import RowAdapter, Snapshot
+from safelight_server.generations.adapters import load_adapters
 from safelight_server.generations.admission import AdmissionLimits, admit
 from safelight_server.generations.execution import Execution, Executions
 from safelight_server.generations.generation import Generation
@@ -64,7 +65,8 @@ class OutputPlan:
         embeddings: those of its prompts, where they are known.
         gone: the latent that it began from at another replica is not kept any more.
         image: the picture that it starts from.
-        fault: why it cannot be developed here: the picture is not kept any more.
+        fault: why it cannot be developed here: the picture, or an adapter, is not there any more.
+        adapters: those of its spec.
     """
 
     wanted: CacheQuery
@@ -75,6 +77,7 @@ class OutputPlan:
     gone: bool = False
     image: InitImage | None = None
     fault: SafelightError | None = None
+    adapters: tuple[RowAdapter, ...] = ()
 
 
 class Planner:
@@ -141,15 +144,16 @@ class Planner:
 
         Raises:
             InvalidRequestError, FailedPreconditionError: there can be no such branch.
-            NotFoundError: its tenant has no such picture to start from.
-            UnavailableError: nobody can say now whether it has.
+            NotFoundError: its tenant has no such picture to start from, or an adapter has gone.
+            UnavailableError: nobody can say now whether it has, or the adapters in use leave no memory for its own.
         """
         try:
             image = await self._images.load(generation.caller.tenant, generation.request.spec)
         except StoreError:
             what = "uploaded pictures cannot be read now; try again"
             raise UnavailableError(what, retry_after_s=1.0) from None
-        return [replace(plan, image=image) for plan in await self._plan(generation, branched_from)]
+        adapters = await load_adapters(self._catalog.adapters, generation.request.spec)
+        return [replace(plan, image=image, adapters=adapters) for plan in await self._plan(generation, branched_from)]
 
     async def _plan(self, generation: Generation, branched_from: Generation | None) -> list[OutputPlan]:
         if branched_from is not None:
@@ -282,9 +286,11 @@ class Planner:
         plans, numerics = [], self.numerics_id(generation)
         others = "" if generation.numerics_id in ("", numerics) else numerics
         image, fault = None, None
+        adapters: tuple[RowAdapter, ...] = ()
         try:
             image = await self._images.load(generation.caller.tenant, generation.request.spec)
-        except NotFoundError as error:
+            adapters = await load_adapters(self._catalog.adapters, generation.request.spec)
+        except (NotFoundError, UnavailableError) as error:
             fault = error
         except InvalidRequestError as error:  # the bounds of this replica are others
             fault = NotFoundError(error.message, reason="IMAGE_NOT_FOUND")
@@ -297,7 +303,7 @@ class Planner:
             anew = gone or output.origin.disposition in SERVED
             origin = replace(MISS if anew else output.origin, numerics_id=others)
             embeddings = await self._cache.embeddings(wanted)
-            plans.append(OutputPlan(wanted, origin, None, start, embeddings, gone, image, fault))
+            plans.append(OutputPlan(wanted, origin, None, start, embeddings, gone, image, fault, adapters))
         return plans
 
     def enter(self, generation: Generation, plans: Sequence[OutputPlan]) -> None:
@@ -407,6 +413,7 @@ def _job(generation: Generation, output: Output, plan: OutputPlan) -> Job:
         image=plan.image,
         guided_steps=spec.guided_steps,
         guidance_rescale=spec.guidance_rescale,
+        adapters=plan.adapters,
     )
 
 
