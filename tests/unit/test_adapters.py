@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safelight_server.catalog.adapters import AdapterFileError, AdapterLibrary, AdapterRoomError, packed, parse
-from safelight_server.catalog.manifest import AdapterRoom
+from safelight_server.catalog.catalog import check
+from safelight_server.catalog.manifest import ADAPTER_INPUTS, AdapterRoom, Manifest
 
 from tests.support.adapters import ROOM, TARGETS, matrices, safetensors, write_adapter
+from tests.support.pipelines import MANIFEST, small_pipeline
 
 FITTING = AdapterRoom.model_validate(ROOM)
 A, B = (f"base_model.model.down.attn1.to_q.lora_{part}.weight" for part in "AB")
@@ -229,3 +231,19 @@ def test_a_file_that_was_replaced_since_the_last_look_is_not_taken_for_the_old_o
 async def test_a_library_without_a_folder_or_without_models_follows_nothing(tmp_path):
     await AdapterLibrary().follow()
     await AdapterLibrary(tmp_path, {}).follow()
+
+
+def test_the_room_decides_pixels_and_none_leaves_the_digest_as_it_was(tmp_path):
+    """The order of the targets is that of the numbers."""
+    plain, inputs = small_pipeline(tmp_path), {**Manifest.model_validate(MANIFEST).inputs, **ADAPTER_INPUTS}
+    turned = {"max_rank": 6, "targets": ROOM["targets"][::-1]}
+    rooms = [small_pipeline(tmp_path, adapters=room, inputs=inputs) for room in (ROOM, turned)]
+    assert len({pipeline.digest for pipeline in (plain, *rooms)}) == 3
+    assert small_pipeline(tmp_path, adapters=None).digest == plain.digest
+
+
+@pytest.mark.parametrize("changes", [{"adapters": ROOM}, {"inputs": dict(ADAPTER_INPUTS)}])
+def test_room_and_inputs_go_together(changes):
+    inputs = {**Manifest.model_validate(MANIFEST).inputs, **changes.get("inputs", {})}
+    faults = check(Manifest.model_validate(MANIFEST | changes | {"inputs": inputs}))
+    assert faults == ["adapters: goes with inputs of both adapter_weights and adapter_scales"]
