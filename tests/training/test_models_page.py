@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
@@ -58,8 +60,21 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
             licence = () if "--licence" in arguments else ("--licence", "CC0-1.0")
             said[" ".join(arguments)] = safelight(place, verb, *arguments, *more, *licence)
     assert sum("--dry-run" in line for line in said) == 3
-    [export] = [text for line, text in said.items() if "--dry-run" not in line]
+    export, with_room = [text for line, text in said.items() if "--dry-run" not in line]
+    assert "room for adapters of rank 8 in each row" in with_room
+    write_adapter(pipeline, place / "served" / "adapters" / "pixel")
     yield place, export
+
+
+def write_adapter(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """An adapter as peft saves it, with random matrices."""
+    unet = copy.deepcopy(pipeline.unet)
+    adapted = peft.get_peft_model(unet, peft.LoraConfig(r=4, target_modules=["to_q", "to_out.0"]))
+    torch.manual_seed(3)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape)
+    adapted.save_pretrained(folder)
 
 
 @pytest.fixture
@@ -85,7 +100,11 @@ async def test_the_commands_for_the_server_work(walked: tuple[Path, str], addres
     assert "models/my-model  1  on onnx  (default)" in said
     assert "16x16, 32x16" in said
     assert "note: scheduler PNDMScheduler is not served" in said
-    assert Image.open(place / "potion.png").size == SIZES[0]
+    assert "models/with-room  1  on onnx" in said
+    assert "adapters pixel (rank 4)" in said
+    plain, changed = (Image.open(place / f"{name}.png") for name in ("potion", "pixel"))
+    assert plain.size == changed.size == SIZES[0]
+    assert plain.tobytes() != changed.tobytes()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
