@@ -1,8 +1,7 @@
-"""Adapters of real formats: the exported denoiser against peft, and whole generations against diffusers' pipeline."""
+"""Adapters as peft and diffusers write them: the exported denoiser against peft, row by row of a mixed batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +10,17 @@ import peft
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
-from safelight import Client, GenerationError
-from safelight_server.app.server import serving
 from safelight_server.catalog.adapters import AdapterLibrary
-from safelight_server.catalog.catalog import Catalog, load
-from safelight_server.export.exporter import export, round_weights
-from safelight_server.export.plan import ExportOptions
-from safelight_server.sampler import gaussian
-from safelight_server.settings import load as load_settings
+from safelight_server.catalog.manifest import AdapterRoom
+from safelight_server.export.adapters import Adapters
+from safelight_server.export.components import Denoiser
+from safelight_server.export.exporter import round_weights
+from safelight_server.export.onnx_file import write_onnx
 
-from tests.conftest import eventually
-from tests.support.http import free_port
 from tests.training import folders
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 ROOM = 8
-PROMPT, SEED, STEPS, GUIDANCE = "a red potion", 7, 4, 3.0
 ALL = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -62,23 +56,14 @@ def write_adapters(pipeline: StableDiffusionPipeline, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a pipeline with room for adapters, and two of them beside it."""
+    """The folder of a pipeline, and of two adapters that were trained for it."""
     torch.set_num_threads(1)
     place = tmp_path_factory.mktemp("adapters")
     pipeline = folders.pipeline()
     pipeline.save_pretrained(place / "pipeline")
-    options = ExportOptions("tiny", licence="CC0-1.0", steps=STEPS, guidance_scale=GUIDANCE, adapter_rank=ROOM)
-    export(place / "pipeline", place / "models", options)
     round_weights(pipeline.unet)
     write_adapters(pipeline, place / "trained")
     return place
-
-
-@pytest.fixture(scope="module")
-def catalog(models: Path) -> Catalog:
-    catalog = load(models / "models")
-    catalog.adapters = AdapterLibrary(models / "trained", {"tiny": catalog.get("tiny").manifest.adapters})
-    return catalog
 
 
 def theirs(models: Path, **scales: float) -> StableDiffusionPipeline:
@@ -105,10 +90,14 @@ MIXED = [{}, {"wide": 1.0}, {"narrow": 0.7}, {"wide": -0.5, "narrow": 1.3}, {}, 
 
 
 @pytest.fixture(scope="module")
-def batch(models: Path, catalog: Catalog) -> Iterator[tuple[onnxruntime.InferenceSession, dict[str, np.ndarray]]]:
+def batch(models: Path) -> tuple[onnxruntime.InferenceSession, dict[str, np.ndarray]]:
     """The exported denoiser and a batch of it, whose rows have different adapters."""
-    library, room = catalog.adapters, catalog.get("tiny").manifest.adapters
     rng, rows = np.random.default_rng(3), len(MIXED)
+    unet = theirs(models).unet
+    adapters = Adapters(unet)
+    denoiser = Denoiser(unet, adapters).eval()
+    room = AdapterRoom.model_validate(adapters.room(ROOM))
+    library = AdapterLibrary(models / "trained", {"tiny": room})
     feed = {
         "sample": rng.standard_normal((rows, 4, 4, 4), np.float32),
         "timestep": rng.uniform(0, 999, rows).astype(np.float32),
@@ -125,8 +114,11 @@ def batch(models: Path, catalog: Catalog) -> Iterator[tuple[onnxruntime.Inferenc
             first += len(weights)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    file = models / "models" / "repository" / "tiny_denoiser" / "1" / "model.onnx"
-    yield onnxruntime.InferenceSession(file, options), feed
+    file = models / "denoiser" / "1" / "model.onnx"
+    given = {name: torch.from_numpy(feed[name][:2]) for name in ("sample", "timestep", "encoder_hidden_states")}
+    with torch.no_grad():
+        write_onnx(denoiser, [given | adapters.examples(ROOM, 2)], denoiser.outputs, file)
+    return onnxruntime.InferenceSession(file, options), feed
 
 
 def test_rows_of_a_mixed_batch_have_the_bits_that_they_have_alone(batch):
@@ -151,33 +143,3 @@ def test_rows_are_those_of_peft(models, batch):
         assert np.abs(ours[row] - expected).max() <= 1e-5, named
         if named:
             assert np.abs(expected - bare).max() > 1e-2, "the adapters matter"
-
-
-async def test_requests_with_adapters_are_the_pictures_of_diffusers(models, tmp_path):
-    """The adapters appear while the server runs, and requests with others and with none share its batches."""
-    settings = load_settings(
-        port=free_port(), models_dir=models / "models", adapters_dir=tmp_path / "adapters", num_instances=1
-    )
-    noise = torch.from_numpy(gaussian(SEED, 0, 0, (4, 4, 4)))[None]
-    async with serving(settings) as running, Client(running.address) as client:
-        with pytest.raises(
-            GenerationError, match=r"spec.adapters\[0\].name: models/tiny has no adapter 'wide'; it has none"
-        ):
-            await client.generate(PROMPT, adapters={"wide": 1})
-        (tmp_path / "adapters").mkdir()
-        for name in ("wide", "narrow"):
-            (tmp_path / "adapters" / name).symlink_to(models / "trained" / name)
-
-        await eventually(lambda: len(running.catalog.adapters.of("tiny")) == 2)
-        [model] = await client.models()
-        assert [(one.name, one.rank) for one in model.adapters] == [("narrow", 2), ("wide", 4)]
-        streams = [
-            client.generate(PROMPT, seed=SEED, steps=STEPS, adapters=named, cache="bypass") for named in MIXED[:4]
-        ]
-        pictures = [np.asarray(await stream.image(), int) for stream in streams]
-    assert len({picture.tobytes() for picture in pictures}) == 4
-    for named, ours in zip(MIXED[:4], pictures, strict=True):
-        expected = theirs(models, **named)(
-            PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=noise
-        ).images[0]
-        assert np.abs(ours - np.asarray(expected, int)).max() <= 1, named
