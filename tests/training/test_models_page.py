@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import os
 import re
 import shlex
@@ -13,19 +12,16 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import numpy as np
-import peft
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
-from peft.tuners.lora import LoraLayer
 from PIL import Image
-from safelight import Client, GenerationError
+from safelight import Client
 from safelight_server.app.server import serving
 from safelight_server.export.exporter import round_weights
 from safelight_server.sampler import gaussian
 from safelight_server.settings import load
 
-from tests.conftest import eventually
 from tests.support.http import free_port
 from tests.training import folders
 from tests.training.checkpoints import save_checkpoint
@@ -58,26 +54,12 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
     said = {}
     for _, verb, *arguments in COMMANDS:
         if verb == "export":
-            sizes = ",".join(f"{w}x{h}" for w, h in SIZES)
-            more = () if "--dry-run" in arguments else ("--sizes", sizes, "--adapter-rank", "8")
+            more = () if "--dry-run" in arguments else ("--sizes", ",".join(f"{w}x{h}" for w, h in SIZES))
             licence = () if "--licence" in arguments else ("--licence", "CC0-1.0")
             said[" ".join(arguments)] = safelight(place, verb, *arguments, *more, *licence)
-    assert sum("--dry-run" in line for line in said) == 4
+    assert sum("--dry-run" in line for line in said) == 3
     [export] = [text for line, text in said.items() if "--dry-run" not in line]
-    assert "room for adapters of rank 8 in each row" in said["my-model --adapter-rank 8 --dry-run"]
-    write_adapter(pipeline, place / "served" / "adapters" / "pixel")
     yield place, export
-
-
-def write_adapter(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """An adapter as peft saves it, with random matrices."""
-    unet = copy.deepcopy(pipeline.unet)
-    adapted = peft.get_peft_model(unet, peft.LoraConfig(r=4, target_modules=["to_q", "to_out.0"]))
-    torch.manual_seed(3)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape)
-    adapted.save_pretrained(folder)
 
 
 @pytest.fixture
@@ -103,62 +85,24 @@ async def test_the_commands_for_the_server_work(walked: tuple[Path, str], addres
     assert "models/my-model  1  on onnx  (default)" in said
     assert "16x16, 32x16" in said
     assert "note: scheduler PNDMScheduler is not served" in said
-    assert "adapters pixel (rank 4)" in said
-    plain, changed = (Image.open(place / f"{name}.png") for name in ("potion", "pixel"))
-    assert plain.size == changed.size == SIZES[0]
-    assert plain.tobytes() != changed.tobytes()
+    assert Image.open(place / "potion.png").size == SIZES[0]
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.8])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 async def test_pictures_of_each_size_are_those_of_diffusers(
-    walked: tuple[Path, str], address: str, size: tuple[int, int], scale: float
+    walked: tuple[Path, str], address: str, size: tuple[int, int]
 ) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(walked[0] / "my-model", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="leading")
     for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         round_weights(network)
-    if scale:
-        adapted = peft.PeftModel.from_pretrained(pipeline.unet, walked[0] / "served" / "adapters" / "pixel")
-        for module in adapted.modules():
-            if isinstance(module, LoraLayer):
-                module.set_scale("default", scale)
-        pipeline.unet = adapted.get_base_model()
     width, height = size
     noise = torch.from_numpy(gaussian(SEED, 0, 0, (4, height // 2, width // 2)))[None]
     theirs = pipeline(
         PROMPT, height=height, width=width, num_inference_steps=STEPS, guidance_scale=GUIDANCE, latents=noise
     ).images[0]
     async with Client(address) as client:
-        named = {"pixel": scale}
-        ours = await client.generate(PROMPT, seed=SEED, width=width, height=height, steps=STEPS, adapters=named).image()
+        ours = await client.generate(PROMPT, seed=SEED, width=width, height=height, steps=STEPS).image()
     assert ours.size == theirs.size == size
     assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
-
-
-async def test_an_adapter_that_comes_while_the_server_runs_is_offered_and_used(
-    walked: tuple[Path, str], tmp_path: Path
-) -> None:
-    """Requests with it, with another one and with none share batches."""
-    settings = load(port=free_port(), models_dir=walked[0] / "served", adapters_dir=tmp_path / "own", num_instances=1)
-    async with serving(settings) as running, Client(running.address) as client:
-        with pytest.raises(GenerationError, match=r"spec.adapters\[0\].name: models/my-model has no adapter 'late'"):
-            await client.generate(PROMPT, adapters={"late": 1})
-        (tmp_path / "own").mkdir()
-        for name in ("late", "later"):
-            (tmp_path / "own" / name).symlink_to(walked[0] / "served" / "adapters" / "pixel")
-        await eventually(lambda: len(running.catalog.adapters.of("my-model")) == 2)
-        [model] = await client.models()
-        assert [(one.name, one.rank) for one in model.adapters] == [("late", 4), ("later", 4)]
-        kinds = [{}, {"late": 1}, {"later": 1}, {"late": 0.5, "later": 0.5}, {"late": -1}]
-        together = await asyncio.gather(*(picture(client, named) for named in kinds))
-        alone = [await picture(client, named) for named in kinds]
-    assert together == alone
-    assert together[1] == together[2]
-    assert len({together[0], together[1], together[4]}) == 3
-
-
-async def picture(client: Client, named: dict[str, float]) -> bytes:
-    image = await client.generate(PROMPT, seed=SEED, steps=STEPS, adapters=named, cache="bypass").image()
-    return image.tobytes()
