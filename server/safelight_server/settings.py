@@ -72,6 +72,12 @@ class Settings(BaseSettings):
     instance_type: str = Field("", description="Which machine of price_file this is.")
 
     models_dir: Path = Field(Path("models"), description="Folder with repository/ and pipelines/.")
+    adapters_dir: Path | None = Field(
+        None, description="Folder of adapters (LoRA), watched for changes (docs/models.md). None: models_dir/adapters."
+    )
+    max_adapter_bytes: Count = Field(
+        256 << 20, description="Bytes of adapters' weights in memory, and of the file of an adapter."
+    )
     default_model: str = Field("", description="Model of requests that name none. Empty: the first by name.")
     require_all_models: bool = Field(
         False, description="Do not start if a model cannot be served. False: leave it out, log why, serve the others."

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from safelight_server.catalog.adapters import AdapterLibrary
 from safelight_server.catalog.catalog import Catalog, Pipeline, assemble
-from safelight_server.catalog.manifest import Manifest
+from safelight_server.catalog.manifest import ADAPTER_INPUTS, AdapterRoom, Manifest
 from safelight_server.catalog.tokenizer import Tokenizer
 from tokenizers import models, pre_tokenizers
+
+from tests.support.adapters import ROOM, write_adapter
 
 PAD, BOS, EOS = 0, 1, 2
 MAX_TOKENS = 8
@@ -66,3 +69,13 @@ def small_pipeline(folder: Path, **changes: Any) -> Pipeline:
 def small_catalog(folder: Path, **changes: Any) -> Catalog:
     """A catalog with `small_pipeline` only."""
     return Catalog([small_pipeline(folder, **changes)])
+
+
+def adapted_catalog(folder: Path, *adapters: str) -> Catalog:
+    """A catalog with a pipeline that takes adapters of ranks up to 6 together, and with these, of rank 2."""
+    inputs = {"sample": "latent", "timestep": "timestep", "encoder_hidden_states": "encoder:last_hidden_state"}
+    catalog = small_catalog(folder, adapters=ROOM, inputs=inputs | ADAPTER_INPUTS)
+    for seed, name in enumerate(adapters):
+        write_adapter(folder / "adapters", name, seed=seed)
+    catalog.adapters = AdapterLibrary(folder / "adapters", {"small": AdapterRoom.model_validate(ROOM)})
+    return catalog

@@ -20,11 +20,11 @@ from safelight_server.cache.fingerprint import (
     tenant_key,
 )
 from safelight_server.catalog.catalog import Catalog
-from safelight_server.domain.request import Spec
+from safelight_server.domain.request import AdapterUse, Spec
 from safelight_server.sampler import SamplerSpec
 from safelight_server.validation import RequestLimits, resolve_request
 
-from tests.support.pipelines import small_catalog
+from tests.support.pipelines import adapted_catalog
 
 LIMITS = RequestLimits(max_prompt_chars=100, max_request_rows=131_072, resume_grace_s=30.0, max_resume_grace_s=600.0)
 OPERATOR = b"an operator's key of 32 bytes ..."
@@ -55,6 +55,7 @@ OTHERS = {
     "mask": "cd" * 32,
     "guidance_rescale": 0.7,
     "guidance_interval": (0.2, 0.8),
+    "adapters": (AdapterUse("pixel", 0.8, "ab" * 32),),
 }
 """Another value for each field that decides pixels."""
 SILENT = {"model", "revision", "prompt", "negative_prompt"}
@@ -63,7 +64,7 @@ SILENT = {"model", "revision", "prompt", "negative_prompt"}
 
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
-    return small_catalog(tmp_path_factory.mktemp("small"))
+    return adapted_catalog(tmp_path_factory.mktemp("small"), "pixel")
 
 
 def spec_of(catalog: Catalog, message: pb.GenerationSpec) -> Spec:
@@ -80,6 +81,11 @@ def test_every_field_of_a_spec_is_in_the_fingerprint_or_known_to_be_silent():
     for name in ("name", "spacing", "sigma_schedule", "eta"):
         sampler = replace(SPEC.sampler, **{name: 0.5 if name == "eta" else "else"})
         assert exact("digest", "numerics", replace(SPEC, sampler=sampler), 7) != whole, name
+    [adapter] = OTHERS["adapters"]
+    adapted = exact("digest", "numerics", replace(SPEC, adapters=(adapter,)), 7)
+    for name, value in {"scale": 0.7, "sha256": "cd" * 32}.items():
+        other = replace(SPEC, adapters=(replace(adapter, **{name: value}),))
+        assert exact("digest", "numerics", other, 7) != adapted, name
     assert exact("other", "numerics", SPEC, 7) != whole
     assert exact("digest", "other", SPEC, 7) != whole
     assert exact("digest", "numerics", SPEC, 8) != whole
@@ -99,6 +105,7 @@ FIELDS = {
     "mask": pb.GenerationSpec(mask=IMAGE),
     "guidance_rescale": pb.GenerationSpec(guidance_rescale=0.7),
     "guidance_interval": pb.GenerationSpec(guidance_interval=pb.GuidanceInterval(start=0.2, end=0.8)),
+    "adapters": pb.GenerationSpec(adapters=[pb.Adapter(name="pixel")]),
 }
 """A change of each field of the contract; the model is in the pipeline's digest, and the width goes with the height."""
 
@@ -191,7 +198,7 @@ def test_numbers_have_one_form():
 
 def test_the_encoding_is_canonical_json_and_does_not_change_unseen():
     assert exact("d", "n", SPEC, 2**64 - 1) == (
-        b'{"numerics":"n","pipeline":"d","seed":18446744073709551615,"spec":{"guidance_interval":[0,1],'
+        b'{"numerics":"n","pipeline":"d","seed":18446744073709551615,"spec":{"adapters":[],"guidance_interval":[0,1],'
         b'"guidance_rescale":0,"guidance_scale":3,"height_px":96,'
         b'"init_image":"","mask":"","negative_token_ids":[1,5,2,0],"num_inference_steps":20,'
         b'"sampler":["ddim","trailing","default",0.25],"strength":1,"width_px":64},"tokens":[1,4,6,2],"version":3}'

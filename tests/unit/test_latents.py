@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
-from safelight_server.engine.latents import CleanLatent, Latents
+from safelight_server.catalog.manifest import AdapterRoom
+from safelight_server.engine.latents import CleanLatent, Latents, RowAdapter
 from safelight_server.sampler import NoiseSchedule, SamplerSpec, compile_table, gaussian
+
+from tests.support.adapters import ROOM
 
 SHAPE, CONTEXT = (2, 4, 4), (3, 5)
 CONTEXTS = {"last_hidden_state": CONTEXT}
@@ -243,3 +249,44 @@ def test_guidance_does_not_stay_in_a_slot():
     for at in range(6):
         step(latents, [slot], [at], parts=(0, 1))
     assert np.array_equal(latents.latent(np.array([slot]))[0], develop_together([LIMITED])[0])
+
+
+ADAPTED = {"w": "adapter_weights", "s": "adapter_scales", "x": "latent"}
+ROOMY = AdapterRoom.model_validate(ROOM)
+
+
+def adapter(rank, value, scale):
+    return RowAdapter(np.full((rank, ROOMY.width), value, np.float32), scale)
+
+
+def test_rows_bring_their_adapters_one_below_the_other():
+    latents = Latents(3, SHAPE, CONTEXTS, 50, ADAPTED, room=ROOMY)
+    both = latents.claim(table(), 1, 3.0, [context(1), context(0)], adapters=[adapter(2, 5, 0.5), adapter(1, 7, -2)])
+    none = latents.claim(table(), 1, 1.0, [context(1)])
+    one = latents.claim(table(), 1, 1.0, [context(1)], adapters=[adapter(6, 9, 1)])
+    rows = latents.rows(np.array([both, none, one, both]), np.array([0, 0, 0, 1]), np.array([0, 0, 0, 0]))
+    assert rows["w"].shape == (4, 6, ROOMY.width)
+    assert rows["w"].dtype == rows["s"].dtype == np.float32
+    assert rows["w"][:, :, 0].tolist() == [[5, 5, 7, 0, 0, 0], [0] * 6, [9] * 6, [5, 5, 7, 0, 0, 0]]
+    assert (rows["w"] == rows["w"][:, :, :1]).all()
+    assert rows["s"].tolist() == [[0.5, 0.5, -2, 0, 0, 0], [0] * 6, [1] * 6, [0.5, 0.5, -2, 0, 0, 0]]
+
+
+def test_an_adapter_does_not_stay_in_a_slot():
+    latents = Latents(1, SHAPE, CONTEXTS, 50, ADAPTED, room=ROOMY)
+    latents.release(latents.claim(table(), 1, 1.0, [context(1)], adapters=[adapter(2, 5, 0.5)]))
+    slot = latents.claim(table(), 1, 1.0, [context(1)])
+    rows = latents.rows(np.array([slot]), np.array([0]), np.array([0]))
+    assert not rows["w"].any()
+    assert not rows["s"].any()
+
+
+def test_weights_that_nobody_uses_any_more_are_let_go():
+    latents, brought = Latents(1, SHAPE, CONTEXTS, 50, ADAPTED, room=ROOMY), adapter(2, 5, 0.5)
+    seen = weakref.ref(brought.weights)
+    slot = latents.claim(table(), 1, 1.0, [context(1)], adapters=[brought])
+    latents.depart(np.array([slot]))
+    latents.release(slot)
+    del brought
+    gc.collect()
+    assert seen() is None

@@ -19,6 +19,7 @@ from safelight.v1 import generation_pb2 as pb
 from safelight_server.catalog.catalog import Catalog
 from safelight_server.domain.errors import InvalidRequestError, NotFoundError
 from safelight_server.domain.request import (
+    AdapterUse,
     DisconnectPolicy,
     MediaType,
     PixelEncoding,
@@ -39,7 +40,7 @@ from safelight_server.validation import (
 )
 from safelight_server.validation.violations import MAX_FAULTS
 
-from tests.support.pipelines import BOS, EOS, MANIFEST, MAX_TOKENS, PAD, small_catalog, small_pipeline
+from tests.support.pipelines import BOS, EOS, MANIFEST, MAX_TOKENS, PAD, adapted_catalog, small_catalog, small_pipeline
 
 LIMITS = RequestLimits(max_prompt_chars=100, max_request_rows=131_072, resume_grace_s=30.0, max_resume_grace_s=600.0)
 RAW = "application/x-raw-rgba8"
@@ -739,6 +740,7 @@ SPECS = st.builds(
         eta=maybe(FLOATS),
     ),
     outputs=st.lists(st.builds(pb.OutputSpec, seed=maybe(st.integers(0, 2**64 - 1))), max_size=6),
+    adapters=st.lists(st.builds(pb.Adapter, name=st.text(max_size=80), scale=maybe(FLOATS)), max_size=6),
 )
 PREVIEWS = st.builds(
     pb.PreviewPolicy,
@@ -826,6 +828,7 @@ def test_whatever_protobuf_parses_has_an_answer(catalog: Catalog, data: bytes) -
 
 JUDGED_ELSEWHERE = {
     "spec.model",  # NotFoundError
+    "spec.adapters",  # ADAPTER_FAULTS
     "spec.outputs.seed",  # any number of a uint64 is a seed
     "preview.accept",  # its fields are those of encoding
     "quality_floor.cheaper_previews",  # either is good
@@ -909,3 +912,63 @@ def test_steps_outside_of_the_interval_cost_one_row(catalog: Catalog) -> None:
     message.spec.guidance_interval.end = 0.9
     with pytest.raises(InvalidRequestError, match="with 2 outputs costs 34 denoiser rows"):
         resolve_request(message, catalog, few)
+
+
+def adapters(*given: str | tuple[str, float]) -> pb.GenerateRequest:
+    entries = [(one, None) if isinstance(one, str) else one for one in given]
+    return request(adapters=[pb.Adapter(name=name, scale=scale) for name, scale in entries])
+
+
+ADAPTER_SCALE = "must be from -10 to 10"
+ADAPTER_FAULTS = [
+    (adapters("unheard of"), "[0].name", "models/small has no adapter 'unheard of'; it has glow, ink, pixel, wash"),
+    (adapters(""), "[0].name", "models/small has no adapter ''; it has glow, ink, pixel, wash"),
+    (
+        adapters("pixel", "broken"),
+        "[1].name",
+        "models/small has no adapter 'broken'; the one in the folder must have one",
+    ),
+    (adapters("pixel", "pixel"), "[1].name", "'pixel' is there twice; keep one of them"),
+    (adapters(("pixel", 10.1)), "[0].scale", ADAPTER_SCALE),
+    (adapters(("pixel", -math.inf)), "[0].scale", ADAPTER_SCALE),
+    (adapters("ink", ("pixel", math.nan)), "[1].scale", ADAPTER_SCALE),
+    (adapters("pixel", "ink", "glow", "wash"), "", "have ranks of 8 together; models/small has room for 6: name fewer"),
+    (adapters(*"abcde"), "", "has 5 entries; at most 4 are taken"),
+]
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+    folder = tmp_path_factory.mktemp("adapted")
+    (folder / "adapters" / "broken").mkdir(parents=True)
+    return adapted_catalog(folder, "pixel", "ink", "glow", "wash")
+
+
+@pytest.mark.parametrize(("message", "field", "what"), ADAPTER_FAULTS)
+def test_a_fault_of_an_adapter_is_named(adapted: Catalog, message: pb.GenerateRequest, field: str, what: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        resolve_request(message, adapted, LIMITS)
+    [fault] = refused.value.violations
+    assert fault.field == f"spec.adapters{field}"
+    assert fault.description.startswith(what)
+
+
+def test_a_model_without_room_takes_no_adapters(catalog: Catalog) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        resolve_request(adapters("pixel"), catalog, LIMITS)
+    [fault] = refused.value.violations
+    assert fault.field == "spec.adapters"
+    assert fault.description.startswith("models/small takes no adapters")
+
+
+def test_adapters_are_resolved_to_their_content_in_one_order(adapted: Catalog) -> None:
+    sha256 = {name: file.sha256 for name, file in adapted.adapters.of("small").items()}
+    expected = (AdapterUse("glow", 1.0, sha256["glow"]), AdapterUse("pixel", 0.8, sha256["pixel"]))
+    for given_ in (("glow", ("pixel", 0.8)), (("pixel", 0.8), ("ink", 0.0), ("glow", 1.0))):
+        assert resolve_request(adapters(*given_), adapted, LIMITS).spec.adapters == expected
+    assert resolve_request(adapters(("pixel", 0.0)), adapted, LIMITS).spec.adapters == ()
+
+
+def test_a_factor_of_0_takes_no_room(adapted: Catalog) -> None:
+    spec = resolve_request(adapters("pixel", "ink", "glow", ("wash", -0.0)), adapted, LIMITS).spec
+    assert [adapter.name for adapter in spec.adapters] == ["glow", "ink", "pixel"]

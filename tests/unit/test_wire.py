@@ -32,7 +32,7 @@ from safelight_server.scheduler import Priority
 from safelight_server.validation import RequestLimits, body_digest, resolve_request
 from safelight_server.wire import enums, statuses, times
 
-from tests.support.pipelines import small_catalog, small_pipeline
+from tests.support.pipelines import adapted_catalog, small_catalog, small_pipeline
 
 LIMITS = RequestLimits(max_prompt_chars=100, max_request_rows=131_072, resume_grace_s=30.0, max_resume_grace_s=600.0)
 M = TypeVar("M", bound=Message)
@@ -111,7 +111,7 @@ def test_the_worst_status_fits_into_the_trailers(tmp_path: Path) -> None:
 
 
 def test_a_spec_sent_again_is_the_same_spec(tmp_path: Path) -> None:
-    catalog = small_catalog(tmp_path)
+    catalog = adapted_catalog(tmp_path, "pixel", "glow")
     sent = pb.GenerateRequest(
         spec=pb.GenerationSpec(
             prompt="red potion",
@@ -125,6 +125,7 @@ def test_a_spec_sent_again_is_the_same_spec(tmp_path: Path) -> None:
             init_image=f"images/{'ab' * 32}",
             strength=0.7,
             mask=f"images/{'cd' * 32}",
+            adapters=[pb.Adapter(name="pixel", scale=0.8), pb.Adapter(name="glow")],
         )
     )
     first = resolve_request(sent, catalog, LIMITS).spec

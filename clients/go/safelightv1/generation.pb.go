@@ -317,7 +317,7 @@ func (x Prompt_Role) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Prompt_Role.Descriptor instead.
 func (Prompt_Role) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{4, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{5, 0}
 }
 
 // Order of the rows of raw pixels and of textures.
@@ -370,7 +370,7 @@ func (x PixelEncoding_RowOrder) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PixelEncoding_RowOrder.Descriptor instead.
 func (PixelEncoding_RowOrder) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{8, 0}
 }
 
 // How the blocks of a texture are compressed.
@@ -424,7 +424,7 @@ func (x PixelEncoding_TextureFormat) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PixelEncoding_TextureFormat.Descriptor instead.
 func (PixelEncoding_TextureFormat) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7, 1}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{8, 1}
 }
 
 // What may serve a request.
@@ -489,7 +489,7 @@ func (x CachePolicy_Mode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CachePolicy_Mode.Descriptor instead.
 func (CachePolicy_Mode) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{10, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{11, 0}
 }
 
 // What happens when the last stream is lost.
@@ -543,7 +543,7 @@ func (x DisconnectPolicy_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use DisconnectPolicy_Action.Descriptor instead.
 func (DisconnectPolicy_Action) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{13, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{14, 0}
 }
 
 // What is promised of a generation that was accepted.
@@ -598,7 +598,7 @@ func (x Accepted_Durability) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Accepted_Durability.Descriptor instead.
 func (Accepted_Durability) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{15, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{16, 0}
 }
 
 // Why an output ended.
@@ -659,7 +659,7 @@ func (x OutputFinished_FinishReason) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use OutputFinished_FinishReason.Descriptor instead.
 func (OutputFinished_FinishReason) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{21, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{22, 0}
 }
 
 // What was given up.
@@ -719,7 +719,7 @@ func (x Degradation_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Degradation_Kind.Descriptor instead.
 func (Degradation_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24, 0}
 }
 
 // Where a picture came from.
@@ -788,7 +788,7 @@ func (x CacheResult_Disposition) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use CacheResult_Disposition.Descriptor instead.
 func (CacheResult_Disposition) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{25, 0}
 }
 
 // Where a generation is in its life.
@@ -857,7 +857,7 @@ func (x Generation_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Generation_State.Descriptor instead.
 func (Generation_State) EnumDescriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{37, 0}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{38, 0}
 }
 
 // Asks for one or more pictures. Only a prompt is needed.
@@ -1094,8 +1094,15 @@ type GenerationSpec struct {
 	// Guidance in a part of the steps alone: each of the others has one denoiser
 	// row instead of two. Absent: in all steps. Only with guidance.
 	GuidanceInterval *GuidanceInterval `protobuf:"bytes,14,opt,name=guidance_interval,json=guidanceInterval,proto3" json:"guidance_interval,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// Adapters (LoRA) that change the denoiser for this request alone, beside
+	// requests with others or none in one batch. Their order makes no difference.
+	// INVALID_ARGUMENT names this field where the model takes no adapters, and
+	// `adapters[i].name` where it has none of this name (`Model.adapters` lists
+	// them). In `Accepted.spec` they stand in the order of their names, without
+	// those whose scale is 0.
+	Adapters      []*Adapter `protobuf:"bytes,15,rep,name=adapters,proto3" json:"adapters,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GenerationSpec) Reset() {
@@ -1226,6 +1233,70 @@ func (x *GenerationSpec) GetGuidanceInterval() *GuidanceInterval {
 	return nil
 }
 
+func (x *GenerationSpec) GetAdapters() []*Adapter {
+	if x != nil {
+		return x.Adapters
+	}
+	return nil
+}
+
+// An adapter (low-rank changes of a denoiser's weights, Hu et al. 2021) and how
+// strongly it is applied.
+type Adapter struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A name from the model's list, each at most once.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Factor of what it adds, from -10 to 10. Absent: 1. 0 is as if the adapter
+	// were not named.
+	Scale         *float32 `protobuf:"fixed32,2,opt,name=scale,proto3,oneof" json:"scale,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Adapter) Reset() {
+	*x = Adapter{}
+	mi := &file_safelight_v1_generation_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Adapter) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Adapter) ProtoMessage() {}
+
+func (x *Adapter) ProtoReflect() protoreflect.Message {
+	mi := &file_safelight_v1_generation_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Adapter.ProtoReflect.Descriptor instead.
+func (*Adapter) Descriptor() ([]byte, []int) {
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Adapter) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Adapter) GetScale() float32 {
+	if x != nil && x.Scale != nil {
+		return *x.Scale
+	}
+	return 0
+}
+
 // The steps that have guidance (Kynkäänniemi et al. 2024), as shares of all
 // steps from 0, before the first one, to 1, after the last one. Of N steps those
 // from floor(start * N) on, counted from 0, to the one before floor(end * N), as
@@ -1243,7 +1314,7 @@ type GuidanceInterval struct {
 
 func (x *GuidanceInterval) Reset() {
 	*x = GuidanceInterval{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[3]
+	mi := &file_safelight_v1_generation_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1255,7 +1326,7 @@ func (x *GuidanceInterval) String() string {
 func (*GuidanceInterval) ProtoMessage() {}
 
 func (x *GuidanceInterval) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[3]
+	mi := &file_safelight_v1_generation_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1268,7 +1339,7 @@ func (x *GuidanceInterval) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GuidanceInterval.ProtoReflect.Descriptor instead.
 func (*GuidanceInterval) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{3}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *GuidanceInterval) GetStart() float32 {
@@ -1300,7 +1371,7 @@ type Prompt struct {
 
 func (x *Prompt) Reset() {
 	*x = Prompt{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[4]
+	mi := &file_safelight_v1_generation_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1312,7 +1383,7 @@ func (x *Prompt) String() string {
 func (*Prompt) ProtoMessage() {}
 
 func (x *Prompt) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[4]
+	mi := &file_safelight_v1_generation_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1325,7 +1396,7 @@ func (x *Prompt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Prompt.ProtoReflect.Descriptor instead.
 func (*Prompt) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{4}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Prompt) GetRole() Prompt_Role {
@@ -1361,7 +1432,7 @@ type SamplerSpec struct {
 
 func (x *SamplerSpec) Reset() {
 	*x = SamplerSpec{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[5]
+	mi := &file_safelight_v1_generation_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1373,7 +1444,7 @@ func (x *SamplerSpec) String() string {
 func (*SamplerSpec) ProtoMessage() {}
 
 func (x *SamplerSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[5]
+	mi := &file_safelight_v1_generation_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1386,7 +1457,7 @@ func (x *SamplerSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SamplerSpec.ProtoReflect.Descriptor instead.
 func (*SamplerSpec) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{5}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *SamplerSpec) GetName() string {
@@ -1428,7 +1499,7 @@ type OutputSpec struct {
 
 func (x *OutputSpec) Reset() {
 	*x = OutputSpec{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[6]
+	mi := &file_safelight_v1_generation_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1440,7 +1511,7 @@ func (x *OutputSpec) String() string {
 func (*OutputSpec) ProtoMessage() {}
 
 func (x *OutputSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[6]
+	mi := &file_safelight_v1_generation_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1453,7 +1524,7 @@ func (x *OutputSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputSpec.ProtoReflect.Descriptor instead.
 func (*OutputSpec) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{6}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *OutputSpec) GetSeed() uint64 {
@@ -1486,7 +1557,7 @@ type PixelEncoding struct {
 
 func (x *PixelEncoding) Reset() {
 	*x = PixelEncoding{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[7]
+	mi := &file_safelight_v1_generation_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1498,7 +1569,7 @@ func (x *PixelEncoding) String() string {
 func (*PixelEncoding) ProtoMessage() {}
 
 func (x *PixelEncoding) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[7]
+	mi := &file_safelight_v1_generation_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1511,7 +1582,7 @@ func (x *PixelEncoding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PixelEncoding.ProtoReflect.Descriptor instead.
 func (*PixelEncoding) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{7}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PixelEncoding) GetMediaType() string {
@@ -1581,7 +1652,7 @@ type PreviewPolicy struct {
 
 func (x *PreviewPolicy) Reset() {
 	*x = PreviewPolicy{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[8]
+	mi := &file_safelight_v1_generation_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1593,7 +1664,7 @@ func (x *PreviewPolicy) String() string {
 func (*PreviewPolicy) ProtoMessage() {}
 
 func (x *PreviewPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[8]
+	mi := &file_safelight_v1_generation_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1606,7 +1677,7 @@ func (x *PreviewPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PreviewPolicy.ProtoReflect.Descriptor instead.
 func (*PreviewPolicy) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{8}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *PreviewPolicy) GetAccept() []*PixelEncoding {
@@ -1691,7 +1762,7 @@ type Scheduling struct {
 
 func (x *Scheduling) Reset() {
 	*x = Scheduling{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[9]
+	mi := &file_safelight_v1_generation_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1703,7 +1774,7 @@ func (x *Scheduling) String() string {
 func (*Scheduling) ProtoMessage() {}
 
 func (x *Scheduling) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[9]
+	mi := &file_safelight_v1_generation_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1716,7 +1787,7 @@ func (x *Scheduling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Scheduling.ProtoReflect.Descriptor instead.
 func (*Scheduling) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{9}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Scheduling) GetPriority() Priority {
@@ -1745,7 +1816,7 @@ type CachePolicy struct {
 
 func (x *CachePolicy) Reset() {
 	*x = CachePolicy{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[10]
+	mi := &file_safelight_v1_generation_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1757,7 +1828,7 @@ func (x *CachePolicy) String() string {
 func (*CachePolicy) ProtoMessage() {}
 
 func (x *CachePolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[10]
+	mi := &file_safelight_v1_generation_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1770,7 +1841,7 @@ func (x *CachePolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CachePolicy.ProtoReflect.Descriptor instead.
 func (*CachePolicy) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{10}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CachePolicy) GetMode() CachePolicy_Mode {
@@ -1813,7 +1884,7 @@ type QualityFloor struct {
 
 func (x *QualityFloor) Reset() {
 	*x = QualityFloor{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[11]
+	mi := &file_safelight_v1_generation_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1825,7 +1896,7 @@ func (x *QualityFloor) String() string {
 func (*QualityFloor) ProtoMessage() {}
 
 func (x *QualityFloor) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[11]
+	mi := &file_safelight_v1_generation_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1838,7 +1909,7 @@ func (x *QualityFloor) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QualityFloor.ProtoReflect.Descriptor instead.
 func (*QualityFloor) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{11}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *QualityFloor) GetMinNumSteps() int32 {
@@ -1878,7 +1949,7 @@ type Branch struct {
 
 func (x *Branch) Reset() {
 	*x = Branch{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[12]
+	mi := &file_safelight_v1_generation_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1890,7 +1961,7 @@ func (x *Branch) String() string {
 func (*Branch) ProtoMessage() {}
 
 func (x *Branch) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[12]
+	mi := &file_safelight_v1_generation_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1903,7 +1974,7 @@ func (x *Branch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Branch.ProtoReflect.Descriptor instead.
 func (*Branch) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{12}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Branch) GetGeneration() string {
@@ -1940,7 +2011,7 @@ type DisconnectPolicy struct {
 
 func (x *DisconnectPolicy) Reset() {
 	*x = DisconnectPolicy{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[13]
+	mi := &file_safelight_v1_generation_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1952,7 +2023,7 @@ func (x *DisconnectPolicy) String() string {
 func (*DisconnectPolicy) ProtoMessage() {}
 
 func (x *DisconnectPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[13]
+	mi := &file_safelight_v1_generation_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1965,7 +2036,7 @@ func (x *DisconnectPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectPolicy.ProtoReflect.Descriptor instead.
 func (*DisconnectPolicy) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{13}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DisconnectPolicy) GetAction() DisconnectPolicy_Action {
@@ -2013,7 +2084,7 @@ type GenerationEvent struct {
 
 func (x *GenerationEvent) Reset() {
 	*x = GenerationEvent{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[14]
+	mi := &file_safelight_v1_generation_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2025,7 +2096,7 @@ func (x *GenerationEvent) String() string {
 func (*GenerationEvent) ProtoMessage() {}
 
 func (x *GenerationEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[14]
+	mi := &file_safelight_v1_generation_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2038,7 +2109,7 @@ func (x *GenerationEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerationEvent.ProtoReflect.Descriptor instead.
 func (*GenerationEvent) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{14}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *GenerationEvent) GetSequence() uint64 {
@@ -2219,7 +2290,7 @@ type Accepted struct {
 
 func (x *Accepted) Reset() {
 	*x = Accepted{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[15]
+	mi := &file_safelight_v1_generation_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2231,7 +2302,7 @@ func (x *Accepted) String() string {
 func (*Accepted) ProtoMessage() {}
 
 func (x *Accepted) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[15]
+	mi := &file_safelight_v1_generation_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2244,7 +2315,7 @@ func (x *Accepted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Accepted.ProtoReflect.Descriptor instead.
 func (*Accepted) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{15}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Accepted) GetSpec() *GenerationSpec {
@@ -2323,7 +2394,7 @@ type Warning struct {
 
 func (x *Warning) Reset() {
 	*x = Warning{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[16]
+	mi := &file_safelight_v1_generation_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2335,7 +2406,7 @@ func (x *Warning) String() string {
 func (*Warning) ProtoMessage() {}
 
 func (x *Warning) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[16]
+	mi := &file_safelight_v1_generation_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2348,7 +2419,7 @@ func (x *Warning) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Warning.ProtoReflect.Descriptor instead.
 func (*Warning) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{16}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Warning) GetReason() string {
@@ -2378,7 +2449,7 @@ type Queued struct {
 
 func (x *Queued) Reset() {
 	*x = Queued{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[17]
+	mi := &file_safelight_v1_generation_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2390,7 +2461,7 @@ func (x *Queued) String() string {
 func (*Queued) ProtoMessage() {}
 
 func (x *Queued) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[17]
+	mi := &file_safelight_v1_generation_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2403,7 +2474,7 @@ func (x *Queued) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Queued.ProtoReflect.Descriptor instead.
 func (*Queued) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{17}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Queued) GetPosition() int32 {
@@ -2439,7 +2510,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[18]
+	mi := &file_safelight_v1_generation_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2451,7 +2522,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[18]
+	mi := &file_safelight_v1_generation_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2464,7 +2535,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{18}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Progress) GetOutputIndex() int32 {
@@ -2530,7 +2601,7 @@ type Preview struct {
 
 func (x *Preview) Reset() {
 	*x = Preview{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[19]
+	mi := &file_safelight_v1_generation_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2542,7 +2613,7 @@ func (x *Preview) String() string {
 func (*Preview) ProtoMessage() {}
 
 func (x *Preview) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[19]
+	mi := &file_safelight_v1_generation_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2555,7 +2626,7 @@ func (x *Preview) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Preview.ProtoReflect.Descriptor instead.
 func (*Preview) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{19}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Preview) GetOutputIndex() int32 {
@@ -2648,7 +2719,7 @@ type ArtifactChunk struct {
 
 func (x *ArtifactChunk) Reset() {
 	*x = ArtifactChunk{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[20]
+	mi := &file_safelight_v1_generation_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2660,7 +2731,7 @@ func (x *ArtifactChunk) String() string {
 func (*ArtifactChunk) ProtoMessage() {}
 
 func (x *ArtifactChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[20]
+	mi := &file_safelight_v1_generation_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2673,7 +2744,7 @@ func (x *ArtifactChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArtifactChunk.ProtoReflect.Descriptor instead.
 func (*ArtifactChunk) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{20}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ArtifactChunk) GetOutputIndex() int32 {
@@ -2754,7 +2825,7 @@ type OutputFinished struct {
 
 func (x *OutputFinished) Reset() {
 	*x = OutputFinished{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[21]
+	mi := &file_safelight_v1_generation_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2766,7 +2837,7 @@ func (x *OutputFinished) String() string {
 func (*OutputFinished) ProtoMessage() {}
 
 func (x *OutputFinished) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[21]
+	mi := &file_safelight_v1_generation_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2779,7 +2850,7 @@ func (x *OutputFinished) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputFinished.ProtoReflect.Descriptor instead.
 func (*OutputFinished) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{21}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *OutputFinished) GetOutputIndex() int32 {
@@ -2822,7 +2893,7 @@ type Finished struct {
 
 func (x *Finished) Reset() {
 	*x = Finished{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[22]
+	mi := &file_safelight_v1_generation_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2834,7 +2905,7 @@ func (x *Finished) String() string {
 func (*Finished) ProtoMessage() {}
 
 func (x *Finished) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[22]
+	mi := &file_safelight_v1_generation_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2847,7 +2918,7 @@ func (x *Finished) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finished.ProtoReflect.Descriptor instead.
 func (*Finished) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{22}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Finished) GetStatus() *status.Status {
@@ -2900,7 +2971,7 @@ type Degradation struct {
 
 func (x *Degradation) Reset() {
 	*x = Degradation{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	mi := &file_safelight_v1_generation_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2912,7 +2983,7 @@ func (x *Degradation) String() string {
 func (*Degradation) ProtoMessage() {}
 
 func (x *Degradation) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[23]
+	mi := &file_safelight_v1_generation_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2925,7 +2996,7 @@ func (x *Degradation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Degradation.ProtoReflect.Descriptor instead.
 func (*Degradation) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{23}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Degradation) GetKind() Degradation_Kind {
@@ -2969,7 +3040,7 @@ type CacheResult struct {
 
 func (x *CacheResult) Reset() {
 	*x = CacheResult{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[24]
+	mi := &file_safelight_v1_generation_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2981,7 +3052,7 @@ func (x *CacheResult) String() string {
 func (*CacheResult) ProtoMessage() {}
 
 func (x *CacheResult) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[24]
+	mi := &file_safelight_v1_generation_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2994,7 +3065,7 @@ func (x *CacheResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheResult.ProtoReflect.Descriptor instead.
 func (*CacheResult) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{24}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CacheResult) GetDisposition() CacheResult_Disposition {
@@ -3058,7 +3129,7 @@ type Usage struct {
 
 func (x *Usage) Reset() {
 	*x = Usage{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[25]
+	mi := &file_safelight_v1_generation_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3070,7 +3141,7 @@ func (x *Usage) String() string {
 func (*Usage) ProtoMessage() {}
 
 func (x *Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[25]
+	mi := &file_safelight_v1_generation_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3083,7 +3154,7 @@ func (x *Usage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Usage.ProtoReflect.Descriptor instead.
 func (*Usage) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{25}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Usage) GetComputeTime() *durationpb.Duration {
@@ -3148,7 +3219,7 @@ type Cost struct {
 
 func (x *Cost) Reset() {
 	*x = Cost{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[26]
+	mi := &file_safelight_v1_generation_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3160,7 +3231,7 @@ func (x *Cost) String() string {
 func (*Cost) ProtoMessage() {}
 
 func (x *Cost) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[26]
+	mi := &file_safelight_v1_generation_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3173,7 +3244,7 @@ func (x *Cost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cost.ProtoReflect.Descriptor instead.
 func (*Cost) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{26}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Cost) GetCurrencyCode() string {
@@ -3210,7 +3281,7 @@ type Timings struct {
 
 func (x *Timings) Reset() {
 	*x = Timings{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[27]
+	mi := &file_safelight_v1_generation_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3222,7 +3293,7 @@ func (x *Timings) String() string {
 func (*Timings) ProtoMessage() {}
 
 func (x *Timings) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[27]
+	mi := &file_safelight_v1_generation_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3235,7 +3306,7 @@ func (x *Timings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Timings.ProtoReflect.Descriptor instead.
 func (*Timings) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{27}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Timings) GetQueue() *durationpb.Duration {
@@ -3290,7 +3361,7 @@ type WatchGenerationRequest struct {
 
 func (x *WatchGenerationRequest) Reset() {
 	*x = WatchGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[28]
+	mi := &file_safelight_v1_generation_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3302,7 +3373,7 @@ func (x *WatchGenerationRequest) String() string {
 func (*WatchGenerationRequest) ProtoMessage() {}
 
 func (x *WatchGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[28]
+	mi := &file_safelight_v1_generation_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3315,7 +3386,7 @@ func (x *WatchGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGenerationRequest.ProtoReflect.Descriptor instead.
 func (*WatchGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{28}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *WatchGenerationRequest) GetName() string {
@@ -3359,7 +3430,7 @@ type ArtifactOffset struct {
 
 func (x *ArtifactOffset) Reset() {
 	*x = ArtifactOffset{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[29]
+	mi := &file_safelight_v1_generation_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3371,7 +3442,7 @@ func (x *ArtifactOffset) String() string {
 func (*ArtifactOffset) ProtoMessage() {}
 
 func (x *ArtifactOffset) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[29]
+	mi := &file_safelight_v1_generation_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3384,7 +3455,7 @@ func (x *ArtifactOffset) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ArtifactOffset.ProtoReflect.Descriptor instead.
 func (*ArtifactOffset) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{29}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ArtifactOffset) GetOutputIndex() int32 {
@@ -3412,7 +3483,7 @@ type WatchGenerationResponse struct {
 
 func (x *WatchGenerationResponse) Reset() {
 	*x = WatchGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[30]
+	mi := &file_safelight_v1_generation_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3424,7 +3495,7 @@ func (x *WatchGenerationResponse) String() string {
 func (*WatchGenerationResponse) ProtoMessage() {}
 
 func (x *WatchGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[30]
+	mi := &file_safelight_v1_generation_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3437,7 +3508,7 @@ func (x *WatchGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchGenerationResponse.ProtoReflect.Descriptor instead.
 func (*WatchGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{30}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *WatchGenerationResponse) GetEvent() *GenerationEvent {
@@ -3462,7 +3533,7 @@ type UpdateGenerationRequest struct {
 
 func (x *UpdateGenerationRequest) Reset() {
 	*x = UpdateGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[31]
+	mi := &file_safelight_v1_generation_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3474,7 +3545,7 @@ func (x *UpdateGenerationRequest) String() string {
 func (*UpdateGenerationRequest) ProtoMessage() {}
 
 func (x *UpdateGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[31]
+	mi := &file_safelight_v1_generation_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3487,7 +3558,7 @@ func (x *UpdateGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateGenerationRequest.ProtoReflect.Descriptor instead.
 func (*UpdateGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{31}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *UpdateGenerationRequest) GetName() string {
@@ -3522,7 +3593,7 @@ type UpdateGenerationResponse struct {
 
 func (x *UpdateGenerationResponse) Reset() {
 	*x = UpdateGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[32]
+	mi := &file_safelight_v1_generation_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3534,7 +3605,7 @@ func (x *UpdateGenerationResponse) String() string {
 func (*UpdateGenerationResponse) ProtoMessage() {}
 
 func (x *UpdateGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[32]
+	mi := &file_safelight_v1_generation_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3547,7 +3618,7 @@ func (x *UpdateGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateGenerationResponse.ProtoReflect.Descriptor instead.
 func (*UpdateGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{32}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *UpdateGenerationResponse) GetGeneration() *Generation {
@@ -3568,7 +3639,7 @@ type CancelGenerationRequest struct {
 
 func (x *CancelGenerationRequest) Reset() {
 	*x = CancelGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[33]
+	mi := &file_safelight_v1_generation_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3580,7 +3651,7 @@ func (x *CancelGenerationRequest) String() string {
 func (*CancelGenerationRequest) ProtoMessage() {}
 
 func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[33]
+	mi := &file_safelight_v1_generation_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3593,7 +3664,7 @@ func (x *CancelGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationRequest.ProtoReflect.Descriptor instead.
 func (*CancelGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{33}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *CancelGenerationRequest) GetName() string {
@@ -3614,7 +3685,7 @@ type CancelGenerationResponse struct {
 
 func (x *CancelGenerationResponse) Reset() {
 	*x = CancelGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[34]
+	mi := &file_safelight_v1_generation_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3626,7 +3697,7 @@ func (x *CancelGenerationResponse) String() string {
 func (*CancelGenerationResponse) ProtoMessage() {}
 
 func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[34]
+	mi := &file_safelight_v1_generation_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3639,7 +3710,7 @@ func (x *CancelGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelGenerationResponse.ProtoReflect.Descriptor instead.
 func (*CancelGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{34}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *CancelGenerationResponse) GetGeneration() *Generation {
@@ -3660,7 +3731,7 @@ type GetGenerationRequest struct {
 
 func (x *GetGenerationRequest) Reset() {
 	*x = GetGenerationRequest{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[35]
+	mi := &file_safelight_v1_generation_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3672,7 +3743,7 @@ func (x *GetGenerationRequest) String() string {
 func (*GetGenerationRequest) ProtoMessage() {}
 
 func (x *GetGenerationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[35]
+	mi := &file_safelight_v1_generation_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3685,7 +3756,7 @@ func (x *GetGenerationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGenerationRequest.ProtoReflect.Descriptor instead.
 func (*GetGenerationRequest) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{35}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *GetGenerationRequest) GetName() string {
@@ -3706,7 +3777,7 @@ type GetGenerationResponse struct {
 
 func (x *GetGenerationResponse) Reset() {
 	*x = GetGenerationResponse{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[36]
+	mi := &file_safelight_v1_generation_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3718,7 +3789,7 @@ func (x *GetGenerationResponse) String() string {
 func (*GetGenerationResponse) ProtoMessage() {}
 
 func (x *GetGenerationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[36]
+	mi := &file_safelight_v1_generation_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3731,7 +3802,7 @@ func (x *GetGenerationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetGenerationResponse.ProtoReflect.Descriptor instead.
 func (*GetGenerationResponse) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{36}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *GetGenerationResponse) GetGeneration() *Generation {
@@ -3774,7 +3845,7 @@ type Generation struct {
 
 func (x *Generation) Reset() {
 	*x = Generation{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[37]
+	mi := &file_safelight_v1_generation_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3786,7 +3857,7 @@ func (x *Generation) String() string {
 func (*Generation) ProtoMessage() {}
 
 func (x *Generation) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[37]
+	mi := &file_safelight_v1_generation_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3799,7 +3870,7 @@ func (x *Generation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generation.ProtoReflect.Descriptor instead.
 func (*Generation) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{37}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Generation) GetName() string {
@@ -3905,7 +3976,7 @@ type OutputState struct {
 
 func (x *OutputState) Reset() {
 	*x = OutputState{}
-	mi := &file_safelight_v1_generation_proto_msgTypes[38]
+	mi := &file_safelight_v1_generation_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3917,7 +3988,7 @@ func (x *OutputState) String() string {
 func (*OutputState) ProtoMessage() {}
 
 func (x *OutputState) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_generation_proto_msgTypes[38]
+	mi := &file_safelight_v1_generation_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3930,7 +4001,7 @@ func (x *OutputState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OutputState.ProtoReflect.Descriptor instead.
 func (*OutputState) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{38}
+	return file_safelight_v1_generation_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *OutputState) GetOutputIndex() int32 {
@@ -3994,7 +4065,7 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"G\n" +
 	"\x10GenerateResponse\x123\n" +
-	"\x05event\x18\x01 \x01(\v2\x1d.safelight.v1.GenerationEventR\x05event\"\xb3\x05\n" +
+	"\x05event\x18\x01 \x01(\v2\x1d.safelight.v1.GenerationEventR\x05event\"\xe6\x05\n" +
 	"\x0eGenerationSpec\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x16\n" +
 	"\x06prompt\x18\x02 \x01(\tR\x06prompt\x12.\n" +
@@ -4011,14 +4082,19 @@ const file_safelight_v1_generation_proto_rawDesc = "" +
 	"\bstrength\x18\v \x01(\x02H\x04R\bstrength\x88\x01\x01\x12\x12\n" +
 	"\x04mask\x18\f \x01(\tR\x04mask\x12.\n" +
 	"\x10guidance_rescale\x18\r \x01(\x02H\x05R\x0fguidanceRescale\x88\x01\x01\x12K\n" +
-	"\x11guidance_interval\x18\x0e \x01(\v2\x1e.safelight.v1.GuidanceIntervalR\x10guidanceIntervalB\v\n" +
+	"\x11guidance_interval\x18\x0e \x01(\v2\x1e.safelight.v1.GuidanceIntervalR\x10guidanceInterval\x121\n" +
+	"\badapters\x18\x0f \x03(\v2\x15.safelight.v1.AdapterR\badaptersB\v\n" +
 	"\t_width_pxB\f\n" +
 	"\n" +
 	"_height_pxB\x16\n" +
 	"\x14_num_inference_stepsB\x11\n" +
 	"\x0f_guidance_scaleB\v\n" +
 	"\t_strengthB\x13\n" +
-	"\x11_guidance_rescale\"V\n" +
+	"\x11_guidance_rescale\"B\n" +
+	"\aAdapter\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x19\n" +
+	"\x05scale\x18\x02 \x01(\x02H\x00R\x05scale\x88\x01\x01B\b\n" +
+	"\x06_scale\"V\n" +
 	"\x10GuidanceInterval\x12\x19\n" +
 	"\x05start\x18\x01 \x01(\x02H\x00R\x05start\x88\x01\x01\x12\x15\n" +
 	"\x03end\x18\x02 \x01(\x02H\x01R\x03end\x88\x01\x01B\b\n" +
@@ -4339,7 +4415,7 @@ func file_safelight_v1_generation_proto_rawDescGZIP() []byte {
 }
 
 var file_safelight_v1_generation_proto_enumTypes = make([]protoimpl.EnumInfo, 14)
-var file_safelight_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_safelight_v1_generation_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
 var file_safelight_v1_generation_proto_goTypes = []any{
 	(SigmaSchedule)(0),               // 0: safelight.v1.SigmaSchedule
 	(TimestepSpacing)(0),             // 1: safelight.v1.TimestepSpacing
@@ -4358,140 +4434,142 @@ var file_safelight_v1_generation_proto_goTypes = []any{
 	(*GenerateRequest)(nil),          // 14: safelight.v1.GenerateRequest
 	(*GenerateResponse)(nil),         // 15: safelight.v1.GenerateResponse
 	(*GenerationSpec)(nil),           // 16: safelight.v1.GenerationSpec
-	(*GuidanceInterval)(nil),         // 17: safelight.v1.GuidanceInterval
-	(*Prompt)(nil),                   // 18: safelight.v1.Prompt
-	(*SamplerSpec)(nil),              // 19: safelight.v1.SamplerSpec
-	(*OutputSpec)(nil),               // 20: safelight.v1.OutputSpec
-	(*PixelEncoding)(nil),            // 21: safelight.v1.PixelEncoding
-	(*PreviewPolicy)(nil),            // 22: safelight.v1.PreviewPolicy
-	(*Scheduling)(nil),               // 23: safelight.v1.Scheduling
-	(*CachePolicy)(nil),              // 24: safelight.v1.CachePolicy
-	(*QualityFloor)(nil),             // 25: safelight.v1.QualityFloor
-	(*Branch)(nil),                   // 26: safelight.v1.Branch
-	(*DisconnectPolicy)(nil),         // 27: safelight.v1.DisconnectPolicy
-	(*GenerationEvent)(nil),          // 28: safelight.v1.GenerationEvent
-	(*Accepted)(nil),                 // 29: safelight.v1.Accepted
-	(*Warning)(nil),                  // 30: safelight.v1.Warning
-	(*Queued)(nil),                   // 31: safelight.v1.Queued
-	(*Progress)(nil),                 // 32: safelight.v1.Progress
-	(*Preview)(nil),                  // 33: safelight.v1.Preview
-	(*ArtifactChunk)(nil),            // 34: safelight.v1.ArtifactChunk
-	(*OutputFinished)(nil),           // 35: safelight.v1.OutputFinished
-	(*Finished)(nil),                 // 36: safelight.v1.Finished
-	(*Degradation)(nil),              // 37: safelight.v1.Degradation
-	(*CacheResult)(nil),              // 38: safelight.v1.CacheResult
-	(*Usage)(nil),                    // 39: safelight.v1.Usage
-	(*Cost)(nil),                     // 40: safelight.v1.Cost
-	(*Timings)(nil),                  // 41: safelight.v1.Timings
-	(*WatchGenerationRequest)(nil),   // 42: safelight.v1.WatchGenerationRequest
-	(*ArtifactOffset)(nil),           // 43: safelight.v1.ArtifactOffset
-	(*WatchGenerationResponse)(nil),  // 44: safelight.v1.WatchGenerationResponse
-	(*UpdateGenerationRequest)(nil),  // 45: safelight.v1.UpdateGenerationRequest
-	(*UpdateGenerationResponse)(nil), // 46: safelight.v1.UpdateGenerationResponse
-	(*CancelGenerationRequest)(nil),  // 47: safelight.v1.CancelGenerationRequest
-	(*CancelGenerationResponse)(nil), // 48: safelight.v1.CancelGenerationResponse
-	(*GetGenerationRequest)(nil),     // 49: safelight.v1.GetGenerationRequest
-	(*GetGenerationResponse)(nil),    // 50: safelight.v1.GetGenerationResponse
-	(*Generation)(nil),               // 51: safelight.v1.Generation
-	(*OutputState)(nil),              // 52: safelight.v1.OutputState
-	nil,                              // 53: safelight.v1.GenerateRequest.LabelsEntry
-	nil,                              // 54: safelight.v1.Generation.LabelsEntry
-	(*durationpb.Duration)(nil),      // 55: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),    // 56: google.protobuf.Timestamp
-	(*status.Status)(nil),            // 57: google.rpc.Status
+	(*Adapter)(nil),                  // 17: safelight.v1.Adapter
+	(*GuidanceInterval)(nil),         // 18: safelight.v1.GuidanceInterval
+	(*Prompt)(nil),                   // 19: safelight.v1.Prompt
+	(*SamplerSpec)(nil),              // 20: safelight.v1.SamplerSpec
+	(*OutputSpec)(nil),               // 21: safelight.v1.OutputSpec
+	(*PixelEncoding)(nil),            // 22: safelight.v1.PixelEncoding
+	(*PreviewPolicy)(nil),            // 23: safelight.v1.PreviewPolicy
+	(*Scheduling)(nil),               // 24: safelight.v1.Scheduling
+	(*CachePolicy)(nil),              // 25: safelight.v1.CachePolicy
+	(*QualityFloor)(nil),             // 26: safelight.v1.QualityFloor
+	(*Branch)(nil),                   // 27: safelight.v1.Branch
+	(*DisconnectPolicy)(nil),         // 28: safelight.v1.DisconnectPolicy
+	(*GenerationEvent)(nil),          // 29: safelight.v1.GenerationEvent
+	(*Accepted)(nil),                 // 30: safelight.v1.Accepted
+	(*Warning)(nil),                  // 31: safelight.v1.Warning
+	(*Queued)(nil),                   // 32: safelight.v1.Queued
+	(*Progress)(nil),                 // 33: safelight.v1.Progress
+	(*Preview)(nil),                  // 34: safelight.v1.Preview
+	(*ArtifactChunk)(nil),            // 35: safelight.v1.ArtifactChunk
+	(*OutputFinished)(nil),           // 36: safelight.v1.OutputFinished
+	(*Finished)(nil),                 // 37: safelight.v1.Finished
+	(*Degradation)(nil),              // 38: safelight.v1.Degradation
+	(*CacheResult)(nil),              // 39: safelight.v1.CacheResult
+	(*Usage)(nil),                    // 40: safelight.v1.Usage
+	(*Cost)(nil),                     // 41: safelight.v1.Cost
+	(*Timings)(nil),                  // 42: safelight.v1.Timings
+	(*WatchGenerationRequest)(nil),   // 43: safelight.v1.WatchGenerationRequest
+	(*ArtifactOffset)(nil),           // 44: safelight.v1.ArtifactOffset
+	(*WatchGenerationResponse)(nil),  // 45: safelight.v1.WatchGenerationResponse
+	(*UpdateGenerationRequest)(nil),  // 46: safelight.v1.UpdateGenerationRequest
+	(*UpdateGenerationResponse)(nil), // 47: safelight.v1.UpdateGenerationResponse
+	(*CancelGenerationRequest)(nil),  // 48: safelight.v1.CancelGenerationRequest
+	(*CancelGenerationResponse)(nil), // 49: safelight.v1.CancelGenerationResponse
+	(*GetGenerationRequest)(nil),     // 50: safelight.v1.GetGenerationRequest
+	(*GetGenerationResponse)(nil),    // 51: safelight.v1.GetGenerationResponse
+	(*Generation)(nil),               // 52: safelight.v1.Generation
+	(*OutputState)(nil),              // 53: safelight.v1.OutputState
+	nil,                              // 54: safelight.v1.GenerateRequest.LabelsEntry
+	nil,                              // 55: safelight.v1.Generation.LabelsEntry
+	(*durationpb.Duration)(nil),      // 56: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),    // 57: google.protobuf.Timestamp
+	(*status.Status)(nil),            // 58: google.rpc.Status
 }
 var file_safelight_v1_generation_proto_depIdxs = []int32{
 	16, // 0: safelight.v1.GenerateRequest.spec:type_name -> safelight.v1.GenerationSpec
-	22, // 1: safelight.v1.GenerateRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	21, // 2: safelight.v1.GenerateRequest.encoding:type_name -> safelight.v1.PixelEncoding
-	23, // 3: safelight.v1.GenerateRequest.scheduling:type_name -> safelight.v1.Scheduling
-	27, // 4: safelight.v1.GenerateRequest.disconnect:type_name -> safelight.v1.DisconnectPolicy
-	53, // 5: safelight.v1.GenerateRequest.labels:type_name -> safelight.v1.GenerateRequest.LabelsEntry
-	24, // 6: safelight.v1.GenerateRequest.cache:type_name -> safelight.v1.CachePolicy
-	26, // 7: safelight.v1.GenerateRequest.branch:type_name -> safelight.v1.Branch
-	25, // 8: safelight.v1.GenerateRequest.quality_floor:type_name -> safelight.v1.QualityFloor
-	28, // 9: safelight.v1.GenerateResponse.event:type_name -> safelight.v1.GenerationEvent
-	18, // 10: safelight.v1.GenerationSpec.prompts:type_name -> safelight.v1.Prompt
-	19, // 11: safelight.v1.GenerationSpec.sampler:type_name -> safelight.v1.SamplerSpec
-	20, // 12: safelight.v1.GenerationSpec.outputs:type_name -> safelight.v1.OutputSpec
-	17, // 13: safelight.v1.GenerationSpec.guidance_interval:type_name -> safelight.v1.GuidanceInterval
-	4,  // 14: safelight.v1.Prompt.role:type_name -> safelight.v1.Prompt.Role
-	0,  // 15: safelight.v1.SamplerSpec.sigma_schedule:type_name -> safelight.v1.SigmaSchedule
-	1,  // 16: safelight.v1.SamplerSpec.spacing:type_name -> safelight.v1.TimestepSpacing
-	5,  // 17: safelight.v1.PixelEncoding.row_order:type_name -> safelight.v1.PixelEncoding.RowOrder
-	6,  // 18: safelight.v1.PixelEncoding.texture_format:type_name -> safelight.v1.PixelEncoding.TextureFormat
-	21, // 19: safelight.v1.PreviewPolicy.accept:type_name -> safelight.v1.PixelEncoding
-	55, // 20: safelight.v1.PreviewPolicy.min_interval:type_name -> google.protobuf.Duration
-	2,  // 21: safelight.v1.PreviewPolicy.method:type_name -> safelight.v1.PreviewMethod
-	3,  // 22: safelight.v1.Scheduling.priority:type_name -> safelight.v1.Priority
-	7,  // 23: safelight.v1.CachePolicy.mode:type_name -> safelight.v1.CachePolicy.Mode
-	8,  // 24: safelight.v1.DisconnectPolicy.action:type_name -> safelight.v1.DisconnectPolicy.Action
-	55, // 25: safelight.v1.DisconnectPolicy.resume_grace:type_name -> google.protobuf.Duration
-	56, // 26: safelight.v1.GenerationEvent.event_time:type_name -> google.protobuf.Timestamp
-	29, // 27: safelight.v1.GenerationEvent.accepted:type_name -> safelight.v1.Accepted
-	31, // 28: safelight.v1.GenerationEvent.queued:type_name -> safelight.v1.Queued
-	32, // 29: safelight.v1.GenerationEvent.progress:type_name -> safelight.v1.Progress
-	33, // 30: safelight.v1.GenerationEvent.preview:type_name -> safelight.v1.Preview
-	34, // 31: safelight.v1.GenerationEvent.artifact_chunk:type_name -> safelight.v1.ArtifactChunk
-	35, // 32: safelight.v1.GenerationEvent.output_finished:type_name -> safelight.v1.OutputFinished
-	36, // 33: safelight.v1.GenerationEvent.finished:type_name -> safelight.v1.Finished
-	16, // 34: safelight.v1.Accepted.spec:type_name -> safelight.v1.GenerationSpec
-	21, // 35: safelight.v1.Accepted.encoding:type_name -> safelight.v1.PixelEncoding
-	55, // 36: safelight.v1.Accepted.estimated_duration:type_name -> google.protobuf.Duration
-	30, // 37: safelight.v1.Accepted.warnings:type_name -> safelight.v1.Warning
-	9,  // 38: safelight.v1.Accepted.durability:type_name -> safelight.v1.Accepted.Durability
-	56, // 39: safelight.v1.Queued.estimated_start_time:type_name -> google.protobuf.Timestamp
-	55, // 40: safelight.v1.Progress.estimated_remaining:type_name -> google.protobuf.Duration
-	2,  // 41: safelight.v1.Preview.method:type_name -> safelight.v1.PreviewMethod
-	10, // 42: safelight.v1.OutputFinished.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
-	57, // 43: safelight.v1.Finished.status:type_name -> google.rpc.Status
-	39, // 44: safelight.v1.Finished.usage:type_name -> safelight.v1.Usage
-	41, // 45: safelight.v1.Finished.timings:type_name -> safelight.v1.Timings
-	38, // 46: safelight.v1.Finished.cache_results:type_name -> safelight.v1.CacheResult
-	37, // 47: safelight.v1.Finished.degradations:type_name -> safelight.v1.Degradation
-	11, // 48: safelight.v1.Degradation.kind:type_name -> safelight.v1.Degradation.Kind
-	12, // 49: safelight.v1.CacheResult.disposition:type_name -> safelight.v1.CacheResult.Disposition
-	55, // 50: safelight.v1.Usage.compute_time:type_name -> google.protobuf.Duration
-	40, // 51: safelight.v1.Usage.cost:type_name -> safelight.v1.Cost
-	55, // 52: safelight.v1.Timings.queue:type_name -> google.protobuf.Duration
-	55, // 53: safelight.v1.Timings.first_preview:type_name -> google.protobuf.Duration
-	55, // 54: safelight.v1.Timings.denoise:type_name -> google.protobuf.Duration
-	55, // 55: safelight.v1.Timings.decode:type_name -> google.protobuf.Duration
-	55, // 56: safelight.v1.Timings.total:type_name -> google.protobuf.Duration
-	43, // 57: safelight.v1.WatchGenerationRequest.artifact_offsets:type_name -> safelight.v1.ArtifactOffset
-	22, // 58: safelight.v1.WatchGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	28, // 59: safelight.v1.WatchGenerationResponse.event:type_name -> safelight.v1.GenerationEvent
-	22, // 60: safelight.v1.UpdateGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
-	23, // 61: safelight.v1.UpdateGenerationRequest.scheduling:type_name -> safelight.v1.Scheduling
-	51, // 62: safelight.v1.UpdateGenerationResponse.generation:type_name -> safelight.v1.Generation
-	51, // 63: safelight.v1.CancelGenerationResponse.generation:type_name -> safelight.v1.Generation
-	51, // 64: safelight.v1.GetGenerationResponse.generation:type_name -> safelight.v1.Generation
-	13, // 65: safelight.v1.Generation.state:type_name -> safelight.v1.Generation.State
-	16, // 66: safelight.v1.Generation.spec:type_name -> safelight.v1.GenerationSpec
-	52, // 67: safelight.v1.Generation.outputs:type_name -> safelight.v1.OutputState
-	3,  // 68: safelight.v1.Generation.priority:type_name -> safelight.v1.Priority
-	54, // 69: safelight.v1.Generation.labels:type_name -> safelight.v1.Generation.LabelsEntry
-	56, // 70: safelight.v1.Generation.create_time:type_name -> google.protobuf.Timestamp
-	56, // 71: safelight.v1.Generation.finish_time:type_name -> google.protobuf.Timestamp
-	57, // 72: safelight.v1.Generation.status:type_name -> google.rpc.Status
-	39, // 73: safelight.v1.Generation.usage:type_name -> safelight.v1.Usage
-	37, // 74: safelight.v1.Generation.degradations:type_name -> safelight.v1.Degradation
-	10, // 75: safelight.v1.OutputState.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
-	14, // 76: safelight.v1.GenerationService.Generate:input_type -> safelight.v1.GenerateRequest
-	42, // 77: safelight.v1.GenerationService.WatchGeneration:input_type -> safelight.v1.WatchGenerationRequest
-	45, // 78: safelight.v1.GenerationService.UpdateGeneration:input_type -> safelight.v1.UpdateGenerationRequest
-	47, // 79: safelight.v1.GenerationService.CancelGeneration:input_type -> safelight.v1.CancelGenerationRequest
-	49, // 80: safelight.v1.GenerationService.GetGeneration:input_type -> safelight.v1.GetGenerationRequest
-	15, // 81: safelight.v1.GenerationService.Generate:output_type -> safelight.v1.GenerateResponse
-	44, // 82: safelight.v1.GenerationService.WatchGeneration:output_type -> safelight.v1.WatchGenerationResponse
-	46, // 83: safelight.v1.GenerationService.UpdateGeneration:output_type -> safelight.v1.UpdateGenerationResponse
-	48, // 84: safelight.v1.GenerationService.CancelGeneration:output_type -> safelight.v1.CancelGenerationResponse
-	50, // 85: safelight.v1.GenerationService.GetGeneration:output_type -> safelight.v1.GetGenerationResponse
-	81, // [81:86] is the sub-list for method output_type
-	76, // [76:81] is the sub-list for method input_type
-	76, // [76:76] is the sub-list for extension type_name
-	76, // [76:76] is the sub-list for extension extendee
-	0,  // [0:76] is the sub-list for field type_name
+	23, // 1: safelight.v1.GenerateRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	22, // 2: safelight.v1.GenerateRequest.encoding:type_name -> safelight.v1.PixelEncoding
+	24, // 3: safelight.v1.GenerateRequest.scheduling:type_name -> safelight.v1.Scheduling
+	28, // 4: safelight.v1.GenerateRequest.disconnect:type_name -> safelight.v1.DisconnectPolicy
+	54, // 5: safelight.v1.GenerateRequest.labels:type_name -> safelight.v1.GenerateRequest.LabelsEntry
+	25, // 6: safelight.v1.GenerateRequest.cache:type_name -> safelight.v1.CachePolicy
+	27, // 7: safelight.v1.GenerateRequest.branch:type_name -> safelight.v1.Branch
+	26, // 8: safelight.v1.GenerateRequest.quality_floor:type_name -> safelight.v1.QualityFloor
+	29, // 9: safelight.v1.GenerateResponse.event:type_name -> safelight.v1.GenerationEvent
+	19, // 10: safelight.v1.GenerationSpec.prompts:type_name -> safelight.v1.Prompt
+	20, // 11: safelight.v1.GenerationSpec.sampler:type_name -> safelight.v1.SamplerSpec
+	21, // 12: safelight.v1.GenerationSpec.outputs:type_name -> safelight.v1.OutputSpec
+	18, // 13: safelight.v1.GenerationSpec.guidance_interval:type_name -> safelight.v1.GuidanceInterval
+	17, // 14: safelight.v1.GenerationSpec.adapters:type_name -> safelight.v1.Adapter
+	4,  // 15: safelight.v1.Prompt.role:type_name -> safelight.v1.Prompt.Role
+	0,  // 16: safelight.v1.SamplerSpec.sigma_schedule:type_name -> safelight.v1.SigmaSchedule
+	1,  // 17: safelight.v1.SamplerSpec.spacing:type_name -> safelight.v1.TimestepSpacing
+	5,  // 18: safelight.v1.PixelEncoding.row_order:type_name -> safelight.v1.PixelEncoding.RowOrder
+	6,  // 19: safelight.v1.PixelEncoding.texture_format:type_name -> safelight.v1.PixelEncoding.TextureFormat
+	22, // 20: safelight.v1.PreviewPolicy.accept:type_name -> safelight.v1.PixelEncoding
+	56, // 21: safelight.v1.PreviewPolicy.min_interval:type_name -> google.protobuf.Duration
+	2,  // 22: safelight.v1.PreviewPolicy.method:type_name -> safelight.v1.PreviewMethod
+	3,  // 23: safelight.v1.Scheduling.priority:type_name -> safelight.v1.Priority
+	7,  // 24: safelight.v1.CachePolicy.mode:type_name -> safelight.v1.CachePolicy.Mode
+	8,  // 25: safelight.v1.DisconnectPolicy.action:type_name -> safelight.v1.DisconnectPolicy.Action
+	56, // 26: safelight.v1.DisconnectPolicy.resume_grace:type_name -> google.protobuf.Duration
+	57, // 27: safelight.v1.GenerationEvent.event_time:type_name -> google.protobuf.Timestamp
+	30, // 28: safelight.v1.GenerationEvent.accepted:type_name -> safelight.v1.Accepted
+	32, // 29: safelight.v1.GenerationEvent.queued:type_name -> safelight.v1.Queued
+	33, // 30: safelight.v1.GenerationEvent.progress:type_name -> safelight.v1.Progress
+	34, // 31: safelight.v1.GenerationEvent.preview:type_name -> safelight.v1.Preview
+	35, // 32: safelight.v1.GenerationEvent.artifact_chunk:type_name -> safelight.v1.ArtifactChunk
+	36, // 33: safelight.v1.GenerationEvent.output_finished:type_name -> safelight.v1.OutputFinished
+	37, // 34: safelight.v1.GenerationEvent.finished:type_name -> safelight.v1.Finished
+	16, // 35: safelight.v1.Accepted.spec:type_name -> safelight.v1.GenerationSpec
+	22, // 36: safelight.v1.Accepted.encoding:type_name -> safelight.v1.PixelEncoding
+	56, // 37: safelight.v1.Accepted.estimated_duration:type_name -> google.protobuf.Duration
+	31, // 38: safelight.v1.Accepted.warnings:type_name -> safelight.v1.Warning
+	9,  // 39: safelight.v1.Accepted.durability:type_name -> safelight.v1.Accepted.Durability
+	57, // 40: safelight.v1.Queued.estimated_start_time:type_name -> google.protobuf.Timestamp
+	56, // 41: safelight.v1.Progress.estimated_remaining:type_name -> google.protobuf.Duration
+	2,  // 42: safelight.v1.Preview.method:type_name -> safelight.v1.PreviewMethod
+	10, // 43: safelight.v1.OutputFinished.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
+	58, // 44: safelight.v1.Finished.status:type_name -> google.rpc.Status
+	40, // 45: safelight.v1.Finished.usage:type_name -> safelight.v1.Usage
+	42, // 46: safelight.v1.Finished.timings:type_name -> safelight.v1.Timings
+	39, // 47: safelight.v1.Finished.cache_results:type_name -> safelight.v1.CacheResult
+	38, // 48: safelight.v1.Finished.degradations:type_name -> safelight.v1.Degradation
+	11, // 49: safelight.v1.Degradation.kind:type_name -> safelight.v1.Degradation.Kind
+	12, // 50: safelight.v1.CacheResult.disposition:type_name -> safelight.v1.CacheResult.Disposition
+	56, // 51: safelight.v1.Usage.compute_time:type_name -> google.protobuf.Duration
+	41, // 52: safelight.v1.Usage.cost:type_name -> safelight.v1.Cost
+	56, // 53: safelight.v1.Timings.queue:type_name -> google.protobuf.Duration
+	56, // 54: safelight.v1.Timings.first_preview:type_name -> google.protobuf.Duration
+	56, // 55: safelight.v1.Timings.denoise:type_name -> google.protobuf.Duration
+	56, // 56: safelight.v1.Timings.decode:type_name -> google.protobuf.Duration
+	56, // 57: safelight.v1.Timings.total:type_name -> google.protobuf.Duration
+	44, // 58: safelight.v1.WatchGenerationRequest.artifact_offsets:type_name -> safelight.v1.ArtifactOffset
+	23, // 59: safelight.v1.WatchGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	29, // 60: safelight.v1.WatchGenerationResponse.event:type_name -> safelight.v1.GenerationEvent
+	23, // 61: safelight.v1.UpdateGenerationRequest.preview:type_name -> safelight.v1.PreviewPolicy
+	24, // 62: safelight.v1.UpdateGenerationRequest.scheduling:type_name -> safelight.v1.Scheduling
+	52, // 63: safelight.v1.UpdateGenerationResponse.generation:type_name -> safelight.v1.Generation
+	52, // 64: safelight.v1.CancelGenerationResponse.generation:type_name -> safelight.v1.Generation
+	52, // 65: safelight.v1.GetGenerationResponse.generation:type_name -> safelight.v1.Generation
+	13, // 66: safelight.v1.Generation.state:type_name -> safelight.v1.Generation.State
+	16, // 67: safelight.v1.Generation.spec:type_name -> safelight.v1.GenerationSpec
+	53, // 68: safelight.v1.Generation.outputs:type_name -> safelight.v1.OutputState
+	3,  // 69: safelight.v1.Generation.priority:type_name -> safelight.v1.Priority
+	55, // 70: safelight.v1.Generation.labels:type_name -> safelight.v1.Generation.LabelsEntry
+	57, // 71: safelight.v1.Generation.create_time:type_name -> google.protobuf.Timestamp
+	57, // 72: safelight.v1.Generation.finish_time:type_name -> google.protobuf.Timestamp
+	58, // 73: safelight.v1.Generation.status:type_name -> google.rpc.Status
+	40, // 74: safelight.v1.Generation.usage:type_name -> safelight.v1.Usage
+	38, // 75: safelight.v1.Generation.degradations:type_name -> safelight.v1.Degradation
+	10, // 76: safelight.v1.OutputState.finish_reason:type_name -> safelight.v1.OutputFinished.FinishReason
+	14, // 77: safelight.v1.GenerationService.Generate:input_type -> safelight.v1.GenerateRequest
+	43, // 78: safelight.v1.GenerationService.WatchGeneration:input_type -> safelight.v1.WatchGenerationRequest
+	46, // 79: safelight.v1.GenerationService.UpdateGeneration:input_type -> safelight.v1.UpdateGenerationRequest
+	48, // 80: safelight.v1.GenerationService.CancelGeneration:input_type -> safelight.v1.CancelGenerationRequest
+	50, // 81: safelight.v1.GenerationService.GetGeneration:input_type -> safelight.v1.GetGenerationRequest
+	15, // 82: safelight.v1.GenerationService.Generate:output_type -> safelight.v1.GenerateResponse
+	45, // 83: safelight.v1.GenerationService.WatchGeneration:output_type -> safelight.v1.WatchGenerationResponse
+	47, // 84: safelight.v1.GenerationService.UpdateGeneration:output_type -> safelight.v1.UpdateGenerationResponse
+	49, // 85: safelight.v1.GenerationService.CancelGeneration:output_type -> safelight.v1.CancelGenerationResponse
+	51, // 86: safelight.v1.GenerationService.GetGeneration:output_type -> safelight.v1.GetGenerationResponse
+	82, // [82:87] is the sub-list for method output_type
+	77, // [77:82] is the sub-list for method input_type
+	77, // [77:77] is the sub-list for extension type_name
+	77, // [77:77] is the sub-list for extension extendee
+	0,  // [0:77] is the sub-list for field type_name
 }
 
 func init() { file_safelight_v1_generation_proto_init() }
@@ -4501,16 +4579,17 @@ func file_safelight_v1_generation_proto_init() {
 	}
 	file_safelight_v1_generation_proto_msgTypes[2].OneofWrappers = []any{}
 	file_safelight_v1_generation_proto_msgTypes[3].OneofWrappers = []any{}
-	file_safelight_v1_generation_proto_msgTypes[5].OneofWrappers = []any{}
+	file_safelight_v1_generation_proto_msgTypes[4].OneofWrappers = []any{}
 	file_safelight_v1_generation_proto_msgTypes[6].OneofWrappers = []any{}
 	file_safelight_v1_generation_proto_msgTypes[7].OneofWrappers = []any{}
-	file_safelight_v1_generation_proto_msgTypes[8].OneofWrappers = []any{
+	file_safelight_v1_generation_proto_msgTypes[8].OneofWrappers = []any{}
+	file_safelight_v1_generation_proto_msgTypes[9].OneofWrappers = []any{
 		(*PreviewPolicy_EveryNSteps)(nil),
 		(*PreviewPolicy_MinInterval)(nil),
 	}
-	file_safelight_v1_generation_proto_msgTypes[10].OneofWrappers = []any{}
 	file_safelight_v1_generation_proto_msgTypes[11].OneofWrappers = []any{}
-	file_safelight_v1_generation_proto_msgTypes[14].OneofWrappers = []any{
+	file_safelight_v1_generation_proto_msgTypes[12].OneofWrappers = []any{}
+	file_safelight_v1_generation_proto_msgTypes[15].OneofWrappers = []any{
 		(*GenerationEvent_Accepted)(nil),
 		(*GenerationEvent_Queued)(nil),
 		(*GenerationEvent_Progress)(nil),
@@ -4525,7 +4604,7 @@ func file_safelight_v1_generation_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_safelight_v1_generation_proto_rawDesc), len(file_safelight_v1_generation_proto_rawDesc)),
 			NumEnums:      14,
-			NumMessages:   41,
+			NumMessages:   42,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

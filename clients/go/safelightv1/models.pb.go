@@ -392,7 +392,10 @@ type Model struct {
 	// What differs from the pipeline that it was exported from: substitutes for what this server does not have.
 	Notes []string `protobuf:"bytes,16,rep,name=notes,proto3" json:"notes,omitempty"`
 	// What it can be asked for.
-	Tasks         []Task `protobuf:"varint,17,rep,packed,name=tasks,proto3,enum=safelight.v1.Task" json:"tasks,omitempty"`
+	Tasks []Task `protobuf:"varint,17,rep,packed,name=tasks,proto3,enum=safelight.v1.Task" json:"tasks,omitempty"`
+	// Adapters that requests can name, by name. The operator may add some at any
+	// time. Empty: none, or the model takes none.
+	Adapters      []*AdapterInfo `protobuf:"bytes,18,rep,name=adapters,proto3" json:"adapters,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -546,6 +549,80 @@ func (x *Model) GetTasks() []Task {
 	return nil
 }
 
+func (x *Model) GetAdapters() []*AdapterInfo {
+	if x != nil {
+		return x.Adapters
+	}
+	return nil
+}
+
+// An adapter (LoRA) that fits a model.
+type AdapterInfo struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What `Adapter.name` says.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// SHA-256 of its weights' file and, behind it, of the adapter_config.json
+	// beside it where there is one, in hexadecimal. With the spec it decides the
+	// pixels: files that replace these make other pictures of the same name.
+	Sha256 string `protobuf:"bytes,2,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	// Its rank. The model bounds the ranks of all adapters of one request
+	// together; a request beyond that is refused with the bound.
+	Rank          int32 `protobuf:"varint,3,opt,name=rank,proto3" json:"rank,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AdapterInfo) Reset() {
+	*x = AdapterInfo{}
+	mi := &file_safelight_v1_models_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AdapterInfo) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AdapterInfo) ProtoMessage() {}
+
+func (x *AdapterInfo) ProtoReflect() protoreflect.Message {
+	mi := &file_safelight_v1_models_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AdapterInfo.ProtoReflect.Descriptor instead.
+func (*AdapterInfo) Descriptor() ([]byte, []int) {
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *AdapterInfo) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AdapterInfo) GetSha256() string {
+	if x != nil {
+		return x.Sha256
+	}
+	return ""
+}
+
+func (x *AdapterInfo) GetRank() int32 {
+	if x != nil {
+		return x.Rank
+	}
+	return 0
+}
+
 // A picture size.
 type Size struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -559,7 +636,7 @@ type Size struct {
 
 func (x *Size) Reset() {
 	*x = Size{}
-	mi := &file_safelight_v1_models_proto_msgTypes[6]
+	mi := &file_safelight_v1_models_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -571,7 +648,7 @@ func (x *Size) String() string {
 func (*Size) ProtoMessage() {}
 
 func (x *Size) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[6]
+	mi := &file_safelight_v1_models_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -584,7 +661,7 @@ func (x *Size) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Size.ProtoReflect.Descriptor instead.
 func (*Size) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{6}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Size) GetWidthPx() int32 {
@@ -616,7 +693,7 @@ type SamplerOffer struct {
 
 func (x *SamplerOffer) Reset() {
 	*x = SamplerOffer{}
-	mi := &file_safelight_v1_models_proto_msgTypes[7]
+	mi := &file_safelight_v1_models_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -628,7 +705,7 @@ func (x *SamplerOffer) String() string {
 func (*SamplerOffer) ProtoMessage() {}
 
 func (x *SamplerOffer) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[7]
+	mi := &file_safelight_v1_models_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -641,7 +718,7 @@ func (x *SamplerOffer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SamplerOffer.ProtoReflect.Descriptor instead.
 func (*SamplerOffer) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{7}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *SamplerOffer) GetName() string {
@@ -680,7 +757,7 @@ type ModelDefaults struct {
 
 func (x *ModelDefaults) Reset() {
 	*x = ModelDefaults{}
-	mi := &file_safelight_v1_models_proto_msgTypes[8]
+	mi := &file_safelight_v1_models_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -692,7 +769,7 @@ func (x *ModelDefaults) String() string {
 func (*ModelDefaults) ProtoMessage() {}
 
 func (x *ModelDefaults) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[8]
+	mi := &file_safelight_v1_models_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -705,7 +782,7 @@ func (x *ModelDefaults) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelDefaults.ProtoReflect.Descriptor instead.
 func (*ModelDefaults) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{8}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ModelDefaults) GetNumInferenceSteps() int32 {
@@ -746,7 +823,7 @@ type ModelLimits struct {
 
 func (x *ModelLimits) Reset() {
 	*x = ModelLimits{}
-	mi := &file_safelight_v1_models_proto_msgTypes[9]
+	mi := &file_safelight_v1_models_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -758,7 +835,7 @@ func (x *ModelLimits) String() string {
 func (*ModelLimits) ProtoMessage() {}
 
 func (x *ModelLimits) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[9]
+	mi := &file_safelight_v1_models_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -771,7 +848,7 @@ func (x *ModelLimits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelLimits.ProtoReflect.Descriptor instead.
 func (*ModelLimits) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{9}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ModelLimits) GetMaxNumInferenceSteps() int32 {
@@ -815,7 +892,7 @@ type ComponentTime struct {
 
 func (x *ComponentTime) Reset() {
 	*x = ComponentTime{}
-	mi := &file_safelight_v1_models_proto_msgTypes[10]
+	mi := &file_safelight_v1_models_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -827,7 +904,7 @@ func (x *ComponentTime) String() string {
 func (*ComponentTime) ProtoMessage() {}
 
 func (x *ComponentTime) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[10]
+	mi := &file_safelight_v1_models_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -840,7 +917,7 @@ func (x *ComponentTime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ComponentTime.ProtoReflect.Descriptor instead.
 func (*ComponentTime) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{10}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ComponentTime) GetComponent() string {
@@ -870,7 +947,7 @@ type StepTime struct {
 
 func (x *StepTime) Reset() {
 	*x = StepTime{}
-	mi := &file_safelight_v1_models_proto_msgTypes[11]
+	mi := &file_safelight_v1_models_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -882,7 +959,7 @@ func (x *StepTime) String() string {
 func (*StepTime) ProtoMessage() {}
 
 func (x *StepTime) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[11]
+	mi := &file_safelight_v1_models_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -895,7 +972,7 @@ func (x *StepTime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StepTime.ProtoReflect.Descriptor instead.
 func (*StepTime) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{11}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *StepTime) GetNumRows() int32 {
@@ -932,7 +1009,7 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\x0fGetModelRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"=\n" +
 	"\x10GetModelResponse\x12)\n" +
-	"\x05model\x18\x01 \x01(\v2\x13.safelight.v1.ModelR\x05model\"\xbf\x05\n" +
+	"\x05model\x18\x01 \x01(\v2\x13.safelight.v1.ModelR\x05model\"\xf6\x05\n" +
 	"\x05Model\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\tR\brevision\x12 \n" +
@@ -955,7 +1032,12 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"step_times\x18\x0e \x03(\v2\x16.safelight.v1.StepTimeR\tstepTimes\x12D\n" +
 	"\x0fcomponent_times\x18\x0f \x03(\v2\x1b.safelight.v1.ComponentTimeR\x0ecomponentTimes\x12\x14\n" +
 	"\x05notes\x18\x10 \x03(\tR\x05notes\x12(\n" +
-	"\x05tasks\x18\x11 \x03(\x0e2\x12.safelight.v1.TaskR\x05tasks\">\n" +
+	"\x05tasks\x18\x11 \x03(\x0e2\x12.safelight.v1.TaskR\x05tasks\x125\n" +
+	"\badapters\x18\x12 \x03(\v2\x19.safelight.v1.AdapterInfoR\badapters\"M\n" +
+	"\vAdapterInfo\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06sha256\x18\x02 \x01(\tR\x06sha256\x12\x12\n" +
+	"\x04rank\x18\x03 \x01(\x05R\x04rank\">\n" +
 	"\x04Size\x12\x19\n" +
 	"\bwidth_px\x18\x01 \x01(\x05R\awidthPx\x12\x1b\n" +
 	"\theight_px\x18\x02 \x01(\x05R\bheightPx\"\xa3\x01\n" +
@@ -1002,7 +1084,7 @@ func file_safelight_v1_models_proto_rawDescGZIP() []byte {
 }
 
 var file_safelight_v1_models_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_safelight_v1_models_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_safelight_v1_models_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_safelight_v1_models_proto_goTypes = []any{
 	(Task)(0),                   // 0: safelight.v1.Task
 	(*ListModelsRequest)(nil),   // 1: safelight.v1.ListModelsRequest
@@ -1011,44 +1093,46 @@ var file_safelight_v1_models_proto_goTypes = []any{
 	(*GetModelRequest)(nil),     // 4: safelight.v1.GetModelRequest
 	(*GetModelResponse)(nil),    // 5: safelight.v1.GetModelResponse
 	(*Model)(nil),               // 6: safelight.v1.Model
-	(*Size)(nil),                // 7: safelight.v1.Size
-	(*SamplerOffer)(nil),        // 8: safelight.v1.SamplerOffer
-	(*ModelDefaults)(nil),       // 9: safelight.v1.ModelDefaults
-	(*ModelLimits)(nil),         // 10: safelight.v1.ModelLimits
-	(*ComponentTime)(nil),       // 11: safelight.v1.ComponentTime
-	(*StepTime)(nil),            // 12: safelight.v1.StepTime
-	(PreviewMethod)(0),          // 13: safelight.v1.PreviewMethod
-	(SigmaSchedule)(0),          // 14: safelight.v1.SigmaSchedule
-	(TimestepSpacing)(0),        // 15: safelight.v1.TimestepSpacing
-	(*SamplerSpec)(nil),         // 16: safelight.v1.SamplerSpec
-	(*durationpb.Duration)(nil), // 17: google.protobuf.Duration
+	(*AdapterInfo)(nil),         // 7: safelight.v1.AdapterInfo
+	(*Size)(nil),                // 8: safelight.v1.Size
+	(*SamplerOffer)(nil),        // 9: safelight.v1.SamplerOffer
+	(*ModelDefaults)(nil),       // 10: safelight.v1.ModelDefaults
+	(*ModelLimits)(nil),         // 11: safelight.v1.ModelLimits
+	(*ComponentTime)(nil),       // 12: safelight.v1.ComponentTime
+	(*StepTime)(nil),            // 13: safelight.v1.StepTime
+	(PreviewMethod)(0),          // 14: safelight.v1.PreviewMethod
+	(SigmaSchedule)(0),          // 15: safelight.v1.SigmaSchedule
+	(TimestepSpacing)(0),        // 16: safelight.v1.TimestepSpacing
+	(*SamplerSpec)(nil),         // 17: safelight.v1.SamplerSpec
+	(*durationpb.Duration)(nil), // 18: google.protobuf.Duration
 }
 var file_safelight_v1_models_proto_depIdxs = []int32{
 	6,  // 0: safelight.v1.ListModelsResponse.models:type_name -> safelight.v1.Model
 	3,  // 1: safelight.v1.ListModelsResponse.unavailable:type_name -> safelight.v1.UnavailableModel
 	6,  // 2: safelight.v1.GetModelResponse.model:type_name -> safelight.v1.Model
-	7,  // 3: safelight.v1.Model.sizes:type_name -> safelight.v1.Size
-	8,  // 4: safelight.v1.Model.samplers:type_name -> safelight.v1.SamplerOffer
-	13, // 5: safelight.v1.Model.preview_methods:type_name -> safelight.v1.PreviewMethod
-	9,  // 6: safelight.v1.Model.defaults:type_name -> safelight.v1.ModelDefaults
-	10, // 7: safelight.v1.Model.limits:type_name -> safelight.v1.ModelLimits
-	12, // 8: safelight.v1.Model.step_times:type_name -> safelight.v1.StepTime
-	11, // 9: safelight.v1.Model.component_times:type_name -> safelight.v1.ComponentTime
+	8,  // 3: safelight.v1.Model.sizes:type_name -> safelight.v1.Size
+	9,  // 4: safelight.v1.Model.samplers:type_name -> safelight.v1.SamplerOffer
+	14, // 5: safelight.v1.Model.preview_methods:type_name -> safelight.v1.PreviewMethod
+	10, // 6: safelight.v1.Model.defaults:type_name -> safelight.v1.ModelDefaults
+	11, // 7: safelight.v1.Model.limits:type_name -> safelight.v1.ModelLimits
+	13, // 8: safelight.v1.Model.step_times:type_name -> safelight.v1.StepTime
+	12, // 9: safelight.v1.Model.component_times:type_name -> safelight.v1.ComponentTime
 	0,  // 10: safelight.v1.Model.tasks:type_name -> safelight.v1.Task
-	14, // 11: safelight.v1.SamplerOffer.sigma_schedules:type_name -> safelight.v1.SigmaSchedule
-	15, // 12: safelight.v1.SamplerOffer.spacings:type_name -> safelight.v1.TimestepSpacing
-	16, // 13: safelight.v1.ModelDefaults.sampler:type_name -> safelight.v1.SamplerSpec
-	12, // 14: safelight.v1.ComponentTime.times:type_name -> safelight.v1.StepTime
-	17, // 15: safelight.v1.StepTime.duration:type_name -> google.protobuf.Duration
-	1,  // 16: safelight.v1.ModelService.ListModels:input_type -> safelight.v1.ListModelsRequest
-	4,  // 17: safelight.v1.ModelService.GetModel:input_type -> safelight.v1.GetModelRequest
-	2,  // 18: safelight.v1.ModelService.ListModels:output_type -> safelight.v1.ListModelsResponse
-	5,  // 19: safelight.v1.ModelService.GetModel:output_type -> safelight.v1.GetModelResponse
-	18, // [18:20] is the sub-list for method output_type
-	16, // [16:18] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	7,  // 11: safelight.v1.Model.adapters:type_name -> safelight.v1.AdapterInfo
+	15, // 12: safelight.v1.SamplerOffer.sigma_schedules:type_name -> safelight.v1.SigmaSchedule
+	16, // 13: safelight.v1.SamplerOffer.spacings:type_name -> safelight.v1.TimestepSpacing
+	17, // 14: safelight.v1.ModelDefaults.sampler:type_name -> safelight.v1.SamplerSpec
+	13, // 15: safelight.v1.ComponentTime.times:type_name -> safelight.v1.StepTime
+	18, // 16: safelight.v1.StepTime.duration:type_name -> google.protobuf.Duration
+	1,  // 17: safelight.v1.ModelService.ListModels:input_type -> safelight.v1.ListModelsRequest
+	4,  // 18: safelight.v1.ModelService.GetModel:input_type -> safelight.v1.GetModelRequest
+	2,  // 19: safelight.v1.ModelService.ListModels:output_type -> safelight.v1.ListModelsResponse
+	5,  // 20: safelight.v1.ModelService.GetModel:output_type -> safelight.v1.GetModelResponse
+	19, // [19:21] is the sub-list for method output_type
+	17, // [17:19] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_safelight_v1_models_proto_init() }
@@ -1063,7 +1147,7 @@ func file_safelight_v1_models_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_safelight_v1_models_proto_rawDesc), len(file_safelight_v1_models_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   12,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

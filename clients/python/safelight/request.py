@@ -54,6 +54,7 @@ class GenerateOptions(PreviewOptions, total=False):
         guidance_scale: strength of guidance; 1 means none.
         guidance_rescale: how far the contrast that guidance adds is reduced again, 0 to 1.
         guidance_interval: begin and end of guidance as shares of the steps: (0.2, 0.8). Other steps cost half.
+        adapters: the adapters (LoRA) of the model to apply, each with its scale: {"pixel": 0.8}.
         sampler: name of the sampler, such as "ddim" or "euler".
         media_type: media type of the pictures. Absent: "image/png".
         encoding: encoding of the pictures as a message, instead of `media_type`: quality, or alignment and order of raw
@@ -86,6 +87,7 @@ class GenerateOptions(PreviewOptions, total=False):
     guidance_scale: float | None
     guidance_rescale: float | None
     guidance_interval: tuple[float, float] | None
+    adapters: Mapping[str, float] | None
     sampler: str
     media_type: str
     encoding: pb.PixelEncoding | None
@@ -172,6 +174,8 @@ def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> pb.Gene
         if len(interval) != 2:
             raise ValueError("guidance_interval: must be (start, end), such as (0.2, 0.8)")
         spec.guidance_interval.start, spec.guidance_interval.end = interval
+    for name, scale in (options.get("adapters") or {}).items():
+        spec.adapters.add(name=name, scale=scale)
     if negative_prompt := options.get("negative_prompt"):
         spec.prompts.add(role=pb.Prompt.ROLE_NEGATIVE, text=negative_prompt)
     if sampler := options.get("sampler"):

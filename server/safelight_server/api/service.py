@@ -220,7 +220,8 @@ class Service:
         return models_pb2.GetModelResponse(model=self._model(find_model(request.name, self._catalog, "name").name))
 
     def _model(self, name: str) -> models_pb2.Model:
-        return wire.model_message(self._catalog.get(name), self._runtime, name == self._catalog.default)
+        adapters = self._catalog.adapters.of(name).values()
+        return wire.model_message(self._catalog.get(name), self._runtime, name == self._catalog.default, adapters)
 
     async def get_cache_stats(
         self, _request: cache_pb2.GetCacheStatsRequest, caller: Caller

@@ -53,6 +53,7 @@ from safelight_server.cache.pictures import Pictures
 from safelight_server.cache.prompts import Prompts
 from safelight_server.cache.purges import Purges
 from safelight_server.catalog import catalog as catalogs
+from safelight_server.catalog.adapters import AdapterLibrary
 from safelight_server.catalog.catalog import Catalog
 from safelight_server.cluster.bulletin import Bulletin
 from safelight_server.cluster.leased_runners import LeasedRunners
@@ -157,6 +158,9 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
         require_all=settings.require_all_models,
         weights="torch" if settings.runtime == "torch" else "onnx",
     )
+    rooms = {name: at.manifest.adapters for name, at in catalog.pipelines.items() if at.manifest.adapters is not None}
+    folder = settings.adapters_dir or settings.models_dir / "adapters"
+    catalog.adapters = AdapterLibrary(folder, rooms, settings.max_adapter_bytes)
     if settings.runtime == "triton":
         options = TritonOptions(
             urls=settings.triton_urls,
@@ -283,7 +287,7 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         _watch_queue(metrics, engine, clock)
         metrics.watch_instances(runtime.num_instances, lambda: runtime.num_live)
         metrics.watch_streams(lambda: generations.num_streams)
-        works = [generations.tick, purges.keep_up, *identity.works, *quotas.works]
+        works = [generations.tick, purges.keep_up, catalog.adapters.follow, *identity.works, *quotas.works]
         if (ownership := generations.ownership) is not None and leased_runners is not None:
             ends.push_async_callback(leased_runners.close)
             ends.push_async_callback(ownership.close)

@@ -20,7 +20,11 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from safelight_server.catalog import config_pbtxt, digest, revisions
+from safelight_server.catalog.adapters import AdapterLibrary
 from safelight_server.catalog.manifest import (
+    ADAPTER_INPUTS,
+    ADAPTER_SCALES_SOURCE,
+    ADAPTER_WEIGHTS_SOURCE,
     ENCODER_SOURCE,
     HIDDEN_STATE,
     LATENT_SOURCE,
@@ -136,6 +140,7 @@ class Catalog:
 
     Attributes:
         unavailable: the pipelines that are left out, by name.
+        adapters: the adapters that requests can name.
     """
 
     def __init__(
@@ -150,6 +155,7 @@ class Catalog:
         self.unavailable = {at.name: at for at in sorted(unavailable, key=lambda at: at.name)}
         self._wanted = default
         self._require_all = require_all
+        self.adapters = AdapterLibrary()
         self.default = self._find_default()
 
     def leave_out(self, name: str, reason: str) -> None:
@@ -342,6 +348,8 @@ def _digest(manifest: Manifest) -> str:
             del component["data_sha256"]
     if dict(manifest.inputs) != STABLE_DIFFUSION_INPUTS:  # keeps the digest of manifests that are older than this field
         decides["inputs"] = dict(manifest.inputs)
+    if manifest.adapters is not None:
+        decides["adapters"] = manifest.adapters.model_dump(mode="json")
     canonical = json.dumps([SAMPLER_VERSION, decides], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -374,6 +382,9 @@ def check(manifest: Manifest) -> list[str]:
     columns = 3 * preview.block**2
     if pipeline.linear_weights.shape != (latent.channels, columns) or pipeline.linear_bias.shape != (columns,):
         faults.append(f"linear_preview: weights must be {latent.channels} x {columns} and bias {columns}")
+    sources = set(manifest.inputs.values()) & set(ADAPTER_INPUTS.values())
+    if len(sources) != (0 if manifest.adapters is None else len(ADAPTER_INPUTS)):
+        faults.append("adapters: goes with inputs of both adapter_weights and adapter_scales")
     second = manifest.second_tokenizer
     if second is not None and second.max_tokens != manifest.tokenizer.max_tokens:
         faults.append(f"second_tokenizer.max_tokens: {second.max_tokens} is not the first tokenizer's")
@@ -426,6 +437,8 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
         latent = pipeline.latent_shape(size.width_px, size.height_px)
         shapes = {ENCODER_SOURCE + name: shape for name, shape in made.items()}
         shapes |= {LATENT_SOURCE: latent, TIMESTEP_SOURCE: (1,), SIZE_IDS_SOURCE: (6,)}
+        if (room := manifest.adapters) is not None:
+            shapes |= {ADAPTER_WEIGHTS_SOURCE: (room.max_rank, room.width), ADAPTER_SCALES_SOURCE: (room.max_rank,)}
         inputs: dict[Component, dict[str, tuple[int, ...]]] = {
             Component.TEXT_ENCODER: {"input_ids": (tokens if second is None else 2 * tokens,)},
             Component.DENOISER: {name: shapes.get(at, (tokens, -1)) for name, at in manifest.inputs.items()},

@@ -159,6 +159,10 @@ HIDDEN_STATE = "last_hidden_state"
 POOLED_OUTPUT = "pooled_output"
 ENCODER_SOURCE = "encoder:"
 LATENT_SOURCE, TIMESTEP_SOURCE, SIZE_IDS_SOURCE = "latent", "timestep", "size_ids"
+ADAPTER_WEIGHTS_SOURCE, ADAPTER_SCALES_SOURCE = "adapter_weights", "adapter_scales"
+ADAPTER_INPUTS = {"adapter_weights": ADAPTER_WEIGHTS_SOURCE, "adapter_scales": ADAPTER_SCALES_SOURCE}
+"""What a denoiser is given beside its other inputs where its rows can have adapters."""
+_SOURCE = r"^(latent|timestep|size_ids|adapter_weights|adapter_scales|encoder:[A-Za-z0-9_]+)$"
 STABLE_DIFFUSION_INPUTS = {
     "sample": LATENT_SOURCE,
     "timestep": TIMESTEP_SOURCE,
@@ -171,6 +175,36 @@ STABLE_DIFFUSION_XL_INPUTS = {
 }
 
 
+class AdapterTarget(_Strict):
+    """A linear layer of the denoiser that adapters can change: `inputs` numbers in, `outputs` numbers out."""
+
+    name: str
+    inputs: Positive
+    outputs: Positive
+
+
+class AdapterRoom(_Strict):
+    """The room that each row of the denoiser has for adapters (LoRA, Hu et al. 2021).
+
+    A row is given adapter_weights (R, Q) and adapter_scales (R,). Each rank has the numbers of all targets side by
+    side: of the first target a row of its matrix A (`inputs` numbers) and a column of its B (`outputs` numbers), then
+    those of the next one. A target adds the sum over all ranks r of B[:, r] * scales[r] * (A[r] · x); a rank of zeros
+    adds nothing.
+
+    Attributes:
+        max_rank: R, for all adapters of a row together.
+        targets: by their names in the denoiser, in the order in which their numbers stand.
+    """
+
+    max_rank: Positive
+    targets: Annotated[tuple[AdapterTarget, ...], Field(min_length=1)]
+
+    @property
+    def width(self) -> int:
+        """Q: numbers of one rank."""
+        return sum(target.inputs + target.outputs for target in self.targets)
+
+
 class Manifest(_Strict):
     """The contents of pipeline.json. `guard` and `example_prompts` help the approximate caches and may be left out.
 
@@ -181,6 +215,8 @@ class Manifest(_Strict):
         inputs: the inputs of the denoiser by name, each with its source: "latent", "timestep", "encoder:OUTPUT" (an
             output of the text encoder, by prompt), or "size_ids" (the picture's height and width, a crop of zero,
             and height and width again: SDXL's micro-conditioning, Podell et al. 2023, section 2.2).
+            "adapter_weights" and "adapter_scales" are the adapters of a row (`AdapterRoom`).
+        adapters: the room for adapters; None: the denoiser takes none.
     """
 
     format: Literal[1]
@@ -204,6 +240,5 @@ class Manifest(_Strict):
     guard: GuardWords | None = None
     example_prompts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    inputs: Mapping[str, Annotated[str, Field(pattern=r"^(latent|timestep|size_ids|encoder:[A-Za-z0-9_]+)$")]] = (
-        STABLE_DIFFUSION_INPUTS
-    )
+    inputs: Mapping[str, Annotated[str, Field(pattern=_SOURCE)]] = STABLE_DIFFUSION_INPUTS
+    adapters: AdapterRoom | None = None

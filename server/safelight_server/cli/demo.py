@@ -10,7 +10,7 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,6 +72,7 @@ class DemoRequest:
     guidance_rescale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     quality_floor: QualityFloor | None = None
+    adapters: Mapping[str, float] | None = None
 
 
 @dataclass(slots=True)
@@ -205,6 +206,7 @@ async def _develop_shown(client: Client, developing: Sequence[LivePicture], cons
             guidance_scale=order.guidance_scale,
             guidance_rescale=order.guidance_rescale,
             guidance_interval=order.guidance_interval,
+            adapters=order.adapters,
             sampler=order.sampler,
             media_type=order.media_type,
             timeout_s=order.timeout_s,

@@ -42,6 +42,9 @@ def export(
         ExportFormat,
         typer.Option(help="Files to write: onnx (also for Triton), torch (for runtime torch), or both."),
     ] = ExportFormat.ONNX,
+    adapter_rank: Annotated[
+        int, typer.Option(help="Room for adapters (LoRA) in each row: their ranks together. 0: none.")
+    ] = 0,
     version: Annotated[int, typer.Option(min=1, help="Triton's version folder of the components.")] = 1,
     replace: Annotated[bool, typer.Option("--replace", help="Remove all other revisions of the model.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be done; takes seconds.")] = False,
@@ -63,6 +66,7 @@ def export(
         sampler=sampler,
         config=config,
         format=format,
+        adapter_rank=adapter_rank,
     )
     planned = plan.make(folder, options)
     for line in _summary(planned):
@@ -107,6 +111,8 @@ def _summary(planned: ExportPlan) -> list[str]:
         f"    {offer.prediction_type}; {options.steps} steps of {placed}; guidance {options.guidance_scale:g}",
         f"    samplers {', '.join(cell['name'] for cell in offer.cells)}",
     ]
+    if options.adapter_rank:
+        lines.append(f"    room for adapters of rank {options.adapter_rank} in each row")
     if total := sum(planned.num_values.values()):
         lines.append(f"    {total:,} weights: {2 * total / 2**20:,.0f} MiB of files, twice that in memory")
     return lines + [f"    note: {note}" for note in planned.notes]

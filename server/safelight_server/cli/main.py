@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -207,6 +207,10 @@ def generate(
     guidance_interval: Annotated[
         str, typer.Option(metavar="START:END", help="Guidance only in these steps, as shares: 0.2:0.8.")
     ] = "",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:SCALE", help="Adapter (LoRA) of the model, with its factor; may be repeated."),
+    ] = None,
     floor_steps: Annotated[
         int | None, typer.Option(min=-MAX_STEP, max=MAX_STEP, help="Under load: accept so few steps.")
     ] = None,
@@ -228,6 +232,7 @@ def generate(
         raise CommandError(f"--out {out}: the extension must be .png, .jpg or .webp")
     _check_text(
         {"PROMPT": prompt, "--negative": negative_prompt, "--model": model, "--sampler": sampler, "--branch": branch}
+        | {"--adapter": " ".join(adapter or ())}
     )
     order = demos.DemoRequest(
         prompt,
@@ -247,6 +252,7 @@ def generate(
         guidance_rescale,
         _interval(guidance_interval) if guidance_interval else None,
         _quality_floor(floor_steps, floor_previews, floor_similarity),
+        _adapters(adapter or ()),
     )
     picture, developed = _run(
         demos.generate_one(_connect(target, api_key, ca_file, client_cert, server_name), order, console)
@@ -271,6 +277,20 @@ def _interval(text: str) -> tuple[float, float]:
         return float(start), float(end)
     except ValueError:
         raise CommandError(f"--guidance-interval {text}: must be START:END, such as 0.2:0.8") from None
+
+
+def _adapters(given: Sequence[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for text in given:
+        name, colon, scale = text.rpartition(":")
+        name = name if colon else text
+        if name in found:
+            raise CommandError(f"--adapter {text}: {name} is there twice")
+        try:
+            found[name] = float(scale) if colon else 1.0
+        except ValueError:
+            raise CommandError(f"--adapter {text}: must be NAME:SCALE, such as pixel:0.8, or NAME") from None
+    return found
 
 
 def _quality_floor(steps: int | None, previews: bool, similarity: float | None) -> QualityFloor | None:
@@ -324,6 +344,9 @@ def models(
                 mark = "  (default)" if model.is_default else ""
                 console.print(f"{model.name}  {model.revision}  on {model.runtime}{mark}", highlight=False)
                 console.print(f"    {model.description}; {sizes}; samplers {samplers}", highlight=False, soft_wrap=True)
+                if model.adapters:
+                    named = ", ".join(f"{adapter.name} (rank {adapter.rank})" for adapter in model.adapters)
+                    console.print(f"    adapters {named}", highlight=False, soft_wrap=True, markup=False)
                 for note in model.notes:
                     console.print(f"    note: {note}", highlight=False, soft_wrap=True, markup=False)
             for left_out in await client.unavailable_models():

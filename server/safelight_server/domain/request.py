@@ -114,6 +114,15 @@ class DisconnectPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """An adapter that a spec names: the content of its file by `sha256`, and the factor of what it adds."""
+
+    name: str
+    scale: float
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class Spec:
     """What to generate, with every default filled in and every seed chosen.
 
@@ -127,6 +136,7 @@ class Spec:
         mask: the same for the mask, whose white part is developed anew; "": everything is.
         guidance_rescale: how far the contrast that guidance adds is reduced again, 0 to 1 (`sampler.rescale`).
         guidance_interval: start and end of guidance as shares of all steps; `EVERY_STEP`: no limit.
+        adapters: in the order of their names; none has the scale 0.
     """
 
     model: str
@@ -146,6 +156,7 @@ class Spec:
     mask: str = ""
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = EVERY_STEP
+    adapters: tuple[AdapterUse, ...] = ()
 
     @property
     def first_step(self) -> int:

@@ -182,6 +182,7 @@ class Engine:
             job.image if job.encoded_image else None,
             guided_steps=job.guided_steps,
             guidance_rescale=job.guidance_rescale,
+            adapters=job.adapters,
         )
         self._observers[job.output_id] = observer
         self._unstarted.add(job.output_id)

@@ -12,7 +12,7 @@ from safelight_server.catalog.pixels import denoiser_latent, shrunk_mask, to_pix
 from safelight_server.domain.component import Component
 from safelight_server.domain.picture import Pixels, scaled
 from safelight_server.domain.tensors import Embedding, FloatArray
-from safelight_server.engine.latents import CleanLatent, Snapshot
+from safelight_server.engine.latents import CleanLatent, RowAdapter, Snapshot
 from safelight_server.sampler import POSTERIOR, SamplerTable, gaussian
 from safelight_server.scheduler import Kind, Priority, ScheduledOutput
 
@@ -86,6 +86,7 @@ class Job:
         image: the picture that it starts from instead of noise. If `start` is set, only its mask is used.
         guided_steps: the steps with guidance; each of the others has one row. None: all, if it has guidance.
         guidance_rescale: see `sampler.rescale`.
+        adapters: of the denoiser, for all of its rows.
     """
 
     output_id: int
@@ -103,6 +104,7 @@ class Job:
     image: InitImage | None = None
     guided_steps: range | None = None
     guidance_rescale: float = 0.0
+    adapters: tuple[RowAdapter, ...] = ()
 
     @property
     def first_step(self) -> int:

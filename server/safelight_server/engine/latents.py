@@ -16,11 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from safelight_server.catalog.manifest import (
+    ADAPTER_SCALES_SOURCE,
+    ADAPTER_WEIGHTS_SOURCE,
     ENCODER_SOURCE,
     LATENT_SOURCE,
     SIZE_IDS_SOURCE,
     STABLE_DIFFUSION_INPUTS,
     TIMESTEP_SOURCE,
+    AdapterRoom,
 )
 from safelight_server.domain.tensors import Array, Embedding, FloatArray
 from safelight_server.runtime.base import StableRows
@@ -74,6 +77,19 @@ class CleanLatent:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class RowAdapter:
+    """An adapter that changes the denoiser for the rows of an output.
+
+    Attributes:
+        weights: (r, Q) float32 (`manifest.AdapterRoom`).
+        scale: factor of what it adds.
+    """
+
+    weights: FloatArray
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Inpainting:
     """The latent of a slot outside its mask: before step n the clean latent with the noise of `levels[n]`."""
 
@@ -96,6 +112,7 @@ class Latents:
         max_steps: steps of the longest table.
         inputs: the denoiser's inputs, each with its source (`Manifest.inputs`).
         size_ids: value of the inputs with that source, (6,).
+        room: room of each row for adapters; None: the denoiser takes none.
     """
 
     def __init__(
@@ -106,10 +123,13 @@ class Latents:
         max_steps: int,
         inputs: Mapping[str, str] = STABLE_DIFFUSION_INPUTS,
         size_ids: FloatArray | None = None,
+        room: AdapterRoom | None = None,
     ) -> None:
         self.shape = shape
         self._inputs = inputs
         self._size_ids = size_ids
+        self._room = room
+        self._adapters: dict[int, Sequence[RowAdapter]] = {}
         self._free = list(range(capacity))[::-1]
         self._in_flight = [0] * capacity
         self._abandoned: set[int] = set()
@@ -143,6 +163,7 @@ class Latents:
         picture: CleanLatent | None = None,
         guided_steps: range | None = None,
         guidance_rescale: float = 0.0,
+        adapters: Sequence[RowAdapter] = (),
     ) -> int:
         """Takes a slot for an output, and fills it with fresh noise or with the state `start`.
 
@@ -151,6 +172,7 @@ class Latents:
             picture: the latent that it starts from instead of pure noise.
             guided_steps: the steps with guidance; the others need no prediction for the negative prompt. None: all.
             guidance_rescale: see `sampler.rescale`.
+            adapters: together of at most the rank that the room has.
         """
         slot = self._free[-1]
         steps = table.num_steps
@@ -161,6 +183,7 @@ class Latents:
         guided = range(steps) if guided_steps is None else guided_steps
         self._guidance[slot, guided.start : guided.stop] = guidance_scale
         self._rescale[slot] = guidance_rescale
+        self._adapters[slot] = adapters
         self._noise_seed[slot] = seed if table.uses_noise else None
         first = slot * 2
         for name, rows in self._context.items():
@@ -183,6 +206,7 @@ class Latents:
     def release(self, slot: int) -> None:
         """Frees a slot, or lets `arrive` free it if a batch in flight uses it."""
         self._inpainting.pop(slot, None)
+        self._adapters.pop(slot, None)
         if self._in_flight[slot]:
             self._abandoned.add(slot)
         else:
@@ -216,8 +240,34 @@ class Latents:
         if source == SIZE_IDS_SOURCE:
             assert self._size_ids is not None
             return np.tile(self._size_ids, (len(slots), 1))
+        if source == ADAPTER_WEIGHTS_SOURCE:
+            return self._adapter_weights(slots)
+        if source == ADAPTER_SCALES_SOURCE:
+            return self._adapter_scales(slots)
         rows = self._context[source.removeprefix(ENCODER_SOURCE)]
         return StableRows(rows, context, self._context_versions[context])
+
+    def _adapter_weights(self, slots: Slots) -> FloatArray:
+        """What each row's adapters add, one below the other, and zeros below them, (B, R, Q)."""
+        assert self._room is not None
+        weights = np.zeros((len(slots), self._room.max_rank, self._room.width), np.float32)
+        for row, slot in enumerate(slots.tolist()):
+            first = 0
+            for adapter in self._adapters[slot]:
+                weights[row, first : first + len(adapter.weights)] = adapter.weights
+                first += len(adapter.weights)
+        return weights
+
+    def _adapter_scales(self, slots: Slots) -> FloatArray:
+        """The factor of each rank of `_adapter_weights`, (B, R)."""
+        assert self._room is not None
+        scales = np.zeros((len(slots), self._room.max_rank), np.float32)
+        for row, slot in enumerate(slots.tolist()):
+            first = 0
+            for adapter in self._adapters[slot]:
+                scales[row, first : first + len(adapter.weights)] = adapter.scale
+                first += len(adapter.weights)
+        return scales
 
     def put(self, slots: Slots, parts: Slots, prediction: FloatArray) -> None:
         """Stores the predictions (B, C, h, w) of rows until all rows of their steps are back."""

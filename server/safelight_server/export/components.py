@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from safelight_server.export.adapters import Adapters, given
 from safelight_server.export.source import ExportError
 
 
@@ -57,35 +58,57 @@ class TextEncoders(nn.Module):
 
 
 class DenoiserXL(nn.Module):
-    """SDXL's: beside `Denoiser`'s inputs text_embeds (B, P) and time_ids (B, 6)."""
+    """SDXL's: beside `Denoiser`'s inputs text_embeds (B, P) and time_ids (B, 6), before those of adapters."""
 
     outputs = ("prediction",)
 
-    def __init__(self, model: UNet2DConditionModel) -> None:
+    def __init__(self, model: UNet2DConditionModel, adapters: Adapters | None = None) -> None:
         super().__init__()
         self.model = model
+        self.adapters = adapters
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+        adapter_weights: Tensor | None = None,
+        adapter_scales: Tensor | None = None,
     ) -> Tensor:
         added = {"text_embeds": text_embeds, "time_ids": time_ids}
-        prediction: Tensor = self.model(
-            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
-        )[0]
+        with given(self.adapters, adapter_weights, adapter_scales):
+            prediction: Tensor = self.model(
+                sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
+            )[0]
         return prediction
 
 
 class Denoiser(nn.Module):
-    """sample (B, C, h, w), timestep (B,), encoder_hidden_states (B, T, D) -> prediction (B, C, h, w)."""
+    """sample (B, C, h, w), timestep (B,), encoder_hidden_states (B, T, D) -> prediction (B, C, h, w).
+
+    Args:
+        adapters: of `model`, which then is given adapter_weights (B, R, Q) and adapter_scales (B, R) too.
+    """
 
     outputs = ("prediction",)
 
-    def __init__(self, model: UNet2DConditionModel) -> None:
+    def __init__(self, model: UNet2DConditionModel, adapters: Adapters | None = None) -> None:
         super().__init__()
         self.model = model
+        self.adapters = adapters
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        prediction: Tensor = self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        adapter_weights: Tensor | None = None,
+        adapter_scales: Tensor | None = None,
+    ) -> Tensor:
+        with given(self.adapters, adapter_weights, adapter_scales):
+            prediction: Tensor = self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
         return prediction
 
 

@@ -33,6 +33,7 @@ from safelight_server.catalog.catalog import ManifestError, WeightKind, load_pip
 from safelight_server.catalog.digest import sha256
 from safelight_server.catalog.manifest import Manifest
 from safelight_server.export import loading, manifest, memory, plan
+from safelight_server.export.adapters import Adapters
 from safelight_server.export.components import (
     Decoder,
     Denoiser,
@@ -61,6 +62,7 @@ TORCH_FOLDER = "torch"
 """Beside the manifest: what the `torch` runtime loads."""
 BESIDE = ("preview_decoder", "encoder.npz")
 """What belongs to the networks and is no part of a diffusers pipeline."""
+EXAMPLE_ROWS = len(EXAMPLES)
 
 
 def export(folder: Path, models: Path, options: ExportOptions, report: Report = lambda line: None) -> ExportPlan:
@@ -99,6 +101,7 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
     report("checking the tokenizers")
     tokenizers = _write_tokenizers(pipeline, pipeline_folder)
     components = _components(pipeline, made)
+    adapters = _adapters_of(components["denoiser"])
     for module in components.values():
         round_weights(module.eval())
     (staged / "repository").mkdir()
@@ -119,6 +122,7 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
         "linear_preview": manifest.linear_preview(made, folder / "linear_preview.npz", components["decoder"]),
         **manifest.prompts(folder / "prompts.json"),
         **({} if options.format is ExportFormat.ONNX else {"torch": {"files": _digests(torch_folder)}}),
+        **({} if adapters is None else {"adapters": adapters.room(made.options.adapter_rank)}),
     }
     (pipeline_folder / "pipeline.json").write_text(manifest.readable(whole))
     if (folder / "training.json").exists():
@@ -148,9 +152,10 @@ def _write_tokenizers(pipeline: DiffusionPipeline, folder: Path) -> dict[str, An
 
 
 def _components(pipeline: DiffusionPipeline, made: ExportPlan) -> dict[str, nn.Module]:
+    adapters = Adapters(pipeline.unet) if made.options.adapter_rank else None
     components: dict[str, nn.Module] = {
         "text_encoder": text_encoder_of(pipeline),
-        "denoiser": DenoiserXL(pipeline.unet) if _is_sdxl(pipeline) else Denoiser(pipeline.unet),
+        "denoiser": (DenoiserXL if _is_sdxl(pipeline) else Denoiser)(pipeline.unet, adapters),
         "decoder": decoder_of(pipeline.vae),
     }
     if "preview_decoder" in made.roles():
@@ -203,6 +208,10 @@ def _digests(folder: Path) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
 
 
+def _adapters_of(module: nn.Module) -> Adapters | None:
+    return module.adapters if isinstance(module, Denoiser | DenoiserXL) else None
+
+
 def text_encoder_of(pipeline: DiffusionPipeline) -> nn.Module:
     """The text encoder of a pipeline, or both."""
     if not _is_sdxl(pipeline):
@@ -244,6 +253,10 @@ def _export_component(
         row_bytes = memory.torch_row_bytes(module, max(examples, key=num_values))
         report(f"{place.name}: {row_bytes / 2**20:.1f} MiB a row")
         return {"model": place.name, "version": version, "sha256": "", "row_bytes": row_bytes}
+    adapters = _adapters_of(module)
+    if adapters is not None:
+        own = adapters.examples(made.options.adapter_rank, EXAMPLE_ROWS)
+        examples = [{**example, **own} for example in examples]
     target = place / str(version) / "model.onnx"
     multiple = {"denoiser": made.multiple, "encoder": made.factor}.get(role, 1)
     data = write_onnx(module, examples, module.outputs, target, multiple)
@@ -262,9 +275,9 @@ def _export_component(
 def example_inputs(
     role: str, pipeline: DiffusionPipeline, made: ExportPlan, size: tuple[int, int]
 ) -> Mapping[str, Tensor]:
-    """Example inputs of a component, two rows, for a latent of (h, w)."""
+    """Example inputs of a component, two rows, without those for adapters, for a latent of (h, w)."""
     tokens = manifest.max_tokens(pipeline.tokenizer, pipeline.text_encoder)
-    generator, rows = torch.Generator().manual_seed(0), 2
+    generator, rows = torch.Generator().manual_seed(0), EXAMPLE_ROWS
     latent = torch.randn(rows, made.shape[0], *size, generator=generator)
     if role == "text_encoder":
         return {"input_ids": token_ids(pipeline, EXAMPLES)}

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from safelight_server.catalog.catalog import check
-from safelight_server.catalog.manifest import STABLE_DIFFUSION_INPUTS, Manifest
+from safelight_server.catalog.manifest import ADAPTER_INPUTS, STABLE_DIFFUSION_INPUTS, Manifest
 from safelight_server.export import networks, schedulers, weights
 from safelight_server.export.schedulers import SamplerOffer
 from safelight_server.export.source import CHECKPOINTS, ExportError, Findings, Source, read, scheduler_class
@@ -24,6 +24,8 @@ from safelight_server.export.source import CHECKPOINTS, ExportError, Findings, S
 ROLES = ("text_encoder", "denoiser", "decoder", "encoder", "preview_decoder")
 MAX_ROWS = 64
 """Largest batch of a denoiser that is offered, unless the user says; other components get a quarter of it."""
+MAX_ADAPTER_RANK = 256
+"""Largest room for adapters: each row of a call brings so many ranks, used or not."""
 MAX_GUIDANCE_SCALE = 20.0
 MAX_OUTPUTS = 8
 STEPS, DISTILLED_STEPS = 20, 4
@@ -65,6 +67,7 @@ class ExportOptions:
         sampler: the default sampler.
         config: for a checkpoint in one file, a diffusers folder of the same architecture.
         format: which files are written.
+        adapter_rank: room for adapters: the ranks of all adapters of a row together; 0: none.
     """
 
     name: str
@@ -81,6 +84,7 @@ class ExportOptions:
     sampler: str = ""
     config: Path | None = None
     format: ExportFormat = ExportFormat.ONNX
+    adapter_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,14 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         findings.faults.append("--guidance-scale 0: what diffusers calls 0, a model without guidance, is 1 here")
     if options.max_rows < 1:
         findings.faults.append(f"--max-rows {options.max_rows}: must be at least 1")
+    if not 0 <= options.adapter_rank <= MAX_ADAPTER_RANK:
+        findings.faults.append(
+            f"--adapter-rank {options.adapter_rank}: must be from 0 (no adapters) to {MAX_ADAPTER_RANK}"
+        )
+    if options.adapter_rank and options.format is not ExportFormat.ONNX:
+        findings.faults.append(
+            f"--adapter-rank {options.adapter_rank}: the torch runtime takes no adapters; use --format onnx"
+        )
     licence = options.licence or source.licence
     if not licence:
         findings.faults.append(
@@ -182,12 +194,17 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
 
 
 def draft(plan: ExportPlan) -> dict[str, Any]:
-    """The manifest as far as it is known before the export; digests and the tokenizer's ids are placeholders."""
+    """The manifest as far as it is known before the export.
+
+    Digests, the tokenizer's ids and the targets of adapters are placeholders.
+    """
     options, offer, (channels, height, width) = plan.options, plan.offer, plan.shape
     schedule, vae = offer.schedule, plan.source.configs["vae"]
     tiny = plan.source.index["vae"][1] == "AutoencoderTiny"
     family, nothing = plan.source.family, {"sha256": "0" * 64}
     tokenizer = {"file": "tokenizer.json", **nothing, "max_tokens": 77, "pad_id": 0, "bos_id": 0, "eos_id": 0}
+    inputs = {**family.inputs, **(ADAPTER_INPUTS if options.adapter_rank else {})}
+    room = {"max_rank": options.adapter_rank, "targets": [{"name": "attention", "inputs": 1, "outputs": 1}]}
     return {
         "format": 1,
         "name": options.name,
@@ -198,7 +215,7 @@ def draft(plan: ExportPlan) -> dict[str, Any]:
         "components": {
             role: {"model": f"{options.name}_{role}", "version": options.version, **nothing} for role in plan.roles()
         },
-        **({} if family.inputs == STABLE_DIFFUSION_INPUTS else {"inputs": dict(family.inputs)}),
+        **({} if inputs == STABLE_DIFFUSION_INPUTS else {"inputs": inputs}),
         "tokenizer": tokenizer,
         **({"second_tokenizer": tokenizer} if len(family.tokenizers) > 1 else {}),
         "latent": {
@@ -230,6 +247,7 @@ def draft(plan: ExportPlan) -> dict[str, Any]:
             "max_guidance_scale": MAX_GUIDANCE_SCALE,
             "max_outputs": MAX_OUTPUTS,
         },
+        **({"adapters": room} if options.adapter_rank else {}),
         "linear_preview": {"block": 1, "weights": [[0.0] * 3] * channels, "bias": [0.0] * 3},
         **({"notes": list(plan.notes)} if plan.notes else {}),
     }

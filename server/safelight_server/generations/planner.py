@@ -35,7 +35,8 @@ from safelight_server.domain.request import CacheMode, CachePolicy, Spec
 from safelight_server.domain.tensors import Embedding
 from safelight_server.engine.engine import Engine
 from safelight_server.engine.jobs import InitImage, Job
-from safelight_server.engine.latents import Snapshot
+from safelight_server.engine.latents import RowAdapter, Snapshot
+from safelight_server.generations.adapters import load_adapters
 from safelight_server.generations.admission import AdmissionLimits, admit
 from safelight_server.generations.execution import Execution, Executions
 from safelight_server.generations.generation import Generation
@@ -64,7 +65,8 @@ class OutputPlan:
         embeddings: the embeddings of its prompts that are cached.
         gone: whether the latent that it began from at another replica is not kept any more.
         image: its init image.
-        fault: why the output cannot be developed here: its init image is not kept any more.
+        fault: why the output cannot be developed here: its init image, or an adapter, is not there any more.
+        adapters: the adapters of its spec.
     """
 
     wanted: CacheQuery
@@ -75,6 +77,7 @@ class OutputPlan:
     gone: bool = False
     image: InitImage | None = None
     fault: SafelightError | None = None
+    adapters: tuple[RowAdapter, ...] = ()
 
 
 class Planner:
@@ -145,15 +148,16 @@ class Planner:
 
         Raises:
             InvalidRequestError, FailedPreconditionError: the branch is not possible.
-            NotFoundError: the tenant has no such init image.
-            UnavailableError: uploaded pictures cannot be read now.
+            NotFoundError: the tenant has no such init image, or an adapter has gone.
+            UnavailableError: uploaded pictures cannot be read now, or the adapters in use leave no memory.
         """
         try:
             image = await self._images.load(generation.caller.tenant, generation.request.spec)
         except StoreError:
             what = "uploaded pictures cannot be read now; try again"
             raise UnavailableError(what, retry_after_s=1.0) from None
-        return [replace(plan, image=image) for plan in await self._plan(generation, branched_from)]
+        adapters = await load_adapters(self._catalog.adapters, generation.request.spec)
+        return [replace(plan, image=image, adapters=adapters) for plan in await self._plan(generation, branched_from)]
 
     async def _plan(self, generation: Generation, branched_from: Generation | None) -> list[OutputPlan]:
         if branched_from is not None:
@@ -287,9 +291,11 @@ class Planner:
         plans, numerics = [], self.numerics_id(generation)
         others = "" if generation.numerics_id in ("", numerics) else numerics
         image, fault = None, None
+        adapters: tuple[RowAdapter, ...] = ()
         try:
             image = await self._images.load(generation.caller.tenant, generation.request.spec)
-        except NotFoundError as error:
+            adapters = await load_adapters(self._catalog.adapters, generation.request.spec)
+        except (NotFoundError, UnavailableError) as error:
             fault = error
         except InvalidRequestError as error:  # this replica has other bounds than the one that accepted it
             fault = NotFoundError(error.message, reason="IMAGE_NOT_FOUND")
@@ -302,7 +308,7 @@ class Planner:
             anew = gone or output.origin.disposition in SERVED
             origin = replace(MISS if anew else output.origin, numerics_id=others)
             embeddings = await self._cache.embeddings(wanted)
-            plans.append(OutputPlan(wanted, origin, None, start, embeddings, gone, image, fault))
+            plans.append(OutputPlan(wanted, origin, None, start, embeddings, gone, image, fault, adapters))
         return plans
 
     def enter(self, generation: Generation, plans: Sequence[OutputPlan]) -> None:
@@ -412,6 +418,7 @@ def _job(generation: Generation, output: Output, plan: OutputPlan) -> Job:
         image=plan.image,
         guided_steps=spec.guided_steps,
         guidance_rescale=spec.guidance_rescale,
+        adapters=plan.adapters,
     )
 
 

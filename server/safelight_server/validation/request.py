@@ -53,7 +53,9 @@ def resolve_request(message: pb.GenerateRequest, catalog: Catalog, limits: Reque
     """
     faults, notices = Violations(), list[Notice]()
     pipeline = find_model(message.spec.model, catalog, "spec.model")
-    spec = check_spec(message.spec, pipeline, limits.max_prompt_chars, limits.max_request_rows, faults, notices)
+    spec = check_spec(
+        message.spec, pipeline, limits.max_prompt_chars, limits.max_request_rows, faults, notices, catalog.adapters
+    )
     preview = check_preview(message.preview, pipeline, faults)
     encoding = PixelEncoding()
     if message.HasField("encoding"):

@@ -8,8 +8,9 @@ import unicodedata
 import numpy as np
 from safelight.v1 import generation_pb2 as pb
 
+from safelight_server.catalog.adapters import AdapterLibrary
 from safelight_server.catalog.catalog import Pipeline
-from safelight_server.domain.request import EVERY_STEP, Notice, Spec
+from safelight_server.domain.request import EVERY_STEP, AdapterUse, Notice, Spec
 from safelight_server.domain.roles import Role
 from safelight_server.sampler import SamplerSpec, guided_steps, refusal, steps_left_out
 from safelight_server.validation.images import source_image
@@ -18,6 +19,9 @@ from safelight_server.wire.enums import ROLES, SIGMA_SCHEDULES, SPACINGS, from_n
 
 MAX_PROMPTS = 4
 LINE_BREAKS = "\t\n\r"
+MAX_ADAPTERS = 4
+"""Adapters of one request."""
+MAX_ADAPTER_SCALE = 10.0
 DEFAULT_STRENGTH = 0.8
 WITHOUT_GUIDANCE = "goes with guidance; leave it out, or ask for a guidance_scale above 1"
 
@@ -29,6 +33,7 @@ def check_spec(
     max_request_rows: int,
     faults: Violations,
     notices: list[Notice],
+    library: AdapterLibrary,
 ) -> Spec | None:
     """Checks a GenerationSpec message. None if there are faults."""
     manifest = pipeline.manifest
@@ -44,6 +49,7 @@ def check_spec(
     sampler = _sampler(message.sampler, pipeline, steps if steps_good else None, faults)
     seeds = _seeds(message, manifest.limits.max_outputs, faults)
     init_image, strength, mask = _init_image(message, pipeline, steps if steps_good else None, faults)
+    adapters = _adapters(message, pipeline, library, faults)
     if faults:
         return None
     guided = guidance != 1.0
@@ -80,6 +86,7 @@ def check_spec(
         mask=mask,
         guidance_rescale=rescale,
         guidance_interval=interval,
+        adapters=adapters,
     )
 
 
@@ -229,6 +236,41 @@ def _init_image(
         enough = steps_left_out(steps, strength) < steps
         faults.check(enough, "spec.strength", f"leaves none of {steps} steps; must be at least {1 / steps:.2g}")
     return init_image, strength, mask
+
+
+def _adapters(
+    message: pb.GenerationSpec, pipeline: Pipeline, library: AdapterLibrary, faults: Violations
+) -> tuple[AdapterUse, ...]:
+    """The adapters that have an effect, in the order of their names."""
+    if not message.adapters:
+        return ()
+    room, model, field = pipeline.manifest.adapters, f"models/{pipeline.name}", "spec.adapters"
+    if room is None:
+        faults.add(field, f"{model} takes no adapters: its denoiser was exported without room for them; leave them out")
+        return ()
+    if len(message.adapters) > MAX_ADAPTERS:
+        faults.add(field, f"has {len(message.adapters)} entries; at most {MAX_ADAPTERS} are taken")
+        return ()
+    offered, used, rank = library.of(pipeline.name), dict[str, AdapterUse](), 0
+    named = set[str]()
+    for index, entry in enumerate(message.adapters):
+        at = f"{field}[{index}]"
+        scale = _shortest(entry.scale) if entry.HasField("scale") else 1.0
+        good = abs(scale) <= MAX_ADAPTER_SCALE
+        faults.check(good, f"{at}.scale", f"must be from -{MAX_ADAPTER_SCALE:g} to {MAX_ADAPTER_SCALE:g}")
+        faults.check(entry.name not in named, f"{at}.name", f"{shown(entry.name)} is there twice; keep one of them")
+        named.add(entry.name)
+        if (file := offered.get(entry.name)) is None:
+            why = library.misfit(pipeline.name, entry.name)
+            has = f"it has {listed(offered)}" if offered else "it has none"
+            what = f"the one in the folder {why}" if why else has
+            faults.add(f"{at}.name", f"{model} has no adapter {shown(entry.name)}; {what}")
+        elif scale:
+            used[entry.name] = AdapterUse(entry.name, scale, file.sha256)
+            rank += file.rank
+    what = f"have ranks of {rank} together; {model} has room for {room.max_rank}: name fewer"
+    faults.check(rank <= room.max_rank, field, what)
+    return tuple(used[name] for name in sorted(used))
 
 
 def _seeds(message: pb.GenerationSpec, max_outputs: int, faults: Violations) -> tuple[int, ...]:

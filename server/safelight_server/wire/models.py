@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import models_pb2
 
+from safelight_server.catalog.adapters import AdapterFile
 from safelight_server.catalog.catalog import Pipeline, UnavailablePipeline
 from safelight_server.domain.component import Component
 from safelight_server.domain.request import MediaType
@@ -14,7 +17,9 @@ from safelight_server.wire.specs import sampler_message
 from safelight_server.wire.times import duration
 
 
-def model_message(pipeline: Pipeline, runtime: Runtime, is_default: bool) -> models_pb2.Model:
+def model_message(
+    pipeline: Pipeline, runtime: Runtime, is_default: bool, adapters: Iterable[AdapterFile] = ()
+) -> models_pb2.Model:
     """What a pipeline offers and how fast `runtime` runs it. The default sampler comes first."""
     manifest, defaults = pipeline.manifest, pipeline.manifest.defaults
     methods = [pb.PREVIEW_METHOD_LINEAR, pb.PREVIEW_METHOD_FULL_DECODER]
@@ -64,6 +69,7 @@ def model_message(pipeline: Pipeline, runtime: Runtime, is_default: bool) -> mod
             models_pb2.TASK_TEXT_TO_IMAGE,
             *((models_pb2.TASK_IMAGE_TO_IMAGE, models_pb2.TASK_INPAINTING) if pipeline.has_encoder else ()),
         ],
+        adapters=[models_pb2.AdapterInfo(name=at.name, sha256=at.sha256, rank=at.rank) for at in adapters],
     )
 
 

@@ -28,6 +28,8 @@ def spec_message(spec: Spec) -> pb.GenerationSpec:
         message.guidance_rescale = spec.guidance_rescale
     if spec.guidance_interval != EVERY_STEP:
         message.guidance_interval.start, message.guidance_interval.end = spec.guidance_interval
+    for adapter in spec.adapters:
+        message.adapters.add(name=adapter.name, scale=adapter.scale)
     if spec.init_image:
         message.init_image, message.strength = image_name(spec.init_image), spec.strength
     if spec.mask:

@@ -306,6 +306,7 @@ class GenerationSpec(_message.Message):
     MASK_FIELD_NUMBER: _builtins.int
     GUIDANCE_RESCALE_FIELD_NUMBER: _builtins.int
     GUIDANCE_INTERVAL_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's resource name, "models/{model}". Empty: the server's default."""
     prompt: _builtins.str
@@ -368,6 +369,16 @@ class GenerationSpec(_message.Message):
         row instead of two. Absent: in all steps. Only with guidance.
         """
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """Adapters (LoRA) that change the denoiser for this request alone, beside
+        requests with others or none in one batch. Their order makes no difference.
+        INVALID_ARGUMENT names this field where the model takes no adapters, and
+        `adapters[i].name` where it has none of this name (`Model.adapters` lists
+        them). In `Accepted.spec` they stand in the order of their names, without
+        those whose scale is 0.
+        """
+
     def __init__(
         self,
         *,
@@ -385,10 +396,11 @@ class GenerationSpec(_message.Message):
         mask: _builtins.str = ...,
         guidance_rescale: _builtins.float | None = ...,
         guidance_interval: Global___GuidanceInterval | None = ...,
+        adapters: _abc.Iterable[Global___Adapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_inference_steps", b"_num_inference_steps", "_strength", b"_strength", "_width_px", b"_width_px", "guidance_interval", b"guidance_interval", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "num_inference_steps", b"num_inference_steps", "sampler", b"sampler", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_inference_steps", b"_num_inference_steps", "_strength", b"_strength", "_width_px", b"_width_px", "guidance_interval", b"guidance_interval", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "init_image", b"init_image", "mask", b"mask", "model", b"model", "num_inference_steps", b"num_inference_steps", "outputs", b"outputs", "prompt", b"prompt", "prompts", b"prompts", "sampler", b"sampler", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_inference_steps", b"_num_inference_steps", "_strength", b"_strength", "_width_px", b"_width_px", "adapters", b"adapters", "guidance_interval", b"guidance_interval", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "init_image", b"init_image", "mask", b"mask", "model", b"model", "num_inference_steps", b"num_inference_steps", "outputs", b"outputs", "prompt", b"prompt", "prompts", b"prompts", "sampler", b"sampler", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_rescale: _TypeAlias = _typing.Literal["guidance_rescale"]  # noqa: Y015
     _WhichOneofArgType__guidance_rescale: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale"]  # noqa: Y015
@@ -416,6 +428,38 @@ class GenerationSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__width_px) -> _WhichOneofReturnType__width_px | None: ...
 
 Global___GenerationSpec: _TypeAlias = GenerationSpec  # noqa: Y015
+
+@_typing.final
+class Adapter(_message.Message):
+    """An adapter (low-rank changes of a denoiser's weights, Hu et al. 2021) and how
+    strongly it is applied.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """A name from the model's list, each at most once."""
+    scale: _builtins.float
+    """Factor of what it adds, from -10 to 10. Absent: 1. 0 is as if the adapter
+    were not named.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        scale: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "scale", b"scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "name", b"name", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+
+Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
 
 @_typing.final
 class GuidanceInterval(_message.Message):

@@ -208,6 +208,7 @@ class Model(_message.Message):
     COMPONENT_TIMES_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
     TASKS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"models/{model}"."""
     revision: _builtins.str
@@ -262,6 +263,12 @@ class Model(_message.Message):
     def tasks(self) -> _containers.RepeatedScalarFieldContainer[Global___Task.ValueType]:
         """What it can be asked for."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterInfo]:
+        """Adapters that requests can name, by name. The operator may add some at any
+        time. Empty: none, or the model takes none.
+        """
+
     def __init__(
         self,
         *,
@@ -282,14 +289,50 @@ class Model(_message.Message):
         component_times: _abc.Iterable[Global___ComponentTime] | None = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
         tasks: _abc.Iterable[Global___Task.ValueType] | None = ...,
+        adapters: _abc.Iterable[Global___AdapterInfo] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["component_times", b"component_times", "defaults", b"defaults", "description", b"description", "is_default", b"is_default", "license", b"license", "limits", b"limits", "media_types", b"media_types", "name", b"name", "notes", b"notes", "numerics_id", b"numerics_id", "preview_methods", b"preview_methods", "revision", b"revision", "runtime", b"runtime", "samplers", b"samplers", "sizes", b"sizes", "step_times", b"step_times", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "component_times", b"component_times", "defaults", b"defaults", "description", b"description", "is_default", b"is_default", "license", b"license", "limits", b"limits", "media_types", b"media_types", "name", b"name", "notes", b"notes", "numerics_id", b"numerics_id", "preview_methods", b"preview_methods", "revision", b"revision", "runtime", b"runtime", "samplers", b"samplers", "sizes", b"sizes", "step_times", b"step_times", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class AdapterInfo(_message.Message):
+    """An adapter (LoRA) that fits a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What `Adapter.name` says."""
+    sha256: _builtins.str
+    """SHA-256 of its weights' file and, behind it, of the adapter_config.json
+    beside it where there is one, in hexadecimal. With the spec it decides the
+    pixels: files that replace these make other pictures of the same name.
+    """
+    rank: _builtins.int
+    """Its rank. The model bounds the ranks of all adapters of one request
+    together; a request beyond that is refused with the bound.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        sha256: _builtins.str = ...,
+        rank: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "rank", b"rank", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterInfo: _TypeAlias = AdapterInfo  # noqa: Y015
 
 @_typing.final
 class Size(_message.Message):

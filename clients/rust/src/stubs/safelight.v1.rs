@@ -355,6 +355,26 @@ pub struct GenerationSpec {
     /// row instead of two. Absent: in all steps. Only with guidance.
     #[prost(message, optional, tag = "14")]
     pub guidance_interval: ::core::option::Option<GuidanceInterval>,
+    /// Adapters (LoRA) that change the denoiser for this request alone, beside
+    /// requests with others or none in one batch. Their order makes no difference.
+    /// INVALID_ARGUMENT names this field where the model takes no adapters, and
+    /// `adapters\[i\].name` where it has none of this name (`Model.adapters` lists
+    /// them). In `Accepted.spec` they stand in the order of their names, without
+    /// those whose scale is 0.
+    #[prost(message, repeated, tag = "15")]
+    pub adapters: ::prost::alloc::vec::Vec<Adapter>,
+}
+/// An adapter (low-rank changes of a denoiser's weights, Hu et al. 2021) and how
+/// strongly it is applied.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Adapter {
+    /// A name from the model's list, each at most once.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Factor of what it adds, from -10 to 10. Absent: 1. 0 is as if the adapter
+    /// were not named.
+    #[prost(float, optional, tag = "2")]
+    pub scale: ::core::option::Option<f32>,
 }
 /// The steps that have guidance (Kynkäänniemi et al. 2024), as shares of all
 /// steps from 0, before the first one, to 1, after the last one. Of N steps those
@@ -2188,6 +2208,26 @@ pub struct Model {
     /// What it can be asked for.
     #[prost(enumeration = "Task", repeated, tag = "17")]
     pub tasks: ::prost::alloc::vec::Vec<i32>,
+    /// Adapters that requests can name, by name. The operator may add some at any
+    /// time. Empty: none, or the model takes none.
+    #[prost(message, repeated, tag = "18")]
+    pub adapters: ::prost::alloc::vec::Vec<AdapterInfo>,
+}
+/// An adapter (LoRA) that fits a model.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AdapterInfo {
+    /// What `Adapter.name` says.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// SHA-256 of its weights' file and, behind it, of the adapter_config.json
+    /// beside it where there is one, in hexadecimal. With the spec it decides the
+    /// pixels: files that replace these make other pictures of the same name.
+    #[prost(string, tag = "2")]
+    pub sha256: ::prost::alloc::string::String,
+    /// Its rank. The model bounds the ranks of all adapters of one request
+    /// together; a request beyond that is refused with the bound.
+    #[prost(int32, tag = "3")]
+    pub rank: i32,
 }
 /// A picture size.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -54,6 +54,15 @@ export const MESSAGES = {
     durability: [8, "int32"],
     batch_tolerance: [9, "float"],
   },
+  "safelight.v1.Adapter": {
+    name: [1, "string"],
+    scale: [2, "float", "optional"],
+  },
+  "safelight.v1.AdapterInfo": {
+    name: [1, "string"],
+    sha256: [2, "string"],
+    rank: [3, "int32"],
+  },
   "safelight.v1.ArtifactChunk": {
     output_index: [1, "int32"],
     media_type: [2, "string"],
@@ -179,6 +188,7 @@ export const MESSAGES = {
     mask: [12, "string"],
     guidance_rescale: [13, "float", "optional"],
     guidance_interval: [14, "safelight.v1.GuidanceInterval"],
+    adapters: [15, "safelight.v1.Adapter", "repeated"],
   },
   "safelight.v1.GuidanceInterval": {
     start: [1, "float", "optional"],
@@ -211,6 +221,7 @@ export const MESSAGES = {
     component_times: [15, "safelight.v1.ComponentTime", "repeated"],
     notes: [16, "string", "repeated"],
     tasks: [17, "int32", "repeated"],
+    adapters: [18, "safelight.v1.AdapterInfo", "repeated"],
   },
   "safelight.v1.ModelDefaults": {
     num_inference_steps: [1, "int32"],

@@ -25,7 +25,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file safelight/v1/generation.proto.
  */
 export const file_safelight_v1_generation: GenFile = /*@__PURE__*/
-  fileDesc("Ch1zYWZlbGlnaHQvdjEvZ2VuZXJhdGlvbi5wcm90bxIMc2FmZWxpZ2h0LnYxIv0DCg9HZW5lcmF0ZVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIqCgRzcGVjGAIgASgLMhwuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25TcGVjEiwKB3ByZXZpZXcYAyABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeRItCghlbmNvZGluZxgEIAEoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEiwKCnNjaGVkdWxpbmcYBSABKAsyGC5zYWZlbGlnaHQudjEuU2NoZWR1bGluZxIyCgpkaXNjb25uZWN0GAYgASgLMh4uc2FmZWxpZ2h0LnYxLkRpc2Nvbm5lY3RQb2xpY3kSOQoGbGFiZWxzGAcgAygLMikuc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVxdWVzdC5MYWJlbHNFbnRyeRIoCgVjYWNoZRgIIAEoCzIZLnNhZmVsaWdodC52MS5DYWNoZVBvbGljeRIkCgZicmFuY2gYCSABKAsyFC5zYWZlbGlnaHQudjEuQnJhbmNoEjEKDXF1YWxpdHlfZmxvb3IYCiABKAsyGi5zYWZlbGlnaHQudjEuUXVhbGl0eUZsb29yGi0KC0xhYmVsc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiQAoQR2VuZXJhdGVSZXNwb25zZRIsCgVldmVudBgBIAEoCzIdLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uRXZlbnQilgQKDkdlbmVyYXRpb25TcGVjEg0KBW1vZGVsGAEgASgJEg4KBnByb21wdBgCIAEoCRIlCgdwcm9tcHRzGAMgAygLMhQuc2FmZWxpZ2h0LnYxLlByb21wdBIVCgh3aWR0aF9weBgEIAEoBUgAiAEBEhYKCWhlaWdodF9weBgFIAEoBUgBiAEBEiAKE251bV9pbmZlcmVuY2Vfc3RlcHMYBiABKAVIAogBARIbCg5ndWlkYW5jZV9zY2FsZRgHIAEoAkgDiAEBEioKB3NhbXBsZXIYCCABKAsyGS5zYWZlbGlnaHQudjEuU2FtcGxlclNwZWMSKQoHb3V0cHV0cxgJIAMoCzIYLnNhZmVsaWdodC52MS5PdXRwdXRTcGVjEhIKCmluaXRfaW1hZ2UYCiABKAkSFQoIc3RyZW5ndGgYCyABKAJIBIgBARIMCgRtYXNrGAwgASgJEh0KEGd1aWRhbmNlX3Jlc2NhbGUYDSABKAJIBYgBARI5ChFndWlkYW5jZV9pbnRlcnZhbBgOIAEoCzIeLnNhZmVsaWdodC52MS5HdWlkYW5jZUludGVydmFsQgsKCV93aWR0aF9weEIMCgpfaGVpZ2h0X3B4QhYKFF9udW1faW5mZXJlbmNlX3N0ZXBzQhEKD19ndWlkYW5jZV9zY2FsZUILCglfc3RyZW5ndGhCEwoRX2d1aWRhbmNlX3Jlc2NhbGUiSgoQR3VpZGFuY2VJbnRlcnZhbBISCgVzdGFydBgBIAEoAkgAiAEBEhAKA2VuZBgCIAEoAkgBiAEBQggKBl9zdGFydEIGCgRfZW5kIoMBCgZQcm9tcHQSJwoEcm9sZRgBIAEoDjIZLnNhZmVsaWdodC52MS5Qcm9tcHQuUm9sZRIMCgR0ZXh0GAIgASgJIkIKBFJvbGUSFAoQUk9MRV9VTlNQRUNJRklFRBAAEhEKDVJPTEVfUE9TSVRJVkUQARIRCg1ST0xFX05FR0FUSVZFEAIimgEKC1NhbXBsZXJTcGVjEgwKBG5hbWUYASABKAkSMwoOc2lnbWFfc2NoZWR1bGUYAiABKA4yGy5zYWZlbGlnaHQudjEuU2lnbWFTY2hlZHVsZRIuCgdzcGFjaW5nGAMgASgOMh0uc2FmZWxpZ2h0LnYxLlRpbWVzdGVwU3BhY2luZxIQCgNldGEYBCABKAJIAIgBAUIGCgRfZXRhIigKCk91dHB1dFNwZWMSEQoEc2VlZBgBIAEoBEgAiAEBQgcKBV9zZWVkIrQDCg1QaXhlbEVuY29kaW5nEhIKCm1lZGlhX3R5cGUYASABKAkSFAoHcXVhbGl0eRgCIAEoBUgAiAEBEiAKE3Jvd19hbGlnbm1lbnRfYnl0ZXMYAyABKAVIAYgBARI3Cglyb3dfb3JkZXIYBCABKA4yJC5zYWZlbGlnaHQudjEuUGl4ZWxFbmNvZGluZy5Sb3dPcmRlchJBCg50ZXh0dXJlX2Zvcm1hdBgFIAEoDjIpLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nLlRleHR1cmVGb3JtYXQiVgoIUm93T3JkZXISGQoVUk9XX09SREVSX1VOU1BFQ0lGSUVEEAASFgoSUk9XX09SREVSX1RPUF9ET1dOEAESFwoTUk9XX09SREVSX0JPVFRPTV9VUBACIl8KDVRleHR1cmVGb3JtYXQSHgoaVEVYVFVSRV9GT1JNQVRfVU5TUEVDSUZJRUQQABIWChJURVhUVVJFX0ZPUk1BVF9CQzEQARIWChJURVhUVVJFX0ZPUk1BVF9CQzcQAkIKCghfcXVhbGl0eUIWChRfcm93X2FsaWdubWVudF9ieXRlcyKmAgoNUHJldmlld1BvbGljeRIrCgZhY2NlcHQYASADKAsyGy5zYWZlbGlnaHQudjEuUGl4ZWxFbmNvZGluZxIYCgttYXhfZWRnZV9weBgCIAEoBUgBiAEBEhcKDWV2ZXJ5X25fc3RlcHMYAyABKAVIABIxCgxtaW5faW50ZXJ2YWwYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb25IABIrCgZtZXRob2QYBSABKA4yGy5zYWZlbGlnaHQudjEuUHJldmlld01ldGhvZBIhChRtYXhfYnl0ZXNfcGVyX3NlY29uZBgGIAEoA0gCiAEBQgkKB2NhZGVuY2VCDgoMX21heF9lZGdlX3B4QhcKFV9tYXhfYnl0ZXNfcGVyX3NlY29uZCI2CgpTY2hlZHVsaW5nEigKCHByaW9yaXR5GAEgASgOMhYuc2FmZWxpZ2h0LnYxLlByaW9yaXR5ItsBCgtDYWNoZVBvbGljeRIsCgRtb2RlGAEgASgOMh4uc2FmZWxpZ2h0LnYxLkNhY2hlUG9saWN5Lk1vZGUSGwoObWluX3NpbWlsYXJpdHkYAiABKAJIAIgBASJuCgRNb2RlEhQKEE1PREVfVU5TUEVDSUZJRUQQABIQCgxNT0RFX0RFRkFVTFQQARIPCgtNT0RFX0JZUEFTUxACEhUKEU1PREVfQUxMT1dfTEFURU5UEAMSFgoSTU9ERV9BTExPV19TSU1JTEFSEARCEQoPX21pbl9zaW1pbGFyaXR5IoYBCgxRdWFsaXR5Rmxvb3ISGgoNbWluX251bV9zdGVwcxgBIAEoBUgAiAEBEhgKEGNoZWFwZXJfcHJldmlld3MYAiABKAgSGwoObWluX3NpbWlsYXJpdHkYAyABKAJIAYgBAUIQCg5fbWluX251bV9zdGVwc0IRCg9fbWluX3NpbWlsYXJpdHkiQAoGQnJhbmNoEhIKCmdlbmVyYXRpb24YASABKAkSFAoMb3V0cHV0X2luZGV4GAIgASgFEgwKBHN0ZXAYAyABKAUiwgEKEERpc2Nvbm5lY3RQb2xpY3kSNQoGYWN0aW9uGAEgASgOMiUuc2FmZWxpZ2h0LnYxLkRpc2Nvbm5lY3RQb2xpY3kuQWN0aW9uEi8KDHJlc3VtZV9ncmFjZRgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiJGCgZBY3Rpb24SFgoSQUNUSU9OX1VOU1BFQ0lGSUVEEAASEQoNQUNUSU9OX0NBTkNFTBABEhEKDUFDVElPTl9ERVRBQ0gQAiK2AwoPR2VuZXJhdGlvbkV2ZW50EhAKCHNlcXVlbmNlGAEgASgEEi4KCmV2ZW50X3RpbWUYAiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEhIKCmdlbmVyYXRpb24YAyABKAkSKgoIYWNjZXB0ZWQYBCABKAsyFi5zYWZlbGlnaHQudjEuQWNjZXB0ZWRIABImCgZxdWV1ZWQYBSABKAsyFC5zYWZlbGlnaHQudjEuUXVldWVkSAASKgoIcHJvZ3Jlc3MYBiABKAsyFi5zYWZlbGlnaHQudjEuUHJvZ3Jlc3NIABIoCgdwcmV2aWV3GAcgASgLMhUuc2FmZWxpZ2h0LnYxLlByZXZpZXdIABI1Cg5hcnRpZmFjdF9jaHVuaxgIIAEoCzIbLnNhZmVsaWdodC52MS5BcnRpZmFjdENodW5rSAASNwoPb3V0cHV0X2ZpbmlzaGVkGAkgASgLMhwuc2FmZWxpZ2h0LnYxLk91dHB1dEZpbmlzaGVkSAASKgoIZmluaXNoZWQYCiABKAsyFi5zYWZlbGlnaHQudjEuRmluaXNoZWRIAEIHCgVldmVudCKvAwoIQWNjZXB0ZWQSKgoEc3BlYxgBIAEoCzIcLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uU3BlYxIWCg5tb2RlbF9yZXZpc2lvbhgCIAEoCRITCgtudW1lcmljc19pZBgDIAEoCRItCghlbmNvZGluZxgEIAEoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEjUKEmVzdGltYXRlZF9kdXJhdGlvbhgFIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIQCgh0cmFjZV9pZBgGIAEoCRInCgh3YXJuaW5ncxgHIAMoCzIVLnNhZmVsaWdodC52MS5XYXJuaW5nEjUKCmR1cmFiaWxpdHkYCCABKA4yIS5zYWZlbGlnaHQudjEuQWNjZXB0ZWQuRHVyYWJpbGl0eRIXCg9iYXRjaF90b2xlcmFuY2UYCSABKAIiWQoKRHVyYWJpbGl0eRIaChZEVVJBQklMSVRZX1VOU1BFQ0lGSUVEEAASFAoQRFVSQUJJTElUWV9MT0NBTBABEhkKFURVUkFCSUxJVFlfUkVQTElDQVRFRBACIioKB1dhcm5pbmcSDgoGcmVhc29uGAEgASgJEg8KB21lc3NhZ2UYAiABKAkiVAoGUXVldWVkEhAKCHBvc2l0aW9uGAEgASgFEjgKFGVzdGltYXRlZF9zdGFydF90aW1lGAIgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcCKNAQoIUHJvZ3Jlc3MSFAoMb3V0cHV0X2luZGV4GAEgASgFEgwKBHN0ZXAYAiABKAUSEQoJbnVtX3N0ZXBzGAMgASgFEhIKCmJhdGNoX3NpemUYBCABKAUSNgoTZXN0aW1hdGVkX3JlbWFpbmluZxgFIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiLMAQoHUHJldmlldxIUCgxvdXRwdXRfaW5kZXgYASABKAUSDAoEc3RlcBgCIAEoBRISCgptZWRpYV90eXBlGAMgASgJEhAKCHdpZHRoX3B4GAQgASgFEhEKCWhlaWdodF9weBgFIAEoBRIUCgxzdHJpZGVfYnl0ZXMYBiABKAUSKwoGbWV0aG9kGAcgASgOMhsuc2FmZWxpZ2h0LnYxLlByZXZpZXdNZXRob2QSEwoLbnVtX2Ryb3BwZWQYCCABKAUSDAoEZGF0YRgJIAEoDCK3AQoNQXJ0aWZhY3RDaHVuaxIUCgxvdXRwdXRfaW5kZXgYASABKAUSEgoKbWVkaWFfdHlwZRgCIAEoCRIQCgh3aWR0aF9weBgDIAEoBRIRCgloZWlnaHRfcHgYBCABKAUSFAoMc3RyaWRlX2J5dGVzGAUgASgFEg4KBm9mZnNldBgGIAEoAxITCgt0b3RhbF9ieXRlcxgHIAEoAxIMCgRkYXRhGAggASgMEg4KBnNoYTI1NhgJIAEoDCKfAgoOT3V0cHV0RmluaXNoZWQSFAoMb3V0cHV0X2luZGV4GAEgASgFEkAKDWZpbmlzaF9yZWFzb24YAiABKA4yKS5zYWZlbGlnaHQudjEuT3V0cHV0RmluaXNoZWQuRmluaXNoUmVhc29uEgwKBHN0ZXAYAyABKAUipgEKDEZpbmlzaFJlYXNvbhIdChlGSU5JU0hfUkVBU09OX1VOU1BFQ0lGSUVEEAASGwoXRklOSVNIX1JFQVNPTl9DT01QTEVURUQQARIbChdGSU5JU0hfUkVBU09OX0NBTkNFTExFRBACEiMKH0ZJTklTSF9SRUFTT05fREVBRExJTkVfRVhDRUVERUQQAxIYChRGSU5JU0hfUkVBU09OX0ZBSUxFRBAEIt0BCghGaW5pc2hlZBIiCgZzdGF0dXMYASABKAsyEi5nb29nbGUucnBjLlN0YXR1cxIiCgV1c2FnZRgCIAEoCzITLnNhZmVsaWdodC52MS5Vc2FnZRImCgd0aW1pbmdzGAMgASgLMhUuc2FmZWxpZ2h0LnYxLlRpbWluZ3MSMAoNY2FjaGVfcmVzdWx0cxgEIAMoCzIZLnNhZmVsaWdodC52MS5DYWNoZVJlc3VsdBIvCgxkZWdyYWRhdGlvbnMYBSADKAsyGS5zYWZlbGlnaHQudjEuRGVncmFkYXRpb24iyAEKC0RlZ3JhZGF0aW9uEiwKBGtpbmQYASABKA4yHi5zYWZlbGlnaHQudjEuRGVncmFkYXRpb24uS2luZBIRCglyZXF1ZXN0ZWQYAiABKAkSDwoHYXBwbGllZBgDIAEoCSJnCgRLaW5kEhQKEEtJTkRfVU5TUEVDSUZJRUQQABIUChBLSU5EX0ZFV0VSX1NURVBTEAESGQoVS0lORF9DSEVBUEVSX1BSRVZJRVdTEAISGAoUS0lORF9TSU1JTEFSX1BJQ1RVUkUQAyLdAgoLQ2FjaGVSZXN1bHQSOgoLZGlzcG9zaXRpb24YASABKA4yJS5zYWZlbGlnaHQudjEuQ2FjaGVSZXN1bHQuRGlzcG9zaXRpb24SEgoKc2ltaWxhcml0eRgCIAEoAhIOCgZzb3VyY2UYAyABKAkSGQoRbnVtX3N0ZXBzX3NraXBwZWQYBCABKAUSEwoLbnVtZXJpY3NfaWQYBSABKAkivQEKC0Rpc3Bvc2l0aW9uEhsKF0RJU1BPU0lUSU9OX1VOU1BFQ0lGSUVEEAASFAoQRElTUE9TSVRJT05fTUlTUxABEhkKFURJU1BPU0lUSU9OX0NPQUxFU0NFRBACEhUKEURJU1BPU0lUSU9OX0VYQUNUEAMSFwoTRElTUE9TSVRJT05fU0lNSUxBUhAEEhYKEkRJU1BPU0lUSU9OX0xBVEVOVBAFEhgKFERJU1BPU0lUSU9OX0JSQU5DSEVEEAYixgEKBVVzYWdlEi8KDGNvbXB1dGVfdGltZRgBIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIQCghudW1fcm93cxgCIAEoAxIRCgludW1fc3RlcHMYAyABKAMSFAoMbnVtX3ByZXZpZXdzGAQgASgDEhUKDXByZXZpZXdfYnl0ZXMYBSABKAMSIAoEY29zdBgGIAEoCzISLnNhZmVsaWdodC52MS5Db3N0EhgKEG51bV9yb3dzX3NraXBwZWQYByABKAMiLAoEQ29zdBIVCg1jdXJyZW5jeV9jb2RlGAEgASgJEg0KBW5hbm9zGAIgASgDIuYBCgdUaW1pbmdzEigKBXF1ZXVlGAEgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEjAKDWZpcnN0X3ByZXZpZXcYAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKgoHZGVub2lzZRgDIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIpCgZkZWNvZGUYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKAoFdG90YWwYBSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24ipAEKFldhdGNoR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCRIWCg5hZnRlcl9zZXF1ZW5jZRgCIAEoBBI2ChBhcnRpZmFjdF9vZmZzZXRzGAMgAygLMhwuc2FmZWxpZ2h0LnYxLkFydGlmYWN0T2Zmc2V0EiwKB3ByZXZpZXcYBCABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeSI2Cg5BcnRpZmFjdE9mZnNldBIUCgxvdXRwdXRfaW5kZXgYASABKAUSDgoGb2Zmc2V0GAIgASgDIkcKF1dhdGNoR2VuZXJhdGlvblJlc3BvbnNlEiwKBWV2ZW50GAEgASgLMh0uc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25FdmVudCKDAQoXVXBkYXRlR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCRIsCgdwcmV2aWV3GAIgASgLMhsuc2FmZWxpZ2h0LnYxLlByZXZpZXdQb2xpY3kSLAoKc2NoZWR1bGluZxgDIAEoCzIYLnNhZmVsaWdodC52MS5TY2hlZHVsaW5nIkgKGFVwZGF0ZUdlbmVyYXRpb25SZXNwb25zZRIsCgpnZW5lcmF0aW9uGAEgASgLMhguc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24iJwoXQ2FuY2VsR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCSJIChhDYW5jZWxHZW5lcmF0aW9uUmVzcG9uc2USLAoKZ2VuZXJhdGlvbhgBIAEoCzIYLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uIiQKFEdldEdlbmVyYXRpb25SZXF1ZXN0EgwKBG5hbWUYASABKAkiRQoVR2V0R2VuZXJhdGlvblJlc3BvbnNlEiwKCmdlbmVyYXRpb24YASABKAsyGC5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbiK5BQoKR2VuZXJhdGlvbhIMCgRuYW1lGAEgASgJEi0KBXN0YXRlGAIgASgOMh4uc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24uU3RhdGUSKgoEc3BlYxgDIAEoCzIcLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uU3BlYxIqCgdvdXRwdXRzGAQgAygLMhkuc2FmZWxpZ2h0LnYxLk91dHB1dFN0YXRlEigKCHByaW9yaXR5GAUgASgOMhYuc2FmZWxpZ2h0LnYxLlByaW9yaXR5EjQKBmxhYmVscxgGIAMoCzIkLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uLkxhYmVsc0VudHJ5Ei8KC2NyZWF0ZV90aW1lGAcgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIvCgtmaW5pc2hfdGltZRgIIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASIgoGc3RhdHVzGAkgASgLMhIuZ29vZ2xlLnJwYy5TdGF0dXMSIgoFdXNhZ2UYCiABKAsyEy5zYWZlbGlnaHQudjEuVXNhZ2USFQoNbGFzdF9zZXF1ZW5jZRgLIAEoBBIvCgxkZWdyYWRhdGlvbnMYDCADKAsyGS5zYWZlbGlnaHQudjEuRGVncmFkYXRpb24aLQoLTGFiZWxzRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4ASKUAQoFU3RhdGUSFQoRU1RBVEVfVU5TUEVDSUZJRUQQABIQCgxTVEFURV9RVUVVRUQQARIRCg1TVEFURV9SVU5OSU5HEAISEwoPU1RBVEVfU1VTUEVOREVEEAMSEwoPU1RBVEVfU1VDQ0VFREVEEAQSEwoPU1RBVEVfQ0FOQ0VMTEVEEAUSEAoMU1RBVEVfRkFJTEVEEAYimwEKC091dHB1dFN0YXRlEhQKDG91dHB1dF9pbmRleBgBIAEoBRIMCgRzdGVwGAIgASgFEhEKCW51bV9zdGVwcxgDIAEoBRJACg1maW5pc2hfcmVhc29uGAQgASgOMikuc2FmZWxpZ2h0LnYxLk91dHB1dEZpbmlzaGVkLkZpbmlzaFJlYXNvbhITCgt0b3RhbF9ieXRlcxgFIAEoAypmCg1TaWdtYVNjaGVkdWxlEh4KGlNJR01BX1NDSEVEVUxFX1VOU1BFQ0lGSUVEEAASGgoWU0lHTUFfU0NIRURVTEVfREVGQVVMVBABEhkKFVNJR01BX1NDSEVEVUxFX0tBUlJBUxACKo8BCg9UaW1lc3RlcFNwYWNpbmcSIAocVElNRVNURVBfU1BBQ0lOR19VTlNQRUNJRklFRBAAEhwKGFRJTUVTVEVQX1NQQUNJTkdfTEVBRElORxABEh0KGVRJTUVTVEVQX1NQQUNJTkdfVFJBSUxJTkcQAhIdChlUSU1FU1RFUF9TUEFDSU5HX0xJTlNQQUNFEAMqvgEKDVByZXZpZXdNZXRob2QSHgoaUFJFVklFV19NRVRIT0RfVU5TUEVDSUZJRUQQABIXChNQUkVWSUVXX01FVEhPRF9BVVRPEAESGQoVUFJFVklFV19NRVRIT0RfTElORUFSEAISHwobUFJFVklFV19NRVRIT0RfVElOWV9ERUNPREVSEAMSHwobUFJFVklFV19NRVRIT0RfRlVMTF9ERUNPREVSEAQSFwoTUFJFVklFV19NRVRIT0RfTk9ORRAFKmkKCFByaW9yaXR5EhgKFFBSSU9SSVRZX1VOU1BFQ0lGSUVEEAASGAoUUFJJT1JJVFlfSU5URVJBQ1RJVkUQARIVChFQUklPUklUWV9TVEFOREFSRBACEhIKDlBSSU9SSVRZX0JBVENIEAMy4gMKEUdlbmVyYXRpb25TZXJ2aWNlEksKCEdlbmVyYXRlEh0uc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVxdWVzdBoeLnNhZmVsaWdodC52MS5HZW5lcmF0ZVJlc3BvbnNlMAESYAoPV2F0Y2hHZW5lcmF0aW9uEiQuc2FmZWxpZ2h0LnYxLldhdGNoR2VuZXJhdGlvblJlcXVlc3QaJS5zYWZlbGlnaHQudjEuV2F0Y2hHZW5lcmF0aW9uUmVzcG9uc2UwARJhChBVcGRhdGVHZW5lcmF0aW9uEiUuc2FmZWxpZ2h0LnYxLlVwZGF0ZUdlbmVyYXRpb25SZXF1ZXN0GiYuc2FmZWxpZ2h0LnYxLlVwZGF0ZUdlbmVyYXRpb25SZXNwb25zZRJhChBDYW5jZWxHZW5lcmF0aW9uEiUuc2FmZWxpZ2h0LnYxLkNhbmNlbEdlbmVyYXRpb25SZXF1ZXN0GiYuc2FmZWxpZ2h0LnYxLkNhbmNlbEdlbmVyYXRpb25SZXNwb25zZRJYCg1HZXRHZW5lcmF0aW9uEiIuc2FmZWxpZ2h0LnYxLkdldEdlbmVyYXRpb25SZXF1ZXN0GiMuc2FmZWxpZ2h0LnYxLkdldEdlbmVyYXRpb25SZXNwb25zZWIGcHJvdG8z", [file_google_protobuf_duration, file_google_protobuf_timestamp, file_google_rpc_status]);
+  fileDesc("Ch1zYWZlbGlnaHQvdjEvZ2VuZXJhdGlvbi5wcm90bxIMc2FmZWxpZ2h0LnYxIv0DCg9HZW5lcmF0ZVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIqCgRzcGVjGAIgASgLMhwuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25TcGVjEiwKB3ByZXZpZXcYAyABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeRItCghlbmNvZGluZxgEIAEoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEiwKCnNjaGVkdWxpbmcYBSABKAsyGC5zYWZlbGlnaHQudjEuU2NoZWR1bGluZxIyCgpkaXNjb25uZWN0GAYgASgLMh4uc2FmZWxpZ2h0LnYxLkRpc2Nvbm5lY3RQb2xpY3kSOQoGbGFiZWxzGAcgAygLMikuc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVxdWVzdC5MYWJlbHNFbnRyeRIoCgVjYWNoZRgIIAEoCzIZLnNhZmVsaWdodC52MS5DYWNoZVBvbGljeRIkCgZicmFuY2gYCSABKAsyFC5zYWZlbGlnaHQudjEuQnJhbmNoEjEKDXF1YWxpdHlfZmxvb3IYCiABKAsyGi5zYWZlbGlnaHQudjEuUXVhbGl0eUZsb29yGi0KC0xhYmVsc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiQAoQR2VuZXJhdGVSZXNwb25zZRIsCgVldmVudBgBIAEoCzIdLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uRXZlbnQivwQKDkdlbmVyYXRpb25TcGVjEg0KBW1vZGVsGAEgASgJEg4KBnByb21wdBgCIAEoCRIlCgdwcm9tcHRzGAMgAygLMhQuc2FmZWxpZ2h0LnYxLlByb21wdBIVCgh3aWR0aF9weBgEIAEoBUgAiAEBEhYKCWhlaWdodF9weBgFIAEoBUgBiAEBEiAKE251bV9pbmZlcmVuY2Vfc3RlcHMYBiABKAVIAogBARIbCg5ndWlkYW5jZV9zY2FsZRgHIAEoAkgDiAEBEioKB3NhbXBsZXIYCCABKAsyGS5zYWZlbGlnaHQudjEuU2FtcGxlclNwZWMSKQoHb3V0cHV0cxgJIAMoCzIYLnNhZmVsaWdodC52MS5PdXRwdXRTcGVjEhIKCmluaXRfaW1hZ2UYCiABKAkSFQoIc3RyZW5ndGgYCyABKAJIBIgBARIMCgRtYXNrGAwgASgJEh0KEGd1aWRhbmNlX3Jlc2NhbGUYDSABKAJIBYgBARI5ChFndWlkYW5jZV9pbnRlcnZhbBgOIAEoCzIeLnNhZmVsaWdodC52MS5HdWlkYW5jZUludGVydmFsEicKCGFkYXB0ZXJzGA8gAygLMhUuc2FmZWxpZ2h0LnYxLkFkYXB0ZXJCCwoJX3dpZHRoX3B4QgwKCl9oZWlnaHRfcHhCFgoUX251bV9pbmZlcmVuY2Vfc3RlcHNCEQoPX2d1aWRhbmNlX3NjYWxlQgsKCV9zdHJlbmd0aEITChFfZ3VpZGFuY2VfcmVzY2FsZSI1CgdBZGFwdGVyEgwKBG5hbWUYASABKAkSEgoFc2NhbGUYAiABKAJIAIgBAUIICgZfc2NhbGUiSgoQR3VpZGFuY2VJbnRlcnZhbBISCgVzdGFydBgBIAEoAkgAiAEBEhAKA2VuZBgCIAEoAkgBiAEBQggKBl9zdGFydEIGCgRfZW5kIoMBCgZQcm9tcHQSJwoEcm9sZRgBIAEoDjIZLnNhZmVsaWdodC52MS5Qcm9tcHQuUm9sZRIMCgR0ZXh0GAIgASgJIkIKBFJvbGUSFAoQUk9MRV9VTlNQRUNJRklFRBAAEhEKDVJPTEVfUE9TSVRJVkUQARIRCg1ST0xFX05FR0FUSVZFEAIimgEKC1NhbXBsZXJTcGVjEgwKBG5hbWUYASABKAkSMwoOc2lnbWFfc2NoZWR1bGUYAiABKA4yGy5zYWZlbGlnaHQudjEuU2lnbWFTY2hlZHVsZRIuCgdzcGFjaW5nGAMgASgOMh0uc2FmZWxpZ2h0LnYxLlRpbWVzdGVwU3BhY2luZxIQCgNldGEYBCABKAJIAIgBAUIGCgRfZXRhIigKCk91dHB1dFNwZWMSEQoEc2VlZBgBIAEoBEgAiAEBQgcKBV9zZWVkIrQDCg1QaXhlbEVuY29kaW5nEhIKCm1lZGlhX3R5cGUYASABKAkSFAoHcXVhbGl0eRgCIAEoBUgAiAEBEiAKE3Jvd19hbGlnbm1lbnRfYnl0ZXMYAyABKAVIAYgBARI3Cglyb3dfb3JkZXIYBCABKA4yJC5zYWZlbGlnaHQudjEuUGl4ZWxFbmNvZGluZy5Sb3dPcmRlchJBCg50ZXh0dXJlX2Zvcm1hdBgFIAEoDjIpLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nLlRleHR1cmVGb3JtYXQiVgoIUm93T3JkZXISGQoVUk9XX09SREVSX1VOU1BFQ0lGSUVEEAASFgoSUk9XX09SREVSX1RPUF9ET1dOEAESFwoTUk9XX09SREVSX0JPVFRPTV9VUBACIl8KDVRleHR1cmVGb3JtYXQSHgoaVEVYVFVSRV9GT1JNQVRfVU5TUEVDSUZJRUQQABIWChJURVhUVVJFX0ZPUk1BVF9CQzEQARIWChJURVhUVVJFX0ZPUk1BVF9CQzcQAkIKCghfcXVhbGl0eUIWChRfcm93X2FsaWdubWVudF9ieXRlcyKmAgoNUHJldmlld1BvbGljeRIrCgZhY2NlcHQYASADKAsyGy5zYWZlbGlnaHQudjEuUGl4ZWxFbmNvZGluZxIYCgttYXhfZWRnZV9weBgCIAEoBUgBiAEBEhcKDWV2ZXJ5X25fc3RlcHMYAyABKAVIABIxCgxtaW5faW50ZXJ2YWwYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb25IABIrCgZtZXRob2QYBSABKA4yGy5zYWZlbGlnaHQudjEuUHJldmlld01ldGhvZBIhChRtYXhfYnl0ZXNfcGVyX3NlY29uZBgGIAEoA0gCiAEBQgkKB2NhZGVuY2VCDgoMX21heF9lZGdlX3B4QhcKFV9tYXhfYnl0ZXNfcGVyX3NlY29uZCI2CgpTY2hlZHVsaW5nEigKCHByaW9yaXR5GAEgASgOMhYuc2FmZWxpZ2h0LnYxLlByaW9yaXR5ItsBCgtDYWNoZVBvbGljeRIsCgRtb2RlGAEgASgOMh4uc2FmZWxpZ2h0LnYxLkNhY2hlUG9saWN5Lk1vZGUSGwoObWluX3NpbWlsYXJpdHkYAiABKAJIAIgBASJuCgRNb2RlEhQKEE1PREVfVU5TUEVDSUZJRUQQABIQCgxNT0RFX0RFRkFVTFQQARIPCgtNT0RFX0JZUEFTUxACEhUKEU1PREVfQUxMT1dfTEFURU5UEAMSFgoSTU9ERV9BTExPV19TSU1JTEFSEARCEQoPX21pbl9zaW1pbGFyaXR5IoYBCgxRdWFsaXR5Rmxvb3ISGgoNbWluX251bV9zdGVwcxgBIAEoBUgAiAEBEhgKEGNoZWFwZXJfcHJldmlld3MYAiABKAgSGwoObWluX3NpbWlsYXJpdHkYAyABKAJIAYgBAUIQCg5fbWluX251bV9zdGVwc0IRCg9fbWluX3NpbWlsYXJpdHkiQAoGQnJhbmNoEhIKCmdlbmVyYXRpb24YASABKAkSFAoMb3V0cHV0X2luZGV4GAIgASgFEgwKBHN0ZXAYAyABKAUiwgEKEERpc2Nvbm5lY3RQb2xpY3kSNQoGYWN0aW9uGAEgASgOMiUuc2FmZWxpZ2h0LnYxLkRpc2Nvbm5lY3RQb2xpY3kuQWN0aW9uEi8KDHJlc3VtZV9ncmFjZRgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiJGCgZBY3Rpb24SFgoSQUNUSU9OX1VOU1BFQ0lGSUVEEAASEQoNQUNUSU9OX0NBTkNFTBABEhEKDUFDVElPTl9ERVRBQ0gQAiK2AwoPR2VuZXJhdGlvbkV2ZW50EhAKCHNlcXVlbmNlGAEgASgEEi4KCmV2ZW50X3RpbWUYAiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEhIKCmdlbmVyYXRpb24YAyABKAkSKgoIYWNjZXB0ZWQYBCABKAsyFi5zYWZlbGlnaHQudjEuQWNjZXB0ZWRIABImCgZxdWV1ZWQYBSABKAsyFC5zYWZlbGlnaHQudjEuUXVldWVkSAASKgoIcHJvZ3Jlc3MYBiABKAsyFi5zYWZlbGlnaHQudjEuUHJvZ3Jlc3NIABIoCgdwcmV2aWV3GAcgASgLMhUuc2FmZWxpZ2h0LnYxLlByZXZpZXdIABI1Cg5hcnRpZmFjdF9jaHVuaxgIIAEoCzIbLnNhZmVsaWdodC52MS5BcnRpZmFjdENodW5rSAASNwoPb3V0cHV0X2ZpbmlzaGVkGAkgASgLMhwuc2FmZWxpZ2h0LnYxLk91dHB1dEZpbmlzaGVkSAASKgoIZmluaXNoZWQYCiABKAsyFi5zYWZlbGlnaHQudjEuRmluaXNoZWRIAEIHCgVldmVudCKvAwoIQWNjZXB0ZWQSKgoEc3BlYxgBIAEoCzIcLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uU3BlYxIWCg5tb2RlbF9yZXZpc2lvbhgCIAEoCRITCgtudW1lcmljc19pZBgDIAEoCRItCghlbmNvZGluZxgEIAEoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEjUKEmVzdGltYXRlZF9kdXJhdGlvbhgFIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIQCgh0cmFjZV9pZBgGIAEoCRInCgh3YXJuaW5ncxgHIAMoCzIVLnNhZmVsaWdodC52MS5XYXJuaW5nEjUKCmR1cmFiaWxpdHkYCCABKA4yIS5zYWZlbGlnaHQudjEuQWNjZXB0ZWQuRHVyYWJpbGl0eRIXCg9iYXRjaF90b2xlcmFuY2UYCSABKAIiWQoKRHVyYWJpbGl0eRIaChZEVVJBQklMSVRZX1VOU1BFQ0lGSUVEEAASFAoQRFVSQUJJTElUWV9MT0NBTBABEhkKFURVUkFCSUxJVFlfUkVQTElDQVRFRBACIioKB1dhcm5pbmcSDgoGcmVhc29uGAEgASgJEg8KB21lc3NhZ2UYAiABKAkiVAoGUXVldWVkEhAKCHBvc2l0aW9uGAEgASgFEjgKFGVzdGltYXRlZF9zdGFydF90aW1lGAIgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcCKNAQoIUHJvZ3Jlc3MSFAoMb3V0cHV0X2luZGV4GAEgASgFEgwKBHN0ZXAYAiABKAUSEQoJbnVtX3N0ZXBzGAMgASgFEhIKCmJhdGNoX3NpemUYBCABKAUSNgoTZXN0aW1hdGVkX3JlbWFpbmluZxgFIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiLMAQoHUHJldmlldxIUCgxvdXRwdXRfaW5kZXgYASABKAUSDAoEc3RlcBgCIAEoBRISCgptZWRpYV90eXBlGAMgASgJEhAKCHdpZHRoX3B4GAQgASgFEhEKCWhlaWdodF9weBgFIAEoBRIUCgxzdHJpZGVfYnl0ZXMYBiABKAUSKwoGbWV0aG9kGAcgASgOMhsuc2FmZWxpZ2h0LnYxLlByZXZpZXdNZXRob2QSEwoLbnVtX2Ryb3BwZWQYCCABKAUSDAoEZGF0YRgJIAEoDCK3AQoNQXJ0aWZhY3RDaHVuaxIUCgxvdXRwdXRfaW5kZXgYASABKAUSEgoKbWVkaWFfdHlwZRgCIAEoCRIQCgh3aWR0aF9weBgDIAEoBRIRCgloZWlnaHRfcHgYBCABKAUSFAoMc3RyaWRlX2J5dGVzGAUgASgFEg4KBm9mZnNldBgGIAEoAxITCgt0b3RhbF9ieXRlcxgHIAEoAxIMCgRkYXRhGAggASgMEg4KBnNoYTI1NhgJIAEoDCKfAgoOT3V0cHV0RmluaXNoZWQSFAoMb3V0cHV0X2luZGV4GAEgASgFEkAKDWZpbmlzaF9yZWFzb24YAiABKA4yKS5zYWZlbGlnaHQudjEuT3V0cHV0RmluaXNoZWQuRmluaXNoUmVhc29uEgwKBHN0ZXAYAyABKAUipgEKDEZpbmlzaFJlYXNvbhIdChlGSU5JU0hfUkVBU09OX1VOU1BFQ0lGSUVEEAASGwoXRklOSVNIX1JFQVNPTl9DT01QTEVURUQQARIbChdGSU5JU0hfUkVBU09OX0NBTkNFTExFRBACEiMKH0ZJTklTSF9SRUFTT05fREVBRExJTkVfRVhDRUVERUQQAxIYChRGSU5JU0hfUkVBU09OX0ZBSUxFRBAEIt0BCghGaW5pc2hlZBIiCgZzdGF0dXMYASABKAsyEi5nb29nbGUucnBjLlN0YXR1cxIiCgV1c2FnZRgCIAEoCzITLnNhZmVsaWdodC52MS5Vc2FnZRImCgd0aW1pbmdzGAMgASgLMhUuc2FmZWxpZ2h0LnYxLlRpbWluZ3MSMAoNY2FjaGVfcmVzdWx0cxgEIAMoCzIZLnNhZmVsaWdodC52MS5DYWNoZVJlc3VsdBIvCgxkZWdyYWRhdGlvbnMYBSADKAsyGS5zYWZlbGlnaHQudjEuRGVncmFkYXRpb24iyAEKC0RlZ3JhZGF0aW9uEiwKBGtpbmQYASABKA4yHi5zYWZlbGlnaHQudjEuRGVncmFkYXRpb24uS2luZBIRCglyZXF1ZXN0ZWQYAiABKAkSDwoHYXBwbGllZBgDIAEoCSJnCgRLaW5kEhQKEEtJTkRfVU5TUEVDSUZJRUQQABIUChBLSU5EX0ZFV0VSX1NURVBTEAESGQoVS0lORF9DSEVBUEVSX1BSRVZJRVdTEAISGAoUS0lORF9TSU1JTEFSX1BJQ1RVUkUQAyLdAgoLQ2FjaGVSZXN1bHQSOgoLZGlzcG9zaXRpb24YASABKA4yJS5zYWZlbGlnaHQudjEuQ2FjaGVSZXN1bHQuRGlzcG9zaXRpb24SEgoKc2ltaWxhcml0eRgCIAEoAhIOCgZzb3VyY2UYAyABKAkSGQoRbnVtX3N0ZXBzX3NraXBwZWQYBCABKAUSEwoLbnVtZXJpY3NfaWQYBSABKAkivQEKC0Rpc3Bvc2l0aW9uEhsKF0RJU1BPU0lUSU9OX1VOU1BFQ0lGSUVEEAASFAoQRElTUE9TSVRJT05fTUlTUxABEhkKFURJU1BPU0lUSU9OX0NPQUxFU0NFRBACEhUKEURJU1BPU0lUSU9OX0VYQUNUEAMSFwoTRElTUE9TSVRJT05fU0lNSUxBUhAEEhYKEkRJU1BPU0lUSU9OX0xBVEVOVBAFEhgKFERJU1BPU0lUSU9OX0JSQU5DSEVEEAYixgEKBVVzYWdlEi8KDGNvbXB1dGVfdGltZRgBIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIQCghudW1fcm93cxgCIAEoAxIRCgludW1fc3RlcHMYAyABKAMSFAoMbnVtX3ByZXZpZXdzGAQgASgDEhUKDXByZXZpZXdfYnl0ZXMYBSABKAMSIAoEY29zdBgGIAEoCzISLnNhZmVsaWdodC52MS5Db3N0EhgKEG51bV9yb3dzX3NraXBwZWQYByABKAMiLAoEQ29zdBIVCg1jdXJyZW5jeV9jb2RlGAEgASgJEg0KBW5hbm9zGAIgASgDIuYBCgdUaW1pbmdzEigKBXF1ZXVlGAEgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEjAKDWZpcnN0X3ByZXZpZXcYAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKgoHZGVub2lzZRgDIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIpCgZkZWNvZGUYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKAoFdG90YWwYBSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24ipAEKFldhdGNoR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCRIWCg5hZnRlcl9zZXF1ZW5jZRgCIAEoBBI2ChBhcnRpZmFjdF9vZmZzZXRzGAMgAygLMhwuc2FmZWxpZ2h0LnYxLkFydGlmYWN0T2Zmc2V0EiwKB3ByZXZpZXcYBCABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeSI2Cg5BcnRpZmFjdE9mZnNldBIUCgxvdXRwdXRfaW5kZXgYASABKAUSDgoGb2Zmc2V0GAIgASgDIkcKF1dhdGNoR2VuZXJhdGlvblJlc3BvbnNlEiwKBWV2ZW50GAEgASgLMh0uc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25FdmVudCKDAQoXVXBkYXRlR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCRIsCgdwcmV2aWV3GAIgASgLMhsuc2FmZWxpZ2h0LnYxLlByZXZpZXdQb2xpY3kSLAoKc2NoZWR1bGluZxgDIAEoCzIYLnNhZmVsaWdodC52MS5TY2hlZHVsaW5nIkgKGFVwZGF0ZUdlbmVyYXRpb25SZXNwb25zZRIsCgpnZW5lcmF0aW9uGAEgASgLMhguc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24iJwoXQ2FuY2VsR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCSJIChhDYW5jZWxHZW5lcmF0aW9uUmVzcG9uc2USLAoKZ2VuZXJhdGlvbhgBIAEoCzIYLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uIiQKFEdldEdlbmVyYXRpb25SZXF1ZXN0EgwKBG5hbWUYASABKAkiRQoVR2V0R2VuZXJhdGlvblJlc3BvbnNlEiwKCmdlbmVyYXRpb24YASABKAsyGC5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbiK5BQoKR2VuZXJhdGlvbhIMCgRuYW1lGAEgASgJEi0KBXN0YXRlGAIgASgOMh4uc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24uU3RhdGUSKgoEc3BlYxgDIAEoCzIcLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uU3BlYxIqCgdvdXRwdXRzGAQgAygLMhkuc2FmZWxpZ2h0LnYxLk91dHB1dFN0YXRlEigKCHByaW9yaXR5GAUgASgOMhYuc2FmZWxpZ2h0LnYxLlByaW9yaXR5EjQKBmxhYmVscxgGIAMoCzIkLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uLkxhYmVsc0VudHJ5Ei8KC2NyZWF0ZV90aW1lGAcgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIvCgtmaW5pc2hfdGltZRgIIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASIgoGc3RhdHVzGAkgASgLMhIuZ29vZ2xlLnJwYy5TdGF0dXMSIgoFdXNhZ2UYCiABKAsyEy5zYWZlbGlnaHQudjEuVXNhZ2USFQoNbGFzdF9zZXF1ZW5jZRgLIAEoBBIvCgxkZWdyYWRhdGlvbnMYDCADKAsyGS5zYWZlbGlnaHQudjEuRGVncmFkYXRpb24aLQoLTGFiZWxzRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4ASKUAQoFU3RhdGUSFQoRU1RBVEVfVU5TUEVDSUZJRUQQABIQCgxTVEFURV9RVUVVRUQQARIRCg1TVEFURV9SVU5OSU5HEAISEwoPU1RBVEVfU1VTUEVOREVEEAMSEwoPU1RBVEVfU1VDQ0VFREVEEAQSEwoPU1RBVEVfQ0FOQ0VMTEVEEAUSEAoMU1RBVEVfRkFJTEVEEAYimwEKC091dHB1dFN0YXRlEhQKDG91dHB1dF9pbmRleBgBIAEoBRIMCgRzdGVwGAIgASgFEhEKCW51bV9zdGVwcxgDIAEoBRJACg1maW5pc2hfcmVhc29uGAQgASgOMikuc2FmZWxpZ2h0LnYxLk91dHB1dEZpbmlzaGVkLkZpbmlzaFJlYXNvbhITCgt0b3RhbF9ieXRlcxgFIAEoAypmCg1TaWdtYVNjaGVkdWxlEh4KGlNJR01BX1NDSEVEVUxFX1VOU1BFQ0lGSUVEEAASGgoWU0lHTUFfU0NIRURVTEVfREVGQVVMVBABEhkKFVNJR01BX1NDSEVEVUxFX0tBUlJBUxACKo8BCg9UaW1lc3RlcFNwYWNpbmcSIAocVElNRVNURVBfU1BBQ0lOR19VTlNQRUNJRklFRBAAEhwKGFRJTUVTVEVQX1NQQUNJTkdfTEVBRElORxABEh0KGVRJTUVTVEVQX1NQQUNJTkdfVFJBSUxJTkcQAhIdChlUSU1FU1RFUF9TUEFDSU5HX0xJTlNQQUNFEAMqvgEKDVByZXZpZXdNZXRob2QSHgoaUFJFVklFV19NRVRIT0RfVU5TUEVDSUZJRUQQABIXChNQUkVWSUVXX01FVEhPRF9BVVRPEAESGQoVUFJFVklFV19NRVRIT0RfTElORUFSEAISHwobUFJFVklFV19NRVRIT0RfVElOWV9ERUNPREVSEAMSHwobUFJFVklFV19NRVRIT0RfRlVMTF9ERUNPREVSEAQSFwoTUFJFVklFV19NRVRIT0RfTk9ORRAFKmkKCFByaW9yaXR5EhgKFFBSSU9SSVRZX1VOU1BFQ0lGSUVEEAASGAoUUFJJT1JJVFlfSU5URVJBQ1RJVkUQARIVChFQUklPUklUWV9TVEFOREFSRBACEhIKDlBSSU9SSVRZX0JBVENIEAMy4gMKEUdlbmVyYXRpb25TZXJ2aWNlEksKCEdlbmVyYXRlEh0uc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVxdWVzdBoeLnNhZmVsaWdodC52MS5HZW5lcmF0ZVJlc3BvbnNlMAESYAoPV2F0Y2hHZW5lcmF0aW9uEiQuc2FmZWxpZ2h0LnYxLldhdGNoR2VuZXJhdGlvblJlcXVlc3QaJS5zYWZlbGlnaHQudjEuV2F0Y2hHZW5lcmF0aW9uUmVzcG9uc2UwARJhChBVcGRhdGVHZW5lcmF0aW9uEiUuc2FmZWxpZ2h0LnYxLlVwZGF0ZUdlbmVyYXRpb25SZXF1ZXN0GiYuc2FmZWxpZ2h0LnYxLlVwZGF0ZUdlbmVyYXRpb25SZXNwb25zZRJhChBDYW5jZWxHZW5lcmF0aW9uEiUuc2FmZWxpZ2h0LnYxLkNhbmNlbEdlbmVyYXRpb25SZXF1ZXN0GiYuc2FmZWxpZ2h0LnYxLkNhbmNlbEdlbmVyYXRpb25SZXNwb25zZRJYCg1HZXRHZW5lcmF0aW9uEiIuc2FmZWxpZ2h0LnYxLkdldEdlbmVyYXRpb25SZXF1ZXN0GiMuc2FmZWxpZ2h0LnYxLkdldEdlbmVyYXRpb25SZXNwb25zZWIGcHJvdG8z", [file_google_protobuf_duration, file_google_protobuf_timestamp, file_google_rpc_status]);
 
 /**
  * Asks for one or more pictures. Only a prompt is needed.
@@ -265,6 +265,18 @@ export type GenerationSpec = Message<"safelight.v1.GenerationSpec"> & {
    * @generated from field: safelight.v1.GuidanceInterval guidance_interval = 14;
    */
   guidanceInterval?: GuidanceInterval | undefined;
+
+  /**
+   * Adapters (LoRA) that change the denoiser for this request alone, beside
+   * requests with others or none in one batch. Their order makes no difference.
+   * INVALID_ARGUMENT names this field where the model takes no adapters, and
+   * `adapters[i].name` where it has none of this name (`Model.adapters` lists
+   * them). In `Accepted.spec` they stand in the order of their names, without
+   * those whose scale is 0.
+   *
+   * @generated from field: repeated safelight.v1.Adapter adapters = 15;
+   */
+  adapters: Adapter[];
 };
 
 /**
@@ -273,6 +285,36 @@ export type GenerationSpec = Message<"safelight.v1.GenerationSpec"> & {
  */
 export const GenerationSpecSchema: GenMessage<GenerationSpec> = /*@__PURE__*/
   messageDesc(file_safelight_v1_generation, 2);
+
+/**
+ * An adapter (low-rank changes of a denoiser's weights, Hu et al. 2021) and how
+ * strongly it is applied.
+ *
+ * @generated from message safelight.v1.Adapter
+ */
+export type Adapter = Message<"safelight.v1.Adapter"> & {
+  /**
+   * A name from the model's list, each at most once.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * Factor of what it adds, from -10 to 10. Absent: 1. 0 is as if the adapter
+   * were not named.
+   *
+   * @generated from field: optional float scale = 2;
+   */
+  scale?: number | undefined;
+};
+
+/**
+ * Describes the message safelight.v1.Adapter.
+ * Use `create(AdapterSchema)` to create a new message.
+ */
+export const AdapterSchema: GenMessage<Adapter> = /*@__PURE__*/
+  messageDesc(file_safelight_v1_generation, 3);
 
 /**
  * The steps that have guidance (Kynkäänniemi et al. 2024), as shares of all
@@ -304,7 +346,7 @@ export type GuidanceInterval = Message<"safelight.v1.GuidanceInterval"> & {
  * Use `create(GuidanceIntervalSchema)` to create a new message.
  */
 export const GuidanceIntervalSchema: GenMessage<GuidanceInterval> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 3);
+  messageDesc(file_safelight_v1_generation, 4);
 
 /**
  * A text that guides the denoiser.
@@ -334,7 +376,7 @@ export type Prompt = Message<"safelight.v1.Prompt"> & {
  * Use `create(PromptSchema)` to create a new message.
  */
 export const PromptSchema: GenMessage<Prompt> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 4);
+  messageDesc(file_safelight_v1_generation, 5);
 
 /**
  * What the text is for.
@@ -368,7 +410,7 @@ export enum Prompt_Role {
  * Describes the enum safelight.v1.Prompt.Role.
  */
 export const Prompt_RoleSchema: GenEnum<Prompt_Role> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 4, 0);
+  enumDesc(file_safelight_v1_generation, 5, 0);
 
 /**
  * The numerics that turn noise predictions into the next latent.
@@ -412,7 +454,7 @@ export type SamplerSpec = Message<"safelight.v1.SamplerSpec"> & {
  * Use `create(SamplerSpecSchema)` to create a new message.
  */
 export const SamplerSpecSchema: GenMessage<SamplerSpec> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 5);
+  messageDesc(file_safelight_v1_generation, 6);
 
 /**
  * One picture to develop.
@@ -433,7 +475,7 @@ export type OutputSpec = Message<"safelight.v1.OutputSpec"> & {
  * Use `create(OutputSpecSchema)` to create a new message.
  */
 export const OutputSpecSchema: GenMessage<OutputSpec> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 6);
+  messageDesc(file_safelight_v1_generation, 7);
 
 /**
  * How pixels travel: sRGB, straight alpha.
@@ -486,7 +528,7 @@ export type PixelEncoding = Message<"safelight.v1.PixelEncoding"> & {
  * Use `create(PixelEncodingSchema)` to create a new message.
  */
 export const PixelEncodingSchema: GenMessage<PixelEncoding> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 7);
+  messageDesc(file_safelight_v1_generation, 8);
 
 /**
  * Order of the rows of raw pixels and of textures.
@@ -520,7 +562,7 @@ export enum PixelEncoding_RowOrder {
  * Describes the enum safelight.v1.PixelEncoding.RowOrder.
  */
 export const PixelEncoding_RowOrderSchema: GenEnum<PixelEncoding_RowOrder> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 7, 0);
+  enumDesc(file_safelight_v1_generation, 8, 0);
 
 /**
  * How the blocks of a texture are compressed.
@@ -555,7 +597,7 @@ export enum PixelEncoding_TextureFormat {
  * Describes the enum safelight.v1.PixelEncoding.TextureFormat.
  */
 export const PixelEncoding_TextureFormatSchema: GenEnum<PixelEncoding_TextureFormat> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 7, 1);
+  enumDesc(file_safelight_v1_generation, 8, 1);
 
 /**
  * Which previews a stream wants. A preview is made only when its stream is
@@ -628,7 +670,7 @@ export type PreviewPolicy = Message<"safelight.v1.PreviewPolicy"> & {
  * Use `create(PreviewPolicySchema)` to create a new message.
  */
 export const PreviewPolicySchema: GenMessage<PreviewPolicy> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 8);
+  messageDesc(file_safelight_v1_generation, 9);
 
 /**
  * How urgent a generation is.
@@ -649,7 +691,7 @@ export type Scheduling = Message<"safelight.v1.Scheduling"> & {
  * Use `create(SchedulingSchema)` to create a new message.
  */
 export const SchedulingSchema: GenMessage<Scheduling> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 9);
+  messageDesc(file_safelight_v1_generation, 10);
 
 /**
  * Whether work that was done before, or is being done, may serve a request.
@@ -683,7 +725,7 @@ export type CachePolicy = Message<"safelight.v1.CachePolicy"> & {
  * Use `create(CachePolicySchema)` to create a new message.
  */
 export const CachePolicySchema: GenMessage<CachePolicy> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 10);
+  messageDesc(file_safelight_v1_generation, 11);
 
 /**
  * What may serve a request.
@@ -735,7 +777,7 @@ export enum CachePolicy_Mode {
  * Describes the enum safelight.v1.CachePolicy.Mode.
  */
 export const CachePolicy_ModeSchema: GenEnum<CachePolicy_Mode> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 10, 0);
+  enumDesc(file_safelight_v1_generation, 11, 0);
 
 /**
  * How far the quality of a request may go down while its class is under
@@ -781,7 +823,7 @@ export type QualityFloor = Message<"safelight.v1.QualityFloor"> & {
  * Use `create(QualityFloorSchema)` to create a new message.
  */
 export const QualityFloorSchema: GenMessage<QualityFloor> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 11);
+  messageDesc(file_safelight_v1_generation, 12);
 
 /**
  * A point in the development of another output.
@@ -817,7 +859,7 @@ export type Branch = Message<"safelight.v1.Branch"> & {
  * Use `create(BranchSchema)` to create a new message.
  */
 export const BranchSchema: GenMessage<Branch> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 12);
+  messageDesc(file_safelight_v1_generation, 13);
 
 /**
  * What happens when the last stream of a generation is lost.
@@ -845,7 +887,7 @@ export type DisconnectPolicy = Message<"safelight.v1.DisconnectPolicy"> & {
  * Use `create(DisconnectPolicySchema)` to create a new message.
  */
 export const DisconnectPolicySchema: GenMessage<DisconnectPolicy> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 13);
+  messageDesc(file_safelight_v1_generation, 14);
 
 /**
  * What happens when the last stream is lost.
@@ -880,7 +922,7 @@ export enum DisconnectPolicy_Action {
  * Describes the enum safelight.v1.DisconnectPolicy.Action.
  */
 export const DisconnectPolicy_ActionSchema: GenEnum<DisconnectPolicy_Action> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 13, 0);
+  enumDesc(file_safelight_v1_generation, 14, 0);
 
 /**
  * What happened to a generation. Reliable events are Accepted, ArtifactChunk,
@@ -982,7 +1024,7 @@ export type GenerationEvent = Message<"safelight.v1.GenerationEvent"> & {
  * Use `create(GenerationEventSchema)` to create a new message.
  */
 export const GenerationEventSchema: GenMessage<GenerationEvent> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 14);
+  messageDesc(file_safelight_v1_generation, 15);
 
 /**
  * The request was admitted.
@@ -1066,7 +1108,7 @@ export type Accepted = Message<"safelight.v1.Accepted"> & {
  * Use `create(AcceptedSchema)` to create a new message.
  */
 export const AcceptedSchema: GenMessage<Accepted> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 15);
+  messageDesc(file_safelight_v1_generation, 16);
 
 /**
  * What is promised of a generation that was accepted.
@@ -1102,7 +1144,7 @@ export enum Accepted_Durability {
  * Describes the enum safelight.v1.Accepted.Durability.
  */
 export const Accepted_DurabilitySchema: GenEnum<Accepted_Durability> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 15, 0);
+  enumDesc(file_safelight_v1_generation, 16, 0);
 
 /**
  * Something the caller should know that did not stop the request.
@@ -1130,7 +1172,7 @@ export type Warning = Message<"safelight.v1.Warning"> & {
  * Use `create(WarningSchema)` to create a new message.
  */
 export const WarningSchema: GenMessage<Warning> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 16);
+  messageDesc(file_safelight_v1_generation, 17);
 
 /**
  * The generation waits for its turn.
@@ -1158,7 +1200,7 @@ export type Queued = Message<"safelight.v1.Queued"> & {
  * Use `create(QueuedSchema)` to create a new message.
  */
 export const QueuedSchema: GenMessage<Queued> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 17);
+  messageDesc(file_safelight_v1_generation, 18);
 
 /**
  * An output has made a step.
@@ -1207,7 +1249,7 @@ export type Progress = Message<"safelight.v1.Progress"> & {
  * Use `create(ProgressSchema)` to create a new message.
  */
 export const ProgressSchema: GenMessage<Progress> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 18);
+  messageDesc(file_safelight_v1_generation, 19);
 
 /**
  * How an output looks at a step: its denoised estimate, decoded.
@@ -1285,7 +1327,7 @@ export type Preview = Message<"safelight.v1.Preview"> & {
  * Use `create(PreviewSchema)` to create a new message.
  */
 export const PreviewSchema: GenMessage<Preview> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 19);
+  messageDesc(file_safelight_v1_generation, 20);
 
 /**
  * A piece of a finished picture. Pieces of one output come in order.
@@ -1362,7 +1404,7 @@ export type ArtifactChunk = Message<"safelight.v1.ArtifactChunk"> & {
  * Use `create(ArtifactChunkSchema)` to create a new message.
  */
 export const ArtifactChunkSchema: GenMessage<ArtifactChunk> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 20);
+  messageDesc(file_safelight_v1_generation, 21);
 
 /**
  * An output has ended.
@@ -1397,7 +1439,7 @@ export type OutputFinished = Message<"safelight.v1.OutputFinished"> & {
  * Use `create(OutputFinishedSchema)` to create a new message.
  */
 export const OutputFinishedSchema: GenMessage<OutputFinished> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 21);
+  messageDesc(file_safelight_v1_generation, 22);
 
 /**
  * Why an output ended.
@@ -1445,7 +1487,7 @@ export enum OutputFinished_FinishReason {
  * Describes the enum safelight.v1.OutputFinished.FinishReason.
  */
 export const OutputFinished_FinishReasonSchema: GenEnum<OutputFinished_FinishReason> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 21, 0);
+  enumDesc(file_safelight_v1_generation, 22, 0);
 
 /**
  * The generation has ended. The call then ends with the same status.
@@ -1494,7 +1536,7 @@ export type Finished = Message<"safelight.v1.Finished"> & {
  * Use `create(FinishedSchema)` to create a new message.
  */
 export const FinishedSchema: GenMessage<Finished> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 22);
+  messageDesc(file_safelight_v1_generation, 23);
 
 /**
  * One thing that a request gave up under load, as its quality floor allowed.
@@ -1529,7 +1571,7 @@ export type Degradation = Message<"safelight.v1.Degradation"> & {
  * Use `create(DegradationSchema)` to create a new message.
  */
 export const DegradationSchema: GenMessage<Degradation> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 23);
+  messageDesc(file_safelight_v1_generation, 24);
 
 /**
  * What was given up.
@@ -1573,7 +1615,7 @@ export enum Degradation_Kind {
  * Describes the enum safelight.v1.Degradation.Kind.
  */
 export const Degradation_KindSchema: GenEnum<Degradation_Kind> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 23, 0);
+  enumDesc(file_safelight_v1_generation, 24, 0);
 
 /**
  * Where a picture came from.
@@ -1623,7 +1665,7 @@ export type CacheResult = Message<"safelight.v1.CacheResult"> & {
  * Use `create(CacheResultSchema)` to create a new message.
  */
 export const CacheResultSchema: GenMessage<CacheResult> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 24);
+  messageDesc(file_safelight_v1_generation, 25);
 
 /**
  * Where a picture came from.
@@ -1685,7 +1727,7 @@ export enum CacheResult_Disposition {
  * Describes the enum safelight.v1.CacheResult.Disposition.
  */
 export const CacheResult_DispositionSchema: GenEnum<CacheResult_Disposition> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 24, 0);
+  enumDesc(file_safelight_v1_generation, 25, 0);
 
 /**
  * What a generation has used so far. Work that several generations share counts
@@ -1751,7 +1793,7 @@ export type Usage = Message<"safelight.v1.Usage"> & {
  * Use `create(UsageSchema)` to create a new message.
  */
 export const UsageSchema: GenMessage<Usage> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 25);
+  messageDesc(file_safelight_v1_generation, 26);
 
 /**
  * An amount of money.
@@ -1779,7 +1821,7 @@ export type Cost = Message<"safelight.v1.Cost"> & {
  * Use `create(CostSchema)` to create a new message.
  */
 export const CostSchema: GenMessage<Cost> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 26);
+  messageDesc(file_safelight_v1_generation, 27);
 
 /**
  * Where the time of a generation went. Stages overlap: they do not add up.
@@ -1829,7 +1871,7 @@ export type Timings = Message<"safelight.v1.Timings"> & {
  * Use `create(TimingsSchema)` to create a new message.
  */
 export const TimingsSchema: GenMessage<Timings> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 27);
+  messageDesc(file_safelight_v1_generation, 28);
 
 /**
  * Asks to watch a generation.
@@ -1871,7 +1913,7 @@ export type WatchGenerationRequest = Message<"safelight.v1.WatchGenerationReques
  * Use `create(WatchGenerationRequestSchema)` to create a new message.
  */
 export const WatchGenerationRequestSchema: GenMessage<WatchGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 28);
+  messageDesc(file_safelight_v1_generation, 29);
 
 /**
  * How much of a picture the client already has.
@@ -1899,7 +1941,7 @@ export type ArtifactOffset = Message<"safelight.v1.ArtifactOffset"> & {
  * Use `create(ArtifactOffsetSchema)` to create a new message.
  */
 export const ArtifactOffsetSchema: GenMessage<ArtifactOffset> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 29);
+  messageDesc(file_safelight_v1_generation, 30);
 
 /**
  * One event of the generation.
@@ -1920,7 +1962,7 @@ export type WatchGenerationResponse = Message<"safelight.v1.WatchGenerationRespo
  * Use `create(WatchGenerationResponseSchema)` to create a new message.
  */
 export const WatchGenerationResponseSchema: GenMessage<WatchGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 30);
+  messageDesc(file_safelight_v1_generation, 31);
 
 /**
  * Asks to change a generation. Absent fields stay as they are.
@@ -1955,7 +1997,7 @@ export type UpdateGenerationRequest = Message<"safelight.v1.UpdateGenerationRequ
  * Use `create(UpdateGenerationRequestSchema)` to create a new message.
  */
 export const UpdateGenerationRequestSchema: GenMessage<UpdateGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 31);
+  messageDesc(file_safelight_v1_generation, 32);
 
 /**
  * The generation as it is now.
@@ -1976,7 +2018,7 @@ export type UpdateGenerationResponse = Message<"safelight.v1.UpdateGenerationRes
  * Use `create(UpdateGenerationResponseSchema)` to create a new message.
  */
 export const UpdateGenerationResponseSchema: GenMessage<UpdateGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 32);
+  messageDesc(file_safelight_v1_generation, 33);
 
 /**
  * Asks to stop a generation.
@@ -1997,7 +2039,7 @@ export type CancelGenerationRequest = Message<"safelight.v1.CancelGenerationRequ
  * Use `create(CancelGenerationRequestSchema)` to create a new message.
  */
 export const CancelGenerationRequestSchema: GenMessage<CancelGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 33);
+  messageDesc(file_safelight_v1_generation, 34);
 
 /**
  * The generation as it ended.
@@ -2018,7 +2060,7 @@ export type CancelGenerationResponse = Message<"safelight.v1.CancelGenerationRes
  * Use `create(CancelGenerationResponseSchema)` to create a new message.
  */
 export const CancelGenerationResponseSchema: GenMessage<CancelGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 34);
+  messageDesc(file_safelight_v1_generation, 35);
 
 /**
  * Asks for a generation.
@@ -2039,7 +2081,7 @@ export type GetGenerationRequest = Message<"safelight.v1.GetGenerationRequest"> 
  * Use `create(GetGenerationRequestSchema)` to create a new message.
  */
 export const GetGenerationRequestSchema: GenMessage<GetGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 35);
+  messageDesc(file_safelight_v1_generation, 36);
 
 /**
  * The generation as it is now.
@@ -2060,7 +2102,7 @@ export type GetGenerationResponse = Message<"safelight.v1.GetGenerationResponse"
  * Use `create(GetGenerationResponseSchema)` to create a new message.
  */
 export const GetGenerationResponseSchema: GenMessage<GetGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 36);
+  messageDesc(file_safelight_v1_generation, 37);
 
 /**
  * What is known of a generation.
@@ -2158,7 +2200,7 @@ export type Generation = Message<"safelight.v1.Generation"> & {
  * Use `create(GenerationSchema)` to create a new message.
  */
 export const GenerationSchema: GenMessage<Generation> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 37);
+  messageDesc(file_safelight_v1_generation, 38);
 
 /**
  * Where a generation is in its life.
@@ -2220,7 +2262,7 @@ export enum Generation_State {
  * Describes the enum safelight.v1.Generation.State.
  */
 export const Generation_StateSchema: GenEnum<Generation_State> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 37, 0);
+  enumDesc(file_safelight_v1_generation, 38, 0);
 
 /**
  * What is known of an output.
@@ -2269,7 +2311,7 @@ export type OutputState = Message<"safelight.v1.OutputState"> & {
  * Use `create(OutputStateSchema)` to create a new message.
  */
 export const OutputStateSchema: GenMessage<OutputState> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 38);
+  messageDesc(file_safelight_v1_generation, 39);
 
 /**
  * How noise levels are spread over the steps.

@@ -16,7 +16,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file safelight/v1/models.proto.
  */
 export const file_safelight_v1_models: GenFile = /*@__PURE__*/
-  fileDesc("ChlzYWZlbGlnaHQvdjEvbW9kZWxzLnByb3RvEgxzYWZlbGlnaHQudjEiOgoRTGlzdE1vZGVsc1JlcXVlc3QSEQoJcGFnZV9zaXplGAEgASgFEhIKCnBhZ2VfdG9rZW4YAiABKAkihwEKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5zYWZlbGlnaHQudjEuTW9kZWwSFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJEjMKC3VuYXZhaWxhYmxlGAMgAygLMh4uc2FmZWxpZ2h0LnYxLlVuYXZhaWxhYmxlTW9kZWwiQgoQVW5hdmFpbGFibGVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEg4KBnJlYXNvbhgDIAEoCSIfCg9HZXRNb2RlbFJlcXVlc3QSDAoEbmFtZRgBIAEoCSI2ChBHZXRNb2RlbFJlc3BvbnNlEiIKBW1vZGVsGAEgASgLMhMuc2FmZWxpZ2h0LnYxLk1vZGVsIpEECgVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEhMKC2Rlc2NyaXB0aW9uGAMgASgJEg8KB2xpY2Vuc2UYBCABKAkSDwoHcnVudGltZRgFIAEoCRITCgtudW1lcmljc19pZBgGIAEoCRISCgppc19kZWZhdWx0GAcgASgIEiEKBXNpemVzGAggAygLMhIuc2FmZWxpZ2h0LnYxLlNpemUSLAoIc2FtcGxlcnMYCSADKAsyGi5zYWZlbGlnaHQudjEuU2FtcGxlck9mZmVyEjQKD3ByZXZpZXdfbWV0aG9kcxgKIAMoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEhMKC21lZGlhX3R5cGVzGAsgAygJEi0KCGRlZmF1bHRzGAwgASgLMhsuc2FmZWxpZ2h0LnYxLk1vZGVsRGVmYXVsdHMSKQoGbGltaXRzGA0gASgLMhkuc2FmZWxpZ2h0LnYxLk1vZGVsTGltaXRzEioKCnN0ZXBfdGltZXMYDiADKAsyFi5zYWZlbGlnaHQudjEuU3RlcFRpbWUSNAoPY29tcG9uZW50X3RpbWVzGA8gAygLMhsuc2FmZWxpZ2h0LnYxLkNvbXBvbmVudFRpbWUSDQoFbm90ZXMYECADKAkSIQoFdGFza3MYESADKA4yEi5zYWZlbGlnaHQudjEuVGFzayIrCgRTaXplEhAKCHdpZHRoX3B4GAEgASgFEhEKCWhlaWdodF9weBgCIAEoBSKDAQoMU2FtcGxlck9mZmVyEgwKBG5hbWUYASABKAkSNAoPc2lnbWFfc2NoZWR1bGVzGAIgAygOMhsuc2FmZWxpZ2h0LnYxLlNpZ21hU2NoZWR1bGUSLwoIc3BhY2luZ3MYAyADKA4yHS5zYWZlbGlnaHQudjEuVGltZXN0ZXBTcGFjaW5nInAKDU1vZGVsRGVmYXVsdHMSGwoTbnVtX2luZmVyZW5jZV9zdGVwcxgBIAEoBRIWCg5ndWlkYW5jZV9zY2FsZRgCIAEoAhIqCgdzYW1wbGVyGAMgASgLMhkuc2FmZWxpZ2h0LnYxLlNhbXBsZXJTcGVjInoKC01vZGVsTGltaXRzEh8KF21heF9udW1faW5mZXJlbmNlX3N0ZXBzGAEgASgFEhoKEm1heF9ndWlkYW5jZV9zY2FsZRgCIAEoAhITCgttYXhfb3V0cHV0cxgDIAEoBRIZChFtYXhfcHJvbXB0X3Rva2VucxgEIAEoBSJJCg1Db21wb25lbnRUaW1lEhEKCWNvbXBvbmVudBgBIAEoCRIlCgV0aW1lcxgCIAMoCzIWLnNhZmVsaWdodC52MS5TdGVwVGltZSJJCghTdGVwVGltZRIQCghudW1fcm93cxgBIAEoBRIrCghkdXJhdGlvbhgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbipiCgRUYXNrEhQKEFRBU0tfVU5TUEVDSUZJRUQQABIWChJUQVNLX1RFWFRfVE9fSU1BR0UQARIXChNUQVNLX0lNQUdFX1RPX0lNQUdFEAISEwoPVEFTS19JTlBBSU5USU5HEAMyqgEKDE1vZGVsU2VydmljZRJPCgpMaXN0TW9kZWxzEh8uc2FmZWxpZ2h0LnYxLkxpc3RNb2RlbHNSZXF1ZXN0GiAuc2FmZWxpZ2h0LnYxLkxpc3RNb2RlbHNSZXNwb25zZRJJCghHZXRNb2RlbBIdLnNhZmVsaWdodC52MS5HZXRNb2RlbFJlcXVlc3QaHi5zYWZlbGlnaHQudjEuR2V0TW9kZWxSZXNwb25zZWIGcHJvdG8z", [file_google_protobuf_duration, file_safelight_v1_generation]);
+  fileDesc("ChlzYWZlbGlnaHQvdjEvbW9kZWxzLnByb3RvEgxzYWZlbGlnaHQudjEiOgoRTGlzdE1vZGVsc1JlcXVlc3QSEQoJcGFnZV9zaXplGAEgASgFEhIKCnBhZ2VfdG9rZW4YAiABKAkihwEKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5zYWZlbGlnaHQudjEuTW9kZWwSFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJEjMKC3VuYXZhaWxhYmxlGAMgAygLMh4uc2FmZWxpZ2h0LnYxLlVuYXZhaWxhYmxlTW9kZWwiQgoQVW5hdmFpbGFibGVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEg4KBnJlYXNvbhgDIAEoCSIfCg9HZXRNb2RlbFJlcXVlc3QSDAoEbmFtZRgBIAEoCSI2ChBHZXRNb2RlbFJlc3BvbnNlEiIKBW1vZGVsGAEgASgLMhMuc2FmZWxpZ2h0LnYxLk1vZGVsIr4ECgVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEhMKC2Rlc2NyaXB0aW9uGAMgASgJEg8KB2xpY2Vuc2UYBCABKAkSDwoHcnVudGltZRgFIAEoCRITCgtudW1lcmljc19pZBgGIAEoCRISCgppc19kZWZhdWx0GAcgASgIEiEKBXNpemVzGAggAygLMhIuc2FmZWxpZ2h0LnYxLlNpemUSLAoIc2FtcGxlcnMYCSADKAsyGi5zYWZlbGlnaHQudjEuU2FtcGxlck9mZmVyEjQKD3ByZXZpZXdfbWV0aG9kcxgKIAMoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEhMKC21lZGlhX3R5cGVzGAsgAygJEi0KCGRlZmF1bHRzGAwgASgLMhsuc2FmZWxpZ2h0LnYxLk1vZGVsRGVmYXVsdHMSKQoGbGltaXRzGA0gASgLMhkuc2FmZWxpZ2h0LnYxLk1vZGVsTGltaXRzEioKCnN0ZXBfdGltZXMYDiADKAsyFi5zYWZlbGlnaHQudjEuU3RlcFRpbWUSNAoPY29tcG9uZW50X3RpbWVzGA8gAygLMhsuc2FmZWxpZ2h0LnYxLkNvbXBvbmVudFRpbWUSDQoFbm90ZXMYECADKAkSIQoFdGFza3MYESADKA4yEi5zYWZlbGlnaHQudjEuVGFzaxIrCghhZGFwdGVycxgSIAMoCzIZLnNhZmVsaWdodC52MS5BZGFwdGVySW5mbyI5CgtBZGFwdGVySW5mbxIMCgRuYW1lGAEgASgJEg4KBnNoYTI1NhgCIAEoCRIMCgRyYW5rGAMgASgFIisKBFNpemUSEAoId2lkdGhfcHgYASABKAUSEQoJaGVpZ2h0X3B4GAIgASgFIoMBCgxTYW1wbGVyT2ZmZXISDAoEbmFtZRgBIAEoCRI0Cg9zaWdtYV9zY2hlZHVsZXMYAiADKA4yGy5zYWZlbGlnaHQudjEuU2lnbWFTY2hlZHVsZRIvCghzcGFjaW5ncxgDIAMoDjIdLnNhZmVsaWdodC52MS5UaW1lc3RlcFNwYWNpbmcicAoNTW9kZWxEZWZhdWx0cxIbChNudW1faW5mZXJlbmNlX3N0ZXBzGAEgASgFEhYKDmd1aWRhbmNlX3NjYWxlGAIgASgCEioKB3NhbXBsZXIYAyABKAsyGS5zYWZlbGlnaHQudjEuU2FtcGxlclNwZWMiegoLTW9kZWxMaW1pdHMSHwoXbWF4X251bV9pbmZlcmVuY2Vfc3RlcHMYASABKAUSGgoSbWF4X2d1aWRhbmNlX3NjYWxlGAIgASgCEhMKC21heF9vdXRwdXRzGAMgASgFEhkKEW1heF9wcm9tcHRfdG9rZW5zGAQgASgFIkkKDUNvbXBvbmVudFRpbWUSEQoJY29tcG9uZW50GAEgASgJEiUKBXRpbWVzGAIgAygLMhYuc2FmZWxpZ2h0LnYxLlN0ZXBUaW1lIkkKCFN0ZXBUaW1lEhAKCG51bV9yb3dzGAEgASgFEisKCGR1cmF0aW9uGAIgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uKmIKBFRhc2sSFAoQVEFTS19VTlNQRUNJRklFRBAAEhYKElRBU0tfVEVYVF9UT19JTUFHRRABEhcKE1RBU0tfSU1BR0VfVE9fSU1BR0UQAhITCg9UQVNLX0lOUEFJTlRJTkcQAzKqAQoMTW9kZWxTZXJ2aWNlEk8KCkxpc3RNb2RlbHMSHy5zYWZlbGlnaHQudjEuTGlzdE1vZGVsc1JlcXVlc3QaIC5zYWZlbGlnaHQudjEuTGlzdE1vZGVsc1Jlc3BvbnNlEkkKCEdldE1vZGVsEh0uc2FmZWxpZ2h0LnYxLkdldE1vZGVsUmVxdWVzdBoeLnNhZmVsaWdodC52MS5HZXRNb2RlbFJlc3BvbnNlYgZwcm90bzM", [file_google_protobuf_duration, file_safelight_v1_generation]);
 
 /**
  * Asks for a page of models.
@@ -282,6 +282,14 @@ export type Model = Message<"safelight.v1.Model"> & {
    * @generated from field: repeated safelight.v1.Task tasks = 17;
    */
   tasks: Task[];
+
+  /**
+   * Adapters that requests can name, by name. The operator may add some at any
+   * time. Empty: none, or the model takes none.
+   *
+   * @generated from field: repeated safelight.v1.AdapterInfo adapters = 18;
+   */
+  adapters: AdapterInfo[];
 };
 
 /**
@@ -290,6 +298,44 @@ export type Model = Message<"safelight.v1.Model"> & {
  */
 export const ModelSchema: GenMessage<Model> = /*@__PURE__*/
   messageDesc(file_safelight_v1_models, 5);
+
+/**
+ * An adapter (LoRA) that fits a model.
+ *
+ * @generated from message safelight.v1.AdapterInfo
+ */
+export type AdapterInfo = Message<"safelight.v1.AdapterInfo"> & {
+  /**
+   * What `Adapter.name` says.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * SHA-256 of its weights' file and, behind it, of the adapter_config.json
+   * beside it where there is one, in hexadecimal. With the spec it decides the
+   * pixels: files that replace these make other pictures of the same name.
+   *
+   * @generated from field: string sha256 = 2;
+   */
+  sha256: string;
+
+  /**
+   * Its rank. The model bounds the ranks of all adapters of one request
+   * together; a request beyond that is refused with the bound.
+   *
+   * @generated from field: int32 rank = 3;
+   */
+  rank: number;
+};
+
+/**
+ * Describes the message safelight.v1.AdapterInfo.
+ * Use `create(AdapterInfoSchema)` to create a new message.
+ */
+export const AdapterInfoSchema: GenMessage<AdapterInfo> = /*@__PURE__*/
+  messageDesc(file_safelight_v1_models, 6);
 
 /**
  * A picture size.
@@ -317,7 +363,7 @@ export type Size = Message<"safelight.v1.Size"> & {
  * Use `create(SizeSchema)` to create a new message.
  */
 export const SizeSchema: GenMessage<Size> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 6);
+  messageDesc(file_safelight_v1_models, 7);
 
 /**
  * A sampler with what it can be combined with.
@@ -352,7 +398,7 @@ export type SamplerOffer = Message<"safelight.v1.SamplerOffer"> & {
  * Use `create(SamplerOfferSchema)` to create a new message.
  */
 export const SamplerOfferSchema: GenMessage<SamplerOffer> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 7);
+  messageDesc(file_safelight_v1_models, 8);
 
 /**
  * What absent fields mean.
@@ -387,7 +433,7 @@ export type ModelDefaults = Message<"safelight.v1.ModelDefaults"> & {
  * Use `create(ModelDefaultsSchema)` to create a new message.
  */
 export const ModelDefaultsSchema: GenMessage<ModelDefaults> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 8);
+  messageDesc(file_safelight_v1_models, 9);
 
 /**
  * What is refused.
@@ -429,7 +475,7 @@ export type ModelLimits = Message<"safelight.v1.ModelLimits"> & {
  * Use `create(ModelLimitsSchema)` to create a new message.
  */
 export const ModelLimitsSchema: GenMessage<ModelLimits> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 9);
+  messageDesc(file_safelight_v1_models, 10);
 
 /**
  * Times of calls of a component.
@@ -457,7 +503,7 @@ export type ComponentTime = Message<"safelight.v1.ComponentTime"> & {
  * Use `create(ComponentTimeSchema)` to create a new message.
  */
 export const ComponentTimeSchema: GenMessage<ComponentTime> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 10);
+  messageDesc(file_safelight_v1_models, 11);
 
 /**
  * Time of one denoiser call.
@@ -485,7 +531,7 @@ export type StepTime = Message<"safelight.v1.StepTime"> & {
  * Use `create(StepTimeSchema)` to create a new message.
  */
 export const StepTimeSchema: GenMessage<StepTime> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 11);
+  messageDesc(file_safelight_v1_models, 12);
 
 /**
  * What a model can be asked for.

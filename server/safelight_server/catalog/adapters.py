@@ -1,0 +1,375 @@
+"""Adapters (LoRA, Hu et al. 2021): reads their files, and follows a folder of them while the server runs.
+
+`<folder>/<name>/` has one `*.safetensors` as peft, diffusers or kohya's scripts
+write it, and beside a file of peft's `adapter_config.json`. An adapter is
+offered for each model whose room (`manifest.AdapterRoom`) it fits: every layer
+that it changes is one of the model's targets. A key that is not understood is
+never skipped: the adapter is refused by its name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+import re
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+
+from safelight_server.catalog import safetensors
+from safelight_server.catalog.manifest import AdapterRoom
+from safelight_server.catalog.safetensors import SafetensorsError
+from safelight_server.domain.tensors import FloatArray
+from safelight_server.files import LOOK_EVERY_S, read_regular_file
+
+log = structlog.get_logger(__name__)
+
+MAX_ADAPTERS = 256
+"""Adapters of the folder that are offered: those first by name."""
+MAX_CONFIG_BYTES = 1 << 20
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+PART = re.compile(r"(?P<layer>.+?)(\.lora_A(\.default)?|\.lora[._]down|\.lora_B(\.default)?|\.lora[._]up)\.weight")
+DOWN = re.compile(r"\.lora_A(\.default)?\.weight$|\.lora[._]down\.weight$")
+PREFIXES = ("base_model.model.", "unet.", "lora_unet_")
+"""What stands before the name of a denoiser's layer: peft's, diffusers', kohya's."""
+TEXT_ENCODERS = ("text_encoder", "lora_te")
+
+
+class AdapterFileError(Exception):
+    """An adapter cannot be used; the message says why, and begins with what is wrong."""
+
+
+class AdapterRoomError(Exception):
+    """The adapters that are in use leave no memory for another one."""
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankLayer:
+    """What an adapter adds to a linear layer: up · down.
+
+    Attributes:
+        down: (r, inputs) float32.
+        up: (outputs, r) float32, times alpha / r.
+    """
+
+    down: FloatArray
+    up: FloatArray
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rank, inputs and outputs."""
+        rank, inputs = self.down.shape
+        return rank, inputs, len(self.up)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """An adapter as it lies in the folder.
+
+    Attributes:
+        sha256: of its weights' file and, behind it, of the configuration beside it, where there is one.
+        shapes: rank, inputs and outputs by `plain_name` of a layer.
+    """
+
+    name: str
+    path: Path
+    sha256: str
+    shapes: Mapping[str, tuple[int, int, int]] = field(repr=False)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its layers."""
+        return max(rank for rank, _, _ in self.shapes.values())
+
+    def misfit(self, room: AdapterRoom) -> str:
+        """Why it does not fit into a denoiser's room; empty where it does."""
+        targets = {plain_name(target.name): target for target in room.targets}
+        if self.rank > room.max_rank:
+            return f"has rank {self.rank}; the model has room for {room.max_rank}"
+        for layer, (_, inputs, outputs) in self.shapes.items():
+            target = targets.get(layer)
+            if target is None:
+                return f"changes {layer}, which is no target of the model"
+            if (inputs, outputs) != (target.inputs, target.outputs):
+                own = f"{target.inputs} to {target.outputs}"
+                return f"changes {target.name} as {inputs} to {outputs}; the model's is {own}"
+        return ""
+
+
+def plain_name(layer: str) -> str:
+    """The name of a layer without its dots, as kohya's scripts write it."""
+    return layer.replace(".", "_")
+
+
+def parse(data: bytes, config: bytes = b"") -> dict[str, LowRankLayer]:
+    """The layers of an adapter's file, by `plain_name`.
+
+    Args:
+        config: peft's adapter_config.json, where there is one.
+
+    Raises:
+        AdapterFileError: it cannot be read, or has something that is not understood.
+    """
+    try:
+        tensors, metadata = safetensors.parse(data)
+        settings = json.loads(config or _saved_config(metadata))
+        if not isinstance(settings, dict):
+            raise ValueError
+    except SafetensorsError as error:
+        raise AdapterFileError(str(error)) from None
+    except (ValueError, RecursionError):
+        raise AdapterFileError("its configuration is no JSON object") from None
+    halves: dict[str, dict[str, FloatArray]] = {}
+    alphas: dict[str, float] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(TEXT_ENCODERS):
+            raise AdapterFileError(f"changes the text encoder ({key}); only the denoiser can be changed")
+        if key.endswith(".alpha") and tensor.size == 1:
+            alphas[_layer(key.removesuffix(".alpha"))] = float(tensor.reshape(()))
+            continue
+        part = PART.fullmatch(key)
+        if part is None or tensor.ndim != 2:
+            raise AdapterFileError(f"has {key} {list(tensor.shape)}, which is not understood")
+        if not np.isfinite(tensor).all():
+            raise AdapterFileError(f"has numbers in {key} that are not finite")
+        halves.setdefault(_layer(part["layer"]), {})["down" if DOWN.search(key) else "up"] = tensor
+    if not halves:
+        raise AdapterFileError("has no layers")
+    return {plain_name(layer): _low_rank(layer, found, alphas.get(layer), settings) for layer, found in halves.items()}
+
+
+def _low_rank(
+    layer: str, halves: Mapping[str, FloatArray], alpha: float | None, settings: Mapping[str, Any]
+) -> LowRankLayer:
+    if halves.keys() != {"down", "up"} or halves["up"].shape[1] != len(halves["down"]) or not len(halves["down"]):
+        raise AdapterFileError(f"has matrices of {layer} that do not go together")
+    down, up = halves["down"], halves["up"]
+    rank = len(down)
+    if alpha is None:
+        alpha = _alpha(layer, settings)
+    scaling = 1.0 if alpha is None else alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    if not math.isfinite(scaling):
+        raise AdapterFileError(f"has an alpha of {layer} that is not finite")
+    return LowRankLayer(down, up * np.float32(scaling))
+
+
+def _layer(key: str) -> str:
+    for prefix in PREFIXES:
+        key = key.removeprefix(prefix)
+    return key
+
+
+def _alpha(layer: str, settings: Mapping[str, Any]) -> float | None:
+    """peft's alpha of a layer: that of the first pattern that ends its name, else that of all; None: it says none."""
+    if settings.get("use_dora"):
+        raise AdapterFileError("is a DoRA, whose magnitudes this server does not know")
+    try:
+        for pattern, alpha in settings.get("alpha_pattern", {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+                return float(alpha)
+        found = settings.get("lora_alpha")
+        return None if found is None else float(found)
+    except (TypeError, ValueError, AttributeError, re.error):
+        raise AdapterFileError("has a configuration with a malformed alpha") from None
+
+
+def _saved_config(metadata: Mapping[str, str]) -> str:
+    """peft's configuration of the denoiser that diffusers puts into the file itself, as JSON."""
+    saved = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    if not isinstance(saved, dict):
+        raise ValueError
+    return json.dumps({key.removeprefix("unet."): value for key, value in saved.items() if key.startswith("unet.")})
+
+
+def packed(layers: Mapping[str, LowRankLayer], room: AdapterRoom) -> FloatArray:
+    """The weights of an adapter as rows are given them: (r, Q) float32 (`AdapterRoom`); r is its rank."""
+    rank = max(layer.shape[0] for layer in layers.values())
+    made = np.zeros((rank, room.width), np.float32)
+    first = 0
+    for target in room.targets:
+        middle, last = first + target.inputs, first + target.inputs + target.outputs
+        if (layer := layers.get(plain_name(target.name))) is not None:
+            made[: len(layer.down), first:middle] = layer.down
+            made[: len(layer.down), middle:last] = layer.up.T
+        first = last
+    return made
+
+
+class AdapterLibrary:
+    """The adapters of a folder, by the models that they fit; new and changed files are found while the server runs.
+
+    Invariant: the weights that a request was given stay in memory until its outputs have ended, whatever happens to
+    the file; weights that nobody uses are given up for others, those that were used longest ago first.
+
+    Args:
+        folder: None: there are no adapters.
+        rooms: of the models that take adapters, by their names.
+        max_bytes: of weights in memory, and of a file.
+    """
+
+    def __init__(
+        self, folder: Path | None = None, rooms: Mapping[str, AdapterRoom] | None = None, max_bytes: int = 256 << 20
+    ) -> None:
+        self._folder = folder
+        self._rooms = dict(rooms or {})
+        self._max_bytes = max_bytes
+        self._files: dict[Path, tuple[object, AdapterFile | str]] = {}
+        self._num_there = 0
+        self._offered: dict[str, dict[str, AdapterFile]] = {}
+        self._misfits: dict[str, dict[str, str]] = {}
+        self._loading = threading.Lock()
+        self._kept: OrderedDict[tuple[str, str], FloatArray] = OrderedDict()
+        self._alive: weakref.WeakValueDictionary[tuple[str, str], FloatArray] = weakref.WeakValueDictionary()
+        self.look()
+
+    def of(self, model: str) -> Mapping[str, AdapterFile]:
+        """The adapters that fit a model, by name, in the order of their names."""
+        return self._offered.get(model, {})
+
+    def misfit(self, model: str, name: str) -> str:
+        """Why an adapter that is in the folder is not offered for a model; empty where nothing is known of it."""
+        return self._misfits.get(model, {}).get(name, "")
+
+    async def follow(self) -> None:
+        """Looks once a second, until cancelled, what is in the folder; in a thread, so that the loop goes on."""
+        while self._folder is not None and self._rooms:
+            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.to_thread(self.look)
+
+    def look(self) -> None:
+        """Reads what is new in the folder. May block."""
+        if self._folder is None or not self._rooms:
+            return
+        files = dict(self._look())
+        if files == self._files:
+            return
+        offered: dict[str, dict[str, AdapterFile]] = {model: {} for model in self._rooms}
+        misfits: dict[str, dict[str, str]] = {model: {} for model in self._rooms}
+        for path, (_, found) in files.items():
+            for model, room in self._rooms.items():
+                why = found if isinstance(found, str) else self._misfit(found, room)
+                if isinstance(found, str) or why:
+                    misfits[model][path.name] = why
+                else:
+                    offered[model][path.name] = found
+            if files[path] != self._files.get(path):
+                self._tell(path.name, found, offered, misfits)
+        for path in self._files.keys() - files.keys():
+            log.info("adapter_removed", adapter=path.name)
+        self._files, self._offered, self._misfits = files, offered, misfits
+
+    def _misfit(self, file: AdapterFile, room: AdapterRoom) -> str:
+        num_bytes = 4 * file.rank * room.width
+        if num_bytes > self._max_bytes:
+            return f"takes {num_bytes} bytes; all adapters together may take {self._max_bytes}"
+        return file.misfit(room)
+
+    def _tell(
+        self,
+        name: str,
+        found: AdapterFile | str,
+        offered: Mapping[str, Mapping[str, AdapterFile]],
+        misfits: Mapping[str, Mapping[str, str]],
+    ) -> None:
+        models = [model for model, there in offered.items() if name in there]
+        if models and isinstance(found, AdapterFile):
+            log.info("adapter_offered", adapter=name, models=models, rank=found.rank, sha256=found.sha256)
+        else:
+            log.warning("adapter_not_offered", adapter=name, reasons={at: why[name] for at, why in misfits.items()})
+
+    def _look(self) -> Iterator[tuple[Path, tuple[object, AdapterFile | str]]]:
+        assert self._folder is not None
+        try:
+            folders = sorted(path for path in self._folder.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
+        except OSError:
+            return
+        if len(folders) > MAX_ADAPTERS and len(folders) != self._num_there:
+            log.warning("too_many_adapters", folder=str(self._folder), offered=MAX_ADAPTERS, there=len(folders))
+        self._num_there = len(folders)
+        for path in folders[:MAX_ADAPTERS]:
+            stamp = _stamp(path)
+            known = self._files.get(path)
+            if known is not None and known[0] == stamp:
+                yield path, known
+                continue
+            try:
+                found: AdapterFile | str = self._read_facts(path)
+            except (AdapterFileError, OSError) as error:
+                found = str(error.strerror if isinstance(error, OSError) else error)
+            yield path, (stamp, found)
+
+    def _read_facts(self, path: Path) -> AdapterFile:
+        data, config = self._read(path)
+        layers = parse(data, config)
+        return AdapterFile(path.name, path, _sha256(data, config), {at: layer.shape for at, layer in layers.items()})
+
+    def _read(self, path: Path) -> tuple[bytes, bytes]:
+        weights = sorted(path.glob("*.safetensors"))
+        if len(weights) != 1:
+            raise AdapterFileError(f"must have one file *.safetensors; there are {len(weights)}")
+        config = path / "adapter_config.json"
+        settings = read_regular_file(config, MAX_CONFIG_BYTES) if config.exists() else b""
+        return read_regular_file(weights[0], self._max_bytes), settings
+
+    def weights(self, model: str, name: str, sha256: str) -> FloatArray:
+        """The weights of an adapter for a model, (r, Q) float32. May block: it reads a file.
+
+        Whoever holds the array keeps it in memory.
+
+        Raises:
+            AdapterFileError: it is not there any more, or its file is another now.
+            AdapterRoomError: there is no memory for it beside those in use.
+        """
+        key = model, sha256
+        with self._loading:
+            if (known := self._alive.get(key)) is None:
+                known = self._load(model, name, sha256)
+                self._alive[key] = known
+            self._kept[key] = known
+            self._kept.move_to_end(key)
+            return known
+
+    def _load(self, model: str, name: str, sha256: str) -> FloatArray:
+        file = self._offered.get(model, {}).get(name)
+        if file is None or file.sha256 != sha256:
+            raise AdapterFileError("is not there any more, or its file is another now")
+        room = self._rooms[model]
+        self._make_room(4 * file.rank * room.width)
+        try:
+            data, config = self._read(file.path)
+        except OSError as error:
+            raise AdapterFileError(f"cannot be read: {error.strerror}") from None
+        if _sha256(data, config) != sha256:
+            raise AdapterFileError("is another file now")
+        return packed(parse(data, config), room)
+
+    def _make_room(self, num_bytes: int) -> None:
+        while sum(array.nbytes for array in self._alive.values()) + num_bytes > self._max_bytes:
+            if not self._kept:
+                raise AdapterRoomError(f"the adapters in use take the {self._max_bytes} bytes there are for them")
+            self._kept.popitem(last=False)
+
+
+def _stamp(path: Path) -> object:
+    """What changes when a file in a folder is written, replaced or removed."""
+    found = []
+    for file in sorted(path.iterdir()) if path.is_dir() else ():
+        try:
+            status = file.stat()
+        except OSError:
+            continue
+        found.append((file.name, status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino))
+    return found
+
+
+def _sha256(data: bytes, config: bytes) -> str:
+    return hashlib.sha256(data + config).hexdigest()

@@ -1,0 +1,57 @@
+"""Adapters (LoRA) for tests: files in the safetensors format, written without its library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+TARGETS = (("down.attn1.to_q", 4, 6), ("down.attn1.to_out.0", 6, 4))
+"""Layers with their inputs and outputs, as those of a small denoiser."""
+ROOM: dict[str, Any] = {
+    "max_rank": 6,
+    "targets": [{"name": name, "inputs": inputs, "outputs": outputs} for name, inputs, outputs in TARGETS],
+}
+"""`adapters` of a manifest."""
+TYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64"}
+
+
+def safetensors(
+    arrays: Arrays, metadata: Mapping[str, str] | None = None, types: Mapping[str, str] | None = None
+) -> bytes:
+    """A file's bytes; `types` replaces the type that is said of an array."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    body = b""
+    for name, array in arrays.items():
+        data = np.ascontiguousarray(array).tobytes()
+        dtype = (types or {}).get(name) or TYPES[str(array.dtype)]
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [len(body), len(body) + len(data)]}
+        body += data
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def matrices(rank: int, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
+    """An adapter of all `TARGETS` with peft's keys."""
+    rng = np.random.default_rng(seed)
+    made = {}
+    for name, inputs, outputs in TARGETS:
+        made[f"base_model.model.{name}.lora_A.weight"] = rng.standard_normal((rank, inputs)).astype(np.float32)
+        made[f"base_model.model.{name}.lora_B.weight"] = rng.standard_normal((outputs, rank)).astype(np.float32)
+    return made
+
+
+def write_adapter(
+    folder: Path, name: str, rank: int = 2, seed: int = 0, config: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes an adapter as peft does; returns its folder."""
+    place = folder / name
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "adapter_model.safetensors").write_bytes(safetensors(matrices(rank, seed)))
+    if config is not None:
+        (place / "adapter_config.json").write_text(json.dumps(config))
+    return place

@@ -1,0 +1,249 @@
+"""Adapters: what is read of their files, for which models they are offered, and how long their weights are kept."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safelight_server.catalog.adapters import AdapterFileError, AdapterLibrary, AdapterRoomError, packed, parse
+from safelight_server.catalog.catalog import check
+from safelight_server.catalog.manifest import ADAPTER_INPUTS, AdapterRoom, Manifest
+
+from tests.support.adapters import ROOM, TARGETS, matrices, safetensors, write_adapter
+from tests.support.pipelines import MANIFEST, small_pipeline
+
+FITTING = AdapterRoom.model_validate(ROOM)
+A, B = (f"base_model.model.down.attn1.to_q.lora_{part}.weight" for part in "AB")
+FORMATS = {
+    "peft": ("base_model.model.{0}.lora_A.weight", "base_model.model.{0}.lora_B.weight"),
+    "diffusers": ("unet.{0}.lora_A.weight", "unet.{0}.lora_B.weight"),
+    "older diffusers": ("unet.{0}.lora.down.weight", "unet.{0}.lora.up.weight"),
+    "kohya": ("lora_unet_{1}.lora_down.weight", "lora_unet_{1}.lora_up.weight"),
+}
+
+
+def changed(weights: np.ndarray, x: np.ndarray, first: int, inputs: int, outputs: int) -> np.ndarray:
+    """What weights (r, Q) add to the target whose numbers begin at `first`."""
+    down, up = weights[:, first : first + inputs], weights[:, first + inputs : first + inputs + outputs]
+    return x @ down.T @ up
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_gives_the_same_weights(kind):
+    down_key, up_key = FORMATS[kind]
+    given, plain = {}, matrices(3)
+    for name, _, _ in TARGETS:
+        names = name, name.replace(".", "_")
+        given[down_key.format(*names)] = plain[f"base_model.model.{name}.lora_A.weight"]
+        given[up_key.format(*names)] = plain[f"base_model.model.{name}.lora_B.weight"]
+    assert np.array_equal(packed(parse(safetensors(given)), FITTING), packed(parse(safetensors(plain)), FITTING))
+
+
+def test_packed_weights_add_what_the_matrices_add():
+    plain = matrices(3)
+    weights = packed(parse(safetensors(plain)), FITTING)
+    assert weights.shape == (3, FITTING.width) == (3, 20)
+    first, rng = 0, np.random.default_rng(5)
+    for name, inputs, outputs in TARGETS:
+        x = rng.standard_normal((5, inputs)).astype(np.float32)
+        down, up = (plain[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        assert np.allclose(changed(weights, x, first, inputs, outputs), x @ (up @ down).T, atol=1e-5)
+        first += inputs + outputs
+
+
+def test_a_layer_that_is_not_changed_has_zeros_and_ranks_may_differ():
+    given = matrices(3)
+    del given[A], given[B]
+    assert not packed(parse(safetensors(given)), FITTING)[:, :10].any()
+    given |= {A: np.ones((1, 4), np.float32), B: np.ones((6, 1), np.float32)}
+    weights = packed(parse(safetensors(given)), FITTING)
+    assert weights[0, :10].tolist() == [1] * 10
+    assert not weights[1:, :10].any()
+
+
+@pytest.mark.parametrize(
+    ("config", "scaling"),
+    [
+        ({}, 1),
+        ({"lora_alpha": 8}, 2),
+        ({"lora_alpha": 8, "use_rslora": True}, 4),
+        ({"lora_alpha": 8, "alpha_pattern": {"to_q": 2}}, 0.5),
+        ({"lora_alpha": 8, "alpha_pattern": {"attn1.to_q": 12}}, 3),
+        ({"lora_alpha": 8, "alpha_pattern": {"other.to_q": 2}}, 2),
+    ],
+)
+def test_alpha_scales_as_in_peft(config, scaling):
+    plain = parse(safetensors(matrices(4)))["down_attn1_to_q"]
+    scaled = parse(safetensors(matrices(4)), json.dumps(config).encode())["down_attn1_to_q"]
+    assert np.array_equal(scaled.up, plain.up * np.float32(scaling))
+    assert np.array_equal(scaled.down, plain.down)
+
+
+def test_alpha_may_be_in_the_file_by_layer_or_in_its_metadata():
+    given, plain = matrices(4), parse(safetensors(matrices(4)))["down_attn1_to_q"].up
+    alpha = {"base_model.model.down.attn1.to_q.alpha": np.array(2.0, np.float32)}
+    assert np.array_equal(parse(safetensors(given | alpha))["down_attn1_to_q"].up, plain * np.float32(0.5))
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 8, "text_encoder.lora_alpha": 99})}
+    assert np.array_equal(parse(safetensors(given, metadata))["down_attn1_to_q"].up, plain * np.float32(2))
+
+
+def test_half_and_bfloat16_are_read():
+    given = {A: np.array([[1.5, -2, 0.25, 3]], np.float16), B: np.ones((6, 1), np.float32)}
+    assert parse(safetensors(given))["down_attn1_to_q"].down.tolist() == [[1.5, -2, 0.25, 3]]
+    upper = (np.array([[1.5, -2, 0.25, 3]], np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    stored = safetensors({B: given[B], A: upper}, types={A: "BF16"})
+    assert parse(stored)["down_attn1_to_q"].down.tolist() == [[1.5, -2, 0.25, 3]]
+
+
+ONE = np.ones((1, 4), np.float32)
+WHOLE = safetensors(matrices(2))
+REFUSED = {
+    "empty": (b"", "is no safetensors file"),
+    "text": (b"not a safetensors file at all", "is no safetensors file"),
+    "no layers": (safetensors({}), "has no layers"),
+    "cut off": (WHOLE[:-3], "is cut off: 3 bytes"),
+    "header cut off": (WHOLE[:20], "is no safetensors file"),
+    "text encoder": (safetensors({"text_encoder.q.lora_A.weight": ONE}), "changes the text encoder"),
+    "kohya's text encoder": (safetensors({"lora_te_q.lora_down.weight": ONE}), "changes the text encoder"),
+    "magnitudes": (safetensors(matrices(2) | {A.replace("lora_A", "dora_scale"): ONE}), "which is not understood"),
+    "convolution": (safetensors({A: np.ones((1, 4, 1, 1), np.float32)}), "which is not understood"),
+    "one half": (safetensors({A: ONE}), "that do not go together"),
+    "other ranks": (safetensors(matrices(2) | {A: ONE}), "that do not go together"),
+    "rank 0": (safetensors({A: np.ones((0, 4), np.float32), B: np.ones((6, 0), np.float32)}), "do not go together"),
+    "integers": (safetensors({A: np.ones((1, 4), np.int64)}), "as I64; F32, F16, BF16, F64 can be read"),
+    "NaN": (safetensors(matrices(2) | {A: np.full((2, 4), np.nan, np.float32)}), "that are not finite"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_not_understood_is_refused(kind):
+    data, why = REFUSED[kind]
+    with pytest.raises(AdapterFileError, match=why):
+        parse(data)
+
+
+@pytest.mark.parametrize(
+    "config", [b"{", b"[]", b'{"use_dora": true}', b'{"lora_alpha": "x"}', b'{"alpha_pattern": {"(": 1}}']
+)
+def test_a_configuration_that_is_not_understood_is_refused(config):
+    with pytest.raises(AdapterFileError):
+        parse(WHOLE, config)
+
+
+def library(folder: Path, max_bytes: int = 1 << 20, **rooms: AdapterRoom) -> AdapterLibrary:
+    return AdapterLibrary(folder, rooms or {"small": FITTING}, max_bytes)
+
+
+def test_new_changed_and_removed_adapters_are_found_without_a_restart(tmp_path):
+    adapters = library(tmp_path / "adapters")
+    assert not adapters.of("small")
+    write_adapter(tmp_path / "adapters", "pixel")
+    adapters.look()
+    [first] = adapters.of("small").values()
+    assert (first.name, first.rank, len(first.sha256)) == ("pixel", 2, 64)
+    write_adapter(tmp_path / "adapters", "pixel", rank=3)
+    write_adapter(tmp_path / "adapters", "glow", config={"lora_alpha": 4})
+    adapters.look()
+    glow, pixel = adapters.of("small").values()
+    assert (glow.name, pixel.rank) == ("glow", 3)
+    assert len({first.sha256, glow.sha256, pixel.sha256}) == 3, "the configuration is part of it"
+    shutil.rmtree(tmp_path / "adapters" / "pixel")
+    adapters.look()
+    assert list(adapters.of("small")) == ["glow"]
+    assert not adapters.of("other")
+
+
+def test_an_adapter_is_offered_for_the_models_that_it_fits(tmp_path):
+    other = {"max_rank": 6, "targets": [{"name": "down.attn1.to_q", "inputs": 4, "outputs": 6}]}
+    wider = {"max_rank": 6, "targets": [*ROOM["targets"][:1], {**ROOM["targets"][1], "outputs": 5}]}
+    rooms = {"small": ROOM, "other": other, "wider": wider, "narrow": ROOM | {"max_rank": 1}}
+    write_adapter(tmp_path, "pixel")
+    (tmp_path / "empty").mkdir()
+    adapters = library(tmp_path, **{name: AdapterRoom.model_validate(room) for name, room in rooms.items()})
+    assert {model for model in rooms if "pixel" in adapters.of(model)} == {"small"}
+    assert "no target of the model" in adapters.misfit("other", "pixel")
+    assert "changes down.attn1.to_out.0 as 6 to 4; the model's is 6 to 5" in adapters.misfit("wider", "pixel")
+    assert "has rank 2; the model has room for 1" in adapters.misfit("narrow", "pixel")
+    assert "must have one file" in adapters.misfit("small", "empty")
+    assert not adapters.misfit("small", "pixel")
+    assert not adapters.misfit("small", "unheard of")
+    assert "is larger than 100 bytes" in library(tmp_path, max_bytes=100).misfit("small", "pixel")
+    size = next((tmp_path / "pixel").iterdir()).stat().st_size
+    sparse = AdapterRoom.model_validate(
+        {"max_rank": 6, "targets": [*ROOM["targets"], {"name": "x", "inputs": 999, "outputs": 1}]}
+    )
+    assert "all adapters together may take" in library(tmp_path, size, small=sparse).misfit("small", "pixel")
+
+
+def test_weights_are_read_once_and_given_up_when_others_need_the_room(tmp_path):
+    for seed, name in enumerate(("one", "two", "three")):
+        write_adapter(tmp_path, name, rank=40, seed=seed)
+    wide = AdapterRoom.model_validate(ROOM | {"max_rank": 40})
+    adapters = library(tmp_path, max_bytes=2 * 4 * 40 * wide.width, small=wide)  # of two of them
+    shas = {name: file.sha256 for name, file in adapters.of("small").items()}
+
+    def weights(name):
+        return adapters.weights("small", name, shas[name])
+
+    held = weights("one")
+    assert weights("one") is held
+    assert np.array_equal(held, packed(parse(safetensors(matrices(40, 0))), wide))
+    also = weights("two")
+    with pytest.raises(AdapterRoomError):
+        weights("three")
+    assert weights("one") is held, "what is in use is not given up"
+    del also
+    gc.collect()
+    assert weights("three") is not None
+    assert weights("one") is held
+
+
+def test_what_is_in_use_outlives_its_file(tmp_path):
+    place = write_adapter(tmp_path, "pixel")
+    adapters = library(tmp_path)
+    sha256 = adapters.of("small")["pixel"].sha256
+    held = adapters.weights("small", "pixel", sha256)
+    before = held.copy()
+    write_adapter(tmp_path, "pixel", rank=3)  # of another size, by which it is noticed within the clock's tick
+    with pytest.raises(AdapterFileError, match="not there any more"):
+        adapters.weights("small", "pixel", "0" * 64)
+    adapters.look()
+    other = adapters.weights("small", "pixel", adapters.of("small")["pixel"].sha256)
+    assert np.array_equal(held, before)
+    assert len(other) == 3
+    assert adapters.weights("small", "pixel", sha256) is held
+    shutil.rmtree(place)
+
+
+def test_a_file_that_was_replaced_since_the_last_look_is_not_taken_for_the_old_one(tmp_path):
+    write_adapter(tmp_path, "pixel")
+    adapters = library(tmp_path)
+    sha256 = adapters.of("small")["pixel"].sha256
+    write_adapter(tmp_path, "pixel", seed=1)
+    with pytest.raises(AdapterFileError, match="is another file now"):
+        adapters.weights("small", "pixel", sha256)
+
+
+async def test_a_library_without_a_folder_or_without_models_follows_nothing(tmp_path):
+    await AdapterLibrary().follow()
+    await AdapterLibrary(tmp_path, {}).follow()
+
+
+def test_the_room_decides_pixels_and_none_leaves_the_digest_as_it_was(tmp_path):
+    """The order of the targets is that of the numbers."""
+    plain, inputs = small_pipeline(tmp_path), {**Manifest.model_validate(MANIFEST).inputs, **ADAPTER_INPUTS}
+    turned = {"max_rank": 6, "targets": ROOM["targets"][::-1]}
+    rooms = [small_pipeline(tmp_path, adapters=room, inputs=inputs) for room in (ROOM, turned)]
+    assert len({pipeline.digest for pipeline in (plain, *rooms)}) == 3
+    assert small_pipeline(tmp_path, adapters=None).digest == plain.digest
+
+
+@pytest.mark.parametrize("changes", [{"adapters": ROOM}, {"inputs": dict(ADAPTER_INPUTS)}])
+def test_room_and_inputs_go_together(changes):
+    inputs = {**Manifest.model_validate(MANIFEST).inputs, **changes.get("inputs", {})}
+    faults = check(Manifest.model_validate(MANIFEST | changes | {"inputs": inputs}))
+    assert faults == ["adapters: goes with inputs of both adapter_weights and adapter_scales"]
