@@ -1,4 +1,4 @@
-"""`safelight export --quantize int8`: on `icons` and on small random pipelines; what is written, refused, and served."""
+"""`safelight export --quantize int8`: on `icons`: what is written, refused, and served."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ from safelight import Client
 from safelight_server.app.server import serving
 from safelight_server.catalog import catalog
 from safelight_server.domain.component import Component
-from safelight_server.export import exporter, quantize
-from safelight_server.export.plan import ExportOptions
+from safelight_server.export import quantize
 from safelight_server.export.quality import QualityOptions
 from safelight_server.export.source import ExportError
 from safelight_server.settings import load
 
 from tests.support.models_folder import copy_models
-from tests.training import folders
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
-ANY = QualityOptions(num_pictures=2, min_psnr_db=0.0)
-"""Random weights amplify what rounding does; the gate is tested on `icons`."""
 
 
 @pytest.fixture(scope="module")
@@ -66,26 +62,7 @@ async def test_rows_of_both_revisions_share_a_server_and_keep_their_bits(icons: 
         assert not np.array_equal(alone[0], alone[1])
 
 
-@pytest.mark.parametrize("name", ["pipeline", "sdxl_pipeline"])
-def test_small_pipelines_are_quantized_to_the_same_bytes_again(name: str, tmp_path: Path) -> None:
-    getattr(folders, name)().save_pretrained(tmp_path / "folder")
-    exporter.export(tmp_path / "folder", tmp_path / "models", ExportOptions("small", licence="CC0-1.0", steps=2))
-    manifest = tmp_path / "models" / "pipelines" / "small" / "1" / "pipeline.json"
-    texts = []
-    for _ in range(2):
-        made = quantize.quantize(manifest, ANY)
-        texts.append(made.read_text())
-    assert texts[0] == texts[1]
-    assert list(catalog.load(tmp_path / "models").pipelines) == ["small", "small@int8"]
-    with pytest.raises(ExportError, match="quantized already"):
-        quantize.quantize(made, ANY)
-    exporter.export(
-        tmp_path / "folder", tmp_path / "models", ExportOptions("small", licence="CC0-1.0", steps=2, replace=True)
-    )
-    assert not (tmp_path / "models" / "repository" / "small_denoiser_int8").exists()
-
-
-def test_what_is_refused_changes_nothing(icons: Path, tmp_path: Path) -> None:
+def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
     models = copy_models(tmp_path)
     before = sorted(models.rglob("*"))
     [manifest] = models.glob("pipelines/icons/*/pipeline.json")

@@ -70,6 +70,7 @@ class OfflinePipeline:
         spec: SamplerSpec | None = None,
         num_steps: int | None = None,
         watch: Callable[[Inputs], None] = lambda inputs: None,
+        denoiser: Call | None = None,
     ) -> FloatArray:
         """One batch as the decoder makes it, (B, 3, H, W), nominally in [-1, 1]; what is not given is the default."""
         pipeline, manifest, count = self._pipeline, self._pipeline.manifest, len(prompts)
@@ -87,7 +88,7 @@ class OfflinePipeline:
             sample = np.concatenate([x, x] if scale > 1 else [x]) * table.in_scale[step]
             inputs = self._inputs(sample, float(table.timesteps[step]), embeddings, pipeline.size_ids(shape))
             watch(inputs)
-            prediction = self.denoiser(inputs)["prediction"]
+            prediction = (denoiser or self.denoiser)(inputs)["prediction"]
             if scale > 1:
                 prediction = guide(prediction[:count], prediction[count:], np.full(count, scale, np.float32))
             noise = np.stack([gaussian(seed, 1, step, shape) for seed in seeds]) if table.uses_noise else None
