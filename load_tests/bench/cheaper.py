@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
+from safelight_server.export.quality import QualityOptions
 
 from load_tests.bench import processes
 from load_tests.bench.processes import Usage
@@ -134,7 +135,7 @@ def _models(plan: Plan, folder: Path) -> Path:
     quantization = importlib.import_module("safelight_server.export.quantize")
     shutil.copytree(plan.models, folder / "models")
     [manifest] = (folder / "models" / "pipelines" / "icons").glob("*/pipeline.json")
-    quantization.quantize(manifest, quantization.QuantizeOptions(), print)
+    quantization.quantize(manifest, QualityOptions(), print)
     return folder / "models"
 
 

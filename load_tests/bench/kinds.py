@@ -24,6 +24,7 @@ from PIL import Image
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight.v1 import images_pb2, images_pb2_grpc
+from safelight_server.export.quality import QualityOptions
 
 from load_tests.bench import processes
 from load_tests.bench.processes import Usage
@@ -153,7 +154,7 @@ def _exported(name: str) -> Row:
         options = plan.ExportOptions("small", licence="CC0-1.0", steps=4)
         exporter.export(folder, models, options)
         exported = time.perf_counter()
-        gate = quantization.QuantizeOptions(num_pictures=4, min_psnr_db=0.0)
+        gate = QualityOptions(num_pictures=4, min_psnr_db=0.0)
         quantization.quantize(models / "pipelines" / "small" / "1" / "pipeline.json", gate)
         quantized = time.perf_counter()
         num_bytes = sum(file.stat().st_size for file in models.glob("repository/*/1/*"))

@@ -111,8 +111,8 @@ def export(
         from safelight_server.export import quantize as quantization  # imports onnx
 
         judged = quality.judge_of(judge) if judge else None
-        made = quantization.quantize(exported, quality.QualityOptions(judge=judged, **gate), report)
-        typer.echo(f"wrote {made.parent}")
+        written = quantization.quantize(exported, quality.QualityOptions(judge=judged, **gate), report)
+        typer.echo(f"wrote {written.parent}")
 
 
 def _gate(

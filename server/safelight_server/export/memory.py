@@ -35,7 +35,8 @@ def row_bytes(model: Path, example: Mapping[str, Any]) -> int:
     """
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.npz"
-        np.savez(inputs, **{name: np.asarray(tensor) for name, tensor in example.items()})
+        arrays: dict[str, Any] = {name: np.asarray(tensor) for name, tensor in example.items()}
+        np.savez(inputs, **arrays)
         command = [sys.executable, "-m", __name__, str(model), str(inputs)]
         done = subprocess.run(command, capture_output=True, text=True, env=_environment())
     if done.returncode:

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import onnx
 import onnxruntime
@@ -34,7 +34,7 @@ from safelight_server.export.source import ExportError
 from safelight_server.runtime import onnx as runtime
 from safelight_server.runtime import verification
 
-SCHEME = "int8"
+SCHEME: Final = "int8"
 OPERATORS = ["Conv", "MatMul", "Gemm"]
 CALIBRATION_PICTURES = 4
 """Pictures whose steps fix the ranges of activations, from noise to the last step."""
@@ -107,7 +107,7 @@ def _calibration(pipeline: Pipeline, texts: Sequence[str]) -> list[Inputs]:
     return inputs
 
 
-class _Reader(CalibrationDataReader):  # type: ignore[misc]  # the library has no types
+class _Reader(CalibrationDataReader):
     def __init__(self, inputs: Sequence[Inputs]) -> None:
         self._rest: Iterator[Inputs] = iter(inputs)
 
@@ -183,11 +183,9 @@ def _compare(
     """
     prompts = [texts[-1 - number % len(texts)] for number in range(options.num_pictures)]
     report(f"drawing {options.num_pictures} pictures with each denoiser")
-    pictures = [
-        OfflinePipeline(pipeline, denoiser).pictures(prompts, range(options.num_pictures))
-        for denoiser in (None, target)
-    ]
-    found = quality.compared(prompts, *pictures, options)
+    seeds = range(options.num_pictures)
+    of_float, of_int8 = (OfflinePipeline(pipeline, at).pictures(prompts, seeds) for at in (None, target))
+    found = quality.compared(prompts, of_float, of_int8, options)
     report(_said(found))
     quality.require(found)
     return found
