@@ -1,4 +1,4 @@
-"""The contents of pipeline.json, with the rules that its types can show."""
+"""The contents of pipeline.json, with the rules that types can express."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class ComponentFile(_Strict):
     """The model of a component in the Triton repository, with version and digest.
 
     Attributes:
-        data_sha256: digest of `model.onnx.data`, where the weights are in a file of their own.
-        row_bytes: memory that each row of a call takes at the largest size, measured by the exporter; 0: not known.
+        data_sha256: digest of `model.onnx.data`, if the weights are in a file of their own.
+        row_bytes: memory of each row of a call at the largest size, measured by the exporter; 0: unknown.
     """
 
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
@@ -198,11 +198,11 @@ class Manifest(_Strict):
     """The contents of pipeline.json. `guard` and `example_prompts` help the approximate caches and may be left out.
 
     Attributes:
-        second_tokenizer: of a second text encoder; its ids stand behind those of the first in `input_ids`.
-        notes: what differs from the pipeline that was exported: substitutes for what the server does not have.
+        second_tokenizer: tokenizer of a second text encoder; its ids follow those of the first in `input_ids`.
+        notes: differences from the exported pipeline: substitutes for parts that the server does not have.
         quantization: of a revision that was made from another one by `safelight export --quantize`.
-        inputs: the inputs of the denoiser by name, each with what it is given: "latent", "timestep", "encoder:OUTPUT"
-            (an output of the text encoder, by prompt), or "size_ids" (the picture's height and width, a crop of none,
+        inputs: the inputs of the denoiser by name, each with its source: "latent", "timestep", "encoder:OUTPUT" (an
+            output of the text encoder, by prompt), or "size_ids" (the picture's height and width, a crop of zero,
             and height and width again: SDXL's micro-conditioning, Podell et al. 2023, section 2.2).
     """
 

@@ -43,7 +43,7 @@ class Tokenizer:
 
 
 class TokenizerPair:
-    """The tokenizers of a pipeline with two text encoders: the ids of the second stand behind those of the first."""
+    """The tokenizers of a pipeline with two text encoders: the ids of the second follow those of the first."""
 
     def __init__(self, first: Tokenizer, second: Tokenizer) -> None:
         self._first, self._second = first, second

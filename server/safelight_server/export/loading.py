@@ -21,14 +21,14 @@ WITHOUT: Mapping[str, Mapping[str, object]] = {
     "StableDiffusionPipeline": {"safety_checker": None},
     "StableDiffusionXLPipeline": {"add_watermarker": False},
 }
-"""By class the parts of a pipeline that are not exported."""
+"""By pipeline class, the arguments that leave out the parts which are not exported."""
 
 
 def load(made: ExportPlan) -> DiffusionPipeline:
     """The pipeline, on the CPU in float32.
 
     Raises:
-        ExportError: the weights cannot be read, or lack some of a network's.
+        ExportError: the weights cannot be read, or some are missing.
     """
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()

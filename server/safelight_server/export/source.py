@@ -81,7 +81,7 @@ WHY_NOT = {
     "StableDiffusionInpaintPipeline": "its UNet may need a mask as an input",
     "StableDiffusionXLInpaintPipeline": "its UNet may need a mask as an input",
 }
-"""What is to be said of classes that look as if they could be exported."""
+"""Why some classes are not exported although they look similar."""
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
 INDEX_KEYS = {
     *NOT_EXPORTED,
@@ -101,7 +101,7 @@ class ExportError(Exception):
 
 @dataclass
 class Findings:
-    """What was found wrong with a folder, and what will differ from diffusers.
+    """The faults of a folder, and the differences from diffusers.
 
     Attributes:
         faults: why it cannot be exported.
