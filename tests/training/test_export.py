@@ -19,11 +19,9 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from safelight_server.catalog import catalog
-from safelight_server.export import exporter, manifest, onnx_file, quantize
+from safelight_server.export import exporter, manifest, onnx_file
 from safelight_server.export.exporter import round_weights
 from safelight_server.export.plan import ExportOptions
-from safelight_server.export.quality import QualityOptions
 from safelight_server.export.source import ExportError
 from safelight_server.sampler import NoiseSchedule, SamplerSpec, refusal
 from torch import nn
@@ -269,16 +267,6 @@ def test_a_revision_in_use_is_replaced_only_when_told_to(
         "small_encoder",
         "small_text_encoder",
     ]
-
-
-def test_a_quantized_revision_is_the_same_bytes_again(classic: Path, tmp_path: Path) -> None:
-    shutil.copytree(classic / "models", tmp_path / "models")
-    manifest = tmp_path / "models" / "pipelines" / "classic" / "r1" / "pipeline.json"
-    made = [quantize.quantize(manifest, QualityOptions(num_pictures=1, min_psnr_db=0.0)).read_text() for _ in range(2)]
-    assert made[0] == made[1]
-    assert list(catalog.load(tmp_path / "models").pipelines) == ["classic", "classic@int8"]
-    with pytest.raises(ExportError, match="quantized already"):
-        quantize.quantize(manifest.parent.with_name("r1-int8") / "pipeline.json", QualityOptions())
 
 
 def test_disagreement_with_torch_stops_the_export_and_changes_nothing(

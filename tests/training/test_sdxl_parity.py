@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,8 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
-from safelight_server.catalog import catalog
-from safelight_server.domain.component import Component
-from safelight_server.export import quantize
 from safelight_server.export.exporter import export, round_weights, text_encoder_of, token_ids
 from safelight_server.export.plan import ExportOptions
-from safelight_server.export.quality import QualityOptions
 from safelight_server.sampler import gaussian, steps_left_out
 
 from tests.training import folders
@@ -176,13 +171,3 @@ def test_two_prompts_of_one_word_more_differ(both):
     _, served = both
     one, other = (served.pictures(prompt, [5], 1.0, "euler", 1.0)[0] for prompt in ("a potion", "a red potion"))
     assert not np.array_equal(one, other)
-
-
-def test_a_denoiser_of_several_sizes_and_named_inputs_is_quantized(both: Any, tmp_path: Path) -> None:
-    models = tmp_path / "models"
-    shutil.copytree(both[1].pipeline.files[Component.DENOISER].parents[3], models)
-    [manifest] = models.glob("pipelines/tiny/*/pipeline.json")
-    quantize.quantize(manifest, QualityOptions(num_pictures=1, min_psnr_db=0.0))
-    float_one, int8 = (catalog.load(models).get(name) for name in ("tiny", "tiny@int8"))
-    assert int8.manifest.sizes == float_one.manifest.sizes and int8.manifest.inputs == float_one.manifest.inputs
-    assert int8.max_rows == float_one.max_rows
