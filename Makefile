@@ -258,10 +258,10 @@ mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name
 	tools/install-system-packages
 	$(PY) tools/mutate.py $(ONLY)
 
-# Only latency (its peers) and cheaper (its judge) need torch; only two parts need Triton, one Redis.
+# Only latency (its peers), cheaper (its judge) and kinds (exports) need torch; only two parts need Triton, one Redis.
 comma := ,
 PARTS := $(subst $(comma), ,$(ONLY))
-BENCH_ENV := $(if $(filter latency cheaper,$(or $(PARTS),latency)),.venv-training,.venv)
+BENCH_ENV := $(if $(filter latency cheaper kinds,$(or $(PARTS),latency)),.venv-training,.venv)
 BENCH_TRITON := $(if $(filter triton merging,$(or $(PARTS),triton)),.venv-triton/.installed)
 BENCH_REDIS := $(if $(filter tiers,$(or $(PARTS),tiers)),tools/install-system-packages)
 BENCH_CLIENTS := $(if $(filter clients,$(or $(PARTS),clients)),node_modules/.installed)

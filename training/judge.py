@@ -10,6 +10,7 @@ with another object, colour or background; by its looks if the judge says so.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from training import classifier
 from training.evaluate import trained_judge
 
 OUT = Path("out/replay")
+JUDGE = Path("out/evaluate")
 NAMED = ("object", "colour", "background")
 Row = dict[str, Any]
 Right = dict[int, dict[str, bool]]
@@ -43,6 +45,17 @@ def judged(
         number: dict(zip(NAMED, (found[row, heads] == wanted[row, heads]).tolist(), strict=True))
         for row, number in enumerate(numbers)
     }
+
+
+@functools.cache
+def _trained() -> classifier.Classifier:
+    return trained_judge(JUDGE)[0]
+
+
+def labels(prompts: Sequence[str], pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """Object, colour and background that the judge sees in pictures (N, H, W, 3): (N, 3), for `safelight export`."""
+    found = classifier.predict(_trained(), classifier.shrink(pictures))
+    return found[:, [list(classifier.HEADS).index(name) for name in NAMED]]
 
 
 def accuracy(right: Sequence[Mapping[str, bool]]) -> dict[str, float]:

@@ -25,7 +25,7 @@ PARTS = (
     "loop",
     "triton",
     "merging",
-    "pictures",
+    "kinds",
     "cheaper",
     "hits",
     "overhead",

@@ -1,9 +1,9 @@
-"""Cheaper steps on `icons`: what guidance intervals, and fewer steps, save and what they cost in the pictures.
+"""Cheaper steps on `icons`: what guidance intervals, fewer steps and int8 save and what they cost in the pictures.
 
 The same captions and seeds are developed in every way, in chunks that take turns. `rows` are denoiser rows a picture,
 as the server counts them; CPU is the server's. Pictures are compared with those of all rows: the median of PSNR, and
 what the judge of `training/evaluate.py` recognises in them. The judge is trained on first use, which takes minutes, and
-kept in out/evaluate; it needs the training environment.
+kept in out/evaluate; it needs the training environment, and so does int8, which is made at the start.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import asyncio
 import importlib
 import math
 import random
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
+from safelight_server.export.quality import QualityOptions
 
 from load_tests.bench import processes
 from load_tests.bench.processes import Usage
@@ -32,6 +35,7 @@ from load_tests.bench.runner import Report, Row
 from training.icons import Spec, caption, sample_spec
 
 PLAIN = "all rows"
+INT8 = "models/icons@int8"
 NONE = pb.PreviewPolicy(method=pb.PREVIEW_METHOD_NONE)
 JUDGED = ("object", "colour", "background")
 
@@ -52,7 +56,11 @@ WAYS: Mapping[str, pb.GenerationSpec] = {
     "interval 0.5:1": _interval(0.5, 1),
     "no guidance": pb.GenerationSpec(guidance_scale=1),
     "16 steps": pb.GenerationSpec(num_inference_steps=16),
-    "15 steps": pb.GenerationSpec(num_inference_steps=15),
+    "10 steps": pb.GenerationSpec(num_inference_steps=10),
+    "5 steps": pb.GenerationSpec(num_inference_steps=5),
+    "int8": pb.GenerationSpec(model=INT8),
+    "int8, interval 0:0.5": pb.GenerationSpec(model=INT8, guidance_interval=pb.GuidanceInterval(end=0.5)),
+    "int8, 10 steps": pb.GenerationSpec(model=INT8, num_inference_steps=10),
     "rescale 0.7": pb.GenerationSpec(guidance_rescale=0.7),
     "guidance 7": pb.GenerationSpec(guidance_scale=7),
     "guidance 7, rescale 0.7": pb.GenerationSpec(guidance_scale=7, guidance_rescale=0.7),
@@ -98,8 +106,11 @@ def measure(plan: Plan) -> Report:
     icons = [sample_spec(rng) for _ in range(plan.num_captions)]
     prompts = [caption(icon, rng, full=True) for icon in icons]
     ways = {name: Way() for name in plan.ways}
-    settings: dict[str, object] = {"models_dir": plan.models}
-    with processes.child(processes.obey) as clients, processes.child(processes.serve, settings) as server:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        processes.child(processes.obey) as clients,
+        processes.child(processes.serve, {"models_dir": _models(plan, Path(folder))}) as server,
+    ):
         clients.first()
         address = server.first()
         clients.ask(develop, address, plan, WAYS[PLAIN].SerializeToString(), prompts[:1], 0)  # warms up
@@ -114,6 +125,18 @@ def measure(plan: Plan) -> Report:
     right = judged(ways, icons) if plan.judge else {}
     rows: list[Row] = [{**_row(name, way, ways[PLAIN]), **right.get(name, {})} for name, way in ways.items()]
     return Report("cheaper", {f"Cheaper steps, {plan.num_captions} captions": rows})
+
+
+def _models(plan: Plan, folder: Path) -> Path:
+    """The folder of models: a copy with a quantized revision of `icons` beside the float one, if a way asks for it."""
+    if all(WAYS[name].model != INT8 for name in plan.ways):
+        return plan.models
+    # it has onnx, which the other parts do without
+    quantization = importlib.import_module("safelight_server.export.quantize")
+    shutil.copytree(plan.models, folder / "models")
+    [manifest] = (folder / "models" / "pipelines" / "icons").glob("*/pipeline.json")
+    quantization.quantize(manifest, QualityOptions(), print)
+    return folder / "models"
 
 
 async def develop(

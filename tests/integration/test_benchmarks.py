@@ -16,10 +16,10 @@ from load_tests.bench import (
     cheaper,
     clients,
     hits,
+    kinds,
     latency,
     loop,
     overhead,
-    pictures,
     running_server,
     scheduler,
     surge,
@@ -138,10 +138,13 @@ def test_surge():
     assert 0 < phases[1]["interactive_first_ms_p50"] <= phases[1]["interactive_first_ms_p99"]
 
 
-def test_pictures():
-    rows = only_table(pictures.measure(dataclasses.replace(pictures.SMOKE, models=MODELS)))
-    assert [row["kind"] for row in rows] == ["text", "img2img", "inpainting", "mixed"]
-    assert rows[0]["of_text"] == 1
+def test_kinds():
+    rows = only_table(kinds.measure(dataclasses.replace(kinds.SMOKE, models=MODELS)))
+    by_kind = {row["kind"]: row for row in rows}
+    assert len(by_kind) == len(rows) == 8
+    plain = by_kind[kinds.PLAIN]
+    assert plain["rows"] == 2 * kinds.SMOKE.num_steps and plain["cpu_of_text"] == plain["rate_of_text"] == 1
+    assert by_kind["interval 0:0.5"]["rows"] == 3 and by_kind["interval beside text"]["rows"] == 3.5
     assert all(row["pictures_per_s"] > 0 and row["cpu_ms_per_picture"] > 0 for row in rows)
 
 

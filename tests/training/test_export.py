@@ -258,6 +258,7 @@ def test_a_revision_in_use_is_replaced_only_when_told_to(
     with pytest.raises(ExportError, match="--replace removes that revision"):
         export(folder, models, "small", "r2")
     assert read(models, "small")["revision"] == "r1"
+    (models / "repository" / "small_denoiser_int8").mkdir()
     export(folder, models, "small", "r2", replace=True)
     assert sorted(path.name for path in (models / "pipelines" / "small").iterdir()) == ["r2"]
     assert sorted(path.name for path in (models / "repository").iterdir()) == [

@@ -26,7 +26,7 @@ from safelight_server.sampler import SamplerSpec, gaussian
 from training import networks
 from training.icons import caption, sample_spec
 from training.recipe import RECIPE
-from training.sample import Sampler
+from training.sample import Sampler, shares
 
 STEPS = 8
 CONTRAST = 16.0
@@ -147,5 +147,5 @@ def test_a_generation_is_that_of_diffusers(both, name, scheduler, guidance, monk
             latents=torch.from_numpy(gaussian(seed, 0, 0, shape))[None],
             output_type="np",
         ).images[0]
-        ours = sampler.images([prompt], [seed], guidance, SamplerSpec(name), STEPS)[0].transpose(1, 2, 0)
+        ours = shares(sampler.images([prompt], [seed], guidance, SamplerSpec(name), STEPS))[0].transpose(1, 2, 0)
         assert np.abs(ours - theirs).max() <= 1 / 255, prompt

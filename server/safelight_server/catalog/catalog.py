@@ -87,8 +87,13 @@ class Pipeline:
 
     @property
     def name(self) -> str:
-        """The model's id, as in "models/{name}"."""
-        return self.manifest.name
+        """The model's id, as in "models/{name}": the manifest's, and icons@int8 of a quantized revision of icons."""
+        return revisions.served_name(self.manifest.name, self.manifest.revision)
+
+    @property
+    def precision(self) -> str:
+        """What the denoiser computes with: "f32", or the scheme that it is quantized by."""
+        return "f32" if self.manifest.quantization is None else self.manifest.quantization.scheme
 
     @property
     def has_preview_decoder(self) -> bool:
@@ -195,7 +200,7 @@ class Catalog:
 
 
 def load(models: Path, default: str = "", *, require_all: bool = True, weights: WeightKind = "onnx") -> Catalog:
-    """Loads every pipeline below `models`; of several revisions the newest (`revisions.order`).
+    """Loads every pipeline below `models`; of several revisions the newest float and the newest quantized one.
 
     Args:
         require_all: whether an invalid pipeline is an error. If not, it is left out, and the others are served.
@@ -205,7 +210,8 @@ def load(models: Path, default: str = "", *, require_all: bool = True, weights: 
         ManifestError: there is no pipeline, or one that is required is invalid.
     """
     found = sorted(models.glob("pipelines/*/*/pipeline.json"))
-    newest = {path.parent.parent.name: path for path in sorted(found, key=lambda at: revisions.order(at.parent.name))}
+    ordered = sorted(found, key=lambda at: revisions.order(at.parent.name))
+    newest = {revisions.served_name(path.parent.parent.name, path.parent.name): path for path in ordered}
     if not newest:
         raise ManifestError(f"no pipelines/*/*/pipeline.json in {models}")
     loaded, unavailable = [], []
@@ -392,6 +398,9 @@ def check(manifest: Manifest) -> list[str]:
         faults.append("defaults.num_inference_steps: above the limit")
     if manifest.defaults.guidance_scale > manifest.limits.max_guidance_scale:
         faults.append("defaults.guidance_scale: above the limit")
+    stated = manifest.quantization.scheme if manifest.quantization is not None else ""
+    if revisions.scheme(manifest.revision) != stated:
+        faults.append(f"revision: {manifest.revision} is the name of one that is {'not ' if stated else ''}quantized")
     at = manifest.defaults.sampler
     specs = [SamplerSpec(at.name, at.spacing, at.sigma_schedule, at.eta)]
     specs += [

@@ -154,6 +154,40 @@ class GuardWords(_Strict):
         return self
 
 
+class QualityGate(_Strict):
+    """How near pictures of a quantized denoiser come to those of the float one, and the bounds that they were held to.
+
+    Attributes:
+        num_pictures: with the same prompts and seeds, at the default settings.
+        psnr_db: median over the pictures of their PSNR to the float ones; at most 100, which equal pictures have.
+        least_psnr_db: of the picture that is farthest off.
+        agreement: share of the judge's labels that are the same for both; None: there was no judge.
+        min_psnr_db: bound of `psnr_db`.
+        min_agreement: bound of `agreement`.
+    """
+
+    num_pictures: Positive
+    psnr_db: float
+    least_psnr_db: float
+    agreement: float | None = None
+    min_psnr_db: float
+    min_agreement: float
+
+
+class Quantization(_Strict):
+    """That the denoiser computes with integers, and what that does to pictures.
+
+    Attributes:
+        of: the revision whose denoiser was quantized; all other components are its own.
+        made_by: the tool with its version.
+    """
+
+    scheme: Literal["int8"]
+    of: str
+    made_by: str
+    quality: QualityGate
+
+
 HIDDEN_STATE = "last_hidden_state"
 """The output of the text encoder that every pipeline has: the embedding (T, D), by which prompts are compared."""
 POOLED_OUTPUT = "pooled_output"
@@ -212,6 +246,7 @@ class Manifest(_Strict):
         second_tokenizer: tokenizer of a second text encoder; its ids follow those of the first in `input_ids`.
         torch: the files of the `torch` runtime; None: it was not exported for that.
         notes: differences from the exported pipeline: substitutes for parts that the server does not have.
+        quantization: of a revision that was made from another one by `safelight export --quantize`.
         inputs: the inputs of the denoiser by name, each with its source: "latent", "timestep", "encoder:OUTPUT" (an
             output of the text encoder, by prompt), or "size_ids" (the picture's height and width, a crop of zero,
             and height and width again: SDXL's micro-conditioning, Podell et al. 2023, section 2.2).
@@ -240,5 +275,6 @@ class Manifest(_Strict):
     guard: GuardWords | None = None
     example_prompts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    quantization: Quantization | None = None
     inputs: Mapping[str, Annotated[str, Field(pattern=_SOURCE)]] = STABLE_DIFFUSION_INPUTS
     adapters: AdapterRoom | None = None

@@ -6,12 +6,13 @@ import importlib.util
 import re
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from safelight_server import settings as settings_module
-from safelight_server.export import plan
+from safelight_server.catalog import revisions
+from safelight_server.export import plan, quality
 from safelight_server.export.plan import MAX_ROWS, ExportFormat, ExportOptions, ExportPlan
 from safelight_server.export.source import ExportError
 from safelight_server.settings import Settings
@@ -47,6 +48,27 @@ def export(
     ] = 0,
     version: Annotated[int, typer.Option(min=1, help="Triton's version folder of the components.")] = 1,
     replace: Annotated[bool, typer.Option("--replace", help="Remove all other revisions of the model.")] = False,
+    quantize: Annotated[
+        str,
+        typer.Option(
+            help="int8: also makes a revision REVISION-int8, served as NAME@int8. The folder may then be that of a"
+            " revision that was exported before: models/pipelines/NAME/REVISION."
+        ),
+    ] = "",
+    min_psnr: Annotated[
+        float | None, typer.Option(help="With --quantize: least median of PSNR to the float pictures, in dB; 20.")
+    ] = None,
+    judge: Annotated[
+        str,
+        typer.Option(
+            help="With --quantize: MODULE:FUNCTION that labels pictures, called with prompts and (N, H, W, 3) bytes;"
+            " returns (N, K) labels."
+        ),
+    ] = "",
+    min_agreement: Annotated[
+        float | None, typer.Option(help="With --judge: least share of labels that stay the same; 0.95.")
+    ] = None,
+    compare: Annotated[int | None, typer.Option(min=1, help="With --quantize: pictures to compare; 16.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be done; takes seconds.")] = False,
     models_dir: Annotated[Path | None, typer.Option(help=Settings.model_fields["models_dir"].description)] = None,
 ) -> None:
@@ -68,19 +90,57 @@ def export(
         format=format,
         adapter_rank=adapter_rank,
     )
-    planned = plan.make(folder, options)
-    for line in _summary(planned):
-        typer.echo(line)
+    gate = _gate(quantize, min_psnr, judge, min_agreement, compare)
+    if quantize and format is ExportFormat.TORCH:
+        raise ExportError("--quantize: quantizes the files of ONNX Runtime; use --format onnx or both")
+    exported = folder / "pipeline.json"
+    if not (quantize and exported.is_file()):
+        planned = plan.make(folder, options)
+        for line in _summary(planned):
+            typer.echo(line)
+    if quantize:
+        typer.echo(f"then a revision whose denoiser is quantized to {quantize}, if its pictures are good enough")
     if dry_run:
         return
     if lacking := [module for module in EXTRA if importlib.util.find_spec(module) is None]:
         raise ExportError(f"{', '.join(lacking)} not installed: pip install 'safelight-server[export]'")
-    from safelight_server.export.exporter import export as write  # imports torch
-
     began = time.monotonic()
     models = settings_module.load(models_dir=models_dir).models_dir
-    write(folder, models, options, lambda line: typer.echo(f"{time.monotonic() - began:6.0f} s  {line}"))
-    typer.echo(f"wrote models/{options.name} {revision} to {models}")
+
+    def report(line: str) -> None:
+        typer.echo(f"{time.monotonic() - began:6.0f} s  {line}")
+
+    if not exported.is_file():
+        from safelight_server.export.exporter import export as write  # imports torch
+
+        write(folder, models, options, report)
+        typer.echo(f"wrote models/{options.name} {revision} to {models}")
+        exported = models / "pipelines" / options.name / revision / "pipeline.json"
+    if quantize:
+        from safelight_server.export import quantize as quantization  # imports onnx
+
+        judged = quality.judge_of(judge) if judge else None
+        written = quantization.quantize(exported, quality.QualityOptions(judge=judged, **gate), report)
+        typer.echo(f"wrote {written.parent}")
+
+
+def _gate(
+    quantize: str, min_psnr: float | None, judge: str, min_agreement: float | None, compare: int | None
+) -> dict[str, Any]:
+    """The options of a quantization that were given.
+
+    Raises:
+        ExportError: one has nothing to go with.
+    """
+    if quantize not in ("", *revisions.SCHEMES):
+        raise ExportError(f"--quantize {quantize}: must be {' or '.join(revisions.SCHEMES)}")
+    options = {"--min-psnr": min_psnr, "--judge": judge or None, "--compare": compare}
+    if not quantize and (given := [name for name, value in options.items() if value is not None]):
+        raise ExportError(f"{', '.join(given)}: goes with --quantize; leave it out")
+    if min_agreement is not None and not judge:
+        raise ExportError("--min-agreement: goes with --judge; leave it out")
+    found = {"min_psnr_db": min_psnr, "min_agreement": min_agreement, "num_pictures": compare}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _name_of(folder: Path) -> str:

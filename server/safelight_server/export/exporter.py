@@ -52,6 +52,8 @@ from safelight_server.export.source import ExportError
 Report = Callable[[str], None]
 UNSHARED = ("text_encoder", "denoiser")
 """Components whose weights no other component has."""
+QUANTIZED = ("denoiser_int8",)
+"""What `quantize` adds to the components."""
 EXAMPLES = ("a red potion", "")
 WRITTEN: Mapping[ExportFormat, tuple[WeightKind, ...]] = {
     ExportFormat.ONNX: ("onnx",),
@@ -345,7 +347,7 @@ def _install(staged: Path, models: Path, made: ExportPlan) -> None:
     name, revision, replace = made.options.name, made.options.revision, made.options.replace
     repository, pipelines = models / "repository", models / "pipelines" / name
     shutil.rmtree(pipelines if replace else pipelines / revision, ignore_errors=True)
-    for role in ROLES if replace else ():
+    for role in (*ROLES, *QUANTIZED) if replace else ():
         shutil.rmtree(repository / f"{name}_{role}", ignore_errors=True)
     for component in sorted((staged / "repository").iterdir()):
         for item in component.iterdir():

@@ -28,14 +28,15 @@ def row_bytes(model: Path, example: Mapping[str, Any]) -> int:
     """Bytes that one more row of a call takes, rounded up; 0 if this system cannot measure it.
 
     Args:
-        example: the inputs, as torch tensors of two rows.
+        example: the inputs, as arrays or torch tensors of two rows.
 
     Raises:
         ExportError: the model cannot be run.
     """
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.npz"
-        np.savez(inputs, **{name: tensor.numpy() for name, tensor in example.items()})
+        arrays: dict[str, Any] = {name: np.asarray(tensor) for name, tensor in example.items()}
+        np.savez(inputs, **arrays)
         command = [sys.executable, "-m", __name__, str(model), str(inputs)]
         done = subprocess.run(command, capture_output=True, text=True, env=_environment())
     if done.returncode:

@@ -56,6 +56,7 @@ class OnnxRuntime:
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix=f"onnx-{i}") for i in range(self.num_instances)]
         self._sessions: dict[tuple[str, Component], onnxruntime.InferenceSession] = {}
         self._costs: dict[tuple[str, Component], CostCurve] = {}
+        self._started: dict[tuple[Path, object], tuple[str, Component]] = {}
 
     async def start(self) -> None:
         """Loads, verifies and measures every component of every pipeline; leaves out pipelines where that fails.
@@ -69,8 +70,10 @@ class OnnxRuntime:
                 for component, file in pipeline.files.items():
                     await self._start_component(pipeline, component, file)
             except (RuntimeFailure, RuntimeStartError, ManifestError) as error:
-                for component in pipeline.files:
+                for component, file in pipeline.files.items():
                     self._sessions.pop((pipeline.name, component), None)
+                    if self._started.get((file, pipeline.manifest.sizes)) == (pipeline.name, component):
+                        del self._started[file, pipeline.manifest.sizes]
                 try:
                     self._catalog.leave_out(pipeline.name, str(error))
                 except ManifestError as refused:
@@ -78,17 +81,22 @@ class OnnxRuntime:
 
     async def _start_component(self, pipeline: Pipeline, component: Component, file: Path) -> None:
         place = "/".join(file.parts[-3:])
+        key, what = (pipeline.name, component), (file, pipeline.manifest.sizes)
+        if (same := self._started.get(what)) is not None:  # a quantized revision has a denoiser of its own and no more
+            self._sessions[key], self._costs[key] = self._sessions[same], self._costs[same]
+            return
         try:
             memory.check_load(file)
             loop = asyncio.get_running_loop()
             session = await loop.run_in_executor(self._threads[0], _session, file)
-            self._sessions[pipeline.name, component] = session
+            self._sessions[key] = session
             bound = pipeline.max_rows.get(component, verification.WARM_UP_ROWS[-1])
             row_bytes = pipeline.manifest.components[component].row_bytes
             await self._warm_up(pipeline, component, memory.bound_rows(bound, row_bytes, self.num_instances))
+            self._started[what] = key
         except (RuntimeFailure, RuntimeStartError, ManifestError) as error:
-            what = str(error).replace(f"{file}: ", "").replace(str(file), file.name)  # clients may see it
-            raise RuntimeStartError(f"{place}: {what}") from None
+            why = str(error).replace(f"{file}: ", "").replace(str(file), file.name)  # clients may see it
+            raise RuntimeStartError(f"{place}: {why}") from None
 
     async def _warm_up(self, pipeline: Pipeline, component: Component, bound: int) -> None:
         """Verifies and measures a component on the first instance, then runs it once on each other instance."""
@@ -134,7 +142,7 @@ class OnnxRuntime:
 
     def numerics_id(self, model: str) -> str:
         """Names runtime version and build, precision, optimisation level, instruction set and sampler version."""
-        return numerics_id()
+        return numerics_id(self._catalog.get(model).precision)
 
     async def close(self) -> None:
         """Waits for running calls, then frees the sessions."""
@@ -143,10 +151,10 @@ class OnnxRuntime:
         self._sessions.clear()
 
 
-def numerics_id() -> str:
-    """Identifies what decides the bits of a result: build, precision, instruction set. The same for every model."""
+def numerics_id(precision: str = "f32") -> str:
+    """Identifies what decides the bits of a result: build, precision, instruction set; by precision of the model."""
     build = hashlib.sha256(onnxruntime.get_build_info().encode()).hexdigest()[:8]
-    return f"onnxruntime-{onnxruntime.__version__}-{build}-f32-all-{cores.instruction_set()}-s{SAMPLER_VERSION}"
+    return f"onnxruntime-{onnxruntime.__version__}-{build}-{precision}-all-{cores.instruction_set()}-s{SAMPLER_VERSION}"
 
 
 def fingerprint(file: Path) -> str:
@@ -164,9 +172,40 @@ def fingerprint(file: Path) -> str:
     return asyncio.run(verification.fingerprint(call, _inputs(session)))
 
 
-def _session(file: Path) -> onnxruntime.InferenceSession:
+def loaded(file: Path, threads: int = 1) -> Callable[[Inputs], Mapping[str, FloatArray]]:
+    """A model file as a function of its inputs by name, loaded as the runtime loads it.
+
+    Args:
+        threads: of each call; only with one thread are the bits of a row those that the runtime gives.
+
+    Raises:
+        ManifestError: the file cannot be loaded.
+    """
+    return functools.partial(_call, _session(file, threads))
+
+
+def measured(file: Path, pipeline: Pipeline, bound: int) -> CostCurve | None:
+    """The cost curve of a model file that takes the inputs of one of the pipeline's components, as `start` measures it.
+
+    Returns:
+        The sizes of batches that are bit-equal to single rows; None if not even a single row gives the same bits twice.
+
+    Raises:
+        ManifestError: the file cannot be loaded.
+        RuntimeFailure: the model cannot be run.
+    """
+    session = _session(file)
+
+    async def call(inputs: Mapping[str, Array]) -> Mapping[str, FloatArray]:
+        return _call(session, inputs)
+
+    inputs = verification.at_sizes(_inputs(session), pipeline)
+    return asyncio.run(verification.warm_up_sizes(call, inputs, bound))
+
+
+def _session(file: Path, threads: int = 1) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3

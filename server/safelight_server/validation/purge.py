@@ -22,7 +22,7 @@ def resolve_purge(message: cache_pb2.PurgeCacheRequest) -> PurgeRequest:
     faults.check(given, "tenant", "one of tenant, model_revision and generation must be set")
     for field, value, form, words in (
         ("tenant", message.tenant, NAME, "the name of a tenant"),
-        ("model_revision", message.model_revision, rf"{NAME}/{NAME}", "MODEL/REVISION, such as icons/3"),
+        ("model_revision", message.model_revision, rf"{NAME}(@{NAME})?/{NAME}", "MODEL/REVISION, such as icons/3"),
         ("generation", message.generation, rf"generations/{NAME}", "generations/ID, as the server gave it"),
     ):
         faults.check(not value or bool(re.fullmatch(form, value)), field, f"must be {words}")

@@ -98,7 +98,7 @@ class TritonRuntime:
         self.num_instances = self.endpoints.num_instances
         self._costs: dict[ModelKey, CostCurve] = {}
         self._fingerprint = ""
-        self._numerics_id = ""
+        self._numerics_ids: dict[str, str] = {}
         self._why_down = ["not probed yet"] * len(options.urls)
         self._changed: Callable[[], None] = lambda: None
         self._wake = asyncio.Event()
@@ -124,8 +124,9 @@ class TritonRuntime:
                     await self.close()
                     raise RuntimeStartError("no Triton server can be used: " + "; ".join(self._why()))
                 await asyncio.sleep(START_PAUSE_S)
-        self._numerics_id = await self._name_numerics()
-        log.info("triton", live=self.num_live, of=self.num_instances, numerics=self._numerics_id)
+        self._numerics_ids = await self._name_numerics()
+        numerics = sorted(set(self._numerics_ids.values()))
+        log.info("triton", live=self.num_live, of=self.num_instances, numerics=", ".join(numerics))
         self._prober = asyncio.create_task(keep_running(self._keep_probing, "probes of Triton servers"))
 
     async def _measure(self, at: int, server: Server) -> None:
@@ -154,8 +155,9 @@ class TritonRuntime:
         finally:
             self.endpoints.end(ticket)
 
-    async def _name_numerics(self) -> str:
-        """The `onnx` runtime's numerics id if it computes the same bits (compared here), else an id of the servers."""
+    async def _name_numerics(self) -> dict[str, str]:
+        """By model the `onnx` runtime's numerics id if it computes the same bits (compared here), else the servers'."""
+        precisions = {name: pipeline.precision for name, pipeline in self._catalog.pipelines.items()}
         prints = []
         for pipeline in self._catalog.pipelines.values():
             if sum(file.stat().st_size for file in pipeline.files.values()) > EMBEDDED_BYTES:
@@ -171,9 +173,13 @@ class TritonRuntime:
                 log.info("embedded_runtime_cannot_compare", why=str(error))
             else:
                 if "-".join(embedded) == self._fingerprint:
-                    return onnx.numerics_id()
+                    return {name: onnx.numerics_id(precision) for name, precision in precisions.items()}
         version = next(server.version for server in self.servers if server.version)
-        return f"triton-{version}-{self._fingerprint.replace('-', '')[:16]}-s{SAMPLER_VERSION}"
+        servers = f"triton-{version}-{self._fingerprint.replace('-', '')[:16]}"
+        return {
+            name: f"{servers}{'' if precision == 'f32' else f'-{precision}'}-s{SAMPLER_VERSION}"
+            for name, precision in precisions.items()
+        }
 
     def _why(self) -> list[str]:
         return [f"{server.url}: {why}" for server, why in zip(self.servers, self._why_down, strict=True)]
@@ -207,7 +213,7 @@ class TritonRuntime:
 
     def numerics_id(self, model: str) -> str:
         """The `onnx` runtime's id if the servers give the same bits, else Triton's version and a digest of the bits."""
-        return self._numerics_id
+        return self._numerics_ids[model]
 
     async def run(self, instance: int, model: str, component: Component, inputs: Inputs) -> Mapping[str, FloatArray]:
         """Runs one batch on the instance's server; ejects the server if the failure is the server's.
