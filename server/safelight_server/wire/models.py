@@ -50,7 +50,7 @@ def model_message(pipeline: Pipeline, runtime: Runtime, is_default: bool) -> mod
             max_num_inference_steps=manifest.limits.max_num_inference_steps,
             max_guidance_scale=manifest.limits.max_guidance_scale,
             max_outputs=manifest.limits.max_outputs,
-            max_prompt_tokens=manifest.tokenizer.max_tokens,
+            max_prompt_tokens=max(file.max_tokens for file in manifest.tokenizers),
         ),
         notes=manifest.notes,
         step_times=_times(runtime.cost(pipeline.name, Component.DENOISER)),
