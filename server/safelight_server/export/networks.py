@@ -188,7 +188,7 @@ def _judge_transformer(source: Source, findings: Findings) -> None:
             "pooled_projection_dim",
             denoiser.get("pooled_projection_dim", default),
             sum(pooled),
-            f"that of {_and(clips)}",
+            _and(clips),
         ),
     ):
         if found != wanted:
