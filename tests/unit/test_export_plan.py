@@ -435,6 +435,7 @@ def test_a_dry_run_says_all_and_loads_no_torch(folder: Folder) -> None:
     assert "models/folder 1: StableDiffusionPipeline from folder; licence creativeml-openrail-m" in said.stdout
     assert "pictures of 512x512, 768x512; latents of 4x64x64; at most 64 rows a call" in said.stdout
     assert "note: scheduler PNDMScheduler is not served: euler is the default in its place" in said.stdout
+    assert "exporting takes 0.0 GiB of memory, as reckoned; free here are " in said.stdout
 
 
 def test_each_scheduler_knows_its_own_keys() -> None:
@@ -675,6 +676,17 @@ def test_the_folder_of_flux_dev_is_planned_in_full(flux: FluxFolder) -> None:
     assert written["prediction_type"] == "flow"
     assert written["noise_schedule"]["use_dynamic_shifting"] is True
     assert "second_tokenizer" in written
+
+
+def test_the_memory_of_an_export_is_reckoned(flux: FluxFolder) -> None:
+    """All weights in float32, and six bytes for each of the network that is compared: the transformer, or the text."""
+    place = flux()
+    assert plan(place).peak_bytes == max(4 * 12 + 6 * 6, 4 * 6 + 6 * 3), "four networks of three weights"
+    safetensors(place / "transformer" / "diffusion_pytorch_model.safetensors", num_values=100)
+    assert plan(place).peak_bytes == 4 * 103 + 6 * 100
+    (place / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    (place / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"pickled weights")
+    assert plan(place).peak_bytes == 0, "nobody opens a pickle to count"
 
 
 def test_flux_schnell_draws_in_four_steps_without_guidance(flux: FluxFolder) -> None:

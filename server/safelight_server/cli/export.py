@@ -14,6 +14,7 @@ from safelight_server import settings as settings_module
 from safelight_server.export import plan
 from safelight_server.export.plan import MAX_ROWS, ExportOptions, ExportPlan
 from safelight_server.export.source import ExportError
+from safelight_server.runtime.memory import available_bytes
 from safelight_server.settings import Settings
 
 EXTRA = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
@@ -21,7 +22,10 @@ EXTRA = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 def export(
     folder: Annotated[
-        Path, typer.Argument(help="A Stable Diffusion or SDXL pipeline of diffusers, or a checkpoint in one file.")
+        Path,
+        typer.Argument(
+            help="A Stable Diffusion, SDXL, SD3 or FLUX pipeline of diffusers, or a checkpoint in one file."
+        ),
     ],
     name: Annotated[str, typer.Option(help="Id of the model; absent: from the folder's name.")] = "",
     revision: Annotated[str, typer.Option(help="Revision of the weights; the newest is served.")] = "1",
@@ -105,4 +109,15 @@ def _summary(made: ExportPlan) -> list[str]:
     ]
     if total := sum(made.num_values.values()):
         lines.append(f"    {total:,} weights: {2 * total / 2**20:,.0f} MiB of files, twice that in memory")
+    if made.peak_bytes:
+        lines.append(f"    exporting takes {_gib(made.peak_bytes)} of memory, as reckoned; free here are {_free()}")
     return lines + [f"    note: {note}" for note in made.notes]
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB"
+
+
+def _free() -> str:
+    free = available_bytes()
+    return "an unknown number of GiB" if free is None else _gib(free)

@@ -29,6 +29,8 @@ MAX_ROWS = 64
 """Largest batch of a denoiser that is offered, unless the user says; other components get a quarter of it."""
 MAX_GUIDANCE_SCALE = 20.0
 MAX_OUTPUTS = 8
+LOADED_BYTES = 6
+"""Of a weight while the server loads it: what is read, and its float16 as float32."""
 DISTILLED_STEPS = 4
 DISTILLED_GUIDANCE_SCALE = 1.0
 DISTILLED = re.compile(r"(?<![a-z])(turbo|lightning|lcm|dmd2?|hyper-?sd(xl)?)(?![a-z])")
@@ -117,6 +119,20 @@ class ExportPlan:
     def is_guidance_distilled(self) -> bool:
         """Whether the guidance scale is an input of the denoiser."""
         return networks.is_guidance_distilled(self.source)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory that exporting takes, reckoned; 0 where the headers do not say how many weights there are.
+
+        All networks are in float32; beside them the one that is compared is loaded as the server does it. The text
+        encoders come first, and their weights are given up then.
+        """
+        family, numbers = self.source.family, self.num_values
+        if not numbers or not all(numbers.values()):
+            return 0
+        total, of_text = sum(numbers.values()), sum(numbers[name] for name in family.text_encoders)
+        loaded = 4 * total + LOADED_BYTES * of_text, 4 * (total - of_text) + LOADED_BYTES * numbers[family.denoiser]
+        return max(loaded)
 
     def max_rows(self, role: str) -> int:
         """Largest batch of a component."""
