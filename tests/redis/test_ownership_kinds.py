@@ -14,7 +14,7 @@ from safelight.v1 import generation_pb2 as pb
 from safelight_server.domain.component import Component
 from safelight_server.domain.errors import NotFoundError
 from safelight_server.generations.generation import Generation
-from safelight_server.generations.ownership import mirrors as module
+from safelight_server.generations.ownership import rules
 from safelight_server.generations.ownership.mirrors import Mirrors
 from safelight_server.generations.planner import OutputPlan
 
@@ -158,7 +158,7 @@ async def test_what_nobody_owns_is_left_to_those_with_its_numerics_for_a_while(
         at = mirrors(other)._context.name(name.partition("/")[2])
         await mirrors(other)._rescue(at)
         assert not len(mirrors(other)), "one of its kind may come"
-        monkeypatch.setattr(module, "OTHERS_FIRST_LEASES", 0)
+        monkeypatch.setattr(rules, "OTHERS_FIRST_LEASES", 0)
         await mirrors(other)._rescue(at)
         await eventually(lambda: other.running.generations.ownership.owners._own or other.running.generations._finished)
         shown = await collect(other.stub.WatchGeneration(pb.WatchGenerationRequest(name=name, after_sequence=1)))

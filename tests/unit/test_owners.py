@@ -25,8 +25,7 @@ from safelight_server.domain.request import (
     Request,
 )
 from safelight_server.generations.generation import Generation
-from safelight_server.generations.ownership import ClusterContext
-from safelight_server.generations.ownership import owners as module
+from safelight_server.generations.ownership import ClusterContext, rules
 from safelight_server.generations.ownership.owners import OwnedGeneration, Owners
 from safelight_server.scheduler import Priority
 from safelight_server.storage.base import StoreUnavailableError
@@ -134,7 +133,7 @@ async def test_a_request_id_stands_for_what_was_accepted(pair: Pair) -> None:
 
 
 async def test_who_is_about_to_accept_is_waited_for(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(rules, "PATIENCE_S", 0.3)
     first, second = generation("a"), generation("b")
     assert await pair.one.owners.enroll(first) is None
     with pytest.raises(UnavailableError):
@@ -233,11 +232,12 @@ async def test_closing_gives_back_what_is_owned_though_leases_are_lost_meanwhile
         await pair.one.owners.enroll(one)
         await pair.one.owners.record(one, [])
     leaders = [pair.one.own(one).leader for one in owned]
-    closed = leaders[0].close
+    closed, last = leaders[0].close, pair.one.own(owned[2])
 
     async def close() -> None:
+        leaders[0].close = closed  # type: ignore[method-assign]
         await closed()
-        pair.one.owners._lose(owned[2])
+        pair.one.owners._lose(owned[2], last)
 
     leaders[0].close = close  # type: ignore[method-assign]
     await pair.one.owners.close()

@@ -171,6 +171,54 @@ def test_what_is_parked_goes_on_from_its_step():
         assert [event.step for event in seen if event.output_id == output_id] == list(range(5, 11))
 
 
+@settings(max_examples=25, deadline=None)
+@given(elders=st.integers(1, 40), running=st.integers(3, 16), newcomers=st.integers(1, 3), lower=st.integers(0, 20))
+def test_an_interactive_output_makes_its_first_step_at_once_beside_older_ones_of_its_caller(
+    elders, running, newcomers, lower
+):
+    world = World(Curve(), running=running)
+    old = world.add(Priority.INTERACTIVE, "us", elders)
+    world.add(Priority.BATCH, "them", lower)
+    world.until(lambda events: min(world.steps[output_id] for output_id in old) >= 1, max_turns=2000)
+    before = Counter(world.steps)
+    new = world.add(Priority.INTERACTIVE, "us", newcomers)
+    world.until(lambda events: all(world.steps[output_id] for output_id in new), max_turns=200)
+    assert max((world.steps - before)[output_id] for output_id in old) <= 3
+
+
+def test_older_outputs_of_an_interactive_caller_end_in_the_order_in_which_they_came():
+    world = World(Curve(), running=2)
+    ended: list[int] = []
+
+    def note(events: list[Event]) -> bool:
+        ended.extend(event.output_id for event in events if isinstance(event, OutputDecoded))
+        return len(ended) == 6
+
+    came: list[int] = []
+    for _ in range(6):
+        came += world.add(Priority.INTERACTIVE, "us", steps=9)
+        world.until(lambda events: note(events) or bool(world.steps[came[-1]]))
+    world.until(note)
+    assert ended == came
+
+
+def test_first_steps_take_no_slot_of_another_caller_and_none_in_the_other_classes():
+    world = World(Curve(), running=4)
+    theirs = world.add(Priority.INTERACTIVE, "them", 2)
+    world.add(Priority.INTERACTIVE, "us", 2)
+    world.until(lambda events: min(world.steps[output_id] for output_id in theirs) >= 2)
+    for _ in range(5):
+        [mine] = world.add(Priority.INTERACTIVE, "us")
+        before = Counter(world.steps)
+        world.until(lambda events, mine=mine: bool(world.steps[mine]))
+        assert all(world.steps[output_id] > before[output_id] for output_id in theirs)
+    world = World(Curve(), running=2)
+    world.add(Priority.STANDARD, "us", 4)
+    for _ in range(20):
+        world.turn()
+    assert not world.scheduler.num_parked
+
+
 @settings(max_examples=8, deadline=None)
 @given(instances=st.integers(1, 2), running=st.integers(13, 32), base=st.floats(0, 50), row=st.floats(0.1, 5))
 def test_classes_that_always_have_work_make_steps_by_their_weight_at_least(instances, running, base, row):

@@ -177,7 +177,8 @@ class OutputTable:
         entry.parked = True
         self.num_parked += 1
         self._move(entry, OutputState.WAITING)
-        self._waiting.push(entry.output, entry.priority, self._deadlines.get(output_id), entry.arrival)
+        begun = entry.step > entry.output.first_step
+        self._waiting.push(entry.output, entry.priority, self._deadlines.get(output_id), entry.arrival, begun=begun)
 
     def set_priority(self, output_id: int, priority: Priority) -> None:
         """Moves an output to another class, with all that is queued of it."""

@@ -2,7 +2,7 @@
 
 A free slot goes to who is next in `waiting.py`. When none is free, an output
 that waits may take the slot of one that runs, which is then *parked*: it keeps
-its latent and its place by arrival, and waits. Three rules, in this order:
+its latent and its place by arrival, and waits. Four rules, in this order:
 
 1. Shares of classes. Each class is entitled to its weight of the slots, as far
    as it has outputs (weighted max-min fairness; Bertsekas & Gallager, Data
@@ -12,6 +12,13 @@ its latent and its place by arrival, and waits. Three rules, in this order:
    the one with the most, while they differ by two or more.
 3. Turns. Where a class has more callers than slots, an output that has made
    `TURN_STEPS` steps since it got its slot makes room for a caller with none.
+4. First steps. Of a caller's INTERACTIVE outputs those that have made no step
+   come first, then those that came first, and one that precedes the youngest
+   that has a slot takes it. For someone looks at a first preview, and who has
+   seen one can wait; pictures still end in the order in which they came. This
+   is foreground-background scheduling (Kleinrock, Queueing Systems II, 1976,
+   section 4.4) with one step as its only foreground. Between callers it changes
+   nothing.
 
 An output is parked only between two steps, and not before it has made one step
 in its slot, so that everyone gets on. Rule 1 does not wait for that step where
@@ -21,6 +28,7 @@ Bounds, in steps of the outputs that run, and not in their lengths. With `s`
 slots for a class and `n` callers in it, the first output of a caller has a slot
 - after one step, if its class or its caller is below its share;
 - after ceil(n / s) turns else;
+and each further INTERACTIVE output of a caller that has a slot after one step;
 unless `max_parked` outputs are parked: then it waits until one of them is back.
 """
 
@@ -58,10 +66,27 @@ class Slots:
         caller = min(self._waiting.callers(priority), key=lambda name: self._held(priority, name))
         victim = self._of_another_class(priority) or self._of_another_caller(priority, self._held(priority, caller))
         if victim is None:
-            return False
+            return priority is Priority.INTERACTIVE and self._move_within_a_caller(priority)
         self._table.park(victim.output.output_id)
         self._table.start(self._waiting.pop_of(priority, caller).output_id)
         return True
+
+    def _move_within_a_caller(self, priority: Priority) -> bool:
+        """Moves one slot from the youngest output of a caller to one of the same caller that precedes it in rule 4."""
+        for caller in self._waiting.callers(priority):
+            victim = _last(self._table.running[priority].get(caller, {}), 1)
+            if victim is None:
+                continue
+            output_id = self._waiting.newcomer(priority, caller)
+            if output_id is None:
+                output_id = self._waiting.first(priority, caller)
+                if self._table.of[output_id].arrival > victim.arrival:
+                    continue
+            self._table.park(victim.output.output_id)
+            self._waiting.remove(output_id)
+            self._table.start(output_id)
+            return True
+        return False
 
     def _of_another_class(self, priority: Priority) -> OutputEntry | None:
         shares = entitlements(

@@ -31,9 +31,12 @@ Place = tuple[float, int, int]
 
 @dataclass(slots=True)
 class _Waiting:
+    """An output in the queue; `begun`: it made a step before it came here."""
+
     output: ScheduledOutput
     priority: Priority
     place: Place
+    begun: bool
 
 
 class WaitingQueue:
@@ -72,15 +75,22 @@ class WaitingQueue:
         """The callers that have outputs waiting in a class, the one whose turn is next in front."""
         return list(self._callers[priority])
 
-    def push(self, output: ScheduledOutput, priority: Priority, deadline: float | None, arrival: int) -> None:
-        """Adds an output. `arrival`: its number in the order in which outputs came, whenever it is pushed."""
-        self._insert(output, priority, (_latest(deadline), arrival, output.output_id))
+    def push(
+        self, output: ScheduledOutput, priority: Priority, deadline: float | None, arrival: int, *, begun: bool = False
+    ) -> None:
+        """Adds an output.
+
+        Args:
+            arrival: its number in the order in which outputs came, whenever it is pushed.
+            begun: whether it has made a step since it came.
+        """
+        self._insert(output, priority, (_latest(deadline), arrival, output.output_id), begun)
 
     def set_priority(self, output_id: int, priority: Priority) -> None:
         """Moves an output to another class; it keeps its arrival number."""
         if self._outputs[output_id].priority is not priority:
             waiting = self._take(output_id)
-            self._insert(waiting.output, priority, waiting.place)
+            self._insert(waiting.output, priority, waiting.place, waiting.begun)
 
     def set_deadline(self, output_id: int, deadline: float | None) -> None:
         """Changes an output's deadline, and with it its position among its caller's outputs."""
@@ -110,16 +120,25 @@ class WaitingQueue:
         callers.move_to_end(caller)
         return self._take(callers[caller][0][2]).output
 
+    def first(self, priority: Priority, caller: str) -> int:
+        """The first of a caller's outputs in a class, in the order in which they start."""
+        return self._callers[priority][caller][0][2]
+
+    def newcomer(self, priority: Priority, caller: str) -> int | None:
+        """The first of a caller's outputs that has made no step yet, in the order in which they start.."""
+        places = self._callers[priority].get(caller, ())
+        return next((output_id for *_, output_id in places if not self._outputs[output_id].begun), None)
+
     def order(self, priority: Priority) -> list[int]:
         """The outputs of a class in the order in which they will start, if no output is added or removed."""
         turns = itertools.zip_longest(*self._callers[priority].values())
         return [place[2] for turn in turns for place in turn if place is not None]
 
-    def _insert(self, output: ScheduledOutput, priority: Priority, place: Place) -> None:
+    def _insert(self, output: ScheduledOutput, priority: Priority, place: Place, begun: bool) -> None:
         if not self._counts[priority]:
             self._passes[priority] = max(self._passes[priority], self._last_pass)
         bisect.insort(self._callers[priority].setdefault(output.caller, []), place)
-        self._outputs[output.output_id] = _Waiting(output, priority, place)
+        self._outputs[output.output_id] = _Waiting(output, priority, place, begun)
         self._counts[priority] += 1
         self._by_caller[output.caller] = self._by_caller.get(output.caller, 0) + 1
 

@@ -23,7 +23,7 @@ from safelight_server.storage.tiers import Tiers
 log = structlog.get_logger(__name__)
 
 WANT, CANCEL, PRIORITY = "want", "cancel", "priority"
-"""News about a generation."""
+"""Kinds of messages about a generation on the bulletin."""
 
 
 class GenerationHost(Protocol):
@@ -33,13 +33,13 @@ class GenerationHost(Protocol):
         """Makes a generation as it was accepted elsewhere; nothing runs yet."""
 
     def owned(self, generation: Generation) -> bool:
-        """Tells that this replica owns the generation now. Returns whether it runs; else it waits for a stream."""
+        """Called when this replica has become the owner. Returns whether the generation runs, or waits for a stream."""
 
     def wanted(self, identifier: str) -> None:
-        """Tells that another replica has a stream for a generation that this one owns."""
+        """Called when another replica has a stream for a generation that this one owns."""
 
     def moved(self, generation: Generation) -> None:
-        """Tells that another replica owns the generation now."""
+        """Called when another replica has become the owner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class ClusterContext:
     """Everything that owners and mirrors share.
 
     Attributes:
-        ttl_s: of a lease.
+        ttl_s: how long a lease lasts unless it is renewed.
         result_ttl_s: how long a finished generation can be watched again.
         idempotency_ttl_s: how long a request id is remembered after the end.
     """
@@ -78,7 +78,7 @@ class ClusterContext:
         return self.keyring.digest("generation", identifier)
 
     def owner(self, generation: Generation) -> EntryOwner:
-        """What purges match what is kept of a generation by."""
+        """The properties by which a purge finds what is kept of a generation."""
         namespace = self.namespaces.of(generation.caller.tenant)
         return self.namespaces.owner(namespace, generation.request.spec.model_revision, generation.name)
 

@@ -7,7 +7,7 @@ import contextlib
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -21,6 +21,14 @@ from safelight_server.domain.request import MediaType
 from safelight_server.generations.generation import Generation
 from safelight_server.generations.ownership.context import WANT, ClusterContext, GenerationHost
 from safelight_server.generations.ownership.owners import OwnedGeneration, Owners
+from safelight_server.generations.ownership.rules import (
+    ListedAction,
+    ListedSeen,
+    MirrorAction,
+    decide_leased,
+    decide_listed,
+    decide_unowned,
+)
 from safelight_server.generations.planner import OutputPlan, Planner
 from safelight_server.storage.base import MalformedValueError, StoreError
 from safelight_server.storage.sealed import CorruptError, UnreadableError
@@ -28,10 +36,8 @@ from safelight_server.storage.sealed import CorruptError, UnreadableError
 log = structlog.get_logger(__name__)
 
 ANSWER_S = 5.0
-"""How long an owner may take to answer, beyond the time after which it is taken for dead."""
+"""How long an owner may take to answer, after its lease would have ended if it were dead."""
 RETRY_S = 0.5
-OTHERS_FIRST_LEASES = 3
-"""Leases for which what nobody owns is left to replicas with the numerics that it was accepted with."""
 
 
 class PictureGoneError(Exception):
@@ -43,7 +49,7 @@ class Mirror:
     """The copy of a generation that another replica owns, or that nobody owns any more.
 
     Attributes:
-        num_asking: calls that wait for an answer of the owner.
+        num_asking: calls that wait for an answer from the owner.
         gone_since: when its record was found to be gone, on the monotonic clock.
     """
 
@@ -54,22 +60,22 @@ class Mirror:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     num_asking: int = 0
     gone_since: float | None = None
-    tending: asyncio.Task[None] | None = None
+    task: asyncio.Task[None] | None = None
 
 
 class Mirrors:
     """Shows generations that other replicas own, and takes over those without an owner. Run `sweep` as a task."""
 
     def __init__(
-        self, context: ClusterContext, host: GenerationHost, planner: Planner, owners: Owners, me: str
+        self, context: ClusterContext, host: GenerationHost, planner: Planner, owners: Owners, replica_id: str
     ) -> None:
         self._context = context
         self._host = host
         self._planner = planner
         self._owners = owners
-        self._me = me
+        self._replica_id = replica_id
         self._mirrors: dict[str, Mirror] = {}
-        self._left: dict[str, float] = {}
+        self._unowned_since: dict[str, float] = {}
         self._passed_over: set[str] = set()
         self._retired = False
 
@@ -77,10 +83,10 @@ class Mirrors:
         return len(self._mirrors)
 
     async def find(self, identifier: str, *, tend: bool) -> Generation | None:
-        """Returns a generation that another replica owns or has finished, as it is now; None if there is none.
+        """A generation that another replica owns or has finished, in its present state; None: there is none.
 
         Args:
-            tend: keep it up to date until `drop`. A generation whose pictures are gone is then not returned.
+            tend: follow its events until `drop`. A generation whose pictures are gone is then not returned.
 
         Raises:
             UnavailableError: it cannot be looked up now.
@@ -102,7 +108,7 @@ class Mirrors:
         """Registers the one mirror of a generation here and starts to follow its events."""
         mirror = self._mirrors.setdefault(made.record.identifier, made)
         if mirror is made:
-            mirror.tending = self._context.start(self._tend(mirror))
+            mirror.task = self._context.start(self._tend(mirror))
         return mirror
 
     def check(self, generation: Generation) -> None:
@@ -112,13 +118,13 @@ class Mirrors:
             UnavailableError: this replica serves another model.
         """
         mirror = self._mirrors.get(generation.identifier)
-        if mirror is not None and not self._can(mirror):
+        if mirror is not None and not self._has_model(mirror):
             self.drop(generation)
             what = "this replica does not have the model that it was accepted with; WatchGeneration at another goes on"
             raise UnavailableError(what, reason="OTHER_MODEL", retry_after_s=0.1)
 
-    def _can(self, mirror: Mirror) -> bool:
-        """Whether this replica serves the same model, and so could continue the generation."""
+    def _has_model(self, mirror: Mirror) -> bool:
+        """Whether this replica serves the same model, so that it could continue the generation."""
         try:
             return mirror.record.pipeline in ("", self._planner.digest(mirror.generation))
         except NotFoundError:
@@ -129,10 +135,10 @@ class Mirrors:
         return mirror.record.numerics_id in ("", self._planner.numerics_id(mirror.generation))
 
     def attend(self, generation: Generation) -> None:
-        """Shows the generation to a stream here; with previews if the numerics are the same. Asks its owner for it."""
+        """Prepares for a stream here: previews if the numerics are the same, and a message to its owner."""
         mirror = self._mirrors.get(generation.identifier)
         if mirror is not None:
-            self._context.bulletin.publish(WANT, generation.identifier, by=self._me)
+            self._context.bulletin.publish(WANT, generation.identifier, by=self._replica_id)
             if self._same_bits(mirror):
                 self._context.start(self._enter(mirror.generation, mirror.record.starts))
 
@@ -142,8 +148,8 @@ class Mirrors:
         if mirror is None or mirror.num_asking:
             return
         del self._mirrors[generation.identifier]
-        if mirror.tending is not None:
-            mirror.tending.cancel()
+        if mirror.task is not None:
+            mirror.task.cancel()
         generation.leave()
 
     def tell(self, generation: Generation, kind: str, **facts: str) -> None:
@@ -199,8 +205,8 @@ class Mirrors:
             mirror.generation.hear(record, picture)
             mirror.changed.set()
             if record.state is GenerationState.SUSPENDED and mirror.generation.log.watchers:
-                # its owner may be a new one, that has not heard yet that there is a stream here
-                self._context.bulletin.publish(WANT, mirror.generation.identifier, by=self._me)
+                # the owner may be a new one, which does not know yet that there is a stream here
+                self._context.bulletin.publish(WANT, mirror.generation.identifier, by=self._replica_id)
         mirror.place = event.place
 
     def _parse(self, name: str, event: StreamEvent) -> GenerationRecord | EventRecord | None:
@@ -221,7 +227,7 @@ class Mirrors:
     async def _tend(self, mirror: Mirror) -> None:
         try:
             await self._follow(mirror)
-        except PictureGoneError:  # who comes again learns that it is not kept any more
+        except PictureGoneError:  # a client that comes back gets the error that the picture is not kept
             log.warning("a finished picture is gone", generation=mirror.generation.name)
             self._give_up(mirror)
         except Exception:
@@ -232,7 +238,7 @@ class Mirrors:
                 del self._mirrors[mirror.record.identifier]
 
     def _give_up(self, mirror: Mirror) -> None:
-        """Ends its streams here: who comes again gets another mirror, or learns why there is none."""
+        """Ends its streams here. A client that comes back gets another mirror, or the error why there is none."""
         mirror.generation.leave()
         self._host.moved(mirror.generation)
 
@@ -257,23 +263,27 @@ class Mirrors:
                     await asyncio.sleep(RETRY_S)
 
     async def _adopt(self, mirror: Mirror) -> bool:
-        """Takes over the lease of a mirrored generation; true where nothing is left to be mirrored.
+        """Takes over the lease of a mirrored generation. True if this replica need not mirror it any more.
 
         False if another replica holds the lease or this replica cannot develop the generation.
         """
-        if not self._can(mirror):
-            return False
-        if not await self._context.coordinator.read(mirror.name):
-            return self._is_forgotten(mirror)
+        has_model = self._has_model(mirror)
+        recorded = has_model and bool(await self._context.coordinator.read(mirror.name))
+        gone_s = self._gone_s(mirror, recorded=recorded) if has_model else 0.0
+        action = decide_unowned(can_develop=has_model, recorded=recorded, gone_s=gone_s, lease_s=self._context.ttl_s)
+        if action is not MirrorAction.TAKE_LEASE:
+            return self._gives_up(mirror, action)
         leader = await Leadership.take(self._context.coordinator, mirror.name, self._context.ttl_s)
         if leader is None:
             return False
         generation = mirror.generation
         try:
             events = await self._context.coordinator.read(mirror.name)
-            if not events:
+            gone_s = self._gone_s(mirror, recorded=bool(events))
+            action = decide_leased(recorded=bool(events), gone_s=gone_s, lease_s=self._context.ttl_s)
+            if action is not MirrorAction.ADOPT:
                 await leader.close()
-                return self._is_forgotten(mirror)
+                return self._gives_up(mirror, action)
             mirror.gone_since = None
             for event in events:
                 if place_order(event.place) > place_order(mirror.place):
@@ -289,18 +299,24 @@ class Mirrors:
             await self._enter(generation, mirror.record.starts)
         return True
 
-    def _is_forgotten(self, mirror: Mirror) -> bool:
-        """Gives up a generation whose record is gone, unless its owner may still write it again.
+    @staticmethod
+    def _gone_s(mirror: Mirror, *, recorded: bool) -> float:
+        """For how long the record of a generation has been gone from Redis, as far as this replica has looked.
 
-        Either its owner accepted it as LOCAL and has settled it since: it is nobody else's. Or Redis has lost its
-        memory: then the owner writes it again when it renews its lease, which must be free for it.
+        Either its owner accepted it as LOCAL and has settled it since: then no other replica needs it. Or Redis has
+        lost its memory: then the owner writes the record again when it renews its lease, which must be free for that.
         """
+        if recorded:
+            return 0.0
         now = time.monotonic()
         mirror.gone_since = now if mirror.gone_since is None else mirror.gone_since
-        if now - mirror.gone_since < self._context.ttl_s:
-            return False
-        self._give_up(mirror)
-        return True
+        return now - mirror.gone_since
+
+    def _gives_up(self, mirror: Mirror, action: MirrorAction) -> bool:
+        """Gives the generation up if that was decided. Returns whether it was."""
+        if action is MirrorAction.GIVE_UP:
+            self._give_up(mirror)
+        return action is MirrorAction.GIVE_UP
 
     def resume(self, generation: Generation) -> None:
         """Starts an adopted generation that had no stream until now."""
@@ -312,14 +328,14 @@ class Mirrors:
             plans = await self._plan(generation, starts)
             if self._is_wanted(generation):
                 self._planner.enter(generation, plans)
-        except BaseException:  # whatever it is, others may try
+        except BaseException:  # whatever the error is, other replicas may succeed
             if self._owners.owns(generation):
                 self._owners.let_go(generation)
                 self._host.moved(generation)
             raise
 
     async def _plan(self, generation: Generation, starts: Sequence[bool]) -> list[OutputPlan]:
-        while self._is_wanted(generation):  # else its stream was lost meanwhile
+        while self._is_wanted(generation):  # otherwise its stream was lost meanwhile
             with contextlib.suppress(StoreError):
                 return await self._planner.plan_again(generation, starts)
             await asyncio.sleep(RETRY_S)
@@ -333,14 +349,14 @@ class Mirrors:
         return mirror is not None and mirror.generation is generation and bool(generation.log.watchers)
 
     async def sweep(self) -> None:
-        """Takes over registered generations that nobody owns, until this replica retires. Never returns before."""
+        """Takes over registered generations that nobody owns. Runs until `retire`."""
         while True:
             await asyncio.sleep(self._context.ttl_s * random.uniform(0.5, 1.0))
             if self._retired:
                 return
             try:
                 names = await self._context.coordinator.unowned()
-                self._left = {name: since for name, since in self._left.items() if name in names}
+                self._unowned_since = {name: since for name, since in self._unowned_since.items() if name in names}
                 self._passed_over.intersection_update(names)
                 random.shuffle(names)
                 for name in names:
@@ -351,10 +367,10 @@ class Mirrors:
                 continue
 
     async def _look_after(self, name: str) -> None:
-        """Takes over one, if it can be. Whatever is wrong with it does not keep the others from being taken over.
+        """Takes over one generation, if that is possible. A fault in it does not stop the sweep over the others.
 
         Raises:
-            StoreError: Redis cannot be asked, for others either.
+            StoreError: Redis does not answer, so that the sweep must end.
         """
         try:
             await self._rescue(name)
@@ -374,23 +390,32 @@ class Mirrors:
         self._retired = True
 
     async def _rescue(self, name: str) -> None:
-        if self._owners.leads(name):
-            return  # its lease has run out here: it is renewed unless another replica takes it
-        mirror = await self._mirror(name)
-        if mirror is not None and not mirror.generation.ended:
-            if self._can(mirror) and (self._same_bits(mirror) or self._left_for_long(name)):
-                self._keep(mirror)  # who tends it finds that nobody owns it
-        elif mirror is not None or not await self._context.coordinator.read(name):
-            await self._unregister(name)
-        # else it is there and cannot be read: another replica may be able to, with other keys or of another version
+        owned_here = self._owners.leads(name)
+        mirror = None if owned_here else await self._mirror(name)
+        stored = owned_here or mirror is not None or bool(await self._context.coordinator.read(name))
+        seen = ListedSeen(owned_here=owned_here, stored=stored, readable=mirror is not None)
+        if mirror is not None:
+            has_model = self._has_model(mirror)
+            seen = replace(
+                seen,
+                ended=mirror.generation.ended,
+                can_develop=has_model,
+                same_numerics=has_model and self._same_bits(mirror),
+                unowned_s=self._unowned_s(name),
+            )
+        match decide_listed(seen, self._context.ttl_s):
+            case ListedAction.FOLLOW if mirror is not None:
+                self._keep(mirror)  # its task finds that nobody owns it
+            case ListedAction.UNREGISTER:
+                await self._unregister(name)
 
-    def _left_for_long(self, name: str) -> bool:
-        """Whether replicas with the same numerics have had enough time to take the generation over."""
+    def _unowned_s(self, name: str) -> float:
+        """For how long this replica has seen a registered generation without an owner."""
         now = time.monotonic()
-        return now - self._left.setdefault(name, now) >= OTHERS_FIRST_LEASES * self._context.ttl_s
+        return now - self._unowned_since.setdefault(name, now)
 
     async def _unregister(self, name: str) -> None:
-        """Unregisters a generation that is over or never began. Done under its lease, in case it is about to begin."""
+        """Unregisters a generation that has ended or never began. Takes its lease first: it may be about to begin."""
         leader = await Leadership.take(self._context.coordinator, name, self._context.ttl_s)
         if leader is not None:
             try:

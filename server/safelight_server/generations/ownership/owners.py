@@ -9,7 +9,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -22,6 +22,15 @@ from safelight_server.domain.events import Durability
 from safelight_server.domain.picture import EncodedPicture
 from safelight_server.generations.generation import Generation
 from safelight_server.generations.ownership.context import ClusterContext, GenerationHost
+from safelight_server.generations.ownership.rules import (
+    OWNER_TRANSITIONS,
+    ClaimAction,
+    ClaimSeen,
+    OwnerAction,
+    OwnerInput,
+    OwnerState,
+    decide_claim,
+)
 from safelight_server.generations.planner import OutputPlan, Planner
 from safelight_server.storage.base import StoreError
 from safelight_server.storage.sealed import CorruptError, Entry, UnreadableError
@@ -31,10 +40,13 @@ log = structlog.get_logger(__name__)
 CLAIM_S = 86_400.0
 """How long a request id is bound to a generation that has not ended, at most."""
 LOOK_S = 0.05
-PATIENCE_S = 5.0
+"""Seconds between two looks whether another replica has accepted the request of an id."""
 MAX_WANTED = 4096
+"""Generations for which the wish of another replica is remembered, at most."""
 CLOSE_S = 2.0
+"""How long `close` waits for the writing of ends."""
 FORGET_S = 0.001
+"""Time to live of what is to be deleted: Redis takes no 0."""
 
 
 @dataclass(slots=True)
@@ -50,27 +62,33 @@ class OwnedGeneration:
     claim: tuple[str, bytes] | None = None
     journal: Journal | None = None
     starts: Sequence[str] = ()
+    state: OwnerState = OwnerState.CLAIMED
+
+    def decide(self, what: OwnerInput) -> OwnerAction:
+        """Changes the state by `OWNER_TRANSITIONS`. Returns what is to be done."""
+        self.state, action = OWNER_TRANSITIONS[self.state, what]
+        return action
 
 
 class Owners:
     """The generations that this replica owns.
 
     Args:
-        me: the name of this replica in messages on the bulletin.
+        replica_id: the name of this replica in messages on the bulletin.
     """
 
-    def __init__(self, context: ClusterContext, host: GenerationHost, planner: Planner, me: str) -> None:
+    def __init__(self, context: ClusterContext, host: GenerationHost, planner: Planner, replica_id: str) -> None:
         self._context = context
         self._host = host
         self._planner = planner
-        self._me = me
+        self._replica_id = replica_id
         self._own: dict[str, OwnedGeneration] = {}
         self._wanted_elsewhere: OrderedDict[str, None] = OrderedDict()
         self._ending: set[asyncio.Task[None]] = set()
         self._journals: set[Journal] = set()
 
     async def enroll(self, generation: Generation) -> str | None:
-        """Takes the lease and binds the request id. Returns another generation's id if the request id stands for it.
+        """Takes the lease and binds the request id. Returns another generation's id if the request id is bound to it.
 
         Raises:
             AlreadyExistsError: the request id was used with another request.
@@ -84,7 +102,7 @@ class Owners:
                 return None
             own = self._own[generation.identifier] = OwnedGeneration(name, leader)
             other = await self._claim(generation, own) if generation.request.request_id else None
-        except StoreError:  # what is not bound to its request id must not be found by others
+        except StoreError:  # other replicas must not find a generation whose request id is not bound
             own = self._own.pop(generation.identifier, None)
             if own is not None:
                 self._context.start(self._give_back(own))
@@ -105,7 +123,7 @@ class Owners:
         return name, sealer.seal(name, Entry(json.dumps(facts).encode()), sealer.now() + CLAIM_S)
 
     async def claimed(self, generation: Generation) -> tuple[str, bytes] | None:
-        """Returns the binding of the request id that an earlier owner made; None if there is none.
+        """The binding of the request id that an earlier owner made: its name and value in Redis. None: there is none.
 
         Raises:
             StoreError: it cannot be looked up.
@@ -121,49 +139,63 @@ class Owners:
         return None
 
     async def _claim(self, generation: Generation, own: OwnedGeneration) -> str | None:
-        request, digest = generation.request, generation.request.body_digest.hex()
         name, mine = self._claim_of(generation)
-        replaced: bytes | None = None
-        until = time.monotonic() + PATIENCE_S
+        began = time.monotonic()
+        there = await self._context.coordinator.claim(name, mine, CLAIM_S)
         while True:
-            there = await self._context.coordinator.claim(name, mine, CLAIM_S, replaced)
-            if there == mine:
-                own.claim = (name, mine)
-                return None
+            other, seen = self._read_claim(generation, name, mine, there)
+            action = decide_claim(seen)
+            leader: Leadership | None = None
             try:
-                theirs = json.loads(self._context.sealer.open(name, there)[0].data)
-            except (CorruptError, UnreadableError):
-                replaced = there
-                continue
-            other = str(theirs["generation"])
-            if theirs["digest"] != digest:
-                raise AlreadyExistsError(
-                    f"request_id {request.request_id} was used with another request; choose a new one",
-                    metadata={"request_id": request.request_id, "generation": f"generations/{other}"},
-                )
-            if await self._context.coordinator.read(self._context.name(other)):
-                return other
-            if (leader := await self._take(other)) is not None:
-                try:
-                    if await self._context.coordinator.read(self._context.name(other)):
-                        return other
-                    # its replica died, or sleeps, before it accepted anything: now its lease is lost and it never will
+                if action is ClaimAction.READ:
+                    seen = replace(seen, recorded=await self._is_recorded(other))
+                    action = decide_claim(seen)
+                if action is ClaimAction.CONTEST:
+                    leader = await self._take(other)
+                    recorded = leader is not None and await self._is_recorded(other)  # it may have been written since
+                    waited_s = time.monotonic() - began
+                    seen = replace(seen, recorded=recorded, leased=leader is not None, waited_s=waited_s)
+                    action = decide_claim(seen)
+                if action is ClaimAction.REPLACE:  # under the other's lease, if it was taken
                     there = await self._context.coordinator.claim(name, mine, CLAIM_S, there)
-                finally:
+            finally:
+                if leader is not None:
                     await leader.close()
-                if there == mine:
+            match action:
+                case ClaimAction.KEEP:
                     own.claim = (name, mine)
                     return None
-                continue
-            if time.monotonic() > until:
-                raise UnavailableError("another replica is about to run it; try again", retry_after_s=1.0)
-            await asyncio.sleep(LOOK_S)
+                case ClaimAction.ATTACH:
+                    return other
+                case ClaimAction.REFUSE:
+                    request_id = generation.request.request_id
+                    raise AlreadyExistsError(
+                        f"request_id {request_id} was used with another request; choose a new one",
+                        metadata={"request_id": request_id, "generation": f"generations/{other}"},
+                    )
+                case ClaimAction.GIVE_UP:
+                    raise UnavailableError("another replica is about to run it; try again", retry_after_s=1.0)
+                case ClaimAction.WAIT:
+                    await asyncio.sleep(LOOK_S)
+                    there = await self._context.coordinator.claim(name, mine, CLAIM_S)
+
+    def _read_claim(self, generation: Generation, name: str, mine: bytes, there: bytes) -> tuple[str, ClaimSeen]:
+        """The generation that a request id is bound to, and what is known of that without asking Redis again."""
+        try:
+            facts = json.loads(self._context.sealer.open(name, there)[0].data)
+        except (CorruptError, UnreadableError):
+            return "", ClaimSeen(readable=False)
+        same_request = facts["digest"] == generation.request.body_digest.hex()
+        return str(facts["generation"]), ClaimSeen(mine=there == mine, same_request=same_request)
+
+    async def _is_recorded(self, identifier: str) -> bool:
+        return bool(await self._context.coordinator.read(self._context.name(identifier)))
 
     async def _take(self, identifier: str) -> Leadership | None:
         return await Leadership.take(self._context.coordinator, self._context.name(identifier), self._context.ttl_s)
 
     async def record(self, generation: Generation, plans: Sequence[OutputPlan]) -> None:
-        """Writes the record from which another replica can continue; the generation is REPLICATED once that is done."""
+        """Writes the record from which another replica can continue. The generation is then REPLICATED."""
         own = self._own.get(generation.identifier)
         if own is None:
             return
@@ -186,18 +218,21 @@ class Owners:
             await self._context.coordinator.register(own.name)
             data = dump(self._context.sealer, own.name, record)
             if own.leader.lost.is_set() or not await own.leader.publish(data):
-                if own.leader.lost.is_set():  # another runs this request by now
+                if own.leader.lost.is_set():  # another replica runs this request by now
                     raise UnavailableError("another replica has taken its request; try again", retry_after_s=0.1)
+                own.decide(OwnerInput.UNRECORDED)
                 await self._context.coordinator.unregister(own.name)
                 return
+            own.decide(OwnerInput.RECORDED)
             generation.durability = Durability.REPLICATED
             generation.journal = generation.log.journal = self.journal(generation, own, [data])
 
     async def dismiss(self, generation: Generation) -> None:
-        """Removes all traces of a generation that was refused."""
+        """Removes everything that was written for a generation that is refused."""
         own = self._own.pop(generation.identifier, None)
         if own is None:
             return
+        own.decide(OwnerInput.REFUSED)
         generation.journal = generation.log.journal = None
         with contextlib.suppress(StoreError):
             await self.settle_record(own, FORGET_S, 0.0)
@@ -207,16 +242,15 @@ class Owners:
         """Settles a generation that has ended here. Its events stay as long as it can be watched.
 
         Args:
-            retryable: the request id becomes free again.
+            retryable: whether the request id becomes free again.
         """
         own = self._own.pop(generation.identifier, None)
         if own is None:
             return
-        kept_s = self._context.kept_s if generation.journal is not None else FORGET_S
-        settle = self._settling(own, kept_s, retryable=retryable)
-        if generation.journal is not None:
-            self._end(generation.journal, settle)
+        if own.decide(OwnerInput.ENDED) is OwnerAction.SETTLE_AFTER_JOURNAL and own.journal is not None:
+            self._end_journal(own.journal, self._settling(own, self._context.kept_s, retryable=retryable))
         else:
+            settle = self._settling(own, FORGET_S, retryable=retryable)
             self._watch_end(self._context.start(self._close_unwritten(generation, own, settle)))
 
     async def _close_unwritten(
@@ -224,37 +258,37 @@ class Owners:
     ) -> None:
         """Settles a generation without a journal.
 
-        Its record may have been written though the answer was lost. Then another replica can have adopted it, and
-        what that one wrote counts.
+        Its record may be in Redis although the answer to the write was lost. Then another replica may have adopted the
+        generation, and what that replica wrote counts.
         """
         await self._close(own, settle)
         if own.leader.lost.is_set():
-            self._lose(generation)
+            self._lose(generation, own)
 
     def _settling(self, own: OwnedGeneration, kept_s: float, *, retryable: bool) -> Callable[[], Awaitable[None]]:
         claimed_s = 0.0 if retryable else self._context.idempotency_ttl_s
         return functools.partial(self.settle_record, own, kept_s, claimed_s)
 
     def let_go(self, generation: Generation) -> None:
-        """Releases a generation for the replica that wants it, or for whichever finds it first."""
+        """Releases a generation, so that the replica with a stream for it, or any other, can take it over."""
         own = self._own.pop(generation.identifier, None)
         self._wanted_elsewhere.pop(generation.identifier, None)
         generation.leave()
         if own is None:
             return
-        if generation.journal is not None:
-            self._end(generation.journal, _nothing)
-        else:  # its record is there, though the answer was lost: another replica has found it
+        if own.decide(OwnerInput.LET_GO) is OwnerAction.RELEASE_AFTER_JOURNAL and own.journal is not None:
+            self._end_journal(own.journal, _no_op)
+        else:
             self._watch_end(self._context.start(self._give_back(own)))
 
     def owns(self, generation: Generation) -> bool:
-        """Whether this replica decides what becomes of the generation."""
+        """Whether this replica owns the generation, as far as it knows."""
         return generation.identifier in self._own
 
     async def has_record(self, identifier: str) -> bool:
-        """Whether anything is kept of a generation in Redis; true where that cannot be told now."""
+        """Whether Redis has a record of a generation; true if Redis does not answer."""
         try:
-            return bool(await self._context.coordinator.read(self._context.name(identifier)))
+            return await self._is_recorded(identifier)
         except StoreError:
             return True
 
@@ -270,10 +304,10 @@ class Owners:
         """Limits the life of the events and of the request id, and deletes the latents that its outputs began from.
 
         Raises:
-            StoreError: Redis cannot be asked.
+            StoreError: Redis does not answer.
         """
         if not await own.leader.confirm():
-            return  # another owns it, or has: all that is kept of it is that one's
+            return  # another replica owns the generation, or did: what Redis keeps of it belongs to that replica
         for key in own.starts:
             await self._context.tiers.delete(key)
         await self._context.coordinator.expire(own.name, kept_s)
@@ -281,7 +315,7 @@ class Owners:
             await self._context.coordinator.unclaim(*own.claim, claimed_s)
         await self._context.coordinator.unregister(own.name)
 
-    def _end(self, journal: Journal, settle: Callable[[], Awaitable[None]]) -> None:
+    def _end_journal(self, journal: Journal, settle: Callable[[], Awaitable[None]]) -> None:
         journal.end(settle)
         self._journals.add(journal)
         self._watch_end(self._context.start(self._ended(journal)))
@@ -300,7 +334,7 @@ class Owners:
     @staticmethod
     async def _close(own: OwnedGeneration, settle: Callable[[], Awaitable[None]]) -> None:
         until = time.monotonic() + GIVE_UP_S
-        while time.monotonic() < until:  # its record may be there though the answer was lost: nobody may adopt it
+        while time.monotonic() < until:  # the record may be there although the answer was lost: nobody may adopt it
             try:
                 await settle()
                 break
@@ -333,23 +367,23 @@ class Owners:
             self._context.sealer,
             put,
             lambda: (generation.state, generation.error),
-            lambda: self._lose(generation),
+            lambda: self._lose(generation, own),
             [enrolled, *(functools.partial(own.leader.publish, data) for data in written)],
         )
         return own.journal
 
-    def _lose(self, generation: Generation) -> None:
-        """Gives up a generation that another replica has taken over. An end that was only decided here is void."""
+    def _lose(self, generation: Generation, own: OwnedGeneration) -> None:
+        """Gives up a generation that another replica has taken over. An outcome that was only decided here is void."""
         log.warning("another replica has taken over a generation", generation=generation.name)
-        own = self._own.get(generation.identifier)
-        if own is not None and own.journal is generation.journal:  # and not what was adopted since
+        own.decide(OwnerInput.REPLACED)
+        if self._own.get(generation.identifier) is own:  # otherwise it has ended here, or was adopted again since
             del self._own[generation.identifier]
             generation.leave()
         self._host.moved(generation)
 
     def hear_want(self, identifier: str, facts: Mapping[str, str]) -> None:
         """Notes that another replica has a stream for a generation that is owned here."""
-        if facts["by"] != self._me and identifier in self._own:
+        if facts["by"] != self._replica_id and identifier in self._own:
             self._wanted_elsewhere[identifier] = None
             if len(self._wanted_elsewhere) > MAX_WANTED:
                 self._wanted_elsewhere.popitem(last=False)
@@ -363,9 +397,11 @@ class Owners:
         """
         own.starts = self._planner.start_keys(generation, [output.starts for output in generation.outputs])
         if generation.ended:
+            own.decide(OwnerInput.ENDED)
             lost = isinstance(generation.error, UnavailableError)
             await self._close(own, self._settling(own, self._context.kept_s, retryable=lost))
             return
+        own.decide(OwnerInput.RECORDED)
         self._own[generation.identifier] = own
         generation.adopt(self.journal(generation, own, written), self._planner.numerics_id(generation))
 
@@ -374,14 +410,14 @@ class Owners:
         task.add_done_callback(self._ending.discard)
 
     async def close(self) -> None:
-        """Releases what is owned, as far as that is quick."""
+        """Releases all owned generations. Waits `CLOSE_S` for ends that are being written."""
         if self._ending:
             await asyncio.wait(self._ending, timeout=CLOSE_S)
         for journal in list(self._journals):
             await journal.abandon()
-        for own in list(self._own.values()):  # a lease may be lost meanwhile
+        for own in list(self._own.values()):  # a copy: a lease that is lost meanwhile removes its entry
             await self._give_back(own)
 
 
-async def _nothing() -> None:
+async def _no_op() -> None:
     pass
