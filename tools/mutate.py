@@ -159,7 +159,7 @@ def _run_patches(patches: list[Path]) -> int:
 
 
 def _seen_alone(patch: Path) -> bool:
-    """Whether its test passes without the patch and turns red with it, with nothing beside it."""
+    """Whether the patch's test passes without the patch and fails with it while no other test runs."""
     test = _test_of(patch)
     [(job, result)] = _run(deque(_green_jobs([test])), 1)
     if test in result.passed_s:
@@ -169,7 +169,7 @@ def _seen_alone(patch: Path) -> bool:
 
 
 def _green_jobs(tests: Iterable[str]) -> list[Job]:
-    """One for each file, those that take longest first."""
+    """One job per test file, the longest first."""
     by_file: defaultdict[str, list[str]] = defaultdict(list)
     for test in tests:
         by_file[test.split("::")[0]].append(test)
@@ -186,7 +186,7 @@ def _test_of(patch: Path) -> str:
 
 
 def _print(job: Job, result: Result) -> None:
-    """A line of what came of it, and what was printed unless that is what should have come of it."""
+    """Prints a job's outcome in one line, followed by the tests' output unless the outcome is red, as it should be."""
     line = f"{result.outcome:14} {result.took_s:5.1f} s {job.name:44} {' '.join(job.tests)}"
     if result.outcome != "red":
         line += "\n" + textwrap.indent(result.printed[-TAIL:], "    ")
@@ -194,7 +194,7 @@ def _print(job: Job, result: Result) -> None:
 
 
 def _run(jobs: deque[Job], num_at_once: int) -> Iterator[tuple[Job, Result]]:
-    """Runs jobs until none is left, so many at once; whoever iterates may add jobs meanwhile."""
+    """Runs jobs until none is left, at most `num_at_once` in parallel; the caller may append jobs while iterating."""
     running: dict[int, tuple[Job, float]] = {}
     try:
         while jobs or running:
@@ -226,7 +226,7 @@ def _is_late(job: Job, began: float) -> bool:
 
 
 def _end(pid: int) -> int | None:
-    """The exit code of a fork, None where it had to be killed; nothing that it started outlives it."""
+    """Ends a fork and every process that it started; returns its exit code, None where it had to be killed."""
     ended = _has_ended(pid)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)

@@ -138,7 +138,7 @@ def _plain(value: Any) -> Any:
 
 
 def undeclared_drifts(state: Sequence[Resource], session: Any) -> Iterator[Drift]:
-    """What is deployed beside the resources of the state, and belongs to one of them.
+    """Deployed resources that are not in the state but are attached to one that is.
 
     Args:
         session: a boto3 session.

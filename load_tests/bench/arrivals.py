@@ -3,7 +3,7 @@
 Open loop: the next request comes when it is due, whether or not the server has
 caught up, and its latency counts from the moment it was due (Tene's
 coordinated omission). Invariant: equal plans give equal arrivals, scaled by the
-rate, whoever serves.
+rate, for every server measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from load_tests.bench.requests import NoPicture, Seen
 
 Ask = Callable[[int], Awaitable[Seen]]
-"""Asks for the picture of a seed; raises NoPicture."""
+"""Requests the picture of a seed; raises NoPicture where the server does not return one."""
 
 
 @dataclass(frozen=True, slots=True)

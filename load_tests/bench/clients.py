@@ -3,7 +3,7 @@
 Each client is its runner of clients/CONFORMANCE.md, a process of its own, which notes when its caller has each preview
 of the only stream of `preview_source`. CPU is the difference between a long run and a short one, by the previews by
 which they differ: so the start of the process and most of what a just-in-time compiler does are left out. A second
-table has server-sent events beside gRPC, from a real server.
+table compares server-sent events with gRPC, from a real server.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _row(
 
 
 def _late_ms(run: Run, percent: float) -> float:
-    """A percentile; not a number where the client has passed over previews, and which is not known."""
+    """A percentile of the previews' delay; NaN where the client has skipped previews, since it is not known which."""
     if len(run.received_us) != len(run.written_us):
         return float("nan")
     late_us = (run.received_us - run.written_us)[int(WARMED_UP * len(run.written_us)) :]

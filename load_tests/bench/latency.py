@@ -1,8 +1,8 @@
-"""Time to first pixel and to the picture under Poisson arrivals, Safelight beside servers that answer with pictures.
+"""Time to first pixel and to the picture under Poisson arrivals: Safelight and servers that return only the picture.
 
 Each server is loaded at shares of its own measured capacity, and all at the
-same share of the slowest one's. All are up all the time; a peer that is not
-loaded stands still. The clients are one process. A peer's first pixel is its picture's.
+same share of the slowest one's. All servers run all the time; a peer that is not
+loaded is idle. The clients are one process. A peer's first pixel is that of its picture.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a picture costs that starts from another one, beside one from noise: server CPU and pictures a second.
+"""Cost of a picture that starts from another one, compared with one from noise: server CPU and pictures a second.
 
 All take the same steps, as strength is 1: so the difference is the encoder, the mixing at each step, and for masks the
 pixels at the end. Uploads are made before. The kinds take turns, and "mixed" has a third of each.
@@ -87,7 +87,7 @@ async def upload(address: str) -> dict[str, list[bytes]]:
 
 
 async def develop(address: str, plan: Plan, num_clients: int, specs: list[bytes], round_: int) -> float:
-    """Each client asks for its pictures one after another; seconds until all have them."""
+    """Each client requests its pictures one after another; returns the seconds until all clients have theirs."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub = stubs.GenerationServiceStub(channel)
 

@@ -91,7 +91,7 @@ def _one(clients: Child, server: Child, address: str, num_generations: int, num_
 
 
 async def develop(address: str, num_generations: int, num_steps: int) -> float:
-    """Asks for all at once, without previews; seconds from the first batch to the last step, on the server's clock."""
+    """Requests all at once, without previews; returns seconds from first batch to last step, by the server's clock."""
     message = pb.GenerateRequest(
         spec=pb.GenerationSpec(prompt=PROMPT, num_inference_steps=num_steps),
         preview=pb.PreviewPolicy(method=pb.PREVIEW_METHOD_NONE),

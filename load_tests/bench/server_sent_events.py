@@ -1,4 +1,4 @@
-"""Server-sent events beside gRPC: the same pictures with three previews each, from one server to a client in Python.
+"""Server-sent events compared with gRPC: the same pictures, three previews each, from one server to a Python client.
 
 The server is real, on the simulated runtime with the sizes of Stable Diffusion 1.5; a probe notes when it has
 serialized a preview. The request over gRPC is the one that the HTTP port makes of the JSON. By gRPC the client is the
@@ -42,7 +42,7 @@ class Plan:
     """How much to measure: `num_pictures` by each way in each round.
 
     Attributes:
-        step_ms: what the simulated denoiser takes: longer than a preview, so that hardly one is passed over.
+        step_ms: time of a simulated denoiser step: longer than a preview takes, so that hardly any is dropped.
     """
 
     num_pictures: int = 100
@@ -94,7 +94,7 @@ def _body(seed: int) -> bytes:
 
 
 async def by_grpc(address: str, seeds: range) -> tuple[list[int], int]:
-    """Asks for the pictures; when each preview came, in microseconds since 1970, and the bytes of their files."""
+    """Requests the pictures; returns each preview's arrival, in microseconds since 1970, and the bytes of the files."""
     catalog = Catalog([simulated.simulated_pipeline()])
     received_us: list[int] = []
     num_bytes = 0

@@ -71,9 +71,9 @@ class Outcome:
 
     Attributes:
         phase: when it was due.
-        refusals: of each refusal the wait that it was told, None: it was told none.
-        admitted: it was let in, in the end.
-        failed: why it ended otherwise; empty: it did not.
+        refusals: for each refusal, the delay in its RetryInfo; None where it had none.
+        admitted: the server accepted the request, at whichever try.
+        failed: the error with which the request ended; empty where it did not fail.
     """
 
     phase: str
@@ -165,7 +165,7 @@ def _request(seed: int, priority: int, has_floor: bool) -> pb.GenerateRequest:
 async def _ask(
     stub: stubs.GenerationServiceAsyncStub, request: pb.GenerateRequest, outcome: Outcome, due: float, max_tries: int
 ) -> None:
-    """Asks, and again whenever it is told to, until it is let in."""
+    """Sends a request, and retries after the delay of each RetryInfo, until the server accepts it."""
     await asyncio.sleep(max(0.0, due - time.perf_counter()))
     for _ in range(max_tries):
         try:

@@ -1,4 +1,4 @@
-"""The triton runtime beside the embedded one: throughput, CPU per step, and how soon work goes on after a kill -9.
+"""The triton runtime compared with the embedded one: throughput, CPU per step, and the pause after a kill -9.
 
 Runs the engine without streams, so that what is compared is the runtimes, with
 one instance each; CPU is that of this process and, for Triton, of the server

@@ -71,10 +71,10 @@ class Row:
     """What one index did. Recalls are shares of the queries for which there is something to find.
 
     Attributes:
-        best_near: the nearest stored vector, or an equal one, came first, where it has at least cosine 0.95.
-        any_near: something at 0.95 or more was found, likewise.
-        best_far: the same at 0.65, where the nearest is below 0.95.
-        served: something at 0.95 or more that the text guard lets pass was among the first 16, where there is such.
+        best_near: the nearest stored vector, or an equal one, came first; of queries with one at cosine 0.95 or more.
+        any_near: some vector at 0.95 or more was found; of the same queries.
+        best_far: as `best_near`, of queries whose nearest is at 0.65 or more but below 0.95.
+        served: a vector at 0.95 or more that the text guard accepts was among the first 16; of queries that have one.
     """
 
     data: str

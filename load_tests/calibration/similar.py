@@ -87,8 +87,9 @@ def replay(
 
     Args:
         order: the indexes to look into, each where those before found nothing that may answer.
-        vectors: (N, D), of all captions; `facts` likewise.
-        first: the first of them that is a request; those before are stored.
+        vectors: (N, D), of all captions.
+        facts: of all captions, in the same order.
+        first: the index of the first caption that is a request; those before it are stored.
     """
     searches: dict[str, Search] = {"tables": indexes.tables, "newest": indexes.newest, "all": indexes.all}
     uses: Counter[int] = Counter()

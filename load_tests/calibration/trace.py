@@ -1,7 +1,7 @@
 """A trace of requests for the caches' benchmark: how people ask for icons, drawn from committed parameters.
 
 Sessions start by a Poisson process, with prompts of Zipf popularity. After a think time, a session rephrases its
-prompt, adds a detail, changes something, or repeats the prompt. Every request carries the icon it asks for, so that the
+prompt, adds a detail, changes something, or repeats the prompt. Every request carries its icon, so that the
 served picture can be judged. The same parameters and seed give the same trace on any machine. `replay` sends the
 trace to a server; `eviction` simulates a cache.
 

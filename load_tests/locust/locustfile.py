@@ -119,7 +119,7 @@ class SafelightUser(User):  # type: ignore[misc]  # likewise
 
     @task  # type: ignore[untyped-decorator]  # likewise
     def ask(self) -> None:
-        """Asks for a picture, watches it to its end, and reports what was seen."""
+        """Requests a picture, watches it to its end, and reports the latencies to Locust."""
         seen = Watched()
         try:
             self._watch(seen)

@@ -13,7 +13,7 @@ class Prompts:
     """Draws prompts by Zipf's law: the k-th line of a file is drawn with a weight of k to the minus `exponent`.
 
     Args:
-        file: one prompt a line; blank lines are passed over.
+        file: one prompt a line; blank lines are skipped.
         exponent: 0 draws all alike; people's requests are often near 1.
         num_seeds: pictures of one prompt: a seed below this comes with each. 0: None does, so the server chooses.
 

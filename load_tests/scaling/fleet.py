@@ -68,7 +68,7 @@ def simulate(demand: NDArray[np.float64], policy: Callable[[State], int], first:
     """Runs a policy over a trace from a tick on. Replicas have one instance.
 
     Args:
-        policy: gives the replicas that it wants.
+        policy: maps the state at a tick to the number of replicas to run.
         initial: replicas at the beginning.
     """
     live, starting = initial, deque[int]()  # ticks at which the replicas that were asked for are ready

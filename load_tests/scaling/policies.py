@@ -1,4 +1,4 @@
-"""Ways of scaling: each gives the replicas that it wants of a state."""
+"""Scaling policies: each maps a state of the fleet to the number of replicas to run."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How many false alarms the seasonal baselines give on made-up traffic, beside static thresholds."""
+"""How many false alarms the seasonal baselines give on synthetic traffic, compared with static thresholds."""

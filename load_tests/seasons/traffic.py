@@ -1,4 +1,4 @@
-"""Traffic of seven weeks: a daily and a weekly pattern, and in the last two weeks what an operator wants to hear of.
+"""Traffic of seven weeks: a daily and a weekly pattern, and in the last two weeks incidents to alert on.
 
 The rate of requests is that of the hour (x 3 at weekends), times random factors of the week, the day, the hour and the
 minute, times that of an event.

@@ -1,1 +1,1 @@
-"""A long run of good callers beside hostile ones, `make soak`: memory stays flat, and good callers notice nothing."""
+"""Good and hostile callers together for long, `make soak`: memory stays flat, and good callers are not slowed."""

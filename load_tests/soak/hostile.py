@@ -63,7 +63,7 @@ async def leaver(address: str, key: Metadata, seen: Counter[str]) -> None:
 
 
 async def flood(address: str, key: Metadata, seen: Counter[str]) -> None:
-    """Asks for the same picture with large labels as often as it can."""
+    """Requests the same picture with large labels as often as it can."""
     labels = {f"{index:02d}": "🔥" * 60 for index in range(16)}
     request = pb.GenerateRequest(spec=_spec("flood", 1, steps=1), preview=NO_PREVIEWS, labels=labels)
     async with grpc.aio.insecure_channel(address) as channel:

@@ -1,8 +1,8 @@
 """Reads the operator's files: at start, and again when they have changed.
 
-Invariants: only a regular file of bounded size is read, so that a FIFO or a
-device in its place holds up nothing; after the start files are read in a thread,
-never on the event loop; a changed file that cannot be used changes nothing.
+Invariants: only a regular file of bounded size is read, so that a FIFO or a device
+in its place blocks nothing; after the start, files are read in a thread, never on the
+event loop; a changed file that cannot be used changes nothing.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 MAX_BYTES = 32 << 20
-"""Bytes of the largest file that is read; about 270,000 keys of callers."""
+"""Bytes of the largest file that is read; about 270,000 API keys."""
 MAX_FAULTS = 20
-"""Faults of a file that are listed; a file of another kind may have one in each entry."""
+"""Faults of a file that an error lists; a wrong file may have a fault in each entry."""
 LOOK_EVERY_S = 1.0
 
 _Stamp = tuple[int, int, int, int]
@@ -34,21 +34,21 @@ class ConfigFileError(Exception):
 
 
 def faulty(path: Path, faults: Sequence[str]) -> ConfigFileError:
-    """The error of a file with these faults, of which the first `MAX_FAULTS` are listed."""
+    """The error of a file with faults; it lists the first `MAX_FAULTS`."""
     more = len(faults) - MAX_FAULTS
     return ConfigFileError(f"{path}: {'; '.join(faults[:MAX_FAULTS])}{f'; and {more} more' if more > 0 else ''}")
 
 
 def read_regular_file(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
-    """Returns the bytes of a file. Does not wait for a writer, as reading a FIFO would.
+    """Returns the bytes of a file. Never blocks on a FIFO without a writer.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or has more than `max_bytes` bytes.
+        OSError: the file cannot be read, is no regular file, or has more than `max_bytes` bytes.
     """
-    _check_regular(path, path.stat())  # before it is opened, as opening a device can have effects
+    _check_regular(path, path.stat())  # before opening, since opening a device can have effects
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
-        _check_regular(path, os.fstat(descriptor))  # it may have been replaced meanwhile
+        _check_regular(path, os.fstat(descriptor))  # the path may have been replaced meanwhile
         with open(descriptor, "rb", closefd=False) as file:
             data = file.read(max_bytes + 1)
     finally:
@@ -74,17 +74,17 @@ _KINDS = {
 
 
 class WatchedFile(Generic[T]):
-    """What a file says, read again when it changes.
+    """The parsed content of a file, which is read again when it changes.
 
-    A new file that cannot be used is logged once, and what was read before stays in force. A faulty file is read again
-    when it changes, a file that could not be read at the next look.
+    A new file that cannot be used is logged once, and the earlier content stays in force. A faulty file is read again
+    when it changes; a file that could not be read is read again at the next check.
 
     Args:
-        parse: makes the content of the bytes; raises ConfigFileError.
-        name: what the file holds, in the plural, for the log.
+        parse: parses the bytes; raises ConfigFileError.
+        name: the kind of its content, in the plural, for the log.
 
     Attributes:
-        content: what the file says.
+        content: the parsed content.
 
     Raises:
         ConfigFileError: the file cannot be read or used.
@@ -102,7 +102,7 @@ class WatchedFile(Generic[T]):
             raise ConfigFileError(f"{path}: {error.strerror}") from None
 
     async def follow(self) -> None:
-        """Looks once a second, until cancelled, whether the file has changed; in a thread, so that the loop goes on."""
+        """Checks once a second whether the file has changed, in a thread. Runs until it is cancelled."""
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             await asyncio.to_thread(self.look)
@@ -132,7 +132,7 @@ class WatchedFile(Generic[T]):
 
 
 def _stamp(path: Path) -> _Stamp | None:
-    """Times, size and inode of a file, which change when it is written or replaced; None if there is no file."""
+    """Times, size and inode of a file, which change when it is written or replaced; None: there is no file."""
     try:
         status = path.stat()
     except OSError:

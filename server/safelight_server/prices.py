@@ -1,4 +1,4 @@
-"""What machines cost, from the operator's file, and what a second of compute costs on one of them.
+"""Prices of machines, from the operator's file, and the price of a second of compute on one of them.
 
 The file is TOML:
 
@@ -6,8 +6,8 @@ The file is TOML:
 
     [instance_types."g5.xlarge"]
     per_hour = 1.006
-    instances = 1        # of the runtime: calls that run at once on such a machine
-    utilization = 0.6    # share of their time that is charged for; what stands idle is paid by what computes
+    instances = 1        # runtime instances: calls that run at once on such a machine
+    utilization = 0.6    # share of their time that computes; the price of the whole hour is spread over it
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class MachinePrice(BaseModel):
     """A kind of machine.
 
     Attributes:
-        per_hour: in units of the currency.
-        instances: of the runtime that such a machine has.
+        per_hour: price in units of the currency.
+        instances: runtime instances of such a machine.
         utilization: share of instance time that computes, over which the price of a whole hour is spread.
     """
 
@@ -52,7 +52,7 @@ class PriceTable(BaseModel):
     instance_types: Annotated[dict[str, MachinePrice], Field(min_length=1)]
 
     def machine(self, instance_type: str, where: str) -> MachinePrice:
-        """The price of a kind of machine; `where` the caller got its name from, for the error.
+        """The price of a kind of machine. `where` names the setting or option with the kind, for the error.
 
         Raises:
             ConfigFileError: the table does not have it.
@@ -66,7 +66,7 @@ class PriceTable(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ComputePrice:
-    """What compute costs at one server.
+    """The price of compute on one server.
 
     Attributes:
         currency: ISO 4217.
@@ -79,7 +79,7 @@ class ComputePrice:
     machine_per_hour: float
 
     def of(self, compute_s: float) -> int:
-        """The cost of so much compute, in billionths of a unit of the currency."""
+        """The cost of `compute_s` seconds of compute, in billionths of a unit of the currency."""
         return round(compute_s * self.per_s * NANO)
 
 
@@ -87,21 +87,21 @@ def read_prices(path: Path) -> PriceTable:
     """The price table of a file.
 
     Raises:
-        ConfigFileError: it cannot be used; with all faults.
+        ConfigFileError: the file cannot be used; the error lists all faults.
     """
     try:
         return PriceTable.model_validate(tomllib.loads(read_regular_file(path).decode()))
     except OSError as error:
         raise ConfigFileError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigFileError(f"{path}: is no TOML: {error}") from None
+        raise ConfigFileError(f"{path}: is not valid TOML: {error}") from None
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise faulty(path, faults) from None
 
 
 def compute_price(path: Path, instance_type: str) -> ComputePrice:
-    """What compute costs on a kind of machine.
+    """The price of compute on a kind of machine.
 
     Raises:
         ConfigFileError: the file cannot be used or does not have that kind.

@@ -1,7 +1,7 @@
 """Every setting, declared once: type, default, unit in the name, bounds and meaning.
 
-Environment variables are `SAFELIGHT_<NAME>`; an empty one is as if it were not
-there. Command-line options and `docs/operations/settings.md` derive from here.
+Environment variables are `SAFELIGHT_<NAME>`; an empty variable counts as unset.
+Command-line options and `docs/operations/settings.md` are derived from this module.
 Nothing else reads the environment. All bad values are reported at once.
 """
 
@@ -31,12 +31,12 @@ class SettingsError(Exception):
 
 
 class Settings(BaseSettings):
-    """What an operator can choose."""
+    """The settings that an operator can choose."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
 
     host: str = Field("127.0.0.1", description="Address to bind. Beyond loopback TLS and keys are needed, or insecure.")
-    port: int = Field(8421, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
+    port: int = Field(8421, ge=0, le=65535, description="Port to bind; 0: a free one.")
     http_port: int = Field(
         0, ge=0, le=65535, description="Port of HTTP on `host`: the OpenAI-compatible API (docs/http.md). 0: off."
     )
@@ -50,7 +50,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=65535,
-        description="Port of gRPC health alone, without TLS, on `host`: for probes of an orchestrator. 0: off.",
+        description="Port with only the gRPC health service, without TLS, on `host`: for probes. 0: off.",
     )
     insecure: bool = Field(False, description="Allow a bind beyond loopback without TLS or without keys.")
     tls_cert_file: Path | None = Field(
@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     tls_key_file: Path | None = Field(None, description="PEM key of the server.")
     tls_client_ca_file: Path | None = Field(
         None,
-        description="PEM of the authorities by which each client must have a certificate (mTLS). None: not asked for.",
+        description="PEM of the authorities that sign the certificates of clients (mTLS). None: clients need none.",
     )
     api_key_file: Path | None = Field(None, description="Keys of the callers (docs/operations/keys.md). None: no keys.")
     quota_file: Path | None = Field(
@@ -88,13 +88,13 @@ class Settings(BaseSettings):
         description="Triton: HOST:PORT of its gRPC; several servers, separated by commas, share the work.",
     )
     triton_shared_memory: Literal["auto", "on", "off"] = Field(
-        "auto", description="Triton: tensors through shared memory; auto: with servers on this host that take it."
+        "auto", description="Triton: tensors through shared memory; auto: with servers on this host that support it."
     )
     triton_instances: int = Field(
         1,
         gt=0,
         le=64,
-        description="Triton: calls that a server is given at once; as many as its denoiser has instances.",
+        description="Triton: calls in flight per server; as many as its denoiser has instances.",
     )
     triton_timeout_floor_s: float = Field(
         2.0,
@@ -107,7 +107,7 @@ class Settings(BaseSettings):
         60.0, description="With no live instance: how long a generation without a deadline waits for one."
     )
     runtime_grace_s: Seconds = Field(
-        5.0, description="With no live instance: how long new requests are taken and health says SERVING."
+        5.0, description="With no live instance: how long new requests are accepted and health says SERVING."
     )
 
     max_running_outputs: int = Field(
@@ -133,10 +133,10 @@ class Settings(BaseSettings):
         32 << 20,
         gt=0,
         le=1 << 28,
-        description="Most pixels of an uploaded picture; it takes 8 bytes each for a moment.",
+        description="Most pixels of an uploaded picture; decoding takes 8 bytes for each.",
     )
     max_images_bytes_per_tenant: Count = Field(
-        64 << 20, description="Bytes of uploaded pictures that a replica keeps of one tenant; beyond it the oldest go."
+        64 << 20, description="Bytes of uploaded pictures that a replica keeps of one tenant; the oldest are dropped."
     )
     class_wait_s: Mapping[Literal["interactive", "standard", "batch"], PositiveSeconds] = Field(
         {"interactive": 5.0, "standard": 60.0, "batch": 600.0},
@@ -145,7 +145,7 @@ class Settings(BaseSettings):
     )
     preview_share: float = Field(0.1, ge=0, le=0.5, description="Share of compute that previews may take from steps.")
 
-    watcher_stall_s: Seconds = Field(30.0, description="A stream whose client takes no event for this long is ended.")
+    watcher_stall_s: Seconds = Field(30.0, description="A stream whose client reads no event for this long is ended.")
     max_streams_per_caller: Count = Field(1024, description="Streams that one caller may have open.")
     max_connections: Count = Field(4096, description="Connections that are open at once; more are not accepted.")
     request_wait_s: float = Field(
@@ -164,7 +164,7 @@ class Settings(BaseSettings):
     resume_grace_s: Seconds = Field(
         30.0, description="How long a generation without a stream can be resumed, by default."
     )
-    max_resume_grace_s: Seconds = Field(600.0, description="Longest resume grace that a request may ask for.")
+    max_resume_grace_s: Seconds = Field(600.0, description="Longest resume grace that a request may set.")
     idempotency_ttl_s: Seconds = Field(
         600.0, description="How long a request_id is remembered after its generation has ended."
     )
@@ -188,13 +188,13 @@ class Settings(BaseSettings):
     drain_grace_s: Seconds = Field(30.0, description="How long generations may finish and be delivered after SIGTERM.")
     spot_notice: Literal["off", "aws"] = Field(
         "off",
-        description="aws: drain when the metadata service says that this spot instance goes (docs/operations/spot.md).",
+        description="aws: drain at the metadata service's notice of an interruption (docs/operations/spot.md).",
     )
-    spot_notice_url: str = Field("http://169.254.169.254", description="Where that metadata service (IMDSv2) is.")
+    spot_notice_url: str = Field("http://169.254.169.254", description="URL of that metadata service (IMDSv2).")
 
     redis_url: SecretStr | None = Field(
         None,
-        description="Redis that the replicas share, such as redis://127.0.0.1:6379/0. None: this replica is alone.",
+        description="Redis that the replicas share, such as redis://127.0.0.1:6379/0. None: there is one replica.",
     )
     redis_timeout_ms: int = Field(
         250, ge=1, le=10_000, description="A call of Redis that takes longer counts as failed."
@@ -203,50 +203,50 @@ class Settings(BaseSettings):
         5.0,
         ge=0.3,
         le=300,
-        description="Lease time: other replicas take over the work of one that is silent for this long.",
+        description="Lease time: other replicas take over the work of a replica that is silent for this long.",
     )
     breaker_open_s: float = Field(
         2.0,
         ge=0.1,
         le=600,
-        description="How long Redis, disk or S3 is not called after three failures in a row; then one call tries.",
+        description="How long Redis, disk or S3 is not called after three failures in a row; then comes a trial call.",
     )
     cache_key_file: Path | None = Field(
-        None, description="Keys that seal what is cached (docs/operations/cache-storage.md). None: memory only."
+        None, description="Keys that encrypt cached data (docs/operations/cache-storage.md). None: memory only."
     )
     cache_ttl_s: float = Field(86_400.0, gt=0, description="How long a cached entry may be served.")
     cache_memory_bytes: Count = Field(256 << 20, description="Bytes of cached entries in memory.")
     cache_redis: bool = Field(
-        True, description="Cached entries in Redis too, where there is one; false with redis_url needs cache_s3_url."
+        True, description="Cached entries in Redis too, if redis_url is set; false then needs cache_s3_url."
     )
     cache_disk_dir: Path | None = Field(None, description="Folder of cached entries, for this process only. None: off.")
     cache_disk_bytes: Count = Field(8 << 30, description="Bytes of cached entries in that folder.")
     cache_s3_url: str = Field(
         "",
-        description="Bucket for entries that memory and disk push out: s3://BUCKET/PREFIX, then ? and, with & between, "
+        description="Bucket for entries that memory and disk evict: s3://BUCKET/PREFIX, then ? and, with & between, "
         "endpoint_url, region, credentials_file, timeout_ms (docs/operations/cache-storage.md).",
     )
     cache_pools: Mapping[str, tuple[str, ...]] = Field(
-        {}, description='Tenants that share what is cached, by pool, as JSON: {"studio": ["ann", "bob"]}.'
+        {}, description='Tenants that share cached data, by pool, as JSON: {"studio": ["ann", "bob"]}.'
     )
     cache_similar_items: Count = Field(100_000, description="Finished pictures that can be found as similar.")
     cache_similar_uses: Count = Field(
         16,
-        description="How often one replica serves a picture as similar; then it generates a new one in its place.",
+        description="How often one replica serves a picture as similar; then it generates a new one to replace it.",
     )
-    cache_latent_bytes: Count = Field(256 << 20, description="Bytes of these latents, all together.")
+    cache_latent_bytes: Count = Field(256 << 20, description="Bytes of latents that similar prompts can start from.")
     checkpoint_every_n_steps: Count = Field(
-        5, description="With redis_url: steps between checkpoints, so the most that a crash costs an output."
+        5, description="With redis_url: steps between checkpoints, and so the most steps that a crash costs an output."
     )
 
     log_format: Literal["auto", "console", "json"] = Field(
-        "auto", description="auto: console on a terminal, else JSON."
+        "auto", description="auto: console on a terminal, otherwise JSON."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
     metrics_port: int = Field(0, ge=0, le=65535, description="Port of Prometheus metrics. 0: off.")
     metrics_host: str = Field(
         "",
-        description="Address of metrics, which have no TLS and no keys. Empty: loopback, or with insecure host.",
+        description="Address of metrics, which have no TLS and no keys. Empty: loopback, or `host` with insecure.",
     )
     quality_sample_ratio: float = Field(
         0.05, ge=0, le=1, description="Share of developed pictures that are measured for the quality metrics."
@@ -258,7 +258,7 @@ class Settings(BaseSettings):
         "", description="Headers sent with traces, such as a collector's key: NAME=VALUE, separated by commas."
     )
     trace_ratio: float = Field(
-        1.0, ge=0, le=1, description="Share of traces recorded where the client's traceparent does not decide."
+        1.0, ge=0, le=1, description="Share of traces recorded of those whose traceparent has no sampled flag."
     )
     trace_requested_per_s: float = Field(
         100.0,
@@ -282,15 +282,15 @@ class Settings(BaseSettings):
         if self.tls_client_ca_file is not None and self.tls_cert_file is None:
             faults.append("tls_client_ca_file needs tls_cert_file and tls_key_file")
         if self.http_port and self.host.startswith("unix:"):
-            faults.append("http_port needs a host that is no unix socket")
+            faults.append("http_port needs a host that is not a unix socket")
         if self.probe_port and self.host.startswith("unix:"):
-            faults.append("probe_port needs a host that is no unix socket")
+            faults.append("probe_port needs a host that is not a unix socket")
         if self.probe_port and self.probe_port in (self.port, self.http_port):
-            faults.append("probe_port must be another one than port and http_port")
+            faults.append("probe_port must differ from port and http_port")
         if any(origin != "*" and not _is_origin(origin) for origin in self.cors_origins):
             faults.append("http_cors_origins must be http[s]://HOST[:PORT] or *, separated by commas")
         if self.runtime == "triton" and not self.triton_urls:
-            faults.append("triton_url names no server")
+            faults.append("triton_url must name at least one server")
         if len(set(self.triton_urls)) < len(self.triton_urls):
             faults.append("triton_url names a server twice")
         if self.otlp_endpoint and not _is_url(self.otlp_endpoint):
@@ -304,7 +304,7 @@ class Settings(BaseSettings):
         if self.max_images_bytes_per_tenant < self.max_image_bytes:
             faults.append("max_images_bytes_per_tenant is below max_image_bytes")
         if self.redis_url is not None and not self.cache_redis and not self.cache_s3_url:
-            faults.append("redis_url with cache_redis=false needs cache_s3_url: what replicas share must lie somewhere")
+            faults.append("redis_url with cache_redis=false needs cache_s3_url: replicas need a shared store")
         if self.cache_key_file is None:
             lasting = {
                 "redis_url": self.redis_url,
@@ -312,7 +312,7 @@ class Settings(BaseSettings):
                 "cache_s3_url": self.cache_s3_url,
             }
             faults += [
-                f"{name} needs cache_key_file: what is kept is sealed" for name, given in lasting.items() if given
+                f"{name} needs cache_key_file: stored data is encrypted" for name, given in lasting.items() if given
             ]
         if faults:
             raise ValueError("; ".join(faults))
@@ -330,7 +330,7 @@ class Settings(BaseSettings):
 
     @property
     def otlp_header_pairs(self) -> dict[str, str]:
-        """The headers of `otlp_headers`, names in lower case as gRPC wants them."""
+        """The headers of `otlp_headers`, names in lower case as gRPC requires."""
         return {name: value for name, _, value in self._otlp_headers()}
 
     def _otlp_headers(self) -> list[tuple[str, str, str]]:
@@ -347,7 +347,7 @@ def _is_url(text: str) -> bool:
 
 
 def _is_origin(text: str) -> bool:
-    """Whether it is what browsers send as Origin: a scheme, a host and perhaps a port."""
+    """Whether a text is an origin as browsers send it: a scheme, a host and perhaps a port."""
     return _is_url(text) and text == text.lower() and not re.search(r"[/?#@*]", text.partition("://")[2])
 
 
@@ -368,14 +368,15 @@ REMOVED = {
     "cache_s3_timeout_ms": "use ?timeout_ms=... in cache_s3_url",
     "cache_latent_items": "it is always 10,000",
 }
-"""Settings of earlier versions and what became of them. A variable that had no effect would be a surprise."""
+"""Settings of earlier versions and what replaces them. They are refused, since a variable without effect would
+surprise its operator."""
 
 
 def load(**given: object) -> Settings:
-    """Settings from the environment, overridden by what is `given`.
+    """The settings from the environment, overridden by those that are `given`.
 
     Raises:
-        SettingsError: listing all that is wrong.
+        SettingsError: a setting is invalid; the message lists all faults.
     """
     gone = [f"{name} is gone: {what}" for name, what in REMOVED.items() if os.environ.get(PREFIX + name.upper())]
     if gone:
@@ -394,8 +395,8 @@ def load(**given: object) -> Settings:
 
 
 def misspelt(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Variables that are almost a setting's, and that setting's. Others of the prefix are left to whose they are:
-    Kubernetes sets some for every Service."""
+    """Variables whose names almost match a setting, with the variable that may be meant. Other variables with the
+    prefix are ignored: Kubernetes sets some for every Service."""
     known = [name.upper() for name in Settings.model_fields]
     given = [name.removeprefix(PREFIX) for name in environment if name.startswith(PREFIX)]
     nearest = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.8) for name in given if name not in known}
@@ -403,7 +404,7 @@ def misspelt(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine only."""
+    """Whether an address can be reached only from this machine."""
     if host == "localhost" or host.startswith("unix:"):
         return True
     try:

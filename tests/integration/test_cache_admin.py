@@ -228,7 +228,7 @@ async def test_the_service_is_listed(simulated):
     [
         (("stats",), 0, "approximate"),
         (("purge", "--tenant", "default"), 0, "deleted 0 from memory"),
-        (("purge",), 2, "safelight: tenant: give a tenant, a model_revision or a generation"),
+        (("purge",), 2, "safelight: tenant: one of tenant, model_revision and generation must be set"),
         (("purge", "--model-revision", "icons"), 2, "safelight: model_revision: must be MODEL/REVISION"),
         (("stats", "--target", "127.0.0.1:1"), 1, "safelight: UNAVAILABLE"),
     ],

@@ -96,10 +96,10 @@ async def test_a_stream_has_previews_and_each_picture(server):
 REFUSED = [
     ({}, {}, "image", "is missing"),
     ({"image": "x"}, {}, "image", "must be a file"),
-    ({}, {"image": b"no picture"}, "image", "is no picture that can be read"),
+    ({}, {"image": b"no picture"}, "image", "cannot be read as a picture"),
     ({}, {"image": PHOTO[:200]}, "image", "is damaged or cut off"),
-    ({}, {"image": b""}, "image", "is no picture that can be read"),
-    ({}, {"image": PHOTO, "image[]": GREY}, "image", "is there 2 times"),
+    ({}, {"image": b""}, "image", "cannot be read as a picture"),
+    ({}, {"image": PHOTO, "image[]": GREY}, "image", "occurs 2 times"),
     ({}, {"image": PHOTO, "mask": GREY}, "mask", "alpha channel"),
     ({}, {"image": PHOTO, "mask": jpeg(Image.new("RGB", (128, 128)))}, "mask", "must be a PNG"),
     ({}, {"image": PHOTO, "mask": clear(size=(64, 64))}, "mask", "64x64 pixels where the picture has 128x128"),

@@ -90,13 +90,13 @@ async def test_an_upload_is_known_by_its_digest_and_can_be_asked_for(server):
     ("data", "first", "field", "why"),
     [
         (PHOTO, {"sha256": b"x"}, "sha256", "must be the SHA-256 of the file, 32 bytes"),
-        (PHOTO, {"sha256": bytes(32)}, "sha256", "is not that of the bytes that came"),
+        (PHOTO, {"sha256": bytes(32)}, "sha256", "does not match the bytes that came"),
         (PHOTO, {"total_bytes": 0}, "total_bytes", "must be from 1 to 16777216"),
         (PHOTO, {"total_bytes": (16 << 20) + 1}, "total_bytes", "must be from 1 to 16777216"),
         (PHOTO, {"total_bytes": len(PHOTO) + 1}, "data", "bytes where"),
         (PHOTO, {"total_bytes": 10}, "data", "has more bytes where 10 were announced"),
         (PHOTO[:200], {}, "data", "is damaged or cut off"),
-        (b"not a picture", {}, "data", "is no picture that can be read"),
+        (b"not a picture", {}, "data", "cannot be read as a picture"),
     ],
 )
 async def test_an_upload_that_cannot_be_used_names_the_field(server, data, first, field, why):
@@ -282,9 +282,7 @@ async def test_the_client_uploads_what_the_server_lacks(server, tmp_path):
         path.write_bytes(b"no picture")
         with pytest.raises(GenerationError) as refused:
             await client.generate("a red potion", init_image=path).picture()
-        assert refused.value.violations == {
-            "init_image": "is no picture that can be read; PNG, JPEG and WebP are taken"
-        }
+        assert refused.value.violations == {"init_image": "cannot be read as a picture; send PNG, JPEG or WebP"}
         for wrong in ("photo.png", tmp_path / "absent.png"):
             with pytest.raises(ValueError, match="init_image: "):
                 client.generate("a red potion", init_image=wrong)

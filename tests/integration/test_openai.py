@@ -106,7 +106,7 @@ async def test_several_pictures_to_edit_are_refused_by_name(client):
     with pytest.raises(openai.BadRequestError) as refused:
         await client.images.edit(image=[PHOTO, CLEAR], prompt="x")
     assert refused.value.param == "image"
-    assert "is there 2 times" in refused.value.message
+    assert "occurs 2 times" in refused.value.message
 
 
 async def test_a_key_of_the_package_attaches(client):

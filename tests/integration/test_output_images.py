@@ -105,7 +105,7 @@ async def test_the_same_request_id_attaches_after_the_output_has_gone(server):
     refused = await refusal(stub.Generate(message))
     assert (refused.code(), reason_of(refused)) == (grpc.StatusCode.NOT_FOUND, "IMAGE_NOT_FOUND")
     assert fields(details(refused)) == ["spec.init_image"]
-    assert "upload the picture" in refused.details()
+    assert "upload its picture" in refused.details()
 
 
 async def test_an_output_that_is_not_finished_is_named(server):

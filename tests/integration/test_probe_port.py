@@ -46,7 +46,7 @@ async def test_a_probe_port_that_cannot_be_had_is_named(start):
         with pytest.raises(StartError, match=f"probe_port: cannot bind 127.0.0.1:{port}"):
             async with start(runtime="simulated", probe_port=port):
                 pass
-    with pytest.raises(SettingsError, match="probe_port must be another one"):
+    with pytest.raises(SettingsError, match="probe_port must differ from port and http_port"):
         load(port=8421, probe_port=8421)
-    with pytest.raises(SettingsError, match="probe_port needs a host that is no unix socket"):
+    with pytest.raises(SettingsError, match="probe_port needs a host that is not a unix socket"):
         load(host="unix:/tmp/x", probe_port=8421)

@@ -222,6 +222,6 @@ def _nothing_is_left(running) -> None:
         assert sorted(latents._free) == list(range(len(latents._in_flight)))
         assert not latents._abandoned and not any(latents._in_flight)
     for ended in generations._finished.values():
-        assert not ended.log.watchers and not ended.log._feeds and not ended._encoding
+        assert not ended.log.watchers and not ended.log._feeds and not ended._encode_tasks
         assert all(output.output_id == 0 for output in ended.outputs), "a member of nothing"
         assert all(output.reason is not None for output in ended.outputs)

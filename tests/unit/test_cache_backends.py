@@ -82,7 +82,7 @@ async def test_files_that_cannot_be_used_are_errors_at_start(tmp_path: Path) -> 
     with pytest.raises(CredentialsError):
         url = f"s3://bucket?credentials_file={other}"
         await open_backends(load(cache_key_file=keys, cache_s3_url=url), Numbers().metrics)
-    with pytest.raises(ValueError, match="cache_s3_url: want s3://"):
+    with pytest.raises(ValueError, match="cache_s3_url: must be s3://"):
         await open_backends(load(cache_key_file=keys, cache_s3_url="bucket"), Numbers().metrics)
 
 
@@ -97,10 +97,10 @@ def test_the_url_of_a_bucket_says_how_to_reach_it() -> None:
 @pytest.mark.parametrize(
     ("url", "what"),
     [
-        ("http://bucket", "want s3://"),
-        ("s3:///prefix", "want s3://"),
-        ("s3://id:secret@bucket", "want s3://"),
-        ("s3://bucket#x", "want s3://"),
+        ("http://bucket", "must be s3://"),
+        ("s3:///prefix", "must be s3://"),
+        ("s3://id:secret@bucket", "must be s3://"),
+        ("s3://bucket#x", "must be s3://"),
         ("s3://bucket?endpoint=http://x", "unknown: endpoint; there are endpoint_url"),
         ("s3://bucket?region=", "region is empty"),
         ("s3://bucket?region=a&region=b", "twice"),

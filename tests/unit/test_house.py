@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import io
 import os
+import re
 import tempfile
+import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +22,12 @@ PARTICIPLES = {
     *("Served", "Shown", "Started", "Stored", "Suspended", "Taken", "Told", "Waited", "Wanted", "Watched", "Written"),
 }
 """Names that say what was done and not what it is: `Finished` and its like in domain/events.py are the contract's."""
+
+DIALECT = re.compile(
+    r"\b(?:none any more|(?:is|are|stands?) in line|is told of|what is told|goes on with it"
+    r"|DESIGN|tells nothing of)\b"
+)
+"""Phrases of an earlier private dialect. Say who does what, in words of the field: queued, requested, reported."""
 
 
 def sources() -> dict[str, ast.Module]:
@@ -108,6 +117,26 @@ def test_no_package_is_in_a_cycle(depth):
     assert cycle(package_arrows(depth)) == []
 
 
+def prose(text: str) -> Iterator[str]:
+    """The docstrings of a module, also those of its constants, and its comments, with one space between words."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield " ".join(node.value.value.split())
+    yield from (
+        token.string for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type == tokenize.COMMENT
+    )
+
+
+def test_prose_is_in_the_words_of_the_field():
+    found = {
+        f"{path.relative_to(PACKAGE)}: {match[0]}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for text in prose(path.read_text())
+        if (match := DIALECT.search(text))
+    }
+    assert found == set()
+
+
 def wall_clocks(tree: ast.Module) -> list[str]:
     """The calls that read this machine's clock."""
     calls = (ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call))
@@ -128,6 +157,8 @@ def test_the_rules_can_be_broken():
     assert repeated(iter([("Kind", "a"), ("Kind", "b"), ("Row", "a")])) == {"Kind": ["a", "b"]}
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c", "a"]
     assert cycle({"a": {"b", "c"}, "b": {"c"}}) == []
+    said = prose('"""It is\nin line."""\nX = 1  # none any more\n"""Queued."""\n')
+    assert [bool(DIALECT.search(text)) for text in said] == [True, False, True]
     tree = ast.parse(
         "from safelight_server.cache import cache\nimport grpc\n"
         "if TYPE_CHECKING:\n    from safelight_server.cli import main"

@@ -179,7 +179,7 @@ async def test_a_picture_that_was_stored_by_one_who_is_no_owner_any_more_is_not_
 
     desk.journal._put = late
     desk.picture(1)
-    leader._beating.cancel()
+    leader._renewals.cancel()
     await until(lambda: desk.coordinator.acquire(NAME, "other", 60.0))
     assert not leader.held and not leader.lost.is_set()
     gate.set()

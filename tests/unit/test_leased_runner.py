@@ -195,7 +195,7 @@ async def test_a_dead_leader_is_replaced_from_the_newest_checkpoint(pair: Pair) 
     await pair.one.step(first, 3)
     second.join(follower)
     assert pair.one.leased_runner is not None and pair.one.leased_runner._leader is not None
-    pair.one.leased_runner._leader._beating.cancel()  # it renews no more, as a dead process
+    pair.one.leased_runner._leader._renewals.cancel()  # it renews no more, as a dead process
     pair.other.run()
     await eventually(lambda: follower.picture is not None)
     assert follower.picture is not None

@@ -92,7 +92,7 @@ class Replica:
 
     def sleep(self, generation: Generation) -> None:
         """It renews no more."""
-        self.own(generation).leader._beating.cancel()
+        self.own(generation).leader._renewals.cancel()
 
 
 class Pair:

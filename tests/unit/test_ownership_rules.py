@@ -30,7 +30,6 @@ from safelight_server.generations.ownership.rules import (
 from tests.support.ownership_script import rewritten
 
 ROOT = Path(__file__).parent.parent.parent
-RECORD = (ROOT / "docs/decisions/0015-ownership.md").read_text()
 SCRIPTS = sorted((ROOT / "tests/golden/ownership").glob("*.txt"))
 LEASE_S = 2.0
 CLAIMS = st.builds(
@@ -45,15 +44,19 @@ CLAIMS = st.builds(
 LISTED = st.builds(ListedSeen, *[st.booleans()] * 6, st.floats(0, 2 * OTHERS_FIRST_LEASES * LEASE_S))
 
 
+def record() -> str:
+    return (ROOT / "docs/decisions/0015-ownership.md").read_text()
+
+
 def test_the_table_of_the_record_is_that_of_the_code() -> None:
     states = "|".join({at.name: at for at, _ in OWNER_TRANSITIONS})
-    rows = re.findall(rf"^\| ({states}) \| ([^|]+) \| (\w+) \| ([^|]+) \|$", RECORD, re.MULTILINE)
+    rows = re.findall(rf"^\| ({states}) \| ([^|]+) \| (\w+) \| ([^|]+) \|$", record(), re.MULTILINE)
     table = [(at.name, what.value, then.name, do.value) for (at, what), (then, do) in OWNER_TRANSITIONS.items()]
     assert [row for row in rows if row[1] in {what.value for what in OwnerInput}] == table
 
 
 def test_the_diagram_of_the_record_is_that_of_the_code() -> None:
-    [drawn] = re.findall(r"```mermaid\nstateDiagram-v2\n(    \[\*\] --> CLAIMED.*?)```", RECORD, re.DOTALL)
+    [drawn] = re.findall(r"```mermaid\nstateDiagram-v2\n(    \[\*\] --> CLAIMED.*?)```", record(), re.DOTALL)
     arrows = re.findall(r"^    (\w+) --> (\w+): ([^\n]+)$", drawn, re.MULTILINE)
     table = [(at.name, then.name, what.value) for (at, what), (then, _) in OWNER_TRANSITIONS.items()]
     assert arrows == table

@@ -45,7 +45,10 @@ def test_a_token_that_was_not_given_out_is_refused(token: str) -> None:
     with pytest.raises(InvalidRequestError) as refused:
         page(NAMES, 0, token)
     (fault,) = refused.value.violations
-    assert (fault.field, fault.description) == ("page_token", "must be next_page_token of an answer, or empty")
+    assert (fault.field, fault.description) == (
+        "page_token",
+        "must be next_page_token of an earlier response, or empty",
+    )
 
 
 def test_a_negative_size_is_refused() -> None:

@@ -33,7 +33,7 @@ def test_a_second_of_compute_pays_its_part_of_the_hour_and_of_what_stands_idle(t
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("currency = ", "is no TOML"),
+        ("currency = ", "is not valid TOML"),
         ('currency = "usd"\n[instance_types.a]\nper_hour = 1', "currency"),
         ('currency = "USD"', "instance_types"),
         ('currency = "USD"\n[instance_types.a]\nper_hour = -1', "instance_types.a.per_hour"),

@@ -73,7 +73,7 @@ def test_a_setting_that_is_gone_is_refused_and_says_what_to_use(monkeypatch):
 
 def test_a_default_model_that_is_not_there_is_refused_by_the_simulated_runtime_too():
     assert build_runtime(load(runtime="simulated", default_model="simulated"))
-    with pytest.raises(ManifestError, match="the default model 'icons' is not there"):
+    with pytest.raises(ManifestError, match="there is no 'icons'"):
         build_runtime(load(runtime="simulated", default_model="icons"))
 
 
@@ -257,4 +257,4 @@ def test_a_signal_ends_a_start_that_takes_long():
         process.terminate()
         said = process.stderr.read()
         assert process.wait() == 2
-    assert said.strip() == "safelight: a signal has ended it before it had started"
+    assert said.strip() == "safelight: a signal came before the server had started"

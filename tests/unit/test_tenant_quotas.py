@@ -128,7 +128,7 @@ async def test_beyond_its_rate_a_tenant_is_told_when_to_come_back(tmp_path: Path
         await quotas.admit("studio")
     error = refused.value
     assert error.reason == "REQUEST_RATE_EXCEEDED"
-    assert error.message == "tenant studio sends too many requests: 2 a second, up to 3 at once"
+    assert error.message == "tenant studio sends too many requests: 2 a second are allowed, up to 3 at once"
     assert error.metadata["subject"] == "tenant studio"
     assert error.retry_after_s == pytest.approx(0.501)
     assert await admitted(quotas, "lab", 3) == 3, "each tenant has buckets of its own"

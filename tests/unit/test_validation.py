@@ -227,7 +227,7 @@ FAULTS: list[tuple[str, pb.GenerateRequest, str, str]] = [
         "spec.guidance_interval",
         "leaves none of 10 steps with guidance; widen it, or set guidance_scale to 1 and leave it out",
     ),
-    ("outputs", request(outputs=[pb.OutputSpec()] * 5), "spec.outputs", "at most 4 pictures a request"),
+    ("outputs", request(outputs=[pb.OutputSpec()] * 5), "spec.outputs", "must have at most 4 entries"),
     (
         "sampler unknown",
         sampler(name="heun"),
@@ -265,7 +265,7 @@ FAULTS: list[tuple[str, pb.GenerateRequest, str, str]] = [
     ("a whole generation", request(init_image="generations/x"), "spec.init_image", NOT_AN_IMAGE),
     ("output without a number", request(init_image="generations/x/outputs/"), "spec.init_image", NOT_AN_IMAGE),
     ("output in a folder", request(init_image="generations/x/y/outputs/0"), "spec.init_image", NOT_AN_IMAGE),
-    ("mask alone", request(mask=IMAGE), "spec.mask", "goes with init_image, which it is the mask of; leave it out"),
+    ("mask alone", request(mask=IMAGE), "spec.mask", "goes with init_image; leave it out"),
     ("strength alone", request(strength=0.5), "spec.strength", "goes with init_image; leave it out"),
     ("strength 0", request(init_image=IMAGE, strength=0.0), "spec.strength", STRENGTH),
     ("strength 1.1", request(init_image=IMAGE, strength=1.1), "spec.strength", STRENGTH),
@@ -377,7 +377,7 @@ FAULTS: list[tuple[str, pb.GenerateRequest, str, str]] = [
         "method 9",
         preview(method=9),
         "preview.method",
-        "9 is no method of this server; see Model.preview_methods",
+        "9 is unknown; use one of Model.preview_methods",
     ),
     (
         "tiny decoder",
@@ -411,7 +411,12 @@ FAULTS: list[tuple[str, pb.GenerateRequest, str, str]] = [
     ("branch at 0", branch(step=0), "branch.step", "must be from 1 to 19, one less than the steps"),
     ("branch at the end", branch(step=20), "branch.step", "must be from 1 to 19, one less than the steps"),
     ("branch of output -1", branch(output_index=-1), "branch.output_index", "must be at least 0"),
-    ("branch of similar", cache(4, 0.9, branch().branch), "branch", "contradicts a cache mode that starts elsewhere"),
+    (
+        "branch of similar",
+        cache(4, 0.9, branch().branch),
+        "branch",
+        "contradicts MODE_ALLOW_SIMILAR and MODE_ALLOW_LATENT; leave one of them out",
+    ),
     (
         "floor of what is waited for",
         floored(pb.QualityFloor(cheaper_previews=True), interactive()),

@@ -170,6 +170,6 @@ async def test_faults_are_named(scraping, metadata, code, words):
 async def test_without_prometheus_nothing_is_said():
     with scaler(f"http://127.0.0.1:{free_port()}") as address:
         async with keda(address) as asks:
-            with pytest.raises(grpc.aio.AioRpcError, match="cannot be asked") as refused:
+            with pytest.raises(grpc.aio.AioRpcError, match="cannot be reached") as refused:
                 await asks.replicas()
             assert refused.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -1,6 +1,6 @@
 """Builds what `make test-clients` runs, for the languages whose toolchains are here: `make build-clients`.
 
-CI does it beside the groups that wait, so that the tests of the clients begin with what is built.
+CI runs it in parallel with test groups that mostly wait, so that the clients' tests start with everything built.
 """
 
 from __future__ import annotations

@@ -64,5 +64,5 @@ def runner() -> Path:
 
 
 def command(program: Path) -> list[str]:
-    """How to run a program that lies beside the client's assembly."""
+    """The command line that runs a program in the folder of the client's assembly."""
     return ["env", f"LD_LIBRARY_PATH={cpp.build()}", "mono", str(program)]

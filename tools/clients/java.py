@@ -12,7 +12,7 @@ SOURCE = CLIENTS / "java"
 TARGET = SOURCE / "target"
 MAVEN_REPOSITORY = ROOT / ".tools/maven"
 SHORT_LIVED = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
-"""For a program that lives for seconds."""
+"""Options of a JVM that runs for seconds only: they shorten its start."""
 NO_PROXY = ("-Dhttps.proxyHost=127.0.0.1", "-Dhttps.proxyPort=9", "-Dhttp.nonProxyHosts=")
 """Java's form of a proxy that does not exist: see rule 10 of clients/CONFORMANCE.md."""
 

@@ -91,5 +91,5 @@ def runner(language: str, *, optimized: bool = False) -> list[str]:
 
 
 def told(name: str, targets: Sequence[str], requests: Sequence[Mapping[str, Any]], **more: object) -> dict[str, Any]:
-    """What a runner is told of a case; of what `more` does not say it is told the default."""
+    """The input of a runner for one case; fields that `more` does not set have the values of DEFAULTS."""
     return {**DEFAULTS, **more, "name": name, "targets": [*targets], "requests": [*requests]}

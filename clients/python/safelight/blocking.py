@@ -34,7 +34,7 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 def _run(work: Coroutine[Any, Any, Value]) -> Value:
-    """Runs a coroutine on the loop and waits; cancels it where the wait is interrupted."""
+    """Runs a coroutine on the loop and waits for it. Cancels it if the wait is interrupted."""
     future = asyncio.run_coroutine_threadsafe(work, _loop())
     try:
         return future.result()
@@ -43,9 +43,9 @@ def _run(work: Coroutine[Any, Any, Value]) -> Value:
 
 
 class SyncStream:
-    """An iterator of the events of one generation; like `GenerationStream`. An event is fetched when it is asked for.
+    """An iterator of the events of one generation, like `GenerationStream`. Each `next` fetches one event.
 
-    Leaving a `with` block, or `close`, lets the server know that nobody watches any more.
+    `close`, or the end of a `with` block, closes the stream at the server.
     """
 
     def __init__(self, stream: GenerationStream) -> None:
@@ -86,7 +86,7 @@ class SyncStream:
 
 
 class SyncClient:
-    """A connection to a server, or to several replicas of one, for programs without asyncio; arguments as of `Client`.
+    """A connection to a server, or to several replicas of it, for programs without asyncio. Arguments: see `Client`.
 
     May be used by several threads at once.
     """
@@ -138,7 +138,7 @@ class SyncClient:
         return SyncStream(self._client.watch(generation, timeout_s=timeout_s, **options))
 
     def get(self, generation: str) -> pb.Generation:
-        """Returns what is known of a generation; see `Client.get`."""
+        """Returns the state of a generation; see `Client.get`."""
         return _run(self._client.get(generation))
 
     def cancel(self, generation: str) -> pb.Generation:

@@ -32,7 +32,7 @@ from safelight.v1 import (
 from safelight.v1 import generation_pb2 as pb
 
 CHANNEL_OPTIONS = [
-    ("grpc.http2.bdp_probe", 0),  # with lookahead: previews wait at the server, where the newest wins, not here
+    ("grpc.http2.bdp_probe", 0),  # with the next: previews wait at the server, where the newest wins, and not here
     ("grpc.http2.lookahead_bytes", 65536),
     ("grpc.keepalive_time_ms", 10_000),  # while a stream is open: a server that is frozen is seen within 15 s
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -42,15 +42,15 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 PATIENCE_S = 60.0
-"""How long a generation whose connection is lost is asked for again, since its last event; longer than a restart."""
+"""How long to try to resume a generation after its last event; longer than the restart of a server takes."""
 FIRST_PATIENCE_S = 5.0
-"""At most this long while no event was received: whoever asks where no server is learns it soon."""
+"""The same before the first event, so that a wrong target fails soon."""
 FIRST_WAIT_S, MAX_WAIT_S = 0.1, 2.0
-"""Waits between two tries: doubled from the first to the longest, of which 50 to 100 % are waited, by chance."""
+"""Wait between two tries: the first, doubled at each try up to the longest; times a random 0.5 to 1."""
 RETRIES = 3
-"""How often a request is sent again that was refused with the time after which to retry."""
+"""How often a request is sent again that was refused with RetryInfo."""
 MAX_MESSAGE_BYTES = 4 << 20
-"""Above every message of a server, and what gRPC takes by default."""
+"""Larger than every message of a server; gRPC's own default."""
 RESUMABLE = ("", "WATCHER_STALLED", "MOVED", "OTHER_MODEL")
 """Error reasons after which the same generation can be resumed; "" is a lost connection."""
 ELSEWHERE = ("DRAINING", "UNAVAILABLE")
@@ -66,18 +66,18 @@ Answer = TypeVar("Answer")
 
 
 class Client:
-    """A connection to a server, or to several replicas of one.
+    """A connection to a server, or to several replicas of it.
 
     Args:
-        target: "host:port", or another form that gRPC takes. Several replicas: a list, or separated by commas. When
-            one is lost, the client asks the next, which continues a generation that was accepted as REPLICATED.
+        target: "host:port", or another form that gRPC supports. Several replicas: a list, or separated by commas. When
+            a replica is lost, the next one continues a generation that was accepted as REPLICATED.
         api_key: sent as a bearer token.
         credentials: for TLS; None: plain text.
-        server_name: the name in the server's certificate, where it differs from the target's.
-        patience_s: how long a generation whose connection is lost is asked for again, since its last event.
-        retries: how often a request is sent again that the server has refused with the time after which to retry
-            (RetryInfo): it waits as long as the server says, within patience_s and its deadline.
-        max_message_bytes: the largest message that is received; a larger one is RESOURCE_EXHAUSTED.
+        server_name: the name in the server's certificate, if it differs from the target's.
+        patience_s: how long to try to resume a generation after its last event.
+        retries: how often a request is sent again that the server has refused with RetryInfo. The client waits as long
+            as that says, within patience_s and its deadline.
+        max_message_bytes: the largest message that is accepted; a larger one is RESOURCE_EXHAUSTED.
 
     Raises:
         ValueError: "ARGUMENT: WHAT", for a target or an api_key that cannot be used.
@@ -94,14 +94,14 @@ class Client:
         retries: int = RETRIES,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
-        targets = [one.strip() for one in (target.split(",") if isinstance(target, str) else target)]
+        targets = [name.strip() for name in (target.split(",") if isinstance(target, str) else target)]
         if not targets or not all(targets):
             raise ValueError("target: names no server")
         key = (api_key or "").rstrip()
         if not all("!" <= character <= "~" for character in key):
             raise ValueError("api_key: must be visible ASCII characters")
         self._targets = targets
-        self._channels = [_channel(one, credentials, server_name, max_message_bytes) for one in targets]
+        self._channels = [_channel(name, credentials, server_name, max_message_bytes) for name in targets]
         self._patience_s = patience_s
         self._retries = retries
         self._at = 0
@@ -129,10 +129,10 @@ class Client:
         return cache_pb2_grpc.CacheServiceStub(self.channel)
 
     def _next(self, failed: int) -> int:
-        """The server to ask after the one that failed.
+        """The index of the server to use after server number `failed`.
 
-        Generations that lose a server together step to the same next one: each steps from the server that it lost,
-        and new calls follow the first of them only.
+        Generations that lose a server at the same time move to the same next server: each moves on from the server that
+        it lost, and only the first of them changes the server for new calls.
         """
         after = (failed + 1) % len(self._channels)
         if self._at == failed:
@@ -163,7 +163,7 @@ class Client:
 
         Raises:
             TypeError: there is no such argument.
-            ValueError: two arguments say the same thing, or a value does not fit its field.
+            ValueError: two arguments exclude each other, or a value does not fit its field.
             GenerationError: while it is iterated: the request was refused, the generation failed, or it could not be
                 resumed.
         """
@@ -173,15 +173,15 @@ class Client:
     def watch(
         self, generation: str, *, timeout_s: float | None = None, **options: Unpack[PreviewOptions]
     ) -> GenerationStream:
-        """Watches a generation that exists, from its first event on: a second screen, or one that came back.
+        """Watches an existing generation from its first event on, such as on a second screen or after a restart.
 
         Args:
             generation: its name, "generations/ID".
-            timeout_s: how long it is watched; the generation goes on.
+            timeout_s: how long it is watched; the generation continues.
             options: which previews; see `PreviewOptions`.
 
         Raises:
-            ValueError: `preview` is there beside other options.
+            ValueError: `preview` is combined with other options.
             GenerationError: while it is iterated: there is no such generation, it failed, or it cannot be reached.
         """
         received = Received(self._at, preview_policy(options), generation)
@@ -197,7 +197,7 @@ class Client:
         """Like `generate`, for a whole request message. Without a request_id it is never sent a second time.
 
         Args:
-            images: files of pictures that the request names, by their names; uploaded where they are missing.
+            images: files of pictures that the request names, by their names; uploaded if the server lacks them.
         """
         metadata = list(self._metadata)
         received = Received(self._at, request.preview if request.HasField("preview") else None)
@@ -232,7 +232,7 @@ class Client:
             except grpc.aio.AioRpcError as error:
                 failure = GenerationError(error, proxies.proxy_of(self._targets[received.at]))
             finally:
-                call.cancel()  # whoever looks away lets the server know; a call that has ended takes no notice
+                call.cancel()  # if the caller stops iterating, the server's stream must end; harmless after the end
             if received.num_events > num_events:
                 tries, refusals, num_events = 0, 0, received.num_events
                 give_up_at = loop.time() + self._patience_s
@@ -255,7 +255,7 @@ class Client:
             await asyncio.sleep(wait_s)
 
     async def _upload_missing(self, images: Mapping[str, ImageFile], received: Received, until: float | None) -> None:
-        """Uploads what the server that is asked next does not have; asks the next server where it cannot be reached.
+        """Uploads the files that the next server lacks; if it cannot be reached, moves on to the server after it.
 
         Args:
             until: the deadline, on the clock of the event loop.
@@ -312,7 +312,7 @@ class Client:
         return generations.WatchGeneration(received.watch(), timeout=timeout_s, metadata=metadata)
 
     async def get(self, generation: str) -> pb.Generation:
-        """Returns what is known of a generation.
+        """Returns the state of a generation.
 
         Raises:
             GenerationError: the call was refused.
@@ -321,7 +321,7 @@ class Client:
         return (await self._ask(lambda: self.generations.GetGeneration(request, metadata=self._metadata))).generation
 
     async def cancel(self, generation: str) -> pb.Generation:
-        """Stops a generation. Returns it as it ended, with the step that each output had reached.
+        """Cancels a generation. Returns its final state, with the step that each output had reached.
 
         Raises:
             GenerationError: the call was refused.
@@ -394,16 +394,16 @@ class Client:
             request.page_token = page.next_page_token
 
     async def _ask(self, call: Callable[[], Awaitable[Answer]]) -> Answer:
-        """Makes a call at the current server, and at each next one while one cannot be reached."""
+        """Makes a call at the current server; if it cannot be reached, at the next servers in turn."""
         for left in reversed(range(len(self._channels))):
-            asked = self._at
+            server = self._at
             try:
                 return await call()
             except grpc.aio.AioRpcError as error:
-                failure = GenerationError(error, proxies.proxy_of(self._targets[asked]))
+                failure = GenerationError(error, proxies.proxy_of(self._targets[server]))
             if failure.code is not grpc.StatusCode.UNAVAILABLE or not left:
                 raise failure from None
-            self._next(asked)
+            self._next(server)
         raise AssertionError("there is always a server")
 
 
@@ -419,14 +419,14 @@ def _channel(
 
 
 def _is_resumable(failure: GenerationError, received: Received, request: pb.GenerateRequest, movable: bool) -> bool:
-    """Whether asking again can go on with the same generation; `movable`: another server can go on with it."""
+    """Whether another call can resume the generation. `movable`: another server can continue it."""
     if failure.code is not grpc.StatusCode.UNAVAILABLE or not (received.name or request.request_id):
         return False
     return failure.reason in RESUMABLE or (movable and failure.reason in ELSEWHERE)
 
 
 def _is_refused_for_now(failure: GenerationError, received: Received, request: pb.GenerateRequest) -> bool:
-    """Whether the server has said when to ask again, and asking again starts nothing twice."""
+    """Whether the server has said when to retry, and a retry starts nothing twice."""
     if failure.retry_after_s is None or not (received.name or request.request_id):
         return False
     return failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED or not received.name

@@ -12,13 +12,13 @@ class GenerationError(Exception):
     """The server refused a call, or a generation failed.
 
     Attributes:
-        code: the gRPC status code. A CANCELLED without a reason, as of a server that stops, is UNAVAILABLE here.
-        reason: a stable name for programs, such as "QUEUE_FULL"; empty where the server sent none.
+        code: the gRPC status code. CANCELLED without a reason, which a stopping server sends, becomes UNAVAILABLE.
+        reason: a stable name for programs, such as "QUEUE_FULL"; empty if the server sent none.
         violations: for an invalid request, what to change: path of the field -> description.
-        retry_after_s: seconds after which to retry; None where the server sent none.
+        retry_after_s: seconds after which to retry; None if the server sent none.
 
     Args:
-        proxy: through which the server was asked, as "VARIABLE=URL"; named where the server could not be reached.
+        proxy: the proxy of the call, as "VARIABLE=URL"; the message names it if the server could not be reached.
     """
 
     def __init__(self, error: grpc.aio.AioRpcError, proxy: str = "") -> None:
@@ -30,7 +30,7 @@ class GenerationError(Exception):
             if key == "grpc-status-details-bin" and isinstance(value, bytes):
                 self._read(status_pb2.Status.FromString(value))
         said = error.details()
-        if self.code is grpc.StatusCode.CANCELLED and not self.reason:  # whoever cancels a call here gets no error
+        if self.code is grpc.StatusCode.CANCELLED and not self.reason:  # not by this client: that raises no error
             self.code, said = grpc.StatusCode.UNAVAILABLE, f"the call was cancelled, and not by its caller: {said}"
         if proxy and self.code is grpc.StatusCode.UNAVAILABLE:
             said = f"{said} (asked through the proxy of {proxy}; list the server in no_proxy to ask it directly)"

@@ -1,4 +1,4 @@
-"""What a client receives of a generation: its events, in the order in which they come."""
+"""The events of a generation, in the order in which a client receives them."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class Accepted:
 
     Attributes:
         generation: its name, "generations/ID", for `Client.watch` and `Client.cancel`.
-        seeds: one for each output, also where the request left the choice to the server.
-        numerics_id: equal specs and seeds give equal pixels wherever this is equal.
-        durable: another replica goes on with the generation if the server dies.
-        warnings: reason -> text, of what did not stop the request.
+        seeds: one for each output, also if the request left the choice to the server.
+        numerics_id: equal specs and seeds give equal pixels on servers with equal ids.
+        durable: whether another replica continues the generation if the server dies.
+        warnings: reason -> text, of faults that did not stop the request.
         width_px, height_px: the size of its pictures; previews may be smaller.
     """
 
@@ -81,7 +81,7 @@ class Preview(EncodedImage):
     Attributes:
         stride_bytes: from one row to the next for raw pixels, else 0.
         bottom_up: the first of the raw rows is the lowest one.
-        num_dropped: previews that were passed over since the one before, because the reader was not ready.
+        num_dropped: due previews that were skipped since the last one, because the reader was not ready.
     """
 
     output_index: int
@@ -102,7 +102,7 @@ class Picture(EncodedImage):
     Attributes:
         stride_bytes: from one row to the next for raw pixels, else 0.
         bottom_up: the first of the raw rows is the lowest one.
-        generation: that it came from, "generations/ID".
+        generation: the generation that it came from, "generations/ID".
     """
 
     output_index: int
@@ -117,7 +117,7 @@ class Picture(EncodedImage):
 
     @property
     def name(self) -> str:
-        """By which other generations can start from it, "generations/ID/outputs/INDEX"."""
+        """The name by which other generations can start from it, "generations/ID/outputs/INDEX"."""
         return f"{self.generation}/outputs/{self.output_index}"
 
 
@@ -132,7 +132,7 @@ class Origin:
         similarity: cosine similarity of the prompts, for "similar" and "latent".
         source: the generation that computed the picture, for "exact" and "similar".
         num_steps_skipped: denoising steps that were not run for this picture.
-        numerics_id: of the replica that continued the generation, where it differs from the one in `Accepted`.
+        numerics_id: numerics id of the replica that continued the generation, if it differs from that in `Accepted`.
     """
 
     disposition: str
@@ -144,12 +144,12 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Degradation:
-    """One thing that a generation gave up under load, as its `quality_floor` allowed.
+    """One property that a generation gave up under load, as its `quality_floor` allowed.
 
     Attributes:
         kind: "fewer_steps", "cheaper_previews" or "similar_picture".
-        requested: what was asked for: a number of steps, a PreviewMethod, or the least similarity.
-        applied: what it got, in the same form.
+        requested: the requested value: a number of steps, a PreviewMethod, or the least similarity.
+        applied: the applied value, in the same form.
     """
 
     kind: str

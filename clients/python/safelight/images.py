@@ -1,4 +1,4 @@
-"""Pictures that generations start from: named by the SHA-256 of their files, and uploaded where they are not yet."""
+"""Pictures that generations start from: named by the SHA-256 of their files, and uploaded if the server lacks them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import images_pb2, images_pb2_grpc
 
 CHUNK_BYTES = 32 << 10
-"""What a server takes in one message."""
+"""Bytes of a file in one message of an upload."""
 
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
 ImageSource: TypeAlias = str | bytes | Path | Picture | pb.Generation
-"""A picture: its file as bytes or by its path, or the name "images/SHA256" of one that was uploaded. Or the picture of
-another generation: as it came, its name "generations/ID/outputs/INDEX", or a generation, or its name, for its first
-output."""
+"""A picture: its file as bytes or by its path, or the name "images/SHA256" of an uploaded picture. Or the picture of
+another generation: a received `Picture`, its name "generations/ID/outputs/INDEX", or a generation or its name, which
+means its first output."""
 
 
 class ImageFile:
@@ -48,10 +48,10 @@ class ImageFile:
 
 
 def image_file(source: ImageSource, field: str) -> ImageFile | None:
-    """The file of an argument; None for one that the server has: a name, a picture of a generation, or a generation.
+    """The file of an argument; None if the server has it already: a name, a picture of a generation, or a generation.
 
     Raises:
-        ValueError: it is neither such a one nor a file that can be read.
+        ValueError: it is none of these, or a file that cannot be read.
     """
     if isinstance(source, Picture):
         return None if source.generation else ImageFile(source.data, field)
@@ -105,7 +105,7 @@ async def upload(
 async def upload_missing(
     channel: grpc.aio.Channel, metadata: Metadata, file: ImageFile, timeout_s: float | None
 ) -> None:
-    """Uploads a file where the server does not have it.
+    """Uploads a file if the server does not have it.
 
     Raises:
         grpc.aio.AioRpcError: as `upload`.

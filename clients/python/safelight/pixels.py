@@ -1,4 +1,4 @@
-"""Decodes previews and pictures with numpy and Pillow, which are imported only when they are asked for."""
+"""Decodes previews and pictures with numpy and Pillow, which are imported only when they are needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RAW = "application/x-raw-rgba8"
 
 
 def to_image(encoded: EncodedImage) -> PIL.Image.Image:
-    """A Pillow image of what was received, its top row first."""
+    """A received image as a Pillow image, its top row first."""
     pillow = _imported("PIL.Image")
     if encoded.media_type == RAW:
         size, order = (encoded.width_px, encoded.height_px), -1 if encoded.bottom_up else 1
@@ -30,7 +30,7 @@ def to_image(encoded: EncodedImage) -> PIL.Image.Image:
 
 
 def to_array(encoded: EncodedImage) -> NDArray[np.uint8]:
-    """(height, width, 4) uint8 of what was received, the top row first."""
+    """A received image as (height, width, 4) uint8, the top row first."""
     numpy = _imported("numpy")
     if encoded.media_type != RAW:
         decoded: NDArray[np.uint8] = numpy.asarray(to_image(encoded).convert("RGBA"))

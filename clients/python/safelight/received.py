@@ -1,4 +1,4 @@
-"""How far a generation was received: turns messages into events, and remembers where another connection goes on."""
+"""How far a generation was received: turns messages into events, and remembers where another connection resumes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from safelight.v1 import generation_pb2 as pb
 
 @dataclass(slots=True)
 class Received:
-    """What was received of one generation, over all connections.
+    """The state of receiving one generation, over all connections.
 
     Attributes:
-        at: index of the server that is asked.
-        preview: the policy of the stream; raw previews have the row order that it asks for.
-        num_events: received on all connections.
-        finished: the last event was received.
-        parts: what is there of each picture, by output.
+        at: index of the current server.
+        preview: the policy of the stream; raw previews have its row order.
+        num_events: number of events received on all connections.
+        finished: whether the last event was received.
+        parts: the received bytes of each picture, by output.
     """
 
     at: int
@@ -34,7 +34,7 @@ class Received:
     parts: dict[int, bytearray] = field(default_factory=dict)
 
     def watch(self) -> pb.WatchGenerationRequest:
-        """The request that goes on where the last connection ended."""
+        """The request that resumes where the last connection ended."""
         return pb.WatchGenerationRequest(
             name=self.name,
             after_sequence=self.sequence,
@@ -45,7 +45,7 @@ class Received:
         )
 
     def take(self, event: pb.GenerationEvent) -> Event | None:
-        """What an event means to the caller; None for a piece of a picture and for what is of the protocol alone.
+        """Converts a message to an event for the caller; None for an incomplete picture and for internal messages.
 
         Raises:
             ValueError: a picture arrived damaged.

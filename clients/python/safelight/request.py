@@ -1,4 +1,4 @@
-"""From plain arguments to the request message of the contract."""
+"""Converts plain arguments to the request message of the contract."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CACHE_MODES: Mapping[CacheMode, pb.CachePolicy.Mode.ValueType] = {
 
 
 class PreviewOptions(TypedDict, total=False):
-    """Which previews a stream wants. Absent: JPEG after every step, as fast as they are read.
+    """Which previews a stream gets. By default JPEG after every step, as fast as they are read.
 
     Attributes:
-        previews: False: none.
-        preview_media_type: such as "image/webp" or "application/x-raw-rgba8"; several: the first that the server has.
-        preview_every: after every so many steps, and after the first.
+        previews: whether there are previews.
+        preview_media_type: such as "image/webp" or "application/x-raw-rgba8"; of several the first that the server has.
+        preview_every: a preview after the first step and after every so many steps.
         preview_max_edge: longest edge in pixels; larger previews are scaled down.
-        preview: all of it as a message, in place of the other options.
+        preview: the whole policy as a message, instead of the other options.
     """
 
     previews: bool
@@ -38,25 +38,26 @@ class PreviewOptions(TypedDict, total=False):
 
 
 class GenerateOptions(PreviewOptions, total=False):
-    """What may be said beside the prompt; None and absent mean the server's or the model's default.
+    """The options of a request; None and absent mean the server's or the model's default.
 
     Attributes:
         negative_prompt: what guidance leads away from.
-        model: its id.
-        width, height: of the pictures in pixels, both or none; one of the model's sizes.
-        seed: of the only picture. Absent: random.
-        seeds: one for each picture, in place of `seed`.
+        model: id of the model.
+        width, height: size of the pictures in pixels, both or none; one of the model's sizes.
+        seed: seed of the only picture. Absent: random.
+        seeds: one seed for each picture, instead of `seed`.
         init_image: a picture to start from, such as a file or the picture of another generation; see `ImageSource`. A
-            file is uploaded where the server does not have it.
-        strength: how much of `init_image` is given up, above 0 and at most 1.
-        mask: where `init_image` is developed anew: white, or transparent if it has an alpha channel.
+            file is uploaded if the server does not have it.
+        strength: how much of `init_image` may change, above 0 and at most 1.
+        mask: the part of `init_image` that is developed anew: white, or transparent if it has an alpha channel.
         steps: denoising steps.
-        guidance_scale: 1 is without guidance.
-        guidance_rescale: how much of the contrast that guidance adds is taken back, 0 to 1.
-        guidance_interval: where guidance begins and ends, as shares of the steps: (0.2, 0.8). Other steps cost half.
-        sampler: its name, such as "ddim" or "euler".
-        media_type: of the pictures. Absent: "image/png".
-        encoding: of the pictures as a message, in place of `media_type`: quality, or alignment and order of raw rows.
+        guidance_scale: strength of guidance; 1 means none.
+        guidance_rescale: how far the contrast that guidance adds is reduced again, 0 to 1.
+        guidance_interval: begin and end of guidance as shares of the steps: (0.2, 0.8). Other steps cost half.
+        sampler: name of the sampler, such as "ddim" or "euler".
+        media_type: media type of the pictures. Absent: "image/png".
+        encoding: encoding of the pictures as a message, instead of `media_type`: quality, or alignment and order of raw
+            rows.
         priority: how urgent it is.
         labels: the caller's own, returned by `Client.get`.
         cache: which cached results may be used. "default": those of an identical request; "bypass": none; "latent":
@@ -64,11 +65,12 @@ class GenerateOptions(PreviewOptions, total=False):
             the same meaning.
         min_similarity: least cosine similarity for "similar", above 0 and at most 1.
         quality_floor: what may be given up under load, such as `QualityFloor(min_num_steps=8)`: steps, decoded
-            previews, the very picture. `Finished.degradations` says what was. Not for PRIORITY_INTERACTIVE.
+            previews, or the own picture for a similar one. `Finished.degradations` says what was. Not for
+            PRIORITY_INTERACTIVE.
         branch: start from this step of an older generation; for one output, with the same model, size, number of steps
             and sampler.
         timeout_s: deadline of the generation, across all connections; the server ends the generation then.
-        request_id: a UUID; equal requests with one id are one generation. Absent: a new one.
+        request_id: a UUID; equal requests with the same id start one generation. Absent: a new id.
     """
 
     negative_prompt: str
@@ -98,10 +100,10 @@ class GenerateOptions(PreviewOptions, total=False):
 
 
 def preview_policy(options: PreviewOptions) -> pb.PreviewPolicy | None:
-    """The message of the preview options; None where all are absent.
+    """The message of the preview options; None if all are absent.
 
     Raises:
-        ValueError: `preview` is there beside other options.
+        ValueError: `preview` is combined with other options.
     """
     given = {name for name in PreviewOptions.__annotations__ if options.get(name) is not None} - {"preview"}
     policy = options.get("preview")
@@ -125,7 +127,7 @@ def preview_policy(options: PreviewOptions) -> pb.PreviewPolicy | None:
 
 
 def image_files(options: GenerateOptions) -> dict[str, ImageFile]:
-    """The files that the options bring, by their names at the server.
+    """The files of the options, by their names at the server.
 
     Raises:
         ValueError: a file cannot be read.
@@ -144,7 +146,7 @@ def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> pb.Gene
 
     Raises:
         TypeError: there is no such argument.
-        ValueError: two arguments say the same thing, or a value does not fit its field.
+        ValueError: two arguments exclude each other, or a value does not fit its field.
     """
     if unknown := sorted(options.keys() - GenerateOptions.__annotations__.keys()):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""What `Client.generate` returns: the events of one generation, and shorthands for who wants only its pictures."""
+"""The result of `Client.generate`: the events of one generation, and shorthands for its pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class GenerationStream:
-    """An async iterator of events. Closing it, or leaving its loop, lets the server know that nobody watches."""
+    """An async iterator of events. Closing it, or leaving its loop, closes the stream at the server."""
 
     def __init__(self, events: AsyncGenerator[Event, None]) -> None:
         self._events = events

@@ -1,4 +1,4 @@
-"""OpenTelemetry: a client span for each generation. Does nothing where OpenTelemetry is not installed.
+"""OpenTelemetry: a client span for each generation. Does nothing if OpenTelemetry is not installed.
 
 Needs `opentelemetry-api` (the extra `safelight[tracing]`) and a tracer provider
 that the application has set. The span lasts as long as the client reads the

@@ -1,10 +1,10 @@
-"""Is in front of every call: bounds those that no caller's quota counts, and gives each a status with a reason.
+"""Wraps every call: bounds the calls that no caller's quota counts, and ends each with a status that has a reason.
 
-gRPC waits for a request without end, and calls a handler only when it is there. `CallLimits` is in front of every
-handler: it takes a call over when its headers come, reads the request within a limited time, and then calls the
+gRPC waits for a request without a time limit, and calls a handler only when the request has come. `CallLimits` wraps
+every handler: it takes a call over when its headers come, reads the request within a limited time, and then calls the
 handler. It also turns the errors that a handler raises, and calls of unknown methods, into statuses with an ErrorInfo.
-It knows the open calls, as gRPC leaves some without a reason: a call that is open when the server stops is cut, and one
-whose handler is cancelled from within never ends for its client.
+It tracks the open calls, because gRPC gives some of them no proper end: it cuts calls that are open when the server
+stops, and never ends a call whose handler is cancelled from within.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ from safelight_server.telemetry import Metrics
 log = structlog.get_logger(__name__)
 
 MAX_AWAITED = 1024
-"""Calls whose request has not come. One more ends the oldest: requests that come with their headers wait for
-milliseconds, so those of a flood of headers are ended first."""
+"""Bound on the calls whose request has not come; one more ends the oldest. Normal requests follow their headers within
+milliseconds, so a flood of mere headers loses its own calls first."""
 RETRY_S = 1.0
-"""A guess, as nobody knows when a stream will be closed; long enough that retries are no load."""
+"""RetryInfo of a refusal. Nothing says when a stream will be closed; retries at this interval are no load."""
 QUIET_S = 0.2
-"""A server that stops waits for so long without a call that begins or ends. A client that has its picture asks for the
-next one within milliseconds, and is told after which time to come back: 1 s and more."""
+"""A server that stops waits until no call has begun or ended for so long. A client that has its picture sends its next
+request within milliseconds, and the refusal then says when to come back: after 1 s or more."""
 QUIET_PARTS = 4
-"""A pause of the event loop alone is no quiet: after each part of the time it takes up what has come."""
+"""`QUIET_S` is waited in so many parts: in each the event loop takes up new calls, so that a stall of the loop alone
+does not count as quiet."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -58,7 +59,7 @@ class KeylessQuota:
 
     Args:
         max_all: how many may be open.
-        max_each: how many of one address, or of one IPv6 network of 64 bits, as that belongs to one client.
+        max_each: how many may be open from one address, or from one IPv6 network of 64 bits, which is one client's.
     """
 
     def __init__(self, max_all: int, max_each: int) -> None:
@@ -71,10 +72,10 @@ class KeylessQuota:
 
     @contextmanager
     def stream(self, peer: str) -> Iterator[None]:
-        """Counts a stream of a client, whose address is as gRPC gives it, while the block runs.
+        """Counts a stream while the block runs. `peer` is the client's address as gRPC gives it.
 
         Raises:
-            QueueFullError: as many are open as may be.
+            QueueFullError: too many are open.
         """
         address = _address(peer)
         for subject, num_open, limit in (
@@ -101,7 +102,7 @@ class CallLimits:
     """The limits of all calls of a server.
 
     Args:
-        request_wait_s: seconds for the request to come; on a stream of requests, for each.
+        request_wait_s: seconds within which the request must come; on a stream of requests, each of them.
         keyless: full names of the services that need no key.
         quota: bounds the streams of these services.
         metrics: counts the calls that are refused here.
@@ -120,7 +121,7 @@ class CallLimits:
 
     @property
     def num_awaited(self) -> int:
-        """Calls whose request, or next request, has not come."""
+        """Calls whose request, or next request, has not come yet."""
         return len(self._awaited)
 
     @property
@@ -143,8 +144,8 @@ class CallLimits:
     async def quiet(self, within_s: float, hurry: Callable[[], bool]) -> None:
         """Waits until no call has begun or ended for `QUIET_S`; for `within_s` seconds at most, and not in a `hurry`.
 
-        When a gRPC server stops, calls that it has not taken up and calls that come before the client hears of it end
-        as CANCELLED without a reason (grpc/grpc#41785). After this wait there are none, unless clients never pause.
+        When a gRPC server stops, calls that it has not taken up yet, and calls that come before the client is notified,
+        end as CANCELLED without a reason (grpc/grpc#41785). After this wait there are none, unless clients never pause.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + within_s
@@ -157,7 +158,7 @@ class CallLimits:
     def limited(self, service: str, handler: Handler) -> Handler:
         """A handler that reads the requests within the limits and calls `handler`, of a method of `service`, with them.
 
-        To gRPC it has a stream of requests, which is the same on the wire; else gRPC would read the request.
+        It is registered with a stream of requests, the same on the wire: otherwise gRPC itself would read the request.
         """
         keyless = service in self._keyless
         codec = handler.request_deserializer, handler.response_serializer
@@ -186,8 +187,8 @@ class CallLimits:
         return grpc.stream_unary_rpc_method_handler(answer, *codec)
 
     def unknown(self) -> Handler:
-        """A handler for the methods that the server does not have."""
-        error = UnimplementedError("the server has no method of this name; reflection lists those there are")
+        """A handler for methods that the server does not have."""
+        error = UnimplementedError("the server has no method of this name; reflection lists its methods")
 
         async def refuse(_requests: object, context: Context) -> None:
             async with self._answering(context):
@@ -209,7 +210,7 @@ class CallLimits:
         except grpc.aio.InternalError:  # the client left just before a write
             raise asyncio.CancelledError from None
         except asyncio.CancelledError:
-            if task.cancelling() or context.done():  # by gRPC, as the client has left; or it has its status
+            if task.cancelling() or context.done():  # cancelled by gRPC since the client has left, or ended before
                 raise
             log.exception("bug: a call was given up although its client waits")
             await self._refuse(context, InternalError())
@@ -227,14 +228,14 @@ class CallLimits:
         """The one request of a call.
 
         Raises:
-            InvalidRequestError: it ended without one, or sent something else.
+            InvalidRequestError: the call ended without a request, or sent something else.
         """
         if (request := await self._read(context)) is grpc.aio.EOF:
             raise InvalidRequestError([FieldViolation("request", "is missing: the call ended without one")])
         return request
 
     async def _requests(self, context: Context) -> AsyncGenerator[Any, None]:
-        """The requests of a call; ends where the client says that it was the last.
+        """The requests of a call, until the client ends its side.
 
         Raises:
             InvalidRequestError: the client sent something else.
@@ -263,7 +264,7 @@ class CallLimits:
     def _end_oldest(self) -> None:
         oldest = next(iter(self._awaited))
         del self._awaited[oldest]
-        what = f"more than {MAX_AWAITED} calls wait for their requests, and this one waits longest"
+        what = f"more than {MAX_AWAITED} calls wait for their requests, and this call waits longest"
         self._end(oldest, QueueFullError(what, reason="TOO_MANY_CALLS"))
 
     # --- ends ---
@@ -272,14 +273,14 @@ class CallLimits:
         """Ends a call from outside of its handler. What the handler awaits of its context then fails.
 
         Args:
-            task: of the handler; cancelled when the call has its status, which gRPC would not do.
+            task: the task of the handler. It is cancelled when the call has its status, which gRPC would not do.
         """
         ending = asyncio.create_task(self._refuse_quietly(context, error, task))
         self._ending.add(ending)
         ending.add_done_callback(self._ending.discard)
 
     async def _refuse_quietly(self, context: Context, error: SafelightError, task: asyncio.Task[Any] | None) -> None:
-        if context not in self._open:  # its handler has ended meanwhile, and grpc has freed the call
+        if context not in self._open:  # the handler has ended meanwhile, and grpc has freed the call
             return
         with contextlib.suppress(grpc.aio.BaseError, asyncio.CancelledError):
             await self._refuse(context, error)
@@ -295,7 +296,7 @@ class CallLimits:
 
 
 def _address(peer: str) -> str:
-    """The host in a peer such as "ipv4:127.0.0.1:5", the network of 64 bits of an IPv6 one; other peers as they are."""
+    """The host of a peer such as "ipv4:127.0.0.1:5"; of an IPv6 host its network of 64 bits; other peers unchanged."""
     kind, _, rest = peer.partition(":")
     host = unquote(rest).rpartition(":")[0].strip("[]")
     if kind == "ipv4":

@@ -1,7 +1,7 @@
 """gRPC health checks. Clients that watch the health do not keep a draining server from stopping.
 
-Has grpc_health's messages and not its servicer: there, one watcher that leaves takes the news of a service from the
-others that watch it (grpcio-health-checking 1.81).
+This module uses grpc_health's messages but not its servicer: in that one, a watcher that leaves makes the other
+watchers of its service miss changes (grpcio-health-checking 1.81).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Health:
         }
 
     def set(self, names: Iterable[str], status: int) -> None:
-        """Sets the status of services; "" is the server. From `drain` on it changes nothing."""
+        """Sets the status of services; "" is the whole server. Ignored after `drain`."""
         if not self._draining:
             self._statuses.update(dict.fromkeys(names, status))
             self._wake()
 
     def drain(self) -> None:
-        """All services are NOT_SERVING from now on."""
+        """Sets all services to NOT_SERVING, for good."""
         self.set(list(self._statuses), Response.NOT_SERVING)
         self._draining = True
 
@@ -63,7 +63,7 @@ class Health:
     async def watch(
         self, request: health_pb2.HealthCheckRequest, _context: object
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
-        """The status of a service and its changes, until the client leaves; SERVICE_UNKNOWN where there is none."""
+        """The status of a service and its changes, until the client leaves; SERVICE_UNKNOWN for an unknown service."""
         sent = None
         while not self._over:
             changed = self._changed

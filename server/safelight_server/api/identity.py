@@ -47,7 +47,7 @@ class _KeyFile(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class _KnownKeys:
-    """What a key file says.
+    """The content of a key file.
 
     Attributes:
         callers: the SHA-256 of each key with its caller, by that SHA-256.
@@ -59,7 +59,7 @@ class _KnownKeys:
 
 
 _UNKNOWN = bytes(32), None
-"""What a digest that no key has is compared with, so that it takes the time of one that a key has."""
+"""An unknown digest is compared with this, so that it takes as long as a known one."""
 
 
 class Identity:
@@ -110,9 +110,9 @@ class Identity:
 
 
 def _find(keys: _KnownKeys, authorization: str) -> Caller:
-    """The caller whose key the header has. The time it takes tells nothing of the keys there are.
+    """The caller whose key the header has. The time that this takes reveals nothing about the existing keys.
 
-    Who does not know a key cannot choose its SHA-256, so the look-up may take the time that it takes.
+    An attacker who does not know a key cannot choose its SHA-256, so the time of the look-up itself may vary.
     """
     scheme, _, key = authorization.partition(" ")
     digest = hashlib.sha256(key.strip().encode()).digest()
@@ -138,7 +138,7 @@ def new_key(caller: str, tenant: str, *, admin: bool = False) -> tuple[str, str]
 
 
 def _parse(file: Path, data: bytes) -> _KnownKeys:
-    """The keys of a key file. Validates them one by one: many at once would keep the interpreter from the loop."""
+    """The keys of a key file. Validates them one by one: one call for all would hold the GIL for long."""
     try:
         entries = _KeyFile.model_validate_json(data).keys
     except ValidationError as error:
@@ -166,7 +166,7 @@ def _faults(error: ValidationError, *where: str | int) -> list[str]:
 
 
 def _address(peer: str) -> str:
-    """The host in a peer such as "ipv4:127.0.0.1:5" or "ipv6:%5B::1%5D:5"; other peers as they are."""
+    """The host of a peer such as "ipv4:127.0.0.1:5" or "ipv6:%5B::1%5D:5"; other peers unchanged."""
     kind, _, rest = peer.partition(":")
     if kind not in ("ipv4", "ipv6"):
         return peer

@@ -1,7 +1,7 @@
-"""Takes the pictures that clients upload: piece by piece, within bounds of bytes, of number and of time.
+"""Receives the pictures that clients upload, piece by piece, with bounds on bytes, on number and on time.
 
-Invariant: what a call may send is known, and there is room for it, before a
-byte of it is kept.
+Invariant: before a byte is kept, the size of the upload is known and there is room for
+it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from safelight_server.validation import check_upload, resolve_image
 UPLOAD_S = 120.0
 """How long an upload may take: 16 MiB at 1.2 Mbit/s."""
 MOST_AT_ONCE = 16
-"""Uploads of the largest size that there is memory for at once; of smaller ones there may be more."""
+"""Memory is reserved for so many uploads of the largest size at once; there may be more smaller ones."""
 RETRY_S = 1.0
 
 
@@ -42,7 +42,7 @@ class UploadRoom:
     """Counts the bytes of the uploads that are under way, in all and by tenant. Pure.
 
     Args:
-        max_image_bytes: of one upload. There is room for `MOST_AT_ONCE` of these, and for a quarter of them a tenant.
+        max_image_bytes: bound on one upload. There is room for `MOST_AT_ONCE` of that size, a quarter of it per tenant.
     """
 
     def __init__(self, max_image_bytes: int) -> None:
@@ -57,10 +57,10 @@ class UploadRoom:
 
     @contextmanager
     def upload(self, tenant: str, num_bytes: int) -> Iterator[None]:
-        """Keeps room for an upload of a tenant while the block runs.
+        """Reserves room for an upload of a tenant while the block runs.
 
         Raises:
-            QueueFullError: there is none.
+            QueueFullError: there is no room.
         """
         for subject, taken, limit in (
             (f"tenant {tenant}", self._bytes[tenant], self._max_each),
@@ -68,7 +68,7 @@ class UploadRoom:
         ):
             if taken + num_bytes > limit:
                 raise QueueFullError(
-                    f"{subject} has uploads of {taken} bytes under way, and may have {limit}",
+                    f"{subject} has uploads of {taken} bytes in progress, of {limit} allowed; upload again later",
                     reason="TOO_MANY_UPLOADS",
                     metadata={"bound": "bytes of uploads", "subject": subject, "limit": str(limit)},
                     retry_after_s=RETRY_S,
@@ -83,16 +83,16 @@ class UploadRoom:
 
 
 class ImageCalls:
-    """ImageService, and what else brings pictures of clients.
+    """The methods of ImageService, and `keep` for pictures that come over HTTP.
 
     Args:
         pool: threads for decoding.
-        max_bytes: of a file.
-        max_pixels: of a picture.
+        max_bytes: bound on the size of a file.
+        max_pixels: bound on the pixels of a picture.
 
     Attributes:
-        room: for the uploads that are under way.
-        max_bytes: of a file.
+        room: counts the uploads in progress.
+        max_bytes: bound on the size of a file.
     """
 
     def __init__(self, images: Images, room: UploadRoom, pool: Executor, max_bytes: int, max_pixels: int) -> None:
@@ -101,12 +101,12 @@ class ImageCalls:
         self._images = images
         self._pool = pool
         self._max_pixels = max_pixels
-        self._one = asyncio.Semaphore(1)  # a large picture takes much memory while it is decoded
+        self._one_at_a_time = asyncio.Semaphore(1)  # a large picture takes much memory while it is decoded
 
     async def upload_image(
         self, pieces: AsyncIterator[images_pb2.UploadImageRequest], caller: Caller
     ) -> images_pb2.UploadImageResponse:
-        """Takes a picture, looks whether it can be decoded, and keeps it."""
+        """Receives a picture, checks that it can be decoded, and keeps it."""
         first = await anext(pieces, None)
         if first is None:
             raise InvalidRequestError([FieldViolation("data", "is missing: send the file")])
@@ -121,18 +121,18 @@ class ImageCalls:
         return images_pb2.UploadImageResponse(image=image)
 
     async def keep(self, caller: Caller, data: bytes, field: str, *, transparent: bool = False) -> images_pb2.Image:
-        """Looks whether a file that has come in another way can be decoded, and keeps it like one that was uploaded.
+        """Checks that a file can be decoded, and keeps it as if it had been uploaded.
 
         Args:
-            field: names it in errors.
-            transparent: it must be a PNG with an alpha channel.
+            field: the name of the file's field, for errors.
+            transparent: whether it must be a PNG with an alpha channel.
 
         Raises:
-            InvalidRequestError: it is too large, no picture, or none with such a channel.
-            UnavailableError: it cannot be kept now.
+            InvalidRequestError: the file is too large, no picture, or has no such channel.
+            UnavailableError: no store takes it now.
         """
         if len(data) > self.max_bytes:
-            what = f"has {len(data)} bytes; at most {self.max_bytes} are taken"
+            what = f"has {len(data)} bytes; it must have at most {self.max_bytes}"
             raise InvalidRequestError([FieldViolation(field, what)])
         check = _check_transparent if transparent else check_picture
         return await self._keep(caller, data, functools.partial(_checked, field=field, check=check))
@@ -140,13 +140,13 @@ class ImageCalls:
     async def _keep(
         self, caller: Caller, data: bytes, check: Callable[[bytes, int], tuple[str, PictureFile]]
     ) -> images_pb2.Image:
-        async with self._one:
+        async with self._one_at_a_time:
             loop = asyncio.get_running_loop()
             digest, facts = await loop.run_in_executor(self._pool, check, data, self._max_pixels)
         return wire.image_message(await self._images.put(caller.tenant, digest, data, facts))
 
     async def get_image(self, request: images_pb2.GetImageRequest, caller: Caller) -> images_pb2.GetImageResponse:
-        """Returns what is known of a picture of the caller's tenant."""
+        """Returns the facts of a picture of the caller's tenant."""
         digest = resolve_image(request.name)
         try:
             image = await self._images.get(caller.tenant, digest)
@@ -158,16 +158,16 @@ class ImageCalls:
 
 
 def _announced(data: bytes, max_pixels: int, *, digest: bytes) -> tuple[str, PictureFile]:
-    """As `_checked`, of a file whose bytes must be those that were announced. Slow enough for a thread."""
+    """Like `_checked`, but also checks that the bytes have the announced digest. Slow: runs in a thread."""
     if hashlib.sha256(data).digest() != digest:
-        raise InvalidRequestError([FieldViolation("sha256", "is not that of the bytes that came")])
+        raise InvalidRequestError([FieldViolation("sha256", "does not match the bytes that came")])
     return _checked(data, max_pixels, field="data", check=check_picture)
 
 
 def _checked(
     data: bytes, max_pixels: int, *, field: str, check: Callable[[bytes, int], PictureFile]
 ) -> tuple[str, PictureFile]:
-    """The digest of a file and what is known of it. Slow enough for a thread."""
+    """The digest and the facts of a file that `check` accepts. Slow: runs in a thread."""
     try:
         return hashlib.sha256(data).hexdigest(), check(data, max_pixels)
     except PictureFileError as error:
@@ -175,17 +175,21 @@ def _checked(
 
 
 def _check_transparent(data: bytes, max_pixels: int) -> PictureFile:
-    """Checks a mask in the form of OpenAI's API, in which what is transparent is developed anew."""
+    """Checks a mask in the form of OpenAI's API, whose transparent part is developed anew."""
     facts = check_picture(data, max_pixels)
     if facts.media_type != "image/png" or not has_alpha(data):
-        raise PictureFileError("must be a PNG with an alpha channel: what is transparent is developed anew")
+        raise PictureFileError("must be a PNG with an alpha channel: its transparent part is developed anew")
     return facts
 
 
 async def _received(
     first: images_pb2.UploadImageRequest, pieces: AsyncIterator[images_pb2.UploadImageRequest], total_bytes: int
 ) -> bytes:
-    """The bytes of a file, no more than were announced."""
+    """The bytes of a file. Stops reading when more come than were announced.
+
+    Raises:
+        InvalidRequestError: there are more or fewer bytes than announced.
+    """
     data = bytearray(first.data)
     async for piece in pieces:
         data += piece.data

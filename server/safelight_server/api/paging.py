@@ -18,7 +18,7 @@ VERSION = "1"
 
 
 def page(names: Sequence[str], page_size: int, page_token: str) -> tuple[list[str], str]:
-    """A page of `names`, which are in order, and the token for the page that follows ("" for none).
+    """A page of the sorted `names`, and the token of the next page ("" if this is the last).
 
     Raises:
         InvalidRequestError: `page_size` is negative, or the server did not make `page_token`.
@@ -28,7 +28,7 @@ def page(names: Sequence[str], page_size: int, page_token: str) -> tuple[list[st
         faults.append(FieldViolation("page_size", "must not be negative; 0 leaves it to the server"))
     after = _after(page_token)
     if after is None:
-        faults.append(FieldViolation("page_token", "must be next_page_token of an answer, or empty"))
+        faults.append(FieldViolation("page_token", "must be next_page_token of an earlier response, or empty"))
     if faults or after is None:
         raise InvalidRequestError(faults)
     size = min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)

@@ -16,7 +16,7 @@ from safelight_server.domain.caller import Caller
 from safelight_server.domain.errors import QueueFullError
 
 RETRY_S = 1.0
-"""A guess, as nobody knows when the caller will close a stream; long enough that retries are no load."""
+"""RetryInfo of a refusal. Nobody knows when a stream will be closed; retries at this interval are no load."""
 
 
 class StreamQuota:

@@ -1,8 +1,7 @@
 """gRPC server reflection, which tools such as grpcurl and ghz use to learn the services: v1, and v1alpha for old tools.
 
-Beside what grpc_reflection does: it knows v1, tells the JSON names of fields as protoc does, and answers tools that
-ask for the file of a method, as ghz does, although protobuf's descriptor pool finds files by messages and services
-only.
+Compared with grpc_reflection it adds v1, the JSON names of fields as protoc gives them, and the look-up of a file by
+the name of a method, which ghz uses and protobuf's descriptor pool does not support.
 """
 
 from __future__ import annotations
@@ -61,10 +60,10 @@ class _Descriptors:
 
 
 class Reflection(reflection.aio.ReflectionServicer):  # type: ignore[misc]  # grpc_reflection has no types
-    """Answers what services there are, and with their descriptors.
+    """Lists the services of the server and returns their descriptors.
 
     Args:
-        services: full names of the services, beside those of reflection.
+        services: full names of the services, without those of reflection.
     """
 
     def __init__(self, services: Iterable[str]) -> None:
@@ -82,7 +81,7 @@ class Reflection(reflection.aio.ReflectionServicer):  # type: ignore[misc]  # gr
     async def ServerReflectionInfo(  # noqa: N802  # the contract's name
         self, requests: AsyncIterator[reflection_pb2.ServerReflectionRequest], context: object
     ) -> AsyncGenerator[reflection_pb2.ServerReflectionResponse, None]:
-        """One answer for each request."""
+        """Returns one response for each request."""
         async with aclosing(super().ServerReflectionInfo(requests, context)) as responses:
             async for response in responses:
                 if response.HasField("file_descriptor_response"):

@@ -72,7 +72,7 @@ class Service:
     """All services of the contract.
 
     Args:
-        limits: the server's limits on requests, beside those of the models.
+        limits: the server's limits on requests, in addition to those of the models.
         streams: bounds the streams of each caller.
         quotas: bounds the requests and the compute of each tenant.
     """
@@ -131,7 +131,7 @@ class Service:
 
     async def generate(self, request: pb.GenerateRequest, caller: Caller, stream: _Stream) -> Watcher:
         """Starts a generation (or finds the one with this request id) and opens a stream of its events."""
-        if not self._generations.knows(caller, request.request_id):  # else it is the same request, sent again
+        if not self._generations.knows(caller, request.request_id):  # a known id is a repeated request
             await self._quotas.admit(caller.tenant)
         with stream.stage.within("resolve"):
             resolved = resolve_request(request, self._catalog, self._limits)
@@ -225,7 +225,7 @@ class Service:
     async def get_cache_stats(
         self, _request: cache_pb2.GetCacheStatsRequest, caller: Caller
     ) -> cache_pb2.GetCacheStatsResponse:
-        """Returns what the caches hold and what they have saved. For administrators."""
+        """Returns the statistics of the caches. For administrators."""
         caller.check_admin()
         return wire.stats_message(await self._caches.stats())
 
@@ -306,7 +306,7 @@ class Service:
     async def _answer(
         self, name: str, request_type: type[Message], context: Context, method: Callable[[Caller], Awaitable[Out]]
     ) -> bytes:
-        """Runs a method that has one answer, in a span of its own."""
+        """Runs a unary method in a span of its own."""
         metadata = context.invocation_metadata() or ()
         caller = self._recognize(metadata, context.peer())
         known = isinstance(caller, Caller)
@@ -332,7 +332,7 @@ class Service:
         return result.SerializeToString()
 
     def _recognize(self, metadata: Iterable[tuple[str, str | bytes]], peer: str) -> Caller | SafelightError:
-        """The caller, or why it is refused. Known before the span begins, as only known callers decide about traces."""
+        """The caller, or the error that refuses it. Called before the span begins: only known callers may force one."""
         try:
             return self._identity.recognize(metadata, peer)
         except SafelightError as error:
@@ -354,7 +354,7 @@ class _Stream:
     """The state of a streaming call: its connection, its trace span, and how it is ended from outside.
 
     Attributes:
-        waiting_bytes: the message that was handed to gRPC and that the client has not made room for.
+        waiting_bytes: size of the message that was handed to gRPC and that the client has not read.
     """
 
     def __init__(self, context: Context, stage: Stage) -> None:
@@ -385,7 +385,7 @@ class _Stream:
     def end(self, error: SafelightError) -> None:
         """Ends the call with an error, from outside of its handler.
 
-        To a client that does not read, the status is sent after the events that are buffered for it.
+        A client that does not read gets the status after the events that are buffered for it.
         """
         log.info(
             "stream_ended",

@@ -1,7 +1,7 @@
-"""Binds the address that the server listens on: every address of a name or none, and never another server's socket.
+"""Binds the address that the server listens on: all addresses of a name or none, and never another server's socket.
 
-gRPC alone would bind what it can of a name's addresses, would take over the unix socket of a running server, and would
-remove that server's socket when it ends.
+gRPC itself would bind only some of a name's addresses if others are in use, would take over the unix socket of a
+running server, and would remove that socket at its end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import grpc
 
 UNIX = "unix:"
 NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-"""A name's address that is not this machine's, such as ::1 of `localhost` where there is no IPv6."""
+"""Errors for an address that this machine does not have, such as ::1 of `localhost` without IPv6."""
 CONNECT_S = 1.0
 
 
@@ -32,13 +32,13 @@ def bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.Server
 
     Args:
         host: an address, a name, or unix:PATH.
-        port: 0 takes a free one.
+        port: the port; 0 chooses a free one.
 
     Returns:
-        HOST:PORT or unix:PATH, to be shown to users.
+        HOST:PORT or unix:PATH, for users.
 
     Raises:
-        BindError: an address is taken, is not this machine's, or must not be bound.
+        BindError: an address is in use, not this machine's, or not allowed.
     """
     if host.startswith(UNIX):
         _add(server, host, credentials)
@@ -50,9 +50,9 @@ def bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.Server
 
 @contextlib.contextmanager
 def sole_listener(host: str) -> Iterator[None]:
-    """Where `host` is unix:PATH, holds PATH.lock while the block runs, so that no other server takes the socket.
+    """If `host` is unix:PATH, holds PATH.lock while the block runs, so that no other server takes the socket.
 
-    The socket of a server that was killed is no obstacle. Addresses of a network need none of this.
+    The socket that a killed server left behind is no obstacle. Does nothing for network addresses.
 
     Raises:
         BindError: another server listens on the socket, PATH is no socket, or its folder cannot be written.
@@ -72,13 +72,13 @@ def sole_listener(host: str) -> Iterator[None]:
         _check_socket(path)
         yield
     finally:
-        with contextlib.suppress(OSError):  # whoever comes next takes the file as it is
+        with contextlib.suppress(OSError):  # a file that is left does no harm: the next server locks it again
             lock_file.unlink()
         os.close(lock)
 
 
 def _lock(file: Path) -> int:
-    """Makes and locks a file; returns its descriptor. The lock ends with the process, however that ends."""
+    """Makes and locks a file, and returns its descriptor. The kernel drops the lock when the process ends."""
     while True:
         lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
@@ -93,26 +93,26 @@ def _lock(file: Path) -> int:
 
 
 def _check_socket(path: Path) -> None:
-    """Refuses a path at which a server without a lock listens, or that is no socket."""
+    """Refuses a path that is no socket, or on which a server without a lock listens."""
     try:
         is_socket = stat.S_ISSOCK(path.lstat().st_mode)
     except FileNotFoundError:
         return
     if not is_socket:
-        raise BindError(f"cannot bind {UNIX}{path}: it is there already and no socket")
+        raise BindError(f"cannot bind {UNIX}{path}: a file that is no socket exists there; choose another path")
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(CONNECT_S)
         try:
             probe.connect(str(path))
-        except ConnectionRefusedError:  # its server is gone; gRPC binds the path anew
+        except ConnectionRefusedError:  # nobody listens any more; gRPC binds the path anew
             return
-        except OSError:  # it is too busy to answer, or only others may connect
+        except OSError:  # a server that is too busy to answer, or that other users run
             pass
     raise BindError(f"cannot bind {UNIX}{path}: another server listens there")
 
 
 def _addresses(host: str, port: int) -> list[str]:
-    """The addresses of `host` that this machine has; each was free a moment ago."""
+    """The addresses of `host` that this machine has. Each is tried, and was free at that moment."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
@@ -147,5 +147,5 @@ def _add(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredenti
 
 
 def _bracketed(host: str) -> str:
-    """A host as it stands before a port: IPv6 addresses in brackets."""
+    """A host as it is written before a port: IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host

@@ -1,6 +1,6 @@
-"""Opens the storage behind the caches, as the settings say: key file, cache tiers, Redis coordination.
+"""Opens the storage behind the caches by the settings: key file, cache tiers, Redis coordination.
 
-Redis and S3 need not be reachable at start: their calls fail until they are. A key
+Redis and S3 need not be reachable at start: calls of them fail until they are. A key
 file or a cache folder that cannot be used is an error at start.
 """
 
@@ -32,7 +32,7 @@ from safelight_server.telemetry.metrics import TierMetrics
 log = structlog.get_logger(__name__)
 
 FLUSH_S = 10.0
-"""How long shutdown waits for cache entries that are still to be written."""
+"""How long shutdown waits for cache entries that are not written yet."""
 DISK_TIMEOUT_MS = 1000
 """A read or write on the disk that takes longer counts as failed; a disk that is often slower is no cache."""
 MEMORY_S = 86_400.0
@@ -45,7 +45,7 @@ class CredentialsError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Backends:
-    """The open storage and coordination of one server. Whoever opens it must `close` it.
+    """The open storage and coordination of one server. The caller of `open_backends` must `close` it.
 
     Attributes:
         keyring: the keys that seal and name cache entries; random, and lost with the process, without a key file.
@@ -134,5 +134,5 @@ def _credentials(path: Path | None) -> tuple[str, str] | None:
     except (OSError, UnicodeDecodeError) as error:
         raise CredentialsError(f"{path}: {error}") from None
     if len(words) != 2:
-        raise CredentialsError(f"{path}: want one line, ACCESS_KEY_ID SECRET")
+        raise CredentialsError(f"{path}: must have one line, ACCESS_KEY_ID SECRET")
     return words[0], words[1]

@@ -1,8 +1,8 @@
-"""The server's TLS certificate and the authorities of its clients, for gRPC and for HTTP; read again when files change.
+"""The server's TLS certificate and the authorities of its clients, for gRPC and HTTP; read again when files change.
 
-They are asked for before each handshake. The files are small, so they are read and compared each time: beside a
-handshake that costs nothing. A new pair that cannot be used, such as one of which only one file has been written yet,
-is logged once, and the pair in force stays. Connections that are open keep the certificate that they began with.
+The files are small, so they are read and compared before each handshake, which costs little compared with it. New files
+that cannot be used, such as a pair of which only one file has been written yet, are logged once, and the present pair
+stays in use. Open connections keep the certificate that they began with.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ log = structlog.get_logger(__name__)
 
 
 class PemFiles(NamedTuple):
-    """What the files hold.
+    """The content of the files.
 
     Attributes:
-        client_ca: the authorities of clients; None where clients are asked for no certificate.
+        client_ca: the authorities of clients; None: clients need no certificate.
     """
 
     key: bytes
@@ -47,7 +47,7 @@ class ServerCertificate:
     Args:
         cert_file: the chain; the server's own certificate comes first.
         key_file: the key of that certificate, without a password.
-        client_ca_file: the authorities of clients, each of which must have a certificate by one of them. None: clients
+        client_ca_file: the authorities, one of which must have signed the certificate of each client. None: clients
             need no certificate.
 
     Raises:
@@ -58,7 +58,7 @@ class ServerCertificate:
         self._cert_file = cert_file
         self._key_file = key_file
         self._client_ca_file = client_ca_file
-        self._lock = threading.Lock()  # gRPC asks from threads of its own, HTTP from the event loop
+        self._lock = threading.Lock()  # gRPC calls `newest` from threads of its own, HTTP from the event loop
         self._files = self._read()
         self._check(self._files)
         self._fault = ""
@@ -69,7 +69,7 @@ class ServerCertificate:
         asks_clients = self._client_ca_file is not None
 
         def changed() -> grpc.ServerCertificateConfiguration | None:
-            """gRPC calls it before each handshake; None: the pair that it has is still the newest."""
+            """gRPC calls this before each handshake; None: its pair is still the newest."""
             nonlocal shown
             if (newest := self.newest()) is shown:
                 return None
@@ -87,10 +87,10 @@ class ServerCertificate:
         shown, current = self.newest(), self._load()
 
         def choose(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
-            """OpenSSL calls it at the beginning of each handshake, whether the client names a server or not."""
+            """OpenSSL calls this at the beginning of each handshake, whether the client names a server or not."""
             nonlocal shown, current
             if (newest := self.newest()) is not shown:
-                with contextlib.suppress(CertificateError):  # replaced in this moment: the next handshake has it
+                with contextlib.suppress(CertificateError):  # files that are just being replaced: tried again next time
                     shown, current = newest, self._load()
             connection.context = current
 
@@ -99,7 +99,7 @@ class ServerCertificate:
         return context
 
     def newest(self) -> PemFiles:
-        """Reads the files again. Returns what they hold, or where that cannot be used, what they held before."""
+        """Reads the files again. Returns their content or, if that cannot be used, the last usable content."""
         with self._lock:
             try:
                 files = self._read()
@@ -115,11 +115,11 @@ class ServerCertificate:
             return self._files
 
     def _load(self) -> ssl.SSLContext:
-        """A context of the files as they are: Python takes a certificate only from files."""
+        """A context of the present files: Python loads certificates only from files."""
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.set_alpn_protocols(["http/1.1"])
         try:
-            context.load_cert_chain(self._cert_file, self._key_file, password="")  # without one it asks a terminal
+            context.load_cert_chain(self._cert_file, self._key_file, password="")  # None would prompt on a terminal
             if self._client_ca_file is not None:
                 context.load_verify_locations(self._client_ca_file)
                 context.verify_mode = ssl.CERT_REQUIRED
@@ -135,7 +135,7 @@ class ServerCertificate:
             raise CertificateError(f"{error.filename}: {error.strerror}") from None
 
     def _check(self, files: PemFiles) -> datetime.datetime:
-        """Returns when the certificate expires. gRPC itself would not say what is wrong with a file."""
+        """Checks the files, since gRPC's errors do not say what is wrong. Returns when the certificate expires."""
         try:
             cert = x509.load_pem_x509_certificates(files.cert)[0]
         except ValueError:

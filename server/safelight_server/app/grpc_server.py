@@ -1,8 +1,8 @@
-"""Makes the gRPC server: its options, its limits, and a request loop that no path ends.
+"""Makes the gRPC server: its options, its limits, and a request loop that survives every path.
 
-In the loop that takes up all calls grpc.aio (1.85) decodes the path of a call as UTF-8, unless its method is
-registered. A path that is no UTF-8, which anyone can send, ends that loop and with it the server. `_AnyPath` keeps
-paths away from the decoder; record 0019 has the alternatives.
+In its request loop grpc.aio (1.85) decodes the path of a call as UTF-8, unless its method is registered. A path that is
+not UTF-8, which anyone can send, ends that loop and with it the server. `_AnyPath` keeps paths away from the decoder;
+decision record 0019 has the alternatives.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from safelight_server.app.address import BindError, bind
 from safelight_server.settings import Settings
 
 UNKNOWN = b"/safelight/unknown"
-"""The registered method that stands for all that the server does not have."""
+"""The registered method that stands for all unknown methods."""
 REQUEST_BYTES = 64 << 10
-"""Bytes that a request may have beside its two prompts."""
+"""Bytes that a request may have in addition to its two prompts."""
 OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
     ("grpc.keepalive_time_ms", 20_000),
@@ -30,8 +30,8 @@ OPTIONS = [
     ("grpc.http2.ping_timeout_ms", 10_000),  # a frozen peer is not seen by keepalive_timeout_ms alone
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.server_handshake_timeout_ms", 10_000),  # a connection that says nothing ends, by default after 120 s
-    ("grpc.max_concurrent_streams", 2048),  # of a connection; a client lets more wait, or opens another connection
+    ("grpc.server_handshake_timeout_ms", 10_000),  # ends a connection without a handshake; the default is 120 s
+    ("grpc.max_concurrent_streams", 2048),  # per connection; clients queue further calls or open another connection
 ]
 
 
@@ -41,7 +41,7 @@ def make_server(
     """A gRPC server that is not started and has no address yet.
 
     Args:
-        limits: in front of every call.
+        limits: wraps every call.
         services: the handlers, by full name of the service and name of the method.
     """
     largest = REQUEST_BYTES + 2 * 4 * settings.max_prompt_chars  # two prompts, at most four UTF-8 bytes a character
@@ -61,12 +61,12 @@ def make_server(
 def probe_server(
     settings: Settings, limits: CallLimits, health: Mapping[str, Mapping[str, Handler]]
 ) -> grpc.aio.Server | None:
-    """The server of `probe_port`, bound and not started; None where that is off.
+    """The server of `probe_port`, bound and not started; None if that is off.
 
-    It has the health service alone and no TLS, because the gRPC probes of Kubernetes speak none.
+    It has only the health service, and no TLS, which the gRPC probes of Kubernetes do not support.
 
     Raises:
-        BindError: the address is taken or not this machine's.
+        BindError: the address is in use or not this machine's.
     """
     if not settings.probe_port:
         return None
@@ -86,11 +86,11 @@ class _Server(Server):
 
 
 class _AnyPath(cygrpc.AioServer):  # type: ignore[misc]  # grpc's own has no types
-    """A server of registered methods that takes calls of any other path as calls of the method `UNKNOWN`.
+    """A server of registered methods that handles calls of any other path as calls of the method `UNKNOWN`.
 
-    The request loop knows the name of a registered method from the future that it has waited for, and decodes the path
-    only where that future is the one for all other paths. So the two futures change places. (A call of the very path of
-    `UNKNOWN` has an empty name then.)
+    The request loop has one future for each registered method, whose name it knows, and one for all other paths, which
+    it decodes. This class swaps the future of `UNKNOWN` and that of all other paths, so that no path is decoded. (A
+    call of the path of `UNKNOWN` itself then has an empty name.)
     """
 
     def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[object]:
@@ -103,7 +103,7 @@ class _AnyPath(cygrpc.AioServer):  # type: ignore[misc]  # grpc's own has no typ
 
 
 class _AnyMethod(grpc.GenericRpcHandler):
-    """Has the same handler for every method that is not registered, and for `UNKNOWN`, which has none of its own."""
+    """Returns one handler for `UNKNOWN` and for every method that is not registered."""
 
     def __init__(self, handler: Handler) -> None:
         self._handler = handler

@@ -1,4 +1,4 @@
-"""Builds the HTTP side of the server from its settings, and serves it beside gRPC where it has a port."""
+"""Builds the HTTP side of the server from its settings, and serves it if a port is set."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from safelight_server.settings import Settings, is_loopback
 from safelight_server.telemetry import Metrics
 
 REQUEST_BYTES = 64 << 10
-"""Bytes that a request may have beside its two prompts."""
+"""Bytes that a request may have in addition to its two prompts."""
 CHARACTER_BYTES = 12
-"""Most bytes of a character of a prompt, as an escape of JSON."""
+"""Most bytes of one character in JSON: two escapes of six."""
 
 
 class HttpPort:
-    """HTTP on the port of the settings; without one it does nothing.
+    """HTTP on the port of the settings. Does nothing without a port.
 
     Attributes:
-        address: HOST:PORT; empty before `start`, and where HTTP is off.
+        address: HOST:PORT; empty before `start`, and if HTTP is off.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class HttpPort:
 
         Raises:
             CertificateError: the certificate cannot be used any more.
-            OSError: the port is taken, or the address not this machine's.
+            OSError: the port is in use, or the address is not this machine's.
         """
         settings = self._settings
         if not settings.http_port:
@@ -78,6 +78,6 @@ class HttpPort:
         self.address = self._server.address
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no more connections and lets answers be sent for `grace_s`; a second call may shorten that."""
+        """Stops listening and lets responses be sent for `grace_s`; a second call may shorten that."""
         if self._server is not None:
             await self._server.stop(grace_s)

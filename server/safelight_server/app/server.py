@@ -1,6 +1,6 @@
 """Builds every part of the server, starts it, and drains it (the composition root).
 
-Only this module knows all parts; it hands each one the settings that concern it.
+Only this module knows all parts. It gives each part the settings that concern it.
 """
 
 from __future__ import annotations
@@ -83,17 +83,18 @@ log = structlog.get_logger(__name__)
 HEALTH_PERIOD_S = 0.25
 """Pause between two checks of the runtime for the health service."""
 LAST_WORDS_S = 1.0
-"""Shortest time that open streams get at shutdown to send their last message."""
+"""Least time that open streams get at shutdown to send their last message."""
 
 
 LEAST_PARKED, PARKED_PER_RUNNING = 256, 4
-"""Outputs that keep their latents while others have their slots; beyond them none is preempted (record 0016). With
-fewer, a burst of a higher class would have to wait; each costs the memory of its latents."""
+"""Bound on parked outputs, which keep their latents while others have their slots: the larger of the first number and
+the second times the running outputs. No output is preempted beyond it (decision record 0016). With a smaller bound, a
+burst of a higher class would have to wait; each parked output costs the memory of its latents."""
 MAX_KEYLESS_STREAMS = 1024
-"""Streams of health and reflection, which need no key, in all: 20 MB, and many more than probes and tools open."""
+"""Bound on the open streams of health and reflection, which need no key: 20 MB, and far more than tools open."""
 INDEXED_ITEMS = 10_000
-"""Outputs of a namespace whose latents others may start from, and its newest pictures that are scanned for similar
-ones. The time of a scan grows with them; record 0014 has figures."""
+"""Per namespace: outputs whose latents others may start from, and newest pictures that are scanned for similar ones.
+The time of a scan grows with it; decision record 0014 has figures."""
 
 
 class StartError(Exception):
@@ -109,10 +110,10 @@ class Running:
     """A running server, and the parts that tests inspect.
 
     Attributes:
-        address: HOST:PORT or unix:PATH that it listens on, with the port that it got where 0 was asked for.
+        address: HOST:PORT or unix:PATH that it listens on; for port 0 with the port that was chosen.
         drain: starts a shutdown that gives generations so many seconds; a second call with fewer shortens the first.
-        http_address: HOST:PORT of HTTP; empty where that is off.
-        uploads: the room that those under way take.
+        http_address: HOST:PORT of HTTP; empty if that is off.
+        uploads: the room that uploads in progress take.
     """
 
     address: str
@@ -156,7 +157,7 @@ def build_runtime(settings: Settings) -> tuple[Catalog, Runtime]:
 
 @contextlib.asynccontextmanager
 async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> AsyncIterator[Running]:
-    """Runs the server while the block runs; closes every part on leaving, and also where the start fails.
+    """Runs the server while the block runs. Closes every part at the end, also if the start fails.
 
     Args:
         wall: this machine's clock, in Unix seconds.
@@ -333,13 +334,13 @@ async def _listening(
         limits.end_awaited()
         if grace_s > 0:
             await limits.quiet(LAST_WORDS_S, lambda: len(draining) > 1)
-        left_s = max(LAST_WORDS_S, until - time.monotonic())  # both may still be sending
-        telling = asyncio.get_running_loop().call_later(left_s - LAST_WORDS_S / 2, limits.end_open)
+        left_s = max(LAST_WORDS_S, until - time.monotonic())  # gRPC and HTTP may still be sending
+        ending_calls = asyncio.get_running_loop().call_later(left_s - LAST_WORDS_S / 2, limits.end_open)
         await asyncio.gather(*(each.stop(left_s) for each in servers), http.stop(left_s))
-        telling.cancel()
+        ending_calls.cancel()
 
     def start_drain(grace_s: float) -> asyncio.Task[None]:
-        """Starts a drain; a second one with a shorter grace cuts the first one short."""
+        """Starts a drain. A second drain with a shorter grace ends the first one early."""
         if not draining:
             log.info("draining", grace_s=grace_s)
         draining.append(asyncio.create_task(drain(grace_s)))
@@ -411,7 +412,7 @@ def _build_cache(
 async def follow_health(health: Health, names: Sequence[str], engine: Engine) -> None:
     """Keeps the health service up to date: NOT_SERVING once the runtime has been away for longer than its grace.
 
-    `HEALTH_SERVICE` is left out: it says whether this process answers, for whoever would start it anew if it did not.
+    `HEALTH_SERVICE` stays SERVING: liveness probes check it, and restarting this process would not help the runtime.
     """
     names = [name for name in names if name != HEALTH_SERVICE]
     current = health_pb2.HealthCheckResponse.SERVING
@@ -440,10 +441,10 @@ def _watch_queue(metrics: Metrics, engine: Engine, clock: Callable[[], float]) -
 
 
 def _certificate(settings: Settings) -> ServerCertificate | None:
-    """The certificate of TLS; None where it is not configured.
+    """The TLS certificate; None if none is configured.
 
     Raises:
-        StartError: it cannot be used.
+        StartError: the certificate cannot be used.
     """
     if settings.tls_cert_file is None or settings.tls_key_file is None:
         return None
@@ -455,12 +456,12 @@ def _certificate(settings: Settings) -> ServerCertificate | None:
 
 @contextlib.asynccontextmanager
 async def _serving_metrics(metrics: Metrics, settings: Settings) -> AsyncIterator[None]:
-    """Serves Prometheus metrics: on `metrics_host`; else on loopback, or on `host` with `insecure`.
+    """Serves Prometheus metrics on `metrics_host`; without it on loopback, or on `host` if `insecure` is set.
 
-    They have neither TLS nor keys.
+    There is neither TLS nor a check of keys.
 
     Raises:
-        StartError: the address is taken or not this machine's.
+        StartError: the address is in use or not this machine's.
     """
     if not settings.metrics_port:
         yield

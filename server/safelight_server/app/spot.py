@@ -1,8 +1,8 @@
-"""Hears in advance that this machine, a spot instance, will be taken away.
+"""Waits for the notice that this machine, a spot instance, will be interrupted.
 
-AWS says so two minutes before, at an address that only the instance reaches
+AWS gives it two minutes before, through a metadata service that only the instance reaches
 (IMDSv2: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html).
-A service that does not answer is no notice: it is asked again.
+If the service does not answer, it is polled again.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import structlog
 log = structlog.get_logger(__name__)
 
 PERIOD_S = 5.0
-"""How often it is asked; AWS recommends this."""
+"""How often the service is polled; AWS recommends this."""
 TIMEOUT_S = 2.0
 TOKEN_TTL_S = 21_600
-"""As long as a token may be valid; a token that the service no longer takes is replaced."""
+"""Life of a token, the longest that is allowed; a token that the service rejects is replaced."""
 NOTICE_S = 120.0
-"""What is left where the notice does not say."""
+"""Time that is assumed to be left if the notice has no time."""
 RESERVE_S = 20.0
-"""Left after the drain: for the last messages, the end of the process and of what runs beside it."""
+"""Time kept after the drain, for the last messages and the end of this and other processes."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpotNotice:
-    """What will happen to this instance.
+    """The notice of an interruption.
 
     Attributes:
         action: "terminate", "stop" or "hibernate".
@@ -43,19 +43,19 @@ class SpotNotice:
     left_s: float
 
     def grace_s(self, wanted_s: float) -> float:
-        """How long a drain may take that would be given `wanted_s`."""
+        """How long a drain may take: `wanted_s`, or less if the instance ends before."""
         return max(0.0, min(wanted_s, self.left_s - RESERVE_S))
 
 
 async def spot_notice(url: str, now: Callable[[], float], period_s: float = PERIOD_S) -> SpotNotice:
-    """Returns once there is a notice.
+    """Polls the metadata service, and returns once there is a notice.
 
     Args:
-        url: where the metadata service is, without a path.
+        url: URL of the metadata service, without a path.
         now: Unix seconds.
     """
-    is_told, token = False, ""
-    # A proxy would answer for the instance that it runs on itself.
+    failure_logged, token = False, ""
+    # no proxy: it would return the notice of the instance that the proxy runs on
     async with httpx2.AsyncClient(base_url=url, timeout=TIMEOUT_S, trust_env=False) as http:
         while True:
             try:
@@ -67,28 +67,28 @@ async def spot_notice(url: str, now: Callable[[], float], period_s: float = PERI
                     return _notice(answer.text, now())
                 if answer.status_code == HTTPStatus.UNAUTHORIZED:
                     token = ""
-                elif answer.status_code != HTTPStatus.NOT_FOUND:  # which is: no notice
+                elif answer.status_code != HTTPStatus.NOT_FOUND:  # 404 means that there is no notice
                     answer.raise_for_status()
-                if is_told:
+                if failure_logged:
                     log.info("spot_notice_asked_again", url=url)
-                is_told = False
+                failure_logged = False
             except httpx2.HTTPError as error:
                 token = ""
-                if not is_told:
+                if not failure_logged:
                     log.warning("spot_notice_cannot_be_asked", url=url, error=str(error) or type(error).__name__)
-                is_told = True
+                failure_logged = True
             await asyncio.sleep(period_s)
 
 
 async def _token(http: httpx2.AsyncClient) -> str:
-    """A session token of IMDSv2, without which nothing is answered."""
+    """A session token of IMDSv2, which every request needs."""
     answer = await http.put("/latest/api/token", headers={"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_TTL_S)})
     answer.raise_for_status()
     return answer.text
 
 
 def _notice(text: str, now: float) -> SpotNotice:
-    """The notice in an answer; one that cannot be read is a notice all the same."""
+    """The notice of a response. One that cannot be read still counts as a notice."""
     action, left_s = "", NOTICE_S
     try:
         content = json.loads(text)

@@ -2,7 +2,7 @@
 
 cache         looks up and stores everything for an output; the rest of the server calls this module
 admin         statistics and purges, for operators
-purges        deletes in all tiers and indexes, and tells other replicas
+purges        deletes in all tiers and indexes, here and at other replicas
 namespaces    who shares what: one namespace for a tenant or a pool, and the names of an output in it
 fingerprint   what makes two outputs identical or comparable; index keys as HMACs
 pictures      finished pictures and their encodings

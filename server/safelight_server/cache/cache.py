@@ -58,10 +58,10 @@ class Retention(enum.Enum):
 
 @dataclass(slots=True)
 class CacheQuery:
-    """One output for which the cache is asked, with intermediate results of the lookups.
+    """One output to look up in the caches, with intermediate results of the lookups.
 
     Attributes:
-        embedding: of its prompt; set by `approximate` and handed over by `embeddings`.
+        embedding: the embedding of its prompt; set by `approximate` and handed over by `embeddings`.
         vector: its prompt vector, once computed.
         replaces: exact name of a picture that was served as similar `max_uses` times; this output replaces it.
         excluded: exact names that must not answer this output: the outputs of its request, and the pictures and latents
@@ -89,7 +89,7 @@ class Cache:
     """All caches of one replica.
 
     Args:
-        shared: other replicas may resume from checkpoints, so checkpoints are written to a shared tier at once.
+        shared: whether other replicas may resume from checkpoints, which are then written to a shared tier at once.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Cache:
     # --- lookups ---
 
     async def exact(self, wanted: CacheQuery) -> CachedPicture | None:
-        """Finds the picture with the same fingerprint, in the encoding asked for."""
+        """Finds the picture with the same fingerprint, in the requested encoding."""
         began = time.perf_counter()
         kept = await self.pictures.get(wanted.name, wanted.encoding)
         self._metrics.looked("exact", time.perf_counter() - began)
@@ -127,7 +127,7 @@ class Cache:
         """Finds a similar picture, or else a latent to start from, if the request allows them.
 
         Args:
-            latents: False: a similar picture alone.
+            latents: whether to look for latents too.
         """
         mode = wanted.policy.mode
         if mode not in (CacheMode.ALLOW_SIMILAR, CacheMode.ALLOW_LATENT):
@@ -163,11 +163,11 @@ class Cache:
     async def embeddings(self, wanted: CacheQuery) -> tuple[Embedding | None, ...]:
         """Finds the embeddings of its prompts, one per row; None for each that is not cached."""
         namespace, pipeline, spec = wanted.name.namespace, wanted.pipeline, wanted.spec
-        met, wanted.embedding = wanted.embedding, None  # freed now: the output may wait long in the queue
+        found, wanted.embedding = wanted.embedding, None  # freed now: the output may wait long in the queue
         return tuple(
             [
-                met
-                if met is not None and ids == spec.token_ids
+                found
+                if found is not None and ids == spec.token_ids
                 else await self._prompts.known(namespace, pipeline, ids)
                 for ids in spec.token_ids_by_row
             ]
@@ -193,7 +193,7 @@ class Cache:
         """Stores a finished picture and adds it to the indexes.
 
         Args:
-            there: its pixels are stored already.
+            there: whether its pixels are stored already.
         """
         name, pipeline, spec = wanted.name, wanted.pipeline, wanted.spec
         steps = spec.num_inference_steps
@@ -280,7 +280,7 @@ class CacheRecorder(ExecutionObserver):
     """Stores what one execution makes.
 
     Attributes:
-        there: the pixels of the picture are stored already.
+        there: whether the pixels of the picture are stored already.
     """
 
     def __init__(self, cache: Cache, wanted: CacheQuery, keep: Retention) -> None:

@@ -138,14 +138,14 @@ class Checkpoints:
 
     @property
     def holds(self) -> bool:
-        """Whether to call `hold` in place of `keep`: snapshots stay in memory until the execution has its picture."""
+        """Whether to call `hold` instead of `keep`: snapshots stay in memory until the execution has its picture."""
         return not self.policy.every_n_steps
 
     def hold(self, tenant: str, execution: str, snapshot: Snapshot, owner: EntryOwner) -> bool:
         """Holds a snapshot in memory until `ended`. False if it is too large or not finite.
 
         Args:
-            owner: by which purges find it.
+            owner: the properties by which purges find the snapshot.
         """
         size = num_bytes(snapshot.x.shape)
         if size > self.policy.max_bytes or not _is_finite(snapshot):
@@ -157,7 +157,7 @@ class Checkpoints:
         self._held_bytes += 0 if snapshot.step in held.snapshots else size
         held.snapshots[snapshot.step] = snapshot
         while self._held_bytes > HELD_BYTES:
-            self._let_go(next(iter(self._held)))
+            self._drop_held(next(iter(self._held)))
         return True
 
     async def keep(
@@ -174,8 +174,8 @@ class Checkpoints:
         """Stores a snapshot and deletes the older ones that are no longer needed.
 
         Args:
-            num_steps: of the execution.
-            revision, generation: by which purges find it.
+            num_steps: the number of steps of the execution.
+            revision, generation: the properties by which purges find the snapshot.
             replicate: wait until a shared tier has stored it.
 
         Returns:
@@ -214,7 +214,7 @@ class Checkpoints:
         for step in gone:
             await self._tiers.delete(self._key(tenant, execution, step))
         self._lists.pop(key, None)
-        self._let_go(key)
+        self._drop_held(key)
 
     async def newest(self, tenant: str, execution: str) -> Snapshot | None:
         """Returns the latest checkpoint that can be read, or None."""
@@ -250,7 +250,7 @@ class Checkpoints:
         """Returns the snapshot under a store key, or None if there is none.
 
         Raises:
-            StoreError: a shared tier failed, which may have it.
+            StoreError: a shared tier failed, and may have the snapshot.
         """
         found = await self._tiers.get(key, sure=True)
         return None if found is None else parse(found.entry.data)
@@ -260,7 +260,7 @@ class Checkpoints:
         keys = [self._key(tenant, execution, step) for step in await self._steps(tenant, execution)]
         keys.append(self._key(tenant, execution, "steps"))
         self._lists.pop(keys[-1], None)
-        self._let_go(keys[-1])
+        self._drop_held(keys[-1])
         return all([await self._tiers.delete(key) for key in keys])
 
     async def forget(self, scope: PurgeScope) -> bool:
@@ -270,7 +270,7 @@ class Checkpoints:
         """
         for key, held in list(self._held.items()):
             if scope.includes(EntryOwner(key, held.owner.revision, held.owner.generation)):
-                self._let_go(key)
+                self._drop_held(key)
         if scope.by_name:
             for key in [key for key in self._lists if key.startswith(scope.prefix)]:
                 del self._lists[key]
@@ -286,10 +286,10 @@ class Checkpoints:
 
     def _holding(self, key: str) -> _UnwrittenSnapshots | None:
         if (held := self._held.get(key)) is not None and held.until <= time.monotonic():
-            self._let_go(key)
+            self._drop_held(key)
         return self._held.get(key)
 
-    def _let_go(self, key: str) -> None:
+    def _drop_held(self, key: str) -> None:
         """Drops the held snapshots of an execution."""
         if (held := self._held.pop(key, None)) is not None:
             self._held_bytes -= held.num_bytes

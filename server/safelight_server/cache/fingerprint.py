@@ -25,8 +25,8 @@ VERSION = 3
 """Increased whenever the format or content changes, so that old entries are no longer found."""
 
 STAND_INS = frozenset({"model", "revision", "prompt", "negative_prompt"})
-"""Fields of a spec that decide nothing themselves: the pipeline's digest and the token ids do. All others are in a
-fingerprint by themselves, so that a new field cannot be forgotten."""
+"""Fields of a spec that a fingerprint leaves out, since the pipeline's digest and the token ids stand for them. All
+other fields are in it, so that a new field cannot be forgotten."""
 
 
 class IndexKind(enum.StrEnum):
@@ -92,7 +92,7 @@ def _comparable(pipeline_digest: str, numerics_id: str, spec: Spec) -> dict[str,
 
 
 def _plain(value: object) -> object:
-    """A value as JSON has it; equal numbers are equal there: 3 and 3.0, 0.0 and -0.0."""
+    """A value in a form in which equal numbers have equal JSON: 3 and 3.0, 0.0 and -0.0."""
     if dataclasses.is_dataclass(value):
         return [_plain(getattr(value, field.name)) for field in dataclasses.fields(value)]
     if isinstance(value, tuple):

@@ -1,9 +1,9 @@
 """Keeps the pictures that clients upload, each under the SHA-256 of its file, for the tenant that sent it.
 
-They lie in the storage tiers beside what is cached, sealed like that, under the tenant's own prefix, never in a pool.
-Where replicas share a tier, an upload has ended only when that tier has it, so that every replica finds it. A picture
-goes when its time is over, when newer ones of its tenant need the room, or when a tier needs it; whoever still wants
-it sends it again.
+They are stored in the tiers of the cache, sealed like all entries, under the tenant's own prefix and never in a pool.
+If replicas share a tier, an upload succeeds only when that tier has it, so that every replica finds it. A picture is
+dropped when its time is over, when newer pictures of its tenant need the room, or when a tier evicts it; a client that
+still needs it uploads it again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safelight_server.storage.sealed import Entry
 from safelight_server.storage.tiers import TierHit, Tiers
 
 ENTRY_BYTES = 1024
-"""What a picture counts beside the bytes of its file, so that many small ones are bounded too."""
+"""Added to the size of each picture's file, so that the number of small pictures is bounded too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ class Images:
 
     Args:
         ttl_s: how long a picture is kept after it was sent or used.
-        max_tenant_bytes: of the pictures that this replica has taken from one tenant; beyond it the oldest go.
-        shared: other replicas must find what is uploaded here.
+        max_tenant_bytes: bound on the pictures that this replica has received from a tenant.
+        shared: whether other replicas must find what is uploaded here.
     """
 
     def __init__(
@@ -64,45 +64,47 @@ class Images:
         self._ttl_s = ttl_s
         self._max_tenant_bytes = max_tenant_bytes
         self._shared = shared
-        self._taken: dict[str, OrderedDict[str, int]] = {}  # sizes by digest, of each tenant; the oldest first
+        self._sizes_by_tenant: dict[
+            str, OrderedDict[str, int]
+        ] = {}  # sizes by digest, of each tenant; the oldest first
 
     async def put(self, tenant: str, digest: str, data: bytes, facts: PictureFile) -> UploadedImage:
         """Keeps a picture.
 
         Raises:
-            UnavailableError: no tier has taken it, or not the one that all replicas read.
+            UnavailableError: no tier has stored it, or the tier that all replicas read has not.
         """
         image = UploadedImage(digest, facts, data, self._tiers.now() + self._ttl_s)
         await self._write(tenant, image)
-        taken = self._taken.setdefault(tenant, OrderedDict())
+        taken = self._sizes_by_tenant.setdefault(tenant, OrderedDict())
         taken[digest] = len(data) + ENTRY_BYTES
         taken.move_to_end(digest)
         while sum(taken.values()) > self._max_tenant_bytes and len(taken) > 1:
             oldest, _ = taken.popitem(last=False)
             await self._tiers.delete(self._key(tenant, oldest))
-        if len(self._taken) > MAX_SPACES:
-            del self._taken[next(iter(self._taken))]
+        if len(self._sizes_by_tenant) > MAX_SPACES:
+            del self._sizes_by_tenant[next(iter(self._sizes_by_tenant))]
         return image
 
     async def get(self, tenant: str, digest: str, *, use: bool = False) -> UploadedImage | None:
         """Returns a picture of a tenant, or None where it has none of this digest.
 
         Args:
-            use: it counts as used now, and so is kept for longer.
+            use: whether this counts as a use, which extends its time.
 
         Raises:
-            StoreError: a tier that all replicas share failed, which may have it.
+            StoreError: a tier that all replicas share failed, and may have the picture.
         """
         found = await self._tiers.get(self._key(tenant, digest), sure=True)
         if found is None:
             return None
         image = _image(digest, found)
         if use:
-            if (taken := self._taken.get(tenant)) is not None and digest in taken:
+            if (taken := self._sizes_by_tenant.get(tenant)) is not None and digest in taken:
                 taken.move_to_end(digest)
             if image.expires_at - self._tiers.now() < self._ttl_s / 2:
                 image = UploadedImage(digest, image.facts, image.data, self._tiers.now() + self._ttl_s)
-                with contextlib.suppress(UnavailableError):  # then it goes sooner, and is there now
+                with contextlib.suppress(UnavailableError):  # then its time is not extended, but it is there now
                     await self._write(tenant, image)
         return image
 

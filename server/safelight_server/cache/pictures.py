@@ -1,4 +1,4 @@
-"""Stores finished pictures: their pixels, and an encoded variant for each encoding that was asked for.
+"""Stores finished pictures: their pixels, and an encoded variant for each encoding that was requested.
 
 An exact name holds only a picture that was computed from noise. A picture that began from another picture's latent is
 stored under a name of its own, which EXACT lookups never use (`Cache.keep_as_similar`).
@@ -25,10 +25,10 @@ class PictureFacts:
     """What is stored beside the pixels of a picture.
 
     Attributes:
-        prompt: that the picture was computed for.
+        prompt: the prompt that the picture was computed for.
         generation: resource name of the generation that computed it.
-        revision: of the model.
-        num_steps: that its computation took.
+        revision: the model revision.
+        num_steps: number of steps that its computation took.
         compute_s: seconds that its computation took.
     """
 
@@ -41,7 +41,7 @@ class PictureFacts:
 
 @dataclass(frozen=True, slots=True)
 class CachedPicture:
-    """A cached picture in the encoding that was asked for."""
+    """A cached picture in the requested encoding."""
 
     picture: EncodedPicture
     facts: PictureFacts

@@ -54,7 +54,7 @@ class Prompts:
         embedding: Embedding,
         owner: EntryOwner,
     ) -> bool:
-        """Stores an embedding. False if it is not finite. `owner`: by which purges find it."""
+        """Stores an embedding. False if it is not finite. Purges find it by `owner`."""
         arrays = [np.ascontiguousarray(embedding[name], np.float32) for name in pipeline.embedding_outputs]
         if not all(np.isfinite(array).all() for array in arrays):
             return False
@@ -101,7 +101,7 @@ def _vector(pipeline: Pipeline, token_ids: Sequence[int], embedding: Embedding) 
 
 
 def _parsed(entry: Entry, pipeline: Pipeline, num_tokens: int) -> Embedding | None:
-    """The embedding of an entry; None where it lacks an output that the pipeline is given now."""
+    """The embedding of an entry; None if it lacks an output of the encoder that the pipeline now uses."""
     flat = np.frombuffer(entry.data, np.float32)
     if "shapes" not in entry.metadata:
         embedding = {HIDDEN_STATE: flat.reshape(num_tokens, -1)}

@@ -56,11 +56,11 @@ class Purges:
         self._owed: dict[str, set[PurgeScope]] = {}
 
     async def purge(self, scope: PurgeScope) -> PurgeReport:
-        """Deletes what the scope covers from this replica's and the shared tiers, and tells the other replicas.
+        """Deletes what the scope covers from this replica's and the shared tiers, and notifies the other replicas.
 
         Returns:
             Number of entries deleted here. `failed` names the tiers that could not be cleared, and "replicas" if the
-            other replicas could not be told.
+            other replicas could not be notified.
         """
         report = await purge(self._tiers, scope)
         if not await self._forget(scope) and REDIS not in report.failed:

@@ -39,7 +39,7 @@ from safelight_server.sampler import VERSION as SAMPLER_VERSION
 from safelight_server.sampler import NoiseSchedule, SamplerSpec, refusal
 
 DATA_FILE = "model.onnx.data"
-"""Holds the weights of a model.onnx that would be larger than protobuf's 2 GiB with them."""
+"""The file with the weights of a model.onnx that would exceed protobuf's 2 GiB with them."""
 ONLY_FLOW = (
     "use_dynamic_shifting",
     "base_shift",
@@ -68,10 +68,10 @@ class ManifestError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
-    """A checked manifest with what is derived from it.
+    """A checked manifest with values that are derived from it.
 
     Attributes:
-        digest: SHA-256 of all that decides pixels besides the request and the runtime.
+        digest: SHA-256 of everything that decides pixels, apart from the request and the runtime.
         linear_weights: (C, 3 * k * k), maps a latent pixel to k x k pixels, in the order channel, row, column.
         files: the ONNX file of each component.
         max_rows: the batch bound of each component, from its config.pbtxt.
@@ -109,7 +109,7 @@ class Pipeline:
 
     @property
     def embedding_outputs(self) -> tuple[str, ...]:
-        """The outputs of the text encoder that are kept of a prompt: what the denoiser is given, hidden state first."""
+        """The outputs of the text encoder that are kept of a prompt, for the denoiser; the hidden state comes first."""
         sources = self.manifest.inputs.values()
         bound = [at.removeprefix(ENCODER_SOURCE) for at in sources if at.startswith(ENCODER_SOURCE)]
         return tuple(dict.fromkeys([HIDDEN_STATE, *bound]))
@@ -132,7 +132,7 @@ class Pipeline:
 
 @dataclass(frozen=True, slots=True)
 class UnavailablePipeline:
-    """A pipeline that is there and cannot be served. Clients see `reason`: its paths begin at the folder of models."""
+    """A pipeline that exists and cannot be served. Clients see `reason`, whose paths begin at the folder of models."""
 
     name: str
     revision: str
@@ -140,13 +140,13 @@ class UnavailablePipeline:
 
 
 class Catalog:
-    """All pipelines by name, one of which is the default; and those that are left out, because something is wrong.
+    """All pipelines by name, one of which is the default, and the faulty pipelines, which are left out.
 
     Args:
         require_all: whether a pipeline that cannot be served is an error.
 
     Attributes:
-        unavailable: what is left out, by name.
+        unavailable: the pipelines that are left out, by name.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class Catalog:
         self.default = self._find_default()
 
     def leave_out(self, name: str, reason: str) -> None:
-        """Serves all pipelines but `name` from now on. A runtime calls it while it starts.
+        """Stops serving the pipeline `name`. A runtime calls this while it starts.
 
         Raises:
             ManifestError: all are required, `name` is the default by setting, or no pipeline is left.
@@ -184,7 +184,7 @@ class Catalog:
         if self.unavailable and not self.pipelines:
             reasons = "; ".join(f"{at.name}: {at.reason}" for at in self.unavailable.values())
             raise ManifestError(f"no model can be served: {reasons}")
-        raise ManifestError(f"the default model {default!r} is not there; there is {', '.join(self.pipelines)}")
+        raise ManifestError(f"default_model: there is no {default!r}; there is {', '.join(self.pipelines)}")
 
     def get(self, name: str) -> Pipeline:
         """The pipeline of that name; empty means the default.
@@ -312,9 +312,7 @@ def _digest(manifest: Manifest) -> str:
     for component in decides["components"].values():
         if component["data_sha256"] is None:
             del component["data_sha256"]
-    if (
-        dict(manifest.inputs) != STABLE_DIFFUSION_INPUTS
-    ):  # else it is the digest of a manifest from before there were any
+    if dict(manifest.inputs) != STABLE_DIFFUSION_INPUTS:  # keeps the digest of manifests that are older than this field
         decides["inputs"] = dict(manifest.inputs)
     canonical = json.dumps([SAMPLER_VERSION, decides], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -337,7 +335,7 @@ def _check_file(file: Path, sha256: str) -> list[str]:
 
 
 def check(manifest: Manifest) -> list[str]:
-    """What is wrong with a manifest that its types do not show: each fault begins with the field it is about."""
+    """The faults of a manifest that its types do not exclude. Each fault begins with the name of its field."""
     pipeline = assemble(manifest, {})
     first, latent, preview = manifest.sizes[0], manifest.latent, manifest.linear_preview
     faults = [

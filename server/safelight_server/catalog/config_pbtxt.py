@@ -19,7 +19,7 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """What the server needs of a model configuration.
+    """The parts of a model configuration that the server uses.
 
     Attributes:
         max_rows: largest batch, Triton's max_batch_size.

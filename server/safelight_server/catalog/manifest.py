@@ -1,4 +1,4 @@
-"""The contents of pipeline.json, with the rules that its types can show."""
+"""The contents of pipeline.json, with the rules that types can express."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class ComponentFile(_Strict):
     """The model of a component in the Triton repository, with version and digest.
 
     Attributes:
-        data_sha256: digest of `model.onnx.data`, where the weights are in a file of their own.
-        row_bytes: memory that each row of a call takes at the largest size, measured by the exporter; 0: not known.
+        data_sha256: digest of `model.onnx.data`, if the weights are in a file of their own.
+        row_bytes: memory of each row of a call at the largest size, measured by the exporter; 0: unknown.
     """
 
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]

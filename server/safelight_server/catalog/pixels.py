@@ -26,25 +26,25 @@ def sampler_table(pipeline: Pipeline, spec: Spec) -> SamplerTable:
 
 
 def decoder_latent(pipeline: Pipeline, latent: FloatArray) -> FloatArray:
-    """Scales and shifts latents, (B, C, h, w), to what the decoders take."""
+    """Scales and shifts latents, (B, C, h, w), to the inputs of the decoders."""
     at = pipeline.manifest.latent
     return latent / np.float32(at.scaling_factor) + np.float32(at.shift_factor)
 
 
 def denoiser_latent(pipeline: Pipeline, latent: FloatArray) -> FloatArray:
-    """Shifts and scales latents of the encoder, (C, h, w), to what the denoiser works on."""
+    """Shifts and scales latents of the encoder, (C, h, w), to the denoiser's latents."""
     at = pipeline.manifest.latent
     return (latent - np.float32(at.shift_factor)) * np.float32(at.scaling_factor)
 
 
 def encoder_image(pixels: npt.NDArray[np.uint8]) -> FloatArray:
-    """Converts RGB bytes (H, W, 3) to what the encoder takes, (3, H, W) in [-1, 1], as diffusers' image processor."""
+    """Converts RGB bytes (H, W, 3) to the encoder's input, (3, H, W) in [-1, 1], like diffusers' image processor."""
     shares = pixels.astype(np.float32).transpose(2, 0, 1) / np.float32(255)
     return np.ascontiguousarray(np.float32(2) * shares - np.float32(1))
 
 
 def shrunk_mask(mask: npt.NDArray[np.uint8], size: tuple[int, ...]) -> FloatArray:
-    """A mask (H, W) at the latent's `size` (h, w): the mean of the pixels of each, in [0, 1]."""
+    """A mask (H, W) at the latent's `size` (h, w): each value is the mean of its pixels, in [0, 1]."""
     height, width = size
     blocks = mask.reshape(height, mask.shape[0] // height, width, mask.shape[1] // width)
     shares: FloatArray = blocks.astype(np.float32).mean(axis=(1, 3)) / np.float32(255)

@@ -2,5 +2,5 @@
 
 import os
 
-# Before grpc is imported, which looks at it then. Its core writes plain lines to stderr, and a client can cause some.
+# Set before grpc is imported, which reads it then. Its core writes plain lines to stderr, some caused by clients.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -1,6 +1,6 @@
-"""`safelight bills`: sums of what was billed. Reads the bills in Redis itself, so that no server need run.
+"""`safelight bills`: sums of bills. Reads the bills in Redis itself, so that no server need run.
 
-Bills name tenants, so reading them takes the key file that sealed them; no key of a caller is enough.
+Bills name tenants, so reading them needs the key file that sealed them; a caller's API key is not enough.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from safelight_server.telemetry import configure_logging
 TIMEOUT_S = 5.0
 """How long one read of Redis may take."""
 KINDS = ("tenant", "model_revision", "disposition")
-"""What bills can be added up by, in the order of the columns."""
+"""The facts by which bills can be grouped, in the order of the columns."""
 SUMS = ("pictures", "rows", "steps", "compute_s")
 HEADINGS = {"model_revision": "model", "disposition": "began", "compute_s": "compute"}
 
@@ -53,7 +53,7 @@ class BillFormat(StrEnum):
 
 @dataclass(slots=True)
 class BilledSum:
-    """Bills added up; what they are not told apart by is empty."""
+    """The sum of a group of bills. Facts by which bills are not grouped are empty."""
 
     tenant: str
     model_revision: str
@@ -74,24 +74,24 @@ class BilledSum:
 def bills(
     redis_url: Annotated[str, typer.Option(envvar="SAFELIGHT_REDIS_URL", help="Redis of the replicas.")],
     cache_key_file: Annotated[Path, typer.Option(envvar="SAFELIGHT_CACHE_KEY_FILE", help="Keys that seal the bills.")],
-    since: Annotated[datetime | None, typer.Option(help="First moment (UTC); all where absent.")] = None,
-    until: Annotated[datetime | None, typer.Option(help="First moment that no longer counts (UTC).")] = None,
-    tenant: Annotated[str | None, typer.Option(help="Of this tenant alone.")] = None,
+    since: Annotated[datetime | None, typer.Option(help="Begin (UTC); without it all bills count.")] = None,
+    until: Annotated[datetime | None, typer.Option(help="End (UTC), exclusive.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only the bills of this tenant.")] = None,
     by: Annotated[
-        str, typer.Option(help="What to tell apart, separated by commas: tenant, model_revision, disposition.")
+        str, typer.Option(help="What to group by, separated by commas: tenant, model_revision, disposition.")
     ] = ",".join(KINDS),
     price_file: Annotated[
         Path | None, typer.Option(envvar="SAFELIGHT_PRICE_FILE", help="Prices of machines: adds the cost.")
     ] = None,
     instance_type: Annotated[
-        str, typer.Option(envvar="SAFELIGHT_INSTANCE_TYPE", help="Which machine of the price file computed it.")
+        str, typer.Option(envvar="SAFELIGHT_INSTANCE_TYPE", help="The machine in the price file that computed.")
     ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV with a header.")] = False,
 ) -> None:
-    """Sum up what was billed, by tenant, model and where the work began (docs/operations/billing.md)."""
-    told = tuple(name.strip() for name in by.split(","))
-    if unknown := [name for name in told if name not in KINDS]:
+    """Sum up bills by tenant, model and where the work began (docs/operations/billing.md)."""
+    group_by = tuple(name.strip() for name in by.split(","))
+    if unknown := [name for name in group_by if name not in KINDS]:
         raise BillsError(f"--by {', '.join(unknown)}: must be of {', '.join(KINDS)}")
     if (price_file is None) != (not instance_type):
         raise BillsError("--price-file and --instance-type go together")
@@ -101,8 +101,8 @@ def bills(
     if since is not None and until is not None and since >= until:
         raise BillsError("--until: must be after --since")
     configure_logging("console", "warning")
-    sums, num_sealed = uvloop.run(_add_up(redis_url, cache_key_file, since, until, tenant, told))
-    _print(sums, told, price, BillFormat.JSON if as_json else BillFormat.CSV if as_csv else BillFormat.TABLE)
+    sums, num_sealed = uvloop.run(_add_up(redis_url, cache_key_file, since, until, tenant, group_by))
+    _print(sums, group_by, price, BillFormat.JSON if as_json else BillFormat.CSV if as_csv else BillFormat.TABLE)
     if num_sealed:
         raise BillsError(f"{num_sealed} bills are missing above: --cache-key-file {cache_key_file} does not open them")
 
@@ -113,9 +113,9 @@ async def _add_up(
     since: datetime | None,
     until: datetime | None,
     tenant: str | None,
-    told: Sequence[str],
+    group_by: Sequence[str],
 ) -> tuple[list[BilledSum], int]:
-    """Returns the sums in the order of what they are told apart by, and the number of bills that cannot be opened."""
+    """Returns the sums in the order of their groups, and the number of bills that cannot be opened."""
     clock = SharedClock()
     try:
         sealer = Sealer(Keyring.load(key_file), clock.now)
@@ -134,8 +134,8 @@ async def _add_up(
             if bill is None:
                 num_sealed += 1
             elif tenant in (None, bill.tenant):
-                tenant_told, model, began = (getattr(bill, name) if name in told else "" for name in KINDS)
-                kind = tenant_told, model, began
+                billed_tenant, model, began = (getattr(bill, name) if name in group_by else "" for name in KINDS)
+                kind = billed_tenant, model, began
                 sums.setdefault(kind, BilledSum(*kind)).add(bill)
     except StoreError as error:
         raise BillsError(f"--redis-url / SAFELIGHT_REDIS_URL: {error}") from None
@@ -149,13 +149,13 @@ def _unix_ms(moment: datetime) -> int:
     return int(moment.replace(tzinfo=UTC).timestamp() * 1000)
 
 
-def _print(sums: Iterable[BilledSum], told: Sequence[str], price: ComputePrice | None, form: BillFormat) -> None:
-    columns = [*(name for name in KINDS if name in told), *SUMS, *(() if price is None else ("cost", "currency"))]
+def _print(sums: Iterable[BilledSum], group_by: Sequence[str], price: ComputePrice | None, form: BillFormat) -> None:
+    columns = [*(name for name in KINDS if name in group_by), *SUMS, *(() if price is None else ("cost", "currency"))]
     rows = []
-    for one in sums:
-        row = asdict(one) | {"compute_s": round(one.compute_s, 6)}
+    for group in sums:
+        row = asdict(group) | {"compute_s": round(group.compute_s, 6)}
         if price is not None:
-            row |= {"cost": price.of(one.compute_s) / NANO, "currency": price.currency}
+            row |= {"cost": price.of(group.compute_s) / NANO, "currency": price.currency}
         rows.append({name: row[name] for name in columns})
     if form is BillFormat.JSON:
         for row in rows:

@@ -1,6 +1,6 @@
 """`safelight generate` and `safelight demo`: show pictures in the terminal while they develop.
 
-`generate` asks a running server for one picture; `demo` starts a server of its own and asks it for several.
+`generate` requests one picture of a running server; `demo` starts a server of its own and requests several.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class DemoError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class DemoRequest:
-    """The picture that the command line asks for; None and empty leave the choice to the server."""
+    """The picture that the command line requests. None and empty leave the choice to the server."""
 
     prompt: str
     seed: int | None = None
@@ -126,7 +126,7 @@ class LivePicture:
         return ", ".join([*figures, f"total {total:.2f} s"])
 
     def origin(self) -> str:
-        """The generation's name and, if the cache served it or a part of it, from what and how much that saved."""
+        """The generation's name and, if it used earlier work, which and how much that saved."""
         if self.finished is None:
             return ""
         [origin] = self.finished.origins
@@ -136,21 +136,21 @@ class LivePicture:
             "steps skipped": origin.num_steps_skipped or "",
             "numerics": origin.numerics_id,
         }
-        told = ", ".join(f"{name} {fact}" for name, fact in facts.items() if fact)
+        known = ", ".join(f"{name} {fact}" for name, fact in facts.items() if fact)
         how = (
             ""
-            if origin.disposition == "miss" and not told
-            else f"  {origin.disposition}" + (f" ({told})" if told else "")
+            if origin.disposition == "miss" and not known
+            else f"  {origin.disposition}" + (f" ({known})" if known else "")
         )
         given_up = self.finished.degradations
-        under_load = ", ".join(f"{one.kind.replace('_', ' ')} ({one.requested} to {one.applied})" for one in given_up)
+        under_load = ", ".join(f"{d.kind.replace('_', ' ')} ({d.requested} to {d.applied})" for d in given_up)
         return f"{self.finished.generation}{how}" + (f"  under load: {under_load}" if under_load else "")
 
 
 async def generate_one(
     connect: Callable[[], Client], order: DemoRequest, console: Console
 ) -> tuple[Picture, LivePicture]:
-    """Generates one picture, showing its previews where the terminal has colours.
+    """Generates one picture, and shows its previews if the terminal has colours.
 
     Raises:
         DemoError: the request has a bad value, or no picture came.

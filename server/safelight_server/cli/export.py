@@ -1,4 +1,4 @@
-"""`safelight export`: brings a model of diffusers into the folder of models (docs/models.md)."""
+"""`safelight export`: exports a diffusers model into the folder of models (docs/models.md)."""
 
 from __future__ import annotations
 
@@ -27,29 +27,27 @@ def export(
             help="A Stable Diffusion, SDXL, SD3 or FLUX pipeline of diffusers, or a checkpoint in one file."
         ),
     ],
-    name: Annotated[str, typer.Option(help="Id of the model; absent: from the folder's name.")] = "",
+    name: Annotated[str, typer.Option(help="Id of the model; default: from the folder's name.")] = "",
     revision: Annotated[str, typer.Option(help="Revision of the weights; the newest is served.")] = "1",
     licence: Annotated[
-        str, typer.Option("--licence", "--license", help="SPDX id; absent: what the model card in the folder says.")
+        str, typer.Option("--licence", "--license", help="SPDX id; default: that of the model card in the folder.")
     ] = "",
-    description: Annotated[str, typer.Option(help="What it draws, for people.")] = "",
+    description: Annotated[str, typer.Option(help="What the model draws, for people.")] = "",
     steps: Annotated[int | None, typer.Option(help="Default number of steps.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Default guidance scale; 1 is without.")] = None,
-    sampler: Annotated[str, typer.Option(help="Default sampler; absent: the one nearest to the folder's.")] = "",
-    sizes: Annotated[
-        str, typer.Option(help="Sizes of pictures, the default first: 512x512,768x512. Absent: that of the training.")
-    ] = "",
+    guidance_scale: Annotated[float | None, typer.Option(help="Default guidance scale; 1 means none.")] = None,
+    sampler: Annotated[str, typer.Option(help="Default sampler; default: the nearest to the folder's.")] = "",
+    sizes: Annotated[str, typer.Option(help="Sizes of pictures, the first is the default: 512x512,768x512.")] = "",
     max_rows: Annotated[int, typer.Option(help="Largest batch of the denoiser.")] = MAX_ROWS,
-    variant: Annotated[str, typer.Option(help="Of the files of weights: fp16 for *.fp16.safetensors.")] = "",
+    variant: Annotated[str, typer.Option(help="Variant of the weight files: fp16 for *.fp16.safetensors.")] = "",
     config: Annotated[
         Path | None, typer.Option(help="For a checkpoint in one file: a diffusers folder of the same architecture.")
     ] = None,
     version: Annotated[int, typer.Option(min=1, help="Triton's version folder of the components.")] = 1,
     replace: Annotated[bool, typer.Option("--replace", help="Remove all other revisions of the model.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, in seconds.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be done; takes seconds.")] = False,
     models_dir: Annotated[Path | None, typer.Option(help=Settings.model_fields["models_dir"].description)] = None,
 ) -> None:
-    """Export a model of diffusers for this server; needs the extra `export` (docs/models.md)."""
+    """Export a diffusers model for this server; needs the extra `export` (docs/models.md)."""
     options = ExportOptions(
         name=name or _name_of(folder),
         revision=revision,
@@ -65,8 +63,8 @@ def export(
         sampler=sampler,
         config=config,
     )
-    made = plan.make(folder, options)
-    for line in _summary(made):
+    planned = plan.make(folder, options)
+    for line in _summary(planned):
         typer.echo(line)
     if dry_run:
         return
@@ -95,23 +93,24 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def _summary(made: ExportPlan) -> list[str]:
-    """What will be exported, for people."""
-    options, offer = made.options, made.offer
+def _summary(planned: ExportPlan) -> list[str]:
+    """The lines that describe an export to people."""
+    options, offer = planned.options, planned.offer
     sizes = ", ".join(f"{width}x{height}" for width, height in options.sizes)
     default = offer.default
     placed = f"{default['name']}, {default['spacing']}, sigmas {default['sigma_schedule']}"
+    shape = "x".join(map(str, planned.shape))
     lines = [
         f"models/{options.name} {options.revision}: {options.description}; licence {options.licence}",
-        f"    pictures of {sizes}; latents of {'x'.join(map(str, made.shape))}; at most {options.max_rows} rows a call",
+        f"    pictures of {sizes}; latents of {shape}; at most {options.max_rows} rows a call",
         f"    {offer.prediction_type}; {options.steps} steps of {placed}; guidance {options.guidance_scale:g}",
         f"    samplers {', '.join(cell['name'] for cell in offer.cells)}",
     ]
-    if total := sum(made.num_values.values()):
+    if total := sum(planned.num_values.values()):
         lines.append(f"    {total:,} weights: {2 * total / 2**20:,.0f} MiB of files, twice that in memory")
-    if made.peak_bytes:
-        lines.append(f"    exporting takes {_gib(made.peak_bytes)} of memory, as reckoned; free here are {_free()}")
-    return lines + [f"    note: {note}" for note in made.notes]
+    if planned.peak_bytes:
+        lines.append(f"    exporting takes {_gib(planned.peak_bytes)} of memory, as reckoned; free here are {_free()}")
+    return lines + [f"    note: {note}" for note in planned.notes]
 
 
 def _gib(num_bytes: int) -> str:

@@ -1,7 +1,7 @@
 """`safelight fetch`: copies models from an object store into a folder; every file is checked against its SHA-256.
 
-For the start of a container: a file that is there already with the right digest is not fetched again, and a file
-appears under its name only when all of it has the right digest.
+It is meant for the start of a container: a file that exists with the right digest is not fetched again, and a file
+appears under its name only when it is complete and has the right digest.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ PIECE_BYTES = 8 << 20
 
 
 class FetchError(Exception):
-    """A file cannot be fetched, or its digest is another one; the message names it."""
+    """A file cannot be fetched, or has a wrong digest; the message names it."""
 
 
 def fetch(
     url: Annotated[
         str, typer.Argument(help="Folder to copy from: s3://BUCKET/PREFIX, gs://, az://, https:// or file:///.")
     ],
-    sums: Annotated[Path, typer.Option(help="What to copy, as `sha256sum` lists it: DIGEST, two spaces, path.")],
+    sums: Annotated[Path, typer.Option(help="List of the files in `sha256sum` format: DIGEST, two spaces, path.")],
     out: Annotated[Path, typer.Option(help="Folder to copy to.")],
 ) -> None:
     """Copy models into a folder, each file checked against its SHA-256."""
@@ -54,7 +54,7 @@ def parse_sums(text: str, name: str = "sums") -> Mapping[str, str]:
     """The digests by path.
 
     Raises:
-        FetchError: a line is none of sha256sum's, a path leads out of the folder or stands twice, or there is no line.
+        FetchError: a line is malformed, a path leads out of the folder or has two digests, or there is no line.
     """
     digests: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -74,7 +74,7 @@ def parse_sums(text: str, name: str = "sums") -> Mapping[str, str]:
 
 
 def _copy(store: obstore.store.ObjectStore, path: str, digest: str, target: Path, url: str) -> bool:
-    """Copies one file; returns False where the right one is there."""
+    """Copies one file. Returns False if the right file exists already."""
     try:
         if target.is_file() and _digest(_pieces(target)) == digest:
             return False

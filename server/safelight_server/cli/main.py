@@ -1,6 +1,6 @@
 """The commands of `safelight` (`safelight --help`). An error is one line on stderr and an exit code.
 
-Exit codes: 1 the server's error, 2 a fault in what the user gave or in the set-up, 130 interrupted.
+Exit codes: 1 error of the server, 2 wrong argument or configuration, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from safelight_server.storage.keyring import write_key_file
 from safelight_server.telemetry import configure_logging
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Watch pictures develop.", rich_markup_mode=None)
-keys = typer.Typer(no_args_is_help=True, help="Make keys of callers, and keys that seal what is cached.")
+keys = typer.Typer(no_args_is_help=True, help="Make API keys for callers, and keys that encrypt cached data.")
 app.add_typer(keys, name="keys")
 caches = typer.Typer(no_args_is_help=True, help="The caches of a running server; needs an administrator's key.")
 app.add_typer(caches, name="cache")
@@ -76,7 +76,7 @@ ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="SAFELIGHT_API_K
 CaFile = Annotated[
     Path | None,
     typer.Option(
-        "--ca-file", envvar="SAFELIGHT_CA_FILE", help="PEM of who signed the server's certificate: asks by TLS."
+        "--ca-file", envvar="SAFELIGHT_CA_FILE", help="PEM of the server's certificate authority; turns TLS on."
     ),
 ]
 ClientCert = Annotated[
@@ -84,14 +84,12 @@ ClientCert = Annotated[
     typer.Option(
         "--client-cert-file",
         envvar="SAFELIGHT_CLIENT_CERT_FILE",
-        help="PEM of the caller's own certificate and its key, for a server that asks for one.",
+        help="PEM of the caller's own certificate and its key, for a server that requires one.",
     ),
 ]
 ServerName = Annotated[
     str,
-    typer.Option(
-        "--server-name", envvar="SAFELIGHT_SERVER_NAME", help="In the certificate, if it is not the target's."
-    ),
+    typer.Option("--server-name", envvar="SAFELIGHT_SERVER_NAME", help="Name in the certificate, if not the target's."),
 ]
 
 
@@ -132,7 +130,7 @@ def serve_command(
     metrics_port: Annotated[int | None, typer.Option(help=Settings.model_fields["metrics_port"].description)] = None,
     log_format: Annotated[str | None, typer.Option(help=Settings.model_fields["log_format"].description)] = None,
 ) -> None:
-    """Run the server in the foreground. All settings are environment variables: `safelight settings`."""
+    """Run the server in the foreground. `safelight settings` lists all settings, which are environment variables."""
     settings = settings_module.load(
         host=host,
         port=port,
@@ -166,13 +164,13 @@ def _summary(running: Running, settings: Settings) -> None:
         table.add_row("left out", f"models/{left_out.name} {left_out.revision}: {left_out.reason}")
     limits = f"{settings.max_running_outputs} outputs run, {settings.max_waiting_outputs} may wait in class STANDARD"
     table.add_row("limits", limits)
-    trusted = "callers on this machine are" if is_loopback(settings.host) else "whoever reaches it is"
-    table.add_row("keys", f"none: {trusted} trusted" if settings.api_key_file is None else "asked for")
+    trusted = "callers on this machine are" if is_loopback(settings.host) else "all who can connect are"
+    table.add_row("keys", f"none: {trusted} trusted" if settings.api_key_file is None else "required")
     try:
         console.print(table)
     except (OSError, ValueError) as error:  # the disk is full, the terminal has gone, or it cannot show a letter
         log.warning("summary_not_printed", error=str(error), address=running.address)
-        with Path(os.devnull).open("wb") as nowhere:  # else Python fails at its end, when it flushes what is left
+        with Path(os.devnull).open("wb") as nowhere:  # otherwise Python fails at exit, when it flushes stdout
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
@@ -183,32 +181,38 @@ MEDIA_TYPES = {"png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "w
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
     out: Annotated[Path, typer.Option(help="File to write: .png, .jpg or .webp.")] = Path("picture.png"),
-    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Random where absent.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Seed; default: random.")] = None,
     steps: Steps = None,
-    guidance_scale: Annotated[float | None, typer.Option("--guidance", help="1 is without guidance.")] = None,
-    sampler: Annotated[str, typer.Option(help="Such as ddim or euler.")] = "",
+    guidance_scale: Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 means none.")] = None,
+    sampler: Annotated[str, typer.Option(help="Sampler, such as ddim or euler.")] = "",
     negative_prompt: Annotated[str, typer.Option("--negative", help="What guidance leads away from.")] = "",
     model: Annotated[str, typer.Option(help="Id of the model.")] = "",
     timeout_s: Annotated[float | None, typer.Option("--timeout", min=0.001, help="Deadline in seconds.")] = None,
-    cache: Annotated[CacheMode, typer.Option(help="What may serve it beside its own development.")] = "default",
+    cache: Annotated[CacheMode, typer.Option(help="Which cached results may be used.")] = "default",
     branch: Annotated[str, typer.Option(metavar="generations/ID@STEP", help="Where to start from.")] = "",
     init: Annotated[
         str, typer.Option(metavar="FILE", help="Picture to start from: PNG, JPEG or WebP, or generations/ID.")
     ] = "",
-    strength: Annotated[float | None, typer.Option(help="How much of it is given up, to 1. Default: 0.8.")] = None,
-    mask: Annotated[str, typer.Option(metavar="FILE", help="Where it is developed anew: white, or transparent.")] = "",
+    strength: Annotated[
+        float | None, typer.Option(help="How much of the init picture may change, up to 1. Default: 0.8.")
+    ] = None,
+    mask: Annotated[
+        str, typer.Option(metavar="FILE", help="Mask: only its white or transparent part is developed anew.")
+    ] = "",
     guidance_rescale: Annotated[
-        float | None, typer.Option(help="How much of the contrast of guidance is taken back, 0 to 1.")
+        float | None, typer.Option(help="How far the contrast that guidance adds is reduced, 0 to 1.")
     ] = None,
     guidance_interval: Annotated[
-        str, typer.Option(metavar="START:END", help="Guidance in these steps alone, as shares: 0.2:0.8.")
+        str, typer.Option(metavar="START:END", help="Guidance only in these steps, as shares: 0.2:0.8.")
     ] = "",
     floor_steps: Annotated[
-        int | None, typer.Option(min=-MAX_STEP, max=MAX_STEP, help="Under load: fewest steps that do.")
+        int | None, typer.Option(min=-MAX_STEP, max=MAX_STEP, help="Under load: accept so few steps.")
     ] = None,
-    floor_previews: Annotated[bool, typer.Option("--floor-previews", help="Under load: coarse previews do.")] = False,
+    floor_previews: Annotated[
+        bool, typer.Option("--floor-previews", help="Under load: accept coarse previews.")
+    ] = False,
     floor_similarity: Annotated[
-        float | None, typer.Option(help="Under load: a picture of a prompt so similar does, to 1.")
+        float | None, typer.Option(help="Under load: accept a picture of a prompt so similar, up to 1.")
     ] = None,
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
@@ -216,10 +220,10 @@ def generate(
     client_cert: ClientCert = None,
     server_name: ServerName = "",
 ) -> None:
-    """Ask a running server for one picture and watch it develop."""
+    """Request one picture of a running server and watch it develop."""
     media_type = MEDIA_TYPES.get(out.suffix.lstrip(".").lower())
     if media_type is None:
-        raise CommandError(f"--out {out}: the ending must be .png, .jpg or .webp")
+        raise CommandError(f"--out {out}: the extension must be .png, .jpg or .webp")
     _check_text(
         {"PROMPT": prompt, "--negative": negative_prompt, "--model": model, "--sampler": sampler, "--branch": branch}
     )
@@ -255,7 +259,7 @@ def generate(
 
 
 def _picture(source: str) -> Path | str | None:
-    """The file of an argument, or the name of a picture that the server has."""
+    """The argument as a file, or as the name of a picture that the server has."""
     return source if source.startswith(("generations/", "images/")) else Path(source) if source else None
 
 
@@ -299,10 +303,10 @@ def models(
     client_cert: ClientCert = None,
     server_name: ServerName = "",
     as_json: Annotated[
-        bool, typer.Option("--json", help="As JSON, with the measured times that `safelight plan` reads.")
+        bool, typer.Option("--json", help="Print JSON, with the measured times that `safelight plan` reads.")
     ] = False,
 ) -> None:
-    """List what a server offers."""
+    """List the models of a server."""
     connect = _connect(target, api_key, ca_file, client_cert, server_name)
 
     async def ask() -> None:
@@ -338,7 +342,7 @@ def health(
     client_cert: ClientCert = None,
     server_name: ServerName = "",
 ) -> None:
-    """Exit with 0 where a server is serving; for container health checks."""
+    """Exit with 0 if a server is serving; for container health checks."""
     connect = _connect(target, None, ca_file, client_cert, server_name)
 
     async def ask() -> int:
@@ -358,10 +362,12 @@ def health(
 @app.command()
 def repository(
     out: Annotated[Path, typer.Option(help="New folder to write.")],
-    target: Annotated[RepositoryTarget, typer.Option(help="What it is for.")] = RepositoryTarget.GPU,
+    target: Annotated[RepositoryTarget, typer.Option(help="Where the repository is used.")] = RepositoryTarget.GPU,
     gpus: Annotated[int, typer.Option(min=1, max=64, help="GPUs; each gets an instance of every component.")] = 1,
-    accelerator: Annotated[Accelerator, typer.Option(help="What runs on a GPU.")] = Accelerator.TENSORRT,
-    bounded_queue: Annotated[bool, typer.Option(help="Priorities and bounds in Triton's queue (see there).")] = False,
+    accelerator: Annotated[Accelerator, typer.Option(help="What executes models on a GPU.")] = Accelerator.TENSORRT,
+    bounded_queue: Annotated[
+        bool, typer.Option(help="Priorities and bounds in Triton's queue (docs/operations/triton.md).")
+    ] = False,
     models_dir: Annotated[Path | None, typer.Option(help=Settings.model_fields["models_dir"].description)] = None,
 ) -> None:
     """Write the model repository for Triton on GPUs (docs/operations/triton.md)."""
@@ -382,9 +388,9 @@ def settings_command() -> None:
 def keys_new(
     caller: str,
     tenant: Annotated[str, typer.Argument()] = "default",
-    admin: Annotated[bool, typer.Option("--admin", help="May look into the caches and purge them.")] = False,
+    admin: Annotated[bool, typer.Option("--admin", help="The key may inspect and purge the caches.")] = False,
 ) -> None:
-    """Make a key: prints it once, and its entry for the key file."""
+    """Make an API key: prints it once, and its entry for the key file."""
     key, entry = new_key(caller, tenant, admin=admin)
     typer.echo(f"key, shown only now: {key}\nentry for the key file: {entry}")
 
@@ -393,11 +399,11 @@ def keys_new(
 def keys_cache(
     out: Annotated[Path, typer.Argument(help="New file, for the setting cache_key_file.")],
 ) -> None:
-    """Write a file with fresh keys that seal what is cached; only its owner can read it."""
+    """Write a file with new keys that encrypt cached data; only its owner can read it."""
     try:
         write_key_file(out)
     except FileExistsError:
-        raise CommandError(f"{out}: is there already; what its keys have sealed would be lost") from None
+        raise CommandError(f"{out}: exists already; data that its keys have encrypted would be lost") from None
     except OSError as error:
         raise CommandError(f"{out}: {error.strerror}") from None
     console.print(f"wrote {out}; all replicas need the same file", highlight=False, soft_wrap=True)
@@ -411,7 +417,7 @@ def quotas(
     client_cert: ClientCert = None,
     server_name: ServerName = "",
 ) -> None:
-    """What tenants may ask for and compute, and what is left of it; needs an administrator's key."""
+    """Show the quotas of tenants and what is left of them; needs an administrator's key."""
     connect = _connect(target, api_key, ca_file, client_cert, server_name)
 
     async def ask() -> list[TenantQuota]:
@@ -429,7 +435,7 @@ def cache_stats(
     client_cert: ClientCert = None,
     server_name: ServerName = "",
 ) -> None:
-    """What the caches of a replica hold and save."""
+    """Show what the caches of a replica hold and have saved."""
     connect = _connect(target, api_key, ca_file, client_cert, server_name)
 
     async def ask() -> GetCacheStatsResponse:
@@ -450,12 +456,12 @@ def cache_stats(
         shown[-1].add_row(lookups.kind, f"{lookups.num_lookups}", p50, p99)
     for table in shown:
         console.print(table)
-    console.print(f"turned away by the text guard: {stats.num_guard_rejections}; not kept: {stats.num_not_kept}")
+    console.print(f"rejected by the text guard: {stats.num_guard_rejections}; not kept: {stats.num_not_kept}")
 
 
 @caches.command("purge")
 def cache_purge(
-    tenant: Annotated[str, typer.Option(help="Name of a tenant; of one in a pool, all that the pool shares.")] = "",
+    tenant: Annotated[str, typer.Option(help="Name of a tenant; if it is in a pool, the whole pool is purged.")] = "",
     model_revision: Annotated[str, typer.Option(help="MODEL/REVISION, such as icons/3.")] = "",
     generation: Annotated[str, typer.Option(help="generations/ID.")] = "",
     target: Target = DEFAULT_TARGET,
@@ -464,7 +470,7 @@ def cache_purge(
     client_cert: ClientCert = None,
     server_name: ServerName = "",
 ) -> None:
-    """Delete what agrees with everything that is given, from all tiers and on all replicas."""
+    """Delete the entries that match all given options, from all tiers and on all replicas."""
     connect = _connect(target, api_key, ca_file, client_cert, server_name)
 
     async def ask() -> PurgeCacheResponse:
@@ -475,19 +481,19 @@ def cache_purge(
     counts = ", ".join(f"{tier.num_entries} from {tier.name}" for tier in purged.tiers) or "nothing"
     console.print(f"deleted {counts}", highlight=False)
     if purged.failed_tiers:
-        raise CommandError(f"could not be cleared, purge again when they work: {', '.join(purged.failed_tiers)}")
+        raise CommandError(f"could not clear {', '.join(purged.failed_tiers)}: purge again when they work")
 
 
 def _connect(
     target: str, api_key: str | None, ca_file: Path | None, client_cert: Path | None, server_name: str
 ) -> Callable[[], Client]:
-    """Checks the connection options; returns a function that makes the client, to be called in the event loop."""
+    """Checks the connection options. Returns a function that makes the client, to be called in the event loop."""
     if client_cert is not None and ca_file is None:
         raise CommandError("--client-cert-file / SAFELIGHT_CLIENT_CERT_FILE: needs --ca-file / SAFELIGHT_CA_FILE")
     credentials = None
     try:
         if ca_file is not None:
-            own = None if client_cert is None else client_cert.read_bytes()  # gRPC finds the key and the chain in it
+            own = None if client_cert is None else client_cert.read_bytes()  # has both the key and the chain
             credentials = grpc.ssl_channel_credentials(ca_file.read_bytes(), own, own)
     except OSError as error:
         raise CommandError(f"{error.filename}: {error.strerror}") from None
@@ -545,13 +551,13 @@ def main() -> None:
 def _open_standard_files() -> None:
     """Opens /dev/null in place of each standard file that is closed, as some daemonizers leave them.
 
-    Otherwise the next socket would get its number, and be sent what a library writes to stderr.
+    Otherwise the next socket would get that number, and receive what a library writes to stderr.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115  # both stay open until the end
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 

@@ -52,7 +52,7 @@ class LoadFile(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A kind of machine for the load; `replicas` is None where no number of it meets the target."""
+    """A kind of machine for the load. `replicas` is None if no number of them meets the target."""
 
     instance_type: str
     machine: MachinePrice
@@ -62,7 +62,7 @@ class Option:
 
     @property
     def per_hour(self) -> float:
-        """What all replicas cost in an hour."""
+        """The cost of all replicas in an hour."""
         return 0.0 if self.replicas is None else self.replicas.count * self.machine.per_hour
 
 
@@ -70,14 +70,14 @@ def plan(
     load: Annotated[Path, typer.Argument(help="The load, TOML.")],
     prices: Annotated[Path, typer.Option(help="Prices of machines, TOML.")],
     curves: Annotated[
-        list[str], typer.Option(help="INSTANCE_TYPE=FILE: what `safelight models --json` printed there. Several.")
+        list[str], typer.Option(help="INSTANCE_TYPE=FILE: output of `safelight models --json` there. May be repeated.")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say how many replicas of which machine a load needs, and what they cost."""
+    """Compute how many replicas of which machine a load needs, and what they cost."""
     wanted, table = _read_load(load), read_prices(prices)
     options = [_option(wanted, table, *_curve(text)) for text in curves]
-    possible = sorted((one for one in options if one.replicas is not None), key=lambda one: one.per_hour)
+    possible = sorted((option for option in options if option.replicas is not None), key=lambda each: each.per_hour)
     if as_json:
         typer.echo(json.dumps(_as_json(options, table.currency)))
     else:
@@ -99,7 +99,7 @@ def _read_load(path: Path) -> LoadFile:
     except OSError as error:
         raise ConfigFileError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigFileError(f"{path}: is no TOML: {error}") from None
+        raise ConfigFileError(f"{path}: is not valid TOML: {error}") from None
     except ValidationError as error:
         raise faulty(
             path, [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
@@ -118,9 +118,11 @@ def _option(wanted: LoadFile, table: PriceTable, instance_type: str, path: Path)
     models = _read_models(path)
     loads, times = [], {}
     for number, entry in enumerate(wanted.mix):
-        named = [one for one in models if (one.name == f"models/{entry.model}" if entry.model else one.is_default)]
+        named = [
+            known for known in models if (known.name == f"models/{entry.model}" if entry.model else known.is_default)
+        ]
         if not named:
-            names = sorted(one.name.removeprefix("models/") for one in models)
+            names = sorted(known.name.removeprefix("models/") for known in models)
             raise PlanError(f"mix.{number}.model: {entry.model or 'the default'} is none of {names} in {path}")
         [model] = named
         name = model.name.removeprefix("models/")
@@ -148,7 +150,7 @@ def _option(wanted: LoadFile, table: PriceTable, instance_type: str, path: Path)
 def _read_models(path: Path) -> list[Model]:
     try:
         listed: Any = json.loads(read_regular_file(path))
-        return [json_format.ParseDict(one, Model(), ignore_unknown_fields=True) for one in listed["models"]]
+        return [json_format.ParseDict(model, Model(), ignore_unknown_fields=True) for model in listed["models"]]
     except OSError as error:
         raise ConfigFileError(f"{path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, json_format.ParseError) as error:
@@ -167,7 +169,7 @@ def _times(model: Model, path: Path) -> ModelTimes:
 
 
 def _arithmetic(option: Option, wanted: LoadFile, currency: str) -> list[str]:
-    """The lines that say how the numbers come about."""
+    """The lines that show the arithmetic behind the numbers."""
     machine, lines = option.machine, [f"{option.instance_type}: {currency} {option.machine.per_hour:g} an hour"]
     for load in option.loads:
         times = option.times[load.model]
@@ -201,11 +203,11 @@ def _as_json(options: Sequence[Option], currency: str) -> dict[str, Any]:
         "currency": currency,
         "options": [
             {
-                "instance_type": one.instance_type,
-                "replicas": None if one.replicas is None else one.replicas.count,
-                "per_hour": one.per_hour,
-                "arithmetic": None if one.replicas is None else asdict(one.replicas),
+                "instance_type": option.instance_type,
+                "replicas": None if option.replicas is None else option.replicas.count,
+                "per_hour": option.per_hour,
+                "arithmetic": None if option.replicas is None else asdict(option.replicas),
             }
-            for one in options
+            for option in options
         ],
     }

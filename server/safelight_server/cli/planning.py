@@ -1,8 +1,8 @@
 """How many replicas a load needs, from measured times of calls. Pure arithmetic; `plan.py` reads files and prints.
 
-All outputs that an instance develops share its calls: a call takes longer with more rows, not every output its turn.
+All outputs that an instance develops share its calls, so more outputs make each call longer and none wait for others.
 With N outputs present each step takes t(N x rows), an output stays for S such steps, and by Little's law N = rate x S x
-t(N x rows). The instance is stable while the rows that arrive in a second are fewer than those of its largest batches.
+t(N x rows). The instance is stable while fewer rows arrive in a second than it can make in its best batches.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ Z99 = 2.326
 """The 99th percentile of the standard normal distribution."""
 MAX_REPLICAS = 100_000
 ROUNDS = 10_000
-"""Iterations towards the number of outputs present; beyond it the load counts as too much."""
+"""Iterations towards the number of outputs present; if they do not converge the load counts as too high."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallTimes:
-    """Measured seconds of a call by its rows; rows rise and begin with 1."""
+    """Measured seconds of a call by its rows. `rows` is sorted and begins with 1."""
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
 
     @property
     def max_rows(self) -> int:
-        """Rows of the largest call that was measured: no larger ones are made."""
+        """Rows of the largest measured call; no larger call is made."""
         return self.rows[-1]
 
     @property
     def rows_per_s(self) -> float:
-        """Rows that one instance can make in a second: those of the best batch size."""
+        """Rows that one instance can make in a second, at the best batch size."""
         return max(rows / seconds for rows, seconds in zip(self.rows, self.seconds, strict=True))
 
     def at(self, rows: float) -> float:
-        """Seconds of so many rows: interpolated; more than `max_rows` take several calls."""
+        """Seconds for `rows` rows, interpolated; more than `max_rows` take several calls."""
         if rows > self.max_rows:
             return rows / self.max_rows * self.seconds[-1]
         rows = max(rows, self.rows[0])
@@ -55,8 +55,9 @@ class ModelTimes:
     """Measured times of a model's components.
 
     Attributes:
-        other_s: seconds of a picture in calls of one row: text encoder and decoder.
-        encode_s: the text encoder's part of them.
+        denoiser: seconds of denoiser calls by rows.
+        encode_s: seconds of a text encoder call of one row.
+        decode_s: seconds of a decoder call of one row.
     """
 
     denoiser: CallTimes
@@ -65,7 +66,7 @@ class ModelTimes:
 
     @property
     def other_s(self) -> float:
-        """Seconds of a picture beside its steps, in calls of one row."""
+        """Seconds of a picture without its steps, in calls of one row."""
         return self.encode_s + self.decode_s
 
 
@@ -74,9 +75,9 @@ class PlannedLoad:
     """One kind of request.
 
     Attributes:
-        images_per_s: that are developed; those that caches serve do not count.
-        rows_per_step: 2 with guidance, else 1; with a guidance interval the mean over the steps.
-        step_cost: of a step, as a multiple of one of the size that was measured.
+        images_per_s: pictures that are developed each second, without those that caches serve.
+        rows_per_step: 2 with guidance, 1 without; with a guidance interval the mean over the steps.
+        step_cost: cost of a step, as a multiple of that at the measured size.
     """
 
     model: str
@@ -93,11 +94,11 @@ class PlannedLoad:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What one instance is expected to do under its part of the load.
+    """The expected state of one instance under its part of the load.
 
     Attributes:
-        utilization: share of the most that it could do.
-        outputs: that it develops at once, mean; infinite where it cannot keep up.
+        utilization: share of its capacity that is used.
+        outputs: mean number of outputs that it develops at once; infinite if it cannot keep up.
         first_preview_p50_s, first_preview_p99_s: from acceptance to the end of the first step's call.
     """
 
@@ -109,7 +110,7 @@ class Expectation:
 
 
 def expect(loads: Sequence[PlannedLoad], times: Mapping[str, ModelTimes], part: float) -> Expectation:
-    """What an instance does that gets the share `part` (0 to 1) of all loads."""
+    """The expected state of an instance that gets the share `part` (0 to 1) of all loads."""
     other = sum(load.images_per_s * times[load.model].other_s for load in loads) * part
     steps = sum(load.rows_per_s * load.step_cost / times[load.model].denoiser.rows_per_s for load in loads) * part
     utilization = other + steps
@@ -118,7 +119,7 @@ def expect(loads: Sequence[PlannedLoad], times: Mapping[str, ModelTimes], part: 
     left = 1.0 - other  # of each second, for steps
 
     def round_s(outputs: Mapping[int, float]) -> float:
-        """One step of all outputs: a call of each model that has some."""
+        """Seconds of one step of all outputs: a call of each model that has any."""
         rows: dict[str, float] = {}
         cost: dict[str, float] = {}
         for at, load in enumerate(loads):
@@ -153,10 +154,10 @@ class Replicas:
     """How many replicas of a machine a load needs.
 
     Attributes:
-        for_throughput: so that none is busier than was asked for.
-        for_latency: so that the first preview is in time; at least those of throughput.
-        spare: beyond that.
-        expected: of an instance, without the spare ones.
+        for_throughput: replicas needed so that none exceeds `max_utilization`.
+        for_latency: replicas needed so that the first preview is in time; at least `for_throughput`.
+        spare: replicas beyond that.
+        expected: expected state of an instance without the spare replicas.
     """
 
     for_throughput: int
@@ -178,7 +179,7 @@ def replicas(
     first_preview_p99_s: float,
     spare: int,
 ) -> Replicas | None:
-    """The replicas that a load needs on machines with so many instances; None: no number meets the target."""
+    """The replicas that a load needs on machines with `instances` instances; None: no number meets the target."""
     whole = expect(loads, times, 1.0).utilization
     enough = max(1, math.ceil(whole / (max_utilization * instances) - 1e-9))
     if enough > MAX_REPLICAS or expect(loads, times, 1e-9).first_preview_p99_s > first_preview_p99_s:
@@ -192,7 +193,7 @@ def replicas(
         low, high = high + 1, high * 2
         if high > MAX_REPLICAS:
             return None
-    while low < high:  # fewest between: more replicas are never slower
+    while low < high:  # binary search: more replicas are never slower
         middle = (low + high) // 2
         low, high = (low, middle) if meets(middle) else (middle + 1, high)
     return Replicas(enough, high, spare, expect(loads, times, 1 / (high * instances)))

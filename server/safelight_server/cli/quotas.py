@@ -13,7 +13,7 @@ def quota_table(quotas: Iterable[TenantQuota]) -> Table:
     table = Table("tenant", "quota", "per second", "burst", "used", "left", "next request", "full")
     for quota in quotas:
         limits = {"requests": quota.requests, "compute": quota.compute_seconds}
-        given = {kind: bucket for kind, bucket in limits.items() if bucket.burst}  # an absent one is all zeros
+        given = {kind: bucket for kind, bucket in limits.items() if bucket.burst}  # an absent bucket is all zeros
         for kind, bucket in given.items():
             table.add_row(quota.tenant, kind, *_figures(bucket, " s" if kind == "compute" else ""))
         if not given:

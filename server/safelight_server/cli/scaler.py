@@ -38,7 +38,9 @@ def scaler(
     """Tell KEDA how many replicas a fleet needs: from its queue, its deadlines and a forecast."""
     configure_logging(log_format, "info")
     if not prometheus.startswith(("http://", "https://")):
-        raise typer.BadParameter(f"{prometheus!r} is no URL such as http://prometheus:9090", param_hint="--prometheus")
+        raise typer.BadParameter(
+            f"{prometheus!r} must be a URL such as http://prometheus:9090", param_hint="--prometheus"
+        )
     try:
         uvloop.run(_serve(prometheus, host, port))
     except ModuleNotFoundError as error:

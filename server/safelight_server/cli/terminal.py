@@ -32,7 +32,7 @@ BAR = 8
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The layout: number of columns, their width in characters, edge of a picture in pixels (0: no room for any)."""
+    """The layout: number of columns, their width in characters, edge of a picture in pixels (0: there is no room)."""
 
     columns: int
     width: int
@@ -41,7 +41,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class PictureTile:
-    """What is shown of one picture; `data` is in any format that Pillow reads, None before the first preview."""
+    """One picture on the screen. `data` is in any format that Pillow reads; None before the first preview."""
 
     title: str
     progress: str
@@ -68,7 +68,7 @@ class HalfBlocks:
         yield from self._segments
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        """Its width, which is fixed."""
+        """Returns the width, which is fixed."""
         return Measurement(self._edge_px, self._edge_px)
 
 
@@ -91,7 +91,7 @@ def bar(step: int, num_steps: int) -> str:
 
 
 def show(pictures: Sequence[PictureTile], width: int, height: int) -> RenderableType:
-    """A grid of all pictures; their progress lines alone where the screen is too small for pictures."""
+    """A grid of all pictures, or only their progress lines if the screen is too small for pictures."""
     grid = layout(len(pictures), width, height)
     if not grid.edge_px:
         return lines(pictures)

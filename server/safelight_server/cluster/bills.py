@@ -1,4 +1,4 @@
-"""Bills: what the computing of one committed picture is charged to, sealed in a stream in Redis.
+"""Bills: the work that each committed picture took and the tenant that is charged, sealed in a stream in Redis.
 
 `commit.py` writes a bill in the same script as the result. `safelight bills` (`cli/bills.py`) reads them.
 """
@@ -18,7 +18,7 @@ BILL = "bill"
 BILL_S = 400 * 86_400.0
 """How long bills can be opened."""
 UNKNOWN = "unknown"
-"""Stands for what bills of earlier versions do not say."""
+"""Value of a fact that bills of earlier versions do not have."""
 LAST_OF_MS = 2**64 - 1
 """Largest number that Redis gives to an entry of a stream within one millisecond."""
 
@@ -37,10 +37,10 @@ class Bill:
     """The bill of one committed picture.
 
     Attributes:
-        tenant, generation: who asked first for the picture.
+        tenant, generation: the generation that requested the picture first, and its tenant.
         model_revision: "MODEL/REVISION".
         disposition: where the work began: "miss" from noise, "latent" or "branched" from an earlier latent.
-        rows: denoiser rows computed; with guidance a step has two, outside of the guidance interval one.
+        rows: denoiser rows computed: two per step with guidance, one outside the guidance interval.
         steps: denoising steps.
         compute_s: seconds of runtime calls.
     """
@@ -55,7 +55,7 @@ class Bill:
 
 
 KNOWN = frozenset(field.name for field in fields(Bill))
-"""Facts that are read from a bill; a later version may write more."""
+"""Facts that are read from a bill. A later version may have written more."""
 
 
 def sealed_bill(sealer: Sealer, ticket: ExecutionTicket, work: BilledWork) -> bytes:
@@ -73,16 +73,16 @@ def sealed_bill(sealer: Sealer, ticket: ExecutionTicket, work: BilledWork) -> by
 async def read_bills(
     coordinator: Coordinator, sealer: Sealer, since_ms: int = 0, until_ms: int | None = None
 ) -> AsyncIterator[Bill | None]:
-    """Yields the bills that were committed in a time, oldest first; None for one that cannot be opened.
+    """Yields the bills of a time range, oldest first; None for a bill that cannot be opened.
 
     Bills older than `BILL_S` are left out.
 
     Args:
-        since_ms: Unix milliseconds of the first ones, by the clock of Redis.
-        until_ms: Unix milliseconds before which they were committed; None: all.
+        since_ms: begin of the range in Unix milliseconds, on the clock of Redis.
+        until_ms: end of the range, exclusive; None: no end.
 
     Raises:
-        StoreError: Redis cannot be asked.
+        StoreError: Redis does not answer.
     """
     after = f"{since_ms - 1}-{LAST_OF_MS}" if since_ms > 0 else BEGINNING
     while page := await coordinator.bills(after):

@@ -1,7 +1,7 @@
-"""Short messages between replicas: who follows an execution, who wants a generation, what is cancelled.
+"""Short messages between replicas: who follows an execution, who has a stream for a generation, what is cancelled.
 
-Messages only make things quicker: a replica that misses one learns the same
-when a lease ends. They are sealed, since they name generations.
+Messages only make things quicker: a replica that misses one finds out the same
+when a lease ends. Messages are sealed, since they name generations.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RETRY_S = 0.5
 MAX_WAITING = 1024
 
 Handler = Callable[[str, Mapping[str, str]], None]
-"""Told what the news are about and the facts."""
+"""Called with what a message is about (a name or an id) and with its facts."""
 
 
 class Bulletin:
@@ -68,7 +68,7 @@ class Bulletin:
                 self._deliver(event)
             except (CorruptError, UnreadableError):
                 log.warning("news that cannot be read", place=event.place)
-            except Exception:  # whatever is wrong with one, the others count
+            except Exception:  # a fault in one message must not stop the delivery of the others
                 log.exception("bug", place=event.place)
 
     def _deliver(self, event: StreamEvent) -> None:

@@ -1,8 +1,8 @@
 """Ends an execution that ran here: stores the picture, commits it with its bill, then hands it to the watchers.
 
 Invariants: a picture is in a shared tier before it is committed; a result is
-billed once; while Redis cannot be reached the watchers of this replica get the
-picture all the same, and it is committed later or discarded.
+billed once; while Redis cannot be reached the watchers of this replica still get
+the picture, and it is committed later or discarded.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from safelight_server.storage.base import StoreError
 log = structlog.get_logger(__name__)
 
 COMMIT_WAIT_S = 1.0
-"""How long a finished picture waits for its commit before its own watchers get it all the same."""
+"""How long a finished picture waits for its commit before the watchers of this replica get it without."""
 GIVE_UP_S = 120.0
-"""How long a result is kept for a Redis that is away; then it is discarded, unbilled."""
+"""How long a result is kept while Redis cannot be reached; then it is discarded and not billed."""
 MAX_LATE = 256
-"""Results kept for that."""
+"""Bound on the results that wait for Redis."""
 RETRY_S = 0.5
 
 KeepPicture = Callable[[Pixels, float], Awaitable[bool]]
-"""Puts pixels where the ticket points, with the compute they took; whether a shared tier has them."""
+"""Stores pixels where the ticket points, with their compute in seconds. Returns whether a shared tier has them."""
 
 
 async def committed_picture(leased_runners: LeasedRunners, name: str) -> Pixels | None:
     """Returns the picture of a committed result, or None.
 
-    A result whose picture is gone is forgotten, so that it is computed anew.
+    A result whose picture is gone is removed, so that the picture is computed anew.
 
     Raises:
-        StoreError: Redis cannot be asked.
+        StoreError: Redis does not answer.
     """
     result = await leased_runners.coordinator.result(name)
     if result is None:
@@ -61,7 +61,11 @@ async def commit_result(
     work: BilledWork,
     leader: Leadership | None,
 ) -> Pixels:
-    """Commits a picture, now or in the background. Returns the picture that counts, as far as that is known soon."""
+    """Commits a picture, in the background if that takes longer than `COMMIT_WAIT_S`.
+
+    Returns:
+        The picture that counts: that of another replica if it was committed first and this is known in time.
+    """
     decided: asyncio.Future[Pixels | None] = asyncio.get_running_loop().create_future()
     leased_runners.start(_commit(leased_runners, ticket, keep, pixels, work, leader, decided))
     try:
@@ -81,11 +85,11 @@ async def _commit(
     leader: Leadership | None,
     decided: asyncio.Future[Pixels | None],
 ) -> None:
-    """Commits, and sets `decided` to the picture that counts, or to None once this takes long.
+    """Commits, and sets `decided` to another replica's picture that counts, or to None if this one does or on delay.
 
-    The lease may be held by nobody who is alive: an earlier attempt whose answer was lost, or a replica that died. So
-    this waits until there is a result or the lease is free. The bill is the same at each attempt: if the answer of a
-    commit was lost and its result was forgotten since, the bill is not written again.
+    The holder of the lease may be dead, or an earlier attempt whose answer was lost. So this waits until there is a
+    result or the lease is free. The bill is the same at each attempt: if the answer to a commit was lost and its
+    result was removed since, the bill is not written again.
     """
     until, late, bill = time.monotonic() + GIVE_UP_S, False, sealed_bill(leased_runners.sealer, ticket, work)
     try:
@@ -97,7 +101,7 @@ async def _commit(
                     if outcome is CommitOutcome.COMMITTED:
                         return
                 theirs = await committed_picture(leased_runners, ticket.name)
-                if theirs is not None:  # another's counts
+                if theirs is not None:  # another replica has committed before
                     _decide(decided, theirs)
                     return
             if not late and leased_runners.num_late >= MAX_LATE:
@@ -105,7 +109,7 @@ async def _commit(
             leased_runners.num_late += not late
             late = True
             _decide(decided, None)
-            if leader is not None:  # who follows need not wait for this
+            if leader is not None:  # without the lease, followers need not wait for this
                 await leader.close()
                 leader = None
             await asyncio.sleep(RETRY_S)

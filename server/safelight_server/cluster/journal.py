@@ -1,9 +1,9 @@
 """Writes a generation's state events and pictures where other replicas find them, before any stream sees them.
 
-So a sequence number means the same on all replicas. What is written, shown and
-dropped when is decided in `journal_rules.py`; this module writes. Invariants:
-what is written is in order and has no gap; an owner that was replaced writes and
-shows nothing.
+So a sequence number means the same event on all replicas. `journal_rules.py` decides
+what is written, shown and dropped, and when; this module does the writing.
+Invariants: events are written in order and without a gap; an owner that was replaced
+writes and shows nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from safelight_server.telemetry.background import log_failure
 log = structlog.get_logger(__name__)
 
 Write = Callable[[], Awaitable[bool]]
-"""Writes something to Redis; whether it is there. May be called again: what is written twice counts once."""
+"""Writes something to Redis and returns whether it is there. Idempotent: it may be called again."""
 
 
 @dataclass(slots=True)
@@ -48,7 +48,7 @@ class Journal:
         leader: the lease of the generation.
         put: stores a picture in a shared tier; returns whether it is there.
         standing: returns the generation's state and error at the time of an event.
-        on_lost: called once when another replica has taken the generation over.
+        on_lost: called once, when another replica has taken the generation over.
         before: the writes that came before those of this journal, in order.
     """
 
@@ -68,11 +68,11 @@ class Journal:
         self._on_lost = on_lost
         self._lines = JournalLines(_JournalLine(write, None) for write in before)
         self._task: asyncio.Task[None] | None = None
-        self._watching = asyncio.create_task(self._watch())
-        self._watching.add_done_callback(log_failure)
+        self._lost_watch = asyncio.create_task(self._watch())
+        self._lost_watch.add_done_callback(log_failure)
         self._settle: Callable[[], Awaitable[None]] | None = None
         leader.on_forgotten = self._write_again
-        if leader.forgotten:  # before there was a journal; what was written until then may be gone
+        if leader.forgotten:  # Redis lost its data before there was a journal; earlier writes may be gone
             self._write_again()
 
     def event(self, event: StateEvent, sequence: int, data: bytes, show: Callable[[], None]) -> None:
@@ -85,39 +85,39 @@ class Journal:
         self._take(functools.partial(self._store, output_index, picture), show)
 
     async def _store(self, output_index: int, picture: EncodedPicture) -> bool:
-        # no fence keeps a replaced owner from storing a picture; it must not show the picture all the same
+        # no fence keeps a replaced owner from storing a picture, but it must not show that picture
         return await self._put(output_index, picture) and (self.held or await self._leader.confirm())
 
     def write(self, written: JournalEntry, show: Callable[[], None] | None = None) -> None:
-        """Queues any other entry that replicas need to know."""
+        """Queues any other entry for the other replicas. `show` is called when it is written."""
         data = dump(self._sealer, self._leader.lease.name, written)
         self._take(functools.partial(self._leader.publish, data), show)
 
     def end(self, settle: Callable[[], Awaitable[None]]) -> None:
-        """Runs `settle` and releases the lease once everything is written or was given up."""
+        """Runs `settle` and releases the lease once everything is written or was given up; does not wait for that."""
         self._settle = settle
         self._lines.end(time.monotonic())
-        self._go_on()
+        self._ensure_running()
 
     @property
     def held(self) -> bool:
-        """Whether this replica certainly owns the generation now: only then may it decide what becomes of it."""
+        """Whether this replica certainly owns the generation now: only then may it decide the outcome."""
         return self._leader.held
 
     @property
     def lost(self) -> bool:
-        """Whether another replica is known to have held the lease since: what was decided here then is void."""
+        """Whether another replica is known to have held the lease since. A decision made here after that is void."""
         return self._leader.lost.is_set()
 
     async def closed(self) -> None:
-        """Waits until nothing is left to be written, and after `end` until the lease is released."""
+        """Waits until everything is written, and after `end` until the lease is released."""
         if self._task is not None:
             await asyncio.wait({self._task})
 
     async def abandon(self) -> None:
         """Drops what is not written and releases the lease."""
         self._lines.close()
-        tasks = {task for task in (self._watching, self._task) if task is not None}
+        tasks = {task for task in (self._lost_watch, self._task) if task is not None}
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
@@ -125,18 +125,18 @@ class Journal:
 
     def _take(self, write: Write, show: Callable[[], None] | None) -> None:
         if self.lost and not self._lines.open:
-            self._lines.replaced()  # after it was settled
+            self._lines.replaced()  # the lease was lost after the journal was settled
         line = _JournalLine(write, show)
         self._show(self._lines.take(line, time.monotonic(), held=self.held, replaceable=show is None))
         if self._lines.open:
-            self._go_on()
+            self._ensure_running()
 
     def _write_again(self) -> None:
         if self._lines.forgotten():
             log.warning("Redis has lost its memory; a generation is written again")
-            self._go_on()
+            self._ensure_running()
 
-    def _go_on(self) -> None:
+    def _ensure_running(self) -> None:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
             self._task.add_done_callback(log_failure)
@@ -147,11 +147,11 @@ class Journal:
                 await self._close()
                 return
             began = time.monotonic()
-            if await self._written(line):
+            if await self._try_write(line):
                 self._show(self._lines.written(line))
                 continue
             if self.lost:
-                return  # it was refused, since another owns the generation: what is shown of it is that one's
+                return  # the write was refused: another replica owns the generation and decides what is shown
             self._show(self._lines.failed(began, time.monotonic(), held=self.held))
             if self._lines.first is None:
                 log.warning("what was not written of a generation in time is given up")
@@ -162,18 +162,18 @@ class Journal:
         settle, self._settle = self._settle, None
         assert settle is not None
         self._lines.close()
-        self._watching.cancel()
+        self._lost_watch.cancel()
         with contextlib.suppress(StoreError):
             await settle()
         await self._leader.close()
 
     @staticmethod
-    async def _written(line: _JournalLine) -> bool:
+    async def _try_write(line: _JournalLine) -> bool:
         try:
             return await line.write()
         except StoreError:
             return False
-        except Exception:  # as in an outage: what follows is held up, shown here, and given up in the end
+        except Exception:  # treated as an outage: later lines wait, are shown here, and are given up in the end
             log.exception("bug")
             return False
 

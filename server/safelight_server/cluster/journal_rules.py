@@ -1,10 +1,10 @@
 """Decides which lines of a generation's journal are written, shown and dropped by its owner. Pure: no clock, no Redis.
 
 A line is an event, a picture or a change of state. It is shown to this replica's streams once it is written. In an
-outage of Redis it is shown at once and written later, but only by a replica that still owns the generation for
-certain. `TRANSITIONS` has all of it; `journal.py` does the writing.
+outage of Redis it is shown at once and written later, but only by a replica that certainly still owns the generation.
+`TRANSITIONS` is the complete table; `journal.py` does the writing.
 
-Invariants: lines are written in their order; after LOST only what had been written is shown.
+Invariants: lines are written in their order; in state LOST only lines that had been written are shown.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from enum import Enum
 from typing import Generic, TypeVar
 
 RETRY_S = 0.5
-"""Pause before a write that failed is tried again. A try that began or ended at most twice as long ago is recent."""
+"""Pause before a failed write is tried again. A try that began or ended less than twice this time ago is recent."""
 GIVE_UP_S = 300.0
-"""After the end; as long as it goes on a generation holds what it could not write."""
+"""How long after its end a generation tries to write its last lines. A running generation never gives up."""
 
 Line = TypeVar("Line")
 
 
 class JournalState(Enum):
-    """What is known of Redis and of the lease."""
+    """What a journal knows of Redis and of its lease."""
 
     WRITING = "lines are written"
     AWAY = "the last write failed"
@@ -33,7 +33,7 @@ class JournalState(Enum):
 
 
 class JournalInput(Enum):
-    """What happens to a journal. CERTAIN: the lease is held for certain, or the last try to write was recent."""
+    """What happens to a journal. CERTAIN: the lease is certainly held, or the last try to write was recent."""
 
     TAKEN = "a line comes"
     TAKEN_CERTAIN = "a line comes, certain"
@@ -47,7 +47,7 @@ class JournalInput(Enum):
 
 
 class JournalAction(Enum):
-    """What is done about it."""
+    """What the journal does about an input."""
 
     QUEUE = "write it later"
     QUEUE_AND_SHOW = "show it, write it later"
@@ -70,12 +70,12 @@ TRANSITIONS: Mapping[tuple[JournalState, JournalInput], tuple[JournalState, Jour
     (_S.WRITING, _I.FORGOTTEN): (_S.WRITING, _A.REWRITE),
     (_S.WRITING, _I.REPLACED): (_S.LOST, _A.DROP),
     (_S.WRITING, _I.CLOSING): (_S.CLOSED, _A.NOTHING),
-    (_S.AWAY, _I.TAKEN): (_S.AWAY, _A.QUEUE),  # this process may have slept: it must ask first
+    (_S.AWAY, _I.TAKEN): (_S.AWAY, _A.QUEUE),  # this process may have been frozen: Redis must confirm the lease first
     (_S.AWAY, _I.TAKEN_CERTAIN): (_S.AWAY, _A.QUEUE_AND_SHOW),
     (_S.AWAY, _I.WRITTEN): (_S.WRITING, _A.SHOW_FIRST),
     (_S.AWAY, _I.FAILED): (_S.AWAY, _A.RETRY),
     (_S.AWAY, _I.FAILED_CERTAIN): (_S.AWAY, _A.SHOW_ALL),
-    (_S.AWAY, _I.GIVEN_UP): (_S.WRITING, _A.DROP),  # nothing comes after: no gap
+    (_S.AWAY, _I.GIVEN_UP): (_S.WRITING, _A.DROP),  # no line comes after it, so there is no gap
     (_S.AWAY, _I.FORGOTTEN): (_S.AWAY, _A.REWRITE),
     (_S.AWAY, _I.REPLACED): (_S.LOST, _A.DROP),  # the new owner decides, and may have decided otherwise
     (_S.AWAY, _I.CLOSING): (_S.CLOSED, _A.NOTHING),
@@ -87,21 +87,21 @@ TRANSITIONS: Mapping[tuple[JournalState, JournalInput], tuple[JournalState, Jour
     (_S.CLOSED, _I.CLOSING): (_S.CLOSED, _A.NOTHING),
     (_S.LOST, _I.TAKEN): (_S.LOST, _A.NOTHING),
     (_S.LOST, _I.TAKEN_CERTAIN): (_S.LOST, _A.NOTHING),
-    (_S.LOST, _I.WRITTEN): (_S.LOST, _A.SHOW_FIRST),  # before the lease was lost: the new owner knows of it
+    (_S.LOST, _I.WRITTEN): (_S.LOST, _A.SHOW_FIRST),  # written before the lease was lost: the new owner has read it
     (_S.LOST, _I.FORGOTTEN): (_S.LOST, _A.NOTHING),
     (_S.LOST, _I.REPLACED): (_S.LOST, _A.NOTHING),
     (_S.LOST, _I.CLOSING): (_S.LOST, _A.NOTHING),
 }
-"""The next state and what is done, by state and input. Inputs that a state has not are faults of the caller."""
+"""The next state and the action, by state and input. A pair that is missing here is a bug of the caller."""
 
 
 class JournalLines(Generic[Line]):
-    """The lines of one journal that wait to be written, and those that were.
+    """The lines of one journal: those that wait to be written, and those that are written.
 
-    Each method returns the lines that are to be shown now; the caller shows each line once.
+    Methods return the lines to show now; the caller shows each line once.
 
     Args:
-        before: what was written before there was this journal.
+        before: lines that were written before this journal was made.
     """
 
     def __init__(self, before: Iterable[Line] = ()) -> None:
@@ -120,7 +120,7 @@ class JournalLines(Generic[Line]):
 
     @property
     def first(self) -> Line | None:
-        """The line that is to be written next; None: none waits."""
+        """The line to write next; None: no line waits."""
         return self._waiting[0] if self._waiting else None
 
     @property
@@ -129,11 +129,12 @@ class JournalLines(Generic[Line]):
         return tuple(self._waiting)
 
     def take(self, line: Line, now_s: float, *, held: bool, replaceable: bool) -> list[Line]:
-        """A line comes.
+        """Adds a line.
 
         Args:
-            held: whether the lease is held for certain.
-            replaceable: a change of state: of these only the newest is written again where Redis loses its memory.
+            held: whether the lease is certainly held.
+            replaceable: whether the line is a change of state. If Redis loses its data, only the newest of these is
+                written again.
         """
         certain = held or now_s - self._tried_at < 2 * RETRY_S
         action = self._change(JournalInput.TAKEN_CERTAIN if certain else JournalInput.TAKEN)
@@ -146,18 +147,18 @@ class JournalLines(Generic[Line]):
         return [line] if action in (JournalAction.SHOW, JournalAction.QUEUE_AND_SHOW) else []
 
     def written(self, line: Line) -> list[Line]:
-        """A line is written: the first one, unless all were put back meanwhile."""
+        """Removes a line that is written. It is the first one, unless all lines were queued again meanwhile."""
         self._change(JournalInput.WRITTEN)
         if self._waiting and self._waiting[0] is line:
             self._waiting.popleft()
         return [line]
 
     def failed(self, began_s: float, now_s: float, *, held: bool) -> list[Line]:
-        """A write that began at `began_s` failed. The caller tries again after `RETRY_S` if a line waits still."""
+        """Handles a failed write that began at `began_s`. The caller tries again after `RETRY_S` if `first` is set."""
         if self.state is JournalState.WRITING:
             self._away_since = now_s
         self._tried_at = now_s
-        certain = held or now_s - began_s < 2 * RETRY_S  # a longer call may have slept with its process
+        certain = held or now_s - began_s < 2 * RETRY_S  # during a longer call the process may have been frozen
         action = self._change(JournalInput.FAILED_CERTAIN if certain else JournalInput.FAILED)
         shown = list(self._waiting) if action is JournalAction.SHOW_ALL else []
         if now_s - max(self._away_since, self._ended_at) > GIVE_UP_S:
@@ -166,23 +167,23 @@ class JournalLines(Generic[Line]):
         return shown
 
     def end(self, now_s: float) -> None:
-        """The generation has ended: no line comes any more."""
+        """Notes that the generation has ended, so that no more lines come."""
         self._ended_at = now_s
 
     def forgotten(self) -> bool:
-        """Redis has lost its memory. True: all lines wait again."""
+        """Queues all lines again, since Redis has lost its data. Returns whether lines wait again."""
         if self._change(JournalInput.FORGOTTEN) is not JournalAction.REWRITE:
             return False
         self._waiting = deque(self._history)
         return True
 
     def replaced(self) -> None:
-        """Another replica owns the generation: what waits is neither written nor shown."""
+        """Drops the waiting lines, neither written nor shown, since another replica owns the generation."""
         self._change(JournalInput.REPLACED)
         self._waiting.clear()
 
     def close(self) -> None:
-        """Nothing is written any more."""
+        """Ends the journal: nothing is written any more."""
         self._change(JournalInput.CLOSING)
 
     def _change(self, what: JournalInput) -> JournalAction:

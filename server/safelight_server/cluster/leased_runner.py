@@ -1,15 +1,15 @@
 """Runs one execution: here under a lease, followed from another replica, or taken over from one that died.
 
-    submit ──► asks for the lease ──► leads: the engine runs it, from the newest checkpoint
+    submit ──► tries the lease ─────► leads: the engine runs it, from the newest checkpoint
                      ▲    └─────────► follows: steps and frames come from the leader's stream
                      └── leader lost ────┘└──► committed: the picture comes from the shared tiers
 
 An execution uses a leased runner as it would use the engine; generations see no
-difference. A leader publishes its steps only after another replica has said that
-it follows: an execution that nobody follows costs a lease, its renewals and a
-commit. Invariants: the picture is in a shared tier before it is committed with
-its bill; a result is billed once; without Redis everything runs here and is
-committed later or never.
+difference. A leader publishes its steps only after another replica has announced
+that it follows: an execution without followers costs only a lease, its renewals and
+a commit. Invariants: the picture is in a shared tier before it is committed with its
+bill; a result is billed once; while Redis cannot be reached everything runs here and
+is committed later or never.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from safelight_server.telemetry import Trail
 log = structlog.get_logger(__name__)
 
 EVENT_S = 3600.0
+"""How long the sealed event of a step can be opened."""
 
 
 class LeasedRunner(ExecutionObserver):
@@ -64,7 +65,7 @@ class LeasedRunner(ExecutionObserver):
         self._leader: Leadership | None = None
         self._submitted = False
         self._committing = False
-        self._again = ticket.again
+        self._may_have_progress = ticket.again
         self._place = BEGINNING
         self._step = 0
         self._work = BilledWork()
@@ -72,10 +73,10 @@ class LeasedRunner(ExecutionObserver):
         self._unpublished: bytes | None = None
         self._publishing: asyncio.Task[None] | None = None
 
-    # --- what the execution asks: as of the engine ---
+    # --- called by the execution: the same methods as those of the engine ---
 
     def submit(self, job: Job, listener: ExecutionObserver) -> None:
-        """Starts the job. The observer is told of everything that happens."""
+        """Starts the job. All reports go to the observer."""
         self._job, self._listener = job, listener
         if not self._committing:
             self._task = self._leased_runners.start(self._run(job, listener))
@@ -109,19 +110,19 @@ class LeasedRunner(ExecutionObserver):
         """The load of the engine; see `Engine.load`."""
         return self._leased_runners.engine.load()
 
-    # --- who computes ---
+    # --- which replica computes ---
 
     async def _run(self, job: Job, listener: ExecutionObserver) -> None:
         self._leased_runners.asking[self] = job
         try:
-            await self._find_place(job, listener)
+            await self._lead_or_follow(job, listener)
         except Exception:
             log.exception("bug", generation=self.ticket.generation)
             self.failed(InternalError())
         finally:
             self._leased_runners.asking.pop(self, None)
 
-    async def _find_place(self, job: Job, listener: ExecutionObserver) -> None:
+    async def _lead_or_follow(self, job: Job, listener: ExecutionObserver) -> None:
         if self._leaving is not None:
             await asyncio.wait({self._leaving})
         while True:
@@ -142,7 +143,7 @@ class LeasedRunner(ExecutionObserver):
                 await self._lead(job, listener, None)
                 return
             except LeaderLostError:
-                self._again = True
+                self._may_have_progress = True
 
     async def _take(self) -> Leadership | None:
         taking = asyncio.create_task(
@@ -155,28 +156,28 @@ class LeasedRunner(ExecutionObserver):
             raise
 
     async def _follow(self, job: Job, listener: ExecutionObserver) -> bool:
-        """Follows the leader until its result is committed. True if Redis, and so the leader, cannot be reached.
+        """Follows the leader until its result is committed (False), or until Redis cannot be reached (True).
 
         Raises:
-            LeaderLostError: the leader died.
+            LeaderLostError: the leader has died.
         """
         self._leased_runners.bulletin.publish(FOLLOW, self.ticket.name)
         self._leased_runners.engine.follow(job.output_id)
-        hearing = asyncio.create_task(self._hear(listener))
+        reading = asyncio.create_task(self._read_steps(listener))
         away = asyncio.create_task(self._leased_runners.away.wait())
         try:
-            await asyncio.wait({hearing, away}, return_when=asyncio.FIRST_COMPLETED)
-            if not hearing.done():
+            await asyncio.wait({reading, away}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
                 return True
-            hearing.result()
+            reading.result()
             return False
         finally:
             self._leased_runners.engine.unfollow(job.output_id)
-            for task in (hearing, away):
+            for task in (reading, away):
                 task.cancel()
-            await asyncio.wait({hearing, away})
+            await asyncio.wait({reading, away})
 
-    async def _hear(self, listener: ExecutionObserver) -> None:
+    async def _read_steps(self, listener: ExecutionObserver) -> None:
         async with contextlib.aclosing(
             self._leased_runners.coordinator.follow(self.ticket.name, self._place)  # type: ignore[type-var]  # is a generator
         ) as events:
@@ -200,9 +201,9 @@ class LeasedRunner(ExecutionObserver):
         """Runs the job here. Without a lease it runs for this replica's own watchers only, until Redis is back."""
         self._leader = leader
         try:
-            if self._again and leader is not None:
+            if self._may_have_progress and leader is not None:
                 kept = await self._leased_runners.pictures.at(self.ticket.pointer)
-                if kept is not None:  # its leader died between picture and commit
+                if kept is not None:  # the last leader died between storing the picture and its commit
                     pixels, facts = kept
                     steps = facts.num_steps
                     rows = steps * len(job.token_ids)
@@ -245,7 +246,7 @@ class LeasedRunner(ExecutionObserver):
             )
         await leader.close()
 
-    # --- what the engine asks and reports while it runs here ---
+    # --- called by the engine while the job runs here ---
 
     def trails(self) -> Sequence[Trail]:
         """The traces of the execution."""
@@ -270,7 +271,7 @@ class LeasedRunner(ExecutionObserver):
 
     @property
     def next_due(self) -> float:
-        """The next step whose frame is wanted: every step while another replica follows, else as the execution says."""
+        """The next step whose frame is needed: every step while a replica follows, otherwise that of the execution."""
         return 0 if self.followed else self._observer().next_due
 
     def frame(self, step: int, denoised: FloatArray) -> None:
@@ -286,7 +287,7 @@ class LeasedRunner(ExecutionObserver):
                 self._publishing = self._leased_runners.start(self._publish(self._leader))
 
     async def _publish(self, leader: Leadership) -> None:
-        while (data := self._unpublished) is not None:  # the newest wins where Redis is slower than the steps
+        while (data := self._unpublished) is not None:  # if Redis is slower than the steps, older frames are dropped
             self._unpublished = None
             await leader.publish(data)
 
@@ -324,7 +325,7 @@ class LeasedRunner(ExecutionObserver):
             await self._commit(pixels, listener)
 
     def failed(self, error: SafelightError) -> None:
-        """Forwards to the execution. Followers try the job themselves."""
+        """Forwards to the execution. Followers then try the job themselves."""
         self._submitted = False
         self._leaving = self._leased_runners.start(self._leave(None))
         self._observer().failed(error)
@@ -350,7 +351,7 @@ class LeasedRunner(ExecutionObserver):
 
 
 async def _give_back(taking: asyncio.Task[Leadership | None]) -> None:
-    """Releases a lease that arrived after it was no longer wanted."""
+    """Releases a lease that was acquired after its runner had been stopped."""
     with contextlib.suppress(StoreError):
         if (leader := await taking) is not None:
             await leader.close()

@@ -1,4 +1,4 @@
-"""What the executions of this replica share: Redis, who leads here, who is followed."""
+"""What the executions of this replica share: access to Redis, and which of them lead here or are followed."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ from safelight_server.storage.sealed import Sealer
 log = structlog.get_logger(__name__)
 
 FOLLOW = "follow"
+"""Kind of the message by which a replica announces that it follows an execution."""
 MAX_FOLLOW_REQUESTS = 4096
+"""Announcements that are remembered for executions which do not lead here yet."""
 TAKEOVER_LEASES = 4
-"""Leases within which whoever takes over has found a result: two until it begins, the others for looking."""
+"""Lease times until a replica that takes over has found a result: two until it begins, two for the lookup."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,11 @@ class ExecutionTicket:
     Attributes:
         name: the same on all replicas; an HMAC.
         pointer: the key of its pixels in the tiers.
-        checkpoints: tenant and execution of its checkpoints; None if it has none.
-        tenant, generation: who is billed.
+        checkpoints: namespace and exact name of its checkpoints; None: it has none.
+        tenant, generation: the tenant and the generation that are billed.
         revision: "MODEL/REVISION"; purges and the bill use it.
         disposition: where it begins, for the bill: "miss", "latent" or "branched".
-        again: a replica that is gone may have made steps of it already.
+        again: whether another replica may have made steps of it before.
     """
 
     name: str
@@ -56,7 +58,7 @@ class ExecutionTicket:
 
 
 class LocalRunner(Protocol):
-    """A runner that leads here. `followed` is set when another replica wants to see its steps."""
+    """A runner that leads here. `followed` is set when another replica follows its steps."""
 
     ticket: ExecutionTicket
     followed: bool
@@ -66,14 +68,14 @@ class LeasedRunners:
     """All leased runners of this replica. Run `watch_service` as a task.
 
     Attributes:
-        away: Redis could not be reached for longer than a lease.
-        num_late: results kept until Redis is back.
-        asking: jobs that do not know yet whether they run here.
+        away: set while Redis has not been reached for longer than a lease.
+        num_late: results that wait for Redis.
+        asking: jobs that have not been submitted yet, since their runner still tries to get the lease.
 
     Args:
-        ttl_s: of a lease.
+        ttl_s: how long a lease lasts unless it is renewed.
         result_ttl_s: how long a finished generation can be watched again.
-        pool: threads for pixels.
+        pool: threads for the conversion of pixels.
     """
 
     def __init__(
@@ -107,9 +109,9 @@ class LeasedRunners:
 
     @property
     def private_s(self) -> float:
-        """How long a result is kept that nobody else may be served.
+        """How long a result is kept that only its own generation may use.
 
-        It lives as long as its generation can be watched, plus the time in which an owner may still write it down.
+        That is as long as the generation can be watched, and as long as an owner may still try to write it.
         """
         return max(self._result_ttl_s, GIVE_UP_S + TAKEOVER_LEASES * self.ttl_s)
 
@@ -145,7 +147,7 @@ class LeasedRunners:
             self._follow_requests.popitem(last=False)
 
     async def watch_service(self) -> None:
-        """Keeps the shared clock. Sets `away` while Redis was not reached for longer than a lease. Never returns."""
+        """Updates the shared clock. Sets `away` while Redis was not reached for longer than a lease. Never returns."""
         since: float | None = None
         while True:
             try:
@@ -159,7 +161,7 @@ class LeasedRunners:
             await asyncio.sleep(self.ttl_s / 3)
 
     async def close(self, grace_s: float = 2.0) -> None:
-        """Waits for commits under way and releases leases, as far as that is quick."""
+        """Waits up to `grace_s` for commits and releases that are under way, then cancels the rest."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=grace_s)
         for task in list(self._tasks):
@@ -169,7 +171,7 @@ class LeasedRunners:
 
 
 class LoadWithPending:
-    """The load of the scheduler (see `admission.Load`) plus the outputs that are about to be submitted."""
+    """The load of the scheduler (see `admission.Load`) plus the outputs whose runners still try to get the lease."""
 
     def __init__(self, leased_runners: LeasedRunners) -> None:
         self._scheduler = leased_runners.engine.scheduler
@@ -190,7 +192,7 @@ class LoadWithPending:
         return max(0, self._scheduler.num_free - len(self._asking))
 
     def num_waiting(self, priority: Priority | None = None) -> int:
-        """See `Load`; whoever asks while slots are free does not wait."""
+        """See `Load`. Outputs for which slots are free do not wait."""
         waiting = Counter(job.priority for job in self._asking.values())
         ours = len(self._asking) if priority is None else waiting[priority]
         return self._scheduler.num_waiting(priority) + max(0, ours - self._scheduler.num_free)

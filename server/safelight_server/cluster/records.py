@@ -1,7 +1,7 @@
 """The stored form of a generation, from which another replica can continue it: the record, then its events.
 
-Entries are JSON or the bytes that streams get, and sealed. Invariant: `parse`
-returns what `dump` was given.
+An entry is JSON, or the bytes that streams get, and is sealed. Invariant: `parse`
+returns the value that `dump` was called with.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from safelight_server.domain.events import (
 from safelight_server.domain.request import Request
 from safelight_server.storage.sealed import CorruptError, Entry, Sealer
 
-_USAGE = frozenset(one.name for one in fields(Usage))
+_USAGE = frozenset(field.name for field in fields(Usage))
 LATER = frozenset({"cost_nanos", "currency", "num_rows_skipped"})
-"""Facts of a usage that the first versions did not know."""
+"""Fields of `Usage` that the first versions did not have."""
 KEPT_S = 7 * 86_400.0
-"""How long a sealed event can be opened; Redis forgets it much earlier."""
+"""How long a sealed event can be opened. Redis drops it much earlier."""
 ERRORS: dict[str, type[SafelightError]] = {
     error.__name__: error
     for error in (
@@ -58,10 +58,11 @@ class GenerationRecord:
     """A generation as it was accepted.
 
     Attributes:
-        deadline_at: Unix seconds of the shared clock; None without a deadline.
-        origins: where each output comes from, as far as it was known.
+        deadline_at: Unix seconds on the shared clock; None: it has no deadline.
+        origins: where each output comes from, as known when it was accepted.
         starts: which outputs began from a latent that is kept under their name.
-        numerics_id, pipeline: what it was accepted with; empty if an older server wrote it.
+        numerics_id, pipeline: numerics id and pipeline digest that it was accepted with; empty if an older server wrote
+            the record.
     """
 
     identifier: str
@@ -80,15 +81,15 @@ _RECORD = TypeAdapter(GenerationRecord)
 
 @dataclass(frozen=True, slots=True)
 class EventRecord:
-    """A state event and what it changed; without a sequence number, the generation's new state.
+    """A state event with what it changed. Of kind "state" it has no number and is the generation's new state.
 
     Attributes:
         sequence: number of the event.
         data: the bytes that streams get.
-        output_index, reason, step: of OutputFinished.
-        error: of the generation, so far.
-        usage, finish_time: of Finished.
-        state: of the generation.
+        output_index, reason, step: the values of OutputFinished.
+        error: the error of the generation, so far.
+        usage, finish_time: the values of Finished.
+        state: the state of the generation.
     """
 
     kind: Literal["accepted", "output", "finished", "state"]
@@ -139,13 +140,13 @@ def parse(sealer: Sealer, name: str, data: bytes) -> JournalEntry:
     """Opens and parses an entry.
 
     Raises:
-        CorruptError, UnreadableError: it cannot be read; a server of another version may have written it.
+        CorruptError, UnreadableError: the entry cannot be read; a server of another version may have written it.
     """
     entry, _ = sealer.open(name, data)
     try:
         return _parsed(entry)
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptError(f"of another form: {error}") from None
+        raise CorruptError(f"not an entry of this version: {error}") from None
 
 
 def _parsed(entry: Entry) -> JournalEntry:
@@ -161,14 +162,14 @@ def _parsed(entry: Entry) -> JournalEntry:
         FinishReason(facts["reason"]) if facts["reason"] else None,
         facts["step"],
         GenerationState(facts["state"]) if facts["state"] else None,
-        _revive(facts["error"]),
+        _parsed_error(facts["error"]),
         _usage(facts["usage"]),
         datetime.fromisoformat(facts["finish_time"]) if facts["finish_time"] else None,
     )
 
 
 def _usage_facts(usage: Usage) -> dict[str, object]:
-    """Without what is 0 or empty and came later: servers of versions that know nothing of it can then read it."""
+    """A usage as JSON. Newer fields that are 0 or empty are left out, so that servers of older versions can read it."""
     return {name: value for name, value in asdict(usage).items() if value or name not in LATER}
 
 
@@ -188,7 +189,7 @@ def _error(error: SafelightError | None) -> dict[str, object] | None:
     }
 
 
-def _revive(facts: dict[str, object] | None) -> SafelightError | None:
+def _parsed_error(facts: dict[str, object] | None) -> SafelightError | None:
     if facts is None:
         return None
     kind = ERRORS.get(str(facts.pop("type")))

@@ -24,7 +24,7 @@ BEGINNING = "0-0"
 
 
 def place_order(place: str) -> tuple[int, int]:
-    """Returns what places of one stream are ordered by."""
+    """The sort key of a place in a stream."""
     milliseconds, _, number = place.partition("-")
     return int(milliseconds), int(number or 0)
 

@@ -20,7 +20,7 @@ from safelight_server.storage.redis import RedisConnection, translated
 
 PREFIX = "safelight:bucket:"
 SLACK_S = 0.001
-"""Added to waits, for what rounding takes: whoever waits that long is not refused for a last digit."""
+"""Added to waiting times against rounding: a client that waits so long must not be refused for the last digit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +31,17 @@ class BucketRate:
     burst: float
 
     def wait_s(self, tokens: float, needed: float) -> float:
-        """Seconds until a bucket that has `tokens` has what is needed, if nobody takes any; 0: it has."""
+        """Seconds until a bucket with `tokens` has `needed` tokens, if nobody takes any; 0: it has them."""
         return 0.0 if tokens >= needed else math.ceil((needed - tokens) / self.per_s * 1000) / 1000 + SLACK_S
 
 
 @dataclass(frozen=True, slots=True)
 class BucketDemand:
-    """What is asked of one bucket.
+    """What is needed from one bucket.
 
     Attributes:
-        needed: tokens that must be there; the default is always there.
-        cost: tokens that are taken.
+        needed: tokens that the bucket must have; with the default nothing is required.
+        cost: tokens to take.
     """
 
     bucket: str
@@ -51,7 +51,7 @@ class BucketDemand:
 
 
 class LocalTokenBuckets:
-    """Token buckets of this process. Pure but for the clock. Full buckets use no memory after they were looked at."""
+    """Token buckets of this process. Pure apart from the clock. A bucket that is found full uses no memory."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -61,7 +61,7 @@ class LocalTokenBuckets:
         return len(self._held)
 
     def spend(self, demands: Sequence[BucketDemand]) -> tuple[bool, list[float]]:
-        """Takes all costs if every bucket has what is needed, else none.
+        """Takes all costs if every bucket has what is needed, otherwise none.
 
         Returns:
             Whether they were taken, and the tokens of each bucket after that.
@@ -76,7 +76,7 @@ class LocalTokenBuckets:
         return enough, tokens
 
     def put(self, demands: Sequence[BucketDemand], tokens: Sequence[float]) -> None:
-        """Sets what the buckets of the demands hold now."""
+        """Sets the tokens of the buckets that the demands name."""
         now = self._clock()
         for held, demand in zip(tokens, demands, strict=True):
             self._hold(demand, held, now)
@@ -96,8 +96,8 @@ class SharedTokenBuckets:
     """Token buckets in Redis, which all replicas share. A full bucket is no key there.
 
     Args:
-        connection: shared with the coordinator, and so is
-        breaker: around it.
+        connection: the connection to Redis, shared with the coordinator.
+        breaker: the breaker of that connection.
     """
 
     def __init__(self, connection: RedisConnection, breaker: Breaker) -> None:
@@ -106,10 +106,10 @@ class SharedTokenBuckets:
         self._breaker = breaker
 
     async def spend(self, demands: Sequence[BucketDemand]) -> tuple[bool, list[float]]:
-        """As `LocalTokenBuckets.spend`.
+        """Takes all costs or none, as `LocalTokenBuckets.spend` does.
 
         Raises:
-            StoreError: Redis cannot be asked. The costs may have been taken.
+            StoreError: Redis does not answer. The costs may have been taken.
         """
         keys = [PREFIX + demand.bucket for demand in demands]
         rows = [(demand.rate.per_s, demand.rate.burst, demand.needed, demand.cost) for demand in demands]

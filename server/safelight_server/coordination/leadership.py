@@ -1,7 +1,7 @@
 """A lease that is renewed while its work runs, and the commit of that work, through outages of Redis.
 
-    leader = await Leadership.take(coordinator, name, ttl_s)     None: another replica computes, follow it
-    ... leader.publish(event) ...                                True: readers elsewhere see it
+    leader = await Leadership.take(coordinator, name, ttl_s)     None: another replica holds the lease, follow it
+    ... leader.publish(event) ...                                True: readers at other replicas see it
     outcome = await leader.commit(pointer, bill, give_up_s)
     await leader.close()
 
@@ -24,8 +24,8 @@ from safelight_server.coordination.base import CommitOutcome, Coordinator, Fence
 from safelight_server.storage.base import StoreError
 from safelight_server.telemetry.background import keep_running
 
-BEATS = 3
-"""Renewals within the time of a lease: it ends when so many in a row fail."""
+RENEWALS_PER_TTL = 3
+"""Renewals within the time of a lease. The lease ends when so many in a row fail."""
 
 
 class Leadership:
@@ -33,7 +33,7 @@ class Leadership:
 
     Attributes:
         lost: set once another replica has held the lease since.
-        forgotten: whether a renewal has found Redis without its memory; `on_forgotten` is called then.
+        forgotten: whether a renewal found that Redis has lost its data; `on_forgotten` is called then.
     """
 
     def __init__(self, coordinator: Coordinator, lease: Lease, ttl_s: float, since: float) -> None:
@@ -44,16 +44,16 @@ class Leadership:
         self.on_forgotten: Callable[[], None] = lambda: None
         self._coordinator = coordinator
         self._ttl_s = ttl_s
-        self._asking = asyncio.Lock()
+        self._call_lock = asyncio.Lock()
         self._over = False
-        self._beating = asyncio.create_task(keep_running(self._beat, f"lease of {lease.name}"))
+        self._renewals = asyncio.create_task(keep_running(self._keep_renewing, f"lease of {lease.name}"))
 
     @classmethod
     async def take(cls, coordinator: Coordinator, name: str, ttl_s: float) -> Leadership | None:
         """Takes the lease. None if another replica holds it or a result is committed.
 
         Raises:
-            StoreError: Redis cannot be asked.
+            StoreError: Redis does not answer.
         """
         since = time.monotonic()
         lease = await coordinator.acquire(name, secrets.token_hex(8), ttl_s)
@@ -68,13 +68,13 @@ class Leadership:
         """Renews the lease. False if another replica has held it since.
 
         Raises:
-            StoreError: Redis cannot be asked.
+            StoreError: Redis does not answer.
         """
-        async with self._asking:
+        async with self._call_lock:
             return await self._renew()
 
     async def publish(self, data: bytes) -> bool:
-        """Appends an event. False if readers elsewhere do not see it, because of an outage or another leader."""
+        """Appends an event. False if readers at other replicas do not see it: in an outage, or if another one leads."""
         try:
             await self._coordinator.publish(self.lease, data)
         except FencedError:
@@ -86,44 +86,44 @@ class Leadership:
         return True
 
     async def commit(self, pointer: str, bill: bytes, give_up_s: float) -> CommitOutcome | None:
-        """Commits, and waits up to `give_up_s` through an outage. None if the commit was discarded, unbilled.
+        """Commits, and waits up to `give_up_s` through an outage. None if the commit was discarded and not billed.
 
-        A commit whose answer was lost is sent again and answers the same: nothing is billed twice.
+        A commit whose answer was lost is sent again and has the same result: nothing is billed twice.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(give_up_s):
                 while True:
                     try:
-                        async with self._asking:
+                        async with self._call_lock:
                             outcome = await self._coordinator.commit(self.lease, pointer, bill)
                             self._over = outcome is not CommitOutcome.FENCED
                             if self._over or not await self._renew():
                                 return outcome
                     except StoreError:
-                        await asyncio.sleep(min(self._ttl_s / BEATS, 0.5))
+                        await asyncio.sleep(min(self._ttl_s / RENEWALS_PER_TTL, 0.5))
         return None
 
     async def close(self) -> None:
         """Stops the renewals and releases the lease, if Redis can be reached."""
-        self._beating.cancel()
+        self._renewals.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await self._beating
+            await self._renewals
         with contextlib.suppress(StoreError):
             await self._coordinator.release(self.lease)
 
-    async def _beat(self) -> None:
+    async def _keep_renewing(self) -> None:
         while not self.lost.is_set():
-            await asyncio.sleep(self._ttl_s / BEATS)
+            await asyncio.sleep(self._ttl_s / RENEWALS_PER_TTL)
             with contextlib.suppress(StoreError):
-                async with self._asking:
+                async with self._call_lock:
                     if not self._over:
                         await self._renew()
 
     async def _renew(self) -> bool:
-        asked_at = time.monotonic()
-        # never acquired anew: where another has held it and let it go, its work may be over and decided
+        sent_at = time.monotonic()
+        # never acquired anew: another replica that has held the lease meanwhile may have ended the work
         if not self.lost.is_set() and (renewal := await self._coordinator.renew(self.lease, self._ttl_s)):
-            self._renewed_at = asked_at
+            self._renewed_at = sent_at
             if renewal is Renewal.FORGOTTEN:
                 self.forgotten = True
                 self.on_forgotten()

@@ -1,9 +1,9 @@
 """Coordination of replicas through one Redis (or a primary with replicas; not a cluster).
 
-Each rule that reads and then writes is one script, so that no other client comes
-between. The fence counter is never forgotten while Redis keeps its data; where
-Redis came back empty, tokens begin anew, and the owner beside the token still
-tells holders apart. Names are remembered for `memory_s` after their last use.
+Each rule that reads and then writes is one script, so that it is atomic. The fence
+counter has no time to live. If Redis comes back empty, tokens begin anew, and the
+owner that is stored with a token still distinguishes the holders. Names are
+remembered for `memory_s` after their last use.
 
 All streams that this replica follows are read by one blocking call on one
 connection, however many there are.
@@ -46,25 +46,25 @@ BILLS = f"{PREFIX}bills"
 REGISTRY = f"{PREFIX}roll"  # a name that replicas of earlier versions use as well
 SCRIPTS = ("acquire", "renew", "release", "publish", "commit", "forget", "claim", "unclaim")
 BLOCK_S = 0.1
-"""How long one read waits for events; someone who begins to follow waits as long at most."""
+"""How long one read waits for events. A new follower waits at most as long until it is included in a read."""
 LOOK_EVERY_S = 0.5
-"""How often someone who follows looks whether there still is a leader, when no events come."""
+"""Without events, a follower checks so often whether there still is a leader."""
 RETRY_S = 0.25
 READ_COUNT = 256
 ENDED_S = 60.0
-"""How long the events of a committed execution are kept for those who follow late."""
+"""How long the events of a committed execution are kept for late followers."""
 BILLED_S = 3600.0
-"""How long a bill that comes again is known; who commits gives up long before."""
+"""How long a repeated bill is recognised; a commit gives up long before."""
 
 
 class RedisCoordinator:
     """See `Coordinator`.
 
     Args:
-        connection: shared with the tier in Redis, and so is
-        breaker: around it.
-        max_events: of one stream, about.
-        max_bills: of the stream of bills, about: the oldest are dropped (docs/operations/billing.md).
+        connection: the connection to Redis, shared with the tier in Redis.
+        breaker: the breaker of that connection.
+        max_events: approximate bound on the events of one stream.
+        max_bills: approximate bound on the stream of bills; the oldest are dropped (docs/operations/billing.md).
         memory_s: how long names, results and events are remembered.
     """
 
@@ -114,7 +114,7 @@ class RedisCoordinator:
         value = await self._call(lambda: self._redis.get(_key("lease", name)))
         if value is None:
             return None
-        with _of_another_kind(_key("lease", name)):
+        with _checking_value_of(_key("lease", name)):
             owner, _, token = value.decode().rpartition("|")
             return Lease(name, owner, int(token))
 
@@ -153,7 +153,7 @@ class RedisCoordinator:
                 over = False
                 try:
                     async with asyncio.timeout(LOOK_EVERY_S):
-                        await follower.bulletin.wait()
+                        await follower.changed.wait()
                 except TimeoutError:
                     over = leader and await self._is_over(name, follower)
                 over = over or (leader and follower.ended)
@@ -167,11 +167,15 @@ class RedisCoordinator:
             self._followed.pop(follower, None)
 
     async def _is_over(self, name: str, follower: _Follower) -> bool:
-        """Whether a result is committed. If so, all events before it are with the follower."""
+        """Whether a result is committed. If so, the follower has all events before it.
+
+        Raises:
+            LeaderLostError: nobody holds the lease, and there is no result.
+        """
         try:
             over = await self.result(name) is not None
             if not over and await self.holder(name) is None:
-                over = await self.result(name) is not None  # committed between the two looks
+                over = await self.result(name) is not None  # it may have been committed between the two reads
                 if not over:
                     raise LeaderLostError(name)
             if over:
@@ -184,7 +188,7 @@ class RedisCoordinator:
         found = await self._call(lambda: self._redis.xread({follower.key: follower.place}))
         for _, entries in found or ():
             follower.give(entries)
-        follower.bulletin.set()
+        follower.changed.set()
 
     async def commit(self, lease: Lease, pointer: str, bill: bytes) -> CommitOutcome:
         """See `Coordinator`."""
@@ -199,7 +203,7 @@ class RedisCoordinator:
         found = await self._call(lambda: self._redis.hgetall(_key("result", name)))
         if not found:
             return None
-        with _of_another_kind(_key("result", name)):
+        with _checking_value_of(_key("result", name)):
             return CommittedResult(found[b"pointer"].decode(), found[b"owner"].decode(), int(found[b"token"]))
 
     async def forget(self, name: str, result: CommittedResult) -> bool:
@@ -240,10 +244,8 @@ class RedisCoordinator:
     async def unowned(self) -> list[str]:
         """See `Coordinator`."""
         registered = await self._call(lambda: self._redis.smembers(REGISTRY))
-        if odd := [name for name in registered if not name.isascii()]:  # no server has put it there
-            log.warning(
-                "what is no name of a generation is struck off the registry", names=[repr(name) for name in odd]
-            )
+        if odd := [name for name in registered if not name.isascii()]:  # not written by any server
+            log.warning("removed invalid names from the registry", names=[repr(name) for name in odd])
             await self._call(lambda: self._redis.srem(REGISTRY, *odd))
         names = [name.decode() for name in registered if name.isascii()]
         if not names:
@@ -287,19 +289,19 @@ class RedisCoordinator:
             try:
                 found = await self._call(read, BLOCK_S)
             except MalformedValueError:
-                await self._set_apart(places)
+                await self._drop_malformed(places)
                 continue
             except StoreError:
                 await asyncio.sleep(RETRY_S)
                 continue
             for key, entries in found or ():
                 since = places[key.decode()]
-                for follower in self._followed:  # who came meanwhile from further back must not skip
+                for follower in self._followed:  # a follower that came meanwhile with an earlier place must not skip
                     if follower.key == key.decode() and place_order(follower.place) >= place_order(since):
                         follower.give(entries)
 
-    async def _set_apart(self, places: Mapping[str, str]) -> None:
-        """Ends those who follow a key that is no stream: one such key fails the read of all."""
+    async def _drop_malformed(self, places: Mapping[str, str]) -> None:
+        """Ends the followers of keys that are no streams: one such key makes the read of all streams fail."""
         for key, place in places.items():
             try:
                 await self._call(lambda: self._redis.xread({key: place}, count=1))  # noqa: B023
@@ -313,12 +315,12 @@ class RedisCoordinator:
 
 
 class _Follower:
-    """The events that one reader of a stream has not taken yet."""
+    """One reader of a stream, with the events that it has not taken yet."""
 
     def __init__(self, key: str, place: str) -> None:
         self.key = key
         self.place = place
-        self.bulletin = asyncio.Event()
+        self.changed = asyncio.Event()
         self.ended = False
         self.fault: MalformedValueError | None = None
         self._events: list[StreamEvent] = []
@@ -332,24 +334,25 @@ class _Follower:
                 self._events.append(StreamEvent(self.place, fields[b"d"]))
             elif b"end" in fields:
                 self.ended = True
-            self.bulletin.set()
+            self.changed.set()
 
     def fail(self, fault: MalformedValueError) -> None:
         self.fault = fault
-        self.bulletin.set()
+        self.changed.set()
 
     def take(self) -> list[StreamEvent]:
         events, self._events = self._events, []
-        self.bulletin.clear()
+        self.changed.clear()
         return events
 
 
 @contextlib.contextmanager
-def _of_another_kind(key: str) -> Iterator[None]:
+def _checking_value_of(key: str) -> Iterator[None]:
+    """Turns errors in parsing the value of a key into MalformedValueError."""
     try:
         yield
     except (KeyError, ValueError) as error:
-        raise MalformedValueError(f"redis: {key} has what no server has put there") from error
+        raise MalformedValueError(f"redis: {key} has a value that no server has written") from error
 
 
 def _key(kind: str, name: str) -> str:

@@ -24,4 +24,4 @@ class Component(enum.StrEnum):
 
 
 OPTIONAL = frozenset({Component.PREVIEW_DECODER, Component.ENCODER})
-"""What a pipeline may lack, and with it what the component is for: small previews, pictures to start from."""
+"""Components that a pipeline may lack. Without them it has no cheap decoded previews, or cannot start from pictures."""

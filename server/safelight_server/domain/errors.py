@@ -29,7 +29,7 @@ from typing import ClassVar
 
 import grpc
 
-MAX_TOLD = 3
+MAX_QUOTED = 3
 """How many violations the message of an InvalidRequestError quotes; the details have all of them."""
 
 
@@ -45,7 +45,7 @@ class SafelightError(Exception):
     """Base of all errors with a status.
 
     Attributes:
-        message: what to tell the caller; holds nothing internal.
+        message: the text for the caller; has no internal details.
         metadata: facts for programs, sent in `google.rpc.ErrorInfo`.
         retry_after_s: seconds after which a retry makes sense; None where none does.
         violations: the faulty fields of the request.
@@ -78,8 +78,8 @@ class InvalidRequestError(SafelightError):
     reason = "INVALID_REQUEST"
 
     def __init__(self, violations: Sequence[FieldViolation]) -> None:
-        first = "; ".join(f"{v.field}: {v.description}" for v in violations[:MAX_TOLD])
-        more = len(violations) - MAX_TOLD
+        first = "; ".join(f"{v.field}: {v.description}" for v in violations[:MAX_QUOTED])
+        more = len(violations) - MAX_QUOTED
         super().__init__(first + (f"; and {more} more" if more > 0 else ""), violations=violations)
 
 
@@ -126,7 +126,7 @@ class QueueFullError(SafelightError):
 
 
 class QuotaExceededError(SafelightError):
-    """The tenant is beyond its rate of requests or has used its compute. `retry_after_s`: until it may ask again."""
+    """The tenant exceeds its rate of requests or has used its compute. `retry_after_s`: until the next is allowed."""
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "REQUEST_RATE_EXCEEDED"

@@ -74,8 +74,8 @@ class Origin:
         similarity: cosine similarity of the prompts, for SIMILAR and LATENT.
         source: resource name of the generation that computed the picture, for EXACT and SIMILAR.
         num_steps_skipped: denoising steps that were not run for this output.
-        compute_s_saved: what the skipped steps cost when they ran, or else an estimate from the other steps.
-        numerics_id: of the replica that continued the generation, where it differs from the one in Accepted.
+        compute_s_saved: seconds that the skipped steps took when they ran, or an estimate from the other steps.
+        numerics_id: numerics id of the replica that continued the generation, if it differs from that in Accepted.
     """
 
     disposition: Disposition = Disposition.MISS
@@ -93,7 +93,7 @@ class Usage:
     Attributes:
         cost_nanos: billionths of a unit of `currency` that the compute costs.
         currency: ISO 4217; empty: the server has no price.
-        num_rows_skipped: denoiser rows that were not computed, as their steps are outside of the guidance interval.
+        num_rows_skipped: denoiser rows that were not computed, as their steps lie outside the guidance interval.
     """
 
     compute_s: float = 0.0
@@ -163,7 +163,7 @@ class Finished:
     """The generation has ended.
 
     Attributes:
-        error: why it failed; None where it succeeded.
+        error: why it failed; None: it succeeded.
         origins: one for each output, in order; None for outputs that did not complete.
         degradations: what its quality floor gave up under load.
     """
@@ -176,7 +176,7 @@ class Finished:
 
 
 StateEvent = Accepted | OutputFinished | Finished
-"""Events with a sequence number, of which a stream drops none."""
+"""Events with a sequence number. A stream never drops one."""
 Event = StateEvent | Queued | Progress
 
 

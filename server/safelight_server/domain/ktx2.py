@@ -1,12 +1,12 @@
 """Block-compressed textures in KTX 2.0 files, which graphics APIs upload as they are.
 
-etcpak holds the GIL. So it is given a few rows of blocks at a time: whoever waits for
-the GIL, such as the event loop, gets it after about a millisecond.
+etcpak holds the GIL, so it is called for a few rows of blocks at a time: other threads,
+such as the event loop, then wait about a millisecond at most.
 
 One level, no supercompression, sRGB. Source: KTX File Format Specification 2.0 and
 Khronos Data Format Specification 1.3 (registry.khronos.org). The blocks are made by
-etcpak. Edges that are no multiple of four are repeated up to the next one; the file
-says the real size.
+etcpak. If an edge is no multiple of four, its last pixels are repeated up to the next
+multiple; the header has the real size.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TextureFormat(enum.Enum):
 IDENTIFIER = b"\xabKTX 20\xbb\r\n\x1a\n"
 BLOCK_PX = 4
 SLICE_BLOCKS = {TextureFormat.BC1: 8192, TextureFormat.BC7: 256}
-"""Blocks that are made in about a millisecond; at least one row of them is."""
+"""Blocks of one call, which takes about a millisecond; a call makes at least one row of blocks."""
 VK_FORMAT = {TextureFormat.BC1: 132, TextureFormat.BC7: 146}  # VK_FORMAT_BC1_RGB_SRGB_BLOCK, VK_FORMAT_BC7_SRGB_BLOCK
 BLOCK_BYTES = {TextureFormat.BC1: 8, TextureFormat.BC7: 16}
 COLOR_MODEL = {TextureFormat.BC1: 128, TextureFormat.BC7: 134}  # KHR_DF_MODEL_BC1A, KHR_DF_MODEL_BC7
@@ -65,7 +65,7 @@ def _blocks(pixels: npt.NDArray[np.uint8], texture_format: TextureFormat) -> byt
     texels[..., 3] = 255
     rows = max(1, SLICE_BLOCKS[texture_format] * BLOCK_PX // texels.shape[1]) * BLOCK_PX
     slices = (texels[at : at + rows] for at in range(0, len(texels), rows))
-    return b"".join(_compressed(one, texture_format) for one in slices)
+    return b"".join(_compressed(rows_of_blocks, texture_format) for rows_of_blocks in slices)
 
 
 def _compressed(texels: npt.NDArray[np.uint8], texture_format: TextureFormat) -> bytes:
@@ -88,7 +88,7 @@ def _descriptor(texture_format: TextureFormat) -> bytes:
 
 
 def _key_values(values: dict[str, str]) -> bytes:
-    """Key/value data; the keys in order, as the specification wants them."""
+    """Key/value data; the keys are sorted, as the specification requires."""
     made = b""
     for key, value in sorted(values.items()):
         entry = key.encode() + b"\0" + value.encode() + b"\0"

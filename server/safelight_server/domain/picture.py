@@ -79,7 +79,7 @@ def encode_within(pixels: Pixels, encoding: PixelEncoding, max_bytes: int) -> En
 
 
 def picture_file(picture: EncodedPicture, *, bottom_up: bool) -> EncodedPicture:
-    """A picture as a file that decoders read: itself, or raw pixels, whose lowest row may come first, as a PNG."""
+    """A picture in a file format: raw pixels (`bottom_up`: bottom row first) become a PNG, others are unchanged."""
     if picture.media_type is not MediaType.RAW_RGBA8:
         return picture
     rows = np.frombuffer(picture.data, np.uint8).reshape(picture.height_px, picture.stride_bytes)
@@ -97,7 +97,7 @@ def shrink(pixels: Pixels, max_edge_px: int | None) -> Pixels:
 
 
 def scaled(pixels: Pixels, width_px: int, height_px: int) -> Pixels:
-    """Pixels, (H, W, 3) or (H, W), at another size: each is the mean of those that it covers."""
+    """Pixels, (H, W, 3) or (H, W), at another size; each new pixel is the mean of the old pixels that it covers."""
     return np.asarray(Image.fromarray(pixels).resize((width_px, height_px), Image.Resampling.BOX))
 
 

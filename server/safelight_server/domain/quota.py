@@ -12,9 +12,9 @@ class BucketView:
     Attributes:
         per_s: tokens that come back each second.
         burst: most tokens that it holds.
-        tokens: what is left; negative in debt.
-        available_after_s: until a request is admitted as far as this bucket goes; 0: now.
-        full_after_s: until it is full, if nothing is taken.
+        tokens: the tokens that are left; negative in debt.
+        available_after_s: seconds until this bucket admits a request; 0: now.
+        full_after_s: seconds until it is full, if nothing is taken.
     """
 
     per_s: float

@@ -2,7 +2,7 @@
 
 `validation/` makes a `Request` from the protobuf message: it checks the message
 against the model's manifest and the server's limits and fills in the defaults.
-Whoever holds a `Request` need not check it again.
+Code that gets a `Request` need not check it again.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from safelight_server.sampler import SamplerSpec, guided_steps, steps_left_out
 from safelight_server.scheduler import Priority
 
 TEXT_BYTES = 100
-"""What a short text takes beside its characters: CPython's object and its place in a dict."""
+"""Memory of a short text in addition to its characters: CPython's object and its entry in a dict."""
 TOKEN_BYTES = 36
-"""What a token id takes: an int and its place in a tuple."""
+"""Memory of a token id: an int and its reference in a tuple."""
 EVERY_STEP = (0.0, 1.0)
 """The guidance interval that limits nothing."""
 
@@ -48,10 +48,10 @@ class PixelEncoding:
     """How pixels are encoded.
 
     Attributes:
-        quality: of JPEG and WebP.
-        row_alignment_bytes: of raw RGBA8.
-        bottom_up: of raw RGBA8 and KTX2: the bottom row comes first.
-        texture_format: of KTX2.
+        quality: for JPEG and WebP: 1 to 100.
+        row_alignment_bytes: for raw RGBA8: rows begin at multiples of it.
+        bottom_up: for raw RGBA8 and KTX2: whether the bottom row comes first.
+        texture_format: for KTX2: the block format.
     """
 
     media_type: MediaType = MediaType.PNG
@@ -63,7 +63,7 @@ class PixelEncoding:
 
 @dataclass(frozen=True, slots=True)
 class PreviewPolicy:
-    """Which previews a stream wants. At most one of `every_n_steps` and `min_interval_s` is set; else every step."""
+    """Which previews a stream gets: every n-th step, or one per interval if `min_interval_s` is above 0."""
 
     encoding: PixelEncoding = PixelEncoding(MediaType.JPEG)
     method: PreviewMethod = PreviewMethod.AUTO
@@ -107,7 +107,7 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class DisconnectPolicy:
-    """What happens when the last stream is lost: `detach` runs on, else the generation is suspended for the grace."""
+    """What happens when the last stream is lost: with `detach` the generation runs on, else it is suspended."""
 
     detach: bool
     resume_grace_s: float
@@ -122,11 +122,11 @@ class Spec:
         token_ids: of the prompt, padded to the text encoder's context length.
         negative_token_ids: None where a step has one row: guidance_scale is 1, or the model was distilled for guidance.
         seeds: one per output, each 0 to 2**64 - 1.
-        init_image: SHA-256 of the picture to start from, in hexadecimal; "": none, and then `strength` is 1. Until its
+        init_image: SHA-256 of the picture to start from, in hexadecimal; "": none, and then `strength` is 1. Before its
             generation begins it may be the name of an output, "generations/ID/outputs/INDEX".
-        mask: likewise of the picture that says where it is developed anew; "": everywhere.
-        guidance_rescale: share of the contrast of guidance that is taken back, 0 to 1 (`sampler.rescale`).
-        guidance_interval: start and end of guidance as shares of all steps; `EVERY_STEP`: there is no limit.
+        mask: the same for the mask, whose white part is developed anew; "": everything is.
+        guidance_rescale: how far the contrast that guidance adds is reduced again, 0 to 1 (`sampler.rescale`).
+        guidance_interval: start and end of guidance as shares of all steps; `EVERY_STEP`: no limit.
     """
 
     model: str
@@ -149,21 +149,21 @@ class Spec:
 
     @property
     def first_step(self) -> int:
-        """The first step that is made; above 0 where development starts from a picture."""
+        """The first step that is made; above 0 if development starts from a picture."""
         return steps_left_out(self.num_inference_steps, self.strength)
 
     @property
     def named_outputs(self) -> dict[str, str]:
-        """The pictures that are outputs of other generations, as far as that was not resolved: their names by field."""
+        """The names of outputs that `init_image` and `mask` still have instead of digests, by field."""
         return {field: name for field, name in (("init_image", self.init_image), ("mask", self.mask)) if "/" in name}
 
     def with_images(self, digests: Mapping[str, str]) -> Spec:
-        """The same with the digests of the pictures that `named_outputs` has, by field."""
+        """A copy with digests in place of the `named_outputs`, by field."""
         return replace(self, init_image=digests.get("init_image", self.init_image), mask=digests.get("mask", self.mask))
 
     @property
     def guided_steps(self) -> range:
-        """The steps, from 0, that have guidance where the spec has any."""
+        """The steps, from 0, that have guidance if the spec has any."""
         return guided_steps(self.num_inference_steps, *self.guidance_interval)
 
     @property
@@ -184,7 +184,7 @@ class QualityFloor:
     Attributes:
         min_num_steps: fewest denoising steps; None: no fewer than the spec has.
         cheaper_previews: whether LINEAR previews may stand in for those of a decoder.
-        min_similarity: least similarity (cosine) of a picture that may be served in its place; None: none may.
+        min_similarity: least similarity (cosine) of a picture that may be served instead; None: no other picture may.
     """
 
     min_num_steps: int | None = None
@@ -202,7 +202,7 @@ class DegradationKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Degradation:
-    """One thing that a request gave up under load, with what it asked for and what it got, as the proto words them."""
+    """One property that a request gave up under load, with the requested and the applied value as in the proto."""
 
     kind: DegradationKind
     requested: str
@@ -222,9 +222,9 @@ class Request:
     """A valid request.
 
     Attributes:
-        spec: what is developed; with fewer steps than the client sent where `degradations` says so.
-        body_digest: covers all that the client sent but `request_id`; empty without that.
-        degradations: what was decided to be given up under load, before it was accepted.
+        spec: what is developed; with fewer steps than the client requested if `degradations` says so.
+        body_digest: digest of the message without `request_id`; empty if there is no request id.
+        degradations: what the request gave up under load, decided before it was accepted.
     """
 
     spec: Spec
@@ -243,15 +243,15 @@ class Request:
 
     @property
     def requested_spec(self) -> Spec:
-        """The spec as the client sent it, with the steps that were given up since."""
-        for one in self.degradations:
-            if one.kind is DegradationKind.FEWER_STEPS:
-                return replace(self.spec, num_inference_steps=int(one.requested))
+        """The spec with the number of steps that the client requested."""
+        for loss in self.degradations:
+            if loss.kind is DegradationKind.FEWER_STEPS:
+                return replace(self.spec, num_inference_steps=int(loss.requested))
         return self.spec
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that its texts and token ids take in memory, at most; what is of fixed size is not counted."""
+        """Upper bound on the memory of its texts and token ids; parts of fixed size are not counted."""
         texts = [self.spec.prompt, self.spec.negative_prompt, *self.labels, *self.labels.values()]
         num_tokens = sum(map(len, self.spec.token_ids_by_row))
         return sum(map(_text_bytes, texts)) + num_tokens * TOKEN_BYTES

@@ -17,12 +17,11 @@ from PIL import Image, ImageOps
 from safelight_server.domain.picture import Pixels
 
 FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "MPO": "image/jpeg", "WEBP": "image/webp"}
-"""Media types by Pillow's names; MPO is a JPEG with further views behind it, as some telephones write it."""
-OFFERED = "PNG, JPEG and WebP are taken"
-
-Image.MAX_IMAGE_PIXELS = None  # a bound of ours is checked in its place: Pillow's warns and lets twice as much pass
+"""Media types by Pillow's names. MPO is a JPEG followed by further views, as some phones write it."""
+OFFERED = "send PNG, JPEG or WebP"
+Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is checked instead: Pillow's bound only warns below twice its value
 _FAULTS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
-"""What Pillow raises for files that are not what they say."""
+"""What Pillow raises for damaged files."""
 
 
 class PictureFileError(Exception):
@@ -31,7 +30,7 @@ class PictureFileError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PictureFile:
-    """What is known of a picture's file. Its size is that of the upright picture."""
+    """The facts of a picture's file. The size is that of the upright picture."""
 
     media_type: str
     width_px: int
@@ -39,10 +38,10 @@ class PictureFile:
 
 
 def check_picture(data: bytes, max_pixels: int) -> PictureFile:
-    """Decodes a whole file, to see that it can be.
+    """Checks a file by decoding it completely.
 
     Raises:
-        PictureFileError: it is no picture, too large, animated or damaged.
+        PictureFileError: the file is no picture, too large, animated or damaged.
     """
     image = _opened(data, max_pixels)
     media_type = FORMATS[str(image.format)]
@@ -51,12 +50,12 @@ def check_picture(data: bytes, max_pixels: int) -> PictureFile:
 
 
 def has_alpha(data: bytes) -> bool:
-    """Whether a file that `check_picture` has taken says what is transparent; decodes no pixel."""
+    """Whether a file that `check_picture` has accepted has transparency; decodes no pixel."""
     return Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")).has_transparency_data
 
 
 def decode_picture(data: bytes, max_pixels: int, width_px: int, height_px: int) -> Pixels:
-    """The picture, (H, W, 3) uint8, cut at its longer sides to the shape of the size and scaled; over white.
+    """The picture, (H, W, 3) uint8, over white, cropped to the aspect ratio of the size and scaled.
 
     Raises:
         PictureFileError: as `check_picture`.
@@ -86,9 +85,9 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
         width, height = image.size
         frames = getattr(image, "n_frames", 1)
     except _FAULTS:
-        raise PictureFileError(f"is no picture that can be read; {OFFERED}") from None
+        raise PictureFileError(f"cannot be read as a picture; {OFFERED}") from None
     if width * height > max_pixels:
-        raise PictureFileError(f"has {width}x{height} pixels; at most {max_pixels} are taken")
+        raise PictureFileError(f"has {width}x{height} pixels; it must have at most {max_pixels}")
     if frames > 1 and image.format != "MPO":
         raise PictureFileError(f"is animated, with {frames} frames; send one of them")
     return image
@@ -103,7 +102,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits as 8 bits: Pillow's own conversion cuts off what is above 255."""
+    """Converts 16-bit grey to 8 bits: Pillow's own conversion clips values above 255."""
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image).clip(0, 65_535).astype(np.uint32) * 255 // 65_535).astype(np.uint8))

@@ -1,6 +1,6 @@
 """The tensors of all outputs in flight: gathers the inputs of a batch, and puts its results back.
 
-`engine.py` runs the batches, the scheduler says which rows are in them.
+`engine.py` runs the batches; the scheduler decides which rows are in them.
 Invariant: an output that has ended leaves nothing behind here, except a slot
 that a batch in flight still reads.
 """
@@ -28,12 +28,12 @@ from safelight_server.telemetry import Stage, Trail
 from safelight_server.telemetry.trail import NO_CALL, Attributes, CallSpans, PreviewSpan, TracedOutput
 
 PART_NAMES = {Kind.ENCODE: "text_encode", Kind.DENOISE: "step", Kind.DECODE: "decode", Kind.PREVIEW: "decode"}
-"""Names of the span that each trace has of a batch."""
+"""Name of the span that each trace has for its part of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchKey:
-    """What rows must have in common to share a call; the scheduler knows it by its string."""
+    """The properties that rows must have in common to share a call. The scheduler uses its string."""
 
     pipeline: Pipeline
     component: Component
@@ -50,9 +50,9 @@ class OutputTensors:
     Attributes:
         conditioning: ids of its embeddings: the prompt's and, with guidance, the negative prompt's.
         init_image: the picture that it starts from; None: it starts from noise, or from `start` alone.
-        guided_steps: those with guidance; None: all.
-        embeddings: those of them that are known already, by id.
-        key: of its denoiser batches.
+        guided_steps: the steps with guidance; None: all.
+        embeddings: its embeddings that are known already, by id.
+        key: the key of its denoiser batches.
         slot: its slot in the latents of its key, once it takes steps.
         image: the decoded picture, (3, H, W).
     """
@@ -83,14 +83,14 @@ class PendingPreview:
     stage: Stage
 
     def answer(self, image: FloatArray | None) -> None:
-        """Answers the stream that waits, if it still does; None: the latent will not be decoded."""
+        """Sets the image for the stream that waits, if it still does. None: the latent will not be decoded."""
         if not self.image.done():
             self.image.set_result(image)
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedCall:
-    """The inputs of a batch; for denoiser calls also, by row, the slot and whether it is the cond or uncond row."""
+    """The inputs of a batch. Denoiser calls also have by row its slot, and whether it is the cond or the uncond row."""
 
     key: BatchKey
     inputs: Inputs
@@ -144,7 +144,7 @@ class Batches:
     def spans(
         self, batch: Batch, call: PreparedCall, runtime: str, trails: Callable[[int], Sequence[Trail]]
     ) -> AbstractContextManager[object]:
-        """A block in which the batch is recorded in the traces of the outputs and previews that it serves."""
+        """A context manager that records the batch in the traces of the outputs and previews that it serves."""
         served = self._served(batch, call, trails)
         attributes = {
             "safelight.model": call.key.pipeline.name,
@@ -179,13 +179,13 @@ class Batches:
         return served
 
     def returned(self, batch: Batch, call: PreparedCall) -> None:
-        """The runtime is done with the inputs, with results or without. Later calls for the same batch do nothing."""
+        """Notes that the runtime no longer reads the inputs of a batch. Later calls for the same batch do nothing."""
         if call.slots is not None and batch.batch_id in self._departed:
             self._departed.remove(batch.batch_id)
             self._latents[batch.key].arrive(call.slots)
 
     def keep(self, batch: Batch, call: PreparedCall, results: Mapping[str, FloatArray]) -> None:
-        """Stores the results of a batch for the next stage; those of outputs that have ended are dropped."""
+        """Stores the results of a batch for the next stage. Results of outputs that have ended are dropped."""
         if batch.kind is Kind.ENCODE:
             for row, embedding in zip(batch.rows, _embeddings(call.key, results), strict=True):
                 if row.conditioning_id in self.encoder_inputs:
@@ -202,15 +202,15 @@ class Batches:
                 preview.answer(image)
 
     def lost(self, call: PreparedCall) -> None:
-        """Gives up the previews of a batch that failed: they are not tried again."""
+        """Gives up the previews of a failed batch: they are not tried again."""
         for preview in call.previews:
             preview.answer(None)
 
     def advance(self, output_ids: Sequence[int]) -> list[int]:
-        """One sampler step for outputs of one key.
+        """Makes one sampler step for outputs of one key.
 
         Returns:
-            Those whose latents are not finite any more.
+            The outputs whose latents are not finite any more.
         """
         outputs = [self.outputs[output_id] for output_id in output_ids]
         slots = np.array([output.slot for output in outputs], np.intp)
@@ -229,10 +229,10 @@ class Batches:
     def want_preview(
         self, output_id: int, key: str, latent: FloatArray, stage: Stage
     ) -> asyncio.Future[FloatArray | None]:
-        """Keeps a latent (C, h, w) for the next decoder batch of a key, in place of an older one of the same output.
+        """Keeps a latent (C, h, w) for the next decoder batch of a key. Replaces an older one of the same output.
 
         Returns:
-            The image (3, H, W), or None where the latent will not be decoded.
+            A future of the image (3, H, W); its result is None if the latent will not be decoded.
         """
         previews = self._previews.setdefault(output_id, {})
         if (older := previews.get(key)) is not None:
@@ -246,14 +246,14 @@ class Batches:
             preview.answer(None)
 
     def snapshot(self, output_id: int) -> Snapshot | None:
-        """What an output needs to go on later; None if it has made no step."""
+        """The state from which an output can continue later; None if it has made no step."""
         output = self.outputs[output_id]
         if output.slot is None:
             return output.start
         return self._latents_of(output_id).snapshot(output.slot, output.step)
 
     def embedding(self, conditioning_id: str) -> Embedding:
-        """An embedding that an output needs or `Engine.encode` has asked for."""
+        """An embedding that an output or a call of `Engine.encode` needs."""
         return self._embeddings[conditioning_id]
 
     def release(self, conditioning_id: str) -> None:
@@ -269,7 +269,7 @@ class Batches:
         self.drop_previews(output_id)
 
     def key(self, pipeline: Pipeline, component: Component, latent_shape: tuple[int, int, int]) -> str:
-        """The key of rows that can share a call, as the scheduler knows it."""
+        """The key of rows that can share a call, as a string for the scheduler."""
         key = BatchKey(pipeline, component, latent_shape)
         name = str(key)
         self.keys.setdefault(name, key)
@@ -279,7 +279,7 @@ class Batches:
         return self._latents[self.outputs[output_id].key]
 
     def _finished(self, output: OutputTensors) -> FloatArray:
-        """The latent (C, h, w) after the last step, which may have been made before a pause."""
+        """The latent (C, h, w) after the last step, which may have been made before a suspension."""
         if output.slot is not None:
             latent: FloatArray = self._latents[output.key].latent(np.array([output.slot]))[0]
             return latent
@@ -328,7 +328,7 @@ class Batches:
 
 
 def _embeddings(key: BatchKey, results: Mapping[str, FloatArray]) -> list[Embedding]:
-    """What an encoder gives for each row."""
+    """The outputs of an encoder for each row."""
     of_text = key.component is Component.TEXT_ENCODER
     names = key.pipeline.embedding_outputs if of_text else [name for name in ("mean", "std") if name in results]
     return [dict(zip(names, row, strict=True)) for row in zip(*(results[name] for name in names), strict=True)]

@@ -1,7 +1,7 @@
 """Callbacks that wait until the runtime calls that were just dispatched have left this process.
 
-The engine's reports serialize events and copy latents: work that must not delay
-a call. Invariant: callbacks run in order, and once.
+The engine's reports serialize events and copy latents, which must not delay a call.
+Invariant: callbacks run in order, and once.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Callable
 
 TURNS = 3
-"""Turns of the event loop after which a call that was just dispatched has left this process.
-
-The batch's task starts in the first turn, Triton's call is a task of its own and starts in the second, and grpc writes
-in the third. Measured with 300 kB to a server on loopback, the loop blocked for 8 ms after so many turns, 150 calls
-each: with 2 turns the request arrived 8.8 ms after its dispatch (all late), with 3 after 0.64 ms, with 4 after 0.68 ms.
+"""Iterations of the event loop after which a call that was just dispatched has left this process.
+The batch's task starts in the first iteration, Triton's call is a task of its own and starts in the second, and grpc
+writes in the third. Measured with 300 kB to a server on loopback, the loop blocked for 8 ms after so many iterations,
+150 calls each: with 2 the request arrived 8.8 ms after its dispatch (all late), with 3 after 0.64 ms, with 4 after
+0.68 ms.
 """
 
 
@@ -38,7 +38,7 @@ class DeferredCallbacks:
             self._callbacks.popleft()()
 
     def run_soon(self) -> None:
-        """Runs all callbacks when the calls that were just dispatched have left."""
+        """Runs all callbacks when the calls that were just dispatched have left this process."""
         if self._callbacks:
             self._after(TURNS)
 

@@ -1,4 +1,4 @@
-"""Waits for the embeddings of prompts that are encoded for their own sake, not for an output (`Engine.encode`)."""
+"""Waits for the embeddings of prompts that `Engine.encode` requests without an output."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class EmbeddingWaiters:
             future.set_result(embedding)
 
     def refuse(self, name: str, error: SafelightError) -> None:
-        """Raises the error in all calls that wait; a later call starts a new encoding."""
+        """Raises the error in all calls that wait. A later call starts a new encoding."""
         future = self._futures.pop(name)
         if not future.done():
             future.set_exception(error)
-            future.exception()  # whoever asked may have gone
+            future.exception()  # retrieved, so that asyncio does not log it when no call waits any more

@@ -1,8 +1,8 @@
 """The loop around the scheduler: schedule → runtime → complete, on every instance of the runtime.
 
-Decides nothing about order (the scheduler does) and knows nothing of
-generations: it reports to one `ExecutionObserver` per output. `batches.py` has
-the tensors.
+The engine decides nothing about order, which the scheduler does, and knows nothing
+of generations: it reports to one `ExecutionObserver` per output. `batches.py` has the
+tensors.
 
 Invariants: an instance runs one batch at a time; an output that was cancelled,
 suspended or has expired is in no later batch; a batch whose instance was lost
@@ -10,8 +10,8 @@ is run again elsewhere, from the same step; every output that was submitted
 ends in exactly one of `decoded`, `failed`, `expired`, or by `cancel` or
 `suspend`. Runs on one event loop and takes no locks; the work between a
 batch's return and the next dispatch is the critical path and is counted. So
-observers are told after the dispatch, while the next batch runs: in order, and
-before the next step of any output is made.
+observers get their reports after the dispatch, while the next batch runs: in order,
+and before the next step of any output is made.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ log = structlog.get_logger(__name__)
 
 
 LATE_S = 1e-4
-"""Added to the time of an alarm, so that the time has passed when it rings, whatever the clocks' resolution."""
+"""Added to the time of an alarm, so that the deadline has passed when it rings, whatever the clocks' resolution."""
 
 
 class Alarm:
-    """A timer for the next deadline: one that is set to a later time than before is left alone, which is cheap.
+    """A timer for the next deadline. Moving it to a later time is cheap, as the running timer is kept.
 
     Args:
-        ring: called at the time that was set, or earlier where the time was moved back since: `ring` sets it again.
+        ring: called at the time that was set, or earlier if that was moved to a later time; it must call `set` again.
     """
 
     def __init__(self, ring: Callable[[], None]) -> None:
@@ -89,7 +89,7 @@ class Alarm:
         self._timer, self._at = loop.call_at(at, self._rings), at  # uvloop's handles do not always know when
 
     def stop(self) -> None:
-        """Does not ring any more."""
+        """Stops the timer."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -106,9 +106,9 @@ class Engine:
         clock: monotonic seconds.
         max_running: outputs that take steps at once.
         max_parked: outputs that keep their latents while others have their slots.
-        preview_share: of instance time that previews may take from other work.
+        preview_share: share of instance time that previews may take from other work.
         runtime_wait_s: how long an output without a deadline waits while no instance is live.
-        runtime_grace_s: how long new work is taken while no instance is live.
+        runtime_grace_s: how long new work is accepted while no instance is live.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Engine:
         runtime.watch(self._instances_changed)
         self._instances_changed()
 
-    # --- what the scheduler asks ---
+    # --- called by the scheduler ---
 
     def seconds(self, kind: Kind, key: str, rows: int) -> float:
         """The cost model: the runtime's measured curves."""
@@ -161,10 +161,10 @@ class Engine:
         """Slots of latents in use."""
         return self._batches.num_latents
 
-    # --- what generations ask ---
+    # --- called by executions ---
 
     def submit(self, job: Job, observer: ExecutionObserver) -> None:
-        """Queues a job; it runs when the scheduler says so, and `observer` is told of its progress and its end."""
+        """Queues a job. The scheduler decides when it runs; `observer` gets its progress and its end."""
         output = self.output(job)
         inputs = job.encoder_inputs
         self._batches.encoder_inputs.update((needed, inputs[needed]) for needed in output.conditioning)
@@ -191,11 +191,11 @@ class Engine:
         self._pump()
 
     def output(self, job: Job) -> ScheduledOutput:
-        """Converts a job to what the scheduler needs of it."""
+        """Converts a job to the scheduler's form."""
         return job.as_output(self._batches.key)
 
     def cancel(self, output_id: int) -> None:
-        """Ends an output: it is in no later batch. Unknown ids and those of ended outputs are ignored."""
+        """Ends an output: it is in no later batch. Ids that are unknown, or of ended outputs, are ignored."""
         self._deferred.run()
         if output_id in self._observers:
             self._apply(self.scheduler.cancel(output_id))
@@ -213,7 +213,7 @@ class Engine:
         self._pump()
 
     def suspend(self, output_id: int) -> Snapshot | None:
-        """Ends an output like `cancel` and returns what it needs to go on; None if it has made no step."""
+        """Ends an output like `cancel`, and returns the state to continue from; None if it has made no step."""
         self._deferred.run()
         if output_id not in self._observers:
             return None
@@ -225,8 +225,8 @@ class Engine:
         """Decodes a denoised latent (C, h, w) between the steps; the newest of a job wins.
 
         Returns:
-            The image (3, H, W) in [-1, 1], unclamped; None when a newer preview took its place, it failed, or the
-            output has ended.
+            The image (3, H, W) in [-1, 1], unclamped; None if a newer preview replaced it, it failed, or the output has
+            ended.
         """
         if job.output_id not in self._observers and job.output_id not in self._followed:
             return None
@@ -247,12 +247,12 @@ class Engine:
         self._batches.drop_previews(output_id)
 
     async def encode(self, pipeline: Pipeline, token_ids: Sequence[int]) -> Embedding:
-        """The embedding of a prompt, encoded between the steps; those who ask for the same share it.
+        """The embedding of a prompt, encoded between the steps. Concurrent calls for the same prompt share it.
 
         Raises:
-            UnavailableError: the runtime cannot.
+            UnavailableError: the runtime cannot encode it.
         """
-        self.outage.check()  # else what is asked for would pile up as long as nothing is there to encode it
+        self.outage.check()  # otherwise prompts would pile up while no instance can encode them
         size = pipeline.manifest.sizes[0]
         key = self._batches.key(pipeline, Component.TEXT_ENCODER, pipeline.latent_shape(size.width_px, size.height_px))
         name = prompt_name(pipeline, token_ids)
@@ -263,7 +263,7 @@ class Engine:
         return await self._embedding_waiters.get(name)
 
     def _want_embedding(self, name: str, token_ids: tuple[int, ...], key: str) -> None:
-        self._batches.encoder_inputs[name] = token_ids  # not before: who else needs the prompt may release it until now
+        self._batches.encoder_inputs[name] = token_ids  # not earlier: another user of the prompt might have released it
         self._apply(self.scheduler.want_embedding(name, key))
         self._pump()
 
@@ -297,7 +297,7 @@ class Engine:
             self._busy[batch.instance] = batch.batch_id
             try:
                 self._begin(batch)
-            except Exception:  # memory for its latents, above all
+            except Exception:  # most likely there is no memory for its latents
                 log.exception("bug", **_about(batch))
                 asyncio.get_running_loop().call_soon(self._broke, batch)
 
@@ -308,14 +308,14 @@ class Engine:
             if self._tracing.num_trails
             else NO_CALL
         )
-        task = asyncio.create_task(self._run(batch, call, spans), context=Context())  # it works for many
+        task = asyncio.create_task(self._run(batch, call, spans), context=Context())  # of no single request
         self._tasks.add(task)
         task.add_done_callback(functools.partial(self._ran, batch, call))
         if batch.kind is Kind.DENOISE:
             self._announce(batch)
 
     def _instances_changed(self) -> None:
-        """Instances came or went; batches in flight on those that went fail by themselves."""
+        """Handles a changed number of live instances. Batches in flight on lost instances fail by themselves."""
         self.scheduler.set_instances(self._runtime.num_live)
         self.outage.changed(self._runtime.num_live)
         self._pump()
@@ -353,10 +353,10 @@ class Engine:
         self._deferred.run()
         del self._busy[batch.instance]
         # Outputs that fill a batch without those of this one need not wait for its sampler step. Measured on the
-        # simulated runtime (one instance, batches of 64, latents 4x64x64): without this the instance stands idle for
-        # 14 % of the time in place of 7 % with 128 and 192 outputs, and makes 7 and 6 % fewer steps a second.
-        # Those whose prompts a call has encoded are about to take their first step. Others that went ahead would keep
-        # them waiting for a whole call: measured, half of all first previews came 0.24 s later at 0.27 s a step.
+        # simulated runtime (one instance, batches of 64, latents 4x64x64): without this the instance is idle for
+        # 14 % of the time instead of 7 % with 128 and 192 outputs, and makes 7 and 6 % fewer steps a second.
+        # After an ENCODE batch this is not done: its outputs are about to take their first step, and would wait for a
+        # whole call of others. Measured: half of all first previews came 0.24 s later at 0.27 s a step.
         if batch.kind is not Kind.ENCODE:
             self._dispatch(returned, full_only=True)
         if overlapped := batch.instance in self._busy:
@@ -373,14 +373,14 @@ class Engine:
             self._metrics.critical_seconds.inc(self._clock() - returned)
 
     def _ran(self, batch: Batch, call: PreparedCall, task: asyncio.Task[None]) -> None:
-        """The task of a batch has ended; a bug in it is logged and ends the outputs of the batch."""
+        """Called when the task of a batch has ended. A bug in it is logged and ends the outputs of the batch."""
         self._tasks.discard(task)
         if not task.cancelled() and (bug := task.exception()) is not None:
             log.error("bug", **_about(batch), exc_info=bug)
             self._broke(batch, call)
 
     def _broke(self, batch: Batch, call: PreparedCall | None = None) -> None:
-        """A bug in a batch, the runtime's or ours, ends the outputs that it was for and nothing else."""
+        """Ends the outputs of a batch in which there was a bug, the runtime's or ours, and nothing else."""
         if self._busy.get(batch.instance) == batch.batch_id:
             del self._busy[batch.instance]
         if call is not None:
@@ -405,7 +405,7 @@ class Engine:
         self._apply(events, error=error if failure.retryable else InternalError())
 
     def _apply(self, events: Sequence[Event], batch_size: int = 0, error: SafelightError | None = None) -> None:
-        """Carries out what the scheduler has decided, and lets the observers be told."""
+        """Carries out the scheduler's events, and defers the reports to the observers."""
         stepped = [event for event in events if isinstance(event, StepCompleted)]
         if stepped:
             self._advance(stepped, batch_size)
@@ -459,11 +459,11 @@ class Engine:
         self._unstarted.discard(output_id)
         return self._observers.pop(output_id)
 
-    # --- what observers are told ---
+    # --- reports to observers ---
 
     def _report_steps(self, stepped: Sequence[StepCompleted], batch_size: int) -> None:
         for event in stepped:
-            if (observer := self._observers.get(event.output_id)) is not None:  # else it has ended since
+            if (observer := self._observers.get(event.output_id)) is not None:  # otherwise it has ended since
                 observer.stepped(event.step, batch_size)
                 if event.step >= observer.next_due and not event.last:
                     observer.frame(event.step, self._batches.denoised(event.output_id))

@@ -24,7 +24,7 @@ COMPONENTS = {
 
 
 EncoderInput = tuple[int, ...] | Pixels
-"""What an embedding is computed from: token ids (T,), or the pixels of a picture (H, W, 3)."""
+"""The input of an encoder: token ids (T,), or the pixels of a picture (H, W, 3)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,10 +59,10 @@ class InitImage:
         return CleanLatent(denoiser_latent(pipeline, latent), mask)
 
     def finish(self, pixels: Pixels) -> Pixels:
-        """The picture that is shown: outside of the mask the pixels are those of the picture that it started from.
+        """The picture to show: outside the mask it has the pixels of the picture that it started from.
 
         Args:
-            pixels: (H, W, 3) uint8; of a preview they may be fewer, to which mask and picture are then scaled.
+            pixels: (H, W, 3) uint8; a preview may be smaller, and mask and picture are then scaled to its size.
         """
         if self.mask is None:
             return pixels
@@ -79,12 +79,12 @@ class Job:
     """One output to develop.
 
     Attributes:
-        token_ids: of the prompt and, with guidance, of the negative prompt; each (T,).
+        token_ids: token ids of the prompt and, with guidance, of the negative prompt; each (T,).
         deadline: on the engine's clock.
-        start: where it stopped, when it goes on after `suspend`; or where it begins in place of noise.
-        embeddings: of `token_ids`, where they are known already; may be shorter.
-        image: what it starts from in place of noise; also where `start` is given, for its mask.
-        guided_steps: those with guidance; each of the others has one row. None: all, if it has guidance.
+        start: the state to continue from after `suspend`, or to begin from instead of noise.
+        embeddings: embeddings of `token_ids` that are known already; may be shorter.
+        image: the picture that it starts from instead of noise. If `start` is set, only its mask is used.
+        guided_steps: the steps with guidance; each of the others has one row. None: all, if it has guidance.
         guidance_rescale: see `sampler.rescale`.
     """
 
@@ -106,18 +106,18 @@ class Job:
 
     @property
     def first_step(self) -> int:
-        """Steps that it does not make, as it starts behind them."""
+        """The first step that it makes, from 0."""
         return self.table.first_step if self.start is None else self.start.step
 
     def num_rows_skipped(self, steps: range) -> int:
-        """Denoiser rows that these steps, from 0, do not need, as they are outside of the guidance interval."""
+        """Denoiser rows that steps (from 0) do not need, as they lie outside the guidance interval."""
         if self.guided_steps is None:
             return 0
         return (len(self.token_ids) - 1) * sum(step not in self.guided_steps for step in steps)
 
     @property
     def encoded_image(self) -> str:
-        """The name of the encoding of its picture; "": it needs none, or none any more."""
+        """The name of the encoding of its picture; "": it needs no encoding, or no longer."""
         needed = self.image is not None and (self.start is None or self.image.mask is not None)
         return self.image.name(self.pipeline) if self.image is not None and needed else ""
 
@@ -128,7 +128,7 @@ class Job:
 
     @property
     def encoder_inputs(self) -> dict[str, EncoderInput]:
-        """What its embeddings are computed from, by name."""
+        """The encoder inputs of its embeddings, by name."""
         inputs: dict[str, EncoderInput] = dict(zip(self.conditioning, self.token_ids, strict=True))
         if self.image is not None and (name := self.encoded_image):
             inputs[name] = self.image.pixels
@@ -141,7 +141,7 @@ class Job:
         return {name: embedding for name, embedding in pairs if embedding is not None}
 
     def finish(self, image: FloatArray) -> Pixels:
-        """The finished picture (H, W, 3) of the decoded image (3, H, W). Slow enough for a thread.
+        """The finished picture (H, W, 3) of the decoded image (3, H, W). Slow: runs in a thread.
 
         Raises:
             NotFiniteError: a value is infinite or NaN.
@@ -150,7 +150,7 @@ class Job:
         return pixels if self.image is None else self.image.finish(pixels)
 
     def as_output(self, key: Callable[[Pipeline, Component, tuple[int, int, int]], str]) -> ScheduledOutput:
-        """Converts the job to what the scheduler needs of it. `key`: the batch key of a component (`Batches.key`)."""
+        """Converts the job to the scheduler's form. `key` returns the batch key of a component (`Batches.key`)."""
         known = self.known
         keys = {kind: key(self.pipeline, component, self.latent_shape) for kind, component in COMPONENTS.items()}
         conditioning, image = [name for name in self.conditioning if name not in known], self.encoded_image

@@ -1,10 +1,9 @@
 """The tensors of running outputs of one batch key: gather a batch, put its results back, step.
 
-Owns one slab of arrays with a slot per running output, so that a batch costs a
-few array operations however many outputs share it. `engine.py` decides who is
-in a batch; `sampler` has the arithmetic. Invariants: a slot is handed out
-again only when no batch in flight reads or writes it; what happens in one slot
-never changes the bits of another.
+The tensors lie in arrays with a slot per running output, so that a batch costs a few
+array operations however many outputs share it. The scheduler decides which outputs
+are in a batch; `sampler` has the arithmetic. Invariants: a slot is reused only when
+no batch in flight reads or writes it; one slot never changes the bits of another.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ NUM_COEFFICIENTS = 6
 BLOCK_BYTES = 256 << 10
 """Bytes of latents that are stepped together, so that intermediate arrays stay in the processor's cache."""
 _VERSIONS = itertools.count(1)
-"""Versions of the contents of a row of context; 0 stands for none."""
+"""Version numbers of the contents of context rows; 0 means none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The state of an output after a step: with its table and seed, all that is needed to go on from there.
+    """The state of an output after a step. With its table and seed this is all that is needed to continue.
 
     Attributes:
         step: steps made.
@@ -67,7 +66,7 @@ class CleanLatent:
     """The latent of a picture that an output starts from.
 
     Attributes:
-        clean: without noise, (C, h, w) float32.
+        clean: the latent without noise, (C, h, w) float32.
         mask: (h, w) float32: 1 where it is developed anew, 0 where it is kept; None: 1 everywhere.
     """
 
@@ -77,7 +76,7 @@ class CleanLatent:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Inpainting:
-    """What a slot's latent is outside of its mask: before step n the clean latent with the noise of `levels[n]`."""
+    """The latent of a slot outside its mask: before step n the clean latent with the noise of `levels[n]`."""
 
     clean: FloatArray
     mask: FloatArray
@@ -92,12 +91,12 @@ class Latents:
     """Slots for the running outputs of one batch key.
 
     Args:
-        capacity: slots; outputs that run plus those that ended while their batch was in flight.
+        capacity: number of slots, for outputs that run and for those that ended while their batch was in flight.
         shape: (C, h, w) of a latent.
-        context_shapes: of a prompt's embedding, by output of the text encoder.
-        max_steps: longest table.
+        context_shapes: shapes of a prompt's embedding, by output of the text encoder.
+        max_steps: steps of the longest table.
         inputs: the denoiser's inputs, each with its source (`Manifest.inputs`).
-        size_ids: what inputs of that source are given, (6,).
+        size_ids: value of the inputs with that source, (6,).
     """
 
     def __init__(
@@ -134,7 +133,7 @@ class Latents:
 
     @property
     def num_used(self) -> int:
-        """Slots that are not free: of outputs, and of ended ones whose batch is in flight."""
+        """Slots that are not free: of running outputs, and of ended outputs whose batch is in flight."""
         return len(self._in_flight) - len(self._free)
 
     def claim(
@@ -148,13 +147,13 @@ class Latents:
         guided_steps: range | None = None,
         guidance_rescale: float = 0.0,
     ) -> int:
-        """Takes a slot for an output and fills it; from fresh noise, or from where `start` stopped.
+        """Takes a slot for an output, and fills it with fresh noise or with the state `start`.
 
         Args:
             guidance_scale: where it is an input of the denoiser it is given to it, and nothing is combined.
             context: the embeddings of the prompt and, with guidance, of the negative prompt.
-            picture: what it starts from in place of pure noise.
-            guided_steps: those with guidance; the others need no prediction for the negative prompt. None: all.
+            picture: the latent that it starts from instead of pure noise.
+            guided_steps: the steps with guidance; the others need no prediction for the negative prompt. None: all.
             guidance_rescale: see `sampler.rescale`.
         """
         slot = self._free[-1]
@@ -188,7 +187,7 @@ class Latents:
         return slot
 
     def release(self, slot: int) -> None:
-        """Frees a slot; if a batch in flight uses it, as soon as that batch is back."""
+        """Frees a slot, or lets `arrive` free it if a batch in flight uses it."""
         self._inpainting.pop(slot, None)
         if self._in_flight[slot]:
             self._abandoned.add(slot)
@@ -196,12 +195,12 @@ class Latents:
             self._free.append(slot)
 
     def depart(self, slots: Slots) -> None:
-        """A batch with these slots (one entry a row) goes to a runtime."""
+        """Marks the slots (one entry per row) of a batch that goes to a runtime."""
         for slot in slots.tolist():
             self._in_flight[slot] += 1
 
     def arrive(self, slots: Slots) -> None:
-        """That batch is back, with results or without."""
+        """Unmarks the slots of a batch that is back, with or without results."""
         for slot in slots.tolist():
             self._in_flight[slot] -= 1
             if not self._in_flight[slot] and slot in self._abandoned:
@@ -230,11 +229,11 @@ class Latents:
         return StableRows(rows, context, self._context_versions[context])
 
     def put(self, slots: Slots, parts: Slots, prediction: FloatArray) -> None:
-        """Keeps the predictions (B, C, h, w) of rows until all rows of their steps are back."""
+        """Stores the predictions (B, C, h, w) of rows until all rows of their steps are back."""
         self._prediction[slots, parts] = prediction
 
     def advance(self, slots: Slots, steps: Slots) -> npt.NDArray[np.bool_]:
-        """One sampler step for each slot: one expression for as many of them as a processor's cache holds.
+        """Makes one sampler step for each slot, in blocks of slots that fit into the processor's cache.
 
         Returns:
             For each slot whether its new latent is finite.
@@ -284,12 +283,12 @@ class Latents:
         return np.array(self._denoised[slot])
 
     def snapshot(self, slot: int, step: int) -> Snapshot:
-        """A copy of what the output in `slot` needs to go on from `step`."""
+        """A copy of the state of the output in `slot` after `step` steps."""
         return Snapshot(step, self._x[slot].copy(), self._denoised[slot].copy())
 
 
 def _first(table: SamplerTable, noise: FloatArray, picture: CleanLatent | None) -> FloatArray:
-    """The latent before the first step; within a mask that gives up the whole picture it is pure noise."""
+    """The latent before the first step. With a mask and a strength of 1 it is pure noise."""
     if picture is None or (picture.mask is not None and table.first_step == 0):
         return np.float32(table.init_scale) * noise
     return noised(picture.clean, noise, table.levels[table.first_step])

@@ -1,4 +1,4 @@
-"""The one interface through which the progress of an output is reported, from the engine to whoever wants to know.
+"""The interface through which the progress of an output is reported.
 
 The engine reports to an execution (or to the leased runner before it), and an
 execution to its members and its recorder. Each overrides the methods that it needs.
@@ -24,7 +24,7 @@ class ExecutionObserver:
 
     @property
     def next_due(self) -> float:
-        """The first step whose frame is wanted; infinity: none is. The engine copies latents for `frame` by it."""
+        """The first step whose frame is needed; infinity: none is. The engine copies no latent before that step."""
         return math.inf
 
     def trails(self) -> Sequence[Trail]:
@@ -32,23 +32,23 @@ class ExecutionObserver:
         return ()
 
     def started(self) -> None:
-        """The first denoiser batch with this output is on its way."""
+        """The first denoiser batch with this output is in flight."""
 
     def computed(self, seconds: float, rows: int) -> None:
-        """A batch with this output was run: the output's share of the time, and its denoiser rows."""
+        """A batch with this output was run. `seconds` is the output's share of its time, `rows` its denoiser rows."""
 
     def stepped(self, step: int, batch_size: int) -> None:
-        """`step` steps are made; the last call was shared by `batch_size` outputs."""
+        """`step` steps are made. `batch_size` outputs shared the last call."""
 
     def frame(self, step: int, denoised: FloatArray) -> None:
         """The denoised estimate (C, h, w) after `step` steps, a copy; only called from step `next_due` on."""
 
     def wants_checkpoint(self, step: int) -> bool:
-        """Whether the state after this step is to be kept: only then is `checkpoint` called."""
+        """Whether `checkpoint` is to be called with the state after this step."""
         return False
 
     def checkpoint(self, snapshot: Snapshot) -> None:
-        """The state after `snapshot.step` steps, a copy."""
+        """Gets a copy of the state after `snapshot.step` steps."""
 
     def encoded(self, row: int, embedding: Embedding) -> None:
         """The embedding of prompt number `row` of the job (`Job.token_ids`) was computed."""

@@ -1,10 +1,10 @@
-"""What happens while no instance of the runtime is live: who waits, for how long, and whether new work is taken.
+"""Outages, in which no instance of the runtime is live: how long outputs wait, and when new work is refused.
 
-Outputs wait: their latents are here. One with a deadline waits until that, one
-without for `wait_s`, counted from the beginning of the outage or from when it
-came. New requests are still taken for `grace_s`, so that a restart of a server
-is no outage to anyone; after that they are refused, and health says so.
-`engine.py` reports what changes; `planner.py` and health ask.
+Outputs wait, since their latents are in this process. An output with a deadline waits
+until that; an output without one waits `wait_s`, counted from the beginning of the
+outage or from its arrival. New requests are still accepted for `grace_s`, so that
+clients do not notice the restart of a server. After that they are refused, and health
+becomes NOT_SERVING. `engine.py` reports changes; `planner.py` and health check the state.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ RETRY_S = 1.0
 
 
 def no_runtime() -> UnavailableError:
-    """The error of outputs and requests that have waited for an instance in vain."""
+    """The error of outputs and requests for which no instance has become live in time."""
     return UnavailableError(
-        "nothing is there to execute the model; ask another server or later",
+        "no instance is live to execute the model; try another server, or later",
         reason="RUNTIME_UNAVAILABLE",
         retry_after_s=RETRY_S,
     )
@@ -42,7 +42,7 @@ class Outage:
         self._grace_s = grace_s
         self._end = end
         self._since: float | None = None
-        self._patient: dict[int | str, float] = {}
+        self._waiting_since: dict[int | str, float] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -56,16 +56,20 @@ class Outage:
         return self._since is not None and self._clock() - self._since >= self._grace_s
 
     def late(self) -> SafelightError:
-        """The error of a generation whose deadline has passed: UNAVAILABLE in an outage, else DEADLINE_EXCEEDED."""
+        """The error of a generation whose deadline has passed: UNAVAILABLE in an outage, or DEADLINE_EXCEEDED."""
         return no_runtime() if self.is_on else DeadlineExceededError("the deadline passed")
 
     def check(self) -> None:
-        """Raises UnavailableError where new work is not taken."""
+        """Refuses new work in an outage that is longer than `grace_s`.
+
+        Raises:
+            UnavailableError: it is.
+        """
         if self.beyond_grace:
             raise no_runtime()
 
     def changed(self, num_live: int) -> None:
-        """Takes the number of instances that are live now; an outage begins at 0 and ends above."""
+        """Updates the number of live instances. An outage begins when it is 0 and ends when it is above."""
         if num_live:
             self._since = None
         elif self._since is None:
@@ -74,32 +78,32 @@ class Outage:
 
     def wait_for(self, who: int | str) -> None:
         """Limits the wait of an output without a deadline, or of a call for an embedding (by the prompt's name)."""
-        self._patient.setdefault(who, self._clock())
+        self._waiting_since.setdefault(who, self._clock())
         if self._since is not None:
             self._set_timer()
 
     def forget(self, who: int | str) -> None:
-        """Ends `wait_for`: the output has ended or has a deadline now, or the embedding is there."""
-        self._patient.pop(who, None)
+        """Ends `wait_for`: the output has ended or got a deadline, or the embedding is computed."""
+        self._waiting_since.pop(who, None)
 
     def close(self) -> None:
         """Stops the timer."""
-        self._patient.clear()
+        self._waiting_since.clear()
         self._set_timer()
 
     def _set_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._since is not None and self._patient:
-            at = max(self._since, min(self._patient.values())) + self._wait_s
+        if self._since is not None and self._waiting_since:
+            at = max(self._since, min(self._waiting_since.values())) + self._wait_s
             wait_s = max(0.0, at - self._clock()) + 1e-3
             self._timer = asyncio.get_running_loop().call_later(wait_s, self._ring)
 
     def _ring(self) -> None:
         now, since = self._clock(), self._since
         if since is not None:
-            for who in [who for who, came in self._patient.items() if max(since, came) + self._wait_s <= now]:
+            for who in [who for who, came in self._waiting_since.items() if max(since, came) + self._wait_s <= now]:
                 self._end(who)
-                self._patient.pop(who, None)
+                self._waiting_since.pop(who, None)
         self._set_timer()

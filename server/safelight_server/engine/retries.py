@@ -1,10 +1,10 @@
-"""Counts failed batches and says which outputs and prompts are given up.
+"""Counts failed batches and decides which outputs and prompts are given up.
 
-Only a failure of a batch of one member (output or prompt) counts: of several
-nobody knows which broke it, and the scheduler finds out by halving the batch. A
-success resets the counts, so that a long generation survives a runtime that
-fails now and then. The loss of an instance is rarely the fault of the batch that
-it ran: it is counted apart, with a higher limit. Pure: no clock, no I/O.
+Only failures of batches with one member (an output or a prompt) count: in a larger
+batch any member may be the cause, and the scheduler finds it by halving the batch. A
+success resets the counts, so that a long generation survives occasional failures of
+the runtime. The loss of an instance is rarely the fault of its batch, so it is counted
+separately, with a higher limit. Pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from safelight_server.runtime.base import FaultOrigin
 from safelight_server.scheduler import Batch, Kind, Member
 
 MAX_ATTEMPTS = 3
-"""Failures in a row of a member alone after which it is given up."""
+"""A member is given up after so many failures in a row in batches of its own."""
 MAX_LOST = 16
-"""Instances in a row that may be lost under a member alone."""
+"""A member is given up after so many instances in a row were lost while they ran it alone."""
 
 
 class RetryCounter:
@@ -32,7 +32,7 @@ class RetryCounter:
         """Counts a failed batch.
 
         Args:
-            retryable: false where a member that failed alone would fail again.
+            retryable: whether another try of a member that failed alone could succeed.
 
         Returns:
             The members that are given up.
@@ -48,7 +48,7 @@ class RetryCounter:
         return (member,)
 
     def succeeded(self, batch: Batch) -> None:
-        """Resets the counts of the members of a batch that came back."""
+        """Resets the counts of the members of a batch that succeeded."""
         if (self._failures or self._lost) and batch.kind is not Kind.PREVIEW:
             for member in batch.members:
                 self.forget(member)

@@ -42,8 +42,8 @@ class TextEncoders(nn.Module):
     2.1).
 
     Args:
-        empty_ids: (2 T,), of an empty prompt, which has zeros in place of an embedding, as in diffusers' pipeline where
-            it is given no negative prompt; None: it has an embedding.
+        empty_ids: (2 T,), the ids of an empty prompt if zeros replace its embedding, as in diffusers' pipeline without
+            a negative prompt; None: it has an embedding.
     """
 
     outputs = ("last_hidden_state", "pooled_output")

@@ -3,7 +3,7 @@
 For any `StableDiffusionPipeline` of CLIPTextModel, UNet2DConditionModel and
 AutoencoderTiny or AutoencoderKL, and any `StableDiffusionXLPipeline` with a
 CLIPTextModelWithProjection beside these; a folder `preview_decoder/` (AutoencoderTiny)
-and the files `encoder.npz` (a linear encoder in place of the autoencoder's own),
+and the files `encoder.npz` (a linear encoder instead of the autoencoder's own),
 `linear_preview.npz` and `prompts.json` beside them are used where they are there.
 Weights are stored as float16 and cast at load; the arithmetic is float32. The
 same folder gives the same bytes. Nothing in the folder of models changes before
@@ -72,7 +72,7 @@ def export(folder: Path, models: Path, options: ExportOptions, report: Report = 
     Args:
         folder: a diffusers folder, or a checkpoint in one file.
         models: the folder with repository/ and pipelines/.
-        report: is given a line for each step of the work.
+        report: called with a line for each step of the work.
 
     Raises:
         ExportError: the folder cannot be exported, ONNX Runtime does not agree with torch, or another revision uses
@@ -220,7 +220,7 @@ def _export_component(
     worst = check_parity(module, examples, module.outputs, target)
     write_config(place / "config.pbtxt", place.name, made.max_rows(role), examples, module)
     if role in UNSHARED:
-        module.to("meta")  # gives up the memory of weights that nobody needs any more
+        module.to("meta")  # frees the memory of weights that are not needed any more
         gc.collect()
     row_bytes = memory.row_bytes(target, max(examples, key=num_values))
     num_bytes = target.stat().st_size + (data.stat().st_size if data else 0)
@@ -278,7 +278,7 @@ def token_ids(pipeline: DiffusionPipeline, texts: Sequence[str]) -> Tensor:
 
 
 def round_weights(module: nn.Module) -> None:
-    """Rounds to what float16 can hold: exported and reference weights are then the same numbers.
+    """Rounds weights to float16 values, so that exported and reference weights are the same numbers.
 
     Raises:
         ExportError: a weight is too large for float16, or is no number.
@@ -292,10 +292,10 @@ def round_weights(module: nn.Module) -> None:
 
 
 def refuse_to_break(models: Path, made: ExportPlan) -> None:
-    """Other revisions must keep the files that they name.
+    """Checks that no other revision loses files that it names.
 
     Raises:
-        ExportError: one would lose them.
+        ExportError: a revision would lose a file.
     """
     options = made.options
     overwritten = {f"{options.name}_{role}" for role in made.roles()}

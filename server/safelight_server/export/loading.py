@@ -23,14 +23,14 @@ WITHOUT: Mapping[str, Mapping[str, object]] = {
     "StableDiffusion3Pipeline": {"image_encoder": None, "feature_extractor": None},
     "FluxPipeline": {"image_encoder": None, "feature_extractor": None},
 }
-"""By class the parts of a pipeline that are not exported."""
+"""By pipeline class, the arguments that leave out the parts which are not exported."""
 
 
 def load(made: ExportPlan) -> DiffusionPipeline:
     """The pipeline, on the CPU in float32.
 
     Raises:
-        ExportError: the weights cannot be read, or lack some of a network's.
+        ExportError: the weights cannot be read, or some are missing.
     """
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()

@@ -25,7 +25,7 @@ LEAST = 1 << 20
 
 
 def row_bytes(model: Path, example: Mapping[str, Any]) -> int:
-    """Bytes that one more row of a call takes, rounded up; 0 where this system does not tell.
+    """Bytes that one more row of a call takes, rounded up; 0 if this system cannot measure it.
 
     Args:
         example: the inputs, as torch tensors of two rows.

@@ -1,8 +1,7 @@
-"""Judges the configurations of the networks: what the server cannot honour, and keys that nobody here knows. Pure.
+"""Judges the configurations of the networks: values that the server does not support, and unknown keys. Pure.
 
-Most keys only shape a network, and what is exported is the network as diffusers
-builds it. A key that is in none of the tables is refused by its name: it may
-mean anything.
+Most keys only shape a network, and the network is exported as diffusers builds it. A
+key that is in none of the tables is refused by name, as it may mean anything.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ def _keys(text: str) -> frozenset[str]:
 
 
 Rules = Mapping[str, tuple[tuple[Any, ...], str]]
-"""By key the values that can be exported, the default first, and what others would need."""
+"""By key, the values that can be exported, the default first, and what other values would need."""
 
 UNET_SHAPE = _keys(
     """

@@ -80,7 +80,7 @@ def write_onnx(
 
 @contextlib.contextmanager
 def _refusals(name: str) -> Iterator[None]:
-    """Turns what torch says of a network that it cannot export into one line."""
+    """Turns torch's error about a network that it cannot export into an ExportError of one line."""
     try:
         yield
     except torch.onnx.errors.OnnxExporterError as error:
@@ -89,7 +89,7 @@ def _refusals(name: str) -> Iterator[None]:
 
 
 def num_values(inputs: Inputs) -> int:
-    """How large an example is."""
+    """The number of values in an example."""
     return sum(tensor.numel() for tensor in inputs.values())
 
 

@@ -1,7 +1,7 @@
-"""Judges a pipeline before any network is loaded: reads its configurations, and says everything that is wrong at once.
+"""Judges a pipeline before any network is loaded: reads its configurations, and reports all faults at once.
 
-No torch here: a dry run takes as long as it takes to read a few JSON files and
-the headers of the weights.
+This module does not import torch, so a dry run takes only as long as it takes to read a
+few JSON files and the headers of the weights.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ OPTION_OF = {
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What the user chooses; an empty value leaves the choice to the folder.
+    """The user's choices. An empty value leaves the choice to the folder.
 
     Attributes:
         version: Triton's version folder of the components.
@@ -259,7 +259,7 @@ def _noise_schedule(schedule: NoiseSchedule, prediction_type: str) -> dict[str, 
 
 
 def faults_of(manifest: Mapping[str, Any]) -> list[str]:
-    """What the server's catalog will find wrong with a manifest, named by the options that set it."""
+    """The faults that the server's catalog will find in a manifest, named by the options that set the fields."""
     try:
         made = Manifest.model_validate(manifest)
     except ValidationError as error:

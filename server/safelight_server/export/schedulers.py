@@ -172,7 +172,7 @@ def judge(
     """What the folder's scheduler comes to; None where it cannot be served, which `findings` then say.
 
     Args:
-        wanted: the sampler that the user asks for as the default; empty leaves it to the folder.
+        wanted: the user's choice of the default sampler; empty leaves it to the folder.
         num_steps: the default number of steps, if the user gave it.
         mends: as `Family.mends_scheduler`.
     """

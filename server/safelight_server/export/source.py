@@ -132,7 +132,7 @@ WHY_NOT = {
     "FluxControlPipeline": "its transformer needs another picture as an input",
     "FluxKontextPipeline": "its transformer needs another picture as an input",
 }
-"""What is to be said of classes that look as if they could be exported."""
+"""Why some classes are not exported although they look similar."""
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
 INDEX_KEYS = {
     *NOT_EXPORTED,
@@ -152,7 +152,7 @@ class ExportError(Exception):
 
 @dataclass
 class Findings:
-    """What was found wrong with a folder, and what will differ from diffusers.
+    """The faults of a folder, and the differences from diffusers.
 
     Attributes:
         faults: why it cannot be exported.

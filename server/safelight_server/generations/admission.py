@@ -1,13 +1,13 @@
 """Admission: whether there is room and time for a request. The scheduler alone decides the order. Pure.
 
-Outputs that find a free slot do not wait and are not counted as waiting. What
-is asked is answered from numbers of this moment (`Load`); what is refused is
-told which bound it hit, and when the measured throughput will have made room
-for it and for those who were told before it (`promises`).
+Outputs that find a free slot do not wait and are not counted as waiting.
+Decisions use the scheduler's present numbers (`Load`). A refusal names the bound
+that was reached, and the time after which the measured throughput will have made
+room for this request and for those that were refused before it (`promises`).
 
-No tenant can fill a class, and no caller what its tenant may have: each may hold
-so many times what it leaves free (dynamic thresholds; Choudhury & Hahne, IEEE/ACM
-Transactions on Networking 6(2), 1998). So a lone tenant gets two thirds of a
+No tenant can fill a class, and no caller the share of its tenant: each may hold at
+most `ALPHA` times the room that it leaves free (dynamic thresholds; Choudhury & Hahne,
+IEEE/ACM Transactions on Networking 6(2), 1998). So a lone tenant gets two thirds of a
 class, two tenants get two fifths each, and a newcomer always finds room.
 """
 
@@ -24,22 +24,22 @@ from safelight_server.scheduler import WEIGHTS, Priority, ScheduledOutput
 
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 300.0
 BATCH_ROOM = 4
-"""How many times the outputs of another class may wait in class BATCH, whose callers mind waiting least."""
+"""The bound of class BATCH is this many times that of the other classes: its callers mind waiting least."""
 ALPHA = 2
-"""How many times the room that it leaves free a tenant, or a caller of a tenant, may hold."""
+"""A tenant, or a caller of a tenant, may hold at most this many times the room that it leaves free."""
 EARLY_S = 0.05
-"""How much sooner than told a client counts as back: clocks and timers are not exact."""
+"""A client that comes back so many seconds too soon still counts as punctual: clocks and timers are not exact."""
 HELD_SHARE = 0.5
-"""Share of a bound that may be kept for those who were told to come; newcomers find the rest, whoever stays away."""
+"""At most this share of a bound is reserved for clients that were told when to come back; the rest is for newcomers."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """What may be held at once, in outputs.
+    """How many outputs may wait at once.
 
     Attributes:
-        max_waiting: that have not started, by class.
-        max_waiting_per_caller: of one caller that have not started, over all classes.
+        max_waiting: outputs that have not started, by class.
+        max_waiting_per_caller: outputs of one caller that have not started, over all classes.
     """
 
     max_waiting: Mapping[Priority, int]
@@ -47,7 +47,7 @@ class AdmissionLimits:
 
 
 class Load(Protocol):
-    """What the scheduler says of this moment; see `scheduler.Scheduler`."""
+    """The scheduler's present load; see `scheduler.Scheduler`."""
 
     @property
     def num_outputs(self) -> int:
@@ -55,7 +55,7 @@ class Load(Protocol):
 
     @property
     def num_free(self) -> int:
-        """Slots that no output has and none waits for."""
+        """Slots that no output holds or waits for."""
 
     def num_outputs_of(self, priority: Priority) -> int:
         """Outputs of a class that have not ended."""
@@ -70,10 +70,10 @@ class Load(Protocol):
         """Outputs of a tenant that have not started, of a class."""
 
     def backlog_s(self) -> float:
-        """Time that all instances need for all outputs."""
+        """Seconds that all instances together need for all outputs."""
 
     def estimate_s(self, output: ScheduledOutput, num_outputs: int = 1) -> float:
-        """When that many such outputs would be finished, under the present load."""
+        """Seconds until `num_outputs` outputs like `output` would be finished, under the present load."""
 
 
 def admit(
@@ -86,20 +86,20 @@ def admit(
     key: str,
     now: float,
 ) -> float:
-    """Lets `num_outputs` outputs like `output` in, or raises.
+    """Admits `num_outputs` outputs like `output`, or raises.
 
     Args:
-        time_left_s: to the deadline of the call; None: it has none.
-        promises: what those were told who were refused; what this one is told is added.
-        key: of the request in `promises`; empty: it has none.
+        time_left_s: seconds to the deadline of the call; None: it has no deadline.
+        promises: when refused requests were told to come back; a refusal of this request is added.
+        key: the request's key in `promises`; empty: it has none.
         now: seconds, on the clock of `promises`.
 
     Returns:
-        Seconds until they are expected to be finished.
+        Seconds until the outputs are expected to be finished.
 
     Raises:
-        QueueFullError: no room; with the time in which the real backlog makes some.
-        DeadlineUnreachableError: they cannot be finished in `time_left_s`.
+        QueueFullError: there is no room; the error says when there will be.
+        DeadlineUnreachableError: the outputs cannot be finished in `time_left_s`.
     """
     _check_room(load, limits, output, num_outputs, promises, key, now)
     needed_s = load.estimate_s(output, num_outputs)
@@ -140,12 +140,12 @@ def _check_room(
     ):
         limit = max(limit, 0)
         too_many = waiting + would_wait - limit
-        first, again = subject, f"{subject} again"  # who came when told and found no room is before all who did not
+        first, again = subject, f"{subject} again"  # who came back in time and found no room goes before all others
         most = 0 if is_back else int(HELD_SHARE * limit)
         held = min(most, promises.num_held(first, now, most) + promises.num_held(again, now, most))
         if too_many + held > 0:
             if promise is not None and not is_back:
-                retry_after_s: float | None = promise.due - now  # it has come too early
+                retry_after_s: float | None = promise.due - now  # the client has come back too early
             else:
                 ahead = promises.num_ahead(again, now) + (0 if is_back else promises.num_ahead(first, now))
                 retry_after_s = _retry_after_s(load, priority, too_many, ahead)
@@ -160,10 +160,10 @@ def _check_room(
 
 
 def _retry_after_s(load: Load, priority: Priority, too_many: int, ahead: int) -> float | None:
-    """When there will be room, after `ahead` others; None: never, so many do not fit into an idle server.
+    """Seconds until there is room, after `ahead` other outputs; None: never, so many do not fit into an idle server.
 
     Each output that ends lets one that waits start, or leaves a slot free. The server ends `num_outputs / backlog_s`
-    outputs a second; of the slots that this frees a class gets its weight among the classes that have any.
+    outputs a second. Of the slots that this frees a class gets its weight's share among the classes that have outputs.
     """
     if too_many > load.num_outputs:
         return None

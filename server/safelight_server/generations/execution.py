@@ -1,11 +1,11 @@
-"""An execution: one output being developed for everyone who wants exactly it (single flight).
+"""An execution: one output that is developed once for all identical requests for it (single flight).
 
-Between the engine, which reports on outputs, and its members, the outputs of
-generations. It runs while it has members, with their highest priority and
-latest deadline; the last one that leaves stops it at its step, from where it
-goes on when one comes back. What is made of it (previews, pixels, encodings) is
-made once. Invariants: a member hears nothing after it left; work counts for
-the member that came first and is still there, so that nothing counts twice.
+An execution observes the engine and passes its reports on to its members, which are
+outputs of generations. It runs while it has members, with their highest priority and
+latest deadline. When the last member leaves, the execution stops after its step; it
+goes on from there when a member comes back. Previews, pixels and encodings are made
+once for all members. Invariants: a member gets no report after it left; work counts
+for the oldest member that is still there, so that nothing counts twice.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _OUTPUT_IDS = itertools.count(1)
 
 
 class Member(ExecutionObserver):
-    """An output of a generation that wants what an execution develops."""
+    """An output of a generation that takes part in an execution."""
 
     @property
     def priority(self) -> Priority:
@@ -49,26 +49,26 @@ class Member(ExecutionObserver):
 
     @property
     def deadline(self) -> float | None:
-        """The deadline of its generation, on the engine's clock; None: it has none."""
+        """The deadline of its generation, on the engine's clock; None: it has no deadline."""
         raise NotImplementedError
 
     @property
     def trail(self) -> Trail | None:
-        """Its place in the trace of its generation; None: that is not traced."""
+        """Its part of the trace of its generation; None: the generation is not traced."""
         raise NotImplementedError
 
     def joined(self, step: int) -> None:
-        """It has joined after `step` steps were made."""
+        """The member has joined after `step` steps were made."""
 
     def used(self, seconds: float, rows: int, steps: int, rows_skipped: int) -> None:
-        """Compute that counts for this member and for no other.
+        """Adds compute that counts for this member and for no other.
 
         Args:
-            rows_skipped: denoiser rows that the steps did not need, as they are outside of the guidance interval.
+            rows_skipped: denoiser rows that the steps did not need, as they lie outside the guidance interval.
         """
 
     def developed(self, picture: FinishedPicture) -> None:
-        """The finished picture. The execution has ended."""
+        """Takes the finished picture: the execution has ended."""
 
 
 class Runner(Protocol):
@@ -87,20 +87,20 @@ class Runner(Protocol):
         """Decodes between the steps; None where there is no such preview."""
 
     def load(self) -> float:
-        """Of the instances: 0 idle, 1 all busy."""
+        """How busy the instances are: 0 idle, 1 all busy."""
 
 
 class Execution(ExecutionObserver):
-    """One output being developed, its members, and what was made of it.
+    """One output that is developed, its members, and its results.
 
     Args:
         runner: runs the job.
-        job: the work; its id, class and deadline are the execution's to choose.
-        key: equal for identical outputs; None: nothing else may join.
-        recorder: None: nothing is kept.
-        on_end: called once, when it will never run again.
-        tasks: the set that holds its tasks (converting and keeping the picture) while they run.
-        sample: measures what it looks like; None: it is not sampled.
+        job: the work. The execution chooses its id, class and deadline.
+        key: equal for identical outputs; None: no other output may join.
+        recorder: keeps embeddings, checkpoints and the picture; None: nothing is kept.
+        on_end: called once, when the execution will never run again.
+        tasks: the set that holds the running tasks of all executions, which convert and keep pictures.
+        sample: measures what the picture looks like; None: it is not sampled.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Execution(ExecutionObserver):
     # --- members ---
 
     def join(self, member: Member, *, again: bool = False) -> None:
-        """Adds a member, which is told at once what has happened so far; `again`: it left with `back` and returns."""
+        """Adds a member and reports to it what has happened so far; `again`: it left with `back` and returns."""
         self._num_away -= again
         if isinstance(self._outcome, SafelightError):
             member.failed(self._outcome)
@@ -160,7 +160,7 @@ class Execution(ExecutionObserver):
     def leave(self, member: Member, *, back: bool = False) -> None:
         """Removes a member; `back`: it may return, so the state after the last step is kept for it."""
         if self._running and self._members == [member]:
-            snapshot = self._runner.suspend(self.job.output_id)  # it may tell first what has just become true
+            snapshot = self._runner.suspend(self.job.output_id)  # may first report a step, or the end of the job
             if self._running:
                 self._snapshot, self._running = snapshot, False
         if member in self._members:
@@ -221,7 +221,7 @@ class Execution(ExecutionObserver):
         return [member.trail for member in self._members if member.trail is not None]
 
     def started(self) -> None:
-        """Tells all members that its first batch is on its way."""
+        """Reports to all members that the first batch is in flight."""
         self._started = True
         for member in list(self._members):
             member.started()
@@ -232,7 +232,7 @@ class Execution(ExecutionObserver):
         self._members[0].used(seconds, rows, 0, 0)
 
     def stepped(self, step: int, batch_size: int) -> None:
-        """Tells all members of a step, which counts for the first one only."""
+        """Reports a step to all members. It counts for the first member only."""
         self.step = step
         self._members[0].used(0.0, 0, 1, self.job.num_rows_skipped(range(step - 1, step)))
         for member in list(self._members):
@@ -240,7 +240,7 @@ class Execution(ExecutionObserver):
 
     @property
     def next_due(self) -> float:
-        """The first step whose frame a stream of a member wants."""
+        """The first step whose frame a stream of a member needs."""
         return self.feed.next_due
 
     def frame(self, step: int, denoised: FloatArray) -> None:
@@ -260,7 +260,7 @@ class Execution(ExecutionObserver):
         self._recorder.encoded(row, embedding)
 
     def heard(self, step: int, batch_size: int, denoised: FloatArray | None) -> None:
-        """Tells all members of steps that another replica has made; they count for none of them."""
+        """Reports steps that another replica has made. They count for no member."""
         if not self._started:
             self.started()
         self.step = step
@@ -273,18 +273,18 @@ class Execution(ExecutionObserver):
         """Gives the finished picture to all members, whichever replica developed it."""
         if self._outcome is None and not self._ended:
             self._running = False
-            self._do(self._publish(pixels))
+            self._run_task(self._publish(pixels))
 
     def decoded(self, image: FloatArray) -> None:
         """Converts the image to pixels in a thread, then gives the finished picture to all members."""
         self._running = False
-        self._do(self._finish(image))
+        self._run_task(self._finish(image))
 
-    def _do(self, work: Coroutine[None, None, None]) -> None:
+    def _run_task(self, work: Coroutine[None, None, None]) -> None:
         self._finishing = True
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._finished)
+        task.add_done_callback(self._task_done)
 
     async def _finish(self, image: FloatArray) -> None:
         try:
@@ -305,7 +305,7 @@ class Execution(ExecutionObserver):
         await self._recorder.keep(picture, self.compute_s)
         self._end()
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
+    def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (fault := task.exception()) is not None:
             log.error("bug", exc_info=fault)
@@ -314,7 +314,7 @@ class Execution(ExecutionObserver):
             self._end()
 
     def failed(self, error: SafelightError) -> None:
-        """Ends it without a picture: tells all members."""
+        """Ends the execution without a picture, and reports the error to all members."""
         self._running = False
         self._outcome = error
         self._end()
@@ -323,7 +323,7 @@ class Execution(ExecutionObserver):
             member.failed(error)
 
     def expired(self) -> None:
-        """Ends it since the latest deadline has passed: tells all members."""
+        """Ends the execution, since the latest deadline has passed, and reports that to all members."""
         self._running = False
         self._end()
         members, self._members = self._members, []
@@ -332,7 +332,10 @@ class Execution(ExecutionObserver):
 
 
 def _decoding(execution: weakref.ref[Execution]) -> Decode:
-    """The decoder of an execution's feed, by a weak reference: in a cycle its pixels would wait for the collector."""
+    """The decoder of an execution's feed.
+
+    It has a weak reference: in a reference cycle the pixels would stay until the garbage collector runs.
+    """
 
     async def decode(denoised: FloatArray, component: Component) -> FloatArray | None:
         running = execution()
@@ -360,18 +363,18 @@ class Executions:
         return len(self._tasks)
 
     def find(self, key: Hashable) -> Execution | None:
-        """The execution of a key, if one is on its way; with None as key there is none."""
+        """The execution of a key, if one is under way; None for the key None."""
         return None if key is None else self._by_key.get(key)
 
     def create(
         self, job: Job, key: Hashable, recorder: ExecutionObserver | None = None, runner: Runner | None = None
     ) -> Execution:
-        """Makes a new execution.
+        """Makes a new execution, which does not run before a member joins.
 
         Args:
-            key: by which identical outputs find it once it is published; None: they do not.
+            key: identical outputs find the execution by it once it is published; None: no other output finds it.
             recorder: keeps embeddings, checkpoints and the picture for later; None: nothing is kept.
-            runner: None: the engine.
+            runner: runs the job; None: the engine.
         """
         sample = None
         if self._probe is not None:
@@ -384,7 +387,7 @@ class Executions:
             self._by_key[execution.key] = execution
 
     async def close(self) -> None:
-        """Waits until the finished pictures are kept."""
+        """Waits until all finished pictures are stored."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 

@@ -12,9 +12,9 @@ from safelight_server.generations.tenant_shares import TenantShares
 class FinishedGenerations:
     """Ended generations by id, bounded by shares of the tenants (`tenant_shares.py`).
 
-    Of a tenant that holds too many or too much, the one goes first that no stream
-    has watched for longest. Those that are watched do not count in bytes: dropping
-    them would free nothing, and `open_streams.py` bounds what streams hold.
+    When a tenant holds too many generations or too many bytes, the generation goes first
+    that no stream has watched for longest. Watched generations do not count in bytes:
+    dropping them would free nothing, and `open_streams.py` bounds what streams hold.
 
     Args:
         ttl_s: how long a generation is kept after its end.
@@ -26,7 +26,7 @@ class FinishedGenerations:
     def __init__(self, ttl_s: float, max_entries: int, max_bytes: int, clock: Callable[[], float]) -> None:
         self._ttl_s = ttl_s
         self._clock = clock
-        self._generations: OrderedDict[str, Generation] = OrderedDict()  # the one that ended first first
+        self._generations: OrderedDict[str, Generation] = OrderedDict()  # in the order in which they ended
         self._number: TenantShares[str] = TenantShares(max_entries)
         self._unwatched: TenantShares[str] = TenantShares(max_bytes)
 
@@ -41,11 +41,11 @@ class FinishedGenerations:
         return self._generations.values()
 
     def get(self, identifier: str) -> Generation | None:
-        """The generation of an id; None: it is not kept."""
+        """The generation with an id; None: it is not kept."""
         return self._generations.get(identifier)
 
     def add(self, generation: Generation) -> None:
-        """Keeps a generation that has ended. One that is kept already stays where it is in the order."""
+        """Keeps a generation that has ended. A generation that is kept already keeps its position in the order."""
         if generation.identifier not in self._generations:
             self._generations[generation.identifier] = generation
             self._number.add(generation.caller.tenant, generation.identifier)
@@ -53,21 +53,21 @@ class FinishedGenerations:
         self.trim()
 
     def watched(self, generation: Generation) -> None:
-        """A stream watches it. One that is not kept is ignored."""
+        """Notes that a stream watches the generation. Generations that are not kept are ignored."""
         self._unwatched.remove(generation.caller.tenant, generation.identifier)
 
     def unwatched(self, generation: Generation) -> None:
-        """A stream of it has ended. One that is not kept, or has other streams, is ignored."""
+        """Notes that a stream of the generation has ended. Ignored if it has other streams or is not kept."""
         if self._generations.get(generation.identifier) is generation and not generation.log.watchers:
             self._unwatched.add(generation.caller.tenant, generation.identifier, generation.held_bytes)
 
     def remove(self, generation: Generation) -> None:
-        """Forgets one: another replica knows better what it came to."""
+        """Drops a generation whose outcome another replica decides."""
         if self._generations.get(generation.identifier) is generation:
             self._drop(generation)
 
     def trim(self) -> None:
-        """Drops generations older than `ttl_s`, and while a bound is exceeded those that its largest holder loses."""
+        """Drops generations older than `ttl_s`; then, while a bound is exceeded, some of the tenant that holds most."""
         now = self._clock()
         while self._generations:
             oldest = next(iter(self._generations.values()))

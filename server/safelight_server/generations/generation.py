@@ -1,9 +1,9 @@
 """One generation: the state of an accepted request, its outputs, its events and its end.
 
-Between the executions, which develop outputs, and the event log, which streams
-read. Invariants: the first event is Accepted and the last Finished; every
-output gets exactly one OutputFinished; after Finished it is a member of no
-execution.
+A generation gets reports from the executions that develop its outputs, and publishes
+events to its log, which streams read. Invariants: the first event is Accepted and the
+last Finished; every output gets exactly one OutputFinished; after Finished no output
+is a member of an execution.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ log = structlog.get_logger(__name__)
 
 
 DECIDE_RETRY_S = 0.25
-"""How soon it is looked again whether the lease is held, before something is decided."""
+"""Seconds between two checks whether the lease is held, where an outcome waits for that."""
 GENERATION_BYTES = 6 << 10
-"""What a generation takes beside its request, outputs and events; measured: 5.0 KB with its places in the tables."""
+"""Memory of a generation without its request, outputs and events; measured: 5.0 KB with its entries in tables."""
 OUTPUT_BYTES = 1 << 10
-"""What an output takes beside its picture and its event; measured: 0.8 KB."""
+"""Memory of an output without its picture and its event; measured: 0.8 KB."""
 
 
 @dataclass(slots=True)
@@ -70,17 +70,17 @@ class Generation:
     """An accepted request; see the module for its invariants.
 
     Args:
-        stage: trace of the call that began it, which may end before the generation.
+        stage: the trace of the call that started the generation; that call may end first.
         deadline: on the engine's clock.
-        late: makes the error with which it ends when the deadline has passed.
-        charge: is told of the compute that counts for it, in seconds.
-        price: of compute; None: it has no cost.
+        late: makes the error of a generation whose deadline has passed.
+        charge: called with each amount of compute that counts for the generation, in seconds.
+        price: the price of compute; None: it has no cost.
         on_end: called once, after Finished.
-        now: Unix seconds, by the clock that all replicas share.
+        now: Unix seconds, on the clock that all replicas share.
 
     Attributes:
-        owned: whether this replica decides its outcome; else it shows what its owner, another replica, has decided.
-        durability: what Accepted promises of it.
+        owned: whether this replica decides the outcome; otherwise another replica does, and this one shows it.
+        durability: what Accepted promises: LOCAL or REPLICATED.
         journal: stores its events for other replicas; None: they are not stored.
     """
 
@@ -128,7 +128,7 @@ class Generation:
         self._on_end = on_end
         self._usage_of_owner = Usage()
         self._expiry: asyncio.TimerHandle | None = None
-        self._encoding: set[asyncio.Task[None]] = set()
+        self._encode_tasks: set[asyncio.Task[None]] = set()
         self._logger = log.bind(generation=self.name)
 
     @property
@@ -148,7 +148,7 @@ class Generation:
 
     @property
     def ended(self) -> bool:
-        """Whether Finished was sent."""
+        """Whether Finished was published."""
         return self.finish_time is not None
 
     @property
@@ -160,21 +160,21 @@ class Generation:
     def degradations(self) -> tuple[Degradation, ...]:
         """What its quality floor gave up under load."""
         similar = any(output.origin.disposition is Disposition.SIMILAR for output in self.outputs)
-        # whoever took it over may have found the similar picture gone, and has developed it
+        # a replica that took the generation over develops the picture where the similar one is gone
         return tuple(
-            one for one in self.request.degradations if similar or one.kind is not DegradationKind.SIMILAR_PICTURE
+            loss for loss in self.request.degradations if similar or loss.kind is not DegradationKind.SIMILAR_PICTURE
         )
 
     def preview_policy(self, wanted: PreviewPolicy) -> PreviewPolicy:
-        """The previews that a stream of it gets which has asked for `wanted`."""
-        cheaper = any(one.kind is DegradationKind.CHEAPER_PREVIEWS for one in self.request.degradations)
+        """The preview policy of a stream that requested `wanted`: a degraded generation has only cheap previews."""
+        cheaper = any(loss.kind is DegradationKind.CHEAPER_PREVIEWS for loss in self.request.degradations)
         if cheaper and wanted.method in (PreviewMethod.TINY_DECODER, PreviewMethod.FULL_DECODER):
             return replace(wanted, method=PreviewMethod.LINEAR)
         return wanted
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that it takes in memory: request, state events, finished pictures, and objects of fixed size."""
+        """Bytes in memory: the request, state events, finished pictures, and objects of fixed size."""
         return self._fixed_bytes + self.log.held_bytes
 
     # --- commands ---
@@ -200,7 +200,7 @@ class Generation:
 
     @property
     def may_decide(self) -> bool:
-        """Whether a timer or a client may end it here now: not after the lease may have ended, until it is renewed."""
+        """Whether this replica may end the generation now: not while the lease may have run out."""
         return self.owned and (self.journal is None or self.journal.held)
 
     def _watch_deadline(self) -> None:
@@ -209,7 +209,7 @@ class Generation:
             self._expiry = asyncio.get_running_loop().call_later(left, self.expire)
 
     def enter(self, outputs: Sequence[Output], sources: Sequence[EncodedPicture | Execution]) -> None:
-        """Gives outputs their pictures or lets them join their executions; those that have one are left alone."""
+        """Gives outputs their pictures or lets them join their executions. Outputs that have one are left alone."""
         for output, source in zip(outputs, sources, strict=True):
             if not output.idle:
                 continue
@@ -220,7 +220,7 @@ class Generation:
                 output.enter(source)
 
     def suspend(self) -> None:
-        """Suspends it: its outputs leave their executions at once, which keep the state after the last step."""
+        """Suspends the generation: its outputs leave their executions, which keep the state after the last step."""
         self._set_state(GenerationState.SUSPENDED)
         for output in self.outputs:
             if output.reason is None:
@@ -233,7 +233,7 @@ class Generation:
             self.journal.write(EventRecord("state", b"", state=state))
 
     def resume(self) -> None:
-        """Resumes it after `suspend`: its outputs join their executions again, whatever their steps are by now."""
+        """Resumes the generation after `suspend`: its outputs join their executions again, at their present steps."""
         self._set_state(GenerationState.RUNNING if self.times.first_batch is not None else GenerationState.QUEUED)
         self._logger.info("resumed", steps=[output.step for output in self.outputs])
         for output in self.outputs:
@@ -245,13 +245,13 @@ class Generation:
         for output in self.outputs:
             if output.reason is None:
                 output.leave()
-            if output.reason is None:  # leaving may have told that it ended by itself
+            if output.reason is None:  # `leave` may have reported that the output has ended by itself
                 self.on_output_ended(output, reason, error)
 
     def expire(self) -> None:
         """Ends the generation, since its deadline has passed.
 
-        While another replica may own it, this one decides nothing and looks again a little later.
+        While another replica may own it, this one decides nothing and checks again after `DECIDE_RETRY_S`.
         """
         if self.ended:
             return
@@ -260,11 +260,11 @@ class Generation:
                 self._expiry = asyncio.get_running_loop().call_later(DECIDE_RETRY_S, self.expire)
             return
         error = self._late()
-        in_time = isinstance(error, UnavailableError)  # as far as that was its own doing
-        self.stop(error, FinishReason.FAILED if in_time else FinishReason.DEADLINE_EXCEEDED)
+        outage = isinstance(error, UnavailableError)  # then the server was too slow, and not the deadline too short
+        self.stop(error, FinishReason.FAILED if outage else FinishReason.DEADLINE_EXCEEDED)
 
     def leave(self) -> None:
-        """Leaves all executions without an event: another replica goes on with it, or nothing here watches it."""
+        """Leaves all executions without an event: another replica continues, or nothing here watches it."""
         if self._expiry is not None:
             self._expiry.cancel()
         for output in self.outputs:
@@ -280,7 +280,7 @@ class Generation:
     # --- while another replica owns it ---
 
     def hear(self, event: EventRecord, picture: EncodedPicture | None) -> None:
-        """Shows its streams an event of its owner; `picture`: the one of the output that the event ends."""
+        """Shows the streams here an event of the owner. `picture` is that of the output which the event ends."""
         if event.kind == "state" and event.state is not None and not self.ended:
             self.state = event.state
         if event.sequence <= self.log.last_sequence:
@@ -305,7 +305,7 @@ class Generation:
             self._on_end(self)
 
     def adopt(self, journal: Journal, numerics_id: str) -> None:
-        """Takes over the ownership: decides the outcomes that its outputs have held."""
+        """Takes over the ownership, and decides the outcomes that the outputs have held back until now."""
         self.owned, self.journal, self.log.journal = True, journal, journal
         self.durability = Durability.REPLICATED
         self._logger.info("adopted", steps=[output.step for output in self.outputs])
@@ -339,14 +339,14 @@ class Generation:
         self.log.publish(Progress(output.index, output.step, steps, batch_size, remaining_s))
 
     def on_developed(self, output: Output, picture: FinishedPicture) -> None:
-        """An output's picture is there; it is encoded beside the loop."""
+        """The pixels of an output are there; a thread encodes them."""
         output.encoding = True
         task = asyncio.create_task(self._encode(output, picture))
-        self._encoding.add(task)
+        self._encode_tasks.add(task)
         task.add_done_callback(functools.partial(self._encoded, output))
 
     def _encoded(self, output: Output, task: asyncio.Task[None]) -> None:
-        self._encoding.discard(task)
+        self._encode_tasks.discard(task)
         if not task.cancelled() and (fault := task.exception()) is not None and output.reason is None:
             self.on_output_ended(output, FinishReason.FAILED, InternalError())
             self._logger.error("bug", output=output.index, exc_info=fault)

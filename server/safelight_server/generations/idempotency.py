@@ -1,10 +1,10 @@
 """Maps request ids to generations, so that a retry starts no second one; bounded in time and number. No I/O.
 
 An id is known from `remember` until `ttl_s` after `ended`, or until `release`.
-Where too many have ended, the tenant that holds most of those loses the id that
-ended first, early; ids of generations that have not ended are never dropped.
-Between `find` and `remember` the caller must not await: that is what makes two
-equal requests one.
+When too many have ended, the tenant that holds most of those loses the id that
+ended first, before its time; ids of generations that have not ended are never dropped.
+Between `find` and `remember` the caller must not await: otherwise two equal requests
+could both start a generation.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class Idempotency:
         self._clock = clock
         self._max_entries = max_entries
         self._live: dict[_Key, _KnownRequest] = {}
-        self._ended: OrderedDict[_Key, tuple[_KnownRequest, float]] = OrderedDict()  # until when; the first to go first
+        self._ended: OrderedDict[_Key, tuple[_KnownRequest, float]] = OrderedDict()  # with its expiry, earliest first
         self._shares: TenantShares[_Key] = TenantShares(max_entries)
 
     def __len__(self) -> int:
         return len(self._live) + len(self._ended)
 
     def knows(self, caller: Caller, request_id: str) -> bool:
-        """Whether a generation was started with a request id, by this or another request."""
-        self._forget_old()
+        """Whether a generation was started with a request id, by whatever request."""
+        self._drop_expired()
         key = (caller.tenant, request_id)
         return key in self._live or key in self._ended
 
@@ -56,9 +56,9 @@ class Idempotency:
         """The id of the generation that was started with a request id, or None.
 
         Raises:
-            AlreadyExistsError: that was another request (another `body_digest`).
+            AlreadyExistsError: the id was used with another request (another `body_digest`).
         """
-        self._forget_old()
+        self._drop_expired()
         key = (caller.tenant, request_id)
         entry = self._live.get(key) or self._ended.get(key, (None,))[0]
         if entry is None:
@@ -90,25 +90,25 @@ class Idempotency:
         key = (caller.tenant, request_id)
         if (entry := self._live.pop(key, None)) is None:
             return
-        self._forget_old()
+        self._drop_expired()
         self._ended[key] = entry, self._clock() + self._ttl_s
         self._shares.add(caller.tenant, key)
         while (beyond := self._shares.take_beyond()) is not None:
             self._drop(beyond)
 
     def release(self, caller: Caller, request_id: str) -> None:
-        """Drops an id whose generation left no outcome: a retry starts a new one. Unknown ids are ignored."""
+        """Drops an id whose generation has no outcome: a retry starts a new generation. Unknown ids are ignored."""
         self._live.pop((caller.tenant, request_id), None)
 
     def forget(self, caller: Caller, request_id: str, generation_id: str) -> None:
-        """Another replica knows better what the generation came to. Ids of other generations are left alone."""
+        """Drops the id of a generation whose outcome another replica decides. Ids of other generations stay."""
         key = (caller.tenant, request_id)
         if (entry := self._live.get(key)) is not None and entry.generation_id == generation_id:
             del self._live[key]
         if (ended := self._ended.get(key)) is not None and ended[0].generation_id == generation_id:
             self._drop(key)
 
-    def _forget_old(self) -> None:
+    def _drop_expired(self) -> None:
         now = self._clock()
         while self._ended and next(iter(self._ended.values()))[1] <= now:
             self._drop(next(iter(self._ended)))

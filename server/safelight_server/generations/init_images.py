@@ -1,8 +1,8 @@
 """Loads the pictures that generations start from: from the uploads of their tenant to pixels at their size.
 
-An output of another generation becomes an upload of its tenant first. So what
-decides about a picture is the content of what it started from, and any replica
-can read that again.
+An output of another generation becomes an upload of its tenant first. So a picture
+depends on the content that it started from and not on a generation's life, and any
+replica can read that content again.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class InitImages:
         self._images = images
         self._pool = pool
         self._max_pixels = max_pixels
-        self._one = asyncio.Semaphore(1)
+        self._one_at_a_time = asyncio.Semaphore(1)
 
     async def load(self, tenant: str, spec: Spec) -> InitImage | None:
-        """The picture of a spec with its mask; None: it starts from noise.
+        """The init image of a spec with its mask; None: the spec starts from noise.
 
         Raises:
             NotFoundError: the tenant has no such picture.
-            InvalidRequestError: it can be decoded no more, since the server's bounds have changed.
-            StoreError: a tier that replicas share failed.
+            InvalidRequestError: the picture exceeds the server's bounds, which have changed since the upload.
+            StoreError: a tier that replicas share has failed.
         """
         if not spec.init_image:
             return None
@@ -61,13 +61,13 @@ class InitImages:
         """Keeps the picture of an output as if its client had uploaded it. Returns its digest.
 
         Args:
-            field: where the request names it.
+            field: the field of the request that names the output, for errors.
 
         Raises:
             InvalidRequestError: there is no such output, or its picture is a texture.
             FailedPreconditionError: it has no picture, or not yet.
             NotFoundError: the picture is not kept any more.
-            UnavailableError: it cannot be kept now.
+            UnavailableError: no store takes the picture now.
         """
         name = f"{source.name}/outputs/{index}"
         if index >= len(source.outputs):
@@ -98,20 +98,20 @@ class InitImages:
             raise image_not_found(digest, field)
         size = self._max_pixels, spec.width_px, spec.height_px
         try:
-            async with self._one:
+            async with self._one_at_a_time:
                 return await asyncio.get_running_loop().run_in_executor(self._pool, decode, found.data, *size)
         except PictureFileError as error:
             raise InvalidRequestError([FieldViolation(field, str(error))]) from None
 
 
 def image_not_found(digest: str, field: str) -> NotFoundError:
-    """There is no such picture of the tenant's, or none any more."""
+    """The error for a picture that the tenant never uploaded, or that is no longer kept."""
     return _not_found(f"there is no images/{digest}; upload it, or upload it again", field)
 
 
 def output_not_found(name: str, field: str) -> NotFoundError:
-    """There is no such output of the tenant's, or none any more."""
-    return _not_found(f"there is no {name}, or none any more; upload the picture that came of it", field)
+    """The error for an output that the tenant does not have, or no longer has."""
+    return _not_found(f"there is no {name}, or it is no longer kept; upload its picture instead", field)
 
 
 def _not_found(what: str, field: str) -> NotFoundError:

@@ -1,4 +1,4 @@
-"""The numbers of what a server holds at one moment, for tests and for whoever debugs one."""
+"""Counts of what a server holds at one moment, for tests and debugging."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """How many of each there are now. A server without work has zeros everywhere but in `finished`.
+    """How many of each kind there are now. A server without work has zeros everywhere but in `finished`.
 
     Attributes:
         starting: requests that are looked up in the cache and have no outputs yet.

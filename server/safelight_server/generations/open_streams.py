@@ -1,8 +1,8 @@
 """The open client streams of this server: the generation that each watches, and how to end it with an error.
 
-A stream that was ended from here leaves its generation at once. Its call ends
-when its client reads on, or when the connection ends; until then gRPC keeps the
-message that was not taken.
+A stream that the server ends leaves its generation at once. Its call ends when its
+client reads on, or when the connection ends; until then gRPC keeps the message that
+the client has not read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class OpenStreams:
     def __init__(self) -> None:
         self._open: dict[Watcher, tuple[Generation, End]] = {}
         self._untaken: dict[Watcher, tuple[str, int]] = {}
-        self._one_closed = asyncio.Event()
+        self._stream_closed = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._open)
@@ -34,7 +34,7 @@ class OpenStreams:
         self._open[watcher] = (generation, end)
 
     def close(self, watcher: Watcher) -> Generation | None:
-        """Removes a stream whose call ends, and returns its generation; None: it was ended from here before."""
+        """Removes a stream whose call ends, and returns its generation; None: the server has ended it before."""
         self._untaken.pop(watcher, None)
         return self._remove(watcher)[0]
 
@@ -42,11 +42,11 @@ class OpenStreams:
         generation, end = self._open.pop(watcher, (None, None))
         if generation is not None:
             watcher.close()
-            self._one_closed.set()
+            self._stream_closed.set()
         return generation, end
 
     def stalled(self, now: float, stall_s: float) -> list[Watcher]:
-        """The streams whose clients have taken nothing for `stall_s`."""
+        """The streams whose clients have read nothing for `stall_s`."""
         return [watcher for watcher in self._open if watcher.stalled_for(now) > stall_s]
 
     # --- what is not read ---
@@ -56,7 +56,7 @@ class OpenStreams:
         return (generation for generation, _ in self._open.values())
 
     def late(self, now: float) -> dict[str, list[tuple[Watcher, Generation]]]:
-        """The streams that are behind the end of their generations, by tenant; those that wait longest are last."""
+        """The streams with unread events of ended generations, by tenant; the longest unread are last."""
         late: dict[str, list[tuple[Watcher, Generation]]] = {}
         for watcher in sorted(self._open, key=lambda watcher: watcher.stalled_for(now)):
             generation = self._open[watcher][0]
@@ -65,7 +65,7 @@ class OpenStreams:
         return late
 
     def messages(self) -> Iterator[tuple[str, Watcher, int]]:
-        """The messages that gRPC has and that no client has taken: tenant, stream and bytes of each."""
+        """The messages that gRPC holds since no client has read them: tenant, stream and bytes of each."""
         for watcher, (generation, _) in self._open.items():
             yield generation.caller.tenant, watcher, watcher.unread_bytes
         for watcher, (tenant, num_bytes) in self._untaken.items():
@@ -84,11 +84,11 @@ class OpenStreams:
     async def delivered(self) -> None:
         """Waits until `undelivered` is empty."""
         while self.undelivered():
-            self._one_closed.clear()
-            await self._one_closed.wait()
+            self._stream_closed.clear()
+            await self._stream_closed.wait()
 
     def move(self, generation: Generation) -> None:
-        """Ends the streams of a generation with MOVED: another replica goes on with it."""
+        """Ends the streams of a generation with MOVED: another replica continues it."""
         error = UnavailableError(
             "another replica goes on with it; WatchGeneration finds it", reason="MOVED", retry_after_s=0.1
         )

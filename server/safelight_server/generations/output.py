@@ -1,10 +1,10 @@
 """One picture of a generation: a member of the execution that develops it.
 
-It reports to its generation while this replica owns that; else it holds its
-outcome (`held`) until the owner has decided. Invariants: after it has ended it is
-a member of no execution and reports nothing; it has no reference to a generation
-that has ended, so that the pictures are freed at once, not by the next full
-garbage collection.
+An output reports to its generation while this replica owns the generation; otherwise
+it holds back its outcome (`held`) until the owner has decided. Invariants: an output
+that has ended is a member of no execution and reports nothing; it has no reference to
+a generation that has ended, so that the pictures are freed at once, not by the next
+full garbage collection.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Output(Member):
     Attributes:
         index: its number in the request's spec.
         step: steps made.
-        reason: why it has ended; None: it has not.
+        reason: why the output has ended; None: it has not ended.
         origin: where its picture comes from.
         total_bytes: size of its finished picture, which only the log keeps.
-        starts: whether it begins from a latent in place of noise.
+        starts: whether it begins from a latent instead of noise.
         held: its outcome, while another replica owns the generation.
     """
 
@@ -79,7 +79,7 @@ class Output(Member):
 
     @property
     def trail(self) -> Trail | None:
-        """Its place in the trace of its generation; None before it is accepted, or where that is not recorded."""
+        """Its part of the trace of its generation; None before it is accepted, or where no trace is recorded."""
         return self._trail
 
     @property
@@ -94,12 +94,12 @@ class Output(Member):
 
     @property
     def seconds_per_step(self) -> float:
-        """Seconds a step since its steps began, or it joined those of another, or it went on."""
+        """Seconds per step since it started, joined a running execution, or was resumed."""
         at, step = self._began
         return (self._clock() - at) / max(1, self.step - step)
 
     def final_origin(self) -> Origin | None:
-        """Where its picture came from; None where there is none."""
+        """Where its picture came from; None: it has no picture."""
         if self.reason is not FinishReason.COMPLETED:
             return None
         match self.origin.disposition:
@@ -115,13 +115,13 @@ class Output(Member):
 
     @property
     def _all_steps(self) -> int:
-        """Steps that were made of it, by whomever."""
+        """Steps that were computed for its picture, for this or another member."""
         return self.step - self._generation.request.spec.first_step
 
     # --- joining and leaving executions ---
 
     def begin_trail(self, stage: Stage) -> None:
-        """It is on its way: records it in the trace of its generation's `stage`, if that is recorded."""
+        """Begins its part of the trace of its generation's `stage`, if that is recorded."""
         if stage.recorded:
             disposition = {"safelight.disposition": self.origin.disposition.value}
             self._trail = Trail(
@@ -135,7 +135,7 @@ class Output(Member):
         self._show_previews()
 
     def _show_previews(self) -> None:
-        if self._execution is not None:  # else it has ended at once
+        if self._execution is not None:  # otherwise it has ended at once
             self._generation.log.add_feed(self.index, self._execution.feed)
 
     def recall(self, picture: EncodedPicture) -> None:
@@ -177,7 +177,7 @@ class Output(Member):
         del self._generation
 
     def end_trail(self, outcome: str, error: str = "") -> None:
-        """Ends its part of the trace: it has ended, or goes on at another replica."""
+        """Ends its part of the trace: the output has ended, or continues at another replica."""
         if self._trail is not None:
             self._trail.end({"safelight.finish_reason": outcome, "safelight.steps": self.step}, error)
             self._trail = None
@@ -190,12 +190,12 @@ class Output(Member):
     # --- as a member of its execution ---
 
     def started(self) -> None:
-        """Starts the clock of its steps, and tells the generation."""
+        """Starts the clock of its steps, and reports the start to the generation."""
         self._began = (self._clock(), self.step)
         self._generation.on_started()
 
     def joined(self, step: int) -> None:
-        """Counts its steps from those that were made before it came."""
+        """Counts its own steps from those that were made before it joined."""
         self.step = step
         self._began = (self._clock(), step)
 
@@ -211,12 +211,12 @@ class Output(Member):
         self._compute_s += seconds
 
     def stepped(self, step: int, batch_size: int) -> None:
-        """Tells the generation that a step was made."""
+        """Reports a step to the generation."""
         self.step = step
         self._generation.on_stepped(self, batch_size)
 
     def developed(self, picture: FinishedPicture) -> None:
-        """Gives the picture to the generation, or holds it where another replica owns that."""
+        """Gives the picture to the generation, or holds it while another replica owns the generation."""
         execution, self._execution = self._execution, None
         self._others_s = 0.0 if execution is None else max(0.0, execution.compute_s - self._compute_s)
         if self._trail is not None:
@@ -227,9 +227,9 @@ class Output(Member):
             self.held = picture
 
     def failed(self, error: SafelightError) -> None:
-        """Tells the generation, or holds the error where another replica owns that."""
+        """Reports the error to the generation, or holds it while another replica owns the generation."""
         if self._execution is None:
-            return  # another member heard it first, and this one has left
+            return  # the report to another member made this one leave
         self._execution = None
         if self._generation.owned:
             self._generation.on_output_ended(self, FinishReason.FAILED, error)
@@ -237,9 +237,9 @@ class Output(Member):
             self.held = error
 
     def expired(self) -> None:
-        """Tells the generation that its deadline has passed."""
+        """Reports to the generation that its deadline has passed."""
         if self._execution is None:
-            return  # another member heard it first, and this one has left
+            return  # the report to another member made this one leave
         self._execution = None
         if self._generation.owned:
             self._generation.expire()

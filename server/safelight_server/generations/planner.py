@@ -1,9 +1,9 @@
-"""Plans a generation: which outputs are in the cache, which are on their way, and which must be computed.
+"""Plans a generation: which outputs are in the cache, which are being developed, and which must be computed.
 
-Looks first (`plan`), which may wait for stores; then decides and starts
-(`submit`) without waiting, so that two identical outputs cannot both become
-new. Only what must be computed needs room and time: a full queue never refuses
-what is there or on its way. Neighbours: `cache`, `execution`, `admission`.
+`plan` looks up the outputs and may wait for stores. `submit` then decides and
+starts without waiting, so that two identical outputs cannot both become new.
+Only what must be computed needs room and time: a full queue never refuses what
+is cached or being developed. Uses `cache`, `execution` and `admission`.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ from safelight_server.storage.base import StoreError
 
 MISS = Origin()
 KEPT = {Disposition.LATENT: Retention.AS_SIMILAR, Disposition.BRANCHED: Retention.EMBEDDINGS}
+"""How much of an output is kept for later; everything for the dispositions that are not here."""
 APPROXIMATE = frozenset({Disposition.SIMILAR, Disposition.LATENT, Disposition.BRANCHED})
-"""Of an output that has other pixels than its spec alone would give, so that none of the steps kept are its own."""
-
+"""Outputs whose pixels differ from what their spec alone gives: no checkpoint of that spec belongs to them."""
 SERVED = frozenset({Disposition.EXACT, Disposition.SIMILAR})
-"""Of an output that had its picture from earlier work; whoever takes it over before it was written has not."""
+"""Outputs that got a picture of earlier work. A replica that takes one over may not have that picture."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutputPlan:
-    """What was found for an output, and so what it still needs.
+    """What was found for an output before it is submitted.
 
     Attributes:
         picture: the finished picture, where the cache has it.
-        start: the latent that it begins from in place of noise.
-        embeddings: those of its prompts, where they are known.
-        gone: the latent that it began from at another replica is not kept any more.
-        image: the picture that it starts from.
-        fault: why it cannot be developed here: the picture is not kept any more.
+        start: the latent that the output begins from instead of noise.
+        embeddings: the embeddings of its prompts that are cached.
+        gone: whether the latent that it began from at another replica is not kept any more.
+        image: its init image.
+        fault: why the output cannot be developed here: its init image is not kept any more.
     """
 
     wanted: CacheQuery
@@ -81,9 +81,9 @@ class Planner:
     """Looks up, admits and starts the outputs of generations.
 
     Args:
-        requested: is told of the class of what must be computed, and of the seconds of one instance that it takes,
-            before it is admitted or refused.
-        leased_runners: None: this replica is alone.
+        requested: called before admission with the class of what must be computed, and with the seconds that this
+            takes on one instance.
+        leased_runners: what replicas share; None: there is only this replica.
     """
 
     def __init__(
@@ -116,11 +116,11 @@ class Planner:
 
     @property
     def num_keeping(self) -> int:
-        """Pictures that executions are ending with, and writes of the cache in progress."""
+        """Finished pictures that are being encoded or kept, and writes of the cache in progress."""
         return self._executions.num_ending + self._cache.num_writes
 
     def numerics_id(self, generation: Generation) -> str:
-        """What decides the bits of its pictures beside the spec and the pipeline."""
+        """Identifies everything that decides the bits of its pictures, apart from the spec and the pipeline."""
         return self._runtime.numerics_id(generation.request.spec.model)
 
     def digest(self, generation: Generation) -> str:
@@ -140,9 +140,9 @@ class Planner:
             branched_from: the generation that its request's branch names.
 
         Raises:
-            InvalidRequestError, FailedPreconditionError: there can be no such branch.
-            NotFoundError: its tenant has no such picture to start from.
-            UnavailableError: nobody can say now whether it has.
+            InvalidRequestError, FailedPreconditionError: the branch is not possible.
+            NotFoundError: the tenant has no such init image.
+            UnavailableError: uploaded pictures cannot be read now.
         """
         try:
             image = await self._images.load(generation.caller.tenant, generation.request.spec)
@@ -154,11 +154,11 @@ class Planner:
     async def _plan(self, generation: Generation, branched_from: Generation | None) -> list[OutputPlan]:
         if branched_from is not None:
             return [await self._branch(generation, branched_from)]
-        wanted = [self._wanted(generation, output.seed) for output in generation.outputs]
-        excluded = {one.name.exact for one in wanted}
-        for one in wanted:
-            one.excluded = excluded
-        return list(await asyncio.gather(*(self._find(one) for one in wanted)))
+        queries = [self._query(generation, output.seed) for output in generation.outputs]
+        excluded = {query.name.exact for query in queries}
+        for query in queries:
+            query.excluded = excluded
+        return list(await asyncio.gather(*(self._find(query) for query in queries)))
 
     async def _find(self, wanted: CacheQuery) -> OutputPlan:
         if wanted.policy.mode is CacheMode.BYPASS:
@@ -216,11 +216,12 @@ class Planner:
         output = source.outputs[branch.output_index]
         if output.origin.disposition in APPROXIMATE:
             what = (
-                f"output {output.index} of {source.name} began elsewhere ({output.origin.disposition.value}): none kept"
+                f"output {output.index} of {source.name} came from earlier work ({output.origin.disposition.value}),"
+                " so none of its steps are kept; branch from the generation that developed it"
             )
             raise FailedPreconditionError(what, reason="CHECKPOINT_GONE")
-        wanted = self._wanted(generation, spec.seeds[0])
-        name = self._wanted(source, output.seed).name
+        wanted = self._query(generation, spec.seeds[0])
+        name = self._query(source, output.seed).name
         snapshot = await self._cache.checkpoints.at_or_before(name.namespace.name, name.exact, branch.step)
         if snapshot is None:
             what = f"no step of {source.name} up to {branch.step} is kept"
@@ -229,7 +230,7 @@ class Planner:
         origin = Origin(Disposition.BRANCHED, num_steps_skipped=snapshot.step - spec.first_step)
         return OutputPlan(wanted, origin, None, snapshot, embeddings)
 
-    def _wanted(self, generation: Generation, seed: int) -> CacheQuery:
+    def _query(self, generation: Generation, seed: int) -> CacheQuery:
         request = generation.request
         pipeline = self._catalog.get(request.spec.model)
         numerics = self._runtime.numerics_id(request.spec.model)
@@ -265,7 +266,7 @@ class Planner:
     # --- taking over from another replica ---
 
     async def keep_starts(self, generation: Generation, plans: Sequence[OutputPlan]) -> bool:
-        """Keeps the latents that its outputs begin from where other replicas find them; whether all are there."""
+        """Stores the latents that its outputs begin from where other replicas find them. Returns whether all are."""
         for output, plan in zip(generation.outputs, plans, strict=True):
             key = self._start_key(generation, output, plan.wanted)
             owner = self._cache.owner(plan.wanted)
@@ -277,7 +278,7 @@ class Planner:
         """Looks up what is known of each output of a generation that another replica has accepted.
 
         Raises:
-            StoreError: what one began from, or its picture, cannot be read now.
+            StoreError: a latent or a picture that an output began from cannot be read now.
         """
         plans, numerics = [], self.numerics_id(generation)
         others = "" if generation.numerics_id in ("", numerics) else numerics
@@ -286,10 +287,10 @@ class Planner:
             image = await self._images.load(generation.caller.tenant, generation.request.spec)
         except NotFoundError as error:
             fault = error
-        except InvalidRequestError as error:  # the bounds of this replica are others
+        except InvalidRequestError as error:  # this replica has other bounds than the one that accepted it
             fault = NotFoundError(error.message, reason="IMAGE_NOT_FOUND")
         for output, started in zip(generation.outputs, starts, strict=True):
-            wanted = self._wanted(generation, output.seed)
+            wanted = self._query(generation, output.seed)
             start, gone = None, False
             if started and output.reason is None:
                 start = await self._cache.checkpoints.get(self._start_key(generation, output, wanted))
@@ -301,19 +302,19 @@ class Planner:
         return plans
 
     def enter(self, generation: Generation, plans: Sequence[OutputPlan]) -> None:
-        """Lets its outputs enter their executions; those that have ended or are on their way are left alone.
+        """Lets its outputs enter their executions; those that have ended or are being developed are left alone.
 
-        One that began from a latent that is gone begins from noise, and is a MISS; a branch fails.
+        An output whose latent is gone begins from noise and is a MISS, unless it is a branch, which fails.
         """
         for output, plan in zip(generation.outputs, plans, strict=True):
             missing = plan.gone or plan.fault is not None
-            if not output.idle or (missing and not generation.owned):  # what is gone here its owner may have
+            if not output.idle or (missing and not generation.owned):  # its owner may have what is missing here
                 continue
             if plan.fault is not None:
                 generation.on_output_ended(output, FinishReason.FAILED, plan.fault)
                 continue
             if plan.gone and output.origin.disposition is Disposition.BRANCHED:
-                what = f"output {output.index} branched from steps that are kept no more"
+                what = f"output {output.index} branched from steps that are no longer kept"
                 error = FailedPreconditionError(what, reason="CHECKPOINT_GONE")
                 generation.on_output_ended(output, FinishReason.FAILED, error)
                 continue
@@ -328,7 +329,7 @@ class Planner:
     def start_keys(self, generation: Generation, starts: Sequence[bool]) -> list[str]:
         """The storage keys of the latents that its outputs begin from."""
         begun = [output for output, started in zip(generation.outputs, starts, strict=True) if started]
-        return [self._start_key(generation, output, self._wanted(generation, output.seed)) for output in begun]
+        return [self._start_key(generation, output, self._query(generation, output.seed)) for output in begun]
 
     def _start_key(self, generation: Generation, output: Output, wanted: CacheQuery) -> str:
         return f"{wanted.name.namespace.prefix}/start/{self._cache.namespaces.private(generation.name, output.index)}"
@@ -336,14 +337,14 @@ class Planner:
     def _admit(self, generation: Generation, new: Sequence[Execution], time_left_s: float | None) -> float:
         output = requested = self._engine.output(new[0].job)
         spec = generation.request.requested_spec
-        if spec is not generation.request.spec:  # a fleet that degrades is too small, and must not look large enough
+        if spec is not generation.request.spec:  # the scaler must see the full work, or a degrading fleet stays small
             num_steps, guided = spec.num_inference_steps, spec.guided_steps
             requested = replace(output, num_steps=num_steps, first_step=spec.first_step, guided_steps=guided)
         self._requested(output.priority.name.lower(), self._engine.scheduler.compute_s(requested) * len(new))
         self._engine.outage.check()
         load = self._engine.scheduler if self._leased_runners is None else LoadWithPending(self._leased_runners)
         if self._engine.outage.is_on:
-            time_left_s = None  # nobody knows when an instance will be back; the deadline itself will say
+            time_left_s = None  # an outage has no known end, so the deadline decides later
         request_id = generation.request.request_id
         key = f"{output.caller} {request_id}" if request_id else ""
         return admit(load, self._limits, output, len(new), time_left_s, self._promises, key, generation.times.accepted)
@@ -371,7 +372,7 @@ class Planner:
     def _ticket(
         self, generation: Generation, output: Output, plan: OutputPlan, key: CacheKeys | None, again: bool
     ) -> ExecutionTicket:
-        """Identical outputs share one name; any other has a name of its own, for whoever goes on with it."""
+        """The ticket of an output's execution. Identical outputs share one name; any other output has its own."""
         namespace = plan.wanted.name.namespace
         disposition = plan.origin.disposition.value
         whose = generation.caller.tenant, generation.name, plan.wanted.revision, disposition
@@ -416,7 +417,7 @@ def _origin(disposition: Disposition, kept: CachedPicture, similarity: float = 0
 
 
 def _unlike(one: Spec, other: Spec) -> list[str]:
-    """What a branch cannot change."""
+    """The names of those properties that a branch must not change and that differ."""
     facts = {
         "model": ((one.model, one.revision), (other.model, other.revision)),
         "size": ((one.width_px, one.height_px), (other.width_px, other.height_px)),

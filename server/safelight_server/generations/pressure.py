@@ -1,10 +1,10 @@
 """Which priority classes are under pressure: more is queued than is done in the time that they may wait. Pure.
 
 Work is counted as the scaler counts it (`scaler.demand`): in seconds of one
-instance in full batches, and for each class with all that comes before it. A
-class is late when that takes longer than it may wait, and is so until it takes
-less than half of that, so that what is decided by it does not change with
-every request.
+instance in full batches, and for each class with all classes before it. A class
+becomes late when its work takes longer than the class may wait. It stays late
+until the work takes less than half of that time, so that the decision does not
+change with every request.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from collections.abc import Callable, Mapping
 from safelight_server.scheduler import Priority
 
 BEGINS, ENDS = 1.0, 0.5
-"""Queued work, by what is done in the time that a class may wait, above which it is late and below which it no longer
-is."""
+"""A class is late when its queued work exceeds `BEGINS` times what is done in the time that it may wait, and no longer
+late when that falls below `ENDS`."""
 
 
 class Pressure:
-    """What is late.
+    """Which classes are late.
 
     Args:
         wait_s: how long work of a class may wait; a class without an entry is never late.
-        changed: is told of a class that is late from now on, or no longer, with its queued work by what is done in
-            its time.
+        changed: called when a class becomes late or no longer is: with the class, whether it is late, and the ratio
+            of its queued work to what is done in its time.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class Pressure:
         self._changed = changed
 
     def update(self, left_s: Mapping[Priority, float], num_instances: int) -> None:
-        """Looks at the queue of this moment. While no instance is live nobody knows, and all stays as it is.
+        """Decides from the present queue. While no instance is live the speed is unknown, and nothing changes.
 
         Args:
-            left_s: seconds of one instance that are left to do, by class.
-            num_instances: that are live.
+            left_s: queued work in seconds of one instance, by class.
+            num_instances: the number of live instances.
         """
         if not num_instances:
             return

@@ -1,11 +1,11 @@
-"""Who was refused for want of room and told when to come back. Pure: it is told the time.
+"""Which requests were refused for want of room, and when they were told to come back. Pure: the time is an argument.
 
-Without it RetryInfo would say to everyone when there is room for one: whoever
-comes back as told meets all others who were told the same, and newcomers who
-were there a moment earlier. So whoever is refused is told a time after those
-before it, and what has come free by then is kept for it, for a while and as far
-as newcomers still find a part. A request is known by its caller and its request
-id; one without an id is told the same times, and nothing is kept for it.
+Without this, RetryInfo would send all refused clients back at the time when there
+is room for one of them. So each refused request gets a later time than those refused
+before it, and the room that is free by then is reserved for it: for a while, and only
+for a part of each bound, so that newcomers find the rest. A request is identified by
+its caller and its request id. A request without an id gets the same times, but no
+room is reserved for it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import bisect
 from dataclasses import dataclass, field
 
 GRACE_SHARE, MIN_GRACE_S = 0.25, 1.0
-"""How much later than told a client may come, by the time that it was told to wait; clients spread their retries."""
+"""A client may be late by this share of its waiting time, and by at least so many seconds: clients spread retries."""
 MAX_PROMISES = 10_000
-"""Promises that are remembered; beyond them the oldest are forgotten."""
+"""Promises that are remembered at most; the oldest go first."""
 
 
 @dataclass(slots=True)
 class Promise:
-    """What one request was told.
+    """When one refused request is to come back.
 
     Attributes:
-        subject: whose bound it has met.
-        due: when it is to come back.
-        until: how long its room is kept.
+        subject: the class, tenant or caller whose bound refused it.
+        due: when the request is to come back.
+        until: when its reservation ends.
     """
 
     subject: str
@@ -36,8 +36,8 @@ class Promise:
 
 
 @dataclass(slots=True)
-class _Line:
-    """The promises of one subject, by when they are due, with the outputs of all."""
+class _SubjectQueue:
+    """The promises of one subject, ordered by `due`, with the number of their outputs."""
 
     by_due: list[tuple[float, str]] = field(default_factory=list)
     num_outputs: int = 0
@@ -49,7 +49,7 @@ class Promises:
     def __init__(self, max_promises: int = MAX_PROMISES) -> None:
         self._max_promises = max_promises
         self._by_key: dict[str, Promise] = {}
-        self._lines: dict[str, _Line] = {}
+        self._queues: dict[str, _SubjectQueue] = {}
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -60,46 +60,46 @@ class Promises:
         return promise if promise is not None and now <= promise.until else None
 
     def num_ahead(self, subject: str, now: float) -> int:
-        """Outputs that were told to come and have not come yet."""
+        """Outputs of requests that were told to come back and have not come yet."""
         self._expire(subject, now)
-        return self._lines[subject].num_outputs if subject in self._lines else 0
+        return self._queues[subject].num_outputs if subject in self._queues else 0
 
     def num_held(self, subject: str, now: float, most: int) -> int:
-        """Outputs that were told to come by now and have not come yet; at most `most`, where counting ends."""
+        """Outputs of requests that are due and have not come yet. Counting ends at `most`."""
         self._expire(subject, now)
         held = 0
-        for due, key in self._lines[subject].by_due if subject in self._lines else ():
+        for due, key in self._queues[subject].by_due if subject in self._queues else ():
             if due > now or held >= most:
                 break
             held += self._by_key[key].num_outputs
         return min(held, most)
 
     def make(self, key: str, subject: str, num_outputs: int, wait_s: float, now: float) -> None:
-        """A request of so many outputs is told to come back after `wait_s`."""
+        """Records that a request of `num_outputs` outputs was told to come back after `wait_s`."""
         self.forget(key)
         if len(self._by_key) >= self._max_promises:
             self.forget(next(iter(self._by_key)))
         promise = Promise(subject, num_outputs, now + wait_s, now + wait_s + max(MIN_GRACE_S, GRACE_SHARE * wait_s))
         self._by_key[key] = promise
-        line = self._lines.setdefault(subject, _Line())
-        bisect.insort(line.by_due, (promise.due, key))
-        line.num_outputs += num_outputs
+        queue = self._queues.setdefault(subject, _SubjectQueue())
+        bisect.insort(queue.by_due, (promise.due, key))
+        queue.num_outputs += num_outputs
 
     def forget(self, key: str) -> None:
-        """The request was let in, or is told something else."""
+        """Drops the promise of a request that was admitted or gets another one."""
         promise = self._by_key.pop(key, None)
         if promise is None:
             return
-        line = self._lines[promise.subject]
-        del line.by_due[bisect.bisect_left(line.by_due, (promise.due, key))]
-        line.num_outputs -= promise.num_outputs
-        if not line.by_due:
-            del self._lines[promise.subject]
+        queue = self._queues[promise.subject]
+        del queue.by_due[bisect.bisect_left(queue.by_due, (promise.due, key))]
+        queue.num_outputs -= promise.num_outputs
+        if not queue.by_due:
+            del self._queues[promise.subject]
 
     def _expire(self, subject: str, now: float) -> None:
-        """Forgets those that have not come. Those due first are looked at; others may be kept a little longer."""
-        while subject in self._lines:
-            key = self._lines[subject].by_due[0][1]
+        """Drops promises whose time has passed. Checks only the head of the queue: others may stay a little longer."""
+        while subject in self._queues:
+            key = self._queues[subject].by_due[0][1]
             if self._by_key[key].until >= now:
                 return
             self.forget(key)

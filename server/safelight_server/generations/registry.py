@@ -1,9 +1,9 @@
 """The registry of all generations that this server knows: starts, finds, watches, suspends, ends and drains them.
 
-One generation is started per request id. When the last stream of a generation
-is lost, it is suspended until its grace is over, unless it is detached; ended
-ones are kept for a while. Invariants: a generation of another tenant is
-NOT_FOUND; finished pictures are bounded in time and bytes.
+One generation is started per request id. When the last stream of a generation is
+lost, the generation is suspended until its grace is over, unless it is detached.
+Ended generations are kept for a while. Invariants: a generation of another tenant
+is NOT_FOUND; finished pictures are bounded in time and bytes.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ log = structlog.get_logger(__name__)
 
 TICK_S = 0.25
 TICKS_PER_PRESSURE = 4
-"""Once a second is soon enough for queues of seconds, and all outputs are looked at then."""
+"""Pressure is updated every so many ticks: each update visits all outputs, and queues change over seconds."""
 ANSWER_S = 5.0
-"""How long a client's wish waits for a lease to be renewed."""
+"""How long a cancel waits for the lease to be renewed."""
 
 
 class Generations:
@@ -71,10 +71,10 @@ class Generations:
 
     Args:
         clock: monotonic seconds.
-        charge: is told of compute that was made for a tenant: its name, the model and seconds.
-        price: of compute; None: nothing has a cost.
-        leased_runners: None: this replica is alone.
-        context: what it shares with the other replicas; None: it is alone.
+        charge: called with each amount of compute: the tenant's name, the model and seconds.
+        price: the price of compute; None: nothing has a cost.
+        leased_runners: run jobs under leases that replicas share; None: there is only this replica.
+        context: what the replicas share; None: there is only this replica.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Generations:
         self._suspended = SuspendedGenerations(settings.max_lost)
         self._requests = Idempotency(settings.idempotency_ttl_s, clock)
         self._draining = False
-        self._one_ended = asyncio.Event()
+        self._generation_ended = asyncio.Event()
         self._streams = OpenStreams()
         self._turns = SendTurns()
         self._unread = UnreadBytes(settings.max_unread_bytes, self._streams, self._suspended, self._end_stalled)
@@ -153,7 +153,7 @@ class Generations:
     # --- starting ---
 
     def knows(self, caller: Caller, request_id: str) -> bool:
-        """Whether this replica has a generation of a request id, so that asking for it again starts none."""
+        """Whether this replica has a generation of a request id, so that the same request would start none."""
         return bool(request_id) and self._requests.knows(caller, request_id)
 
     async def start(self, caller: Caller, request: Request, stage: Stage, time_left_s: float | None) -> Generation:
@@ -161,7 +161,7 @@ class Generations:
 
         Raises:
             UnavailableError, AlreadyExistsError, FailedPreconditionError, QueueFullError, DeadlineUnreachableError,
-            InvalidRequestError, NotFoundError: it is refused.
+            InvalidRequestError, NotFoundError: the request is refused.
         """
         while request.request_id:
             known = self._requests.find(caller, request.request_id, request.body_digest)
@@ -169,7 +169,7 @@ class Generations:
                 break
             if (started := self._starting.get(known)) is None:
                 return await self._known(caller, known, request)
-            await started.wait()  # and look again: it may have been refused
+            await started.wait()  # then look again: the other request may have been refused
         self._refuse_while_draining()
         self._unread.check(caller)
         generation = self._make(secrets.token_hex(16), caller, request, stage, time_left_s)
@@ -180,7 +180,7 @@ class Generations:
             other = await self._start(generation)
             if other is not None:
                 self._requests.release(caller, request.request_id)
-        except BaseException:  # whatever it is, the request has left nothing that a retry could find
+        except BaseException:  # whatever the error is, a retry must find nothing of this request
             self._live.pop(generation.identifier, None)
             self._requests.release(caller, request.request_id)
             if self._ownership is not None:
@@ -192,7 +192,7 @@ class Generations:
         return generation if other is None else await self._known_elsewhere(caller, other, request)
 
     async def _start(self, generation: Generation) -> str | None:
-        """Starts it; where another replica has a generation of its request id, returns that one's id."""
+        """Starts a generation. Returns the id of another replica's generation if that has the request id."""
         request = generation.request
         if self._ownership is not None and (other := await self._ownership.owners.enroll(generation)) is not None:
             return other
@@ -218,7 +218,7 @@ class Generations:
         """Keeps the outputs that it starts from as pictures of its tenant, which its request then names.
 
         Raises:
-            NotFoundError, FailedPreconditionError, InvalidRequestError, UnavailableError: one of them cannot be used.
+            NotFoundError, FailedPreconditionError, InvalidRequestError, UnavailableError: an output cannot be used.
         """
         request, digests = generation.request, dict[str, str]()
         for field, name in request.spec.named_outputs.items():
@@ -233,10 +233,10 @@ class Generations:
 
     def _count_degradations(self, generation: Generation) -> None:
         given_up = generation.degradations
-        for one in given_up:
-            self._metrics.degraded(one.kind.value, generation.request.priority.name.lower())
+        for loss in given_up:
+            self._metrics.degraded(loss.kind.value, generation.request.priority.name.lower())
         if given_up:
-            what = {one.kind.value: f"{one.requested} to {one.applied}" for one in given_up}
+            what = {loss.kind.value: f"{loss.requested} to {loss.applied}" for loss in given_up}
             log.info("degraded", generation=generation.name, priority=generation.request.priority.name, **what)
 
     def _pressure_changed(self, priority: Priority, late: bool, load: float) -> None:
@@ -263,7 +263,7 @@ class Generations:
         except FailedPreconditionError:
             if self._ownership is None or await self._ownership.owners.has_record(identifier):
                 raise
-            # accepted as LOCAL, as the answer to the writing of its record was lost, and settled since
+            # the answer to the write of its record was lost, so it was accepted as LOCAL, and it has been settled since
             raise UnavailableError("another replica has just ended it; try again", retry_after_s=0.1) from None
 
     def _make(
@@ -299,16 +299,16 @@ class Generations:
         """A generation of the caller's tenant, on whatever replica.
 
         Args:
-            tend: whether it is going to be watched; else a snapshot of its state is enough.
+            tend: whether the caller is going to watch it; otherwise a snapshot of its state is enough.
 
         Raises:
-            NotFoundError: there is none, or it is someone else's.
+            NotFoundError: there is no such generation, or it belongs to another tenant.
             UnavailableError: generations of other replicas cannot be looked up now.
         """
         generation = self._live.get(identifier) or self._finished.get(identifier)
         if generation is None and self._ownership is not None:
             generation = await self._ownership.mirrors.find(identifier, tend=tend)
-            generation = self._live.get(identifier, generation)  # it may have come here meanwhile
+            generation = self._live.get(identifier, generation)  # this replica may own it by now
             if generation is not None and self._is_old(generation):
                 generation = None
         if generation is None or generation.caller.tenant != caller.tenant:
@@ -334,7 +334,11 @@ class Generations:
             generation.stop(GenerationCancelledError("it was cancelled"))
 
     async def _until_decidable(self, generation: Generation) -> None:
-        """Waits until its lease is held for certain; `UnavailableError`: it is not, or went elsewhere."""
+        """Waits until its lease is certainly held.
+
+        Raises:
+            UnavailableError: the lease is not renewed in time, or another replica has taken it.
+        """
         until = time.monotonic() + ANSWER_S
         while not generation.may_decide and generation.identifier in self._live and time.monotonic() < until:  # noqa: ASYNC110  # the clock ends it too
             await asyncio.sleep(DECIDE_RETRY_S)
@@ -374,7 +378,7 @@ class Generations:
         """Opens a stream of a generation, and resumes the generation if it is suspended."""
         try:
             self._check(generation)
-            if generation.ended or generation.log.watchers:  # the first stream of one that runs adds nothing
+            if generation.ended or generation.log.watchers:  # the first stream of a running generation holds no bytes
                 self._unread.check(generation.caller)
             watcher = generation.log.watch(generation.preview_policy(policy), after_sequence, offsets)
         except SafelightError:
@@ -392,17 +396,17 @@ class Generations:
         return watcher
 
     def detach(self, watcher: Watcher) -> SafelightError | None:
-        """Removes a stream that has ended, in whatever way; suspends the generation if it was the last one.
+        """Removes a stream that has ended, for whatever reason, and suspends the generation if it was the last.
 
         Returns:
-            The error of its generation, if any.
+            The error of the generation; None: it has none.
         """
         if (generation := self._streams.close(watcher)) is None:
             return None
-        self._left(generation)
+        self._stream_left(generation)
         return generation.error
 
-    def _left(self, generation: Generation) -> None:
+    def _stream_left(self, generation: Generation) -> None:
         self._finished.unwatched(generation)
         if not generation.owned:
             self._drop_unwatched(generation)
@@ -422,10 +426,10 @@ class Generations:
             self._ownership.mirrors.drop(generation)
 
     def _suspend(self, generation: Generation) -> None:
-        """Suspends a generation without streams, or lets the replica that has a stream of it go on with it."""
+        """Suspends a generation without streams, or hands it to a replica that has a stream for it."""
         left = generation.left_s
         if left is not None and left <= 0:
-            return  # it expires
+            return  # its timer ends it
         if self._draining:
             self._end_drained(generation)
             return
@@ -442,11 +446,11 @@ class Generations:
             self._finished.add(generation)
         if not generation.owned:
             return
-        lost = isinstance(generation.error, UnavailableError)  # what gRPC retries must be able to run again
+        retryable = isinstance(generation.error, UnavailableError)  # gRPC retries UNAVAILABLE: the id must be free
         if self._ownership is not None:
-            self._ownership.owners.settle(generation, retryable=lost)
+            self._ownership.owners.settle(generation, retryable=retryable)
         if generation.request.request_id:
-            settle = self._requests.release if lost else self._requests.ended
+            settle = self._requests.release if retryable else self._requests.ended
             settle(generation.caller, generation.request.request_id)
         _count_outcome(generation, self._metrics)
 
@@ -454,7 +458,7 @@ class Generations:
         if self._live.get(generation.identifier) is generation:
             del self._live[generation.identifier]
         self._suspended.forget(generation)
-        self._one_ended.set()
+        self._generation_ended.set()
 
     # --- for the ownership: as its GenerationHost ---
 
@@ -473,17 +477,17 @@ class Generations:
         """Registers a generation that this replica owns from now on.
 
         Returns:
-            Whether it runs; else it waits, suspended, for a stream.
+            Whether it runs; otherwise it is suspended until a stream comes.
         """
         self._live[generation.identifier] = generation
         request = generation.request
         if request.request_id:
-            with contextlib.suppress(QueueFullError):  # then only the fleet remembers it
+            with contextlib.suppress(QueueFullError):  # then only Redis remembers the request id
                 self._requests.remember(
                     generation.caller, request.request_id, request.body_digest, generation.identifier
                 )
         if generation.log.watchers or request.disconnect.detach:
-            if generation.state is GenerationState.SUSPENDED:  # at its last owner, which had no stream for it
+            if generation.state is GenerationState.SUSPENDED:  # its last owner had no stream for it
                 generation.resume()
             return True
         self._suspend(generation)
@@ -495,7 +499,7 @@ class Generations:
             self._move(generation)
 
     def _move(self, generation: Generation) -> None:
-        """Lets another replica go on with it."""
+        """Lets another replica continue the generation."""
         assert self._ownership is not None
         self._ownership.owners.let_go(generation)
         self.moved(generation)
@@ -519,7 +523,7 @@ class Generations:
 
     @property
     def ownership(self) -> Ownership | None:
-        """The generations of all replicas; None: this one is alone."""
+        """The ownership of generations among replicas; None: there is only this replica."""
         return self._ownership
 
     async def tick(self) -> None:
@@ -553,14 +557,14 @@ class Generations:
         seconds_each = scheduler.backlog_s() / max(1, scheduler.num_outputs)  # at the pace of all that is here
         now = datetime.fromtimestamp(self._now(), UTC)
         for generation in self._live.values():
-            first = min((positions[one] for one in generation.output_ids if one in positions), default=None)
+            first = min((positions[number] for number in generation.output_ids if number in positions), default=None)
             if generation.state is GenerationState.QUEUED and first is not None:
                 generation.log.publish(Queued(first, now + timedelta(seconds=first * seconds_each)))
 
     def _end_stalled(self, watcher: Watcher) -> None:
         error = UnavailableError("the stream was not read; WatchGeneration resumes it", reason="WATCHER_STALLED")
         if (generation := self._streams.end(watcher, error)) is not None:
-            self._left(generation)
+            self._stream_left(generation)
 
     async def drain(self, grace_s: float) -> None:
         """Refuses new generations, lets those that run finish and be delivered within `grace_s`, and ends the rest."""
@@ -572,8 +576,8 @@ class Generations:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 while self._live:
-                    self._one_ended.clear()
-                    await self._one_ended.wait()
+                    self._generation_ended.clear()
+                    await self._generation_ended.wait()
                 await self._streams.delivered()
         for generation in self._streams.not_owned():
             self._streams.move(generation)
@@ -591,7 +595,7 @@ class Generations:
 
 
 def _count_outcome(generation: Generation, metrics: Metrics) -> None:
-    """Counts how a generation ended, what caches saved of it, and its previews."""
+    """Counts in the metrics how a generation ended, what caches saved, and its previews."""
     events, times = generation.log, generation.times
     assert times.ended is not None
     code = "OK" if generation.error is None else generation.error.status.name
@@ -605,7 +609,7 @@ def _count_outcome(generation: Generation, metrics: Metrics) -> None:
 
 
 def _drained(generation: Generation) -> UnavailableError:
-    """Why a draining server ends a generation, with what its client needs to send it to another."""
+    """The error by which a draining server ends a generation, with what a client needs to send it to another server."""
     metadata = {"generation": generation.name, "request_id": generation.request.request_id}
     metadata["seeds"] = ",".join(map(str, generation.request.spec.seeds))
     return UnavailableError(
@@ -617,7 +621,7 @@ def _drained(generation: Generation) -> UnavailableError:
 
 
 def _outcome_expired(identifier: str, request: Request) -> FailedPreconditionError:
-    """Why a request id whose generation was forgotten does not run again: it never runs or bills twice."""
+    """The error for a request id whose generation is no longer kept: a request id never runs or bills twice."""
     return FailedPreconditionError(
         f"request_id {request.request_id} has ended and its pictures are no longer kept; use a new one to run it again",
         reason="OUTCOME_EXPIRED",

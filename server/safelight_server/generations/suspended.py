@@ -1,4 +1,4 @@
-"""Suspended generations: each has lost its last stream, and is cancelled unless one comes within its grace."""
+"""Suspended generations: each has lost its last stream, and is cancelled unless a new stream comes within its grace."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class SuspendedGenerations:
         return iter(self._waiting)
 
     def suspend(self, generation: Generation) -> None:
-        """Stops a generation until `resume`; cancels it after its grace. Its deadline ends it sooner by itself."""
+        """Stops a generation until `resume`, and cancels it after its grace. Its own timer may end it earlier."""
         generation.suspend()
         if generation.ended:
-            return  # what is told at the latest now was its end
+            return  # suspending made an execution report what had just ended it
         grace_s = generation.request.disconnect.resume_grace_s
         self._abandon_in(grace_s, generation)
         if (beyond := self._shares.take_beyond()) is not None:
@@ -44,10 +44,10 @@ class SuspendedGenerations:
         self._shares.add(generation.caller.tenant, generation.identifier)
 
     def abandon(self, generation: Generation, why: str = "its last stream was lost and not resumed in time") -> None:
-        """Cancels a generation; while another replica may own it, looks again a little later."""
+        """Cancels a generation. While another replica may own it, this is tried again after `DECIDE_RETRY_S`."""
         if generation.state is not GenerationState.SUSPENDED:
             return
-        if not generation.may_decide:  # this process may have slept, and another replica gone on with it
+        if not generation.may_decide:  # this process may have been frozen while another replica took it over
             self.forget(generation)
             self._abandon_in(DECIDE_RETRY_S, generation)
             return
@@ -66,7 +66,7 @@ class SuspendedGenerations:
         generation.resume()
 
     def forget(self, generation: Generation) -> None:
-        """Removes a generation and stops its timer. Unknown ones are ignored."""
+        """Removes a generation and stops its timer. Unknown generations are ignored."""
         known, timer = self._waiting.get(generation.identifier, (None, None))
         if known is generation and timer is not None:
             self._shares.remove(generation.caller.tenant, generation.identifier)

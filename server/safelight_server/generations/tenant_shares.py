@@ -1,9 +1,8 @@
 """Bounds what all tenants hold, max-min fair: beyond the bound the tenant that holds most loses its oldest. Pure.
 
-Where the bound is exceeded and n tenants hold something, the one that holds
-most has more than bound / n. So a tenant that holds at most bound / n loses
-nothing because of others. A change costs O(log n), amortised; so does the next
-loser.
+When the bound is exceeded and n tenants hold something, the tenant that holds
+most has more than bound / n. So a tenant that holds at most bound / n never loses
+anything because of others. `add`, `remove` and `loser` cost O(log n), amortised.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ class TenantShares(Generic[Key]):
     """What each tenant holds: keys in the order in which they were added, each with an amount.
 
     Args:
-        bound: on the sum of all amounts. Whoever adds must drop what `loser` names until it is None.
+        bound: the most that all amounts may sum up to. After an `add` the caller must drop keys of `loser` until
+            it is None.
 
     Attributes:
         total: the sum of all amounts.
@@ -37,13 +37,13 @@ class TenantShares(Generic[Key]):
         return sum(map(len, self._held.values()))
 
     def add(self, tenant: str, key: Key, amount: int = 1) -> None:
-        """Adds a key of a tenant as its newest. One that is there already is moved, with the new amount."""
+        """Adds a key of a tenant as its newest. A key that is there already becomes the newest, with the new amount."""
         self.remove(tenant, key)
         self._held.setdefault(tenant, OrderedDict())[key] = amount
         self._change(tenant, amount)
 
     def remove(self, tenant: str, key: Key) -> None:
-        """Removes a key of a tenant. Unknown ones are ignored."""
+        """Removes a key of a tenant. Unknown keys are ignored."""
         if (held := self._held.get(tenant)) is None or (amount := held.pop(key, None)) is None:
             return
         if not held:
@@ -51,7 +51,7 @@ class TenantShares(Generic[Key]):
         self._change(tenant, -amount)
 
     def amount(self, tenant: str) -> int:
-        """What a tenant holds."""
+        """The sum of the amounts of a tenant."""
         return self._totals.get(tenant, 0)
 
     def held(self, tenant: str) -> Collection[Key]:

@@ -1,12 +1,12 @@
-"""Bounds the memory of what clients have not read yet: pictures of generations that run or are watched, and messages.
+"""Bounds the memory of what clients have not read yet: pictures of running or watched generations, and messages.
 
-Finished generations that nobody watches have a bound of their own
-(`finished.py`). Beyond the bound here the tenant that holds most loses, by
-shares (`tenant_shares.py`): first, of its streams that still deliver what has
-ended, the one whose client has left a message untaken for longest, which can be
-resumed; then the oldest of its suspended generations. While neither helps, it is
-refused new generations and further streams. The only generation of a tenant loses nothing, so that
-large pictures can always be delivered.
+Finished generations that nobody watches have a bound of their own (`finished.py`).
+When the bound here is exceeded, the tenant that holds most (`tenant_shares.py`)
+loses. Of its streams that still deliver ended generations, the one that has been
+stalled for longest is ended first; its client can resume it. Then its oldest
+suspended generation is cancelled. While neither helps, the tenant is refused new
+generations and further streams. The only generation of a tenant loses nothing, so
+that large pictures can always be delivered.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from safelight_server.generations.tenant_shares import TenantShares
 from safelight_server.stream import Watcher
 
 RETRY_S = 1.0
-"""Suggested to a tenant that is refused; nothing says when its clients will read."""
+"""RetryInfo of a refusal. The time at which the tenant's clients will read is unknown."""
 
 
 class UnreadBytes:
     """What unfinished and watched generations hold, and the messages that gRPC holds for clients that do not read.
 
     Args:
-        max_bytes: bound on all of it together; kept at each `relieve`.
-        end: ends a stream of this server so that it can be resumed.
+        max_bytes: bound on the sum, enforced at each `relieve`.
+        end: ends a stream of this server with an error after which the client can resume it.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class UnreadBytes:
         self._refused: str | None = None
 
     def check(self, caller: Caller) -> None:
-        """Refuses more to the tenant that holds most, while the bound is exceeded.
+        """Refuses the tenant that holds most, while the bound is exceeded and nothing more can be ended.
 
         Raises:
-            QueueFullError: it is that tenant's.
+            QueueFullError: the caller belongs to that tenant.
         """
         if caller.tenant == self._refused:
             subject, limit = f"tenant {caller.tenant}", str(self._max_bytes)
             raise QueueFullError(
-                f"what {subject} has not read fills the server's memory for it; read its streams, or close them",
+                f"unread streams of {subject} fill the server's memory for unread data; read or close some of them",
                 reason="TOO_MANY_UNREAD_BYTES",
                 metadata={"bound": "unread_bytes", "subject": subject, "limit": limit},
                 retry_after_s=RETRY_S,
@@ -63,7 +63,7 @@ class UnreadBytes:
 
         Args:
             live: the generations that have not ended.
-            now: on the clock of the streams.
+            now: the time on the clock of the streams.
         """
         self._refused = None
         generations = {*live, *self._streams.watched()}

@@ -1,4 +1,4 @@
-"""The routes of HTTP, and what holds for all of them: who may call, from which pages, and errors in one form."""
+"""The routes of HTTP and what they share: checks of host and origin, CORS, and one form of errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from safelight_server.http.static import page_routes
 from safelight_server.settings import is_loopback
 
 WEB_SERVICES = (GENERATION_SERVICE, MODEL_SERVICE)
-"""What pages may call by gRPC-Web: what administrators do is not among it."""
+"""The services that pages may call by gRPC-Web; those for administrators are not among them."""
 EXPOSED = ("retry-after", "x-should-retry")
 """Headers of answers that pages of other origins may read."""
 
@@ -50,7 +50,7 @@ def build_app(
     Args:
         healthy: whether the server takes work, for load balancers.
         uploads: takes the pictures that requests bring.
-        max_text_bytes: bound on what a form has beside its files.
+        max_text_bytes: bound on the parts of a form that are not files.
         cors_origins: origins whose pages may call; "*" for all.
         only_loopback: whether requests that name another host are refused.
     """
@@ -58,8 +58,8 @@ def build_app(
     edits, edit_reader = ImageEdits(images, uploads, catalog), EditReader(uploads, max_text_bytes, cors_origins)
 
     async def health(_request: Request) -> Response:
-        well = healthy()
-        return JSONResponse({"status": "serving" if well else "not serving"}, 200 if well else 503)
+        serving = healthy()
+        return JSONResponse({"status": "serving" if serving else "not serving"}, 200 if serving else 503)
 
     def route(
         verb: str, path: str, method: Method, fail: Fail = respond_error, reader: BodyReader | None = None
@@ -71,7 +71,7 @@ def build_app(
         allow_origins=cors_origins,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
-        allow_private_network=True,  # a page that may call may call loopback too
+        allow_private_network=True,  # an allowed page may also call a server on loopback
         expose_headers=EXPOSED,
     )
     app = Starlette(
@@ -95,11 +95,11 @@ def build_app(
 
 
 class Front:
-    """An ASGI application around another: dates every answer, and refuses requests for other hosts.
+    """ASGI middleware that adds a date to every response, and refuses requests that name another host.
 
     Args:
-        only_loopback: a server that trusts all callers of its machine must not trust a page that had its own name
-            resolved to that machine (DNS rebinding). So it answers only where it is called by a name of that machine.
+        only_loopback: whether to refuse requests whose Host is no name of this machine. A server without keys trusts
+            all callers of its machine, but must not trust a page whose own name resolves to it (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, only_loopback: bool) -> None:
@@ -113,9 +113,7 @@ class Front:
             await send(message)
 
         if self._only_loopback and not _names_loopback(Request(scope)):
-            what = (
-                "this server has no keys and answers to localhost alone; give it an api_key_file to call it otherwise"
-            )
+            what = "this server has no keys and answers only as localhost; set api_key_file to use another host name"
             await refusal_response(HTTPException(421, what))(scope, receive, dated)
             return
         await self._app(scope, receive, dated)
@@ -124,7 +122,7 @@ class Front:
 def _names_loopback(request: Request) -> bool:
     try:
         return is_loopback(urlsplit(f"//{request.headers.get('host', '')}").hostname or "")
-    except ValueError:  # what is no address
+    except ValueError:  # not an address
         return False
 
 

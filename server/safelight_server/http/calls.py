@@ -1,7 +1,7 @@
-"""One HTTP request: reads it within bounds, runs a method, and answers or says why not.
+"""One HTTP request: reads it within bounds, runs a method, and sends its response or an error.
 
-Invariant: the bytes of a request are bounded before they are read, in number and
-in time, and are read from known callers alone.
+Invariants: the size of a body and the time to read it are bounded; only bodies of known
+callers are read.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ log = structlog.get_logger(__name__)
 BODY_S = 30.0
 """How long a client may take to send its request, after the headers."""
 DISCARD_S, DISCARDED_BYTES = 1.0, 1 << 20
-"""What is read of a body that is refused."""
+"""How long, and how many bytes at most, the body of a refused request is read."""
 CLOSE = {"connection": "close"}
-"""With an answer that comes before the whole request was read."""
+"""Headers of a response that is sent before the whole request was read."""
 
 
 class HttpCall:
     """A request that was read, and its response.
 
     Attributes:
-        request: its headers and path.
-        context: with which it calls methods of gRPC.
-        caller: who sends it.
-        body: of the request; empty until it was read, and where `form` has it.
+        request: the headers and the path.
+        context: the context with which it calls methods of gRPC.
+        caller: the sender.
+        body: the body; empty before it was read, and for a form.
         form: the body of a request that is a form.
-        held: what is kept for the body while it is in memory, such as room among the uploads.
-        status: the status code that was sent; 0 before.
+        held: resources that are held while the body is in memory, such as room among the uploads.
+        status: the status code that was sent; 0: none was sent yet.
     """
 
     def __init__(self, request: Request, send: Send) -> None:
@@ -61,7 +61,7 @@ class HttpCall:
         self._written_at = 0.0
 
     def drop_body(self) -> None:
-        """Frees the body, which is needed no more, and what was held for it. May be called twice."""
+        """Frees the body and the resources that were held for it. May be called twice."""
         self.body, self.form = b"", Form()
         self.held.close()
 
@@ -72,7 +72,7 @@ class HttpCall:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the last piece of the response."""
+        """Seconds since the last piece of the response was sent."""
         return asyncio.get_running_loop().time() - self._written_at
 
     async def start(self, headers: Mapping[str, str]) -> None:
@@ -81,7 +81,7 @@ class HttpCall:
         await self._pass({"type": "http.response.start", "status": 200, "headers": raw})
 
     async def write(self, data: bytes) -> None:
-        """Sends a piece, and waits until the client's connection takes more: what is asked for then is the newest."""
+        """Sends a piece and waits until the connection takes more, so that the caller then sends the newest preview."""
         await self._pass({"type": "http.response.body", "body": data, "more_body": True})
         await self._pass({"type": "http.response.body", "body": b"", "more_body": True})  # waits, and sends nothing
 
@@ -103,25 +103,25 @@ class HttpCall:
 Method = Callable[[HttpCall], Awaitable[Response | None]]
 """Answers a request: returns the response, or has sent it by itself."""
 Fail = Callable[[HttpCall, status_pb2.Status], Awaitable[None]]
-"""Says to the client why there is no answer, or why one that has begun goes no further."""
+"""Sends an error to the client, as the response or at the end of a response that has begun."""
 
 
 async def respond_error(call: HttpCall, status: status_pb2.Status) -> None:
-    """A `Fail` for responses that are sent whole: of one that has begun nothing more can be said."""
+    """A `Fail` for responses that are sent whole. Does nothing if the response has begun."""
     if not call.started:
         await call.respond(error_response(status))
 
 
 BodyReader = Callable[[HttpCall, Caller], Awaitable[None]]
-"""Reads the body of a request from a known caller into its call, within bounds of number and of time. Raises an
-HTTPException or a SafelightError where it is refused."""
+"""Reads the body of a request from a known caller into its call, with bounds on size and time. Raises an
+HTTPException or a SafelightError if the body is refused."""
 
 
 class Calls:
     """Runs the requests of all routes.
 
     Args:
-        max_body_bytes: bound on the body of a request, of routes that have no reader of their own.
+        max_body_bytes: bound on the body of a request, for routes without a reader of their own.
     """
 
     def __init__(self, identity: Identity, metrics: Metrics, max_body_bytes: int) -> None:
@@ -152,10 +152,10 @@ class Calls:
             log.exception("bug", route=route)
             failure = status_of(InternalError())
         if failure is not None:
-            await self._tell(call, failure, route, fail)
+            await self._send_failure(call, failure, route, fail)
         self._metrics.http_request(route, call.status)
 
-    async def _tell(self, call: HttpCall, failure: status_pb2.Status, route: str, fail: Fail) -> None:
+    async def _send_failure(self, call: HttpCall, failure: status_pb2.Status, route: str, fail: Fail) -> None:
         try:
             await fail(call, failure)
         except HTTPException as refusal:
@@ -165,7 +165,7 @@ class Calls:
             raise
 
     async def _answer(self, call: HttpCall, method: Method, read: BodyReader) -> Response | None:
-        # a handler asks again; here it is for the body, which is not read from strangers
+        # the handler recognizes the caller again; this is done here so that no body of an unknown caller is read
         call.caller = self._identity.recognize(call.context.invocation_metadata(), call.context.peer())
         try:
             await read(call, call.caller)
@@ -186,7 +186,7 @@ async def bounded(request: Request, most: int) -> AsyncGenerator[bytes, None]:
     """The pieces of a body.
 
     Raises:
-        HTTPException: it has more bytes than `most`.
+        HTTPException: the body has more bytes than `most`.
         ClientDisconnect: the client has left.
     """
     num_bytes = 0
@@ -200,10 +200,10 @@ async def bounded(request: Request, most: int) -> AsyncGenerator[bytes, None]:
 
 
 def num_announced(request: Request, most: int) -> int:
-    """The size of a body by its header; `most` where none says it.
+    """The size of a body by its content-length header; `most` if there is no such header.
 
     Raises:
-        HTTPException: it is larger than `most`.
+        HTTPException: the size is larger than `most`.
     """
     announced = int(request.headers.get("content-length", most))  # h11 has checked that it is a number
     if announced > most:
@@ -216,9 +216,9 @@ def _too_large(most: int) -> HTTPException:
 
 
 async def discard(request: Request) -> None:
-    """Reads what is left of a body that is refused, if that is little: else its client may lose the answer.
+    """Reads the rest of a refused body if it is small: otherwise the client may lose the response.
 
-    A connection that is closed while there are bytes to be read is reset.
+    A connection that is closed while there are unread bytes is reset.
     """
     with contextlib.suppress(TimeoutError, HTTPException, ClientDisconnect):
         async with asyncio.timeout(DISCARD_S), contextlib.aclosing(bounded(request, DISCARDED_BYTES)) as pieces:
@@ -231,7 +231,7 @@ async def timely(seconds: float) -> AsyncIterator[None]:
     """Bounds the time in which a body is read.
 
     Raises:
-        HTTPException: it has passed.
+        HTTPException: the time has passed.
     """
     try:
         async with asyncio.timeout(seconds):
@@ -241,7 +241,7 @@ async def timely(seconds: float) -> AsyncIterator[None]:
 
 
 class Endpoint:
-    """An ASGI application for one route, whose path has the pattern `path`."""
+    """The ASGI application of one route. `path` is the pattern of its path."""
 
     def __init__(
         self, calls: Calls, path: str, method: Method, fail: Fail = respond_error, reader: BodyReader | None = None

@@ -1,8 +1,8 @@
-"""A call of a gRPC method that comes over HTTP: what the method's handler needs of gRPC, and how the call ends.
+"""Replaces gRPC's context for methods that are called over HTTP: metadata, deadline, abort and cancellation.
 
 The handlers of `api/service.py` are called in this process with such a context
-in place of gRPC's. So callers, quotas, deadlines, traces, metrics and errors are
-the same for both, by construction.
+instead of gRPC's. So callers, quotas, deadlines, traces, metrics and errors are
+the same for both protocols, by construction.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CallAbortError(grpc.aio.AbortError):
     """A call has ended with a status.
 
     Attributes:
-        status: with all details.
+        status: the status with all details.
     """
 
     def __init__(self, status: status_pb2.Status) -> None:
@@ -47,9 +47,10 @@ class CallAbortError(grpc.aio.AbortError):
 
 
 class HttpContext:
-    """What a handler asks of gRPC, for one HTTP request. Made in the task that answers the request.
+    """The parts of grpc.aio.ServicerContext that handlers use, for one HTTP request.
 
-    Whoever ends the call from another task cancels that task: the server, the client by leaving, or the deadline.
+    It is made in the task that answers the request. When the server, the deadline or the client's leaving ends the call
+    from another task, that task is cancelled.
     """
 
     def __init__(self, request: Request) -> None:
@@ -89,11 +90,11 @@ class HttpContext:
 
     @contextlib.asynccontextmanager
     async def calling(self) -> AsyncIterator[None]:
-        """While the block runs, the client's leaving, the deadline and `abort` end it.
+        """Lets the client's leaving, the deadline and `abort` end the block.
 
         Raises:
-            CallAbortError: one of them has.
-            InvalidRequestError: the header `grpc-timeout` has another form.
+            CallAbortError: one of them has ended it.
+            InvalidRequestError: the header `grpc-timeout` is malformed.
         """
         loop = asyncio.get_running_loop()
         left_s = _time_left_s(self._request)
@@ -106,7 +107,7 @@ class HttpContext:
             yield
         except asyncio.CancelledError:
             if self._ended is None or self._task is None:
-                raise  # by someone else: the server stops
+                raise  # cancelled for another reason: the server stops
             self._task.uncancel()
         finally:
             self._task = None
@@ -117,19 +118,19 @@ class HttpContext:
             raise CallAbortError(self._ended)
 
     async def stream(self, handler: Handler, request: Message | bytes) -> AsyncGenerator[bytes, None]:
-        """The answers of a method that streams, serialized; within `calling`."""
+        """The serialized responses of a streaming method. Must be used within `calling`."""
         method = cast(Callable[[bytes, HttpContext], AsyncGenerator[bytes, None]], handler.unary_stream)
         async with contextlib.aclosing(method(_bytes(request), self)) as answers:
             async for answer in answers:
                 yield answer
 
     async def unary(self, handler: Handler, request: Message | bytes) -> bytes:
-        """The answer of a method that gives one, serialized; within `calling`."""
+        """The serialized response of a unary method. Must be used within `calling`."""
         method = cast(Callable[[bytes, HttpContext], Awaitable[bytes]], handler.unary_unary)
         return await method(_bytes(request), self)
 
     async def _listen(self) -> None:
-        """Ends the call when its client leaves. Nothing else is received: the body was read before."""
+        """Ends the call when its client leaves. The body was read before, so nothing else can be received."""
         while (await self._request.receive())["type"] != "http.disconnect":
             pass
         self._end_with(GenerationCancelledError("the client has gone"))
@@ -138,7 +139,7 @@ class HttpContext:
         self._end(status_of(error))
 
     def _end(self, status: status_pb2.Status) -> None:
-        """The first status counts. In the task of the call itself, whoever calls this raises."""
+        """Sets the status, unless there is one, and cancels the task of the call unless it is the current one."""
         if self._task is not None and self._ended is None:
             self._ended = status
             if asyncio.current_task() is not self._task:

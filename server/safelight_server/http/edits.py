@@ -1,9 +1,9 @@
-"""POST /v1/images/edits: pictures from a picture, as OpenAI's image API has it. Answers as `images.py` does.
+"""POST /v1/images/edits: pictures from a picture, as in OpenAI's image API. Responses are those of `images.py`.
 
-The files of the form are kept as ImageService keeps what clients upload, and
-named in the GenerateRequest. The room for them is that of the uploads.
-Invariant: no page of another origin makes the server work, which may send a form
-without being asked about (CORS).
+The files of the form are kept like uploads to ImageService, and are named in the
+GenerateRequest. They count as uploads in the bounds.
+Invariant: pages of other origins cannot make the server work. Browsers let a page send
+a form to any origin without a CORS preflight, so the origin is checked here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from safelight_server.http.images import ImageAnswer, ImageGenerations
 from safelight_server.http.images_request import EditParameters, edit_request, idempotency_key, parse_edit
 
 EDIT = "image_edit"
-"""How the events of a stream are called, before the dot."""
+"""The part before the dot of the event types of a stream."""
 NUM_FILES = 2
 
 
@@ -34,7 +34,7 @@ class EditReader:
     """Reads the form of an edit, within the bounds of uploads.
 
     Args:
-        max_text_bytes: bound on what the form has beside its files, and on each text of it.
+        max_text_bytes: bound on the parts of the form that are not files, together and each.
         cors_origins: origins whose pages may send forms; "*" for all.
     """
 
@@ -44,7 +44,7 @@ class EditReader:
         self._cors_origins = cors_origins
 
     async def __call__(self, call: HttpCall, caller: Caller) -> None:
-        """Reads it; keeps room among the uploads of the caller's tenant until the body is dropped."""
+        """Reads the form; reserves room among the uploads of the caller's tenant until the body is dropped."""
         request = call.request
         most = NUM_FILES * self._uploads.max_bytes + self._max_text_bytes
         try:
@@ -64,7 +64,7 @@ class EditReader:
         if origin is None or origin in self._cors_origins or "*" in self._cors_origins:
             return
         if urlsplit(origin).netloc != own:
-            what = f"pages of {origin[:256]} may not send forms here; http_cors_origins says whose may"
+            what = f"pages of {origin[:256]} may not send forms here; the operator can allow it by http_cors_origins"
             raise HTTPException(403, what, CLOSE)
 
 
@@ -72,7 +72,7 @@ class ImageEdits:
     """Answers requests for pictures from a picture.
 
     Args:
-        generations: develops and answers.
+        generations: develops the pictures and sends the responses.
     """
 
     def __init__(self, generations: ImageGenerations, uploads: ImageCalls, catalog: Catalog) -> None:
@@ -81,19 +81,19 @@ class ImageEdits:
         self._catalog = catalog
 
     async def edit(self, call: HttpCall) -> Response | None:
-        """Makes the pictures of a request; sends events, or returns the answer with all pictures."""
+        """Makes the pictures of a request. Sends events, or returns the response with all pictures."""
         parameters, message, pictures = await self._take(call)
         call.drop_body()
         return await self._generations.develop(call, parameters, message, pictures)
 
     async def _take(self, call: HttpCall) -> tuple[EditParameters, pb.GenerateRequest, ImageAnswer]:
         """Checks the form and keeps its files."""
-        asked = parse_edit(call.form)
-        message, pipeline = edit_request(asked.parameters, self._catalog, idempotency_key(call.request.headers))
-        image = await self._uploads.keep(call.caller, asked.image, "image")
+        edit = parse_edit(call.form)
+        message, pipeline = edit_request(edit.parameters, self._catalog, idempotency_key(call.request.headers))
+        image = await self._uploads.keep(call.caller, edit.image, "image")
         message.spec.init_image = image.name
-        if asked.mask is not None:
-            mask = await self._uploads.keep(call.caller, asked.mask, "mask", transparent=True)
+        if edit.mask is not None:
+            mask = await self._uploads.keep(call.caller, edit.mask, "mask", transparent=True)
             if (mask.width_px, mask.height_px) != (image.width_px, image.height_px):
                 what = (
                     f"has {mask.width_px}x{mask.height_px} pixels where the picture has "
@@ -101,4 +101,4 @@ class ImageEdits:
                 )
                 raise InvalidRequestError([FieldViolation("mask", what)])
             message.spec.mask = mask.name
-        return asked.parameters, message, ImageAnswer(asked.parameters, pipeline, EDIT)
+        return edit.parameters, message, ImageAnswer(edit.parameters, pipeline, EDIT)

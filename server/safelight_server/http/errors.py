@@ -34,14 +34,14 @@ STATUS_CODES: Mapping[grpc.StatusCode, int] = {
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
-"""HTTP status codes as google.rpc.Code has them."""
+"""The HTTP status code of each gRPC status, as google.rpc.Code documents it."""
 TYPES: Mapping[int, str] = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
 }
-"""OpenAI's `type` of an error, by status code; of others `invalid_request_error` below 500 and `server_error` above."""
+"""OpenAI's `type` of an error by status code. Others: `invalid_request_error` below 500, otherwise `server_error`."""
 _BY_NUMBER = {code.value[0]: status for code, status in STATUS_CODES.items()}
 Detail = TypeVar("Detail", bound=Message)
 
@@ -63,7 +63,7 @@ def error_body(status: status_pb2.Status) -> dict[str, Any]:
     more: dict[str, Any] = {}
     if (bad := _detail(status, error_details_pb2.BadRequest)) is not None:
         body["error"]["param"] = bad.field_violations[0].field
-        more["violations"] = [{"param": one.field, "message": one.description} for one in bad.field_violations]
+        more["violations"] = [{"param": fault.field, "message": fault.description} for fault in bad.field_violations]
     info = _detail(status, error_details_pb2.ErrorInfo)
     if info is not None and info.metadata:
         more["metadata"] = dict(info.metadata)
@@ -73,21 +73,21 @@ def error_body(status: status_pb2.Status) -> dict[str, Any]:
 
 
 def error_response(status: status_pb2.Status) -> JSONResponse:
-    """A status as a response. Its headers say after how many seconds a retry makes sense, and whether one does."""
+    """A status as a response. Its headers say whether a retry makes sense, and after how many seconds."""
     headers = {}
     retry = _detail(status, error_details_pb2.RetryInfo)
     if retry is not None:
         headers["retry-after"] = str(math.ceil(retry.retry_delay.ToTimedelta().total_seconds()))
-    # OpenAI's clients retry what has a status code of 429 or above 499, unless this header says that it is in vain.
-    worth = retry is not None or status.code == grpc.StatusCode.UNAVAILABLE.value[0]
-    headers["x-should-retry"] = "true" if worth else "false"
+    # OpenAI's clients retry status codes 429 and above 499, unless this header is "false"
+    should_retry = retry is not None or status.code == grpc.StatusCode.UNAVAILABLE.value[0]
+    headers["x-should-retry"] = "true" if should_retry else "false"
     if status.code == grpc.StatusCode.UNAUTHENTICATED.value[0]:
         headers["www-authenticate"] = "Bearer"
     return JSONResponse(error_body(status), status_code(status), headers)
 
 
 def refusal_response(refusal: HTTPException) -> JSONResponse:
-    """A refusal that only HTTP has, such as of a path or a content type; its code is the name of its status."""
+    """The response for a refusal that only HTTP has, such as of a path; its code is the name of the HTTP status."""
     code = HTTPStatus(refusal.status_code).name
     return JSONResponse(_body(refusal.status_code, refusal.detail, code), refusal.status_code, headers=refusal.headers)
 

@@ -1,9 +1,9 @@
 """gRPC-Web: the methods of the gRPC services for pages in browsers, without a proxy.
 
 A request is one message in a frame (a byte of flags, four bytes of length). The
-answer has a frame for each message, then one with the status as trailers, which
-browsers could not see as trailers of HTTP. The text form is the same in base64.
-As gRPC-Web's specification has it (PROTOCOL-WEB.md of grpc/grpc).
+response has a frame for each message, then a frame with the status as trailers,
+because browsers do not show HTTP trailers to pages. The text form is the same in
+base64. Specification: PROTOCOL-WEB.md of grpc/grpc.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ ANSWERS: Mapping[str, str] = {
     TEXT: TEXT,
     "application/grpc-web-text": TEXT,
 }
-"""The content type of the answer, by that of the request."""
+"""The content type of the response, by that of the request."""
 HEAD = struct.Struct(">BL")
 MESSAGE, TRAILERS = 0x00, 0x80
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
-"""What `grpc-message` has as it is; the rest is percent-encoded."""
+"""Characters that `grpc-message` has unchanged; all others are percent-encoded."""
 
 
 class GrpcWebMethod:
@@ -68,7 +68,7 @@ def _kind(call: HttpCall) -> str:
     """The content type of the answer.
 
     Raises:
-        HTTPException: the request is none of gRPC-Web.
+        HTTPException: the request is not gRPC-Web.
     """
     given = call.request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if given not in ANSWERS:
@@ -88,7 +88,7 @@ def _message(call: HttpCall) -> bytes:
     """The message in the one frame of a request.
 
     Raises:
-        InvalidRequestError: it has another form.
+        InvalidRequestError: the body is not one uncompressed message in a frame.
     """
     data, whole = call.body, False
     if _kind(call) == TEXT:

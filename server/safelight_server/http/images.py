@@ -2,9 +2,9 @@
 
 A stream has `image_generation.partial_image` for each preview, in the encoding
 of the picture, then `image_generation.completed` for each picture, or `error`.
-It asks for the next preview only when its client's connection takes more: a slow
-reader gets fewer and newer ones. What OpenAI's API has no word for is in the
-object `safelight` of the answer. `edits.py` answers in the same way.
+It pulls the next preview only when its client's connection takes more: a slow
+reader gets fewer and newer previews. Facts that OpenAI's API has no field for are
+in the object `safelight` of the response. `edits.py` uses this module too.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from safelight_server.http.images_request import (
 )
 
 GENERATION = "image_generation"
-"""How the events of a stream are called, before the dot."""
+"""The part before the dot of the event types of a stream."""
 ERROR = "error"
 EVENT_STREAM: Mapping[str, str] = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
-    "x-accel-buffering": "no",  # nginx would keep the events back
+    "x-accel-buffering": "no",  # nginx would buffer the events
 }
 SILENCE_S, COMMENT = 15.0, b":\n\n"
-"""After so long without an event a stream gets a comment, so that no proxy takes it for dead."""
+"""After so long without an event a comment is sent, so that no proxy closes the connection as idle."""
 
 
 class ImageAnswer:
-    """What has come of a generation so far: its outputs as they arrive, and what is said of them.
+    """Collects the outputs of a generation as they arrive, and makes OpenAI's events and responses of them.
 
     Args:
-        parameters: what was asked for.
-        pipeline: of the model that makes the pictures.
-        kind: how the events of its stream are called, before the dot.
+        parameters: the parameters of the request.
+        pipeline: the pipeline that makes the pictures.
+        kind: the part before the dot of the event types of its stream.
     """
 
     def __init__(self, parameters: ImageParameters, pipeline: Pipeline, kind: str = GENERATION) -> None:
@@ -64,15 +64,15 @@ class ImageAnswer:
         self._num_ended = 0
 
     def accept(self, accepted: pb.Accepted) -> None:
-        """Takes the first event of a generation."""
+        """Handles the first event of a generation."""
         self._accepted = accepted
 
     def add(self, chunk: pb.ArtifactChunk) -> None:
-        """Takes a piece of a picture."""
+        """Adds a piece of a picture."""
         self._data.setdefault(chunk.output_index, bytearray()).extend(chunk.data)
 
     def partial(self, event: pb.GenerationEvent) -> dict[str, Any] | None:
-        """The event for a preview; None where as many of its picture as were asked for have been sent."""
+        """The event for a preview; None if as many as requested were sent for its picture."""
         index = event.preview.output_index
         number = self._num_partial.get(index, 0)
         if number == (self._parameters.partial_images or 0):
@@ -82,7 +82,7 @@ class ImageAnswer:
         return self._event("partial_image", event, index, data) | {"partial_image_index": number}
 
     def completed(self, event: pb.GenerationEvent) -> dict[str, Any] | None:
-        """The event for an output that has ended with a picture; None for the last one, which `last` sends."""
+        """The event for an output that has ended with a picture; None for the last output, which `last` handles."""
         ended = event.output_finished
         self._num_ended += 1
         if self._num_ended == len(self._accepted.spec.outputs) or ended.output_index not in self._data:
@@ -91,13 +91,13 @@ class ImageAnswer:
         return self._event("completed", event, ended.output_index, data) | {"usage": self._usage(0, 1)}
 
     def last(self, event: pb.GenerationEvent) -> dict[str, Any]:
-        """The last event of a stream, with the picture that came last and what is said of the whole request."""
+        """The last event of a stream: the picture that came last, and the facts of the whole request."""
         [(index, data)] = self._data.items()
         more = {"usage": self._usage(1, 1), "safelight": self._more(event)}
         return self._event("completed", event, index, _base64(data)) | more
 
     def answer(self, event: pb.GenerationEvent) -> dict[str, Any]:
-        """The answer to a request without a stream: all pictures, in the order of their outputs."""
+        """The response to a request without a stream: all pictures, in the order of their outputs."""
         return {
             "created": event.event_time.seconds,
             "data": [{"b64_json": _base64(self._data[index])} for index in sorted(self._data)],
@@ -113,7 +113,7 @@ class ImageAnswer:
         return f"{self._accepted.spec.width_px}x{self._accepted.spec.height_px}"
 
     def _event(self, what: str, event: pb.GenerationEvent, index: int, data: str) -> dict[str, Any]:
-        """An event of a stream. `image_index` is not OpenAI's, whose events have no place for several pictures."""
+        """An event of a stream. `image_index` is an addition: OpenAI's events do not distinguish several pictures."""
         return {
             "type": f"{self._kind}.{what}",
             "image_index": index,
@@ -126,12 +126,12 @@ class ImageAnswer:
         }
 
     def _usage(self, num_inputs: int, num_images: int) -> dict[str, Any]:
-        """Tokens: of text, those of the prompt; of images, the places of their latents.
+        """Usage in tokens: text has those of the prompt, an image has one for each position of its latent.
 
-        The usages of the events of a stream are together that of the answer without one: the input counts once.
+        The usages of all events of a stream sum to that of a response without a stream: the input counts once.
         """
         spec, tokenizer = self._accepted.spec, self._pipeline.tokenizer
-        assert tokenizer is not None  # else the request would not have been accepted
+        assert tokenizer is not None  # the request would not have been accepted without one
         text = num_inputs * min(tokenizer.encode(spec.prompt).num_tokens, tokenizer.max_tokens)
         _, height, width = self._pipeline.latent_shape(spec.width_px, spec.height_px)
         given = num_inputs * height * width if spec.init_image else 0
@@ -145,7 +145,7 @@ class ImageAnswer:
         }
 
     def _more(self, event: pb.GenerationEvent) -> dict[str, Any]:
-        """What OpenAI's answer has no place for. Equal seeds give equal pictures where `numerics_id` is equal."""
+        """Facts that OpenAI's response has no field for. With equal `numerics_id` equal seeds give equal pictures."""
         accepted, finished = self._accepted, event.finished
         spec, dispositions = accepted.spec, pb.CacheResult.Disposition
         more = {
@@ -169,7 +169,7 @@ class ImageAnswer:
         return more | self._cost(finished.usage)
 
     def _cost(self, usage: pb.Usage) -> dict[str, Any]:
-        """The cost of the compute, where the server has a price."""
+        """The cost of the compute; empty if the server has no price."""
         if not usage.HasField("cost"):
             return {}
         return {"cost": {"currency": usage.cost.currency_code, "nanos": usage.cost.nanos}}
@@ -183,7 +183,7 @@ class ImageGenerations:
         self._catalog = catalog
 
     async def generate(self, call: HttpCall) -> Response | None:
-        """Makes the pictures of a request; sends events, or returns the answer with all pictures."""
+        """Makes the pictures of a request. Sends events, or returns the response with all pictures."""
         _check_json(call)
         parameters = parse(call.body)
         message, pipeline = generate_request(parameters, self._catalog, idempotency_key(call.request.headers))
@@ -192,7 +192,7 @@ class ImageGenerations:
     async def develop(
         self, call: HttpCall, parameters: ImageParameters, message: pb.GenerateRequest, pictures: ImageAnswer
     ) -> Response | None:
-        """Makes the pictures of a message; sends events, or returns the answer with all pictures."""
+        """Makes the pictures of a GenerateRequest. Sends events, or returns the response with all pictures."""
         last = None
         try:
             async with aclosing(call.context.stream(self._handler, message)) as events:
@@ -216,7 +216,7 @@ class ImageGenerations:
                             last = event
         except CallAbortError as error:
             raise CallAbortError(in_parameters(error.status, message.request_id)) from None
-        if last is None:  # it was ended from outside, which the context says
+        if last is None:  # the call was ended from outside, which the context reports
             return None
         if not parameters.stream:
             return JSONResponse(pictures.answer(last))
@@ -226,7 +226,7 @@ class ImageGenerations:
 
 
 async def send_error(call: HttpCall, status: status_pb2.Status) -> None:
-    """Answers with an error, or ends a stream of events with one, which OpenAI's clients raise."""
+    """Sends an error response, or ends a stream with an error event, which OpenAI's clients raise."""
     if not call.started:
         await call.respond(error_response(status))
         return
@@ -235,14 +235,14 @@ async def send_error(call: HttpCall, status: status_pb2.Status) -> None:
 
 
 def _check_json(call: HttpCall) -> None:
-    """Refuses other bodies. A page of another origin cannot send JSON without being asked about (CORS)."""
+    """Refuses bodies that are not JSON: browsers send JSON to another origin only after a CORS preflight."""
     kind = call.request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise HTTPException(415, "send content-type: application/json", CLOSE)
 
 
 async def _send(call: HttpCall, event: Mapping[str, Any] | None) -> None:
-    """Sends an event of a stream, which has the name of its type."""
+    """Sends an event of a stream; None sends nothing. The event's name is its type."""
     if event is not None:
         data = json.dumps(event, separators=(",", ":")).encode()
         await call.write(b"event: %b\ndata: %b\n\n" % (event["type"].encode(), data))

@@ -2,10 +2,10 @@
 
 The parameters are those of OpenAI's API and, with names that Safelight adds,
 `seed`, `num_inference_steps`, `guidance_scale`, `guidance_rescale`,
-`guidance_interval` and `negative_prompt`; edits have `strength` too. What the
-models cannot do is refused by the name of its parameter, never passed over. The
-GenerateRequest is then checked like any other; `in_parameters` gives the faults
-found there the names of the parameters. Pure, but for random seeds.
+`guidance_interval` and `negative_prompt`; edits have `strength` too. Parameters that
+the models do not support are refused by name, never ignored. The GenerateRequest is
+then checked like any other; `in_parameters` names the faults found there by the
+parameters. Pure apart from random seeds.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from safelight_server.validation.violations import Violations, listed
 from safelight_server.wire.statuses import status_of
 
 SEED_BITS = 53
-"""Random seeds have so many bits, as many as are exact in a number of JavaScript."""
+"""Random seeds have so many bits, as many as JavaScript's numbers represent exactly."""
 MAX_SEED = 2**64 - 1
 MAX_INT32 = 2**31 - 1
 MAX_USER_CHARS = 255
 MAX_NAME_CHARS = 64
-"""What is shown of a parameter that there is not."""
+"""Characters of an unknown parameter's name that an error shows."""
 KEY_HEADER, MAX_KEY_CHARS = "idempotency-key", 255
 REQUEST_IDS = uuid.UUID("5d1f6c4e-8a0b-5f57-9e55-3f0f6a2f4b71")
-"""Names request ids that are made of keys (UUIDs of version 5)."""
+"""Namespace of the request ids that are made of idempotency keys (UUIDs of version 5)."""
 NO_QUALITY = "a model has one quality; leave it out, or choose num_inference_steps"
 TO_EDITS = "goes with POST /v1/images/edits, which makes pictures from pictures"
 UNSUPPORTED: Mapping[str, str] = {
     "style": "models have no styles; leave it out, and describe the style in the prompt",
-    "input_fidelity": "leave it out; strength, of POST /v1/images/edits, says how much of the picture is given up",
+    "input_fidelity": "leave it out; strength, of POST /v1/images/edits, sets how much of the picture may change",
     "image": TO_EDITS,
     "mask": TO_EDITS,
     "strength": TO_EDITS,
 }
-"""Parameters of OpenAI's API that are refused, and what to do."""
+"""Parameters of OpenAI's API that are refused, with what to do instead."""
 ONLY: Mapping[str, str] = {
     "quality": f"must be auto or standard: {NO_QUALITY}",
     "background": "must be auto or opaque: pictures have no transparency",
@@ -60,7 +60,7 @@ ONLY: Mapping[str, str] = {
     "output_format": "must be png, jpeg or webp",
     "size": 'must be auto or WIDTHxHEIGHT, such as "64x64"',
 }
-"""What may be said of parameters with few values."""
+"""The error of a parameter with another value than the few that it allows."""
 PARAMETERS: Mapping[str, str] = {
     "spec.prompts[0].text": "negative_prompt",
     "spec.guidance_interval.start": "guidance_interval",
@@ -73,11 +73,11 @@ PARAMETERS: Mapping[str, str] = {
     "encoding.quality": "output_compression",
     "labels": "user",
 }
-"""The parameter for a path in a GenerateRequest, where that is not its last part."""
+"""The parameter for a path in a GenerateRequest, if its name is not the last part of the path."""
 
 
 class ImageParameters(BaseModel):
-    """The parameters of a request; None: as if it were not there."""
+    """The parameters of a request. An explicit null means the same as an absent parameter."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -108,7 +108,7 @@ class ImageParameters(BaseModel):
 
 
 class EditParameters(ImageParameters):
-    """The parameters of an edit, beside its pictures."""
+    """The parameters of an edit, without its pictures."""
 
     strength: float | None = None
 
@@ -153,7 +153,7 @@ def parse_edit(form: Form) -> ImageEdit:
         if name not in texts:
             faults.add(shown.removesuffix("[]"), "must be a file, with a filename")
         elif len(values) > 1:
-            faults.add(shown, f"is there {len(values)} times; send it once")
+            faults.add(shown, f"occurs {len(values)} times; send it once")
     files = dict(form.files)
     images = [*files.pop("image", ()), *files.pop("image[]", ())]
     masks = files.pop("mask", ())
@@ -162,10 +162,10 @@ def parse_edit(form: Form) -> ImageEdit:
         what = "must be a text, without a filename" if known else "is no parameter of this server; leave it out"
         faults.add(name[:MAX_NAME_CHARS], what)
     if not {"image", "image[]"} & form.texts.keys():
-        many = f"is there {len(images)} times; pictures are made from one"
+        many = f"occurs {len(images)} times; send one picture to start from"
         faults.check(bool(images), "image", "is missing: send the file of the picture to start from")
         faults.check(len(images) < 2, "image", many)
-    faults.check(len(masks) < 2, "mask", f"is there {len(masks)} times; send it once")
+    faults.check(len(masks) < 2, "mask", f"occurs {len(masks)} times; send it once")
     parameters = None
     try:
         parameters = EditParameters.model_validate_strings(texts)
@@ -185,17 +185,17 @@ def _add(error: ValidationError, faults: Violations) -> None:
 
 
 def _check_together(parameters: ImageParameters, faults: Violations) -> None:
-    """Checks what is right or wrong only beside other parameters."""
+    """Checks parameters that depend on each other."""
     faults.check(parameters.stream is True or not parameters.partial_images, "partial_images", "only with stream: true")
     lossy = parameters.output_compression is None or parameters.format != "png"
     faults.check(lossy, "output_compression", "png has none; leave it out, or choose jpeg or webp")
 
 
 def idempotency_key(headers: Headers) -> str:
-    """The Idempotency-Key of a request; "" where it has none.
+    """The Idempotency-Key of a request; "" if it has none.
 
     Raises:
-        InvalidRequestError: it is empty or too long.
+        InvalidRequestError: the key is empty or too long.
     """
     key = headers.get(KEY_HEADER)
     if key is None:
@@ -209,11 +209,11 @@ def idempotency_key(headers: Headers) -> str:
 def generate_request(
     parameters: ImageParameters, catalog: Catalog, key: str = ""
 ) -> tuple[pb.GenerateRequest, Pipeline]:
-    """The GenerateRequest of the parameters, and the pipeline that it asks for.
+    """The GenerateRequest of the parameters, and the pipeline of its model.
 
-    A client that leaves cannot come back to its generation, which is therefore cancelled at once; unless the request
-    has an idempotency key. That is its request id and decides its seeds, so that the same request gives the same
-    message when it is sent again.
+    A client that disconnects cannot come back to its generation, which is therefore cancelled at once. With an
+    idempotency key it can: the key gives the request id and the seeds, so that the same request makes the same message
+    when it is sent again.
 
     Raises:
         NotFoundError: there is no such model.
@@ -235,7 +235,7 @@ def generate_request(
     if parameters.guidance_interval is not None:
         spec.guidance_interval.start, spec.guidance_interval.end = parameters.guidance_interval
     first = parameters.seed
-    too_many = pipeline.manifest.limits.max_outputs + 1  # is refused as well as any larger number
+    too_many = pipeline.manifest.limits.max_outputs + 1  # enough to be refused, and bounds the loop
     for index in range(min(parameters.n or 1, too_many)):
         seed = _chosen_seed(key, index) if first is None else (first + index) % (MAX_SEED + 1)
         spec.outputs.add(seed=seed)
@@ -253,11 +253,11 @@ def generate_request(
 
 
 def edit_request(parameters: EditParameters, catalog: Catalog, key: str = "") -> tuple[pb.GenerateRequest, Pipeline]:
-    """The GenerateRequest of an edit but for its pictures, and the pipeline that it asks for.
+    """The GenerateRequest of an edit without its pictures, and the pipeline of its model.
 
     Raises:
         NotFoundError: there is no such model.
-        InvalidRequestError: it cannot start from pictures.
+        InvalidRequestError: the model cannot start from pictures.
     """
     request, pipeline = generate_request(parameters, catalog, key)
     if not pipeline.has_encoder:
@@ -272,7 +272,7 @@ def edit_request(parameters: EditParameters, catalog: Catalog, key: str = "") ->
 
 
 def _chosen_seed(key: str, index: int) -> int:
-    """A seed that nobody has asked for: random, or by the idempotency key."""
+    """A seed for a request that names none: random, or derived from the idempotency key."""
     if not key:
         return secrets.randbits(SEED_BITS)
     digest = hashlib.sha256(f"{index} {key}".encode()).digest()
@@ -280,12 +280,12 @@ def _chosen_seed(key: str, index: int) -> int:
 
 
 def _set_previews(request: pb.GenerateRequest, parameters: ImageParameters, pipeline: Pipeline) -> None:
-    """The first partial image after the first step, the others evenly over the rest; encoded as the picture."""
+    """Requests previews: the first after the first step, the others evenly over the rest, encoded as the picture."""
     if not parameters.partial_images:
         request.preview.method = pb.PREVIEW_METHOD_NONE
         return
     num_steps = parameters.num_inference_steps or pipeline.manifest.defaults.num_inference_steps
-    if isinstance(parameters, EditParameters):  # whose first steps are left out
+    if isinstance(parameters, EditParameters):  # an edit skips its first steps
         strength = DEFAULT_STRENGTH if parameters.strength is None else parameters.strength
         num_steps -= steps_left_out(num_steps, min(1.0, max(0.0, strength)))
     request.preview.every_n_steps = max(1, math.ceil(num_steps / parameters.partial_images))
@@ -299,20 +299,20 @@ def _pipeline(name: str, catalog: Catalog) -> Pipeline:
 
 
 def in_parameters(status: status_pb2.Status, request_id: str = "") -> status_pb2.Status:
-    """The status with the names of the parameters in place of the paths in the GenerateRequest.
+    """The status with the names of parameters instead of paths in the GenerateRequest.
 
     Args:
-        request_id: made of an idempotency key, which then stands in its place.
+        request_id: a request id that was made of an idempotency key; the message then names the key instead.
     """
     bad = error_details_pb2.BadRequest()
     if request_id and request_id in status.message:
-        told = status_pb2.Status()
-        told.CopyFrom(status)
-        told.message = status.message.replace(f"request_id {request_id}", "this Idempotency-Key")
-        return told
+        renamed = status_pb2.Status()
+        renamed.CopyFrom(status)
+        renamed.message = status.message.replace(f"request_id {request_id}", "this Idempotency-Key")
+        return renamed
     if status.code != code_pb2.INVALID_ARGUMENT or not any(detail.Unpack(bad) for detail in status.details):
         return status
-    violations = [FieldViolation(_parameter(one.field), one.description) for one in bad.field_violations]
+    violations = [FieldViolation(_parameter(fault.field), fault.description) for fault in bad.field_violations]
     return status_of(InvalidRequestError(violations))
 
 
@@ -321,7 +321,7 @@ def _parameter(field: str) -> str:
 
 
 def _named(fault: ErrorDetails) -> tuple[str, str]:
-    """The parameter that pydantic finds at fault, and what to change."""
+    """The name of the parameter of a pydantic error, and what to change."""
     name, kind = str(fault["loc"][0])[:MAX_NAME_CHARS] if fault["loc"] else "body", fault["type"]
     if kind == "extra_forbidden":
         return name, UNSUPPORTED.get(name, "is no parameter of this server; leave it out")

@@ -1,4 +1,4 @@
-"""GET /v1/models: the models as OpenAI's API lists them; `safelight` has what each offers, as ModelService says it."""
+"""GET /v1/models: the models as OpenAI's API lists them; the object `safelight` of each is ModelService's Model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safelight_server.http.context import Rpcs
 
 OWNER = "safelight"
 CREATED = 0
-"""Unix time at which a model was made: manifests have none, and OpenAI's API wants one."""
+"""Unix time at which a model was made: OpenAI's API requires one, and manifests have none."""
 
 
 class ModelListing:
@@ -29,8 +29,8 @@ class ModelListing:
         """All models, in the order of their names."""
         models, token = list[models_pb2.Model](), ""
         while True:
-            asked = models_pb2.ListModelsRequest(page_size=MAX_PAGE_SIZE, page_token=token)
-            page = models_pb2.ListModelsResponse.FromString(await call.context.unary(self._list, asked))
+            message = models_pb2.ListModelsRequest(page_size=MAX_PAGE_SIZE, page_token=token)
+            page = models_pb2.ListModelsResponse.FromString(await call.context.unary(self._list, message))
             models.extend(page.models)
             token = page.next_page_token
             if not token:
@@ -38,8 +38,8 @@ class ModelListing:
 
     async def get_model(self, call: HttpCall) -> JSONResponse:
         """The model of the path."""
-        asked = models_pb2.GetModelRequest(name=f"models/{call.request.path_params['model']}")
-        answer = models_pb2.GetModelResponse.FromString(await call.context.unary(self._get, asked))
+        message = models_pb2.GetModelRequest(name=f"models/{call.request.path_params['model']}")
+        answer = models_pb2.GetModelResponse.FromString(await call.context.unary(self._get, message))
         return JSONResponse(self._model(answer.model))
 
     def _model(self, model: models_pb2.Model) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Listens for HTTP/1.1 with uvicorn, in the event loop of the gRPC server, and bounds what clients can hold.
+"""Listens for HTTP/1.1 with uvicorn, in the event loop of the gRPC server, and bounds connections and slow clients.
 
-Bounds: connections, the size and the time of a request's headers, idle
-connections, and clients that do not read. uvicorn has the first three in part:
-it never ends a connection that sends its headers one byte at a time (uvicorn's
-issue 157), nor one that reads nothing.
+Bounds: connections, the size and the time of a request's headers, idle connections,
+and clients that do not read. uvicorn has only a part of these: it never ends a
+connection that sends its headers one byte at a time (uvicorn's issue 157), nor one that
+reads nothing.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from uvicorn.server import ServerState
 HEAD_S = 10.0
 """How long a client may take for the headers of a request, and for the handshake of TLS."""
 KEEP_ALIVE_S = 75
-"""How long a connection may lie idle between requests; longer than the pause of most pools of connections."""
+"""How long a connection may be idle between requests; longer than most connection pools keep one."""
 MAX_HEAD_BYTES = 16 << 10
 BACKLOG = 1024
 UNSENT_BYTES = 16 << 10
-"""What the kernel keeps of a stream before it says that it takes no more: later previews are made later."""
+"""Unsent bytes of a connection in the kernel above which writes wait, so that a preview is made as late as possible."""
 CANCEL_S = 1.0
 """How long requests that were cancelled may take to end."""
 POLL_S = 0.02
@@ -34,11 +34,11 @@ POLL_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
-    """What clients may hold.
+    """Bounds on the connections of clients.
 
     Attributes:
         max_connections: open connections of all clients.
-        stall_s: how long a client may read nothing of what is there for it.
+        stall_s: how long a client may read nothing while there is something to read.
     """
 
     max_connections: int
@@ -48,8 +48,8 @@ class HttpLimits:
 class BoundedProtocol(H11Protocol):
     """uvicorn's protocol of one connection, with the bounds that it lacks.
 
-    Two timers: one runs while the headers of a request are awaited and some of them are there, or none has come since
-    the connection was made; the other one while the client does not read.
+    There are two timers. The head timer runs from the beginning of a connection or the first byte of a request until
+    its headers are complete. The stall timer runs while the client does not read.
     """
 
     def __init__(self, config: uvicorn.Config, state: ServerState, limits: HttpLimits) -> None:
@@ -60,24 +60,24 @@ class BoundedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
-        # A write waits until the kernel has all of the one before. With 0 TLS takes an empty buffer for a full one.
+        # A write waits until the kernel has the previous one. high=0 would not do: TLS takes an empty buffer for full.
         transport.set_write_buffer_limits(high=1, low=0)
         if len(self.connections) > self._limits.max_connections:
             transport.abort()
             return
-        self._await_head()
+        self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_has_come()
-        self._client_reads()
+        self._stop_head_timer()
+        self._stop_stall_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:
-            self._await_head()
+            self._start_head_timer()
         else:
-            self._head_has_come()
+            self._stop_head_timer()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -85,25 +85,25 @@ class BoundedProtocol(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._client_reads()
+        self._stop_stall_timer()
 
-    def _await_head(self) -> None:
+    def _start_head_timer(self) -> None:
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(HEAD_S, self.transport.abort)
 
-    def _head_has_come(self) -> None:
+    def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _client_reads(self) -> None:
+    def _stop_stall_timer(self) -> None:
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
 
 
 class HttpServer:
-    """Serves an ASGI application on a socket that listens.
+    """Serves an ASGI application on a listening socket.
 
     Attributes:
         address: HOST:PORT.
@@ -122,18 +122,18 @@ class HttpServer:
         limits: HttpLimits,
         tls: ssl.SSLContext | None,
     ) -> HttpServer:
-        """Begins to serve, in the clear where `tls` is None."""
+        """Begins to serve; without TLS if `tls` is None."""
         config = uvicorn.Config(
             app,
             http="h11",
             ws="none",
             lifespan="off",
             log_config=None,
-            log_level="critical",  # what goes wrong within a request is logged where it is answered
+            log_level="critical",  # errors within a request are logged by `calls.py`
             access_log=False,
-            proxy_headers=False,  # the address of a caller is the one that calls, as over gRPC
+            proxy_headers=False,  # a caller's address is that of its connection, as over gRPC
             server_header=False,
-            date_header=False,  # by the application, as uvicorn's own clock would be one more task
+            date_header=False,  # `app.Front` adds it; uvicorn would run one more task for its clock
             timeout_keep_alive=KEEP_ALIVE_S,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             reset_contextvars=True,
@@ -151,13 +151,13 @@ class HttpServer:
         return cls(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", server, state)
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no more connections, lets answers be sent for `grace_s`, and closes what is left.
+        """Stops listening, lets responses be sent for `grace_s`, and then closes the remaining connections.
 
-        A second call with a shorter grace cuts the first one short.
+        A second call with a shorter grace ends the first one early.
         """
         self._server.close()
         for connection in list(self._state.connections):
-            connection.shutdown()  # an idle one closes; another one after its answer
+            connection.shutdown()  # closes an idle connection at once, and a busy one after its response
         await self._idle_within(grace_s)
         for task in self._state.tasks:
             task.cancel()
@@ -166,7 +166,7 @@ class HttpServer:
         await self._idle_within(CANCEL_S)
 
     async def _idle_within(self, seconds: float) -> None:
-        """Waits until there is neither a connection nor a request, for so many seconds at most."""
+        """Waits until there is neither a connection nor a request, for `seconds` at most."""
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
         while (self._state.connections or self._state.tasks) and loop.time() < until:  # noqa: ASYNC110  # uvicorn's sets
@@ -174,10 +174,10 @@ class HttpServer:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that is bound to the address. What it accepts keeps little that was not sent yet.
+    """A socket bound to the address. Its connections keep few unsent bytes in the kernel (`UNSENT_BYTES`).
 
     Raises:
-        OSError: the address is taken, or not this machine's.
+        OSError: the address is in use, or not this machine's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     both = host == "::" and socket.has_dualstack_ipv6()  # as gRPC binds it

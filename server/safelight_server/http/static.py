@@ -1,8 +1,8 @@
 """The contact sheet: a page that develops pictures in a browser, from files of this package.
 
-It calls the server by gRPC-Web, as any page may. The files are the same for
-everyone and hold nothing, so no key is asked for; the calls of the page need one
-as any other call does.
+It calls the server by gRPC-Web, as any page may. The files are the same for everyone
+and contain no secrets, so they need no key; the calls of the page need one like any
+other call.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ TYPES = {
     ".svg": "image/svg+xml",
 }
 HEADERS = {
-    # Pictures are blobs that the page makes of what it was sent. Nothing else comes from anywhere but this server.
+    # Pictures are blobs that the page makes of received bytes. Everything else comes from this server.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    "cache-control": "no-cache",  # ask each time; the ETag saves the bytes
+    "cache-control": "no-cache",  # browsers revalidate each time; the ETag saves the transfer
 }
 
 
@@ -45,7 +45,7 @@ def _route(address: str, path: Path) -> Route:
     headers = HEADERS | {"etag": f'"{hashlib.sha256(data).hexdigest()[:32]}"', "content-type": TYPES[path.suffix]}
 
     async def answer(request: Request) -> Response:
-        known = {one.strip().removeprefix("W/") for one in request.headers.get("if-none-match", "").split(",")}
+        known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
         if headers["etag"] in known or "*" in known:
             return Response(status_code=304, headers=headers)
         return Response(data, headers=headers)

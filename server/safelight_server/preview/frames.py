@@ -1,13 +1,12 @@
-"""The frames of one execution (how its output looks at a step) and the previews that streams pull of the newest one.
+"""The frames of one execution (how its output looks at a step), and the previews that streams pull of the newest frame.
 
-Between the execution, which hands a frame over where a step is due, and
-`stream/previews.py`, which asks for previews. All generations that share an
-execution share its feed. Invariants: a latent is decoded at most once per
-method, and scaled and encoded at most once per method, encoding and size,
-however many streams ask; without subscribers nothing is due and no frame is
-kept. Pixels are scaled and encoded in a bounded pool of threads, not on the
-event loop, except those of a linear preview so small that the loop would work
-longer at handing it over.
+The execution hands a frame to its feed when the step is due, and `stream/previews.py`
+requests previews of it. All generations that share an execution share its feed.
+Invariants: a latent is decoded at most once per method, and scaled and encoded at
+most once per method, encoding and size, however many streams request it; without
+subscribers nothing is due and no frame is kept. Pixels are scaled and encoded in a
+bounded pool of threads, not on the event loop. The exception is a linear preview that
+is so small that handing it to a thread would cost the loop more.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ from safelight_server.telemetry import tracing
 log = structlog.get_logger(__name__)
 
 MAX_PREVIEW_BYTES = 3_500_000
-"""gRPC clients refuse messages over 4 MiB unless told otherwise. Said in the proto at `PreviewPolicy`."""
+"""gRPC clients refuse messages over 4 MiB by default. The proto documents this bound at `PreviewPolicy`."""
 SMALL_PX = 32 * 32
-"""Made on the loop as raw or JPEG it costs 28 us of CPU, by a thread 80 to 130 us in all (AVX-512 machine)."""
+"""Up to this size a raw or JPEG preview costs 28 us of CPU on the loop, and 80 to 130 us in a thread (AVX-512)."""
 Decode = Callable[[FloatArray, Component], Coroutine[None, None, FloatArray | None]]
 COMPONENTS = {
     PreviewMethod.TINY_DECODER: Component.PREVIEW_DECODER,
@@ -47,8 +46,7 @@ class RenderedPreview:
     """A preview that is ready to be sent.
 
     Attributes:
-        messages: its event in serialized form, by generation and output, once a stream has needed it; kept for the
-            other streams.
+        messages: the serialized event by generation and output, kept for the other streams once one has needed it.
     """
 
     step: int
@@ -59,12 +57,12 @@ class RenderedPreview:
 
 @dataclass(eq=False, slots=True)
 class Frame:
-    """How an output looks at a step, and what was made of it so far.
+    """How an output looks at a step, with the images and previews that were made of it.
 
     Attributes:
         step: steps made.
         denoised: estimate of the clean latent, (C, h, w), a copy.
-        auto: what AUTO means for this frame, once a stream has asked for it: the same for all streams.
+        auto: the method that AUTO means for this frame, the same for all streams; None: no stream has used AUTO yet.
         images: decoded images, by method.
         previews: encoded previews, by method, encoding and largest edge in pixels.
     """
@@ -82,17 +80,16 @@ class FrameFeed:
     """The newest frame of an execution, the streams that wait for frames, and the making of previews.
 
     Args:
-        decode: runs a decoder between the steps; None where a newer frame took its place.
-        load: share of instance time asked for: 0 idle, 1 all of it, more when work waits.
+        decode: runs a decoder between the steps; returns None if a newer frame replaced this one.
+        load: share of instance time in demand: 0 idle, 1 all of it, more when work waits.
         pool: threads for scaling and encoding.
-        on_pixels: gets the step and the pixels (H, W, 3) of each preview, in the thread that makes it.
-        composite: makes of the pixels (H, W, 3) of a preview those that are shown, in a thread; None: they are as they
-            should be.
+        on_pixels: called with the step and the pixels (H, W, 3) of each preview, in the thread that makes it.
+        composite: changes the pixels (H, W, 3) of a preview before they are shown, in a thread; None: no change.
 
     Attributes:
-        newest: None: no subscriber has needed one yet.
-        next_due: the first step whose frame some subscriber wants; infinity: none. Where a subscriber left or wants
-            less, it may be one frame too early.
+        newest: the newest frame; None: no subscriber has needed a frame yet.
+        next_due: the first step whose frame a subscriber needs; infinity: there is none. After a subscriber has left or
+            changed its policy this may be one frame too early.
         num_rendered: previews made so far.
     """
 
@@ -120,22 +117,22 @@ class FrameFeed:
     # --- frames ---
 
     def frame(self, step: int, denoised: FloatArray) -> None:
-        """Takes the denoised latent (C, h, w) of a step that is due, in place of the frame before."""
+        """Replaces the newest frame by the denoised latent (C, h, w) of a step that is due."""
         self.newest = Frame(step, denoised)
         self.next_due = min([offer(step) for offer in list(self._subscribers.values())], default=math.inf)
 
     def subscribe(self, subscriber: Hashable, first_due: float, offer: Callable[[int], float]) -> None:
-        """Adds a subscriber, or changes what it wants.
+        """Adds a subscriber, or replaces its subscription.
 
         Args:
-            first_due: the first step whose frame it wants.
-            offer: called with the step of each new frame; returns the next step that it wants.
+            first_due: the first step whose frame it needs.
+            offer: called with the step of each new frame; returns the next step whose frame it needs.
         """
         self._subscribers[subscriber] = offer
         self.next_due = min(self.next_due, first_due)
 
     def unsubscribe(self, subscriber: Hashable) -> None:
-        """Removes a subscriber. Unknown ones are ignored."""
+        """Removes a subscriber. Unknown subscribers are ignored."""
         self._subscribers.pop(subscriber, None)
         if not self._subscribers:
             self.newest, self.next_due = None, math.inf
@@ -145,7 +142,9 @@ class FrameFeed:
     def render(
         self, frame: Frame, wanted: PreviewMethod, encoding: PixelEncoding, max_edge_px: int | None
     ) -> asyncio.Task[RenderedPreview | None]:
-        """The preview of a frame, or None where a newer frame took its place. Shared: do not cancel it."""
+        """The task that makes a preview of a frame; its result is None if a newer frame replaced it. Do not cancel it:
+        other streams share it.
+        """
         if wanted is PreviewMethod.AUTO:
             frame.auto = frame.auto or choose_method(wanted, self._load(), self._pipeline.has_preview_decoder)
             wanted = frame.auto
@@ -175,7 +174,7 @@ class FrameFeed:
         return RenderedPreview(frame.step, method, picture)
 
     async def _decode_newest(self, frame: Frame, method: PreviewMethod) -> FloatArray | None:
-        """Decodes a frame unless a newer one is being decoded: a stream that lags must not take another's place."""
+        """Decodes a frame unless a newer one is being decoded: a slow stream must not delay newer frames."""
         if frame.step < self._decoded_step.get(method, 0):
             return None
         self._decoded_step[method] = frame.step
@@ -199,6 +198,6 @@ class FrameFeed:
 
 
 def _log_failure(task: asyncio.Task[RenderedPreview | None]) -> None:
-    # A preview that cannot be made costs its streams that preview and nothing else; the log must still have it.
+    # streams only miss a preview that fails, so nothing else would show the fault
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("preview_failed", exc_info=error)

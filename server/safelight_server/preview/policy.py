@@ -1,7 +1,7 @@
 """When a preview is due, what it may cost and how it is made. Pure: no clock, no tensors.
 
 `stream/previews.py` has a `Cadence` for each output and a `Budget` for each
-stream; `frames.py` asks `choose_method`.
+stream; `frames.py` calls `choose_method`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import math
 from safelight_server.domain.request import PreviewMethod, PreviewPolicy
 
 BUSY = 0.7
-"""Share of instance time asked for above which AUTO takes the linear preview."""
+"""Load of the instances above which AUTO takes the linear preview."""
 IDLE = 0.5
-"""Share up to which AUTO may use the full decoder, where a pipeline has no other."""
+"""Load up to which AUTO may use the full decoder, for a pipeline without a preview decoder."""
 
 
 class Cadence:
@@ -25,31 +25,31 @@ class Cadence:
         self._last_s = -math.inf
 
     def due(self, step: int, now: float, *, busy: bool) -> bool:
-        """Whether a preview of `step` (from 1) is wanted.
+        """Whether a preview of `step` (from 1) is due.
 
         Args:
-            busy: one is being made or waits to be sent: the interval begins when it is sent.
+            busy: whether a preview is being made or waits to be sent: the interval begins when that is sent.
         """
         if self._interval_s > 0:
             return not busy and now - self._last_s >= self._interval_s
         return step == 1 or step % self._every == 0
 
     def next_due(self, step: int) -> int:
-        """The first step after `step` of which `due` may hold; with an interval that depends on the time: the next."""
+        """The first step after `step` that may be due; with an interval, which depends on the time, the next step."""
         if self._interval_s > 0:
             return step + 1
         return step + self._every - step % self._every if step else 1
 
     def sent(self, now: float) -> None:
-        """A preview was handed over."""
+        """Notes that a preview was sent."""
         self._last_s = now
 
 
 class Budget:
     """Preview bytes per second: a token bucket of one second, in debt by at most about one preview.
 
-    A size is known only when a preview has been made. Until then it is held
-    for as much as the one before took, or for the whole bucket.
+    The size of a preview is known only after it was made. Until then the size of the
+    last preview is assumed, or the whole bucket for the first.
     """
 
     def __init__(self, bytes_per_second: int | None, now: float) -> None:
@@ -60,7 +60,7 @@ class Budget:
         self._typical = self._tokens
 
     def hold(self, now: float) -> bool:
-        """Begins a preview, if it may be made now; `settle` ends it."""
+        """Reserves tokens for a preview. False: it must not be made now. `settle` ends the reservation."""
         if self._rate is not None:
             self._tokens = min(float(self._rate), self._tokens + (now - self._at) * self._rate)
             self._at = now
@@ -70,7 +70,7 @@ class Budget:
         return True
 
     def settle(self, num_bytes: int) -> None:
-        """A preview that was begun is sent and had this size, or came to nothing: 0."""
+        """Ends a reservation: the preview was sent and had this size, or was not sent (0)."""
         self._num_held -= 1
         self._tokens -= num_bytes
         self._typical = float(num_bytes) or self._typical

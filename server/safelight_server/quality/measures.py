@@ -1,4 +1,4 @@
-"""Measures of pictures: how near two are, how sharp, how colourful and how light one is. Pure.
+"""Measures of pictures: the distance of two, and the sharpness, colourfulness and lightness of one. Pure.
 
 docs/operations/watching.md has the formulas and units for operators.
 """
@@ -27,9 +27,9 @@ def distances(one: Pixels, others: Pixels) -> npt.NDArray[np.float64]:
     """Distances of a thumbnail (h, w, 3) uint8 to N others (N, h, w, 3).
 
     Returns:
-        (N,): mean absolute difference over pixels and channels; 0 for equal ones, 1 for black and white.
+        (N,): mean absolute difference over pixels and channels; 0 for equal thumbnails, 1 for black and white.
     """
-    difference = np.maximum(others, one) - np.minimum(others, one)  # in bytes: a quarter of the time
+    difference = np.maximum(others, one) - np.minimum(others, one)  # in bytes: takes a quarter of the time of floats
     means: npt.NDArray[np.float64] = difference.reshape(len(others), -1).mean(axis=1)
     return means / 255
 
@@ -52,7 +52,7 @@ def sharpness(light: FloatPixels) -> float:
 
 
 def colourfulness(pixels: Pixels) -> float:
-    """The colourfulness M of a picture (H, W, 3): 0 for grey, above 60 for quite colourful ones.
+    """The colourfulness M of a picture (H, W, 3): 0 for grey, above 60 for a quite colourful picture.
 
     Hasler and Süsstrunk, "Measuring colourfulness in natural images", SPIE 5007, 2003.
     """

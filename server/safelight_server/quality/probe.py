@@ -1,9 +1,9 @@
 """Samples developed pictures and measures them in threads, for the metrics of creative quality.
 
 A sample keeps a thumbnail of the newest preview of each quarter of its steps; with the picture they are measured in the
-pool of threads that encodes pictures. Invariants: a picture that is not sampled costs one random number; measurements
-that wait are bounded, and what is beyond the bound is counted and not measured; a measurement that fails is logged and
-costs the client nothing.
+pool of threads that encodes pictures. Invariants: a picture that is not sampled costs one random number; the queue of
+measurements is bounded, and samples beyond the bound are counted instead of measured; a measurement that fails is
+logged and does not affect the client.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_PENDING = 8
 """Measurements that wait or run at once."""
 QUARTERS = 4
 WINDOW = 256
-"""Sampled pictures of a model among which a near-duplicate is looked for: the newest."""
+"""The newest sampled pictures of a model, among which near-duplicates are looked for."""
 NEAR = 0.02
 """Distance of thumbnails up to which two pictures are near-duplicates; docs/operations/watching.md says why."""
 
@@ -47,22 +47,22 @@ class QualityProbe:
         self._metrics = metrics
         self._pool = pool
         self._chance = chance
-        self._lock = threading.Lock()  # for what follows: threads measure
+        self._lock = threading.Lock()  # guards the attributes below, which threads use
         self._num_pending = 0
         self._newest: dict[str, deque[tuple[Hashable, Pixels]]] = {}
 
     def begin(self, model: str, num_steps: int, origin: Hashable) -> DevelopmentSample | None:
-        """The sample of an output that begins; None where it is not sampled.
+        """Decides about an output that begins. Returns its sample; None: it is not sampled.
 
         Args:
-            origin: equal for outputs that have the same seed and prompts, which are no near-duplicates of each other.
+            origin: equal for outputs with the same seed and prompts, which do not count as near-duplicates.
         """
         if self._chance() >= self._ratio:
             return None
         return DevelopmentSample(self, model, num_steps, origin)
 
     def measure(self, sample: DevelopmentSample, pixels: Pixels) -> None:
-        """Measures a finished picture (H, W, 3) in a thread, unless too many wait. On the event loop."""
+        """Measures a finished picture (H, W, 3) in a thread, unless too many wait. Call it on the event loop."""
         with self._lock:
             room = self._num_pending < MAX_PENDING
             self._num_pending += room
@@ -101,7 +101,7 @@ class QualityProbe:
 
 
 class DevelopmentSample:
-    """One output that is sampled: thumbnails of its previews.
+    """The thumbnails of the previews of one sampled output.
 
     Args:
         origin: see `QualityProbe.begin`.
@@ -117,7 +117,7 @@ class DevelopmentSample:
     def preview(self, step: int, pixels: Pixels) -> None:
         """Keeps a thumbnail of a preview (H, W, 3) after `step` steps, unless its quarter has a later one.
 
-        Called in whatever thread makes the preview.
+        Called in the thread that makes the preview.
         """
         quarter = min(QUARTERS, 1 + (step - 1) * QUARTERS // self._num_steps)
         if quarter not in self._newest or self._newest[quarter][0] < step:
@@ -128,5 +128,5 @@ class DevelopmentSample:
         return {quarter: small for quarter, (_, small) in list(self._newest.items())}
 
     def finish(self, pixels: Pixels) -> None:
-        """Has the finished picture (H, W, 3) measured."""
+        """Measures the finished picture (H, W, 3) in the background."""
         self._probe.measure(self, pixels)

@@ -5,8 +5,8 @@ The file is one JSON object:
     {"default": {"requests": {"per_s": 5, "burst": 20}, "compute_s": {"per_s": 0.5, "burst": 60}},
      "tenants": {"studio": {"requests": {"per_s": 50, "burst": 200}}, "lab": {"compute_s": null}}}
 
-What a tenant's entry leaves out is as in `default`; null is no limit, and so is
-what `default` leaves out.
+A limit that a tenant's entry leaves out is that of `default`. There is no limit where
+the value is null, or `default` leaves it out.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _LimitsFile(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class TenantLimits:
-    """What a tenant may do; None: as much as it likes.
+    """The limits of a tenant; None: no limit.
 
     Attributes:
         requests: requests a second, and how many at once.
@@ -63,7 +63,7 @@ class TenantLimits:
 
 @dataclass(frozen=True, slots=True)
 class QuotaLimits:
-    """The limits of all tenants: those of some, and of all others."""
+    """The limits of all tenants: `tenants` by name, `default` for all others."""
 
     default: TenantLimits
     tenants: dict[str, TenantLimits]
@@ -86,7 +86,7 @@ def parse(path: Path, data: bytes) -> QuotaLimits:
     """Reads the content of a quota file.
 
     Raises:
-        ConfigFileError: it cannot be used; with all faults.
+        ConfigFileError: the file cannot be used; the error lists all faults.
     """
     try:
         found = _LimitsFile.model_validate_json(data)

@@ -1,11 +1,11 @@
 """Admits the requests of tenants within their quotas, and charges what they compute.
 
 Each tenant has two token buckets: requests, and seconds of compute. A request
-takes one token of the first and is admitted while the second is above zero; what
-it computes is charged when it has been computed, and may leave a debt. With Redis
-the buckets are shared by all replicas. While Redis cannot be reached each replica
-goes on alone, from what it knew last and with the same limits; compute of that
-time is charged when Redis is back, up to one burst for each replica.
+takes one token of the first and is admitted while the second is above zero. Its
+compute is charged afterwards, and may leave a debt. With Redis the buckets are shared
+by all replicas. While Redis cannot be reached each replica uses its own buckets, which
+begin at the last known values and have the same limits; compute of that time is charged
+when Redis is back, up to one burst for each replica.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REQUESTS, COMPUTE = "requests", "compute"
 ABOVE_ZERO = 1e-6
 """Seconds of compute that must be left for a request to be admitted."""
 CHARGE_EVERY_S = 0.25
-"""How often what was computed is charged to the shared buckets: how late another replica may learn of it."""
+"""How often compute is charged to the shared buckets, and so how late other replicas see it."""
 MAX_CHARGES = 500
 """Tenants that one call of the script charges; it must be short, and Lua returns 8,000 values at most."""
 UNLIMITED = QuotaLimits(TenantLimits(), {})
@@ -36,9 +36,9 @@ class Quotas:
     """The quotas of all tenants.
 
     Args:
-        file: the limits of all tenants; None: there are none.
-        shared: the buckets of all replicas; None: this one is alone.
-        private: what a tenant is called where others may read it.
+        file: the limits of all tenants; None: there are no limits.
+        shared: the buckets of all replicas; None: there is only this replica.
+        private: turns a tenant's name into one that Redis may hold.
         clock: monotonic seconds.
     """
 
@@ -85,7 +85,7 @@ class Quotas:
             raise _refusal(tenant, demands, tokens)
 
     def charge(self, tenant: str, seconds: float) -> None:
-        """Charges a tenant for compute that was made for it."""
+        """Charges a tenant for compute, in seconds."""
         rate = self._limits.of(tenant).compute_s
         if rate is None:
             return
@@ -94,22 +94,22 @@ class Quotas:
             self._owed[tenant] += seconds
 
     async def views(self, tenants: Sequence[str]) -> list[QuotaView]:
-        """The quotas of tenants at this moment, as far as this replica can know."""
-        asked = {tenant: self._demands(tenant, cost=0.0) for tenant in tenants}
-        demands = [BucketDemand(one.bucket, one.rate) for found in asked.values() for one in found.values()]
+        """The present quotas of tenants: those of Redis, or of this replica if Redis does not answer."""
+        by_tenant = {tenant: self._demands(tenant, cost=0.0) for tenant in tenants}
+        demands = [BucketDemand(one.bucket, one.rate) for found in by_tenant.values() for one in found.values()]
         _, tokens = await self._spend(demands) if demands else (True, [])
         held = {demand.bucket: left for demand, left in zip(demands, tokens, strict=True)}
         return [
             QuotaView(tenant, _view(found.get(REQUESTS), held), _view(found.get(COMPUTE), held))
-            for tenant, found in asked.items()
+            for tenant, found in by_tenant.items()
         ]
 
     async def close(self) -> None:
-        """Charges what is not charged yet, if Redis can be reached."""
+        """Charges the compute that is not charged yet, if Redis can be reached."""
         await self._charge_shared()
 
     def _demands(self, tenant: str, cost: float) -> dict[str, BucketDemand]:
-        """What a request of a tenant needs, by kind of bucket; empty where the tenant has no limit."""
+        """What a request of a tenant needs, by kind of bucket; empty if the tenant has no limit."""
         limits, found = self._limits.of(tenant), {}
         if limits.requests is not None:
             found[REQUESTS] = BucketDemand(self._bucket(REQUESTS, tenant), limits.requests, needed=1.0, cost=cost)
@@ -125,8 +125,8 @@ class Quotas:
             try:
                 enough, tokens = await self._shared.spend(demands)
             except StoreError:
-                return self._local.spend(demands)  # this replica goes on alone
-            self._local.put(demands, tokens)  # from here, if Redis goes away
+                return self._local.spend(demands)
+            self._local.put(demands, tokens)  # where the local buckets begin if Redis fails
             return enough, tokens
         return self._local.spend(demands)
 
@@ -136,7 +136,7 @@ class Quotas:
             await self._charge_shared()
 
     async def _charge_shared(self) -> None:
-        """Charges the shared buckets what is owed to them; what cannot be charged now is kept, up to one burst."""
+        """Charges the shared buckets for all compute since the last call. What fails is kept, up to one burst."""
         if self._shared is None:
             return
         owed, self._owed = self._owed, defaultdict(float)
@@ -165,7 +165,7 @@ def _view(demand: BucketDemand | None, held: dict[str, float]) -> BucketView | N
 
 
 def _refusal(tenant: str, demands: dict[str, BucketDemand], tokens: Sequence[float]) -> QuotaExceededError:
-    """Why a request is refused: for the limit that lasts longest, with the time until all of them allow it."""
+    """The error of a refused request: names the limit with the longest wait, after which all limits allow it."""
     left = dict(zip(demands, tokens, strict=True))
     waits = {kind: demand.rate.wait_s(left[kind], demand.needed) for kind, demand in demands.items()}
     kind = max(waits, key=lambda one: waits[one])
@@ -180,7 +180,7 @@ def _refusal(tenant: str, demands: dict[str, BucketDemand], tokens: Sequence[flo
             retry_after_s=waits[kind],
         )
     return QuotaExceededError(
-        f"{subject} sends too many requests: {rate.per_s:g} a second, up to {rate.burst:g} at once",
+        f"{subject} sends too many requests: {rate.per_s:g} a second are allowed, up to {rate.burst:g} at once",
         reason="REQUEST_RATE_EXCEEDED",
         metadata=metadata | {"bound": "requests"},
         retry_after_s=waits[kind],

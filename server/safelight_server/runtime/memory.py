@@ -1,4 +1,4 @@
-"""How much memory there is, and how many rows of a call fit: so that neither a start nor a batch ends the process."""
+"""How much memory is available and how many rows of a call fit, so that neither a load nor a batch exhausts it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from safelight_server.runtime.base import RuntimeStartError
 log = structlog.get_logger(__name__)
 
 LOAD_FACTOR = 3
-"""Memory that loading takes, in sizes of the file: what is read, and its float16 as float32."""
+"""Memory that loading takes, as a multiple of the file's size: the file itself, and its float16 as float32."""
 CALL_SHARE = 0.8
-"""Share of what is available that calls may take; the rest is for latents, pictures and caches."""
+"""Share of the available memory that calls may take; the rest is for latents, pictures and caches."""
 
 
 def available_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
@@ -39,7 +39,7 @@ def check_load(file: Path, available: int | None = None) -> None:
     """Refuses a model whose weights do not fit.
 
     Raises:
-        RuntimeStartError: with the arithmetic.
+        RuntimeStartError: they do not fit; the message has the arithmetic.
     """
     available = available_bytes() if available is None else available
     data = file.with_name(DATA_FILE)
@@ -52,13 +52,13 @@ def check_load(file: Path, available: int | None = None) -> None:
 
 
 def bound_rows(max_rows: int, row_bytes: int, num_instances: int, available: int | None = None) -> int:
-    """The largest batch, at most `max_rows`, of which every instance can run one at once.
+    """The largest batch, at most `max_rows`, that all instances can run at once.
 
     Args:
-        row_bytes: memory that a row takes; 0 where nobody has measured it.
+        row_bytes: memory of a row; 0: it was not measured.
 
     Raises:
-        RuntimeStartError: not even one row fits; with the arithmetic.
+        RuntimeStartError: not even one row fits; the message has the arithmetic.
     """
     available = available_bytes() if available is None else available
     if not row_bytes or available is None:

@@ -63,8 +63,8 @@ class OnnxRuntime:
         """Loads, verifies and measures every component of every pipeline; leaves out pipelines where that fails.
 
         Raises:
-            RuntimeStartError: a component cannot be loaded or run, takes more memory than there is, or does not give
-                the same bits twice; and its pipeline may not be left out.
+            RuntimeStartError: a component cannot be loaded or run, takes more memory than is available, or does not
+                give the same bits twice; and its pipeline may not be left out.
         """
         for pipeline in list(self._catalog.pipelines.values()):
             try:

@@ -75,7 +75,7 @@ def simulated_pipeline() -> Pipeline:
 
 
 class SimulatedRuntime:
-    """Sleeps in place of computing; implements `runtime.base.Runtime`.
+    """Sleeps instead of computing; implements `runtime.base.Runtime`.
 
     Args:
         base_s: seconds that a denoiser call takes without its rows.

@@ -94,14 +94,14 @@ def example(inputs: Sequence[InputSpec], rows: int) -> dict[str, Array]:
 
 
 async def warm_up_sizes(call: Call, inputs: Sequence[Sequence[InputSpec]], bound: int) -> CostCurve | None:
-    """Like `warm_up`, with the inputs at several sizes of pictures: what is offered was verified at each of them.
+    """Like `warm_up` for several sizes of pictures: batch sizes are offered only if they were verified at each size.
 
     Returns:
         The cost curve at the first size; None if a size does not give the same bits when it is run again.
     """
     curves = []
-    for one in inputs:
-        curve = await warm_up(call, one, bound)
+    for specs in inputs:
+        curve = await warm_up(call, specs, bound)
         if curve is None:
             return None
         curves.append(curve)

@@ -18,7 +18,7 @@ class Cells:
 
     Attributes:
         zero_terminal_snr: whether its noise schedule can be rescaled to zero terminal SNR.
-        max_steps: None where the training timesteps alone bound them.
+        max_steps: most steps; None: only the training timesteps bound them.
     """
 
     compile: formulas.Compiler
@@ -41,11 +41,11 @@ SAMPLERS: dict[str, Cells] = {
         formulas.flow_match_euler, ("flow",), spacings=("trailing", "linspace"), zero_terminal_snr=False
     ),
 }
-"""The samplers by name. What is not finite for a schedule and a number of steps is refused as well: see `table.py`."""
+"""The samplers by name. `table.py` also refuses combinations with values that are not finite."""
 
 
 def refused_by_name(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int) -> str | None:
-    """Why a combination is not among the cells, or None where it is."""
+    """Why a combination is not among the cells; None: it is."""
     cells = SAMPLERS.get(spec.name)
     if cells is None:
         return f"unknown sampler {spec.name!r}"

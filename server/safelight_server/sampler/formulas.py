@@ -30,7 +30,7 @@ LCM_SIGMA_DATA = 0.5
 
 
 class Rows(NamedTuple):
-    """What a formula computes; see `table.SamplerTable`.
+    """The columns that a formula computes; see `table.SamplerTable`.
 
     Attributes:
         levels: (N + 1, 2) columns signal and noise.
@@ -55,7 +55,7 @@ def _table(
     noise: Doubles,
     **columns: Doubles | float,
 ) -> Rows:
-    """`signal` and `noise` are those before each step, (N,); after the last one they are 1 and 0."""
+    """Joins the columns. `signal` and `noise` are levels before each step, (N,); after the last they are 1 and 0."""
     count = len(timesteps)
     stacked = np.stack([np.broadcast_to(np.asarray(columns.get(name, 0.0)), count) for name in "abcdef"], axis=1)
     levels = np.stack([np.broadcast_to(np.asarray(signal), count), noise], axis=1)

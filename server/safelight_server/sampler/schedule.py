@@ -16,7 +16,7 @@ import numpy.typing as npt
 Doubles = npt.NDArray[np.float64]
 
 ZERO_SNR_ALPHA = 2.0**-24
-"""What the samplers in sigma take for a last alpha of zero, so that the first sigma is finite."""
+"""Value that samplers in sigma use for a last alpha of zero, so that the first sigma is finite."""
 
 KARRAS_RHO = 7.0
 
@@ -100,7 +100,7 @@ def timesteps_of(schedule: NoiseSchedule, spacing: str, num_steps: int, endpoint
     """Training timesteps of the steps, falling, (num_steps,) (Lin et al. 2023, table 2).
 
     Args:
-        endpoint: whether the last step may stand on the clean end; DPM-Solver leaves one place more.
+        endpoint: whether the last step may be at the clean end; without it one more position is left free.
     """
     total, places = schedule.num_train_timesteps, num_steps + (not endpoint)
     if spacing == "linspace":
@@ -118,7 +118,7 @@ def karras(sigma_max: float, sigma_min: float, num_steps: int) -> Doubles:
 
 
 def timestep_of_sigma(sigmas: Doubles, levels: Doubles) -> Doubles:
-    """Where `sigmas` lie between the training timesteps' `levels`, by the logarithm; float64 timesteps."""
+    """The timesteps of `sigmas`, interpolated by logarithm between the training timesteps' `levels`; float64."""
     logs = np.log(levels.astype(np.float32))  # as in diffusers: where timesteps are cut to integers, last bits show
     wanted = np.log(np.maximum(sigmas, 1e-10))
     low = (np.searchsorted(logs.astype(np.float64), wanted, side="right") - 1).clip(0, len(logs) - 2)

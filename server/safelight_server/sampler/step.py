@@ -14,7 +14,7 @@ INITIAL, STEP, POSTERIOR = 0, 1, 2
 def advance(
     x: Floats, prediction: Floats, denoised_previous: Floats, noise: Floats | None, coefficients: Floats
 ) -> tuple[Floats, Floats]:
-    """The sampler's step: each row by its own coefficients, with the same bits in any batch at any place.
+    """The sampler's step: each row by its own coefficients, with the same bits in any batch at any position.
 
     Args:
         x: latents, (B, C, h, w) float32.
@@ -31,7 +31,7 @@ def advance(
     x_next = a * x + b * prediction + c * denoised_previous
     if noise is not None:
         x_next += d * noise
-    x_next += 0.0  # no -0.0, whose sign would tell whether another row had noise
+    x_next += 0.0  # turns -0.0 into 0.0: otherwise its sign would depend on whether another row has noise
     return x_next, denoised
 
 
@@ -51,8 +51,8 @@ def rescale(guided: Floats, cond: Floats, share: Floats) -> Floats:
     if not share.any():
         return guided
     factors = np.ones(len(share), np.float32)
-    for row in np.flatnonzero(share):  # one by one: sums over several rows might round differently in other batches
-        wanted, found = (float(one[row].astype(np.float64).std()) for one in (cond, guided))
+    for row in np.flatnonzero(share):  # row by row: sums over several rows might round differently in other batches
+        wanted, found = (float(values[row].astype(np.float64).std()) for values in (cond, guided))
         if found:  # a prediction without contrast has none to scale
             factors[row] = share[row] * (wanted / found) + (1 - share[row])
     scaled: Floats = guided * factors[:, None, None, None]
@@ -60,13 +60,13 @@ def rescale(guided: Floats, cond: Floats, share: Floats) -> Floats:
 
 
 def noised(clean: Floats, noise: Floats, level: Floats) -> Floats:
-    """A clean latent (C, h, w) as it is before a step: `level` (2,) has the shares of signal and noise."""
+    """A clean latent (C, h, w) with the noise of a step. `level` (2,) has the factors of signal and noise."""
     x: Floats = level[0] * clean + level[1] * noise
     return x
 
 
 def keep_outside(x: Floats, kept: Floats, mask: Floats) -> Floats:
-    """`x` where `mask` (h, w) is 1, `kept` where it is 0, and a mixture between: (C, h, w) each."""
+    """`x` where `mask` (h, w) is 1, `kept` where it is 0, and a mixture in between: (C, h, w) each."""
     return mask * x + (1 - mask) * kept
 
 

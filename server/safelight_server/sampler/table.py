@@ -28,11 +28,11 @@ from safelight_server.sampler.schedule import Doubles, NoiseSchedule, SamplerSpe
 Floats = npt.NDArray[np.float32]
 
 VERSION = 2
-"""Part of `numerics_id`: raised whenever a table's values change."""
+"""Part of `numerics_id`: increased whenever the values of a table change."""
 
 
 class UnsupportedSamplerError(ValueError):
-    """A combination that is not offered; the message says which and why."""
+    """The combination is not offered; the message says which and why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +40,13 @@ class SamplerTable:
     """The compiled sampler. Its arrays are shared and read-only.
 
     Attributes:
-        timesteps: (N,) the timestep that the denoiser is given at each step.
+        timesteps: (N,) the denoiser's timestep input at each step.
         in_scale: (N,) factor of the denoiser's input.
         coefficients: (N, 6) columns a, b, c, d, e, f.
-        init_scale: x before the first step is this times unit noise.
+        init_scale: x before the first step is this factor times unit noise.
         levels: (N + 1, 2) columns signal and noise: x before step n of a clean latent z is signal z + noise (unit
             noise); after the last step 1 and 0.
-        first_step: the first step that is made; those before it are left out.
+        first_step: the first step that is made; the steps before it are skipped.
     """
 
     timesteps: Floats
@@ -103,20 +103,20 @@ def compile_table(
 
 
 def steps_left_out(num_steps: int, strength: float) -> int:
-    """How many steps are not made where a picture is given up by `strength`, 0 to 1, as diffusers counts them."""
+    """How many steps are skipped when development starts from a picture with `strength`, 0 to 1, as in diffusers."""
     return num_steps - min(int(num_steps * strength), num_steps)
 
 
 def guided_steps(num_steps: int, start: float, end: float) -> range:
-    """The steps, from 0, that have guidance where it is limited to the shares from `start` to `end` of all steps.
+    """The steps, from 0, that have guidance if it is limited to the shares from `start` to `end` of all steps.
 
-    Counted as the guiders of diffusers do (`BaseGuidance`, `start` and `stop`).
+    They are counted as the guiders of diffusers do (`BaseGuidance`, `start` and `stop`).
     """
     return range(int(start * num_steps), int(end * num_steps))
 
 
 def refusal(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int) -> str | None:
-    """Why a combination is not offered, or None where it is."""
+    """Why a combination is not offered; None: it is."""
     try:
         compile_table(spec, schedule, prediction_type, num_steps)
     except UnsupportedSamplerError as error:
@@ -129,7 +129,8 @@ def supported_cells(max_steps: int = 50) -> Mapping[Cell, str | None]:
     """The one table of what is offered, for Stable Diffusion's noise schedule and eta 0.
 
     Returns:
-        For each cell None where 1 to `max_steps` steps are offered, else why, after the number of steps from which on.
+        For each cell None if 1 to `max_steps` steps are offered; otherwise from which number of steps it is refused
+        and why.
     """
     choices = itertools.product(SAMPLERS, PREDICTION_TYPES, SPACINGS, SIGMA_SCHEDULES, (False, True))
     return MappingProxyType({cell: _first_refusal(cell, max_steps) for cell in itertools.starmap(Cell, choices)})
@@ -156,7 +157,7 @@ def _refused_by_value(
 ) -> str | None:
     what = f"{spec.name} with {spec.spacing} spacing and {prediction_type}"
     if table.num_steps != num_steps:
-        return f"{what} comes to {table.num_steps} steps where {num_steps} are asked for"
+        return f"{what} gives {table.num_steps} steps instead of {num_steps}"
     if num_steps > 1 and table.timesteps[0] == table.timesteps[1]:
         return f"the first two of {num_steps} steps fall on one timestep"
     if table.timesteps[0] >= schedule.num_train_timesteps and prediction_type != "flow":

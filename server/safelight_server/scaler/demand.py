@@ -2,14 +2,16 @@
 
 Work is counted in seconds of compute: the time that one instance takes for it in
 full batches, so that a replica does `instances` such seconds in each second.
-Three needs are looked at, and the largest counts:
+Three needs are computed, and the largest counts:
 
-- arrivals: what is asked for now, and no more than `utilization` of the fleet;
-- queue: for each span, all that must be done within it is done within it (the
-  demand bound of earliest-deadline-first; Baruah, Rosier and Howell 1990). The
-  classes without a deadline have one each: how long their work may wait. A queue
-  that is later than that is worked off beside what arrives meanwhile;
-- forecast: what will be asked for when a replica that is started now is ready.
+- arrivals: the compute that is requested now may take at most `utilization` of the
+  fleet;
+- queue: for each time span, all work that is due within it is done within it (the
+  demand bound of earliest-deadline-first; Baruah, Rosier and Howell 1990). Each class
+  has such a span: how long its work may wait. If a queue is late, the work that arrives
+  meanwhile is added;
+- forecast: the compute that will be requested when a replica that is started now is
+  ready.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ class Demand:
     """The load of a fleet at one moment.
 
     Attributes:
-        left_s: seconds of compute that are left of what was accepted, by class.
-        due_s: seconds of compute with a deadline within so many seconds, by that span.
-        rate: seconds of compute that are asked for in a second, over the last minute.
-        live_instances: instances that work now, over all replicas.
-        forecast: the same as `rate`, the highest of the moments that were forecast; None: there is no forecast.
+        left_s: seconds of compute that are left for accepted outputs, by class.
+        due_s: seconds of compute that are due within a time span, by that span in seconds.
+        rate: seconds of compute that are requested per second, over the last minute.
+        live_instances: live instances of all replicas.
+        forecast: the highest forecast of `rate`; None: there is no forecast.
     """
 
     left_s: Mapping[str, float] = field(default_factory=dict)
@@ -42,20 +44,20 @@ class Demand:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing is asked for and nothing is left."""
+        """Whether nothing is requested and nothing is left to do."""
         return self.rate <= 0 and not any(seconds > 0 for seconds in self.left_s.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What an operator wants of a fleet.
+    """The operator's policy for a fleet.
 
     Attributes:
-        instances: of a replica.
+        instances: instances of a replica.
         utilization: share of the fleet that arrivals may take, above 0 and at most 1.
         wait_s: how long work of a class may wait.
-        min_replicas: fewer are never asked for; 0 lets an idle fleet go.
-        max_replicas: more are never asked for.
+        min_replicas: lower bound on the result; with 0 an idle fleet is stopped.
+        max_replicas: upper bound on the result.
     """
 
     instances: int = 1
@@ -71,8 +73,8 @@ class Need:
 
     Attributes:
         replicas: within the policy's bounds.
-        because: `arrivals`, `queue`, `forecast` or `idle`: what decided.
-        by: replicas that each of them needs, not rounded.
+        because: the need that decided: `arrivals`, `queue`, `forecast` or `idle`.
+        by: replicas that each need takes, not rounded.
     """
 
     replicas: int
@@ -93,13 +95,13 @@ def needed(demand: Demand, policy: Policy) -> Need:
 
 
 def _queue(demand: Demand, policy: Policy) -> float:
-    """Instances that do within each span what must be done within it."""
+    """Instances needed so that all work that is due within each time span is done within it."""
     spans = sorted({*policy.wait_s.values(), *demand.due_s})
     most = 0.0
     for span in spans:
         classes = sum(demand.left_s.get(name, 0.0) for name, wait_s in policy.wait_s.items() if wait_s <= span)
         due = max((left for within, left in demand.due_s.items() if within <= span), default=0.0)
-        work = max(classes, due)  # what has a deadline is in its class too
+        work = max(classes, due)  # not the sum: work with a deadline is part of its class too
         late = demand.live_instances * span < work
         most = max(most, work / span + (demand.rate if late else 0.0))
     return most

@@ -1,4 +1,4 @@
-"""What each fleet needs now, with a forecast that is kept between questions."""
+"""The need of each fleet now, with a forecast that is kept between calls."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from safelight_server.scaler.trigger import Trigger
 log = structlog.get_logger(__name__)
 REFIT_S = 86_400
 MAX_FLEETS = 64
-"""Forecasts are kept for so many fleets; the one not asked for longest goes."""
+"""Forecasts are kept for so many fleets; the least recently used goes first."""
 
 
 @dataclass(slots=True)
 class _Fleet:
-    """What is known of the demand of one fleet.
+    """The forecast of one fleet.
 
     Attributes:
         end: the bin for which the forecast was made.
-        fitted_at: the bin at which the seasons were found.
-        fitting: finds them anew.
+        made: the forecast.
+        found: the seasons in its history.
+        fitted_at: the bin at which the seasons were computed.
+        fitting: the task that computes the seasons anew.
     """
 
     end: int = -1
@@ -39,7 +41,7 @@ class _Fleet:
 
 
 class Fleets:
-    """Answers how many replicas fleets need.
+    """Computes how many replicas fleets need.
 
     Args:
         clock: Unix seconds.
@@ -51,10 +53,10 @@ class Fleets:
         self._kept: OrderedDict[str, _Fleet] = OrderedDict()
 
     async def need(self, trigger: Trigger) -> Need:
-        """What a fleet needs now.
+        """The need of a fleet now.
 
         Raises:
-            PrometheusError: its load is not known.
+            PrometheusError: its load is unknown.
         """
         demand = await self._prometheus.demand(trigger.selector)
         if trigger.use_forecast and (made := await self._forecast(trigger.selector)) is not None:
@@ -62,12 +64,12 @@ class Fleets:
         return needed(demand, trigger.policy)
 
     async def close(self) -> None:
-        """Ends what is being computed."""
+        """Waits for the computations in progress."""
         fits = [kept.fitting for kept in self._kept.values() if kept.fitting is not None]
         await asyncio.gather(*fits, return_exceptions=True)
 
     async def _forecast(self, selector: str) -> Forecast | None:
-        """The forecast of this quarter of an hour. While the seasons are sought, it is made without them."""
+        """The forecast of this quarter of an hour. While the seasons are being computed, it is made without them."""
         kept = self._kept.setdefault(selector, _Fleet())
         self._kept.move_to_end(selector)
         if len(self._kept) > MAX_FLEETS:
@@ -77,7 +79,7 @@ class Fleets:
             return kept.made
         try:
             history = await self._prometheus.history(selector, end)
-        except PrometheusError as error:  # four weeks may be more than it answers; the load now is known all the same
+        except PrometheusError as error:  # four weeks may be too much for Prometheus; the present load is still known
             log.warning("history_unknown", selector=selector, error=str(error))
             return None
         if (end - kept.fitted_at) * STEP_S >= REFIT_S and kept.fitting is None:
@@ -86,8 +88,8 @@ class Fleets:
             async def fit() -> None:
                 try:
                     kept.found = await asyncio.to_thread(seasons, history, end)
-                    kept.end = -1  # forecast again, with them
-                except Exception:  # the library's; until tomorrow the fleet is scaled by last week
+                    kept.end = -1  # forecast again, with the seasons
+                except Exception:  # an error of the library; until the next fit last week is the forecast
                     log.exception("seasons_not_found", selector=selector)
                 finally:
                     kept.fitting = None

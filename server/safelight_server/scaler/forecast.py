@@ -1,11 +1,11 @@
 """Forecasts the demand some minutes ahead, from weeks of history.
 
-The history is split into a season of a day, one of a week, and the rest (MSTL;
-Bandara, Hyndman and Bergmeir 2021, arXiv:2107.13462), on a logarithmic scale, since
-a busy hour is some times as busy as a quiet one. The rest moves slowly: its level
-now, by exponential smoothing, is its forecast. With less than two weeks of history,
-or none that can be used, the same time of the last week stands in, and without that
-there is no forecast.
+The history is split into a daily season, a weekly season, and the rest (MSTL;
+Bandara, Hyndman and Bergmeir 2021, arXiv:2107.13462). This is done on a logarithmic
+scale, since busy hours differ from quiet ones by a factor. The rest changes slowly, so
+its present level, by exponential smoothing, is its forecast. With less than two weeks
+of usable history the demand at the same time last week is the forecast; without that
+there is none.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ MIN_BINS = 2 * WEEK + DAY
 LEVEL_WEIGHT = 0.5
 """Weight of the newest bin in the level."""
 _WEIGHTS = LEVEL_WEIGHT * (1 - LEVEL_WEIGHT) ** np.arange(DAY) / (1 - (1 - LEVEL_WEIGHT) ** DAY)
-"""Of the last day's bins, the newest first; their sum is 1."""
+"""Weights of the last day's bins, the newest first; their sum is 1."""
 FLOOR = 1e-3
-"""Added before the logarithm, as a share of the mean: a bin may be 0."""
+"""Added before the logarithm, as a share of the mean, since a bin may be 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +51,11 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Seasons:
-    """The seasons of a history: what a bin of the week adds to the level, on the logarithmic scale.
+    """The seasons of a history: what each bin of the week adds to the level, on the logarithmic scale.
 
     Attributes:
-        week: (WEEK,), by the number of a bin modulo WEEK.
-        floor: what was added before the logarithm.
+        week: (WEEK,), by the number of the bin modulo WEEK.
+        floor: the amount that was added before the logarithm.
     """
 
     week: NDArray[np.float64]
@@ -63,14 +63,14 @@ class Seasons:
 
 
 def seasons(history: NDArray[np.float64], end: int) -> Seasons | None:
-    """Splits a history; takes seconds. Do it once a day or so.
+    """Computes the seasons of a history. Takes seconds, so it is done about once a day.
 
     Args:
-        history: (n,) mean demand of bins of `STEP_S`, the oldest first; NaN where nothing is known.
+        history: (n,) mean demand of bins of `STEP_S`, the oldest first; NaN for unknown bins.
         end: number of the bin after the last one, counted from any fixed time.
 
     Returns:
-        None where the history is too short or has nothing in it.
+        None if the history is too short or has no demand.
     """
     known = _filled(history)
     if len(known) < MIN_BINS or not known.max() > 0:
@@ -83,11 +83,11 @@ def seasons(history: NDArray[np.float64], end: int) -> Seasons | None:
 
 
 def forecast(history: NDArray[np.float64], end: int, found: Seasons | None) -> Forecast | None:
-    """The demand in the 15 minutes after a history, and in the 15 minutes after those.
+    """The demand in the two bins of 15 minutes that follow a history; None: it is too short.
 
     Args:
         history, end: as in `seasons`.
-        found: the seasons; None: they are not known.
+        found: the seasons; None: they are unknown.
     """
     known = _filled(history)
     if found is not None and len(known) >= DAY:

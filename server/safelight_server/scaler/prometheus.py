@@ -20,14 +20,14 @@ LIVE = "sum(safelight_live_instances{%s})"
 
 
 class PrometheusError(Exception):
-    """Prometheus cannot be asked, or its answer is none; the message says why."""
+    """Prometheus cannot be reached, or its response is an error; the message says why."""
 
 
 class Prometheus:
-    """Asks a Prometheus over HTTP.
+    """A client of a Prometheus.
 
     Args:
-        url: such as "http://prometheus:9090".
+        url: its URL, such as "http://prometheus:9090".
     """
 
     def __init__(self, url: str) -> None:
@@ -39,10 +39,10 @@ class Prometheus:
         await self._http.aclose()
 
     async def demand(self, selector: str) -> Demand:
-        """The load now of the replicas whose series match `selector`, such as `namespace="pictures"`; no forecast.
+        """The present load of the replicas whose series match `selector`, such as `namespace="pictures"`; no forecast.
 
         Raises:
-            PrometheusError: it cannot be had.
+            PrometheusError: the query failed.
         """
         left = await self._by_label(LEFT % selector, "class")
         due = await self._by_label(DUE % selector, "within")
@@ -65,7 +65,7 @@ class Prometheus:
             (HISTORY_BINS,) means of bins; NaN where Prometheus has nothing.
 
         Raises:
-            PrometheusError: it cannot be had.
+            PrometheusError: the query failed.
         """
         first = end - HISTORY_BINS + 1  # the value at the end of a bin is the mean over it
         parameters = {
@@ -84,7 +84,7 @@ class Prometheus:
 
     async def _by_label(self, query: str, label: str) -> dict[str, float]:
         series = await self._ask("query", {"query": query})
-        return {one["metric"].get(label, ""): float(one["value"][1]) for one in series}
+        return {each["metric"].get(label, ""): float(each["value"][1]) for each in series}
 
     async def _ask(self, what: str, parameters: dict[str, Any]) -> list[Any]:
         try:
@@ -94,6 +94,6 @@ class Prometheus:
                 return list(answer["data"]["result"])
             raise PrometheusError(f"{self._url} refuses {parameters['query']}: {answer.get('error')}")
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise PrometheusError(f"{self._url} cannot be asked: {error or type(error).__name__}") from error
+            raise PrometheusError(f"{self._url} cannot be reached: {error or type(error).__name__}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PrometheusError(f"{self._url} does not answer like Prometheus") from error

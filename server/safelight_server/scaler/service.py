@@ -1,4 +1,4 @@
-"""KEDA's ExternalScaler: one metric, `replicas`, of which each replica stands for one."""
+"""KEDA's ExternalScaler: one metric, `replicas`, with a target of 1 per replica."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safelight_server.scaler.trigger import TriggerError, trigger
 log = structlog.get_logger(__name__)
 METRIC = "replicas"
 PUSH_PERIOD_S = 5.0
-"""How often a stream looks whether its fleet must wake up or may go."""
+"""How often a stream checks whether its fleet must be started or may be stopped."""
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -37,8 +37,8 @@ class ExternalScaler:
             ("GetMetrics", self.get_metrics, pb.GetMetricsRequest, pb.GetMetricsResponse),
         ]
         methods = {
-            name: grpc.unary_unary_rpc_method_handler(method, asked.FromString, answer.SerializeToString)
-            for name, method, asked, answer in unary
+            name: grpc.unary_unary_rpc_method_handler(method, request.FromString, response.SerializeToString)
+            for name, method, request, response in unary
         }
         methods["StreamIsActive"] = grpc.unary_stream_rpc_method_handler(
             self.stream_is_active, pb.ScaledObjectRef.FromString, pb.IsActiveResponse.SerializeToString
@@ -52,7 +52,7 @@ class ExternalScaler:
     async def stream_is_active(
         self, request: pb.ScaledObjectRef, context: Context
     ) -> AsyncIterator[pb.IsActiveResponse]:
-        """The same at once, and then whenever it changes."""
+        """Whether a fleet needs any replica: at once, and then whenever that changes."""
         last = None
         while True:
             active = (await self._need(request, context)).replicas > 0
@@ -62,7 +62,7 @@ class ExternalScaler:
             await asyncio.sleep(self._push_period_s)
 
     async def get_metric_spec(self, request: pb.ScaledObjectRef, context: Context) -> pb.GetMetricSpecResponse:
-        """One metric, of which each replica stands for 1. Wrong metadata is refused here first, when KEDA reads it."""
+        """The metric, with a target of 1 per replica. KEDA calls this first, so wrong metadata is refused here."""
         try:
             trigger(request.scalerMetadata)
         except TriggerError as error:
@@ -77,7 +77,7 @@ class ExternalScaler:
         return pb.GetMetricsResponse(metricValues=[value])
 
     async def _need(self, ref: pb.ScaledObjectRef, context: Context) -> Need:
-        """What a fleet needs. While that is not known the call fails, and KEDA leaves the fleet as it is."""
+        """The need of a fleet. If its load is unknown the call fails, and KEDA leaves the fleet as it is."""
         try:
             need = await self._fleets.need(trigger(ref.scalerMetadata))
         except TriggerError as error:
@@ -85,7 +85,7 @@ class ExternalScaler:
         except PrometheusError as error:
             log.warning("demand_unknown", scaled_object=f"{ref.namespace}/{ref.name}", error=str(error))
             await _abort(context, grpc.StatusCode.UNAVAILABLE, error)
-        by = {name: round(one, 3) for name, one in need.by.items()}
+        by = {name: round(replicas, 3) for name, replicas in need.by.items()}
         log.debug(
             "need", scaled_object=f"{ref.namespace}/{ref.name}", replicas=need.replicas, because=need.because, **by
         )

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safelight_server.scaler.demand import WAIT_S, Policy
 
 ADDRESS = "scalerAddress"
-"""Is KEDA's own, and in the metadata all the same."""
+"""A key of KEDA's own, which the metadata has too."""
 
 
 class TriggerError(Exception):
@@ -20,7 +20,7 @@ class TriggerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Trigger:
-    """What a ScaledObject asks for.
+    """The parsed metadata of a trigger.
 
     Attributes:
         selector: label matchers of its replicas' series.
@@ -33,7 +33,7 @@ class Trigger:
 
 
 class _Metadata(BaseModel):
-    """Keys are KEDA's style; all values are text."""
+    """The keys, in KEDA's style. All values come as text."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -49,7 +49,7 @@ class _Metadata(BaseModel):
 
 
 def trigger(metadata: Mapping[str, str]) -> Trigger:
-    """What a trigger's metadata says.
+    """Parses the metadata of a trigger.
 
     Raises:
         TriggerError: a key is unknown or a value out of its bounds.

@@ -6,9 +6,9 @@ In the order of the data path:
     core.py        `Scheduler`, the operations
     waiting.py     which waiting output starts next
     deadlines.py   which outputs have expired
-    output_table.py       the state machine of each output and of each prompt
+    output_table.py   the state machine of each output and of each prompt
     ready.py       queues of what is ready for a batch; splits batches that failed
-    batch_builder.py    which queue is served and how many rows a batch takes
+    batch_builder.py  which queue is served and how many rows a batch takes
     estimates.py   how long the work will take
     invariants.py  what must hold after every operation
 """

@@ -9,8 +9,8 @@ encoding, steps and decoding, and is fair across keys. Previews run when nothing
 else of their class or a higher one is ready, or out of a share of instance time
 that other work earns for them.
 
-Rows of other classes ride along in a batch: those of higher classes as far as
-there is room, those of lower ones only until the call takes twice as long. So a
+Rows of other classes fill up a batch: those of higher classes as far as there is
+room, those of lower classes only until the call takes twice as long. So a
 batch is as large as it can be at little cost, and an interactive step next to
 any amount of other work takes at most twice as long as it does alone.
 
@@ -84,20 +84,20 @@ class BatchBuilder:
         previews = [] if full_only else [queue for queue in self._ready if queue.kind is Kind.PREVIEW]
         for priority in self._by_turn({queue.priority for queue in (*work, *previews)}):
             oldest = min((queue for queue in work if queue.priority is priority), key=self._ready.turn, default=None)
-            if full_only:  # a younger line may not overtake, however full
+            if full_only:  # a younger queue may not overtake, however full it is
                 return oldest if oldest is not None and self._fills_a_batch(oldest) else None
             mine = [queue for queue in previews if queue.priority is priority]
             if mine:
                 preview = min(mine, key=self._ready.turn)
-                in_its_way = any(queue.priority <= priority for queue in work)
-                if not in_its_way or self._preview_credit_s >= self._preview_s(preview):
+                has_rival = any(queue.priority <= priority for queue in work)
+                if not has_rival or self._preview_credit_s >= self._preview_s(preview):
                     return preview
             if oldest is not None:
                 return oldest
         return None
 
     def _by_turn(self, classes: set[Priority]) -> list[Priority]:
-        """Classes in the order in which they are served. One that had nothing ready has saved nothing up."""
+        """Classes in the order in which they are served. A class that had nothing ready has earned no advantage."""
         for priority in classes - self._classes:
             self._passes[priority] = max(self._passes[priority], self._virtual_time)
         self._classes = classes
@@ -126,7 +126,7 @@ class BatchBuilder:
         return self._cost.seconds(queue.kind, queue.key, rows)
 
     def _charge(self, queue: Queue, num_rows: int, num_own: int) -> None:
-        """Books a batch: its class pays for its own rows, those that ride along pay nothing.
+        """Charges a batch to its class for that class's own rows; rows of other classes that fill it up are free.
 
         Other work than previews adds its share to the preview credit (seconds), previews spend it, never below 0.
         """
@@ -142,7 +142,7 @@ class BatchBuilder:
             self._preview_credit_s = min(earned, MAX_CREDIT * seconds)
 
     def _take(self, queue: Queue, num_free: int) -> tuple[tuple[Row, ...], int]:
-        """Takes the rows of a batch; also says how many of them are the queue's own."""
+        """Takes the rows of a batch out of the queues. Returns them and how many of them are the queue's own."""
         limit = self._limits.max_rows(queue.kind, queue.key)
         share, whole = limit, True
         if queue.kind is Kind.DENOISE:

@@ -2,9 +2,9 @@
 
 An output waits until it is granted one of `max_running` slots (`waiting.py`).
 Then its prompts are encoded, its steps are made and it is decoded (`output_table.py`).
-Rows that are ready stand in queues (`ready.py`), and `batch_builder.py` forms a batch
-of them for each free instance. Between two steps another output may get the
-slot (`slots.py`); then the output waits again.
+Ready rows are queued (`ready.py`), and `batch_builder.py` forms a batch of them for
+each free instance. Between two steps another output may get the slot (`slots.py`);
+then the output waits again.
 
 Bounds:
 - Wait for a slot: the output at position `m` of its class (weight w) starts at
@@ -72,7 +72,7 @@ class Scheduler:
         self._in_flight: dict[int, Batch] = {}
         self._batch_ids = itertools.count()
 
-    # --- what comes in ---
+    # --- input ---
 
     def add(self, output: ScheduledOutput, now: float) -> None:
         """Adds an output, which then waits for a slot.
@@ -81,9 +81,9 @@ class Scheduler:
             ValueError: the output's id is in use, or `first_step` is more than `num_steps`.
         """
         if output.output_id in self._table.of:
-            raise ValueError(f"output {output.output_id} is already there")
+            raise ValueError(f"output id {output.output_id} is in use")
         if not 0 <= output.first_step <= output.num_steps:
-            raise ValueError(f"output {output.output_id} begins beyond its last step")
+            raise ValueError(f"output {output.output_id}: first_step must be from 0 to {output.num_steps}")
         self._table.add(output)
 
     def cancel(self, output_id: int) -> list[Event]:
@@ -127,13 +127,13 @@ class Scheduler:
         """Has a prompt encoded for its embedding alone: one `EmbeddingReady` answers all callers that wait for it."""
         return self._table.ask(conditioning_id, key)
 
-    # --- what goes out ---
+    # --- batches ---
 
     def schedule(self, now: float, free: Sequence[int], *, full_only: bool = False) -> list[Batch]:
         """Gives slots to waiting outputs and forms batches for the free instances, at most one each.
 
         Args:
-            free: numbers of the idle instances, the one to be given work first in front.
+            free: numbers of the idle instances, in the order in which they get work.
             full_only: form batches only of steps, and only where waiting would not make them larger.
         """
         if not self.num_instances:
@@ -191,7 +191,7 @@ class Scheduler:
             self._ready.push_first(queue, members, apart=suspect)
         return events
 
-    # --- what can be asked ---
+    # --- queries ---
 
     @property
     def num_instances(self) -> int:

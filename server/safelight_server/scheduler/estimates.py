@@ -12,7 +12,7 @@ from safelight_server.scheduler.slots import entitlements
 from safelight_server.scheduler.types import WEIGHTS, CostModel, Kind, Limits, Priority, ScheduledOutput
 
 NO_INSTANCE_S = 86_400.0
-"""The estimate while no instance is live: a day, which stands for "nobody knows" and still fits a message."""
+"""The estimate while no instance is live: a day, which stands for "unknown" and still fits a Duration."""
 
 
 class Estimates:
@@ -98,7 +98,7 @@ class Estimates:
         return left
 
     def left_due_s(self, output_ids: Iterable[int]) -> float:
-        """The same of some outputs."""
+        """Seconds of one instance, in full batches, for what is left of some outputs."""
         entries = map(self._table.of.__getitem__, output_ids)
         return sum(self.compute_s(entry.output, entry.step) for entry in entries)
 
@@ -121,7 +121,7 @@ class Estimates:
         """Seconds, over all instances, of a step of so many outputs like this one and of those `beside` them.
 
         Args:
-            num_rows: of the step of each.
+            num_rows: the rows of a step of each output.
         """
         key = output.keys[Kind.DENOISE]
         outputs = beside.num_outputs + together

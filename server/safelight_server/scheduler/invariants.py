@@ -40,7 +40,7 @@ def _check_batches(limits: Limits, table: OutputTable, batches: list[Batch]) -> 
             else:
                 entry = table.of[row.output_id]
                 _require(row.step == entry.step, f"output {row.output_id} runs two steps at once")
-                _require(row.part in entry.in_flight and row.part not in entry.todo, "row neither here nor there")
+                _require(row.part in entry.in_flight and row.part not in entry.todo, "row neither queued nor in flight")
             _require(place not in seen, f"row {place} is in two batches")
             seen.add(place)
 
@@ -51,14 +51,14 @@ def _check_queues(table: OutputTable, ready: ReadyQueues) -> None:
         _require(ready.count(queue) > 0, "an empty queue is kept")
         for member in ready.members(queue):
             if isinstance(member, str):
-                _require(member in table.prompts, "a prompt that nobody wants is in line")
+                _require(member in table.prompts, "a prompt that nobody needs is queued")
                 continue
             if kind is Kind.PREVIEW:
-                _require(table.previews.get(member, {}).get(key) is priority, "a preview that nobody wants is in line")
+                _require(table.previews.get(member, {}).get(key) is priority, "a preview that nobody needs is queued")
                 continue
-            _require(member in table.of, f"output {member} has ended, but is in line")
-            _require(table.of[member].priority is priority, f"output {member} is in the line of another class")
-            _require(bool(table.of[member].todo), f"output {member} is in line with nothing to do")
+            _require(member in table.of, f"output {member} has ended, but is queued")
+            _require(table.of[member].priority is priority, f"output {member} is in the queue of another class")
+            _require(bool(table.of[member].todo), f"output {member} is queued with nothing to do")
 
 
 def _check_outputs(
@@ -83,8 +83,8 @@ def _check_outputs(
         else:
             kind = Kind.DENOISE if entry.state is OutputState.DENOISING else Kind.DECODE
             _require(bool(entry.todo or entry.in_flight), f"output {output.output_id} is forgotten")
-            in_line = ready.contains(Queue(kind, output.keys[kind], entry.priority), output.output_id)
-            _require(in_line == bool(entry.todo), f"output {output.output_id} is not in line")
+            queued = ready.contains(Queue(kind, output.keys[kind], entry.priority), output.output_id)
+            _require(queued == bool(entry.todo), f"output {output.output_id} is not queued")
             num_rows = entry.num_rows if entry.state is OutputState.DENOISING else 1
             _require(
                 {*entry.todo, *entry.in_flight} <= set(range(num_rows)), f"output {output.output_id} has rows too many"
@@ -94,10 +94,10 @@ def _check_outputs(
         wanted = prompt.asked or any(
             table.of[output_id].state is OutputState.ENCODING for output_id in prompt.wanted_by
         )
-        flying = (prompt.batch_id, conditioning_id) in encoding
+        in_flight_now = (prompt.batch_id, conditioning_id) in encoding
         if wanted and not prompt.encoded:
-            in_line = ready.contains(Queue(Kind.ENCODE, prompt.key, prompt.priority), conditioning_id)
-            _require(in_line != flying, f"prompt {conditioning_id} is forgotten, or encoded twice")
+            queued = ready.contains(Queue(Kind.ENCODE, prompt.key, prompt.priority), conditioning_id)
+            _require(queued != in_flight_now, f"prompt {conditioning_id} is forgotten, or encoded twice")
     for key in {output.keys[Kind.DENOISE] for output in (entry.output for entry in running)}:
         members = [entry.output for entry in running if entry.output.keys[Kind.DENOISE] == key]
         members = [output for output in members if table.of[output.output_id].state is OutputState.DENOISING]

@@ -1,7 +1,7 @@
 """State machine of an output: waiting, encoding its prompts, denoising, decoding, ended (`types.TRANSITIONS`).
 
-Holds the outputs that have not ended and the prompts that they need, and adds
-to the ready queues the rows that each state makes ready.
+The table has the outputs that have not ended and the prompts that they need. Each
+change of state adds the rows that it makes ready to the ready queues.
 
 Invariants:
 - A running output has rows that are ready or in flight, or waits for prompts
@@ -47,8 +47,8 @@ class OutputEntry:
     """The state of one output.
 
     Attributes:
-        arrival: its number in the order in which outputs came.
-        priority: its class now.
+        arrival: its number in the order of arrival.
+        priority: its present class.
         step: number of steps made.
         turn_step: number of steps made when it got its slot.
         parked: whether it waits in the middle of its steps.
@@ -80,7 +80,7 @@ class Prompt:
 
     Attributes:
         key: the ENCODE key that it can share a batch under.
-        priority: class of the queue in which it stands: the highest class of those that have asked so far.
+        priority: class of its queue: the highest class of the outputs and callers that have needed it so far.
         wanted_by: ids of the outputs that need it.
         asked: whether a caller of `OutputTable.ask` waits for it.
         encoded: whether the embedding has been computed.
@@ -150,7 +150,7 @@ class OutputTable:
             prompt.wanted_by.add(output.output_id)
 
     def start(self, output_id: int) -> None:
-        """Starts an output that has got a slot: queues its missing prompts, its first step or its decoding."""
+        """Starts an output that was granted a slot: queues its missing prompts, its first step or its decoding."""
         entry = self.of[output_id]
         entry.turn_step = entry.step
         if entry.parked:
@@ -214,7 +214,7 @@ class OutputTable:
             self._ready.push(Queue(Kind.PREVIEW, key, keys[key]), output_id)
 
     def preview_taken(self, output_id: int, key: str) -> None:
-        """Forgets a queued preview whose row has been taken into a batch."""
+        """Removes a queued preview whose row is in a batch now."""
         keys = self.previews[output_id]
         del keys[key]
         if not keys:
@@ -226,10 +226,10 @@ class OutputTable:
             self._ready.discard(Queue(Kind.PREVIEW, key, priority), output_id)
 
     def ask(self, conditioning_id: str, key: str) -> list[Event]:
-        """Has a prompt encoded for its embedding alone, in class INTERACTIVE: a look into the cache waits for it.
+        """Queues a prompt for its embedding alone, in class INTERACTIVE, since a lookup in the cache waits for it.
 
         Returns:
-            `EmbeddingReady` if it is encoded already; else nothing, and `encoded` or `give_up` returns the event later.
+            `EmbeddingReady` if it is encoded already; otherwise `encoded` or `give_up` returns the event later.
         """
         prompt = self.prompts.setdefault(conditioning_id, Prompt(key, Priority.INTERACTIVE))
         if prompt.encoded:
@@ -270,7 +270,7 @@ class OutputTable:
             self.prompts[row.conditioning_id].batch_id = batch.batch_id
 
     def take_back(self, member: Member, batch: Batch) -> Queue | None:
-        """Undoes what a failed batch took of a member.
+        """Puts the rows of a member in a failed batch back to be done.
 
         Returns:
             The queue that the member belongs in again; None if nobody needs it any more.
@@ -322,7 +322,7 @@ class OutputTable:
         return Queue(kind, entry.output.keys[kind], entry.priority)
 
     def _want(self, conditioning_id: str, prompt: Prompt, priority: Priority) -> None:
-        """Queues a prompt that is in no batch, or moves it up to the class of who needs it now."""
+        """Queues a prompt that is in no batch, or moves it up to a higher class."""
         if prompt.batch_id is not None:
             return
         queue = Queue(Kind.ENCODE, prompt.key, prompt.priority)
@@ -334,7 +334,7 @@ class OutputTable:
         self._ready.push(queue._replace(priority=prompt.priority), conditioning_id)
 
     def _next_step(self, entry: OutputEntry) -> None:
-        """Counts a step that was made; the next one may have another number of rows."""
+        """Advances an output by a step. The next step may have another number of rows."""
         before = entry.num_rows
         entry.step += 1
         self._denoising[entry.output.keys[Kind.DENOISE], entry.priority].num_rows += entry.num_rows - before
@@ -358,7 +358,7 @@ class OutputTable:
         self._count(entry, 1)
 
     def _count(self, entry: OutputEntry, change: int) -> None:
-        """Adds an output to the counts of its class and state, or with `change` -1 takes it out."""
+        """Adds an output to the counts of its class and state (`change` 1), or removes it from them (-1)."""
         output, priority = entry.output, entry.priority
         if entry.state in RUNNING:
             self._num_running[priority] += change

@@ -28,7 +28,7 @@ class Queue(NamedTuple):
 
 
 Turn = tuple[int, int]
-"""Order of service, smallest first: a number from one counter, then 0, or below 0 for members put before it."""
+"""Order of service, smallest first: a number from one counter, then 0; below 0 for members that were put in front."""
 TOGETHER = 0
 """The group of members that are not suspected of a failure. Members share a batch only within their group."""
 

@@ -1,8 +1,8 @@
-"""Moves slots between outputs at their step boundaries, so that nobody waits for the length of others' requests.
+"""Moves slots between outputs at their step boundaries, so that no wait depends on the length of other requests.
 
-A free slot goes to who is next in `waiting.py`. When none is free, an output
+A free slot goes to the next output of `waiting.py`. When none is free, an output
 that waits may take the slot of one that runs, which is then *parked*: it keeps
-its latent and its place by arrival, and waits. Four rules, in this order:
+its latent and its arrival number, and waits. Four rules apply, in this order:
 
 1. Shares of classes. Each class is entitled to its weight of the slots, as far
    as it has outputs (weighted max-min fairness; Bertsekas & Gallager, Data
@@ -13,23 +13,23 @@ its latent and its place by arrival, and waits. Four rules, in this order:
 3. Turns. Where a class has more callers than slots, an output that has made
    `TURN_STEPS` steps since it got its slot makes room for a caller with none.
 4. First steps. Of a caller's INTERACTIVE outputs those that have made no step
-   come first, then those that came first, and one that precedes the youngest
-   that has a slot takes it. For someone looks at a first preview, and who has
-   seen one can wait; pictures still end in the order in which they came. This
-   is foreground-background scheduling (Kleinrock, Queueing Systems II, 1976,
+   come first, then the others by arrival. An output that precedes the youngest
+   one with a slot takes that slot: a person waits for a first preview, and can
+   wait longer after having seen it. Pictures still end in the order of arrival.
+   This is foreground-background scheduling (Kleinrock, Queueing Systems II, 1976,
    section 4.4) with one step as its only foreground. Between callers it changes
    nothing.
 
 An output is parked only between two steps, and not before it has made one step
-in its slot, so that everyone gets on. Rule 1 does not wait for that step where
-each class is entitled to a slot, since then each gets on anyway.
+in its slot, so that each output makes progress. Rule 1 does not wait for that step
+if each class is entitled to a slot, since then each makes progress anyway.
 
-Bounds, in steps of the outputs that run, and not in their lengths. With `s`
-slots for a class and `n` callers in it, the first output of a caller has a slot
+Bounds, in steps of the running outputs and not in their lengths: with `s` slots
+for a class and `n` callers in it, the first output of a caller has a slot
 - after one step, if its class or its caller is below its share;
-- after ceil(n / s) turns else;
+- otherwise after ceil(n / s) turns;
 and each further INTERACTIVE output of a caller that has a slot after one step;
-unless `max_parked` outputs are parked: then it waits until one of them is back.
+unless `max_parked` outputs are parked: then it waits until one of them runs again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Slots:
         self._table = table
 
     def grant(self) -> None:
-        """Gives away every free slot, then moves slots as long as a rule asks for it."""
+        """Grants every free slot, then moves slots as long as a rule applies."""
         while self._table.num_running() < self._limits.max_running and (output := self._waiting.pop()) is not None:
             self._table.start(output.output_id)
         while len(self._waiting) and self._table.num_parked < self._limits.max_parked:
@@ -62,7 +62,7 @@ class Slots:
                 return
 
     def _move_to(self, priority: Priority) -> bool:
-        """Moves one slot to an output of a class in which some wait. False if no rule gives it one."""
+        """Moves one slot to a waiting output of a class. False if no rule applies."""
         caller = min(self._waiting.callers(priority), key=lambda name: self._held(priority, name))
         victim = self._of_another_class(priority) or self._of_another_caller(priority, self._held(priority, caller))
         if victim is None:
@@ -104,7 +104,7 @@ class Slots:
         return None
 
     def _of_another_caller(self, priority: Priority, held: int) -> OutputEntry | None:
-        """An output of a caller with two slots more than `held`, or more; if that is 0, also one whose turn is over."""
+        """An output of a caller with at least two slots more than `held`; for `held` 0 also one whose turn is over."""
         callers = sorted(self._table.running[priority].values(), key=len, reverse=True)
         for entries in callers:
             if len(entries) < held + 2:
@@ -121,29 +121,29 @@ class Slots:
 
 
 def entitlements(wanted: Mapping[Priority, int], num_slots: int) -> dict[Priority, int]:
-    """How many slots each class may hold: its weight of them, and what others of its share do not want.
+    """How many slots each class may hold: its share by weight, and what other classes leave of theirs.
 
     Args:
         wanted: outputs of each class that run or wait.
 
     Returns:
-        At least 1 for each class that wants any, the highest class first, as far as there are slots.
+        At least 1 for each class with outputs, the highest class first, as far as there are slots.
     """
     shares = dict.fromkeys(Priority, 0)
-    hungry = {priority for priority in Priority if wanted[priority]}
+    unserved = {priority for priority in Priority if wanted[priority]}
     left = num_slots
-    while hungry:
-        weight = sum(WEIGHTS[priority] for priority in hungry)
-        content = {priority for priority in hungry if wanted[priority] * weight <= left * WEIGHTS[priority]}
-        if not content:
-            for priority in sorted(hungry):
+    while unserved:
+        weight = sum(WEIGHTS[priority] for priority in unserved)
+        satisfied = {priority for priority in unserved if wanted[priority] * weight <= left * WEIGHTS[priority]}
+        if not satisfied:
+            for priority in sorted(unserved):
                 share = max(1, math.floor(left * WEIGHTS[priority] / weight))
                 shares[priority] = min(share, num_slots - sum(shares.values()))
             break
-        for priority in content:
+        for priority in satisfied:
             shares[priority] = wanted[priority]
-        left -= sum(wanted[priority] for priority in content)
-        hungry -= content
+        left -= sum(wanted[priority] for priority in satisfied)
+        unserved -= satisfied
     return shares
 
 

@@ -18,7 +18,7 @@ class Kind(enum.Enum):
 
 
 class Priority(enum.IntEnum):
-    """Priority classes; `WEIGHTS` says how much of the slots and of instance time each gets relative to the others."""
+    """Priority classes. `WEIGHTS` are their relative shares of the slots and of instance time."""
 
     INTERACTIVE = 0
     STANDARD = 1
@@ -31,7 +31,7 @@ WEIGHTS = {Priority.INTERACTIVE: 8, Priority.STANDARD: 4, Priority.BATCH: 1}
 class OutputState(enum.Enum):
     """State of an output; `TRANSITIONS` lists the allowed changes."""
 
-    WAITING = "waiting"  # for a slot: for the first one, or again after another output took it
+    WAITING = "waiting"  # for its first slot, or for another one after it was parked
     ENCODING = "encoding"
     DENOISING = "denoising"
     DECODING = "decoding"
@@ -54,12 +54,12 @@ class ScheduledOutput:
     """One picture of a generation: the unit that is scheduled.
 
     Attributes:
-        caller: who asked for it, as TENANT/NAME; callers of one class take turns.
+        caller: its caller, as TENANT/NAME; callers of one class take turns.
         rows_per_step: 1, or 2 with classifier-free guidance.
-        guided_steps: the steps, from 0, of `rows_per_step` rows; others have the conditional row alone. None: all.
+        guided_steps: the steps, from 0, with `rows_per_step` rows; others have only the conditional row. None: all.
         keys: batch key by kind: rows of equal keys (component version and shapes) can share a batch.
         conditioning: ids of the embeddings that it needs; outputs with the same id share one encoding.
-        encoder_keys: batch keys by conditioning id, of those whose key is not `keys[Kind.ENCODE]`.
+        encoder_keys: batch keys of those embeddings whose key is not `keys[Kind.ENCODE]`, by conditioning id.
         deadline: seconds on the caller's clock, after which the output expires. `Scheduler.set_deadline` changes it.
         first_step: steps made before; above 0 if it is resumed, `num_steps` if only its decoding is left.
     """
@@ -81,7 +81,7 @@ class ScheduledOutput:
         return self.rows_per_step if self.guided_steps is None or step in self.guided_steps else 1
 
     def steps_by_rows(self, step: int) -> Sequence[tuple[int, int]]:
-        """The steps left after `step` steps: pairs of the rows that a step has, and how many steps have so many."""
+        """The steps left after `step` steps, as pairs: rows of a step, and the number of steps with so many rows."""
         left = num_full = self.num_steps - step
         if self.guided_steps is not None:
             guided = self.guided_steps
@@ -89,7 +89,7 @@ class ScheduledOutput:
         return [(rows, count) for rows, count in ((self.rows_per_step, num_full), (1, left - num_full)) if count]
 
     def encoder_key(self, conditioning_id: str) -> str:
-        """The batch key that an embedding of its own is computed under."""
+        """The batch key under which one of its embeddings is computed."""
         return self.encoder_keys.get(conditioning_id, self.keys[Kind.ENCODE])
 
     @property
@@ -115,7 +115,7 @@ class Row:
 
 
 Member = int | str
-"""What a ready queue holds and a batch succeeds or fails for: an output id, or for ENCODE a conditioning id."""
+"""The unit of ready queues, and of the success of a batch: an output id, or for ENCODE a conditioning id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepCompleted:
-    """All rows of a step are back: `step` steps are made now, and `last` says whether all are."""
+    """All rows of a step are complete: `step` steps are made, and `last` says whether these are all."""
 
     output_id: int
     step: int
@@ -193,10 +193,10 @@ class CostModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What bounds the scheduler.
+    """The bounds of the scheduler.
 
     Attributes:
-        max_running: outputs that have a slot: those that take part in batches.
+        max_running: slots: outputs that take part in batches at once.
         max_parked: outputs that wait in the middle of their steps, because others took their slots.
         max_rows: largest batch in rows, by kind and key.
         num_instances: live instances at the start; `Scheduler.set_instances` changes it.

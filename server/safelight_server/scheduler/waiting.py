@@ -5,8 +5,8 @@ advances a class's pass by 1 / weight, and the class with the smallest pass is
 served next. A class that was empty resumes at the pass of the last grant, so
 that it cannot save up grants while it is idle.
 
-Bounds for an output that waits in one class, whoever else arrives, leaves or
-moves, as to slots that become free (`slots.py` moves slots beside this). Let
+Bounds for an output that waits in one class, whatever other outputs arrive, leave
+or move. They hold for slots that become free; `slots.py` moves further slots. Let
 `n` be the number of grants that its class gets up to its own:
 - another class of weight v gets at most floor(n * v / weight) + 1 grants;
 - another caller of its class gets at most one grant more than there are outputs
@@ -31,7 +31,7 @@ Place = tuple[float, int, int]
 
 @dataclass(slots=True)
 class _Waiting:
-    """An output in the queue; `begun`: it made a step before it came here."""
+    """An output in the queue. `begun`: whether it has made a step since it arrived."""
 
     output: ScheduledOutput
     priority: Priority
@@ -40,7 +40,7 @@ class _Waiting:
 
 
 class WaitingQueue:
-    """The outputs that have not started, in the order in which they will."""
+    """The outputs that wait for a slot, in the order in which they will get one."""
 
     def __init__(self) -> None:
         self._outputs: dict[int, _Waiting] = {}
@@ -72,7 +72,7 @@ class WaitingQueue:
         return sum(len(places) for caller, places in callers if caller.partition("/")[0] == tenant)
 
     def callers(self, priority: Priority) -> list[str]:
-        """The callers that have outputs waiting in a class, the one whose turn is next in front."""
+        """The callers with waiting outputs in a class, in the order of their turns."""
         return list(self._callers[priority])
 
     def push(
@@ -81,8 +81,8 @@ class WaitingQueue:
         """Adds an output.
 
         Args:
-            arrival: its number in the order in which outputs came, whenever it is pushed.
-            begun: whether it has made a step since it came.
+            arrival: its number in the order of arrival, also when it is added again.
+            begun: whether it has made a step since it arrived.
         """
         self._insert(output, priority, (_latest(deadline), arrival, output.output_id), begun)
 
@@ -115,7 +115,7 @@ class WaitingQueue:
         return self.pop_of(priority, next(iter(self._callers[priority])))
 
     def pop_of(self, priority: Priority, caller: str) -> ScheduledOutput:
-        """Removes and returns the output of a caller that starts next, out of the class's turn."""
+        """Removes and returns the next output of a caller, without regard to the turns of classes and callers."""
         callers = self._callers[priority]
         callers.move_to_end(caller)
         return self._take(callers[caller][0][2]).output
@@ -125,7 +125,7 @@ class WaitingQueue:
         return self._callers[priority][caller][0][2]
 
     def newcomer(self, priority: Priority, caller: str) -> int | None:
-        """The first of a caller's outputs that has made no step yet, in the order in which they start.."""
+        """The first of a caller's outputs that has made no step yet, in the order in which they start."""
         places = self._callers[priority].get(caller, ())
         return next((output_id for *_, output_id in places if not self._outputs[output_id].begun), None)
 

@@ -23,7 +23,7 @@ KEY = re.compile(r"[a-z0-9][a-z0-9.-]*(/[a-z0-9][a-z0-9.-]*){2}")
 
 
 class StoreError(Exception):
-    """A tier could not do what was asked. Clients never see this: the tier is skipped."""
+    """An operation of a tier failed. Clients never see this: the tier is skipped."""
 
 
 class StoreUnavailableError(StoreError):

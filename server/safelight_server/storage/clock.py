@@ -19,7 +19,7 @@ MAX_OFFSET_S = 1.0
 
 
 class SharedClock:
-    """Unix seconds of Redis; until the first measurement, and without Redis, those of this machine.
+    """The time of Redis in Unix seconds; before the first measurement, and without Redis, that of this machine.
 
     Args:
         wall: this machine's Unix seconds.
@@ -44,17 +44,17 @@ class SharedClock:
         return self._wall() if self._ahead_s is None else self._monotonic() + self._ahead_s
 
     async def measure(self, ask: Callable[[], Awaitable[float]]) -> None:
-        """Sets the clock by the time that `ask` returns, in Unix seconds, unless it may be right as it is.
+        """Sets the clock to the time that `ask` returns, in Unix seconds, unless the clock may already be right.
 
-        The answer was made at some moment of the call. A slow call so leaves much open: it changes nothing unless the
-        clock is wrong whenever that was. A clock that is wrong is set as if it was halfway through the call.
+        The answer was made at an unknown moment of the call. So the clock is changed only if it is wrong for every such
+        moment, which a slow call seldom shows. It is then set as if the answer was made halfway through the call.
 
         Raises:
             StoreError: as `ask` does.
         """
-        asked_at = self._monotonic()
+        sent_at = self._monotonic()
         answer = await ask()
-        least, most = answer - self._monotonic(), answer - asked_at
+        least, most = answer - self._monotonic(), answer - sent_at
         if self._ahead_s is None or not least <= self._ahead_s <= most:
             self._ahead_s = (least + most) / 2
         offset_s = self._wall() - self.now()

@@ -133,7 +133,7 @@ class DiskStore:
                 with translated():
                     await obstore.put_async(self._files, key, value, use_multipart=False)
             except StoreError:
-                with contextlib.suppress(StoreError):  # an older file; if it stays, it stays counted
+                with contextlib.suppress(StoreError):  # removes an older file; if that fails, it stays counted
                     await self._remove(key)
                 raise
             finally:
@@ -188,7 +188,7 @@ class DiskStore:
 
 async def _finished(change: Coroutine[None, None, None]) -> None:
     """Runs a change to its end, even if the caller is cancelled."""
-    # obstore's threads finish what they have begun. If the books were left half changed, a file could lie uncounted.
+    # obstore's threads finish what they have begun. If the sizes were left half updated, a file could stay uncounted.
     task = asyncio.create_task(change)
     # The error is retrieved so that asyncio does not log it; a caller that still waits gets it from `shield`.
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -209,7 +209,7 @@ def _claim(folder: Path) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
-        raise DiskStoreError(f"{folder} belongs to another process") from None
+        raise DiskStoreError(f"{folder} is in use by another process; give each server a folder of its own") from None
     for unfinished in folder.rglob("*#*"):
         if UNFINISHED.fullmatch(unfinished.relative_to(folder).as_posix()):
             unfinished.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ KEY_ID = re.compile(r"^[a-z0-9]{1,8}$")
 NAMES = "names"
 TAG_BYTES = 8
 MAX_NAMES = 4096
-"""Size of the cache of computed HMACs: one request asks for the same names several times."""
+"""Size of the cache of computed HMACs: one request needs the same names several times."""
 
 
 class KeyringError(Exception):
@@ -72,14 +72,14 @@ class Keyring:
                 continue
             key = _decode(words[1]) if len(words) == 2 else None
             if key is None or not KEY_ID.match(words[0]):
-                faults.append(f"line {number}: want an id of 1 to 8 letters and digits and 32 bytes in base64")
+                faults.append(f"line {number}: must have an id of 1 to 8 letters and digits, and 32 bytes in base64")
             elif words[0] in keys:
                 faults.append(f"line {number}: {words[0]} is there twice")
             else:
                 keys[words[0]] = key
         names = keys.pop(NAMES, None)
         if not faults and (names is None or not keys):
-            faults.append(f"want a line `{NAMES}` and at least one key beside it")
+            faults.append(f"must have a line `{NAMES}` and at least one encryption key")
         if faults or names is None:
             raise KeyringError("\n".join(f"{path}: {fault}" for fault in faults))
         return cls(names, keys, persistent=True)

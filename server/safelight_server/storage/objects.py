@@ -22,7 +22,7 @@ from safelight.proxies import is_local
 from safelight_server.storage.base import HEADER_BYTES, StoreUnavailableError, StoreUsage, check_key
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig  # there at run time is nothing of this name
+    from obstore.store import ClientConfig  # does not exist at run time
 
 
 @contextlib.contextmanager
@@ -99,9 +99,10 @@ class BucketUrl:
     """A bucket and how to reach it: s3://BUCKET/PREFIX?endpoint_url=http://HOST:PORT&region=REGION and so on.
 
     Attributes:
-        endpoint_url: of an S3 server other than AWS's; http:// is allowed. Empty: AWS.
-        credentials_file: with one line, ACCESS_KEY_ID SECRET. None: those of the environment, role or instance.
-        timeout_ms: of a call; there are no retries.
+        endpoint_url: URL of an S3 server other than AWS's; http:// is allowed. Empty: AWS.
+        credentials_file: file with one line, ACCESS_KEY_ID SECRET. None: credentials of the environment, role or
+            instance.
+        timeout_ms: timeout of a call; there are no retries.
     """
 
     bucket: str
@@ -121,7 +122,7 @@ class BucketUrl:
         parts = urlsplit(url)
         if parts.scheme != "s3" or not parts.hostname or "@" in parts.netloc or parts.fragment:
             raise ValueError(
-                "want s3://BUCKET/PREFIX?endpoint_url=...&region=..."
+                "must be s3://BUCKET/PREFIX?endpoint_url=...&region=..."
             )  # not the URL: it may have a password
         pairs = parse_qsl(parts.query, keep_blank_values=True)
         given = dict(pairs)
@@ -177,11 +178,12 @@ def open_bucket(url: BucketUrl, credentials: tuple[str, str] | None = None) -> S
 
 
 def _without_proxy(endpoint: str) -> ClientConfig:
-    """Options without which a server on this machine would be asked through the proxy of the environment."""
+    """Options that keep obstore from calling a server on this machine through the proxy of the environment."""
     parts = urlsplit(endpoint)
     if not endpoint or not is_local(parts.netloc):
         return {}
-    return {"proxy_url": endpoint, "proxy_excludes": parts.hostname or ""}  # a proxy of its own, for other hosts only
+    # obstore has no option for "no proxy": this names a proxy that the host itself is excluded from
+    return {"proxy_url": endpoint, "proxy_excludes": parts.hostname or ""}
 
 
 def _folder(prefix: str) -> str | None:

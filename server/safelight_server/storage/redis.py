@@ -103,7 +103,7 @@ class RedisConnection:
 
         try:
             await self._clock.measure(unix_s)
-        except NoPermissionError:  # it has answered, so it is there
+        except NoPermissionError:  # an answer all the same, so Redis is up
             if self._may_ask_time:
                 log.warning("Redis refuses TIME to this user; replicas agree only as far as their machines' clocks do")
             self._may_ask_time = False
@@ -121,7 +121,7 @@ def translated() -> Iterator[None]:
     except OutOfMemoryError as error:
         raise StoreFullError(f"redis: {error}") from error
     except ResponseError as error:
-        # of one key, whose value is of another kind: also in the middle of the message, where a script has met it
+        # the value of one key is of another type. A script has the word in the middle of its message
         kind = MalformedValueError if "WRONGTYPE" in str(error) else StoreUnavailableError
         raise kind(f"redis: {error}") from error
     except (RedisError, OSError, EOFError) as error:
@@ -163,7 +163,7 @@ class RedisStore:
         """Lists the keys that begin with `prefix` by SCAN, which does not block Redis however many keys it holds."""
         with translated():
             async for key in self._connection.client.scan_iter(match=f"{PREFIX}{prefix}*", count=1000):
-                if key.isascii():  # else it is none of ours
+                if key.isascii():  # otherwise no server has written it
                     yield key.decode().removeprefix(PREFIX)
 
     async def usage(self) -> StoreUsage:
@@ -174,4 +174,4 @@ class RedisStore:
         return StoreUsage(entries, memory["used_memory"])
 
     async def close(self) -> None:
-        """Does nothing: whoever made the connection closes it."""
+        """Does nothing: the owner of the connection closes it."""

@@ -6,7 +6,7 @@
     delete   deletes from the fastest tier down, in all tiers
 
 A value is encrypted once and moves between tiers unchanged. A corrupt value is deleted from its tier and counted, and
-slower tiers are asked. Values that only memory holds are lost with the process. A caller that needs more passes
+slower tiers are read. Values that only memory holds are lost with the process. A caller that needs more passes
 `replicate=True` to `put`.
 """
 

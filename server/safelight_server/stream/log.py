@@ -18,7 +18,7 @@ from safelight_server.validation.violations import Violations
 
 QUEUED = ("queued", 0)
 RETRY_S = 1.0
-"""Suggested to a client that opens one stream too many; nothing says when another stream will close."""
+"""RetryInfo for a client that opens one stream too many. The time at which another stream will close is unknown."""
 
 
 class DurableWriter(Protocol):
@@ -38,15 +38,15 @@ class EventLog:
         generation: its resource name.
         clock: monotonic seconds.
         chunk_bytes: size of the pieces in which a picture is sent.
-        max_watchers: bound on the streams at once.
-        tenant: whose generation it is.
-        turns: at which the streams send, shared with other generations; None: with none.
+        max_watchers: bound on the streams that are open at once.
+        tenant: the tenant of the generation.
+        turns: shares sending among the streams of all generations; None: this log has its own.
 
     Attributes:
         journal: stores state events and pictures before any stream sees them; None: streams see them at once.
         watchers: the open streams.
         last_sequence: sequence number of the newest state event.
-        begun_elsewhere: whether another replica had streams of it, which may have been sent more than is known here.
+        begun_elsewhere: whether another replica may have sent streams more than this replica knows.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class EventLog:
         self._feeds: dict[int, FrameFeed] = {}
         self._sizes: dict[int, int] = {}
 
-    # --- what happens ---
+    # --- publishing ---
 
     def publish(self, event: Event) -> None:
         """Adds an event to the lane of its kind.
@@ -120,12 +120,12 @@ class EventLog:
             watcher.previews.add_feed(output_index, feed)
 
     def remove_feed(self, output_index: int) -> None:
-        """The streams get no more frames of an output."""
+        """Stops the previews of an output."""
         if self._feeds.pop(output_index, None) is not None:
             for watcher in self.watchers:
                 watcher.previews.remove_feed(output_index)
 
-    # --- who watches ---
+    # --- streams ---
 
     def watch(
         self, policy: PreviewPolicy, after_sequence: int = 0, artifact_offsets: Mapping[int, int] | None = None
@@ -134,7 +134,7 @@ class EventLog:
 
         Args:
             after_sequence: sequence number of the last state event that the client has; 0: it has none.
-            artifact_offsets: number of bytes of each picture that the client has, by output.
+            artifact_offsets: number of bytes that the client has of each picture, by output.
 
         Raises:
             InvalidRequestError: an offset lies beyond its picture, or the sequence number in the future.
@@ -143,7 +143,7 @@ class EventLog:
         if len(self.watchers) >= self._max_watchers:
             limit = str(self._max_watchers)
             raise QueueFullError(
-                f"{limit} streams watch {self.generation}, as many as may",
+                f"{limit} streams watch {self.generation} already, which is the limit; close one of them",
                 reason="TOO_MANY_WATCHERS",
                 metadata={"bound": "watchers", "subject": self.generation, "limit": limit},
                 retry_after_s=RETRY_S,
@@ -151,12 +151,12 @@ class EventLog:
         offsets = artifact_offsets or {}
         faults = Violations()
         newest = f"the newest sequence is {self.last_sequence}"
-        # another replica may have sent Accepted, which is always the first event, and not have come to write it down
+        # another replica may have sent Accepted, which is always the first event, and died before it was written
         last = max(self.last_sequence, 1) if self.begun_elsewhere else self.last_sequence
         faults.check(after_sequence <= last, "after_sequence", newest)
         for index, offset in offsets.items():
             size = self._sizes.get(index, 0)
-            what = f"offset {offset} of output {index} is not within the {size} bytes there are"
+            what = f"offset {offset} of output {index} is not within its {size} bytes"
             ahead = self.begun_elsewhere and index not in self._sizes
             faults.check(offset >= 0 and (ahead or offset <= size), "artifact_offsets", what)
         faults.done()
@@ -195,12 +195,12 @@ class EventLog:
 
     @property
     def num_dropped(self) -> int:
-        """Previews that were due on a stream and passed over."""
+        """Previews that were due on a stream and were skipped."""
         return self._counts.num_dropped
 
     @property
     def first_preview_at(self) -> float | None:
-        """Time on the clock when the first preview was handed to a stream; None before."""
+        """When the first preview was handed to a stream, on the clock; None: none was yet."""
         return self._counts.first_at
 
     def _append_state(self, event: StateEvent) -> None:

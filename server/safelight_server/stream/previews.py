@@ -1,10 +1,10 @@
-"""The previews of one stream: what is due, what is being made, what is ready to be sent.
+"""The previews of one stream: which are due, being made, or ready to be sent.
 
-A stream pulls: while it is open, that is, has nothing else to send and is not
-held up by its client, the making of a preview begins of the newest frame of each
-output of which a frame is due. Of each output at most one preview is being made
-or ready; what was made is sent, unless its output ends first. So a stream that
-is held up costs no rendering, and when it comes free it pulls the newest frame.
+A stream pulls its previews. While it is open, which means that it has nothing else to
+send and that its client reads, it renders the newest frame of each output of which a
+frame is due. Of each output at most one preview is being made or ready; a preview that
+was made is sent, unless its output ends first. So a stream whose client does not read
+costs no rendering, and pulls the newest frame when its client reads again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safelight_server.telemetry import Stage, tracing
 
 @dataclass(slots=True)
 class PreviewCounts:
-    """Previews of all streams of a generation: handed over (with their bytes), passed over, and when the first was."""
+    """Counts over all streams of a generation: previews sent, their bytes, previews dropped, time of the first."""
 
     num_sent: int = 0
     num_bytes: int = 0
@@ -32,7 +32,7 @@ class PreviewCounts:
 
 @dataclass(eq=False, slots=True)
 class _PreviewSlot:
-    """A preview that is being made, or is ready (`rendered`) and was not sent yet."""
+    """A preview that is being made, or is ready (`rendered`) and not sent yet."""
 
     budget: Budget
     num_dropped: int
@@ -45,7 +45,7 @@ class Previews:
     Args:
         clock: monotonic seconds.
         counts: counters of the generation, which all its streams share.
-        ready: called with the index of the output whose preview is ready.
+        ready: called with the index of an output when its preview is ready.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class Previews:
     # --- frames ---
 
     def add_feed(self, output_index: int, feed: FrameFeed) -> None:
-        """Pulls frames of an output; the newest there is at once, so that a stream that comes later has something."""
+        """Pulls frames of an output from now on, the newest existing one at once, so that a new stream shows it."""
         self._feeds[output_index] = feed
         self._subscribe(output_index)
         if feed.newest is not None and self._policy.method is not PreviewMethod.NONE:
-            self._take_up(output_index)
+            self._enqueue(output_index)
 
     def remove_feed(self, output_index: int) -> None:
-        """There are no more frames of an output."""
+        """Stops pulling frames of an output."""
         if (feed := self._feeds.pop(output_index, None)) is not None:
             feed.unsubscribe((self, output_index))
 
@@ -101,17 +101,17 @@ class Previews:
         feed.subscribe((self, output_index), due, functools.partial(self._offer, output_index))
 
     def _offer(self, output_index: int, step: int) -> float:
-        """There is a new frame; returns the next step that is due."""
+        """Handles a new frame, and returns the next step that is due."""
         if output_index in self._ended:
             return math.inf
         cadence = self._cadence(output_index)
         if cadence.due(step, self._clock(), busy=output_index in self._making):
-            self._take_up(output_index)
+            self._enqueue(output_index)
         return cadence.next_due(step)
 
-    def _take_up(self, output_index: int) -> None:
+    def _enqueue(self, output_index: int) -> None:
         if output_index in self._waiting:
-            self._drop(output_index)  # the older frame; the output keeps its place in the line
+            self._drop(output_index)  # the older frame; the output keeps its position in the queue
         self._waiting[output_index] = None
         if self._open:
             self._start()
@@ -119,16 +119,16 @@ class Previews:
     # --- making previews ---
 
     def open(self) -> None:
-        """The stream waits for something to send."""
+        """Begins to pull: the stream has nothing to send."""
         self._open = True
         self._start()
 
     def shut(self) -> None:
-        """The stream has something to send, or is held up by its client."""
+        """Stops pulling: the stream has something to send, or its client does not read."""
         self._open = False
 
     def _start(self) -> None:
-        """Begins the previews that the budget allows. An output that has had its turn goes to the end of the line."""
+        """Begins the previews that the budget allows. An output that had its turn goes to the end of the queue."""
         for output_index in [index for index in self._waiting if index not in self._making]:
             feed = self._feeds.get(output_index)
             if feed is None or (frame := feed.newest) is None:
@@ -164,7 +164,7 @@ class Previews:
     # --- sending previews ---
 
     def take(self, output_index: int) -> tuple[RenderedPreview, int] | None:
-        """Takes the preview that is ready, with the number of due frames passed over since the one before, or None."""
+        """Takes the ready preview, with the number of due frames dropped since the last one; None: none is ready."""
         making = self._making.get(output_index)
         if making is None or making.rendered is None:
             return None
@@ -179,7 +179,7 @@ class Previews:
         return making.rendered, making.num_dropped
 
     def end(self, output_index: int) -> None:
-        """The output's picture begins, or the output has ended: no more previews of it."""
+        """Stops the previews of an output whose picture begins to be sent, or which has ended."""
         self._ended.add(output_index)
         self._drop_waiting(output_index)
         making = self._making.pop(output_index, None)
@@ -189,12 +189,12 @@ class Previews:
                 making.budget.settle(0)
 
     def close(self) -> None:
-        """Ends all: the stream has ended."""
+        """Drops all feeds and previews, since the stream has ended."""
         for output_index in list(self._feeds):
             self.remove_feed(output_index)
         self._waiting.clear()
         self._making.clear()
-        self._ready = _nobody  # else it and its stream would keep each other
+        self._ready = _ignore  # the callback refers to the stream: a reference cycle would delay freeing both
 
     def _cadence(self, output_index: int) -> Cadence:
         if (cadence := self._cadences.get(output_index)) is None:
@@ -211,5 +211,5 @@ class Previews:
         self._counts.num_dropped += 1
 
 
-def _nobody(_output_index: int) -> None:
-    """In place of a stream that is over."""
+def _ignore(_output_index: int) -> None:
+    """Replaces the callback of a stream that has ended."""

@@ -20,7 +20,7 @@ from safelight_server.wire import event_message
 from safelight_server.wire.enums import PREVIEW_METHODS
 
 ITEM_BYTES = 128
-"""What an event or a piece of a picture takes beside its bytes, in CPython 3.11."""
+"""Memory of an event or a piece of a picture in addition to its bytes, in CPython 3.11."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class SerializedEvent:
     """A numbered state event.
 
     Attributes:
-        ends_output: the output that it ends, if any.
-        is_last: it is Finished.
+        ends_output: index of the output that the event ends; None: it ends none.
+        is_last: whether the event is Finished.
     """
 
     sequence: int
@@ -39,13 +39,13 @@ class SerializedEvent:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes in memory."""
+        """Size in memory."""
         return len(self.data) + ITEM_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class SerializedArtifact:
-    """A finished picture in pieces of `piece_bytes`; the last is what is left."""
+    """A finished picture in pieces of `piece_bytes`; the last one may be shorter."""
 
     output_index: int
     total_bytes: int
@@ -54,11 +54,11 @@ class SerializedArtifact:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes in memory."""
+        """Size in memory."""
         return sum(map(len, self.pieces)) + ITEM_BYTES * (1 + len(self.pieces))
 
     def piece(self, number: int, offset: int = 0) -> bytes:
-        """Piece `number`, from byte `offset` of the picture on if that lies within it."""
+        """Piece `number`, cut to begin at byte `offset` of the picture if that lies within the piece."""
         if offset <= number * self.piece_bytes:
             return self.pieces[number]
         response = pb.GenerateResponse.FromString(self.pieces[number])
@@ -68,7 +68,7 @@ class SerializedArtifact:
         return response.SerializeToString()
 
     def picture(self) -> EncodedPicture:
-        """The picture, put together again."""
+        """The picture, joined from its pieces."""
         chunks = [pb.GenerateResponse.FromString(piece).event.artifact_chunk for piece in self.pieces]
         first = chunks[0]
         data = b"".join(chunk.data for chunk in chunks)
@@ -109,7 +109,7 @@ def artifact(generation: str, output_index: int, picture: EncodedPicture, piece_
 
 
 def preview(generation: str, output_index: int, rendered: RenderedPreview, num_dropped: int) -> bytes:
-    """A serialized preview. Streams of a generation that have passed over no frame before it share the bytes."""
+    """A serialized preview. Streams that dropped no frame before it share the bytes."""
     place = (generation, output_index)
     if num_dropped == 0 and place in rendered.messages:
         return rendered.messages[place]

@@ -1,8 +1,8 @@
-"""Takes turns at sending: in one turn of the event loop only a few streams hand a message to gRPC, tenant by tenant.
+"""Limits sending: in one iteration of the event loop only a few streams hand a message to gRPC, tenant by tenant.
 
-A message costs the loop about 0.1 ms. Where 63 streams watch fast steps, all of
-them have one to send in every turn, and whatever else happens on the loop, such
-as the first preview of a neighbour, would wait for all of those again and again.
+A message costs the loop about 0.1 ms. When 63 streams watch fast steps, all of them
+have a message to send in every iteration. All other work on the loop, such as the
+first preview of another client, would wait for all of those messages again and again.
 Streams that wait for their turn get fewer and newer previews.
 """
 
@@ -12,14 +12,14 @@ import asyncio
 from collections import OrderedDict, deque
 
 PER_TURN = 2
-"""Messages in one turn of the loop. Record 0005 has what other numbers cost."""
+"""Messages in one iteration of the loop. Decision record 0005 has measurements of other values."""
 
 
 class SendTurns:
-    """The turns of all streams of a server. One alone never waits.
+    """Shares sending among all streams of a server. A single stream never waits.
 
     Args:
-        per_turn: messages that may be sent in one turn of the loop.
+        per_turn: messages that may be sent in one iteration of the loop.
     """
 
     def __init__(self, per_turn: int = PER_TURN) -> None:
@@ -34,10 +34,10 @@ class SendTurns:
             self._left -= 1
             self._turn_soon()
             return
-        mine = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(tenant, deque()).append(mine)
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(tenant, deque()).append(turn)
         self._turn_soon()
-        await mine
+        await turn
 
     def _turn_soon(self) -> None:
         if not self._will_turn:
@@ -48,12 +48,12 @@ class SendTurns:
         self._will_turn = False
         self._left = self._per_turn
         while self._left and self._waiting:
-            tenant, line = self._waiting.popitem(last=False)
-            mine = line.popleft()
-            if line:
-                self._waiting[tenant] = line  # behind the other tenants
-            if not mine.done():  # else its client has left
-                mine.set_result(None)
+            tenant, queue = self._waiting.popitem(last=False)
+            turn = queue.popleft()
+            if queue:
+                self._waiting[tenant] = queue  # behind the other tenants
+            if not turn.done():  # otherwise its client has left
+                turn.set_result(None)
                 self._left -= 1
         if self._left < self._per_turn:
             self._turn_soon()

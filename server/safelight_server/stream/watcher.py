@@ -21,11 +21,11 @@ class SharedStreamState:
     """What all streams of a generation share.
 
     Attributes:
-        tenant: whose generation it is.
-        turns: at which streams of all generations send.
+        tenant: the tenant of the generation.
+        turns: shares sending among the streams of all generations.
         items: the reliable events, in order; only ever appended to.
         num_bytes: the bytes of the items.
-        newest: the newest-wins events that still mean something.
+        newest: the newest-wins events that are not outdated.
         closed: whether Finished is among the items.
     """
 
@@ -43,17 +43,17 @@ class SharedStreamState:
 class Watcher:
     """One client stream: read `events` once, then call `close`. Its size is bounded: a few words for each output.
 
-    Once it is closed it refers to nothing of its generation: the call of a client that does not read lasts as long as
-    its connection, and would keep the pictures.
+    After `close` it has no reference to its generation: the call of a client that does not read lasts as long as its
+    connection, and would otherwise keep the pictures in memory.
 
     Args:
-        after_sequence: the last state event that the client has.
-        artifact_offsets: bytes of pictures that the client has, by output.
+        after_sequence: sequence number of the last state event that the client has.
+        artifact_offsets: number of bytes that the client has of each picture, by output.
         leave: called by `close`.
 
     Attributes:
         previews: its previews of all outputs.
-        unread_bytes: the message that was handed over and that the client has not taken; gRPC has a copy.
+        unread_bytes: size of the message that was handed to gRPC and that the client has not read.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Watcher:
         """The stream, as serialized responses; ends after Finished, or when closed."""
         while not self._closed:
             if self._slots or self._cursor < len(self._shared.items):
-                await self._shared.turns.take(self._shared.tenant)  # and only then looks what is the newest
+                await self._shared.turns.take(self._shared.tenant)  # before `_next`, so that it picks the newest
             if (data := self._next()) is not None:
                 self._yielding_since = self._shared.clock()
                 self.unread_bytes = len(data)
@@ -97,29 +97,29 @@ class Watcher:
                 self.previews.shut()
 
     def stalled_for(self, now: float) -> float:
-        """Seconds since the last message was handed over, while the client has not taken it; else 0."""
+        """Seconds since the last message was handed over, while the client has not read it; otherwise 0."""
         return 0.0 if self._yielding_since is None else now - self._yielding_since
 
     def close(self) -> None:
-        """Leaves the generation; `events` ends at its next turn."""
+        """Leaves the generation. `events` ends when it is next resumed."""
         self._closed = True
         self._shared = SharedStreamState("", self._shared.clock, closed=True)
         self.previews.close()
         self._wakeup.set()
         self._leave(self)
 
-    # --- what the log says ---
+    # --- called by the log ---
 
     def wake(self) -> None:
         """Called by the log when there are new items."""
         self._wakeup.set()
 
     def offer(self, slot: LossySlot) -> None:
-        """Called by the log when there is a newest-wins event; an unsent one keeps its place in the line."""
+        """Called by the log when there is a newest-wins event. An unsent event of the slot keeps its queue position."""
         self._slots[slot] = None
         self._wakeup.set()
 
-    # --- what is sent next ---
+    # --- choosing the next message ---
 
     def _next(self) -> bytes | None:
         """The next message: reliable events first, then the slot that has waited longest; None: there is none."""
@@ -146,7 +146,7 @@ class Watcher:
         return state.data if state.sequence > self._after else None
 
     def _piece_of(self, artifact: SerializedArtifact) -> bytes | None:
-        """The next piece of the picture at the cursor; after the last one None, and the cursor moves on."""
+        """The next piece of the picture at the cursor. None after the last piece; the cursor then moves on."""
         offset = self._offsets.get(artifact.output_index, 0)
         if self._piece is None:
             self.previews.end(artifact.output_index)

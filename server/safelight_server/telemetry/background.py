@@ -1,4 +1,4 @@
-"""Background tasks that never end in silence: an exception is logged, and work that must go on is begun again."""
+"""Background tasks whose exceptions are logged; work that must go on is started again."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ RESTART_S = 1.0
 
 
 async def keep_running(work: Callable[[], Awaitable[None]], name: str) -> None:
-    """Runs `work` until it returns. Where it raises an exception, that is logged as a bug and `work` begins again.
+    """Runs `work` until it returns. An exception is logged as a bug, and `work` is called again.
 
     Args:
-        work: begins anew at each call, so it may lose what happened in between.
-        name: of the work, in the log.
+        work: starts from the beginning at each call, so it may miss what happened in between.
+        name: the name of the work in the log.
     """
     while True:
         try:
@@ -29,6 +29,6 @@ async def keep_running(work: Callable[[], Awaitable[None]], name: str) -> None:
 
 
 def log_failure(task: asyncio.Task[None]) -> None:
-    """Logs the exception of a task that has ended by one; for `Task.add_done_callback`."""
+    """Logs the exception with which a task has ended, if any; for `Task.add_done_callback`."""
     if not task.cancelled() and (fault := task.exception()) is not None:
         log.error("bug", work=task.get_name(), exc_info=fault)

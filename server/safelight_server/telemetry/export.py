@@ -1,8 +1,8 @@
 """Exports spans to an OpenTelemetry collector without slowing the server when the collector is slow or dead.
 
-Spans wait in a bounded queue and a thread of their own sends them; spans that
-find the queue full are dropped. The loss of the collector is logged once, and
-its return once. A collector on this machine is never asked through a proxy.
+Spans wait in a bounded queue, and a thread of their own sends them; when the queue is
+full they are dropped. The loss of the collector is logged once, and its return once. A
+collector on this machine is never called through a proxy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CHATTY = ("opentelemetry.exporter.otlp.proto.grpc.exporter", "opentelemetry.sdk.
 
 def otlp_processor(endpoint: str, headers: Mapping[str, str]) -> SpanProcessor:
     """A span processor that queues ended spans and sends them to an OTLP gRPC endpoint, with TLS for https:// only."""
-    for name in CHATTY:  # `Reporting` logs in their place
+    for name in CHATTY:  # `Reporting` logs instead
         logging.getLogger(name).setLevel(logging.CRITICAL)
     exporter = OTLPSpanExporter(
         endpoint=endpoint,
@@ -52,7 +52,7 @@ class Reporting(SpanExporter):
         self._lost = False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Sends the spans; logs where that began or ceased to fail."""
+        """Sends the spans. Logs when exports begin or cease to fail."""
         result = self._exporter.export(spans)
         lost = result is not SpanExportResult.SUCCESS
         if lost and not self._lost:
@@ -69,7 +69,7 @@ class Reporting(SpanExporter):
 
 
 def close_within(close: Callable[[], None], seconds: float) -> None:
-    """Runs `close` in a daemon thread and returns when it has ended, or after so many seconds without it."""
+    """Runs `close` in a daemon thread. Returns when it has ended, or after `seconds` at the latest."""
     closing = threading.Thread(target=close, name="traces-close", daemon=True)
     closing.start()
     closing.join(seconds)

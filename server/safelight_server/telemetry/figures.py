@@ -1,6 +1,6 @@
 """Reads the server's own Prometheus metrics back: counts, and quantiles of histograms.
 
-For `CacheService.GetCacheStats`, whose callers ask the server and not Prometheus.
+`CacheService.GetCacheStats` uses this, so that its callers need no Prometheus.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Distribution:
     def quantile(self, share: float) -> float:
         """Estimates a quantile (`share` of 0 to 1) by linear interpolation within its bucket.
 
-        The largest finite bound where the quantile lies above it; 0 without observations.
+        If the quantile lies above the largest finite bound, that bound; 0 without observations.
         """
         wanted = share * self.count
         below, floor = 0.0, 0.0

@@ -1,7 +1,7 @@
-"""Sets up logging: every line on stderr is one JSON object, or on a console one readable line, whoever logs it.
+"""Sets up logging: every record, also of libraries, is one JSON object on stderr, or one readable line on a console.
 
-What libraries log or warn of, and exceptions that nobody caught, go the way of the server's own lines. So text that a
-client sent, in whatever message it turns up, cannot begin a line of its own.
+Log records and warnings of libraries, and uncaught exceptions, are formatted like the server's own lines. So text that
+a client sent cannot begin a line of its own, in whatever message it appears.
 
 Invariants: logging never raises, and never waits for stderr. A line that cannot be written or formatted is dropped.
 """
@@ -24,7 +24,7 @@ from safelight_server.telemetry.stderr_handler import StderrHandler
 
 Event = MutableMapping[str, object]
 OWN = "safelight"
-"""The one logger, of Python's `logging`, through which all lines of the server go."""
+"""The logger of Python's `logging` that all lines of the server use."""
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 """Characters that end a line or command a terminal."""
 TRACEBACKS = ("exception", "stack")
@@ -62,7 +62,7 @@ def configure_logging(log_format: str, level: str) -> None:
             use_get_message=True,
         )
     )
-    logging.raiseExceptions = False  # else `logging` prints a traceback where it cannot write or format a line
+    logging.raiseExceptions = False  # otherwise `logging` prints a traceback when it cannot write or format a line
     root, own = logging.getLogger(), logging.getLogger(OWN)
     for earlier in root.handlers:
         if isinstance(earlier, StderrHandler):
@@ -87,7 +87,7 @@ def _uncaught(kind: type[BaseException], error: BaseException | None, traceback:
 
 
 def _add_trace_id(_logger: object, _method: str, event: Event) -> Event:
-    """A structlog processor: adds the id of the current trace, 32 hexadecimal digits, where there is one."""
+    """A structlog processor: adds the id of the current trace, if there is one, as 32 hexadecimal digits."""
     context = trace.get_current_span().get_span_context()
     if context.is_valid:
         event.setdefault("trace_id", format(context.trace_id, "032x"))
@@ -95,7 +95,7 @@ def _add_trace_id(_logger: object, _method: str, event: Event) -> Event:
 
 
 def _escape_control(_logger: object, _method: str, event: Event) -> Event:
-    """A structlog processor: writes control characters as escapes, in tracebacks all but the ends of their lines."""
+    """A structlog processor: escapes control characters; in tracebacks it keeps the line breaks."""
     for key, value in event.items():
         if isinstance(value, str):
             lines = value.split("\n") if key in TRACEBACKS else [value]

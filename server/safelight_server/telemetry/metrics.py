@@ -24,17 +24,17 @@ LOOKUPS = ("exact", "approximate")
 DEGRADATIONS = ("fewer_steps", "cheaper_previews", "similar_picture")
 CLASSES = ("interactive", "standard", "batch")
 DUE_WITHIN_S = (5, 15, 60, 300)
-"""Spans to a deadline, in seconds, for which `safelight_due_compute_seconds` is given."""
+"""Times to a deadline for which `safelight_due_compute_seconds` has a series each."""
 LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 STATUSES = ("OK", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE")
-"""Ends of generations that have a series from the start, so that the first one is seen as an increase."""
+"""Statuses that have a series from the start, so that the first such end of a generation shows as an increase."""
 REFUSALS = (
     *("QUEUE_FULL", "DEADLINE_UNREACHABLE", "REQUEST_RATE_EXCEEDED", "COMPUTE_QUOTA_EXCEEDED", "TOO_MANY_STREAMS"),
     *("TOO_MANY_UNREAD_BYTES", "RUNTIME_UNAVAILABLE", "DRAINING", "INTERNAL", "UNAUTHENTICATED", "INVALID_REQUEST"),
 )
-"""Likewise, reasons of refusals."""
+"""Reasons of refusals that have a series from the start."""
 FAULTS = ("rows", "instance", "nobody")
-"""Likewise, origins of failed calls (`runtime.base.FaultOrigin`)."""
+"""Origins of failed calls (`runtime.base.FaultOrigin`) that have a series from the start."""
 OUTCOMES = ("hit", "miss", "expired", "corrupt", "unreadable")
 TIER_ERRORS = ("unavailable", "left_alone", "full", "too_large")
 TIER_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
@@ -99,13 +99,13 @@ class Metrics:
         )
         self._due = Gauge(
             "safelight_due_compute_seconds",
-            "The same of those outputs whose deadline is so many seconds away, or less",
+            "Time of one instance, in full batches, for what is left of outputs that are due within so many seconds",
             ["within"],
             registry=registry,
         )
         self._requested = Counter(
             "safelight_requested_compute_seconds",
-            "Time of one instance, in full batches, for what was asked for and not in a cache, refused or not",
+            "Time of one instance, in full batches, for requested outputs that no cache has, refused or not",
             ["class"],
             registry=registry,
         )
@@ -169,7 +169,7 @@ class Metrics:
         for name in CLASSES:
             self._requested.labels(name)
             self._pressure.labels(name)
-            if name != "interactive":  # which is never degraded
+            if name != "interactive":  # never degraded
                 for kind in DEGRADATIONS:
                     self._degradations.labels(kind, name)
             self._first_preview.labels(name)
@@ -188,16 +188,16 @@ class Metrics:
         self.compute_seconds.inc(seconds)
 
     def price(self, currency: str, compute_s: float, machine_per_hour: float) -> None:
-        """Sets what a second of compute and an hour of this machine cost."""
+        """Sets the prices of a second of compute and of an hour of this machine."""
         self._compute_price.labels(currency).set(compute_s)
         self._machine_price.labels(currency).set(machine_per_hour)
 
     def failed_call(self, kind: str, fault: str) -> None:
-        """Counts a runtime call that failed; `fault` is what caused it: rows, instance or nobody (it was full)."""
+        """Counts a failed runtime call. `fault` is its cause: rows, instance, or nobody (the instance was full)."""
         self._failed_calls.labels(kind, fault).inc()
 
     def requested(self, priority: str, compute_s: float) -> None:
-        """Counts compute, in seconds of one instance, that was asked for in a class."""
+        """Counts requested compute of a class, in seconds of one instance."""
         self._requested.labels(priority).inc(compute_s)
 
     def degraded(self, kind: str, priority: str) -> None:
@@ -209,11 +209,11 @@ class Metrics:
         self._pressure.labels(priority).set(late)
 
     def watch_demand(self, left_s: Callable[[str], float], due_s: Callable[[float], float]) -> None:
-        """Sets the functions that are asked at a scrape, in seconds of one instance in full batches.
+        """Sets the functions that a scrape calls. They return seconds of one instance in full batches.
 
         Args:
-            left_s: what is left of the outputs of a class.
-            due_s: what is left of the outputs whose deadline is within some seconds.
+            left_s: the work that is left for the outputs of a class.
+            due_s: the work that is left for the outputs whose deadline is within some seconds.
         """
         for name in CLASSES:
             self._left.labels(name).set_function(functools.partial(left_s, name))
@@ -221,12 +221,12 @@ class Metrics:
             self._due.labels(f"{within_s:g}").set_function(functools.partial(due_s, within_s))
 
     def watch_instances(self, num_instances: int, live: Callable[[], float]) -> None:
-        """Sets the number of instances, and the function that gives the live ones at a scrape."""
+        """Sets the number of instances, and the function that a scrape calls for the live ones."""
         self._instances.set(num_instances)
         self._live.set_function(live)
 
     def watch_streams(self, streams: Callable[[], float]) -> None:
-        """Sets the function that gives the open streams at a scrape."""
+        """Sets the function that a scrape calls for the number of open streams."""
         self._streams.set_function(streams)
 
     def watch_queue(
@@ -236,12 +236,12 @@ class Metrics:
         parked: Callable[[], float],
         backlog_s: Callable[[], float],
     ) -> None:
-        """Sets the functions that are asked at a scrape.
+        """Sets the functions that a scrape calls.
 
         Args:
             waiting: outputs of a class that have not started.
             running: outputs that take steps.
-            parked: outputs whose slots others have.
+            parked: outputs that wait in the middle of their steps.
             backlog_s: seconds that all instances need for all outputs.
         """
         self._backlog.set_function(backlog_s)
@@ -251,7 +251,7 @@ class Metrics:
         self._parked.set_function(parked)
 
     def ended(self, status: str, seconds: float, tenant: str, priority: str) -> None:
-        """Counts a generation of a tenant and class that ended with this status, so long after its acceptance."""
+        """Counts a generation that ended with a status, `seconds` after its acceptance."""
         self._outcomes.labels(status).inc()
         self._duration.labels(priority).observe(seconds)
         self.tenants.ended(tenant, status)
@@ -265,7 +265,7 @@ class Metrics:
             self._first_preview.labels(priority).observe(first_s)
 
     def refused(self, reason: str, tenant: str | None = None) -> None:
-        """Counts a request that was refused before it became a generation; None: of a tenant that is not known."""
+        """Counts a request that was refused before it became a generation; `tenant` None: the tenant is unknown."""
         self._refused.labels(reason).inc()
         if tenant is not None:
             self.tenants.refused(tenant, reason)
@@ -316,7 +316,7 @@ class TierMetrics:
         """Records a lookup in a tier; `outcome` is hit, miss, expired, corrupt or unreadable."""
         at = (tier, outcome)
         if (resolved := self._got.get(at)) is None:
-            for known in OUTCOMES:  # all series of a tier, so that its first fault is seen as an increase
+            for known in OUTCOMES:  # all series of a tier, so that its first fault shows as an increase
                 self._gets.labels(tier, known)
             for reason in TIER_ERRORS:
                 self._errors.labels(tier, reason)
@@ -353,7 +353,7 @@ class TierMetrics:
 
     def breaker(self, service: str, state: int) -> None:
         """Sets the state of a circuit breaker: 0 closed, 1 half-open, 2 open."""
-        self._failures.labels(service)  # so that its first failure is seen as an increase
+        self._failures.labels(service)  # so that its first failure shows as an increase
         self._breakers.labels(service).set(state)
 
 

@@ -1,8 +1,8 @@
 """Serves the metrics over HTTP/1.0, from the event loop and within bounds.
 
-prometheus_client's own server starts a thread for each connection and waits without end for a request. Here a
-connection costs no thread and has a limited time, their number is bounded, and one worker thread makes one answer
-after the other, with prometheus_client's WSGI application.
+prometheus_client's own server starts a thread for each connection and waits for a request without a time limit. Here a
+connection costs no thread and has limited time, the number of connections is bounded, and one worker thread makes the
+responses with prometheus_client's WSGI application, one after the other.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from wsgiref.handlers import SimpleHandler
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 MAX_CONNECTIONS = 32
-"""Open connections. One more closes the oldest, so that nobody can keep Prometheus out by holding them open."""
+"""Open connections. One more closes the oldest, so that idle connections cannot keep Prometheus out."""
 MAX_HEAD_BYTES = 16 << 10
-"""Request line and headers."""
+"""Bound on the request line and the headers."""
 EXCHANGE_S = 10.0
 """Time for a connection, from its opening to the last byte of the answer."""
 BAD_REQUEST = b"HTTP/1.0 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
 ABANDONED = (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError)
-"""How a connection ends whose client was too slow, sent too much or left."""
+"""Errors of a connection whose client was too slow, sent too much or left."""
 
 
 class MetricsServer:
@@ -48,10 +48,10 @@ class MetricsServer:
 
     @asynccontextmanager
     async def listening(self, host: str, port: int) -> AsyncIterator[int]:
-        """Listens while the block runs; yields the port, which is a free one where 0 was asked for.
+        """Listens while the block runs. Yields the port, which is a free one if `port` is 0.
 
         Raises:
-            OSError: the address is taken or not this machine's.
+            OSError: the address is in use or not this machine's.
         """
         server = await asyncio.start_server(self._serve, host, port, limit=MAX_HEAD_BYTES)
         try:
@@ -87,7 +87,7 @@ class MetricsServer:
             writer.transport.abort()
 
     def _answer(self, head: bytes) -> bytes:
-        """The response to a request without a body, of which `head` is the request line and the headers."""
+        """The response to a request without a body. `head` is its request line and headers."""
         line, _, rest = head.partition(b"\r\n")
         try:
             method, target, _version = line.decode("ascii").split(" ")

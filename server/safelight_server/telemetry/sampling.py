@@ -1,4 +1,4 @@
-"""Decides which traces are recorded: those that their callers ask for, up to a rate, and a share of all others."""
+"""Decides which traces are recorded: those with the caller's sampled flag, up to a rate, and a share of all others."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from opentelemetry.util.types import Attributes
 
 
 def build_sampler(ratio: float, requested_per_s: float) -> Sampler:
-    """The sampler of a server: what a caller's flag says, up to a rate, and `ratio` (0 to 1) of all other traces."""
+    """The sampler of a server: traces with the sampled flag, up to a rate, and `ratio` (0 to 1) of all others."""
     return ParentBased(TraceIdRatioBased(ratio), remote_parent_sampled=RequestSampler(ratio, requested_per_s))
 
 
 class RequestSampler(Sampler):
-    """Samples the traces that callers ask to be recorded, as long as a token bucket has tokens, and then by chance.
+    """Samples traces with the caller's sampled flag: all while a token bucket has tokens, beyond that by chance.
 
-    Trace ids are chosen by the callers, so that they must not decide.
+    The trace id does not decide, since callers choose it.
 
     Args:
         ratio: share (0 to 1) that is recorded while the bucket is empty.
-        per_s: tokens per second; the bucket holds those of one second, and is full at first.
+        per_s: tokens per second. The bucket holds those of one second, and begins full.
         clock: monotonic seconds.
         chance: returns random numbers in [0, 1).
     """
@@ -62,7 +62,7 @@ class RequestSampler(Sampler):
         return SamplingResult(decision, attributes if recorded else None, parent.trace_state)
 
     def get_description(self) -> str:
-        """A name for this sampler, as the SDK shows it."""
+        """The name of this sampler in the SDK."""
         return f"RequestSampler({self._ratio}, {self._per_s}/s)"
 
     def _take(self) -> bool:

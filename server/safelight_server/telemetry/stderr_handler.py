@@ -1,4 +1,4 @@
-"""Writes log lines to stderr in a thread, so that a pipe that nobody reads does not stop whoever logs.
+"""Writes log lines to stderr in a thread, so that a pipe that nobody reads does not block the code that logs.
 
 `logging.handlers.QueueListener` would not do: its handler holds a lock while it writes, and `logging.shutdown` waits
 for that lock when the process ends.
@@ -21,7 +21,7 @@ import structlog
 log = structlog.get_logger(__name__)
 
 STDERR = 2
-"""Written to by its number: a thread that waits in `sys.stderr` holds its lock, and Python aborts over that at exit."""
+"""The file descriptor, not `sys.stderr`: a thread that waits there holds its lock, which makes Python abort at exit."""
 MAX_LINES = 10_000
 """Most lines that wait to be written: about 4 MB of usual lines."""
 LAST_LINES_S = 2.0
@@ -31,8 +31,8 @@ LAST_LINES_S = 2.0
 class StderrHandler(logging.Handler):
     """Formats lines where they are logged, and writes them in a thread.
 
-    A line that cannot be written is dropped. When lines were dropped because too many waited, the next line that is
-    taken comes after one that says how many: `log_lines_dropped`.
+    A line that cannot be written is dropped. When lines were dropped because too many waited, a line
+    `log_lines_dropped` with their number is written before the next one.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class StderrHandler(logging.Handler):
         self._writer.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Formats a line and hands it to the thread. `logging` calls it with the handler's lock."""
+        """Formats a line and hands it to the thread. `logging` calls this under the handler's lock."""
         if self._lines.qsize() >= MAX_LINES:
             self._num_dropped += 1
             return
@@ -58,11 +58,11 @@ class StderrHandler(logging.Handler):
             return
         if self._writer.is_alive():
             self._lines.put(line)
-        else:  # what destructors log after `logging.shutdown`
+        else:  # destructors may log after `logging.shutdown`
             _write(line)
 
     def close(self) -> None:
-        """Waits until all lines are written, at most `LAST_LINES_S`. `logging` calls it at the end of the process."""
+        """Waits until all lines are written, at most `LAST_LINES_S`. `logging` calls this at the end of the process."""
         self._lines.put(None)
         self._writer.join(LAST_LINES_S)
         super().close()
@@ -73,7 +73,7 @@ class StderrHandler(logging.Handler):
 
 
 def _write(line: bytes) -> None:
-    with contextlib.suppress(OSError):  # the reader has gone, or the disk is full
+    with contextlib.suppress(OSError):  # the reader has closed the pipe, or the disk is full
         while line:
             try:
                 line = line[os.write(STDERR, line) :]

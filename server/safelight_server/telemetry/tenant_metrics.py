@@ -5,12 +5,12 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter
 
 MAX_TENANTS = 200
-"""Tenants that have series of their own: the first ones. All others share those of `OTHERS`."""
+"""The first so many tenants have series of their own. All others share those of `OTHERS`."""
 OTHERS = "(others)"
 
 
 class TenantMetrics:
-    """What tenants were served, what they were refused, and the compute that was made for them."""
+    """Counts of each tenant's ended generations, refused calls and compute."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._generations = Counter(
@@ -23,7 +23,7 @@ class TenantMetrics:
             "safelight_tenant_compute_seconds", "Compute as billed", ["tenant", "model"], registry=registry
         )
         self._known: set[str] = set()
-        self._resolved: dict[tuple[str, str], Counter] = {}  # of compute, as each call of the runtime adds to some
+        self._resolved: dict[tuple[str, str], Counter] = {}  # of compute: each call of the runtime adds to some
 
     def ended(self, tenant: str, status: str) -> None:
         """Counts a generation that ended with this status."""

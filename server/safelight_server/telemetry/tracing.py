@@ -30,10 +30,10 @@ from safelight_server.telemetry.sampling import build_sampler
 CLOSE_S = 3.0
 """How long shutdown waits for the collector to take the last spans."""
 FAULTS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
-"""gRPC statuses that are the server's faults; callers cause the others (OpenTelemetry's conventions for gRPC)."""
+"""gRPC statuses that are the server's fault; the others are the caller's (OpenTelemetry's conventions for gRPC)."""
 TRACE_STATE_CHARS = 512
-"""Longest `tracestate` that is passed on, as W3C Trace Context asks for at least."""
-logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)  # warns of each tracestate that is malformed
+"""Longest `tracestate` that is passed on; W3C Trace Context requires at least so much."""
+logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)  # it warns of each malformed tracestate
 _PROPAGATOR = TraceContextTextMapPropagator()
 _NOTHING: Mapping[str, str | int | float] = {}
 
@@ -43,13 +43,13 @@ class Tracing:
 
     Args:
         endpoint: URL of an OTLP gRPC collector, http:// or https://; empty: nothing is recorded.
-        ratio: share (0 to 1) of the traces recorded about which the client's `traceparent` decides nothing.
-        headers: sent with every export, such as the collector's key.
-        requested_per_s: traces that known callers may have recorded by their flag, per second; `ratio` beyond that.
-        processor: takes the spans in place of an exporter to `endpoint`; for tests.
+        ratio: share (0 to 1) of the traces recorded that come without a sampled flag of a known caller.
+        headers: headers of every export, such as the collector's key.
+        requested_per_s: traces per second that known callers may have recorded by their flag; `ratio` beyond that.
+        processor: gets the spans instead of an exporter to `endpoint`; for tests.
 
     Attributes:
-        num_trails: traced outputs that have not ended; at 0 a call skips the look for outputs to trace.
+        num_trails: traced outputs that have not ended; at 0 a call does not look for outputs to trace.
     """
 
     def __init__(
@@ -76,8 +76,7 @@ class Tracing:
         """Starts the span of an incoming call: for a known caller as a child of the span in its `traceparent`.
 
         Args:
-            known: whether the server knows the caller. What an unknown one says of traces is ignored: its call begins a
-                trace of its own.
+            known: whether the server knows the caller. The call of an unknown caller begins a trace of its own.
         """
         carrier = {key: value for key, value in metadata if key in ("traceparent", "tracestate")} if known else {}
         if len(carrier.get("tracestate", "")) > TRACE_STATE_CHARS:
@@ -88,7 +87,7 @@ class Tracing:
         return Stage(self, span)
 
     def close(self) -> None:
-        """Exports the remaining spans; gives up after `CLOSE_S` seconds."""
+        """Exports the remaining spans; waits at most `CLOSE_S` seconds."""
         if self._provider is not None:
             close_within(self._provider.shutdown, CLOSE_S)
 
@@ -114,7 +113,7 @@ class Stage:
 
     @property
     def trace_id(self) -> str:
-        """32 hexadecimal digits, also where the client decided against recording; empty without a trace."""
+        """32 hexadecimal digits, also if the client has decided against recording; empty without a trace."""
         context = self._span.get_span_context()
         return trace.format_trace_id(context.trace_id) if context.is_valid else ""
 
@@ -126,7 +125,7 @@ class Stage:
         start_ns: int | None = None,
         linked: Stage | None = None,
     ) -> Stage:
-        """Starts a child stage. Returns this stage itself where it is not recorded.
+        """Starts a child stage. Returns this stage itself if it is not recorded.
 
         Args:
             start_ns: start time, of `time.time_ns`; None: now.
@@ -151,7 +150,7 @@ class Stage:
             self._span.add_link(other._span.get_span_context())
 
     def end(self, error: str = "", at_ns: int | None = None) -> None:
-        """Ends the span, with status ERROR where `error` is not empty; at `at_ns` of `time.time_ns` (None: now)."""
+        """Ends the span, with status ERROR if `error` is not empty, at `at_ns` of `time.time_ns` (None: now)."""
         if self.recorded:
             if error:
                 self._span.set_status(Status(StatusCode.ERROR, error))
@@ -176,13 +175,13 @@ class Stage:
     @contextlib.contextmanager
     def as_current(self) -> Iterator[None]:
         """Makes this stage `current()` in the block and in tasks started there."""
-        mine = _CURRENT.set(self)
-        theirs = contexts.attach(trace.set_span_in_context(self._span, contexts.Context()))
+        stage_token = _CURRENT.set(self)
+        span_token = contexts.attach(trace.set_span_in_context(self._span, contexts.Context()))
         try:
             yield
         finally:
-            contexts.detach(theirs)
-            _CURRENT.reset(mine)
+            contexts.detach(span_token)
+            _CURRENT.reset(stage_token)
 
     def enter(self) -> None:
         """Makes this stage `current()` for the rest of the running task."""
@@ -195,10 +194,10 @@ _CURRENT: ContextVar[Stage] = ContextVar("safelight_stage", default=UNTRACED)
 
 
 def fault(code: str, reason: str) -> str:
-    """The error text of a span that ended with this gRPC status; empty where the status is not the server's fault."""
+    """The error text of a span that ended with this gRPC status; empty if the status is not the server's fault."""
     return (reason or code) if code in FAULTS else ""
 
 
 def current() -> Stage:
-    """The stage that the running task works for; `UNTRACED` where there is none."""
+    """The stage that the running task works for; `UNTRACED` if there is none."""
     return _CURRENT.get()

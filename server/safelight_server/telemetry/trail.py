@@ -42,7 +42,7 @@ class Trail:
 
     Args:
         generation: the stage of its generation, which must be recorded.
-        attributes: of the output's span.
+        attributes: attributes of the output's span.
     """
 
     def __init__(self, generation: Stage, attributes: Attributes) -> None:
@@ -75,7 +75,7 @@ class Trail:
         self._num_calls -= 1
         self._wait(now_ns)
 
-    # --- what else happens ---
+    # --- other events ---
 
     def suspend(self) -> None:
         """Starts the `suspended` span: the output pauses because nobody watches it."""
@@ -89,14 +89,14 @@ class Trail:
         self._wait(now_ns)
 
     def developed(self) -> None:
-        """Starts the `encode` span: the pixels, decoded or from another output, are to become an encoded picture."""
+        """Starts the `encode` span: the pixels are there and are encoded next."""
         now_ns = time.time_ns()
         if self._was_decoded and self._waits_since_ns is not None:
             now_ns, self._waits_since_ns = self._waits_since_ns, None
         self._rest("encode", now_ns)
 
     def end(self, attributes: Attributes, error: str = "") -> None:
-        """Ends every open span; the output's own with these attributes, and as failed where `error` is not empty."""
+        """Ends every open span. The output's own gets `attributes`, and fails if `error` is not empty."""
         now_ns = time.time_ns()
         self._tracing.num_trails -= 1
         self._rest("", now_ns)
@@ -139,7 +139,7 @@ class PreviewSpan:
         return self._stage.begin(name, attributes, start_ns=now_ns, linked=linked)
 
     def returned(self, now_ns: int) -> None:
-        """Does nothing: whoever renders the preview ends its span."""
+        """Does nothing: the code that renders the preview ends its span."""
 
 
 class CallSpans:
@@ -148,19 +148,19 @@ class CallSpans:
     Inside the block the span of the batch is the current one.
 
     Args:
-        name: of the span that each trace gets for its part of the call.
-        served: the traced outputs that the call serves, with the attributes of their parts; at least one.
+        name: name of the span that each trace gets for its part of the call.
+        served: the traced outputs that the call serves, with the attributes of their spans; at least one.
         batch: attributes of the batch's span.
     """
 
     def __init__(self, name: str, served: Sequence[tuple[TracedOutput, Attributes]], batch: Attributes) -> None:
         now_ns = time.time_ns()
-        self._served = [one for one, _ in served]
+        self._served = [output for output, _ in served]
         first, attributes = served[0]
         self._parts = [first.call(name, now_ns, attributes, None)]
         self._batch = self._parts[0].begin("batch", batch, start_ns=now_ns)
-        for one, attributes in served[1:]:
-            self._parts.append(one.call(name, now_ns, attributes, self._batch))
+        for output, attributes in served[1:]:
+            self._parts.append(output.call(name, now_ns, attributes, self._batch))
             self._batch.link(self._parts[-1])
         self._current: AbstractContextManager[None] = self._batch.as_current()
 
@@ -175,5 +175,5 @@ class CallSpans:
         reason = "" if error is None else str(error) or type(error).__name__
         for stage in (self._batch, *self._parts):
             stage.end(reason, now_ns)
-        for one in self._served:
-            one.returned(now_ns)
+        for output in self._served:
+            output.returned(now_ns)

@@ -6,7 +6,7 @@ with one violation for each faulty field, or as NotFoundError.
 
 `request.py` checks a whole GenerateRequest: `spec.py` what to generate,
 `delivery.py` how the pixels are sent. `purge.py` checks PurgeCacheRequest,
-`images.py` what is said of uploads.
+`images.py` the first message of an upload.
 `violations.py` collects the faults. All of it is pure, and its cost is bounded
 by the limits here, however many entries a client sends.
 """

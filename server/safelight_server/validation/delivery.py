@@ -22,7 +22,7 @@ ROWS = (MediaType.RAW_RGBA8, MediaType.KTX2)
 
 
 def check_encoding(message: pb.PixelEncoding, field: str, faults: Violations) -> PixelEncoding:
-    """Checks the PixelEncoding message that stands at the path `field` of a request."""
+    """Checks the PixelEncoding message at the path `field` of a request."""
     media_type = _media_type(message.media_type)
     if media_type is None:
         faults.add(f"{field}.media_type", f"{shown(message.media_type)} is not offered; there is {listed(MediaType)}")
@@ -72,7 +72,7 @@ def check_preview(message: pb.PreviewPolicy, pipeline: Pipeline, faults: Violati
         faults.check(not others, "preview.method", f"PREVIEW_METHOD_NONE contradicts {listed(others)}")
         return PreviewPolicy(method=method)
     if method is None:
-        faults.add("preview.method", f"{message.method} is no method of this server; see Model.preview_methods")
+        faults.add("preview.method", f"{message.method} is unknown; use one of Model.preview_methods")
         method = PreviewMethod.AUTO
     if method is PreviewMethod.TINY_DECODER and not pipeline.has_preview_decoder:
         faults.add("preview.method", f"models/{pipeline.name} has no PREVIEW_METHOD_TINY_DECODER; use another or AUTO")
@@ -102,7 +102,7 @@ def check_preview(message: pb.PreviewPolicy, pipeline: Pipeline, faults: Violati
 def check_disconnect(
     message: pb.DisconnectPolicy, default_grace_s: float, max_grace_s: float, faults: Violations
 ) -> DisconnectPolicy:
-    """Checks a DisconnectPolicy message. Default: cancel, `default_grace_s` after the last stream has gone."""
+    """Checks a DisconnectPolicy message. Default: cancel `default_grace_s` after the last stream was lost."""
     detach = from_number(DETACH, message.action, default=False)
     faults.check(detach is not None, "disconnect.action", "must be ACTION_CANCEL or ACTION_DETACH")
     if not message.HasField("resume_grace"):
@@ -114,10 +114,10 @@ def check_disconnect(
 
 
 def _first_offered(accept: Sequence[pb.PixelEncoding], faults: Violations) -> PixelEncoding:
-    """The first of the accepted encodings that this server has.
+    """The first of the accepted encodings that this server offers.
 
-    Media types that the server does not have are skipped, as they may be of a newer version. A known
-    media type with a fault is refused wherever it stands.
+    Unknown media types are skipped, since a newer version may have them. A known media type with a fault is refused at
+    any position.
     """
     default = PreviewPolicy().encoding
     if not accept:

@@ -1,4 +1,4 @@
-"""Checks what is said of pictures that clients upload, before any of it is read, and of pictures to start from."""
+"""Checks the names of pictures to start from, and the announced size and digest of an upload before it is read."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ DIGEST_BYTES = 32
 
 
 def source_image(name: str, field: str, faults: Violations) -> str:
-    """What a picture to start from, whose name stands at the path `field` of a request, is known by.
+    """Checks the name of a picture to start from, at the path `field` of a request.
 
     Returns:
-        The digest of one that was uploaded, or the name of an output as it is; "" for a name of another form.
+        The digest of an uploaded picture, or the name of an output unchanged; "" for a malformed name.
     """
     if (found := IMAGE_NAME.fullmatch(name)) is not None:
         return found[1]
@@ -32,7 +32,7 @@ def resolve_image(name: str) -> str:
     """The digest in the name of a picture.
 
     Raises:
-        InvalidRequestError: the name has another form.
+        InvalidRequestError: the name is malformed.
     """
     found = IMAGE_NAME.fullmatch(name)
     if found is None:

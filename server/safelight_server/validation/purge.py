@@ -19,7 +19,7 @@ def resolve_purge(message: cache_pb2.PurgeCacheRequest) -> PurgeRequest:
     faults = Violations()
     # An empty request would purge everything, which nobody should do by accident.
     given = bool(message.tenant or message.model_revision or message.generation)
-    faults.check(given, "tenant", "give a tenant, a model_revision or a generation")
+    faults.check(given, "tenant", "one of tenant, model_revision and generation must be set")
     for field, value, form, words in (
         ("tenant", message.tenant, NAME, "the name of a tenant"),
         ("model_revision", message.model_revision, rf"{NAME}/{NAME}", "MODEL/REVISION, such as icons/3"),

@@ -1,4 +1,4 @@
-"""Checks a whole GenerateRequest, and the parts of one that later calls bring."""
+"""Checks a whole GenerateRequest, and the parts of it that other calls have too."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NIL_UUID = "00000000-0000-0000-0000-000000000000"
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """The server's limits on a request, beside those of the model."""
+    """The server's limits on a request, in addition to those of the model."""
 
     max_prompt_chars: int
     max_request_rows: int
@@ -89,7 +89,7 @@ def resolve_request(message: pb.GenerateRequest, catalog: Catalog, limits: Reque
 
 
 def resolve_preview(message: pb.PreviewPolicy, pipeline: Pipeline) -> PreviewPolicy:
-    """Checks a PreviewPolicy that a later call brings; an empty message is the default policy.
+    """Checks the PreviewPolicy of WatchGeneration or UpdateGeneration; an empty message is the default policy.
 
     Raises:
         InvalidRequestError: with all faults.
@@ -101,7 +101,7 @@ def resolve_preview(message: pb.PreviewPolicy, pipeline: Pipeline) -> PreviewPol
 
 
 def resolve_priority(message: pb.Scheduling) -> Priority:
-    """Checks a priority that a later call brings; absent is STANDARD.
+    """Checks the priority of UpdateGeneration; an absent one is STANDARD.
 
     Raises:
         InvalidRequestError: this server does not know the priority.
@@ -113,9 +113,9 @@ def resolve_priority(message: pb.Scheduling) -> Priority:
 
 
 def body_digest(message: pb.GenerateRequest) -> bytes:
-    """SHA-256 of all that was sent but the request id; empty for a request without one.
+    """SHA-256 of the request without its request id; empty for a request without a request id.
 
-    A retry repeats the request id and the body; the digest tells it from another request under the same id.
+    A retry repeats the request id and the body; the digest distinguishes it from another request with the same id.
     """
     if not message.request_id:
         return b""
@@ -129,7 +129,7 @@ def resolve_name(name: str, collection: str) -> str:
     """The id in a resource name "collection/id".
 
     Raises:
-        InvalidRequestError: the name has another form.
+        InvalidRequestError: the name is malformed.
     """
     identifier = _identifier(name, collection)
     if not identifier:
@@ -138,16 +138,16 @@ def resolve_name(name: str, collection: str) -> str:
 
 
 def _identifier(name: str, collection: str) -> str:
-    """The id in "collection/id"; "" where the name has another form."""
+    """The id in "collection/id"; "" for a malformed name."""
     prefix, _, identifier = name.partition("/")
     return identifier if prefix == collection and re.fullmatch(NAME, identifier) else ""
 
 
 def find_model(name: str, catalog: Catalog, field: str) -> Pipeline:
-    """The pipeline of the model name "models/ID" that stands at the path `field`; an empty name is the default.
+    """The pipeline of the model name "models/ID" at the path `field`; an empty name is the default model.
 
     Raises:
-        NotFoundError: there is no such model; the error lists those that there are.
+        NotFoundError: there is no such model; the error lists the models.
     """
     if not name:
         return catalog.get("")
@@ -186,12 +186,12 @@ def _branch(message: pb.Branch, spec: Spec, mode: CacheMode, faults: Violations)
     faults.check(bool(identifier), "branch.generation", "must be generations/ID, as the server gave it")
     faults.check(message.output_index >= 0, "branch.output_index", "must be at least 0")
     last = spec.num_inference_steps - 1
-    one = "one step leaves none to begin after; ask for more or leave branch out"
-    bounds = f"must be from 1 to {last}, one less than the steps" if last else one
+    single = "cannot be used with one step; set num_inference_steps higher or leave branch out"
+    bounds = f"must be from 1 to {last}, one less than the steps" if last else single
     faults.check(0 < message.step <= last, "branch.step", bounds)
-    faults.check(len(spec.seeds) == 1, "branch", "is for one output")
+    faults.check(len(spec.seeds) == 1, "branch", "allows only one output; leave out the others or branch")
     exact_only = mode in (CacheMode.DEFAULT, CacheMode.BYPASS)
-    faults.check(exact_only, "branch", "contradicts a cache mode that starts elsewhere")
+    faults.check(exact_only, "branch", "contradicts MODE_ALLOW_SIMILAR and MODE_ALLOW_LATENT; leave one of them out")
     return Branch(identifier, message.output_index, message.step)
 
 
@@ -204,8 +204,8 @@ def _quality_floor(
     faults: Violations,
 ) -> QualityFloor:
     floor, field = message.quality_floor, "quality_floor"
-    waited_for = priority is Priority.INTERACTIVE
-    faults.check(not waited_for, field, "goes with PRIORITY_STANDARD and PRIORITY_BATCH; leave one of them out")
+    interactive = priority is Priority.INTERACTIVE
+    faults.check(not interactive, field, "goes with PRIORITY_STANDARD and PRIORITY_BATCH; leave one of them out")
     branched = message.HasField("branch")
     min_num_steps = min_similarity = None
     if floor.HasField("min_num_steps"):

@@ -31,7 +31,7 @@ def check_spec(
     faults: Violations,
     notices: list[Notice],
 ) -> Spec | None:
-    """Checks a GenerationSpec message. None where there are faults."""
+    """Checks a GenerationSpec message. None if there are faults."""
     manifest = pipeline.manifest
     prompt, negative = _prompts(message, max_prompt_chars, faults)
     steps, most = manifest.defaults.num_inference_steps, manifest.limits.max_num_inference_steps
@@ -87,7 +87,7 @@ def check_spec(
 
 
 def _prompts(message: pb.GenerationSpec, max_chars: int, faults: Violations) -> tuple[str, str]:
-    """The prompt and the negative prompt; "" for a negative prompt that has nothing to read."""
+    """The prompt and the negative prompt; "" for a blank negative prompt."""
     texts: dict[Role, str] = {}
     if len(message.prompts) > MAX_PROMPTS:
         faults.add("spec.prompts", f"has more than {MAX_PROMPTS} entries; at most one of each role is taken")
@@ -125,7 +125,7 @@ def _check_text(text: str, field: str, max_chars: int, faults: Violations, *, bl
 
 
 def _is_blank(text: str) -> bool:
-    """Whether there is nothing to read: white space and invisible format characters."""
+    """Whether a text has only white space and invisible format characters."""
     return all(c.isspace() or unicodedata.category(c) == "Cf" for c in text)
 
 
@@ -139,7 +139,7 @@ def _guidance_scale(message: pb.GenerationSpec, pipeline: Pipeline, faults: Viol
 
 
 def _guidance_rescale(message: pb.GenerationSpec, is_guided: bool, why: str, faults: Violations) -> float:
-    share = _meant(message.guidance_rescale)
+    share = _shortest(message.guidance_rescale)
     if faults.check(0 <= share <= 1, "spec.guidance_rescale", "must be from 0 (none) to 1"):
         faults.check(not share or is_guided, "spec.guidance_rescale", why)
     return share
@@ -149,8 +149,8 @@ def _guidance_interval(
     message: pb.GuidanceInterval, is_guided: bool, why: str, faults: Violations
 ) -> tuple[float, float]:
     """Start and end of guidance as shares of the steps."""
-    start = _meant(message.start) if message.HasField("start") else EVERY_STEP[0]
-    end = _meant(message.end) if message.HasField("end") else EVERY_STEP[1]
+    start = _shortest(message.start) if message.HasField("start") else EVERY_STEP[0]
+    end = _shortest(message.end) if message.HasField("end") else EVERY_STEP[1]
     field, of = "spec.guidance_interval", "a share of the steps"
     good = faults.check(0 <= start < 1, f"{field}.start", f"must be from 0 to below 1, {of}")
     good = faults.check(0 < end <= 1, f"{field}.end", f"must be above 0 and at most 1, {of}") and good
@@ -159,13 +159,13 @@ def _guidance_interval(
     return start, end
 
 
-def _meant(value: float) -> float:
-    """A float32 of a message as it was meant: 0.7, not 0.699999988, which would be 6 of 10 steps."""
+def _shortest(value: float) -> float:
+    """The shortest decimal of a float32: 0.7 instead of 0.699999988, which would be 6 of 10 steps."""
     return float(str(np.float32(value)))
 
 
 def _size(message: pb.GenerationSpec, pipeline: Pipeline, faults: Violations) -> tuple[int, int]:
-    """Width and height: the first size of the model that agrees with what was given of them."""
+    """Width and height: the first size of the model that agrees with the fields that are set."""
     sizes = [(size.width_px, size.height_px) for size in pipeline.manifest.sizes]
     width = message.width_px if message.HasField("width_px") else None
     height = message.height_px if message.HasField("height_px") else None
@@ -219,10 +219,10 @@ def _eta(message: pb.SamplerSpec, sampler: str, default: float, faults: Violatio
 def _init_image(
     message: pb.GenerationSpec, pipeline: Pipeline, steps: int | None, faults: Violations
 ) -> tuple[str, float, str]:
-    """The picture to start from, how much of it is given up, and its mask."""
+    """The picture to start from, the strength, and the mask."""
     if not message.init_image:
         faults.check(not message.HasField("strength"), "spec.strength", "goes with init_image; leave it out")
-        faults.check(not message.mask, "spec.mask", "goes with init_image, which it is the mask of; leave it out")
+        faults.check(not message.mask, "spec.mask", "goes with init_image; leave it out")
         return "", 1.0, ""
     what = f"models/{pipeline.name} cannot start from a picture: it has no encoder; ListModels shows which models can"
     faults.check(pipeline.has_encoder, "spec.init_image", what)
@@ -230,7 +230,7 @@ def _init_image(
     mask = source_image(message.mask, "spec.mask", faults) if message.mask else ""
     strength = DEFAULT_STRENGTH
     if message.HasField("strength"):
-        strength = _meant(message.strength)
+        strength = _shortest(message.strength)
     if faults.check(0 < strength <= 1, "spec.strength", "must be above 0 and at most 1") and steps is not None:
         enough = steps_left_out(steps, strength) < steps
         faults.check(enough, "spec.strength", f"leaves none of {steps} steps; must be at least {1 / steps:.2g}")
@@ -238,9 +238,9 @@ def _init_image(
 
 
 def _seeds(message: pb.GenerationSpec, max_outputs: int, faults: Violations) -> tuple[int, ...]:
-    """The seed of each output, random where none is given. A request that lists no outputs has one."""
+    """The seed of each output, random if none is given. A request without outputs gets one."""
     outputs = message.outputs
-    if not faults.check(len(outputs) <= max_outputs, "spec.outputs", f"at most {max_outputs} pictures a request"):
+    if not faults.check(len(outputs) <= max_outputs, "spec.outputs", f"must have at most {max_outputs} entries"):
         return ()
     return tuple(
         output.seed if output.HasField("seed") else secrets.randbits(64) for output in outputs or [pb.OutputSpec()]
@@ -248,7 +248,7 @@ def _seeds(message: pb.GenerationSpec, max_outputs: int, faults: Violations) -> 
 
 
 def _token_ids(pipeline: Pipeline, text: str, what: str, notices: list[Notice]) -> tuple[int, ...]:
-    """The tokens of `text`. Adds a notice where the model does not read all of them."""
+    """The token ids of `text`. Adds a notice if the model does not read all of them."""
     if pipeline.tokenizer is None:
         raise ValueError(f"pipeline {pipeline.name} was assembled without its tokenizer")
     tokens = pipeline.tokenizer.encode(text)

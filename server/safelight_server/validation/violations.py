@@ -43,7 +43,7 @@ class Violations:
         """Ends the checks of a request.
 
         Raises:
-            InvalidRequestError: there are faults; it has all of them.
+            InvalidRequestError: there are faults; the error lists them.
         """
         if self._num_more:
             last = self._found[-1]

@@ -1,4 +1,4 @@
-"""The number on the wire of each enum value of the domain, and the way back."""
+"""The number on the wire of each enum value of the domain, and the reverse."""
 
 from __future__ import annotations
 

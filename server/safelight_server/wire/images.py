@@ -12,7 +12,7 @@ from safelight_server.wire.times import timestamp
 
 
 def image_message(image: UploadedImage) -> images_pb2.Image:
-    """What is known of an uploaded picture."""
+    """An uploaded picture as a message."""
     return images_pb2.Image(
         name=image_name(image.digest),
         media_type=image.facts.media_type,

@@ -14,8 +14,8 @@ def quotas_message(quotas: Sequence[QuotaView], next_page_token: str) -> pb.List
     """A page of quotas as the answer to ListQuotas."""
     return pb.ListQuotasResponse(
         quotas=[
-            pb.TenantQuota(tenant=one.tenant, requests=_bucket(one.requests), compute_seconds=_bucket(one.compute_s))
-            for one in quotas
+            pb.TenantQuota(tenant=view.tenant, requests=_bucket(view.requests), compute_seconds=_bucket(view.compute_s))
+            for view in quotas
         ],
         next_page_token=next_page_token,
     )

@@ -1,4 +1,4 @@
-"""Times and durations of the domain as protobuf messages, and the way back."""
+"""Times and durations of the domain as protobuf messages, and the reverse."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def duration(num_seconds: float) -> Duration:
 
 
 def seconds(message: Duration) -> float:
-    """A Duration as a number of seconds; NaN where a client broke the rules of google.protobuf.Duration."""
+    """A Duration as a number of seconds; NaN if it breaks the rules of google.protobuf.Duration."""
     whole, nanos = message.seconds, message.nanos
     valid = abs(whole) <= 315_576_000_000 and abs(nanos) < 1_000_000_000 and whole * nanos >= 0
     return whole + nanos / 1e9 if valid else math.nan

@@ -140,5 +140,5 @@ class RedisBuckets:
 
 
 def _names(found: Iterable[bytes]) -> list[str]:
-    """The items' names. What is no ASCII was put there by no server, and is passed over."""
+    """The items' names. A name that is not ASCII was not written by a server, and is skipped."""
     return [item.decode() for item in found if item.isascii()]

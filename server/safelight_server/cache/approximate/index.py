@@ -4,7 +4,7 @@ LSH buckets miss most neighbours much below cosine 0.9; a scan of short codes do
 signs of its products with random hyperplanes, as in faiss' IndexLSH. A search takes the nearest codes by Hamming
 distance and ranks them by exact cosine. The index lives in the memory of one replica and is rebuilt from the store.
 
-Invariants: every match has at least the cosine asked for and the scope asked for; at most `max_items` are stored.
+Invariants: every match has the requested scope and at least the requested cosine; at most `max_items` are stored.
 """
 
 from __future__ import annotations

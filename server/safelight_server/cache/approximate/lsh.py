@@ -5,7 +5,7 @@ bucket. A search reads the vector's own bucket in each table and the buckets acr
 (query-directed probing, Lv et al. 2007), then computes the exact cosine of every vector found. Bucket names are plain
 strings, so any store of sets will do: a dict in one process, Redis sets across replicas.
 
-Invariants: every match has at least the cosine asked for, computed from the stored vector. The hyperplanes depend on
+Invariants: every match has at least the requested cosine, computed from the stored vector. The hyperplanes depend on
 the seed alone. Items, buckets and candidates are bounded.
 """
 

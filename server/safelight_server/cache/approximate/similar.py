@@ -3,8 +3,8 @@
 LSH tables search very many pictures, but much below a cosine of 0.9 they miss more and more. If they find nothing, a
 namespace's newest pictures are scanned.
 
-Invariant: a returned picture has the comparable name asked for (same model, size, sampler, steps, guidance and negative
-prompt), at least the similarity asked for, and a prompt that agrees with the one asked for.
+Invariant: a returned picture has the requested comparable name (same model, size, sampler, steps, guidance and negative
+prompt), at least the requested similarity, and a prompt that agrees with the requested one.
 
 A picture that was served `max_uses` times is exhausted: the next similar request computes a new picture from noise,
 which replaces it. So users with similar prompts do not all get one picture, which may be a bad one. The old picture is
@@ -99,7 +99,7 @@ class SimilarPictures:
         index, item = self._index(name.namespace, pipeline, len(vector)), _item(name, owner)
         earlier = self._known.get(name.exact)
         known = (earlier, None if replaces is None else self._known.get(replaces))
-        gone = [one.item for one in known if one is not None and one.item != item]
+        gone = [indexed.item for indexed in known if indexed is not None and indexed.item != item]
         await index.tables.add(name.comparable, item, vector)
         index.newest.add(name.comparable, item, vector)
         for old in gone:

@@ -27,7 +27,7 @@ class StoredVector:
     Attributes:
         pipeline: digest of the pipeline whose encoder made the vector.
         num_bytes: total size of its checkpoints.
-        owner: by which purges find it.
+        owner: the properties by which purges find it.
     """
 
     name: CacheKeys

@@ -44,7 +44,7 @@ NUM_TRIED = 4
 
 @dataclass(frozen=True, slots=True)
 class WarmStart:
-    """A latent to start from in place of noise, and the cosine of the two prompts."""
+    """A latent to start from instead of noise, and the cosine of the two prompts."""
 
     snapshot: Snapshot
     similarity: float

@@ -63,7 +63,7 @@ _BY_MESSAGE = (
     ("stub process", Trouble.BACKEND_DOWN),
     ("rst_stream", Trouble.DEAD),
 )
-"""Triton answers UNAVAILABLE for a full queue, an unloaded model and its own shutdown; only the message tells."""
+"""Triton answers UNAVAILABLE for a full queue, an unloaded model and its own shutdown: only the message differs."""
 
 _BY_STATUS = {
     "StatusCode.DEADLINE_EXCEEDED": Trouble.HUNG,
@@ -112,22 +112,22 @@ class Client:
         Returns:
             Name and version of each model that is not ready.
         """
-        if not await _told(self._client.is_server_ready(client_timeout=timeout_s)):
+        if not await _checked(self._client.is_server_ready(client_timeout=timeout_s)):
             raise CallFailed(Trouble.DEAD, "not ready")
         return [
             f"{model} version {version}"
             for model, version in models
-            if not await _told(self._client.is_model_ready(model, version, client_timeout=timeout_s))
+            if not await _checked(self._client.is_model_ready(model, version, client_timeout=timeout_s))
         ]
 
     async def version(self, timeout_s: float) -> str:
         """The server's Triton version."""
-        metadata = await _told(self._client.get_server_metadata(client_timeout=timeout_s))
+        metadata = await _checked(self._client.get_server_metadata(client_timeout=timeout_s))
         return str(metadata.version)
 
     async def config(self, model: str, version: str, timeout_s: float) -> model_config_pb2.ModelConfig:
         """The server's configuration of a model."""
-        return (await _told(self._client.get_model_config(model, version, client_timeout=timeout_s))).config
+        return (await _checked(self._client.get_model_config(model, version, client_timeout=timeout_s))).config
 
     async def infer(
         self,
@@ -144,7 +144,7 @@ class Client:
 
         Args:
             queue_s: a server with a queue policy drops the call after so many seconds in its queue; others ignore this.
-            timeout_s: seconds after which the client cancels the call, which the server is told; None: never.
+            timeout_s: seconds after which the client cancels the call, also on the server; None: never.
         """
         call = self._client.infer(
             model,
@@ -155,29 +155,29 @@ class Client:
             client_timeout=timeout_s,
             headers=dict(headers) if headers else None,
         )
-        return await _told(call)
+        return await _checked(call)
 
     async def regions(self, timeout_s: float) -> set[str]:
         """Names of the shared-memory regions that the server knows."""
-        status: service_pb2.SystemSharedMemoryStatusResponse = await _told(
+        status: service_pb2.SystemSharedMemoryStatusResponse = await _checked(
             self._client.get_system_shared_memory_status(client_timeout=timeout_s)
         )
         return set(status.regions)
 
     async def register(self, name: str, key: str, num_bytes: int, timeout_s: float) -> None:
         """Registers a shared-memory region with the server, so that calls can refer to it."""
-        await _told(self._client.register_system_shared_memory(name, key, num_bytes, client_timeout=timeout_s))
+        await _checked(self._client.register_system_shared_memory(name, key, num_bytes, client_timeout=timeout_s))
 
     async def unregister(self, name: str, timeout_s: float) -> None:
         """Unregisters a shared-memory region from the server."""
-        await _told(self._client.unregister_system_shared_memory(name, client_timeout=timeout_s))
+        await _checked(self._client.unregister_system_shared_memory(name, client_timeout=timeout_s))
 
     async def close(self) -> None:
         """Closes the channel, which ends all its calls."""
         await self._client.close()
 
 
-async def _told(call: Awaitable[T]) -> T:
+async def _checked(call: Awaitable[T]) -> T:
     try:
         return await call
     except InferenceServerException as error:

@@ -92,7 +92,7 @@ class Endpoints:
         self._backoff = backoff
         self._chance = chance
 
-    # --- who takes calls ---
+    # --- choosing an endpoint ---
 
     @property
     def num_instances(self) -> int:
@@ -139,7 +139,7 @@ class Endpoints:
                 del places[least]
         return order
 
-    # --- what becomes of calls ---
+    # --- calls ---
 
     def begin(self, instance: int, work_s: float) -> CallTicket:
         """Counts a call that should take `work_s` seconds to the endpoint of `instance`."""

@@ -103,7 +103,7 @@ class TritonRuntime:
         self._changed: Callable[[], None] = lambda: None
         self._wake = asyncio.Event()
         self._probes: set[asyncio.Task[None]] = set()
-        self._tending: asyncio.Task[None] | None = None
+        self._prober: asyncio.Task[None] | None = None
 
     # --- start ---
 
@@ -126,7 +126,7 @@ class TritonRuntime:
                 await asyncio.sleep(START_PAUSE_S)
         self._numerics_id = await self._name_numerics()
         log.info("triton", live=self.num_live, of=self.num_instances, numerics=self._numerics_id)
-        self._tending = asyncio.create_task(keep_running(self._tend, "probes of Triton servers"))
+        self._prober = asyncio.create_task(keep_running(self._keep_probing, "probes of Triton servers"))
 
     async def _measure(self, at: int, server: Server) -> None:
         """Verifies and measures every component on one server; ejects the server if that fails."""
@@ -178,7 +178,7 @@ class TritonRuntime:
     def _why(self) -> list[str]:
         return [f"{server.url}: {why}" for server, why in zip(self.servers, self._why_down, strict=True)]
 
-    # --- what the engine asks ---
+    # --- called by the engine ---
 
     @property
     def num_live(self) -> int:
@@ -247,7 +247,7 @@ class TritonRuntime:
     async def close(self) -> None:
         """Cancels the probes, gives up calls that hang and frees the shared memory."""
         self._changed = lambda: None
-        tasks = [*self._probes, *([self._tending] if self._tending else [])]
+        tasks = [*self._probes, *([self._prober] if self._prober else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -256,7 +256,7 @@ class TritonRuntime:
 
     # --- probes ---
 
-    async def _tend(self) -> None:
+    async def _keep_probing(self) -> None:
         """Starts probes when they are due, until cancelled."""
         while True:
             for at in self.endpoints.probe(self._clock()):
@@ -284,13 +284,13 @@ class TritonRuntime:
             fingerprint = await server.probe(self._canary_limit_s())
         except (CallFailed, ModelMismatch) as failure:
             why = str(failure)
-        except Exception as bug:  # a server whose probe does not end is never asked again
+        except Exception as bug:  # without this, a server whose probe failed so would never be probed again
             log.exception("bug", url=server.url)
             why = repr(bug)
         else:
             self._fingerprint = self._fingerprint or fingerprint
             if fingerprint != self._fingerprint:
-                why = "it computes other bits than the servers in use"
+                why = "its outputs differ bit for bit from those of the servers in use"
         if why and why != self._why_down[at]:
             log.warning("server_not_usable", url=server.url, why=why)
         self._why_down[at] = why

@@ -151,7 +151,7 @@ class Server:
             call = functools.partial(self.run, key, limit_s=limit_s)
             if await verification.fingerprint(call, self._served[key].specs()) == expected:
                 return
-            failure = CallFailed(Trouble.REGION_UNKNOWN, "what it reads there is not what was written")
+            failure = CallFailed(Trouble.REGION_UNKNOWN, "the server reads other bytes there than were written")
         except CallFailed as error:
             if error.trouble not in CANNOT_SHARE or self._must_share:
                 raise

@@ -63,7 +63,7 @@ def place(held: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]) -> npt.NDA
     """Assigns the rows of a batch to positions, so that a row whose version is in the region already stays there.
 
     Args:
-        held: (N,) version at each position of the region; 0 where there is none.
+        held: (N,) version at each position of the region; 0 for an empty position.
         wanted: (B,) version of each row of the batch.
 
     Returns:
