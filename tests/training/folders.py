@@ -1,4 +1,4 @@
-"""Small random pipelines of Stable Diffusion and SDXL, as diffusers saves them, with CLIP's real vocabulary."""
+"""Small random pipelines of Stable Diffusion, SDXL, Stable Diffusion 3 and FLUX, as diffusers saves them, with CLIP's real vocabulary."""
 
 from __future__ import annotations
 
@@ -11,12 +11,25 @@ import torch
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 NUM_MERGES = 49152 - 256 - 2
@@ -162,4 +175,147 @@ def sdxl_pipeline(latent: tuple[int, int] = (4, 4), **options: Any) -> StableDif
         scheduler=EulerDiscreteScheduler.from_config(SDXL_SCHEDULER),
         add_watermarker=False,
         **options,
+    )
+
+
+WORDS = [
+    "a",
+    "the",
+    "of",
+    "in",
+    "on",
+    "with",
+    "and",
+    "red",
+    "blue",
+    "green",
+    "old",
+    "new",
+    "potion",
+    "dragon",
+    "sword",
+    "castle",
+    "ship",
+    "cat",
+    "man",
+    "city",
+    "wow",
+    "blurry",
+    "ugly",
+    "photo",
+    "at",
+    "night",
+    "water",
+    "color",
+    "small",
+    "sharp",
+    "hidden",
+    "gold",
+]
+FLUX_SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+SCHNELL_SCHEDULER = {"shift": 1.0, "use_dynamic_shifting": False}
+T5_TOKENS = 24
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """A tokenizer of T5's kind: pieces of a few words, and all letters alone."""
+    pieces = [f"▁{word}" for word in WORDS] + [word[at:] for word in WORDS for at in (1, 2) if len(word) > at + 1]
+    letters = ["▁", *map(chr, range(ord("!"), ord("~") + 1))]
+    special = ["<pad>", "</s>", "<unk>"]
+    vocab = [(piece, 0.0) for piece in special]
+    vocab += [(piece, -3.0 - number / 100) for number, piece in enumerate(dict.fromkeys(pieces))]
+    vocab += [(letter, -9.0) for letter in letters if letter not in pieces]
+    made = T5Tokenizer(vocab=vocab, extra_ids=0)
+    made.model_max_length = T5_TOKENS
+    return made
+
+
+def t5_encoder(width: int) -> T5EncoderModel:
+    """An encoder of that width, seeded, with a vocabulary that has room for any example's ids."""
+    torch.manual_seed(8)
+    config = T5Config(
+        vocab_size=512,
+        d_model=width,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        initializer_factor=0.5,
+    )
+    return T5EncoderModel(config).eval()
+
+
+def wide_vae(**changes: Any) -> AutoencoderKL:
+    """An autoencoder of 16 channels and factor 2, seeded, whose pictures have contrast."""
+    torch.manual_seed(6)
+    made = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **({"scaling_factor": 0.3611, "shift_factor": 0.1159} | changes),
+    ).eval()
+    made.decoder.conv_out.weight.data *= 1.5
+    return made
+
+
+def flux_pipeline(*, is_distilled: bool) -> FluxPipeline:
+    """A whole pipeline like FLUX.1-dev's, or like FLUX.1-schnell's where it is not distilled for guidance."""
+    clip = text_encoder()
+    torch.manual_seed(9)
+    denoiser = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=16,
+        guidance_embeds=is_distilled,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**(FLUX_SCHEDULER if is_distilled else SCHNELL_SCHEDULER)),
+        vae=wide_vae(),
+        text_encoder=clip,
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5_encoder(24),
+        tokenizer_2=t5_tokenizer(),
+        transformer=denoiser,
+    )
+
+
+def sd3_pipeline(**scheduler: Any) -> StableDiffusion3Pipeline:
+    """A whole pipeline like Stable Diffusion 3.5's, trained at a latent of 8 x 8; `scheduler` has options of its own."""
+    torch.manual_seed(9)
+    denoiser = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=48,
+        caption_projection_dim=32,
+        pooled_projection_dim=16 + 20,
+        out_channels=16,
+        pos_embed_max_size=12,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    ).eval()
+    torch.manual_seed(7)
+    return StableDiffusion3Pipeline(
+        transformer=denoiser,
+        scheduler=FlowMatchEulerDiscreteScheduler(**({"shift": 3.0} | scheduler)),
+        vae=wide_vae(scaling_factor=1.5305, shift_factor=0.0609),
+        text_encoder=CLIPTextModelWithProjection(sdxl_text_config(16, 16)).eval(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(sdxl_text_config(24, 20)).eval(),
+        tokenizer_2=clip_tokenizer(pad="!"),
+        text_encoder_3=t5_encoder(48),
+        tokenizer_3=t5_tokenizer(),
     )

@@ -97,13 +97,16 @@ class Served:
         guided_steps: range | None = None,
         guidance_rescale: float = 0.0,
         size: tuple[int, int] | None = None,
+        num_steps: int = STEPS,
     ) -> list[Pixels]:
         """The finished pictures of all seeds, which share batches."""
         spec, manifest = SamplerSpec(sampler, spacing), self.pipeline.manifest
         size = size or self.size
-        first = steps_left_out(STEPS, strength)
-        table = compile_table(spec, self.pipeline.schedule, manifest.prediction_type, STEPS, first)
-        tokens = tuple(self.pipeline.tokenizer.encode(text).ids for text in (prompt, negative)[: 1 + (guidance != 1)])
+        first = steps_left_out(num_steps, strength)
+        schedule = self.pipeline.schedule.at(*self.pipeline.latent_shape(*size)[1:])
+        table = compile_table(spec, schedule, manifest.prediction_type, num_steps, first)
+        is_guided = guidance != 1 and not manifest.is_guidance_distilled
+        tokens = tuple(self.pipeline.tokenizer.encode(text).ids for text in (prompt, negative)[: 1 + is_guided])
         whole = 1 << 24
         image = None
         if init:

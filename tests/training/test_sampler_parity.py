@@ -48,7 +48,7 @@ LAST_BITS = {("dpmpp_2m", "sample", spacing, "default", True) for spacing in ("l
 DIFFUSERS_IGNORES = {("lcm", "leading"), ("lcm", "linspace")}
 """LCM's steps are those of its distillation: diffusers takes any spacing and does the same."""
 
-NOT_WANTED = ("flow_match_euler", "flow", "trailing", "karras", False)
+NOT_WANTED = {("flow_match_euler", "flow", spacing, "karras", False) for spacing in ("trailing", "linspace")}
 """diffusers has it; no published pipeline asks for it."""
 
 
@@ -83,13 +83,20 @@ def reference(cell: Cell, schedule: NoiseSchedule = NoiseSchedule(steps_offset=1
         options |= {"clip_sample": False, "set_alpha_to_one": schedule.set_alpha_to_one}
     if not (flow and cell.prediction_type == "flow"):
         options |= {"prediction_type": cell.prediction_type}
-    if flow and cell.spacing != "trailing":
+    if flow and cell.spacing == "leading":
         options |= {"timestep_spacing": cell.spacing}
     if cell.sigma_schedule == "karras":
         options |= {"use_karras_sigmas": True}
     if cell.zero_terminal_snr:
         options |= {"rescale_betas_zero_snr": True}
     return CLASSES[cell.sampler](**options)
+
+
+def place(scheduler, cell: Cell, num_steps: int) -> None:
+    """Sets the steps; trailing ones of flow matching as FLUX's pipeline does."""
+    flux = cell.sampler == "flow_match_euler" and cell.spacing == "trailing"
+    given = {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps)} if flux else {}
+    scheduler.set_timesteps(num_steps, **given)
 
 
 def trajectory(
@@ -123,7 +130,7 @@ def compare(cell: Cell, schedule: NoiseSchedule, num_steps: int, eta: float, our
         floor = scheduler.alphas_cumprod[-1].clone()
         scheduler.alphas_cumprod = torch.from_numpy(alphas_cumprod(schedule).astype(np.float32))
         scheduler.alphas_cumprod[-1] = floor
-    scheduler.set_timesteps(num_steps)
+    place(scheduler, cell, num_steps)
     table = compile_table(spec_of(cell, eta), schedule, cell.prediction_type, num_steps)
     where = f"{num_steps} steps, eta {eta}"
     assert len(scheduler.timesteps) == num_steps, where
@@ -154,7 +161,7 @@ def fails(cell: Cell, schedule: NoiseSchedule, num_steps: int, eta: float = 0.0)
     ones = torch.ones(SHAPE)
     try:
         scheduler = reference(cell, schedule)
-        scheduler.set_timesteps(num_steps)
+        place(scheduler, cell, num_steps)
         *_, last = trajectory(scheduler, cell, iter(lambda: ones, None), iter(lambda: ones, None), ones, eta)
     except (IndexError, ValueError, NotImplementedError, TypeError):
         return True
@@ -183,7 +190,7 @@ def test_each_step_agrees_and_what_is_refused_fails(cell, record_property):
 @pytest.mark.parametrize("cell", NEVER, ids=lambda cell: "-".join(map(str, cell)))
 def test_what_is_never_offered_fails(cell):
     ignored = (cell.sampler, cell.spacing) in DIFFUSERS_IGNORES and cell.prediction_type != "flow"
-    if (ignored and cell.sigma_schedule == "default") or cell == NOT_WANTED:
+    if (ignored and cell.sigma_schedule == "default") or cell in NOT_WANTED:
         assert "has no s" in CELLS[cell]
     else:
         assert fails(cell, schedule_of(cell), 10)
@@ -212,6 +219,7 @@ def test_all_noise_fresh_from_a_signal_of_zero_is_offered(prediction_type, spaci
         (Cell("dpmpp_2m", "epsilon", "leading", "default", False), NoiseSchedule(num_train_timesteps=500), 0.0),
         (Cell("lcm", "epsilon", "trailing", "default", False), NoiseSchedule(num_train_timesteps=500), 0.0),
         (Cell("flow_match_euler", "flow", "trailing", "default", False), NoiseSchedule(shift=3.0), 0.0),
+        (Cell("flow_match_euler", "flow", "linspace", "default", False), NoiseSchedule(shift=3.0), 0.0),
     ],
 )
 def test_other_noise_schedules_agree(cell, schedule, eta):

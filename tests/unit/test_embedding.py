@@ -50,3 +50,9 @@ def test_what_is_kept_in_half_precision_has_cosine_one_with_itself_and_with_litt
     assert [float(cosines(vector[None].astype(np.float16), vector)[0]) for vector in vectors] == [1.0] * 100
     assert cosines(near[None].astype(np.float16), vectors[0])[0] == pytest.approx(0.999, abs=5e-4)
     assert cosines(near[None].astype(np.float16), vectors[0])[0] < 1
+
+
+def test_a_prompt_without_a_begin_token_counts_from_its_first():
+    """T5's; its padding has an id of its own."""
+    assert prompt_vector(hidden(2, 4, 50, 70), (8, 9, EOS, 0), EOS, 0).tolist() == [3, 3, 3]
+    assert prompt_vector(hidden(5, 70, 70), (EOS, 0, 0), EOS, 0).tolist() == [5, 5, 5]

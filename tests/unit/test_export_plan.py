@@ -216,7 +216,7 @@ def test_the_folder_of_stable_diffusion_is_planned_in_full(folder: Folder) -> No
         ("text_encoder", "rope_theta", 3, "text_encoder/config.json: rope_theta is not known to this exporter"),
         ("index", "refiner", ["diffusers", "UNet2DConditionModel"], "model_index.json: refiner is not known"),
         ("index", "unet", ["diffusers", "UNetMotionModel"], "unet is a UNetMotionModel"),
-        ("index", "_class_name", "StableDiffusion3Pipeline", "is a StableDiffusion3Pipeline; what can be exported: "),
+        ("index", "_class_name", "HunyuanDiTPipeline", "is a HunyuanDiTPipeline; what can be exported: "),
         ("index", "_class_name", "StableDiffusionXLPipeline", "text_encoder_2 is missing; what can be exported: CLIP"),
     ],
 )
@@ -435,6 +435,7 @@ def test_a_dry_run_says_all_and_loads_no_torch(folder: Folder) -> None:
     assert "models/folder 1: StableDiffusionPipeline from folder; licence creativeml-openrail-m" in said.stdout
     assert "pictures of 512x512, 768x512; latents of 4x64x64; at most 64 rows a call" in said.stdout
     assert "note: scheduler PNDMScheduler is not served: euler is the default in its place" in said.stdout
+    assert "exporting takes 0.0 GiB of memory, as reckoned; free here are " in said.stdout
 
 
 def test_each_scheduler_knows_its_own_keys() -> None:
@@ -557,3 +558,217 @@ def test_a_checkpoint_of_sdxl_in_one_file_is_planned_by_its_name(sdxl: SdxlFolde
     safetensors(file)
     made = plan(file, config=sdxl())
     assert (made.checkpoint, made.options.steps) == (file, 4)
+
+
+T5 = {"d_model": 4096, "vocab_size": 32128, "feed_forward_proj": "gated-gelu", "model_type": "t5", "is_gated_act": True}
+WIDE_KL = {"latent_channels": 16, "out_channels": 3, "block_out_channels": [8] * 4, "latents_mean": None}
+FLUX_TRANSFORMER = {
+    "_class_name": "FluxTransformer2DModel",
+    "attention_head_dim": 128,
+    "axes_dims_rope": [16, 56, 56],
+    "guidance_embeds": True,
+    "in_channels": 64,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "patch_size": 1,
+    "pooled_projection_dim": 768,
+}
+DYNAMIC = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+SD3_TRANSFORMER = {
+    "attention_head_dim": 64,
+    "caption_projection_dim": 1536,
+    "in_channels": 16,
+    "joint_attention_dim": 4096,
+    "num_layers": 24,
+    "out_channels": 16,
+    "patch_size": 2,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+    "sample_size": 128,
+}
+
+
+class FluxFolder(Folder):
+    """A folder of FLUX.1-dev, without real weights."""
+
+    configs: Mapping[str, dict[str, Any]] = {
+        "transformer": FLUX_TRANSFORMER,
+        "vae": WIDE_KL | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+        "text_encoder": TEXT,
+        "text_encoder_2": T5,
+    }
+    index: Mapping[str, Any] = {
+        "_class_name": "FluxPipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    }
+    scheduler = DYNAMIC
+
+
+class Sd3Folder(Folder):
+    """A folder of Stable Diffusion 3, without real weights."""
+
+    configs: Mapping[str, dict[str, Any]] = {
+        "transformer": SD3_TRANSFORMER,
+        "vae": WIDE_KL | {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+        "text_encoder": TEXT | {"projection_dim": 768},
+        "text_encoder_2": SDXL_TEXT_2,
+        "text_encoder_3": T5,
+    }
+    index: Mapping[str, Any] = FluxFolder.index | {
+        "_class_name": "StableDiffusion3Pipeline",
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": ["transformers", "T5EncoderModel"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "tokenizer_3": ["transformers", "T5TokenizerFast"],
+    }
+    scheduler: Mapping[str, Any] = {"num_train_timesteps": 1000, "shift": 3.0}
+
+
+@pytest.fixture
+def flux(tmp_path: Path) -> FluxFolder:
+    return FluxFolder(tmp_path / "flux")
+
+
+@pytest.fixture
+def sd3(tmp_path: Path) -> Sd3Folder:
+    return Sd3Folder(tmp_path / "sd3")
+
+
+def test_the_folder_of_flux_dev_is_planned_in_full(flux: FluxFolder) -> None:
+    made = plan(flux())
+    assert made.shape == (16, 128, 128)
+    assert made.options.sizes == ((1024, 1024),)
+    assert (made.options.steps, made.options.guidance_scale) == (28, 3.5)
+    assert (made.multiple, made.largest_edge) == (2, None)
+    [note] = made.notes
+    assert note.startswith("guidance is an input of the denoiser: a step has one row")
+    written = draft(made)
+    assert written["inputs"] == {
+        "sample": "latent",
+        "timestep": "timestep",
+        "encoder_hidden_states": "encoder:last_hidden_state",
+        "pooled_projections": "encoder:pooled_output",
+        "guidance": "scalar:guidance",
+    }
+    assert (written["latent"]["scaling_factor"], written["latent"]["shift_factor"]) == (0.3611, 0.1159)
+    assert written["samplers"] == [
+        {"name": "flow_match_euler", "spacings": ["trailing"], "sigma_schedules": ["default"]}
+    ]
+    assert written["prediction_type"] == "flow"
+    assert written["noise_schedule"]["use_dynamic_shifting"] is True
+    assert "second_tokenizer" in written
+
+
+def test_the_memory_of_an_export_is_reckoned(flux: FluxFolder) -> None:
+    """All weights in float32, and six bytes for each of the network that is compared: the transformer, or the text."""
+    place = flux()
+    assert plan(place).peak_bytes == max(4 * 12 + 6 * 6, 4 * 6 + 6 * 3), "four networks of three weights"
+    safetensors(place / "transformer" / "diffusion_pytorch_model.safetensors", num_values=100)
+    assert plan(place).peak_bytes == 4 * 103 + 6 * 100
+    (place / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    (place / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"pickled weights")
+    assert plan(place).peak_bytes == 0, "nobody opens a pickle to count"
+
+
+def test_flux_schnell_draws_in_four_steps_without_guidance(flux: FluxFolder) -> None:
+    made = plan(flux(scheduler={"shift": 1.0, "use_dynamic_shifting": False}, transformer={"guidance_embeds": False}))
+    assert (made.options.steps, made.options.guidance_scale) == (4, 1.0)
+    [note] = made.notes
+    assert note.startswith("taken for a distilled model, as its transformer is given no guidance scale")
+    written = draft(made)
+    assert "guidance" not in written["inputs"]
+    assert written["noise_schedule"] == {"num_train_timesteps": 1000, "shift": 1.0}
+
+
+def test_the_folder_of_stable_diffusion_3_is_planned_in_full(sd3: Sd3Folder) -> None:
+    made = plan(sd3())
+    assert made.notes == ()
+    assert made.shape == (16, 128, 128)
+    assert (made.options.steps, made.options.guidance_scale) == (28, 7.0)
+    assert (made.multiple, made.largest_edge) == (2, 384)
+    assert made.offer.default == {
+        "name": "flow_match_euler",
+        "spacing": "linspace",
+        "sigma_schedule": "default",
+        "eta": 0.0,
+    }
+    written = draft(made)
+    assert written["noise_schedule"] == {"num_train_timesteps": 1000, "shift": 3.0}
+    assert {"second_tokenizer", "third_tokenizer"} <= written.keys()
+    turbo = plan(sd3(index={"_name_or_path": "stabilityai/stable-diffusion-3.5-large-turbo"}))
+    assert (turbo.options.steps, turbo.options.guidance_scale) == (4, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "wanted"),
+    [
+        ("transformer", "in_channels", 384, "in_channels 384 is not 64"),
+        ("transformer", "out_channels", 32, "out_channels 32 is not in_channels 64"),
+        ("transformer", "patch_size", 2, "latents are packed by 2 x 2 pixels"),
+        ("transformer", "joint_attention_dim", 2048, "is not that of text_encoder_2, 4096"),
+        ("transformer", "pooled_projection_dim", 2048, "is not that of text_encoder, 768"),
+        ("transformer", "qk_norm", "rms_norm", "transformer/config.json: qk_norm is not known to this exporter"),
+        ("vae", "shift_factor", None, "shift_factor is missing"),
+        ("vae", "latents_std", [1.0], "one factor for all channels"),
+        ("text_encoder_2", "num_experts", 8, "text_encoder_2/config.json: num_experts is not known"),
+        ("index", "text_encoder_2", [None, None], "text_encoder_2 is missing"),
+        ("index", "_class_name", "FluxFillPipeline", "its transformer needs a mask as an input"),
+        ("scheduler", "time_shift_type", "linear", "time_shift_type 'linear' cannot be served"),
+        ("scheduler", "stochastic_sampling", True, "draws noise between the steps"),
+        ("scheduler", "use_beta_sigmas", True, "use_beta_sigmas True cannot be served"),
+        ("scheduler", "shift_terminal", 0.1, "ends at the picture"),
+        ("scheduler", "wavelet_order", 3, "wavelet_order is not known to this exporter"),
+        ("scheduler", "max_image_seq_len", 256, "max_image_seq_len is not above base_image_seq_len"),
+    ],
+)
+def test_what_the_server_cannot_honour_of_flux_is_refused_by_its_key(
+    flux: FluxFolder, part: str, key: str, value: object, wanted: str
+) -> None:
+    changed = {"scheduler": DYNAMIC | {key: value}} if part == "scheduler" else {part: {key: value}}
+    assert wanted in fault(flux(**changed))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "wanted"),
+    [
+        ("transformer", "in_channels", 33, "in_channels 33 is not 16"),
+        ("transformer", "pooled_projection_dim", 768, "is not that of text_encoder and text_encoder_2, 2048"),
+        ("text_encoder_3", "d_model", 1024, "is not that of text_encoder_3, 1024"),
+        ("text_encoder_3", "d_model", 1024, "d_model 1024 is less than 2048, that of text_encoder and text_encoder_2"),
+        ("index", "text_encoder_3", [None, None], "text_encoder_3 is missing"),
+    ],
+)
+def test_what_the_server_cannot_honour_of_stable_diffusion_3_is_refused_by_its_key(
+    sd3: Sd3Folder, part: str, key: str, value: object, wanted: str
+) -> None:
+    assert wanted in fault(sd3(**{part: {key: value}}))
+
+
+def test_the_options_of_transformers_are_judged(flux: FluxFolder, sd3: Sd3Folder, tmp_path: Path) -> None:
+    assert plan(flux(), sizes=((1024, 1024), (1168, 880))).latent_sizes == [(128, 128), (110, 146)]
+    assert "--sizes 1000x1024: must be multiples of 16" in fault(flux(), sizes=((1000, 1024),))
+    assert "3088x1024: the denoiser has positions for edges of at most 3072" in fault(sd3(), sizes=((3088, 1024),))
+    assert "--sampler euler: not among those of this model: flow_match_euler" in fault(flux(), sampler="euler")
+    assert "DDIMScheduler cannot be served with flow matching" in fault(sd3("DDIMScheduler", {}))
+    file = tmp_path / "flux1-dev.safetensors"
+    safetensors(file)
+    assert "a folder can be exported, no checkpoint in one file" in fault(file, config=flux())

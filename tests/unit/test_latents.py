@@ -290,3 +290,20 @@ def test_weights_that_nobody_uses_any_more_are_let_go():
     del brought
     gc.collect()
     assert seen() is None
+
+
+def test_a_denoiser_distilled_for_guidance_is_given_the_scale_and_nothing_is_combined():
+    inputs = {"sample": "latent", "timestep": "timestep", "guidance": "scalar:guidance"}
+    latents, plain = Latents(3, SHAPE, CONTEXTS, 50, inputs), Latents(3, SHAPE, CONTEXTS, 50)
+    slots = [latents.claim(table(), seed, scale, [context(1)]) for seed, scale in ((7, 3.5), (8, 1.0))]
+    rows = latents.rows(np.array(slots), np.zeros(2, int), np.zeros(2, int))
+    assert rows["guidance"].tolist() == [3.5, 1.0]
+    assert rows["guidance"].dtype == np.float32
+    alone = plain.claim(table(), 7, 1.0, [context(1)])
+    for at in range(6):
+        step(latents, slots, [at] * 2)
+        step(plain, [alone], [at])
+    assert np.array_equal(latents.latent(np.array(slots))[0], plain.latent(np.array([alone]))[0])
+    latents.release(slots[0])
+    again = latents.claim(table(), 9, 2.0, [context(1)])
+    assert latents.rows(np.array([again]), np.zeros(1, int), np.zeros(1, int))["guidance"].tolist() == [2.0]

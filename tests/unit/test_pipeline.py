@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
-from safelight_server.catalog.pixels import decoder_latent, linear_image, to_pixels
+import pytest
+from safelight_server.catalog.pixels import decoder_latent, linear_image, sampler_table, to_pixels
+from safelight_server.sampler import SamplerSpec
 
 from tests.support.pipelines import small_pipeline
+from tests.support.streams import SPEC
 
 
 def test_pixels_are_clamped_and_rounded_to_the_nearest():
@@ -41,3 +47,22 @@ def test_blocks_of_the_linear_preview_lie_in_rows_and_columns(tmp_path):
 def test_size_ids_are_height_and_width_of_the_picture(tmp_path):
     pipeline = small_pipeline(tmp_path)
     assert pipeline.size_ids(pipeline.latent_shape(64, 96)).tolist() == [96, 64, 0, 0, 96, 64]
+
+
+def test_a_larger_picture_has_a_table_of_its_own_where_the_shift_goes_by_size(tmp_path):
+    flow = {"name": "flow_match_euler", "spacing": "trailing"}
+    pipeline = small_pipeline(
+        tmp_path,
+        prediction_type="flow",
+        noise_schedule={"shift": 3.0, "use_dynamic_shifting": True, "base_image_seq_len": 8, "max_image_seq_len": 24},
+        samplers=[{"name": "flow_match_euler", "spacings": ["trailing"], "sigma_schedules": ["default"]}],
+        defaults={"num_inference_steps": 4, "guidance_scale": 1.0, "sampler": flow},
+    )
+    specs = [
+        replace(SPEC, sampler=SamplerSpec(**flow), num_inference_steps=4, width_px=width, height_px=height)
+        for width, height in ((64, 64), (64, 96))
+    ]
+    square, tall = (sampler_table(pipeline, spec).timesteps for spec in specs)
+    shifts = [math.exp(0.5 + 0.65 * (tokens - 8) / 16) for tokens in (16, 24)]
+    for timesteps, shift in ((square, shifts[0]), (tall, shifts[1])):
+        assert timesteps[2] == pytest.approx(1000 * shift * 0.5 / (1 + (shift - 1) * 0.5))

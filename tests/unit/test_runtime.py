@@ -12,7 +12,7 @@ import pytest
 from safelight_server.app.server import build_runtime
 from safelight_server.catalog import catalog
 from safelight_server.catalog.manifest import STABLE_DIFFUSION_INPUTS
-from safelight_server.catalog.tokenizer import Tokenizer, TokenizerPair
+from safelight_server.catalog.tokenizer import Tokenizer, TokenizerGroup
 from safelight_server.domain.component import Component
 from safelight_server.runtime import cores, onnx, verification
 from safelight_server.runtime.base import CostCurve, RuntimeFailure, RuntimeStartError
@@ -57,6 +57,21 @@ def test_the_shipped_models_load_and_weigh_at_most_25_mib(icons):
         ),
         (lambda m: m.update(second_tokenizer=m["tokenizer"]), r"input_ids is \[32\].*\[64\]"),
         (lambda m: m.update(second_tokenizer=m["tokenizer"] | {"file": "gone.json"}), "gone.json is missing"),
+        (lambda m: m.update(third_tokenizer=m["tokenizer"]), "third_tokenizer: there is no second one"),
+        (lambda m: m.update(family="flux"), "second_tokenizer: flux needs one"),
+        (lambda m: m.update(family="stable-diffusion-3"), "third_tokenizer: stable-diffusion-3 needs one"),
+        (
+            lambda m: m.update(family="flux", second_tokenizer=m["tokenizer"] | {"max_tokens": 48}),
+            r"last_hidden_state is \[32, 128\], the manifest needs \[48, -1\]",
+        ),
+        (
+            lambda m: m["noise_schedule"].update(use_dynamic_shifting=True, max_image_seq_len=256),
+            "max_image_seq_len is not above base_image_seq_len",
+        ),
+        (
+            lambda m: m.update(inputs=STABLE_DIFFUSION_INPUTS | {"guidance": "scalar:guidance"}),
+            "denoiser: config.pbtxt: guidance is missing",
+        ),
         (lambda m: m["latent"].update(height=16), "denoiser: config.pbtxt: sample is"),
         (lambda m: m["linear_preview"]["weights"][0].pop(), "differ in length"),
         (lambda m: m["latent"].update(scaling_factor=float("nan")), "latent.scaling_factor"),
@@ -183,13 +198,36 @@ def test_the_ids_of_two_tokenizers_stand_one_after_the_other(icons):
     [file] = MODELS.glob(f"pipelines/icons/*/{at.file}")
     first = Tokenizer(file, at.max_tokens, at.pad_id, at.bos_id, at.eos_id)
     second = Tokenizer(file, at.max_tokens, 7, at.bos_id, at.eos_id)
-    pair = TokenizerPair(first, second)
+    pair = TokenizerGroup(first, second)
     assert pair.max_tokens == at.max_tokens
     short, long = pair.encode("a red potion"), pair.encode("red potion " * 60)
     assert short.ids == first.encode("a red potion").ids + second.encode("a red potion").ids
     assert short.ids[-1] == 7
     assert (short.num_tokens, short.truncated) == (first.encode("a red potion").num_tokens, False)
     assert long.truncated
+
+
+def test_of_tokenizers_with_other_contexts_the_longest_says_what_is_read(icons):
+    """FLUX: CLIP reads 77 tokens and T5, which has no begin token, reads more."""
+    at = icons.get("icons").manifest.tokenizer
+    [file] = MODELS.glob(f"pipelines/icons/*/{at.file}")
+    clip, t5 = Tokenizer(file, 6, at.pad_id, at.bos_id, at.eos_id), Tokenizer(file, 12, 7, None, at.eos_id)
+    group = TokenizerGroup(clip, t5)
+    words = clip.encode("red potion " * 9).ids[1:3]
+    text = group.encode("red potion " * 4)
+    assert text.ids == (at.bos_id, *words * 2, at.eos_id, *words * 4, at.eos_id, 7, 7, 7)
+    assert (group.max_tokens, text.num_tokens, text.truncated) == (12, 9, False)
+    long = group.encode("red potion " * 6)
+    assert (long.num_tokens, long.truncated, long.ids[-1]) == (13, True, at.eos_id)
+
+
+def test_a_shift_by_size_decides_pixels_and_other_schedules_keep_their_digest(icons):
+    manifest = icons.get("").manifest
+    changed = {"use_dynamic_shifting": True, "max_shift": 1.2}
+    other = manifest.model_copy(update={"noise_schedule": manifest.noise_schedule.model_copy(update=changed)})
+    assert catalog.assemble(other, {}).digest == icons.get("").digest, "no sampler of it shifts"
+    flow, shifted = (at.model_copy(update={"prediction_type": "flow"}) for at in (manifest, other))
+    assert catalog.assemble(flow, {}).digest != catalog.assemble(shifted, {}).digest
 
 
 async def test_rows_have_the_same_bits_in_every_verified_batch(icons):

@@ -221,3 +221,28 @@ def test_a_compiled_table_is_shared_and_cannot_be_written():
     for array in (table.timesteps, table.in_scale, table.coefficients):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 0
+
+
+FLOW = json.loads((GOLDEN / "flow_timesteps.json").read_text())
+
+
+@pytest.mark.parametrize("case", FLOW, ids=lambda case: f"{case['spacing']}-{case['size']}-{len(case['timesteps'])}")
+def test_the_steps_of_flow_matching_are_where_diffusers_places_them(case):
+    """`python -m training.golden_samplers` writes them."""
+    schedule, timesteps = NoiseSchedule(**case["schedule"]), np.array(case["timesteps"])
+    spec = SamplerSpec("flow_match_euler", case["spacing"])
+    table = compile_table(spec, schedule.at(*case["size"]), "flow", len(timesteps))
+    np.testing.assert_allclose(table.timesteps, timesteps, rtol=2e-6)
+    sigmas = np.append(timesteps / 1000, 0)
+    np.testing.assert_allclose(table.coefficients[:, 1], np.diff(sigmas), atol=2e-6)
+    np.testing.assert_allclose(table.levels, np.stack([1 - sigmas, sigmas], axis=1), atol=2e-6)
+    assert (table.init_scale, set(table.in_scale), set(table.coefficients[:, 0])) == (1, {1}, {1})
+
+
+def test_larger_pictures_are_given_more_noise_where_the_shift_goes_by_their_size():
+    schedule = NoiseSchedule(shift=3.0, use_dynamic_shifting=True)
+    small, large = (
+        compile_table(SamplerSpec("flow_match_euler"), schedule.at(*size), "flow", 4) for size in ((32, 32), (128, 128))
+    )
+    assert (large.timesteps[1:] > small.timesteps[1:] + 50).all()
+    assert NoiseSchedule(shift=3.0).at(32, 32).shift == 3.0

@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safelight.v1 import generation_pb2 as pb
 from safelight_server.catalog.catalog import Catalog
+from safelight_server.catalog.manifest import GUIDANCE_SOURCE, STABLE_DIFFUSION_INPUTS
 from safelight_server.domain.errors import InvalidRequestError, NotFoundError
 from safelight_server.domain.request import (
     AdapterUse,
@@ -120,6 +121,7 @@ def interval(start: float | None = None, end: float | None = None, **changes: ob
     return request(guidance_interval=pb.GuidanceInterval(start=start, end=end), **changes)
 
 
+DISTILLED = "the model has its guidance from training and draws one row a step; leave it out"
 POSITIVE, NEGATIVE = pb.Prompt.ROLE_POSITIVE, pb.Prompt.ROLE_NEGATIVE
 STEPS = "must be from 1 to 50"
 GUIDANCE = "must be a number from 1 (without guidance) to 20"
@@ -657,6 +659,43 @@ def test_without_guidance_there_is_one_row_and_a_negative_prompt_is_told_to_be_u
     resolved = resolve_request(message, catalog, LIMITS)
     assert (resolved.spec.negative_token_ids, resolved.spec.negative_prompt) == (None, "")
     assert [notice.reason for notice in resolved.warnings] == ["NEGATIVE_PROMPT_UNUSED"]
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+    """A model whose denoiser is given the guidance scale, as FLUX.1-dev's."""
+    inputs = {**STABLE_DIFFUSION_INPUTS, "guidance": GUIDANCE_SOURCE}
+    return small_catalog(tmp_path_factory.mktemp("distilled"), inputs=inputs)
+
+
+def test_a_model_distilled_for_guidance_has_one_row_a_step(distilled: Catalog) -> None:
+    message = prompts((NEGATIVE, "blue"), prompt="red")
+    message.spec.guidance_scale = 4.5
+    resolved = resolve_request(message, distilled, LIMITS)
+    assert resolved.spec.guidance_scale == 4.5
+    assert resolved.spec.token_ids_by_row == (resolved.spec.token_ids,)
+    assert resolved.spec.negative_prompt == ""
+    [notice] = resolved.warnings
+    assert (notice.reason, notice.message) == (
+        "NEGATIVE_PROMPT_UNUSED",
+        "a negative prompt has no effect with this model",
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "description"),
+    [
+        (request(guidance_rescale=0.5), "spec.guidance_rescale", DISTILLED),
+        (interval(end=0.5), "spec.guidance_interval", DISTILLED),
+        (request(guidance_scale=0.5), "spec.guidance_scale", "must be a number from 1 to 20"),
+    ],
+)
+def test_what_a_model_distilled_for_guidance_cannot_do_is_refused(
+    distilled: Catalog, message: pb.GenerateRequest, field: str, description: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        resolve_request(message, distilled, LIMITS)
+    assert [(fault.field, fault.description) for fault in refused.value.violations] == [(field, description)]
 
 
 def test_an_empty_negative_prompt_is_none(catalog: Catalog) -> None:

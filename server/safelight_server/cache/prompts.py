@@ -81,7 +81,7 @@ class Prompts:
         if (task := self._means.get(pipeline.digest)) is None or (task.done() and task.exception() is not None):
             task = self._means[pipeline.digest] = asyncio.create_task(self._mean(pipeline))
         mean = await asyncio.shield(task)
-        return centred(prompt_vector(embedding[HIDDEN_STATE], token_ids, pipeline.manifest.tokenizer.eos_id), mean)
+        return centred(_vector(pipeline, token_ids, embedding), mean)
 
     async def _mean(self, pipeline: Pipeline) -> Floats:
         """Returns the mean vector of the pipeline's example prompts, which centring subtracts."""
@@ -91,14 +91,20 @@ class Prompts:
         prompts = pipeline.manifest.example_prompts or EXAMPLE_PROMPTS
         tokens = [tokenizer.encode(prompt).ids for prompt in prompts]
         embeddings = await asyncio.gather(*(self._encode(pipeline, ids) for ids in tokens))
-        eos_id = pipeline.manifest.tokenizer.eos_id
-        vectors = [prompt_vector(e[HIDDEN_STATE], ids, eos_id) for e, ids in zip(embeddings, tokens, strict=True)]
+        vectors = [_vector(pipeline, ids, e) for e, ids in zip(embeddings, tokens, strict=True)]
         return np.asarray(np.mean(vectors, axis=0), np.float32)
 
     def _key(self, namespace: Namespace, pipeline: Pipeline, token_ids: Sequence[int]) -> str:
         encoder = pipeline.manifest.components[Component.TEXT_ENCODER].sha256 or pipeline.digest
         what = fingerprint.embedding(encoder, self._numerics_id(pipeline.name), token_ids)
         return f"{namespace.prefix}/prompt/{fingerprint.index_key(namespace.key, IndexKind.EMBEDDING, what)}"
+
+
+def _vector(pipeline: Pipeline, token_ids: Sequence[int], embedding: Embedding) -> Floats:
+    """The mean of the hidden states of the prompt's tokens; of several text encoders those of one."""
+    start, at = pipeline.text_tokens
+    own = token_ids[start : start + at.max_tokens]
+    return prompt_vector(embedding[HIDDEN_STATE], own, at.eos_id, num_begin_tokens=int(at.bos_id is not None))
 
 
 def _parsed(entry: Entry, pipeline: Pipeline, num_tokens: int) -> Embedding | None:

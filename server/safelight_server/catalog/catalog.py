@@ -25,7 +25,9 @@ from safelight_server.catalog.manifest import (
     ADAPTER_INPUTS,
     ADAPTER_SCALES_SOURCE,
     ADAPTER_WEIGHTS_SOURCE,
+    CONTEXT_TOKENIZERS,
     ENCODER_SOURCE,
+    GUIDANCE_SOURCE,
     HIDDEN_STATE,
     LATENT_SOURCE,
     SIZE_IDS_SOURCE,
@@ -34,7 +36,7 @@ from safelight_server.catalog.manifest import (
     Manifest,
     TokenizerFile,
 )
-from safelight_server.catalog.tokenizer import Tokenizer, TokenizerPair, Tokens
+from safelight_server.catalog.tokenizer import Tokenizer, TokenizerGroup, Tokens
 from safelight_server.domain.component import OPTIONAL, Component
 from safelight_server.domain.errors import NotFoundError
 from safelight_server.sampler import VERSION as SAMPLER_VERSION
@@ -42,6 +44,15 @@ from safelight_server.sampler import NoiseSchedule, SamplerSpec, refusal
 
 DATA_FILE = "model.onnx.data"
 """The file with the weights of a model.onnx that would exceed protobuf's 2 GiB with them."""
+ONLY_FLOW = (
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "patch_size",
+)
+"""What the noise schedule of flow matching alone has."""
 
 
 WeightKind = Literal["onnx", "torch"]
@@ -53,10 +64,10 @@ class PromptTokenizer(Protocol):
 
     @property
     def max_tokens(self) -> int:
-        """Length T of a text encoder's context, in which every prompt is cut."""
+        """Length of the text encoder's context, of several the longest: what is behind it is not read."""
 
     def encode(self, text: str) -> Tokens:
-        """Token ids of `text` as the text encoder takes them, (T,); of two tokenizers one after the other, (2 T,)."""
+        """Token ids of `text` as the text encoder takes them: of several tokenizers one after the other."""
 
 
 class ManifestError(Exception):
@@ -104,6 +115,12 @@ class Pipeline:
     def has_encoder(self) -> bool:
         """Whether development can start from a picture."""
         return Component.ENCODER in self.manifest.components
+
+    @property
+    def text_tokens(self) -> tuple[int, TokenizerFile]:
+        """The tokenizer whose tokens the first rows of the hidden state stand for, and where its ids begin."""
+        tokenizers, first = self.manifest.tokenizers, CONTEXT_TOKENIZERS.get(self.manifest.family, (0,))[0]
+        return sum(at.max_tokens for at in tokenizers[:first]), tokenizers[first]
 
     @property
     def embedding_outputs(self) -> tuple[str, ...]:
@@ -250,7 +267,7 @@ def load_pipeline(path: Path, repository: Path, weights: WeightKind = "onnx") ->
         files = {role: repository / at.model / str(at.version) / "model.onnx" for role, at in roles.items()}
         configs_at = {role: repository / at.model / "config.pbtxt" for role, at in roles.items()}
         faults += _check_onnx(manifest, files, path)
-    for at in filter(None, (manifest.tokenizer, manifest.second_tokenizer)):
+    for at in manifest.tokenizers:
         faults += _check_file(path.parent / at.file, at.sha256)
     pipeline = assemble(manifest, files)
     faults += check(manifest)
@@ -304,10 +321,8 @@ def _check_torch(manifest: Manifest, path: Path) -> list[str]:
 
 
 def _read_tokenizer(manifest: Manifest, folder: Path) -> PromptTokenizer:
-    first = _open_tokenizer(manifest.tokenizer, folder)
-    if manifest.second_tokenizer is None:
-        return first
-    return TokenizerPair(first, _open_tokenizer(manifest.second_tokenizer, folder))
+    opened = [_open_tokenizer(at, folder) for at in manifest.tokenizers]
+    return opened[0] if len(opened) == 1 else TokenizerGroup(*opened)
 
 
 def _open_tokenizer(at: TokenizerFile, folder: Path) -> Tokenizer:
@@ -339,16 +354,21 @@ def _digest(manifest: Manifest) -> str:
             "components",
             "tokenizer",
             "second_tokenizer",
+            "third_tokenizer",
             "latent",
             "prediction_type",
             "noise_schedule",
         },
         exclude={"components": {"__all__": {"row_bytes"}}},
     )
-    if decides["second_tokenizer"] is None:  # keeps the digest of manifests that are older than this field
-        del decides["second_tokenizer"]
-    if manifest.torch is not None:  # else likewise
+    for key in ("second_tokenizer", "third_tokenizer"):  # else it is not the digest of before there were any
+        if decides[key] is None:
+            del decides[key]
+    if manifest.torch is not None:  # likewise
         decides["torch"] = dict(manifest.torch.files)
+    if manifest.prediction_type != "flow":  # likewise
+        for key in ONLY_FLOW:
+            del decides["noise_schedule"][key]
     for component in decides["components"].values():
         if component["data_sha256"] is None:
             del component["data_sha256"]
@@ -391,9 +411,7 @@ def check(manifest: Manifest) -> list[str]:
     sources = set(manifest.inputs.values()) & set(ADAPTER_INPUTS.values())
     if len(sources) != (0 if manifest.adapters is None else len(ADAPTER_INPUTS)):
         faults.append("adapters: goes with inputs of both adapter_weights and adapter_scales")
-    second = manifest.second_tokenizer
-    if second is not None and second.max_tokens != manifest.tokenizer.max_tokens:
-        faults.append(f"second_tokenizer.max_tokens: {second.max_tokens} is not the first tokenizer's")
+    faults += _check_tokenizers(manifest)
     if manifest.defaults.num_inference_steps > manifest.limits.max_num_inference_steps:
         faults.append("defaults.num_inference_steps: above the limit")
     if manifest.defaults.guidance_scale > manifest.limits.max_guidance_scale:
@@ -418,6 +436,17 @@ def check(manifest: Manifest) -> list[str]:
     return faults
 
 
+def _check_tokenizers(manifest: Manifest) -> list[str]:
+    second, places = manifest.second_tokenizer, CONTEXT_TOKENIZERS.get(manifest.family, (0,))
+    needed = ("tokenizer", "second_tokenizer", "third_tokenizer")[: max(places) + 1]
+    faults = [f"{name}: {manifest.family} needs one" for name in needed if getattr(manifest, name) is None]
+    if manifest.third_tokenizer is not None and second is None:
+        faults.append("third_tokenizer: there is no second one")
+    if second is not None and manifest.family != "flux" and second.max_tokens != manifest.tokenizer.max_tokens:
+        faults.append(f"second_tokenizer.max_tokens: {second.max_tokens} is not the first tokenizer's")
+    return faults
+
+
 def _read_configs(files: Mapping[Component, Path]) -> tuple[dict[Component, config_pbtxt.ModelConfig], list[str]]:
     configs, faults = {}, []
     for role, file in files.items():
@@ -434,7 +463,8 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
     faults = [
         f"components.{role}: max_batch_size must be at least 1" for role, at in configs.items() if at.max_rows < 1
     ]
-    tokens, second = manifest.tokenizer.max_tokens, manifest.second_tokenizer
+    num_ids = sum(at.max_tokens for at in manifest.tokenizers)
+    context = sum(at.max_tokens for at in manifest.context_tokenizers)
     encoder = configs.get(Component.TEXT_ENCODER)
     made = {} if encoder is None else encoder.outputs
     faults += [
@@ -445,18 +475,18 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
     for size in manifest.sizes:
         latent = pipeline.latent_shape(size.width_px, size.height_px)
         shapes = {ENCODER_SOURCE + name: shape for name, shape in made.items()}
-        shapes |= {LATENT_SOURCE: latent, TIMESTEP_SOURCE: (1,), SIZE_IDS_SOURCE: (6,)}
+        shapes |= {LATENT_SOURCE: latent, TIMESTEP_SOURCE: (1,), GUIDANCE_SOURCE: (1,), SIZE_IDS_SOURCE: (6,)}
         if (room := manifest.adapters) is not None:
             shapes |= {ADAPTER_WEIGHTS_SOURCE: (room.max_rank, room.width), ADAPTER_SCALES_SOURCE: (room.max_rank,)}
         inputs: dict[Component, dict[str, tuple[int, ...]]] = {
-            Component.TEXT_ENCODER: {"input_ids": (tokens if second is None else 2 * tokens,)},
-            Component.DENOISER: {name: shapes.get(at, (tokens, -1)) for name, at in manifest.inputs.items()},
+            Component.TEXT_ENCODER: {"input_ids": (num_ids,)},
+            Component.DENOISER: {name: shapes.get(at, (context, -1)) for name, at in manifest.inputs.items()},
             Component.DECODER: {"latent": latent},
             Component.PREVIEW_DECODER: {"latent": latent},
             Component.ENCODER: {"image": (3, size.height_px, size.width_px)},
         }
         outputs: dict[Component, dict[str, tuple[int, ...]]] = {
-            Component.TEXT_ENCODER: {"last_hidden_state": (tokens, -1)},
+            Component.TEXT_ENCODER: {"last_hidden_state": (context, -1)},
             Component.DENOISER: {"prediction": latent},
             Component.DECODER: {"image": (3, size.height_px, size.width_px)},
             Component.PREVIEW_DECODER: {"image": (3, -1, -1)},

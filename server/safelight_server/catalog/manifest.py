@@ -43,13 +43,17 @@ class TorchFiles(_Strict):
 
 
 class TokenizerFile(_Strict):
-    """A `tokenizers` file beside the manifest, and CLIP's special tokens."""
+    """A `tokenizers` file beside the manifest, and the special tokens around a prompt.
+
+    Attributes:
+        bos_id: null where prompts have no begin token, as for T5.
+    """
 
     file: str
     sha256: str
     max_tokens: Positive
     pad_id: int
-    bos_id: int
+    bos_id: int | None
     eos_id: int
 
 
@@ -80,7 +84,19 @@ class Noise(_Strict):
     rescale_zero_terminal_snr: bool = False
     steps_offset: int = 0
     set_alpha_to_one: bool = True
-    shift: float = 1.0
+    shift: Annotated[float, Field(gt=0)] = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: Positive = 256
+    max_image_seq_len: Positive = 4096
+    patch_size: Positive = 2
+
+    @model_validator(mode="after")
+    def _sloped(self) -> Self:
+        if self.use_dynamic_shifting and self.base_image_seq_len >= self.max_image_seq_len:
+            raise ValueError("max_image_seq_len is not above base_image_seq_len")
+        return self
 
 
 class SamplerCells(_Strict):
@@ -196,7 +212,7 @@ LATENT_SOURCE, TIMESTEP_SOURCE, SIZE_IDS_SOURCE = "latent", "timestep", "size_id
 ADAPTER_WEIGHTS_SOURCE, ADAPTER_SCALES_SOURCE = "adapter_weights", "adapter_scales"
 ADAPTER_INPUTS = {"adapter_weights": ADAPTER_WEIGHTS_SOURCE, "adapter_scales": ADAPTER_SCALES_SOURCE}
 """What a denoiser is given beside its other inputs where its rows can have adapters."""
-_SOURCE = r"^(latent|timestep|size_ids|adapter_weights|adapter_scales|encoder:[A-Za-z0-9_]+)$"
+GUIDANCE_SOURCE = "scalar:guidance"
 STABLE_DIFFUSION_INPUTS = {
     "sample": LATENT_SOURCE,
     "timestep": TIMESTEP_SOURCE,
@@ -207,6 +223,14 @@ STABLE_DIFFUSION_XL_INPUTS = {
     "text_embeds": ENCODER_SOURCE + POOLED_OUTPUT,
     "time_ids": SIZE_IDS_SOURCE,
 }
+TRANSFORMER_INPUTS = {**STABLE_DIFFUSION_INPUTS, "pooled_projections": ENCODER_SOURCE + POOLED_OUTPUT}
+"""Of Stable Diffusion 3 and of FLUX; FLUX.1-dev has "guidance" as well, from `GUIDANCE_SOURCE`."""
+CONTEXT_TOKENIZERS = {"stable-diffusion-3": (0, 2), "flux": (1,)}
+"""By family the places of the tokenizers for whose tokens the hidden state has a row each; of others the first."""
+InputSource = Annotated[
+    str,
+    Field(pattern=r"^(latent|timestep|size_ids|scalar:guidance|adapter_weights|adapter_scales|encoder:[A-Za-z0-9_]+)$"),
+]
 
 
 class AdapterTarget(_Strict):
@@ -244,12 +268,14 @@ class Manifest(_Strict):
 
     Attributes:
         second_tokenizer: tokenizer of a second text encoder; its ids follow those of the first in `input_ids`.
+        third_tokenizer: likewise, of a third text encoder, after the second's.
         torch: the files of the `torch` runtime; None: it was not exported for that.
         notes: differences from the exported pipeline: substitutes for parts that the server does not have.
         quantization: of a revision that was made from another one by `safelight export --quantize`.
         inputs: the inputs of the denoiser by name, each with its source: "latent", "timestep", "encoder:OUTPUT" (an
-            output of the text encoder, by prompt), or "size_ids" (the picture's height and width, a crop of zero,
-            and height and width again: SDXL's micro-conditioning, Podell et al. 2023, section 2.2).
+            output of the text encoder, by prompt), "scalar:guidance" (the request's guidance scale, for a network that
+            was distilled with it), or "size_ids" (the picture's height and width, a crop of zero, and height and width
+            again: SDXL's micro-conditioning, Podell et al. 2023, section 2.2).
             "adapter_weights" and "adapter_scales" are the adapters of a row (`AdapterRoom`).
         adapters: the room for adapters; None: the denoiser takes none.
     """
@@ -259,10 +285,11 @@ class Manifest(_Strict):
     revision: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
     description: str
     license: str
-    family: Literal["stable-diffusion", "stable-diffusion-xl"]
+    family: Literal["stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux"]
     components: Mapping[Component, ComponentFile]
     tokenizer: TokenizerFile
     second_tokenizer: TokenizerFile | None = None
+    third_tokenizer: TokenizerFile | None = None
     torch: TorchFiles | None = None
     latent: Latent
     sizes: Annotated[tuple[SizeOffer, ...], Field(min_length=1)]
@@ -276,5 +303,21 @@ class Manifest(_Strict):
     example_prompts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     quantization: Quantization | None = None
-    inputs: Mapping[str, Annotated[str, Field(pattern=_SOURCE)]] = STABLE_DIFFUSION_INPUTS
+    inputs: Mapping[str, InputSource] = STABLE_DIFFUSION_INPUTS
     adapters: AdapterRoom | None = None
+
+    @property
+    def tokenizers(self) -> tuple[TokenizerFile, ...]:
+        """All tokenizers, in the order of their ids in `input_ids`."""
+        return tuple(filter(None, (self.tokenizer, self.second_tokenizer, self.third_tokenizer)))
+
+    @property
+    def context_tokenizers(self) -> tuple[TokenizerFile, ...]:
+        """Those for whose tokens `last_hidden_state` has rows, one each."""
+        places = CONTEXT_TOKENIZERS.get(self.family, (0,))
+        return tuple(at for place, at in enumerate(self.tokenizers) if place in places)
+
+    @property
+    def is_guidance_distilled(self) -> bool:
+        """Whether the denoiser is given the guidance scale itself, so that a step needs no row without the prompt."""
+        return GUIDANCE_SOURCE in self.inputs.values()

@@ -21,7 +21,8 @@ class NotFiniteError(Exception):
 def sampler_table(pipeline: Pipeline, spec: Spec) -> SamplerTable:
     """The compiled sampler for a valid request."""
     steps, prediction_type = spec.num_inference_steps, pipeline.manifest.prediction_type
-    return compile_table(spec.sampler, pipeline.schedule, prediction_type, steps, spec.first_step)
+    _, height, width = pipeline.latent_shape(spec.width_px, spec.height_px)
+    return compile_table(spec.sampler, pipeline.schedule.at(height, width), prediction_type, steps, spec.first_step)
 
 
 def decoder_latent(pipeline: Pipeline, latent: FloatArray) -> FloatArray:

@@ -1,4 +1,4 @@
-"""Turns prompts into token ids with the library `tokenizers`, as transformers' CLIPTokenizer does."""
+"""Turns prompts into token ids with the library `tokenizers`, as transformers' CLIPTokenizer and T5Tokenizer do."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Tokens:
     """A tokenized prompt, as the text encoder takes it.
 
     Attributes:
-        ids: (T,) begin token, text, end token, padding.
-        num_tokens: tokens of the whole text with begin and end, before it was cut.
+        ids: (T,) begin token where there is one, text, end token, padding.
+        num_tokens: tokens of the whole text with those, before it was cut.
         truncated: whether the text was cut.
     """
 
@@ -24,33 +24,44 @@ class Tokens:
 
 
 class Tokenizer:
-    """Reads a tokenizer file and encodes prompts to a fixed context length."""
+    """Reads a tokenizer file and encodes prompts to a fixed context length.
 
-    def __init__(self, file: Path, max_tokens: int, pad_id: int, bos_id: int, eos_id: int) -> None:
+    Args:
+        bos_id: the begin token; None: there is none.
+    """
+
+    def __init__(self, file: Path, max_tokens: int, pad_id: int, bos_id: int | None, eos_id: int) -> None:
         self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.max_tokens = max_tokens
-        self._pad_id, self._bos_id, self._eos_id = pad_id, bos_id, eos_id
+        self._pad_id, self._eos_id = pad_id, eos_id
+        self._begin = () if bos_id is None else (bos_id,)
 
     def encode(self, text: str) -> Tokens:
-        """Token ids of `text`, cut and padded to `max_tokens`, begin and end token included."""
+        """Token ids of `text`, cut and padded to `max_tokens`, special tokens included."""
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        room = self.max_tokens - 2
-        kept = [self._bos_id, *ids[:room], self._eos_id]
+        around = len(self._begin) + 1
+        room = self.max_tokens - around
+        kept = [*self._begin, *ids[:room], self._eos_id]
         padding = [self._pad_id] * (self.max_tokens - len(kept))
-        return Tokens((*kept, *padding), len(ids) + 2, len(ids) > room)
+        return Tokens((*kept, *padding), len(ids) + around, len(ids) > room)
 
 
-class TokenizerPair:
-    """The tokenizers of a pipeline with two text encoders: the ids of the second follow those of the first."""
+class TokenizerGroup:
+    """The tokenizers of a pipeline with several text encoders: the ids of each stand behind those of the one before.
 
-    def __init__(self, first: Tokenizer, second: Tokenizer) -> None:
-        self._first, self._second = first, second
-        self.max_tokens = first.max_tokens
+    Attributes:
+        max_tokens: of the longest context: a token is read as long as it is within one of them.
+    """
+
+    def __init__(self, *tokenizers: Tokenizer) -> None:
+        self._tokenizers = tokenizers
+        self.max_tokens = max(at.max_tokens for at in tokenizers)
 
     def encode(self, text: str) -> Tokens:
-        """Token ids of `text`, (2 T,); the tokens are counted by the tokenizer that makes more of them."""
-        first, second = self._first.encode(text), self._second.encode(text)
-        num_tokens = max(first.num_tokens, second.num_tokens)
-        return Tokens(first.ids + second.ids, num_tokens, first.truncated or second.truncated)
+        """Token ids of `text`; the tokens are counted by the one with the longest context that makes most of them."""
+        made = [at.encode(text) for at in self._tokenizers]
+        longest = [one for one in made if len(one.ids) == self.max_tokens]
+        ids = tuple(token for one in made for token in one.ids)
+        return Tokens(ids, max(one.num_tokens for one in longest), any(one.truncated for one in longest))

@@ -15,6 +15,7 @@ from safelight_server.catalog import revisions
 from safelight_server.export import plan, quality
 from safelight_server.export.plan import MAX_ROWS, ExportFormat, ExportOptions, ExportPlan
 from safelight_server.export.source import ExportError
+from safelight_server.runtime.memory import available_bytes
 from safelight_server.settings import Settings
 
 EXTRA = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
@@ -22,7 +23,10 @@ EXTRA = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 def export(
     folder: Annotated[
-        Path, typer.Argument(help="A Stable Diffusion or SDXL pipeline of diffusers, or a checkpoint in one file.")
+        Path,
+        typer.Argument(
+            help="A Stable Diffusion, SDXL, SD3 or FLUX pipeline of diffusers, or a checkpoint in one file."
+        ),
     ],
     name: Annotated[str, typer.Option(help="Id of the model; default: from the folder's name.")] = "",
     revision: Annotated[str, typer.Option(help="Revision of the weights; the newest is served.")] = "1",
@@ -175,4 +179,15 @@ def _summary(planned: ExportPlan) -> list[str]:
         lines.append(f"    room for adapters of rank {options.adapter_rank} in each row")
     if total := sum(planned.num_values.values()):
         lines.append(f"    {total:,} weights: {2 * total / 2**20:,.0f} MiB of files, twice that in memory")
+    if planned.peak_bytes:
+        lines.append(f"    exporting takes {_gib(planned.peak_bytes)} of memory, as reckoned; free here are {_free()}")
     return lines + [f"    note: {note}" for note in planned.notes]
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB"
+
+
+def _free() -> str:
+    free = available_bytes()
+    return "an unknown number of GiB" if free is None else _gib(free)

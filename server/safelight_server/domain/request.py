@@ -127,9 +127,9 @@ class Spec:
     """What to generate, with every default filled in and every seed chosen.
 
     Attributes:
-        negative_prompt: empty if none was given, or guidance_scale is 1.
-        token_ids: the token ids of the prompt, padded to the text encoder's context length.
-        negative_token_ids: None when guidance_scale is 1 (one row a step).
+        negative_prompt: empty where none was given, or a step has one row.
+        token_ids: of the prompt, padded to the text encoder's context length.
+        negative_token_ids: None where a step has one row: guidance_scale is 1, or the model was distilled for guidance.
         seeds: one per output, each 0 to 2**64 - 1.
         init_image: SHA-256 of the picture to start from, in hexadecimal; "": none, and then `strength` is 1. Before its
             generation begins it may be the name of an output, "generations/ID/outputs/INDEX".

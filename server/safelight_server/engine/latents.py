@@ -19,6 +19,7 @@ from safelight_server.catalog.manifest import (
     ADAPTER_SCALES_SOURCE,
     ADAPTER_WEIGHTS_SOURCE,
     ENCODER_SOURCE,
+    GUIDANCE_SOURCE,
     LATENT_SOURCE,
     SIZE_IDS_SOURCE,
     STABLE_DIFFUSION_INPUTS,
@@ -144,6 +145,8 @@ class Latents:
         self._in_scale = np.zeros((capacity, max_steps), np.float32)
         self._timesteps = np.zeros((capacity, max_steps), np.float32)
         self._guidance = np.ones((capacity, max_steps), np.float32)
+        self._is_distilled = GUIDANCE_SOURCE in inputs.values()
+        self._given_guidance = np.ones(capacity, np.float32)
         self._rescale = np.zeros(capacity, np.float32)
         self._noise_seed: list[int | None] = [None] * capacity
         self._inpainting: dict[int, _Inpainting] = {}
@@ -168,6 +171,7 @@ class Latents:
         """Takes a slot for an output, and fills it with fresh noise or with the state `start`.
 
         Args:
+            guidance_scale: where it is an input of the denoiser it is given to it, and nothing is combined.
             context: the embeddings of the prompt and, with guidance, of the negative prompt.
             picture: the latent that it starts from instead of pure noise.
             guided_steps: the steps with guidance; the others need no prediction for the negative prompt. None: all.
@@ -181,7 +185,9 @@ class Latents:
         self._timesteps[slot, :steps] = table.timesteps
         self._guidance[slot, :steps] = 1.0
         guided = range(steps) if guided_steps is None else guided_steps
-        self._guidance[slot, guided.start : guided.stop] = guidance_scale
+        if not self._is_distilled:  # else the network does what guidance does
+            self._guidance[slot, guided.start : guided.stop] = guidance_scale
+        self._given_guidance[slot] = guidance_scale
         self._rescale[slot] = guidance_rescale
         self._adapters[slot] = adapters
         self._noise_seed[slot] = seed if table.uses_noise else None
@@ -237,6 +243,9 @@ class Latents:
         if source == TIMESTEP_SOURCE:
             timesteps: FloatArray = self._timesteps[slots, steps]
             return timesteps
+        if source == GUIDANCE_SOURCE:
+            given: FloatArray = self._given_guidance[slots]
+            return given
         if source == SIZE_IDS_SOURCE:
             assert self._size_ids is not None
             return np.tile(self._size_ids, (len(slots), 1))

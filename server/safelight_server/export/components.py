@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from safelight_server.export.adapters import Adapters, given
+from safelight_server.export.networks import FLUX_PATCH
 from safelight_server.export.source import ExportError
+
+FLUX_TIMESTEPS = 1000
+"""What diffusers' pipeline divides timesteps by."""
 
 
 class TextEncoder(nn.Module):
@@ -112,21 +122,143 @@ class Denoiser(nn.Module):
         return prediction
 
 
+class FluxTextEncoders(nn.Module):
+    """Both text encoders of FLUX: input_ids (B, T1 + T2) int64 -> last_hidden_state (B, T2, D), pooled_output (B, P).
+
+    The ids are those of CLIP's tokenizer and behind them those of T5's. The hidden states are T5's, which reads its
+    padding too, as in diffusers; the pooled output is CLIP's.
+
+    Args:
+        num_clip_tokens: T1.
+    """
+
+    outputs = ("last_hidden_state", "pooled_output")
+
+    def __init__(self, clip: CLIPTextModel, t5: T5EncoderModel, num_clip_tokens: int) -> None:
+        super().__init__()
+        self.clip, self.t5 = clip, t5
+        self.num_clip_tokens = num_clip_tokens
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        clip_ids, t5_ids = input_ids[:, : self.num_clip_tokens], input_ids[:, self.num_clip_tokens :]
+        return self.t5(input_ids=t5_ids).last_hidden_state, self.clip(input_ids=clip_ids).pooler_output
+
+
+class StableDiffusion3TextEncoders(nn.Module):
+    """The three text encoders of Stable Diffusion 3: input_ids (B, 2 T1 + T3) int64 -> as below.
+
+    last_hidden_state (B, T1 + T3, D): the hidden states of both CLIP encoders before their last layers, side by side
+    and padded with zeros to the width of T5's, and behind them T5's; pooled_output (B, P1 + P2): their projections
+    (Esser et al. 2024, section 4). T5 reads its padding too, as in diffusers.
+
+    Args:
+        num_clip_tokens: T1.
+    """
+
+    outputs = ("last_hidden_state", "pooled_output")
+
+    def __init__(
+        self,
+        first: CLIPTextModelWithProjection,
+        second: CLIPTextModelWithProjection,
+        t5: T5EncoderModel,
+        num_clip_tokens: int,
+    ) -> None:
+        super().__init__()
+        self.first, self.second, self.t5 = first, second, t5
+        self.num_clip_tokens = num_clip_tokens
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        length = self.num_clip_tokens
+        one = self.first(input_ids=input_ids[:, :length], output_hidden_states=True)
+        two = self.second(input_ids=input_ids[:, length : 2 * length], output_hidden_states=True)
+        of_t5 = self.t5(input_ids=input_ids[:, 2 * length :]).last_hidden_state
+        of_clip = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
+        of_clip = nn.functional.pad(of_clip, (0, of_t5.shape[-1] - of_clip.shape[-1]))
+        return torch.cat([of_clip, of_t5], dim=1), torch.cat([one.text_embeds, two.text_embeds], dim=-1)
+
+
+class StableDiffusion3Denoiser(nn.Module):
+    """Beside `Denoiser`'s inputs pooled_projections (B, P); the prediction is the velocity, noise less latent."""
+
+    outputs = ("prediction",)
+
+    def __init__(self, model: SD3Transformer2DModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor
+    ) -> Tensor:
+        prediction: Tensor = self.model(
+            hidden_states=sample,
+            timestep=timestep,
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections,
+            return_dict=False,
+        )[0]
+        return prediction
+
+
+class FluxDenoiser(nn.Module):
+    """As `StableDiffusion3Denoiser`, and guidance (B,) where the network was distilled with it.
+
+    A latent (B, C, h, w) becomes h / 2 * w / 2 tokens of 4 C values, whose places the network is told; its timesteps
+    end at 1.
+    """
+
+    outputs = ("prediction",)
+
+    def __init__(self, model: FluxTransformer2DModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        rows, channels, height, width = sample.shape
+        down, across = height // FLUX_PATCH, width // FLUX_PATCH
+        packed = sample.reshape(rows, channels, down, FLUX_PATCH, across, FLUX_PATCH).permute(0, 2, 4, 1, 3, 5)
+        packed = packed.reshape(rows, down * across, channels * FLUX_PATCH * FLUX_PATCH)
+        of_row, of_column = torch.meshgrid(torch.arange(down), torch.arange(across), indexing="ij")
+        places = torch.stack([torch.zeros_like(of_row), of_row, of_column], dim=-1).reshape(down * across, 3)
+        predicted = self.model(
+            hidden_states=packed,
+            timestep=timestep / FLUX_TIMESTEPS,
+            guidance=guidance,
+            pooled_projections=pooled_projections,
+            encoder_hidden_states=encoder_hidden_states,
+            txt_ids=torch.zeros(encoder_hidden_states.shape[1], 3),
+            img_ids=places.to(sample.dtype),
+            return_dict=False,
+        )[0]
+        predicted = predicted.reshape(rows, down, across, channels, FLUX_PATCH, FLUX_PATCH).permute(0, 3, 1, 4, 2, 5)
+        prediction: Tensor = predicted.reshape(rows, channels, height, width)
+        return prediction
+
+
 class Decoder(nn.Module):
     """latent (B, C, h, w), divided by the scaling factor -> image (B, 3, H, W) in [-1, 1], unclamped.
 
-    A preview decoder may count on a scaling factor of its own: `scale` is the pipeline's by its.
+    A preview decoder may count on a scaling factor of its own: `scale` is the pipeline's by its, and `shift` what the
+    pipeline's decoder is given more.
     """
 
     outputs = ("image",)
 
-    def __init__(self, vae: AutoencoderTiny | AutoencoderKL, scale: float = 1.0) -> None:
+    def __init__(self, vae: AutoencoderTiny | AutoencoderKL, scale: float = 1.0, shift: float = 0.0) -> None:
         super().__init__()
         self.vae = vae
-        self.scale = scale
+        self.scale, self.shift = scale, shift
 
     def forward(self, latent: Tensor) -> Tensor:
-        scaled = latent if self.scale == 1.0 else latent * self.scale
+        shifted = latent if self.shift == 0.0 else latent - self.shift
+        scaled = shifted if self.scale == 1.0 else shifted * self.scale
         image: Tensor = self.vae.decode(scaled, return_dict=False)[0]
         return image
 

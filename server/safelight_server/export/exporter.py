@@ -26,8 +26,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny, DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderTiny,
+    DiffusionPipeline,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+)
 from torch import Tensor, nn
+from transformers import T5EncoderModel
 
 from safelight_server.catalog.catalog import ManifestError, WeightKind, load_pipeline
 from safelight_server.catalog.digest import sha256
@@ -39,17 +46,24 @@ from safelight_server.export.components import (
     Denoiser,
     DenoiserXL,
     Encoder,
+    FluxDenoiser,
+    FluxTextEncoders,
     PatchEncoder,
+    StableDiffusion3Denoiser,
+    StableDiffusion3TextEncoders,
     TextEncoder,
     TextEncoders,
     decoder_of,
 )
+from safelight_server.export.networks import SCHNELL_T5_TOKENS
 from safelight_server.export.onnx_file import check_parity, num_values, write_onnx
 from safelight_server.export.plan import ROLES, ExportFormat, ExportOptions, ExportPlan
 from safelight_server.export.repository import write_config
-from safelight_server.export.source import ExportError
+from safelight_server.export.source import FAMILIES, ExportError
 
 Report = Callable[[str], None]
+ENDS = ("", "_2", "_3")
+"""Of the names of text encoders and tokenizers."""
 UNSHARED = ("text_encoder", "denoiser")
 """Components whose weights no other component has."""
 QUANTIZED = ("denoiser_int8",)
@@ -138,16 +152,20 @@ def _write(made: ExportPlan, pipeline: DiffusionPipeline, staged: Path, report: 
 
 def _tokenizers(pipeline: DiffusionPipeline) -> list[tuple[Any, Any]]:
     """The tokenizers, each with its text encoder."""
-    first = pipeline.tokenizer, pipeline.text_encoder
-    return [first, (pipeline.tokenizer_2, pipeline.text_encoder_2)] if _is_sdxl(pipeline) else [first]
+    pairs = [
+        (getattr(pipeline, f"tokenizer{end}", None), getattr(pipeline, f"text_encoder{end}", None)) for end in ENDS
+    ]
+    return [(tokenizer, encoder) for tokenizer, encoder in pairs if tokenizer is not None]
 
 
 def _write_tokenizers(pipeline: DiffusionPipeline, folder: Path) -> dict[str, Any]:
     """Writes the tokenizers; returns what the manifest says of them."""
-    files = {"tokenizer": "tokenizer.json", "second_tokenizer": "second_tokenizer.json"}
-    pairs = zip(files.items(), _tokenizers(pipeline), strict=False)
-    made = {key: manifest.tokenizer(*given, folder / file) for (key, file), given in pairs}
-    lengths = {entry["max_tokens"] for entry in made.values()}
+    keys = ("tokenizer", "second_tokenizer", "third_tokenizer")
+    pairs = zip(keys, _tokenizers(pipeline), strict=False)
+    made = {
+        key: manifest.tokenizer(*given, folder / f"{key}.json", max_tokens(pipeline, *given)) for key, given in pairs
+    }
+    lengths = {entry["max_tokens"] for entry in made.values() if entry["bos_id"] is not None}  # CLIP's
     if len(lengths) > 1:
         raise ExportError(f"the tokenizers cut texts at {' and '.join(map(str, sorted(lengths)))} tokens")
     return made
@@ -157,13 +175,13 @@ def _components(pipeline: DiffusionPipeline, made: ExportPlan) -> dict[str, nn.M
     adapters = Adapters(pipeline.unet) if made.options.adapter_rank else None
     components: dict[str, nn.Module] = {
         "text_encoder": text_encoder_of(pipeline),
-        "denoiser": (DenoiserXL if _is_sdxl(pipeline) else Denoiser)(pipeline.unet, adapters),
+        "denoiser": denoiser_of(pipeline, adapters),
         "decoder": decoder_of(pipeline.vae),
     }
     if "preview_decoder" in made.roles():
         preview = AutoencoderTiny.from_pretrained(made.source.folder / "preview_decoder", local_files_only=True)
         scale = pipeline.vae.config.scaling_factor / preview.config.scaling_factor
-        components["preview_decoder"] = Decoder(preview, scale)
+        components["preview_decoder"] = Decoder(preview, scale, _shift(pipeline))
     components["encoder"] = _encoder(pipeline, made.source.folder / "encoder.npz")
     return components
 
@@ -215,15 +233,40 @@ def _adapters_of(module: nn.Module) -> Adapters | None:
 
 
 def text_encoder_of(pipeline: DiffusionPipeline) -> nn.Module:
-    """The text encoder of a pipeline, or both."""
-    if not _is_sdxl(pipeline):
-        return TextEncoder(pipeline.text_encoder)
+    """The text encoder of a pipeline, or all of them."""
+    first, clip_tokens = pipeline.text_encoder, max_tokens(pipeline, pipeline.tokenizer, pipeline.text_encoder)
+    if isinstance(pipeline, FluxPipeline):
+        return FluxTextEncoders(first, pipeline.text_encoder_2, clip_tokens)
+    if isinstance(pipeline, StableDiffusion3Pipeline):
+        return StableDiffusion3TextEncoders(first, pipeline.text_encoder_2, pipeline.text_encoder_3, clip_tokens)
+    if not isinstance(pipeline, StableDiffusionXLPipeline):
+        return TextEncoder(first)
     empty_ids = token_ids(pipeline, [""])[0] if pipeline.config.force_zeros_for_empty_prompt else None
-    return TextEncoders(pipeline.text_encoder, pipeline.text_encoder_2, empty_ids)
+    return TextEncoders(first, pipeline.text_encoder_2, empty_ids)
 
 
-def _is_sdxl(pipeline: DiffusionPipeline) -> bool:
-    return isinstance(pipeline, StableDiffusionXLPipeline)
+def denoiser_of(pipeline: DiffusionPipeline, adapters: Adapters | None = None) -> nn.Module:
+    """The denoiser of a pipeline; `adapters`: with room for them, where it has a UNet."""
+    if isinstance(pipeline, FluxPipeline):
+        return FluxDenoiser(pipeline.transformer)
+    if isinstance(pipeline, StableDiffusion3Pipeline):
+        return StableDiffusion3Denoiser(pipeline.transformer)
+    is_sdxl = isinstance(pipeline, StableDiffusionXLPipeline)
+    return (DenoiserXL if is_sdxl else Denoiser)(pipeline.unet, adapters)
+
+
+def max_tokens(pipeline: DiffusionPipeline, tokenizer: Any, text_encoder: Any) -> int:
+    """Length of a text encoder's context in a pipeline."""
+    if not isinstance(text_encoder, T5EncoderModel):
+        return manifest.max_tokens(tokenizer, text_encoder)
+    is_schnell = isinstance(pipeline, FluxPipeline) and not pipeline.transformer.config.guidance_embeds
+    longest = SCHNELL_T5_TOKENS if is_schnell else FAMILIES[type(pipeline).__name__].t5_tokens
+    return int(min(tokenizer.model_max_length, longest))
+
+
+def _shift(pipeline: DiffusionPipeline) -> float:
+    """What latents are shifted by before they are decoded; the pipelines with a UNet ignore it."""
+    return float(pipeline.vae.config.shift_factor or 0.0) if hasattr(pipeline, "transformer") else 0.0
 
 
 def _encoder(pipeline: DiffusionPipeline, given: Path) -> nn.Module:
@@ -261,7 +304,9 @@ def _export_component(
         examples = [{**example, **own} for example in examples]
     target = place / str(version) / "model.onnx"
     multiple = {"denoiser": made.multiple, "encoder": made.factor}.get(role, 1)
-    data = write_onnx(module, examples, module.outputs, target, multiple)
+    data = write_onnx(
+        module, examples, module.outputs, target, multiple, made.largest_edge if role == "denoiser" else None
+    )
     worst = check_parity(module, examples, module.outputs, target)
     write_config(place / "config.pbtxt", place.name, made.max_rows(role), examples, module)
     if role in UNSHARED:
@@ -278,15 +323,19 @@ def example_inputs(
     role: str, pipeline: DiffusionPipeline, made: ExportPlan, size: tuple[int, int]
 ) -> Mapping[str, Tensor]:
     """Example inputs of a component, two rows, without those for adapters, for a latent of (h, w)."""
-    tokens = manifest.max_tokens(pipeline.tokenizer, pipeline.text_encoder)
     generator, rows = torch.Generator().manual_seed(0), EXAMPLE_ROWS
     latent = torch.randn(rows, made.shape[0], *size, generator=generator)
     if role == "text_encoder":
         return {"input_ids": token_ids(pipeline, EXAMPLES)}
     if role == "denoiser":
-        context = torch.randn(rows, tokens, pipeline.unet.config.cross_attention_dim, generator=generator)
+        context = torch.randn(rows, *_context_shape(pipeline), generator=generator)
         inputs = {"sample": latent, "timestep": torch.tensor([999.0, 12.0]), "encoder_hidden_states": context}
-        if _is_sdxl(pipeline):
+        if hasattr(pipeline, "transformer"):
+            pooled = pipeline.transformer.config.pooled_projection_dim
+            inputs["pooled_projections"] = torch.randn(rows, pooled, generator=generator)
+        if made.is_guidance_distilled:
+            inputs["guidance"] = torch.tensor([3.5, 1.0])
+        if isinstance(pipeline, StableDiffusionXLPipeline):
             pooled = pipeline.text_encoder_2.config.projection_dim
             size_px = [float(made.factor * edge) for edge in size]
             inputs["text_embeds"] = torch.randn(rows, pooled, generator=generator)
@@ -295,14 +344,24 @@ def example_inputs(
     if role == "encoder":
         edges = [made.factor * edge for edge in size]
         return {"image": torch.rand(rows, 3, *edges, generator=generator) * 2 - 1}
-    return {"latent": latent / pipeline.vae.config.scaling_factor}
+    return {"latent": latent / pipeline.vae.config.scaling_factor + _shift(pipeline)}
+
+
+def _context_shape(pipeline: DiffusionPipeline) -> tuple[int, int]:
+    """(T, D) of what the denoiser is given of a prompt."""
+    lengths = [max_tokens(pipeline, *pair) for pair in _tokenizers(pipeline)]
+    if isinstance(pipeline, FluxPipeline):
+        return lengths[1], pipeline.transformer.config.joint_attention_dim
+    if isinstance(pipeline, StableDiffusion3Pipeline):
+        return lengths[0] + lengths[2], pipeline.transformer.config.joint_attention_dim
+    return lengths[0], pipeline.unet.config.cross_attention_dim
 
 
 def token_ids(pipeline: DiffusionPipeline, texts: Sequence[str]) -> Tensor:
-    """The text encoder's input for texts: (B, T), or (B, 2 T) with two tokenizers."""
+    """What the text encoder is given for texts: (B, T), the ids of all tokenizers one after the other."""
     found = []
     for tokenizer, text_encoder in _tokenizers(pipeline):
-        length = manifest.max_tokens(tokenizer, text_encoder)
+        length = max_tokens(pipeline, tokenizer, text_encoder)
         cut = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
         found.append(tokenizer(list(texts), **cut).input_ids)
     return torch.cat(found, dim=1)

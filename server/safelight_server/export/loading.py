@@ -20,6 +20,8 @@ from safelight_server.export.source import ExportError
 WITHOUT: Mapping[str, Mapping[str, object]] = {
     "StableDiffusionPipeline": {"safety_checker": None},
     "StableDiffusionXLPipeline": {"add_watermarker": False},
+    "StableDiffusion3Pipeline": {"image_encoder": None, "feature_extractor": None},
+    "FluxPipeline": {"image_encoder": None, "feature_extractor": None},
 }
 """By pipeline class, the arguments that leave out the parts which are not exported."""
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from safelight_server.catalog.digest import sha256
 from safelight_server.catalog.tokenizer import Tokenizer
+from safelight_server.export import plan
 from safelight_server.export.plan import ExportPlan
 from safelight_server.export.source import ExportError
 
@@ -40,14 +41,16 @@ def max_tokens(tokenizer: Any, text_encoder: Any) -> int:
     return int(min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings))
 
 
-def tokenizer(given: Any, text_encoder: Any, file: Path) -> dict[str, Any]:
+def tokenizer(given: Any, text_encoder: Any, file: Path, length: int) -> dict[str, Any]:
     """Saves a tokenizer to `file`; returns what the manifest says of it.
+
+    Args:
+        length: of the text encoder's context.
 
     Raises:
         ExportError: the server's tokenizer would make other ids of a text than transformers does.
     """
     given._tokenizer.save(str(file))
-    length = max_tokens(given, text_encoder)
     entry = {
         "file": file.name,
         "sha256": sha256(file),
@@ -56,7 +59,8 @@ def tokenizer(given: Any, text_encoder: Any, file: Path) -> dict[str, Any]:
         "bos_id": given.bos_token_id,
         "eos_id": given.eos_token_id,
     }
-    if None in entry.values():
+    is_t5 = text_encoder.config.model_type == "t5"  # its prompts have no begin token
+    if None in (entry["pad_id"], entry["eos_id"], 0 if is_t5 else entry["bos_id"]):
         raise ExportError(f"{file.stem}: it lacks a token for the begin, for the end, or for padding")
     ours = Tokenizer(file, length, given.pad_token_id, given.bos_token_id, given.eos_token_id)
     for text in PROBES:
@@ -94,8 +98,8 @@ def _fit_linear(made: ExportPlan, decoder: nn.Module) -> tuple[np.ndarray[Any, A
     generator = torch.Generator().manual_seed(0)
     level = torch.randn(FIT_LATENTS, channels, 1, 1, generator=generator)
     latents = level + 0.3 * torch.randn(FIT_LATENTS, channels, height, width, generator=generator)
-    scale = float(made.source.configs["vae"].get("scaling_factor", decoder.vae.config.scaling_factor))
-    images = torch.cat([decoder(part / scale) for part in latents.split(16)])
+    at = plan.draft(made)["latent"]
+    images = torch.cat([decoder(part / at["scaling_factor"] + at["shift_factor"]) for part in latents.split(16)])
     small = nn.functional.interpolate(images.clamp(-1, 1), size=(height, width), mode="area")
     rows = latents.permute(0, 2, 3, 1).reshape(-1, channels)
     rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)

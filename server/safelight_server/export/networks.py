@@ -44,6 +44,10 @@ SDXL_UNET_RULES: Rules = {
     **UNET_RULES,
     "addition_embed_type": (("text_time",), "SDXL's denoiser is given the prompt's pooled output and the size"),
 }
+FLUX_PATCH = 2
+"""Pixels along an edge of what FLUX packs to a token."""
+SCHNELL_T5_TOKENS = 256
+_IN_CHANNELS = {"flux": 64, "stable-diffusion-3": 16, "stable-diffusion": 4, "stable-diffusion-xl": 4}
 NUM_SIZE_IDS = 6
 """Numbers of the size that SDXL's denoiser is given; its refiner has 5, of which one is an aesthetic score."""
 KL_SHAPE = _keys(
@@ -77,10 +81,43 @@ TEXT_SHAPE = _keys(
     """
 )
 TEXT_RULES: Rules = {"use_attention_mask": ((None, False), "the text encoder would need the padding as an input")}
+FLUX_SHAPE = _keys(
+    """
+    in_channels out_channels num_layers num_single_layers attention_head_dim num_attention_heads
+    joint_attention_dim pooled_projection_dim guidance_embeds axes_dims_rope
+    """
+)
+FLUX_RULES: Rules = {"patch_size": ((1,), "latents are packed by 2 x 2 pixels, and the transformer has no patches")}
+SD3_SHAPE = _keys(
+    """
+    sample_size patch_size in_channels out_channels num_layers attention_head_dim num_attention_heads
+    joint_attention_dim caption_projection_dim pooled_projection_dim pos_embed_max_size dual_attention_layers
+    qk_norm
+    """
+)
+T5_SHAPE = _keys(
+    """
+    vocab_size d_model d_kv d_ff num_layers num_decoder_layers num_heads relative_attention_num_buckets
+    relative_attention_max_distance dropout_rate classifier_dropout layer_norm_epsilon initializer_factor
+    feed_forward_proj dense_act_fn is_gated_act is_encoder_decoder is_decoder use_cache pad_token_id bos_token_id
+    eos_token_id decoder_start_token_id tie_word_embeddings output_past scale_decoder_outputs model_type
+    architectures torch_dtype dtype transformers_version n_positions task_specific_params output_hidden_states
+    output_attentions return_dict chunk_size_feed_forward id2label label2id problem_type
+    """
+)
+TRANSFORMER_VAE_RULES: Rules = {key: rule for key, rule in VAE_RULES.items() if key != "shift_factor"}
 
 
 def judge(source: Source, findings: Findings) -> None:
-    """Adds faults to `findings` for everything that cannot be exported."""
+    """Adds to `findings` what cannot be exported."""
+    if source.family.denoiser == "transformer":
+        _judge_transformer(source, findings)
+    else:
+        _judge_unet(source, findings)
+
+
+def _judge_unet(source: Source, findings: Findings) -> None:
+    """Judges a pipeline whose denoiser is a UNet."""
     configs, is_sdxl = source.configs, source.family.name == "stable-diffusion-xl"
     unet, vae = configs["unet"], configs["vae"]
     vae_shape = TINY_SHAPE if source.index["vae"][1] == "AutoencoderTiny" else KL_SHAPE
@@ -118,6 +155,78 @@ def _judge_added(unet: Config, pooled: int, findings: Findings) -> None:
             f"unet/config.json: projection_class_embeddings_input_dim {width} is not the {pooled} of the pooled output"
             f" and {NUM_SIZE_IDS} times the addition_time_embed_dim {time}; a refiner, which is not served, has 5 times"
         )
+
+
+def _judge_transformer(source: Source, findings: Findings) -> None:
+    """Judges a pipeline whose denoiser is a diffusion transformer: Stable Diffusion 3, or FLUX."""
+    configs, is_flux = source.configs, source.family.name == "flux"
+    file, denoiser, vae = "transformer/config.json", configs["transformer"], configs["vae"]
+    _check(file, denoiser, FLUX_SHAPE if is_flux else SD3_SHAPE, FLUX_RULES if is_flux else {}, findings)
+    _check("vae/config.json", vae, KL_SHAPE | {"shift_factor"}, TRANSFORMER_VAE_RULES, findings)
+    *clips, t5 = source.family.text_encoders
+    for name in clips:
+        _check(f"{name}/config.json", configs[name], TEXT_SHAPE, TEXT_RULES, findings)
+    _check(f"{t5}/config.json", configs[t5], T5_SHAPE, {}, findings)
+    if not isinstance(vae.get("shift_factor"), int | float):
+        findings.faults.append("vae/config.json: shift_factor is missing: latents are shifted by it")
+    packed, latents = 4 if is_flux else 1, vae.get("latent_channels", 4)
+    inputs = denoiser.get("in_channels", 64 if is_flux else 16)
+    outputs = denoiser.get("out_channels", None if is_flux else 16) or inputs
+    if inputs != packed * latents:
+        findings.faults.append(
+            f"{file}: in_channels {inputs} is not {packed * latents}: the server gives the denoiser the {latents}"
+            " channels of the latent, and no picture or mask beside it"
+        )
+    elif outputs != inputs:
+        findings.faults.append(f"{file}: out_channels {outputs} is not in_channels {inputs}")
+    pooled = [configs[name].get("hidden_size" if is_flux else "projection_dim", 512) for name in clips]
+    width, default = configs[t5].get("d_model", 512), 768 if is_flux else 2048
+    for key, found, wanted, whose in (
+        ("joint_attention_dim", denoiser.get("joint_attention_dim", 4096), width, t5),
+        (
+            "pooled_projection_dim",
+            denoiser.get("pooled_projection_dim", default),
+            sum(pooled),
+            _and(clips),
+        ),
+    ):
+        if found != wanted:
+            findings.faults.append(f"{file}: {key} {found} is not that of {whose}, {wanted}")
+    hidden = sum(configs[name].get("hidden_size", 512) for name in clips)
+    if not is_flux and hidden > width:
+        findings.faults.append(f"{t5}/config.json: d_model {width} is less than {hidden}, that of {_and(clips)}")
+
+
+def _and(names: Collection[str]) -> str:
+    return " and ".join(names)
+
+
+def is_guidance_distilled(source: Source) -> bool:
+    """Whether the denoiser is given the guidance scale, as FLUX.1-dev's."""
+    return bool(source.family.name == "flux" and source.configs["transformer"].get("guidance_embeds", False))
+
+
+def latent_channels(source: Source) -> int:
+    """Channels of a latent."""
+    channels = int(source.configs[source.family.denoiser].get("in_channels", _IN_CHANNELS[source.family.name]))
+    return channels // 4 if source.family.name == "flux" else channels
+
+
+def latent_multiple(source: Source) -> int:
+    """What the edges of a latent must be multiples of: the levels of a UNet but the last, or the patch."""
+    denoiser = source.configs[source.family.denoiser]
+    if source.family.name == "flux":
+        return FLUX_PATCH
+    if source.family.name == "stable-diffusion-3":
+        return int(denoiser.get("patch_size", 2))
+    return int(2 ** (len(denoiser.get("block_out_channels") or (0,) * 4) - 1))
+
+
+def largest_edge(source: Source) -> int | None:
+    """The longest edge of a latent that has a position embedding; None: there is no limit."""
+    if source.family.name != "stable-diffusion-3":
+        return None
+    return int(source.configs["transformer"].get("pos_embed_max_size", 96)) * latent_multiple(source)
 
 
 def latent_factor(vae: Config) -> int:

@@ -37,12 +37,18 @@ Values = npt.NDArray[Any]
 
 
 def write_onnx(
-    module: nn.Module, examples: Sequence[Inputs], outputs: Sequence[str], path: Path, multiple: int = 1
+    module: nn.Module,
+    examples: Sequence[Inputs],
+    outputs: Sequence[str],
+    path: Path,
+    multiple: int = 1,
+    largest: int | None = None,
 ) -> Path | None:
     """Exports `module` with a free batch axis; axes in which the examples differ are free too.
 
     Args:
         multiple: what free axes are multiples of: how often the network halves them.
+        largest: what free axes are at most; None: there is no limit.
 
     Returns:
         The file with the weights, if they are many.
@@ -56,7 +62,7 @@ def write_onnx(
             ),  # not an edge of one multiple, which torch takes for a constant
             input_names=list(examples[0]),
             output_names=list(outputs),
-            dynamic_shapes=free_axes(examples, multiple),
+            dynamic_shapes=free_axes(examples, multiple, largest),
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
@@ -87,7 +93,7 @@ def num_values(inputs: Inputs) -> int:
     return sum(tensor.numel() for tensor in inputs.values())
 
 
-def free_axes(examples: Sequence[Inputs], multiple: int) -> tuple[dict[int, Any], ...]:
+def free_axes(examples: Sequence[Inputs], multiple: int, largest: int | None = None) -> tuple[dict[int, Any], ...]:
     """torch.export's dynamic shapes: the batch, and height and width where the examples have several."""
     batch = torch.export.Dim("batch", min=1, max=1024)
     shapes = []
@@ -96,7 +102,7 @@ def free_axes(examples: Sequence[Inputs], multiple: int) -> tuple[dict[int, Any]
         for axis in range(1, examples[0][name].ndim):
             sizes = {int(example[name].shape[axis]) for example in examples}
             if len(sizes) > 1:
-                edge = torch.export.Dim(f"edge{axis}")
+                edge = torch.export.Dim(f"edge{axis}", max=None if largest is None else largest // multiple)
                 free[axis] = multiple * edge if multiple > 1 else edge
         shapes.append(free)
     return tuple(shapes)

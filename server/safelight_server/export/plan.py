@@ -6,6 +6,7 @@ few JSON files and the headers of the weights.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import re
 from collections.abc import Mapping
@@ -15,20 +16,25 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from safelight_server.catalog.catalog import check
-from safelight_server.catalog.manifest import ADAPTER_INPUTS, STABLE_DIFFUSION_INPUTS, Manifest
+from safelight_server.catalog.catalog import ONLY_FLOW, check
+from safelight_server.catalog.manifest import ADAPTER_INPUTS, GUIDANCE_SOURCE, STABLE_DIFFUSION_INPUTS, Manifest
 from safelight_server.export import networks, schedulers, weights
 from safelight_server.export.schedulers import SamplerOffer
 from safelight_server.export.source import CHECKPOINTS, ExportError, Findings, Source, read, scheduler_class
+from safelight_server.sampler import NoiseSchedule
 
 ROLES = ("text_encoder", "denoiser", "decoder", "encoder", "preview_decoder")
+TRANSFORMER_SIZE = 128
+"""Of a latent, where a transformer's configuration does not say: diffusers' default."""
 MAX_ROWS = 64
 """Largest batch of a denoiser that is offered, unless the user says; other components get a quarter of it."""
 MAX_ADAPTER_RANK = 256
 """Largest room for adapters: each row of a call brings so many ranks, used or not."""
 MAX_GUIDANCE_SCALE = 20.0
 MAX_OUTPUTS = 8
-STEPS, DISTILLED_STEPS = 20, 4
+LOADED_BYTES = 6
+"""Of a weight while the server loads it: what is read, and its float16 as float32."""
+DISTILLED_STEPS = 4
 DISTILLED_GUIDANCE_SCALE = 1.0
 DISTILLED = re.compile(r"(?<![a-z])(turbo|lightning|lcm|dmd2?|hyper-?sd(xl)?)(?![a-z])")
 """What distilled models are called."""
@@ -117,7 +123,31 @@ class ExportPlan:
     @property
     def multiple(self) -> int:
         """What the edges of a latent must be multiples of, where there are several sizes."""
-        return _multiple(self.source.configs["unet"])
+        return networks.latent_multiple(self.source)
+
+    @property
+    def largest_edge(self) -> int | None:
+        """The longest edge of a latent that the denoiser has positions for; None: there is no limit."""
+        return networks.largest_edge(self.source)
+
+    @property
+    def is_guidance_distilled(self) -> bool:
+        """Whether the guidance scale is an input of the denoiser."""
+        return networks.is_guidance_distilled(self.source)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory that exporting takes, reckoned; 0 where the headers do not say how many weights there are.
+
+        All networks are in float32; beside them the one that is compared is loaded as the server does it. The text
+        encoders come first, and their weights are given up then.
+        """
+        family, numbers = self.source.family, self.num_values
+        if not numbers or not all(numbers.values()):
+            return 0
+        total, of_text = sum(numbers.values()), sum(numbers[name] for name in family.text_encoders)
+        loaded = 4 * total + LOADED_BYTES * of_text, 4 * (total - of_text) + LOADED_BYTES * numbers[family.denoiser]
+        return max(loaded)
 
     def max_rows(self, role: str) -> int:
         """Largest batch of a component."""
@@ -142,17 +172,10 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
     source = read(folder, findings)
     configs = source.configs
     networks.judge(source, findings)
-    offer = schedulers.judge(
-        scheduler_class(source),
-        configs["scheduler"],
-        options.sampler,
-        options.steps,
-        source.family.mends_scheduler,
-        findings,
-    )
+    offer = _scheduler(source, options, findings)
     found = _weights(source, checkpoint, options.variant, findings)
     factor = networks.latent_factor(configs["vae"])
-    sizes = _sizes(configs["unet"], factor, options.sizes, findings)
+    sizes = _sizes(source, factor, options.sizes, findings)
     if options.guidance_scale == 0:
         findings.faults.append("--guidance-scale 0: what diffusers calls 0, a model without guidance, is 1 here")
     if options.max_rows < 1:
@@ -165,6 +188,8 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         findings.faults.append(
             f"--adapter-rank {options.adapter_rank}: the torch runtime takes no adapters; use --format onnx"
         )
+    if options.adapter_rank and source.family.denoiser == "transformer":
+        findings.faults.append(f"--adapter-rank {options.adapter_rank}: only UNets take adapters; leave it out")
     licence = options.licence or source.licence
     if not licence:
         findings.faults.append(
@@ -173,17 +198,23 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
     if offer is None:
         raise ExportError("; ".join(findings.faults))
     distilled = _distilled(source, checkpoint, offer)
+    is_guided = networks.is_guidance_distilled(source)
     if distilled and offer.default["name"] != "lcm" and None in (options.steps, options.guidance_scale):
+        few = f"{DISTILLED_STEPS} steps" + ("" if is_guided else " without guidance")
         findings.notes.append(
-            f"taken for a distilled model, as {distilled}: {DISTILLED_STEPS} steps without guidance are the default"
+            f"taken for a distilled model, as {distilled}: {few} are the default"
             " where --steps and --guidance-scale do not say otherwise"
+        )
+    if is_guided:
+        findings.notes.append(
+            "guidance is an input of the denoiser: a step has one row, and a negative prompt has no effect"
         )
     made = ExportPlan(
         source=source,
         checkpoint=checkpoint,
         options=_completed(source, checkpoint, replace(options, licence=licence), sizes, bool(distilled)),
         factor=factor,
-        shape=(int(configs["unet"].get("in_channels", 4)), sizes[0][1] // factor, sizes[0][0] // factor),
+        shape=(networks.latent_channels(source), sizes[0][1] // factor, sizes[0][0] // factor),
         offer=offer,
         num_values=found,
         notes=tuple(findings.notes),
@@ -202,8 +233,11 @@ def draft(plan: ExportPlan) -> dict[str, Any]:
     schedule, vae = offer.schedule, plan.source.configs["vae"]
     tiny = plan.source.index["vae"][1] == "AutoencoderTiny"
     family, nothing = plan.source.family, {"sha256": "0" * 64}
-    tokenizer = {"file": "tokenizer.json", **nothing, "max_tokens": 77, "pad_id": 0, "bos_id": 0, "eos_id": 0}
+    is_transformer = family.denoiser == "transformer"
     inputs = {**family.inputs, **(ADAPTER_INPUTS if options.adapter_rank else {})}
+    if networks.is_guidance_distilled(plan.source):
+        inputs["guidance"] = GUIDANCE_SOURCE
+    tokenizer = {"file": "tokenizer.json", **nothing, "max_tokens": 77, "pad_id": 0, "bos_id": 0, "eos_id": 0}
     room = {"max_rank": options.adapter_rank, "targets": [{"name": "attention", "inputs": 1, "outputs": 1}]}
     return {
         "format": 1,
@@ -218,24 +252,17 @@ def draft(plan: ExportPlan) -> dict[str, Any]:
         **({} if inputs == STABLE_DIFFUSION_INPUTS else {"inputs": inputs}),
         "tokenizer": tokenizer,
         **({"second_tokenizer": tokenizer} if len(family.tokenizers) > 1 else {}),
+        **({"third_tokenizer": tokenizer} if len(family.tokenizers) > 2 else {}),
         "latent": {
             "channels": channels,
             "height": height,
             "width": width,
             "scaling_factor": vae.get("scaling_factor", 1.0 if tiny else 0.18215),
-            "shift_factor": 0.0,
+            "shift_factor": (vae.get("shift_factor") or 0.0) if is_transformer else 0.0,
         },
         "sizes": [{"width_px": width, "height_px": height} for width, height in options.sizes],
         "prediction_type": offer.prediction_type,
-        "noise_schedule": {
-            "beta_schedule": schedule.beta_schedule,
-            "beta_start": schedule.beta_start,
-            "beta_end": schedule.beta_end,
-            "num_train_timesteps": schedule.num_train_timesteps,
-            "rescale_zero_terminal_snr": schedule.rescale_zero_terminal_snr,
-            "steps_offset": schedule.steps_offset,
-            "set_alpha_to_one": schedule.set_alpha_to_one,
-        },
+        "noise_schedule": _noise_schedule(schedule, offer.prediction_type),
         "samplers": offer.cells,
         "defaults": {
             "num_inference_steps": options.steps,
@@ -251,6 +278,15 @@ def draft(plan: ExportPlan) -> dict[str, Any]:
         "linear_preview": {"block": 1, "weights": [[0.0] * 3] * channels, "bias": [0.0] * 3},
         **({"notes": list(plan.notes)} if plan.notes else {}),
     }
+
+
+def _noise_schedule(schedule: NoiseSchedule, prediction_type: str) -> dict[str, Any]:
+    """What the manifest says of it: the numbers of flow matching, or those of betas."""
+    values = dataclasses.asdict(schedule)
+    if prediction_type != "flow":
+        return {key: value for key, value in values.items() if key not in ("shift", *ONLY_FLOW)}
+    dynamic = ONLY_FLOW if schedule.use_dynamic_shifting else ()
+    return {key: values[key] for key in ("num_train_timesteps", "shift", *dynamic)}
 
 
 def faults_of(manifest: Mapping[str, Any]) -> list[str]:
@@ -276,7 +312,17 @@ def _configuration_for(checkpoint: Path, options: ExportOptions) -> Path:
     return options.config
 
 
+def _scheduler(source: Source, options: ExportOptions, findings: Findings) -> SamplerOffer | None:
+    kind, config, family = scheduler_class(source), source.configs["scheduler"], source.family
+    if family.denoiser == "transformer":
+        patch = networks.latent_multiple(source)
+        return schedulers.judge_flow(kind, config, family.spacing, patch, options.sampler, options.steps, findings)
+    return schedulers.judge(kind, config, options.sampler, options.steps, family.mends_scheduler, findings)
+
+
 def _weights(source: Source, checkpoint: Path | None, variant: str, findings: Findings) -> dict[str, int]:
+    if checkpoint is not None and source.family.denoiser == "transformer":
+        findings.faults.append(f"{checkpoint}: of this class a folder can be exported, no checkpoint in one file")
     if checkpoint is None:
         found = {name: weights.find(source.folder / name, variant, findings) for name in source.family.networks}
         return {name: files.num_values for name, files in found.items()}
@@ -286,29 +332,29 @@ def _weights(source: Source, checkpoint: Path | None, variant: str, findings: Fi
     return {}
 
 
-def _multiple(unet: Mapping[str, Any]) -> int:
-    """A UNet halves its latent at each level but the last."""
-    return int(2 ** (len(unet.get("block_out_channels") or (0,) * 4) - 1))
-
-
 def _sizes(
-    unet: Mapping[str, Any], factor: int, wanted: tuple[tuple[int, int], ...], findings: Findings
+    source: Source, factor: int, wanted: tuple[tuple[int, int], ...], findings: Findings
 ) -> tuple[tuple[int, int], ...]:
-    """The sizes in pixels: those wanted, or the one that the UNet was trained at."""
+    """The sizes in pixels: those wanted, or the one that the denoiser was trained at."""
+    unet, largest = source.configs[source.family.denoiser], networks.largest_edge(source)
     if wanted:
-        multiple = factor * _multiple(unet)
+        multiple = factor * networks.latent_multiple(source)
         for width, height in wanted:
             if min(width, height) < 1 or width % multiple or height % multiple:
                 findings.faults.append(f"--sizes {width}x{height}: must be multiples of {multiple}")
+            elif largest is not None and max(width, height) > factor * largest:
+                findings.faults.append(
+                    f"--sizes {width}x{height}: the denoiser has positions for edges of at most {factor * largest}"
+                )
         if len(set(wanted)) < len(wanted):
             findings.faults.append("--sizes: names a size twice")
         return wanted
-    size = unet.get("sample_size")
+    size = unet.get("sample_size", TRANSFORMER_SIZE if source.family.denoiser == "transformer" else None)
     version = re.match(r"0\.([0-9]+)\.", str(unet.get("_diffusers_version", "")))
     if isinstance(size, int) and size < 64 and version and int(version[1]) < 9:
         size = 64  # StableDiffusionPipeline mends files of that time so
     if size is None:
-        findings.faults.append("unet/config.json: sample_size is null: say --sizes WIDTHxHEIGHT")
+        findings.faults.append(f"{source.family.denoiser}/config.json: sample_size is null: say --sizes WIDTHxHEIGHT")
         return ((factor, factor),)
     height, width = (size, size) if isinstance(size, int) else size
     return ((width * factor, height * factor),)
@@ -319,6 +365,8 @@ def _distilled(source: Source, checkpoint: Path | None, offer: SamplerOffer) -> 
 
     Turbo's scheduler is the sign of it: trailing timesteps are otherwise the choice for zero terminal SNR alone.
     """
+    if source.family.name == "flux" and not networks.is_guidance_distilled(source):
+        return "its transformer is given no guidance scale, like FLUX.1-schnell's"
     default = offer.default
     if default["name"] == "lcm":
         return "its scheduler is LCM's"
@@ -337,9 +385,13 @@ def _completed(
     distilled: bool,
 ) -> ExportOptions:
     """The options with every choice made."""
-    steps = options.steps if options.steps is not None else (DISTILLED_STEPS if distilled else STEPS)
+    steps = options.steps if options.steps is not None else (DISTILLED_STEPS if distilled else source.family.steps)
     scale = options.guidance_scale
     if scale is None:
-        scale = DISTILLED_GUIDANCE_SCALE if distilled else source.family.guidance_scale
+        scale = (
+            DISTILLED_GUIDANCE_SCALE
+            if distilled and not networks.is_guidance_distilled(source)
+            else source.family.guidance_scale
+        )
     described = options.description or f"{source.index['_class_name']} from {(checkpoint or source.folder).name}"
     return replace(options, steps=steps, guidance_scale=scale, sizes=sizes, description=described)

@@ -213,6 +213,70 @@ def judge(
     return SamplerOffer(schedule, prediction, cells, default, most)
 
 
+FLOW_RULES: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "invert_sigmas": ((False, None), "the server goes from noise to the picture"),
+    "shift_terminal": ((None,), "the last step of the server ends at the picture"),
+    "use_karras_sigmas": ((False, None), "sigmas of flow matching are shifted and nothing else"),
+    "use_exponential_sigmas": ((False, None), "sigmas of flow matching are shifted and nothing else"),
+    "use_beta_sigmas": ((False, None), "sigmas of flow matching are shifted and nothing else"),
+    "time_shift_type": (("exponential",), "the shift is the exponential of what is linear in the tokens"),
+    "stochastic_sampling": ((False, None), "no sampler of the server draws noise between the steps of flow matching"),
+}
+"""By key of FlowMatchEulerDiscreteScheduler the values that can be served, and why others cannot."""
+FLOW_KEYS = frozenset(
+    [
+        "num_train_timesteps",
+        "shift",
+        "use_dynamic_shifting",
+        "base_shift",
+        "max_shift",
+        "base_image_seq_len",
+        "max_image_seq_len",
+    ]
+)
+FLOW_MATCH_EULER = "FlowMatchEulerDiscreteScheduler"
+
+
+def judge_flow(
+    class_name: str,
+    config: Config,
+    spacing: str,
+    patch_size: int,
+    wanted: str,
+    num_steps: int | None,
+    findings: Findings,
+) -> SamplerOffer | None:
+    """Judges the scheduler of a model of flow matching, as `judge` does those of others.
+
+    Args:
+        spacing: where the pipeline's class places the steps.
+        patch_size: pixels of a latent along an edge of a token, by whose number the shift may go.
+    """
+    what = f"scheduler {class_name}"
+    if class_name != FLOW_MATCH_EULER:
+        findings.faults.append(f"{what} cannot be served with flow matching; what can: {FLOW_MATCH_EULER}")
+        return None
+    faults = len(findings.faults)
+    for key, value in config.items():
+        if key in FLOW_RULES:
+            values, why = FLOW_RULES[key]
+            if value not in values:
+                findings.faults.append(f"{what}: {key} {value!r} cannot be served: {why}")
+        elif key not in FLOW_KEYS and not key.startswith("_"):
+            findings.faults.append(f"{what}: {key} is not known to this exporter")
+    name = "flow_match_euler"
+    if wanted not in ("", name):
+        findings.faults.append(f"--sampler {wanted}: not among those of this model: {name}")
+    if len(findings.faults) > faults:
+        return None
+    numbers = {key: config[key] for key in FLOW_KEYS if config.get(key) is not None}
+    schedule = NoiseSchedule(**numbers, patch_size=patch_size)
+    cells = [{"name": name, "spacings": [spacing], "sigma_schedules": ["default"]}]
+    default = {"name": name, "spacing": spacing, "sigma_schedule": "default", "eta": 0.0}
+    most = min(max(MAX_STEPS, num_steps or 0), schedule.num_train_timesteps)
+    return SamplerOffer(schedule, "flow", cells, default, most)
+
+
 def _servable(class_name: str, key: str, value: Any) -> tuple[Any, ...]:
     """The values of a key that can be served; `value` itself where any can."""
     if key not in REFUSED or (key in _DISTILLED and class_name != "LCMScheduler"):

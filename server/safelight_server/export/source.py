@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safelight_server.catalog.manifest import STABLE_DIFFUSION_INPUTS, STABLE_DIFFUSION_XL_INPUTS
+from safelight_server.catalog.manifest import (
+    STABLE_DIFFUSION_INPUTS,
+    STABLE_DIFFUSION_XL_INPUTS,
+    TRANSFORMER_INPUTS,
+)
 
 Config = Mapping[str, Any]
 
@@ -25,13 +29,21 @@ class Family:
         guidance_scale: default of requests.
         mends_scheduler: whether the pipeline's class sets steps_offset to 1 and clip_sample to False, whatever the
             scheduler's file says.
+        denoiser: the name of its denoiser.
+        steps: default number of steps of requests, of models that are not distilled.
+        spacing: of the steps, where the family decides it and not the scheduler's file.
+        t5_tokens: longest context of its T5 encoder; 0: it has none.
     """
 
     name: str
     components: Mapping[str, tuple[str, ...]]
     inputs: Mapping[str, str]
     guidance_scale: float
-    mends_scheduler: bool
+    mends_scheduler: bool = False
+    denoiser: str = "unet"
+    steps: int = 20
+    spacing: str = ""
+    t5_tokens: int = 0
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
@@ -46,11 +58,12 @@ class Family:
     @property
     def networks(self) -> tuple[str, ...]:
         """The names of the components that have weights."""
-        return (*self.text_encoders, "unet", "vae")
+        return (*self.text_encoders, self.denoiser, "vae")
 
 
 _NETWORKS = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderTiny")}
 _TOKENIZER = ("CLIPTokenizer", "CLIPTokenizerFast")
+_T5_TOKENIZER = ("T5Tokenizer", "T5TokenizerFast")
 
 FAMILIES: Mapping[str, Family] = {
     "StableDiffusionPipeline": Family(
@@ -71,7 +84,42 @@ FAMILIES: Mapping[str, Family] = {
         },
         inputs=STABLE_DIFFUSION_XL_INPUTS,
         guidance_scale=5.0,
-        mends_scheduler=False,
+    ),
+    "StableDiffusion3Pipeline": Family(
+        name="stable-diffusion-3",
+        components={
+            "transformer": ("SD3Transformer2DModel",),
+            "vae": ("AutoencoderKL",),
+            "text_encoder": ("CLIPTextModelWithProjection",),
+            "text_encoder_2": ("CLIPTextModelWithProjection",),
+            "text_encoder_3": ("T5EncoderModel",),
+            "tokenizer": _TOKENIZER,
+            "tokenizer_2": _TOKENIZER,
+            "tokenizer_3": _T5_TOKENIZER,
+        },
+        inputs=TRANSFORMER_INPUTS,
+        guidance_scale=7.0,
+        denoiser="transformer",
+        steps=28,
+        spacing="linspace",
+        t5_tokens=256,
+    ),
+    "FluxPipeline": Family(
+        name="flux",
+        components={
+            "transformer": ("FluxTransformer2DModel",),
+            "vae": ("AutoencoderKL",),
+            "text_encoder": ("CLIPTextModel",),
+            "text_encoder_2": ("T5EncoderModel",),
+            "tokenizer": _TOKENIZER,
+            "tokenizer_2": _T5_TOKENIZER,
+        },
+        inputs=TRANSFORMER_INPUTS,
+        guidance_scale=3.5,
+        denoiser="transformer",
+        steps=28,
+        spacing="trailing",
+        t5_tokens=512,
     ),
 }
 """The pipeline classes that can be exported."""
@@ -80,6 +128,9 @@ WHY_NOT = {
     "StableDiffusionXLImg2ImgPipeline": REFINER,
     "StableDiffusionInpaintPipeline": "its UNet may need a mask as an input",
     "StableDiffusionXLInpaintPipeline": "its UNet may need a mask as an input",
+    "FluxFillPipeline": "its transformer needs a mask as an input",
+    "FluxControlPipeline": "its transformer needs another picture as an input",
+    "FluxKontextPipeline": "its transformer needs another picture as an input",
 }
 """Why some classes are not exported although they look similar."""
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")

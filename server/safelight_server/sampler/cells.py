@@ -37,7 +37,9 @@ SAMPLERS: dict[str, Cells] = {
     "ddim": Cells(formulas.ddim, _NOISE),
     "dpmpp_2m": Cells(formulas.dpmpp_2m, _NOISE, sigma_schedules=SIGMA_SCHEDULES),
     "lcm": Cells(formulas.lcm, _NOISE, spacings=("trailing",), max_steps=formulas.LCM_ORIGINAL_STEPS),
-    "flow_match_euler": Cells(formulas.flow_match_euler, ("flow",), spacings=("trailing",), zero_terminal_snr=False),
+    "flow_match_euler": Cells(
+        formulas.flow_match_euler, ("flow",), spacings=("trailing", "linspace"), zero_terminal_snr=False
+    ),
 }
 """The samplers by name. `table.py` also refuses combinations with values that are not finite."""
 

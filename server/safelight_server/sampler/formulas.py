@@ -237,14 +237,24 @@ def lcm(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_st
 def flow_match_euler(
     spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int, first_step: int
 ) -> Rows:
-    """Euler along the straight path of rectified flow (Esser et al. 2024, equations 9 and 13)."""
+    """Euler along the straight path of rectified flow (Esser et al. 2024, equations 9 and 13).
+
+    Trailing sigmas are FLUX's, 1 to 1 / N before they are shifted; those of linspace end at the last one of the
+    training, as Stable Diffusion 3's.
+    """
     total, shift = schedule.num_train_timesteps, schedule.shift
 
     def shifted(sigma: Doubles) -> Doubles:
         return shift * sigma / (1 + (shift - 1) * sigma)
 
-    ends = shifted(np.array([1.0, 1 / total])).astype(np.float32).astype(np.float64)
-    sigmas = shifted(np.linspace(ends[0] * total, ends[1] * total, num_steps) / total)
-    sigmas = np.append(sigmas, 0.0).astype(np.float32).astype(np.float64)
+    if spec.spacing == "trailing":
+        sigmas = np.linspace(1.0, 1 / num_steps, num_steps).astype(np.float32).astype(np.float64)
+    else:
+        ends = np.array([1.0, 1 / total])
+        if not schedule.use_dynamic_shifting:  # diffusers shifts the ends and then all
+            ends = shifted(ends)
+        ends = ends.astype(np.float32).astype(np.float64)
+        sigmas = np.linspace(ends[0] * total, ends[1] * total, num_steps) / total
+    sigmas = np.append(shifted(sigmas), 0.0).astype(np.float32).astype(np.float64)
     sigma, following = sigmas[:-1], sigmas[1:]
     return _table(sigma * total, 1.0, 1.0, 1 - sigma, sigma, a=1.0, b=following - sigma, e=1.0, f=-sigma)

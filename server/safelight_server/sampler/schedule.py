@@ -7,7 +7,8 @@ last bits depend on the machine's vector width, so they are met to 5e-5, not exa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,10 @@ class NoiseSchedule:
         steps_offset: added to the timesteps of "leading" spacing.
         set_alpha_to_one: whether DDIM's last step ends at alpha 1 rather than at the first alpha.
         shift: how far flow matching's sigmas are shifted towards noise; 1 is not at all.
+        use_dynamic_shifting: whether it is that of the size of the picture, which `at` computes.
+        base_shift: logarithm of the shift of a picture of `base_image_seq_len` tokens.
+        max_shift: likewise of `max_image_seq_len` tokens; between and beyond them it is linear in the tokens.
+        patch_size: pixels of the latent along an edge of a token.
     """
 
     beta_schedule: str = "scaled_linear"
@@ -40,6 +45,21 @@ class NoiseSchedule:
     steps_offset: int = 0
     set_alpha_to_one: bool = True
     shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    patch_size: int = 2
+
+    def at(self, height: int, width: int) -> NoiseSchedule:
+        """The schedule for a latent of that size: with its own shift, where that depends on the size."""
+        if not self.use_dynamic_shifting:
+            return self
+        num_tokens = (height // self.patch_size) * (width // self.patch_size)
+        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        mu = num_tokens * slope + (self.base_shift - slope * self.base_image_seq_len)
+        return replace(self, shift=math.exp(mu))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ MAX_ADAPTERS = 4
 MAX_ADAPTER_SCALE = 10.0
 DEFAULT_STRENGTH = 0.8
 WITHOUT_GUIDANCE = "goes with guidance; leave it out, or ask for a guidance_scale above 1"
+DISTILLED = "the model has its guidance from training and draws one row a step; leave it out"
 
 
 def check_spec(
@@ -43,8 +44,10 @@ def check_spec(
         steps = message.num_inference_steps
     steps_good = faults.check(1 <= steps <= most, "spec.num_inference_steps", f"must be from 1 to {most}")
     guidance = _guidance_scale(message, pipeline, faults)
-    rescale = _guidance_rescale(message, guidance, faults)
-    interval = _guidance_interval(message.guidance_interval, guidance, faults)
+    is_guided = guidance != 1.0 and not manifest.is_guidance_distilled
+    why = DISTILLED if manifest.is_guidance_distilled else WITHOUT_GUIDANCE
+    rescale = _guidance_rescale(message, is_guided, why, faults)
+    interval = _guidance_interval(message.guidance_interval, is_guided, why, faults)
     width, height = _size(message, pipeline, faults)
     sampler = _sampler(message.sampler, pipeline, steps if steps_good else None, faults)
     seeds = _seeds(message, manifest.limits.max_outputs, faults)
@@ -52,29 +55,29 @@ def check_spec(
     adapters = _adapters(message, pipeline, library, faults)
     if faults:
         return None
-    guided = guidance != 1.0
     made = range(steps_left_out(steps, strength), steps)
-    num_guided = sum(step in guided_steps(steps, *interval) for step in made) if guided else 0
+    num_guided = sum(step in guided_steps(steps, *interval) for step in made) if is_guided else 0
     what = f"leaves none of {len(made)} steps with guidance; widen it, or set guidance_scale to 1 and leave it out"
-    fits = faults.check(num_guided > 0 or not guided, "spec.guidance_interval", what)
+    fits = faults.check(num_guided > 0 or not is_guided, "spec.guidance_interval", what)
     rows = len(seeds) * (len(made) + num_guided)
     if not fits or not faults.check(
         rows <= max_request_rows,
         "spec.num_inference_steps",
-        f"with {len(seeds)} outputs costs {rows} denoiser rows{' with guidance' if guided else ''}; "
+        f"with {len(seeds)} outputs costs {rows} denoiser rows{' with guidance' if is_guided else ''}; "
         f"at most {max_request_rows} are taken: ask for fewer steps or outputs",
     ):
         return None
-    if negative and not guided:
-        notices.append(Notice("NEGATIVE_PROMPT_UNUSED", "a negative prompt has no effect at guidance_scale 1"))
-    negative = negative if guided else ""
+    if negative and not is_guided:
+        what = "with this model" if manifest.is_guidance_distilled else "at guidance_scale 1"
+        notices.append(Notice("NEGATIVE_PROMPT_UNUSED", f"a negative prompt has no effect {what}"))
+    negative = negative if is_guided else ""
     return Spec(
         model=pipeline.name,
         revision=manifest.revision,
         prompt=prompt,
         negative_prompt=negative,
         token_ids=_token_ids(pipeline, prompt, "prompt", notices),
-        negative_token_ids=_token_ids(pipeline, negative, "negative prompt", notices) if guided else None,
+        negative_token_ids=_token_ids(pipeline, negative, "negative prompt", notices) if is_guided else None,
         width_px=width,
         height_px=height,
         num_inference_steps=steps,
@@ -137,18 +140,21 @@ def _guidance_scale(message: pb.GenerationSpec, pipeline: Pipeline, faults: Viol
     if not message.HasField("guidance_scale"):
         return pipeline.manifest.defaults.guidance_scale
     scale, most = message.guidance_scale, pipeline.manifest.limits.max_guidance_scale
-    faults.check(1 <= scale <= most, "spec.guidance_scale", f"must be a number from 1 (without guidance) to {most:g}")
+    least = "1" if pipeline.manifest.is_guidance_distilled else "1 (without guidance)"
+    faults.check(1 <= scale <= most, "spec.guidance_scale", f"must be a number from {least} to {most:g}")
     return scale
 
 
-def _guidance_rescale(message: pb.GenerationSpec, guidance: float, faults: Violations) -> float:
+def _guidance_rescale(message: pb.GenerationSpec, is_guided: bool, why: str, faults: Violations) -> float:
     share = _shortest(message.guidance_rescale)
     if faults.check(0 <= share <= 1, "spec.guidance_rescale", "must be from 0 (none) to 1"):
-        faults.check(not share or guidance != 1, "spec.guidance_rescale", WITHOUT_GUIDANCE)
+        faults.check(not share or is_guided, "spec.guidance_rescale", why)
     return share
 
 
-def _guidance_interval(message: pb.GuidanceInterval, guidance: float, faults: Violations) -> tuple[float, float]:
+def _guidance_interval(
+    message: pb.GuidanceInterval, is_guided: bool, why: str, faults: Violations
+) -> tuple[float, float]:
     """Start and end of guidance as shares of the steps."""
     start = _shortest(message.start) if message.HasField("start") else EVERY_STEP[0]
     end = _shortest(message.end) if message.HasField("end") else EVERY_STEP[1]
@@ -156,7 +162,7 @@ def _guidance_interval(message: pb.GuidanceInterval, guidance: float, faults: Vi
     good = faults.check(0 <= start < 1, f"{field}.start", f"must be from 0 to below 1, {of}")
     good = faults.check(0 < end <= 1, f"{field}.end", f"must be above 0 and at most 1, {of}") and good
     if good and faults.check(start < end, field, f"must end after it starts; {start:g} to {end:g} is empty"):
-        faults.check((start, end) == EVERY_STEP or guidance != 1, field, WITHOUT_GUIDANCE)
+        faults.check((start, end) == EVERY_STEP or is_guided, field, why)
     return start, end
 
 

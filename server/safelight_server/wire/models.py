@@ -55,7 +55,7 @@ def model_message(
             max_num_inference_steps=manifest.limits.max_num_inference_steps,
             max_guidance_scale=manifest.limits.max_guidance_scale,
             max_outputs=manifest.limits.max_outputs,
-            max_prompt_tokens=manifest.tokenizer.max_tokens,
+            max_prompt_tokens=max(file.max_tokens for file in manifest.tokenizers),
         ),
         notes=[*manifest.notes, *_tolerance_note(runtime.batch_tolerance(pipeline.name))],
         step_times=_times(runtime.cost(pipeline.name, Component.DENOISER)),

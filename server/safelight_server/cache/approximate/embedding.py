@@ -37,19 +37,24 @@ EXAMPLE_PROMPTS = tuple(
 """Example prompts for pipelines whose manifest has none."""
 
 
-def prompt_vector(hidden: npt.NDArray[np.floating], token_ids: Sequence[int], eos_id: int) -> Floats:
+def prompt_vector(
+    hidden: npt.NDArray[np.floating], token_ids: Sequence[int], eos_id: int, num_begin_tokens: int = 1
+) -> Floats:
     """Returns the mean of the hidden states between begin and end token; that of the end token if there is no text.
 
     Args:
-        hidden: (T, D), the encoder's `last_hidden_state` of one prompt.
+        hidden: (T, D) or longer, the encoder's `last_hidden_state` of one prompt.
         token_ids: (T,): begin, text, end, padding.
         eos_id: id of the end token; padding may use the same id.
+        num_begin_tokens: 1, or 0 where there is no begin token, as for T5.
 
     Returns:
         (D,) float32.
     """
-    end = next((index for index, token in enumerate(token_ids) if index and token == eos_id), len(token_ids))
-    part = hidden[1:end] if end > 1 else hidden[end : end + 1]
+    first = num_begin_tokens
+    ends = (index for index, token in enumerate(token_ids) if index >= first and token == eos_id)
+    end = next(ends, len(token_ids))
+    part = hidden[first:end] if end > first else hidden[end : end + 1]
     mean: Floats = np.mean(part, axis=0, dtype=np.float32)
     return mean
 
