@@ -23,8 +23,8 @@ import onnxruntime
 from safelight_server.catalog import catalog
 from safelight_server.catalog.pixels import to_pixels
 from safelight_server.domain.component import Component
-from safelight_server.export.offline import Inputs, OfflinePipeline
-from safelight_server.export.quality import psnr_db
+from safelight_server.quantization.offline import Inputs, OfflinePipeline
+from safelight_server.quantization.quality import psnr_db
 from safelight_server.runtime import onnx as runtime
 
 from training import classifier

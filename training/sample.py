@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from safelight_server.catalog.catalog import load_pipeline
-from safelight_server.export.offline import OfflinePipeline
+from safelight_server.quantization.offline import OfflinePipeline
 
 
 class Sampler(OfflinePipeline):

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
-from safelight_server.export.quality import QualityOptions
+from safelight_server.quantization.quality import QualityOptions
 
 from load_tests.bench import processes
 from load_tests.bench.processes import Usage
@@ -132,7 +132,7 @@ def _models(plan: Plan, folder: Path) -> Path:
     if all(WAYS[name].model != INT8 for name in plan.ways):
         return plan.models
     # it has onnx, which the other parts do without
-    quantization = importlib.import_module("safelight_server.export.quantize")
+    quantization = importlib.import_module("safelight_server.quantization.quantize")
     shutil.copytree(plan.models, folder / "models")
     [manifest] = (folder / "models" / "pipelines" / "icons").glob("*/pipeline.json")
     quantization.quantize(manifest, QualityOptions(), print)

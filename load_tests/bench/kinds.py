@@ -24,7 +24,7 @@ from PIL import Image
 from safelight.v1 import generation_pb2 as pb
 from safelight.v1 import generation_pb2_grpc as stubs
 from safelight.v1 import images_pb2, images_pb2_grpc
-from safelight_server.export.quality import QualityOptions
+from safelight_server.quantization.quality import QualityOptions
 
 from load_tests.bench import processes
 from load_tests.bench.processes import Usage
@@ -144,7 +144,7 @@ def _exported(name: str) -> Row:
     # they have torch, which the other parts do without
     folders = importlib.import_module("tests.training.folders")
     exporter = importlib.import_module("safelight_server.export.exporter")
-    quantization = importlib.import_module("safelight_server.export.quantize")
+    quantization = importlib.import_module("safelight_server.quantization.quantize")
     plan = importlib.import_module("safelight_server.export.plan")
     with tempfile.TemporaryDirectory() as scratch:
         folder, models = Path(scratch) / "small", Path(scratch) / "models"

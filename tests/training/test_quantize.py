@@ -13,9 +13,9 @@ from safelight import Client
 from safelight_server.app.server import serving
 from safelight_server.catalog import catalog
 from safelight_server.domain.component import Component
-from safelight_server.export import quantize
-from safelight_server.export.quality import QualityOptions
 from safelight_server.export.source import ExportError
+from safelight_server.quantization import quantize
+from safelight_server.quantization.quality import QualityOptions
 from safelight_server.settings import load
 
 from tests.support.models_folder import copy_models

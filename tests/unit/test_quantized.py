@@ -12,9 +12,9 @@ import pytest
 from safelight_server.catalog import catalog, revisions
 from safelight_server.catalog.catalog import ManifestError
 from safelight_server.domain.component import Component
-from safelight_server.export import quality
-from safelight_server.export.quality import Pictures, QualityOptions
 from safelight_server.export.source import ExportError
+from safelight_server.quantization import quality
+from safelight_server.quantization.quality import Pictures, QualityOptions
 from safelight_server.runtime import verification
 from safelight_server.runtime.base import CostCurve
 from safelight_server.runtime.onnx import OnnxRuntime

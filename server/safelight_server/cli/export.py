@@ -12,9 +12,10 @@ import typer
 
 from safelight_server import settings as settings_module
 from safelight_server.catalog import revisions
-from safelight_server.export import plan, quality
+from safelight_server.export import plan
 from safelight_server.export.plan import MAX_ROWS, ExportFormat, ExportOptions, ExportPlan
 from safelight_server.export.source import ExportError
+from safelight_server.quantization import quality
 from safelight_server.runtime.memory import available_bytes
 from safelight_server.settings import Settings
 
@@ -121,7 +122,7 @@ def export(
         typer.echo(f"wrote models/{options.name} {revision} to {models}")
         exported = models / "pipelines" / options.name / revision / "pipeline.json"
     if quantize:
-        from safelight_server.export import quantize as quantization  # imports onnx
+        from safelight_server.quantization import quantize as quantization  # imports onnx
 
         judged = quality.judge_of(judge) if judge else None
         written = quantization.quantize(exported, quality.QualityOptions(judge=judged, **gate), report)

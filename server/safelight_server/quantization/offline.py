@@ -15,7 +15,7 @@ from safelight_server.catalog.manifest import ENCODER_SOURCE, LATENT_SOURCE, SIZ
 from safelight_server.catalog.pixels import decoder_latent, to_pixels
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Array, FloatArray
-from safelight_server.export.quality import Pictures
+from safelight_server.quantization.quality import Pictures
 from safelight_server.runtime import onnx
 from safelight_server.sampler import SamplerSpec, advance, compile_table, gaussian, guide
 

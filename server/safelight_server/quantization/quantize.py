@@ -33,11 +33,12 @@ from safelight_server.catalog.manifest import (
     Quantization,
 )
 from safelight_server.domain.component import Component
-from safelight_server.export import memory, quality
+from safelight_server.export import memory
 from safelight_server.export.manifest import readable
-from safelight_server.export.offline import Inputs, OfflinePipeline
-from safelight_server.export.quality import QualityOptions
 from safelight_server.export.source import ExportError
+from safelight_server.quantization import quality
+from safelight_server.quantization.offline import Inputs, OfflinePipeline
+from safelight_server.quantization.quality import QualityOptions
 from safelight_server.runtime import onnx as runtime
 from safelight_server.runtime import verification
 
