@@ -254,7 +254,7 @@ lock: .venv/.uv ## Pin all dependencies anew
 	  clients/python/pyproject.toml -c requirements.lock -o requirements-blender.lock
 
 .PHONY: mutate
-mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name; 9 to 11 min)
+mutate: setup ## Break each rule once and see its test fail (ONLY=part of a name; 7 to 11 min)
 	tools/install-system-packages
 	$(PY) tools/mutate.py $(ONLY)
 

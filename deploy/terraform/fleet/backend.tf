@@ -1,4 +1,4 @@
-# The state has Redis's token in it: it lies encrypted in a bucket that few may read. Which one, `terraform init` is told:
+# The state contains Redis's token: it is stored encrypted in a bucket that few may read. `terraform init` names the bucket:
 #   terraform init -backend-config=bucket=BUCKET -backend-config=key=safelight.tfstate -backend-config=region=REGION
 terraform {
   backend "s3" {

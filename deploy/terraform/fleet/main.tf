@@ -1,4 +1,4 @@
-# A fleet: everything of AWS that the chart's profile gpu.yaml needs. deploy/README.md says how to get from here to a picture.
+# A fleet: all AWS resources that the chart's profile gpu.yaml needs. deploy/README.md says how to get from here to a picture.
 
 provider "aws" {
   region = var.region
@@ -7,7 +7,7 @@ provider "aws" {
 
 locals {
   gpu_labels = {
-    # What NVIDIA's feature discovery would write; so pods find their nodes without it, and an autoscaler knows them at zero.
+    # The labels that NVIDIA's feature discovery would set: pods find their nodes without it, and an autoscaler knows them at zero.
     "nvidia.com/gpu.product" = "NVIDIA-A100-SXM4-40GB"
   }
   gpu_taints = { "nvidia.com/gpu" = "present" }
@@ -60,8 +60,8 @@ module "network" {
   zones       = var.zones
   kms_key_arn = module.key.arn
   log_days    = var.log_days
-  # Nodes: ec2, ecr, eks. Roles of pods: sts. The autoscaler: autoscaling. Engines: elasticfilesystem. Logs: logs, monitoring.
-  # Balancers: elasticloadbalancing.
+  # Nodes use ec2, ecr and eks. Roles of pods: sts. The autoscaler: autoscaling. Engines: elasticfilesystem. Logs: logs, monitoring.
+  # Load balancers: elasticloadbalancing.
   endpoints = [
     "autoscaling", "ec2", "ecr.api", "ecr.dkr", "eks", "elasticfilesystem", "elasticloadbalancing", "logs", "monitoring", "sts",
   ]

@@ -1,5 +1,5 @@
 locals {
-  # What the chart's profile gpu.yaml leaves open, or has placeholders for. `helm` merges it over the profile.
+  # The values that the chart's profile gpu.yaml leaves open, or has placeholders for. `helm` merges it over the profile.
   helm_values = {
     image          = { repository = module.storage.repository_urls["gateway"] }
     serviceAccount = { annotations = { "eks.amazonaws.com/role-arn" = module.identity.role_arns["server"] } }
@@ -9,12 +9,12 @@ locals {
       var.gpu_spot_pool.max > 0 ? [{ key = "safelight/spot", operator = "Exists", effect = "NoSchedule" }] : [],
     )
     triton = {
-      image        = { repository = module.storage.repository_urls["triton"] } # nodes reach no other registry
+      image        = { repository = module.storage.repository_urls["triton"] } # nodes can reach no other registry
       enginesClaim = local.engines_claim
     }
     cache    = { s3 = { url = "s3://${module.storage.buckets["artifacts"].name}/entries", region = var.region } }
     settings = { cache_ttl_s = var.cache_days * 86400 }
-    # With models of one's own the list of digests is given to helm. Without, the profile's placeholder goes.
+    # With models of one's own, the list of digests is given to helm. Without them, the profile's placeholder is emptied.
     models = {
       for key, value in {
         url        = var.models_release == "" ? "" : "s3://${module.storage.buckets["models"].name}/${var.models_release}"
@@ -30,7 +30,7 @@ locals {
       kind       = "PersistentVolume"
       metadata   = { name = "${var.name}-engines" }
       spec = {
-        capacity                      = { storage = "100Gi" } # EFS has no size; Kubernetes wants one
+        capacity                      = { storage = "100Gi" } # EFS has no size; Kubernetes requires one
         volumeMode                    = "Filesystem"
         accessModes                   = ["ReadWriteMany"]
         persistentVolumeReclaimPolicy = "Retain"

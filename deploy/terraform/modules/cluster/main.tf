@@ -1,5 +1,5 @@
 # The EKS cluster with its node groups. Its API is reached from the VPC, and from elsewhere only where public_access_cidrs
-# says so.
+# allows it.
 
 data "aws_partition" "current" {}
 
@@ -26,8 +26,8 @@ resource "aws_iam_role_policy_attachment" "cluster" {
 }
 
 resource "aws_cloudwatch_log_group" "control_plane" {
-  #checkov:skip=CKV_AWS_338: how long to keep who did what is for the operator to say (log_days)
-  name              = "/aws/eks/${var.name}/cluster" # where EKS writes
+  #checkov:skip=CKV_AWS_338: the operator decides how long audit logs are kept (log_days)
+  name              = "/aws/eks/${var.name}/cluster" # the log group that EKS writes to
   retention_in_days = var.log_days
   kms_key_id        = var.kms_key_arn
 }
@@ -79,8 +79,8 @@ resource "aws_iam_openid_connect_provider" "this" {
   client_id_list = ["sts.amazonaws.com"]
 }
 
-# Nodes join the cluster and pull images, and no more. What pods need, their own roles give them: they cannot take the
-# node's, see the hop limit below.
+# Nodes join the cluster and pull images, and no more. Pods get what they need from their own roles: they cannot use the
+# node's role, see the hop limit below.
 resource "aws_iam_role" "node" {
   name = "${var.name}-node"
   assume_role_policy = jsonencode({
@@ -108,13 +108,13 @@ module "cni_role" {
   managed_policy_arns = ["${local.managed}/AmazonEKS_CNI_Policy"]
 }
 
-# The network comes before the nodes: they are not ready without it.
+# The network add-ons come before the nodes: nodes are not ready without them.
 resource "aws_eks_addon" "network" {
   for_each                 = toset([for addon in var.addons : addon if contains(["vpc-cni", "kube-proxy"], addon)])
   cluster_name             = aws_eks_cluster.this.name
   addon_name               = each.value
   service_account_role_arn = each.value == "vpc-cni" ? module.cni_role.arn : null
-  # The chart has a NetworkPolicy; this plugin enforces it only when it is told to.
+  # The chart has a NetworkPolicy; this plugin enforces it only when configured to.
   configuration_values = each.value == "vpc-cni" ? jsonencode({ enableNetworkPolicy = "true" }) : null
 }
 
@@ -186,7 +186,7 @@ resource "aws_eks_node_group" "this" {
   update_config { max_unavailable = 1 }
 
   lifecycle {
-    ignore_changes = [scaling_config[0].desired_size] # the cluster autoscaler's
+    ignore_changes = [scaling_config[0].desired_size] # the cluster autoscaler sets it
   }
 
   depends_on = [aws_eks_addon.network, aws_iam_role_policy_attachment.node]

@@ -1,5 +1,5 @@
-# What the chart's pods may do in AWS. There is one account: the init container fetches models with it, the server keeps
-# cached entries with it. The scaler, Redis, TLS and keys need nothing of AWS.
+# What the chart's pods may do in AWS. One service account has permissions: the init container fetches models with it, the server keeps
+# cached entries with it. The scaler, Redis, TLS and keys need no permission in AWS.
 
 data "aws_partition" "current" {}
 data "aws_region" "current" {}
@@ -14,7 +14,7 @@ module "server" {
     Version = "2012-10-17"
     Statement = [
       {
-        Sid      = "ReadModels" # safelight fetch: the files of the list, by their names
+        Sid      = "ReadModels" # `safelight fetch` reads the files of its list by their names
         Effect   = "Allow"
         Action   = "s3:GetObject"
         Resource = "${var.models_bucket_arn}/*"
@@ -26,7 +26,7 @@ module "server" {
         Resource = "${var.artifacts_bucket_arn}/*"
       },
       {
-        Sid      = "ListEntries" # for purges; and without it S3 says 403 of what is not there, which counts as an outage
+        Sid      = "ListEntries" # for purges; and without it S3 answers 403 for an object that does not exist, which counts as an outage
         Effect   = "Allow"
         Action   = "s3:ListBucket"
         Resource = var.artifacts_bucket_arn
@@ -42,7 +42,7 @@ module "server" {
   }) }
 }
 
-# The cluster autoscaler, which is not part of the chart, starts GPU nodes when pods wait for them and ends them.
+# The cluster autoscaler, which is not part of the chart, starts GPU nodes when pods wait for them, and ends these nodes.
 module "autoscaler" {
   source          = "../role"
   name            = "${var.name}-autoscaler"
@@ -53,7 +53,7 @@ module "autoscaler" {
     Version = "2012-10-17"
     Statement = [
       {
-        Sid    = "Look" # these calls know no single resource
+        Sid    = "Look" # these actions cannot be limited to single resources
         Effect = "Allow"
         Action = [
           "autoscaling:DescribeAutoScalingGroups",

@@ -39,7 +39,7 @@ resource "aws_kms_key" "this" {
   })
 
   lifecycle {
-    prevent_destroy = true # without it nothing of the above can be read again
+    prevent_destroy = true # without the key none of the above can be read again
   }
 }
 

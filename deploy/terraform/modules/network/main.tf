@@ -10,11 +10,11 @@ locals {
 resource "aws_vpc" "this" {
   cidr_block           = var.cidr
   enable_dns_support   = true
-  enable_dns_hostnames = true # the endpoints' names
+  enable_dns_hostnames = true # needed for the endpoints' names
   tags                 = { Name = var.name }
 }
 
-# Whatever names no security group gets this one: it lets nothing through.
+# Resources that name no security group get this one, which lets nothing through.
 resource "aws_default_security_group" "this" {
   vpc_id = aws_vpc.this.id
   tags   = { Name = "${var.name}-closed" }
@@ -28,7 +28,7 @@ resource "aws_subnet" "private" {
   map_public_ip_on_launch = false
   tags = {
     Name                              = "${var.name}-${each.key}"
-    "kubernetes.io/role/internal-elb" = "1" # where balancers are put
+    "kubernetes.io/role/internal-elb" = "1" # load balancers are put into these subnets
   }
 }
 
@@ -43,7 +43,7 @@ resource "aws_route_table_association" "private" {
   route_table_id = aws_route_table.private.id
 }
 
-# Buckets, and the layers of images.
+# The endpoint for the buckets, and for the layers of images.
 resource "aws_vpc_endpoint" "s3" {
   vpc_id            = aws_vpc.this.id
   service_name      = "${local.service}.s3"
@@ -80,7 +80,7 @@ resource "aws_vpc_endpoint" "interface" {
 }
 
 resource "aws_cloudwatch_log_group" "flow" {
-  #checkov:skip=CKV_AWS_338: how long to keep who talked to whom is for the operator to say (log_days)
+  #checkov:skip=CKV_AWS_338: the operator decides how long flow logs are kept (log_days)
   name              = "/safelight/${var.name}/flow"
   retention_in_days = var.log_days
   kms_key_id        = var.kms_key_arn

@@ -1,4 +1,4 @@
-# A role that one service account of the cluster may take (IRSA), and nobody else.
+# A role that one service account of the cluster may assume (IRSA), and nobody else.
 
 resource "aws_iam_role" "this" {
   name = var.name

@@ -4,7 +4,7 @@ data "aws_caller_identity" "current" {}
 data "aws_partition" "current" {}
 
 locals {
-  # Names of buckets are the world's: the account makes them unlike others.
+  # Names of buckets are global: the account's id makes them unique.
   buckets = {
     models    = "${var.name}-models-${data.aws_caller_identity.current.account_id}"
     artifacts = "${var.name}-artifacts-${data.aws_caller_identity.current.account_id}"
@@ -24,7 +24,7 @@ resource "aws_ecr_repository" "this" {
   }
 }
 
-# The chart names images by digest, so only what has no tag goes by itself.
+# The chart names images by digest, so only images without a tag are deleted automatically.
 resource "aws_ecr_lifecycle_policy" "this" {
   for_each   = aws_ecr_repository.this
   repository = each.value.name
@@ -39,15 +39,15 @@ resource "aws_ecr_lifecycle_policy" "this" {
 }
 
 resource "aws_s3_bucket" "this" {
-  #checkov:skip=CKV_AWS_18: who read what is in CloudTrail where the account has it; entries are sealed and named by HMACs
+  #checkov:skip=CKV_AWS_18: reads are recorded in CloudTrail where the account has it; entries are sealed and named by HMACs
   #checkov:skip=CKV_AWS_144: models are in the registry that they came from, cached entries can be computed again
-  #checkov:skip=CKV_AWS_21: models have versions; of artifacts none may stay, because a purge has to delete them
+  #checkov:skip=CKV_AWS_21: models have versions; no version of an artifact may stay, because a purge has to delete it
   #checkov:skip=CKV2_AWS_62: nothing waits for events of these buckets
-  #checkov:skip=CKV2_AWS_6: both have one, below; checkov finds it for one of the two, test-cloud asks S3
-  #checkov:skip=CKV_AWS_145: likewise
+  #checkov:skip=CKV2_AWS_6: both buckets have a public access block, below; checkov finds it for one of the two, test-cloud asks S3
+  #checkov:skip=CKV_AWS_145: both buckets are encrypted with the KMS key, below; checkov finds it for one of the two
   for_each      = local.buckets
   bucket        = each.value
-  force_destroy = false # a bucket with something in it is not deleted
+  force_destroy = false # a bucket that is not empty is not deleted
 
   lifecycle {
     prevent_destroy = true
@@ -103,7 +103,7 @@ resource "aws_s3_bucket_versioning" "models" {
   versioning_configuration { status = "Enabled" }
 }
 
-# Models are read when a pod starts. S3 finds out by itself which of them nobody starts any more.
+# Models are read when a pod starts. S3 finds out by itself which models are no longer read.
 resource "aws_s3_bucket_lifecycle_configuration" "models" {
   bucket = aws_s3_bucket.this["models"].id
 
@@ -126,7 +126,7 @@ resource "aws_s3_bucket_lifecycle_configuration" "models" {
   depends_on = [aws_s3_bucket_versioning.models]
 }
 
-# The server does not delete expired entries: this does, a day after the last replica may serve them.
+# The server does not delete expired entries: this rule does, a day after the last replica may serve them.
 resource "aws_s3_bucket_lifecycle_configuration" "artifacts" {
   bucket = aws_s3_bucket.this["artifacts"].id
 
@@ -135,7 +135,7 @@ resource "aws_s3_bucket_lifecycle_configuration" "artifacts" {
     status = "Enabled"
     filter { prefix = "" }
     dynamic "transition" {
-      for_each = var.cache_days >= 60 ? [30] : [] # what stays less than 30 days there costs more, not less
+      for_each = var.cache_days >= 60 ? [30] : [] # objects that stay there for less than 30 days cost more, not less
       content {
         days          = transition.value
         storage_class = "STANDARD_IA"
@@ -148,7 +148,7 @@ resource "aws_s3_bucket_lifecycle_configuration" "artifacts" {
 
 # TensorRT's engines (the chart's triton.enginesClaim): built by the first pod of a kind, read by all others.
 resource "aws_efs_file_system" "engines" {
-  #checkov:skip=CKV2_AWS_18: engines are built again in minutes, a backup would cost more
+  #checkov:skip=CKV2_AWS_18: engines are built again in minutes; a backup would cost more
   creation_token = "${var.name}-engines"
   encrypted      = true
   kms_key_id     = var.kms_key_arn
@@ -172,7 +172,7 @@ resource "aws_efs_access_point" "engines" {
   tags = { Name = "${var.name}-engines" }
 }
 
-# Mounted by TLS, through a mount target of this VPC, and only the folder of the access point.
+# The file system is mounted over TLS, through a mount target of this VPC, and only the folder of the access point.
 resource "aws_efs_file_system_policy" "engines" {
   file_system_id = aws_efs_file_system.engines.id
   policy = jsonencode({

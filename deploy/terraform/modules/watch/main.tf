@@ -4,8 +4,8 @@
 data "aws_partition" "current" {}
 
 resource "aws_cloudwatch_log_group" "pods" {
-  #checkov:skip=CKV_AWS_338: how long to keep what the server said is for the operator to say (log_days)
-  name              = "/aws/containerinsights/${var.cluster_name}/application" # where the add-on writes
+  #checkov:skip=CKV_AWS_338: the operator decides how long the server's logs are kept (log_days)
+  name              = "/aws/containerinsights/${var.cluster_name}/application" # the log group that the add-on writes to
   retention_in_days = var.log_days
   kms_key_id        = var.kms_key_arn
 }
@@ -19,7 +19,7 @@ module "agent_role" {
   managed_policy_arns = ["arn:${data.aws_partition.current.partition}:iam::aws:policy/CloudWatchAgentServerPolicy"]
 }
 
-# It reports metrics of containers too, which CloudWatch charges for.
+# The add-on that collects logs. It reports metrics of containers too, which CloudWatch charges for.
 resource "aws_eks_addon" "agent" {
   count                    = var.collect_logs ? 1 : 0
   cluster_name             = var.cluster_name
@@ -28,7 +28,7 @@ resource "aws_eks_addon" "agent" {
   depends_on               = [aws_cloudwatch_log_group.pods]
 }
 
-# Of the whole account: only tags that the payer has activated tell fleets apart.
+# The budget of the whole account: only cost tags that the payer has activated tell fleets apart.
 resource "aws_budgets_budget" "month" {
   count        = var.monthly_budget_usd > 0 ? 1 : 0
   name         = var.name
