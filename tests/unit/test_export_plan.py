@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from safelight_server.export import schedulers
-from safelight_server.export.plan import ExportOptions, ExportPlan, draft, make
+from safelight_server.export.plan import ExportFormat, ExportOptions, ExportPlan, draft, make
 from safelight_server.export.source import ExportError
 
 UNET = {
@@ -772,3 +772,15 @@ def test_the_options_of_transformers_are_judged(flux: FluxFolder, sd3: Sd3Folder
     file = tmp_path / "flux1-dev.safetensors"
     safetensors(file)
     assert "a folder can be exported, no checkpoint in one file" in fault(file, config=flux())
+
+
+@pytest.mark.parametrize("format", [ExportFormat.TORCH, ExportFormat.BOTH])
+def test_the_torch_runtime_takes_no_adapters(folder: Folder, format: ExportFormat) -> None:
+    assert "--adapter-rank 8: the torch runtime takes no adapters; use --format onnx" in fault(
+        folder(), adapter_rank=8, format=format
+    )
+    assert plan(folder(), adapter_rank=8).options.adapter_rank == 8
+
+
+def test_transformers_take_no_adapters(flux: FluxFolder) -> None:
+    assert "--adapter-rank 8: only UNets take adapters; leave it out" in fault(flux(), adapter_rank=8)
