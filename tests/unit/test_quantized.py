@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -135,3 +138,19 @@ def test_a_judge_is_found_by_its_name() -> None:
     for name in ("nowhere:judge", f"{__name__}:nobody", "judge", ""):
         with pytest.raises(ExportError, match="--judge"):
             quality.judge_of(name)
+
+
+@pytest.mark.parametrize("source", ["scalar:guidance", "adapter_weights"])
+def test_a_denoiser_with_an_input_that_calibration_does_not_fill_is_refused(source: str) -> None:
+    icons = catalog.load(Path("models")).get("icons").manifest
+    quality.require_quantizable("icons", icons)
+    other = icons.model_copy(update={"inputs": {**icons.inputs, "more": source}})
+    with pytest.raises(ExportError, match=f"icons: cannot quantize a denoiser that takes {source}"):
+        quality.require_quantizable("icons", other)
+
+
+def test_files_for_torch_alone_cannot_be_quantized() -> None:
+    command = [sys.executable, "-m", "safelight_server", "export", "x", "--quantize", "int8", "--format", "torch"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "server"})
+    assert ended.returncode == 2
+    assert "--quantize: quantizes the files of ONNX Runtime; use --format onnx or both" in ended.stderr

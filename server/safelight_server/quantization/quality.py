@@ -13,10 +13,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from safelight_server.catalog.manifest import QualityGate
+from safelight_server.catalog.manifest import (
+    ENCODER_SOURCE,
+    LATENT_SOURCE,
+    SIZE_IDS_SOURCE,
+    TIMESTEP_SOURCE,
+    Manifest,
+    QualityGate,
+)
 from safelight_server.export.source import ExportError
 from safelight_server.runtime.base import CostCurve
 
+CALIBRATED = (LATENT_SOURCE, TIMESTEP_SOURCE, SIZE_IDS_SOURCE)
+"""Sources of a denoiser's inputs, apart from a text encoder's outputs, that calibration fills (`offline.py`)."""
 MAX_PSNR_DB = 100.0
 
 Pictures = npt.NDArray[np.uint8]
@@ -82,6 +91,22 @@ def compared(
         min_psnr_db=options.min_psnr_db,
         min_agreement=options.min_agreement,
     )
+
+
+def require_quantizable(name: str, manifest: Manifest) -> None:
+    """Refuses what `quantize` does not offer.
+
+    Args:
+        name: of the pipeline, for the error.
+
+    Raises:
+        ExportError: it is quantized already, or its denoiser has an input that calibration does not fill.
+    """
+    if manifest.quantization is not None:
+        raise ExportError(f"{name}: it is quantized already")
+    sources = manifest.inputs.values()
+    if others := [source for source in sources if source not in CALIBRATED and not source.startswith(ENCODER_SOURCE)]:
+        raise ExportError(f"{name}: cannot quantize a denoiser that takes {', '.join(others)}")
 
 
 def require(quality: QualityGate) -> None:

@@ -27,14 +27,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 from safelight_server.catalog.catalog import DATA_FILE, ManifestError, Pipeline, load_pipeline
 from safelight_server.catalog.digest import sha256
-from safelight_server.catalog.manifest import (
-    ENCODER_SOURCE,
-    LATENT_SOURCE,
-    SIZE_IDS_SOURCE,
-    TIMESTEP_SOURCE,
-    QualityGate,
-    Quantization,
-)
+from safelight_server.catalog.manifest import QualityGate, Quantization
 from safelight_server.domain.component import Component
 from safelight_server.export import memory
 from safelight_server.export.manifest import readable
@@ -66,8 +59,6 @@ PROMPTS = (
     "a field of sunflowers",
 )
 """For pipelines that have no prompts of their own in their manifest."""
-CALIBRATED = (LATENT_SOURCE, TIMESTEP_SOURCE, SIZE_IDS_SOURCE)
-"""Sources of a denoiser's inputs, beside a text encoder's outputs, that calibration fills (`offline.py`)."""
 Report = Callable[[str], None]
 
 
@@ -81,7 +72,7 @@ def quantize(manifest: Path, options: QualityOptions, report: Report = lambda li
         The manifest of the new revision, REVISION-int8.
 
     Raises:
-        ExportError: the pipeline is quantized already, rows of a batch are not those of the row alone, or the pictures
+        ExportError: the pipeline cannot be quantized, rows of a batch are not those of the row alone, or the pictures
             are not good enough; then nothing has changed.
     """
     models = manifest.parents[3]
@@ -89,11 +80,7 @@ def quantize(manifest: Path, options: QualityOptions, report: Report = lambda li
         pipeline = load_pipeline(manifest, models / "repository")
     except ManifestError as error:
         raise ExportError(str(error)) from None
-    if pipeline.manifest.quantization is not None:
-        raise ExportError(f"{manifest.parent}: it is quantized already")
-    given = pipeline.manifest.inputs.values()
-    if others := [source for source in given if source not in CALIBRATED and not source.startswith(ENCODER_SOURCE)]:
-        raise ExportError(f"{manifest.parent}: cannot quantize a denoiser that takes {', '.join(others)}")
+    quality.require_quantizable(str(manifest.parent), pipeline.manifest)
     texts = tuple(dict.fromkeys([*pipeline.manifest.example_prompts, *PROMPTS]))
     with tempfile.TemporaryDirectory(dir=models, prefix=".quantize-") as scratch:
         staged = Path(scratch)
