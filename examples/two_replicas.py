@@ -8,6 +8,7 @@ import asyncio
 import base64
 import contextlib
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -24,9 +25,12 @@ LEASE_TTL_S = 2.0
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below those that Linux gives to outgoing connections, one of which could take it before the server."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError):
+            socket.create_server(("127.0.0.1", port)).close()
+            return port
 
 
 def start_redis(folder: Path) -> tuple[subprocess.Popen[bytes], str]:

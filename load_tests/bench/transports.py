@@ -13,7 +13,6 @@ import base64
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -42,6 +41,7 @@ from load_tests.bench import loop, processes
 from load_tests.bench.processes import Child
 from load_tests.bench.requests import PROMPT
 from load_tests.bench.runner import Row, median_by
+from load_tests.ports import free_port
 from tools.clients import runners
 
 NUM_STEPS, NUM_PREVIEWS = 7, 3
@@ -241,7 +241,7 @@ async def _serving(pipe: Connection, step_ms: float) -> None:
         return data
 
     settings = load(
-        port=0, http_port=_free_port(), runtime="simulated", simulated_base_ms=step_ms, simulated_row_ms=0.0,
+        port=0, http_port=free_port(), runtime="simulated", simulated_base_ms=step_ms, simulated_row_ms=0.0,
         num_instances=1, log_level="error",
     )  # fmt: skip
     with mock.patch.object(watcher, "preview", noted):
@@ -259,9 +259,3 @@ async def _serving(pipe: Connection, step_ms: float) -> None:
                 return answer
 
             await processes.answer(pipe, since)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -13,8 +13,8 @@ import pytest_asyncio
 from playwright.async_api import Browser, Page, async_playwright
 from safelight_server.app.server import Running
 
+from load_tests.ports import free_port
 from tests.conftest import serving_here
-from tests.support.http import free_port
 
 PAGE_TIMEOUT_MS = 30_000
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from safelight_server.app.server import Running
 
+from load_tests.ports import free_port
 from tests.clients.runner import Runner
 from tests.conftest import serving_here
 from tests.integration.test_images import MASK, PHOTO
@@ -25,7 +26,7 @@ from tests.support.certificates import self_signed
 from tests.support.draining import draining
 from tests.support.redis_server import RedisServer
 from tests.support.relay import Relay
-from tests.support.replicas import Replica, free_port, replicas
+from tests.support.replicas import Replica, replicas
 from tools.clients import runners
 from tools.clients.commands import ROOT
 

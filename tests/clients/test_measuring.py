@@ -8,8 +8,8 @@ import time
 from google.protobuf import json_format
 from safelight.v1 import generation_pb2 as pb
 
+from load_tests.ports import free_port
 from tests.clients.case import SIMULATED
-from tests.support.replicas import free_port
 from tools.clients.runners import LANGUAGES, SYNC, WEB, is_here, told
 
 

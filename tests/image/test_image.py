@@ -15,7 +15,7 @@ import pytest
 from safelight import SyncClient
 from safelight_server import __version__
 
-from tests.support.http import free_port
+from load_tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 OUT = ROOT / "out" / "image"

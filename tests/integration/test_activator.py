@@ -16,9 +16,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safelight import Client
 from safelight_server.api.identity import new_key
 
+from load_tests.ports import free_port
 from tests.conftest import serving_here
 from tests.support.certificates import NAME, self_signed
-from tests.support.http import free_port
 
 COMMAND = [sys.executable, "-m", "safelight_server", "activator"]
 

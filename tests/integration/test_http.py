@@ -18,13 +18,13 @@ from safelight_server.http import calls as http_calls
 from safelight_server.http import server as http_listener
 from safelight_server.http.images import ImageAnswer
 
+from load_tests.ports import free_port
 from tests.conftest import eventually
 from tests.support.http import (
     GENERATIONS,
     SIMULATED,
     body,
     client,
-    free_port,
     http_server,
     post,
     raw_connection,

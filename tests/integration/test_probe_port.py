@@ -9,8 +9,8 @@ from safelight.v1 import models_pb2, models_pb2_grpc
 from safelight_server.app.server import StartError
 from safelight_server.settings import SettingsError, load
 
+from load_tests.ports import free_port
 from tests.support.certificates import self_signed
-from tests.support.http import free_port
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 

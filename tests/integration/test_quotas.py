@@ -23,10 +23,11 @@ from safelight_server.api.identity import new_key
 from safelight_server.app.server import Running
 from safelight_server.telemetry.figures import by_label
 
+from load_tests.ports import free_port
 from tests.conftest import eventually, serving_here
 from tests.integration.test_cache import kept
 from tests.integration.test_requests import SIMULATED, refusal, request
-from tests.support.http import GENERATIONS, body, free_port
+from tests.support.http import GENERATIONS, body
 from tests.support.http import client as http_client
 from tests.unit.test_token_buckets import Clock
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from load_tests.ports import free_port
 from tests.integration.test_cache import kept
-from tests.support.http import free_port
 
 README = (Path(__file__).parent.parent.parent / "README.md").read_text()
 HTTP_PAGE = (Path(__file__).parent.parent.parent / "docs/http.md").read_text()

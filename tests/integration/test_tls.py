@@ -15,8 +15,9 @@ import structlog
 from safelight import Client, Finished, GenerationError
 from safelight_server.app.certificate import CertificateError, ServerCertificate
 
+from load_tests.ports import free_port
 from tests.support.certificates import NAME, new_pair, self_signed
-from tests.support.http import GENERATIONS, body, free_port, server_sent
+from tests.support.http import GENERATIONS, body, server_sent
 
 
 @pytest.fixture

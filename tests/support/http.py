@@ -12,16 +12,11 @@ from typing import Any
 import httpx2
 from safelight_server.app.server import Running
 
+from load_tests.ports import free_port
 from tests.conftest import serving_here
 
 GENERATIONS = "/v1/images/generations"
 SIMULATED = {"runtime": "simulated", "num_instances": 1, "simulated_base_ms": 3.0, "simulated_row_ms": 0.0}
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
 
 
 @asynccontextmanager

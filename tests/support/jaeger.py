@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tests.triton.support import ROOT, free_ports
+from load_tests.ports import free_ports
+from tests.triton.support import ROOT
 
 PROGRAM = ROOT / "tools" / "jaeger"
 READY_S = 30.0

@@ -9,12 +9,14 @@ import subprocess
 import time
 from pathlib import Path
 
+from load_tests.ports import free_port
+
 
 class RedisServer:
     """A redis-server on a free loopback port, with its data in `folder`."""
 
     def __init__(self, folder: Path, *options: str) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.address = f"127.0.0.1:{self.port}"
         self._folder = folder
@@ -68,9 +70,3 @@ class RedisServer:
                 return connection.recv(16).startswith(b"+PONG")
         except OSError:
             return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

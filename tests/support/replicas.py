@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import os
-import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from safelight_server.storage.keyring import Keyring, new_key_file
 from safelight_server.storage.redis import RedisConnection
 from safelight_server.storage.sealed import Sealer
 
+from load_tests.ports import free_port
 from tests.conftest import MODELS
 from tests.support.warm_server import ServerProcess
 
@@ -225,10 +225,3 @@ def picture(events: list[pb.GenerationEvent], output: int = 0) -> bytes:
 def sequences(events: list[pb.GenerationEvent]) -> list[int]:
     """Sequence numbers of the events that have one (state events)."""
     return [event.sequence for event in events if event.sequence]
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

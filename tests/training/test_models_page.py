@@ -22,7 +22,7 @@ from safelight_server.export.exporter import round_weights
 from safelight_server.sampler import gaussian
 from safelight_server.settings import load
 
-from tests.support.http import free_port
+from load_tests.ports import free_port
 from tests.training import folders
 from tests.training.checkpoints import save_checkpoint
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -21,6 +20,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from load_tests.ports import free_ports
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = ROOT / ".venv-triton" / "bin" / "python"
@@ -193,12 +194,3 @@ def triton_servers(count: int, *arguments: str | Path) -> Iterator[list[TritonSe
         for server in servers:
             server.wait_ready()
         yield servers
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nothing listens on."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in sockets]

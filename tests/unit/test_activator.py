@@ -20,8 +20,8 @@ from safelight_server.app.grpc_server import make_server
 from safelight_server.settings import Settings
 from safelight_server.telemetry import Metrics
 
+from load_tests.ports import free_port
 from tests.conftest import eventually, serving_here
-from tests.support.http import free_port
 
 HELD = "safelight_held_calls"
 

@@ -18,9 +18,9 @@ from safelight.v1 import generation_pb2 as pb
 from safelight_server.api.identity import new_key
 from safelight_server.storage.keyring import write_key_file
 
+from load_tests.ports import free_port
 from tests.conftest import serving_here
 from tests.support.http import client as http_client
-from tests.support.http import free_port
 from tests.support.prometheus_server import PrometheusServer, prometheus
 from tests.triton.support import PYTHON as TRITON_PYTHON
 from tests.triton.support import TritonServer

@@ -19,8 +19,8 @@ from safelight import Client
 from safelight_server.app.server import Running
 from safelight_server.scaler import externalscaler_pb2 as pb
 
+from load_tests.ports import free_port
 from tests.conftest import serving_here
-from tests.support.http import free_port
 from tests.support.prometheus_server import PrometheusServer, prometheus
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -6,7 +6,6 @@ import contextlib
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from load_tests.ports import free_port
 
 STARTS_S = 300.0
 HEALTH_OK = 200
@@ -46,7 +47,7 @@ class PeerError(Exception):
 @contextlib.contextmanager
 def litserve(models: Path, num_workers: int, num_threads: int) -> Iterator[Peer]:
     """A LitServe server with that many workers of that many threads each."""
-    port = _free_port()
+    port = free_port()
     options = [
         "--port",
         str(port),
@@ -119,10 +120,3 @@ def _until_healthy(process: subprocess.Popen[bytes], url: str) -> None:
                 return
         time.sleep(0.2)
     raise PeerError(f"{process.args!r} was not healthy after {STARTS_S:.0f} s")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
