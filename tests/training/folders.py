@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -70,6 +71,16 @@ def unet(**changes: Any) -> UNet2DConditionModel:
         "norm_num_groups": 4,
     }
     return UNet2DConditionModel(**(shape | changes)).eval()
+
+
+def control_network(unet: UNet2DConditionModel, seed: int) -> ControlNetModel:
+    """A control network of a UNet's shape. What is zero in a new one is random, else it would add nothing."""
+    made = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in made.named_parameters():
+        if name.startswith("controlnet_"):
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    return made
 
 
 def vae() -> AutoencoderKL:

@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import PIL.Image
 import pytest
-from safelight import GenerateOptions, Picture, PixelEncoding, Preview, PreviewPolicy
+from safelight import Control, GenerateOptions, Picture, PixelEncoding, Preview, PreviewPolicy
 from safelight.received import Received
-from safelight.request import generate_request, preview_policy
+from safelight.request import generate_request, image_files, preview_policy
 from safelight.v1 import generation_pb2 as pb
 
 RAW = "application/x-raw-rgba8"
@@ -43,6 +43,20 @@ def test_plain_arguments_fill_the_message():
     assert [accepted.media_type for accepted in request.preview.accept] == ["image/webp", "image/jpeg"]
     assert (request.preview.every_n_steps, request.preview.max_edge_px) == (2, 32)
     assert (request.encoding.media_type, dict(request.labels)) == ("image/png", {"a": "b"})
+
+
+def test_controls_are_sent_with_the_names_of_their_pictures(tmp_path):
+    file = tmp_path / "edges.png"
+    file.write_bytes(b"edges")
+    given = [Control("edges", file, scale=0.5), Control("depth", "generations/x", end=0.5)]
+    name = f"images/{hashlib.sha256(b'edges').hexdigest()}"
+    assert list(generate_request("x", controls=given).spec.controls) == [
+        pb.Control(name="edges", image=name, scale=0.5),
+        pb.Control(name="depth", image="generations/x/outputs/0", end=0.5),
+    ]
+    assert list(image_files({"controls": given})) == [name]
+    with pytest.raises(ValueError, match=r"controls\[1\].image: .*nothing.png: No such file"):
+        image_files({"controls": [*given[:1], Control("depth", tmp_path / "nothing.png")]})
 
 
 def test_what_is_not_said_is_not_sent():

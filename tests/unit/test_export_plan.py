@@ -784,3 +784,59 @@ def test_the_torch_runtime_takes_no_adapters(folder: Folder, format: ExportForma
 
 def test_transformers_take_no_adapters(flux: FluxFolder) -> None:
     assert "--adapter-rank 8: only UNets take adapters; leave it out" in fault(flux(), adapter_rank=8)
+
+
+def control_folder(place: Path, **config: object) -> Path:
+    """A folder of a control network that fits `UNET`."""
+    shared = {"cross_attention_dim": 768, "block_out_channels": [8] * 4, "_class_name": "ControlNetModel"}
+    place.mkdir()
+    (place / "config.json").write_text(json.dumps(shared | config))
+    safetensors(place / "diffusion_pytorch_model.safetensors", 5)
+    return place
+
+
+def test_control_networks_are_planned(folder: Folder, tmp_path: Path) -> None:
+    controls = tuple((name, control_folder(tmp_path / name)) for name in ("edges", "depth"))
+    made = plan(folder(), controls=controls, sizes=((512, 512), (768, 512)))
+    whole = draft(made)
+    assert whole["controls"] == ["edges", "depth"]
+    assert whole["inputs"]["control_images"] == "control_images"
+    assert whole["inputs"]["control_scales"] == "control_scales"
+    assert made.num_values["--control edges"] == 5
+    assert made.peak_bytes > plan(folder()).peak_bytes
+    assert "controls" not in draft(plan(folder()))
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ({"_class_name": "ControlNetUnionModel"}, "is that of a ControlNetUnionModel; what can be exported"),
+        ({"cross_attention_dim": 1024}, "cross_attention_dim is 1024, that of the UNet is 768"),
+        ({"block_out_channels": [8, 8, 8, 16]}, "block_out_channels is [8, 8, 8, 16], that of the UNet is [8, 8, 8, 8]"),
+        ({"addition_embed_type": "text_time"}, "addition_embed_type is text_time, that of the UNet is None"),
+        ({"global_pool_conditions": True}, "global_pool_conditions True cannot be exported"),
+        ({"conditioning_channels": 6}, "conditioning_channels 6 cannot be exported"),
+        ({"conditioning_embedding_out_channels": [16, 32]}, "shrink a picture to 1/2, the autoencoder to 1/8"),
+        ({"wavelets": 3}, "wavelets is not known to this exporter"),
+    ],
+)
+def test_a_control_network_that_does_not_fit_is_refused(
+    folder: Folder, tmp_path: Path, config: dict[str, object], wanted: str
+) -> None:
+    found = fault(folder(), controls=(("edges", control_folder(tmp_path / "edges", **config)),))
+    assert found.startswith("--control edges: ")
+    assert wanted in found
+
+
+def test_what_takes_no_control_networks_is_refused_by_name(folder: Folder, flux: FluxFolder, tmp_path: Path) -> None:
+    edges = (("edges", control_folder(tmp_path / "edges")),)
+    assert "--control edges: only UNets take control networks" in fault(flux(), controls=edges)
+    for format in (ExportFormat.TORCH, ExportFormat.BOTH):
+        what = "--control: the torch runtime takes no control networks; use --format onnx"
+        assert what in fault(folder(), controls=edges, format=format)
+    assert "--control: has a name twice" in fault(folder(), controls=edges * 2)
+    assert "--control: there are 9; at most 8 are taken" in fault(folder(), controls=edges * 9)
+    assert "--control.0: String should match pattern" in fault(folder(), controls=(("Edges", edges[0][1]),))
+    assert "config.json cannot be read: No such file" in fault(folder(), controls=(("edges", tmp_path / "nothing"),))
+    (tmp_path / "edges" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "edges: no weights (such as" in fault(folder(), controls=edges)

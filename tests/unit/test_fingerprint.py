@@ -20,7 +20,7 @@ from safelight_server.cache.fingerprint import (
     tenant_key,
 )
 from safelight_server.catalog.catalog import Catalog
-from safelight_server.domain.request import AdapterUse, Spec
+from safelight_server.domain.request import AdapterUse, ControlUse, Spec
 from safelight_server.sampler import SamplerSpec
 from safelight_server.validation import RequestLimits, resolve_request
 
@@ -56,6 +56,7 @@ OTHERS = {
     "guidance_rescale": 0.7,
     "guidance_interval": (0.2, 0.8),
     "adapters": (AdapterUse("pixel", 0.8, "ab" * 32),),
+    "controls": (ControlUse("edges", "ab" * 32, 0.8, 0.25, 0.75),),
 }
 """Another value for each field that decides pixels."""
 SILENT = {"model", "revision", "prompt", "negative_prompt"}
@@ -86,6 +87,12 @@ def test_every_field_of_a_spec_is_in_the_fingerprint_or_known_to_be_silent():
     for name, value in {"scale": 0.7, "sha256": "cd" * 32}.items():
         other = replace(SPEC, adapters=(replace(adapter, **{name: value}),))
         assert exact("digest", "numerics", other, 7) != adapted, name
+    [control] = OTHERS["controls"]
+    controlled = replace(SPEC, controls=(control,))
+    for name, value in {"name": "depth", "image": "cd" * 32, "scale": 0.7, "start": 0.2, "end": 0.8}.items():
+        other = replace(SPEC, controls=(replace(control, **{name: value}),))
+        assert exact("digest", "numerics", other, 7) != exact("digest", "numerics", controlled, 7), name
+        assert compatible("digest", "numerics", other) != compatible("digest", "numerics", controlled), name
     assert exact("other", "numerics", SPEC, 7) != whole
     assert exact("digest", "other", SPEC, 7) != whole
     assert exact("digest", "numerics", SPEC, 8) != whole
@@ -106,6 +113,7 @@ FIELDS = {
     "guidance_rescale": pb.GenerationSpec(guidance_rescale=0.7),
     "guidance_interval": pb.GenerationSpec(guidance_interval=pb.GuidanceInterval(start=0.2, end=0.8)),
     "adapters": pb.GenerationSpec(adapters=[pb.Adapter(name="pixel")]),
+    "controls": pb.GenerationSpec(controls=[pb.Control(name="edges", image=IMAGE)]),
 }
 """A change of each field of the contract; the model is in the pipeline's digest, and the width goes with the height."""
 
@@ -198,8 +206,8 @@ def test_numbers_have_one_form():
 
 def test_the_encoding_is_canonical_json_and_does_not_change_unseen():
     assert exact("d", "n", SPEC, 2**64 - 1) == (
-        b'{"numerics":"n","pipeline":"d","seed":18446744073709551615,"spec":{"adapters":[],"guidance_interval":[0,1],'
-        b'"guidance_rescale":0,"guidance_scale":3,"height_px":96,'
+        b'{"numerics":"n","pipeline":"d","seed":18446744073709551615,"spec":{"adapters":[],"controls":[],'
+        b'"guidance_interval":[0,1],"guidance_rescale":0,"guidance_scale":3,"height_px":96,'
         b'"init_image":"","mask":"","negative_token_ids":[1,5,2,0],"num_inference_steps":20,'
         b'"sampler":["ddim","trailing","default",0.25],"strength":1,"width_px":64},"tokens":[1,4,6,2],"version":3}'
     )

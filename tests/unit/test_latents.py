@@ -7,7 +7,7 @@ import weakref
 
 import numpy as np
 from safelight_server.catalog.manifest import AdapterRoom
-from safelight_server.engine.latents import CleanLatent, Latents, RowAdapter
+from safelight_server.engine.latents import CleanLatent, Latents, RowAdapter, RowControl
 from safelight_server.sampler import NoiseSchedule, SamplerSpec, compile_table, gaussian
 
 from tests.support.adapters import ROOM
@@ -307,3 +307,46 @@ def test_a_denoiser_distilled_for_guidance_is_given_the_scale_and_nothing_is_com
     latents.release(slots[0])
     again = latents.claim(table(), 9, 2.0, [context(1)])
     assert latents.rows(np.array([again]), np.zeros(1, int), np.zeros(1, int))["guidance"].tolist() == [2.0]
+
+
+CONTROLLED = {"i": "control_images", "s": "control_scales", "x": "latent"}
+PICTURES = (2, 3, 4, 6)
+
+
+def control(place, value, scale, steps):
+    return RowControl(place, np.full((4, 6, 3), value, np.uint8), scale, steps)
+
+
+def test_rows_bring_the_pictures_of_the_control_networks_that_act_in_their_step():
+    latents = Latents(3, SHAPE, CONTEXTS, 50, CONTROLLED, pictures=PICTURES)
+    both = latents.claim(
+        table(), 1, 3.0, [context(1), context(0)], controls=[control(1, 51, 0.5, range(1, 3)), control(0, 255, 2, range(6))]
+    )
+    none = latents.claim(table(), 1, 1.0, [context(1)])
+    rows = latents.rows(np.array([both, none, both, both]), np.array([0, 0, 1, 0]), np.array([0, 1, 1, 3]))
+    assert rows["i"].shape == (4, *PICTURES)
+    assert rows["i"].dtype == rows["s"].dtype == np.float32
+    assert rows["s"].tolist() == [[2, 0], [0, 0], [2, 0.5], [2, 0]]
+    assert (rows["i"] == rows["i"][:, :, :1, :1, :1]).all()
+    assert rows["i"][:, :, 0, 0, 0].tolist() == [[1, 0], [0, 0], [1, np.float32(0.2)], [1, 0]]
+
+
+def test_the_channels_and_lines_of_a_picture_stay_in_their_order():
+    latents = Latents(1, SHAPE, CONTEXTS, 50, CONTROLLED, pictures=(1, *PICTURES[1:]))
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    slot = latents.claim(table(), 1, 1.0, [context(1)], controls=[RowControl(0, pixels, 1.0, range(6))])
+    [[image]] = latents.rows(np.array([slot]), np.zeros(1, int), np.zeros(1, int))["i"]
+    assert np.array_equal(image, pixels.transpose(2, 0, 1).astype(np.float32) / 255)
+
+
+def test_a_control_does_not_stay_in_a_slot():
+    latents, brought = Latents(1, SHAPE, CONTEXTS, 50, CONTROLLED, pictures=PICTURES), control(1, 5, 0.5, range(6))
+    seen = weakref.ref(brought.pixels)
+    latents.release(latents.claim(table(), 1, 1.0, [context(1)], controls=[brought]))
+    del brought
+    gc.collect()
+    assert seen() is None
+    slot = latents.claim(table(), 1, 1.0, [context(1)])
+    rows = latents.rows(np.array([slot]), np.array([0]), np.array([0]))
+    assert not rows["i"].any()
+    assert not rows["s"].any()

@@ -29,6 +29,7 @@ from safelight_server.domain.events import (
 )
 from safelight_server.domain.request import (
     AdapterUse,
+    ControlUse,
     Branch,
     CacheMode,
     CachePolicy,
@@ -60,6 +61,7 @@ REQUEST = Request(
         guidance_rescale=0.7,
         guidance_interval=(0.1, 0.9),
         adapters=(AdapterUse("pixel", 0.8, "ab" * 32),),
+        controls=(ControlUse("edges", "cd" * 32, 0.8, 0.1, 0.9),),
     ),
     PreviewPolicy(PixelEncoding(MediaType.JPEG, 3), PreviewMethod.LINEAR, 64, 3, 0.1, 1000),
     PixelEncoding(MediaType.RAW_RGBA8, 85, 256, True),
@@ -105,11 +107,10 @@ def test_a_record_of_an_older_server_says_no_kind() -> None:
     facts = json.loads(entry.data)
     del facts["numerics_id"], facts["pipeline"]
     spec = facts["request"]["spec"]
-    del spec["guidance_rescale"], spec["guidance_interval"], spec["adapters"]
+    del spec["guidance_rescale"], spec["guidance_interval"], spec["adapters"], spec["controls"]
     older = sealer.seal("name", replace(entry, data=json.dumps(facts).encode()), time.time() + 60.0)
-    plain = replace(
-        REQUEST, spec=replace(REQUEST.spec, guidance_rescale=0.0, guidance_interval=(0.0, 1.0), adapters=())
-    )
+    without = {"guidance_rescale": 0.0, "guidance_interval": (0.0, 1.0), "adapters": (), "controls": ()}
+    plain = replace(REQUEST, spec=replace(REQUEST.spec, **without))
     assert parse(sealer, "name", older) == replace(RECORD, numerics_id="", pipeline="", request=plain)
 
 

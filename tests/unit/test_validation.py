@@ -21,6 +21,7 @@ from safelight_server.catalog.manifest import GUIDANCE_SOURCE, STABLE_DIFFUSION_
 from safelight_server.domain.errors import InvalidRequestError, NotFoundError
 from safelight_server.domain.request import (
     AdapterUse,
+    ControlUse,
     DisconnectPolicy,
     MediaType,
     PixelEncoding,
@@ -780,6 +781,17 @@ SPECS = st.builds(
     ),
     outputs=st.lists(st.builds(pb.OutputSpec, seed=maybe(st.integers(0, 2**64 - 1))), max_size=6),
     adapters=st.lists(st.builds(pb.Adapter, name=st.text(max_size=80), scale=maybe(FLOATS)), max_size=6),
+    controls=st.lists(
+        st.builds(
+            pb.Control,
+            name=st.sampled_from(["edges", "depth", "x"]),
+            image=st.sampled_from([IMAGE, "x"]),
+            scale=maybe(FLOATS),
+            start=maybe(FLOATS),
+            end=maybe(FLOATS),
+        ),
+        max_size=3,
+    ),
 )
 PREVIEWS = st.builds(
     pb.PreviewPolicy,
@@ -868,6 +880,7 @@ def test_whatever_protobuf_parses_has_an_answer(catalog: Catalog, data: bytes) -
 JUDGED_ELSEWHERE = {
     "spec.model",  # NotFoundError
     "spec.adapters",  # ADAPTER_FAULTS
+    "spec.controls",  # CONTROL_FAULTS
     "spec.outputs.seed",  # any number of a uint64 is a seed
     "preview.accept",  # its fields are those of encoding
     "quality_floor.cheaper_previews",  # either is good
@@ -1011,3 +1024,87 @@ def test_adapters_are_resolved_to_their_content_in_one_order(adapted: Catalog) -
 def test_a_factor_of_0_takes_no_room(adapted: Catalog) -> None:
     spec = resolve_request(adapters("pixel", "ink", "glow", ("wash", -0.0)), adapted, LIMITS).spec
     assert [adapter.name for adapter in spec.adapters] == ["glow", "ink", "pixel"]
+
+
+def controls(*given: dict[str, object], **spec: object) -> pb.GenerateRequest:
+    return request(controls=[pb.Control(**({"name": "edges", "image": IMAGE} | entry)) for entry in given], **spec)
+
+
+CONTROL_SCALE = "must be from 0 to 10"
+CONTROL_FAULTS = [
+    (controls({"name": "pose"}), "[0].name", "models/small has no control 'pose'; it has edges, depth"),
+    (controls({"name": ""}), "[0].name", "models/small has no control ''; it has edges, depth"),
+    (controls({}, {"scale": 0}), "[1].name", "'edges' is there twice; keep one of them"),
+    (controls(*[{}] * 3), "", "has 3 entries; at most one of each is taken, of edges, depth"),
+    (controls({"image": "photo.png"}), "[0].image", "must be images/SHA256 with 64 hexadecimal digits"),
+    (controls({"image": "", "scale": 0}), "[0].image", "must be images/SHA256 with 64 hexadecimal digits"),
+    (controls({"scale": -0.1}), "[0].scale", CONTROL_SCALE),
+    (controls({"scale": 10.1}), "[0].scale", CONTROL_SCALE),
+    (controls({"scale": math.nan}), "[0].scale", CONTROL_SCALE),
+    (controls({"start": -0.1}), "[0].start", "must be from 0 to below 1, a share of the steps"),
+    (controls({"start": 1}), "[0].start", "must be from 0 to below 1, a share of the steps"),
+    (controls({"end": 0}), "[0].end", "must be above 0 and at most 1, a share of the steps"),
+    (controls({"name": "depth"}, {"end": math.nan}), "[1].end", "must be above 0 and at most 1"),
+    (controls({"start": 0.8, "end": 0.2}), "[0]", "must end after it starts; 0.8 to 0.2 is empty"),
+    (controls({"start": 0.96}), "[0]", "from 0.96 to 1 it acts in none of 20 steps; widen it"),
+    (
+        controls({"end": 0.5}, init_image=IMAGE, strength=0.25),
+        "[0]",
+        "from 0 to 0.5 it acts in none of 5 steps; widen it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "field", "what"), CONTROL_FAULTS)
+def test_a_fault_of_a_control_is_named(adapted: Catalog, message: pb.GenerateRequest, field: str, what: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        resolve_request(message, adapted, LIMITS)
+    [fault] = refused.value.violations
+    assert fault.field == f"spec.controls{field}"
+    assert fault.description.startswith(what)
+
+
+def test_a_model_without_control_networks_takes_no_controls(catalog: Catalog) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        resolve_request(controls({}), catalog, LIMITS)
+    [fault] = refused.value.violations
+    assert fault.field == "spec.controls"
+    assert fault.description.startswith("models/small takes no controls: it was exported without control networks")
+
+
+def test_controls_stand_in_the_order_of_their_names_without_those_of_no_effect(adapted: Catalog) -> None:
+    depth, edges = ControlUse("depth", "ab" * 32, 1.0, 0.2), ControlUse("edges", "ab" * 32, 0.7)
+    given_ = [{"scale": 0.7}, {"name": "depth", "start": 0.2}]
+    for order in (given_, given_[::-1]):
+        assert resolve_request(controls(*order), adapted, LIMITS).spec.controls == (depth, edges)
+    assert resolve_request(controls({"scale": 0}, given_[1]), adapted, LIMITS).spec.controls == (depth,)
+    assert edges.steps(20) == range(20)
+    assert depth.steps(20) == range(4, 20)
+
+
+def test_a_picture_of_another_generation_may_be_a_control(adapted: Catalog) -> None:
+    name = f"generations/{'0' * 32}/outputs/1"
+    spec = resolve_request(controls({"image": name}, {"name": "depth"}), adapted, LIMITS).spec
+    assert spec.named_outputs == {"controls[edges].image": name}
+    kept = spec.with_images({"controls[edges].image": "cd" * 32})
+    assert [control.image for control in kept.controls] == ["ab" * 32, "cd" * 32]
+    assert kept.named_outputs == {}
+
+
+def test_a_floor_must_leave_a_step_for_every_control(adapted: Catalog) -> None:
+    message = floored(pb.QualityFloor(min_num_steps=4), controls({"start": 0.8}, {"name": "depth"}))
+    with pytest.raises(InvalidRequestError) as refused:
+        resolve_request(message, adapted, LIMITS)
+    [fault] = refused.value.violations
+    assert fault.field == "quality_floor.min_num_steps"
+    assert fault.description == "of 4 steps the control edges acts in none; ask for more"
+    message.quality_floor.min_num_steps = 5
+    assert resolve_request(message, adapted, LIMITS).quality_floor.min_num_steps == 5
+
+
+@given(message=REQUESTS)
+def test_whatever_is_asked_of_a_model_with_everything_has_an_answer(adapted: Catalog, message: pb.GenerateRequest) -> None:
+    with contextlib.suppress(InvalidRequestError, NotFoundError):
+        spec = resolve_request(message, adapted, LIMITS).spec
+        for control in spec.controls:
+            assert any(step >= spec.first_step for step in control.steps(spec.num_inference_steps))

@@ -12,7 +12,7 @@ from safelight.client import Client
 from safelight.errors import GenerationError
 from safelight.events import Accepted, Degradation, Event, Finished, Origin, Picture, Preview, Progress
 from safelight.images import ImageFile, ImageSource
-from safelight.request import CacheMode, GenerateOptions, PreviewOptions
+from safelight.request import CacheMode, Control, GenerateOptions, PreviewOptions
 from safelight.stream import GenerationStream
 from safelight.v1.cache_pb2 import GetCacheStatsResponse, PurgeCacheResponse
 from safelight.v1.generation_pb2 import Branch, CachePolicy, PixelEncoding, PreviewPolicy, QualityFloor
@@ -26,6 +26,7 @@ __all__ = [
     "CacheMode",
     "CachePolicy",
     "Client",
+    "Control",
     "Degradation",
     "Event",
     "Finished",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypedDict, Unpack
 
 from safelight.images import ImageFile, ImageSource, image_file, image_name
@@ -17,6 +18,24 @@ CACHE_MODES: Mapping[CacheMode, pb.CachePolicy.Mode.ValueType] = {
     "similar": pb.CachePolicy.MODE_ALLOW_SIMILAR,
 }
 """Which cached results may answer a request; see `CachePolicy` in the proto."""
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A picture for a control network (ControlNet) of the model; None means the server's default.
+
+    Attributes:
+        name: of the network, from the model's list.
+        image: what it was trained to read, such as edges. A file is uploaded if the server does not have it.
+        scale: factor of what the network adds, from 0 to 10.
+        start, end: where it acts, as shares of the steps.
+    """
+
+    name: str
+    image: ImageSource
+    scale: float | None = None
+    start: float | None = None
+    end: float | None = None
 
 
 class PreviewOptions(TypedDict, total=False):
@@ -55,6 +74,7 @@ class GenerateOptions(PreviewOptions, total=False):
         guidance_rescale: how far the contrast that guidance adds is reduced again, 0 to 1.
         guidance_interval: begin and end of guidance as shares of the steps: (0.2, 0.8). Other steps cost half.
         adapters: the adapters (LoRA) of the model to apply, each with its scale: {"pixel": 0.8}.
+        controls: pictures that the composition follows: [Control("canny", Path("edges.png"), scale=0.8)].
         sampler: name of the sampler, such as "ddim" or "euler".
         media_type: media type of the pictures. Absent: "image/png".
         encoding: encoding of the pictures as a message, instead of `media_type`: quality, or alignment and order of raw
@@ -88,6 +108,7 @@ class GenerateOptions(PreviewOptions, total=False):
     guidance_rescale: float | None
     guidance_interval: tuple[float, float] | None
     adapters: Mapping[str, float] | None
+    controls: Sequence[Control] | None
     sampler: str
     media_type: str
     encoding: pb.PixelEncoding | None
@@ -135,8 +156,13 @@ def image_files(options: GenerateOptions) -> dict[str, ImageFile]:
         ValueError: a file cannot be read.
     """
     given = {"init_image": options.get("init_image"), "mask": options.get("mask")}
+    given |= {_image_field(number): at.image for number, at in enumerate(options.get("controls") or ())}
     files = [image_file(source, field) for field, source in given.items() if source is not None]
     return {file.name: file for file in files if file is not None}
+
+
+def _image_field(number: int) -> str:
+    return f"controls[{number}].image"
 
 
 def _image_name(source: ImageSource | None, field: str) -> str:
@@ -176,6 +202,9 @@ def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> pb.Gene
         spec.guidance_interval.start, spec.guidance_interval.end = interval
     for name, scale in (options.get("adapters") or {}).items():
         spec.adapters.add(name=name, scale=scale)
+    for number, at in enumerate(options.get("controls") or ()):
+        image = image_name(at.image, _image_field(number))
+        spec.controls.add(name=at.name, image=image, scale=at.scale, start=at.start, end=at.end)
     if negative_prompt := options.get("negative_prompt"):
         spec.prompts.add(role=pb.Prompt.ROLE_NEGATIVE, text=negative_prompt)
     if sampler := options.get("sampler"):

@@ -26,6 +26,9 @@ from safelight_server.catalog.manifest import (
     ADAPTER_SCALES_SOURCE,
     ADAPTER_WEIGHTS_SOURCE,
     CONTEXT_TOKENIZERS,
+    CONTROL_IMAGES_SOURCE,
+    CONTROL_INPUTS,
+    CONTROL_SCALES_SOURCE,
     ENCODER_SOURCE,
     GUIDANCE_SOURCE,
     HIDDEN_STATE,
@@ -131,9 +134,13 @@ class Pipeline:
 
     def size_ids(self, latent_shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
         """The input "size_ids" of the pictures that have a latent shape, (6,)."""
-        first, latent = self.manifest.sizes[0], self.manifest.latent
-        size = latent_shape[1] * first.height_px // latent.height, latent_shape[2] * first.width_px // latent.width
+        size = self.picture_size(latent_shape)
         return np.array([*size, 0, 0, *size], np.float32)
+
+    def picture_size(self, latent_shape: tuple[int, int, int]) -> tuple[int, int]:
+        """(H, W) in pixels of the pictures that have a latent shape."""
+        first, latent = self.manifest.sizes[0], self.manifest.latent
+        return latent_shape[1] * first.height_px // latent.height, latent_shape[2] * first.width_px // latent.width
 
     def latent_shape(self, width_px: int, height_px: int) -> tuple[int, int, int]:
         """(C, h, w) for a picture size that is offered."""
@@ -376,6 +383,8 @@ def _digest(manifest: Manifest) -> str:
         decides["inputs"] = dict(manifest.inputs)
     if manifest.adapters is not None:
         decides["adapters"] = manifest.adapters.model_dump(mode="json")
+    if manifest.controls:  # their order is that of the networks in the denoiser
+        decides["controls"] = list(manifest.controls)
     canonical = json.dumps([SAMPLER_VERSION, decides], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -411,6 +420,11 @@ def check(manifest: Manifest) -> list[str]:
     sources = set(manifest.inputs.values()) & set(ADAPTER_INPUTS.values())
     if len(sources) != (0 if manifest.adapters is None else len(ADAPTER_INPUTS)):
         faults.append("adapters: goes with inputs of both adapter_weights and adapter_scales")
+    sources = set(manifest.inputs.values()) & set(CONTROL_INPUTS.values())
+    if len(sources) != (len(CONTROL_INPUTS) if manifest.controls else 0):
+        faults.append("controls: goes with inputs of both control_images and control_scales")
+    if len(set(manifest.controls)) < len(manifest.controls):
+        faults.append("controls: has a name twice")
     faults += _check_tokenizers(manifest)
     if manifest.defaults.num_inference_steps > manifest.limits.max_num_inference_steps:
         faults.append("defaults.num_inference_steps: above the limit")
@@ -478,6 +492,9 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
         shapes |= {LATENT_SOURCE: latent, TIMESTEP_SOURCE: (1,), GUIDANCE_SOURCE: (1,), SIZE_IDS_SOURCE: (6,)}
         if (room := manifest.adapters) is not None:
             shapes |= {ADAPTER_WEIGHTS_SOURCE: (room.max_rank, room.width), ADAPTER_SCALES_SOURCE: (room.max_rank,)}
+        if count := len(manifest.controls):
+            pictures = (count, 3, size.height_px, size.width_px)
+            shapes |= {CONTROL_IMAGES_SOURCE: pictures, CONTROL_SCALES_SOURCE: (count,)}
         inputs: dict[Component, dict[str, tuple[int, ...]]] = {
             Component.TEXT_ENCODER: {"input_ids": (num_ids,)},
             Component.DENOISER: {name: shapes.get(at, (context, -1)) for name, at in manifest.inputs.items()},

@@ -212,6 +212,9 @@ LATENT_SOURCE, TIMESTEP_SOURCE, SIZE_IDS_SOURCE = "latent", "timestep", "size_id
 ADAPTER_WEIGHTS_SOURCE, ADAPTER_SCALES_SOURCE = "adapter_weights", "adapter_scales"
 ADAPTER_INPUTS = {"adapter_weights": ADAPTER_WEIGHTS_SOURCE, "adapter_scales": ADAPTER_SCALES_SOURCE}
 """What a denoiser is given beside its other inputs where its rows can have adapters."""
+CONTROL_IMAGES_SOURCE, CONTROL_SCALES_SOURCE = "control_images", "control_scales"
+CONTROL_INPUTS = {"control_images": CONTROL_IMAGES_SOURCE, "control_scales": CONTROL_SCALES_SOURCE}
+"""What a denoiser is given beside its other inputs where it has control networks."""
 GUIDANCE_SOURCE = "scalar:guidance"
 STABLE_DIFFUSION_INPUTS = {
     "sample": LATENT_SOURCE,
@@ -229,8 +232,12 @@ CONTEXT_TOKENIZERS = {"stable-diffusion-3": (0, 2), "flux": (1,)}
 """By family the places of the tokenizers for whose tokens the hidden state has a row each; of others the first."""
 InputSource = Annotated[
     str,
-    Field(pattern=r"^(latent|timestep|size_ids|scalar:guidance|adapter_weights|adapter_scales|encoder:[A-Za-z0-9_]+)$"),
+    Field(
+        pattern=r"^(latent|timestep|size_ids|scalar:guidance|adapter_weights|adapter_scales|control_images"
+        r"|control_scales|encoder:[A-Za-z0-9_]+)$"
+    ),
 ]
+ControlName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 
 
 class AdapterTarget(_Strict):
@@ -278,6 +285,9 @@ class Manifest(_Strict):
             again: SDXL's micro-conditioning, Podell et al. 2023, section 2.2).
             "adapter_weights" and "adapter_scales" are the adapters of a row (`AdapterRoom`).
         adapters: the room for adapters; None: the denoiser takes none.
+        controls: the names of the K control networks (ControlNet, Zhang et al. 2023) that are part of the denoiser. A
+            row is given "control_images" (K, 3, H, W) in [0, 1], a picture for each, and "control_scales" (K,), the
+            factors of what they add. A network whose scale is 0 changes nothing and is not run for that row.
     """
 
     format: Literal[1]
@@ -305,6 +315,7 @@ class Manifest(_Strict):
     quantization: Quantization | None = None
     inputs: Mapping[str, InputSource] = STABLE_DIFFUSION_INPUTS
     adapters: AdapterRoom | None = None
+    controls: tuple[ControlName, ...] = ()
 
     @property
     def tokenizers(self) -> tuple[TokenizerFile, ...]:

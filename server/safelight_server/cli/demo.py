@@ -21,6 +21,7 @@ from safelight import (
     Branch,
     CacheMode,
     Client,
+    Control,
     Event,
     Finished,
     GenerationError,
@@ -73,6 +74,7 @@ class DemoRequest:
     guidance_interval: tuple[float, float] | None = None
     quality_floor: QualityFloor | None = None
     adapters: Mapping[str, float] | None = None
+    controls: Sequence[Control] = ()
 
 
 @dataclass(slots=True)
@@ -207,6 +209,7 @@ async def _develop_shown(client: Client, developing: Sequence[LivePicture], cons
             guidance_rescale=order.guidance_rescale,
             guidance_interval=order.guidance_interval,
             adapters=order.adapters,
+            controls=order.controls,
             sampler=order.sampler,
             media_type=order.media_type,
             timeout_s=order.timeout_s,

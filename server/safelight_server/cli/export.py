@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,10 @@ def export(
     adapter_rank: Annotated[
         int, typer.Option(help="Room for adapters (LoRA) in each row: their ranks together. 0: none.")
     ] = 0,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="Control network (ControlNet) of diffusers; may be repeated."),
+    ] = None,
     version: Annotated[int, typer.Option(min=1, help="Triton's version folder of the components.")] = 1,
     replace: Annotated[bool, typer.Option("--replace", help="Remove all other revisions of the model.")] = False,
     quantize: Annotated[
@@ -94,8 +99,11 @@ def export(
         config=config,
         format=format,
         adapter_rank=adapter_rank,
+        controls=_controls(control or ()),
     )
     gate = _gate(quantize, min_psnr, judge, min_agreement, compare)
+    if quantize and control:
+        raise ExportError("--quantize: cannot quantize a denoiser with control networks; leave --control out")
     if quantize and format is ExportFormat.TORCH:
         raise ExportError("--quantize: quantizes the files of ONNX Runtime; use --format onnx or both")
     exported = folder / "pipeline.json"
@@ -153,6 +161,14 @@ def _name_of(folder: Path) -> str:
     return re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")
 
 
+def _controls(given: Sequence[str]) -> tuple[tuple[str, Path], ...]:
+    pairs = [text.partition("=") for text in given]
+    for text, (name, _, folder) in zip(given, pairs, strict=True):
+        if not name or not folder:
+            raise ExportError(f"--control {text}: must be NAME=FOLDER, such as canny=sd-controlnet-canny")
+    return tuple((name, Path(folder)) for name, _, folder in pairs)
+
+
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:
     found = []
     for part in filter(None, text.split(",")):
@@ -178,6 +194,8 @@ def _summary(planned: ExportPlan) -> list[str]:
     ]
     if options.adapter_rank:
         lines.append(f"    room for adapters of rank {options.adapter_rank} in each row")
+    if options.controls:
+        lines.append(f"    control networks {', '.join(name for name, _ in options.controls)}")
     if total := sum(planned.num_values.values()):
         lines.append(f"    {total:,} weights: {2 * total / 2**20:,.0f} MiB of files, twice that in memory")
     if planned.peak_bytes:

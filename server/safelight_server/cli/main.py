@@ -24,6 +24,7 @@ from safelight import (
     Branch,
     CacheMode,
     Client,
+    Control,
     GenerationError,
     GetCacheStatsResponse,
     PurgeCacheResponse,
@@ -211,6 +212,14 @@ def generate(
         list[str] | None,
         typer.Option(metavar="NAME:SCALE", help="Adapter (LoRA) of the model, with its factor; may be repeated."),
     ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE:SCALE:START:END",
+            help="Picture for a control network (ControlNet) of the model, with its factor, and where it acts as shares"
+            " of the steps; all but NAME=FILE may be left out. May be repeated.",
+        ),
+    ] = None,
     floor_steps: Annotated[
         int | None, typer.Option(min=-MAX_STEP, max=MAX_STEP, help="Under load: accept so few steps.")
     ] = None,
@@ -232,7 +241,7 @@ def generate(
         raise CommandError(f"--out {out}: the extension must be .png, .jpg or .webp")
     _check_text(
         {"PROMPT": prompt, "--negative": negative_prompt, "--model": model, "--sampler": sampler, "--branch": branch}
-        | {"--adapter": " ".join(adapter or ())}
+        | {"--adapter": " ".join(adapter or ()), "--control": " ".join(control or ())}
     )
     order = demos.DemoRequest(
         prompt,
@@ -253,6 +262,7 @@ def generate(
         _interval(guidance_interval) if guidance_interval else None,
         _quality_floor(floor_steps, floor_previews, floor_similarity),
         _adapters(adapter or ()),
+        _controls(control or ()),
     )
     picture, developed = _run(
         demos.generate_one(_connect(target, api_key, ca_file, client_cert, server_name), order, console)
@@ -291,6 +301,26 @@ def _adapters(given: Sequence[str]) -> dict[str, float]:
         except ValueError:
             raise CommandError(f"--adapter {text}: must be NAME:SCALE, such as pixel:0.8, or NAME") from None
     return found
+
+
+def _controls(given: Sequence[str]) -> list[Control]:
+    found = []
+    for text in given:
+        name, _, rest = text.partition("=")
+        file, *numbers = rest.split(":")
+        source, values = _picture(file), [_number(number) for number in numbers]
+        if not name or source is None or None in values or len(values) > 3:
+            what = "must be NAME=FILE, or NAME=FILE:SCALE:START:END such as canny=edges.png:0.8:0:0.5"
+            raise CommandError(f"--control {text}: {what}")
+        found.append(Control(name, source, *values))
+    return found
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _quality_floor(steps: int | None, previews: bool, similarity: float | None) -> QualityFloor | None:
@@ -347,6 +377,9 @@ def models(
                 if model.adapters:
                     named = ", ".join(f"{adapter.name} (rank {adapter.rank})" for adapter in model.adapters)
                     console.print(f"    adapters {named}", highlight=False, soft_wrap=True, markup=False)
+                if model.controls:
+                    named = ", ".join(control.name for control in model.controls)
+                    console.print(f"    controls {named}", highlight=False, soft_wrap=True, markup=False)
                 for note in model.notes:
                     console.print(f"    note: {note}", highlight=False, soft_wrap=True, markup=False)
             for left_out in await client.unavailable_models():

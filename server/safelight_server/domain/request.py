@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from safelight_server.domain.ktx2 import TextureFormat
-from safelight_server.sampler import SamplerSpec, guided_steps, steps_left_out
+from safelight_server.sampler import SamplerSpec, controlled_steps, guided_steps, steps_left_out
 from safelight_server.scheduler import Priority
 
 TEXT_BYTES = 100
@@ -123,6 +123,33 @@ class AdapterUse:
 
 
 @dataclass(frozen=True, slots=True)
+class ControlUse:
+    """A control network that a spec names, and the picture for it.
+
+    Attributes:
+        image: SHA-256 of the picture, in hexadecimal, or before its generation begins the name of an output, as
+            `Spec.init_image`.
+        scale: factor of what the network adds.
+        start, end: where it acts, as shares of all steps.
+    """
+
+    name: str
+    image: str
+    scale: float = 1.0
+    start: float = EVERY_STEP[0]
+    end: float = EVERY_STEP[1]
+
+    @property
+    def field(self) -> str:
+        """The path of its picture below `spec`, for errors."""
+        return f"controls[{self.name}].image"
+
+    def steps(self, num_steps: int) -> range:
+        """The steps, from 0, in which it acts."""
+        return controlled_steps(num_steps, self.start, self.end)
+
+
+@dataclass(frozen=True, slots=True)
 class Spec:
     """What to generate, with every default filled in and every seed chosen.
 
@@ -137,6 +164,7 @@ class Spec:
         guidance_rescale: how far the contrast that guidance adds is reduced again, 0 to 1 (`sampler.rescale`).
         guidance_interval: start and end of guidance as shares of all steps; `EVERY_STEP`: no limit.
         adapters: in the order of their names; none has the scale 0.
+        controls: likewise.
     """
 
     model: str
@@ -157,6 +185,7 @@ class Spec:
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = EVERY_STEP
     adapters: tuple[AdapterUse, ...] = ()
+    controls: tuple[ControlUse, ...] = ()
 
     @property
     def first_step(self) -> int:
@@ -165,12 +194,19 @@ class Spec:
 
     @property
     def named_outputs(self) -> dict[str, str]:
-        """The names of outputs that `init_image` and `mask` still have instead of digests, by field."""
-        return {field: name for field, name in (("init_image", self.init_image), ("mask", self.mask)) if "/" in name}
+        """The names of outputs that `init_image`, `mask` and controls still have instead of digests, by field."""
+        images = {"init_image": self.init_image, "mask": self.mask}
+        images |= {control.field: control.image for control in self.controls}
+        return {field: name for field, name in images.items() if "/" in name}
 
     def with_images(self, digests: Mapping[str, str]) -> Spec:
         """A copy with digests in place of the `named_outputs`, by field."""
-        return replace(self, init_image=digests.get("init_image", self.init_image), mask=digests.get("mask", self.mask))
+        return replace(
+            self,
+            init_image=digests.get("init_image", self.init_image),
+            mask=digests.get("mask", self.mask),
+            controls=tuple(replace(at, image=digests.get(at.field, at.image)) for at in self.controls),
+        )
 
     @property
     def guided_steps(self) -> range:

@@ -20,7 +20,7 @@ from safelight_server.catalog.pixels import decoder_latent, encoder_image
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Embedding, FloatArray
 from safelight_server.engine.jobs import EncoderInput, InitImage
-from safelight_server.engine.latents import Latents, RowAdapter, Slots, Snapshot
+from safelight_server.engine.latents import Latents, RowAdapter, RowControl, Slots, Snapshot
 from safelight_server.runtime.base import Inputs
 from safelight_server.sampler import SamplerTable
 from safelight_server.scheduler import Batch, Kind, Row
@@ -71,6 +71,7 @@ class OutputTensors:
     guided_steps: range | None = None
     guidance_rescale: float = 0.0
     adapters: Sequence[RowAdapter] = ()
+    controls: Sequence[RowControl] = ()
     slot: int | None = None
     image: FloatArray | None = None
 
@@ -311,7 +312,8 @@ class Batches:
             steps, inputs = pipeline.manifest.limits.max_num_inference_steps, pipeline.manifest.inputs
             context_shapes = {name: context[0][name].shape for name in pipeline.embedding_outputs}
             size_ids, room = pipeline.size_ids(shape), pipeline.manifest.adapters
-            self._latents[key] = Latents(self._capacity, shape, context_shapes, steps, inputs, size_ids, room)
+            pictures = len(pipeline.manifest.controls), 3, *pipeline.picture_size(shape)
+            self._latents[key] = Latents(self._capacity, shape, context_shapes, steps, inputs, size_ids, room, pictures)
         picture = None
         if (image := output.init_image) is not None:
             encoding = self._embeddings[image.name(output.pipeline)]
@@ -326,6 +328,7 @@ class Batches:
             output.guided_steps,
             output.guidance_rescale,
             output.adapters,
+            output.controls,
         )
 
 

@@ -183,6 +183,7 @@ class Engine:
             guided_steps=job.guided_steps,
             guidance_rescale=job.guidance_rescale,
             adapters=job.adapters,
+            controls=job.controls,
         )
         self._observers[job.output_id] = observer
         self._unstarted.add(job.output_id)

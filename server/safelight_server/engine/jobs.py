@@ -12,7 +12,7 @@ from safelight_server.catalog.pixels import denoiser_latent, shrunk_mask, to_pix
 from safelight_server.domain.component import Component
 from safelight_server.domain.picture import Pixels, scaled
 from safelight_server.domain.tensors import Embedding, FloatArray
-from safelight_server.engine.latents import CleanLatent, RowAdapter, Snapshot
+from safelight_server.engine.latents import CleanLatent, RowAdapter, RowControl, Snapshot
 from safelight_server.sampler import POSTERIOR, SamplerTable, gaussian
 from safelight_server.scheduler import Kind, Priority, ScheduledOutput
 
@@ -87,6 +87,7 @@ class Job:
         guided_steps: the steps with guidance; each of the others has one row. None: all, if it has guidance.
         guidance_rescale: see `sampler.rescale`.
         adapters: of the denoiser, for all of its rows.
+        controls: likewise.
     """
 
     output_id: int
@@ -105,6 +106,7 @@ class Job:
     guided_steps: range | None = None
     guidance_rescale: float = 0.0
     adapters: tuple[RowAdapter, ...] = ()
+    controls: tuple[RowControl, ...] = ()
 
     @property
     def first_step(self) -> int:

@@ -9,7 +9,7 @@ no batch in flight reads or writes it; one slot never changes the bits of anothe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,8 @@ import numpy.typing as npt
 from safelight_server.catalog.manifest import (
     ADAPTER_SCALES_SOURCE,
     ADAPTER_WEIGHTS_SOURCE,
+    CONTROL_IMAGES_SOURCE,
+    CONTROL_SCALES_SOURCE,
     ENCODER_SOURCE,
     GUIDANCE_SOURCE,
     LATENT_SOURCE,
@@ -26,6 +28,7 @@ from safelight_server.catalog.manifest import (
     TIMESTEP_SOURCE,
     AdapterRoom,
 )
+from safelight_server.domain.picture import Pixels
 from safelight_server.domain.tensors import Array, Embedding, FloatArray
 from safelight_server.runtime.base import StableRows
 from safelight_server.sampler import (
@@ -91,6 +94,23 @@ class RowAdapter:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class RowControl:
+    """A control network that acts on the rows of an output.
+
+    Attributes:
+        place: of the network among those of the denoiser (`Manifest.controls`).
+        pixels: (H, W, 3) uint8 sRGB, the picture that it is given.
+        scale: factor of what it adds in `steps`; in all others it is 0.
+        steps: counted from 0.
+    """
+
+    place: int
+    pixels: Pixels
+    scale: float
+    steps: range
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Inpainting:
     """The latent of a slot outside its mask: before step n the clean latent with the noise of `levels[n]`."""
 
@@ -114,6 +134,7 @@ class Latents:
         inputs: the denoiser's inputs, each with its source (`Manifest.inputs`).
         size_ids: value of the inputs with that source, (6,).
         room: room of each row for adapters; None: the denoiser takes none.
+        pictures: (K, 3, H, W): shape of a row's pictures for K control networks.
     """
 
     def __init__(
@@ -125,12 +146,15 @@ class Latents:
         inputs: Mapping[str, str] = STABLE_DIFFUSION_INPUTS,
         size_ids: FloatArray | None = None,
         room: AdapterRoom | None = None,
+        pictures: tuple[int, ...] = (0, 3, 0, 0),
     ) -> None:
         self.shape = shape
         self._inputs = inputs
         self._size_ids = size_ids
         self._room = room
         self._adapters: dict[int, Sequence[RowAdapter]] = {}
+        self._pictures = pictures
+        self._controls: dict[int, Sequence[RowControl]] = {}
         self._free = list(range(capacity))[::-1]
         self._in_flight = [0] * capacity
         self._abandoned: set[int] = set()
@@ -167,6 +191,7 @@ class Latents:
         guided_steps: range | None = None,
         guidance_rescale: float = 0.0,
         adapters: Sequence[RowAdapter] = (),
+        controls: Sequence[RowControl] = (),
     ) -> int:
         """Takes a slot for an output, and fills it with fresh noise or with the state `start`.
 
@@ -177,6 +202,7 @@ class Latents:
             guided_steps: the steps with guidance; the others need no prediction for the negative prompt. None: all.
             guidance_rescale: see `sampler.rescale`.
             adapters: together of at most the rank that the room has.
+            controls: at most one for each network.
         """
         slot = self._free[-1]
         steps = table.num_steps
@@ -190,6 +216,7 @@ class Latents:
         self._given_guidance[slot] = guidance_scale
         self._rescale[slot] = guidance_rescale
         self._adapters[slot] = adapters
+        self._controls[slot] = controls
         self._noise_seed[slot] = seed if table.uses_noise else None
         first = slot * 2
         for name, rows in self._context.items():
@@ -213,6 +240,7 @@ class Latents:
         """Frees a slot, or lets `arrive` free it if a batch in flight uses it."""
         self._inpainting.pop(slot, None)
         self._adapters.pop(slot, None)
+        self._controls.pop(slot, None)
         if self._in_flight[slot]:
             self._abandoned.add(slot)
         else:
@@ -253,6 +281,10 @@ class Latents:
             return self._adapter_weights(slots)
         if source == ADAPTER_SCALES_SOURCE:
             return self._adapter_scales(slots)
+        if source == CONTROL_IMAGES_SOURCE:
+            return self._control_images(slots, steps)
+        if source == CONTROL_SCALES_SOURCE:
+            return self._control_scales(slots, steps)
         rows = self._context[source.removeprefix(ENCODER_SOURCE)]
         return StableRows(rows, context, self._context_versions[context])
 
@@ -277,6 +309,27 @@ class Latents:
                 scales[row, first : first + len(adapter.weights)] = adapter.scale
                 first += len(adapter.weights)
         return scales
+
+    def _control_images(self, slots: Slots, steps: Slots) -> FloatArray:
+        """The pictures of the control networks that act on each row, (B, K, 3, H, W); zeros for the others.
+
+        Without any these are zeros that nobody wrote or reads, which take no memory.
+        """
+        images = np.zeros((len(slots), *self._pictures), np.float32)
+        for row, control in self._acting(slots, steps):
+            images[row, control.place] = control.pixels.transpose(2, 0, 1) / np.float32(255)
+        return images
+
+    def _control_scales(self, slots: Slots, steps: Slots) -> FloatArray:
+        """The factors of what the control networks add to each row, (B, K); 0 for those that do not act."""
+        scales = np.zeros((len(slots), self._pictures[0]), np.float32)
+        for row, control in self._acting(slots, steps):
+            scales[row, control.place] = control.scale
+        return scales
+
+    def _acting(self, slots: Slots, steps: Slots) -> Iterator[tuple[int, RowControl]]:
+        for row, (slot, step) in enumerate(zip(slots.tolist(), steps.tolist(), strict=True)):
+            yield from ((row, control) for control in self._controls[slot] if step in control.steps)
 
     def put(self, slots: Slots, parts: Slots, prediction: FloatArray) -> None:
         """Stores the predictions (B, C, h, w) of rows until all rows of their steps are back."""

@@ -39,7 +39,7 @@ from transformers import T5EncoderModel
 from safelight_server.catalog.catalog import ManifestError, WeightKind, load_pipeline
 from safelight_server.catalog.digest import sha256
 from safelight_server.catalog.manifest import Manifest
-from safelight_server.export import loading, manifest, memory, plan
+from safelight_server.export import controls, loading, manifest, memory, plan
 from safelight_server.export.adapters import Adapters
 from safelight_server.export.components import (
     Decoder,
@@ -55,6 +55,7 @@ from safelight_server.export.components import (
     TextEncoders,
     decoder_of,
 )
+from safelight_server.export.controls import ControlledDenoiser
 from safelight_server.export.networks import SCHNELL_T5_TOKENS
 from safelight_server.export.onnx_file import check_parity, num_values, write_onnx
 from safelight_server.export.plan import ROLES, ExportFormat, ExportOptions, ExportPlan
@@ -178,6 +179,8 @@ def _components(pipeline: DiffusionPipeline, made: ExportPlan) -> dict[str, nn.M
         "denoiser": denoiser_of(pipeline, adapters),
         "decoder": decoder_of(pipeline.vae),
     }
+    if made.options.controls:
+        components["denoiser"] = ControlledDenoiser(components["denoiser"], loading.control_networks(made))
     if "preview_decoder" in made.roles():
         preview = AutoencoderTiny.from_pretrained(made.source.folder / "preview_decoder", local_files_only=True)
         scale = pipeline.vae.config.scaling_factor / preview.config.scaling_factor
@@ -229,7 +232,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _adapters_of(module: nn.Module) -> Adapters | None:
-    return module.adapters if isinstance(module, Denoiser | DenoiserXL) else None
+    return module.adapters if isinstance(module, Denoiser | DenoiserXL | ControlledDenoiser) else None
 
 
 def text_encoder_of(pipeline: DiffusionPipeline) -> nn.Module:
@@ -304,10 +307,16 @@ def _export_component(
         examples = [{**example, **own} for example in examples]
     target = place / str(version) / "model.onnx"
     multiple = {"denoiser": made.multiple, "encoder": made.factor}.get(role, 1)
-    data = write_onnx(
-        module, examples, module.outputs, target, multiple, made.largest_edge if role == "denoiser" else None
-    )
-    worst = check_parity(module, examples, module.outputs, target)
+    compared = examples
+    if isinstance(module, ControlledDenoiser):
+        examples = [module.examples(example, made.factor) for example in examples]
+        compared = [*examples, *controls.idle(examples[0])]
+        data = controls.write_controlled(module, examples, target, multiple)
+    else:
+        data = write_onnx(
+            module, examples, module.outputs, target, multiple, made.largest_edge if role == "denoiser" else None
+        )
+    worst = check_parity(module, compared, module.outputs, target)
     write_config(place / "config.pbtxt", place.name, made.max_rows(role), examples, module)
     if role in UNSHARED:
         module.to("meta")  # frees the memory of weights that are not needed any more

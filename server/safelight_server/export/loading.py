@@ -55,6 +55,21 @@ def _from_folder(made: ExportPlan) -> DiffusionPipeline:
     return pipeline
 
 
+def control_networks(made: ExportPlan) -> list[nn.Module]:
+    """The control networks of a plan, in its order, on the CPU in float32.
+
+    Raises:
+        ExportError: weights cannot be read, or some are missing.
+    """
+    found = []
+    for name, folder in made.options.controls:
+        try:
+            found.append(_network(diffusers.ControlNetModel, folder, made.options.variant or None))
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise ExportError(f"--control {name}={folder} cannot be read: {_first_line(error)}") from None
+    return found
+
+
 def _network(kind: type[Any], folder: Path, variant: str | None) -> nn.Module:
     network: nn.Module
     network, found = kind.from_pretrained(

@@ -44,6 +44,33 @@ SDXL_UNET_RULES: Rules = {
     **UNET_RULES,
     "addition_embed_type": (("text_time",), "SDXL's denoiser is given the prompt's pooled output and the size"),
 }
+CONTROL_SHAPE = _keys(
+    """
+    in_channels flip_sin_to_cos freq_shift down_block_types mid_block_type only_cross_attention block_out_channels
+    layers_per_block downsample_padding mid_block_scale_factor act_fn norm_num_groups norm_eps cross_attention_dim
+    transformer_layers_per_block encoder_hid_dim attention_head_dim num_attention_heads use_linear_projection
+    addition_embed_type addition_time_embed_dim upcast_attention resnet_time_scale_shift
+    projection_class_embeddings_input_dim controlnet_conditioning_channel_order
+    conditioning_embedding_out_channels addition_embed_type_num_heads
+    """
+)
+CONTROL_RULES: Rules = {
+    "conditioning_channels": ((3,), "a picture has three channels"),
+    "class_embed_type": ((None,), "the network would need a class as an input"),
+    "num_class_embeds": ((None,), "the network would need a class as an input"),
+    "encoder_hid_dim_type": ((None,), "the network would need a condition other than the prompt's"),
+    "global_pool_conditions": ((False,), "what is added would be a mean over the picture"),
+}
+SHARED: Mapping[str, Any] = {
+    "in_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "cross_attention_dim": 1280,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "projection_class_embeddings_input_dim": None,
+}
+"""What a control network has in common with its UNet, with diffusers' defaults, which are the same for both."""
 FLUX_PATCH = 2
 """Pixels along an edge of what FLUX packs to a token."""
 SCHNELL_T5_TOKENS = 256
@@ -143,6 +170,32 @@ def _judge_unet(source: Source, findings: Findings) -> None:
         )
     if is_sdxl:
         _judge_added(unet, configs["text_encoder_2"].get("projection_dim", 512), findings)
+
+
+def judge_control(source: Source, name: str, config: Config, factor: int, findings: Findings) -> None:
+    """Judges a control network for the denoiser of `source`.
+
+    Args:
+        factor: pixels of a picture along one edge of a latent's pixel.
+    """
+    option = f"--control {name}"
+    if source.family.denoiser == "transformer":
+        findings.faults.append(f"{option}: only UNets take control networks; leave it out")
+        return
+    if (kind := config.get("_class_name")) != "ControlNetModel":
+        findings.faults.append(f"{option}: config.json is that of a {kind}; what can be exported: ControlNetModel")
+        return
+    _check(f"{option}: config.json", config, CONTROL_SHAPE, CONTROL_RULES, findings)
+    for key, default in SHARED.items():
+        found, wanted = config.get(key, default), source.configs["unet"].get(key, default)
+        if found != wanted:
+            findings.faults.append(f"{option}: config.json: {key} is {found}, that of the UNet is {wanted}")
+    stages = config.get("conditioning_embedding_out_channels") or (16, 32, 96, 256)
+    if 2 ** (len(stages) - 1) != factor:
+        findings.faults.append(
+            f"{option}: config.json: conditioning_embedding_out_channels shrink a picture to 1/{2 ** (len(stages) - 1)},"
+            f" the autoencoder to 1/{factor}"
+        )
 
 
 def _judge_added(unet: Config, pooled: int, findings: Findings) -> None:

@@ -34,6 +34,8 @@ ALIGNMENT = 4096
 
 Inputs = Mapping[str, Tensor]
 Values = npt.NDArray[Any]
+Axes = dict[str, dict[int, Any]]
+"""The free axes of each input, as torch.export takes them."""
 
 
 def write_onnx(
@@ -53,29 +55,63 @@ def write_onnx(
     Returns:
         The file with the weights, if they are many.
     """
-    with warnings.catch_warnings(), _refusals(path.parent.parent.name):
+    given = max(examples, key=num_values)  # not an edge of one multiple, which torch takes for a constant
+    axes = free_axes(examples, multiple, largest)
+    program = exported(module, given, list(examples[0]), outputs, axes, path.parent.parent.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = move_weights([program.model], path)
+    model = stored(program)
+    del program
+    save(model, path)
+    return data
+
+
+def exported(
+    module: nn.Module,
+    given: Mapping[str, Any],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    axes: Mapping[str, Any],
+    name: str,
+) -> Any:
+    """torch's ONNX program of a module.
+
+    Args:
+        given: arguments of the module: tensors, or tuples of them.
+        inputs: names of all tensors in `given`.
+        axes: the free axes, of the structure of `given`.
+        name: for errors.
+
+    Raises:
+        ExportError: torch cannot export it.
+    """
+    with warnings.catch_warnings(), _refusals(name):
         warnings.simplefilter("ignore")  # of torch about its own internals
-        program = torch.onnx.export(
+        return torch.onnx.export(
             module,
-            tuple(
-                max(examples, key=num_values).values()
-            ),  # not an edge of one multiple, which torch takes for a constant
-            input_names=list(examples[0]),
+            (),
+            kwargs=dict(given),
+            input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_shapes=free_axes(examples, multiple, largest),
+            dynamic_shapes=axes,
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = _move_weights(program.model, path.with_name(DATA_FILE))
+
+
+def stored(program: Any) -> onnx.ModelProto:
+    """An ONNX program as it is stored: weights in float16, and no notes about source files."""
     model = program.model_proto
-    del program
     _strip(model)
     _store_half(model)
+    return model
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Writes and checks a model."""
     path.write_bytes(model.SerializeToString(deterministic=True))
     onnx.checker.check_model(path)
-    return data
 
 
 @contextlib.contextmanager
@@ -93,19 +129,24 @@ def num_values(inputs: Inputs) -> int:
     return sum(tensor.numel() for tensor in inputs.values())
 
 
-def free_axes(examples: Sequence[Inputs], multiple: int, largest: int | None = None) -> tuple[dict[int, Any], ...]:
-    """torch.export's dynamic shapes: the batch, and height and width where the examples have several."""
+def free_axes(examples: Sequence[Inputs], multiple: int | Mapping[str, int], largest: int | None = None) -> Axes:
+    """torch.export's dynamic shapes by input: the batch, and height and width where the examples have several.
+
+    Args:
+        multiple: of what they are multiples, by input where that differs.
+    """
     batch = torch.export.Dim("batch", min=1, max=1024)
-    shapes = []
+    shapes = {}
     for name in examples[0]:
         free: dict[int, Any] = {0: batch}
         for axis in range(1, examples[0][name].ndim):
             sizes = {int(example[name].shape[axis]) for example in examples}
             if len(sizes) > 1:
-                edge = torch.export.Dim(f"edge{axis}", max=None if largest is None else largest // multiple)
-                free[axis] = multiple * edge if multiple > 1 else edge
-        shapes.append(free)
-    return tuple(shapes)
+                factor = multiple if isinstance(multiple, int) else multiple[name]
+                edge = torch.export.Dim(f"edge{axis}", max=None if largest is None else largest // factor)
+                free[axis] = factor * edge if factor > 1 else edge
+        shapes[name] = free
+    return shapes
 
 
 def check_parity(module: nn.Module, examples: Sequence[Inputs], outputs: Sequence[str], path: Path) -> float:
@@ -154,28 +195,36 @@ def _stored(values: Values) -> Values:
     return half if np.array_equal(half.astype(np.float32), values) else values
 
 
-def _move_weights(model: onnx_ir.Model, path: Path) -> Path | None:
-    """Moves the weights to a file of their own, if they are many; one at a time, as a copy of all may not fit."""
-    large = {
-        name: value.const_value
+def move_weights(models: Sequence[onnx_ir.Model], path: Path) -> Path | None:
+    """Moves the weights to a file of their own beside `path`, if they are many.
+
+    One at a time, as a copy of all may not fit.
+
+    Returns:
+        That file, if there is one.
+    """
+    large = [
+        (model.graph.initializers, name, value.const_value)
+        for model in models
         for name, value in model.graph.initializers.items()
         if value.const_value.dtype == onnx_ir.DataType.FLOAT and value.const_value.nbytes >= 2 * ALIGNMENT
-    }
-    if sum(tensor.nbytes for tensor in large.values()) // 2 <= EXTERNAL_BYTES:
+    ]
+    if sum(tensor.nbytes for _, _, tensor in large) // 2 <= EXTERNAL_BYTES:
         return None
+    path = path.with_name(DATA_FILE)
     with path.open("wb") as stream:
-        for name, tensor in large.items():
-            stored = np.ascontiguousarray(_stored(tensor.numpy()))
+        for initializers, name, tensor in large:
+            half = np.ascontiguousarray(_stored(tensor.numpy()))
             stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
-            model.graph.initializers[name].const_value = onnx_ir.ExternalTensor(
+            initializers[name].const_value = onnx_ir.ExternalTensor(
                 path.name,
                 stream.tell(),
-                stored.nbytes,
-                onnx_ir.DataType.from_numpy(stored.dtype),
-                shape=onnx_ir.Shape(stored.shape),
+                half.nbytes,
+                onnx_ir.DataType.from_numpy(half.dtype),
+                shape=onnx_ir.Shape(half.shape),
                 name=name,
             )
-            stream.write(stored.data)
+            stream.write(half.data)
     return path
 
 

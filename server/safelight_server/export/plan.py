@@ -17,10 +17,24 @@ from typing import Any
 from pydantic import ValidationError
 
 from safelight_server.catalog.catalog import ONLY_FLOW, check
-from safelight_server.catalog.manifest import ADAPTER_INPUTS, GUIDANCE_SOURCE, STABLE_DIFFUSION_INPUTS, Manifest
+from safelight_server.catalog.manifest import (
+    ADAPTER_INPUTS,
+    CONTROL_INPUTS,
+    GUIDANCE_SOURCE,
+    STABLE_DIFFUSION_INPUTS,
+    Manifest,
+)
 from safelight_server.export import networks, schedulers, weights
 from safelight_server.export.schedulers import SamplerOffer
-from safelight_server.export.source import CHECKPOINTS, ExportError, Findings, Source, read, scheduler_class
+from safelight_server.export.source import (
+    CHECKPOINTS,
+    ExportError,
+    Findings,
+    Source,
+    read,
+    read_json,
+    scheduler_class,
+)
 from safelight_server.sampler import NoiseSchedule
 
 ROLES = ("text_encoder", "denoiser", "decoder", "encoder", "preview_decoder")
@@ -30,6 +44,8 @@ MAX_ROWS = 64
 """Largest batch of a denoiser that is offered, unless the user says; other components get a quarter of it."""
 MAX_ADAPTER_RANK = 256
 """Largest room for adapters: each row of a call brings so many ranks, used or not."""
+MAX_CONTROLS = 8
+"""Most control networks of a model: each row of a call brings a picture for each, used or not."""
 MAX_GUIDANCE_SCALE = 20.0
 MAX_OUTPUTS = 8
 LOADED_BYTES = 6
@@ -46,6 +62,7 @@ OPTION_OF = {
     "defaults.num_inference_steps": "--steps",
     "defaults.guidance_scale": "--guidance-scale",
     "sizes": "--sizes",
+    "controls": "--control",
 }
 """The option that sets a field of the manifest, for messages."""
 
@@ -74,6 +91,7 @@ class ExportOptions:
         config: for a checkpoint in one file, a diffusers folder of the same architecture.
         format: which files are written.
         adapter_rank: room for adapters: the ranks of all adapters of a row together; 0: none.
+        controls: control networks, each with its name and its folder.
     """
 
     name: str
@@ -91,6 +109,7 @@ class ExportOptions:
     config: Path | None = None
     format: ExportFormat = ExportFormat.ONNX
     adapter_rank: int = 0
+    controls: tuple[tuple[str, Path], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,8 +165,8 @@ class ExportPlan:
         if not numbers or not all(numbers.values()):
             return 0
         total, of_text = sum(numbers.values()), sum(numbers[name] for name in family.text_encoders)
-        loaded = 4 * total + LOADED_BYTES * of_text, 4 * (total - of_text) + LOADED_BYTES * numbers[family.denoiser]
-        return max(loaded)
+        of_denoiser = total - of_text - numbers["vae"]  # with its control networks
+        return max(4 * total + LOADED_BYTES * of_text, 4 * (total - of_text) + LOADED_BYTES * of_denoiser)
 
     def max_rows(self, role: str) -> int:
         """Largest batch of a component."""
@@ -190,6 +209,7 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         )
     if options.adapter_rank and source.family.denoiser == "transformer":
         findings.faults.append(f"--adapter-rank {options.adapter_rank}: only UNets take adapters; leave it out")
+    found |= _controls(source, factor, options, checkpoint is None, findings)
     licence = options.licence or source.licence
     if not licence:
         findings.faults.append(
@@ -235,6 +255,7 @@ def draft(plan: ExportPlan) -> dict[str, Any]:
     family, nothing = plan.source.family, {"sha256": "0" * 64}
     is_transformer = family.denoiser == "transformer"
     inputs = {**family.inputs, **(ADAPTER_INPUTS if options.adapter_rank else {})}
+    inputs |= CONTROL_INPUTS if options.controls else {}
     if networks.is_guidance_distilled(plan.source):
         inputs["guidance"] = GUIDANCE_SOURCE
     tokenizer = {"file": "tokenizer.json", **nothing, "max_tokens": 77, "pad_id": 0, "bos_id": 0, "eos_id": 0}
@@ -275,6 +296,7 @@ def draft(plan: ExportPlan) -> dict[str, Any]:
             "max_outputs": MAX_OUTPUTS,
         },
         **({"adapters": room} if options.adapter_rank else {}),
+        **({"controls": [name for name, _ in options.controls]} if options.controls else {}),
         "linear_preview": {"block": 1, "weights": [[0.0] * 3] * channels, "bias": [0.0] * 3},
         **({"notes": list(plan.notes)} if plan.notes else {}),
     }
@@ -330,6 +352,28 @@ def _weights(source: Source, checkpoint: Path | None, variant: str, findings: Fi
     if fault:
         findings.faults.append(f"{checkpoint} {fault}")
     return {}
+
+
+def _controls(
+    source: Source, factor: int, options: ExportOptions, is_counted: bool, findings: Findings
+) -> dict[str, int]:
+    """Judges the control networks.
+
+    Args:
+        is_counted: whether the weights of the other networks are.
+
+    Returns:
+        The numbers in the weights of each, by option.
+    """
+    found = {}
+    if options.controls and options.format is not ExportFormat.ONNX:
+        findings.faults.append("--control: the torch runtime takes no control networks; use --format onnx")
+    if len(options.controls) > MAX_CONTROLS:
+        findings.faults.append(f"--control: there are {len(options.controls)}; at most {MAX_CONTROLS} are taken")
+    for name, folder in options.controls[:MAX_CONTROLS]:
+        networks.judge_control(source, name, read_json(folder / "config.json"), factor, findings)
+        found[f"--control {name}"] = weights.find(folder, options.variant, findings).num_values
+    return found if is_counted else {}
 
 
 def _sizes(

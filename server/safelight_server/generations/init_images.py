@@ -1,4 +1,4 @@
-"""Loads the pictures that generations start from: from the uploads of their tenant to pixels at their size.
+"""Loads the pictures that generations start from or follow: from the uploads of their tenant to pixels at their size.
 
 An output of another generation becomes an upload of its tenant first. So a picture
 depends on the content that it started from and not on a generation's life, and any
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 from safelight_server.cache.images import Images
@@ -24,6 +24,7 @@ from safelight_server.domain.picture import EncodedPicture, Pixels, picture_file
 from safelight_server.domain.request import MediaType, Spec
 from safelight_server.domain.uploads import PictureFile, PictureFileError, decode_mask, decode_picture
 from safelight_server.engine.jobs import InitImage
+from safelight_server.engine.latents import RowControl
 from safelight_server.generations.generation import Generation
 
 
@@ -56,6 +57,27 @@ class InitImages:
         if spec.mask:
             mask = await self._decoded(tenant, spec.mask, "spec.mask", decode_mask, spec)
         return InitImage(spec.init_image, pixels, mask)
+
+    async def load_controls(self, tenant: str, spec: Spec, offered: Sequence[str]) -> tuple[RowControl, ...]:
+        """The controls of a spec with their pictures.
+
+        Args:
+            offered: the model's control networks, in their order.
+
+        Raises:
+            NotFoundError: the tenant has no such picture, or the model no such network any more.
+            InvalidRequestError: as `load`.
+            StoreError: a tier that replicas share has failed.
+        """
+        found = []
+        for control in spec.controls:
+            if control.name not in offered:  # it was accepted by a replica with another revision
+                what = f"the model has no control {control.name}; ListModels shows what it has"
+                raise NotFoundError(what, reason="CONTROL_NOT_FOUND")
+            pixels = await self._decoded(tenant, control.image, f"spec.{control.field}", decode_picture, spec)
+            steps = control.steps(spec.num_inference_steps)
+            found.append(RowControl(offered.index(control.name), pixels, control.scale, steps))
+        return tuple(found)
 
     async def keep_output(self, source: Generation, index: int, field: str) -> str:
         """Keeps the picture of an output as if its client had uploaded it. Returns its digest.

@@ -35,7 +35,7 @@ from safelight_server.domain.request import CacheMode, CachePolicy, Spec
 from safelight_server.domain.tensors import Embedding
 from safelight_server.engine.engine import Engine
 from safelight_server.engine.jobs import InitImage, Job
-from safelight_server.engine.latents import RowAdapter, Snapshot
+from safelight_server.engine.latents import RowAdapter, RowControl, Snapshot
 from safelight_server.generations.adapters import load_adapters
 from safelight_server.generations.admission import AdmissionLimits, admit
 from safelight_server.generations.execution import Execution, Executions
@@ -65,8 +65,9 @@ class OutputPlan:
         embeddings: the embeddings of its prompts that are cached.
         gone: whether the latent that it began from at another replica is not kept any more.
         image: its init image.
-        fault: why the output cannot be developed here: its init image, or an adapter, is not there any more.
+        fault: why the output cannot be developed here: a picture, or an adapter, is not there any more.
         adapters: the adapters of its spec.
+        controls: likewise.
     """
 
     wanted: CacheQuery
@@ -78,6 +79,7 @@ class OutputPlan:
     image: InitImage | None = None
     fault: SafelightError | None = None
     adapters: tuple[RowAdapter, ...] = ()
+    controls: tuple[RowControl, ...] = ()
 
 
 class Planner:
@@ -148,16 +150,21 @@ class Planner:
 
         Raises:
             InvalidRequestError, FailedPreconditionError: the branch is not possible.
-            NotFoundError: the tenant has no such init image, or an adapter has gone.
+            NotFoundError: the tenant has no such picture, or an adapter has gone.
             UnavailableError: uploaded pictures cannot be read now, or the adapters in use leave no memory.
         """
+        spec, tenant = generation.request.spec, generation.caller.tenant
         try:
-            image = await self._images.load(generation.caller.tenant, generation.request.spec)
+            image = await self._images.load(tenant, spec)
+            controls = await self._images.load_controls(tenant, spec, self._catalog.get(spec.model).manifest.controls)
         except StoreError:
             what = "uploaded pictures cannot be read now; try again"
             raise UnavailableError(what, retry_after_s=1.0) from None
-        adapters = await load_adapters(self._catalog.adapters, generation.request.spec)
-        return [replace(plan, image=image, adapters=adapters) for plan in await self._plan(generation, branched_from)]
+        adapters = await load_adapters(self._catalog.adapters, spec)
+        return [
+            replace(plan, image=image, adapters=adapters, controls=controls)
+            for plan in await self._plan(generation, branched_from)
+        ]
 
     async def _plan(self, generation: Generation, branched_from: Generation | None) -> list[OutputPlan]:
         if branched_from is not None:
@@ -292,9 +299,12 @@ class Planner:
         others = "" if generation.numerics_id in ("", numerics) else numerics
         image, fault = None, None
         adapters: tuple[RowAdapter, ...] = ()
+        controls: tuple[RowControl, ...] = ()
+        spec, tenant = generation.request.spec, generation.caller.tenant
         try:
-            image = await self._images.load(generation.caller.tenant, generation.request.spec)
-            adapters = await load_adapters(self._catalog.adapters, generation.request.spec)
+            image = await self._images.load(tenant, spec)
+            controls = await self._images.load_controls(tenant, spec, self._catalog.get(spec.model).manifest.controls)
+            adapters = await load_adapters(self._catalog.adapters, spec)
         except (NotFoundError, UnavailableError) as error:
             fault = error
         except InvalidRequestError as error:  # this replica has other bounds than the one that accepted it
@@ -308,7 +318,7 @@ class Planner:
             anew = gone or output.origin.disposition in SERVED
             origin = replace(MISS if anew else output.origin, numerics_id=others)
             embeddings = await self._cache.embeddings(wanted)
-            plans.append(OutputPlan(wanted, origin, None, start, embeddings, gone, image, fault, adapters))
+            plans.append(OutputPlan(wanted, origin, None, start, embeddings, gone, image, fault, adapters, controls))
         return plans
 
     def enter(self, generation: Generation, plans: Sequence[OutputPlan]) -> None:
@@ -419,6 +429,7 @@ def _job(generation: Generation, output: Output, plan: OutputPlan) -> Job:
         guided_steps=spec.guided_steps,
         guidance_rescale=spec.guidance_rescale,
         adapters=plan.adapters,
+        controls=plan.controls,
     )
 
 

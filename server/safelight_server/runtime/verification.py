@@ -17,7 +17,7 @@ import numpy as np
 import structlog
 
 from safelight_server.catalog.catalog import ManifestError, Pipeline
-from safelight_server.catalog.manifest import ADAPTER_INPUTS
+from safelight_server.catalog.manifest import ADAPTER_INPUTS, CONTROL_IMAGES_SOURCE, CONTROL_SCALES_SOURCE
 from safelight_server.domain.tensors import Array, FloatArray
 from safelight_server.runtime.base import CostCurve
 
@@ -64,11 +64,12 @@ def at_sizes(inputs: Sequence[InputSpec], pipeline: Pipeline) -> list[list[Input
     for size in pipeline.manifest.sizes:
         latent = pipeline.latent_shape(size.width_px, size.height_px)
         picture = (3, size.height_px, size.width_px)
-        found.append([_at_size(spec, picture if spec.name == "image" else latent) for spec in inputs])
+        shapes = {"image": picture, CONTROL_IMAGES_SOURCE: (len(pipeline.manifest.controls), *picture)}
+        found.append([_at_size(spec, shapes.get(spec.name, latent)) for spec in inputs])
     return found
 
 
-def _at_size(spec: InputSpec, shape: tuple[int, int, int]) -> InputSpec:
+def _at_size(spec: InputSpec, shape: tuple[int, ...]) -> InputSpec:
     fits = len(spec.shape) == len(shape) and all(a in (-1, b) for a, b in zip(spec.shape, shape, strict=True))
     if -1 in spec.shape and not fits:
         raise ManifestError(f"input {spec.name} has an open dimension: {list(spec.shape)}")
@@ -84,6 +85,7 @@ def example(inputs: Sequence[InputSpec], rows: int) -> dict[str, Array]:
     """Example inputs of `rows` rows, all different; always the same for the same shapes."""
     rng = np.random.default_rng(rows)
     made: dict[str, Array] = {}
+    pictures_open = any(spec.name == CONTROL_IMAGES_SOURCE and -1 in spec.shape for spec in inputs)
     for spec in sorted(inputs, key=lambda spec: spec.name):
         shape = (rows, *(CANARY_EDGE if axis < 0 else axis for axis in spec.shape))
         if spec.is_ids:
@@ -95,6 +97,10 @@ def example(inputs: Sequence[InputSpec], rows: int) -> dict[str, Array]:
         if spec.name in ADAPTER_INPUTS:  # of the size of trained ones, and of every third row none
             made[spec.name] *= np.float32(0.1)
             made[spec.name][2::3] = 0
+        if spec.name == CONTROL_SCALES_SOURCE:  # some rows with all networks, some with a part of them, some without
+            acting = np.arange(rows)[:, None] % 3 != 2
+            made[spec.name] *= acting & ((np.arange(rows)[:, None] + np.arange(shape[1])) % 4 != 3)
+            made[spec.name] *= not pictures_open  # no network runs on pictures whose size is not that of the latents
     return made
 
 
@@ -141,7 +147,7 @@ async def warm_up(call: Call, inputs: Sequence[InputSpec], bound: int, tolerance
             log.warning("batch_not_equal_to_single_rows", rows=rows, tolerance=tolerance)
             break
         rows_done.append(rows)
-        seconds.append(await _median_s(call, feed, REPETITIONS if rows < 8 else 1))
+        seconds.append(await _median_s(call, _uncontrolled(feed), REPETITIONS if rows < 8 else 1))
     return CostCurve(tuple(rows_done), tuple(seconds)) if rows_done else None
 
 
@@ -153,6 +159,11 @@ async def fingerprint(call: Call, inputs: Sequence[InputSpec]) -> str:
         for name in sorted(results):
             digest.update(name.encode() + np.ascontiguousarray(results[name]).tobytes())
     return digest.hexdigest()
+
+
+def _uncontrolled(feed: Mapping[str, Array]) -> Mapping[str, Array]:
+    """The same batch without control networks: the costs that are told are those of plain rows."""
+    return {name: np.zeros_like(array) if name == CONTROL_SCALES_SOURCE else array for name, array in feed.items()}
 
 
 async def _agree(call: Call, feed: Mapping[str, Array], rows: int, tolerance: float) -> bool:

@@ -115,6 +115,15 @@ def guided_steps(num_steps: int, start: float, end: float) -> range:
     return range(int(start * num_steps), int(end * num_steps))
 
 
+def controlled_steps(num_steps: int, start: float, end: float) -> range:
+    """The steps, from 0, in which a control network acts from the share `start` of all steps to the share `end`.
+
+    They are counted as diffusers' ControlNet pipelines do (`control_guidance_start` and `control_guidance_end`).
+    """
+    steps = [i for i in range(num_steps) if not (i / num_steps < start or (i + 1) / num_steps > end)]
+    return range(steps[0], steps[-1] + 1) if steps else range(0)
+
+
 def refusal(spec: SamplerSpec, schedule: NoiseSchedule, prediction_type: str, num_steps: int) -> str | None:
     """Why a combination is not offered; None: it is."""
     try:

@@ -222,6 +222,10 @@ def _quality_floor(
             guided = guided_steps(min_num_steps, *spec.guidance_interval)
             enough = spec.negative_token_ids is None or not made or any(step in guided for step in made)
             faults.check(enough, at, f"of {min_num_steps} steps spec.guidance_interval has none; ask for more")
+            for control in spec.controls:
+                acts = not made or any(step in made for step in control.steps(min_num_steps))
+                what = f"of {min_num_steps} steps the control {control.name} acts in none; ask for more"
+                faults.check(acts, at, what)
     if floor.HasField("min_similarity"):
         min_similarity, at = floor.min_similarity, f"{field}.min_similarity"
         faults.check(not branched, at, "contradicts branch, which begins from a step of its own choice")

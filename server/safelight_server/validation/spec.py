@@ -10,7 +10,7 @@ from safelight.v1 import generation_pb2 as pb
 
 from safelight_server.catalog.adapters import AdapterLibrary
 from safelight_server.catalog.catalog import Pipeline
-from safelight_server.domain.request import EVERY_STEP, AdapterUse, Notice, Spec
+from safelight_server.domain.request import EVERY_STEP, AdapterUse, ControlUse, Notice, Spec
 from safelight_server.domain.roles import Role
 from safelight_server.sampler import SamplerSpec, guided_steps, refusal, steps_left_out
 from safelight_server.validation.images import source_image
@@ -22,6 +22,8 @@ LINE_BREAKS = "\t\n\r"
 MAX_ADAPTERS = 4
 """Adapters of one request."""
 MAX_ADAPTER_SCALE = 10.0
+MAX_CONTROL_SCALE = 10.0
+SHARE_OF_STEPS = "a share of the steps"
 DEFAULT_STRENGTH = 0.8
 WITHOUT_GUIDANCE = "goes with guidance; leave it out, or ask for a guidance_scale above 1"
 DISTILLED = "the model has its guidance from training and draws one row a step; leave it out"
@@ -53,9 +55,10 @@ def check_spec(
     seeds = _seeds(message, manifest.limits.max_outputs, faults)
     init_image, strength, mask = _init_image(message, pipeline, steps if steps_good else None, faults)
     adapters = _adapters(message, pipeline, library, faults)
-    if faults:
+    made = None if faults else range(steps_left_out(steps, strength), steps)
+    controls = _controls(message, pipeline, made, faults)
+    if faults or made is None:
         return None
-    made = range(steps_left_out(steps, strength), steps)
     num_guided = sum(step in guided_steps(steps, *interval) for step in made) if is_guided else 0
     what = f"leaves none of {len(made)} steps with guidance; widen it, or set guidance_scale to 1 and leave it out"
     fits = faults.check(num_guided > 0 or not is_guided, "spec.guidance_interval", what)
@@ -90,6 +93,7 @@ def check_spec(
         guidance_rescale=rescale,
         guidance_interval=interval,
         adapters=adapters,
+        controls=controls,
     )
 
 
@@ -156,14 +160,23 @@ def _guidance_interval(
     message: pb.GuidanceInterval, is_guided: bool, why: str, faults: Violations
 ) -> tuple[float, float]:
     """Start and end of guidance as shares of the steps."""
-    start = _shortest(message.start) if message.HasField("start") else EVERY_STEP[0]
-    end = _shortest(message.end) if message.HasField("end") else EVERY_STEP[1]
-    field, of = "spec.guidance_interval", "a share of the steps"
-    good = faults.check(0 <= start < 1, f"{field}.start", f"must be from 0 to below 1, {of}")
-    good = faults.check(0 < end <= 1, f"{field}.end", f"must be above 0 and at most 1, {of}") and good
-    if good and faults.check(start < end, field, f"must end after it starts; {start:g} to {end:g} is empty"):
+    field = "spec.guidance_interval"
+    start, end, good = _interval(message, field, faults)
+    if good:
         faults.check((start, end) == EVERY_STEP or is_guided, field, why)
     return start, end
+
+
+def _interval(
+    message: pb.GuidanceInterval | pb.Control, field: str, faults: Violations
+) -> tuple[float, float, bool]:
+    """The `start` and `end` of a message, and whether they are good."""
+    start = _shortest(message.start) if message.HasField("start") else EVERY_STEP[0]
+    end = _shortest(message.end) if message.HasField("end") else EVERY_STEP[1]
+    good = faults.check(0 <= start < 1, f"{field}.start", f"must be from 0 to below 1, {SHARE_OF_STEPS}")
+    good = faults.check(0 < end <= 1, f"{field}.end", f"must be above 0 and at most 1, {SHARE_OF_STEPS}") and good
+    good = good and faults.check(start < end, field, f"must end after it starts; {start:g} to {end:g} is empty")
+    return start, end, good
 
 
 def _shortest(value: float) -> float:
@@ -276,6 +289,44 @@ def _adapters(
             rank += file.rank
     what = f"have ranks of {rank} together; {model} has room for {room.max_rank}: name fewer"
     faults.check(rank <= room.max_rank, field, what)
+    return tuple(used[name] for name in sorted(used))
+
+
+def _controls(
+    message: pb.GenerationSpec, pipeline: Pipeline, made: range | None, faults: Violations
+) -> tuple[ControlUse, ...]:
+    """The controls that have an effect, in the order of their names.
+
+    Args:
+        made: the steps that will be made, the last of all; None: unknown, as something else is at fault.
+    """
+    offered, model, field = pipeline.manifest.controls, f"models/{pipeline.name}", "spec.controls"
+    if not message.controls:
+        return ()
+    if not offered:
+        faults.add(field, f"{model} takes no controls: it was exported without control networks; leave them out")
+        return ()
+    if len(message.controls) > len(offered):
+        what = f"has {len(message.controls)} entries; at most one of each is taken, of {listed(offered)}"
+        faults.add(field, what)
+        return ()
+    used, named = dict[str, ControlUse](), set[str]()
+    for index, entry in enumerate(message.controls):
+        at, name = f"{field}[{index}]", entry.name
+        scale = _shortest(entry.scale) if entry.HasField("scale") else 1.0
+        faults.check(0 <= scale <= MAX_CONTROL_SCALE, f"{at}.scale", f"must be from 0 to {MAX_CONTROL_SCALE:g}")
+        what = f"{model} has no control {shown(name)}; it has {listed(offered)}"
+        faults.check(name in offered, f"{at}.name", what)
+        faults.check(name not in named, f"{at}.name", f"{shown(name)} is there twice; keep one of them")
+        named.add(name)
+        image = source_image(entry.image, f"{at}.image", faults)
+        start, end, good = _interval(entry, at, faults)
+        control = ControlUse(name, image, scale, start, end)
+        if good and made is not None:
+            acts = any(step in made for step in control.steps(made.stop))
+            faults.check(acts, at, f"from {start:g} to {end:g} it acts in none of {len(made)} steps; widen it")
+        if scale:
+            used[name] = control
     return tuple(used[name] for name in sorted(used))
 
 

@@ -70,6 +70,7 @@ def model_message(
             *((models_pb2.TASK_IMAGE_TO_IMAGE, models_pb2.TASK_INPAINTING) if pipeline.has_encoder else ()),
         ],
         adapters=[models_pb2.AdapterInfo(name=at.name, sha256=at.sha256, rank=at.rank) for at in adapters],
+        controls=[models_pb2.ControlInfo(name=name) for name in manifest.controls],
     )
 
 

@@ -30,6 +30,10 @@ def spec_message(spec: Spec) -> pb.GenerationSpec:
         message.guidance_interval.start, message.guidance_interval.end = spec.guidance_interval
     for adapter in spec.adapters:
         message.adapters.add(name=adapter.name, scale=adapter.scale)
+    for control in spec.controls:
+        made = message.controls.add(name=control.name, image=image_name(control.image), scale=control.scale)
+        if (control.start, control.end) != EVERY_STEP:
+            made.start, made.end = control.start, control.end
     if spec.init_image:
         message.init_image, message.strength = image_name(spec.init_image), spec.strength
     if spec.mask:

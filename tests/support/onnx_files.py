@@ -1,0 +1,62 @@
+"""Writes small ONNX networks without the package onnx, which the server's own environment lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+FLOAT, OPSET, IR_VERSION = 1, 13, 8
+
+Shape = tuple[int | str, ...]
+
+
+def network(
+    inputs: Mapping[str, Shape],
+    outputs: Mapping[str, Shape],
+    nodes: Sequence[bytes],
+    constants: Mapping[str, np.ndarray[Any, Any]],
+) -> bytes:
+    """An ONNX file; an axis with a name is free."""
+    graph = b"".join(field(1, one) for one in nodes) + field(2, "graph")
+    graph += b"".join(field(5, _tensor(name, values)) for name, values in constants.items())
+    graph += b"".join(field(11, _value(name, shape)) for name, shape in inputs.items())
+    graph += b"".join(field(12, _value(name, shape)) for name, shape in outputs.items())
+    return field(1, IR_VERSION) + field(7, graph) + field(8, field(2, OPSET))
+
+
+def node(kind: str, inputs: Sequence[str], output: str, **attributes: int | list[int]) -> bytes:
+    """A NodeProto with one output."""
+    made = b"".join(field(1, name) for name in inputs) + field(2, output) + field(4, kind)
+    for name, value in attributes.items():
+        of = field(3, value) if isinstance(value, int) else b"".join(field(8, one) for one in value)
+        made += field(5, field(1, name) + of + field(20, 2 if isinstance(value, int) else 7))
+    return made
+
+
+def field(number: int, value: int | str | bytes) -> bytes:
+    """A field of a protobuf message."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    data = value.encode() if isinstance(value, str) else value
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _varint(value: int) -> bytes:
+    made = bytearray()
+    while value > 127:
+        made.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*made, value])
+
+
+def _value(name: str, shape: Shape) -> bytes:
+    dims = b"".join(field(1, field(1, axis) if isinstance(axis, int) else field(2, axis)) for axis in shape)
+    return field(1, name) + field(2, field(1, field(1, FLOAT) + field(2, dims)))
+
+
+def _tensor(name: str, values: np.ndarray[Any, Any]) -> bytes:
+    dims = b"".join(field(1, axis) for axis in values.shape)
+    kind = {"float32": FLOAT, "int64": 7}[str(values.dtype)]
+    return dims + field(2, kind) + field(8, name) + field(9, values.tobytes())
