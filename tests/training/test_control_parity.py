@@ -72,14 +72,18 @@ class ControlledFolder:
         self.torch, self.kind = pipeline, kind
         self.served = Served(place / "models")
 
-    def theirs(self, wishes: list[Wish], seed: int, guidance: float, size: tuple[int, int], sampler: str) -> Image.Image:
+    def theirs(
+        self, wishes: list[Wish], seed: int, guidance: float, size: tuple[int, int], sampler: str
+    ) -> Image.Image:
         """The picture of diffusers' pipeline."""
         scheduler = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler}[sampler].from_config(
             self.torch.scheduler.config, timestep_spacing="leading"
         )
         more = {"add_watermarker": False} if "XL" in self.kind.__name__ else {"requires_safety_checker": False}
         parts = {name: part for name, part in self.torch.components.items() if name != "scheduler"}
-        names, scales, starts, ends = (given[0] if len(wishes) == 1 else list(given) for given in zip(*wishes, strict=True))
+        names, scales, starts, ends = (
+            given[0] if len(wishes) == 1 else list(given) for given in zip(*wishes, strict=True)
+        )
         several = len(wishes) > 1
         networks = [self.networks[name] for name in names] if several else self.networks[names]
         made = self.kind(**parts, scheduler=scheduler, controlnet=networks, **more)
@@ -169,7 +173,9 @@ WISHES: list[list[Wish]] = [
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @pytest.mark.parametrize("sampler", ["ddim", "euler"])
-def test_a_generation_is_that_of_diffusers(both: ControlledFolder, sampler: str, guidance: float, size: tuple[int, int]) -> None:
+def test_a_generation_is_that_of_diffusers(
+    both: ControlledFolder, sampler: str, guidance: float, size: tuple[int, int]
+) -> None:
     seeds = list(range(5, 5 + len(WISHES)))
     ours = both.ours(WISHES, seeds, guidance, size, sampler)
     for wishes, seed, picture in zip(WISHES, seeds, ours, strict=True):
@@ -244,9 +250,14 @@ async def test_a_client_and_the_command_line_send_pictures_to_follow(both: Contr
         command = ["generate", PROMPT, "--negative", NEGATIVE, "--seed", "5", "--steps", str(STEPS), "--guidance", "5"]
         command += ["--sampler", "euler", "--control", "edges=edges.png:0.7:0.2:0.8", "--target", running.address]
         await asyncio.to_thread(safelight, tmp_path, *command)
-        assert "controls edges, depth" in await asyncio.to_thread(safelight, tmp_path, "models", "--target", running.address)
+        assert "controls edges, depth" in await asyncio.to_thread(
+            safelight, tmp_path, "models", "--target", running.address
+        )
     assert np.array_equal(pictures["none"], pictures["resting"])
 
-    for picture, wishes in ((pictures["both"], WISHES[3]), (np.asarray(Image.open(tmp_path / "picture.png"), int), WISHES[1])):
+    for picture, wishes in (
+        (pictures["both"], WISHES[3]),
+        (np.asarray(Image.open(tmp_path / "picture.png"), int), WISHES[1]),
+    ):
         assert np.abs(picture - np.asarray(both.theirs(wishes, 5, 5.0, size, "euler"), int)).max() <= 1
     assert (width, height) == Image.open(tmp_path / "picture.png").size

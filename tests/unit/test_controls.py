@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from safelight_server.cache.images import Images
 from safelight_server.cache.namespaces import Namespaces
+from safelight_server.catalog import export
 from safelight_server.catalog.catalog import check
 from safelight_server.catalog.manifest import CONTROL_INPUTS, Manifest
 from safelight_server.cli.main import CommandError, _controls
@@ -140,6 +141,29 @@ async def test_the_pictures_of_controls_are_those_of_their_tenant_at_the_size_of
         await InitImages(images, pool, 100).load_controls("ann", spec, ("edges",))
     assert [fault.field for fault in refused.value.violations] == ["spec.controls[edges].image"]
     assert await loader.load_controls("ann", replace(spec, controls=()), ()) == ()
+
+
+CONFIG = """
+name: "small_denoiser"
+max_batch_size: 8
+input { name: "sample" data_type: TYPE_FP32 dims: [4, -1, -1] }
+input { name: "control_images" data_type: TYPE_FP32 dims: [2, 3, -1, -1] }
+input { name: "control_scales" data_type: TYPE_FP32 dims: [2] }
+"""
+
+
+def test_a_triton_repository_warms_up_pictures_at_all_sizes_and_refuses_tensorrt(tmp_path):
+    file = tmp_path / "config.pbtxt"
+    file.write_text(CONFIG)
+    config = export.read(file)
+    sizes = tuple(export.PictureShapes((4, edge, 8), (3, 8 * edge, 64)) for edge in (8, 12))
+    use = export.ModelUse(sizes)
+    assert [dims["control_images"] for dims in export.dims_by_size(config, use)] == [(2, 3, 64, 64), (2, 3, 96, 64)]
+    assert export.for_cpu(config, use).model_warmup
+    assert export.for_gpu(config, 1, export.Accelerator.ONNXRUNTIME, use).model_warmup
+    for accelerator in (export.Accelerator.TENSORRT, export.Accelerator.PLAN):
+        with pytest.raises(export.RepositoryError, match="small_denoiser: its control networks .* --accelerator onnx"):
+            export.for_gpu(config, 1, accelerator, use)
 
 
 def test_controls_on_the_command_line():

@@ -812,7 +812,10 @@ def test_control_networks_are_planned(folder: Folder, tmp_path: Path) -> None:
     [
         ({"_class_name": "ControlNetUnionModel"}, "is that of a ControlNetUnionModel; what can be exported"),
         ({"cross_attention_dim": 1024}, "cross_attention_dim is 1024, that of the UNet is 768"),
-        ({"block_out_channels": [8, 8, 8, 16]}, "block_out_channels is [8, 8, 8, 16], that of the UNet is [8, 8, 8, 8]"),
+        (
+            {"block_out_channels": [8, 8, 8, 16]},
+            "block_out_channels is [8, 8, 8, 16], that of the UNet is [8, 8, 8, 8]",
+        ),
         ({"addition_embed_type": "text_time"}, "addition_embed_type is text_time, that of the UNet is None"),
         ({"global_pool_conditions": True}, "global_pool_conditions True cannot be exported"),
         ({"conditioning_channels": 6}, "conditioning_channels 6 cannot be exported"),
@@ -836,7 +839,7 @@ def test_what_takes_no_control_networks_is_refused_by_name(folder: Folder, flux:
         assert what in fault(folder(), controls=edges, format=format)
     assert "--control: has a name twice" in fault(folder(), controls=edges * 2)
     assert "--control: there are 9; at most 8 are taken" in fault(folder(), controls=edges * 9)
-    assert "--control.0: String should match pattern" in fault(folder(), controls=(("Edges", edges[0][1]),))
+    assert "--control: String should match pattern" in fault(folder(), controls=(("Edges", edges[0][1]),))
     assert "config.json cannot be read: No such file" in fault(folder(), controls=(("edges", tmp_path / "nothing"),))
     (tmp_path / "edges" / "diffusion_pytorch_model.safetensors").unlink()
     assert "edges: no weights (such as" in fault(folder(), controls=edges)

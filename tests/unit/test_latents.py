@@ -320,7 +320,11 @@ def control(place, value, scale, steps):
 def test_rows_bring_the_pictures_of_the_control_networks_that_act_in_their_step():
     latents = Latents(3, SHAPE, CONTEXTS, 50, CONTROLLED, pictures=PICTURES)
     both = latents.claim(
-        table(), 1, 3.0, [context(1), context(0)], controls=[control(1, 51, 0.5, range(1, 3)), control(0, 255, 2, range(6))]
+        table(),
+        1,
+        3.0,
+        [context(1), context(0)],
+        controls=[control(1, 51, 0.5, range(1, 3)), control(0, 255, 2, range(6))],
     )
     none = latents.claim(table(), 1, 1.0, [context(1)])
     rows = latents.rows(np.array([both, none, both, both]), np.array([0, 0, 1, 0]), np.array([0, 1, 1, 3]))

@@ -29,10 +29,10 @@ from safelight_server.domain.events import (
 )
 from safelight_server.domain.request import (
     AdapterUse,
-    ControlUse,
     Branch,
     CacheMode,
     CachePolicy,
+    ControlUse,
     Degradation,
     DegradationKind,
     DisconnectPolicy,

@@ -1103,7 +1103,9 @@ def test_a_floor_must_leave_a_step_for_every_control(adapted: Catalog) -> None:
 
 
 @given(message=REQUESTS)
-def test_whatever_is_asked_of_a_model_with_everything_has_an_answer(adapted: Catalog, message: pb.GenerateRequest) -> None:
+def test_whatever_is_asked_of_a_model_with_everything_has_an_answer(
+    adapted: Catalog, message: pb.GenerateRequest
+) -> None:
     with contextlib.suppress(InvalidRequestError, NotFoundError):
         spec = resolve_request(message, adapted, LIMITS).spec
         for control in spec.controls:

@@ -395,7 +395,9 @@ type Model struct {
 	Tasks []Task `protobuf:"varint,17,rep,packed,name=tasks,proto3,enum=safelight.v1.Task" json:"tasks,omitempty"`
 	// Adapters that requests can name, by name. The operator may add some at any
 	// time. Empty: none, or the model takes none.
-	Adapters      []*AdapterInfo `protobuf:"bytes,18,rep,name=adapters,proto3" json:"adapters,omitempty"`
+	Adapters []*AdapterInfo `protobuf:"bytes,18,rep,name=adapters,proto3" json:"adapters,omitempty"`
+	// Control networks (ControlNet) that requests can give a picture. Empty: none.
+	Controls      []*ControlInfo `protobuf:"bytes,19,rep,name=controls,proto3" json:"controls,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -556,6 +558,59 @@ func (x *Model) GetAdapters() []*AdapterInfo {
 	return nil
 }
 
+func (x *Model) GetControls() []*ControlInfo {
+	if x != nil {
+		return x.Controls
+	}
+	return nil
+}
+
+// A control network of a model.
+type ControlInfo struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What `Control.name` says.
+	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ControlInfo) Reset() {
+	*x = ControlInfo{}
+	mi := &file_safelight_v1_models_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ControlInfo) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ControlInfo) ProtoMessage() {}
+
+func (x *ControlInfo) ProtoReflect() protoreflect.Message {
+	mi := &file_safelight_v1_models_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ControlInfo.ProtoReflect.Descriptor instead.
+func (*ControlInfo) Descriptor() ([]byte, []int) {
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ControlInfo) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
 // An adapter (LoRA) that fits a model.
 type AdapterInfo struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -574,7 +629,7 @@ type AdapterInfo struct {
 
 func (x *AdapterInfo) Reset() {
 	*x = AdapterInfo{}
-	mi := &file_safelight_v1_models_proto_msgTypes[6]
+	mi := &file_safelight_v1_models_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -586,7 +641,7 @@ func (x *AdapterInfo) String() string {
 func (*AdapterInfo) ProtoMessage() {}
 
 func (x *AdapterInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[6]
+	mi := &file_safelight_v1_models_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -599,7 +654,7 @@ func (x *AdapterInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdapterInfo.ProtoReflect.Descriptor instead.
 func (*AdapterInfo) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{6}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *AdapterInfo) GetName() string {
@@ -636,7 +691,7 @@ type Size struct {
 
 func (x *Size) Reset() {
 	*x = Size{}
-	mi := &file_safelight_v1_models_proto_msgTypes[7]
+	mi := &file_safelight_v1_models_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -648,7 +703,7 @@ func (x *Size) String() string {
 func (*Size) ProtoMessage() {}
 
 func (x *Size) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[7]
+	mi := &file_safelight_v1_models_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -661,7 +716,7 @@ func (x *Size) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Size.ProtoReflect.Descriptor instead.
 func (*Size) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{7}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Size) GetWidthPx() int32 {
@@ -693,7 +748,7 @@ type SamplerOffer struct {
 
 func (x *SamplerOffer) Reset() {
 	*x = SamplerOffer{}
-	mi := &file_safelight_v1_models_proto_msgTypes[8]
+	mi := &file_safelight_v1_models_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -705,7 +760,7 @@ func (x *SamplerOffer) String() string {
 func (*SamplerOffer) ProtoMessage() {}
 
 func (x *SamplerOffer) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[8]
+	mi := &file_safelight_v1_models_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -718,7 +773,7 @@ func (x *SamplerOffer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SamplerOffer.ProtoReflect.Descriptor instead.
 func (*SamplerOffer) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{8}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *SamplerOffer) GetName() string {
@@ -757,7 +812,7 @@ type ModelDefaults struct {
 
 func (x *ModelDefaults) Reset() {
 	*x = ModelDefaults{}
-	mi := &file_safelight_v1_models_proto_msgTypes[9]
+	mi := &file_safelight_v1_models_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -769,7 +824,7 @@ func (x *ModelDefaults) String() string {
 func (*ModelDefaults) ProtoMessage() {}
 
 func (x *ModelDefaults) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[9]
+	mi := &file_safelight_v1_models_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -782,7 +837,7 @@ func (x *ModelDefaults) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelDefaults.ProtoReflect.Descriptor instead.
 func (*ModelDefaults) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{9}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ModelDefaults) GetNumInferenceSteps() int32 {
@@ -823,7 +878,7 @@ type ModelLimits struct {
 
 func (x *ModelLimits) Reset() {
 	*x = ModelLimits{}
-	mi := &file_safelight_v1_models_proto_msgTypes[10]
+	mi := &file_safelight_v1_models_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -835,7 +890,7 @@ func (x *ModelLimits) String() string {
 func (*ModelLimits) ProtoMessage() {}
 
 func (x *ModelLimits) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[10]
+	mi := &file_safelight_v1_models_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -848,7 +903,7 @@ func (x *ModelLimits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ModelLimits.ProtoReflect.Descriptor instead.
 func (*ModelLimits) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{10}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ModelLimits) GetMaxNumInferenceSteps() int32 {
@@ -892,7 +947,7 @@ type ComponentTime struct {
 
 func (x *ComponentTime) Reset() {
 	*x = ComponentTime{}
-	mi := &file_safelight_v1_models_proto_msgTypes[11]
+	mi := &file_safelight_v1_models_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -904,7 +959,7 @@ func (x *ComponentTime) String() string {
 func (*ComponentTime) ProtoMessage() {}
 
 func (x *ComponentTime) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[11]
+	mi := &file_safelight_v1_models_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -917,7 +972,7 @@ func (x *ComponentTime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ComponentTime.ProtoReflect.Descriptor instead.
 func (*ComponentTime) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{11}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ComponentTime) GetComponent() string {
@@ -947,7 +1002,7 @@ type StepTime struct {
 
 func (x *StepTime) Reset() {
 	*x = StepTime{}
-	mi := &file_safelight_v1_models_proto_msgTypes[12]
+	mi := &file_safelight_v1_models_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -959,7 +1014,7 @@ func (x *StepTime) String() string {
 func (*StepTime) ProtoMessage() {}
 
 func (x *StepTime) ProtoReflect() protoreflect.Message {
-	mi := &file_safelight_v1_models_proto_msgTypes[12]
+	mi := &file_safelight_v1_models_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -972,7 +1027,7 @@ func (x *StepTime) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StepTime.ProtoReflect.Descriptor instead.
 func (*StepTime) Descriptor() ([]byte, []int) {
-	return file_safelight_v1_models_proto_rawDescGZIP(), []int{12}
+	return file_safelight_v1_models_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *StepTime) GetNumRows() int32 {
@@ -1009,7 +1064,7 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\x0fGetModelRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"=\n" +
 	"\x10GetModelResponse\x12)\n" +
-	"\x05model\x18\x01 \x01(\v2\x13.safelight.v1.ModelR\x05model\"\xf6\x05\n" +
+	"\x05model\x18\x01 \x01(\v2\x13.safelight.v1.ModelR\x05model\"\xad\x06\n" +
 	"\x05Model\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\tR\brevision\x12 \n" +
@@ -1033,7 +1088,10 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\x0fcomponent_times\x18\x0f \x03(\v2\x1b.safelight.v1.ComponentTimeR\x0ecomponentTimes\x12\x14\n" +
 	"\x05notes\x18\x10 \x03(\tR\x05notes\x12(\n" +
 	"\x05tasks\x18\x11 \x03(\x0e2\x12.safelight.v1.TaskR\x05tasks\x125\n" +
-	"\badapters\x18\x12 \x03(\v2\x19.safelight.v1.AdapterInfoR\badapters\"M\n" +
+	"\badapters\x18\x12 \x03(\v2\x19.safelight.v1.AdapterInfoR\badapters\x125\n" +
+	"\bcontrols\x18\x13 \x03(\v2\x19.safelight.v1.ControlInfoR\bcontrols\"!\n" +
+	"\vControlInfo\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"M\n" +
 	"\vAdapterInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06sha256\x18\x02 \x01(\tR\x06sha256\x12\x12\n" +
@@ -1084,7 +1142,7 @@ func file_safelight_v1_models_proto_rawDescGZIP() []byte {
 }
 
 var file_safelight_v1_models_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_safelight_v1_models_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_safelight_v1_models_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_safelight_v1_models_proto_goTypes = []any{
 	(Task)(0),                   // 0: safelight.v1.Task
 	(*ListModelsRequest)(nil),   // 1: safelight.v1.ListModelsRequest
@@ -1093,46 +1151,48 @@ var file_safelight_v1_models_proto_goTypes = []any{
 	(*GetModelRequest)(nil),     // 4: safelight.v1.GetModelRequest
 	(*GetModelResponse)(nil),    // 5: safelight.v1.GetModelResponse
 	(*Model)(nil),               // 6: safelight.v1.Model
-	(*AdapterInfo)(nil),         // 7: safelight.v1.AdapterInfo
-	(*Size)(nil),                // 8: safelight.v1.Size
-	(*SamplerOffer)(nil),        // 9: safelight.v1.SamplerOffer
-	(*ModelDefaults)(nil),       // 10: safelight.v1.ModelDefaults
-	(*ModelLimits)(nil),         // 11: safelight.v1.ModelLimits
-	(*ComponentTime)(nil),       // 12: safelight.v1.ComponentTime
-	(*StepTime)(nil),            // 13: safelight.v1.StepTime
-	(PreviewMethod)(0),          // 14: safelight.v1.PreviewMethod
-	(SigmaSchedule)(0),          // 15: safelight.v1.SigmaSchedule
-	(TimestepSpacing)(0),        // 16: safelight.v1.TimestepSpacing
-	(*SamplerSpec)(nil),         // 17: safelight.v1.SamplerSpec
-	(*durationpb.Duration)(nil), // 18: google.protobuf.Duration
+	(*ControlInfo)(nil),         // 7: safelight.v1.ControlInfo
+	(*AdapterInfo)(nil),         // 8: safelight.v1.AdapterInfo
+	(*Size)(nil),                // 9: safelight.v1.Size
+	(*SamplerOffer)(nil),        // 10: safelight.v1.SamplerOffer
+	(*ModelDefaults)(nil),       // 11: safelight.v1.ModelDefaults
+	(*ModelLimits)(nil),         // 12: safelight.v1.ModelLimits
+	(*ComponentTime)(nil),       // 13: safelight.v1.ComponentTime
+	(*StepTime)(nil),            // 14: safelight.v1.StepTime
+	(PreviewMethod)(0),          // 15: safelight.v1.PreviewMethod
+	(SigmaSchedule)(0),          // 16: safelight.v1.SigmaSchedule
+	(TimestepSpacing)(0),        // 17: safelight.v1.TimestepSpacing
+	(*SamplerSpec)(nil),         // 18: safelight.v1.SamplerSpec
+	(*durationpb.Duration)(nil), // 19: google.protobuf.Duration
 }
 var file_safelight_v1_models_proto_depIdxs = []int32{
 	6,  // 0: safelight.v1.ListModelsResponse.models:type_name -> safelight.v1.Model
 	3,  // 1: safelight.v1.ListModelsResponse.unavailable:type_name -> safelight.v1.UnavailableModel
 	6,  // 2: safelight.v1.GetModelResponse.model:type_name -> safelight.v1.Model
-	8,  // 3: safelight.v1.Model.sizes:type_name -> safelight.v1.Size
-	9,  // 4: safelight.v1.Model.samplers:type_name -> safelight.v1.SamplerOffer
-	14, // 5: safelight.v1.Model.preview_methods:type_name -> safelight.v1.PreviewMethod
-	10, // 6: safelight.v1.Model.defaults:type_name -> safelight.v1.ModelDefaults
-	11, // 7: safelight.v1.Model.limits:type_name -> safelight.v1.ModelLimits
-	13, // 8: safelight.v1.Model.step_times:type_name -> safelight.v1.StepTime
-	12, // 9: safelight.v1.Model.component_times:type_name -> safelight.v1.ComponentTime
+	9,  // 3: safelight.v1.Model.sizes:type_name -> safelight.v1.Size
+	10, // 4: safelight.v1.Model.samplers:type_name -> safelight.v1.SamplerOffer
+	15, // 5: safelight.v1.Model.preview_methods:type_name -> safelight.v1.PreviewMethod
+	11, // 6: safelight.v1.Model.defaults:type_name -> safelight.v1.ModelDefaults
+	12, // 7: safelight.v1.Model.limits:type_name -> safelight.v1.ModelLimits
+	14, // 8: safelight.v1.Model.step_times:type_name -> safelight.v1.StepTime
+	13, // 9: safelight.v1.Model.component_times:type_name -> safelight.v1.ComponentTime
 	0,  // 10: safelight.v1.Model.tasks:type_name -> safelight.v1.Task
-	7,  // 11: safelight.v1.Model.adapters:type_name -> safelight.v1.AdapterInfo
-	15, // 12: safelight.v1.SamplerOffer.sigma_schedules:type_name -> safelight.v1.SigmaSchedule
-	16, // 13: safelight.v1.SamplerOffer.spacings:type_name -> safelight.v1.TimestepSpacing
-	17, // 14: safelight.v1.ModelDefaults.sampler:type_name -> safelight.v1.SamplerSpec
-	13, // 15: safelight.v1.ComponentTime.times:type_name -> safelight.v1.StepTime
-	18, // 16: safelight.v1.StepTime.duration:type_name -> google.protobuf.Duration
-	1,  // 17: safelight.v1.ModelService.ListModels:input_type -> safelight.v1.ListModelsRequest
-	4,  // 18: safelight.v1.ModelService.GetModel:input_type -> safelight.v1.GetModelRequest
-	2,  // 19: safelight.v1.ModelService.ListModels:output_type -> safelight.v1.ListModelsResponse
-	5,  // 20: safelight.v1.ModelService.GetModel:output_type -> safelight.v1.GetModelResponse
-	19, // [19:21] is the sub-list for method output_type
-	17, // [17:19] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	8,  // 11: safelight.v1.Model.adapters:type_name -> safelight.v1.AdapterInfo
+	7,  // 12: safelight.v1.Model.controls:type_name -> safelight.v1.ControlInfo
+	16, // 13: safelight.v1.SamplerOffer.sigma_schedules:type_name -> safelight.v1.SigmaSchedule
+	17, // 14: safelight.v1.SamplerOffer.spacings:type_name -> safelight.v1.TimestepSpacing
+	18, // 15: safelight.v1.ModelDefaults.sampler:type_name -> safelight.v1.SamplerSpec
+	14, // 16: safelight.v1.ComponentTime.times:type_name -> safelight.v1.StepTime
+	19, // 17: safelight.v1.StepTime.duration:type_name -> google.protobuf.Duration
+	1,  // 18: safelight.v1.ModelService.ListModels:input_type -> safelight.v1.ListModelsRequest
+	4,  // 19: safelight.v1.ModelService.GetModel:input_type -> safelight.v1.GetModelRequest
+	2,  // 20: safelight.v1.ModelService.ListModels:output_type -> safelight.v1.ListModelsResponse
+	5,  // 21: safelight.v1.ModelService.GetModel:output_type -> safelight.v1.GetModelResponse
+	20, // [20:22] is the sub-list for method output_type
+	18, // [18:20] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_safelight_v1_models_proto_init() }
@@ -1147,7 +1207,7 @@ func file_safelight_v1_models_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_safelight_v1_models_proto_rawDesc), len(file_safelight_v1_models_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   13,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

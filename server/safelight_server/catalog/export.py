@@ -29,7 +29,7 @@ from tritonclient.grpc.model_config_pb2 import (
 )
 
 from safelight_server.catalog.catalog import assemble
-from safelight_server.catalog.manifest import Manifest
+from safelight_server.catalog.manifest import CONTROL_IMAGES_SOURCE, Manifest
 from safelight_server.domain.component import Component
 
 ENGINES = "/var/cache/safelight/engines"
@@ -187,8 +187,14 @@ def for_gpu(config: ModelConfig, gpus: int, accelerator: Accelerator, use: Model
     """Configures one instance on each of `gpus` devices, warmed up with every batch size.
 
     At sizes of pictures beside the default only the batch sizes of the TensorRT profiles are warmed up.
+
+    Raises:
+        RepositoryError: TensorRT cannot run the model.
     """
     first, *others = dims_by_size(config, use)
+    if CONTROL_IMAGES_SOURCE in first and accelerator is not Accelerator.ONNXRUNTIME:
+        what = "its control networks run for a number of rows that TensorRT cannot know; use --accelerator onnxruntime"
+        raise RepositoryError(f"{config.name}: {what}")
     made = _copy(config)
     for name in CPU_PARAMETERS:
         made.parameters.pop(name, None)
@@ -238,6 +244,8 @@ def dims_by_size(config: ModelConfig, use: ModelUse) -> list[Dims]:
         for tensor in config.input:
             given = tuple(tensor.dims)
             whole = shapes.picture if tensor.name == "image" else shapes.latent
+            if tensor.name == CONTROL_IMAGES_SOURCE:
+                whole = given[:1] + shapes.picture
             if -1 in given and (
                 len(given) != len(whole) or any(a not in (-1, b) for a, b in zip(given, whole, strict=False))
             ):

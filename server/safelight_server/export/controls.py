@@ -223,5 +223,7 @@ def _multiples(examples: Sequence[Inputs], own: Sequence[Inputs], multiple: int)
     """What the free axes of each input are multiples of, where those of a latent are multiples of `multiple`."""
     edge = int(own[0]["sample"].shape[2])
     return {
-        name: max(1, multiple * int(tensor.shape[2]) // edge) for name, tensor in examples[0].items() if tensor.ndim == 4
+        name: max(1, multiple * int(tensor.shape[2]) // edge)
+        for name, tensor in examples[0].items()
+        if tensor.ndim == 4
     }

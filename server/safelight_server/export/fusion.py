@@ -139,7 +139,9 @@ def _rename(graph: onnx.GraphProto, prefix: str) -> None:
         ExportError: it has graphs within it.
     """
     for node in graph.node:
-        if any(attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for attribute in node.attribute):
+        if any(
+            attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for attribute in node.attribute
+        ):
             raise ExportError(f"{node.name}: a control network with branches of its own cannot be exported")
         node.name = prefix + node.name
         for names in (node.input, node.output):

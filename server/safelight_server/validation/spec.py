@@ -167,9 +167,7 @@ def _guidance_interval(
     return start, end
 
 
-def _interval(
-    message: pb.GuidanceInterval | pb.Control, field: str, faults: Violations
-) -> tuple[float, float, bool]:
+def _interval(message: pb.GuidanceInterval | pb.Control, field: str, faults: Violations) -> tuple[float, float, bool]:
     """The `start` and `end` of a message, and whether they are good."""
     start = _shortest(message.start) if message.HasField("start") else EVERY_STEP[0]
     end = _shortest(message.end) if message.HasField("end") else EVERY_STEP[1]

@@ -307,6 +307,7 @@ class GenerationSpec(_message.Message):
     GUIDANCE_RESCALE_FIELD_NUMBER: _builtins.int
     GUIDANCE_INTERVAL_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    CONTROLS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's resource name, "models/{model}". Empty: the server's default."""
     prompt: _builtins.str
@@ -379,6 +380,17 @@ class GenerationSpec(_message.Message):
         those whose scale is 0.
         """
 
+    @_builtins.property
+    def controls(self) -> _containers.RepeatedCompositeFieldContainer[Global___Control]:
+        """Pictures that the composition follows, each read by a control network
+        (ControlNet) of the model, beside requests with others or none in one batch.
+        What several networks add is summed; their order makes no difference.
+        INVALID_ARGUMENT names this field where the model has no control networks,
+        and `controls[i].name` where it has none of this name (`Model.controls`
+        lists them). In `Accepted.spec` they stand in the order of their names,
+        without those whose scale is 0.
+        """
+
     def __init__(
         self,
         *,
@@ -397,10 +409,11 @@ class GenerationSpec(_message.Message):
         guidance_rescale: _builtins.float | None = ...,
         guidance_interval: Global___GuidanceInterval | None = ...,
         adapters: _abc.Iterable[Global___Adapter] | None = ...,
+        controls: _abc.Iterable[Global___Control] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_inference_steps", b"_num_inference_steps", "_strength", b"_strength", "_width_px", b"_width_px", "guidance_interval", b"guidance_interval", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "num_inference_steps", b"num_inference_steps", "sampler", b"sampler", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_inference_steps", b"_num_inference_steps", "_strength", b"_strength", "_width_px", b"_width_px", "adapters", b"adapters", "guidance_interval", b"guidance_interval", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "init_image", b"init_image", "mask", b"mask", "model", b"model", "num_inference_steps", b"num_inference_steps", "outputs", b"outputs", "prompt", b"prompt", "prompts", b"prompts", "sampler", b"sampler", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_num_inference_steps", b"_num_inference_steps", "_strength", b"_strength", "_width_px", b"_width_px", "adapters", b"adapters", "controls", b"controls", "guidance_interval", b"guidance_interval", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "init_image", b"init_image", "mask", b"mask", "model", b"model", "num_inference_steps", b"num_inference_steps", "outputs", b"outputs", "prompt", b"prompt", "prompts", b"prompts", "sampler", b"sampler", "strength", b"strength", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_rescale: _TypeAlias = _typing.Literal["guidance_rescale"]  # noqa: Y015
     _WhichOneofArgType__guidance_rescale: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale"]  # noqa: Y015
@@ -428,6 +441,67 @@ class GenerationSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__width_px) -> _WhichOneofReturnType__width_px | None: ...
 
 Global___GenerationSpec: _TypeAlias = GenerationSpec  # noqa: Y015
+
+@_typing.final
+class Control(_message.Message):
+    """A picture for a control network (Zhang et al. 2023), how strongly the network
+    acts, and in which steps. Of N steps, counted from 0, these are all steps i
+    with start <= i / N and (i + 1) / N <= end, as in diffusers. At least one step
+    that is made must be among them.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """A name from the model's list, each at most once."""
+    image: _builtins.str
+    """What the network was trained to read, such as edges or a depth map: named,
+    cut and scaled as `init_image`. The server detects nothing in it. NOT_FOUND
+    where there is none of this name, or none any more, or it is another
+    tenant's; FAILED_PRECONDITION where it is an output that is not finished.
+    """
+    scale: _builtins.float
+    """Factor of what the network adds, from 0 to 10. Absent: 1. 0 is as if the
+    control were not named.
+    """
+    start: _builtins.float
+    """Where it begins to act, as a share of all steps, from 0 to below 1.
+    Absent: 0.
+    """
+    end: _builtins.float
+    """Where it ends, above `start` and at most 1. Absent: 1."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        image: _builtins.str = ...,
+        scale: _builtins.float | None = ...,
+        start: _builtins.float | None = ...,
+        end: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_scale", b"_scale", "_start", b"_start", "end", b"end", "scale", b"scale", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_scale", b"_scale", "_start", b"_start", "end", b"end", "image", b"image", "name", b"name", "scale", b"scale", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
+    _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    _WhichOneofReturnType__start: _TypeAlias = _typing.Literal["start"]  # noqa: Y015
+    _WhichOneofArgType__start: _TypeAlias = _typing.Literal["_start", b"_start"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end) -> _WhichOneofReturnType__end | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start) -> _WhichOneofReturnType__start | None: ...
+
+Global___Control: _TypeAlias = Control  # noqa: Y015
 
 @_typing.final
 class Adapter(_message.Message):

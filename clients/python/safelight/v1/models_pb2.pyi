@@ -209,6 +209,7 @@ class Model(_message.Message):
     NOTES_FIELD_NUMBER: _builtins.int
     TASKS_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    CONTROLS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"models/{model}"."""
     revision: _builtins.str
@@ -269,6 +270,10 @@ class Model(_message.Message):
         time. Empty: none, or the model takes none.
         """
 
+    @_builtins.property
+    def controls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ControlInfo]:
+        """Control networks (ControlNet) that requests can give a picture. Empty: none."""
+
     def __init__(
         self,
         *,
@@ -290,14 +295,37 @@ class Model(_message.Message):
         notes: _abc.Iterable[_builtins.str] | None = ...,
         tasks: _abc.Iterable[Global___Task.ValueType] | None = ...,
         adapters: _abc.Iterable[Global___AdapterInfo] | None = ...,
+        controls: _abc.Iterable[Global___ControlInfo] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "component_times", b"component_times", "defaults", b"defaults", "description", b"description", "is_default", b"is_default", "license", b"license", "limits", b"limits", "media_types", b"media_types", "name", b"name", "notes", b"notes", "numerics_id", b"numerics_id", "preview_methods", b"preview_methods", "revision", b"revision", "runtime", b"runtime", "samplers", b"samplers", "sizes", b"sizes", "step_times", b"step_times", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "component_times", b"component_times", "controls", b"controls", "defaults", b"defaults", "description", b"description", "is_default", b"is_default", "license", b"license", "limits", b"limits", "media_types", b"media_types", "name", b"name", "notes", b"notes", "numerics_id", b"numerics_id", "preview_methods", b"preview_methods", "revision", b"revision", "runtime", b"runtime", "samplers", b"samplers", "sizes", b"sizes", "step_times", b"step_times", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class ControlInfo(_message.Message):
+    """A control network of a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What `Control.name` says."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ControlInfo: _TypeAlias = ControlInfo  # noqa: Y015
 
 @_typing.final
 class AdapterInfo(_message.Message):

@@ -363,6 +363,42 @@ pub struct GenerationSpec {
     /// those whose scale is 0.
     #[prost(message, repeated, tag = "15")]
     pub adapters: ::prost::alloc::vec::Vec<Adapter>,
+    /// Pictures that the composition follows, each read by a control network
+    /// (ControlNet) of the model, beside requests with others or none in one batch.
+    /// What several networks add is summed; their order makes no difference.
+    /// INVALID_ARGUMENT names this field where the model has no control networks,
+    /// and `controls\[i\].name` where it has none of this name (`Model.controls`
+    /// lists them). In `Accepted.spec` they stand in the order of their names,
+    /// without those whose scale is 0.
+    #[prost(message, repeated, tag = "17")]
+    pub controls: ::prost::alloc::vec::Vec<Control>,
+}
+/// A picture for a control network (Zhang et al. 2023), how strongly the network
+/// acts, and in which steps. Of N steps, counted from 0, these are all steps i
+/// with start <= i / N and (i + 1) / N <= end, as in diffusers. At least one step
+/// that is made must be among them.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Control {
+    /// A name from the model's list, each at most once.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// What the network was trained to read, such as edges or a depth map: named,
+    /// cut and scaled as `init_image`. The server detects nothing in it. NOT_FOUND
+    /// where there is none of this name, or none any more, or it is another
+    /// tenant's; FAILED_PRECONDITION where it is an output that is not finished.
+    #[prost(string, tag = "2")]
+    pub image: ::prost::alloc::string::String,
+    /// Factor of what the network adds, from 0 to 10. Absent: 1. 0 is as if the
+    /// control were not named.
+    #[prost(float, optional, tag = "3")]
+    pub scale: ::core::option::Option<f32>,
+    /// Where it begins to act, as a share of all steps, from 0 to below 1.
+    /// Absent: 0.
+    #[prost(float, optional, tag = "4")]
+    pub start: ::core::option::Option<f32>,
+    /// Where it ends, above `start` and at most 1. Absent: 1.
+    #[prost(float, optional, tag = "5")]
+    pub end: ::core::option::Option<f32>,
 }
 /// An adapter (low-rank changes of a denoiser's weights, Hu et al. 2021) and how
 /// strongly it is applied.
@@ -2212,6 +2248,16 @@ pub struct Model {
     /// time. Empty: none, or the model takes none.
     #[prost(message, repeated, tag = "18")]
     pub adapters: ::prost::alloc::vec::Vec<AdapterInfo>,
+    /// Control networks (ControlNet) that requests can give a picture. Empty: none.
+    #[prost(message, repeated, tag = "19")]
+    pub controls: ::prost::alloc::vec::Vec<ControlInfo>,
+}
+/// A control network of a model.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ControlInfo {
+    /// What `Control.name` says.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
 }
 /// An adapter (LoRA) that fits a model.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -104,6 +104,16 @@ export const MESSAGES = {
     component: [1, "string"],
     times: [2, "safelight.v1.StepTime", "repeated"],
   },
+  "safelight.v1.Control": {
+    name: [1, "string"],
+    image: [2, "string"],
+    scale: [3, "float", "optional"],
+    start: [4, "float", "optional"],
+    end: [5, "float", "optional"],
+  },
+  "safelight.v1.ControlInfo": {
+    name: [1, "string"],
+  },
   "safelight.v1.Cost": {
     currency_code: [1, "string"],
     nanos: [2, "int64"],
@@ -189,6 +199,7 @@ export const MESSAGES = {
     guidance_rescale: [13, "float", "optional"],
     guidance_interval: [14, "safelight.v1.GuidanceInterval"],
     adapters: [15, "safelight.v1.Adapter", "repeated"],
+    controls: [17, "safelight.v1.Control", "repeated"],
   },
   "safelight.v1.GuidanceInterval": {
     start: [1, "float", "optional"],
@@ -222,6 +233,7 @@ export const MESSAGES = {
     notes: [16, "string", "repeated"],
     tasks: [17, "int32", "repeated"],
     adapters: [18, "safelight.v1.AdapterInfo", "repeated"],
+    controls: [19, "safelight.v1.ControlInfo", "repeated"],
   },
   "safelight.v1.ModelDefaults": {
     num_inference_steps: [1, "int32"],

@@ -16,7 +16,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file safelight/v1/models.proto.
  */
 export const file_safelight_v1_models: GenFile = /*@__PURE__*/
-  fileDesc("ChlzYWZlbGlnaHQvdjEvbW9kZWxzLnByb3RvEgxzYWZlbGlnaHQudjEiOgoRTGlzdE1vZGVsc1JlcXVlc3QSEQoJcGFnZV9zaXplGAEgASgFEhIKCnBhZ2VfdG9rZW4YAiABKAkihwEKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5zYWZlbGlnaHQudjEuTW9kZWwSFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJEjMKC3VuYXZhaWxhYmxlGAMgAygLMh4uc2FmZWxpZ2h0LnYxLlVuYXZhaWxhYmxlTW9kZWwiQgoQVW5hdmFpbGFibGVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEg4KBnJlYXNvbhgDIAEoCSIfCg9HZXRNb2RlbFJlcXVlc3QSDAoEbmFtZRgBIAEoCSI2ChBHZXRNb2RlbFJlc3BvbnNlEiIKBW1vZGVsGAEgASgLMhMuc2FmZWxpZ2h0LnYxLk1vZGVsIr4ECgVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEhMKC2Rlc2NyaXB0aW9uGAMgASgJEg8KB2xpY2Vuc2UYBCABKAkSDwoHcnVudGltZRgFIAEoCRITCgtudW1lcmljc19pZBgGIAEoCRISCgppc19kZWZhdWx0GAcgASgIEiEKBXNpemVzGAggAygLMhIuc2FmZWxpZ2h0LnYxLlNpemUSLAoIc2FtcGxlcnMYCSADKAsyGi5zYWZlbGlnaHQudjEuU2FtcGxlck9mZmVyEjQKD3ByZXZpZXdfbWV0aG9kcxgKIAMoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEhMKC21lZGlhX3R5cGVzGAsgAygJEi0KCGRlZmF1bHRzGAwgASgLMhsuc2FmZWxpZ2h0LnYxLk1vZGVsRGVmYXVsdHMSKQoGbGltaXRzGA0gASgLMhkuc2FmZWxpZ2h0LnYxLk1vZGVsTGltaXRzEioKCnN0ZXBfdGltZXMYDiADKAsyFi5zYWZlbGlnaHQudjEuU3RlcFRpbWUSNAoPY29tcG9uZW50X3RpbWVzGA8gAygLMhsuc2FmZWxpZ2h0LnYxLkNvbXBvbmVudFRpbWUSDQoFbm90ZXMYECADKAkSIQoFdGFza3MYESADKA4yEi5zYWZlbGlnaHQudjEuVGFzaxIrCghhZGFwdGVycxgSIAMoCzIZLnNhZmVsaWdodC52MS5BZGFwdGVySW5mbyI5CgtBZGFwdGVySW5mbxIMCgRuYW1lGAEgASgJEg4KBnNoYTI1NhgCIAEoCRIMCgRyYW5rGAMgASgFIisKBFNpemUSEAoId2lkdGhfcHgYASABKAUSEQoJaGVpZ2h0X3B4GAIgASgFIoMBCgxTYW1wbGVyT2ZmZXISDAoEbmFtZRgBIAEoCRI0Cg9zaWdtYV9zY2hlZHVsZXMYAiADKA4yGy5zYWZlbGlnaHQudjEuU2lnbWFTY2hlZHVsZRIvCghzcGFjaW5ncxgDIAMoDjIdLnNhZmVsaWdodC52MS5UaW1lc3RlcFNwYWNpbmcicAoNTW9kZWxEZWZhdWx0cxIbChNudW1faW5mZXJlbmNlX3N0ZXBzGAEgASgFEhYKDmd1aWRhbmNlX3NjYWxlGAIgASgCEioKB3NhbXBsZXIYAyABKAsyGS5zYWZlbGlnaHQudjEuU2FtcGxlclNwZWMiegoLTW9kZWxMaW1pdHMSHwoXbWF4X251bV9pbmZlcmVuY2Vfc3RlcHMYASABKAUSGgoSbWF4X2d1aWRhbmNlX3NjYWxlGAIgASgCEhMKC21heF9vdXRwdXRzGAMgASgFEhkKEW1heF9wcm9tcHRfdG9rZW5zGAQgASgFIkkKDUNvbXBvbmVudFRpbWUSEQoJY29tcG9uZW50GAEgASgJEiUKBXRpbWVzGAIgAygLMhYuc2FmZWxpZ2h0LnYxLlN0ZXBUaW1lIkkKCFN0ZXBUaW1lEhAKCG51bV9yb3dzGAEgASgFEisKCGR1cmF0aW9uGAIgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uKmIKBFRhc2sSFAoQVEFTS19VTlNQRUNJRklFRBAAEhYKElRBU0tfVEVYVF9UT19JTUFHRRABEhcKE1RBU0tfSU1BR0VfVE9fSU1BR0UQAhITCg9UQVNLX0lOUEFJTlRJTkcQAzKqAQoMTW9kZWxTZXJ2aWNlEk8KCkxpc3RNb2RlbHMSHy5zYWZlbGlnaHQudjEuTGlzdE1vZGVsc1JlcXVlc3QaIC5zYWZlbGlnaHQudjEuTGlzdE1vZGVsc1Jlc3BvbnNlEkkKCEdldE1vZGVsEh0uc2FmZWxpZ2h0LnYxLkdldE1vZGVsUmVxdWVzdBoeLnNhZmVsaWdodC52MS5HZXRNb2RlbFJlc3BvbnNlYgZwcm90bzM", [file_google_protobuf_duration, file_safelight_v1_generation]);
+  fileDesc("ChlzYWZlbGlnaHQvdjEvbW9kZWxzLnByb3RvEgxzYWZlbGlnaHQudjEiOgoRTGlzdE1vZGVsc1JlcXVlc3QSEQoJcGFnZV9zaXplGAEgASgFEhIKCnBhZ2VfdG9rZW4YAiABKAkihwEKEkxpc3RNb2RlbHNSZXNwb25zZRIjCgZtb2RlbHMYASADKAsyEy5zYWZlbGlnaHQudjEuTW9kZWwSFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJEjMKC3VuYXZhaWxhYmxlGAMgAygLMh4uc2FmZWxpZ2h0LnYxLlVuYXZhaWxhYmxlTW9kZWwiQgoQVW5hdmFpbGFibGVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEg4KBnJlYXNvbhgDIAEoCSIfCg9HZXRNb2RlbFJlcXVlc3QSDAoEbmFtZRgBIAEoCSI2ChBHZXRNb2RlbFJlc3BvbnNlEiIKBW1vZGVsGAEgASgLMhMuc2FmZWxpZ2h0LnYxLk1vZGVsIusECgVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHJldmlzaW9uGAIgASgJEhMKC2Rlc2NyaXB0aW9uGAMgASgJEg8KB2xpY2Vuc2UYBCABKAkSDwoHcnVudGltZRgFIAEoCRITCgtudW1lcmljc19pZBgGIAEoCRISCgppc19kZWZhdWx0GAcgASgIEiEKBXNpemVzGAggAygLMhIuc2FmZWxpZ2h0LnYxLlNpemUSLAoIc2FtcGxlcnMYCSADKAsyGi5zYWZlbGlnaHQudjEuU2FtcGxlck9mZmVyEjQKD3ByZXZpZXdfbWV0aG9kcxgKIAMoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEhMKC21lZGlhX3R5cGVzGAsgAygJEi0KCGRlZmF1bHRzGAwgASgLMhsuc2FmZWxpZ2h0LnYxLk1vZGVsRGVmYXVsdHMSKQoGbGltaXRzGA0gASgLMhkuc2FmZWxpZ2h0LnYxLk1vZGVsTGltaXRzEioKCnN0ZXBfdGltZXMYDiADKAsyFi5zYWZlbGlnaHQudjEuU3RlcFRpbWUSNAoPY29tcG9uZW50X3RpbWVzGA8gAygLMhsuc2FmZWxpZ2h0LnYxLkNvbXBvbmVudFRpbWUSDQoFbm90ZXMYECADKAkSIQoFdGFza3MYESADKA4yEi5zYWZlbGlnaHQudjEuVGFzaxIrCghhZGFwdGVycxgSIAMoCzIZLnNhZmVsaWdodC52MS5BZGFwdGVySW5mbxIrCghjb250cm9scxgTIAMoCzIZLnNhZmVsaWdodC52MS5Db250cm9sSW5mbyIbCgtDb250cm9sSW5mbxIMCgRuYW1lGAEgASgJIjkKC0FkYXB0ZXJJbmZvEgwKBG5hbWUYASABKAkSDgoGc2hhMjU2GAIgASgJEgwKBHJhbmsYAyABKAUiKwoEU2l6ZRIQCgh3aWR0aF9weBgBIAEoBRIRCgloZWlnaHRfcHgYAiABKAUigwEKDFNhbXBsZXJPZmZlchIMCgRuYW1lGAEgASgJEjQKD3NpZ21hX3NjaGVkdWxlcxgCIAMoDjIbLnNhZmVsaWdodC52MS5TaWdtYVNjaGVkdWxlEi8KCHNwYWNpbmdzGAMgAygOMh0uc2FmZWxpZ2h0LnYxLlRpbWVzdGVwU3BhY2luZyJwCg1Nb2RlbERlZmF1bHRzEhsKE251bV9pbmZlcmVuY2Vfc3RlcHMYASABKAUSFgoOZ3VpZGFuY2Vfc2NhbGUYAiABKAISKgoHc2FtcGxlchgDIAEoCzIZLnNhZmVsaWdodC52MS5TYW1wbGVyU3BlYyJ6CgtNb2RlbExpbWl0cxIfChdtYXhfbnVtX2luZmVyZW5jZV9zdGVwcxgBIAEoBRIaChJtYXhfZ3VpZGFuY2Vfc2NhbGUYAiABKAISEwoLbWF4X291dHB1dHMYAyABKAUSGQoRbWF4X3Byb21wdF90b2tlbnMYBCABKAUiSQoNQ29tcG9uZW50VGltZRIRCgljb21wb25lbnQYASABKAkSJQoFdGltZXMYAiADKAsyFi5zYWZlbGlnaHQudjEuU3RlcFRpbWUiSQoIU3RlcFRpbWUSEAoIbnVtX3Jvd3MYASABKAUSKwoIZHVyYXRpb24YAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24qYgoEVGFzaxIUChBUQVNLX1VOU1BFQ0lGSUVEEAASFgoSVEFTS19URVhUX1RPX0lNQUdFEAESFwoTVEFTS19JTUFHRV9UT19JTUFHRRACEhMKD1RBU0tfSU5QQUlOVElORxADMqoBCgxNb2RlbFNlcnZpY2USTwoKTGlzdE1vZGVscxIfLnNhZmVsaWdodC52MS5MaXN0TW9kZWxzUmVxdWVzdBogLnNhZmVsaWdodC52MS5MaXN0TW9kZWxzUmVzcG9uc2USSQoIR2V0TW9kZWwSHS5zYWZlbGlnaHQudjEuR2V0TW9kZWxSZXF1ZXN0Gh4uc2FmZWxpZ2h0LnYxLkdldE1vZGVsUmVzcG9uc2ViBnByb3RvMw", [file_google_protobuf_duration, file_safelight_v1_generation]);
 
 /**
  * Asks for a page of models.
@@ -290,6 +290,13 @@ export type Model = Message<"safelight.v1.Model"> & {
    * @generated from field: repeated safelight.v1.AdapterInfo adapters = 18;
    */
   adapters: AdapterInfo[];
+
+  /**
+   * Control networks (ControlNet) that requests can give a picture. Empty: none.
+   *
+   * @generated from field: repeated safelight.v1.ControlInfo controls = 19;
+   */
+  controls: ControlInfo[];
 };
 
 /**
@@ -298,6 +305,27 @@ export type Model = Message<"safelight.v1.Model"> & {
  */
 export const ModelSchema: GenMessage<Model> = /*@__PURE__*/
   messageDesc(file_safelight_v1_models, 5);
+
+/**
+ * A control network of a model.
+ *
+ * @generated from message safelight.v1.ControlInfo
+ */
+export type ControlInfo = Message<"safelight.v1.ControlInfo"> & {
+  /**
+   * What `Control.name` says.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+};
+
+/**
+ * Describes the message safelight.v1.ControlInfo.
+ * Use `create(ControlInfoSchema)` to create a new message.
+ */
+export const ControlInfoSchema: GenMessage<ControlInfo> = /*@__PURE__*/
+  messageDesc(file_safelight_v1_models, 6);
 
 /**
  * An adapter (LoRA) that fits a model.
@@ -335,7 +363,7 @@ export type AdapterInfo = Message<"safelight.v1.AdapterInfo"> & {
  * Use `create(AdapterInfoSchema)` to create a new message.
  */
 export const AdapterInfoSchema: GenMessage<AdapterInfo> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 6);
+  messageDesc(file_safelight_v1_models, 7);
 
 /**
  * A picture size.
@@ -363,7 +391,7 @@ export type Size = Message<"safelight.v1.Size"> & {
  * Use `create(SizeSchema)` to create a new message.
  */
 export const SizeSchema: GenMessage<Size> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 7);
+  messageDesc(file_safelight_v1_models, 8);
 
 /**
  * A sampler with what it can be combined with.
@@ -398,7 +426,7 @@ export type SamplerOffer = Message<"safelight.v1.SamplerOffer"> & {
  * Use `create(SamplerOfferSchema)` to create a new message.
  */
 export const SamplerOfferSchema: GenMessage<SamplerOffer> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 8);
+  messageDesc(file_safelight_v1_models, 9);
 
 /**
  * What absent fields mean.
@@ -433,7 +461,7 @@ export type ModelDefaults = Message<"safelight.v1.ModelDefaults"> & {
  * Use `create(ModelDefaultsSchema)` to create a new message.
  */
 export const ModelDefaultsSchema: GenMessage<ModelDefaults> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 9);
+  messageDesc(file_safelight_v1_models, 10);
 
 /**
  * What is refused.
@@ -475,7 +503,7 @@ export type ModelLimits = Message<"safelight.v1.ModelLimits"> & {
  * Use `create(ModelLimitsSchema)` to create a new message.
  */
 export const ModelLimitsSchema: GenMessage<ModelLimits> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 10);
+  messageDesc(file_safelight_v1_models, 11);
 
 /**
  * Times of calls of a component.
@@ -503,7 +531,7 @@ export type ComponentTime = Message<"safelight.v1.ComponentTime"> & {
  * Use `create(ComponentTimeSchema)` to create a new message.
  */
 export const ComponentTimeSchema: GenMessage<ComponentTime> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 11);
+  messageDesc(file_safelight_v1_models, 12);
 
 /**
  * Time of one denoiser call.
@@ -531,7 +559,7 @@ export type StepTime = Message<"safelight.v1.StepTime"> & {
  * Use `create(StepTimeSchema)` to create a new message.
  */
 export const StepTimeSchema: GenMessage<StepTime> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_models, 12);
+  messageDesc(file_safelight_v1_models, 13);
 
 /**
  * What a model can be asked for.
