@@ -162,7 +162,7 @@ def test_a_triton_repository_warms_up_pictures_at_all_sizes_and_refuses_tensorrt
     assert export.for_cpu(config, use).model_warmup
     assert export.for_gpu(config, 1, export.Accelerator.ONNXRUNTIME, use).model_warmup
     for accelerator in (export.Accelerator.TENSORRT, export.Accelerator.PLAN):
-        with pytest.raises(export.RepositoryError, match="small_denoiser: its control networks .* --accelerator onnx"):
+        with pytest.raises(export.RepositoryError, match=r"small_denoiser: its control networks .* --accelerator onnx"):
             export.for_gpu(config, 1, accelerator, use)
 
 

@@ -29,7 +29,7 @@ IMAGES, SCALES = "control_images", "control_scales"
 
 
 class ControlNetwork(nn.Module):
-    """Conditions, control_image (B, 3, H, W) in [0, 1] and control_scale (B,) -> what is added to a UNet: D + 1 tensors.
+    """Conditions, control_image (B, 3, H, W) in [0, 1], control_scale (B,) -> D + 1 tensors that are added to a UNet.
 
     D are for the skip connections of the UNet's down blocks, the last one is for its middle.
     """

@@ -191,9 +191,9 @@ def judge_control(source: Source, name: str, config: Config, factor: int, findin
         if found != wanted:
             findings.faults.append(f"{option}: config.json: {key} is {found}, that of the UNet is {wanted}")
     stages = config.get("conditioning_embedding_out_channels") or (16, 32, 96, 256)
-    if 2 ** (len(stages) - 1) != factor:
+    if (shrinks := 2 ** (len(stages) - 1)) != factor:
         findings.faults.append(
-            f"{option}: config.json: conditioning_embedding_out_channels shrink a picture to 1/{2 ** (len(stages) - 1)},"
+            f"{option}: config.json: conditioning_embedding_out_channels shrink a picture to 1/{shrinks},"
             f" the autoencoder to 1/{factor}"
         )
 
