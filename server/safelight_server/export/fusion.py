@@ -83,12 +83,14 @@ def _added(
     index, first = f"{at}place", f"{at}axis"
     graph.initializer.append(helper.make_tensor(index, TensorProto.INT64, [], [place]))
     graph.initializer.append(helper.make_tensor(first, TensorProto.INT64, [1], [0]))
-    second = f"{at}second_axis"
+    second, zero = f"{at}second_axis", f"{at}zero"
     graph.initializer.append(helper.make_tensor(second, TensorProto.INT64, [1], [1]))
+    graph.initializer.append(helper.make_tensor(zero, TensorProto.FLOAT, [], [0.0]))
     scale, uses = f"{at}scale_of_all", f"{at}uses"
     before = [
         _node("Gather", [scales, index], [scale], axis=1),
-        _node("Cast", [scale], [uses], to=TensorProto.BOOL),
+        _node("Equal", [scale, zero], [f"{uses}/not"]),  # a cast would be joined with the next one: 0.5 would be 0
+        _node("Not", [f"{uses}/not"], [uses]),
         _node("Cast", [uses], [f"{uses}/number"], to=TensorProto.INT32),
         _node("ReduceMax", [f"{uses}/number"], [f"{uses}/most"], keepdims=0),
         _node("Cast", [f"{uses}/most"], [f"{uses}/any"], to=TensorProto.BOOL),
@@ -114,8 +116,8 @@ def _added(
             _node("ConstantOfShape", [f"{output}/shape"], [f"{output}/zeros"]),
             _node("ScatterND", [f"{output}/zeros", f"{rows}/indices", at + result], [f"{output}/then"]),
         ]
-    zero = helper.make_tensor("zero", TensorProto.FLOAT, [1, 1, 1, 1], [0.0])
-    nothing = [_node("Constant", [], [f"{output}/else"], value=zero) for output in outputs]
+    value = helper.make_tensor("value", TensorProto.FLOAT, [1, 1, 1, 1], [0.0])
+    nothing = [_node("Constant", [], [f"{output}/else"], value=value) for output in outputs]
     acting = helper.make_graph(
         branch, f"{at}then", [], [_float(f"{output}/then") for output in outputs], network.graph.initializer
     )
@@ -143,7 +145,7 @@ def _rename(graph: onnx.GraphProto, prefix: str) -> None:
             attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for attribute in node.attribute
         ):
             raise ExportError(f"{node.name}: a control network with branches of its own cannot be exported")
-        node.name = prefix + node.name
+        node.name = prefix + node.name if node.name else ""
         for names in (node.input, node.output):
             names[:] = [prefix + name if name else "" for name in names]
     for value in _values(graph):
