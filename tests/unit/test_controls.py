@@ -15,11 +15,14 @@ from safelight_server.cache.namespaces import Namespaces
 from safelight_server.catalog import export
 from safelight_server.catalog.catalog import check
 from safelight_server.catalog.manifest import CONTROL_INPUTS, Manifest
+from safelight_server.cli.export import export as export_command
 from safelight_server.cli.main import CommandError, _controls
 from safelight_server.domain.errors import InvalidRequestError, NotFoundError
 from safelight_server.domain.request import ControlUse
 from safelight_server.domain.uploads import PictureFile
+from safelight_server.export.source import ExportError
 from safelight_server.generations.init_images import InitImages
+from safelight_server.quantization.quality import require_quantizable
 from safelight_server.runtime.verification import InputSpec, at_sizes, example, warm_up
 from safelight_server.sampler import controlled_steps
 from safelight_server.storage.keyring import Keyring
@@ -141,6 +144,20 @@ async def test_the_pictures_of_controls_are_those_of_their_tenant_at_the_size_of
         await InitImages(images, pool, 100).load_controls("ann", spec, ("edges",))
     assert [fault.field for fault in refused.value.violations] == ["spec.controls[edges].image"]
     assert await loader.load_controls("ann", replace(spec, controls=()), ()) == ()
+
+
+@pytest.mark.parametrize("text", ["edges", "=folder", "edges="])
+def test_a_control_network_that_is_not_understood_is_refused_on_the_command_line(tmp_path, text):
+    with pytest.raises(ExportError, match=f"--control {text}: must be NAME=FOLDER"):
+        export_command(tmp_path, control=[text])
+
+
+def test_a_denoiser_with_control_networks_is_not_quantized(tmp_path):
+    with pytest.raises(ExportError, match="--quantize: cannot quantize a denoiser with control networks"):
+        export_command(tmp_path, control=["edges=folder"], quantize="int8")
+    made = small_pipeline(tmp_path, controls=["edges"], inputs=INPUTS).manifest
+    with pytest.raises(ExportError, match="cannot quantize a denoiser that takes control_images, control_scales"):
+        require_quantizable("small", made)
 
 
 CONFIG = """
