@@ -181,14 +181,14 @@ def write_controlled(module: ControlledDenoiser, examples: Sequence[Inputs], pat
     largest = max(range(len(examples)), key=lambda at: num_values(examples[at]))
     names = [f"{fusion.RESIDUAL}{number}" for number in range(len(parts[0][2]))]
     own = [part[0] for part in parts]
-    given = [dict(zip(names, part[2], strict=True)) for part in parts]
-    axes = free_axes(own, multiple), free_axes(given, _multiples(given, own, multiple))
+    # of one value, so that the graph takes no size from them: where no network acts they are a single 0
+    residuals = tuple(tensor[:1, :1, :1, :1] for tensor in parts[largest][2])
     denoiser = exported(
         ResidualDenoiser(module, list(own[0])),
-        {"own": tuple(own[largest].values()), "residuals": tuple(given[largest].values())},
+        {"own": tuple(own[largest].values()), "residuals": residuals},
         [*own[0], *names],
         module.outputs,
-        {"own": tuple(axes[0].values()), "residuals": tuple(axes[1].values())},
+        {"own": tuple(free_axes(own, multiple).values()), "residuals": ({},) * len(residuals)},
         name,
     )
     of_network = [part[1] for part in parts]
