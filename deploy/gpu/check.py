@@ -136,9 +136,9 @@ def device_line(device: str) -> str:
         CheckError: `device` is a GPU and nvidia-smi is missing.
     """
     if not device.startswith("cuda"):
-        return f"device {device}: no GPU is tested"
+        return f"device {device}: no GPU is tried"
     if (tool := shutil.which("nvidia-smi")) is None:
-        raise CheckError("nvidia-smi is missing: no GPU, or no driver; --device cpu tests this program without a GPU")
+        raise CheckError("nvidia-smi is not there: no GPU, or no driver; --device cpu tests this program without a GPU")
     query = [tool, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
 
