@@ -1,4 +1,4 @@
-"""Puts load on a running server from this machine and prints what its clients see: `make bench-server`."""
+"""Puts load on a running server from this machine and prints the clients' measurements: `make bench-server`."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class ClientFigures:
 async def bench(
     connect: Callable[[], Client], *, clients: int, pictures: int, steps: int | None, console: Console
 ) -> None:
-    """Lets `clients` clients ask at once until `pictures` pictures were asked for, and prints a table."""
+    """Runs `clients` clients at once until `pictures` pictures were requested, and prints a table."""
     seen = ClientFigures()
     numbers = iter(range(pictures))
     async with connect() as client:
-        await client.models()  # the connection is up before the time runs
+        await client.models()  # connects before the measurement begins
 
         async def ask() -> None:
             for number in numbers:
