@@ -43,7 +43,7 @@ def _encode(job: tuple[Recipe, Projection, int]) -> npt.NDArray[np.float16]:
 
 
 def draw_latents(recipe: Recipe, projection: Projection, path: Path, workers: int) -> None:
-    """Draws all training icons and writes their latents (N, C, h, w) float16; interrupted, it starts from the beginning."""
+    """Draws all training icons and writes their latents (N, C, h, w) float16; if interrupted, it starts again."""
     starts = range(0, recipe.num_icons, CHUNK)
     with ProcessPoolExecutor(workers) as pool:
         parts = []
