@@ -8,8 +8,8 @@ thread, from the first sampler step (`Latents.advance`) until gRPC gets the seri
   of the same step);
 - the modules that the preview passes through. A call counts if the preview is one of its arguments (except `self`), its
   result, or the result of a function that it called, or if the call is between two such calls on the stack. The forms
-  of the preview, backwards from its bytes, are: the message, the encoded picture, the pixels, the frame, the latent, and
-  every array that has this latent as a row.
+  of the preview, backwards from its bytes, are: the message, the encoded picture, the pixels, the frame, the latent,
+  and every array that has this latent as a row.
 
 The picture is sampled for the quality metrics, which also use previews.
 

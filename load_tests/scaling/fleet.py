@@ -1,4 +1,4 @@
-"""Simulates a fleet under a scaling policy: counts work that waits in the queue, and replicas that take time to start."""
+"""Simulates a fleet under a scaling policy: queued work, and replicas that take time to start."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ async def test_nothing_is_lost_when_a_spot_instance_goes(redis_server: RedisServ
             await asyncio.gather(*(replica.start() for replica in both))
             await eventually(lambda: service.num_asked(HTTPStatus.NOT_FOUND) >= 1)
             health = asyncio.create_task(statuses(doomed))
-            clients = [Resuming(both, 1, request(seed, STEPS)) for seed in SEEDS]  # each starts at the instance that ends
+            clients = [Resuming(both, 1, request(seed, STEPS)) for seed in SEEDS]  # each starts at the first one
             alone = asyncio.create_task(collect(other.stub.Generate(request(SEEDS[0], STEPS, cache=BYPASS))))
             running = [asyncio.create_task(client.run()) for client in clients]
             await eventually(lambda: all(client.sequence for client in clients))

@@ -64,7 +64,7 @@ async def test_ghz_reads_slowly_where_a_scenario_says_so(start: Start, tmp_path:
     async with start(runtime="simulated", simulated_base_ms=1.0) as running:
         _, found = await ghz(running.address, tmp_path, "--only", "slow-readers", "--time-scale", "0.001")
     picture_bytes, bytes_per_second = 128 * 128 * 4, 20_000
-    assert found["slow-readers"]["fastest"] >= 1e9 * picture_bytes / bytes_per_second  # the relay decides this rate, not the machine's speed
+    assert found["slow-readers"]["fastest"] >= 1e9 * picture_bytes / bytes_per_second  # the relay's rate
 
 
 async def test_a_request_id_that_ghz_sends_again_runs_once(start: Start, tmp_path: Path) -> None:

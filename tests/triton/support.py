@@ -104,7 +104,7 @@ class TritonServer:
 
     def stubs(self) -> list[int]:
         """Process ids of the Python backend's stubs."""
-        threads = Path(f"/proc/{self.pid}/task").glob("*/children")  # all threads, since while models load other threads start stubs
+        threads = Path(f"/proc/{self.pid}/task").glob("*/children")  # other threads load models
         return sorted(int(pid) for children in threads for pid in children.read_text().split())
 
     def stubs_of(self, model: str) -> list[int]:

@@ -81,7 +81,7 @@ async def test_regions_are_given_to_a_server_that_has_been_restarted(models):
         triton.restart()
         await eventually(triton.ready, 50)
         await server._client._client._channel.channel_ready()
-        again = await server.run(KEY, feed, WORK_LIMIT_S)  # without a probe: the server's answer shows that it lost the region
+        again = await server.run(KEY, feed, WORK_LIMIT_S)  # without a probe, by the server's answer
         assert np.array_equal(again["prediction"], expected["prediction"])
         assert server.regions.num_quarantined == 0
         async with triton_grpc.InferenceServerClient(triton.grpc_url) as client:

@@ -123,7 +123,7 @@ async def test_the_answer_to_a_call_that_triton_gave_up_is_never_another_calls()
             with pytest.raises(InferenceServerException, match="is not healthy"):
                 await given_up
             os.kill(stub, signal.SIGCONT)
-            await eventually(lambda: gone([stub]))  # instead of answering: Triton would give its answer to the next call
+            await eventually(lambda: gone([stub]))  # a late answer would go to the next call
             with pytest.raises(InferenceServerException):
                 await ask(client, "icons_denoiser", example("icons_denoiser", 2))
             assert triton.supervisor.wait(20) == 128 + signal.SIGKILL
