@@ -71,7 +71,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, help="folder of models, exported with --format both")
     parser.add_argument("--device", default="cuda:0", help="torch's device (cuda:0); cpu tests this program alone")
-    parser.add_argument("--dtype", default="float16", choices=("float32", "float16", "bfloat16"), help="torch's precision")
+    parser.add_argument("--dtype", default="float16", choices=("float32", "float16", "bfloat16"), help="of torch")
     parser.add_argument("--plan", action="store_true", help="also test TensorRT plans on tritonserver")
     parser.add_argument("--tritonserver", default="tritonserver", help="path of tritonserver")
     parser.add_argument("--steps", type=_count, default=20, help="steps of each picture (20)")

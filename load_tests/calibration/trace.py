@@ -167,7 +167,7 @@ def _rephrased(icon: Spec, prompt: str, rng: random.Random) -> tuple[Spec, str]:
 
 
 def _additions(icon: Spec) -> list[Callable[[Spec], Spec]]:
-    """Returns functions that add one missing detail each. Glow and outline are not combined, as in the training data."""
+    """Returns functions that add one missing detail each. As in the training data, glow and outline do not combine."""
     missing: list[Callable[[Spec], Spec]] = []
     if not icon.glow and not icon.outline:
         missing += [lambda spec: replace(spec, glow=True), lambda spec: replace(spec, outline=True)]

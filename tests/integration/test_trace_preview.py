@@ -1,4 +1,4 @@
-"""tools/trace_preview.py: what it counts as passed by a preview, and that this stays as little as it is."""
+"""tools/trace_preview.py: which modules it counts for a preview, and that their number does not grow."""
 
 from __future__ import annotations
 

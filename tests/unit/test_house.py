@@ -21,7 +21,7 @@ PARTICIPLES = {
     *("Opened", "Owed", "Planned", "Prepared", "Purged", "Read", "Rendered", "Reported", "Saved", "Seen", "Sent"),
     *("Served", "Shown", "Started", "Stored", "Suspended", "Taken", "Told", "Waited", "Wanted", "Watched", "Written"),
 }
-"""Names that say what was done and not what it is: `Finished` and its like in domain/events.py are the contract's."""
+"""Names that say what was done and not what a thing is. Those in domain/events.py, such as `Finished`, are the API's."""
 
 DIALECT = re.compile(
     r"\b(?:none any more|(?:is|are|stands?) in line|is told of|what is told|goes on with it"
@@ -40,7 +40,7 @@ def sources() -> dict[str, ast.Module]:
 
 
 def classes() -> Iterator[tuple[str, str]]:
-    """Every class and the module that defines it."""
+    """Every class with the module that defines it."""
     for module, tree in sources().items():
         yield from ((node.name, module) for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
 
@@ -53,7 +53,7 @@ def repeated(named: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def imports(module: str, tree: ast.Module, modules: set[str]) -> Iterator[str]:
-    """The server's modules that a module imports when it is loaded or called; what only type checkers read is none."""
+    """The server's modules that a module imports when it is loaded or called; imports for type checkers do not count."""
     typing_only = {
         node
         for guard in ast.walk(tree)
@@ -75,7 +75,7 @@ def imports(module: str, tree: ast.Module, modules: set[str]) -> Iterator[str]:
 
 
 def cycle(arrows: dict[str, set[str]]) -> list[str]:
-    """A round trip along the arrows; empty where there is none."""
+    """A cycle of the arrows; empty if there is none."""
     done: set[str] = set()
 
     def search(node: str, path: list[str]) -> list[str]:
@@ -144,7 +144,7 @@ def wall_clocks(tree: ast.Module) -> list[str]:
 
 
 def test_what_replicas_write_is_in_the_time_of_their_redis():
-    """Code that needs Unix time is given it: `Sealer.now`, which is the shared clock."""
+    """Code that needs Unix time gets it from the shared clock (`Sealer.now`)."""
     assert {name: found for name, tree in sources().items() if (found := wall_clocks(tree))} == {}
 
 
