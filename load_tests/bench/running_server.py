@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=20, help="pictures to ask for, over all clients")
     parser.add_argument("--steps", type=int, help="denoising steps; the model's default where absent")
     parser.add_argument("--api-key", default=os.environ.get("SAFELIGHT_API_KEY"), help="or SAFELIGHT_API_KEY")
-    parser.add_argument("--ca-file", type=Path, help="PEM of who signed the server's certificate: asks by TLS")
+    parser.add_argument("--ca-file", type=Path, help="PEM of the server's certificate authority; enables TLS")
     parser.add_argument("--server-name", default="", help="in the certificate, if it is not the target's")
     given = parser.parse_args(arguments)
     if given.clients < 1 or given.pictures < 1:

@@ -172,7 +172,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     where.add_argument("--target", default="127.0.0.1:8421", help="address of the server")
     where.add_argument("--serve", choices=RUNTIMES, help="start a server of this runtime, on this machine, and ask it")
     parser.add_argument("--api-key", default=os.environ.get("SAFELIGHT_API_KEY"), help="or SAFELIGHT_API_KEY")
-    parser.add_argument("--ca-file", type=Path, help="PEM of who signed the server's certificate: asks by TLS")
+    parser.add_argument("--ca-file", type=Path, help="PEM of the server's certificate authority; enables TLS")
     parser.add_argument("--server-name", help="in the certificate, if it is not the target's")
     parser.add_argument("--only", default=",".join(SCENARIOS), help="scenarios, with commas; default: %(default)s")
     parser.add_argument(

@@ -53,7 +53,7 @@ def add_options(parser: LocustArgumentParser) -> None:
     group.add_argument("--think", type=float, default=5.0, help="mean seconds between a user's requests, exponential")
     group.add_argument("--cancels", type=float, default=0.05, help="share of the requests that are cancelled")
     group.add_argument("--steps", type=int, help="denoising steps; the model's default where absent")
-    group.add_argument("--ca-file", help="PEM of who signed the server's certificate: asks by TLS")
+    group.add_argument("--ca-file", help="PEM of the server's certificate authority; enables TLS")
     group.add_argument("--server-name", default="", help="in the certificate, if it is not the host's")
     parser.add_argument(
         "--api-key", default=os.environ.get("SAFELIGHT_API_KEY"), is_secret=True, help="or SAFELIGHT_API_KEY"

@@ -282,7 +282,7 @@ static void safelight_src_class_init(SafelightSrcClass *class) {
   TEXT(PROP_PROMPT, "prompt", "What the picture shows", NULL);
   TEXT(PROP_NEGATIVE_PROMPT, "negative-prompt", "What guidance leads away from", NULL);
   TEXT(PROP_MODEL, "model", "models/NAME; the server's default where it is empty", NULL);
-  TEXT(PROP_CA_FILE, "ca-file", "PEM file of the authorities to trust; asks by TLS", NULL);
+  TEXT(PROP_CA_FILE, "ca-file", "PEM file of the certificate authorities to trust; enables TLS", NULL);
   TEXT(PROP_SERVER_NAME, "server-name", "The name in the server's certificate, where it differs from the host", NULL);
   g_object_class_install_property(
       object, PROP_API_KEY,
