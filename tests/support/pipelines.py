@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 from safelight_server.catalog.adapters import AdapterLibrary
 from safelight_server.catalog.catalog import Catalog, Pipeline, assemble
-from safelight_server.catalog.manifest import ADAPTER_INPUTS, AdapterRoom, Manifest
+from safelight_server.catalog.manifest import ADAPTER_INPUTS, STABLE_DIFFUSION_INPUTS, AdapterRoom, Manifest
 from safelight_server.catalog.tokenizer import Tokenizer
 from tokenizers import models, pre_tokenizers
 
@@ -73,8 +73,7 @@ def small_catalog(folder: Path, **changes: Any) -> Catalog:
 
 def adapted_catalog(folder: Path, *adapters: str) -> Catalog:
     """A catalog with a pipeline that takes adapters of ranks up to 6 together, and with these, of rank 2."""
-    inputs = {"sample": "latent", "timestep": "timestep", "encoder_hidden_states": "encoder:last_hidden_state"}
-    catalog = small_catalog(folder, adapters=ROOM, inputs=inputs | ADAPTER_INPUTS)
+    catalog = small_catalog(folder, adapters=ROOM, inputs=STABLE_DIFFUSION_INPUTS | ADAPTER_INPUTS)
     for seed, name in enumerate(adapters):
         write_adapter(folder / "adapters", name, seed=seed)
     catalog.adapters = AdapterLibrary(folder / "adapters", {"small": AdapterRoom.model_validate(ROOM)})
