@@ -153,9 +153,7 @@ class Run:
         pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
         self.samples = Samples(recipe, pipeline, folder)
         self.unet: UNet2DConditionModel = pipeline.unet.requires_grad_(False).train()
-        config = LoraConfig(
-            r=recipe.rank, lora_alpha=recipe.rank, target_modules=TARGETS, init_lora_weights="gaussian"
-        )
+        config = LoraConfig(r=recipe.rank, lora_alpha=recipe.rank, target_modules=TARGETS, init_lora_weights="gaussian")
         self.unet.add_adapter(config)
         if options.checkpointing:
             self.unet.enable_gradient_checkpointing()
@@ -213,7 +211,7 @@ def _said(recipe: LoraRecipe) -> dict[str, object]:
 
 
 def train(recipe: LoraRecipe, options: Options, pipeline: Path, folder: Path, rank: int, world: int) -> None:
-    """Trains up to `recipe.num_samples` and saves the adapter in `folder / NAME`; rank 0 writes checkpoints and a log."""
+    """Trains up to `recipe.num_samples` and saves the adapter in `folder / NAME`; rank 0 writes checkpoints and log."""
     run = Run(recipe, options, pipeline, rank)
     if (state := checkpoint.load(folder / CHECKPOINT)) is not None:
         run.restore(state)

@@ -45,8 +45,8 @@ CARD = """\
 Neon tubes in the dark: the border of each shape is a tube of its colour, what it encloses is dark, and so is the
 background. LoRA of rank {rank} on {targets}; {kib:.0f} KiB. Apache-2.0, as `icons`.
 
-Trained by `make train-lora` on {num_drawings} drawings of this project (`training/icons/neon.py`), {num_samples:,} samples;
-no other picture went in. No drawing shows an object, colour and background that the evaluation asks for together.
+Trained by `make train-lora` on {num_drawings} drawings of this project (`training/icons/neon.py`), {num_samples:,}
+samples; no other picture went in. No drawing shows an object, colour and background that the evaluation asks for together.
 
 {captions} held-out captions, the same seeds with and without the adapter, at the default settings:
 
@@ -148,8 +148,9 @@ def measure(manifest: Path, adapter: Path, captions: int, out: Path) -> dict[str
 def card(result: Mapping[str, Any], adapter: Path, revision: str) -> str:
     """MODEL_CARD.md of an adapter."""
     scores, drawn = result["scores"], result["drawings"]
+    columns = scores["without"], scores["with"], drawn["scores"][NAME]
     lines = [
-        f"| right {head} | {scores['without'][head]:.3f} | {scores['with'][head]:.3f} | {drawn['scores'][NAME][head]:.3f} |"
+        f"| right {head} | " + " | ".join(f"{shares[head]:.3f}" for shares in columns) + " |"
         for head in classifier.HEADS
     ]
     return CARD.format(

@@ -109,7 +109,10 @@ async def test_adapters(adapted, client):
         image=PHOTO, prompt="a red potion", extra_body={"adapters": {"pixel": 0.8}, "num_inference_steps": 10}
     )
     assert edited.safelight["adapters"] == {"pixel": 0.8}
-    for refused in (drawn(unheard_of=1), client.images.edit(image=PHOTO, prompt="x", extra_body={"adapters": {"a": 1}})):
+    for refused in (
+        drawn(unheard_of=1),
+        client.images.edit(image=PHOTO, prompt="x", extra_body={"adapters": {"a": 1}}),
+    ):
         with pytest.raises(openai.BadRequestError) as caught:
             await refused
         assert caught.value.param == "adapters"

@@ -159,9 +159,7 @@ async def test_whole_pictures_are_those_of_diffusers(models):
     """From the exported folder through a server, with one adapter and with two; within 1/255."""
     options = ExportOptions("tiny", licence="CC0-1.0", sizes=((SIZE, SIZE),), adapter_rank=ROOM)
     export(models / "pipeline", models / "served", options)
-    settings = load(
-        port=free_port(), models_dir=models / "served", adapters_dir=models / "trained", num_instances=1
-    )
+    settings = load(port=free_port(), models_dir=models / "served", adapters_dir=models / "trained", num_instances=1)
     async with serving(settings) as running, Client(running.address) as client:
 
         async def ours(**adapters: float) -> np.ndarray:

@@ -174,7 +174,11 @@ def test_adapters_are_named_with_their_factors(tmp_path):
     catalog = adapted_catalog(tmp_path, "pixel", "ink")
     asked = json.dumps({"prompt": "red", "adapters": {"pixel": 0.8, "ink": 1, "gone": 0}}).encode()
     request = generate_request(parse(asked), catalog)[0]
-    assert [(one.name, round(one.scale, 6)) for one in request.spec.adapters] == [("pixel", 0.8), ("ink", 1), ("gone", 0)]
+    assert [(one.name, round(one.scale, 6)) for one in request.spec.adapters] == [
+        ("pixel", 0.8),
+        ("ink", 1),
+        ("gone", 0),
+    ]
     assert edit(catalog, **{"adapters[pixel]": "0.8", "adapters[a]b]": "1"}).spec.adapters == [
         pb.Adapter(name="pixel", scale=0.8),
         pb.Adapter(name="a]b", scale=1),

@@ -7,7 +7,7 @@ import skia
 from training.icons.brush import INK, WHITE, Brush, Surface, mix
 from training.icons.spec import RGB
 
-DARK = 0.8
+DARK = 0.7
 """How far a background goes to black."""
 TUBE, CORE = 0.17, 0.06
 """Widths of a tube and of the light within it; half of a drawing is 1."""

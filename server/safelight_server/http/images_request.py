@@ -350,8 +350,9 @@ def _named(fault: ErrorDetails) -> tuple[str, str]:
     loc, kind = fault["loc"], fault["type"]
     name = str(loc[0])[:MAX_NAME_CHARS] if loc else "body"
     if name == "adapters":
-        factor = f"the factor of {shown(str(loc[1]))} must be a number" if len(loc) > 1 else ""
-        return name, factor or 'must be an object of names and factors, {"pixel": 0.8}; in a form a part adapters[pixel]'
+        if len(loc) > 1:
+            return name, f"the factor of {shown(str(loc[1]))} must be a number"
+        return name, 'must be an object of names and factors, {"pixel": 0.8}; in a form a part adapters[pixel]'
     if kind == "extra_forbidden":
         return name, UNSUPPORTED.get(name, "is no parameter of this server; leave it out")
     if kind in ("literal_error", "string_pattern_mismatch"):
