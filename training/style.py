@@ -46,7 +46,8 @@ Neon tubes in the dark: the border of each shape is a tube of its colour, what i
 background. LoRA of rank {rank} on {targets}; {kib:.0f} KiB. Apache-2.0, as `icons`.
 
 Trained by `make train-lora` on {num_drawings} drawings of this project (`training/icons/neon.py`), {num_samples:,}
-samples; no other picture went in. No drawing shows an object, colour and background that the evaluation asks for together.
+samples; no other picture went in. No drawing shows an object, a colour and a background that the evaluation asks for
+together.
 
 {captions} held-out captions, the same seeds with and without the adapter, at the default settings:
 
