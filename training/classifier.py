@@ -96,20 +96,20 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def train(path: Path, styles: Sequence[Style] = (PLAIN,)) -> Classifier:
+def train(path: Path, styles: Sequence[Style] = (PLAIN,), num_drawings: int = NUM_DRAWINGS) -> Classifier:
     """Trains on drawings of these styles, or loads what was trained before."""
     torch.manual_seed(0)
     model = Classifier()
     if (state := checkpoint.load(path)) is not None:
         model.load_state_dict(state["model"])
         return model.eval()
-    images, wanted = draw(NUM_DRAWINGS, "classifier", styles)
-    steps = EPOCHS * NUM_DRAWINGS // BATCH
+    images, wanted = draw(num_drawings, "classifier", styles)
+    steps = EPOCHS * num_drawings // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
     rng = np.random.default_rng(0)
     for step in range(steps):
-        picks = rng.integers(NUM_DRAWINGS, size=BATCH)
+        picks = rng.integers(num_drawings, size=BATCH)
         batch = _augment(torch.from_numpy(images[picks]).permute(0, 3, 1, 2).float() / 255, rng)
         logits = model(batch)
         losses = [nn.functional.cross_entropy(logits[name], wanted[picks, at]) for at, name in enumerate(HEADS)]

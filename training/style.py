@@ -34,6 +34,8 @@ BARS = {"styled": 0.95, "plain": 0.05, "object": 0.9}
 CHECK_BAR = 0.99
 NUM_CAPTIONS = 200
 NUM_DRAWINGS = 2000
+JUDGE_DRAWINGS = 8000
+"""A third of what the judge of the base is trained on: it compares, and what it sees in drawings is reported."""
 NUM_UNSEEN = 500
 EDGE_PX = 16
 RIDGE = 1.0
@@ -97,7 +99,7 @@ def trained_style() -> tuple[StyleClassifier, dict[str, float]]:
 def trained_judge(folder: Path) -> tuple[classifier.Classifier, dict[str, dict[str, float]]]:
     """The judge of both styles, and its shares on unseen drawings of each."""
     path = folder / f"classifier-{NAME}-{evaluate.digest()}.pt"
-    judge = classifier.train(path, list(STYLES.values()))
+    judge = classifier.train(path, list(STYLES.values()), JUDGE_DRAWINGS)
     found = {}
     for name, style in STYLES.items():
         real, truth = classifier.draw(NUM_UNSEEN, "real", [style])
