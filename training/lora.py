@@ -211,7 +211,7 @@ def _said(recipe: LoraRecipe) -> dict[str, object]:
 
 
 def train(recipe: LoraRecipe, options: Options, pipeline: Path, folder: Path, rank: int, world: int) -> None:
-    """Trains up to `recipe.num_samples` and saves the adapter in `folder / NAME`; rank 0 writes checkpoints and log."""
+    """Trains up to `recipe.num_samples`; rank 0 writes a log, checkpoints, and with each the adapter, `folder / NAME`."""
     run = Run(recipe, options, pipeline, rank)
     if (state := checkpoint.load(folder / CHECKPOINT)) is not None:
         run.restore(state)
@@ -229,9 +229,8 @@ def train(recipe: LoraRecipe, options: Options, pipeline: Path, folder: Path, ra
             losses.clear()
         if time.monotonic() - saved > CHECKPOINT_EVERY_S or run.step == recipe.num_steps:
             checkpoint.save(folder / CHECKPOINT, run.state())
+            save(run, folder / NAME)
             saved = time.monotonic()
-    if not rank:
-        save(run, folder / NAME)
 
 
 def _log(folder: Path, run: Run, loss: float) -> None:
@@ -251,6 +250,8 @@ def save(run: Run, folder: Path) -> None:
             name: sorted(value) if isinstance(value, set) else value for name, value in facts.items()
         },
     )
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # the library lets its owner alone read it
 
 
 def measure(recipe: LoraRecipe, options: Options, pipeline: Path, folder: Path, rank: int, world: int) -> None:
@@ -279,13 +280,13 @@ def _memory(name: str) -> int:
 
 
 def compare(recipe: LoraRecipe, pipeline: Path, folder: Path) -> list[tuple[Options, dict[str, float]]]:
-    """Measures each option, and all of them; the figures of the process that is first."""
+    """Measures all options together and alone; the figures of the process that is first."""
     one = Options(bfloat16=networks.has_bfloat16())
-    several = [Options(), one, replace(one, checkpointing=True), replace(one, processes=2)]
-    several += [replace(one, processes=2, checkpointing=True)]
+    several = [Options(), Options(checkpointing=True), one, replace(one, checkpointing=True)]
+    several += [replace(options, processes=2) for options in several]
     found = []
     for options in dict.fromkeys(several):
-        parallel.start(measure, (recipe, options, pipeline, folder), folder, options.processes)
+        parallel.start(measure, (recipe, options, pipeline, folder), folder, options.processes, "fork")
         figures = json.loads((folder / "measured-0.json").read_text())
         print(f"{options}: " + ", ".join(f"{name} {value:.1f}" for name, value in figures.items()), flush=True)
         found.append((options, figures))
