@@ -211,7 +211,7 @@ def _said(recipe: LoraRecipe) -> dict[str, object]:
 
 
 def train(recipe: LoraRecipe, options: Options, pipeline: Path, folder: Path, rank: int, world: int) -> None:
-    """Trains up to `recipe.num_samples`; rank 0 writes a log, checkpoints, and with each the adapter, `folder / NAME`."""
+    """Trains up to `recipe.num_samples`; rank 0 writes log, checkpoints, and with each the adapter, `folder / NAME`."""
     run = Run(recipe, options, pipeline, rank)
     if (state := checkpoint.load(folder / CHECKPOINT)) is not None:
         run.restore(state)
