@@ -47,9 +47,9 @@ CARD = """\
 Neon tubes in the dark: the border of each shape is a tube of its colour, what it encloses is dark, and so is the
 background. LoRA of rank {rank} on {targets}; {kib:.0f} KiB. Apache-2.0, as `icons`.
 
-Trained by `make train-lora` on {num_drawings} drawings of this project (`training/icons/neon.py`), {num_samples:,}
-samples; no other picture went in. No drawing shows an object, a colour and a background that the evaluation asks for
-together.
+Trained by `make train-lora` on {num_drawings} drawings of this project (`training/icons/neon.py`), {samples:,} of
+{num_samples:,} samples; no other picture went in. No drawing shows an object, a colour and a background that the
+evaluation asks for together.
 
 {captions} held-out captions, the same seeds with and without the adapter, at the default settings:
 
@@ -148,8 +148,8 @@ def measure(manifest: Path, adapter: Path, captions: int, out: Path) -> dict[str
     return result
 
 
-def card(result: Mapping[str, Any], adapter: Path, revision: str) -> str:
-    """MODEL_CARD.md of an adapter."""
+def card(result: Mapping[str, Any], adapter: Path, samples: int, revision: str) -> str:
+    """MODEL_CARD.md of an adapter that was trained on so many samples."""
     scores, drawn = result["scores"], result["drawings"]
     columns = scores["without"], scores["with"], drawn["scores"][NAME]
     lines = [
@@ -163,6 +163,7 @@ def card(result: Mapping[str, Any], adapter: Path, revision: str) -> str:
         targets=", ".join(TARGETS),
         kib=adapter.stat().st_size / 1024,
         num_drawings=LORA.num_drawings,
+        samples=samples,
         num_samples=LORA.num_samples,
         captions=result["captions"],
         plain_looks=result["looks"]["without"],
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=NUM_CAPTIONS, help="held-out captions")
     parser.add_argument("--out", type=Path, default=Path("out/lora"), help="where results go")
     parser.add_argument("--card", action="store_true", help="write MODEL_CARD.md beside the adapter")
+    parser.add_argument("--samples", type=int, default=LORA.num_samples, help="what it was trained on, for the card")
     options = parser.parse_args()
     if options.captions < 1:
         parser.error("--captions must be at least 1")
@@ -188,7 +190,7 @@ def main() -> None:
     manifest = evaluate.find_manifest(options.models, "icons", None)
     result = measure(manifest, file, options.captions, options.out)
     if options.card:
-        (options.adapter / "MODEL_CARD.md").write_text(card(result, file, "1.0"))
+        (options.adapter / "MODEL_CARD.md").write_text(card(result, file, options.samples, "1.0"))
     print("\n".join(result["faults"]) or "above all bars", f"({result['seconds']} s; {options.out}/style.json)")
     sys.exit(1 if result["faults"] else 0)
 
