@@ -228,8 +228,8 @@ def train(recipe: LoraRecipe, options: Options, pipeline: Path, folder: Path, ra
             _log(folder, run, float(np.mean(losses)))
             losses.clear()
         if time.monotonic() - saved > CHECKPOINT_EVERY_S or run.step == recipe.num_steps:
+            save(run, folder / NAME)  # first, so that a run that its checkpoint says to be done has its adapter
             checkpoint.save(folder / CHECKPOINT, run.state())
-            save(run, folder / NAME)
             saved = time.monotonic()
 
 
