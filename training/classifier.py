@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from training import checkpoint
 from training.icons import BACKGROUNDS, COLOURS, OBJECTS, Spec, sample_spec
-from training.icons.render import render
+from training.icons.render import PLAIN, Style, render
 
 EDGE_PX = 64
 NUM_DRAWINGS = 24_000
@@ -72,17 +72,22 @@ def shrink(images: npt.NDArray[np.uint8]) -> Tensor:
     return nn.functional.interpolate(pixels, size=EDGE_PX, mode="area")
 
 
-def draw(count: int, seed: str) -> tuple[npt.NDArray[np.uint8], Tensor]:
-    """Fresh drawings at the classifier's size and their labels, (N, heads); drawn by a process on each core."""
+def draw(count: int, seed: str, styles: Sequence[Style] = (PLAIN,)) -> tuple[npt.NDArray[np.uint8], Tensor]:
+    """Fresh drawings at the classifier's size and their labels, (N, heads); drawn by a process on each core.
+
+    Args:
+        styles: taken in turns.
+    """
     rng = random.Random(seed)
     specs = [sample_spec(rng) for _ in range(count)]
+    in_turns = [styles[number % len(styles)] for number in range(count)]
     with ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn")) as pool:
-        small = np.stack(list(pool.map(_small, specs, chunksize=CHUNK)))
+        small = np.stack(list(pool.map(_small, specs, in_turns, chunksize=CHUNK)))
     return small, torch.tensor([labels(spec) for spec in specs])
 
 
-def _small(spec: Spec) -> npt.NDArray[np.uint8]:
-    half = render(spec).reshape(EDGE_PX, 2, EDGE_PX, 2, 3).mean(axis=(1, 3))
+def _small(spec: Spec, style: Style) -> npt.NDArray[np.uint8]:
+    half = render(spec, style=style).reshape(EDGE_PX, 2, EDGE_PX, 2, 3).mean(axis=(1, 3))
     return np.round(half).astype(np.uint8)
 
 
@@ -91,20 +96,20 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def train(path: Path) -> Classifier:
-    """Trains, or loads what was trained before."""
+def train(path: Path, styles: Sequence[Style] = (PLAIN,), num_drawings: int = NUM_DRAWINGS) -> Classifier:
+    """Trains on drawings of these styles, or loads what was trained before."""
     torch.manual_seed(0)
     model = Classifier()
     if (state := checkpoint.load(path)) is not None:
         model.load_state_dict(state["model"])
         return model.eval()
-    images, wanted = draw(NUM_DRAWINGS, "classifier")
-    steps = EPOCHS * NUM_DRAWINGS // BATCH
+    images, wanted = draw(num_drawings, "classifier", styles)
+    steps = EPOCHS * num_drawings // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
     rng = np.random.default_rng(0)
     for step in range(steps):
-        picks = rng.integers(NUM_DRAWINGS, size=BATCH)
+        picks = rng.integers(num_drawings, size=BATCH)
         batch = _augment(torch.from_numpy(images[picks]).permute(0, 3, 1, 2).float() / 255, rng)
         logits = model(batch)
         losses = [nn.functional.cross_entropy(logits[name], wanted[picks, at]) for at, name in enumerate(HEADS)]

@@ -13,14 +13,19 @@ from torch import nn
 RENDEZVOUS = "rendezvous"
 
 
-def start(function: Callable[..., None], arguments: tuple[object, ...], folder: Path, world: int) -> None:
+def start(
+    function: Callable[..., None], arguments: tuple[object, ...], folder: Path, world: int, method: str = "spawn"
+) -> None:
     """Runs `function(*arguments, rank, world)` in `world` processes until all have ended; they rendezvous in `folder`.
+
+    Args:
+        method: how processes are started; "fork" saves the imports where this process has computed nothing yet.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: a process failed; the others were ended.
     """
     (folder / RENDEZVOUS).unlink(missing_ok=True)
-    torch.multiprocessing.start_processes(_run, (function, arguments, folder, world), world, start_method="spawn")
+    torch.multiprocessing.start_processes(_run, (function, arguments, folder, world), world, start_method=method)
 
 
 def _run(rank: int, function: Callable[..., None], arguments: tuple[object, ...], folder: Path, world: int) -> None:

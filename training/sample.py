@@ -7,15 +7,26 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from safelight_server.catalog import adapters
 from safelight_server.catalog.catalog import load_pipeline
 from safelight_server.quantization.offline import OfflinePipeline
 
 
 class Sampler(OfflinePipeline):
-    """A pipeline of `models/` at its default settings."""
+    """A pipeline of `models/` at its default settings.
 
-    def __init__(self, manifest: Path, threads: int = 1) -> None:
-        super().__init__(load_pipeline(manifest, manifest.parents[3] / "repository"), threads=threads)
+    Args:
+        adapter: the file of an adapter, for a pipeline that has room for it.
+    """
+
+    def __init__(self, manifest: Path, threads: int = 1, adapter: Path | None = None) -> None:
+        pipeline = load_pipeline(manifest, manifest.parents[3] / "repository")
+        room, weights = pipeline.manifest.adapters, None
+        if adapter is not None and room is not None:
+            weights = adapters.packed(adapters.parse(adapter.read_bytes()), room)
+        elif adapter is not None:
+            raise SystemExit(f"{manifest} has no room for adapters: export it with --adapter-rank")
+        super().__init__(pipeline, threads=threads, adapter=weights)
         self.manifest = json.loads(manifest.read_text())
 
 

@@ -12,7 +12,7 @@ from openai import AsyncOpenAI
 from tests.conftest import eventually
 from tests.integration.test_edits import CLEAR
 from tests.integration.test_images import PHOTO
-from tests.support.http import http_server
+from tests.support.http import http_server, simulate_adapters
 
 PNG, WEBP = b"\x89PNG", b"RIFF"
 
@@ -88,6 +88,35 @@ async def test_an_edit(client):
     assert (len(answer.data), answer.output_format, answer.safelight["seeds"]) == (2, "webp", [7, 8])
     assert answer.safelight["strength"] == 0.6
     assert answer.usage.input_tokens_details.image_tokens == 16 * 16
+
+
+@pytest.fixture
+def adapted(tmp_path, monkeypatch):
+    """The server's model takes adapters; comes before the server."""
+    simulate_adapters(monkeypatch, tmp_path, "pixel", "ink")
+
+
+async def test_adapters(adapted, client):
+    async def drawn(**adapters):
+        more = {"adapters": adapters, "num_inference_steps": 4, "seed": 7}
+        return (await client.images.generate(prompt="a red potion", extra_body=more)).safelight
+
+    answer = await drawn(pixel=0.8, ink=1)
+    assert (answer["adapters"], answer["cache"]) == ({"ink": 1.0, "pixel": 0.8}, ["MISS"])
+    assert (await drawn(pixel=0.8))["cache"] == ["MISS"], "another picture"
+    assert (await drawn(ink=1, pixel=0.8))["cache"] == ["EXACT"]
+    edited = await client.images.edit(
+        image=PHOTO, prompt="a red potion", extra_body={"adapters": {"pixel": 0.8}, "num_inference_steps": 10}
+    )
+    assert edited.safelight["adapters"] == {"pixel": 0.8}
+    for refused in (
+        drawn(unheard_of=1),
+        client.images.edit(image=PHOTO, prompt="x", extra_body={"adapters": {"a": 1}}),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            await refused
+        assert caught.value.param == "adapters"
+        assert "it has ink, pixel" in caught.value.message
 
 
 async def test_a_stream_of_an_edit(client):

@@ -1,4 +1,4 @@
-"""A server with HTTP on a free port, a client for it, and requests that tests write byte by byte."""
+"""A server with HTTP on a free port, a client for it, requests that tests write byte by byte, and adapters for it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,23 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
+from safelight_server.app import server
 from safelight_server.app.server import Running
+from safelight_server.catalog.adapters import AdapterLibrary
+from safelight_server.catalog.catalog import Catalog, assemble
+from safelight_server.catalog.manifest import ADAPTER_INPUTS, STABLE_DIFFUSION_INPUTS, AdapterRoom
+from safelight_server.runtime.base import Runtime
+from safelight_server.runtime.simulated import simulated_pipeline
+from safelight_server.settings import Settings
 
 from load_tests.ports import free_port
 from tests.conftest import serving_here
+from tests.support.adapters import ROOM, write_adapter
 
 GENERATIONS = "/v1/images/generations"
 SIMULATED = {"runtime": "simulated", "num_instances": 1, "simulated_base_ms": 3.0, "simulated_row_ms": 0.0}
@@ -74,3 +84,19 @@ def post(running: Running, parameters: dict[str, object]) -> bytes:
     data = json.dumps(parameters).encode()
     head = f"POST {GENERATIONS} HTTP/1.1\r\nhost: {running.http_address}\r\ncontent-type: application/json\r\n"
     return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data
+
+
+def simulate_adapters(monkeypatch: pytest.MonkeyPatch, folder: Path, *adapters: str) -> None:
+    """Lets the model of simulated servers that start from now on take adapters; it has these, of rank 2, in `folder`."""
+    room, plain, build = AdapterRoom.model_validate(ROOM), simulated_pipeline(), server.build_runtime
+    manifest = plain.manifest.model_copy(update={"adapters": room, "inputs": STABLE_DIFFUSION_INPUTS | ADAPTER_INPUTS})
+    for seed, name in enumerate(adapters):
+        write_adapter(folder, name, seed=seed)
+
+    def built(settings: Settings) -> tuple[Catalog, Runtime]:
+        catalog, runtime = build(settings)
+        catalog.adapters = AdapterLibrary(folder, {plain.name: room})
+        return catalog, runtime
+
+    monkeypatch.setattr(server, "simulated_pipeline", lambda: assemble(manifest, {}, plain.tokenizer))
+    monkeypatch.setattr(server, "build_runtime", built)

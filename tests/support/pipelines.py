@@ -8,7 +8,13 @@ from typing import Any
 import tokenizers
 from safelight_server.catalog.adapters import AdapterLibrary
 from safelight_server.catalog.catalog import Catalog, Pipeline, assemble
-from safelight_server.catalog.manifest import ADAPTER_INPUTS, CONTROL_INPUTS, AdapterRoom, Manifest
+from safelight_server.catalog.manifest import (
+    ADAPTER_INPUTS,
+    CONTROL_INPUTS,
+    STABLE_DIFFUSION_INPUTS,
+    AdapterRoom,
+    Manifest,
+)
 from safelight_server.catalog.tokenizer import Tokenizer
 from tokenizers import models, pre_tokenizers
 
@@ -76,8 +82,7 @@ def adapted_catalog(folder: Path, *adapters: str) -> Catalog:
 
     It has the control networks `edges` and `depth` too.
     """
-    inputs = {"sample": "latent", "timestep": "timestep", "encoder_hidden_states": "encoder:last_hidden_state"}
-    inputs |= ADAPTER_INPUTS | CONTROL_INPUTS
+    inputs = STABLE_DIFFUSION_INPUTS | ADAPTER_INPUTS | CONTROL_INPUTS
     catalog = small_catalog(folder, adapters=ROOM, controls=["edges", "depth"], inputs=inputs)
     for seed, name in enumerate(adapters):
         write_adapter(folder / "adapters", name, seed=seed)

@@ -10,13 +10,19 @@ import peft
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from safelight import Client
+from safelight_server.app.server import serving
 from safelight_server.catalog.adapters import AdapterLibrary
 from safelight_server.catalog.manifest import AdapterRoom
 from safelight_server.export.adapters import Adapters
 from safelight_server.export.components import Denoiser
-from safelight_server.export.exporter import round_weights
+from safelight_server.export.exporter import export, round_weights
 from safelight_server.export.onnx_file import write_onnx
+from safelight_server.export.plan import ExportOptions
+from safelight_server.sampler import gaussian
+from safelight_server.settings import load
 
+from load_tests.ports import free_port
 from tests.training import folders
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
@@ -143,3 +149,28 @@ def test_rows_are_those_of_peft(models, batch):
         assert np.abs(ours[row] - expected).max() <= 1e-5, named
         if named:
             assert np.abs(expected - bare).max() > 1e-2, "the adapters matter"
+
+
+PICTURES = [{"wide": 1.0}, {"narrow": 0.7}, {"wide": -0.5, "narrow": 1.3}]
+PROMPT, SEED, STEPS, GUIDANCE, SIZE = "a red potion", 7, 4, 5.0, 16
+
+
+async def test_whole_pictures_are_those_of_diffusers(models):
+    """From the exported folder through a server, with one adapter and with two; within 1/255."""
+    options = ExportOptions("tiny", licence="CC0-1.0", sizes=((SIZE, SIZE),), adapter_rank=ROOM)
+    export(models / "pipeline", models / "served", options)
+    settings = load(port=free_port(), models_dir=models / "served", adapters_dir=models / "trained", num_instances=1)
+    async with serving(settings) as running, Client(running.address) as client:
+
+        async def ours(**adapters: float) -> np.ndarray:
+            drawn = client.generate(PROMPT, seed=SEED, steps=STEPS, guidance_scale=GUIDANCE, adapters=adapters)
+            return np.asarray(await drawn.image(), int)
+
+        plain = await ours()
+        pictures = [await ours(**scales) for scales in PICTURES]
+    noise = torch.from_numpy(gaussian(SEED, 0, 0, (4, SIZE // 2, SIZE // 2)))[None]
+    for scales, picture in zip(PICTURES, pictures, strict=True):
+        given = {"height": SIZE, "width": SIZE, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+        expected = theirs(models, **scales)(PROMPT, latents=noise, **given).images[0]
+        assert np.abs(picture - np.asarray(expected, int)).max() <= 1, scales
+        assert np.abs(picture - plain).max() > 8, "the adapters matter"

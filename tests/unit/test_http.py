@@ -27,7 +27,7 @@ from safelight_server.runtime.simulated import simulated_pipeline
 from safelight_server.validation import RequestLimits, resolve_request
 from safelight_server.wire.statuses import status_of
 
-from tests.support.pipelines import MANIFEST, small_pipeline
+from tests.support.pipelines import MANIFEST, adapted_catalog, small_pipeline
 
 CATALOG = Catalog([simulated_pipeline()])
 LIMITS = RequestLimits(max_prompt_chars=2000, max_request_rows=131_072, resume_grace_s=30.0, max_resume_grace_s=600.0)
@@ -48,7 +48,7 @@ def refused(**parameters: object) -> dict[str, str]:
 
 def named(error: SafelightError) -> dict[str, str]:
     """The messages for each parameter that a client gets."""
-    violations = error_body(in_parameters(status_of(error)))["error"]["safelight"]["violations"]
+    violations = error_body(in_parameters(status_of(error), pb.GenerateRequest()))["error"]["safelight"]["violations"]
     return {one["param"]: one["message"] for one in violations}
 
 
@@ -98,6 +98,11 @@ def named(error: SafelightError) -> dict[str, str]:
         ("guidance_interval", [-1, 0.5]),
         ("guidance_interval", ["0", 1]),
         ("negative_prompt", "a\u0000b"),
+        ("adapters", {"pixel": 1}),  # the model takes none
+        ("adapters", {"pixel": "1"}),
+        ("adapters", {"pixel": None}),
+        ("adapters", ["pixel"]),
+        ("adapters", "pixel"),
         ("mask", "x"),
         ("foo", None),
     ],
@@ -163,6 +168,41 @@ def test_each_parameter_has_its_field():
     assert list(spec.prompts) == [pb.Prompt(role=pb.Prompt.ROLE_NEGATIVE, text="rust")]
     assert wanted.encoding == pb.PixelEncoding(media_type="image/webp", quality=1)
     assert dict(wanted.labels) == {"user": "ann"}
+
+
+def test_adapters_are_named_with_their_factors(tmp_path):
+    catalog = adapted_catalog(tmp_path, "pixel", "ink")
+    asked = json.dumps({"prompt": "red", "adapters": {"pixel": 0.8, "ink": 1, "gone": 0}}).encode()
+    request = generate_request(parse(asked), catalog)[0]
+    assert [(one.name, round(one.scale, 6)) for one in request.spec.adapters] == [
+        ("pixel", 0.8),
+        ("ink", 1),
+        ("gone", 0),
+    ]
+    assert edit(catalog, **{"adapters[pixel]": "0.8", "adapters[a]b]": "1"}).spec.adapters == [
+        pb.Adapter(name="pixel", scale=0.8),
+        pb.Adapter(name="a]b", scale=1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "what"),
+    [
+        ({"unheard of": 1}, "has no adapter 'unheard of'; it has ink, pixel"),
+        ({"ink": 1, "pixel": 10.5}, "'pixel' must be from -10 to 10"),
+        ({"pixel": True}, "the factor of 'pixel' must be a number"),
+        ({"a": 0, "b": 0, "c": 0, "d": 0, "e": 0}, "has 5 entries; at most 4"),
+    ],
+)
+def test_a_fault_of_an_adapter_says_which(tmp_path, adapters, what):
+    catalog = adapted_catalog(tmp_path, "pixel", "ink")
+    request = pb.GenerateRequest()
+    with pytest.raises(InvalidRequestError) as caught:
+        request = generate_request(parse(json.dumps({"prompt": "red", "adapters": adapters}).encode()), catalog)[0]
+        resolve_request(request, catalog, LIMITS)
+    [fault] = error_body(in_parameters(status_of(caught.value), request))["error"]["safelight"]["violations"]
+    assert fault["param"] == "adapters"
+    assert what in fault["message"]
 
 
 def test_random_seeds_are_exact_in_javascript_and_differ():

@@ -4,42 +4,64 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import skia
 
 from training.icons.brush import INK, WHITE, Brush, Surface, ink, mix
+from training.icons.neon import DARK, NeonBrush
 from training.icons.shapes import DRAWINGS, SLANTED
 from training.icons.spec import BACKGROUNDS, COLOURS, MATERIALS, Spec
 
 SIZE_PX = 128
 
 
-def render(spec: Spec, size_px: int = SIZE_PX) -> npt.NDArray[np.uint8]:
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How icons look.
+
+    Attributes:
+        darkness: how far backgrounds go to black, 0 to 1.
+        shines: whether all objects glow, not only those whose spec says so.
+    """
+
+    brush: type[Brush] = Brush
+    darkness: float = 0.0
+    shines: bool = False
+
+
+PLAIN = Style()
+NEON = Style(NeonBrush, DARK, shines=True)
+
+
+def render(spec: Spec, size_px: int = SIZE_PX, style: Style = PLAIN) -> npt.NDArray[np.uint8]:
     """The icon, (size_px, size_px, 3) uint8 sRGB. The same spec gives the same pixels."""
     rng = random.Random(spec.seed)
     surface = skia.Surface(size_px, size_px)
     canvas = surface.getCanvas()
     canvas.scale(size_px, size_px)
-    _background(canvas, spec, rng)
-    _object(canvas, spec, rng)
+    _background(canvas, spec, rng, style)
+    _object(canvas, spec, rng, style)
     if spec.sparkles:
         _sparkles(canvas, spec, rng)
     rgba: npt.NDArray[np.uint8] = surface.makeImageSnapshot().toarray(colorType=skia.kRGBA_8888_ColorType)
     return np.ascontiguousarray(rgba[..., :3])
 
 
-def _background(canvas: skia.Canvas, spec: Spec, rng: random.Random) -> None:
+def _background(canvas: skia.Canvas, spec: Spec, rng: random.Random, style: Style) -> None:
     shift = rng.uniform(-0.06, 0.06)
     base = mix(BACKGROUNDS[spec.background], WHITE if shift > 0 else INK, abs(shift))
+    base = mix(base, INK, style.darkness)
     rim = 0.1 if spec.background == "white" else 0.28
     centre = skia.Point(rng.uniform(0.4, 0.6), rng.uniform(0.3, 0.5))
-    light = skia.GradientShader.MakeRadial(centre, 0.85, [ink(mix(base, WHITE, 0.22)), ink(mix(base, INK, rim))])
+    lit = mix(base, WHITE, 0.22 * (1 - style.darkness))
+    light = skia.GradientShader.MakeRadial(centre, 0.85, [ink(lit), ink(mix(base, INK, rim))])
     canvas.drawPaint(skia.Paint(Shader=light))
 
 
-def _object(canvas: skia.Canvas, spec: Spec, rng: random.Random) -> None:
+def _object(canvas: skia.Canvas, spec: Spec, rng: random.Random, style: Style) -> None:
     shift = rng.uniform(-0.08, 0.08)
     colour = (
         mix(COLOURS[spec.colour], WHITE if shift > 0 else INK, abs(shift))
@@ -58,7 +80,7 @@ def _object(canvas: skia.Canvas, spec: Spec, rng: random.Random) -> None:
     recorder = skia.PictureRecorder()
     page = recorder.beginRecording(skia.Rect(-2, -2, 2, 2))
     page.rotate(angle)
-    DRAWINGS[spec.object](Brush(page, rng), Surface(colour, texture))
+    DRAWINGS[spec.object](style.brush(page, rng), Surface(colour, texture))
     drawing = recorder.finishRecordingAsPicture()
 
     if spec.outline:
@@ -69,14 +91,14 @@ def _object(canvas: skia.Canvas, spec: Spec, rng: random.Random) -> None:
         canvas.restore()
         canvas.drawPicture(drawing)
     else:
-        canvas.saveLayer(None, skia.Paint(ImageFilter=_halo(spec, colour)))
+        canvas.saveLayer(None, skia.Paint(ImageFilter=_halo(spec.glow or style.shines, colour)))
         canvas.drawPicture(drawing)
         canvas.restore()
     canvas.restore()
 
 
-def _halo(spec: Spec, colour: tuple[int, int, int]) -> skia.ImageFilter:
-    if not spec.glow:
+def _halo(shines: bool, colour: tuple[int, int, int]) -> skia.ImageFilter:
+    if not shines:
         return skia.ImageFilters.DropShadow(0.05, 0.09, 0.07, 0.07, ink(INK, 0.5))
     shine = mix(colour, WHITE, 0.3)
     wide = skia.ImageFilters.DropShadow(0, 0, 0.22, 0.22, ink(shine))

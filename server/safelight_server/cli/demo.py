@@ -11,7 +11,7 @@ import io
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
@@ -167,13 +167,18 @@ async def generate_one(
     return developing.picture, developing
 
 
-async def demo(settings: Settings, out: Path, console: Console) -> None:
+async def demo(settings: Settings, out: Path, console: Console, adapters: Mapping[str, float] | None = None) -> None:
     """Starts a server, generates the pictures of `PROMPTS` at once, writes them to folders in `out`, stops the server.
+
+    Args:
+        adapters: each picture is generated with them too, beside the one without, from the same seed.
 
     Raises:
         DemoError: the server did not start, or a picture is missing.
     """
     orders = [DemoRequest(prompt, seed=SEED + place) for place, prompt in enumerate(PROMPTS)]
+    if adapters:
+        orders += [replace(order, adapters=adapters) for order in orders]
     async with _server(settings) as target, Client(target) as client:
         console.print(f"a server of the demo's own listens on {target}", highlight=False)
         if console.is_terminal:
@@ -183,8 +188,14 @@ async def demo(settings: Settings, out: Path, console: Console) -> None:
         await _develop_shown(client, developing, console)
         total = time.monotonic() - began
     for place, item in enumerate(developing):
-        sheet = write(item, out / f"{place + 1}-{_slug(item.order.prompt)}")
+        styled = "".join(f"-{name}" for name in item.order.adapters or ())
+        sheet = write(item, out / f"{place % len(PROMPTS) + 1}-{_slug(item.order.prompt)}{styled}")
         console.print(f"{sheet}  {item.figures()}", highlight=False, soft_wrap=True)
+    if adapters:
+        pictures = [item.picture for item in developing if item.picture]
+        beside = out / "without-and-with.png"
+        contact_sheet([_image(one.data) for one in pictures], pictures[0].width_px, len(PROMPTS)).save(beside)
+        console.print(f"{beside}  above without adapters, below with them", highlight=False, soft_wrap=True)
     steps = sum(item.progress.num_steps for item in developing if item.progress)
     console.print(f"{len(orders)} pictures in {total:.2f} s, {steps / total:.0f} steps/s together", highlight=False)
 

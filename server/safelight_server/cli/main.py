@@ -340,11 +340,15 @@ def _branch(text: str) -> Branch:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out/demo"),
     models_dir: Annotated[Path | None, typer.Option(help="Folder of the models.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:SCALE", help="Develop each picture with this adapter too; may be repeated."),
+    ] = None,
 ) -> None:
     """Start a server, develop several pictures at once, show them, write them, stop the server."""
     settings = settings_module.load(port=0, models_dir=models_dir, log_level="warning")
     configure_logging("console", "warning")
-    _run(demos.demo(settings, out, console))
+    _run(demos.demo(settings, out, console, _adapters(adapter or ())))
 
 
 @app.command()

@@ -164,6 +164,8 @@ class ImageAnswer:
             "num_rows_skipped": finished.usage.num_rows_skipped,
             "warnings": [{"code": warning.reason, "message": warning.message} for warning in accepted.warnings],
         }
+        if spec.adapters:
+            more["adapters"] = {adapter.name: round(adapter.scale, 6) for adapter in spec.adapters}
         if spec.init_image:
             more["strength"] = round(spec.strength, 6)
         return more | self._cost(finished.usage)
@@ -215,7 +217,7 @@ class ImageGenerations:
                         case "finished":
                             last = event
         except CallAbortError as error:
-            raise CallAbortError(in_parameters(error.status, message.request_id)) from None
+            raise CallAbortError(in_parameters(error.status, message)) from None
         if last is None:  # the call was ended from outside, which the context reports
             return None
         if not parameters.stream:

@@ -2,8 +2,8 @@
 
 The parameters are those of OpenAI's API and, with names that Safelight adds,
 `seed`, `num_inference_steps`, `guidance_scale`, `guidance_rescale`,
-`guidance_interval` and `negative_prompt`; edits have `strength` too. Parameters that
-the models do not support are refused by name, never ignored. The GenerateRequest is
+`guidance_interval`, `negative_prompt` and `adapters`; edits have `strength` too.
+Parameters that the models do not support are refused by name, never ignored. The GenerateRequest is
 then checked like any other; `in_parameters` names the faults found there by the
 parameters. Pure apart from random seeds.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import secrets
 import uuid
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from safelight_server.domain.errors import FieldViolation, InvalidRequestError
 from safelight_server.http.form import Form
 from safelight_server.sampler import steps_left_out
 from safelight_server.validation import DEFAULT_STRENGTH, find_model
-from safelight_server.validation.violations import Violations, listed
+from safelight_server.validation.violations import Violations, listed, shown
 from safelight_server.wire.statuses import status_of
 
 SEED_BITS = 53
@@ -74,6 +75,10 @@ PARAMETERS: Mapping[str, str] = {
     "labels": "user",
 }
 """The parameter for a path in a GenerateRequest, if its name is not the last part of the path."""
+ADAPTER_SCALE = re.compile(r"spec\.adapters\[([0-9]+)\]\.scale")
+"""The path of a fault of an adapter's factor, which does not say which adapter."""
+ENTRY = re.compile(r"(adapters)\[(.+)\]", re.DOTALL)
+"""How a form names an entry of an object, as OpenAI's packages write it: adapters[pixel]."""
 
 
 class ImageParameters(BaseModel):
@@ -100,6 +105,7 @@ class ImageParameters(BaseModel):
     guidance_rescale: float | None = None
     guidance_interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     negative_prompt: str | None = None
+    adapters: dict[str, float] | None = None
 
     @property
     def format(self) -> str:
@@ -168,7 +174,7 @@ def parse_edit(form: Form) -> ImageEdit:
     faults.check(len(masks) < 2, "mask", f"occurs {len(masks)} times; send it once")
     parameters = None
     try:
-        parameters = EditParameters.model_validate_strings(texts)
+        parameters = EditParameters.model_validate_strings(_with_objects(texts))
     except ValidationError as error:
         _add(error, faults)
     else:
@@ -177,6 +183,18 @@ def parse_edit(form: Form) -> ImageEdit:
     if parameters is None:
         raise ValueError("the parameters were refused and left no fault")
     return ImageEdit(parameters, images[0], masks[0] if masks else None)
+
+
+def _with_objects(texts: Mapping[str, str]) -> Mapping[str, str | dict[str, str]]:
+    """The texts of a form, with those that are entries of an object gathered in it."""
+    gathered: dict[str, str | dict[str, str]] = {}
+    for name, text in texts.items():
+        entry = ENTRY.fullmatch(name)
+        if entry is None:
+            gathered[name] = text
+        elif isinstance(inner := gathered.setdefault(entry[1], {}), dict):
+            inner[entry[2]] = text
+    return gathered
 
 
 def _add(error: ValidationError, faults: Violations) -> None:
@@ -234,6 +252,8 @@ def generate_request(
         spec.guidance_rescale = parameters.guidance_rescale
     if parameters.guidance_interval is not None:
         spec.guidance_interval.start, spec.guidance_interval.end = parameters.guidance_interval
+    for name, scale in (parameters.adapters or {}).items():
+        spec.adapters.add(name=name, scale=scale)
     first = parameters.seed
     too_many = pipeline.manifest.limits.max_outputs + 1  # enough to be refused, and bounds the loop
     for index in range(min(parameters.n or 1, too_many)):
@@ -298,31 +318,41 @@ def _pipeline(name: str, catalog: Catalog) -> Pipeline:
     return find_model(full, catalog, "model")
 
 
-def in_parameters(status: status_pb2.Status, request_id: str = "") -> status_pb2.Status:
+def in_parameters(status: status_pb2.Status, message: pb.GenerateRequest) -> status_pb2.Status:
     """The status with the names of parameters instead of paths in the GenerateRequest.
 
     Args:
-        request_id: a request id that was made of an idempotency key; the message then names the key instead.
+        message: the request. An error about its request id, which was made of an idempotency key, names the key
+            instead.
     """
     bad = error_details_pb2.BadRequest()
-    if request_id and request_id in status.message:
+    if message.request_id and message.request_id in status.message:
         renamed = status_pb2.Status()
         renamed.CopyFrom(status)
-        renamed.message = status.message.replace(f"request_id {request_id}", "this Idempotency-Key")
+        renamed.message = status.message.replace(f"request_id {message.request_id}", "this Idempotency-Key")
         return renamed
     if status.code != code_pb2.INVALID_ARGUMENT or not any(detail.Unpack(bad) for detail in status.details):
         return status
-    violations = [FieldViolation(_parameter(fault.field), fault.description) for fault in bad.field_violations]
-    return status_of(InvalidRequestError(violations))
+    return status_of(InvalidRequestError([_in_parameter(fault, message) for fault in bad.field_violations]))
 
 
-def _parameter(field: str) -> str:
-    return PARAMETERS.get(field) or field.rpartition(".")[2]
+def _in_parameter(fault: error_details_pb2.BadRequest.FieldViolation, message: pb.GenerateRequest) -> FieldViolation:
+    field, what = fault.field, fault.description
+    if (scale := ADAPTER_SCALE.fullmatch(field)) is not None:
+        what = f"{shown(message.spec.adapters[int(scale[1])].name)} {what}"
+    if field.startswith("spec.adapters"):
+        return FieldViolation("adapters", what)
+    return FieldViolation(PARAMETERS.get(field) or field.rpartition(".")[2], what)
 
 
 def _named(fault: ErrorDetails) -> tuple[str, str]:
     """The name of the parameter of a pydantic error, and what to change."""
-    name, kind = str(fault["loc"][0])[:MAX_NAME_CHARS] if fault["loc"] else "body", fault["type"]
+    loc, kind = fault["loc"], fault["type"]
+    name = str(loc[0])[:MAX_NAME_CHARS] if loc else "body"
+    if name == "adapters":
+        if len(loc) > 1:
+            return name, f"the factor of {shown(str(loc[1]))} must be a number"
+        return name, 'must be an object of names and factors, {"pixel": 0.8}; in a form a part adapters[pixel]'
     if kind == "extra_forbidden":
         return name, UNSUPPORTED.get(name, "is no parameter of this server; leave it out")
     if kind in ("literal_error", "string_pattern_mismatch"):

@@ -11,7 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from safelight_server.catalog.catalog import Pipeline
-from safelight_server.catalog.manifest import ENCODER_SOURCE, LATENT_SOURCE, SIZE_IDS_SOURCE, TIMESTEP_SOURCE
+from safelight_server.catalog.manifest import (
+    ADAPTER_SCALES_SOURCE,
+    ADAPTER_WEIGHTS_SOURCE,
+    ENCODER_SOURCE,
+    LATENT_SOURCE,
+    SIZE_IDS_SOURCE,
+    TIMESTEP_SOURCE,
+)
 from safelight_server.catalog.pixels import decoder_latent, to_pixels
 from safelight_server.domain.component import Component
 from safelight_server.domain.tensors import Array, FloatArray
@@ -32,12 +39,19 @@ class OfflinePipeline:
     Args:
         denoiser: another file to take the place of the pipeline's denoiser.
         threads: of each call.
+        adapter: weights (r, Q) of an adapter that changes the denoiser, where it has room (`manifest.AdapterRoom`).
     """
 
-    def __init__(self, pipeline: Pipeline, denoiser: Path | None = None, threads: int = 1) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        denoiser: Path | None = None,
+        threads: int = 1,
+        adapter: FloatArray | None = None,
+    ) -> None:
         if pipeline.tokenizer is None:
             raise ValueError(f"{pipeline.name} was assembled without its tokenizer")
-        self._pipeline, self._tokenizer = pipeline, pipeline.tokenizer
+        self._pipeline, self._tokenizer, self._adapter = pipeline, pipeline.tokenizer, adapter
         files = {**pipeline.files, **({Component.DENOISER: denoiser} if denoiser is not None else {})}
         self._calls = {
             component: onnx.loaded(files[component], threads)
@@ -112,4 +126,10 @@ class OfflinePipeline:
         by_source[LATENT_SOURCE] = sample
         by_source[TIMESTEP_SOURCE] = np.full(count, timestep, np.float32)
         by_source[SIZE_IDS_SOURCE] = np.tile(size_ids, (count, 1))
+        if (room := self._pipeline.manifest.adapters) is not None:
+            weights = np.zeros((count, room.max_rank, room.width), np.float32)
+            if self._adapter is not None:
+                weights[:, : len(self._adapter)] = self._adapter
+            by_source[ADAPTER_WEIGHTS_SOURCE] = weights
+            by_source[ADAPTER_SCALES_SOURCE] = np.ones((count, room.max_rank), np.float32)
         return {name: by_source[source] for name, source in self._pipeline.manifest.inputs.items()}

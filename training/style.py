@@ -1,0 +1,199 @@
+"""`python -m training.style`: whether an adapter gives `icons` its style, and what becomes of the captions.
+
+The same captions and seeds are drawn without the adapter and with it, by the files and the samplers of the server. A
+linear classifier of small pictures says which look like neon. The judge is the classifier of `evaluate.py`, trained on
+drawings of both styles, so that it is fair to both. Both are first checked on drawings that they have not seen.
+Exits 1 below the bars. With `--card` the figures go beside the adapter, into MODEL_CARD.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from training import classifier, evaluate
+from training.icons import caption
+from training.icons.render import NEON, PLAIN
+from training.lora import LORA, NAME, TARGETS
+from training.sample import Sampler
+
+STYLES = {"plain": PLAIN, NAME: NEON}
+BARS = {"styled": 0.95, "plain": 0.05, "object": 0.9}
+"""Least share of pictures with the adapter that look like its style, largest of those without; least right objects."""
+CHECK_BAR = 0.99
+NUM_CAPTIONS = 200
+NUM_DRAWINGS = 2000
+JUDGE_DRAWINGS = 8000
+"""A third of what the judge of the base is trained on: it compares, and what it sees in drawings is reported."""
+NUM_UNSEEN = 500
+EDGE_PX = 16
+RIDGE = 1.0
+Pictures = npt.NDArray[np.uint8]
+
+CARD = """\
+# {name}, an adapter of icons {revision}
+
+Neon tubes in the dark: the border of each shape is a tube of its colour, what it encloses is dark, and so is the
+background. LoRA of rank {rank} on {targets}; {kib:.0f} KiB. Apache-2.0, as `icons`.
+
+Trained by `make train-lora` on {num_drawings} drawings of this project (`training/icons/neon.py`), {samples:,} of
+{num_samples:,} samples; no other picture went in. No drawing shows an object, a colour and a background that the
+evaluation asks for together.
+
+{captions} held-out captions, the same seeds with and without the adapter, at the default settings:
+
+| | without | with | drawings of the style |
+|---|---|---|---|
+| looks like neon | {plain_looks:.3f} | {looks:.3f} | {drawn_looks:.3f} |
+{scores}
+
+The judge of objects, colours and backgrounds was trained on drawings of both styles.
+"""
+
+
+def small(pictures: Pictures) -> npt.NDArray[np.float64]:
+    """(N, S, S, 3) to what the linear classifier sees, (N, features)."""
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).double() / 255
+    shrunk = torch.nn.functional.interpolate(pixels, size=EDGE_PX, mode="area").flatten(1).numpy()
+    return np.concatenate([shrunk, shrunk**2, np.ones((len(shrunk), 1))], axis=1)
+
+
+class StyleClassifier:
+    """Tells two styles apart by a linear function of small pictures, fitted to drawings of both (ridge regression)."""
+
+    def __init__(self, plain: Pictures, styled: Pictures) -> None:
+        features = np.concatenate([small(plain), small(styled)])
+        wanted = np.repeat([-1.0, 1.0], [len(plain), len(styled)])
+        square = features.T @ features + RIDGE * np.eye(features.shape[1])
+        self._weights = np.linalg.solve(square, features.T @ wanted)
+
+    def share(self, pictures: Pictures) -> float:
+        """The share of pictures that look like the second style."""
+        return round(float((small(pictures) @ self._weights > 0).mean()), 4)
+
+
+def trained_style() -> tuple[StyleClassifier, dict[str, float]]:
+    """The classifier of styles, and the share of unseen drawings of each that look like neon.
+
+    Raises:
+        SystemExit: it cannot tell drawings apart.
+    """
+    made = StyleClassifier(*(classifier.draw(NUM_DRAWINGS, "style", [style])[0] for style in STYLES.values()))
+    found = {name: made.share(classifier.draw(NUM_UNSEEN, "unseen", [style])[0]) for name, style in STYLES.items()}
+    if found["plain"] > 1 - CHECK_BAR or found[NAME] < CHECK_BAR:
+        sys.exit(f"drawings cannot be told apart, {found}: a verdict on pictures would mean nothing")
+    return made, found
+
+
+def trained_judge(folder: Path) -> tuple[classifier.Classifier, dict[str, dict[str, float]]]:
+    """The judge of both styles, and its shares on unseen drawings of each."""
+    path = folder / f"classifier-{NAME}-{evaluate.digest()}.pt"
+    judge = classifier.train(path, list(STYLES.values()), JUDGE_DRAWINGS)
+    found = {}
+    for name, style in STYLES.items():
+        real, truth = classifier.draw(NUM_UNSEEN, "real", [style])
+        found[name] = evaluate.shares(truth.numpy(), classifier.predict(judge, classifier.shrink(real)))
+    return judge, found
+
+
+def below_bars(result: Mapping[str, Any]) -> list[str]:
+    """What is not good enough."""
+    looks, objects = result["looks"], result["scores"]["with"]["object"]
+    faults = [f"styled {looks['with']:.3f} < {BARS['styled']}"] if not looks["with"] >= BARS["styled"] else []
+    if not looks["without"] <= BARS["plain"]:
+        faults.append(f"plain {looks['without']:.3f} > {BARS['plain']}")
+    return faults if objects >= BARS["object"] else [*faults, f"object {objects:.3f} < {BARS['object']}"]
+
+
+def measure(manifest: Path, adapter: Path, captions: int, out: Path) -> dict[str, Any]:
+    """Draws with and without the adapter, and judges; writes style.json and style.png in `out`."""
+    began = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    style, drawn_looks = trained_style()
+    judge, drawn_scores = trained_judge(out)
+    print(f"drawings: {drawn_looks}; {drawn_scores}; {time.monotonic() - began:.0f} s", flush=True)
+    specs, rng = evaluate.held_out_specs(captions, "style"), random.Random("style")
+    prompts = [caption(spec, rng, full=True) for spec in specs]
+    wanted = np.array([classifier.labels(spec) for spec in specs])
+    pictures, looks, scores = {}, {}, {}
+    for name, file in (("without", None), ("with", adapter)):
+        drawn = Sampler(manifest, classifier.cores(), file).pictures(prompts, range(captions))
+        pictures[name], looks[name] = drawn, style.share(drawn)
+        scores[name] = evaluate.shares(wanted, classifier.predict(judge, classifier.shrink(drawn)))
+        print(f"{name}: looks like {NAME} {looks[name]:.3f}; {scores[name]}; {time.monotonic() - began:.0f} s")
+    result = {
+        "adapter_sha256": hashlib.sha256(adapter.read_bytes()).hexdigest(),
+        "captions": captions,
+        "looks": looks,
+        "scores": scores,
+        "drawings": {"looks": drawn_looks, "scores": drawn_scores},
+        "bars": BARS,
+        "seconds": round(time.monotonic() - began),
+    }
+    result["faults"] = below_bars(result)
+    (out / "style.json").write_text(json.dumps(result, indent=1) + "\n")
+    pairs = [picture for pair in zip(pictures["without"], pictures["with"], strict=True) for picture in pair]
+    evaluate.sheet(pairs[:64]).save(out / "style.png")
+    return result
+
+
+def card(result: Mapping[str, Any], adapter: Path, samples: int, revision: str) -> str:
+    """MODEL_CARD.md of an adapter that was trained on so many samples."""
+    scores, drawn = result["scores"], result["drawings"]
+    columns = scores["without"], scores["with"], drawn["scores"][NAME]
+    lines = [
+        f"| right {head} | " + " | ".join(f"{shares[head]:.3f}" for shares in columns) + " |"
+        for head in classifier.HEADS
+    ]
+    return CARD.format(
+        name=NAME,
+        revision=revision,
+        rank=LORA.rank,
+        targets=", ".join(TARGETS),
+        kib=adapter.stat().st_size / 1024,
+        num_drawings=LORA.num_drawings,
+        samples=samples,
+        num_samples=LORA.num_samples,
+        captions=result["captions"],
+        plain_looks=result["looks"]["without"],
+        looks=result["looks"]["with"],
+        drawn_looks=drawn["looks"][NAME],
+        scores="\n".join(lines),
+    )
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, default=Path("out/lora/models"), help="with icons that takes adapters")
+    parser.add_argument("--adapter", type=Path, default=Path("models/adapters") / NAME, help="its folder")
+    parser.add_argument("--captions", type=int, default=NUM_CAPTIONS, help="held-out captions")
+    parser.add_argument("--out", type=Path, default=Path("out/lora"), help="where results go")
+    parser.add_argument("--card", action="store_true", help="write MODEL_CARD.md beside the adapter")
+    parser.add_argument("--samples", type=int, default=LORA.num_samples, help="what it was trained on, for the card")
+    options = parser.parse_args()
+    if options.captions < 1:
+        parser.error("--captions must be at least 1")
+    torch.set_num_threads(classifier.cores())
+    [file] = options.adapter.glob("*.safetensors")
+    manifest = evaluate.find_manifest(options.models, "icons", None)
+    result = measure(manifest, file, options.captions, options.out)
+    if options.card:
+        (options.adapter / "MODEL_CARD.md").write_text(card(result, file, options.samples, "1.0"))
+    print("\n".join(result["faults"]) or "above all bars", f"({result['seconds']} s; {options.out}/style.json)")
+    sys.exit(1 if result["faults"] else 0)
+
+
+if __name__ == "__main__":
+    main()
