@@ -26,7 +26,11 @@ from tests.support.relay import Relay
 
 
 async def test_a_call_is_held_until_there_is_a_replica():
-    async with activation() as here, Client(here.address) as client, serving_here(runtime="simulated", simulated_base_ms=2.0) as server:
+    async with (
+        activation() as here,
+        Client(here.address) as client,
+        serving_here(runtime="simulated", simulated_base_ms=2.0) as server,
+    ):
         asked = asyncio.create_task(client.generate("a red potion", steps=4, seed=1).picture())
         await eventually(lambda: here.held() == 1)
         here.names.addresses = frozenset({server.address})
@@ -37,7 +41,11 @@ async def test_a_call_is_held_until_there_is_a_replica():
 
 
 async def test_events_come_as_they_are_sent_and_errors_with_their_details():
-    async with activation() as here, Client(here.address) as client, serving_here(runtime="simulated", simulated_base_ms=2.0) as server:
+    async with (
+        activation() as here,
+        Client(here.address) as client,
+        serving_here(runtime="simulated", simulated_base_ms=2.0) as server,
+    ):
         here.names.addresses = frozenset({server.address})
         events = [type(event).__name__ async for event in client.generate("a key", steps=8, seed=2)]
         assert {"Accepted", "Preview", "Picture", "Finished"} <= set(events)
@@ -170,7 +178,11 @@ async def test_a_busy_replica_gets_no_more_calls_than_others():
 
 
 async def test_the_connection_to_a_replica_that_leaves_is_closed_after_its_calls():
-    async with activation() as here, Client(here.address) as client, serving_here(runtime="simulated", simulated_base_ms=2.0) as server:
+    async with (
+        activation() as here,
+        Client(here.address) as client,
+        serving_here(runtime="simulated", simulated_base_ms=2.0) as server,
+    ):
         await here.has(server.address)
         events = client.generate("a key", steps=100, seed=2)
         await anext(events)
@@ -187,7 +199,9 @@ async def test_a_replica_that_drains_gets_no_new_calls_and_finishes_its_own():
         here = await ends.enter_async_context(activation())
         client = await ends.enter_async_context(Client(here.address))
         list_models = await ends.enter_async_context(calling(here.address))
-        servers = [await ends.enter_async_context(serving_here(runtime="simulated", simulated_base_ms=2.0)) for _ in range(2)]
+        servers = [
+            await ends.enter_async_context(serving_here(runtime="simulated", simulated_base_ms=2.0)) for _ in range(2)
+        ]
         await here.has(*(server.address for server in servers))
         events = client.generate("a key", steps=600, seed=2)
         await anext(events)
@@ -294,7 +308,9 @@ async def test_a_call_that_a_draining_replica_refuses_is_held():
 async def test_a_call_that_was_answered_in_part_is_not_tried_again():
     async with AsyncExitStack() as ends:
         here = await ends.enter_async_context(activation())
-        servers = [await ends.enter_async_context(serving_here(runtime="simulated", simulated_base_ms=2.0)) for _ in range(2)]
+        servers = [
+            await ends.enter_async_context(serving_here(runtime="simulated", simulated_base_ms=2.0)) for _ in range(2)
+        ]
         relays = [await Relay.start(server.address) for server in servers]
         await here.has(*(relay.address for relay in relays))
         channel = await ends.enter_async_context(grpc.aio.insecure_channel(here.address))

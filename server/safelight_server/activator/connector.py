@@ -31,7 +31,7 @@ CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.min_reconnect_backoff_ms", int(CONNECT_S * 1e3)),  # how long a connection may take
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.use_local_subchannel_pool", 1),  # a channel that is made anew connects anew, with the present certificate
     (
@@ -57,7 +57,7 @@ class Connector:
 
     Args:
         ca_file: PEM of who signed the replicas' certificate; None: they have no TLS.
-        client_cert_file: PEM of a certificate and its key, which replicas with `tls_client_ca_file` ask for. None: none.
+        client_cert_file: PEM of a certificate and its key, for replicas with `tls_client_ca_file`. None: none.
         server_name: the name in the replicas' certificate; empty: their address.
         http_port: the replicas' port of HTTP.
 
@@ -77,7 +77,8 @@ class Connector:
         self._server_name = server_name
         self._http_port = http_port
         self._client_cert_file = client_cert_file
-        self._ca = self._client = None
+        self._ca: WatchedFile[bytes] | None = None
+        self._client: WatchedFile[bytes] | None = None
         if ca_file is not None:
             self._ca = WatchedFile(ca_file, functools.partial(_authorities, ca_file), "authorities")
         if client_cert_file is not None:
@@ -92,7 +93,8 @@ class Connector:
     @property
     def certificates(self) -> tuple[bytes | None, bytes | None]:
         """The present content of both files. Connections that were made with another one are outdated."""
-        return tuple(None if file is None else file.content for file in (self._ca, self._client))  # type: ignore[return-value]
+        ca = None if self._ca is None else self._ca.content
+        return ca, None if self._client is None else self._client.content
 
     def channel(self, address: str) -> grpc.aio.Channel:
         """A channel to a replica. `address` is HOST:PORT."""
@@ -112,9 +114,7 @@ class Connector:
             if self._client_cert_file is not None:
                 context.load_cert_chain(self._client_cert_file, password="")  # None would prompt on a terminal
         limits = httpx2.Limits(max_keepalive_connections=64, keepalive_expiry=HTTP_IDLE_S)
-        return httpx2.AsyncHTTPTransport(
-            verify=context, trust_env=False, limits=limits, socket_options=HTTP_OPTIONS
-        )
+        return httpx2.AsyncHTTPTransport(verify=context, trust_env=False, limits=limits, socket_options=HTTP_OPTIONS)
 
     def http_request(
         self, address: str, method: str, target: bytes, headers: list[tuple[bytes, bytes]], body: bytes

@@ -118,13 +118,13 @@ class CallRequests:
         while not self._ended:
             if self._next is None:
                 self._next = asyncio.create_task(self._read())
-            request = await asyncio.shield(self._next)  # else a try that ends would end the source
+            newest = await asyncio.shield(self._next)  # else a try that ends would end the source
             self._next = None
-            if request is None:
+            if newest is None:
                 self._ended = True
                 return
-            self._keep(request)
-            yield request
+            self._keep(newest)
+            yield newest
 
     def forget(self) -> None:
         """Keeps no request from here on: a replica answers."""

@@ -1,9 +1,9 @@
 """Forwards requests of HTTP to a replica as bytes: OpenAI's image API with its events, and gRPC-Web.
 
 `http/calls.py` has read the request by then, within the bounds of a replica, and knows its caller: whoever has no key
-wakes no machine. So a request that a replica has not begun to answer can be sent to another one. The answer is passed on
-piece by piece, no faster than the client reads; when the client leaves, the connection to the replica is closed, which
-cancels the generation. Invariant: once a replica has begun to answer, the client gets its answer, or one that is
+wakes no machine. So a request that a replica has not begun to answer can be sent to another one. The answer is passed
+on piece by piece, no faster than the client reads; when the client leaves, the connection to the replica is closed,
+which cancels the generation. Invariant: once a replica has begun to answer, the client gets its answer, or one that is
 visibly cut off.
 """
 

@@ -108,7 +108,7 @@ class ConnectedReplicas:
         for address in sorted(addresses - self._replicas.keys()):
             self._replicas[address] = Replica(address, self._connector)
         # All are asked, not only up to the first: asking makes each connect.
-        if any([replica.takes_calls for replica in self._replicas.values()]):  # noqa: C419
+        if any([replica.takes_calls for replica in self._replicas.values()]):
             self._ready.set()
 
     def some(self, but: Replica | None = None) -> Replica | None:

@@ -114,7 +114,9 @@ async def _serve(settings: Settings, fleet: Fleet, connector: Connector, max_hel
         health.drain()
         room.drain()
         health.end_watches()
-        stopping = [each.stop(settings.drain_grace_s) for each in (*servers, *([] if http is None else [http]))]
+        stopping = [each.stop(settings.drain_grace_s) for each in servers]
+        if http is not None:
+            stopping.append(http.stop(settings.drain_grace_s))
         await asyncio.gather(*stopping)
         for task in tasks:
             task.cancel()
