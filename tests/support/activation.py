@@ -34,7 +34,7 @@ LIST_MODELS = "/safelight.v1.ModelService/ListModels"
 
 @dataclass
 class Names:
-    """What DNS says, as a test has it."""
+    """Fake DNS answers."""
 
     addresses: frozenset[str] = frozenset()
     is_away: bool = False
@@ -47,7 +47,7 @@ class Names:
 
 @dataclass
 class Activation:
-    """An activator that listens, and its parts."""
+    """A listening activator and its parts."""
 
     address: str
     http_address: str
@@ -149,7 +149,7 @@ async def its_address(replica: GrpcReplica, _context: Any) -> bytes:
 
 @asynccontextmanager
 async def calling(address: str) -> AsyncIterator[Any]:
-    """ListModels as bytes: no client that would ask again."""
+    """ListModels as bytes, so that no client retries."""
     async with grpc.aio.insecure_channel(address) as channel:
         yield channel.unary_unary(LIST_MODELS)
 

@@ -1,4 +1,4 @@
-"""The activator: calls are held until there is a replica, and then are the replica's."""
+"""The activator holds calls until there is a replica, then passes them to it."""
 
 from __future__ import annotations
 
