@@ -13,7 +13,7 @@ def test_every_invariant_holds() -> None:
     assert not failed, "\n".join(f"seed {result.seed}: {what}" for result in failed for what in result.wrong)
 
 
-@pytest.mark.parametrize("seed", [3, 38, 790])
+@pytest.mark.parametrize("seed", [4, 33, 52])
 def test_a_seed_replays_exactly(seed: int) -> None:
     one, other = run(seed, trace=True), run(seed, trace=True)
     assert one.trace == other.trace and one.wrong == other.wrong
