@@ -9,7 +9,7 @@ import random
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from safelight_server.scheduler import Priority
 from tests.simulation.client import Client, Ledger, find_as_stranger
 from tests.simulation.clock import HOST, SERVICE, VirtualLoop, virtual_time
 from tests.simulation.replica import NO_PREVIEWS, RAW, SEALER, TTL_S, Replica
-from tests.simulation.service import Network, Service
+from tests.simulation.service import DOUBT_S, LATE_S, Network, Service
 from tests.support.streams import SPEC
 
 QUIET_S = 60.0
@@ -31,6 +31,31 @@ FAULTS = ("freeze", "freeze", "kill", "drain", "out", "pause", "cut", "rain")
 SKEWS_S = (0.0, 0.0, 0.0, 2.0, 600.0, -600.0, 7200.0)
 """How far the clock of a replica's machine may be ahead."""
 TENANTS = (Caller("ann", "studio"), Caller("bob", "agency"))
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """How much happens in one schedule. Most faults need little to show, and little is quickly run.
+
+    Attributes:
+        p_over: the chance that the weather ends before its next fault where nothing runs any more.
+        all_asked: when everything has ended, all replicas are asked for it at once; else one, and all after the tail.
+        tail_s: from then until all replicas are asked again.
+    """
+
+    num_replicas: int
+    num_clients: int
+    num_faults: int
+    p_over: float
+    all_asked: bool
+    tail_s: float
+
+
+def draw_scope(chance: random.Random) -> Scope:
+    """One schedule of four is large."""
+    if chance.random() < 0.25:
+        return Scope(chance.choice((2, 2, 3)), chance.randint(1, 3), chance.randint(1, 4), 0.0, True, 4 * TTL_S + 3.0)
+    return Scope(2, chance.choice((1, 1, 2)), chance.choice((1, 2, 2, 3)), 0.5, False, 2 * TTL_S)
 
 
 @dataclass(slots=True)
@@ -109,7 +134,7 @@ def run(seed: int, *, trace: bool = False, play: Play | None = None) -> Result:
     return Result(seed, ledger.wrong, lines)
 
 
-def _collect() -> None:
+def collect() -> None:
     """Frees dropped schedules; what their coroutines say and log of that is of no interest."""
     sys.unraisablehook, before = lambda _: None, sys.unraisablehook
     logged = structlog.get_config()
@@ -134,11 +159,11 @@ def _host() -> str:
 
 async def _schedule(fleet: Fleet) -> None:
     chance, ledger = fleet.chance, fleet.ledger
-    fleet.replicas += [fleet.start("abc"[n]) for n in range(chance.choice((2, 2, 3)))]
-    clients = [_client(fleet, n) for n in range(chance.randint(1, 3))]
+    scope = draw_scope(chance)
+    fleet.replicas += [fleet.start("abc"[n]) for n in range(scope.num_replicas)]
+    clients = [_client(fleet, n) for n in range(scope.num_clients)]
     works = [asyncio.ensure_future(_behave(fleet, client)) for client in clients]
-    weather = asyncio.ensure_future(_weather(fleet))
-    await weather
+    await _weather(fleet, scope, works)
     fleet.note("calm")
     try:
         async with asyncio.timeout(QUIET_S):
@@ -150,9 +175,14 @@ async def _schedule(fleet: Fleet) -> None:
             f"not ended {QUIET_S:.0f} s after the last fault: {[c.name or c.request.request_id for c in clients if not c.ended]}"
         )
         return
-    await _ask_again(fleet, clients)
-    await asyncio.sleep(4.0 * TTL_S + 3.0)
-    await _ask_again(fleet, clients)
+    for client in clients:
+        for replica in fleet.replicas if scope.all_asked else [chance.choice(fleet.replicas)]:
+            await _ask_again(fleet, client, replica)
+    await asyncio.sleep(scope.tail_s)
+    for client in clients:
+        for replica in fleet.replicas:
+            await _ask_again(fleet, client, replica)
+        await find_as_stranger(client, chance.choice(fleet.replicas), ledger)
     _check_bills(fleet, clients)
 
 
@@ -200,13 +230,16 @@ async def _behave(fleet: Fleet, client: Client) -> None:
         await client.run()
 
 
-async def _weather(fleet: Fleet) -> None:
-    """Goes wrong a few times, and is calm at the end."""
+async def _weather(fleet: Fleet, scope: Scope, works: Sequence[asyncio.Future[None]]) -> None:
+    """Goes wrong a few times, and returns when all of that is over."""
     chance = fleet.chance
     faults = FAULTS if chance.random() < 0.85 else (*FAULTS, "forget", "forget")
+    over_at = 0.0
     await asyncio.sleep(0.3)
-    for _ in range(chance.randint(1, 4)):
+    for number in range(scope.num_faults):
         await asyncio.sleep(chance.uniform(0.0, 2.0))
+        if number and chance.random() < scope.p_over and all(work.done() for work in works):
+            break
         fault = chance.choice(faults)
         place = chance.randrange(len(fleet.replicas))
         replica = fleet.replicas[place]
@@ -214,10 +247,12 @@ async def _weather(fleet: Fleet) -> None:
         for_s = chance.choice((chance.uniform(0.1, TTL_S), chance.uniform(TTL_S, 4 * TTL_S)))
         if fault not in ("freeze", "kill", "drain", "forget"):
             names = [replica.host.name] if fault == "cut" else [one.host.name for one in fleet.replicas]
-            fleet.network.doubt(names, for_s)
+            over_at = max(over_at, fleet.network.doubt(names, for_s))
         match fault:
             case "freeze":
                 fleet.loop.freeze(replica.host)
+                # A replica that ended something in an outage and slept since needs a moment to find that this is void.
+                over_at = max(over_at, fleet.loop.time() + for_s + DOUBT_S)
                 fleet.loop.call_later(for_s, _thaw, fleet, replica)
             case "kill":
                 replica.kill()
@@ -246,7 +281,8 @@ async def _weather(fleet: Fleet) -> None:
                 fleet.network.p_lost, fleet.network.p_deaf, fleet.network.p_late = 0.15, 0.15, 0.1
                 await asyncio.sleep(for_s)
                 fleet.network.p_lost = fleet.network.p_deaf = fleet.network.p_late = 0.0
-    await asyncio.sleep(4 * TTL_S)  # the longest freeze or cut is over
+                over_at = max(over_at, fleet.loop.time() + LATE_S[1])
+    await asyncio.sleep(max(0.0, over_at - fleet.loop.time()))
 
 
 async def _start_again(fleet: Fleet, place: int) -> None:
@@ -263,15 +299,12 @@ def _thaw(fleet: Fleet, replica: Replica) -> None:
         fleet.loop.thaw(replica.host)
 
 
-async def _ask_again(fleet: Fleet, clients: list[Client]) -> None:
-    for replica in fleet.replicas:
-        for client in clients:
-            fleet.note(f"{client.request.request_id} asked again at {replica.host.name}")
-            name, promised = client.name, client.durable
-            await client.ask_again(replica, 20.0)
-            if promised and not client.ended:  # a LOCAL one may keep its request id where it runs
-                fleet.ledger.fault(f"{name or client.request.request_id} does not answer again at {replica.host.name}")
-            await find_as_stranger(client, replica, fleet.ledger)
+async def _ask_again(fleet: Fleet, client: Client, replica: Replica) -> None:
+    fleet.note(f"{client.request.request_id} asked again at {replica.host.name}")
+    name, promised = client.name, client.durable
+    await client.ask_again(replica, 20.0)
+    if promised and not client.ended:  # a LOCAL one may keep its request id where it runs
+        fleet.ledger.fault(f"{name or client.request.request_id} does not answer again at {replica.host.name}")
 
 
 def _check_bills(fleet: Fleet, clients: list[Client]) -> None:
@@ -299,8 +332,8 @@ def run_many(first: int, count: int, *, collect: bool = True) -> list[Result]:
         if result.wrong:
             failed.append(result)
         if collect and seed % 20 == 0:
-            _collect()
+            collect()
     if collect:
-        _collect()
+        collect()
         gc.enable()
     return failed

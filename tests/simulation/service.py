@@ -37,6 +37,10 @@ T = TypeVar("T")
 TIMEOUT_S = 0.25
 LOOK_EVERY_S = 0.5
 RETRY_S = 0.5
+DOUBT_S = 2.0
+"""How long after an outage a host may not know yet that it is over."""
+LATE_S = (0.3, 4.0)
+"""How long a request may be under way that is late."""
 
 
 class Service(LocalCoordinator):
@@ -109,15 +113,15 @@ class Service(LocalCoordinator):
         """The events of a stream after a place."""
         return [event for event in await self.read(name) if _number(event.place) > _number(place)]
 
-    async def blocked(self, name: str, place: str) -> list[StreamEvent]:
+    async def blocked(self, name: str, place: str, look_every_s: float | None) -> list[StreamEvent]:
         """The events after a place as soon as there are any, none after a while. Awaited by the network alone."""
         if not (there := await self.after(name, place)):
             waiting: asyncio.Future[list[StreamEvent]] = self._loop.create_future()
             waiters = self._waiting.setdefault(name, [])
             waiters.append(waiting)
-            timer = self._loop.call_later(LOOK_EVERY_S, self._wake_one, waiting, context=SERVICE)
+            if look_every_s is not None:
+                self._loop.call_later(look_every_s, self._wake_one, waiting, context=SERVICE)
             await waiting
-            timer.cancel()
             there = await self.after(name, place)
         return there
 
@@ -174,10 +178,12 @@ class Network:
         """Whether a host may not know yet that it can reach the service again."""
         return self._loop.time() < self._doubtful.get(host, 0.0)
 
-    def doubt(self, hosts: Iterable[str], for_s: float) -> None:
-        """They do not reach the service, all of the time or now and then, for so long."""
+    def doubt(self, hosts: Iterable[str], for_s: float) -> float:
+        """They do not reach the service, all of the time or now and then, for so long. Returns when they are sure again."""
+        until = self._loop.time() + for_s + DOUBT_S
         for host in hosts:
-            self._doubtful[host] = max(self._doubtful.get(host, 0.0), self._loop.time() + for_s + 2.0)
+            self._doubtful[host] = max(self._doubtful.get(host, 0.0), until)
+        return until
 
     def go_on(self) -> None:
         """The pause is over."""
@@ -207,7 +213,7 @@ class Network:
             draw -= self.p_lost
             deaf = draw < self.p_deaf
             late = not deaf and draw - self.p_deaf < self.p_late
-            delay_s = self._chance.uniform(0.3, 4.0) if late else self._chance.uniform(0.0002, 0.002)
+            delay_s = self._chance.uniform(*LATE_S) if late else self._chance.uniform(0.0002, 0.002)
             execute = self._executing(work, None if deaf else answer, give_up)
             self._loop.call_later(delay_s, execute, context=SERVICE)
         if lost or deaf or late:  # else the answer comes in time, unless a pause begins in between
@@ -248,21 +254,32 @@ class Network:
 
         self._loop.call_later(self._chance.uniform(0.0002, 0.002), arrive, context=SERVICE)
 
-    async def wait(self, name: str, place: str) -> list[StreamEvent]:
-        """Events after a place, or none after a while.
+    def is_fine(self) -> bool:
+        """Whether each call of the host that asks is answered at once."""
+        return not self.away() and self.p_lost == self.p_deaf == self.p_late == 0.0
+
+    def away(self) -> bool:
+        """Whether the host that asks does not reach the service now."""
+        host = HOST.get()
+        return self.out or self.paused or (host is not None and host.name in self.cut)
+
+    async def wait(self, name: str, place: str, look_every_s: float | None) -> list[StreamEvent]:
+        """Events after a place, or none after a while; None: it waits until there are any.
 
         Raises:
             StoreUnavailableError: as of `call`.
         """
-        host = HOST.get()
-        if self.out or self.paused or (host is not None and host.name in self.cut):
+        if self.away():
             await asyncio.sleep(TIMEOUT_S)
             raise StoreUnavailableError("out")
-        waiting = self._loop.create_task(self._service.blocked(name, place), context=SERVICE.copy())
+        waiting = self._loop.create_task(self._service.blocked(name, place, look_every_s), context=SERVICE.copy())
         try:
-            return await waiting
+            events = await waiting
         finally:
             waiting.cancel()
+        if self.away():
+            raise StoreUnavailableError("out")
+        return events
 
 
 class Connection:
@@ -283,11 +300,14 @@ class Connection:
 
     async def check(self) -> None:
         """Sets the clock by the service's time."""
-        await self._clock.measure(lambda: self._network.call(self._service.time))
+        if self._network.is_fine():  # asked twice a second: no timers, no turns of the loop
+            await self._clock.measure(self._service.time)
+        else:
+            await self._clock.measure(lambda: self._network.call(self._service.time))
 
-    async def wait(self, name: str, place: str) -> list[StreamEvent]:
+    async def wait(self, name: str, place: str, look_every_s: float | None) -> list[StreamEvent]:
         """See `Network.wait`."""
-        return await self._network.wait(name, place)
+        return await self._network.wait(name, place, look_every_s)
 
 
 class RemoteCoordinator(Coordinator):
@@ -322,7 +342,7 @@ class RemoteCoordinator(Coordinator):
         while True:
             over, events = False, []
             try:
-                events = await self._network.wait(name, after)
+                events = await self._network.wait(name, after, LOOK_EVERY_S if leader else None)
             except StoreUnavailableError:
                 await asyncio.sleep(RETRY_S)
             else:

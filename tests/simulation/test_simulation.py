@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
-from tests.simulation.schedule import run, run_many
+from tests.simulation.schedule import collect, run, run_many
 
 
 @pytest.mark.timeout(120)
@@ -13,7 +15,13 @@ def test_every_invariant_holds() -> None:
     assert not failed, "\n".join(f"seed {result.seed}: {what}" for result in failed for what in result.wrong)
 
 
-@pytest.mark.parametrize("seed", [3, 38, 790])
+@pytest.mark.parametrize("seed", [4, 33, 52])
 def test_a_seed_replays_exactly(seed: int) -> None:
-    one, other = run(seed, trace=True), run(seed, trace=True)
+    collect()
+    gc.disable()  # a collection amid a schedule would run what an earlier one has left
+    try:
+        one, other = run(seed, trace=True), run(seed, trace=True)
+        collect()
+    finally:
+        gc.enable()
     assert one.trace == other.trace and one.wrong == other.wrong
