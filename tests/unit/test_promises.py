@@ -1,4 +1,4 @@
-"""Whoever is refused is told a time after those before it, and finds room kept when it comes back then."""
+"""A refused caller gets a retry time after those of earlier ones, and finds a reserved place when it retries then."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Moment:
 
 @dataclass
 class Room:
-    """Asks at a time; None: let in, else when to come back."""
+    """Requests admission at a time; None: admitted, else the retry time."""
 
     moment: Moment = field(default_factory=Moment)
     admission: Admission = field(default_factory=lambda: Admission(LIMITS))

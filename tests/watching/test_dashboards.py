@@ -1,4 +1,4 @@
-"""Every query of every dashboard is asked of a real Prometheus that scrapes a real server, and Triton where that is."""
+"""Runs every dashboard's queries on a real Prometheus that scrapes a real server, and Triton if it is installed."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Watched:
 
 
 def rules_for_tests(folder: Path) -> str:
-    """The rules with the test's own interval; the pattern of their files."""
+    """Writes the rules with the test's interval; returns the pattern of their files."""
     (folder / "rules").mkdir()
     for file in (ROOT / "deploy/prometheus").glob("*.yml"):
         if file.name != "prometheus.yml":
@@ -113,7 +113,7 @@ def rules_for_tests(folder: Path) -> str:
 
 @contextlib.contextmanager
 def triton_with_metrics(folder: Path) -> Any:
-    """A real Triton and the port of its metrics; None where it is not installed."""
+    """A real Triton and the port of its metrics; None if it is not installed."""
     if not TRITON_PYTHON.exists():
         yield None
         return
@@ -171,7 +171,7 @@ async def watched(folder: Path) -> AsyncIterator[tuple[Watched, Any]]:
 
 
 async def ask_again_and_again(clients: dict[str, Client], http_address: str, key: dict[str, str]) -> None:
-    """A little load: pictures, the same again, similar ones, what a quota refuses, and HTTP."""
+    """A little load: new pictures, repeated ones, similar ones, requests beyond a quota, and HTTP."""
     number = 0
     async with http_client_of(http_address) as http:
         while True:
@@ -209,6 +209,6 @@ async def test_every_query_of_every_dashboard_returns_data(tmp_path: Path) -> No
         gpus = [query for _, _, query in asked if "group_left" in query and "DCGM_FI_DEV_POWER" in query]
         shown = [await asyncio.to_thread(seen.prometheus.ask, query) for query in gpus]
         assert [{sample["metric"]["pod"] for sample in samples} for samples in shown] == [{"safelight-0"}]
-        for _, _, query in asked:  # those too are valid
+        for _, _, query in asked:  # these queries must be valid too
             await asyncio.to_thread(seen.prometheus.ask, query)
         assert all(any(part in query for _, _, query in asked) for part in EMPTY), "EMPTY excuses what nobody asks"

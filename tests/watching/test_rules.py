@@ -1,4 +1,4 @@
-"""The rules: they are valid, each alert has its test and its runbook, and they name metrics that are exported."""
+"""The rules are valid, each alert has a test and a runbook, and they use metrics that the server exports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRITON = {
     *("nv_inference_request_success", "nv_inference_request_failure", "nv_inference_count", "nv_inference_exec_count"),
     *("nv_inference_queue_duration_us", "nv_inference_compute_infer_duration_us", "nv_inference_pending_request_count"),
 }
-"""Metrics of Triton that are named; test_dashboards asks a real one for those that a CPU has."""
+"""Triton's metrics in queries; test_dashboards checks those that exist on CPUs with a real Triton."""
 DCGM = set(re.findall(r"^# TYPE (\w+)", (ROOT / "tests/watching/dcgm_exporter.txt").read_text(), re.MULTILINE))
 """Metrics of dcgm-exporter: those of its default-counters.csv, and one of dcp-metrics-included.csv."""
 METRIC = re.compile(r"(?<![\w:])(?:safelight|nv|process|DCGM_FI)_\w+")
