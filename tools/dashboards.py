@@ -23,6 +23,9 @@ WIDTH, HEIGHT, PER_ROW = 8, 8, 3
 J = 'job=~"$job"'
 RATE = "[$__rate_interval]"
 USUAL = f"job:safelight_requests_season:mean{{{J}}}"
+OUR_PODS = f"group by (namespace, pod) (safelight_instances{{{J}}} or nv_inference_request_success)"
+"""1 for each pod with a Safelight or a Triton. Outside of Kubernetes nothing has the labels, and all GPUs are ours."""
+GPU = "{{Hostname}} {{gpu}} {{pod}}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ def quantiles(metric: str, by: str = "") -> dict[str, str]:
 def mean(metric: str, by: str) -> str:
     """PromQL: the mean of a histogram, by labels."""
     return f"{rate(metric + '_sum', by)} / {rate(metric + '_count', by)}"
+
+
+def ours(metric: str) -> str:
+    """A metric of dcgm-exporter, of the GPUs that pods of ours have."""
+    return f"({metric} * on (namespace, pod) group_left () {OUR_PODS})"
 
 
 SERVICE: Rows = {
@@ -211,14 +219,81 @@ RUNTIME: Rows = {
         ),
         Panel("Requests that wait", "short", {"{{model}}": "sum by (model) (nv_inference_pending_request_count)"}),
     ],
-    "GPU": [
-        Panel("GPU at work", "percentunit", {"{{gpu_uuid}}": "nv_gpu_utilization"}),
+}
+
+UTIL, USED, FREE = "DCGM_FI_DEV_GPU_UTIL", "DCGM_FI_DEV_FB_USED", "DCGM_FI_DEV_FB_FREE"
+ENERGY, NVLINK = "DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION", "DCGM_FI_DEV_NVLINK_BANDWIDTH_TOTAL"
+GPUS: Rows = {
+    "GPUs of our pods, from dcgm-exporter": [
         Panel(
-            "GPU memory",
+            "GPU at work",
             "percentunit",
-            {"{{gpu_uuid}}": "nv_gpu_memory_used_bytes / nv_gpu_memory_total_bytes"},
+            {GPU: f"{ours(UTIL)} / 100"},
+            "Share of the time in which any kernel ran. 1 does not mean that the GPU is used well.",
         ),
-        Panel("GPU power", "watt", {"{{gpu_uuid}}": "nv_gpu_power_usage"}),
+        Panel(
+            "Tensor cores at work",
+            "percentunit",
+            {GPU: ours("DCGM_FI_PROF_PIPE_TENSOR_ACTIVE")},
+            "Share of the cycles. Only of GPUs of data centres, with the exporter's dcp-metrics-included.csv.",
+        ),
+        Panel("Memory in use", "percentunit", {GPU: f"{ours(USED)} / ({ours(USED)} + {ours(FREE)})"}),
+        Panel("Power", "watt", {GPU: ours("DCGM_FI_DEV_POWER_USAGE")}),
+        Panel(
+            "Temperature",
+            "celsius",
+            {
+                f"{GPU} chip": ours("DCGM_FI_DEV_GPU_TEMP"),
+                f"{GPU} memory": f"{ours('DCGM_FI_DEV_MEMORY_TEMP')} < 1000",
+            },
+            "A GPU without a sensor in its memory reports a number near 2^63, which is left out.",
+        ),
+        Panel(
+            "NVLink",
+            "short",
+            {GPU: ours(f"rate({NVLINK}{RATE})")},
+            "The exporter documents no unit of this counter: compare GPUs and times. Empty where there is no NVLink.",
+        ),
+    ],
+    "What Safelight makes of them": [
+        Panel(
+            "Calls run, and GPUs are at work",
+            "percentunit",
+            {
+                "{{pod}} calls": f"sum by (namespace, pod) (rate(safelight_compute_seconds_total{{{J}}}{RATE}))"
+                f" / sum by (namespace, pod) (safelight_instances{{{J}}})",
+                "{{pod}} GPUs": f"avg by (namespace, pod) ({ours(UTIL)}) / 100",
+            },
+            "Where calls run all the time and GPUs do not, calls wait for something else: copies, a CPU, the network.",
+        ),
+        Panel(
+            "Energy of a generation that ended OK",
+            "joule",
+            {
+                "all": f"sum(rate({ENERGY}{RATE}) * on (namespace, pod) group_left () {OUR_PODS}) / 1000"
+                f' / sum(rate(safelight_generations_total{{{J}, status="OK"}}{RATE}))'
+            },
+            "Of the GPUs alone, idle or not.",
+        ),
+    ],
+    "Faults": [
+        Panel(
+            "Last XID",
+            "short",
+            {GPU: ours("DCGM_FI_DEV_XID_ERRORS")},
+            "The number of the last error that the driver reported, 0: none. NVIDIA's list of XIDs has them all.",
+        ),
+        Panel(
+            "Rows of memory replaced",
+            "short",
+            {
+                f"{GPU} uncorrectable": ours("DCGM_FI_DEV_UNCORRECTABLE_REMAPPED_ROWS"),
+                f"{GPU} correctable": ours("DCGM_FI_DEV_CORRECTABLE_REMAPPED_ROWS"),
+            },
+        ),
+        Panel(
+            "No row left to replace one", "short", {GPU: ours("DCGM_FI_DEV_ROW_REMAP_FAILURE")}, "1: replace the GPU."
+        ),
     ],
 }
 
@@ -355,6 +430,12 @@ QUALITY: Rows = {
             "percentunit",
             {"{{model}} {{quarter}}": f"model:safelight_preview_agreement:mean1h{{{J}}}"},
         ),
+        Panel(
+            "Agreement of pictures with their prompts",
+            "short",
+            {"{{model}}": f"model:safelight_prompt_agreement:mean1h{{{J}}}"},
+            "Cosine of a CLIP, where quality_judge_dir names one. Compare a model with itself, not with another judge.",
+        ),
         Panel("Sharpness", "short", {"{{model}}": f"model:safelight_picture_sharpness:mean1h{{{J}}}"}),
         Panel("Colourfulness", "short", {"{{model}}": f"model:safelight_picture_colourfulness:mean1h{{{J}}}"}),
         Panel("Lightness", "percentunit", {"{{model}}": f"model:safelight_picture_lightness:mean1h{{{J}}}"}),
@@ -389,7 +470,8 @@ QUALITY: Rows = {
 
 DASHBOARDS: Mapping[str, tuple[str, Rows]] = {
     "service": ("Safelight: service", SERVICE),
-    "runtime": ("Safelight: GPU and Triton", RUNTIME),
+    "runtime": ("Safelight: runtime and Triton", RUNTIME),
+    "gpu": ("Safelight: GPUs", GPUS),
     "caches": ("Safelight: caches", CACHES),
     "tenants": ("Safelight: tenants", TENANTS),
     "cost": ("Safelight: cost", COST),

@@ -31,6 +31,8 @@ from load_tests.bench.runner import Report, Row, Target
 
 BASE_MS, ROW_MS = 20.0, 1.0
 RUNNING = 16
+MAX_WAITING = 64
+CLASS_WAIT_S = {"interactive": 1.0, "standard": 1.0, "batch": 5.0}
 STEPS, FLOOR = 20, 8
 CAPACITY = RUNNING / (BASE_MS + ROW_MS * RUNNING) * 1e3 / STEPS
 """Pictures a second by the steps alone, 20 of each. Decoding takes calls too, so that the server makes fewer."""
@@ -61,6 +63,16 @@ class Plan:
     factor: float = 5.0
     max_tries: int = 20
 
+    @property
+    def phases(self) -> Sequence[tuple[str, float, float]]:
+        """Each phase with its factor of the load and its seconds."""
+        return (
+            ("warm-up", 1.0, self.warmup_s),
+            ("before", 1.0, self.before_s),
+            ("surge", self.factor, self.surge_s),
+            ("after", 1.0, self.after_s),
+        )
+
 
 SMOKE = Plan(warmup_s=0.5, before_s=1.0, surge_s=2.0, after_s=0.5, factor=4.0, max_tries=2)
 
@@ -71,16 +83,20 @@ class Outcome:
 
     Attributes:
         phase: when it was due.
+        due: seconds from the start of the first phase; other times count from it.
         refusals: for each refusal, the delay in its RetryInfo; None where it had none.
         admitted: the server accepted the request, at whichever try.
+        admitted_s: when it did.
         failed: the error with which the request ended; empty where it did not fail.
     """
 
     phase: str
     priority: int
     has_floor: bool
+    due: float
     refusals: list[float | None] = field(default_factory=list)
     admitted: bool = False
+    admitted_s: float = 0.0
     degraded: bool = False
     failed: str = ""
     first_preview_s: float = 0.0
@@ -91,8 +107,8 @@ def measure(plan: Plan) -> Report:
     """Runs the three phases and waits for what is under way."""
     with processes.child(processes.serve, _settings()) as server:
         outcomes = uvloop.run(_load(server.first(), plan))
-    by_phase = [_phase(phase, outcomes) for phase in ("before", "surge", "after")]
-    seen = [_class(priority, outcomes) for priority in SHARES]
+    by_phase = [phase_row(phase, outcomes, plan) for phase in ("before", "surge", "after")]
+    seen = [class_row(priority, outcomes) for priority in SHARES]
     before, surge = (float(row["interactive_first_ms_p99"]) for row in by_phase[:2])
     told = [wait for one in outcomes for wait in one.refusals]
     what = f"p99 of INTERACTIVE's first preview within {STRETCH:g} times of before"
@@ -111,40 +127,43 @@ def measure(plan: Plan) -> Report:
 def _settings() -> dict[str, object]:
     return {
         "runtime": "simulated", "num_instances": 1, "simulated_base_ms": BASE_MS, "simulated_row_ms": ROW_MS,
-        "max_running_outputs": RUNNING, "max_waiting_outputs": 64, "max_waiting_per_caller": 1024,
-        "max_streams_per_caller": 4096, "class_wait_s": {"interactive": 1.0, "standard": 1.0, "batch": 5.0},
+        "max_running_outputs": RUNNING, "max_waiting_outputs": MAX_WAITING, "max_waiting_per_caller": 16 * MAX_WAITING,
+        "max_streams_per_caller": 4096, "class_wait_s": CLASS_WAIT_S,
     }  # fmt: skip
 
 
 async def _load(address: str, plan: Plan) -> list[Outcome]:
     """Sends all requests when they are due."""
-    rate = plan.load * CAPACITY
-    phases = (
-        ("warm-up", 1.0, plan.warmup_s),
-        ("before", 1.0, plan.before_s),
-        ("surge", plan.factor, plan.surge_s),
-        ("after", 1.0, plan.after_s),
-    )
-    draws = np.random.default_rng(1)
     channels = [grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) for _ in range(CHANNELS)]
     services = [stubs.GenerationServiceStub(channel) for channel in channels]
     await asyncio.gather(*(channel.channel_ready() for channel in channels))
-    requests: list[Outcome] = []
+    outcomes = arrivals(plan)
     start = time.perf_counter()
     async with asyncio.TaskGroup() as group:
-        for number, (phase, factor, seconds) in enumerate(phases):
-            for at in schedule(factor * rate, seconds, number):
-                priority = int(draws.choice(list(SHARES), p=list(SHARES.values())))
-                has_floor = priority != pb.PRIORITY_INTERACTIVE and draws.random() < 0.5
-                outcome = Outcome(phase, priority, has_floor)
-                stub = services[len(requests) % CHANNELS]
-                request = _request(len(requests), priority, has_floor)
-                requests.append(outcome)
-                group.create_task(_ask(stub, request, outcome, start + at, plan.max_tries))
-            start += seconds
+        for number, outcome in enumerate(outcomes):
+            request = _request(number, outcome.priority, outcome.has_floor)
+            group.create_task(_ask(services[number % CHANNELS], request, outcome, start, plan.max_tries))
     for channel in channels:
         await channel.close()
-    return requests
+    return outcomes
+
+
+def arrivals(plan: Plan, seed: int = 1, scale: float = 1.0) -> list[Outcome]:
+    """All requests of the phases, in the order in which they are due.
+
+    Args:
+        scale: how many times as many requests come as the plan says.
+    """
+    draws = np.random.default_rng(seed)
+    outcomes: list[Outcome] = []
+    start = 0.0
+    for number, (phase, factor, seconds) in enumerate(plan.phases, 4 * (seed - 1)):
+        for at in schedule(factor * plan.load * CAPACITY * scale, seconds, number):
+            priority = int(draws.choice(list(SHARES), p=list(SHARES.values())))
+            has_floor = priority != pb.PRIORITY_INTERACTIVE and draws.random() < 0.5
+            outcomes.append(Outcome(phase, priority, has_floor, start + at))
+        start += seconds
+    return outcomes
 
 
 def _request(seed: int, priority: int, has_floor: bool) -> pb.GenerateRequest:
@@ -163,15 +182,17 @@ def _request(seed: int, priority: int, has_floor: bool) -> pb.GenerateRequest:
 
 
 async def _ask(
-    stub: stubs.GenerationServiceAsyncStub, request: pb.GenerateRequest, outcome: Outcome, due: float, max_tries: int
+    stub: stubs.GenerationServiceAsyncStub, request: pb.GenerateRequest, outcome: Outcome, start: float, max_tries: int
 ) -> None:
     """Sends a request, and retries after the delay of each RetryInfo, until the server accepts it."""
+    due = start + outcome.due
     await asyncio.sleep(max(0.0, due - time.perf_counter()))
     for _ in range(max_tries):
         try:
             async for response in stub.Generate(request):
-                outcome.admitted = True
                 event, passed_s = response.event, time.perf_counter() - due
+                if not outcome.admitted:
+                    outcome.admitted, outcome.admitted_s = True, passed_s
                 if event.HasField("preview") and not outcome.first_preview_s:
                     outcome.first_preview_s = passed_s
                 elif event.HasField("finished"):
@@ -198,7 +219,8 @@ def _retry_after_s(error: grpc.aio.AioRpcError) -> float | None:
     return None
 
 
-def _phase(phase: str, outcomes: Iterable[Outcome]) -> Row:
+def phase_row(phase: str, outcomes: Sequence[Outcome], plan: Plan) -> Row:
+    """What became of the requests of a phase, and how many pictures were finished in it, whenever asked for."""
     of_phase = [one for one in outcomes if one.phase == phase]
     at_once = [one for one in of_phase if not one.refusals]
     interactive = [one for one in at_once if one.priority == pb.PRIORITY_INTERACTIVE]
@@ -209,11 +231,17 @@ def _phase(phase: str, outcomes: Iterable[Outcome]) -> Row:
         of_class = [one for one in at_once if one.priority == priority]
         row[f"{name}_picture_s_p50"] = _percentile(of_class, 50, lambda one: one.picture_s)
     row["refused_share"] = 1 - len(at_once) / max(1, len(of_phase))
+    names = [name for name, *_ in plan.phases]
+    begin = sum(seconds for *_, seconds in plan.phases[: names.index(phase)])
+    seconds = plan.phases[names.index(phase)][2]
+    row["pictures_per_s"] = (
+        sum(begin <= one.due + one.picture_s < begin + seconds for one in outcomes if one.picture_s) / seconds
+    )
     row["degraded_share"] = sum(one.degraded for one in of_phase) / max(1, len(of_phase))
     return row
 
 
-def _class(priority: int, outcomes: Iterable[Outcome]) -> Row:
+def class_row(priority: int, outcomes: Iterable[Outcome]) -> Row:
     """What became of the requests of a class; of those that asked again, the share that was let in then."""
     of_class = [one for one in outcomes if one.phase == "surge" and one.priority == priority]
     refused = [one for one in of_class if one.refusals]
@@ -228,6 +256,8 @@ def _class(priority: int, outcomes: Iterable[Outcome]) -> Row:
         "told_s_max": max(told, default=0.0),
         "asked_again": num_again,
         "let_in_then_share": sum(one.admitted for one in refused) / max(1, num_again),
+        "until_let_in_s_p50": _percentile(refused, 50, lambda one: one.admitted_s),
+        "until_let_in_s_p99": _percentile(refused, 99, lambda one: one.admitted_s),
         "let_in_share": sum(one.admitted for one in of_class) / max(1, len(of_class)),
         "degraded_of_those_with_a_floor": sum(one.degraded for one in floors) / max(1, len(floors)),
     }

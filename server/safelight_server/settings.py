@@ -273,6 +273,11 @@ class Settings(BaseSettings):
     quality_sample_ratio: float = Field(
         0.05, ge=0, le=1, description="Share of developed pictures that are measured for the quality metrics."
     )
+    quality_judge_dir: Path | None = Field(
+        None,
+        description="Folder with a judge (`safelight export-judge`), which measures how well sampled pictures agree"
+        " with their prompts. None: that is not measured.",
+    )
     otlp_endpoint: str = Field(
         "", description="OTLP gRPC endpoint for traces, such as http://127.0.0.1:4317. Empty: off."
     )

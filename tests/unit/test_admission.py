@@ -8,9 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safelight_server.domain.errors import DeadlineUnreachableError, QueueFullError
-from safelight_server.generations.admission import MAX_RETRY_S, MIN_RETRY_S, AdmissionLimits, Load
-from safelight_server.generations.admission import admit as admit_with
-from safelight_server.generations.promises import Promises
+from safelight_server.generations.admission import (
+    MAX_RETRY_S,
+    MIN_RETRY_S,
+    PROMISED_SHARE,
+    Admission,
+    AdmissionLimits,
+    Load,
+)
 from safelight_server.scheduler import Kind, Limits, Priority, ScheduledOutput, Scheduler
 
 KEYS = {Kind.ENCODE: "e", Kind.DENOISE: "u", Kind.DECODE: "d"}
@@ -32,6 +37,12 @@ class Moment:
 
     def num_outputs_of(self, priority: Priority) -> int:
         return self.waiting.get(priority, 0)
+
+    def num_ended_of(self, priority: Priority) -> int:
+        return 0
+
+    def num_callers_waiting(self, priority: Priority, tenant: str | None = None) -> int:
+        return 1
 
     def num_waiting(self, priority: Priority | None = None) -> int:
         return sum(self.waiting.values()) if priority is None else self.waiting.get(priority, 0)
@@ -55,7 +66,7 @@ def admit(
     load: Load, limits: AdmissionLimits, output: ScheduledOutput, num_outputs: int, time_left_s: float | None
 ) -> float:
     """Decides without earlier promises."""
-    return admit_with(load, limits, output, num_outputs, time_left_s, Promises(), "", 0.0)
+    return Admission(limits).admit(load, output, num_outputs, time_left_s, "", 0.0)
 
 
 def output(priority: Priority = Priority.STANDARD, steps: int = 20) -> ScheduledOutput:
@@ -122,14 +133,14 @@ def test_the_retry_comes_when_the_backlog_has_made_room() -> None:
     """10 outputs in 20 s are one every 2 s, all for the only waiting class."""
     with pytest.raises(QueueFullError) as refused:
         admit(Moment(waiting={Priority.STANDARD: 5}), LIMITS, output(), 3, None)
-    assert refused.value.retry_after_s == 4.0
+    assert refused.value.retry_after_s == pytest.approx(4.0 / PROMISED_SHARE, abs=1e-3)
 
 
 def test_a_class_gets_its_weight_of_what_is_freed() -> None:
     waiting = {Priority.INTERACTIVE: 1, Priority.STANDARD: 5}
     with pytest.raises(QueueFullError) as refused:
         admit(Moment(waiting=waiting), LIMITS, output(), 3, None)
-    assert refused.value.retry_after_s == 12.0  # 4 of 12 starts
+    assert refused.value.retry_after_s == pytest.approx(12.0 / PROMISED_SHARE, abs=1e-3)  # 4 of 12 starts
 
 
 def test_no_retry_is_promised_to_what_never_fits() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor, Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
-from safelight_server.quality import QualityProbe, measures
+from safelight_server.quality import Judge, QualityProbe, measures
+from safelight_server.quality.judge import JudgeError, PromptJudge
 from safelight_server.quality.probe import MAX_PENDING
 from safelight_server.telemetry.quality_metrics import QualityMetrics
 
@@ -26,9 +28,11 @@ class Later(Executor):
 
 
 class Bench:
-    def __init__(self, ratio: float = 1.0, pool: Executor | None = None, chance: float = 0.0) -> None:
+    def __init__(
+        self, ratio: float = 1.0, pool: Executor | None = None, chance: float = 0.0, judge: Judge | None = None
+    ) -> None:
         self.registry = CollectorRegistry()
-        self.probe = QualityProbe(ratio, QualityMetrics(self.registry), pool or Here(), lambda: chance)
+        self.probe = QualityProbe(ratio, QualityMetrics(self.registry), pool or Here(), lambda: chance, judge)
 
     def develop(self, pixels: np.ndarray, origin: object, *previews: tuple[int, np.ndarray]) -> None:
         sample = self.probe.begin("icons", 20, origin)
@@ -96,3 +100,43 @@ def test_a_measurement_that_fails_costs_nothing() -> None:
         bench.develop(np.zeros((0, 0, 3), np.uint8), number)
     bench.develop(RED, "a")
     assert bench.value("picture_sharpness_count") == 1
+
+
+class RedJudge:
+    """Finds that what is asked for is red."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def agreement(self, prompt: str, pixels: np.ndarray, /) -> float:
+        self.asked.append(prompt)
+        return float((pixels == (255, 0, 0)).all(axis=-1).mean())
+
+
+def test_a_judge_is_asked_about_each_sampled_picture_and_its_prompt() -> None:
+    judge = RedJudge()
+    bench = Bench(judge=judge)
+    for number, pixels in enumerate((RED, np.zeros_like(RED))):
+        sample = bench.probe.begin("icons", 20, number, "a red square")
+        assert sample is not None
+        sample.finish(pixels)
+    assert judge.asked == ["a red square"] * 2
+    assert bench.value("prompt_agreement_sum") == 1.0
+    assert bench.value("prompt_agreement_count") == 2
+
+
+def test_what_has_no_prompt_is_not_judged() -> None:
+    judge = RedJudge()
+    bench = Bench(judge=judge)
+    bench.develop(RED, "a")
+    assert not judge.asked
+    assert bench.value("picture_sharpness_count") == 1
+
+
+@pytest.mark.parametrize(("written", "said"), [(None, "judge.json"), ("{}", "max_tokens"), ("[", "Invalid JSON")])
+def test_a_folder_that_is_no_judge_is_refused_by_name(tmp_path: Path, written: str | None, said: str) -> None:
+    if written is not None:
+        (tmp_path / "judge.json").write_text(written)
+    with pytest.raises(JudgeError, match=said) as refused:
+        PromptJudge(tmp_path)
+    assert str(tmp_path) in str(refused.value)

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import json
 import re
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,15 @@ from tests.triton.support import TritonServer
 
 ROOT = Path(__file__).parent.parent.parent
 BOARDS = sorted((ROOT / "deploy/grafana").glob("*.json"))
-NO_GPU = "this machine has no GPU, and deploy/triton/serve switches their metrics off"
+DCGM = Path(__file__).with_name("dcgm_exporter.txt").read_bytes()
+"""What dcgm-exporter answers, by its documentation: two GPUs of a pod of ours and one of another pod."""
 NO_WEEK = "compares with the weeks before, which a test does not have; test_seasons and promtool's tests ask it"
+NO_JUDGE = "needs a CLIP, which the training environment makes: tests/training/test_judge.py measures with one"
 NO_TRITON = "Triton is not installed: make .venv-triton/.installed"
 EMPTY = {
-    "nv_gpu_": NO_GPU,
     "job:safelight_requests_season:": NO_WEEK,
     ":drift": NO_WEEK,
+    "safelight_prompt_agreement": NO_JUDGE,
 }
 """Parts of queries that return nothing here, and why."""
 WAIT_S = 60.0
@@ -43,12 +47,40 @@ global: {scrape_interval: 1s, evaluation_interval: 1s}
 rule_files: [RULES]
 scrape_configs:
   - job_name: safelight
-    static_configs: [{targets: ["127.0.0.1:PORT"]}]
+    static_configs: [{targets: ["127.0.0.1:PORT"], labels: {namespace: default, pod: safelight-0}}]
+  - job_name: dcgm-exporter
+    honor_labels: true
+    static_configs: [{targets: ["127.0.0.1:DCGM"]}]
 """
 OF_TRITON = """
   - job_name: triton
-    static_configs: [{targets: ["127.0.0.1:PORT"]}]
+    static_configs: [{targets: ["127.0.0.1:PORT"], labels: {namespace: default, pod: safelight-0}}]
 """
+
+
+@contextlib.contextmanager
+def dcgm_exporter() -> Iterator[int]:
+    """Answers scrapes with the fixture, in the place of dcgm-exporter; the port."""
+
+    class Exporter(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-type", "text/plain; version=0.0.4; charset=utf-8")
+            self.send_header("content-length", str(len(DCGM)))
+            self.end_headers()
+            self.wfile.write(DCGM)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Exporter) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def queries(board: Path) -> list[tuple[str, str]]:
@@ -103,7 +135,7 @@ async def watched(folder: Path) -> AsyncIterator[tuple[Watched, Any]]:
     (folder / "quotas.json").write_text('{"tenants": {"lab": {"requests": {"per_s": 0.01, "burst": 1}}}}')
     (folder / "prices.toml").write_text('currency = "EUR"\n[instance_types.test]\nper_hour = 3.6\n')
     write_key_file(folder / "cache.keys")
-    with triton_with_metrics(folder) as triton:
+    with triton_with_metrics(folder) as triton, dcgm_exporter() as dcgm_port:
         port = free_port()
         settings: dict[str, object] = {"runtime": "simulated", "simulated_base_ms": 5.0}
         if triton is not None:
@@ -119,7 +151,9 @@ async def watched(folder: Path) -> AsyncIterator[tuple[Watched, Any]]:
             "instance_type": "test",
             "quality_sample_ratio": 1.0,
         }
-        config = CONFIG.replace("RULES", rules_for_tests(folder)).replace("PORT", str(port))
+        config = (
+            CONFIG.replace("RULES", rules_for_tests(folder)).replace("PORT", str(port)).replace("DCGM", str(dcgm_port))
+        )
         if triton is not None:
             config += OF_TRITON.replace("PORT", str(triton[1]))
         async with serving_here(**settings) as running:
@@ -172,6 +206,9 @@ async def test_every_query_of_every_dashboard_returns_data(tmp_path: Path) -> No
             missing = [one for one, samples in zip(missing, found, strict=True) if not samples]
             await asyncio.sleep(0.5)
         assert not missing, "these return nothing, and EMPTY does not say why:\n" + "\n".join(map(str, missing))
+        gpus = [query for _, _, query in asked if "group_left" in query and "DCGM_FI_DEV_POWER" in query]
+        shown = [await asyncio.to_thread(seen.prometheus.ask, query) for query in gpus]
+        assert [{sample["metric"]["pod"] for sample in samples} for samples in shown] == [{"safelight-0"}]
         for _, _, query in asked:  # these queries must be valid too
             await asyncio.to_thread(seen.prometheus.ask, query)
         assert all(any(part in query for _, _, query in asked) for part in EMPTY), "EMPTY excuses what nobody asks"

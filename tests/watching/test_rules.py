@@ -21,10 +21,11 @@ RUNBOOKS = ROOT / "docs/operations/runbooks"
 TRITON = {
     *("nv_inference_request_success", "nv_inference_request_failure", "nv_inference_count", "nv_inference_exec_count"),
     *("nv_inference_queue_duration_us", "nv_inference_compute_infer_duration_us", "nv_inference_pending_request_count"),
-    *("nv_gpu_utilization", "nv_gpu_memory_used_bytes", "nv_gpu_memory_total_bytes", "nv_gpu_power_usage"),
 }
 """Triton's metrics in queries; test_dashboards checks those that exist on CPUs with a real Triton."""
-METRIC = re.compile(r"(?<![\w:])(?:safelight|nv|process)_\w+")
+DCGM = set(re.findall(r"^# TYPE (\w+)", (ROOT / "tests/watching/dcgm_exporter.txt").read_text(), re.MULTILINE))
+"""Metrics of dcgm-exporter: those of its default-counters.csv, and one of dcp-metrics-included.csv."""
+METRIC = re.compile(r"(?<![\w:])(?:safelight|nv|process|DCGM_FI)_\w+")
 
 
 def rules(kind: str) -> list[dict[str, Any]]:
@@ -97,7 +98,7 @@ def test_rules_dashboards_and_runbooks_name_metrics_that_are_exported() -> None:
     asked |= {code for page in RUNBOOKS.glob("*.md") for code in re.findall(r"`([^`]+)`", page.read_text())}
     named = {name for text in asked for name in METRIC.findall(text)}
     assert len(named) > 50
-    assert named <= exported(Metrics().registry) | TRITON
+    assert named <= exported(Metrics().registry) | TRITON | DCGM
 
 
 def test_recorded_series_that_are_asked_for_are_recorded() -> None:

@@ -65,7 +65,7 @@ from safelight_server.generations.inspection import Inspection
 from safelight_server.generations.ownership import ClusterContext
 from safelight_server.generations.registry import Generations
 from safelight_server.prices import compute_price
-from safelight_server.quality import QualityProbe
+from safelight_server.quality import Judge, QualityProbe
 from safelight_server.quotas.limits import watch
 from safelight_server.quotas.quotas import Quotas
 from safelight_server.runtime.base import Runtime, RuntimeStartError
@@ -236,7 +236,8 @@ async def serving(settings: Settings, wall: Callable[[], float] = time.time) -> 
         )
         cache, purges = _build_cache(settings, backends, engine, runtime, pool, metrics)
         ends.push_async_callback(cache.close)
-        probe = QualityProbe(settings.quality_sample_ratio, metrics.quality, pool)
+        judge = _judge(settings)
+        probe = QualityProbe(settings.quality_sample_ratio, metrics.quality, pool, judge=judge)
         executions = Executions(engine, pool, probe)
         ends.push_async_callback(executions.close)
         ends.push_async_callback(engine.close)
@@ -388,6 +389,22 @@ async def _listening(
 def _begin(work: Work) -> asyncio.Task[None]:
     """Starts a background work as a task, and again after an exception."""
     return asyncio.create_task(keep_running(work, repr(work)))
+
+
+def _judge(settings: Settings) -> Judge | None:
+    """The judge of prompt agreement, if one is set.
+
+    Raises:
+        StartError: the folder is no judge.
+    """
+    if settings.quality_judge_dir is None:
+        return None
+    from safelight_server.quality.judge import JudgeError, PromptJudge  # imports onnxruntime
+
+    try:
+        return PromptJudge(settings.quality_judge_dir)
+    except JudgeError as error:
+        raise StartError(f"quality_judge_dir: {error}") from None
 
 
 def _build_replicas(

@@ -45,6 +45,7 @@ from safelight_server.cli import demo as demos
 from safelight_server.cli.activator import activator
 from safelight_server.cli.bills import BillsError, bills
 from safelight_server.cli.export import export
+from safelight_server.cli.export_judge import export_judge
 from safelight_server.cli.fetch import FetchError, fetch
 from safelight_server.cli.plan import PlanError, plan
 from safelight_server.cli.quotas import quota_table
@@ -65,6 +66,7 @@ app.command()(bills)
 app.command()(fetch)
 app.command()(plan)
 app.command()(export)
+app.command()(export_judge)
 app.command()(scaler)
 console = Console()
 log = structlog.get_logger(__name__)

@@ -209,6 +209,14 @@ class LoadWithPending:
         ours = sum(job.caller.partition("/")[0] == tenant and job.priority is priority for job in jobs)
         return self._scheduler.num_waiting_of_tenant(tenant, priority) + max(0, ours - self._scheduler.num_free)
 
+    def num_ended_of(self, priority: Priority) -> int:
+        """See `Load`."""
+        return self._scheduler.num_ended_of(priority)
+
+    def num_callers_waiting(self, priority: Priority, tenant: str | None = None) -> int:
+        """See `Load`."""
+        return self._scheduler.num_callers_waiting(priority, tenant)
+
     def backlog_s(self) -> float:
         """See `Load`."""
         return self._scheduler.backlog_s()

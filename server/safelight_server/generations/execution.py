@@ -367,7 +367,12 @@ class Executions:
         return None if key is None else self._by_key.get(key)
 
     def create(
-        self, job: Job, key: Hashable, recorder: ExecutionObserver | None = None, runner: Runner | None = None
+        self,
+        job: Job,
+        key: Hashable,
+        recorder: ExecutionObserver | None = None,
+        runner: Runner | None = None,
+        prompt: str = "",
     ) -> Execution:
         """Makes a new execution, which does not run before a member joins.
 
@@ -375,10 +380,11 @@ class Executions:
             key: identical outputs find the execution by it once it is published; None: no other output finds it.
             recorder: keeps embeddings, checkpoints and the picture for later; None: nothing is kept.
             runner: runs the job; None: the engine.
+            prompt: the words of the request, for the measures of its picture.
         """
         sample = None
         if self._probe is not None:
-            sample = self._probe.begin(job.pipeline.name, job.table.num_steps, (job.seed, job.token_ids))
+            sample = self._probe.begin(job.pipeline.name, job.table.num_steps, (job.seed, job.token_ids), prompt)
         return Execution(job, runner or self._engine, self._pool, key, recorder, self._forget, self._tasks, sample)
 
     def publish(self, execution: Execution) -> None:

@@ -37,12 +37,11 @@ from safelight_server.engine.engine import Engine
 from safelight_server.engine.jobs import InitImage, Job
 from safelight_server.engine.latents import RowAdapter, RowControl, Snapshot
 from safelight_server.generations.adapters import load_adapters
-from safelight_server.generations.admission import AdmissionLimits, admit
+from safelight_server.generations.admission import Admission, AdmissionLimits
 from safelight_server.generations.execution import Execution, Executions
 from safelight_server.generations.generation import Generation
 from safelight_server.generations.init_images import InitImages
 from safelight_server.generations.output import Output
-from safelight_server.generations.promises import Promises
 from safelight_server.runtime.base import Runtime
 from safelight_server.storage.base import StoreError
 
@@ -108,10 +107,9 @@ class Planner:
         self._engine = engine
         self._executions = executions
         self._cache = cache
-        self._limits = limits
+        self._admission = Admission(limits)
         self._images = images
         self._requested = requested
-        self._promises = Promises()
         self._leased_runners = leased_runners
 
     @property
@@ -367,7 +365,7 @@ class Planner:
             time_left_s = None  # an outage has no known end, so the deadline decides later
         request_id = generation.request.request_id
         key = f"{output.caller} {request_id}" if request_id else ""
-        return admit(load, self._limits, output, len(new), time_left_s, self._promises, key, generation.times.accepted)
+        return self._admission.admit(load, output, len(new), time_left_s, key, generation.times.accepted)
 
     def _create(
         self, generation: Generation, output: Output, plan: OutputPlan, key: CacheKeys | None, *, again: bool = False
@@ -375,9 +373,9 @@ class Planner:
         bypass = plan.wanted.policy.mode is CacheMode.BYPASS
         keep = KEPT.get(plan.origin.disposition, Retention.EVERYTHING)
         recorder = None if bypass else self._cache.record(plan.wanted, keep)
-        job = _job(generation, output, plan)
+        job, prompt = _job(generation, output, plan), generation.request.spec.prompt
         if self._leased_runners is None:
-            return self._executions.create(job, key, recorder)
+            return self._executions.create(job, key, recorder, prompt=prompt)
         ticket = self._ticket(generation, output, plan, key, again)
         ttl_s = self._leased_runners.private_s if key is None else None
 
@@ -387,7 +385,7 @@ class Planner:
                 recorder.there = there
             return there
 
-        return self._executions.create(job, key, recorder, LeasedRunner(self._leased_runners, ticket, put))
+        return self._executions.create(job, key, recorder, LeasedRunner(self._leased_runners, ticket, put), prompt)
 
     def _ticket(
         self, generation: Generation, output: Output, plan: OutputPlan, key: CacheKeys | None, again: bool

@@ -65,14 +65,24 @@ class Promises:
         self._expire(subject, now)
         return self._queues[subject].num_outputs if subject in self._queues else 0
 
-    def num_held(self, subject: str, now: float, most: int) -> int:
-        """Outputs of requests that are due and have not come yet. Counting ends at `most`."""
+    def last_due(self, subject: str, now: float) -> float:
+        """When the last of the requests of a subject is to come; `now` if none is to come."""
+        self._expire(subject, now)
+        return max(now, self._queues[subject].by_due[-1][0]) if subject in self._queues else now
+
+    def num_held(self, subject: str, now: float, until: float, most: int, besides: str = "") -> int:
+        """Outputs of requests that are due until a time and have not come yet. Counting ends at `most`.
+
+        Args:
+            besides: the key of a request that is not counted.
+        """
         self._expire(subject, now)
         held = 0
         for due, key in self._queues[subject].by_due if subject in self._queues else ():
-            if due > now or held >= most:
+            if due > until or held >= most:
                 break
-            held += self._by_key[key].num_outputs
+            if key != besides:
+                held += self._by_key[key].num_outputs
         return min(held, most)
 
     def make(self, key: str, subject: str, num_outputs: int, wait_s: float, now: float) -> None:

@@ -1,5 +1,8 @@
-"""What developed pictures look like, measured on a sample of them while the server runs: `measures`, then `probe`."""
+"""What developed pictures look like, measured on a sample of them while the server runs: `measures`, then `probe`.
 
-from safelight_server.quality.probe import DevelopmentSample, QualityProbe
+`judge` measures prompt agreement, where the operator has a CLIP.
+"""
 
-__all__ = ["DevelopmentSample", "QualityProbe"]
+from safelight_server.quality.probe import DevelopmentSample, Judge, QualityProbe
+
+__all__ = ["DevelopmentSample", "Judge", "QualityProbe"]

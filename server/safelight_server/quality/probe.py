@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Executor, Future
+from typing import Protocol
 
 import numpy as np
 import structlog
@@ -31,6 +32,13 @@ NEAR = 0.02
 """Distance of thumbnails up to which two pictures are near-duplicates; docs/operations/watching.md says why."""
 
 
+class Judge(Protocol):
+    """What measures how well a picture agrees with its prompt; see `judge.PromptJudge`."""
+
+    def agreement(self, prompt: str, pixels: Pixels, /) -> float:
+        """From -1 to 1."""
+
+
 class QualityProbe:
     """Decides which outputs are sampled, and measures their pictures.
 
@@ -38,28 +46,36 @@ class QualityProbe:
         ratio: share (0 to 1) of the outputs that are sampled.
         pool: threads that measure.
         chance: returns random numbers in [0, 1).
+        judge: measures prompt agreement; None: it is not measured.
     """
 
     def __init__(
-        self, ratio: float, metrics: QualityMetrics, pool: Executor, chance: Callable[[], float] = random.random
+        self,
+        ratio: float,
+        metrics: QualityMetrics,
+        pool: Executor,
+        chance: Callable[[], float] = random.random,
+        judge: Judge | None = None,
     ) -> None:
         self._ratio = ratio
         self._metrics = metrics
         self._pool = pool
         self._chance = chance
+        self._judge = judge
         self._lock = threading.Lock()  # guards the attributes below, which threads use
         self._num_pending = 0
         self._newest: dict[str, deque[tuple[Hashable, Pixels]]] = {}
 
-    def begin(self, model: str, num_steps: int, origin: Hashable) -> DevelopmentSample | None:
+    def begin(self, model: str, num_steps: int, origin: Hashable, prompt: str = "") -> DevelopmentSample | None:
         """Decides about an output that begins. Returns its sample; None: it is not sampled.
 
         Args:
             origin: equal for outputs with the same seed and prompts, which do not count as near-duplicates.
+            prompt: what the picture should show; empty: its prompt agreement is not measured.
         """
         if self._chance() >= self._ratio:
             return None
-        return DevelopmentSample(self, model, num_steps, origin)
+        return DevelopmentSample(self, model, num_steps, origin, prompt)
 
     def measure(self, sample: DevelopmentSample, pixels: Pixels) -> None:
         """Measures a finished picture (H, W, 3) in a thread, unless too many wait. Call it on the event loop."""
@@ -91,6 +107,8 @@ class QualityProbe:
             agreement,
             near_duplicate=self._is_near_duplicate(sample, small),
         )
+        if self._judge is not None and sample.prompt:
+            self._metrics.judged(sample.model, self._judge.agreement(sample.prompt, pixels))
 
     def _is_near_duplicate(self, sample: DevelopmentSample, small: Pixels) -> bool:
         with self._lock:
@@ -104,12 +122,13 @@ class DevelopmentSample:
     """The thumbnails of the previews of one sampled output.
 
     Args:
-        origin: see `QualityProbe.begin`.
+        origin, prompt: see `QualityProbe.begin`.
     """
 
-    def __init__(self, probe: QualityProbe, model: str, num_steps: int, origin: Hashable) -> None:
+    def __init__(self, probe: QualityProbe, model: str, num_steps: int, origin: Hashable, prompt: str) -> None:
         self.model = model
         self.origin = origin
+        self.prompt = prompt
         self._probe = probe
         self._num_steps = num_steps
         self._newest: dict[int, tuple[int, Pixels]] = {}  # step and thumbnail, by quarter

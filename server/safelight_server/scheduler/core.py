@@ -217,6 +217,10 @@ class Scheduler:
         """Outputs of a class that have not ended."""
         return self._waiting.count(priority) + self._table.num_running(priority)
 
+    def num_ended_of(self, priority: Priority) -> int:
+        """Outputs of a class that have ended, however they did, since the server started."""
+        return self._table.num_ended[priority]
+
     @property
     def num_free(self) -> int:
         """Slots that are neither taken nor about to be taken by a waiting output."""
@@ -233,6 +237,10 @@ class Scheduler:
     def num_waiting_of_tenant(self, tenant: str, priority: Priority) -> int:
         """Outputs of a tenant that wait for a slot in a priority class."""
         return self._waiting.count_tenant(tenant, priority)
+
+    def num_callers_waiting(self, priority: Priority, tenant: str | None = None) -> int:
+        """Callers, of a tenant or of all, with outputs that wait for a slot in a priority class."""
+        return self._waiting.num_callers(priority, tenant)
 
     def waiting_order(self, priority: Priority) -> list[int]:
         """The outputs of a class in the order in which they will start."""

@@ -112,6 +112,7 @@ class OutputTable:
         prompts: the prompts that somebody needs, by conditioning id.
         running: outputs that have a slot, by class and caller; no mapping of a caller is empty.
         num_parked: outputs that wait in the middle of their steps.
+        num_ended: outputs of each class that have ended, since the start.
     """
 
     def __init__(self, waiting: WaitingQueue, ready: ReadyQueues, deadlines: Deadlines) -> None:
@@ -123,6 +124,7 @@ class OutputTable:
         self.prompts: dict[str, Prompt] = {}
         self.running: dict[Priority, dict[str, dict[int, OutputEntry]]] = {priority: {} for priority in Priority}
         self.num_parked = 0
+        self.num_ended = dict.fromkeys(Priority, 0)
         self._num_running = dict.fromkeys(Priority, 0)
         self._denoising: dict[tuple[str, Priority], Denoising] = {}
         self._arrivals = itertools.count()
@@ -308,6 +310,7 @@ class OutputTable:
             self._waiting.remove(output_id)
             self.num_parked -= entry.parked
         self._move(entry, OutputState.ENDED)
+        self.num_ended[entry.priority] += 1
         self._deadlines.set(output_id, None)
         for kind in (Kind.DENOISE, Kind.DECODE):
             self._ready.discard(self._queue(entry, kind), output_id)

@@ -71,6 +71,13 @@ class WaitingQueue:
         callers = self._callers[priority].items()
         return sum(len(places) for caller, places in callers if caller.partition("/")[0] == tenant)
 
+    def num_callers(self, priority: Priority, tenant: str | None = None) -> int:
+        """Number of callers, of a tenant or of all, with waiting outputs in a class."""
+        callers = self._callers[priority]
+        if tenant is None:
+            return len(callers)
+        return sum(caller.partition("/")[0] == tenant for caller in callers)
+
     def callers(self, priority: Priority) -> list[str]:
         """The callers with waiting outputs in a class, in the order of their turns."""
         return list(self._callers[priority])

@@ -9,6 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 1.0)
 LIGHTNESS = tuple(tenth / 10 for tenth in range(1, 11))
 COLOURFULNESS = (2, 5, 10, 15, 20, 30, 40, 50, 60, 80, 100, 130, 180)
+PROMPT_AGREEMENT = (0.05, 0.1, 0.14, 0.16, 0.18, 0.2, 0.22, 0.24, 0.26, 0.28, 0.3, 0.32, 0.35, 0.4, 0.5, 1.0)
+"""Cosines of a CLIP: 0.1 to 0.2 for a picture with another prompt, 0.25 to 0.35 with its own."""
 SHARPNESS = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000)
 
 
@@ -44,6 +46,13 @@ class QualityMetrics:
             buckets=LIGHTNESS,
             registry=registry,
         )
+        self._prompt_agreement = Histogram(
+            "safelight_prompt_agreement",
+            "Cosine of the judge's embeddings of the prompt and of the picture, 0 where it is negative",
+            ["model"],
+            buckets=PROMPT_AGREEMENT,
+            registry=registry,
+        )
         self._near_duplicates = Counter(
             "safelight_picture_near_duplicates",
             "Sampled pictures near to another recent one with other words or another seed",
@@ -71,6 +80,10 @@ class QualityMetrics:
         self._near_duplicates.labels(model).inc(near_duplicate)
         for quarter, share in agreement.items():
             self._agreement.labels(model, str(quarter)).observe(share)
+
+    def judged(self, model: str, agreement: float) -> None:
+        """Records how well a sampled picture agrees with its prompt, from -1 to 1."""
+        self._prompt_agreement.labels(model).observe(max(0.0, agreement))  # sums of metrics must not fall
 
     def skipped(self) -> None:
         """Counts a sample that was not measured."""
