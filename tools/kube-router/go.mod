@@ -1,0 +1,3 @@
+module safelight/tools/kube-router
+
+go 1.26.0
