@@ -251,7 +251,9 @@ class Cluster:
 
     def _enforce_policies(self) -> None:
         """Starts kube-router. One is enough, as both nodes are in one network namespace; two would undo each other's rules."""
-        self.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": BOTH_NODES}, "spec": {"unschedulable": True}})
+        self.apply(
+            {"apiVersion": "v1", "kind": "Node", "metadata": {"name": BOTH_NODES}, "spec": {"unschedulable": True}}
+        )
         status = {"status": {"addresses": [{"type": "InternalIP", "address": address(node)} for node in NODES]}}
         patch = ("--subresource=status", "--type=merge", f"--patch={json.dumps(status)}")
         self.kubectl("patch", "node", BOTH_NODES, *patch)

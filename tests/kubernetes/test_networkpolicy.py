@@ -83,7 +83,11 @@ def standing(name: str, namespace: str, image: dict[str, str], port: int, **labe
             "apiVersion": "v1",
             "kind": "Pod",
             "metadata": {"name": name, "namespace": namespace, "labels": labels},
-            "spec": {"automountServiceAccountToken": False, "terminationGracePeriodSeconds": 1, "containers": [container]},
+            "spec": {
+                "automountServiceAccountToken": False,
+                "terminationGracePeriodSeconds": 1,
+                "containers": [container],
+            },
         },
     ]
 
@@ -179,12 +183,19 @@ def scene(cluster, gateway, redis, tmp_path_factory) -> Iterator[Scene]:
         callers = {name: (namespace, name) for name, (namespace, _) in standers.items()}
         callers["neighbour"] = (NAMESPACE, "neighbour")
         for namespace, pod in callers.values():
-            cluster.kubectl("wait", "--for=condition=Ready", f"pod/{pod}", "-n", namespace, "--timeout=120s", timeout_s=140)
-        for name, label in (("gateway", "safelight"), ("activator", "safelight-activator"), ("scaler", "safelight-scaler")):
+            cluster.kubectl(
+                "wait", "--for=condition=Ready", f"pod/{pod}", "-n", namespace, "--timeout=120s", timeout_s=140
+            )
+        for name, label in (
+            ("gateway", "safelight"),
+            ("activator", "safelight-activator"),
+            ("scaler", "safelight-scaler"),
+        ):
             [pod] = cluster.get("pods", *where, "-l", f"app.kubernetes.io/name={label}")["items"]
             callers[name] = (NAMESPACE, pod["metadata"]["name"])
         address = {
-            name: cluster.get("pod", pod, "-n", namespace)["status"]["podIP"] for name, (namespace, pod) in callers.items()
+            name: cluster.get("pod", pod, "-n", namespace)["status"]["podIP"]
+            for name, (namespace, pod) in callers.items()
         }
         service = cluster.get("service", "safelight", *where)["spec"]["clusterIP"]
         targets = {
