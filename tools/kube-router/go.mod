@@ -2,6 +2,7 @@ module safelight/tools/kube-router
 
 go 1.26.0
 
+// kube-router names a commit that the Go proxy does not have; this is the release before it.
 replace github.com/vishvananda/netlink => github.com/vishvananda/netlink v1.3.1
 
 tool github.com/cloudnativelabs/kube-router/v2/cmd/kube-router
