@@ -72,7 +72,7 @@ def small_catalog(folder: Path, **changes: Any) -> Catalog:
 
 
 def adapted_catalog(folder: Path, *adapters: str) -> Catalog:
-    """A catalog with a pipeline that takes adapters of ranks up to 6 together, and with these, of rank 2."""
+    """A catalog with these adapters of rank 2, whose pipeline allows a sum of ranks up to 6."""
     inputs = {"sample": "latent", "timestep": "timestep", "encoder_hidden_states": "encoder:last_hidden_state"}
     catalog = small_catalog(folder, adapters=ROOM, inputs=inputs | ADAPTER_INPUTS)
     for seed, name in enumerate(adapters):
