@@ -178,6 +178,39 @@ def test_calls_are_held_where_there_may_be_no_replica(tmp_path):
     assert one(without, "Service")["spec"]["selector"] == dict(fleet), "the activator is with minReplicas: 0 alone"
 
 
+def test_http_is_held_too(tmp_path):
+    """The activator has the port of the replicas, and the limits that it applies in their place."""
+    limits = {"max_prompt_chars": 300, "http_cors_origins": "https://studio.example", "preview_share": 0.5}
+    changes = {"ports": {"http": 8080}, "settings": limits}
+    objects = rendered(tmp_path, "to-zero", **changes)
+    [container] = one(objects, "Deployment", "safelight-activator")["spec"]["template"]["spec"]["containers"]
+    found = environment(container)
+    assert (found["SAFELIGHT_HTTP_PORT"], found["SAFELIGHT_MAX_PROMPT_CHARS"]) == ("8080", "300")
+    assert found["SAFELIGHT_HTTP_CORS_ORIGINS"] == "https://studio.example"
+    assert "SAFELIGHT_PREVIEW_SHARE" not in found
+    assert {"name": "http", "containerPort": 8080} in container["ports"]
+    allowed = policy(objects, "safelight-activator")
+    for rule in (allowed["ingress"][0], allowed["egress"][-1]):
+        assert {"port": 8080, "protocol": "TCP"} in rule["ports"]
+    without = one(rendered(tmp_path, "to-zero"), "Deployment", "safelight-activator")["spec"]["template"]["spec"]
+    assert "http" not in [port["name"] for port in without["containers"][0]["ports"]]
+
+
+def test_with_mtls_the_activator_wants_certificates_and_has_one(tmp_path):
+    tls = {"secret": "safelight-tls", "clientCaSecret": "client-authority"}
+    activator = {"clientCertSecret": "activator-client", "clientCertSecretKey": "tls-combined.pem"}
+    scaling = {"scaler": {"image": SCALER}, "activator": activator}
+    objects = rendered(tmp_path, "to-zero", tls=tls, scaling=scaling)
+    spec = one(objects, "Deployment", "safelight-activator")["spec"]["template"]["spec"]
+    [container] = spec["containers"]
+    assert environment(container)["SAFELIGHT_TLS_CLIENT_CA_FILE"] == "/etc/safelight/client-ca/ca.crt"
+    assert "--client-cert-file=/etc/safelight/client/tls-combined.pem" in container["args"]
+    mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+    assert (mounts["client-ca"], mounts["client"]) == ("/etc/safelight/client-ca", "/etc/safelight/client")
+    volumes = {each["name"]: each.get("secret", {}).get("secretName") for each in spec["volumes"]}
+    assert (volumes["client-ca"], volumes["client"]) == ("client-authority", "activator-client")
+
+
 def test_keda_asks_the_scaler(tmp_path):
     objects = rendered(tmp_path, "to-zero")
     scaled = one(objects, "ScaledObject")["spec"]
@@ -350,7 +383,7 @@ def test_the_route_has_the_services_and_not_health(tmp_path):
         ({"scaling": SCALING, "redis": {"secret": ""}}, "scaling.maxReplicas above 1 needs redis"),
         (
             {"scaling": SCALING | {"minReplicas": 0}, "tls": {"secret": "x", "clientCaSecret": "y"}},
-            "exclude each other",
+            "needs scaling.activator.clientCertSecret",
         ),
     ],
 )

@@ -6,19 +6,22 @@ import asyncio
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 from pathlib import Path
 
 import grpc
+import httpx2
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from safelight import Client
+from safelight import Client, GenerationError
 from safelight_server.api.identity import new_key
 
 from load_tests.ports import free_port
 from tests.conftest import serving_here
-from tests.support.certificates import NAME, self_signed
+from tests.support.certificates import NAME, new_pair, self_signed
+from tests.support.http import GENERATIONS, body, server_sent
 
 COMMAND = [sys.executable, "-m", "safelight_server", "activator"]
 
@@ -65,9 +68,56 @@ async def test_it_forwards_to_its_fleet_and_drains(tmp_path):
             process.wait()
 
 
+async def test_with_mtls_it_wants_certificates_and_has_one(tmp_path):
+    cert, private = self_signed(tmp_path)
+    caller, caller_key = self_signed(tmp_path, "caller.example")
+    own, authorities = tmp_path / "own.pem", tmp_path / "authorities.pem"
+    pair = new_pair("activator.example")
+    own.write_bytes(pair[0] + pair[1])
+    authorities.write_bytes(caller.read_bytes() + pair[0])
+    files = {"tls_cert_file": cert, "tls_key_file": private, "tls_client_ca_file": authorities}
+    http_port, replica_http_port, log = free_port(), free_port(), tmp_path / "log"
+    environment = {f"SAFELIGHT_{name.upper()}": str(value) for name, value in files.items()} | {
+        "SAFELIGHT_HOST": "127.0.0.1", "SAFELIGHT_PORT": "0", "SAFELIGHT_HTTP_PORT": str(http_port),
+        "SAFELIGHT_LOG_FORMAT": "json", "SAFELIGHT_METRICS_PORT": "0",
+    }  # fmt: skip
+    async with serving_here(runtime="simulated", http_port=replica_http_port, **files) as server:
+        fleet = [f"--fleet={server.address}", f"--ca-file={cert}", f"--server-name={NAME}"]
+        process = begun(
+            log, [*fleet, f"--client-cert-file={own}", f"--fleet-http-port={replica_http_port}"], environment
+        )
+        try:
+            address = await asyncio.to_thread(ready_at, log, process)
+            trusted, url, at = cert.read_bytes(), f"https://127.0.0.1:{http_port}", {"sni_hostname": NAME}
+            with_caller = grpc.ssl_channel_credentials(trusted, caller_key.read_bytes(), caller.read_bytes())
+            async with Client(address, credentials=with_caller, server_name=NAME) as client:
+                assert (await client.generate("a red potion", steps=4, seed=1).picture()).data
+            with pytest.raises(GenerationError) as refused:
+                without = grpc.ssl_channel_credentials(trusted)
+                async with Client(address, credentials=without, server_name=NAME) as stranger:
+                    await stranger.models()
+            assert refused.value.code is grpc.StatusCode.UNAVAILABLE
+            context = ssl.create_default_context(cafile=cert)
+            async with httpx2.AsyncClient(verify=context, trust_env=False) as stranger:
+                with pytest.raises(httpx2.TransportError):
+                    await stranger.get(f"{url}/v1/models", extensions=at)
+            context = ssl.create_default_context(cafile=cert)
+            context.load_cert_chain(caller, caller_key)
+            async with httpx2.AsyncClient(verify=context, trust_env=False, timeout=30) as http:
+                asked = body(stream=True, partial_images=1)
+                response = await http.post(f"{url}{GENERATIONS}", json=asked, extensions=at)
+                assert server_sent(response.text)[-1][0] == "image_generation.completed"
+        finally:
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--fleet=nowhere"], "is not HOST:PORT"), (["--fleet=a:1", "--ca-file=/nowhere"], "No such file")],
+    [
+        (["--fleet=nowhere"], "is not HOST:PORT"),
+        (["--fleet=a:1", "--ca-file=/nowhere"], "No such file"),
+    ],
 )
 def test_faults_are_named(arguments, words):
     ended = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=50, check=False)

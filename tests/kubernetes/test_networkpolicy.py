@@ -124,10 +124,10 @@ class Scene:
 
 
 GATEWAY = {"gateway grpc", "gateway http", "gateway metrics", "gateway probe"}
-BESIDE = {"activator grpc", "activator metrics", "scaler grpc"}
+BESIDE = {"activator grpc", "activator http", "activator metrics", "scaler grpc"}
 OUTSIDE = {"Redis", "Prometheus", "archive", "other"}
 """What no policy of the chart protects; their owners do."""
-CALLS = {"gateway grpc", "gateway http", "activator grpc", "service"}
+CALLS = {"gateway grpc", "gateway http", "activator grpc", "activator http", "service"}
 REACHES = {
     "client": CALLS | OUTSIDE,
     "scraper": {"gateway metrics", "activator metrics"} | OUTSIDE | {"client's port"},
@@ -135,7 +135,7 @@ REACHES = {
     "stranger": OUTSIDE | {"client's port"},
     "neighbour": OUTSIDE | {"client's port"},
     "gateway": {"Redis", "archive", "Redis in the cluster"},
-    "activator": {"gateway grpc"},
+    "activator": {"gateway grpc", "gateway http"},
     "scaler": {"Prometheus"},
 }
 """`client` is one that `networkPolicy.clients` admits, `neighbour` a pod of the release's namespace that it does not."""
@@ -205,6 +205,7 @@ def scene(cluster, gateway, redis, tmp_path_factory) -> Iterator[Scene]:
             "gateway probe": f"{address['gateway']}:8422",
             "service": f"{service}:8421",
             "activator grpc": f"{address['activator']}:8421",
+            "activator http": f"{address['activator']}:{HTTP_PORT}",
             "activator metrics": f"{address['activator']}:9464",
             "scaler grpc": f"{address['scaler']}:8431",
             "Redis": f"{HOST}:{REDIS_PORT}",

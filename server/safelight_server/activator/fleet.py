@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import socket
 from collections.abc import Awaitable, Callable
 
@@ -72,7 +71,3 @@ class Fleet:
                     log.info("replicas", addresses=sorted(found))
                     self._addresses = found
             await asyncio.sleep(self._look_every_s)
-
-    def some_address(self) -> str | None:
-        """The address of some replica; None if there is none."""
-        return random.choice(sorted(self._addresses)) if self._addresses else None

@@ -22,6 +22,11 @@ CHARACTER_BYTES = 12
 """Most bytes of one character in JSON: two escapes of six."""
 
 
+def max_body_bytes(settings: Settings) -> int:
+    """Bound on the body of a request that is no form."""
+    return REQUEST_BYTES + 2 * CHARACTER_BYTES * settings.max_prompt_chars
+
+
 class HttpPort:
     """HTTP on the port of the settings. Does nothing without a port.
 
@@ -45,7 +50,7 @@ class HttpPort:
         self._catalog = catalog
         self._certificate = certificate
         self._uploads = uploads
-        self._max_body_bytes = REQUEST_BYTES + 2 * CHARACTER_BYTES * settings.max_prompt_chars
+        self._max_body_bytes = max_body_bytes(settings)
         self._calls = Calls(identity, metrics, self._max_body_bytes)
         self._server: HttpServer | None = None
 

@@ -57,14 +57,36 @@ def build_app(
     images, models = ImageGenerations(rpcs, catalog), ModelListing(rpcs)
     edits, edit_reader = ImageEdits(images, uploads, catalog), EditReader(uploads, max_text_bytes, cors_origins)
 
-    async def health(_request: Request) -> Response:
-        serving = healthy()
-        return JSONResponse({"status": "serving" if serving else "not serving"}, 200 if serving else 503)
-
     def route(
         verb: str, path: str, method: Method, fail: Fail = respond_error, reader: BodyReader | None = None
     ) -> Route:
         return Route(path, Endpoint(calls, path, method, fail, reader), methods=[verb])
+
+    routes = [
+        route("GET", "/v1/models", models.list_models),
+        route("GET", "/v1/models/{model}", models.get_model),
+        route("POST", "/v1/images/generations", images.generate, send_error),
+        route("POST", "/v1/images/edits", edits.edit, send_error, edit_reader),
+        *(
+            route("POST", f"/{service}/{name}", GrpcWebMethod(handler), send_status)
+            for service in WEB_SERVICES
+            for name, handler in rpcs.of(service).items()
+        ),
+    ]
+    return front(routes, healthy, cors_origins, only_loopback)
+
+
+def front(
+    routes: Sequence[Route], healthy: Callable[[], bool], cors_origins: Sequence[str], only_loopback: bool
+) -> ASGIApp:
+    """The ASGI application of these routes, with the page, the health check and what holds for all.
+
+    The arguments are those of `build_app`.
+    """
+
+    async def health(_request: Request) -> Response:
+        serving = healthy()
+        return JSONResponse({"status": "serving" if serving else "not serving"}, 200 if serving else 503)
 
     cors = Middleware(
         CORSMiddleware,
@@ -75,19 +97,7 @@ def build_app(
         expose_headers=EXPOSED,
     )
     app = Starlette(
-        routes=[
-            *page_routes(),
-            Route("/healthz", health, methods=["GET"]),
-            route("GET", "/v1/models", models.list_models),
-            route("GET", "/v1/models/{model}", models.get_model),
-            route("POST", "/v1/images/generations", images.generate, send_error),
-            route("POST", "/v1/images/edits", edits.edit, send_error, edit_reader),
-            *(
-                route("POST", f"/{service}/{name}", GrpcWebMethod(handler), send_status)
-                for service in WEB_SERVICES
-                for name, handler in rpcs.of(service).items()
-            ),
-        ],
+        routes=[*page_routes(), Route("/healthz", health, methods=["GET"]), *routes],
         middleware=[cors] if cors_origins else [],
         exception_handlers={HTTPException: _refused},
     )

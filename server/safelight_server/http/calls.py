@@ -75,10 +75,10 @@ class HttpCall:
         """Seconds since the last piece of the response was sent."""
         return asyncio.get_running_loop().time() - self._written_at
 
-    async def start(self, headers: Mapping[str, str]) -> None:
+    async def start(self, headers: Mapping[str, str], status: int = 200) -> None:
         """Begins a response that `write` sends piece by piece."""
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-        await self._pass({"type": "http.response.start", "status": 200, "headers": raw})
+        await self._pass({"type": "http.response.start", "status": status, "headers": raw})
 
     async def write(self, data: bytes) -> None:
         """Sends a piece and waits until the connection takes more, so that the caller then sends the newest preview."""

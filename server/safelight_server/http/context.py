@@ -57,6 +57,7 @@ class HttpContext:
         self._request = request
         self._task = asyncio.current_task()
         self._until: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._ended: status_pb2.Status | None = None
 
     # --- as grpc.aio.ServicerContext ---
@@ -99,10 +100,9 @@ class HttpContext:
         loop = asyncio.get_running_loop()
         left_s = _time_left_s(self._request)
         listening = asyncio.create_task(self._listen())
-        timer = None
         if left_s is not None:
             self._until = loop.time() + left_s
-            timer = loop.call_later(left_s, self._end_with, DeadlineExceededError("the deadline passed"))
+            self._timer = loop.call_later(left_s, self._end_with, DeadlineExceededError("the deadline passed"))
         try:
             yield
         except asyncio.CancelledError:
@@ -112,10 +112,15 @@ class HttpContext:
         finally:
             self._task = None
             listening.cancel()
-            if timer is not None:
-                timer.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
         if self._ended is not None:
             raise CallAbortError(self._ended)
+
+    def hand_over_deadline(self) -> None:
+        """Lets the deadline no longer end the call: another server does that from here on."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     async def stream(self, handler: Handler, request: Message | bytes) -> AsyncGenerator[bytes, None]:
         """The serialized responses of a streaming method. Must be used within `calling`."""

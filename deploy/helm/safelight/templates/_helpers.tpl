@@ -71,8 +71,8 @@ seccompProfile: {type: RuntimeDefault}
 {{- if and (gt (int .maxReplicas) 1) (not $v.redis.url) (not $v.redis.secret) }}
 {{- fail "scaling.maxReplicas above 1 needs redis.url or redis.secret: without Redis a stream can only be resumed at its own replica" }}
 {{- end }}
-{{- if and (eq (int .minReplicas) 0) $v.tls.clientCaSecret }}
-{{- fail "scaling.minReplicas: 0 and tls.clientCaSecret exclude each other: the activator has no certificate of the caller" }}
+{{- if and (eq (int .minReplicas) 0) $v.tls.clientCaSecret (not .activator.clientCertSecret) }}
+{{- fail "scaling.minReplicas: 0 with tls.clientCaSecret needs scaling.activator.clientCertSecret: the replicas want a certificate of the activator too" }}
 {{- end }}
 {{- end }}
 {{- end }}
