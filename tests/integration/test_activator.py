@@ -9,6 +9,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grpc
@@ -38,6 +39,7 @@ def ready_at(log: Path, process: subprocess.Popen[bytes]) -> str:
             if (event := json.loads(line))["event"] == "serving":
                 return str(event["address"])
         assert process.poll() is None, log.read_text()
+        time.sleep(0.02)  # the process that is waited for needs the processor
 
 
 async def test_it_forwards_to_its_fleet_and_drains(tmp_path):
