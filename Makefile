@@ -51,6 +51,9 @@ help: ## List the targets, and how long each takes
 	cd tools/coredns && go build -trimpath -ldflags '-s -w' -o ../../.tools/kubernetes/ .
 	@touch $@
 
+.tools/kubernetes/kube-router: tools/kube-router/go.mod tools/kube-router/go.sum
+	cd tools/kube-router && go build -trimpath -ldflags '-s -w' -o ../../.tools/kubernetes/ tool
+
 # KEDA by its own go.mod; tools/keda/go.sum says that its source is the one that was tried.
 .tools/kubernetes/keda/.installed: tools/keda/go.mod tools/keda/go.sum tools/keda/without_scalers.py
 	python3 tools/keda/without_scalers.py "$$(cd tools/keda && go mod download -json github.com/kedacore/keda/v2 | \
@@ -180,7 +183,7 @@ test-image: image ## Run the images with podman and develop a picture in them (4
 # In network, mount and process namespaces of its own: when make ends, nothing of the cluster is left.
 .PHONY: test-kubernetes
 KUBERNETES_TESTS := tests/kubernetes
-test-kubernetes: image .tools/helm .tools/kubernetes/.installed .tools/kubernetes/keda/.installed ## Install, upgrade, drain, kill and scale on a real cluster (first 40 min of Go, then 20; needs root; KUBERNETES_TESTS=one file)
+test-kubernetes: image .tools/helm .tools/kubernetes/.installed .tools/kubernetes/kube-router .tools/kubernetes/keda/.installed ## Install, upgrade, drain, kill, scale and shut off on a real cluster (first 40 min of Go, then 20; needs root; KUBERNETES_TESTS=one file)
 	tools/install-system-packages kubernetes
 	deploy/image/build scaler
 	deploy/image/pack out/image/gateway.tar out/image/triton.tar out/image/scaler.tar

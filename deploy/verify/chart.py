@@ -36,15 +36,19 @@ def value_drifts(declared: Mapping[str, Any], values: Mapping[str, Any]) -> Iter
 
 def image_drifts(values: Mapping[str, Any], session: Any) -> Iterator[Drift]:
     """Yields the images that the values name but that ECR does not have."""
+    named = {
+        "image": values.get("image", {}),
+        "triton.image": values.get("triton", {}).get("image", {}),
+        "scaling.scaler.image": values.get("scaling", {}).get("scaler", {}).get("image", {}),
+    }
+    parts = {path: image.get("repository", "").partition("/") for path, image in named.items()}
+    in_ecr = {path: repository for path, (registry, _, repository) in parts.items() if ".dkr.ecr." in registry}
+    if not in_ecr:
+        return  # other registries are not asked, nor is a region of AWS needed
     client = session.client("ecr")
     try:
-        for path, image in (
-            ("image", values.get("image", {})),
-            ("triton.image", values.get("triton", {}).get("image", {})),
-        ):
-            registry, _, repository = image.get("repository", "").partition("/")
-            if ".dkr.ecr." not in registry:
-                continue
+        for path, repository in in_ecr.items():
+            image = named[path]
             try:
                 client.describe_images(repositoryName=repository, imageIds=[{"imageDigest": image.get("digest", "")}])
             except ClientError as error:

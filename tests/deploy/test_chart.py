@@ -63,6 +63,10 @@ def one(objects: list[dict[str, Any]], kind: str, name: str = "safelight") -> An
     return found
 
 
+def policy(objects: list[dict[str, Any]], name: str = "safelight") -> Any:
+    return one(objects, "NetworkPolicy", name)["spec"]
+
+
 def pod_specs(objects: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for each in objects:
         if each["kind"] == "Deployment":
@@ -141,9 +145,10 @@ def test_what_may_wait_is_on_spot_nodes_and_hears_that_they_go(tmp_path):
     assert environment(gateway)["SAFELIGHT_SPOT_NOTICE"] == "aws"
     assert json.loads(environment(gateway)["SAFELIGHT_CLASS_WAIT_S"])["batch"] == 120
     assert spec["terminationGracePeriodSeconds"] < 100, "of the 120 s that the node has"
-    [policy] = [each for each in rendered(tmp_path, "spot") if each["kind"] == "NetworkPolicy"]
-    ports = [port["port"] for rule in policy["spec"]["egress"] for port in rule.get("ports", ())]
-    assert {80, 6379} <= set(ports)
+    anywhere, metadata = policy(rendered(tmp_path, "spot"))["egress"]
+    assert {port["port"] for port in anywhere["ports"]} == {53, 6379}, "what the profile below it allows stays allowed"
+    assert metadata["to"] == [{"ipBlock": {"cidr": "169.254.169.254/32"}}]
+    assert [port["port"] for port in metadata["ports"]] == [80]
 
 
 def test_what_someone_waits_for_is_on_nodes_that_stay(tmp_path):
@@ -184,9 +189,9 @@ def test_http_is_held_too(tmp_path):
     assert found["SAFELIGHT_HTTP_CORS_ORIGINS"] == "https://studio.example"
     assert "SAFELIGHT_PREVIEW_SHARE" not in found
     assert {"name": "http", "containerPort": 8080} in container["ports"]
-    policy = one(objects, "NetworkPolicy", "safelight-activator")["spec"]
-    for rule in (policy["ingress"][0], policy["egress"][-1]):
-        assert {"port": "http", "protocol": "TCP"} in rule["ports"]
+    allowed = policy(objects, "safelight-activator")
+    for rule in (allowed["ingress"][0], allowed["egress"][-1]):
+        assert {"port": 8080, "protocol": "TCP"} in rule["ports"]
     without = one(rendered(tmp_path, "to-zero"), "Deployment", "safelight-activator")["spec"]["template"]["spec"]
     assert "http" not in [port["name"] for port in without["containers"][0]["ports"]]
 
@@ -221,8 +226,35 @@ def test_keda_asks_the_scaler(tmp_path):
     assert service["selector"].items() <= pod["metadata"]["labels"].items()
     [container] = pod["spec"]["containers"]
     assert environment(container) == {"SAFELIGHT_SCALER_PROMETHEUS": "http://prometheus.observability:9090"}
-    policy = one(objects, "NetworkPolicy", "safelight-scaler")["spec"]
-    assert 9090 in [port["port"] for port in policy["egress"][0]["ports"]]
+    assert [port["port"] for port in policy(objects, "safelight-scaler")["egress"][0]["ports"]] == [53, 53, 9090]
+    behind_a_service = {"scaler": {"image": SCALER}, "prometheus": "http://prometheus-server", "prometheusPort": 9091}
+    mapped = policy(rendered(tmp_path, "to-zero", scaling=behind_a_service), "safelight-scaler")
+    assert [port["port"] for port in mapped["egress"][0]["ports"]] == [53, 53, 9091]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_policies_name_ports_by_number_and_admit_nobody_by_an_empty_list(tmp_path, profile):
+    """An empty list of peers or ports means all of them; not every plugin finds a named port."""
+    changes = {"networkPolicy": {"clients": []}} if profile != "gpu" else {}
+    policies = [each["spec"] for each in rendered(tmp_path, profile, **changes) if each["kind"] == "NetworkPolicy"]
+    assert policies
+    for spec in policies:
+        assert spec["policyTypes"] == ["Ingress", "Egress"]
+        for rule in spec["ingress"]:
+            assert rule["from"]
+        for rule in [*spec["ingress"], *spec["egress"]]:
+            assert all(isinstance(port["port"], int) for port in rule["ports"])
+            assert rule["ports"]
+
+
+def test_the_pod_of_helm_test_may_always_call(tmp_path):
+    objects = rendered(tmp_path, "to-zero", networkPolicy={"clients": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]})
+    labels = one(objects, "Pod", "safelight-test-picture")["metadata"]["labels"]
+    for name in ("safelight", "safelight-activator"):
+        calls = policy(objects, name)["ingress"][0]["from"]
+        assert calls[0] == {"ipBlock": {"cidr": "10.0.0.0/8"}}
+        [test] = [peer["podSelector"]["matchLabels"] for peer in calls if "-test" in json.dumps(peer)]
+        assert test.items() <= labels.items()
 
 
 def test_clients_show_a_certificate(tmp_path):
@@ -339,6 +371,12 @@ def test_the_route_has_the_services_and_not_health(tmp_path):
         ({"runtime": "triton"}, "needs triton.image"),
         ({"models": {"url": "s3://x/y"}}, "needs models.sha256sums"),
         ({"route": {"enabled": True}}, "needs route.parentRefs"),
+        (
+            {"route": {"enabled": True, "parentRefs": [{"name": "public", "namespace": "gateways"}]}},
+            "networkPolicy.clients must admit its pods",
+        ),
+        ({"networkPolicy": {"egressPorts": []}}, "need networkPolicy.egressPorts or networkPolicy.egress"),
+        ({"scaling": SCALING | {"keda": []}}, "keda"),
         ({"tls": {"secret": "", "clientCaSecret": "x"}, "insecure": True}, "tls.clientCaSecret needs tls.secret"),
         ({"scaling": {"enabled": True}}, "scaling.enabled needs scaling.prometheus"),
         ({"scaling": SCALING | {"minReplicas": 5}}, "scaling.maxReplicas must be at least"),

@@ -2,7 +2,8 @@
 
 It runs in the network, mount and process namespaces of its parent process, which `make test-kubernetes` makes for it: it
 cannot be reached from outside, and it ends with them. Both nodes are in one network namespace. Each pod has a veth pair
-and no bridge (CNI's ptp), so that every packet passes kube-proxy's rules.
+and no bridge (CNI's ptp), so that every packet passes the rules of kube-proxy, and of kube-router, which enforces
+NetworkPolicies and does nothing else here.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ HOST = "10.99.0.1"
 """Address of the first node, on which the control plane and programs of the tests listen."""
 DNS = "10.96.0.10"
 NODES = ("n1", "n2")
+BOTH_NODES = "both-nodes"
+"""A Node without a kubelet, with the addresses of both. kube-router looks after the pods at the addresses of its node."""
+SERVICES = "10.96.0.0/16"
 TOKEN = "this-cluster-lives-for-minutes"
 KERNEL_SETTINGS = (
     *("vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops"),
@@ -62,7 +66,7 @@ class Cluster:
         self.kubeconfig = folder / "kubeconfig"
 
     def start(self) -> None:
-        """Starts everything and returns when both nodes are ready.
+        """Starts everything and returns when both nodes are ready and policies are enforced.
 
         Raises:
             ClusterError: a part of the cluster does not start.
@@ -101,7 +105,7 @@ class Cluster:
                     "service-account-issuer": "https://kubernetes.default.svc",
                     "token-auth-file": f / "tokens.csv",
                     "authorization-mode": "RBAC",
-                    "service-cluster-ip-range": "10.96.0.0/16",
+                    "service-cluster-ip-range": SERVICES,
                     "kubelet-client-certificate": f / "client.crt",
                     "kubelet-client-key": f / "client.key",
                     "kubelet-preferred-address-types": "InternalIP",
@@ -154,6 +158,7 @@ class Cluster:
         )
         self._run("dns", "coredns", "-conf", str(f / "Corefile"))
         self._until("both nodes are ready", self._nodes_are_ready, "kubelet-n1")
+        self._enforce_policies()
 
     def stop(self) -> None:
         """Ends all processes and removes the nodes' containers."""
@@ -242,6 +247,33 @@ class Cluster:
                     "node-labels": f"topology.kubernetes.io/zone=zone-{node}",
                 }
             ),
+        )
+
+    def _enforce_policies(self) -> None:
+        """Starts kube-router. One is enough, as both nodes are in one network namespace; two would undo each other's rules."""
+        self.apply(
+            {"apiVersion": "v1", "kind": "Node", "metadata": {"name": BOTH_NODES}, "spec": {"unschedulable": True}}
+        )
+        status = {"status": {"addresses": [{"type": "InternalIP", "address": address(node)} for node in NODES]}}
+        patch = ("--subresource=status", "--type=merge", f"--patch={json.dumps(status)}")
+        self.kubectl("patch", "node", BOTH_NODES, *patch)
+        self._run(
+            "policies",
+            "kube-router",
+            *_flags(
+                {
+                    "kubeconfig": self.kubeconfig,
+                    "hostname-override": BOTH_NODES,
+                    "run-firewall": "true",
+                    "run-router": "false",
+                    "run-service-proxy": "false",
+                    "service-cluster-ip-range": SERVICES,
+                }
+            ),
+        )
+        rules = ["iptables", "--list", "KUBE-NWPLCY-DEFAULT", "--numeric"]
+        self._until(
+            "policies are enforced", lambda: not subprocess.run(rules, capture_output=True).returncode, "policies"
         )
 
     def _prepare_network(self) -> None:

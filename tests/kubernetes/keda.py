@@ -35,6 +35,13 @@ def source() -> Path:
     return Path(json.loads(found)["Dir"])
 
 
+def define(cluster: Cluster) -> None:
+    """Defines KEDA's kinds in a cluster."""
+    for definition in sorted((source() / "config" / "crd" / "bases").glob("*.yaml")):
+        cluster.kubectl("apply", "--server-side", "-f", str(definition))
+    cluster.kubectl("wait", "--for=condition=Established", "crd/scaledobjects.keda.sh", "--timeout=60s")
+
+
 @contextmanager
 def running(name: str, folder: Path, command: list[str], **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """Runs a program with its log in `folder`."""
@@ -65,9 +72,7 @@ def cluster_names(folder: Path) -> Iterator[None]:
 @contextmanager
 def keda(cluster: Cluster, folder: Path) -> Iterator[None]:
     """Runs KEDA in a cluster during the block: its definitions, its operator, and its metrics server as an API."""
-    for definition in sorted((source() / "config" / "crd" / "bases").glob("*.yaml")):
-        cluster.kubectl("apply", "--server-side", "-f", str(definition))
-    cluster.kubectl("wait", "--for=condition=Established", "crd/scaledobjects.keda.sh", "--timeout=60s")
+    define(cluster)
     cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "keda"}})
     certificates = folder / "certificates"
     certificates.mkdir()

@@ -14,7 +14,7 @@ import yaml
 from tests.conftest import eventually
 from tests.kubernetes.cluster import NODES, Cluster
 from tests.kubernetes.conftest import CHART, NAMESPACE, ROOT, values
-from tests.kubernetes.keda import source
+from tests.kubernetes.keda import define
 from tests.kubernetes.load import SEEDS, Access, develop, under_load
 
 pytestmark = pytest.mark.timeout(900)
@@ -100,9 +100,7 @@ def test_the_api_server_accepts_every_profile(cluster, access, gateway, tmp_path
         "apply", "--server-side", "-f", crd["Dir"] + "/config/crd/standard/gateway.networking.k8s.io_grpcroutes.yaml"
     )
     cluster.kubectl("wait", "--for=condition=Established", "crd/grpcroutes.gateway.networking.k8s.io")
-    for definition in sorted((source() / "config" / "crd" / "bases").glob("*scaledobjects.yaml")):
-        cluster.kubectl("apply", "--server-side", "-f", str(definition))
-    cluster.kubectl("wait", "--for=condition=Established", "crd/scaledobjects.keda.sh")
+    define(cluster)
     given = {"image": gateway}
     if profile == "triton-cpu":
         given["triton"] = {"image": gateway}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -14,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from load_tests.ports import free_port
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 READY_S = 60.0
@@ -60,8 +61,7 @@ def prometheus(folder: Path, config: str, *options: str, host: str = "127.0.0.1"
     program = shutil.which("prometheus")
     assert program is not None, "no prometheus: tools/install-system-packages"
     (folder / "prometheus.yml").write_text(config)
-    with socket.create_server((host, 0)) as listening:
-        port = listening.getsockname()[1]
+    port = free_port()
     command = [
         program,
         f"--config.file={folder / 'prometheus.yml'}",

@@ -79,6 +79,22 @@ seccompProfile: {type: RuntimeDefault}
 {{- if and $v.route.enabled (not $v.route.parentRefs) }}
 {{- fail "route.enabled needs route.parentRefs" }}
 {{- end }}
+{{- if $v.networkPolicy.enabled }}
+{{- with $v.networkPolicy }}
+{{- if and (or $v.redis.url $v.redis.secret $v.cache.s3.url $v.models.url $v.otlp.endpoint) (not .egressPorts) (not .egress) }}
+{{- fail "redis, cache.s3, models.url and otlp need networkPolicy.egressPorts or networkPolicy.egress: the pods call nobody else" }}
+{{- end }}
+{{- end }}
+{{- if $v.route.enabled }}
+{{- $outside := false }}
+{{- range $v.networkPolicy.clients }}{{ if or .namespaceSelector .ipBlock }}{{ $outside = true }}{{ end }}{{ end }}
+{{- range $v.route.parentRefs }}
+{{- if and .namespace (ne .namespace $.Release.Namespace) (not $outside) }}
+{{- fail (printf "the route's gateway is in the namespace %s: networkPolicy.clients must admit its pods, such as {namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: %s}}}" .namespace .namespace) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{/* The label of the pods to which the service sends calls: the replicas and the activator. */}}
@@ -127,4 +143,12 @@ topologySpreadConstraints:
 {{- define "safelight.portOf" -}}
 {{- $host := (urlParse .).host -}}
 {{- if regexMatch ":[0-9]+$" $host }}{{ regexFind "[0-9]+$" $host }}{{ else if hasPrefix "https:" . }}443{{ else }}80{{ end }}
+{{- end }}
+
+{{/* Peers that may call, beside what runs in the release itself: given none, only the pod of `helm test`. An empty list in a
+policy would admit everybody. */}}
+{{- define "safelight.clients" -}}
+{{- with .Values.networkPolicy.clients }}{{ toYaml . }}{{ end }}
+- podSelector:
+    matchLabels: {{- include "safelight.besideSelector" (list . "test") | nindent 6 }}
 {{- end }}
