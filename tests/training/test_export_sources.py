@@ -125,7 +125,6 @@ def test_the_keys_and_defaults_of_a_scheduler_are_those_of_diffusers(name: str) 
         (diffusers.AutoencoderTiny, networks.TINY_SHAPE | set(networks.VAE_RULES)),
         (diffusers.FluxTransformer2DModel, networks.FLUX_SHAPE | set(networks.FLUX_RULES)),
         (diffusers.SD3Transformer2DModel, networks.SD3_SHAPE),
-        (diffusers.ControlNetModel, networks.CONTROL_SHAPE | set(networks.CONTROL_RULES)),
         (diffusers.FlowMatchEulerDiscreteScheduler, schedulers.FLOW_KEYS | set(schedulers.FLOW_RULES)),
     ],
     ids=lambda at: getattr(at, "__name__", ""),
