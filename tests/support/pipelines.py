@@ -12,6 +12,7 @@ from safelight_server.catalog.manifest import ADAPTER_INPUTS, AdapterRoom, Manif
 from safelight_server.catalog.tokenizer import Tokenizer
 from tokenizers import models, pre_tokenizers
 
+from tests.support import image_prompts
 from tests.support.adapters import ROOM, write_adapter
 
 PAD, BOS, EOS = 0, 1, 2
@@ -72,9 +73,12 @@ def small_catalog(folder: Path, **changes: Any) -> Catalog:
 
 
 def adapted_catalog(folder: Path, *adapters: str) -> Catalog:
-    """A catalog with a pipeline that takes adapters of ranks up to 6 together, and with these, of rank 2."""
-    inputs = {"sample": "latent", "timestep": "timestep", "encoder_hidden_states": "encoder:last_hidden_state"}
-    catalog = small_catalog(folder, adapters=ROOM, inputs=inputs | ADAPTER_INPUTS)
+    """A catalog with a pipeline that takes image prompts and adapters of ranks up to 6 together; with these, of rank 2."""
+    inputs = image_prompts.INPUTS | ADAPTER_INPUTS
+    components = MANIFEST["components"] | image_prompts.IMAGE_ENCODER
+    catalog = small_catalog(
+        folder, adapters=ROOM, inputs=inputs, components=components, image_prompt=image_prompts.ROOM
+    )
     for seed, name in enumerate(adapters):
         write_adapter(folder / "adapters", name, seed=seed)
     catalog.adapters = AdapterLibrary(folder / "adapters", {"small": AdapterRoom.model_validate(ROOM)})

@@ -140,7 +140,7 @@ def test_a_judge_is_found_by_its_name() -> None:
             quality.judge_of(name)
 
 
-@pytest.mark.parametrize("source", ["scalar:guidance", "adapter_weights"])
+@pytest.mark.parametrize("source", ["scalar:guidance", "adapter_weights", "image_prompt_tokens"])
 def test_a_denoiser_with_an_input_that_calibration_does_not_fill_is_refused(source: str) -> None:
     icons = catalog.load(Path("models")).get("icons").manifest
     quality.require_quantizable("icons", icons)

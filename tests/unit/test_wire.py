@@ -126,6 +126,7 @@ def test_a_spec_sent_again_is_the_same_spec(tmp_path: Path) -> None:
             strength=0.7,
             mask=f"images/{'cd' * 32}",
             adapters=[pb.Adapter(name="pixel", scale=0.8), pb.Adapter(name="glow")],
+            image_prompt=pb.ImagePrompt(image=f"images/{'ef' * 32}", scale=0.6),
         )
     )
     first = resolve_request(sent, catalog, LIMITS).spec

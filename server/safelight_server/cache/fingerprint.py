@@ -85,6 +85,11 @@ def embedding(encoder_digest: str, numerics_id: str, token_ids: Sequence[int]) -
     return _canonical({"encoder": encoder_digest, "numerics": numerics_id, "tokens": list(token_ids)})
 
 
+def image_prompt(encoder_digest: str, numerics_id: str, image_digest: str) -> bytes:
+    """Returns the fingerprint of an image encoder's output for a picture's file."""
+    return _canonical({"encoder": encoder_digest, "numerics": numerics_id, "image": image_digest})
+
+
 def _comparable(pipeline_digest: str, numerics_id: str, spec: Spec) -> dict[str, object]:
     decides = {field.name for field in dataclasses.fields(spec)} - STAND_INS - {"seeds", "token_ids"}
     fields = {name: _plain(getattr(spec, name)) for name in decides}

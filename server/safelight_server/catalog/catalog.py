@@ -29,6 +29,10 @@ from safelight_server.catalog.manifest import (
     ENCODER_SOURCE,
     GUIDANCE_SOURCE,
     HIDDEN_STATE,
+    IMAGE_PROMPT_INPUTS,
+    IMAGE_PROMPT_OUTPUTS,
+    IMAGE_PROMPT_SCALE_SOURCE,
+    IMAGE_PROMPT_TOKENS_SOURCE,
     LATENT_SOURCE,
     SIZE_IDS_SOURCE,
     STABLE_DIFFUSION_INPUTS,
@@ -376,6 +380,8 @@ def _digest(manifest: Manifest) -> str:
         decides["inputs"] = dict(manifest.inputs)
     if manifest.adapters is not None:
         decides["adapters"] = manifest.adapters.model_dump(mode="json")
+    if manifest.image_prompt is not None:
+        decides["image_prompt"] = manifest.image_prompt.model_dump(mode="json")
     canonical = json.dumps([SAMPLER_VERSION, decides], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -411,6 +417,14 @@ def check(manifest: Manifest) -> list[str]:
     sources = set(manifest.inputs.values()) & set(ADAPTER_INPUTS.values())
     if len(sources) != (0 if manifest.adapters is None else len(ADAPTER_INPUTS)):
         faults.append("adapters: goes with inputs of both adapter_weights and adapter_scales")
+    prompted = (
+        manifest.image_prompt is not None,
+        Component.IMAGE_ENCODER in manifest.components,
+        *(source in manifest.inputs.values() for source in IMAGE_PROMPT_INPUTS.values()),
+    )
+    if len(set(prompted)) > 1:
+        both = " and ".join(IMAGE_PROMPT_INPUTS)
+        faults.append(f"image_prompt: goes with a component image_encoder and inputs of {both}")
     faults += _check_tokenizers(manifest)
     if manifest.defaults.num_inference_steps > manifest.limits.max_num_inference_steps:
         faults.append("defaults.num_inference_steps: above the limit")
@@ -478,12 +492,18 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
         shapes |= {LATENT_SOURCE: latent, TIMESTEP_SOURCE: (1,), GUIDANCE_SOURCE: (1,), SIZE_IDS_SOURCE: (6,)}
         if (room := manifest.adapters) is not None:
             shapes |= {ADAPTER_WEIGHTS_SOURCE: (room.max_rank, room.width), ADAPTER_SCALES_SOURCE: (room.max_rank,)}
+        prompt_tokens: tuple[int, ...] = ()
+        edge = 0
+        if (prompts := manifest.image_prompt) is not None:
+            prompt_tokens, edge = (prompts.num_tokens, prompts.width), prompts.edge_px
+            shapes |= {IMAGE_PROMPT_TOKENS_SOURCE: prompt_tokens, IMAGE_PROMPT_SCALE_SOURCE: (1,)}
         inputs: dict[Component, dict[str, tuple[int, ...]]] = {
             Component.TEXT_ENCODER: {"input_ids": (num_ids,)},
             Component.DENOISER: {name: shapes.get(at, (context, -1)) for name, at in manifest.inputs.items()},
             Component.DECODER: {"latent": latent},
             Component.PREVIEW_DECODER: {"latent": latent},
             Component.ENCODER: {"image": (3, size.height_px, size.width_px)},
+            Component.IMAGE_ENCODER: {"image": (3, edge, edge)},
         }
         outputs: dict[Component, dict[str, tuple[int, ...]]] = {
             Component.TEXT_ENCODER: {"last_hidden_state": (context, -1)},
@@ -491,6 +511,7 @@ def _check_configs(pipeline: Pipeline, configs: Mapping[Component, config_pbtxt.
             Component.DECODER: {"image": (3, size.height_px, size.width_px)},
             Component.PREVIEW_DECODER: {"image": (3, -1, -1)},
             Component.ENCODER: {"mean": latent},
+            Component.IMAGE_ENCODER: dict.fromkeys(IMAGE_PROMPT_OUTPUTS, prompt_tokens),
         }
         if Component.ENCODER in configs and "std" in configs[Component.ENCODER].outputs:
             outputs[Component.ENCODER]["std"] = latent

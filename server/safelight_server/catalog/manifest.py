@@ -212,6 +212,14 @@ LATENT_SOURCE, TIMESTEP_SOURCE, SIZE_IDS_SOURCE = "latent", "timestep", "size_id
 ADAPTER_WEIGHTS_SOURCE, ADAPTER_SCALES_SOURCE = "adapter_weights", "adapter_scales"
 ADAPTER_INPUTS = {"adapter_weights": ADAPTER_WEIGHTS_SOURCE, "adapter_scales": ADAPTER_SCALES_SOURCE}
 """What a denoiser is given beside its other inputs where its rows can have adapters."""
+IMAGE_PROMPT_TOKENS_SOURCE, IMAGE_PROMPT_SCALE_SOURCE = "image_prompt_tokens", "image_prompt_scale"
+IMAGE_PROMPT_INPUTS = {
+    "image_prompt_tokens": IMAGE_PROMPT_TOKENS_SOURCE,
+    "image_prompt_scale": IMAGE_PROMPT_SCALE_SOURCE,
+}
+"""What a denoiser is given beside its other inputs where its rows can have an image prompt."""
+IMAGE_PROMPT_OUTPUTS = ("tokens", "negative_tokens")
+"""What the image encoder makes of a picture: for the rows with the prompt, and for those with the negative prompt."""
 GUIDANCE_SOURCE = "scalar:guidance"
 STABLE_DIFFUSION_INPUTS = {
     "sample": LATENT_SOURCE,
@@ -229,8 +237,28 @@ CONTEXT_TOKENIZERS = {"stable-diffusion-3": (0, 2), "flux": (1,)}
 """By family the places of the tokenizers for whose tokens the hidden state has a row each; of others the first."""
 InputSource = Annotated[
     str,
-    Field(pattern=r"^(latent|timestep|size_ids|scalar:guidance|adapter_weights|adapter_scales|encoder:[A-Za-z0-9_]+)$"),
+    Field(
+        pattern=r"^(latent|timestep|size_ids|scalar:guidance|adapter_weights|adapter_scales|image_prompt_tokens"
+        r"|image_prompt_scale|encoder:[A-Za-z0-9_]+)$"
+    ),
 ]
+
+
+class ImagePromptRoom(_Strict):
+    """What the denoiser is given of a picture that says what to draw (IP-Adapter, Ye et al. 2023).
+
+    A row is given image_prompt_tokens (T, D), which its cross-attention reads beside the prompt, and
+    image_prompt_scale, the factor of what it finds there; a factor of 0 is as if there were no picture.
+
+    Attributes:
+        edge_px: S; the image encoder takes a square of S x S pixels.
+        num_tokens: T.
+        width: D.
+    """
+
+    edge_px: Positive
+    num_tokens: Positive
+    width: Positive
 
 
 class AdapterTarget(_Strict):
@@ -276,8 +304,10 @@ class Manifest(_Strict):
             output of the text encoder, by prompt), "scalar:guidance" (the request's guidance scale, for a network that
             was distilled with it), or "size_ids" (the picture's height and width, a crop of zero, and height and width
             again: SDXL's micro-conditioning, Podell et al. 2023, section 2.2).
-            "adapter_weights" and "adapter_scales" are the adapters of a row (`AdapterRoom`).
+            "adapter_weights" and "adapter_scales" are the adapters of a row (`AdapterRoom`), "image_prompt_tokens" and
+            "image_prompt_scale" its image prompt (`ImagePromptRoom`).
         adapters: the room for adapters; None: the denoiser takes none.
+        image_prompt: the form of image prompts; None: the denoiser takes none.
     """
 
     format: Literal[1]
@@ -305,6 +335,7 @@ class Manifest(_Strict):
     quantization: Quantization | None = None
     inputs: Mapping[str, InputSource] = STABLE_DIFFUSION_INPUTS
     adapters: AdapterRoom | None = None
+    image_prompt: ImagePromptRoom | None = None
 
     @property
     def tokenizers(self) -> tuple[TokenizerFile, ...]:

@@ -73,6 +73,8 @@ class DemoRequest:
     guidance_interval: tuple[float, float] | None = None
     quality_floor: QualityFloor | None = None
     adapters: Mapping[str, float] | None = None
+    image_prompt: Path | str | None = None
+    image_prompt_scale: float | None = None
 
 
 @dataclass(slots=True)
@@ -215,6 +217,8 @@ async def _develop_shown(client: Client, developing: Sequence[LivePicture], cons
             init_image=order.init_image,
             strength=order.strength,
             mask=order.mask,
+            image_prompt=order.image_prompt,
+            image_prompt_scale=order.image_prompt_scale,
             quality_floor=order.quality_floor,
             preview=PreviewPolicy(accept=[PixelEncoding(media_type="image/png")]),
         )

@@ -211,6 +211,15 @@ def generate(
         list[str] | None,
         typer.Option(metavar="NAME:SCALE", help="Adapter (LoRA) of the model, with its factor; may be repeated."),
     ] = None,
+    image_prompt: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE", help="Picture that says what to draw beside the prompt: a file, or generations/ID/outputs/0."
+        ),
+    ] = "",
+    image_prompt_scale: Annotated[
+        float | None, typer.Option(help="How much the image prompt counts, 0 to 2. Default: 1.")
+    ] = None,
     floor_steps: Annotated[
         int | None, typer.Option(min=-MAX_STEP, max=MAX_STEP, help="Under load: accept so few steps.")
     ] = None,
@@ -253,6 +262,8 @@ def generate(
         _interval(guidance_interval) if guidance_interval else None,
         _quality_floor(floor_steps, floor_previews, floor_similarity),
         _adapters(adapter or ()),
+        _picture(image_prompt),
+        image_prompt_scale,
     )
     picture, developed = _run(
         demos.generate_one(_connect(target, api_key, ca_file, client_cert, server_name), order, console)
@@ -347,6 +358,8 @@ def models(
                 if model.adapters:
                     named = ", ".join(f"{adapter.name} (rank {adapter.rank})" for adapter in model.adapters)
                     console.print(f"    adapters {named}", highlight=False, soft_wrap=True, markup=False)
+                if model.image_prompt:
+                    console.print("    takes a picture as a prompt (--image-prompt)", highlight=False)
                 for note in model.notes:
                     console.print(f"    note: {note}", highlight=False, soft_wrap=True, markup=False)
             for left_out in await client.unavailable_models():

@@ -20,11 +20,14 @@ from safelight_server.catalog.manifest import (
     ADAPTER_WEIGHTS_SOURCE,
     ENCODER_SOURCE,
     GUIDANCE_SOURCE,
+    IMAGE_PROMPT_SCALE_SOURCE,
+    IMAGE_PROMPT_TOKENS_SOURCE,
     LATENT_SOURCE,
     SIZE_IDS_SOURCE,
     STABLE_DIFFUSION_INPUTS,
     TIMESTEP_SOURCE,
     AdapterRoom,
+    ImagePromptRoom,
 )
 from safelight_server.domain.tensors import Array, Embedding, FloatArray
 from safelight_server.runtime.base import StableRows
@@ -91,6 +94,19 @@ class RowAdapter:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class RowImagePrompt:
+    """What the denoiser is given of an image prompt for the rows of an output.
+
+    Attributes:
+        tokens: (2, T, D) float32: of the rows with the prompt, and of those with the negative prompt.
+        scale: how much it counts.
+    """
+
+    tokens: FloatArray
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Inpainting:
     """The latent of a slot outside its mask: before step n the clean latent with the noise of `levels[n]`."""
 
@@ -114,6 +130,7 @@ class Latents:
         inputs: the denoiser's inputs, each with its source (`Manifest.inputs`).
         size_ids: value of the inputs with that source, (6,).
         room: room of each row for adapters; None: the denoiser takes none.
+        image_prompt_room: the form of image prompts; None: the denoiser takes none.
     """
 
     def __init__(
@@ -125,12 +142,15 @@ class Latents:
         inputs: Mapping[str, str] = STABLE_DIFFUSION_INPUTS,
         size_ids: FloatArray | None = None,
         room: AdapterRoom | None = None,
+        image_prompt_room: ImagePromptRoom | None = None,
     ) -> None:
         self.shape = shape
         self._inputs = inputs
         self._size_ids = size_ids
         self._room = room
         self._adapters: dict[int, Sequence[RowAdapter]] = {}
+        self._image_prompt_room = image_prompt_room
+        self._image_prompts: dict[int, RowImagePrompt] = {}  # of the slots that have one
         self._free = list(range(capacity))[::-1]
         self._in_flight = [0] * capacity
         self._abandoned: set[int] = set()
@@ -167,6 +187,7 @@ class Latents:
         guided_steps: range | None = None,
         guidance_rescale: float = 0.0,
         adapters: Sequence[RowAdapter] = (),
+        image_prompt: RowImagePrompt | None = None,
     ) -> int:
         """Takes a slot for an output, and fills it with fresh noise or with the state `start`.
 
@@ -177,6 +198,7 @@ class Latents:
             guided_steps: the steps with guidance; the others need no prediction for the negative prompt. None: all.
             guidance_rescale: see `sampler.rescale`.
             adapters: together of at most the rank that the room has.
+            image_prompt: None: its rows have none.
         """
         slot = self._free[-1]
         steps = table.num_steps
@@ -190,6 +212,8 @@ class Latents:
         self._given_guidance[slot] = guidance_scale
         self._rescale[slot] = guidance_rescale
         self._adapters[slot] = adapters
+        if image_prompt is not None:
+            self._image_prompts[slot] = image_prompt
         self._noise_seed[slot] = seed if table.uses_noise else None
         first = slot * 2
         for name, rows in self._context.items():
@@ -213,6 +237,7 @@ class Latents:
         """Frees a slot, or lets `arrive` free it if a batch in flight uses it."""
         self._inpainting.pop(slot, None)
         self._adapters.pop(slot, None)
+        self._image_prompts.pop(slot, None)
         if self._in_flight[slot]:
             self._abandoned.add(slot)
         else:
@@ -253,6 +278,11 @@ class Latents:
             return self._adapter_weights(slots)
         if source == ADAPTER_SCALES_SOURCE:
             return self._adapter_scales(slots)
+        if source == IMAGE_PROMPT_TOKENS_SOURCE:
+            return self._image_prompt_tokens(slots, context - slots * 2)
+        if source == IMAGE_PROMPT_SCALE_SOURCE:
+            prompts = [self._image_prompts.get(slot) for slot in slots.tolist()]
+            return np.array([0.0 if prompt is None else prompt.scale for prompt in prompts], np.float32)
         rows = self._context[source.removeprefix(ENCODER_SOURCE)]
         return StableRows(rows, context, self._context_versions[context])
 
@@ -277,6 +307,16 @@ class Latents:
                 scales[row, first : first + len(adapter.weights)] = adapter.scale
                 first += len(adapter.weights)
         return scales
+
+    def _image_prompt_tokens(self, slots: Slots, parts: Slots) -> FloatArray:
+        """The tokens of each row's image prompt, zeros where it has none, (B, T, D)."""
+        assert self._image_prompt_room is not None
+        room = self._image_prompt_room
+        tokens = np.zeros((len(slots), room.num_tokens, room.width), np.float32)
+        for row, (slot, part) in enumerate(zip(slots.tolist(), parts.tolist(), strict=True)):
+            if (prompt := self._image_prompts.get(slot)) is not None:
+                tokens[row] = prompt.tokens[part]
+        return tokens
 
     def put(self, slots: Slots, parts: Slots, prediction: FloatArray) -> None:
         """Stores the predictions (B, C, h, w) of rows until all rows of their steps are back."""

@@ -57,9 +57,8 @@ def write_onnx(
         warnings.simplefilter("ignore")  # of torch about its own internals
         program = torch.onnx.export(
             module,
-            tuple(
-                max(examples, key=num_values).values()
-            ),  # not an edge of one multiple, which torch takes for a constant
+            (),
+            kwargs=dict(max(examples, key=num_values)),  # not an edge of one multiple, which torch takes for a constant
             input_names=list(examples[0]),
             output_names=list(outputs),
             dynamic_shapes=free_axes(examples, multiple, largest),
@@ -93,10 +92,10 @@ def num_values(inputs: Inputs) -> int:
     return sum(tensor.numel() for tensor in inputs.values())
 
 
-def free_axes(examples: Sequence[Inputs], multiple: int, largest: int | None = None) -> tuple[dict[int, Any], ...]:
-    """torch.export's dynamic shapes: the batch, and height and width where the examples have several."""
+def free_axes(examples: Sequence[Inputs], multiple: int, largest: int | None = None) -> dict[str, dict[int, Any]]:
+    """torch.export's dynamic shapes by input: the batch, and height and width where the examples have several."""
     batch = torch.export.Dim("batch", min=1, max=1024)
-    shapes = []
+    shapes = {}
     for name in examples[0]:
         free: dict[int, Any] = {0: batch}
         for axis in range(1, examples[0][name].ndim):
@@ -104,8 +103,8 @@ def free_axes(examples: Sequence[Inputs], multiple: int, largest: int | None = N
             if len(sizes) > 1:
                 edge = torch.export.Dim(f"edge{axis}", max=None if largest is None else largest // multiple)
                 free[axis] = multiple * edge if multiple > 1 else edge
-        shapes.append(free)
-    return tuple(shapes)
+        shapes[name] = free
+    return shapes
 
 
 def check_parity(module: nn.Module, examples: Sequence[Inputs], outputs: Sequence[str], path: Path) -> float:

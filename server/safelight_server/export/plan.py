@@ -17,13 +17,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from safelight_server.catalog.catalog import ONLY_FLOW, check
-from safelight_server.catalog.manifest import ADAPTER_INPUTS, GUIDANCE_SOURCE, STABLE_DIFFUSION_INPUTS, Manifest
-from safelight_server.export import networks, schedulers, weights
+from safelight_server.catalog.manifest import (
+    ADAPTER_INPUTS,
+    GUIDANCE_SOURCE,
+    IMAGE_PROMPT_INPUTS,
+    STABLE_DIFFUSION_INPUTS,
+    Manifest,
+)
+from safelight_server.export import image_prompts, networks, schedulers, weights
+from safelight_server.export.image_prompts import IMAGE_ENCODER, ImagePromptSource
 from safelight_server.export.schedulers import SamplerOffer
 from safelight_server.export.source import CHECKPOINTS, ExportError, Findings, Source, read, scheduler_class
 from safelight_server.sampler import NoiseSchedule
 
-ROLES = ("text_encoder", "denoiser", "decoder", "encoder", "preview_decoder")
+ROLES = ("text_encoder", "denoiser", "decoder", "encoder", "preview_decoder", IMAGE_ENCODER)
 TRANSFORMER_SIZE = 128
 """Of a latent, where a transformer's configuration does not say: diffusers' default."""
 MAX_ROWS = 64
@@ -74,6 +81,7 @@ class ExportOptions:
         config: for a checkpoint in one file, a diffusers folder of the same architecture.
         format: which files are written.
         adapter_rank: room for adapters: the ranks of all adapters of a row together; 0: none.
+        image_prompt: the weights of an IP-Adapter, or their folder; None: no image prompts.
     """
 
     name: str
@@ -91,6 +99,7 @@ class ExportOptions:
     config: Path | None = None
     format: ExportFormat = ExportFormat.ONNX
     adapter_rank: int = 0
+    image_prompt: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,7 @@ class ExportPlan:
         shape: (C, h, w) of the latent at the first size.
         num_values: numbers in the weights of each network; 0 where the headers do not say.
         notes: what will differ from diffusers.
+        image_prompt: the IP-Adapter; None: there are no image prompts.
     """
 
     source: Source
@@ -114,6 +124,7 @@ class ExportPlan:
     offer: SamplerOffer
     num_values: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    image_prompt: ImagePromptSource | None = None
 
     @property
     def latent_sizes(self) -> list[tuple[int, int]]:
@@ -155,7 +166,9 @@ class ExportPlan:
 
     def roles(self) -> tuple[str, ...]:
         """The components that will be written."""
-        return ROLES if (self.source.folder / "preview_decoder").is_dir() else ROLES[:-1]
+        absent = set() if (self.source.folder / "preview_decoder").is_dir() else {"preview_decoder"}
+        absent |= set() if self.image_prompt is not None else {IMAGE_ENCODER}
+        return tuple(role for role in ROLES if role not in absent)
 
 
 def make(folder: Path, options: ExportOptions) -> ExportPlan:
@@ -190,6 +203,11 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         )
     if options.adapter_rank and source.family.denoiser == "transformer":
         findings.faults.append(f"--adapter-rank {options.adapter_rank}: only UNets take adapters; leave it out")
+    image_prompt = None
+    if options.image_prompt is not None:
+        image_prompt = _image_prompt(options.image_prompt, source, options.format, findings)
+    if image_prompt is not None:
+        found = {**found, IMAGE_ENCODER: image_prompt.num_values} if found else {}
     licence = options.licence or source.licence
     if not licence:
         findings.faults.append(
@@ -218,6 +236,7 @@ def make(folder: Path, options: ExportOptions) -> ExportPlan:
         offer=offer,
         num_values=found,
         notes=tuple(findings.notes),
+        image_prompt=image_prompt,
     )
     findings.faults += faults_of(draft(made))
     findings.require()
@@ -235,6 +254,8 @@ def draft(plan: ExportPlan) -> dict[str, Any]:
     family, nothing = plan.source.family, {"sha256": "0" * 64}
     is_transformer = family.denoiser == "transformer"
     inputs = {**family.inputs, **(ADAPTER_INPUTS if options.adapter_rank else {})}
+    if plan.image_prompt is not None:
+        inputs |= IMAGE_PROMPT_INPUTS
     if networks.is_guidance_distilled(plan.source):
         inputs["guidance"] = GUIDANCE_SOURCE
     tokenizer = {"file": "tokenizer.json", **nothing, "max_tokens": 77, "pad_id": 0, "bos_id": 0, "eos_id": 0}
@@ -275,6 +296,7 @@ def draft(plan: ExportPlan) -> dict[str, Any]:
             "max_outputs": MAX_OUTPUTS,
         },
         **({"adapters": room} if options.adapter_rank else {}),
+        **({} if plan.image_prompt is None else {"image_prompt": plan.image_prompt.room}),
         "linear_preview": {"block": 1, "weights": [[0.0] * 3] * channels, "bias": [0.0] * 3},
         **({"notes": list(plan.notes)} if plan.notes else {}),
     }
@@ -301,6 +323,18 @@ def faults_of(manifest: Mapping[str, Any]) -> list[str]:
 
 def _option(place: str) -> str:
     return OPTION_OF.get(place, OPTION_OF.get(place.partition(".")[0], place))
+
+
+def _image_prompt(
+    given: Path, source: Source, format: ExportFormat, findings: Findings
+) -> ImagePromptSource | None:
+    option = image_prompts.OPTION
+    if format is not ExportFormat.ONNX:
+        findings.faults.append(f"{option}: the torch runtime takes no image prompts; use --format onnx")
+    if source.family.denoiser == "transformer":
+        findings.faults.append(f"{option}: only UNets take image prompts; leave it out")
+        return None
+    return image_prompts.judge(given, source, findings)
 
 
 def _configuration_for(checkpoint: Path, options: ExportOptions) -> Path:

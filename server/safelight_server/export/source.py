@@ -205,7 +205,7 @@ def read(folder: Path, findings: Findings) -> Source:
             f"{folder} is no diffusers folder: it has no model_index.json"
             + "".join(f"; {file.name} in it is a checkpoint: give that file" for file in _checkpoints(folder)[:1])
         )
-    index = _json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     family = _family(folder, index)
     for key in index:
         if not key.startswith("_") and key not in family.components and key not in INDEX_KEYS:
@@ -218,8 +218,8 @@ def read(folder: Path, findings: Findings) -> Source:
     if index.get("requires_aesthetics_score"):
         findings.faults.append(f"model_index.json: requires_aesthetics_score: {REFINER}")
     findings.require()
-    configs = {name: _json(folder / name / "config.json") for name in family.networks}
-    configs["scheduler"] = _json(folder / "scheduler" / "scheduler_config.json")
+    configs = {name: read_json(folder / name / "config.json") for name in family.networks}
+    configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
     for name in NOT_EXPORTED:
         if name != "feature_extractor" and _class_of(index, name):
             findings.notes.append(f"{name} ({_class_of(index, name)}) is not exported: pictures do not pass through it")
@@ -257,7 +257,12 @@ def _class_of(index: Config, name: str) -> str:
     return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] else ""
 
 
-def _json(file: Path) -> Config:
+def read_json(file: Path) -> Config:
+    """A file's JSON object.
+
+    Raises:
+        ExportError: it cannot be read, or is another thing.
+    """
     try:
         found = json.loads(file.read_bytes())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Loads the pictures that generations start from: from the uploads of their tenant to pixels at their size.
+"""Loads the pictures that generations start from, or have as a prompt: from their tenant's uploads to pixels.
 
 An output of another generation becomes an upload of its tenant first. So a picture
 depends on the content that it started from and not on a generation's life, and any
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 
 from safelight_server.cache.images import Images
+from safelight_server.catalog.manifest import ImagePromptRoom
 from safelight_server.domain.errors import (
     FailedPreconditionError,
     FieldViolation,
@@ -21,9 +22,15 @@ from safelight_server.domain.errors import (
 )
 from safelight_server.domain.events import FinishReason
 from safelight_server.domain.picture import EncodedPicture, Pixels, picture_file
-from safelight_server.domain.request import MediaType, Spec
-from safelight_server.domain.uploads import PictureFile, PictureFileError, decode_mask, decode_picture
-from safelight_server.engine.jobs import InitImage
+from safelight_server.domain.request import IMAGE_PROMPT_FIELD, MediaType, Spec
+from safelight_server.domain.uploads import (
+    PictureFile,
+    PictureFileError,
+    decode_image_prompt,
+    decode_mask,
+    decode_picture,
+)
+from safelight_server.engine.jobs import ImagePrompt, InitImage
 from safelight_server.generations.generation import Generation
 
 
@@ -51,11 +58,27 @@ class InitImages:
         """
         if not spec.init_image:
             return None
-        pixels = await self._decoded(tenant, spec.init_image, "spec.init_image", decode_picture, spec)
+        size = spec.width_px, spec.height_px
+        pixels = await self._decoded(tenant, spec.init_image, "spec.init_image", decode_picture, *size)
         mask = None
         if spec.mask:
-            mask = await self._decoded(tenant, spec.mask, "spec.mask", decode_mask, spec)
+            mask = await self._decoded(tenant, spec.mask, "spec.mask", decode_mask, *size)
         return InitImage(spec.init_image, pixels, mask)
+
+    async def load_image_prompt(self, tenant: str, spec: Spec, room: ImagePromptRoom | None) -> ImagePrompt | None:
+        """The image prompt of a spec; None: it has none.
+
+        Args:
+            room: of the spec's model.
+
+        Raises:
+            NotFoundError, InvalidRequestError, StoreError: as `load`.
+        """
+        if not spec.image_prompt or room is None:
+            return None
+        field = f"spec.{IMAGE_PROMPT_FIELD}"
+        pixels = await self._decoded(tenant, spec.image_prompt, field, decode_image_prompt, room.edge_px)
+        return ImagePrompt(spec.image_prompt, pixels, spec.image_prompt_scale)
 
     async def keep_output(self, source: Generation, index: int, field: str) -> str:
         """Keeps the picture of an output as if its client had uploaded it. Returns its digest.
@@ -91,15 +114,15 @@ class InitImages:
         return digest
 
     async def _decoded(
-        self, tenant: str, digest: str, field: str, decode: Callable[[bytes, int, int, int], Pixels], spec: Spec
+        self, tenant: str, digest: str, field: str, decode: Callable[..., Pixels], *size: int
     ) -> Pixels:
         found = await self._images.get(tenant, digest, use=True)
         if found is None:
             raise image_not_found(digest, field)
-        size = self._max_pixels, spec.width_px, spec.height_px
+        given = found.data, self._max_pixels, *size
         try:
             async with self._one_at_a_time:
-                return await asyncio.get_running_loop().run_in_executor(self._pool, decode, found.data, *size)
+                return await asyncio.get_running_loop().run_in_executor(self._pool, decode, *given)
         except PictureFileError as error:
             raise InvalidRequestError([FieldViolation(field, str(error))]) from None
 

@@ -34,7 +34,7 @@ from safelight_server.domain.picture import EncodedPicture, Pixels
 from safelight_server.domain.request import CacheMode, CachePolicy, Spec
 from safelight_server.domain.tensors import Embedding
 from safelight_server.engine.engine import Engine
-from safelight_server.engine.jobs import InitImage, Job
+from safelight_server.engine.jobs import ImagePrompt, InitImage, Job
 from safelight_server.engine.latents import RowAdapter, Snapshot
 from safelight_server.generations.adapters import load_adapters
 from safelight_server.generations.admission import AdmissionLimits, admit
@@ -62,11 +62,12 @@ class OutputPlan:
     Attributes:
         picture: the finished picture, where the cache has it.
         start: the latent that the output begins from instead of noise.
-        embeddings: the embeddings of its prompts that are cached.
+        embeddings: the embeddings of its prompts, and of its image prompt, that are cached.
         gone: whether the latent that it began from at another replica is not kept any more.
         image: its init image.
-        fault: why the output cannot be developed here: its init image, or an adapter, is not there any more.
+        fault: why the output cannot be developed here: one of its pictures, or an adapter, is not there any more.
         adapters: the adapters of its spec.
+        image_prompt: its image prompt.
     """
 
     wanted: CacheQuery
@@ -78,6 +79,7 @@ class OutputPlan:
     image: InitImage | None = None
     fault: SafelightError | None = None
     adapters: tuple[RowAdapter, ...] = ()
+    image_prompt: ImagePrompt | None = None
 
 
 class Planner:
@@ -148,16 +150,22 @@ class Planner:
 
         Raises:
             InvalidRequestError, FailedPreconditionError: the branch is not possible.
-            NotFoundError: the tenant has no such init image, or an adapter has gone.
+            NotFoundError: the tenant has no such picture, or an adapter has gone.
             UnavailableError: uploaded pictures cannot be read now, or the adapters in use leave no memory.
         """
         try:
-            image = await self._images.load(generation.caller.tenant, generation.request.spec)
+            image, image_prompt = await self._load_images(generation)
         except StoreError:
             what = "uploaded pictures cannot be read now; try again"
             raise UnavailableError(what, retry_after_s=1.0) from None
         adapters = await load_adapters(self._catalog.adapters, generation.request.spec)
-        return [replace(plan, image=image, adapters=adapters) for plan in await self._plan(generation, branched_from)]
+        plans = await self._plan(generation, branched_from)
+        return [replace(plan, image=image, adapters=adapters, image_prompt=image_prompt) for plan in plans]
+
+    async def _load_images(self, generation: Generation) -> tuple[InitImage | None, ImagePrompt | None]:
+        tenant, spec = generation.caller.tenant, generation.request.spec
+        room = self._catalog.get(spec.model).manifest.image_prompt
+        return await self._images.load(tenant, spec), await self._images.load_image_prompt(tenant, spec, room)
 
     async def _plan(self, generation: Generation, branched_from: Generation | None) -> list[OutputPlan]:
         if branched_from is not None:
@@ -290,10 +298,10 @@ class Planner:
         """
         plans, numerics = [], self.numerics_id(generation)
         others = "" if generation.numerics_id in ("", numerics) else numerics
-        image, fault = None, None
+        image, image_prompt, fault = None, None, None
         adapters: tuple[RowAdapter, ...] = ()
         try:
-            image = await self._images.load(generation.caller.tenant, generation.request.spec)
+            image, image_prompt = await self._load_images(generation)
             adapters = await load_adapters(self._catalog.adapters, generation.request.spec)
         except (NotFoundError, UnavailableError) as error:
             fault = error
@@ -308,7 +316,9 @@ class Planner:
             anew = gone or output.origin.disposition in SERVED
             origin = replace(MISS if anew else output.origin, numerics_id=others)
             embeddings = await self._cache.embeddings(wanted)
-            plans.append(OutputPlan(wanted, origin, None, start, embeddings, gone, image, fault, adapters))
+            plans.append(
+                OutputPlan(wanted, origin, None, start, embeddings, gone, image, fault, adapters, image_prompt)
+            )
         return plans
 
     def enter(self, generation: Generation, plans: Sequence[OutputPlan]) -> None:
@@ -419,6 +429,7 @@ def _job(generation: Generation, output: Output, plan: OutputPlan) -> Job:
         guided_steps=spec.guided_steps,
         guidance_rescale=spec.guidance_rescale,
         adapters=plan.adapters,
+        image_prompt=plan.image_prompt,
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import structlog
 
 from safelight_server.catalog.catalog import ManifestError, Pipeline
-from safelight_server.catalog.manifest import ADAPTER_INPUTS
+from safelight_server.catalog.manifest import ADAPTER_INPUTS, IMAGE_PROMPT_SCALE_SOURCE
 from safelight_server.domain.tensors import Array, FloatArray
 from safelight_server.runtime.base import CostCurve
 
@@ -32,6 +32,7 @@ WARM_UP_BUDGET_S = 1.0
 """Time for one component; larger batches that cannot be verified in it are not offered."""
 REPETITIONS = 3
 SMALL_VOCABULARY = 256
+LAST_TIMESTEP = 999
 CANARY_ROWS = (3, 2, 1)
 """Batch sizes in a fingerprint. All differ, so that answers which arrive one or two calls late are noticed."""
 
@@ -89,11 +90,14 @@ def example(inputs: Sequence[InputSpec], rows: int) -> dict[str, Array]:
         if spec.is_ids:
             made[spec.name] = rng.integers(0, SMALL_VOCABULARY, shape)
         elif not spec.shape:
-            made[spec.name] = rng.uniform(0, 999, shape).astype(np.float32)
+            made[spec.name] = rng.uniform(0, LAST_TIMESTEP, shape).astype(np.float32)
         else:
             made[spec.name] = rng.standard_normal(shape, dtype=np.float32)
         if spec.name in ADAPTER_INPUTS:  # of the size of trained ones, and of every third row none
             made[spec.name] *= np.float32(0.1)
+            made[spec.name][2::3] = 0
+        if spec.name == IMAGE_PROMPT_SCALE_SOURCE:  # at most 1, and of every third row none
+            made[spec.name] /= np.float32(LAST_TIMESTEP)
             made[spec.name][2::3] = 0
     return made
 
