@@ -49,7 +49,7 @@ class Plan:
     per_s: int = 100
     rounds: int = 3
     optimized: bool = True
-    about: str = "8 minutes (an estimate) on two cores that have nothing else to do"
+    about: str = "8 minutes on two cores that have nothing else to do"
     transports: transports.Plan = field(default_factory=transports.Plan)
 
 
