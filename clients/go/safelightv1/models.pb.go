@@ -395,7 +395,9 @@ type Model struct {
 	Tasks []Task `protobuf:"varint,17,rep,packed,name=tasks,proto3,enum=safelight.v1.Task" json:"tasks,omitempty"`
 	// Adapters that requests can name, by name. The operator may add some at any
 	// time. Empty: none, or the model takes none.
-	Adapters      []*AdapterInfo `protobuf:"bytes,18,rep,name=adapters,proto3" json:"adapters,omitempty"`
+	Adapters []*AdapterInfo `protobuf:"bytes,18,rep,name=adapters,proto3" json:"adapters,omitempty"`
+	// Whether requests can have a `GenerationSpec.image_prompt`.
+	ImagePrompt   bool `protobuf:"varint,20,opt,name=image_prompt,json=imagePrompt,proto3" json:"image_prompt,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -554,6 +556,13 @@ func (x *Model) GetAdapters() []*AdapterInfo {
 		return x.Adapters
 	}
 	return nil
+}
+
+func (x *Model) GetImagePrompt() bool {
+	if x != nil {
+		return x.ImagePrompt
+	}
+	return false
 }
 
 // An adapter (LoRA) that fits a model.
@@ -882,7 +891,7 @@ func (x *ModelLimits) GetMaxPromptTokens() int32 {
 // Times of calls of a component.
 type ComponentTime struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// "text_encoder", "decoder" or "preview_decoder".
+	// "text_encoder", "decoder", "preview_decoder", "encoder" or "image_encoder".
 	Component string `protobuf:"bytes,1,opt,name=component,proto3" json:"component,omitempty"`
 	// By rows.
 	Times         []*StepTime `protobuf:"bytes,2,rep,name=times,proto3" json:"times,omitempty"`
@@ -1009,7 +1018,7 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\x0fGetModelRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"=\n" +
 	"\x10GetModelResponse\x12)\n" +
-	"\x05model\x18\x01 \x01(\v2\x13.safelight.v1.ModelR\x05model\"\xf6\x05\n" +
+	"\x05model\x18\x01 \x01(\v2\x13.safelight.v1.ModelR\x05model\"\x99\x06\n" +
 	"\x05Model\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\tR\brevision\x12 \n" +
@@ -1033,7 +1042,8 @@ const file_safelight_v1_models_proto_rawDesc = "" +
 	"\x0fcomponent_times\x18\x0f \x03(\v2\x1b.safelight.v1.ComponentTimeR\x0ecomponentTimes\x12\x14\n" +
 	"\x05notes\x18\x10 \x03(\tR\x05notes\x12(\n" +
 	"\x05tasks\x18\x11 \x03(\x0e2\x12.safelight.v1.TaskR\x05tasks\x125\n" +
-	"\badapters\x18\x12 \x03(\v2\x19.safelight.v1.AdapterInfoR\badapters\"M\n" +
+	"\badapters\x18\x12 \x03(\v2\x19.safelight.v1.AdapterInfoR\badapters\x12!\n" +
+	"\fimage_prompt\x18\x14 \x01(\bR\vimagePrompt\"M\n" +
 	"\vAdapterInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06sha256\x18\x02 \x01(\tR\x06sha256\x12\x12\n" +

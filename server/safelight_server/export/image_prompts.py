@@ -90,7 +90,9 @@ def judge(given: Path, source: Source, findings: Findings) -> ImagePromptSource 
             f" {config.get(reads, networks.VISION_DEFAULTS[reads])}: it belongs to another image encoder"
         )
     edge = config.get("image_size", networks.VISION_DEFAULTS["image_size"])
-    return ImagePromptSource(file, folder, int(edge), num_tokens, width, num_values + found.num_values)
+    if not isinstance(edge, int):  # judged above
+        return None
+    return ImagePromptSource(file, folder, edge, num_tokens, width, num_values + found.num_values)
 
 
 def _file(given: Path, findings: Findings) -> Path | None:

@@ -150,7 +150,7 @@ class ImagePrompts:
         [projection] = unet.encoder_hid_proj.image_projection_layers
         unet.encoder_hid_proj = None  # the image encoder has it, so that it is computed once a picture
         processor, layers = ImagePromptAttention(self.given), 0
-        for module in unet.modules():
+        for module in list(unet.modules()):  # changed on the way
             if isinstance(module, Attention) and isinstance(module.processor, IPAdapterAttnProcessor2_0):
                 [module.to_k_ip], [module.to_v_ip] = module.processor.to_k_ip, module.processor.to_v_ip
                 module.set_processor(processor)

@@ -363,6 +363,27 @@ pub struct GenerationSpec {
     /// those whose scale is 0.
     #[prost(message, repeated, tag = "15")]
     pub adapters: ::prost::alloc::vec::Vec<Adapter>,
+    /// A picture that says what to draw beside the prompt (IP-Adapter). Only for
+    /// models with `Model.image_prompt`; INVALID_ARGUMENT names this field elsewhere.
+    /// Absent from `Accepted.spec` where its scale is 0.
+    #[prost(message, optional, tag = "18")]
+    pub image_prompt: ::core::option::Option<ImagePrompt>,
+}
+/// A picture as a prompt: the denoiser attends to it beside the text (IP-Adapter,
+/// Ye et al. 2023). Unlike `GenerationSpec.init_image`, from which development
+/// starts, it has no say in where things are. Requests with other pictures or none
+/// share batches.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ImagePrompt {
+    /// The picture, named as `GenerationSpec.init_image` is, with the same errors.
+    /// Its upright centre is read, scaled to the square that the model takes.
+    /// Transparent parts count as white.
+    #[prost(string, tag = "1")]
+    pub image: ::prost::alloc::string::String,
+    /// How much it counts beside the prompt, from 0 to 2. Absent: 1. 0 is as if
+    /// there were no image prompt.
+    #[prost(float, optional, tag = "2")]
+    pub scale: ::core::option::Option<f32>,
 }
 /// An adapter (low-rank changes of a denoiser's weights, Hu et al. 2021) and how
 /// strongly it is applied.
@@ -2212,6 +2233,9 @@ pub struct Model {
     /// time. Empty: none, or the model takes none.
     #[prost(message, repeated, tag = "18")]
     pub adapters: ::prost::alloc::vec::Vec<AdapterInfo>,
+    /// Whether requests can have a `GenerationSpec.image_prompt`.
+    #[prost(bool, tag = "20")]
+    pub image_prompt: bool,
 }
 /// An adapter (LoRA) that fits a model.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2284,7 +2308,7 @@ pub struct ModelLimits {
 /// Times of calls of a component.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ComponentTime {
-    /// "text_encoder", "decoder" or "preview_decoder".
+    /// "text_encoder", "decoder", "preview_decoder", "encoder" or "image_encoder".
     #[prost(string, tag = "1")]
     pub component: ::prost::alloc::string::String,
     /// By rows.

@@ -189,10 +189,15 @@ export const MESSAGES = {
     guidance_rescale: [13, "float", "optional"],
     guidance_interval: [14, "safelight.v1.GuidanceInterval"],
     adapters: [15, "safelight.v1.Adapter", "repeated"],
+    image_prompt: [18, "safelight.v1.ImagePrompt"],
   },
   "safelight.v1.GuidanceInterval": {
     start: [1, "float", "optional"],
     end: [2, "float", "optional"],
+  },
+  "safelight.v1.ImagePrompt": {
+    image: [1, "string"],
+    scale: [2, "float", "optional"],
   },
   "safelight.v1.ListModelsRequest": {
     page_size: [1, "int32"],
@@ -222,6 +227,7 @@ export const MESSAGES = {
     notes: [16, "string", "repeated"],
     tasks: [17, "int32", "repeated"],
     adapters: [18, "safelight.v1.AdapterInfo", "repeated"],
+    image_prompt: [20, "bool"],
   },
   "safelight.v1.ModelDefaults": {
     num_inference_steps: [1, "int32"],

@@ -25,7 +25,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file safelight/v1/generation.proto.
  */
 export const file_safelight_v1_generation: GenFile = /*@__PURE__*/
-  fileDesc("Ch1zYWZlbGlnaHQvdjEvZ2VuZXJhdGlvbi5wcm90bxIMc2FmZWxpZ2h0LnYxIv0DCg9HZW5lcmF0ZVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIqCgRzcGVjGAIgASgLMhwuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25TcGVjEiwKB3ByZXZpZXcYAyABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeRItCghlbmNvZGluZxgEIAEoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEiwKCnNjaGVkdWxpbmcYBSABKAsyGC5zYWZlbGlnaHQudjEuU2NoZWR1bGluZxIyCgpkaXNjb25uZWN0GAYgASgLMh4uc2FmZWxpZ2h0LnYxLkRpc2Nvbm5lY3RQb2xpY3kSOQoGbGFiZWxzGAcgAygLMikuc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVxdWVzdC5MYWJlbHNFbnRyeRIoCgVjYWNoZRgIIAEoCzIZLnNhZmVsaWdodC52MS5DYWNoZVBvbGljeRIkCgZicmFuY2gYCSABKAsyFC5zYWZlbGlnaHQudjEuQnJhbmNoEjEKDXF1YWxpdHlfZmxvb3IYCiABKAsyGi5zYWZlbGlnaHQudjEuUXVhbGl0eUZsb29yGi0KC0xhYmVsc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiQAoQR2VuZXJhdGVSZXNwb25zZRIsCgVldmVudBgBIAEoCzIdLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uRXZlbnQivwQKDkdlbmVyYXRpb25TcGVjEg0KBW1vZGVsGAEgASgJEg4KBnByb21wdBgCIAEoCRIlCgdwcm9tcHRzGAMgAygLMhQuc2FmZWxpZ2h0LnYxLlByb21wdBIVCgh3aWR0aF9weBgEIAEoBUgAiAEBEhYKCWhlaWdodF9weBgFIAEoBUgBiAEBEiAKE251bV9pbmZlcmVuY2Vfc3RlcHMYBiABKAVIAogBARIbCg5ndWlkYW5jZV9zY2FsZRgHIAEoAkgDiAEBEioKB3NhbXBsZXIYCCABKAsyGS5zYWZlbGlnaHQudjEuU2FtcGxlclNwZWMSKQoHb3V0cHV0cxgJIAMoCzIYLnNhZmVsaWdodC52MS5PdXRwdXRTcGVjEhIKCmluaXRfaW1hZ2UYCiABKAkSFQoIc3RyZW5ndGgYCyABKAJIBIgBARIMCgRtYXNrGAwgASgJEh0KEGd1aWRhbmNlX3Jlc2NhbGUYDSABKAJIBYgBARI5ChFndWlkYW5jZV9pbnRlcnZhbBgOIAEoCzIeLnNhZmVsaWdodC52MS5HdWlkYW5jZUludGVydmFsEicKCGFkYXB0ZXJzGA8gAygLMhUuc2FmZWxpZ2h0LnYxLkFkYXB0ZXJCCwoJX3dpZHRoX3B4QgwKCl9oZWlnaHRfcHhCFgoUX251bV9pbmZlcmVuY2Vfc3RlcHNCEQoPX2d1aWRhbmNlX3NjYWxlQgsKCV9zdHJlbmd0aEITChFfZ3VpZGFuY2VfcmVzY2FsZSI1CgdBZGFwdGVyEgwKBG5hbWUYASABKAkSEgoFc2NhbGUYAiABKAJIAIgBAUIICgZfc2NhbGUiSgoQR3VpZGFuY2VJbnRlcnZhbBISCgVzdGFydBgBIAEoAkgAiAEBEhAKA2VuZBgCIAEoAkgBiAEBQggKBl9zdGFydEIGCgRfZW5kIoMBCgZQcm9tcHQSJwoEcm9sZRgBIAEoDjIZLnNhZmVsaWdodC52MS5Qcm9tcHQuUm9sZRIMCgR0ZXh0GAIgASgJIkIKBFJvbGUSFAoQUk9MRV9VTlNQRUNJRklFRBAAEhEKDVJPTEVfUE9TSVRJVkUQARIRCg1ST0xFX05FR0FUSVZFEAIimgEKC1NhbXBsZXJTcGVjEgwKBG5hbWUYASABKAkSMwoOc2lnbWFfc2NoZWR1bGUYAiABKA4yGy5zYWZlbGlnaHQudjEuU2lnbWFTY2hlZHVsZRIuCgdzcGFjaW5nGAMgASgOMh0uc2FmZWxpZ2h0LnYxLlRpbWVzdGVwU3BhY2luZxIQCgNldGEYBCABKAJIAIgBAUIGCgRfZXRhIigKCk91dHB1dFNwZWMSEQoEc2VlZBgBIAEoBEgAiAEBQgcKBV9zZWVkIrQDCg1QaXhlbEVuY29kaW5nEhIKCm1lZGlhX3R5cGUYASABKAkSFAoHcXVhbGl0eRgCIAEoBUgAiAEBEiAKE3Jvd19hbGlnbm1lbnRfYnl0ZXMYAyABKAVIAYgBARI3Cglyb3dfb3JkZXIYBCABKA4yJC5zYWZlbGlnaHQudjEuUGl4ZWxFbmNvZGluZy5Sb3dPcmRlchJBCg50ZXh0dXJlX2Zvcm1hdBgFIAEoDjIpLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nLlRleHR1cmVGb3JtYXQiVgoIUm93T3JkZXISGQoVUk9XX09SREVSX1VOU1BFQ0lGSUVEEAASFgoSUk9XX09SREVSX1RPUF9ET1dOEAESFwoTUk9XX09SREVSX0JPVFRPTV9VUBACIl8KDVRleHR1cmVGb3JtYXQSHgoaVEVYVFVSRV9GT1JNQVRfVU5TUEVDSUZJRUQQABIWChJURVhUVVJFX0ZPUk1BVF9CQzEQARIWChJURVhUVVJFX0ZPUk1BVF9CQzcQAkIKCghfcXVhbGl0eUIWChRfcm93X2FsaWdubWVudF9ieXRlcyKmAgoNUHJldmlld1BvbGljeRIrCgZhY2NlcHQYASADKAsyGy5zYWZlbGlnaHQudjEuUGl4ZWxFbmNvZGluZxIYCgttYXhfZWRnZV9weBgCIAEoBUgBiAEBEhcKDWV2ZXJ5X25fc3RlcHMYAyABKAVIABIxCgxtaW5faW50ZXJ2YWwYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb25IABIrCgZtZXRob2QYBSABKA4yGy5zYWZlbGlnaHQudjEuUHJldmlld01ldGhvZBIhChRtYXhfYnl0ZXNfcGVyX3NlY29uZBgGIAEoA0gCiAEBQgkKB2NhZGVuY2VCDgoMX21heF9lZGdlX3B4QhcKFV9tYXhfYnl0ZXNfcGVyX3NlY29uZCI2CgpTY2hlZHVsaW5nEigKCHByaW9yaXR5GAEgASgOMhYuc2FmZWxpZ2h0LnYxLlByaW9yaXR5ItsBCgtDYWNoZVBvbGljeRIsCgRtb2RlGAEgASgOMh4uc2FmZWxpZ2h0LnYxLkNhY2hlUG9saWN5Lk1vZGUSGwoObWluX3NpbWlsYXJpdHkYAiABKAJIAIgBASJuCgRNb2RlEhQKEE1PREVfVU5TUEVDSUZJRUQQABIQCgxNT0RFX0RFRkFVTFQQARIPCgtNT0RFX0JZUEFTUxACEhUKEU1PREVfQUxMT1dfTEFURU5UEAMSFgoSTU9ERV9BTExPV19TSU1JTEFSEARCEQoPX21pbl9zaW1pbGFyaXR5IoYBCgxRdWFsaXR5Rmxvb3ISGgoNbWluX251bV9zdGVwcxgBIAEoBUgAiAEBEhgKEGNoZWFwZXJfcHJldmlld3MYAiABKAgSGwoObWluX3NpbWlsYXJpdHkYAyABKAJIAYgBAUIQCg5fbWluX251bV9zdGVwc0IRCg9fbWluX3NpbWlsYXJpdHkiQAoGQnJhbmNoEhIKCmdlbmVyYXRpb24YASABKAkSFAoMb3V0cHV0X2luZGV4GAIgASgFEgwKBHN0ZXAYAyABKAUiwgEKEERpc2Nvbm5lY3RQb2xpY3kSNQoGYWN0aW9uGAEgASgOMiUuc2FmZWxpZ2h0LnYxLkRpc2Nvbm5lY3RQb2xpY3kuQWN0aW9uEi8KDHJlc3VtZV9ncmFjZRgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiJGCgZBY3Rpb24SFgoSQUNUSU9OX1VOU1BFQ0lGSUVEEAASEQoNQUNUSU9OX0NBTkNFTBABEhEKDUFDVElPTl9ERVRBQ0gQAiK2AwoPR2VuZXJhdGlvbkV2ZW50EhAKCHNlcXVlbmNlGAEgASgEEi4KCmV2ZW50X3RpbWUYAiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEhIKCmdlbmVyYXRpb24YAyABKAkSKgoIYWNjZXB0ZWQYBCABKAsyFi5zYWZlbGlnaHQudjEuQWNjZXB0ZWRIABImCgZxdWV1ZWQYBSABKAsyFC5zYWZlbGlnaHQudjEuUXVldWVkSAASKgoIcHJvZ3Jlc3MYBiABKAsyFi5zYWZlbGlnaHQudjEuUHJvZ3Jlc3NIABIoCgdwcmV2aWV3GAcgASgLMhUuc2FmZWxpZ2h0LnYxLlByZXZpZXdIABI1Cg5hcnRpZmFjdF9jaHVuaxgIIAEoCzIbLnNhZmVsaWdodC52MS5BcnRpZmFjdENodW5rSAASNwoPb3V0cHV0X2ZpbmlzaGVkGAkgASgLMhwuc2FmZWxpZ2h0LnYxLk91dHB1dEZpbmlzaGVkSAASKgoIZmluaXNoZWQYCiABKAsyFi5zYWZlbGlnaHQudjEuRmluaXNoZWRIAEIHCgVldmVudCKvAwoIQWNjZXB0ZWQSKgoEc3BlYxgBIAEoCzIcLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uU3BlYxIWCg5tb2RlbF9yZXZpc2lvbhgCIAEoCRITCgtudW1lcmljc19pZBgDIAEoCRItCghlbmNvZGluZxgEIAEoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEjUKEmVzdGltYXRlZF9kdXJhdGlvbhgFIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIQCgh0cmFjZV9pZBgGIAEoCRInCgh3YXJuaW5ncxgHIAMoCzIVLnNhZmVsaWdodC52MS5XYXJuaW5nEjUKCmR1cmFiaWxpdHkYCCABKA4yIS5zYWZlbGlnaHQudjEuQWNjZXB0ZWQuRHVyYWJpbGl0eRIXCg9iYXRjaF90b2xlcmFuY2UYCSABKAIiWQoKRHVyYWJpbGl0eRIaChZEVVJBQklMSVRZX1VOU1BFQ0lGSUVEEAASFAoQRFVSQUJJTElUWV9MT0NBTBABEhkKFURVUkFCSUxJVFlfUkVQTElDQVRFRBACIioKB1dhcm5pbmcSDgoGcmVhc29uGAEgASgJEg8KB21lc3NhZ2UYAiABKAkiVAoGUXVldWVkEhAKCHBvc2l0aW9uGAEgASgFEjgKFGVzdGltYXRlZF9zdGFydF90aW1lGAIgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcCKNAQoIUHJvZ3Jlc3MSFAoMb3V0cHV0X2luZGV4GAEgASgFEgwKBHN0ZXAYAiABKAUSEQoJbnVtX3N0ZXBzGAMgASgFEhIKCmJhdGNoX3NpemUYBCABKAUSNgoTZXN0aW1hdGVkX3JlbWFpbmluZxgFIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiLMAQoHUHJldmlldxIUCgxvdXRwdXRfaW5kZXgYASABKAUSDAoEc3RlcBgCIAEoBRISCgptZWRpYV90eXBlGAMgASgJEhAKCHdpZHRoX3B4GAQgASgFEhEKCWhlaWdodF9weBgFIAEoBRIUCgxzdHJpZGVfYnl0ZXMYBiABKAUSKwoGbWV0aG9kGAcgASgOMhsuc2FmZWxpZ2h0LnYxLlByZXZpZXdNZXRob2QSEwoLbnVtX2Ryb3BwZWQYCCABKAUSDAoEZGF0YRgJIAEoDCK3AQoNQXJ0aWZhY3RDaHVuaxIUCgxvdXRwdXRfaW5kZXgYASABKAUSEgoKbWVkaWFfdHlwZRgCIAEoCRIQCgh3aWR0aF9weBgDIAEoBRIRCgloZWlnaHRfcHgYBCABKAUSFAoMc3RyaWRlX2J5dGVzGAUgASgFEg4KBm9mZnNldBgGIAEoAxITCgt0b3RhbF9ieXRlcxgHIAEoAxIMCgRkYXRhGAggASgMEg4KBnNoYTI1NhgJIAEoDCKfAgoOT3V0cHV0RmluaXNoZWQSFAoMb3V0cHV0X2luZGV4GAEgASgFEkAKDWZpbmlzaF9yZWFzb24YAiABKA4yKS5zYWZlbGlnaHQudjEuT3V0cHV0RmluaXNoZWQuRmluaXNoUmVhc29uEgwKBHN0ZXAYAyABKAUipgEKDEZpbmlzaFJlYXNvbhIdChlGSU5JU0hfUkVBU09OX1VOU1BFQ0lGSUVEEAASGwoXRklOSVNIX1JFQVNPTl9DT01QTEVURUQQARIbChdGSU5JU0hfUkVBU09OX0NBTkNFTExFRBACEiMKH0ZJTklTSF9SRUFTT05fREVBRExJTkVfRVhDRUVERUQQAxIYChRGSU5JU0hfUkVBU09OX0ZBSUxFRBAEIt0BCghGaW5pc2hlZBIiCgZzdGF0dXMYASABKAsyEi5nb29nbGUucnBjLlN0YXR1cxIiCgV1c2FnZRgCIAEoCzITLnNhZmVsaWdodC52MS5Vc2FnZRImCgd0aW1pbmdzGAMgASgLMhUuc2FmZWxpZ2h0LnYxLlRpbWluZ3MSMAoNY2FjaGVfcmVzdWx0cxgEIAMoCzIZLnNhZmVsaWdodC52MS5DYWNoZVJlc3VsdBIvCgxkZWdyYWRhdGlvbnMYBSADKAsyGS5zYWZlbGlnaHQudjEuRGVncmFkYXRpb24iyAEKC0RlZ3JhZGF0aW9uEiwKBGtpbmQYASABKA4yHi5zYWZlbGlnaHQudjEuRGVncmFkYXRpb24uS2luZBIRCglyZXF1ZXN0ZWQYAiABKAkSDwoHYXBwbGllZBgDIAEoCSJnCgRLaW5kEhQKEEtJTkRfVU5TUEVDSUZJRUQQABIUChBLSU5EX0ZFV0VSX1NURVBTEAESGQoVS0lORF9DSEVBUEVSX1BSRVZJRVdTEAISGAoUS0lORF9TSU1JTEFSX1BJQ1RVUkUQAyLdAgoLQ2FjaGVSZXN1bHQSOgoLZGlzcG9zaXRpb24YASABKA4yJS5zYWZlbGlnaHQudjEuQ2FjaGVSZXN1bHQuRGlzcG9zaXRpb24SEgoKc2ltaWxhcml0eRgCIAEoAhIOCgZzb3VyY2UYAyABKAkSGQoRbnVtX3N0ZXBzX3NraXBwZWQYBCABKAUSEwoLbnVtZXJpY3NfaWQYBSABKAkivQEKC0Rpc3Bvc2l0aW9uEhsKF0RJU1BPU0lUSU9OX1VOU1BFQ0lGSUVEEAASFAoQRElTUE9TSVRJT05fTUlTUxABEhkKFURJU1BPU0lUSU9OX0NPQUxFU0NFRBACEhUKEURJU1BPU0lUSU9OX0VYQUNUEAMSFwoTRElTUE9TSVRJT05fU0lNSUxBUhAEEhYKEkRJU1BPU0lUSU9OX0xBVEVOVBAFEhgKFERJU1BPU0lUSU9OX0JSQU5DSEVEEAYixgEKBVVzYWdlEi8KDGNvbXB1dGVfdGltZRgBIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIQCghudW1fcm93cxgCIAEoAxIRCgludW1fc3RlcHMYAyABKAMSFAoMbnVtX3ByZXZpZXdzGAQgASgDEhUKDXByZXZpZXdfYnl0ZXMYBSABKAMSIAoEY29zdBgGIAEoCzISLnNhZmVsaWdodC52MS5Db3N0EhgKEG51bV9yb3dzX3NraXBwZWQYByABKAMiLAoEQ29zdBIVCg1jdXJyZW5jeV9jb2RlGAEgASgJEg0KBW5hbm9zGAIgASgDIuYBCgdUaW1pbmdzEigKBXF1ZXVlGAEgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEjAKDWZpcnN0X3ByZXZpZXcYAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKgoHZGVub2lzZRgDIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIpCgZkZWNvZGUYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKAoFdG90YWwYBSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24ipAEKFldhdGNoR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCRIWCg5hZnRlcl9zZXF1ZW5jZRgCIAEoBBI2ChBhcnRpZmFjdF9vZmZzZXRzGAMgAygLMhwuc2FmZWxpZ2h0LnYxLkFydGlmYWN0T2Zmc2V0EiwKB3ByZXZpZXcYBCABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeSI2Cg5BcnRpZmFjdE9mZnNldBIUCgxvdXRwdXRfaW5kZXgYASABKAUSDgoGb2Zmc2V0GAIgASgDIkcKF1dhdGNoR2VuZXJhdGlvblJlc3BvbnNlEiwKBWV2ZW50GAEgASgLMh0uc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25FdmVudCKDAQoXVXBkYXRlR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCRIsCgdwcmV2aWV3GAIgASgLMhsuc2FmZWxpZ2h0LnYxLlByZXZpZXdQb2xpY3kSLAoKc2NoZWR1bGluZxgDIAEoCzIYLnNhZmVsaWdodC52MS5TY2hlZHVsaW5nIkgKGFVwZGF0ZUdlbmVyYXRpb25SZXNwb25zZRIsCgpnZW5lcmF0aW9uGAEgASgLMhguc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24iJwoXQ2FuY2VsR2VuZXJhdGlvblJlcXVlc3QSDAoEbmFtZRgBIAEoCSJIChhDYW5jZWxHZW5lcmF0aW9uUmVzcG9uc2USLAoKZ2VuZXJhdGlvbhgBIAEoCzIYLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uIiQKFEdldEdlbmVyYXRpb25SZXF1ZXN0EgwKBG5hbWUYASABKAkiRQoVR2V0R2VuZXJhdGlvblJlc3BvbnNlEiwKCmdlbmVyYXRpb24YASABKAsyGC5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbiK5BQoKR2VuZXJhdGlvbhIMCgRuYW1lGAEgASgJEi0KBXN0YXRlGAIgASgOMh4uc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24uU3RhdGUSKgoEc3BlYxgDIAEoCzIcLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uU3BlYxIqCgdvdXRwdXRzGAQgAygLMhkuc2FmZWxpZ2h0LnYxLk91dHB1dFN0YXRlEigKCHByaW9yaXR5GAUgASgOMhYuc2FmZWxpZ2h0LnYxLlByaW9yaXR5EjQKBmxhYmVscxgGIAMoCzIkLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uLkxhYmVsc0VudHJ5Ei8KC2NyZWF0ZV90aW1lGAcgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIvCgtmaW5pc2hfdGltZRgIIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASIgoGc3RhdHVzGAkgASgLMhIuZ29vZ2xlLnJwYy5TdGF0dXMSIgoFdXNhZ2UYCiABKAsyEy5zYWZlbGlnaHQudjEuVXNhZ2USFQoNbGFzdF9zZXF1ZW5jZRgLIAEoBBIvCgxkZWdyYWRhdGlvbnMYDCADKAsyGS5zYWZlbGlnaHQudjEuRGVncmFkYXRpb24aLQoLTGFiZWxzRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4ASKUAQoFU3RhdGUSFQoRU1RBVEVfVU5TUEVDSUZJRUQQABIQCgxTVEFURV9RVUVVRUQQARIRCg1TVEFURV9SVU5OSU5HEAISEwoPU1RBVEVfU1VTUEVOREVEEAMSEwoPU1RBVEVfU1VDQ0VFREVEEAQSEwoPU1RBVEVfQ0FOQ0VMTEVEEAUSEAoMU1RBVEVfRkFJTEVEEAYimwEKC091dHB1dFN0YXRlEhQKDG91dHB1dF9pbmRleBgBIAEoBRIMCgRzdGVwGAIgASgFEhEKCW51bV9zdGVwcxgDIAEoBRJACg1maW5pc2hfcmVhc29uGAQgASgOMikuc2FmZWxpZ2h0LnYxLk91dHB1dEZpbmlzaGVkLkZpbmlzaFJlYXNvbhITCgt0b3RhbF9ieXRlcxgFIAEoAypmCg1TaWdtYVNjaGVkdWxlEh4KGlNJR01BX1NDSEVEVUxFX1VOU1BFQ0lGSUVEEAASGgoWU0lHTUFfU0NIRURVTEVfREVGQVVMVBABEhkKFVNJR01BX1NDSEVEVUxFX0tBUlJBUxACKo8BCg9UaW1lc3RlcFNwYWNpbmcSIAocVElNRVNURVBfU1BBQ0lOR19VTlNQRUNJRklFRBAAEhwKGFRJTUVTVEVQX1NQQUNJTkdfTEVBRElORxABEh0KGVRJTUVTVEVQX1NQQUNJTkdfVFJBSUxJTkcQAhIdChlUSU1FU1RFUF9TUEFDSU5HX0xJTlNQQUNFEAMqvgEKDVByZXZpZXdNZXRob2QSHgoaUFJFVklFV19NRVRIT0RfVU5TUEVDSUZJRUQQABIXChNQUkVWSUVXX01FVEhPRF9BVVRPEAESGQoVUFJFVklFV19NRVRIT0RfTElORUFSEAISHwobUFJFVklFV19NRVRIT0RfVElOWV9ERUNPREVSEAMSHwobUFJFVklFV19NRVRIT0RfRlVMTF9ERUNPREVSEAQSFwoTUFJFVklFV19NRVRIT0RfTk9ORRAFKmkKCFByaW9yaXR5EhgKFFBSSU9SSVRZX1VOU1BFQ0lGSUVEEAASGAoUUFJJT1JJVFlfSU5URVJBQ1RJVkUQARIVChFQUklPUklUWV9TVEFOREFSRBACEhIKDlBSSU9SSVRZX0JBVENIEAMy4gMKEUdlbmVyYXRpb25TZXJ2aWNlEksKCEdlbmVyYXRlEh0uc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVxdWVzdBoeLnNhZmVsaWdodC52MS5HZW5lcmF0ZVJlc3BvbnNlMAESYAoPV2F0Y2hHZW5lcmF0aW9uEiQuc2FmZWxpZ2h0LnYxLldhdGNoR2VuZXJhdGlvblJlcXVlc3QaJS5zYWZlbGlnaHQudjEuV2F0Y2hHZW5lcmF0aW9uUmVzcG9uc2UwARJhChBVcGRhdGVHZW5lcmF0aW9uEiUuc2FmZWxpZ2h0LnYxLlVwZGF0ZUdlbmVyYXRpb25SZXF1ZXN0GiYuc2FmZWxpZ2h0LnYxLlVwZGF0ZUdlbmVyYXRpb25SZXNwb25zZRJhChBDYW5jZWxHZW5lcmF0aW9uEiUuc2FmZWxpZ2h0LnYxLkNhbmNlbEdlbmVyYXRpb25SZXF1ZXN0GiYuc2FmZWxpZ2h0LnYxLkNhbmNlbEdlbmVyYXRpb25SZXNwb25zZRJYCg1HZXRHZW5lcmF0aW9uEiIuc2FmZWxpZ2h0LnYxLkdldEdlbmVyYXRpb25SZXF1ZXN0GiMuc2FmZWxpZ2h0LnYxLkdldEdlbmVyYXRpb25SZXNwb25zZWIGcHJvdG8z", [file_google_protobuf_duration, file_google_protobuf_timestamp, file_google_rpc_status]);
+  fileDesc("Ch1zYWZlbGlnaHQvdjEvZ2VuZXJhdGlvbi5wcm90bxIMc2FmZWxpZ2h0LnYxIv0DCg9HZW5lcmF0ZVJlcXVlc3QSEgoKcmVxdWVzdF9pZBgBIAEoCRIqCgRzcGVjGAIgASgLMhwuc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb25TcGVjEiwKB3ByZXZpZXcYAyABKAsyGy5zYWZlbGlnaHQudjEuUHJldmlld1BvbGljeRItCghlbmNvZGluZxgEIAEoCzIbLnNhZmVsaWdodC52MS5QaXhlbEVuY29kaW5nEiwKCnNjaGVkdWxpbmcYBSABKAsyGC5zYWZlbGlnaHQudjEuU2NoZWR1bGluZxIyCgpkaXNjb25uZWN0GAYgASgLMh4uc2FmZWxpZ2h0LnYxLkRpc2Nvbm5lY3RQb2xpY3kSOQoGbGFiZWxzGAcgAygLMikuc2FmZWxpZ2h0LnYxLkdlbmVyYXRlUmVxdWVzdC5MYWJlbHNFbnRyeRIoCgVjYWNoZRgIIAEoCzIZLnNhZmVsaWdodC52MS5DYWNoZVBvbGljeRIkCgZicmFuY2gYCSABKAsyFC5zYWZlbGlnaHQudjEuQnJhbmNoEjEKDXF1YWxpdHlfZmxvb3IYCiABKAsyGi5zYWZlbGlnaHQudjEuUXVhbGl0eUZsb29yGi0KC0xhYmVsc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiQAoQR2VuZXJhdGVSZXNwb25zZRIsCgVldmVudBgBIAEoCzIdLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uRXZlbnQi8AQKDkdlbmVyYXRpb25TcGVjEg0KBW1vZGVsGAEgASgJEg4KBnByb21wdBgCIAEoCRIlCgdwcm9tcHRzGAMgAygLMhQuc2FmZWxpZ2h0LnYxLlByb21wdBIVCgh3aWR0aF9weBgEIAEoBUgAiAEBEhYKCWhlaWdodF9weBgFIAEoBUgBiAEBEiAKE251bV9pbmZlcmVuY2Vfc3RlcHMYBiABKAVIAogBARIbCg5ndWlkYW5jZV9zY2FsZRgHIAEoAkgDiAEBEioKB3NhbXBsZXIYCCABKAsyGS5zYWZlbGlnaHQudjEuU2FtcGxlclNwZWMSKQoHb3V0cHV0cxgJIAMoCzIYLnNhZmVsaWdodC52MS5PdXRwdXRTcGVjEhIKCmluaXRfaW1hZ2UYCiABKAkSFQoIc3RyZW5ndGgYCyABKAJIBIgBARIMCgRtYXNrGAwgASgJEh0KEGd1aWRhbmNlX3Jlc2NhbGUYDSABKAJIBYgBARI5ChFndWlkYW5jZV9pbnRlcnZhbBgOIAEoCzIeLnNhZmVsaWdodC52MS5HdWlkYW5jZUludGVydmFsEicKCGFkYXB0ZXJzGA8gAygLMhUuc2FmZWxpZ2h0LnYxLkFkYXB0ZXISLwoMaW1hZ2VfcHJvbXB0GBIgASgLMhkuc2FmZWxpZ2h0LnYxLkltYWdlUHJvbXB0QgsKCV93aWR0aF9weEIMCgpfaGVpZ2h0X3B4QhYKFF9udW1faW5mZXJlbmNlX3N0ZXBzQhEKD19ndWlkYW5jZV9zY2FsZUILCglfc3RyZW5ndGhCEwoRX2d1aWRhbmNlX3Jlc2NhbGUiOgoLSW1hZ2VQcm9tcHQSDQoFaW1hZ2UYASABKAkSEgoFc2NhbGUYAiABKAJIAIgBAUIICgZfc2NhbGUiNQoHQWRhcHRlchIMCgRuYW1lGAEgASgJEhIKBXNjYWxlGAIgASgCSACIAQFCCAoGX3NjYWxlIkoKEEd1aWRhbmNlSW50ZXJ2YWwSEgoFc3RhcnQYASABKAJIAIgBARIQCgNlbmQYAiABKAJIAYgBAUIICgZfc3RhcnRCBgoEX2VuZCKDAQoGUHJvbXB0EicKBHJvbGUYASABKA4yGS5zYWZlbGlnaHQudjEuUHJvbXB0LlJvbGUSDAoEdGV4dBgCIAEoCSJCCgRSb2xlEhQKEFJPTEVfVU5TUEVDSUZJRUQQABIRCg1ST0xFX1BPU0lUSVZFEAESEQoNUk9MRV9ORUdBVElWRRACIpoBCgtTYW1wbGVyU3BlYxIMCgRuYW1lGAEgASgJEjMKDnNpZ21hX3NjaGVkdWxlGAIgASgOMhsuc2FmZWxpZ2h0LnYxLlNpZ21hU2NoZWR1bGUSLgoHc3BhY2luZxgDIAEoDjIdLnNhZmVsaWdodC52MS5UaW1lc3RlcFNwYWNpbmcSEAoDZXRhGAQgASgCSACIAQFCBgoEX2V0YSIoCgpPdXRwdXRTcGVjEhEKBHNlZWQYASABKARIAIgBAUIHCgVfc2VlZCK0AwoNUGl4ZWxFbmNvZGluZxISCgptZWRpYV90eXBlGAEgASgJEhQKB3F1YWxpdHkYAiABKAVIAIgBARIgChNyb3dfYWxpZ25tZW50X2J5dGVzGAMgASgFSAGIAQESNwoJcm93X29yZGVyGAQgASgOMiQuc2FmZWxpZ2h0LnYxLlBpeGVsRW5jb2RpbmcuUm93T3JkZXISQQoOdGV4dHVyZV9mb3JtYXQYBSABKA4yKS5zYWZlbGlnaHQudjEuUGl4ZWxFbmNvZGluZy5UZXh0dXJlRm9ybWF0IlYKCFJvd09yZGVyEhkKFVJPV19PUkRFUl9VTlNQRUNJRklFRBAAEhYKElJPV19PUkRFUl9UT1BfRE9XThABEhcKE1JPV19PUkRFUl9CT1RUT01fVVAQAiJfCg1UZXh0dXJlRm9ybWF0Eh4KGlRFWFRVUkVfRk9STUFUX1VOU1BFQ0lGSUVEEAASFgoSVEVYVFVSRV9GT1JNQVRfQkMxEAESFgoSVEVYVFVSRV9GT1JNQVRfQkM3EAJCCgoIX3F1YWxpdHlCFgoUX3Jvd19hbGlnbm1lbnRfYnl0ZXMipgIKDVByZXZpZXdQb2xpY3kSKwoGYWNjZXB0GAEgAygLMhsuc2FmZWxpZ2h0LnYxLlBpeGVsRW5jb2RpbmcSGAoLbWF4X2VkZ2VfcHgYAiABKAVIAYgBARIXCg1ldmVyeV9uX3N0ZXBzGAMgASgFSAASMQoMbWluX2ludGVydmFsGAQgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uSAASKwoGbWV0aG9kGAUgASgOMhsuc2FmZWxpZ2h0LnYxLlByZXZpZXdNZXRob2QSIQoUbWF4X2J5dGVzX3Blcl9zZWNvbmQYBiABKANIAogBAUIJCgdjYWRlbmNlQg4KDF9tYXhfZWRnZV9weEIXChVfbWF4X2J5dGVzX3Blcl9zZWNvbmQiNgoKU2NoZWR1bGluZxIoCghwcmlvcml0eRgBIAEoDjIWLnNhZmVsaWdodC52MS5Qcmlvcml0eSLbAQoLQ2FjaGVQb2xpY3kSLAoEbW9kZRgBIAEoDjIeLnNhZmVsaWdodC52MS5DYWNoZVBvbGljeS5Nb2RlEhsKDm1pbl9zaW1pbGFyaXR5GAIgASgCSACIAQEibgoETW9kZRIUChBNT0RFX1VOU1BFQ0lGSUVEEAASEAoMTU9ERV9ERUZBVUxUEAESDwoLTU9ERV9CWVBBU1MQAhIVChFNT0RFX0FMTE9XX0xBVEVOVBADEhYKEk1PREVfQUxMT1dfU0lNSUxBUhAEQhEKD19taW5fc2ltaWxhcml0eSKGAQoMUXVhbGl0eUZsb29yEhoKDW1pbl9udW1fc3RlcHMYASABKAVIAIgBARIYChBjaGVhcGVyX3ByZXZpZXdzGAIgASgIEhsKDm1pbl9zaW1pbGFyaXR5GAMgASgCSAGIAQFCEAoOX21pbl9udW1fc3RlcHNCEQoPX21pbl9zaW1pbGFyaXR5IkAKBkJyYW5jaBISCgpnZW5lcmF0aW9uGAEgASgJEhQKDG91dHB1dF9pbmRleBgCIAEoBRIMCgRzdGVwGAMgASgFIsIBChBEaXNjb25uZWN0UG9saWN5EjUKBmFjdGlvbhgBIAEoDjIlLnNhZmVsaWdodC52MS5EaXNjb25uZWN0UG9saWN5LkFjdGlvbhIvCgxyZXN1bWVfZ3JhY2UYAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24iRgoGQWN0aW9uEhYKEkFDVElPTl9VTlNQRUNJRklFRBAAEhEKDUFDVElPTl9DQU5DRUwQARIRCg1BQ1RJT05fREVUQUNIEAIitgMKD0dlbmVyYXRpb25FdmVudBIQCghzZXF1ZW5jZRgBIAEoBBIuCgpldmVudF90aW1lGAIgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBISCgpnZW5lcmF0aW9uGAMgASgJEioKCGFjY2VwdGVkGAQgASgLMhYuc2FmZWxpZ2h0LnYxLkFjY2VwdGVkSAASJgoGcXVldWVkGAUgASgLMhQuc2FmZWxpZ2h0LnYxLlF1ZXVlZEgAEioKCHByb2dyZXNzGAYgASgLMhYuc2FmZWxpZ2h0LnYxLlByb2dyZXNzSAASKAoHcHJldmlldxgHIAEoCzIVLnNhZmVsaWdodC52MS5QcmV2aWV3SAASNQoOYXJ0aWZhY3RfY2h1bmsYCCABKAsyGy5zYWZlbGlnaHQudjEuQXJ0aWZhY3RDaHVua0gAEjcKD291dHB1dF9maW5pc2hlZBgJIAEoCzIcLnNhZmVsaWdodC52MS5PdXRwdXRGaW5pc2hlZEgAEioKCGZpbmlzaGVkGAogASgLMhYuc2FmZWxpZ2h0LnYxLkZpbmlzaGVkSABCBwoFZXZlbnQirwMKCEFjY2VwdGVkEioKBHNwZWMYASABKAsyHC5zYWZlbGlnaHQudjEuR2VuZXJhdGlvblNwZWMSFgoObW9kZWxfcmV2aXNpb24YAiABKAkSEwoLbnVtZXJpY3NfaWQYAyABKAkSLQoIZW5jb2RpbmcYBCABKAsyGy5zYWZlbGlnaHQudjEuUGl4ZWxFbmNvZGluZxI1ChJlc3RpbWF0ZWRfZHVyYXRpb24YBSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SEAoIdHJhY2VfaWQYBiABKAkSJwoId2FybmluZ3MYByADKAsyFS5zYWZlbGlnaHQudjEuV2FybmluZxI1CgpkdXJhYmlsaXR5GAggASgOMiEuc2FmZWxpZ2h0LnYxLkFjY2VwdGVkLkR1cmFiaWxpdHkSFwoPYmF0Y2hfdG9sZXJhbmNlGAkgASgCIlkKCkR1cmFiaWxpdHkSGgoWRFVSQUJJTElUWV9VTlNQRUNJRklFRBAAEhQKEERVUkFCSUxJVFlfTE9DQUwQARIZChVEVVJBQklMSVRZX1JFUExJQ0FURUQQAiIqCgdXYXJuaW5nEg4KBnJlYXNvbhgBIAEoCRIPCgdtZXNzYWdlGAIgASgJIlQKBlF1ZXVlZBIQCghwb3NpdGlvbhgBIAEoBRI4ChRlc3RpbWF0ZWRfc3RhcnRfdGltZRgCIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXAijQEKCFByb2dyZXNzEhQKDG91dHB1dF9pbmRleBgBIAEoBRIMCgRzdGVwGAIgASgFEhEKCW51bV9zdGVwcxgDIAEoBRISCgpiYXRjaF9zaXplGAQgASgFEjYKE2VzdGltYXRlZF9yZW1haW5pbmcYBSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24izAEKB1ByZXZpZXcSFAoMb3V0cHV0X2luZGV4GAEgASgFEgwKBHN0ZXAYAiABKAUSEgoKbWVkaWFfdHlwZRgDIAEoCRIQCgh3aWR0aF9weBgEIAEoBRIRCgloZWlnaHRfcHgYBSABKAUSFAoMc3RyaWRlX2J5dGVzGAYgASgFEisKBm1ldGhvZBgHIAEoDjIbLnNhZmVsaWdodC52MS5QcmV2aWV3TWV0aG9kEhMKC251bV9kcm9wcGVkGAggASgFEgwKBGRhdGEYCSABKAwitwEKDUFydGlmYWN0Q2h1bmsSFAoMb3V0cHV0X2luZGV4GAEgASgFEhIKCm1lZGlhX3R5cGUYAiABKAkSEAoId2lkdGhfcHgYAyABKAUSEQoJaGVpZ2h0X3B4GAQgASgFEhQKDHN0cmlkZV9ieXRlcxgFIAEoBRIOCgZvZmZzZXQYBiABKAMSEwoLdG90YWxfYnl0ZXMYByABKAMSDAoEZGF0YRgIIAEoDBIOCgZzaGEyNTYYCSABKAwinwIKDk91dHB1dEZpbmlzaGVkEhQKDG91dHB1dF9pbmRleBgBIAEoBRJACg1maW5pc2hfcmVhc29uGAIgASgOMikuc2FmZWxpZ2h0LnYxLk91dHB1dEZpbmlzaGVkLkZpbmlzaFJlYXNvbhIMCgRzdGVwGAMgASgFIqYBCgxGaW5pc2hSZWFzb24SHQoZRklOSVNIX1JFQVNPTl9VTlNQRUNJRklFRBAAEhsKF0ZJTklTSF9SRUFTT05fQ09NUExFVEVEEAESGwoXRklOSVNIX1JFQVNPTl9DQU5DRUxMRUQQAhIjCh9GSU5JU0hfUkVBU09OX0RFQURMSU5FX0VYQ0VFREVEEAMSGAoURklOSVNIX1JFQVNPTl9GQUlMRUQQBCLdAQoIRmluaXNoZWQSIgoGc3RhdHVzGAEgASgLMhIuZ29vZ2xlLnJwYy5TdGF0dXMSIgoFdXNhZ2UYAiABKAsyEy5zYWZlbGlnaHQudjEuVXNhZ2USJgoHdGltaW5ncxgDIAEoCzIVLnNhZmVsaWdodC52MS5UaW1pbmdzEjAKDWNhY2hlX3Jlc3VsdHMYBCADKAsyGS5zYWZlbGlnaHQudjEuQ2FjaGVSZXN1bHQSLwoMZGVncmFkYXRpb25zGAUgAygLMhkuc2FmZWxpZ2h0LnYxLkRlZ3JhZGF0aW9uIsgBCgtEZWdyYWRhdGlvbhIsCgRraW5kGAEgASgOMh4uc2FmZWxpZ2h0LnYxLkRlZ3JhZGF0aW9uLktpbmQSEQoJcmVxdWVzdGVkGAIgASgJEg8KB2FwcGxpZWQYAyABKAkiZwoES2luZBIUChBLSU5EX1VOU1BFQ0lGSUVEEAASFAoQS0lORF9GRVdFUl9TVEVQUxABEhkKFUtJTkRfQ0hFQVBFUl9QUkVWSUVXUxACEhgKFEtJTkRfU0lNSUxBUl9QSUNUVVJFEAMi3QIKC0NhY2hlUmVzdWx0EjoKC2Rpc3Bvc2l0aW9uGAEgASgOMiUuc2FmZWxpZ2h0LnYxLkNhY2hlUmVzdWx0LkRpc3Bvc2l0aW9uEhIKCnNpbWlsYXJpdHkYAiABKAISDgoGc291cmNlGAMgASgJEhkKEW51bV9zdGVwc19za2lwcGVkGAQgASgFEhMKC251bWVyaWNzX2lkGAUgASgJIr0BCgtEaXNwb3NpdGlvbhIbChdESVNQT1NJVElPTl9VTlNQRUNJRklFRBAAEhQKEERJU1BPU0lUSU9OX01JU1MQARIZChVESVNQT1NJVElPTl9DT0FMRVNDRUQQAhIVChFESVNQT1NJVElPTl9FWEFDVBADEhcKE0RJU1BPU0lUSU9OX1NJTUlMQVIQBBIWChJESVNQT1NJVElPTl9MQVRFTlQQBRIYChRESVNQT1NJVElPTl9CUkFOQ0hFRBAGIsYBCgVVc2FnZRIvCgxjb21wdXRlX3RpbWUYASABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SEAoIbnVtX3Jvd3MYAiABKAMSEQoJbnVtX3N0ZXBzGAMgASgDEhQKDG51bV9wcmV2aWV3cxgEIAEoAxIVCg1wcmV2aWV3X2J5dGVzGAUgASgDEiAKBGNvc3QYBiABKAsyEi5zYWZlbGlnaHQudjEuQ29zdBIYChBudW1fcm93c19za2lwcGVkGAcgASgDIiwKBENvc3QSFQoNY3VycmVuY3lfY29kZRgBIAEoCRINCgVuYW5vcxgCIAEoAyLmAQoHVGltaW5ncxIoCgVxdWV1ZRgBIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIwCg1maXJzdF9wcmV2aWV3GAIgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEioKB2Rlbm9pc2UYAyABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKQoGZGVjb2RlGAQgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEigKBXRvdGFsGAUgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uIqQBChZXYXRjaEdlbmVyYXRpb25SZXF1ZXN0EgwKBG5hbWUYASABKAkSFgoOYWZ0ZXJfc2VxdWVuY2UYAiABKAQSNgoQYXJ0aWZhY3Rfb2Zmc2V0cxgDIAMoCzIcLnNhZmVsaWdodC52MS5BcnRpZmFjdE9mZnNldBIsCgdwcmV2aWV3GAQgASgLMhsuc2FmZWxpZ2h0LnYxLlByZXZpZXdQb2xpY3kiNgoOQXJ0aWZhY3RPZmZzZXQSFAoMb3V0cHV0X2luZGV4GAEgASgFEg4KBm9mZnNldBgCIAEoAyJHChdXYXRjaEdlbmVyYXRpb25SZXNwb25zZRIsCgVldmVudBgBIAEoCzIdLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uRXZlbnQigwEKF1VwZGF0ZUdlbmVyYXRpb25SZXF1ZXN0EgwKBG5hbWUYASABKAkSLAoHcHJldmlldxgCIAEoCzIbLnNhZmVsaWdodC52MS5QcmV2aWV3UG9saWN5EiwKCnNjaGVkdWxpbmcYAyABKAsyGC5zYWZlbGlnaHQudjEuU2NoZWR1bGluZyJIChhVcGRhdGVHZW5lcmF0aW9uUmVzcG9uc2USLAoKZ2VuZXJhdGlvbhgBIAEoCzIYLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uIicKF0NhbmNlbEdlbmVyYXRpb25SZXF1ZXN0EgwKBG5hbWUYASABKAkiSAoYQ2FuY2VsR2VuZXJhdGlvblJlc3BvbnNlEiwKCmdlbmVyYXRpb24YASABKAsyGC5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbiIkChRHZXRHZW5lcmF0aW9uUmVxdWVzdBIMCgRuYW1lGAEgASgJIkUKFUdldEdlbmVyYXRpb25SZXNwb25zZRIsCgpnZW5lcmF0aW9uGAEgASgLMhguc2FmZWxpZ2h0LnYxLkdlbmVyYXRpb24iuQUKCkdlbmVyYXRpb24SDAoEbmFtZRgBIAEoCRItCgVzdGF0ZRgCIAEoDjIeLnNhZmVsaWdodC52MS5HZW5lcmF0aW9uLlN0YXRlEioKBHNwZWMYAyABKAsyHC5zYWZlbGlnaHQudjEuR2VuZXJhdGlvblNwZWMSKgoHb3V0cHV0cxgEIAMoCzIZLnNhZmVsaWdodC52MS5PdXRwdXRTdGF0ZRIoCghwcmlvcml0eRgFIAEoDjIWLnNhZmVsaWdodC52MS5Qcmlvcml0eRI0CgZsYWJlbHMYBiADKAsyJC5zYWZlbGlnaHQudjEuR2VuZXJhdGlvbi5MYWJlbHNFbnRyeRIvCgtjcmVhdGVfdGltZRgHIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASLwoLZmluaXNoX3RpbWUYCCABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEiIKBnN0YXR1cxgJIAEoCzISLmdvb2dsZS5ycGMuU3RhdHVzEiIKBXVzYWdlGAogASgLMhMuc2FmZWxpZ2h0LnYxLlVzYWdlEhUKDWxhc3Rfc2VxdWVuY2UYCyABKAQSLwoMZGVncmFkYXRpb25zGAwgAygLMhkuc2FmZWxpZ2h0LnYxLkRlZ3JhZGF0aW9uGi0KC0xhYmVsc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEilAEKBVN0YXRlEhUKEVNUQVRFX1VOU1BFQ0lGSUVEEAASEAoMU1RBVEVfUVVFVUVEEAESEQoNU1RBVEVfUlVOTklORxACEhMKD1NUQVRFX1NVU1BFTkRFRBADEhMKD1NUQVRFX1NVQ0NFRURFRBAEEhMKD1NUQVRFX0NBTkNFTExFRBAFEhAKDFNUQVRFX0ZBSUxFRBAGIpsBCgtPdXRwdXRTdGF0ZRIUCgxvdXRwdXRfaW5kZXgYASABKAUSDAoEc3RlcBgCIAEoBRIRCgludW1fc3RlcHMYAyABKAUSQAoNZmluaXNoX3JlYXNvbhgEIAEoDjIpLnNhZmVsaWdodC52MS5PdXRwdXRGaW5pc2hlZC5GaW5pc2hSZWFzb24SEwoLdG90YWxfYnl0ZXMYBSABKAMqZgoNU2lnbWFTY2hlZHVsZRIeChpTSUdNQV9TQ0hFRFVMRV9VTlNQRUNJRklFRBAAEhoKFlNJR01BX1NDSEVEVUxFX0RFRkFVTFQQARIZChVTSUdNQV9TQ0hFRFVMRV9LQVJSQVMQAiqPAQoPVGltZXN0ZXBTcGFjaW5nEiAKHFRJTUVTVEVQX1NQQUNJTkdfVU5TUEVDSUZJRUQQABIcChhUSU1FU1RFUF9TUEFDSU5HX0xFQURJTkcQARIdChlUSU1FU1RFUF9TUEFDSU5HX1RSQUlMSU5HEAISHQoZVElNRVNURVBfU1BBQ0lOR19MSU5TUEFDRRADKr4BCg1QcmV2aWV3TWV0aG9kEh4KGlBSRVZJRVdfTUVUSE9EX1VOU1BFQ0lGSUVEEAASFwoTUFJFVklFV19NRVRIT0RfQVVUTxABEhkKFVBSRVZJRVdfTUVUSE9EX0xJTkVBUhACEh8KG1BSRVZJRVdfTUVUSE9EX1RJTllfREVDT0RFUhADEh8KG1BSRVZJRVdfTUVUSE9EX0ZVTExfREVDT0RFUhAEEhcKE1BSRVZJRVdfTUVUSE9EX05PTkUQBSppCghQcmlvcml0eRIYChRQUklPUklUWV9VTlNQRUNJRklFRBAAEhgKFFBSSU9SSVRZX0lOVEVSQUNUSVZFEAESFQoRUFJJT1JJVFlfU1RBTkRBUkQQAhISCg5QUklPUklUWV9CQVRDSBADMuIDChFHZW5lcmF0aW9uU2VydmljZRJLCghHZW5lcmF0ZRIdLnNhZmVsaWdodC52MS5HZW5lcmF0ZVJlcXVlc3QaHi5zYWZlbGlnaHQudjEuR2VuZXJhdGVSZXNwb25zZTABEmAKD1dhdGNoR2VuZXJhdGlvbhIkLnNhZmVsaWdodC52MS5XYXRjaEdlbmVyYXRpb25SZXF1ZXN0GiUuc2FmZWxpZ2h0LnYxLldhdGNoR2VuZXJhdGlvblJlc3BvbnNlMAESYQoQVXBkYXRlR2VuZXJhdGlvbhIlLnNhZmVsaWdodC52MS5VcGRhdGVHZW5lcmF0aW9uUmVxdWVzdBomLnNhZmVsaWdodC52MS5VcGRhdGVHZW5lcmF0aW9uUmVzcG9uc2USYQoQQ2FuY2VsR2VuZXJhdGlvbhIlLnNhZmVsaWdodC52MS5DYW5jZWxHZW5lcmF0aW9uUmVxdWVzdBomLnNhZmVsaWdodC52MS5DYW5jZWxHZW5lcmF0aW9uUmVzcG9uc2USWAoNR2V0R2VuZXJhdGlvbhIiLnNhZmVsaWdodC52MS5HZXRHZW5lcmF0aW9uUmVxdWVzdBojLnNhZmVsaWdodC52MS5HZXRHZW5lcmF0aW9uUmVzcG9uc2ViBnByb3RvMw", [file_google_protobuf_duration, file_google_protobuf_timestamp, file_google_rpc_status]);
 
 /**
  * Asks for one or more pictures. Only a prompt is needed.
@@ -277,6 +277,15 @@ export type GenerationSpec = Message<"safelight.v1.GenerationSpec"> & {
    * @generated from field: repeated safelight.v1.Adapter adapters = 15;
    */
   adapters: Adapter[];
+
+  /**
+   * A picture that says what to draw beside the prompt (IP-Adapter). Only for
+   * models with `Model.image_prompt`; INVALID_ARGUMENT names this field elsewhere.
+   * Absent from `Accepted.spec` where its scale is 0.
+   *
+   * @generated from field: safelight.v1.ImagePrompt image_prompt = 18;
+   */
+  imagePrompt?: ImagePrompt | undefined;
 };
 
 /**
@@ -285,6 +294,40 @@ export type GenerationSpec = Message<"safelight.v1.GenerationSpec"> & {
  */
 export const GenerationSpecSchema: GenMessage<GenerationSpec> = /*@__PURE__*/
   messageDesc(file_safelight_v1_generation, 2);
+
+/**
+ * A picture as a prompt: the denoiser attends to it beside the text (IP-Adapter,
+ * Ye et al. 2023). Unlike `GenerationSpec.init_image`, from which development
+ * starts, it has no say in where things are. Requests with other pictures or none
+ * share batches.
+ *
+ * @generated from message safelight.v1.ImagePrompt
+ */
+export type ImagePrompt = Message<"safelight.v1.ImagePrompt"> & {
+  /**
+   * The picture, named as `GenerationSpec.init_image` is, with the same errors.
+   * Its upright centre is read, scaled to the square that the model takes.
+   * Transparent parts count as white.
+   *
+   * @generated from field: string image = 1;
+   */
+  image: string;
+
+  /**
+   * How much it counts beside the prompt, from 0 to 2. Absent: 1. 0 is as if
+   * there were no image prompt.
+   *
+   * @generated from field: optional float scale = 2;
+   */
+  scale?: number | undefined;
+};
+
+/**
+ * Describes the message safelight.v1.ImagePrompt.
+ * Use `create(ImagePromptSchema)` to create a new message.
+ */
+export const ImagePromptSchema: GenMessage<ImagePrompt> = /*@__PURE__*/
+  messageDesc(file_safelight_v1_generation, 3);
 
 /**
  * An adapter (low-rank changes of a denoiser's weights, Hu et al. 2021) and how
@@ -314,7 +357,7 @@ export type Adapter = Message<"safelight.v1.Adapter"> & {
  * Use `create(AdapterSchema)` to create a new message.
  */
 export const AdapterSchema: GenMessage<Adapter> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 3);
+  messageDesc(file_safelight_v1_generation, 4);
 
 /**
  * The steps that have guidance (Kynkäänniemi et al. 2024), as shares of all
@@ -346,7 +389,7 @@ export type GuidanceInterval = Message<"safelight.v1.GuidanceInterval"> & {
  * Use `create(GuidanceIntervalSchema)` to create a new message.
  */
 export const GuidanceIntervalSchema: GenMessage<GuidanceInterval> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 4);
+  messageDesc(file_safelight_v1_generation, 5);
 
 /**
  * A text that guides the denoiser.
@@ -376,7 +419,7 @@ export type Prompt = Message<"safelight.v1.Prompt"> & {
  * Use `create(PromptSchema)` to create a new message.
  */
 export const PromptSchema: GenMessage<Prompt> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 5);
+  messageDesc(file_safelight_v1_generation, 6);
 
 /**
  * What the text is for.
@@ -410,7 +453,7 @@ export enum Prompt_Role {
  * Describes the enum safelight.v1.Prompt.Role.
  */
 export const Prompt_RoleSchema: GenEnum<Prompt_Role> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 5, 0);
+  enumDesc(file_safelight_v1_generation, 6, 0);
 
 /**
  * The numerics that turn noise predictions into the next latent.
@@ -454,7 +497,7 @@ export type SamplerSpec = Message<"safelight.v1.SamplerSpec"> & {
  * Use `create(SamplerSpecSchema)` to create a new message.
  */
 export const SamplerSpecSchema: GenMessage<SamplerSpec> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 6);
+  messageDesc(file_safelight_v1_generation, 7);
 
 /**
  * One picture to develop.
@@ -475,7 +518,7 @@ export type OutputSpec = Message<"safelight.v1.OutputSpec"> & {
  * Use `create(OutputSpecSchema)` to create a new message.
  */
 export const OutputSpecSchema: GenMessage<OutputSpec> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 7);
+  messageDesc(file_safelight_v1_generation, 8);
 
 /**
  * How pixels travel: sRGB, straight alpha.
@@ -528,7 +571,7 @@ export type PixelEncoding = Message<"safelight.v1.PixelEncoding"> & {
  * Use `create(PixelEncodingSchema)` to create a new message.
  */
 export const PixelEncodingSchema: GenMessage<PixelEncoding> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 8);
+  messageDesc(file_safelight_v1_generation, 9);
 
 /**
  * Order of the rows of raw pixels and of textures.
@@ -562,7 +605,7 @@ export enum PixelEncoding_RowOrder {
  * Describes the enum safelight.v1.PixelEncoding.RowOrder.
  */
 export const PixelEncoding_RowOrderSchema: GenEnum<PixelEncoding_RowOrder> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 8, 0);
+  enumDesc(file_safelight_v1_generation, 9, 0);
 
 /**
  * How the blocks of a texture are compressed.
@@ -597,7 +640,7 @@ export enum PixelEncoding_TextureFormat {
  * Describes the enum safelight.v1.PixelEncoding.TextureFormat.
  */
 export const PixelEncoding_TextureFormatSchema: GenEnum<PixelEncoding_TextureFormat> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 8, 1);
+  enumDesc(file_safelight_v1_generation, 9, 1);
 
 /**
  * Which previews a stream wants. A preview is made only when its stream is
@@ -670,7 +713,7 @@ export type PreviewPolicy = Message<"safelight.v1.PreviewPolicy"> & {
  * Use `create(PreviewPolicySchema)` to create a new message.
  */
 export const PreviewPolicySchema: GenMessage<PreviewPolicy> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 9);
+  messageDesc(file_safelight_v1_generation, 10);
 
 /**
  * How urgent a generation is.
@@ -691,7 +734,7 @@ export type Scheduling = Message<"safelight.v1.Scheduling"> & {
  * Use `create(SchedulingSchema)` to create a new message.
  */
 export const SchedulingSchema: GenMessage<Scheduling> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 10);
+  messageDesc(file_safelight_v1_generation, 11);
 
 /**
  * Whether work that was done before, or is being done, may serve a request.
@@ -725,7 +768,7 @@ export type CachePolicy = Message<"safelight.v1.CachePolicy"> & {
  * Use `create(CachePolicySchema)` to create a new message.
  */
 export const CachePolicySchema: GenMessage<CachePolicy> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 11);
+  messageDesc(file_safelight_v1_generation, 12);
 
 /**
  * What may serve a request.
@@ -777,7 +820,7 @@ export enum CachePolicy_Mode {
  * Describes the enum safelight.v1.CachePolicy.Mode.
  */
 export const CachePolicy_ModeSchema: GenEnum<CachePolicy_Mode> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 11, 0);
+  enumDesc(file_safelight_v1_generation, 12, 0);
 
 /**
  * How far the quality of a request may go down while its class is under
@@ -823,7 +866,7 @@ export type QualityFloor = Message<"safelight.v1.QualityFloor"> & {
  * Use `create(QualityFloorSchema)` to create a new message.
  */
 export const QualityFloorSchema: GenMessage<QualityFloor> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 12);
+  messageDesc(file_safelight_v1_generation, 13);
 
 /**
  * A point in the development of another output.
@@ -859,7 +902,7 @@ export type Branch = Message<"safelight.v1.Branch"> & {
  * Use `create(BranchSchema)` to create a new message.
  */
 export const BranchSchema: GenMessage<Branch> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 13);
+  messageDesc(file_safelight_v1_generation, 14);
 
 /**
  * What happens when the last stream of a generation is lost.
@@ -887,7 +930,7 @@ export type DisconnectPolicy = Message<"safelight.v1.DisconnectPolicy"> & {
  * Use `create(DisconnectPolicySchema)` to create a new message.
  */
 export const DisconnectPolicySchema: GenMessage<DisconnectPolicy> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 14);
+  messageDesc(file_safelight_v1_generation, 15);
 
 /**
  * What happens when the last stream is lost.
@@ -922,7 +965,7 @@ export enum DisconnectPolicy_Action {
  * Describes the enum safelight.v1.DisconnectPolicy.Action.
  */
 export const DisconnectPolicy_ActionSchema: GenEnum<DisconnectPolicy_Action> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 14, 0);
+  enumDesc(file_safelight_v1_generation, 15, 0);
 
 /**
  * What happened to a generation. Reliable events are Accepted, ArtifactChunk,
@@ -1024,7 +1067,7 @@ export type GenerationEvent = Message<"safelight.v1.GenerationEvent"> & {
  * Use `create(GenerationEventSchema)` to create a new message.
  */
 export const GenerationEventSchema: GenMessage<GenerationEvent> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 15);
+  messageDesc(file_safelight_v1_generation, 16);
 
 /**
  * The request was admitted.
@@ -1108,7 +1151,7 @@ export type Accepted = Message<"safelight.v1.Accepted"> & {
  * Use `create(AcceptedSchema)` to create a new message.
  */
 export const AcceptedSchema: GenMessage<Accepted> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 16);
+  messageDesc(file_safelight_v1_generation, 17);
 
 /**
  * What is promised of a generation that was accepted.
@@ -1144,7 +1187,7 @@ export enum Accepted_Durability {
  * Describes the enum safelight.v1.Accepted.Durability.
  */
 export const Accepted_DurabilitySchema: GenEnum<Accepted_Durability> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 16, 0);
+  enumDesc(file_safelight_v1_generation, 17, 0);
 
 /**
  * Something the caller should know that did not stop the request.
@@ -1172,7 +1215,7 @@ export type Warning = Message<"safelight.v1.Warning"> & {
  * Use `create(WarningSchema)` to create a new message.
  */
 export const WarningSchema: GenMessage<Warning> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 17);
+  messageDesc(file_safelight_v1_generation, 18);
 
 /**
  * The generation waits for its turn.
@@ -1200,7 +1243,7 @@ export type Queued = Message<"safelight.v1.Queued"> & {
  * Use `create(QueuedSchema)` to create a new message.
  */
 export const QueuedSchema: GenMessage<Queued> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 18);
+  messageDesc(file_safelight_v1_generation, 19);
 
 /**
  * An output has made a step.
@@ -1249,7 +1292,7 @@ export type Progress = Message<"safelight.v1.Progress"> & {
  * Use `create(ProgressSchema)` to create a new message.
  */
 export const ProgressSchema: GenMessage<Progress> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 19);
+  messageDesc(file_safelight_v1_generation, 20);
 
 /**
  * How an output looks at a step: its denoised estimate, decoded.
@@ -1327,7 +1370,7 @@ export type Preview = Message<"safelight.v1.Preview"> & {
  * Use `create(PreviewSchema)` to create a new message.
  */
 export const PreviewSchema: GenMessage<Preview> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 20);
+  messageDesc(file_safelight_v1_generation, 21);
 
 /**
  * A piece of a finished picture. Pieces of one output come in order.
@@ -1404,7 +1447,7 @@ export type ArtifactChunk = Message<"safelight.v1.ArtifactChunk"> & {
  * Use `create(ArtifactChunkSchema)` to create a new message.
  */
 export const ArtifactChunkSchema: GenMessage<ArtifactChunk> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 21);
+  messageDesc(file_safelight_v1_generation, 22);
 
 /**
  * An output has ended.
@@ -1439,7 +1482,7 @@ export type OutputFinished = Message<"safelight.v1.OutputFinished"> & {
  * Use `create(OutputFinishedSchema)` to create a new message.
  */
 export const OutputFinishedSchema: GenMessage<OutputFinished> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 22);
+  messageDesc(file_safelight_v1_generation, 23);
 
 /**
  * Why an output ended.
@@ -1487,7 +1530,7 @@ export enum OutputFinished_FinishReason {
  * Describes the enum safelight.v1.OutputFinished.FinishReason.
  */
 export const OutputFinished_FinishReasonSchema: GenEnum<OutputFinished_FinishReason> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 22, 0);
+  enumDesc(file_safelight_v1_generation, 23, 0);
 
 /**
  * The generation has ended. The call then ends with the same status.
@@ -1536,7 +1579,7 @@ export type Finished = Message<"safelight.v1.Finished"> & {
  * Use `create(FinishedSchema)` to create a new message.
  */
 export const FinishedSchema: GenMessage<Finished> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 23);
+  messageDesc(file_safelight_v1_generation, 24);
 
 /**
  * One thing that a request gave up under load, as its quality floor allowed.
@@ -1571,7 +1614,7 @@ export type Degradation = Message<"safelight.v1.Degradation"> & {
  * Use `create(DegradationSchema)` to create a new message.
  */
 export const DegradationSchema: GenMessage<Degradation> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 24);
+  messageDesc(file_safelight_v1_generation, 25);
 
 /**
  * What was given up.
@@ -1615,7 +1658,7 @@ export enum Degradation_Kind {
  * Describes the enum safelight.v1.Degradation.Kind.
  */
 export const Degradation_KindSchema: GenEnum<Degradation_Kind> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 24, 0);
+  enumDesc(file_safelight_v1_generation, 25, 0);
 
 /**
  * Where a picture came from.
@@ -1665,7 +1708,7 @@ export type CacheResult = Message<"safelight.v1.CacheResult"> & {
  * Use `create(CacheResultSchema)` to create a new message.
  */
 export const CacheResultSchema: GenMessage<CacheResult> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 25);
+  messageDesc(file_safelight_v1_generation, 26);
 
 /**
  * Where a picture came from.
@@ -1727,7 +1770,7 @@ export enum CacheResult_Disposition {
  * Describes the enum safelight.v1.CacheResult.Disposition.
  */
 export const CacheResult_DispositionSchema: GenEnum<CacheResult_Disposition> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 25, 0);
+  enumDesc(file_safelight_v1_generation, 26, 0);
 
 /**
  * What a generation has used so far. Work that several generations share counts
@@ -1793,7 +1836,7 @@ export type Usage = Message<"safelight.v1.Usage"> & {
  * Use `create(UsageSchema)` to create a new message.
  */
 export const UsageSchema: GenMessage<Usage> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 26);
+  messageDesc(file_safelight_v1_generation, 27);
 
 /**
  * An amount of money.
@@ -1821,7 +1864,7 @@ export type Cost = Message<"safelight.v1.Cost"> & {
  * Use `create(CostSchema)` to create a new message.
  */
 export const CostSchema: GenMessage<Cost> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 27);
+  messageDesc(file_safelight_v1_generation, 28);
 
 /**
  * Where the time of a generation went. Stages overlap: they do not add up.
@@ -1871,7 +1914,7 @@ export type Timings = Message<"safelight.v1.Timings"> & {
  * Use `create(TimingsSchema)` to create a new message.
  */
 export const TimingsSchema: GenMessage<Timings> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 28);
+  messageDesc(file_safelight_v1_generation, 29);
 
 /**
  * Asks to watch a generation.
@@ -1913,7 +1956,7 @@ export type WatchGenerationRequest = Message<"safelight.v1.WatchGenerationReques
  * Use `create(WatchGenerationRequestSchema)` to create a new message.
  */
 export const WatchGenerationRequestSchema: GenMessage<WatchGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 29);
+  messageDesc(file_safelight_v1_generation, 30);
 
 /**
  * How much of a picture the client already has.
@@ -1941,7 +1984,7 @@ export type ArtifactOffset = Message<"safelight.v1.ArtifactOffset"> & {
  * Use `create(ArtifactOffsetSchema)` to create a new message.
  */
 export const ArtifactOffsetSchema: GenMessage<ArtifactOffset> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 30);
+  messageDesc(file_safelight_v1_generation, 31);
 
 /**
  * One event of the generation.
@@ -1962,7 +2005,7 @@ export type WatchGenerationResponse = Message<"safelight.v1.WatchGenerationRespo
  * Use `create(WatchGenerationResponseSchema)` to create a new message.
  */
 export const WatchGenerationResponseSchema: GenMessage<WatchGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 31);
+  messageDesc(file_safelight_v1_generation, 32);
 
 /**
  * Asks to change a generation. Absent fields stay as they are.
@@ -1997,7 +2040,7 @@ export type UpdateGenerationRequest = Message<"safelight.v1.UpdateGenerationRequ
  * Use `create(UpdateGenerationRequestSchema)` to create a new message.
  */
 export const UpdateGenerationRequestSchema: GenMessage<UpdateGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 32);
+  messageDesc(file_safelight_v1_generation, 33);
 
 /**
  * The generation as it is now.
@@ -2018,7 +2061,7 @@ export type UpdateGenerationResponse = Message<"safelight.v1.UpdateGenerationRes
  * Use `create(UpdateGenerationResponseSchema)` to create a new message.
  */
 export const UpdateGenerationResponseSchema: GenMessage<UpdateGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 33);
+  messageDesc(file_safelight_v1_generation, 34);
 
 /**
  * Asks to stop a generation.
@@ -2039,7 +2082,7 @@ export type CancelGenerationRequest = Message<"safelight.v1.CancelGenerationRequ
  * Use `create(CancelGenerationRequestSchema)` to create a new message.
  */
 export const CancelGenerationRequestSchema: GenMessage<CancelGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 34);
+  messageDesc(file_safelight_v1_generation, 35);
 
 /**
  * The generation as it ended.
@@ -2060,7 +2103,7 @@ export type CancelGenerationResponse = Message<"safelight.v1.CancelGenerationRes
  * Use `create(CancelGenerationResponseSchema)` to create a new message.
  */
 export const CancelGenerationResponseSchema: GenMessage<CancelGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 35);
+  messageDesc(file_safelight_v1_generation, 36);
 
 /**
  * Asks for a generation.
@@ -2081,7 +2124,7 @@ export type GetGenerationRequest = Message<"safelight.v1.GetGenerationRequest"> 
  * Use `create(GetGenerationRequestSchema)` to create a new message.
  */
 export const GetGenerationRequestSchema: GenMessage<GetGenerationRequest> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 36);
+  messageDesc(file_safelight_v1_generation, 37);
 
 /**
  * The generation as it is now.
@@ -2102,7 +2145,7 @@ export type GetGenerationResponse = Message<"safelight.v1.GetGenerationResponse"
  * Use `create(GetGenerationResponseSchema)` to create a new message.
  */
 export const GetGenerationResponseSchema: GenMessage<GetGenerationResponse> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 37);
+  messageDesc(file_safelight_v1_generation, 38);
 
 /**
  * What is known of a generation.
@@ -2200,7 +2243,7 @@ export type Generation = Message<"safelight.v1.Generation"> & {
  * Use `create(GenerationSchema)` to create a new message.
  */
 export const GenerationSchema: GenMessage<Generation> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 38);
+  messageDesc(file_safelight_v1_generation, 39);
 
 /**
  * Where a generation is in its life.
@@ -2262,7 +2305,7 @@ export enum Generation_State {
  * Describes the enum safelight.v1.Generation.State.
  */
 export const Generation_StateSchema: GenEnum<Generation_State> = /*@__PURE__*/
-  enumDesc(file_safelight_v1_generation, 38, 0);
+  enumDesc(file_safelight_v1_generation, 39, 0);
 
 /**
  * What is known of an output.
@@ -2311,7 +2354,7 @@ export type OutputState = Message<"safelight.v1.OutputState"> & {
  * Use `create(OutputStateSchema)` to create a new message.
  */
 export const OutputStateSchema: GenMessage<OutputState> = /*@__PURE__*/
-  messageDesc(file_safelight_v1_generation, 39);
+  messageDesc(file_safelight_v1_generation, 40);
 
 /**
  * How noise levels are spread over the steps.
