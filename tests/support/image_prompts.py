@@ -78,6 +78,8 @@ def models_with_image_prompts(folder: Path) -> Path:
     )
     manifest = json.loads(path.read_text())
     sha256 = hashlib.sha256(encoder).hexdigest()
+    for role in ("preview_decoder", "encoder"):  # neither is needed, and each takes time to start
+        del manifest["components"][role]
     manifest["components"]["image_encoder"] = {"model": place.name, "version": 1, "sha256": sha256}
     path.write_text(json.dumps(manifest))
     shutil.rmtree(models / "pipelines" / "icons")

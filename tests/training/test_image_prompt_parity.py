@@ -97,7 +97,9 @@ def test_rows_have_the_bits_that_they_have_alone(both):
     session = onnxruntime.InferenceSession(file)
     rng, rows = np.random.default_rng(3), 5
     feed = {
-        at.name: rng.standard_normal((rows, *[4 if isinstance(axis, str) else axis for axis in at.shape[1:]]), np.float32)
+        at.name: rng.standard_normal(
+            (rows, *[4 if isinstance(axis, str) else axis for axis in at.shape[1:]]), np.float32
+        )
         for at in session.get_inputs()
     }
     feed["image_prompt_scale"] = np.array([0.0, 1.0, 0.5, 0.0, 2.0], np.float32)

@@ -64,7 +64,7 @@ async def test_an_embedding_of_other_numerics_is_not_found(cached):
 
 
 async def test_an_embedding_of_an_image_prompt_is_known_by_the_picture_s_content(tmp_path, cached):
-    prompts, namespace, plain, _ = cached
+    prompts, namespace, *_ = cached
     pipeline = small_pipeline(tmp_path, components=MANIFEST["components"] | image_prompts.IMAGE_ENCODER)
     embedding = {"tokens": HIDDEN, "negative_tokens": -HIDDEN}
     assert await prompts.keep_image(namespace, pipeline, "ab" * 32, embedding, OWNER)

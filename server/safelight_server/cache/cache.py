@@ -169,7 +169,9 @@ class Cache:
         namespace, pipeline, spec = wanted.name.namespace, wanted.pipeline, wanted.spec
         found, wanted.embedding = wanted.embedding, None  # freed now: the output may wait long in the queue
         embeddings = [
-            found if found is not None and ids == spec.token_ids else await self._prompts.known(namespace, pipeline, ids)
+            found
+            if found is not None and ids == spec.token_ids
+            else await self._prompts.known(namespace, pipeline, ids)
             for ids in spec.token_ids_by_row
         ]
         if spec.image_prompt:

@@ -57,9 +57,7 @@ class Prompts:
         owner: EntryOwner,
     ) -> bool:
         """Stores an embedding. False if it is not finite. Purges find it by `owner`."""
-        return await self._put(
-            self._key(namespace, pipeline, token_ids), embedding, pipeline.embedding_outputs, owner
-        )
+        return await self._put(self._key(namespace, pipeline, token_ids), embedding, pipeline.embedding_outputs, owner)
 
     async def known_image(self, namespace: Namespace, pipeline: Pipeline, digest: str) -> Embedding | None:
         """Returns the cached embedding of an image prompt, a picture whose file has this SHA-256, or None."""
@@ -70,9 +68,7 @@ class Prompts:
         self, namespace: Namespace, pipeline: Pipeline, digest: str, embedding: Embedding, owner: EntryOwner
     ) -> bool:
         """Stores the embedding of an image prompt. False if it is not finite. Purges find it by `owner`."""
-        return await self._put(
-            self._image_key(namespace, pipeline, digest), embedding, IMAGE_PROMPT_OUTPUTS, owner
-        )
+        return await self._put(self._image_key(namespace, pipeline, digest), embedding, IMAGE_PROMPT_OUTPUTS, owner)
 
     async def _put(self, key: str, embedding: Embedding, names: Sequence[str], owner: EntryOwner) -> bool:
         arrays = [np.ascontiguousarray(embedding[name], np.float32) for name in names]

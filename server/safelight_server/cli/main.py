@@ -214,7 +214,8 @@ def generate(
     image_prompt: Annotated[
         str,
         typer.Option(
-            metavar="FILE", help="Picture that says what to draw beside the prompt: a file, or generations/ID/outputs/0."
+            metavar="FILE",
+            help="Picture that says what to draw beside the prompt: a file, or generations/ID/outputs/0.",
         ),
     ] = "",
     image_prompt_scale: Annotated[

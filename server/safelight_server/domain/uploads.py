@@ -91,9 +91,7 @@ def decode_image_prompt(data: bytes, max_pixels: int, edge_px: int) -> Pixels:
     first = [(edge - edge_px) // 2 for edge in scaled]
     ratios = [edge / scaled_edge for edge, scaled_edge in zip(image.size, scaled, strict=True)]
     begin = [at * ratio for at, ratio in zip(first, ratios, strict=True)]
-    end = [
-        min((at + edge_px) * ratio, edge) for at, ratio, edge in zip(first, ratios, image.size, strict=True)
-    ]
+    end = [min((at + edge_px) * ratio, edge) for at, ratio, edge in zip(first, ratios, image.size, strict=True)]
     box = (begin[0], begin[1], end[0], end[1])
     return np.asarray(image.resize((edge_px, edge_px), Image.Resampling.BICUBIC, box))
 

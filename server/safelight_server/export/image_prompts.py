@@ -129,7 +129,7 @@ def _shapes(file: Path) -> dict[str, Shape]:
 
 
 def _kind(name: str, shapes: Mapping[str, Shape], findings: Findings) -> tuple[int, int, int, str] | None:
-    """Number and width of its tokens, and the width of what it takes, with the key of the encoder's that this must be."""
+    """Number and width of its tokens, the width of what it takes, and the encoder's key that this width must be."""
     if not any(key.startswith("ip_adapter.") for key in shapes):
         findings.faults.append(f"{OPTION} {name}: is no IP-Adapter: it has no weights ip_adapter.…")
         return None

@@ -56,11 +56,11 @@ class ImagePromptEncoder(nn.Module):
 
     def _tokens(self, pixel_values: Tensor) -> Tensor:
         if isinstance(self.projection, ImageProjection):
-            found: Tensor = self.projection(self.model(pixel_values).image_embeds)
-            return found
-        hidden = self.model(pixel_values, output_hidden_states=True).hidden_states[-2]
-        found = self.projection(hidden)
-        return found
+            seen = self.model(pixel_values).image_embeds
+        else:
+            seen = self.model(pixel_values, output_hidden_states=True).hidden_states[-2]
+        tokens: Tensor = self.projection(seen)
+        return tokens
 
 
 class GivenImagePrompts:

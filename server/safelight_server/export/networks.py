@@ -133,7 +133,9 @@ def judge_image_encoder(file: str, config: Config, findings: Findings) -> None:
         return
     _check(file, config, VISION_SHAPE, VISION_RULES, findings)
     if not isinstance(config.get("image_size", VISION_DEFAULTS["image_size"]), int):
-        findings.faults.append(f"{file}: image_size {config['image_size']!r} is no number: pictures are cut to a square")
+        findings.faults.append(
+            f"{file}: image_size {config['image_size']!r} is no number: pictures are cut to a square"
+        )
 
 
 def _judge_unet(source: Source, findings: Findings) -> None:

@@ -53,12 +53,13 @@ def write_onnx(
     Returns:
         The file with the weights, if they are many.
     """
+    largest_example = max(examples, key=num_values)  # not an edge of one multiple, which torch takes for a constant
     with warnings.catch_warnings(), _refusals(path.parent.parent.name):
         warnings.simplefilter("ignore")  # of torch about its own internals
         program = torch.onnx.export(
             module,
             (),
-            kwargs=dict(max(examples, key=num_values)),  # not an edge of one multiple, which torch takes for a constant
+            kwargs={**largest_example},
             input_names=list(examples[0]),
             output_names=list(outputs),
             dynamic_shapes=free_axes(examples, multiple, largest),

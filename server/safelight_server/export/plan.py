@@ -325,9 +325,7 @@ def _option(place: str) -> str:
     return OPTION_OF.get(place, OPTION_OF.get(place.partition(".")[0], place))
 
 
-def _image_prompt(
-    given: Path, source: Source, format: ExportFormat, findings: Findings
-) -> ImagePromptSource | None:
+def _image_prompt(given: Path, source: Source, format: ExportFormat, findings: Findings) -> ImagePromptSource | None:
     option = image_prompts.OPTION
     if format is not ExportFormat.ONNX:
         findings.faults.append(f"{option}: the torch runtime takes no image prompts; use --format onnx")

@@ -113,9 +113,7 @@ class InitImages:
         await self._images.put(source.caller.tenant, digest, data, facts)
         return digest
 
-    async def _decoded(
-        self, tenant: str, digest: str, field: str, decode: Callable[..., Pixels], *size: int
-    ) -> Pixels:
+    async def _decoded(self, tenant: str, digest: str, field: str, decode: Callable[..., Pixels], *size: int) -> Pixels:
         found = await self._images.get(tenant, digest, use=True)
         if found is None:
             raise image_not_found(digest, field)

@@ -97,7 +97,7 @@ def example(inputs: Sequence[InputSpec], rows: int) -> dict[str, Array]:
             made[spec.name] *= np.float32(0.1)
             made[spec.name][2::3] = 0
         if spec.name == IMAGE_PROMPT_SCALE_SOURCE:  # at most 1, and of every third row none
-            made[spec.name] /= np.float32(LAST_TIMESTEP)
+            made[spec.name] *= np.float32(1 / LAST_TIMESTEP)
             made[spec.name][2::3] = 0
     return made
 
