@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,6 +78,14 @@ def models_with_image_prompts(folder: Path) -> Path:
         f'output {{ name: "negative_tokens" data_type: TYPE_FP32 {room} }}\n'
     )
     manifest = json.loads(path.read_text())
+    for role in ("text_encoder", "decoder"):  # in small batches, whose check takes no time at the start
+        component = manifest["components"][role]
+        shipped, place_of = models / "repository" / component["model"], models / "repository" / f"{NAME}_{role}"
+        place_of.mkdir()
+        (place_of / str(component["version"])).symlink_to(shipped / str(component["version"]))
+        text = (shipped / "config.pbtxt").read_text()
+        (place_of / "config.pbtxt").write_text(re.sub(r"max_batch_size: \d+", "max_batch_size: 2", text))
+        component["model"] = place_of.name
     sha256 = hashlib.sha256(encoder).hexdigest()
     for role in ("preview_decoder", "encoder"):  # neither is needed, and each takes time to start
         del manifest["components"][role]

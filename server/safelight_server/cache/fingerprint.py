@@ -90,19 +90,23 @@ def image_prompt(encoder_digest: str, numerics_id: str, image_digest: str) -> by
     return _canonical({"encoder": encoder_digest, "numerics": numerics_id, "image": image_digest})
 
 
+_DECIDING = {field.name for field in dataclasses.fields(Spec)} - STAND_INS - {"seeds", "token_ids"}
+
+
 def _comparable(pipeline_digest: str, numerics_id: str, spec: Spec) -> dict[str, object]:
-    decides = {field.name for field in dataclasses.fields(spec)} - STAND_INS - {"seeds", "token_ids"}
-    fields = {name: _plain(getattr(spec, name)) for name in decides}
+    fields = {name: _plain(getattr(spec, name)) for name in _DECIDING}
     return {"pipeline": pipeline_digest, "numerics": numerics_id, "spec": fields}
 
 
 def _plain(value: object) -> object:
     """A value in a form in which equal numbers have equal JSON: 3 and 3.0, 0.0 and -0.0."""
-    if dataclasses.is_dataclass(value):
-        return [_plain(getattr(value, field.name)) for field in dataclasses.fields(value)]
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    if dataclasses.is_dataclass(value):
+        return [_plain(getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return value
 
 
 def _canonical(content: dict[str, object]) -> bytes:
