@@ -12,10 +12,15 @@ import onnxruntime
 import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+from PIL import Image
+from safelight_server.domain.uploads import decode_image_prompt
 from safelight_server.export.exporter import export, round_weights
 from safelight_server.export.plan import ExportOptions
 from safelight_server.export.source import ExportError
 from safelight_server.sampler import gaussian
+from transformers import CLIPImageProcessor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests.training import folders
 from tests.training.test_image_parity import STEPS, Pixels, Served, off, picture_of, png
@@ -49,6 +54,9 @@ def exported(kind: str, place: Path) -> tuple[DiffusionPipeline, Served]:
         round_weights(getattr(pipeline, name))
     config = folders.SDXL_SCHEDULER if is_sdxl else pipeline.scheduler.config
     pipeline.scheduler = EulerDiscreteScheduler.from_config(config, timestep_spacing="leading")
+    # That of torchvision, which is the default, rounds some bytes the other way.
+    edge = pipeline.image_encoder.config.image_size
+    pipeline.feature_extractor = CLIPImageProcessorPil(size=edge, crop_size=edge)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, Served(place / "models")
 
@@ -120,3 +128,14 @@ def test_an_ip_adapter_of_another_unet_is_refused(tmp_path):
     with pytest.raises(ExportError, match="it belongs to another base model"):
         export(tmp_path / "folder", tmp_path / "models", options)
     assert not list((tmp_path / "models").glob("pipelines/*"))
+
+
+@pytest.mark.parametrize("size", [(50, 37), (37, 50), (24, 24), (100, 31), (17, 90), (300, 200)])
+def test_pixels_are_those_of_transformers(size):
+    """Bit for bit with Pillow; torchvision rounds some bytes the other way."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8))
+    ours = decode_image_prompt(png(image), 1 << 24, 24).transpose(2, 0, 1).astype(int)
+    mean, std = (np.array(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    for kind, most in ((CLIPImageProcessorPil, 0), (CLIPImageProcessor, 1)):
+        made = np.asarray(kind(size=24, crop_size=24)(image, return_tensors="np").pixel_values[0])
+        assert np.abs(np.round((made * std + mean) * 255) - ours).max() <= most, kind

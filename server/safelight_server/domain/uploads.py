@@ -20,6 +20,8 @@ FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "MPO": "image/jpeg", "WEBP"
 """Media types by Pillow's names. MPO is a JPEG followed by further views, as some phones write it."""
 OFFERED = "send PNG, JPEG or WebP"
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is checked instead: Pillow's bound only warns below twice its value
+LONGEST_SHAPE = 16
+"""How many times as long as wide an image prompt is scaled; the rest of a longer one is far outside of its middle."""
 _FAULTS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 """What Pillow raises for damaged files."""
 
@@ -80,20 +82,22 @@ def decode_image_prompt(data: bytes, max_pixels: int, edge_px: int) -> Pixels:
     """The centre of a picture as CLIP's image encoder takes it, (edge_px, edge_px, 3) uint8, over white.
 
     It has the pixels of transformers' CLIPImageProcessor: the shortest edge is scaled to `edge_px`, bicubic, and the
-    middle is cut out. Only the middle is computed, so that a long thin picture takes no more memory than another.
+    middle is cut out. Of a picture that is longer than `LONGEST_SHAPE` to 1 only the middle so long is scaled, so
+    that a long thin one takes no more memory than another.
 
     Raises:
         PictureFileError: as `check_picture`.
     """
     image = _over_white(_upright(_opened(data, max_pixels)))
     shortest = min(image.size)
-    scaled = [edge_px if edge == shortest else int(edge_px * edge / shortest) for edge in image.size]
-    first = [(edge - edge_px) // 2 for edge in scaled]
-    ratios = [edge / scaled_edge for edge, scaled_edge in zip(image.size, scaled, strict=True)]
-    begin = [at * ratio for at, ratio in zip(first, ratios, strict=True)]
-    end = [min((at + edge_px) * ratio, edge) for at, ratio, edge in zip(first, ratios, image.size, strict=True)]
-    box = (begin[0], begin[1], end[0], end[1])
-    return np.asarray(image.resize((edge_px, edge_px), Image.Resampling.BICUBIC, box))
+    image = _middle(image, *(min(edge, LONGEST_SHAPE * shortest) for edge in image.size))
+    width, height = (edge_px if edge == shortest else int(edge_px * edge / shortest) for edge in image.size)
+    return np.asarray(_middle(image.resize((width, height), Image.Resampling.BICUBIC), edge_px, edge_px))
+
+
+def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _opened(data: bytes, max_pixels: int) -> Image.Image:

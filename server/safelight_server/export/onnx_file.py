@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,13 +55,15 @@ def write_onnx(
         The file with the weights, if they are many.
     """
     largest_example = max(examples, key=num_values)  # not an edge of one multiple, which torch takes for a constant
+    taken = inspect.signature(module.forward).parameters
+    names = [name for name in taken if name in largest_example]  # inputs that are absent may stand between them
     with warnings.catch_warnings(), _refusals(path.parent.parent.name):
         warnings.simplefilter("ignore")  # of torch about its own internals
         program = torch.onnx.export(
             module,
             (),
-            kwargs={**largest_example},
-            input_names=list(examples[0]),
+            kwargs={name: largest_example[name] for name in names},
+            input_names=names,
             output_names=list(outputs),
             dynamic_shapes=free_axes(examples, multiple, largest),
             opset_version=OPSET,
